@@ -1,0 +1,16 @@
+"""What a run tells about itself: metrics files, the terminal's progress bar, and plain tables of results."""
+
+from pangu_sigma.monitor.metrics import MetricsLog, read_metrics
+from pangu_sigma.monitor.tables import evaluation_line, matrix_table, quality_table, text_table
+from pangu_sigma.monitor.terminal import TrainingProgress, progress
+
+__all__ = [
+    "MetricsLog",
+    "TrainingProgress",
+    "evaluation_line",
+    "matrix_table",
+    "progress",
+    "quality_table",
+    "read_metrics",
+    "text_table",
+]

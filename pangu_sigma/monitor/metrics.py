@@ -1,0 +1,269 @@
+"""The run's numbers on disk: `metrics.jsonl`, one JSON object per event, and the same scalars as TensorBoard files.
+
+Every record has `kind` (`train`, `evaluate`, `checkpoint` or `event`) and `step`. JSON knows no infinities, so a value
+that is not finite is written as the string "nan", "inf" or "-inf"; `read_metrics` turns those back into floats.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pangu_sigma.errors import UserError
+
+FILE_NAME = "metrics.jsonl"
+KINDS = ("train", "evaluate", "checkpoint", "event")
+# A curve has one value per step; several events or checkpoints may belong to one.
+_ONE_PER_STEP = ("train", "evaluate")
+_TEXT_FIELDS = ("kind", "message", "path")
+_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
+    """Records of `run_dir/metrics.jsonl` in the order they were written.
+
+    Strings "nan", "inf" and "-inf" come back as floats. Of several `train` or `evaluate` records of one step (a step
+    was evaluated again after a resume) only the last is returned. An unfinished last line, which a killed or a still
+    writing run leaves, is passed over.
+
+    Raises UserError if the file is missing or if a line other than the last is no record.
+    """
+    records = [record for _, record in _read_lines(Path(run_dir) / FILE_NAME)]
+    last = {(r["kind"], r["step"]): i for i, r in enumerate(records) if r["kind"] in _ONE_PER_STEP}
+    return [_restore(r) for i, r in enumerate(records) if last.get((r["kind"], r["step"]), i) == i]
+
+
+class MetricsLog:
+    """Writes a run's records; a context manager that closes its files.
+
+    `run_dir` is made if needed. `tensorboard` also writes scalars to `run_dir/tensorboard/`. `resume_step` is None for a
+    new run, or the step of the checkpoint the run goes on from: records of later steps (from a run that was killed after
+    that checkpoint) are then dropped, `dropped_lines` of them, so that no curve has two values for one step. A run that
+    begins anew in its old folder passes -1, which drops everything.
+
+    Raises UserError if `resume_step` is None and the folder already holds records, if an earlier line is damaged, if
+    tensorboardX is missing, or if the disk is full.
+    """
+
+    def __init__(self, run_dir: Path | str, tensorboard: bool = False, resume_step: int | None = None) -> None:
+        self.path = Path(run_dir) / FILE_NAME
+        self.dropped_lines = 0
+        self._writer = None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and self.path.stat().st_size:
+            if resume_step is None:
+                raise UserError(
+                    f"{self.path} already holds a run's metrics: go on with that run by --resume or choose another run.dir."
+                )
+            self.dropped_lines = _cut_after(self.path, resume_step)
+        if tensorboard:
+            self._writer = _tensorboard_writer(self.path.parent / "tensorboard", resume_step)
+        self._descriptor: int | None = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
+    def train(
+        self,
+        step: int,
+        *,
+        loss: float,
+        losses: Mapping[str, float],
+        tokens: Mapping[str, int],
+        learning_rate: float,
+        gradient_norm: float,
+        tokens_per_second: float,
+        flops_per_second: float,
+        seconds: float,
+        loss_scale: float | None = None,
+        skipped_steps: int = 0,
+        expert_load: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
+        dropped_share: Mapping[str, Mapping[str, float]] | None = None,
+        auxiliary_loss: float | None = None,
+    ) -> None:
+        """One training record, written every `run.log_every` steps.
+
+        `loss`, `losses` (nats per token, by domain), `tokens` (by domain), `expert_load` (layer → domain → rows per
+        expert), `dropped_share` (layer → domain → share of rows, 0..1) and `seconds` cover the steps since the previous
+        record, so that tokens may be summed over records. `skipped_steps` counts from the run's beginning.
+        """
+        self.write(
+            {
+                "kind": "train",
+                "step": step,
+                "loss": loss,
+                "losses": losses,
+                "tokens": tokens,
+                "learning_rate": learning_rate,
+                "gradient_norm": gradient_norm,
+                "loss_scale": loss_scale,
+                "tokens_per_second": tokens_per_second,
+                "flops_per_second": flops_per_second,
+                "skipped_steps": skipped_steps,
+                "expert_load": expert_load or {},
+                "dropped_share": dropped_share or {},
+                "auxiliary_loss": auxiliary_loss,
+                "seconds": seconds,
+            }
+        )
+
+    def evaluate(
+        self, step: int, *, losses: Mapping[str, float], unigram: Mapping[str, float], tokens: Mapping[str, int]
+    ) -> None:
+        """Held-out loss and the unigram model's loss (nats per token) and the number of held-out tokens, by domain."""
+        self.write({"kind": "evaluate", "step": step, "losses": losses, "unigram": unigram, "tokens": tokens})
+
+    def checkpoint(self, step: int, *, path: Path | str, bytes_written: int, bytes_linked: int, seconds: float) -> None:
+        """A finished save: bytes written anew, bytes hard-linked from the previous checkpoint, and its duration."""
+        self.write(
+            {
+                "kind": "checkpoint",
+                "step": step,
+                "path": str(path),
+                "bytes_written": bytes_written,
+                "bytes_linked": bytes_linked,
+                "seconds": seconds,
+            }
+        )
+
+    def event(self, step: int, message: str) -> None:
+        """Anything worth a sentence: a resume, a skipped step, a new phase."""
+        self.write({"kind": "event", "step": step, "message": message})
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record; `kind` and `step` are required. NumPy scalars and arrays are accepted as values.
+
+        Raises ValueError for an unknown kind, a record without step or a closed log, and UserError if the disk is full.
+        """
+        if self._descriptor is None:
+            raise ValueError(f"{self.path} is closed")
+        if record.get("kind") not in KINDS:
+            raise ValueError(f"a metrics record needs a kind of {KINDS}, not {record.get('kind')!r}")
+        plain = _plain(record)
+        if type(plain.get("step")) is not int:
+            raise ValueError(f"a metrics record needs a whole number as step, not {record.get('step')!r}")
+        self._append(json.dumps(plain, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        if self._writer is not None:
+            for name, value in _scalars(record):
+                self._writer.add_scalar(name, value, plain["step"])
+
+    def close(self) -> None:
+        """Flush and close both files; closing twice does nothing."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _append(self, line: bytes) -> None:
+        # One system call per line: a killed process then leaves whole lines behind.
+        size = os.fstat(self._descriptor).st_size
+        try:
+            written = os.write(self._descriptor, line)
+        except OSError as error:
+            reason = error.strerror
+        else:
+            if written == len(line):
+                return
+            os.ftruncate(self._descriptor, size)
+            reason = "No space left on device"
+        raise UserError(f"{self.path} cannot be written ({reason}): make room and go on with --resume.")
+
+
+def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """(line as it stands, record) for every line but an unfinished last one."""
+    try:
+        lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give the folder of a run that has begun to train.") from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if record["kind"] not in KINDS or type(record["step"]) is not int:
+                raise ValueError
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):
+                break
+            raise UserError(f"{path} is damaged: line {number} is no metrics record; remove that line.") from None
+        records.append((line, record))
+    return records
+
+
+def _cut_after(path: Path, step: int) -> int:
+    """Keep only records up to `step`; the file is replaced in one rename. Returns the number of lines dropped."""
+    total = len(path.read_bytes().splitlines())
+    kept = [line for line, record in _read_lines(path) if record["step"] <= step]
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.writelines(line + b"\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return total - len(kept)
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's own types; what is not finite becomes a string."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, str | bool | int) or value is None:
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if isinstance(value, Sequence):
+        return [_plain(v) for v in value]
+    if hasattr(value, "tolist"):  # NumPy scalars and arrays, without importing NumPy
+        return _plain(value.tolist())
+    raise ValueError(f"a metrics record cannot hold a {type(value).__name__}")
+
+
+def _restore(value: Any, field: str = "") -> Any:
+    if isinstance(value, dict):
+        return {k: _restore(v, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_restore(v) for v in value]
+    if isinstance(value, str) and field not in _TEXT_FIELDS:
+        return _NON_FINITE.get(value, value)
+    return value
+
+
+def _tensorboard_writer(folder: Path, resume_step: int | None):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError("tensorboardX is not installed: install it or set run.tensorboard=false.") from None
+    if resume_step is None:
+        return SummaryWriter(str(folder))
+    # purge_step tells TensorBoard to forget what an earlier, killed run wrote from that step on. The suffix keeps a resume
+    # in the same second from taking the file's name, which is made of seconds.
+    return SummaryWriter(str(folder), purge_step=resume_step + 1, filename_suffix=f".from{resume_step + 1}")
+
+
+def _scalars(record: Mapping[str, Any]):
+    """(name, value) pairs for TensorBoard; an expert load becomes its busiest expert's rows over the mean."""
+    if record["kind"] == "train":
+        for name, value in record.items():
+            if name not in ("kind", "step") and not isinstance(value, Mapping) and value is not None:
+                yield f"train/{name}", value
+        for domain, value in record.get("losses", {}).items():
+            yield f"train_loss/{domain}", value
+        for layer, domains in record.get("expert_load", {}).items():
+            for domain, rows in domains.items():
+                if sum(rows):
+                    yield f"expert_load_max_over_mean/{layer}/{domain}", max(rows) * len(rows) / sum(rows)
+        for layer, domains in record.get("dropped_share", {}).items():
+            for domain, value in domains.items():
+                yield f"dropped_share/{layer}/{domain}", value
+    elif record["kind"] == "evaluate":
+        for domain, value in record.get("losses", {}).items():
+            yield f"validation_loss/{domain}", value
+    elif record["kind"] == "checkpoint":
+        for name in ("bytes_written", "bytes_linked", "seconds"):
+            yield f"checkpoint/{name}", record[name]
