@@ -1,0 +1,165 @@
+"""Corpus files: which files a domain's entry names, and the documents inside them, one at a time.
+
+A ``.jsonl`` line is a document. A ``.txt`` file is a document too, unless it is long: then it is cut at blank lines into
+documents of about ``TEXT_DOCUMENT_CHARS``, so that a book can be split into training and held-out parts.
+"""
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pangu_sigma.errors import UserError
+
+TEXT_DOCUMENT_CHARS = 4096  # a .txt file is cut at the first blank line after this many characters
+_LINE_LIMIT = 16 * TEXT_DOCUMENT_CHARS  # no line is read in longer pieces: a file without newlines must still stream
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a domain's text comes from: ``name`` of the domain, ``data`` paths or globs, ``text_field`` of JSONL, and
+    ``weight``, the domain's share when a tokenizer is trained from the mix."""
+
+    name: str
+    data: Sequence[str | Path]
+    text_field: str = "text"
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document: its ``text``, and the ``file`` and 1-based ``line`` where it begins."""
+
+    text: str
+    file: Path
+    line: int
+
+
+def expand_paths(name: str, data: Sequence[str | Path]) -> list[Path]:
+    """The files of domain ``name``: entries in the given order, each glob's matches sorted, no file twice.
+
+    Raises UserError when an entry is missing, is a folder, matches nothing, or is neither ``.jsonl`` nor ``.txt``.
+    """
+    found: dict[Path, None] = {}
+    for entry in data:
+        path = Path(os.path.expanduser(str(entry)))
+        if path.is_dir():
+            raise UserError(f"domain '{name}': {entry} is a folder; name its files, for example {path / '*.jsonl'}")
+        if path.exists():
+            matches = [path]
+        elif glob.has_magic(str(path)):
+            matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(match)]
+            if not matches:
+                raise UserError(f"domain '{name}': no file matches {entry}; check the pattern and the current folder")
+        else:
+            raise UserError(f"domain '{name}': the file {entry} does not exist; check the path in domains.data")
+        for match in matches:
+            if match.suffix.lower() not in (".jsonl", ".txt"):
+                raise UserError(f"domain '{name}': {match} is neither .jsonl nor .txt; convert it or narrow the pattern")
+            found[match.resolve()] = None
+    if not found:
+        raise UserError(f"domain '{name}' names no corpus file; list at least one path in domains.data")
+    return list(found)
+
+
+def fingerprint_files(files: Sequence[Path]) -> str:
+    """sha256 (hex) of the files' contents and kinds in order; where the files lie does not matter."""
+    total = hashlib.sha256()
+    for file in files:
+        try:
+            with open(file, "rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{file} cannot be read ({error.strerror}); check that it exists and its rights") from error
+        total.update(f"{file.suffix.lower()}:{digest}\n".encode())
+    return total.hexdigest()
+
+
+def stat_files(files: Sequence[Path]) -> tuple[tuple[int, int], ...]:
+    """(bytes, modification time in ns) of every file: a cheap test of "nobody wrote here in the meantime"."""
+    return tuple((stat.st_size, stat.st_mtime_ns) for stat in (file.stat() for file in files))
+
+
+def iterate_documents(name: str, files: Sequence[Path], text_field: str = "text") -> Iterator[Document]:
+    """Stream the documents of domain ``name`` in the order of ``files``, one in memory at a time.
+
+    Line ends become ``\\n`` and a byte order mark is dropped. Blank lines of a ``.jsonl`` file are passed over. Empty
+    documents are handed on: the caller counts them.
+    Raises UserError with file and line for bytes that are not UTF-8, a line that is not a JSON object, a missing field, a
+    field that is no string, and text with half a surrogate pair (which no tokenizer can encode).
+    """
+    for file in files:
+        reader = _jsonl_documents(name, file, text_field) if file.suffix.lower() == ".jsonl" else _text_documents(file)
+        yield from reader
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """(1-based number, line with its ``\\n``) of a UTF-8 file; a ``.txt`` line beyond the limit comes in several pieces."""
+    limit = _LINE_LIMIT if file.suffix.lower() == ".txt" else -1
+    number = 1
+    try:
+        with open(file, encoding="utf-8-sig") as stream:
+            while line := stream.readline(limit):
+                yield number, line
+                number += line.endswith("\n")
+    except UnicodeDecodeError as error:
+        where = f"near line {number}"  # the decoder reads ahead in blocks, so the line is approximate
+        raise UserError(f"{file}: {where} is not UTF-8 ({error.reason}); save the file as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); check that it exists and its rights") from error
+
+
+def _jsonl_documents(name: str, file: Path, text_field: str) -> Iterator[Document]:
+    for number, line in _lines(file):
+        if not line.strip():
+            continue
+        where = f"{file}:{number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            raise UserError(f"{where}: the line is not valid JSON ({reason}); correct or remove it") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: the line is no JSON object; each line must be like {{\"{text_field}\": \"…\"}}")
+        if text_field not in record:
+            known = ", ".join(sorted(map(str, record))[:8]) or "none"
+            raise UserError(
+                f"{where}: the field '{text_field}' is missing (fields: {known}); set text_field of domain '{name}'"
+            )
+        text = record[text_field]
+        if not isinstance(text, str):
+            raise UserError(f"{where}: the field '{text_field}' is no string but {type(text).__name__}; it must hold text")
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        if _has_lone_surrogate(text):
+            raise UserError(f"{where}: the text holds half a surrogate pair (\\ud800–\\udfff alone); repair the line")
+        yield Document(text, file, number)
+
+
+def _text_documents(file: Path) -> Iterator[Document]:
+    """Cut at blank lines; where there are none for long, at any line end; where there is none either, at the limit."""
+    pieces: list[str] = []
+    size = 0
+    first = 1
+    for number, line in _lines(file):
+        if not pieces:
+            first = number
+        pieces.append(line)
+        size += len(line)
+        blank = not line.strip()
+        if (size >= TEXT_DOCUMENT_CHARS and blank) or size >= 4 * TEXT_DOCUMENT_CHARS:
+            yield Document("".join(pieces), file, first)
+            pieces, size = [], 0
+    if pieces:
+        yield Document("".join(pieces), file, first)
+
+
+def _has_lone_surrogate(text: str) -> bool:
+    """Python strings may hold surrogate code points (JSON's ``\\ud800``); UTF-8 cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
