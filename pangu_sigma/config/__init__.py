@@ -1,0 +1,20 @@
+"""The configuration of a run: schema, loading, rules between keys, parameter counts."""
+
+from pangu_sigma.config.counts import Counts, manifest, parameter_counts, vocabulary_size
+from pangu_sigma.config.load import config_from_dict, effective, load_config
+from pangu_sigma.config.resume import changed_keys, check_resume
+from pangu_sigma.config.schema import SCHEMA_VERSION, Config
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Config",
+    "Counts",
+    "changed_keys",
+    "check_resume",
+    "config_from_dict",
+    "effective",
+    "load_config",
+    "manifest",
+    "parameter_counts",
+    "vocabulary_size",
+]

@@ -1,0 +1,56 @@
+"""The `domains` and `data` sections: which texts there are and how they become sequences."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from pangu_sigma.config.section import ListOf, Section
+
+# A domain's name becomes a file name and a part of tensor names.
+DomainName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+
+
+class DomainConfig(Section):
+    """One domain: its name, its texts, the size of its expert group and how often it is drawn."""
+
+    name: DomainName = Field(
+        description="Name of the domain: small letters, digits, '_' and '-', starting with a letter or digit."
+    )
+    data: ListOf[Text] = Field(
+        min_length=1, description="Files of the domain, or globs of them: .jsonl (one object a line) or .txt."
+    )
+    text_field: Text = Field("text", description="Key of the text in a line of a .jsonl file.")
+    experts: int = Field(4, ge=1, description="Size of the domain's expert group in every sparse layer.")
+    weight: float = Field(1.0, ge=0, description="How often the domain is drawn, relative to the others.")
+
+
+class TokenizerConfig(Section):
+    """Where the tokenizer comes from."""
+
+    kind: Literal["train", "sentencepiece", "pangu_alpha"] = Field(
+        "train",
+        description="Train one from the domains' mix, load a SentencePiece model, or PanGu-α's with jieba before it.",
+    )
+    path: Text | None = Field(None, description="The tokenizer's model file; null if and only if it is trained.")
+    vocab_size: int = Field(4096, ge=64, description="Number of pieces of a trained tokenizer.")
+
+
+class DataConfig(Section):
+    """How texts become sequences."""
+
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig, description="Where the tokenizer comes from.")
+    sequence_length: int = Field(128, ge=2, description="Tokens in a sequence.")
+    cache: Text | None = Field(
+        None, description="Folder of the tokenised domains; null takes the folder 'data' in run.dir."
+    )
+    heldout_fraction: float = Field(
+        0.05, ge=0, lt=1, description="Share of a domain's documents kept from training for evaluation."
+    )
+    deduplicate: bool = Field(True, description="Whether near-duplicate documents are removed before the split.")
+    prefetch: int = Field(2, ge=0, description="Batches read ahead of the step; 0 reads each when it is needed.")
+    domains_per_step: int | None = Field(
+        None, ge=1, description="How many domains may meet in one optimizer step; null sets no limit."
+    )

@@ -1,0 +1,100 @@
+"""The `model` section: size and parts of the network."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from pangu_sigma.config.presets import PRESETS
+from pangu_sigma.config.section import Section
+
+
+class SparseConfig(Section):
+    """Which layers are sparse, how a token finds its expert and how rows travel."""
+
+    layers: int = Field(0, ge=0, description="How many of the top layers are sparse; 0 gives a dense PanGu-α.")
+    include_query_layer: bool = Field(
+        False, description="Whether the query layer is sparse too; it then counts as one of the sparse layers."
+    )
+    router: Literal["rre", "switch"] = Field(
+        "rre", description="How a token finds its expert: rre by a fixed table, switch by a learned top-1 gate."
+    )
+    table: Literal["uniform", "frequency"] = Field(
+        "uniform",
+        description="How a routing table is drawn: equal numbers of vocabulary ids, or balanced by their frequency.",
+    )
+    resample: bool = Field(
+        False, description="Whether training draws a fresh expert for every occurrence instead of using the table."
+    )
+    dispatch: Literal["dropless", "capacity"] = Field(
+        "dropless", description="Whether every row reaches its expert, or only as many as an expert may take."
+    )
+    capacity_factor: float = Field(
+        1.25, gt=0, description="Rows an expert may take under capacity dispatch, as a multiple of an even share."
+    )
+    aux_loss_weight: float = Field(0.01, ge=0, description="Weight of the balance loss of a learned router.")
+    jitter: float = Field(
+        0.0, ge=0, lt=1, description="Half-width of the noise multiplied onto a learned router's input while training."
+    )
+
+
+class AttentionConfig(Section):
+    """Options of the attention part."""
+
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of attention weights dropped while training.")
+
+
+class ModelConfig(Section):
+    """Size and parts of the network; `preset` gives defaults for the sizes, explicit keys override it."""
+
+    preset: Literal["tiny", "350M", "2.6B", "13B", "200B"] | None = Field(
+        None, description="A named size that fills in the sizes that are not written."
+    )
+    vocab_size: int | None = Field(
+        None, ge=1, description="Rows of the word embedding; null takes the tokenizer's size."
+    )
+    layers: int = Field(ge=1, description="Number of transformer layers, the query layer included.")
+    hidden: int = Field(ge=1, description="Width of the residual stream.")
+    heads: int = Field(ge=1, description="Number of attention heads; divides hidden.")
+    ffn: int = Field(ge=1, description="Inner width of the feed-forward network and of every expert.")
+    positions: int = Field(ge=1, description="Number of learned positions: the longest sequence in tokens.")
+    activation: Literal["fast_gelu", "gelu"] = Field(
+        "fast_gelu", description="Activation inside the feed-forward network."
+    )
+    norm: Literal["layernorm"] = Field("layernorm", description="Kind of normalisation.")
+    norm_epsilon: float = Field(1e-5, gt=0, description="Number added to the variance inside a normalisation.")
+    position: Literal["learned"] = Field("learned", description="How positions enter the model.")
+    feed_forward: Literal["mlp"] = Field("mlp", description="Kind of feed-forward network.")
+    head: Literal["tied"] = Field("tied", description="Output head: tied uses the word embedding.")
+    query_layer: Literal["next_position", "none"] = Field(
+        "next_position", description="PanGu-α's top layer, whose queries are a table of next positions, or none."
+    )
+    attention: AttentionConfig = Field(default_factory=AttentionConfig, description="Options of the attention part.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of residual values dropped while training.")
+    init_std: float = Field(0.02, gt=0, description="Standard deviation of the normal initialisation.")
+    embedding_slots: Literal["shared", "per_domain"] = Field(
+        "shared", description="One word embedding for all domains, or one for each."
+    )
+    sparse: SparseConfig = Field(default_factory=SparseConfig, description="The sparse layers.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        preset = values.get("preset") if isinstance(values, dict) else None
+        if not isinstance(preset, str):
+            return values
+        # An unknown name passes through: the field's own check names the known ones.
+        return {**PRESETS.get(preset, {}), **values}
+
+    @property
+    def blocks(self) -> int:
+        """Number of ordinary transformer blocks under the query layer (all layers if there is no query layer)."""
+        return self.layers - 1 if self.query_layer == "next_position" else self.layers
+
+    @property
+    def sparse_prefixes(self) -> tuple[str, ...]:
+        """Name prefixes of the sparse layers from bottom to top: `blocks.{i}`, and `query_layer` if it is sparse."""
+        blocks_sparse = self.sparse.layers - int(self.sparse.include_query_layer)
+        prefixes = tuple(f"blocks.{i}" for i in range(self.blocks - blocks_sparse, self.blocks))
+        return (*prefixes, "query_layer") if self.sparse.include_query_layer else prefixes

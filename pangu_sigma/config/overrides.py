@@ -1,0 +1,82 @@
+"""`section.key=value` on the command line: changes of the mapping that a YAML file holds, before it is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import yaml
+
+from pangu_sigma.config.describe import section_at
+from pangu_sigma.config.problems import unknown_key
+from pangu_sigma.config.yaml_text import parse_yaml
+from pangu_sigma.errors import UserError
+
+
+class Override(NamedTuple):
+    """One override as typed and the key path that it sets, list items by their index."""
+
+    text: str
+    key: str
+
+
+def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> list[Override]:
+    """Set every override in `values` (in place), the later ones last; returns what was set, in order.
+
+    A step into a list is an index or the `name` of an item: `domains.0.experts=2`, `domains.code.experts=2`. A missing
+    section is created. Raises UserError if an override cannot be read or leads nowhere.
+    """
+    return [_apply(values, text) for text in overrides]
+
+
+def _apply(values: dict[str, Any], text: str) -> Override:
+    path, sign, value_text = text.partition("=")
+    path = path.strip()
+    if not sign or not path or not all(path.split(".")):
+        raise UserError(f"the override '{text}' cannot be read: write section.key=value, for example train.steps=100")
+    if not value_text.strip():
+        raise UserError(f"the override '{text}' has no value: write {path}=null for no value")
+    try:
+        value = parse_yaml(value_text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"the value of the override '{text}' is not YAML: put it in quotes") from error
+    place: list[str | int] = []
+    target: Any = values
+    *parents, last = path.split(".")
+    for name in parents:
+        step = _step(target, name, text)
+        place.append(step)
+        if isinstance(target, dict) and target.get(step) is None:
+            target[step] = _new_section(place, text)
+        target = target[step]
+    step = _step(target, last, text)
+    place.append(step)
+    target[step] = value
+    return Override(text, ".".join(map(str, place)))
+
+
+def _new_section(place: list[str | int], text: str) -> dict[str, Any]:
+    # `weights` of a phase is the one key whose value is a free mapping.
+    if section_at(place) is None and place[-1] != "weights":
+        raise UserError(f"override '{text}': {unknown_key(place)}")
+    if section_at(place) is not None and place[-1] in ("domains", "phases"):
+        raise UserError(f"the override '{text}' changes an item of {place[-1]}, but there is no such list to change")
+    return {}
+
+
+def _step(target: Any, name: str, text: str) -> str | int:
+    """The index or key that `name` means inside `target`."""
+    if isinstance(target, dict):
+        return name
+    if not isinstance(target, list):
+        raise UserError(f"the override '{text}' looks for '{name}' inside a single value: check its path")
+    names = [item.get("name") if isinstance(item, dict) else None for item in target]
+    if name in names:
+        return names.index(name)
+    if name.isdecimal() and int(name) < len(target):
+        return int(name)
+    known = ", ".join(str(known) for known in names if known is not None)
+    raise UserError(
+        f"the override '{text}' leads to no item: there are {len(target)} (counted from 0)"
+        + (f", named {known}" if known else "")
+    )

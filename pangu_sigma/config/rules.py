@@ -1,0 +1,260 @@
+"""Rules between fields. Each yields (key, sentence) for what is wrong; all are checked before any device work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pangu_sigma.config.schema import Config
+
+Broken = Iterator[tuple[str, str]]
+
+# A checkpoint stores a domain in a file of its name, beside files and folders that have these names.
+RESERVED_NAMES = frozenset(
+    {"shared", "manifest", "config", "tokenizer", "probe", "optimizer", "state", "trainer", "domains", "all", "none"}
+)
+
+PANGU_ALPHA_VOCABULARY = 40000
+
+
+class RulesBroken(ValueError):
+    """Carries all broken rules as (key, sentence) pairs through pydantic's own error."""
+
+    def __init__(self, broken: list[tuple[str, str]]) -> None:
+        super().__init__("; ".join(sentence for _, sentence in broken))
+        self.broken = broken
+
+
+def broken_rules(config: Config) -> list[tuple[str, str]]:
+    """All broken rules of a configuration whose single fields are right, as (key, sentence) pairs."""
+    checks = (_model, _sparse, _domains, _tokenizer, _data, _schedule, _train, _phases, _around, _parallel)
+    return [problem for check in checks for problem in check(config)]
+
+
+def _model(config: Config) -> Broken:
+    model = config.model
+    if model.hidden % model.heads:
+        yield (
+            "model.heads",
+            f"model.heads = {model.heads} does not divide model.hidden = {model.hidden}: "
+            "choose a hidden size that is a multiple of the number of heads",
+        )
+    if model.blocks < 1:
+        yield (
+            "model.layers",
+            f"model.layers = {model.layers} leaves no block under the query layer: set it to at least 2, "
+            "or model.query_layer to none",
+        )
+
+
+def _sparse(config: Config) -> Broken:
+    model, sparse = config.model, config.model.sparse
+    if sparse.include_query_layer and model.query_layer == "none":
+        yield (
+            "model.sparse.include_query_layer",
+            "model.sparse.include_query_layer is true, but model.query_layer is none: set it to false",
+        )
+        return
+    if sparse.include_query_layer and sparse.layers == 0:
+        yield (
+            "model.sparse.include_query_layer",
+            "model.sparse.include_query_layer is true, but model.sparse.layers is 0: "
+            "the query layer counts as one of the sparse layers, so set model.sparse.layers to at least 1",
+        )
+    most = model.blocks + int(sparse.include_query_layer)
+    if sparse.layers > most:
+        counted = "the query layer included" if sparse.include_query_layer else "the query layer is dense"
+        if model.query_layer == "none":
+            counted = "there is no query layer"
+        yield (
+            "model.sparse.layers",
+            f"model.sparse.layers = {sparse.layers} is more than the {most} layers that can be sparse "
+            f"(model.layers = {model.layers}, {counted}): set it to at most {most}",
+        )
+    if sparse.router != "rre" and sparse.resample:
+        yield (
+            "model.sparse.resample",
+            f"model.sparse.resample is true, but the router {sparse.router} has no table to draw from: "
+            "set it to false or the router to rre",
+        )
+    if sparse.router == "rre" and sparse.jitter > 0:
+        yield (
+            "model.sparse.jitter",
+            f"model.sparse.jitter = {sparse.jitter} has no effect on the router rre, which has no gate: set it to 0",
+        )
+
+
+def _domains(config: Config) -> Broken:
+    seen: set[str] = set()
+    for index, domain in enumerate(config.domains):
+        key = f"domains.{index}.name"
+        if domain.name in seen:
+            yield key, f"{key} = {domain.name} is the name of an earlier domain: give every domain its own name"
+        seen.add(domain.name)
+        if domain.name in RESERVED_NAMES:
+            yield key, f"{key} = {domain.name} is reserved for a file of the checkpoint: choose another name"
+    total = sum(domain.weight for domain in config.domains)
+    if not 0 < total < math.inf:
+        yield "domains", "the weights of the domains add up to 0: give at least one domain a positive weight"
+    wanted = config.data.domains_per_step
+    drawable = sum(domain.weight > 0 for domain in config.domains)
+    if wanted is not None and wanted > len(config.domains):
+        yield (
+            "data.domains_per_step",
+            f"data.domains_per_step = {wanted} is more than the {len(config.domains)} domains there are: "
+            f"set it to at most {drawable}",
+        )
+
+
+def _tokenizer(config: Config) -> Broken:
+    tokenizer, model = config.data.tokenizer, config.model
+    if tokenizer.kind == "train" and tokenizer.path is not None:
+        yield (
+            "data.tokenizer.path",
+            "data.tokenizer.path is set, but data.tokenizer.kind is train: set the path to null, "
+            "or the kind to sentencepiece or pangu_alpha",
+        )
+    if tokenizer.kind != "train" and tokenizer.path is None:
+        yield (
+            "data.tokenizer.path",
+            f"data.tokenizer.path is missing: data.tokenizer.kind = {tokenizer.kind} needs the tokenizer's model file",
+        )
+    known = {"train": tokenizer.vocab_size, "pangu_alpha": PANGU_ALPHA_VOCABULARY}.get(tokenizer.kind)
+    if known is not None and model.vocab_size is not None and model.vocab_size < known:
+        yield (
+            "model.vocab_size",
+            f"model.vocab_size = {model.vocab_size} is less than the tokenizer's {known} pieces: "
+            f"set it to at least {known}, or to null for the tokenizer's size",
+        )
+    rows = model.vocab_size or known
+    if rows is not None and model.sparse.layers and model.sparse.router == "rre":
+        for index, domain in enumerate(config.domains):
+            if domain.experts > rows:
+                yield (
+                    f"domains.{index}.experts",
+                    f"domains.{index}.experts = {domain.experts} is more than the {rows} vocabulary ids that a routing "
+                    "table can spread: make the expert group smaller",
+                )
+
+
+def _data(config: Config) -> Broken:
+    data = config.data
+    if data.sequence_length > config.model.positions:
+        yield (
+            "data.sequence_length",
+            f"data.sequence_length = {data.sequence_length} is more than model.positions = {config.model.positions}: "
+            "shorten the sequences or give the model more positions",
+        )
+    if data.heldout_fraction == 0 and config.evaluate.every:
+        yield (
+            "evaluate.every",
+            f"evaluate.every = {config.evaluate.every} needs held-out text, but data.heldout_fraction is 0: "
+            "set evaluate.every to 0 or hold some text out",
+        )
+    if data.heldout_fraction == 0 and config.checkpoint.probe_sequences:
+        yield (
+            "checkpoint.probe_sequences",
+            f"checkpoint.probe_sequences = {config.checkpoint.probe_sequences} needs held-out text, but "
+            "data.heldout_fraction is 0: set checkpoint.probe_sequences to 0 or hold some text out",
+        )
+
+
+def _schedule(config: Config) -> Broken:
+    schedule, steps = config.schedule, config.train.steps
+    if schedule.warmup_steps > steps:
+        yield (
+            "schedule.warmup_steps",
+            f"schedule.warmup_steps = {schedule.warmup_steps} is more than train.steps = {steps}: "
+            "shorten the warm-up or train longer",
+        )
+    elif schedule.decay_steps is not None and schedule.warmup_steps > schedule.decay_steps:
+        yield (
+            "schedule.decay_steps",
+            f"schedule.decay_steps = {schedule.decay_steps} is less than schedule.warmup_steps = "
+            f"{schedule.warmup_steps}: it counts the warm-up too, so set it to at least {schedule.warmup_steps}",
+        )
+
+
+def _train(config: Config) -> Broken:
+    train = config.train
+    if train.batch_size % train.accumulation:
+        yield (
+            "train.accumulation",
+            f"train.accumulation = {train.accumulation} does not divide train.batch_size = {train.batch_size}: "
+            "choose a batch that is a multiple of it",
+        )
+    if train.stop_at is not None and train.stop_at > train.steps:
+        yield (
+            "train.stop_at",
+            f"train.stop_at = {train.stop_at} is more than train.steps = {train.steps}: set it lower or to null",
+        )
+    if train.precision == "bfloat16" and config.run.device == "CPU":
+        yield (
+            "train.precision",
+            "train.precision = bfloat16 does not run on run.device = CPU, which has no bfloat16 matrix product: "
+            "use float32 or float16, or run on Ascend",
+        )
+    if train.nonfinite == "rollback" and config.checkpoint.every == 0:
+        yield (
+            "train.nonfinite",
+            "train.nonfinite = rollback needs checkpoints to return to, but checkpoint.every is 0: "
+            "set checkpoint.every to a number of steps",
+        )
+
+
+def _phases(config: Config) -> Broken:
+    phases, steps = config.train.phases, config.train.steps
+    names = set(config.domain_names)
+    for index, phase in enumerate(phases):
+        key = f"train.phases.{index}"
+        if phase.steps is None and index < len(phases) - 1:
+            yield f"{key}.steps", f"{key}.steps is missing: only the last phase may leave it out"
+        for name in phase.weights or {}:
+            if name not in names:
+                yield f"{key}.weights.{name}", f"{key}.weights names the domain {name}, {_known(names)}"
+        if phase.weights is not None:
+            yield from _phase_weights(f"{key}.weights", phase.weights)
+        for name in phase.domains or ():
+            if name not in names:
+                yield f"{key}.domains", f"{key}.domains names the domain {name}, {_known(names)}"
+        if not phase.shared and phase.domains == ():
+            yield key, f"{key} trains nothing: set shared to true or name domains whose experts train"
+    given = sum(phase.steps or 0 for phase in phases)
+    open_end = bool(phases) and phases[-1].steps is None
+    if phases and (given >= steps if open_end else given != steps):
+        last = "the phases before the last take" if open_end else "the phases add up to"
+        more = "leave at least one step for the last phase" if open_end else "they must be equal, or leave out the last"
+        yield "train.phases", f"{last} {given} steps and train.steps is {steps}: {more}"
+
+
+def _phase_weights(key: str, weights: dict[str, float]) -> Broken:
+    negative = [name for name, weight in weights.items() if weight < 0]
+    if negative:
+        yield f"{key}.{negative[0]}", f"{key}.{negative[0]} = {weights[negative[0]]} is negative: set it to 0 or more"
+    elif sum(weights.values()) <= 0:
+        yield key, f"{key} add up to 0: give at least one domain a positive weight, or set the weights to null"
+
+
+def _known(names: set[str]) -> str:
+    return f"which domains does not list: the known ones are {', '.join(sorted(names))}"
+
+
+def _around(config: Config) -> Broken:
+    profile, steps = config.run.profile, config.train.steps
+    if profile is not None and profile.start + profile.steps - 1 > steps:
+        yield (
+            "run.profile",
+            f"run.profile ends at step {profile.start + profile.steps - 1}, after train.steps = {steps}: "
+            "profile earlier or fewer steps",
+        )
+
+
+def _parallel(config: Config) -> Broken:
+    for name, ways in config.parallel.model_dump().items():
+        if ways != 1:
+            yield (
+                f"parallel.{name}",
+                f"parallel.{name} = {ways} is not built yet: only 1 is accepted today, so set it to 1",
+            )

@@ -1,0 +1,55 @@
+"""The `run`, `evaluate`, `checkpoint` and `parallel` sections: what happens around the training loop."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from pangu_sigma.config.data import Text
+from pangu_sigma.config.section import Section
+
+
+class ProfileConfig(Section):
+    """Which steps MindSpore's profiler watches."""
+
+    start: int = Field(ge=1, description="First profiled step (steps count from 1).")
+    steps: int = Field(ge=1, description="Number of profiled steps.")
+
+
+class RunConfig(Section):
+    """Where a run lives and what it writes."""
+
+    dir: Text = Field(description="The run's folder: checkpoints, metrics.jsonl, TensorBoard files, report.")
+    seed: int = Field(1234, ge=0, le=2**31 - 1, description="Seed of every random draw.")
+    device: Literal["CPU", "Ascend"] = Field("CPU", description="Where the run computes.")
+    log_every: int = Field(10, ge=1, description="Steps between two lines of metrics.jsonl.")
+    tensorboard: bool = Field(True, description="Whether TensorBoard files are written too.")
+    profile: ProfileConfig | None = Field(None, description="Steps to profile; null profiles none.")
+
+
+class EvaluateConfig(Section):
+    """Held-out loss while training."""
+
+    every: int = Field(0, ge=0, description="Steps between two evaluations; 0 never evaluates.")
+    batches: int = Field(8, ge=1, description="Batches of held-out text per domain.")
+    batch_size: int = Field(8, ge=1, description="Sequences in an evaluation batch.")
+
+
+class CheckpointConfig(Section):
+    """When the run's state is saved and how long it is kept."""
+
+    every: int = Field(0, ge=0, description="Steps between two checkpoints; 0 saves at the end of the run only.")
+    keep: int = Field(3, ge=1, description="Number of newest checkpoints that are kept.")
+    probe_sequences: int = Field(
+        2, ge=0, description="Held-out sequences per domain that travel in a checkpoint, to verify a model alone."
+    )
+
+
+class ParallelConfig(Section):
+    """The device mesh."""
+
+    data: int = Field(1, ge=1, description="Ways of data parallelism.")
+    expert: int = Field(1, ge=1, description="Ways of expert parallelism.")
+    tensor: int = Field(1, ge=1, description="Ways of tensor parallelism.")
+    workers: int = Field(1, ge=1, description="Processes of the run.")

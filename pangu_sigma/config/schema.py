@@ -1,0 +1,59 @@
+"""The whole configuration of a run. Attribute paths are the paths of the YAML file."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from pangu_sigma.config import rules
+from pangu_sigma.config.data import DataConfig, DomainConfig
+from pangu_sigma.config.model import ModelConfig
+from pangu_sigma.config.running import CheckpointConfig, EvaluateConfig, ParallelConfig, RunConfig
+from pangu_sigma.config.section import ListOf, Section
+from pangu_sigma.config.training import OptimizerConfig, ScheduleConfig, TrainConfig
+
+SCHEMA_VERSION = 1
+
+
+class Config(Section):
+    """A complete, checked configuration; the cross-field rules of `rules.py` hold for every instance."""
+
+    schema_version: Literal[1] = Field(description="Version of this schema.")
+    run: RunConfig = Field(description="Where a run lives and what it writes.")
+    model: ModelConfig = Field(description="Size and parts of the network.")
+    domains: ListOf[DomainConfig] = Field(min_length=1, description="The domains, in the order of their ids.")
+    data: DataConfig = Field(default_factory=DataConfig, description="How texts become sequences.")
+    optimizer: OptimizerConfig = Field(description="AdamW and its numbers.")
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="Learning rate over the steps.")
+    train: TrainConfig = Field(description="The training loop.")
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="Held-out loss while training.")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="When the state is saved.")
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="The device mesh.")
+
+    @model_validator(mode="after")
+    def _obeys_the_rules(self) -> Config:
+        broken = rules.broken_rules(self)
+        if broken:
+            raise rules.RulesBroken(broken)
+        return self
+
+    @property
+    def domain_names(self) -> tuple[str, ...]:
+        """Names of the domains in the order of their ids."""
+        return tuple(domain.name for domain in self.domains)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain mappings, lists and scalars, every key in the schema's order."""
+        return self.model_dump(mode="json")
+
+    def to_json(self) -> str:
+        """The configuration as JSON text; equal configurations give equal text."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML text, which `load_config` reads back to an equal configuration."""
+        from pangu_sigma.config.yaml_text import dump_yaml
+
+        return dump_yaml(self.to_dict())
