@@ -1,0 +1,22 @@
+"""Checkpoints: one folder per saved step, shared parameters and every domain in files of their own, all hashed."""
+
+from pangu_sigma.checkpoint.cleaning import remove_stale
+from pangu_sigma.checkpoint.errors import CheckpointError
+from pangu_sigma.checkpoint.finding import find_latest, resolve
+from pangu_sigma.checkpoint.manifest import Fingerprints
+from pangu_sigma.checkpoint.reading import Checkpoint, open_checkpoint
+from pangu_sigma.checkpoint.saving import SaveResult, save_checkpoint
+from pangu_sigma.checkpoint.tensor_file import BFLOAT16
+
+__all__ = [
+    "BFLOAT16",
+    "Checkpoint",
+    "CheckpointError",
+    "Fingerprints",
+    "SaveResult",
+    "find_latest",
+    "open_checkpoint",
+    "remove_stale",
+    "resolve",
+    "save_checkpoint",
+]

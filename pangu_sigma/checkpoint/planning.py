@@ -1,0 +1,97 @@
+"""Which files a checkpoint consists of, and which of them the previous checkpoint has already."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
+
+import numpy as np
+
+from pangu_sigma.checkpoint import layout
+from pangu_sigma.checkpoint.manifest import FileEntry, Manifest
+from pangu_sigma.checkpoint.reading import Checkpoint
+from pangu_sigma.checkpoint.tensor_file import TensorSpec, digest_of, in_file_order, make_header
+
+
+@dataclass
+class PlannedFile:
+    """A file to be: a tensor file (`specs`) or one with given `content`; `link` is the equal file to link, if any.
+
+    `known` holds those tensors' hashes that are known before writing.
+    """
+
+    path: str
+    size: int
+    specs: tuple[TensorSpec, ...] = ()
+    content: bytes | None = None
+    known: dict[str, str] = field(default_factory=dict)
+    link: Path | None = None
+    linked_entry: FileEntry | None = None
+
+
+def plan_tensor_files(specs: Iterable[TensorSpec], max_shard_bytes: int) -> list[PlannedFile]:
+    """Distributes tensors to files by the rule of `layout`."""
+    groups: dict[str, list[TensorSpec]] = {}
+    for spec in sorted(specs, key=lambda spec: spec.name):
+        groups.setdefault(layout.group_of(spec.name), []).append(spec)
+    planned = []
+    for group, members in groups.items():
+        by_name = {spec.name: spec for spec in members}
+        shards = layout.cut_into_shards(((spec.name, spec.nbytes) for spec in members), max_shard_bytes)
+        for path, names in zip(layout.shard_paths(group, len(shards)), shards, strict=True):
+            order = tuple(in_file_order(by_name[name] for name in names))
+            size = len(make_header(order)) + sum(spec.nbytes for spec in order)
+            planned.append(PlannedFile(path, size, specs=order))
+    return planned
+
+
+def plan_content(path: str, content: bytes) -> PlannedFile:
+    """A file with the given content."""
+    return PlannedFile(path, len(content), content=content)
+
+
+def find_unchanged(
+    planned: Sequence[PlannedFile], tensors: Mapping[str, np.ndarray], previous: Checkpoint, threads: Executor
+) -> None:
+    """Marks the files that `previous` holds with the same bytes.
+
+    A file's tensors are hashed, two at a time, until one differs; what was hashed is kept for the writing.
+    """
+    for file in planned:
+        entry = previous.manifest.files.get(file.path)
+        if entry is None or entry.bytes != file.size:
+            continue
+        if file.content is not None:
+            same = hashlib.sha256(file.content).hexdigest() == entry.sha256
+        else:
+            same = _same_tensors(file, tensors, previous.manifest, threads)
+        if same:
+            file.link, file.linked_entry = previous.path / file.path, entry
+
+
+def _same_tensors(
+    file: PlannedFile, tensors: Mapping[str, np.ndarray], previous: Manifest, threads: Executor
+) -> bool:
+    before = {}
+    for spec in file.specs:
+        entry = previous.tensors.get(spec.name)
+        if entry is None or (entry.dtype, entry.shape) != (spec.dtype, spec.shape) or len(entry.slices) != 1:
+            return False
+        if entry.slices[0].file != file.path:
+            return False
+        before[spec.name] = entry.slices[0].sha256
+    changed = Event()
+
+    def compare(spec: TensorSpec) -> None:
+        if changed.is_set():
+            return
+        digest = digest_of(tensors[spec.name])
+        file.known[spec.name] = digest
+        if digest != before[spec.name]:
+            changed.set()
+
+    # small tensors first: when a file has changed, they tell so at the least cost
+    list(threads.map(compare, sorted(file.specs, key=lambda spec: spec.nbytes)))
+    return not changed.is_set()

@@ -1,0 +1,246 @@
+"""An opened checkpoint: what it holds, and its tensors, each checked against its hash as it is read."""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pangu_sigma.checkpoint import layout
+from pangu_sigma.checkpoint.errors import CheckpointError
+from pangu_sigma.checkpoint.manifest import Fingerprints, Manifest, TensorEntry, TensorSlice, parse_manifest
+from pangu_sigma.checkpoint.tensor_file import (
+    TensorSpec,
+    damaged,
+    digest_of_file,
+    numpy_type,
+    open_plain,
+    read_header,
+    read_tensor,
+)
+
+
+class Checkpoint:
+    """A checkpoint folder whose manifest is whole and whose files are present with the right sizes.
+
+    Contents are hashed when they are read, so that opening is fast and a domain can be read without touching another's
+    file. `messages` says what was passed over in finding this one. Nothing is kept in memory.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, messages: Iterable[str] = ()) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.messages = tuple(messages)
+        self._headers: dict[str, dict[str, tuple[TensorSpec, int]]] = {}
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done when it was saved."""
+        return self.manifest.step
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains' names in the order in which the model numbers them."""
+        return self.manifest.domains
+
+    @property
+    def fingerprints(self) -> Fingerprints:
+        """Fingerprints of the tokenizer and of each domain's corpus."""
+        return self.manifest.fingerprints
+
+    @cached_property
+    def coverage(self) -> dict[str, dict[str, int]]:
+        """Sparse layer → domain → number of experts."""
+        layers: dict[str, dict[str, int]] = {}
+        for cell in self.manifest.coverage:
+            layers.setdefault(cell.layer, {})[cell.domain] = cell.experts
+        return layers
+
+    @cached_property
+    def config_text(self) -> str:
+        """The effective configuration as YAML text."""
+        return self.read_file(layout.CONFIG).decode()
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """The trainer's state, as JSON gives it back (tuples as lists, keys as strings)."""
+        return json.loads(self.read_file(layout.STATE))
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The tokenizer's files, name → content."""
+        folder = f"{layout.TOKENIZER}/"
+        paths = [path for path in self.manifest.files if path.startswith(folder)]
+        return {path.removeprefix(folder): self.read_file(path) for path in paths}
+
+    def probe(self) -> dict[str, np.ndarray]:
+        """Held-out sequences, domain → int32 [sequences, S + 1]; domains without any are absent."""
+        names = [name for name in self.manifest.tensors if layout.group_of(name) == layout.PROBE]
+        return {name.removeprefix(f"{layout.PROBE}."): self._read(name, verify=True) for name in names}
+
+    def names(
+        self,
+        *,
+        domains: Collection[str] | None = None,
+        shared: bool = True,
+        parameters: bool = True,
+        optimizer: bool = True,
+    ) -> list[str]:
+        """Sorted tensor names of the given domains (None: all), with or without shared tensors and either kind.
+
+        Raises CheckpointError for a domain that the checkpoint does not have.
+        """
+        wanted = set(self.domains if domains is None else domains)
+        if unknown := sorted(wanted - set(self.domains)):
+            raise CheckpointError(
+                f"{self.path} has no domain {unknown[0]!r}: choose from {', '.join(self.domains) or 'none'}"
+            )
+        return sorted(
+            name
+            for name in self.manifest.tensors
+            if layout.group_of(name) != layout.PROBE
+            and (shared if (domain := layout.domain_of(name)) is None else domain in wanted)
+            and (optimizer if layout.is_optimizer(name) else parameters)
+        )
+
+    def files(self, names: Iterable[str]) -> list[str]:
+        """The sorted paths (inside the folder) of the files that hold the tensors `names`."""
+        return sorted({piece.file for name in names for piece in self._entry(name).slices})
+
+    def load(self, names: Iterable[str] | None = None, *, verify: bool = True) -> dict[str, np.ndarray]:
+        """Reads the tensors `names` (None: all but the probe) into new arrays, two at a time.
+
+        With `verify`, raises CheckpointError naming the file when a tensor's bytes are not those that were saved.
+        """
+        chosen = self.names() if names is None else list(names)
+        with ThreadPoolExecutor(2) as threads:
+            return dict(zip(chosen, threads.map(lambda name: self._read(name, verify), chosen), strict=True))
+
+    def iter_tensors(
+        self, names: Iterable[str] | None = None, *, verify: bool = True
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Like `load`, one after another: memory holds the tensor handed out and the one being read ahead."""
+        chosen = self.names() if names is None else list(names)
+        with ThreadPoolExecutor(1) as thread:
+            ahead = thread.submit(self._read, chosen[0], verify) if chosen else None
+            for position, name in enumerate(chosen):
+                array = ahead.result()
+                following = chosen[position + 1 : position + 2]
+                ahead = thread.submit(self._read, following[0], verify) if following else None
+                yield name, array
+                del array
+
+    def read_file(self, path: str) -> bytes:
+        """The content of one small file of the folder, checked against its hash."""
+        entry = self.manifest.files.get(path)
+        if entry is None:
+            raise CheckpointError(f"{self.path} holds no {path}: use another checkpoint")
+        with open_plain(self.path / path) as stream:
+            content = stream.read()
+        if len(content) != entry.bytes or hashlib.sha256(content).hexdigest() != entry.sha256:
+            raise damaged(self.path / path, "its content is not what was written")
+        return content
+
+    def verify(
+        self, files: Iterable[str] | None = None, *, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Reads the given files (None: every file) and compares size and hash; `progress(bytes_done, bytes_total)`.
+
+        Raises CheckpointError with the first damaged file's name.
+        """
+        chosen = list(self.manifest.files if files is None else files)
+        total = sum(self.manifest.files[path].bytes for path in chosen)
+        done = 0
+        with ThreadPoolExecutor(2) as threads:
+            results = threads.map(lambda path: digest_of_file(self.path / path), chosen)
+            for path, (size, sha256) in zip(chosen, results, strict=True):
+                entry = self.manifest.files[path]
+                if (size, sha256) != (entry.bytes, entry.sha256):
+                    raise damaged(self.path / path, "its content is not what was written")
+                done += size
+                if progress is not None:
+                    progress(done, total)
+
+    def check_fingerprints(self, *, tokenizer: str, corpora: dict[str, str]) -> None:
+        """Raises CheckpointError by name when the tokenizer, or the corpus of a domain that it knows, has changed."""
+        if tokenizer != self.fingerprints.tokenizer:
+            raise CheckpointError(
+                f"the tokenizer is not the one {self.path} was trained with: "
+                "restore it, or start a new run in another run.dir"
+            )
+        for domain, fingerprint in self.fingerprints.corpora.items():
+            if domain in corpora and corpora[domain] != fingerprint:
+                raise CheckpointError(
+                    f"the corpus of domain {domain} has changed since {self.path} was saved: "
+                    "restore its files, or start a new run in another run.dir"
+                )
+
+    def _entry(self, name: str) -> TensorEntry:
+        entry = self.manifest.tensors.get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.path} holds no tensor {name!r}: use a checkpoint of the same model")
+        return entry
+
+    def _read(self, name: str, verify: bool) -> np.ndarray:
+        entry = self._entry(name)
+        if len(entry.slices) == 1:
+            return self._read_slice(name, entry, entry.slices[0], verify)
+        array = np.empty(entry.shape, numpy_type(entry.dtype))
+        for piece in entry.slices:
+            box = tuple(slice(begin, begin + size) for begin, size in zip(piece.offset, piece.shape, strict=True))
+            array[box] = self._read_slice(name, entry, piece, verify)
+        return array
+
+    def _read_slice(self, name: str, entry: TensorEntry, piece: TensorSlice, verify: bool) -> np.ndarray:
+        path = self.path / piece.file
+        if piece.file not in self._headers:
+            file = self.manifest.files[piece.file]
+            self._headers[piece.file] = read_header(path, file.header_bytes, file.header_sha256)
+        spec, begin = self._headers[piece.file].get(name, (None, 0))
+        if spec != TensorSpec(name, entry.dtype, piece.shape):
+            raise damaged(path, f"tensor {name!r} in it is not as the manifest says")
+        return read_tensor(path, spec, begin, piece.sha256 if verify else None)
+
+
+def open_checkpoint(path: Path | str, messages: Iterable[str] = ()) -> Checkpoint:
+    """Opens a checkpoint folder (or any model folder with a manifest) after checking that it is whole.
+
+    The manifest is validated and every file it names must be a regular file of the stated size inside the folder; file
+    contents are not read yet. Raises CheckpointError naming the file or folder otherwise.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder: name a run or a checkpoint folder")
+    if not os.path.lexists(path / layout.MANIFEST):
+        raise CheckpointError(
+            f"{path} has no {layout.MANIFEST}, so it is not a finished checkpoint: use another checkpoint"
+        )
+    _check_file(path, layout.MANIFEST, None)
+    with open_plain(path / layout.MANIFEST) as stream:
+        manifest = parse_manifest(stream.read(), path / layout.MANIFEST)
+    for name, entry in manifest.files.items():
+        _check_file(path, name, entry.bytes)
+    return Checkpoint(path, manifest, messages)
+
+
+def _check_file(folder: Path, name: str, size: int | None) -> None:
+    place = folder
+    parts = name.split("/")
+    for part in parts:
+        place = place / part
+        try:
+            status = place.lstat()
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder / name} of the checkpoint is missing ({error.strerror}): restore it or use another checkpoint"
+            ) from error
+        wanted = stat.S_ISREG if place == folder / name else stat.S_ISDIR
+        if not wanted(status.st_mode):
+            raise damaged(folder / name, f"{place.name} is a link or something else than a plain file or folder")
+    if size is not None and status.st_size != size:
+        raise damaged(folder / name, f"it has {status.st_size} bytes instead of {size}")

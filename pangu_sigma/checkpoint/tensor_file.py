@@ -1,0 +1,249 @@
+"""One safetensors file: written as a stream without a copy of its tensors, read tensor by tensor with its hash checked.
+
+The format: 8 bytes header length (little endian), a JSON header padded with spaces to 8 bytes, the tensors' bytes. The
+same tensors always give the same bytes: widest elements first (so that every tensor is aligned), then by name, and
+fixed metadata. The safetensors library reads these files; its own writer would need a second copy of it all in memory.
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pangu_sigma.checkpoint.errors import CheckpointError
+
+# NumPy has no bfloat16: its raw bits travel as uint16 that carries this mark. Views keep the mark, arithmetic drops it.
+BFLOAT16 = np.dtype(np.uint16, metadata={"element": "bfloat16"})
+
+# name in the manifest -> (name in safetensors, NumPy type)
+_TYPES: dict[str, tuple[str, np.dtype]] = {
+    "float32": ("F32", np.dtype(np.float32)),
+    "float16": ("F16", np.dtype(np.float16)),
+    "bfloat16": ("BF16", BFLOAT16),
+    "int64": ("I64", np.dtype(np.int64)),
+    "int32": ("I32", np.dtype(np.int32)),
+    "uint16": ("U16", np.dtype(np.uint16)),
+    "uint8": ("U8", np.dtype(np.uint8)),
+    "bool": ("BOOL", np.dtype(np.bool_)),
+}
+_CHUNK = 8 << 20
+_SMALL = 64 << 10
+_MAX_HEADER = 100 << 20  # the safetensors library's own limit
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What is known of a tensor without its bytes; `dtype` is a name such as `float32`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return count_bytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """What a tensor file was written as; `tensors` maps each tensor to the sha256 of its bytes."""
+
+    bytes: int
+    sha256: str
+    header_bytes: int
+    header_sha256: str
+    tensors: dict[str, str]
+
+
+def count_bytes(dtype: str, shape: Iterable[int]) -> int:
+    """Bytes of a tensor; raises ValueError for a type that checkpoints do not hold."""
+    if dtype not in _TYPES:
+        raise ValueError(f"type {dtype!r} is none of {', '.join(_TYPES)}")
+    return math.prod(shape) * _TYPES[dtype][1].itemsize
+
+
+def numpy_type(dtype: str) -> np.dtype:
+    """The NumPy type that a tensor of the manifest's type `dtype` is loaded as."""
+    return _TYPES[dtype][1]
+
+
+def spec_of(name: str, array: np.ndarray) -> TensorSpec:
+    """Describes `array`; raises ValueError naming the tensor when its element type is not one that checkpoints hold."""
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"tensor {name!r} is a {type(array).__name__}, not a NumPy array")
+    metadata = array.dtype.metadata or {}
+    dtype = metadata.get("element", array.dtype.name)
+    if dtype not in _TYPES or array.dtype.itemsize != _TYPES[dtype][1].itemsize or not array.dtype.isnative:
+        raise ValueError(f"tensor {name!r} has type {array.dtype}; a checkpoint holds {', '.join(_TYPES)}")
+    return TensorSpec(name, dtype, tuple(int(size) for size in array.shape))
+
+
+def raw_bytes(array: np.ndarray) -> memoryview:
+    """The array's bytes in C order, without a copy unless the array is not contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def digest_of(array: np.ndarray) -> str:
+    """sha256 of the array's bytes in C order."""
+    return hashlib.sha256(raw_bytes(array)).hexdigest()
+
+
+def in_file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """The order of tensors inside a file."""
+    return sorted(specs, key=lambda spec: (-_TYPES[spec.dtype][1].itemsize, spec.name))
+
+
+def make_header(specs: Iterable[TensorSpec]) -> bytes:
+    """Length and JSON header of a file that holds `specs`, ready to be followed by their bytes in `in_file_order`."""
+    entries: dict[str, object] = {"__metadata__": {"format": "np"}}
+    begin = 0
+    for spec in in_file_order(specs):
+        end = begin + spec.nbytes
+        entries[spec.name] = {
+            "dtype": _TYPES[spec.dtype][0],
+            "shape": list(spec.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_tensor_file(
+    path: Path,
+    specs: Iterable[TensorSpec],
+    tensors: Mapping[str, np.ndarray],
+    known: Mapping[str, str],
+    threads: Executor,
+    advance: Callable[[int], None],
+) -> WrittenFile:
+    """Writes and fsyncs a new file; hashes run in `threads` while the bytes are written, each byte is touched once.
+
+    `known` holds tensor hashes that need not be computed again; `advance(bytes)` is called after every piece.
+    Raises OSError as the file system does, FileExistsError when the file is there already.
+    """
+    specs = in_file_order(specs)
+    header = make_header(specs)
+    whole = hashlib.sha256(header)
+    digests = dict(known)
+    with open(path, "xb", buffering=0) as stream:
+        write_all(stream, memoryview(header))
+        advance(len(header))
+        for spec in specs:
+            data = raw_bytes(tensors[spec.name])
+            own = None if spec.name in digests else hashlib.sha256()
+            hashes = [whole] if own is None else [whole, own]
+            for start in range(0, len(data), _CHUNK):
+                chunk = data[start : start + _CHUNK]
+                if len(chunk) <= _SMALL:
+                    for running in hashes:
+                        running.update(chunk)
+                    write_all(stream, chunk)
+                else:
+                    jobs = [threads.submit(running.update, chunk) for running in hashes]
+                    try:
+                        write_all(stream, chunk)
+                    finally:
+                        for job in jobs:
+                            job.result()
+                advance(len(chunk))
+            if own is not None:
+                digests[spec.name] = own.hexdigest()
+        size = stream.tell()
+        os.fsync(stream.fileno())
+    return WrittenFile(size, whole.hexdigest(), len(header), hashlib.sha256(header).hexdigest(), digests)
+
+
+def write_all(stream: io.FileIO, data: memoryview) -> None:
+    """Writes all of `data` to an unbuffered stream."""
+    while data:  # an unbuffered write may take less than it was given, for example when the disk is nearly full
+        data = data[stream.write(data) :]
+
+
+def read_header(path: Path, header_bytes: int, header_sha256: str) -> dict[str, tuple[TensorSpec, int]]:
+    """Reads a file's header; returns each tensor's description and where its bytes begin in the file.
+
+    Raises CheckpointError, naming the file, unless the header is, bit for bit, the one whose hash is given.
+    """
+    if not 8 < header_bytes <= _MAX_HEADER:
+        raise CheckpointError(f"{path} has no header of a sensible length: restore it or use another checkpoint")
+    with open_plain(path) as stream:
+        header = stream.read(header_bytes)
+    if len(header) != header_bytes or hashlib.sha256(header).hexdigest() != header_sha256:
+        raise damaged(path, "its header is not the one that was written")
+    names = {short: name for name, (short, _) in _TYPES.items()}
+    try:
+        if int.from_bytes(header[:8], "little") != header_bytes - 8:
+            raise ValueError("length")
+        entries = {
+            name: (TensorSpec(name, names[entry["dtype"]], tuple(entry["shape"])), entry["data_offsets"][0])
+            for name, entry in json.loads(header[8:]).items()
+            if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise damaged(path, "its header cannot be read") from error
+    return {name: (spec, header_bytes + begin) for name, (spec, begin) in entries.items()}
+
+
+def read_tensor(path: Path, spec: TensorSpec, begin: int, sha256: str | None) -> np.ndarray:
+    """Reads one tensor of a file into a new array, in pieces, hashing as it reads; `sha256` None reads without a check.
+
+    Raises CheckpointError, naming the file and the tensor, when the file ends early or the bytes are not those written.
+    """
+    array = np.empty(spec.shape, numpy_type(spec.dtype))
+    data = raw_bytes(array)
+    running = hashlib.sha256()
+    with open_plain(path) as stream:
+        stream.seek(begin)
+        start = 0
+        while start < len(data):
+            count = stream.readinto(data[start : start + _CHUNK])
+            if not count:
+                raise damaged(path, f"it ends inside tensor {spec.name!r}")
+            if sha256 is not None:
+                running.update(data[start : start + count])
+            start += count
+    if sha256 is not None and running.hexdigest() != sha256:
+        raise damaged(path, f"the bytes of tensor {spec.name!r} are not those that were written")
+    return array
+
+
+def digest_of_file(path: Path) -> tuple[int, str]:
+    """(bytes, sha256) of a file, read in pieces."""
+    running = hashlib.sha256()
+    size = 0
+    piece = memoryview(bytearray(_CHUNK))
+    with open_plain(path) as stream:
+        while count := stream.readinto(piece):
+            running.update(piece[:count])
+            size += count
+    return size, running.hexdigest()
+
+
+@contextmanager
+def open_plain(path: Path) -> Iterator[io.FileIO]:
+    """Opens a file of a checkpoint for unbuffered reading; never follows a link.
+
+    Raises CheckpointError, naming the file, for every failure of the file system while it is open.
+    """
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0) as stream:
+            yield stream
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} of the checkpoint cannot be read ({error.strerror}): restore it or use another checkpoint"
+        ) from error
+
+
+def damaged(path: Path, what: str) -> CheckpointError:
+    """The error for a file that is not what was saved."""
+    return CheckpointError(f"{path} is damaged: {what}; restore the file or use another checkpoint")

@@ -1,0 +1,116 @@
+"""Fills a folder with a checkpoint's files: linked or written, each synced to disk, the manifest last."""
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from pathlib import Path
+
+import numpy as np
+
+from pangu_sigma.checkpoint import layout
+from pangu_sigma.checkpoint.manifest import FileEntry, TensorEntry, TensorSlice
+from pangu_sigma.checkpoint.planning import PlannedFile
+from pangu_sigma.checkpoint.tensor_file import write_all, write_tensor_file
+
+# what file systems answer that have no hard links, or no more of them for this file
+_NO_LINK = {errno.EPERM, errno.EACCES, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP}
+
+
+class FolderWriter:
+    """Writes the planned files of one checkpoint and collects what its manifest says about them. Raises OSError."""
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Mapping[str, np.ndarray],
+        threads: Executor,
+        total: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self.folder = folder
+        self.files: dict[str, FileEntry] = {}
+        self.tensors: dict[str, TensorEntry] = {}
+        self.bytes_written = 0
+        self.bytes_linked = 0
+        self.links_refused = 0
+        self._arrays = tensors
+        self._threads = threads
+        self._total = total
+        self._done = 0
+        self._progress = progress
+
+    def write(self, file: PlannedFile) -> None:
+        """Links the file if it is unchanged, else writes and syncs it."""
+        target = self.folder / file.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.link is None or not self._link(file, target):
+            if file.content is not None:
+                self._write_content(file.path, file.content)
+            else:
+                self._write_tensors(file, target)
+        for spec in file.specs:
+            origin = (0,) * len(spec.shape)
+            piece = TensorSlice(file=file.path, offset=origin, shape=spec.shape, sha256=file.known[spec.name])
+            self.tensors[spec.name] = TensorEntry(dtype=spec.dtype, shape=spec.shape, slices=(piece,))
+
+    def finish(self, manifest: bytes) -> None:
+        """Syncs the folders, then writes the manifest and syncs once more."""
+        folders = {self.folder / parent for path in self.files for parent in Path(path).parents}
+        for folder in sorted(folders, reverse=True):
+            sync_folder(folder)
+        write_synced(self.folder / layout.MANIFEST, manifest)
+        sync_folder(self.folder)
+
+    def _link(self, file: PlannedFile, target: Path) -> bool:
+        try:
+            os.link(file.link, target)
+        except OSError as error:
+            if error.errno not in _NO_LINK:
+                raise
+            self.links_refused += 1
+            return False
+        self.files[file.path] = file.linked_entry
+        self.bytes_linked += file.size
+        self._advance(file.size)
+        return True
+
+    def _write_content(self, path: str, content: bytes) -> None:
+        sha256 = write_synced(self.folder / path, content)
+        self.files[path] = FileEntry(bytes=len(content), sha256=sha256)
+        self.bytes_written += len(content)
+        self._advance(len(content))
+
+    def _write_tensors(self, file: PlannedFile, target: Path) -> None:
+        written = write_tensor_file(target, file.specs, self._arrays, file.known, self._threads, self._advance)
+        file.known.update(written.tensors)
+        self.files[file.path] = FileEntry(
+            bytes=written.bytes,
+            sha256=written.sha256,
+            header_bytes=written.header_bytes,
+            header_sha256=written.header_sha256,
+        )
+        self.bytes_written += written.bytes
+
+    def _advance(self, count: int) -> None:
+        self._done += count
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def write_synced(path: Path, content: bytes) -> str:
+    """Writes a new file, syncs it, and returns its sha256."""
+    with open(path, "xb", buffering=0) as stream:
+        write_all(stream, memoryview(content))
+        os.fsync(stream.fileno())
+    return hashlib.sha256(content).hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
