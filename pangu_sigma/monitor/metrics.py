@@ -32,16 +32,16 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
     """
     records = [record for _, record in _read_lines(Path(run_dir) / FILE_NAME)]
     last = {(r["kind"], r["step"]): i for i, r in enumerate(records) if r["kind"] in _ONE_PER_STEP}
-    return [_restore(r) for i, r in enumerate(records) if last.get((r["kind"], r["step"]), i) == i]
+    return [restore_numbers(r) for i, r in enumerate(records) if last.get((r["kind"], r["step"]), i) == i]
 
 
 class MetricsLog:
     """Writes a run's records; a context manager that closes its files.
 
-    `run_dir` is made if needed. `tensorboard` also writes scalars to `run_dir/tensorboard/`. `resume_step` is None for a
-    new run, or the step of the checkpoint the run goes on from: records of later steps (from a run that was killed after
-    that checkpoint) are then dropped, `dropped_lines` of them, so that no curve has two values for one step. A run that
-    begins anew in its old folder passes -1, which drops everything.
+    `run_dir` is made if needed. `tensorboard` also writes scalars to `run_dir/tensorboard/`. `resume_step` is None for
+    a new run, or the step of the checkpoint the run goes on from: records of later steps (from a run that was killed
+    after that checkpoint) are then dropped, `dropped_lines` of them, so that no curve has two values for one step. A
+    run that begins anew in its old folder passes -1, which drops everything.
 
     Raises UserError if `resume_step` is None and the folder already holds records, if an earlier line is damaged, if
     tensorboardX is missing, or if the disk is full.
@@ -55,7 +55,7 @@ class MetricsLog:
         if self.path.exists() and self.path.stat().st_size:
             if resume_step is None:
                 raise UserError(
-                    f"{self.path} already holds a run's metrics: go on with that run by --resume or choose another run.dir."
+                    f"{self.path} already holds a run's metrics: use --resume to go on with it or another run.dir."
                 )
             self.dropped_lines = _cut_after(self.path, resume_step)
         if tensorboard:
@@ -224,11 +224,12 @@ def _plain(value: Any) -> Any:
     raise ValueError(f"a metrics record cannot hold a {type(value).__name__}")
 
 
-def _restore(value: Any, field: str = "") -> Any:
+def restore_numbers(value: Any, field: str = "") -> Any:
+    """Strings "nan", "inf", "-inf" anywhere in the value as floats again, except in fields that hold text."""
     if isinstance(value, dict):
-        return {k: _restore(v, k) for k, v in value.items()}
+        return {k: restore_numbers(v, k) for k, v in value.items()}
     if isinstance(value, list):
-        return [_restore(v) for v in value]
+        return [restore_numbers(v) for v in value]
     if isinstance(value, str) and field not in _TEXT_FIELDS:
         return _NON_FINITE.get(value, value)
     return value
@@ -241,8 +242,8 @@ def _tensorboard_writer(folder: Path, resume_step: int | None):
         raise UserError("tensorboardX is not installed: install it or set run.tensorboard=false.") from None
     if resume_step is None:
         return SummaryWriter(str(folder))
-    # purge_step tells TensorBoard to forget what an earlier, killed run wrote from that step on. The suffix keeps a resume
-    # in the same second from taking the file's name, which is made of seconds.
+    # purge_step tells TensorBoard to forget what an earlier, killed run wrote from that step on. The suffix keeps a
+    # resume in the same second from taking the earlier file's name, which is made of seconds.
     return SummaryWriter(str(folder), purge_step=resume_step + 1, filename_suffix=f".from{resume_step + 1}")
 
 
