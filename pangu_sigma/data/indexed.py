@@ -1,10 +1,10 @@
 """Token store in Megatron-LM's memory-mapped format, which MindFormers reads and writes too.
 
 ``NAME.bin`` holds the token ids of all documents end to end. ``NAME.idx`` holds, little-endian and without padding:
-``b"MMIDIDX\\0\\0"``, version (uint64, 1), type code (uint8), number of sequences N (uint64), length of the document index
-(uint64, M + 1), sequence lengths (int32 [N]), byte offsets of the sequences (int64 [N]), document index (int64 [M + 1]:
-document m is the sequences from entry m to entry m + 1). Written here, a document is one sequence and ends with the
-end-of-document id; read here, documents of several sequences are understood as well.
+``b"MMIDIDX\\0\\0"``, version (uint64, 1), type code (uint8), number of sequences N (uint64), length of the document
+index (uint64, M + 1), sequence lengths (int32 [N]), byte offsets of the sequences (int64 [N]), document index (int64
+[M + 1]: document m is the sequences from entry m to entry m + 1). Written here, a document is one sequence and ends
+with the end-of-document id; read here, documents of several sequences are understood as well.
 """
 
 import os
@@ -53,7 +53,9 @@ class IndexedWriter:
         self._bin = open(self._temporary(".bin"), "wb")  # noqa: SIM115 - closed by close() or discard()
 
     def add(self, ids: Iterable[int] | np.ndarray) -> None:
-        """Append one document [n] without its end: the end-of-document id is added. ValueError when an id does not fit."""
+        """Append one document [n] without its end: the end-of-document id is added. ValueError when an id does not
+        fit.
+        """
         tokens = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
         if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
             raise ValueError(f"a document must be a row of integers, not {tokens.dtype} {tokens.shape}")
@@ -62,7 +64,8 @@ class IndexedWriter:
                 f"document {len(self._lengths)} has ids {tokens.min()} to {tokens.max()}, "
                 f"outside the vocabulary of {self._vocab_size}"
             )
-        # The cast is explicit: Megatron's own builder writes wider arrays unchanged, and the file is then silently wrong.
+        # The cast is explicit: Megatron's own builder writes wider arrays unchanged, and the file is then silently
+        # wrong.
         stored = np.empty(tokens.size + 1, dtype=self.dtype)
         stored[:-1] = tokens
         stored[-1] = self._eod_id
@@ -111,8 +114,8 @@ def _flush(stream) -> None:
 
 
 class IndexedTokens:
-    """Read a store; tokens stay on disk. ``lengths`` int64 [M] tokens per document, ``offsets`` int64 [M + 1] their running
-    sum, ``documents`` = M, ``tokens`` their number.
+    """Read a store; tokens stay on disk. ``lengths`` int64 [M] tokens per document, ``offsets`` int64 [M + 1] their
+    running sum, ``documents`` = M, ``tokens`` their number.
 
     Raises UserError with the file's name when a file is missing, truncated or not in this format.
     """
@@ -172,7 +175,9 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
     if code not in TYPE_CODES or np.dtype(TYPE_CODES[code]).kind == "f":
         raise _damaged(path, f"names the type code {code}, which is no integer type")
     if len(data) != _HEADER.size + 12 * count + 8 * document_count or document_count < 1:
-        raise _damaged(path, f"has {len(data)} bytes, not what {count} sequences and {document_count - 1} documents take")
+        raise _damaged(
+            path, f"has {len(data)} bytes, not what {count} sequences and {document_count - 1} documents take"
+        )
     lengths = np.frombuffer(data, "<i4", count, _HEADER.size).astype(np.int64)
     pointers = np.frombuffer(data, "<i8", count, _HEADER.size + 4 * count)
     bounds = np.frombuffer(data, "<i8", document_count, _HEADER.size + 12 * count)

@@ -6,8 +6,8 @@ import numpy as np
 def positions_and_segments(tokens: np.ndarray, eod_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions int32 [B,S] (0 again after every end-of-document token) and segments int32 [B,S] (0, 1, 2 … per row).
 
-    ``tokens`` is [B,S], the model's input side. The end-of-document token still belongs to the document it ends. A token
-    may attend to an earlier one exactly when both have the same segment.
+    ``tokens`` is [B,S], the model's input side. The end-of-document token still belongs to the document it ends. A
+    token may attend to an earlier one exactly when both have the same segment.
     """
     if tokens.ndim != 2:
         raise ValueError(f"tokens must be [B,S], not {tokens.shape}")

@@ -1,7 +1,7 @@
 """Corpus files: which files a domain's entry names, and the documents inside them, one at a time.
 
-A ``.jsonl`` line is a document. A ``.txt`` file is a document too, unless it is long: then it is cut at blank lines into
-documents of about ``TEXT_DOCUMENT_CHARS``, so that a book can be split into training and held-out parts.
+A ``.jsonl`` line is a document. A ``.txt`` file is a document too, unless it is long: then it is cut at blank lines
+into documents of about ``TEXT_DOCUMENT_CHARS``, so that a book can be split into training and held-out parts.
 """
 
 import glob
@@ -58,7 +58,9 @@ def expand_paths(name: str, data: Sequence[str | Path]) -> list[Path]:
             raise UserError(f"domain '{name}': the file {entry} does not exist; check the path in domains.data")
         for match in matches:
             if match.suffix.lower() not in (".jsonl", ".txt"):
-                raise UserError(f"domain '{name}': {match} is neither .jsonl nor .txt; convert it or narrow the pattern")
+                raise UserError(
+                    f"domain '{name}': {match} is neither .jsonl nor .txt; convert it or narrow the pattern"
+                )
             found[match.resolve()] = None
     if not found:
         raise UserError(f"domain '{name}' names no corpus file; list at least one path in domains.data")
@@ -88,8 +90,8 @@ def iterate_documents(name: str, files: Sequence[Path], text_field: str = "text"
 
     Line ends become ``\\n`` and a byte order mark is dropped. Blank lines of a ``.jsonl`` file are passed over. Empty
     documents are handed on: the caller counts them.
-    Raises UserError with file and line for bytes that are not UTF-8, a line that is not a JSON object, a missing field, a
-    field that is no string, and text with half a surrogate pair (which no tokenizer can encode).
+    Raises UserError with file and line for bytes that are not UTF-8, a line that is not a JSON object, a missing
+    field, a field that is no string, and text with half a surrogate pair (which no tokenizer can encode).
     """
     for file in files:
         reader = _jsonl_documents(name, file, text_field) if file.suffix.lower() == ".jsonl" else _text_documents(file)
@@ -97,7 +99,9 @@ def iterate_documents(name: str, files: Sequence[Path], text_field: str = "text"
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """(1-based number, line with its ``\\n``) of a UTF-8 file; a ``.txt`` line beyond the limit comes in several pieces."""
+    """(1-based number, line with its ``\\n``) of a UTF-8 file; a ``.txt`` line beyond the limit comes in several
+    pieces.
+    """
     limit = _LINE_LIMIT if file.suffix.lower() == ".txt" else -1
     number = 1
     try:
@@ -123,7 +127,7 @@ def _jsonl_documents(name: str, file: Path, text_field: str) -> Iterator[Documen
             reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             raise UserError(f"{where}: the line is not valid JSON ({reason}); correct or remove it") from error
         if not isinstance(record, dict):
-            raise UserError(f"{where}: the line is no JSON object; each line must be like {{\"{text_field}\": \"…\"}}")
+            raise UserError(f'{where}: the line is no JSON object; each line must be like {{"{text_field}": "…"}}')
         if text_field not in record:
             known = ", ".join(sorted(map(str, record))[:8]) or "none"
             raise UserError(
@@ -131,7 +135,9 @@ def _jsonl_documents(name: str, file: Path, text_field: str) -> Iterator[Documen
             )
         text = record[text_field]
         if not isinstance(text, str):
-            raise UserError(f"{where}: the field '{text_field}' is no string but {type(text).__name__}; it must hold text")
+            raise UserError(
+                f"{where}: the field '{text_field}' is no string but {type(text).__name__}; it must hold text"
+            )
         text = text.replace("\r\n", "\n").replace("\r", "\n")
         if _has_lone_surrogate(text):
             raise UserError(f"{where}: the text holds half a surrogate pair (\\ud800–\\udfff alone); repair the line")

@@ -26,8 +26,8 @@ _THREADS = 2
 class Tokenizer(ABC):
     """Text to vocabulary ids and back.
 
-    Attributes: ``kind`` (name in the configuration), ``vocab_size``, ``eod_id`` (ends every document), ``pad_id`` (fills
-    the last held-out sequence), ``fingerprint`` (sha256 hex of everything that decides the ids).
+    Attributes: ``kind`` (name in the configuration), ``vocab_size``, ``eod_id`` (ends every document), ``pad_id``
+    (fills the last held-out sequence), ``fingerprint`` (sha256 hex of everything that decides the ids).
     """
 
     kind: str
@@ -125,7 +125,9 @@ class Tokenizer(ABC):
                     right = piece[:1] if number < len(parts) - 1 else ""
                     ids += self._encode_text(left + part + right)
                 return ids
-        raise UserError(f"the tokenizer makes its reserved id out of the text {text[:40]!r}; give another eod_id or pad_id")
+        raise UserError(
+            f"the tokenizer makes its reserved id out of the text {text[:40]!r}; give another eod_id or pad_id"
+        )
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -201,7 +203,9 @@ def read_model(path: str | Path | None, kind: str) -> bytes:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer that ``save`` wrote into ``folder``; UserError names the file that is missing, damaged or changed."""
+    """The tokenizer that ``save`` wrote into ``folder``; UserError names the file that is missing, damaged or
+    changed.
+    """
     folder = Path(folder)
     info_path = folder / INFO_FILE
     try:
@@ -210,14 +214,20 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         fingerprint, version = info["fingerprint"], info["format_version"]
         model = (folder / MODEL_FILE).read_bytes()
     except OSError as error:
-        raise UserError(f"{error.filename} cannot be read ({error.strerror}); the tokenizer's folder is not whole") from error
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}); the tokenizer's folder is not whole"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{info_path} is damaged; restore it from a checkpoint of the same run") from error
     if version != FORMAT_VERSION:
-        raise UserError(f"{info_path} has format version {version}, this release reads {FORMAT_VERSION}; update pangu-sigma")
+        raise UserError(
+            f"{info_path} has format version {version}, this release reads {FORMAT_VERSION}; update pangu-sigma"
+        )
     tokenizer = tokenizer_class(kind)(model, eod_id, pad_id, str(folder / MODEL_FILE))
     if tokenizer.fingerprint != fingerprint:
-        raise UserError(f"{folder / MODEL_FILE} is not the tokenizer that {info_path} describes; restore the original file")
+        raise UserError(
+            f"{folder / MODEL_FILE} is not the tokenizer that {info_path} describes; restore the original file"
+        )
     return tokenizer
 
 

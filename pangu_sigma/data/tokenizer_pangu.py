@@ -1,8 +1,8 @@
 """PanGu-α's published tokenizer: jieba words, then the SentencePiece model ``vocab.model`` (40,000 pieces).
 
-Scheme of huawei-noah/Pretrained-Language-Model, PanGu-α: cut with jieba, write a space as U+2582 and a line end as U+2583,
-join the words with spaces, encode. Decoding drops the spaces and turns the two signs back. The vocabulary has no byte
-fallback and normalises (NFKC), so a text is not always recovered exactly.
+Scheme of huawei-noah/Pretrained-Language-Model, PanGu-α: cut with jieba, write a space as U+2582 and a line end as
+U+2583, join the words with spaces, encode. Decoding drops the spaces and turns the two signs back. The vocabulary has
+no byte fallback and normalises (NFKC), so a text is not always recovered exactly.
 """
 
 import logging
@@ -19,7 +19,9 @@ _TO_TEXT = str.maketrans("\u2582\u2583", " \n", " ")
 
 
 class PanguAlphaTokenizer(Tokenizer):
-    """jieba + SentencePiece as PanGu-α was trained; ``eod_id`` defaults to ``<eot>`` (9), ``pad_id`` to ``<pad>`` (6)."""
+    """jieba + SentencePiece as PanGu-α was trained; ``eod_id`` defaults to ``<eot>`` (9), ``pad_id`` to ``<pad>``
+    (6).
+    """
 
     kind = "pangu_alpha"
 
@@ -47,5 +49,7 @@ class PanguAlphaTokenizer(Tokenizer):
     def _find_eod(self, origin: str) -> int:
         index = self._pieces.piece_to_id(DEFAULT_EOD)
         if index == self._pieces.unk_id():
-            raise UserError(f"{origin} has no piece {DEFAULT_EOD}: it is not PanGu-α's vocab.model; use kind sentencepiece")
+            raise UserError(
+                f"{origin} has no piece {DEFAULT_EOD}: it is not PanGu-α's vocab.model; use kind sentencepiece"
+            )
         return index

@@ -1,8 +1,8 @@
 """Train a SentencePiece BPE model on the domains' mix, or fetch the tokenizer that a configuration asks for.
 
-Settings that make it exact for any text, code included: identity normalisation, no dummy prefix, spaces kept, byte fallback
-for characters outside the vocabulary. Line ends and tabs are pieces of their own; runs of spaces are learned like words.
-Digits stand alone, so that numbers are read digit by digit.
+Settings that make it exact for any text, code included: identity normalisation, no dummy prefix, spaces kept, byte
+fallback for characters outside the vocabulary. Line ends and tabs are pieces of their own; runs of spaces are learned
+like words. Digits stand alone, so that numbers are read digit by digit.
 """
 
 import hashlib
@@ -64,11 +64,13 @@ def build_tokenizer(
 def train_tokenizer(sources: Sequence[Source], vocab_size: int) -> SentencePieceTokenizer:
     """Train on the mix of ``sources``, weighted by ``Source.weight``: the same text gives the same bytes.
 
-    Ids: ``<pad>`` 0, ``<unk>`` 1 (never made), ``<eod>`` 2, then layout, bytes, merges, characters: ``vocab_size`` in all.
-    Raises UserError when the vocabulary is too small to hold the bytes, or larger than the text can fill.
+    Ids: ``<pad>`` 0, ``<unk>`` 1 (never made), ``<eod>`` 2, then layout, bytes, merges, characters: ``vocab_size`` in
+    all. Raises UserError when the vocabulary is too small to hold the bytes, or larger than the text can fill.
     """
     if vocab_size < SMALLEST_VOCABULARY:
-        raise UserError(f"data.tokenizer.vocab_size is {vocab_size}; a trained tokenizer needs {SMALLEST_VOCABULARY} or more")
+        raise UserError(
+            f"data.tokenizer.vocab_size is {vocab_size}; a trained tokenizer needs {SMALLEST_VOCABULARY} or more"
+        )
     lines = _learnable(list(_mixed_lines(sources)), (vocab_size - _RESERVED) // 2)
     if not lines:
         names = ", ".join(source.name for source in sources)
@@ -103,7 +105,9 @@ def train_tokenizer(sources: Sequence[Source], vocab_size: int) -> SentencePiece
     except RuntimeError as error:
         most = re.search(r"value <= (\d+)", str(error))
         if most is None:
-            raise UserError(f"the tokenizer could not be trained ({error}); try another data.tokenizer.vocab_size") from error
+            raise UserError(
+                f"the tokenizer could not be trained ({error}); try another data.tokenizer.vocab_size"
+            ) from error
         raise UserError(
             f"data.tokenizer.vocab_size {vocab_size} is more than this text can fill; "
             f"set it to {most.group(1)} or less, or add text"
@@ -135,8 +139,8 @@ def _mixed_lines(sources: Sequence[Source]) -> Iterator[str]:
 def _learnable(lines: list[str], most: int) -> list[str]:
     """The lines cut at characters that get no piece: all but the ``most`` frequent, and SentencePiece's own signs.
 
-    SentencePiece reserves a piece for every character it sees, and ten thousand Chinese ones would leave no room for merges
-    in a small vocabulary; what is left out is written in bytes.
+    SentencePiece reserves a piece for every character it sees, and ten thousand Chinese ones would leave no room for
+    merges in a small vocabulary; what is left out is written in bytes.
     """
     counts: Counter[str] = Counter()
     for line in lines:
