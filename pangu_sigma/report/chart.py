@@ -47,7 +47,7 @@ def line_chart(lines: Sequence[Line], chart: Chart) -> str:
     number = chart.number or tick
     right = chart.width - (LABELS if chart.end_labels else RIGHT)
     x = _Scale(min(steps), max(steps), LEFT, right)
-    y = _value_scale(values or [0.0], chart)
+    y = _value_scale(values or [1.0], chart)
     parts = [
         f'<svg class="chart" viewBox="0 0 {chart.width} {chart.height}" role="img" aria-label="{_text(chart.label)}">'
     ]
@@ -59,7 +59,8 @@ def line_chart(lines: Sequence[Line], chart: Chart) -> str:
         )
     base = chart.height - BOTTOM
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{base}" y2="{base}"/>')
-    x_ticks = [v for v in x.ticks(max(2, (right - LEFT) // 70)) if v == int(v)]
+    one = min(steps) == max(steps)
+    x_ticks = steps[:1] if one else [v for v in x.ticks(max(2, (right - LEFT) // 70)) if v == int(v)]
     for value in x_ticks:
         parts.append(f'<text class="tick" x="{x(value):.1f}" y="{base + 16}" text-anchor="middle">{tick(value)}</text>')
     for name, value in levels:

@@ -52,12 +52,15 @@ def domain_panels(run: RunData) -> str:
         last = f", last held-out value {validation[-1][1]:.3f}" if validation else ""
         chart = Chart(f"Loss of domain {domain} over the steps{last}", levels=level)
         panels.append(f'<div class="card"><h3>{cell(domain)}</h3>{line_chart(lines, chart)}</div>')
-    entries = [("training (smoothed)", "s0"), ("held-out", "s1"), ("unigram model", "level")]
-    return f'<p style="margin-top:22px">Each domain by itself:</p>{_legend(entries)}<div class="cards">{"".join(panels)}</div>'
+    entries = [("training (smoothed)", "s0")] if run.train else []
+    entries += [("held-out", "s1")] if run.evaluations else []
+    entries += [("unigram model", "level")] if unigram else []
+    heading = '<p class="next">Each domain by itself:</p>'
+    return f'{heading}{_legend(entries)}<div class="cards">{"".join(panels)}</div>'
 
 
 def training_panels(run: RunData) -> str:
-    """Cards with loss, learning rate, gradient norm, speed and, where the run has them, loss scale and further figures."""
+    """Cards with loss, learning rate, gradient norm, speed and, where the run has them, loss scale and others."""
     panels = []
     curves = (
         ("loss", "Training loss of all domains", Chart("Training loss over the steps")),

@@ -12,9 +12,9 @@ SMALL_MAP_CELLS = 3000
 
 
 def load_map(layer: str, loads: dict[str, list[int]], tooltips: bool = True) -> str:
-    """SVG of one layer's loads (domain → rows per expert). A cell is the expert's rows over its group's mean: 1 is even.
+    """SVG of one layer's loads (domain → rows per expert). A cell is an expert's rows over its group's mean: 1 is even.
 
-    Blue is less, red is more, full colour at a half or at twice the mean. At the right stands the busiest expert's value.
+    Blue is less, red is more, full colour at a half or at twice the mean; the busiest expert's value is at the right.
     """
     widest = max((len(rows) for rows in loads.values()), default=1) or 1
     cell = min(38.0, max(7.0, 250 / widest))

@@ -30,7 +30,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str, cs
 
 
 def quality(domains: Sequence[str], first: Evaluation | None, latest: Evaluation, trained: Mapping[str, int]) -> str:
-    """Domain, tokens trained on, unigram loss, first and latest held-out loss, gain on the unigram model, perplexity."""
+    """Domain, tokens trained on, unigram loss, first and latest held-out loss, gain on unigram, perplexity."""
     header = ["Domain", "Tokens trained", "Unigram loss"]
     header += [f"Loss at step {first.step:,}"] if first else []
     header += [f"Loss at step {latest.step:,}", "Under unigram", "Perplexity"]
@@ -75,7 +75,8 @@ def matrix_verdict(losses: Mapping[str, Mapping[str, float]]) -> str:
     others = [
         f"{cell(d)} ({', '.join(map(cell, sorted(best_of_row(losses[d])))) or 'none'})" for d in losses if d not in own
     ]
-    return f"{len(own)} of {len(losses)} domains do best under their own experts; better under another's: {', '.join(others)}."
+    count = f"{len(own)} of {len(losses)} domains do best under their own experts"
+    return f"{count}; better under another's: {', '.join(others)}."
 
 
 def checkpoints(records: Sequence[Record]) -> str:

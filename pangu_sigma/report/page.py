@@ -51,12 +51,15 @@ def _sections(run: RunData) -> Iterator[tuple[str, str, str]]:
     latest = run.latest
     if latest:
         first = run.evaluations[0] if run.evaluations and run.evaluations[0].step < latest.step else None
-        note = f"<p>Held-out text at step {latest.step:,}, in nats per token. The unigram model knows only word frequencies.</p>"
+        note = (
+            f"<p>Held-out text at step {latest.step:,}, in nats per token. "
+            "The unigram model knows only how frequent each token is.</p>"
+        )
         yield "quality", "Quality per domain", note + tables.quality(run.domains, first, latest, _trained_tokens(run))
     if run.final and run.final.matrix:
         note = (
-            f"<p>{tables.matrix_verdict(run.final.matrix)} Held-out loss at step {run.final.step:,} in nats per token: each "
-            "row is one domain's text, each column the expert group it is read with. Outlined: the row's lowest.</p>"
+            f"<p>{tables.matrix_verdict(run.final.matrix)} Held-out loss at step {run.final.step:,} in nats per token: "
+            "each row is one domain's text, each column the expert group that reads it. Outlined: the row's lowest.</p>"
         )
         yield "matrix", "Domain × group", note + tables.matrix(run.final.matrix)
     if run.train or run.evaluations:
@@ -76,8 +79,8 @@ def _sections(run: RunData) -> Iterator[tuple[str, str, str]]:
 def _load_maps(loads: dict[str, dict[str, list[int]]]) -> str:
     cells = sum(len(rows) for domains in loads.values() for rows in domains.values())
     note = (
-        "<p>Rows each expert took over the mean of its group, in the last quarter of the training records. Grey is even, "
-        "blue less, red more; full colour at half and at twice the mean.</p>"
+        "<p>Rows each expert took over the mean of its group, in the last quarter of the training records. "
+        "Grey is even, blue less, red more; full colour at half and at twice the mean.</p>"
     )
     maps = "".join(
         f'<figure class="card" style="margin:0" tabindex="0"><h3>{cell(layer)}</h3>'
@@ -103,8 +106,8 @@ def _tiles(run: RunData) -> str:
     if run.latest and run.latest.losses:
         gains = [run.latest.unigram[d] - v for d, v in run.latest.losses.items() if d in run.latest.unigram]
         if gains:
-            worst = f"least of {len(gains)} domains" if len(gains) > 1 else "held-out loss"
-            tiles.append(("Under unigram", f"{number(min(gains), 2, sign=True)} nats", worst))
+            note = f"nats, least of {len(gains)} domains" if len(gains) > 1 else "nats per token"
+            tiles.append(("Under unigram", number(min(gains), 2, sign=True), note))
     if run.train:
         last = run.train[-1]
         tiles.append(("Training loss", number(last.get("loss")), "nats per token"))
@@ -114,8 +117,9 @@ def _tiles(run: RunData) -> str:
         if speeds:
             note = f"tokens/s, {compact(median(flops))}FLOP/s" if flops else "tokens/s"
             tiles.append(("Speed (median)", compact(median(speeds)), note))
-        seconds = sum(r["seconds"] for r in run.train if isinstance(r.get("seconds"), int | float))
-        tiles.append(("Training time", duration(seconds), "steps only"))
+        seconds = [r["seconds"] for r in run.train if isinstance(r.get("seconds"), int | float)]
+        if seconds:
+            tiles.append(("Training time", duration(sum(seconds)), "steps only"))
         if last.get("skipped_steps"):
             tiles.append(("Skipped steps", f"{last['skipped_steps']:,}", "not finite"))
     return '<dl class="tiles">' + "".join(_tile(*tile) for tile in tiles) + "</dl>"
@@ -155,4 +159,4 @@ def _configuration(run: RunData) -> str:
     if not run.config_text:
         return ""
     text = tables.escape(printable_lines(run.config_text.rstrip()))
-    return f'<details id="configuration"><summary>Effective configuration</summary><pre tabindex="0">{text}</pre></details>'
+    return f'<details><summary>Effective configuration</summary><pre tabindex="0">{text}</pre></details>'

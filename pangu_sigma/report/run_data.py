@@ -15,7 +15,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out results of one moment: losses in nats per token by domain; `matrix` is text domain → expert group → loss."""
+    """Held-out results of one step: losses in nats per token by domain; `matrix`: text domain → expert group → loss."""
 
     step: int
     losses: dict[str, float]
@@ -26,7 +26,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RunData:
-    """A run's records by kind, in order, and what lies beside them; `config` is empty if the folder has no config.yaml."""
+    """A run's records by kind, in order, and the files beside them; `config` is empty if there is no config.yaml."""
 
     name: str
     train: list[Record]

@@ -15,9 +15,10 @@ def pick(records: Iterable[Record], value: Callable[[Record], object]) -> Points
 
 
 def smooth(points: Points, span: float | None = None) -> Points:
-    """Exponential moving average over about `span` points, by default a fortieth of the curve; not finite ones are left out.
+    """Exponential moving average over about `span` points, by default a fortieth of the curve.
 
-    The weights of the first points are corrected for the missing past, so that the curve begins at its first value.
+    Values that are not finite are left out. The weights of the first points are corrected for the missing past, so that
+    the curve begins at its first value.
     """
     finite = [(x, y) for x, y in points if math.isfinite(y)]
     keep = 1 - 2 / (1 + max(1.0, len(finite) / 40 if span is None else span))
@@ -29,7 +30,7 @@ def smooth(points: Points, span: float | None = None) -> Points:
 
 
 def thin(points: Points, limit: int = 400) -> Points:
-    """At most about `limit` points: of each stretch the lowest, the highest, and one that is not finite, if there is one.
+    """At most about `limit` points: of each stretch the lowest, the highest, and one that is not finite, if any.
 
     Extremes survive, which is what one looks for in a long curve; the ends do too.
     """

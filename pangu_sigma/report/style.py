@@ -5,9 +5,9 @@ STYLE = """
 --rule:#c9c7bf;--edge:rgba(20,20,19,.1);--even:#eeede8;--over:#e34948;--under:#2a78d6;--heat:42 120 214;--good:#006300;
 --bad:#c02d2c;--s0:#2a78d6;--s1:#eb6834;--s2:#1baf7a;--s3:#4a3aa7;--s4:#eda100;--s5:#e87ba4;--s6:#008300;--s7:#e34948}
 @media (prefers-color-scheme:dark){:root{--page:#0f0f0e;--card:#1a1a19;--ink:#f5f4f0;--soft:#c3c2b7;--faint:#8f8d86;
---grid:#2c2c2a;--rule:#4a4945;--edge:rgba(255,255,255,.1);--even:#30302e;--over:#e66767;--under:#3987e5;--heat:57 135 229;
---good:#4cc38a;--bad:#f08080;--s0:#3987e5;--s1:#e0703a;--s2:#199e70;--s3:#9085e9;--s4:#c98500;--s5:#d55181;--s6:#3fae3f;
---s7:#e66767}}
+--grid:#2c2c2a;--rule:#4a4945;--edge:rgba(255,255,255,.1);--even:#30302e;--over:#e66767;--under:#3987e5;
+--heat:57 135 229;--good:#4cc38a;--bad:#f08080;--s0:#3987e5;--s1:#e0703a;--s2:#199e70;--s3:#9085e9;--s4:#c98500;
+--s5:#d55181;--s6:#3fae3f;--s7:#e66767}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,
 "Helvetica Neue",Arial,"Noto Sans","Noto Sans CJK SC","PingFang SC","Microsoft YaHei",sans-serif}
@@ -18,7 +18,7 @@ h3{font-size:14px;font-weight:600;margin:0 0 6px;overflow-wrap:anywhere}
 p{margin:4px 0 12px;color:var(--soft);max-width:76ch}
 nav{display:flex;flex-wrap:wrap;gap:4px 18px;margin-top:16px;font-size:14px}
 a{color:var(--s0);text-decoration:none}a:hover,a:focus-visible{text-decoration:underline}
-.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:12px;margin:20px 0 0;padding:0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(132px,1fr));gap:12px;margin:20px 0 0;padding:0}
 .tiles div{background:var(--card);border:1px solid var(--edge);border-radius:10px;padding:12px 14px}
 .tiles dt{font-size:12.5px;color:var(--soft)}
 .tiles dd{margin:2px 0 0;font-size:22px;font-weight:600;line-height:1.25}
@@ -26,7 +26,9 @@ a{color:var(--s0);text-decoration:none}a:hover,a:focus-visible{text-decoration:u
 .card{background:var(--card);border:1px solid var(--edge);border-radius:10px;padding:14px 14px 10px;min-width:0}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:14px}
 .maps{display:flex;flex-wrap:wrap;gap:14px}.maps .card{max-width:100%;overflow-x:auto}
-.scroll{overflow:auto;max-height:min(80vh,760px);background:var(--card);border:1px solid var(--edge);border-radius:10px}
+.next{margin-top:22px}header p{max-width:none}
+.scroll{position:relative;overflow:auto;max-height:min(80vh,760px);
+background:var(--card);border:1px solid var(--edge);border-radius:10px}
 table{border-collapse:separate;border-spacing:0;font-variant-numeric:tabular-nums;font-size:14px;width:100%}
 th,td{padding:7px 14px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--grid)}
 tbody tr:last-child>*{border-bottom:0}
@@ -52,8 +54,8 @@ svg .tick{fill:var(--faint);font-variant-numeric:tabular-nums}
 .mark.s5{fill:var(--s5)}.mark.s6{fill:var(--s6)}.mark.s7{fill:var(--s7)}
 .end{stroke:none!important}.d1{stroke-dasharray:7 4}.d2{stroke-dasharray:2 4}.d3{stroke-dasharray:9 3 2 3}
 .d4{stroke-dasharray:14 4}.mark,.lead{stroke-dasharray:none}
-.legend{display:flex;flex-wrap:wrap;gap:2px 18px;list-style:none;margin:4px 0 10px;padding:0;font-size:13px;color:var(--soft);
-max-height:112px;overflow:auto}
+.legend{display:flex;flex-wrap:wrap;gap:2px 18px;list-style:none;margin:4px 0 10px;padding:0;font-size:13px;
+color:var(--soft);max-height:112px;overflow:auto}
 .legend li{display:flex;align-items:center;gap:7px}.legend svg{flex:none}
 .narrow{display:none}
 details{margin-top:44px}summary{cursor:pointer;font-size:19px;font-weight:600}
