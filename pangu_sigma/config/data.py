@@ -16,9 +16,7 @@ Text = Annotated[str, StringConstraints(min_length=1)]
 class DomainConfig(Section):
     """One domain: its name, its texts, the size of its expert group and how often it is drawn."""
 
-    name: DomainName = Field(
-        description="Name of the domain: small letters, digits, '_' and '-', starting with a letter or digit."
-    )
+    name: DomainName = Field(description="Name of the domain; files and tensors are named after it.")
     data: ListOf[Text] = Field(
         min_length=1, description="Files of the domain, or globs of them: .jsonl (one object a line) or .txt."
     )

@@ -22,8 +22,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """The effective configuration of a YAML file with `section.key=value` overrides applied.
 
     Effective means: nothing is left to be looked up. Presets are filled in, relative paths (taken from the current
-    folder) are absolute, and what null took from another key is written out: data.cache, schedule.decay_steps, the last phase's
-    steps.
+    folder) are absolute, and what null took from another key is written out: data.cache, schedule.decay_steps, the
+    last phase's steps.
 
     Raises UserError with one sentence: file (or override), key, what was written and what is allowed.
     """

@@ -99,12 +99,11 @@ def _domains(config: Config) -> Broken:
     if not 0 < total < math.inf:
         yield "domains", "the weights of the domains add up to 0: give at least one domain a positive weight"
     wanted = config.data.domains_per_step
-    drawable = sum(domain.weight > 0 for domain in config.domains)
     if wanted is not None and wanted > len(config.domains):
         yield (
             "data.domains_per_step",
             f"data.domains_per_step = {wanted} is more than the {len(config.domains)} domains there are: "
-            f"set it to at most {drawable}",
+            f"set it to at most {len(config.domains)}",
         )
 
 

@@ -1,0 +1,51 @@
+# Every target makes .venv and installs what it needs, if that is missing or older than pyproject.toml.
+# Python 3.11 or 3.12, make and a C compiler are enough: make quickstart
+
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+# More arguments for pytest: make test PYTEST="-k config"
+PYTEST ?=
+
+.PHONY: help quickstart test test-slow lint bench wheel clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+quickstart: $(VENV)/.installed  ## build four domains from this machine's files, train on them, show the result
+	$(BIN)/pangu-sigma corpora --out build/quickstart
+	$(BIN)/pangu-sigma quickstart
+
+test: $(VENV)/.installed-test  ## the fast tests
+	$(BIN)/python -m pytest --durations=15 $(PYTEST)
+
+test-slow: $(VENV)/.installed-test  ## the long variants
+	$(BIN)/python -m pytest --durations=15 -m slow $(PYTEST)
+
+lint: $(VENV)/.installed-lint  ## ruff's checks
+	$(BIN)/ruff check .
+
+bench: $(VENV)/.installed-torch  ## training speed beside the same model in PyTorch
+	$(BIN)/python -m benchmarks.training_speed
+
+wheel: $(VENV)/.installed  ## a wheel in dist/
+	$(BIN)/pip wheel --no-deps --wheel-dir dist .
+
+clean:  ## remove what the targets made, the environment included; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# Stamps: an extra is installed only for the targets that need it, so that quickstart does not wait for PyTorch.
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 found: install one, or set PYTHON=/path/to/it"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-%: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@

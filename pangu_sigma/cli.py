@@ -1,0 +1,177 @@
+"""The command line. Each command imports what it needs when it is called, so that every help text comes at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from pangu_sigma.errors import UserError
+from pangu_sigma.version import VERSION
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+class _Commands(TyperGroup):
+    """Ends a user's mistake with one sentence and code 2, an interruption with code 130; bugs keep their traceback."""
+
+    def invoke(self, ctx: typer.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(USER_ERROR) from error
+        except KeyboardInterrupt as error:
+            typer.echo("Interrupted.", err=True)
+            raise typer.Exit(INTERRUPTED) from error
+
+
+# Without rich's markup and tracebacks: they cost a third of the help's time, and a mistake is one plain sentence.
+app = typer.Typer(
+    cls=_Commands,
+    name="pangu-sigma",
+    help="One language model for many text domains: train it, measure it, cut out a domain, use it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="FILE.yaml", help="Configuration of the run.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="section.key=value", help="Changes, e.g. train.steps=100 domains.code.experts=8."),
+]
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A run's folder or one of its checkpoints.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pangu-sigma {VERSION}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(short_help="Train a model.")
+def train(
+    file: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last complete checkpoint.")] = False,
+) -> None:
+    """Train the model that FILE.yaml describes."""
+    from pangu_sigma.config import load_config
+
+    # The whole configuration is checked before MindSpore is imported: a mistake shows at once.
+    config = load_config(file, overrides or ())
+    from pangu_sigma.train.run import train as run_training
+
+    run_training(config, resume=resume)
+
+
+@app.command(short_help="Print or explain a configuration.")
+def config(
+    file: Annotated[Path | None, typer.Argument(metavar="FILE.yaml", help="Configuration of the run.")] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+    describe: Annotated[bool, typer.Option("--describe", help="Explain every key instead.")] = False,
+) -> None:
+    """Print the effective configuration with parameter counts, or explain every key."""
+    if describe:
+        from pangu_sigma.config.present import description
+
+        typer.echo(description())
+        return
+    if file is None:
+        raise UserError("no configuration is given: name a YAML file, or use --describe for a list of all keys")
+    from pangu_sigma.config import load_config
+    from pangu_sigma.config.present import json_text, yaml_text
+
+    effective = load_config(file, overrides or ())
+    typer.echo(json_text(effective) if as_json else yaml_text(effective))
+
+
+@app.command(short_help="Measure quality per domain.")
+def evaluate(model: ModelPath, as_json: Json = False) -> None:
+    """Measure held-out loss per domain, and every domain's text under every expert group."""
+    from pangu_sigma.evaluate import evaluate as measure
+
+    result = measure(model)
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False, indent=2))
+        return
+    from pangu_sigma.monitor.tables import matrix_table, quality_table
+
+    typer.echo(quality_table(result["unigram"], result["loss"]))
+    typer.echo("\n" + matrix_table(result["matrix"]))
+
+
+@app.command(short_help="Continue a text.")
+def generate(
+    model: ModelPath,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    domain: Annotated[
+        str | None, typer.Option(help="Domain whose experts write; a one-domain model has only one.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token, higher is freer.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw among this many likeliest tokens; 0 draws among all.")] = 40,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+) -> None:
+    """Continue a text with one domain's experts."""
+    from pangu_sigma.generate import generate as continue_text
+
+    typer.echo(
+        continue_text(
+            model, domain=domain, prompt=prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed
+        )
+    )
+
+
+@app.command(short_help="Draw a run as one HTML file.")
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
+    """Draw a run's curves and expert load as one HTML file and print its path."""
+    from pangu_sigma.report import write_report
+
+    typer.echo(write_report(run))
+
+
+@app.command(short_help="Build the quickstart's domains.")
+def corpora(out: Annotated[Path, typer.Option(help="Folder to write to, one .jsonl file per domain.")]) -> None:
+    """Build the quickstart's four domains from what this machine has; nothing is downloaded."""
+    from pangu_sigma.data.builtin import build
+
+    build(out)
+
+
+@app.command(short_help="Train a small model and show the result.")
+def quickstart(
+    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="Configuration of the run.")] = Path(
+        "configs/quickstart.yaml"
+    ),
+    overrides: Overrides = None,
+) -> None:
+    """Train on the quickstart's domains and show what came of it: table, samples, report."""
+    from pangu_sigma.config import load_config
+
+    config = load_config(file, overrides or ())
+    from pangu_sigma.quickstart import quickstart as run_quickstart
+
+    run_quickstart(config)
+
+
+def main() -> None:
+    """Entry point of the console script and of `python -m pangu_sigma`."""
+    app(prog_name="pangu-sigma")

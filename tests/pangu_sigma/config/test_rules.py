@@ -1,0 +1,110 @@
+"""Rules between keys: each broken one is named, each border case passes."""
+
+from __future__ import annotations
+
+import pytest
+
+from pangu_sigma.errors import UserError
+
+BROKEN = [
+    ("model.heads does not divide", ["model.heads=3"], "model.heads = 3 does not divide model.hidden = 128"),
+    ("no block under the query layer", ["model.layers=1"], "leaves no block"),
+    ("more sparse layers than blocks", ["model.sparse.layers=4"], "more than the 3 layers that can be sparse"),
+    (
+        "more than with the query layer",
+        ["model.sparse={layers: 5, include_query_layer: true}"],
+        "more than the 4 layers that can be sparse (model.layers = 4, the query layer included)",
+    ),
+    (
+        "more than without one",
+        ["model.sparse.layers=5", "model.query_layer=none"],
+        "(model.layers = 4, there is no query layer): set it to at most 4",
+    ),
+    (
+        "sparse query layer without one",
+        ["model.sparse={layers: 1, include_query_layer: true}", "model.query_layer=none"],
+        "model.query_layer is none",
+    ),
+    ("sparse query layer of none", ["model.sparse.include_query_layer=true"], "model.sparse.layers is 0"),
+    ("resample without a table", ["model.sparse={layers: 1, router: switch, resample: true}"], "has no table"),
+    ("jitter without a gate", ["model.sparse={layers: 1, jitter: 0.1}"], "has no effect on the router rre"),
+    ("group over vocabulary", ["model.sparse.layers=1", "domains.0.experts=5000"], "more than the 4096 vocabulary ids"),
+    ("name twice", ["domains.1.name=code"], "domains.1.name = code is the name of an earlier domain"),
+    ("reserved name", ["domains.1.name=shared"], "domains.1.name = shared is reserved"),
+    ("no weight", ["domains.0.weight=0", "domains.1.weight=0"], "weights of the domains add up to 0"),
+    ("domains per step", ["data.domains_per_step=3"], "more than the 2 domains there are"),
+    ("path of a trained tokenizer", ["data.tokenizer.path=x"], "data.tokenizer.kind is train"),
+    ("no path of a given one", ["data.tokenizer.kind=sentencepiece"], "needs the tokenizer's model file"),
+    ("vocabulary too small", ["model.vocab_size=4095"], "less than the tokenizer's 4096 pieces"),
+    (
+        "vocabulary too small for pangu_alpha",
+        ["data.tokenizer={kind: pangu_alpha, path: x}", "model.vocab_size=39999"],
+        "less than the tokenizer's 40000 pieces",
+    ),
+    ("sequence over positions", ["data.sequence_length=257"], "more than model.positions = 256"),
+    (
+        "evaluation of nothing",
+        ["data.heldout_fraction=0", "evaluate.every=1"],
+        "evaluate.every = 1 needs held-out text",
+    ),
+    ("probe of nothing", ["data.heldout_fraction=0"], "checkpoint.probe_sequences = 2 needs held-out text"),
+    ("warm-up over steps", ["schedule.warmup_steps=11"], "more than train.steps = 10"),
+    ("decay inside the warm-up", ["schedule={warmup_steps: 5, decay_steps: 4}"], "less than schedule.warmup_steps = 5"),
+    ("accumulation", ["train.accumulation=3"], "does not divide train.batch_size = 4"),
+    ("stop after the end", ["train.stop_at=11"], "more than train.steps = 10"),
+    ("bfloat16 on CPU", ["train.precision=bfloat16"], "does not run on run.device = CPU"),
+    ("rollback to nothing", ["train.nonfinite=rollback"], "checkpoint.every is 0"),
+    ("profile after the end", ["run.profile={start: 9, steps: 3}"], "ends at step 11, after train.steps = 10"),
+    ("phases too short", ["train.phases=[{steps: 4}, {steps: 5}]"], "add up to 9 steps and train.steps is 10"),
+    ("phases too long", ["train.phases=[{steps: 10}, {}]"], "leave at least one step for the last phase"),
+    ("open phase in the middle", ["train.phases=[{}, {steps: 5}]"], "only the last phase may leave it out"),
+    ("weights of a stranger", ["train.phases=[{weights: {law: 1}}]"], "the known ones are code, docs"),
+    ("experts of a stranger", ["train.phases=[{domains: [law]}]"], "names the domain law"),
+    ("negative weight", ["train.phases=[{weights: {code: -1, docs: 2}}]"], "weights.code = -1.0 is negative"),
+    ("no weight in a phase", ["train.phases=[{weights: {code: 0}}]"], "give at least one domain a positive weight"),
+    ("empty weights in a phase", ["train.phases=[{weights: {}}]"], "give at least one domain a positive weight"),
+    ("phase that trains nothing", ["train.phases=[{shared: false, domains: []}]"], "trains nothing"),
+    ("several processes", ["parallel.workers=2"], "parallel.workers = 2 is not built yet: only 1 is accepted today"),
+    ("expert parallelism", ["parallel.expert=4"], "parallel.expert = 4 is not built yet"),
+]
+
+FINE = [
+    ["model.sparse.layers=3"],
+    ["model.sparse={layers: 4, include_query_layer: true}"],
+    ["model.sparse.layers=4", "model.query_layer=none"],
+    ["model.layers=1", "model.query_layer=none"],
+    ["data.sequence_length=256"],
+    ["data.heldout_fraction=0", "checkpoint.probe_sequences=0"],
+    ["schedule={warmup_steps: 10}"],
+    ["train.stop_at=10", "train.accumulation=4"],
+    ["train.precision=bfloat16", "run.device=Ascend"],
+    ["train.nonfinite=rollback", "checkpoint.every=5"],
+    ["run.profile={start: 10, steps: 1}"],
+    ["train.phases=[{steps: 10}]"],
+    ["train.phases=[{shared: true, domains: []}]"],
+    ["train.phases=[{shared: false, domains: [code], weights: {code: 1}}]"],
+    ["model.vocab_size=4096", "data.domains_per_step=2"],
+    ["domains.0.experts=5000"],
+    ["model.sparse={layers: 1, router: switch, jitter: 0.01}"],
+]
+
+
+@pytest.mark.parametrize(("overrides", "said"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN])
+def test_a_broken_rule_is_one_sentence_that_names_the_key(small, overrides, said):
+    with pytest.raises(UserError) as error:
+        small(*overrides)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("overrides", FINE, ids=" ".join)
+def test_the_border_of_a_rule_is_allowed(small, overrides):
+    small(*overrides)
+
+
+def test_sparse_layers_are_the_top_ones(small):
+    assert small("model.sparse.layers=2").model.sparse_prefixes == ("blocks.1", "blocks.2")
+    with_query = small("model.sparse={layers: 2, include_query_layer: true}").model
+    assert with_query.sparse_prefixes == ("blocks.2", "query_layer")
+    without = small("model.sparse.layers=2", "model.query_layer=none").model
+    assert without.sparse_prefixes == ("blocks.2", "blocks.3")
+    assert small().model.sparse_prefixes == ()

@@ -1,0 +1,108 @@
+"""The command line: instant help, one sentence for a mistake, codes that scripts can rely on."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ["train", "config", "evaluate", "generate", "report", "corpora", "quickstart"]
+QUICKSTART = str(ROOT / "configs/quickstart.yaml")
+
+
+def run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pangu_sigma", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"},
+        **options,
+    )
+
+
+def children_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+@pytest.mark.parametrize("command", [[], *[[name] for name in COMMANDS]], ids=lambda command: " ".join(command) or "-")
+def test_help_comes_at_once(command):
+    # Processor time, not wall time: the promise must not depend on what else the machine does.
+    before = children_seconds()
+    done = run(*command, "--help")
+    assert done.returncode == 0 and done.stdout.startswith("Usage: pangu-sigma")
+    assert children_seconds() - before < 0.5
+
+
+def test_help_lists_every_command():
+    printed = run("--help").stdout
+    assert all(f"  {name} " in printed for name in COMMANDS)
+
+
+def test_the_version_is_printed():
+    assert run("--version").stdout.startswith("pangu-sigma 0.")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", QUICKSTART, "model.hiden=3"],
+        ["config", QUICKSTART, "train.steps=ten"],
+        ["train", "no-such-file.yaml"],
+        ["quickstart", "no-such-file.yaml"],
+        ["config"],
+    ],
+    ids=lambda arguments: " ".join(map(os.path.basename, arguments)),
+)
+def test_a_users_mistake_is_one_sentence_and_code_2(arguments):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["trian"], ["train"], ["train", QUICKSTART, "--resum"], ["generate", "x"]])
+def test_a_wrong_call_is_code_2_without_a_traceback(arguments):
+    done = run(*arguments)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_config_prints_yaml_that_it_reads_again(tmp_path):
+    first = run("config", QUICKSTART)
+    (tmp_path / "again.yaml").write_text(first.stdout, encoding="utf-8")
+    assert run("config", str(tmp_path / "again.yaml")).stdout == first.stdout
+
+
+def test_config_prints_json_with_overrides():
+    printed = json.loads(run("config", QUICKSTART, "--json", "domains.code.experts=9").stdout)
+    assert printed["config"]["domains"][0]["experts"] == 9
+    assert printed["parameters"]["total"] == printed["parameters"]["shared"] + sum(
+        printed["parameters"]["per_domain"].values()
+    )
+
+
+def test_config_describes_every_key():
+    assert "train.stop_at\n    Step after which the run ends early" in run("config", "--describe").stdout
+
+
+def test_an_interruption_is_said_and_has_its_own_code(tmp_path):
+    # A real SIGINT where a command surely waits: it reads its configuration from a pipe that stays empty.
+    pipe = tmp_path / "pipe.yaml"
+    os.mkfifo(pipe)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pangu_sigma", "config", str(pipe)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    with open(pipe, "w"):  # returns when the command has opened its end
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130 and stderr == "Interrupted.\n"
