@@ -78,10 +78,10 @@ class Checkpoint:
         paths = [path for path in self.manifest.files if path.startswith(folder)]
         return {path.removeprefix(folder): self.read_file(path) for path in paths}
 
-    def probe(self) -> dict[str, np.ndarray]:
-        """Held-out sequences, domain → int32 [sequences, S + 1]; domains without any are absent."""
-        names = [name for name in self.manifest.tensors if layout.group_of(name) == layout.PROBE]
-        return {name.removeprefix(f"{layout.PROBE}."): self._read(name, verify=True) for name in names}
+    def probe(self, domains: Collection[str] | None = None) -> dict[str, np.ndarray]:
+        """Held-out sequences of `domains` (None: all), domain → int32 [sequences, S + 1]; without any: absent."""
+        names = {domain: f"{layout.PROBE}.{domain}" for domain in self._known(domains)}
+        return {domain: self._read(name, True) for domain, name in names.items() if name in self.manifest.tensors}
 
     def names(
         self,
@@ -95,11 +95,7 @@ class Checkpoint:
 
         Raises CheckpointError for a domain that the checkpoint does not have.
         """
-        wanted = set(self.domains if domains is None else domains)
-        if unknown := sorted(wanted - set(self.domains)):
-            raise CheckpointError(
-                f"{self.path} has no domain {unknown[0]!r}: choose from {', '.join(self.domains) or 'none'}"
-            )
+        wanted = self._known(domains)
         return sorted(
             name
             for name in self.manifest.tensors
@@ -179,6 +175,14 @@ class Checkpoint:
                     f"the corpus of domain {domain} has changed since {self.path} was saved: "
                     "restore its files, or start a new run in another run.dir"
                 )
+
+    def _known(self, domains: Collection[str] | None) -> tuple[str, ...]:
+        for domain in domains or ():
+            if domain not in self.domains:
+                raise CheckpointError(
+                    f"{self.path} has no domain {domain!r}: choose from {', '.join(self.domains) or 'none'}"
+                )
+        return tuple(domain for domain in self.domains if domains is None or domain in domains)
 
     def _entry(self, name: str) -> TensorEntry:
         entry = self.manifest.tensors.get(name)
