@@ -18,7 +18,7 @@ from pangu_sigma.errors import UserError
 def test_loading_imports_no_framework(small_file):
     code = (
         f"import sys; from pangu_sigma.config import load_config; load_config({str(small_file)!r}); "
-        "heavy = {'mindspore', 'numpy', 'sentencepiece', 'rich'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
+        "heavy = {'mindspore', 'numpy', 'sentencepiece', 'rich'} & set(sys.modules); sys.exit(bool(heavy))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
 
