@@ -153,7 +153,8 @@ def corpora(out: Annotated[Path, typer.Option(help="Folder to write to, one .jso
     """Build the quickstart's four domains from what this machine has; nothing is downloaded."""
     from pangu_sigma.data.builtin import build
 
-    build(out)
+    for path in build(out).values():
+        typer.echo(path)
 
 
 @app.command(short_help="Train a small model and show the result.")

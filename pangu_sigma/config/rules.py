@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ Broken = Iterator[tuple[str, str]]
 RESERVED_NAMES = frozenset(
     {"shared", "manifest", "config", "tokenizer", "probe", "optimizer", "state", "trainer", "domains", "all", "none"}
 )
+
+# Large files of a checkpoint are numbered so.
+_SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}$")
 
 PANGU_ALPHA_VOCABULARY = 40000
 
@@ -95,9 +99,13 @@ def _domains(config: Config) -> Broken:
         seen.add(domain.name)
         if domain.name in RESERVED_NAMES:
             yield key, f"{key} = {domain.name} is reserved for a file of the checkpoint: choose another name"
-    total = sum(domain.weight for domain in config.domains)
-    if not 0 < total < math.inf:
-        yield "domains", "the weights of the domains add up to 0: give at least one domain a positive weight"
+        if _SHARD_NUMBER.search(domain.name):
+            yield key, f"{key} = {domain.name} ends like a numbered file of the checkpoint: choose another name"
+    if not 0 < sum(domain.weight for domain in config.domains) < math.inf:
+        yield (
+            "domains",
+            "the weights of the domains do not add up to a positive number: give at least one a positive weight",
+        )
     wanted = config.data.domains_per_step
     if wanted is not None and wanted > len(config.domains):
         yield (
@@ -232,8 +240,11 @@ def _phase_weights(key: str, weights: dict[str, float]) -> Broken:
     negative = [name for name, weight in weights.items() if weight < 0]
     if negative:
         yield f"{key}.{negative[0]}", f"{key}.{negative[0]} = {weights[negative[0]]} is negative: set it to 0 or more"
-    elif sum(weights.values()) <= 0:
-        yield key, f"{key} add up to 0: give at least one domain a positive weight, or set the weights to null"
+    elif not 0 < sum(weights.values()) < math.inf:
+        yield (
+            key,
+            f"{key} do not add up to a positive number: give at least one domain a positive weight, or write null",
+        )
 
 
 def _known(names: set[str]) -> str:

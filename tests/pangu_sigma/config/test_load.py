@@ -154,6 +154,7 @@ def test_an_unknown_key_names_the_nearest_known_one(small, override, nearest):
         ("train.recompute=1", "true or false"),
         ("model.dropout=1", "a number of at least 0 and less than 1"),
         ("optimizer.learning_rate=0", "a number greater than 0"),
+        ("optimizer.learning_rate=1" + "0" * 400, "a number greater than 0"),
         ("optimizer.learning_rate=.nan", "a number greater than 0"),
         ("optimizer.learning_rate=.inf", "a number greater than 0"),
         ("model.norm=rmsnorm", "it must be layernorm"),
