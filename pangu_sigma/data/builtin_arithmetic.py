@@ -128,7 +128,8 @@ def _journey(random: Random) -> str:
     more, pace = random.randrange(2, 7), random.randrange(4, 110)
     return (
         f"{name} travels {hours} hours at {speed} km per hour, then {more} hours at {pace} km per hour. "
-        f"How far is it?\nFirst part: {hours} * {speed} = {hours * speed} km\nSecond part: {more} * {pace} = {more * pace} km\n"
+        f"How far is it?\nFirst part: {hours} * {speed} = {hours * speed} km\n"
+        f"Second part: {more} * {pace} = {more * pace} km\n"
         f"Together: {hours * speed} + {more * pace} = {hours * speed + more * pace} km\n"
         f"Answer: {hours * speed + more * pace} km"
     )

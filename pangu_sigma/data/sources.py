@@ -139,7 +139,7 @@ def _jsonl_documents(name: str, file: Path, text_field: str) -> Iterator[Documen
                 f"{where}: the field '{text_field}' is no string but {type(text).__name__}; it must hold text"
             )
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-        if _has_lone_surrogate(text):
+        if has_lone_surrogate(text):
             raise UserError(f"{where}: the text holds half a surrogate pair (\\ud800–\\udfff alone); repair the line")
         yield Document(text, file, number)
 
@@ -162,7 +162,7 @@ def _text_documents(file: Path) -> Iterator[Document]:
         yield Document("".join(pieces), file, first)
 
 
-def _has_lone_surrogate(text: str) -> bool:
+def has_lone_surrogate(text: str) -> bool:
     """Python strings may hold surrogate code points (JSON's ``\\ud800``); UTF-8 cannot."""
     try:
         text.encode("utf-8")

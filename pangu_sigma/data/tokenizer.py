@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from pangu_sigma.data.sources import has_lone_surrogate
 from pangu_sigma.errors import UserError
 
 FORMAT_VERSION = 1
@@ -147,25 +148,22 @@ class SentencePieceTokenizer(Tokenizer):
         self._space_bytes = ids if all(self._pieces.is_byte(index) for index in ids) else None
 
     def encode(self, text: str) -> list[int]:
-        try:
-            if self._space_bytes is None or _SPACE not in text:
-                return self._encode_text(text)
-            # The model would read U+2581 as a space; its three bytes say it exactly.
-            ids: list[int] = []
-            for number, part in enumerate(text.split(_SPACE)):
-                if number:
-                    ids += self._space_bytes
-                ids += self._encode_text(part)
-            return ids
-        except UnicodeEncodeError as error:
-            raise UserError(f"the text {text[:40]!r} holds half a surrogate pair; repair the text") from error
+        refuse_surrogates(text)
+        if self._space_bytes is None or _SPACE not in text:
+            return self._encode_text(text)
+        # The model would read U+2581 as a space; its three bytes say it exactly.
+        ids: list[int] = []
+        for number, part in enumerate(text.split(_SPACE)):
+            if number:
+                ids += self._space_bytes
+            ids += self._encode_text(part)
+        return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         plain = [number for number, text in enumerate(texts) if _SPACE not in text]
-        try:
-            encoded = self._pieces.encode([texts[number] for number in plain], num_threads=_THREADS)
-        except UnicodeEncodeError as error:
-            raise UserError("a text holds half a surrogate pair; repair the corpus") from error
+        for text in texts:
+            refuse_surrogates(text)
+        encoded = self._pieces.encode([texts[number] for number in plain], num_threads=_THREADS)
         found: dict[int, np.ndarray] = {}
         for number, ids in zip(plain, encoded, strict=True):
             row = np.asarray(ids, dtype=np.int32)
@@ -189,6 +187,12 @@ def _processor(model: bytes, origin: str) -> sentencepiece.SentencePieceProcesso
     if size == 0:
         raise UserError(f"{origin} is no SentencePiece model; give the path of a .model file")
     return pieces
+
+
+def refuse_surrogates(text: str) -> None:
+    """UserError when the text holds half a surrogate pair, which UTF-8 and so no model can say."""
+    if has_lone_surrogate(text):
+        raise UserError(f"the text {text[:40]!r} holds half a surrogate pair (\\ud800–\\udfff alone); repair the text")
 
 
 def read_model(path: str | Path | None, kind: str) -> bytes:

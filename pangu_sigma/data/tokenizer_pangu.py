@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import jieba
 
-from pangu_sigma.data.tokenizer import Tokenizer
+from pangu_sigma.data.tokenizer import Tokenizer, refuse_surrogates
 from pangu_sigma.errors import UserError
 
 DEFAULT_EOD = "<eot>"  # id 9: what PanGu-α's released training code used; later code also used <pad> (6)
@@ -34,11 +34,9 @@ class PanguAlphaTokenizer(Tokenizer):
         super().__init__(model, eod_id, pad_id, origin)
 
     def encode(self, text: str) -> list[int]:
+        refuse_surrogates(text)
         words = (word.translate(_TO_SIGNS) for word in self._jieba.cut(text))
-        try:
-            return self._encode_text(" ".join(words))
-        except UnicodeEncodeError as error:
-            raise UserError(f"the text {text[:40]!r} holds half a surrogate pair; repair the text") from error
+        return self._encode_text(" ".join(words))
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._decode_ids(ids).translate(_TO_TEXT)
