@@ -163,10 +163,10 @@ def _docs() -> Iterator[str]:
 
 def _topics() -> Iterator[str]:
     """The language reference behind ``help("if")`` and the like; a few systems package Python without it."""
-    if importlib.util.find_spec("pydoc_data.topics") is None:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
         return
-    from pydoc_data.topics import topics
-
     for name in sorted(topics, key=lambda name: (key64("builtin", name), name)):
         yield from _grouped(_prose(topics[name]).split("\n\n"))
 
@@ -175,6 +175,11 @@ def _prose(text: str) -> str:
     """Documentation without its console sessions, which are code."""
     paragraphs = re.split(r"\n\s*\n", text)
     return "\n\n".join(part for part in paragraphs if ">>>" not in part)
+
+
+def _size(file: Path) -> int:
+    """Bytes of a file, 0 for a link that leads nowhere."""
+    return file.stat().st_size if file.is_file() else 0
 
 
 def _c_headers() -> Iterator[str]:
@@ -189,7 +194,7 @@ def _c_headers() -> Iterator[str]:
             continue
         for file in _mixed(root.rglob("*.h"), root):
             # Beyond 100 KB a header is a generated table; under c++ it is another language.
-            if file.resolve() in seen or "c++" in file.parts or file.stat().st_size > 100_000:
+            if file.resolve() in seen or "c++" in file.parts or not 0 < _size(file) < 100_000:
                 continue
             seen.add(file.resolve())
             try:

@@ -1,7 +1,6 @@
-"""Exact and near duplicates of documents, found by MinHash signatures and banding (Broder 1997; Leskovec et al., ch.
-3).
+"""Exact and near duplicates of documents, found by MinHash signatures and banding (Broder 1997).
 
-A document is the set of its ``SHINGLE`` -character pieces. One hash per piece, cut into ``BINS`` bins of which each
+A document is the set of its pieces of ``SHINGLE`` characters. One hash per piece, cut into ``BINS`` bins of which each
 keeps its minimum (one-permutation hashing), gives a signature; the share of equal entries estimates the Jaccard
 similarity of two documents. An empty bin takes another bin's value, chosen by a hash (Shrivastava 2017, "Optimal
 densification"). Bands of signatures that are equal make candidates; of two near duplicates the later document goes.

@@ -96,8 +96,8 @@ def prepare_domain(
     """
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", source.name):
         raise UserError(f"the domain name '{source.name}' cannot name a folder; use letters, digits, '_', '-' and '.'")
-    if not 0.0 < heldout_fraction < 1.0:
-        raise UserError(f"data.heldout_fraction is {heldout_fraction}; it must lie between 0 and 1")
+    if not 0.0 <= heldout_fraction < 1.0:
+        raise UserError(f"data.heldout_fraction is {heldout_fraction}; it must be at least 0 and below 1")
     files = expand_paths(source.name, source.data)
     before = stat_files(files)
     corpus = fingerprint_files(files)

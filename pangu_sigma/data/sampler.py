@@ -114,23 +114,19 @@ class MixtureSampler:
             raise UserError(
                 f"the checkpoint has the domain '{gone[0]}', which the configuration lacks; add it back to resume"
             )
-        cursors = np.zeros(len(self._streams), dtype=np.int64)
-        for number, stream in enumerate(self._streams):
-            if stream.domain not in kept:
-                if not allow_new_domains:
-                    raise UserError(
-                        f"the checkpoint lacks the domain '{stream.domain}'; remove it from domains to resume"
-                    )
-                continue
-            entry = kept[stream.domain]
-            for what, value in stream.identity.items():
-                if entry["identity"].get(what) != value:
+        known = [stream for stream in self._streams if stream.domain in kept]
+        if len(known) < len(self._streams) and not allow_new_domains:
+            new = next(name for name in self.domains if name not in kept)
+            raise UserError(f"the checkpoint lacks the domain '{new}'; remove it from domains to resume")
+        # Corpora of all domains first: one changed corpus also changes a tokenizer that was trained on the mix.
+        for what in dict.fromkeys(what for stream in known for what in stream.identity):
+            for stream in known:
+                if kept[stream.domain]["identity"].get(what) != stream.identity.get(what):
                     raise UserError(
                         f"domain '{stream.domain}': the {what} differs from the checkpoint's; restore it to resume, "
                         "or begin a new run"
                     )
-            cursors[number] = entry["cursor"]
-        self._cursors = cursors
+        self._cursors = np.array([kept[name]["cursor"] if name in kept else 0 for name in self.domains], dtype=np.int64)
         self._step = int(state["step"])
         self._sample = int(state["sample"])
 

@@ -33,15 +33,22 @@ _UNTRAINABLE = "\x00\u2581\u2585\u2047"  # SentencePiece's own signs: training s
 
 
 def build_tokenizer(
-    kind: str, sources: Sequence[Source], cache_dir: str | Path, path: str | Path | None = None, vocab_size: int = 4096
+    kind: str,
+    sources: Sequence[Source],
+    cache_dir: str | Path,
+    path: str | Path | None = None,
+    vocab_size: int = 4096,
+    eod_id: int | None = None,
+    pad_id: int | None = None,
 ) -> Tokenizer:
     """The tokenizer of a configuration's ``data.tokenizer``.
 
-    ``sentencepiece`` and ``pangu_alpha`` read ``path``. ``train`` trains on ``sources`` and keeps the result under
-    ``cache_dir`` by the contents of the corpora, so that it is trained once and again when a corpus changes.
+    ``sentencepiece`` and ``pangu_alpha`` read ``path``; ``eod_id`` and ``pad_id`` default to what the model names.
+    ``train`` trains on ``sources`` and keeps the result under ``cache_dir`` by the contents of the corpora, so that it
+    is trained once and again when a corpus changes. Raises UserError for an unknown kind and an unusable model or corpus.
     """
     if kind != "train":
-        return tokenizer_class(kind)(read_model(path, kind), None, None, str(path))
+        return tokenizer_class(kind)(read_model(path, kind), eod_id, pad_id, str(path))
     settings = [_RECIPE, sentencepiece.__version__, str(vocab_size)]
     for source in sources:
         files = fingerprint_files(expand_paths(source.name, source.data))

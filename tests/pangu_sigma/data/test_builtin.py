@@ -2,9 +2,13 @@ import json
 import re
 from itertools import islice
 
+import pytest
+
+from pangu_sigma.data import builtin
 from pangu_sigma.data.builtin import build
 from pangu_sigma.data.builtin_arithmetic import worksheets
 from pangu_sigma.data.deduplicate import Deduplicator
+from pangu_sigma.errors import UserError
 
 
 def test_four_domains_are_built_from_this_python_and_stay_as_they_are(tmp_path):
@@ -40,3 +44,9 @@ def test_the_generated_sums_are_right_and_no_two_sheets_alike():
     assert all(Deduplicator().keep(sheets))
     assert list(islice(worksheets(seed=1), 500)) == sheets
     assert list(islice(worksheets(seed=2), 3)) != sheets[:3]
+
+
+def test_an_installation_without_enough_text_is_refused_by_domain(tmp_path, monkeypatch):
+    monkeypatch.setattr(builtin, "LEAST_BYTES", 10**9)
+    with pytest.raises(UserError, match="bytes of text for the built-in domain 'code'"):
+        build(tmp_path)

@@ -86,7 +86,7 @@ def test_duplicates_are_dropped_before_the_split_and_counted(prepare, corpus, co
 
 def test_two_documents_are_enough_for_both_parts(prepare, corpus):
     texts = ["The first document speaks about the sea. " * 9, "Another one explains how bread is baked. " * 9]
-    for fraction in (0.001, 0.999):
+    for fraction in (0.0, 0.001, 0.999):
         store = prepare(corpus(texts), heldout_fraction=fraction)
         assert store.documents == {"train": 1, "heldout": 1}
 
@@ -115,7 +115,7 @@ def test_a_corpus_too_small_is_refused(prepare, corpus, texts, message, deduplic
 
 
 def test_unusable_settings_are_refused(prepare, corpus, code_texts):
-    for fraction in (0.0, 1.0, -1.0):
+    for fraction in (1.0, -1.0, float("nan")):
         with pytest.raises(UserError, match="heldout_fraction"):
             prepare(corpus(code_texts), heldout_fraction=fraction)
     with pytest.raises(UserError, match="cannot name a folder"):

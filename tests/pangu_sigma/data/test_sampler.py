@@ -130,6 +130,16 @@ def test_a_state_that_does_not_fit_is_refused_by_name(streams):
     assert [entry["cursor"] for entry in grown.state()["domains"].values()] == [0, 4, 0]
 
 
+def test_a_changed_corpus_is_named_before_the_tokenizer_it_changed(streams):
+    def sampler(corpus, tokenizer):
+        made = streams(("code",), identity={"corpus": "a", "tokenizer": tokenizer})
+        made += streams(("law",), identity={"corpus": corpus, "tokenizer": tokenizer})
+        return MixtureSampler(made, {"code": 1.0}, seed=1)
+
+    with pytest.raises(UserError, match="domain 'law': the corpus differs"):
+        sampler("new", "trained on new").restore(sampler("old", "trained on old").state())
+
+
 @pytest.mark.parametrize(
     "weights", [{"code": -1.0, "law": 2.0}, {"code": 0.0}, {"code": float("nan")}, {"sport": 1.0}, {}]
 )
