@@ -45,7 +45,7 @@ def build_tokenizer(
 
     ``sentencepiece`` and ``pangu_alpha`` read ``path``; ``eod_id`` and ``pad_id`` default to what the model names.
     ``train`` trains on ``sources`` and keeps the result under ``cache_dir`` by the contents of the corpora, so that it
-    is trained once and again when a corpus changes. Raises UserError for an unknown kind and an unusable model or corpus.
+    is trained once and again when a corpus changes. UserError for an unknown kind and an unusable model or corpus.
     """
     if kind != "train":
         return tokenizer_class(kind)(read_model(path, kind), eod_id, pad_id, str(path))
