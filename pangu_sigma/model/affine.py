@@ -1,0 +1,37 @@
+"""A weight and a bias, and the normalisation that the backbone uses: the parameters behind the primitives."""
+
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn
+from mindspore.common.initializer import Normal, initializer
+
+from parallel.layout import Layout
+from parallel.primitives import LayerNorm, Linear
+
+
+class Affine(nn.Cell):
+    """x [T, in] -> x @ weight [in, out] + bias [out]; weight ~ Normal(std), bias 0."""
+
+    def __init__(self, inner: int, outer: int, layout: Layout, compute: ms.dtype, std: float) -> None:
+        super().__init__()
+        self.weight = Parameter(initializer(Normal(std), (inner, outer), ms.float32), name="weight")
+        self.bias = Parameter(initializer("zeros", (outer,), ms.float32), name="bias")
+        self.linear = Linear(layout, compute)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.linear(x, self.weight, self.bias)
+
+
+class Norm(nn.Cell):
+    """Layer normalisation of x_TD with learned gamma and beta [D], in float32."""
+
+    def __init__(self, hidden: int, epsilon: float, layout: Layout) -> None:
+        super().__init__()
+        self.gamma = Parameter(initializer("ones", (hidden,), ms.float32), name="gamma")
+        self.beta = Parameter(initializer("zeros", (hidden,), ms.float32), name="beta")
+        self.norm = LayerNorm(layout, epsilon)
+
+    def construct(self, x: Tensor) -> Tensor:
+        y, _, _, _ = self.norm(x, self.gamma, self.beta)
+        return y

@@ -1,0 +1,186 @@
+"""Causal multi-head attention, cut into query chunks so that the masked half of the score matrix is not computed.
+
+Legend: B samples, S positions, T = B*S rows, D hidden width, H heads, W = D/H head width, C query chunks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+
+from pangu_sigma.model.affine import Affine
+from pangu_sigma.model.dropout import CountedDropout
+from parallel.layout import Layout
+
+MASKED_SCORE = -10000.0  # PanGu-alpha's value; its exponential is 0 in float32
+SMALLEST_CHUNK = 64
+MOST_CHUNKS = 4
+
+
+def chunk_count(length: int) -> int:
+    """Query chunks for a sequence: C chunks compute (C + 1) / (2 C) of the score matrix; more than 4 gain nothing."""
+    chunks = MOST_CHUNKS
+    while chunks > 1 and (length % chunks or length // chunks < SMALLEST_CHUNK):
+        chunks //= 2
+    return chunks
+
+
+class CausalMask(nn.Cell):
+    """segments [B, S] -> C additive masks [B, H, S/C, visible keys]: 0 where key <= query in one document.
+
+    Built once per step and shared by all layers, at the full shape, because adding over equal shapes is several times
+    as fast as a broadcast on CPU.
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def construct(self, segments: Tensor) -> tuple[Tensor, ...]:
+        batch, length = segments.shape
+        chunks = chunk_count(length)
+        size = length // chunks
+        masks = ()
+        for c in range(chunks):
+            start, end = c * size, (c + 1) * size
+            rows = ops.arange(start, end).reshape(1, size, 1)
+            columns = ops.arange(end).reshape(1, 1, end)
+            same = ops.equal(segments[:, start:end].reshape(batch, size, 1), segments[:, :end].reshape(batch, 1, end))
+            visible = ops.logical_and(same, ops.less_equal(columns, rows))
+            mask = (ops.cast(visible, ms.float32) - 1.0) * (-MASKED_SCORE)
+            masks = masks + (ops.BroadcastTo((batch, self.heads, size, end))(mask.reshape(batch, 1, size, end)),)
+        return masks
+
+
+class ScaledDotProduct(nn.Cell):
+    """softmax(q k^T + mask) v for q, k, v [B, H, S, W], q already scaled. Returns (y [B, H, S, W], C probabilities).
+
+    Gradient: dS = P * (dP - sum(dO * O)) (Rabe and Staats 2021, arXiv 2112.05682; the sum form of arXiv 2205.14135).
+    The row term rides along as one more column of the product dO V^T, which spares a broadcast over all scores.
+    """
+
+    def __init__(self, layout: Layout, compute: ms.dtype) -> None:
+        super().__init__()
+        self.compute = compute
+        four = (1, 1, 1, 1)
+        self.by_transposed = layout(ops.BatchMatMul(transpose_b=True), four, four)
+        self.product = layout(ops.BatchMatMul(), four, four)
+        self.transposed_by = layout(ops.BatchMatMul(transpose_a=True), four, four)
+        self.softmax = layout(ops.Softmax(-1), four)
+        self.add = layout(ops.Add(), four, four)
+        self.mul = layout(ops.Mul(), four, four)
+        self.row_sum = layout(ops.ReduceSum(keep_dims=True), four)
+        self.beside = layout(ops.Concat(-1), four)
+        self.below = layout(ops.Concat(2), four)
+        self.slice = layout(ops.Slice(), four)
+        self.sum_all = layout(ops.AddN())
+        self.cast = layout(ops.Cast(), four)
+
+    def part(self, x: Tensor, start: int, end: int) -> Tensor:
+        batch, heads, _, width = x.shape
+        return self.slice(x, (0, 0, start, 0), (batch, heads, end - start, width))
+
+    def low(self, x: Tensor) -> Tensor:
+        return x if self.compute == ms.float32 else self.cast(x, self.compute)
+
+    def full(self, x: Tensor) -> Tensor:
+        return x if self.compute == ms.float32 else self.cast(x, ms.float32)
+
+    def construct(self, q: Tensor, k: Tensor, v: Tensor, masks: tuple[Tensor, ...]):
+        length = q.shape[2]
+        size = length // len(masks)
+        q, k, v = self.low(q), self.low(k), self.low(v)
+        outs, kept = (), ()
+        for c in range(len(masks)):
+            end = (c + 1) * size
+            scores = self.full(self.by_transposed(self.part(q, c * size, end), self.part(k, 0, end)))
+            p = self.softmax(self.add(scores, masks[c]))
+            outs = outs + (self.full(self.product(self.low(p), self.part(v, 0, end))),)
+            kept = kept + (p,)
+        y = outs[0] if len(masks) == 1 else self.below(outs)
+        return y, kept
+
+    def bprop(self, q: Tensor, k: Tensor, v: Tensor, masks: tuple[Tensor, ...], out, dout):
+        y, kept = out
+        dy = dout[0]
+        batch, heads, length, width = q.shape
+        size = length // len(masks)
+        row_term = self.row_sum(self.mul(dy, y), -1)
+        dy_and_term = self.low(self.beside((dy, row_term)))
+        v_and_minus_one = self.low(self.beside((v, ops.fill(ms.float32, (batch, heads, length, 1), -1.0))))
+        q, k, dy = self.low(q), self.low(k), self.low(dy)
+        dq, dk, dv = (), (), ()
+        for c in range(len(masks)):
+            end = (c + 1) * size
+            p = kept[c]
+            dp = self.full(self.by_transposed(self.part(dy_and_term, c * size, end), self.part(v_and_minus_one, 0, end)))
+            ds = self.low(self.mul(p, dp))
+            dq = dq + (self.full(self.product(ds, self.part(k, 0, end))),)
+            dk_part = self.full(self.transposed_by(ds, self.part(q, c * size, end)))
+            dv_part = self.full(self.transposed_by(self.low(p), self.part(dy, c * size, end)))
+            if end < length:
+                zeros = ops.fill(ms.float32, (batch, heads, length - end, width), 0.0)
+                dk_part, dv_part = self.below((dk_part, zeros)), self.below((dv_part, zeros))
+            dk, dv = dk + (dk_part,), dv + (dv_part,)
+        if len(masks) == 1:
+            return dq[0], dk[0], dv[0], masks
+        return self.below(dq), self.sum_all(dk), self.sum_all(dv), masks
+
+
+class DroppedDotProduct(nn.Cell):
+    """The same function with dropout on the probabilities, which the chunked gradient does not cover."""
+
+    def __init__(self, layout: Layout, rate: float, layer: int) -> None:
+        super().__init__()
+        four = (1, 1, 1, 1)
+        self.by_transposed = layout(ops.BatchMatMul(transpose_b=True), four, four)
+        self.product = layout(ops.BatchMatMul(), four, four)
+        self.softmax = layout(ops.Softmax(-1), four)
+        self.below = layout(ops.Concat(2), four)
+        self.dropout = CountedDropout(rate, layer, "attention probabilities")
+
+    def construct(self, q: Tensor, k: Tensor, v: Tensor, masks: tuple[Tensor, ...], keys: Tensor):
+        length = q.shape[2]
+        size = length // len(masks)
+        outs = ()
+        for c in range(len(masks)):
+            end = (c + 1) * size
+            p = self.softmax(self.by_transposed(q[:, :, c * size : end], k[:, :, :end]) + masks[c])
+            outs = outs + (self.product(self.dropout(p, keys + c), v[:, :, :end]),)
+        return outs[0] if len(masks) == 1 else self.below(outs)
+
+
+class Attention(nn.Cell):
+    """x_TD (and for the query layer its own query rows) -> y_TD, with biases, as PanGu-alpha's (facts of the paper)."""
+
+    def __init__(
+        self, hidden: int, heads: int, layout: Layout, compute: ms.dtype, init_std: float, projection_std: float,
+        dropout: float, layer: int,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.heads = heads
+        self.width = hidden // heads
+        self.query = Affine(hidden, hidden, layout, compute, init_std)
+        self.key = Affine(hidden, hidden, layout, compute, init_std)
+        self.value = Affine(hidden, hidden, layout, compute, init_std)
+        self.projection = Affine(hidden, hidden, layout, compute, projection_std)
+        self.rate = dropout
+        self.core = DroppedDotProduct(layout, dropout, layer) if dropout else ScaledDotProduct(layout, compute)
+        self.transpose = layout(ops.Transpose(), (1, 1, 1, 1))
+        self.scale = 1.0 / math.sqrt(self.width)
+
+    def split(self, x: Tensor, batch: int, length: int) -> Tensor:
+        return self.transpose(x.reshape(batch, length, self.heads, self.width), (0, 2, 1, 3))
+
+    def construct(self, query_rows: Tensor, x: Tensor, masks: tuple[Tensor, ...], keys: Tensor) -> Tensor:
+        batch, length = masks[0].shape[0], masks[-1].shape[3]
+        q = self.split(self.query(query_rows) * self.scale, batch, length)
+        k = self.split(self.key(x), batch, length)
+        v = self.split(self.value(x), batch, length)
+        if self.rate > 0.0:
+            y = self.core(q, k, v, masks, keys)
+        else:
+            y, _ = self.core(q, k, v, masks)
+        return self.projection(self.transpose(y, (0, 2, 1, 3)).reshape(batch * length, self.heads * self.width))

@@ -1,0 +1,162 @@
+"""Build a model from its configuration: routing tables, routers, expert store and the network itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor
+
+from pangu_sigma.config import Config
+from pangu_sigma.model.pangu import PanGuSigma
+from pangu_sigma.model.signature import FlatSignature, PlaceSignature
+from parallel.layout import Layout
+from rre.counted import generator
+from rre.dispatch import EXACT_ROWS
+from rre.experts import expert_shapes
+from rre.routers import Groups, Router, SwitchRouter, TableRouter
+from rre.store import DeviceStore
+from rre.tables import draw_table
+
+COMPUTE_TYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
+SLOTS = "embedding"
+
+
+@dataclass
+class Model:
+    """A built model: the network with its shared parameters, the store with every domain's experts, the tables.
+
+    `tables`: sparse layer -> domain -> int32 [V], empty for a learned gate.
+    """
+
+    config: Config
+    vocab: int
+    eod_id: int
+    groups: Groups
+    routers: tuple[Router, ...]
+    tables: dict[str, dict[str, np.ndarray]]
+    store: DeviceStore
+    net: PanGuSigma
+    layout: Layout
+
+    @property
+    def learned(self) -> bool:
+        """Whether the routers are learned gates."""
+        return any(router.learned for router in self.routers)
+
+    def training_signature(self, batch: int) -> FlatSignature:
+        """Variable inputs of a training graph: one slot per expert."""
+        return self._signature(batch, self.groups.total, jitter=self.config.model.sparse.jitter > 0)
+
+    def exact_signature(self, batch: int, domains: int) -> FlatSignature:
+        """Variable inputs of an evaluation graph whose batches mix at most `domains` domains: slots of fixed blocks."""
+        if self.learned:
+            return self._signature(batch, self.groups.total, jitter=False)
+        rows = batch * self.config.data.sequence_length
+        busiest = sum(sorted(self.groups.sizes, reverse=True)[:domains])
+        # Every expert may end in one block that is not full.
+        return self._signature(batch, rows // EXACT_ROWS + min(busiest, rows), jitter=False)
+
+    def _signature(self, batch: int, slots: int, jitter: bool) -> FlatSignature:
+        model = self.config.model
+        places = tuple(
+            PlaceSignature(place, slots, router.learned, router.learned and jitter)
+            for place, router in zip(model.sparse_prefixes, self.routers, strict=True)
+        )
+        slot_table = None
+        if model.embedding_slots == "per_domain":
+            slot_table = (len(self.groups.names), self.vocab, model.hidden)
+        return FlatSignature(places, slot_table, batch, self.config.data.sequence_length, model.hidden, model.ffn)
+
+
+def build_model(
+    config: Config,
+    vocab: int,
+    eod_id: int,
+    tables: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    token_counts: Mapping[str, np.ndarray] | None = None,
+    initialise: bool = True,
+) -> Model:
+    """Build the network of `config` for `vocab` ids.
+
+    Routing tables are drawn here for a new model (`token_counts` [V] per domain serve the `frequency` rule) and given
+    for one from a checkpoint. With `initialise` False all weights are zero: something else will fill them.
+    """
+    model = config.model
+    layout = Layout(config.run.device)
+    groups = Groups(config.domain_names, tuple(d.experts for d in config.domains))
+    places = model.sparse_prefixes
+    uses_tables = model.sparse.router == "rre"
+    if uses_tables and tables is None:
+        tables = {
+            place: {
+                name: draw_table(
+                    model.sparse.table, config.run.seed, place, name, vocab, size, (token_counts or {}).get(name)
+                )
+                for name, size in zip(groups.names, groups.sizes, strict=True)
+            }
+            for place in places
+        }
+    capacity = model.sparse.capacity_factor if model.sparse.dispatch == "capacity" else None
+    routers: list[Router] = []
+    for layer, place in enumerate(places):
+        if uses_tables:
+            routers.append(
+                TableRouter(
+                    groups, tables[place], layer, layout, config.run.seed, model.sparse.resample, capacity
+                )
+            )
+        else:
+            routers.append(
+                SwitchRouter(groups, model.hidden, layout, model.sparse.aux_loss_weight, capacity, model.init_std)
+            )
+    shapes = {place: expert_shapes(model.hidden, model.ffn) for place in places}
+    experts = dict.fromkeys(places, groups.total)
+    if model.embedding_slots == "per_domain":
+        shapes[SLOTS] = {"word": (vocab, model.hidden)}
+        experts[SLOTS] = len(groups.names)
+    store = DeviceStore(shapes, experts)
+    built = Model(
+        config=config,
+        vocab=vocab,
+        eod_id=eod_id,
+        groups=groups,
+        routers=tuple(routers),
+        tables={place: dict(by_domain) for place, by_domain in (tables or {}).items()},
+        store=store,
+        net=None,
+        layout=layout,
+    )
+    compute = COMPUTE_TYPES[config.train.precision]
+    built.net = PanGuSigma(model, vocab, routers, built.training_signature(1), layout, compute)
+    if initialise:
+        _initialise(built)
+    return built
+
+
+def _initialise(built: Model) -> None:
+    """Normal(init_std), projections that end in the residual stream scaled by 1 / sqrt(2 L) (PanGu-alpha's own code).
+
+    Drawn by our own counted generator, so that the same seed gives the same model on every machine.
+    """
+    config = built.config
+    std = config.model.init_std
+    residual = std / math.sqrt(2.0 * config.model.layers)
+    for parameter in built.net.get_parameters():
+        parameter.set_data(Tensor(initial_value(parameter, config.run.seed, std, residual)))
+    built.store.initialise(config.run.seed, {"up.weight": std, "down.weight": residual, "word": std})
+
+
+def initial_value(parameter: Parameter, seed: int, std: float, residual_std: float) -> np.ndarray:
+    """The initial value of a shared parameter, float32 of its shape."""
+    name = parameter.name
+    if name.endswith((".bias", ".beta")):
+        return np.zeros(parameter.shape, np.float32)
+    if name.endswith(".gamma"):
+        return np.ones(parameter.shape, np.float32)
+    into_residual = name.endswith(("attention.projection.weight", "feed_forward.down.weight"))
+    rng = generator(seed, f"initial {name}")
+    return rng.standard_normal(parameter.shape, np.float32) * np.float32(residual_std if into_residual else std)

@@ -1,0 +1,135 @@
+"""From a batch to the graph's inputs: positions, segments and the routing of every sparse layer, all in NumPy.
+
+This runs ahead of the step in the reading thread; only the tensors and the experts' weights are made by the step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from pangu_sigma.data.positions import positions_and_segments
+from pangu_sigma.model.build import Model
+from pangu_sigma.model.signature import FlatSignature
+from rre.counted import generator, sample_keys
+from rre.dispatch import DROPPED, DispatchPlan, plan_by_expert, plan_in_blocks
+from rre.store import DeviceStore
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """Everything a graph needs of one micro-batch of B samples and S positions.
+
+    tokens, labels, positions, segments int32 [B, S]; mask float32 [B, S] (0 where a label does not count); domain int32
+    [B]; keys int32 [B]; `plans`: per table-routed sparse layer; `noise`: per jittered gate; `dropped` rows per layer and
+    domain.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    mask: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    domain: np.ndarray
+    keys: np.ndarray
+    plans: tuple[DispatchPlan | None, ...]
+    noise: tuple[np.ndarray | None, ...]
+    dropped: np.ndarray
+
+    @property
+    def fixed(self) -> tuple[Tensor, ...]:
+        """tokens, positions, segments, domain, keys as tensors."""
+        return tuple(Tensor(a) for a in (self.tokens, self.positions, self.segments, self.domain, self.keys))
+
+    def flat(self, signature: FlatSignature, store: DeviceStore) -> list[Tensor]:
+        """The variable inputs in the signature's order, with weights fetched from `store`."""
+        tensors: list[Tensor] = []
+        if signature.slot_table is not None:
+            tensors.append(store.whole("embedding", "word"))
+        for place, plan, noise in zip(signature.places, self.plans, self.noise, strict=True):
+            if plan is None:
+                if place.jitter:
+                    tensors.append(Tensor(noise))
+                tensors += store.fetch(place.name, range(place.slots))
+            else:
+                tensors += [Tensor(rows) for rows in plan.rows]
+                tensors.append(Tensor(plan.position))
+                tensors += store.fetch(place.name, plan.experts)
+        return tensors
+
+
+class Planner:
+    """Plans batches for one graph. `exact` cuts rows into fixed blocks (evaluation), else one slot per expert."""
+
+    def __init__(self, model: Model, signature: FlatSignature, training: bool) -> None:
+        self.model = model
+        self.signature = signature
+        self.training = training
+        self.seed = model.config.run.seed
+
+    def __call__(
+        self, tokens: np.ndarray, domain: np.ndarray, sample: np.ndarray, step: int, mask: np.ndarray | None = None
+    ) -> PlannedBatch:
+        """tokens int32 [B, S+1], domain int32 [B], global sample numbers int64 [B], optional label mask [B, S]."""
+        inputs = np.ascontiguousarray(tokens[:, :-1])
+        positions, segments = positions_and_segments(inputs, self.model.eod_id)
+        plans: list[DispatchPlan | None] = []
+        noise: list[np.ndarray | None] = []
+        dropped = np.zeros((len(self.signature.places), len(self.model.groups.names)), np.int64)
+        for layer, (router, place) in enumerate(zip(self.model.routers, self.signature.places, strict=True)):
+            if place.learned:
+                plans.append(None)
+                noise.append(self._noise(step, sample, layer, inputs.shape[1]) if place.jitter else None)
+                continue
+            ids = router.assign(inputs, domain, step, sample, self.training).expert_ids
+            lost = (ids == DROPPED).any(axis=1).reshape(inputs.shape).sum(axis=1)
+            np.add.at(dropped[layer], domain, lost)
+            plans.append(
+                plan_by_expert(ids, np.arange(place.slots)) if self.training else plan_in_blocks(ids, place.slots)
+            )
+            noise.append(None)
+        return PlannedBatch(
+            tokens=inputs,
+            labels=np.ascontiguousarray(tokens[:, 1:]),
+            mask=np.ones(inputs.shape, np.float32) if mask is None else mask,
+            positions=positions,
+            segments=segments,
+            domain=domain.astype(np.int32),
+            keys=self._keys(step, sample),
+            plans=tuple(plans),
+            noise=tuple(noise),
+            dropped=dropped,
+        )
+
+    def _keys(self, step: int, sample: np.ndarray) -> np.ndarray:
+        model = self.model.config.model
+        if not self.training or (model.dropout == 0.0 and model.attention.dropout == 0.0):
+            return np.zeros(sample.size, np.int32)
+        return sample_keys(self.seed, "dropout", step, sample)
+
+    def _noise(self, step: int, sample: np.ndarray, layer: int, length: int) -> np.ndarray:
+        width, half = self.model.config.model.hidden, self.model.config.model.sparse.jitter
+        rows = [
+            generator(self.seed, "jitter", step, int(n), layer).uniform(1 - half, 1 + half, (length, width))
+            for n in sample
+        ]
+        return np.concatenate(rows).astype(np.float32)
+
+
+def graph_placeholders(batch: int, length: int) -> dict[str, Tensor]:
+    """Shapes of the fixed inputs by name, for compiling."""
+    whole, real = ms.int32, ms.float32
+    by_name = {
+        "tokens": ([batch, length], whole),
+        "labels": ([batch, length], whole),
+        "weights": ([batch, length], real),
+        "auxiliary_weight": ([], real),
+        "positions": ([batch, length], whole),
+        "segments": ([batch, length], whole),
+        "domain": ([batch], whole),
+        "keys": ([batch], whole),
+    }
+    return {name: Tensor(shape=shape, dtype=dtype) for name, (shape, dtype) in by_name.items()}

@@ -1,0 +1,78 @@
+"""The order of the graph's variable inputs: embedding slots, then per sparse layer its routing and its experts.
+
+One graph takes all of them flat, because only flat inputs can be differentiated one by one and given dynamic lengths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mindspore as ms
+from mindspore import Tensor
+
+from rre.experts import TENSORS_PER_EXPERT, expert_shapes
+
+
+@dataclass(frozen=True)
+class PlaceSignature:
+    """Inputs of one sparse layer: `slots` experts, and what its router takes from outside the graph."""
+
+    name: str
+    slots: int
+    learned: bool
+    jitter: bool
+
+    @property
+    def routing(self) -> int:
+        """Number of routing inputs: rows of each slot and of the dropped plus positions, or the gate's noise."""
+        return int(self.jitter) if self.learned else self.slots + 2
+
+    @property
+    def weights(self) -> int:
+        """Number of weight inputs."""
+        return len(TENSORS_PER_EXPERT) * self.slots
+
+
+@dataclass(frozen=True)
+class FlatSignature:
+    """All variable inputs of a graph over `batch` x `length` tokens."""
+
+    places: tuple[PlaceSignature, ...]
+    slot_table: tuple[int, int, int] | None
+    batch: int
+    length: int
+    hidden: int
+    ffn: int
+    choices: int = 1
+
+    @property
+    def bounds(self) -> tuple[tuple[int, int, int], ...]:
+        """Per sparse layer: where its routing starts, where its weights start, where they end in `flat`."""
+        found = []
+        at = 0 if self.slot_table is None else 1
+        for place in self.places:
+            found.append((at, at + place.routing, at + place.routing + place.weights))
+            at = found[-1][2]
+        return tuple(found)
+
+    @property
+    def differentiated(self) -> tuple[int, ...]:
+        """Positions in `flat` whose gradients a training step wants: slots, then every layer's weights in order."""
+        slots = () if self.slot_table is None else (0,)
+        return slots + tuple(i for _, b, c in self.bounds for i in range(b, c))
+
+    def placeholders(self) -> list[Tensor]:
+        """Shapes for compiling, row vectors with dynamic length."""
+        tensors: list[Tensor] = []
+        if self.slot_table is not None:
+            tensors.append(Tensor(shape=list(self.slot_table), dtype=ms.float32))
+        tokens = self.batch * self.length
+        for place in self.places:
+            if not place.learned:
+                tensors += [Tensor(shape=[None], dtype=ms.int32) for _ in range(place.slots + 1)]
+                tensors.append(Tensor(shape=[tokens, self.choices], dtype=ms.int32))
+            elif place.jitter:
+                tensors.append(Tensor(shape=[tokens, self.hidden], dtype=ms.float32))
+            shapes = expert_shapes(self.hidden, self.ffn).values()
+            tensors += [Tensor(shape=list(s), dtype=ms.float32) for _ in range(place.slots) for s in shapes]
+        return tensors

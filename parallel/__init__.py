@@ -1,0 +1,1 @@
+"""Device mesh, the exchange between tokens and experts, and operators built with their layout."""

@@ -1,0 +1,31 @@
+"""Operators are built with their layout: the one factory through which cells make primitives.
+
+A cell never calls a Python operator where a layout matters; it asks its `Layout` for the primitive in `__init__` and
+names how each input is cut over the mesh. Alone nothing is cut and the primitive comes back as it is, so one model
+code serves one process and a mesh.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Cut = tuple[int | str, ...]
+
+
+class Layout:
+    """Makes primitives for one device: every tensor is whole, so a stated cut has no effect.
+
+    `device` is "CPU" or "Ascend" and tells device-aware primitives which form to take.
+    """
+
+    def __init__(self, device: str = "CPU") -> None:
+        self.device = device
+
+    @property
+    def native(self) -> bool:
+        """True where fused native operators are the fast form (Ascend); on CPU compositions are faster."""
+        return self.device != "CPU"
+
+    def __call__(self, primitive: Any, *cuts: Cut) -> Any:
+        """Return `primitive` with its inputs cut as `cuts` say (one tuple per input, one entry per axis)."""
+        return primitive

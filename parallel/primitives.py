@@ -1,0 +1,198 @@
+"""Device-aware primitives: native operators on Ascend, compositions that are fast on CPU, one gradient for both.
+
+Each cell here is one operation with its own gradient, because on CPU the automatic one takes slow kernels (the
+gradients of BiasAdd, GeLU, LayerNorm and Softmax cost several times their forward pass there). A cell that needs an
+intermediate result in its gradient returns it behind the result proper; callers drop it.
+
+Legend: T rows, K and N inner and outer width, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+
+from parallel.layout import Layout
+
+FAST_GELU_SLOPE = 1.702
+
+
+class Linear(nn.Cell):
+    """y_TN = x_TK @ w_KN + b_N; the product runs in `compute` precision, everything else in float32."""
+
+    def __init__(self, layout: Layout, compute: ms.dtype = ms.float32) -> None:
+        super().__init__()
+        self.compute = compute
+        self.product = layout(ops.MatMul(), (1, 1), (1, 1))
+        self.by_transposed_weight = layout(ops.MatMul(transpose_b=True), (1, 1), (1, 1))
+        self.by_transposed_input = layout(ops.MatMul(transpose_a=True), (1, 1), (1, 1))
+        self.add_bias = layout(ops.BiasAdd(), (1, 1), (1,))
+        self.column_sum = layout(ops.ReduceSum(), (1, 1))
+        self.cast = layout(ops.Cast(), (1, 1))
+
+    def construct(self, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        if self.compute == ms.float32:
+            return self.add_bias(self.product(x, w), b)
+        y = self.product(self.cast(x, self.compute), self.cast(w, self.compute))
+        return self.add_bias(self.cast(y, ms.float32), b)
+
+    def bprop(self, x: Tensor, w: Tensor, b: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        db = self.bias_gradient(dout)
+        if self.compute == ms.float32:
+            return self.by_transposed_weight(dout, w), self.by_transposed_input(x, dout), db
+        low = self.cast(dout, self.compute)
+        dx = self.by_transposed_weight(low, self.cast(w, self.compute))
+        dw = self.by_transposed_input(self.cast(x, self.compute), low)
+        return self.cast(dx, ms.float32), self.cast(dw, ms.float32), db
+
+    def bias_gradient(self, dout: Tensor) -> Tensor:
+        # A product with a row of ones is three times as fast as ReduceSum on CPU, but needs a static number of rows.
+        if dout.shape[0] > 0:
+            return self.product(ops.ones((1, dout.shape[0]), ms.float32), dout).reshape(-1)
+        return self.column_sum(dout, 0)
+
+
+class FastGelu(nn.Cell):
+    """x * sigmoid(1.702 x), elementwise, for any shape (Hendrycks and Gimpel 2016, arXiv 1606.08415, section 2).
+
+    Returns (y, 1.702 x, sigmoid(1.702 x)).
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.sigmoid = layout(ops.Sigmoid())
+        self.sigmoid_gradient = layout(ms.ops.operations._grad_ops.SigmoidGrad())
+        self.mul = layout(ops.Mul())
+        self.add = layout(ops.Add())
+
+    def construct(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        steep = x * FAST_GELU_SLOPE
+        gate = self.sigmoid(steep)
+        return self.mul(x, gate), steep, gate
+
+    def bprop(self, x: Tensor, out: tuple[Tensor, ...], dout: tuple[Tensor, ...]) -> tuple[Tensor]:
+        # y' = s + 1.702 x s (1 - s); SigmoidGrad(s, g) = g s (1 - s) in one pass.
+        _, steep, gate = out
+        return (self.mul(dout[0], self.add(self.sigmoid_gradient(gate, steep), gate)),)
+
+
+class Gelu(nn.Cell):
+    """The tanh form of GELU (arXiv 1606.08415, equation in section 2), elementwise. Returns (y, tanh term)."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.tanh = layout(ops.Tanh())
+        self.tanh_gradient = layout(ms.ops.operations._grad_ops.TanhGrad())
+        self.square = layout(ops.Square())
+        self.mul = layout(ops.Mul())
+
+    def construct(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        inner = self.mul(x, self.square(x) * (0.7978845608 * 0.044715) + 0.7978845608)
+        t = self.tanh(inner)
+        return self.mul(x, t * 0.5 + 0.5), x, t
+
+    def bprop(self, x: Tensor, out: tuple[Tensor, ...], dout: tuple[Tensor, ...]) -> tuple[Tensor]:
+        dy = dout[0]
+        _, _, t = out
+        inner_slope = self.square(x) * (3 * 0.7978845608 * 0.044715) + 0.7978845608
+        slope = self.tanh_gradient(t, self.mul(x, inner_slope) * 0.5) + (t * 0.5 + 0.5)
+        return (self.mul(dy, slope),)
+
+
+class LayerNorm(nn.Cell):
+    """(x - mean) / sqrt(var + epsilon) * gamma + beta over the last axis of x_TD (arXiv 1607.06450).
+
+    Returns (y_TD, x - mean, 1/std_T1, outer product of 1/std and gamma_TD). Everything that would broadcast is a
+    product with a row or a column instead, which on CPU takes a third of the time.
+    """
+
+    def __init__(self, layout: Layout, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.mean = layout(ops.ReduceMean(keep_dims=True), (1, 1))
+        self.sub = layout(ops.Sub(), (1, 1), (1, 1))
+        self.mul = layout(ops.Mul(), (1, 1), (1, 1))
+        self.square = layout(ops.Square(), (1, 1))
+        self.rsqrt = layout(ops.Rsqrt(), (1, 1))
+        self.add_bias = layout(ops.BiasAdd(), (1, 1), (1,))
+        self.product = layout(ops.MatMul(), (1, 1), (1, 1))
+
+    def construct(self, x: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ones = ops.ones((1, x.shape[1]), ms.float32)
+        centred = self.sub(x, self.product(self.mean(x, -1), ones))
+        inverse_std = self.rsqrt(self.mean(self.square(centred), -1) + self.epsilon)
+        scale = self.product(inverse_std, gamma.reshape(1, -1))
+        return self.add_bias(self.mul(centred, scale), beta), centred, inverse_std, scale
+
+    def bprop(
+        self, x: Tensor, gamma: Tensor, beta: Tensor, out: tuple[Tensor, ...], dout: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # dx = r g - r mean(g) - centred r^3 mean(g centred), with r = 1/std and g = dy gamma.
+        dy = dout[0]
+        _, centred, inverse_std, scale = out
+        tokens, hidden = x.shape
+        dy_centred = self.mul(dy, centred)
+        dgamma = self.product(inverse_std.reshape(1, -1), dy_centred).reshape(-1)
+        dbeta = self.product(ops.ones((1, tokens), ms.float32), dy).reshape(-1)
+        column = gamma.reshape(-1, 1) * (1.0 / hidden)
+        ones = ops.ones((1, hidden), ms.float32)
+        mean_term = self.product(self.mul(self.product(dy, column), inverse_std), ones)
+        cube = self.mul(self.square(inverse_std), inverse_std)
+        along = self.product(self.mul(self.product(dy_centred, column), cube), ones)
+        dx = self.sub(self.sub(self.mul(dy, scale), mean_term), self.mul(centred, along))
+        return dx, dgamma, dbeta
+
+
+class TiedCrossEntropy(nn.Cell):
+    """Token losses of logits_TV = h_TD @ table_VD^T against labels_T, in float32. Returns (loss_T, probabilities_TV).
+
+    The gradient uses d loss/d logits = p - onehot without ever building the one-hot matrix: its part is a gather of
+    table rows for h and a sum of rows of h by label for the table. A loss saturates at 85 nats, where the
+    probability of the label leaves float32.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.logits = layout(ops.MatMul(transpose_b=True), (1, 1), (1, 1))
+        self.product = layout(ops.MatMul(), (1, 1), (1, 1))
+        self.by_transposed = layout(ops.MatMul(transpose_a=True), (1, 1), (1, 1))
+        self.softmax = layout(ops.Softmax(-1), (1, 1))
+        self.pick = layout(ops.GatherD(), (1, 1), (1, 1))
+        self.rows = layout(ops.Gather(), (1, 1), (1,))
+        self.sum_by_label = layout(ops.UnsortedSegmentSum(), (1, 1), (1,))
+        self.log = layout(ops.Log(), (1,))
+        self.mul = layout(ops.Mul(), (1, 1), (1, 1))
+
+    def construct(self, h: Tensor, table: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        probabilities = self.softmax(self.logits(h, table))
+        picked = self.pick(probabilities, 1, labels.reshape(-1, 1)).reshape(-1)
+        # An addition that changes no probability above 1e-30 keeps log finite and, unlike a maximum, lets NaN through.
+        return -self.log(picked + 1e-37), probabilities
+
+    def bprop(
+        self, h: Tensor, table: Tensor, labels: Tensor, out: tuple[Tensor, Tensor], dout: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        _, probabilities = out
+        weight = self.product(dout[0].reshape(-1, 1), ops.ones((1, h.shape[1]), ms.float32))
+        dh = self.mul(self.product(probabilities, table) - self.rows(table, labels, 0), weight)
+        weighted = self.mul(h, weight)
+        dtable = self.by_transposed(probabilities, weighted) - self.sum_by_label(weighted, labels, table.shape[0])
+        return dh, dtable, labels
+
+
+class EmbeddingLookup(nn.Cell):
+    """table_VD[ids_T]; the gradient sums rows by id."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.rows = layout(ops.Gather(), (1, 1), (1,))
+        self.sum_by_id = layout(ops.UnsortedSegmentSum(), (1, 1), (1,))
+
+    def construct(self, table: Tensor, ids: Tensor) -> Tensor:
+        return self.rows(table, ids, 0)
+
+    def bprop(self, table: Tensor, ids: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+        return self.sum_by_id(dout, ids, table.shape[0]), ids
+
+
+ACTIVATIONS = {"fast_gelu": FastGelu, "gelu": Gelu}

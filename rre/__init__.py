@@ -1,0 +1,1 @@
+"""Random Routed Experts: tables, routers, dispatch, experts and their store."""

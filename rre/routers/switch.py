@@ -1,0 +1,84 @@
+"""Switch: a learned top-1 gate over all experts of the layer (Fedus et al. 2021, arXiv 2101.03961)."""
+
+from __future__ import annotations
+
+import math
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import Normal, initializer
+
+from parallel.layout import Layout
+from rre.dispatch import PlanInGraph
+from rre.routers.base import Groups, Router
+
+
+class SwitchRouter(Router):
+    """Top-1 gate: output scaled by the expert's probability; auxiliary loss weight * E * sum_e f_e P_e.
+
+    f_e is the fraction of tokens sent to e (before dropping; a constant in the gradient), P_e the mean probability
+    (arXiv 2101.03961, equations 4 to 6; k = 1, so no question of dividing f by k). `capacity_factor` None = dropless.
+    """
+
+    learned = True
+
+    def __init__(
+        self,
+        groups: Groups,
+        hidden: int,
+        layout: Layout,
+        auxiliary_weight: float = 0.01,
+        capacity_factor: float | None = None,
+        init_std: float = 0.02,
+    ) -> None:
+        self.groups = groups
+        self.hidden = hidden
+        self.layout = layout
+        self.auxiliary_weight = auxiliary_weight
+        self.capacity_factor = capacity_factor
+        self.init_std = init_std
+
+    def cell(self) -> nn.Cell:
+        return SwitchGate(self)
+
+
+class SwitchGate(nn.Cell):
+    """The gate inside the graph: x_TD -> plan, probabilities as combine weights, auxiliary loss, rows per expert."""
+
+    def __init__(self, router: SwitchRouter) -> None:
+        super().__init__()
+        layout: Layout = router.layout
+        self.experts = router.groups.total
+        self.auxiliary_weight = router.auxiliary_weight
+        self.capacity_factor = router.capacity_factor
+        self.weight = Parameter(initializer(Normal(router.init_std), (router.hidden, self.experts)), name="weight")
+        self.logits = layout(ops.MatMul(), (1, 1), (1, 1))
+        self.softmax = layout(ops.Softmax(-1), (1, 1))
+        self.best = layout(ops.ArgMaxWithValue(axis=-1), (1, 1))
+        self.one_hot = layout(ops.OneHot(), (1, 1), (), ())
+        self.mean = layout(ops.ReduceMean(), (1, 1))
+        self.sum = layout(ops.ReduceSum(), (1, 1))
+        self.cumulative = layout(ops.CumSum(), (1, 1))
+        self.select = layout(ops.Select(), (1,), (1,), (1,))
+        self.plan = PlanInGraph(self.experts, layout)
+        self.on, self.off = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
+
+    def construct(self, x: Tensor, routing: tuple[Tensor, ...]):
+        if len(routing) > 0:
+            # Counted noise [T, D] on the gate's input only: the paper's jitter.
+            gate_input = x * routing[0]
+        else:
+            gate_input = x
+        probabilities = self.softmax(self.logits(gate_input, self.weight))
+        chosen, probability = self.best(probabilities)
+        hits = ops.stop_gradient(self.one_hot(chosen, self.experts, self.on, self.off))
+        counts = self.sum(hits, 0)
+        tokens = x.shape[0]
+        auxiliary = self.sum(counts / tokens * self.mean(probabilities, 0)) * (self.auxiliary_weight * self.experts)
+        chosen = ops.cast(chosen, ms.int32)
+        if self.capacity_factor is not None:
+            capacity = math.ceil(self.capacity_factor * tokens / self.experts)
+            rank = self.sum(self.cumulative(hits, 0) * hits, 1)
+            chosen = self.select(rank <= capacity, chosen, ops.fill(ms.int32, (tokens,), self.experts))
+        rows, position = self.plan(chosen.reshape(-1, 1))
+        return rows, position, probability, auxiliary, counts

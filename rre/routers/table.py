@@ -1,0 +1,77 @@
+"""Table routers: the expert of a token follows from its vocabulary id and its domain, by a fixed table.
+
+With one group per domain this is Random Routed Experts (PanGu-Sigma, arXiv 2303.10845): domain -> expert group, then a
+fixed random table inside the group; combine weight 1, no gate, no auxiliary loss. With one group it is a hash layer
+(arXiv 2106.04426).
+"""
+
+from __future__ import annotations
+
+import math
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn
+
+from parallel.layout import Layout
+from rre.counted import generator
+from rre.dispatch import drop_overflow
+from rre.routers.base import Assignment, Groups, Router
+
+
+class TableRouter(Router):
+    """RRE on the host: `tables` holds one int32 [vocab] per domain, experts numbered inside the group.
+
+    `resample` draws a fresh uniform expert per occurrence while training; evaluation always uses the table. With
+    `capacity_factor` (None = dropless) an expert of a group of E_d takes ceil(factor * rows / E_d) rows of a dispatch
+    group, which is one sample: the capacity depends on the sample alone, never on stored experts or processes.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        tables: dict[str, np.ndarray],
+        layer: int,
+        layout: Layout,
+        seed: int = 0,
+        resample: bool = False,
+        capacity_factor: float | None = None,
+    ) -> None:
+        self.groups = groups
+        self.tables = tables
+        self.layer = layer
+        self.layout = layout
+        self.seed = seed
+        self.resample = resample
+        self.capacity_factor = capacity_factor
+
+    def assign(
+        self, token_ids: np.ndarray, domain: np.ndarray, step: int, samples: np.ndarray, training: bool
+    ) -> Assignment:
+        batch, length = token_ids.shape
+        ids = np.empty((batch, length), dtype=np.int64)
+        offsets = self.groups.offsets
+        for b in range(batch):
+            d = int(domain[b])
+            if training and self.resample:
+                rng = generator(self.seed, "resampled routing", step, int(samples[b]), self.layer)
+                inside = rng.integers(0, self.groups.sizes[d], length)
+            else:
+                inside = self.tables[self.groups.names[d]][token_ids[b]]
+            ids[b] = offsets[d] + inside
+        flat = ids.reshape(-1, 1)
+        if training and self.capacity_factor is not None:
+            per_group = [math.ceil(self.capacity_factor * length / size) for size in self.groups.sizes]
+            flat = drop_overflow(flat, length, np.repeat(per_group, self.groups.sizes))
+        return Assignment(flat)
+
+    def cell(self) -> nn.Cell:
+        return PlannedOutside()
+
+
+class PlannedOutside(nn.Cell):
+    """Inside the graph a table router only hands on the plan: `routing` is (rows of N slots and the dropped, position)."""
+
+    def construct(self, x: Tensor, routing: tuple[Tensor, ...]):
+        rows, position = routing[:-1], routing[-1]
+        return rows, position, None, Tensor(0.0, ms.float32), Tensor([0.0], ms.float32)
