@@ -17,7 +17,8 @@ class SwitchRouter(Router):
     """Top-1 gate: output scaled by the expert's probability; auxiliary loss weight * E * sum_e f_e P_e.
 
     f_e is the fraction of tokens sent to e (before dropping; a constant in the gradient), P_e the mean probability
-    (arXiv 2101.03961, equations 4 to 6; k = 1, so no question of dividing f by k). `capacity_factor` None = dropless.
+    (arXiv 2101.03961, equations 4 to 6; k = 1, so no question of dividing f by k). While training, an expert takes
+    ceil(capacity_factor * T / E) rows of a batch of T tokens (None = dropless); evaluation never drops.
     """
 
     learned = True
@@ -76,7 +77,8 @@ class SwitchGate(nn.Cell):
         tokens = x.shape[0]
         auxiliary = self.sum(counts / tokens * self.mean(probabilities, 0)) * (self.auxiliary_weight * self.experts)
         chosen = ops.cast(chosen, ms.int32)
-        if self.capacity_factor is not None:
+        # Evaluation drops nothing, whatever training does.
+        if self.training and self.capacity_factor is not None:
             capacity = math.ceil(self.capacity_factor * tokens / self.experts)
             rank = self.sum(self.cumulative(hits, 0) * hits, 1)
             chosen = self.select(rank <= capacity, chosen, ops.fill(ms.int32, (tokens,), self.experts))
