@@ -1,0 +1,206 @@
+"""PanGu-α and PanGu-Σ's forward pass in NumPy float64, written from the papers and the published code, not from ours.
+
+Block: pre-LN, attention with biases and additive mask -10000, feed-forward with biases. Backbone norm before the query
+layer, whose attention queries are rows of a next-position table without norm; no norm after it; logits tied to the word
+embedding. Positions restart and attention is cut after every end-of-document token, which belongs to the document it
+ends. A sparse layer's token goes to the expert that its domain's routing table names (weight 1), or to the expert of a
+Switch gate (weight: its probability, balance loss a * E * sum f_e P_e); a token that finds its expert full gets 0.
+
+Legend: B samples, S positions, D hidden width, V vocabulary, E experts of a layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the tensors alone do not say. `groups` are (domain, experts) in the order of the layer's expert axis."""
+
+    layers: int
+    heads: int
+    eod_id: int
+    groups: tuple[tuple[str, int], ...] = ()
+    sparse: tuple[str, ...] = ()
+    router: str = "rre"
+    activation: str = "fast_gelu"
+    query_layer: bool = True
+    per_domain_words: bool = False
+    capacity_factor: float | None = None
+    auxiliary_weight: float = 0.01
+    epsilon: float = 1e-5
+
+
+@dataclass(frozen=True)
+class Result:
+    """logits [B,S,V], losses [B,S] in nats, the balance losses' sum, per sparse layer: expert of every token [B,S]
+    (-1: dropped)."""
+
+    logits: Array
+    losses: Array
+    auxiliary: float
+    experts: dict[str, Array]
+
+
+def forward(
+    options: Options,
+    tensors: Mapping[str, Array],
+    tokens: Array,
+    labels: Array,
+    domains: Sequence[str],
+    jitter: Mapping[str, Array] | None = None,
+) -> Result:
+    """Run the model over `tokens`, `labels` [B,S]; `domains` names each sample's domain; `jitter` [B*S,D] multiplies
+    the input of a Switch gate."""
+    reference = _Reference(options, {name: np.asarray(a, np.float64) for name, a in tensors.items()})
+    logits = reference.logits(tokens, list(domains), jitter or {})
+    shifted = logits - logits.max(-1, keepdims=True)
+    log_probability = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    losses = -np.take_along_axis(log_probability, labels[..., None], -1)[..., 0]
+    return Result(logits, losses, reference.auxiliary, reference.experts)
+
+
+def document_starts(tokens: Array, eod_id: int) -> tuple[Array, Array]:
+    """Positions and document numbers [B,S], by walking along each row."""
+    positions, documents = np.zeros(tokens.shape, int), np.zeros(tokens.shape, int)
+    for b, row in enumerate(tokens):
+        for s in range(1, len(row)):
+            ended = row[s - 1] == eod_id
+            positions[b, s] = 0 if ended else positions[b, s - 1] + 1
+            documents[b, s] = documents[b, s - 1] + int(ended)
+    return positions, documents
+
+
+def activate(kind: str, x: Array) -> Array:
+    """FastGELU x * sigmoid(1.702 x), or GELU's tanh form."""
+    if kind == "fast_gelu":
+        return x / (1.0 + np.exp(-1.702 * x))
+    return 0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def layer_norm(x: Array, gamma: Array, beta: Array, epsilon: float) -> Array:
+    """Normalise over the last axis."""
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon) * gamma + beta
+
+
+def softmax(x: Array) -> Array:
+    """Over the last axis."""
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+class _Reference:
+    def __init__(self, options: Options, tensors: dict[str, Array]) -> None:
+        self.options = options
+        self.tensors = tensors
+        self.auxiliary = 0.0
+        self.experts: dict[str, Array] = {}
+
+    def logits(self, tokens: Array, domains: list[str], jitter: Mapping[str, Array]) -> Array:
+        options, t = self.options, self.tensors
+        positions, documents = document_starts(tokens, options.eod_id)
+        hidden = t["embedding.position"].shape[1]
+        tables = [t[f"domains.{d}.embedding.word"] if options.per_domain_words else t["embedding.word"] for d in domains]
+        h = np.empty((*tokens.shape, hidden))
+        for b, table in enumerate(tables):
+            h[b] = table[tokens[b]] + t["embedding.position"][positions[b]]
+        self.tokens, self.documents, self.domains, self.jitter = tokens, documents, domains, jitter
+        for i in range(options.layers - int(options.query_layer)):
+            h = self.layer(f"blocks.{i}", h, None)
+        h = self.norm("norm", h)
+        if options.query_layer:
+            h = self.layer("query_layer", h, t["embedding.query"][positions])
+        return np.stack([h[b] @ table.T for b, table in enumerate(tables)])
+
+    def norm(self, name: str, x: Array) -> Array:
+        return layer_norm(x, self.tensors[f"{name}.gamma"], self.tensors[f"{name}.beta"], self.options.epsilon)
+
+    def affine(self, name: str, x: Array) -> Array:
+        return x @ self.tensors[f"{name}.weight"] + self.tensors[f"{name}.bias"]
+
+    def layer(self, prefix: str, h: Array, queries: Array | None) -> Array:
+        x = self.norm(f"{prefix}.norm1", h)
+        h = h + self.attention(f"{prefix}.attention", x if queries is None else queries, x)
+        x = self.norm(f"{prefix}.norm2", h)
+        if prefix not in self.options.sparse:
+            inner = activate(self.options.activation, self.affine(f"{prefix}.feed_forward.up", x))
+            return h + self.affine(f"{prefix}.feed_forward.down", inner)
+        rows = x.reshape(-1, x.shape[-1])
+        y = self.switch(prefix, rows) if self.options.router == "switch" else self.random_routed(prefix, rows)
+        return h + y.reshape(x.shape)
+
+    def attention(self, name: str, queries: Array, x: Array) -> Array:
+        batch, length, hidden = x.shape
+        heads = self.options.heads
+        width = hidden // heads
+
+        def by_head(rows: Array) -> Array:
+            return rows.reshape(batch, length, heads, width).transpose(0, 2, 1, 3)
+
+        q, k, v = (by_head(self.affine(f"{name}.{p}", r)) for p, r in (("query", queries), ("key", x), ("value", x)))
+        scores = q @ k.transpose(0, 1, 3, 2) / math.sqrt(width)
+        causal = np.tril(np.ones((length, length), bool))
+        same_document = self.documents[:, :, None] == self.documents[:, None, :]
+        scores = scores + np.where(causal & same_document, 0.0, -10000.0)[:, None]
+        y = (softmax(scores) @ v).transpose(0, 2, 1, 3).reshape(batch, length, hidden)
+        return self.affine(f"{name}.projection", y)
+
+    def expert(self, prefix: str, domain: str, number: int, rows: Array) -> Array:
+        w = {n: self.tensors[f"domains.{domain}.{prefix}.experts.{n}"][number] for n in
+             ("up.weight", "up.bias", "down.weight", "down.bias")}  # fmt: skip
+        inner = activate(self.options.activation, rows @ w["up.weight"] + w["up.bias"])
+        return inner @ w["down.weight"] + w["down.bias"]
+
+    def random_routed(self, prefix: str, rows: Array) -> Array:
+        """Domain -> group, vocabulary id -> expert; capacity counts per sample and expert, in token order."""
+        sizes = dict(self.options.groups)
+        first = dict(zip(sizes, np.cumsum([0, *sizes.values()]), strict=False))
+        batch, length = self.tokens.shape
+        chosen = np.full((batch, length), -1)
+        y = np.zeros((batch, length, rows.shape[1]))
+        x = rows.reshape(batch, length, -1)
+        for b, domain in enumerate(self.domains):
+            table = self.tensors[f"domains.{domain}.{prefix}.routing"].astype(int)
+            room = [length] * sizes[domain]
+            if self.options.capacity_factor is not None:
+                room = [math.ceil(self.options.capacity_factor * length / sizes[domain])] * sizes[domain]
+            mine: dict[int, list[int]] = {}
+            for s, token in enumerate(self.tokens[b]):
+                number = table[token]
+                if room[number] > 0:
+                    room[number] -= 1
+                    chosen[b, s] = first[domain] + number
+                    mine.setdefault(number, []).append(s)
+            for number, where in mine.items():
+                y[b, where] = self.expert(prefix, domain, number, x[b, where])
+        self.experts[prefix] = chosen
+        return y.reshape(rows.shape)
+
+    def switch(self, prefix: str, rows: Array) -> Array:
+        """The gate sees every expert of every group; capacity counts over the whole batch, in token order."""
+        owners = [(domain, number) for domain, size in self.options.groups for number in range(size)]
+        gate_input = rows * self.jitter[prefix] if prefix in self.jitter else rows
+        probabilities = softmax(gate_input @ self.tensors[f"{prefix}.router.weight"])
+        best = probabilities.argmax(-1)
+        fractions = np.bincount(best, minlength=len(owners)) / rows.shape[0]
+        self.auxiliary += (
+            self.options.auxiliary_weight * len(owners) * float((fractions * probabilities.mean(0)).sum())
+        )
+        room = rows.shape[0]
+        if self.options.capacity_factor is not None:
+            room = math.ceil(self.options.capacity_factor * rows.shape[0] / len(owners))
+        chosen = np.full(rows.shape[0], -1)
+        y = np.zeros_like(rows)
+        for e, (domain, number) in enumerate(owners):
+            where = np.flatnonzero(best == e)[:room]
+            chosen[where] = e
+            y[where] = probabilities[where, e : e + 1] * self.expert(prefix, domain, number, rows[where])
+        self.experts[prefix] = chosen.reshape(self.tokens.shape)
+        return y
