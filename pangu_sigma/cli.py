@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -114,7 +115,7 @@ def evaluate(model: ModelPath, as_json: Json = False) -> None:
         return
     from pangu_sigma.monitor.tables import matrix_table, quality_table
 
-    typer.echo(quality_table(result["unigram"], result["loss"]))
+    typer.echo(quality_table(result["unigram"], result["losses"]))
     typer.echo("\n" + matrix_table(result["matrix"]))
 
 
@@ -175,4 +176,6 @@ def quickstart(
 
 def main() -> None:
     """Entry point of the console script and of `python -m pangu_sigma`."""
+    # Before anything imports MindSpore, whose C++ side otherwise logs over the terminal.
+    os.environ.setdefault("GLOG_v", "4")
     app(prog_name="pangu-sigma")

@@ -1,0 +1,66 @@
+"""All domains of a configuration, ready to read: tokenizer, token stores, unigram losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pangu_sigma.config import Config
+from pangu_sigma.data.packing import HeldoutSequences, PackedSequences
+from pangu_sigma.data.prepare import DomainStore, prepare_domain
+from pangu_sigma.data.sources import Source
+from pangu_sigma.data.tokenizer import Tokenizer
+from pangu_sigma.data.tokenizer_training import build_tokenizer
+from pangu_sigma.data.unigram import unigram_loss
+
+Progress = Callable[[str, str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The tokenised domains of one configuration, in the configuration's order."""
+
+    config: Config
+    tokenizer: Tokenizer
+    stores: tuple[DomainStore, ...]
+
+    def training_streams(self) -> list[PackedSequences]:
+        """Endless training sequences, one stream per domain."""
+        length, seed = self.config.data.sequence_length, self.config.run.seed
+        return [PackedSequences(s.name, s.train, length, seed, identity=s.identity) for s in self.stores]
+
+    def heldout(self) -> dict[str, HeldoutSequences]:
+        """Held-out sequences by domain."""
+        length = self.config.data.sequence_length
+        tokenizer = self.tokenizer
+        return {s.name: HeldoutSequences(s.heldout, length, tokenizer.eod_id, tokenizer.pad_id) for s in self.stores}
+
+    def unigram_losses(self) -> dict[str, float]:
+        """Held-out loss (nats per token) of a model that knows only how frequent each token is, by domain."""
+        return {s.name: unigram_loss(s.token_counts, s.heldout) for s in self.stores}
+
+
+def prepare_corpus(config: Config, tokenizer: Tokenizer | None = None, progress: Progress | None = None) -> Corpus:
+    """Build or load the tokenizer (a given one wins) and tokenise every domain, or open what is cached.
+
+    Raises UserError for anything wrong with the configured files.
+    """
+    sources = [Source(d.name, d.data, d.text_field, d.weight) for d in config.domains]
+    cache = Path(config.data.cache)
+    wanted = config.data.tokenizer
+    if tokenizer is None:
+        tokenizer = build_tokenizer(wanted.kind, sources, cache, wanted.path, wanted.vocab_size)
+    stores = tuple(
+        prepare_domain(
+            source,
+            tokenizer,
+            cache,
+            heldout_fraction=config.data.heldout_fraction,
+            sequence_length=config.data.sequence_length,
+            deduplicate=config.data.deduplicate,
+            progress=progress,
+        )
+        for source in sources
+    )
+    return Corpus(config, tokenizer, stores)

@@ -1,0 +1,135 @@
+"""Held-out quality per domain, beside a unigram model's, and every domain's text under every expert group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from mindspore import Tensor
+
+from pangu_sigma.data.packing import HeldoutSequences
+from pangu_sigma.model.build import Model
+from pangu_sigma.model.inputs import Planner, graph_placeholders
+from pangu_sigma.model.pangu import TrainingLoss
+
+Advance = Callable[[int], None]
+
+
+class Evaluator:
+    """Measures a model on held-out sequences, one domain's text and one expert group at a time.
+
+    Nothing is dropped, routing follows the tables and rows are cut into fixed blocks, so the figures do not depend on
+    what else the model stores.
+    """
+
+    def __init__(self, model: Model, batch_size: int) -> None:
+        self.model = model
+        self.batch_size = batch_size
+        self.signature = model.exact_signature(batch_size, domains=1)
+        self.planner = Planner(model, self.signature, training=False)
+        self.graph = TrainingLoss(model.net, model.layout, self.signature)
+        self.graph.set_train(False)
+        self.graph.set_inputs(
+            *graph_placeholders(batch_size, self.signature.length).values(), *self.signature.placeholders()
+        )
+
+    def batches(self, heldout: HeldoutSequences, limit: int | None) -> int:
+        """Number of batches that `loss` takes."""
+        whole = -(-len(heldout) // self.batch_size)
+        return whole if limit is None else min(whole, limit)
+
+    def loss(
+        self, heldout: HeldoutSequences, group: str, limit: int | None = None, advance: Advance | None = None
+    ) -> tuple[float, int]:
+        """(mean loss in nats per token, tokens) of at most `limit` batches under the experts of domain `group`."""
+        # Dropout belongs to training; the network is shared with the training step, so its mode is set per use.
+        self.graph.set_train(False)
+        domain = np.full(self.batch_size, self.model.groups.names.index(group), np.int32)
+        total, tokens = 0.0, 0
+        for number in range(self.batches(heldout, limit)):
+            start = number * self.batch_size
+            ids, mask = heldout.batch(start, self.batch_size)
+            planned = self.planner(ids, domain, np.arange(start, start + self.batch_size), 0, mask)
+            fixed = planned.fixed
+            _, by_sample, _, _ = self.graph(
+                fixed[0],
+                Tensor(planned.labels),
+                Tensor(planned.mask),
+                Tensor(np.float32(0.0)),
+                *fixed[1:],
+                *planned.flat(self.signature, self.model.store),
+            )
+            total += float(by_sample.asnumpy().astype(np.float64).sum())
+            tokens += int(mask.sum())
+            if advance:
+                advance(1)
+        return total / max(tokens, 1), tokens
+
+    def losses(
+        self, heldout: Mapping[str, HeldoutSequences], limit: int | None = None, advance: Advance | None = None
+    ) -> tuple[dict[str, float], dict[str, int]]:
+        """(loss, tokens) of every domain's text under its own experts."""
+        measured = {name: self.loss(sequences, name, limit, advance) for name, sequences in heldout.items()}
+        return {n: v[0] for n, v in measured.items()}, {n: v[1] for n, v in measured.items()}
+
+    def matrix(
+        self, heldout: Mapping[str, HeldoutSequences], limit: int | None = None, advance: Advance | None = None
+    ) -> dict[str, dict[str, float]]:
+        """text domain -> group -> loss of that text under that group's experts."""
+        return {
+            text: {group: self.loss(sequences, group, limit, advance)[0] for group in self.model.groups.names}
+            for text, sequences in heldout.items()
+        }
+
+
+def measure(
+    model: Model,
+    heldout: Mapping[str, HeldoutSequences],
+    unigram: Mapping[str, float],
+    step: int,
+    batch_size: int,
+    limit: int | None,
+    advance: Advance | None = None,
+) -> dict:
+    """The whole measurement as JSON-able figures: step, losses, perplexity, unigram, matrix, tokens by domain."""
+    evaluator = Evaluator(model, batch_size)
+    matrix = evaluator.matrix(heldout, limit, advance)
+    losses = {name: matrix[name][name] for name in heldout}
+    counted = {
+        name: min(sequences.tokens, evaluator.batches(sequences, limit) * batch_size * sequences.sequence_length)
+        for name, sequences in heldout.items()
+    }
+    return {
+        "step": step,
+        "losses": losses,
+        "perplexity": {name: math.exp(min(loss, 700.0)) for name, loss in losses.items()},
+        "unigram": dict(unigram),
+        "matrix": matrix,
+        "tokens": counted,
+    }
+
+
+def evaluate(path: Path, batches: int | None = None) -> dict:
+    """Measure the model of a run or checkpoint on its domains' held-out text; also written to a run's folder.
+
+    `batches` per domain and group, None for all held-out text. Raises UserError for anything wrong with `path`.
+    """
+    from pangu_sigma.load import load_trained
+    from pangu_sigma.monitor.terminal import progress
+    from pangu_sigma.monitor.files import write_json
+
+    trained = load_trained(path)
+    corpus = trained.corpus()
+    config = trained.model.config
+    heldout = corpus.heldout()
+    size = config.evaluate.batch_size
+    per_group = sum(-(-len(h) // size) if batches is None else min(batches, -(-len(h) // size)) for h in heldout.values())
+    with progress("evaluate", per_group * len(heldout), unit="batches") as job:
+        result = measure(
+            trained.model, heldout, corpus.unigram_losses(), trained.checkpoint.step, size, batches, job.advance
+        )
+    if trained.run_dir is not None:
+        write_json(trained.run_dir / "evaluation.json", result)
+    return result

@@ -1,0 +1,67 @@
+"""A trained model from a run or checkpoint folder, ready to evaluate or generate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from pangu_sigma import runtime
+from pangu_sigma.checkpoint import Checkpoint, resolve
+from pangu_sigma.config import Config, config_from_dict
+from pangu_sigma.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with the checkpoint that it came from; `run_dir` is None where the checkpoint stands alone."""
+
+    model: object
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    run_dir: Path | None
+
+    def corpus(self):
+        """The domains' tokenised text, from the run's cache where it is; the corpora must be those of the checkpoint."""
+        from pangu_sigma.data.corpus import prepare_corpus
+
+        config: Config = self.model.config
+        corpus = prepare_corpus(config, self.tokenizer)
+        self.checkpoint.check_fingerprints(
+            tokenizer=self.tokenizer.fingerprint, corpora={s.name: s.corpus_fingerprint for s in corpus.stores}
+        )
+        return corpus
+
+
+def stored_config(checkpoint: Checkpoint) -> Config:
+    """The effective configuration inside a checkpoint. Raises UserError if it does not hold any more."""
+    return config_from_dict(yaml.safe_load(checkpoint.config_text), source=f"{checkpoint.path}/config.yaml")
+
+
+def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer inside a checkpoint."""
+    from pangu_sigma.data.tokenizer import load_tokenizer
+
+    checkpoint.tokenizer_files()  # hash-checked before anything is read from them
+    return load_tokenizer(checkpoint.path / "tokenizer")
+
+
+def load_trained(path: str | Path) -> Trained:
+    """Build the model that a run folder (its last complete checkpoint) or a checkpoint folder holds.
+
+    Raises UserError naming what is missing, damaged or changed.
+    """
+    checkpoint = resolve(path)
+    config = stored_config(checkpoint)
+    runtime.prepare(config.run.device)
+    from pangu_sigma.model.build import build_model
+    from pangu_sigma.train.state import restore_model, stored_tables
+
+    tokenizer = stored_tokenizer(checkpoint)
+    tensors = checkpoint.load(checkpoint.names(optimizer=False))
+    tables = stored_tables(tensors) or None
+    model = build_model(config, config.model.vocab_size, tokenizer.eod_id, tables=tables, initialise=False)
+    restore_model(model, tensors)
+    run_dir = checkpoint.path.parent.parent if checkpoint.path.parent.name == "checkpoints" else None
+    return Trained(model, checkpoint, tokenizer, run_dir)

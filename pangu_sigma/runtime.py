@@ -1,0 +1,29 @@
+"""MindSpore's process-wide settings, made once before the framework is imported anywhere else."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def prepare(device: str, scratch: Path | None = None) -> None:
+    """Import MindSpore quietly and set it up: graph mode on `device`, its own files under `scratch`.
+
+    Raises UserError where the device is not there.
+    """
+    # MindSpore's C++ side logs to the terminal, over the progress bar; errors reach the user as exceptions.
+    os.environ.setdefault("GLOG_v", "4")
+    os.environ.setdefault("MS_DEV_JIT_SYNTAX_LEVEL", "2")
+    import mindspore
+
+    from pangu_sigma.errors import UserError
+
+    try:
+        mindspore.set_device(device)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"run.device is {device}, which MindSpore cannot use on this machine; set run.device=CPU or install CANN"
+        ) from error
+    mindspore.set_context(mode=mindspore.GRAPH_MODE)
+    if scratch is not None:
+        mindspore.set_context(save_graphs_path=str(scratch))

@@ -1,0 +1,80 @@
+"""What happened since the last line of metrics: losses, tokens, loads and drops, summed over steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from pangu_sigma.model.inputs import PlannedBatch
+from rre.routers import Groups
+
+
+class Accounting:
+    """Sums over the steps between two metrics records; `take` gives the record's figures and starts anew."""
+
+    def __init__(self, groups: Groups, places: Sequence[str], flops_per_token: float) -> None:
+        self.groups = groups
+        self.places = tuple(places)
+        self.flops_per_token = flops_per_token
+        self._clear()
+
+    def _clear(self) -> None:
+        domains = len(self.groups.names)
+        self.loss = np.zeros(domains)
+        self.tokens = np.zeros(domains, np.int64)
+        self.load = np.zeros((len(self.places), self.groups.total), np.int64)
+        self.dropped = np.zeros((len(self.places), domains), np.int64)
+        self.auxiliary = 0.0
+        self.steps = 0
+        self.started = time.monotonic()
+
+    def add_batch(self, batch: PlannedBatch, by_sample: np.ndarray, counts: Sequence[np.ndarray], aux: float) -> None:
+        """Add a micro-batch: loss sums [B], and rows per expert of learned gates (one array per sparse layer)."""
+        np.add.at(self.loss, batch.domain, by_sample.astype(np.float64))
+        np.add.at(self.tokens, batch.domain, (batch.mask > 0).sum(axis=1))
+        for layer, plan in enumerate(batch.plans):
+            self.load[layer] += counts[layer].astype(np.int64) if plan is None else plan.counts
+        self.dropped += batch.dropped
+        self.auxiliary += aux
+
+    def add_step(self) -> None:
+        """Count one finished optimizer step."""
+        self.steps += 1
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss over all tokens so far, in nats per token."""
+        return float(self.loss.sum() / max(1, self.tokens.sum()))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second since the last record."""
+        return float(self.tokens.sum() / max(1e-9, time.monotonic() - self.started))
+
+    def take(self) -> dict[str, object]:
+        """The record's figures, by the names of the metrics log; then everything is zero again."""
+        names, groups = self.groups.names, self.groups
+        seen = [i for i, tokens in enumerate(self.tokens) if tokens]
+        speed = self.tokens_per_second
+        figures: dict[str, object] = {
+            "loss": self.mean_loss,
+            "losses": {names[i]: float(self.loss[i] / self.tokens[i]) for i in seen},
+            "tokens": {names[i]: int(self.tokens[i]) for i in seen},
+            "tokens_per_second": speed,
+            "flops_per_second": speed * self.flops_per_token,
+            "seconds": time.monotonic() - self.started,
+        }
+        if self.places:
+            figures["expert_load"] = {
+                place: {name: self.load[layer][groups.of(name)].tolist() for name in names}
+                for layer, place in enumerate(self.places)
+            }
+            figures["dropped_share"] = {
+                place: {names[i]: float(self.dropped[layer, i] / self.tokens[i]) for i in seen}
+                for layer, place in enumerate(self.places)
+            }
+            figures["auxiliary_loss"] = self.auxiliary / max(1, self.steps)
+        self._clear()
+        return figures

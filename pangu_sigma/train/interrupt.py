@@ -1,0 +1,36 @@
+"""Ctrl-C and SIGTERM ask the loop to save and stop; a second one ends the program at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+
+class Interruption:
+    """A context in which the first SIGINT or SIGTERM sets `asked`; `name` says which it was."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._previous: dict[int, object] = {}
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal came."""
+        return self.name is not None
+
+    def __enter__(self) -> Interruption:
+        # Python delivers signals to the main thread only; elsewhere the embedding program decides.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        for known in self._previous:
+            signal.signal(known, signal.SIG_DFL if known != signal.SIGINT else signal.default_int_handler)

@@ -1,0 +1,49 @@
+"""Dynamic loss scale of float16 training (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pangu_sigma.config import Config
+
+SMALLEST = 1.0
+
+
+@dataclass
+class LossScale:
+    """Cut by `factor` after an overflow, grown by it after `window` clean steps; fixed at 1 outside float16."""
+
+    value: float
+    window: int
+    factor: float
+    dynamic: bool
+    clean: int = 0
+
+    @classmethod
+    def of(cls, config: Config) -> LossScale:
+        """The scale that a new run of this configuration starts with."""
+        wanted = config.train.loss_scale
+        dynamic = config.train.precision == "float16"
+        return cls(wanted.initial if dynamic else 1.0, wanted.window, wanted.factor, dynamic)
+
+    def good(self) -> None:
+        """Note a step with finite gradients."""
+        self.clean += 1
+        if self.dynamic and self.clean >= self.window:
+            self.value, self.clean = self.value * self.factor, 0
+
+    def overflow(self) -> bool:
+        """Note an overflow; True if a smaller scale can help, False if the scale is at its floor or fixed."""
+        self.clean = 0
+        if not self.dynamic or self.value <= SMALLEST:
+            return False
+        self.value = max(SMALLEST, self.value / self.factor)
+        return True
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"value": self.value, "clean": self.clean}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Continue from `state()`."""
+        self.value, self.clean = float(state["value"]), int(state["clean"])

@@ -1,0 +1,84 @@
+"""One optimizer over two worlds: shared parameters in the graph, activated experts in their store, one global norm."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, ops
+
+from pangu_sigma.config import Config
+from pangu_sigma.model.build import SLOTS, Model
+from pangu_sigma.train.step import SharedUpdate
+from rre.adamw import AdamWHyper
+from rre.experts import TENSORS_PER_EXPERT
+
+
+@dataclass
+class Gradients:
+    """Gradients of one optimizer step, summed over its micro-batches.
+
+    `experts`: (place, expert) -> its tensors' gradients; only experts that received a token. `squares` is the square
+    sum where it came with the gradients (a single micro-batch), else None.
+    """
+
+    shared: tuple[Tensor, ...] = ()
+    experts: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
+    squares: float | None = None
+
+    def add(self, other: Gradients) -> None:
+        """Sum in another micro-batch's gradients; the order of the sum is the order of the micro-batches."""
+        self.shared = tuple(a + b for a, b in zip(self.shared, other.shared, strict=True))
+        for key, tensors in other.experts.items():
+            mine = self.experts.get(key)
+            self.experts[key] = tensors if mine is None else [a + b for a, b in zip(mine, tensors, strict=True)]
+        self.squares = None
+
+    def norm(self) -> float:
+        """Global norm over shared and activated expert gradients, as float32 sums per tensor."""
+        if self.squares is None:
+            half_square = ops.L2Loss()
+            everything = [*self.shared, *(t for tensors in self.experts.values() for t in tensors)]
+            self.squares = float(sum(2.0 * float(half_square(t).asnumpy()) for t in everything))
+        return math.sqrt(self.squares) if self.squares >= 0 else math.nan
+
+
+def place_tensors(place: str) -> tuple[str, ...]:
+    """Names of the tensors that one expert (or embedding slot) of a place has, in the graph's order."""
+    return ("word",) if place == SLOTS else TENSORS_PER_EXPERT
+
+
+class Optimizer:
+    """AdamW for all that trains; experts that received no token are not touched."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.update_shared = SharedUpdate(model.net.trainable_params(), model.layout)
+        self.shared_steps = 0
+
+    def apply(self, gradients: Gradients, learning_rate: float, scale: float) -> None:
+        """One step with gradients * `scale` (clipping and loss scale)."""
+        config: Config = self.model.config
+        wanted = config.optimizer
+        if gradients.shared:
+            self.shared_steps += 1
+            hyper = AdamWHyper(learning_rate, wanted.beta1, wanted.beta2, wanted.epsilon, wanted.weight_decay)
+            rate, epsilon, decay = hyper.corrected(self.shared_steps)
+            values = (scale, rate, wanted.beta1, wanted.beta2, epsilon, decay)
+            self.update_shared(*(Tensor(v, ms.float32) for v in values), *gradients.shared)
+        hyper = AdamWHyper(learning_rate, wanted.beta1, wanted.beta2, wanted.expert_epsilon, wanted.weight_decay)
+        for (place, expert), tensors in gradients.experts.items():
+            self.model.store.apply(place, expert, tensors, hyper, scale)
+
+    def moments(self) -> dict[str, np.ndarray]:
+        """Shared moments by checkpoint name, as float32 arrays."""
+        update = self.update_shared
+        return {p.name: p.asnumpy() for p in (*update.m, *update.v)}
+
+    def restore(self, tensors: dict[str, np.ndarray], shared_steps: int) -> None:
+        """Set moments by checkpoint name and the number of shared updates."""
+        for parameter in (*self.update_shared.m, *self.update_shared.v):
+            parameter.set_data(Tensor(tensors[parameter.name]))
+        self.shared_steps = shared_steps

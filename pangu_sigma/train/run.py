@@ -1,0 +1,359 @@
+"""The training job from configuration to finished run folder: data, model, loop, checkpoints, metrics."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+
+from pangu_sigma import runtime
+from pangu_sigma.checkpoint import Checkpoint, Fingerprints, find_latest, remove_stale, save_checkpoint
+from pangu_sigma.config import Config, check_resume, config_from_dict, parameter_counts
+from pangu_sigma.data.corpus import Corpus, prepare_corpus
+from pangu_sigma.data.prefetch import Prefetcher
+from pangu_sigma.data.sampler import MixtureSampler
+from pangu_sigma.errors import UserError
+from pangu_sigma.load import stored_config
+from pangu_sigma.monitor.files import write_json, write_text
+from pangu_sigma.monitor.metrics import MetricsLog
+from pangu_sigma.monitor.tables import evaluation_line
+from pangu_sigma.monitor.terminal import TrainingProgress, progress
+from pangu_sigma.train.interrupt import Interruption
+from pangu_sigma.train.schedule import phase_at
+
+
+class TrainingError(UserError):
+    """Training cannot go on: a non-finite loss, or a used-up budget."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; kept in every checkpoint."""
+
+    step: int = 0
+    skipped: int = 0
+    tokens: int = 0
+
+
+def train(config: Config, resume: bool = False) -> Path:
+    """Train as `config` says and return the run's folder; see `Run` for the parts.
+
+    Raises UserError for the user's mistakes and for training that cannot go on.
+    """
+    with Run(config, resume) as run:
+        run.loop()
+    return Path(config.run.dir)
+
+
+class Run:
+    """One training run over its folder; a context that holds the folder's lock, the reader and the metrics."""
+
+    def __init__(self, config: Config, resume: bool) -> None:
+        self.dir = Path(config.run.dir)
+        self.resume = resume
+        self.config = config
+        self.progress = Progress()
+        self._open = ExitStack()
+
+    def __enter__(self) -> Run:
+        try:
+            self._prepare()
+        except BaseException:
+            self._open.close()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
+
+    # --- preparation
+
+    def _prepare(self) -> None:
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run.dir {self.dir} cannot be made ({error.strerror}): choose another folder") from error
+        self._open.enter_context(_locked(self.dir))
+        messages = remove_stale(self.dir)
+        checkpoint, found = find_latest(self.dir)
+        messages += found
+        if checkpoint is not None and not self.resume:
+            raise UserError(f"{self.dir} already holds a run at step {checkpoint.step}: add --resume or set run.dir")
+        runtime.prepare(self.config.run.device, self.dir / "mindspore")
+        self.corpus = self._corpus()
+        self.config = with_vocabulary(self.config, self.corpus.tokenizer.vocab_size)
+        if checkpoint is not None:
+            check_resume(stored_config(checkpoint), self.config)
+            checkpoint.check_fingerprints(
+                tokenizer=self.corpus.tokenizer.fingerprint,
+                corpora={s.name: s.corpus_fingerprint for s in self.corpus.stores},
+            )
+        self._build(checkpoint)
+        resume_step = None if not self.resume else (checkpoint.step if checkpoint else -1)
+        self.metrics = self._open.enter_context(MetricsLog(self.dir, self.config.run.tensorboard, resume_step))
+        if self.resume:
+            messages.append(
+                f"resumed from {checkpoint.path.name} (step {checkpoint.step})"
+                if checkpoint
+                else "no complete checkpoint to resume from: beginning at step 0"
+            )
+        self.messages = messages
+        write_text(self.dir / "config.yaml", self.config.to_yaml())
+        counts = parameter_counts(self.config, self.model.vocab)
+        write_json(self.dir / "summary.json", {"parameters": counts.to_dict(), "vocabulary": self.model.vocab})
+
+    def _corpus(self) -> Corpus:
+        with ExitStack() as jobs:
+            running: dict[tuple[str, str], object] = {}
+
+            def advance(domain: str, stage: str, done: int, total: int) -> None:
+                key = (domain, stage)
+                if key not in running:
+                    jobs.close()
+                    running.clear()
+                    running[key] = jobs.enter_context(progress(f"{stage} {domain}", total or None, unit="documents"))
+                running[key].set(done)
+
+            return prepare_corpus(self.config, progress=advance)
+
+    def _build(self, checkpoint: Checkpoint | None) -> None:
+        from pangu_sigma.evaluate import Evaluator
+        from pangu_sigma.model.build import build_model
+        from pangu_sigma.train.state import restore_model, stored_tables
+        from pangu_sigma.train.trainer import Trainer
+
+        tokenizer = self.corpus.tokenizer
+        tensors = checkpoint.load() if checkpoint else {}
+        self.model = build_model(
+            self.config,
+            self.config.model.vocab_size,
+            tokenizer.eod_id,
+            tables=stored_tables(tensors) or None,
+            token_counts={s.name: padded(s.token_counts, self.config.model.vocab_size) for s in self.corpus.stores},
+            initialise=checkpoint is None,
+        )
+        self.trainer = Trainer(self.model)
+        self.heldout = self.corpus.heldout()
+        self.unigram = self.corpus.unigram_losses()
+        self.evaluator = Evaluator(self.model, self.config.evaluate.batch_size)
+        self.sampler = MixtureSampler(
+            self.corpus.training_streams(),
+            lambda step: phase_at(self.config, step).weights,
+            self.config.run.seed,
+            self.config.data.domains_per_step,
+        )
+        if checkpoint:
+            self._restore(checkpoint, tensors)
+            self.sampler.restore(checkpoint.state["sampler"])
+
+    def _restore(self, checkpoint: Checkpoint, tensors: dict[str, np.ndarray]) -> None:
+        from pangu_sigma.train.state import restore_model
+
+        state = checkpoint.state
+        restore_model(self.model, tensors, optimizer_state=True)
+        self.trainer.optimizer.restore(tensors, int(state["shared_steps"]))
+        self.trainer.loss_scale.restore(state["loss_scale"])
+        self.progress = Progress(checkpoint.step, int(state["skipped"]), int(state["tokens"]))
+
+    # --- the loop
+
+    def loop(self) -> None:
+        """Train to the end, to `train.stop_at` or to a signal; a checkpoint stands at the end in every case."""
+        train = self.config.train
+        end = min(train.steps, train.stop_at or train.steps)
+        reader = Prefetcher(
+            self.sampler, train.batch_size, self.config.data.prefetch, transform=self.trainer.plan
+        )
+        self.reader = self._open.enter_context(reader)
+        saved = self.progress.step if self.resume else -1
+        with Interruption() as interruption, TrainingProgress(train.steps, self.progress.step) as bar:
+            self.bar = bar
+            for message in self.messages:
+                bar.say(message)
+                self.metrics.event(self.progress.step, message)
+            if self.progress.step == 0 and self.config.evaluate.every:
+                self._evaluate()
+            with self._profiler() as profile:
+                while self.progress.step < end and not interruption.asked:
+                    self._step()
+                    profile(self.progress.step)
+                    done = self.progress.step
+                    if self.config.evaluate.every and (done % self.config.evaluate.every == 0 or done == train.steps):
+                        self._evaluate()
+                    every = self.config.checkpoint.every
+                    if every and done % every == 0 and done != saved:
+                        self._save()
+                        saved = done
+            if saved != self.progress.step:
+                self._save()
+            if interruption.asked:
+                bar.say(f"{interruption.name}: saved step {self.progress.step}; continue with --resume")
+            elif self.progress.step < train.steps:
+                bar.say(f"stopped at step {self.progress.step} as train.stop_at says; continue with --resume")
+
+    def _step(self) -> None:
+        planned = next(self.reader)
+        step = self.progress.step
+        result = self.trainer.step(step, planned)
+        if not result.finite:
+            self._nonfinite(result)
+            return
+        self.progress.step += 1
+        self.progress.tokens += sum(int(b.mask.sum()) for b in planned)
+        accounting = self.trainer.accounting
+        self.bar.update(self.progress.step, result.loss, accounting.tokens_per_second)
+        if self.progress.step % self.config.run.log_every == 0 or self.progress.step == self.config.train.steps:
+            self.metrics.train(
+                self.progress.step,
+                learning_rate=result.learning_rate,
+                gradient_norm=result.gradient_norm,
+                loss_scale=self.trainer.loss_scale.value if self.trainer.loss_scale.dynamic else None,
+                skipped_steps=self.progress.skipped,
+                **accounting.take(),
+            )
+
+    def _nonfinite(self, result) -> None:
+        """Act on a loss or gradient that is not finite; nothing has been updated."""
+        step, train = self.progress.step, self.config.train
+        if result.overflow:
+            # An overflow of float16 is expected: the step is tried on the next batch with a smaller loss scale.
+            self.metrics.event(step, f"float16 overflow: loss scale {self.trainer.loss_scale.value:g}")
+            return
+        what = "loss" if not math.isfinite(result.loss) else "gradient norm"
+        value = result.loss if what == "loss" else result.gradient_norm
+        if train.nonfinite == "raise":
+            raise TrainingError(
+                f"step {step + 1}: the {what} is {value}; lower optimizer.learning_rate, or set train.nonfinite=skip or "
+                "rollback"
+            )
+        self.progress.skipped += 1
+        if self.progress.skipped > train.skip_budget:
+            raise TrainingError(
+                f"step {step + 1}: the {what} is {value}, and train.skip_budget={train.skip_budget} is used up; lower "
+                "optimizer.learning_rate or raise the budget"
+            )
+        if train.nonfinite == "skip":
+            message = f"step {step + 1}: the {what} is {value}; batch skipped ({self.progress.skipped} so far)"
+        else:
+            message = self._roll_back(what, value)
+        self.bar.say(message)
+        self.metrics.event(self.progress.step, message)
+
+    def _roll_back(self, what: str, value: float) -> str:
+        """Return to the last checkpoint's parameters and go on with the next batches, past the bad one (PaLM, arXiv
+        2204.02311, section 5.1: the same state with other data does not fail again)."""
+        step, skipped = self.progress.step, self.progress.skipped
+        checkpoint, _ = find_latest(self.dir)
+        if checkpoint is None:
+            raise TrainingError(
+                f"step {step + 1}: the {what} is {value} and there is no checkpoint to roll back to; set checkpoint.every"
+            )
+        self._restore(checkpoint, checkpoint.load())
+        self.progress.skipped = skipped
+        self.trainer.accounting.take()
+        return f"step {step + 1}: the {what} is {value}; rolled back to step {checkpoint.step} ({skipped} so far)"
+
+    def _evaluate(self) -> None:
+        limit = self.config.evaluate.batches
+        total = sum(self.evaluator.batches(h, limit) for h in self.heldout.values())
+        with self.bar.job("evaluate", total) as job:
+            losses, tokens = self.evaluator.losses(self.heldout, limit, job.advance)
+        self.metrics.evaluate(self.progress.step, losses=losses, unigram=self.unigram, tokens=tokens)
+        self.bar.say(evaluation_line(self.progress.step, losses, self.unigram))
+
+    def _save(self) -> None:
+        from pangu_sigma.train.state import model_tensors
+
+        started = time.monotonic()
+        wanted = self.config.checkpoint
+        tokenizer = self.corpus.tokenizer
+        with self.bar.job("save", None, unit="B") as job:
+            result = save_checkpoint(
+                self.dir,
+                self.progress.step,
+                model_tensors(self.model, self.trainer.optimizer),
+                domains=list(self.model.groups.names),
+                coverage={
+                    place: dict(zip(self.model.groups.names, self.model.groups.sizes, strict=True))
+                    for place in self.config.model.sparse_prefixes
+                },
+                config_text=self.config.to_yaml(),
+                tokenizer_files=tokenizer_files(tokenizer),
+                probe=self._probe(wanted.probe_sequences),
+                state={
+                    "sampler": self.reader.state(),
+                    "loss_scale": self.trainer.loss_scale.state(),
+                    "shared_steps": self.trainer.optimizer.shared_steps,
+                    "skipped": self.progress.skipped,
+                    "tokens": self.progress.tokens,
+                },
+                fingerprints=Fingerprints(
+                    tokenizer=tokenizer.fingerprint,
+                    corpora={s.name: s.corpus_fingerprint for s in self.corpus.stores},
+                ),
+                keep=wanted.keep,
+                progress=lambda done, total: job.set(done),
+            )
+        self.metrics.checkpoint(
+            self.progress.step,
+            path=result.path,
+            bytes_written=result.bytes_written,
+            bytes_linked=result.bytes_linked,
+            seconds=time.monotonic() - started,
+        )
+        for message in result.messages:
+            self.bar.say(message)
+
+    def _probe(self, count: int) -> dict[str, np.ndarray]:
+        """The first held-out sequences of every domain, int32 [n, S + 1]: with them a model can be verified alone."""
+        return {
+            name: np.stack([h.sequence(i)[0] for i in range(min(count, len(h)))])
+            for name, h in self.heldout.items()
+            if count
+        }
+
+    def _profiler(self):
+        from pangu_sigma.train.profiling import profiled_steps
+
+        return profiled_steps(self.config.run.profile, self.dir / "profile", self.progress.step)
+
+
+def with_vocabulary(config: Config, tokenizer_size: int) -> Config:
+    """The configuration with model.vocab_size filled in. Raises UserError if it is too small for the tokenizer."""
+    wanted = config.model.vocab_size
+    if wanted is not None and wanted < tokenizer_size:
+        raise UserError(f"model.vocab_size is {wanted}, but the tokenizer has {tokenizer_size} ids: raise it or leave it out")
+    values = config.to_dict()
+    values["model"]["vocab_size"] = wanted or tokenizer_size
+    return config_from_dict(values)
+
+
+def padded(counts: np.ndarray, size: int) -> np.ndarray:
+    """Token counts for a vocabulary of `size` ids, of which the tokenizer may use fewer."""
+    return np.pad(counts, (0, size - counts.size))
+
+
+def tokenizer_files(tokenizer) -> dict[str, bytes]:
+    """The tokenizer's files by name, as a checkpoint keeps them."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def _locked(folder: Path) -> TextIO:
+    """Hold the run's folder against a second trainer; the lock goes with the process, however it ends."""
+    stream = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - held for the length of the run
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        stream.close()
+        raise UserError(f"another process is training in {folder}: wait for it or set another run.dir") from error
+    return stream

@@ -1,0 +1,80 @@
+"""Between a live model and a checkpoint: which tensor has which name, in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from mindspore import Tensor
+
+from pangu_sigma.errors import UserError
+from pangu_sigma.model.build import SLOTS, Model
+
+if TYPE_CHECKING:
+    from pangu_sigma.train.optimizer import Optimizer
+
+
+def domain_tensors(model: Model, optimizer_state: bool) -> dict[str, np.ndarray]:
+    """Every domain's tensors by checkpoint name; the arrays are views of the store's tables, nothing is copied."""
+    store, groups = model.store, model.groups
+    found: dict[str, np.ndarray] = {}
+    for kind, place, name, table in store.tables():
+        if kind != "weight" and not optimizer_state:
+            continue
+        for number, domain in enumerate(groups.names):
+            prefix = f"domains.{domain}." + ("" if kind == "weight" else f"optimizer.{kind}.")
+            if place == SLOTS:
+                found[f"{prefix}embedding.{name}"] = table[number]
+            else:
+                found[f"{prefix}{place}.experts.{name}"] = table[groups.of(domain)]
+    for place, by_domain in model.tables.items():
+        for domain, table in by_domain.items():
+            found[f"domains.{domain}.{place}.routing"] = table
+    if optimizer_state:
+        for place, steps in store.steps.items():
+            for number, domain in enumerate(groups.names):
+                mine = steps[number : number + 1] if place == SLOTS else steps[groups.of(domain)]
+                found[f"domains.{domain}.optimizer.steps.{place}"] = mine
+    return found
+
+
+def model_tensors(model: Model, optimizer: Optimizer | None) -> dict[str, np.ndarray]:
+    """All tensors of a checkpoint by name: shared, every domain's, and the moments if an optimizer is given."""
+    model.store.settle()
+    tensors = {p.name: p.asnumpy() for p in model.net.get_parameters()}
+    if optimizer is not None:
+        tensors |= optimizer.moments()
+    return tensors | domain_tensors(model, optimizer is not None)
+
+
+def restore_model(model: Model, tensors: Mapping[str, np.ndarray], optimizer_state: bool = False) -> None:
+    """Fill the network and the store from checkpoint tensors; with `optimizer_state` the experts' moments and counts too.
+
+    Raises UserError naming the first tensor that is missing or has another shape: nothing stays uninitialised.
+    """
+    for parameter in model.net.get_parameters():
+        parameter.set_data(Tensor(_checked(tensors, parameter.name, parameter.shape)))
+    for name, target in domain_tensors(model, optimizer_state).items():
+        target[...] = _checked(tensors, name, target.shape)
+
+
+def stored_tables(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """The routing tables of a checkpoint: sparse layer -> domain -> int32 [V]."""
+    tables: dict[str, dict[str, np.ndarray]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("domains.") and name.endswith(".routing"):
+            _, domain, place = name.removesuffix(".routing").split(".", 2)
+            tables.setdefault(place, {})[domain] = tensor
+    return tables
+
+
+def _checked(tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise UserError(f"the checkpoint has no tensor {name}: it belongs to another configuration")
+    if tuple(tensor.shape) != tuple(shape):
+        raise UserError(
+            f"the checkpoint's tensor {name} is {tuple(tensor.shape)} where this configuration needs {tuple(shape)}"
+        )
+    return tensor

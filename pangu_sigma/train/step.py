@@ -1,0 +1,109 @@
+"""The compiled halves of a training step: gradients of one micro-batch, and the update of the shared parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+
+from pangu_sigma.model.inputs import graph_placeholders
+from pangu_sigma.model.pangu import PanGuSigma, TrainingLoss
+from pangu_sigma.model.signature import FlatSignature
+from parallel.layout import Layout
+from rre.adamw import decays
+
+FIXED_INPUTS = 8
+
+
+class GradientStep(nn.Cell):
+    """Loss and gradients of one micro-batch.
+
+    Returns (loss sums per sample [B], auxiliary loss, rows per expert of learned gates, gradients of the activated
+    expert tensors, their square sums [n], gradients of the shared parameters, their square sum). `with_shared` False
+    spares the shared gradients of a phase in which they are frozen.
+    """
+
+    def __init__(self, net: PanGuSigma, signature: FlatSignature, layout: Layout, with_shared: bool) -> None:
+        super().__init__(auto_prefix=False)
+        loss = TrainingLoss(net, layout, signature)
+        self.with_experts = len(signature.differentiated) > 0
+        self.with_shared = with_shared
+        positions = tuple(FIXED_INPUTS + i for i in signature.differentiated) if self.with_experts else None
+        shared = ParameterTuple(net.trainable_params()) if with_shared else None
+        self.value_and_grad = ops.value_and_grad(loss, positions, shared, has_aux=True)
+        self.half_square = layout(ops.L2Loss())
+        self.stack = layout(ops.Stack())
+        self.set_train()
+        self.set_inputs(
+            *graph_placeholders(signature.batch, signature.length).values(),
+            *signature.placeholders(),
+        )
+
+    def square_sums(self, gradients: tuple[Tensor, ...]) -> Tensor:
+        sums = ()
+        for gradient in gradients:
+            sums = sums + (self.half_square(gradient) * 2.0,)
+        return self.stack(sums)
+
+    def construct(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        auxiliary_weight: Tensor,
+        positions: Tensor,
+        segments: Tensor,
+        domain: Tensor,
+        keys: Tensor,
+        *flat: Tensor,
+    ):
+        values, gradients = self.value_and_grad(
+            tokens, labels, weights, auxiliary_weight, positions, segments, domain, keys, *flat
+        )
+        _, by_sample, auxiliary, counts = values
+        by_expert, shared = (), ()
+        if self.with_experts and self.with_shared:
+            by_expert, shared = gradients
+        elif self.with_experts:
+            by_expert = gradients
+        else:
+            shared = gradients
+        expert_squares = self.square_sums(by_expert) if self.with_experts else None
+        shared_squares = self.square_sums(shared) if self.with_shared else None
+        return by_sample, auxiliary, counts, by_expert, expert_squares, shared, shared_squares
+
+
+class SharedUpdate(nn.Cell):
+    """AdamW over the shared parameters, in place: one fused operator per tensor (see `rre.adamw`)."""
+
+    def __init__(self, parameters: Sequence[Parameter], layout: Layout) -> None:
+        super().__init__(auto_prefix=False)
+        self.parameters = ParameterTuple(parameters)
+        self.m = ParameterTuple([self._moment(p, "m") for p in parameters])
+        self.v = ParameterTuple([self._moment(p, "v") for p in parameters])
+        self.decayed = tuple(decays(p.name) for p in parameters)
+        self.adamw = layout(ops.AdamWeightDecay())
+        self.mul = layout(ops.Mul())
+        self.done = Tensor(True)
+        self.no_decay = Tensor(0.0, ms.float32)
+
+    @staticmethod
+    def _moment(parameter: Parameter, kind: str) -> Parameter:
+        zeros = np.zeros(parameter.shape, np.float32)
+        return Parameter(Tensor(zeros), name=f"optimizer.{kind}.{parameter.name}", requires_grad=False)
+
+    def construct(
+        self, scale: Tensor, rate: Tensor, beta1: Tensor, beta2: Tensor, epsilon: Tensor, decay: Tensor,
+        *gradients: Tensor,
+    ) -> Tensor:  # fmt: skip
+        done = self.done
+        for i in range(len(gradients)):
+            gradient = self.mul(gradients[i], scale)
+            wanted = decay if self.decayed[i] else self.no_decay
+            updated = self.adamw(
+                self.parameters[i], self.m[i], self.v[i], rate, beta1, beta2, epsilon, wanted, gradient
+            )
+            done = ops.depend(done, updated)
+        return done

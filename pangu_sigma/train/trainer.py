@@ -1,0 +1,157 @@
+"""One optimizer step, and what can go wrong in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from pangu_sigma.data.sampler import Batch
+from pangu_sigma.model.build import SLOTS, Model
+from pangu_sigma.model.inputs import PlannedBatch, Planner
+from pangu_sigma.train.accounting import Accounting
+from pangu_sigma.train.flops import flops_per_token
+from pangu_sigma.train.loss_scale import LossScale
+from pangu_sigma.train.optimizer import Gradients, Optimizer, place_tensors
+from pangu_sigma.train.schedule import Phase, learning_rate, phase_at
+from pangu_sigma.train.step import GradientStep
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one attempt at a step gave: `finite` False means that nothing was updated.
+
+    `overflow` True: float16 overflowed and a smaller loss scale may mend it. `loss` in nats per token.
+    """
+
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    finite: bool
+    overflow: bool
+
+
+class Trainer:
+    """Compiled steps, optimizer and loss scale of one run; `step` does one optimizer step."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.config = model.config
+        train = self.config.train
+        self.micro_batch = train.batch_size // train.accumulation
+        self.signature = model.training_signature(self.micro_batch)
+        self.planner = Planner(model, self.signature, training=True)
+        self.optimizer = Optimizer(model)
+        self.loss_scale = LossScale.of(self.config)
+        self.accounting = Accounting(
+            model.groups, self.config.model.sparse_prefixes, flops_per_token(self.config, model.vocab)
+        )
+        if train.recompute:
+            for block in model.net.blocks:
+                block.recompute()
+        self._graphs: dict[bool, GradientStep] = {}
+
+    def plan(self, batch: Batch) -> list[PlannedBatch]:
+        """Cut a step's batch into planned micro-batches; runs in the reading thread."""
+        size = self.micro_batch
+        return [
+            self.planner(
+                batch.tokens[a : a + size], batch.domain[a : a + size], batch.sample[a : a + size], batch.step
+            )
+            for a in range(0, batch.domain.size, size)
+        ]
+
+    def step(self, step: int, batches: Sequence[PlannedBatch]) -> StepResult:
+        """Do optimizer step `step` (from 0) on the micro-batches of one batch."""
+        phase = phase_at(self.config, step)
+        rate = learning_rate(self.config, step)
+        scale = self.loss_scale.value
+        total = sum(float(b.mask.sum()) for b in batches)
+        gradients: Gradients | None = None
+        loss_sum = 0.0
+        parts = []
+        for batch in batches:
+            part, by_sample, counts, auxiliary = self._gradients(batch, phase, scale, total, len(batches))
+            parts.append((batch, by_sample, counts, auxiliary))
+            loss_sum += float(by_sample.astype(np.float64).sum())
+            if gradients is None:
+                gradients = part
+            else:
+                gradients.add(part)
+        loss = loss_sum / total
+        norm = gradients.norm() / scale
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if not finite:
+            return StepResult(loss, norm, rate, False, self.loss_scale.overflow())
+        clip = min(1.0, self.config.optimizer.clip_norm / max(norm, 1e-38))
+        self.optimizer.apply(gradients, rate, clip / scale)
+        self.loss_scale.good()
+        for batch, by_sample, counts, auxiliary in parts:
+            self.accounting.add_batch(batch, by_sample, counts, auxiliary)
+        self.accounting.add_step()
+        return StepResult(loss, norm, rate, True, False)
+
+    def _graph(self, with_shared: bool) -> GradientStep:
+        if with_shared not in self._graphs:
+            self._graphs[with_shared] = GradientStep(self.model.net, self.signature, self.model.layout, with_shared)
+        # The network is shared with evaluation, so its mode is set per use.
+        return self._graphs[with_shared].set_train(True)
+
+    def _gradients(
+        self, batch: PlannedBatch, phase: Phase, scale: float, total: float, parts: int
+    ) -> tuple[Gradients, np.ndarray, list[np.ndarray], float]:
+        fixed = batch.fixed
+        outputs = self._graph(phase.shared)(
+            fixed[0],
+            Tensor(batch.labels),
+            Tensor(batch.mask * np.float32(scale / total)),
+            Tensor(scale / parts, ms.float32),
+            *fixed[1:],
+            *batch.flat(self.signature, self.model.store),
+        )
+        by_sample, auxiliary, counts, by_expert, expert_squares, shared, shared_squares = outputs
+        rows = [c.asnumpy() for c in counts]
+        gradients = Gradients(tuple(shared) if phase.shared else ())
+        squares = float(shared_squares.asnumpy().astype(np.float64).sum()) if phase.shared else 0.0
+        if by_expert:
+            squares += self._collect(gradients, batch, phase, by_expert, expert_squares.asnumpy(), rows)
+        gradients.squares = squares if self.signature.slot_table is None else None
+        return gradients, by_sample.asnumpy(), rows, float(auxiliary.asnumpy())
+
+    def _collect(
+        self,
+        gradients: Gradients,
+        batch: PlannedBatch,
+        phase: Phase,
+        by_expert: Sequence[Tensor],
+        squares: np.ndarray,
+        rows: Sequence[np.ndarray],
+    ) -> float:
+        """Take the gradients of experts that received a token and train; return their square sum.
+
+        The gradient of an expert without rows is a product over nothing, whose memory MindSpore leaves as it was: it
+        must not be looked at.
+        """
+        groups = self.model.groups
+        total = 0.0
+        at = 0
+        if self.signature.slot_table is not None:
+            for number in np.unique(batch.domain):
+                if groups.names[number] in phase.domains:
+                    gradients.experts[(SLOTS, int(number))] = [by_expert[0][int(number)]]
+            at = 1
+        owner = np.repeat(groups.names, groups.sizes)
+        for layer, place in enumerate(self.signature.places):
+            width = len(place_tensors(place.name))
+            plan = batch.plans[layer]
+            received = rows[layer] if plan is None else plan.counts
+            for slot in range(place.slots):
+                if received[slot] > 0 and owner[slot] in phase.domains:
+                    gradients.experts[(place.name, slot)] = list(by_expert[at : at + width])
+                    total += float(squares[at : at + width].astype(np.float64).sum())
+                at += width
+        return total
