@@ -85,20 +85,21 @@ class Evaluator:
 
 
 def measure(
-    model: Model,
+    evaluator: Evaluator,
     heldout: Mapping[str, HeldoutSequences],
     unigram: Mapping[str, float],
     step: int,
-    batch_size: int,
-    limit: int | None,
+    limit: int | None = None,
     advance: Advance | None = None,
 ) -> dict:
-    """The whole measurement as JSON-able figures: step, losses, perplexity, unigram, matrix, tokens by domain."""
-    evaluator = Evaluator(model, batch_size)
+    """The whole measurement as JSON-able figures: step, losses, perplexity, unigram, matrix, tokens by domain.
+
+    `limit` batches per text and group, None for all held-out text; `advance(1)` is called after each.
+    """
     matrix = evaluator.matrix(heldout, limit, advance)
     losses = {name: matrix[name][name] for name in heldout}
-    counted = {
-        name: min(sequences.tokens, evaluator.batches(sequences, limit) * batch_size * sequences.sequence_length)
+    most = {
+        name: evaluator.batches(sequences, limit) * evaluator.batch_size * sequences.sequence_length
         for name, sequences in heldout.items()
     }
     return {
@@ -107,8 +108,23 @@ def measure(
         "perplexity": {name: math.exp(min(loss, 700.0)) for name, loss in losses.items()},
         "unigram": dict(unigram),
         "matrix": matrix,
-        "tokens": counted,
+        "tokens": {name: min(sequences.tokens, most[name]) for name, sequences in heldout.items()},
     }
+
+
+def measure_with_progress(
+    evaluator: Evaluator,
+    heldout: Mapping[str, HeldoutSequences],
+    unigram: Mapping[str, float],
+    step: int,
+    limit: int | None = None,
+) -> dict:
+    """`measure` behind a progress bar."""
+    from pangu_sigma.monitor.terminal import progress
+
+    per_group = sum(evaluator.batches(sequences, limit) for sequences in heldout.values())
+    with progress("evaluate", per_group * len(evaluator.model.groups.names), unit="batches") as job:
+        return measure(evaluator, heldout, unigram, step, limit, job.advance)
 
 
 def evaluate(path: Path, batches: int | None = None) -> dict:
@@ -117,19 +133,14 @@ def evaluate(path: Path, batches: int | None = None) -> dict:
     `batches` per domain and group, None for all held-out text. Raises UserError for anything wrong with `path`.
     """
     from pangu_sigma.load import load_trained
-    from pangu_sigma.monitor.terminal import progress
     from pangu_sigma.monitor.files import write_json
 
     trained = load_trained(path)
     corpus = trained.corpus()
-    config = trained.model.config
-    heldout = corpus.heldout()
-    size = config.evaluate.batch_size
-    per_group = sum(-(-len(h) // size) if batches is None else min(batches, -(-len(h) // size)) for h in heldout.values())
-    with progress("evaluate", per_group * len(heldout), unit="batches") as job:
-        result = measure(
-            trained.model, heldout, corpus.unigram_losses(), trained.checkpoint.step, size, batches, job.advance
-        )
+    evaluator = Evaluator(trained.model, trained.model.config.evaluate.batch_size)
+    result = measure_with_progress(
+        evaluator, corpus.heldout(), corpus.unigram_losses(), trained.checkpoint.step, batches
+    )
     if trained.run_dir is not None:
         write_json(trained.run_dir / "evaluation.json", result)
     return result

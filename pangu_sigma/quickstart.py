@@ -1,0 +1,61 @@
+"""The quickstart: train, measure every domain under every expert group, write a sample per domain, draw the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pangu_sigma.config import Config
+from pangu_sigma.monitor.files import write_json
+from pangu_sigma.monitor.metrics import read_metrics
+from pangu_sigma.monitor.tables import matrix_table, quality_table
+from pangu_sigma.monitor.terminal import progress
+from pangu_sigma.monitor.text import printable_lines
+
+PROMPT_TOKENS = 16
+SAMPLE_TOKENS = 48
+
+
+def quickstart(config: Config) -> None:
+    """Run the whole job in one process and print what came of it; a run that was interrupted continues."""
+    from pangu_sigma.evaluate import measure_with_progress
+    from pangu_sigma.report import write_report
+    from pangu_sigma.train.run import Run
+
+    folder = Path(config.run.dir)
+    with Run(config, resume=(folder / "checkpoints").is_dir()) as run:
+        run.loop()
+        if run.progress.step < config.train.steps:
+            print(f"stopped at step {run.progress.step} of {config.train.steps}; the same command continues")
+            return
+        result = measure_with_progress(run.evaluator, run.heldout, run.unigram, run.progress.step)
+        write_json(folder / "evaluation.json", result)
+        samples = _samples(run)
+    before = next((r["losses"] for r in read_metrics(folder) if r["kind"] == "evaluate" and r["step"] == 0), None)
+    print("\nHeld-out loss in nats per token\n")
+    print(quality_table(result["unigram"], result["losses"], before, result["tokens"]))
+    print("\nLoss of a domain's text (row) under a domain's experts (column)\n")
+    print(matrix_table(result["matrix"]))
+    for domain, (prompt, text) in samples.items():
+        print(f"\n--- {domain}: a held-out beginning ▸ and what the model writes on\n")
+        print(printable_lines(f"{prompt}▸{text}"))
+    print(f"\nReport: {write_report(folder)}")
+    print(f"Run:    {folder}")
+
+
+def _samples(run) -> dict[str, tuple[str, str]]:
+    """domain -> (the first tokens of a held-out document, the model's continuation)."""
+    from pangu_sigma.generate import Generator
+
+    writer = Generator(run.model)
+    tokenizer = run.corpus.tokenizer
+    samples: dict[str, tuple[str, str]] = {}
+    with progress("sample", len(run.heldout) * SAMPLE_TOKENS, unit="tokens") as job:
+        for number, (domain, heldout) in enumerate(run.heldout.items()):
+            # Held-out text begins with an end-of-document token, as every document does in training.
+            beginning = [int(i) for i in heldout.sequence(0)[0][: PROMPT_TOKENS + 1]]
+            written = writer.continue_ids(
+                beginning, domain, SAMPLE_TOKENS, temperature=0.7, top_k=40, seed=run.config.run.seed + number
+            )
+            job.set((number + 1) * SAMPLE_TOKENS)
+            samples[domain] = (tokenizer.decode(beginning), tokenizer.decode(written))
+    return samples
