@@ -20,7 +20,8 @@ class Experts(nn.Cell):
     """N tensors x_i [rows_i, D] and 4 N weights -> N tensors [rows_i, D]: activation(x W_up + b_up) W_down + b_down.
 
     Weights are inputs, not parameters: they live in an expert store, and the graph returns their gradients. Slots may
-    share an expert.
+    share an expert. The weight gradients of a slot without rows are a product over nothing, whose memory MindSpore
+    leaves as it was: whoever takes gradients must not look at them.
     """
 
     def __init__(self, layout: Layout, activation: str, compute: ms.dtype) -> None:

@@ -149,24 +149,24 @@ class DrivenModel:
 
     def flat(
         self, batch: Batch, training: bool, step: int = 0, noise: Mapping[str, np.ndarray] | None = None
-    ) -> tuple[list[Tensor], list[np.ndarray]]:
-        """The graph's variable inputs, and for every sparse layer the expert of each slot."""
+    ) -> tuple[list[Tensor], list[tuple[np.ndarray, np.ndarray | None]]]:
+        """The graph's variable inputs, and for every sparse layer the expert and the rows of each slot."""
         flat, slots = [], []
         if self.signature.slot_table is not None:
             flat.append(Tensor(np.stack([self.tensors[f"domains.{d}.embedding.word"] for d in self.groups.names])))
         for router, place in zip(self.routers, self.signature.places, strict=True):
-            experts = np.arange(self.groups.total)
+            experts, rows = np.arange(self.groups.total), None
             if not self.learned:
                 ids = router.assign(batch.tokens, batch.domain, step, batch.samples, training).expert_ids
                 plan = plan_by_expert(ids, experts) if self.blocks is None else plan_in_blocks(ids, self.blocks)
-                experts = plan.experts
+                experts, rows = plan.experts, plan.counts
                 flat += [*(Tensor(r) for r in plan.rows), Tensor(plan.position)]
             elif place.jitter:
                 flat.append(Tensor(noise[place.name]))
             for domain, number in map(self.owner, experts):
                 prefix = f"domains.{domain}.{place.name}.experts"
                 flat += [Tensor(self.tensors[f"{prefix}.{n}"][number]) for n in TENSORS_PER_EXPERT]
-            slots.append(experts)
+            slots.append((experts, rows))
         return flat, slots
 
     def common(self, batch: Batch, keys: Sequence[int] | None = None) -> list[Tensor]:
@@ -196,17 +196,18 @@ class DrivenModel:
         if self.signature.slot_table is not None:
             table = of_inputs.pop(0)
             named |= {f"domains.{d}.embedding.word": table[i] for i, d in enumerate(self.groups.names)}
-        for place, experts in zip(self.signature.places, slots, strict=True):
-            for domain, number in map(self.owner, experts):
+        objective, by_sample, auxiliary, counts = values
+        counts = [c.asnumpy() for c in counts]
+        for layer, (place, (experts, rows)) in enumerate(zip(self.signature.places, slots, strict=True)):
+            received = counts[layer] if rows is None else rows
+            for (domain, number), some in zip(map(self.owner, experts), received, strict=True):
                 for tensor in TENSORS_PER_EXPERT:
                     name = f"domains.{domain}.{place.name}.experts.{tensor}"
                     whole = named.setdefault(name, np.zeros(self.tensors[name].shape, np.float32))
-                    whole[number] += of_inputs.pop(0)
-        objective, by_sample, auxiliary, counts = values
-        return (
-            float(objective.asnumpy()), by_sample.asnumpy(), float(auxiliary.asnumpy()),
-            [c.asnumpy() for c in counts], named,
-        )  # fmt: skip
+                    gradient = of_inputs.pop(0)
+                    if some > 0:  # without rows it is undefined, and nobody may look at it
+                        whole[number] += gradient
+        return float(objective.asnumpy()), by_sample.asnumpy(), float(auxiliary.asnumpy()), counts, named
 
     def oracle(
         self, batch: Batch, training: bool = False, noise: Mapping[str, np.ndarray] | None = None,

@@ -1,0 +1,65 @@
+"""Small models of every kind, each built and compiled once for all tests of this folder."""
+
+import os
+
+os.environ.setdefault("GLOG_v", "3")
+
+from collections.abc import Callable
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from pangu_sigma.config.model import ModelConfig
+from rre.routers import Groups
+from tests.pangu_sigma.model.driver import Batch, DrivenModel, make_batch, make_tensors
+
+VOCAB = 50
+GROUPS = Groups(("code", "law", "poems"), (3, 2, 1))
+SPARSE_QUERY = {"layers": 2, "include_query_layer": True}
+SIZES = {"layers": 3, "hidden": 16, "heads": 2, "ffn": 24, "positions": 256}
+
+# name -> (what differs in the configuration, sequence length). Capacity only matters while training.
+CASES = {
+    "dense": ({"layers": 2}, 32),
+    "dense_2_chunks": ({"layers": 2}, 128),
+    "dense_4_chunks": ({"layers": 2}, 256),
+    "rre": ({"sparse": SPARSE_QUERY | {"dispatch": "capacity", "capacity_factor": 1.0}}, 32),
+    "rre_without_query_layer": (
+        {"query_layer": "none", "activation": "gelu", "embedding_slots": "per_domain", "sparse": {"layers": 2}}, 32,
+    ),
+    "switch": ({"sparse": SPARSE_QUERY | {"router": "switch", "aux_loss_weight": 0.5}}, 32),
+    "switch_capacity": (
+        {"sparse": {"layers": 1, "router": "switch", "dispatch": "capacity", "capacity_factor": 1.0, "jitter": 0.1}}, 32,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def graph_mode() -> None:
+    ms.set_device("CPU")
+    ms.set_context(mode=ms.GRAPH_MODE)
+
+
+@pytest.fixture(scope="session")
+def driven() -> Callable[[str], tuple[DrivenModel, Batch]]:
+    """Case name -> the model and a batch whose samples' domains differ."""
+    built: dict[str, tuple[DrivenModel, Batch]] = {}
+
+    def get(case: str) -> tuple[DrivenModel, Batch]:
+        if case not in built:
+            changes, length = CASES[case]
+            config = ModelConfig(**SIZES | changes)
+            tensors = make_tensors(config, VOCAB, GROUPS)
+            model = DrivenModel(config, GROUPS, tensors, VOCAB, 4, length, jitter=config.sparse.jitter > 0)
+            built[case] = model, make_batch(1, VOCAB, 4, length, len(GROUPS.names))
+        return built[case]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def noise() -> dict[str, np.ndarray]:
+    """The Switch gate's input noise of case `switch_capacity`, by sparse layer."""
+    draw = np.random.default_rng(5)
+    return {"blocks.1": draw.uniform(0.9, 1.1, (4 * 32, SIZES["hidden"])).astype(np.float32)}
