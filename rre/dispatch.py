@@ -82,6 +82,7 @@ def plan_in_blocks(expert_ids: np.ndarray, slots: int, block: int = EXACT_ROWS) 
     """Cut every expert's rows into blocks of exactly `block` rows (the last one filled up with row 0).
 
     `slots` is how many the graph has; blocks beyond the needed ones are empty. Raises ValueError if there are too few.
+    For evaluation only: combine's gradient would count the rows that fill a block up.
     """
     tokens, k = expert_ids.shape
     flat = expert_ids.reshape(-1)
@@ -172,9 +173,9 @@ class Dispatch(nn.Cell):
 
 
 class Combine(nn.Cell):
-    """N tensors [rows_i, D], rows, position [T, k], x_TD -> y [T*k, D], choices of a token together; dropped rows are 0.
+    """N tensors [rows_i, D], rows, position [T, k], x_TD -> y [T*k, D], choices of a token together.
 
-    The reverse of Dispatch; `x` only gives the dropped rows their width.
+    Dropped rows are 0. The reverse of Dispatch; `x` only gives the dropped rows their width.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -191,7 +192,8 @@ class Combine(nn.Cell):
         return self.take(self.concat(results + (dropped,)), position.reshape(-1), 0)
 
     def bprop(
-        self, results: tuple[Tensor, ...], rows: tuple[Tensor, ...], position: Tensor, x: Tensor, out: Tensor, dout: Tensor
+        self, results: tuple[Tensor, ...], rows: tuple[Tensor, ...], position: Tensor, x: Tensor, out: Tensor,
+        dout: Tensor,
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor, Tensor]:
         back = ()
         for choices in rows[:-1]:

@@ -115,7 +115,8 @@ class ScaledDotProduct(nn.Cell):
         for c in range(len(masks)):
             end = (c + 1) * size
             p = kept[c]
-            dp = self.full(self.by_transposed(self.part(dy_and_term, c * size, end), self.part(v_and_minus_one, 0, end)))
+            minus_term = self.part(v_and_minus_one, 0, end)
+            dp = self.full(self.by_transposed(self.part(dy_and_term, c * size, end), minus_term))
             ds = self.low(self.mul(p, dp))
             dq = dq + (self.full(self.product(ds, self.part(k, 0, end))),)
             dk_part = self.full(self.transposed_by(ds, self.part(q, c * size, end)))

@@ -26,7 +26,8 @@ class CountedUniform(nn.Cell):
 
     def right(self, x: Tensor, bits: int) -> Tensor:
         # RightShift keeps the sign; the mask makes it the unsigned shift that the hash is defined with.
-        return ops.bitwise_and(ops.bitwise_right_shift(x, Tensor(bits, ms.int32)), Tensor((1 << (32 - bits)) - 1, ms.int32))
+        shifted = ops.bitwise_right_shift(x, Tensor(bits, ms.int32))
+        return ops.bitwise_and(shifted, Tensor((1 << (32 - bits)) - 1, ms.int32))
 
     def mix(self, x: Tensor) -> Tensor:
         x = ops.bitwise_xor(x, self.right(x, 16)) * FIRST

@@ -65,11 +65,8 @@ class SwitchGate(nn.Cell):
         self.on, self.off = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
 
     def construct(self, x: Tensor, routing: tuple[Tensor, ...]):
-        if len(routing) > 0:
-            # Counted noise [T, D] on the gate's input only: the paper's jitter.
-            gate_input = x * routing[0]
-        else:
-            gate_input = x
+        # Counted noise [T, D] on the gate's input only: the paper's jitter.
+        gate_input = x * routing[0] if len(routing) > 0 else x
         probabilities = self.softmax(self.logits(gate_input, self.weight))
         chosen, probability = self.best(probabilities)
         hits = ops.stop_gradient(self.one_hot(chosen, self.experts, self.on, self.off))

@@ -107,7 +107,8 @@ class _Reference:
         options, t = self.options, self.tensors
         positions, documents = document_starts(tokens, options.eod_id)
         hidden = t["embedding.position"].shape[1]
-        tables = [t[f"domains.{d}.embedding.word"] if options.per_domain_words else t["embedding.word"] for d in domains]
+        names = [f"domains.{d}.embedding.word" if options.per_domain_words else "embedding.word" for d in domains]
+        tables = [t[name] for name in names]
         h = np.empty((*tokens.shape, hidden))
         for b, table in enumerate(tables):
             h[b] = table[tokens[b]] + t["embedding.position"][positions[b]]

@@ -30,7 +30,8 @@ CASES = {
     ),
     "switch": ({"sparse": SPARSE_QUERY | {"router": "switch", "aux_loss_weight": 0.5}}, 32),
     "switch_capacity": (
-        {"sparse": {"layers": 1, "router": "switch", "dispatch": "capacity", "capacity_factor": 1.0, "jitter": 0.1}}, 32,
+        {"sparse": {"layers": 1, "router": "switch", "dispatch": "capacity", "capacity_factor": 1.0, "jitter": 0.1}},
+        32,
     ),
 }  # fmt: skip
 

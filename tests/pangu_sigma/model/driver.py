@@ -224,7 +224,10 @@ class DrivenModel:
         domains = [self.groups.names[d] for d in batch.domain]
         return pangu_numpy.forward(options, tensors or self.tensors, batch.tokens, batch.labels, domains, noise)
 
-    def oracle_objective(self, batch: Batch, tensors: Mapping[str, np.ndarray], noise=None, scale: float = 1.0) -> float:
+    def oracle_objective(
+        self, batch: Batch, tensors: Mapping[str, np.ndarray], noise: Mapping[str, np.ndarray] | None = None,
+        scale: float = 1.0,
+    ) -> float:  # fmt: skip
         """The training objective by the reference."""
         result = self.oracle(batch, True, noise, tensors)
         return float((batch.weights.astype(np.float64) * result.losses).sum() + scale * result.auxiliary)
