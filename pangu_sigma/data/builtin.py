@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from pangu_sigma.data.builtin_arithmetic import worksheets
-from pangu_sigma.data.counted import key64
 from pangu_sigma.errors import UserError
+from rre.counted import key64
 
 DOMAIN_BYTES = 1_500_000  # about the size of each domain
 LEAST_BYTES = 200_000  # under it a domain could not be learned

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pangu_sigma.data.counted import bits64, key64, mix64
+from rre.counted import bits64, key64, mix64
 
 SHINGLE = 8  # characters; words would not do for Chinese or code
 BINS = 128

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pangu_sigma.data.counted import key64, permutation
 from pangu_sigma.data.indexed import IndexedTokens
+from rre.counted import key64, permutation
 
 _ORDERS_KEPT = 2  # a sequence touches its epoch and perhaps the next
 

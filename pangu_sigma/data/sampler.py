@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pangu_sigma.data.counted import bits64, key64, permutation, uniform
 from pangu_sigma.data.packing import PackedSequences
 from pangu_sigma.errors import UserError
+from rre.counted import bits64, key64, permutation, uniform
 
 STATE_VERSION = 1
 Weights = Callable[[int], Mapping[str, float]]  # step (from 0) → weight per domain; a domain not named has weight 0

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from pangu_sigma.data.counted import key64, uniform
 from pangu_sigma.data.sources import Source, expand_paths, fingerprint_files, iterate_documents
 from pangu_sigma.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, read_model, tokenizer_class
 from pangu_sigma.errors import UserError
+from rre.counted import key64, uniform
 
 TRAINING_BYTES = 10_000_000  # about this much text of the mix decides the pieces
 MOST_REPEATS = 4.0  # a small domain with a large weight is repeated at most so often

@@ -14,7 +14,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from parallel.layout import Layout
-from rre.counted import generator
+from rre.counted import key64, uniform
 from rre.dispatch import drop_overflow
 from rre.routers.base import Assignment, Groups, Router
 
@@ -54,8 +54,8 @@ class TableRouter(Router):
         for b in range(batch):
             d = int(domain[b])
             if training and self.resample:
-                rng = generator(self.seed, "resampled routing", step, int(samples[b]), self.layer)
-                inside = rng.integers(0, self.groups.sizes[d], length)
+                key = key64(self.seed, "resampled routing", step, int(samples[b]), self.layer)
+                inside = (uniform(key, np.arange(length)) * self.groups.sizes[d]).astype(np.int64)
             else:
                 inside = self.tables[self.groups.names[d]][token_ids[b]]
             ids[b] = offsets[d] + inside

@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pangu_sigma.data.counted import bits64, key64, permutation, uniform
 from pangu_sigma.data.packing import HeldoutSequences, PackedSequences
 from pangu_sigma.data.unigram import unigram_loss
+from rre.counted import bits64, key64, permutation, uniform
 
 
 def numbered(lengths):
