@@ -1,0 +1,1 @@
+"""What a domain's sub-model consists of inside a checkpoint."""
