@@ -23,7 +23,7 @@ class Trained:
     run_dir: Path | None
 
     def corpus(self):
-        """The domains' tokenised text, from the run's cache where it is; the corpora must be those of the checkpoint."""
+        """The domains' tokenised text; the corpora must be those of the checkpoint."""
         from pangu_sigma.data.corpus import prepare_corpus
 
         config: Config = self.model.config

@@ -6,28 +6,11 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import Tensor, nn
 
-from pangu_sigma.model.affine import Affine
+from pangu_sigma.config.model import ModelConfig
 from pangu_sigma.model.attention import Attention
 from pangu_sigma.model.dropout import CountedDropout
-from pangu_sigma.model.parts import NORMS
+from pangu_sigma.model.parts import FEED_FORWARDS, NORMS
 from parallel.layout import Layout
-from parallel.primitives import ACTIVATIONS
-
-
-class DenseFeedForward(nn.Cell):
-    """x_TD -> y_TD: activation(x W_up + b_up) W_down + b_down, one network for every token."""
-
-    def __init__(
-        self, hidden: int, ffn: int, activation: str, layout: Layout, compute: ms.dtype, std: float, down_std: float
-    ) -> None:
-        super().__init__()
-        self.up = Affine(hidden, ffn, layout, compute, std)
-        self.down = Affine(ffn, hidden, layout, compute, down_std)
-        self.activation = ACTIVATIONS[activation](layout)
-
-    def construct(self, x: Tensor) -> Tensor:
-        inner, _, _ = self.activation(self.up(x))
-        return self.down(inner)
 
 
 class TransformerLayer(nn.Cell):
@@ -36,7 +19,9 @@ class TransformerLayer(nn.Cell):
     In the query layer the attention's queries are rows of the next-position table, without norm (`query_rows`).
     """
 
-    def __init__(self, model, layer: int, layout: Layout, compute: ms.dtype, sparse: nn.Cell | None) -> None:
+    def __init__(
+        self, model: ModelConfig, layer: int, layout: Layout, compute: ms.dtype, sparse: nn.Cell | None
+    ) -> None:
         super().__init__()
         residual_std = model.init_std / (2.0 * model.layers) ** 0.5
         self.norm1 = NORMS[model.norm](model.hidden, model.norm_epsilon, layout)
@@ -45,9 +30,7 @@ class TransformerLayer(nn.Cell):
         )
         self.norm2 = NORMS[model.norm](model.hidden, model.norm_epsilon, layout)
         self.is_sparse = sparse is not None
-        self.feed_forward = sparse or DenseFeedForward(
-            model.hidden, model.ffn, model.activation, layout, compute, model.init_std, residual_std
-        )
+        self.feed_forward = sparse or FEED_FORWARDS[model.feed_forward](model, layout, compute, residual_std)
         self.attention_dropout = CountedDropout(model.dropout, layer, "attention")
         self.feed_forward_dropout = CountedDropout(model.dropout, layer, "feed-forward")
 

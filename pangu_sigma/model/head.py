@@ -1,0 +1,47 @@
+"""Output heads: from hidden rows to token losses or logits."""
+
+from __future__ import annotations
+
+from mindspore import Tensor, nn, ops
+
+from parallel.layout import Layout
+from parallel.primitives import TiedCrossEntropy
+
+
+class TiedHead(nn.Cell):
+    """The word embedding is the output matrix, without a bias.
+
+    `table` is the one of all domains [V, D], or (`per_domain`) [domains, V, D], of which each sample takes its own.
+    """
+
+    def __init__(self, per_domain: bool, layout: Layout) -> None:
+        super().__init__()
+        self.per_domain = per_domain
+        self.cross_entropy = TiedCrossEntropy(layout)
+        self.product = layout(ops.MatMul(transpose_b=True), (1, 1), (1, 1))
+        self.take = layout(ops.Gather(), (1, 1, 1), ())
+        self.concat = layout(ops.Concat(0))
+
+    def construct(self, h: Tensor, labels: Tensor, domain: Tensor, table: Tensor) -> Tensor:
+        """h_TD, labels int32 [B, S] -> token losses float32 [B, S]."""
+        batch, length = labels.shape
+        if not self.per_domain:
+            losses, _ = self.cross_entropy(h, table, labels.reshape(-1))
+            return losses.reshape(batch, length)
+        by_sample = ()
+        for b in range(batch):
+            rows = h[b * length : (b + 1) * length]
+            losses, _ = self.cross_entropy(rows, self.take(table, domain[b], 0), labels[b])
+            by_sample = by_sample + (losses.reshape(1, length),)
+        return self.concat(by_sample)
+
+    def logits(self, h: Tensor, batch: int, domain: Tensor, table: Tensor) -> Tensor:
+        """h_TD -> logits float32 [B, S, V]."""
+        length = h.shape[0] // batch
+        if not self.per_domain:
+            return self.product(h, table).reshape(batch, length, -1)
+        by_sample = ()
+        for b in range(batch):
+            part = self.product(h[b * length : (b + 1) * length], self.take(table, domain[b], 0))
+            by_sample = by_sample + (part.reshape(1, length, -1),)
+        return self.concat(by_sample)
