@@ -23,9 +23,9 @@ from rre.store import DeviceStore
 class PlannedBatch:
     """Everything a graph needs of one micro-batch of B samples and S positions.
 
-    tokens, labels, positions, segments int32 [B, S]; mask float32 [B, S] (0 where a label does not count); domain int32
-    [B]; keys int32 [B]; `plans`: per table-routed sparse layer; `noise`: per jittered gate; `dropped`: rows per layer
-    and domain.
+    tokens, labels, positions, segments int32 [B, S]; mask float32 [B, S] (0 where a label does not count); domain and
+    keys int32 [B]; `plans`: per table-routed sparse layer; `noise`: per jittered gate; `dropped` rows per layer and
+    domain.
     """
 
     tokens: np.ndarray

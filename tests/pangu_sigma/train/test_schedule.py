@@ -1,0 +1,74 @@
+"""Learning rate and phases by step."""
+
+import math
+
+import pytest
+
+from pangu_sigma.train.schedule import learning_rate, phase_at
+from tests.pangu_sigma.train.small import small_config
+
+PEAK = 1e-2
+
+
+def rates(**schedule) -> list[float]:
+    config = small_config(schedule={"final_factor": 0.1, **schedule})
+    return [learning_rate(config, step) / PEAK for step in range(100)]
+
+
+def test_the_warm_up_grows_by_equal_steps_to_the_peak():
+    for kind in ("cosine", "linear", "constant"):
+        assert rates(kind=kind, warmup_steps=4)[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+
+
+def test_without_warm_up_the_first_step_has_the_peak():
+    assert rates(kind="cosine")[0] == 1.0
+
+
+def test_a_constant_rate_stays():
+    assert set(rates(kind="constant", warmup_steps=4)[3:]) == {1.0}
+
+
+def test_the_cosine_follows_its_formula_and_then_stays_at_its_end():
+    found = rates(kind="cosine", warmup_steps=10, decay_steps=60)
+    wanted = [0.1 + 0.9 * (1 + math.cos(math.pi * done / 50)) / 2 for done in range(50)]
+    assert found[10:60] == pytest.approx(wanted)
+    assert found[60:] == pytest.approx([0.1] * 40)
+
+
+def test_the_line_falls_by_equal_steps_to_its_end():
+    found = rates(kind="linear", warmup_steps=10, decay_steps=60)
+    assert found[10:60] == pytest.approx([1.0 - 0.9 * done / 50 for done in range(50)])
+    assert found[60:] == pytest.approx([0.1] * 40)
+
+
+def test_a_decay_without_an_end_of_its_own_ends_with_the_run():
+    assert rates(kind="linear", final_factor=0.0)[99] == pytest.approx(0.01)
+
+
+def test_a_warm_up_as_long_as_the_decay_divides_by_nothing():
+    assert rates(kind="cosine", warmup_steps=10, decay_steps=10)[9:11] == pytest.approx([1.0, 1.0])
+
+
+def test_a_run_without_phases_trains_everything_by_the_domains_weights():
+    phase = phase_at(small_config(), 50)
+    assert phase.shared and phase.domains == {"code", "law", "poems"}
+    assert phase.weights == {"code": 1.0, "law": 1.0, "poems": 1.0}
+
+
+def test_phases_follow_one_another_and_the_last_takes_what_is_left():
+    phases = [
+        {"steps": 10, "weights": {"code": 2.0}, "domains": ["code"]},
+        {"steps": 20, "shared": False, "domains": ["law", "poems"]},
+        {},
+    ]
+    config = small_config(train={"phases": phases})
+    assert [phase_at(config, step).index for step in (0, 9, 10, 29, 30, 99)] == [0, 0, 1, 1, 2, 2]
+    first, second, third = (phase_at(config, step) for step in (0, 10, 30))
+    assert (first.weights, first.shared, first.domains) == ({"code": 2.0}, True, {"code"})
+    assert (second.shared, second.domains) == (False, {"law", "poems"})
+    assert (third.shared, third.domains) == (True, {"code", "law", "poems"})
+    assert second.weights == third.weights == {"code": 1.0, "law": 1.0, "poems": 1.0}
+
+
+def test_batches_read_ahead_of_the_end_belong_to_the_last_phase():
+    assert phase_at(small_config(train={"phases": [{"steps": 10}, {}]}), 105).index == 1
