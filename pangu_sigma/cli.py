@@ -105,11 +105,17 @@ def config(
 
 
 @app.command(short_help="Measure quality per domain.")
-def evaluate(model: ModelPath, as_json: Json = False) -> None:
+def evaluate(
+    model: ModelPath,
+    as_json: Json = False,
+    batches: Annotated[
+        int | None, typer.Option(min=1, help="Batches per text and expert group; all held-out text if left out.")
+    ] = None,
+) -> None:
     """Measure held-out loss per domain, and every domain's text under every expert group."""
     from pangu_sigma.evaluate import evaluate as measure
 
-    result = measure(model)
+    result = measure(model, batches)
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False, indent=2))
         return
