@@ -70,7 +70,7 @@ class TableRouter(Router):
 
 
 class PlannedOutside(nn.Cell):
-    """Inside the graph a table router hands on its plan: `routing` is rows of N slots and the dropped, then position."""
+    """Inside the graph a table router hands on its plan: `routing` is rows of N slots and of the dropped, position."""
 
     def construct(self, x: Tensor, routing: tuple[Tensor, ...]):
         rows, position = routing[:-1], routing[-1]
