@@ -4,8 +4,8 @@
 
     m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  w -= lr' (m / (sqrt(v) + eps') + decay' w)
 
-With lr' = lr sqrt(1 - b2^t) / (1 - b1^t), eps' = eps sqrt(1 - b2^t) and decay' = decay lr / lr' this is torch.optim.AdamW
-up to rounding.
+With lr' = lr sqrt(1 - b2^t) / (1 - b1^t), eps' = eps sqrt(1 - b2^t) and decay' = decay lr / lr' this is
+torch.optim.AdamW up to rounding.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class DeviceStore:
         self._mul = ops.Mul()
 
     def initialise(self, seed: int, std: Mapping[str, float]) -> None:
-        """Draw every weight table: Normal(std[tensor name]) with its own counted stream per (place, expert); 0 if absent.
+        """Draw every weight table: Normal(std[tensor name]), or 0 where no std is given.
 
         An expert's numbers depend on (seed, place, expert) alone, not on how many others there are.
         """
@@ -70,7 +70,7 @@ class DeviceStore:
         return self._view("weight", place, name, -1)
 
     def fetch(self, place: str, experts: Sequence[int]) -> list[Tensor]:
-        """Weights of `experts` (repeats allowed), flat: all tensors of the first, of the second, …; nothing is copied."""
+        """Weights of `experts` (repeats allowed), flat: all tensors of the first, of the second, …; no copies."""
         return [self._view("weight", place, name, int(e)) for e in experts for name in self.shapes[place]]
 
     def apply(

@@ -29,6 +29,8 @@ class GradientStep(nn.Cell):
         super().__init__(auto_prefix=False)
         loss = TrainingLoss(net, layout, signature)
         self.with_experts = len(signature.differentiated) > 0
+        # MindSpore hands out the gradient of a single input bare, not as a tuple of one.
+        self.single = len(signature.differentiated) == 1
         self.with_shared = with_shared
         positions = tuple(FIXED_INPUTS + i for i in signature.differentiated) if self.with_experts else None
         shared = ParameterTuple(net.trainable_params()) if with_shared else None
@@ -70,6 +72,7 @@ class GradientStep(nn.Cell):
             by_expert = gradients
         else:
             shared = gradients
+        by_expert = (by_expert,) if self.single else by_expert
         expert_squares = self.square_sums(by_expert) if self.with_experts else None
         shared_squares = self.square_sums(shared) if self.with_shared else None
         return by_sample, auxiliary, counts, by_expert, expert_squares, shared, shared_squares
