@@ -12,7 +12,7 @@ from rre.experts import Experts
 
 
 class SparseFeedForward(nn.Cell):
-    """x_TD -> (y_TD, auxiliary loss, rows per expert or slot); the feed-forward part of a sparse layer.
+    """x_TD -> (y_TD, auxiliary loss, kept rows); the feed-forward part of a sparse layer.
 
     `routing` is what the router of this layer takes from outside the graph (for table routers its whole plan) and
     `weights` the 4 N tensors that the expert store fetched. A dropped token's y is zero: it takes the residual alone.

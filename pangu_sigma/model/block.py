@@ -14,7 +14,7 @@ from parallel.layout import Layout
 
 
 class TransformerLayer(nn.Cell):
-    """h_TD -> (h_TD, auxiliary loss, rows per expert): h + Attn(LN1 h), then h + FFN(LN2 h).
+    """h_TD -> (h_TD, auxiliary loss, kept rows): h + Attn(LN1 h), then h + FFN(LN2 h).
 
     In the query layer the attention's queries are rows of the next-position table, without norm (`query_rows`).
     """

@@ -111,7 +111,15 @@ def build_model(
             )
         else:
             routers.append(
-                SwitchRouter(groups, model.hidden, layout, model.sparse.aux_loss_weight, capacity, model.init_std)
+                SwitchRouter(
+                    groups,
+                    model.hidden,
+                    config.data.sequence_length,
+                    layout,
+                    model.sparse.aux_loss_weight,
+                    capacity,
+                    model.init_std,
+                )
             )
     shapes = {place: expert_shapes(model.hidden, model.ffn) for place in places}
     experts = dict.fromkeys(places, groups.total)

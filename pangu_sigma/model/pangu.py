@@ -50,7 +50,7 @@ class Embedding(nn.Cell):
 class PanGuSigma(nn.Cell):
     """tokens, positions, segments int32 [B, S], domain int32 [B], dropout keys int32 [B], flat -> (h_TD, aux, counts).
 
-    `aux` is the sum of the sparse layers' auxiliary losses, `counts` the rows per expert of each sparse layer with a
+    `aux` is the sum of the sparse layers' auxiliary losses, `counts` the kept rows [B, E] of each sparse layer with a
     learned gate. `flat` follows `FlatSignature`.
     """
 
@@ -131,7 +131,7 @@ class TrainingLoss(nn.Cell):
     """The objective of one micro-batch: sum over tokens of weight * loss, plus `auxiliary_weight` * auxiliary loss.
 
     labels int32 [B, S], weights float32 [B, S] (mask / tokens of the step * loss scale). Returns (objective, loss sums
-    per sample [B] over tokens of positive weight, auxiliary loss, rows per expert).
+    per sample [B] over tokens of positive weight, auxiliary loss, kept rows).
     """
 
     def __init__(self, net: PanGuSigma, layout: Layout, signature: FlatSignature | None = None) -> None:

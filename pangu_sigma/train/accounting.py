@@ -31,11 +31,16 @@ class Accounting:
         self.started = time.monotonic()
 
     def add_batch(self, batch: PlannedBatch, by_sample: np.ndarray, counts: Sequence[np.ndarray], aux: float) -> None:
-        """Add a micro-batch: loss sums [B], and rows per expert of learned gates (one array per sparse layer)."""
+        """Add a micro-batch: loss sums [B], and kept rows [B, E] of learned gates, one per sparse layer."""
         np.add.at(self.loss, batch.domain, by_sample.astype(np.float64))
         np.add.at(self.tokens, batch.domain, (batch.mask > 0).sum(axis=1))
         for layer, plan in enumerate(batch.plans):
-            self.load[layer] += counts[layer].astype(np.int64) if plan is None else plan.counts
+            if plan is None:
+                kept = counts[layer].astype(np.int64)
+                self.load[layer] += kept.sum(axis=0)
+                np.add.at(self.dropped[layer], batch.domain, batch.tokens.shape[1] - kept.sum(axis=1))
+            else:
+                self.load[layer] += plan.counts
         self.dropped += batch.dropped
         self.auxiliary += aux
 

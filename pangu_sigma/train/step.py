@@ -20,7 +20,7 @@ FIXED_INPUTS = 8
 class GradientStep(nn.Cell):
     """Loss and gradients of one micro-batch.
 
-    Returns (loss sums per sample [B], auxiliary loss, rows per expert of learned gates, gradients of the activated
+    Returns (loss sums per sample [B], auxiliary loss, kept rows [B, E] of learned gates, gradients of the activated
     expert tensors, their square sums [n], gradients of the shared parameters, their square sum). `with_shared` False
     spares the shared gradients of a phase in which they are frozen.
     """

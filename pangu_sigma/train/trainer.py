@@ -148,7 +148,7 @@ class Trainer:
         for layer, place in enumerate(self.signature.places):
             width = len(place_tensors(place.name))
             plan = batch.plans[layer]
-            received = rows[layer] if plan is None else plan.counts
+            received = rows[layer].sum(axis=0) if plan is None else plan.counts
             for slot in range(place.slots):
                 if received[slot] > 0 and owner[slot] in phase.domains:
                     gradients.experts[(place.name, slot)] = list(by_expert[at : at + width])

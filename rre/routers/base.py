@@ -56,7 +56,7 @@ class Router:
 
     `learned` says where the assignment is made: False -> `assign` on the host, True -> in the graph. `cell()` gives the
     part inside the graph, called as `cell(x_TD, routing) -> (rows, position, combine weights or None, auxiliary loss,
-    rows per slot)`.
+    kept rows [B, E] where the gate is learned)`.
     """
 
     learned = False

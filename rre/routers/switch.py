@@ -18,7 +18,8 @@ class SwitchRouter(Router):
 
     f_e is the fraction of tokens sent to e (before dropping; a constant in the gradient), P_e the mean probability
     (arXiv 2101.03961, equations 4 to 6; k = 1, so no question of dividing f by k). While training, an expert takes
-    ceil(capacity_factor * T / E) rows of a batch of T tokens (None = dropless); evaluation never drops.
+    ceil(capacity_factor * S / E) rows of a sample of `length` S tokens, its dispatch group (None = dropless);
+    evaluation never drops.
     """
 
     learned = True
@@ -27,6 +28,7 @@ class SwitchRouter(Router):
         self,
         groups: Groups,
         hidden: int,
+        length: int,
         layout: Layout,
         auxiliary_weight: float = 0.01,
         capacity_factor: float | None = None,
@@ -34,6 +36,7 @@ class SwitchRouter(Router):
     ) -> None:
         self.groups = groups
         self.hidden = hidden
+        self.length = length
         self.layout = layout
         self.auxiliary_weight = auxiliary_weight
         self.capacity_factor = capacity_factor
@@ -44,12 +47,13 @@ class SwitchRouter(Router):
 
 
 class SwitchGate(nn.Cell):
-    """The gate inside the graph: x_TD -> plan, probabilities as combine weights, auxiliary loss, rows per expert."""
+    """The gate inside the graph: x_TD -> plan, probabilities as combine weights, auxiliary loss, kept rows [B, E]."""
 
     def __init__(self, router: SwitchRouter) -> None:
         super().__init__()
         layout: Layout = router.layout
         self.experts = router.groups.total
+        self.length = router.length
         self.auxiliary_weight = router.auxiliary_weight
         self.capacity_factor = router.capacity_factor
         self.weight = Parameter(initializer(Normal(router.init_std), (router.hidden, self.experts)), name="weight")
@@ -59,6 +63,9 @@ class SwitchGate(nn.Cell):
         self.one_hot = layout(ops.OneHot(), (1, 1), (), ())
         self.mean = layout(ops.ReduceMean(), (1, 1))
         self.sum = layout(ops.ReduceSum(), (1, 1))
+        self.mul = layout(ops.Mul(), (1, 1), (1, 1))
+        self.less_equal = layout(ops.LessEqual(), (1, 1, 1), ())
+        self.cast = layout(ops.Cast(), (1, 1))
         self.cumulative = layout(ops.CumSum(), (1, 1))
         self.select = layout(ops.Select(), (1,), (1,), (1,))
         self.plan = PlanInGraph(self.experts, layout)
@@ -70,14 +77,16 @@ class SwitchGate(nn.Cell):
         probabilities = self.softmax(self.logits(gate_input, self.weight))
         chosen, probability = self.best(probabilities)
         hits = ops.stop_gradient(self.one_hot(chosen, self.experts, self.on, self.off))
-        counts = self.sum(hits, 0)
         tokens = x.shape[0]
-        auxiliary = self.sum(counts / tokens * self.mean(probabilities, 0)) * (self.auxiliary_weight * self.experts)
-        chosen = ops.cast(chosen, ms.int32)
+        share = self.sum(hits, 0) / tokens
+        auxiliary = self.sum(share * self.mean(probabilities, 0)) * (self.auxiliary_weight * self.experts)
+        chosen = self.cast(chosen, ms.int32)
         # Evaluation drops nothing, whatever training does.
         if self.training and self.capacity_factor is not None:
-            capacity = math.ceil(self.capacity_factor * tokens / self.experts)
-            rank = self.sum(self.cumulative(hits, 0) * hits, 1)
-            chosen = self.select(rank <= capacity, chosen, ops.fill(ms.int32, (tokens,), self.experts))
+            capacity = math.ceil(self.capacity_factor * self.length / self.experts)
+            rank = self.cumulative(hits.reshape(-1, self.length, self.experts), 1)
+            fits = self.cast(self.less_equal(rank, float(capacity)), ms.float32)
+            hits = self.mul(hits, fits.reshape(tokens, self.experts))
+            chosen = self.select(self.sum(hits, 1) > 0.0, chosen, ops.fill(ms.int32, (tokens,), self.experts))
         rows, position = self.plan(chosen.reshape(-1, 1))
-        return rows, position, probability, auxiliary, counts
+        return rows, position, probability, auxiliary, self.sum(hits.reshape(-1, self.length, self.experts), 1)

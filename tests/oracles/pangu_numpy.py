@@ -185,7 +185,7 @@ class _Reference:
         return y.reshape(rows.shape)
 
     def switch(self, prefix: str, rows: Array) -> Array:
-        """The gate sees every expert of every group; capacity counts over the whole batch, in token order."""
+        """The gate sees every expert of every group; capacity counts per sample, in token order."""
         owners = [(domain, number) for domain, size in self.options.groups for number in range(size)]
         gate_input = rows * self.jitter[prefix] if prefix in self.jitter else rows
         probabilities = softmax(gate_input @ self.tensors[f"{prefix}.router.weight"])
@@ -194,13 +194,15 @@ class _Reference:
         self.auxiliary += (
             self.options.auxiliary_weight * len(owners) * float((fractions * probabilities.mean(0)).sum())
         )
-        room = rows.shape[0]
+        length = self.tokens.shape[1]
+        room = length
         if self.options.capacity_factor is not None:
-            room = math.ceil(self.options.capacity_factor * rows.shape[0] / len(owners))
+            room = math.ceil(self.options.capacity_factor * length / len(owners))
         chosen = np.full(rows.shape[0], -1)
         y = np.zeros_like(rows)
         for e, (domain, number) in enumerate(owners):
-            where = np.flatnonzero(best == e)[:room]
+            by_sample = best.reshape(self.tokens.shape) == e
+            where = np.flatnonzero(by_sample & (by_sample.cumsum(1) <= room))
             chosen[where] = e
             y[where] = probabilities[where, e : e + 1] * self.expert(prefix, domain, number, rows[where])
         self.experts[prefix] = chosen.reshape(self.tokens.shape)

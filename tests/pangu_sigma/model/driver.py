@@ -112,7 +112,7 @@ class DrivenModel:
         for index, prefix in enumerate(config.sparse_prefixes):
             if self.learned:
                 self.routers.append(
-                    SwitchRouter(groups, config.hidden, layout, config.sparse.aux_loss_weight, factor)
+                    SwitchRouter(groups, config.hidden, length, layout, config.sparse.aux_loss_weight, factor)
                 )
             else:
                 tables = {d: tensors[f"domains.{d}.{prefix}.routing"] for d in groups.names}
@@ -199,7 +199,7 @@ class DrivenModel:
         objective, by_sample, auxiliary, counts = values
         counts = [c.asnumpy() for c in counts]
         for layer, (place, (experts, rows)) in enumerate(zip(self.signature.places, slots, strict=True)):
-            received = counts[layer] if rows is None else rows
+            received = counts[layer].sum(axis=0) if rows is None else rows
             for (domain, number), some in zip(map(self.owner, experts), received, strict=True):
                 for tensor in TENSORS_PER_EXPERT:
                     name = f"domains.{domain}.{place.name}.experts.{tensor}"
