@@ -124,7 +124,7 @@ class Run:
     def _build(self, checkpoint: Checkpoint | None) -> None:
         from pangu_sigma.evaluate import Evaluator
         from pangu_sigma.model.build import build_model
-        from pangu_sigma.train.state import restore_model, stored_tables
+        from pangu_sigma.train.state import stored_tables
         from pangu_sigma.train.trainer import Trainer
 
         tokenizer = self.corpus.tokenizer
@@ -228,8 +228,8 @@ class Run:
         value = result.loss if what == "loss" else result.gradient_norm
         if train.nonfinite == "raise":
             raise TrainingError(
-                f"step {step + 1}: the {what} is {value}; lower optimizer.learning_rate, or set train.nonfinite=skip or "
-                "rollback"
+                f"step {step + 1}: the {what} is {value}; lower optimizer.learning_rate, or set "
+                "train.nonfinite=skip or rollback"
             )
         self.progress.skipped += 1
         if self.progress.skipped > train.skip_budget:
@@ -251,7 +251,8 @@ class Run:
         checkpoint, _ = find_latest(self.dir)
         if checkpoint is None:
             raise TrainingError(
-                f"step {step + 1}: the {what} is {value} and there is no checkpoint to roll back to; set checkpoint.every"
+                f"step {step + 1}: the {what} is {value} and there is no checkpoint to roll back to; "
+                "set checkpoint.every lower, or lower optimizer.learning_rate"
             )
         self._restore(checkpoint, checkpoint.load())
         self.progress.skipped = skipped
@@ -327,7 +328,9 @@ def with_vocabulary(config: Config, tokenizer_size: int) -> Config:
     """The configuration with model.vocab_size filled in. Raises UserError if it is too small for the tokenizer."""
     wanted = config.model.vocab_size
     if wanted is not None and wanted < tokenizer_size:
-        raise UserError(f"model.vocab_size is {wanted}, but the tokenizer has {tokenizer_size} ids: raise it or leave it out")
+        raise UserError(
+            f"model.vocab_size is {wanted}, but the tokenizer has {tokenizer_size} ids: raise it or leave it out"
+        )
     return _with_vocabulary_size(config, tokenizer_size)
 
 

@@ -49,7 +49,7 @@ def model_tensors(model: Model, optimizer: Optimizer | None) -> dict[str, np.nda
 
 
 def restore_model(model: Model, tensors: Mapping[str, np.ndarray], optimizer_state: bool = False) -> None:
-    """Fill the network and the store from checkpoint tensors; with `optimizer_state` the experts' moments and counts too.
+    """Fill the network and the store from checkpoint tensors; `optimizer_state`: the experts' moments and counts too.
 
     Raises UserError naming the first tensor that is missing or has another shape: nothing stays uninitialised.
     """
