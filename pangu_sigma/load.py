@@ -23,15 +23,25 @@ class Trained:
     run_dir: Path | None
 
     def corpus(self):
-        """The domains' tokenised text; the corpora must be those of the checkpoint."""
+        """The domains' tokenised text, from the run's cache if it is there. Raises UserError if a corpus has changed."""
         from pangu_sigma.data.corpus import prepare_corpus
 
-        config: Config = self.model.config
+        config = self._where_it_lies(self.model.config)
         corpus = prepare_corpus(config, self.tokenizer)
         self.checkpoint.check_fingerprints(
             tokenizer=self.tokenizer.fingerprint, corpora={s.name: s.corpus_fingerprint for s in corpus.stores}
         )
         return corpus
+
+    def _where_it_lies(self, config: Config) -> Config:
+        """A run's folder may have been moved or copied since: what lay in it is looked for where it is now."""
+        old, cache = Path(config.run.dir), Path(config.data.cache)
+        if self.run_dir is None or not cache.is_relative_to(old):
+            return config
+        values = config.to_dict()
+        values["run"]["dir"] = str(self.run_dir)
+        values["data"]["cache"] = str(self.run_dir / cache.relative_to(old))
+        return config_from_dict(values)
 
 
 def stored_config(checkpoint: Checkpoint) -> Config:

@@ -164,17 +164,18 @@ class Checkpoint:
 
     def check_fingerprints(self, *, tokenizer: str, corpora: dict[str, str]) -> None:
         """Raises CheckpointError by name when the tokenizer, or the corpus of a domain that it knows, has changed."""
-        if tokenizer != self.fingerprints.tokenizer:
-            raise CheckpointError(
-                f"the tokenizer is not the one {self.path} was trained with: "
-                "restore it, or start a new run in another run.dir"
-            )
+        # Corpora first: a changed one also changes the tokenizer that is trained on it.
         for domain, fingerprint in self.fingerprints.corpora.items():
             if domain in corpora and corpora[domain] != fingerprint:
                 raise CheckpointError(
                     f"the corpus of domain {domain} has changed since {self.path} was saved: "
                     "restore its files, or start a new run in another run.dir"
                 )
+        if tokenizer != self.fingerprints.tokenizer:
+            raise CheckpointError(
+                f"the tokenizer is not the one {self.path} was trained with: "
+                "restore it, or start a new run in another run.dir"
+            )
 
     def _known(self, domains: Collection[str] | None) -> tuple[str, ...]:
         for domain in domains or ():

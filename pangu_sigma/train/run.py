@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 
@@ -24,7 +22,8 @@ from pangu_sigma.monitor.files import write_json, write_text
 from pangu_sigma.monitor.metrics import MetricsLog
 from pangu_sigma.monitor.tables import evaluation_line
 from pangu_sigma.monitor.terminal import TrainingProgress, progress
-from pangu_sigma.train.interrupt import Interruption
+from pangu_sigma.train.interrupt import Interruption, sigterm_as_ctrl_c
+from pangu_sigma.train.lock import locked_folder
 from pangu_sigma.train.schedule import phase_at
 
 
@@ -46,7 +45,7 @@ def train(config: Config, resume: bool = False) -> Path:
 
     Raises UserError for the user's mistakes and for training that cannot go on.
     """
-    with Run(config, resume) as run:
+    with sigterm_as_ctrl_c(), Run(config, resume) as run:
         run.loop()
     return Path(config.run.dir)
 
@@ -75,26 +74,26 @@ class Run:
     # --- preparation
 
     def _prepare(self) -> None:
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run.dir {self.dir} cannot be made ({error.strerror}): choose another folder") from error
-        self._open.enter_context(_locked(self.dir))
+        self._open.enter_context(locked_folder(self.dir))
         messages = remove_stale(self.dir)
         checkpoint, found = find_latest(self.dir)
         messages += found
         if checkpoint is not None and not self.resume:
             raise UserError(f"{self.dir} already holds a run at step {checkpoint.step}: add --resume or set run.dir")
+        if checkpoint is not None:
+            stored = stored_config(checkpoint)
+            # Where the tokenizer gives the size, a changed tokenizer is refused below, by its name.
+            check_resume(stored, _with_vocabulary_size(self.config, stored.model.vocab_size))
         runtime.prepare(self.config.run.device, self.dir / "mindspore")
         self.corpus = self._corpus()
-        self.config = with_vocabulary(self.config, self.corpus.tokenizer.vocab_size)
         if checkpoint is not None:
-            check_resume(stored_config(checkpoint), self.config)
             checkpoint.check_fingerprints(
                 tokenizer=self.corpus.tokenizer.fingerprint,
                 corpora={s.name: s.corpus_fingerprint for s in self.corpus.stores},
             )
+        self.config = with_vocabulary(self.config, self.corpus.tokenizer.vocab_size)
         self._build(checkpoint)
+        self.saved = checkpoint.step if checkpoint else -1
         resume_step = None if not self.resume else (checkpoint.step if checkpoint else -1)
         self.metrics = self._open.enter_context(MetricsLog(self.dir, self.config.run.tensorboard, resume_step))
         if self.resume:
@@ -171,7 +170,7 @@ class Run:
             self.sampler, train.batch_size, self.config.data.prefetch, transform=self.trainer.plan
         )
         self.reader = self._open.enter_context(reader)
-        saved = self.progress.step if self.resume else -1
+        saved = self.saved
         with Interruption() as interruption, TrainingProgress(train.steps, self.progress.step) as bar:
             self.bar = bar
             for message in self.messages:
@@ -253,7 +252,7 @@ class Run:
         if checkpoint is None:
             raise TrainingError(
                 f"step {step + 1}: the {what} is {value} and there is no checkpoint to roll back to; "
-                "set checkpoint.every"
+                "set checkpoint.every lower, or lower optimizer.learning_rate"
             )
         self._restore(checkpoint, checkpoint.load())
         self.progress.skipped = skipped
@@ -332,8 +331,12 @@ def with_vocabulary(config: Config, tokenizer_size: int) -> Config:
         raise UserError(
             f"model.vocab_size is {wanted}, but the tokenizer has {tokenizer_size} ids: raise it or leave it out"
         )
+    return _with_vocabulary_size(config, tokenizer_size)
+
+
+def _with_vocabulary_size(config: Config, size: int) -> Config:
     values = config.to_dict()
-    values["model"]["vocab_size"] = wanted or tokenizer_size
+    values["model"]["vocab_size"] = config.model.vocab_size or size
     return config_from_dict(values)
 
 
@@ -350,13 +353,3 @@ def tokenizer_files(tokenizer) -> dict[str, bytes]:
         tokenizer.save(folder)
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
-
-def _locked(folder: Path) -> TextIO:
-    """Hold the run's folder against a second trainer; the lock goes with the process, however it ends."""
-    stream = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - held for the length of the run
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        stream.close()
-        raise UserError(f"another process is training in {folder}: wait for it or set another run.dir") from error
-    return stream

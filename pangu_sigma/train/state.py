@@ -49,10 +49,9 @@ def model_tensors(model: Model, optimizer: Optimizer | None) -> dict[str, np.nda
 
 
 def restore_model(model: Model, tensors: Mapping[str, np.ndarray], optimizer_state: bool = False) -> None:
-    """Fill the network and the store from checkpoint tensors.
+    """Fill the network and the store from checkpoint tensors; `optimizer_state`: the experts' moments and counts too.
 
-    With `optimizer_state` the experts' moments and step counts too. Raises UserError naming the first tensor that is
-    missing or has another shape: nothing stays uninitialised.
+    Raises UserError naming the first tensor that is missing or has another shape: nothing stays uninitialised.
     """
     for parameter in model.net.get_parameters():
         parameter.set_data(Tensor(_checked(tensors, parameter.name, parameter.shape)))

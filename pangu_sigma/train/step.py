@@ -27,14 +27,15 @@ class GradientStep(nn.Cell):
 
     def __init__(self, net: PanGuSigma, signature: FlatSignature, layout: Layout, with_shared: bool) -> None:
         super().__init__(auto_prefix=False)
-        loss = TrainingLoss(net, layout, signature)
+        # An attribute, so that set_train reaches the network: dropout and capacity depend on it.
+        self.loss = TrainingLoss(net, layout, signature)
         self.with_experts = len(signature.differentiated) > 0
         # MindSpore hands out the gradient of a single input bare, not as a tuple of one.
         self.single = len(signature.differentiated) == 1
         self.with_shared = with_shared
         positions = tuple(FIXED_INPUTS + i for i in signature.differentiated) if self.with_experts else None
         shared = ParameterTuple(net.trainable_params()) if with_shared else None
-        self.value_and_grad = ops.value_and_grad(loss, positions, shared, has_aux=True)
+        self.value_and_grad = ops.value_and_grad(self.loss, positions, shared, has_aux=True)
         self.half_square = layout(ops.L2Loss())
         self.stack = layout(ops.Stack())
         self.set_train()

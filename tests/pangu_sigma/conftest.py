@@ -24,7 +24,8 @@ SMALL_RUN = {
     "schema_version": 1,
     "run": {"dir": "run", "log_every": 1},
     "model": {
-        "layers": 2, "hidden": 16, "heads": 2, "ffn": 32, "positions": 16, "dropout": 0.1, "attention": {"dropout": 0.1},
+        "layers": 2, "hidden": 16, "heads": 2, "ffn": 32, "positions": 16,
+        "dropout": 0.1, "attention": {"dropout": 0.1},
         "sparse": {"layers": 1, "resample": True},
     },
     "data": {"sequence_length": 16, "domains_per_step": 2, "tokenizer": {"kind": "train", "vocab_size": 384}},
@@ -68,7 +69,8 @@ def finished_run(small_yaml, tmp_path_factory) -> Path:
     """The run, trained in one go; treat it as read-only. Its process ran in the folder `cwd` beside it."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "cwd").mkdir()
-    done = process.command("train", small_yaml, f"run.dir={folder / 'run'}", cwd=folder / "cwd")
+    own = [f"run.dir={folder / 'run'}", "data.cache=null"]
+    done = process.command("train", small_yaml, *own, cwd=folder / "cwd")
     assert done.returncode == 0, done.stderr
     (folder / "said.txt").write_text(done.stderr, encoding="utf-8")
     return folder / "run"

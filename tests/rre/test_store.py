@@ -37,14 +37,17 @@ def snapshot(store: DeviceStore) -> dict[tuple, bytes]:
         for expert in range(len(table))
     }
     return found | {
-        ("steps", place, "", e): count.tobytes() for place, steps in store.steps.items() for e, count in enumerate(steps)
+        ("steps", place, "", expert): count.tobytes()
+        for place, steps in store.steps.items()
+        for expert, count in enumerate(steps)
     }
 
 
 def test_an_expert_is_updated_as_torchs_adamw_does():
     torch = pytest.importorskip("torch")
     store, draw = make_store(), np.random.default_rng(0)
-    theirs = {name: torch.nn.Parameter(torch.tensor(store.table("blocks.1", name)[2].copy())) for name in SHAPES[PLACES[0]]}
+    start = {name: torch.tensor(store.table("blocks.1", name)[2].copy()) for name in SHAPES["blocks.1"]}
+    theirs = {name: torch.nn.Parameter(tensor) for name, tensor in start.items()}
     decayed = [p for name, p in theirs.items() if name.endswith("weight")]
     plain = [p for name, p in theirs.items() if name.endswith("bias")]
     optimizer = torch.optim.AdamW(

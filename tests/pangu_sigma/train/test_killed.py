@@ -1,0 +1,86 @@
+"""kill -9 of real training processes, inside their saves too: a resume goes on from the last complete checkpoint."""
+
+import random
+import time
+
+import pytest
+
+from pangu_sigma.checkpoint import find_latest
+from tests.pangu_sigma.train.process import (
+    assert_equal_checkpoints,
+    checkpoint,
+    command,
+    started,
+    unfinished_saves,
+    wait_until,
+)
+
+
+def last_step(run) -> int:
+    found, _ = find_latest(run)
+    return 0 if found is None else found.step
+
+
+def assert_said_from_where(said: str, step: int) -> None:
+    if step:
+        assert f"resumed from step-{step:08d} (step {step})" in said
+    else:
+        assert "no complete checkpoint to resume from: beginning at step 0" in said
+
+
+def kill_once(arguments: list, run, log, draw: random.Random, inside: bool, first_seconds: float) -> None:
+    """Start the run and kill it while a save of its stands unfinished (`inside`), or at any moment."""
+    process = started(*arguments, cwd=run.parent, log=log)
+    try:
+        if inside:
+            # A save some steps on, so that the run gets ahead between two kills.
+            wanted = last_step(run) + draw.randrange(3)
+            caught = wait_until(lambda: last_step(run) >= wanted and bool(unfinished_saves(run)), process)
+            assert caught, log.read_text()
+        else:
+            time.sleep(draw.uniform(0.2, first_seconds))
+    finally:
+        process.kill()
+        process.wait()
+
+
+def kill_often(small_yaml, folder, uninterrupted, steps: int, inside: list[bool], changes: list[str]) -> None:
+    """Kill the run once per entry of `inside`, resume to the end and compare with the uninterrupted run."""
+    draw = random.Random(len(inside))
+    run = folder / "run"
+    arguments = ["train", small_yaml, f"run.dir={run}", "evaluate.every=0", "checkpoint.every=1", *changes, "--resume"]
+    caught, seconds = 0, 10.0
+    for number, within in enumerate(inside):
+        before = last_step(run)
+        log = folder / f"log-{number}.txt"
+        kill_once(arguments, run, log, draw, within, seconds)
+        left = unfinished_saves(run)
+        caught += bool(left)
+        said = log.read_text()
+        assert "Traceback" not in said and "Error" not in said
+        if within:
+            assert_said_from_where(said, before)
+    assert caught >= len(inside) / 4, f"only {caught} of {len(inside)} kills fell into a save"
+
+    before = last_step(run)
+    assert before < steps
+    done = command(*arguments, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert_said_from_where(done.stderr, before)
+    if left:
+        assert f"removed {left[0]}, left by process" in done.stderr
+    assert_equal_checkpoints(checkpoint(uninterrupted, steps), checkpoint(run, steps))
+
+
+def test_a_run_killed_three_times_ends_with_the_same_bytes(small_yaml, tmp_path, finished_run):
+    # The first save of all, any moment, a later save.
+    kill_often(small_yaml, tmp_path, finished_run, 12, [True, False, True], [])
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_ends_with_the_same_bytes(small_yaml, tmp_path):
+    steps = 120
+    longer = [f"train.steps={steps}", "checkpoint.keep=2"]
+    done = command("train", small_yaml, f"run.dir={tmp_path / 'whole'}", "evaluate.every=0", *longer, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    kill_often(small_yaml, tmp_path, tmp_path / "whole", steps, [n % 2 == 0 for n in range(20)], longer)

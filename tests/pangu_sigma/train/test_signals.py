@@ -1,0 +1,70 @@
+"""Ctrl-C and SIGTERM: the run saves where it stands and ends well; before the first step it just ends."""
+
+import signal
+import time
+
+import pytest
+
+from tests.pangu_sigma.train.process import (
+    assert_equal_checkpoints,
+    assert_refused,
+    checkpoint,
+    command,
+    started,
+    steps_logged,
+    wait_until,
+)
+
+LONG = 4000
+
+
+def test_sigterm_saves_and_the_run_resumes_to_the_same_bytes(small_yaml, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log.txt"
+    arguments = ["train", small_yaml, f"train.steps={LONG}", "evaluate.every=0", "checkpoint.every=0"]
+    process = started(*arguments, f"run.dir={run}", cwd=tmp_path, log=log)
+    try:
+        assert wait_until(lambda: steps_logged(run) >= 3, process)
+        # While it trains, nobody else may write to its folder.
+        second = command(*arguments, f"run.dir={run}", "--resume", cwd=tmp_path)
+        assert_refused(second, f"another process is training in {run}")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+    saved = steps_logged(run)
+    assert f"SIGTERM: saved step {saved}; continue with --resume" in log.read_text()
+    assert checkpoint(run, saved).is_dir() and saved < LONG
+    # One step further, in a new process and in a run that was never stopped.
+    end = f"train.stop_at={saved + 1}"
+    assert command(*arguments, f"run.dir={run}", end, "--resume", cwd=tmp_path).returncode == 0
+    whole = tmp_path / "whole"
+    assert command(*arguments, f"run.dir={whole}", end, cwd=tmp_path).returncode == 0
+    assert_equal_checkpoints(checkpoint(whole, saved + 1), checkpoint(run, saved + 1))
+
+
+def test_ctrl_c_while_compiling_is_heard_after_the_first_step(small_yaml, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log.txt"
+    process = started("train", small_yaml, f"run.dir={run}", "evaluate.every=0", cwd=tmp_path, log=log)
+    try:
+        # The summary is the last that is written before the first step is compiled, which takes seconds.
+        assert wait_until((run / "summary.json").exists, process)
+        time.sleep(1.0)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0, log.read_text()
+    finally:
+        process.kill()
+    assert "Ctrl-C: saved step 1; continue with --resume" in log.read_text()
+    assert checkpoint(run, 1).is_dir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_while_preparing_ends_the_program(small_yaml, tmp_path, number):
+    run, log = tmp_path / "run", tmp_path / "log.txt"
+    process = started("train", small_yaml, f"run.dir={run}", cwd=tmp_path, log=log)
+    try:
+        assert wait_until((run / ".lock").exists, process)
+        process.send_signal(number)
+        assert process.wait(20) == 130, log.read_text()
+    finally:
+        process.kill()
+    assert log.read_text().endswith("Interrupted.\n")
