@@ -1,0 +1,70 @@
+"""Where a training step's time goes: MindSpore's CPU profiler over real steps of the product, summed by operator type.
+
+    python -m benchmarks.profile_step [--variants dense sparse16] [--steps N]
+
+Prints one Markdown table per variant. The profiler times kernels where they run: two kernels that run side by side
+count twice, and time between kernels (Python, waiting) does not show, so the last line compares with the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from benchmarks.ours import stepper
+from benchmarks.workload import VARIANTS, prepare
+
+WARMUP = 2
+SHOWN = 12  # operator types in the table; the rest is summed
+
+
+def profile(config: Path, steps: int) -> tuple[Counter, Counter, float]:
+    """Milliseconds and calls per step by operator type, and the step's length by the clock in milliseconds."""
+    from mindspore import profiler
+
+    with stepper(config) as ours, tempfile.TemporaryDirectory() as folder:
+        for _ in range(WARMUP):
+            ours.step()
+        ours.settle()
+        watched = profiler.profile(
+            activities=[profiler.ProfilerActivity.CPU],
+            on_trace_ready=profiler.tensorboard_trace_handler(folder),
+        )
+        start = time.perf_counter()
+        for _ in range(steps):
+            ours.step()
+        ours.settle()
+        seconds = time.perf_counter() - start
+        watched.step()
+        watched.stop()
+        spent, calls = Counter(), Counter()
+        for path in Path(folder).rglob("cpu_op_type_info_*.csv"):
+            with path.open(encoding="utf-8", newline="") as rows:
+                for row in csv.DictReader(rows):
+                    spent[row["op_type"]] += float(row["total_compute_time"]) / steps
+                    calls[row["op_type"]] += int(row["type_occurrences"]) / steps
+    return spent, calls, 1000 * seconds / steps
+
+
+def table(spent: Counter, calls: Counter, clock: float) -> str:
+    """The figures of `profile` as a Markdown table."""
+    total = sum(spent.values())
+    lines = ["| operator | calls a step | ms a step | share |", "| --- | --- | --- | --- |"]
+    shown = spent.most_common(SHOWN)
+    for name, ms in shown:
+        lines.append(f"| {name} | {calls[name]:.0f} | {ms:.0f} | {ms / total:.0%} |")
+    rest = total - sum(ms for _, ms in shown)
+    lines.append(f"| {len(spent) - len(shown)} others | {sum(calls.values()) - sum(calls[n] for n, _ in shown):.0f} | "
+                 f"{rest:.0f} | {rest / total:.0%} |")  # fmt: skip
+    lines.append(f"| all kernels (the step took {clock:.0f} ms) | {sum(calls.values()):.0f} | {total:.0f} | 100% |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    pass

@@ -1,0 +1,168 @@
+"""Training throughput beside the same architecture in PyTorch eager, measured in one interleaved run.
+
+    python -m benchmarks.training_speed [--rounds N] [--steps N] [--variants dense sparse4 sparse16]
+
+Every system is a server of its own process with its model built; one computes at a time, in turns, so that whatever
+else the machine does meets all of them alike. A round gives every system the same batches; ratios are taken inside a
+round and their median is reported. The sparse PyTorch model is measured in both its forms (a loop over hit experts,
+batched products over sorted rows) and the faster one is the baseline.
+
+Prints a Markdown table and writes it with the figures of every round to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks.server import Server, ServerFailed
+from benchmarks.workload import BATCH, LENGTH, VARIANTS, VOCABULARY, Variant, Workload, prepare
+from pangu_sigma.monitor.terminal import progress
+
+HERE = Path(__file__).parent
+WARMUP = 2  # the first step compiles
+OURS = "pangu-sigma"
+
+
+def commands(work: Workload, torch_python: str) -> dict[str, list[str]]:
+    """The command line of every system that computes this variant."""
+    variant = work.variant
+    torch = [torch_python, str(HERE / "torch_pangu.py"), "--serve", "--tokens", str(work.tokens)]
+    torch += ["--vocab", str(VOCABULARY)]
+    found = {OURS: [sys.executable, "-m", "benchmarks.ours", str(work.config)]}
+    if not variant.sparse_layers:
+        return found | {"PyTorch": [*torch, "--variant", "dense"]}
+    torch += ["--variant", "sparse", "--sparse-layers", str(variant.sparse_layers), "--routing", str(work.routing)]
+    torch += ["--experts", str(variant.experts)]
+    return found | {f"PyTorch {form}": [*torch, "--form", form] for form in ("loop", "bmm")}
+
+
+def measure(variant: Variant, folder: Path, torch_python: str, rounds: int, steps: int) -> dict:
+    """Measure one variant; the result holds tokens/s per round and the losses of every system."""
+    work = prepare(variant, folder / variant.name, WARMUP + rounds * steps)
+    with ExitStack() as running:
+        launch = commands(work, torch_python)
+        total = len(launch) * (1 + rounds)
+        job = running.enter_context(progress(f"{variant.name}: measure", total, "turns"))
+        servers = {name: running.enter_context(Server(name, command)) for name, command in launch.items()}
+        losses: dict[str, list[float]] = {}
+        speeds: dict[str, list[float]] = {name: [] for name in servers}
+        for name, server in servers.items():
+            losses[name] = server.steps(WARMUP)["losses"]
+            job.advance()
+        order = list(servers)
+        for number in range(rounds):
+            # Another system begins each round, so that none always runs on what the same neighbour left behind.
+            first = number % len(order)
+            for name in order[first:] + order[:first]:
+                answer = servers[name].steps(steps)
+                speeds[name].append(steps * BATCH * LENGTH / sum(answer["seconds"]))
+                losses[name] += answer["losses"]
+                job.advance()
+        parameters = {name: server.parameters for name, server in servers.items()}
+    return {
+        "variant": variant.name,
+        "title": variant.title,
+        "parameters": parameters,
+        "tokens_per_second": speeds,
+        "losses": losses,
+        **summary(speeds),
+    }
+
+
+def summary(speeds: dict[str, list[float]]) -> dict:
+    """Medians, the baseline (the fastest PyTorch form) and the median ratio to each form, from tokens/s per round."""
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    others = [name for name in speeds if name != OURS]
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(speeds[OURS], speeds[name], strict=True)) for name in others
+    }
+    baseline = max(others, key=medians.get)
+    return {"medians": medians, "ratios": ratios, "baseline": baseline, "ratio": ratios[baseline]}
+
+
+def complaints(result: dict) -> list[str]:
+    """What speaks against the two systems computing the same thing: nothing if all losses begin near ln V and fall."""
+    found = []
+    for name, losses in result["losses"].items():
+        if abs(losses[0] - math.log(VOCABULARY)) > 0.5:
+            found.append(f"{name}: the first loss is {losses[0]:.2f}, far from ln {VOCABULARY}")
+        if not losses[-1] < losses[0]:
+            found.append(f"{name}: the loss does not fall ({losses[0]:.2f} to {losses[-1]:.2f})")
+    return found
+
+
+def machine(torch_python: str) -> dict:
+    """Processor and versions, for the record."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    asked = [torch_python, "-c", "import torch; print(torch.__version__)"]
+    return {
+        "cpu": model,
+        "cores": sum(line.startswith("processor") for line in lines),
+        "python": platform.python_version(),
+        "mindspore": version("mindspore"),
+        "torch": subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def table(results: list[dict]) -> str:
+    """The results as a Markdown table."""
+    lines = [
+        "| variant | ours, tokens/s | PyTorch, tokens/s | ratio (median of rounds) |",
+        "| --- | --- | --- | --- |",
+    ]
+    for result in results:
+        medians, baseline = result["medians"], result["baseline"]
+        torch = ", ".join(
+            f"{name.removeprefix('PyTorch').strip() or 'eager'} {medians[name]:.0f}" for name in result["ratios"]
+        )
+        spread = [a / b for a, b in zip(*(result["tokens_per_second"][n] for n in (OURS, baseline)), strict=True)]
+        lines.append(
+            f"| {result['title']} | {medians[OURS]:.0f} | {torch} | "
+            f"**{result['ratio']:.2f}** ({min(spread):.2f} to {max(spread):.2f}) |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Training throughput beside PyTorch eager.")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a system's turn")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--work", type=Path, default=Path("build/bench"), help="folder for corpora and batches")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the results")
+    parser.add_argument(
+        "--torch-python", default=sys.executable, metavar="PYTHON", help="interpreter that has torch, if not this one"
+    )
+    given = parser.parse_args()
+    if given.rounds < 1 or given.steps < 1:
+        parser.error("--rounds and --steps must be at least 1.")
+    if subprocess.run([given.torch_python, "-c", "import torch"], capture_output=True).returncode:
+        parser.exit(2, f"Error: {given.torch_python} has no torch to compare with: pip install '.[torch]'\n")
+    results = []
+    try:
+        for name in given.variants:
+            results.append(measure(VARIANTS[name], given.work, given.torch_python, given.rounds, given.steps))
+    except ServerFailed as failure:
+        parser.exit(1, f"Error: {failure}\n")
+    print(table(results))
+    for complaint in (c for result in results for c in complaints(result)):
+        print(f"Warning: {complaint}", file=sys.stderr)
+    given.out.mkdir(parents=True, exist_ok=True)
+    record = {"machine": machine(given.torch_python), "rounds": given.rounds, "steps": given.steps, "results": results}
+    (given.out / "training_speed.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
