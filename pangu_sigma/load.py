@@ -23,7 +23,7 @@ class Trained:
     run_dir: Path | None
 
     def corpus(self):
-        """The domains' tokenised text, from the run's cache if it is there. Raises UserError if a corpus has changed."""
+        """The domains' tokenised text, from the run's cache if it is there. Raises UserError for a changed corpus."""
         from pangu_sigma.data.corpus import prepare_corpus
 
         config = self._where_it_lies(self.model.config)

@@ -212,7 +212,7 @@ def _train(config: Config) -> Broken:
 
 
 def _phases(config: Config) -> Broken:
-    phases, steps = config.train.phases, config.train.steps
+    phases, steps, model = config.train.phases, config.train.steps, config.model
     names = set(config.domain_names)
     for index, phase in enumerate(phases):
         key = f"train.phases.{index}"
@@ -228,6 +228,8 @@ def _phases(config: Config) -> Broken:
                 yield f"{key}.domains", f"{key}.domains names the domain {name}, {_known(names)}"
         if not phase.shared and phase.domains == ():
             yield key, f"{key} trains nothing: set shared to true or name domains whose experts train"
+        elif not phase.shared and not model.sparse.layers and model.embedding_slots == "shared":
+            yield f"{key}.shared", f"{key} trains nothing: a dense model has shared parameters only; set shared to true"
     given = sum(phase.steps or 0 for phase in phases)
     open_end = bool(phases) and phases[-1].steps is None
     if phases and (given >= steps if open_end else given != steps):

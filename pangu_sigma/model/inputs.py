@@ -23,11 +23,13 @@ from rre.store import DeviceStore
 class PlannedBatch:
     """Everything a graph needs of one micro-batch of B samples and S positions.
 
+    `step`: the data's, which a skipped or rolled back optimizer step does not turn back.
     tokens, labels, positions, segments int32 [B, S]; mask float32 [B, S] (0 where a label does not count); domain and
     keys int32 [B]; `plans`: per table-routed sparse layer; `noise`: per jittered gate; `dropped` rows per layer and
     domain.
     """
 
+    step: int
     tokens: np.ndarray
     labels: np.ndarray
     mask: np.ndarray
@@ -92,6 +94,7 @@ class Planner:
             )
             noise.append(None)
         return PlannedBatch(
+            step=step,
             tokens=inputs,
             labels=np.ascontiguousarray(tokens[:, 1:]),
             mask=np.ones(inputs.shape, np.float32) if mask is None else mask,

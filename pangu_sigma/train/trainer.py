@@ -67,7 +67,8 @@ class Trainer:
 
     def step(self, step: int, batches: Sequence[PlannedBatch]) -> StepResult:
         """Do optimizer step `step` (from 0) on the micro-batches of one batch."""
-        phase = phase_at(self.config, step)
+        # By the data's step: text that a phase drew trains what that phase trains, also after skipped steps.
+        phase = phase_at(self.config, batches[0].step)
         rate = learning_rate(self.config, step)
         scale = self.loss_scale.value
         total = sum(float(b.mask.sum()) for b in batches)

@@ -66,6 +66,7 @@ BROKEN = [
     ("no weight in a phase", ["train.phases=[{weights: {code: 0}}]"], "give at least one domain a positive weight"),
     ("empty weights in a phase", ["train.phases=[{weights: {}}]"], "give at least one domain a positive weight"),
     ("phase that trains nothing", ["train.phases=[{shared: false, domains: []}]"], "trains nothing"),
+    ("frozen dense model", ["train.phases=[{shared: false}]"], "a dense model has shared parameters only"),
     ("several processes", ["parallel.workers=2"], "parallel.workers = 2 is not built yet: only 1 is accepted today"),
     ("expert parallelism", ["parallel.expert=4"], "parallel.expert = 4 is not built yet"),
 ]
@@ -84,7 +85,7 @@ FINE = [
     ["run.profile={start: 10, steps: 1}"],
     ["train.phases=[{steps: 10}]"],
     ["train.phases=[{shared: true, domains: []}]"],
-    ["train.phases=[{shared: false, domains: [code], weights: {code: 1}}]"],
+    ["model.sparse.layers=1", "train.phases=[{shared: false, domains: [code], weights: {code: 1}}]"],
     ["model.vocab_size=4096", "data.domains_per_step=2"],
     ["domains.0.experts=5000"],
     ["model.sparse={layers: 1, router: switch, jitter: 0.01}"],

@@ -1,5 +1,7 @@
 """Ctrl-C and SIGTERM: the run saves where it stands and ends well; before the first step it just ends."""
 
+import random
+import re
 import signal
 import time
 
@@ -68,3 +70,29 @@ def test_a_signal_while_preparing_ends_the_program(small_yaml, tmp_path, number)
     finally:
         process.kill()
     assert log.read_text().endswith("Interrupted.\n")
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_heard_at_any_moment(small_yaml, tmp_path):
+    """From the first import to the last step: it saved and says so, or there was nothing to save and it says that."""
+    draw = random.Random(0)
+    codes = []
+    for number in range(20):
+        run, log = tmp_path / f"run-{number}", tmp_path / f"log-{number}.txt"
+        arguments = ["train", small_yaml, f"run.dir={run}", "data.cache=null", "train.steps=200"]
+        process = started(*arguments, "evaluate.every=0", cwd=tmp_path, log=log)
+        try:
+            # Python itself needs a moment before it can hear anything.
+            time.sleep(draw.uniform(0.3, 9.0))
+            process.send_signal(draw.choice([signal.SIGINT, signal.SIGTERM]))
+            codes.append(process.wait(60))
+        finally:
+            process.kill()
+        said = log.read_text()
+        saved = re.search(r"(?:Ctrl-C|SIGTERM): saved step (\d+); continue with --resume\n$", said)
+        assert "Traceback" not in said
+        if codes[-1] == 0:
+            assert checkpoint(run, int(saved[1]) if saved else 200).is_dir(), said
+        else:
+            assert codes[-1] == 130 and said.endswith("Interrupted.\n"), (codes[-1], said)
+    assert {0, 130} <= set(codes)

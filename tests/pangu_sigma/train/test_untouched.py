@@ -49,6 +49,8 @@ def test_frozen_shared_parameters_and_their_moments_keep_every_bit(warm):
     steps = warm.optimizer.shared_steps
     assert owners_of_changes(warm, (7, 8), [CODE, LAW, POEMS, LAW]) == {"law"}
     assert warm.optimizer.shared_steps == steps
+    # A batch without the one domain that trains changes nothing, and is no mistake.
+    assert owners_of_changes(warm, (8,), [CODE] * 4) == set()
 
 
 def test_without_any_domain_only_shared_parameters_train(warm):
