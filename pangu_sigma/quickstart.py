@@ -27,7 +27,8 @@ def quickstart(config: Config) -> None:
         if run.progress.step < config.train.steps:
             print(f"stopped at step {run.progress.step} of {config.train.steps}; the same command continues")
             return
-        result = measure_with_progress(run.evaluator, run.heldout, run.unigram, run.progress.step)
+        limit = config.evaluate.batches
+        result = measure_with_progress(run.evaluator, run.heldout, run.unigram, run.progress.step, limit)
         write_json(folder / "evaluation.json", result)
         samples = _samples(run)
     before = next((r["losses"] for r in read_metrics(folder) if r["kind"] == "evaluate" and r["step"] == 0), None)
