@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pangu_sigma.signals import signals_held
+
 
 def prepare(device: str, scratch: Path | None = None) -> None:
     """Import MindSpore quietly and set it up: graph mode on `device`, its own files under `scratch`.
@@ -14,7 +16,8 @@ def prepare(device: str, scratch: Path | None = None) -> None:
     # MindSpore's C++ side logs to the terminal, over the progress bar; errors reach the user as exceptions.
     os.environ.setdefault("GLOG_v", "4")
     os.environ.setdefault("MS_DEV_JIT_SYNTAX_LEVEL", "2")
-    import mindspore
+    with signals_held():
+        import mindspore
 
     from pangu_sigma.errors import UserError
 

@@ -22,7 +22,8 @@ from pangu_sigma.monitor.files import write_json, write_text
 from pangu_sigma.monitor.metrics import MetricsLog
 from pangu_sigma.monitor.tables import evaluation_line
 from pangu_sigma.monitor.terminal import TrainingProgress, progress
-from pangu_sigma.train.interrupt import Interruption, sigterm_as_ctrl_c
+from pangu_sigma.signals import sigterm_as_ctrl_c
+from pangu_sigma.train.interrupt import Interruption
 from pangu_sigma.train.lock import locked_folder
 from pangu_sigma.train.schedule import phase_at
 

@@ -28,39 +28,44 @@ def assert_said_from_where(said: str, step: int) -> None:
         assert "no complete checkpoint to resume from: beginning at step 0" in said
 
 
-def kill_once(arguments: list, run, log, draw: random.Random, inside: bool, first_seconds: float) -> None:
-    """Start the run and kill it while a save of its stands unfinished (`inside`), or at any moment."""
+def kill_once(arguments: list, run, log, draw: random.Random, moment: str) -> None:
+    """Start the run and kill it: while it starts, between two steps, or while a save stands unfinished."""
+    before = last_step(run)
     process = started(*arguments, cwd=run.parent, log=log)
     try:
-        if inside:
-            # A save some steps on, so that the run gets ahead between two kills.
-            wanted = last_step(run) + draw.randrange(3)
+        if moment == "starting":
+            time.sleep(draw.uniform(0.2, 4.0))
+            return
+        # Some steps on, so that the run gets ahead between two kills.
+        wanted = before + draw.randrange(4)
+        if moment == "saving":
             caught = wait_until(lambda: last_step(run) >= wanted and bool(unfinished_saves(run)), process)
-            assert caught, log.read_text()
         else:
-            time.sleep(draw.uniform(0.2, first_seconds))
+            caught = wait_until(lambda: last_step(run) > wanted, process)
+            time.sleep(draw.uniform(0.0, 0.05))
+        assert caught, log.read_text()
     finally:
         process.kill()
         process.wait()
 
 
-def kill_often(small_yaml, folder, uninterrupted, steps: int, inside: list[bool], changes: list[str]) -> None:
-    """Kill the run once per entry of `inside`, resume to the end and compare with the uninterrupted run."""
-    draw = random.Random(len(inside))
+def kill_often(small_yaml, folder, uninterrupted, steps: int, moments: list[str], changes: list[str]) -> None:
+    """Kill the run at each of `moments`, resume to the end and compare with the uninterrupted run."""
+    draw = random.Random(len(moments))
     run = folder / "run"
     arguments = ["train", small_yaml, f"run.dir={run}", "evaluate.every=0", "checkpoint.every=1", *changes, "--resume"]
-    caught, seconds = 0, 10.0
-    for number, within in enumerate(inside):
+    caught = 0
+    for number, moment in enumerate(moments):
         before = last_step(run)
         log = folder / f"log-{number}.txt"
-        kill_once(arguments, run, log, draw, within, seconds)
+        kill_once(arguments, run, log, draw, moment)
         left = unfinished_saves(run)
         caught += bool(left)
         said = log.read_text()
         assert "Traceback" not in said and "Error" not in said
-        if within:
+        if moment != "starting":
             assert_said_from_where(said, before)
-    assert caught >= len(inside) / 4, f"only {caught} of {len(inside)} kills fell into a save"
+    assert caught >= len(moments) / 4, f"only {caught} of {len(moments)} kills fell into a save"
 
     before = last_step(run)
     assert before < steps
@@ -73,14 +78,13 @@ def kill_often(small_yaml, folder, uninterrupted, steps: int, inside: list[bool]
 
 
 def test_a_run_killed_three_times_ends_with_the_same_bytes(small_yaml, tmp_path, finished_run):
-    # The first save of all, any moment, a later save.
-    kill_often(small_yaml, tmp_path, finished_run, 12, [True, False, True], [])
+    kill_often(small_yaml, tmp_path, finished_run, 12, ["saving", "stepping", "saving"], [])
 
 
 @pytest.mark.slow
 def test_a_run_killed_twenty_times_ends_with_the_same_bytes(small_yaml, tmp_path):
-    steps = 120
+    steps, moments = 120, ["saving", "stepping", "starting", "saving", "stepping"] * 4
     longer = [f"train.steps={steps}", "checkpoint.keep=2"]
     done = command("train", small_yaml, f"run.dir={tmp_path / 'whole'}", "evaluate.every=0", *longer, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    kill_often(small_yaml, tmp_path, tmp_path / "whole", steps, [n % 2 == 0 for n in range(20)], longer)
+    kill_often(small_yaml, tmp_path, tmp_path / "whole", steps, moments, longer)

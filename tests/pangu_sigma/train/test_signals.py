@@ -74,7 +74,7 @@ def test_a_signal_while_preparing_ends_the_program(small_yaml, tmp_path, number)
 
 @pytest.mark.slow
 def test_ctrl_c_is_heard_at_any_moment(small_yaml, tmp_path):
-    """From the first import to the last step: it saved and says so, or there was nothing to save and it says that."""
+    """From the lock to the last step: it saved and says so, or there was nothing to save and it says that."""
     draw = random.Random(0)
     codes = []
     for number in range(20):
@@ -82,8 +82,8 @@ def test_ctrl_c_is_heard_at_any_moment(small_yaml, tmp_path):
         arguments = ["train", small_yaml, f"run.dir={run}", "data.cache=null", "train.steps=200"]
         process = started(*arguments, "evaluate.every=0", cwd=tmp_path, log=log)
         try:
-            # Python itself needs a moment before it can hear anything.
-            time.sleep(draw.uniform(0.3, 9.0))
+            assert wait_until((run / ".lock").exists, process)
+            time.sleep(draw.uniform(0.0, 8.0))
             process.send_signal(draw.choice([signal.SIGINT, signal.SIGTERM]))
             codes.append(process.wait(60))
         finally:

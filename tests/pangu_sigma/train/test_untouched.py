@@ -57,6 +57,12 @@ def test_without_any_domain_only_shared_parameters_train(warm):
     assert owners_of_changes(warm, (9,), [CODE, LAW, POEMS, LAW]) == {"shared"}
 
 
+def test_after_skipped_steps_a_batch_still_trains_what_its_own_phase_trains(warm):
+    before = tensors_now(warm)
+    warm.step(4, warm.plan(batch(7, [CODE, LAW, POEMS, LAW])))  # step 4's phase trains code, the batch's trains law
+    assert {owner(name) for name in changed_names(before, tensors_now(warm))} == {"law"}
+
+
 def test_an_expert_whose_tokens_do_not_occur_keeps_every_bit(warm):
     table = warm.model.tables["blocks.0"]["poems"]
     idle = int(table[0])
