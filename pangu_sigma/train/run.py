@@ -85,7 +85,6 @@ class Run:
             stored = stored_config(checkpoint)
             # Where the tokenizer gives the size, a changed tokenizer is refused below, by its name.
             check_resume(stored, _with_vocabulary_size(self.config, stored.model.vocab_size))
-        runtime.prepare(self.config.run.device, self.dir / "mindspore")
         self.corpus = self._corpus()
         if checkpoint is not None:
             checkpoint.check_fingerprints(
@@ -93,6 +92,8 @@ class Run:
                 corpora={s.name: s.corpus_fingerprint for s in self.corpus.stores},
             )
         self.config = with_vocabulary(self.config, self.corpus.tokenizer.vocab_size)
+        # Only now: whatever is wrong with the user's files shows before the framework is loaded.
+        runtime.prepare(self.config.run.device, self.dir / "mindspore")
         self._build(checkpoint)
         self.saved = checkpoint.step if checkpoint else -1
         resume_step = None if not self.resume else (checkpoint.step if checkpoint else -1)
