@@ -116,7 +116,7 @@ def prepare(variant: Variant, folder: Path, batches: int) -> Workload:
 
 
 def global_tables(config: Config) -> np.ndarray:
-    """The routing tables that the product draws, int64 [sparse layers, domains, V], experts numbered over all domains."""
+    """The routing tables that the product draws, int64 [sparse layers, domains, V], experts over all domains."""
     kind, seed = config.model.sparse.table, config.run.seed
     tables = [
         [draw_table(kind, seed, place, d.name, VOCABULARY, d.experts, None) + i * EXPERTS_PER_DOMAIN]

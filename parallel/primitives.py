@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
+from mindspore.ops import Primitive
 
 from parallel.layout import Layout
 
@@ -199,4 +200,27 @@ class EmbeddingLookup(nn.Cell):
         return self.sum_by_id(dout, ids, table.shape[0]), ids
 
 
-ACTIVATIONS = {"fast_gelu": FastGelu, "gelu": Gelu}
+class Native(nn.Cell):
+    """A fused operator of the device with MindSpore's own gradient; gives its outputs as a tuple, the result first."""
+
+    def __init__(self, operator: Primitive, outputs: int = 1) -> None:
+        super().__init__()
+        self.operator = operator
+        self.outputs = outputs
+
+    def construct(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        out = self.operator(*inputs)
+        return (out,) if self.outputs == 1 else out
+
+
+def activation(name: str, layout: Layout) -> nn.Cell:
+    """The activation of this name in the device's fast form: x -> (y, whatever its gradient keeps)."""
+    composed, fused = {"fast_gelu": (FastGelu, ops.FastGeLU), "gelu": (Gelu, ops.GeLU)}[name]
+    return Native(layout(fused())) if layout.native else composed(layout)
+
+
+def layer_norm(layout: Layout, epsilon: float) -> nn.Cell:
+    """Layer normalisation in the device's fast form: (x_TD, gamma, beta) -> (y_TD, whatever its gradient keeps)."""
+    if layout.native:
+        return Native(layout(ops.LayerNorm(1, 1, epsilon), (1, 1), (1,), (1,)), outputs=3)
+    return LayerNorm(layout, epsilon)

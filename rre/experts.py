@@ -6,7 +6,7 @@ import mindspore as ms
 from mindspore import Tensor, nn
 
 from parallel.layout import Layout
-from parallel.primitives import ACTIVATIONS, Linear
+from parallel.primitives import Linear, activation
 
 TENSORS_PER_EXPERT = ("up.weight", "up.bias", "down.weight", "down.bias")
 
@@ -24,15 +24,15 @@ class Experts(nn.Cell):
     leaves as it was: whoever takes gradients must not look at them.
     """
 
-    def __init__(self, layout: Layout, activation: str, compute: ms.dtype) -> None:
+    def __init__(self, layout: Layout, activation_name: str, compute: ms.dtype) -> None:
         super().__init__()
         self.linear = Linear(layout, compute)
-        self.activation = ACTIVATIONS[activation](layout)
+        self.activation = activation(activation_name, layout)
 
     def construct(self, rows: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         results = ()
         for slot in range(len(rows)):
             up, up_bias, down, down_bias = weights[4 * slot : 4 * slot + 4]
-            inner, _, _ = self.activation(self.linear(rows[slot], up, up_bias))
+            inner = self.activation(self.linear(rows[slot], up, up_bias))[0]
             results = results + (self.linear(inner, down, down_bias),)
         return results

@@ -8,7 +8,7 @@ from mindspore import Tensor, nn
 from pangu_sigma.config.model import ModelConfig
 from pangu_sigma.model.affine import Affine
 from parallel.layout import Layout
-from parallel.primitives import ACTIVATIONS
+from parallel.primitives import activation
 
 
 class DenseFeedForward(nn.Cell):
@@ -18,8 +18,7 @@ class DenseFeedForward(nn.Cell):
         super().__init__()
         self.up = Affine(model.hidden, model.ffn, layout, compute, model.init_std)
         self.down = Affine(model.ffn, model.hidden, layout, compute, residual_std)
-        self.activation = ACTIVATIONS[model.activation](layout)
+        self.activation = activation(model.activation, layout)
 
     def construct(self, x: Tensor) -> Tensor:
-        inner, _, _ = self.activation(self.up(x))
-        return self.down(inner)
+        return self.down(self.activation(self.up(x))[0])

@@ -9,9 +9,19 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from parallel.layout import Layout
-from parallel.primitives import EmbeddingLookup, FastGelu, Gelu, LayerNorm, Linear, TiedCrossEntropy
+from parallel.primitives import (
+    EmbeddingLookup,
+    FastGelu,
+    Gelu,
+    LayerNorm,
+    Linear,
+    TiedCrossEntropy,
+    activation,
+)  # fmt: skip
+from parallel.primitives import layer_norm as layer_norm_of
 
 LAYOUT = Layout()
+NATIVE = Layout("Ascend")  # its fused operators exist on CPU too, only slower
 
 
 class Weighted(nn.Cell):
@@ -144,6 +154,18 @@ def test_activations(cell, reference, points):
 def test_layer_norm():
     inputs = [normal(6, 16, std=3) + 2, normal(16, seed=1) + 1, normal(16, seed=2)]
     check(LayerNorm(LAYOUT, 1e-5), layer_norm, inputs, (0, 1, 2), tolerance=5e-6)
+
+
+@pytest.mark.parametrize("name, reference", [("fast_gelu", fast_gelu), ("gelu", gelu)])
+def test_the_native_form_of_an_activation_is_the_same_function(name, reference):
+    # The CPU's own tanh form is off by 1e-4, which is one reason for composing it.
+    tolerance = 1e-5 if name == "fast_gelu" else 2e-4
+    check(activation(name, NATIVE), reference, [POINTS[40:54].reshape(2, 7)], (0,), tolerance)
+
+
+def test_the_native_layer_norm_is_the_same_function():
+    inputs = [normal(6, 16, std=3) + 2, normal(16, seed=1) + 1, normal(16, seed=2)]
+    check(layer_norm_of(NATIVE, 1e-5), layer_norm, inputs, (0, 1, 2), tolerance=2e-5)
 
 
 def test_layer_norm_of_a_large_common_part_keeps_its_digits():
