@@ -48,11 +48,33 @@ class CountedDropout(nn.Cell):
     def __init__(self, rate: float, layer: int, place: str) -> None:
         super().__init__()
         self.rate = rate
-        self.uniform = CountedUniform(layer, place)
+        self.masked = MaskedByKeys(rate, layer, place)
 
     def construct(self, x: Tensor, keys: Tensor) -> Tensor:
         if self.rate == 0.0 or not self.training:
             return x
+        y, _ = self.masked(x, keys)
+        return y
+
+
+class MaskedByKeys(nn.Cell):
+    """(x, keys) -> (x * keep / (1 - rate), keep / (1 - rate)); only the first has a gradient.
+
+    The gradient is written by hand because MindSpore's recomputation makes a cycle of the graph it derives itself.
+    """
+
+    def __init__(self, rate: float, layer: int, place: str) -> None:
+        super().__init__()
+        self.rate = rate
+        self.uniform = CountedUniform(layer, place)
+
+    def construct(self, x: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         drawn = self.uniform(keys, x.size // keys.shape[0])
         keep = ops.cast(ops.greater_equal(drawn, self.rate), x.dtype) * (1.0 / (1.0 - self.rate))
-        return x * ops.stop_gradient(keep.reshape(x.shape))
+        keep = keep.reshape(x.shape)
+        return x * keep, keep
+
+    def bprop(
+        self, x: Tensor, keys: Tensor, out: tuple[Tensor, Tensor], dout: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        return dout[0] * out[1], ops.zeros_like(keys)
