@@ -39,7 +39,7 @@ def kill_once(arguments: list, run, log, draw: random.Random, moment: str) -> No
         # Some steps on, so that the run gets ahead between two kills.
         wanted = before + draw.randrange(4)
         if moment == "saving":
-            caught = wait_until(lambda: last_step(run) >= wanted and bool(unfinished_saves(run)), process)
+            caught = wait_until(lambda: bool(unfinished_saves(run)) and last_step(run) >= wanted, process)
         else:
             caught = wait_until(lambda: last_step(run) > wanted, process)
             time.sleep(draw.uniform(0.0, 0.05))

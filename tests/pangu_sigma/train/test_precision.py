@@ -46,7 +46,8 @@ def test_float16_learns_as_float32_does():
 
 def test_overflows_cut_the_loss_scale_and_the_run_completes(small_yaml, tmp_path):
     run = tmp_path / "run"
-    changes = ["train.precision=float16", "train.loss_scale.initial=1e36", "train.loss_scale.factor=1000"]
+    changes = ["model.dropout=0", "model.attention.dropout=0"]  # compiles faster
+    changes += ["train.precision=float16", "train.loss_scale.initial=1e36", "train.loss_scale.factor=1000"]
     train(load_config(small_yaml, [f"run.dir={run}", "evaluate.every=0", "run.tensorboard=false", *changes]))
     records = read_metrics(run)
     told = [record["message"] for record in records if record["kind"] == "event"]
