@@ -53,6 +53,8 @@ def restore_model(model: Model, tensors: Mapping[str, np.ndarray], optimizer_sta
 
     Raises UserError naming the first tensor that is missing or has another shape: nothing stays uninitialised.
     """
+    # Updates that are still under way would write over what is restored.
+    model.store.settle()
     for parameter in model.net.get_parameters():
         parameter.set_data(Tensor(_checked(tensors, parameter.name, parameter.shape)))
     for name, target in domain_tensors(model, optimizer_state).items():
