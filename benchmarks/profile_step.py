@@ -66,5 +66,23 @@ def table(spent: Counter, calls: Counter, clock: float) -> str:
     return "\n".join(lines)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Where a training step's time goes, by operator type.")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["dense", "sparse16"])
+    parser.add_argument("--steps", type=int, default=3, help="profiled steps")
+    parser.add_argument("--work", type=Path, default=Path("build/bench"), help="folder for corpora and batches")
+    parser.add_argument("--config", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.config:
+        print(table(*profile(given.config, given.steps)))
+        return
+    for name in given.variants:
+        work = prepare(VARIANTS[name], given.work / name, WARMUP + given.steps)
+        # A process of its own per variant: two models in one would share memory and threads.
+        words = [sys.executable, "-m", "benchmarks.profile_step", "--config", work.config, "--steps", given.steps]
+        done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=True)
+        print(f"\n{name}\n\n{done.stdout[done.stdout.index('| operator'):]}")
+
+
 if __name__ == "__main__":
-    pass
+    main()

@@ -11,8 +11,9 @@ from pangu_sigma.config import load_config
 from pangu_sigma.config.describe import keys
 from pangu_sigma.config.yaml_text import parse_yaml
 
-CONFIGS = Path(__file__).parents[3] / "configs"
-SHIPPED = sorted(CONFIGS.glob("*.yaml"))
+ROOT = Path(__file__).parents[3]
+CONFIGS = ROOT / "configs"
+SHIPPED = sorted([*CONFIGS.glob("*.yaml"), *(ROOT / "benchmarks").glob("*.yaml")])
 
 
 def test_there_are_shipped_configurations():
