@@ -12,7 +12,7 @@ CORPORA = ROOT.parent / "shared/data/corpora"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CORPORA.is_dir(), reason="the corpora of mathematics, drama and poetry are not beside this tree")
+@pytest.mark.skipif(not CORPORA.is_dir(), reason="no corpora of mathematics, drama and poetry here")
 def test_four_real_domains_train(tmp_path):
     assert process.command("corpora", "--out", tmp_path, cwd=ROOT).returncode == 0
     own = [f"run.dir={tmp_path / 'run'}", f"domains.code.data=[{tmp_path / 'code.jsonl'}]"]
