@@ -7,13 +7,14 @@ its own step count. That is what "never forgets" rests on.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
-import mindspore as ms
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor
 
-from rre.adamw import AdamWHyper, decays
+from rre.adamw import AdamWHyper, decays, update_in_place
 from rre.counted import generator
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -39,8 +40,9 @@ class DeviceStore:
         self.steps = {place: np.zeros(count, np.int64) for place, count in experts.items()}
         # Tensors that share memory with rows of the tables; made on first use, valid as long as the tables stand.
         self._views: dict[tuple[str, str, str, int], Tensor] = {}
-        self._adamw = ops.AdamWeightDecay()
-        self._mul = ops.Mul()
+        # Updates under way, each with the gradient whose memory it reads; threads, because NumPy works outside the GIL.
+        self._workers = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "expert-update")
+        self._running: list[tuple[Future, Tensor]] = []
 
     def initialise(self, seed: int, std: Mapping[str, float]) -> None:
         """Draw every weight table: Normal(std[tensor name]), or 0 where no std is given.
@@ -67,36 +69,35 @@ class DeviceStore:
 
     def whole(self, place: str, name: str) -> Tensor:
         """One weight table as a tensor that shares its memory."""
+        self.settle()
         return self._view("weight", place, name, -1)
 
     def fetch(self, place: str, experts: Sequence[int]) -> list[Tensor]:
         """Weights of `experts` (repeats allowed), flat: all tensors of the first, of the second, …; no copies."""
+        self.settle()
         return [self._view("weight", place, name, int(e)) for e in experts for name in self.shapes[place]]
 
     def apply(
         self, place: str, expert: int, gradients: Sequence[Tensor], hyper: AdamWHyper, scale: float = 1.0
     ) -> None:
-        """Update one expert by gradients * scale (in the order of `fetch`); nobody else's bits change."""
+        """Update one expert by gradients * scale (in the order of `fetch`); nobody else's bits change.
+
+        Returns at once; `settle` waits.
+        """
         self.steps[place][expert] += 1
-        rate, epsilon, decay = hyper.corrected(int(self.steps[place][expert]))
+        step = int(self.steps[place][expert])
         for name, gradient in zip(self.shapes[place], gradients, strict=True):
-            if scale != 1.0:
-                gradient = self._mul(gradient, Tensor(scale, ms.float32))
-            self._adamw(
-                self._view("weight", place, name, expert),
-                self._view("m", place, name, expert),
-                self._view("v", place, name, expert),
-                Tensor(rate, ms.float32),
-                Tensor(hyper.beta1, ms.float32),
-                Tensor(hyper.beta2, ms.float32),
-                Tensor(epsilon, ms.float32),
-                Tensor(decay if decays("." + name) else 0.0, ms.float32),
-                gradient,
+            rows = (self._tables[kind][place][name][expert] for kind in ("weight", "m", "v"))
+            task = self._workers.submit(
+                update_in_place, *rows, gradient.asnumpy(), hyper, step, scale, decays("." + name)
             )
+            self._running.append((task, gradient))
 
     def settle(self) -> None:
         """Wait until every update that was asked for stands in the tables."""
-        ms.common.api._pynative_executor.sync()
+        running, self._running = self._running, []
+        for task, _ in running:
+            task.result()
 
     def _view(self, kind: str, place: str, name: str, expert: int) -> Tensor:
         key = (kind, place, name, expert)

@@ -12,7 +12,7 @@ from mindspore import Tensor, ops
 from pangu_sigma.config import Config
 from pangu_sigma.model.build import SLOTS, Model
 from pangu_sigma.train.step import SharedUpdate
-from rre.adamw import AdamWHyper
+from rre.adamw import AdamWHyper, square_sum
 from rre.experts import TENSORS_PER_EXPERT
 
 
@@ -20,13 +20,13 @@ from rre.experts import TENSORS_PER_EXPERT
 class Gradients:
     """Gradients of one optimizer step, summed over its micro-batches.
 
-    `experts`: (place, expert) -> its tensors' gradients; only experts that received a token. `squares` is the square
-    sum where it came with the gradients (a single micro-batch), else None.
+    `experts`: (place, expert) -> its tensors' gradients; only experts that received a token. `shared_squares` is the
+    square sum of `shared` where it came with the gradients (a single micro-batch), else None.
     """
 
     shared: tuple[Tensor, ...] = ()
     experts: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
-    squares: float | None = None
+    shared_squares: float | None = None
 
     def add(self, other: Gradients) -> None:
         """Sum in another micro-batch's gradients; the order of the sum is the order of the micro-batches."""
@@ -34,15 +34,16 @@ class Gradients:
         for key, tensors in other.experts.items():
             mine = self.experts.get(key)
             self.experts[key] = tensors if mine is None else [a + b for a, b in zip(mine, tensors, strict=True)]
-        self.squares = None
+        self.shared_squares = None
 
     def norm(self) -> float:
-        """Global norm over shared and activated expert gradients, as float32 sums per tensor."""
-        if self.squares is None:
+        """Global norm over shared and activated expert gradients, as float32 sums per tensor or block of one."""
+        shared = self.shared_squares
+        if shared is None:
             half_square = ops.L2Loss()
-            everything = [*self.shared, *(t for tensors in self.experts.values() for t in tensors)]
-            self.squares = float(sum(2.0 * float(half_square(t).asnumpy()) for t in everything))
-        return math.sqrt(self.squares) if self.squares >= 0 else math.nan
+            shared = sum(2.0 * float(half_square(t).asnumpy()) for t in self.shared)
+        experts = sum(square_sum(t.asnumpy()) for tensors in self.experts.values() for t in tensors)
+        return math.sqrt(shared + experts) if shared + experts >= 0 else math.nan
 
 
 def place_tensors(place: str) -> tuple[str, ...]:

@@ -21,8 +21,8 @@ class GradientStep(nn.Cell):
     """Loss and gradients of one micro-batch.
 
     Returns (loss sums per sample [B], auxiliary loss, kept rows [B, E] of learned gates, gradients of the activated
-    expert tensors, their square sums [n], gradients of the shared parameters, their square sum). `with_shared` False
-    spares the shared gradients of a phase in which they are frozen.
+    expert tensors, gradients of the shared parameters, their square sums [n]). `with_shared` False spares the shared
+    gradients of a phase in which they are frozen.
     """
 
     def __init__(self, net: PanGuSigma, signature: FlatSignature, layout: Layout, with_shared: bool) -> None:
@@ -47,8 +47,8 @@ class GradientStep(nn.Cell):
     def square_sums(self, gradients: tuple[Tensor, ...]) -> Tensor:
         sums = ()
         for gradient in gradients:
-            sums = sums + (self.half_square(gradient) * 2.0,)
-        return self.stack(sums)
+            sums = sums + (self.half_square(gradient),)
+        return self.stack(sums) * 2.0
 
     def construct(
         self,
@@ -74,9 +74,8 @@ class GradientStep(nn.Cell):
         else:
             shared = gradients
         by_expert = (by_expert,) if self.single else by_expert
-        expert_squares = self.square_sums(by_expert) if self.with_experts else None
-        shared_squares = self.square_sums(shared) if self.with_shared else None
-        return by_sample, auxiliary, counts, by_expert, expert_squares, shared, shared_squares
+        squares = self.square_sums(shared) if self.with_shared else None
+        return by_sample, auxiliary, counts, by_expert, shared, squares
 
 
 class SharedUpdate(nn.Cell):

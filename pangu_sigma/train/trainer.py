@@ -114,36 +114,31 @@ class Trainer:
             *fixed[1:],
             *batch.flat(self.signature, self.model.store),
         )
-        by_sample, auxiliary, counts, by_expert, expert_squares, shared, shared_squares = outputs
+        by_sample, auxiliary, counts, by_expert, shared, squares = outputs
         rows = [c.asnumpy() for c in counts]
-        gradients = Gradients(tuple(shared) if phase.shared else ())
-        squares = float(shared_squares.asnumpy().astype(np.float64).sum()) if phase.shared else 0.0
+        gradients = Gradients()
+        if phase.shared:
+            gradients.shared = tuple(shared)
+            gradients.shared_squares = float(squares.asnumpy().astype(np.float64).sum())
         if by_expert:
-            squares += self._collect(gradients, batch, phase, by_expert, expert_squares.asnumpy(), rows)
-        gradients.squares = squares if self.signature.slot_table is None else None
+            gradients.experts = self._activated(batch, phase, by_expert, rows)
         return gradients, by_sample.asnumpy(), rows, float(auxiliary.asnumpy())
 
-    def _collect(
-        self,
-        gradients: Gradients,
-        batch: PlannedBatch,
-        phase: Phase,
-        by_expert: Sequence[Tensor],
-        squares: np.ndarray,
-        rows: Sequence[np.ndarray],
-    ) -> float:
-        """Take the gradients of experts that received a token and train; return their square sum.
+    def _activated(
+        self, batch: PlannedBatch, phase: Phase, by_expert: Sequence[Tensor], rows: Sequence[np.ndarray]
+    ) -> dict[tuple[str, int], list[Tensor]]:
+        """The gradients of experts that received a token and train, by (place, expert).
 
         The gradient of an expert without rows is a product over nothing, whose memory MindSpore leaves as it was: it
         must not be looked at.
         """
         groups = self.model.groups
-        total = 0.0
+        found: dict[tuple[str, int], list[Tensor]] = {}
         at = 0
         if self.signature.slot_table is not None:
             for number in np.unique(batch.domain):
                 if groups.names[number] in phase.domains:
-                    gradients.experts[(SLOTS, int(number))] = [by_expert[0][int(number)]]
+                    found[(SLOTS, int(number))] = [by_expert[0][int(number)]]
             at = 1
         owner = np.repeat(groups.names, groups.sizes)
         for layer, place in enumerate(self.signature.places):
@@ -152,7 +147,6 @@ class Trainer:
             received = rows[layer].sum(axis=0) if plan is None else plan.counts
             for slot in range(place.slots):
                 if received[slot] > 0 and owner[slot] in phase.domains:
-                    gradients.experts[(place.name, slot)] = list(by_expert[at : at + width])
-                    total += float(squares[at : at + width].astype(np.float64).sum())
+                    found[(place.name, slot)] = list(by_expert[at : at + width])
                 at += width
-        return total
+        return found

@@ -51,7 +51,7 @@ def test_the_global_norm_is_numpys():
 
 def test_micro_batches_add_up_expert_by_expert():
     one, two = np.ones(3, np.float32), np.full(3, 2, np.float32)
-    gradients = Gradients((Tensor(one),), {("blocks.0", 0): [Tensor(one)]}, squares=6.0)
+    gradients = Gradients((Tensor(one),), {("blocks.0", 0): [Tensor(one)]}, shared_squares=3.0)
     gradients.add(Gradients((Tensor(two),), {("blocks.0", 0): [Tensor(two)], ("blocks.0", 4): [Tensor(one)]}, 1.0))
     found = {key: [t.asnumpy().tolist() for t in tensors] for key, tensors in gradients.experts.items()}
     assert found == {("blocks.0", 0): [[3, 3, 3]], ("blocks.0", 4): [[1, 1, 1]]}
