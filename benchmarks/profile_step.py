@@ -2,16 +2,15 @@
 
     python -m benchmarks.profile_step [--variants dense sparse16] [--steps N]
 
-Prints one Markdown table per variant. The profiler times kernels where they run: two kernels that run side by side
-count twice, and time between kernels (Python, waiting) does not show, so the last line compares with the clock.
+Prints one Markdown table per variant and writes them to benchmarks/results/profile_step.md. The profiler times kernels
+where they run: time between kernels and in the experts' NumPy update does not show, so the last line tells the clock's
+time too.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -20,7 +19,7 @@ from pathlib import Path
 from benchmarks.ours import stepper
 from benchmarks.workload import VARIANTS, prepare
 
-WARMUP = 2
+WARMUP = 32  # after 30 launches of a kernel MindSpore has chosen its number of threads
 SHOWN = 12  # operator types in the table; the rest is summed
 
 
@@ -67,21 +66,19 @@ def table(spent: Counter, calls: Counter, clock: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Where a training step's time goes, by operator type.")
+    parser = argparse.ArgumentParser(description="Operator times of a training step.")
+    parser.add_argument("--steps", type=int, default=3, help="steps under the profiler")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["dense", "sparse16"])
-    parser.add_argument("--steps", type=int, default=3, help="profiled steps")
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="folder for corpora and batches")
-    parser.add_argument("--config", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the result")
     given = parser.parse_args()
-    if given.config:
-        print(table(*profile(given.config, given.steps)))
-        return
+    parts = ["# Where a training step spends its time", "Written by `python -m benchmarks.profile_step`."]
     for name in given.variants:
-        work = prepare(VARIANTS[name], given.work / name, WARMUP + given.steps)
-        # A process of its own per variant: two models in one would share memory and threads.
-        words = [sys.executable, "-m", "benchmarks.profile_step", "--config", work.config, "--steps", given.steps]
-        done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=True)
-        print(f"\n{name}\n\n{done.stdout[done.stdout.index('| operator'):]}")
+        work = prepare(VARIANTS[name], given.work / name, 1)
+        parts += [f"## {VARIANTS[name].title}", table(*profile(work.config, given.steps))]
+        print("\n\n".join(parts[-2:]) + "\n", flush=True)
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "profile_step.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  w -= lr' (m / (sqrt(v) + eps') + decay' w)
 
 With lr' = lr sqrt(1 - b2^t) / (1 - b1^t), eps' = eps sqrt(1 - b2^t) and decay' = decay lr / lr' this is
-torch.optim.AdamW up to rounding.
+torch.optim.AdamW up to rounding. `update_in_place` is the same formula on the host, for experts kept in host memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-DOT_BLOCK = 1 << 13
+DOT_BLOCK = 1 << 13  # elements of one float32 sum of squares
 BLOCK = 1 << 17  # elements of one block: with its scratch it stays in a core's second-level cache
 
 

@@ -41,7 +41,7 @@ class DeviceStore:
         # Tensors that share memory with rows of the tables; made on first use, valid as long as the tables stand.
         self._views: dict[tuple[str, str, str, int], Tensor] = {}
         # Updates under way, each with the gradient whose memory it reads; threads, because NumPy works outside the GIL.
-        self._workers = ThreadPoolExecutor(os.cpu_count(), "expert-update")
+        self._workers = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "expert-update")
         self._running: list[tuple[Future, Tensor]] = []
 
     def initialise(self, seed: int, std: Mapping[str, float]) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rre.adamw import AdamWHyper, decays
+from rre.adamw import BLOCK, AdamWHyper, decays, square_sum, update_in_place
 
 
 def test_corrected_terms_are_torchs_adamw():
@@ -40,3 +40,25 @@ def test_a_learning_rate_of_zero_changes_nothing():
 )  # fmt: skip
 def test_biases_and_norms_do_not_decay(name, expected):
     assert decays(name) is expected
+
+
+@pytest.mark.parametrize("decayed", [True, False])
+def test_the_update_on_the_host_is_the_formula_also_across_blocks(decayed):
+    draw = np.random.default_rng(2)
+    hyper = AdamWHyper(learning_rate=3e-3, beta1=0.9, beta2=0.95, epsilon=1e-3, weight_decay=0.2)
+    w, m, gradient = (draw.standard_normal(BLOCK + 7).astype(np.float32) for _ in range(3))
+    v = m * m
+    rate, epsilon, decay = hyper.corrected(5)
+    wanted_m = 0.9 * m.astype(np.float64) + 0.1 * 0.5 * gradient
+    wanted_v = 0.95 * v.astype(np.float64) + 0.05 * (0.5 * gradient) ** 2
+    wanted_w = w - rate * (wanted_m / (np.sqrt(wanted_v) + epsilon) + (decay * w if decayed else 0.0))
+    update_in_place(w, m, v, gradient, hyper, step=5, scale=0.5, decayed=decayed)
+    for found, wanted in ((w, wanted_w), (m, wanted_m), (v, wanted_v)):
+        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_a_square_sum_covers_every_block_and_tells_what_is_not_finite():
+    values = np.random.default_rng(3).standard_normal((129, 257)).astype(np.float32)
+    assert square_sum(values) == pytest.approx((values.astype(np.float64) ** 2).sum(), rel=1e-6)
+    values[128, 256] = np.inf
+    assert square_sum(values) == np.inf

@@ -11,13 +11,12 @@ from pangu_sigma.config import load_config
 from pangu_sigma.config.describe import keys
 from pangu_sigma.config.yaml_text import parse_yaml
 
-ROOT = Path(__file__).parents[3]
-CONFIGS = ROOT / "configs"
-SHIPPED = sorted([*CONFIGS.glob("*.yaml"), *(ROOT / "benchmarks").glob("*.yaml")])
+CONFIGS = Path(__file__).parents[3] / "configs"
+SHIPPED = sorted([*CONFIGS.glob("*.yaml"), *(CONFIGS.parent / "benchmarks").glob("*.yaml")])
 
 
 def test_there_are_shipped_configurations():
-    assert {"quickstart.yaml", "two_stage.yaml"} <= {path.name for path in SHIPPED}
+    assert {"quickstart.yaml", "two_stage.yaml", "four_domains.yaml"} <= {path.name for path in SHIPPED}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
