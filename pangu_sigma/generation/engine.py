@@ -1,0 +1,206 @@
+"""Continuous batching: requests join and leave between decoding steps, each in a slot of its own.
+
+What a request's answer depends on: its prompt, domain and sampling, the model, and the number of slots. What else is
+in the batch changes no shape of its computation, only the place of its row in the batch; so its logits are the same up
+to float32 rounding, and its draws depend on (seed, number of the token) alone. Of the prompt only the text after its
+last end-of-document token is computed with: attention and positions restart there, so nothing before it can matter.
+
+One thread at a time may use an engine.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+
+from pangu_sigma.data.tokenizer import Tokenizer
+from pangu_sigma.errors import UserError
+from pangu_sigma.generation.request import Event, Request, Score, pick_domain
+from pangu_sigma.generation.sampling import choose, likeliest, log_softmax
+from pangu_sigma.generation.text import TextStream
+
+
+class Decoder(Protocol):
+    """The model as the engine sees it: `slots` texts under way, each within one document of at most `window` tokens."""
+
+    slots: int
+    window: int
+
+    def score(self, ids: tuple[int, ...], domain: int) -> np.ndarray:
+        """Logits float32 [n, V] after each of `ids` [n], one document; no slot changes."""
+
+    def begin(self, slot: int, ids: tuple[int, ...], domain: int) -> np.ndarray:
+        """Give `slot` to a new text that begins with the document `ids`; logits float32 [V] after the last."""
+
+    def step(self, tokens: dict[int, int]) -> dict[int, np.ndarray]:
+        """Append a token to some slots (slot -> id); slot -> logits float32 [V] after it.
+
+        A token that follows an end-of-document token begins a document.
+        """
+
+
+@dataclass
+class _Answer:
+    """One request under way."""
+
+    number: int
+    request: Request
+    stream: TextStream
+    seen: set[int] = field(default_factory=set)
+    length: int = 0  # tokens of the document that the model has seen or is about to see
+    written: int = 0
+    last: int = -1
+
+
+class Engine:
+    """Serves requests on one model with `slots` texts at a time; others wait in order.
+
+    `decoder` is how logits are made: the cached one of `cached.py` unless another is given.
+    """
+
+    def __init__(self, model, tokenizer: Tokenizer, slots: int = 8, decoder: Decoder | None = None) -> None:
+        if decoder is None:
+            from pangu_sigma.generation.recompute import RecomputingDecoder
+
+            decoder = RecomputingDecoder(model, slots)
+        self.tokenizer = tokenizer
+        self.domains: tuple[str, ...] = model.groups.names
+        self.vocab: int = model.vocab
+        self.decoder = decoder
+        self._numbers = 0
+        self._waiting: deque[_Answer] = deque()
+        self._slots: list[_Answer | None] = [None] * decoder.slots
+
+    @property
+    def active(self) -> int:
+        """Requests that hold a slot."""
+        return sum(answer is not None for answer in self._slots)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return len(self._waiting)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._waiting and self.active == 0
+
+    @property
+    def window(self) -> int:
+        """Longest document in tokens, prompt and answer together."""
+        return self.decoder.window
+
+    def add(self, request: Request) -> int:
+        """Queue a request; return its number, which its events carry. Raises UserError for one that cannot run."""
+        self.check(request)
+        answer = _Answer(self._numbers, request, TextStream(self.tokenizer, request.prompt_ids, request.sampling.stop))
+        self._numbers += 1
+        self._waiting.append(answer)
+        return answer.number
+
+    def check(self, request: Request) -> None:
+        """Raise UserError for an unknown domain, an empty or too long prompt, or ids outside the vocabulary."""
+        pick_domain(self.domains, request.domain)
+        if not request.prompt_ids:
+            raise UserError("the prompt has no token; begin it with the end-of-document token, as a document begins")
+        for what, ids in (("prompt", request.prompt_ids), ("list of stop ids", request.sampling.stop_ids)):
+            wrong = next((i for i in ids if not 0 <= i < self.vocab), None)
+            if wrong is not None:
+                raise UserError(f"the {what} has the id {wrong}; the vocabulary's ids are 0 to {self.vocab - 1}")
+        documents = self._documents(request.prompt_ids)
+        looked_at = documents if request.sampling.echo else documents[-1:]
+        longest = max(len(ids) for ids in looked_at)
+        if longest > self.window:
+            raise UserError(
+                f"the prompt has {longest} tokens in one document, and the model's window has {self.window}; shorten it"
+            )
+
+    def cancel(self, request_id: int) -> None:
+        """Forget a request: its slot is free at once and no event of it follows. An unknown number is no error."""
+        self._waiting = deque(answer for answer in self._waiting if answer.number != request_id)
+        self._slots = [None if a is not None and a.number == request_id else a for a in self._slots]
+
+    def step(self) -> list[Event]:
+        """Append one token to every active request, then admit one that waits. Returns what came of it, in order.
+
+        One prompt a step is admitted, so that running texts wait for one prompt at most.
+        """
+        events = self._continue()
+        if self._waiting and None in self._slots:
+            events.append(self._admit(self._slots.index(None)))
+        return events
+
+    def _continue(self) -> list[Event]:
+        tokens = {slot: answer.last for slot, answer in enumerate(self._slots) if answer is not None}
+        if not tokens:
+            return []
+        logits = self.decoder.step(tokens)
+        return [self._say(slot, logits[slot]) for slot in tokens]
+
+    def _admit(self, slot: int) -> Event:
+        answer = self._waiting.popleft()
+        request = answer.request
+        *before, document = self._documents(request.prompt_ids)
+        domain = self.domains.index(request.domain)
+        scores: tuple[Score, ...] = ()
+        if request.sampling.echo:
+            rows = np.concatenate([self.decoder.score(ids, domain) for ids in (*before, document)])
+            scores = _scores(request, rows)
+        if request.sampling.max_tokens == 0:
+            return Event(answer.number, None, prompt_scores=scores, finish="length")
+        answer.seen = set(request.prompt_ids)
+        answer.length = len(document)
+        answer.last = document[-1]
+        self._slots[slot] = answer
+        return self._say(slot, self.decoder.begin(slot, document, domain), scores)
+
+    def _say(self, slot: int, logits: np.ndarray, scores: tuple[Score, ...] = ()) -> Event:
+        """Choose the slot's next token; a finished answer leaves its slot."""
+        answer = self._slots[slot]
+        sampling = answer.request.sampling
+        if not np.isfinite(logits).all():
+            raise UserError("the model computes numbers that are not finite; its weights come from a diverged training")
+        token = choose(logits, sampling, answer.written, answer.seen)
+        logprob, top = None, ()
+        if sampling.logprobs is not None:
+            logprobs = log_softmax(logits)
+            logprob, top = float(logprobs[token]), likeliest(logprobs, sampling.logprobs)
+        text, finish = "", None
+        answer.length = 1 if answer.last == self.tokenizer.eod_id else answer.length + 1
+        answer.written += 1
+        answer.last = token
+        answer.seen.add(token)
+        if token == self.tokenizer.eod_id or token in sampling.stop_ids:
+            finish = "stop"
+        else:
+            text = answer.stream.push(token)
+            if answer.stream.stopped:
+                finish = "stop"
+            elif answer.written == sampling.max_tokens or answer.length > self.window:
+                finish = "length"
+        if finish:
+            text += answer.stream.close()
+            if answer.stream.stopped:
+                finish = "stop"
+            self._slots[slot] = None
+        return Event(answer.number, token, text, logprob, top, scores, finish)
+
+    def _documents(self, ids: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """`ids` cut behind every end-of-document token but a last one."""
+        ends = [at + 1 for at, token in enumerate(ids[:-1]) if token == self.tokenizer.eod_id]
+        return [ids[a:b] for a, b in pairwise([0, *ends, len(ids)])]
+
+
+def _scores(request: Request, logits: np.ndarray) -> tuple[Score, ...]:
+    """Scores of the prompt's tokens; logits [n, V] after each of them."""
+    ids, wanted = request.prompt_ids, request.sampling.logprobs or 0
+    scores = [Score(ids[0], None)]
+    for row, token in zip(logits[:-1], ids[1:], strict=True):
+        logprobs = log_softmax(row)
+        scores.append(Score(token, float(logprobs[token]), likeliest(logprobs, wanted)))
+    return tuple(scores)

@@ -1,0 +1,117 @@
+"""What is asked of the engine and what it answers; nothing here computes or imports MindSpore."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from pangu_sigma.data.tokenizer import Tokenizer
+from pangu_sigma.errors import UserError
+
+Alternatives = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen, and when the text ends. Raises UserError for values that mean nothing.
+
+    max_tokens: most tokens to write; 0 only scores the prompt (with `echo`).
+    temperature: 0 takes the likeliest token (the lower id among equals); higher is freer.
+    top_k: draw among this many likeliest; 0 draws among all. top_p: draw among the likeliest that together hold this
+    share of the probability, at least one.
+    repetition_penalty: logits of ids that the prompt or the text hold already are divided by it where positive and
+    multiplied where negative (arXiv 1909.05858, section 4.1); 1 changes nothing.
+    stop: the text ends before the first of these strings. stop_ids: the text ends before one of these tokens, as it
+    always does before an end-of-document token.
+    seed: draws depend on (seed, number of the token in the answer) alone.
+    logprobs: None, or how many of the likeliest alternatives every event names beside its own token's logarithm.
+    echo: also score the prompt's tokens; the scores come with the first event.
+    """
+
+    max_tokens: int = 64
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    seed: int = 0
+    logprobs: int | None = None
+    echo: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 0 or (self.max_tokens == 0 and not self.echo):
+            raise UserError(f"max_tokens is {self.max_tokens}; give at least 1 (0 only together with echo)")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
+            raise UserError(f"temperature is {self.temperature}; give a number from 0 up")
+        if self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}; give a number from 0 up, 0 for no limit")
+        if not 0.0 < self.top_p <= 1.0:
+            raise UserError(f"top_p is {self.top_p}; give a number above 0 and at most 1")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0):
+            raise UserError(f"repetition_penalty is {self.repetition_penalty}; give a number above 0, 1 for none")
+        if any(not text for text in self.stop):
+            raise UserError("a stop string is empty; leave it out")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise UserError(f"logprobs is {self.logprobs}; give a number from 0 up")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Ids to continue with the experts of `domain`. `prompt_ids` is all that the model sees; see `prompt_ids()`."""
+
+    prompt_ids: tuple[int, ...]
+    domain: str
+    sampling: Sampling = Sampling()
+
+
+@dataclass(frozen=True)
+class Score:
+    """One prompt token: its log-probability (nats) after everything before it, None for the first; alternatives."""
+
+    token_id: int
+    logprob: float | None
+    top: Alternatives = ()
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step of one request; every token that was chosen gives exactly one event, in order.
+
+    token_id: the token; None only in the single event of a request with max_tokens 0. The token that ended the text
+    (end of document, one of `stop_ids`) is told too, and is no part of the text.
+    text: what can be said now. Bytes of an unfinished character and letters that may yet become a stop string wait for
+    a later event; the texts of all events joined are the answer.
+    logprob: natural logarithm of the token's probability under the model itself (before temperature, top-k, top-p and
+    repetition penalty), None unless `logprobs` was asked for; top: the likeliest (id, logprob), best first.
+    prompt_scores: with `echo`, in the first event: one for every prompt token; otherwise ().
+    finish: None while the text goes on; "stop" at an end-of-document token, a stop id or a stop string; "length" at
+    max_tokens or when the model's window is full.
+    """
+
+    request_id: int
+    token_id: int | None
+    text: str = ""
+    logprob: float | None = None
+    top: Alternatives = ()
+    prompt_scores: tuple[Score, ...] = ()
+    finish: str | None = None
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """Ids of a prompt that begins a document: the end-of-document token before it, then the text's (maybe none)."""
+    return (tokenizer.eod_id, *tokenizer.encode(text))
+
+
+def pick_domain(names: Sequence[str], wanted: str | None) -> str:
+    """The domain to write with; a model of one domain needs none named. Raises UserError."""
+    if wanted is None:
+        if len(names) == 1:
+            return names[0]
+        raise UserError(f"the model has the domains {', '.join(names)}: choose one with --domain")
+    if wanted not in names:
+        near = get_close_matches(wanted, names, n=1, cutoff=0.0)
+        raise UserError(f"the model has no domain '{wanted}'; did you mean '{near[0]}'?")
+    return wanted

@@ -1,0 +1,57 @@
+"""From logits to a token: repetition penalty, temperature, top-k, top-p, a counted draw; and log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+
+from pangu_sigma.generation.request import Alternatives, Sampling
+from rre.counted import key64, uniform
+
+
+def choose(logits: np.ndarray, sampling: Sampling, number: int, seen: Collection[int]) -> int:
+    """The answer's token `number` (from 0) given logits float32 [V] and the ids `seen` so far, prompt included.
+
+    Order of the rules: penalty, temperature, top-k, top-p. Ties at top-k's border are all kept; top-p keeps the
+    likeliest until their sum reaches it, lower ids first among equals.
+    """
+    scores = logits.astype(np.float64)
+    if sampling.repetition_penalty != 1.0 and seen:
+        ids = np.fromiter(seen, np.int64)
+        held = scores[ids]
+        scores[ids] = np.where(held > 0, held / sampling.repetition_penalty, held * sampling.repetition_penalty)
+    if sampling.temperature == 0.0:
+        return int(np.argmax(scores))
+    scores = (scores - scores.max()) / sampling.temperature
+    if 0 < sampling.top_k < scores.size:
+        scores[scores < np.partition(scores, -sampling.top_k)[-sampling.top_k]] = -np.inf
+    p = np.exp(scores)
+    p /= p.sum()
+    if sampling.top_p < 1.0:
+        order = np.argsort(-p, kind="stable")
+        # A token stays if those before it do not reach the share yet: the first one always does.
+        before = np.cumsum(p[order]) - p[order]
+        p[order[before >= sampling.top_p]] = 0.0
+        p /= p.sum()
+    drawn = uniform(key64(sampling.seed, "generate"), np.array([number]))[0]
+    cumulative = np.cumsum(p)
+    # The sum may end an ulp below 1; the draw is below 1, so scaling it keeps it inside.
+    return int(np.searchsorted(cumulative, drawn * cumulative[-1], side="right"))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Natural log-probabilities float64 [..., V] of logits [..., V]."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def likeliest(logprobs: np.ndarray, count: int) -> Alternatives:
+    """The `count` best (id, log-probability) of logprobs [V], best first, lower id first among equals."""
+    if count <= 0:
+        return ()
+    count = min(count, logprobs.size)
+    border = np.partition(logprobs, -count)[-count]
+    ids = np.flatnonzero(logprobs >= border)
+    best = ids[np.argsort(-logprobs[ids], kind="stable")][:count]
+    return tuple((int(i), float(logprobs[i])) for i in best)
