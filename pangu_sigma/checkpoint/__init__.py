@@ -4,19 +4,23 @@ from pangu_sigma.checkpoint.cleaning import remove_stale
 from pangu_sigma.checkpoint.errors import CheckpointError
 from pangu_sigma.checkpoint.finding import find_latest, resolve
 from pangu_sigma.checkpoint.manifest import Fingerprints
+from pangu_sigma.checkpoint.model_folder import ModelFolder, write_model_folder
 from pangu_sigma.checkpoint.reading import Checkpoint, open_checkpoint
 from pangu_sigma.checkpoint.saving import SaveResult, save_checkpoint
-from pangu_sigma.checkpoint.tensor_file import BFLOAT16
+from pangu_sigma.checkpoint.tensor_file import BFLOAT16, TensorSpec
 
 __all__ = [
     "BFLOAT16",
     "Checkpoint",
     "CheckpointError",
     "Fingerprints",
+    "ModelFolder",
     "SaveResult",
+    "TensorSpec",
     "find_latest",
     "open_checkpoint",
     "remove_stale",
     "resolve",
     "save_checkpoint",
+    "write_model_folder",
 ]

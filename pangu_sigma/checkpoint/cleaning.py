@@ -69,7 +69,7 @@ def remove_stale(run_dir: Path | str) -> list[str]:
     """
     messages = []
     for kind, step, pid, path in working_folders(Path(run_dir)):
-        if not _abandoned(path, pid):
+        if not abandoned(path, pid):
             messages.append(f"{path} stays: process {pid} is at work on it")
             continue
         final = path.with_name(layout.step_name(step))
@@ -120,7 +120,8 @@ def _entries(run_dir: Path) -> list[Path]:
     return sorted(root.iterdir()) if root.is_dir() else []
 
 
-def _abandoned(folder: Path, pid: int) -> bool:
+def abandoned(folder: Path, pid: int) -> bool:
+    """Whether nobody works on `folder` any more, which process `pid` made and held."""
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:

@@ -10,16 +10,17 @@ from threading import Event
 import numpy as np
 
 from pangu_sigma.checkpoint import layout
-from pangu_sigma.checkpoint.manifest import FileEntry, Manifest
+from pangu_sigma.checkpoint.manifest import FileEntry, Manifest, TensorEntry
 from pangu_sigma.checkpoint.reading import Checkpoint
 from pangu_sigma.checkpoint.tensor_file import TensorSpec, digest_of, in_file_order, make_header
 
 
 @dataclass
 class PlannedFile:
-    """A file to be: a tensor file (`specs`) or one with given `content`; `link` is the equal file to link, if any.
+    """A file to be: a tensor file (`specs`), one with given `content`, or a `copy` of another folder's tensor file.
 
-    `known` holds those tensors' hashes that are known before writing.
+    `known` holds those tensors' hashes that are known before writing; `link` is an equal file to link instead. A copy
+    has its `entry` in that folder's manifest and the entries of the tensors that lie in it, `copied`.
     """
 
     path: str
@@ -28,7 +29,9 @@ class PlannedFile:
     content: bytes | None = None
     known: dict[str, str] = field(default_factory=dict)
     link: Path | None = None
-    linked_entry: FileEntry | None = None
+    entry: FileEntry | None = None
+    copy: Path | None = None
+    copied: dict[str, TensorEntry] = field(default_factory=dict)
 
 
 def plan_tensor_files(specs: Iterable[TensorSpec], max_shard_bytes: int) -> list[PlannedFile]:
@@ -52,6 +55,35 @@ def plan_content(path: str, content: bytes) -> PlannedFile:
     return PlannedFile(path, len(content), content=content)
 
 
+def plan_tokenizer(files: Mapping[str, bytes]) -> list[PlannedFile]:
+    """The tokenizer's files, name -> content; ValueError for a name that is no plain file name."""
+    planned = []
+    for name, content in sorted(files.items()):
+        path = f"{layout.TOKENIZER}/{name}"
+        if "/" in name or not layout.is_safe_path(path):
+            raise ValueError(f"the tokenizer file name {name!r} is no plain file name")
+        planned.append(plan_content(path, content))
+    return planned
+
+
+def check_tensor_names(names: Iterable[str], domains: Sequence[str]) -> None:
+    """Raises ValueError for a tensor of a domain that is not listed, and for a reserved name."""
+    for name in names:
+        domain = layout.domain_of(name)
+        if domain is not None and domain not in domains:
+            raise ValueError(f"tensor {name!r} belongs to {domain!r}, which is not among the domains {list(domains)}")
+        if name.startswith(f"{layout.PROBE}.") or name == "__metadata__":
+            raise ValueError(f"the tensor name {name!r} is reserved")
+
+
+def probe_tensors(probe: Mapping[str, np.ndarray], domains: Sequence[str]) -> dict[str, np.ndarray]:
+    """The probe, domain -> int32 [sequences, S + 1], by tensor name; ValueError if it is something else."""
+    for domain, sequences in probe.items():
+        if domain not in domains or sequences.dtype != np.int32 or sequences.ndim != 2:
+            raise ValueError(f"the probe of {domain!r} must be int32 [sequences, S + 1] of one of the domains")
+    return {f"{layout.PROBE}.{domain}": sequences for domain, sequences in probe.items()}
+
+
 def find_unchanged(
     planned: Sequence[PlannedFile], tensors: Mapping[str, np.ndarray], previous: Checkpoint, threads: Executor
 ) -> None:
@@ -68,7 +100,7 @@ def find_unchanged(
         else:
             same = _same_tensors(file, tensors, previous.manifest, threads)
         if same:
-            file.link, file.linked_entry = previous.path / file.path, entry
+            file.link, file.entry = previous.path / file.path, entry
 
 
 def _same_tensors(

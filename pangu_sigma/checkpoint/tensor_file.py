@@ -7,11 +7,12 @@ fixed metadata. The safetensors library reads these files; its own writer would 
 
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,13 @@ def raw_bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
+def pieces(array: np.ndarray) -> Iterator[memoryview]:
+    """The array's bytes in C order in pieces of a size that is good to hash and write, without a copy as above."""
+    data = raw_bytes(array)
+    for start in range(0, len(data), _CHUNK):
+        yield data[start : start + _CHUNK]
+
+
 def digest_of(array: np.ndarray) -> str:
     """sha256 of the array's bytes in C order."""
     return hashlib.sha256(raw_bytes(array)).hexdigest()
@@ -121,14 +129,16 @@ def make_header(specs: Iterable[TensorSpec]) -> bytes:
 def write_tensor_file(
     path: Path,
     specs: Iterable[TensorSpec],
-    tensors: Mapping[str, np.ndarray],
+    read: Callable[[TensorSpec], Iterable[bytes | memoryview]],
     known: Mapping[str, str],
     threads: Executor,
     advance: Callable[[int], None],
 ) -> WrittenFile:
     """Writes and fsyncs a new file; hashes run in `threads` while the bytes are written, each byte is touched once.
 
+    `read(spec)` gives a tensor's bytes piece by piece; a piece may be overwritten once the next one is asked for.
     `known` holds tensor hashes that need not be computed again; `advance(bytes)` is called after every piece.
+    Raises ValueError when `read` gives another number of bytes than the tensor has.
     Raises OSError as the file system does, FileExistsError when the file is there already.
     """
     specs = in_file_order(specs)
@@ -139,28 +149,74 @@ def write_tensor_file(
         write_all(stream, memoryview(header))
         advance(len(header))
         for spec in specs:
-            data = raw_bytes(tensors[spec.name])
             own = None if spec.name in digests else hashlib.sha256()
             hashes = [whole] if own is None else [whole, own]
-            for start in range(0, len(data), _CHUNK):
-                chunk = data[start : start + _CHUNK]
-                if len(chunk) <= _SMALL:
+            begin = stream.tell()
+            for given in read(spec):
+                piece = memoryview(given).cast("B")
+                if len(piece) <= _SMALL:
                     for running in hashes:
-                        running.update(chunk)
-                    write_all(stream, chunk)
+                        running.update(piece)
+                    write_all(stream, piece)
                 else:
-                    jobs = [threads.submit(running.update, chunk) for running in hashes]
+                    jobs = [threads.submit(running.update, piece) for running in hashes]
                     try:
-                        write_all(stream, chunk)
+                        write_all(stream, piece)
                     finally:
                         for job in jobs:
                             job.result()
-                advance(len(chunk))
+                advance(len(piece))
+            if stream.tell() - begin != spec.nbytes:
+                raise ValueError(
+                    f"tensor {spec.name!r} came with {stream.tell() - begin} bytes; {spec.dtype} {list(spec.shape)} "
+                    f"needs {spec.nbytes}"
+                )
             if own is not None:
                 digests[spec.name] = own.hexdigest()
         size = stream.tell()
         os.fsync(stream.fileno())
     return WrittenFile(size, whole.hexdigest(), len(header), hashlib.sha256(header).hexdigest(), digests)
+
+
+def copy_file(
+    source: Path, target: Path, threads: Executor, advance: Callable[[int], None]
+) -> tuple[int, str]:
+    """Copies a file of a checkpoint to a new file, synced; returns (bytes, sha256) of what was read.
+
+    Each byte is read once: it is hashed in `threads` while it is written and the next piece is read.
+    Raises OSError where the target fails, CheckpointError naming the source where that cannot be read.
+    """
+    running = hashlib.sha256()
+    size = 0
+    hashing: Future | None = None
+    with open(target, "xb", buffering=0) as stream:
+        try:
+            for piece in file_pieces(source):
+                if hashing is not None:
+                    hashing.result()
+                hashing = threads.submit(running.update, piece)
+                write_all(stream, piece)
+                size += len(piece)
+                advance(len(piece))
+        finally:
+            if hashing is not None:
+                hashing.result()
+        os.fsync(stream.fileno())
+    return size, running.hexdigest()
+
+
+def file_pieces(path: Path) -> Iterator[memoryview]:
+    """A file's bytes piece by piece; a piece is overwritten when the next but one is asked for.
+
+    Raises CheckpointError, naming the file, when it cannot be read.
+    """
+    buffers = [memoryview(bytearray(_CHUNK)) for _ in range(2)]
+    with open_plain(path) as stream:
+        for buffer in itertools.cycle(buffers):
+            count = stream.readinto(buffer)
+            if not count:
+                return
+            yield buffer[:count]
 
 
 def write_all(stream: io.FileIO, data: memoryview) -> None:
@@ -200,32 +256,52 @@ def read_tensor(path: Path, spec: TensorSpec, begin: int, sha256: str | None) ->
     Raises CheckpointError, naming the file and the tensor, when the file ends early or the bytes are not those written.
     """
     array = np.empty(spec.shape, numpy_type(spec.dtype))
-    data = raw_bytes(array)
+    for _ in _tensor_pieces(path, spec, begin, sha256, into=raw_bytes(array)):
+        pass
+    return array
+
+
+def stream_tensor(path: Path, spec: TensorSpec, begin: int, sha256: str | None) -> Iterator[memoryview]:
+    """Like `read_tensor`, piece by piece (whole elements): a piece is overwritten when the next one is asked for.
+
+    Whether the bytes are those written shows only after the last piece.
+    """
+    yield from _tensor_pieces(path, spec, begin, sha256, into=None)
+
+
+def _tensor_pieces(
+    path: Path, spec: TensorSpec, begin: int, sha256: str | None, into: memoryview | None
+) -> Iterator[memoryview]:
+    """Reads into consecutive pieces of `into`, or into one buffer again and again."""
     running = hashlib.sha256()
+    buffer = memoryview(bytearray(min(_CHUNK, spec.nbytes))) if into is None else None
     with open_plain(path) as stream:
         stream.seek(begin)
         start = 0
-        while start < len(data):
-            count = stream.readinto(data[start : start + _CHUNK])
-            if not count:
-                raise damaged(path, f"it ends inside tensor {spec.name!r}")
+        while start < spec.nbytes:
+            size = min(_CHUNK, spec.nbytes - start)
+            piece = into[start : start + size] if buffer is None else buffer[:size]
+            filled = 0
+            while filled < size:
+                count = stream.readinto(piece[filled:])
+                if not count:
+                    raise damaged(path, f"it ends inside tensor {spec.name!r}")
+                filled += count
             if sha256 is not None:
-                running.update(data[start : start + count])
-            start += count
+                running.update(piece)
+            start += size
+            yield piece
     if sha256 is not None and running.hexdigest() != sha256:
         raise damaged(path, f"the bytes of tensor {spec.name!r} are not those that were written")
-    return array
 
 
 def digest_of_file(path: Path) -> tuple[int, str]:
     """(bytes, sha256) of a file, read in pieces."""
     running = hashlib.sha256()
     size = 0
-    piece = memoryview(bytearray(_CHUNK))
-    with open_plain(path) as stream:
-        while count := stream.readinto(piece):
-            running.update(piece[:count])
-            size += count
+    for piece in file_pieces(path):
+        running.update(piece)
+        size += len(piece)
     return size, running.hexdigest()
 
 

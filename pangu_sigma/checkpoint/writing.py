@@ -1,30 +1,38 @@
-"""Fills a folder with a checkpoint's files: linked or written, each synced to disk, the manifest last."""
+"""Fills a folder with a checkpoint's files: linked, copied or written, each synced to disk, the manifest last."""
 
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from pathlib import Path
-
-import numpy as np
 
 from pangu_sigma.checkpoint import layout
 from pangu_sigma.checkpoint.manifest import FileEntry, TensorEntry, TensorSlice
 from pangu_sigma.checkpoint.planning import PlannedFile
-from pangu_sigma.checkpoint.tensor_file import write_all, write_tensor_file
+from pangu_sigma.checkpoint.tensor_file import (
+    TensorSpec,
+    copy_file,
+    damaged,
+    write_all,
+    write_tensor_file,
+)
 
 # what file systems answer that have no hard links, or no more of them for this file
 _NO_LINK = {errno.EPERM, errno.EACCES, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 class FolderWriter:
-    """Writes the planned files of one checkpoint and collects what its manifest says about them. Raises OSError."""
+    """Writes the planned files of one checkpoint and collects what its manifest says about them.
+
+    `read(spec)` gives a tensor's bytes in C order, piece by piece; a piece may be overwritten once the next is asked
+    for. Raises OSError, and CheckpointError where a copied file is not what its manifest says.
+    """
 
     def __init__(
         self,
         folder: Path,
-        tensors: Mapping[str, np.ndarray],
+        read: Callable[[TensorSpec], Iterable[bytes | memoryview]],
         threads: Executor,
         total: int,
         progress: Callable[[int, int], None] | None,
@@ -35,25 +43,28 @@ class FolderWriter:
         self.bytes_written = 0
         self.bytes_linked = 0
         self.links_refused = 0
-        self._arrays = tensors
+        self._read = read
         self._threads = threads
         self._total = total
         self._done = 0
         self._progress = progress
 
     def write(self, file: PlannedFile) -> None:
-        """Links the file if it is unchanged, else writes and syncs it."""
+        """Links the file if it is unchanged, else copies or writes it, and syncs it."""
         target = self.folder / file.path
         target.parent.mkdir(parents=True, exist_ok=True)
         if file.link is None or not self._link(file, target):
             if file.content is not None:
                 self._write_content(file.path, file.content)
+            elif file.copy is not None:
+                self._copy(file, target)
             else:
                 self._write_tensors(file, target)
         for spec in file.specs:
             origin = (0,) * len(spec.shape)
             piece = TensorSlice(file=file.path, offset=origin, shape=spec.shape, sha256=file.known[spec.name])
             self.tensors[spec.name] = TensorEntry(dtype=spec.dtype, shape=spec.shape, slices=(piece,))
+        self.tensors.update(file.copied)
 
     def finish(self, manifest: bytes) -> None:
         """Syncs the folders, then writes the manifest and syncs once more."""
@@ -71,7 +82,7 @@ class FolderWriter:
                 raise
             self.links_refused += 1
             return False
-        self.files[file.path] = file.linked_entry
+        self.files[file.path] = file.entry
         self.bytes_linked += file.size
         self._advance(file.size)
         return True
@@ -82,8 +93,16 @@ class FolderWriter:
         self.bytes_written += len(content)
         self._advance(len(content))
 
+    def _copy(self, file: PlannedFile, target: Path) -> None:
+        size, sha256 = copy_file(file.copy, target, self._threads, self._advance)
+        if (size, sha256) != (file.entry.bytes, file.entry.sha256):
+            raise damaged(file.copy, "its content is not what was written")
+        # The whole file's hash holds, so those of its header and tensors, taken from the same bytes, hold too.
+        self.files[file.path] = file.entry
+        self.bytes_written += size
+
     def _write_tensors(self, file: PlannedFile, target: Path) -> None:
-        written = write_tensor_file(target, file.specs, self._arrays, file.known, self._threads, self._advance)
+        written = write_tensor_file(target, file.specs, self._read, file.known, self._threads, self._advance)
         file.known.update(written.tensors)
         self.files[file.path] = FileEntry(
             bytes=written.bytes,

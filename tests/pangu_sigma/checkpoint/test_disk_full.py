@@ -67,7 +67,7 @@ def test_a_disk_that_fills_up_meanwhile_ends_the_save(small_disk, save):
                 while other.write(bytes(MIB)) == MIB:
                     pass
 
-    with pytest.raises(CheckpointError, match=r"step 2 was .*No space left on device \(the save needs 8\.\d MiB"):
+    with pytest.raises(CheckpointError, match=r"step 2 was .*No space left on device \(it needs 8\.\d MiB"):
         save(run, 2, model(8, 2.0), groups={}, progress=fill)
     assert_only_step_1(run)
     (small_disk / "other").unlink()
