@@ -15,11 +15,14 @@ Cut = tuple[int | str, ...]
 class Layout:
     """Makes primitives for one device: every tensor is whole, so a stated cut has no effect.
 
-    `device` is "CPU" or "Ascend" and tells device-aware primitives which form to take.
+    `device` is "CPU" or "Ascend" and tells device-aware primitives which form to take; `kernels` is the path of the
+    compiled CPU kernels (`parallel.compiled.library`), which compute in
+    float32 alone; None to compose everything of MindSpore's operators.
     """
 
-    def __init__(self, device: str = "CPU") -> None:
+    def __init__(self, device: str = "CPU", kernels: str | None = None) -> None:
         self.device = device
+        self.kernels = kernels if device == "CPU" else None
 
     @property
     def native(self) -> bool:

@@ -13,6 +13,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 from mindspore.ops import Primitive
 
+from parallel.compiled import CompiledCrossEntropy, CompiledLayerNorm, CompiledLinear
 from parallel.layout import Layout
 
 FAST_GELU_SLOPE = 1.702
@@ -223,4 +224,14 @@ def layer_norm(layout: Layout, epsilon: float) -> nn.Cell:
     """Layer normalisation in the device's fast form: (x_TD, gamma, beta) -> (y_TD, whatever its gradient keeps)."""
     if layout.native:
         return Native(layout(ops.LayerNorm(1, 1, epsilon), (1, 1), (1,), (1,)), outputs=3)
-    return LayerNorm(layout, epsilon)
+    return CompiledLayerNorm(layout.kernels, epsilon) if layout.kernels else LayerNorm(layout, epsilon)
+
+
+def linear(layout: Layout, compute: ms.dtype = ms.float32) -> nn.Cell:
+    """The affine map in the device's fast form: (x_TK, w_KN, b_N) -> y_TN."""
+    return CompiledLinear(layout.kernels) if layout.kernels else Linear(layout, compute)
+
+
+def tied_cross_entropy(layout: Layout) -> nn.Cell:
+    """Token losses in the device's fast form: (h_TD, table_VD, labels_T) -> (losses_T, whatever its gradient keeps)."""
+    return CompiledCrossEntropy(layout.kernels) if layout.kernels else TiedCrossEntropy(layout)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from parallel.compiled import HostKernels
+
 DOT_BLOCK = 1 << 13  # elements of one float32 sum of squares
 BLOCK = 1 << 17  # elements of one block: with its scratch it stays in a core's second-level cache
 
@@ -44,16 +46,21 @@ def decays(name: str) -> bool:
 
 def update_in_place(
     weight: np.ndarray, m: np.ndarray, v: np.ndarray, gradient: np.ndarray, hyper: AdamWHyper, step: int, scale: float,
-    decayed: bool,
+    decayed: bool, kernels: HostKernels | None = None,
 ) -> None:  # fmt: skip
     """AdamW of one tensor on the host by gradient * `scale`, its `step`-th update; all arrays float32 of one shape.
 
     The first three are changed in place and must be contiguous. Block by block, so that the passes of the formula run
-    in the cache; NumPy lets other threads work meanwhile. The result does not depend on the block size.
+    in the cache; NumPy lets other threads work meanwhile. The result does not depend on the block size. `kernels` does
+    it in one pass.
     """
     rate, epsilon, _ = hyper.corrected(step)
     kept = 1.0 - hyper.learning_rate * hyper.weight_decay
     first, second = (1.0 - hyper.beta1) * scale, math.sqrt(1.0 - hyper.beta2) * scale
+    if kernels is not None:
+        kept = kept if decayed else 1.0
+        kernels.adamw(weight, m, v, gradient, hyper.beta1, hyper.beta2, first, second, rate, epsilon, kept)
+        return
     flat = [a.reshape(-1) for a in (weight, m, v, gradient)]
     scratch = np.empty(min(BLOCK, flat[0].size), np.float32)
     for start in range(0, flat[0].size, BLOCK):

@@ -17,6 +17,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from parallel.compiled import CompiledPlan
 from parallel.layout import Layout
 
 EXACT_ROWS = 64
@@ -40,6 +41,16 @@ class DispatchPlan:
     def counts(self) -> np.ndarray:
         """Rows per slot, int64 [N] (block padding included)."""
         return np.array([r.size for r in self.rows[:-1]], dtype=np.int64)
+
+    @property
+    def order(self) -> np.ndarray:
+        """All choices slot by slot, the dropped ones last, int32 [T*k] (without block padding)."""
+        return np.concatenate(self.rows)
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Where each slot begins and ends in `order`, int32 [N + 1]."""
+        return np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int32)
 
 
 def drop_overflow(expert_ids: np.ndarray, group_rows: int, capacity: np.ndarray) -> np.ndarray:
@@ -76,6 +87,21 @@ def plan_by_expert(expert_ids: np.ndarray, experts: np.ndarray) -> DispatchPlan:
     rows = [order[a:b] for a, b in zip(starts, ends, strict=True)]
     dropped = order[: np.searchsorted(ranked, 0, side="left")]
     return _finish(experts, [*rows, dropped], tokens, k)
+
+
+def plan_present(expert_ids: np.ndarray, slots: int) -> DispatchPlan:
+    """One slot for each expert that has a row, the rest of `slots` empty: for networks that block rows themselves.
+
+    Raises ValueError if more experts have rows than there are slots.
+    """
+    present = np.unique(expert_ids[expert_ids >= 0])
+    if present.size > slots:
+        raise ValueError(f"{present.size} experts with rows do not fit {slots} slots")
+    plan = plan_by_expert(expert_ids, present)
+    spare = slots - present.size
+    empty = np.zeros(0, dtype=np.int32)
+    experts = np.concatenate([present, np.full(spare, present[0] if present.size else 0)])
+    return DispatchPlan(experts, (*plan.rows[:-1], *([empty] * spare), plan.rows[-1]), plan.position)
 
 
 def plan_in_blocks(expert_ids: np.ndarray, slots: int, block: int = EXACT_ROWS) -> DispatchPlan:
@@ -116,7 +142,7 @@ def _finish(experts: np.ndarray, rows: list[np.ndarray], tokens: int, k: int, bl
 
 
 class PlanInGraph(nn.Cell):
-    """The plan of a learned gate: expert ids int32 [T, k] -> (rows of N slots and of the dropped, position [T, k]).
+    """The plan of a learned gate: expert ids int32 [T, k] -> rows of N slots and of the dropped, position [T, k].
 
     An id of E means dropped. Row vectors have dynamic length, so nothing is padded here either.
     """
@@ -130,7 +156,7 @@ class PlanInGraph(nn.Cell):
         self.equal = layout(ops.Equal(), (1,), ())
         self.cast = layout(ops.Cast(), (1,))
 
-    def construct(self, expert_ids: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def construct(self, expert_ids: Tensor) -> tuple[Tensor, ...]:
         tokens, k = expert_ids.shape
         flat = expert_ids.reshape(-1)
         rows = ()
@@ -139,7 +165,23 @@ class PlanInGraph(nn.Cell):
             rows = rows + (self.cast(found, ms.int32),)
         # The inverse of a permutation is its sort order; float32 sorts exactly up to 2^24 rows.
         _, position = self.sort(self.cast(self.concat(rows), ms.float32))
-        return rows, position.reshape(tokens, k)
+        return rows + (position.reshape(tokens, k),)
+
+
+class CompiledPlanInGraph(nn.Cell):
+    """The same for compiled networks: expert ids int32 [T, k] -> (order [T*k], offsets [E + 1]), of static shapes."""
+
+    def __init__(self, experts: int, kernels: str) -> None:
+        super().__init__()
+        self.plan = CompiledPlan(kernels, experts)
+
+    def construct(self, expert_ids: Tensor) -> tuple[Tensor, ...]:
+        return self.plan(expert_ids.reshape(-1))
+
+
+def plan_in_graph(experts: int, layout: Layout) -> nn.Cell:
+    """The cell that plans a learned gate's dispatch in the form that this layout's networks take."""
+    return CompiledPlanInGraph(experts, layout.kernels) if layout.kernels else PlanInGraph(experts, layout)
 
 
 class Dispatch(nn.Cell):

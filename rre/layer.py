@@ -5,10 +5,39 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
+from parallel.compiled import CompiledFeedForward
 from parallel.exchange import LocalExchange
 from parallel.layout import Layout
-from rre.dispatch import Combine, Dispatch
+from rre.dispatch import EXACT_ROWS, Combine, Dispatch
 from rre.experts import Experts
+
+
+class RaggedNetworks(nn.Cell):
+    """x_TD, plan (rows of N slots and of the dropped, position [T, k]), 4 N weights -> y [T*k, D] by choice."""
+
+    def __init__(self, layout: Layout, activation: str, compute: ms.dtype, exchange: nn.Cell | None) -> None:
+        super().__init__()
+        self.dispatch = Dispatch(layout)
+        self.experts = Experts(layout, activation, compute)
+        self.exchange = exchange or LocalExchange()
+        self.combine = Combine(layout)
+
+    def construct(self, x: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
+        rows, position = plan[:-1], plan[-1]
+        sent = self.exchange.to_experts(self.dispatch(x, rows, position))
+        results = self.exchange.to_tokens(self.experts(sent, weights))
+        return self.combine(results, rows, position, x)
+
+
+class CompiledNetworks(nn.Cell):
+    """The same function as one compiled kernel; its plan is (order [T*k], offsets [N + 1])."""
+
+    def __init__(self, kernels: str, activation: str) -> None:
+        super().__init__()
+        self.networks = CompiledFeedForward(kernels, activation, EXACT_ROWS)
+
+    def construct(self, x: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
+        return self.networks(x, plan[0], plan[1], weights)[0]
 
 
 class SparseFeedForward(nn.Cell):
@@ -23,22 +52,21 @@ class SparseFeedForward(nn.Cell):
     ) -> None:
         super().__init__()
         self.router = router
-        self.dispatch = Dispatch(layout)
-        self.experts = Experts(layout, activation, compute)
-        self.exchange = exchange or LocalExchange()
-        self.combine = Combine(layout)
+        if layout.kernels and exchange is None:
+            self.networks = CompiledNetworks(layout.kernels, activation)
+        else:
+            self.networks = RaggedNetworks(layout, activation, compute, exchange)
         self.mul = layout(ops.Mul(), (1, 1), (1, 1))
         self.choice_sum = layout(ops.ReduceSum(), (1, 1, 1))
 
     def construct(
         self, x: Tensor, routing: tuple[Tensor, ...], weights: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows, position, combine_weights, auxiliary, counts = self.router(x, routing)
-        sent = self.exchange.to_experts(self.dispatch(x, rows, position))
-        results = self.exchange.to_tokens(self.experts(sent, weights))
-        y = self.combine(results, rows, position, x)
+        plan, combine_weights, auxiliary, counts = self.router(x, routing)
+        y = self.networks(x, plan, weights)
         if combine_weights is not None:
             y = self.mul(y, ops.BroadcastTo(y.shape)(combine_weights.reshape(-1, 1)))
-        if position.shape[1] > 1:
-            y = self.choice_sum(y.reshape(x.shape[0], position.shape[1], x.shape[1]), 1)
+        tokens, hidden = x.shape
+        if y.shape[0] > tokens:
+            y = self.choice_sum(y.reshape(tokens, -1, hidden), 1)
         return y, auxiliary, counts

@@ -14,7 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from mindspore import Tensor
 
-from rre.adamw import AdamWHyper, decays, update_in_place
+from parallel.compiled import HostKernels
+from rre.adamw import AdamWHyper, decays, square_sum, update_in_place
 from rre.counted import generator
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -24,10 +25,13 @@ class DeviceStore:
     """All experts resident, as one table [experts, …] per (place, tensor) with two tables of moments beside it.
 
     `shapes`: place (a sparse layer, or the embedding slots) -> tensor name -> shape of one expert's tensor.
-    `experts`: place -> how many. Tables are zero until `initialise` or `load`.
+    `experts`: place -> how many. `kernels`: compiled updates, else NumPy's. Tables are zero until `initialise` or `load`.
     """
 
-    def __init__(self, shapes: Mapping[str, Shapes], experts: Mapping[str, int]) -> None:
+    def __init__(
+        self, shapes: Mapping[str, Shapes], experts: Mapping[str, int], kernels: HostKernels | None = None
+    ) -> None:
+        self._kernels = kernels
         self.shapes = {place: dict(tensors) for place, tensors in shapes.items()}
         self.experts = dict(experts)
         self._tables = {
@@ -89,9 +93,15 @@ class DeviceStore:
         for name, gradient in zip(self.shapes[place], gradients, strict=True):
             rows = (self._tables[kind][place][name][expert] for kind in ("weight", "m", "v"))
             task = self._workers.submit(
-                update_in_place, *rows, gradient.asnumpy(), hyper, step, scale, decays("." + name)
+                update_in_place, *rows, gradient.asnumpy(), hyper, step, scale, decays("." + name),
+                self._kernels,
             )
             self._running.append((task, gradient))
+
+    def square_sum(self, gradients: Sequence[Tensor]) -> float:
+        """Sum of squares over expert gradients, as the clipping norm needs it."""
+        work = square_sum if self._kernels is None else self._kernels.square_sum
+        return sum(self._workers.map(work, (g.asnumpy() for g in gradients)))
 
     def settle(self) -> None:
         """Wait until every update that was asked for stands in the tables."""

@@ -23,6 +23,10 @@ class RunConfig(Section):
     dir: Text = Field(description="The run's folder: checkpoints, metrics.jsonl, TensorBoard files, report.")
     seed: int = Field(1234, ge=0, le=2**31 - 1, description="Seed of every random draw.")
     device: Literal["CPU", "Ascend"] = Field("CPU", description="Where the run computes.")
+    kernels: Literal["auto", "compiled", "composed"] = Field(
+        "auto",
+        description="CPU kernels: compiled ones if the installation has them, or composed of MindSpore's operators.",
+    )
     log_every: int = Field(10, ge=1, description="Steps between two lines of metrics.jsonl.")
     tensorboard: bool = Field(True, description="Whether TensorBoard files are written too.")
     profile: ProfileConfig | None = Field(None, description="Steps to profile; null profiles none.")

@@ -7,7 +7,7 @@ from mindspore import Parameter, Tensor, nn
 from mindspore.common.initializer import Normal, initializer
 
 from parallel.layout import Layout
-from parallel.primitives import Linear, layer_norm
+from parallel.primitives import layer_norm, linear
 
 
 class Affine(nn.Cell):
@@ -17,7 +17,7 @@ class Affine(nn.Cell):
         super().__init__()
         self.weight = Parameter(initializer(Normal(std), (inner, outer), ms.float32), name="weight")
         self.bias = Parameter(initializer("zeros", (outer,), ms.float32), name="bias")
-        self.linear = Linear(layout, compute)
+        self.linear = linear(layout, compute)
 
     def construct(self, x: Tensor) -> Tensor:
         return self.linear(x, self.weight, self.bias)

@@ -12,6 +12,7 @@ from mindspore import Tensor, nn, ops
 
 from pangu_sigma.model.affine import Affine
 from pangu_sigma.model.dropout import CountedDropout
+from parallel.compiled import CompiledAttention
 from parallel.layout import Layout
 
 MASKED_SCORE = -10000.0  # PanGu-alpha's value; its exponential is 0 in float32
@@ -153,20 +154,13 @@ class DroppedDotProduct(nn.Cell):
         return outs[0] if len(masks) == 1 else self.below(outs)
 
 
-class Attention(nn.Cell):
-    """x_TD (and for the query layer its own query rows) -> y_TD, with biases, as PanGu-alpha's (facts of the paper)."""
+class Composed(nn.Cell):
+    """q, k, v [T, D] of all heads, masks of `CausalMask` -> y [T, D], of MindSpore's operators."""
 
-    def __init__(
-        self, hidden: int, heads: int, layout: Layout, compute: ms.dtype, init_std: float, projection_std: float,
-        dropout: float, layer: int,
-    ) -> None:  # fmt: skip
+    def __init__(self, hidden: int, heads: int, layout: Layout, compute: ms.dtype, dropout: float, layer: int) -> None:
         super().__init__()
         self.heads = heads
         self.width = hidden // heads
-        self.query = Affine(hidden, hidden, layout, compute, init_std)
-        self.key = Affine(hidden, hidden, layout, compute, init_std)
-        self.value = Affine(hidden, hidden, layout, compute, init_std)
-        self.projection = Affine(hidden, hidden, layout, compute, projection_std)
         self.rate = dropout
         self.core = DroppedDotProduct(layout, dropout, layer) if dropout else ScaledDotProduct(layout, compute)
         self.transpose = layout(ops.Transpose(), (1, 1, 1, 1))
@@ -175,13 +169,63 @@ class Attention(nn.Cell):
     def split(self, x: Tensor, batch: int, length: int) -> Tensor:
         return self.transpose(x.reshape(batch, length, self.heads, self.width), (0, 2, 1, 3))
 
-    def construct(self, query_rows: Tensor, x: Tensor, masks: tuple[Tensor, ...], keys: Tensor) -> Tensor:
+    def construct(self, q: Tensor, k: Tensor, v: Tensor, masks: tuple[Tensor, ...], keys: Tensor) -> Tensor:
         batch, length = masks[0].shape[0], masks[-1].shape[3]
-        q = self.split(self.query(query_rows) * self.scale, batch, length)
-        k = self.split(self.key(x), batch, length)
-        v = self.split(self.value(x), batch, length)
+        q = self.split(q * self.scale, batch, length)
+        k = self.split(k, batch, length)
+        v = self.split(v, batch, length)
         if self.rate > 0.0:
             y = self.core(q, k, v, masks, keys)
         else:
             y, _ = self.core(q, k, v, masks)
-        return self.projection(self.transpose(y, (0, 2, 1, 3)).reshape(batch * length, self.heads * self.width))
+        return self.transpose(y, (0, 2, 1, 3)).reshape(batch * length, self.heads * self.width)
+
+
+class Compiled(nn.Cell):
+    """The same function as one compiled kernel, which needs no masks but the segments themselves."""
+
+    def __init__(self, heads: int, kernels: str) -> None:
+        super().__init__()
+        self.core = CompiledAttention(kernels, heads)
+
+    def construct(self, q: Tensor, k: Tensor, v: Tensor, masks: tuple[Tensor, ...], keys: Tensor) -> Tensor:
+        return self.core(q, k, v, masks[0])[0]
+
+
+class SegmentsAlone(nn.Cell):
+    """segments int32 [B, S] -> (segments,): what stands for the masks where the compiled kernel is used."""
+
+    def construct(self, segments: Tensor) -> tuple[Tensor, ...]:
+        return (segments,)
+
+
+def is_compiled(layout: Layout, dropout: float) -> bool:
+    """Whether attention runs as a compiled kernel, which knows no dropout on the probabilities."""
+    return bool(layout.kernels) and dropout == 0.0
+
+
+def masking(heads: int, layout: Layout, dropout: float) -> nn.Cell:
+    """The cell that turns segments [B, S] into what every layer's attention takes as `masks`."""
+    return SegmentsAlone() if is_compiled(layout, dropout) else CausalMask(heads)
+
+
+class Attention(nn.Cell):
+    """x_TD (and for the query layer its own query rows) -> y_TD, with biases, as PanGu-alpha's (facts of the paper)."""
+
+    def __init__(
+        self, hidden: int, heads: int, layout: Layout, compute: ms.dtype, init_std: float, projection_std: float,
+        dropout: float, layer: int,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.query = Affine(hidden, hidden, layout, compute, init_std)
+        self.key = Affine(hidden, hidden, layout, compute, init_std)
+        self.value = Affine(hidden, hidden, layout, compute, init_std)
+        self.projection = Affine(hidden, hidden, layout, compute, projection_std)
+        if is_compiled(layout, dropout):
+            self.core = Compiled(heads, layout.kernels)
+        else:
+            self.core = Composed(hidden, heads, layout, compute, dropout, layer)
+
+    def construct(self, query_rows: Tensor, x: Tensor, masks: tuple[Tensor, ...], keys: Tensor) -> Tensor:
+        y = self.core(self.query(query_rows), self.key(x), self.value(x), masks, keys)
+        return self.projection(y)

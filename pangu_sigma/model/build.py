@@ -11,8 +11,10 @@ import numpy as np
 from mindspore import Parameter, Tensor
 
 from pangu_sigma.config import Config
+from pangu_sigma.errors import UserError
 from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.model.signature import FlatSignature, PlaceSignature
+from parallel.compiled import HostKernels, library
 from parallel.layout import Layout
 from rre.counted import generator
 from rre.dispatch import EXACT_ROWS
@@ -57,19 +59,34 @@ class Model:
             return self._signature(batch, self.groups.total, jitter=False)
         rows = batch * self.config.data.sequence_length
         busiest = sum(sorted(self.groups.sizes, reverse=True)[:domains])
+        if self.layout.kernels:
+            return self._signature(batch, min(busiest, rows), jitter=False)
         # Every expert may end in one block that is not full.
         return self._signature(batch, rows // EXACT_ROWS + min(busiest, rows), jitter=False)
 
     def _signature(self, batch: int, slots: int, jitter: bool) -> FlatSignature:
         model = self.config.model
         places = tuple(
-            PlaceSignature(place, slots, router.learned, router.learned and jitter)
+            PlaceSignature(place, slots, router.learned, router.learned and jitter, bool(self.layout.kernels))
             for place, router in zip(model.sparse_prefixes, self.routers, strict=True)
         )
         slot_table = None
         if model.embedding_slots == "per_domain":
             slot_table = (len(self.groups.names), self.vocab, model.hidden)
         return FlatSignature(places, slot_table, batch, self.config.data.sequence_length, model.hidden, model.ffn)
+
+
+def chosen_kernels(config: Config) -> str | None:
+    """The path of the compiled CPU kernels if this run uses them: they compute in float32. Raises UserError."""
+    if config.run.kernels == "composed" or config.run.device != "CPU":
+        return None
+    found = library()
+    if config.run.kernels == "compiled" and (found is None or config.train.precision != "float32"):
+        raise UserError(
+            "run.kernels is compiled, which needs train.precision=float32 and an installation that built them with gcc;"
+            " set run.kernels=auto"
+        )
+    return found if config.train.precision == "float32" else None
 
 
 def build_model(
@@ -86,7 +103,7 @@ def build_model(
     for one from a checkpoint. With `initialise` False all weights are zero: something else will fill them.
     """
     model = config.model
-    layout = Layout(config.run.device)
+    layout = Layout(config.run.device, chosen_kernels(config))
     groups = Groups(config.domain_names, tuple(d.experts for d in config.domains))
     places = model.sparse_prefixes
     uses_tables = model.sparse.router == "rre"
@@ -105,9 +122,7 @@ def build_model(
     for layer, place in enumerate(places):
         if uses_tables:
             routers.append(
-                TableRouter(
-                    groups, tables[place], layer, layout, config.run.seed, model.sparse.resample, capacity
-                )
+                TableRouter(groups, tables[place], layer, config.run.seed, model.sparse.resample, capacity)
             )
         else:
             routers.append(
@@ -126,7 +141,7 @@ def build_model(
     if model.embedding_slots == "per_domain":
         shapes[SLOTS] = {"word": (vocab, model.hidden)}
         experts[SLOTS] = len(groups.names)
-    store = DeviceStore(shapes, experts)
+    store = DeviceStore(shapes, experts, HostKernels(layout.kernels) if layout.kernels else None)
     built = Model(
         config=config,
         vocab=vocab,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mindspore import Tensor, nn, ops
 
 from parallel.layout import Layout
-from parallel.primitives import TiedCrossEntropy
+from parallel.primitives import tied_cross_entropy
 
 
 class TiedHead(nn.Cell):
@@ -17,7 +17,7 @@ class TiedHead(nn.Cell):
     def __init__(self, per_domain: bool, layout: Layout) -> None:
         super().__init__()
         self.per_domain = per_domain
-        self.cross_entropy = TiedCrossEntropy(layout)
+        self.cross_entropy = tied_cross_entropy(layout)
         self.product = layout(ops.MatMul(transpose_b=True), (1, 1), (1, 1))
         self.take = layout(ops.Gather(), (1, 1, 1), ())
         self.concat = layout(ops.Concat(0))

@@ -15,7 +15,7 @@ from pangu_sigma.data.positions import positions_and_segments
 from pangu_sigma.model.build import Model
 from pangu_sigma.model.signature import FlatSignature
 from rre.counted import generator, sample_keys
-from rre.dispatch import DROPPED, DispatchPlan, plan_by_expert, plan_in_blocks
+from rre.dispatch import DROPPED, DispatchPlan, plan_by_expert, plan_in_blocks, plan_present
 from rre.store import DeviceStore
 
 
@@ -57,8 +57,8 @@ class PlannedBatch:
                     tensors.append(Tensor(noise))
                 tensors += store.fetch(place.name, range(place.slots))
             else:
-                tensors += [Tensor(rows) for rows in plan.rows]
-                tensors.append(Tensor(plan.position))
+                parts = (plan.order, plan.offsets) if place.compiled else (*plan.rows, plan.position)
+                tensors += [Tensor(part) for part in parts]
                 tensors += store.fetch(place.name, plan.experts)
         return tensors
 
@@ -89,9 +89,10 @@ class Planner:
             ids = router.assign(inputs, domain, step, sample, self.training).expert_ids
             lost = (ids == DROPPED).any(axis=1).reshape(inputs.shape).sum(axis=1)
             np.add.at(dropped[layer], domain, lost)
-            plans.append(
-                plan_by_expert(ids, np.arange(place.slots)) if self.training else plan_in_blocks(ids, place.slots)
-            )
+            if self.training:
+                plans.append(plan_by_expert(ids, np.arange(place.slots)))
+            else:
+                plans.append(plan_present(ids, place.slots) if place.compiled else plan_in_blocks(ids, place.slots))
             noise.append(None)
         return PlannedBatch(
             step=step,

@@ -14,7 +14,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from pangu_sigma.config.model import ModelConfig
-from pangu_sigma.model.attention import CausalMask
+from pangu_sigma.model.attention import masking
 from pangu_sigma.model.block import TransformerLayer
 from pangu_sigma.model.dropout import CountedDropout
 from pangu_sigma.model.embedding import WordEmbedding
@@ -67,7 +67,7 @@ class PanGuSigma(nn.Cell):
         self.bounds = signature.bounds
         self.embedding = Embedding(model, vocab, layout)
         self.embedding_dropout = CountedDropout(model.dropout, -1, "embedding")
-        self.mask = CausalMask(model.heads)
+        self.mask = masking(model.heads, layout, model.attention.dropout)
         places = {place: index for index, place in enumerate(model.sparse_prefixes)}
         self.place_of_block = tuple(places.get(f"blocks.{i}", -1) for i in range(model.blocks))
         self.place_of_query = places.get("query_layer", -1)

@@ -21,11 +21,17 @@ class PlaceSignature:
     slots: int
     learned: bool
     jitter: bool
+    compiled: bool = False
 
     @property
     def routing(self) -> int:
-        """Number of routing inputs: rows of each slot and of the dropped plus positions, or the gate's noise."""
-        return int(self.jitter) if self.learned else self.slots + 2
+        """Number of routing inputs: the plan of a table router, or the gate's noise.
+
+        A plan is order and offsets for compiled networks, else rows of each slot and of the dropped plus positions.
+        """
+        if self.learned:
+            return int(self.jitter)
+        return 2 if self.compiled else self.slots + 2
 
     @property
     def weights(self) -> int:
@@ -43,7 +49,6 @@ class FlatSignature:
     length: int
     hidden: int
     ffn: int
-    choices: int = 1
 
     @property
     def bounds(self) -> tuple[tuple[int, int, int], ...]:
@@ -68,9 +73,11 @@ class FlatSignature:
             tensors.append(Tensor(shape=list(self.slot_table), dtype=ms.float32))
         tokens = self.batch * self.length
         for place in self.places:
-            if not place.learned:
+            if not place.learned and place.compiled:
+                tensors += [Tensor(shape=[n], dtype=ms.int32) for n in (tokens, place.slots + 1)]
+            elif not place.learned:
                 tensors += [Tensor(shape=[None], dtype=ms.int32) for _ in range(place.slots + 1)]
-                tensors.append(Tensor(shape=[tokens, self.choices], dtype=ms.int32))
+                tensors.append(Tensor(shape=[tokens, 1], dtype=ms.int32))
             elif place.jitter:
                 tensors.append(Tensor(shape=[tokens, self.hidden], dtype=ms.float32))
             shapes = expert_shapes(self.hidden, self.ffn).values()

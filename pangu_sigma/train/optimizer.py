@@ -10,10 +10,10 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from pangu_sigma.config import Config
-from pangu_sigma.model.build import SLOTS, Model
+from pangu_sigma.model.build import Model
 from pangu_sigma.train.step import SharedUpdate
-from rre.adamw import AdamWHyper, square_sum
-from rre.experts import TENSORS_PER_EXPERT
+from rre.adamw import AdamWHyper
+from rre.store import DeviceStore
 
 
 @dataclass
@@ -36,19 +36,14 @@ class Gradients:
             self.experts[key] = tensors if mine is None else [a + b for a, b in zip(mine, tensors, strict=True)]
         self.shared_squares = None
 
-    def norm(self) -> float:
+    def norm(self, store: DeviceStore) -> float:
         """Global norm over shared and activated expert gradients, as float32 sums per tensor or block of one."""
         shared = self.shared_squares
         if shared is None:
             half_square = ops.L2Loss()
             shared = sum(2.0 * float(half_square(t).asnumpy()) for t in self.shared)
-        experts = sum(square_sum(t.asnumpy()) for tensors in self.experts.values() for t in tensors)
+        experts = store.square_sum([t for tensors in self.experts.values() for t in tensors])
         return math.sqrt(shared + experts) if shared + experts >= 0 else math.nan
-
-
-def place_tensors(place: str) -> tuple[str, ...]:
-    """Names of the tensors that one expert (or embedding slot) of a place has, in the graph's order."""
-    return ("word",) if place == SLOTS else TENSORS_PER_EXPERT
 
 
 class Optimizer:

@@ -16,9 +16,12 @@ from pangu_sigma.model.inputs import PlannedBatch, Planner
 from pangu_sigma.train.accounting import Accounting
 from pangu_sigma.train.flops import flops_per_token
 from pangu_sigma.train.loss_scale import LossScale
-from pangu_sigma.train.optimizer import Gradients, Optimizer, place_tensors
+from pangu_sigma.train.optimizer import Gradients, Optimizer
 from pangu_sigma.train.schedule import Phase, learning_rate, phase_at
 from pangu_sigma.train.step import GradientStep
+from rre.experts import TENSORS_PER_EXPERT
+
+TENSORS = len(TENSORS_PER_EXPERT)
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Trainer:
             else:
                 gradients.add(part)
         loss = loss_sum / total
-        norm = gradients.norm() / scale
+        norm = gradients.norm(self.model.store) / scale
         finite = math.isfinite(loss) and math.isfinite(norm)
         if not finite:
             return StepResult(loss, norm, rate, False, self.loss_scale.overflow())
@@ -142,11 +145,10 @@ class Trainer:
             at = 1
         owner = np.repeat(groups.names, groups.sizes)
         for layer, place in enumerate(self.signature.places):
-            width = len(place_tensors(place.name))
             plan = batch.plans[layer]
             received = rows[layer].sum(axis=0) if plan is None else plan.counts
             for slot in range(place.slots):
                 if received[slot] > 0 and owner[slot] in phase.domains:
-                    found[(place.name, slot)] = list(by_expert[at : at + width])
-                at += width
+                    found[(place.name, slot)] = list(by_expert[at : at + TENSORS])
+                at += TENSORS
         return found

@@ -7,7 +7,7 @@ Both hand on the same small structure, so dispatch and experts do not know which
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from mindspore import nn
@@ -17,14 +17,11 @@ from mindspore import nn
 class Assignment:
     """What a router decided for T tokens.
 
-    `expert_ids` int [T, k], DROPPED for a choice that overflowed; `weights` float32 [T, k] or None for 1; `auxiliary`
-    the loss to add (already weighted); `metrics` figures by name.
+    `expert_ids` int [T, k], DROPPED for a choice that overflowed. Combine weights are 1 and there is no loss to add:
+    a router that needs either decides inside the graph.
     """
 
     expert_ids: np.ndarray
-    weights: np.ndarray | None = None
-    auxiliary: float = 0.0
-    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,8 @@ class Router:
     """Base of all routers of one sparse layer.
 
     `learned` says where the assignment is made: False -> `assign` on the host, True -> in the graph. `cell()` gives the
-    part inside the graph, called as `cell(x_TD, routing) -> (rows, position, combine weights or None, auxiliary loss,
-    kept rows [B, E] where the gate is learned)`.
+    part inside the graph, called as `cell(x_TD, routing) -> (plan, combine weights or None, auxiliary loss, kept rows
+    [B, E] where the gate is learned)`; a plan is what the networks of the layer take (see `rre.layer`).
     """
 
     learned = False

@@ -9,7 +9,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
 from parallel.layout import Layout
-from rre.dispatch import PlanInGraph
+from rre.dispatch import plan_in_graph
 from rre.routers.base import Groups, Router
 
 
@@ -68,7 +68,7 @@ class SwitchGate(nn.Cell):
         self.cast = layout(ops.Cast(), (1, 1))
         self.cumulative = layout(ops.CumSum(), (1, 1))
         self.select = layout(ops.Select(), (1,), (1,), (1,))
-        self.plan = PlanInGraph(self.experts, layout)
+        self.plan = plan_in_graph(self.experts, layout)
         self.on, self.off = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
 
     def construct(self, x: Tensor, routing: tuple[Tensor, ...]):
@@ -88,5 +88,4 @@ class SwitchGate(nn.Cell):
             fits = self.cast(self.less_equal(rank, float(capacity)), ms.float32)
             hits = self.mul(hits, fits.reshape(tokens, self.experts))
             chosen = self.select(self.sum(hits, 1) > 0.0, chosen, ops.fill(ms.int32, (tokens,), self.experts))
-        rows, position = self.plan(chosen.reshape(-1, 1))
-        return rows, position, probability, auxiliary, self.sum(hits.reshape(-1, self.length, self.experts), 1)
+        return self.plan(chosen.reshape(-1, 1)), probability, auxiliary, self.sum(hits.reshape(-1, self.length, self.experts), 1)

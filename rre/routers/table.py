@@ -13,7 +13,6 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
-from parallel.layout import Layout
 from rre.counted import key64, uniform
 from rre.dispatch import drop_overflow
 from rre.routers.base import Assignment, Groups, Router
@@ -32,7 +31,6 @@ class TableRouter(Router):
         groups: Groups,
         tables: dict[str, np.ndarray],
         layer: int,
-        layout: Layout,
         seed: int = 0,
         resample: bool = False,
         capacity_factor: float | None = None,
@@ -40,7 +38,6 @@ class TableRouter(Router):
         self.groups = groups
         self.tables = tables
         self.layer = layer
-        self.layout = layout
         self.seed = seed
         self.resample = resample
         self.capacity_factor = capacity_factor
@@ -70,8 +67,7 @@ class TableRouter(Router):
 
 
 class PlannedOutside(nn.Cell):
-    """Inside the graph a table router hands on its plan: `routing` is rows of N slots and of the dropped, position."""
+    """Inside the graph a table router hands on its plan, which is all of `routing`."""
 
     def construct(self, x: Tensor, routing: tuple[Tensor, ...]):
-        rows, position = routing[:-1], routing[-1]
-        return rows, position, None, Tensor(0.0, ms.float32), Tensor([0.0], ms.float32)
+        return routing, None, Tensor(0.0, ms.float32), Tensor([0.0], ms.float32)

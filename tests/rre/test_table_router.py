@@ -22,7 +22,7 @@ SAMPLES = np.array([11, 5, 8, 3, 21, 0])
 
 
 def router(**options) -> TableRouter:
-    return TableRouter(GROUPS, TABLES, 2, Layout(), seed=4, **options)
+    return TableRouter(GROUPS, TABLES, 2, seed=4, **options)
 
 
 def assign(of: TableRouter, which=slice(None), step: int = 3, training: bool = True) -> np.ndarray:
@@ -62,7 +62,7 @@ def test_capacity_is_per_sample_and_domain_whatever_else_is_in_the_batch(factor)
 def test_capacity_takes_the_earlier_tokens_and_evaluation_drops_none():
     same = TABLES["law"].copy()
     same[:] = 1
-    one = TableRouter(GROUPS, TABLES | {"law": same}, 2, Layout(), capacity_factor=1.0)
+    one = TableRouter(GROUPS, TABLES | {"law": same}, 2, capacity_factor=1.0)
     ids = one.assign(TOKENS[2:3], DOMAIN[2:3], 0, SAMPLES[2:3], True).expert_ids.reshape(-1)
     np.testing.assert_array_equal(ids, [5] * (LENGTH // 2) + [DROPPED] * (LENGTH // 2))
     assert (one.assign(TOKENS[2:3], DOMAIN[2:3], 0, SAMPLES[2:3], False).expert_ids == 5).all()
@@ -76,8 +76,8 @@ def test_resampling_is_counted_by_step_and_sample_and_independent_of_the_place_i
     np.testing.assert_array_equal(assign(resampling, order), ids[order])
     np.testing.assert_array_equal(assign(resampling, [4])[0], ids[4])
     assert not np.array_equal(assign(resampling, step=4), ids)
-    assert not np.array_equal(assign(TableRouter(GROUPS, TABLES, 3, Layout(), 4, True)), ids)
-    assert not np.array_equal(assign(TableRouter(GROUPS, TABLES, 2, Layout(), 5, True)), ids)
+    assert not np.array_equal(assign(TableRouter(GROUPS, TABLES, 3, 4, True)), ids)
+    assert not np.array_equal(assign(TableRouter(GROUPS, TABLES, 2, 5, True)), ids)
 
 
 def test_resampling_draws_every_occurrence_uniformly_from_the_domains_group():

@@ -1,0 +1,223 @@
+/* Feed-forward networks of one layer, each on the rows that it was given: gather, two products, scatter.
+ *
+ * Legend: T tokens, k choices per token, C = T k choices, N slots (an expert's weights), D hidden, F inner width.
+ * `order` int32 [C] lists choices slot by slot (token * k + choice), the dropped ones last; slot s has those from
+ * offsets[s] to offsets[s + 1]. A dense layer is one slot with all rows.
+ */
+#include "kernels.h"
+
+#include <string.h>
+
+#define ROWS 256
+#define WEIGHT_ROWS 128 /* rows of an up-projection's gradient in a task; of a down-projection's, F / D times as many */
+
+enum { FAST_GELU = 0, GELU = 1 };
+
+typedef struct {
+    const float *x, *dy, *kept;
+    const int32_t *order, *offsets;
+    float *y, *inner, *dx, *activated, *dinner, *rows_in, *dy_rows;
+    float **weights, **gradients; /* up weight, up bias, down weight, down bias of each slot */
+    int64_t tokens, choices, chosen, slots, hidden, ffn, block, blocks, up_parts, down_parts, down_rows;
+    int activation, exact, failed;
+} network;
+
+MULTIVERSION static void activate(float *out, float *u, const float *bias, int64_t rows, int64_t n, int kind) {
+    for (int64_t r = 0; r < rows; r++, u += n, out += n)
+        if (kind == FAST_GELU)
+            for (int64_t i = 0; i < n; i++) {
+                u[i] += bias[i];
+                out[i] = u[i] / (1.0f + fast_exp(-1.702f * u[i]));
+            }
+        else
+            for (int64_t i = 0; i < n; i++) {
+                u[i] += bias[i];
+                out[i] = u[i] / (1.0f + fast_exp(-1.5957691216f * (u[i] + 0.044715f * u[i] * u[i] * u[i])));
+            }
+}
+
+/* u -> activation in `out`; d (gradient of the activation) -> gradient of u, in place. */
+MULTIVERSION static void deactivate(float *out, float *d, const float *u, int64_t count, int kind) {
+    if (kind == FAST_GELU)
+        for (int64_t i = 0; i < count; i++) {
+            float gate = 1.0f / (1.0f + fast_exp(-1.702f * u[i]));
+            out[i] = u[i] * gate;
+            d[i] *= gate + 1.702f * u[i] * gate * (1.0f - gate);
+        }
+    else
+        for (int64_t i = 0; i < count; i++) {
+            float square = u[i] * u[i];
+            float gate = 1.0f / (1.0f + fast_exp(-1.5957691216f * (u[i] + 0.044715f * u[i] * square)));
+            out[i] = u[i] * gate;
+            d[i] *= gate + u[i] * gate * (1.0f - gate) * 1.5957691216f * (1.0f + 3.0f * 0.044715f * square);
+        }
+}
+
+MULTIVERSION static void add_bias(float *y, const float *bias, int64_t n) {
+    for (int64_t i = 0; i < n; i++) y[i] += bias[i];
+}
+
+MULTIVERSION static void sum_rows(float *sum, const float *y, int64_t rows, int64_t n) {
+    for (int64_t i = 0; i < n; i++) sum[i] = 0.0f;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < n; i++) sum[i] += y[r * n + i];
+}
+
+/* The slot of a row block, and its first row: blocks are numbered slot by slot. Returns 0 behind the last. */
+static int find_block(const network *a, int64_t index, int64_t *slot, int64_t *first, int64_t *rows) {
+    for (int64_t s = 0; s < a->slots; s++) {
+        int64_t own = a->offsets[s + 1] - a->offsets[s], blocks = parts(own, a->block);
+        if (index < blocks) {
+            *slot = s;
+            *first = a->offsets[s] + index * a->block;
+            *rows = smaller(a->block, a->offsets[s + 1] - *first);
+            return 1;
+        }
+        index -= blocks;
+    }
+    return 0;
+}
+
+static int64_t count_blocks(const network *a) {
+    int64_t blocks = 0;
+    for (int64_t s = 0; s < a->slots; s++) blocks += parts(a->offsets[s + 1] - a->offsets[s], a->block);
+    return blocks;
+}
+
+/* Rows past the slot's are zero, so that an exact block has the same shape whatever is in it. */
+static void gather(float *out, const float *from, const network *a, int64_t first, int64_t rows, int64_t filled,
+                   int64_t divisor) {
+    for (int64_t r = 0; r < rows; r++)
+        memcpy(out + r * a->hidden, from + a->order[first + r] / divisor * a->hidden, a->hidden * sizeof(float));
+    memset(out + rows * a->hidden, 0, (filled - rows) * a->hidden * sizeof(float));
+}
+
+static void forward(void *context, int64_t index, int worker) {
+    network *a = context;
+    int64_t slot, first, rows, d = a->hidden, f = a->ffn;
+    if (index >= a->blocks) { /* the dropped choices take no part: their result is zero */
+        for (int64_t c = a->offsets[a->slots]; c < a->choices; c++)
+            memset(a->y + a->order[c] * d, 0, d * sizeof(float));
+        return;
+    }
+    if (!find_block(a, index, &slot, &first, &rows)) return;
+    int64_t filled = a->exact ? a->block : rows;
+    float *x = scratch(worker, (size_t)(a->block * (2 * d + 2 * f)));
+    if (!x) {
+        a->failed = 1;
+        return;
+    }
+    float *y = x + a->block * d, *activated = y + a->block * d, *inner = activated + a->block * f;
+    float **w = a->weights + 4 * slot;
+    gather(x, a->x, a, first, rows, filled, a->chosen);
+    gemm(0, 0, filled, f, d, x, d, w[0], f, 0.0f, inner, f);
+    activate(activated, inner, w[1], filled, f, a->activation);
+    if (a->inner) memcpy(a->inner + first * f, inner, rows * f * sizeof(float));
+    gemm(0, 0, filled, d, f, activated, f, w[2], d, 0.0f, y, d);
+    for (int64_t r = 0; r < rows; r++) {
+        add_bias(y + r * d, w[3], d);
+        memcpy(a->y + a->order[first + r] * d, y + r * d, d * sizeof(float));
+    }
+}
+
+static void describe(network *a, void **tensors, int64_t **shapes, const int32_t *settings) {
+    a->x = tensors[0], a->order = tensors[1], a->offsets = tensors[2];
+    a->tokens = shapes[0][0], a->hidden = shapes[0][1], a->choices = shapes[1][0], a->slots = shapes[2][0] - 1;
+    a->chosen = a->choices / a->tokens;
+    a->activation = settings[0], a->exact = settings[1] > 0;
+    a->block = a->exact ? settings[1] : ROWS;
+    a->ffn = a->slots ? shapes[4][1] : 0;
+    a->blocks = count_blocks(a);
+}
+
+/* x [T, D], order [C], offsets [N + 1], settings int32 [2] (activation; rows of an exact block or 0), 4 N weights
+ * -> y [C, D] by choice, u [C, F] before the activation, in order */
+KERNEL(pangu_sigma_feed_forward) {
+    network a = {0};
+    if (count < 10 || (count - 6) % 4) return WRONG_INPUT;
+    if (!gemm_ready()) return NO_MATRIX_PRODUCT;
+    describe(&a, tensors, shapes, tensors[3]);
+    if (count != 6 + 4 * a.slots) return WRONG_INPUT;
+    a.weights = (float **)tensors + 4;
+    a.y = tensors[count - 2], a.inner = tensors[count - 1];
+    run_tasks(forward, &a, a.blocks + 1);
+    return a.failed ? OUT_OF_MEMORY : OK;
+}
+
+static void backward_rows(void *context, int64_t index, int worker) {
+    network *a = context;
+    int64_t slot, first, rows, d = a->hidden, f = a->ffn;
+    if (index >= a->blocks) {
+        for (int64_t c = a->offsets[a->slots]; c < a->choices; c++)
+            memset(a->dx + a->order[c] * d, 0, d * sizeof(float));
+        return;
+    }
+    if (!find_block(a, index, &slot, &first, &rows)) return;
+    float **w = a->weights + 4 * slot, *dx = scratch(worker, (size_t)(a->block * d));
+    if (!dx) {
+        a->failed = 1;
+        return;
+    }
+    float *x = a->rows_in + first * d, *dy = a->dy_rows + first * d, *dinner = a->dinner + first * f;
+    gather(x, a->x, a, first, rows, rows, a->chosen);
+    gather(dy, a->dy, a, first, rows, rows, 1);
+    gemm(0, 1, rows, f, d, dy, d, w[2], d, 0.0f, dinner, f);
+    deactivate(a->activated + first * f, dinner, a->kept + first * f, rows * f, a->activation);
+    gemm(0, 1, rows, d, f, dinner, f, w[0], f, 0.0f, dx, d);
+    for (int64_t r = 0; r < rows; r++)
+        memcpy(a->dx + a->order[first + r] * d, dx + r * d, d * sizeof(float));
+}
+
+static void backward_weights(void *context, int64_t index, int worker) {
+    network *a = context;
+    int64_t each = a->up_parts + a->down_parts, slot = index / each, part = index % each;
+    int64_t first = a->offsets[slot], rows = a->offsets[slot + 1] - first, d = a->hidden, f = a->ffn;
+    if (rows == 0) return; /* nobody reads the gradient of an expert that took no part */
+    float **g = a->gradients + 4 * slot;
+    const float *dinner = a->dinner + first * f, *dy = a->dy_rows + first * d;
+    if (part < a->up_parts) {
+        int64_t start = part * WEIGHT_ROWS, size = smaller(WEIGHT_ROWS, d - start);
+        gemm(1, 0, size, f, rows, a->rows_in + first * d + start, d, dinner, f, 0.0f, g[0] + start * f, f);
+        if (part == 0) sum_rows(g[1], dinner, rows, f);
+    } else {
+        int64_t start = (part - a->up_parts) * a->down_rows, size = smaller(a->down_rows, f - start);
+        gemm(1, 0, size, d, rows, a->activated + first * f + start, f, dy, d, 0.0f, g[2] + start * d, d);
+        if (start == 0) sum_rows(g[3], dy, rows, d);
+    }
+}
+
+/* x, order, offsets, settings, 4 N weights, u [C, F], dy [C, D]
+ * -> dx [C, D] by choice, 4 N gradients, then four spaces to work in: [C, F], [C, F], [C, D], [C, D] */
+KERNEL(pangu_sigma_feed_forward_gradient) {
+    network a = {0};
+    if (count < 19 || (count - 11) % 8) return WRONG_INPUT;
+    if (!gemm_ready()) return NO_MATRIX_PRODUCT;
+    describe(&a, tensors, shapes, tensors[3]);
+    if (count != 11 + 8 * a.slots) return WRONG_INPUT;
+    int64_t at = 4 + 4 * a.slots;
+    a.weights = (float **)tensors + 4;
+    a.kept = tensors[at], a.dy = tensors[at + 1], a.dx = tensors[at + 2];
+    a.gradients = (float **)tensors + at + 3;
+    a.activated = tensors[count - 4], a.dinner = tensors[count - 3];
+    a.rows_in = tensors[count - 2], a.dy_rows = tensors[count - 1];
+    a.block = ROWS, a.blocks = count_blocks(&a);
+    a.down_rows = parts(WEIGHT_ROWS * a.ffn, a.hidden);
+    a.up_parts = parts(a.hidden, WEIGHT_ROWS), a.down_parts = parts(a.ffn, a.down_rows);
+    run_tasks(backward_rows, &a, a.blocks + 1);
+    run_tasks(backward_weights, &a, a.slots * (a.up_parts + a.down_parts));
+    return a.failed ? OUT_OF_MEMORY : OK;
+}
+
+/* expert ids int32 [C], E for a dropped choice -> order [C], offsets [E + 1]: a stable sort by expert */
+KERNEL(pangu_sigma_plan) {
+    if (count != 3) return WRONG_INPUT;
+    const int32_t *ids = tensors[0];
+    int32_t *order = tensors[1], *offsets = tensors[2];
+    int64_t choices = shapes[0][0], experts = shapes[2][0] - 1, at = 0;
+    for (int64_t e = 0; e <= experts; e++) {
+        offsets[e] = (int32_t)at;
+        for (int64_t c = 0; c < choices; c++)
+            if (ids[c] == e) order[at++] = (int32_t)c;
+    }
+    return at == choices ? OK : WRONG_INPUT;
+}
