@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from extract.command import extract
 from pangu_sigma.errors import UserError
 from pangu_sigma.version import VERSION
 
@@ -145,6 +146,9 @@ def generate(
             model, domain=domain, prompt=prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed
         )
     )
+
+
+app.command(short_help="Cut domains out of a model.")(extract)
 
 
 @app.command(short_help="Draw a run as one HTML file.")
