@@ -82,7 +82,7 @@ def model_card(cut: Cut, bytes_written: int, quality: Measured | None, found: Ve
             else ", ".join(f"{' or '.join(map(str, sizes[d]))} ({d})" for d in cut.domains)
         )
         + " |",
-        f"| stored as | {cut.dtype or 'the parent stores it'}, {human_bytes(bytes_written)} |",
+        f"| stored as | {_types(cut)}, {human_bytes(bytes_written)} |",
         f"| vocabulary, longest sequence | {config.model.vocab_size:,} ids, {config.model.positions:,} tokens |",
         f"| tokenizer's fingerprint | `{parent.fingerprints.tokenizer}` |",
         f"| cut by | pangu-sigma {VERSION} |",
@@ -103,6 +103,12 @@ def model_card(cut: Cut, bytes_written: int, quality: Measured | None, found: Ve
         "",
     ]
     return "\n".join(lines)
+
+
+def _types(cut: Cut) -> str:
+    """The element types of the weights."""
+    stored = {cut.stored_type(source) for name, source in cut.sources.items() if not name.endswith(".routing")}
+    return ", ".join(sorted(stored))
 
 
 def _quality(cut: Cut, quality: Measured | None, found: Verification | None) -> list[str]:
@@ -134,8 +140,7 @@ def _quality(cut: Cut, quality: Measured | None, found: Verification | None) -> 
 def _verification(cut: Cut, found: Verification | None) -> str:
     if found is None:
         return "Not verified (`--no-verify`); every copied byte was checked against the parent's hashes."
-    text = (
-        f"The {found.line()} (float32 on {found.device}, batches of {found.batch_size} × {found.sequence_length}). "
-        "Details are in `verification.json`."
+    return (
+        f"This model beside its parent, computed in {found.precision} on {found.device} in batches of "
+        f"{found.batch_size} × {found.sequence_length} tokens: {found.line()}. Details are in `verification.json`."
     )
-    return text[0].upper() + text[1:]

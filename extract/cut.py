@@ -71,7 +71,7 @@ class Cut:
     def converts(self) -> bool:
         """Whether any weight is stored in another type than the parent's."""
         tensors = self.parent.manifest.tensors
-        return any(self._dtype(source) != tensors[source].dtype for source in self.sources.values())
+        return any(self.stored_type(source) != tensors[source].dtype for source in self.sources.values())
 
     @cached_property
     def sources(self) -> dict[str, str]:
@@ -167,9 +167,10 @@ class Cut:
 
     def _spec(self, name: str, source: str) -> TensorSpec:
         shape = self.parent.manifest.tensors[source].shape
-        return TensorSpec(name, self._dtype(source), shape[1:] if self.fold and ".experts." in source else shape)
+        return TensorSpec(name, self.stored_type(source), shape[1:] if self.fold and ".experts." in source else shape)
 
-    def _dtype(self, source: str) -> str:
+    def stored_type(self, source: str) -> str:
+        """The element type in which the parent's tensor `source` is stored in the sub-model."""
         own = self.parent.manifest.tensors[source].dtype
         return self.dtype if self.dtype is not None and own in FLOATS else own
 

@@ -76,9 +76,9 @@ class Verification:
         count = sum(self.sequences.values())
         mixed = f" in batches that mix {len(self.domains_mixed)} domains" if len(self.domains_mixed) > 1 else ""
         weights = f"{self.tensors_compared - len(self.different_tensors)} of {self.tensors_compared} tensors identical"
-        return (
-            f"largest logit difference {self.largest_logit_difference:g} over {count} probe sequences{mixed}; {weights}"
-        )
+        difference = self.largest_logit_difference
+        shown = "0.0" if difference == 0 else f"{difference:.3g}"
+        return f"largest logit difference {shown} over {count} probe sequences{mixed}; {weights}"
 
 
 def verify(
@@ -101,7 +101,7 @@ def verify(
             f"{parent.path} holds no probe sequences of domain {missing[0]} (checkpoint.probe_sequences is 0), so "
             "nothing can be verified: use --no-verify"
         )
-    different = compare_tensors(parent, sub, cut)
+    compared, different = compare_tensors(parent, sub, cut)
     full, small = trained_from(parent, device, "float32"), trained_from(sub, device, "float32")
     batches = mixed_batches(probe, cut.domains)
     ours, theirs = _Logits(small, cut.domains), _Logits(full, parent.domains)
@@ -132,7 +132,7 @@ def verify(
         sequence_length=full.model.config.data.sequence_length,
         batch_size=BATCH,
         domains_mixed=tuple(dict.fromkeys(owner for _, owners, _ in batches for owner in owners)),
-        tensors_compared=len(cut.sources),
+        tensors_compared=compared,
         different_tensors=tuple(different),
         experts_reached=_experts_reached(full, probe, cut.domains),
         probe_losses={
@@ -157,18 +157,20 @@ def demand(found: Verification) -> None:
     )
 
 
-def compare_tensors(parent: Checkpoint, sub: Checkpoint, cut: Cut) -> list[str]:
-    """Tensors of `sub` whose bytes are not those of the parent's tensor; one that has another type is left out.
+def compare_tensors(parent: Checkpoint, sub: Checkpoint, cut: Cut) -> tuple[int, list[str]]:
+    """(tensors compared, names of those of `sub` whose bytes are not the parent's); other types are left out.
 
     Compared by the manifests' hashes, which hold for what is loaded, since loading checks them.
     """
     different = sorted(set(cut.sources) ^ set(sub.names(optimizer=False)))
+    compared = len(different)
     for name, source in cut.sources.items():
         if name in different:
             continue
         mine, other = sub.manifest.tensors[name], parent.manifest.tensors[source]
         if mine.dtype != other.dtype and other.dtype in FLOATS:
             continue
+        compared += 1
         hashes = [piece.sha256 for piece in mine.slices], [piece.sha256 for piece in other.slices]
         if len(hashes[0]) == len(hashes[1]):
             same = hashes[0] == hashes[1]
@@ -176,7 +178,7 @@ def compare_tensors(parent: Checkpoint, sub: Checkpoint, cut: Cut) -> list[str]:
             same = all(a == b for a, b in zip(sub.pieces(name), parent.pieces(source), strict=True))
         if not same:
             different.append(name)
-    return different
+    return compared, different
 
 
 def mixed_batches(
