@@ -1,1 +1,1 @@
-"""What a domain's sub-model consists of inside a checkpoint."""
+"""Cutting domains out of a model: planning, copying, verifying, and the command."""

@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from extract.command import extract
+from pangu_sigma.convert.commands import import_app, upcycle, vocab_app
 from pangu_sigma.errors import UserError
 from pangu_sigma.version import VERSION
 
@@ -145,6 +147,46 @@ def generate(
             model, domain=domain, prompt=prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed
         )
     )
+
+
+app.command(short_help="Cut domains out of a model.")(extract)
+app.add_typer(import_app, name="import", short_help="Take over another model's weights.")
+app.command(short_help="Start a sparse model from a dense one.")(upcycle)
+app.add_typer(vocab_app, name="vocab", short_help="Change a model's vocabulary.")
+
+
+@app.command(short_help="Serve a model over HTTP.")
+def serve(
+    model: ModelPath,
+    domain: Annotated[
+        list[str] | None, typer.Option(help="Offer this domain only; may be given several times. All if left out.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own reach out.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            help="Token that clients must present; better set in the environment, where `ps` does not show it.",
+            envvar="PANGU_SIGMA_TOKEN",
+        ),
+    ] = None,
+    slots: Annotated[int, typer.Option(min=1, max=1024, help="Texts that are decoded together.")] = 8,
+    queue: Annotated[int, typer.Option(min=0, help="Texts that may wait for a slot; beyond, clients get 429.")] = 64,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of one answer; up to the model's window if left out.")
+    ] = None,
+    max_body: Annotated[int, typer.Option(min=1024, help="Largest request body in bytes.")] = 1 << 20,
+    grace: Annotated[float, typer.Option(min=0.0, help="Seconds that answers may go on after SIGTERM.")] = 30.0,
+) -> None:
+    """Serve a model in OpenAI's format: every domain is a model id; a page to try it is at the same address."""
+    from pangu_sigma.serving.server import serve as run_server
+    from pangu_sigma.serving.settings import Limits, Settings
+
+    limits = Limits(slots=slots, queue=queue, max_tokens=max_tokens, body_bytes=max_body, grace_seconds=grace)
+    settings = Settings(host=host, port=port, domains=tuple(domain or ()), token=token, limits=limits)
+    run_server(model, settings, say=typer.echo)
 
 
 @app.command(short_help="Draw a run as one HTML file.")

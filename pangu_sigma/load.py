@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from pangu_sigma import runtime
 from pangu_sigma.checkpoint import Checkpoint, resolve
+from pangu_sigma.checkpoint.conversion import as_float32
 from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.data.tokenizer import Tokenizer
 
@@ -58,20 +60,37 @@ def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def load_trained(path: str | Path) -> Trained:
-    """Build the model that a run folder (its last complete checkpoint) or a checkpoint folder holds.
+    """Build the model that a run folder (its last complete checkpoint), a checkpoint or a model folder holds.
 
     Raises UserError naming what is missing, damaged or changed.
     """
-    checkpoint = resolve(path)
+    return trained_from(resolve(path))
+
+
+def trained_from(checkpoint: Checkpoint, device: str | None = None, precision: str | None = None) -> Trained:
+    """Build the model of an opened checkpoint, on another device or in another precision than it was trained in.
+
+    Tensors that are stored as float16 or bfloat16 become float32. Raises UserError as `load_trained` does.
+    """
     config = stored_config(checkpoint)
+    values = config.to_dict()
+    values["run"]["device"] = device or values["run"]["device"]
+    values["train"]["precision"] = precision or values["train"]["precision"]
+    config = config_from_dict(values)
     runtime.prepare(config.run.device)
     from pangu_sigma.model.build import build_model
     from pangu_sigma.train.state import restore_model, stored_tables
 
     tokenizer = stored_tokenizer(checkpoint)
-    tensors = checkpoint.load(checkpoint.names(optimizer=False))
+    tensors = stored_weights(checkpoint)
     tables = stored_tables(tensors) or None
     model = build_model(config, config.model.vocab_size, tokenizer.eod_id, tables=tables, initialise=False)
     restore_model(model, tensors)
     run_dir = checkpoint.path.parent.parent if checkpoint.path.parent.name == "checkpoints" else None
     return Trained(model, checkpoint, tokenizer, run_dir)
+
+
+def stored_weights(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """All parameters (as float32) and routing tables of a checkpoint, without optimizer state, hash-checked."""
+    stored = checkpoint.load(checkpoint.names(optimizer=False))
+    return {name: as_float32(name, array) for name, array in stored.items()}

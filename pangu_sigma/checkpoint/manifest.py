@@ -198,6 +198,11 @@ def manifest_bytes(manifest: Manifest) -> bytes:
     return sign(json.dumps(fields, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
+def hash_of(text: bytes) -> str:
+    """The hash in the first field of a manifest's text."""
+    return text[len(_OPENING) : len(_OPENING) + 64].decode()
+
+
 def sign(text: bytes) -> bytes:
     """Puts the hash of a manifest's text into its first field (whose present value does not count)."""
     start, end = len(_OPENING), len(_OPENING) + 64

@@ -82,6 +82,11 @@ class ModelFolder:
         copied = {name: entry for file in self.copies for name, entry in file.copied.items()}
         return [*self.tensors, *(TensorSpec(name, entry.dtype, entry.shape) for name, entry in copied.items())]
 
+    @property
+    def tensor_count(self) -> int:
+        """Number of the model's tensors, copied ones included."""
+        return len(self._all_specs)
+
     @cached_property
     def cells(self) -> tuple[CoverageCell, ...]:
         """The expert groups, as the manifest lists them."""
@@ -135,7 +140,7 @@ def check_space(out: Path | str, model: ModelFolder) -> int:
     path = check_output(out)
     where = next(parent for parent in path.parents if parent.is_dir())
     return _writing(path, where).check_space(
-        [*(file.size for file in model.files), _DOCUMENT_BYTES], sum(len(file.specs) for file in model.files)
+        [*(file.size for file in model.files), _DOCUMENT_BYTES], model.tensor_count
     )
 
 

@@ -14,15 +14,25 @@ import numpy as np
 
 from pangu_sigma.checkpoint import layout
 from pangu_sigma.checkpoint.errors import CheckpointError
-from pangu_sigma.checkpoint.manifest import Fingerprints, Manifest, TensorEntry, TensorSlice, parse_manifest
+from pangu_sigma.checkpoint.manifest import (
+    Fingerprints,
+    Manifest,
+    TensorEntry,
+    TensorSlice,
+    hash_of,
+    manifest_bytes,
+    parse_manifest,
+)
 from pangu_sigma.checkpoint.tensor_file import (
     TensorSpec,
     damaged,
     digest_of_file,
     numpy_type,
     open_plain,
+    pieces,
     read_header,
     read_tensor,
+    stream_tensor,
 )
 
 
@@ -53,6 +63,11 @@ class Checkpoint:
     def fingerprints(self) -> Fingerprints:
         """Fingerprints of the tokenizer and of each domain's corpus."""
         return self.manifest.fingerprints
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of the manifest, which holds every file's hash: the identity of all that the folder holds."""
+        return hash_of(manifest_bytes(self.manifest))
 
     @cached_property
     def coverage(self) -> dict[str, dict[str, int]]:
@@ -131,6 +146,20 @@ class Checkpoint:
                 yield name, array
                 del array
 
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """A tensor's bytes in C order, in pieces of whole elements; a piece is overwritten when the next is asked for.
+
+        Memory holds a piece (a whole tensor where several processes wrote it). Raises CheckpointError naming the file,
+        after the last piece, when the bytes are not those that were saved.
+        """
+        entry = self._entry(name)
+        if len(entry.slices) > 1:
+            yield from pieces(self._read(name, True))
+            return
+        piece = entry.slices[0]
+        spec, begin = self._place(name, entry, piece)
+        yield from stream_tensor(self.path / piece.file, spec, begin, piece.sha256)
+
     def read_file(self, path: str) -> bytes:
         """The content of one small file of the folder, checked against its hash."""
         entry = self.manifest.files.get(path)
@@ -202,6 +231,11 @@ class Checkpoint:
         return array
 
     def _read_slice(self, name: str, entry: TensorEntry, piece: TensorSlice, verify: bool) -> np.ndarray:
+        spec, begin = self._place(name, entry, piece)
+        return read_tensor(self.path / piece.file, spec, begin, piece.sha256 if verify else None)
+
+    def _place(self, name: str, entry: TensorEntry, piece: TensorSlice) -> tuple[TensorSpec, int]:
+        """A slice as its file's header describes it, and where its bytes begin in the file."""
         path = self.path / piece.file
         if piece.file not in self._headers:
             file = self.manifest.files[piece.file]
@@ -209,7 +243,7 @@ class Checkpoint:
         spec, begin = self._headers[piece.file].get(name, (None, 0))
         if spec != TensorSpec(name, entry.dtype, piece.shape):
             raise damaged(path, f"tensor {name!r} in it is not as the manifest says")
-        return read_tensor(path, spec, begin, piece.sha256 if verify else None)
+        return spec, begin
 
 
 def open_checkpoint(path: Path | str, messages: Iterable[str] = ()) -> Checkpoint:

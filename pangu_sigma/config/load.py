@@ -52,6 +52,8 @@ def effective(config: Config) -> Config:
     """A configuration with absolute paths and every null that means another key's value written out; idempotent."""
     values = config.to_dict()
     values["run"]["dir"] = _absolute(values["run"]["dir"])
+    if values["run"]["init_from"]:
+        values["run"]["init_from"] = _absolute(values["run"]["init_from"])
     for domain in values["domains"]:
         domain["data"] = [_absolute(pattern) for pattern in domain["data"]]
     data, tokenizer, train = values["data"], values["data"]["tokenizer"], values["train"]

@@ -11,7 +11,7 @@ from pangu_sigma.errors import UserError
 
 # Keys that change neither a parameter, nor a moment, nor which text is drawn at the steps that both runs have.
 _ALLOWED = re.compile(
-    r"run\.(dir|log_every|tensorboard|profile.*)"
+    r"run\.(dir|init_from|log_every|tensorboard|profile.*)"
     r"|train\.(steps|stop_at|nonfinite|skip_budget)"
     r"|evaluate\..*"
     r"|checkpoint\.(every|keep)"
@@ -36,7 +36,7 @@ def changed_keys(old: Config, new: Config) -> Changes:
     configuration), which is refused; a constant schedule has no such end. The last phase may grow or shrink with
     train.steps.
     """
-    before, after = _flat(old), _flat(new)
+    before, after = flat_keys(old), flat_keys(new)
     changed = [key for key in {**before, **after} if before.get(key, _ABSENT) != after.get(key, _ABSENT)]
     may_change = {f"train.phases.{len(old.train.phases) - 1}.steps"} if old.train.phases else set()
     if old.schedule.kind == new.schedule.kind == "constant":
@@ -49,7 +49,7 @@ def check_resume(old: Config, new: Config) -> Changes:
     """The changes, all of them allowed; raises UserError that names every refused key with its old and new value."""
     changes = changed_keys(old, new)
     if changes.refused:
-        before, after = _flat(old), _flat(new)
+        before, after = flat_keys(old), flat_keys(new)
         named = "; ".join(
             f"{key} was {shown(before.get(key))} and is {shown(after.get(key))}" for key in changes.refused[:5]
         )
@@ -61,7 +61,8 @@ def check_resume(old: Config, new: Config) -> Changes:
 _ABSENT = object()
 
 
-def _flat(config: Config) -> dict[str, Any]:
+def flat_keys(config: Config) -> dict[str, Any]:
+    """Key path -> value of every key; domains are named (`domains.code.experts`), and `domains` lists their names."""
     flat: dict[str, Any] = {}
 
     def walk(value: Any, path: str) -> None:

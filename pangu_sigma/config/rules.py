@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from os.path import abspath, expanduser
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -254,6 +255,13 @@ def _known(names: set[str]) -> str:
 
 
 def _around(config: Config) -> Broken:
+    begin = config.run.init_from
+    if begin is not None and abspath(expanduser(begin)) == abspath(expanduser(config.run.dir)):
+        yield (
+            "run.init_from",
+            f"run.init_from = {begin} is the run's own folder: continue it with --resume, or choose "
+            "another run.dir",
+        )
     profile, steps = config.run.profile, config.train.steps
     if profile is not None and profile.start + profile.steps - 1 > steps:
         yield (

@@ -21,6 +21,9 @@ class RunConfig(Section):
     """Where a run lives and what it writes."""
 
     dir: Text = Field(description="The run's folder: checkpoints, metrics.jsonl, TensorBoard files, report.")
+    init_from: Text | None = Field(
+        None, description="Run, checkpoint or model folder whose weights, tables and tokenizer a new run begins with."
+    )
     seed: int = Field(1234, ge=0, le=2**31 - 1, description="Seed of every random draw.")
     device: Literal["CPU", "Ascend"] = Field("CPU", description="Where the run computes.")
     kernels: Literal["auto", "compiled", "composed"] = Field(

@@ -11,13 +11,21 @@ from pathlib import Path
 import numpy as np
 
 from pangu_sigma import runtime
-from pangu_sigma.checkpoint import Checkpoint, Fingerprints, find_latest, remove_stale, save_checkpoint
-from pangu_sigma.config import Config, check_resume, config_from_dict, parameter_counts
+from pangu_sigma.checkpoint import Checkpoint, Fingerprints, find_latest, remove_stale, resolve, save_checkpoint
+from pangu_sigma.config import (
+    Config,
+    check_resume,
+    check_start,
+    config_from_dict,
+    parameter_counts,
+    with_start_of,
+    with_tokenizer_of,
+)
 from pangu_sigma.data.corpus import Corpus, prepare_corpus
 from pangu_sigma.data.prefetch import Prefetcher
 from pangu_sigma.data.sampler import MixtureSampler
 from pangu_sigma.errors import UserError
-from pangu_sigma.load import stored_config
+from pangu_sigma.load import stored_config, stored_tokenizer, stored_weights
 from pangu_sigma.monitor.files import write_json, write_text
 from pangu_sigma.monitor.metrics import MetricsLog
 from pangu_sigma.monitor.tables import evaluation_line
@@ -59,6 +67,7 @@ class Run:
         self.resume = resume
         self.config = config
         self.progress = Progress()
+        self.start: Checkpoint | None = None
         self._open = ExitStack()
 
     def __enter__(self) -> Run:
@@ -81,11 +90,24 @@ class Run:
         messages += found
         if checkpoint is not None and not self.resume:
             raise UserError(f"{self.dir} already holds a run at step {checkpoint.step}: add --resume or set run.dir")
+        tokenizer_of: Checkpoint | None = None
         if checkpoint is not None:
             stored = stored_config(checkpoint)
+            self.config = with_start_of(self.config, stored)
+            if stored.run.init_from is not None:
+                tokenizer_of = checkpoint
             # Where the tokenizer gives the size, a changed tokenizer is refused below, by its name.
             check_resume(stored, _with_vocabulary_size(self.config, stored.model.vocab_size))
-        self.corpus = self._corpus()
+        elif self.config.run.init_from is not None:
+            tokenizer_of = self.start = resolve(self.config.run.init_from)
+            model = stored_config(self.start)
+            check_start(model, self.config)
+            self.config = with_tokenizer_of(self.config, model)
+            messages.append(
+                f"begins with the weights, tables and tokenizer of {self.start.path} (step {self.start.step}); the "
+                "optimizer's state starts fresh"
+            )
+        self.corpus = self._corpus(tokenizer_of)
         if checkpoint is not None:
             checkpoint.check_fingerprints(
                 tokenizer=self.corpus.tokenizer.fingerprint,
@@ -109,7 +131,9 @@ class Run:
         counts = parameter_counts(self.config, self.model.vocab)
         write_json(self.dir / "summary.json", {"parameters": counts.to_dict(), "vocabulary": self.model.vocab})
 
-    def _corpus(self) -> Corpus:
+    def _corpus(self, tokenizer_of: Checkpoint | None) -> Corpus:
+        """The domains' text; with the tokenizer that a checkpoint holds, or else the configured one."""
+        tokenizer = stored_tokenizer(tokenizer_of) if tokenizer_of is not None else None
         with ExitStack() as jobs:
             running: dict[tuple[str, str], object] = {}
 
@@ -121,24 +145,26 @@ class Run:
                     running[key] = jobs.enter_context(progress(f"{stage} {domain}", total or None, unit="documents"))
                 running[key].set(done)
 
-            return prepare_corpus(self.config, progress=advance)
+            return prepare_corpus(self.config, tokenizer, progress=advance)
 
     def _build(self, checkpoint: Checkpoint | None) -> None:
         from pangu_sigma.evaluate import Evaluator
         from pangu_sigma.model.build import build_model
-        from pangu_sigma.train.state import stored_tables
+        from pangu_sigma.train.state import restore_model, stored_tables
         from pangu_sigma.train.trainer import Trainer
 
         tokenizer = self.corpus.tokenizer
-        tensors = checkpoint.load() if checkpoint else {}
+        tensors = checkpoint.load() if checkpoint else stored_weights(self.start) if self.start else {}
         self.model = build_model(
             self.config,
             self.config.model.vocab_size,
             tokenizer.eod_id,
             tables=stored_tables(tensors) or None,
             token_counts={s.name: padded(s.token_counts, self.config.model.vocab_size) for s in self.corpus.stores},
-            initialise=checkpoint is None,
+            initialise=not tensors,
         )
+        if self.start:
+            restore_model(self.model, tensors)
         self.trainer = Trainer(self.model)
         self.heldout = self.corpus.heldout()
         self.unigram = self.corpus.unigram_losses()

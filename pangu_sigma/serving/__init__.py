@@ -1,0 +1,1 @@
+"""A model over HTTP in OpenAI's format: one thread owns the engine, an event loop speaks to the clients."""

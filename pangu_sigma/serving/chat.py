@@ -1,0 +1,19 @@
+"""The plain template that turns a conversation into a text. The models are no assistants: they continue it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pangu_sigma.serving.schema import Message
+
+# Where the next turn of somebody else would begin, the answer is over.
+STOPS = ("\nUser:", "\nSystem:")
+_NAMES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
+
+
+def as_text(messages: Sequence[Message]) -> str:
+    """`User: …`, a line a turn, and `Assistant:` at the end; an assistant's last turn is continued instead."""
+    turns = [f"{_NAMES[message.role]}: {message.text}" for message in messages]
+    if messages[-1].role != "assistant":
+        turns.append("Assistant:")
+    return "\n".join(turns)

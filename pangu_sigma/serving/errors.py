@@ -1,0 +1,84 @@
+"""Errors as OpenAI's clients expect them: a status and `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+
+from starlette.responses import Response
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "invalid_request_error",
+    413: "invalid_request_error",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
+
+
+class ApiError(Exception):
+    """A refusal: HTTP `status`, a sentence, the request's field it concerns, and a code for programs."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict:
+        """The JSON object that the client gets; also the payload of an error inside a stream."""
+        kind = _TYPES.get(self.status, "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        """The HTTP answer. Plain ASCII, since what it quotes may be no valid Unicode."""
+        text = json.dumps(self.body(), ensure_ascii=True)
+        return Response(text, self.status, self.headers, media_type="application/json")
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """The client's mistake."""
+    return ApiError(400, message, param, code)
+
+
+def busy(retry_after: int) -> ApiError:
+    """The queue is full; `retry_after` in seconds."""
+    return ApiError(
+        429,
+        f"all slots and the queue are taken; try again in {retry_after} s",
+        code="queue_full",
+        headers={"Retry-After": str(retry_after)},
+    )
+
+
+def shutting_down() -> ApiError:
+    """The server drains: it finishes what runs and takes nothing new."""
+    return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Connection": "close"})
+
+
+def internal() -> ApiError:
+    """A fault of the server; its own log has the reason."""
+    return ApiError(500, "the server met an internal error; its log says more", code="internal_error")
+
+
+def unknown_model(wanted: str, offered: Sequence[str]) -> ApiError:
+    """A model id that is no domain of the served model."""
+    near = get_close_matches(wanted[:200], offered, n=1, cutoff=0.0)
+    return ApiError(
+        404,
+        f"the model '{wanted[:80]}' does not exist; did you mean '{near[0]}'? GET /v1/models lists all",
+        param="model",
+        code="model_not_found",
+    )

@@ -1,0 +1,227 @@
+"""The server as a process: its socket, the model behind it, signals, draining, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from pangu_sigma.checkpoint import Checkpoint, resolve
+from pangu_sigma.errors import UserError
+from pangu_sigma.generation import Request, Sampling, pick_domain
+from pangu_sigma.load import stored_config
+from pangu_sigma.serving.app import create_app
+from pangu_sigma.serving.metrics import Metrics
+from pangu_sigma.serving.scheduler import Engine, Scheduler
+from pangu_sigma.serving.settings import TOKEN_VARIABLE, Settings
+from pangu_sigma.serving.work import Desk
+
+# Connections at once, idle ones included; answers are bounded by slots and queue long before.
+_MOST_CONNECTIONS = 1024
+_BACKLOG = 1024
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTED = 130
+
+
+def serve(path: str | Path, settings: Settings, say: Callable[[str], None] = print) -> None:
+    """Serve the model of a run or checkpoint folder until SIGTERM or Ctrl-C, then drain and return.
+
+    `say` prints the one line that tells the address. Raises UserError for what the user can mend, before the model is
+    loaded where that is possible; a fault of the engine later ends the server with that exception.
+    """
+    if settings.token is not None and not settings.token.strip():
+        raise UserError(f"the token is empty; give --token or {TOKEN_VARIABLE} a value, or neither")
+    checkpoint = resolve(path)
+    names = [domain.name for domain in stored_config(checkpoint).domains]
+    domains = [name for name in names if name in {pick_domain(names, d) for d in settings.domains or names}]
+    with contextlib.closing(_bound(settings)) as listening:
+        if not settings.loopback and settings.token is None:
+            print(
+                f"Warning: {settings.host} can be reached from other machines and no token is set: anybody there can "
+                f"use the model; set {TOKEN_VARIABLE} to ask for one",
+                file=sys.stderr,
+            )
+        asyncio.run(_serve(_Model(Path(path), checkpoint, tuple(domains)), settings, listening, say))
+
+
+@dataclass(frozen=True)
+class _Model:
+    path: Path
+    checkpoint: Checkpoint
+    domains: tuple[str, ...]
+
+    @property
+    def created(self) -> int:
+        return int((self.checkpoint.path / "manifest.json").stat().st_mtime)
+
+    def engine(self, slots: int) -> Engine:
+        """Load the model and write two tokens in every domain, so that what must be compiled is, and a model that
+        cannot write is found out now. For the engine's thread.
+        """
+        from pangu_sigma.generation.engine import Engine
+        from pangu_sigma.load import load_trained
+
+        trained = load_trained(self.path)
+        engine = Engine(trained.model, trained.tokenizer, slots)
+        for domain in self.domains:
+            engine.add(Request((trained.tokenizer.eod_id,), domain, Sampling(max_tokens=2, temperature=0.0)))
+        while not engine.idle:
+            engine.step()
+        return engine
+
+
+async def _serve(model: _Model, settings: Settings, listening: socket.socket, say: Callable[[str], None]) -> None:
+    limits = settings.limits
+    metrics = Metrics(model.domains, limits.slots)
+    scheduler = Scheduler(lambda: model.engine(limits.slots), limits, metrics)
+    with _signals() as stop:
+        print(f"Loading {model.path} …", file=sys.stderr, flush=True)
+        loading = asyncio.ensure_future(scheduler.start())
+        stopped = asyncio.ensure_future(stop.wait())
+        await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            _leave_now("Interrupted.")
+        engine = loading.result()
+        desk = Desk(model.domains, engine.tokenizer, engine.window, limits)
+        try:
+            # Not before now: whoever connects shall be answered. Another server may have bound the address meanwhile.
+            listening.listen(_BACKLOG)
+        except OSError as error:
+            await scheduler.stop()
+            raise _cannot_listen(settings, error) from error
+        server = _Server(create_app(scheduler, desk, metrics, settings, model.created))
+        running = asyncio.ensure_future(server.serve(sockets=[listening]))
+        failed = asyncio.ensure_future(asyncio.shield(scheduler.failed))
+        say(_startup_line(model, settings, listening, engine.window))
+        await asyncio.wait({running, stopped, failed}, return_when=asyncio.FIRST_COMPLETED)
+        if stopped.done() and not failed.done():
+            await _drain(scheduler, stop, limits.grace_seconds)
+        scheduler.abandon()
+        server.should_exit = True
+        await running
+        await scheduler.stop()
+    if failed.done():
+        raise failed.result()
+    failed.cancel()
+
+
+async def _drain(scheduler: Scheduler, stop: _Stop, seconds: float) -> None:
+    """Let running answers finish, for `seconds` at most or until a second signal."""
+    if scheduler.open:
+        print(
+            f"Draining: {scheduler.open} answers still run, {seconds:g} s at most; Ctrl-C again ends them",
+            file=sys.stderr,
+            flush=True,
+        )
+    drained = asyncio.ensure_future(scheduler.drain(seconds))
+    again = asyncio.ensure_future(stop.again.wait())
+    await asyncio.wait({drained, again}, return_when=asyncio.FIRST_COMPLETED)
+    if not (drained.done() and drained.result()):
+        print(f"Ended {scheduler.open} answers before they were whole", file=sys.stderr, flush=True)
+    drained.cancel()
+    again.cancel()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own handling of signals, which would close the socket at once and die by the signal."""
+
+    def __init__(self, app: Callable) -> None:
+        # h11: the one implementation that is always there, so that every installation behaves alike.
+        config = uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            loop="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            backlog=_BACKLOG,
+            limit_concurrency=_MOST_CONNECTIONS,
+            timeout_graceful_shutdown=5,
+        )
+        super().__init__(config)
+        # Its warnings tell of clients that speak no HTTP: nothing that whoever runs the server could mend.
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Stop:
+    """Set by the first SIGINT or SIGTERM, `again` by the second."""
+
+    def __init__(self) -> None:
+        self._asked = asyncio.Event()
+        self.again = asyncio.Event()
+
+    async def wait(self) -> None:
+        """Until the first signal."""
+        await self._asked.wait()
+
+    def ask(self) -> None:
+        """A signal came."""
+        (self.again if self._asked.is_set() else self._asked).set()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[_Stop]:
+    stop = _Stop()
+    loop = asyncio.get_running_loop()
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, stop.ask)
+    try:
+        yield stop
+    finally:
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+
+
+def _leave_now(said: str) -> None:
+    """End the process while another thread is inside MindSpore, which an orderly end would wait for or tear down."""
+    print(said, file=sys.stderr, flush=True)
+    os._exit(INTERRUPTED)
+
+
+def _bound(settings: Settings) -> socket.socket:
+    """A socket at the address. Raises UserError, before the model is loaded."""
+    try:
+        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, where = found[0]
+        listening = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise UserError(f"the host '{settings.host}' is not known here ({error.strerror}); check --host") from error
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(where)
+    except OSError as error:
+        listening.close()
+        raise _cannot_listen(settings, error) from error
+    return listening
+
+
+def _cannot_listen(settings: Settings, error: OSError) -> UserError:
+    address = f"{settings.host}:{settings.port}"
+    return UserError(
+        f"the server cannot listen on {address} ({error.strerror}); choose another --port, 0 for a free one"
+    )
+
+
+def _startup_line(model: _Model, settings: Settings, listening: socket.socket, window: int) -> str:
+    host, port = settings.host, listening.getsockname()[1]
+    base = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    slots = settings.limits.slots
+    return (
+        f"Serving {', '.join(model.domains)} of {model.path} at {base}/v1 (page: {base}/), "
+        f"{slots} at a time, window {window} tokens"
+    )
