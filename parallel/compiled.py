@@ -148,15 +148,17 @@ class CompiledFeedForward(nn.Cell):
     """x_TD, order int32 [C], offsets int32 [N + 1], 4 N weights -> (y_CD by choice, u_CF before the activation).
 
     Slot n works on the choices order[offsets[n]:offsets[n + 1]] (token * k + choice); results of choices behind the
-    last slot are zero. `exact_rows` > 0: outside training it computes in blocks of exactly so many rows, which makes a row's result
-    independent of all others; a network that is not being trained does so. The weight gradients of a slot without rows are left as the memory
-    was: whoever takes gradients must not look at them.
+    last slot are zero. `exact_rows` > 0: outside training it computes in blocks of exactly so many rows, which makes a
+    row's result independent of all others. The weight gradients of a slot without rows are left as the memory was:
+    whoever takes gradients must not look at them.
     """
 
     def __init__(self, path: str, activation: str, exact_rows: int = 0) -> None:
         super().__init__()
         self.exact = Tensor([ACTIVATIONS[activation], exact_rows], ms.int32)
         self.ragged = Tensor([ACTIVATIONS[activation], 0], ms.int32)
+
+        self.choice_sum = ops.ReduceSum()
 
         def forward_shapes(x, order, offsets, settings, *weights):
             return [order[0], x[1]], [order[0], weights[0][1]]
@@ -180,7 +182,11 @@ class CompiledFeedForward(nn.Cell):
 
     def bprop(self, x: Tensor, order: Tensor, offsets: Tensor, weights: tuple, out: tuple, dout: tuple):
         found = self.backward(x, order, offsets, self.ragged, *weights, out[1], dout[0])
-        return found[0], order, offsets, found[1 : 1 + len(weights)]
+        dx = found[0]
+        tokens, hidden = x.shape
+        if dx.shape[0] > tokens:
+            dx = self.choice_sum(dx.reshape(tokens, -1, hidden), 1)
+        return dx, order, offsets, found[1 : 1 + len(weights)]
 
 
 class CompiledPlan(nn.Cell):

@@ -25,7 +25,8 @@ class DeviceStore:
     """All experts resident, as one table [experts, …] per (place, tensor) with two tables of moments beside it.
 
     `shapes`: place (a sparse layer, or the embedding slots) -> tensor name -> shape of one expert's tensor.
-    `experts`: place -> how many. `kernels`: compiled updates, else NumPy's. Tables are zero until `initialise` or `load`.
+    `experts`: place -> how many. `kernels`: compiled updates, else NumPy's.
+    Tables are zero until `initialise` or `load`.
     """
 
     def __init__(

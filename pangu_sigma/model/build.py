@@ -45,6 +45,11 @@ class Model:
     layout: Layout
 
     @property
+    def kernels(self) -> str:
+        """Which kernels compute: "compiled" or "composed" (of MindSpore's operators)."""
+        return "compiled" if self.layout.kernels else "composed"
+
+    @property
     def learned(self) -> bool:
         """Whether the routers are learned gates."""
         return any(router.learned for router in self.routers)

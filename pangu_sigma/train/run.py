@@ -117,6 +117,7 @@ class Run:
         # Only now: whatever is wrong with the user's files shows before the framework is loaded.
         runtime.prepare(self.config.run.device, self.dir / "mindspore")
         self._build(checkpoint)
+        messages += self._kernel_messages(checkpoint)
         self.saved = checkpoint.step if checkpoint else -1
         resume_step = None if not self.resume else (checkpoint.step if checkpoint else -1)
         self.metrics = self._open.enter_context(MetricsLog(self.dir, self.config.run.tensorboard, resume_step))
@@ -187,6 +188,18 @@ class Run:
         self.trainer.optimizer.restore(tensors, int(state["shared_steps"]))
         self.trainer.loss_scale.restore(state["loss_scale"])
         self.progress = Progress(checkpoint.step, int(state["skipped"]), int(state["tokens"]))
+
+    def _kernel_messages(self, checkpoint: Checkpoint | None) -> list[str]:
+        from parallel.compiled import library
+
+        run, used = self.config.run, self.model.kernels
+        before = used if checkpoint is None else checkpoint.state.get("kernels", used)
+        messages = []
+        if run.kernels == "auto" and run.device == "CPU" and used == "composed" and library() is None:
+            messages.append("no compiled kernels in this installation: the run is slower; install again with gcc there")
+        if before != used:
+            messages.append(f"the checkpoint is of {before} kernels, this run of {used} ones: last digits may differ")
+        return messages
 
     # --- the loop
 
@@ -318,6 +331,7 @@ class Run:
                     "sampler": self.reader.state(),
                     "loss_scale": self.trainer.loss_scale.state(),
                     "shared_steps": self.trainer.optimizer.shared_steps,
+                    "kernels": self.model.kernels,
                     "skipped": self.progress.skipped,
                     "tokens": self.progress.tokens,
                 },

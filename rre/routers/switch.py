@@ -88,4 +88,5 @@ class SwitchGate(nn.Cell):
             fits = self.cast(self.less_equal(rank, float(capacity)), ms.float32)
             hits = self.mul(hits, fits.reshape(tokens, self.experts))
             chosen = self.select(self.sum(hits, 1) > 0.0, chosen, ops.fill(ms.int32, (tokens,), self.experts))
-        return self.plan(chosen.reshape(-1, 1)), probability, auxiliary, self.sum(hits.reshape(-1, self.length, self.experts), 1)
+        kept = self.sum(hits.reshape(-1, self.length, self.experts), 1)
+        return self.plan(chosen.reshape(-1, 1)), probability, auxiliary, kept

@@ -2,8 +2,10 @@
 
 import mindspore as ms
 import numpy as np
+import pytest
 from mindspore import Tensor, nn, ops
 
+from parallel.compiled import library
 from parallel.layout import Layout
 from rre.dispatch import DROPPED, plan_by_expert
 from rre.layer import SparseFeedForward
@@ -12,20 +14,20 @@ TOKENS, K, HIDDEN, FFN, EXPERTS = 10, 2, 6, 8, 3
 
 
 class GivenPlan(nn.Cell):
-    """A router's part in the graph: rows, position and combine weights all come from outside."""
+    """A router's part in the graph: plan and combine weights all come from outside."""
 
     def construct(self, x, routing):
-        return routing[:-2], routing[-2], routing[-1], Tensor(0.0, ms.float32), Tensor([0.0], ms.float32)
+        return routing[:-1], routing[-1], Tensor(0.0, ms.float32), Tensor([0.0], ms.float32)
 
 
 class Weighted(nn.Cell):
-    def __init__(self) -> None:
+    def __init__(self, layout: Layout) -> None:
         super().__init__()
-        self.layer = SparseFeedForward(GivenPlan(), Layout(), "gelu", ms.float32)
+        self.layer = SparseFeedForward(GivenPlan(), layout, "gelu", ms.float32)
 
-    def construct(self, x, combine, slopes, position, *flat):
-        rows, weights = flat[: EXPERTS + 1], flat[EXPERTS + 1 :]
-        y, _, _ = self.layer(x, rows + (position, combine), weights)
+    def construct(self, x, combine, slopes, *flat):
+        plan, weights = flat[: -4 * EXPERTS], flat[-4 * EXPERTS :]
+        y, _, _ = self.layer(x, plan + (combine,), weights)
         return (y * slopes).sum(), y
 
 
@@ -42,7 +44,11 @@ def naive(x, combine, ids, weights):
     return y
 
 
-def test_two_weighted_experts_per_token_with_dropped_choices_and_their_gradients():
+@pytest.mark.parametrize("kernels", ["composed", "compiled"])
+def test_two_weighted_experts_per_token_with_dropped_choices_and_their_gradients(kernels):
+    layout = Layout(kernels=library() if kernels == "compiled" else None)
+    if kernels == "compiled" and layout.kernels is None:
+        pytest.skip("no compiled kernels in this installation")
     draw = np.random.default_rng(0)
 
     def normal(*shape: int) -> np.ndarray:
@@ -53,9 +59,10 @@ def test_two_weighted_experts_per_token_with_dropped_choices_and_their_gradients
     x, combine, slopes = normal(TOKENS, HIDDEN), normal(TOKENS, K), normal(TOKENS, HIDDEN)
     weights = [[normal(HIDDEN, FFN), normal(FFN), normal(FFN, HIDDEN), normal(HIDDEN)] for _ in range(EXPERTS)]
     plan = plan_by_expert(ids, np.arange(EXPERTS))
-    step = ops.value_and_grad(Weighted(), (0, 1), has_aux=True)
-    flat = [Tensor(a) for a in (*plan.rows, *(w for expert in weights for w in expert))]
-    (_, y), (dx, dcombine) = step(*(Tensor(a) for a in (x, combine, slopes)), Tensor(plan.position), *flat)
+    step = ops.value_and_grad(Weighted(layout), (0, 1), has_aux=True)
+    parts = (plan.order, plan.offsets) if layout.kernels else (*plan.rows, plan.position)
+    flat = [Tensor(a) for a in (*parts, *(w for expert in weights for w in expert))]
+    (_, y), (dx, dcombine) = step(*(Tensor(a) for a in (x, combine, slopes)), *flat)
     exact = [[w.astype(np.float64) for w in expert] for expert in weights]
     np.testing.assert_allclose(y.asnumpy(), naive(x, combine, ids, exact), rtol=1e-5, atol=1e-5)
     assert (y.asnumpy()[4] == 0).all()

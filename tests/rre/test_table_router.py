@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 
-from parallel.layout import Layout
 from rre.dispatch import DROPPED
 from rre.routers import Groups, TableRouter
 from rre.tables import draw_table

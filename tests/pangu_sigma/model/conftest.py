@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pangu_sigma.config.model import ModelConfig
+from parallel.compiled import library
 from rre.routers import Groups
 from tests.pangu_sigma.model.driver import Batch, DrivenModel, make_batch, make_tensors
 
@@ -34,6 +35,9 @@ CASES = {
         32,
     ),
 }  # fmt: skip
+# These run on the compiled kernels too, as `<case>_compiled`; the others are composed of MindSpore's operators.
+COMPILED = ("dense_4_chunks", "rre", "rre_without_query_layer", "switch", "switch_capacity")
+CASES |= {f"{case}_compiled": CASES[case] for case in COMPILED}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -52,7 +56,12 @@ def driven() -> Callable[[str], tuple[DrivenModel, Batch]]:
             changes, length = CASES[case]
             config = ModelConfig(**SIZES | changes)
             tensors = make_tensors(config, VOCAB, GROUPS)
-            model = DrivenModel(config, GROUPS, tensors, VOCAB, 4, length, jitter=config.sparse.jitter > 0)
+            kernels = library() if case.endswith("_compiled") else None
+            if case.endswith("_compiled") and kernels is None:
+                pytest.skip("no compiled kernels in this installation")
+            model = DrivenModel(
+                config, GROUPS, tensors, VOCAB, 4, length, jitter=config.sparse.jitter > 0, kernels=kernels
+            )
             built[case] = model, make_batch(1, VOCAB, 4, length, len(GROUPS.names))
         return built[case]
 

@@ -13,7 +13,7 @@ from pangu_sigma.config.model import ModelConfig
 from pangu_sigma.model.pangu import Logits, PanGuSigma, TrainingLoss
 from pangu_sigma.model.signature import FlatSignature, PlaceSignature
 from parallel.layout import Layout
-from rre.dispatch import plan_by_expert, plan_in_blocks
+from rre.dispatch import plan_by_expert, plan_in_blocks, plan_present
 from rre.experts import TENSORS_PER_EXPERT
 from rre.routers import Groups, SwitchRouter, TableRouter
 from tests.oracles import pangu_numpy
@@ -102,11 +102,12 @@ class DrivenModel:
     def __init__(
         self, config: ModelConfig, groups: Groups, tensors: Mapping[str, np.ndarray], vocab: int, batch: int,
         length: int, *, blocks: int | None = None, jitter: bool = False, compute: ms.dtype = ms.float32,
+        kernels: str | None = None,
     ) -> None:  # fmt: skip
         self.config, self.groups, self.tensors, self.vocab = config, groups, tensors, vocab
         self.blocks, self.shape = blocks, (batch, length)
         self.learned = config.sparse.router == "switch"
-        layout = Layout()
+        layout = Layout(kernels=kernels)
         factor = config.sparse.capacity_factor if config.sparse.dispatch == "capacity" else None
         self.routers = []
         for index, prefix in enumerate(config.sparse_prefixes):
@@ -116,11 +117,11 @@ class DrivenModel:
                 )
             else:
                 tables = {d: tensors[f"domains.{d}.{prefix}.routing"] for d in groups.names}
-                self.routers.append(TableRouter(groups, tables, index, layout, 7, config.sparse.resample, factor))
+                self.routers.append(TableRouter(groups, tables, index, 7, config.sparse.resample, factor))
         slots = groups.total if blocks is None else blocks
         slot_table = (len(groups.names), vocab, config.hidden) if config.embedding_slots == "per_domain" else None
         self.signature = FlatSignature(
-            tuple(PlaceSignature(p, slots, self.learned, jitter) for p in config.sparse_prefixes),
+            tuple(PlaceSignature(p, slots, self.learned, jitter, bool(kernels)) for p in config.sparse_prefixes),
             slot_table, batch, length, config.hidden, config.ffn,
         )  # fmt: skip
         self.net = PanGuSigma(config, vocab, self.routers, self.signature, layout, compute)
@@ -158,9 +159,13 @@ class DrivenModel:
             experts, rows = np.arange(self.groups.total), None
             if not self.learned:
                 ids = router.assign(batch.tokens, batch.domain, step, batch.samples, training).expert_ids
-                plan = plan_by_expert(ids, experts) if self.blocks is None else plan_in_blocks(ids, self.blocks)
+                if self.blocks is None:
+                    plan = plan_by_expert(ids, experts)
+                else:
+                    plan = plan_present(ids, self.blocks) if place.compiled else plan_in_blocks(ids, self.blocks)
                 experts, rows = plan.experts, plan.counts
-                flat += [*(Tensor(r) for r in plan.rows), Tensor(plan.position)]
+                parts = (plan.order, plan.offsets) if place.compiled else (*plan.rows, plan.position)
+                flat += [Tensor(part) for part in parts]
             elif place.jitter:
                 flat.append(Tensor(noise[place.name]))
             for domain, number in map(self.owner, experts):

@@ -22,7 +22,7 @@ def test_the_batches_under_test_hold_several_documents_and_domains(driven):
     assert set(batch.domain) == {0, 1, 2}
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c != "switch_capacity"])
+@pytest.mark.parametrize("case", [c for c in CASES if "switch_capacity" not in c])
 def test_logits_agree_with_the_reference(driven, case):
     model, batch = driven(case)
     expected = model.oracle(batch).logits
@@ -33,7 +33,7 @@ def test_logits_agree_with_the_reference(driven, case):
 @pytest.mark.parametrize("case", CASES)
 def test_losses_agree_with_the_reference(driven, noise, case):
     model, batch = driven(case)
-    noise = noise if case == "switch_capacity" else None
+    noise = noise if "switch_capacity" in case else None
     objective, by_sample, auxiliary, _, _ = model.train(batch, scale=0.7, noise=noise)
     expected = model.oracle(batch, True, noise)
     counted = np.where(batch.weights > 0, expected.losses, 0.0).sum(1)
@@ -65,7 +65,7 @@ def test_capacity_drops_rows_of_random_routed_experts_in_training_and_never_in_e
 @pytest.mark.parametrize("case", ["switch", "switch_capacity"])
 def test_a_learned_gate_reports_how_many_rows_of_each_sample_every_expert_took(driven, noise, case):
     model, batch = driven(case)
-    noise = noise if case == "switch_capacity" else None
+    noise = noise if "switch_capacity" in case else None
     counts = model.train(batch, noise=noise)[3]
     expected = model.oracle(batch, True, noise).experts
     assert len(counts) == len(expected)

@@ -8,6 +8,7 @@ from pangu_sigma.train.optimizer import Gradients
 from pangu_sigma.train.step import SharedUpdate
 from parallel.layout import Layout
 from rre.adamw import AdamWHyper
+from rre.store import DeviceStore
 from tests.pangu_sigma.train.small import batch, small_trainer, tensors_now
 
 MOMENTS = ("optimizer.m.", "optimizer.v.")
@@ -46,7 +47,8 @@ def test_the_global_norm_is_numpys():
     gradients = Gradients(
         shared=(Tensor(values[0]), Tensor(values[1])), experts={("blocks.0", 1): [Tensor(values[2]), Tensor(values[3])]}
     )
-    assert gradients.norm() == pytest.approx(np.sqrt(sum((v.astype(np.float64) ** 2).sum() for v in values)), rel=1e-6)
+    expected = np.sqrt(sum((v.astype(np.float64) ** 2).sum() for v in values))
+    assert gradients.norm(DeviceStore({}, {})) == pytest.approx(expected, rel=1e-6)
 
 
 def test_micro_batches_add_up_expert_by_expert():
@@ -55,7 +57,7 @@ def test_micro_batches_add_up_expert_by_expert():
     gradients.add(Gradients((Tensor(two),), {("blocks.0", 0): [Tensor(two)], ("blocks.0", 4): [Tensor(one)]}, 1.0))
     found = {key: [t.asnumpy().tolist() for t in tensors] for key, tensors in gradients.experts.items()}
     assert found == {("blocks.0", 0): [[3, 3, 3]], ("blocks.0", 4): [[1, 1, 1]]}
-    assert gradients.norm() == pytest.approx(np.sqrt(27 + 27 + 3))
+    assert gradients.norm(DeviceStore({}, {})) == pytest.approx(np.sqrt(27 + 27 + 3))
 
 
 @pytest.fixture(scope="module", params=[{}, {"embedding_slots": "per_domain"}], ids=["one table", "embedding slots"])
