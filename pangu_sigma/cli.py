@@ -49,7 +49,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="section.key=value", help="Changes, e.g. train.steps=100 domains.code.experts=8."),
 ]
-ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A run's folder or one of its checkpoints.")]
+ModelPath = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A run's folder, one of its checkpoints or a model folder.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
