@@ -69,7 +69,7 @@ def model_card(cut: Cut, bytes_written: int, quality: Measured | None, found: Ve
         "| | |",
         "| --- | --- |",
         f"| domains | {whole} |",
-        f"| parent | {printable(run.name)}, step {parent.step}, domains {', '.join(parent.domains)} |",
+        f"| parent | {printable(run.name)}, step {parent.step}, {len(parent.domains)} domains |",
         f"| parent's manifest, sha256 | `{parent.sha256}` |",
         f"| parameters | {counts.total:,} ({counts.shared:,} shared"
         + "".join(f", {counts.per_domain[d]:,} of {d}" for d in cut.domains)

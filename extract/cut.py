@@ -124,7 +124,8 @@ class Cut:
             probe=parent.probe(self.domains),
             origin={
                 "job": "extract",
-                "parent": {"sha256": parent.sha256, "step": parent.step, "domains": list(parent.domains)},
+                # Not the other domains' names: whoever gets a sub-model need not learn who else there is.
+                "parent": {"sha256": parent.sha256, "step": parent.step, "domains": len(parent.domains)},
                 "dtype": self.dtype,
                 "folded": self.fold,
             },

@@ -37,6 +37,7 @@ class Verification:
 
     largest_logit_difference: absolute, over all positions and vocabulary ids of the kept domains' probe sequences;
     allowed_difference: None where weights were stored in another type. largest_logit: absolute, of the parent.
+    domains_mixed: how many domains met in the batches, foreign ones included.
     different_tensors: names whose bytes are not the parent's (none are expected where the type is kept).
     experts_reached: sparse layer -> domain -> [experts that the probe reached, experts in the group].
     probe_losses: domain -> [parent's, sub-model's] mean loss in nats per token on the probe.
@@ -48,7 +49,7 @@ class Verification:
     sequences: dict[str, int]
     sequence_length: int
     batch_size: int
-    domains_mixed: tuple[str, ...]
+    domains_mixed: int
     tensors_compared: int
     different_tensors: tuple[str, ...]
     experts_reached: dict[str, dict[str, tuple[int, int]]]
@@ -74,7 +75,7 @@ class Verification:
     def line(self) -> str:
         """The finding in one line."""
         count = sum(self.sequences.values())
-        mixed = f" in batches that mix {len(self.domains_mixed)} domains" if len(self.domains_mixed) > 1 else ""
+        mixed = f" in batches that mix {self.domains_mixed} domains" if self.domains_mixed > 1 else ""
         weights = f"{self.tensors_compared - len(self.different_tensors)} of {self.tensors_compared} tensors identical"
         difference = self.largest_logit_difference
         shown = "0.0" if difference == 0 else f"{difference:.3g}"
@@ -131,7 +132,7 @@ def verify(
         sequences={domain: len(found) for domain, found in losses.items()},
         sequence_length=full.model.config.data.sequence_length,
         batch_size=BATCH,
-        domains_mixed=tuple(dict.fromkeys(owner for _, owners, _ in batches for owner in owners)),
+        domains_mixed=len({owner for _, owners, _ in batches for owner in owners}),
         tensors_compared=compared,
         different_tensors=tuple(different),
         experts_reached=_experts_reached(full, probe, cut.domains),

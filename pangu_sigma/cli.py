@@ -11,8 +11,10 @@ import typer
 from typer.core import TyperGroup
 
 from extract.command import extract
+from extract.export.command import export
 from pangu_sigma.convert.commands import import_app, upcycle, vocab_app
 from pangu_sigma.errors import UserError
+from pangu_sigma.generation.command import generate
 from pangu_sigma.version import VERSION
 
 USER_ERROR = 2
@@ -49,7 +51,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="section.key=value", help="Changes, e.g. train.steps=100 domains.code.experts=8."),
 ]
-ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A run's folder or one of its checkpoints.")]
+ModelPath = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A run's folder, one of its checkpoints or a model folder.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
@@ -127,29 +131,11 @@ def evaluate(
     typer.echo("\n" + matrix_table(result["matrix"]))
 
 
-@app.command(short_help="Continue a text.")
-def generate(
-    model: ModelPath,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    domain: Annotated[
-        str | None, typer.Option(help="Domain whose experts write; a one-domain model has only one.")
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token, higher is freer.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw among this many likeliest tokens; 0 draws among all.")] = 40,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
-) -> None:
-    """Continue a text with one domain's experts."""
-    from pangu_sigma.generate import generate as continue_text
-
-    typer.echo(
-        continue_text(
-            model, domain=domain, prompt=prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed
-        )
-    )
+app.command(short_help="Continue a text.")(generate)
 
 
 app.command(short_help="Cut domains out of a model.")(extract)
+app.command(short_help="Write a model for another program.")(export)
 app.add_typer(import_app, name="import", short_help="Take over another model's weights.")
 app.command(short_help="Start a sparse model from a dense one.")(upcycle)
 app.add_typer(vocab_app, name="vocab", short_help="Change a model's vocabulary.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from mindspore import Tensor
@@ -128,7 +129,7 @@ def measure_with_progress(
 
 
 def evaluate(path: Path, batches: int | None = None) -> dict:
-    """Measure the model of a run or checkpoint on its domains' held-out text; also written to a run's folder.
+    """Measure a run's, checkpoint's or model folder's model on its domains' held-out text; a run keeps the result.
 
     `batches` per domain and group, None for all held-out text. Raises UserError for anything wrong with `path`.
     """
@@ -136,11 +137,12 @@ def evaluate(path: Path, batches: int | None = None) -> dict:
     from pangu_sigma.monitor.files import write_json
 
     trained = load_trained(path)
-    corpus = trained.corpus()
-    evaluator = Evaluator(trained.model, trained.model.config.evaluate.batch_size)
-    result = measure_with_progress(
-        evaluator, corpus.heldout(), corpus.unigram_losses(), trained.checkpoint.step, batches
-    )
+    with TemporaryDirectory(prefix="pangu-sigma-") as scratch:
+        corpus = trained.corpus(Path(scratch))
+        evaluator = Evaluator(trained.model, trained.model.config.evaluate.batch_size)
+        result = measure_with_progress(
+            evaluator, corpus.heldout(), corpus.unigram_losses(), trained.checkpoint.step, batches
+        )
     if trained.run_dir is not None:
         write_json(trained.run_dir / "evaluation.json", result)
     return result

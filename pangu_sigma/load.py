@@ -13,6 +13,7 @@ from pangu_sigma.checkpoint import Checkpoint, resolve
 from pangu_sigma.checkpoint.conversion import as_float32
 from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.data.tokenizer import Tokenizer
+from pangu_sigma.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -24,26 +25,45 @@ class Trained:
     tokenizer: Tokenizer
     run_dir: Path | None
 
-    def corpus(self):
-        """The domains' tokenised text, from the run's cache if it is there. Raises UserError for a changed corpus."""
+    def corpus(self, scratch: Path | None = None):
+        """The domains' tokenised text, from the run's cache if it is there.
+
+        Where the model stands alone and its run's cache is gone, the text is tokenised into `scratch`, if given. Raises
+        UserError for a changed corpus and for one that is not where the configuration says.
+        """
         from pangu_sigma.data.corpus import prepare_corpus
 
-        config = self._where_it_lies(self.model.config)
+        config = self._where_it_lies(self.model.config, scratch)
+        self._check_text_is_here(config)
         corpus = prepare_corpus(config, self.tokenizer)
         self.checkpoint.check_fingerprints(
             tokenizer=self.tokenizer.fingerprint, corpora={s.name: s.corpus_fingerprint for s in corpus.stores}
         )
         return corpus
 
-    def _where_it_lies(self, config: Config) -> Config:
+    def _where_it_lies(self, config: Config, scratch: Path | None) -> Config:
         """A run's folder may have been moved or copied since: what lay in it is looked for where it is now."""
         old, cache = Path(config.run.dir), Path(config.data.cache)
-        if self.run_dir is None or not cache.is_relative_to(old):
-            return config
         values = config.to_dict()
-        values["run"]["dir"] = str(self.run_dir)
-        values["data"]["cache"] = str(self.run_dir / cache.relative_to(old))
+        if self.run_dir is None and scratch is not None and not cache.is_dir():
+            # The text is not tokenised into the folder of a run that was deleted or is on another machine.
+            values["data"]["cache"] = str(scratch)
+        elif self.run_dir is not None and cache.is_relative_to(old):
+            values["run"]["dir"] = str(self.run_dir)
+            values["data"]["cache"] = str(self.run_dir / cache.relative_to(old))
         return config_from_dict(values)
+
+    def _check_text_is_here(self, config: Config) -> None:
+        from pangu_sigma.data.sources import expand_paths
+
+        for domain in config.domains:
+            try:
+                expand_paths(domain.name, domain.data)
+            except UserError as error:
+                raise UserError(
+                    f"{self.checkpoint.path} is measured on the text that it was trained with, and of domain "
+                    f"{domain.name} that is not here: put {', '.join(domain.data)} back"
+                ) from error
 
 
 def stored_config(checkpoint: Checkpoint) -> Config:

@@ -45,18 +45,27 @@ def quickstart(config: Config) -> None:
 
 def _samples(run) -> dict[str, tuple[str, str]]:
     """domain -> (the first tokens of a held-out document, the model's continuation)."""
-    from pangu_sigma.generate import Generator
+    from pangu_sigma.generation import Request, Sampling
+    from pangu_sigma.generation.engine import Engine
+    from pangu_sigma.generation.job import complete
 
-    writer = Generator(run.model)
     tokenizer = run.corpus.tokenizer
-    samples: dict[str, tuple[str, str]] = {}
-    with progress("sample", len(run.heldout) * SAMPLE_TOKENS, unit="tokens") as job:
-        for number, (domain, heldout) in enumerate(run.heldout.items()):
-            # Held-out text begins with an end-of-document token, as every document does in training.
-            beginning = [int(i) for i in heldout.sequence(0)[0][: PROMPT_TOKENS + 1]]
-            written = writer.continue_ids(
-                beginning, domain, SAMPLE_TOKENS, temperature=0.7, top_k=40, seed=run.config.run.seed + number
-            )
-            job.set((number + 1) * SAMPLE_TOKENS)
-            samples[domain] = (tokenizer.decode(beginning), tokenizer.decode(written))
-    return samples
+    # Held-out text begins with an end-of-document token, as every document does in training. Half the window is
+    # left to write in.
+    tokens = min(PROMPT_TOKENS, run.config.data.sequence_length // 2)
+    beginnings = {
+        domain: tuple(int(i) for i in heldout.sequence(0)[0][: tokens + 1])
+        for domain, heldout in run.heldout.items()
+    }
+    requests = [
+        Request(ids, domain, Sampling(SAMPLE_TOKENS, temperature=0.7, top_k=40, seed=run.config.run.seed + number))
+        for number, (domain, ids) in enumerate(beginnings.items())
+    ]
+    engine = Engine(run.model, tokenizer, slots=len(requests))
+    with progress("sample", len(requests) * SAMPLE_TOKENS, unit="tokens") as job:
+        answers = complete(engine, requests, lambda *_: job.advance(1))
+        job.set(len(requests) * SAMPLE_TOKENS)
+    return {
+        domain: (tokenizer.decode(ids), answer.text)
+        for (domain, ids), answer in zip(beginnings.items(), answers, strict=True)
+    }

@@ -53,3 +53,38 @@ def draw_table(
             raise ValueError("a frequency table needs the domain's token counts")
         return frequency_table(counts, experts, rng)
     return uniform_table(vocab, experts, rng)
+
+
+def extend_table(
+    kind: str,
+    seed: int,
+    place: str,
+    domain: str,
+    table: np.ndarray,
+    vocab: int,
+    experts: int,
+    counts: np.ndarray | None,
+) -> np.ndarray:
+    """Extend a table [old vocab] to int32 [vocab] by the rule `kind` that it was made with; its entries stay.
+
+    `uniform`: every new id goes to the experts with the fewest ids, so that a balanced table stays balanced, give or
+    take one. `frequency`: new ids by falling `counts` [vocab] (occurrences of every id, the old ones too), each to the
+    expert with the fewest rows so far. Ties, and which new id comes first, are drawn for this place, domain and size.
+    """
+    old = table.size
+    rng = generator(seed, f"extended routing table {place} {domain}", old)
+    if kind == "frequency" and counts is None:
+        raise ValueError("a frequency table needs the domain's token counts")
+    rows = np.zeros(vocab, np.int64) if kind == "uniform" else np.asarray(counts, np.int64)
+    ids_of, rows_of = np.bincount(table, minlength=experts), np.zeros(experts, np.int64)
+    np.add.at(rows_of, table, rows[:old])
+    order = old + rng.permutation(vocab - old)
+    order = order[np.argsort(-rows[order], kind="stable")]
+    heap = [(int(rows_of[e]), int(ids_of[e]), int(tie), e) for e, tie in enumerate(rng.permutation(experts))]
+    heapq.heapify(heap)
+    extended = np.concatenate([table, np.empty(vocab - old, np.int32)])
+    for token in order:
+        load, ids, _, expert = heap[0]
+        extended[token] = expert
+        heapq.heapreplace(heap, (load + int(rows[token]), ids + 1, int(rng.integers(1 << 30)), expert))
+    return extended

@@ -1,5 +1,1 @@
-"""Export a model to the formats that other programs run."""
-
-from extract.export.exporting import FORMATS, export
-
-__all__ = ["FORMATS", "export"]
+"""Exporting a model to the formats that other programs run: Hugging Face, MINDIR, ONNX."""

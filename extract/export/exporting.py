@@ -1,12 +1,12 @@
-"""One entry for every format: checks what the user asked for, writes into a hidden folder, gives it its name last."""
+"""One entry for every format: writes into a hidden folder, which gets its name when everything stands in it."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,22 +15,29 @@ from extract.export.source import open_source
 from pangu_sigma.checkpoint.disk import Writing
 from pangu_sigma.errors import UserError
 
-# format -> (module with `write(source, folder, options)` and `needed_bytes(source, options)`, package, extra of it)
-FORMATS: dict[str, tuple[str, str | None, str | None]] = {
-    "hf": ("extract.export.hf", None, None),
-    "mindir": ("extract.export.mindir", None, None),
-    "onnx": ("extract.export.onnx_model", "onnx", "onnx"),
+# format -> (its module, the package that it needs, which is the name of its extra too). A module has TAKES (names of
+# options), check(source, options), needed_bytes(source, options) and write(source, folder, options) -> what to say.
+FORMATS: dict[str, tuple[str, str | None]] = {
+    "hf": ("extract.export.hf", None),
+    "mindir": ("extract.export.mindir", None),
+    "onnx": ("extract.export.onnx_format", "onnx"),
 }
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the formats can be told. `dtype` of floating tensors; shapes that only a fixed graph needs; shard size."""
+    """What the formats can be told.
+
+    dtype: of floating tensors. max_shard_bytes (hf): largest file. batch_size, signature, capacity_factor (mindir):
+    samples of the fixed graphs, the inputs they take, and rows that an expert may take of a sample's window as a
+    multiple of an even share (None: all).
+    """
 
     dtype: str = "float32"
-    batch_size: int = 1
-    capacity_factor: float | None = None
     max_shard_bytes: int = 4 << 30
+    batch_size: int = 1
+    signature: str = "plain"
+    capacity_factor: float | None = None
 
 
 def export(
@@ -49,16 +56,25 @@ def export(
     final = free_folder(out)
     source = open_source(model, domains)
     options = options or Options()
+    _check_taken(format_, writer.TAKES, options)
+    writer.check(source, options)
     with _named_last(final, writer.needed_bytes(source, options)) as folder:
         return writer.write(source, folder, options)
+
+
+def _check_taken(format_: str, taken: Collection[str], options: Options) -> None:
+    for field in fields(options):
+        if field.name not in taken and getattr(options, field.name) != field.default:
+            flag = field.name.replace("_bytes", "_size").replace("_", "-")
+            raise UserError(f"--{flag} means nothing to the format {format_}; leave it out")
 
 
 def _writer(format_: str):
     if format_ not in FORMATS:
         raise UserError(f"'{format_}' is no format to export to; choose {', '.join(FORMATS)}")
-    module, package, extra = FORMATS[format_]
+    module, package = FORMATS[format_]
     if package is not None and find_spec(package) is None:
-        raise UserError(f"exporting to {format_} needs the package {package}: pip install 'pangu-sigma[{extra}]'")
+        raise UserError(f"exporting to {format_} needs the package {package}: pip install 'pangu-sigma[{package}]'")
     return import_module(module)
 
 
@@ -89,6 +105,3 @@ def _named_last(final: Path, needed: int) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(hidden, ignore_errors=True)
             raise
-
-
-Progress = Callable[[int], None]

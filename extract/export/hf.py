@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,21 +23,29 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.terminal import progress
 from pangu_sigma.version import VERSION
 
+if TYPE_CHECKING:
+    from extract.export.exporting import Options
+
+TAKES = ("dtype", "max_shard_bytes")
 CODE = ("configuration_pangu_sigma.py", "modeling_pangu_sigma.py", "tokenization_pangu_sigma.py")
 _SMALL_FILES = 1 << 20
 _TABLES = {"word": "words.0", "position": "positions", "query": "next_positions"}
 _NORM = {"gamma": "weight", "beta": "bias"}
 
 
-def needed_bytes(source: Source, options) -> int:
+def check(source: Source, options: Options) -> None:
+    """Raises UserError for options that mean nothing here."""
+    if options.dtype not in FLOATS:
+        raise UserError(f"'{options.dtype}' is no element type; choose {', '.join(FLOATS)}")
+
+
+def needed_bytes(source: Source, options: Options) -> int:
     """Bytes that the folder will take."""
     return sum(t.nbytes for t in targets(source, options.dtype)) + len(source.tokenizer.model) + _SMALL_FILES
 
 
-def write(source: Source, folder: Path, options) -> list[str]:
+def write(source: Source, folder: Path, options: Options) -> list[str]:
     """Write the folder; returns what there is to say. Raises UserError, OSError."""
-    if options.dtype not in FLOATS:
-        raise UserError(f"'{options.dtype}' is no element type; choose {', '.join(FLOATS)}")
     tensors = targets(source, options.dtype)
     for name in CODE:
         (folder / name).write_bytes(files("extract.export").joinpath("hf_files", name).read_bytes())

@@ -42,6 +42,9 @@ class Decoder(Protocol):
         A token that follows an end-of-document token begins a document.
         """
 
+    def end(self, slot: int) -> None:
+        """The slot's text is over; an empty slot is no error."""
+
 
 @dataclass
 class _Answer:
@@ -64,9 +67,9 @@ class Engine:
 
     def __init__(self, model, tokenizer: Tokenizer, slots: int = 8, decoder: Decoder | None = None) -> None:
         if decoder is None:
-            from pangu_sigma.generation.recompute import RecomputingDecoder
+            from pangu_sigma.generation.cached import CachedDecoder
 
-            decoder = RecomputingDecoder(model, slots)
+            decoder = CachedDecoder(model, slots)
         self.tokenizer = tokenizer
         self.domains: tuple[str, ...] = model.groups.names
         self.vocab: int = model.vocab
@@ -123,7 +126,9 @@ class Engine:
     def cancel(self, request_id: int) -> None:
         """Forget a request: its slot is free at once and no event of it follows. An unknown number is no error."""
         self._waiting = deque(answer for answer in self._waiting if answer.number != request_id)
-        self._slots = [None if a is not None and a.number == request_id else a for a in self._slots]
+        for slot, answer in enumerate(self._slots):
+            if answer is not None and answer.number == request_id:
+                self._leave(slot)
 
     def step(self) -> list[Event]:
         """Append one token to every active request, then admit one that waits. Returns what came of it, in order.
@@ -157,7 +162,9 @@ class Engine:
         answer.length = len(document)
         answer.last = document[-1]
         self._slots[slot] = answer
-        return self._say(slot, self.decoder.begin(slot, document, domain), scores)
+        # The scores' last row is what a single token is chosen from; only a longer answer needs a cache.
+        scored = scores and request.sampling.max_tokens == 1
+        return self._say(slot, rows[-1] if scored else self.decoder.begin(slot, document, domain), scores)
 
     def _say(self, slot: int, logits: np.ndarray, scores: tuple[Score, ...] = ()) -> Event:
         """Choose the slot's next token; a finished answer leaves its slot."""
@@ -187,8 +194,12 @@ class Engine:
             text += answer.stream.close()
             if answer.stream.stopped:
                 finish = "stop"
-            self._slots[slot] = None
+            self._leave(slot)
         return Event(answer.number, token, text, logprob, top, scores, finish)
+
+    def _leave(self, slot: int) -> None:
+        self._slots[slot] = None
+        self.decoder.end(slot)
 
     def _documents(self, ids: tuple[int, ...]) -> list[tuple[int, ...]]:
         """`ids` cut behind every end-of-document token but a last one."""

@@ -51,3 +51,7 @@ class RecomputingDecoder:
             ids.append(token)
             found[slot] = self.score(ids, domain)[-1]
         return found
+
+    def end(self, slot: int) -> None:
+        """The slot's text is over."""
+        self._texts.pop(slot, None)

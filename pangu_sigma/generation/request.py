@@ -6,9 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
-from pangu_sigma.data.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
+
+if TYPE_CHECKING:
+    from pangu_sigma.data.tokenizer import Tokenizer
 
 Alternatives = tuple[tuple[int, float], ...]
 

@@ -48,12 +48,12 @@ def create_app(scheduler: Scheduler, desk: Desk, metrics: Metrics, settings: Set
 
 def _add_completions(app: FastAPI, scheduler: Scheduler, desk: Desk, metrics: Metrics) -> None:
     # Plain functions: FastAPI runs them in a thread, so that tokenising a long prompt holds nobody up.
-    @app.post("/v1/completions", response_class=Answer)
+    @app.post("/v1/completions")
     def completions(asked: CompletionRequest) -> Response:
         """Continue one or more prompts with one domain's experts."""
         return Answer(desk.completion(asked), scheduler, metrics)
 
-    @app.post("/v1/chat/completions", response_class=Answer)
+    @app.post("/v1/chat/completions")
     def chat_completions(asked: ChatRequest) -> Response:
         """Continue a conversation, written down with a plain template."""
         return Answer(desk.chat(asked), scheduler, metrics)

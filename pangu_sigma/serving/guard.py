@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pangu_sigma.serving.errors import ApiError
-from pangu_sigma.serving.settings import Settings
+from pangu_sigma.serving.settings import Limits, Settings
 
 # What shows nothing of the model: the page asks for the token itself, and probes have none.
 OPEN_PATHS = frozenset({"/", "/health", "/favicon.ico"})
@@ -40,11 +41,14 @@ class Guard:
             await send(message)
 
         headers = Headers(scope=scope)
+        posted = _Body(headers, receive, self.settings.limits) if scope["method"] == "POST" else None
         try:
             self._check_host(headers)
             self._check_token(scope["path"], headers)
-            body = await self._body(headers, receive) if scope["method"] == "POST" else None
+            body = await posted.read() if posted else None
         except ApiError as error:
+            if posted:
+                await posted.discard()
             await error.response()(scope, receive, answer)
             return
         except _ClientLeft:
@@ -79,39 +83,67 @@ class Guard:
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes:
-        most, seconds = self.settings.limits.body_bytes, self.settings.limits.body_seconds
-        # The connection is closed, so that the rest of the body is not read as another request.
-        too_large = ApiError(
-            413,
-            f"the body is larger than {most} bytes; send less at once",
-            code="body_too_large",
-            headers={"Connection": "close"},
-        )
-        declared = headers.get("content-length", "")
+
+class _Body:
+    """A request's body as it arrives: bounded in bytes and in time."""
+
+    # How much of a refused body is still taken in. A client that is sending gets to read its answer only after that;
+    # beyond, the connection is cut.
+    DISCARDED = 8
+
+    def __init__(self, headers: Headers, receive: Receive, limits: Limits) -> None:
+        self._headers = headers
+        self._receive = receive
+        self._limits = limits
+        self._taken = 0
+        self._whole = False
+
+    async def read(self) -> bytes:
+        """All of it. Raises ApiError where it is too large, too slow, or not declared as JSON."""
+        most, seconds = self._limits.body_bytes, self._limits.body_seconds
+        declared = self._headers.get("content-length", "")
         if declared.isdigit() and int(declared) > most:
-            raise too_large
+            raise self._too_large()
         # A page of another origin can send text/plain without asking first; JSON it cannot (there is no CORS here).
-        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        if self._headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "send the body as Content-Type: application/json", code="unsupported_media_type")
         parts: list[bytes] = []
-        size = 0
         try:
             async with asyncio.timeout(seconds):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise _ClientLeft
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > most:
-                        raise too_large
-                    if not message.get("more_body", False):
-                        return b"".join(parts)
+                while not self._whole:
+                    parts.append(await self._next())
+                    if self._taken > most:
+                        raise self._too_large()
         except TimeoutError:
+            self._whole = True  # no more of it is waited for
             raise ApiError(
                 408, f"the body did not arrive within {seconds:g} s", code="timeout", headers={"Connection": "close"}
             ) from None
+        return b"".join(parts)
+
+    async def discard(self) -> None:
+        """Take in what a client still sends, within bounds, so that it comes to read why it was refused."""
+        if "expect" in self._headers:  # it waits for a word before it sends
+            return
+        with contextlib.suppress(TimeoutError, _ClientLeft):
+            async with asyncio.timeout(self._limits.body_seconds):
+                while not self._whole and self._taken <= self.DISCARDED * self._limits.body_bytes:
+                    await self._next()
+
+    async def _next(self) -> bytes:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise _ClientLeft
+        part = message.get("body", b"")
+        self._taken += len(part)
+        self._whole = not message.get("more_body", False)
+        return part
+
+    def _too_large(self) -> ApiError:
+        most = self._limits.body_bytes
+        # Closed, so that what was not taken in is never read as another request.
+        closed = {"Connection": "close"}
+        return ApiError(413, f"the body is larger than {most} bytes; send less", code="body_too_large", headers=closed)
 
 
 class _ClientLeft(Exception):

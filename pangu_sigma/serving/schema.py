@@ -241,7 +241,8 @@ def explained(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a body, as OpenAI's clients expect it."""
     first = error.errors()[0]
     # Behind "body" stand the field's path and, in unions, names of the tried types.
-    where = [str(part) for part in first["loc"][1:] if not str(part).startswith(("list[", "str", "function-"))]
+    tried = ("list[", "function-")
+    where = [str(part) for part in first["loc"][1:] if part != "str" and not str(part).startswith(tried)]
     param = ".".join(where)[:200] or None
     if first["type"] == "json_invalid":
         return bad_request(f"the body is no valid JSON: {first['ctx']['error']}")

@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipeline
 
-from extract.export import export
-from extract.export.exporting import Options
+from extract.export.exporting import Options, export
 from pangu_sigma.generation.recompute import RecomputingDecoder
 from pangu_sigma.generation.request import prompt_ids
 from pangu_sigma.load import load_trained

@@ -1,0 +1,49 @@
+"""The command `pangu-sigma export`; nothing heavy is imported before it is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from extract.command import parse_size
+
+
+def export(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A run's folder, one of its checkpoints or a model folder.")
+    ],
+    format_: Annotated[
+        str,
+        typer.Option("--format", help="hf (Hugging Face, PyTorch), mindir (MindSpore, its Lite runtime) or onnx."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write to: new or empty.")],
+    domain: Annotated[
+        list[str] | None,
+        typer.Option("--domain", help="Domain to take along; may be given several times. All if left out."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Type of the weights: float32, float16 or bfloat16; mindir and onnx: float32.")
+    ] = "float32",
+    max_shard_size: Annotated[str, typer.Option(help="hf: largest file of weights, e.g. 500MB or 4GiB.")] = "4GiB",
+    batch_size: Annotated[int, typer.Option(min=1, help="mindir: samples of the fixed graphs.")] = 1,
+    signature: Annotated[
+        str, typer.Option(help="mindir: inputs of the graphs, plain or sigma (Huawei's deployed PanGu-Σ).")
+    ] = "plain",
+    capacity_factor: Annotated[
+        float | None,
+        typer.Option(
+            help="mindir, sigma: rows an expert may take of a window, as a multiple of an even share; others take the "
+            "residual alone. Left out, nothing is dropped."
+        ),
+    ] = None,
+) -> None:
+    """Export a model to another program's format, with its tokenizer."""
+    from extract.export.exporting import Options
+    from extract.export.exporting import export as write
+
+    options = Options(dtype, parse_size(max_shard_size), batch_size, signature, capacity_factor)
+    for sentence in write(model, out, format_, domain, options):
+        typer.echo(sentence)
+    typer.echo(out)

@@ -1,0 +1,249 @@
+"""The graphs that are exported, by the inputs they take: our own, and that of Huawei's deployed PanGu-Σ.
+
+Both come as a pair: a window that answers and fills caches, and one token that goes on from them. Caches are inputs and
+outputs. The deployed signature (MindSpore Lite's graph optimisation `pangu_sigma` knows it) has routing, mask and
+positions made outside the network: both levels of routing are a table look-up of token ids.
+
+Legend: B samples, S positions of the window, T rows, D hidden width, V vocabulary, L layers, N sparse layers, H heads,
+W = D/H.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from extract.export.static_layers import MASKED_SCORE, Backbone, Shapes
+
+
+class Prefill(nn.Cell):
+    """input_ids int32 [B, S], valid_length int32 [B] (, domain int32 [B]) -> logits [B, S, V], keys, values
+    [L, B, H, S, W], documents int32 [B, S], next int32 [B, 2].
+
+    Tokens from `valid_length` on are padding. `documents` numbers each place's document from 1, 0 for padding; `next`
+    is document and position of the token that follows.
+    """
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+        self.shapes = shapes
+        self.backbone = Backbone(shapes, window=True, given_ids=False)
+        self.places = Tensor(np.arange(shapes.window, dtype=np.int32)[None])
+        self.causal = Tensor(np.tril(np.ones((1, shapes.window, shapes.window), np.float32)))
+
+    def construct(self, input_ids: Tensor, valid_length: Tensor, domain=None):
+        batch, length = self.shapes.batch, self.shapes.window
+        real = ops.cast(self.places < valid_length.reshape(batch, 1), ms.float32)
+        ended = ops.cast(ops.equal(input_ids, self.shapes.eod_id), ms.float32) * real
+        following = ops.CumSum()(ended, 1) + 1.0
+        documents = (following - ended) * real
+        same = ops.cast(
+            ops.equal(documents.reshape(batch, length, 1), documents.reshape(batch, 1, length)), ms.float32
+        )
+        visible = same * self.causal
+        # A token sees exactly the tokens of its document up to itself.
+        positions = ops.cast(ops.ReduceSum()(visible, 2) - 1.0, ms.int32)
+        positions = positions * ops.cast(real, ms.int32)
+        mask = ((visible - 1.0) * (-MASKED_SCORE)).reshape(batch, 1, length, length)
+        of_tokens = None
+        if domain is not None:
+            of_tokens = ops.BroadcastTo((batch, length))(domain.reshape(batch, 1)).reshape(-1)
+        elif self.shapes.sparse:
+            of_tokens = ops.zeros_like(input_ids.reshape(-1))
+        h, keys, values = self.backbone(
+            input_ids.reshape(-1), positions.reshape(-1), mask, of_tokens, None, None, None, None
+        )
+        last = ops.cast(ops.equal(self.places + 1, valid_length.reshape(batch, 1)), ms.float32)
+        mark = ops.ReduceSum()(following * last, 1)
+        position = ops.ReduceSum()((ops.cast(positions, ms.float32) + 1.0) * (1.0 - ended) * last, 1)
+        state = ops.cast(ops.stack((mark, position), 1), ms.int32)
+        return self.backbone.logits(h, domain), keys, values, ops.cast(documents, ms.int32), state
+
+
+class Decode(nn.Cell):
+    """input_ids int32 [B, 1], current_index int32 [B], keys, values [L, B, H, S, W], documents [B, S], next [B, 2]
+    (, domain int32 [B]) -> logits [B, 1, V] and the four as they are after the token.
+
+    `current_index` is the token's place in its text: where its key and value are written.
+    """
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+        self.shapes = shapes
+        self.backbone = Backbone(shapes, window=False, given_ids=False)
+        self.places = Tensor(np.arange(shapes.window, dtype=np.int32)[None])
+
+    def construct(self, input_ids, current_index, keys, values, documents, next, domain=None):  # noqa: A002
+        batch, length = self.shapes.batch, self.shapes.window
+        here = ops.equal(self.places, current_index.reshape(batch, 1))
+        document, position = next[:, 0], next[:, 1]
+        documents = ops.select(here, ops.BroadcastTo((batch, length))(document.reshape(batch, 1)), documents)
+        visible = ops.equal(documents, document.reshape(batch, 1))
+        visible = ops.logical_and(visible, ops.less_equal(self.places, current_index.reshape(batch, 1)))
+        mask = ((ops.cast(visible, ms.float32) - 1.0) * (-MASKED_SCORE)).reshape(batch, 1, 1, length)
+        tokens = input_ids.reshape(-1)
+        of_tokens = ops.zeros_like(tokens) if domain is None else domain
+        h, keys, values = self.backbone(
+            tokens, position, mask, of_tokens, spread(here, self.shapes), keys, values, None
+        )
+        ended = ops.cast(ops.equal(tokens, self.shapes.eod_id), ms.int32)
+        following = ops.stack((document + ended, (position + 1) * (1 - ended)), 1)
+        return self.backbone.logits(h, domain), keys, values, documents, following
+
+
+def spread(here: Tensor, shapes: Shapes) -> Tensor:
+    """[B, S] -> the full shape of a layer's cache, [B, H, S, W]."""
+    width = shapes.hidden // shapes.heads
+    return ops.BroadcastTo((shapes.batch, shapes.heads, shapes.window, width))(
+        here.reshape(shapes.batch, 1, shapes.window, 1)
+    )
+
+
+class SigmaWindow(nn.Cell):
+    """The deployed signature over a window: input_ids int32 [B, S], expert_ids int32 [N, B, S] (absent without sparse
+    layers), attention_mask float32 [B, S, S] (1: visible), position_ids int32 [B, S], current_index and
+    batch_valid_length int32 [B] -> logits [B, V] after the token at `current_index`, keys, values [L, B, H, S, W].
+    """
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+        self.shapes = shapes
+        self.backbone = Backbone(shapes, window=True, given_ids=True)
+        self.places = Tensor(np.arange(shapes.window, dtype=np.int32)[None])
+
+    def run(self, input_ids, expert_ids, attention_mask, position_ids, current_index, batch_valid_length):
+        batch, length = self.shapes.batch, self.shapes.window
+        known = ops.cast(self.places < batch_valid_length.reshape(batch, 1), ms.float32).reshape(batch, 1, length)
+        mask = ((attention_mask * known - 1.0) * (-MASKED_SCORE)).reshape(batch, 1, length, length)
+        h, keys, values = self.backbone(
+            input_ids.reshape(-1), position_ids.reshape(-1), mask, None, None, None, None, expert_ids
+        )
+        first = Tensor(np.arange(batch, dtype=np.int32) * length)
+        h = ops.Gather()(h, current_index + first, 0)
+        return self.backbone.logits(h, None).reshape(batch, -1), keys, values
+
+
+class SigmaWindowSparse(SigmaWindow):
+    """Six inputs."""
+
+    def construct(self, input_ids, expert_ids, attention_mask, position_ids, current_index, batch_valid_length):
+        return self.run(input_ids, expert_ids, attention_mask, position_ids, current_index, batch_valid_length)
+
+
+class SigmaWindowDense(SigmaWindow):
+    """Five inputs."""
+
+    def construct(self, input_ids, attention_mask, position_ids, current_index, batch_valid_length):
+        return self.run(input_ids, None, attention_mask, position_ids, current_index, batch_valid_length)
+
+
+class SigmaToken(nn.Cell):
+    """The deployed signature for one token, caches after it: input_ids [B, 1], expert_ids [N, B, 1], attention_mask
+    [B, 1, S], position_ids [B, 1], current_index (where the token stands), batch_valid_length (tokens with it) [B],
+    keys, values -> logits [B, V], keys, values."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+        self.shapes = shapes
+        self.backbone = Backbone(shapes, window=False, given_ids=True)
+        self.places = Tensor(np.arange(shapes.window, dtype=np.int32)[None])
+
+    def run(
+        self, input_ids, expert_ids, attention_mask, position_ids, current_index, batch_valid_length, keys, values
+    ):
+        batch, length = self.shapes.batch, self.shapes.window
+        here = ops.equal(self.places, current_index.reshape(batch, 1))
+        known = ops.cast(self.places < batch_valid_length.reshape(batch, 1), ms.float32).reshape(batch, 1, length)
+        mask = ((attention_mask * known - 1.0) * (-MASKED_SCORE)).reshape(batch, 1, 1, length)
+        h, keys, values = self.backbone(
+            input_ids.reshape(-1), position_ids.reshape(-1), mask, None, spread(here, self.shapes), keys, values,
+            expert_ids,
+        )  # fmt: skip
+        return self.backbone.logits(h, None).reshape(batch, -1), keys, values
+
+
+class SigmaTokenSparse(SigmaToken):
+    """Six inputs and the caches."""
+
+    def construct(
+        self, input_ids, expert_ids, attention_mask, position_ids, current_index, batch_valid_length, keys, values
+    ):
+        return self.run(
+            input_ids, expert_ids, attention_mask, position_ids, current_index, batch_valid_length, keys, values
+        )
+
+
+class SigmaTokenDense(SigmaToken):
+    """Five inputs and the caches."""
+
+    def construct(self, input_ids, attention_mask, position_ids, current_index, batch_valid_length, keys, values):
+        return self.run(
+            input_ids, None, attention_mask, position_ids, current_index, batch_valid_length, keys, values
+        )
+
+
+def fill(graph: nn.Cell, tensors: Mapping[str, np.ndarray]) -> None:
+    """Give every parameter of `graph` its numbers; ValueError for one without, or a tensor that no parameter takes."""
+    wanted = {p.name.removeprefix("backbone."): p for p in graph.get_parameters()}
+    if missing := wanted.keys() ^ tensors.keys():
+        raise ValueError(f"parameters and tensors differ: {', '.join(sorted(missing))}")
+    for name, parameter in wanted.items():
+        array = tensors[name]
+        if tuple(array.shape) != tuple(parameter.shape):
+            raise ValueError(f"{name} is {array.shape}, not {parameter.shape}")
+        parameter.set_data(Tensor(np.ascontiguousarray(array)))
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A graph to export: its cell, its inputs by name with their shapes, the names of its outputs."""
+
+    cell: nn.Cell
+    inputs: dict[str, Tensor]
+    outputs: list[str]
+
+
+def build_graphs(shapes: Shapes, signature: str) -> dict[str, Graph]:
+    """The graphs `prefill` and `decode` of a signature, `plain` or `sigma`; weights are zero."""
+    batch, window = shapes.batch, shapes.window
+
+    def whole(*size: int) -> Tensor:
+        return Tensor(np.zeros(size, np.int32))
+
+    def real(*size: int) -> Tensor:
+        return Tensor(np.zeros(size, np.float32))
+
+    caches = {"keys": real(*shapes.cache), "values": real(*shapes.cache)}
+    outputs = ["logits", *caches]
+    if signature == "plain":
+        domain = {"domain": whole(batch)} if shapes.domains > 1 else {}
+        prefill = {"input_ids": whole(batch, window), "valid_length": whole(batch), **domain}
+        decode = {"input_ids": whole(batch, 1), "current_index": whole(batch), **caches}
+        state = {"documents": whole(batch, window), "next": whole(batch, 2)}
+        outputs += state
+        graphs = {
+            "prefill": Graph(Prefill(shapes), prefill, outputs),
+            "decode": Graph(Decode(shapes), decode | state | domain, outputs),
+        }
+    else:
+        over_window, over_token = SigmaWindowDense, SigmaTokenDense
+        if shapes.sparse:
+            over_window, over_token = SigmaWindowSparse, SigmaTokenSparse
+
+        def inputs(length: int) -> dict[str, Tensor]:
+            ids = {"expert_ids": whole(len(shapes.sparse), batch, length)} if shapes.sparse else {}
+            named = {"input_ids": whole(batch, length), **ids, "attention_mask": real(batch, length, window)}
+            named |= {"position_ids": whole(batch, length), "current_index": whole(batch)}
+            return named | {"batch_valid_length": whole(batch)}
+
+        graphs = {
+            "prefill": Graph(over_window(shapes), inputs(window), outputs),
+            "decode": Graph(over_token(shapes), inputs(1) | caches, outputs),
+        }
+    for graph in graphs.values():
+        graph.cell.set_train(False)
+    return graphs

@@ -1,0 +1,165 @@
+"""The command line of this package; nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Model folder to write; must not exist or be empty.")]
+
+import_app = typer.Typer(help="Take over another model's weights.", no_args_is_help=True, rich_markup_mode=None)
+vocab_app = typer.Typer(help="Change a model's vocabulary.", no_args_is_help=True, rich_markup_mode=None)
+
+
+class TokenizerKind(StrEnum):
+    """Tokenizers that a model file makes."""
+
+    pangu_alpha = "pangu_alpha"
+    sentencepiece = "sentencepiece"
+
+
+class Activation(StrEnum):
+    """Activations of the feed-forward network."""
+
+    gelu = "gelu"
+    fast_gelu = "fast_gelu"
+
+
+class PieceType(StrEnum):
+    """How a new piece is found in text."""
+
+    user_defined = "user-defined"
+    normal = "normal"
+
+
+class InitialRows(StrEnum):
+    """How new embedding rows begin."""
+
+    normal = "normal"
+    mean = "mean"
+
+
+@import_app.callback()
+def _import() -> None:
+    pass
+
+
+@vocab_app.callback()
+def _vocab() -> None:
+    pass
+
+
+@import_app.command("pangu-alpha", short_help="Import a PanGu-α checkpoint of MindSpore.")
+def import_pangu_alpha(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="Merged .ckpt file, or the folder with the shards, strategy file and .npy files."
+        ),
+    ],
+    out: Out,
+    tokenizer: Annotated[Path, typer.Option(metavar="FILE", help="PanGu-α's vocab.model.")],
+    tokenizer_kind: Annotated[
+        TokenizerKind, typer.Option(help="pangu_alpha splits words with jieba first.")
+    ] = TokenizerKind.pangu_alpha,
+    eod_id: Annotated[
+        int | None, typer.Option(min=0, help="End-of-document id; the tokenizer's own if left out (PanGu-α: 9, <eot>).")
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads; known for the published sizes, else needed.")
+    ] = None,
+    activation: Annotated[
+        Activation, typer.Option(help="What the model was trained with: gelu in the original code, fast_gelu later.")
+    ] = Activation.gelu,
+    strategy: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Strategy file of the shards; the folder's own if left out.")
+    ] = None,
+    domain: Annotated[str, typer.Option(help="Name of the model's one domain.")] = "general",
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="FILES", help="Texts of that domain, for pangu-sigma evaluate.")
+    ] = None,
+) -> None:
+    """Write a model folder with the dense model of a PanGu-α checkpoint.
+
+    Every tensor of the source is used, or listed as left behind by a rule; otherwise nothing is written.
+    """
+    from pangu_sigma.convert import pangu_alpha
+
+    wanted = pangu_alpha.Wanted(
+        tokenizer, tokenizer_kind.value, eod_id, heads, activation.value, strategy, domain, tuple(data or ())
+    )
+    done = pangu_alpha.import_pangu_alpha(source, out, wanted)
+    model = done.config.model
+    typer.echo(
+        f"{done.checkpoint.path}: {done.parameters:,} parameters, {model.layers} layers (query layer included), hidden "
+        f"{model.hidden}, heads {model.heads}, ffn {model.ffn}, vocabulary {model.vocab_size}, positions "
+        f"{model.positions}, {model.activation}, end-of-document id {done.eod_id}"
+    )
+    typer.echo(f"every parameter was assigned once ({done.transposed} transposed), every tensor of the source used")
+    for line in pangu_alpha.skipped_lines(done.skipped):
+        typer.echo(line)
+
+
+def upcycle(
+    dense: Annotated[
+        Path, typer.Argument(metavar="DENSE", help="A dense model: a run's folder, a checkpoint or a model folder.")
+    ],
+    config: Annotated[Path, typer.Option(metavar="SPARSE.yaml", help="Configuration of the sparse model.")],
+    out: Out,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="section.key=value", help="Changes of the configuration.")
+    ] = None,
+    noise: Annotated[
+        float, typer.Option(min=0.0, help="Noise on every expert's weights, as a share of their standard deviation.")
+    ] = 0.0,
+) -> None:
+    """Make a dense model the start of a sparse one: without noise, both give the same logits.
+
+    Every expert starts as its layer's feed-forward network; routing tables are drawn as for a new model.
+    """
+    from pangu_sigma.convert.upcycle import upcycle as convert
+
+    done = convert(dense, config, out, tuple(overrides or ()), noise)
+    sparse = done.config.model.sparse
+    experts = sum(domain.experts for domain in done.config.domains)
+    typer.echo(
+        f"{done.checkpoint.path}: {done.dense_parameters:,} parameters became {done.parameters:,}, in {sparse.layers} "
+        f"sparse layers of {experts} experts for {len(done.config.domains)} domains; vocabulary and tokenizer are the "
+        "dense model's"
+    )
+
+
+@vocab_app.command("extend", short_help="Add pieces to the tokenizer, rows to the embeddings.")
+def extend(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run's folder, a checkpoint or a model folder.")],
+    out: Out,
+    pieces: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="New pieces, one a line, in the order of their ids.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.model", help="Instead: a SentencePiece model that begins with the model's pieces."),
+    ] = None,
+    piece_type: Annotated[
+        PieceType,
+        typer.Option(help="user-defined: a piece is taken wherever the text has it; normal: after all old pieces."),
+    ] = PieceType.user_defined,
+    initial: Annotated[
+        InitialRows, typer.Option(help="New rows: normal draws them as for a new model, mean is the old rows' mean.")
+    ] = InitialRows.normal,
+) -> None:
+    """Write a model folder with a larger vocabulary: old ids, rows and routing entries stay as they are."""
+    from pangu_sigma.convert.vocab import extend_vocabulary
+
+    done = extend_vocabulary(model, out, pieces, tokenizer, piece_type.value, initial.value)
+    spare = min(done.pieces, done.old_rows) - done.old_pieces
+    how = "Normal(0, model.init_std)" if initial is InitialRows.normal else "the mean of the old rows"
+    typer.echo(
+        f"{done.checkpoint.path}: {done.old_pieces} pieces became {done.pieces}, {done.old_rows} embedding rows "
+        f"{done.rows}; new rows are {how}"
+    )
+    if spare > 0:
+        typer.echo(f"{spare} new ids took rows that the embeddings had without a piece; they keep their bytes")

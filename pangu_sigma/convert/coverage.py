@@ -1,0 +1,49 @@
+"""The proof that a conversion is whole: every tensor of the new model has one origin, every tensor of the old a use."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from pangu_sigma.errors import UserError
+
+Shape = tuple[int, ...]
+
+
+def check_coverage(
+    origin: str,
+    targets: Mapping[str, Shape],
+    assigned: Sequence[tuple[str, str, Shape]],
+    sources: Collection[str],
+) -> None:
+    """Raises UserError, with the list of tensors, unless the conversion is whole.
+
+    targets: the new model's tensors with their shapes. assigned: (target, source, the shape that it gives). sources:
+    the old model's tensors, which `origin` names. Every target must be assigned once and in its shape, every source
+    used.
+    """
+    origins: dict[str, list[str]] = {}
+    for target, source, _ in assigned:
+        origins.setdefault(target, []).append(source)
+    problems = {
+        "gives a tensor twice": {f"{t} (from {' and '.join(o)})" for t, o in origins.items() if len(o) > 1},
+        "lacks what these tensors need": targets.keys() - origins.keys(),
+        "has tensors that the model does not": {
+            *(f"{source} (as {target})" for target, source, _ in assigned if target not in targets),
+            *(set(sources) - {source for _, source, _ in assigned}),
+        },
+        "has tensors of another shape": {
+            f"{source} {list(shape)} where {list(targets[target])} is needed"
+            for target, source, shape in assigned
+            if target in targets and tuple(shape) != tuple(targets[target])
+        },
+    }
+    found = [f"{what}: {listed(names)}" for what, names in problems.items() if names]
+    if found:
+        raise UserError(f"{origin} cannot become this model: it {'; it '.join(found)}")
+
+
+def listed(names: Collection[str], most: int = 12) -> str:
+    """The names in order, shortened to `most` of them with how many there are more."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(ordered[:most]) + more

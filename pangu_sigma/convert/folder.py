@@ -1,0 +1,20 @@
+"""Writing the model folder that a conversion makes: coverage proven first, tensors one at a time, progress shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pangu_sigma.checkpoint import Checkpoint, ModelFolder, write_model_folder
+from pangu_sigma.checkpoint.model_folder import check_output, check_space
+from pangu_sigma.monitor.terminal import progress
+from pangu_sigma.signals import sigterm_as_ctrl_c
+
+
+def write_with_progress(out: Path, model: ModelFolder, what: str) -> Checkpoint:
+    """Writes `model` to `out` under a bar named `what`; an interruption leaves nothing behind. Raises UserError."""
+    check_space(out, model)
+    with sigterm_as_ctrl_c(), progress(what, model.bytes, unit="B") as job:
+        return write_model_folder(out, model, progress=lambda done, total: job.set(done))
+
+
+__all__ = ["check_output", "write_with_progress"]

@@ -1,0 +1,216 @@
+"""Upcycling: a dense model becomes the start of a sparse one with the same function.
+
+Shared parameters are copied, every expert starts as the feed-forward network of its layer, every domain's embedding
+slot as the word embedding (PanGu-Σ's inheritance from PanGu-α; sparse upcycling, arXiv 2212.05055). Routing tables are
+drawn as for a new model. RRE combines with weight 1, so as long as the experts of a group are equal the sparse model's
+logits are the dense model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder, TensorSpec, resolve
+from pangu_sigma.checkpoint.conversion import as_float32
+from pangu_sigma.checkpoint.layout import domain_of
+from pangu_sigma.checkpoint.tensor_file import raw_bytes
+from pangu_sigma.config import Config, config_from_dict, effective, load_config
+from pangu_sigma.config.counts import is_expert, is_routing, manifest, parameter_counts
+from pangu_sigma.convert.coverage import check_coverage
+from pangu_sigma.convert.folder import check_output, write_with_progress
+from pangu_sigma.errors import UserError
+from pangu_sigma.load import stored_config, stored_tokenizer
+from rre.counted import generator
+from rre.tables import draw_table
+
+# What must be the same on both sides for a tensor to fit and the function to stay.
+_AGREE = (
+    "layers", "hidden", "heads", "ffn", "positions", "activation", "norm", "norm_epsilon", "position", "feed_forward",
+    "head", "query_layer",
+)  # fmt: skip
+_PIECE = 1 << 22  # elements of an expert that are made at a time when noise is added
+
+
+@dataclass(frozen=True)
+class Upcycled:
+    """The written folder, and the parameters of the dense and of the sparse model."""
+
+    checkpoint: Checkpoint
+    config: Config
+    dense_parameters: int
+    parameters: int
+
+
+def upcycle(dense: Path, config_file: Path, out: Path, overrides: tuple[str, ...] = (), noise: float = 0.0) -> Upcycled:
+    """Write `out`, a model folder with the sparse model of `config_file`, from the dense model `dense`.
+
+    noise: the standard deviation of what is added to every expert's weights (not its biases), as a share of the
+    standard deviation of the tensor itself; drawn for (seed, sparse layer, domain, expert). Memory holds one tensor of
+    the dense model. Raises UserError naming the keys of the configuration that do not fit, or the tensors.
+    """
+    out = check_output(out)
+    source = resolve(dense)
+    old = stored_config(source)
+    config = _fitted(load_config(config_file, overrides), old, str(config_file), source)
+    counts, fingerprints, probe = _text(config, source) if config.model.sparse.table == "frequency" else ({}, {}, {})
+    targets = manifest(config, config.model.vocab_size)
+    names = source.names(optimizer=False)
+    shapes = {name: source.manifest.tensors[name].shape for name in names}
+    origins = {name: _origin(name) for name in targets if not is_routing(name)}
+    assigned = []
+    for name, origin in origins.items():
+        if origin in shapes:
+            groups = targets[name][:1] if is_expert(name) else ()
+            assigned.append((name, origin, (*groups, *shapes[origin])))
+    trained = {name: shape for name, shape in targets.items() if not is_routing(name)}
+    check_coverage(f"the dense model {source.path}", trained, assigned, names)
+    groups = {domain.name: domain.experts for domain in config.domains}
+
+    def read(spec: TensorSpec) -> np.ndarray | Iterator[memoryview]:
+        if is_routing(spec.name):
+            _, domain, place = spec.name.removesuffix(".routing").split(".", 2)
+            return draw_table(
+                config.model.sparse.table, config.run.seed, place, domain, spec.shape[0], groups[domain],
+                counts.get(domain),
+            )  # fmt: skip
+        origin = origins[spec.name]
+        if not is_expert(spec.name) and source.manifest.tensors[origin].dtype == "float32":
+            return source.pieces(origin)
+        tensor = as_float32(origin, source.load([origin])[origin])
+        if not is_expert(spec.name):
+            return tensor
+        spread = noise * float(tensor.std()) if spec.name.endswith(".weight") else 0.0
+        return _experts(tensor, spec, config.run.seed, spread)
+
+    written = write_with_progress(
+        out,
+        ModelFolder(
+            tensors=[TensorSpec(n, "int32" if is_routing(n) else "float32", shape) for n, shape in targets.items()],
+            read=read,
+            domains=config.domain_names,
+            coverage={place: groups for place in config.model.sparse_prefixes},
+            config_text=config.to_yaml(),
+            tokenizer_files=source.tokenizer_files(),
+            fingerprints=Fingerprints(tokenizer=source.fingerprints.tokenizer, corpora=fingerprints),
+            probe=probe or {name: p for name, p in source.probe().items() if name in groups},
+            origin={
+                "job": "upcycle",
+                "source": source.path.name,
+                "sha256": source.sha256,
+                "step": source.step,
+                "noise": noise,
+            },
+            documents={"README.md": _card(source, config, noise)},
+        ),
+        "upcycle",
+    )
+    return Upcycled(
+        written,
+        config,
+        parameter_counts(old, old.model.vocab_size).total,
+        parameter_counts(config, config.model.vocab_size).total,
+    )
+
+
+def _fitted(config: Config, old: Config, file: str, source: Checkpoint) -> Config:
+    """The sparse configuration with the dense model's vocabulary and tokenizer; UserError naming what differs."""
+    if old.model.sparse.layers or old.model.embedding_slots != "shared":
+        raise UserError(
+            f"{source.path} is no dense model with one word embedding (model.sparse.layers is "
+            f"{old.model.sparse.layers}, model.embedding_slots is {old.model.embedding_slots}): upcycle a dense model"
+        )
+    if not config.model.sparse.layers:
+        raise UserError(f"{file}: model.sparse.layers is 0, so there is nothing to upcycle: set it to at least 1")
+    if config.model.sparse.router != "rre":
+        raise UserError(
+            f"{file}: model.sparse.router is {config.model.sparse.router}, whose gate scales what experts give, so the "
+            "sparse model would not be the dense one: set it to rre"
+        )
+    differ = [
+        f"model.{key} is {getattr(config.model, key)} and the dense model's {getattr(old.model, key)}"
+        for key in _AGREE
+        if getattr(config.model, key) != getattr(old.model, key)
+    ]
+    if config.model.vocab_size not in (None, old.model.vocab_size):
+        differ.append(f"model.vocab_size is {config.model.vocab_size} and the dense model's {old.model.vocab_size}")
+    if differ:
+        raise UserError(f"{file} does not fit the dense model: {'; '.join(differ)}; write the dense model's numbers")
+    _check_tokenizer(config, file, source)
+    values = config.to_dict()
+    values["model"]["vocab_size"] = old.model.vocab_size
+    values["data"]["tokenizer"] = old.to_dict()["data"]["tokenizer"]
+    return effective(config_from_dict(values, source=file))
+
+
+def _check_tokenizer(config: Config, file: str, source: Checkpoint) -> None:
+    """A tokenizer that the configuration names must be the dense model's; `train` means that one too."""
+    wanted = config.data.tokenizer
+    if wanted.kind == "train":
+        return
+    from pangu_sigma.data.tokenizer import read_model, tokenizer_class
+
+    own = stored_tokenizer(source)
+    model = read_model(wanted.path, wanted.kind)
+    given = tokenizer_class(wanted.kind)(model, own.eod_id, own.pad_id, origin=str(wanted.path))
+    if given.fingerprint != own.fingerprint:
+        raise UserError(
+            f"{file}: data.tokenizer.path = {wanted.path} is not the tokenizer of the dense model {source.path}, to "
+            "which its embeddings belong: name that one, or set data.tokenizer.kind to train and the path to null"
+        )
+
+
+def _text(config: Config, source: Checkpoint) -> tuple[dict[str, np.ndarray], dict[str, str], dict[str, np.ndarray]]:
+    """Token counts [V], corpus fingerprint and probe of every domain, from its text in the dense model's tokens."""
+    from pangu_sigma.data.corpus import prepare_corpus
+    from pangu_sigma.train.run import padded
+
+    corpus = prepare_corpus(config, stored_tokenizer(source))
+    counts = {store.name: padded(store.token_counts, config.model.vocab_size) for store in corpus.stores}
+    wanted = config.checkpoint.probe_sequences
+    probe = {
+        name: np.stack([held.sequence(i)[0] for i in range(min(wanted, len(held)))])
+        for name, held in corpus.heldout().items()
+        if wanted and len(held)
+    }
+    return counts, {store.name: store.corpus_fingerprint for store in corpus.stores}, probe
+
+
+def _origin(name: str) -> str:
+    """The dense model's tensor from which a sparse model's tensor starts."""
+    domain = domain_of(name)
+    if domain is None:
+        return name
+    return name.removeprefix(f"domains.{domain}.").replace(".experts.", ".feed_forward.")
+
+
+def _experts(tensor: np.ndarray, spec: TensorSpec, seed: int, spread: float) -> Iterator[memoryview]:
+    """The bytes of an expert group that starts as one dense tensor: the same `spec.shape[0]` times, plus noise."""
+    flat = tensor.reshape(-1)
+    for expert in range(spec.shape[0]):
+        if not spread:
+            yield raw_bytes(flat)
+            continue
+        rng = generator(seed, f"upcycling noise {spec.name}", expert)
+        for begin in range(0, flat.size, _PIECE):
+            part = flat[begin : begin + _PIECE]
+            noisy = part + rng.standard_normal(part.size, np.float32) * np.float32(spread)
+            yield raw_bytes(noisy)
+
+
+def _card(source: Checkpoint, config: Config, noise: float) -> str:
+    model = config.model
+    places = ", ".join(model.sparse_prefixes)
+    per_domain = "".join(f"- {d.name}: {d.experts} experts in each\n" for d in config.domains)
+    experts = sum(d.experts for d in config.domains) * model.sparse.layers
+    change = f"with noise of {noise} of their standard deviation" if noise else "unchanged"
+    return (
+        f"# {source.path.name}, upcycled\n\n"
+        f"A sparse model before any training: {experts} experts in {places}, each the dense model's feed-forward "
+        f"network of its layer, {change}.\n\n{per_domain}\n"
+        f"{model.layers} layers, {model.hidden} wide, vocabulary {model.vocab_size:,}. "
+        f"Start: `{source.path.name}`, step {source.step}.\n"
+    )

@@ -1,0 +1,146 @@
+"""Attention over a prompt and attention over a cache, in three forms that compute the same.
+
+Legend: B rows of the batch (one token of one text each), C positions of a prompt, L positions that a cache holds,
+H heads, W head width. Everything is laid out head by head, [B*H, L, W], so that a row's query, key and value [B, D] are
+[B*H, 1, W] as they stand in memory, and nothing is transposed.
+"""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, ops
+
+from pangu_sigma.generation.parts import Part
+from pangu_sigma.model.attention import MASKED_SCORE
+from parallel.layout import Layout
+
+THREE = (1, 1, 1)
+
+
+class Weighing(Part):
+    """softmax(q k^T + mask) v over three axes, products in the precision of k and v, softmax in float32."""
+
+    def __init__(self, layout: Layout, precision: ms.dtype) -> None:
+        super().__init__()
+        self.low = precision != ms.float32
+        self.precision = precision
+        self.by_transposed = layout(ops.BatchMatMul(transpose_b=True), THREE, THREE)
+        self.product = layout(ops.BatchMatMul(), THREE, THREE)
+        self.softmax = layout(ops.Softmax(-1), THREE)
+        self.add = layout(ops.Add(), THREE, THREE)
+        self.cast = layout(ops.Cast(), THREE)
+
+    def construct(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        if self.low:
+            scores = self.cast(self.by_transposed(self.cast(q, self.precision), k), ms.float32)
+            p = self.cast(self.softmax(self.add(scores, mask)), self.precision)
+            return self.cast(self.product(p, v), ms.float32)
+        return self.product(self.softmax(self.add(self.by_transposed(q, k), mask)), v)
+
+
+class PromptAttention(Part):
+    """Causal attention of one document over itself: q, k, v [C, D] -> (y [C, D], (k, v))."""
+
+    def __init__(self, heads: int, width: int, layout: Layout, precision: ms.dtype) -> None:
+        super().__init__()
+        self.heads, self.width = heads, width
+        self.weigh = Weighing(layout, precision)
+        self.transpose = layout(ops.Transpose(), THREE)
+        self.precision = precision
+        self.cast = layout(ops.Cast(), THREE)
+
+    def split(self, x: Tensor) -> Tensor:
+        return self.transpose(x.reshape(-1, self.heads, self.width), (1, 0, 2))
+
+    def construct(self, q: Tensor, k: Tensor, v: Tensor, context: tuple[Tensor, ...]):
+        length = q.shape[0]
+        heads_k, heads_v = self.split(k), self.split(v)
+        if self.precision != ms.float32:
+            heads_k, heads_v = self.cast(heads_k, self.precision), self.cast(heads_v, self.precision)
+        y = self.weigh(self.split(q), heads_k, heads_v, context[0])
+        y = self.transpose(y, (1, 0, 2)).reshape(length, self.heads * self.width)
+        return y, (heads_k, heads_v)
+
+
+def causal_mask(heads: int, length: int) -> np.ndarray:
+    """Additive mask float32 [H, C, C]: 0 where key <= query. At full shape, because broadcasts are slow on CPU."""
+    mask = np.triu(np.full((length, length), MASKED_SCORE, np.float32), 1)
+    return np.ascontiguousarray(np.broadcast_to(mask, (heads, length, length)))
+
+
+class CacheMask(Part):
+    """positions int32 [B] -> additive mask [B*H, 1, L] that shows keys up to a row's position, once per step."""
+
+    def __init__(self, rows: int, heads: int, length: int, layout: Layout) -> None:
+        super().__init__()
+        self.shape = (rows, heads, length)
+        self.keys = Tensor(np.arange(length, dtype=np.int32).reshape(1, 1, length))
+        self.less_equal = layout(ops.LessEqual(), THREE, THREE)
+        self.cast = layout(ops.Cast(), THREE)
+        self.spread = layout(ops.BroadcastTo(self.shape), THREE)
+
+    def construct(self, positions: Tensor) -> Tensor:
+        visible = self.cast(self.less_equal(self.keys, positions.reshape(-1, 1, 1)), ms.float32)
+        mask = self.spread((visible - 1.0) * (-MASKED_SCORE))
+        return mask.reshape(self.shape[0] * self.shape[1], 1, self.shape[2])
+
+
+class StoredCache(Part):
+    """A layer's cache as two parameters [B*H, L, W], written in place: q, k, v [B, D] -> (y [B, D], ()).
+
+    `context`: places int32 [B*H, 2] to write to (row and head, position) and the mask of `CacheMask`.
+    """
+
+    def __init__(
+        self, name: str, rows: int, heads: int, length: int, width: int, layout: Layout, precision: ms.dtype
+    ) -> None:
+        super().__init__()
+        shape = (rows * heads, length, width)
+        self.keys = Parameter(ms.ops.zeros(shape, precision), name=f"{name}.keys", requires_grad=False)
+        self.values = Parameter(ms.ops.zeros(shape, precision), name=f"{name}.values", requires_grad=False)
+        self.precision = precision
+        self.flat = (rows * heads, width)
+        self.query_shape = (rows * heads, 1, width)
+        self.out_shape = (rows, heads * width)
+        self.write = layout(ops.ScatterNdUpdate())
+        self.weigh = Weighing(layout, precision)
+        self.cast = layout(ops.Cast(), (1, 1))
+
+    def rows_of(self, x: Tensor) -> Tensor:
+        x = x.reshape(self.flat)
+        return x if self.precision == ms.float32 else self.cast(x, self.precision)
+
+    def construct(self, q: Tensor, k: Tensor, v: Tensor, context: tuple[Tensor, ...]):
+        places, mask = context
+        keys = self.write(self.keys, places, self.rows_of(k))
+        values = self.write(self.values, places, self.rows_of(v))
+        return self.weigh(q.reshape(self.query_shape), keys, values, mask).reshape(self.out_shape), ()
+
+
+class GivenCache(Part):
+    """The same with the cache as input and output, for exported graphs: -> (y [B, D], (keys, values) [B*H, L, W]).
+
+    `context`: keys, values [B*H, L, W], `here` float32 [B*H, L, 1] (1 at a row's position, else 0), the mask.
+    """
+
+    def __init__(self, rows: int, heads: int, width: int, layout: Layout, precision: ms.dtype) -> None:
+        super().__init__()
+        self.shape = (rows * heads, 1, width)
+        self.out_shape = (rows, heads * width)
+        self.weigh = Weighing(layout, precision)
+        self.mul = layout(ops.Mul(), THREE, THREE)
+        self.add = layout(ops.Add(), THREE, THREE)
+        self.cast = layout(ops.Cast(), THREE)
+        self.precision = precision
+
+    def written(self, cache: Tensor, row: Tensor, here: Tensor) -> Tensor:
+        row = row.reshape(self.shape)
+        if self.precision != ms.float32:
+            row, here = self.cast(row, self.precision), self.cast(here, self.precision)
+        return self.add(self.mul(cache, 1.0 - here), self.mul(row, here))
+
+    def construct(self, q: Tensor, k: Tensor, v: Tensor, context: tuple[Tensor, ...]):
+        keys, values, here, mask = context
+        keys, values = self.written(keys, k, here), self.written(values, v, here)
+        return self.weigh(q.reshape(self.shape), keys, values, mask).reshape(self.out_shape), (keys, values)

@@ -1,0 +1,78 @@
+"""The `generate` command. It imports what it needs when it is called, so that its help text comes at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def generate(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A run's folder, one of its checkpoints or a model folder.")
+    ],
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to continue; without it and --file, standard input is read.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="File with the text to continue; - is standard input. Its last line end is left out."
+        ),
+    ] = None,
+    domain: Annotated[
+        str | None, typer.Option(help="Domain whose experts write; a one-domain model has only one.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token, higher is freer.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Draw among this many likeliest tokens; 0 draws among all.")] = 40,
+    top_p: Annotated[
+        float, typer.Option(help="Draw among the likeliest tokens that together hold this share of the probability.")
+    ] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1 makes tokens unlikely that the text holds already.")
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends the answer, not printed; may be given several times.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draws: the same seed gives the same text.")] = 0,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(help="With --json or --jsonl: tell every token's log-probability and this many alternatives."),
+    ] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream/--no-stream", help="Print text as it comes, or all at the end.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of text.")] = False,
+    jsonl: Annotated[
+        bool,
+        typer.Option(
+            "--jsonl",
+            help='Many prompts at once: every line of the input is {"prompt": TEXT} and may name its own "domain" and '
+            '"seed"; a JSON line for each comes out, in the same order.',
+        ),
+    ] = False,
+    slots: Annotated[int, typer.Option(min=1, help="With --jsonl: prompts that are continued together.")] = 8,
+) -> None:
+    """Continue a text with one domain's experts. Only the text (or JSON) goes to standard output."""
+    from pangu_sigma.generation.job import Asked, run
+
+    run(
+        model,
+        Asked(prompt=prompt, file=file, jsonl=jsonl),
+        domain=domain,
+        settings={
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "repetition_penalty": repetition_penalty,
+            "stop": tuple(stop or ()),
+            "seed": seed,
+            "logprobs": logprobs,
+        },
+        as_json=as_json,
+        stream=stream,
+        slots=slots,
+    )

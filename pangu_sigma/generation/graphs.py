@@ -1,0 +1,269 @@
+"""The compiled graphs of generation: a prompt in one go, one token for every row of a batch, and joining the batch.
+
+The first two take their variable inputs flat, in this order: where each domain has its own embedding, the word table
+[V, D] of the prompt or of each row; then what each sparse layer takes, from the bottom up.
+
+Legend: B rows of the batch (one token of one text each), C positions of a prompt, L positions that a cache holds,
+H heads, W head width, D hidden width, V vocabulary, N expert slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mindspore as ms
+import numpy as np
+from mindspore import ParameterTuple, Tensor, nn, ops
+
+from pangu_sigma.generation.attention import CacheMask, GivenCache, PromptAttention, StoredCache, causal_mask
+from pangu_sigma.generation.parts import (
+    DenseFeedForward,
+    ExpertPerRow,
+    GatedExperts,
+    Layer,
+    Norm,
+    Part,
+    PlannedExperts,
+    weights_of,
+)
+from pangu_sigma.model.build import COMPUTE_TYPES, Model
+from rre.experts import expert_shapes
+
+
+class Body(Part):
+    """From tokens to logits through layers whose attention is `cores` and whose sparse layers are `sparse`.
+
+    `sizes`: number of flat inputs of each sparse layer. `tables`: number of word tables among them, 0 for the shared
+    one.
+    """
+
+    def __init__(
+        self, model: Model, cores: Sequence[nn.Cell], sparse: dict[str, nn.Cell], sizes: Sequence[int], tables: int
+    ) -> None:
+        super().__init__()
+        config, layout = model.config.model, model.layout
+        compute = COMPUTE_TYPES[model.config.train.precision]
+        named = {parameter.name: parameter for parameter in model.net.get_parameters()}
+        prefixes = [f"blocks.{i}" for i in range(config.blocks)]
+        self.has_query_layer = config.blocks < config.layers
+        if self.has_query_layer:
+            prefixes.append("query_layer")
+            self.queries = named["embedding.query"]
+        self.blocks = config.blocks
+        self.tables = tables
+        if tables == 0:
+            self.words = named["embedding.word"]
+        self.positions = named["embedding.position"]
+        self.norm = Norm(named, "norm", config, layout)
+        places = config.sparse_prefixes
+        ends = np.cumsum([tables, *sizes]).tolist()
+        bounds = {place: (ends[i], ends[i + 1]) for i, place in enumerate(places)}
+        self.bounds = tuple(bounds.get(prefix, (0, 0)) for prefix in prefixes)
+        self.layers = nn.CellList(
+            [
+                Layer(
+                    named, prefix, core, sparse.get(prefix) or DenseFeedForward(named, prefix, config, layout, compute),
+                    config, layout, compute,
+                )
+                for prefix, core in zip(prefixes, cores, strict=True)
+            ],
+            auto_prefix=False,
+        )  # fmt: skip
+        self.take = layout(ops.Gather(), (1, 1), (1,))
+        self.product = layout(ops.MatMul(transpose_b=True), (1, 1), (1, 1))
+        self.split_ids = layout(ops.Split(0, max(tables, 1)), (1,))
+        self.split_rows = layout(ops.Split(0, max(tables, 1)), (1, 1))
+        self.concat = layout(ops.Concat(0))
+        self.add = layout(ops.Add(), (1, 1), (1, 1))
+
+    def embed(self, tokens: Tensor, flat: tuple[Tensor, ...]) -> Tensor:
+        if self.tables == 0:
+            return self.take(self.words, tokens, 0)
+        if self.tables == 1:
+            return self.take(flat[0], tokens, 0)
+        parts = self.split_ids(tokens)
+        rows = ()
+        for i in range(self.tables):
+            rows = rows + (self.take(flat[i], parts[i], 0),)
+        return self.concat(rows)
+
+    def logits(self, h: Tensor, flat: tuple[Tensor, ...]) -> Tensor:
+        if self.tables == 0:
+            return self.product(h, self.words)
+        if self.tables == 1:
+            return self.product(h, flat[0])
+        parts = self.split_rows(h)
+        rows = ()
+        for i in range(self.tables):
+            rows = rows + (self.product(parts[i], flat[i]),)
+        return self.concat(rows)
+
+    def construct(self, tokens: Tensor, positions: Tensor, contexts: tuple, flat: tuple[Tensor, ...]):
+        h = self.add(self.embed(tokens, flat), self.take(self.positions, positions, 0))
+        kept = ()
+        for i, layer in enumerate(self.layers):
+            query_rows = None
+            if self.has_query_layer and i == self.blocks:
+                h = self.norm(h)
+                query_rows = self.take(self.queries, positions, 0)
+            start, end = self.bounds[i]
+            h, mine = layer(h, query_rows, contexts[i], flat[start:end])
+            kept = kept + mine
+        if not self.has_query_layer:
+            h = self.norm(h)
+        return h, kept
+
+
+class PromptGraph(Part):
+    """One document of at most C tokens: tokens int32 [C], last int32 [1], flat -> (logits, then keys and values
+    [H, C, W] of every layer).
+
+    Logits are float32 [1, V] after token number `last`, or with `every` [C, V] after each. Flat inputs of a sparse
+    layer: for a table router the row numbers of N slots (dynamic length) and of the dropped, positions [C, 1] and 4 N
+    weights; for a learned gate 4 E weights.
+    """
+
+    def __init__(self, model: Model, length: int, every: bool) -> None:
+        super().__init__()
+        config, layout = model.config.model, model.layout
+        self.length, self.every = length, every
+        self.slots = min(length, max(model.groups.sizes)) if not model.learned else model.groups.total
+        sparse, size = _sparse(model, PlannedExperts, self.slots)
+        if not model.learned:
+            size += self.slots + 2
+        width = config.hidden // config.heads
+        cores = [PromptAttention(config.heads, width, layout, cache_precision(model)) for _ in range(config.layers)]
+        self.body = Body(model, cores, sparse, [size] * len(sparse), tables=int(_own_tables(model)))
+        self.mask = Tensor(causal_mask(config.heads, length))
+        self.positions = Tensor(np.arange(length, dtype=np.int32))
+        self.take = layout(ops.Gather(), (1, 1), (1,))
+        self.set_inputs(*self.placeholders(model))
+
+    def placeholders(self, model: Model) -> list[Tensor]:
+        """Shapes for compiling."""
+        config = model.config.model
+        found = [Tensor(shape=[self.length], dtype=ms.int32), Tensor(shape=[1], dtype=ms.int32)]
+        if _own_tables(model):
+            found.append(Tensor(shape=[model.vocab, config.hidden], dtype=ms.float32))
+        for _ in config.sparse_prefixes:
+            if not model.learned:
+                found += [Tensor(shape=[None], dtype=ms.int32) for _ in range(self.slots + 1)]
+                found.append(Tensor(shape=[self.length, 1], dtype=ms.int32))
+            found += _weight_placeholders(model, self.slots)
+        return found
+
+    def construct(self, tokens: Tensor, last: Tensor, *flat: Tensor):
+        contexts = ((self.mask,),) * len(self.body.bounds)
+        h, kept = self.body(tokens, self.positions, contexts, flat)
+        return (self.body.logits(h if self.every else self.take(h, last, 0), flat), *kept)
+
+
+class StepGraph(Part):
+    """One token for each of B rows: tokens, positions int32 [B], flat -> logits float32 [B, V].
+
+    Keys and values go into the caches, which are parameters of this graph, [B*H, L, W] for every layer; a row sees its
+    cache up to its position. Flat inputs of a sparse layer: the 4 tensors of each row's expert, or for a learned gate
+    4 E weights.
+    """
+
+    def __init__(self, model: Model, rows: int, length: int) -> None:
+        super().__init__()
+        config, layout = model.config.model, model.layout
+        width = config.hidden // config.heads
+        self.caches = [
+            StoredCache(f"cache.{i}", rows, config.heads, length, width, layout, cache_precision(model))
+            for i in range(config.layers)
+        ]
+        self.body = Body(model, self.caches, *_step_layers(model, rows))
+        self.mask = CacheMask(rows, config.heads, length, layout)
+        heads = np.arange(rows * config.heads, dtype=np.int32).reshape(-1, 1)
+        self.heads = Tensor(heads)
+        self.spread = layout(ops.BroadcastTo((rows, config.heads)), (1, 1))
+        self.beside = layout(ops.Concat(1))
+
+    def construct(self, tokens: Tensor, positions: Tensor, *flat: Tensor):
+        places = self.beside((self.heads, self.spread(positions.reshape(-1, 1)).reshape(-1, 1)))
+        contexts = ((places, self.mask(positions)),) * len(self.body.bounds)
+        h, _ = self.body(tokens, positions, contexts, flat)
+        return self.body.logits(h, flat)
+
+
+class ExplicitStepGraph(Part):
+    """`StepGraph` with the caches as inputs and outputs, for export: tokens, positions int32 [B], then keys and values
+    [B*H, L, W] of every layer, flat -> (logits float32 [B, V], then keys and values of every layer)."""
+
+    def __init__(self, model: Model, rows: int, length: int) -> None:
+        super().__init__()
+        config, layout = model.config.model, model.layout
+        width = config.hidden // config.heads
+        cores = [GivenCache(rows, config.heads, width, layout, cache_precision(model)) for _ in range(config.layers)]
+        self.body = Body(model, cores, *_step_layers(model, rows))
+        self.mask = CacheMask(rows, config.heads, length, layout)
+        self.shape = (rows, config.heads, length)
+        self.keys = Tensor(np.arange(length, dtype=np.int32).reshape(1, 1, length))
+        self.equal = layout(ops.Equal(), (1, 1, 1), (1, 1, 1))
+        self.cast = layout(ops.Cast(), (1, 1, 1))
+        self.spread = layout(ops.BroadcastTo(self.shape), (1, 1, 1))
+
+    def construct(self, tokens: Tensor, positions: Tensor, *inputs: Tensor):
+        layers = len(self.body.bounds)
+        flat = inputs[2 * layers :]
+        here = self.spread(self.cast(self.equal(self.keys, positions.reshape(-1, 1, 1)), ms.float32))
+        here = here.reshape(self.shape[0] * self.shape[1], self.shape[2], 1)
+        mask = self.mask(positions)
+        contexts = ()
+        for i in range(layers):
+            contexts = contexts + ((inputs[2 * i], inputs[2 * i + 1], here, mask),)
+        h, kept = self.body(tokens, positions, contexts, flat)
+        return (self.body.logits(h, flat), *kept)
+
+
+class JoinGraph(Part):
+    """Write one text's caches into a row of a `StepGraph`: heads int32 [H] (row * H …), then keys and values [H, L, W]
+    of every layer."""
+
+    def __init__(self, model: Model, step: StepGraph) -> None:
+        super().__init__()
+        self.caches = ParameterTuple(p for core in step.caches for p in (core.keys, core.values))
+        self.write = model.layout(ops.ScatterUpdate())
+
+    def construct(self, heads: Tensor, *new: Tensor) -> Tensor:
+        done = heads
+        for i, cache in enumerate(self.caches):
+            # A graph that returned an updated cache would copy it; the writes are all that is asked for.
+            done = ops.depend(done, self.write(cache, heads, new[i]))
+        return done
+
+
+def cache_precision(model: Model) -> ms.dtype:
+    """What keys and values are kept in: the precision of attention's products."""
+    if model.config.model.attention.dropout:
+        return ms.float32
+    return COMPUTE_TYPES[model.config.train.precision]
+
+
+def _own_tables(model: Model) -> bool:
+    return model.config.model.embedding_slots == "per_domain"
+
+
+def _sparse(model: Model, planned: type, slots: int) -> tuple[dict[str, nn.Cell], int]:
+    """Cells of the sparse layers and the number of weight inputs that each takes."""
+    config, layout = model.config.model, model.layout
+    compute = COMPUTE_TYPES[model.config.train.precision]
+    if model.learned:
+        named = {parameter.name: parameter for parameter in model.net.get_parameters()}
+        total = model.groups.total
+        return {
+            place: GatedExperts(named, place, total, config, layout, compute) for place in config.sparse_prefixes
+        }, weights_of(total)
+    return {place: planned(config, slots, layout, compute) for place in config.sparse_prefixes}, weights_of(slots)
+
+
+def _step_layers(model: Model, rows: int) -> tuple[dict[str, nn.Cell], list[int], int]:
+    sparse, size = _sparse(model, ExpertPerRow, rows)
+    return sparse, [size] * len(sparse), rows if _own_tables(model) else 0
+
+
+def _weight_placeholders(model: Model, experts: int) -> list[Tensor]:
+    shapes = expert_shapes(model.config.model.hidden, model.config.model.ffn).values()
+    return [Tensor(shape=list(shape), dtype=ms.float32) for _ in range(experts) for shape in shapes]

@@ -1,0 +1,198 @@
+"""Pieces of a layer for inference, on the very parameters of the network: no copies, so training changes show at once.
+
+They compute what the cells of `pangu_sigma.model` and `rre` compute, without gradients and for few rows, where other
+forms are fast on CPU: there a native LayerNorm is one operator instead of eight, and a vector by a matrix runs at
+the speed at which memory gives the matrix. So every row of a decoding step goes through its own expert alone, on
+weights that are not copied; what a row computes there depends on nothing else in the batch.
+
+Legend: T rows, D hidden width, H heads, W = D/H head width, N expert slots.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
+
+from pangu_sigma.config.model import ModelConfig
+from parallel.layout import Layout
+from parallel.primitives import activation
+from rre.dispatch import Combine, Dispatch, PlanInGraph
+from rre.experts import TENSORS_PER_EXPERT, Experts
+
+Named = Mapping[str, Parameter]
+
+
+class Part(nn.Cell):
+    """A cell that leaves the names of the parameters it shares with the network as they are."""
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+
+
+class Product(Part):
+    """x [T, in], w [in, out], b [out] -> x @ w + b; the product in `compute` precision, the rest float32."""
+
+    def __init__(self, layout: Layout, compute: ms.dtype) -> None:
+        super().__init__()
+        self.low = compute != ms.float32
+        self.compute = compute
+        self.product = layout(ops.MatMul(), (1, 1), (1, 1))
+        self.add_bias = layout(ops.BiasAdd(), (1, 1), (1,))
+        self.cast = layout(ops.Cast(), (1, 1))
+
+    def construct(self, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        if self.low:
+            y = self.product(self.cast(x, self.compute), self.cast(w, self.compute))
+            return self.add_bias(self.cast(y, ms.float32), b)
+        return self.add_bias(self.product(x, w), b)
+
+
+class Affine(Part):
+    """`Product` with the network's weight and bias of this name."""
+
+    def __init__(self, named: Named, name: str, layout: Layout, compute: ms.dtype) -> None:
+        super().__init__()
+        self.weight, self.bias = named[f"{name}.weight"], named[f"{name}.bias"]
+        self.product = Product(layout, compute)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight, self.bias)
+
+
+class Norm(Part):
+    """Layer normalisation of x_TD with the network's gamma and beta of this name."""
+
+    def __init__(self, named: Named, name: str, model: ModelConfig, layout: Layout) -> None:
+        super().__init__()
+        self.gamma, self.beta = named[f"{name}.gamma"], named[f"{name}.beta"]
+        self.norm = layout(ops.LayerNorm(1, 1, model.norm_epsilon), (1, 1), (1,), (1,))
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.norm(x, self.gamma, self.beta)[0]
+
+
+class FeedForward(Part):
+    """x_TD and a network's four tensors -> activation(x W_up + b_up) W_down + b_down."""
+
+    def __init__(self, model: ModelConfig, layout: Layout, compute: ms.dtype) -> None:
+        super().__init__()
+        self.product = Product(layout, compute)
+        self.activation = activation(model.activation, layout)
+
+    def construct(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+        up, up_bias, down, down_bias = weights
+        return self.product(self.activation(self.product(x, up, up_bias))[0], down, down_bias)
+
+
+class DenseFeedForward(Part):
+    """The feed-forward network of a dense layer; takes and ignores a sparse layer's inputs."""
+
+    def __init__(self, named: Named, prefix: str, model: ModelConfig, layout: Layout, compute: ms.dtype) -> None:
+        super().__init__()
+        self.up = Affine(named, f"{prefix}.feed_forward.up", layout, compute)
+        self.down = Affine(named, f"{prefix}.feed_forward.down", layout, compute)
+        self.activation = activation(model.activation, layout)
+
+    def construct(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        return self.down(self.activation(self.up(x))[0])
+
+
+class ExpertPerRow(Part):
+    """A table-routed layer in a decoding step: row i goes through the expert whose four tensors are inputs 4 i …"""
+
+    def __init__(self, model: ModelConfig, rows: int, layout: Layout, compute: ms.dtype) -> None:
+        super().__init__()
+        self.rows = rows
+        self.feed_forward = FeedForward(model, layout, compute)
+        self.split = layout(ops.Split(0, rows), (1, 1))
+        self.concat = layout(ops.Concat(0))
+
+    def construct(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        if self.rows == 1:
+            return self.feed_forward(x, inputs)
+        parts = self.split(x)
+        results = ()
+        for row in range(self.rows):
+            results = results + (self.feed_forward(parts[row], inputs[4 * row : 4 * row + 4]),)
+        return self.concat(results)
+
+
+class PlannedExperts(Part):
+    """A table-routed layer over a prompt: `inputs` are the rows of N slots and of the dropped (none), the positions,
+    then 4 N weights, as training plans them."""
+
+    def __init__(self, model: ModelConfig, slots: int, layout: Layout, compute: ms.dtype) -> None:
+        super().__init__()
+        self.slots = slots
+        self.dispatch = Dispatch(layout)
+        self.experts = Experts(layout, model.activation, compute)
+        self.combine = Combine(layout)
+
+    def construct(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        rows, position = inputs[: self.slots + 1], inputs[self.slots + 1]
+        results = self.experts(self.dispatch(x, rows, position), inputs[self.slots + 2 :])
+        return self.combine(results, rows, position, x)
+
+
+class GatedExperts(Part):
+    """A layer with a learned top-1 gate over all E experts, whose 4 E tensors are the inputs; nothing is dropped."""
+
+    def __init__(
+        self, named: Named, prefix: str, experts: int, model: ModelConfig, layout: Layout, compute: ms.dtype
+    ) -> None:
+        super().__init__()
+        self.gate = named[f"{prefix}.router.weight"]
+        self.logits = layout(ops.MatMul(), (1, 1), (1, 1))
+        self.softmax = layout(ops.Softmax(-1), (1, 1))
+        self.best = layout(ops.ArgMaxWithValue(axis=-1), (1, 1))
+        self.plan = PlanInGraph(experts, layout)
+        self.dispatch = Dispatch(layout)
+        self.experts = Experts(layout, model.activation, compute)
+        self.combine = Combine(layout)
+        self.mul = layout(ops.Mul(), (1, 1), (1, 1))
+        self.cast = layout(ops.Cast(), (1,))
+
+    def construct(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        chosen, probability = self.best(self.softmax(self.logits(x, self.gate)))
+        rows, position = self.plan(self.cast(chosen, ms.int32).reshape(-1, 1))
+        results = self.experts(self.dispatch(x, rows, position), inputs)
+        return self.mul(self.combine(results, rows, position, x), probability.reshape(-1, 1))
+
+
+class Layer(Part):
+    """One transformer layer around an attention `core`: h_TD -> (h_TD, what the core keeps).
+
+    The core is called with this layer's queries (scaled), keys and values [T, D] and `context`, its own business. In
+    the query layer the queries are made from `query_rows` [T, D] instead of h.
+    """
+
+    def __init__(
+        self, named: Named, prefix: str, core: nn.Cell, feed_forward: nn.Cell, model: ModelConfig, layout: Layout,
+        compute: ms.dtype,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.norm1 = Norm(named, f"{prefix}.norm1", model, layout)
+        self.norm2 = Norm(named, f"{prefix}.norm2", model, layout)
+        self.query = Affine(named, f"{prefix}.attention.query", layout, compute)
+        self.key = Affine(named, f"{prefix}.attention.key", layout, compute)
+        self.value = Affine(named, f"{prefix}.attention.value", layout, compute)
+        self.projection = Affine(named, f"{prefix}.attention.projection", layout, compute)
+        self.core = core
+        self.feed_forward = feed_forward
+        self.scale = 1.0 / math.sqrt(model.hidden // model.heads)
+        self.add = layout(ops.Add(), (1, 1), (1, 1))
+
+    def construct(self, h: Tensor, query_rows, context: tuple[Tensor, ...], inputs: tuple[Tensor, ...]):
+        x = self.norm1(h)
+        queries = x if query_rows is None else query_rows
+        y, kept = self.core(self.query(queries) * self.scale, self.key(x), self.value(x), context)
+        h = self.add(h, self.projection(y))
+        return self.add(h, self.feed_forward(self.norm2(h), inputs)), kept
+
+
+def weights_of(experts: int) -> int:
+    """Number of tensors of so many experts."""
+    return len(TENSORS_PER_EXPERT) * experts

@@ -1,0 +1,148 @@
+"""Small models to convert, and a tokenizer for them."""
+
+import os
+
+os.environ.setdefault("GLOG_v", "4")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from pangu_sigma.checkpoint import Fingerprints, ModelFolder, TensorSpec, write_model_folder
+from pangu_sigma.config import config_from_dict, effective
+from pangu_sigma.config.counts import is_routing, manifest
+from pangu_sigma.data.sources import Source
+from pangu_sigma.data.tokenizer import Tokenizer
+from pangu_sigma.data.tokenizer_training import train_tokenizer
+from rre.counted import generator
+from rre.tables import draw_table
+
+SIZES = {"layers": 3, "hidden": 16, "heads": 2, "ffn": 32, "positions": 16}
+VOCAB = 384
+
+
+@pytest.fixture(scope="session")
+def published() -> Path:
+    """The folder of PanGu-α's published strategy files and tokenizer."""
+    folder = Path(__file__).parents[4] / "shared/data/pangu_alpha"
+    if not folder.is_dir():
+        pytest.skip("PanGu-α's published files are not beside this checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pieces(corpora) -> Tokenizer:
+    """A trained SentencePiece tokenizer of 384 pieces."""
+    return train_tokenizer([Source(n, (str(corpora / f"{n}.jsonl"),), "text", 1.0) for n in ("code", "law")], VOCAB)
+
+
+@pytest.fixture(scope="session")
+def vocab_model(pieces, tmp_path_factory) -> Path:
+    """Its `.model` file."""
+    folder = tmp_path_factory.mktemp("pieces")
+    pieces.save(folder)
+    return folder / "tokenizer.model"
+
+
+def configuration(folder: Path, tokenizer: Path, corpora: Path, model: dict | None = None, groups: dict | None = None):
+    """An effective configuration of the small model, dense unless `model` says otherwise."""
+    groups = groups or {"code": 1}
+    return effective(
+        config_from_dict(
+            {
+                "schema_version": 1,
+                "run": {"dir": str(folder)},
+                "model": {"vocab_size": VOCAB, **SIZES, **(model or {})},
+                "domains": [
+                    {"name": name, "data": [str(corpora / f"{name}.jsonl")], "experts": n} for name, n in groups.items()
+                ],
+                "data": {"sequence_length": 16, "tokenizer": {"kind": "sentencepiece", "path": str(tokenizer)}},
+                "optimizer": {"learning_rate": 1e-3},
+                "train": {"steps": 2, "batch_size": 2},
+            }
+        )
+    )
+
+
+def random_model(out: Path, config, tokenizer: Tokenizer) -> Path:
+    """A model folder with random weights and the tables of a new model."""
+    from pangu_sigma.train.run import tokenizer_files
+
+    targets = manifest(config, config.model.vocab_size)
+    groups = {d.name: d.experts for d in config.domains}
+
+    def read(spec: TensorSpec) -> np.ndarray:
+        if is_routing(spec.name):
+            _, domain, place = spec.name.removesuffix(".routing").split(".", 2)
+            counts = np.arange(spec.shape[0])[::-1] ** 2
+            table = config.model.sparse.table
+            return draw_table(table, 7, place, domain, spec.shape[0], groups[domain], counts)
+        values = generator(3, spec.name).standard_normal(spec.shape, np.float32) * np.float32(0.3)
+        return values + np.float32(1.0) if spec.name.endswith("gamma") else values
+
+    write_model_folder(
+        out,
+        ModelFolder(
+            tensors=[TensorSpec(n, "int32" if is_routing(n) else "float32", shape) for n, shape in targets.items()],
+            read=read,
+            domains=config.domain_names,
+            coverage={place: groups for place in config.model.sparse_prefixes},
+            config_text=config.to_yaml(),
+            tokenizer_files=tokenizer_files(tokenizer),
+            fingerprints=Fingerprints(tokenizer=tokenizer.fingerprint, corpora={}),
+            probe={name: np.arange(34, dtype=np.int32).reshape(2, 17) for name in groups},
+            step=7,
+        ),
+    )
+    return out
+
+
+@pytest.fixture(scope="session")
+def dense(pieces, vocab_model, corpora, tmp_path_factory) -> Path:
+    """A dense model's folder; treat it as read-only."""
+    out = tmp_path_factory.mktemp("dense") / "model"
+    return random_model(out, configuration(out, vocab_model, corpora), pieces)
+
+
+@pytest.fixture
+def sparse_yaml(tmp_path, vocab_model, corpora) -> Callable[..., Path]:
+    """(what differs in `model`, expert groups) -> the file of a sparse configuration that fits the dense model."""
+
+    def write(model: dict | None = None, groups: dict | None = None) -> Path:
+        changes = {"sparse": {"layers": 2, "include_query_layer": True}, **(model or {})}
+        config = configuration(tmp_path / "sparse", vocab_model, corpora, changes, groups or {"code": 3, "law": 2})
+        path = tmp_path / "sparse.yaml"
+        path.write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def logits() -> Callable[[Path, str, np.ndarray], np.ndarray]:
+    """(model folder, domain, tokens int32 [S]) -> logits [S, V] of the real model, its graph compiled once a folder."""
+    from pangu_sigma.load import load_trained
+    from pangu_sigma.model.inputs import Planner, graph_placeholders
+    from pangu_sigma.model.pangu import Logits
+
+    built = {}
+
+    def run(folder: Path, domain: str, tokens: np.ndarray) -> np.ndarray:
+        if folder not in built:
+            model = load_trained(folder).model
+            signature = model.exact_signature(1, domains=1)
+            graph = Logits(model.net, model.layout, signature)
+            graph.set_train(False)
+            fixed = graph_placeholders(1, signature.length)
+            names = ("tokens", "positions", "segments", "domain", "keys")
+            graph.set_inputs(*(fixed[name] for name in names), *signature.placeholders())
+            built[folder] = model, signature, graph, Planner(model, signature, training=False)
+        model, signature, graph, planner = built[folder]
+        ids = np.append(tokens, 0)[None].astype(np.int32)
+        planned = planner(ids, np.array([model.groups.names.index(domain)], np.int32), np.arange(1), 0)
+        return graph(*planned.fixed, *planned.flat(signature, model.store)).asnumpy()[0]
+
+    return run

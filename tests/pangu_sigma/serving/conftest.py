@@ -1,0 +1,47 @@
+"""A small model with a window long enough to be served, and a server that most tests share."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.pangu_sigma.serving.process import Server
+from tests.pangu_sigma.train.process import command
+
+WINDOW = 96
+
+
+@pytest.fixture(scope="session")
+def served_run(small_yaml, tmp_path_factory) -> Path:
+    """A run of two steps: what it writes is nonsense, but its own."""
+    folder = tmp_path_factory.mktemp("served")
+    size = [f"model.positions={WINDOW}", f"data.sequence_length={WINDOW}", "train.steps=2", "train.phases=[]"]
+    rest = ["schedule.warmup_steps=1", "evaluate.every=0", "checkpoint.every=0"]
+    done = command("train", small_yaml, f"run.dir={folder / 'run'}", *size, *rest, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def server(served_run, tmp_path_factory) -> Iterator[Server]:
+    """Slots and a queue that hold 100 clients."""
+    server = Server(served_run, tmp_path_factory.mktemp("server"), "--slots", 8, "--queue", 120)
+    yield server
+    assert server.stop() == 0, server.said()
+
+
+@pytest.fixture
+def client(server) -> Iterator[httpx.Client]:
+    with server.client() as client:
+        yield client
+
+
+@pytest.fixture
+def copied_served_run(served_run, tmp_path) -> Path:
+    """A copy to damage."""
+    shutil.copytree(served_run, tmp_path / "copied")
+    return tmp_path / "copied"

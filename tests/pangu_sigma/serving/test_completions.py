@@ -1,0 +1,196 @@
+"""/v1/completions and /v1/chat/completions over real connections."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from pangu_sigma.checkpoint import resolve
+from pangu_sigma.load import stored_tokenizer
+from tests.pangu_sigma.serving.conftest import WINDOW
+
+
+@pytest.fixture(scope="module")
+def tokenizer(served_run):
+    return stored_tokenizer(resolve(served_run))
+
+
+def complete(client, **fields) -> dict:
+    response = client.post("/v1/completions", json={"model": "law", "prompt": "the court shall", **fields})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def streamed(client, path: str, **fields) -> list[dict]:
+    """The stream's objects; it must end with [DONE]."""
+    with client.stream("POST", path, json={"stream": True, **fields}) as response:
+        assert response.status_code == 200 and response.headers["content-type"].startswith("text/event-stream")
+        data = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
+    assert data[-1] == "[DONE]"
+    return [json.loads(text) for text in data[:-1]]
+
+
+def test_every_domain_is_a_model(client, server):
+    listed = client.get("/v1/models").json()
+    assert [model["id"] for model in listed["data"]] == server.domains == ["code", "law", "poems"]
+    assert client.get("/v1/models/law").json() == listed["data"][1]
+    assert listed["data"][1]["max_model_len"] == WINDOW
+
+
+def test_domains_write_with_their_own_experts(client):
+    def scores(domain: str) -> list[float]:
+        answer = complete(client, model=domain, echo=True, max_tokens=0, logprobs=0)
+        return answer["choices"][0]["logprobs"]["token_logprobs"]
+
+    assert scores("code") != scores("law") == scores("law")
+
+
+def test_usage_counts_what_was_read_and_written(client, tokenizer):
+    answer = complete(client, max_tokens=7, temperature=0, stop_token_ids=[])
+    read = len(tokenizer.encode("the court shall"))
+    written = answer["usage"]["completion_tokens"]
+    assert answer["usage"] == {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+    assert written == 7 or answer["choices"][0]["finish_reason"] == "stop"
+
+
+def test_the_four_forms_of_a_prompt(client, tokenizer):
+    ids = [tokenizer.eod_id, *tokenizer.encode("the court shall")]
+    other = [tokenizer.eod_id, *tokenizer.encode("a rose")]
+    same = dict(max_tokens=6, temperature=0)
+    text = complete(client, **same)["choices"][0]["text"]
+    assert complete(client, prompt=ids, **same)["choices"][0]["text"] == text
+    both = complete(client, prompt=["the court shall", "a rose"], **same)
+    assert [choice["index"] for choice in both["choices"]] == [0, 1] and both["choices"][0]["text"] == text
+    again = complete(client, prompt=[ids, other], **same)
+    assert [c["text"] for c in again["choices"]] == [c["text"] for c in both["choices"]]
+
+
+def test_a_stream_joins_to_the_whole_answer(client):
+    fields = dict(model="poems", prompt="rose \u00e9", max_tokens=40, seed=5, temperature=1.3, logprobs=1)
+    whole = complete(client, **fields)
+    chunks = streamed(client, "/v1/completions", stream_options={"include_usage": True}, **fields)
+    *pieces, last = chunks
+    assert last["choices"] == [] and last["usage"] == whole["usage"]
+    assert all(piece["usage"] is None and piece["id"] == chunks[0]["id"] for piece in pieces)
+    choices = [piece["choices"][0] for piece in pieces]
+    assert "".join(choice["text"] for choice in choices) == whole["choices"][0]["text"]
+    assert [c["finish_reason"] for c in choices[:-1]] == [None] * (len(choices) - 1)
+    assert choices[-1]["finish_reason"] == whole["choices"][0]["finish_reason"]
+    for name, values in whole["choices"][0]["logprobs"].items():
+        assert sum((choice["logprobs"][name] for choice in choices), []) == values
+
+
+def test_echo_scores_the_prompt_without_writing(client, tokenizer):
+    prompt = "the court \u20ac shall"
+    answer = complete(client, prompt=prompt, echo=True, logprobs=2, max_tokens=0)
+    (choice,) = answer["choices"]
+    assert choice["text"] == prompt and choice["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 0
+    table = choice["logprobs"]
+    ids = tokenizer.encode(prompt)
+    assert len(table["tokens"]) == len(ids) == len(table["token_logprobs"]) == len(table["top_logprobs"])
+    # Read back: spelled tokens are the prompt, single bytes among them.
+    spelled = b"".join(
+        bytes([int(token.removeprefix("bytes:\\x"), 16)]) if token.startswith("bytes:") else token.encode()
+        for token in table["tokens"]
+    )
+    assert spelled.decode() == prompt
+    assert any(token.startswith("bytes:") for token in table["tokens"])
+    for token, offset in zip(table["tokens"], table["text_offset"], strict=True):
+        assert token.startswith("bytes:") or prompt[offset:].startswith(token)
+    for token, own, top in zip(table["tokens"], table["token_logprobs"], table["top_logprobs"], strict=True):
+        assert own < 0 and top[token] == own and own <= max(top.values()) and 2 <= len(top) <= 3
+
+
+def test_a_text_is_scored_from_its_beginning_and_ids_as_they_are(client, tokenizer):
+    ids = tokenizer.encode("the court")
+    fields = dict(echo=True, logprobs=0, max_tokens=0)
+
+    def scores(prompt) -> list[float | None]:
+        return complete(client, prompt=prompt, **fields)["choices"][0]["logprobs"]["token_logprobs"]
+
+    text, alone, begun = scores("the court"), scores(ids), scores([tokenizer.eod_id, *ids])
+    assert text[0] is not None and alone[0] is None and begun[0] is None
+    assert text == begun[1:]
+    np.testing.assert_allclose(text[1:], alone[1:], rtol=1e-5)
+
+
+def test_the_end_of_document_counts_as_a_written_token(client, tokenizer):
+    """Whoever asks for one token gets exactly one log-probability behind the prompt's, whatever the token is."""
+    end = tokenizer.piece(tokenizer.eod_id)
+    found = set()
+    for seed in range(400):
+        answer = complete(client, max_tokens=1, seed=seed, temperature=3.0, logprobs=0)
+        (choice,) = answer["choices"]
+        assert len(choice["logprobs"]["tokens"]) == 1 == answer["usage"]["completion_tokens"]
+        if choice["logprobs"]["tokens"] == [end]:
+            assert choice["finish_reason"] == "stop" and choice["text"] == ""
+            found.add("end")
+        else:
+            found.add("more")
+        if len(found) == 2:
+            return
+    pytest.fail(f"only {found} in 400 draws")
+
+
+def test_several_answers_are_seeded_each(client):
+    fields = dict(max_tokens=12, temperature=2.0, seed=11)
+    one = complete(client, **fields)["choices"][0]["text"]
+    texts = [choice["text"] for choice in complete(client, n=3, **fields)["choices"]]
+    assert texts[0] == one and len(set(texts)) == 3
+    chunks = streamed(client, "/v1/completions", model="law", prompt="the court shall", n=3, **fields)
+    joined = ["", "", ""]
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            joined[choice["index"]] += choice["text"]
+    assert joined == texts
+    assert len({complete(client, max_tokens=12, temperature=2.0)["choices"][0]["text"] for _ in range(3)}) > 1
+
+
+def test_a_stop_string_ends_the_text_before_it(client):
+    whole = complete(client, max_tokens=30, seed=3, temperature=1.0)["choices"][0]["text"]
+    stop = next(whole[at : at + 2] for at in range(4, len(whole)) if whole.find(whole[at : at + 2]) >= 4)
+    cut = complete(client, max_tokens=30, seed=3, temperature=1.0, stop=stop)["choices"][0]
+    assert cut["text"] == whole[: whole.index(stop)] and cut["finish_reason"] == "stop"
+
+
+def test_without_max_tokens_sixteen_are_written_at_most(client):
+    assert complete(client, temperature=0, repetition_penalty=1.5)["usage"]["completion_tokens"] <= 16
+
+
+def test_a_chat_is_a_plain_text_with_names(client):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "court"}]},
+    ]
+    fields = dict(model="law", max_tokens=20, temperature=0)
+    chat = client.post("/v1/chat/completions", json={"messages": messages, **fields}).json()
+    (choice,) = chat["choices"]
+    written_down = "System: Be brief.\nUser: the court\nAssistant:"
+    same = complete(client, prompt=written_down, stop=["\nUser:", "\nSystem:"], **fields)
+    assert choice["message"] == {"role": "assistant", "content": same["choices"][0]["text"].lstrip(), "refusal": None}
+    assert chat["usage"] == same["usage"]
+    chunks = streamed(client, "/v1/chat/completions", messages=messages, **fields)
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert text == choice["message"]["content"]
+    assert chunks[-1]["choices"][0]["finish_reason"] == choice["finish_reason"]
+
+
+def test_tokens_and_back(client, tokenizer):
+    text = "the court \u20ac"
+    end = client.get("/tokenizer_info").json()["eos_token"]
+    ids = client.post("/tokenize", json={"prompt": text, "add_special_tokens": False}).json()["tokens"]
+    assert ids == tokenizer.encode(text)
+    assert client.post("/detokenize", json={"tokens": ids}).json() == {"prompt": text}
+    assert client.post("/tokenize", json={"prompt": end}).json()["tokens"] == [tokenizer.eod_id]
+    # In a text the same letters are letters.
+    inside = client.post("/tokenize", json={"prompt": f"a{end}", "add_special_tokens": False}).json()["tokens"]
+    assert tokenizer.eod_id not in inside
+
+
+def test_the_interface_describes_itself(client):
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {"/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics"} <= paths.keys()

@@ -1,0 +1,211 @@
+"""The engine's thread and the event loop: a real engine, with a decoder that can be told to fail or to wait."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from pangu_sigma.checkpoint import resolve
+from pangu_sigma.errors import UserError
+from pangu_sigma.generation import Request, Sampling
+from pangu_sigma.generation.engine import Engine
+from pangu_sigma.load import stored_tokenizer
+from pangu_sigma.serving.errors import ApiError
+from pangu_sigma.serving.metrics import Metrics
+from pangu_sigma.serving.scheduler import Scheduler
+from pangu_sigma.serving.settings import Limits
+
+SLOTS, QUEUE, WINDOW = 2, 3, 64
+
+
+class CountingDecoder:
+    """Always wants the id after the last, from 100 on; waits while `gate` is closed, raises what `error` holds."""
+
+    slots, window = SLOTS, WINDOW
+
+    def __init__(self, vocab: int) -> None:
+        self.vocab = vocab
+        self.gate = threading.Event()
+        self.gate.set()
+        self.error: Exception | None = None
+        self.threads: set[int] = set()
+
+    def score(self, ids, domain):
+        return np.stack([self._after(token) for token in ids])
+
+    def begin(self, slot, ids, domain):
+        return self._after(ids[-1])
+
+    def step(self, tokens):
+        self.threads.add(threading.get_ident())
+        self.gate.wait()
+        if self.error:
+            raise self.error
+        return {slot: self._after(token) for slot, token in tokens.items()}
+
+    def end(self, slot):
+        pass
+
+    def _after(self, token: int) -> np.ndarray:
+        logits = np.zeros(self.vocab, np.float32)
+        logits[100 + (token + 1) % 100] = 50.0
+        return logits
+
+
+@dataclass
+class FakeGroups:
+    names: tuple[str, ...] = ("law",)
+
+
+@dataclass
+class FakeModel:
+    vocab: int
+    groups: FakeGroups
+
+
+@pytest.fixture(scope="module")
+def tokenizer(served_run):
+    return stored_tokenizer(resolve(served_run))
+
+
+@pytest.fixture
+def decoder(tokenizer) -> CountingDecoder:
+    return CountingDecoder(tokenizer.vocab_size)
+
+
+@pytest.fixture
+def run(tokenizer, decoder):
+    """Run a coroutine function with a started scheduler."""
+
+    def run(steps) -> Scheduler:
+        async def whole() -> Scheduler:
+            limits = Limits(slots=SLOTS, queue=QUEUE)
+            model = FakeModel(tokenizer.vocab_size, FakeGroups())
+            metrics = Metrics(("law",), SLOTS)
+            scheduler = Scheduler(lambda: Engine(model, tokenizer, SLOTS, decoder), limits, metrics)
+            await scheduler.start()
+            try:
+                await asyncio.wait_for(steps(scheduler), 30)
+            finally:
+                decoder.gate.set()
+                await scheduler.stop()
+            return scheduler
+
+        return asyncio.run(whole())
+
+    return run
+
+
+def asked(count: int = 5, **more) -> Request:
+    return Request((100,), "law", Sampling(max_tokens=count, temperature=0.0, **more))
+
+
+async def answer(scheduler: Scheduler, *requests: Request) -> list[list[int]]:
+    ticket = scheduler.submit(requests)
+    written: list[list[int]] = [[] for _ in requests]
+    try:
+        await ticket.accepted()
+        while ticket.more:
+            for index, event in await ticket.next():
+                written[index].append(event.token_id)
+    finally:
+        ticket.close()
+    return written
+
+
+async def until(condition) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def test_events_reach_whoever_asked_and_only_one_thread_computes(run, decoder):
+    async def steps(scheduler: Scheduler) -> None:
+        answers = await asyncio.gather(answer(scheduler, asked(3)), answer(scheduler, asked(4), asked(2)))
+        assert answers == [[[101, 102, 103]], [[101, 102, 103, 104], [101, 102]]]
+        await until(lambda: (scheduler.open, scheduler.active, scheduler.waiting) == (0, 0, 0))
+
+    run(steps)
+    assert len(decoder.threads) == 1 and threading.get_ident() not in decoder.threads
+
+
+def test_what_does_not_fit_is_turned_away_and_fits_later(run, decoder):
+    async def steps(scheduler: Scheduler) -> None:
+        decoder.gate.clear()
+        tickets = [scheduler.submit([asked()]) for _ in range(SLOTS + QUEUE)]
+        with pytest.raises(ApiError) as refused:
+            scheduler.submit([asked()])
+        assert refused.value.status == 429 and int(refused.value.headers["Retry-After"]) >= 1
+        tickets[-1].close()
+        decoder.gate.set()
+        await until(lambda: scheduler.open < SLOTS + QUEUE)
+        assert await answer(scheduler, asked(1)) == [[101]]
+        for ticket in tickets:
+            ticket.close()
+        await until(lambda: scheduler.open == 0)
+
+    run(steps)
+
+
+def test_one_bad_request_takes_none_of_its_ticket(run):
+    async def steps(scheduler: Scheduler) -> None:
+        with pytest.raises(ApiError, match="stop ids has the id 1000000"):
+            await answer(scheduler, asked(), asked(stop_ids=(1_000_000,)))
+        await until(lambda: (scheduler.open, scheduler.active, scheduler.waiting) == (0, 0, 0))
+        assert await answer(scheduler, asked(1)) == [[101]]
+
+    run(steps)
+
+
+def test_closing_at_any_moment_frees_everything(run):
+    async def steps(scheduler: Scheduler) -> None:
+        for pause in range(40):
+            await until(lambda: scheduler.open + 2 <= SLOTS + QUEUE)
+            ticket = scheduler.submit([asked(20), asked(20)])
+            for _ in range(pause % 8):
+                await asyncio.sleep(0)
+            if pause % 2:
+                await ticket.accepted()
+            ticket.close()
+            ticket.close()
+        await until(lambda: (scheduler.open, scheduler.active, scheduler.waiting) == (0, 0, 0))
+        assert await scheduler.drain(1)
+
+    run(steps)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the device is gone"), UserError("the weights are not finite")])
+def test_a_fault_of_the_engine_reaches_every_client_and_ends_the_service(run, decoder, error):
+    async def steps(scheduler: Scheduler) -> None:
+        decoder.gate.clear()
+        clients = [asyncio.create_task(answer(scheduler, asked())) for _ in range(4)]
+        await until(lambda: scheduler.active)
+        decoder.error = error
+        decoder.gate.set()
+        for client in clients:
+            with pytest.raises(ApiError) as told:
+                await client
+            assert told.value.status == 500 and str(error) not in told.value.message
+        assert await scheduler.failed is error
+        with pytest.raises(ApiError):
+            scheduler.submit([asked()])
+
+    run(steps)
+
+
+def test_draining_waits_for_what_runs(run, decoder):
+    async def steps(scheduler: Scheduler) -> None:
+        decoder.gate.clear()
+        client = asyncio.create_task(answer(scheduler, asked(2)))
+        await until(lambda: scheduler.open)
+        assert not await scheduler.drain(0.05)
+        with pytest.raises(ApiError, match="shutting down"):
+            scheduler.submit([asked()])
+        decoder.gate.set()
+        assert await scheduler.drain(5)
+        assert await client == [[101, 102]]
+
+    run(steps)
