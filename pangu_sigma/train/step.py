@@ -74,7 +74,7 @@ class GradientStep(nn.Cell):
         else:
             shared = gradients
         by_expert = (by_expert,) if self.single else by_expert
-        squares = self.square_sums(shared) if self.with_shared else None
+        squares = self.square_sums(shared) if self.with_shared else ()
         return by_sample, auxiliary, counts, by_expert, shared, squares
 
 
