@@ -150,16 +150,19 @@ def extend(
     initial: Annotated[
         InitialRows, typer.Option(help="New rows: normal draws them as for a new model, mean is the old rows' mean.")
     ] = InitialRows.normal,
+    skip_known: Annotated[bool, typer.Option("--skip-known", help="Pass over pieces that are there already.")] = False,
 ) -> None:
     """Write a model folder with a larger vocabulary: old ids, rows and routing entries stay as they are."""
     from pangu_sigma.convert.vocab import extend_vocabulary
 
-    done = extend_vocabulary(model, out, pieces, tokenizer, piece_type.value, initial.value)
+    done = extend_vocabulary(model, out, pieces, tokenizer, piece_type.value, initial.value, skip_known)
     spare = min(done.pieces, done.old_rows) - done.old_pieces
     how = "Normal(0, model.init_std)" if initial is InitialRows.normal else "the mean of the old rows"
     typer.echo(
         f"{done.checkpoint.path}: {done.old_pieces} pieces became {done.pieces}, {done.old_rows} embedding rows "
         f"{done.rows}; new rows are {how}"
     )
+    if done.skipped:
+        typer.echo(f"{len(done.skipped)} given pieces were there already and keep their ids")
     if spare > 0:
         typer.echo(f"{spare} new ids took rows that the embeddings had without a piece; they keep their bytes")

@@ -13,6 +13,7 @@ written behind the old file get the next ids, and every old piece keeps its id.
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,13 +38,18 @@ def read_pieces(path: Path) -> list[str]:
         raise UserError(f"--pieces {path} cannot be read ({error.strerror}): give a text, one piece a line") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--pieces {path} is not UTF-8 text: save it as UTF-8, one piece a line") from error
-    pieces = [line for line in text.split("\n") if line.strip("\r")]
-    pieces = [line.removesuffix("\r") for line in pieces]
-    if twice := {piece for piece in pieces if pieces.count(piece) > 1} if len(set(pieces)) < len(pieces) else set():
+    pieces = [line for line in (line.removesuffix("\r") for line in text.split("\n")) if line]
+    if twice := [piece for piece, count in Counter(pieces).items() if count > 1]:
         raise UserError(f"--pieces {path} names pieces twice: {listed(twice)}; leave one of each")
     if not pieces:
         raise UserError(f"--pieces {path} is empty: write one piece a line")
     return pieces
+
+
+def known_pieces(tokenizer: Tokenizer, pieces: Sequence[str]) -> list[str]:
+    """Those of `pieces` that the tokenizer has."""
+    there = {tokenizer.piece(index) for index in range(tokenizer.vocab_size)}
+    return [piece for piece in pieces if _spelled(piece) in there]
 
 
 def with_pieces(old: Tokenizer, pieces: Sequence[str], kind: int) -> Tokenizer:
@@ -53,14 +59,14 @@ def with_pieces(old: Tokenizer, pieces: Sequence[str], kind: int) -> Tokenizer:
     segmentation, after all others: below the lowest score there is). Raises UserError naming pieces that are there
     already, and pieces that this tokenizer would never make out of text: their rows could not be trained.
     """
-    spelled = [piece.replace(" ", _SPACE) for piece in pieces]
-    known = {old.piece(index) for index in range(old.vocab_size)}
-    if there := [piece for piece, sign in zip(pieces, spelled, strict=True) if sign in known]:
-        raise UserError(f"the tokenizer has these pieces already: {listed(there)}; leave them out")
+    if there := known_pieces(old, pieces):
+        raise UserError(
+            f"the tokenizer has these pieces already: {listed(there)}; leave them out, or give --skip-known"
+        )
     lowest = min(score for _, score, type_ in stored_pieces(old.model) if type_ == NORMAL)
     added = b"".join(
         field(1, field(1, sign.encode()) + _SCORE + struct.pack("<f", lowest - 1 - place) + field(3, kind))
-        for place, sign in enumerate(spelled)
+        for place, sign in enumerate(map(_spelled, pieces))
     )
     size = field(2, field(4, old.vocab_size + len(pieces)))
     new = tokenizer_class(old.kind)(old.model + added + size, old.eod_id, old.pad_id, origin="the extended tokenizer")
@@ -72,6 +78,11 @@ def with_pieces(old: Tokenizer, pieces: Sequence[str], kind: int) -> Tokenizer:
             f"normalisation or merges take their letters apart: {listed(never)}; add them {ways} or leave them out"
         )
     return new
+
+
+def _spelled(piece: str) -> str:
+    """A piece as the model file has it: SentencePiece writes a space as U+2581."""
+    return piece.replace(" ", _SPACE)
 
 
 def replaced(old: Tokenizer, path: Path) -> Tokenizer:

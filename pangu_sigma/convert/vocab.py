@@ -21,7 +21,7 @@ from pangu_sigma.config import Config, config_from_dict, effective
 from pangu_sigma.config.counts import is_routing, manifest
 from pangu_sigma.convert.coverage import check_coverage
 from pangu_sigma.convert.folder import check_output, write_with_progress
-from pangu_sigma.convert.pieces import NORMAL, USER_DEFINED, read_pieces, replaced, with_pieces
+from pangu_sigma.convert.pieces import NORMAL, USER_DEFINED, known_pieces, read_pieces, replaced, with_pieces
 from pangu_sigma.data.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import stored_config, stored_tokenizer
@@ -35,13 +35,14 @@ _ROWS = 4096  # new rows that are made at a time
 
 @dataclass(frozen=True)
 class Extended:
-    """The written folder; rows and pieces before and after."""
+    """The written folder; rows and pieces before and after; given pieces that were there already."""
 
     checkpoint: Checkpoint
     old_pieces: int
     pieces: int
     old_rows: int
     rows: int
+    skipped: tuple[str, ...] = ()
 
 
 def extend_vocabulary(
@@ -51,13 +52,15 @@ def extend_vocabulary(
     tokenizer: Path | None = None,
     piece_type: str = "user-defined",
     initial: Initial = "normal",
+    skip_known: bool = False,
 ) -> Extended:
     """Write `out`, the model folder of `model` with a larger vocabulary.
 
-    pieces: a text file of new pieces, one a line; or tokenizer: a SentencePiece model that begins with the model's own
-    pieces. initial: new embedding rows are Normal(0, model.init_std), drawn for (seed, tensor, first new row), or all
-    the mean of the old rows. Routing tables are extended by the rule of model.sparse.table; `frequency` counts the
-    domains' texts again, in the new tokenizer's tokens. Optimizer state is not taken along.
+    pieces: a text file of new pieces, one a line (`skip_known`: those that are there already are passed over); or
+    tokenizer: a SentencePiece model that begins with the model's own pieces. initial: new embedding rows are
+    Normal(0, model.init_std), drawn for (seed, tensor, first new row), or all the mean of the old rows. Routing tables
+    are extended by the rule of model.sparse.table; `frequency` counts the domains' texts again, in the new tokenizer's
+    tokens. Optimizer state is not taken along.
 
     Where the embeddings have more rows than the tokenizer has pieces, new pieces take those rows first, and they keep
     their bytes. Raises UserError; nothing is written then.
@@ -68,7 +71,7 @@ def extend_vocabulary(
     source = resolve(model)
     old_config = stored_config(source)
     old = stored_tokenizer(source)
-    new = replaced(old, tokenizer) if tokenizer else with_pieces(old, read_pieces(pieces), PIECE_TYPES[piece_type])
+    new, skipped = _tokenizer(old, pieces, tokenizer, PIECE_TYPES[piece_type], skip_known)
     old_rows = old_config.model.vocab_size
     rows = max(old_rows, new.vocab_size)
     config = _extended_config(old_config, out, new, rows)
@@ -117,7 +120,22 @@ def extend_vocabulary(
         ),
         "extend",
     )
-    return Extended(written, old.vocab_size, new.vocab_size, old_rows, rows)
+    return Extended(written, old.vocab_size, new.vocab_size, old_rows, rows, skipped)
+
+
+def _tokenizer(
+    old: Tokenizer, pieces: Path | None, tokenizer: Path | None, kind: int, skip_known: bool
+) -> tuple[Tokenizer, tuple[str, ...]]:
+    """The extended tokenizer, and the given pieces that `old` has already."""
+    if tokenizer is not None:
+        return replaced(old, tokenizer), ()
+    given = read_pieces(pieces)
+    skipped = known_pieces(old, given) if skip_known else []
+    there = set(skipped)
+    fresh = [piece for piece in given if piece not in there]
+    if not fresh:
+        raise UserError(f"the tokenizer has every piece of {pieces} already: there is nothing to extend")
+    return with_pieces(old, fresh, kind), tuple(skipped)
 
 
 def _extended_config(old: Config, out: Path, tokenizer: Tokenizer, rows: int) -> Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -64,16 +65,19 @@ class _Model:
         return int((self.checkpoint.path / "manifest.json").stat().st_mtime)
 
     def engine(self, slots: int) -> Engine:
-        """Load the model and write two tokens in every domain, so that what must be compiled is, and a model that
-        cannot write is found out now. For the engine's thread.
+        """Load the model and let it write in every domain and all slots, for the engine's thread.
+
+        What that needs compiled is compiled before the first client comes, and a model that cannot write is found out.
         """
         from pangu_sigma.generation.engine import Engine
         from pangu_sigma.load import load_trained
 
         trained = load_trained(self.path)
         engine = Engine(trained.model, trained.tokenizer, slots)
-        for domain in self.domains:
-            engine.add(Request((trained.tokenizer.eod_id,), domain, Sampling(max_tokens=2, temperature=0.0)))
+        # One text a step is admitted: the first still writes when the last slot is taken.
+        sampling = Sampling(max_tokens=slots + 2, temperature=0.0)
+        for _, domain in zip(range(max(slots, len(self.domains))), itertools.cycle(self.domains), strict=False):
+            engine.add(Request((trained.tokenizer.eod_id,), domain, sampling))
         while not engine.idle:
             engine.step()
         return engine

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from pangu_sigma import runtime
 from pangu_sigma.checkpoint import Fingerprints, ModelFolder, TensorSpec, write_model_folder
 from pangu_sigma.config import config_from_dict, effective
 from pangu_sigma.config.counts import is_routing, manifest
@@ -22,6 +23,12 @@ from rre.tables import draw_table
 
 SIZES = {"layers": 3, "hidden": 16, "heads": 2, "ffn": 32, "positions": 16}
 VOCAB = 384
+
+
+@pytest.fixture(scope="session", autouse=True)
+def graph_mode() -> None:
+    # Before a test makes a tensor: the device cannot be set afterwards.
+    runtime.prepare("CPU")
 
 
 @pytest.fixture(scope="session")
