@@ -157,7 +157,8 @@ class GatedExperts(Part):
 
     def construct(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         chosen, probability = self.best(self.softmax(self.logits(x, self.gate)))
-        rows, position = self.plan(self.cast(chosen, ms.int32).reshape(-1, 1))
+        plan = self.plan(self.cast(chosen, ms.int32).reshape(-1, 1))
+        rows, position = plan[:-1], plan[-1]
         results = self.experts(self.dispatch(x, rows, position), inputs)
         return self.mul(self.combine(results, rows, position, x), probability.reshape(-1, 1))
 
