@@ -16,7 +16,7 @@ PYTEST ?=
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-quickstart: $(VENV)/.installed  ## build four domains from this machine's files, train on them, show the result
+quickstart: $(VENV)/.installed  ## build four domains from this machine's files, train, show the result, cut one out
 	$(BIN)/pangu-sigma corpora --out build/quickstart
 	$(BIN)/pangu-sigma quickstart
 

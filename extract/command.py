@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -64,7 +65,7 @@ def extract(
     if dry_run:
         _print_plan(cut, as_json)
         return
-    _print_done(run(cut, out, check=check), out, as_json)
+    print_done(run(cut, out, check=check), out, as_json)
 
 
 def parse_size(text: str) -> int:
@@ -119,8 +120,10 @@ def _print_plan(cut: Cut, as_json: bool) -> None:
     )
 
 
-def _print_done(done: Extracted, out: Path, as_json: bool) -> None:
+def print_done(done: Extracted, out: Path, as_json: bool = False) -> None:
+    """Print what was written to `out`, the verification, and what to do with it."""
     from pangu_sigma.config import parameter_counts
+    from pangu_sigma.load import stored_config
 
     cut = done.cut
     counts = parameter_counts(cut.config, cut.config.model.vocab_size)
@@ -134,14 +137,18 @@ def _print_done(done: Extracted, out: Path, as_json: bool) -> None:
         }
         typer.echo(json.dumps(result, ensure_ascii=False, indent=2))
         return
+    whole = parameter_counts(stored_config(cut.parent), cut.config.model.vocab_size).total
     line = done.verification.line() if done.verification else "not verified"
-    typer.echo(f"{out}: {', '.join(cut.domains)}, {counts.total:,} parameters, {done.bytes_written:,} bytes")
+    typer.echo(
+        f"{out}: {', '.join(cut.domains)}, {counts.total:,} of {whole:,} parameters, {done.bytes_written:,} bytes"
+    )
     typer.echo(line[0].upper() + line[1:])
     example = f" --domain {cut.domains[0]}" if len(cut.domains) > 1 else ""
-    typer.echo(f'Try it:      pangu-sigma generate {out}{example} --prompt "…"')
+    typer.echo(f'Try it:      pangu-sigma generate {shlex.quote(str(out))}{example} --prompt "…"')
     typer.echo(f"Continue it: {continue_command(out)}")
 
 
 def continue_command(out: Path) -> str:
     """The command line that trains a sub-model on, in a run folder of its own."""
-    return f"pangu-sigma train {out}/config.yaml run.init_from={out}"
+    config, start = shlex.quote(f"{out}/config.yaml"), shlex.quote(f"run.init_from={out}")
+    return f"pangu-sigma train {config} {start}"

@@ -199,13 +199,17 @@ def quickstart(
     ),
     overrides: Overrides = None,
 ) -> None:
-    """Train on the quickstart's domains and show what came of it: table, samples, report."""
+    """Train on the quickstart's domains and show what came of it: table, samples, report, a domain cut out."""
     from pangu_sigma.config import load_config
 
     config = load_config(file, overrides or ())
     from pangu_sigma.quickstart import quickstart as run_quickstart
 
-    run_quickstart(config)
+    finished = run_quickstart(config)
+    if finished is not None:
+        from extract.show import cut_out_and_show
+
+        cut_out_and_show(finished, config.run.device)
 
 
 def main() -> None:

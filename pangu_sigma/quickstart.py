@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from pangu_sigma.config import Config
@@ -15,8 +17,19 @@ PROMPT_TOKENS = 16
 SAMPLE_TOKENS = 48
 
 
-def quickstart(config: Config) -> None:
-    """Run the whole job in one process and print what came of it; a run that was interrupted continues."""
+@dataclass(frozen=True)
+class Finished:
+    """A quickstart that came to its end: the run's folder, and domain -> ids of a held-out beginning."""
+
+    folder: Path
+    beginnings: dict[str, tuple[int, ...]]
+
+
+def quickstart(config: Config) -> Finished | None:
+    """Run the whole job in one process and print what came of it; a run that was interrupted continues.
+
+    Returns None if it was interrupted again.
+    """
     from pangu_sigma.evaluate import measure_with_progress
     from pangu_sigma.report import write_report
     from pangu_sigma.train.run import Run
@@ -26,11 +39,12 @@ def quickstart(config: Config) -> None:
         run.loop()
         if run.progress.step < config.train.steps:
             print(f"stopped at step {run.progress.step} of {config.train.steps}; the same command continues")
-            return
+            return None
         limit = config.evaluate.batches
         result = measure_with_progress(run.evaluator, run.heldout, run.unigram, run.progress.step, limit)
         write_json(folder / "evaluation.json", result)
-        samples = _samples(run)
+        beginnings = _beginnings(run)
+        samples = write_samples(run.model, run.corpus.tokenizer, beginnings)
     before = next((r["losses"] for r in read_metrics(folder) if r["kind"] == "evaluate" and r["step"] == 0), None)
     print("\nHeld-out loss in nats per token\n")
     print(quality_table(result["unigram"], result["losses"], before, result["tokens"]))
@@ -41,27 +55,31 @@ def quickstart(config: Config) -> None:
         print(printable_lines(f"{prompt}▸{text}"))
     print(f"\nReport: {write_report(folder)}")
     print(f"Run:    {folder}")
+    return Finished(folder, beginnings)
 
 
-def _samples(run) -> dict[str, tuple[str, str]]:
-    """domain -> (the first tokens of a held-out document, the model's continuation)."""
+def _beginnings(run) -> dict[str, tuple[int, ...]]:
+    # Held-out text begins with an end-of-document token, as every document does in training. Half the window is
+    # left to write in.
+    tokens = min(PROMPT_TOKENS, run.config.data.sequence_length // 2)
+    return {
+        domain: tuple(int(i) for i in heldout.sequence(0)[0][: tokens + 1])
+        for domain, heldout in run.heldout.items()
+    }
+
+
+def write_samples(model, tokenizer, beginnings: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, str]]:
+    """domain -> (its beginning, the model's continuation), drawn with the same seed for a domain in every model."""
     from pangu_sigma.generation import Request, Sampling
     from pangu_sigma.generation.engine import Engine
     from pangu_sigma.generation.job import complete
 
-    tokenizer = run.corpus.tokenizer
-    # Held-out text begins with an end-of-document token, as every document does in training. Half the window is
-    # left to write in.
-    tokens = min(PROMPT_TOKENS, run.config.data.sequence_length // 2)
-    beginnings = {
-        domain: tuple(int(i) for i in heldout.sequence(0)[0][: tokens + 1])
-        for domain, heldout in run.heldout.items()
-    }
+    seed = model.config.run.seed
     requests = [
-        Request(ids, domain, Sampling(SAMPLE_TOKENS, temperature=0.7, top_k=40, seed=run.config.run.seed + number))
-        for number, (domain, ids) in enumerate(beginnings.items())
+        Request(ids, domain, Sampling(SAMPLE_TOKENS, temperature=0.7, top_k=40, seed=seed))
+        for domain, ids in beginnings.items()
     ]
-    engine = Engine(run.model, tokenizer, slots=len(requests))
+    engine = Engine(model, tokenizer, slots=len(requests))
     with progress("sample", len(requests) * SAMPLE_TOKENS, unit="tokens") as job:
         answers = complete(engine, requests, lambda *_: job.advance(1))
         job.set(len(requests) * SAMPLE_TOKENS)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from extract.command import parse_size
 from extract.job import extract, plan
+from extract.show import make_room
 from pangu_sigma.checkpoint import open_checkpoint, write_model_folder
 from pangu_sigma.checkpoint.conversion import as_float32, converted
 from pangu_sigma.config import manifest
@@ -221,6 +222,16 @@ def test_a_sub_model_can_be_cut_again(parent, tmp_path):
     cut(parent, tmp_path / "straight", "poems")
     for file in ("shared.safetensors", "domains/poems.safetensors", "probe.safetensors"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes()
+
+
+def test_the_quickstart_replaces_only_what_was_cut_out(parent, tmp_path):
+    cut(parent, tmp_path / "law", "law")
+    make_room(tmp_path / "law")
+    assert not (tmp_path / "law").exists()
+    (tmp_path / "law").mkdir()
+    (tmp_path / "law" / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="law exists and is not empty"):
+        make_room(tmp_path / "law")
 
 
 def test_the_card_says_where_the_model_came_from(parent, tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["train", "config", "evaluate", "generate", "report", "corpora", "quickstart"]
+COMMANDS = ["train", "config", "evaluate", "generate", "extract", "report", "corpora", "quickstart"]
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
 
 

@@ -1,6 +1,7 @@
 """Importing PanGu-α: the same tensors, the same function, and a list of what does not fit."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -147,6 +148,23 @@ def test_published_sizes_know_their_heads():
     from pangu_sigma.convert.pangu_alpha import _published_heads
 
     assert [_published_heads(32, 2560), _published_heads(40, 5120), _published_heads(64, 16384)] == [32, 40, 128]
+
+
+@pytest.mark.parametrize("layout", ["merged", "shards"])
+def test_memory_holds_one_tensor(wanted, tmp_path, layout):
+    tensors = alpha.make_alpha(layers=4, hidden=512, ffn=4096, vocab=384, positions=16)
+    if layout == "merged":
+        source = alpha.write_ckpt(tmp_path / "m.ckpt", tensors)
+    else:
+        source = alpha.write_shards(tmp_path / "s", tensors, alpha.small_strategy(tensors, data=4, models=2))
+    total = sum(array.nbytes for array in tensors.values())
+    largest = max(array.nbytes for array in tensors.values())
+    del tensors
+    tracemalloc.start()
+    import_pangu_alpha(source, tmp_path / "out", wanted(heads=8))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < largest + (16 << 20) < total // 3
 
 
 # --- what does not fit
