@@ -10,7 +10,7 @@ KERNELS := $(wildcard parallel/kernels/*.[ch])
 # More arguments for pytest: make test PYTEST="-k config"
 PYTEST ?=
 
-.PHONY: help quickstart test test-slow lint bench wheel clean
+.PHONY: help quickstart test test-slow clients lint bench wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -25,6 +25,8 @@ test: $(VENV)/.installed-test  ## the fast tests
 
 test-slow: $(VENV)/.installed-test  ## the long variants
 	$(BIN)/python -m pytest --durations=15 -m slow $(PYTEST)
+
+clients: $(VENV)/.installed-test $(VENV)/.installed-clients  ## foreign clients that the server is tested with, else skipped
 
 lint: $(VENV)/.installed-lint  ## ruff's checks
 	$(BIN)/ruff check .

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import yaml
 
-from pangu_sigma.generation.recompute import RecomputingDecoder
 from pangu_sigma.generation.sampling import log_softmax
 from pangu_sigma.load import load_trained
 from tests.pangu_sigma.conftest import WORDS
@@ -77,6 +76,8 @@ def expected(served_run, questions) -> list[list[tuple[float, bool]]]:
     computed without cache, server or harness.
     """
     trained = load_trained(served_run)
+    from pangu_sigma.generation.recompute import RecomputingDecoder  # imports MindSpore, which is set up by now
+
     decoder = RecomputingDecoder(trained.model)
     domain = trained.model.groups.names.index("law")
 

@@ -80,7 +80,7 @@ def test_the_keyboard_is_enough(page, server):
     page.focus("#prompt")
     page.keyboard.type("rose")
     page.keyboard.press("Control+Enter")
-    page.wait_for_function("document.getElementById('rate').textContent.includes('·')")
+    page.locator("#rate", has_text="·").wait_for()
     assert page.locator("#prompt-echo").text_content() == "rose"
 
 
