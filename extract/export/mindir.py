@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 TAKES = ("dtype", "batch_size", "signature", "capacity_factor")
 SIGNATURES = ("plain", "sigma")
 _SMALL_FILES = 16 << 20
-_GRAPHS = 2
+GRAPHS = ("prefill", "decode")
 
 
 def check(source: Source, options: Options) -> None:
@@ -58,7 +60,7 @@ def check(source: Source, options: Options) -> None:
 def needed_bytes(source: Source, options: Options) -> int:
     """Bytes that the folder will take: each graph holds all weights."""
     numbers = sum(math.prod(source.shape(name)) for name in source.names)
-    return _GRAPHS * 4 * numbers + len(source.tokenizer.model) + _SMALL_FILES
+    return len(GRAPHS) * 4 * numbers + len(source.tokenizer.model) + _SMALL_FILES
 
 
 def write(source: Source, folder: Path, options: Options) -> list[str]:
@@ -66,18 +68,14 @@ def write(source: Source, folder: Path, options: Options) -> list[str]:
     runtime.prepare("CPU")
     import mindspore as ms
 
-    from extract.export.signatures import build_graphs, fill
+    from extract.export.signatures import build_graph, fill
 
     shapes = shapes_of(source, options)
-    tensors = side_by_side(source)
-    if options.signature == "sigma":
-        # Routing is made outside.
-        tensors = {name: array for name, array in tensors.items() if not name.endswith(".routing")}
-    graphs = build_graphs(shapes, options.signature)
     said: dict[str, object] = {}
-    with progress("export", len(graphs), unit="graphs") as job:
-        for name, graph in graphs.items():
-            fill(graph.cell, tensors)
+    with progress("export", len(GRAPHS), unit="graphs") as job:
+        for name in GRAPHS:
+            graph = build_graph(shapes, options.signature, name)
+            fill(graph.cell, side_by_side(source, options))
             ms.export(graph.cell, *graph.inputs.values(), file_name=str(folder / name), file_format="MINDIR")
             described = {"inputs": {n: _describe(t) for n, t in graph.inputs.items()}, "outputs": graph.outputs}
             said[_file_of(folder, name)] = described
@@ -119,27 +117,35 @@ def shapes_of(source: Source, options: Options) -> Shapes:
     )
 
 
-def side_by_side(source: Source) -> dict[str, np.ndarray]:
-    """Every tensor by the name of its parameter: the shared ones, and the chosen domains' experts, tables and word
-    embeddings one after the other on the first axis. A table's numbers count the layer's experts."""
-    found: dict[str, np.ndarray] = {}
-    parts: dict[str, dict[int, np.ndarray]] = {}
+def side_by_side(source: Source, options: Options) -> dict[str, Callable[[], np.ndarray]]:
+    """Parameter name -> how to read it: the shared tensors, and the chosen domains' experts, tables and word embeddings
+    one after the other on the first axis. A table's numbers count the layer's experts."""
+    found: dict[str, list[tuple[int, Callable[[], np.ndarray]]]] = {}
     for full, domain, name in source.by_owner():
-        array = as_float32(full, source.checkpoint.load([full])[full])
-        if domain is None:
-            found[name.removeprefix("embedding.").replace(".router.weight", ".feed_forward.router")] = array
-            continue
-        name = name.removeprefix("embedding.")
+        read = partial(_as_parameter, source, full, name, domain)
+        name = name.removeprefix("embedding.").replace(".router.weight", ".feed_forward.router")
         layer, _, part = name.partition(".experts.")
         if part:
             name = f"{layer}.feed_forward.experts.{part.replace('.', '_')}"
         elif name.endswith(".routing"):
+            if options.signature == "sigma":
+                continue  # made outside, from expert_ids.npy
             name = f"{name.removesuffix('routing')}feed_forward.routing"
-            array = (array + sum(source.experts[:domain])).astype(np.int32)[None]
-        parts.setdefault(name, {})[domain] = array
-    for name, by_domain in parts.items():
-        found[name] = np.concatenate([by_domain[d] for d in sorted(by_domain)])
-    return found
+        # Names come sorted, domains not in the model's order.
+        found.setdefault(name, []).append((domain or 0, read))
+    return {name: partial(_joined, parts) for name, parts in found.items()}
+
+
+def _as_parameter(source: Source, full: str, name: str, domain: int | None) -> np.ndarray:
+    array = as_float32(full, source.checkpoint.load([full])[full])
+    if name.endswith(".routing"):
+        return (array + sum(source.experts[:domain])).astype(np.int32)[None]
+    return array
+
+
+def _joined(parts: list[tuple[int, Callable[[], np.ndarray]]]) -> np.ndarray:
+    arrays = [read() for _, read in sorted(parts, key=lambda part: part[0])]
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def expert_numbers(source: Source) -> np.ndarray:

@@ -220,16 +220,15 @@ class _Model:
             ids = op("Gather", self.routing(prefix), self.table_entries())
         places, results, number = [], [], 0
         for domain, size in zip(self.source.domains, self.source.experts, strict=True):
-            experts = {
-                part: self.read(f"domains.{domain}.{prefix}.experts.{part}")
-                for part in ("up.weight", "up.bias", "down.weight", "down.bias")
-            }
-            for e in range(size):
-                named = {
-                    part: self.builder.weight(f"domains.{domain}.{prefix}.experts.{e}.{part}", tensor[e])
-                    for part, tensor in experts.items()
-                }
-                up, down = ({p: named[f"{n}.{p}"] for p in ("weight", "bias")} for n in ("up", "down"))
+            named: list[dict[str, str]] = [{} for _ in range(size)]
+            for part in ("up.weight", "up.bias", "down.weight", "down.bias"):
+                tensor = self.read(f"domains.{domain}.{prefix}.experts.{part}")
+                for e in range(size):
+                    name = f"domains.{domain}.{prefix}.experts.{e}.{part}"
+                    named[e][part] = self.builder.weight(name, tensor[e])
+                del tensor
+            for expert in named:
+                up, down = ({p: expert[f"{n}.{p}"] for p in ("weight", "bias")} for n in ("up", "down"))
                 found = op("Transpose", op("NonZero", op("Equal", ids, constant(number))), perm=[1, 0])
                 mine = op("GatherND", x, found)
                 places.append(found)

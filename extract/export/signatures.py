@@ -10,7 +10,7 @@ W = D/H.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import mindspore as ms
@@ -186,16 +186,17 @@ class SigmaTokenDense(SigmaToken):
         )
 
 
-def fill(graph: nn.Cell, tensors: Mapping[str, np.ndarray]) -> None:
-    """Give every parameter of `graph` its numbers; ValueError for one without, or a tensor that no parameter takes."""
+def fill(graph: nn.Cell, tensors: Mapping[str, Callable[[], np.ndarray]]) -> None:
+    """Give every parameter of `graph` its numbers, one at a time; ValueError for one without, or for numbers that no
+    parameter takes."""
     wanted = {p.name.removeprefix("backbone."): p for p in graph.get_parameters()}
-    if missing := wanted.keys() ^ tensors.keys():
-        raise ValueError(f"parameters and tensors differ: {', '.join(sorted(missing))}")
+    if different := wanted.keys() ^ tensors.keys():
+        raise ValueError(f"parameters and tensors differ: {', '.join(sorted(different))}")
     for name, parameter in wanted.items():
-        array = tensors[name]
+        array = tensors[name]()
         if tuple(array.shape) != tuple(parameter.shape):
             raise ValueError(f"{name} is {array.shape}, not {parameter.shape}")
-        parameter.set_data(Tensor(np.ascontiguousarray(array)))
+        parameter.set_data(Tensor(array))
 
 
 @dataclass(frozen=True)
@@ -207,43 +208,43 @@ class Graph:
     outputs: list[str]
 
 
-def build_graphs(shapes: Shapes, signature: str) -> dict[str, Graph]:
-    """The graphs `prefill` and `decode` of a signature, `plain` or `sigma`; weights are zero."""
+def build_graph(shapes: Shapes, signature: str, name: str) -> Graph:
+    """The graph `prefill` or `decode` of a signature, `plain` or `sigma`; weights are zero."""
+    graph = (_plain if signature == "plain" else _sigma)(shapes, name)
+    graph.cell.set_train(False)
+    return graph
+
+
+def _plain(shapes: Shapes, name: str) -> Graph:
     batch, window = shapes.batch, shapes.window
+    domain = {"domain": _whole(batch)} if shapes.domains > 1 else {}
+    caches = {"keys": _real(*shapes.cache), "values": _real(*shapes.cache)}
+    state = {"documents": _whole(batch, window), "next": _whole(batch, 2)}
+    outputs = ["logits", *caches, *state]
+    if name == "prefill":
+        inputs = {"input_ids": _whole(batch, window), "valid_length": _whole(batch), **domain}
+        return Graph(Prefill(shapes), inputs, outputs)
+    inputs = {"input_ids": _whole(batch, 1), "current_index": _whole(batch), **caches, **state, **domain}
+    return Graph(Decode(shapes), inputs, outputs)
 
-    def whole(*size: int) -> Tensor:
-        return Tensor(np.zeros(size, np.int32))
 
-    def real(*size: int) -> Tensor:
-        return Tensor(np.zeros(size, np.float32))
-
-    caches = {"keys": real(*shapes.cache), "values": real(*shapes.cache)}
+def _sigma(shapes: Shapes, name: str) -> Graph:
+    batch, length = shapes.batch, shapes.window if name == "prefill" else 1
+    inputs = {"input_ids": _whole(batch, length)}
+    if shapes.sparse:
+        inputs["expert_ids"] = _whole(len(shapes.sparse), batch, length)
+    inputs |= {"attention_mask": _real(batch, length, shapes.window), "position_ids": _whole(batch, length)}
+    inputs |= {"current_index": _whole(batch), "batch_valid_length": _whole(batch)}
+    caches = {"keys": _real(*shapes.cache), "values": _real(*shapes.cache)}
     outputs = ["logits", *caches]
-    if signature == "plain":
-        domain = {"domain": whole(batch)} if shapes.domains > 1 else {}
-        prefill = {"input_ids": whole(batch, window), "valid_length": whole(batch), **domain}
-        decode = {"input_ids": whole(batch, 1), "current_index": whole(batch), **caches}
-        state = {"documents": whole(batch, window), "next": whole(batch, 2)}
-        outputs += state
-        graphs = {
-            "prefill": Graph(Prefill(shapes), prefill, outputs),
-            "decode": Graph(Decode(shapes), decode | state | domain, outputs),
-        }
-    else:
-        over_window, over_token = SigmaWindowDense, SigmaTokenDense
-        if shapes.sparse:
-            over_window, over_token = SigmaWindowSparse, SigmaTokenSparse
+    if name == "prefill":
+        return Graph((SigmaWindowSparse if shapes.sparse else SigmaWindowDense)(shapes), inputs, outputs)
+    return Graph((SigmaTokenSparse if shapes.sparse else SigmaTokenDense)(shapes), inputs | caches, outputs)
 
-        def inputs(length: int) -> dict[str, Tensor]:
-            ids = {"expert_ids": whole(len(shapes.sparse), batch, length)} if shapes.sparse else {}
-            named = {"input_ids": whole(batch, length), **ids, "attention_mask": real(batch, length, window)}
-            named |= {"position_ids": whole(batch, length), "current_index": whole(batch)}
-            return named | {"batch_valid_length": whole(batch)}
 
-        graphs = {
-            "prefill": Graph(over_window(shapes), inputs(window), outputs),
-            "decode": Graph(over_token(shapes), inputs(1) | caches, outputs),
-        }
-    for graph in graphs.values():
-        graph.cell.set_train(False)
-    return graphs
+def _whole(*size: int) -> Tensor:
+    return Tensor(np.zeros(size, np.int32))
+
+
+def _real(*size: int) -> Tensor:
+    return Tensor(np.zeros(size, np.float32))
