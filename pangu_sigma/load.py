@@ -104,7 +104,9 @@ def trained_from(checkpoint: Checkpoint, device: str | None = None, precision: s
     tokenizer = stored_tokenizer(checkpoint)
     tensors = stored_weights(checkpoint)
     tables = stored_tables(tensors) or None
-    model = build_model(config, config.model.vocab_size, tokenizer.eod_id, tables=tables, initialise=False)
+    model = build_model(
+        config, config.model.vocab_size, tokenizer.eod_id, tables=tables, initialise=False, inference=True
+    )
     restore_model(model, tensors)
     run_dir = checkpoint.path.parent.parent if checkpoint.path.parent.name == "checkpoints" else None
     return Trained(model, checkpoint, tokenizer, run_dir)

@@ -7,15 +7,18 @@ from pangu_sigma.checkpoint.manifest import Fingerprints
 from pangu_sigma.checkpoint.model_folder import ModelFolder, write_model_folder
 from pangu_sigma.checkpoint.reading import Checkpoint, open_checkpoint
 from pangu_sigma.checkpoint.saving import SaveResult, save_checkpoint
-from pangu_sigma.checkpoint.tensor_file import BFLOAT16, TensorSpec
+from pangu_sigma.checkpoint.stored import StoredTensors
+from pangu_sigma.checkpoint.tensor_file import BFLOAT16, LazyTensor, TensorSpec
 
 __all__ = [
     "BFLOAT16",
     "Checkpoint",
     "CheckpointError",
     "Fingerprints",
+    "LazyTensor",
     "ModelFolder",
     "SaveResult",
+    "StoredTensors",
     "TensorSpec",
     "find_latest",
     "open_checkpoint",

@@ -76,8 +76,19 @@ def numpy_type(dtype: str) -> np.dtype:
     return _TYPES[dtype][1]
 
 
-def spec_of(name: str, array: np.ndarray) -> TensorSpec:
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is read when its bytes are wanted, so that nobody holds all of a model at once."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+def spec_of(name: str, array: np.ndarray | LazyTensor) -> TensorSpec:
     """Describes `array`; raises ValueError naming the tensor when its element type is not one that checkpoints hold."""
+    if isinstance(array, LazyTensor):
+        array = np.broadcast_to(np.zeros((), array.dtype), array.shape)
     if not isinstance(array, np.ndarray):
         raise ValueError(f"tensor {name!r} is a {type(array).__name__}, not a NumPy array")
     metadata = array.dtype.metadata or {}
@@ -92,16 +103,16 @@ def raw_bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def pieces(array: np.ndarray) -> Iterator[memoryview]:
+def pieces(array: np.ndarray | LazyTensor) -> Iterator[memoryview]:
     """The array's bytes in C order in pieces of a size that is good to hash and write, without a copy as above."""
-    data = raw_bytes(array)
+    data = raw_bytes(array.read() if isinstance(array, LazyTensor) else array)
     for start in range(0, len(data), _CHUNK):
         yield data[start : start + _CHUNK]
 
 
-def digest_of(array: np.ndarray) -> str:
+def digest_of(array: np.ndarray | LazyTensor) -> str:
     """sha256 of the array's bytes in C order."""
-    return hashlib.sha256(raw_bytes(array)).hexdigest()
+    return hashlib.sha256(raw_bytes(array.read() if isinstance(array, LazyTensor) else array)).hexdigest()
 
 
 def in_file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:

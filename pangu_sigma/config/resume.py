@@ -16,6 +16,7 @@ _ALLOWED = re.compile(
     r"|evaluate\..*"
     r"|checkpoint\.(every|keep)"
     r"|data\.(prefetch|cache)"
+    r"|experts\..*"  # where tables lie changes no value beyond rounding, and a checkpoint none at all
     r"|model\.preset"  # only a name: the sizes that it filled in are compared themselves
 )
 
@@ -31,8 +32,8 @@ def changed_keys(old: Config, new: Config) -> Changes:
     """The keys in which two effective configurations differ; domains are named, not numbered (`domains.code.experts`).
 
     Allowed are keys that leave every step that both have as it was: run.* except seed and device, train.steps,
-    stop_at, nonfinite and skip_budget, evaluate.*, checkpoint.every and keep, data.prefetch and cache. A longer
-    train.steps moves the end of a decay that follows it (schedule.decay_steps, written out in an effective
+    stop_at, nonfinite and skip_budget, evaluate.*, checkpoint.every and keep, data.prefetch and cache, experts.*. A
+    longer train.steps moves the end of a decay that follows it (schedule.decay_steps, written out in an effective
     configuration), which is refused; a constant schedule has no such end. The last phase may grow or shrink with
     train.steps.
     """

@@ -34,7 +34,7 @@ class RulesBroken(ValueError):
 
 def broken_rules(config: Config) -> list[tuple[str, str]]:
     """All broken rules of a configuration whose single fields are right, as (key, sentence) pairs."""
-    checks = (_model, _sparse, _domains, _tokenizer, _data, _schedule, _train, _phases, _around, _parallel)
+    checks = (_model, _sparse, _domains, _tokenizer, _data, _schedule, _train, _phases, _around, _experts, _parallel)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -268,6 +268,16 @@ def _around(config: Config) -> Broken:
             "run.profile",
             f"run.profile ends at step {profile.start + profile.steps - 1}, after train.steps = {steps}: "
             "profile earlier or fewer steps",
+        )
+
+
+def _experts(config: Config) -> Broken:
+    store = config.experts.store
+    if store != "device" and config.model.sparse.router == "switch":
+        yield (
+            "experts.store",
+            f"experts.store = {store}, but a learned gate (model.sparse.router = switch) chooses among all experts "
+            "inside the step: set experts.store to device",
         )
 
 

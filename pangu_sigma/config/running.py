@@ -35,6 +35,19 @@ class RunConfig(Section):
     profile: ProfileConfig | None = Field(None, description="Steps to profile; null profiles none.")
 
 
+class ExpertsConfig(Section):
+    """Where experts and their optimizer state live while training."""
+
+    store: Literal["device", "host", "disk"] = Field(
+        "device",
+        description="device: every step takes all experts; host: tables in host memory, a step takes the activated "
+        "ones; disk: tables are memory-mapped files in the run's folder.",
+    )
+    resident_gib: float = Field(
+        4.0, gt=0, description="Of store disk: GiB of experts and their moments that may be in memory at a time."
+    )
+
+
 class EvaluateConfig(Section):
     """Held-out loss while training."""
 

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from pangu_sigma.config import rules
 from pangu_sigma.config.data import DataConfig, DomainConfig
 from pangu_sigma.config.model import ModelConfig
-from pangu_sigma.config.running import CheckpointConfig, EvaluateConfig, ParallelConfig, RunConfig
+from pangu_sigma.config.running import CheckpointConfig, EvaluateConfig, ExpertsConfig, ParallelConfig, RunConfig
 from pangu_sigma.config.section import ListOf, Section
 from pangu_sigma.config.training import OptimizerConfig, ScheduleConfig, TrainConfig
 
@@ -30,6 +30,7 @@ class Config(Section):
     train: TrainConfig = Field(description="The training loop.")
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="Held-out loss while training.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="When the state is saved.")
+    experts: ExpertsConfig = Field(default_factory=ExpertsConfig, description="Where the experts live.")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="The device mesh.")
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import mindspore as ms
 import numpy as np
@@ -20,7 +21,8 @@ from rre.counted import generator
 from rre.dispatch import EXACT_ROWS
 from rre.experts import expert_shapes
 from rre.routers import Groups, Router, SwitchRouter, TableRouter
-from rre.store import DeviceStore
+from rre.store import DeviceStore, DiskStore, ExpertStore, HostStore
+from rre.store.base import Shapes
 from rre.tables import draw_table
 
 COMPUTE_TYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
@@ -40,7 +42,7 @@ class Model:
     groups: Groups
     routers: tuple[Router, ...]
     tables: dict[str, dict[str, np.ndarray]]
-    store: DeviceStore
+    store: ExpertStore
     net: PanGuSigma
     layout: Layout
 
@@ -55,19 +57,28 @@ class Model:
         return any(router.learned for router in self.routers)
 
     def training_signature(self, batch: int) -> FlatSignature:
-        """Variable inputs of a training graph: one slot per expert."""
-        return self._signature(batch, self.groups.total, jitter=self.config.model.sparse.jitter > 0)
+        """Variable inputs of a training graph: a slot for each expert, or for as many as a micro-batch can activate."""
+        slots = self.groups.total
+        if not self.store.all_resident:
+            limit = self.config.data.domains_per_step or len(self.groups.names)
+            slots = self._activated_at_most(batch, min(limit, batch))
+        return self._signature(batch, slots, jitter=self.config.model.sparse.jitter > 0)
+
+    def _activated_at_most(self, batch: int, domains: int) -> int:
+        """Experts of a sparse layer that `batch` samples of at most so many domains can activate."""
+        busiest = sum(sorted(self.groups.sizes, reverse=True)[:domains])
+        return min(busiest, batch * self.config.data.sequence_length)
 
     def exact_signature(self, batch: int, domains: int) -> FlatSignature:
         """Variable inputs of an evaluation graph whose batches mix at most `domains` domains: slots of fixed blocks."""
         if self.learned:
             return self._signature(batch, self.groups.total, jitter=False)
-        rows = batch * self.config.data.sequence_length
-        busiest = sum(sorted(self.groups.sizes, reverse=True)[:domains])
+        activated = self._activated_at_most(batch, domains)
         if self.layout.kernels:
-            return self._signature(batch, min(busiest, rows), jitter=False)
+            return self._signature(batch, activated, jitter=False)
         # Every expert may end in one block that is not full.
-        return self._signature(batch, rows // EXACT_ROWS + min(busiest, rows), jitter=False)
+        full = batch * self.config.data.sequence_length // EXACT_ROWS
+        return self._signature(batch, full + activated, jitter=False)
 
     def _signature(self, batch: int, slots: int, jitter: bool) -> FlatSignature:
         model = self.config.model
@@ -101,11 +112,13 @@ def build_model(
     tables: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     token_counts: Mapping[str, np.ndarray] | None = None,
     initialise: bool = True,
+    inference: bool = False,
 ) -> Model:
     """Build the network of `config` for `vocab` ids.
 
     Routing tables are drawn here for a new model (`token_counts` [V] per domain serve the `frequency` rule) and given
-    for one from a checkpoint. With `initialise` False all weights are zero: something else will fill them.
+    for one from a checkpoint. With `initialise` False all weights are zero: something else will fill them. A model for
+    `inference` keeps its experts in host memory, wherever training has them.
     """
     model = config.model
     layout = Layout(config.run.device, chosen_kernels(config))
@@ -146,7 +159,7 @@ def build_model(
     if model.embedding_slots == "per_domain":
         shapes[SLOTS] = {"word": (vocab, model.hidden)}
         experts[SLOTS] = len(groups.names)
-    store = DeviceStore(shapes, experts, HostKernels(layout.kernels) if layout.kernels else None)
+    store = _make_store(config, shapes, experts, HostKernels(layout.kernels) if layout.kernels else None, inference)
     built = Model(
         config=config,
         vocab=vocab,
@@ -163,6 +176,23 @@ def build_model(
     if initialise:
         _initialise(built)
     return built
+
+
+def _make_store(
+    config: Config, shapes: Mapping[str, Shapes], experts: Mapping[str, int], kernels: HostKernels | None,
+    inference: bool,
+) -> ExpertStore:  # fmt: skip
+    kind = "host" if inference else config.experts.store
+    if kind != "disk":
+        return (DeviceStore if kind == "device" else HostStore)(shapes, experts, kernels)
+    folder = Path(config.run.dir) / "experts"
+    bound = int(config.experts.resident_gib * 2**30)
+    try:
+        return DiskStore(shapes, experts, folder, bound, kernels, in_memory=(SLOTS,))
+    except OSError as error:
+        raise UserError(
+            f"the expert tables do not fit under {folder} ({error.strerror}): free space there or set another run.dir"
+        ) from error
 
 
 def _initialise(built: Model) -> None:

@@ -16,7 +16,7 @@ from pangu_sigma.model.build import Model
 from pangu_sigma.model.signature import FlatSignature
 from rre.counted import generator, sample_keys
 from rre.dispatch import DROPPED, DispatchPlan, plan_by_expert, plan_in_blocks, plan_present
-from rre.store import DeviceStore
+from rre.store import ExpertStore
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ class PlannedBatch:
         """tokens, positions, segments, domain, keys as tensors."""
         return tuple(Tensor(a) for a in (self.tokens, self.positions, self.segments, self.domain, self.keys))
 
-    def flat(self, signature: FlatSignature, store: DeviceStore) -> list[Tensor]:
+    def flat(self, signature: FlatSignature, store: ExpertStore) -> list[Tensor]:
         """The variable inputs in the signature's order, with weights fetched from `store`."""
+        store.begin()
         tensors: list[Tensor] = []
         if signature.slot_table is not None:
             tensors.append(store.whole("embedding", "word"))
@@ -89,8 +90,11 @@ class Planner:
             ids = router.assign(inputs, domain, step, sample, self.training).expert_ids
             lost = (ids == DROPPED).any(axis=1).reshape(inputs.shape).sum(axis=1)
             np.add.at(dropped[layer], domain, lost)
-            if self.training:
+            if self.training and self.model.store.all_resident:
                 plans.append(plan_by_expert(ids, np.arange(place.slots)))
+            elif self.training:
+                plans.append(plan_present(ids, place.slots))
+                self.model.store.prefetch(place.name, plans[-1].experts)
             else:
                 plans.append(plan_present(ids, place.slots) if place.compiled else plan_in_blocks(ids, place.slots))
             noise.append(None)

@@ -79,12 +79,17 @@ class MetricsLog:
         expert_load: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
         dropped_share: Mapping[str, Mapping[str, float]] | None = None,
         auxiliary_loss: float | None = None,
+        experts: Mapping[str, float] | None = None,
+        store: Mapping[str, float] | None = None,
     ) -> None:
         """One training record, written every `run.log_every` steps.
 
         `loss`, `losses` (nats per token, by domain), `tokens` (by domain), `expert_load` (layer → domain → rows per
         expert), `dropped_share` (layer → domain → share of rows, 0..1) and `seconds` cover the steps since the previous
-        record, so that tokens may be summed over records. `skipped_steps` counts from the run's beginning.
+        record, so that tokens may be summed over records. `skipped_steps` counts from the run's beginning. `experts`
+        (stored in all sparse layers; activated and touched, i.e. updated, in a step) and `store` (bytes_to_step,
+        bytes_from_step, bytes_read, bytes_written, update_seconds, all a step; prefetch_hit_rate, 0..1) tell what the
+        expert store did.
         """
         self.write(
             {
@@ -102,6 +107,8 @@ class MetricsLog:
                 "expert_load": expert_load or {},
                 "dropped_share": dropped_share or {},
                 "auxiliary_loss": auxiliary_loss,
+                "experts": experts or {},
+                "store": store or {},
                 "seconds": seconds,
             }
         )

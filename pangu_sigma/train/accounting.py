@@ -9,6 +9,7 @@ import numpy as np
 
 from pangu_sigma.model.inputs import PlannedBatch
 from rre.routers import Groups
+from rre.store import Traffic
 
 
 class Accounting:
@@ -28,6 +29,8 @@ class Accounting:
         self.dropped = np.zeros((len(self.places), domains), np.int64)
         self.auxiliary = 0.0
         self.steps = 0
+        self.activated = 0
+        self.touched = 0
         self.started = time.monotonic()
 
     def add_batch(self, batch: PlannedBatch, by_sample: np.ndarray, counts: Sequence[np.ndarray], aux: float) -> None:
@@ -38,15 +41,18 @@ class Accounting:
             if plan is None:
                 kept = counts[layer].astype(np.int64)
                 self.load[layer] += kept.sum(axis=0)
+                self.activated += int((kept.sum(axis=0) > 0).sum())
                 np.add.at(self.dropped[layer], batch.domain, batch.tokens.shape[1] - kept.sum(axis=1))
             else:
-                self.load[layer] += plan.counts
+                np.add.at(self.load[layer], plan.experts, plan.counts)
+                self.activated += int((plan.counts > 0).sum())
         self.dropped += batch.dropped
         self.auxiliary += aux
 
-    def add_step(self) -> None:
-        """Count one finished optimizer step."""
+    def add_step(self, touched: int) -> None:
+        """Count one finished optimizer step, which updated `touched` experts (embedding slots included)."""
         self.steps += 1
+        self.touched += touched
 
     @property
     def mean_loss(self) -> float:
@@ -80,6 +86,21 @@ class Accounting:
                 place: {names[i]: float(self.dropped[layer, i] / self.tokens[i]) for i in seen}
                 for layer, place in enumerate(self.places)
             }
+            figures["experts"] = {
+                "stored": self.groups.total * len(self.places),
+                "activated": self.activated / max(1, self.steps),
+                "touched": self.touched / max(1, self.steps),
+            }
             figures["auxiliary_loss"] = self.auxiliary / max(1, self.steps)
         self._clear()
         return figures
+
+
+def store_figures(traffic: Traffic, steps: int) -> dict[str, float]:
+    """What the expert store did a step, by the names of the metrics log; the counters begin anew."""
+    taken = traffic.take()
+    fetched, hits = taken.pop("fetched"), taken.pop("hits")
+    del taken["updated"]  # the record has it as touched experts
+    return {name: value / max(1, steps) for name, value in taken.items()} | {
+        "prefetch_hit_rate": hits / fetched if fetched else 1.0
+    }

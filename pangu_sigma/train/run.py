@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from pangu_sigma import runtime
-from pangu_sigma.checkpoint import Checkpoint, Fingerprints, find_latest, remove_stale, resolve, save_checkpoint
+from pangu_sigma.checkpoint import (
+    Checkpoint,
+    Fingerprints,
+    StoredTensors,
+    find_latest,
+    remove_stale,
+    resolve,
+    save_checkpoint,
+)
 from pangu_sigma.config import (
     Config,
     check_resume,
@@ -155,7 +164,7 @@ class Run:
         from pangu_sigma.train.trainer import Trainer
 
         tokenizer = self.corpus.tokenizer
-        tensors = checkpoint.load() if checkpoint else stored_weights(self.start) if self.start else {}
+        tensors = StoredTensors(checkpoint) if checkpoint else stored_weights(self.start) if self.start else {}
         self.model = build_model(
             self.config,
             self.config.model.vocab_size,
@@ -166,6 +175,7 @@ class Run:
         )
         if self.start:
             restore_model(self.model, tensors)
+        self._open.callback(self.model.store.close)
         self.trainer = Trainer(self.model)
         self.heldout = self.corpus.heldout()
         self.unigram = self.corpus.unigram_losses()
@@ -180,7 +190,7 @@ class Run:
             self._restore(checkpoint, tensors)
             self.sampler.restore(checkpoint.state["sampler"])
 
-    def _restore(self, checkpoint: Checkpoint, tensors: dict[str, np.ndarray]) -> None:
+    def _restore(self, checkpoint: Checkpoint, tensors: Mapping[str, np.ndarray]) -> None:
         from pangu_sigma.train.state import restore_model
 
         state = checkpoint.state
@@ -255,6 +265,7 @@ class Run:
                 gradient_norm=result.gradient_norm,
                 loss_scale=self.trainer.loss_scale.value if self.trainer.loss_scale.dynamic else None,
                 skipped_steps=self.progress.skipped,
+                store=self.trainer.store_figures(),
                 **accounting.take(),
             )
 
@@ -295,7 +306,7 @@ class Run:
                 f"step {step + 1}: the {what} is {value} and there is no checkpoint to roll back to; "
                 "set checkpoint.every lower, or lower optimizer.learning_rate"
             )
-        self._restore(checkpoint, checkpoint.load())
+        self._restore(checkpoint, StoredTensors(checkpoint))
         self.progress.skipped = skipped
         self.trainer.accounting.take()
         return f"step {step + 1}: the {what} is {value}; rolled back to step {checkpoint.step} ({skipped} so far)"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 from mindspore import Tensor
 
+from pangu_sigma.checkpoint import LazyTensor
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.build import SLOTS, Model
 
@@ -23,11 +25,8 @@ def domain_tensors(model: Model, optimizer_state: bool) -> dict[str, np.ndarray]
         if kind != "weight" and not optimizer_state:
             continue
         for number, domain in enumerate(groups.names):
-            prefix = f"domains.{domain}." + ("" if kind == "weight" else f"optimizer.{kind}.")
-            if place == SLOTS:
-                found[f"{prefix}embedding.{name}"] = table[number]
-            else:
-                found[f"{prefix}{place}.experts.{name}"] = table[groups.of(domain)]
+            checkpoint_name = _expert_tensor(domain, kind, place, name)
+            found[checkpoint_name] = table[number] if place == SLOTS else table[groups.of(domain)]
     for place, by_domain in model.tables.items():
         for domain, table in by_domain.items():
             found[f"domains.{domain}.{place}.routing"] = table
@@ -39,13 +38,31 @@ def domain_tensors(model: Model, optimizer_state: bool) -> dict[str, np.ndarray]
     return found
 
 
-def model_tensors(model: Model, optimizer: Optimizer | None) -> dict[str, np.ndarray]:
-    """All tensors of a checkpoint by name: shared, every domain's, and the moments if an optimizer is given."""
-    model.store.settle()
-    tensors = {p.name: p.asnumpy() for p in model.net.get_parameters()}
+def _expert_tensor(domain: str, kind: str, place: str, name: str) -> str:
+    prefix = f"domains.{domain}." + ("" if kind == "weight" else f"optimizer.{kind}.")
+    return f"{prefix}embedding.{name}" if place == SLOTS else f"{prefix}{place}.experts.{name}"
+
+
+def model_tensors(model: Model, optimizer: Optimizer | None) -> dict[str, np.ndarray | LazyTensor]:
+    """All tensors of a checkpoint by name: shared, every domain's, and the moments if an optimizer is given.
+
+    Experts that lie on disk come as tensors that are read when they are written.
+    """
+    store, groups = model.store, model.groups
+    store.settle()
+    tensors: dict[str, np.ndarray | LazyTensor] = {p.name: p.asnumpy() for p in model.net.get_parameters()}
     if optimizer is not None:
         tensors |= optimizer.moments()
-    return tensors | domain_tensors(model, optimizer is not None)
+    tensors |= domain_tensors(model, optimizer is not None)
+    for kind, place, name, table in store.tables():
+        if store.in_memory(place) or (kind != "weight" and optimizer is None):
+            continue
+        for domain in groups.names:
+            rows = groups.of(domain)
+            read = partial(store.read, kind, place, name, rows)
+            shape = (rows.stop - rows.start, *table.shape[1:])
+            tensors[_expert_tensor(domain, kind, place, name)] = LazyTensor(shape, table.dtype, read)
+    return tensors
 
 
 def restore_model(model: Model, tensors: Mapping[str, np.ndarray], optimizer_state: bool = False) -> None:
@@ -59,22 +76,24 @@ def restore_model(model: Model, tensors: Mapping[str, np.ndarray], optimizer_sta
         parameter.set_data(Tensor(_checked(tensors, parameter.name, parameter.shape)))
     for name, target in domain_tensors(model, optimizer_state).items():
         target[...] = _checked(tensors, name, target.shape)
+        if ".experts." in name:
+            model.store.release()
 
 
 def stored_tables(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
     """The routing tables of a checkpoint: sparse layer -> domain -> int32 [V]."""
     tables: dict[str, dict[str, np.ndarray]] = {}
-    for name, tensor in tensors.items():
+    for name in tensors:
         if name.startswith("domains.") and name.endswith(".routing"):
             _, domain, place = name.removesuffix(".routing").split(".", 2)
-            tables.setdefault(place, {})[domain] = tensor
+            tables.setdefault(place, {})[domain] = tensors[name]
     return tables
 
 
 def _checked(tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    tensor = tensors.get(name)
-    if tensor is None:
+    if name not in tensors:
         raise UserError(f"the checkpoint has no tensor {name}: it belongs to another configuration")
+    tensor = tensors[name]
     if tuple(tensor.shape) != tuple(shape):
         raise UserError(
             f"the checkpoint's tensor {name} is {tuple(tensor.shape)} where this configuration needs {tuple(shape)}"

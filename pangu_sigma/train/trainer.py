@@ -11,15 +11,17 @@ import numpy as np
 from mindspore import Tensor
 
 from pangu_sigma.data.sampler import Batch
+from pangu_sigma.errors import UserError
 from pangu_sigma.model.build import SLOTS, Model
 from pangu_sigma.model.inputs import PlannedBatch, Planner
-from pangu_sigma.train.accounting import Accounting
+from pangu_sigma.train.accounting import Accounting, store_figures
 from pangu_sigma.train.flops import flops_per_token
 from pangu_sigma.train.loss_scale import LossScale
 from pangu_sigma.train.optimizer import Gradients, Optimizer
 from pangu_sigma.train.schedule import Phase, learning_rate, phase_at
 from pangu_sigma.train.step import GradientStep
 from rre.experts import TENSORS_PER_EXPERT
+from rre.store.disk import StoreFull
 
 TENSORS = len(TENSORS_PER_EXPERT)
 
@@ -69,7 +71,16 @@ class Trainer:
         ]
 
     def step(self, step: int, batches: Sequence[PlannedBatch]) -> StepResult:
-        """Do optimizer step `step` (from 0) on the micro-batches of one batch."""
+        """Do optimizer step `step` (from 0) on the micro-batches of one batch.
+
+        Raises UserError where a step activates more experts than the store may hold.
+        """
+        try:
+            return self._step(step, batches)
+        except StoreFull as error:
+            raise UserError(f"step {step + 1}: {error}") from error
+
+    def _step(self, step: int, batches: Sequence[PlannedBatch]) -> StepResult:
         # By the data's step: text that a phase drew trains what that phase trains, also after skipped steps.
         phase = phase_at(self.config, batches[0].step)
         rate = learning_rate(self.config, step)
@@ -96,8 +107,12 @@ class Trainer:
         self.loss_scale.good()
         for batch, by_sample, counts, auxiliary in parts:
             self.accounting.add_batch(batch, by_sample, counts, auxiliary)
-        self.accounting.add_step()
+        self.accounting.add_step(len(gradients.experts))
         return StepResult(loss, norm, rate, True, False)
+
+    def store_figures(self) -> dict[str, float]:
+        """What the expert store did a step since the last record; call it before the accounting's `take`."""
+        return store_figures(self.model.store.traffic, self.accounting.steps)
 
     def _graph(self, with_shared: bool) -> GradientStep:
         if with_shared not in self._graphs:
@@ -147,8 +162,9 @@ class Trainer:
         for layer, place in enumerate(self.signature.places):
             plan = batch.plans[layer]
             received = rows[layer].sum(axis=0) if plan is None else plan.counts
-            for slot in range(place.slots):
-                if received[slot] > 0 and owner[slot] in phase.domains:
-                    found[(place.name, slot)] = list(by_expert[at : at + TENSORS])
+            experts = range(place.slots) if plan is None else plan.experts.tolist()
+            for slot, expert in enumerate(experts):
+                if received[slot] > 0 and owner[expert] in phase.domains:
+                    found[(place.name, expert)] = list(by_expert[at : at + TENSORS])
                 at += TENSORS
         return found

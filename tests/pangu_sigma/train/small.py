@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from pangu_sigma.checkpoint import LazyTensor
 from pangu_sigma.config import Config, config_from_dict, effective
 from pangu_sigma.data.sampler import Batch
 from pangu_sigma.model.build import Model, build_model
@@ -28,10 +29,15 @@ def small_config(model: Mapping | None = None, **sections: Mapping) -> Config:
             "sparse": sparse,
         },
         "domains": [{"name": name, "data": ["unused.txt"], "experts": n} for name, n in EXPERTS.items()],
-        "data": {"sequence_length": LENGTH, "tokenizer": {"kind": "sentencepiece", "path": "unused"}},
+        "data": {
+            "sequence_length": LENGTH,
+            "tokenizer": {"kind": "sentencepiece", "path": "unused"},
+            **sections.get("data", {}),
+        },
         "optimizer": {"learning_rate": 1e-2, **sections.get("optimizer", {})},
         "schedule": {"kind": "constant", **sections.get("schedule", {})},
         "train": {"steps": 100, "batch_size": 4, **sections.get("train", {})},
+        "experts": sections.get("experts", {}),
     }
     return effective(config_from_dict(values))
 
@@ -54,7 +60,8 @@ def batch(step: int, domains: Sequence[int], ids: Sequence[int] = range(VOCAB)) 
 
 def tensors_now(trainer: Trainer) -> dict[str, np.ndarray]:
     """Copies of every tensor that a checkpoint would hold now."""
-    return {name: tensor.copy() for name, tensor in model_tensors(trainer.model, trainer.optimizer).items()}
+    found = model_tensors(trainer.model, trainer.optimizer)
+    return {name: t.read() if isinstance(t, LazyTensor) else t.copy() for name, t in found.items()}
 
 
 def changed_names(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> set[str]:

@@ -1,0 +1,33 @@
+"""A checkpoint's tensors as a mapping that reads, and checks, a tensor when it is asked for."""
+
+from collections.abc import Collection, Iterator, Mapping
+
+import numpy as np
+
+from pangu_sigma.checkpoint.reading import Checkpoint
+
+
+class StoredTensors(Mapping[str, np.ndarray]):
+    """Tensors of `checkpoint` by name, each read anew at every access: whoever goes through them holds one at a time.
+
+    `names` restricts them; by default all. An access raises CheckpointError for a damaged file.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, names: Collection[str] | None = None) -> None:
+        self._checkpoint = checkpoint
+        self._names = tuple(checkpoint.names() if names is None else names)
+        self._known = frozenset(self._names)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._known:
+            raise KeyError(name)
+        return self._checkpoint.load([name])[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -1,0 +1,196 @@
+"""The expert store: expert weights, Adam moments and step counts outside the model's graph.
+
+A step fetches the experts that its batch needs, hands them to the graph as inputs, gets gradients back and applies
+them to exactly the experts that received a token. An expert that received none keeps every bit: weights, moments and
+its own step count. That is what "never forgets" rests on, and what makes a step cost what it activates, whatever is
+stored (the paper's Expert Computation and Storage Separation).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
+
+import numpy as np
+from mindspore import Tensor
+
+from parallel.compiled import HostKernels
+from rre.adamw import AdamWHyper, decays, square_sum, update_in_place
+from rre.counted import generator
+
+Shapes = Mapping[str, tuple[int, ...]]
+KINDS = ("weight", "m", "v")
+
+
+@dataclass
+class Traffic:
+    """What moved between store and step since the last `take`.
+
+    fetched: experts handed to steps; hits: those of them that were ready when asked for; updated: experts that got an
+    update; bytes_to_step, bytes_from_step: weights handed out and gradients taken in; bytes_read, bytes_written:
+    between memory and disk; update_seconds: work of all update threads together.
+    """
+
+    fetched: int = 0
+    hits: int = 0
+    updated: int = 0
+    bytes_to_step: int = 0
+    bytes_from_step: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    update_seconds: float = 0.0
+
+    def take(self) -> dict[str, float]:
+        """The figures by name; then all are zero again."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        for field in fields(self):
+            setattr(self, field.name, field.default)
+        return found
+
+
+class ExpertStore:
+    """Tables [experts, …] of float32 per (kind, place, tensor), kind being weight or one of the moments m and v.
+
+    `shapes`: place (a sparse layer, or the embedding slots) -> tensor name -> shape of one expert's tensor. `experts`:
+    place -> how many. `kernels`: compiled updates, else NumPy's. Tables are zero until `initialise` or until they are
+    written to. A subclass makes the tables and says when an expert is ready.
+    """
+
+    # Whether a training step's graph takes every stored expert, or only those that its batch activates.
+    all_resident = False
+
+    def __init__(
+        self, shapes: Mapping[str, Shapes], experts: Mapping[str, int], kernels: HostKernels | None = None
+    ) -> None:
+        self.shapes = {place: dict(tensors) for place, tensors in shapes.items()}
+        self.experts = dict(experts)
+        self.steps = {place: np.zeros(count, np.int64) for place, count in experts.items()}
+        self.traffic = Traffic()
+        self._kernels = kernels
+        self._tables = self._make_tables()
+        self._bytes = {p: sum(4 * int(np.prod(s)) for s in tensors.values()) for p, tensors in self.shapes.items()}
+        # Tensors that share memory with rows of the tables; made on first use, valid as long as the tables stand.
+        self._views: dict[tuple[str, str, int], Tensor] = {}
+        # Updates under way, each with the gradient whose memory it reads; threads, because NumPy works outside the GIL.
+        self._workers = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "expert-update")
+        self._running: list[tuple[Future, Tensor]] = []
+
+    # --- what a subclass says
+
+    def _make_tables(self) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+        """kind -> place -> tensor name -> float32 [experts, …]; one expert's tensor is contiguous."""
+        raise NotImplementedError
+
+    def _make_ready(self, place: str, experts: Sequence[int]) -> int:
+        """Bring experts into memory; return how many were there already."""
+        return len(experts)
+
+    def prefetch(self, place: str, experts: Sequence[int]) -> None:
+        """Begin to bring experts into memory that a coming step will fetch. May be called from another thread."""
+
+    def in_memory(self, place: str) -> bool:
+        """Whether a place's tables lie in memory as a whole."""
+        return True
+
+    def release(self) -> None:
+        """Let go of memory that is held beyond the configured bound; between steps, or while tables are filled."""
+
+    def close(self) -> None:
+        """Settle and give back threads and files."""
+        self.settle()
+        self._workers.shutdown()
+
+    # --- the tables
+
+    def initialise(self, seed: int, std: Mapping[str, float]) -> None:
+        """Draw every weight table: Normal(std[tensor name]), or 0 where no std is given.
+
+        An expert's numbers depend on (seed, place, expert) alone, not on how many others there are.
+        """
+        for place, tensors in self.shapes.items():
+            for expert in range(self.experts[place]):
+                for name, shape in tensors.items():
+                    if std.get(name):
+                        rng = generator(seed, f"initial {place} {name}", expert)
+                        self.table(place, name)[expert] = rng.standard_normal(shape, np.float32) * std[name]
+                self.release()
+
+    def table(self, place: str, name: str, kind: str = "weight") -> np.ndarray:
+        """The table of one tensor, [experts, …]; `kind` is weight, m or v. Writing to it changes the store."""
+        return self._tables[kind][place][name]
+
+    def tables(self) -> Iterator[tuple[str, str, str, np.ndarray]]:
+        """(kind, place, tensor name, table) of everything but the step counts."""
+        for kind, places in self._tables.items():
+            for place, tensors in places.items():
+                for name, table in tensors.items():
+                    yield kind, place, name, table
+
+    def read(self, kind: str, place: str, name: str, experts: slice) -> np.ndarray:
+        """A range of experts of one table; memory of the table where it lies in memory anyway, else a copy."""
+        return self._tables[kind][place][name][experts]
+
+    # --- a step
+
+    def begin(self) -> None:
+        """A graph is about to run: updates so far stand, and what earlier graphs fetched may go."""
+        self.settle()
+
+    def whole(self, place: str, name: str) -> Tensor:
+        """One weight table as a tensor that shares its memory."""
+        self.settle()
+        return self._view(place, name, -1)
+
+    def fetch(self, place: str, experts: Sequence[int]) -> list[Tensor]:
+        """Weights of `experts` (repeats allowed), flat: all tensors of the first, of the second, …; no copies."""
+        self.settle()
+        wanted = np.unique(np.asarray(experts)).tolist()
+        self.traffic.fetched += len(wanted)
+        self.traffic.hits += self._make_ready(place, wanted)
+        self.traffic.bytes_to_step += len(wanted) * self._bytes[place]
+        return [self._view(place, name, int(e)) for e in experts for name in self.shapes[place]]
+
+    def apply(
+        self, place: str, expert: int, gradients: Sequence[Tensor], hyper: AdamWHyper, scale: float = 1.0
+    ) -> None:
+        """Update one expert by gradients * scale (in the order of `fetch`); nobody else's bits change.
+
+        Returns at once; `settle` waits.
+        """
+        self.steps[place][expert] += 1
+        step = int(self.steps[place][expert])
+        self.traffic.updated += 1
+        self.traffic.bytes_from_step += self._bytes[place]
+        for name, gradient in zip(self.shapes[place], gradients, strict=True):
+            rows = (self._tables[kind][place][name][expert] for kind in KINDS)
+            task = self._workers.submit(
+                _timed_update, *rows, gradient.asnumpy(), hyper, step, scale, decays("." + name), self._kernels
+            )
+            self._running.append((task, gradient))
+
+    def square_sum(self, gradients: Sequence[Tensor]) -> float:
+        """Sum of squares over expert gradients, as the clipping norm needs it."""
+        work = square_sum if self._kernels is None else self._kernels.square_sum
+        return sum(self._workers.map(work, (g.asnumpy() for g in gradients)))
+
+    def settle(self) -> None:
+        """Wait until every update that was asked for stands in the tables."""
+        running, self._running = self._running, []
+        for task, _ in running:
+            self.traffic.update_seconds += task.result()
+
+    def _view(self, place: str, name: str, expert: int) -> Tensor:
+        key = (place, name, expert)
+        if key not in self._views:
+            table = self._tables["weight"][place][name]
+            self._views[key] = Tensor.from_numpy(table if expert < 0 else table[expert])
+        return self._views[key]
+
+
+def _timed_update(*arguments: object) -> float:
+    started = time.perf_counter()
+    update_in_place(*arguments)
+    return time.perf_counter() - started

@@ -1,0 +1,59 @@
+"""Training gives the same model whichever store holds the experts, for any pattern of activation."""
+
+import numpy as np
+import pytest
+
+from pangu_sigma.config import config_from_dict
+from pangu_sigma.errors import UserError
+from tests.pangu_sigma.train.small import batch, small_config, small_trainer, tensors_now
+
+# The three domains have 2, 1 and 3 experts; micro-batches of a step activate different ones.
+STEPS = [[0, 0, 1, 1], [2, 2, 0, 1], [1, 1, 1, 1], [0, 2, 2, 2], [2, 2, 0, 0], [0, 1, 0, 2]]
+
+
+def trained(store: str, tmp_path, **sections) -> dict[str, np.ndarray]:
+    trainer = small_trainer(
+        train={"accumulation": 2}, experts={"store": store, "resident_gib": 0.001}, run={"dir": str(tmp_path / store)},
+        data={"domains_per_step": 3}, **sections,
+    )  # fmt: skip
+    # Few ids of the vocabulary, so that some experts of an active domain get no token.
+    for step, domains in enumerate(STEPS):
+        assert trainer.step(step, trainer.plan(batch(step, domains, range(3, 9)))).finite
+    found = tensors_now(trainer)
+    trainer.model.store.close()
+    return found
+
+
+def test_host_device_and_disk_give_the_same_weights_moments_and_counts(tmp_path):
+    found = {store: trained(store, tmp_path) for store in ("device", "host", "disk")}
+    for other in ("host", "disk"):
+        assert found[other].keys() == found["device"].keys()
+        for name, tensor in found["device"].items():
+            np.testing.assert_allclose(found[other][name], tensor, rtol=1e-5, atol=1e-7, err_msg=name)
+    # The two that take the activated experts only compute in the same graph: they agree to the bit.
+    assert all(np.array_equal(found["host"][name], tensor) for name, tensor in found["disk"].items())
+    counts = found["host"]["domains.law.optimizer.steps.blocks.0"]
+    assert counts.tolist() == [sum(1 in domains for domains in STEPS)]
+
+
+def test_a_host_stores_graph_has_as_many_slots_as_a_micro_batch_can_activate(tmp_path):
+    slots = {}
+    for limit, store in ((1, "host"), (2, "host"), (None, "host"), (1, "device")):
+        trainer = small_trainer(experts={"store": store}, data={"domains_per_step": limit})
+        slots[limit, store] = trainer.signature.places[0].slots
+    assert slots == {(1, "host"): 3, (2, "host"): 5, (None, "host"): 6, (1, "device"): 6}
+
+
+def test_a_step_that_activates_more_than_may_be_resident_says_what_to_change(tmp_path):
+    trainer = small_trainer(experts={"store": "disk", "resident_gib": 1e-5}, run={"dir": str(tmp_path)})
+    with pytest.raises(UserError, match=r"step 1: .*experts\.resident_gib.*data\.domains_per_step"):
+        trainer.step(0, trainer.plan(batch(0, [0, 1, 2, 0])))
+    trainer.model.store.close()
+
+
+def test_a_learned_gate_keeps_its_experts_on_the_device():
+    values = small_config().to_dict()
+    values["model"]["sparse"]["router"] = "switch"
+    values["experts"]["store"] = "host"
+    with pytest.raises(UserError, match=r"experts\.store = host.*set experts\.store to device"):
+        config_from_dict(values)
