@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
-    "train", "config", "evaluate", "generate", "extract", "import", "upcycle", "vocab", "report", "corpora",
+    "train", "config", "evaluate", "generate", "extract", "import", "upcycle", "vocab", "report", "serve", "corpora",
     "quickstart",
 ]  # fmt: skip
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
