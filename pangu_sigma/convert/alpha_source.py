@@ -134,6 +134,8 @@ def _open_shards(folder: Path, checkpoints: list[Path], strategy: Path, advance:
                     f"{name} is {tensor.type} {list(tensor.shape)} in {file.path.name}, but in {files[0].path.name} "
                     f"{other.type} {list(other.shape)}: the shards do not fit together"
                 )
+        if files:
+            file.share(files[0])
         files.append(file)
         if advance is not None:
             advance(1)
