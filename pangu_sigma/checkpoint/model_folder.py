@@ -172,8 +172,10 @@ def write_model_folder(
         with held(temporary):
             try:
                 writer = FolderWriter(temporary, lambda spec: _pieces_of(model, spec), threads, model.bytes, progress)
+                writer.copy(model.copies)
                 for file in model.files:
-                    writer.write(file)
+                    if file.copy is None:
+                        writer.write(file)
                 if finish is not None:
                     written = Checkpoint(temporary, _manifest(model, writer))
                     for name, text in finish(written).items():

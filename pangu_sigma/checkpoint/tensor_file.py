@@ -36,6 +36,7 @@ _TYPES: dict[str, tuple[str, np.dtype]] = {
     "bool": ("BOOL", np.dtype(np.bool_)),
 }
 _CHUNK = 8 << 20
+_FILE_CHUNK = 4 << 20  # whole files are copied two at a time, with two pieces each in memory
 _SMALL = 64 << 10
 _MAX_HEADER = 100 << 20  # the safetensors library's own limit
 
@@ -221,7 +222,7 @@ def file_pieces(path: Path) -> Iterator[memoryview]:
 
     Raises CheckpointError, naming the file, when it cannot be read.
     """
-    buffers = [memoryview(bytearray(_CHUNK)) for _ in range(2)]
+    buffers = [memoryview(bytearray(_FILE_CHUNK)) for _ in range(2)]
     with open_plain(path) as stream:
         for buffer in itertools.cycle(buffers):
             count = stream.readinto(buffer)

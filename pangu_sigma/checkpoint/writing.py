@@ -3,9 +3,11 @@
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Event
 
 from pangu_sigma.checkpoint import layout
 from pangu_sigma.checkpoint.manifest import FileEntry, TensorEntry, TensorSlice
@@ -50,21 +52,69 @@ class FolderWriter:
         self._progress = progress
 
     def write(self, file: PlannedFile) -> None:
-        """Links the file if it is unchanged, else copies or writes it, and syncs it."""
+        """Links the file if it is unchanged, else writes and syncs it."""
         target = self.folder / file.path
         target.parent.mkdir(parents=True, exist_ok=True)
         if file.link is None or not self._link(file, target):
             if file.content is not None:
                 self._write_content(file.path, file.content)
-            elif file.copy is not None:
-                self._copy(file, target)
             else:
                 self._write_tensors(file, target)
         for spec in file.specs:
             origin = (0,) * len(spec.shape)
             piece = TensorSlice(file=file.path, offset=origin, shape=spec.shape, sha256=file.known[spec.name])
             self.tensors[spec.name] = TensorEntry(dtype=spec.dtype, shape=spec.shape, slices=(piece,))
-        self.tensors.update(file.copied)
+
+    def copy(self, files: Sequence[PlannedFile]) -> None:
+        """Copies other folders' files, two at a time, each byte read once: hashed while it is written, then synced."""
+        stop = Event()
+        told: SimpleQueue[int | None] = SimpleQueue()
+
+        def advance(count: int) -> None:
+            if stop.is_set():
+                raise CancelledError
+            told.put(count)
+
+        def ended(job: Future) -> None:
+            if not job.cancelled() and job.exception() is not None:
+                stop.set()
+            told.put(None)
+
+        # Large files first, so that both threads end at about the same time.
+        ordered = sorted(files, key=lambda file: -file.size)
+        with ThreadPoolExecutor(2) as copiers:
+            jobs = []
+            try:
+                for file in ordered:
+                    target = self.folder / file.path
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    jobs.append(copiers.submit(self._copy_one, file, target, advance))
+                    jobs[-1].add_done_callback(ended)
+                running = len(jobs)
+                while running:
+                    count = told.get()
+                    if count is None:
+                        running -= 1
+                    else:
+                        self._advance(count)
+            finally:
+                stop.set()
+                for job in jobs:
+                    job.cancel()
+        failures = [job.exception() for job in jobs if not job.cancelled()]
+        for failure in failures:
+            if failure is not None and not isinstance(failure, CancelledError):
+                raise failure
+        for file in ordered:
+            self.files[file.path] = file.entry
+            self.tensors.update(file.copied)
+            self.bytes_written += file.size
+
+    def _copy_one(self, file: PlannedFile, target: Path, advance: Callable[[int], None]) -> None:
+        size, sha256 = copy_file(file.copy, target, self._threads, advance)
+        if (size, sha256) != (file.entry.bytes, file.entry.sha256):
+            raise damaged(file.copy, "its content is not what was written")
+        # The whole file's hash holds, so those of its header and tensors, taken from the same bytes, hold too.
 
     def finish(self, manifest: bytes) -> None:
         """Syncs the folders, then writes the manifest and syncs once more."""
@@ -92,14 +142,6 @@ class FolderWriter:
         self.files[path] = FileEntry(bytes=len(content), sha256=sha256)
         self.bytes_written += len(content)
         self._advance(len(content))
-
-    def _copy(self, file: PlannedFile, target: Path) -> None:
-        size, sha256 = copy_file(file.copy, target, self._threads, self._advance)
-        if (size, sha256) != (file.entry.bytes, file.entry.sha256):
-            raise damaged(file.copy, "its content is not what was written")
-        # The whole file's hash holds, so those of its header and tensors, taken from the same bytes, hold too.
-        self.files[file.path] = file.entry
-        self.bytes_written += size
 
     def _write_tensors(self, file: PlannedFile, target: Path) -> None:
         written = write_tensor_file(target, file.specs, self._read, file.known, self._threads, self._advance)

@@ -99,7 +99,8 @@ def open_source(path: Path, strategy: Path | None, advance: Advance | None = Non
     if path.is_file():
         return [MergedFile(path)]
     strategies = sorted(file for file in path.iterdir() if "strategy" in file.name and file.is_file())
-    checkpoints = sorted(file for file in path.glob("*.ckpt") if file not in strategies and file != strategy)
+    others = {file.resolve() for file in (*strategies, *([strategy] if strategy else []))}
+    checkpoints = sorted(file for file in path.glob("*.ckpt") if file.resolve() not in others)
     embeddings = [NumpyFile(path / file, name) for file, name in EMBEDDING_FILES.items() if (path / file).exists()]
     if not checkpoints:
         raise UserError(f"{path} holds no .ckpt files: give PanGu-α's merged .ckpt file or the folder of its shards")
@@ -133,6 +134,8 @@ def _open_shards(folder: Path, checkpoints: list[Path], strategy: Path, advance:
                     f"{name} is {tensor.type} {list(tensor.shape)} in {file.path.name}, but in {files[0].path.name} "
                     f"{other.type} {list(other.shape)}: the shards do not fit together"
                 )
+        if files:
+            file.share(files[0])
         files.append(file)
         if advance is not None:
             advance(1)

@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import zlib
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,10 +70,17 @@ class CkptFile:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.tensors: dict[str, CkptTensor] = {}
-        self._pieces: dict[str, list[tuple[int, int]]] = {}
+        # Of every tensor: its first and behind its last number in `_numbers`, which are offset, size, offset, size, …
+        self._spans: dict[str, tuple[int, int]] = {}
+        self._numbers = array("Q")
         with self._open() as handle:
             end = self._without_footer(handle, os.fstat(handle).st_size)
             self._index(handle, end)
+
+    def share(self, other: CkptFile) -> None:
+        """Keep one index of names with `other`, a file of the same tensors: hundreds of shards would fill memory."""
+        if self.tensors == other.tensors and self._spans == other._spans:
+            self.tensors, self._spans = other.tensors, other._spans
 
     def fill(self, name: str, target: np.ndarray) -> None:
         """Read a tensor of floats into `target`, float32 of its shape (a view will do); in blocks of whole rows.
@@ -96,17 +104,22 @@ class CkptFile:
 
     def _block(self, handle: int, name: str, kind: np.dtype, begin: int, count: int) -> np.ndarray:
         """`count` elements of a tensor, flat, from element `begin`."""
-        array = np.empty(count, kind)
-        data = array.view(np.uint8).data
+        values = np.empty(count, kind)
+        data = values.view(np.uint8).data
         skip, done = begin * kind.itemsize, 0
-        for offset, size in self._pieces[name]:
+        for offset, size in self._pieces(name):
             take = min(size - skip, len(data) - done)
             if take > 0:
                 self._read_into(handle, data[done : done + take], offset + skip)
                 done, skip = done + take, 0
             else:
                 skip = max(0, skip - size)
-        return array
+        return values
+
+    def _pieces(self, name: str) -> Iterator[tuple[int, int]]:
+        """(offset, size) of the parts of the file that hold a tensor."""
+        numbers = self._numbers[slice(*self._spans[name])]
+        return zip(numbers[::2], numbers[1::2], strict=True)
 
     def _read_into(self, handle: int, target: memoryview, offset: int) -> None:
         done = 0
@@ -126,29 +139,32 @@ class CkptFile:
                 number, kind, start, size = window.field(at, end)
                 if number != 1 or kind != BYTES:
                     raise WireError("is not a list of values")
-                tag = self._value(window, start, size)
+                tag, content = self._value(window, start, size)
             except (WireError, UnicodeDecodeError) as error:
                 what = str(error) if isinstance(error, WireError) else "holds a name that is no text"
                 raise UserError(
                     f"{self.path} {what} (at byte {at} of {end}), so it is "
                     f"{'no MindSpore checkpoint' if last is None else 'damaged'}: give the original .ckpt file"
                 ) from error
-            if tag != last and len(self._pieces[tag]) > 1:
+            if tag != last and tag in self._spans:
                 raise UserError(f"{self.path} holds tensor {tag} twice: give the original .ckpt file")
+            begin, _ = self._spans.get(tag, (len(self._numbers), 0))
+            self._numbers.extend(content)
+            self._spans[tag] = begin, len(self._numbers)
             last = tag
             at = start + size
         if not self.tensors:
             raise UserError(f"{self.path} holds no tensors: give a MindSpore .ckpt file")
         for name, tensor in self.tensors.items():
-            stored = sum(size for _, size in self._pieces[name])
+            stored = sum(size for _, size in self._pieces(name))
             if stored != tensor.nbytes:
                 raise UserError(
                     f"{self.path} is damaged: tensor {name} has {stored} bytes where {tensor.type} "
                     f"{list(tensor.shape)} needs {tensor.nbytes}; give the original .ckpt file"
                 )
 
-    def _value(self, window: _Window, begin: int, size: int) -> str:
-        """Notes one value of the file; returns its tag."""
+    def _value(self, window: _Window, begin: int, size: int) -> tuple[str, tuple[int, int]]:
+        """Notes one value of the file; returns its tag and (offset, size) of its content."""
         tag, tensor = None, None
         for number, kind, start, length in window.fields(begin, size):
             if number == 1 and kind == BYTES:
@@ -180,8 +196,7 @@ class CkptFile:
             described = CkptTensor(type_name, () if dims == [0] and content[1] else tuple(dims))
         if self.tensors.setdefault(tag, described) != described:
             raise WireError(f"describes tensor {tag} twice, and differently")
-        self._pieces.setdefault(tag, []).append(content)
-        return tag
+        return tag, content
 
     def _without_footer(self, handle: int, size: int) -> int:
         """Where the message ends; a CRC behind it is checked, which reads the file once more."""
@@ -249,8 +264,8 @@ class _Window:
             at = start if kind == VARINT else start + length
 
 
-def as_float32(array: np.ndarray, kind: str) -> np.ndarray:
+def as_float32(values: np.ndarray, kind: str) -> np.ndarray:
     """Values of MindSpore's type `kind` (BFloat16 as its bits) in float32."""
     if kind == "BFloat16":
-        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return array.astype(np.float32, copy=False)
+        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return values.astype(np.float32, copy=False)

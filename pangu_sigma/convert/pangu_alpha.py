@@ -86,11 +86,11 @@ def import_pangu_alpha(source: Path, out: Path, wanted: Wanted) -> Imported:
     a rule; nothing is written then.
     """
     out = check_output(out)
-    with progress("read the index", None, unit="files") as job:
+    tokenizer = _tokenizer(wanted)
+    with progress("read the index", None, unit="shards") as job:
         sources = open_source(source, wanted.strategy, job.advance)
     parts, skipped, unknown = _sort(sources)
     shapes = {part.target: part.shape for part in parts}
-    tokenizer = _tokenizer(wanted)
     config = _config(shapes, str(source), out, wanted, tokenizer.vocab_size)
     by_target: dict[str, list[_Part]] = {}
     for part in parts:

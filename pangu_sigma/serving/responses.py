@@ -47,12 +47,12 @@ class Answer(Response):
             talk.cancel()
             leaves.cancel()
             await asyncio.gather(talk, leaves, return_exceptions=True)
-            self._metrics.prompt_tokens.labels(self._work.domain).inc(self._work.usage.prompt)
             self._metrics.written_tokens.labels(self._work.domain).inc(self._work.usage.written)
 
     async def _talk(self, ticket: Ticket, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await ticket.accepted()
+            self._metrics.prompt_tokens.labels(self._work.domain).inc(self._work.usage.prompt)
             if self._work.stream:
                 await self._stream(ticket, send)
                 return

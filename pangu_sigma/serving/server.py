@@ -26,8 +26,9 @@ from pangu_sigma.serving.scheduler import Engine, Scheduler
 from pangu_sigma.serving.settings import TOKEN_VARIABLE, Settings
 from pangu_sigma.serving.work import Desk
 
-# Connections at once, idle ones included; answers are bounded by slots and queue long before.
-_MOST_CONNECTIONS = 1024
+# Connections at once, idle ones included; answers are bounded by slots and queue long before. Many systems give a
+# process 1024 open files.
+_MOST_CONNECTIONS = 768
 _BACKLOG = 1024
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = 130

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["train", "config", "evaluate", "generate", "extract", "report", "corpora", "quickstart"]
+COMMANDS = [
+    "train", "config", "evaluate", "generate", "extract", "import", "upcycle", "vocab", "report", "serve", "corpora",
+    "quickstart",
+]  # fmt: skip
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
 
 
@@ -32,7 +35,11 @@ def children_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-@pytest.mark.parametrize("command", [[], *[[name] for name in COMMANDS]], ids=lambda command: " ".join(command) or "-")
+@pytest.mark.parametrize(
+    "command",
+    [[], *[[name] for name in COMMANDS], ["import", "pangu-alpha"], ["vocab", "extend"]],
+    ids=lambda command: " ".join(command) or "-",
+)
 def test_help_comes_at_once(command):
     # Processor time, not wall time: the promise must not depend on what else the machine does.
     before = children_seconds()
