@@ -27,8 +27,7 @@ class RunConfig(Section):
     seed: int = Field(1234, ge=0, le=2**31 - 1, description="Seed of every random draw.")
     device: Literal["CPU", "Ascend"] = Field("CPU", description="Where the run computes.")
     kernels: Literal["auto", "compiled", "composed"] = Field(
-        "auto",
-        description="CPU kernels: compiled ones if the installation has them, or composed of MindSpore's operators.",
+        "auto", description="CPU kernels: compiled ones if installed, or composed of MindSpore's operators."
     )
     log_every: int = Field(10, ge=1, description="Steps between two lines of metrics.jsonl.")
     tensorboard: bool = Field(True, description="Whether TensorBoard files are written too.")
@@ -40,11 +39,10 @@ class ExpertsConfig(Section):
 
     store: Literal["device", "host", "disk"] = Field(
         "device",
-        description="device: every step takes all experts; host: tables in host memory, a step takes the activated "
-        "ones; disk: tables are memory-mapped files in the run's folder.",
+        description="All experts in every step, or tables in host memory or files of which a step takes its own.",
     )
     resident_gib: float = Field(
-        4.0, gt=0, description="Of store disk: GiB of experts and their moments that may be in memory at a time."
+        4.0, gt=0, description="With store disk, GiB of experts and their moments in memory at a time."
     )
 
 
