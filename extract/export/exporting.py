@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from extract.export.source import open_source
+from pangu_sigma.checkpoint.cleaning import abandoned, held
 from pangu_sigma.checkpoint.disk import Writing
 from pangu_sigma.errors import UserError
 
@@ -91,17 +92,23 @@ def free_folder(out: str | Path) -> Path:
 
 @contextmanager
 def _named_last(final: Path, needed: int) -> Iterator[Path]:
-    """A hidden folder beside `final`, which gets that name when all went well and goes away when not."""
+    """A hidden folder beside `final`, which gets that name when all went well and goes away when not; what a killed
+    process left goes first."""
     writing = Writing(str(final), "written", final.parent, "choose another folder")
-    hidden = final.with_name(f".{final.name}.unfinished-{os.getpid()}")
+    prefix = f".{final.name}.unfinished-"
+    hidden = final.with_name(f"{prefix}{os.getpid()}")
     with writing.explained(needed):
         final.parent.mkdir(parents=True, exist_ok=True)
+        for left in final.parent.glob(f"{prefix}*"):
+            pid = left.name.removeprefix(prefix)
+            if pid.isdecimal() and left.is_dir() and abandoned(left, int(pid)):
+                shutil.rmtree(left)
         writing.check_space([needed], 0)
-        shutil.rmtree(hidden, ignore_errors=True)
         hidden.mkdir()
-        try:
-            yield hidden
-            os.rename(hidden, final)
-        except BaseException:
-            shutil.rmtree(hidden, ignore_errors=True)
-            raise
+        with held(hidden):
+            try:
+                yield hidden
+                os.rename(hidden, final)
+            except BaseException:
+                shutil.rmtree(hidden, ignore_errors=True)
+                raise

@@ -144,8 +144,7 @@ def configuration(source: Source, dtype: str) -> dict:
 
 def _generation(source: Source) -> dict:
     tokenizer = source.tokenizer
-    ids = {"bos_token_id": tokenizer.eod_id, "eos_token_id": tokenizer.eod_id, "pad_token_id": tokenizer.pad_id}
-    return {"_from_model_config": False, **ids}
+    return {"bos_token_id": tokenizer.eod_id, "eos_token_id": tokenizer.eod_id, "pad_token_id": tokenizer.pad_id}
 
 
 def _tokenizer(source: Source) -> dict:

@@ -173,9 +173,13 @@ def _describe(tensor) -> dict:
 
 
 def _write_description(source: Source, shapes: Shapes, options: Options, graphs: dict, folder: Path) -> None:
+    from extract.export.signatures import MEANINGS
+
+    used = {name for graph in graphs.values() for name in (*graph["inputs"], *graph["outputs"])}
     values = {
         "signature": options.signature,
         "graphs": graphs,
+        "meanings": {name: meaning for name, meaning in MEANINGS.items() if name in used},
         "domains": list(source.domains),
         "experts": list(source.experts),
         "sparse_layers": list(shapes.sparse),

@@ -65,13 +65,17 @@ class OnnxBuilder:
         self,
         inputs: Iterable[tuple[str, type, list[int | str]]],
         outputs: Iterable[tuple[str, type, list[int | str]]],
+        meanings: dict[str, str],
         metadata: dict[str, str],
     ) -> None:
-        """Write the graph and close its data; (name, NumPy type, shape with names for free axes) of inputs, outputs."""
+        """Write the graph and close its data; (name, NumPy type, shape with names for free axes) of inputs, outputs,
+        and a sentence for each by name."""
 
         def described(values: Iterable[tuple[str, type, list[int | str]]]) -> list[onnx.ValueInfoProto]:
             return [
-                helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
+                helper.make_tensor_value_info(
+                    name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape, meanings.get(name, "")
+                )
                 for name, dtype, shape in values
             ]
 

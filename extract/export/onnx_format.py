@@ -51,7 +51,8 @@ def write(source: Source, folder: Path, options: Options) -> list[str]:
     """Write the folder; returns what there is to say. Raises OSError."""
     from extract.export.onnx_builder import OnnxBuilder
 
-    total = 4 * sum(math.prod(source.shape(name)) for name in source.names)
+    # Routing tables are whole numbers of 8 bytes, everything else of 4.
+    total = sum(4 * (1 + name.endswith(".routing")) * math.prod(source.shape(name)) for name in source.names)
     with progress("export", total, unit="B") as job:
         builder = OnnxBuilder(folder, FILE, job.advance)
         try:
@@ -293,7 +294,17 @@ class _Model:
             "pad_id": str(self.source.tokenizer.pad_id),
             "positions": str(model.positions),
         }
-        self.builder.save(inputs, outputs, metadata)
+        self.builder.save(inputs, outputs, _MEANINGS, metadata)
 
 
+_MEANINGS = {
+    "input_ids": "the new token ids",
+    "attention_mask": "1 for every token so far, the new ones included; 0 for padding",
+    "domain": "number of each sample's domain in the metadata's list of domains",
+    "past_documents": "documents as the last call gave it; of length 0 at first",
+    "next_document": "following_document as the last call gave it; 1 at first",
+    "logits": "after every new token",
+    "documents": "the document of every token so far, from 1; 0 for padding",
+    "following_document": "the document of the token to come",
+}
 _INT64 = 7  # TensorProto.INT64, without importing onnx for every format

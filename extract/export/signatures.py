@@ -199,6 +199,24 @@ def fill(graph: nn.Cell, tensors: Mapping[str, Callable[[], np.ndarray]]) -> Non
         parameter.set_data(Tensor(array))
 
 
+# What graphs.json says of every input and output.
+MEANINGS = {
+    "input_ids": "token ids; in prefill, what stands behind the text is ignored",
+    "valid_length": "tokens of each sample's text",
+    "domain": "number of each sample's domain in the list of domains",
+    "current_index": "place of the text's last token, from 0: whose next token the logits are, or where it is written",
+    "keys": "the cache of keys: hand back what the last call gave",
+    "values": "the cache of values: hand back what the last call gave",
+    "documents": "the document of every place, from 1; 0 is not filled",
+    "next": "document and position of the token to come",
+    "expert_ids": "expert of every token in each sparse layer: expert_ids.npy[layer, domain of the sample, token id]",
+    "attention_mask": "1 where a token (row) sees another one (column): itself and earlier ones of its own document",
+    "position_ids": "position of every token in its document, from 0",
+    "batch_valid_length": "tokens of each sample's text, with the current one",
+    "logits": "of the token that follows: after every place, or (sigma) after current_index",
+}
+
+
 @dataclass(frozen=True)
 class Graph:
     """A graph to export: its cell, its inputs by name with their shapes, the names of its outputs."""

@@ -47,7 +47,6 @@ class Answer(Response):
             talk.cancel()
             leaves.cancel()
             await asyncio.gather(talk, leaves, return_exceptions=True)
-            self._metrics.written_tokens.labels(self._work.domain).inc(self._work.usage.written)
 
     async def _talk(self, ticket: Ticket, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -70,7 +69,9 @@ class Answer(Response):
         events = await ticket.next()
         if self._work.usage.written == 0:
             self._metrics.first_token_seconds.observe(ticket.age)
-        self._work.usage.written += sum(event.token_id is not None for _, event in events)
+        written = sum(event.token_id is not None for _, event in events)
+        self._work.usage.written += written
+        self._metrics.written_tokens.labels(self._work.domain).inc(written)
         return [(index, self._work.choices[index].add(event)) for index, event in events]
 
     async def _stream(self, ticket: Ticket, send: Send) -> None:

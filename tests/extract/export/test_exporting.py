@@ -115,6 +115,16 @@ def test_an_interruption_leaves_nothing(stored, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_killed_export_left_goes_with_the_next(stored, tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = tmp_path / f".out.unfinished-{gone.pid}"
+    left.mkdir()
+    (left / "config.json").write_text("{}")
+    export(stored("dense").path, tmp_path / "out", "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_the_command_exports_a_run(stored, tmp_path):
     """A run's folder is its last checkpoint; the path is what is printed."""
     run = stored("sub_model").path.parents[1]

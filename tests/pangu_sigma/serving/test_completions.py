@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -198,3 +199,21 @@ def test_tokens_and_back(client, tokenizer):
 def test_the_interface_describes_itself(client):
     paths = client.get("/openapi.json").json()["paths"]
     assert {"/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics"} <= paths.keys()
+
+
+def test_texts_are_decoded_together_and_counted(client, server):
+    """Eight texts of all domains take hardly more decoding steps than the longest of them."""
+    server.wait_for(active=0, waiting=0)
+    names = [f'pangu_sigma_generated_tokens_total{{domain="{domain}"}}' for domain in server.domains]
+    before = server.gauge("pangu_sigma_step_seconds_count"), [server.gauge(name) for name in names]
+
+    def ask(number: int) -> int:
+        fields = dict(model=server.domains[number % 3], max_tokens=60, seed=number, temperature=0.5)
+        return complete(client, **fields)["usage"]["completion_tokens"]
+
+    with ThreadPoolExecutor(8) as pool:
+        written = list(pool.map(ask, range(8)))
+    steps = server.gauge("pangu_sigma_step_seconds_count") - before[0]
+    assert max(written) - 1 <= steps < 0.6 * sum(written)
+    for number, (name, count) in enumerate(zip(names, before[1], strict=True)):
+        assert server.gauge(name) - count == sum(written[number::3])
