@@ -1,4 +1,4 @@
-"""A system under measurement: a process that answers `step N` with the seconds and losses of N optimizer steps."""
+"""A system under measurement: a process that answers requests, a line each, with a line of JSON."""
 
 from __future__ import annotations
 
@@ -40,8 +40,12 @@ class Server:
 
     def steps(self, count: int) -> dict[str, list[float]]:
         """Do `count` steps; return `seconds` and `losses` of each. Raises ServerFailed."""
+        return self.ask(f"step {count}")
+
+    def ask(self, request: str) -> dict:
+        """The answer to a request of one line. Raises ServerFailed."""
         try:
-            self._process.stdin.write(f"step {count}\n")
+            self._process.stdin.write(f"{request}\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # the reading end says why

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from mindspore import Tensor
 
-from pangu_sigma.generation.graphs import JoinGraph, PromptGraph, StepGraph
+from pangu_sigma.generation.graphs import EmbedGraph, JoinGraph, PromptGraph, StepGraph, own_tables
 from pangu_sigma.model.build import Model
 from rre.dispatch import plan_by_expert
 
@@ -49,8 +49,14 @@ class Batch:
         self.rows, self.length = rows, length
         self.heads = model.config.model.heads
         self.width = model.config.model.hidden // self.heads
-        self.step = StepGraph(model, rows, length)
-        self._join = JoinGraph(model, self.step)
+        self._step = StepGraph(model, rows, length)
+        self._embed = EmbedGraph(model, self._step.body.tables)
+        self._join = JoinGraph(model, self._step)
+
+    def step(self, tokens: np.ndarray, positions: np.ndarray, flat: list[Tensor]) -> np.ndarray:
+        """Logits float32 [rows, V] after tokens int32 [rows] at positions [rows]; `flat` as `StepGraph` takes it."""
+        words = self._embed(Tensor(tokens), *flat[: self._step.body.tables])
+        return self._step(words, Tensor(positions), *flat).asnumpy()
 
     def join(self, row: int, cache: Iterable[np.ndarray]) -> None:
         """Put one text's cache, keys and values [H, n, W] of every layer, into a row."""
@@ -77,16 +83,18 @@ class Batch:
 class CachedDecoder:
     """Decodes up to `slots` texts of one model together.
 
-    The batch grows and shrinks with the texts: rows and cache positions are powers of two, compiled when first needed
-    and kept. Expert weights are read from the model's store where they lie.
+    The batch grows and shrinks with the texts: rows are powers of two up to `slots`, cache positions powers of two
+    times `shortest_cache` up to the window; each size is compiled when first needed and kept. Expert weights are read
+    from the model's store where they lie.
     """
 
-    def __init__(self, model: Model, slots: int = 8) -> None:
+    def __init__(self, model: Model, slots: int = 8, shortest_cache: int = SHORTEST_CACHE) -> None:
         self.model = model
         self.slots = slots
+        self.shortest_cache = shortest_cache
         self.window = model.config.data.sequence_length
         self._places = model.config.model.sparse_prefixes
-        self._own_tables = model.config.model.embedding_slots == "per_domain"
+        self._own_tables = own_tables(model)
         self._prompts: dict[tuple[int, bool], PromptGraph] = {}
         self._batches: dict[tuple[int, int], Batch] = {}
         self._batch: Batch | None = None
@@ -128,7 +136,7 @@ class CachedDecoder:
         # Rows without a text repeat the first one's inputs, whose weights are at hand.
         free = np.setdiff1d(np.arange(rows), used)
         ids[free], domain[free] = ids[used[0]], domain[used[0]]
-        logits = self._batch.step(Tensor(ids), Tensor(positions), *self._row_inputs(ids, domain)).asnumpy()
+        logits = self._batch.step(ids, positions, self._row_inputs(ids, domain))
         return {slot: logits[self._texts[slot].row] for slot in tokens}
 
     def end(self, slot: int) -> None:
@@ -180,7 +188,7 @@ class CachedDecoder:
     def _fit(self, texts: list[_Text]) -> None:
         """Have a batch with room for `texts`, and not much more for long; texts move with their caches."""
         rows = bucket(len(texts), 1, self.slots)
-        length = bucket(max(text.length for text in texts), min(SHORTEST_CACHE, self.window), self.window)
+        length = bucket(max(text.length for text in texts), min(self.shortest_cache, self.window), self.window)
         now = self._batch
         if now is not None:
             roomy = rows < now.rows or length < now.length

@@ -30,8 +30,38 @@ from pangu_sigma.model.build import COMPUTE_TYPES, Model
 from rre.experts import expert_shapes
 
 
+class EmbedGraph(Part):
+    """tokens int32 [T], then the word tables where they are inputs -> the words' rows [T, D].
+
+    A step runs it as a graph of its own: one that writes to caches would copy the word table each time it is read, here
+    and in the head.
+    """
+
+    def __init__(self, model: Model, tables: int) -> None:
+        super().__init__()
+        layout = model.layout
+        self.tables = tables
+        if tables == 0:
+            self.words = {parameter.name: parameter for parameter in model.net.get_parameters()}["embedding.word"]
+        self.take = layout(ops.Gather(), (1, 1), (1,))
+        self.split = layout(ops.Split(0, max(tables, 1)), (1,))
+        self.concat = layout(ops.Concat(0))
+
+    def construct(self, tokens: Tensor, *tables: Tensor) -> Tensor:
+        if self.tables == 0:
+            return self.take(self.words, tokens, 0)
+        if self.tables == 1:
+            return self.take(tables[0], tokens, 0)
+        parts = self.split(tokens)
+        rows = ()
+        for i in range(self.tables):
+            rows = rows + (self.take(tables[i], parts[i], 0),)
+        return self.concat(rows)
+
+
 class Body(Part):
-    """From tokens to logits through layers whose attention is `cores` and whose sparse layers are `sparse`.
+    """words [T, D], positions [T] -> (logits [T, V], what the layers keep), through layers whose attention is `cores`
+    and whose sparse layers are `sparse`. With `last` int32 [n] only those rows get logits.
 
     `sizes`: number of flat inputs of each sparse layer. `tables`: number of word tables among them, 0 for the shared
     one.
@@ -71,35 +101,12 @@ class Body(Part):
         )  # fmt: skip
         self.take = layout(ops.Gather(), (1, 1), (1,))
         self.product = layout(ops.MatMul(transpose_b=True), (1, 1), (1, 1))
-        self.split_ids = layout(ops.Split(0, max(tables, 1)), (1,))
         self.split_rows = layout(ops.Split(0, max(tables, 1)), (1, 1))
         self.concat = layout(ops.Concat(0))
         self.add = layout(ops.Add(), (1, 1), (1, 1))
 
-    def embed(self, tokens: Tensor, flat: tuple[Tensor, ...]) -> Tensor:
-        if self.tables == 0:
-            return self.take(self.words, tokens, 0)
-        if self.tables == 1:
-            return self.take(flat[0], tokens, 0)
-        parts = self.split_ids(tokens)
-        rows = ()
-        for i in range(self.tables):
-            rows = rows + (self.take(flat[i], parts[i], 0),)
-        return self.concat(rows)
-
-    def logits(self, h: Tensor, flat: tuple[Tensor, ...]) -> Tensor:
-        if self.tables == 0:
-            return self.product(h, self.words)
-        if self.tables == 1:
-            return self.product(h, flat[0])
-        parts = self.split_rows(h)
-        rows = ()
-        for i in range(self.tables):
-            rows = rows + (self.product(parts[i], flat[i]),)
-        return self.concat(rows)
-
-    def construct(self, tokens: Tensor, positions: Tensor, contexts: tuple, flat: tuple[Tensor, ...]):
-        h = self.add(self.embed(tokens, flat), self.take(self.positions, positions, 0))
+    def construct(self, words: Tensor, positions: Tensor, last, contexts: tuple, flat: tuple[Tensor, ...]):
+        h = self.add(words, self.take(self.positions, positions, 0))
         kept = ()
         for i, layer in enumerate(self.layers):
             query_rows = None
@@ -111,7 +118,18 @@ class Body(Part):
             kept = kept + mine
         if not self.has_query_layer:
             h = self.norm(h)
-        return h, kept
+        if last is not None:
+            h = self.take(h, last, 0)
+        return self.logits(h, (self.words,) if self.tables == 0 else flat[: self.tables]), kept
+
+    def logits(self, h: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+        if len(tables) == 1:
+            return self.product(h, tables[0])
+        parts = self.split_rows(h)
+        rows = ()
+        for i, table in enumerate(tables):
+            rows = rows + (self.product(parts[i], table),)
+        return self.concat(rows)
 
 
 class PromptGraph(Part):
@@ -133,17 +151,17 @@ class PromptGraph(Part):
             size += self.slots + 2
         width = config.hidden // config.heads
         cores = [PromptAttention(config.heads, width, layout, cache_precision(model)) for _ in range(config.layers)]
-        self.body = Body(model, cores, sparse, [size] * len(sparse), tables=int(_own_tables(model)))
+        self.embed = EmbedGraph(model, int(own_tables(model)))
+        self.body = Body(model, cores, sparse, [size] * len(sparse), tables=int(own_tables(model)))
         self.mask = Tensor(causal_mask(config.heads, length))
         self.positions = Tensor(np.arange(length, dtype=np.int32))
-        self.take = layout(ops.Gather(), (1, 1), (1,))
         self.set_inputs(*self.placeholders(model))
 
     def placeholders(self, model: Model) -> list[Tensor]:
         """Shapes for compiling."""
         config = model.config.model
         found = [Tensor(shape=[self.length], dtype=ms.int32), Tensor(shape=[1], dtype=ms.int32)]
-        if _own_tables(model):
+        if own_tables(model):
             found.append(Tensor(shape=[model.vocab, config.hidden], dtype=ms.float32))
         for _ in config.sparse_prefixes:
             if not model.learned:
@@ -154,12 +172,13 @@ class PromptGraph(Part):
 
     def construct(self, tokens: Tensor, last: Tensor, *flat: Tensor):
         contexts = ((self.mask,),) * len(self.body.bounds)
-        h, kept = self.body(tokens, self.positions, contexts, flat)
-        return (self.body.logits(h if self.every else self.take(h, last, 0), flat), *kept)
+        words = self.embed(tokens, *flat[: self.body.tables])
+        logits, kept = self.body(words, self.positions, None if self.every else last, contexts, flat)
+        return (logits, *kept)
 
 
 class StepGraph(Part):
-    """One token for each of B rows: tokens, positions int32 [B], flat -> logits float32 [B, V].
+    """One token for each of B rows: words float32 [B, D] (of `EmbedGraph`), positions int32 [B], flat -> logits [B, V].
 
     Keys and values go into the caches, which are parameters of this graph, [B*H, L, W] for every layer; a row sees its
     cache up to its position. Flat inputs of a sparse layer: the 4 tensors of each row's expert, or for a learned gate
@@ -181,11 +200,11 @@ class StepGraph(Part):
         self.spread = layout(ops.BroadcastTo((rows, config.heads)), (1, 1))
         self.beside = layout(ops.Concat(1))
 
-    def construct(self, tokens: Tensor, positions: Tensor, *flat: Tensor):
+    def construct(self, words: Tensor, positions: Tensor, *flat: Tensor):
         places = self.beside((self.heads, self.spread(positions.reshape(-1, 1)).reshape(-1, 1)))
         contexts = ((places, self.mask(positions)),) * len(self.body.bounds)
-        h, _ = self.body(tokens, positions, contexts, flat)
-        return self.body.logits(h, flat)
+        logits, _ = self.body(words, positions, None, contexts, flat)
+        return logits
 
 
 class ExplicitStepGraph(Part):
@@ -198,6 +217,7 @@ class ExplicitStepGraph(Part):
         width = config.hidden // config.heads
         cores = [GivenCache(rows, config.heads, width, layout, cache_precision(model)) for _ in range(config.layers)]
         self.body = Body(model, cores, *_step_layers(model, rows))
+        self.embed = EmbedGraph(model, self.body.tables)
         self.mask = CacheMask(rows, config.heads, length, layout)
         self.shape = (rows, config.heads, length)
         self.keys = Tensor(np.arange(length, dtype=np.int32).reshape(1, 1, length))
@@ -214,8 +234,8 @@ class ExplicitStepGraph(Part):
         contexts = ()
         for i in range(layers):
             contexts = contexts + ((inputs[2 * i], inputs[2 * i + 1], here, mask),)
-        h, kept = self.body(tokens, positions, contexts, flat)
-        return (self.body.logits(h, flat), *kept)
+        logits, kept = self.body(self.embed(tokens, *flat[: self.body.tables]), positions, None, contexts, flat)
+        return (logits, *kept)
 
 
 class JoinGraph(Part):
@@ -242,7 +262,8 @@ def cache_precision(model: Model) -> ms.dtype:
     return COMPUTE_TYPES[model.config.train.precision]
 
 
-def _own_tables(model: Model) -> bool:
+def own_tables(model: Model) -> bool:
+    """Whether every domain has a word table of its own, which is then an input of the graphs."""
     return model.config.model.embedding_slots == "per_domain"
 
 
@@ -261,7 +282,7 @@ def _sparse(model: Model, planned: type, slots: int) -> tuple[dict[str, nn.Cell]
 
 def _step_layers(model: Model, rows: int) -> tuple[dict[str, nn.Cell], list[int], int]:
     sparse, size = _sparse(model, ExpertPerRow, rows)
-    return sparse, [size] * len(sparse), rows if _own_tables(model) else 0
+    return sparse, [size] * len(sparse), rows if own_tables(model) else 0
 
 
 def _weight_placeholders(model: Model, experts: int) -> list[Tensor]:

@@ -1,0 +1,87 @@
+"""Small untrained models of every kind with their two decoders, built and compiled once for the tests here."""
+
+from __future__ import annotations
+
+import json
+import os
+
+os.environ.setdefault("GLOG_v", "4")
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from pangu_sigma import runtime
+from pangu_sigma.config import config_from_dict
+from pangu_sigma.data.sources import Source
+from pangu_sigma.data.tokenizer import Tokenizer
+from pangu_sigma.data.tokenizer_training import train_tokenizer
+from pangu_sigma.generation.cached import CachedDecoder
+from pangu_sigma.generation.recompute import RecomputingDecoder
+from pangu_sigma.model.build import Model, build_model
+
+WINDOW, SLOTS, VOCAB = 32, 4, 336
+DOMAINS = {"code": 3, "law": 1, "poems": 2}
+# Wide initial weights make logits of several units, so that a wrong one is far off.
+SIZES = {"layers": 3, "hidden": 16, "heads": 2, "ffn": 24, "positions": WINDOW, "init_std": 0.3}
+CASES = {
+    "dense": {},
+    # What acts while training only is on too: generation must not see it.
+    "rre": {
+        "dropout": 0.2, "attention": {"dropout": 0.2},
+        "sparse": {"layers": 2, "include_query_layer": True, "resample": True},
+    },
+    "slots": {
+        "query_layer": "none", "activation": "gelu", "embedding_slots": "per_domain", "sparse": {"layers": 1},
+    },
+    "switch": {"sparse": {"layers": 1, "router": "switch", "jitter": 0.1}},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A model, its cached decoder (whose caches start at 16 positions) and the one that recomputes."""
+
+    model: Model
+    cached: CachedDecoder
+    plain: RecomputingDecoder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    text = " ".join(f"word{i} naïve façade return import" for i in range(300))
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
+    return train_tokenizer([Source("text", (str(path),))], VOCAB)
+
+
+@pytest.fixture(scope="session")
+def kind(tokenizer) -> Callable[[str], Kind]:
+    built: dict[str, Kind] = {}
+
+    def get(case: str) -> Kind:
+        if case not in built:
+            built[case] = _build(CASES[case], tokenizer)
+        return built[case]
+
+    return get
+
+
+def _build(changes: dict, tokenizer: Tokenizer) -> Kind:
+    domains = [{"name": name, "data": [f"{name}.jsonl"], "experts": n} for name, n in DOMAINS.items()]
+    config = config_from_dict(
+        {
+            "schema_version": 1,
+            "run": {"dir": "run", "seed": 5},
+            "model": SIZES | {"vocab_size": VOCAB} | changes,
+            "data": {"sequence_length": WINDOW, "tokenizer": {"kind": "train", "vocab_size": VOCAB}},
+            "domains": domains,
+            "optimizer": {"learning_rate": 1e-3},
+            "train": {"steps": 1, "batch_size": 1},
+        },
+        source="the test",
+    )
+    runtime.prepare("CPU")
+    model = build_model(config, VOCAB, tokenizer.eod_id)
+    return Kind(model, CachedDecoder(model, SLOTS, shortest_cache=16), RecomputingDecoder(model, SLOTS))

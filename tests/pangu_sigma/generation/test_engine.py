@@ -1,0 +1,205 @@
+"""Requests through the engine: the same text with and without a cache, alone and together; ends, scores, refusals."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pangu_sigma.errors import UserError
+from pangu_sigma.generation import Request, Sampling, prompt_ids
+from pangu_sigma.generation.engine import Engine
+from pangu_sigma.generation.job import complete
+from pangu_sigma.generation.sampling import log_softmax
+from tests.pangu_sigma.generation.conftest import DOMAINS, SLOTS, VOCAB, WINDOW
+
+
+@pytest.fixture(scope="module")
+def engine(kind, tokenizer) -> Engine:
+    both = kind("rre")
+    return Engine(both.model, tokenizer, decoder=both.cached)
+
+
+@pytest.fixture(scope="module")
+def plain(kind, tokenizer) -> Engine:
+    both = kind("rre")
+    return Engine(both.model, tokenizer, decoder=both.plain)
+
+
+def ids_of(answer) -> list[int]:
+    return [event.token_id for event in answer.events]
+
+
+def mixed(tokenizer) -> list[Request]:
+    """More requests than slots: every domain, lengths and ways of sampling."""
+    names = list(DOMAINS)
+    ways = [
+        {"temperature": 0.0}, {"temperature": 1.0, "seed": 4}, {"temperature": 2.0, "top_k": 5},
+        {"temperature": 1.5, "top_p": 0.7}, {"temperature": 0.0, "repetition_penalty": 1.5}, {"temperature": 5.0},
+    ]  # fmt: skip
+    return [
+        Request(prompt_ids(tokenizer, " ".join(["word7 return naïve"] * (n % 3))), names[n % 3], Sampling(6 + n, **way))
+        for n, way in enumerate(ways)
+    ]
+
+
+def test_the_text_with_a_cache_is_the_text_without_one(engine, plain, tokenizer):
+    for found, expected in zip(complete(engine, mixed(tokenizer)), complete(plain, mixed(tokenizer)), strict=True):
+        assert ids_of(found) == ids_of(expected) and found.text == expected.text and found.finish == expected.finish
+
+
+def test_a_text_does_not_depend_on_what_else_is_asked(engine, tokenizer):
+    together = complete(engine, mixed(tokenizer))
+    for request, beside in zip(mixed(tokenizer), together, strict=True):
+        alone = complete(engine, [request])[0]
+        assert ids_of(alone) == ids_of(beside) and alone.text == beside.text
+
+
+def test_greedy_takes_the_likeliest_of_every_step(engine, kind):
+    ids = (2, 40, 41)
+    answer = complete(engine, [Request(ids, "code", Sampling(5, temperature=0.0))])[0]
+    text = list(ids)
+    for token in ids_of(answer):
+        assert token == int(np.argmax(kind("rre").plain.score(text, 0)[-1]))
+        text.append(token)
+
+
+def test_seeds_decide_and_a_longer_answer_begins_the_same(engine):
+    def written(seed: int, count: int = 6) -> list[int]:
+        return ids_of(complete(engine, [Request((2, 50), "law", Sampling(count, temperature=3.0, seed=seed))])[0])
+
+    assert written(1) == written(1)
+    assert len({tuple(written(seed)) for seed in range(4)}) == 4
+    assert written(2, 9)[:6] == written(2)
+
+
+def test_the_joined_texts_of_the_events_are_the_decoded_tokens(engine, tokenizer):
+    for answer in complete(engine, mixed(tokenizer)):
+        ids = [i for i in ids_of(answer) if i != tokenizer.eod_id]
+        assert answer.text == "".join(event.text for event in answer.events)
+        assert answer.text == tokenizer.decode(ids)
+
+
+def test_a_stop_string_a_stop_id_and_the_end_of_a_document_end_the_text(engine, tokenizer):
+    base = Sampling(12, temperature=2.0, seed=3)
+    request = Request(prompt_ids(tokenizer, "return"), "poems", base)
+    answer = complete(engine, [request])[0]
+    assert answer.finish == "length"
+    cut = answer.text[3:5]
+    stopped = complete(engine, [replace(request, sampling=replace(base, stop=("never", cut)))])[0]
+    assert stopped.finish == "stop" and stopped.text == answer.text[: answer.text.index(cut)]
+    last = ids_of(answer)[4]
+    stopped = complete(engine, [replace(request, sampling=replace(base, stop_ids=(last,)))])[0]
+    written = ids_of(answer)[: ids_of(answer).index(last) + 1]
+    assert stopped.finish == "stop" and ids_of(stopped) == written
+    assert stopped.text == tokenizer.decode(written[:-1])
+
+
+def test_an_end_of_document_token_is_told_and_is_no_text(kind, tokenizer):
+    class Ends:
+        slots, window = 1, WINDOW
+
+        def begin(self, slot, ids, domain):
+            return np.where(np.arange(VOCAB) == 40, 5.0, 0.0).astype(np.float32)
+
+        def step(self, tokens):
+            return {0: np.where(np.arange(VOCAB) == tokenizer.eod_id, 5.0, 0.0).astype(np.float32)}
+
+        def end(self, slot):
+            pass
+
+    engine = Engine(kind("rre").model, tokenizer, decoder=Ends())
+    answer = complete(engine, [Request((5,), "law", Sampling(9, temperature=0.0, logprobs=1))])[0]
+    assert ids_of(answer) == [40, tokenizer.eod_id] and answer.finish == "stop"
+    assert answer.text == tokenizer.decode([40]) and answer.events[-1].logprob is not None
+
+
+def test_the_window_is_the_longest_document(engine, plain):
+    full = Request(tuple(range(3, 3 + WINDOW)), "code", Sampling(9, temperature=0.0))
+    for one in (engine, plain):
+        answer = complete(one, [full])[0]
+        assert len(answer.events) == 1 and answer.finish == "length"  # one more token can be said, none can be read
+    half = Request(full.prompt_ids[:20], "code", Sampling(99, temperature=0.0))
+    found, expected = (complete(one, [half])[0] for one in (engine, plain))
+    assert len(found.events) == WINDOW - 20 + 1 and ids_of(found) == ids_of(expected)
+    with pytest.raises(UserError, match="33 tokens in one document, and the model's window has 32; shorten it"):
+        engine.add(Request(tuple(range(3, 36)), "code"))
+    # What lies before the last end of document is not seen, so it may be as long as it likes.
+    long = Request((*range(3, 60), 2, 40, 41), "code", Sampling(4, temperature=0.0))
+    short = Request((40, 41), "code", Sampling(4, temperature=0.0))
+    assert ids_of(complete(engine, [long])[0]) == ids_of(complete(engine, [short])[0])
+
+
+def test_log_probabilities_and_scores_of_the_prompt(engine, kind):
+    prompt = (50, 60, 2, 70, 80, 2)
+    sampling = Sampling(3, temperature=2.0, top_k=4, seed=1, logprobs=3, echo=True)
+    answer = complete(engine, [Request(prompt, "law", sampling)])[0]
+    first, *others = answer.events
+    assert [score.token_id for score in first.prompt_scores] == list(prompt)
+    assert first.prompt_scores[0].logprob is None and not any(event.prompt_scores for event in others)
+    text = [*prompt, *ids_of(answer)]
+    rows = log_softmax(kind("rre").plain.score(text, 1))
+    scored = [*first.prompt_scores[1:], *answer.events]
+    assert len(scored) == len(text) - 1
+    for row, token, said in zip(rows, text[1:], scored, strict=False):
+        assert said.token_id == token and said.logprob == pytest.approx(row[token], abs=2e-5)
+        best = np.argsort(-row, kind="stable")[:3]
+        assert [i for i, _ in said.top] == best.tolist()
+        np.testing.assert_allclose([value for _, value in said.top], row[best], atol=2e-5)
+
+
+def test_scoring_alone_writes_nothing(engine):
+    prompt = (2, 50, 60, 70)
+    scored = complete(engine, [Request(prompt, "code", Sampling(0, echo=True))])[0]
+    (event,) = scored.events
+    assert event.token_id is None and event.finish == "length" and len(event.prompt_scores) == 4
+    also = complete(engine, [Request(prompt, "code", Sampling(1, echo=True))])[0]
+    assert also.events[0].prompt_scores == event.prompt_scores and len(also.events) == 1
+    assert engine.idle
+
+
+def test_more_requests_than_slots_wait_in_order_and_a_cancelled_one_leaves_at_once(engine):
+    numbers = [engine.add(Request((2, 40 + n), "code", Sampling(20, temperature=0.0))) for n in range(SLOTS + 2)]
+    for _ in range(SLOTS):
+        engine.step()
+    assert (engine.active, engine.waiting) == (SLOTS, 2)
+    engine.cancel(numbers[1])
+    engine.cancel(numbers[-1])
+    engine.cancel(10**9)
+    assert (engine.active, engine.waiting) == (SLOTS - 1, 1)
+    heard = {event.request_id for event in engine.step()}
+    assert numbers[SLOTS] in heard and numbers[1] not in heard
+    for number in numbers:
+        engine.cancel(number)
+    assert engine.idle and engine.step() == []
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        (Request((2,), "lwa"), "no domain 'lwa'; did you mean 'law'"),
+        (Request((), "law"), "the prompt has no token"),
+        (Request((2, VOCAB), "law"), f"the prompt has the id {VOCAB}; the vocabulary's ids are 0 to {VOCAB - 1}"),
+        (Request((2, -1), "law"), "the prompt has the id -1"),
+        (Request((2,), "law", Sampling(stop_ids=(999,))), "the list of stop ids has the id 999"),
+        (Request((*range(3, 40), 2, 5), "law", Sampling(echo=True)), "37|38 tokens in one document"),
+    ],
+)
+def test_a_request_that_cannot_run_is_refused_before_it_waits(engine, request_, sentence):
+    with pytest.raises(UserError, match=sentence):
+        engine.add(request_)
+    assert engine.idle
+
+
+def test_weights_that_give_no_numbers_are_told(kind, tokenizer):
+    both = kind("rre")
+    table = both.model.store.table(both.model.config.model.sparse_prefixes[0], "down.bias")
+    kept = table.copy()
+    table[:] = np.nan
+    try:
+        engine = Engine(both.model, tokenizer, decoder=both.cached)
+        engine.add(Request((2, 40), "code"))
+        with pytest.raises(UserError, match="not finite"):
+            engine.step()
+    finally:
+        table[:] = kept
+        both.cached.end(0)
