@@ -18,13 +18,14 @@ from pathlib import Path
 
 from benchmarks.ours import stepper
 from benchmarks.workload import VARIANTS, prepare
+from parallel.compiled import kernel_times, library
 
 WARMUP = 32  # after 30 launches of a kernel MindSpore has chosen its number of threads
 SHOWN = 12  # operator types in the table; the rest is summed
 
 
 def profile(config: Path, steps: int) -> tuple[Counter, Counter, float]:
-    """Milliseconds and calls per step by operator type, and the step's length by the clock in milliseconds."""
+    """Milliseconds and calls a step by operator type or kernel, and the step's length by the clock in milliseconds."""
     from mindspore import profiler
 
     with stepper(config) as ours, tempfile.TemporaryDirectory() as folder:
@@ -35,6 +36,7 @@ def profile(config: Path, steps: int) -> tuple[Counter, Counter, float]:
             activities=[profiler.ProfilerActivity.CPU],
             on_trace_ready=profiler.tensorboard_trace_handler(folder),
         )
+        before = compiled_times()
         start = time.perf_counter()
         for _ in range(steps):
             ours.step()
@@ -48,7 +50,22 @@ def profile(config: Path, steps: int) -> tuple[Counter, Counter, float]:
                 for row in csv.DictReader(rows):
                     spent[row["op_type"]] += float(row["total_compute_time"]) / steps
                     calls[row["op_type"]] += int(row["type_occurrences"]) / steps
+        # The profiler knows every compiled kernel as Custom; they count themselves by name.
+        for name, (number, taken) in compiled_times().items():
+            earlier = before.get(name, (0, 0.0))
+            for counter, amount in ((calls, number - earlier[0]), (spent, 1000 * (taken - earlier[1]))):
+                counter[f"{name} (compiled)"] += amount / steps
+                counter["Custom"] -= amount / steps
+        if compiled_times():
+            spent["launching compiled kernels"] = spent.pop("Custom")
+            calls["launching compiled kernels"] = calls.pop("Custom")
     return spent, calls, 1000 * seconds / steps
+
+
+def compiled_times() -> dict[str, tuple[int, float]]:
+    """Kernel name -> (calls, seconds) so far; empty where no compiled kernels are used."""
+    path = library()
+    return kernel_times(path) if path else {}
 
 
 def table(spent: Counter, calls: Counter, clock: float) -> str:

@@ -58,6 +58,16 @@ class HostKernels:
         return self._square_sum(values.ctypes.data, values.size)
 
 
+def kernel_times(path: str) -> dict[str, tuple[int, float]]:
+    """Kernel name -> (calls, seconds) of the compiled kernels since this process began."""
+    ask = ctypes.CDLL(path).pangu_sigma_kernel_time
+    label, calls, spent = ctypes.c_char_p(), ctypes.c_int64(), ctypes.c_int64()
+    found: dict[str, tuple[int, float]] = {}
+    while ask(len(found), ctypes.byref(label), ctypes.byref(calls), ctypes.byref(spent)):
+        found[label.value.decode()] = (calls.value, spent.value * 1e-9)
+    return found
+
+
 def _kernel(path: str, name: str, shapes, types) -> ops.Custom:
     return ops.Custom(f"{path}:pangu_sigma_{name}", shapes, types, "aot")
 

@@ -30,7 +30,7 @@ static void forward(void *context, int64_t index, int worker) {
     add_rows(y, a->outer, a->b + n, rows, columns);
 }
 
-KERNEL(pangu_sigma_affine) {
+KERNEL(affine) {
     if (count != 4) return WRONG_INPUT;
     if (!gemm_ready()) return NO_MATRIX_PRODUCT;
     affine a = {.x = tensors[0], .w = tensors[1], .b = tensors[2], .y = tensors[3]};
@@ -53,7 +53,7 @@ static void backward(void *context, int64_t index, int worker) {
     if (k == 0) sum_rows(a->db, a->dy, a->outer, a->tokens, a->outer);
 }
 
-KERNEL(pangu_sigma_affine_gradient) {
+KERNEL(affine_gradient) {
     if (count != 6) return WRONG_INPUT;
     if (!gemm_ready()) return NO_MATRIX_PRODUCT;
     affine a = {.x = tensors[0], .w = tensors[1], .dy = tensors[2]};

@@ -81,7 +81,7 @@ static int shape_of(attention *a, int64_t **shapes, int segments_at, int heads) 
 }
 
 /* q, k, v [B*S, D], segments int32 [B, S], heads int32 [1] -> y [B*S, D], log sums [B, H, S] */
-KERNEL(pangu_sigma_attention) {
+KERNEL(attention) {
     if (count != 7) return WRONG_INPUT;
     if (!gemm_ready()) return NO_MATRIX_PRODUCT;
     attention a = {.q = tensors[0], .k = tensors[1], .v = tensors[2], .segments = tensors[3]};
@@ -141,7 +141,7 @@ static void backward(void *context, int64_t pair, int worker) {
 }
 
 /* q, k, v, segments, heads, y, log sums, dy -> dq, dk, dv */
-KERNEL(pangu_sigma_attention_gradient) {
+KERNEL(attention_gradient) {
     if (count != 11) return WRONG_INPUT;
     if (!gemm_ready()) return NO_MATRIX_PRODUCT;
     attention a = {.q = tensors[0], .k = tensors[1], .v = tensors[2], .segments = tensors[3]};

@@ -47,7 +47,7 @@ static void softmax(void *context, int64_t index, int worker) {
 }
 
 /* h [T, D], table [V, D], labels int32 [T] -> losses [T], probabilities [T, V] */
-KERNEL(pangu_sigma_cross_entropy) {
+KERNEL(cross_entropy) {
     if (count != 5) return WRONG_INPUT;
     if (!gemm_ready()) return NO_MATRIX_PRODUCT;
     entropy a = {.h = tensors[0], .table = tensors[1], .labels = tensors[2]};
@@ -99,7 +99,7 @@ static void backward(void *context, int64_t index, int worker) {
 }
 
 /* h, table, labels, probabilities, dloss [T] -> dh [T, D], dtable [V, D], a space to work in [T, D] */
-KERNEL(pangu_sigma_cross_entropy_gradient) {
+KERNEL(cross_entropy_gradient) {
     if (count != 8) return WRONG_INPUT;
     if (!gemm_ready()) return NO_MATRIX_PRODUCT;
     entropy a = {.h = tensors[0], .table = tensors[1], .labels = tensors[2], .probabilities_in = tensors[3]};

@@ -132,7 +132,7 @@ static void describe(network *a, void **tensors, int64_t **shapes, const int32_t
 
 /* x [T, D], order [C], offsets [N + 1], settings int32 [2] (activation; rows of an exact block or 0), 4 N weights
  * -> y [C, D] by choice, u [C, F] before the activation, in order */
-KERNEL(pangu_sigma_feed_forward) {
+KERNEL(feed_forward) {
     network a = {0};
     if (count < 10 || (count - 6) % 4) return WRONG_INPUT;
     if (!gemm_ready()) return NO_MATRIX_PRODUCT;
@@ -188,7 +188,7 @@ static void backward_weights(void *context, int64_t index, int worker) {
 
 /* x, order, offsets, settings, 4 N weights, u [C, F], dy [C, D]
  * -> dx [C, D] by choice, 4 N gradients, then four spaces to work in: [C, F], [C, F], [C, D], [C, D] */
-KERNEL(pangu_sigma_feed_forward_gradient) {
+KERNEL(feed_forward_gradient) {
     network a = {0};
     if (count < 19 || (count - 11) % 8) return WRONG_INPUT;
     if (!gemm_ready()) return NO_MATRIX_PRODUCT;
@@ -209,7 +209,7 @@ KERNEL(pangu_sigma_feed_forward_gradient) {
 }
 
 /* expert ids int32 [C], E for a dropped choice -> order [C], offsets [E + 1]: a stable sort by expert */
-KERNEL(pangu_sigma_plan) {
+KERNEL(plan) {
     if (count != 3) return WRONG_INPUT;
     const int32_t *ids = tensors[0];
     int32_t *order = tensors[1], *offsets = tensors[2];

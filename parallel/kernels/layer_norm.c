@@ -33,7 +33,7 @@ static void forward(void *context, int64_t index, int worker) {
 }
 
 /* x [T, D], gamma, beta [D], epsilon [1] -> y [T, D], mean [T], 1/std [T] */
-KERNEL(pangu_sigma_layer_norm) {
+KERNEL(layer_norm) {
     if (count != 7) return WRONG_INPUT;
     norm a = {.x = tensors[0], .gamma = tensors[1], .beta = tensors[2], .epsilon = *(float *)tensors[3]};
     a.y = tensors[4], a.mean = tensors[5], a.rstd = tensors[6];
@@ -69,7 +69,7 @@ static void backward(void *context, int64_t index, int worker) {
 }
 
 /* x, gamma, mean, 1/std, dy -> dx [T, D], dgamma, dbeta [D] */
-KERNEL(pangu_sigma_layer_norm_gradient) {
+KERNEL(layer_norm_gradient) {
     if (count != 8) return WRONG_INPUT;
     norm a = {.x = tensors[0], .gamma = tensors[1], .mean_in = tensors[2], .rstd_in = tensors[3], .dy = tensors[4]};
     float *dgamma = tensors[6], *dbeta = tensors[7];
