@@ -1,0 +1,199 @@
+"""The device mesh: data x expert x tensor x pipeline ranks, and which experts and domains each rank has.
+
+Every rank of the data and expert axes reads samples of its own: together they are the *row ranks*, over which a batch
+is cut. Shared parameters are data parallel over all row ranks, experts are cut over the expert axis and repeated along
+the data axis. (Where papers say "64-way data parallel, 64-way expert parallel" of 64 row ranks, data is 1 and expert 64
+here.)
+
+Ranks are numbered with the pipeline axis outermost, then expert, data, tensor:
+
+    rank = ((stage * expert + e) * data + d) * tensor + t
+
+so a placement group, which is a run of neighbours on the expert axis, is a run of neighbouring ranks. Pure Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+PLACEMENTS = ("global", "domain")
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """A rank's place: pipeline stage, expert part, data replica, tensor part."""
+
+    stage: int
+    expert: int
+    data: int
+    tensor: int
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A grid of `data` x `expert` x `tensor` x `pipeline` ranks.
+
+    `placement` "global": rows travel between all `expert` parts. "domain": the domains are divided into
+    `placement_groups` runs of neighbours; a run's experts sit on `expert` / `placement_groups` neighbouring parts,
+    whose ranks read that run's domains alone, so the exchange stays inside the group. Raises ValueError with the first
+    of `problems`.
+    """
+
+    data: int = 1
+    expert: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    placement: str = "global"
+    placement_groups: int = 1
+
+    def __post_init__(self) -> None:
+        for _, sentence in self.problems():
+            raise ValueError(sentence)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """(field, sentence) for what is wrong with the numbers among themselves."""
+        for name in ("data", "expert", "tensor", "pipeline", "placement_groups"):
+            if getattr(self, name) < 1:
+                yield name, f"{name} = {getattr(self, name)} is no number of ranks: set it to at least 1"
+                return
+        if self.placement not in PLACEMENTS:
+            yield "placement", f"placement = {self.placement} is unknown: set it to {' or '.join(PLACEMENTS)}"
+        elif self.placement == "global" and self.placement_groups != 1:
+            yield (
+                "placement_groups",
+                f"placement_groups = {self.placement_groups} has no effect under placement = global: "
+                "set it to 1, or placement to domain",
+            )
+        elif self.expert % self.placement_groups:
+            yield (
+                "placement_groups",
+                f"placement_groups = {self.placement_groups} does not divide expert = {self.expert}: every placement "
+                f"group needs equally many ranks, so choose a divisor of {self.expert}",
+            )
+
+    # --- sizes
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.data * self.expert * self.tensor * self.pipeline
+
+    @property
+    def rows(self) -> int:
+        """Row ranks: parts that a batch is cut into."""
+        return self.data * self.expert
+
+    @property
+    def exchange_size(self) -> int:
+        """Ranks between which the rows of one all-to-all travel."""
+        return self.expert // self.placement_groups
+
+    # --- ranks
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Where a rank sits. Raises ValueError outside the mesh."""
+        if not 0 <= rank < self.size:
+            raise ValueError(f"rank {rank} is not in a mesh of {self.size} ranks")
+        rest, tensor = divmod(rank, self.tensor)
+        rest, data = divmod(rest, self.data)
+        stage, expert = divmod(rest, self.expert)
+        return Coordinates(stage, expert, data, tensor)
+
+    def rank(self, place: Coordinates) -> int:
+        """The rank at these coordinates."""
+        return ((place.stage * self.expert + place.expert) * self.data + place.data) * self.tensor + place.tensor
+
+    def row_rank(self, rank: int) -> int:
+        """Which of the `rows` parts of a batch a rank reads."""
+        place = self.coordinates(rank)
+        return place.expert * self.data + place.data
+
+    def placement_group(self, rank: int) -> int:
+        """The placement group of a rank (0 under global placement)."""
+        return self.coordinates(rank).expert // self.exchange_size
+
+    def tensor_group(self, rank: int) -> tuple[int, ...]:
+        """Ranks that hold the other cuts of the same weights and see the same rows."""
+        start = rank - self.coordinates(rank).tensor
+        return tuple(range(start, start + self.tensor))
+
+    def exchange_group(self, rank: int) -> tuple[int, ...]:
+        """Ranks between which this rank's rows travel to experts and back."""
+        place = self.coordinates(rank)
+        first = self.placement_group(rank) * self.exchange_size
+        return tuple(
+            self.rank(Coordinates(place.stage, e, place.data, place.tensor))
+            for e in range(first, first + self.exchange_size)
+        )
+
+    def replica_group(self, rank: int) -> tuple[int, ...]:
+        """Ranks that hold the same cut of the same experts: their gradients are summed."""
+        place = self.coordinates(rank)
+        return tuple(
+            self.rank(Coordinates(place.stage, place.expert, d, place.tensor)) for d in range(self.data)
+        )
+
+    def shared_group(self, rank: int) -> tuple[int, ...]:
+        """Ranks that hold the same cut of the shared parameters: their gradients are summed."""
+        place = self.coordinates(rank)
+        return tuple(
+            self.rank(Coordinates(place.stage, e, d, place.tensor))
+            for e in range(self.expert)
+            for d in range(self.data)
+        )
+
+    # --- experts and domains
+
+    def expert_problems(self, sizes: Sequence[int], names: Sequence[str] | None = None) -> Iterator[tuple[str, str]]:
+        """(field, sentence) for expert groups of these `sizes` (one per domain) that the mesh cannot divide."""
+        total = sum(sizes)
+        if total % self.expert:
+            yield (
+                "expert",
+                f"expert = {self.expert} does not divide the {total} experts of a sparse layer: choose a divisor of "
+                f"{total}, or change the domains' experts",
+            )
+            return
+        share, reached = total // self.placement_groups, 0
+        for domain, size in enumerate(sizes):
+            if reached // share != (reached + size - 1) // share:
+                name = names[domain] if names else str(domain)
+                yield (
+                    "placement_groups",
+                    f"placement_groups = {self.placement_groups} cuts the domain {name} in two (a group has {share} of "
+                    f"{total} experts): choose another number, or change the domains' order or experts",
+                )
+                return
+            reached += size
+
+    def experts_of(self, rank: int, experts: int) -> range:
+        """Places on a sparse layer's axis of `experts` that a rank holds (its own cut over the tensor axis of each)."""
+        if experts % self.expert:
+            raise ValueError(next(self.expert_problems([experts]))[1])
+        share = experts // self.expert
+        start = self.coordinates(rank).expert * share
+        return range(start, start + share)
+
+    def holder_of(self, expert: int, experts: int) -> int:
+        """The part of the expert axis that holds one of a sparse layer's `experts`."""
+        if experts % self.expert:
+            raise ValueError(next(self.expert_problems([experts]))[1])
+        return expert // (experts // self.expert)
+
+    def domains_of_groups(self, sizes: Sequence[int]) -> tuple[range, ...]:
+        """Domains (numbers) of each placement group, for expert groups of these `sizes`. Raises ValueError."""
+        for _, sentence in self.expert_problems(sizes):
+            raise ValueError(sentence)
+        share = sum(sizes) // self.placement_groups
+        found, start, reached = [], 0, 0
+        for domain, size in enumerate(sizes):
+            reached += size
+            if reached % share == 0:
+                found.append(range(start, domain + 1))
+                start = domain + 1
+        return tuple(found)
+
+    def domains_read_by(self, rank: int, sizes: Sequence[int]) -> range:
+        """Domains whose samples a rank reads."""
+        return self.domains_of_groups(sizes)[self.placement_group(rank)]
