@@ -20,6 +20,31 @@ from dataclasses import dataclass
 PLACEMENTS = ("global", "domain")
 
 
+def mesh_problems(
+    data: int, expert: int, tensor: int, pipeline: int, placement: str, placement_groups: int
+) -> Iterator[tuple[str, str]]:
+    """(field, sentence) for what is wrong with a mesh's numbers among themselves."""
+    sizes = {"data": data, "expert": expert, "tensor": tensor, "pipeline": pipeline}
+    for name, ways in {**sizes, "placement_groups": placement_groups}.items():
+        if ways < 1:
+            yield name, f"{name} = {ways} is no number of ranks: set it to at least 1"
+            return
+    if placement not in PLACEMENTS:
+        yield "placement", f"placement = {placement} is unknown: set it to {' or '.join(PLACEMENTS)}"
+    elif placement == "global" and placement_groups != 1:
+        yield (
+            "placement_groups",
+            f"placement_groups = {placement_groups} has no effect under placement = global: set it to 1, or placement "
+            "to domain",
+        )
+    elif expert % placement_groups:
+        yield (
+            "placement_groups",
+            f"placement_groups = {placement_groups} does not divide expert = {expert}: every placement group needs "
+            f"equally many ranks, so choose a divisor of {expert}",
+        )
+
+
 @dataclass(frozen=True)
 class Coordinates:
     """A rank's place: pipeline stage, expert part, data replica, tensor part."""
@@ -37,7 +62,7 @@ class Mesh:
     `placement` "global": rows travel between all `expert` parts. "domain": the domains are divided into
     `placement_groups` runs of neighbours; a run's experts sit on `expert` / `placement_groups` neighbouring parts,
     whose ranks read that run's domains alone, so the exchange stays inside the group. Raises ValueError with the first
-    of `problems`.
+    of `mesh_problems`.
     """
 
     data: int = 1
@@ -48,29 +73,8 @@ class Mesh:
     placement_groups: int = 1
 
     def __post_init__(self) -> None:
-        for _, sentence in self.problems():
+        for _, sentence in mesh_problems(**vars(self)):
             raise ValueError(sentence)
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """(field, sentence) for what is wrong with the numbers among themselves."""
-        for name in ("data", "expert", "tensor", "pipeline", "placement_groups"):
-            if getattr(self, name) < 1:
-                yield name, f"{name} = {getattr(self, name)} is no number of ranks: set it to at least 1"
-                return
-        if self.placement not in PLACEMENTS:
-            yield "placement", f"placement = {self.placement} is unknown: set it to {' or '.join(PLACEMENTS)}"
-        elif self.placement == "global" and self.placement_groups != 1:
-            yield (
-                "placement_groups",
-                f"placement_groups = {self.placement_groups} has no effect under placement = global: "
-                "set it to 1, or placement to domain",
-            )
-        elif self.expert % self.placement_groups:
-            yield (
-                "placement_groups",
-                f"placement_groups = {self.placement_groups} does not divide expert = {self.expert}: every placement "
-                f"group needs equally many ranks, so choose a divisor of {self.expert}",
-            )
 
     # --- sizes
 

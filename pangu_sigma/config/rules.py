@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from os.path import abspath, expanduser
 from typing import TYPE_CHECKING
 
+from pangu_sigma.config.mesh_rules import broken_mesh_rules
+
 if TYPE_CHECKING:
     from pangu_sigma.config.schema import Config
 
@@ -34,7 +36,8 @@ class RulesBroken(ValueError):
 
 def broken_rules(config: Config) -> list[tuple[str, str]]:
     """All broken rules of a configuration whose single fields are right, as (key, sentence) pairs."""
-    checks = (_model, _sparse, _domains, _tokenizer, _data, _schedule, _train, _phases, _around, _experts, _parallel)
+    checks = (_model, _sparse, _domains, _tokenizer, _data, _schedule, _train, _phases, _around, _experts)
+    checks += (broken_mesh_rules,)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -279,12 +282,3 @@ def _experts(config: Config) -> Broken:
             f"experts.store = {store}, but a learned gate (model.sparse.router = switch) chooses among all experts "
             "inside the step: set experts.store to device",
         )
-
-
-def _parallel(config: Config) -> Broken:
-    for name, ways in config.parallel.model_dump().items():
-        if ways != 1:
-            yield (
-                f"parallel.{name}",
-                f"parallel.{name} = {ways} is not built yet: only 1 is accepted today, so set it to 1",
-            )

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from pangu_sigma.config.data import Text
 from pangu_sigma.config.section import Section
+from parallel.mesh import Mesh
 
 
 class ProfileConfig(Section):
@@ -65,9 +66,27 @@ class CheckpointConfig(Section):
 
 
 class ParallelConfig(Section):
-    """The device mesh."""
+    """The device mesh: data x expert x tensor x pipeline ranks (`parallel.mesh`)."""
 
-    data: int = Field(1, ge=1, description="Ways of data parallelism.")
-    expert: int = Field(1, ge=1, description="Ways of expert parallelism.")
-    tensor: int = Field(1, ge=1, description="Ways of tensor parallelism.")
-    workers: int = Field(1, ge=1, description="Processes of the run.")
+    data: int = Field(1, ge=1, description="Ways of data parallelism beside the expert axis, whose ranks read too.")
+    expert: int = Field(1, ge=1, description="Parts that the experts are cut into; each reads samples of its own.")
+    tensor: int = Field(1, ge=1, description="Parts that heads, inner widths and the vocabulary are cut into; Ascend.")
+    pipeline: int = Field(1, ge=1, description="Pipeline stages, each with an equal run of layers; Ascend.")
+    placement: Literal["global", "domain"] = Field(
+        "global", description="Whether rows travel between all expert parts, or inside a placement group of domains."
+    )
+    placement_groups: int = Field(
+        1, ge=1, description="Under placement domain, runs of domains whose experts and readers sit together."
+    )
+    optimizer_parallel: bool = Field(
+        False, description="Whether shared weights and moments are cut over the ranks that read samples; Ascend."
+    )
+    sequence_parallel: bool = Field(
+        False, description="Whether rows outside attention and feed-forward are cut over the tensor axis; Ascend."
+    )
+    workers: int = Field(1, ge=1, description="Processes of a run on CPU.")
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh of these numbers; they were checked when the configuration was loaded."""
+        return Mesh(self.data, self.expert, self.tensor, self.pipeline, self.placement, self.placement_groups)

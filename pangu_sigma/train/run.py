@@ -30,6 +30,7 @@ from pangu_sigma.config import (
     with_start_of,
     with_tokenizer_of,
 )
+from pangu_sigma.config.mesh_rules import check_one_process
 from pangu_sigma.data.corpus import Corpus, prepare_corpus
 from pangu_sigma.data.prefetch import Prefetcher
 from pangu_sigma.data.sampler import MixtureSampler
@@ -63,6 +64,7 @@ def train(config: Config, resume: bool = False) -> Path:
 
     Raises UserError for the user's mistakes and for training that cannot go on.
     """
+    check_one_process(config)
     with sigterm_as_ctrl_c(), Run(config, resume) as run:
         run.loop()
     return Path(config.run.dir)
@@ -209,6 +211,12 @@ class Run:
             messages.append("no compiled kernels in this installation: the run is slower; install again with gcc there")
         if before != used:
             messages.append(f"the checkpoint is of {before} kernels, this run of {used} ones: last digits may differ")
+        store = self.config.experts.store
+        stored = store if checkpoint is None else stored_config(checkpoint).experts.store
+        if (stored == "device") != (store == "device"):
+            messages.append(
+                f"the checkpoint is of a run with experts.store = {stored}, this one has {store}: last digits may differ"
+            )
         return messages
 
     # --- the loop

@@ -6,6 +6,8 @@ import pytest
 
 from pangu_sigma.errors import UserError
 
+SPARSE = "model.sparse.layers=1"
+
 BROKEN = [
     ("model.heads does not divide", ["model.heads=3"], "model.heads = 3 does not divide model.hidden = 128"),
     ("no block under the query layer", ["model.layers=1"], "leaves no block"),
@@ -67,8 +69,39 @@ BROKEN = [
     ("empty weights in a phase", ["train.phases=[{weights: {}}]"], "give at least one domain a positive weight"),
     ("phase that trains nothing", ["train.phases=[{shared: false, domains: []}]"], "trains nothing"),
     ("frozen dense model", ["train.phases=[{shared: false}]"], "a dense model has shared parameters only"),
-    ("several processes", ["parallel.workers=2"], "parallel.workers = 2 is not built yet: only 1 is accepted today"),
-    ("expert parallelism", ["parallel.expert=4"], "parallel.expert = 4 is not built yet"),
+    ("workers beside the mesh", ["parallel.workers=2"], "parallel.workers = 2 is not the mesh's size 1"),
+    ("tensor parts on CPU", ["parallel.tensor=2"], "parallel.tensor = 2 needs run.device = Ascend"),
+    ("optimizer parts on CPU", ["parallel.optimizer_parallel=true"], "= true needs run.device = Ascend"),
+    ("expert parts of a dense model", ["parallel.expert=2"], "has no sparse layer: set it to 1 and parallel.data to 2"),
+    ("expert parts", ["parallel.expert=4", SPARSE], "parallel.expert = 4 does not divide the 6 experts"),
+    ("groups of nothing", ["parallel.placement_groups=2"], "parallel.placement_groups = 2 has no effect"),
+    (
+        "groups that do not divide",
+        ["parallel={expert: 2, placement: domain, placement_groups: 3}", SPARSE],
+        "parallel.placement_groups = 3 does not divide expert = 2",
+    ),
+    (
+        "a domain in two groups",
+        ["parallel={expert: 2, placement: domain, placement_groups: 2}", SPARSE],
+        "parallel.placement_groups = 2 cuts the domain code in two (a group has 3 of 6 experts)",
+    ),
+    (
+        "domains per step and group",
+        ["parallel={expert: 2, placement: domain, placement_groups: 2}", SPARSE, "domains.1.experts=4",
+         "data.domains_per_step=2"],
+        "counts per placement group, and one of them has 1 domains",
+    ),
+    ("batch over readers", ["parallel.data=3"], "which the 3 ranks that read"),
+    ("heads", ["run.device=Ascend", "parallel.tensor=3"], "parallel.tensor = 3 does not divide model.heads = 4"),
+    ("stages", ["run.device=Ascend", "parallel.pipeline=3", "train.accumulation=4"], "does not divide model.layers"),
+    ("waiting stages", ["run.device=Ascend", "parallel.pipeline=2"], "set it to at least parallel.pipeline = 2"),
+    ("rows without parts", ["run.device=Ascend", "parallel.sequence_parallel=true"], "parallel.tensor is 1"),
+    ("workers on Ascend", ["run.device=Ascend", "parallel.workers=2"], "msrun starts one process a device"),
+    (
+        "dropless on devices",
+        ["run.device=Ascend", "parallel.expert=2", SPARSE],
+        "model.sparse.dispatch = dropless has rows of changing number",
+    ),
 ]
 
 FINE = [
@@ -89,6 +122,11 @@ FINE = [
     ["model.vocab_size=4096", "data.domains_per_step=2"],
     ["domains.0.experts=5000"],
     ["model.sparse={layers: 1, router: switch, jitter: 0.01}"],
+    ["parallel={data: 2, workers: 2}"],
+    ["parallel={data: 2, expert: 2, workers: 4}", SPARSE],
+    ["parallel={expert: 2, placement: domain, placement_groups: 2}", SPARSE, "domains.1.experts=4"],
+    ["run.device=Ascend", "parallel={tensor: 4, pipeline: 4, sequence_parallel: true}", "train.accumulation=4"],
+    ["run.device=Ascend", "parallel.expert=2", "model.sparse={layers: 1, dispatch: capacity}"],
 ]
 
 

@@ -1,0 +1,139 @@
+"""Rules between the `parallel` section and the rest of the configuration: whatever is cut must divide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pangu_sigma.errors import UserError
+from parallel.mesh import Mesh, mesh_problems
+
+if TYPE_CHECKING:
+    from pangu_sigma.config.schema import Config
+
+Broken = Iterator[tuple[str, str]]
+
+
+def broken_mesh_rules(config: Config) -> Broken:
+    """(key, sentence) for every mesh that does not divide what it cuts, or that its device cannot run."""
+    parallel = config.parallel
+    numbers = parallel.model_dump(include={"data", "expert", "tensor", "pipeline", "placement", "placement_groups"})
+    wrong = list(mesh_problems(**numbers))
+    if wrong:
+        yield from ((f"parallel.{field}", f"parallel.{sentence}") for field, sentence in wrong)
+        return
+    yield from _device(config)
+    yield from _experts(config, parallel.mesh)
+    yield from _widths(config)
+    yield from _batch(config, parallel.mesh)
+
+
+def check_one_process(config: Config) -> None:
+    """Refuse to train on a mesh of several ranks. Raises UserError."""
+    mesh = config.parallel.mesh
+    if mesh.size > 1:
+        raise UserError(
+            f"parallel makes a mesh of {mesh.size} ranks (data {mesh.data} x expert {mesh.expert} x tensor "
+            f"{mesh.tensor} x pipeline {mesh.pipeline}), but training runs in one process so far: look at it with "
+            "`pangu-sigma plan`, or set parallel={} to train here"
+        )
+
+
+def _device(config: Config) -> Broken:
+    parallel, device = config.parallel, config.run.device
+    if device == "CPU":
+        for name in ("tensor", "pipeline", "optimizer_parallel", "sequence_parallel"):
+            if getattr(parallel, name) > 1 or getattr(parallel, name) is True:
+                yield (
+                    f"parallel.{name}",
+                    f"parallel.{name} = {str(getattr(parallel, name)).lower()} needs run.device = Ascend: processes on "
+                    "CPU know the data and expert axes only",
+                )
+        if parallel.workers not in (1, parallel.mesh.size):
+            yield (
+                "parallel.workers",
+                f"parallel.workers = {parallel.workers} is not the mesh's size {parallel.mesh.size} "
+                f"(data x expert): change parallel.data, parallel.expert or parallel.workers",
+            )
+    elif parallel.workers != 1:
+        yield (
+            "parallel.workers",
+            f"parallel.workers = {parallel.workers} is for run.device = CPU; on Ascend msrun starts one process a "
+            "device: set it to 1",
+        )
+    sparse = config.model.sparse
+    if device == "Ascend" and parallel.mesh.size > 1 and sparse.layers and sparse.dispatch == "dropless":
+        yield (
+            "model.sparse.dispatch",
+            "model.sparse.dispatch = dropless has rows of changing number, but a graph that is cut over devices needs "
+            "fixed shapes: set it to capacity",
+        )
+
+
+def _experts(config: Config, mesh: Mesh) -> Broken:
+    if not config.model.sparse.layers:
+        if mesh.expert > 1:
+            yield (
+                "parallel.expert",
+                f"parallel.expert = {mesh.expert}, but the model has no sparse layer: set it to 1 and parallel.data to "
+                f"{mesh.data * mesh.expert}",
+            )
+        return
+    sizes = [domain.experts for domain in config.domains]
+    wrong = list(mesh.expert_problems(sizes, config.domain_names))
+    if wrong:
+        yield from ((f"parallel.{field}", f"parallel.{sentence}") for field, sentence in wrong)
+        return
+    wanted, fewest = config.data.domains_per_step, min(len(group) for group in mesh.domains_of_groups(sizes))
+    if mesh.placement_groups > 1 and wanted is not None and wanted > fewest:
+        yield (
+            "data.domains_per_step",
+            f"data.domains_per_step = {wanted} counts per placement group, and one of them has {fewest} domains: "
+            f"set it to at most {fewest}, or parallel.placement_groups lower",
+        )
+
+
+def _widths(config: Config) -> Broken:
+    model, parallel = config.model, config.parallel
+    for name, width in (("heads", model.heads), ("ffn", model.ffn), ("vocab_size", model.vocab_size)):
+        if width is not None and width % parallel.tensor:
+            yield (
+                "parallel.tensor",
+                f"parallel.tensor = {parallel.tensor} does not divide model.{name} = {width}: choose a divisor, or "
+                f"change model.{name}",
+            )
+    if model.layers % parallel.pipeline:
+        yield (
+            "parallel.pipeline",
+            f"parallel.pipeline = {parallel.pipeline} does not divide model.layers = {model.layers}: choose a divisor",
+        )
+    if parallel.sequence_parallel and parallel.tensor == 1:
+        yield (
+            "parallel.sequence_parallel",
+            "parallel.sequence_parallel is true, but parallel.tensor is 1 and there is nothing to cut rows over: "
+            "set it to false",
+        )
+    if parallel.sequence_parallel and config.data.sequence_length % parallel.tensor:
+        yield (
+            "parallel.sequence_parallel",
+            f"parallel.sequence_parallel cuts data.sequence_length = {config.data.sequence_length} into "
+            f"parallel.tensor = {parallel.tensor} parts: choose a length that is a multiple of it",
+        )
+
+
+def _batch(config: Config, mesh: Mesh) -> Broken:
+    train = config.train
+    micro = train.batch_size // train.accumulation
+    if micro % mesh.rows:
+        yield (
+            "train.batch_size",
+            f"train.batch_size = {train.batch_size} in train.accumulation = {train.accumulation} parts gives {micro} "
+            f"sequences at a time, which the {mesh.rows} ranks that read (parallel.data x parallel.expert) do not "
+            "divide: choose a batch that is a multiple of both",
+        )
+    if mesh.pipeline > 1 and train.accumulation < mesh.pipeline:
+        yield (
+            "train.accumulation",
+            f"train.accumulation = {train.accumulation} keeps {mesh.pipeline} pipeline stages waiting for one another: "
+            f"set it to at least parallel.pipeline = {mesh.pipeline}",
+        )
