@@ -36,7 +36,10 @@ _TYPES: dict[str, tuple[str, np.dtype]] = {
     "bool": ("BOOL", np.dtype(np.bool_)),
 }
 _CHUNK = 8 << 20
-_FILE_CHUNK = 4 << 20  # whole files are copied two at a time, with two pieces each in memory
+_FILE_CHUNK = 4 << 20  # whole files are copied a few at a time, with two pieces each in memory
+# Larger writes make Linux keep the file in 2 MB pieces of memory, which it may first have to find: 2 GB copied and
+# hashed took 3.6 s on a virtual machine in writes of 4 MiB, 2.2 s in writes of 256 KiB; `cp` and `sync` 1.5 s.
+_WRITE = 256 << 10
 _SMALL = 64 << 10
 _MAX_HEADER = 100 << 20  # the safetensors library's own limit
 
@@ -234,7 +237,7 @@ def file_pieces(path: Path) -> Iterator[memoryview]:
 def write_all(stream: io.FileIO, data: memoryview) -> None:
     """Writes all of `data` to an unbuffered stream."""
     while data:  # an unbuffered write may take less than it was given, for example when the disk is nearly full
-        data = data[stream.write(data) :]
+        data = data[stream.write(data[:_WRITE]) :]
 
 
 def read_header(path: Path, header_bytes: int, header_sha256: str) -> dict[str, tuple[TensorSpec, int]]:

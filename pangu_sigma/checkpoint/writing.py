@@ -16,12 +16,16 @@ from pangu_sigma.checkpoint.tensor_file import (
     TensorSpec,
     copy_file,
     damaged,
+    digest_of_file,
     write_all,
     write_tensor_file,
 )
 
 # what file systems answer that have no hard links, or no more of them for this file
 _NO_LINK = {errno.EPERM, errno.EACCES, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP}
+
+# two that keep two cores busy, and one that waits for the disk
+_COPIERS = 3
 
 
 class FolderWriter:
@@ -66,7 +70,7 @@ class FolderWriter:
             self.tensors[spec.name] = TensorEntry(dtype=spec.dtype, shape=spec.shape, slices=(piece,))
 
     def copy(self, files: Sequence[PlannedFile]) -> None:
-        """Copies other folders' files, two at a time, each byte read once: hashed while it is written, then synced."""
+        """Copies other folders' files, a few at a time, hashing what was read while it is written."""
         stop = Event()
         told: SimpleQueue[int | None] = SimpleQueue()
 
@@ -80,9 +84,9 @@ class FolderWriter:
                 stop.set()
             told.put(None)
 
-        # Large files first, so that both threads end at about the same time.
+        # Large files first, so that all threads end at about the same time.
         ordered = sorted(files, key=lambda file: -file.size)
-        with ThreadPoolExecutor(2) as copiers:
+        with ThreadPoolExecutor(_COPIERS) as copiers:
             jobs = []
             try:
                 for file in ordered:
@@ -109,6 +113,22 @@ class FolderWriter:
             self.files[file.path] = file.entry
             self.tensors.update(file.copied)
             self.bytes_written += file.size
+
+    def adopt(self, files: Sequence[PlannedFile]) -> None:
+        """Links other folders' files after checking their hashes; copies those that the file system will not link."""
+        hashes = self._threads.map(lambda file: digest_of_file(file.copy), files)
+        copied = []
+        for file, found in zip(files, hashes, strict=True):
+            if found != (file.entry.bytes, file.entry.sha256):
+                raise damaged(file.copy, "its content is not what was written")
+            target = self.folder / file.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.link = file.copy
+            if self._link(file, target):
+                self.tensors.update(file.copied)
+            else:
+                copied.append(file)
+        self.copy(copied)
 
     def _copy_one(self, file: PlannedFile, target: Path, advance: Callable[[int], None]) -> None:
         size, sha256 = copy_file(file.copy, target, self._threads, advance)
