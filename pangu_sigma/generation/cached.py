@@ -8,13 +8,14 @@ many texts are under way, and another number of rows rounds differently in float
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from mindspore import Tensor
 
-from pangu_sigma.generation.graphs import EmbedGraph, JoinGraph, PromptGraph, StepGraph, own_tables
+from pangu_sigma.generation.batches import Batch, DeviceBatch, SharedBatch
+from pangu_sigma.generation.graphs import PromptGraph, own_tables
 from pangu_sigma.model.build import Model
 from rre.dispatch import plan_by_expert
 
@@ -42,53 +43,17 @@ class _Text:
     row: int = -1
 
 
-class Batch:
-    """The compiled step for `rows` texts of at most `length` positions, with its caches."""
-
-    def __init__(self, model: Model, rows: int, length: int) -> None:
-        self.rows, self.length = rows, length
-        self.heads = model.config.model.heads
-        self.width = model.config.model.hidden // self.heads
-        self._step = StepGraph(model, rows, length)
-        self._embed = EmbedGraph(model, self._step.body.tables)
-        self._join = JoinGraph(model, self._step)
-
-    def step(self, tokens: np.ndarray, positions: np.ndarray, flat: list[Tensor]) -> np.ndarray:
-        """Logits float32 [rows, V] after tokens int32 [rows] at positions [rows]; `flat` as `StepGraph` takes it."""
-        words = self._embed(Tensor(tokens), *flat[: self._step.body.tables])
-        return self._step(words, Tensor(positions), *flat).asnumpy()
-
-    def join(self, row: int, cache: Iterable[np.ndarray]) -> None:
-        """Put one text's cache, keys and values [H, n, W] of every layer, into a row."""
-        new = []
-        for part in cache:
-            whole = np.zeros((self.heads, self.length, self.width), part.dtype)
-            held = min(part.shape[1], self.length)
-            whole[:, :held] = part[:, :held]
-            new.append(Tensor(whole))
-        self._join(Tensor(self._heads_of(row)), *new).asnumpy()
-
-    def read(self) -> list[np.ndarray]:
-        """Keys and values [rows * H, length, W] of every layer."""
-        return [cache.asnumpy() for cache in self._join.caches]
-
-    def part(self, cache: Sequence[np.ndarray], row: int) -> list[np.ndarray]:
-        """One row's part of what `read` gave."""
-        return [whole[row * self.heads : (row + 1) * self.heads] for whole in cache]
-
-    def _heads_of(self, row: int) -> np.ndarray:
-        return np.arange(row * self.heads, (row + 1) * self.heads, dtype=np.int32)
-
-
 class CachedDecoder:
     """Decodes up to `slots` texts of one model together.
 
     The batch grows and shrinks with the texts: rows are powers of two up to `slots`, cache positions powers of two
     times `shortest_cache` up to the window; each size is compiled when first needed and kept. Expert weights are read
-    from the model's store where they lie.
+    from the model's store where they lie. `on_device` says where caches are kept; None takes what the device needs.
     """
 
-    def __init__(self, model: Model, slots: int = 8, shortest_cache: int = SHORTEST_CACHE) -> None:
+    def __init__(
+        self, model: Model, slots: int = 8, shortest_cache: int = SHORTEST_CACHE, on_device: bool | None = None
+    ) -> None:
         self.model = model
         self.slots = slots
         self.shortest_cache = shortest_cache
@@ -96,6 +61,7 @@ class CachedDecoder:
         self._places = model.config.model.sparse_prefixes
         self._own_tables = own_tables(model)
         self._prompts: dict[tuple[int, bool], PromptGraph] = {}
+        self._kind = DeviceBatch if (model.layout.native if on_device is None else on_device) else SharedBatch
         self._batches: dict[tuple[int, int], Batch] = {}
         self._batch: Batch | None = None
         self._texts: dict[int, _Text] = {}
@@ -112,7 +78,7 @@ class CachedDecoder:
         text = _Text(len(ids), ids[-1], domain)
         self._fit([*self._texts.values(), text])
         text.row = min(set(range(self._batch.rows)) - {other.row for other in self._texts.values()})
-        self._batch.join(text.row, cache)
+        self._batch.join(text.row, [part[:, : len(ids)] for part in cache])
         self._texts[slot] = text
         return logits[0]
 
@@ -121,7 +87,10 @@ class CachedDecoder:
         for slot, token in tokens.items():
             text = self._texts[slot]
             # Attention and positions restart after a document's end, so the cache is simply empty again.
-            text.length = 1 if text.last == self.model.eod_id else text.length + 1
+            if text.last == self.model.eod_id:
+                text.length = 0
+                self._batch.clear(text.row)
+            text.length += 1
             text.last = token
         self._fit(list(self._texts.values()))
         rows = self._batch.rows
@@ -130,13 +99,13 @@ class CachedDecoder:
         domain = np.zeros(rows, np.int32)
         used = []
         for text in self._texts.values():
-            # A text that stands still computes its last token again: the same keys and values in the same place.
             ids[text.row], positions[text.row], domain[text.row] = text.last, text.length - 1, text.domain
             used.append(text.row)
         # Rows without a text repeat the first one's inputs, whose weights are at hand.
         free = np.setdiff1d(np.arange(rows), used)
         ids[free], domain[free] = ids[used[0]], domain[used[0]]
-        logits = self._batch.step(ids, positions, self._row_inputs(ids, domain))
+        moving = [self._texts[slot].row for slot in tokens]
+        logits = self._batch.step(ids, positions, moving, self._row_inputs(ids, domain))
         return {slot: logits[self._texts[slot].row] for slot in tokens}
 
     def end(self, slot: int) -> None:
@@ -199,11 +168,11 @@ class CachedDecoder:
                 rows, length = max(rows, now.rows), max(length, now.length)
         self._roomy = 0
         if (rows, length) not in self._batches:
-            self._batches[rows, length] = Batch(self.model, rows, length)
+            self._batches[rows, length] = self._kind(self.model, rows, length)
         self._batch = self._batches[rows, length]
         moving = [text for text in texts if text.row >= 0]
         if moving:
             held = now.read()
             for row, text in enumerate(moving):
-                self._batch.join(row, now.part(held, text.row))
+                self._batch.join(row, now.part(held, text.row, text.length))
                 text.row = row

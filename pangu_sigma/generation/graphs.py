@@ -15,7 +15,15 @@ import mindspore as ms
 import numpy as np
 from mindspore import ParameterTuple, Tensor, nn, ops
 
-from pangu_sigma.generation.attention import CacheMask, GivenCache, PromptAttention, StoredCache, causal_mask
+from pangu_sigma.generation.attention import (
+    CacheMask,
+    GivenCache,
+    Here,
+    PromptAttention,
+    ReadCache,
+    StoredCache,
+    causal_mask,
+)
 from pangu_sigma.generation.parts import (
     DenseFeedForward,
     ExpertPerRow,
@@ -33,8 +41,8 @@ from rre.experts import expert_shapes
 class EmbedGraph(Part):
     """tokens int32 [T], then the word tables where they are inputs -> the words' rows [T, D].
 
-    A step runs it as a graph of its own: one that writes to caches would copy the word table each time it is read, here
-    and in the head.
+    For `StoredStepGraph` it runs before as a graph of its own: one that writes to parameters would copy the word table
+    each time it is read, here and in the head.
     """
 
     def __init__(self, model: Model, tables: int) -> None:
@@ -177,7 +185,7 @@ class PromptGraph(Part):
         return (logits, *kept)
 
 
-class StepGraph(Part):
+class StoredStepGraph(Part):
     """One token for each of B rows: words float32 [B, D] (of `EmbedGraph`), positions int32 [B], flat -> logits [B, V].
 
     Keys and values go into the caches, which are parameters of this graph, [B*H, L, W] for every layer; a row sees its
@@ -207,30 +215,34 @@ class StepGraph(Part):
         return logits
 
 
-class ExplicitStepGraph(Part):
-    """`StepGraph` with the caches as inputs and outputs, for export: tokens, positions int32 [B], then keys and values
-    [B*H, L, W] of every layer, flat -> (logits float32 [B, V], then keys and values of every layer)."""
+class StepGraph(Part):
+    """One token for each of B rows: tokens, positions int32 [B], then keys and values [B*H, L, W] of every layer, flat
+    -> (logits float32 [B, V], then the new key and value of every row, [B*H, 1, W], of every layer).
 
-    def __init__(self, model: Model, rows: int, length: int) -> None:
+    A row sees its cache before its position, from where on it must be 0. Flat inputs as those of `StoredStepGraph`.
+    With `updated`, for export: what stands in the cache from a position on does not matter, and the whole caches with
+    the new rows come back instead.
+    """
+
+    def __init__(self, model: Model, rows: int, length: int, updated: bool = False) -> None:
         super().__init__()
         config, layout = model.config.model, model.layout
         width = config.hidden // config.heads
-        cores = [GivenCache(rows, config.heads, width, layout, cache_precision(model)) for _ in range(config.layers)]
+        form = GivenCache if updated else ReadCache
+        cores = [form(rows, config.heads, width, layout, cache_precision(model)) for _ in range(config.layers)]
         self.body = Body(model, cores, *_step_layers(model, rows))
         self.embed = EmbedGraph(model, self.body.tables)
         self.mask = CacheMask(rows, config.heads, length, layout)
-        self.shape = (rows, config.heads, length)
-        self.keys = Tensor(np.arange(length, dtype=np.int32).reshape(1, 1, length))
-        self.equal = layout(ops.Equal(), (1, 1, 1), (1, 1, 1))
-        self.cast = layout(ops.Cast(), (1, 1, 1))
-        self.spread = layout(ops.BroadcastTo(self.shape), (1, 1, 1))
+        self.here = Here(rows, config.heads, length, layout)
+        self.updated = updated
+        self.turned = (rows * config.heads, length, 1)
 
     def construct(self, tokens: Tensor, positions: Tensor, *inputs: Tensor):
         layers = len(self.body.bounds)
         flat = inputs[2 * layers :]
-        here = self.spread(self.cast(self.equal(self.keys, positions.reshape(-1, 1, 1)), ms.float32))
-        here = here.reshape(self.shape[0] * self.shape[1], self.shape[2], 1)
-        mask = self.mask(positions)
+        here, mask = self.here(positions), self.mask(positions)
+        if self.updated:
+            here = here.reshape(self.turned)
         contexts = ()
         for i in range(layers):
             contexts = contexts + ((inputs[2 * i], inputs[2 * i + 1], here, mask),)
@@ -239,10 +251,10 @@ class ExplicitStepGraph(Part):
 
 
 class JoinGraph(Part):
-    """Write one text's caches into a row of a `StepGraph`: heads int32 [H] (row * H …), then keys and values [H, L, W]
-    of every layer."""
+    """Write one text's caches into a row of a `StoredStepGraph`: heads int32 [H] (row * H …), then keys and values
+    [H, L, W] of every layer."""
 
-    def __init__(self, model: Model, step: StepGraph) -> None:
+    def __init__(self, model: Model, step: StoredStepGraph) -> None:
         super().__init__()
         self.caches = ParameterTuple(p for core in step.caches for p in (core.keys, core.values))
         self.write = model.layout(ops.ScatterUpdate())

@@ -33,30 +33,32 @@ class Part(nn.Cell):
 
 
 class Product(Part):
-    """x [T, in], w [in, out], b [out] -> x @ w + b; the product in `compute` precision, the rest float32."""
+    """Base of cells that compute x [T, in] @ w [in, out] + b [out]; the product in `compute` precision, else float32.
+
+    A base and not a cell inside: MindSpore visits every cell of a graph in Python at every call.
+    """
 
     def __init__(self, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
         self.low = compute != ms.float32
         self.compute = compute
-        self.product = layout(ops.MatMul(), (1, 1), (1, 1))
+        self.multiply = layout(ops.MatMul(), (1, 1), (1, 1))
         self.add_bias = layout(ops.BiasAdd(), (1, 1), (1,))
         self.cast = layout(ops.Cast(), (1, 1))
 
-    def construct(self, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    def product(self, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         if self.low:
-            y = self.product(self.cast(x, self.compute), self.cast(w, self.compute))
+            y = self.multiply(self.cast(x, self.compute), self.cast(w, self.compute))
             return self.add_bias(self.cast(y, ms.float32), b)
-        return self.add_bias(self.product(x, w), b)
+        return self.add_bias(self.multiply(x, w), b)
 
 
-class Affine(Part):
+class Affine(Product):
     """`Product` with the network's weight and bias of this name."""
 
     def __init__(self, named: Named, name: str, layout: Layout, compute: ms.dtype) -> None:
-        super().__init__()
+        super().__init__(layout, compute)
         self.weight, self.bias = named[f"{name}.weight"], named[f"{name}.bias"]
-        self.product = Product(layout, compute)
 
     def construct(self, x: Tensor) -> Tensor:
         return self.product(x, self.weight, self.bias)
@@ -74,12 +76,11 @@ class Norm(Part):
         return self.norm(x, self.gamma, self.beta)[0]
 
 
-class FeedForward(Part):
+class FeedForward(Product):
     """x_TD and a network's four tensors -> activation(x W_up + b_up) W_down + b_down."""
 
     def __init__(self, model: ModelConfig, layout: Layout, compute: ms.dtype) -> None:
-        super().__init__()
-        self.product = Product(layout, compute)
+        super().__init__(layout, compute)
         self.activation = activation(model.activation, layout)
 
     def construct(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:

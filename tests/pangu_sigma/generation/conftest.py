@@ -41,10 +41,12 @@ CASES = {
 
 @dataclass(frozen=True)
 class Kind:
-    """A model, its cached decoder (whose caches start at 16 positions) and the one that recomputes."""
+    """A model, its cached decoders (caches from 16 positions on, in shared memory or as on an accelerator) and the one
+    that recomputes."""
 
     model: Model
     cached: CachedDecoder
+    on_device: CachedDecoder
     plain: RecomputingDecoder
 
 
@@ -84,4 +86,9 @@ def _build(changes: dict, tokenizer: Tokenizer) -> Kind:
     )
     runtime.prepare("CPU")
     model = build_model(config, VOCAB, tokenizer.eod_id)
-    return Kind(model, CachedDecoder(model, SLOTS, shortest_cache=16), RecomputingDecoder(model, SLOTS))
+    return Kind(
+        model,
+        CachedDecoder(model, SLOTS, 16),
+        CachedDecoder(model, SLOTS, 16, on_device=True),
+        RecomputingDecoder(model),
+    )

@@ -1,12 +1,13 @@
 """The cache changes nothing: logits equal those of the whole window at every position, whatever is in the batch."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from tests.pangu_sigma.generation.conftest import CASES, SLOTS, VOCAB, WINDOW
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
-every_kind = pytest.mark.parametrize("case", CASES)
 
 
 def some_ids(count: int, seed: int = 0) -> tuple[int, ...]:
@@ -26,10 +27,10 @@ def test_prompts_at_the_borders_of_the_compiled_lengths(kind, length):
     both.cached.end(0)
 
 
-@every_kind
-def test_every_position_of_a_text_that_grows_token_by_token(kind, case):
+@pytest.mark.parametrize(("case", "where"), [*((case, "cached") for case in CASES), ("rre", "on_device")])
+def test_every_position_of_a_text_that_grows_token_by_token(kind, case, where):
     """From one token to the full window, across every size of the cache."""
-    both = kind(case)
+    both = replace(kind(case), cached=getattr(kind(case), where))
     ids = some_ids(WINDOW, seed=1)
     expected = both.plain.score(ids, 0)
     assert widest(expected) > 1.0
@@ -40,10 +41,12 @@ def test_every_position_of_a_text_that_grows_token_by_token(kind, case):
     np.testing.assert_allclose(np.stack(found), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("case", ["rre", "slots", "switch"])
-def test_texts_of_all_domains_join_stop_and_leave(kind, case, tokenizer):
+@pytest.mark.parametrize(
+    ("case", "where"), [("rre", "cached"), ("slots", "cached"), ("switch", "cached"), ("slots", "on_device")]
+)
+def test_texts_of_all_domains_join_stop_and_leave(kind, case, where, tokenizer):
     """Prompts of different lengths, an end of document on the way, a text that waits, rows that are used again."""
-    both = kind(case)
+    both = replace(kind(case), cached=getattr(kind(case), where))
     texts = [some_ids(20, seed=n) for n in range(5)]
     texts[1] = (*texts[1][:9], tokenizer.eod_id, *texts[1][10:])
 
