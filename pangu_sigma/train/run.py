@@ -215,7 +215,8 @@ class Run:
         stored = store if checkpoint is None else stored_config(checkpoint).experts.store
         if (stored == "device") != (store == "device"):
             messages.append(
-                f"the checkpoint is of a run with experts.store = {stored}, this one has {store}: last digits may differ"
+                f"the checkpoint is of a run with experts.store = {stored}, this one has {store}: last digits may "
+                "differ"
             )
         return messages
 
