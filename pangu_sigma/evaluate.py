@@ -11,9 +11,11 @@ import numpy as np
 from mindspore import Tensor
 
 from pangu_sigma.data.packing import HeldoutSequences
+from pangu_sigma.errors import UserError
 from pangu_sigma.model.build import Model
 from pangu_sigma.model.inputs import Planner, graph_placeholders
 from pangu_sigma.model.pangu import TrainingLoss
+from rre.store.disk import StoreFull
 
 Advance = Callable[[int], None]
 
@@ -54,13 +56,17 @@ class Evaluator:
             ids, mask = heldout.batch(start, self.batch_size)
             planned = self.planner(ids, domain, np.arange(start, start + self.batch_size), 0, mask)
             fixed = planned.fixed
+            try:
+                experts = planned.flat(self.signature, self.model.store)
+            except StoreFull as error:
+                raise UserError(f"evaluating {group}: {error}") from error
             _, by_sample, _, _ = self.graph(
                 fixed[0],
                 Tensor(planned.labels),
                 Tensor(planned.mask),
                 Tensor(np.float32(0.0)),
                 *fixed[1:],
-                *planned.flat(self.signature, self.model.store),
+                *experts,
             )
             total += float(by_sample.asnumpy().astype(np.float64).sum())
             tokens += int(mask.sum())

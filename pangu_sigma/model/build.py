@@ -23,6 +23,7 @@ from rre.experts import expert_shapes
 from rre.routers import Groups, Router, SwitchRouter, TableRouter
 from rre.store import DeviceStore, DiskStore, ExpertStore, HostStore
 from rre.store.base import Shapes
+from rre.store.disk import remove_tables
 from rre.tables import draw_table
 
 COMPUTE_TYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
@@ -183,9 +184,11 @@ def _make_store(
     inference: bool,
 ) -> ExpertStore:  # fmt: skip
     kind = "host" if inference else config.experts.store
-    if kind != "disk":
-        return (DeviceStore if kind == "device" else HostStore)(shapes, experts, kernels)
     folder = Path(config.run.dir) / "experts"
+    if kind != "disk":
+        if not inference:
+            remove_tables(folder)  # of an earlier start of this run with another store, which was killed
+        return (DeviceStore if kind == "device" else HostStore)(shapes, experts, kernels)
     bound = int(config.experts.resident_gib * 2**30)
     try:
         return DiskStore(shapes, experts, folder, bound, kernels, in_memory=(SLOTS,))

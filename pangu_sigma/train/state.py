@@ -74,10 +74,19 @@ def restore_model(model: Model, tensors: Mapping[str, np.ndarray], optimizer_sta
     model.store.settle()
     for parameter in model.net.get_parameters():
         parameter.set_data(Tensor(_checked(tensors, parameter.name, parameter.shape)))
+    store, groups = model.store, model.groups
+    on_disk = set()
+    for kind, place, name, table in store.tables():
+        if store.in_memory(place) or (kind != "weight" and not optimizer_state):
+            continue
+        for domain in groups.names:
+            rows = groups.of(domain)
+            stored = _expert_tensor(domain, kind, place, name)
+            store.write(kind, place, name, rows, _checked(tensors, stored, table[rows].shape))
+            on_disk.add(stored)
     for name, target in domain_tensors(model, optimizer_state).items():
-        target[...] = _checked(tensors, name, target.shape)
-        if ".experts." in name:
-            model.store.release()
+        if name not in on_disk:
+            target[...] = _checked(tensors, name, target.shape)
 
 
 def stored_tables(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:

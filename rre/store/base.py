@@ -9,10 +9,11 @@ stored (the paper's Expert Computation and Storage Separation).
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from mindspore import Tensor
@@ -42,12 +43,21 @@ class Traffic:
     bytes_read: int = 0
     bytes_written: int = 0
     update_seconds: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def add(self, **counted: float) -> None:
+        """Add to figures by name; from any thread."""
+        with self._lock:
+            for name, value in counted.items():
+                setattr(self, name, getattr(self, name) + value)
 
     def take(self) -> dict[str, float]:
         """The figures by name; then all are zero again."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        for field in fields(self):
-            setattr(self, field.name, field.default)
+        figures = [f for f in fields(self) if not f.name.startswith("_")]
+        with self._lock:
+            found = {f.name: getattr(self, f.name) for f in figures}
+            for f in figures:
+                setattr(self, f.name, f.default)
         return found
 
 
@@ -96,7 +106,7 @@ class ExpertStore:
         return True
 
     def release(self) -> None:
-        """Let go of memory that is held beyond the configured bound; between steps, or while tables are filled."""
+        """Let go of all memory that can come back from elsewhere; between steps only."""
 
     def close(self) -> None:
         """Settle and give back threads and files."""
@@ -115,8 +125,8 @@ class ExpertStore:
                 for name, shape in tensors.items():
                     if std.get(name):
                         rng = generator(seed, f"initial {place} {name}", expert)
-                        self.table(place, name)[expert] = rng.standard_normal(shape, np.float32) * std[name]
-                self.release()
+                        drawn = rng.standard_normal((1, *shape), np.float32) * std[name]
+                        self.write("weight", place, name, slice(expert, expert + 1), drawn)
 
     def table(self, place: str, name: str, kind: str = "weight") -> np.ndarray:
         """The table of one tensor, [experts, …]; `kind` is weight, m or v. Writing to it changes the store."""
@@ -133,6 +143,10 @@ class ExpertStore:
         """A range of experts of one table; memory of the table where it lies in memory anyway, else a copy."""
         return self._tables[kind][place][name][experts]
 
+    def write(self, kind: str, place: str, name: str, experts: slice, values: np.ndarray) -> None:
+        """Set a range of experts of one table, between steps; where tables lie elsewhere no memory is held for it."""
+        self._tables[kind][place][name][experts] = values
+
     # --- a step
 
     def begin(self) -> None:
@@ -148,9 +162,8 @@ class ExpertStore:
         """Weights of `experts` (repeats allowed), flat: all tensors of the first, of the second, …; no copies."""
         self.settle()
         wanted = np.unique(np.asarray(experts)).tolist()
-        self.traffic.fetched += len(wanted)
-        self.traffic.hits += self._make_ready(place, wanted)
-        self.traffic.bytes_to_step += len(wanted) * self._bytes[place]
+        ready = self._make_ready(place, wanted)
+        self.traffic.add(fetched=len(wanted), hits=ready, bytes_to_step=len(wanted) * self._bytes[place])
         return [self._view(place, name, int(e)) for e in experts for name in self.shapes[place]]
 
     def apply(
@@ -162,8 +175,7 @@ class ExpertStore:
         """
         self.steps[place][expert] += 1
         step = int(self.steps[place][expert])
-        self.traffic.updated += 1
-        self.traffic.bytes_from_step += self._bytes[place]
+        self.traffic.add(updated=1, bytes_from_step=self._bytes[place])
         for name, gradient in zip(self.shapes[place], gradients, strict=True):
             rows = (self._tables[kind][place][name][expert] for kind in KINDS)
             task = self._workers.submit(
@@ -179,8 +191,9 @@ class ExpertStore:
     def settle(self) -> None:
         """Wait until every update that was asked for stands in the tables."""
         running, self._running = self._running, []
-        for task, _ in running:
-            self.traffic.update_seconds += task.result()
+        # All of them, before one that failed says so.
+        wait([task for task, _ in running])
+        self.traffic.add(update_seconds=sum(task.result() for task, _ in running))
 
     def _view(self, place: str, name: str, expert: int) -> Tensor:
         key = (place, name, expert)
