@@ -25,9 +25,7 @@ static int64_t first_key(const int32_t *segments, int64_t i) {
 
 /* scores [n] of visible keys -> exp(scale * score - max) in place, 0 elsewhere; returns the sum, max in *top. */
 MULTIVERSION static float exponentials(float *s, int64_t n, int64_t from, int64_t to, float scale, float *top) {
-    float most = -INFINITY, sum = 0.0f;
-    for (int64_t j = from; j < to; j++) most = s[j] > most ? s[j] : most;
-    most *= scale;
+    float most = largest(s + from, to - from) * scale, sum = 0.0f;
     for (int64_t j = 0; j < from; j++) s[j] = 0.0f;
     for (int64_t j = from; j < to; j++) {
         s[j] = fast_exp(s[j] * scale - most);

@@ -25,8 +25,7 @@ static void logits(void *context, int64_t index, int worker) {
 }
 
 MULTIVERSION static void softmax_row(float *p, int64_t n) {
-    float most = p[0], sum = 0.0f;
-    for (int64_t i = 1; i < n; i++) most = p[i] > most ? p[i] : most;
+    float most = largest(p, n), sum = 0.0f;
     for (int64_t i = 0; i < n; i++) {
         p[i] = fast_exp(p[i] - most);
         sum += p[i];

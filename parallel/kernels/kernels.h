@@ -6,9 +6,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* One body for several instruction sets, chosen when the library is loaded: a wheel runs on any x86-64. */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MULTIVERSION __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+/* One body for several instruction sets, chosen when the library is loaded: a wheel runs on any x86-64. Features, not
+ * processors, are named: a name would match that one processor alone. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define MULTIVERSION __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define MULTIVERSION
 #endif
@@ -66,8 +69,25 @@ int gemm_ready(void);
 static inline int64_t parts(int64_t whole, int64_t size) { return (whole + size - 1) / size; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/* The largest of x_N, n > 0, NaN passed over; in lanes, because the compiler does not reorder a maximum by itself. */
+static inline __attribute__((always_inline)) float largest(const float *x, int64_t n) {
+    enum { LANES = 32 };
+    float lane[LANES], most = x[0];
+    if (n >= LANES) {
+        int64_t i = 0;
+        for (int j = 0; j < LANES; j++) lane[j] = x[j];
+        for (; i + LANES <= n; i += LANES)
+            for (int j = 0; j < LANES; j++) lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
+        most = lane[0];
+        for (int j = 1; j < LANES; j++) most = lane[j] > most ? lane[j] : most;
+        x += i, n -= i;
+    }
+    for (int64_t i = 0; i < n; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
 /* exp(x), relative error below 2e-7, 0 under -87; branch-free, so that loops over it become vector code. */
-static inline float fast_exp(float x) {
+static inline __attribute__((always_inline)) float fast_exp(float x) {
     union { int32_t i; float f; } power;
     float clipped = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
     float n = __builtin_rintf(clipped * 1.44269504f);
