@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from extract.command import extract
 from extract.export.command import export
 from pangu_sigma.convert.commands import import_app, upcycle, vocab_app
+from pangu_sigma.domains.command import domains_app
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation.command import generate
 from pangu_sigma.version import VERSION
@@ -138,6 +139,7 @@ app.command(short_help="Cut domains out of a model.")(extract)
 app.command(short_help="Write a model for another program.")(export)
 app.add_typer(import_app, name="import", short_help="Take over another model's weights.")
 app.command(short_help="Start a sparse model from a dense one.")(upcycle)
+app.add_typer(domains_app, name="domains", short_help="Add, remove, rename, merge a model's domains.")
 app.add_typer(vocab_app, name="vocab", short_help="Change a model's vocabulary.")
 
 
