@@ -16,6 +16,7 @@ from pangu_sigma.convert.commands import import_app, upcycle, vocab_app
 from pangu_sigma.domains.command import domains_app
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation.command import generate
+from pangu_sigma.plan.command import plan
 from pangu_sigma.version import VERSION
 
 USER_ERROR = 2
@@ -133,6 +134,7 @@ def evaluate(
 
 
 app.command(short_help="Continue a text.")(generate)
+app.command(short_help="Tell what a configuration needs of a cluster.")(plan)
 
 
 app.command(short_help="Cut domains out of a model.")(extract)
