@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pangu_sigma.domains.plan import Ahead
 
 domains_app = typer.Typer(
-    help="Domains of a trained model: list, add, remove, rename, merge, resize.\n\n"
+    help="Domains of a trained model: list, add, remove, rename, merge, resize, advise.\n\n"
     "A run is changed in place: its last checkpoint is replaced, in one rename, by one of the same step in which every "
     "other domain's file is the same file, and RUN/config.yaml follows; go on with `pangu-sigma train RUN/config.yaml "
     "--resume`. With --out the run stays as it is and a new one is written, which shares the unchanged files. "
@@ -173,6 +173,27 @@ def resize(
     from pangu_sigma.domains.resizing import resize_domain
 
     _say(resize_domain(run, name, experts, redraw=redraw, out=out), f"{name} has {experts} experts now")
+
+
+@domains_app.command("advise", short_help="Propose group sizes, with the reasoning.")
+def advise(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run's folder, a checkpoint or a model folder.")],
+    experts: Annotated[
+        int | None, typer.Option(min=1, help="Experts of all groups together; as many as there are if left out.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+) -> None:
+    """Propose the sizes of expert groups from each domain's text and measured loss; nothing is changed."""
+    from dataclasses import asdict
+
+    from pangu_sigma.domains.advice import advice_text
+    from pangu_sigma.domains.advice import advise as propose
+
+    advices = propose(model, experts)
+    if as_json:
+        typer.echo(json.dumps([asdict(advice) for advice in advices], ensure_ascii=False, indent=2))
+    else:
+        typer.echo(advice_text(advices, shlex.quote(str(model))))
 
 
 @domains_app.command("merge", short_help="Join models that were trained apart.")

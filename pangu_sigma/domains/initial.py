@@ -60,7 +60,7 @@ class Initial:
 
     def _check_dense(self, dense: Checkpoint) -> None:
         before, here = stored_config(dense).model, self.config.model
-        if before.sparse.layers or before.embedding_slots != "shared":
+        if before.sparse_prefixes or before.embedding_slots != "shared":
             raise UserError(f"--init {self.text} is no dense model with one word embedding: name another, or mean")
         for key in ("layers", "hidden", "ffn", "vocab_size", "activation", "query_layer"):
             if getattr(before, key) != getattr(here, key):

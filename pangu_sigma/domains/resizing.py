@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint
-from pangu_sigma.config import Config
+from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.config.counts import is_expert, is_routing
 from pangu_sigma.domains.changing import Changed, NewTensors, Subject, check_known
 from pangu_sigma.domains.tables import origins_of_copies, split_table
 from pangu_sigma.errors import UserError
 from rre.tables import draw_table
+
+if TYPE_CHECKING:
+    from pangu_sigma.data.prepare import DomainStore
 
 
 def resize_domain(path: Path, name: str, experts: int, *, redraw: bool = False, out: Path | None = None) -> Changed:
@@ -32,7 +36,7 @@ def resize_domain(path: Path, name: str, experts: int, *, redraw: bool = False, 
                 f"set --experts to more than {max(sizes)}"
             )
         by_frequency = subject.config.model.sparse.table == "frequency"
-        counts = token_counts(subject.config, source, name) if by_frequency else None
+        counts = token_counts(config_from_dict(subject.values), source, name) if by_frequency else None
         new = NewTensors()
         for place, groups in source.coverage.items():
             _grow(new, source, subject.config, name, place, groups[name], experts, counts, redraw)
@@ -54,13 +58,19 @@ def resize_domain(path: Path, name: str, experts: int, *, redraw: bool = False, 
 
 
 def token_counts(config: Config, checkpoint: Checkpoint, name: str) -> np.ndarray:
-    """Occurrences [V] of every id in the training text of one domain, which must be where the configuration says."""
+    """Occurrences [V] of every id in the training text of one domain; see `domain_store`."""
+    counts = np.array(domain_store(config, checkpoint, name).token_counts)
+    return np.pad(counts, (0, config.model.vocab_size - counts.size))
+
+
+def domain_store(config: Config, checkpoint: Checkpoint, name: str) -> DomainStore:
+    """The tokenised text of one domain, from the cache or made there. Raises UserError where the text is not."""
     from pangu_sigma.data.prepare import prepare_domain
     from pangu_sigma.data.sources import Source
     from pangu_sigma.load import stored_tokenizer
 
     domain = next(entry for entry in config.domains if entry.name == name)
-    store = prepare_domain(
+    return prepare_domain(
         Source(domain.name, domain.data, domain.text_field, domain.weight),
         stored_tokenizer(checkpoint),
         config.data.cache,
@@ -68,7 +78,6 @@ def token_counts(config: Config, checkpoint: Checkpoint, name: str) -> np.ndarra
         sequence_length=config.data.sequence_length,
         deduplicate=config.data.deduplicate,
     )
-    return np.pad(np.array(store.token_counts), (0, config.model.vocab_size - store.token_counts.size))
 
 
 def _grow(

@@ -14,8 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
-    "train", "config", "evaluate", "generate", "extract", "import", "upcycle", "domains", "vocab", "report", "serve", "corpora",
-    "quickstart",
+    "train", "config", "evaluate", "generate", "extract", "import", "upcycle", "domains", "vocab", "report", "serve",
+    "corpora", "quickstart",
 ]  # fmt: skip
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
 
