@@ -21,6 +21,7 @@ from pangu_sigma.checkpoint import (
     resolve,
     save_checkpoint,
 )
+from pangu_sigma.checkpoint.layout import CONFIG
 from pangu_sigma.config import (
     Config,
     check_resume,
@@ -110,6 +111,11 @@ class Run:
             # The tokenizer that the first domains' mix gave stays when domains come and go.
             if stored.run.init_from is not None or checkpoint.state.get(DOMAIN_CHANGES):
                 tokenizer_of = checkpoint
+            if checkpoint.state.get(DOMAIN_CHANGES) and self.config.domain_names != stored.domain_names:
+                raise UserError(
+                    f"pangu-sigma domains changed the domains of {self.dir} to {', '.join(stored.domain_names)}: "
+                    f"resume with {checkpoint.path}/{CONFIG}, or list the same domains"
+                )
             # Where the tokenizer gives the size, a changed tokenizer is refused below, by its name.
             check_resume(stored, _with_vocabulary_size(self.config, stored.model.vocab_size))
         elif self.config.run.init_from is not None:

@@ -21,6 +21,8 @@ from pangu_sigma.domains.removing import remove_domain, rename_domain
 from pangu_sigma.domains.resizing import resize_domain
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import stored_config
+from pangu_sigma.train.lock import locked_folder
+from pangu_sigma.train.run import train
 from tests.pangu_sigma.domains.conftest import digests, tensor_digests
 from tests.pangu_sigma.train import process
 
@@ -295,6 +297,32 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(copied_run, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         remove_domain(run, "law")
     assert digests(folder(run)) == before and not list((run / "checkpoints").glob(".tmp*"))
+
+
+def test_a_resume_with_the_old_configuration_says_where_the_new_one_is(copied_run):
+    run = copied_run(STEP)
+    shutil.copy(run / "config.yaml", run / "old.yaml")
+    remove_domain(run, "law")
+    with pytest.raises(UserError, match=f"resume with .*/step-000000{STEP}/config.yaml"):
+        train(load_config(run / "old.yaml", [f"run.dir={run}"]), resume=True)
+
+
+def test_a_run_that_trains_is_not_changed(copied_run):
+    run = copied_run(STEP)
+    before = digests(folder(run))
+    with locked_folder(run), pytest.raises(UserError, match="another process is training"):
+        remove_domain(run, "law")
+    assert digests(folder(run)) == before
+
+
+def test_a_full_disk_leaves_the_run_as_it_was(copied_run, monkeypatch):
+    run = copied_run(STEP)
+    before = digests(run / "checkpoints")
+    usage = shutil.disk_usage(run)
+    monkeypatch.setattr("pangu_sigma.checkpoint.disk.shutil.disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match="the checkpoint is as it was"):
+        remove_domain(run, "law")
+    assert digests(run / "checkpoints") == before
 
 
 def test_the_record_is_json(copied_run):
