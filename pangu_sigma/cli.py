@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -57,6 +58,14 @@ ModelPath = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A run's folder, one of its checkpoints or a model folder.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+class Prior(StrEnum):
+    """What is believed of an unknown text before its first token."""
+
+    uniform = "uniform"
+    updating = "updating"
+    cached = "cached"
 
 
 def _print_version(wanted: bool) -> None:
@@ -119,8 +128,30 @@ def evaluate(
     batches: Annotated[
         int | None, typer.Option(min=1, help="Batches per text and expert group; all held-out text if left out.")
     ] = None,
+    domain: Annotated[
+        str | None, typer.Option(help="auto: infer every text's domain from how likely each domain finds it so far.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="With --domain auto: mix so many of the likeliest domains.")] = 1,
+    prior: Annotated[
+        Prior,
+        typer.Option(help="With --domain auto: uniform, updating from sequence to sequence, or cached from the first."),
+    ] = Prior.uniform,
 ) -> None:
-    """Measure held-out loss per domain, and every domain's text under every expert group."""
+    """Measure held-out loss per domain, and every domain's text under every expert group.
+
+    With --domain auto nobody tells whose text it is: loss with the domain inferred beside the given one, and how often
+    the likeliest domain is the right one after 32, 64, 128 tokens.
+    """
+    if domain is not None:
+        if domain != "auto":
+            raise UserError(f"--domain {domain} is not known here: only auto is, every domain is measured anyway")
+        from pangu_sigma.domains.unknown import evaluate_unknown, unknown_table
+
+        found = evaluate_unknown(model, batches=batches, top=top, prior=prior.value)
+        typer.echo(json.dumps(found, ensure_ascii=False, indent=2) if as_json else unknown_table(found))
+        return
+    if top != 1 or prior is not Prior.uniform:
+        raise UserError("--top and --prior say how a domain is inferred: add --domain auto")
     from pangu_sigma.evaluate import evaluate as measure
 
     result = measure(model, batches)
