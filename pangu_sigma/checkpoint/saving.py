@@ -120,7 +120,7 @@ def save_checkpoint(
                         tensors=dict(sorted(writer.tensors.items())),
                     )
                     writer.finish(manifest_bytes(manifest))
-                    final = _move_into_place(temporary, root / layout.step_name(step))
+                    final = move_into_place(temporary, root / layout.step_name(step))
                 except BaseException:
                     shutil.rmtree(temporary, ignore_errors=True)
                     raise
@@ -156,7 +156,7 @@ def _newest(run_dir: Path, step: int) -> tuple[Checkpoint | None, list[str]]:
         return None, [*messages, f"every file is written anew, since the last checkpoint cannot be linked to: {error}"]
 
 
-def _move_into_place(temporary: Path, final: Path) -> Path:
+def move_into_place(temporary: Path, final: Path) -> Path:
     """Gives the finished folder its name; an older version of the same step steps aside first and goes afterwards."""
     if os.path.lexists(final) and not (final / layout.MANIFEST).exists():
         discard(final)

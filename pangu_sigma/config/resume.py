@@ -35,12 +35,16 @@ def changed_keys(old: Config, new: Config) -> Changes:
     stop_at, nonfinite and skip_budget, evaluate.*, checkpoint.every and keep, data.prefetch and cache, experts.*. A
     longer train.steps moves the end of a decay that follows it (schedule.decay_steps, written out in an effective
     configuration), which is refused; a constant schedule has no such end. The last phase may grow or shrink with
-    train.steps.
+    train.steps, unless its own decay ends with it.
     """
     before, after = flat_keys(old), flat_keys(new)
     changed = [key for key in {**before, **after} if before.get(key, _ABSENT) != after.get(key, _ABSENT)]
-    may_change = {f"train.phases.{len(old.train.phases) - 1}.steps"} if old.train.phases else set()
-    if old.schedule.kind == new.schedule.kind == "constant":
+    may_change = set()
+    constant = old.schedule.kind == new.schedule.kind == "constant"
+    # The end of a decay that a phase began anew is the phase's own end.
+    if old.train.phases and (constant or not old.train.phases[-1].restart):
+        may_change.add(f"train.phases.{len(old.train.phases) - 1}.steps")
+    if constant:
         may_change.add("schedule.decay_steps")
     allowed = tuple(key for key in changed if key in may_change or _ALLOWED.fullmatch(key))
     return Changes(allowed, tuple(key for key in changed if key not in allowed))

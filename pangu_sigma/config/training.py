@@ -57,6 +57,9 @@ class PhaseConfig(Section):
     domains: ListOf[DomainName] | None = Field(
         None, description="Names of the domains whose experts train; null trains all, an empty list none."
     )
+    restart: bool = Field(
+        False, description="Whether the learning rate begins anew: warm-up, then a decay that ends with this phase."
+    )
 
 
 class TrainConfig(Section):

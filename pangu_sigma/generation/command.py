@@ -22,7 +22,7 @@ def generate(
         ),
     ] = None,
     domain: Annotated[
-        str | None, typer.Option(help="Domain whose experts write; a one-domain model has only one.")
+        str | None, typer.Option(help="Domain whose experts write; auto infers it. A one-domain model has only one.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token, higher is freer.")] = 0.8,

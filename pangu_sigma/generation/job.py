@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -21,6 +21,8 @@ from pangu_sigma.monitor.text import compact, printable_lines
 if TYPE_CHECKING:
     from pangu_sigma.generation.engine import Engine
     from pangu_sigma.load import Trained
+
+AUTO = "auto"  # the domain of a prompt that is to be inferred from it
 
 
 @dataclass
@@ -144,6 +146,7 @@ def run(
     from pangu_sigma.load import load_trained
 
     trained = load_trained(path)
+    prompts = _with_domains(trained, prompts, domain)
     requests = [_request(trained, prompt, domain, settings) for prompt in prompts]
     from pangu_sigma.generation.engine import Engine
 
@@ -161,6 +164,23 @@ def run(
             print(_as_json(trained, prompts[0], requests[0], answer), flush=True)
         else:
             _print_text(engine, prompts[0], requests[0], stream)
+
+
+def _with_domains(trained: Trained, prompts: list[Prompt], domain: str | None) -> list[Prompt]:
+    """The prompts, those of the domain `auto` with the one whose experts find them likeliest, which is said."""
+    if AUTO in trained.model.groups.names or not any((prompt.domain or domain) == AUTO for prompt in prompts):
+        return prompts
+    from pangu_sigma.domains.unknown import DomainGuess
+
+    guess, found = DomainGuess(trained), []
+    for prompt in prompts:
+        if (prompt.domain or domain) == AUTO:
+            name, probability = guess(prompt_ids(trained.tokenizer, prompt.text))
+            prompt = replace(prompt, domain=name)
+            if len(prompts) == 1:
+                print(f"domain {name} ({100 * probability:.0f} %)", file=sys.stderr)
+        found.append(prompt)
+    return found
 
 
 def _request(trained: Trained, prompt: Prompt, domain: str | None, settings: Mapping[str, Any]) -> Request:

@@ -21,6 +21,7 @@ from pangu_sigma.checkpoint import (
     resolve,
     save_checkpoint,
 )
+from pangu_sigma.checkpoint.layout import CONFIG
 from pangu_sigma.config import (
     Config,
     check_resume,
@@ -34,6 +35,7 @@ from pangu_sigma.config.mesh_rules import check_one_process
 from pangu_sigma.data.corpus import Corpus, prepare_corpus
 from pangu_sigma.data.prefetch import Prefetcher
 from pangu_sigma.data.sampler import MixtureSampler
+from pangu_sigma.domains.plan import DOMAIN_CHANGES
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import stored_config, stored_tokenizer, stored_weights
 from pangu_sigma.monitor.files import write_json, write_text
@@ -79,6 +81,7 @@ class Run:
         self.config = config
         self.progress = Progress()
         self.start: Checkpoint | None = None
+        self.domain_changes: list[dict] = []
         self._open = ExitStack()
 
     def __enter__(self) -> Run:
@@ -105,8 +108,14 @@ class Run:
         if checkpoint is not None:
             stored = stored_config(checkpoint)
             self.config = with_start_of(self.config, stored)
-            if stored.run.init_from is not None:
+            # The tokenizer that the first domains' mix gave stays when domains come and go.
+            if stored.run.init_from is not None or checkpoint.state.get(DOMAIN_CHANGES):
                 tokenizer_of = checkpoint
+            if checkpoint.state.get(DOMAIN_CHANGES) and self.config.domain_names != stored.domain_names:
+                raise UserError(
+                    f"pangu-sigma domains changed the domains of {self.dir} to {', '.join(stored.domain_names)}: "
+                    f"resume with {checkpoint.path}/{CONFIG}, or list the same domains"
+                )
             # Where the tokenizer gives the size, a changed tokenizer is refused below, by its name.
             check_resume(stored, _with_vocabulary_size(self.config, stored.model.vocab_size))
         elif self.config.run.init_from is not None:
@@ -190,7 +199,8 @@ class Run:
         )
         if checkpoint:
             self._restore(checkpoint, tensors)
-            self.sampler.restore(checkpoint.state["sampler"])
+            self.domain_changes = checkpoint.state.get(DOMAIN_CHANGES, [])
+            self.sampler.restore(checkpoint.state["sampler"], allow_new_domains=bool(self.domain_changes))
 
     def _restore(self, checkpoint: Checkpoint, tensors: Mapping[str, np.ndarray]) -> None:
         from pangu_sigma.train.state import restore_model
@@ -354,6 +364,7 @@ class Run:
                     "kernels": self.model.kernels,
                     "skipped": self.progress.skipped,
                     "tokens": self.progress.tokens,
+                    **({DOMAIN_CHANGES: self.domain_changes} if self.domain_changes else {}),
                 },
                 fingerprints=Fingerprints(
                     tokenizer=tokenizer.fingerprint,

@@ -11,16 +11,23 @@ from pangu_sigma.config import Config
 def learning_rate(config: Config, step: int) -> float:
     """The learning rate of optimizer step `step`, counted from 0.
 
-    Linear warm-up to the peak, then cosine or linear decay to `final_factor` of it at `decay_steps`, or constant.
+    Linear warm-up to the peak, then cosine or linear decay to `final_factor` of it at `decay_steps`, or constant. A
+    phase that restarts begins this anew, with its own steps in place of `decay_steps`.
     """
     peak = config.optimizer.learning_rate
     schedule = config.schedule
-    if step < schedule.warmup_steps:
-        return peak * (step + 1) / schedule.warmup_steps
+    warmup, decay_steps, begin, start = schedule.warmup_steps, schedule.decay_steps, 0, 0
+    for phase in config.train.phases:
+        if phase.restart and start <= step:
+            warmup, decay_steps, begin = min(schedule.warmup_steps, phase.steps), phase.steps, start
+        start += phase.steps
+    step -= begin
+    if step < warmup:
+        return peak * (step + 1) / warmup
     if schedule.kind == "constant":
         return peak
-    span = max(1, schedule.decay_steps - schedule.warmup_steps)
-    done = min(1.0, (step - schedule.warmup_steps) / span)
+    span = max(1, decay_steps - warmup)
+    done = min(1.0, (step - warmup) / span)
     left = (1.0 + math.cos(math.pi * done)) / 2.0 if schedule.kind == "cosine" else 1.0 - done
     return peak * (schedule.final_factor + (1.0 - schedule.final_factor) * left)
 

@@ -14,8 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
-    "train", "config", "evaluate", "generate", "extract", "import", "upcycle", "vocab", "report", "serve", "corpora",
-    "quickstart",
+    "train", "config", "evaluate", "generate", "extract", "import", "upcycle", "domains", "vocab", "report", "serve",
+    "corpora", "quickstart",
 ]  # fmt: skip
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
 
@@ -37,7 +37,7 @@ def children_seconds() -> float:
 
 @pytest.mark.parametrize(
     "command",
-    [[], *[[name] for name in COMMANDS], ["import", "pangu-alpha"], ["vocab", "extend"]],
+    [[], *[[name] for name in COMMANDS], ["import", "pangu-alpha"], ["vocab", "extend"], ["domains", "add"]],
     ids=lambda command: " ".join(command) or "-",
 )
 def test_help_comes_at_once(command):

@@ -1,5 +1,7 @@
 """Host, device and disk stores hold the same numbers, whatever is activated, and the disk store keeps to its bound."""
 
+import resource
+
 import numpy as np
 import pytest
 from mindspore import Tensor
@@ -101,6 +103,100 @@ def test_a_prefetched_expert_is_a_hit(tmp_path):
     moved = store.traffic.take()
     assert (moved["fetched"], moved["hits"]) == (2, 1)
     store.close()
+
+
+def read_ahead(store: DiskStore, *experts: int) -> None:
+    store.prefetch("blocks.1", experts)
+    store._reader.submit(int).result()  # the one reading thread is done with what was asked before
+
+
+def test_reading_ahead_takes_no_room_from_what_an_earlier_step_waits_for(tmp_path):
+    store = make("disk", tmp_path, resident=4 * RECORD)
+    store.begin()
+    store.fetch("blocks.1", [0, 1])
+    read_ahead(store, 2, 3)
+    read_ahead(store, 4, 5)  # no room: 0 and 1 are at work, 2 and 3 are awaited
+    store.begin()
+    store.traffic.take()
+    store.fetch("blocks.1", [2, 3])
+    assert store.traffic.take()["hits"] == 2
+    read_ahead(store, 6, 7)  # 0 and 1 have served
+    store.begin()
+    store.fetch("blocks.1", [4, 5])
+    moved = store.traffic.take()
+    assert (moved["fetched"], moved["hits"]) == (2, 0) and store.mapped_bytes <= 4 * RECORD
+    store.close()
+
+
+def test_micro_batches_that_exceed_the_bound_together_are_updated_in_parts(tmp_path):
+    stores = {kind: make(kind, tmp_path, resident=3 * RECORD) for kind in ("disk", "host")}
+    for store in stores.values():
+        gradients = {}
+        for first in range(0, 12, 3):
+            store.begin()
+            weights = store.fetch("blocks.1", range(first, first + 3))
+            for at in range(3):
+                gradients[first + at] = [Tensor(t.asnumpy() * 0.5) for t in weights[4 * at : 4 * at + 4]]
+        for expert, mine in gradients.items():
+            store.apply("blocks.1", expert, mine, HYPER)
+    assert stores["disk"].mapped_bytes <= 3 * RECORD
+    assert contents(stores["disk"]) == contents(stores["host"])
+    for store in stores.values():
+        store.close()
+
+
+@pytest.mark.parametrize("resident", [3, 5, 8])
+def test_reading_ahead_beside_updates_changes_no_bit(tmp_path, resident):
+    found = []
+    for kind in ("disk", "host"):
+        store = make(kind, tmp_path, resident=resident * RECORD)
+        draw = np.random.default_rng(5)
+        plans = [draw.choice(12, 3, replace=False) for _ in range(60)]
+        store.prefetch("blocks.1", plans[0])
+        for step, chosen in enumerate(plans):
+            store.begin()
+            weights = store.fetch("blocks.1", chosen)
+            if step + 1 < len(plans):
+                store.prefetch("blocks.1", plans[step + 1])  # the reading thread lets go and reads while updates run
+            gradients = [Tensor(np.sin(t.asnumpy() * 100)) for t in weights]
+            for at, expert in enumerate(chosen):
+                store.apply("blocks.1", int(expert), gradients[4 * at : 4 * at + 4], HYPER)
+        found.append(contents(store))
+        store.close()
+    assert found[0] == found[1]
+
+
+def test_what_is_written_past_the_map_shows_in_it_and_the_other_way_round(tmp_path):
+    store = make("disk", tmp_path)
+    store.begin()
+    seen = store.fetch("blocks.1", [4])[0]
+    store.write("weight", "blocks.1", "up.weight", slice(3, 6), np.full((3, 32, 48), 7, np.float32))
+    assert (seen.asnumpy() == 7).all() and (store.table("blocks.1", "up.weight")[3:6] == 7).all()
+    store.table("blocks.1", "up.bias")[5] = 9
+    assert (store.read("weight", "blocks.1", "up.bias", slice(5, 6)) == 9).all()
+    store.release()
+    assert (store.read("weight", "blocks.1", "up.weight", slice(3, 6)) == 7).all()
+    store.close()
+
+
+def test_tables_that_do_not_fit_leave_nothing_behind(tmp_path):
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 * RECORD, allowed[1]))
+    try:
+        with pytest.raises(OSError):
+            make("disk", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_working_copy_goes_with_the_store_and_a_killed_ones_with_the_next(tmp_path):
+    (tmp_path / "experts").mkdir()
+    (tmp_path / "experts" / "blocks.99.table").write_bytes(b"left")
+    store = make("disk", tmp_path)
+    assert {p.name for p in (tmp_path / "experts").iterdir()} == {"blocks.1.table", "query_layer.table"}
+    store.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_step_that_needs_more_than_the_bound_is_refused(tmp_path):

@@ -83,3 +83,11 @@ def test_the_order_of_the_domains_is_part_of_the_run(small, small_file):
 def test_many_refused_keys_are_shortened(small):
     with pytest.raises(UserError, match="and 2 more"):
         check_resume(small(), small("model.preset=350M", "data.sequence_length=64"))
+
+
+def test_a_phase_with_a_decay_of_its_own_keeps_its_end(small):
+    phases = "train.phases=[{steps: 4}, {restart: true}]"
+    changes = changed_keys(small(phases), small(phases, "train.steps=20"))
+    assert "train.phases.1.steps" in changes.refused
+    constant = (phases, "schedule.kind=constant")
+    assert "train.phases.1.steps" in changed_keys(small(*constant), small(*constant, "train.steps=20")).allowed

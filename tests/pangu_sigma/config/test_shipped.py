@@ -36,6 +36,7 @@ def test_every_key_of_a_shipped_configuration_is_commented(path):
         elif ":" in line and before.strip().removeprefix("- ").startswith("#"):
             explained.add(word)
     sections = {"run", "model", "sparse", "optimizer", "schedule", "train", "evaluate", "checkpoint", "domains"}
+    sections |= {"data", "experts", "parallel"}
     values = yaml.compose(path.read_text(encoding="utf-8"))
     missing = {key for key in _written(values) if key not in explained | sections}
     assert not missing, f"without a comment: {sorted(missing)}"

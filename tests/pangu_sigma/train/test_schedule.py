@@ -72,3 +72,14 @@ def test_phases_follow_one_another_and_the_last_takes_what_is_left():
 
 def test_batches_read_ahead_of_the_end_belong_to_the_last_phase():
     assert phase_at(small_config(train={"phases": [{"steps": 10}, {}]}), 105).index == 1
+
+
+def test_a_phase_that_restarts_has_the_whole_schedule_in_its_own_steps():
+    phases = [{"steps": 40}, {"steps": 20, "restart": True}, {}]
+    config = small_config(schedule={"kind": "linear", "warmup_steps": 4, "decay_steps": 40}, train={"phases": phases})
+    alone = small_config(schedule={"kind": "linear", "warmup_steps": 4, "decay_steps": 20})
+    assert [learning_rate(config, step) for step in range(40)] == [
+        learning_rate(small_config(schedule={"kind": "linear", "warmup_steps": 4, "decay_steps": 40}), step)
+        for step in range(40)
+    ]
+    assert [learning_rate(config, 40 + step) for step in range(60)] == [learning_rate(alone, s) for s in range(60)]

@@ -1,0 +1,439 @@
+"""What storing many experts costs a training step: expert stores beside each other and beside a learned-gate MoE.
+
+    python -m benchmarks.expert_store [--part stored throughput disk killed] [--again] [--work FOLDER]
+
+Four parts, each made of cases that run in a process of their own; a case that stands in the results is not run again
+(`--again` runs it). The figures go to benchmarks/results/expert_store.json, the tables to expert_store.md.
+
+- stored: step time over the number of stored experts, the activated number fixed, another set every step.
+- throughput: tokens per second beside the same model with a learned top-1 gate, whose experts are all resident and all
+  updated every step, by the same kernels on all threads.
+- disk: tables of more than 24 GB in files, every byte written beforehand, 50 steps within the resident bound.
+- killed: a real run with 4 GB of tables, killed and resumed, beside the uninterrupted run, under a cap on memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import yaml
+
+from benchmarks.expert_store_work import Work
+from pangu_sigma.monitor.files import write_json, write_text
+from pangu_sigma.monitor.terminal import progress
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "expert_store.json"
+GIB = 2**30
+
+# 8 activated experts in one sparse layer whatever is stored.
+STORED = Work("host", 4, 4, 1, batch=4, domains_per_step=2, steps=60, warmup=36)
+STORED_EXPERTS = (16, 64, 256, 640, 1024)
+DEVICE_EXPERTS = (16, 64, 256)
+# 640 experts in each of 2 sparse layers, 40 domains: 672 M expert parameters, 84 times what a token meets besides
+# attention, as in the paper (1,075 B and 12.8 B).
+MOE = Work("host", 40, 16, 2, batch=4, domains_per_step=2, steps=6, warmup=3, layers=7, length=128)
+MOE_TOKENS = (256, 1024, 4096, 16384)
+GATE_TOKENS = (256, 1024, 4096)  # with a learned gate, whose graph of 5,120 weights takes minutes
+# 1,024 records of 25.2 MB.
+DISK = Work(
+    "disk", 256, 2, 2, batch=4, domains_per_step=2, steps=50, warmup=0, hidden=512, ffn=2048, heads=8, resident_gib=1.0
+)
+PAPER_TOKENS, PAPER_EXPERT_PARAMETERS = 524_288, 640 * 8 * 210e6
+CAP = 3.0 * GIB
+KILLED = Work("disk", 40, 4, 1, batch=4, domains_per_step=2, steps=10, warmup=0, hidden=512, ffn=2048, heads=8,
+              resident_gib=0.5)  # fmt: skip
+KILL_AFTER, SAVE_EVERY = 7, 5
+
+
+def cases() -> dict[str, dict[str, Work]]:
+    """part -> name of a case -> what it measures; `killed` is no single process."""
+    stored = {f"host {n}": replace(STORED, domains=n // 4) for n in STORED_EXPERTS}
+    stored |= {f"device {n}": replace(STORED, store="device", domains=n // 4) for n in DEVICE_EXPERTS}
+    throughput = {}
+    for tokens in MOE_TOKENS:
+        steps, warmup = (3, 2) if tokens > 8192 else (6, 3)
+        one = replace(MOE, batch=tokens // MOE.length, steps=steps, warmup=warmup)
+        throughput[f"stored {tokens}"] = one
+        throughput[f"all updated {tokens}"] = replace(one, update_all=True)
+    for tokens in GATE_TOKENS:
+        throughput[f"gate {tokens}"] = replace(
+            MOE, batch=tokens // MOE.length, store="device", router="switch", update_all=True, steps=3, warmup=1
+        )
+    return {"stored": stored, "throughput": throughput, "disk": {"24 GB": DISK}, "killed": {"4 GB": KILLED}}
+
+
+def run_case(work: Work, folder: Path, seconds: float) -> dict:
+    """Measure in a process of its own; a case that takes longer than `seconds` is reported as such."""
+    work = replace(work, folder=str(folder / "run"))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    command = [sys.executable, "-m", "benchmarks.expert_store_work", json.dumps(asdict(work))]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds, env={**os.environ, "GLOG_v": "4"}
+        )
+    except subprocess.TimeoutExpired:
+        return {"work": asdict(work), "impracticable": f"no result after {seconds:.0f} s, compilation included"}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if done.returncode:
+        return {"work": asdict(work), "impracticable": (done.stderr.strip().splitlines() or ["ended"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# --- killed: real runs
+
+
+def write_run(work: Work, folder: Path) -> Path:
+    """A configuration file and 40 small corpora for `pangu-sigma train`."""
+    folder.mkdir(parents=True)
+    values = work.config().to_dict()
+    values["run"] |= {"dir": str(folder / "run"), "log_every": 1}
+    values["data"] |= {"tokenizer": {"kind": "train", "vocab_size": 300}, "cache": str(folder / "cache"),
+                       "deduplicate": False}  # fmt: skip
+    values["model"]["vocab_size"] = None
+    values["train"] |= {"steps": work.steps}
+    values["schedule"] |= {"decay_steps": None}
+    values["checkpoint"] |= {"keep": 1}
+    for number, domain in enumerate(values["domains"]):
+        path = folder / f"{domain['name']}.jsonl"
+        line = " ".join(f"{word} of {number * 31 % 97} " for word in ("river", "table", "window", "paper", "stone"))
+        path.write_text("".join(json.dumps({"text": f"{line * 8}{i}"}) + "\n" for i in range(400)), encoding="utf-8")
+        domain["data"] = [str(path)]
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+class Watched:
+    """A training process under RLIMIT_DATA (heap and anonymous memory), its memory sampled while it runs."""
+
+    def __init__(self, path: Path, run: Path, *words: str) -> None:
+        self.run, self.most = run, {"RssAnon": 0, "RssFile": 0, "VmHWM": 0}
+        command = [sys.executable, "-m", "pangu_sigma", "train", str(path), f"run.dir={run}", *words]
+        self.log = run.with_name(run.name + ".log")
+        with open(self.log, "a", encoding="utf-8") as stream:
+            self.process = subprocess.Popen(
+                command, stdout=stream, stderr=stream, env={**os.environ, "GLOG_v": "4"},
+                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (int(CAP), int(CAP))),
+            )  # fmt: skip
+
+    def wait(self, kill_after: int | None = None) -> float:
+        """Wait for the end, or kill -9 once so many steps are logged; the seconds that it took."""
+        started = time.perf_counter()
+        while self.process.poll() is None:
+            self._sample()
+            if kill_after is not None and self._steps() >= kill_after:
+                self.process.send_signal(signal.SIGKILL)
+                self.process.wait()
+                return time.perf_counter() - started
+            time.sleep(0.05)
+        if self.process.returncode or kill_after is not None:
+            raise RuntimeError(self.log.read_text(encoding="utf-8")[-2000:])
+        return time.perf_counter() - started
+
+    def _sample(self) -> None:
+        try:
+            lines = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii").splitlines()
+        except OSError:
+            return
+        for line in lines:
+            name, _, value = line.partition(":")
+            if name in self.most:
+                self.most[name] = max(self.most[name], int(value.split()[0]) * 1024)
+
+    def _steps(self) -> int:
+        try:
+            lines = (self.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return 0
+        return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def killed(work: Work, folder: Path) -> dict:
+    """Train uninterrupted, and killed and resumed; compare the hashes of every tensor of the last checkpoints."""
+    shutil.rmtree(folder, ignore_errors=True)
+    path = write_run(work, folder)
+    try:
+        whole = Watched(path, folder / "whole")
+        seconds = {"uninterrupted": whole.wait()}
+        wanted = hashes(folder / "whole", work.steps)
+        whole_size = checkpoint_bytes(folder / "whole", work.steps)
+        shutil.rmtree(folder / "whole")  # its hashes are what counts, and the disk has other things to hold
+        first = Watched(path, folder / "run", f"checkpoint.every={SAVE_EVERY}")
+        seconds["until killed"] = first.wait(KILL_AFTER)
+        table_bytes = sum(512 * p.stat().st_blocks for p in (folder / "run" / "experts").glob("*.table"))
+        second = Watched(path, folder / "run", f"checkpoint.every={SAVE_EVERY}", "--resume")
+        seconds["resumed"] = second.wait()
+        found = hashes(folder / "run", work.steps)
+        saves = [
+            record for line in (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            if (record := json.loads(line))["kind"] == "checkpoint"
+        ]  # fmt: skip
+        return {
+            "work": asdict(work),
+            "tensors": len(wanted),
+            "differing": sorted(name for name in wanted if found.get(name) != wanted[name]),
+            "table_bytes": table_bytes,
+            "checkpoint_bytes": whole_size,
+            "saves": [{k: r[k] for k in ("step", "bytes_written", "bytes_linked", "seconds")} for r in saves],
+            "seconds": seconds,
+            "cap_bytes": int(CAP),
+            "most": {name: max(w.most[name] for w in (whole, first, second)) for name in whole.most},
+        }
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def manifest(run: Path, step: int) -> dict:
+    return json.loads((run / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text(encoding="utf-8"))
+
+
+def hashes(run: Path, step: int) -> dict[str, str]:
+    """Tensor name -> sha256 of its bytes, of a checkpoint's manifest."""
+    found = manifest(run, step)
+    return {name: entry["slices"][0]["sha256"] for name, entry in found["tensors"].items()}
+
+
+def checkpoint_bytes(run: Path, step: int) -> int:
+    return sum(entry["bytes"] for entry in manifest(run, step)["files"].values())
+
+
+# --- the page
+
+
+def page(results: dict) -> str:
+    """All tables as Markdown."""
+    lines = [
+        "# Expert stores",
+        "",
+        "Written by `python -m benchmarks.expert_store`; every step's time is in `expert_store.json`. Steps are the "
+        "product's own; token ids are random, domains rotate so that no step has one of the step before. "
+        f"{results.get('machine', '')}",
+    ]
+    for part, shown in (("stored", stored_table), ("throughput", throughput_table), ("disk", disk_table),
+                        ("killed", killed_table)):  # fmt: skip
+        if results.get(part):
+            lines += ["", *shown(results[part])]
+    if any(results.get(part) for part in ("stored", "throughput", "disk")):
+        lines += ["", *arithmetic_table(results)]
+    return "\n".join(lines) + "\n"
+
+
+def stored_table(found: dict) -> list[str]:
+    one = STORED
+    lines = [
+        "## Step time over the number of stored experts",
+        "",
+        f"{one.layers} layers {one.hidden} wide, {one.sparse_layers} of them sparse, {one.tokens} tokens a step, "
+        f"{one.activated} experts activated and updated a step, another set every step; {one.expert_parameters:,} "
+        "parameters an expert. Median of "
+        f"{one.steps} steps after {one.warmup}; first step = compilation of the graph.",
+        "",
+        "| stored experts | host, ms | against 16 | first step, s | device, ms | first step, s |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    base = found.get("host 16", {}).get("median_seconds")
+    for n in STORED_EXPERTS:
+        host, device = found.get(f"host {n}"), found.get(f"device {n}")
+        if host is None:
+            continue
+        row = [str(n)]
+        if "median_seconds" in host:
+            ratio = f"{host['median_seconds'] / base:.2f}" if base else ""
+            row += [f"{1e3 * host['median_seconds']:.1f}", ratio, f"{host['first_step_seconds']:.0f}"]
+        else:
+            row += [host["impracticable"], "", ""]
+        if device is None:
+            row += [f"not run: {4 * n * one.sparse_layers:,} inputs of the graph", ""]
+        elif "median_seconds" in device:
+            row += [f"{1e3 * device['median_seconds']:.1f}", f"{device['first_step_seconds']:.0f}"]
+        else:
+            row += [device["impracticable"], ""]
+        lines.append("| " + " | ".join(row) + " |")
+    return lines
+
+
+def throughput_table(found: dict) -> list[str]:
+    one = MOE
+    parameters = one.experts * one.sparse_layers * one.expert_parameters
+    met = next((f["parameters_per_token"] for f in found.values() if "parameters_per_token" in f), float("nan"))
+    lines = [
+        "## Throughput beside an MoE that updates every expert",
+        "",
+        f"{one.layers} layers {one.hidden} wide, {one.sparse_layers} of them sparse with {one.experts} experts in "
+        f"{one.domains} domains: {parameters / 1e6:,.0f} M expert parameters, {met / 1e6:.1f} M met by a token "
+        f"(attention included), {parameters / met:.0f} times fewer (the paper: 1,075 B and 12.8 B, 84 times). Three "
+        "systems with the same kernels for dispatch, experts and AdamW, on all threads, "
+        f"{one.domains_per_step} domains a step:",
+        "",
+        "- *store*: experts routed at random, host store; a step fetches and updates what it activates.",
+        "- *all updated*: the same graph and the same activated experts, but AdamW over all experts every step (zero "
+        "gradients where no token came). No MoE with these kernels can be faster, so its ratio is a lower bound.",
+        "- *learned gate*: `router: switch` over all experts, all of them inputs of the graph, all updated every step: "
+        "the paper's comparison as this code computes it. The gate spreads a batch over far more experts, and the "
+        "graph of 5,120 weights and gradients has costs of its own in MindSpore.",
+        "",
+        "| tokens a step | store, tokens/s | all updated, tokens/s | ratio, at least | learned gate, tokens/s | "
+        "ratio |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for tokens in MOE_TOKENS:
+        mine = found.get(f"stored {tokens}", {})
+        if "median_seconds" not in mine:
+            continue
+        row = [f"{tokens:,}", f"{tokens / mine['median_seconds']:.0f}"]
+        for name in ("all updated", "gate"):
+            other = found.get(f"{name} {tokens}")
+            if other is None:
+                row += ["not run", ""]
+            elif "median_seconds" not in other:
+                row += [other["impracticable"], ""]
+            else:
+                ratio = other["median_seconds"] / mine["median_seconds"]
+                length = other["work"]["length"]
+                noted = "" if length == mine["work"]["length"] else f" (sequences of {length})"
+                row += [f"{tokens / other['median_seconds']:.0f}{noted}", f"**{ratio:.1f}**"]
+        lines.append("| " + " | ".join(row) + " |")
+    share = PAPER_TOKENS * parameters / PAPER_EXPERT_PARAMETERS
+    return [
+        *lines,
+        "",
+        "Which end is the paper's: 524,288 tokens a step over 640 × 8 experts of 210 M parameters are 4.9e-7 tokens "
+        f"per stored expert parameter, which makes {share:.0f} tokens a step here: the small end. (By FLOPs per "
+        "updated parameter a model of the same proportions has the paper's share at the paper's 524,288 tokens. But "
+        "the paper's cluster computes at 5.4e15 FLOP/s, and its ratio of 6.3 at 7.5 s a step leaves 39.8 s for 1,075 G "
+        "parameters: 2.0e5 FLOP in the time of one update, where this machine has some hundreds. Equal shares of time "
+        "are at the small end too.)",
+    ]
+
+
+def disk_table(found: dict) -> list[str]:
+    lines = ["## Tables beyond memory"]
+    for name, one in found.items():
+        work = Work(**one["work"])
+        if "median_seconds" not in one:
+            return [*lines, "", f"{name}: {one['impracticable']}"]
+        moved = one["traffic_per_step"]
+        lines += [
+            "",
+            f"{one['expert_parameters'] / 1e9:.2f} G expert parameters, {one['file_bytes'] / 1e9:.1f} GB of tables "
+            f"({one['file_blocks_bytes'] / 1e9:.1f} GB of disk blocks: not sparse, every byte written beforehand), "
+            f"`experts.resident_gib = {work.resident_gib}`. The trainer is driven directly, because a run ends with a "
+            f"checkpoint, which would need as much disk again. {work.steps} steps, "
+            f"{one['experts_touched_in_all_steps']} different experts updated in all: "
+            f"{one['median_seconds']:.2f} s a step (median), {moved['bytes_read'] / 1e6:.0f} MB read and "
+            f"{moved['bytes_written'] / 1e6:.0f} MB written a step, "
+            f"{100 * moved['prefetch_hit_rate']:.0f} % of the experts were there when asked for. Peak resident memory "
+            f"{one['peak_resident_bytes'] / GIB:.2f} GiB, of the tables in the system's cache at most "
+            f"{(one['cached_file_bytes_most'] or 0) / GIB:.2f} GiB.",
+        ]
+    return lines
+
+
+def killed_table(found: dict) -> list[str]:
+    lines = ["## Killed and resumed"]
+    for one in found.values():
+        work, most = Work(**one["work"]), one["most"]
+        verdict = "equal byte for byte" if not one["differing"] else f"{len(one['differing'])} DIFFER"
+        saves = "; ".join(
+            f"step {s['step']}: {s['bytes_written'] / 1e9:.2f} GB written, {s['bytes_linked'] / 1e9:.2f} GB linked, "
+            f"{s['seconds']:.0f} s" for s in one["saves"]
+        )  # fmt: skip
+        lines += [
+            "",
+            f"`pangu-sigma train` with {one['table_bytes'] / 1e9:.2f} GB of tables, `experts.resident_gib = "
+            f"{work.resident_gib}`, heap and anonymous memory capped at {one['cap_bytes'] / GIB} GiB (RLIMIT_DATA), "
+            f"file pages watched: at most {most['RssAnon'] / GIB:.2f} GiB anonymous, {most['RssFile'] / GIB:.2f} GiB "
+            f"of mapped files (libraries included), {most['VmHWM'] / GIB:.2f} GiB in all. Killed with SIGKILL after "
+            f"step {KILL_AFTER}, resumed from step {SAVE_EVERY}, {work.steps} steps: all {one['tensors']} tensors of "
+            f"the last checkpoint {verdict} to the uninterrupted run's. Saves ({saves}): domains that did not "
+            "train since the last one are linked.",
+        ]
+    return lines
+
+
+def arithmetic_table(results: dict) -> list[str]:
+    """Measured traffic and memory beside what sizes alone predict."""
+    lines = [
+        "## Traffic and memory beside the arithmetic",
+        "",
+        "P parameters an expert, A activated a step: 4 P A bytes go to the step, 4 P A gradients come back; the disk "
+        "store reads 12 P and writes 12 P for each expert that is not resident; memory holds 12 P for every expert of "
+        "a host store, the bound for a disk store, and besides the process itself (libraries, graph, shared "
+        "parameters).",
+        "",
+        "| case | to the step, MB: predicted, measured | back, MB | disk read + written, MB: at most, measured | "
+        "expert memory, GiB | peak memory, GiB |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for part in ("stored", "throughput", "disk"):
+        for name, one in results.get(part, {}).items():
+            if "traffic_per_step" not in one or name.startswith("device"):
+                continue
+            work, moved = Work(**one["work"]), one["traffic_per_step"]
+            active = work.experts * work.sparse_layers if work.update_all else work.activated
+            weights = 4 * work.expert_parameters
+            disk = work.store == "disk"
+            held = min(one["expert_parameters"] * 12, work.resident_gib * GIB if disk else float("inf"))
+            disk_bytes = 6 * weights * active if disk else 0
+            lines.append(
+                f"| {part}: {name} | {weights * active / 1e6:.0f}, {moved['bytes_to_step'] / 1e6:.0f} | "
+                f"{moved['bytes_from_step'] / 1e6:.0f} | {disk_bytes / 1e6:.0f}, "
+                f"{(moved['bytes_read'] + moved['bytes_written']) / 1e6:.0f} | {held / GIB:.2f} | "
+                f"{one['peak_resident_bytes'] / GIB:.2f} |"
+            )
+    return lines
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    return f"{os.cpu_count()} cores of {model}, {memory:.0f} GiB of memory."
+
+
+def main() -> None:
+    parts = cases()
+    parser = argparse.ArgumentParser(description="Expert stores beside each other and beside a learned-gate MoE.")
+    parser.add_argument("--part", nargs="+", choices=list(parts), default=list(parts))
+    parser.add_argument("--only", nargs="+", metavar="CASE", help="only these cases of the parts")
+    parser.add_argument("--again", action="store_true", help="measure what stands in the results already, too")
+    parser.add_argument("--work", type=Path, default=Path("build/expert_store"), help="folder for tables and runs")
+    parser.add_argument("--seconds", type=float, default=400.0, help="time limit of a case")
+    given = parser.parse_args()
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    results["machine"] = machine()
+    todo = [
+        (part, name, work)
+        for part in given.part
+        for name, work in parts[part].items()
+        if (given.again or name not in results.get(part, {})) and (not given.only or name in given.only)
+    ]
+    folder = (given.work / str(os.getpid())).absolute()
+    with progress("measure", len(todo), "cases") as job:
+        for part, name, work in todo:
+            found = killed(work, folder) if part == "killed" else run_case(work, folder, given.seconds)
+            found["work"]["folder"] = ""
+            results.setdefault(part, {})[name] = found
+            RESULTS.parent.mkdir(exist_ok=True)
+            write_json(RESULTS, results)
+            job.advance()
+    text = page(results)
+    write_text(RESULTS.with_suffix(".md"), text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Domains of a trained model: listed, added, removed, renamed, merged, resized, without touching any other's bytes."""

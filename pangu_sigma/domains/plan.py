@@ -1,0 +1,159 @@
+"""The configuration of a run whose domains change: its domains, and what training does from here on.
+
+Steps that were done keep their phase, so that what the run was stands in its configuration; only what lies ahead
+changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pangu_sigma.config import Config
+from pangu_sigma.errors import UserError
+
+# Key of the trainer state that lists what was done to the domains of a run: [{"step", "change"}].
+DOMAIN_CHANGES = "domain_changes"
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Training that follows the change, instead of what the plan had left: `steps` on the domain `name`.
+
+    shared: whether the shared parameters train too. replay: share of the samples (0 to below 1) that the other domains
+    give, by their own weights. learning_rate: the peak; None keeps the run's. Raises UserError for what has no effect.
+    """
+
+    name: str
+    steps: int
+    shared: bool
+    replay: float
+
+    def __post_init__(self) -> None:
+        if self.replay and not self.shared:
+            raise UserError(
+                f"--replay {self.replay:g} has no use with --shared frozen, where no other domain's experts can "
+                "change: leave one of the two out"
+            )
+
+
+def add_domain(values: dict[str, Any], domain: dict[str, Any], step: int, ahead: Ahead | None) -> None:
+    """Adds `domain` (a `DomainConfig` as a mapping) to the configuration of a run that has done `step` steps."""
+    others = {entry["name"]: entry["weight"] for entry in values["domains"]}
+    values["domains"].append(domain)
+    if ahead is not None:
+        weights = {ahead.name: 1.0 - ahead.replay}
+        if ahead.replay:
+            total = sum(others.values())
+            if not total:
+                raise UserError("--replay has nobody to draw from: the other domains' weights are all 0; leave it out")
+            weights |= {name: ahead.replay * weight / total for name, weight in others.items()}
+        phase = {
+            "steps": ahead.steps,
+            "weights": weights,
+            "shared": ahead.shared,
+            "domains": None if ahead.shared else [ahead.name],
+            "restart": True,
+        }
+        done = phases_done(values["train"], step)
+        values["train"]["steps"] = step + ahead.steps
+        values["train"]["phases"] = [*done, phase]
+    _mend(values, step)
+
+
+def remove_domain(values: dict[str, Any], name: str, step: int) -> None:
+    """Takes the domain `name` out of the configuration; phases ahead that draw nothing else are left out."""
+    values["domains"] = [entry for entry in values["domains"] if entry["name"] != name]
+    if not sum(entry["weight"] for entry in values["domains"]):
+        for entry in values["domains"]:
+            entry["weight"] = 1.0
+    limit = values["data"]["domains_per_step"]
+    values["data"]["domains_per_step"] = limit and min(limit, len(values["domains"]))
+    train = values["train"]
+    done = [_without(phase, name) for phase in phases_done(train, step)]
+    left = phases_ahead(train, step)
+    ahead = [_without(phase, name) for phase in left if _draws_another(phase, name)]
+    if train["phases"] and (done or ahead):
+        train["phases"] = done + ahead
+        train["steps"] = sum(phase["steps"] for phase in train["phases"])
+    elif train["phases"]:
+        train["phases"] = []
+    _mend(values, step)
+
+
+def rename_domain(values: dict[str, Any], old: str, new: str) -> None:
+    """Gives the domain `old` the name `new`, wherever the configuration names it."""
+    for entry in values["domains"]:
+        entry["name"] = new if entry["name"] == old else entry["name"]
+    for phase in values["train"]["phases"]:
+        if phase["weights"] is not None:
+            phase["weights"] = {new if name == old else name: weight for name, weight in phase["weights"].items()}
+        if phase["domains"] is not None:
+            phase["domains"] = [new if name == old else name for name in phase["domains"]]
+
+
+def phases_done(train: dict[str, Any], step: int) -> list[dict[str, Any]]:
+    """The phases of the steps before `step`, the last one cut there; one that trains everything if none is set."""
+    phases = train["phases"] or [{"steps": train["steps"], "weights": None, "shared": True, "domains": None}]
+    done, start = [], 0
+    for index, phase in enumerate(phases):
+        # A checkpoint may lie behind the end of the plan, which the last phase then covers.
+        length = step - start if index == len(phases) - 1 else min(phase["steps"], step - start)
+        if length > 0:
+            done.append({**phase, "steps": length})
+        start += phase["steps"]
+    return done
+
+
+def phases_ahead(train: dict[str, Any], step: int) -> list[dict[str, Any]]:
+    """The phases of the steps from `step` on, the first one cut there."""
+    ahead, start = [], 0
+    for phase in train["phases"]:
+        end = start + phase["steps"]
+        if end > step:
+            ahead.append({**phase, "steps": end - max(start, step)})
+        start = end
+    return ahead
+
+
+def _draws_another(phase: dict[str, Any], name: str) -> bool:
+    weights, domains = phase["weights"], phase["domains"]
+    if domains is not None and not phase["shared"] and not set(domains) - {name}:
+        return False
+    return weights is None or any(weight for other, weight in weights.items() if other != name)
+
+
+def _without(phase: dict[str, Any], name: str) -> dict[str, Any]:
+    weights, domains = phase["weights"], phase["domains"]
+    if weights is not None:
+        weights = {other: weight for other, weight in weights.items() if other != name}
+        weights = weights if sum(weights.values()) else None
+    if domains is not None:
+        domains = [other for other in domains if other != name]
+        if not domains and not phase["shared"]:
+            # Nothing trained but the removed domain: the steps were done, so only the form has to be right.
+            domains = None
+    return {**phase, "weights": weights, "domains": domains}
+
+
+def _mend(values: dict[str, Any], step: int) -> None:
+    """What would stop the next training at once, or refers to steps that are no more, is taken back."""
+    train, run = values["train"], values["run"]
+    if train["stop_at"] is not None and not step < train["stop_at"] <= train["steps"]:
+        train["stop_at"] = None
+    profile = run["profile"]
+    if profile is not None and profile["start"] + profile["steps"] - 1 > train["steps"]:
+        run["profile"] = None
+
+
+def with_run_folder(config: Config, run_dir: str) -> dict[str, Any]:
+    """The configuration as a mapping, with `run_dir`; a cache that lay in the old run's folder lies in this one."""
+    import os
+
+    values = config.to_dict()
+    old, cache = values["run"]["dir"], values["data"]["cache"]
+    values["run"]["dir"] = run_dir
+    inside = os.path.relpath(cache, old)
+    if not inside.startswith(".."):
+        values["data"]["cache"] = os.path.join(run_dir, inside)
+    return values

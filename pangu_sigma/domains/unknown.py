@@ -1,0 +1,131 @@
+"""Text whose domain nobody tells: measured by `evaluate --domain auto`, inferred for `generate --domain auto`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from pangu_sigma.data.packing import HeldoutSequences
+from pangu_sigma.domains.inference import Prior, UnknownText, cached_prior, posteriors, token_log_probabilities
+from pangu_sigma.errors import UserError
+from pangu_sigma.load import Trained, load_trained
+from pangu_sigma.model.build import Model
+from pangu_sigma.monitor.terminal import progress
+
+AFTER = (32, 64, 128)  # tokens after which accuracy is told, besides the whole sequence
+CACHED_SEQUENCES = 100
+
+
+class DomainLikelihood:
+    """Every token's log probability under each domain's experts, in batches of `batch_size` held-out sequences."""
+
+    def __init__(self, model: Model, batch_size: int) -> None:
+        from pangu_sigma.model.inputs import Planner, graph_placeholders
+        from pangu_sigma.model.pangu import Logits
+
+        self.model, self.batch_size = model, batch_size
+        self.signature = model.exact_signature(batch_size, domains=1)
+        self.planner = Planner(model, self.signature, training=False)
+        self.graph = Logits(model.net, model.layout, self.signature)
+        self.graph.set_train(False)
+        fixed = graph_placeholders(batch_size, self.signature.length)
+        names = ("tokens", "positions", "segments", "domain", "keys")
+        self.graph.set_inputs(*(fixed[name] for name in names), *self.signature.placeholders())
+
+    def sequences(
+        self, heldout: HeldoutSequences, batches: int, advance: Callable[[int], None]
+    ) -> Iterator[np.ndarray]:
+        """float64 [G, n] of every sequence in order, n being its tokens without padding; `advance(1)` per batch."""
+        for number in range(batches):
+            tokens, mask = heldout.batch(number * self.batch_size, self.batch_size)
+            found = self._batch(tokens)
+            advance(1)
+            for row in range(self.batch_size):
+                count = int(mask[row].sum())
+                if count:
+                    yield found[:, row, :count]
+
+    def text(self, ids: Sequence[int], pad_id: int) -> np.ndarray:
+        """float64 [G, n - 1] of the n tokens `ids` but the first; of a long text its last S."""
+        ids = list(ids[-(self.signature.length + 1) :])
+        tokens = np.full((self.batch_size, self.signature.length + 1), pad_id, np.int32)
+        tokens[:, : len(ids)] = ids
+        return self._batch(tokens)[:, 0, : len(ids) - 1]
+
+    def _batch(self, tokens: np.ndarray) -> np.ndarray:
+        """float64 [G, B, S]; tokens int32 [B, S + 1]."""
+        by_domain = []
+        for group in range(len(self.model.groups.names)):
+            domain = np.full(self.batch_size, group, np.int32)
+            planned = self.planner(tokens, domain, np.arange(self.batch_size), 0)
+            logits = self.graph(*planned.fixed, *planned.flat(self.signature, self.model.store)).asnumpy()
+            by_domain.append(token_log_probabilities(logits, planned.labels))
+        return np.stack(by_domain)
+
+
+class DomainGuess:
+    """Tells which domain a text most likely belongs to, every domain being as likely before its first token."""
+
+    def __init__(self, trained: Trained) -> None:
+        self.trained = trained
+        self.likelihood = DomainLikelihood(trained.model, 1)
+
+    def __call__(self, ids: Sequence[int]) -> tuple[str, float]:
+        """(domain, its probability) after the tokens `ids`, which begin with the end-of-document token."""
+        names = self.trained.model.groups.names
+        found = self.likelihood.text(ids, self.trained.tokenizer.pad_id)
+        posterior = posteriors(found, np.full(len(names), 1.0 / len(names)))[:, -1]
+        best = int(np.argmax(posterior))
+        return names[best], float(posterior[best])
+
+
+def evaluate_unknown(path: Path, *, batches: int | None = None, top: int = 1, prior: Prior = "uniform") -> dict:
+    """Loss with the domain inferred beside the given one, and how often it is right, for every domain's held-out text.
+
+    The prior `cached` comes from the first sequences of each domain's text, at most a hundred and at most half of them,
+    which are not measured then. Returns {"step", "prior", "top", "domains": {name: see `UnknownText.result`}}.
+    """
+    trained = load_trained(path)
+    model = trained.model
+    names = model.groups.names
+    if top > len(names):
+        raise UserError(f"--top {top} is more than the {len(names)} domains there are: set it lower")
+    length, size = model.config.data.sequence_length, model.config.evaluate.batch_size
+    likelihood = DomainLikelihood(model, size)
+    after = sorted({*(n for n in AFTER if n < length), length})
+    results = {}
+    with TemporaryDirectory(prefix="pangu-sigma-") as scratch:
+        heldout = trained.corpus(Path(scratch)).heldout()
+        counts = {name: -(-len(texts) // size) for name, texts in heldout.items()}
+        counts = {name: count if batches is None else min(count, batches) for name, count in counts.items()}
+        with progress("evaluate", sum(counts.values()), unit="batches") as job:
+            for number, name in enumerate(names):
+                found = likelihood.sequences(heldout[name], counts[name], job.advance)
+                cached = None
+                if prior == "cached":
+                    spare = min(CACHED_SEQUENCES, len(heldout[name]) // 2, counts[name] * size // 2)
+                    if not spare:
+                        raise UserError(f"domain {name} has one held-out sequence, too few for --prior cached")
+                    cached = cached_prior([next(found) for _ in range(spare)])
+                text = UnknownText(len(names), number, prior, top, after, cached)
+                for sequence in found:
+                    text.add(sequence)
+                results[name] = text.result()
+    return {"step": trained.checkpoint.step, "prior": prior, "top": top, "domains": results}
+
+
+def unknown_table(result: dict) -> str:
+    """The figures of `evaluate_unknown` as an aligned table."""
+    from pangu_sigma.monitor.tables import number, text_table
+
+    domains = result["domains"]
+    after = list(next(iter(domains.values()))["accuracy"])
+    rows = []
+    for name, found in domains.items():
+        shares = ["–" if found["accuracy"][n] is None else f"{100 * found['accuracy'][n]:.1f} %" for n in after]
+        difference = number(found["auto"] - found["given"], sign=True)
+        rows.append([name, number(found["given"]), number(found["auto"]), difference, *shares])
+    return text_table(["domain", "given", "auto", "difference", *(f"right after {n}" for n in after)], rows)

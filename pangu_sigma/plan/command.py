@@ -1,0 +1,56 @@
+"""The command `pangu-sigma plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pangu_sigma.plan.hardware import Hardware
+
+DEFAULT = Hardware()
+
+
+def plan(
+    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="Configuration of the run.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="section.key=value", help="Changes, e.g. parallel.tensor=8 train.batch_size=512."),
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Devices; parallel.data follows. The configuration's own if left out.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+    device_gib: Annotated[float, typer.Option(min=0.1, help="Memory of a device.")] = DEFAULT.device_gib,
+    host_gib: Annotated[float, typer.Option(min=0.1, help="Memory of a host.")] = DEFAULT.host_gib,
+    devices_per_host: Annotated[int, typer.Option(min=1, help="Devices in a host.")] = DEFAULT.devices_per_host,
+    peak_tflops: Annotated[float, typer.Option(min=0.1, help="A device's peak in TFLOP/s.")] = DEFAULT.peak_tflops,
+    efficiency: Annotated[
+        float, typer.Option(min=0.001, max=1.0, help="Share of the peak that products reach.")
+    ] = DEFAULT.efficiency,
+    inside_gbps: Annotated[
+        float, typer.Option(min=0.001, help="GB/s of a device to others of its host.")
+    ] = DEFAULT.inside_gbps,
+    between_gbps: Annotated[
+        float, typer.Option(min=0.001, help="GB/s of a device to other hosts.")
+    ] = DEFAULT.between_gbps,
+    to_host_gbps: Annotated[
+        float, typer.Option(min=0.001, help="GB/s between a device and its host.")
+    ] = DEFAULT.to_host_gbps,
+    host_memory_gbps: Annotated[
+        float, typer.Option(min=0.001, help="GB/s of a host's memory while it updates experts.")
+    ] = DEFAULT.host_memory_gbps,
+) -> None:
+    """Tell what FILE.yaml needs of a cluster: memory, bytes and time of a step, and what to change."""
+    from pangu_sigma.config import load_config
+    from pangu_sigma.plan.job import plan as make_plan
+    from pangu_sigma.plan.present import text
+
+    hardware = Hardware(
+        device_gib, host_gib, devices_per_host, peak_tflops, efficiency, inside_gbps, between_gbps, to_host_gbps,
+        host_memory_gbps,
+    )  # fmt: skip
+    found = make_plan(load_config(file, overrides or ()), hardware, devices)
+    typer.echo(json.dumps(found, indent=2) if as_json else text(found))

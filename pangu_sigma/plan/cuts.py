@@ -1,0 +1,41 @@
+"""How every tensor of the model is cut over the mesh: the same statement serves the plan and the compiled graph."""
+
+from __future__ import annotations
+
+import math
+
+from pangu_sigma.config.counts import Shape, is_expert
+from parallel.mesh import Mesh
+
+# Axes over which each axis of a tensor is cut, by the end of the tensor's name; all others are whole on every rank.
+_ATTENTION = {".weight": (None, "tensor"), ".bias": ("tensor",)}
+_CUTS = {
+    "embedding.word": ("tensor", None),
+    **{f"attention.{part}{end}": cut for part in ("query", "key", "value") for end, cut in _ATTENTION.items()},
+    "attention.projection.weight": ("tensor", None),
+    "feed_forward.up.weight": (None, "tensor"),
+    "feed_forward.up.bias": ("tensor",),
+    "feed_forward.down.weight": ("tensor", None),
+    "experts.up.weight": ("expert", None, "tensor"),
+    "experts.up.bias": ("expert", "tensor"),
+    "experts.down.weight": ("expert", "tensor", None),
+    "experts.down.bias": ("expert", None),
+}
+
+
+def cut_of(name: str, shape: Shape) -> tuple[str | None, ...]:
+    """The mesh axis that cuts each axis of the tensor of this name, None where it is whole."""
+    for end, cut in _CUTS.items():
+        if name.endswith(end):
+            return cut
+    return (None,) * len(shape)
+
+
+def ways(name: str, shape: Shape, mesh: Mesh) -> int:
+    """Into how many different parts the tensor is cut (experts: of one layer's whole expert axis)."""
+    return math.prod(getattr(mesh, axis) for axis in cut_of(name, shape) if axis is not None)
+
+
+def is_matrix(name: str, shape: Shape) -> bool:
+    """Whether the tensor enters a matrix product: it then has a copy in the compute type too."""
+    return len(shape) == (3 if is_expert(name) else 2) and ".routing" not in name

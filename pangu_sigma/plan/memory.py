@@ -1,0 +1,157 @@
+"""Bytes on a device and on a host: weights, optimizer state, gradients, activations.
+
+float32 parameters and moments, products in the compute type (2 or 4 bytes). Counted are the values that the gradient
+needs; the allocator's fragments and the collectives' buffers are not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pangu_sigma.config import Config, manifest
+from pangu_sigma.config.counts import is_expert, is_routing
+from pangu_sigma.plan.cuts import is_matrix, ways
+from pangu_sigma.plan.hardware import Hardware
+
+FLOAT32 = 4
+MOMENTS = 2
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """A sparse layer of one micro-batch on one row rank: expert slots of its exchange group, rows reserved in each."""
+
+    slots: int
+    rows_per_slot: int
+    tokens: int
+
+    @property
+    def rows(self) -> int:
+        """Rows that travel from this rank to experts and back."""
+        return self.slots * self.rows_per_slot
+
+    @property
+    def times_tokens(self) -> float:
+        """Reserved rows as a multiple of the rank's tokens."""
+        return self.rows / self.tokens
+
+
+def compute_bytes(config: Config) -> int:
+    """Bytes of a value in the compute type."""
+    return FLOAT32 if config.train.precision == "float32" else 2
+
+
+def samples_at_a_time(config: Config) -> int:
+    """Sequences that a row rank computes at a time."""
+    return config.train.batch_size // config.train.accumulation // config.parallel.mesh.rows
+
+
+def activated_slots(config: Config) -> int:
+    """Expert slots of an exchange group in the graph of one micro-batch: all stored, or of so many domains."""
+    mesh = config.parallel.mesh
+    sizes = [domain.experts for domain in config.domains]
+    if config.experts.store == "device":
+        return sum(sizes) // mesh.placement_groups
+    samples = samples_at_a_time(config) * mesh.rows // mesh.placement_groups
+    limit = min(config.data.domains_per_step or len(sizes), samples)
+    most = max(
+        sum(sorted((sizes[d] for d in group), reverse=True)[:limit]) for group in mesh.domains_of_groups(sizes)
+    )
+    # Every rank of the group holds the same number of slots.
+    return -(-most // mesh.exchange_size) * mesh.exchange_size
+
+
+def dispatch(config: Config) -> Dispatch | None:
+    """What a rank reserves to send under capacity dispatch; None for a dense model or dropless rows.
+
+    Any sample may be of any domain that its exchange group holds, so every slot takes the largest group's capacity,
+    ceil(factor * S / E_d) rows of each sample.
+    """
+    if not config.model.sparse_prefixes:
+        return None
+    length, samples = config.data.sequence_length, samples_at_a_time(config)
+    if config.model.sparse.dispatch == "dropless":
+        return Dispatch(1, samples * length, samples * length)
+    smallest = min(domain.experts for domain in config.domains)
+    capacity = math.ceil(config.model.sparse.capacity_factor * length / smallest)
+    return Dispatch(activated_slots(config), samples * capacity, samples * length)
+
+
+def device_bytes(config: Config, vocabulary: int) -> dict[str, float]:
+    """Bytes of the fullest rank's device by what they are for."""
+    mesh, low = config.parallel.mesh, compute_bytes(config)
+    share = mesh.rows if config.parallel.optimizer_parallel else 1
+    found = dict.fromkeys(("weights", "moments", "gradients", "compute copies", "activations"), 0.0)
+    resident = config.experts.store == "device"
+    sparse_layers = len(config.model.sparse_prefixes)
+    for name, shape in manifest(config, vocabulary).items():
+        if is_routing(name):
+            continue
+        if is_expert(name) and not resident:
+            continue
+        cut = ways(name, shape, mesh)
+        values = math.prod(shape) / cut / mesh.pipeline
+        repeated = 1 if is_expert(name) else share
+        found["weights"] += FLOAT32 * values / repeated
+        found["moments"] += MOMENTS * FLOAT32 * values / repeated
+        found["gradients"] += FLOAT32 * values / repeated
+        if low != FLOAT32 and is_matrix(name, shape):
+            found["compute copies"] += low * values
+    if sparse_layers and not resident:
+        per_slot = expert_values(config) / mesh.tensor
+        local = activated_slots(config) / mesh.exchange_size * sparse_layers / mesh.pipeline
+        found["weights"] += FLOAT32 * per_slot * local
+        found["gradients"] += FLOAT32 * per_slot * local
+        found["compute copies"] += (low if low != FLOAT32 else 0) * per_slot * local
+    found["activations"] = activation_bytes(config, vocabulary)
+    return found
+
+
+def expert_values(config: Config) -> int:
+    """Trained values of one expert."""
+    hidden, ffn = config.model.hidden, config.model.ffn
+    return 2 * hidden * ffn + hidden + ffn
+
+
+def activation_bytes(config: Config, vocabulary: int) -> float:
+    """Bytes that one micro-batch keeps on a device for its gradient; the fullest pipeline stage.
+
+    Per token and layer, with c bytes in the compute type: the residual stream before each norm (4 h each) and each
+    norm's result (c h each), q, k, v and the attention's result (4 c h), the inner values before (4 f) and after (c f)
+    the activation; the last two are cut over tensor, and the first two under sequence parallelism. Attention keeps no
+    scores (flash attention). With recompute a layer keeps its input alone, and one layer stands in full.
+    """
+    model, mesh, low = config.model, config.parallel.mesh, compute_bytes(config)
+    tokens = samples_at_a_time(config) * config.data.sequence_length
+    rows_cut = mesh.tensor if config.parallel.sequence_parallel else 1
+    outside = (2 * FLOAT32 + 2 * low) * model.hidden / rows_cut
+    inside = (FLOAT32 + low) * model.ffn / mesh.tensor
+    dense = tokens * (outside + 4 * low * model.hidden / mesh.tensor + inside)
+    kept = tokens * FLOAT32 * model.hidden / rows_cut
+    sent, sparse = dispatch(config), dense
+    if sent is not None:
+        # Rows in both places, and the inner values of what arrives, which is as many rows as left.
+        sparse = dense + sent.rows * (2 * low * model.hidden + inside) - tokens * inside
+    layers, sparse_layers = model.layers / mesh.pipeline, len(config.model.sparse_prefixes) / mesh.pipeline
+    if config.train.recompute:
+        held = kept * layers + max(dense, sparse if sparse_layers else 0.0)
+    else:
+        held = dense * (layers - sparse_layers) + sparse * sparse_layers
+    # The first stage of a pipeline holds as many micro-batches as there are stages.
+    held *= mesh.pipeline
+    logits = 2 * FLOAT32 * tokens * vocabulary / mesh.tensor
+    return held + logits
+
+
+def host_bytes(config: Config, hardware: Hardware) -> float:
+    """Bytes in the memory of one host: its ranks' slices of the experts with their moments, float32."""
+    if config.experts.store == "device" or not config.model.sparse_prefixes:
+        return 0.0
+    mesh = config.parallel.mesh
+    ranks = min(hardware.devices_per_host, mesh.size)
+    experts = sum(domain.experts for domain in config.domains) * len(config.model.sparse_prefixes)
+    stored = (1 + MOMENTS) * FLOAT32 * experts * expert_values(config) / mesh.expert / mesh.tensor / mesh.pipeline
+    if config.experts.store == "disk":
+        return min(stored * ranks, config.experts.resident_gib * 2**30 * ranks)
+    return stored * ranks

@@ -1,0 +1,85 @@
+"""Held-out text measured without its domain: the same losses where it is given, a whole table, refusals."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from pangu_sigma.domains.inference import posteriors
+from pangu_sigma.domains.unknown import DomainGuess, DomainLikelihood, evaluate_unknown
+from pangu_sigma.errors import UserError
+from pangu_sigma.evaluate import evaluate
+from pangu_sigma.load import load_trained
+from tests.pangu_sigma.train import process
+
+DOMAINS = ["code", "law", "poems"]
+
+
+@pytest.fixture(scope="module")
+def run(finished_run, tmp_path_factory):
+    import shutil
+
+    return shutil.copytree(finished_run, tmp_path_factory.mktemp("unknown") / "run")
+
+
+@pytest.fixture(scope="module")
+def uniform(run):
+    return evaluate_unknown(run)
+
+
+def test_the_given_domains_losses_are_those_of_an_evaluation(run, uniform):
+    losses = evaluate(run)["losses"]
+    assert {name: found["given"] for name, found in uniform["domains"].items()} == pytest.approx(losses, abs=1e-5)
+    assert list(uniform["domains"]) == DOMAINS
+    for found in uniform["domains"].values():
+        assert list(found["accuracy"]) == [16] and 0.0 <= found["accuracy"][16] <= 1.0
+
+
+def test_other_priors_and_mixtures_are_other_measurements(run, uniform):
+    mixed = evaluate_unknown(run, top=3, prior="updating")
+    cached = evaluate_unknown(run, prior="cached")
+    for name, found in uniform["domains"].items():
+        assert mixed["domains"][name]["auto"] != found["auto"]
+        assert mixed["domains"][name]["given"] == found["given"]
+        assert cached["domains"][name]["tokens"] < found["tokens"]
+
+
+def test_more_domains_than_there_are_cannot_be_mixed(run):
+    with pytest.raises(UserError, match="more than the 3 domains"):
+        evaluate_unknown(run, top=4)
+
+
+def test_a_prompt_finds_the_domain_that_evaluation_finds(run):
+    trained = load_trained(run)
+    guess = DomainGuess(trained)
+    heldout = trained.corpus().heldout()["poems"]
+    tokens, mask = heldout.batch(0, 4)
+    likelihood = DomainLikelihood(trained.model, 4)
+    first = next(likelihood.sequences(heldout, 1, lambda done: None))
+    # Held-out text begins with the end of a document, and so does a prompt.
+    assert tokens[0, 0] == trained.tokenizer.eod_id
+    np.testing.assert_allclose(guess.likelihood.text(tokens[0].tolist(), 0), first, rtol=1e-5)
+    posterior = posteriors(first, np.full(3, 1 / 3))[:, -1]
+    assert guess(tokens[0].tolist()) == (DOMAINS[int(posterior.argmax())], pytest.approx(posterior.max(), rel=1e-4))
+    assert mask[0].all()
+
+
+def test_generate_takes_the_domain_it_inferred(run, tmp_path):
+    asked = ["--prompt", "the court shall", "--max-tokens", 2, "--temperature", 0]
+    auto = process.command("generate", run, "--domain", "auto", *asked, "--json", cwd=tmp_path)
+    assert auto.returncode == 0, auto.stderr
+    found = json.loads(auto.stdout)
+    assert found["domain"] in DOMAINS and f"domain {found['domain']} (" in auto.stderr
+    given = process.command("generate", run, "--domain", found["domain"], *asked, "--json", cwd=tmp_path)
+    assert given.stdout == auto.stdout
+
+
+def test_the_command_prints_a_table_and_refuses_what_has_no_use(run, tmp_path):
+    printed = process.command("evaluate", run, "--domain", "auto", "--json", "--batches", 1, cwd=tmp_path)
+    assert printed.returncode == 0, printed.stderr
+    assert list(json.loads(printed.stdout)["domains"]) == DOMAINS
+    refused = process.command("evaluate", run, "--domain", "law", cwd=tmp_path)
+    process.assert_refused(refused, "only auto is")
+    process.assert_refused(process.command("evaluate", run, "--top", 2, cwd=tmp_path), "add --domain auto")

@@ -1,0 +1,127 @@
+"""The plan against arithmetic done by hand, and its advice against itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pangu_sigma.cli import app
+from pangu_sigma.config import load_config, manifest
+from pangu_sigma.errors import UserError
+from pangu_sigma.plan.cuts import cut_of
+from pangu_sigma.plan.hardware import GIB, Hardware
+from pangu_sigma.plan.job import plan
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+CLUSTER = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name.startswith(("pangu_", "eight_")))
+EXPERT = 2 * 5120 * 20480 + 5120 + 20480
+
+
+def made(name, *overrides, devices=None, **hardware):
+    return plan(load_config(CONFIGS / name, overrides), Hardware(**hardware), devices)
+
+
+@pytest.mark.parametrize("name", CLUSTER)
+def test_every_shipped_cluster_configuration_fits(name):
+    assert made(name)["fits"]
+
+
+def test_the_papers_model_by_hand():
+    found = made("pangu_sigma_1085b.yaml")
+    assert found["devices"] == 512
+    assert round(found["parameters"]["total"] / 1e9) == 1085
+    # 10 experts of 8 layers on each of 8 ranks of a host that share them over the tensor axis, with two moments.
+    assert found["host"]["total"] == 12 * 10 * 8 * EXPERT
+    # One domain's 16 experts, ceil(1.25 * 1024 / 16) = 80 rows of each of 4 samples.
+    assert found["dispatch"] == {"slots": 16, "rows": 16 * 80 * 4, "tokens": 4096, "times_tokens": 1.25}
+    # 8 layers, 2 micro-batches, 2 exchanges forward, 2 again in the recomputation, 2 backward, 7 of 8 rows leave.
+    assert found["step"]["bytes_per_device"]["all-to-all"] == 8 * 2 * 6 * 5120 * 5120 * 2 * 7 / 8
+    assert found["step"]["bytes_per_device"]["host link"] == 2 * (2 * 4) * 8 * 2 * EXPERT / 8
+    assert found["placements"]["domain"]["exchange_ranks"] == 8
+    assert found["placements"]["global"]["exchange_ranks"] == 64
+    # Read anywhere, a sample may be of 8 times as many domains.
+    ratio = found["placements"]["global"]["all-to-all"] / found["placements"]["domain"]["all-to-all"]
+    assert ratio == pytest.approx(8 * (63 / 64) / (7 / 8))
+
+
+def test_state_without_any_cut_is_sixteen_bytes_a_parameter():
+    found = made("eight_devices_dense.yaml", "parallel={}", "train.precision=float32")
+    held = found["device"]["bytes"]
+    total = found["parameters"]["total"]
+    assert (held["weights"], held["moments"], held["gradients"]) == (4 * total, 8 * total, 4 * total)
+    assert held["compute copies"] == 0 and not any(found["step"]["bytes_per_device"].values())
+
+
+def test_a_mesh_cuts_state_by_what_each_tensor_is_cut():
+    whole = made("eight_devices_global.yaml", "parallel={}")["device"]["bytes"]["moments"]
+    cut = made("eight_devices_global.yaml")["device"]["bytes"]["moments"]
+    config = load_config(CONFIGS / "eight_devices_global.yaml")
+    axes = {"expert": 4, "tensor": 2, None: 1}
+    expected = sum(
+        8 * math.prod(shape) / math.prod(axes[a] for a in cut_of(name, shape))
+        for name, shape in manifest(config, 8192).items()
+        if not name.endswith(".routing")
+    )
+    assert cut == expected < whole / 4
+
+
+def test_every_matrix_of_a_layer_is_cut():
+    config = load_config(CONFIGS / "eight_devices_global.yaml")
+    for name, shape in manifest(config, 8192).items():
+        cut = cut_of(name, shape)
+        assert len(cut) == len(shape)
+        if len(shape) > 1 and name.endswith((".weight", ".word")):
+            assert "tensor" in cut, name
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "limit"),
+    [
+        ("pangu_alpha_13b.yaml", ["parallel.optimizer_parallel=false", "train.recompute=false"], 32),
+        ("pangu_sigma_1085b.yaml", ["experts.store=device", "data.domains_per_step=null"], 32),
+        ("eight_devices_global.yaml", [], 0.4),
+    ],
+)
+def test_advice_followed_fits(name, overrides, limit):
+    before = made(name, *overrides, device_gib=limit)
+    assert not before["device"]["fits"]
+    said = before["advice"][0]
+    changes = said.split(": set ")[1].split(" for ")[0].split()
+    after = made(name, *overrides, *changes, device_gib=limit)
+    assert after["device"]["fits"] and f"{after['device']['total'] / GIB:,.1f} GiB" in said
+
+
+def test_what_cannot_fit_is_said():
+    found = made("pangu_sigma_1085b.yaml", device_gib=1, host_gib=64)
+    assert not found["fits"]
+    assert "use more devices" in found["advice"][0]
+    assert "187.5 of 64 GiB: spread the experts over 188 hosts" in found["advice"][1]
+
+
+def test_other_numbers_of_devices_change_the_data_axis():
+    assert made("pangu_alpha_13b.yaml", devices=512)["mesh"]["data"] == 64
+    with pytest.raises(UserError, match="--devices 20 is no multiple of parallel.expert x tensor x pipeline = 8"):
+        made("pangu_alpha_13b.yaml", devices=20)
+    with pytest.raises(UserError, match=r"parallel.data=5: train.batch_size = 1024 .* which the 5 ranks that read"):
+        made("pangu_alpha_13b.yaml", devices=40)
+
+
+def test_slower_links_cost_time():
+    fast, slow = made("pangu_sigma_38b.yaml"), made("pangu_sigma_38b.yaml", between_gbps=1.25)
+    assert slow["step"]["seconds"]["all-to-all"] == pytest.approx(10 * fast["step"]["seconds"]["all-to-all"])
+    assert slow["step"]["seconds"]["tensor sums"] == fast["step"]["seconds"]["tensor sums"]
+
+
+def test_the_command_prints_text_and_json():
+    file = str(CONFIGS / "pangu_sigma_1085b.yaml")
+    shown = CliRunner().invoke(app, ["plan", file])
+    assert shown.exit_code == 0 and "69,905 tokens/s" in shown.stdout and "no NPU has run this yet" in shown.stdout
+    found = json.loads(CliRunner().invoke(app, ["plan", file, "--json", "--device-gib", "8"]).stdout)
+    assert found["assumptions"]["device_gib"] == 8 and found["fits"] is False
+    refused = CliRunner().invoke(app, ["plan", file, "parallel.expert=48"])
+    assert refused.exit_code == 2 and "parallel.placement_groups" not in refused.stderr
+    assert "parallel.expert = 48 does not divide the 640 experts" in refused.stderr

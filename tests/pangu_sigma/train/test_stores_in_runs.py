@@ -1,0 +1,149 @@
+"""Whole runs over expert stores: the store is no part of what a run computes, keeps or survives."""
+
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from pangu_sigma.checkpoint import Fingerprints, StoredTensors, open_checkpoint, save_checkpoint
+from pangu_sigma.config import load_config
+from pangu_sigma.monitor.metrics import read_metrics
+from pangu_sigma.train.run import Run
+from pangu_sigma.train.state import model_tensors, restore_model
+from tests.pangu_sigma.train.process import (
+    assert_equal_checkpoints,
+    checkpoint,
+    command,
+    started,
+    steps_logged,
+    wait_until,
+)
+from tests.pangu_sigma.train.small import EXPERTS, batch, small_trainer
+
+STEPS = 12
+# Room for 4 of the 5 experts of the run's only sparse layer: a record of 16 KiB each.
+DISK = ["experts.store=disk", f"experts.resident_gib={4.1 * 2**14 / 2**30}"]
+
+
+@pytest.fixture(scope="module")
+def hosted(small_yaml, tmp_path_factory):
+    """The uninterrupted run with its experts in host memory."""
+    folder = tmp_path_factory.mktemp("hosted")
+    done = command(*arguments(small_yaml, folder / "run"), "experts.store=host", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def arguments(small_yaml, run) -> list:
+    return ["train", small_yaml, f"run.dir={run}", "evaluate.every=6"]
+
+
+def copied(run, step: int, folder):
+    shutil.copytree(run, folder)
+    for path in (folder / "checkpoints").iterdir():
+        if path > checkpoint(folder, step):
+            shutil.rmtree(path)
+    return folder
+
+
+def test_a_run_on_disk_killed_midway_ends_with_the_bytes_of_the_uninterrupted_run(small_yaml, hosted, tmp_path):
+    run = tmp_path / "run"
+    wanted = [*arguments(small_yaml, run), "checkpoint.every=4", *DISK]
+    process = started(*wanted, cwd=tmp_path, log=tmp_path / "log")
+    try:
+        assert wait_until(lambda: steps_logged(run) >= 6, process), (tmp_path / "log").read_text()
+    finally:
+        process.kill()
+        process.wait()
+    assert (run / "experts" / "blocks.0.table").stat().st_size == 5 * 2**14
+    done = command(*wanted, "--resume", cwd=tmp_path)
+    assert done.returncode == 0 and "resumed from" in done.stderr, done.stderr
+    assert_equal_checkpoints(checkpoint(hosted, STEPS), checkpoint(run, STEPS))
+    assert not (run / "experts").exists()
+
+    records = [r for r in read_metrics(run) if r["kind"] == "train"]
+    assert all(0.0 <= r["store"]["prefetch_hit_rate"] <= 1.0 for r in records)
+    assert sum(r["store"]["bytes_read"] for r in records) > 0 < sum(r["store"]["bytes_written"] for r in records)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_under_a_store_whose_graph_takes_all_experts(small_yaml, hosted, tmp_path):
+    run = copied(hosted, 6, tmp_path / "run")
+    done = command(*arguments(small_yaml, run), "experts.store=device", "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "of a run with experts.store = host, this one has device: last digits may differ" in " ".join(
+        done.stderr.split()
+    )
+    first, second = checkpoint(hosted, STEPS), checkpoint(run, STEPS)
+    for file in first.rglob("*.safetensors"):
+        mine, other = load_file(file), load_file(second / file.relative_to(first))
+        for name, tensor in mine.items():
+            np.testing.assert_allclose(other[name], tensor, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_roll_back_on_disk_is_that_in_memory(small_yaml, hosted, tmp_path):
+    ended = []
+    for number, changes in enumerate((["experts.store=host"], DISK)):
+        folder = copied(hosted, 4, tmp_path / str(number) / "run")
+        config = load_config(small_yaml, [
+            f"run.dir={folder}", "evaluate.every=0", "run.tensorboard=false", "train.nonfinite=rollback",
+            "checkpoint.every=4", *changes,
+        ])  # fmt: skip
+        with Run(config, resume=True) as run:
+            run.model.store.table("blocks.0", "up.weight")[3:5] = 1e38
+            run.loop()
+        assert any("rolled back to step 4" in r.get("message", "") for r in read_metrics(folder))
+        ended.append(checkpoint(folder, STEPS))
+    assert_equal_checkpoints(*ended)
+
+
+def saved(trainer, folder) -> dict[str, str]:
+    """Save the trainer's state; the hashes of all tensors by name."""
+    result = save_checkpoint(
+        folder, 3, model_tensors(trainer.model, trainer.optimizer),
+        domains=list(EXPERTS), coverage={p: EXPERTS for p in trainer.config.model.sparse_prefixes},
+        config_text=trainer.config.to_yaml(), tokenizer_files={"none": b"-"}, probe={}, state={},
+        fingerprints=Fingerprints(tokenizer="-", corpora=dict.fromkeys(EXPERTS, "-")), keep=1,
+    )  # fmt: skip
+    entries = open_checkpoint(result.path).manifest.tensors
+    return {name: piece.sha256 for name, entry in entries.items() for piece in entry.slices}
+
+
+def test_a_checkpoint_of_any_store_loads_under_any_other_and_is_saved_with_equal_hashes(tmp_path):
+    def made(store: str, folder: str):
+        return small_trainer(
+            model={"embedding_slots": "per_domain"}, experts={"store": store, "resident_gib": 0.001},
+            run={"dir": str(tmp_path / folder)},
+        )  # fmt: skip
+
+    stores = ("device", "host", "disk", "device")
+    trainer = made(stores[0], "first-run")
+    for step in range(3):
+        trainer.step(step, trainer.plan(batch(step, [0, 0, 1, 2])))
+    hashes = saved(trainer, tmp_path / "saved-0")
+    for number, store in enumerate(stores[1:]):
+        stored = StoredTensors(open_checkpoint(checkpoint(tmp_path / f"saved-{number}", 3)))
+        loaded = made(store, f"run-{number}")
+        restore_model(loaded.model, stored, optimizer_state=True)
+        loaded.optimizer.restore(stored, 3)
+        assert saved(loaded, tmp_path / f"saved-{number + 1}") == hashes
+        loaded.model.store.close()
+
+
+@pytest.mark.slow
+def test_a_run_killed_often_and_moved_between_host_and_disk_ends_with_the_same_bytes(small_yaml, hosted, tmp_path):
+    run = tmp_path / "run"
+    for number, step in enumerate((1, 3, 4, 6, 9)):
+        changes = DISK if number % 2 == 0 else ["experts.store=host"]
+        wanted = [*arguments(small_yaml, run), "checkpoint.every=1", *changes, "--resume"]
+        process = started(*wanted, cwd=tmp_path, log=tmp_path / "log")
+        try:
+            wait_until(lambda step=step: steps_logged(run) >= step, process)
+        finally:
+            process.kill()
+            process.wait()
+    done = command(*arguments(small_yaml, run), *DISK, "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_equal_checkpoints(checkpoint(hosted, STEPS), checkpoint(run, STEPS))
