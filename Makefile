@@ -31,8 +31,9 @@ clients: $(VENV)/.installed-test $(VENV)/.installed-clients  ## foreign clients 
 lint: $(VENV)/.installed-lint  ## ruff's checks
 	$(BIN)/ruff check .
 
-bench: $(VENV)/.installed-torch  ## the README's speeds: training beside PyTorch, extraction beside cp
+bench: $(VENV)/.installed-hf  ## the README's speeds: training and decoding beside PyTorch, extraction beside cp
 	$(BIN)/python -m benchmarks.training_speed
+	$(BIN)/python -m benchmarks.decoding
 	$(BIN)/python -m benchmarks.extraction
 
 wheel: $(VENV)/.installed  ## a wheel in dist/

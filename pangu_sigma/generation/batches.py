@@ -12,7 +12,14 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from pangu_sigma.generation.graphs import EmbedGraph, JoinGraph, StepGraph, StoredStepGraph, cache_precision
+from pangu_sigma.generation.compiled import CompiledStepGraph, has_compiled_step
+from pangu_sigma.generation.graphs import (
+    EmbedGraph,
+    JoinGraph,
+    StepGraph,
+    StoredStepGraph,
+    cache_precision,
+)
 from pangu_sigma.model.build import Model
 
 
@@ -56,7 +63,7 @@ class SharedBatch(Batch):
         shape = (rows * self.heads, length, self.width)
         self._arrays = [np.zeros(shape, dtype) for _ in range(2 * model.config.model.layers)]
         self._tensors = [Tensor.from_numpy(array) for array in self._arrays]
-        self._graph = StepGraph(model, rows, length)
+        self._graph = CompiledStepGraph(model, rows) if has_compiled_step(model) else StepGraph(model, rows, length)
 
     def step(self, tokens: np.ndarray, positions: np.ndarray, moving: Sequence[int], flat: list[Tensor]) -> np.ndarray:
         logits, *new = self._graph(Tensor(tokens), Tensor(positions), *self._tensors, *flat)

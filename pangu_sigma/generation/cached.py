@@ -1,9 +1,10 @@
 """Logits with a cache of keys and values: a prompt in one go, then one token a step for all texts together.
 
-What is exact: a prompt is computed alone in a graph whose shape follows from its own length, and in a decoding step
-every row goes through its own expert alone, so there nothing depends on what else is in the batch, to the bit. The
-products with shared weights take all rows of a step at once; their number of rows (a power of two) follows from how
-many texts are under way, and another number of rows rounds differently in float32.
+What is exact: a prompt is computed alone in a graph whose shape follows from its own length, and the compiled kernels
+compute every row of a decoding step by itself; so nothing depends on what else is in the batch, to the bit. Without
+those kernels (`run.kernels`, learned gates, shared experts, other devices) the products with shared weights take all
+rows of a step at once: the same rows among as many others give the same bits, while another number of rows (a power
+of two, by how many texts are under way) rounds differently in float32.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Continuous batching: requests join and leave between decoding steps, each in a slot of its own.
 
-What a request's answer depends on: its prompt, domain and sampling, the model, and the number of slots. What else is
-in the batch changes no shape of its computation, only the place of its row in the batch; so its logits are the same up
-to float32 rounding, and its draws depend on (seed, number of the token) alone. Of the prompt only the text after its
-last end-of-document token is computed with: attention and positions restart there, so nothing before it can matter.
+What a request's answer depends on: its prompt, domain and sampling, and the model. What else is in the batch changes
+its logits by float32 rounding at most, and not at all where `cached` says so; its draws depend on (seed, number of the
+token) alone. Of the prompt only the text after its last end-of-document token is computed with: attention and positions
+restart there, so nothing before it can matter.
 
 One thread at a time may use an engine.
 """

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation.request import Event, Request, Sampling, pick_domain, prompt_ids
 from pangu_sigma.monitor.text import compact, printable_lines
+from pangu_sigma.signals import sigterm_as_ctrl_c
 
 if TYPE_CHECKING:
     from pangu_sigma.generation.engine import Engine
@@ -143,6 +144,21 @@ def run(
         raise UserError("--logprobs needs --json or --jsonl, because plain text has no place for figures")
     Sampling(**settings)
     prompts = asked.read()
+    # MindSpore turns a Ctrl-C that comes while it compiles into SIGTERM.
+    with sigterm_as_ctrl_c(), _piped():
+        _continue(path, prompts, asked, domain, settings, as_json, stream, slots)
+
+
+def _continue(
+    path: Path,
+    prompts: list[Prompt],
+    asked: Asked,
+    domain: str | None,
+    settings: Mapping[str, Any],
+    as_json: bool,
+    stream: bool,
+    slots: int,
+) -> None:
     from pangu_sigma.load import load_trained
 
     trained = load_trained(path)
@@ -156,14 +172,13 @@ def run(
             engine.check(request)
         except UserError as error:
             raise UserError(f"prompt {number}: {error}" if asked.jsonl else str(error)) from error
-    with _piped():
-        if asked.jsonl:
-            _print_lines(engine, trained, prompts, requests)
-        elif as_json:
-            answer = complete(engine, requests)[0]
-            print(_as_json(trained, prompts[0], requests[0], answer), flush=True)
-        else:
-            _print_text(engine, prompts[0], requests[0], stream)
+    if asked.jsonl:
+        _print_lines(engine, trained, prompts, requests)
+    elif as_json:
+        answer = complete(engine, requests)[0]
+        print(_as_json(trained, prompts[0], requests[0], answer), flush=True)
+    else:
+        _print_text(engine, prompts[0], requests[0], stream)
 
 
 def _with_domains(trained: Trained, prompts: list[Prompt], domain: str | None) -> list[Prompt]:

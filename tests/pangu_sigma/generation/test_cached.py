@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from mindspore import Tensor
 
+from pangu_sigma.generation.graphs import StepGraph
 from tests.pangu_sigma.generation.conftest import CASES, SLOTS, VOCAB, WINDOW
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -114,6 +116,28 @@ def test_neighbours_change_no_bit_where_the_batch_has_the_same_size(kind, case):
     cached.end(0), cached.end(1)
 
 
+@pytest.mark.parametrize("case", ["rre", "slots"])
+def test_with_compiled_kernels_a_text_is_the_same_to_the_bit_alone_and_beside_any_others(kind, case):
+    both = kind(case)
+    if both.model.layout.kernels is None:
+        pytest.skip("the kernels are not built here")
+    ids = some_ids(12, seed=3)
+
+    def beside(others: int) -> np.ndarray:
+        for slot in range(others):  # they come first, so the text's place in the batch differs too
+            both.cached.begin(slot, some_ids(2 + slot, seed=slot), slot % 3)
+        found = [both.cached.begin(3, ids[:6], 1)]
+        for at, token in enumerate(ids[6:]):
+            found.append(both.cached.step({3: token} | {slot: 5 + at for slot in range(others)})[3])
+        for slot in range(SLOTS):
+            both.cached.end(slot)
+        return np.stack(found)
+
+    alone = beside(0)
+    for others in (1, 3):
+        np.testing.assert_array_equal(beside(others), alone)
+
+
 def test_trained_weights_show_at_once(kind):
     """The cells share the network's parameters and the store's rows: nothing is copied when a decoder is made."""
     both = kind("rre")
@@ -130,6 +154,23 @@ def test_trained_weights_show_at_once(kind):
         weight[:] = kept
     assert widest(changed - before) > 1e-3
     np.testing.assert_array_equal(both.cached.score(ids, 0), before)
+
+
+def test_the_form_for_export_takes_and_gives_whole_caches(kind):
+    """Cache in, cache out, whatever stands behind a row's position: the logits are the same."""
+    both = kind("rre")
+    model = both.model
+    rows, length, layers = 2, 8, model.config.model.layers
+    graph = StepGraph(model, rows, length, updated=True)
+    texts = [some_ids(length, seed=n) for n in (21, 22)]
+    expected = np.stack([both.plain.score(ids, n) for n, ids in enumerate(texts)], 1)
+    heads, width = model.config.model.heads, model.config.model.hidden // model.config.model.heads
+    caches = [Tensor(np.full((rows * heads, length, width), 9.0, np.float32)) for _ in range(2 * layers)]
+    for at in range(length):
+        tokens = np.array([ids[at] for ids in texts], np.int32)
+        weights = both.cached._row_inputs(tokens, np.arange(rows))
+        logits, *caches = graph(Tensor(tokens), Tensor(np.full(rows, at, np.int32)), *caches, *weights)
+        np.testing.assert_allclose(logits.asnumpy(), expected[at], **CLOSE)
 
 
 def test_names_of_the_network_stay(kind):
