@@ -100,7 +100,7 @@ def write_run(work: Work, folder: Path) -> Path:
     folder.mkdir(parents=True)
     values = work.config().to_dict()
     values["run"] |= {"dir": str(folder / "run"), "log_every": 1}
-    values["data"] |= {"tokenizer": {"kind": "train", "vocab_size": 300}, "cache": str(folder / "cache"),
+    values["data"] |= {"tokenizer": {"kind": "train", "vocab_size": 320}, "cache": str(folder / "cache"),
                        "deduplicate": False}  # fmt: skip
     values["model"]["vocab_size"] = None
     values["train"] |= {"steps": work.steps}
@@ -280,7 +280,8 @@ def throughput_table(found: dict) -> list[str]:
         "",
         "- *store*: experts routed at random, host store; a step fetches and updates what it activates.",
         "- *all updated*: the same graph and the same activated experts, but AdamW over all experts every step (zero "
-        "gradients where no token came). No MoE with these kernels can be faster, so its ratio is a lower bound.",
+        "gradients where no token came). A gate only adds to that: more experts hit, and all of them in the graph. So "
+        "its ratio is what updating alone costs, a lower bound.",
         "- *learned gate*: `router: switch` over all experts, all of them inputs of the graph, all updated every step: "
         "the paper's comparison as this code computes it. The gate spreads a batch over far more experts, and the "
         "graph of 5,120 weights and gradients has costs of its own in MindSpore.",
@@ -383,7 +384,7 @@ def arithmetic_table(results: dict) -> list[str]:
             if "traffic_per_step" not in one or name.startswith("device"):
                 continue
             work, moved = Work(**one["work"]), one["traffic_per_step"]
-            active = work.experts * work.sparse_layers if work.update_all else work.activated
+            active = work.experts * work.sparse_layers if work.store == "device" else work.activated
             weights = 4 * work.expert_parameters
             disk = work.store == "disk"
             held = min(one["expert_parameters"] * 12, work.resident_gib * GIB if disk else float("inf"))

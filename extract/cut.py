@@ -48,6 +48,12 @@ class Cut:
                 f"{self.parent.path} routes by a learned gate over the experts of all domains ({gates[0]}), which "
                 "sends any token to any of them: no part of it is the same function alone; cut a model of router rre"
             )
+        tables = [name for name in self.parent.names(domains=[], optimizer=False) if name.endswith(".routing")]
+        if tables:
+            raise UserError(
+                f"{self.parent.path} routes by one table over the experts of all domains ({tables[0]}), so no part of "
+                "it is the same function alone; cut a model of router rre"
+            )
         if self.fold:
             self._check_foldable()
 
@@ -60,6 +66,12 @@ class Cut:
         sizes = {place: groups[self.domains[0]] for place, groups in self.parent.coverage.items()}
         if not sizes:
             raise UserError(f"{self.parent.path} has no sparse layers to fold: leave out --fold")
+        beside = [name for name in self.parent.names(domains=[], optimizer=False) if ".shared_expert." in name]
+        if beside:
+            raise UserError(
+                f"{self.parent.path} has a shared expert beside the routed ones ({beside[0]}), and the two are no "
+                "single dense layer: leave out --fold"
+            )
         larger = [f"{place} has {size}" for place, size in sizes.items() if size != 1]
         if larger:
             raise UserError(

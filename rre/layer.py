@@ -41,32 +41,58 @@ class CompiledNetworks(nn.Cell):
 
 
 class SparseFeedForward(nn.Cell):
-    """x_TD -> (y_TD, auxiliary loss, kept rows); the feed-forward part of a sparse layer.
+    """x_TD -> (y_TD, auxiliary loss, rows); the feed-forward part of a sparse layer.
 
     `routing` is what the router of this layer takes from outside the graph (for table routers its whole plan) and
     `weights` the 4 N tensors that the expert store fetched. A dropped token's y is zero: it takes the residual alone.
+    `by_expert`: the router's experts choose tokens. `shared_expert`: a network x_TD -> y_TD beside the routed ones,
+    which every token takes with weight 1.
     """
 
     def __init__(
-        self, router: nn.Cell, layout: Layout, activation: str, compute: ms.dtype, exchange: nn.Cell | None = None
+        self,
+        router: nn.Cell,
+        layout: Layout,
+        activation: str,
+        compute: ms.dtype,
+        exchange: nn.Cell | None = None,
+        by_expert: bool = False,
+        shared_expert: nn.Cell | None = None,
     ) -> None:
         super().__init__()
         self.router = router
+        self.by_expert = by_expert
+        self.has_shared_expert = shared_expert is not None
+        if shared_expert is not None:
+            self.shared_expert = shared_expert
         if layout.kernels and exchange is None:
             self.networks = CompiledNetworks(layout.kernels, activation)
         else:
             self.networks = RaggedNetworks(layout, activation, compute, exchange)
         self.mul = layout(ops.Mul(), (1, 1), (1, 1))
         self.choice_sum = layout(ops.ReduceSum(), (1, 1, 1))
+        self.take = layout(ops.Gather(), (1, 1), (1,))
+        self.add_up = layout(ops.UnsortedSegmentSum(), (1, 1), (1,))
+        self.add = layout(ops.Add(), (1, 1), (1, 1))
 
     def construct(
         self, x: Tensor, routing: tuple[Tensor, ...], weights: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
         plan, combine_weights, auxiliary, counts = self.router(x, routing)
+        y = self.routed(x, plan, combine_weights, weights)
+        if self.has_shared_expert:
+            y = self.add(y, self.shared_expert(x))
+        return y, auxiliary, counts
+
+    def routed(self, x: Tensor, plan: tuple[Tensor, ...], combine_weights, weights: tuple[Tensor, ...]) -> Tensor:
+        if self.by_expert:
+            y = self.networks(self.take(x, plan[0], 0), plan[1:], weights)
+            y = self.mul(y, ops.BroadcastTo(y.shape)(combine_weights.reshape(-1, 1)))
+            return self.add_up(y, plan[0], x.shape[0])
         y = self.networks(x, plan, weights)
         if combine_weights is not None:
             y = self.mul(y, ops.BroadcastTo(y.shape)(combine_weights.reshape(-1, 1)))
         tokens, hidden = x.shape
         if y.shape[0] > tokens:
             y = self.choice_sum(y.reshape(tokens, -1, hidden), 1)
-        return y, auxiliary, counts
+        return y

@@ -58,12 +58,27 @@ def open_source(model: str | Path, domains: Sequence[str] | None = None) -> Sour
     checkpoint = resolve(model)
     config = stored_config(checkpoint)
     chosen = _chosen(config.domain_names, domains)
+    _check_exportable(config, checkpoint)
     if config.model.sparse_prefixes and config.model.sparse.router != "rre" and chosen != config.domain_names:
         raise UserError(
             f"the model's {config.model.sparse.router} gate chooses among the experts of all domains, so it cannot be "
             "exported with some of them; leave --domain out"
         )
     return Source(checkpoint, config, stored_tokenizer(checkpoint), chosen)
+
+
+def _check_exportable(config: Config, checkpoint: Checkpoint) -> None:
+    sparse = config.model.sparse
+    if config.model.sparse_prefixes and sparse.router not in ("rre", "switch"):
+        raise UserError(
+            f"{checkpoint.path} routes by model.sparse.router = {sparse.router}, which no export format has yet: "
+            "export a model of router rre or switch"
+        )
+    if config.model.sparse_prefixes and sparse.shared_expert:
+        raise UserError(
+            f"{checkpoint.path} has a shared expert (model.sparse.shared_expert), which no export format has yet: "
+            "export a model without one"
+        )
 
 
 def _chosen(names: tuple[str, ...], wanted: Sequence[str] | None) -> tuple[str, ...]:

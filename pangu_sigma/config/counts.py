@@ -14,6 +14,7 @@ from pathlib import Path
 from pangu_sigma.config.rules import PANGU_ALPHA_VOCABULARY
 from pangu_sigma.config.schema import Config
 from pangu_sigma.errors import UserError
+from rre.kinds import KINDS
 
 Shape = tuple[int, ...]
 
@@ -26,7 +27,8 @@ class Counts:
     shared: int
     per_domain: dict[str, int]
     activated_per_token: dict[str, int]
-    """What a token of the domain meets: shared parameters, the domain's embedding slot, one expert per sparse layer."""
+    """What a token of the domain meets: shared parameters, the domain's embedding slot, k experts per sparse layer (k
+    on average where experts choose)."""
     routing_entries: int
     """Entries of all routing tables together (int32), beside the parameters."""
 
@@ -44,7 +46,8 @@ class Counts:
 def manifest(config: Config, vocab_size: int) -> dict[str, Shape]:
     """Every tensor of the model by its name in model and checkpoint, with its shape; shared tensors first.
 
-    `domains.{d}.{layer}.routing` are int32 tables; all others are trained floats. Weights are [in, out].
+    `domains.{d}.{layer}.routing` (`{layer}.routing` of a hash layer) are int32 tables; all others are trained floats.
+    Weights are [in, out].
     """
     shapes = dict(_shared(config, vocab_size))
     for domain in config.domains:
@@ -57,14 +60,16 @@ def parameter_counts(config: Config, vocab_size: int) -> Counts:
     shared = sum(math.prod(shape) for _, shape in _shared(config, vocab_size))
     per_domain: dict[str, int] = {}
     activated: dict[str, int] = {}
-    routing = 0
+    routing = sum(math.prod(shape) for name, shape in _shared(config, vocab_size) if is_routing(name))
+    shared -= routing
+    chosen = config.model.sparse.experts_per_token
     for domain in config.domains:
         tensors = dict(_domain(config, vocab_size, domain.name, domain.experts))
         tables = sum(math.prod(shape) for name, shape in tensors.items() if is_routing(name))
         per_domain[domain.name] = sum(math.prod(shape) for shape in tensors.values()) - tables
-        # One expert of the group: expert tensors carry the group on their first axis, the embedding slot does not.
+        # k experts: expert tensors carry the group on their first axis, the embedding slot does not.
         activated[domain.name] = shared + sum(
-            math.prod(shape[1:]) if is_expert(name) else math.prod(shape)
+            chosen * math.prod(shape[1:]) if is_expert(name) else math.prod(shape)
             for name, shape in tensors.items()
             if not is_routing(name)
         )
@@ -115,15 +120,15 @@ def _shared(config: Config, vocab_size: int) -> Iterator[tuple[str, Shape]]:
     if has_query_layer:
         yield "embedding.query", (model.positions, hidden)
     for index in range(model.blocks):
-        yield from _layer(config, f"blocks.{index}")
+        yield from _layer(config, f"blocks.{index}", vocab_size)
     yield "norm.gamma", (hidden,)
     yield "norm.beta", (hidden,)
     if has_query_layer:
-        yield from _layer(config, "query_layer")
+        yield from _layer(config, "query_layer", vocab_size)
 
 
-def _layer(config: Config, prefix: str) -> Iterator[tuple[str, Shape]]:
-    """Shared tensors of one layer: its norms and attention, and the dense network or the learned gate."""
+def _layer(config: Config, prefix: str, vocab_size: int) -> Iterator[tuple[str, Shape]]:
+    """Shared tensors of one layer: its norms and attention, and the dense network, or gate, shared expert and table."""
     hidden, ffn = config.model.hidden, config.model.ffn
     for norm in ("norm1", "norm2"):
         yield f"{prefix}.{norm}.gamma", (hidden,)
@@ -136,8 +141,20 @@ def _layer(config: Config, prefix: str) -> Iterator[tuple[str, Shape]]:
         yield f"{prefix}.feed_forward.up.bias", (ffn,)
         yield f"{prefix}.feed_forward.down.weight", (ffn, hidden)
         yield f"{prefix}.feed_forward.down.bias", (hidden,)
-    elif config.model.sparse.router == "switch":
-        yield f"{prefix}.router.weight", (hidden, sum(domain.experts for domain in config.domains))
+        return
+    sparse = config.model.sparse
+    gate = (hidden, sum(domain.experts for domain in config.domains))
+    if KINDS[sparse.router].learned:
+        yield f"{prefix}.router.weight", gate
+    if sparse.router == "noisy_top_k":
+        yield f"{prefix}.router.noise_weight", gate
+    if sparse.shared_expert:
+        yield f"{prefix}.shared_expert.up.weight", (hidden, ffn)
+        yield f"{prefix}.shared_expert.up.bias", (ffn,)
+        yield f"{prefix}.shared_expert.down.weight", (ffn, hidden)
+        yield f"{prefix}.shared_expert.down.bias", (hidden,)
+    if KINDS[sparse.router].tables == "layer":
+        yield f"{prefix}.routing", (vocab_size,)
 
 
 def _domain(config: Config, vocab_size: int, name: str, experts: int) -> Iterator[tuple[str, Shape]]:
@@ -149,5 +166,5 @@ def _domain(config: Config, vocab_size: int, name: str, experts: int) -> Iterato
         yield f"domains.{name}.{prefix}.experts.up.bias", (experts, ffn)
         yield f"domains.{name}.{prefix}.experts.down.weight", (experts, ffn, hidden)
         yield f"domains.{name}.{prefix}.experts.down.bias", (experts, hidden)
-        if config.model.sparse.router == "rre":
+        if KINDS[config.model.sparse.router].tables == "domain":
             yield f"domains.{name}.{prefix}.routing", (vocab_size,)

@@ -62,7 +62,7 @@ def _device(config: Config) -> Broken:
             "device: set it to 1",
         )
     sparse = config.model.sparse
-    if device == "Ascend" and parallel.mesh.size > 1 and sparse.layers and sparse.dispatch == "dropless":
+    if device == "Ascend" and parallel.mesh.size > 1 and config.model.sparse_prefixes and sparse.dispatch == "dropless":
         yield (
             "model.sparse.dispatch",
             "model.sparse.dispatch = dropless has rows of changing number, but a graph that is cut over devices needs "
@@ -71,7 +71,7 @@ def _device(config: Config) -> Broken:
 
 
 def _experts(config: Config, mesh: Mesh) -> Broken:
-    if not config.model.sparse.layers:
+    if not config.model.sparse_prefixes:
         if mesh.expert > 1:
             yield (
                 "parallel.expert",

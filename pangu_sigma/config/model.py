@@ -8,17 +8,26 @@ from pydantic import Field, model_validator
 
 from pangu_sigma.config.presets import PRESETS
 from pangu_sigma.config.section import Section
+from rre.kinds import KINDS
 
 
 class SparseConfig(Section):
     """Which layers are sparse, how a token finds its expert and how rows travel."""
 
-    layers: int = Field(0, ge=0, description="How many of the top layers are sparse; 0 gives a dense PanGu-α.")
-    include_query_layer: bool = Field(
-        False, description="Whether the query layer is sparse too; it then counts as one of the sparse layers."
+    pattern: Literal["top", "every_other", "every"] = Field(
+        "top", description="Which layers are sparse: the top ones, every second block (not the first), or all blocks."
     )
-    router: Literal["rre", "switch"] = Field(
-        "rre", description="How a token finds its expert: rre by a fixed table, switch by a learned top-1 gate."
+    layers: int = Field(
+        0, ge=0, description="With pattern top, how many of the top layers are sparse; 0 gives a dense PanGu-α."
+    )
+    include_query_layer: bool = Field(
+        False, description="Whether the query layer is sparse too; it then counts as one of the top layers."
+    )
+    router: Literal["rre", "hash", "switch", "gshard", "glam", "noisy_top_k", "olmoe", "expert_choice"] = Field(
+        "rre", description="How tokens and experts meet: rre and hash by fixed tables, all others by a learned gate."
+    )
+    top_k: int | None = Field(
+        None, ge=1, description="Experts per token of noisy_top_k, olmoe, expert_choice; null takes the router's own."
     )
     table: Literal["uniform", "frequency"] = Field(
         "uniform",
@@ -33,10 +42,26 @@ class SparseConfig(Section):
     capacity_factor: float = Field(
         1.25, gt=0, description="Rows an expert may take under capacity dispatch, as a multiple of an even share."
     )
-    aux_loss_weight: float = Field(0.01, ge=0, description="Weight of the balance loss of a learned router.")
-    jitter: float = Field(
-        0.0, ge=0, lt=1, description="Half-width of the noise multiplied onto a learned router's input while training."
+    aux_loss_weight: float = Field(
+        0.01, ge=0, description="Weight of the balance loss of switch, gshard, glam and olmoe."
     )
+    z_loss_weight: float = Field(0.001, ge=0, description="Weight of the z-loss of olmoe.")
+    importance_loss_weight: float = Field(0.1, ge=0, description="Weight of the importance loss of noisy_top_k.")
+    load_loss_weight: float = Field(0.1, ge=0, description="Weight of the load loss of noisy_top_k.")
+    renormalise: bool = Field(
+        False, description="Whether olmoe divides a token's combine weights by their sum; OLMoE itself does not."
+    )
+    shared_expert: bool = Field(
+        False, description="Whether sparse layers have one more network, which every token takes beside its experts."
+    )
+    jitter: float = Field(
+        0.0, ge=0, lt=1, description="Half-width of the noise multiplied onto the gate's input of switch in training."
+    )
+
+    @property
+    def experts_per_token(self) -> int:
+        """k: what `top_k` says, or the router's own."""
+        return self.top_k or KINDS[self.router].experts_per_token
 
 
 class AttentionConfig(Section):
@@ -96,5 +121,10 @@ class ModelConfig(Section):
     def sparse_prefixes(self) -> tuple[str, ...]:
         """Name prefixes of the sparse layers from bottom to top: `blocks.{i}`, and `query_layer` if it is sparse."""
         blocks_sparse = self.sparse.layers - int(self.sparse.include_query_layer)
-        prefixes = tuple(f"blocks.{i}" for i in range(self.blocks - blocks_sparse, self.blocks))
+        chosen = {
+            "top": range(self.blocks - blocks_sparse, self.blocks),
+            "every_other": range(1, self.blocks, 2),
+            "every": range(self.blocks),
+        }
+        prefixes = tuple(f"blocks.{i}" for i in chosen[self.sparse.pattern])
         return (*prefixes, "query_layer") if self.sparse.include_query_layer else prefixes

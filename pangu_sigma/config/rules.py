@@ -9,6 +9,7 @@ from os.path import abspath, expanduser
 from typing import TYPE_CHECKING
 
 from pangu_sigma.config.mesh_rules import broken_mesh_rules
+from rre.kinds import KINDS
 
 if TYPE_CHECKING:
     from pangu_sigma.config.schema import Config
@@ -65,7 +66,19 @@ def _sparse(config: Config) -> Broken:
             "model.sparse.include_query_layer is true, but model.query_layer is none: set it to false",
         )
         return
-    if sparse.include_query_layer and sparse.layers == 0:
+    if sparse.pattern != "top" and sparse.layers:
+        yield (
+            "model.sparse.layers",
+            f"model.sparse.layers = {sparse.layers} counts top layers, but model.sparse.pattern = {sparse.pattern} "
+            "says itself which layers are sparse: set model.sparse.layers to 0, or the pattern to top",
+        )
+    if sparse.pattern == "every_other" and model.blocks < 2:
+        yield (
+            "model.sparse.pattern",
+            f"model.sparse.pattern = every_other begins with the second block, but there are {model.blocks}: "
+            "set it to top or every, or raise model.layers",
+        )
+    if sparse.pattern == "top" and sparse.include_query_layer and sparse.layers == 0:
         yield (
             "model.sparse.include_query_layer",
             "model.sparse.include_query_layer is true, but model.sparse.layers is 0: "
@@ -81,16 +94,50 @@ def _sparse(config: Config) -> Broken:
             f"model.sparse.layers = {sparse.layers} is more than the {most} layers that can be sparse "
             f"(model.layers = {model.layers}, {counted}): set it to at most {most}",
         )
-    if sparse.router != "rre" and sparse.resample:
+    yield from _router(config)
+
+
+def _router(config: Config) -> Broken:
+    sparse = config.model.sparse
+    kind = KINDS[sparse.router]
+    if sparse.resample and "resample" not in kind.options:
         yield (
             "model.sparse.resample",
-            f"model.sparse.resample is true, but the router {sparse.router} has no table to draw from: "
+            f"model.sparse.resample is true, but the router {sparse.router} has no table of a domain to draw from: "
             "set it to false or the router to rre",
         )
-    if sparse.router == "rre" and sparse.jitter > 0:
+    if sparse.jitter > 0 and "jitter" not in kind.options:
         yield (
             "model.sparse.jitter",
-            f"model.sparse.jitter = {sparse.jitter} has no effect on the router rre, which has no gate: set it to 0",
+            f"model.sparse.jitter = {sparse.jitter} has no effect on the router {sparse.router}: set it to 0, or the "
+            "router to switch",
+        )
+    if sparse.renormalise and "renormalise" not in kind.options:
+        yield (
+            "model.sparse.renormalise",
+            f"model.sparse.renormalise is true, but has no effect on the router {sparse.router}: set it to false, or "
+            "the router to olmoe",
+        )
+    if kind.fixed and sparse.experts_per_token != kind.experts_per_token:
+        yield (
+            "model.sparse.top_k",
+            f"model.sparse.top_k = {sparse.top_k}, but the router {sparse.router} takes {kind.experts_per_token} by "
+            "definition: leave it out",
+        )
+    if not kind.causal and sparse.dispatch == "capacity":
+        yield (
+            "model.sparse.dispatch",
+            f"model.sparse.dispatch = capacity, but with the router {sparse.router} every expert takes a fixed number "
+            "of tokens anyway: set it to dropless",
+        )
+    experts = sum(domain.experts for domain in config.domains)
+    most = experts - 1 if sparse.router == "noisy_top_k" else experts
+    if config.model.sparse_prefixes and kind.learned and sparse.experts_per_token > most:
+        spare = ", one of which must be left unchosen" if most < experts else ""
+        yield (
+            "model.sparse.top_k",
+            f"model.sparse.top_k = {sparse.experts_per_token} (the router {sparse.router}'s own where nothing is "
+            f"written) is too many for the {experts} experts of a sparse layer{spare}: set it to at most {most}",
         )
 
 
@@ -140,7 +187,15 @@ def _tokenizer(config: Config) -> Broken:
             f"set it to at least {known}, or to null for the tokenizer's size",
         )
     rows = model.vocab_size or known
-    if rows is not None and model.sparse.layers and model.sparse.router == "rre":
+    owners = KINDS[model.sparse.router].tables if model.sparse_prefixes else None
+    experts = sum(domain.experts for domain in config.domains)
+    if rows is not None and owners == "layer" and experts > rows:
+        yield (
+            "domains",
+            f"the domains have {experts} experts together, more than the {rows} vocabulary ids that the table of a "
+            "hash layer can spread: make the expert groups smaller",
+        )
+    if rows is not None and owners == "domain":
         for index, domain in enumerate(config.domains):
             if domain.experts > rows:
                 yield (
@@ -232,7 +287,7 @@ def _phases(config: Config) -> Broken:
                 yield f"{key}.domains", f"{key}.domains names the domain {name}, {_known(names)}"
         if not phase.shared and phase.domains == ():
             yield key, f"{key} trains nothing: set shared to true or name domains whose experts train"
-        elif not phase.shared and not model.sparse.layers and model.embedding_slots == "shared":
+        elif not phase.shared and not model.sparse_prefixes and model.embedding_slots == "shared":
             yield f"{key}.shared", f"{key} trains nothing: a dense model has shared parameters only; set shared to true"
     given = sum(phase.steps or 0 for phase in phases)
     open_end = bool(phases) and phases[-1].steps is None
@@ -276,9 +331,9 @@ def _around(config: Config) -> Broken:
 
 def _experts(config: Config) -> Broken:
     store = config.experts.store
-    if store != "device" and config.model.sparse.router == "switch":
+    if store != "device" and KINDS[config.model.sparse.router].learned:
         yield (
             "experts.store",
-            f"experts.store = {store}, but a learned gate (model.sparse.router = switch) chooses among all experts "
-            "inside the step: set experts.store to device",
+            f"experts.store = {store}, but a learned gate (model.sparse.router = {config.model.sparse.router}) chooses "
+            "among all experts inside the step: set experts.store to device",
         )

@@ -13,7 +13,8 @@ from pangu_sigma.errors import UserError
 # Keys of the model section that say how it trains or was first drawn, not which function its tensors are.
 _FREE = re.compile(
     r"model\.(preset|vocab_size|dropout|init_std|attention\.dropout)"
-    r"|model\.sparse\.(table|resample|dispatch|capacity_factor|aux_loss_weight|jitter)"
+    r"|model\.sparse\.(table|resample|dispatch|capacity_factor|jitter)"
+    r"|model\.sparse\.(aux|z|importance|load)_loss_weight"
 )
 
 

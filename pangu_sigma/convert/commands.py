@@ -123,10 +123,10 @@ def upcycle(
     from pangu_sigma.convert.upcycle import upcycle as convert
 
     done = convert(dense, config, out, tuple(overrides or ()), noise)
-    sparse = done.config.model.sparse
+    layers = len(done.config.model.sparse_prefixes)
     experts = sum(domain.experts for domain in done.config.domains)
     typer.echo(
-        f"{done.checkpoint.path}: {done.dense_parameters:,} parameters became {done.parameters:,}, in {sparse.layers} "
+        f"{done.checkpoint.path}: {done.dense_parameters:,} parameters became {done.parameters:,}, in {layers} "
         f"sparse layers of {experts} experts for {len(done.config.domains)} domains; vocabulary and tokenizer are the "
         "dense model's"
     )

@@ -118,17 +118,23 @@ def upcycle(dense: Path, config_file: Path, out: Path, overrides: tuple[str, ...
 
 def _fitted(config: Config, old: Config, file: str, source: Checkpoint) -> Config:
     """The sparse configuration with the dense model's vocabulary and tokenizer; UserError naming what differs."""
-    if old.model.sparse.layers or old.model.embedding_slots != "shared":
+    if old.model.sparse_prefixes or old.model.embedding_slots != "shared":
         raise UserError(
-            f"{source.path} is no dense model with one word embedding (model.sparse.layers is "
-            f"{old.model.sparse.layers}, model.embedding_slots is {old.model.embedding_slots}): upcycle a dense model"
+            f"{source.path} is no dense model with one word embedding (it has "
+            f"{len(old.model.sparse_prefixes)} sparse layers, model.embedding_slots is {old.model.embedding_slots}): "
+            "upcycle a dense model"
         )
-    if not config.model.sparse.layers:
+    if not config.model.sparse_prefixes:
         raise UserError(f"{file}: model.sparse.layers is 0, so there is nothing to upcycle: set it to at least 1")
     if config.model.sparse.router != "rre":
         raise UserError(
-            f"{file}: model.sparse.router is {config.model.sparse.router}, whose gate scales what experts give, so the "
-            "sparse model would not be the dense one: set it to rre"
+            f"{file}: model.sparse.router is {config.model.sparse.router}, for which upcycling is not built (a gate "
+            "scales what experts give, so the sparse model would not be the dense one): set it to rre"
+        )
+    if config.model.sparse.shared_expert:
+        raise UserError(
+            f"{file}: model.sparse.shared_expert is true, and what it adds would make the sparse model another one "
+            "than the dense: set it to false"
         )
     differ = [
         f"model.{key} is {getattr(config.model, key)} and the dense model's {getattr(old.model, key)}"
@@ -205,7 +211,7 @@ def _card(source: Checkpoint, config: Config, noise: float) -> str:
     model = config.model
     places = ", ".join(model.sparse_prefixes)
     per_domain = "".join(f"- {d.name}: {d.experts} experts in each\n" for d in config.domains)
-    experts = sum(d.experts for d in config.domains) * model.sparse.layers
+    experts = sum(d.experts for d in config.domains) * len(model.sparse_prefixes)
     change = f"with noise of {noise} of their standard deviation" if noise else "unchanged"
     return (
         f"# {source.path.name}, upcycled\n\n"

@@ -149,7 +149,7 @@ def _extended_config(old: Config, out: Path, tokenizer: Tokenizer, rows: int) ->
 
 def _needs_counts(config: Config) -> bool:
     sparse = config.model.sparse
-    return bool(sparse.layers) and sparse.router == "rre" and sparse.table == "frequency"
+    return bool(config.model.sparse_prefixes) and sparse.router == "rre" and sparse.table == "frequency"
 
 
 def _counts(config: Config, tokenizer: Tokenizer, rows: int) -> Mapping[str, np.ndarray]:

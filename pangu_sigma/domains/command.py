@@ -225,5 +225,9 @@ def _say(done: Changed, what: str) -> None:
     config = shlex.quote(str(done.run_dir / "config.yaml"))
     if train.steps > checkpoint.step:
         typer.echo(f"{train.steps - checkpoint.step} steps lie ahead: pangu-sigma train {config} --resume")
-    else:
+    elif done.config.schedule.kind == "constant":
         typer.echo(f"No step lies ahead; to train on: pangu-sigma train {config} train.steps=… --resume")
+    else:
+        # The learning rate has come to its planned end, which a resumed run cannot move.
+        start = shlex.quote(f"run.init_from={done.run_dir}")
+        typer.echo(f"No step lies ahead; to train on in a new run: pangu-sigma train {config} {start} run.dir=…")

@@ -22,6 +22,7 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.generation.request import Event, Request, Score, pick_domain
 from pangu_sigma.generation.sampling import choose, likeliest, log_softmax
 from pangu_sigma.generation.text import TextStream
+from rre.kinds import KINDS
 
 
 class Decoder(Protocol):
@@ -66,6 +67,12 @@ class Engine:
     """
 
     def __init__(self, model, tokenizer: Tokenizer, slots: int = 8, decoder: Decoder | None = None) -> None:
+        router = model.config.model.sparse.router
+        if model.config.model.sparse_prefixes and not KINDS[router].causal:
+            raise UserError(
+                f"the model's router (model.sparse.router = {router}) looks at tokens that are not written yet, so it "
+                "cannot write text: use it with evaluate"
+            )
         if decoder is None:
             from pangu_sigma.generation.cached import CachedDecoder
 

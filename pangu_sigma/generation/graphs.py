@@ -32,6 +32,7 @@ from pangu_sigma.generation.parts import (
     Norm,
     Part,
     PlannedExperts,
+    WithSharedExpert,
     weights_of,
 )
 from pangu_sigma.model.build import COMPUTE_TYPES, Model
@@ -100,7 +101,8 @@ class Body(Part):
         self.layers = nn.CellList(
             [
                 Layer(
-                    named, prefix, core, sparse.get(prefix) or DenseFeedForward(named, prefix, config, layout, compute),
+                    named, prefix, core,
+                    sparse.get(prefix) or DenseFeedForward(named, f"{prefix}.feed_forward", config, layout, compute),
                     config, layout, compute,
                 )
                 for prefix, core in zip(prefixes, cores, strict=True)
@@ -153,7 +155,7 @@ class PromptGraph(Part):
         super().__init__()
         config, layout = model.config.model, model.layout
         self.length, self.every = length, every
-        self.slots = min(length, max(model.groups.sizes)) if not model.learned else model.groups.total
+        self.slots = min(length, model.reach(domains=1)) if not model.learned else model.groups.total
         sparse, size = _sparse(model, PlannedExperts, self.slots)
         if not model.learned:
             size += self.slots + 2
@@ -283,13 +285,19 @@ def _sparse(model: Model, planned: type, slots: int) -> tuple[dict[str, nn.Cell]
     """Cells of the sparse layers and the number of weight inputs that each takes."""
     config, layout = model.config.model, model.layout
     compute = COMPUTE_TYPES[model.config.train.precision]
-    if model.learned:
-        named = {parameter.name: parameter for parameter in model.net.get_parameters()}
-        total = model.groups.total
-        return {
-            place: GatedExperts(named, place, total, config, layout, compute) for place in config.sparse_prefixes
-        }, weights_of(total)
-    return {place: planned(config, slots, layout, compute) for place in config.sparse_prefixes}, weights_of(slots)
+    named = {parameter.name: parameter for parameter in model.net.get_parameters()}
+    total = model.groups.total if model.learned else slots
+    sparse = {}
+    for place in config.sparse_prefixes:
+        if model.learned:
+            cell = GatedExperts(model.net.gate(place), total, config, layout, compute)
+        else:
+            cell = planned(config, slots, layout, compute)
+        if config.sparse.shared_expert:
+            beside = DenseFeedForward(named, f"{place}.shared_expert", config, layout, compute)
+            cell = WithSharedExpert(cell, beside, layout)
+        sparse[place] = cell
+    return sparse, weights_of(total)
 
 
 def _step_layers(model: Model, rows: int) -> tuple[dict[str, nn.Cell], list[int], int]:

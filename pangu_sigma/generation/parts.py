@@ -21,6 +21,7 @@ from parallel.layout import Layout
 from parallel.primitives import activation
 from rre.dispatch import Combine, Dispatch, PlanInGraph
 from rre.experts import TENSORS_PER_EXPERT, Experts
+from rre.routers.gate import Gate
 
 Named = Mapping[str, Parameter]
 
@@ -89,12 +90,12 @@ class FeedForward(Product):
 
 
 class DenseFeedForward(Part):
-    """The feed-forward network of a dense layer; takes and ignores a sparse layer's inputs."""
+    """The network whose tensors begin with `prefix`, for every row; takes and ignores a sparse layer's inputs."""
 
     def __init__(self, named: Named, prefix: str, model: ModelConfig, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
-        self.up = Affine(named, f"{prefix}.feed_forward.up", layout, compute)
-        self.down = Affine(named, f"{prefix}.feed_forward.down", layout, compute)
+        self.up = Affine(named, f"{prefix}.up", layout, compute)
+        self.down = Affine(named, f"{prefix}.down", layout, compute)
         self.activation = activation(model.activation, layout)
 
     def construct(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -139,29 +140,43 @@ class PlannedExperts(Part):
 
 
 class GatedExperts(Part):
-    """A layer with a learned top-1 gate over all E experts, whose 4 E tensors are the inputs; nothing is dropped."""
+    """A layer with a learned gate, the network's own, over all E experts, whose 4 E tensors are the inputs.
 
-    def __init__(
-        self, named: Named, prefix: str, experts: int, model: ModelConfig, layout: Layout, compute: ms.dtype
-    ) -> None:
+    It chooses as in evaluation: without noise, and nothing is dropped.
+    """
+
+    def __init__(self, gate: Gate, experts: int, model: ModelConfig, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
-        self.gate = named[f"{prefix}.router.weight"]
-        self.logits = layout(ops.MatMul(), (1, 1), (1, 1))
-        self.softmax = layout(ops.Softmax(-1), (1, 1))
-        self.best = layout(ops.ArgMaxWithValue(axis=-1), (1, 1))
+        self.gate = gate
         self.plan = PlanInGraph(experts, layout)
         self.dispatch = Dispatch(layout)
         self.experts = Experts(layout, model.activation, compute)
         self.combine = Combine(layout)
         self.mul = layout(ops.Mul(), (1, 1), (1, 1))
-        self.cast = layout(ops.Cast(), (1,))
+        self.choice_sum = layout(ops.ReduceSum(), (1, 1, 1))
 
     def construct(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-        chosen, probability = self.best(self.softmax(self.logits(x, self.gate)))
-        plan = self.plan(self.cast(chosen, ms.int32).reshape(-1, 1))
+        chosen = self.gate.choose(x, ())
+        plan = self.plan(chosen[0])
         rows, position = plan[:-1], plan[-1]
         results = self.experts(self.dispatch(x, rows, position), inputs)
-        return self.mul(self.combine(results, rows, position, x), probability.reshape(-1, 1))
+        y = self.mul(self.combine(results, rows, position, x), chosen[1].reshape(-1, 1))
+        tokens, hidden = x.shape
+        if y.shape[0] > tokens:
+            y = self.choice_sum(y.reshape(tokens, -1, hidden), 1)
+        return y
+
+
+class WithSharedExpert(Part):
+    """A sparse layer's cell and the network that every row takes beside it: x, inputs -> the sum of both."""
+
+    def __init__(self, routed: nn.Cell, shared: nn.Cell, layout: Layout) -> None:
+        super().__init__()
+        self.routed, self.shared = routed, shared
+        self.add = layout(ops.Add(), (1, 1), (1, 1))
+
+    def construct(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        return self.add(self.routed(x, inputs), self.shared(x, ()))
 
 
 class Layer(Part):

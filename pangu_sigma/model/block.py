@@ -13,6 +13,13 @@ from pangu_sigma.model.parts import FEED_FORWARDS, NORMS
 from parallel.layout import Layout
 
 
+def shared_expert(model: ModelConfig, layout: Layout, compute: ms.dtype) -> nn.Cell | None:
+    """The network that every token of a sparse layer takes beside its experts, where the configuration wants one."""
+    if not model.sparse.shared_expert:
+        return None
+    return FEED_FORWARDS[model.feed_forward](model, layout, compute, model.init_std / (2.0 * model.layers) ** 0.5)
+
+
 class TransformerLayer(nn.Cell):
     """h_TD -> (h_TD, auxiliary loss, kept rows): h + Attn(LN1 h), then h + FFN(LN2 h).
 

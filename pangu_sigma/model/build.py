@@ -20,7 +20,9 @@ from parallel.layout import Layout
 from rre.counted import generator
 from rre.dispatch import EXACT_ROWS
 from rre.experts import expert_shapes
-from rre.routers import Groups, Router, SwitchRouter, TableRouter
+from rre.kinds import KINDS
+from rre.routers import ROUTERS, Groups, Router, RouterOptions
+from rre.routers.hash import LAYER
 from rre.store import DeviceStore, DiskStore, ExpertStore, HostStore
 from rre.store.base import Shapes
 from rre.store.disk import remove_tables
@@ -34,7 +36,7 @@ SLOTS = "embedding"
 class Model:
     """A built model: the network with its shared parameters, the store with every domain's experts, the tables.
 
-    `tables`: sparse layer -> domain -> int32 [V], empty for a learned gate.
+    `tables`: sparse layer -> owner of the table (a domain, or the layer for all) -> int32 [V], empty for learned gates.
     """
 
     config: Config
@@ -63,28 +65,36 @@ class Model:
         if not self.store.all_resident:
             limit = self.config.data.domains_per_step or len(self.groups.names)
             slots = self._activated_at_most(batch, min(limit, batch))
-        return self._signature(batch, slots, jitter=self.config.model.sparse.jitter > 0)
+        return self._signature(batch, slots, training=True)
+
+    def reach(self, domains: int) -> int:
+        """Experts of a sparse layer that texts of at most so many domains can come to."""
+        if KINDS[self.config.model.sparse.router].tables == "domain":
+            return sum(sorted(self.groups.sizes, reverse=True)[:domains])
+        return self.groups.total
 
     def _activated_at_most(self, batch: int, domains: int) -> int:
         """Experts of a sparse layer that `batch` samples of at most so many domains can activate."""
-        busiest = sum(sorted(self.groups.sizes, reverse=True)[:domains])
-        return min(busiest, batch * self.config.data.sequence_length)
+        return min(self.reach(domains), batch * self.config.data.sequence_length)
 
     def exact_signature(self, batch: int, domains: int) -> FlatSignature:
         """Variable inputs of an evaluation graph whose batches mix at most `domains` domains: slots of fixed blocks."""
         if self.learned:
-            return self._signature(batch, self.groups.total, jitter=False)
+            return self._signature(batch, self.groups.total)
         activated = self._activated_at_most(batch, domains)
         if self.layout.kernels:
-            return self._signature(batch, activated, jitter=False)
+            return self._signature(batch, activated)
         # Every expert may end in one block that is not full.
         full = batch * self.config.data.sequence_length // EXACT_ROWS
-        return self._signature(batch, full + activated, jitter=False)
+        return self._signature(batch, full + activated)
 
-    def _signature(self, batch: int, slots: int, jitter: bool) -> FlatSignature:
+    def _signature(self, batch: int, slots: int, training: bool = False) -> FlatSignature:
         model = self.config.model
+        tokens = batch * self.config.data.sequence_length
         places = tuple(
-            PlaceSignature(place, slots, router.learned, router.learned and jitter, bool(self.layout.kernels))
+            PlaceSignature(
+                place, slots, router.learned, router.noise_shape(tokens) if training else (), bool(self.layout.kernels)
+            )
             for place, router in zip(model.sparse_prefixes, self.routers, strict=True)
         )
         slot_table = None
@@ -125,36 +135,13 @@ def build_model(
     layout = Layout(config.run.device, chosen_kernels(config))
     groups = Groups(config.domain_names, tuple(d.experts for d in config.domains))
     places = model.sparse_prefixes
-    uses_tables = model.sparse.router == "rre"
-    if uses_tables and tables is None:
-        tables = {
-            place: {
-                name: draw_table(
-                    model.sparse.table, config.run.seed, place, name, vocab, size, (token_counts or {}).get(name)
-                )
-                for name, size in zip(groups.names, groups.sizes, strict=True)
-            }
-            for place in places
-        }
-    capacity = model.sparse.capacity_factor if model.sparse.dispatch == "capacity" else None
-    routers: list[Router] = []
-    for layer, place in enumerate(places):
-        if uses_tables:
-            routers.append(
-                TableRouter(groups, tables[place], layer, config.run.seed, model.sparse.resample, capacity)
-            )
-        else:
-            routers.append(
-                SwitchRouter(
-                    groups,
-                    model.hidden,
-                    config.data.sequence_length,
-                    layout,
-                    model.sparse.aux_loss_weight,
-                    capacity,
-                    model.init_std,
-                )
-            )
+    if tables is None:
+        tables = {place: _draw_tables(config, groups, place, vocab, token_counts or {}) for place in places}
+    kind = model.sparse.router
+    owned = [tables[place] if KINDS[kind].tables else None for place in places]
+    routers = [
+        ROUTERS[kind].build(_router_options(config, groups, layout, layer, mine)) for layer, mine in enumerate(owned)
+    ]
     shapes = {place: expert_shapes(model.hidden, model.ffn) for place in places}
     experts = dict.fromkeys(places, groups.total)
     if model.embedding_slots == "per_domain":
@@ -167,7 +154,7 @@ def build_model(
         eod_id=eod_id,
         groups=groups,
         routers=tuple(routers),
-        tables={place: dict(by_domain) for place, by_domain in (tables or {}).items()},
+        tables={place: dict(by_owner) for place, by_owner in tables.items() if by_owner},
         store=store,
         net=None,
         layout=layout,
@@ -177,6 +164,48 @@ def build_model(
     if initialise:
         _initialise(built)
     return built
+
+
+def _draw_tables(
+    config: Config, groups: Groups, place: str, vocab: int, counts: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The new tables of one sparse layer by owner; none for a learned gate."""
+    kind, seed = config.model.sparse.table, config.run.seed
+    owners = KINDS[config.model.sparse.router].tables
+    if owners == "domain":
+        return {
+            name: draw_table(kind, seed, place, name, vocab, size, counts.get(name))
+            for name, size in zip(groups.names, groups.sizes, strict=True)
+        }
+    if owners == "layer":
+        together = sum(counts.values()) if counts else None
+        return {LAYER: draw_table(kind, seed, place, LAYER, vocab, groups.total, together)}
+    return {}
+
+
+def _router_options(
+    config: Config, groups: Groups, layout: Layout, layer: int, tables: Mapping[str, np.ndarray] | None
+) -> RouterOptions:
+    model, sparse = config.model, config.model.sparse
+    return RouterOptions(
+        groups=groups,
+        hidden=model.hidden,
+        length=config.data.sequence_length,
+        layout=layout,
+        layer=layer,
+        seed=config.run.seed,
+        top_k=sparse.experts_per_token,
+        capacity_factor=sparse.capacity_factor if sparse.dispatch == "capacity" else None,
+        auxiliary_weight=sparse.aux_loss_weight,
+        z_loss_weight=sparse.z_loss_weight,
+        importance_weight=sparse.importance_loss_weight,
+        load_weight=sparse.load_loss_weight,
+        renormalise=sparse.renormalise,
+        jitter=sparse.jitter,
+        resample=sparse.resample,
+        tables=tables,
+        init_std=model.init_std,
+    )
 
 
 def _make_store(
@@ -214,10 +243,13 @@ def _initialise(built: Model) -> None:
 def initial_value(parameter: Parameter, seed: int, std: float, residual_std: float) -> np.ndarray:
     """The initial value of a shared parameter, float32 of its shape."""
     name = parameter.name
-    if name.endswith((".bias", ".beta")):
+    # A noisy gate begins with the same noise for every expert (Shazeer et al. 2017, appendix A).
+    if name.endswith((".bias", ".beta", ".noise_weight")):
         return np.zeros(parameter.shape, np.float32)
     if name.endswith(".gamma"):
         return np.ones(parameter.shape, np.float32)
-    into_residual = name.endswith(("attention.projection.weight", "feed_forward.down.weight"))
+    into_residual = name.endswith(
+        ("attention.projection.weight", "feed_forward.down.weight", "shared_expert.down.weight")
+    )
     rng = generator(seed, f"initial {name}")
     return rng.standard_normal(parameter.shape, np.float32) * np.float32(residual_std if into_residual else std)

@@ -14,7 +14,7 @@ from mindspore import Tensor
 from pangu_sigma.data.positions import positions_and_segments
 from pangu_sigma.model.build import Model
 from pangu_sigma.model.signature import FlatSignature
-from rre.counted import generator, sample_keys
+from rre.counted import sample_keys
 from rre.dispatch import DROPPED, DispatchPlan, plan_by_expert, plan_in_blocks, plan_present
 from rre.store import ExpertStore
 
@@ -25,7 +25,7 @@ class PlannedBatch:
 
     `step`: the data's, which a skipped or rolled back optimizer step does not turn back.
     tokens, labels, positions, segments int32 [B, S]; mask float32 [B, S] (0 where a label does not count); domain and
-    keys int32 [B]; `plans`: per table-routed sparse layer; `noise`: per jittered gate; `dropped` rows per layer and
+    keys int32 [B]; `plans`: per table-routed sparse layer; `noise`: per noisy gate; `dropped` rows per layer and
     domain.
     """
 
@@ -54,7 +54,7 @@ class PlannedBatch:
             tensors.append(store.whole("embedding", "word"))
         for place, plan, noise in zip(signature.places, self.plans, self.noise, strict=True):
             if plan is None:
-                if place.jitter:
+                if place.noise:
                     tensors.append(Tensor(noise))
                 tensors += store.fetch(place.name, range(place.slots))
             else:
@@ -85,7 +85,7 @@ class Planner:
         for layer, (router, place) in enumerate(zip(self.model.routers, self.signature.places, strict=True)):
             if place.learned:
                 plans.append(None)
-                noise.append(self._noise(step, sample, layer, inputs.shape[1]) if place.jitter else None)
+                noise.append(router.noise(step, sample) if place.noise else None)
                 continue
             ids = router.assign(inputs, domain, step, sample, self.training).expert_ids
             lost = (ids == DROPPED).any(axis=1).reshape(inputs.shape).sum(axis=1)
@@ -117,14 +117,6 @@ class Planner:
         if not self.training or (model.dropout == 0.0 and model.attention.dropout == 0.0):
             return np.zeros(sample.size, np.int32)
         return sample_keys(self.seed, "dropout", step, sample)
-
-    def _noise(self, step: int, sample: np.ndarray, layer: int, length: int) -> np.ndarray:
-        width, half = self.model.config.model.hidden, self.model.config.model.sparse.jitter
-        rows = [
-            generator(self.seed, "jitter", step, int(n), layer).uniform(1 - half, 1 + half, (length, width))
-            for n in sample
-        ]
-        return np.concatenate(rows).astype(np.float32)
 
 
 def graph_placeholders(batch: int, length: int) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from mindspore import Tensor, nn, ops
 
 from pangu_sigma.config.model import ModelConfig
 from pangu_sigma.model.attention import masking
-from pangu_sigma.model.block import TransformerLayer
+from pangu_sigma.model.block import TransformerLayer, shared_expert
 from pangu_sigma.model.dropout import CountedDropout
 from pangu_sigma.model.embedding import WordEmbedding
 from pangu_sigma.model.parts import HEADS, NORMS, POSITIONS, QUERY_LAYERS
@@ -26,6 +26,7 @@ from rre.routers import Router
 
 NAMES_WITHOUT_CELLS = {
     "feed_forward.router.": "router.",
+    "feed_forward.shared_expert.": "shared_expert.",
     "embedding.words.": "embedding.",
     "embedding.positions.": "embedding.",
     "embedding.queries.": "embedding.",
@@ -50,8 +51,8 @@ class Embedding(nn.Cell):
 class PanGuSigma(nn.Cell):
     """tokens, positions, segments int32 [B, S], domain int32 [B], dropout keys int32 [B], flat -> (h_TD, aux, counts).
 
-    `aux` is the sum of the sparse layers' auxiliary losses, `counts` the kept rows [B, E] of each sparse layer with a
-    learned gate. `flat` follows `FlatSignature`.
+    `aux` is the sum of the sparse layers' auxiliary losses, `counts` the rows [B, E + 1] of each sparse layer with a
+    learned gate (see `rre.routers.base.Router`). `flat` follows `FlatSignature`.
     """
 
     def __init__(
@@ -75,7 +76,11 @@ class PanGuSigma(nn.Cell):
         def layer(index: int, place: int) -> TransformerLayer:
             sparse = None
             if place >= 0:
-                sparse = SparseFeedForward(routers[place].cell(), layout, model.activation, compute)
+                router = routers[place]
+                sparse = SparseFeedForward(
+                    router.cell(), layout, model.activation, compute, by_expert=router.by_expert,
+                    shared_expert=shared_expert(model, layout, compute),
+                )  # fmt: skip
             return TransformerLayer(model, index, layout, compute, sparse)
 
         self.blocks = nn.CellList([layer(i, self.place_of_block[i]) for i in range(model.blocks)])
@@ -115,6 +120,11 @@ class PanGuSigma(nn.Cell):
                 auxiliary = auxiliary + extra
                 counts = counts + (rows,)
         return h, auxiliary, counts
+
+    def gate(self, place: str) -> nn.Cell:
+        """The router's part of a sparse layer, `blocks.{i}` or `query_layer`."""
+        layer = self.query_layer if place == "query_layer" else self.blocks[int(place.rsplit(".", 1)[-1])]
+        return layer.feed_forward.router
 
     def word_table(self, flat: tuple[Tensor, ...]):
         """The word table [V, D], or the domains' tables [domains, V, D] where each has its own."""

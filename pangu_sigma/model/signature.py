@@ -15,12 +15,15 @@ from rre.experts import TENSORS_PER_EXPERT, expert_shapes
 
 @dataclass(frozen=True)
 class PlaceSignature:
-    """Inputs of one sparse layer: `slots` experts, and what its router takes from outside the graph."""
+    """Inputs of one sparse layer: `slots` experts, and what its router takes from outside the graph.
+
+    `noise`: shape of a learned gate's noise, () = none.
+    """
 
     name: str
     slots: int
     learned: bool
-    jitter: bool
+    noise: tuple[int, ...] = ()
     compiled: bool = False
 
     @property
@@ -30,7 +33,7 @@ class PlaceSignature:
         A plan is order and offsets for compiled networks, else rows of each slot and of the dropped plus positions.
         """
         if self.learned:
-            return int(self.jitter)
+            return int(self.noise != ())
         return 2 if self.compiled else self.slots + 2
 
     @property
@@ -78,8 +81,8 @@ class FlatSignature:
             elif not place.learned:
                 tensors += [Tensor(shape=[None], dtype=ms.int32) for _ in range(place.slots + 1)]
                 tensors.append(Tensor(shape=[tokens, 1], dtype=ms.int32))
-            elif place.jitter:
-                tensors.append(Tensor(shape=[tokens, self.hidden], dtype=ms.float32))
+            elif place.noise:
+                tensors.append(Tensor(shape=list(place.noise), dtype=ms.float32))
             shapes = expert_shapes(self.hidden, self.ffn).values()
             tensors += [Tensor(shape=list(s), dtype=ms.float32) for _ in range(place.slots) for s in shapes]
         return tensors

@@ -140,6 +140,9 @@ def _trained_tokens(run: RunData) -> dict[str, int]:
 def _config_line(run: RunData) -> str:
     """The configuration in one line; what is not set is left out."""
     sparse, router = run.setting("model.sparse.layers"), run.setting("model.sparse.router")
+    pattern = run.setting("model.sparse.pattern")
+    if pattern not in (None, "top"):
+        sparse = str(pattern).replace("_", " ")
     parts = [
         (run.setting("model.preset"), "preset {}"),
         (run.setting("model.layers"), "{} layers" + (f" ({cell(sparse)} sparse, {cell(router)})" if sparse else "")),

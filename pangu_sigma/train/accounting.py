@@ -26,28 +26,30 @@ class Accounting:
         self.loss = np.zeros(domains)
         self.tokens = np.zeros(domains, np.int64)
         self.load = np.zeros((len(self.places), self.groups.total), np.int64)
-        self.dropped = np.zeros((len(self.places), domains), np.int64)
+        self.dropped = np.zeros((len(self.places), domains))
         self.auxiliary = 0.0
+        self.batches = 0
         self.steps = 0
         self.activated = 0
         self.touched = 0
         self.started = time.monotonic()
 
     def add_batch(self, batch: PlannedBatch, by_sample: np.ndarray, counts: Sequence[np.ndarray], aux: float) -> None:
-        """Add a micro-batch: loss sums [B], and kept rows [B, E] of learned gates, one per sparse layer."""
+        """Add a micro-batch: loss sums [B], and rows [B, E + 1] of learned gates, one per sparse layer."""
         np.add.at(self.loss, batch.domain, by_sample.astype(np.float64))
         np.add.at(self.tokens, batch.domain, (batch.mask > 0).sum(axis=1))
         for layer, plan in enumerate(batch.plans):
             if plan is None:
-                kept = counts[layer].astype(np.int64)
+                kept, lost = counts[layer][:, :-1].astype(np.int64), counts[layer][:, -1].astype(np.float64)
                 self.load[layer] += kept.sum(axis=0)
                 self.activated += int((kept.sum(axis=0) > 0).sum())
-                np.add.at(self.dropped[layer], batch.domain, batch.tokens.shape[1] - kept.sum(axis=1))
+                np.add.at(self.dropped[layer], batch.domain, lost)
             else:
                 np.add.at(self.load[layer], plan.experts, plan.counts)
                 self.activated += int((plan.counts > 0).sum())
         self.dropped += batch.dropped
         self.auxiliary += aux
+        self.batches += 1
 
     def add_step(self, touched: int) -> None:
         """Count one finished optimizer step, which updated `touched` experts (embedding slots included)."""
@@ -91,7 +93,7 @@ class Accounting:
                 "activated": self.activated / max(1, self.steps),
                 "touched": self.touched / max(1, self.steps),
             }
-            figures["auxiliary_loss"] = self.auxiliary / max(1, self.steps)
+            figures["auxiliary_loss"] = self.auxiliary / max(1, self.batches)
         self._clear()
         return figures
 

@@ -12,6 +12,7 @@ from mindspore import Tensor
 from pangu_sigma.checkpoint import LazyTensor
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.build import SLOTS, Model
+from rre.routers.hash import LAYER
 
 if TYPE_CHECKING:
     from pangu_sigma.train.optimizer import Optimizer
@@ -29,13 +30,18 @@ def domain_tensors(model: Model, optimizer_state: bool) -> dict[str, np.ndarray]
             found[checkpoint_name] = table[number] if place == SLOTS else table[groups.of(domain)]
     for place, by_domain in model.tables.items():
         for domain, table in by_domain.items():
-            found[f"domains.{domain}.{place}.routing"] = table
+            found[table_name(domain, place)] = table
     if optimizer_state:
         for place, steps in store.steps.items():
             for number, domain in enumerate(groups.names):
                 mine = steps[number : number + 1] if place == SLOTS else steps[groups.of(domain)]
                 found[f"domains.{domain}.optimizer.steps.{place}"] = mine
     return found
+
+
+def table_name(owner: str, place: str) -> str:
+    """The checkpoint's name of a routing table of one sparse layer, which belongs to a domain or to the layer."""
+    return f"{place}.routing" if owner == LAYER else f"domains.{owner}.{place}.routing"
 
 
 def _expert_tensor(domain: str, kind: str, place: str, name: str) -> str:
@@ -90,12 +96,14 @@ def restore_model(model: Model, tensors: Mapping[str, np.ndarray], optimizer_sta
 
 
 def stored_tables(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """The routing tables of a checkpoint: sparse layer -> domain -> int32 [V]."""
+    """The routing tables of a checkpoint: sparse layer -> owner -> int32 [V]."""
     tables: dict[str, dict[str, np.ndarray]] = {}
     for name in tensors:
         if name.startswith("domains.") and name.endswith(".routing"):
             _, domain, place = name.removesuffix(".routing").split(".", 2)
             tables.setdefault(place, {})[domain] = tensors[name]
+        elif name.endswith(".routing"):
+            tables.setdefault(name.removesuffix(".routing"), {})[LAYER] = tensors[name]
     return tables
 
 

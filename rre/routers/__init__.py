@@ -1,9 +1,28 @@
-"""The registry of routers: a name of the configuration -> how to build the router of one sparse layer."""
+"""The registry of routers: a name of the configuration -> the class that builds the router of one sparse layer.
 
-from rre.routers.base import Assignment, Groups, Router
+`rre.kinds` says of each name what must be known before a framework is loaded; a new router is one file and one line in
+both.
+"""
+
+from rre.routers.base import Assignment, Groups, Router, RouterOptions
+from rre.routers.expert_choice import ExpertChoiceRouter
+from rre.routers.glam import GlamRouter
+from rre.routers.gshard import GShardRouter
+from rre.routers.hash import HashRouter
+from rre.routers.noisy_top_k import NoisyTopKRouter
+from rre.routers.olmoe import OlmoeRouter
 from rre.routers.switch import SwitchRouter
 from rre.routers.table import TableRouter
 
-ROUTERS = {"rre": TableRouter, "switch": SwitchRouter}
+ROUTERS: dict[str, type[Router]] = {
+    "rre": TableRouter,
+    "hash": HashRouter,
+    "switch": SwitchRouter,
+    "gshard": GShardRouter,
+    "glam": GlamRouter,
+    "noisy_top_k": NoisyTopKRouter,
+    "olmoe": OlmoeRouter,
+    "expert_choice": ExpertChoiceRouter,
+}
 
-__all__ = ["ROUTERS", "Assignment", "Groups", "Router", "SwitchRouter", "TableRouter"]
+__all__ = ["ROUTERS", "Assignment", "Groups", "Router", "RouterOptions", "SwitchRouter", "TableRouter"]

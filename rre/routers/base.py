@@ -7,10 +7,13 @@ Both hand on the same small structure, so dispatch and experts do not know which
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from mindspore import nn
+
+from parallel.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -48,21 +51,64 @@ class Groups:
         return slice(start, start + self.sizes[index])
 
 
+@dataclass(frozen=True)
+class RouterOptions:
+    """What the router of sparse layer number `layer` is made of; every router takes what its definition names.
+
+    `length` S is the tokens of a sample, which is the dispatch group of a capacity; `capacity_factor` None = dropless.
+    `top_k`: experts per token. `tables`: the layer's routing tables by owner. The weights are those of the losses.
+    """
+
+    groups: Groups
+    hidden: int
+    length: int
+    layout: Layout
+    layer: int = 0
+    seed: int = 0
+    top_k: int = 1
+    capacity_factor: float | None = None
+    auxiliary_weight: float = 0.01
+    z_loss_weight: float = 0.0
+    importance_weight: float = 0.0
+    load_weight: float = 0.0
+    renormalise: bool = False
+    jitter: float = 0.0
+    resample: bool = False
+    tables: Mapping[str, np.ndarray] | None = None
+    init_std: float = 0.02
+
+
 class Router:
     """Base of all routers of one sparse layer.
 
     `learned` says where the assignment is made: False -> `assign` on the host, True -> in the graph. `cell()` gives the
-    part inside the graph, called as `cell(x_TD, routing) -> (plan, combine weights or None, auxiliary loss, kept rows
-    [B, E] where the gate is learned)`; a plan is what the networks of the layer take (see `rre.layer`).
+    part inside the graph, called as `cell(x_TD, routing) -> (plan, combine weights [T, k] or None, auxiliary loss, rows
+    [B, E + 1] where the gate is learned)`; a plan is what the networks of the layer take (see `rre.layer`), rows are
+    what each expert took of each sample and, last, how many of its S tokens' choices found no room, divided by k.
+    `by_expert`: experts choose tokens, and the plan begins with the rows that they took (see `ExpertChoiceRouter`).
     """
 
     learned = False
+    by_expert = False
+
+    @classmethod
+    def build(cls, options: RouterOptions) -> Router:
+        """The router of one layer."""
+        raise NotImplementedError
 
     def assign(
         self, token_ids: np.ndarray, domain: np.ndarray, step: int, samples: np.ndarray, training: bool
     ) -> Assignment:
         """Assign `token_ids` [B, S] of `domain` [B] at `step`; `samples` [B] are global sample numbers."""
         raise NotImplementedError(f"{type(self).__name__} assigns inside the graph")
+
+    def noise_shape(self, tokens: int) -> tuple[int, ...]:
+        """Shape of the noise that the gate takes for so many tokens while training; () = none."""
+        return ()
+
+    def noise(self, step: int, samples: np.ndarray) -> np.ndarray:
+        """The noise float32 of B samples at `step`: a function of the seed, the step, each sample and the layer."""
+        raise NotImplementedError(f"{type(self).__name__} takes no noise")
 
     def cell(self) -> nn.Cell:
         """The router's part inside the compiled graph."""

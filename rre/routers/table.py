@@ -1,8 +1,8 @@
 """Table routers: the expert of a token follows from its vocabulary id and its domain, by a fixed table.
 
-With one group per domain this is Random Routed Experts (PanGu-Sigma, arXiv 2303.10845): domain -> expert group, then a
-fixed random table inside the group; combine weight 1, no gate, no auxiliary loss. With one group it is a hash layer
-(arXiv 2106.04426).
+This is Random Routed Experts (PanGu-Sigma, arXiv 2303.10845): domain -> expert group, then a
+fixed random table inside the group; combine weight 1, no gate, no auxiliary loss. Hash layers (arXiv 2106.04426) are
+the same with one table over all experts of the layer (`hash`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mindspore import Tensor, nn
 
 from rre.counted import key64, uniform
 from rre.dispatch import drop_overflow
-from rre.routers.base import Assignment, Groups, Router
+from rre.routers.base import Assignment, Groups, Router, RouterOptions
 
 
 class TableRouter(Router):
@@ -41,6 +41,12 @@ class TableRouter(Router):
         self.seed = seed
         self.resample = resample
         self.capacity_factor = capacity_factor
+
+    @classmethod
+    def build(cls, options: RouterOptions) -> TableRouter:
+        return cls(
+            options.groups, options.tables, options.layer, options.seed, options.resample, options.capacity_factor
+        )
 
     def assign(
         self, token_ids: np.ndarray, domain: np.ndarray, step: int, samples: np.ndarray, training: bool

@@ -70,8 +70,8 @@ def random_tensors(config: Config) -> dict[str, np.ndarray]:
     for name, shape in manifest(config, VOCAB).items():
         draw = generator(0, f"test {name}")
         if name.endswith(".routing"):
-            domain = next(d for d in config.domains if name.startswith(f"domains.{d.name}."))
-            tensors[name] = draw.integers(0, domain.experts, shape, dtype=np.int32)
+            owners = [d for d in config.domains if name.startswith(f"domains.{d.name}.")] or config.domains
+            tensors[name] = draw.integers(0, sum(d.experts for d in owners), shape, dtype=np.int32)
         else:
             tensors[name] = draw.standard_normal(shape, np.float32) * np.float32(0.3)
         if ".experts." in name:

@@ -120,6 +120,12 @@ def test_outputs_that_would_mix_with_something_else_are_refused(parent, tmp_path
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
 
 
+def test_a_table_over_all_domains_is_refused_with_the_reason(saved):
+    parent = saved(sparse={"layers": 1, "router": "hash"})
+    with pytest.raises(UserError, match=r"one table over the experts of all domains \(blocks.1.routing\)"):
+        plan(parent, ["law"])
+
+
 def test_a_learned_gate_over_all_domains_is_refused_with_the_reason(saved):
     parent = saved(sparse={"layers": 1, "router": "switch"})
     with pytest.raises(UserError, match=r"learned gate over the experts of all domains \(blocks.1.router.weight\)"):

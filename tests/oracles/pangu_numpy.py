@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tests.oracles import routers_numpy
+
 Array = np.ndarray
 
 
@@ -36,6 +38,9 @@ class Options:
     capacity_factor: float | None = None
     auxiliary_weight: float = 0.01
     epsilon: float = 1e-5
+    top_k: int = 1
+    z_loss_weight: float = 0.0
+    renormalise: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,11 @@ class _Reference:
             inner = activate(self.options.activation, self.affine(f"{prefix}.feed_forward.up", x))
             return h + self.affine(f"{prefix}.feed_forward.down", inner)
         rows = x.reshape(-1, x.shape[-1])
-        y = self.switch(prefix, rows) if self.options.router == "switch" else self.random_routed(prefix, rows)
+        by_router = {"switch": self.switch, "olmoe": self.olmoe}
+        y = by_router.get(self.options.router, self.random_routed)(prefix, rows)
+        if f"{prefix}.shared_expert.up.weight" in self.tensors:
+            inner = activate(self.options.activation, self.affine(f"{prefix}.shared_expert.up", rows))
+            y = y + self.affine(f"{prefix}.shared_expert.down", inner)
         return h + y.reshape(x.shape)
 
     def attention(self, name: str, queries: Array, x: Array) -> Array:
@@ -207,3 +216,16 @@ class _Reference:
             y[where] = probabilities[where, e : e + 1] * self.expert(prefix, domain, number, rows[where])
         self.experts[prefix] = chosen.reshape(self.tokens.shape)
         return y
+
+    def olmoe(self, prefix: str, rows: Array) -> Array:
+        """The gate sees every expert of every group and takes k; nothing is dropped."""
+        owners = [(domain, number) for domain, size in self.options.groups for number in range(size)]
+        options, gate = self.options, self.tensors[f"{prefix}.router.weight"]
+        routed = routers_numpy.olmoe(
+            rows, gate, options.top_k, options.auxiliary_weight, options.z_loss_weight, options.renormalise
+        )
+        self.auxiliary += routed.auxiliary
+        return sum(
+            routed.weights[:, e : e + 1] * self.expert(prefix, domain, number, rows)
+            for e, (domain, number) in enumerate(owners)
+        )

@@ -43,6 +43,11 @@ CASES = {
     "no_query_layer": (GROUPS, {"query_layer": "none", "activation": "gelu", "sparse": {"layers": 2}}),
     "switch": (GROUPS, {"sparse": SPARSE_QUERY | {"router": "switch"}}),
 }
+# What no format can express yet.
+REFUSED = {
+    "olmoe": (GROUPS, {"sparse": {"layers": 1, "router": "olmoe", "top_k": 2}}),
+    "shared_expert": (GROUPS, {"sparse": {"layers": 1, "shared_expert": True}}),
+}
 TEXTS = (
     "def main(argument):\n\tif argument is None:\n        return  [1, 22, 333]\n\n\nclass Empty:\n    pass\n",
     "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。\n",
@@ -125,7 +130,7 @@ def stored(tokenizer, tmp_path_factory) -> Callable[[str], Stored]:
 
     def get(case: str) -> Stored:
         if case not in made:
-            groups, changes = CASES[case]
+            groups, changes = (CASES | REFUSED)[case]
             config = make_config(tokenizer, groups, changes)
             tensors = make_tensors(config.model, tokenizer.vocab_size, groups)
             path = save_model(tmp_path_factory.mktemp(case), config, tensors, tokenizer, groups)

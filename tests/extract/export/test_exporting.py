@@ -66,6 +66,14 @@ def test_a_gate_over_all_domains_cannot_be_exported_in_part(stored, tmp_path):
         export(stored("switch").path, tmp_path / "out", "hf", ["code"])
 
 
+@pytest.mark.parametrize("form", ["hf", "onnx", "mindir"])
+@pytest.mark.parametrize(("case", "reason"), [("olmoe", "sparse.router = olmoe"), ("shared_expert", "shared expert")])
+def test_what_no_format_can_express_is_refused(stored, tmp_path, case, reason, form):
+    with pytest.raises(UserError, match=f"{reason}.*no export format has yet"):
+        export(stored(case).path, tmp_path / "out", form)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_missing_package_is_named_with_its_extra(stored, tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package onnx: pip install 'pangu-sigma\[onnx\]'"):

@@ -78,6 +78,26 @@ def test_a_switch_layer_has_a_gate_over_all_experts_and_no_tables(small):
     assert not any(name.endswith(".routing") for name in shapes)
 
 
+def test_a_token_meets_k_experts_the_gates_and_the_shared_expert(small):
+    config = small("model.sparse={pattern: every_other, router: noisy_top_k, top_k: 3, shared_expert: true}")
+    shapes, counts = manifest(config, 100), parameter_counts(config, 100)
+    assert shapes["blocks.1.router.weight"] == shapes["blocks.1.router.noise_weight"] == (128, 6)
+    assert shapes["blocks.1.shared_expert.up.weight"] == (128, 512)
+    one = 2 * 128 * 512 + 512 + 128
+    dense = parameter_counts(small(), 100).total
+    assert counts.shared == dense + 2 * 128 * 6  # the shared expert stands where the dense network was
+    assert counts.total == counts.shared + 6 * one
+    assert set(counts.activated_per_token.values()) == {counts.shared + 3 * one}
+
+
+def test_a_hash_layer_has_one_table_of_its_own_which_is_no_parameter(small):
+    config = small("model.sparse={layers: 1, router: hash}")
+    shapes, counts = manifest(config, 100), parameter_counts(config, 100)
+    assert shapes["blocks.2.routing"] == (100,) and counts.routing_entries == 100
+    assert [name for name in shapes if name.endswith(".routing")] == ["blocks.2.routing"]
+    assert counts.total == sum(math.prod(s) for name, s in shapes.items() if name != "blocks.2.routing")
+
+
 def test_a_model_without_a_query_layer_has_no_query_table(small):
     shapes = manifest(small("model.query_layer=none"), 100)
     assert "embedding.query" not in shapes and "blocks.3.norm1.gamma" in shapes

@@ -30,6 +30,28 @@ BROKEN = [
     ("sparse query layer of none", ["model.sparse.include_query_layer=true"], "model.sparse.layers is 0"),
     ("resample without a table", ["model.sparse={layers: 1, router: switch, resample: true}"], "has no table"),
     ("jitter without a gate", ["model.sparse={layers: 1, jitter: 0.1}"], "has no effect on the router rre"),
+    (
+        "layers beside a pattern",
+        ["model.sparse={layers: 1, pattern: every}"],
+        "set model.sparse.layers to 0, or the pattern to top",
+    ),
+    ("every other of one", ["model.layers=2", "model.sparse.pattern=every_other"], "begins with the second block"),
+    ("jitter elsewhere", ["model.sparse={layers: 1, router: gshard, jitter: 0.1}"], "no effect on the router gshard"),
+    ("renormalise elsewhere", ["model.sparse={layers: 1, renormalise: true}"], "no effect on the router rre"),
+    ("k of a top-2 gate", ["model.sparse={layers: 1, router: glam, top_k: 4}"], "takes 2 by definition"),
+    (
+        "capacity of expert choice",
+        ["model.sparse={layers: 1, router: expert_choice, dispatch: capacity}"],
+        "every expert takes a fixed number",
+    ),
+    ("k over experts", ["model.sparse={layers: 1, router: olmoe, top_k: 99}"], "is too many for the"),
+    ("noisy k of all", ["model.sparse={layers: 1, router: noisy_top_k, top_k: 6}"], "one of which must be left"),
+    (
+        "gate without its experts",
+        ["model.sparse={layers: 1, router: gshard}", "experts.store=host"],
+        "model.sparse.router = gshard",
+    ),
+    ("hash over vocabulary", ["model.sparse={layers: 1, router: hash}", "domains.0.experts=4096"], "table of a hash"),
     ("group over vocabulary", ["model.sparse.layers=1", "domains.0.experts=5000"], "more than the 4096 vocabulary ids"),
     ("name twice", ["domains.1.name=code"], "domains.1.name = code is the name of an earlier domain"),
     ("reserved name", ["domains.1.name=shared"], "domains.1.name = shared is reserved"),
@@ -122,6 +144,10 @@ FINE = [
     ["model.vocab_size=4096", "data.domains_per_step=2"],
     ["domains.0.experts=5000"],
     ["model.sparse={layers: 1, router: switch, jitter: 0.01}"],
+    ["model.sparse={layers: 1, router: noisy_top_k, top_k: 5}"],
+    ["model.sparse={layers: 1, router: olmoe, top_k: 6, renormalise: true}"],
+    ["model.sparse={layers: 1, router: gshard, top_k: 2}"],
+    ["model.sparse={pattern: every_other, router: hash}", "experts.store=host"],
     ["parallel={data: 2, workers: 2}"],
     ["parallel={data: 2, expert: 2, workers: 4}", SPARSE],
     ["parallel={expert: 2, placement: domain, placement_groups: 2}", SPARSE, "domains.1.experts=4"],
@@ -149,3 +175,12 @@ def test_sparse_layers_are_the_top_ones(small):
     without = small("model.sparse.layers=2", "model.query_layer=none").model
     assert without.sparse_prefixes == ("blocks.2", "blocks.3")
     assert small().model.sparse_prefixes == ()
+
+
+def test_a_pattern_says_which_blocks_are_sparse(small):
+    assert small("model.sparse.pattern=every_other").model.sparse_prefixes == ("blocks.1",)
+    assert small("model.sparse.pattern=every").model.sparse_prefixes == ("blocks.0", "blocks.1", "blocks.2")
+    whole = small("model.sparse={pattern: every, include_query_layer: true}").model
+    assert whole.sparse_prefixes == ("blocks.0", "blocks.1", "blocks.2", "query_layer")
+    without = small("model.sparse.pattern=every_other", "model.query_layer=none").model
+    assert without.sparse_prefixes == ("blocks.1", "blocks.3")

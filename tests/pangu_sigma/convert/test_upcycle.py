@@ -148,6 +148,7 @@ def refused(dense, file, tmp_path, *parts: str, **options) -> None:
         ({"norm_epsilon": 1e-6}, "model.norm_epsilon is 1e-06"),
         ({"sparse": {"layers": 0}}, "model.sparse.layers is 0"),
         ({"sparse": {"layers": 1, "router": "switch"}}, "model.sparse.router is switch"),
+        ({"sparse": {"layers": 1, "shared_expert": True}}, "model.sparse.shared_expert is true"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -36,6 +36,8 @@ CASES = {
         "query_layer": "none", "activation": "gelu", "embedding_slots": "per_domain", "sparse": {"layers": 1},
     },
     "switch": {"sparse": {"layers": 1, "router": "switch", "jitter": 0.1}},
+    "olmoe": {"sparse": {"pattern": "every", "router": "olmoe", "top_k": 3, "shared_expert": True}},
+    "hash": {"sparse": {"layers": 1, "router": "hash", "shared_expert": True}},
 }  # fmt: skip
 
 

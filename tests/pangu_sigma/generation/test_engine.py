@@ -11,6 +11,7 @@ from pangu_sigma.generation.engine import Engine
 from pangu_sigma.generation.job import complete
 from pangu_sigma.generation.sampling import log_softmax
 from tests.pangu_sigma.generation.conftest import DOMAINS, SLOTS, VOCAB, WINDOW
+from tests.pangu_sigma.train.small import small_config, small_model
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +189,12 @@ def test_a_request_that_cannot_run_is_refused_before_it_waits(engine, request_, 
     with pytest.raises(UserError, match=sentence):
         engine.add(request_)
     assert engine.idle
+
+
+def test_a_router_that_looks_ahead_cannot_write(tokenizer):
+    model = small_model(small_config({"sparse": {"router": "expert_choice"}}))
+    with pytest.raises(UserError, match="expert_choice.*tokens that are not written yet"):
+        Engine(model, tokenizer)
 
 
 def test_weights_that_give_no_numbers_are_told(kind, tokenizer):

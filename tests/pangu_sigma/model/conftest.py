@@ -34,9 +34,14 @@ CASES = {
         {"sparse": {"layers": 1, "router": "switch", "dispatch": "capacity", "capacity_factor": 1.0, "jitter": 0.1}},
         32,
     ),
+    "olmoe": (
+        {"sparse": {"pattern": "every", "router": "olmoe", "top_k": 3, "shared_expert": True, "aux_loss_weight": 0.5,
+                    "z_loss_weight": 0.1}},
+        32,
+    ),
 }  # fmt: skip
 # These run on the compiled kernels too, as `<case>_compiled`; the others are composed of MindSpore's operators.
-COMPILED = ("dense_4_chunks", "rre", "rre_without_query_layer", "switch", "switch_capacity")
+COMPILED = ("dense_4_chunks", "rre", "rre_without_query_layer", "switch", "switch_capacity", "olmoe")
 CASES |= {f"{case}_compiled": CASES[case] for case in COMPILED}
 
 

@@ -15,7 +15,8 @@ from pangu_sigma.model.signature import FlatSignature, PlaceSignature
 from parallel.layout import Layout
 from rre.dispatch import plan_by_expert, plan_in_blocks, plan_present
 from rre.experts import TENSORS_PER_EXPERT
-from rre.routers import Groups, SwitchRouter, TableRouter
+from rre.kinds import KINDS
+from rre.routers import ROUTERS, Groups, RouterOptions
 from tests.oracles import pangu_numpy
 
 EOD = 3
@@ -66,18 +67,20 @@ def make_tensors(config: ModelConfig, vocab: int, groups: Groups, seed: int = 0)
     shapes = {"up": (hidden, ffn), "down": (ffn, hidden)}
     for p in layers:
         matrices = {f"{p}.attention.{part}": (hidden, hidden) for part in ("query", "key", "value", "projection")}
-        if p not in config.sparse_prefixes:
-            matrices |= {f"{p}.feed_forward.{part}": shape for part, shape in shapes.items()}
-        elif config.sparse.router == "switch":
+        sparse = p in config.sparse_prefixes
+        if not sparse or config.sparse.shared_expert:
+            kind = "shared_expert" if sparse else "feed_forward"
+            matrices |= {f"{p}.{kind}.{part}": shape for part, shape in shapes.items()}
+        if sparse and KINDS[config.sparse.router].learned:
             tensors[f"{p}.router.weight"] = normal((hidden, groups.total), 1.0)
         for name, shape in matrices.items():
             tensors[f"{name}.weight"] = normal(shape, shape[0] ** -0.5)
             tensors[f"{name}.bias"] = normal(shape[1:], 0.2)
-        for d, size in zip(groups.names, groups.sizes, strict=True) if p in config.sparse_prefixes else ():
+        for d, size in zip(groups.names, groups.sizes, strict=True) if sparse else ():
             for part, shape in shapes.items():
                 tensors[f"domains.{d}.{p}.experts.{part}.weight"] = normal((size, *shape), shape[0] ** -0.5)
                 tensors[f"domains.{d}.{p}.experts.{part}.bias"] = normal((size, shape[1]), 0.2)
-            if config.sparse.router == "rre":
+            if not KINDS[config.sparse.router].learned:
                 tensors[f"domains.{d}.{p}.routing"] = draw.integers(0, size, vocab).astype(np.int32)
     return tensors
 
@@ -106,22 +109,29 @@ class DrivenModel:
     ) -> None:  # fmt: skip
         self.config, self.groups, self.tensors, self.vocab = config, groups, tensors, vocab
         self.blocks, self.shape = blocks, (batch, length)
-        self.learned = config.sparse.router == "switch"
+        self.learned = KINDS[config.sparse.router].learned
         layout = Layout(kernels=kernels)
         factor = config.sparse.capacity_factor if config.sparse.dispatch == "capacity" else None
         self.routers = []
         for index, prefix in enumerate(config.sparse_prefixes):
-            if self.learned:
-                self.routers.append(
-                    SwitchRouter(groups, config.hidden, length, layout, config.sparse.aux_loss_weight, factor)
-                )
-            else:
+            tables = None
+            if not self.learned:
                 tables = {d: tensors[f"domains.{d}.{prefix}.routing"] for d in groups.names}
-                self.routers.append(TableRouter(groups, tables, index, 7, config.sparse.resample, factor))
+            options = RouterOptions(
+                groups, config.hidden, length, layout, index, 7, config.sparse.experts_per_token, factor,
+                config.sparse.aux_loss_weight, config.sparse.z_loss_weight, renormalise=config.sparse.renormalise,
+                jitter=config.sparse.jitter, resample=config.sparse.resample, tables=tables,
+            )  # fmt: skip
+            self.routers.append(ROUTERS[config.sparse.router].build(options))
         slots = groups.total if blocks is None else blocks
         slot_table = (len(groups.names), vocab, config.hidden) if config.embedding_slots == "per_domain" else None
         self.signature = FlatSignature(
-            tuple(PlaceSignature(p, slots, self.learned, jitter, bool(kernels)) for p in config.sparse_prefixes),
+            tuple(
+                PlaceSignature(
+                    p, slots, self.learned, router.noise_shape(batch * length) if jitter else (), bool(kernels)
+                )
+                for p, router in zip(config.sparse_prefixes, self.routers, strict=True)
+            ),
             slot_table, batch, length, config.hidden, config.ffn,
         )  # fmt: skip
         self.net = PanGuSigma(config, vocab, self.routers, self.signature, layout, compute)
@@ -166,7 +176,7 @@ class DrivenModel:
                 experts, rows = plan.experts, plan.counts
                 parts = (plan.order, plan.offsets) if place.compiled else (*plan.rows, plan.position)
                 flat += [Tensor(part) for part in parts]
-            elif place.jitter:
+            elif place.noise:
                 flat.append(Tensor(noise[place.name]))
             for domain, number in map(self.owner, experts):
                 prefix = f"domains.{domain}.{place.name}.experts"
@@ -204,7 +214,7 @@ class DrivenModel:
         objective, by_sample, auxiliary, counts = values
         counts = [c.asnumpy() for c in counts]
         for layer, (place, (experts, rows)) in enumerate(zip(self.signature.places, slots, strict=True)):
-            received = counts[layer].sum(axis=0) if rows is None else rows
+            received = counts[layer].sum(axis=0)[:-1] if rows is None else rows
             for (domain, number), some in zip(map(self.owner, experts), received, strict=True):
                 for tensor in TENSORS_PER_EXPERT:
                     name = f"domains.{domain}.{place.name}.experts.{tensor}"
@@ -225,6 +235,7 @@ class DrivenModel:
             config.layers, config.heads, EOD, tuple(zip(self.groups.names, self.groups.sizes, strict=True)),
             config.sparse_prefixes, config.sparse.router, config.activation, config.query_layer == "next_position",
             config.embedding_slots == "per_domain", capacity, config.sparse.aux_loss_weight, config.norm_epsilon,
+            config.sparse.experts_per_token, config.sparse.z_loss_weight, config.sparse.renormalise,
         )  # fmt: skip
         domains = [self.groups.names[d] for d in batch.domain]
         return pangu_numpy.forward(options, tensors or self.tensors, batch.tokens, batch.labels, domains, noise)

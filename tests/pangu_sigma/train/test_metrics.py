@@ -79,10 +79,11 @@ def test_nothing_is_dropped_into_the_current_folder(finished_run):
     ("sparse", "shares"),
     [
         # A group of E experts takes E * ceil(0.5 * 16 / E) of a sample's 16 rows: code 8 of 2 experts, law 8 of 1.
-        ({"dispatch": "capacity", "capacity_factor": 0.5}, {"code": 0.5, "law": 0.5}),
+        ({"router": "rre", "dispatch": "capacity", "capacity_factor": 0.5}, {"code": 0.5, "law": 0.5}),
         ({"router": "switch"}, {"code": 0.0, "law": 0.0}),
+        ({"router": "hash", "dispatch": "capacity", "capacity_factor": 0.5}, {"code": 0.25, "law": 0.25}),
     ],
-    ids=["rre with capacity", "switch"],
+    ids=["rre with capacity", "switch", "hash with capacity"],
 )
 def test_loads_and_drops_add_up_to_the_tokens(sparse, shares):
     trainer = small_trainer({"sparse": sparse})
@@ -90,9 +91,11 @@ def test_loads_and_drops_add_up_to_the_tokens(sparse, shares):
     figures = trainer.accounting.take()
     load, dropped = figures["expert_load"]["blocks.0"], figures["dropped_share"]["blocks.0"]
     assert figures["tokens"] == {"code": 32, "law": 32}
-    if sparse.get("router") == "switch":
+    if sparse["router"] == "switch":
         # One gate over all experts: rows are counted by the expert's owner, not by the text's domain.
         assert sum(map(sum, load.values())) == 64 and figures["auxiliary_loss"] > 0
+    elif sparse["router"] == "hash":
+        assert sum(map(sum, load.values())) + round(32 * (dropped["code"] + dropped["law"])) == 64
     else:
         for domain, tokens in figures["tokens"].items():
             assert sum(load[domain]) + round(dropped[domain] * tokens) == tokens

@@ -17,6 +17,11 @@ CASES = {
     "no query layer": {"query_layer": "none", "sparse": {"layers": 2}},
     "unequal groups": {"layers": 4, "sparse": {"layers": 2}},
     "sparse query layer": {"layers": 3, "sparse": {"layers": 2, "include_query_layer": True}},
+    "hash": {"sparse": {"layers": 1, "router": "hash"}},
+    "noisy gate with a shared expert": {
+        "layers": 3,
+        "sparse": {"layers": 0, "pattern": "every_other", "router": "noisy_top_k", "top_k": 2, "shared_expert": True},
+    },
     "switch": {"layers": 3, "sparse": {"layers": 2, "include_query_layer": True, "router": "switch"}},
     "embedding slots": {"embedding_slots": "per_domain"},
 }

@@ -1,0 +1,33 @@
+"""What a configuration must know of every router before any framework is loaded: one line per router."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RouterKind:
+    """`learned`: a gate chooses inside the graph, among all experts of the layer. `tables`: who owns a routing table,
+    the "domain" (over its group), the "layer" (over all experts), or nobody. `experts_per_token`: k where the
+    configuration does not say; `fixed` if the router's definition leaves no choice. `options`: keys of the
+    configuration that only routers which name them obey. `causal`: whether a token's experts depend on it alone.
+    """
+
+    learned: bool
+    tables: str | None = None
+    experts_per_token: int = 1
+    fixed: bool = False
+    options: frozenset[str] = frozenset()
+    causal: bool = True
+
+
+KINDS = {
+    "rre": RouterKind(False, "domain", fixed=True, options=frozenset({"resample"})),
+    "hash": RouterKind(False, "layer", fixed=True),
+    "switch": RouterKind(True, fixed=True, options=frozenset({"jitter"})),
+    "gshard": RouterKind(True, experts_per_token=2, fixed=True),
+    "glam": RouterKind(True, experts_per_token=2, fixed=True),
+    "noisy_top_k": RouterKind(True, experts_per_token=4),
+    "olmoe": RouterKind(True, experts_per_token=8, options=frozenset({"renormalise"})),
+    "expert_choice": RouterKind(True, experts_per_token=2, causal=False),
+}

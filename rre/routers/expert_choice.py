@@ -1,0 +1,75 @@
+"""Expert choice: every expert takes its best tokens (Zhou et al. 2022, arXiv 2202.09368, section 3.2)."""
+
+from __future__ import annotations
+
+import math
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import Normal, initializer
+
+from rre.dispatch import plan_in_graph
+from rre.routers.gate import LearnedRouter
+
+
+class ExpertChoiceRouter(LearnedRouter):
+    """Of every sample's S tokens each expert takes the ceil(S k / E) with its largest probability (softmax over the
+    experts), which is also the combine weight; a token may have any number of experts, k on average.
+
+    The set that an expert chooses from is one sample, in training and evaluation: it depends on no other sample and on
+    no process. Load is even by construction and there is no auxiliary loss. It is not causal: whether a token is taken
+    depends on later ones, so a model of it cannot write text.
+    """
+
+    by_expert = True
+
+    @property
+    def taken(self) -> int:
+        """Tokens that an expert takes of a sample."""
+        even = self.options.length * self.choices / self.options.groups.total
+        return min(self.options.length, math.ceil(even))
+
+    def cell(self) -> nn.Cell:
+        return ExpertChoiceGate(self)
+
+
+class ExpertChoiceGate(nn.Cell):
+    """x_TD -> (plan, combine weights [M], 0, rows [B, E + 1]) with M = E * B * taken rows, expert by expert.
+
+    The plan is the token of every row int32 [M], then the plan of those rows as if each were a token with one choice.
+    The last of `rows` counts the tokens that no expert took.
+    """
+
+    def __init__(self, router: ExpertChoiceRouter) -> None:
+        super().__init__()
+        options = router.options
+        layout = options.layout
+        self.experts, self.length, self.taken = options.groups.total, options.length, router.taken
+        shape = (options.hidden, self.experts)
+        self.weight = Parameter(initializer(Normal(options.init_std), shape), name="weight")
+        self.logits = layout(ops.MatMul(), (1, 1), (1, 1))
+        self.softmax = layout(ops.Softmax(-1), (1, 1))
+        self.turn = layout(ops.Transpose(), (1, 1, 1))
+        self.top = layout(ops.TopK(sorted=True), (1, 1, 1))
+        self.take = layout(ops.GatherD(), (1, 1, 1), (1, 1, 1))
+        self.add_up = layout(ops.UnsortedSegmentSum(), (1,), (1,))
+        self.cast = layout(ops.Cast(), (1, 1))
+        self.sum = layout(ops.ReduceSum(keep_dims=True), (1, 1))
+        self.concat = layout(ops.Concat(1), (1, 1), (1, 1))
+        self.plan = plan_in_graph(self.experts, layout)
+
+    def construct(self, x: Tensor, routing: tuple[Tensor, ...]):
+        batch = x.shape[0] // self.length
+        probabilities = self.softmax(self.logits(x, self.weight))
+        by_expert = self.turn(probabilities.reshape(batch, self.length, self.experts), (2, 0, 1))
+        _, places = self.top(ops.stop_gradient(by_expert), self.taken)
+        weights = self.take(by_expert, 2, places).reshape(-1)
+        first = ops.arange(0, batch * self.length, self.length, dtype=ms.int32)
+        tokens = (places + first.reshape(1, batch, 1)).reshape(-1)
+        each = ops.arange(0, self.experts, 1, dtype=ms.int32).reshape(-1, 1)
+        owner = ops.BroadcastTo((self.experts, batch * self.taken))(each)
+        times = self.add_up(ops.ones_like(weights), tokens, x.shape[0]).reshape(batch, self.length)
+        alone = self.sum(self.cast(times < 0.5, ms.float32), 1)
+        rows = ops.fill(ms.float32, (batch, self.experts), float(self.taken))
+        plan = (tokens,) + self.plan(owner.reshape(-1, 1))
+        return plan, weights, Tensor(0.0, ms.float32), ops.stop_gradient(self.concat((rows, alone)))

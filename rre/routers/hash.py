@@ -1,0 +1,36 @@
+"""Hash layers: vocabulary id -> expert by one fixed table of the layer (Roller et al. 2021, arXiv 2106.04426)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from rre.dispatch import drop_overflow
+from rre.routers.base import Assignment, RouterOptions
+from rre.routers.table import TableRouter
+
+LAYER = "shared"
+
+
+class HashRouter(TableRouter):
+    """The table int32 [vocab] of the layer, which all domains share, names one of all its experts; combine weight 1, no
+    auxiliary loss. It is drawn at random or balanced by frequency (section 3 of the paper), see `rre.tables`.
+
+    With `capacity_factor` an expert takes ceil(factor * S / E) rows of a sample while training.
+    """
+
+    @classmethod
+    def build(cls, options: RouterOptions) -> HashRouter:
+        return cls(
+            options.groups, options.tables, options.layer, options.seed, capacity_factor=options.capacity_factor
+        )
+
+    def assign(
+        self, token_ids: np.ndarray, domain: np.ndarray, step: int, samples: np.ndarray, training: bool
+    ) -> Assignment:
+        flat = self.tables[LAYER][token_ids].astype(np.int64).reshape(-1, 1)
+        if training and self.capacity_factor is not None:
+            length, experts = token_ids.shape[1], self.groups.total
+            flat = drop_overflow(flat, length, np.full(experts, math.ceil(self.capacity_factor * length / experts)))
+        return Assignment(flat)

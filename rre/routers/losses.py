@@ -1,0 +1,71 @@
+"""Auxiliary losses of learned gates, as cells; each docstring says whose form it is.
+
+Legend: T tokens, E experts, k choices of a token.
+"""
+
+from __future__ import annotations
+
+from mindspore import Tensor, nn, ops
+
+from parallel.layout import Layout
+
+
+class BalanceLoss(nn.Cell):
+    """hits [T, n, E], probabilities [T, E] -> weight * E * sum_e f_e P_e.
+
+    f_e is the share of the T n choices that fell on e (divided by n, so that sum f = 1; a constant in the gradient),
+    P_e the mean probability of e over the tokens. Even routing gives `weight`. Switch's form (arXiv 2101.03961,
+    equations 4 to 6) for n = 1.
+    """
+
+    def __init__(self, weight: float, experts: int, layout: Layout) -> None:
+        super().__init__()
+        self.factor = weight * experts
+        self.count = layout(ops.ReduceSum(), (1, 1, 1))
+        self.mean = layout(ops.ReduceMean(), (1, 1))
+        self.sum = layout(ops.ReduceSum(), (1,))
+        self.mul = layout(ops.Mul(), (1,), (1,))
+
+    def construct(self, hits: Tensor, probabilities: Tensor) -> Tensor:
+        share = self.count(hits, (0, 1)) / (hits.shape[0] * hits.shape[1])
+        return self.sum(self.mul(share, self.mean(probabilities, 0))) * self.factor
+
+
+class ZLoss(nn.Cell):
+    """logits [T, E] -> weight * mean_t (logsumexp_e logits)^2 (ST-MoE, arXiv 2202.08906, equation 5)."""
+
+    def __init__(self, weight: float, layout: Layout) -> None:
+        super().__init__()
+        self.weight = weight
+        self.max = layout(ops.ReduceMax(keep_dims=True), (1, 1))
+        self.sub = layout(ops.Sub(), (1, 1), (1, 1))
+        self.exp = layout(ops.Exp(), (1, 1))
+        self.log = layout(ops.Log(), (1, 1))
+        self.sum = layout(ops.ReduceSum(keep_dims=True), (1, 1))
+        self.square = layout(ops.Square(), (1, 1))
+        self.mean = layout(ops.ReduceMean(), (1, 1))
+        self.add = layout(ops.Add(), (1, 1), (1, 1))
+
+    def construct(self, logits: Tensor) -> Tensor:
+        largest = ops.stop_gradient(self.max(logits, -1))
+        pooled = self.add(self.log(self.sum(self.exp(self.sub(logits, largest)), -1)), largest)
+        return self.mean(self.square(pooled)) * self.weight
+
+
+class VariationLoss(nn.Cell):
+    """values [E] -> weight * CV(values)^2: population variance over squared mean (arXiv 1701.06538, equation 7)."""
+
+    def __init__(self, weight: float, layout: Layout) -> None:
+        super().__init__()
+        self.weight = weight
+        self.mean = layout(ops.ReduceMean(keep_dims=True), (1,))
+        self.sub = layout(ops.Sub(), (1,), (1,))
+        self.square = layout(ops.Square(), (1,))
+        self.div = layout(ops.Div(), (1,), (1,))
+        self.sum = layout(ops.ReduceSum(), (1,))
+
+    def construct(self, values: Tensor) -> Tensor:
+        mean = self.mean(values)
+        variance = self.mean(self.square(self.sub(values, mean)))
+        # The small number is that of the authors' code: a layer in which nothing was routed has loss 0.
+        return self.sum(self.div(variance, self.square(mean) + 1e-10)) * self.weight

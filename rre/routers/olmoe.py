@@ -1,0 +1,48 @@
+"""OLMoE: dropless top-k of softmax probabilities (Muennighoff et al. 2024, arXiv 2409.02060, sections 2 and 4.1)."""
+
+from __future__ import annotations
+
+from mindspore import Tensor, nn, ops
+
+from rre.routers.gate import Gate, LearnedRouter
+from rre.routers.losses import BalanceLoss, ZLoss
+
+
+class OlmoeRouter(LearnedRouter):
+    """The k largest softmax probabilities choose and weigh; `renormalise` divides them by their sum (OLMoE does not).
+
+    Auxiliary loss: weight * E * sum_e f_e P_e + z weight * mean (logsumexp logits)^2. f_e is the share of the T k
+    choices that fell on e, that is, divided by k (MegaBlocks' form, with which OLMoE was trained; the paper's text and
+    Hugging Face's code do not divide, and are k times this). The layers' losses are added up; MegaBlocks takes their
+    mean, and Hugging Face pools f and P over the layers first.
+    """
+
+    def cell(self) -> nn.Cell:
+        return OlmoeGate(self)
+
+
+class OlmoeGate(Gate):
+    """The gate inside the graph; see `Gate`."""
+
+    def __init__(self, router: OlmoeRouter) -> None:
+        super().__init__(router)
+        options, layout = router.options, router.options.layout
+        self.renormalise = options.renormalise
+        self.top = layout(ops.TopK(sorted=True), (1, 1))
+        self.take = layout(ops.GatherD(), (1, 1), (1, 1))
+        self.div = layout(ops.Div(), (1, 1), (1, 1))
+        self.row_sum = layout(ops.ReduceSum(keep_dims=True), (1, 1))
+        self.balance = BalanceLoss(options.auxiliary_weight, self.experts, layout)
+        self.z_loss = ZLoss(options.z_loss_weight, layout)
+
+    def choose(self, x: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        logits = self.logits(x, self.weight)
+        probabilities = self.softmax(logits)
+        _, ids = self.top(ops.stop_gradient(probabilities), self.choices)
+        weights = self.take(probabilities, 1, ids)
+        if self.renormalise:
+            weights = self.div(weights, self.row_sum(weights, 1))
+        return ids, weights, probabilities, logits
+
+    def auxiliary(self, hits: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
+        return self.balance(hits, chosen[2]) + self.z_loss(chosen[3])
