@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from parallel.mesh import Mesh
+
+# One entry per axis of a tensor: 1 for an axis that is whole, or the name of the mesh's ways that cut it.
 Cut = tuple[int | str, ...]
 
 
@@ -32,3 +35,30 @@ class Layout:
     def __call__(self, primitive: Any, *cuts: Cut) -> Any:
         """Return `primitive` with its inputs cut as `cuts` say (one tuple per input, one entry per axis)."""
         return primitive
+
+
+class MeshLayout(Layout):
+    """Makes primitives for the devices of a mesh, each with the shard strategy that its cuts mean.
+
+    Names in a cut: "rows" (all ranks that read samples), its factors "group" (placement groups), "exchange" (expert
+    parts of a group) and "data" in this order, "expert" (group x exchange), and "tensor". MindSpore's
+    semi-auto-parallel pass numbers devices by the order in which an operator's cuts name them, the unnamed ones
+    innermost: cuts must keep the order above, with "tensor" last, for an operator to mean the mesh's own ranks.
+    """
+
+    def __init__(self, mesh: Mesh, device: str = "Ascend") -> None:
+        super().__init__(device)
+        self.mesh = mesh
+        self.ways = {
+            "rows": mesh.rows,
+            "group": mesh.placement_groups,
+            "exchange": mesh.exchange_size,
+            "data": mesh.data,
+            "expert": mesh.expert,
+            "tensor": mesh.tensor,
+        }
+
+    def __call__(self, primitive: Any, *cuts: Cut) -> Any:
+        if not cuts:
+            return primitive
+        return primitive.shard(tuple(tuple(self.ways.get(axis, axis) for axis in cut) for cut in cuts))

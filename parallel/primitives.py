@@ -14,7 +14,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import Primitive
 
 from parallel.compiled import CompiledCrossEntropy, CompiledLayerNorm, CompiledLinear
-from parallel.layout import Layout
+from parallel.layout import Cut, Layout
 
 FAST_GELU_SLOPE = 1.702
 GELU_SLOPE = 2.0 * 0.7978845608  # 2 sqrt(2 / pi)
@@ -214,10 +214,10 @@ class Native(nn.Cell):
         return (out,) if self.outputs == 1 else out
 
 
-def activation(name: str, layout: Layout) -> nn.Cell:
-    """The activation of this name in the device's fast form: x -> (y, whatever its gradient keeps)."""
+def activation(name: str, layout: Layout, *cuts: Cut) -> nn.Cell:
+    """The activation of this name in the device's fast form: x, cut so -> (y, whatever its gradient keeps)."""
     composed, fused = {"fast_gelu": (FastGelu, ops.FastGeLU), "gelu": (Gelu, ops.GeLU)}[name]
-    return Native(layout(fused())) if layout.native else composed(layout)
+    return Native(layout(fused(), *cuts)) if layout.native else composed(layout)
 
 
 def layer_norm(layout: Layout, epsilon: float) -> nn.Cell:

@@ -1,0 +1,87 @@
+"""Capacity dispatch with static shapes equals the ragged one: values and gradients, for every mesh's row order."""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn, ops
+
+from parallel.layout import Layout
+from parallel.mesh import Mesh
+from rre.capacity import CapacityNetworks, plan_by_capacity
+from rre.dispatch import drop_overflow, plan_by_expert
+from rre.layer import RaggedNetworks
+
+T, D, F, N = 48, 8, 16, 8
+MESHES = [
+    (Mesh(), 1),
+    (Mesh(data=2, expert=2, tensor=2), 2),
+    (Mesh(data=3, expert=4, placement="domain", placement_groups=2), 1),
+]
+
+
+class Scored(nn.Cell):
+    """x, the stacked weights, plan, wanted -> sum of wanted * y; `slots` weights are taken apart where it is not 1."""
+
+    def __init__(self, networks: nn.Cell, slots: int) -> None:
+        super().__init__()
+        self.networks = networks
+        self.slots = slots
+
+    def result(self, x, up, up_bias, down, down_bias, plan):
+        if self.slots == 1:
+            return self.networks(x, plan, (up, up_bias, down, down_bias))
+        weights = ()
+        for e in range(self.slots):
+            weights = weights + (up[e], up_bias[e], down[e], down_bias[e])
+        return self.networks(x, plan, weights)
+
+    def construct(self, x, up, up_bias, down, down_bias, plan, wanted):
+        y = self.result(x, up, up_bias, down, down_bias, plan)
+        return (y * wanted).sum(), y
+
+
+@pytest.mark.parametrize(("mesh", "k"), MESHES, ids=str)
+def test_static_rows_give_the_ragged_result_and_gradients(mesh, k):
+    rng = np.random.default_rng(5)
+    shard, of_group = T // mesh.rows, N // mesh.placement_groups
+    group_of_token = np.arange(T) // (T // mesh.placement_groups)
+    ids = group_of_token[:, None] * of_group + np.stack([rng.permutation(of_group)[:k] for _ in range(T)])
+    capacity = max(1, shard // of_group)
+    ids = drop_overflow(ids, shard, np.full(N, capacity))
+    assert (ids < 0).any()
+    x = rng.standard_normal((T, D)).astype(np.float32)
+    stacked = [rng.standard_normal(s).astype(np.float32) for s in ((N, D, F), (N, F), (N, F, D), (N, D))]
+    wanted = rng.standard_normal((T * k, D)).astype(np.float32)
+
+    plan = plan_by_capacity(ids, mesh, N, capacity)
+    static = Scored(CapacityNetworks(Layout(), "fast_gelu", ms.float32, mesh), 1)
+    static_plan = tuple(Tensor(a) for a in (plan.dispatch, plan.combine, plan.kept))
+    rows = plan_by_expert(ids, np.arange(N))
+    ragged = Scored(RaggedNetworks(Layout(), "fast_gelu", ms.float32, None), N)
+    ragged_plan = tuple(Tensor(a) for a in (*rows.rows, rows.position))
+
+    inputs = [Tensor(a) for a in (x, *stacked)]
+    positions = tuple(range(5))
+    both = []
+    for scored, its_plan in ((static, static_plan), (ragged, ragged_plan)):
+        graph = ops.value_and_grad(scored, positions, None, has_aux=True)
+        (_, y), gradients = graph(*inputs, its_plan, Tensor(wanted))
+        both.append((y, gradients))
+    (found, gradients), (expected, expected_gradients) = both
+    np.testing.assert_allclose(found.asnumpy(), expected.asnumpy(), atol=1e-5)
+    used = np.isin(np.arange(N), ids)
+    for mine, theirs in zip(gradients, expected_gradients, strict=True):
+        rows = slice(None) if mine.shape == x.shape else used
+        np.testing.assert_allclose(mine.asnumpy()[rows], theirs.asnumpy()[rows], atol=1e-4)
+
+
+def test_rows_outside_the_group_or_beyond_capacity_are_refused():
+    mesh = Mesh(expert=2, placement="domain", placement_groups=2)
+    ids = np.repeat([0, 2], 4).reshape(-1, 1)
+    assert plan_by_capacity(ids, mesh, 4, 4).kept.all()
+    with pytest.raises(ValueError, match="row shard 1 has tokens for experts outside its placement group"):
+        plan_by_capacity(np.zeros((8, 1), int), mesh, 4, 8)
+    with pytest.raises(ValueError, match="row shard 0 has 4 rows for a slot that takes 3"):
+        plan_by_capacity(ids, mesh, 4, 3)
