@@ -21,7 +21,7 @@ quickstart: $(VENV)/.installed  ## build four domains from this machine's files,
 	$(BIN)/pangu-sigma quickstart
 
 test: $(VENV)/.installed-test  ## the fast tests
-	$(BIN)/python -m pytest --durations=15 $(PYTEST)
+	$(BIN)/python -m pytest --durations=15 -n 2 --dist loadfile $(PYTEST)
 
 test-slow: $(VENV)/.installed-test  ## the long variants
 	$(BIN)/python -m pytest --durations=15 -m slow $(PYTEST)

@@ -1,0 +1,14 @@
+"""With several test processes (pytest -n), each keeps to a processor of its own.
+
+MindSpore, PyTorch and the compiled kernels start as many threads as they may use processors, and their waiting threads
+spin: two processes on the same two processors take several times as long as on one each.
+"""
+
+import os
+
+
+def pytest_configure() -> None:
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker:
+        processors = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {processors[int(worker.removeprefix("gw")) % len(processors)]})
