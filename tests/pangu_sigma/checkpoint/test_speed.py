@@ -3,6 +3,7 @@
 import hashlib
 import os
 import time
+from statistics import median
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def test_a_save_costs_about_what_hashing_and_writing_costs(tmp_path, save, model
         save(tmp_path / str(attempt), 1, model, groups={})
         saved.append(time.perf_counter() - started)
     # the best of three each: other programs may use the disk and the cores meanwhile
-    assert min(saved) < 1.6 * min(plain) + 0.2, f"saved in {saved} s, hashed and written in {plain} s"
+    assert median(saved) < 1.6 * median(plain) + 0.2, f"saved in {saved} s, hashed and written in {plain} s"
 
 
 def test_an_unchanged_model_costs_its_hash(tmp_path, save, model):
@@ -50,4 +51,4 @@ def test_an_unchanged_model_costs_its_hash(tmp_path, save, model):
         result = save(tmp_path, step, model, groups={})
         assert result.bytes_linked > 200 * MIB and result.bytes_written < 1000
         saved.append(result.seconds)
-    assert min(saved) < 1.2 * min(hashed) + 0.2, f"saved in {saved} s, hashed in {hashed} s"
+    assert median(saved) < 1.2 * median(hashed) + 0.2, f"saved in {saved} s, hashed in {hashed} s"

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from pangu_sigma.checkpoint import resolve
+from pangu_sigma.config import Config
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation import Request, Sampling
 from pangu_sigma.generation.engine import Engine
-from pangu_sigma.load import stored_tokenizer
+from pangu_sigma.load import stored_config, stored_tokenizer
 from pangu_sigma.serving.errors import ApiError
 from pangu_sigma.serving.metrics import Metrics
 from pangu_sigma.serving.scheduler import Scheduler
@@ -65,6 +66,7 @@ class FakeGroups:
 class FakeModel:
     vocab: int
     groups: FakeGroups
+    config: Config
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +80,13 @@ def decoder(tokenizer) -> CountingDecoder:
 
 
 @pytest.fixture
-def run(tokenizer, decoder):
+def run(served_run, tokenizer, decoder):
     """Run a coroutine function with a started scheduler."""
 
     def run(steps) -> Scheduler:
         async def whole() -> Scheduler:
             limits = Limits(slots=SLOTS, queue=QUEUE)
-            model = FakeModel(tokenizer.vocab_size, FakeGroups())
+            model = FakeModel(tokenizer.vocab_size, FakeGroups(), stored_config(resolve(served_run)))
             metrics = Metrics(("law",), SLOTS)
             scheduler = Scheduler(lambda: Engine(model, tokenizer, SLOTS, decoder), limits, metrics)
             await scheduler.start()
