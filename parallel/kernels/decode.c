@@ -9,7 +9,8 @@
 #include <math.h>
 #include <string.h>
 
-#define COLUMNS 128 /* columns of a matrix in a task */
+#define FEWEST_COLUMNS 128 /* columns of a matrix in a task: long stretches are read fast, but every thread wants one */
+#define MOST_COLUMNS 512
 #define STEPS 8     /* rows of a matrix that one pass over a row of sums takes */
 #define LANES 16    /* partial sums of a scalar product */
 #define WORDS 256   /* vocabulary rows in a task */
@@ -28,7 +29,7 @@ typedef struct {
     float *out, *new_keys, *new_values, *x, *q, *y, *inner, *scores, epsilon;
     int32_t *group; /* rows in order of their network */
     int32_t *starts;
-    int64_t rows, hidden, heads, width, length, f, networks, groups, column_parts, inner_parts;
+    int64_t rows, hidden, heads, width, length, f, networks, groups, columns, column_parts, inner_columns, inner_parts;
     int activation, from_queries;
 } decoding;
 
@@ -49,6 +50,12 @@ MULTIVERSION static void add_product(float *restrict y, const float *restrict x,
         for (int64_t n = 0; n < columns; n++) y[n] += x[k] * w[k * stride + n];
 }
 
+/* How many columns a task takes. It changes no result: every column is a sum of its own. */
+static int64_t task_columns(int64_t outer) {
+    int64_t share = parts(parts(outer, worker_count()), 64) * 64;
+    return share < FEWEST_COLUMNS ? FEWEST_COLUMNS : smaller(share, MOST_COLUMNS);
+}
+
 /* Columns of y = x w + b (+ residual) for the listed rows; a stretch of w is used by all of them while it is at hand. */
 static void columns_of(float *y, const float *x, const float *w, const float *b, const float *residual,
                        const int32_t *rows, int64_t count, int64_t inner, int64_t outer, int64_t first, int64_t last) {
@@ -57,10 +64,11 @@ static void columns_of(float *y, const float *x, const float *w, const float *b,
         float *to = y + row * outer;
         for (int64_t n = first; n < last; n++) to[n] = b[n] + (residual ? residual[row * outer + n] : 0.0f);
     }
-    for (int64_t k = 0; k < inner; k += 4 * STEPS)
+    /* So few rows of w at once, because rows a power of two apart compete for the same places in the cache. */
+    for (int64_t k = 0; k < inner; k += STEPS)
         for (int64_t r = 0; r < count; r++) {
             int64_t row = rows ? rows[r] : r;
-            add_product(y + row * outer + first, x + row * inner, w + first, outer, k, smaller(k + 4 * STEPS, inner),
+            add_product(y + row * outer + first, x + row * inner, w + first, outer, k, smaller(k + STEPS, inner),
                         last - first);
         }
 }
@@ -116,7 +124,7 @@ MULTIVERSION static void attend(float *y, float *s, const float *q, const float 
 static void project(void *context, int64_t index, int worker) {
     decoding *a = context;
     int64_t part = index % a->column_parts, which = index / a->column_parts, d = a->hidden;
-    int64_t first = part * COLUMNS, last = smaller(first + COLUMNS, d);
+    int64_t first = part * a->columns, last = smaller(first + a->columns, d);
     const float *from = which == 0 && a->from_queries ? a->queries : a->x;
     const float *w = which == 0 ? a->w.wq : which == 1 ? a->w.wk : a->w.wv;
     const float *b = which == 0 ? a->w.bq : which == 1 ? a->w.bk : a->w.bv;
@@ -133,8 +141,8 @@ static void head_of_row(void *context, int64_t index, int worker) {
 
 static void output(void *context, int64_t index, int worker) {
     decoding *a = context;
-    int64_t first = index * COLUMNS, d = a->hidden;
-    columns_of(a->out, a->y, a->w.wo, a->w.bo, a->h, NULL, a->rows, d, d, first, smaller(first + COLUMNS, d));
+    int64_t first = index * a->columns, d = a->hidden;
+    columns_of(a->out, a->y, a->w.wo, a->w.bo, a->h, NULL, a->rows, d, d, first, smaller(first + a->columns, d));
 }
 
 /* The network of a group: its first row's, or the one of all rows. */
@@ -142,8 +150,8 @@ static int64_t network_of(const decoding *a, int64_t g) { return a->networks == 
 
 static void up(void *context, int64_t index, int worker) {
     decoding *a = context;
-    int64_t g = index / a->inner_parts, first = index % a->inner_parts * COLUMNS, last = smaller(first + COLUMNS, a->f);
-    int64_t count = a->starts[g + 1] - a->starts[g];
+    int64_t g = index / a->inner_parts, first = index % a->inner_parts * a->inner_columns;
+    int64_t last = smaller(first + a->inner_columns, a->f), count = a->starts[g + 1] - a->starts[g];
     const int32_t *rows = a->group + a->starts[g];
     float **w = a->ffn + 4 * network_of(a, g);
     columns_of(a->inner, a->x, w[0], w[1], NULL, rows, count, a->hidden, a->f, first, last);
@@ -152,8 +160,8 @@ static void up(void *context, int64_t index, int worker) {
 
 static void down(void *context, int64_t index, int worker) {
     decoding *a = context;
-    int64_t g = index / a->column_parts, first = index % a->column_parts * COLUMNS;
-    int64_t count = a->starts[g + 1] - a->starts[g], last = smaller(first + COLUMNS, a->hidden);
+    int64_t g = index / a->column_parts, first = index % a->column_parts * a->columns;
+    int64_t count = a->starts[g + 1] - a->starts[g], last = smaller(first + a->columns, a->hidden);
     float **w = a->ffn + 4 * network_of(a, g);
     columns_of(a->y, a->inner, w[2], w[3], a->out, a->group + a->starts[g], count, a->f, a->hidden, first, last);
 }
@@ -195,7 +203,8 @@ KERNEL(decode_layer) {
     a.x = space, a.q = a.x + whole, a.y = a.q + whole, a.inner = a.y + whole;
     a.scores = a.inner + a.rows * a.f;
     a.group = (int32_t *)(a.scores + a.rows * a.heads * (a.length + 1)), a.starts = a.group + a.rows;
-    a.column_parts = parts(a.hidden, COLUMNS), a.inner_parts = parts(a.f, COLUMNS);
+    a.columns = task_columns(a.hidden), a.column_parts = parts(a.hidden, a.columns);
+    a.inner_columns = task_columns(a.f), a.inner_parts = parts(a.f, a.inner_columns);
     for (int64_t r = 0; r < a.rows; r++) {
         if (a.positions[r] < 0 || a.positions[r] >= a.length) return WRONG_INPUT;
         normalise(a.x + r * a.hidden, a.h + r * a.hidden, a.w.g1, a.w.b1, a.hidden, a.epsilon);
