@@ -11,6 +11,8 @@ from pangu_sigma.config.section import ListOf, Section
 # A domain's name becomes a file name and a part of tensor names.
 DomainName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
 Text = Annotated[str, StringConstraints(min_length=1)]
+# `data.stream.path` of documents that come through standard input.
+STANDARD_INPUT = "-"
 
 
 class DomainConfig(Section):
@@ -36,6 +38,17 @@ class TokenizerConfig(Section):
     vocab_size: int = Field(4096, ge=64, description="Number of pieces of a trained tokenizer.")
 
 
+class StreamConfig(Section):
+    """An endless source of documents that training learns from as they arrive, instead of the domains' files."""
+
+    path: Text = Field(description="A growing .jsonl file, or - for standard input.")
+    domain: DomainName | None = Field(
+        None, description="Domain of every document; null takes the one that the document's domain_field names."
+    )
+    domain_field: Text = Field("domain", description="Key of the domain's name in a line, where domain is null.")
+    text_field: Text = Field("text", description="Key of the text in a line.")
+
+
 class DataConfig(Section):
     """How texts become sequences."""
 
@@ -51,4 +64,7 @@ class DataConfig(Section):
     prefetch: int = Field(2, ge=0, description="Batches read ahead of the step; 0 reads each when it is needed.")
     domains_per_step: int | None = Field(
         None, ge=1, description="How many domains may meet in one optimizer step; null sets no limit."
+    )
+    stream: StreamConfig | None = Field(
+        None, description="Source of documents to learn from as they arrive; null trains on the domains' files."
     )

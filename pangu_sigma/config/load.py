@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from pangu_sigma.config.data import STANDARD_INPUT
 from pangu_sigma.config.overrides import apply_overrides
 from pangu_sigma.config.problems import problems_of, shown
 from pangu_sigma.config.schema import SCHEMA_VERSION, Config
@@ -58,6 +59,8 @@ def effective(config: Config) -> Config:
         domain["data"] = [_absolute(pattern) for pattern in domain["data"]]
     data, tokenizer, train = values["data"], values["data"]["tokenizer"], values["train"]
     data["cache"] = _absolute(data["cache"]) if data["cache"] else join(values["run"]["dir"], "data")
+    if data["stream"] and data["stream"]["path"] != STANDARD_INPUT:
+        data["stream"]["path"] = _absolute(data["stream"]["path"])
     if tokenizer["path"]:
         tokenizer["path"] = _absolute(tokenizer["path"])
     if values["schedule"]["decay_steps"] is None:

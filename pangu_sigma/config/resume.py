@@ -14,8 +14,8 @@ _ALLOWED = re.compile(
     r"run\.(dir|init_from|log_every|tensorboard|profile.*)"
     r"|train\.(steps|stop_at|nonfinite|skip_budget)"
     r"|evaluate\..*"
-    r"|checkpoint\.(every|keep)"
-    r"|data\.(prefetch|cache)"
+    r"|checkpoint\.(every|every_seconds|keep)"
+    r"|data\.(prefetch|cache|stream\.path)"
     r"|experts\..*"  # where tables lie changes no value beyond rounding, and a checkpoint none at all
     r"|model\.preset"  # only a name: the sizes that it filled in are compared themselves
 )
@@ -32,10 +32,10 @@ def changed_keys(old: Config, new: Config) -> Changes:
     """The keys in which two effective configurations differ; domains are named, not numbered (`domains.code.experts`).
 
     Allowed are keys that leave every step that both have as it was: run.* except seed and device, train.steps,
-    stop_at, nonfinite and skip_budget, evaluate.*, checkpoint.every and keep, data.prefetch and cache, experts.*. A
-    longer train.steps moves the end of a decay that follows it (schedule.decay_steps, written out in an effective
-    configuration), which is refused; a constant schedule has no such end. The last phase may grow or shrink with
-    train.steps, unless its own decay ends with it.
+    stop_at, nonfinite and skip_budget, evaluate.*, checkpoint.every, every_seconds and keep, data.prefetch, cache and
+    stream.path, experts.*. A longer train.steps moves the end of a decay that follows it (schedule.decay_steps, written
+    out in an effective configuration), which is refused; a constant schedule has no such end. The last phase may grow
+    or shrink with train.steps, unless its own decay ends with it.
     """
     before, after = flat_keys(old), flat_keys(new)
     changed = [key for key in {**before, **after} if before.get(key, _ABSENT) != after.get(key, _ABSENT)]

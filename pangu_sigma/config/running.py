@@ -59,6 +59,9 @@ class CheckpointConfig(Section):
     """When the run's state is saved and how long it is kept."""
 
     every: int = Field(0, ge=0, description="Steps between two checkpoints; 0 saves at the end of the run only.")
+    every_seconds: float | None = Field(
+        None, gt=0, description="Seconds between two checkpoints, whatever the steps; null sets no time."
+    )
     keep: int = Field(3, ge=1, description="Number of newest checkpoints that are kept.")
     probe_sequences: int = Field(
         2, ge=0, description="Held-out sequences per domain that travel in a checkpoint, to verify a model alone."

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from pangu_sigma.config.data import DomainName
 from pangu_sigma.config.section import ListOf, Section
@@ -44,6 +44,28 @@ class LossScaleConfig(Section):
     factor: float = Field(2.0, gt=1, description="Factor of growth, and of the cut after an overflow.")
 
 
+class RegulariseConfig(Section):
+    """What holds a phase near the previous model: the model as it stood when the phase began, or before it grew."""
+
+    output: float = Field(
+        0.0, ge=0, description="Weight of KL(previous || now) of the next-token distributions, in nats per token."
+    )
+    l2: float = Field(
+        0.0, ge=0, description="Weight of half the squared distance of the shared parameters to the previous ones."
+    )
+    ewc: float = Field(
+        0.0, ge=0, description="The same, each parameter weighed by its Fisher information on the old domains' text."
+    )
+    fisher_batches: int = Field(
+        32, ge=1, description="With ewc, batches of each old domain's text that the Fisher information is estimated on."
+    )
+
+
+def _trained(value: Any) -> Any:
+    """true and false are read as train and frozen."""
+    return {True: "train", False: "frozen"}[value] if isinstance(value, bool) else value
+
+
 class PhaseConfig(Section):
     """A stretch of steps with its own domain weights and its own trained parts."""
 
@@ -53,7 +75,18 @@ class PhaseConfig(Section):
     weights: dict[str, float] | None = Field(
         None, description="Weight of every domain drawn in this phase (others: 0); null takes the domains' own."
     )
-    shared: bool = Field(True, description="Whether the shared parameters train.")
+    shared: Annotated[Literal["train", "frozen", "regularised"], BeforeValidator(_trained)] = Field(
+        "train", description="Whether the shared parameters train, keep every bit, or train near the previous model."
+    )
+    regularise: RegulariseConfig | None = Field(
+        None, description="With shared regularised, what holds the phase near the previous model."
+    )
+    replay: float = Field(
+        0.0, ge=0, lt=1, description="Share of the samples that old domains give, by their own weights, beside weights."
+    )
+    old: ListOf[DomainName] | None = Field(
+        None, description="The old domains, of replay and ewc; null: those that earlier phases drew and weights do not."
+    )
     domains: ListOf[DomainName] | None = Field(
         None, description="Names of the domains whose experts train; null trains all, an empty list none."
     )

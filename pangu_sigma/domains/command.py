@@ -37,6 +37,7 @@ class Shared(StrEnum):
 
     frozen = "frozen"
     train = "train"
+    regularised = "regularised"
 
 
 @domains_app.command("list", short_help="What every domain owns, has seen, and its loss.")
@@ -97,10 +98,23 @@ def add(
         ),
     ] = None,
     shared: Annotated[
-        Shared, typer.Option(help="In these steps: frozen keeps every other domain to the bit; train adapts them too.")
+        Shared,
+        typer.Option(
+            help="In these steps: frozen keeps every other domain to the bit; train adapts them too; regularised does "
+            "so near the model as it is now (--output, --l2, --ewc)."
+        ),
     ] = Shared.frozen,
+    output: Annotated[
+        float, typer.Option(min=0.0, help="With --shared regularised: weight of KL(model before || model).")
+    ] = 0.0,
+    l2: Annotated[
+        float, typer.Option(min=0.0, help="With --shared regularised: weight of the shared parameters' distance.")
+    ] = 0.0,
+    ewc: Annotated[
+        float, typer.Option(min=0.0, help="The same distance, weighed by Fisher information on the other domains.")
+    ] = 0.0,
     replay: Annotated[
-        float, typer.Option(min=0.0, max=0.99, help="With --shared train: share of samples from the other domains.")
+        float, typer.Option(min=0.0, max=0.99, help="Unless frozen: share of samples from the other domains.")
     ] = 0.0,
     out: Out = None,
 ) -> None:
@@ -111,14 +125,15 @@ def add(
     """
     from pangu_sigma.domains.adding import NewDomain, add_domain, add_model
 
-    if steps is None and (shared is not Shared.frozen or replay):
-        raise UserError("--shared and --replay say how the new domain trains: say for how long with --steps")
+    if steps is None and (shared is not Shared.frozen or replay or output or l2 or ewc):
+        raise UserError("--shared, --output, --l2, --ewc and --replay say how it trains: say for how long with --steps")
+    plan = (steps, shared, replay, _held_by(shared, output, l2, ewc))
     if model is not None:
         if data:
             raise UserError("--data and --model exclude each other: the model's domain brings its own text")
 
         def ahead_of(own: str) -> Ahead | None:
-            return _ahead(own, steps, shared, replay)
+            return _ahead(own, *plan)
 
         done = add_model(run, model, domain, name=name, weight=weight, ahead_of=ahead_of, out=out)
         name = done.checkpoint.domains[-1]
@@ -128,7 +143,7 @@ def add(
         if domain is not None:
             raise UserError("--domain chooses a domain of --model: leave it out, or name the model")
         wanted = NewDomain(name, tuple(data), experts, init, text_field, weight)
-        done = add_domain(run, wanted, ahead=_ahead(name, steps, shared, replay), out=out)
+        done = add_domain(run, wanted, ahead=_ahead(name, *plan), out=out)
     _say(done, f"{name} added")
 
 
@@ -211,10 +226,23 @@ def merge(
     _say(merge_models(models, out), f"{len(models)} models merged")
 
 
-def _ahead(name: str, steps: int | None, shared: Shared, replay: float) -> Ahead | None:
+def _held_by(shared: Shared, output: float, l2: float, ewc: float) -> dict[str, float] | None:
+    given = {"output": output, "l2": l2, "ewc": ewc}
+    if shared is not Shared.regularised:
+        if any(given.values()):
+            raise UserError("--output, --l2 and --ewc hold the shared parameters: add --shared regularised")
+        return None
+    if not any(given.values()):
+        raise UserError("--shared regularised needs to know by what: give --output, --l2 or --ewc a weight above 0")
+    return given
+
+
+def _ahead(
+    name: str, steps: int | None, shared: Shared, replay: float, regularise: dict[str, float] | None
+) -> Ahead | None:
     from pangu_sigma.domains.plan import Ahead
 
-    return None if steps is None else Ahead(name, steps, shared is Shared.train, replay)
+    return None if steps is None else Ahead(name, steps, shared.value, replay, regularise)
 
 
 def _say(done: Changed, what: str) -> None:

@@ -7,9 +7,12 @@ changes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from pangu_sigma.config import Config
+from pangu_sigma.config.phases import old_domains
+from pangu_sigma.config.training import RegulariseConfig
 from pangu_sigma.errors import UserError
 
 # Key of the trainer state that lists what was done to the domains of a run: [{"step", "change"}].
@@ -20,17 +23,19 @@ DOMAIN_CHANGES = "domain_changes"
 class Ahead:
     """Training that follows the change, instead of what the plan had left: `steps` on the domain `name`.
 
-    shared: whether the shared parameters train too. replay: share of the samples (0 to below 1) that the other domains
-    give, by their own weights. learning_rate: the peak; None keeps the run's. Raises UserError for what has no effect.
+    shared: what the shared parameters do: frozen, train, or regularised by what `regularise` (a `RegulariseConfig` as a
+    mapping) says. replay: share of the samples (0 to below 1) that the other domains give, by their own weights. Raises
+    UserError for what has no effect.
     """
 
     name: str
     steps: int
-    shared: bool
-    replay: float
+    shared: str = "frozen"
+    replay: float = 0.0
+    regularise: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.replay and not self.shared:
+        if self.replay and self.shared == "frozen":
             raise UserError(
                 f"--replay {self.replay:g} has no use with --shared frozen, where no other domain's experts can "
                 "change: leave one of the two out"
@@ -39,21 +44,20 @@ class Ahead:
 
 def add_domain(values: dict[str, Any], domain: dict[str, Any], step: int, ahead: Ahead | None) -> None:
     """Adds `domain` (a `DomainConfig` as a mapping) to the configuration of a run that has done `step` steps."""
-    others = {entry["name"]: entry["weight"] for entry in values["domains"]}
     values["domains"].append(domain)
     if ahead is not None:
-        weights = {ahead.name: 1.0 - ahead.replay}
-        if ahead.replay:
-            total = sum(others.values())
-            if not total:
-                raise UserError("--replay has nobody to draw from: the other domains' weights are all 0; leave it out")
-            weights |= {name: ahead.replay * weight / total for name, weight in others.items()}
         phase = {
             "steps": ahead.steps,
-            "weights": weights,
+            "weights": {ahead.name: 1.0},
             "shared": ahead.shared,
-            "domains": None if ahead.shared else [ahead.name],
+            "domains": [ahead.name] if ahead.shared == "frozen" else None,
             "restart": True,
+            "replay": ahead.replay,
+            "old": [entry["name"] for entry in values["domains"] if entry["name"] != ahead.name]
+            if ahead.replay or (ahead.regularise or {}).get("ewc")
+            else None,
+            # Every key of the section, so that the plan can be changed again.
+            "regularise": None if ahead.regularise is None else RegulariseConfig(**ahead.regularise).model_dump(),
         }
         done = phases_done(values["train"], step)
         values["train"]["steps"] = step + ahead.steps
@@ -78,6 +82,10 @@ def remove_domain(values: dict[str, Any], name: str, step: int) -> None:
         train["steps"] = sum(phase["steps"] for phase in train["phases"])
     elif train["phases"]:
         train["phases"] = []
+    _mend_old(values)
+    stream = values["data"]["stream"]
+    if stream is not None and stream["domain"] == name:
+        values["data"]["stream"] = None
     _mend(values, step)
 
 
@@ -90,11 +98,16 @@ def rename_domain(values: dict[str, Any], old: str, new: str) -> None:
             phase["weights"] = {new if name == old else name: weight for name, weight in phase["weights"].items()}
         if phase["domains"] is not None:
             phase["domains"] = [new if name == old else name for name in phase["domains"]]
+        if phase.get("old") is not None:
+            phase["old"] = [new if name == old else name for name in phase["old"]]
+    stream = values["data"]["stream"]
+    if stream is not None and stream["domain"] == old:
+        stream["domain"] = new
 
 
 def phases_done(train: dict[str, Any], step: int) -> list[dict[str, Any]]:
     """The phases of the steps before `step`, the last one cut there; one that trains everything if none is set."""
-    phases = train["phases"] or [{"steps": train["steps"], "weights": None, "shared": True, "domains": None}]
+    phases = train["phases"] or [{"steps": train["steps"], "weights": None, "shared": "train", "domains": None}]
     done, start = [], 0
     for index, phase in enumerate(phases):
         # A checkpoint may lie behind the end of the plan, which the last phase then covers.
@@ -118,7 +131,7 @@ def phases_ahead(train: dict[str, Any], step: int) -> list[dict[str, Any]]:
 
 def _draws_another(phase: dict[str, Any], name: str) -> bool:
     weights, domains = phase["weights"], phase["domains"]
-    if domains is not None and not phase["shared"] and not set(domains) - {name}:
+    if domains is not None and phase["shared"] == "frozen" and not set(domains) - {name}:
         return False
     return weights is None or any(weight for other, weight in weights.items() if other != name)
 
@@ -130,10 +143,35 @@ def _without(phase: dict[str, Any], name: str) -> dict[str, Any]:
         weights = weights if sum(weights.values()) else None
     if domains is not None:
         domains = [other for other in domains if other != name]
-        if not domains and not phase["shared"]:
+        if not domains and phase["shared"] == "frozen":
             # Nothing trained but the removed domain: the steps were done, so only the form has to be right.
             domains = None
-    return {**phase, "weights": weights, "domains": domains}
+    kept = phase.get("old")
+    if kept is not None:
+        kept = [other for other in kept if other != name]
+    return {**phase, "weights": weights, "domains": domains, "old": kept}
+
+
+def _mend_old(values: dict[str, Any]) -> None:
+    """Phases whose last old domain is gone replay nothing and have no Fisher information to go by."""
+    train = values["train"]
+    for index, phase in enumerate(train["phases"]):
+        if phase.get("old") == []:
+            phase["old"] = None
+        view = SimpleNamespace(
+            domains=[SimpleNamespace(**entry) for entry in values["domains"]],
+            domain_names=[entry["name"] for entry in values["domains"]],
+            train=SimpleNamespace(phases=[SimpleNamespace(**{"old": None, **entry}) for entry in train["phases"]]),
+        )
+        regularise = phase.get("regularise")
+        if phase.get("replay") and (phase["weights"] is None or not old_domains(view, index)):
+            phase["replay"] = 0.0
+        if regularise is not None and regularise["ewc"] and not old_domains(view, index):
+            regularise["ewc"] = 0.0
+            if not regularise["output"] and not regularise["l2"]:
+                phase["shared"], phase["regularise"] = "train", None
+        if not phase.get("replay") and not (phase.get("regularise") or {}).get("ewc"):
+            phase["old"] = None
 
 
 def _mend(values: dict[str, Any], step: int) -> None:

@@ -67,6 +67,11 @@ def train(config: Config, resume: bool = False) -> Path:
     Raises UserError for the user's mistakes and for training that cannot go on.
     """
     check_one_process(config)
+    for index, phase in enumerate(config.train.phases):
+        if phase.shared == "regularised":
+            raise UserError(f"train.phases.{index}.shared = regularised does not train yet: set it to train or frozen")
+    if config.data.stream is not None:
+        raise UserError("data.stream does not train yet: set it to null")
     with sigterm_as_ctrl_c(), Run(config, resume) as run:
         run.loop()
     return Path(config.run.dir)

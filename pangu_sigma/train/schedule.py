@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 
 from pangu_sigma.config import Config
+from pangu_sigma.config.phases import drawn_weights
+from pangu_sigma.config.training import RegulariseConfig
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -34,23 +36,27 @@ def learning_rate(config: Config, step: int) -> float:
 
 @dataclass(frozen=True)
 class Phase:
-    """What holds at a step: domain weights, whether shared parameters train, and whose experts do."""
+    """What holds at a step: domain weights, whether shared parameters train, and whose experts do.
+
+    `start` is the phase's first step; `regularise` what holds it near the model of that step, None for nothing.
+    """
 
     index: int
     weights: dict[str, float]
     shared: bool
     domains: frozenset[str]
+    start: int = 0
+    regularise: RegulariseConfig | None = None
 
 
 def phase_at(config: Config, step: int) -> Phase:
     """The phase of optimizer step `step`, counted from 0; a run without phases trains everything throughout."""
-    own = {domain.name: domain.weight for domain in config.domains}
-    everyone = frozenset(own)
+    everyone = frozenset(config.domain_names)
     start = 0
     for index, phase in enumerate(config.train.phases):
-        start += phase.steps
-        if step < start or index == len(config.train.phases) - 1:
-            weights = own if phase.weights is None else dict(phase.weights)
+        if step < start + phase.steps or index == len(config.train.phases) - 1:
             trained = everyone if phase.domains is None else frozenset(phase.domains)
-            return Phase(index, weights, phase.shared, trained)
-    return Phase(0, own, True, everyone)
+            weights = drawn_weights(config, index)
+            return Phase(index, weights, phase.shared != "frozen", trained, start, phase.regularise)
+        start += phase.steps
+    return Phase(0, {domain.name: domain.weight for domain in config.domains}, True, everyone)

@@ -23,6 +23,7 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.load import stored_config
 from pangu_sigma.train.lock import locked_folder
 from pangu_sigma.train.run import train
+from pangu_sigma.train.schedule import phase_at
 from tests.pangu_sigma.domains.conftest import digests, tensor_digests
 from tests.pangu_sigma.train import process
 
@@ -89,19 +90,22 @@ def test_a_new_domain_begins_as_it_was_asked(copied_run, medicine, tmp_path):
 
 def test_training_ahead_is_the_runs_plan(copied_run, medicine):
     run = copied_run(8)
-    add_domain(run, wanted(medicine), ahead=Ahead("medicine", 6, shared=False, replay=0.0))
+    add_domain(run, wanted(medicine), ahead=Ahead("medicine", 6, shared="frozen", replay=0.0))
     train = load_config(run / "config.yaml").train
     assert train.steps == 14 and [phase.steps for phase in train.phases] == [4, 4, 6]
     last = train.phases[-1]
-    assert (last.weights, last.shared, last.domains, last.restart) == ({"medicine": 1.0}, False, ("medicine",), True)
+    assert (last.weights, last.shared, last.domains, last.restart) == (
+        {"medicine": 1.0}, "frozen", ("medicine",), True)  # fmt: skip
 
 
 def test_replay_draws_the_others_by_their_weights(copied_run, medicine):
     run = copied_run(8)
-    add_domain(run, wanted(medicine), ahead=Ahead("medicine", 6, shared=True, replay=0.3))
-    last = load_config(run / "config.yaml").train.phases[-1]
-    assert last.weights == pytest.approx({"medicine": 0.7, "code": 0.1, "law": 0.1, "poems": 0.1})
-    assert last.shared and last.domains is None
+    add_domain(run, wanted(medicine), ahead=Ahead("medicine", 6, shared="train", replay=0.3))
+    config = load_config(run / "config.yaml")
+    last = config.train.phases[-1]
+    assert (last.weights, last.replay, last.old) == ({"medicine": 1.0}, 0.3, ("code", "law", "poems"))
+    assert phase_at(config, 9).weights == pytest.approx({"medicine": 0.7, "code": 0.1, "law": 0.1, "poems": 0.1})
+    assert last.shared == "train" and last.domains is None
 
 
 def test_removing_and_renaming_keep_the_others(copied_run):
@@ -124,7 +128,7 @@ def test_add_and_remove_give_the_checkpoint_back(copied_run, medicine):
     run = copied_run(STEP)
     before, files = open_checkpoint(folder(run)), digests(folder(run))
     state = before.state
-    add_domain(run, wanted(medicine), ahead=Ahead("medicine", 4, shared=False, replay=0.0))
+    add_domain(run, wanted(medicine), ahead=Ahead("medicine", 4, shared="frozen", replay=0.0))
     remove_domain(run, "medicine")
     after = open_checkpoint(folder(run))
     assert tensor_digests(after) == tensor_digests(before) and after.coverage == before.coverage
@@ -168,7 +172,7 @@ def test_an_extracted_sub_model_comes_back_in(copied_run, tmp_path):
     assert before.keys() == after.keys()
     add_model(run, folder(run), "poems", name="verse")  # with its moments: the sibling is a checkpoint
     copy = open_checkpoint(folder(run))
-    for name in copy.names(domains=["verse"], shared=False):
+    for name in copy.names(domains=["verse"], shared="frozen"):
         entry, origin = (copy.manifest.tensors[n] for n in (name, name.replace(".verse.", ".poems.")))
         assert entry.slices[0].sha256 == origin.slices[0].sha256
 
@@ -227,7 +231,7 @@ MISTAKES: dict[str, Mistake] = {
     "a checkpoint, not the run": (lambda run, t: remove_domain(folder(run), "law"), "is one checkpoint"),
     "an output that is full": (lambda run, t: remove_domain(run, "law", out=run), "not empty"),
     "one model to merge": (lambda run, t: merge_models([run], run.parent / "merged"), "name at least two"),
-    "replay of the frozen": (lambda run, t: Ahead("medicine", 4, False, 0.5), "no use with --shared frozen"),
+    "replay of the frozen": (lambda run, t: Ahead("medicine", 4, "frozen", 0.5), "no use with --shared frozen"),
 }  # fmt: skip
 
 

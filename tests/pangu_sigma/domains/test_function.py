@@ -23,7 +23,7 @@ STEPS = 3
 
 def trained_with(parent: Path, name: str, text: Path, folder: Path) -> Path:
     """A run of the parent and a new domain, which trained `STEPS` steps with the shared parameters frozen."""
-    ahead = Ahead(name, STEPS, shared=False, replay=0.0)
+    ahead = Ahead(name, STEPS, shared="frozen", replay=0.0)
     add_domain(parent, NewDomain(name, (str(text),), experts=2, init="random"), ahead=ahead, out=folder / name)
     done = process.command("train", folder / name / "config.yaml", "--resume", cwd=folder)
     assert done.returncode == 0, done.stderr
