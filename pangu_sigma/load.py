@@ -87,8 +87,11 @@ def load_trained(path: str | Path) -> Trained:
     return trained_from(resolve(path))
 
 
-def trained_from(checkpoint: Checkpoint, device: str | None = None, precision: str | None = None) -> Trained:
-    """Build the model of an opened checkpoint, on another device or in another precision than it was trained in.
+def trained_from(
+    checkpoint: Checkpoint, device: str | None = None, precision: str | None = None, sequence_length: int | None = None
+) -> Trained:
+    """Build the model of an opened checkpoint, on another device, in another precision or for sequences of another
+    length (in tokens) than it was trained with.
 
     Tensors that are stored as float16 or bfloat16 become float32. Raises UserError as `load_trained` does.
     """
@@ -96,6 +99,7 @@ def trained_from(checkpoint: Checkpoint, device: str | None = None, precision: s
     values = config.to_dict()
     values["run"]["device"] = device or values["run"]["device"]
     values["train"]["precision"] = precision or values["train"]["precision"]
+    values["data"]["sequence_length"] = sequence_length or values["data"]["sequence_length"]
     config = config_from_dict(values)
     runtime.prepare(config.run.device)
     from pangu_sigma.model.build import build_model

@@ -22,13 +22,16 @@ Weights = Callable[[int], Mapping[str, float]]  # step (from 0) → weight per d
 class Batch:
     """Samples of one step: ``tokens`` int32 [B, S+1], ``domain`` int32 [B] (place in the sampler's list), ``sample``
     int64 [B] (number since the run's beginning, counted over all processes), and the 0-based ``step`` they are
-    for.
+    for. ``mask`` float32 [B, S]: 0 where a label does not count (None: all do); ``padding`` bool [B, S]: positions
+    that only fill a row up (None: none).
     """
 
     tokens: np.ndarray
     domain: np.ndarray
     sample: np.ndarray
     step: int
+    mask: np.ndarray | None = None
+    padding: np.ndarray | None = None
 
 
 class MixtureSampler:
@@ -72,15 +75,19 @@ class MixtureSampler:
             where = np.flatnonzero(domain == number)
             index[where] = self._cursors[number] + np.arange(len(where))
         mine = np.arange(batch_size)[rows or slice(None)]
-        tokens = np.empty((len(mine), self._streams[0].sequence_length + 1), dtype=np.int32)
-        for row, place in enumerate(mine):
-            tokens[row] = self._streams[domain[place]].sequence(int(index[place]))
-        batch = Batch(tokens, domain[mine], self._sample + mine, self._step)
+        batch = self._read(domain[mine], index[mine], self._sample + mine)
         # only now, so that a failed read leaves the state as it was
         self._cursors += np.bincount(domain, minlength=len(self._streams))
         self._sample += batch_size
         self._step += 1
         return batch
+
+    def _read(self, domain: np.ndarray, index: np.ndarray, sample: np.ndarray) -> Batch:
+        """The sequences number ``index`` [B] of the domains ``domain`` [B]."""
+        tokens = np.empty((len(domain), self._streams[0].sequence_length + 1), dtype=np.int32)
+        for row, (number, place) in enumerate(zip(domain, index, strict=True)):
+            tokens[row] = self._streams[number].sequence(int(place))
+        return Batch(tokens, domain, sample, self._step)
 
     def state(self) -> dict:
         """A JSON-able snapshot: the next step and sample, per domain its cursor (sequences given) and identity."""

@@ -26,7 +26,7 @@ class PlannedBatch:
     `step`: the data's, which a skipped or rolled back optimizer step does not turn back.
     tokens, labels, positions, segments int32 [B, S]; mask float32 [B, S] (0 where a label does not count); domain and
     keys int32 [B]; `plans`: per table-routed sparse layer; `noise`: per noisy gate; `dropped` rows per layer and
-    domain.
+    domain; `filled` [B]: positions of each row that hold text, not padding.
     """
 
     step: int
@@ -40,11 +40,17 @@ class PlannedBatch:
     plans: tuple[DispatchPlan | None, ...]
     noise: tuple[np.ndarray | None, ...]
     dropped: np.ndarray
+    filled: np.ndarray
 
     @property
     def fixed(self) -> tuple[Tensor, ...]:
         """tokens, positions, segments, domain, keys as tensors."""
         return tuple(Tensor(a) for a in (self.tokens, self.positions, self.segments, self.domain, self.keys))
+
+    @property
+    def sequences(self) -> np.ndarray:
+        """The batch's rows with their last labels, as they were given to the planner: int32 [B, S + 1]."""
+        return np.concatenate([self.tokens, self.labels[:, -1:]], axis=1)
 
     def flat(self, signature: FlatSignature, store: ExpertStore) -> list[Tensor]:
         """The variable inputs in the signature's order, with weights fetched from `store`."""
@@ -74,9 +80,19 @@ class Planner:
         self.seed = model.config.run.seed
 
     def __call__(
-        self, tokens: np.ndarray, domain: np.ndarray, sample: np.ndarray, step: int, mask: np.ndarray | None = None
+        self,
+        tokens: np.ndarray,
+        domain: np.ndarray,
+        sample: np.ndarray,
+        step: int,
+        mask: np.ndarray | None = None,
+        padding: np.ndarray | None = None,
     ) -> PlannedBatch:
-        """tokens int32 [B, S+1], domain int32 [B], global sample numbers int64 [B], optional label mask [B, S]."""
+        """tokens int32 [B, S+1], domain int32 [B], global sample numbers int64 [B], optional label mask [B, S].
+
+        `padding` bool [B, S]: positions that fill a row up. Table routers send them to no expert, so that none trains
+        that met no text; a learned gate sees them as it sees any row.
+        """
         inputs = np.ascontiguousarray(tokens[:, :-1])
         positions, segments = positions_and_segments(inputs, self.model.eod_id)
         plans: list[DispatchPlan | None] = []
@@ -88,7 +104,11 @@ class Planner:
                 noise.append(router.noise(step, sample) if place.noise else None)
                 continue
             ids = router.assign(inputs, domain, step, sample, self.training).expert_ids
-            lost = (ids == DROPPED).any(axis=1).reshape(inputs.shape).sum(axis=1)
+            lost = (ids == DROPPED).any(axis=1).reshape(inputs.shape)
+            if padding is not None:
+                ids = np.where(padding.reshape(-1, 1), DROPPED, ids)
+                lost = lost & ~padding
+            lost = lost.sum(axis=1)
             np.add.at(dropped[layer], domain, lost)
             if self.training and self.model.store.all_resident:
                 plans.append(plan_by_expert(ids, np.arange(place.slots)))
@@ -110,6 +130,7 @@ class Planner:
             plans=tuple(plans),
             noise=tuple(noise),
             dropped=dropped,
+            filled=np.full(len(inputs), inputs.shape[1]) if padding is None else (~padding).sum(axis=1),
         )
 
     def _keys(self, step: int, sample: np.ndarray) -> np.ndarray:

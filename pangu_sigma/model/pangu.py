@@ -171,6 +171,22 @@ class TrainingLoss(nn.Cell):
         return objective, by_sample, ops.stop_gradient(auxiliary), counts
 
 
+class TokenLosses(nn.Cell):
+    """tokens, labels, positions, segments [B, S], domain, keys [B], flat -> -log p(label) float32 [B, S], in nats."""
+
+    def __init__(self, net: PanGuSigma, layout: Layout, signature: FlatSignature | None = None) -> None:
+        super().__init__(auto_prefix=False)
+        self.net = net
+        self.bounds = net.bounds if signature is None else signature.bounds
+
+    def construct(
+        self, tokens: Tensor, labels: Tensor, positions: Tensor, segments: Tensor, domain: Tensor, keys: Tensor,
+        *flat: Tensor,
+    ):  # fmt: skip
+        h, _, _ = self.net(tokens, positions, segments, domain, keys, self.bounds, *flat)
+        return self.net.head(h, labels, domain, self.net.word_table(flat))
+
+
 class Logits(nn.Cell):
     """tokens, positions, segments [B, S], domain, keys [B], flat -> logits float32 [B, S, V]."""
 

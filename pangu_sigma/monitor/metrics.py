@@ -81,15 +81,17 @@ class MetricsLog:
         auxiliary_loss: float | None = None,
         experts: Mapping[str, float] | None = None,
         store: Mapping[str, float] | None = None,
+        figures: Mapping[str, float] | None = None,
     ) -> None:
         """One training record, written every `run.log_every` steps.
 
-        `loss`, `losses` (nats per token, by domain), `tokens` (by domain), `expert_load` (layer → domain → rows per
-        expert), `dropped_share` (layer → domain → share of rows, 0..1) and `seconds` cover the steps since the previous
-        record, so that tokens may be summed over records. `skipped_steps` counts from the run's beginning. `experts`
-        (stored in all sparse layers; activated and touched, i.e. updated, in a step) and `store` (bytes_to_step,
-        bytes_from_step, bytes_read, bytes_written, update_seconds, all a step; prefetch_hit_rate, 0..1) tell what the
-        expert store did.
+        `loss`, `losses` (nats per token or in what the run's objective counts, by domain), `tokens` (by domain),
+        `expert_load` (layer → domain → rows per expert), `dropped_share` (layer → domain → share of rows, 0..1) and
+        `seconds` cover the steps since the previous record, so that tokens may be summed over records. `skipped_steps`
+        counts from the run's beginning. `experts` (stored in all sparse layers; activated and touched, i.e. updated, in
+        a step) and `store` (bytes_to_step, bytes_from_step, bytes_read, bytes_written, update_seconds, all a step;
+        prefetch_hit_rate, 0..1) tell what the expert store did. `figures`: means that the objective tells beside its
+        loss, by name.
         """
         self.write(
             {
@@ -109,6 +111,7 @@ class MetricsLog:
                 "auxiliary_loss": auxiliary_loss,
                 "experts": experts or {},
                 "store": store or {},
+                "figures": figures or {},
                 "seconds": seconds,
             }
         )
@@ -262,6 +265,8 @@ def _scalars(record: Mapping[str, Any]):
                 yield f"train/{name}", value
         for domain, value in record.get("losses", {}).items():
             yield f"train_loss/{domain}", value
+        for name, value in record.get("figures", {}).items():
+            yield f"train/{name}", value
         for layer, domains in record.get("expert_load", {}).items():
             for domain, rows in domains.items():
                 if sum(rows):

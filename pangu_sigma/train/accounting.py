@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pangu_sigma.model.inputs import PlannedBatch
+from pangu_sigma.train.objective import Measured
 from rre.routers import Groups
 from rre.store import Traffic
 
@@ -24,7 +25,10 @@ class Accounting:
     def _clear(self) -> None:
         domains = len(self.groups.names)
         self.loss = np.zeros(domains)
+        self.units = np.zeros(domains)
         self.tokens = np.zeros(domains, np.int64)
+        self.rows = np.zeros(domains, np.int64)
+        self.figures: dict[str, tuple[float, float]] = {}
         self.load = np.zeros((len(self.places), self.groups.total), np.int64)
         self.dropped = np.zeros((len(self.places), domains))
         self.auxiliary = 0.0
@@ -34,10 +38,17 @@ class Accounting:
         self.touched = 0
         self.started = time.monotonic()
 
-    def add_batch(self, batch: PlannedBatch, by_sample: np.ndarray, counts: Sequence[np.ndarray], aux: float) -> None:
-        """Add a micro-batch: loss sums [B], and rows [B, E + 1] of learned gates, one per sparse layer."""
-        np.add.at(self.loss, batch.domain, by_sample.astype(np.float64))
+    def add_batch(self, batch: PlannedBatch, measured: Measured, counts: Sequence[np.ndarray], aux: float) -> None:
+        """Add a micro-batch: what its objective measured, and rows [B, E + 1] of learned gates, one per sparse
+        layer.
+        """
+        np.add.at(self.loss, batch.domain, measured.losses.astype(np.float64))
+        np.add.at(self.units, batch.domain, measured.units)
         np.add.at(self.tokens, batch.domain, (batch.mask > 0).sum(axis=1))
+        np.add.at(self.rows, batch.domain, batch.filled)
+        for name, (value, count) in measured.figures.items():
+            before = self.figures.get(name, (0.0, 0.0))
+            self.figures[name] = (before[0] + value, before[1] + count)
         for layer, plan in enumerate(batch.plans):
             if plan is None:
                 kept, lost = counts[layer][:, :-1].astype(np.int64), counts[layer][:, -1].astype(np.float64)
@@ -58,8 +69,8 @@ class Accounting:
 
     @property
     def mean_loss(self) -> float:
-        """Mean loss over all tokens so far, in nats per token."""
-        return float(self.loss.sum() / max(1, self.tokens.sum()))
+        """Mean loss so far, in nats per token (or per pair: whatever the objective counts)."""
+        return float(self.loss.sum() / max(1.0, self.units.sum()))
 
     @property
     def tokens_per_second(self) -> float:
@@ -69,15 +80,16 @@ class Accounting:
     def take(self) -> dict[str, object]:
         """The record's figures, by the names of the metrics log; then everything is zero again."""
         names, groups = self.groups.names, self.groups
-        seen = [i for i, tokens in enumerate(self.tokens) if tokens]
+        seen = [i for i, units in enumerate(self.units) if units]
         speed = self.tokens_per_second
         figures: dict[str, object] = {
             "loss": self.mean_loss,
-            "losses": {names[i]: float(self.loss[i] / self.tokens[i]) for i in seen},
+            "losses": {names[i]: float(self.loss[i] / self.units[i]) for i in seen},
             "tokens": {names[i]: int(self.tokens[i]) for i in seen},
             "tokens_per_second": speed,
             "flops_per_second": speed * self.flops_per_token,
             "seconds": time.monotonic() - self.started,
+            "figures": {name: value / max(1.0, count) for name, (value, count) in self.figures.items()},
         }
         if self.places:
             figures["expert_load"] = {
@@ -85,7 +97,7 @@ class Accounting:
                 for layer, place in enumerate(self.places)
             }
             figures["dropped_share"] = {
-                place: {names[i]: float(self.dropped[layer, i] / self.tokens[i]) for i in seen}
+                place: {names[i]: float(self.dropped[layer, i] / self.rows[i]) for i in seen}
                 for layer, place in enumerate(self.places)
             }
             figures["experts"] = {

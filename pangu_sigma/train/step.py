@@ -9,8 +9,9 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from pangu_sigma.model.inputs import graph_placeholders
-from pangu_sigma.model.pangu import PanGuSigma, TrainingLoss
+from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.model.signature import FlatSignature
+from pangu_sigma.train.objective import Objective
 from parallel.layout import Layout
 from rre.adamw import decays
 
@@ -18,22 +19,26 @@ FIXED_INPUTS = 8
 
 
 class GradientStep(nn.Cell):
-    """Loss and gradients of one micro-batch.
+    """Loss and gradients of one micro-batch; the loss is the objective's (`pangu_sigma.train.objective`).
 
     Returns (loss sums per sample [B], auxiliary loss, rows [B, E + 1] of learned gates, gradients of the activated
     expert tensors, gradients of the shared parameters, their square sums [n]). `with_shared` False spares the shared
     gradients of a phase in which they are frozen.
     """
 
-    def __init__(self, net: PanGuSigma, signature: FlatSignature, layout: Layout, with_shared: bool) -> None:
+    def __init__(
+        self, net: PanGuSigma, signature: FlatSignature, layout: Layout, with_shared: bool, objective: Objective
+    ) -> None:
         super().__init__(auto_prefix=False)
         # An attribute, so that set_train reaches the network: dropout and capacity depend on it.
-        self.loss = TrainingLoss(net, layout, signature)
+        self.loss = objective.cell(net, layout, signature)
+        extra = objective.extra_placeholders(signature)
         self.with_experts = len(signature.differentiated) > 0
         # MindSpore hands out the gradient of a single input bare, not as a tuple of one.
         self.single = len(signature.differentiated) == 1
         self.with_shared = with_shared
-        positions = tuple(FIXED_INPUTS + i for i in signature.differentiated) if self.with_experts else None
+        first = FIXED_INPUTS + len(extra)
+        positions = tuple(first + i for i in signature.differentiated) if self.with_experts else None
         shared = ParameterTuple(net.trainable_params()) if with_shared else None
         self.value_and_grad = ops.value_and_grad(self.loss, positions, shared, has_aux=True)
         self.half_square = layout(ops.L2Loss())
@@ -41,6 +46,7 @@ class GradientStep(nn.Cell):
         self.set_train()
         self.set_inputs(
             *graph_placeholders(signature.batch, signature.length).values(),
+            *extra,
             *signature.placeholders(),
         )
 

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
+from pangu_sigma.config import Config
 from pangu_sigma.data.sampler import Batch
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.build import SLOTS, Model
@@ -17,6 +17,7 @@ from pangu_sigma.model.inputs import PlannedBatch, Planner
 from pangu_sigma.train.accounting import Accounting, store_figures
 from pangu_sigma.train.flops import flops_per_token
 from pangu_sigma.train.loss_scale import LossScale
+from pangu_sigma.train.objective import Measured, Objective
 from pangu_sigma.train.optimizer import Gradients, Optimizer
 from pangu_sigma.train.schedule import Phase, learning_rate, phase_at
 from pangu_sigma.train.step import GradientStep
@@ -30,7 +31,8 @@ TENSORS = len(TENSORS_PER_EXPERT)
 class StepResult:
     """What one attempt at a step gave: `finite` False means that nothing was updated.
 
-    `overflow` True: float16 overflowed and a smaller loss scale may mend it. `loss` in nats per token.
+    `overflow` True: float16 overflowed and a smaller loss scale may mend it. `loss` in nats per token, or in whatever
+    the run's objective counts.
     """
 
     loss: float
@@ -40,14 +42,19 @@ class StepResult:
     overflow: bool
 
 
+def micro_batch_rows(config: Config, objective: Objective) -> int:
+    """Rows that a graph of this run computes at a time."""
+    return objective.rows_per_sample * config.train.batch_size // config.train.accumulation
+
+
 class Trainer:
     """Compiled steps, optimizer and loss scale of one run; `step` does one optimizer step."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, objective: Objective | None = None) -> None:
         self.model = model
         self.config = model.config
-        train = self.config.train
-        self.micro_batch = train.batch_size // train.accumulation
+        self.objective = Objective() if objective is None else objective
+        self.micro_batch = micro_batch_rows(self.config, self.objective)
         self.signature = model.training_signature(self.micro_batch)
         self.planner = Planner(model, self.signature, training=True)
         self.optimizer = Optimizer(model)
@@ -55,7 +62,7 @@ class Trainer:
         self.accounting = Accounting(
             model.groups, self.config.model.sparse_prefixes, flops_per_token(self.config, model.vocab)
         )
-        if train.recompute:
+        if self.config.train.recompute:
             for block in model.net.blocks:
                 block.recompute()
         self._graphs: dict[bool, GradientStep] = {}
@@ -65,7 +72,12 @@ class Trainer:
         size = self.micro_batch
         return [
             self.planner(
-                batch.tokens[a : a + size], batch.domain[a : a + size], batch.sample[a : a + size], batch.step
+                batch.tokens[a : a + size],
+                batch.domain[a : a + size],
+                batch.sample[a : a + size],
+                batch.step,
+                None if batch.mask is None else batch.mask[a : a + size],
+                None if batch.padding is None else batch.padding[a : a + size],
             )
             for a in range(0, batch.domain.size, size)
         ]
@@ -85,14 +97,14 @@ class Trainer:
         phase = phase_at(self.config, batches[0].step)
         rate = learning_rate(self.config, step)
         scale = self.loss_scale.value
-        total = sum(float(b.mask.sum()) for b in batches)
+        total = sum(float(self.objective.units(b).sum()) for b in batches)
         gradients: Gradients | None = None
         loss_sum = 0.0
         parts = []
         for batch in batches:
-            part, by_sample, counts, auxiliary = self._gradients(batch, phase, scale, total, len(batches))
-            parts.append((batch, by_sample, counts, auxiliary))
-            loss_sum += float(by_sample.astype(np.float64).sum())
+            part, measured, counts, auxiliary = self._gradients(batch, phase, scale, total, len(batches))
+            parts.append((batch, measured, counts, auxiliary))
+            loss_sum += float(measured.losses.astype(np.float64).sum())
             if gradients is None:
                 gradients = part
             else:
@@ -105,8 +117,8 @@ class Trainer:
         clip = min(1.0, self.config.optimizer.clip_norm / max(norm, 1e-38))
         self.optimizer.apply(gradients, rate, clip / scale)
         self.loss_scale.good()
-        for batch, by_sample, counts, auxiliary in parts:
-            self.accounting.add_batch(batch, by_sample, counts, auxiliary)
+        for batch, measured, counts, auxiliary in parts:
+            self.accounting.add_batch(batch, measured, counts, auxiliary)
         self.accounting.add_step(len(gradients.experts))
         return StepResult(loss, norm, rate, True, False)
 
@@ -116,20 +128,25 @@ class Trainer:
 
     def _graph(self, with_shared: bool) -> GradientStep:
         if with_shared not in self._graphs:
-            self._graphs[with_shared] = GradientStep(self.model.net, self.signature, self.model.layout, with_shared)
+            self._graphs[with_shared] = GradientStep(
+                self.model.net, self.signature, self.model.layout, with_shared, self.objective
+            )
         # The network is shared with evaluation, so its mode is set per use.
         return self._graphs[with_shared].set_train(True)
 
     def _gradients(
         self, batch: PlannedBatch, phase: Phase, scale: float, total: float, parts: int
-    ) -> tuple[Gradients, np.ndarray, list[np.ndarray], float]:
+    ) -> tuple[Gradients, Measured, list[np.ndarray], float]:
         fixed = batch.fixed
+        prepared = self.objective.prepare(batch)
+        weights, auxiliary_weight, *extra = self.objective.inputs(batch, prepared, scale, total, parts)
         outputs = self._graph(phase.shared)(
             fixed[0],
             Tensor(batch.labels),
-            Tensor(batch.mask * np.float32(scale / total)),
-            Tensor(scale / parts, ms.float32),
+            weights,
+            auxiliary_weight,
             *fixed[1:],
+            *extra,
             *batch.flat(self.signature, self.model.store),
         )
         by_sample, auxiliary, counts, by_expert, shared, squares = outputs
@@ -140,7 +157,8 @@ class Trainer:
             gradients.shared_squares = float(squares.asnumpy().astype(np.float64).sum())
         if by_expert:
             gradients.experts = self._activated(batch, phase, by_expert, rows)
-        return gradients, by_sample.asnumpy(), rows, float(auxiliary.asnumpy())
+        measured = self.objective.measure(batch, prepared, by_sample.asnumpy())
+        return gradients, measured, rows, float(auxiliary.asnumpy())
 
     def _activated(
         self, batch: PlannedBatch, phase: Phase, by_expert: Sequence[Tensor], rows: Sequence[np.ndarray]

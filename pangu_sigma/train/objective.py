@@ -1,0 +1,75 @@
+"""What a step minimises. The trainer knows batches, gradients and updates; an objective knows what the loss is.
+
+An objective whose loss needs more than the batch (a frozen model's outputs, say) hands it to its cell as extra inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn
+
+from pangu_sigma.model.inputs import PlannedBatch
+from pangu_sigma.model.pangu import PanGuSigma, TrainingLoss
+from pangu_sigma.model.signature import FlatSignature
+from parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a micro-batch of B rows gave, for metrics: loss sums [B] and how many units (tokens, or pairs) each sums
+    over [B]; `figures`: name -> (sum, count) of whatever else the objective tells.
+    """
+
+    losses: np.ndarray
+    units: np.ndarray
+    figures: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+class Objective:
+    """Mean loss per token whose label counts, plus the routers' auxiliary losses unless they are switched off.
+
+    Subclasses change the loss: `cell` computes it, `prepare` makes what it needs beside the batch, once for each
+    micro-batch, and `inputs` hands that over.
+    """
+
+    rows_per_sample = 1
+
+    def __init__(self, auxiliary: bool = True) -> None:
+        self.auxiliary = auxiliary
+
+    def cell(self, net: PanGuSigma, layout: Layout, signature: FlatSignature) -> nn.Cell:
+        """A cell of `TrainingLoss`' inputs (the extra ones between `keys` and `flat`) and outputs."""
+        return TrainingLoss(net, layout, signature)
+
+    def extra_placeholders(self, signature: FlatSignature) -> tuple[Tensor, ...]:
+        """Shapes of the extra inputs."""
+        return ()
+
+    def units(self, batch: PlannedBatch) -> np.ndarray:
+        """What the mean runs over, counted per row: float64 [B]; its sum over the step divides the loss."""
+        return batch.mask.sum(axis=1, dtype=np.float64)
+
+    def prepare(self, batch: PlannedBatch) -> np.ndarray | None:
+        """What the loss needs beside the batch; computed before the step's graph runs."""
+        return None
+
+    def inputs(
+        self, batch: PlannedBatch, prepared: np.ndarray | None, scale: float, total: float, parts: int
+    ) -> tuple[Tensor, ...]:
+        """(weights [B, S], weight of the auxiliary losses, extra inputs …) of one of `parts` micro-batches.
+
+        scale: the loss scale; total: the units of the whole step.
+        """
+        weights = Tensor(batch.mask * np.float32(scale / total))
+        return weights, self.auxiliary_weight(scale, parts)
+
+    def auxiliary_weight(self, scale: float, parts: int) -> Tensor:
+        """Weight of the auxiliary losses in one of `parts` micro-batches: their mean counts once."""
+        return Tensor(scale / parts if self.auxiliary else 0.0, ms.float32)
+
+    def measure(self, batch: PlannedBatch, prepared: np.ndarray | None, by_sample: np.ndarray) -> Measured:
+        """The figures of a micro-batch from its rows' loss sums [B], which its cell gave."""
+        return Measured(by_sample, self.units(batch))
