@@ -143,7 +143,9 @@ def evaluate(
     the likeliest domain is the right one after 32, 64, 128 tokens.
     """
     if domain is not None:
-        if domain != "auto":
+        from pangu_sigma.config.rules import INFERRED_DOMAIN
+
+        if domain != INFERRED_DOMAIN:
             raise UserError(f"--domain {domain} is not known here: only auto is, every domain is measured anyway")
         from pangu_sigma.domains.unknown import evaluate_unknown, unknown_table
 
@@ -200,13 +202,18 @@ def serve(
     ] = None,
     max_body: Annotated[int, typer.Option(min=1024, help="Largest request body in bytes.")] = 1 << 20,
     grace: Annotated[float, typer.Option(min=0.0, help="Seconds that answers may go on after SIGTERM.")] = 30.0,
+    warm_up: Annotated[
+        bool,
+        typer.Option(help="Compile for every length at the start; otherwise the first text of each length waits."),
+    ] = True,
 ) -> None:
     """Serve a model in OpenAI's format: every domain is a model id; a page to try it is at the same address."""
     from pangu_sigma.serving.server import serve as run_server
     from pangu_sigma.serving.settings import Limits, Settings
 
     limits = Limits(slots=slots, queue=queue, max_tokens=max_tokens, body_bytes=max_body, grace_seconds=grace)
-    settings = Settings(host=host, port=port, domains=tuple(domain or ()), token=token, limits=limits)
+    offered = tuple(domain or ())
+    settings = Settings(host=host, port=port, domains=offered, token=token, limits=limits, warm_up=warm_up)
     run_server(model, settings, say=typer.echo)
 
 

@@ -145,9 +145,10 @@ def evaluate(path: Path, batches: int | None = None) -> dict:
     trained = load_trained(path)
     with TemporaryDirectory(prefix="pangu-sigma-") as scratch:
         corpus = trained.corpus(Path(scratch))
+        heldout = corpus.heldout_to_measure()
         evaluator = Evaluator(trained.model, trained.model.config.evaluate.batch_size)
         result = measure_with_progress(
-            evaluator, corpus.heldout(), corpus.unigram_losses(), trained.checkpoint.step, batches
+            evaluator, heldout, corpus.unigram_losses(), trained.checkpoint.step, batches
         )
     if trained.run_dir is not None:
         write_json(trained.run_dir / "evaluation.json", result)

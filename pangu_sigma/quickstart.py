@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pangu_sigma.config import Config
+from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.files import write_json
 from pangu_sigma.monitor.metrics import read_metrics
 from pangu_sigma.monitor.tables import matrix_table, quality_table
@@ -34,6 +35,8 @@ def quickstart(config: Config) -> Finished | None:
     from pangu_sigma.report import write_report
     from pangu_sigma.train.run import Run
 
+    if config.data.heldout_fraction == 0:
+        raise UserError("the quickstart measures on held-out text, and data.heldout_fraction is 0: hold some out")
     folder = Path(config.run.dir)
     with Run(config, resume=(folder / "checkpoints").is_dir()) as run:
         run.loop()
@@ -84,6 +87,6 @@ def write_samples(model, tokenizer, beginnings: Mapping[str, tuple[int, ...]]) -
         answers = complete(engine, requests, lambda *_: job.advance(1))
         job.set(len(requests) * SAMPLE_TOKENS)
     return {
-        domain: (tokenizer.decode(ids), answer.text)
+        domain: (tokenizer.decode(ids), answer.text if answer.error is None else f"({answer.error})")
         for (domain, ids), answer in zip(beginnings.items(), answers, strict=True)
     }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+LAYER = "shared"  # owner of a routing table that belongs to the layer and not to a domain
+
 
 @dataclass(frozen=True)
 class RouterKind:

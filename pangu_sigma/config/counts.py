@@ -14,7 +14,7 @@ from pathlib import Path
 from pangu_sigma.config.rules import PANGU_ALPHA_VOCABULARY
 from pangu_sigma.config.schema import Config
 from pangu_sigma.errors import UserError
-from rre.kinds import KINDS
+from rre.kinds import KINDS, LAYER
 
 Shape = tuple[int, ...]
 
@@ -80,6 +80,15 @@ def parameter_counts(config: Config, vocab_size: int) -> Counts:
 def is_routing(name: str) -> bool:
     """Whether a tensor's name is that of a routing table (int32, no parameter)."""
     return name.endswith(".routing")
+
+
+def place_and_owner(name: str) -> tuple[str, str]:
+    """Sparse layer and owner of a routing table: a domain, or LAYER where all domains share the table."""
+    table = name.removesuffix(".routing")
+    if not table.startswith("domains."):
+        return table, LAYER
+    _, domain, place = table.split(".", 2)
+    return place, domain
 
 
 def is_expert(name: str) -> bool:

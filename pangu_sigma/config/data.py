@@ -58,7 +58,10 @@ class DataConfig(Section):
         None, description="Folder of the tokenised domains; null takes the folder 'data' in run.dir."
     )
     heldout_fraction: float = Field(
-        0.05, ge=0, lt=1, description="Share of a domain's documents kept from training for evaluation."
+        0.05,
+        ge=0,
+        lt=1,
+        description="Share of a domain's documents kept from training for evaluation, at least one; 0 keeps none.",
     )
     deduplicate: bool = Field(True, description="Whether near-duplicate documents are removed before the split.")
     prefetch: int = Field(2, ge=0, description="Batches read ahead of the step; 0 reads each when it is needed.")

@@ -23,6 +23,9 @@ RESERVED_NAMES = frozenset(
     {"shared", "manifest", "config", "tokenizer", "probe", "optimizer", "state", "trainer", "domains", "all", "none"}
 )
 
+# The command line takes it in a domain's place: the domain is to be inferred from the text.
+INFERRED_DOMAIN = "auto"
+
 # Large files of a checkpoint are numbered so.
 _SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}$")
 
@@ -152,6 +155,12 @@ def _domains(config: Config) -> Broken:
         seen.add(domain.name)
         if domain.name in RESERVED_NAMES:
             yield key, f"{key} = {domain.name} is reserved for a file of the checkpoint: choose another name"
+        if domain.name == INFERRED_DOMAIN:
+            yield (
+                key,
+                f"{key} = {domain.name} is reserved: --domain {domain.name} has a text's domain inferred; choose "
+                "another name",
+            )
         if _SHARD_NUMBER.search(domain.name):
             yield key, f"{key} = {domain.name} ends like a numbered file of the checkpoint: choose another name"
     if not 0 < sum(domain.weight for domain in config.domains) < math.inf:

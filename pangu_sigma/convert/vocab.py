@@ -18,7 +18,7 @@ from pangu_sigma.checkpoint.conversion import as_float32, converted
 from pangu_sigma.checkpoint.layout import domain_of
 from pangu_sigma.checkpoint.tensor_file import raw_bytes
 from pangu_sigma.config import Config, config_from_dict, effective
-from pangu_sigma.config.counts import is_routing, manifest
+from pangu_sigma.config.counts import is_routing, manifest, place_and_owner
 from pangu_sigma.convert.coverage import check_coverage
 from pangu_sigma.convert.folder import check_output, write_with_progress
 from pangu_sigma.convert.pieces import NORMAL, USER_DEFINED, known_pieces, read_pieces, replaced, with_pieces
@@ -26,6 +26,7 @@ from pangu_sigma.data.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import stored_config, stored_tokenizer
 from rre.counted import generator
+from rre.kinds import KINDS, LAYER
 from rre.tables import extend_table
 
 PIECE_TYPES = {"user-defined": USER_DEFINED, "normal": NORMAL}
@@ -82,7 +83,8 @@ def extend_vocabulary(
         (name, name, (rows, *entry.shape[1:]) if _grows(name) else entry.shape) for name, entry in entries.items()
     ]
     check_coverage(f"the model {source.path}", targets, kept, names)
-    groups = {domain.name: domain.experts for domain in config.domains}
+    experts = {domain.name: domain.experts for domain in config.domains}
+    experts[LAYER] = sum(experts.values())
 
     def read(spec: TensorSpec) -> np.ndarray | Iterator[memoryview]:
         if not _grows(spec.name) or rows == old_rows:
@@ -90,9 +92,9 @@ def extend_vocabulary(
         tensor = source.load([spec.name])[spec.name]
         if not is_routing(spec.name):
             return _with_rows(tensor, spec, config, initial)
-        _, domain, place = spec.name.removesuffix(".routing").split(".", 2)
+        place, owner = place_and_owner(spec.name)
         return extend_table(
-            config.model.sparse.table, config.run.seed, place, domain, tensor, rows, groups[domain], counts.get(domain)
+            config.model.sparse.table, config.run.seed, place, owner, tensor, rows, experts[owner], counts.get(owner)
         )
 
     from pangu_sigma.train.run import tokenizer_files
@@ -149,11 +151,14 @@ def _extended_config(old: Config, out: Path, tokenizer: Tokenizer, rows: int) ->
 
 def _needs_counts(config: Config) -> bool:
     sparse = config.model.sparse
-    return bool(config.model.sparse_prefixes) and sparse.router == "rre" and sparse.table == "frequency"
+    return bool(config.model.sparse_prefixes and KINDS[sparse.router].tables) and sparse.table == "frequency"
 
 
 def _counts(config: Config, tokenizer: Tokenizer, rows: int) -> Mapping[str, np.ndarray]:
-    """Occurrences [rows] of every id in each domain's text; UserError where a text is not there any more."""
+    """Occurrences [rows] of every id in each domain's text, and in all of it (LAYER).
+
+    UserError where a text is not there any more.
+    """
     from pangu_sigma.data.corpus import prepare_corpus
     from pangu_sigma.train.run import padded
 
@@ -161,7 +166,8 @@ def _counts(config: Config, tokenizer: Tokenizer, rows: int) -> Mapping[str, np.
         values = config.to_dict()
         values["data"]["cache"] = cache
         corpus = prepare_corpus(config_from_dict(values), tokenizer)
-        return {store.name: padded(np.array(store.token_counts), rows) for store in corpus.stores}
+        counts = {store.name: padded(np.array(store.token_counts), rows) for store in corpus.stores}
+    return counts | {LAYER: sum(counts.values())}
 
 
 def _grows(name: str) -> bool:

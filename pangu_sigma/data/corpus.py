@@ -13,6 +13,7 @@ from pangu_sigma.data.sources import Source
 from pangu_sigma.data.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizer_training import build_tokenizer
 from pangu_sigma.data.unigram import unigram_loss
+from pangu_sigma.errors import UserError
 
 Progress = Callable[[str, str, int, int], None]
 
@@ -31,14 +32,24 @@ class Corpus:
         return [PackedSequences(s.name, s.train, length, seed, identity=s.identity) for s in self.stores]
 
     def heldout(self) -> dict[str, HeldoutSequences]:
-        """Held-out sequences by domain."""
+        """Held-out sequences by domain; none where nothing is held out (data.heldout_fraction = 0)."""
         length = self.config.data.sequence_length
-        tokenizer = self.tokenizer
-        return {s.name: HeldoutSequences(s.heldout, length, tokenizer.eod_id, tokenizer.pad_id) for s in self.stores}
+        eod, pad = self.tokenizer.eod_id, self.tokenizer.pad_id
+        return {s.name: HeldoutSequences(s.heldout, length, eod, pad) for s in self.stores if s.heldout.tokens}
+
+    def heldout_to_measure(self) -> dict[str, HeldoutSequences]:
+        """`heldout()`, or UserError if there is none."""
+        found = self.heldout()
+        if not found:
+            raise UserError(
+                "data.heldout_fraction is 0, so no text was kept from training to measure with: train a run that holds "
+                "some out"
+            )
+        return found
 
     def unigram_losses(self) -> dict[str, float]:
         """Held-out loss (nats per token) of a model that knows only how frequent each token is, by domain."""
-        return {s.name: unigram_loss(s.token_counts, s.heldout) for s in self.stores}
+        return {s.name: unigram_loss(s.token_counts, s.heldout) for s in self.stores if s.heldout.tokens}
 
 
 def prepare_corpus(config: Config, tokenizer: Tokenizer | None = None, progress: Progress | None = None) -> Corpus:

@@ -89,10 +89,10 @@ def prepare_domain(
 ) -> DomainStore:
     """Tokenise a domain, or open what an earlier call made of the same input.
 
-    A document is held out by a hash of its content, at least one where there are two; duplicates are dropped before,
-    so no held-out document resembles a training one. ``sequence_length`` S (tokens) only sets the least size: S + 1
-    tokens. Raises UserError for unusable input (see ``sources``), a corpus too small to train on or to hold anything
-    out, a damaged cache (named), and a full disk.
+    A document is held out by a hash of its content, at least one unless the fraction is 0 (then none); duplicates are
+    dropped before, so no held-out document resembles a training one. ``sequence_length`` S (tokens) only sets the least
+    size: S + 1 tokens. Raises UserError for unusable input (see ``sources``), a corpus too small to train on or to hold
+    anything out, a damaged cache (named), and a full disk.
     """
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", source.name):
         raise UserError(f"the domain name '{source.name}' cannot name a folder; use letters, digits, '_', '-' and '.'")
@@ -103,7 +103,8 @@ def prepare_domain(
     corpus = fingerprint_files(files)
     settings = {
         "text_field": source.text_field,
-        "heldout_fraction": heldout_fraction,
+        # Earlier stores held a document out at 0 too; they are no longer found.
+        "heldout_fraction": heldout_fraction or None,
         "deduplicate": SIMILARITY if deduplicate else None,
         "text_document_chars": TEXT_DOCUMENT_CHARS,
         "format_version": FORMAT_VERSION,
@@ -235,9 +236,12 @@ def _assign(
             ranks.append(rank)
         progress(source.name, "read", len(parts), 0)
     found = np.array(parts, dtype=np.uint8)
+    dropped = {"empty": empty, "exact": finder.exact, "near": finder.near}
     kept = np.flatnonzero(found != _DROP)
     if not len(kept):
         raise UserError(f"domain '{source.name}' has no text in {_shown(files)}; check domains.data")
+    if not heldout_fraction:
+        return found, dropped
     by_rank = kept[np.argsort(np.array(ranks, dtype=np.uint64)[kept], kind="stable")]
     if ranks[by_rank[0]] == ranks[by_rank[-1]]:
         raise UserError(
@@ -250,7 +254,7 @@ def _assign(
         found[(found == _TRAIN) & (ranks_kept == ranks_kept[by_rank[0]])] = _HELDOUT
     if not (found == _TRAIN).any():
         found[(found == _HELDOUT) & (ranks_kept == ranks_kept[by_rank[-1]])] = _TRAIN
-    return found, {"empty": empty, "exact": finder.exact, "near": finder.near}
+    return found, dropped
 
 
 def _batches(source: Source, files: Sequence[Path]) -> Iterator[list[Document]]:

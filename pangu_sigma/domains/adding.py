@@ -151,6 +151,8 @@ def _text(subject: Subject, config):
             deduplicate=data.deduplicate,
             progress=lambda _name, _stage, done, _total: job.set(done),
         )
+    if not store.heldout.tokens:
+        return store, {}
     held = HeldoutSequences(store.heldout, data.sequence_length, tokenizer.eod_id, tokenizer.pad_id)
     count = min(config.checkpoint.probe_sequences, len(held))
     return store, {domain.name: np.stack([held.sequence(i)[0] for i in range(count)])} if count else {}

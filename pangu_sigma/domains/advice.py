@@ -22,8 +22,9 @@ from pangu_sigma.errors import UserError
 class Advice:
     """One domain: experts now and proposed, tokens of its training text, losses (nats per token), claim (sum 1).
 
-    loss is None where it was not measured; the whole unigram loss counts as left then. tokens_per_parameter: training
-    tokens that each expert of the proposed group gets in a pass over the text, for every parameter that it has.
+    loss is None where it was not measured; the whole unigram loss (None where nothing is held out) counts as left
+    then. tokens_per_parameter: training tokens that each expert of the proposed group gets in a pass over the text, for
+    every parameter that it has.
     """
 
     name: str
@@ -31,7 +32,7 @@ class Advice:
     proposed: int
     tokens: int
     loss: float | None
-    unigram: float
+    unigram: float | None
     left: float
     claim: float
     tokens_per_parameter: float
@@ -81,8 +82,11 @@ def advise(path: str | Path, total: int | None = None) -> list[Advice]:
     check_router(checkpoint, config)
     facts = {fact.name: fact for fact in list_domains(path)}
     stores = {name: domain_store(config, checkpoint, name) for name in checkpoint.domains}
-    unigram = {name: unigram_loss(store.token_counts, store.heldout) for name, store in stores.items()}
-    losses = {name: fact.loss if fact.loss_kind == "evaluate" else None for name, fact in facts.items()}
+    held = {name: store for name, store in stores.items() if store.heldout.tokens}
+    unigram = {name: unigram_loss(store.token_counts, store.heldout) for name, store in held.items()}
+    losses = {
+        name: fact.loss if fact.loss_kind == "evaluate" and name in held else None for name, fact in facts.items()
+    }
     tokens = {name: int(store.tokens["train"]) for name, store in stores.items()}
     return proposals(facts, tokens, losses, unigram, total)
 
@@ -107,7 +111,7 @@ def proposals(
             proposed=dealt[name],
             tokens=tokens[name],
             loss=losses[name],
-            unigram=unigram[name],
+            unigram=unigram.get(name),
             left=left[name],
             claim=claims[name] / everything,
             tokens_per_parameter=tokens[name] / dealt[name] / (fact.parameters / sizes[name] / len(fact.experts)),
@@ -137,7 +141,9 @@ def advice_text(advices: list[Advice], model: str) -> str:
         f"for more experts; {total} experts of a sparse layer are dealt out by claim, at least one each.",
     ]
     for a in advices:
-        if a.loss is None:
+        if a.unigram is None:
+            lines.append(f"{a.name} has no held-out text to measure with, so all of its loss counts as left.")
+        elif a.loss is None:
             lines.append(f"{a.name} was not measured since it came, so all of its unigram loss counts as left.")
         if a.proposed > 1 and a.tokens_per_parameter < 1:
             lines.append(

@@ -98,7 +98,7 @@ def evaluate_unknown(path: Path, *, batches: int | None = None, top: int = 1, pr
     after = sorted({*(n for n in AFTER if n < length), length})
     results = {}
     with TemporaryDirectory(prefix="pangu-sigma-") as scratch:
-        heldout = trained.corpus(Path(scratch)).heldout()
+        heldout = trained.corpus(Path(scratch)).heldout_to_measure()
         counts = {name: -(-len(texts) // size) for name, texts in heldout.items()}
         counts = {name: count if batches is None else min(count, batches) for name, count in counts.items()}
         with progress("evaluate", sum(counts.values()), unit="batches") as job:

@@ -9,14 +9,16 @@ of two, by how many texts are under way) rounds differently in float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
 from pangu_sigma.generation.batches import Batch, DeviceBatch, SharedBatch
-from pangu_sigma.generation.graphs import PromptGraph, own_tables
+from pangu_sigma.generation.graphs import PromptGraph, cache_precision, own_tables
 from pangu_sigma.model.build import Model
 from rre.dispatch import plan_by_expert
 
@@ -28,10 +30,16 @@ PATIENCE = 8
 
 def bucket(needed: int, smallest: int, largest: int) -> int:
     """The first of smallest, 2 smallest, 4 smallest, … that is enough, at most `largest`."""
-    size = smallest
-    while size < needed:
-        size *= 2
-    return min(size, largest)
+    return next(size for size in buckets(smallest, largest) if size >= min(needed, largest))
+
+
+def buckets(smallest: int, largest: int) -> list[int]:
+    """smallest, 2 smallest, 4 smallest, … below `largest`, then `largest`."""
+    sizes = []
+    while smallest < largest:
+        sizes.append(smallest)
+        smallest *= 2
+    return [*sizes, largest]
 
 
 @dataclass
@@ -48,8 +56,9 @@ class CachedDecoder:
     """Decodes up to `slots` texts of one model together.
 
     The batch grows and shrinks with the texts: rows are powers of two up to `slots`, cache positions powers of two
-    times `shortest_cache` up to the window; each size is compiled when first needed and kept. Expert weights are read
-    from the model's store where they lie. `on_device` says where caches are kept; None takes what the device needs.
+    times `shortest_cache` up to the window; each size is compiled when first needed (or by `warm_ups`) and kept. Expert
+    weights are read from the model's store where they lie. `on_device` says where caches are kept; None takes what the
+    device needs.
     """
 
     def __init__(
@@ -57,8 +66,8 @@ class CachedDecoder:
     ) -> None:
         self.model = model
         self.slots = slots
-        self.shortest_cache = shortest_cache
         self.window = model.config.data.sequence_length
+        self._cache_lengths = buckets(shortest_cache, self.window)
         self._places = model.config.model.sparse_prefixes
         self._own_tables = own_tables(model)
         self._prompts: dict[tuple[int, bool], PromptGraph] = {}
@@ -113,6 +122,29 @@ class CachedDecoder:
         """The slot's text is over."""
         self._texts.pop(slot, None)
 
+    def warm_ups(self, scores: bool) -> list[Callable[[], None]]:
+        """Calls that each compile, by running it, a graph that texts can need; with `scores` also those of `score`."""
+        found: list[Callable[[], None]] = []
+        for size in buckets(SHORTEST_PROMPT, self.window):
+            for every in (False, True) if scores else (False,):
+                found.append(partial(self._prompt, [self.model.eod_id] * size, 0, every))
+        for rows in buckets(1, self.slots):
+            for length in self._cache_lengths:
+                found.append(partial(self._warm_up_batch, rows, length))
+        return found
+
+    def _warm_up_batch(self, rows: int, length: int) -> None:
+        batch = self._sized(rows, length)
+        nothing = np.zeros((batch.heads, 0, batch.width), ms.dtype_to_nptype(cache_precision(self.model)))
+        batch.join(0, [nothing] * (2 * self.model.config.model.layers))
+        zeros = np.zeros(rows, np.int32)
+        batch.step(zeros, zeros, [0], self._row_inputs(zeros, zeros))
+
+    def _sized(self, rows: int, length: int) -> Batch:
+        if (rows, length) not in self._batches:
+            self._batches[rows, length] = self._kind(self.model, rows, length)
+        return self._batches[rows, length]
+
     def _prompt(self, ids: Sequence[int], domain: int, every: bool) -> tuple[np.ndarray, list[np.ndarray]]:
         """Logits after the last (or every) of `ids`, and keys and values [H, C, W] of every layer."""
         size = bucket(len(ids), SHORTEST_PROMPT, self.window)
@@ -158,7 +190,7 @@ class CachedDecoder:
     def _fit(self, texts: list[_Text]) -> None:
         """Have a batch with room for `texts`, and not much more for long; texts move with their caches."""
         rows = bucket(len(texts), 1, self.slots)
-        length = bucket(max(text.length for text in texts), min(self.shortest_cache, self.window), self.window)
+        length = bucket(max(text.length for text in texts), self._cache_lengths[0], self.window)
         now = self._batch
         if now is not None:
             roomy = rows < now.rows or length < now.length
@@ -168,9 +200,7 @@ class CachedDecoder:
             if self._roomy < PATIENCE:
                 rows, length = max(rows, now.rows), max(length, now.length)
         self._roomy = 0
-        if (rows, length) not in self._batches:
-            self._batches[rows, length] = self._kind(self.model, rows, length)
-        self._batch = self._batches[rows, length]
+        self._batch = self._sized(rows, length)
         moving = [text for text in texts if text.row >= 0]
         if moving:
             held = now.read()

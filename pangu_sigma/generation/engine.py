@@ -5,12 +5,16 @@ its logits by float32 rounding at most, and not at all where `cached` says so; i
 token) alone. Of the prompt only the text after its last end-of-document token is computed with: attention and positions
 restart there, so nothing before it can matter.
 
+A request whose logits are not finite ends with an error of its own; the others go on, since no row of a batch is
+computed from another.
+
 One thread at a time may use an engine.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
@@ -45,6 +49,10 @@ class Decoder(Protocol):
 
     def end(self, slot: int) -> None:
         """The slot's text is over; an empty slot is no error."""
+
+    def warm_ups(self, scores: bool) -> list[Callable[[], None]]:
+        """Calls that each compile one of the graphs that texts within the window can need, with `scores` also those of
+        `score`. They are for an idle decoder."""
 
 
 @dataclass
@@ -105,6 +113,21 @@ class Engine:
         """Longest document in tokens, prompt and answer together."""
         return self.decoder.window
 
+    def warm_up(self, heard: Callable[[int, int], None] = lambda done, total: None, scores: bool = True) -> None:
+        """Compile what any request can need that `check` admits, so that none waits for a compilation later.
+
+        How many graphs that is grows with the logarithms of window and slots. `heard(done, total)` is told of each,
+        and of 0 at the start. Without `scores`, requests with `echo` are left out. Raises ValueError while requests
+        are under way.
+        """
+        if not self.idle:
+            raise ValueError("the engine is at work; warm it up before the first request")
+        graphs = self.decoder.warm_ups(scores)
+        heard(0, len(graphs))
+        for done, compile_one in enumerate(graphs, 1):
+            compile_one()
+            heard(done, len(graphs))
+
     def add(self, request: Request) -> int:
         """Queue a request; return its number, which its events carry. Raises UserError for one that cannot run."""
         self.check(request)
@@ -162,6 +185,8 @@ class Engine:
         scores: tuple[Score, ...] = ()
         if request.sampling.echo:
             rows = np.concatenate([self.decoder.score(ids, domain) for ids in (*before, document)])
+            if not np.isfinite(rows).all():
+                return _not_finite(answer)
             scores = _scores(request, rows)
         if request.sampling.max_tokens == 0:
             return Event(answer.number, None, prompt_scores=scores, finish="length")
@@ -178,7 +203,8 @@ class Engine:
         answer = self._slots[slot]
         sampling = answer.request.sampling
         if not np.isfinite(logits).all():
-            raise UserError("the model computes numbers that are not finite; its weights come from a diverged training")
+            self._leave(slot)
+            return _not_finite(answer)
         token = choose(logits, sampling, answer.written, answer.seen)
         logprob, top = None, ()
         if sampling.logprobs is not None:
@@ -212,6 +238,15 @@ class Engine:
         """`ids` cut behind every end-of-document token but a last one."""
         ends = [at + 1 for at, token in enumerate(ids[:-1]) if token == self.tokenizer.eod_id]
         return [ids[a:b] for a, b in pairwise([0, *ends, len(ids)])]
+
+
+def _not_finite(answer: _Answer) -> Event:
+    """The end of a request whose logits are no numbers."""
+    said = (
+        f"the experts of {answer.request.domain} compute numbers that are not finite for this text; the training of "
+        "the model's weights diverged: take an earlier checkpoint"
+    )
+    return Event(answer.number, None, finish="error", error=said)
 
 
 def _scores(request: Request, logits: np.ndarray) -> tuple[Score, ...]:

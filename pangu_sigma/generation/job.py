@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from pangu_sigma.config.rules import INFERRED_DOMAIN
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation.request import Event, Request, Sampling, pick_domain, prompt_ids
 from pangu_sigma.monitor.text import compact, printable_lines
@@ -23,16 +24,16 @@ if TYPE_CHECKING:
     from pangu_sigma.generation.engine import Engine
     from pangu_sigma.load import Trained
 
-AUTO = "auto"  # the domain of a prompt that is to be inferred from it
-
 
 @dataclass
 class Answer:
-    """What came of one request: `text` without the prompt, every token's event, why it ended."""
+    """What came of one request: `text` without the prompt, every token's event, why it ended; `error` says what made
+    it end before its time."""
 
     text: str = ""
     events: list[Event] = field(default_factory=list)
     finish: str | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,9 @@ def complete(
             number = number_of[event.request_id]
             answer = answers[number]
             answer.text += event.text
-            answer.events.append(event)
-            answer.finish = event.finish
+            answer.finish, answer.error = event.finish, event.error
+            if event.error is None:
+                answer.events.append(event)
             if heard:
                 heard(number, event, answer)
     return answers
@@ -176,20 +178,22 @@ def _continue(
         _print_lines(engine, trained, prompts, requests)
     elif as_json:
         answer = complete(engine, requests)[0]
+        if answer.error:
+            raise UserError(answer.error)
         print(_as_json(trained, prompts[0], requests[0], answer), flush=True)
     else:
         _print_text(engine, prompts[0], requests[0], stream)
 
 
 def _with_domains(trained: Trained, prompts: list[Prompt], domain: str | None) -> list[Prompt]:
-    """The prompts, those of the domain `auto` with the one whose experts find them likeliest, which is said."""
-    if AUTO in trained.model.groups.names or not any((prompt.domain or domain) == AUTO for prompt in prompts):
+    """The prompts; those whose domain is to be inferred get the one whose experts like them best, told on stderr."""
+    if not any((prompt.domain or domain) == INFERRED_DOMAIN for prompt in prompts):
         return prompts
     from pangu_sigma.domains.unknown import DomainGuess
 
     guess, found = DomainGuess(trained), []
     for prompt in prompts:
-        if (prompt.domain or domain) == AUTO:
+        if (prompt.domain or domain) == INFERRED_DOMAIN:
             name, probability = guess(prompt_ids(trained.tokenizer, prompt.text))
             prompt = replace(prompt, domain=name)
             if len(prompts) == 1:
@@ -226,6 +230,8 @@ def _print_text(engine: Engine, prompt: Prompt, request: Request, stream: bool) 
         # The prompt of the shell begins a line of its own, after an interruption too.
         if stream or first:
             _say("\n")
+    if answer.error:
+        raise UserError(answer.error)
     written, after = len(answer.events), time.monotonic() - first
     rate = f", {compact((written - 1) / after)} tokens/s" if written > 1 else ""
     why = {"stop": "the text ended", "length": "max-tokens or the window's end was reached"}[answer.finish]
@@ -233,7 +239,10 @@ def _print_text(engine: Engine, prompt: Prompt, request: Request, stream: bool) 
 
 
 def _print_lines(engine: Engine, trained: Trained, prompts: list[Prompt], requests: list[Request]) -> None:
-    """A JSON line for every prompt, in their order, as soon as those before it are printed."""
+    """A JSON line for every prompt, in their order, as soon as those before it are printed.
+
+    One that fails has its error in its line, and the command ends with the first of them.
+    """
     from pangu_sigma.monitor.terminal import progress
 
     done: dict[int, Answer] = {}
@@ -250,7 +259,11 @@ def _print_lines(engine: Engine, trained: Trained, prompts: list[Prompt], reques
                 printed += 1
             job.advance()
 
-        complete(engine, requests, heard)
+        answers = complete(engine, requests, heard)
+    failed = {number: answer.error for number, answer in enumerate(answers, 1) if answer.error}
+    if failed:
+        number, error = next(iter(failed.items()))
+        raise UserError(f"{len(failed)} of {len(answers)} prompts failed; prompt {number}: {error}")
 
 
 def _as_json(trained: Trained, prompt: Prompt, request: Request, answer: Answer) -> str:
@@ -261,6 +274,8 @@ def _as_json(trained: Trained, prompt: Prompt, request: Request, answer: Answer)
         "finish": answer.finish,
         "ids": [event.token_id for event in answer.events],
     }
+    if answer.error:
+        found["error"] = answer.error
     if request.sampling.logprobs is not None:
         piece = trained.tokenizer.piece
         found["logprobs"] = [

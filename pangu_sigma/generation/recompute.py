@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -51,6 +51,10 @@ class RecomputingDecoder:
             ids.append(token)
             found[slot] = self.score(ids, domain)[-1]
         return found
+
+    def warm_ups(self, scores: bool) -> list[Callable[[], None]]:
+        """The one graph there is."""
+        return [lambda: self.score([self.model.eod_id], 0)]
 
     def end(self, slot: int) -> None:
         """The slot's text is over."""

@@ -83,15 +83,16 @@ class Score:
 class Event:
     """One step of one request; every token that was chosen gives exactly one event, in order.
 
-    token_id: the token; None only in the single event of a request with max_tokens 0. The token that ended the text
-    (end of document, one of `stop_ids`) is told too, and is no part of the text.
+    token_id: the token; None in the single event of a request with max_tokens 0, and in one that says an error. The
+    token that ended the text (end of document, one of `stop_ids`) is told too, and is no part of the text.
     text: what can be said now. Bytes of an unfinished character and letters that may yet become a stop string wait for
     a later event; the texts of all events joined are the answer.
     logprob: natural logarithm of the token's probability under the model itself (before temperature, top-k, top-p and
     repetition penalty), None unless `logprobs` was asked for; top: the likeliest (id, logprob), best first.
     prompt_scores: with `echo`, in the first event: one for every prompt token; otherwise ().
     finish: None while the text goes on; "stop" at an end-of-document token, a stop id or a stop string; "length" at
-    max_tokens or when the model's window is full.
+    max_tokens or when the model's window is full; "error" when no token could be chosen (then token_id is None).
+    error: with finish "error", a sentence that says why.
     """
 
     request_id: int
@@ -101,6 +102,7 @@ class Event:
     top: Alternatives = ()
     prompt_scores: tuple[Score, ...] = ()
     finish: str | None = None
+    error: str | None = None
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:

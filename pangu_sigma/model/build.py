@@ -20,9 +20,8 @@ from parallel.layout import Layout
 from rre.counted import generator
 from rre.dispatch import EXACT_ROWS
 from rre.experts import expert_shapes
-from rre.kinds import KINDS
+from rre.kinds import KINDS, LAYER
 from rre.routers import ROUTERS, Groups, Router, RouterOptions
-from rre.routers.hash import LAYER
 from rre.store import DeviceStore, DiskStore, ExpertStore, HostStore
 from rre.store.base import Shapes
 from rre.store.disk import remove_tables

@@ -73,6 +73,12 @@ def internal() -> ApiError:
     return ApiError(500, "the server met an internal error; its log says more", code="internal_error")
 
 
+def failed(message: str) -> ApiError:
+    """The model could not go on with this request; others are not concerned."""
+    # Clients try again after a 500 unless told otherwise, and the same request would fail in the same way.
+    return ApiError(500, message, code="model_error", headers={"x-should-retry": "false"})
+
+
 def unknown_model(wanted: str, offered: Sequence[str]) -> ApiError:
     """A model id that is no domain of the served model."""
     near = get_close_matches(wanted[:200], offered, n=1, cutoff=0.0)

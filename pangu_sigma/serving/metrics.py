@@ -36,6 +36,9 @@ class Metrics:
         self.written_tokens = Counter(
             name + "generated_tokens", "Tokens written for clients.", ["domain"], registry=self.registry
         )
+        self.broken = Counter(
+            name + "failed", "Texts whose logits were not finite.", ["domain"], registry=self.registry
+        )
         self.left = Counter(
             name + "disconnects", "Requests whose client left before the answer was whole.", registry=self.registry
         )
@@ -57,6 +60,7 @@ class Metrics:
         for domain in domains:  # a series that is 0 is better than one that is missing
             self.prompt_tokens.labels(domain)
             self.written_tokens.labels(domain)
+            self.broken.labels(domain)
 
     def state(self, active: int, waiting: int) -> None:
         """The engine's texts, by its own count."""
@@ -71,6 +75,10 @@ class Metrics:
     def answered(self, seconds: float) -> None:
         """One text is finished, `seconds` after it was asked for."""
         self.request_seconds.observe(seconds)
+
+    def failed(self, domain: str) -> None:
+        """The model could not go on with a text."""
+        self.broken.labels(domain).inc()
 
     def page(self) -> tuple[bytes, str]:
         """Prometheus' text format and its content type."""

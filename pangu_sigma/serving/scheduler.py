@@ -18,7 +18,7 @@ from typing import Protocol
 
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation import Event, Request
-from pangu_sigma.serving.errors import bad_request, busy, internal, shutting_down
+from pangu_sigma.serving.errors import bad_request, busy, failed, internal, shutting_down
 from pangu_sigma.serving.settings import Limits
 
 
@@ -44,6 +44,8 @@ class Observer(Protocol):
     def stepped(self, seconds: float, tokens: int) -> None: ...
 
     def answered(self, seconds: float) -> None: ...
+
+    def failed(self, domain: str) -> None: ...
 
 
 class Ticket:
@@ -75,7 +77,7 @@ class Ticket:
     async def next(self) -> list[tuple[int, Event]]:
         """The (index, event) that have come since, at least one; cancelling it loses none.
 
-        Raises ApiError if the server cannot go on.
+        Raises ApiError if the server cannot go on, or the model not with this text.
         """
         said = [await self._events.get()]
         while not self._events.empty():
@@ -83,6 +85,8 @@ class Ticket:
         for one in said:
             if isinstance(one, Exception):
                 raise one
+            if one[1].error is not None:
+                raise failed(one[1].error)
             self._to_read -= one[1].finish is not None
         return said
 
@@ -222,7 +226,10 @@ class Scheduler:
         self._observer.stepped(seconds, sum(event.token_id is not None for _, _, event in events))
         for ticket, index, event in events:
             ticket._put((index, event))
-            if event.finish is not None:
+            if event.error is not None:
+                self._finished(ticket)
+                self._observer.failed(ticket.requests[index].domain)
+            elif event.finish is not None:
                 self._finished(ticket)
                 took = ticket.age
                 self._seconds += 0.1 * (took - self._seconds)

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
+import functools
 import logging
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
 
-from pangu_sigma.checkpoint import Checkpoint, resolve
+from pangu_sigma.checkpoint import resolve
 from pangu_sigma.errors import UserError
-from pangu_sigma.generation import Request, Sampling, pick_domain
+from pangu_sigma.generation import pick_domain
 from pangu_sigma.load import stored_config
 from pangu_sigma.serving.app import create_app
+from pangu_sigma.serving.connection import BoundedConnection
 from pangu_sigma.serving.metrics import Metrics
-from pangu_sigma.serving.scheduler import Engine, Scheduler
-from pangu_sigma.serving.settings import TOKEN_VARIABLE, Settings
+from pangu_sigma.serving.scheduler import Scheduler
+from pangu_sigma.serving.settings import TOKEN_VARIABLE, Limits, Settings
+from pangu_sigma.serving.starting import ServedModel, Starting
 from pangu_sigma.serving.work import Desk
 
 # Connections at once, idle ones included; answers are bounded by slots and queue long before. Many systems give a
@@ -52,50 +53,28 @@ def serve(path: str | Path, settings: Settings, say: Callable[[str], None] = pri
                 f"use the model; set {TOKEN_VARIABLE} to ask for one",
                 file=sys.stderr,
             )
-        asyncio.run(_serve(_Model(Path(path), checkpoint, tuple(domains)), settings, listening, say))
+        model = ServedModel(Path(path), checkpoint, tuple(domains))
+        asyncio.run(_serve(model, settings, listening, say))
 
 
-@dataclass(frozen=True)
-class _Model:
-    path: Path
-    checkpoint: Checkpoint
-    domains: tuple[str, ...]
-
-    @property
-    def created(self) -> int:
-        return int((self.checkpoint.path / "manifest.json").stat().st_mtime)
-
-    def engine(self, slots: int) -> Engine:
-        """Load the model and let it write in every domain and all slots, for the engine's thread.
-
-        What that needs compiled is compiled before the first client comes, and a model that cannot write is found out.
-        """
-        from pangu_sigma.generation.engine import Engine
-        from pangu_sigma.load import load_trained
-
-        trained = load_trained(self.path)
-        engine = Engine(trained.model, trained.tokenizer, slots)
-        # One text a step is admitted: the first still writes when the last slot is taken.
-        sampling = Sampling(max_tokens=slots + 2, temperature=0.0)
-        for _, domain in zip(range(max(slots, len(self.domains))), itertools.cycle(self.domains), strict=False):
-            engine.add(Request((trained.tokenizer.eod_id,), domain, sampling))
-        while not engine.idle:
-            engine.step()
-        return engine
-
-
-async def _serve(model: _Model, settings: Settings, listening: socket.socket, say: Callable[[str], None]) -> None:
+async def _serve(model: ServedModel, settings: Settings, listening: socket.socket, say: Callable[[str], None]) -> None:
     limits = settings.limits
     metrics = Metrics(model.domains, limits.slots)
-    scheduler = Scheduler(lambda: model.engine(limits.slots), limits, metrics)
     with _signals() as stop:
         print(f"Loading {model.path} …", file=sys.stderr, flush=True)
-        loading = asyncio.ensure_future(scheduler.start())
         stopped = asyncio.ensure_future(stop.wait())
-        await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if not loading.done():
+        try:
+            with Starting() as starting:
+                scheduler = Scheduler(lambda: model.engine(limits.slots, settings.warm_up, starting), limits, metrics)
+                loading = asyncio.ensure_future(scheduler.start())
+                await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
+                if not loading.done():
+                    raise _InterruptedStart
+                engine = loading.result()
+        except _InterruptedStart:
             _leave_now("Interrupted.")
-        engine = loading.result()
+        if starting.warning:
+            print(f"Warning: {starting.warning}", file=sys.stderr, flush=True)
         desk = Desk(model.domains, engine.tokenizer, engine.window, limits)
         try:
             # Not before now: whoever connects shall be answered. Another server may have bound the address meanwhile.
@@ -103,7 +82,7 @@ async def _serve(model: _Model, settings: Settings, listening: socket.socket, sa
         except OSError as error:
             await scheduler.stop()
             raise _cannot_listen(settings, error) from error
-        server = _Server(create_app(scheduler, desk, metrics, settings, model.created))
+        server = _Server(create_app(scheduler, desk, metrics, settings, model.created), limits)
         running = asyncio.ensure_future(server.serve(sockets=[listening]))
         failed = asyncio.ensure_future(asyncio.shield(scheduler.failed))
         say(_startup_line(model, settings, listening, engine.window))
@@ -136,14 +115,18 @@ async def _drain(scheduler: Scheduler, stop: _Stop, seconds: float) -> None:
     again.cancel()
 
 
+class _InterruptedStart(Exception):
+    """A signal came before the model was ready."""
+
+
 class _Server(uvicorn.Server):
     """uvicorn without its own handling of signals, which would close the socket at once and die by the signal."""
 
-    def __init__(self, app: Callable) -> None:
-        # h11: the one implementation that is always there, so that every installation behaves alike.
+    def __init__(self, app: Callable, limits: Limits) -> None:
+        # On h11: the one implementation that is always there, so that every installation behaves alike.
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=functools.partial(BoundedConnection, limits),
             ws="none",
             loop="none",
             lifespan="off",
@@ -192,12 +175,6 @@ def _signals() -> Iterator[_Stop]:
             loop.remove_signal_handler(number)
 
 
-def _leave_now(said: str) -> None:
-    """End the process while another thread is inside MindSpore, which an orderly end would wait for or tear down."""
-    print(said, file=sys.stderr, flush=True)
-    os._exit(INTERRUPTED)
-
-
 def _bound(settings: Settings) -> socket.socket:
     """A socket at the address. Raises UserError, before the model is loaded."""
     try:
@@ -222,7 +199,13 @@ def _cannot_listen(settings: Settings, error: OSError) -> UserError:
     )
 
 
-def _startup_line(model: _Model, settings: Settings, listening: socket.socket, window: int) -> str:
+def _leave_now(said: str) -> None:
+    """End the process while another thread is inside MindSpore, which an orderly end would wait for or tear down."""
+    print(said, file=sys.stderr, flush=True)
+    os._exit(INTERRUPTED)
+
+
+def _startup_line(model: ServedModel, settings: Settings, listening: socket.socket, window: int) -> str:
     host, port = settings.host, listening.getsockname()[1]
     base = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     slots = settings.limits.slots

@@ -13,29 +13,36 @@ class Limits:
     """What one client, or all of them, may ask for.
 
     slots: texts that are decoded together. queue: texts that may wait for a slot. max_tokens: most tokens of one answer
-    (None: as many as the model's window holds). body_bytes: longest request body; body_seconds: longest time it may
-    take to arrive. choices: most answers of one HTTP request (prompts × n). grace_seconds: how long running answers may
-    go on after SIGTERM.
+    (None: as many as the model's window holds). head_seconds: longest time a request's head may take to arrive;
+    body_bytes: longest request body; body_seconds: longest time it may take to arrive; stall_seconds: longest time a
+    client may take nothing of its answer. choices: most answers of one HTTP request (prompts × n). grace_seconds: how
+    long running answers may go on after SIGTERM.
     """
 
     slots: int = 8
     queue: int = 64
     max_tokens: int | None = None
     body_bytes: int = 1 << 20
+    head_seconds: float = 10.0
     body_seconds: float = 30.0
+    stall_seconds: float = 60.0
     choices: int = 64
     grace_seconds: float = 30.0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A server: `domains` restricts which domains are offered (empty: all); `token` is what clients must present."""
+    """A server: `domains` restricts which domains are offered (empty: all); `token` is what clients must present.
+
+    warm_up: compile for every admitted length before the first client comes.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
     domains: tuple[str, ...] = ()
     token: str | None = None
     limits: Limits = Limits()
+    warm_up: bool = True
 
     @property
     def loopback(self) -> bool:

@@ -10,9 +10,10 @@ import numpy as np
 from mindspore import Tensor
 
 from pangu_sigma.checkpoint import LazyTensor
+from pangu_sigma.config.counts import is_routing, place_and_owner
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.build import SLOTS, Model
-from rre.routers.hash import LAYER
+from rre.kinds import LAYER
 
 if TYPE_CHECKING:
     from pangu_sigma.train.optimizer import Optimizer
@@ -99,11 +100,9 @@ def stored_tables(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.n
     """The routing tables of a checkpoint: sparse layer -> owner -> int32 [V]."""
     tables: dict[str, dict[str, np.ndarray]] = {}
     for name in tensors:
-        if name.startswith("domains.") and name.endswith(".routing"):
-            _, domain, place = name.removesuffix(".routing").split(".", 2)
-            tables.setdefault(place, {})[domain] = tensors[name]
-        elif name.endswith(".routing"):
-            tables.setdefault(name.removesuffix(".routing"), {})[LAYER] = tensors[name]
+        if is_routing(name):
+            place, owner = place_and_owner(name)
+            tables.setdefault(place, {})[owner] = tensors[name]
     return tables
 
 

@@ -7,10 +7,9 @@ import math
 import numpy as np
 
 from rre.dispatch import drop_overflow
+from rre.kinds import LAYER
 from rre.routers.base import Assignment, RouterOptions
 from rre.routers.table import TableRouter
-
-LAYER = "shared"
 
 
 class HashRouter(TableRouter):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import random
 import tempfile
 from collections.abc import Callable, Mapping
@@ -13,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pangu_sigma.checkpoint import Fingerprints, open_checkpoint, save_checkpoint
-from pangu_sigma.checkpoint.manifest import sign
-from pangu_sigma.checkpoint.tensor_file import read_header
+from pangu_sigma.checkpoint import Fingerprints, save_checkpoint
 from pangu_sigma.config import Config, config_from_dict, manifest
 from pangu_sigma.data.tokenizer import Tokenizer
 from rre.counted import generator
+from tests.pangu_sigma.altered import alter
 
 SIZES = {"code": 2, "law": 1, "poems": 3}
 LENGTH = 16
@@ -106,19 +103,11 @@ def save_model(run: Path, sizes: Mapping[str, int] = SIZES, *, probes: int = 2, 
 
 def flip_byte(folder: Path, tensor: str, index: int = 3) -> None:
     """Changes one byte of a tensor as someone would who also computes every hash anew."""
-    stored = open_checkpoint(folder)
-    entry = stored.manifest.tensors[tensor]
-    path = folder / entry.slices[0].file
-    file = stored.manifest.files[entry.slices[0].file]
-    spec, begin = read_header(path, file.header_bytes, file.header_sha256)[tensor]
-    content = bytearray(path.read_bytes())
-    content[begin + index] ^= 1
-    path.write_bytes(content)
-    fields = json.loads((folder / "manifest.json").read_text())
-    fields["files"][entry.slices[0].file]["sha256"] = hashlib.sha256(content).hexdigest()
-    own = hashlib.sha256(content[begin : begin + spec.nbytes]).hexdigest()
-    fields["tensors"][tensor]["slices"][0]["sha256"] = own
-    (folder / "manifest.json").write_bytes(sign(json.dumps(fields, indent=1, ensure_ascii=False).encode() + b"\n"))
+
+    def flip(content: bytearray) -> None:
+        content[index] ^= 1
+
+    alter(folder, tensor, flip)
 
 
 @pytest.fixture(scope="session")

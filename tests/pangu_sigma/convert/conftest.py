@@ -14,11 +14,12 @@ import yaml
 from pangu_sigma import runtime
 from pangu_sigma.checkpoint import Fingerprints, ModelFolder, TensorSpec, write_model_folder
 from pangu_sigma.config import config_from_dict, effective
-from pangu_sigma.config.counts import is_routing, manifest
+from pangu_sigma.config.counts import is_routing, manifest, place_and_owner
 from pangu_sigma.data.sources import Source
 from pangu_sigma.data.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizer_training import train_tokenizer
 from rre.counted import generator
+from rre.kinds import LAYER
 from rre.tables import draw_table
 
 SIZES = {"layers": 3, "hidden": 16, "heads": 2, "ffn": 32, "positions": 16}
@@ -80,13 +81,14 @@ def random_model(out: Path, config, tokenizer: Tokenizer) -> Path:
 
     targets = manifest(config, config.model.vocab_size)
     groups = {d.name: d.experts for d in config.domains}
+    experts = groups | {LAYER: sum(groups.values())}
 
     def read(spec: TensorSpec) -> np.ndarray:
         if is_routing(spec.name):
-            _, domain, place = spec.name.removesuffix(".routing").split(".", 2)
+            place, owner = place_and_owner(spec.name)
             counts = np.arange(spec.shape[0])[::-1] ** 2
             table = config.model.sparse.table
-            return draw_table(table, 7, place, domain, spec.shape[0], groups[domain], counts)
+            return draw_table(table, 7, place, owner, spec.shape[0], experts[owner], counts)
         values = generator(3, spec.name).standard_normal(spec.shape, np.float32) * np.float32(0.3)
         return values + np.float32(1.0) if spec.name.endswith("gamma") else values
 

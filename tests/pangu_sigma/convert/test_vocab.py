@@ -94,6 +94,41 @@ def test_uniform_tables_stay_balanced_and_differ_between_layers(sparse, tmp_path
         assert not np.array_equal(tables[0][VOCAB:], tables[1][VOCAB:])
 
 
+@pytest.mark.parametrize("table", ["uniform", "frequency"])
+def test_a_hash_layers_one_table_is_extended_by_its_rule(
+    vocab_model, corpora, pieces, pieces_file, logits, tmp_path, table
+):
+    model = {"sparse": {"layers": 2, "router": "hash", "table": table, "include_query_layer": True}}
+    folder = tmp_path / "model"
+    random_model(folder, configuration(folder, vocab_model, corpora, model, GROUPS), pieces)
+    words = [word for word in WORDS["law"].split() if word not in known(folder)]
+    (tmp_path / "words.txt").write_text("\n".join(words), encoding="utf-8")
+    done = extend_vocabulary(folder, tmp_path / "out", pieces=tmp_path / "words.txt").checkpoint
+    old, new = open_checkpoint(folder).load(), done.load()
+    tables = [new[f"{place}.routing"] for place in ("blocks.1", "query_layer")]
+    assert not any(name.startswith("domains.") and name.endswith(".routing") for name in new)
+    experts = sum(GROUPS.values())
+    for place, extended in zip(("blocks.1", "query_layer"), tables, strict=True):
+        assert extended[:VOCAB].tobytes() == old[f"{place}.routing"].tobytes() and len(extended) == VOCAB + len(words)
+        if table == "uniform":
+            ids = np.bincount(extended, minlength=experts)
+            assert ids.max() - ids.min() <= 1
+        else:
+            from pangu_sigma.load import load_trained
+
+            counts = sum(store.token_counts for store in load_trained(done.path).corpus().stores)
+            assert len(set(counts[VOCAB:])) == len(words) > 3, "equal counts would leave the order open"
+            rows = np.bincount(extended[:VOCAB], counts[:VOCAB], minlength=experts)
+            for token in sorted(range(VOCAB, VOCAB + len(words)), key=lambda t: -counts[t]):
+                if (rows == rows.min()).sum() == 1:
+                    assert extended[token] == rows.argmin()
+                rows[extended[token]] += counts[token]
+    assert not np.array_equal(tables[0][VOCAB:], tables[1][VOCAB:])
+    tokens = np.random.default_rng(0).integers(3, VOCAB, 16)
+    before, after = logits(folder, "law", tokens), logits(done.path, "law", tokens)
+    np.testing.assert_allclose(after[:, :VOCAB], before, atol=1e-6, rtol=0)
+
+
 def test_frequency_tables_are_extended_by_the_new_tokens_counts(vocab_model, corpora, pieces, tmp_path):
     model = {"sparse": {"layers": 1, "table": "frequency"}}
     out = tmp_path / "model"

@@ -86,9 +86,17 @@ def test_duplicates_are_dropped_before_the_split_and_counted(prepare, corpus, co
 
 def test_two_documents_are_enough_for_both_parts(prepare, corpus):
     texts = ["The first document speaks about the sea. " * 9, "Another one explains how bread is baked. " * 9]
-    for fraction in (0.0, 0.001, 0.999):
+    for fraction in (0.001, 0.999):
         store = prepare(corpus(texts), heldout_fraction=fraction)
         assert store.documents == {"train": 1, "heldout": 1}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_at_fraction_zero_every_document_is_trained_on(prepare, corpus, tokenizer, count):
+    texts = ["The first document speaks about the sea. " * 9, "Another one explains how bread is baked. " * 9][:count]
+    store = prepare(corpus(texts), heldout_fraction=0.0)
+    assert store.documents == {"train": count, "heldout": 0} and store.tokens["heldout"] == 0
+    assert sorted(texts_of(store.train, tokenizer)) == sorted(texts)
 
 
 def test_a_single_long_text_file_is_split_into_both_parts(prepare, tmp_path, code_texts):

@@ -1,5 +1,6 @@
 """Requests through the engine: the same text with and without a cache, alone and together; ends, scores, refusals."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -197,16 +198,72 @@ def test_a_router_that_looks_ahead_cannot_write(tokenizer):
         Engine(model, tokenizer)
 
 
-def test_weights_that_give_no_numbers_are_told(kind, tokenizer):
+@pytest.fixture
+def broken(kind) -> Iterator[Callable[[str, int], None]]:
+    """`broken(case, expert)` makes an expert of the first sparse layer give no numbers; all is mended afterwards."""
+    kept = []
+
+    def break_(case: str, expert: int) -> None:
+        model = kind(case).model
+        bias = model.store.table(model.config.model.sparse_prefixes[0], "down.bias")[expert]
+        kept.append((bias, bias.copy()))
+        bias[:] = np.nan
+
+    yield break_
+    for bias, before in kept:
+        bias[:] = before
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_only_the_request_whose_own_logits_are_no_numbers_fails(kind, tokenizer, broken, on_device):
     both = kind("rre")
-    table = both.model.store.table(both.model.config.model.sparse_prefixes[0], "down.bias")
-    kept = table.copy()
-    table[:] = np.nan
-    try:
-        engine = Engine(both.model, tokenizer, decoder=both.cached)
-        engine.add(Request((2, 40), "code"))
-        with pytest.raises(UserError, match="not finite"):
-            engine.step()
-    finally:
-        table[:] = kept
-        both.cached.end(0)
+    engine = Engine(both.model, tokenizer, decoder=both.on_device if on_device else both.cached)
+    greedy = Sampling(12, temperature=0.0)
+    requests = [Request((2, 40 + n), name, greedy) for n, name in enumerate(["code", "law", "poems", "law", "code"])]
+    whole = complete(engine, requests)
+    broken("rre", 3)  # the only expert of law
+    answers = complete(engine, requests)
+    for request, answer, before in zip(requests, answers, whole, strict=True):
+        if request.domain == "law":
+            assert answer.finish == "error" and answer.text == "" and answer.events == []
+            assert "the experts of law compute numbers that are not finite" in answer.error
+        else:
+            assert answer.error is None and answer.finish == before.finish and ids_of(answer) == ids_of(before)
+    assert engine.idle
+    for echo in (Sampling(0, echo=True), Sampling(3, echo=True)):
+        assert complete(engine, [Request((2, 50, 51), "law", echo)])[0].finish == "error"
+    assert engine.idle
+
+
+def test_a_text_fails_where_its_numbers_end_and_keeps_what_it_had(kind, tokenizer, broken):
+    both = kind("rre")
+    engine = Engine(both.model, tokenizer, decoder=both.cached)
+    sampling = Sampling(20, temperature=3.0, seed=7)
+    requests = [Request((2, 60), "code", sampling), Request((2, 61), "poems", sampling)]
+    whole = complete(engine, requests)
+    table = both.model.routers[0].assign
+    ids = [2, 60, *ids_of(whole[0])]
+    experts = table(np.array([ids]), np.array([0]), 0, np.zeros(1, np.int64), False).expert_ids[:, 0]
+    late = next(int(e) for e in (0, 1, 2) if e not in experts[:2] and e in experts[2:-1])
+    broken("rre", late)
+    answers = complete(engine, requests)
+    read = int(np.flatnonzero(experts == late)[0])  # the first token that the broken expert reads is its last
+    assert answers[0].finish == "error" and ids_of(answers[0]) == ids[2 : read + 1]
+    assert answers[1].error is None and ids_of(answers[1]) == ids_of(whole[1])
+
+
+@pytest.mark.parametrize("case", ["switch", "olmoe"])
+def test_a_learned_gate_goes_on_too(kind, tokenizer, broken, case):
+    both = kind(case)
+    engine = Engine(both.model, tokenizer, decoder=both.cached)
+    requests = [
+        Request((2, *range(40 + n, 44 + 3 * n)), "law", Sampling(16, temperature=2.0, seed=n)) for n in range(6)
+    ]
+    whole = complete(engine, requests)
+    broken(case, 2)
+    answers = complete(engine, requests)
+    for answer, before in zip(answers, whole, strict=True):
+        # Whoever never met the broken expert writes on as before.
+        assert ids_of(answer) == ids_of(before)[: len(ids_of(answer))]
+        assert (answer.finish == "error") == (len(ids_of(answer)) < len(ids_of(before)))
+    assert any(answer.error for answer in answers) and engine.idle

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
+from pangu_sigma.checkpoint import open_checkpoint
+from tests.pangu_sigma.altered import alter
 from tests.pangu_sigma.serving.process import Server
 from tests.pangu_sigma.train.process import command
 
@@ -45,3 +48,18 @@ def copied_served_run(served_run, tmp_path) -> Path:
     """A copy to damage."""
     shutil.copytree(served_run, tmp_path / "copied")
     return tmp_path / "copied"
+
+
+@pytest.fixture(scope="session")
+def broken_run(served_run, tmp_path_factory) -> Path:
+    """A copy whose domain `law` computes no numbers, as after a training that diverged."""
+
+    def diverge(content: bytearray) -> None:
+        content[:] = np.full(len(content) // 4, np.nan, np.float32).tobytes()
+
+    run = tmp_path_factory.mktemp("broken") / "run"
+    shutil.copytree(served_run, run)
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    place = next(iter(open_checkpoint(checkpoint).coverage))
+    alter(checkpoint, f"domains.law.{place}.experts.down.bias", diverge)
+    return run

@@ -21,7 +21,9 @@ def test_the_line_names_domains_address_and_page(server):
         "window 96 tokens\n"
     )
     assert server.url.startswith("http://127.0.0.1:")
-    assert server.said() == f"Loading {server.model} …\n"
+    loading, compiled = server.said().splitlines()[:: len(server.said().splitlines()) - 1]
+    # Prompts of 16, 32, 64 and 96 tokens, each with and without scores; 1, 2, 4 and 8 texts together.
+    assert loading == f"Loading {server.model} …" and compiled.startswith("compile: 12/12 graphs in ")
 
 
 @pytest.mark.parametrize(

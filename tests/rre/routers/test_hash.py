@@ -4,8 +4,8 @@ import numpy as np
 
 from parallel.layout import Layout
 from rre.dispatch import DROPPED
+from rre.kinds import LAYER
 from rre.routers import ROUTERS, Groups, RouterOptions
-from rre.routers.hash import LAYER
 
 GROUPS = Groups(("code", "law"), (3, 2))
 TABLE = np.array([4, 0, 3, 3, 1, 2], np.int32)
