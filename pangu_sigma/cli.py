@@ -187,7 +187,9 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own reach out.")] = (
         "127.0.0.1"
     ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, metavar="N", help="Port to listen on; 0 takes a free one.")
+    ] = 8000,
     token: Annotated[
         str | None,
         typer.Option(
@@ -195,13 +197,18 @@ def serve(
             envvar="PANGU_SIGMA_TOKEN",
         ),
     ] = None,
-    slots: Annotated[int, typer.Option(min=1, max=1024, help="Texts that are decoded together.")] = 8,
-    queue: Annotated[int, typer.Option(min=0, help="Texts that may wait for a slot; beyond, clients get 429.")] = 64,
+    slots: Annotated[int, typer.Option(min=1, max=1024, metavar="N", help="Texts that are decoded together.")] = 8,
+    queue: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Texts that may wait for a slot; beyond, clients get 429.")
+    ] = 64,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens of one answer; up to the model's window if left out.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Most tokens of one answer; up to the model's window if left out."),
     ] = None,
-    max_body: Annotated[int, typer.Option(min=1024, help="Largest request body in bytes.")] = 1 << 20,
-    grace: Annotated[float, typer.Option(min=0.0, help="Seconds that answers may go on after SIGTERM.")] = 30.0,
+    max_body: Annotated[int, typer.Option(min=1024, metavar="BYTES", help="Largest request body in bytes.")] = 1 << 20,
+    grace: Annotated[
+        float, typer.Option(min=0.0, metavar="SECONDS", help="Seconds that answers may go on after SIGTERM.")
+    ] = 30.0,
     warm_up: Annotated[
         bool,
         typer.Option(help="Compile for every length at the start; otherwise the first text of each length waits."),
