@@ -10,6 +10,8 @@ C = T k choices, F inner width of a feed-forward network.
 from __future__ import annotations
 
 import ctypes
+import math
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import mindspore as ms
@@ -152,6 +154,19 @@ class CompiledCrossEntropy(nn.Cell):
     def bprop(self, h: Tensor, table: Tensor, labels: Tensor, out: tuple, dout: tuple):
         dh, dtable, _ = self.backward(h, table, labels, out[1], dout[0])
         return dh, dtable, labels
+
+
+class CompiledSquareSums(nn.Cell):
+    """Tensors of the given shapes -> float32 [n], the sum of squares of each; without a gradient."""
+
+    def __init__(self, path: str, shapes: Sequence[tuple[int, ...]]) -> None:
+        super().__init__()
+        count = len(shapes)
+        self.sizes = Tensor([math.prod(shape) for shape in shapes], ms.int64)
+        self.sums = _kernel(path, "square_sums", lambda *_: [count], lambda first, *_: first)
+
+    def construct(self, *tensors: Tensor) -> Tensor:
+        return self.sums(*tensors, self.sizes)
 
 
 class CompiledFeedForward(nn.Cell):

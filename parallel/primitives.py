@@ -9,11 +9,13 @@ Legend: T rows, K and N inner and outer width, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 from mindspore.ops import Primitive
 
-from parallel.compiled import CompiledCrossEntropy, CompiledLayerNorm, CompiledLinear
+from parallel.compiled import CompiledCrossEntropy, CompiledLayerNorm, CompiledLinear, CompiledSquareSums
 from parallel.layout import Cut, Layout
 
 FAST_GELU_SLOPE = 1.702
@@ -214,6 +216,21 @@ class Native(nn.Cell):
         return (out,) if self.outputs == 1 else out
 
 
+class SquareSums(nn.Cell):
+    """Tensors -> float32 [n], the sum of squares of each; without a gradient."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.half_square = layout(ops.L2Loss())
+        self.stack = layout(ops.Stack())
+
+    def construct(self, *tensors: Tensor) -> Tensor:
+        sums = ()
+        for tensor in tensors:
+            sums = sums + (self.half_square(tensor),)
+        return self.stack(sums) * 2.0
+
+
 def activation(name: str, layout: Layout, *cuts: Cut) -> nn.Cell:
     """The activation of this name in the device's fast form: x, cut so -> (y, whatever its gradient keeps)."""
     composed, fused = {"fast_gelu": (FastGelu, ops.FastGeLU), "gelu": (Gelu, ops.GeLU)}[name]
@@ -235,3 +252,8 @@ def linear(layout: Layout, compute: ms.dtype = ms.float32) -> nn.Cell:
 def tied_cross_entropy(layout: Layout) -> nn.Cell:
     """Token losses in the device's fast form: (h_TD, table_VD, labels_T) -> (losses_T, whatever its gradient keeps)."""
     return CompiledCrossEntropy(layout.kernels) if layout.kernels else TiedCrossEntropy(layout)
+
+
+def square_sums(layout: Layout, shapes: Sequence[tuple[int, ...]]) -> nn.Cell:
+    """Sums of squares in the device's fast form: tensors of these shapes -> [n]."""
+    return CompiledSquareSums(layout.kernels, shapes) if layout.kernels else SquareSums(layout)

@@ -13,6 +13,7 @@ from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.model.signature import FlatSignature
 from pangu_sigma.train.objective import Objective
 from parallel.layout import Layout
+from parallel.primitives import square_sums
 from rre.adamw import decays
 
 FIXED_INPUTS = 8
@@ -41,20 +42,14 @@ class GradientStep(nn.Cell):
         positions = tuple(first + i for i in signature.differentiated) if self.with_experts else None
         shared = ParameterTuple(net.trainable_params()) if with_shared else None
         self.value_and_grad = ops.value_and_grad(self.loss, positions, shared, has_aux=True)
-        self.half_square = layout(ops.L2Loss())
-        self.stack = layout(ops.Stack())
+        if with_shared:
+            self.square_sums = square_sums(layout, [parameter.shape for parameter in shared])
         self.set_train()
         self.set_inputs(
             *graph_placeholders(signature.batch, signature.length).values(),
             *extra,
             *signature.placeholders(),
         )
-
-    def square_sums(self, gradients: tuple[Tensor, ...]) -> Tensor:
-        sums = ()
-        for gradient in gradients:
-            sums = sums + (self.half_square(gradient),)
-        return self.stack(sums) * 2.0
 
     def construct(
         self,
@@ -80,7 +75,7 @@ class GradientStep(nn.Cell):
         else:
             shared = gradients
         by_expert = (by_expert,) if self.single else by_expert
-        squares = self.square_sums(shared) if self.with_shared else ()
+        squares = self.square_sums(*shared) if self.with_shared else ()
         return by_sample, auxiliary, counts, by_expert, shared, squares
 
 

@@ -6,6 +6,7 @@
  */
 #include "kernels.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #define ROWS 256
@@ -18,6 +19,7 @@ typedef struct {
     const int32_t *order, *offsets;
     float *y, *inner, *dx, *activated, *dinner, *rows_in, *dy_rows;
     float **weights, **gradients; /* up weight, up bias, down weight, down bias of each slot */
+    int64_t *busiest; /* slots by falling number of rows: the longest tasks begin first, the last ones are short */
     int64_t tokens, choices, chosen, slots, hidden, ffn, block, blocks, up_parts, down_parts, down_rows;
     int activation, exact, failed;
 } network;
@@ -63,14 +65,20 @@ MULTIVERSION static void sum_rows(float *sum, const float *y, int64_t rows, int6
         for (int64_t i = 0; i < n; i++) sum[i] += y[r * n + i];
 }
 
+/* Rows of a slot's blocks: a whole block if all must be alike, else the slot's rows in equal parts. */
+static int64_t block_rows(const network *a, int64_t own) {
+    return a->exact || own == 0 ? a->block : parts(own, parts(own, a->block));
+}
+
 /* The slot of a row block, and its first row: blocks are numbered slot by slot. Returns 0 behind the last. */
 static int find_block(const network *a, int64_t index, int64_t *slot, int64_t *first, int64_t *rows) {
-    for (int64_t s = 0; s < a->slots; s++) {
-        int64_t own = a->offsets[s + 1] - a->offsets[s], blocks = parts(own, a->block);
+    for (int64_t n = 0; n < a->slots; n++) {
+        int64_t s = a->busiest[n], own = a->offsets[s + 1] - a->offsets[s], size = block_rows(a, own);
+        int64_t blocks = parts(own, size);
         if (index < blocks) {
             *slot = s;
-            *first = a->offsets[s] + index * a->block;
-            *rows = smaller(a->block, a->offsets[s + 1] - *first);
+            *first = a->offsets[s] + index * size;
+            *rows = smaller(size, a->offsets[s + 1] - *first);
             return 1;
         }
         index -= blocks;
@@ -82,6 +90,21 @@ static int64_t count_blocks(const network *a) {
     int64_t blocks = 0;
     for (int64_t s = 0; s < a->slots; s++) blocks += parts(a->offsets[s + 1] - a->offsets[s], a->block);
     return blocks;
+}
+
+static int compare(const void *a, const void *b) {
+    int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* `busiest` of this plan; NULL without memory. The caller frees it. */
+static int64_t *sort_slots(const network *a) {
+    int64_t *keys = malloc((a->slots + 1) * sizeof(int64_t));
+    if (!keys) return NULL;
+    for (int64_t s = 0; s < a->slots; s++) keys[s] = (int64_t)(a->offsets[s] - a->offsets[s + 1]) * (1LL << 31) + s;
+    qsort(keys, a->slots, sizeof(int64_t), compare);
+    for (int64_t s = 0; s < a->slots; s++) keys[s] &= (1LL << 31) - 1;
+    return keys;
 }
 
 /* Rows past the slot's are zero, so that an exact block has the same shape whatever is in it. */
@@ -140,7 +163,10 @@ KERNEL(feed_forward) {
     if (count != 6 + 4 * a.slots) return WRONG_INPUT;
     a.weights = (float **)tensors + 4;
     a.y = tensors[count - 2], a.inner = tensors[count - 1];
+    a.busiest = sort_slots(&a);
+    if (!a.busiest) return OUT_OF_MEMORY;
     run_tasks(forward, &a, a.blocks + 1);
+    free(a.busiest);
     return a.failed ? OUT_OF_MEMORY : OK;
 }
 
@@ -170,7 +196,7 @@ static void backward_rows(void *context, int64_t index, int worker) {
 
 static void backward_weights(void *context, int64_t index, int worker) {
     network *a = context;
-    int64_t each = a->up_parts + a->down_parts, slot = index / each, part = index % each;
+    int64_t each = a->up_parts + a->down_parts, slot = a->busiest[index / each], part = index % each;
     int64_t first = a->offsets[slot], rows = a->offsets[slot + 1] - first, d = a->hidden, f = a->ffn;
     if (rows == 0) return; /* nobody reads the gradient of an expert that took no part */
     float **g = a->gradients + 4 * slot;
@@ -203,8 +229,11 @@ KERNEL(feed_forward_gradient) {
     a.block = ROWS, a.blocks = count_blocks(&a);
     a.down_rows = parts(WEIGHT_ROWS * a.ffn, a.hidden);
     a.up_parts = parts(a.hidden, WEIGHT_ROWS), a.down_parts = parts(a.ffn, a.down_rows);
+    a.busiest = sort_slots(&a);
+    if (!a.busiest) return OUT_OF_MEMORY;
     run_tasks(backward_rows, &a, a.blocks + 1);
     run_tasks(backward_weights, &a, a.slots * (a.up_parts + a.down_parts));
+    free(a.busiest);
     return a.failed ? OUT_OF_MEMORY : OK;
 }
 

@@ -16,11 +16,12 @@ from parallel.compiled import (
     CompiledLayerNorm,
     CompiledLinear,
     CompiledPlan,
+    CompiledSquareSums,
     HostKernels,
     library,
 )
 from parallel.layout import Layout
-from parallel.primitives import LayerNorm, Linear, TiedCrossEntropy, activation
+from parallel.primitives import LayerNorm, Linear, SquareSums, TiedCrossEntropy, activation
 
 LAYOUT = Layout()
 PATH = library()
@@ -252,3 +253,18 @@ def test_the_number_of_threads_changes_no_bit():
         for use in (f"{cpus[0]}", f"{cpus[0]},{cpus[1]}")
     }
     assert len(found) == 1
+
+
+def test_square_sums_of_tensors_of_all_sizes():
+    tensors = [normal(3), normal(700, 513), normal(8192, 33, 2), normal(1, 1)]
+    found = CompiledSquareSums(PATH, [t.shape for t in tensors])(*tensors).asnumpy()
+    exact = [float((t.asnumpy().astype(np.float64) ** 2).sum()) for t in tensors]
+    np.testing.assert_allclose(found, exact, rtol=2e-6)
+    np.testing.assert_allclose(found, SquareSums(LAYOUT)(*tensors).asnumpy(), rtol=1e-3)
+
+
+def test_a_square_sum_that_is_not_finite_stays_visible():
+    spoiled = np.ones(100_000, np.float32)
+    spoiled[77_777] = np.nan
+    found = CompiledSquareSums(PATH, [(4,), (100_000,)])(normal(4), Tensor(spoiled)).asnumpy()
+    assert np.isfinite(found[0]) and np.isnan(found[1])
