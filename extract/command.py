@@ -25,18 +25,23 @@ def extract(
         Path, typer.Argument(metavar="MODEL", help="A run's folder, one of its checkpoints or a model folder.")
     ],
     domain: Annotated[
-        list[str] | None, typer.Option("--domain", help="Domain to keep; may be given several times.")
+        list[str] | None, typer.Option("--domain", metavar="NAME", help="Domain to keep; may be given several times.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write the sub-model to: new or empty.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder to write the sub-model to: new or empty.")
+    ] = None,
     listing: Annotated[
         bool, typer.Option("--list", help="List the model's domains and what each owns; no more.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written; write nothing.")] = False,
     dtype: Annotated[
-        str | None, typer.Option(help="Type of the stored weights: float32, float16, bfloat16; left out: as they are.")
+        str | None,
+        typer.Option(
+            metavar="TYPE", help="Type of the stored weights: float32, float16, bfloat16; left out: as they are."
+        ),
     ] = None,
     max_shard_size: Annotated[
-        str | None, typer.Option(help="Largest file, e.g. 500MB or 4GiB; left out: the parent's files.")
+        str | None, typer.Option(metavar="SIZE", help="Largest file, e.g. 500MB or 4GiB; left out: the parent's files.")
     ] = None,
     fold: Annotated[
         bool, typer.Option("--fold", help="Turn groups of one expert into dense layers: an ordinary PanGu-α.")

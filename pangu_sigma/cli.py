@@ -182,17 +182,19 @@ app.add_typer(vocab_app, name="vocab", short_help="Change a model's vocabulary."
 def serve(
     model: ModelPath,
     domain: Annotated[
-        list[str] | None, typer.Option(help="Offer this domain only; may be given several times. All if left out.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Offer this domain only; may be given several times. All if left out."),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own reach out.")] = (
-        "127.0.0.1"
-    ),
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Address to listen on; others than this machine's own reach out.")
+    ] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(min=0, max=65535, metavar="N", help="Port to listen on; 0 takes a free one.")
     ] = 8000,
     token: Annotated[
         str | None,
         typer.Option(
+            metavar="TOKEN",
             help="Token that clients must present; better set in the environment, where `ps` does not show it.",
             envvar="PANGU_SIGMA_TOKEN",
         ),

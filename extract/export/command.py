@@ -16,26 +16,39 @@ def export(
     ],
     format_: Annotated[
         str,
-        typer.Option("--format", help="hf (Hugging Face, PyTorch), mindir (MindSpore, its Lite runtime) or onnx."),
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="hf (Hugging Face, PyTorch), mindir (MindSpore, its Lite runtime) or onnx.",
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder to write to: new or empty.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write to: new or empty.")],
     domain: Annotated[
         list[str] | None,
-        typer.Option("--domain", help="Domain to take along; may be given several times. All if left out."),
+        typer.Option(
+            "--domain", metavar="NAME", help="Domain to take along; may be given several times. All if left out."
+        ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Type of the weights: float32, float16 or bfloat16; mindir and onnx: float32.")
+        str,
+        typer.Option(
+            metavar="TYPE", help="Type of the weights: float32, float16 or bfloat16; mindir and onnx: float32."
+        ),
     ] = "float32",
-    max_shard_size: Annotated[str, typer.Option(help="hf: largest file of weights, e.g. 500MB or 4GiB.")] = "4GiB",
-    batch_size: Annotated[int, typer.Option(min=1, help="mindir: samples of the fixed graphs.")] = 1,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="hf: largest file of weights, e.g. 500MB or 4GiB.")
+    ] = "4GiB",
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="mindir: samples of the fixed graphs.")] = 1,
     signature: Annotated[
-        str, typer.Option(help="mindir: inputs of the graphs, plain or sigma (Huawei's deployed PanGu-Σ).")
+        str,
+        typer.Option(metavar="NAME", help="mindir: inputs of the graphs, plain or sigma (Huawei's deployed PanGu-Σ)."),
     ] = "plain",
     capacity_factor: Annotated[
         float | None,
         typer.Option(
+            metavar="FACTOR",
             help="mindir, sigma: rows an expert may take of a window, as a multiple of an even share; others take the "
-            "residual alone. Left out, nothing is dropped."
+            "residual alone. Left out, nothing is dropped.",
         ),
     ] = None,
 ) -> None:

@@ -1,6 +1,6 @@
 """Export to MINDIR: two fixed graphs, prefill and decode, that hold the chosen domains' experts.
 
-Whoever runs them needs only MindSpore (or MindSpore Lite) and what `graphs.json` says about their inputs.
+Whoever runs them needs only MindSpore (or MindSpore Lite) and what `graphs.json` says about their inputs and state.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from extract.export.guides import mindir_guide
 from extract.export.source import Source
 from pangu_sigma import runtime
 from pangu_sigma.checkpoint.conversion import as_float32
@@ -60,6 +61,8 @@ def check(source: Source, options: Options) -> None:
 def needed_bytes(source: Source, options: Options) -> int:
     """Bytes that the folder will take: each graph holds all weights."""
     numbers = sum(math.prod(source.shape(name)) for name in source.names)
+    if options.signature == "sigma":
+        numbers += 2 * math.prod(shapes_of(source, options).cache)
     return len(GRAPHS) * 4 * numbers + len(source.tokenizer.model) + _SMALL_FILES
 
 
@@ -77,13 +80,20 @@ def write(source: Source, folder: Path, options: Options) -> list[str]:
             graph = build_graph(shapes, options.signature, name)
             fill(graph.cell, side_by_side(source, options))
             ms.export(graph.cell, *graph.inputs.values(), file_name=str(folder / name), file_format="MINDIR")
-            described = {"inputs": {n: _describe(t) for n, t in graph.inputs.items()}, "outputs": graph.outputs}
+            described = {
+                "inputs": {n: _describe(t) for n, t in graph.inputs.items()},
+                "outputs": graph.outputs,
+                "state": {name: {"shape": list(shapes.cache), "type": "float32"} for name in graph.state},
+            }
             said[_file_of(folder, name)] = described
             job.advance(1)
     source.tokenizer.save(folder / "tokenizer")
     if options.signature == "sigma" and shapes.sparse:
         np.save(folder / "expert_ids.npy", expert_numbers(source))
     _write_description(source, shapes, options, said, folder)
+    table = (folder / "expert_ids.npy").exists()
+    guide = mindir_guide(source, options.signature, options.batch_size, list(said), list(graph.state), table)
+    (folder / "README.md").write_text(guide, encoding="utf-8")
     return []
 
 
@@ -175,7 +185,7 @@ def _describe(tensor) -> dict:
 def _write_description(source: Source, shapes: Shapes, options: Options, graphs: dict, folder: Path) -> None:
     from extract.export.signatures import MEANINGS
 
-    used = {name for graph in graphs.values() for name in (*graph["inputs"], *graph["outputs"])}
+    used = {name for graph in graphs.values() for part in ("inputs", "outputs", "state") for name in graph[part]}
     values = {
         "signature": options.signature,
         "graphs": graphs,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from extract.export.guides import onnx_guide
 from extract.export.source import Source
 from pangu_sigma.checkpoint.conversion import as_float32
 from pangu_sigma.errors import UserError
@@ -60,6 +61,7 @@ def write(source: Source, folder: Path, options: Options) -> list[str]:
         finally:
             builder.close()
     source.tokenizer.save(folder / "tokenizer")
+    (folder / "README.md").write_text(onnx_guide(source), encoding="utf-8")
     return []
 
 

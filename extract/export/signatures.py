@@ -1,8 +1,9 @@
 """The graphs that are exported, by the inputs they take: our own, and that of Huawei's deployed PanGu-Σ.
 
-Both come as a pair: a window that answers and fills caches, and one token that goes on from them. Caches are inputs and
-outputs. The deployed signature (MindSpore Lite's graph optimisation `pangu_sigma` knows it) has routing, mask and
-positions made outside the network: both levels of routing are a table look-up of token ids.
+Both come as a pair: a window that answers and fills caches, and one token that goes on from them. Of our own, caches
+are inputs and outputs. The deployed signature (MindSpore Lite's graph optimisation `pangu_sigma` knows it) has routing,
+mask and positions made outside the network: both levels of routing are a table look-up of token ids. It has no caches,
+so they are parameters inside the graphs, which every call writes.
 
 Legend: B samples, S positions of the window, T rows, D hidden width, V vocabulary, L layers, N sparse layers, H heads,
 W = D/H.
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 
 from extract.export.static_layers import MASKED_SCORE, Backbone, Shapes
 
@@ -103,16 +104,33 @@ def spread(here: Tensor, shapes: Shapes) -> Tensor:
     )
 
 
+class Caches(nn.Cell):
+    """Keys and values of all layers [L, B, H, S, W] as parameters of a graph, 0 at first."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+        zeros = np.zeros(shapes.cache, np.float32)
+        self.keys = Parameter(Tensor(zeros), name="keys", requires_grad=False)
+        self.values = Parameter(Tensor(zeros), name="values", requires_grad=False)
+        self.assign = ops.Assign()
+
+    def write(self, result: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """`result`, with the writing of both as a condition of it."""
+        result = ops.depend(result, self.assign(self.keys, keys))
+        return ops.depend(result, self.assign(self.values, values))
+
+
 class SigmaWindow(nn.Cell):
     """The deployed signature over a window: input_ids int32 [B, S], expert_ids int32 [N, B, S] (absent without sparse
     layers), attention_mask float32 [B, S, S] (1: visible), position_ids int32 [B, S], current_index and
-    batch_valid_length int32 [B] -> logits [B, V] after the token at `current_index`, keys, values [L, B, H, S, W].
+    batch_valid_length int32 [B] -> logits [B, V] after the token at `current_index`. The whole caches are written anew.
     """
 
     def __init__(self, shapes: Shapes) -> None:
         super().__init__()
         self.shapes = shapes
         self.backbone = Backbone(shapes, window=True, given_ids=True)
+        self.caches = Caches(shapes)
         self.places = Tensor(np.arange(shapes.window, dtype=np.int32)[None])
 
     def run(self, input_ids, expert_ids, attention_mask, position_ids, current_index, batch_valid_length):
@@ -124,7 +142,7 @@ class SigmaWindow(nn.Cell):
         )
         first = Tensor(np.arange(batch, dtype=np.int32) * length)
         h = ops.Gather()(h, current_index + first, 0)
-        return self.backbone.logits(h, None).reshape(batch, -1), keys, values
+        return self.caches.write(self.backbone.logits(h, None).reshape(batch, -1), keys, values)
 
 
 class SigmaWindowSparse(SigmaWindow):
@@ -142,54 +160,47 @@ class SigmaWindowDense(SigmaWindow):
 
 
 class SigmaToken(nn.Cell):
-    """The deployed signature for one token, caches after it: input_ids [B, 1], expert_ids [N, B, 1], attention_mask
-    [B, 1, S], position_ids [B, 1], current_index (where the token stands), batch_valid_length (tokens with it) [B],
-    keys, values -> logits [B, V], keys, values."""
+    """The deployed signature for one token: input_ids [B, 1], expert_ids [N, B, 1], attention_mask [B, 1, S],
+    position_ids [B, 1], current_index (where the token stands), batch_valid_length (tokens with it) [B] -> logits
+    [B, V]. The token's keys and values are written into the caches."""
 
     def __init__(self, shapes: Shapes) -> None:
         super().__init__()
         self.shapes = shapes
         self.backbone = Backbone(shapes, window=False, given_ids=True)
+        self.caches = Caches(shapes)
         self.places = Tensor(np.arange(shapes.window, dtype=np.int32)[None])
 
-    def run(
-        self, input_ids, expert_ids, attention_mask, position_ids, current_index, batch_valid_length, keys, values
-    ):
+    def run(self, input_ids, expert_ids, attention_mask, position_ids, current_index, batch_valid_length):
         batch, length = self.shapes.batch, self.shapes.window
         here = ops.equal(self.places, current_index.reshape(batch, 1))
         known = ops.cast(self.places < batch_valid_length.reshape(batch, 1), ms.float32).reshape(batch, 1, length)
         mask = ((attention_mask * known - 1.0) * (-MASKED_SCORE)).reshape(batch, 1, 1, length)
         h, keys, values = self.backbone(
-            input_ids.reshape(-1), position_ids.reshape(-1), mask, None, spread(here, self.shapes), keys, values,
-            expert_ids,
+            input_ids.reshape(-1), position_ids.reshape(-1), mask, None, spread(here, self.shapes), self.caches.keys,
+            self.caches.values, expert_ids,
         )  # fmt: skip
-        return self.backbone.logits(h, None).reshape(batch, -1), keys, values
+        return self.caches.write(self.backbone.logits(h, None).reshape(batch, -1), keys, values)
 
 
 class SigmaTokenSparse(SigmaToken):
-    """Six inputs and the caches."""
+    """Six inputs."""
 
-    def construct(
-        self, input_ids, expert_ids, attention_mask, position_ids, current_index, batch_valid_length, keys, values
-    ):
-        return self.run(
-            input_ids, expert_ids, attention_mask, position_ids, current_index, batch_valid_length, keys, values
-        )
+    def construct(self, input_ids, expert_ids, attention_mask, position_ids, current_index, batch_valid_length):
+        return self.run(input_ids, expert_ids, attention_mask, position_ids, current_index, batch_valid_length)
 
 
 class SigmaTokenDense(SigmaToken):
-    """Five inputs and the caches."""
+    """Five inputs."""
 
-    def construct(self, input_ids, attention_mask, position_ids, current_index, batch_valid_length, keys, values):
-        return self.run(
-            input_ids, None, attention_mask, position_ids, current_index, batch_valid_length, keys, values
-        )
+    def construct(self, input_ids, attention_mask, position_ids, current_index, batch_valid_length):
+        return self.run(input_ids, None, attention_mask, position_ids, current_index, batch_valid_length)
 
 
 def fill(graph: nn.Cell, tensors: Mapping[str, Callable[[], np.ndarray]]) -> None:
-    """Give every parameter of `graph` its numbers, one at a time; ValueError for one without, or for numbers that no
-    parameter takes."""
-    wanted = {p.name.removeprefix("backbone."): p for p in graph.get_parameters()}
+    """Give every parameter of `graph` but its caches its numbers, one at a time; ValueError for one without, or for
+    numbers that no parameter takes."""
+    wanted = {p.name.removeprefix("backbone."): p for p in graph.get_parameters() if p.name not in STATE}
     if different := wanted.keys() ^ tensors.keys():
         raise ValueError(f"parameters and tensors differ: {', '.join(sorted(different))}")
     for name, parameter in wanted.items():
@@ -198,6 +209,9 @@ def fill(graph: nn.Cell, tensors: Mapping[str, Callable[[], np.ndarray]]) -> Non
             raise ValueError(f"{name} is {array.shape}, not {parameter.shape}")
         parameter.set_data(Tensor(array))
 
+
+# Parameters that are state and no weights, by their names in a MINDIR.
+STATE = ("caches.keys", "caches.values")
 
 # What graphs.json says of every input and output.
 MEANINGS = {
@@ -213,17 +227,21 @@ MEANINGS = {
     "attention_mask": "1 where a token (row) sees another one (column): itself and earlier ones of its own document",
     "position_ids": "position of every token in its document, from 0",
     "batch_valid_length": "tokens of each sample's text, with the current one",
+    "caches.keys": "the cache of keys, a parameter: prefill writes it anew, decode adds its token's",
+    "caches.values": "the cache of values, likewise",
     "logits": "of the token that follows: after every place, or (sigma) after current_index",
 }
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A graph to export: its cell, its inputs by name with their shapes, the names of its outputs."""
+    """A graph to export: its cell, its inputs by name with their shapes, the names of its outputs and of its
+    parameters that are state."""
 
     cell: nn.Cell
     inputs: dict[str, Tensor]
     outputs: list[str]
+    state: tuple[str, ...] = ()
 
 
 def build_graph(shapes: Shapes, signature: str, name: str) -> Graph:
@@ -253,11 +271,11 @@ def _sigma(shapes: Shapes, name: str) -> Graph:
         inputs["expert_ids"] = _whole(len(shapes.sparse), batch, length)
     inputs |= {"attention_mask": _real(batch, length, shapes.window), "position_ids": _whole(batch, length)}
     inputs |= {"current_index": _whole(batch), "batch_valid_length": _whole(batch)}
-    caches = {"keys": _real(*shapes.cache), "values": _real(*shapes.cache)}
-    outputs = ["logits", *caches]
     if name == "prefill":
-        return Graph((SigmaWindowSparse if shapes.sparse else SigmaWindowDense)(shapes), inputs, outputs)
-    return Graph((SigmaTokenSparse if shapes.sparse else SigmaTokenDense)(shapes), inputs | caches, outputs)
+        cell = SigmaWindowSparse if shapes.sparse else SigmaWindowDense
+    else:
+        cell = SigmaTokenSparse if shapes.sparse else SigmaTokenDense
+    return Graph(cell(shapes), inputs, ["logits"], STATE)
 
 
 def _whole(*size: int) -> Tensor:

@@ -13,7 +13,8 @@ def generate(
         Path, typer.Argument(metavar="MODEL", help="A run's folder, one of its checkpoints or a model folder.")
     ],
     prompt: Annotated[
-        str | None, typer.Option(help="Text to continue; without it and --file, standard input is read.")
+        str | None,
+        typer.Option(metavar="TEXT", help="Text to continue; without it and --file, standard input is read."),
     ] = None,
     file: Annotated[
         Path | None,
@@ -22,24 +23,37 @@ def generate(
         ),
     ] = None,
     domain: Annotated[
-        str | None, typer.Option(help="Domain whose experts write; auto infers it. A one-domain model has only one.")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Domain whose experts write; auto infers it. A one-domain model has only one."
+        ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token, higher is freer.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Draw among this many likeliest tokens; 0 draws among all.")] = 40,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens to write.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", help="0 takes the likeliest token, higher is freer.")
+    ] = 0.8,
+    top_k: Annotated[
+        int, typer.Option(metavar="N", help="Draw among this many likeliest tokens; 0 draws among all.")
+    ] = 40,
     top_p: Annotated[
-        float, typer.Option(help="Draw among the likeliest tokens that together hold this share of the probability.")
+        float,
+        typer.Option(
+            metavar="SHARE", help="Draw among the likeliest tokens that together hold this share of the probability."
+        ),
     ] = 1.0,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1 makes tokens unlikely that the text holds already.")
+        float, typer.Option(metavar="FACTOR", help="Above 1 makes tokens unlikely that the text holds already.")
     ] = 1.0,
     stop: Annotated[
-        list[str] | None, typer.Option(help="Text that ends the answer, not printed; may be given several times.")
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Text that ends the answer, not printed; may be given several times."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the draws: the same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the draws: the same seed gives the same text.")] = 0,
     logprobs: Annotated[
         int | None,
-        typer.Option(help="With --json or --jsonl: tell every token's log-probability and this many alternatives."),
+        typer.Option(
+            metavar="N", help="With --json or --jsonl: tell every token's log-probability and this many alternatives."
+        ),
     ] = None,
     stream: Annotated[
         bool, typer.Option("--stream/--no-stream", help="Print text as it comes, or all at the end.")
@@ -53,7 +67,9 @@ def generate(
             '"seed"; a JSON line for each comes out, in the same order.',
         ),
     ] = False,
-    slots: Annotated[int, typer.Option(min=1, help="With --jsonl: prompts that are continued together.")] = 8,
+    slots: Annotated[
+        int, typer.Option(min=1, metavar="N", help="With --jsonl: prompts that are continued together.")
+    ] = 8,
 ) -> None:
     """Continue a text with one domain's experts. Only the text (or JSON) goes to standard output."""
     from pangu_sigma.generation.job import Asked, run

@@ -12,7 +12,7 @@ from mindspore.train.mind_ir_pb2 import ModelProto
 
 from extract.export.exporting import Options, export
 from extract.export.mindir import GRAPHS, shapes_of, side_by_side
-from extract.export.signatures import build_graph, fill
+from extract.export.signatures import STATE, build_graph, fill
 from extract.export.source import open_source
 from pangu_sigma.data.positions import positions_and_segments
 from pangu_sigma.errors import UserError
@@ -42,7 +42,19 @@ def exported(stored, tmp_path_factory):
 
 
 def call(graph, *inputs: np.ndarray) -> list[np.ndarray]:
-    return [output.asnumpy() for output in graph(*map(Tensor, inputs))]
+    return [output.asnumpy() for output in as_tuple(graph(*map(Tensor, inputs)))]
+
+
+def as_tuple(outputs) -> tuple:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def hand_over(prefill, decode) -> None:
+    """Give the decoding graph the caches that the window has filled, as its description tells."""
+    filled = {parameter.name: parameter for parameter in prefill.get_parameters()}
+    for parameter in decode.get_parameters():
+        if parameter.name in STATE:
+            parameter.set_data(filled[parameter.name])
 
 
 def numbers(source, domains: list[str]) -> np.ndarray:
@@ -82,8 +94,16 @@ def test_a_loaded_graph_is_the_exported_one_bit_for_bit(exported):
                        draw.standard_normal(t.shape).astype(np.float32))
                 for t in graph.inputs.values()
             ]  # fmt: skip
-            for mine, theirs in zip(graph.cell(*inputs), loaded[name](*inputs), strict=True):
-                assert mine.asnumpy().tobytes() == theirs.asnumpy().tobytes(), (case, name)
+            state = {p.name: p for p in loaded[name].get_parameters() if p.name in graph.state}
+            assert state.keys() == set(graph.state)
+            for call_number in range(2 if state else 1):  # the second call reads what the first has written
+                mine, theirs = graph.cell(*inputs), loaded[name](*inputs)
+                for one, other in zip(as_tuple(mine), as_tuple(theirs), strict=True):
+                    assert one.asnumpy().tobytes() == other.asnumpy().tobytes(), (case, name, call_number)
+            for parameter in graph.cell.get_parameters():
+                if parameter.name in state:
+                    written = parameter.asnumpy()
+                    assert written.any() and written.tobytes() == state[parameter.name].asnumpy().tobytes()
 
 
 def test_the_window_agrees_with_the_model_itself(exported):
@@ -112,34 +132,37 @@ def test_the_deployed_signature_gives_the_models_logits(exported, case):
     tokens, domains = some_tokens(source, BATCH, LENGTH), domains_of(source, BATCH)
     expected = source.logits(tokens, domains)
     ids, mask, positions = outside(source, out, tokens, domains)
-    known = np.array([5, 13], np.int32)
     rows = np.arange(BATCH)
-    logits, *caches = call(graphs["prefill"], tokens, *ids, mask, positions, known - 1, known)
-    np.testing.assert_allclose(logits, expected[rows, known - 1], rtol=TOLERANCE, atol=TOLERANCE)
-    for place in range(LENGTH - known.max()):
-        at = known + place
-        one = tuple(np.ascontiguousarray(i[:, rows, at][..., None]) for i in ids)
-        logits, *caches = call(
-            graphs["decode"], tokens[rows, at][:, None], *one, mask[rows, at][:, None], positions[rows, at][:, None],
-            at, at + 1, *caches,
-        )  # fmt: skip
-        np.testing.assert_allclose(logits, expected[rows, at], rtol=TOLERANCE, atol=TOLERANCE, err_msg=str(place))
+    for known in (np.array([5, 13], np.int32), np.array([9, 2], np.int32)):  # a second text finds nothing of the first
+        (logits,) = call(graphs["prefill"], tokens, *ids, mask, positions, known - 1, known)
+        np.testing.assert_allclose(logits, expected[rows, known - 1], rtol=TOLERANCE, atol=TOLERANCE)
+        hand_over(graphs["prefill"], graphs["decode"])
+        for place in range(LENGTH - known.max()):
+            at = known + place
+            one = tuple(np.ascontiguousarray(i[:, rows, at][..., None]) for i in ids)
+            (logits,) = call(
+                graphs["decode"], tokens[rows, at][:, None], *one, mask[rows, at][:, None],
+                positions[rows, at][:, None], at, at + 1,
+            )  # fmt: skip
+            np.testing.assert_allclose(logits, expected[rows, at], rtol=TOLERANCE, atol=TOLERANCE, err_msg=str(place))
 
 
 def test_inputs_are_named_and_ordered_as_deployed(exported):
     names = {}
     for case in ("dense", "sub_model"):
         _, out, _ = exported(case, signature="sigma")
-        file = ModelProto()
-        file.ParseFromString((out / "prefill.mindir").read_bytes())
-        names[case] = [each.name.rpartition(":")[2] for each in file.graph.input]  # the graph's name stands before it
-        said = json.loads((out / "graphs.json").read_text())["graphs"]["prefill.mindir"]
-        assert list(said["inputs"]) == names[case]
+        for graph in GRAPHS:
+            file = ModelProto()
+            file.ParseFromString((out / f"{graph}.mindir").read_bytes())
+            found = [each.name.rpartition(":")[2] for each in file.graph.input]  # the graph's name stands before it
+            said = json.loads((out / "graphs.json").read_text())["graphs"][f"{graph}.mindir"]
+            assert list(said["inputs"]) == found and list(said["state"]) == list(STATE)
+            assert names.setdefault(case, found) == found  # the same for a window and for one token
     six = ["input_ids", "expert_ids", "attention_mask", "position_ids", "current_index", "batch_valid_length"]
     assert names == {"sub_model": six, "dense": [name for name in six if name != "expert_ids"]}
     described = json.loads((exported("sub_model", signature="sigma")[1] / "graphs.json").read_text())
     assert described["graphs"]["prefill.mindir"]["inputs"]["expert_ids"] == {"shape": [2, 2, 24], "type": "int32"}
-    assert described["meanings"].keys() == {*six, "keys", "values", "logits"}
+    assert described["meanings"].keys() == {*six, *STATE, "logits"}
 
 
 def test_with_a_capacity_overflow_takes_the_residual_alone(exported, stored):
