@@ -118,30 +118,36 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 
 def _jsonl_documents(name: str, file: Path, text_field: str) -> Iterator[Document]:
     for number, line in _lines(file):
-        if not line.strip():
-            continue
-        where = f"{file}:{number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            raise UserError(f"{where}: the line is not valid JSON ({reason}); correct or remove it") from error
-        if not isinstance(record, dict):
-            raise UserError(f'{where}: the line is no JSON object; each line must be like {{"{text_field}": "…"}}')
-        if text_field not in record:
-            known = ", ".join(sorted(map(str, record))[:8]) or "none"
-            raise UserError(
-                f"{where}: the field '{text_field}' is missing (fields: {known}); set text_field of domain '{name}'"
-            )
-        text = record[text_field]
-        if not isinstance(text, str):
-            raise UserError(
-                f"{where}: the field '{text_field}' is no string but {type(text).__name__}; it must hold text"
-            )
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-        if has_lone_surrogate(text):
-            raise UserError(f"{where}: the text holds half a surrogate pair (\\ud800–\\udfff alone); repair the line")
-        yield Document(text, file, number)
+        if line.strip():
+            record = json_object(line, f"{file}:{number}", text_field)
+            text = text_of(record, f"{file}:{number}", text_field, f"set text_field of domain '{name}'")
+            yield Document(text, file, number)
+
+
+def json_object(line: str, where: str, text_field: str) -> dict:
+    """The JSON object of a line of a .jsonl file. Raises UserError, which begins with ``where``, for anything else."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise UserError(f"{where}: the line is not valid JSON ({reason}); correct or remove it") from error
+    if not isinstance(record, dict):
+        raise UserError(f'{where}: the line is no JSON object; each line must be like {{"{text_field}": "…"}}')
+    return record
+
+
+def text_of(record: dict, where: str, text_field: str, advice: str) -> str:
+    """The text of a document, line ends as ``\\n``. Raises UserError with ``advice`` where the field is missing."""
+    if text_field not in record:
+        known = ", ".join(sorted(map(str, record))[:8]) or "none"
+        raise UserError(f"{where}: the field '{text_field}' is missing (fields: {known}); {advice}")
+    text = record[text_field]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: the field '{text_field}' is no string but {type(text).__name__}; it must hold text")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if has_lone_surrogate(text):
+        raise UserError(f"{where}: the text holds half a surrogate pair (\\ud800–\\udfff alone); repair the line")
+    return text
 
 
 def _text_documents(file: Path) -> Iterator[Document]:

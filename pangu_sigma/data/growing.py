@@ -1,0 +1,189 @@
+"""A file that others append to, read line by line as it grows; and standard input, kept in such a file.
+
+Bytes are what counts: a reader says at which byte its next line begins, and another one goes on exactly there.
+"""
+
+import hashlib
+import os
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pangu_sigma.errors import UserError
+
+LONGEST_LINE = 64 << 20  # bytes: a source without line ends must not fill the memory
+_CHUNK = 1 << 20
+_COMPARED = 64 << 10  # bytes at the beginning and before the cursor that tell one stream from another
+
+
+@dataclass(frozen=True)
+class Line:
+    """A complete line: its 1-based ``number``, the byte where it ``begins``, where the next one does, its content."""
+
+    number: int
+    begins: int
+    ends: int
+    content: bytes
+
+
+class GrowingFile:
+    """The complete lines of ``path`` from byte ``begin`` on, which is the start of line ``number``.
+
+    A line is complete when its line end is there. Raises UserError where the file cannot be read or has shrunk.
+    """
+
+    def __init__(self, path: Path, begin: int = 0, number: int = 1):
+        self.path = path
+        self.begin = begin
+        self.number = number
+        self._buffer = bytearray()
+        self._searched = 0
+        try:
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise UserError(f"the stream {path} cannot be read ({error.strerror}): check data.stream.path") from error
+
+    def next_line(self) -> Line | None:
+        """The next complete line, None while there is none."""
+        while True:
+            end = self._buffer.find(b"\n", self._searched)
+            if end >= 0:
+                break
+            self._searched = len(self._buffer)
+            if not self._read_more():
+                return None
+        line = Line(self.number, self.begin, self.begin + end + 1, bytes(self._buffer[:end]))
+        del self._buffer[: end + 1]
+        self._searched = 0
+        self.begin, self.number = line.ends, line.number + 1
+        return line
+
+    def _read_more(self) -> bool:
+        if len(self._buffer) > LONGEST_LINE:
+            raise UserError(
+                f"{self.path}:{self.number}: the line has more than {LONGEST_LINE >> 20} MiB; a stream is one JSON "
+                "object a line"
+            )
+        at = self.begin + len(self._buffer)
+        size = os.fstat(self._file.fileno()).st_size
+        if size < at:
+            raise UserError(
+                f"the stream {self.path} has shrunk to {size} bytes, and {at} were read already: append to it only"
+            )
+        chunk = os.pread(self._file.fileno(), _CHUNK, at)
+        self._buffer += chunk
+        return bool(chunk)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+
+def digests_before(path: Path, end: int) -> dict[str, str]:
+    """What tells whether two files agree before byte ``end``: hashes of their first bytes and of the last before it.
+
+    Raises UserError where the file is shorter or cannot be read.
+    """
+    try:
+        with open(path, "rb") as stream:
+            first = stream.read(min(end, _COMPARED))
+            stream.seek(max(0, end - _COMPARED))
+            last = stream.read(min(end, _COMPARED))
+    except OSError as error:
+        raise UserError(f"the stream {path} cannot be read ({error.strerror}): check data.stream.path") from error
+    if len(last) < min(end, _COMPARED):
+        raise UserError(f"the stream {path} has fewer than the {end} bytes that the run has learned from: restore it")
+    return {"first": hashlib.sha256(first).hexdigest(), "last": hashlib.sha256(last).hexdigest()}
+
+
+class Spool:
+    """Standard input written to the file ``path`` as it arrives, so that a killed run loses no byte that it was given.
+
+    An unfinished last line of an earlier process is cut off; ``cut`` tells how many bytes. ``ended`` is true once the
+    input has ended and stands in the file, its last line completed. A thread reads; ``close`` does not wait for it,
+    since it may wait for the input.
+    """
+
+    def __init__(self, path: Path, stream=None):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.ended = False
+        self.error: OSError | None = None
+        self._input = stream if stream is not None else sys.stdin.buffer
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by the reading thread or close()
+        self.cut = self._cut_unfinished()
+        self._closed = False
+        self._lock = threading.Lock()
+        threading.Thread(target=self._copy, name="standard-input", daemon=True).start()
+
+    def _cut_unfinished(self) -> int:
+        size = self.path.stat().st_size
+        whole = size
+        with open(self.path, "rb") as stream:
+            while whole:
+                start = max(0, whole - _CHUNK)
+                stream.seek(start)
+                found = stream.read(whole - start).rfind(b"\n")
+                if found >= 0:
+                    whole = start + found + 1
+                    break
+                whole = start
+        os.truncate(self.path, whole)
+        return size - whole
+
+    def _copy(self) -> None:
+        last = b"\n"
+        try:
+            while chunk := self._input.read1(_CHUNK):
+                self._write(chunk)
+                last = chunk[-1:]
+            if last != b"\n":
+                self._write(b"\n")
+        except OSError as error:
+            self.error = error
+        except ValueError:
+            return  # the input was closed while the program ends
+        self.ended = True
+
+    def _write(self, data: bytes) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            view = memoryview(data)
+            while view:
+                view = view[self._file.write(view) :]
+
+    def secure(self) -> None:
+        """Make what arrived so far survive a power cut."""
+        with self._lock:
+            if not self._closed:
+                os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Write no more."""
+        with self._lock:
+            self._closed = True
+            self._file.close()
+
+
+def check_source(path: str, standard_input: str, say: Callable[[str], None]) -> None:
+    """Raises UserError, before anything is made, for a stream that is not there or holds nothing.
+
+    Waits for the first byte of standard input.
+    """
+    if path == standard_input:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise UserError("standard input is a terminal: pipe documents into the command, one JSON object a line")
+        say("waiting for the first document on standard input")
+        if not sys.stdin.buffer.peek(1):
+            raise UserError("the stream on standard input is empty: pipe documents into it, one JSON object a line")
+        return
+    file = Path(path)
+    if not file.exists():
+        raise UserError(f"the stream {path} does not exist: create it, one JSON object a line, or check the path")
+    if not file.is_file():
+        raise UserError(f"the stream {path} is no file: name a .jsonl file, or - and pipe documents in")
+    if file.stat().st_size == 0:
+        raise UserError(f"the stream {path} is empty: append a document to it, one JSON object a line, then start")
