@@ -88,12 +88,21 @@ def train(
     file: ConfigFile,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last complete checkpoint.")] = False,
+    stream: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="Learn from documents as they come: a growing .jsonl file, or - (stdin)."),
+    ] = None,
+    domain: Annotated[str | None, typer.Option(help="With --stream: the domain of every document.")] = None,
+    domain_field: Annotated[
+        str | None, typer.Option(help="With --stream: key of the domain's name in a line; domain if left out.")
+    ] = None,
 ) -> None:
     """Train the model that FILE.yaml describes."""
     from pangu_sigma.config import load_config
+    from pangu_sigma.config.overrides import stream_overrides
 
     # The whole configuration is checked before MindSpore is imported: a mistake shows at once.
-    config = load_config(file, overrides or ())
+    config = load_config(file, [*(overrides or ()), *stream_overrides(stream, domain, domain_field)])
     from pangu_sigma.train.run import train as run_training
 
     run_training(config, resume=resume)

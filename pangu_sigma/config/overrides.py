@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -80,3 +81,13 @@ def _step(target: Any, name: str, text: str) -> str | int:
         f"the override '{text}' leads to no item: there are {len(target)} (counted from 0)"
         + (f", named {known}" if known else "")
     )
+
+
+def stream_overrides(source: str | None, domain: str | None, domain_field: str | None) -> list[str]:
+    """The overrides that `train --stream SOURCE --domain … --domain-field …` stands for. Raises UserError."""
+    if domain is not None and domain_field is not None:
+        raise UserError("--domain and --domain-field exclude each other: one domain for all documents, or each its own")
+    given = {"path": source, "domain": domain, "domain_field": domain_field}
+    if source is None and (domain is not None or domain_field is not None):
+        raise UserError("--domain and --domain-field say whose the documents of a stream are: add --stream SOURCE")
+    return [f"data.stream.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]

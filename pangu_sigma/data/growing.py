@@ -3,9 +3,12 @@
 Bytes are what counts: a reader says at which byte its next line begins, and another one goes on exactly there.
 """
 
+import fcntl
 import hashlib
 import os
+import select
 import sys
+import termios
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from pangu_sigma.errors import UserError
 
 LONGEST_LINE = 64 << 20  # bytes: a source without line ends must not fill the memory
 _CHUNK = 1 << 20
+_NOTICE_SECONDS = 0.2  # how long a thread that waits for input may take to notice that it is closed
 _COMPARED = 64 << 10  # bytes at the beginning and before the cursor that tell one stream from another
 
 
@@ -102,16 +106,16 @@ class Spool:
     """Standard input written to the file ``path`` as it arrives, so that a killed run loses no byte that it was given.
 
     An unfinished last line of an earlier process is cut off; ``cut`` tells how many bytes. ``ended`` is true once the
-    input has ended and stands in the file, its last line completed. A thread reads; ``close`` does not wait for it,
-    since it may wait for the input.
+    input has ended and stands in the file, its last line completed. A thread reads until then, or until ``close``.
     """
 
-    def __init__(self, path: Path, stream=None):
+    def __init__(self, path: Path, descriptor: int = 0):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.ended = False
         self.error: OSError | None = None
-        self._input = stream if stream is not None else sys.stdin.buffer
+        # The descriptor itself: a buffered reader would hold its lock while the program ends.
+        self._input = descriptor
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by the reading thread or close()
         self.cut = self._cut_unfinished()
         self._closed = False
@@ -136,15 +140,18 @@ class Spool:
     def _copy(self) -> None:
         last = b"\n"
         try:
-            while chunk := self._input.read1(_CHUNK):
+            while not self._closed:
+                if not select.select([self._input], [], [], _NOTICE_SECONDS)[0]:
+                    continue
+                chunk = os.read(self._input, _CHUNK)
+                if not chunk:
+                    break
                 self._write(chunk)
                 last = chunk[-1:]
             if last != b"\n":
                 self._write(b"\n")
         except OSError as error:
             self.error = error
-        except ValueError:
-            return  # the input was closed while the program ends
         self.ended = True
 
     def _write(self, data: bytes) -> None:
@@ -176,8 +183,10 @@ def check_source(path: str, standard_input: str, say: Callable[[str], None]) -> 
     if path == standard_input:
         if sys.stdin is None or sys.stdin.isatty():
             raise UserError("standard input is a terminal: pipe documents into the command, one JSON object a line")
-        say("waiting for the first document on standard input")
-        if not sys.stdin.buffer.peek(1):
+        if not select.select([0], [], [], 1.0)[0]:
+            say("waiting for the first document on standard input")
+            select.select([0], [], [])
+        if not _bytes_waiting(0):
             raise UserError("the stream on standard input is empty: pipe documents into it, one JSON object a line")
         return
     file = Path(path)
@@ -187,3 +196,11 @@ def check_source(path: str, standard_input: str, say: Callable[[str], None]) -> 
         raise UserError(f"the stream {path} is no file: name a .jsonl file, or - and pipe documents in")
     if file.stat().st_size == 0:
         raise UserError(f"the stream {path} is empty: append a document to it, one JSON object a line, then start")
+
+
+def _bytes_waiting(descriptor: int) -> int:
+    """How many bytes can be read without waiting: none of an input that has ended, or of a device such as /dev/null."""
+    try:
+        return int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, b"\0" * 4), sys.byteorder)
+    except OSError:
+        return 0

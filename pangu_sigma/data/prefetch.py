@@ -41,6 +41,7 @@ class Prefetcher:
         self._ready: queue.Queue = queue.Queue(maxsize=max(ahead, 1))
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
+        self._next: tuple | None = None
         if ahead:
             self._thread = threading.Thread(target=self._read_ahead, name="data-prefetch", daemon=True)
             self._thread.start()
@@ -57,7 +58,9 @@ class Prefetcher:
             raise self._error
         if self._closed.is_set():
             raise StopIteration
-        if self._thread is None:
+        if self._next is not None:
+            (batch, state, error), self._next = self._next, None
+        elif self._thread is None:
             batch, state, error = self._read()
         else:
             batch, state, error = self._ready.get()
@@ -66,6 +69,20 @@ class Prefetcher:
             raise error
         self._state = state
         return batch
+
+    def wait(self, seconds: float) -> bool:
+        """Whether ``next`` has something to give at once; waits for it so long. Always true when reading when asked."""
+        if self._next is None and self._thread is not None:
+            try:
+                self._next = self._ready.get(timeout=seconds)
+            except queue.Empty:
+                return False
+        return True
+
+    @property
+    def failure(self) -> BaseException | None:
+        """The error that ``next`` will raise, after ``wait`` was true; None where it gives a batch."""
+        return self._next[2] if self._next is not None else self._error
 
     def close(self) -> None:
         """Stop reading and wait for the thread; may be called twice."""

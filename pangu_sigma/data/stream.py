@@ -168,15 +168,15 @@ class StreamSampler:
             "read": digests_before(self.path, byte),
         }
 
-    def restore(self, state: Mapping) -> None:
-        """Continue from ``state()`` at its byte.
+    def restore(self, state: Mapping, allow_new_domains: bool = False) -> None:
+        """Continue from ``state()`` at its byte; a new domain begins without tokens left over, allowed or not.
 
         Raises UserError where what the file holds before it is not what was learned from, or other settings differ.
         """
         if state.get("kind") != STATE_KIND or state.get("version") != _STATE_VERSION:
             raise UserError(
-                "the run has learned from its domains' files, not from a stream: begin a new run with run.init_from, or "
-                "resume without data.stream"
+                "the run has learned from its domains' files, not from a stream: begin a new run with run.init_from, "
+                "or resume without data.stream"
             )
         for what, mine in (("seed", self._seed), ("sequence_length", self._length),
                            ("tokenizer", self._tokenizer.fingerprint)):  # fmt: skip
@@ -185,8 +185,8 @@ class StreamSampler:
         byte = int(state["byte"])
         if digests_before(self.path, byte) != state["read"]:
             raise UserError(
-                f"the stream {self.path} does not hold before byte {byte} what the run has learned from: restore it, or "
-                "begin a new run with run.init_from"
+                f"the stream {self.path} does not hold before byte {byte} what the run has learned from: restore it, "
+                "or begin a new run with run.init_from"
             )
         self._step, self._sample = int(state["step"]), int(state["sample"])
         kept = {name: np.array(tail, np.int32) for name, tail in state["tails"].items() if name in self.domains}

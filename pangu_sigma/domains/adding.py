@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 from os.path import abspath, expanduser
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, layout, resolve
 from pangu_sigma.checkpoint.conversion import converted
-from pangu_sigma.config import config_from_dict, manifest
+from pangu_sigma.config import Config, config_from_dict, manifest
 from pangu_sigma.config.counts import is_expert, is_routing
 from pangu_sigma.domains import plan
 from pangu_sigma.domains.changing import Changed, NewTensors, Subject, check_free
@@ -21,6 +21,9 @@ from pangu_sigma.domains.siblings import check_siblings
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import stored_config, stored_tokenizer
 from pangu_sigma.monitor.terminal import progress
+
+if TYPE_CHECKING:
+    from pangu_sigma.data.prepare import DomainStore
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,16 @@ class NewDomain:
     text_field: str = "text"
     weight: float = 1.0
 
+    def entry(self) -> dict[str, Any]:
+        """Its item of the configuration's `domains`."""
+        return {
+            "name": self.name,
+            "data": [abspath(expanduser(pattern)) for pattern in self.data],
+            "text_field": self.text_field,
+            "experts": self.experts,
+            "weight": self.weight,
+        }
+
 
 def add_domain(path: Path, wanted: NewDomain, *, ahead: plan.Ahead | None = None, out: Path | None = None) -> Changed:
     """Add a domain that begins as `wanted.init` says (see `domains.initial`); its text is tokenised and checked now.
@@ -43,16 +56,9 @@ def add_domain(path: Path, wanted: NewDomain, *, ahead: plan.Ahead | None = None
     with Subject(path, out) as subject:
         source = subject.checkpoint
         check_free(source, wanted.name)
-        entry = {
-            "name": wanted.name,
-            "data": [abspath(expanduser(pattern)) for pattern in wanted.data],
-            "text_field": wanted.text_field,
-            "experts": wanted.experts,
-            "weight": wanted.weight,
-        }
-        config = _extend(subject, entry, ahead)
+        config = _extend(subject, wanted.entry(), ahead)
         initial = Initial(source, subject.config, wanted.name, wanted.experts, wanted.init)
-        store, probe = _text(subject, config)
+        store, probe = read_text(subject, config)
         rows = None
         if config.model.sparse.table == "frequency":
             rows = np.pad(np.array(store.token_counts), (0, config.model.vocab_size - store.token_counts.size))
@@ -69,7 +75,7 @@ def add_domain(path: Path, wanted: NewDomain, *, ahead: plan.Ahead | None = None
             dtype = _stored_type(source, suffix)
             make = partial(_converted, name, dtype, partial(initial.tensor, suffix, shape, place, rows))
             new.add(name, dtype, shape, make)
-        _fresh_moments(new, source, wanted.name, wanted.experts)
+        fresh_moments(new, source, wanted.name, wanted.experts)
         return subject.write(
             f"add {wanted.name} ({wanted.init})",
             domains=[*source.domains, wanted.name],
@@ -111,7 +117,7 @@ def add_model(
             target = f"domains.{name}.{tensor.removeprefix(f'domains.{domain}.')}"
             new.add(target, entry.dtype, entry.shape, partial(sibling.pieces, tensor))
         sizes = {place: groups[domain] for place, groups in sibling.coverage.items()}
-        _fresh_moments(new, source, name, theirs["experts"])
+        fresh_moments(new, source, name, theirs["experts"])
         corpora, probe = dict(source.fingerprints.corpora), sibling.probe([domain])
         if domain in sibling.fingerprints.corpora:
             corpora[name] = sibling.fingerprints.corpora[domain]
@@ -133,7 +139,7 @@ def _extend(subject: Subject, entry: dict[str, Any], ahead: plan.Ahead | None):
     return config_from_dict(values, source=f"the new domain {entry['name']}")
 
 
-def _text(subject: Subject, config):
+def read_text(subject: Subject, config: Config) -> tuple[DomainStore, dict[str, np.ndarray]]:
     """(the new domain's token store, its probe): the text is read, tokenised and cached as training will want it."""
     from pangu_sigma.data.packing import HeldoutSequences
     from pangu_sigma.data.prepare import prepare_domain
@@ -167,7 +173,7 @@ def _converted(name: str, dtype: str, make) -> np.ndarray:
     return converted(name, make(), dtype)
 
 
-def _fresh_moments(new: NewTensors, source: Checkpoint, name: str, experts: int) -> None:
+def fresh_moments(new: NewTensors, source: Checkpoint, name: str, experts: int) -> None:
     """Zero moments and step counts for what `new` does not bring itself, where the model carries its optimizer."""
     model = f"domains.{source.domains[0]}."
     for tensor in source.names(domains=[source.domains[0]], shared=False, parameters=False):

@@ -6,6 +6,7 @@ and `config.yaml` in the run's folder follows. With an output the run stays as i
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pangu_sigma.checkpoint import Checkpoint, Fingerprints, TensorSpec, layout, resolve
+from pangu_sigma.checkpoint import Checkpoint, Fingerprints, TensorSpec, layout, remove_stale, resolve
 from pangu_sigma.checkpoint.changing import (
     ChangedCheckpoint,
     kept_files,
@@ -25,7 +26,7 @@ from pangu_sigma.checkpoint.changing import (
 )
 from pangu_sigma.checkpoint.model_folder import TensorBytes, check_output
 from pangu_sigma.config import Config, config_from_dict
-from pangu_sigma.domains.plan import DOMAIN_CHANGES, with_run_folder
+from pangu_sigma.domains.plan import CONFIG_BEFORE, DOMAIN_CHANGES, PREVIOUS, with_run_folder
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import stored_config
 from pangu_sigma.monitor.files import write_text
@@ -59,6 +60,34 @@ class NewTensors:
 
     def read(self, spec: TensorSpec) -> TensorBytes:
         return self.sources[spec.name][1]()
+
+
+def config_digest(run_dir: Path) -> str:
+    """The hash of the run's own `config.yaml`."""
+    return hashlib.sha256((run_dir / layout.CONFIG).read_bytes()).hexdigest()
+
+
+def stale_config(run_dir: Path, checkpoint: Checkpoint) -> str | None:
+    """The text of the run's `config.yaml` where it still is the one from before the last change of `checkpoint`.
+
+    Whoever changed the domains was killed after the checkpoint had been replaced, and before this file was.
+    """
+    before, path = checkpoint.state.get(CONFIG_BEFORE), run_dir / layout.CONFIG
+    if before is None or not path.is_file() or config_digest(run_dir) != before:
+        return None
+    text = path.read_text(encoding="utf-8")
+    return text if text != checkpoint.config_text else None
+
+
+def mend_config(run_dir: Path, checkpoint: Checkpoint) -> str | None:
+    """Finish a change of domains whose process was killed before its last write; what there is to say, None if none."""
+    if stale_config(run_dir, checkpoint) is None:
+        return None
+    for unfinished in run_dir.glob(f".{layout.CONFIG}.*"):
+        unfinished.unlink()
+    write_text(run_dir / layout.CONFIG, checkpoint.config_text)
+    change = checkpoint.state[DOMAIN_CHANGES][-1]["change"]
+    return f"{run_dir / layout.CONFIG} is that of the checkpoint again: the process of '{change}' ended before it was"
 
 
 class Subject:
@@ -95,7 +124,9 @@ class Subject:
             if not (run_dir / layout.CONFIG).is_file() or Path(self.path).resolve() != run_dir.resolve():
                 raise UserError(f"{self.path} is one checkpoint: name its run {run_dir}, or a new folder with --out")
             self._open.enter_context(locked_folder(run_dir))
+            remove_stale(run_dir)  # what a killed process was replacing comes back under its name
             found = resolve(self.path)  # nobody trains here any more, so this stays the last one
+            mend_config(run_dir, found)
         else:
             check_output(self.out)
         self.checkpoint = found
@@ -125,9 +156,9 @@ class Subject:
         """Whether the model carries its optimizer's state."""
         return any(layout.is_optimizer(name) for name in self.checkpoint.manifest.tensors)
 
-    def groups(self, domains: Sequence[str]) -> list[str]:
+    def groups(self, domains: Sequence[str], shared: bool = True) -> list[str]:
         """The file groups of the shared parameters and of `domains`, optimizer state included."""
-        own = ["shared", *(f"domains/{name}" for name in domains)]
+        own = [*(["shared"] if shared else []), *(f"domains/{name}" for name in domains)]
         return own + [f"optimizer/{group}" for group in own]
 
     def write(
@@ -141,14 +172,24 @@ class Subject:
         corpora: Mapping[str, str],
         probe: Mapping[str, np.ndarray],
         state: Mapping[str, Any] | None = None,
+        extra_state: Mapping[str, Any] | None = None,
+        keep_shared: bool = True,
     ) -> Changed:
-        """Write the changed model: files of the domains `keep` stay, `new` ones are added; `what` tells the change."""
+        """Write the changed model: files of the domains `keep` stay, `new` ones are added; `what` tells the change.
+
+        `keep_shared` False: the shared tensors are among the new ones too.
+        """
         checkpoint = self.checkpoint
         config = config_from_dict(self.values, source=f"the configuration of {checkpoint.path} after the change")
-        before = checkpoint.state if state is None else state
+        before = dict(checkpoint.state if state is None else state)
+        # A phase under way that stays near a previous model takes the model of this moment for it.
+        before.pop(PREVIOUS, None)
+        before |= extra_state or {}
+        if self.out is None:
+            before[CONFIG_BEFORE] = config_digest(self.run_dir)
         record = {"step": checkpoint.step, "change": what}
         content = ChangedCheckpoint(
-            kept=kept_files(checkpoint, self.groups(keep)),
+            kept=kept_files(checkpoint, self.groups(keep, keep_shared)),
             tensors=new.specs,
             read=new.read,
             domains=domains,

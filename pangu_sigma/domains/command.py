@@ -147,6 +147,40 @@ def add(
     _say(done, f"{name} added")
 
 
+@domains_app.command("expand", short_help="Grow learned gates for a new domain (Lifelong-MoE).")
+def expand(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    name: Annotated[str, typer.Option(help="Name of the new domain.")],
+    data: Annotated[list[str], typer.Option(metavar="FILES", help="Its text, .jsonl or .txt, globs too; repeatable.")],
+    steps: Annotated[int, typer.Option(min=1, help="Plan so many steps on the new domain; learning rate anew.")],
+    experts: Annotated[int, typer.Option(min=1, help="New experts in every sparse layer.")] = 4,
+    init: Annotated[
+        str, typer.Option(help="How experts begin: from:DOMAIN, mean, dense:MODEL or random, as in add.")
+    ] = "mean",
+    text_field: Annotated[str, typer.Option(help="Key of the text in a line of a .jsonl file.")] = "text",
+    weight: Annotated[float, typer.Option(min=0.0, help="How often it is drawn where a phase says nothing.")] = 1.0,
+    output: Annotated[float, typer.Option(min=0.0, help="Weight of KL(model before || model), nats per token.")] = 1.0,
+    l2: Annotated[float, typer.Option(min=0.0, help="Weight of the shared parameters' squared distance.")] = 0.0,
+    ewc: Annotated[
+        float, typer.Option(min=0.0, help="The same distance, weighed by Fisher information on the old domains.")
+    ] = 0.0,
+    replay: Annotated[float, typer.Option(min=0.0, max=0.99, help="Share of samples from the old domains.")] = 0.0,
+) -> None:
+    """Give every learned gate new experts and columns for a new domain; the old ones keep every bit while it trains.
+
+    The other shared parameters train near the model as it was, unless --output, --l2 and --ewc are all 0. Models of
+    router rre need no such thing: use add.
+    """
+    from pangu_sigma.domains.adding import NewDomain
+    from pangu_sigma.domains.expanding import expand_domain
+    from pangu_sigma.domains.plan import Ahead
+
+    held = {"output": output, "l2": l2, "ewc": ewc} if output or l2 or ewc else None
+    ahead = Ahead(name, steps, "train" if held is None else "regularised", replay, held)
+    done = expand_domain(run, NewDomain(name, tuple(data), experts, init, text_field, weight), ahead)
+    _say(done, f"{name} added")
+
+
 @domains_app.command("remove", short_help="Remove a domain.")
 def remove(run: Run, name: Annotated[str, typer.Option(help="Domain to remove.")], out: Out = None) -> None:
     """Remove a domain with its experts, tables and moments; all others stay as they are.

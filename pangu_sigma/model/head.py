@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mindspore import Tensor, nn, ops
 
+from parallel.distillation import TiedCrossEntropyAgainst
 from parallel.layout import Layout
 from parallel.primitives import tied_cross_entropy
 
@@ -18,6 +19,7 @@ class TiedHead(nn.Cell):
         super().__init__()
         self.per_domain = per_domain
         self.cross_entropy = tied_cross_entropy(layout)
+        self.cross_entropy_against = TiedCrossEntropyAgainst(layout)
         self.product = layout(ops.MatMul(transpose_b=True), (1, 1), (1, 1))
         self.take = layout(ops.Gather(), (1, 1, 1), ())
         self.concat = layout(ops.Concat(0))
@@ -34,6 +36,22 @@ class TiedHead(nn.Cell):
             losses, _ = self.cross_entropy(rows, self.take(table, domain[b], 0), labels[b])
             by_sample = by_sample + (losses.reshape(1, length),)
         return self.concat(by_sample)
+
+    def against(self, h: Tensor, labels: Tensor, domain: Tensor, table: Tensor, previous: Tensor):
+        """As the call, with another model's logits [B, S, V]: (token losses, KL(previous || now)) float32 [B, S]."""
+        batch, length = labels.shape
+        previous = previous.reshape(batch * length, -1)
+        if not self.per_domain:
+            losses, apart, _, _ = self.cross_entropy_against(h, table, labels.reshape(-1), previous)
+            return losses.reshape(batch, length), apart.reshape(batch, length)
+        losses, divergence = (), ()
+        for b in range(batch):
+            rows = slice(b * length, (b + 1) * length)
+            own = self.take(table, domain[b], 0)
+            loss, apart, _, _ = self.cross_entropy_against(h[rows], own, labels[b], previous[rows])
+            losses = losses + (loss.reshape(1, length),)
+            divergence = divergence + (apart.reshape(1, length),)
+        return self.concat(losses), self.concat(divergence)
 
     def logits(self, h: Tensor, batch: int, domain: Tensor, table: Tensor) -> Tensor:
         """h_TD -> logits float32 [B, S, V]."""

@@ -44,29 +44,31 @@ class Scorer:
         if self._losses is None:
             self._losses = TokenLosses(self.model.net, self.model.layout, self.signature)
             self._compile(self._losses, (*_INPUTS[:1], "labels", *_INPUTS[1:]))
-        planned = self._plan(tokens, domain)
+        planned = self.plan(tokens, domain)
         fixed = planned.fixed
         # The network may be shared with a training step, so its mode is set per use.
         self._losses.set_train(False)
-        return self._losses(fixed[0], Tensor(planned.labels), *fixed[1:], *self._flat(planned)).asnumpy()
+        return self._losses(fixed[0], Tensor(planned.labels), *fixed[1:], *self.flat(planned)).asnumpy()
 
     def logits(self, tokens: np.ndarray, domain: Sequence[int] | np.ndarray) -> Tensor:
         """Logits after every token but the last: float32 [B, S, V]; arguments and errors as of `losses`."""
         if self._logits is None:
             self._logits = Logits(self.model.net, self.model.layout, self.signature)
             self._compile(self._logits, _INPUTS)
-        planned = self._plan(tokens, domain)
+        planned = self.plan(tokens, domain)
         self._logits.set_train(False)
-        return self._logits(*planned.fixed, *self._flat(planned))
+        return self._logits(*planned.fixed, *self.flat(planned))
 
     def _compile(self, graph, names: Sequence[str]) -> None:
         placeholders = graph_placeholders(self.rows, self.length)
         graph.set_inputs(*(placeholders[name] for name in names), *self.signature.placeholders())
 
-    def _plan(self, tokens: np.ndarray, domain: Sequence[int] | np.ndarray) -> PlannedBatch:
+    def plan(self, tokens: np.ndarray, domain: Sequence[int] | np.ndarray) -> PlannedBatch:
+        """The inputs of token rows int32 [B, S + 1] of `domain` [B]."""
         return self.planner(tokens, np.asarray(domain, np.int32), np.arange(self.rows), 0)
 
-    def _flat(self, planned: PlannedBatch) -> list[Tensor]:
+    def flat(self, planned: PlannedBatch) -> list[Tensor]:
+        """The variable inputs of a graph of this signature. Raises UserError as `losses` does."""
         try:
             return planned.flat(self.signature, self.model.store)
         except StoreFull as error:

@@ -47,8 +47,7 @@ class Accounting:
         np.add.at(self.tokens, batch.domain, (batch.mask > 0).sum(axis=1))
         np.add.at(self.rows, batch.domain, batch.filled)
         for name, (value, count) in measured.figures.items():
-            before = self.figures.get(name, (0.0, 0.0))
-            self.figures[name] = (before[0] + value, before[1] + count)
+            self.add_figure(name, value, count)
         for layer, plan in enumerate(batch.plans):
             if plan is None:
                 kept, lost = counts[layer][:, :-1].astype(np.int64), counts[layer][:, -1].astype(np.float64)
@@ -61,6 +60,11 @@ class Accounting:
         self.dropped += batch.dropped
         self.auxiliary += aux
         self.batches += 1
+
+    def add_figure(self, name: str, value: float, count: float) -> None:
+        """Add to a figure whose record is the sum of values by the sum of counts."""
+        before = self.figures.get(name, (0.0, 0.0))
+        self.figures[name] = (before[0] + value, before[1] + count)
 
     def add_step(self, touched: int) -> None:
         """Count one finished optimizer step, which updated `touched` experts (embedding slots included)."""

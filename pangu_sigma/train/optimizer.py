@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import mindspore as ms
@@ -11,6 +12,7 @@ from mindspore import Tensor, ops
 
 from pangu_sigma.config import Config
 from pangu_sigma.model.build import Model
+from pangu_sigma.train.gates import FrozenColumns
 from pangu_sigma.train.step import SharedUpdate
 from rre.adamw import AdamWHyper
 from rre.store import DeviceStore
@@ -54,8 +56,10 @@ class Optimizer:
         self.update_shared = SharedUpdate(model.net.trainable_params(), model.layout)
         self.shared_steps = 0
 
-    def apply(self, gradients: Gradients, learning_rate: float, scale: float) -> None:
-        """One step with gradients * `scale` (clipping and loss scale)."""
+    def apply(
+        self, gradients: Gradients, learning_rate: float, scale: float, frozen: FrozenColumns | None = None
+    ) -> None:
+        """One step with gradients * `scale` (clipping and loss scale); `frozen` columns of gates keep every bit."""
         config: Config = self.model.config
         wanted = config.optimizer
         if gradients.shared:
@@ -63,7 +67,9 @@ class Optimizer:
             hyper = AdamWHyper(learning_rate, wanted.beta1, wanted.beta2, wanted.epsilon, wanted.weight_decay)
             rate, epsilon, decay = hyper.corrected(self.shared_steps)
             values = (scale, rate, wanted.beta1, wanted.beta2, epsilon, decay)
-            self.update_shared(*(Tensor(v, ms.float32) for v in values), *gradients.shared)
+            update = self.update_shared
+            with frozen.kept(update.parameters, update.m, update.v) if frozen else nullcontext():
+                update(*(Tensor(v, ms.float32) for v in values), *gradients.shared)
         hyper = AdamWHyper(learning_rate, wanted.beta1, wanted.beta2, wanted.expert_epsilon, wanted.weight_decay)
         for (place, expert), tensors in gradients.experts.items():
             self.model.store.apply(place, expert, tensors, hyper, scale)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +33,14 @@ from pangu_sigma.config import (
     with_start_of,
     with_tokenizer_of,
 )
+from pangu_sigma.config.data import STANDARD_INPUT
 from pangu_sigma.config.mesh_rules import check_one_process
 from pangu_sigma.data.corpus import Corpus, prepare_corpus
+from pangu_sigma.data.growing import check_source
 from pangu_sigma.data.prefetch import Prefetcher
 from pangu_sigma.data.sampler import MixtureSampler
+from pangu_sigma.data.stream import StreamEnded, StreamSampler
+from pangu_sigma.domains.changing import mend_config, stale_config
 from pangu_sigma.domains.plan import DOMAIN_CHANGES
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import stored_config, stored_tokenizer, stored_weights
@@ -46,6 +52,10 @@ from pangu_sigma.signals import sigterm_as_ctrl_c
 from pangu_sigma.train.interrupt import Interruption
 from pangu_sigma.train.lock import locked_folder
 from pangu_sigma.train.schedule import phase_at
+from pangu_sigma.train.streaming import Stream
+
+# How soon a signal, an idle stream or an overdue checkpoint is noticed while waiting for documents.
+_POLL_SECONDS = 0.2
 
 
 class TrainingError(UserError):
@@ -67,11 +77,10 @@ def train(config: Config, resume: bool = False) -> Path:
     Raises UserError for the user's mistakes and for training that cannot go on.
     """
     check_one_process(config)
-    for index, phase in enumerate(config.train.phases):
-        if phase.shared == "regularised":
-            raise UserError(f"train.phases.{index}.shared = regularised does not train yet: set it to train or frozen")
-    if config.data.stream is not None:
-        raise UserError("data.stream does not train yet: set it to null")
+    if config.data.stream is not None and find_latest(config.run.dir)[0] is None:
+        # Before anything is made on disk.
+        with sigterm_as_ctrl_c():
+            check_source(config.data.stream.path, STANDARD_INPUT, lambda said: print(said, file=sys.stderr))
     with sigterm_as_ctrl_c(), Run(config, resume) as run:
         run.loop()
     return Path(config.run.dir)
@@ -87,6 +96,7 @@ class Run:
         self.progress = Progress()
         self.start: Checkpoint | None = None
         self.domain_changes: list[dict] = []
+        self.stream: Stream | None = None
         self._open = ExitStack()
 
     def __enter__(self) -> Run:
@@ -112,6 +122,12 @@ class Run:
         tokenizer_of: Checkpoint | None = None
         if checkpoint is not None:
             stored = stored_config(checkpoint)
+            stale = stale_config(self.dir, checkpoint)
+            if stale is not None:
+                # The file that the user named, or would have, is finished as the killed change would have done.
+                if self.config.to_yaml() == stale:
+                    self.config = stored
+                messages.append(mend_config(self.dir, checkpoint))
             self.config = with_start_of(self.config, stored)
             # The tokenizer that the first domains' mix gave stays when domains come and go.
             if stored.run.init_from is not None or checkpoint.state.get(DOMAIN_CHANGES):
@@ -120,6 +136,12 @@ class Run:
                 raise UserError(
                     f"pangu-sigma domains changed the domains of {self.dir} to {', '.join(stored.domain_names)}: "
                     f"resume with {checkpoint.path}/{CONFIG}, or list the same domains"
+                )
+            if (stored.data.stream is None) != (self.config.data.stream is None):
+                learned, how = ("its domains' files", "out") if stored.data.stream is None else ("a stream", "")
+                raise UserError(
+                    f"{self.dir} has learned from {learned} so far: resume with{how} --stream, or begin a new run with "
+                    f"run.init_from={self.dir}"
                 )
             # Where the tokenizer gives the size, a changed tokenizer is refused below, by its name.
             check_resume(stored, _with_vocabulary_size(self.config, stored.model.vocab_size))
@@ -152,7 +174,7 @@ class Run:
                 if checkpoint
                 else "no complete checkpoint to resume from: beginning at step 0"
             )
-        self.messages = messages
+        self.messages = messages + (self.stream.messages if self.stream else [])
         write_text(self.dir / "config.yaml", self.config.to_yaml())
         counts = parameter_counts(self.config, self.model.vocab)
         write_json(self.dir / "summary.json", {"parameters": counts.to_dict(), "vocabulary": self.model.vocab})
@@ -176,6 +198,8 @@ class Run:
     def _build(self, checkpoint: Checkpoint | None) -> None:
         from pangu_sigma.evaluate import Evaluator
         from pangu_sigma.model.build import build_model
+        from pangu_sigma.train.holding import Holding
+        from pangu_sigma.train.previous import Record
         from pangu_sigma.train.state import restore_model, stored_tables
         from pangu_sigma.train.trainer import Trainer
 
@@ -196,16 +220,25 @@ class Run:
         self.heldout = self.corpus.heldout()
         self.unigram = self.corpus.unigram_losses()
         self.evaluator = Evaluator(self.model, self.config.evaluate.batch_size)
-        self.sampler = MixtureSampler(
+        self.sampler = self._sampler(resumed=checkpoint is not None or self.resume)
+        if checkpoint:
+            self._restore(checkpoint, tensors)
+            self.domain_changes = checkpoint.state.get(DOMAIN_CHANGES, [])
+            self.sampler.restore(checkpoint.state["sampler"], allow_new_domains=bool(self.domain_changes))
+        record = Record.of(checkpoint.state) if checkpoint else None
+        files = partial(tokenizer_files, tokenizer)
+        self.holding = Holding(self.dir, self.trainer, self.corpus, files, record)
+
+    def _sampler(self, resumed: bool) -> MixtureSampler | StreamSampler:
+        if self.config.data.stream is not None:
+            self.stream = Stream(self.config, self.corpus.tokenizer, resumed)
+            return self.stream.sampler
+        return MixtureSampler(
             self.corpus.training_streams(),
             lambda step: phase_at(self.config, step).weights,
             self.config.run.seed,
             self.config.data.domains_per_step,
         )
-        if checkpoint:
-            self._restore(checkpoint, tensors)
-            self.domain_changes = checkpoint.state.get(DOMAIN_CHANGES, [])
-            self.sampler.restore(checkpoint.state["sampler"], allow_new_domains=bool(self.domain_changes))
 
     def _restore(self, checkpoint: Checkpoint, tensors: Mapping[str, np.ndarray]) -> None:
         from pangu_sigma.train.state import restore_model
@@ -241,39 +274,73 @@ class Run:
         """Train to the end, to `train.stop_at` or to a signal; a checkpoint stands at the end in every case."""
         train = self.config.train
         end = min(train.steps, train.stop_at or train.steps)
-        reader = Prefetcher(
-            self.sampler, train.batch_size, self.config.data.prefetch, transform=self.trainer.plan
-        )
+        # A stream is read by a thread, so that a signal ends the wait for it.
+        ahead = self.config.data.prefetch if self.stream is None else max(1, self.config.data.prefetch)
+        reader = Prefetcher(self.sampler, train.batch_size, ahead, transform=self.trainer.plan)
         self.reader = self._open.enter_context(reader)
-        saved = self.saved
+        if self.stream is not None:
+            self._open.callback(self.stream.close)  # before the reader is waited for
+        self._saved_at = time.monotonic()
         with Interruption() as interruption, TrainingProgress(train.steps, self.progress.step) as bar:
             self.bar = bar
             for message in self.messages:
-                bar.say(message)
-                self.metrics.event(self.progress.step, message)
+                self._say(message)
             if self.progress.step == 0 and self.config.evaluate.every:
                 self._evaluate()
             with self._profiler() as profile:
                 while self.progress.step < end and not interruption.asked:
+                    if self.stream is not None and not self._arrived(interruption):
+                        break
                     self._step()
                     profile(self.progress.step)
                     done = self.progress.step
                     if self.config.evaluate.every and (done % self.config.evaluate.every == 0 or done == train.steps):
                         self._evaluate()
                     every = self.config.checkpoint.every
-                    if every and done % every == 0 and done != saved:
+                    if (every and done % every == 0 and done != self.saved) or self._overdue():
                         self._save()
-                        saved = done
-            if saved != self.progress.step:
+            if self.saved != self.progress.step:
                 self._save()
+            failure = self.reader.failure if self.stream is not None else None
             if interruption.asked:
                 bar.say(f"{interruption.name}: saved step {self.progress.step}; continue with --resume")
+            elif isinstance(failure, StreamEnded):
+                self._say(f"the stream has ended: saved step {self.progress.step}; continue with --resume")
+            elif failure is not None:
+                self._say(f"the stream cannot be read on: saved step {self.progress.step}")
             elif self.progress.step < train.steps:
                 bar.say(f"stopped at step {self.progress.step} as train.stop_at says; continue with --resume")
+        if failure is not None and not interruption.asked and not isinstance(failure, StreamEnded):
+            raise failure
+
+    def _arrived(self, interruption: Interruption) -> bool:
+        """Wait for the stream's next batch; False where none will be learned: interrupted, ended or unreadable."""
+        while not self.reader.wait(_POLL_SECONDS):
+            if interruption.asked:
+                return False
+            said = self.stream.idle_message()
+            if said:
+                self._say(said)
+            if self._overdue():
+                self._save()
+        return self.reader.failure is None
+
+    def _overdue(self) -> bool:
+        """Whether checkpoint.every_seconds have passed since the last checkpoint, and something was learned."""
+        seconds = self.config.checkpoint.every_seconds
+        late = seconds is not None and time.monotonic() - self._saved_at >= seconds
+        return late and self.saved != self.progress.step
+
+    def _say(self, message: str) -> None:
+        self.bar.say(message)
+        self.metrics.event(self.progress.step, message)
 
     def _step(self) -> None:
         planned = next(self.reader)
         step = self.progress.step
+        said = self.holding.enter(phase_at(self.config, planned[0].step), step, self.bar.job)
+        if said:
+            self._say(said)
         result = self.trainer.step(step, planned)
         if not result.finite:
             self._nonfinite(result)
@@ -317,8 +384,7 @@ class Run:
             message = f"step {step + 1}: the {what} is {value}; batch skipped ({self.progress.skipped} so far)"
         else:
             message = self._roll_back(what, value)
-        self.bar.say(message)
-        self.metrics.event(self.progress.step, message)
+        self._say(message)
 
     def _roll_back(self, what: str, value: float) -> str:
         """Return to the last checkpoint's parameters and go on with the next batches, past the bad one (PaLM, arXiv
@@ -348,6 +414,8 @@ class Run:
 
         started = time.monotonic()
         wanted = self.config.checkpoint
+        if self.stream is not None:
+            self.stream.secure()
         tokenizer = self.corpus.tokenizer
         with self.bar.job("save", None, unit="B") as job:
             result = save_checkpoint(
@@ -370,6 +438,7 @@ class Run:
                     "skipped": self.progress.skipped,
                     "tokens": self.progress.tokens,
                     **({DOMAIN_CHANGES: self.domain_changes} if self.domain_changes else {}),
+                    **self.holding.state(),
                 },
                 fingerprints=Fingerprints(
                     tokenizer=tokenizer.fingerprint,
@@ -387,6 +456,8 @@ class Run:
         )
         for message in result.messages:
             self.bar.say(message)
+        self.holding.clean()
+        self.saved, self._saved_at = self.progress.step, time.monotonic()
 
     def _probe(self, count: int) -> dict[str, np.ndarray]:
         """The first held-out sequences of every domain, int32 [n, S + 1]: with them a model can be verified alone."""

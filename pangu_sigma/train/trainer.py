@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
@@ -15,7 +16,9 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.model.build import SLOTS, Model
 from pangu_sigma.model.inputs import PlannedBatch, Planner
 from pangu_sigma.train.accounting import Accounting, store_figures
+from pangu_sigma.train.distance import Distance
 from pangu_sigma.train.flops import flops_per_token
+from pangu_sigma.train.gates import FrozenColumns
 from pangu_sigma.train.loss_scale import LossScale
 from pangu_sigma.train.objective import Measured, Objective
 from pangu_sigma.train.optimizer import Gradients, Optimizer
@@ -65,7 +68,22 @@ class Trainer:
         if self.config.train.recompute:
             for block in model.net.blocks:
                 block.recompute()
+        self._plain = self.objective
+        self._distance: Distance | None = None
         self._graphs: dict[bool, GradientStep] = {}
+        self._frozen: dict[frozenset[str], FrozenColumns] = {}
+
+    def hold(self, objective: Objective | None, distance: Distance | None) -> None:
+        """From now on minimise `objective` (None: the run's own) with the pull of `distance` (None: without one).
+
+        Raises UserError for another objective where the run's own is not the mean loss of all tokens.
+        """
+        if objective is not None and type(self._plain) is not Objective:
+            raise UserError("regularise.output holds training on text: leave it out where another loss is trained")
+        wanted = self._plain if objective is None else objective
+        if wanted is not self.objective:
+            self._graphs.clear()
+        self.objective, self._distance = wanted, distance
 
     def plan(self, batch: Batch) -> list[PlannedBatch]:
         """Cut a step's batch into planned micro-batches; runs in the reading thread."""
@@ -110,21 +128,42 @@ class Trainer:
             else:
                 gradients.add(part)
         loss = loss_sum / total
+        frozen = self._frozen_columns(phase)
+        penalty = self._pull(gradients, scale) if self._distance is not None and phase.shared else None
+        if frozen:
+            gradients.shared, gradients.shared_squares = frozen.without(gradients.shared), None
         norm = gradients.norm(self.model.store) / scale
         finite = math.isfinite(loss) and math.isfinite(norm)
         if not finite:
             return StepResult(loss, norm, rate, False, self.loss_scale.overflow())
         clip = min(1.0, self.config.optimizer.clip_norm / max(norm, 1e-38))
-        self.optimizer.apply(gradients, rate, clip / scale)
+        self.optimizer.apply(gradients, rate, clip / scale, frozen)
         self.loss_scale.good()
         for batch, measured, counts, auxiliary in parts:
             self.accounting.add_batch(batch, measured, counts, auxiliary)
+        if penalty is not None:
+            self.accounting.add_figure("distance", penalty, 1.0)
         self.accounting.add_step(len(gradients.experts))
         return StepResult(loss, norm, rate, True, False)
 
     def store_figures(self) -> dict[str, float]:
         """What the expert store did a step since the last record; call it before the accounting's `take`."""
         return store_figures(self.model.store.traffic, self.accounting.steps)
+
+    def _pull(self, gradients: Gradients, scale: float) -> float:
+        """Adds the pull towards the previous parameters, once a step; returns the penalty."""
+        changed, squares, penalty = self._distance(Tensor(scale, ms.float32), *gradients.shared)
+        gradients.shared = tuple(changed)
+        gradients.shared_squares = float(squares.asnumpy().astype(np.float64).sum())
+        return float(penalty.asnumpy())
+
+    def _frozen_columns(self, phase: Phase) -> FrozenColumns | None:
+        if not phase.shared or not self.model.learned:
+            return None
+        if phase.domains not in self._frozen:
+            names = [p.name for p in self.model.net.trainable_params()]
+            self._frozen[phase.domains] = FrozenColumns(names, self.model.groups, phase.domains)
+        return self._frozen[phase.domains]
 
     def _graph(self, with_shared: bool) -> GradientStep:
         if with_shared not in self._graphs:

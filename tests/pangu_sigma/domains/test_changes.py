@@ -88,6 +88,23 @@ def test_a_new_domain_begins_as_it_was_asked(copied_run, medicine, tmp_path):
         assert states and not any(tensor.any() for tensor in states.values())
 
 
+def test_a_new_domain_begins_as_a_dense_models_networks(copied_run, small_yaml, medicine, tmp_path):
+    """Every expert is the feed-forward network of its layer in the dense model, tables are drawn, and it goes on."""
+    run, dense = copied_run(STEP), tmp_path / "dense"
+    changes = ["model.sparse={layers: 0}", "train.steps=1", "train.phases=[]", "evaluate.every=0", f"run.dir={dense}"]
+    train(load_config(small_yaml, changes))
+    add_domain(run, wanted(medicine, init=f"dense:{dense}"), ahead=Ahead("medicine", 1))
+    networks, tensors = (open_checkpoint(path).load() for path in (folder(dense, 1), folder(run)))
+    for name in ("up.weight", "up.bias", "down.weight", "down.bias"):
+        experts = tensors[f"domains.medicine.blocks.0.experts.{name}"]
+        assert len(experts) == 3
+        for expert in experts:
+            np.testing.assert_array_equal(expert, networks[f"blocks.0.feed_forward.{name}"])
+    assert sorted(set(tensors[f"domains.medicine.{TABLE}"].tolist())) == [0, 1, 2]
+    train(load_config(run / "config.yaml"), resume=True)
+    assert find_latest(run)[0].step == STEP + 1
+
+
 def test_training_ahead_is_the_runs_plan(copied_run, medicine):
     run = copied_run(8)
     add_domain(run, wanted(medicine), ahead=Ahead("medicine", 6, shared="frozen", replay=0.0))

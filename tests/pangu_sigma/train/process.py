@@ -22,12 +22,13 @@ def command(*arguments: object, cwd: Path, **options) -> subprocess.CompletedPro
     )
 
 
-def started(*arguments: object, cwd: Path, log: Path) -> subprocess.Popen[str]:
+def started(*arguments: object, cwd: Path, log: Path, **options) -> subprocess.Popen[str]:
     """Start `pangu-sigma ARGUMENTS` in the folder `cwd`; what it says goes to the file `log`."""
     with open(log, "w", encoding="utf-8") as stream:
         return subprocess.Popen(
-            _words(arguments), stdout=stream, stderr=subprocess.STDOUT, text=True, cwd=cwd, env=_environment()
-        )
+            _words(arguments), stdout=stream, stderr=subprocess.STDOUT, text=True, cwd=cwd, env=_environment(),
+            **options,
+        )  # fmt: skip
 
 
 def wait_until(happened: Callable[[], bool], process: subprocess.Popen, seconds: float = 180.0) -> bool:

@@ -1,0 +1,144 @@
+"""What a phase brings beside the batch: when a regularised one begins, the previous model is kept with the run and put
+beside the trainer; when it is resumed, the kept one is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder
+from pangu_sigma.checkpoint.cleaning import list_checkpoints
+from pangu_sigma.checkpoint.reading import open_checkpoint
+from pangu_sigma.checkpoint.tensor_file import pieces, spec_of
+from pangu_sigma.config.phases import old_domains
+from pangu_sigma.data.corpus import Corpus
+from pangu_sigma.domains.plan import PREVIOUS
+from pangu_sigma.train import previous
+from pangu_sigma.train.distance import Distance
+from pangu_sigma.train.previous import Record
+from pangu_sigma.train.reference import load_reference
+from pangu_sigma.train.regularised import RegularisedObjective
+from pangu_sigma.train.schedule import Phase
+from pangu_sigma.train.state import model_tensors
+
+if TYPE_CHECKING:
+    from pangu_sigma.monitor.terminal import Job
+    from pangu_sigma.train.trainer import Trainer
+
+
+class Work(Protocol):
+    """Opens a progress bar for work under way: `bar.job` of the run's progress."""
+
+    def __call__(self, description: str, total: float | None, unit: str = ...) -> AbstractContextManager[Job]: ...
+
+
+class Holding:
+    """The previous model of the phase under way; `record` says which, None where the phase has none."""
+
+    def __init__(
+        self, run_dir: Path, trainer: Trainer, corpus: Corpus, tokenizer_files: Callable[[], dict[str, bytes]],
+        record: Record | None,
+    ) -> None:  # fmt: skip
+        self.run_dir = run_dir
+        self.trainer = trainer
+        self.corpus = corpus
+        self.record = record
+        self._tokenizer_files = tokenizer_files
+        self._entered: int | None = None
+
+    def state(self) -> dict[str, object]:
+        """What a checkpoint keeps of it."""
+        return {} if self.record is None else {PREVIOUS: self.record.state()}
+
+    def enter(self, phase: Phase, step: int, work: Work) -> str | None:
+        """The next step, after `step` done ones, belongs to `phase`; returns what there is to say, None for nothing.
+
+        Raises UserError where the previous model of a resumed phase is missing or another one.
+        """
+        if phase.index == self._entered:
+            return None
+        self._entered = phase.index
+        wanted = phase.regularise
+        if wanted is None:
+            self.record = None
+            self.trainer.hold(None, None)
+            return None
+        if self.record is not None and self.record.phase == phase.index:
+            kept = previous.open_previous(self.run_dir, self.record)
+        else:
+            with work("keep the previous model", None):
+                kept = self._write(step)
+            self.record = Record(phase.index, step, previous.identity(kept))
+        fisher = self._fisher(phase, work) if wanted.ewc else None
+        config, model = self.trainer.config, self.trainer.model
+        objective = distance = None
+        if wanted.output:
+            # A gate that grew is asked without its new experts, whose domains it does not tell apart anyway.
+            grown = set(config.domain_names) - set(kept.domains) if model.learned else set()
+            stand_in = dict.fromkeys(grown, kept.domains[0])
+            reference = load_reference(kept, config, self.trainer.micro_batch, stand_in)
+            objective = RegularisedObjective(reference, wanted.output)
+        if wanted.l2 or wanted.ewc:
+            names = kept.names(domains=[], optimizer=False)
+            distance = Distance(model.net.trainable_params(), kept.load(names), fisher, wanted, model.layout)
+        self.trainer.hold(objective, distance)
+        terms = [f"{name} {getattr(wanted, name):g}" for name in ("output", "l2", "ewc") if getattr(wanted, name)]
+        return f"phase {phase.index} stays near the model of step {self.record.step} ({kept.path}): {', '.join(terms)}"
+
+    def clean(self) -> None:
+        """Delete previous models that neither this phase nor a checkpoint of the run names any more."""
+        if not (self.run_dir / previous.FOLDER).is_dir():
+            return
+        named = [self.record]
+        for _, path in list_checkpoints(self.run_dir)[0]:
+            named.append(Record.of(open_checkpoint(path).state))
+        previous.remove_unneeded(self.run_dir, {record.step for record in named if record is not None})
+
+    def _write(self, step: int) -> Checkpoint:
+        model, corpus = self.trainer.model, self.corpus
+        tensors = model_tensors(model, None)
+        names, sizes = model.groups.names, model.groups.sizes
+        folder = ModelFolder(
+            tensors=[spec_of(name, tensor) for name, tensor in tensors.items()],
+            read=lambda spec: pieces(tensors[spec.name]),
+            domains=list(names),
+            coverage={
+                place: dict(zip(names, sizes, strict=True)) for place in self.trainer.config.model.sparse_prefixes
+            },
+            config_text=self.trainer.config.to_yaml(),
+            tokenizer_files=self._tokenizer_files(),
+            fingerprints=Fingerprints(
+                tokenizer=corpus.tokenizer.fingerprint,
+                corpora={store.name: store.corpus_fingerprint for store in corpus.stores},
+            ),
+            step=step,
+            origin={"job": "previous model"},
+        )
+        return previous.write_previous(self.run_dir, step, folder)
+
+    def _fisher(self, phase: Phase, work: Work) -> dict[str, np.ndarray]:
+        from pangu_sigma.train.fisher import estimate_fisher
+
+        if self.record.fisher is not None:
+            return previous.read_fisher(self.run_dir, self.record)
+        config = self.trainer.config
+        old = old_domains(config, phase.index)
+        rows, count = self.trainer.micro_batch, phase.regularise.fisher_batches
+        streams = {stream.domain: stream for stream in self.corpus.training_streams()}
+        with work("Fisher information", len(old) * count, unit="batches") as job:
+
+            def batches() -> Iterator[tuple[str, np.ndarray]]:
+                for name in old:
+                    for number in range(count):
+                        first = number * rows
+                        yield name, np.stack([streams[name].sequence(first + row) for row in range(rows)])
+                        job.advance()
+
+            fisher = estimate_fisher(self.trainer.model, batches(), config.run.seed, rows)
+        self.record = replace(self.record, fisher=previous.write_fisher(self.run_dir, self.record.step, fisher))
+        return fisher
