@@ -175,6 +175,31 @@ def evaluate(
     typer.echo("\n" + matrix_table(result["matrix"]))
 
 
+@app.command(short_help="Measure how a run's model routes.")
+def analyze(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Held-out tokens of each domain to look at.")] = 4096,
+    as_json: Json = False,
+) -> None:
+    """Measure the routing of a run's checkpoints on held-out text: saturation, load, specialisation, co-activation.
+
+    Writes analysis.json and a folder analysis/ of CSV tables into the run's folder, and the report with figures.
+    """
+    from pangu_sigma.analysis.files import summary
+    from pangu_sigma.analysis.job import analyze as measure
+    from pangu_sigma.report.page import write_report
+
+    result = measure(run, tokens)
+    page = write_report(run)
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False, indent=2))
+        return
+    typer.echo(summary(result))
+    for sentence in result["passed_over"]:
+        typer.echo(f"not compared: {sentence}")
+    typer.echo(f"\nTables: {run / 'analysis'}, figures: {page}")
+
+
 app.command(short_help="Continue a text.")(generate)
 app.command(short_help="Tell what a configuration needs of a cluster.")(plan)
 

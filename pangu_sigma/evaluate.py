@@ -47,32 +47,36 @@ class Evaluator:
         self, heldout: HeldoutSequences, group: str, limit: int | None = None, advance: Advance | None = None
     ) -> tuple[float, int]:
         """(mean loss in nats per token, tokens) of at most `limit` batches under the experts of domain `group`."""
-        # Dropout belongs to training; the network is shared with the training step, so its mode is set per use.
-        self.graph.set_train(False)
-        domain = np.full(self.batch_size, self.model.groups.names.index(group), np.int32)
         total, tokens = 0.0, 0
         for number in range(self.batches(heldout, limit)):
             start = number * self.batch_size
             ids, mask = heldout.batch(start, self.batch_size)
-            planned = self.planner(ids, domain, np.arange(start, start + self.batch_size), 0, mask)
-            fixed = planned.fixed
-            try:
-                experts = planned.flat(self.signature, self.model.store)
-            except StoreFull as error:
-                raise UserError(f"evaluating {group}: {error}") from error
-            _, by_sample, _, _ = self.graph(
-                fixed[0],
-                Tensor(planned.labels),
-                Tensor(planned.mask),
-                Tensor(np.float32(0.0)),
-                *fixed[1:],
-                *experts,
-            )
+            by_sample, _ = self.outputs(ids, mask, group, start)
             total += float(by_sample.asnumpy().astype(np.float64).sum())
             tokens += int(mask.sum())
             if advance:
                 advance(1)
         return total / max(tokens, 1), tokens
+
+    def outputs(
+        self, ids: np.ndarray, mask: np.ndarray, group: str, first: int
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Token ids [B, S + 1] and mask [B, S] of the sequences from number `first` on, under the experts of `group` ->
+        (loss sums by sample [B], what each sparse layer with a learned gate tells of its routing).
+        """
+        # Dropout belongs to training; the network is shared with the training step, so its mode is set per use.
+        self.graph.set_train(False)
+        domain = np.full(len(ids), self.model.groups.names.index(group), np.int32)
+        planned = self.planner(ids, domain, np.arange(first, first + len(ids)), 0, mask)
+        fixed = planned.fixed
+        try:
+            experts = planned.flat(self.signature, self.model.store)
+        except StoreFull as error:
+            raise UserError(f"evaluating {group}: {error}") from error
+        _, by_sample, _, counts = self.graph(
+            fixed[0], Tensor(planned.labels), Tensor(planned.mask), Tensor(np.float32(0.0)), *fixed[1:], *experts
+        )
+        return by_sample, counts
 
     def losses(
         self, heldout: Mapping[str, HeldoutSequences], limit: int | None = None, advance: Advance | None = None

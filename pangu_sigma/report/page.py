@@ -11,6 +11,7 @@ from pangu_sigma.report import html_tables as tables
 from pangu_sigma.report.curves import domain_panels, loss_overview, training_panels
 from pangu_sigma.report.heat import SMALL_MAP_CELLS, load_map
 from pangu_sigma.report.html_tables import cell
+from pangu_sigma.report.routing import routing_section
 from pangu_sigma.report.run_data import RunData, load_run
 from pangu_sigma.report.series import expert_loads
 from pangu_sigma.report.style import STYLE
@@ -21,8 +22,8 @@ FILE_NAME = "report.html"
 def write_report(run_dir: Path | str) -> Path:
     """Write `run_dir/report.html` from the run's files and return its path; the same files give the same bytes.
 
-    Reads `metrics.jsonl` and, where present, `evaluation.json`, `summary.json` and `config.yaml`. Raises UserError if
-    the folder or its metrics are missing or empty, or if a file is damaged.
+    Reads `metrics.jsonl` and, where present, `evaluation.json`, `analysis.json`, `summary.json` and `config.yaml`.
+    Raises UserError if the folder or its metrics are missing or empty, or if a file is damaged.
     """
     run_dir = Path(run_dir)
     page = render(load_run(run_dir))
@@ -67,6 +68,8 @@ def _sections(run: RunData) -> Iterator[tuple[str, str, str]]:
     loads = expert_loads(run.train)
     if loads:
         yield "load", "Expert load", _load_maps(loads)
+    if run.analysis:
+        yield "routing", "Routing", routing_section(run.analysis)
     panels = training_panels(run)
     if panels:
         yield "training", "Training", f'<div class="cards">{panels}</div>'

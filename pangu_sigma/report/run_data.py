@@ -37,6 +37,7 @@ class RunData:
     summary: dict[str, Any]
     config: dict[str, Any]
     config_text: str
+    analysis: dict[str, Any] | None = None
 
     @property
     def domains(self) -> list[str]:
@@ -70,7 +71,7 @@ class RunData:
 
 
 def load_run(run_dir: Path) -> RunData:
-    """Read `metrics.jsonl` and, where present, `evaluation.json`, `summary.json` and `config.yaml`.
+    """Read `metrics.jsonl` and, where present, `evaluation.json`, `analysis.json`, `summary.json` and `config.yaml`.
 
     Raises UserError if the folder or its metrics are missing or empty, or if a file is damaged.
     """
@@ -95,6 +96,7 @@ def load_run(run_dir: Path) -> RunData:
         summary=_read_json(run_dir / "summary.json") or {},
         config=config,
         config_text=config_text,
+        analysis=_read_json(run_dir / "analysis.json"),
     )
 
 

@@ -37,7 +37,7 @@ class ExpertChoiceGate(nn.Cell):
     """x_TD -> (plan, combine weights [M], 0, rows [B, E + 1]) with M = E * B * taken rows, expert by expert.
 
     The plan is the token of every row int32 [M], then the plan of those rows as if each were a token with one choice.
-    The last of `rows` counts the tokens that no expert took.
+    The last of `rows` counts the tokens that no expert took. With `tells_choices` it gives the hits [T, E] instead.
     """
 
     def __init__(self, router: ExpertChoiceRouter) -> None:
@@ -57,6 +57,10 @@ class ExpertChoiceGate(nn.Cell):
         self.sum = layout(ops.ReduceSum(keep_dims=True), (1, 1))
         self.concat = layout(ops.Concat(1), (1, 1), (1, 1))
         self.plan = plan_in_graph(self.experts, layout)
+        self.tells_choices = False
+        self.one_hot = layout(ops.OneHot(), (1, 1), (), ())
+        self.on, self.off = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
+        self.add_hits = layout(ops.UnsortedSegmentSum(), (1, 1), (1,))
 
     def construct(self, x: Tensor, routing: tuple[Tensor, ...]):
         batch = x.shape[0] // self.length
@@ -68,8 +72,11 @@ class ExpertChoiceGate(nn.Cell):
         tokens = (places + first.reshape(1, batch, 1)).reshape(-1)
         each = ops.arange(0, self.experts, 1, dtype=ms.int32).reshape(-1, 1)
         owner = ops.BroadcastTo((self.experts, batch * self.taken))(each)
+        plan = (tokens,) + self.plan(owner.reshape(-1, 1))
+        if self.tells_choices:
+            hits = self.add_hits(self.one_hot(owner.reshape(-1), self.experts, self.on, self.off), tokens, x.shape[0])
+            return plan, weights, Tensor(0.0, ms.float32), ops.stop_gradient(hits)
         times = self.add_up(ops.ones_like(weights), tokens, x.shape[0]).reshape(batch, self.length)
         alone = self.sum(self.cast(times < 0.5, ms.float32), 1)
         rows = ops.fill(ms.float32, (batch, self.experts), float(self.taken))
-        plan = (tokens,) + self.plan(owner.reshape(-1, 1))
         return plan, weights, Tensor(0.0, ms.float32), ops.stop_gradient(self.concat((rows, alone)))

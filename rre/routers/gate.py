@@ -53,6 +53,7 @@ class LearnedRouter(Router):
 class Gate(nn.Cell):
     """x_TD, (noise,) or () -> (plan, combine weights [T, k], auxiliary loss, rows [B, E + 1]).
 
+    With `tells_choices` the last is the hits [T, E] instead, 1 where a token takes an expert (set it before compiling).
     Room goes to first choices before second ones, then in token order (arXiv 2006.16668, algorithm 1); a choice
     without room takes the residual alone. Gates compute in float32.
     """
@@ -79,6 +80,7 @@ class Gate(nn.Cell):
         self.concat = layout(ops.Concat(1), (1, 1), (1, 1))
         self.select = layout(ops.Select(), (1, 1), (1, 1), (1, 1))
         self.plan = plan_in_graph(self.experts, layout)
+        self.tells_choices = False
         self.on, self.off = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
 
     def choose(self, x: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -104,6 +106,8 @@ class Gate(nn.Cell):
             hits = self.with_room(hits)
             kept = self.rows(hits)
             ids = self.select(self.sum(hits, 2) > 0.0, ids, ops.fill(ms.int32, ids.shape, self.experts))
+        if self.tells_choices:
+            return self.plan(ids), chosen[1], auxiliary, self.sum(hits, 1)
         lost = self.overflow_sum(self.sub(wanted, kept), 1) / self.choices
         return self.plan(ids), chosen[1], auxiliary, self.concat((kept, lost))
 

@@ -1,0 +1,1 @@
+"""How a model routes: saturation, co-activation, specialisation, load, entropy."""
