@@ -134,7 +134,7 @@ def saturation_by_domain(
 
 
 def reached(hits: np.ndarray, domain: str, trained: Trained) -> np.ndarray:
-    """Load of the experts that this domain's text can come to: its own group's, or all where a gate or one table decides."""
+    """Load of the experts that this domain's text can come to: its group, or all where a gate or one table decides."""
     shares = measures.load(hits)
     model = trained.model
     return shares[model.groups.of(domain)] if set(model.tables.get(_any(model), ())) >= {domain} else shares
