@@ -108,6 +108,17 @@ def train(
     run_training(config, resume=resume)
 
 
+@app.command(short_help="Train with MindFormers' Trainer.")
+def mindformers(
+    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="A MindFormers configuration.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train the model of a MindFormers YAML (configs/mindformers) with MindFormers' own Trainer."""
+    from pangu_sigma.integrations.mindformers.job import train as run_trainer
+
+    run_trainer(file, overrides or ())
+
+
 @app.command(short_help="Print or explain a configuration.")
 def config(
     file: Annotated[Path | None, typer.Argument(metavar="FILE.yaml", help="Configuration of the run.")] = None,

@@ -22,6 +22,7 @@ FORMATS: dict[str, tuple[str, str | None]] = {
     "hf": ("extract.export.hf", None),
     "mindir": ("extract.export.mindir", None),
     "onnx": ("extract.export.onnx_format", "onnx"),
+    "mindformers": ("extract.export.mindformers", None),
 }
 
 

@@ -103,6 +103,29 @@ def import_pangu_alpha(
         typer.echo(line)
 
 
+@import_app.command("mindformers", short_help="Import a checkpoint of a MindFormers training.")
+def import_mindformers(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SOURCE", help="Output folder of a MindFormers run (its latest step), or a file in it."),
+    ],
+    out: Out,
+    run: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The run's output_dir, where the file lies elsewhere.")
+    ] = None,
+) -> None:
+    """Write a model folder with the model that pangu-sigma mindformers trained.
+
+    Every tensor of the source is used, or listed as left behind by a rule; otherwise nothing is written.
+    """
+    from pangu_sigma.integrations.mindformers import importing
+
+    done = importing.import_mindformers(source, out, run)
+    typer.echo(f"{done.checkpoint.path}: {done.parameters:,} parameters of {done.file.name}, each assigned once")
+    for line in importing.skipped_lines(done.skipped):
+        typer.echo(line)
+
+
 def upcycle(
     dense: Annotated[
         Path, typer.Argument(metavar="DENSE", help="A dense model: a run's folder, a checkpoint or a model folder.")

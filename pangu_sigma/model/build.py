@@ -130,39 +130,52 @@ def build_model(
     for one from a checkpoint. With `initialise` False all weights are zero: something else will fill them. A model for
     `inference` keeps its experts in host memory, wherever training has them.
     """
-    model = config.model
-    layout = Layout(config.run.device, chosen_kernels(config))
-    groups = Groups(config.domain_names, tuple(d.experts for d in config.domains))
+    built = routed_model(config, vocab, eod_id, tables, token_counts)
+    model, layout, groups = config.model, built.layout, built.groups
     places = model.sparse_prefixes
-    if tables is None:
-        tables = {place: _draw_tables(config, groups, place, vocab, token_counts or {}) for place in places}
-    kind = model.sparse.router
-    owned = [tables[place] if KINDS[kind].tables else None for place in places]
-    routers = [
-        ROUTERS[kind].build(_router_options(config, groups, layout, layer, mine)) for layer, mine in enumerate(owned)
-    ]
     shapes = {place: expert_shapes(model.hidden, model.ffn) for place in places}
     experts = dict.fromkeys(places, groups.total)
     if model.embedding_slots == "per_domain":
         shapes[SLOTS] = {"word": (vocab, model.hidden)}
         experts[SLOTS] = len(groups.names)
-    store = _make_store(config, shapes, experts, HostKernels(layout.kernels) if layout.kernels else None, inference)
-    built = Model(
+    kernels = HostKernels(layout.kernels) if layout.kernels else None
+    built.store = _make_store(config, shapes, experts, kernels, inference)
+    compute = COMPUTE_TYPES[config.train.precision]
+    built.net = PanGuSigma(model, vocab, built.routers, built.training_signature(1), layout, compute)
+    if initialise:
+        _initialise(built)
+    return built
+
+
+def routed_model(
+    config: Config,
+    vocab: int,
+    eod_id: int,
+    tables: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    token_counts: Mapping[str, np.ndarray] | None = None,
+) -> Model:
+    """The model's groups, tables and routers, which plan batches; store and network are left None."""
+    layout = Layout(config.run.device, chosen_kernels(config))
+    groups = Groups(config.domain_names, tuple(d.experts for d in config.domains))
+    places = config.model.sparse_prefixes
+    if tables is None:
+        tables = {place: _draw_tables(config, groups, place, vocab, token_counts or {}) for place in places}
+    kind = config.model.sparse.router
+    owned = [tables[place] if KINDS[kind].tables else None for place in places]
+    routers = [
+        ROUTERS[kind].build(_router_options(config, groups, layout, layer, mine)) for layer, mine in enumerate(owned)
+    ]
+    return Model(
         config=config,
         vocab=vocab,
         eod_id=eod_id,
         groups=groups,
         routers=tuple(routers),
         tables={place: dict(by_owner) for place, by_owner in tables.items() if by_owner},
-        store=store,
+        store=None,
         net=None,
         layout=layout,
     )
-    compute = COMPUTE_TYPES[config.train.precision]
-    built.net = PanGuSigma(model, vocab, routers, built.training_signature(1), layout, compute)
-    if initialise:
-        _initialise(built)
-    return built
 
 
 def _draw_tables(

@@ -1,0 +1,1 @@
+"""Other training programs that run this product's model; nothing here is imported before it is used."""
