@@ -63,11 +63,9 @@ def import_mindformers(source: Path, out: Path, run: Path | None = None) -> Impo
     targets = manifest(config, config.model.vocab_size)
     groups = {domain.name: domain.experts for domain in config.domains}
     with opened(file) as tensors:
-        shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        shapes = shapes_of(tensors)
+        check_tensors(file, shapes, targets)
         skipped = {name: rule for name in shapes if (rule := skip_rule(name)) is not None}
-        used = [name for name in shapes if name not in skipped]
-        assigned = [(name, name, shapes[name]) for name in used if name in targets]
-        check_coverage(str(file), targets, assigned, used)
         step = int(tensors.get_tensor("step_num")) if "step_num" in shapes else 0
 
         def read(spec: TensorSpec) -> np.ndarray:
@@ -124,6 +122,25 @@ def checkpoint_file(source: Path) -> Path:
             f"{source} holds no checkpoint of MindFormers (checkpoint/rank_0/*-EPOCH_STEP{ENDING}): give the file"
         )
     return found[max(found)]
+
+
+def check_file(file: Path, config: Config) -> None:
+    """Raises UserError unless the checkpoint holds every tensor of the model of `config`, of whatever vocabulary."""
+    with opened(file) as tensors:
+        shapes = shapes_of(tensors)
+    words = shapes.get("embedding.word") or shapes.get(f"domains.{config.domain_names[0]}.embedding.word") or (0,)
+    check_tensors(file, shapes, manifest(config, config.model.vocab_size or words[0]))
+
+
+def shapes_of(tensors) -> dict[str, tuple[int, ...]]:
+    """Shapes by name of an opened file's tensors."""
+    return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+
+
+def check_tensors(file: Path, shapes: dict[str, tuple[int, ...]], targets: dict[str, tuple[int, ...]]) -> None:
+    """Raises UserError unless every target is there in its shape and every other tensor is left behind by a rule."""
+    used = [name for name in shapes if skip_rule(name) is None]
+    check_coverage(str(file), targets, [(n, n, shapes[n]) for n in used if n in targets], used)
 
 
 def skip_rule(name: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 import yaml
 
+from pangu_sigma.config import Config
 from pangu_sigma.errors import UserError
 from pangu_sigma.integrations.mindformers.companion import write_settings
+from pangu_sigma.integrations.mindformers.importing import ENDING, check_file
 from pangu_sigma.integrations.mindformers.settings import at, read_yaml, settings_of
 from pangu_sigma.monitor.files import write_text
 from pangu_sigma.signals import signals_held
@@ -26,8 +29,8 @@ def train(file: str | Path, overrides: Sequence[str] = ()) -> Path:
     """
     values = read_yaml(file, overrides)
     config = settings_of(values, str(file))
-    _check_load(values, str(file))
     check_installed()
+    _check_load(values, str(file), config)
     output = Path(config.run.dir)
     values["output_dir"] = str(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -45,13 +48,11 @@ def run(values: dict[str, Any], output: Path) -> None:
         from mindformers import MindFormerConfig, Trainer, build_context
 
         import pangu_sigma.integrations.mindformers.registered  # noqa: F401 - registers
-    scratch = output / f".rank_{os.environ.get('RANK_ID', '0')}.yaml"
-    scratch.write_text(yaml.safe_dump(values), encoding="utf-8")
-    try:
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as scratch:
+        scratch.write(yaml.safe_dump(values))
+        scratch.flush()
         # From a file: only then MindFormers fills in its defaults.
-        config = MindFormerConfig(str(scratch))
-    finally:
-        scratch.unlink()
+        config = MindFormerConfig(scratch.name)
     build_context(config)
     Trainer(config).train()
 
@@ -71,7 +72,19 @@ def check_installed() -> None:
         raise UserError("MindFormers is not installed: pip install 'pangu-sigma[mindformers]'")
 
 
-def _check_load(values: dict[str, Any], source: str) -> None:
+def _check_load(values: dict[str, Any], source: str, config: Config) -> None:
+    """Raises UserError unless `load_checkpoint` is a file with every tensor of the model, each in its shape.
+
+    MindFormers itself leaves a parameter that is missing as it was drawn.
+    """
     path = at(values, "load_checkpoint", "")
-    if path and not Path(path).exists():
-        raise UserError(f"{source}: load_checkpoint = {path} does not exist: give an exported checkpoint")
+    if not path:
+        return
+    if not Path(path).is_file() or Path(path).suffix != ENDING:
+        raise UserError(
+            f"{source}: load_checkpoint = {path} is no {ENDING} file: give what MindFormers or pangu-sigma export "
+            "--format mindformers wrote"
+        )
+    if at(values, "load_ckpt_format") != "safetensors":
+        raise UserError(f"{source}: load_ckpt_format is {at(values, 'load_ckpt_format')}: set it to safetensors")
+    check_file(Path(path), config)
