@@ -47,7 +47,7 @@ def write(source: Source, folder: Path, options: Options) -> list[str]:
     with progress("export", sum(t.nbytes for t in tensors), unit="B") as job:
         # One file: what MindFormers loads on one device.
         write_shards(folder, STEM, tensors, sum(t.nbytes for t in tensors) + 1, job.advance)
-    model = str(source.checkpoint.path)
+    model = str(source.checkpoint.path.resolve())
     text = (
         f"# {source.checkpoint.path.name} for MindFormers\n\n```yaml\n"
         f"load_checkpoint: {STEM}.safetensors   # with its folder\nload_ckpt_format: safetensors\n"

@@ -22,7 +22,7 @@ from pangu_sigma.convert.coverage import check_coverage
 from pangu_sigma.convert.folder import check_output, write_with_progress
 from pangu_sigma.errors import UserError
 from pangu_sigma.integrations.mindformers.companion import Companion, find_companion, read_companion
-from rre.routers.hash import LAYER
+from rre.kinds import LAYER
 
 # Name rule -> what it is: these tensors are left behind, and said to be.
 SKIPPED = {

@@ -87,9 +87,16 @@ def both_trained(formers, tiny_yaml, tmp_path_factory) -> BothTrained:
     config.write_text(yaml.safe_dump(values), encoding="utf-8")
     done = process.command("train", config, cwd=folder)
     assert done.returncode == 0, done.stderr
-    records = (json.loads(line) for line in open(folder / "ours" / "metrics.jsonl", encoding="utf-8"))
-    output = Path(read_yaml(tiny_yaml)["output_dir"])
-    losses = [json.loads(line) for line in open(tiny_yaml.parent / "losses.jsonl", encoding="utf-8")]
+    records = json_lines(folder / "ours" / "metrics.jsonl")
     return BothTrained(
-        tiny_yaml, output, losses, folder / "ours", [r["loss"] for r in records if "gradient_norm" in r]
+        file=tiny_yaml,
+        formers=Path(read_yaml(tiny_yaml)["output_dir"]),
+        formers_losses=json_lines(tiny_yaml.parent / "losses.jsonl"),
+        ours=folder / "ours",
+        our_losses=[r["loss"] for r in records if "gradient_norm" in r],
     )
+
+
+def json_lines(path: Path) -> list:
+    """The values of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

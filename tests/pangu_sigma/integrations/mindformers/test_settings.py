@@ -1,4 +1,4 @@
-"""A MindFormers YAML is read as our configuration, and what would change the run unseen is refused before any import."""
+"""A MindFormers YAML is read as our configuration; what would change the run unseen is refused before any import."""
 
 from __future__ import annotations
 

@@ -109,11 +109,12 @@ def test_our_model_goes_on_there_and_foreign_tables_are_refused(both_trained, tm
     assert done.returncode == 0, done.stderr
     sections = "model.model_config.pangu_sigma.run"
     wanted = [f"callbacks.3.path={tmp_path}/losses.jsonl", "train_dataset.data_loader.steps=4"]
-    load, start = f"load_checkpoint={tmp_path}/export/pangu_sigma.safetensors", f"{sections}.init_from={both_trained.ours}"
+    load = f"load_checkpoint={tmp_path}/export/pangu_sigma.safetensors"
+    start = f"{sections}.init_from={both_trained.ours}"
     for number, given in enumerate([[load, start], [start]]):
         done = run_formers(both_trained.file, tmp_path, *wanted, *given, f"output_dir={tmp_path}/{number}")
         assert done.returncode == 0, done.stderr[-4000:]
-    losses = [json.loads(line) for line in open(tmp_path / "losses.jsonl", encoding="utf-8")]
+    losses = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text(encoding="utf-8").splitlines()]
     assert losses[:4] == losses[4:]
     assert losses[0] < both_trained.formers_losses[0] - 0.05
     done = run_formers(both_trained.file, tmp_path, *wanted, load, f"{sections}.seed=7", f"output_dir={tmp_path}/other")
