@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from extract.command import extract
 from extract.export.command import export
 from pangu_sigma.convert.commands import import_app, upcycle, vocab_app
+from pangu_sigma.doctor.command import doctor
 from pangu_sigma.domains.command import domains_app
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation.command import generate
@@ -213,6 +214,7 @@ def analyze(
 
 app.command(short_help="Continue a text.")(generate)
 app.command(short_help="Tell what a configuration needs of a cluster.")(plan)
+app.command(short_help="Try out what a training would use here.")(doctor)
 
 
 app.command(short_help="Cut domains out of a model.")(extract)

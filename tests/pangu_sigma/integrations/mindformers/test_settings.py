@@ -35,14 +35,14 @@ def test_mindformers_own_keys_become_ours():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("optimizer.type=AdamW", "optimizer.type is 'AdamW': set it to PanGuSigmaAdamW"),
+        ("optimizer.type=AdamW", "optimizer.type is \"AdamW\": set it to PanGuSigmaAdamW"),
         ("runner_config.sink_mode=true", "runner_config.sink_mode is true: set it to false"),
         ("runner_config.gradient_accumulation_steps=4", "MindFormers ignores it on one device"),
         ("resume_training=true", "go on from it with run.init_from"),
         ("callbacks=[]", "callbacks lacks '- type: PanGuSigmaTableCheck'"),
         ("lr_schedule.learning_rate='1e-3'", "write 1.0e-4"),
         ("optimizer.betas=0.9", "optimizer.betas is 0.9: write two numbers"),
-        (f"{OURS}.model.layer=3", "did you mean"),
+        (f"{OURS}.model.layer=3", "the nearest known key is model.layers"),
         (f"{OURS}.experts={{store: host}}", "has the section 'experts'"),
         (f"{OURS}.run.dir=x", "pangu_sigma.run has 'dir'"),
         ("use_parallel=true", "set it to 0 (data parallel)"),
