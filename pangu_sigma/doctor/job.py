@@ -19,6 +19,7 @@ from pangu_sigma.doctor.checks import Check, failed, passed, skipped
 KERNELS_TOLERANCE = 1e-5  # compiled against composed kernels, relative: both float32
 DEVICE_TOLERANCE = 5e-3  # a device against the CPU: Ascend may multiply float32 matrices in less
 SECONDS = 300.0
+CANN = ("8.2", "8.3", "8.5", "9.0")  # what MindSpore 2.9.0 itself checks for, the newest last
 GIB = 2**30
 WITHOUT_NPU = "no Ascend device on this machine"
 
@@ -113,10 +114,13 @@ def memory() -> Check:
 
 def cann(ascend: Ascend) -> Check:
     """Ascend's toolkit."""
+    if ascend.toolkit is None and ascend.absent:
+        return skipped("CANN", WITHOUT_NPU)
+    if ascend.cann is not None and not ascend.cann.startswith(CANN):
+        advice = f"install CANN {CANN[-1]}, which MindSpore 2.9.0 is released with"
+        return failed("CANN", f"{ascend.cann}; MindSpore 2.9.0 asks for {', '.join(CANN)}", advice)
     if ascend.toolkit is not None:
         return passed("CANN", f"{ascend.cann or 'version unknown'} in {ascend.toolkit}")
-    if ascend.absent:
-        return skipped("CANN", WITHOUT_NPU)
     return failed("CANN", "no toolkit found", "install CANN (docs/cluster.md tells the version), source its set_env.sh")
 
 
@@ -142,7 +146,7 @@ def cpu_step(done: processes.Ended) -> Check:
     """Two steps of the trainer on the CPU, composed of MindSpore's operators."""
     name = "step on CPU"
     if done.trouble:
-        return failed(name, done.trouble, "install the pinned versions in a fresh environment: MindSpore cannot compute")
+        return failed(name, done.trouble, "install the pinned versions afresh: MindSpore cannot compute here")
     found = done.results[0]
     first, second = found["losses"]
     if not (math.isfinite(second) and second < first):
