@@ -105,7 +105,8 @@ class PlainLines:
         self._file, self._clock = file, clock
 
     def watch(self, job: Job, last_line: bool = False) -> Callable[[], None]:
-        """Print the job's line when it is due, with `last_line` also at its end; returns what stops watching."""
+        """Print the job's line when it is due, at its end only with `last_line` (else whoever opened the job has a line
+        of its own then); returns what stops watching."""
         began = printed = self._clock()
         printed_done = job.done
 
@@ -115,8 +116,9 @@ class PlainLines:
             interval = min(self.LONGEST, max(self.SHORTEST, (now - began) / 100))
             next_share = math.inf if job.total is None else printed_done + self.SHARE * job.total
             share_due = job.done >= next_share and now - printed >= self.LEAST_GAP
-            finished = last_line and job.total is not None and job.done >= job.total
-            if job.done > printed_done and (finished or share_due or now - printed >= interval):
+            finished = job.total is not None and job.done >= job.total
+            due = last_line if finished else share_due or now - printed >= interval
+            if job.done > printed_done and due:
                 self.say(job.line())
                 printed, printed_done = now, job.done
 
