@@ -95,6 +95,7 @@ def model_card(cut: Cut, bytes_written: int, quality: Measured | None, found: Ve
     domain = f" --domain {cut.domains[0]}" if len(cut.domains) > 1 else ""
     lines += [
         f'pangu-sigma generate DIR{domain} --prompt "…"',
+        "pangu-sigma serve DIR",
         "pangu-sigma evaluate DIR",
         "pangu-sigma train DIR/config.yaml run.init_from=DIR   # continues it; the optimizer's state starts fresh",
         "```",
