@@ -9,12 +9,11 @@ from os.path import abspath, expanduser
 from typing import TYPE_CHECKING
 
 from pangu_sigma.config.mesh_rules import broken_mesh_rules
-from pangu_sigma.config.phases import old_domains
+from pangu_sigma.config.phase_rules import broken_phase_rules, broken_stream_rules
 from rre.kinds import KINDS
 
 if TYPE_CHECKING:
     from pangu_sigma.config.schema import Config
-    from pangu_sigma.config.training import PhaseConfig
 
 Broken = Iterator[tuple[str, str]]
 
@@ -42,8 +41,8 @@ class RulesBroken(ValueError):
 
 def broken_rules(config: Config) -> list[tuple[str, str]]:
     """All broken rules of a configuration whose single fields are right, as (key, sentence) pairs."""
-    checks = (_model, _sparse, _domains, _tokenizer, _data, _schedule, _train, _phases, _around, _experts)
-    checks += (broken_mesh_rules,)
+    checks = (_model, _sparse, _domains, _tokenizer, _data, _schedule, _train, _around, _experts)
+    checks += (broken_mesh_rules, broken_phase_rules, broken_stream_rules)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -224,8 +223,6 @@ def _data(config: Config) -> Broken:
             f"data.sequence_length = {data.sequence_length} is more than model.positions = {config.model.positions}: "
             "shorten the sequences or give the model more positions",
         )
-    if data.stream is not None:
-        yield from _stream(config)
     if data.heldout_fraction == 0 and config.evaluate.every:
         yield (
             "evaluate.every",
@@ -238,25 +235,6 @@ def _data(config: Config) -> Broken:
             f"checkpoint.probe_sequences = {config.checkpoint.probe_sequences} needs held-out text, but "
             "data.heldout_fraction is 0: set checkpoint.probe_sequences to 0 or hold some text out",
         )
-
-
-def _stream(config: Config) -> Broken:
-    stream, names = config.data.stream, set(config.domain_names)
-    if stream.domain is not None and stream.domain not in names:
-        yield "data.stream.domain", f"data.stream.domain names the domain {stream.domain}, {_known(names)}"
-    if config.data.domains_per_step is not None:
-        yield (
-            "data.domains_per_step",
-            f"data.domains_per_step = {config.data.domains_per_step}, but the documents of data.stream come in their "
-            "own order: set it to null",
-        )
-    for index, phase in enumerate(config.train.phases):
-        if phase.replay:
-            yield (
-                f"train.phases.{index}.replay",
-                f"train.phases.{index}.replay = {phase.replay:g}, but a run with data.stream draws nothing from the "
-                "domains' files: set it to 0",
-            )
 
 
 def _schedule(config: Config) -> Broken:
@@ -300,106 +278,6 @@ def _train(config: Config) -> Broken:
             "train.nonfinite = rollback needs checkpoints to return to, but checkpoint.every is 0: "
             "set checkpoint.every to a number of steps",
         )
-
-
-def _phases(config: Config) -> Broken:
-    phases, steps, model = config.train.phases, config.train.steps, config.model
-    names = set(config.domain_names)
-    for index, phase in enumerate(phases):
-        key = f"train.phases.{index}"
-        if phase.steps is None and index < len(phases) - 1:
-            yield f"{key}.steps", f"{key}.steps is missing: only the last phase may leave it out"
-        for name in phase.weights or {}:
-            if name not in names:
-                yield f"{key}.weights.{name}", f"{key}.weights names the domain {name}, {_known(names)}"
-        if phase.weights is not None:
-            yield from _phase_weights(f"{key}.weights", phase.weights)
-        for name in phase.domains or ():
-            if name not in names:
-                yield f"{key}.domains", f"{key}.domains names the domain {name}, {_known(names)}"
-        frozen = phase.shared == "frozen"
-        if frozen and phase.domains == ():
-            yield key, f"{key} trains nothing: set shared to train or name domains whose experts train"
-        elif frozen and not model.sparse_prefixes and model.embedding_slots == "shared":
-            yield (
-                f"{key}.shared",
-                f"{key} trains nothing: a dense model has shared parameters only; set shared to train",
-            )
-        yield from _regularise(key, phase)
-        if not set(phase.weights or ()) - names:
-            yield from _old_domains(key, config, index)
-    given = sum(phase.steps or 0 for phase in phases)
-    open_end = bool(phases) and phases[-1].steps is None
-    if phases and (given >= steps if open_end else given != steps):
-        last = "the phases before the last take" if open_end else "the phases add up to"
-        more = "leave at least one step for the last phase" if open_end else "they must be equal, or leave out the last"
-        yield "train.phases", f"{last} {given} steps and train.steps is {steps}: {more}"
-
-
-def _regularise(key: str, phase: PhaseConfig) -> Broken:
-    wanted = phase.regularise
-    if wanted is not None and phase.shared != "regularised":
-        yield (
-            f"{key}.regularise",
-            f"{key}.regularise has no effect, since {key}.shared = {phase.shared}: set shared to regularised, or leave "
-            "regularise out",
-        )
-    elif phase.shared == "regularised" and not (wanted and (wanted.output or wanted.l2 or wanted.ewc)):
-        yield (
-            f"{key}.regularise",
-            f"{key}.shared = regularised, but {key}.regularise says by what: give output, l2 or ewc a weight above 0",
-        )
-
-
-def _old_domains(key: str, config: Config, index: int) -> Broken:
-    phase, names = config.train.phases[index], set(config.domain_names)
-    for name in phase.old or ():
-        if name not in names:
-            yield f"{key}.old", f"{key}.old names the domain {name}, {_known(names)}"
-            return
-    ewc = phase.regularise is not None and phase.regularise.ewc > 0
-    if not phase.replay and not ewc:
-        if phase.old is not None:
-            yield (
-                f"{key}.old",
-                f"{key}.old has no effect without {key}.replay or {key}.regularise.ewc: leave it out",
-            )
-        return
-    why = f"{key}.replay = {phase.replay:g}" if phase.replay else f"{key}.regularise.ewc"
-    if phase.replay and phase.weights is None:
-        yield (
-            f"{key}.weights",
-            f"{why} is a share beside what {key}.weights draws, which is null: name the new domains there",
-        )
-    elif not old_domains(config, index):
-        yield (
-            f"{key}.old",
-            f"{why} needs old domains, but no earlier phase draws another domain than {key} itself: name them in "
-            f"{key}.old",
-        )
-    elif phase.replay and phase.shared == "frozen" and not set(old_domains(config, index)) & set(
-        names if phase.domains is None else phase.domains
-    ):
-        yield (
-            f"{key}.replay",
-            f"{why} has no use where nothing of the old domains trains: set it to 0, or {key}.shared to train or "
-            "regularised",
-        )
-
-
-def _phase_weights(key: str, weights: dict[str, float]) -> Broken:
-    negative = [name for name, weight in weights.items() if weight < 0]
-    if negative:
-        yield f"{key}.{negative[0]}", f"{key}.{negative[0]} = {weights[negative[0]]} is negative: set it to 0 or more"
-    elif not 0 < sum(weights.values()) < math.inf:
-        yield (
-            key,
-            f"{key} do not add up to a positive number: give at least one domain a positive weight, or write null",
-        )
-
-
-def _known(names: set[str]) -> str:
-    return f"which domains does not list: the known ones are {', '.join(sorted(names))}"
 
 
 def _around(config: Config) -> Broken:

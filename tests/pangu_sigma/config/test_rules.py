@@ -115,6 +115,16 @@ BROKEN = [
         "the documents of data.stream come in their own order",
     ),
     (
+        "stream of several processes",
+        ["data.stream={path: x}", "parallel={data: 2, workers: 2}"],
+        "data.stream is read by one process, and parallel describes 2 devices",
+    ),
+    (
+        "regularised in several processes",
+        ["train.phases=[{shared: regularised, regularise: {l2: 1}}]", "parallel={data: 2, workers: 2}"],
+        "train.phases.0.shared = regularised trains in one process",
+    ),
+    (
         "stream with replay",
         ["data.stream={path: x}", "train.phases=[{weights: {code: 1}, old: [docs], replay: 0.1}]"],
         "draws nothing from the domains' files",

@@ -14,6 +14,7 @@ from extract.job import extract, plan
 from pangu_sigma.checkpoint import find_latest, open_checkpoint
 from pangu_sigma.config import load_config
 from pangu_sigma.domains.adding import NewDomain, add_domain, add_model
+from pangu_sigma.domains.changing import sampler_state
 from pangu_sigma.domains.listing import list_domains
 from pangu_sigma.domains.merging import merge_models
 from pangu_sigma.domains.plan import Ahead
@@ -123,6 +124,12 @@ def test_replay_draws_the_others_by_their_weights(copied_run, medicine):
     assert (last.weights, last.replay, last.old) == ({"medicine": 1.0}, 0.3, ("code", "law", "poems"))
     assert phase_at(config, 9).weights == pytest.approx({"medicine": 0.7, "code": 0.1, "law": 0.1, "poems": 0.1})
     assert last.shared == "train" and last.domains is None
+
+
+def test_what_a_stream_left_over_goes_with_its_domain():
+    state = {"sampler": {"kind": "stream", "byte": 7, "tails": {"code": [1, 2], "law": [3]}}, "step": 2}
+    changed = sampler_state(state, {"code": "code", "statutes": "law", "medicine": "medicine"})
+    assert changed == {"sampler": {"kind": "stream", "byte": 7, "tails": {"code": [1, 2], "statutes": [3]}}, "step": 2}
 
 
 def test_removing_and_renaming_keep_the_others(copied_run):
