@@ -57,6 +57,7 @@ class StreamSampler:
         self._stop = threading.Event()
         self._step = 0
         self._sample = 0
+        self._sequences = np.zeros(len(self.domains), np.int64)
         self._file = GrowingFile(path)
         self._tails = {name: np.empty(0, np.int32) for name in self.domains}
         self._line: Line | None = None  # the document whose sequences are being given
@@ -72,6 +73,7 @@ class StreamSampler:
         for row in range(batch_size):
             domain[row], tokens[row] = self._next_sequence()
         batch = Batch(tokens, domain, self._sample + np.arange(batch_size), self._step)
+        self._sequences += np.bincount(domain, minlength=len(self.domains))
         self._sample += batch_size
         self._step += 1
         return batch
@@ -148,7 +150,7 @@ class StreamSampler:
 
     def state(self) -> dict:
         """A JSON-able snapshot: the byte of the next document, or of the one whose sequences are being given and how
-        many it gave, and every domain's tokens that were left over before it.
+        many it gave; every domain's tokens that were left over before it, and how many sequences it has given.
         """
         line = self._line if self._ready else None
         byte, number = (line.begins, line.number) if line else (self._file.begin, self._file.number)
@@ -164,6 +166,7 @@ class StreamSampler:
             "byte": byte,
             "line": number,
             "given": self._given if line else 0,
+            "domains": {n: {"cursor": int(count)} for n, count in zip(self.domains, self._sequences, strict=True)},
             "tails": {name: tail.tolist() for name, tail in tails.items() if len(tail)},
             "read": digests_before(self.path, byte),
         }
@@ -189,6 +192,8 @@ class StreamSampler:
                 "or begin a new run with run.init_from"
             )
         self._step, self._sample = int(state["step"]), int(state["sample"])
+        given = {name: int(entry["cursor"]) for name, entry in state["domains"].items()}
+        self._sequences = np.array([given.get(name, 0) for name in self.domains], np.int64)
         kept = {name: np.array(tail, np.int32) for name, tail in state["tails"].items() if name in self.domains}
         self._tails = {name: kept.get(name, np.empty(0, np.int32)) for name in self.domains}
         self._file.close()

@@ -243,11 +243,9 @@ def check_free(checkpoint: Checkpoint, name: str) -> None:
 
 def sampler_state(state: Mapping[str, Any], domains: Mapping[str, str]) -> dict[str, Any]:
     """The trainer's state with the text cursors of `domains` only (new name -> old name); others begin anew."""
-    sampler = state.get("sampler")
-    if sampler and "tails" in sampler:  # a stream, with what is left over of each domain's text
-        tails = {new: sampler["tails"][old] for new, old in domains.items() if old in sampler["tails"]}
-        return {**state, "sampler": {**sampler, "tails": tails}}
-    if not sampler or "domains" not in sampler:
-        return dict(state)
-    cursors = {new: sampler["domains"][old] for new, old in domains.items() if old in sampler["domains"]}
-    return {**state, "sampler": {**sampler, "domains": cursors}}
+    sampler = dict(state.get("sampler") or {})
+    # Cursors, and of a stream what is left over of each domain's text.
+    for part in ("domains", "tails"):
+        if part in sampler:
+            sampler[part] = {new: sampler[part][old] for new, old in domains.items() if old in sampler[part]}
+    return {**state, "sampler": sampler} if sampler else dict(state)

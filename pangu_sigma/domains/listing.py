@@ -96,6 +96,8 @@ def _since(state: Mapping[str, Any]) -> dict[str, int]:
         words = change["change"].split()
         if words[0] == "add":
             since[words[1]] = change["step"]
+        elif words[0] == "expand":
+            since[words[2]] = change["step"]
         elif words[0] == "rename":
             since[words[3]] = change["step"]
     return since

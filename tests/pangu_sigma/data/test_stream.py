@@ -217,6 +217,7 @@ def test_a_new_domain_joins_and_a_removed_one_is_forgotten(sampler, content, tmp
         first.next_batch(SIZE)
     state = first.state()
     assert state["tails"].keys() <= set(DOMAINS)
+    assert sum(entry["cursor"] for entry in state["domains"].values()) == 6 * SIZE
     more = sampler(domains=("code", "poems", "law"))
     more.restore(state)
     assert {int(d) for batch in all_batches(more) for d in batch.domain} == {0, 2}

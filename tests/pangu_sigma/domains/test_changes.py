@@ -127,9 +127,12 @@ def test_replay_draws_the_others_by_their_weights(copied_run, medicine):
 
 
 def test_what_a_stream_left_over_goes_with_its_domain():
-    state = {"sampler": {"kind": "stream", "byte": 7, "tails": {"code": [1, 2], "law": [3]}}, "step": 2}
+    cursors = {"code": {"cursor": 4}, "law": {"cursor": 1}}
+    state = {"sampler": {"byte": 7, "tails": {"code": [1, 2], "law": [3]}, "domains": cursors}, "step": 2}
     changed = sampler_state(state, {"code": "code", "statutes": "law", "medicine": "medicine"})
-    assert changed == {"sampler": {"kind": "stream", "byte": 7, "tails": {"code": [1, 2], "statutes": [3]}}, "step": 2}
+    cursors = {"code": {"cursor": 4}, "statutes": {"cursor": 1}}
+    sampler = {"byte": 7, "tails": {"code": [1, 2], "statutes": [3]}, "domains": cursors}
+    assert changed == {"sampler": sampler, "step": 2}
 
 
 def test_removing_and_renaming_keep_the_others(copied_run):
