@@ -37,7 +37,10 @@ def children_seconds() -> float:
 
 @pytest.mark.parametrize(
     "command",
-    [[], *[[name] for name in COMMANDS], ["import", "pangu-alpha"], ["vocab", "extend"], ["domains", "add"], ["domains", "expand"]],
+    [
+        [], *[[name] for name in COMMANDS], ["import", "pangu-alpha"], ["vocab", "extend"], ["domains", "add"],
+        ["domains", "expand"],
+    ],  # fmt: skip
     ids=lambda command: " ".join(command) or "-",
 )
 def test_help_comes_at_once(command):
