@@ -66,13 +66,16 @@ class StreamSampler:
 
     # --- batches
 
-    def next_batch(self, batch_size: int) -> Batch:
-        """The next ``batch_size`` sequences; waits for documents. Raises StreamEnded where none will come."""
+    def next_batch(self, batch_size: int, rows: slice | None = None) -> Batch:
+        """The next ``batch_size`` sequences, or the ``rows`` of them; waits for documents. Raises StreamEnded where none
+        will come.
+        """
         tokens = np.empty((batch_size, self._length + 1), np.int32)
         domain = np.empty(batch_size, np.int32)
         for row in range(batch_size):
             domain[row], tokens[row] = self._next_sequence()
-        batch = Batch(tokens, domain, self._sample + np.arange(batch_size), self._step)
+        mine = np.arange(batch_size)[rows or slice(None)]
+        batch = Batch(tokens[mine], domain[mine], self._sample + mine, self._step)
         self._sequences += np.bincount(domain, minlength=len(self.domains))
         self._sample += batch_size
         self._step += 1

@@ -232,6 +232,7 @@ class Run:
     def _sampler(self, resumed: bool) -> MixtureSampler | StreamSampler:
         if self.config.data.stream is not None:
             self.stream = Stream(self.config, self.corpus.tokenizer, resumed)
+            self._open.callback(self.stream.sampler.close)
             return self.stream.sampler
         return MixtureSampler(
             self.corpus.training_streams(),

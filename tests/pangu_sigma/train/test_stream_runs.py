@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from tests.pangu_sigma.train.process import (
     wait_until,
 )
 
-STEPS = 30
+STEPS = 80
 CHANGES = [
     f"train.steps={STEPS}", "train.phases=[]", "data.domains_per_step=null", "evaluate.every=0", "checkpoint.every=0",
     "checkpoint.every_seconds=0.05", "schedule={kind: constant}", "train.accumulation=1",
@@ -57,6 +58,10 @@ def last_step(run: Path) -> int:
     return 0 if found is None else found.step
 
 
+def said_that(log: Path, what: str) -> Callable[[], bool]:
+    return lambda: what in log.read_text()
+
+
 def test_a_growing_file_is_learned_as_it_grows_and_resumed_at_the_exact_byte(
     small_yaml, lines, uninterrupted, tmp_path
 ):
@@ -70,7 +75,7 @@ def test_a_growing_file_is_learned_as_it_grows_and_resumed_at_the_exact_byte(
     log = tmp_path / "idle.txt"
     process = started(*arguments, cwd=tmp_path, log=log)
     try:
-        assert wait_until(lambda: "waiting for documents" in log.read_text(), process), log.read_text()
+        assert wait_until(said_that(log, "waiting for documents"), process), log.read_text()
         learned = last_step(run)
         assert 0 < learned < STEPS  # the clock saved it, and nothing has ended
         process.send_signal(signal.SIGINT)
@@ -85,11 +90,13 @@ def test_a_growing_file_is_learned_as_it_grows_and_resumed_at_the_exact_byte(
         process = started(*arguments, "--resume", cwd=tmp_path, log=said)
         before, at = last_step(run), source.stat().st_size
         try:
+            assert wait_until(said_that(said, "resumed from"), process), said.read_text()
             while last_step(run) < before + 2:
                 assert process.poll() is None, said.read_text()
+                # Slowly, and in pieces that end inside lines.
                 with open(source, "ab") as stream:
-                    stream.write(content[at : at + 100])
-                at += 100
+                    stream.write(content[at : at + 20])
+                at += 20
                 time.sleep(0.05)
         finally:
             process.kill()
