@@ -67,9 +67,7 @@ class StreamSampler:
     # --- batches
 
     def next_batch(self, batch_size: int, rows: slice | None = None) -> Batch:
-        """The next ``batch_size`` sequences, or the ``rows`` of them; waits for documents. Raises StreamEnded where none
-        will come.
-        """
+        """The next ``batch_size`` sequences, or ``rows`` of them; waits. Raises StreamEnded where none will come."""
         tokens = np.empty((batch_size, self._length + 1), np.int32)
         domain = np.empty(batch_size, np.int32)
         for row in range(batch_size):

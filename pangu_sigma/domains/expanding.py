@@ -12,14 +12,12 @@ Columns of a noisy gate's noise begin as the mean of the old ones. Experts begin
 
 from __future__ import annotations
 
-import shutil
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, layout
-from pangu_sigma.checkpoint.changing import ChangedCheckpoint, kept_files, write_changed_folder
 from pangu_sigma.checkpoint.conversion import as_float32, converted
 from pangu_sigma.config import Config, config_from_dict, manifest
 from pangu_sigma.domains import plan
@@ -27,7 +25,7 @@ from pangu_sigma.domains.adding import NewDomain, fresh_moments, read_text
 from pangu_sigma.domains.changing import Changed, NewTensors, Subject, check_free
 from pangu_sigma.domains.initial import Initial
 from pangu_sigma.errors import UserError
-from pangu_sigma.train.previous import Record, identity, model_path
+from pangu_sigma.train.previous import Record, identity, link_previous
 from rre.counted import generator
 from rre.kinds import KINDS
 
@@ -57,7 +55,7 @@ def expand_domain(path: Path, wanted: NewDomain, ahead: plan.Ahead) -> Changed:
         _add_experts(new, source, config, wanted, initial)
         _add_shared(new, source, config, wanted)
         fresh_moments(new, source, wanted.name, wanted.experts)
-        kept = _keep_previous(subject)
+        kept = link_previous(subject.run_dir, source)
         record = Record(len(phases) - 1, source.step, identity(kept))
         return subject.write(
             f"expand by {wanted.name} ({wanted.init})",
@@ -147,27 +145,3 @@ def _grown_gate(source: Checkpoint, config: Config, wanted: NewDomain, name: str
 
 def _converted(name: str, dtype: str, make) -> np.ndarray:
     return converted(name, make(), dtype)
-
-
-def _keep_previous(subject: Subject) -> Checkpoint:
-    """The model before it grows, in the run's folder; its files are the checkpoint's own."""
-    source = subject.checkpoint
-    path = model_path(subject.run_dir, source.step)
-    if path.exists():  # left by a killed process, or by a change that failed
-        (path / layout.MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(path)
-    groups = ["shared", *(f"domains/{name}" for name in source.domains)]
-    content = ChangedCheckpoint(
-        kept=kept_files(source, groups),
-        tensors=(),
-        read=NewTensors().read,
-        domains=list(source.domains),
-        coverage=source.coverage,
-        config_text=source.config_text,
-        state={"origin": {"job": "previous model", "sha256": source.sha256}},
-        tokenizer_files=source.tokenizer_files(),
-        fingerprints=source.fingerprints,
-        step=source.step,
-        probe=source.probe(),
-    )
-    return write_changed_folder(path, content)

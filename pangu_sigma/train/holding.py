@@ -72,7 +72,10 @@ class Holding:
             kept = previous.open_previous(self.run_dir, self.record)
         else:
             with work("keep the previous model", None):
-                kept = self._write(step)
+                # Where the model of this step was just saved, its files serve.
+                saved = dict(list_checkpoints(self.run_dir)[0]).get(step)
+                linked = None if saved is None else previous.link_previous(self.run_dir, open_checkpoint(saved))
+                kept = self._write(step) if linked is None else linked
             self.record = Record(phase.index, step, previous.identity(kept))
         fisher = self._fisher(phase, work) if wanted.ewc else None
         config, model = self.trainer.config, self.trainer.model

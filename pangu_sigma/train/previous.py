@@ -20,6 +20,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from pangu_sigma.checkpoint import Checkpoint, CheckpointError, layout, open_checkpoint
+from pangu_sigma.checkpoint.changing import ChangedCheckpoint, kept_files, write_changed_folder
 from pangu_sigma.checkpoint.disk import Writing
 from pangu_sigma.checkpoint.model_folder import ModelFolder, write_model_folder
 from pangu_sigma.checkpoint.tensor_file import digest_of_file, pieces, spec_of, write_tensor_file
@@ -73,11 +74,34 @@ def fisher_path(run_dir: Path, step: int) -> Path:
 
 def write_previous(run_dir: Path, step: int, model: ModelFolder) -> Checkpoint:
     """Write the previous model; what a killed process left of it is replaced. Raises CheckpointError."""
+    return write_model_folder(_free_path(run_dir, step), model)
+
+
+def link_previous(run_dir: Path, checkpoint: Checkpoint) -> Checkpoint:
+    """Make the model of `checkpoint` the previous one of its step; its files are linked. Raises as `write_previous`."""
+    groups = ["shared", *(f"domains/{name}" for name in checkpoint.domains)]
+    content = ChangedCheckpoint(
+        kept=kept_files(checkpoint, groups),
+        tensors=(),
+        read=lambda spec: (),
+        domains=list(checkpoint.domains),
+        coverage=checkpoint.coverage,
+        config_text=checkpoint.config_text,
+        state={"origin": {"job": "previous model", "sha256": checkpoint.sha256}},
+        tokenizer_files=checkpoint.tokenizer_files(),
+        fingerprints=checkpoint.fingerprints,
+        step=checkpoint.step,
+        probe=checkpoint.probe(),
+    )
+    return write_changed_folder(_free_path(run_dir, checkpoint.step), content)
+
+
+def _free_path(run_dir: Path, step: int) -> Path:
     path = model_path(run_dir, step)
     if path.exists():
         (path / layout.MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path)
-    return write_model_folder(path, model)
+    return path
 
 
 def open_previous(run_dir: Path, record: Record) -> Checkpoint:
