@@ -18,6 +18,7 @@ from pangu_sigma.checkpoint.conversion import FLOATS, converted
 from pangu_sigma.checkpoint.planning import PlannedFile, plan_tensor_files
 from pangu_sigma.checkpoint.tensor_file import make_header, numpy_type, raw_bytes
 from pangu_sigma.config import Config, config_from_dict
+from pangu_sigma.config.adapting import without_adaptation
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import stored_config
 
@@ -105,6 +106,7 @@ class Cut:
         # What is left of the parent's phases would not be what its author meant.
         values["train"]["phases"] = []
         values["train"]["stop_at"] = None
+        without_adaptation(values)
         limit = values["data"]["domains_per_step"]
         values["data"]["domains_per_step"] = limit and min(limit, len(self.domains))
         values["run"]["dir"] = f"{parent.run.dir}-{'-'.join(self.domains)}"

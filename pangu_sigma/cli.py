@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from extract.command import extract
 from extract.export.command import export
+from pangu_sigma.adapt.command import dpo, sft
 from pangu_sigma.convert.commands import import_app, upcycle, vocab_app
 from pangu_sigma.doctor.command import doctor
 from pangu_sigma.domains.command import domains_app
@@ -150,19 +151,49 @@ def evaluate(
         int | None, typer.Option(min=1, help="Batches per text and expert group; all held-out text if left out.")
     ] = None,
     domain: Annotated[
-        str | None, typer.Option(help="auto: infer every text's domain from how likely each domain finds it so far.")
+        str | None,
+        typer.Option(
+            help="auto: infer every text's domain from how likely each domain finds it so far. With --tasks also a "
+            "domain's name, whose experts answer."
+        ),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="With --domain auto: mix so many of the likeliest domains.")] = 1,
     prior: Annotated[
         Prior,
         typer.Option(help="With --domain auto: uniform, updating from sequence to sequence, or cached from the first."),
     ] = Prior.uniform,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Ask the questions of this .jsonl file instead; may be given several times."),
+    ] = None,
+    shots: Annotated[int, typer.Option(min=0, help="With --tasks: solved questions in front of each.")] = 0,
+    shots_from: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --shots: their file; the task's own if left out.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="With --tasks: most tokens of a written answer.")] = 64,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="With --tasks: text that ends a written answer; may be given several times. A line's end."),
+    ] = None,
 ) -> None:
     """Measure held-out loss per domain, and every domain's text under every expert group.
 
     With --domain auto nobody tells whose text it is: loss with the domain inferred beside the given one, and how often
     the likeliest domain is the right one after 32, 64, 128 tokens.
+
+    With --tasks the model answers questions: the likeliest of several choices, or the text that it writes.
     """
+    if tasks:
+        if batches is not None or top != 1 or prior is not Prior.uniform:
+            raise UserError("--batches, --top and --prior do not go with --tasks: leave them out")
+        from pangu_sigma.tasks.job import Asking, evaluate_tasks, tasks_table
+
+        asking = Asking(shots, shots_from, domain, max_tokens, tuple(stop or ("\n",)))
+        answered = evaluate_tasks(model, tasks, asking)
+        typer.echo(json.dumps(answered, ensure_ascii=False, indent=2) if as_json else tasks_table(answered))
+        return
+    if shots or shots_from is not None or max_tokens != 64 or stop:
+        raise UserError("--shots, --shots-from, --max-tokens and --stop say how questions are asked: add --tasks FILE")
     if domain is not None:
         from pangu_sigma.config.rules import INFERRED_DOMAIN
 
@@ -212,6 +243,8 @@ def analyze(
     typer.echo(f"\nTables: {run / 'analysis'}, figures: {page}")
 
 
+app.command(short_help="Fine-tune a model on prompts with answers.")(sft)
+app.command(short_help="Fine-tune a model on preferences between answers.")(dpo)
 app.command(short_help="Continue a text.")(generate)
 app.command(short_help="Tell what a configuration needs of a cluster.")(plan)
 app.command(short_help="Try out what a training would use here.")(doctor)

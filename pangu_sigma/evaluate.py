@@ -30,6 +30,8 @@ class Evaluator:
     def __init__(self, model: Model, batch_size: int) -> None:
         self.model = model
         self.batch_size = batch_size
+        # What an evaluator tells beside losses, by name; losses are all there is to tell of text.
+        self.figures: dict[str, float] = {}
         self.signature = model.exact_signature(batch_size, domains=1)
         self.planner = Planner(model, self.signature, training=False)
         self.graph = TrainingLoss(model.net, model.layout, self.signature)

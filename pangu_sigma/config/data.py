@@ -23,6 +23,13 @@ class DomainConfig(Section):
         min_length=1, description="Files of the domain, or globs of them: .jsonl (one object a line) or .txt."
     )
     text_field: Text = Field("text", description="Key of the text in a line of a .jsonl file.")
+    filters: Literal["none", "text", "code"] = Field(
+        "none",
+        description="Documents to drop: text: endless repetition; code: also where one or two words are most of it.",
+    )
+    stars_field: Text | None = Field(
+        None, description="With filters code, key of a repository's stars in a .jsonl line; under two, it is dropped."
+    )
     experts: int = Field(4, ge=1, description="Size of the domain's expert group in every sparse layer.")
     weight: float = Field(1.0, ge=0, description="How often the domain is drawn, relative to the others.")
 

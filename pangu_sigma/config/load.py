@@ -28,8 +28,11 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
     Raises UserError with one sentence: file (or override), key, what was written and what is allowed.
     """
-    source = str(path)
-    values = _read(Path(path))
+    return load_values(read_values(Path(path)), str(path), overrides)
+
+
+def load_values(values: dict[str, Any], source: str, overrides: Iterable[str] = ()) -> Config:
+    """`load_config` of the mapping that the file `source` holds; the overrides change it."""
     applied = apply_overrides(values, overrides)
 
     def blame(key: str) -> str:
@@ -57,6 +60,8 @@ def effective(config: Config) -> Config:
         values["run"]["init_from"] = _absolute(values["run"]["init_from"])
     for domain in values["domains"]:
         domain["data"] = [_absolute(pattern) for pattern in domain["data"]]
+    for examples in (values["adapt"] or {}).get("examples", ()):
+        examples["data"] = [_absolute(pattern) for pattern in examples["data"]]
     data, tokenizer, train = values["data"], values["data"]["tokenizer"], values["train"]
     data["cache"] = _absolute(data["cache"]) if data["cache"] else join(values["run"]["dir"], "data")
     if data["stream"] and data["stream"]["path"] != STANDARD_INPUT:
@@ -74,7 +79,8 @@ def _absolute(path: str) -> str:
     return abspath(expanduser(path))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_values(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds, not yet checked against the schema. Raises UserError."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -60,7 +60,7 @@ def _new_section(place: list[str | int], text: str) -> dict[str, Any]:
     # `weights` of a phase is the one key whose value is a free mapping.
     if section_at(place) is None and place[-1] != "weights":
         raise UserError(f"override '{text}': {unknown_key(place)}")
-    if section_at(place) is not None and place[-1] in ("domains", "phases"):
+    if section_at(place) is not None and place[-1] in ("domains", "phases", "examples"):
         raise UserError(f"the override '{text}' changes an item of {place[-1]}, but there is no such list to change")
     return {}
 

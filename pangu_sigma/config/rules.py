@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from os.path import abspath, expanduser
 from typing import TYPE_CHECKING
 
+from pangu_sigma.config.adaptation_rules import broken_adaptation_rules
 from pangu_sigma.config.mesh_rules import broken_mesh_rules
 from pangu_sigma.config.phase_rules import broken_phase_rules, broken_stream_rules
 from rre.kinds import KINDS
@@ -42,7 +43,7 @@ class RulesBroken(ValueError):
 def broken_rules(config: Config) -> list[tuple[str, str]]:
     """All broken rules of a configuration whose single fields are right, as (key, sentence) pairs."""
     checks = (_model, _sparse, _domains, _tokenizer, _data, _schedule, _train, _around, _experts)
-    checks += (broken_mesh_rules, broken_phase_rules, broken_stream_rules)
+    checks += (broken_mesh_rules, broken_phase_rules, broken_stream_rules, broken_adaptation_rules)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -160,6 +161,12 @@ def _domains(config: Config) -> Broken:
                 f"{key} = {domain.name} is reserved: --domain {domain.name} has a text's domain inferred; choose "
                 "another name",
             )
+        if domain.stars_field is not None and domain.filters != "code":
+            yield (
+                f"domains.{index}.stars_field",
+                f"domains.{index}.stars_field is set, but only code is judged by its stars: set it to null, or "
+                f"domains.{index}.filters to code",
+            )
         if _SHARD_NUMBER.search(domain.name):
             yield key, f"{key} = {domain.name} ends like a numbered file of the checkpoint: choose another name"
     if not 0 < sum(domain.weight for domain in config.domains) < math.inf:
@@ -223,13 +230,13 @@ def _data(config: Config) -> Broken:
             f"data.sequence_length = {data.sequence_length} is more than model.positions = {config.model.positions}: "
             "shorten the sequences or give the model more positions",
         )
-    if data.heldout_fraction == 0 and config.evaluate.every:
+    if data.heldout_fraction == 0 and config.evaluate.every and config.adapt is None:
         yield (
             "evaluate.every",
             f"evaluate.every = {config.evaluate.every} needs held-out text, but data.heldout_fraction is 0: "
             "set evaluate.every to 0 or hold some text out",
         )
-    if data.heldout_fraction == 0 and config.checkpoint.probe_sequences:
+    if data.heldout_fraction == 0 and config.checkpoint.probe_sequences and config.adapt is None:
         yield (
             "checkpoint.probe_sequences",
             f"checkpoint.probe_sequences = {config.checkpoint.probe_sequences} needs held-out text, but "

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from pangu_sigma.config import rules
+from pangu_sigma.config.adaptation import AdaptConfig
 from pangu_sigma.config.data import DataConfig, DomainConfig
 from pangu_sigma.config.model import ModelConfig
 from pangu_sigma.config.running import CheckpointConfig, EvaluateConfig, ExpertsConfig, ParallelConfig, RunConfig
@@ -32,6 +33,9 @@ class Config(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="When the state is saved.")
     experts: ExpertsConfig = Field(default_factory=ExpertsConfig, description="Where the experts live.")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="The device mesh.")
+    adapt: AdaptConfig | None = Field(
+        None, description="What pangu-sigma sft and dpo fine-tune a model on; null trains on the domains' text."
+    )
 
     @model_validator(mode="after")
     def _obeys_the_rules(self) -> Config:

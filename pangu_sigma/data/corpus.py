@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pangu_sigma.config import Config
+from pangu_sigma.data.filters import sentence
 from pangu_sigma.data.packing import HeldoutSequences, PackedSequences
 from pangu_sigma.data.prepare import DomainStore, prepare_domain
 from pangu_sigma.data.sources import Source
@@ -25,6 +26,12 @@ class Corpus:
     config: Config
     tokenizer: Tokenizer
     stores: tuple[DomainStore, ...]
+
+    def messages(self) -> list[str]:
+        """What should be said of the text before it is trained on."""
+        kinds = {domain.name: domain.filters for domain in self.config.domains}
+        said = [sentence(s.name, sum(s.documents.values()), s.dropped, kinds[s.name]) for s in self.stores]
+        return [one for one in said if one is not None]
 
     def training_streams(self) -> list[PackedSequences]:
         """Endless training sequences, one stream per domain."""
@@ -57,7 +64,7 @@ def prepare_corpus(config: Config, tokenizer: Tokenizer | None = None, progress:
 
     Raises UserError for anything wrong with the configured files.
     """
-    sources = [Source(d.name, d.data, d.text_field, d.weight) for d in config.domains]
+    sources = [Source.of(d) for d in config.domains]
     cache = Path(config.data.cache)
     wanted = config.data.tokenizer
     if tokenizer is None:

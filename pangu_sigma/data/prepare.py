@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from pangu_sigma.data.deduplicate import SIMILARITY, Deduplicator, digest
+from pangu_sigma.data.filters import REASONS, RULES, reason_to_drop
 from pangu_sigma.data.indexed import IndexedTokens, IndexedWriter
 from pangu_sigma.data.sources import (
     TEXT_DOCUMENT_CHARS,
@@ -50,7 +51,8 @@ class DomainStore:
     """A tokenised domain.
 
     ``train`` and ``heldout`` token stores; ``token_counts`` int64 [V] of the training part, end-of-document ids
-    included; ``documents`` and ``tokens`` per part; ``dropped`` documents by reason (empty, exact, near);
+    included; ``documents`` and ``tokens`` per part; ``dropped`` documents by reason (empty, exact, near, and
+    those of ``filters.REASONS`` that apply);
     ``fingerprint`` of all that decided the content, and of the corpus and the tokenizer alone, so that a difference
     can be named.
     """
@@ -109,6 +111,9 @@ def prepare_domain(
         "text_document_chars": TEXT_DOCUMENT_CHARS,
         "format_version": FORMAT_VERSION,
     }
+    if RULES[source.filters]:
+        # Only where there are rules, so that stores without any are still found.
+        settings |= {"filters": source.filters, "stars_field": source.stars_field, "filter_rules": REASONS}
     parts = [corpus, tokenizer.fingerprint, json.dumps(settings, sort_keys=True)]
     fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     folder = Path(cache_dir) / f"{source.name}-{fingerprint[:16]}"
@@ -186,7 +191,7 @@ def _build(
     progress: Progress,
 ) -> dict[str, dict[str, int]]:
     """Write both parts and the counts; what is returned goes into ``store.json``."""
-    parts, dropped = _assign(source, files, heldout_fraction, deduplicate, progress)
+    parts, dropped = _assign(source, files, tokenizer, heldout_fraction, deduplicate, progress)
     writers = {
         code: IndexedWriter(folder / part, tokenizer.vocab_size, tokenizer.eod_id)
         for code, part in zip((_TRAIN, _HELDOUT), _PARTS, strict=True)
@@ -216,30 +221,38 @@ def _build(
 
 
 def _assign(
-    source: Source, files: Sequence[Path], heldout_fraction: float, deduplicate: bool, progress: Progress
+    source: Source,
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    heldout_fraction: float,
+    deduplicate: bool,
+    progress: Progress,
 ) -> tuple[np.ndarray, dict[str, int]]:
     """The part of every document of the corpus in order (uint8 [documents]), and how many were dropped and why."""
     finder = Deduplicator()
     parts: list[int] = []
     ranks: list[int] = []  # the content hash: below the fraction of its range means held out
-    empty = 0
+    refused = dict.fromkeys(("empty", *RULES[source.filters]), 0)
     for batch in _batches(source, files):
-        filled = [document.text for document in batch if document.text.strip()]
+        reasons = _reasons(source, batch, tokenizer)
+        filled = [document.text for document, reason in zip(batch, reasons, strict=True) if reason is None]
         keep = iter(finder.keep(filled) if deduplicate else [True] * len(filled))
-        for document in batch:
-            has_text = bool(document.text.strip())
-            empty += not has_text
+        for document, reason in zip(batch, reasons, strict=True):
+            if reason is not None:
+                refused[reason] += 1
             rank = int.from_bytes(digest(document.text)[:8], "little")
             parts.append(
-                (_HELDOUT if rank < heldout_fraction * 2.0**64 else _TRAIN) if has_text and next(keep) else _DROP
+                (_HELDOUT if rank < heldout_fraction * 2.0**64 else _TRAIN) if reason is None and next(keep) else _DROP
             )
             ranks.append(rank)
         progress(source.name, "read", len(parts), 0)
     found = np.array(parts, dtype=np.uint8)
-    dropped = {"empty": empty, "exact": finder.exact, "near": finder.near}
+    dropped = {**refused, "exact": finder.exact, "near": finder.near}
     kept = np.flatnonzero(found != _DROP)
     if not len(kept):
-        raise UserError(f"domain '{source.name}' has no text in {_shown(files)}; check domains.data")
+        filtered = sum(refused.values()) - refused["empty"]
+        why = f" but {filtered} documents that its filters drop" if filtered else ""
+        raise UserError(f"domain '{source.name}' has no text in {_shown(files)}{why}; check domains.data")
     if not heldout_fraction:
         return found, dropped
     by_rank = kept[np.argsort(np.array(ranks, dtype=np.uint64)[kept], kind="stable")]
@@ -257,10 +270,22 @@ def _assign(
     return found, dropped
 
 
+def _reasons(source: Source, batch: Sequence[Document], tokenizer: Tokenizer) -> list[str | None]:
+    """Why each document is not learned from, duplicates aside: it is empty, or a filter's reason; None to keep it."""
+    reasons: list[str | None] = [None if document.text.strip() else "empty" for document in batch]
+    if not RULES[source.filters]:
+        return reasons
+    filled = [number for number, reason in enumerate(reasons) if reason is None]
+    ids = tokenizer.encode_batch([batch[number].text for number in filled])
+    for number, tokens in zip(filled, ids, strict=True):
+        reasons[number] = reason_to_drop(source.filters, batch[number].text, tokens, batch[number].stars)
+    return reasons
+
+
 def _batches(source: Source, files: Sequence[Path]) -> Iterator[list[Document]]:
     batch: list[Document] = []
     size = 0
-    for document in iterate_documents(source.name, files, source.text_field):
+    for document in iterate_documents(source.name, files, source.text_field, source.stars_field):
         batch.append(document)
         size += len(document.text)
         if size >= _BATCH_CHARS:

@@ -4,6 +4,8 @@ A ``.jsonl`` line is a document. A ``.txt`` file is a document too, unless it is
 into documents of about ``TEXT_DOCUMENT_CHARS``, so that a book can be split into training and held-out parts.
 """
 
+from __future__ import annotations
+
 import glob
 import hashlib
 import json
@@ -11,8 +13,12 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pangu_sigma.errors import UserError
+
+if TYPE_CHECKING:
+    from pangu_sigma.config.data import DomainConfig
 
 TEXT_DOCUMENT_CHARS = 4096  # a .txt file is cut at the first blank line after this many characters
 _LINE_LIMIT = 16 * TEXT_DOCUMENT_CHARS  # no line is read in longer pieces: a file without newlines must still stream
@@ -20,22 +26,34 @@ _LINE_LIMIT = 16 * TEXT_DOCUMENT_CHARS  # no line is read in longer pieces: a fi
 
 @dataclass(frozen=True)
 class Source:
-    """Where a domain's text comes from: ``name`` of the domain, ``data`` paths or globs, ``text_field`` of JSONL, and
-    ``weight``, the domain's share when a tokenizer is trained from the mix."""
+    """Where a domain's text comes from: ``name`` of the domain, ``data`` paths or globs, ``text_field`` of JSONL,
+    ``weight``, the domain's share when a tokenizer is trained from the mix, ``filters``, which documents are dropped (a
+    key of ``filters.RULES``), and ``stars_field`` of JSONL, where a repository's stars stand."""
 
     name: str
     data: Sequence[str | Path]
     text_field: str = "text"
     weight: float = 1.0
+    filters: str = "none"
+    stars_field: str | None = None
+
+    @classmethod
+    def of(cls, domain: DomainConfig) -> Source:
+        """The source that a domain's configuration describes."""
+        return cls(
+            domain.name, domain.data, domain.text_field, domain.weight, domain.filters, domain.stars_field
+        )
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document: its ``text``, and the ``file`` and 1-based ``line`` where it begins."""
+    """One document: its ``text``, the ``file`` and 1-based ``line`` where it begins, and its repository's ``stars``,
+    None where no field tells them."""
 
     text: str
     file: Path
     line: int
+    stars: float | None = None
 
 
 def expand_paths(name: str, data: Sequence[str | Path]) -> list[Path]:
@@ -85,7 +103,9 @@ def stat_files(files: Sequence[Path]) -> tuple[tuple[int, int], ...]:
     return tuple((stat.st_size, stat.st_mtime_ns) for stat in (file.stat() for file in files))
 
 
-def iterate_documents(name: str, files: Sequence[Path], text_field: str = "text") -> Iterator[Document]:
+def iterate_documents(
+    name: str, files: Sequence[Path], text_field: str = "text", stars_field: str | None = None
+) -> Iterator[Document]:
     """Stream the documents of domain ``name`` in the order of ``files``, one in memory at a time.
 
     Line ends become ``\\n`` and a byte order mark is dropped. Blank lines of a ``.jsonl`` file are passed over. Empty
@@ -94,8 +114,10 @@ def iterate_documents(name: str, files: Sequence[Path], text_field: str = "text"
     field, a field that is no string, and text with half a surrogate pair (which no tokenizer can encode).
     """
     for file in files:
-        reader = _jsonl_documents(name, file, text_field) if file.suffix.lower() == ".jsonl" else _text_documents(file)
-        yield from reader
+        if file.suffix.lower() == ".jsonl":
+            yield from _jsonl_documents(name, file, text_field, stars_field)
+        else:
+            yield from _text_documents(file)
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
@@ -116,12 +138,21 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{file} cannot be read ({error.strerror}); check that it exists and its rights") from error
 
 
-def _jsonl_documents(name: str, file: Path, text_field: str) -> Iterator[Document]:
+def _jsonl_documents(name: str, file: Path, text_field: str, stars_field: str | None) -> Iterator[Document]:
     for number, line in _lines(file):
         if line.strip():
             record = json_object(line, f"{file}:{number}", text_field)
             text = text_of(record, f"{file}:{number}", text_field, f"set text_field of domain '{name}'")
-            yield Document(text, file, number)
+            stars = None if stars_field is None else _stars(record, f"{file}:{number}", stars_field, name)
+            yield Document(text, file, number, stars)
+
+
+def _stars(record: dict, where: str, field: str, name: str) -> float:
+    stars = record.get(field)
+    if isinstance(stars, bool) or not isinstance(stars, int | float):
+        what = "is missing" if field not in record else "is no number"
+        raise UserError(f"{where}: the field '{field}' {what}; write the stars there, or set stars_field of '{name}'")
+    return float(stars)
 
 
 def json_object(line: str, where: str, text_field: str) -> dict:

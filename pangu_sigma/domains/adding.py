@@ -149,7 +149,7 @@ def read_text(subject: Subject, config: Config) -> tuple[DomainStore, dict[str, 
     tokenizer = stored_tokenizer(subject.checkpoint)
     with progress(f"tokenise {domain.name}", None, unit="documents") as job:
         store = prepare_domain(
-            Source(domain.name, domain.data, domain.text_field, domain.weight),
+            Source.of(domain),
             tokenizer,
             data.cache,
             heldout_fraction=data.heldout_fraction,

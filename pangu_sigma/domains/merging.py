@@ -9,6 +9,7 @@ from pangu_sigma.checkpoint import Checkpoint, Fingerprints, resolve
 from pangu_sigma.checkpoint.changing import ChangedCheckpoint, kept_files, write_changed_folder
 from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.config import config_from_dict
+from pangu_sigma.config.adapting import without_adaptation
 from pangu_sigma.domains.changing import Changed, NewTensors, check_router
 from pangu_sigma.domains.plan import with_run_folder
 from pangu_sigma.domains.siblings import check_siblings, different_tensors, domain_names
@@ -41,6 +42,7 @@ def merge_models(paths: Sequence[Path], out: Path) -> Changed:
     values["domains"] = [entries[model.path][domain] for domain, model in owners.items()]
     # What was planned for one of the models is no plan for all of their domains.
     values["train"] |= {"phases": [], "stop_at": None}
+    without_adaptation(values)
     if not sum(entry["weight"] for entry in values["domains"]):
         values["domains"] = [{**entry, "weight": 1.0} for entry in values["domains"]]
     merged = config_from_dict(values, source="the merged configuration")

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from pangu_sigma.config import Config
+from pangu_sigma.config.adapting import without_adaptation
 from pangu_sigma.config.phases import old_domains
 from pangu_sigma.config.training import RegulariseConfig
 from pangu_sigma.errors import UserError
@@ -90,6 +91,12 @@ def remove_domain(values: dict[str, Any], name: str, step: int) -> None:
     stream = values["data"]["stream"]
     if stream is not None and stream["domain"] == name:
         values["data"]["stream"] = None
+    if values.get("adapt") is not None:
+        left_over = [entry for entry in values["adapt"]["examples"] if entry["name"] != name]
+        if sum(entry["weight"] for entry in left_over):
+            values["adapt"]["examples"] = left_over
+        else:
+            without_adaptation(values)
     _mend(values, step)
 
 
@@ -107,6 +114,8 @@ def rename_domain(values: dict[str, Any], old: str, new: str) -> None:
     stream = values["data"]["stream"]
     if stream is not None and stream["domain"] == old:
         stream["domain"] = new
+    for entry in (values.get("adapt") or {}).get("examples", ()):
+        entry["name"] = new if entry["name"] == old else entry["name"]
 
 
 def phases_done(train: dict[str, Any], step: int) -> list[dict[str, Any]]:

@@ -71,7 +71,7 @@ def domain_store(config: Config, checkpoint: Checkpoint, name: str) -> DomainSto
 
     domain = next(entry for entry in config.domains if entry.name == name)
     return prepare_domain(
-        Source(domain.name, domain.data, domain.text_field, domain.weight),
+        Source.of(domain),
         stored_tokenizer(checkpoint),
         config.data.cache,
         heldout_fraction=config.data.heldout_fraction,

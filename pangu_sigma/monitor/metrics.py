@@ -117,10 +117,19 @@ class MetricsLog:
         )
 
     def evaluate(
-        self, step: int, *, losses: Mapping[str, float], unigram: Mapping[str, float], tokens: Mapping[str, int]
+        self,
+        step: int,
+        *,
+        losses: Mapping[str, float],
+        unigram: Mapping[str, float],
+        tokens: Mapping[str, int],
+        figures: Mapping[str, float] | None = None,
     ) -> None:
-        """Held-out loss and the unigram model's loss (nats per token) and the number of held-out tokens, by domain."""
-        self.write({"kind": "evaluate", "step": step, "losses": losses, "unigram": unigram, "tokens": tokens})
+        """Held-out loss and the unigram model's loss (nats per token) and the number of held-out tokens, by domain;
+        `figures`: means that the evaluator tells beside the loss, by name.
+        """
+        record = {"kind": "evaluate", "step": step, "losses": losses, "unigram": unigram, "tokens": tokens}
+        self.write({**record, "figures": figures} if figures else record)
 
     def checkpoint(self, step: int, *, path: Path | str, bytes_written: int, bytes_linked: int, seconds: float) -> None:
         """A finished save: bytes written anew, bytes hard-linked from the previous checkpoint, and its duration."""
@@ -277,6 +286,8 @@ def _scalars(record: Mapping[str, Any]):
     elif record["kind"] == "evaluate":
         for domain, value in record.get("losses", {}).items():
             yield f"validation_loss/{domain}", value
+        for name, value in record.get("figures", {}).items():
+            yield f"validation/{name}", value
     elif record["kind"] == "checkpoint":
         for name in ("bytes_written", "bytes_linked", "seconds"):
             yield f"checkpoint/{name}", record[name]

@@ -78,8 +78,8 @@ class Accounting:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens per second since the last record."""
-        return float(self.tokens.sum() / max(1e-9, time.monotonic() - self.started))
+        """Tokens of text (a token whose label does not count included) per second since the last record."""
+        return float(self.rows.sum() / max(1e-9, time.monotonic() - self.started))
 
     def take(self) -> dict[str, object]:
         """The record's figures, by the names of the metrics log; then everything is zero again."""

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -54,6 +55,9 @@ from pangu_sigma.train.lock import locked_folder
 from pangu_sigma.train.schedule import phase_at
 from pangu_sigma.train.streaming import Stream
 
+if TYPE_CHECKING:
+    from pangu_sigma.train.objective import Objective
+
 # How soon a signal, an idle stream or an overdue checkpoint is noticed while waiting for documents.
 _POLL_SECONDS = 0.2
 
@@ -77,6 +81,10 @@ def train(config: Config, resume: bool = False) -> Path:
     Raises UserError for the user's mistakes and for training that cannot go on.
     """
     check_one_process(config)
+    if config.adapt is not None:
+        raise UserError(
+            f"adapt fine-tunes a trained model: run it with pangu-sigma {config.adapt.objective} MODEL FILE.yaml"
+        )
     if config.data.stream is not None and find_latest(config.run.dir)[0] is None:
         # Before anything is made on disk.
         with sigterm_as_ctrl_c():
@@ -155,10 +163,10 @@ class Run:
                 "optimizer's state starts fresh"
             )
         self.corpus = self._corpus(tokenizer_of)
+        messages += self.corpus.messages()
         if checkpoint is not None:
             checkpoint.check_fingerprints(
-                tokenizer=self.corpus.tokenizer.fingerprint,
-                corpora={s.name: s.corpus_fingerprint for s in self.corpus.stores},
+                tokenizer=self.corpus.tokenizer.fingerprint, corpora=self._corpus_fingerprints()
             )
         self.config = with_vocabulary(self.config, self.corpus.tokenizer.vocab_size)
         # Only now: whatever is wrong with the user's files shows before the framework is loaded.
@@ -196,7 +204,6 @@ class Run:
             return prepare_corpus(self.config, tokenizer, progress=advance)
 
     def _build(self, checkpoint: Checkpoint | None) -> None:
-        from pangu_sigma.evaluate import Evaluator
         from pangu_sigma.model.build import build_model
         from pangu_sigma.train.holding import Holding
         from pangu_sigma.train.previous import Record
@@ -210,16 +217,16 @@ class Run:
             self.config.model.vocab_size,
             tokenizer.eod_id,
             tables=stored_tables(tensors) or None,
-            token_counts={s.name: padded(s.token_counts, self.config.model.vocab_size) for s in self.corpus.stores},
+            token_counts=self._token_counts(),
             initialise=not tensors,
         )
         if self.start:
             restore_model(self.model, tensors)
         self._open.callback(self.model.store.close)
-        self.trainer = Trainer(self.model)
+        self.trainer = Trainer(self.model, self._objective())
         self.heldout = self.corpus.heldout()
         self.unigram = self.corpus.unigram_losses()
-        self.evaluator = Evaluator(self.model, self.config.evaluate.batch_size)
+        self.evaluator = self._evaluator()
         self.sampler = self._sampler(resumed=checkpoint is not None or self.resume)
         if checkpoint:
             self._restore(checkpoint, tensors)
@@ -229,7 +236,31 @@ class Run:
         files = partial(tokenizer_files, tokenizer)
         self.holding = Holding(self.dir, self.trainer, self.corpus, files, record)
 
+    # --- what another kind of run does in its own way
+
+    def _token_counts(self) -> dict[str, np.ndarray]:
+        """How often every vocabulary id occurs, by domain: routing tables of a new model may be drawn by it."""
+        size = self.config.model.vocab_size
+        return {store.name: padded(store.token_counts, size) for store in self.corpus.stores}
+
+    def _corpus_fingerprints(self) -> dict[str, str]:
+        """Fingerprints of the domains' text, which a checkpoint keeps."""
+        return {store.name: store.corpus_fingerprint for store in self.corpus.stores}
+
+    def _objective(self) -> Objective:
+        """What the steps minimise."""
+        from pangu_sigma.train.objective import Objective
+
+        return Objective()
+
+    def _evaluator(self):
+        """What measures held-out text while training."""
+        from pangu_sigma.evaluate import Evaluator
+
+        return Evaluator(self.model, self.config.evaluate.batch_size)
+
     def _sampler(self, resumed: bool) -> MixtureSampler | StreamSampler:
+        """What the steps' batches are drawn from; `resumed`: whether the run may have begun before."""
         if self.config.data.stream is not None:
             self.stream = Stream(self.config, self.corpus.tokenizer, resumed)
             self._open.callback(self.stream.sampler.close)
@@ -240,6 +271,13 @@ class Run:
             self.config.run.seed,
             self.config.data.domains_per_step,
         )
+
+    def _own_state(self) -> dict[str, object]:
+        """What a checkpoint's state keeps beside what every run has."""
+        changes = {DOMAIN_CHANGES: self.domain_changes} if self.domain_changes else {}
+        return {**changes, **self.holding.state()}
+
+    # --- restoring
 
     def _restore(self, checkpoint: Checkpoint, tensors: Mapping[str, np.ndarray]) -> None:
         from pangu_sigma.train.state import restore_model
@@ -407,7 +445,13 @@ class Run:
         total = sum(self.evaluator.batches(h, limit) for h in self.heldout.values())
         with self.bar.job("evaluate", total) as job:
             losses, tokens = self.evaluator.losses(self.heldout, limit, job.advance)
-        self.metrics.evaluate(self.progress.step, losses=losses, unigram=self.unigram, tokens=tokens)
+        self.metrics.evaluate(
+            self.progress.step,
+            losses=losses,
+            unigram=self.unigram,
+            tokens=tokens,
+            figures=self.evaluator.figures,
+        )
         self.bar.say(evaluation_line(self.progress.step, losses, self.unigram))
 
     def _save(self) -> None:
@@ -438,13 +482,9 @@ class Run:
                     "kernels": self.model.kernels,
                     "skipped": self.progress.skipped,
                     "tokens": self.progress.tokens,
-                    **({DOMAIN_CHANGES: self.domain_changes} if self.domain_changes else {}),
-                    **self.holding.state(),
+                    **self._own_state(),
                 },
-                fingerprints=Fingerprints(
-                    tokenizer=tokenizer.fingerprint,
-                    corpora={s.name: s.corpus_fingerprint for s in self.corpus.stores},
-                ),
+                fingerprints=Fingerprints(tokenizer=tokenizer.fingerprint, corpora=self._corpus_fingerprints()),
                 keep=wanted.keep,
                 progress=lambda done, total: job.set(done),
             )

@@ -227,3 +227,9 @@ def test_a_pattern_says_which_blocks_are_sparse(small):
     assert whole.sparse_prefixes == ("blocks.0", "blocks.1", "blocks.2", "query_layer")
     without = small("model.sparse.pattern=every_other", "model.query_layer=none").model
     assert without.sparse_prefixes == ("blocks.1", "blocks.3")
+
+
+def test_stars_need_the_filters_of_code(small):
+    with pytest.raises(UserError, match="only code is judged by its stars: set it to null, or domains.0.filters to"):
+        small("domains.code.stars_field=stars")
+    assert small("domains.code.stars_field=stars", "domains.code.filters=code").domains[0].filters == "code"

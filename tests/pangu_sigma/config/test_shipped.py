@@ -8,11 +8,14 @@ import pytest
 import yaml
 
 from pangu_sigma.config import load_config
+from pangu_sigma.config.adapting import load_adaptation
 from pangu_sigma.config.describe import keys
 from pangu_sigma.config.yaml_text import parse_yaml
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SHIPPED = sorted([*CONFIGS.glob("*.yaml"), *(CONFIGS.parent / "benchmarks").glob("*.yaml")])
+# They lie over a model's own configuration: objective -> file.
+ADAPTATIONS = {objective: CONFIGS / f"{objective}.yaml" for objective in ("sft", "dpo")}
 
 
 def test_there_are_shipped_configurations():
@@ -21,7 +24,12 @@ def test_there_are_shipped_configurations():
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_a_shipped_configuration_loads(path):
-    load_config(path)
+    if path in ADAPTATIONS.values():
+        model = load_config(CONFIGS / "quickstart.yaml")
+        config = load_adaptation(path, (), path.stem, model, model.run.dir)
+        assert config.adapt.objective == path.stem and config.model == model.model
+    else:
+        load_config(path)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
@@ -36,7 +44,7 @@ def test_every_key_of_a_shipped_configuration_is_commented(path):
         elif ":" in line and before.strip().removeprefix("- ").startswith("#"):
             explained.add(word)
     sections = {"run", "model", "sparse", "optimizer", "schedule", "train", "evaluate", "checkpoint", "domains"}
-    sections |= {"data", "experts", "parallel"}
+    sections |= {"data", "experts", "parallel", "adapt"}
     values = yaml.compose(path.read_text(encoding="utf-8"))
     missing = {key for key in _written(values) if key not in explained | sections}
     assert not missing, f"without a comment: {sorted(missing)}"
@@ -62,11 +70,18 @@ def test_the_quickstart_writes_every_key_of_the_schema():
                 break
 
 
+def _comments(path: Path) -> str:
+    return " ".join(line.strip().lstrip("- #") for line in path.read_text(encoding="utf-8").splitlines())
+
+
 def test_the_quickstart_tells_the_schemas_defaults():
-    text = " ".join(
-        line.strip().lstrip("- #") for line in (CONFIGS / "quickstart.yaml").read_text(encoding="utf-8").splitlines()
-    )
+    text = _comments(CONFIGS / "quickstart.yaml")
+    adaptations = " ".join(_comments(path) for path in ADAPTATIONS.values())
     for key in keys():
+        if key.path.startswith("adapt."):
+            default = "required" if key.default == "required" else f"default {key.default}"
+            assert f"{key.description} ({key.allowed}; {default})" in adaptations, key.path
+            continue
         if key.path.startswith(("run.profile.", "data.stream.", "train.phases[].")):
             continue
         default = "required" if key.default == "required" else f"default {key.default}"

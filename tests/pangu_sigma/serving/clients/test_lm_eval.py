@@ -16,11 +16,12 @@ import yaml
 
 from pangu_sigma.generation.sampling import log_softmax
 from pangu_sigma.load import load_trained
+from pangu_sigma.tasks.job import Asking, evaluate_tasks, write_answers
 from tests.pangu_sigma.conftest import WORDS
 from tests.pangu_sigma.serving.conftest import WINDOW
 
 pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed: make clients")
-QUESTIONS, CHOICES = 12, 3
+QUESTIONS, CHOICES, SHOTS, WRITTEN = 12, 3, 2, 6
 
 
 @pytest.fixture(scope="module")
@@ -38,26 +39,60 @@ def questions() -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def results(server, questions, tmp_path_factory) -> dict:
-    """What the harness wrote: its results, and each question with the scores that it got from the server."""
+def folder(served_run, questions, tmp_path_factory) -> Path:
+    """Local tasks for both: choices, and words of which the model's own continuation is right for every other one."""
     folder = tmp_path_factory.mktemp("lm_eval")
-    (folder / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions), encoding="utf-8")
-    task = {
-        "task": "court",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "questions.jsonl")}},
-        "test_split": "test",
+    (folder / "court.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions), encoding="utf-8")
+    trained = load_trained(served_run)
+    from pangu_sigma.generation.engine import Engine
+
+    asking = Asking(max_tokens=WRITTEN)
+    texts = [question["question"] for question in questions]
+    engine = Engine(trained.model, trained.tokenizer, 4)
+    own, _ = write_answers(engine, texts, ["law"] * QUESTIONS, asking, lambda _: None)
+    own = [text if text.strip() else "nothing" for text in own]
+    words = [
+        {"question": text, "answer": answer.strip() if i % 2 else "verdict"}
+        for i, (text, answer) in enumerate(zip(texts, own, strict=True))
+    ]
+    (folder / "words.jsonl").write_text("".join(json.dumps(q) + "\n" for q in words), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(server, folder) -> dict:
+    """What the harness wrote: its results, and each question with the scores that it got from the server."""
+
+    def task(name: str, file: str, **rest) -> None:
+        files = {"data_files": {"test": str(folder / file)}}
+        values = {"task": name, "dataset_path": "json", "dataset_kwargs": files, "test_split": "test", **rest}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+
+    choices = {
         "output_type": "multiple_choice",
         "doc_to_text": "{{question}}",
         "doc_to_choice": "{{choices}}",
         "doc_to_target": "{{gold}}",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }
-    (folder / "court.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    shots = {"fewshot_split": "test", "fewshot_config": {"sampler": "first_n"}, "num_fewshot": SHOTS}
+    strip = [{"function": "regex", "regex_pattern": "(.*)"}, {"function": "take_first"}]
+    written = {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": WRITTEN, "do_sample": False, "temperature": 0.0},
+        "filter_list": [{"name": "strip", "filter": strip}],
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    task("court", "court.jsonl", **choices)
+    task("shots", "court.jsonl", **choices, **shots)
+    task("words", "words.jsonl", **written)
     # The harness asks the server for its tokenizer, so nothing is looked up or downloaded.
     arguments = f"model=law,base_url={server.url}/v1/completions,max_length={WINDOW},num_concurrent=4,max_retries=1"
-    words = ["--model", "local-completions", "--model_args", arguments, "--tasks", "court", "--include_path", folder,
-             "--output_path", folder / "out", "--log_samples", "--batch_size", "3"]  # fmt: skip
+    words = ["--model", "local-completions", "--model_args", arguments, "--tasks", "court,shots,words",
+             "--include_path", folder, "--output_path", folder / "out", "--log_samples",
+             "--batch_size", "3"]  # fmt: skip
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "GIT_DIR": "/nowhere"}
     done = subprocess.run(
         [sys.executable, "-m", "lm_eval", *map(str, words)],
@@ -67,7 +102,7 @@ def results(server, questions, tmp_path_factory) -> dict:
     (samples,) = Path(folder / "out").rglob("samples_court_*.jsonl")
     (whole,) = Path(folder / "out").rglob("results_*.json")
     lines = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
-    return {"metrics": json.loads(whole.read_text(encoding="utf-8"))["results"]["court"], "samples": lines}
+    return {"metrics": json.loads(whole.read_text(encoding="utf-8"))["results"], "samples": lines}
 
 
 @pytest.fixture(scope="module")
@@ -102,4 +137,21 @@ def test_every_choice_is_scored_as_the_model_scores_it(results, expected):
 def test_the_accuracy_is_the_models(results, questions, expected):
     best = [int(np.argmax([score for score, _ in row])) for row in expected]
     right = np.mean([choice == question["gold"] for choice, question in zip(best, questions, strict=True)])
-    assert results["metrics"]["acc,none"] == pytest.approx(right)
+    assert results["metrics"]["court"]["acc,none"] == pytest.approx(right)
+
+
+def test_evaluates_own_scores_are_the_harness_scores(results, served_run, folder):
+    choices = Asking(domain="law"), Asking(domain="law", shots=SHOTS)
+    court, shots = (evaluate_tasks(served_run, [folder / "court.jsonl"], asking)["tasks"][0] for asking in choices)
+    words = evaluate_tasks(served_run, [folder / "words.jsonl"], Asking(domain="law", max_tokens=WRITTEN))["tasks"][0]
+    pairs = {"acc,none": "accuracy", "acc_norm,none": "accuracy_per_character"}
+    for name, mine in (("court", court), ("shots", shots)):
+        for theirs, rule in pairs.items():
+            assert mine["scores"][rule]["value"] == pytest.approx(results["metrics"][name][theirs])
+            error = results["metrics"][name][theirs.replace(",", "_stderr,")]
+            assert mine["scores"][rule]["stderr"] == pytest.approx(error)
+    theirs = results["metrics"]["words"]
+    assert words["scores"]["exact_match"]["value"] == pytest.approx(theirs["exact_match,strip"])
+    assert words["scores"]["exact_match"]["value"] >= 0.4
+    # The harness estimates this one's error by resampling, so it is near the formula's and not the same.
+    assert words["scores"]["exact_match"]["stderr"] == pytest.approx(theirs["exact_match_stderr,strip"], abs=0.03)

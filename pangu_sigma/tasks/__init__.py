@@ -1,0 +1,1 @@
+"""Tasks: questions with choices or with answers, asked of a trained model."""
