@@ -18,7 +18,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-ACTIVATIONS = {"fast_gelu": 0, "gelu": 1}
+ACTIVATIONS = {"fast_gelu": 0, "gelu": 1, "silu": 2}
 
 
 def library() -> str | None:
@@ -87,6 +87,54 @@ class CompiledLinear(nn.Cell):
 
     def bprop(self, x: Tensor, w: Tensor, b: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.backward(x, w, dout)
+
+
+class CompiledProduct(nn.Cell):
+    """y_TN = x_TK @ w_KN."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.forward = _kernel(path, "affine", lambda x, w: [x[0], w[1]], lambda x, w: x)
+        self.backward = _kernel(path, "affine_gradient", lambda x, w, dy: (x, w), lambda x, w, dy: (x, x))
+
+    def construct(self, x: Tensor, w: Tensor) -> Tensor:
+        return self.forward(x, w)
+
+    def bprop(self, x: Tensor, w: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+        return self.backward(x, w, dout)
+
+
+class CompiledRmsNorm(nn.Cell):
+    """x / sqrt(mean x^2 + epsilon) * gamma over the last axis of x_TD. Returns (y_TD, 1/rms_T)."""
+
+    def __init__(self, path: str, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = Tensor([epsilon], ms.float32)
+        self.forward = _kernel(path, "rms_norm", lambda x, g, e: (x, [x[0]]), lambda x, g, e: (x, x))
+        self.backward = _kernel(path, "rms_norm_gradient", lambda x, g, r, dy: (x, g), lambda x, g, r, dy: (x, x))
+
+    def construct(self, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        return self.forward(x, gamma, self.epsilon)
+
+    def bprop(
+        self, x: Tensor, gamma: Tensor, out: tuple[Tensor, ...], dout: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        return self.backward(x, gamma, out[1], dout[0])
+
+
+class CompiledRotation(nn.Cell):
+    """x_TD, (cosines, sines) [T, W/2] -> x with the values i and i + W/2 of every head turned by the row's angle i."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.there, self.back = Tensor([1], ms.int32), Tensor([-1], ms.int32)
+        self.run = _kernel(path, "rotate", lambda x, c, s, way: x, lambda x, c, s, way: x)
+
+    def construct(self, x: Tensor, turns: tuple[Tensor, ...]) -> Tensor:
+        return self.run(x, turns[0], turns[1], self.there)
+
+    def bprop(self, x: Tensor, turns: tuple[Tensor, ...], out: Tensor, dout: Tensor):
+        return self.run(dout, turns[0], turns[1], self.back), turns
 
 
 class CompiledLayerNorm(nn.Cell):
@@ -170,33 +218,35 @@ class CompiledSquareSums(nn.Cell):
 
 
 class CompiledFeedForward(nn.Cell):
-    """x_TD, order int32 [C], offsets int32 [N + 1], 4 N weights -> (y_CD by choice, u_CF before the activation).
+    """x_TD, order int32 [C], offsets int32 [N + 1], N networks -> (y_CD by choice, what the activation takes [C, F],
+    or [C, 2 F] of a gated network).
 
-    Slot n works on the choices order[offsets[n]:offsets[n + 1]] (token * k + choice); results of choices behind the
-    last slot are zero. `exact_rows` > 0: outside training it computes in blocks of exactly so many rows, which makes a
-    row's result independent of all others. The weight gradients of a slot without rows are left as the memory was:
-    whoever takes gradients must not look at them.
+    `tensors` 4: weight and bias up and down; 2: the weights alone; 3: gated, weights gate, up and down. Slot n works on
+    the choices order[offsets[n]:offsets[n + 1]] (token * k + choice); results of choices behind the last slot are zero.
+    `exact_rows` > 0: outside training it computes in blocks of exactly so many rows, which makes a row's result
+    independent of all others. The weight gradients of a slot without rows are left as the memory was: whoever takes
+    gradients must not look at them.
     """
 
-    def __init__(self, path: str, activation: str, exact_rows: int = 0) -> None:
+    def __init__(self, path: str, activation: str, exact_rows: int = 0, tensors: int = 4) -> None:
         super().__init__()
-        self.exact = Tensor([ACTIVATIONS[activation], exact_rows], ms.int32)
-        self.ragged = Tensor([ACTIVATIONS[activation], 0], ms.int32)
-
-        self.choice_sum = ops.ReduceSum()
+        self.exact = Tensor([ACTIVATIONS[activation], exact_rows, tensors], ms.int32)
+        self.ragged = Tensor([ACTIVATIONS[activation], 0, tensors], ms.int32)
+        halves = 2 if tensors == 3 else 1
 
         def forward_shapes(x, order, offsets, settings, *weights):
-            return [order[0], x[1]], [order[0], weights[0][1]]
+            return [order[0], x[1]], [order[0], halves * weights[0][1]]
 
         def forward_types(x, order, offsets, settings, *weights):
             return x, x
 
         def backward_shapes(x, order, offsets, settings, *rest):
-            u, dy = rest[-2:]
-            return (dy, *rest[:-2], u, u, dy, dy)
+            kept, dy = rest[-2:]
+            inner = [order[0], kept[1] // halves]
+            return (x, *rest[:-2], inner, kept, dy, dy, dy)
 
         def backward_types(x, order, offsets, settings, *rest):
-            return (x,) * (len(rest) + 3)
+            return (x,) * (len(rest) + 4)
 
         self.forward = _kernel(path, "feed_forward", forward_shapes, forward_types)
         self.backward = _kernel(path, "feed_forward_gradient", backward_shapes, backward_types)
@@ -207,11 +257,22 @@ class CompiledFeedForward(nn.Cell):
 
     def bprop(self, x: Tensor, order: Tensor, offsets: Tensor, weights: tuple, out: tuple, dout: tuple):
         found = self.backward(x, order, offsets, self.ragged, *weights, out[1], dout[0])
-        dx = found[0]
-        tokens, hidden = x.shape
-        if dx.shape[0] > tokens:
-            dx = self.choice_sum(dx.reshape(tokens, -1, hidden), 1)
-        return dx, order, offsets, found[1 : 1 + len(weights)]
+        return found[0], order, offsets, found[1 : 1 + len(weights)]
+
+
+class CompiledCombine(nn.Cell):
+    """y_CD by choice, weights [T, k] -> sum over a token's choices of weight * row, [T, D]."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.forward = _kernel(path, "combine", lambda y, w: [w[0], y[1]], lambda y, w: y)
+        self.backward = _kernel(path, "combine_gradient", lambda y, w, d: (y, w), lambda y, w, d: (y, y))
+
+    def construct(self, y: Tensor, weights: Tensor) -> Tensor:
+        return self.forward(y, weights)
+
+    def bprop(self, y: Tensor, weights: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+        return self.backward(y, weights, dout)
 
 
 class CompiledPlan(nn.Cell):

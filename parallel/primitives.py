@@ -14,8 +14,16 @@ from collections.abc import Sequence
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 from mindspore.ops import Primitive
+from mindspore.ops.auto_generate import SiLU
 
-from parallel.compiled import CompiledCrossEntropy, CompiledLayerNorm, CompiledLinear, CompiledSquareSums
+from parallel.compiled import (
+    CompiledCrossEntropy,
+    CompiledLayerNorm,
+    CompiledLinear,
+    CompiledProduct,
+    CompiledRmsNorm,
+    CompiledSquareSums,
+)
 from parallel.layout import Cut, Layout
 
 FAST_GELU_SLOPE = 1.702
@@ -58,26 +66,53 @@ class Linear(nn.Cell):
         return self.column_sum(dout, 0)
 
 
-class FastGelu(nn.Cell):
-    """x * sigmoid(1.702 x), elementwise, for any shape (Hendrycks and Gimpel 2016, arXiv 1606.08415, section 2).
+class Product(nn.Cell):
+    """y_TN = x_TK @ w_KN, in `compute` precision: `Linear` without a bias."""
 
-    Returns (y, 1.702 x, sigmoid(1.702 x)).
+    def __init__(self, layout: Layout, compute: ms.dtype = ms.float32) -> None:
+        super().__init__()
+        self.compute = compute
+        self.product = layout(ops.MatMul(), (1, 1), (1, 1))
+        self.by_transposed_weight = layout(ops.MatMul(transpose_b=True), (1, 1), (1, 1))
+        self.by_transposed_input = layout(ops.MatMul(transpose_a=True), (1, 1), (1, 1))
+        self.cast = layout(ops.Cast(), (1, 1))
+
+    def low(self, x: Tensor) -> Tensor:
+        return x if self.compute == ms.float32 else self.cast(x, self.compute)
+
+    def full(self, x: Tensor) -> Tensor:
+        return x if self.compute == ms.float32 else self.cast(x, ms.float32)
+
+    def construct(self, x: Tensor, w: Tensor) -> Tensor:
+        return self.full(self.product(self.low(x), self.low(w)))
+
+    def bprop(self, x: Tensor, w: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+        dy = self.low(dout)
+        dx = self.full(self.by_transposed_weight(dy, self.low(w)))
+        return dx, self.full(self.by_transposed_input(self.low(x), dy))
+
+
+class FastGelu(nn.Cell):
+    """x * sigmoid(slope x), elementwise, for any shape (Hendrycks and Gimpel 2016, arXiv 1606.08415, section 2).
+
+    The slope 1 makes it SiLU, of the same section. Returns (y, slope x, sigmoid(slope x)).
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, slope: float = FAST_GELU_SLOPE) -> None:
         super().__init__()
+        self.slope = slope
         self.sigmoid = layout(ops.Sigmoid())
         self.sigmoid_gradient = layout(ms.ops.operations._grad_ops.SigmoidGrad())
         self.mul = layout(ops.Mul())
         self.add = layout(ops.Add())
 
     def construct(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        steep = x * FAST_GELU_SLOPE
+        steep = x * self.slope
         gate = self.sigmoid(steep)
         return self.mul(x, gate), steep, gate
 
     def bprop(self, x: Tensor, out: tuple[Tensor, ...], dout: tuple[Tensor, ...]) -> tuple[Tensor]:
-        # y' = s + 1.702 x s (1 - s); SigmoidGrad(s, g) = g s (1 - s) in one pass.
+        # y' = s + slope x s (1 - s); SigmoidGrad(s, g) = g s (1 - s) in one pass.
         _, steep, gate = out
         return (self.mul(dout[0], self.add(self.sigmoid_gradient(gate, steep), gate)),)
 
@@ -149,6 +184,42 @@ class LayerNorm(nn.Cell):
         along = self.product(self.mul(self.product(dy_centred, column), cube), ones)
         dx = self.sub(self.sub(self.mul(dy, scale), mean_term), self.mul(centred, along))
         return dx, dgamma, dbeta
+
+
+class RmsNorm(nn.Cell):
+    """x / sqrt(mean x^2 + epsilon) * gamma over the last axis of x_TD (arXiv 1910.07467, equation 4).
+
+    Returns (y_TD, 1/rms_T1, outer product of 1/rms and gamma_TD); composed as `LayerNorm` is.
+    """
+
+    def __init__(self, layout: Layout, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.mean = layout(ops.ReduceMean(keep_dims=True), (1, 1))
+        self.sub = layout(ops.Sub(), (1, 1), (1, 1))
+        self.mul = layout(ops.Mul(), (1, 1), (1, 1))
+        self.square = layout(ops.Square(), (1, 1))
+        self.rsqrt = layout(ops.Rsqrt(), (1, 1))
+        self.product = layout(ops.MatMul(), (1, 1), (1, 1))
+
+    def construct(self, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        inverse = self.rsqrt(self.mean(self.square(x), -1) + self.epsilon)
+        scale = self.product(inverse, gamma.reshape(1, -1))
+        return self.mul(x, scale), inverse, scale
+
+    def bprop(
+        self, x: Tensor, gamma: Tensor, out: tuple[Tensor, ...], dout: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        # dx = r g - x r^3 mean(g x), with r = 1/rms and g = dy gamma.
+        dy = dout[0]
+        _, inverse, scale = out
+        hidden = x.shape[1]
+        dy_x = self.mul(dy, x)
+        dgamma = self.product(inverse.reshape(1, -1), dy_x).reshape(-1)
+        cube = self.mul(self.square(inverse), inverse)
+        along = self.mul(self.product(dy_x, gamma.reshape(-1, 1) * (1.0 / hidden)), cube)
+        along = self.product(along, ops.ones((1, hidden), ms.float32))
+        return self.sub(self.mul(dy, scale), self.mul(x, along)), dgamma
 
 
 class TiedCrossEntropy(nn.Cell):
@@ -233,8 +304,12 @@ class SquareSums(nn.Cell):
 
 def activation(name: str, layout: Layout, *cuts: Cut) -> nn.Cell:
     """The activation of this name in the device's fast form: x, cut so -> (y, whatever its gradient keeps)."""
-    composed, fused = {"fast_gelu": (FastGelu, ops.FastGeLU), "gelu": (Gelu, ops.GeLU)}[name]
-    return Native(layout(fused(), *cuts)) if layout.native else composed(layout)
+    if layout.native:
+        fused = {"fast_gelu": ops.FastGeLU, "gelu": ops.GeLU, "silu": SiLU}[name]
+        return Native(layout(fused(), *cuts))
+    if name == "silu":
+        return FastGelu(layout, slope=1.0)
+    return {"fast_gelu": FastGelu, "gelu": Gelu}[name](layout)
 
 
 def layer_norm(layout: Layout, epsilon: float) -> nn.Cell:
@@ -244,8 +319,17 @@ def layer_norm(layout: Layout, epsilon: float) -> nn.Cell:
     return CompiledLayerNorm(layout.kernels, epsilon) if layout.kernels else LayerNorm(layout, epsilon)
 
 
-def linear(layout: Layout, compute: ms.dtype = ms.float32) -> nn.Cell:
-    """The affine map in the device's fast form: (x_TK, w_KN, b_N) -> y_TN."""
+def rms_norm(layout: Layout, epsilon: float) -> nn.Cell:
+    """RMS normalisation in the device's fast form: (x_TD, gamma) -> (y_TD, whatever its gradient keeps)."""
+    if layout.native:
+        return Native(layout(ops.RmsNorm(epsilon), (1, 1), (1,)), outputs=2)
+    return CompiledRmsNorm(layout.kernels, epsilon) if layout.kernels else RmsNorm(layout, epsilon)
+
+
+def linear(layout: Layout, compute: ms.dtype = ms.float32, biases: bool = True) -> nn.Cell:
+    """The affine map in the device's fast form: (x_TK, w_KN, b_N) -> y_TN; without `biases` (x_TK, w_KN)."""
+    if not biases:
+        return CompiledProduct(layout.kernels) if layout.kernels else Product(layout, compute)
     return CompiledLinear(layout.kernels) if layout.kernels else Linear(layout, compute)
 
 

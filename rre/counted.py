@@ -51,3 +51,17 @@ def sample_keys(seed: int, purpose: str, step: int, samples: np.ndarray) -> np.n
 def generator(seed: int, purpose: str, *counters: int) -> np.random.Generator:
     """NumPy's generator for one purpose and any counters: for draws whose result is stored, such as initial weights."""
     return np.random.Generator(np.random.Philox(key=key64(seed, purpose, *counters)))
+
+
+def normal(
+    draws: np.random.Generator, shape: tuple[int, ...], std: float, cutoff: float | None = None
+) -> np.ndarray:
+    """Normal(0, std) float32 of `shape`; values beyond `cutoff` standard deviations are drawn again until none is."""
+    values = draws.standard_normal(shape, np.float32)
+    if cutoff is not None:
+        flat = values.reshape(-1)
+        beyond = np.flatnonzero(np.abs(flat) > cutoff)
+        while beyond.size:
+            flat[beyond] = draws.standard_normal(beyond.size, np.float32)
+            beyond = beyond[np.abs(flat[beyond]) > cutoff]
+    return values * np.float32(std)

@@ -13,6 +13,7 @@ class RouterKind:
     the "domain" (over its group), the "layer" (over all experts), or nobody. `experts_per_token`: k where the
     configuration does not say; `fixed` if the router's definition leaves no choice. `options`: keys of the
     configuration that only routers which name them obey. `causal`: whether a token's experts depend on it alone.
+    `keeps_scale`: whether a token's combine weights add up to 1, so that equal experts are one network.
     """
 
     learned: bool
@@ -21,15 +22,16 @@ class RouterKind:
     fixed: bool = False
     options: frozenset[str] = frozenset()
     causal: bool = True
+    keeps_scale: bool = True
 
 
 KINDS = {
     "rre": RouterKind(False, "domain", fixed=True, options=frozenset({"resample"})),
     "hash": RouterKind(False, "layer", fixed=True),
-    "switch": RouterKind(True, fixed=True, options=frozenset({"jitter"})),
+    "switch": RouterKind(True, fixed=True, options=frozenset({"jitter"}), keeps_scale=False),
     "gshard": RouterKind(True, experts_per_token=2, fixed=True),
     "glam": RouterKind(True, experts_per_token=2, fixed=True),
     "noisy_top_k": RouterKind(True, experts_per_token=4),
-    "olmoe": RouterKind(True, experts_per_token=8, options=frozenset({"renormalise"})),
-    "expert_choice": RouterKind(True, experts_per_token=2, causal=False),
+    "olmoe": RouterKind(True, experts_per_token=8, options=frozenset({"renormalise", "balance"}), keeps_scale=False),
+    "expert_choice": RouterKind(True, experts_per_token=2, causal=False, keeps_scale=False),
 }

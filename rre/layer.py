@@ -5,20 +5,21 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from parallel.compiled import CompiledFeedForward
+from parallel.compiled import CompiledCombine, CompiledFeedForward
 from parallel.exchange import LocalExchange
 from parallel.layout import Layout
 from rre.dispatch import EXACT_ROWS, Combine, Dispatch
 from rre.experts import Experts
+from rre.network import NetworkForm
 
 
 class RaggedNetworks(nn.Cell):
-    """x_TD, plan (rows of N slots and of the dropped, position [T, k]), 4 N weights -> y [T*k, D] by choice."""
+    """x_TD, plan (rows of N slots and of the dropped, position [T, k]), N networks -> y [T*k, D] by choice."""
 
-    def __init__(self, layout: Layout, activation: str, compute: ms.dtype, exchange: nn.Cell | None) -> None:
+    def __init__(self, layout: Layout, form: NetworkForm, compute: ms.dtype, exchange: nn.Cell | None) -> None:
         super().__init__()
         self.dispatch = Dispatch(layout)
-        self.experts = Experts(layout, activation, compute)
+        self.experts = Experts(layout, form, compute)
         self.exchange = exchange or LocalExchange()
         self.combine = Combine(layout)
 
@@ -32,9 +33,9 @@ class RaggedNetworks(nn.Cell):
 class CompiledNetworks(nn.Cell):
     """The same function as one compiled kernel; its plan is (order [T*k], offsets [N + 1])."""
 
-    def __init__(self, kernels: str, activation: str) -> None:
+    def __init__(self, kernels: str, form: NetworkForm) -> None:
         super().__init__()
-        self.networks = CompiledFeedForward(kernels, activation, EXACT_ROWS)
+        self.networks = CompiledFeedForward(kernels, form.activation, EXACT_ROWS, len(form.tensors))
 
     def construct(self, x: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
         return self.networks(x, plan[0], plan[1], weights)[0]
@@ -44,16 +45,16 @@ class SparseFeedForward(nn.Cell):
     """x_TD -> (y_TD, auxiliary loss, rows); the feed-forward part of a sparse layer.
 
     `routing` is what the router of this layer takes from outside the graph (for table routers its whole plan) and
-    `weights` the 4 N tensors that the expert store fetched. A dropped token's y is zero: it takes the residual alone.
-    `by_expert`: the router's experts choose tokens. `shared_expert`: a network x_TD -> y_TD beside the routed ones,
-    which every token takes with weight 1.
+    `weights` the tensors of N networks of `form` that the expert store fetched. A dropped token's y is zero: it takes
+    the residual alone. `by_expert`: the router's experts choose tokens. `shared_expert`: a network x_TD -> y_TD beside
+    the routed ones, which every token takes with weight 1.
     """
 
     def __init__(
         self,
         router: nn.Cell,
         layout: Layout,
-        activation: str,
+        form: NetworkForm,
         compute: ms.dtype,
         exchange: nn.Cell | None = None,
         by_expert: bool = False,
@@ -66,9 +67,12 @@ class SparseFeedForward(nn.Cell):
         if shared_expert is not None:
             self.shared_expert = shared_expert
         if layout.kernels and exchange is None:
-            self.networks = CompiledNetworks(layout.kernels, activation)
+            self.networks = CompiledNetworks(layout.kernels, form)
         else:
-            self.networks = RaggedNetworks(layout, activation, compute, exchange)
+            self.networks = RaggedNetworks(layout, form, compute, exchange)
+        self.has_kernels = bool(layout.kernels)
+        if self.has_kernels:
+            self.weigh = CompiledCombine(layout.kernels)
         self.mul = layout(ops.Mul(), (1, 1), (1, 1))
         self.choice_sum = layout(ops.ReduceSum(), (1, 1, 1))
         self.take = layout(ops.Gather(), (1, 1), (1,))
@@ -90,6 +94,8 @@ class SparseFeedForward(nn.Cell):
             y = self.mul(y, ops.BroadcastTo(y.shape)(combine_weights.reshape(-1, 1)))
             return self.add_up(y, plan[0], x.shape[0])
         y = self.networks(x, plan, weights)
+        if combine_weights is not None and self.has_kernels:
+            return self.weigh(y, combine_weights)
         if combine_weights is not None:
             y = self.mul(y, ops.BroadcastTo(y.shape)(combine_weights.reshape(-1, 1)))
         tokens, hidden = x.shape

@@ -19,7 +19,7 @@ def export(
         typer.Option(
             "--format",
             metavar="FORMAT",
-            help="hf (Hugging Face, PyTorch), mindir (MindSpore, its Lite runtime), onnx or mindformers.",
+            help="hf (Hugging Face), hf-olmoe (OlmoeForCausalLM), mindir (MindSpore), onnx or mindformers.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write to: new or empty.")],

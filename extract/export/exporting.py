@@ -20,6 +20,7 @@ from pangu_sigma.errors import UserError
 # options), check(source, options), needed_bytes(source, options) and write(source, folder, options) -> what to say.
 FORMATS: dict[str, tuple[str, str | None]] = {
     "hf": ("extract.export.hf", None),
+    "hf-olmoe": ("extract.export.hf_olmoe", None),
     "mindir": ("extract.export.mindir", None),
     "onnx": ("extract.export.onnx_format", "onnx"),
     "mindformers": ("extract.export.mindformers", None),
@@ -30,9 +31,9 @@ FORMATS: dict[str, tuple[str, str | None]] = {
 class Options:
     """What the formats can be told.
 
-    dtype: of floating tensors. max_shard_bytes (hf): largest file. batch_size, signature, capacity_factor (mindir):
-    samples of the fixed graphs, the inputs they take, and rows that an expert may take of a sample's window as a
-    multiple of an even share (None: all).
+    dtype: of floating tensors. max_shard_bytes (hf, hf-olmoe): largest file. batch_size, signature, capacity_factor
+    (mindir): samples of the fixed graphs, the inputs they take, and rows that an expert may take of a sample's window
+    as a multiple of an even share (None: all).
     """
 
     dtype: str = "float32"

@@ -16,7 +16,7 @@ import numpy as np
 
 from extract.export.card import model_card
 from extract.export.shards import KINDS, Target, write_shards
-from extract.export.source import Source
+from extract.export.source import Source, check_pangu
 from pangu_sigma.checkpoint.conversion import FLOATS, converted
 from pangu_sigma.checkpoint.tensor_file import numpy_type
 from pangu_sigma.errors import UserError
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from extract.export.exporting import Options
 
 TAKES = ("dtype", "max_shard_bytes")
-CODE = ("configuration_pangu_sigma.py", "modeling_pangu_sigma.py", "tokenization_pangu_sigma.py")
+CODE = ("configuration_pangu_sigma.py", "modeling_pangu_sigma.py")
+_TOKENIZER_CODE = "tokenization_pangu_sigma.py"
 _SMALL_FILES = 1 << 20
 _TABLES = {"word": "words.0", "position": "positions", "query": "next_positions"}
 _NORM = {"gamma": "weight", "beta": "bias"}
@@ -35,6 +36,7 @@ _NORM = {"gamma": "weight", "beta": "bias"}
 
 def check(source: Source, options: Options) -> None:
     """Raises UserError for options that mean nothing here."""
+    check_pangu(source)
     if options.dtype not in FLOATS:
         raise UserError(f"'{options.dtype}' is no element type; choose {', '.join(FLOATS)}")
 
@@ -48,11 +50,11 @@ def write(source: Source, folder: Path, options: Options) -> list[str]:
     """Write the folder; returns what there is to say. Raises UserError, OSError."""
     tensors = targets(source, options.dtype)
     for name in CODE:
-        (folder / name).write_bytes(files("extract.export").joinpath("hf_files", name).read_bytes())
-    (folder / "tokenizer.model").write_bytes(source.tokenizer.model)
+        (folder / name).write_bytes(_code(name))
+    for name, content in tokenizer_documents(source).items():
+        (folder / name).write_bytes(content)
     _write_json(folder / "config.json", configuration(source, options.dtype))
     _write_json(folder / "generation_config.json", _generation(source))
-    _write_json(folder / "tokenizer_config.json", _tokenizer(source))
     (folder / "README.md").write_text(model_card(source), encoding="utf-8")
     with progress("export", sum(t.nbytes for t in tensors), unit="B") as job:
         write_shards(folder, "model", tensors, options.max_shard_bytes, job.advance)
@@ -142,6 +144,22 @@ def configuration(source: Source, dtype: str) -> dict:
     }
 
 
+def _code(name: str) -> bytes:
+    return files("extract.export").joinpath("hf_files", name).read_bytes()
+
+
+def tokenizer_documents(source: Source) -> dict[str, bytes]:
+    """The files that AutoTokenizer needs, by name: the tokenizer's own, settings, and where it is ours its code."""
+    settings = json.dumps(_tokenizer(source), indent=2, ensure_ascii=False).encode() + b"\n"
+    if source.tokenizer.kind == "huggingface":
+        return {"tokenizer.json": source.tokenizer.model, "tokenizer_config.json": settings}
+    return {
+        "tokenizer.model": source.tokenizer.model,
+        "tokenizer_config.json": settings,
+        _TOKENIZER_CODE: _code(_TOKENIZER_CODE),
+    }
+
+
 def _generation(source: Source) -> dict:
     tokenizer = source.tokenizer
     return {"bos_token_id": tokenizer.eod_id, "eos_token_id": tokenizer.eod_id, "pad_token_id": tokenizer.pad_id}
@@ -149,6 +167,15 @@ def _generation(source: Source) -> dict:
 
 def _tokenizer(source: Source) -> dict:
     tokenizer = source.tokenizer
+    if tokenizer.kind == "huggingface":
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": tokenizer.piece(tokenizer.eod_id),
+            "pad_token": tokenizer.piece(tokenizer.pad_id),
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": source.config.model.positions,
+        }
     settings = {
         "tokenizer_class": "PanGuSigmaTokenizer",
         "auto_map": {"AutoTokenizer": ["tokenization_pangu_sigma.PanGuSigmaTokenizer", None]},

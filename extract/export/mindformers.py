@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from extract.export.shards import Target, write_shards
-from extract.export.source import Source
+from extract.export.source import Source, check_pangu
 from pangu_sigma.checkpoint.conversion import as_float32
 from pangu_sigma.config.counts import is_routing
 from pangu_sigma.errors import UserError
@@ -30,6 +30,7 @@ _SMALL_FILES = 1 << 16
 
 def check(source: Source, options: Options) -> None:
     """Raises UserError for what MindFormers' network of this model does not hold."""
+    check_pangu(source)
     if options.dtype != "float32":
         raise UserError(f"MindFormers trains from float32 weights, not {options.dtype}: leave --dtype out")
     if source.domains != source.config.domain_names:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from extract.export.guides import mindir_guide
-from extract.export.source import Source
+from extract.export.source import Source, check_pangu
 from pangu_sigma import runtime
 from pangu_sigma.checkpoint.conversion import as_float32
 from pangu_sigma.errors import UserError
@@ -33,6 +33,7 @@ GRAPHS = ("prefill", "decode")
 
 def check(source: Source, options: Options) -> None:
     """Raises UserError for what these graphs cannot be."""
+    check_pangu(source)
     model = source.config.model
     if options.dtype != "float32":
         raise UserError(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from extract.export.guides import onnx_guide
-from extract.export.source import Source
+from extract.export.source import Source, check_pangu
 from pangu_sigma.checkpoint.conversion import as_float32
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.terminal import progress
@@ -37,6 +37,7 @@ _PER_TENSOR = 8192
 
 def check(source: Source, options: Options) -> None:
     """Raises UserError for options that mean nothing here."""
+    check_pangu(source)
     if options.dtype != "float32":
         raise UserError("an ONNX file is written in float32; onnxruntime's own tools convert it to float16")
 

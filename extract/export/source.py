@@ -58,7 +58,6 @@ def open_source(model: str | Path, domains: Sequence[str] | None = None) -> Sour
     checkpoint = resolve(model)
     config = stored_config(checkpoint)
     chosen = _chosen(config.domain_names, domains)
-    _check_exportable(config, checkpoint)
     if config.model.sparse_prefixes and config.model.sparse.router != "rre" and chosen != config.domain_names:
         raise UserError(
             f"the model's {config.model.sparse.router} gate chooses among the experts of all domains, so it cannot be "
@@ -67,16 +66,23 @@ def open_source(model: str | Path, domains: Sequence[str] | None = None) -> Sour
     return Source(checkpoint, config, stored_tokenizer(checkpoint), chosen)
 
 
-def _check_exportable(config: Config, checkpoint: Checkpoint) -> None:
-    sparse = config.model.sparse
-    if config.model.sparse_prefixes and sparse.router not in ("rre", "switch"):
+def check_pangu(source: Source) -> None:
+    """Raises UserError for a model that is not of PanGu-α's parts, which is what most formats write."""
+    model, path = source.config.model, source.checkpoint.path
+    if not model.has_pangu_parts:
         raise UserError(
-            f"{checkpoint.path} routes by model.sparse.router = {sparse.router}, which no export format has yet: "
+            f"{path} has parts that PanGu-α does not have (of model.norm, position, feed_forward, biases, head, "
+            "activation and attention.qk_norm): export an OLMoE with --format hf-olmoe; no format has others yet"
+        )
+    sparse = model.sparse
+    if model.sparse_prefixes and sparse.router not in ("rre", "switch"):
+        raise UserError(
+            f"{path} routes by model.sparse.router = {sparse.router}, which no export format has yet: "
             "export a model of router rre or switch"
         )
-    if config.model.sparse_prefixes and sparse.shared_expert:
+    if model.sparse_prefixes and sparse.shared_expert:
         raise UserError(
-            f"{checkpoint.path} has a shared expert (model.sparse.shared_expert), which no export format has yet: "
+            f"{path} has a shared expert (model.sparse.shared_expert), which no export format has yet: "
             "export a model without one"
         )
 

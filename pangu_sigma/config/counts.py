@@ -1,7 +1,8 @@
 """Tensors and parameter counts of a model by arithmetic alone: no framework is imported, nothing is built.
 
 Source of the shapes: PanGu-α (arXiv 2104.12369) with biases everywhere, a tied head and no final normalisation
-after the query layer; sparse layers hold one such feed-forward network per expert.
+after the query layer; sparse layers hold one such feed-forward network per expert. Other parts by name: OLMoE's
+(arXiv 2409.02060), whose norms have gains alone and whose matrices have no biases.
 """
 
 from __future__ import annotations
@@ -111,6 +112,11 @@ def vocabulary_size(config: Config) -> int:
     path = Path(str(tokenizer.path))
     if not path.is_file():
         raise UserError(f"data.tokenizer.path = {path} does not exist: give the path of a SentencePiece model")
+    if tokenizer.kind == "huggingface":
+        from pangu_sigma.data.tokenizer import read_model, tokenizer_class
+
+        model = read_model(path, tokenizer.kind)
+        return tokenizer_class(tokenizer.kind)(model, eod_id=0, origin=f"data.tokenizer.path = {path}").vocab_size
     import sentencepiece
 
     try:
@@ -124,44 +130,54 @@ def _shared(config: Config, vocab_size: int) -> Iterator[tuple[str, Shape]]:
     hidden = model.hidden
     if model.embedding_slots == "shared":
         yield "embedding.word", (vocab_size, hidden)
-    yield "embedding.position", (model.positions, hidden)
+    if model.position == "learned":
+        yield "embedding.position", (model.positions, hidden)
     has_query_layer = model.query_layer == "next_position"
     if has_query_layer:
         yield "embedding.query", (model.positions, hidden)
     for index in range(model.blocks):
         yield from _layer(config, f"blocks.{index}", vocab_size)
-    yield "norm.gamma", (hidden,)
-    yield "norm.beta", (hidden,)
+    yield from _norm(config, "norm")
     if has_query_layer:
         yield from _layer(config, "query_layer", vocab_size)
+    if model.head == "untied":
+        yield "head.word", (vocab_size, hidden)
+
+
+def _norm(config: Config, name: str) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.gamma", (config.model.hidden,)
+    if config.model.norm == "layernorm":
+        yield f"{name}.beta", (config.model.hidden,)
+
+
+def _network(config: Config, prefix: str) -> Iterator[tuple[str, Shape]]:
+    for name, shape in config.model.network.shapes(config.model.hidden, config.model.ffn).items():
+        yield f"{prefix}.{name}", shape
 
 
 def _layer(config: Config, prefix: str, vocab_size: int) -> Iterator[tuple[str, Shape]]:
     """Shared tensors of one layer: its norms and attention, and the dense network, or gate, shared expert and table."""
-    hidden, ffn = config.model.hidden, config.model.ffn
+    model, hidden = config.model, config.model.hidden
     for norm in ("norm1", "norm2"):
-        yield f"{prefix}.{norm}.gamma", (hidden,)
-        yield f"{prefix}.{norm}.beta", (hidden,)
+        yield from _norm(config, f"{prefix}.{norm}")
     for part in ("query", "key", "value", "projection"):
         yield f"{prefix}.attention.{part}.weight", (hidden, hidden)
-        yield f"{prefix}.attention.{part}.bias", (hidden,)
-    if prefix not in config.model.sparse_prefixes:
-        yield f"{prefix}.feed_forward.up.weight", (hidden, ffn)
-        yield f"{prefix}.feed_forward.up.bias", (ffn,)
-        yield f"{prefix}.feed_forward.down.weight", (ffn, hidden)
-        yield f"{prefix}.feed_forward.down.bias", (hidden,)
+        if model.biases:
+            yield f"{prefix}.attention.{part}.bias", (hidden,)
+    if model.attention.qk_norm:
+        yield from _norm(config, f"{prefix}.attention.query_norm")
+        yield from _norm(config, f"{prefix}.attention.key_norm")
+    if prefix not in model.sparse_prefixes:
+        yield from _network(config, f"{prefix}.feed_forward")
         return
-    sparse = config.model.sparse
+    sparse = model.sparse
     gate = (hidden, sum(domain.experts for domain in config.domains))
     if KINDS[sparse.router].learned:
         yield f"{prefix}.router.weight", gate
     if sparse.router == "noisy_top_k":
         yield f"{prefix}.router.noise_weight", gate
     if sparse.shared_expert:
-        yield f"{prefix}.shared_expert.up.weight", (hidden, ffn)
-        yield f"{prefix}.shared_expert.up.bias", (ffn,)
-        yield f"{prefix}.shared_expert.down.weight", (ffn, hidden)
-        yield f"{prefix}.shared_expert.down.bias", (hidden,)
+        yield from _network(config, f"{prefix}.shared_expert")
     if KINDS[sparse.router].tables == "layer":
         yield f"{prefix}.routing", (vocab_size,)
 
@@ -171,9 +187,7 @@ def _domain(config: Config, vocab_size: int, name: str, experts: int) -> Iterato
     if config.model.embedding_slots == "per_domain":
         yield f"domains.{name}.embedding.word", (vocab_size, hidden)
     for prefix in config.model.sparse_prefixes:
-        yield f"domains.{name}.{prefix}.experts.up.weight", (experts, hidden, ffn)
-        yield f"domains.{name}.{prefix}.experts.up.bias", (experts, ffn)
-        yield f"domains.{name}.{prefix}.experts.down.weight", (experts, ffn, hidden)
-        yield f"domains.{name}.{prefix}.experts.down.bias", (experts, hidden)
+        for tensor, shape in config.model.network.shapes(hidden, ffn).items():
+            yield f"domains.{name}.{prefix}.experts.{tensor}", (experts, *shape)
         if KINDS[config.model.sparse.router].tables == "domain":
             yield f"domains.{name}.{prefix}.routing", (vocab_size,)

@@ -37,9 +37,9 @@ class DomainConfig(Section):
 class TokenizerConfig(Section):
     """Where the tokenizer comes from."""
 
-    kind: Literal["train", "sentencepiece", "pangu_alpha"] = Field(
+    kind: Literal["train", "sentencepiece", "pangu_alpha", "huggingface"] = Field(
         "train",
-        description="Train one from the domains' mix, load a SentencePiece model, or PanGu-α's with jieba before it.",
+        description="Train one from the domains' mix, or load a file: SentencePiece's, PanGu-α's, a tokenizer.json.",
     )
     path: Text | None = Field(None, description="The tokenizer's model file; null if and only if it is trained.")
     vocab_size: int = Field(4096, ge=64, description="Number of pieces of a trained tokenizer.")

@@ -69,7 +69,7 @@ def effective(config: Config) -> Config:
     if tokenizer["path"]:
         tokenizer["path"] = _absolute(tokenizer["path"])
     if values["schedule"]["decay_steps"] is None:
-        values["schedule"]["decay_steps"] = train["steps"]
+        values["schedule"]["decay_steps"] = train["steps"] - values["schedule"]["anneal_steps"]
     if train["phases"] and train["phases"][-1]["steps"] is None:
         train["phases"][-1]["steps"] = train["steps"] - sum(phase["steps"] for phase in train["phases"][:-1])
     return Config.model_validate(values)

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from pangu_sigma.config.presets import PRESETS
 from pangu_sigma.config.section import Section
 from rre.kinds import KINDS
+from rre.network import NetworkForm
 
 
 class SparseConfig(Section):
@@ -45,6 +46,10 @@ class SparseConfig(Section):
     aux_loss_weight: float = Field(
         0.01, ge=0, description="Weight of the balance loss of switch, gshard, glam and olmoe."
     )
+    balance: Literal["per_layer", "pooled"] = Field(
+        "per_layer",
+        description="Form of olmoe's balance loss: each layer's own, added up, or Hugging Face's, pooled over layers.",
+    )
     z_loss_weight: float = Field(0.001, ge=0, description="Weight of the z-loss of olmoe.")
     importance_loss_weight: float = Field(0.1, ge=0, description="Weight of the importance loss of noisy_top_k.")
     load_loss_weight: float = Field(0.1, ge=0, description="Weight of the load loss of noisy_top_k.")
@@ -67,6 +72,9 @@ class SparseConfig(Section):
 class AttentionConfig(Section):
     """Options of the attention part."""
 
+    qk_norm: bool = Field(
+        False, description="Whether the projected queries and keys are normalised, each over its whole width."
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Share of attention weights dropped while training.")
 
 
@@ -83,21 +91,35 @@ class ModelConfig(Section):
     hidden: int = Field(ge=1, description="Width of the residual stream.")
     heads: int = Field(ge=1, description="Number of attention heads; divides hidden.")
     ffn: int = Field(ge=1, description="Inner width of the feed-forward network and of every expert.")
-    positions: int = Field(ge=1, description="Number of learned positions: the longest sequence in tokens.")
-    activation: Literal["fast_gelu", "gelu"] = Field(
-        "fast_gelu", description="Activation inside the feed-forward network."
+    positions: int = Field(ge=1, description="Longest sequence in tokens: the rows of learned position tables.")
+    activation: Literal["fast_gelu", "gelu", "silu"] = Field(
+        "fast_gelu", description="Activation inside the feed-forward network; swiglu's is silu."
     )
-    norm: Literal["layernorm"] = Field("layernorm", description="Kind of normalisation.")
+    norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="Kind of normalisation.")
     norm_epsilon: float = Field(1e-5, gt=0, description="Number added to the variance inside a normalisation.")
-    position: Literal["learned"] = Field("learned", description="How positions enter the model.")
-    feed_forward: Literal["mlp"] = Field("mlp", description="Kind of feed-forward network.")
-    head: Literal["tied"] = Field("tied", description="Output head: tied uses the word embedding.")
+    position: Literal["learned", "rope"] = Field(
+        "learned", description="How positions enter the model: a learned table, or rotations of queries and keys."
+    )
+    rope_theta: float = Field(10000.0, gt=1, description="Base of the wavelengths of rope.")
+    feed_forward: Literal["mlp", "swiglu"] = Field(
+        "mlp", description="Kind of feed-forward network, of experts too: two matrices, or gated by a third."
+    )
+    biases: bool = Field(True, description="Whether the matrices of attention and feed-forward networks have biases.")
+    head: Literal["tied", "untied"] = Field(
+        "tied", description="Output head: tied uses the word embedding, untied has a table of its own."
+    )
     query_layer: Literal["next_position", "none"] = Field(
         "next_position", description="PanGu-α's top layer, whose queries are a table of next positions, or none."
     )
     attention: AttentionConfig = Field(default_factory=AttentionConfig, description="Options of the attention part.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Share of residual values dropped while training.")
     init_std: float = Field(0.02, gt=0, description="Standard deviation of the normal initialisation.")
+    init_cutoff: float | None = Field(
+        None, gt=0, description="Standard deviations beyond which an initial value is drawn again; null keeps all."
+    )
+    init_scale_residual: bool = Field(
+        True, description="Whether matrices that end in the residual stream begin smaller, by 1 / sqrt(2 layers)."
+    )
     embedding_slots: Literal["shared", "per_domain"] = Field(
         "shared", description="One word embedding for all domains, or one for each."
     )
@@ -111,6 +133,26 @@ class ModelConfig(Section):
             return values
         # An unknown name passes through: the field's own check names the known ones.
         return {**PRESETS.get(preset, {}), **values}
+
+    @property
+    def network(self) -> NetworkForm:
+        """What a feed-forward network is made of: a dense layer's, an expert's, a shared expert's."""
+        return NetworkForm(self.activation, gated=self.feed_forward == "swiglu", biases=self.biases)
+
+    @property
+    def residual_std(self) -> float:
+        """Standard deviation with which matrices that end in the residual stream begin."""
+        return self.init_std / (2.0 * self.layers) ** 0.5 if self.init_scale_residual else self.init_std
+
+    @property
+    def has_pangu_parts(self) -> bool:
+        """Whether every part is one that PanGu-α has, with or without its query layer."""
+        return (
+            (self.norm, self.position, self.feed_forward, self.head) == ("layernorm", "learned", "mlp", "tied")
+            and self.biases
+            and not self.attention.qk_norm
+            and self.activation != "silu"
+        )
 
     @property
     def blocks(self) -> int:

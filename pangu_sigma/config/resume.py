@@ -34,8 +34,8 @@ def changed_keys(old: Config, new: Config) -> Changes:
     Allowed are keys that leave every step that both have as it was: run.* except seed and device, train.steps,
     stop_at, nonfinite and skip_budget, evaluate.*, checkpoint.every, every_seconds and keep, data.prefetch, cache and
     stream.path, experts.*. A longer train.steps moves the end of a decay that follows it (schedule.decay_steps, written
-    out in an effective configuration), which is refused; a constant schedule has no such end. The last phase may grow
-    or shrink with train.steps, unless its own decay ends with it.
+    out in an effective configuration), which is refused; a constant schedule has no such end, unless it
+    anneals. The last phase may grow or shrink with train.steps, unless its own decay ends with it.
     """
     before, after = flat_keys(old), flat_keys(new)
     changed = [key for key in {**before, **after} if before.get(key, _ABSENT) != after.get(key, _ABSENT)]
@@ -46,7 +46,9 @@ def changed_keys(old: Config, new: Config) -> Changes:
         may_change.add(f"train.phases.{len(old.train.phases) - 1}.steps")
     if constant:
         may_change.add("schedule.decay_steps")
-    allowed = tuple(key for key in changed if key in may_change or _ALLOWED.fullmatch(key))
+    # An anneal ends with the run: a longer one had other rates in its last steps.
+    fixed = {"train.steps"} if old.schedule.anneal_steps or new.schedule.anneal_steps else set()
+    allowed = tuple(key for key in changed if key not in fixed and (key in may_change or _ALLOWED.fullmatch(key)))
     return Changes(allowed, tuple(key for key in changed if key not in allowed))
 
 

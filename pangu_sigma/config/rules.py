@@ -42,7 +42,7 @@ class RulesBroken(ValueError):
 
 def broken_rules(config: Config) -> list[tuple[str, str]]:
     """All broken rules of a configuration whose single fields are right, as (key, sentence) pairs."""
-    checks = (_model, _sparse, _domains, _tokenizer, _data, _schedule, _train, _around, _experts)
+    checks = (_model, _parts, _sparse, _domains, _tokenizer, _data, _schedule, _train, _around, _experts)
     checks += (broken_mesh_rules, broken_phase_rules, broken_stream_rules, broken_adaptation_rules)
     return [problem for check in checks for problem in check(config)]
 
@@ -60,6 +60,46 @@ def _model(config: Config) -> Broken:
             "model.layers",
             f"model.layers = {model.layers} leaves no block under the query layer: set it to at least 2, "
             "or model.query_layer to none",
+        )
+
+
+def _parts(config: Config) -> Broken:
+    """Backbone parts that cannot be combined, and options of parts that are not there."""
+    model = config.model
+    if model.position == "rope" and model.query_layer != "none":
+        yield (
+            "model.query_layer",
+            "model.query_layer = next_position asks by learned positions, which model.position = rope does not have: "
+            "set model.query_layer to none, or model.position to learned",
+        )
+    if model.position == "rope" and model.hidden % model.heads == 0 and model.hidden // model.heads % 2:
+        yield (
+            "model.heads",
+            f"model.position = rope turns pairs of values, and a head has {model.hidden // model.heads} "
+            "(model.hidden / model.heads): choose sizes that make it even",
+        )
+    if model.position != "rope" and model.rope_theta != 10000.0:
+        yield (
+            "model.rope_theta",
+            f"model.rope_theta = {model.rope_theta:g} has no effect with model.position = {model.position}: leave it "
+            "out, or set model.position to rope",
+        )
+    if model.feed_forward == "swiglu" and model.activation != "silu":
+        yield (
+            "model.activation",
+            f"model.activation = {model.activation}, but model.feed_forward = swiglu is gated by silu by definition: "
+            "set model.activation to silu",
+        )
+    if model.feed_forward == "swiglu" and model.biases:
+        yield (
+            "model.biases",
+            "model.biases is true, but model.feed_forward = swiglu has none: set model.biases to false",
+        )
+    if model.head == "untied" and model.embedding_slots == "per_domain":
+        yield (
+            "model.head",
+            "model.head = untied is one table for all domains, but model.embedding_slots = per_domain gives each its "
+            "own words: set model.head to tied, or model.embedding_slots to shared",
         )
 
 
@@ -122,6 +162,12 @@ def _router(config: Config) -> Broken:
             "model.sparse.renormalise",
             f"model.sparse.renormalise is true, but has no effect on the router {sparse.router}: set it to false, or "
             "the router to olmoe",
+        )
+    if sparse.balance != "per_layer" and "balance" not in kind.options:
+        yield (
+            "model.sparse.balance",
+            f"model.sparse.balance = {sparse.balance} has no effect on the router {sparse.router}: set it to "
+            "per_layer, or the router to olmoe",
         )
     if kind.fixed and sparse.experts_per_token != kind.experts_per_token:
         yield (
@@ -189,7 +235,7 @@ def _tokenizer(config: Config) -> Broken:
         yield (
             "data.tokenizer.path",
             "data.tokenizer.path is set, but data.tokenizer.kind is train: set the path to null, "
-            "or the kind to sentencepiece or pangu_alpha",
+            "or the kind to sentencepiece, pangu_alpha or huggingface",
         )
     if tokenizer.kind != "train" and tokenizer.path is None:
         yield (
@@ -257,6 +303,18 @@ def _schedule(config: Config) -> Broken:
             "schedule.decay_steps",
             f"schedule.decay_steps = {schedule.decay_steps} is less than schedule.warmup_steps = "
             f"{schedule.warmup_steps}: it counts the warm-up too, so set it to at least {schedule.warmup_steps}",
+        )
+    elif schedule.warmup_steps + schedule.anneal_steps > steps:
+        yield (
+            "schedule.anneal_steps",
+            f"schedule.anneal_steps = {schedule.anneal_steps} and schedule.warmup_steps = {schedule.warmup_steps} are "
+            f"more than train.steps = {steps}: shorten them or train longer",
+        )
+    if schedule.anneal_steps and any(phase.restart for phase in config.train.phases):
+        yield (
+            "schedule.anneal_steps",
+            "schedule.anneal_steps ends one schedule over the whole run, but a phase restarts it "
+            "(train.phases.*.restart): set schedule.anneal_steps to 0, or no phase to restart",
         )
 
 

@@ -12,8 +12,8 @@ from pangu_sigma.errors import UserError
 
 # Keys of the model section that say how it trains or was first drawn, not which function its tensors are.
 _FREE = re.compile(
-    r"model\.(preset|vocab_size|dropout|init_std|attention\.dropout)"
-    r"|model\.sparse\.(table|resample|dispatch|capacity_factor|jitter)"
+    r"model\.(preset|vocab_size|dropout|init_std|init_cutoff|init_scale_residual|attention\.dropout)"
+    r"|model\.sparse\.(table|resample|dispatch|capacity_factor|jitter|balance)"
     r"|model\.sparse\.(aux|z|importance|load)_loss_weight"
 )
 

@@ -31,9 +31,12 @@ class ScheduleConfig(Section):
     kind: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape of the decay after the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear growth from zero to the peak.")
     decay_steps: int | None = Field(
-        None, ge=1, description="Step at which the decay ends, the warm-up included; null takes train.steps."
+        None, ge=1, description="Step at which the decay ends, the warm-up included; null takes all before the anneal."
     )
-    final_factor: float = Field(0.1, ge=0, le=1, description="Learning rate at the end, as a share of the peak.")
+    final_factor: float = Field(0.1, ge=0, le=1, description="Where the decay ends, as a share of the peak.")
+    anneal_steps: int = Field(
+        0, ge=0, description="Last steps of the run, over which the rate falls linearly to 0 from where it stands."
+    )
 
 
 class LossScaleConfig(Section):

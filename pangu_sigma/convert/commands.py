@@ -19,6 +19,7 @@ class TokenizerKind(StrEnum):
 
     pangu_alpha = "pangu_alpha"
     sentencepiece = "sentencepiece"
+    huggingface = "huggingface"
 
 
 class Activation(StrEnum):
@@ -126,6 +127,41 @@ def import_mindformers(
         typer.echo(line)
 
 
+@import_app.command("hf", short_help="Import an OLMoE in Hugging Face's format.")
+def import_hf(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of an OlmoeForCausalLM, of safetensors files.")],
+    out: Out,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Tokenizer's file; DIR/tokenizer.json if left out.")
+    ] = None,
+    tokenizer_kind: Annotated[
+        TokenizerKind, typer.Option(help="What that file is: a tokenizer.json, or a SentencePiece model.")
+    ] = TokenizerKind.huggingface,
+    eod_id: Annotated[
+        int | None, typer.Option(min=0, help="End-of-document id; config.json's eos_token_id if left out.")
+    ] = None,
+    domain: Annotated[str, typer.Option(help="Name of the model's one domain.")] = "general",
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="FILES", help="Texts of that domain, for pangu-sigma evaluate.")
+    ] = None,
+) -> None:
+    """Write a model folder with the weights of an OlmoeForCausalLM, bit for bit.
+
+    Every tensor of the source is used and every tensor of the model assigned once; otherwise nothing is written.
+    """
+    from pangu_sigma.convert.olmoe import Wanted, import_olmoe
+
+    wanted = Wanted(tokenizer, tokenizer_kind.value, eod_id, domain, tuple(data or ()))
+    done = import_olmoe(source, out, wanted)
+    model = done.config.model
+    typer.echo(
+        f"{done.checkpoint.path}: {done.parameters:,} parameters, {model.layers} layers, hidden {model.hidden}, heads "
+        f"{model.heads}, {done.config.domains[0].experts} experts of {model.ffn} in each, "
+        f"{model.sparse.experts_per_token} for a token, vocabulary {model.vocab_size}, end-of-document id {done.eod_id}"
+    )
+    typer.echo(f"all {done.tensors} tensors of the source were used, every parameter was assigned once")
+
+
 def upcycle(
     dense: Annotated[
         Path, typer.Argument(metavar="DENSE", help="A dense model: a run's folder, a checkpoint or a model folder.")
@@ -153,6 +189,11 @@ def upcycle(
         f"sparse layers of {experts} experts for {len(done.config.domains)} domains; vocabulary and tokenizer are the "
         "dense model's"
     )
+    if not done.same_function:
+        typer.echo(
+            f"the router {done.config.model.sparse.router} scales what experts give, so the model begins as another "
+            "function than the dense one: train it before use"
+        )
 
 
 @vocab_app.command("extend", short_help="Add pieces to the tokenizer, rows to the embeddings.")

@@ -59,6 +59,8 @@ def with_pieces(old: Tokenizer, pieces: Sequence[str], kind: int) -> Tokenizer:
     segmentation, after all others: below the lowest score there is). Raises UserError naming pieces that are there
     already, and pieces that this tokenizer would never make out of text: their rows could not be trained.
     """
+    if old.kind == "huggingface":
+        raise UserError("a tokenizer of kind huggingface cannot be extended here: extend its tokenizer.json itself")
     if there := known_pieces(old, pieces):
         raise UserError(
             f"the tokenizer has these pieces already: {listed(there)}; leave them out, or give --skip-known"

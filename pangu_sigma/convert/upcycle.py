@@ -1,9 +1,10 @@
 """Upcycling: a dense model becomes the start of a sparse one with the same function.
 
 Shared parameters are copied, every expert starts as the feed-forward network of its layer, every domain's embedding
-slot as the word embedding (PanGu-Σ's inheritance from PanGu-α; sparse upcycling, arXiv 2212.05055). Routing tables are
-drawn as for a new model. RRE combines with weight 1, so as long as the experts of a group are equal the sparse model's
-logits are the dense model's.
+slot as the word embedding (PanGu-Σ's inheritance from PanGu-α; sparse upcycling, arXiv 2212.05055). Routing tables and
+gates are drawn as for a new model; a shared expert begins as a new one whose result is zero. Where a token's combine
+weights add up to 1 (tables, and gates that renormalise), the sparse model's logits are the dense model's as long as the
+experts of a layer are equal; other gates scale what experts give, and the sparse model begins as another function.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ from pangu_sigma.convert.coverage import check_coverage
 from pangu_sigma.convert.folder import check_output, write_with_progress
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import stored_config, stored_tokenizer
+from pangu_sigma.model.initial import initial_value
 from rre.counted import generator
+from rre.kinds import KINDS, LAYER
 from rre.tables import draw_table
 
 # What must be the same on both sides for a tensor to fit and the function to stay.
 _AGREE = (
-    "layers", "hidden", "heads", "ffn", "positions", "activation", "norm", "norm_epsilon", "position", "feed_forward",
-    "head", "query_layer",
+    "layers", "hidden", "heads", "ffn", "positions", "activation", "norm", "norm_epsilon", "position", "rope_theta",
+    "feed_forward", "biases", "head", "query_layer",
 )  # fmt: skip
 _PIECE = 1 << 22  # elements of an expert that are made at a time when noise is added
 
@@ -43,6 +46,12 @@ class Upcycled:
     config: Config
     dense_parameters: int
     parameters: int
+
+    @property
+    def same_function(self) -> bool:
+        """Whether the sparse model begins as the dense one's function (without noise)."""
+        sparse = self.config.model.sparse
+        return KINDS[sparse.router].keeps_scale or (sparse.router == "olmoe" and sparse.renormalise)
 
 
 def upcycle(dense: Path, config_file: Path, out: Path, overrides: tuple[str, ...] = (), noise: float = 0.0) -> Upcycled:
@@ -60,23 +69,21 @@ def upcycle(dense: Path, config_file: Path, out: Path, overrides: tuple[str, ...
     targets = manifest(config, config.model.vocab_size)
     names = source.names(optimizer=False)
     shapes = {name: source.manifest.tensors[name].shape for name in names}
-    origins = {name: _origin(name) for name in targets if not is_routing(name)}
+    origins = {name: _origin(name) for name in targets if not is_routing(name) and not _is_new(name)}
     assigned = []
     for name, origin in origins.items():
         if origin in shapes:
             groups = targets[name][:1] if is_expert(name) else ()
             assigned.append((name, origin, (*groups, *shapes[origin])))
-    trained = {name: shape for name, shape in targets.items() if not is_routing(name)}
+    trained = {name: targets[name] for name in origins}
     check_coverage(f"the dense model {source.path}", trained, assigned, names)
     groups = {domain.name: domain.experts for domain in config.domains}
 
     def read(spec: TensorSpec) -> np.ndarray | Iterator[memoryview]:
         if is_routing(spec.name):
-            _, domain, place = spec.name.removesuffix(".routing").split(".", 2)
-            return draw_table(
-                config.model.sparse.table, config.run.seed, place, domain, spec.shape[0], groups[domain],
-                counts.get(domain),
-            )  # fmt: skip
+            return _table(config, spec, counts)
+        if _is_new(spec.name):
+            return _new(config, spec)
         origin = origins[spec.name]
         if not is_expert(spec.name) and source.manifest.tensors[origin].dtype == "float32":
             return source.pieces(origin)
@@ -126,16 +133,6 @@ def _fitted(config: Config, old: Config, file: str, source: Checkpoint) -> Confi
         )
     if not config.model.sparse_prefixes:
         raise UserError(f"{file}: model.sparse.layers is 0, so there is nothing to upcycle: set it to at least 1")
-    if config.model.sparse.router != "rre":
-        raise UserError(
-            f"{file}: model.sparse.router is {config.model.sparse.router}, for which upcycling is not built (a gate "
-            "scales what experts give, so the sparse model would not be the dense one): set it to rre"
-        )
-    if config.model.sparse.shared_expert:
-        raise UserError(
-            f"{file}: model.sparse.shared_expert is true, and what it adds would make the sparse model another one "
-            "than the dense: set it to false"
-        )
     differ = [
         f"model.{key} is {getattr(config.model, key)} and the dense model's {getattr(old.model, key)}"
         for key in _AGREE
@@ -183,6 +180,29 @@ def _text(config: Config, source: Checkpoint) -> tuple[dict[str, np.ndarray], di
         if wanted and len(held)
     }
     return counts, {store.name: store.corpus_fingerprint for store in corpus.stores}, probe
+
+
+def _is_new(name: str) -> bool:
+    """Whether a tensor is of a part that a dense model does not have: a gate, or a shared expert."""
+    return ".router." in name or ".shared_expert." in name
+
+
+def _new(config: Config, spec: TensorSpec) -> np.ndarray:
+    """A new part's tensor; a shared expert gives zero until it trains, so that it changes no logit."""
+    if spec.name.endswith(".shared_expert.down.weight"):
+        return np.zeros(spec.shape, np.float32)
+    return initial_value(spec.name, spec.shape, config.run.seed, config.model)
+
+
+def _table(config: Config, spec: TensorSpec, counts: dict[str, np.ndarray]) -> np.ndarray:
+    """A new routing table: of a domain over its group, or of a hash layer over all experts."""
+    kind, seed, name = config.model.sparse.table, config.run.seed, spec.name.removesuffix(".routing")
+    groups = {domain.name: domain.experts for domain in config.domains}
+    if domain_of(spec.name) is None:
+        together = sum(counts.values()) if counts else None
+        return draw_table(kind, seed, name, LAYER, spec.shape[0], sum(groups.values()), together)
+    _, domain, place = name.split(".", 2)
+    return draw_table(kind, seed, place, domain, spec.shape[0], groups[domain], counts.get(domain))
 
 
 def _origin(name: str) -> str:

@@ -15,7 +15,6 @@ import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder, TensorSpec, resolve
 from pangu_sigma.checkpoint.conversion import as_float32, converted
-from pangu_sigma.checkpoint.layout import domain_of
 from pangu_sigma.checkpoint.tensor_file import raw_bytes
 from pangu_sigma.config import Config, config_from_dict, effective
 from pangu_sigma.config.counts import is_routing, manifest, place_and_owner
@@ -25,7 +24,7 @@ from pangu_sigma.convert.pieces import NORMAL, USER_DEFINED, known_pieces, read_
 from pangu_sigma.data.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import stored_config, stored_tokenizer
-from rre.counted import generator
+from rre.counted import generator, normal
 from rre.kinds import KINDS, LAYER
 from rre.tables import extend_table
 
@@ -172,7 +171,7 @@ def _counts(config: Config, tokenizer: Tokenizer, rows: int) -> Mapping[str, np.
 
 def _grows(name: str) -> bool:
     """Whether a tensor has one entry or row for every vocabulary id."""
-    return is_routing(name) or name == "embedding.word" or (domain_of(name) is not None and name.endswith(".word"))
+    return is_routing(name) or name.endswith(("embedding.word", "head.word"))
 
 
 def _with_rows(tensor: np.ndarray, spec: TensorSpec, config: Config, initial: Initial) -> Iterator[memoryview]:
@@ -187,7 +186,7 @@ def _with_rows(tensor: np.ndarray, spec: TensorSpec, config: Config, initial: In
         if initial == "mean":
             fresh = np.broadcast_to(mean, (count, hidden))
         else:
-            fresh = rng.standard_normal((count, hidden), np.float32) * np.float32(config.model.init_std)
+            fresh = normal(rng, (count, hidden), config.model.init_std, config.model.init_cutoff)
         yield raw_bytes(converted(spec.name, fresh, spec.dtype))
 
 

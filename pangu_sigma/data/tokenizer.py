@@ -35,7 +35,7 @@ class Tokenizer(ABC):
 
     def __init__(self, model: bytes, eod_id: int | None, pad_id: int | None, origin: str = "the given model"):
         self.model = model
-        self._pieces = _processor(model, origin)
+        self._pieces = self._open(model, origin)
         self.vocab_size: int = self._pieces.get_piece_size()
         self.eod_id: int = self._find_eod(origin) if eod_id is None else self._check("eod_id", eod_id)
         self.pad_id: int = self._find_pad() if pad_id is None else self._check("pad_id", pad_id)
@@ -73,6 +73,10 @@ class Tokenizer(ABC):
         }
         (folder / MODEL_FILE).write_bytes(self.model)
         (folder / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+
+    def _open(self, model: bytes, origin: str):
+        """What knows the vocabulary: a SentencePieceProcessor, or what has its methods. UserError for a wrong file."""
+        return _processor(model, origin)
 
     def _rules(self) -> str:
         """What decides the ids besides the model file (versions of a word splitter, for example)."""
@@ -236,11 +240,15 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def tokenizer_class(kind: str) -> type[Tokenizer]:
-    """The class of a tokenizer kind: ``sentencepiece`` (also what ``train`` gives) or ``pangu_alpha``."""
+    """The class of a tokenizer kind: ``sentencepiece`` (what ``train`` gives), ``pangu_alpha`` or ``huggingface``."""
     if kind in ("sentencepiece", "train"):
         return SentencePieceTokenizer
     if kind == "pangu_alpha":
         from pangu_sigma.data.tokenizer_pangu import PanguAlphaTokenizer  # jieba's import is slow, and few need it
 
         return PanguAlphaTokenizer
-    raise UserError(f"unknown tokenizer kind '{kind}'; choose train, sentencepiece or pangu_alpha")
+    if kind == "huggingface":
+        from pangu_sigma.data.tokenizer_huggingface import HuggingFaceTokenizer  # its library is an extra
+
+        return HuggingFaceTokenizer
+    raise UserError(f"unknown tokenizer kind '{kind}'; choose train, sentencepiece, pangu_alpha or huggingface")

@@ -8,7 +8,6 @@ the first draw tables of their own.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +19,11 @@ from pangu_sigma.config.counts import is_expert
 from pangu_sigma.domains.tables import origins_of_copies, split_table
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import stored_config
-from rre.counted import generator
+from rre.counted import generator, normal
 from rre.tables import draw_table
+
+# What a dense model must share with this one for its feed-forward networks to be experts here.
+_SAME_SHAPE = ("layers", "hidden", "ffn", "vocab_size", "activation", "feed_forward", "biases", "query_layer")
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Initial:
         before, here = stored_config(dense).model, self.config.model
         if before.sparse_prefixes or before.embedding_slots != "shared":
             raise UserError(f"--init {self.text} is no dense model with one word embedding: name another, or mean")
-        for key in ("layers", "hidden", "ffn", "vocab_size", "activation", "query_layer"):
+        for key in _SAME_SHAPE:
             if getattr(before, key) != getattr(here, key):
                 raise UserError(
                     f"--init {self.text} is a model of another shape: model.{key} is {getattr(before, key)} there and "
@@ -115,10 +117,9 @@ class Initial:
 
     def _random(self, suffix: str, shape: tuple[int, ...]) -> np.ndarray:
         # As `model.build` initialises: what ends in the residual stream is scaled by 1 / sqrt(2 L), biases are 0.
-        std = self.config.model.init_std
+        model = self.config.model
         if suffix.endswith(".bias"):
             return np.zeros(shape, np.float32)
-        if is_expert(f".{suffix}") and suffix.endswith("down.weight"):
-            std /= math.sqrt(2.0 * self.config.model.layers)
+        into_residual = is_expert(f".{suffix}") and suffix.endswith("down.weight")
         rng = generator(self.config.run.seed, f"initial {self.name} {suffix}")
-        return rng.standard_normal(shape, np.float32) * np.float32(std)
+        return normal(rng, shape, model.residual_std if into_residual else model.init_std, model.init_cutoff)

@@ -12,8 +12,11 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.load import stored_config
 
 # Keys that say how a model trains or was first drawn, not which function its tensors are.
-_FREE = ("preset", "dropout", "init_std", "attention.dropout", "sparse.table", "sparse.resample", "sparse.dispatch",
-         "sparse.capacity_factor", "sparse.aux_loss_weight", "sparse.jitter")  # fmt: skip
+_FREE = (
+    "preset", "dropout", "init_std", "init_cutoff", "init_scale_residual", "attention.dropout", "sparse.table",
+    "sparse.resample", "sparse.dispatch", "sparse.capacity_factor", "sparse.aux_loss_weight", "sparse.balance",
+    "sparse.jitter",
+)  # fmt: skip
 
 
 def check_siblings(one: Checkpoint, other: Checkpoint) -> None:

@@ -9,16 +9,17 @@ from __future__ import annotations
 from mindspore import ParameterTuple, Tensor, nn, ops
 
 from pangu_sigma.generation.graphs import EmbedGraph, own_tables
-from pangu_sigma.generation.parts import Norm, Part, weights_of
+from pangu_sigma.generation.parts import Norm, Part
 from pangu_sigma.model.build import Model
 from parallel.compiled_decoding import CompiledDecodeHead, CompiledDecodeLayer
-from rre.experts import TENSORS_PER_EXPERT
 
 
 def has_compiled_step(model: Model) -> bool:
-    """Whether the kernels are there (`run.kernels`) and cover the model: table routers, no shared expert."""
-    sparse = model.config.model.sparse
-    return model.layout.kernels is not None and not model.learned and not sparse.shared_expert
+    """Whether the kernels are there (`run.kernels`) and cover the model: PanGu's parts, table routers, no shared
+    expert."""
+    config = model.config.model
+    covered = config.has_pangu_parts and not model.learned and not config.sparse.shared_expert
+    return model.layout.kernels is not None and covered
 
 
 class CompiledStepGraph(Part):
@@ -41,12 +42,15 @@ class CompiledStepGraph(Part):
         self.embed = EmbedGraph(model, self.tables)
         self.positions = named["embedding.position"]
         self.norm = Norm(named, "norm", config, layout)
+        network = config.network.tensors
         self.weights = tuple(
-            ParameterTuple(named[f"{prefix}.{name}"] for name in _layer_names(prefix in config.sparse_prefixes))
+            ParameterTuple(
+                named[f"{prefix}.{name}"] for name in _layer_names(() if prefix in config.sparse_prefixes else network)
+            )
             for prefix in prefixes
         )
         places = {prefix: n for n, prefix in enumerate(config.sparse_prefixes)}
-        size = weights_of(rows)
+        size = len(network) * rows
         self.bounds = tuple(
             (self.tables + places[p] * size, self.tables + (places[p] + 1) * size) if p in places else (0, 0)
             for p in prefixes
@@ -83,9 +87,9 @@ class CompiledStepGraph(Part):
         return (self.head(h, flat[: self.tables] if self.tables else (self.words,)), *kept)
 
 
-def _layer_names(sparse: bool) -> list[str]:
-    """A layer's own tensors as `CompiledDecodeLayer` takes them."""
+def _layer_names(network: tuple[str, ...]) -> list[str]:
+    """A layer's own tensors as `CompiledDecodeLayer` takes them; `network`: those of its own feed-forward network."""
     names = ["norm1.gamma", "norm1.beta"]
     names += [f"attention.{n}.{kind}" for n in ("query", "key", "value", "projection") for kind in ("weight", "bias")]
     names += ["norm2.gamma", "norm2.beta"]
-    return names if sparse else names + [f"feed_forward.{name}" for name in TENSORS_PER_EXPERT]
+    return names + [f"feed_forward.{name}" for name in network]

@@ -29,14 +29,13 @@ from pangu_sigma.generation.parts import (
     ExpertPerRow,
     GatedExperts,
     Layer,
-    Norm,
     Part,
     PlannedExperts,
     WithSharedExpert,
-    weights_of,
+    norm,
 )
 from pangu_sigma.model.build import COMPUTE_TYPES, Model
-from rre.experts import expert_shapes
+from parallel.rotary import AnglesByRow
 
 
 class EmbedGraph(Part):
@@ -91,9 +90,14 @@ class Body(Part):
         self.blocks = config.blocks
         self.tables = tables
         if tables == 0:
-            self.words = named["embedding.word"]
-        self.positions = named["embedding.position"]
-        self.norm = Norm(named, "norm", config, layout)
+            self.words = named["head.word" if config.head == "untied" else "embedding.word"]
+        self.rotates = config.position == "rope"
+        if self.rotates:
+            width = config.hidden // config.heads
+            self.angles = AnglesByRow(layout, config.positions, config.heads, width, config.rope_theta)
+        else:
+            self.positions = named["embedding.position"]
+        self.norm = norm(named, "norm", config, layout)
         places = config.sparse_prefixes
         ends = np.cumsum([tables, *sizes]).tolist()
         bounds = {place: (ends[i], ends[i + 1]) for i, place in enumerate(places)}
@@ -116,7 +120,11 @@ class Body(Part):
         self.add = layout(ops.Add(), (1, 1), (1, 1))
 
     def construct(self, words: Tensor, positions: Tensor, last, contexts: tuple, flat: tuple[Tensor, ...]):
-        h = self.add(words, self.take(self.positions, positions, 0))
+        h, turns = words, ()
+        if self.rotates:
+            turns = self.angles(positions)
+        else:
+            h = self.add(words, self.take(self.positions, positions, 0))
         kept = ()
         for i, layer in enumerate(self.layers):
             query_rows = None
@@ -124,7 +132,7 @@ class Body(Part):
                 h = self.norm(h)
                 query_rows = self.take(self.queries, positions, 0)
             start, end = self.bounds[i]
-            h, mine = layer(h, query_rows, contexts[i], flat[start:end])
+            h, mine = layer(h, query_rows, turns, contexts[i], flat[start:end])
             kept = kept + mine
         if not self.has_query_layer:
             h = self.norm(h)
@@ -147,8 +155,8 @@ class PromptGraph(Part):
     [H, C, W] of every layer).
 
     Logits are float32 [1, V] after token number `last`, or with `every` [C, V] after each. Flat inputs of a sparse
-    layer: for a table router the row numbers of N slots (dynamic length) and of the dropped, positions [C, 1] and 4 N
-    weights; for a learned gate 4 E weights.
+    layer: for a table router the row numbers of N slots (dynamic length) and of the dropped, positions [C, 1] and the
+    tensors of N networks; for a learned gate those of E.
     """
 
     def __init__(self, model: Model, length: int, every: bool) -> None:
@@ -191,8 +199,8 @@ class StoredStepGraph(Part):
     """One token for each of B rows: words float32 [B, D] (of `EmbedGraph`), positions int32 [B], flat -> logits [B, V].
 
     Keys and values go into the caches, which are parameters of this graph, [B*H, L, W] for every layer; a row sees its
-    cache up to its position. Flat inputs of a sparse layer: the 4 tensors of each row's expert, or for a learned gate
-    4 E weights.
+    cache up to its position. Flat inputs of a sparse layer: the tensors of each row's expert, or for a learned
+    gate those of all E.
     """
 
     def __init__(self, model: Model, rows: int, length: int) -> None:
@@ -297,7 +305,7 @@ def _sparse(model: Model, planned: type, slots: int) -> tuple[dict[str, nn.Cell]
             beside = DenseFeedForward(named, f"{place}.shared_expert", config, layout, compute)
             cell = WithSharedExpert(cell, beside, layout)
         sparse[place] = cell
-    return sparse, weights_of(total)
+    return sparse, len(config.network.tensors) * total
 
 
 def _step_layers(model: Model, rows: int) -> tuple[dict[str, nn.Cell], list[int], int]:
@@ -306,5 +314,6 @@ def _step_layers(model: Model, rows: int) -> tuple[dict[str, nn.Cell], list[int]
 
 
 def _weight_placeholders(model: Model, experts: int) -> list[Tensor]:
-    shapes = expert_shapes(model.config.model.hidden, model.config.model.ffn).values()
+    config = model.config.model
+    shapes = config.network.shapes(config.hidden, config.ffn).values()
     return [Tensor(shape=list(shape), dtype=ms.float32) for _ in range(experts) for shape in shapes]

@@ -14,13 +14,14 @@ import math
 from collections.abc import Mapping
 
 import mindspore as ms
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from pangu_sigma.config.model import ModelConfig
 from parallel.layout import Layout
-from parallel.primitives import activation
+from parallel.primitives import activation, rms_norm
+from parallel.rotary import turn
 from rre.dispatch import Combine, Dispatch, PlanInGraph
-from rre.experts import TENSORS_PER_EXPERT, Experts
+from rre.experts import Experts
 from rre.routers.gate import Gate
 
 Named = Mapping[str, Parameter]
@@ -33,36 +34,28 @@ class Part(nn.Cell):
         super().__init__(auto_prefix=False)
 
 
-class Product(Part):
-    """Base of cells that compute x [T, in] @ w [in, out] + b [out]; the product in `compute` precision, else float32.
+class Affine(Part):
+    """x [T, in] @ w [in, out] + b [out], the network's weight and, if it has one, bias of this name; the product in
+    `compute` precision, else float32."""
 
-    A base and not a cell inside: MindSpore visits every cell of a graph in Python at every call.
-    """
-
-    def __init__(self, layout: Layout, compute: ms.dtype) -> None:
+    def __init__(self, named: Named, name: str, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
+        self.weight = named[f"{name}.weight"]
+        self.has_bias = f"{name}.bias" in named
+        if self.has_bias:
+            self.bias = named[f"{name}.bias"]
         self.low = compute != ms.float32
         self.compute = compute
         self.multiply = layout(ops.MatMul(), (1, 1), (1, 1))
         self.add_bias = layout(ops.BiasAdd(), (1, 1), (1,))
         self.cast = layout(ops.Cast(), (1, 1))
 
-    def product(self, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        if self.low:
-            y = self.multiply(self.cast(x, self.compute), self.cast(w, self.compute))
-            return self.add_bias(self.cast(y, ms.float32), b)
-        return self.add_bias(self.multiply(x, w), b)
-
-
-class Affine(Product):
-    """`Product` with the network's weight and bias of this name."""
-
-    def __init__(self, named: Named, name: str, layout: Layout, compute: ms.dtype) -> None:
-        super().__init__(layout, compute)
-        self.weight, self.bias = named[f"{name}.weight"], named[f"{name}.bias"]
-
     def construct(self, x: Tensor) -> Tensor:
-        return self.product(x, self.weight, self.bias)
+        if self.low:
+            y = self.cast(self.multiply(self.cast(x, self.compute), self.cast(self.weight, self.compute)), ms.float32)
+        else:
+            y = self.multiply(x, self.weight)
+        return self.add_bias(y, self.bias) if self.has_bias else y
 
 
 class Norm(Part):
@@ -77,16 +70,54 @@ class Norm(Part):
         return self.norm(x, self.gamma, self.beta)[0]
 
 
-class FeedForward(Product):
-    """x_TD and a network's four tensors -> activation(x W_up + b_up) W_down + b_down."""
+class RootMeanSquareNorm(Part):
+    """Normalisation of x_TD by its root mean square with the network's gamma of this name."""
+
+    def __init__(self, named: Named, name: str, model: ModelConfig, layout: Layout) -> None:
+        super().__init__()
+        self.gamma = named[f"{name}.gamma"]
+        self.norm = rms_norm(layout, model.norm_epsilon)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.norm(x, self.gamma)[0]
+
+
+def norm(named: Named, name: str, model: ModelConfig, layout: Layout) -> Part:
+    """The normalisation of the configuration, with the network's parameters of this name."""
+    kind = {"layernorm": Norm, "rmsnorm": RootMeanSquareNorm}[model.norm]
+    return kind(named, name, model, layout)
+
+
+class FeedForward(Part):
+    """x_TD and a network's tensors -> y_TD (see `NetworkForm`); the products in `compute` precision.
+
+    Written out instead of made of cells: MindSpore visits every cell of a graph in Python at every call.
+    """
 
     def __init__(self, model: ModelConfig, layout: Layout, compute: ms.dtype) -> None:
-        super().__init__(layout, compute)
+        super().__init__()
+        self.form = model.network
+        self.low = compute != ms.float32
+        self.compute = compute
+        self.multiply = layout(ops.MatMul(), (1, 1), (1, 1))
+        self.add_bias = layout(ops.BiasAdd(), (1, 1), (1,))
+        self.mul = layout(ops.Mul(), (1, 1), (1, 1))
+        self.cast = layout(ops.Cast(), (1, 1))
         self.activation = activation(model.activation, layout)
 
+    def product(self, x: Tensor, w: Tensor) -> Tensor:
+        if self.low:
+            return self.cast(self.multiply(self.cast(x, self.compute), self.cast(w, self.compute)), ms.float32)
+        return self.multiply(x, w)
+
     def construct(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-        up, up_bias, down, down_bias = weights
-        return self.product(self.activation(self.product(x, up, up_bias))[0], down, down_bias)
+        if self.form.gated:
+            gated = self.mul(self.activation(self.product(x, weights[0]))[0], self.product(x, weights[1]))
+            return self.product(gated, weights[2])
+        if self.form.biases:
+            inner = self.activation(self.add_bias(self.product(x, weights[0]), weights[1]))[0]
+            return self.add_bias(self.product(inner, weights[2]), weights[3])
+        return self.product(self.activation(self.product(x, weights[0]))[0], weights[1])
 
 
 class DenseFeedForward(Part):
@@ -94,20 +125,20 @@ class DenseFeedForward(Part):
 
     def __init__(self, named: Named, prefix: str, model: ModelConfig, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
-        self.up = Affine(named, f"{prefix}.up", layout, compute)
-        self.down = Affine(named, f"{prefix}.down", layout, compute)
-        self.activation = activation(model.activation, layout)
+        self.weights = ParameterTuple(named[f"{prefix}.{name}"] for name in model.network.tensors)
+        self.feed_forward = FeedForward(model, layout, compute)
 
     def construct(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-        return self.down(self.activation(self.up(x))[0])
+        return self.feed_forward(x, self.weights)
 
 
 class ExpertPerRow(Part):
-    """A table-routed layer in a decoding step: row i goes through the expert whose four tensors are inputs 4 i …"""
+    """A table-routed layer in a decoding step: row i goes through the expert whose tensors are the i-th inputs."""
 
     def __init__(self, model: ModelConfig, rows: int, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
         self.rows = rows
+        self.each = len(model.network.tensors)
         self.feed_forward = FeedForward(model, layout, compute)
         self.split = layout(ops.Split(0, rows), (1, 1))
         self.concat = layout(ops.Concat(0))
@@ -118,19 +149,19 @@ class ExpertPerRow(Part):
         parts = self.split(x)
         results = ()
         for row in range(self.rows):
-            results = results + (self.feed_forward(parts[row], inputs[4 * row : 4 * row + 4]),)
+            results = results + (self.feed_forward(parts[row], inputs[self.each * row : self.each * (row + 1)]),)
         return self.concat(results)
 
 
 class PlannedExperts(Part):
     """A table-routed layer over a prompt: `inputs` are the rows of N slots and of the dropped (none), the positions,
-    then 4 N weights, as training plans them."""
+    then the tensors of N networks, as training plans them."""
 
     def __init__(self, model: ModelConfig, slots: int, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
         self.slots = slots
         self.dispatch = Dispatch(layout)
-        self.experts = Experts(layout, model.activation, compute)
+        self.experts = Experts(layout, model.network, compute)
         self.combine = Combine(layout)
 
     def construct(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -140,7 +171,7 @@ class PlannedExperts(Part):
 
 
 class GatedExperts(Part):
-    """A layer with a learned gate, the network's own, over all E experts, whose 4 E tensors are the inputs.
+    """A layer with a learned gate, the network's own, over all E experts, whose tensors are the inputs.
 
     It chooses as in evaluation: without noise, and nothing is dropped.
     """
@@ -150,7 +181,7 @@ class GatedExperts(Part):
         self.gate = gate
         self.plan = PlanInGraph(experts, layout)
         self.dispatch = Dispatch(layout)
-        self.experts = Experts(layout, model.activation, compute)
+        self.experts = Experts(layout, model.network, compute)
         self.combine = Combine(layout)
         self.mul = layout(ops.Mul(), (1, 1), (1, 1))
         self.choice_sum = layout(ops.ReduceSum(), (1, 1, 1))
@@ -182,7 +213,8 @@ class WithSharedExpert(Part):
 class Layer(Part):
     """One transformer layer around an attention `core`: h_TD -> (h_TD, what the core keeps).
 
-    The core is called with this layer's queries (scaled), keys and values [T, D] and `context`, its own business. In
+    The core is called with this layer's queries (scaled), keys and values [T, D] and `context`, its own business;
+    queries and keys are normalised and turned before, as the configuration says (`turns`: those of `AnglesByRow`). In
     the query layer the queries are made from `query_rows` [T, D] instead of h.
     """
 
@@ -191,25 +223,33 @@ class Layer(Part):
         compute: ms.dtype,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.norm1 = Norm(named, f"{prefix}.norm1", model, layout)
-        self.norm2 = Norm(named, f"{prefix}.norm2", model, layout)
+        self.norm1 = norm(named, f"{prefix}.norm1", model, layout)
+        self.norm2 = norm(named, f"{prefix}.norm2", model, layout)
         self.query = Affine(named, f"{prefix}.attention.query", layout, compute)
         self.key = Affine(named, f"{prefix}.attention.key", layout, compute)
         self.value = Affine(named, f"{prefix}.attention.value", layout, compute)
         self.projection = Affine(named, f"{prefix}.attention.projection", layout, compute)
+        self.normalises = model.attention.qk_norm
+        if self.normalises:
+            self.query_norm = norm(named, f"{prefix}.attention.query_norm", model, layout)
+            self.key_norm = norm(named, f"{prefix}.attention.key_norm", model, layout)
+        self.rotates = model.position == "rope"
+        if self.rotates:
+            self.turn = turn(layout, model.heads, model.hidden // model.heads)
         self.core = core
         self.feed_forward = feed_forward
         self.scale = 1.0 / math.sqrt(model.hidden // model.heads)
         self.add = layout(ops.Add(), (1, 1), (1, 1))
 
-    def construct(self, h: Tensor, query_rows, context: tuple[Tensor, ...], inputs: tuple[Tensor, ...]):
+    def construct(
+        self, h: Tensor, query_rows, turns: tuple, context: tuple[Tensor, ...], inputs: tuple[Tensor, ...]
+    ):  # fmt: skip
         x = self.norm1(h)
-        queries = x if query_rows is None else query_rows
-        y, kept = self.core(self.query(queries) * self.scale, self.key(x), self.value(x), context)
+        q, k = self.query(x if query_rows is None else query_rows), self.key(x)
+        if self.normalises:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if self.rotates:
+            q, k = self.turn(q, turns), self.turn(k, turns)
+        y, kept = self.core(q * self.scale, k, self.value(x), context)
         h = self.add(h, self.projection(y))
         return self.add(h, self.feed_forward(self.norm2(h), inputs)), kept
-
-
-def weights_of(experts: int) -> int:
-    """Number of tensors of so many experts."""
-    return len(TENSORS_PER_EXPERT) * experts

@@ -7,20 +7,26 @@ from mindspore import Parameter, Tensor, nn
 from mindspore.common.initializer import Normal, initializer
 
 from parallel.layout import Layout
-from parallel.primitives import layer_norm, linear
+from parallel.primitives import layer_norm, linear, rms_norm
 
 
 class Affine(nn.Cell):
-    """x [T, in] -> x @ weight [in, out] + bias [out]; weight ~ Normal(std), bias 0."""
+    """x [T, in] -> x @ weight [in, out] + bias [out] if it has `biases`; weight ~ Normal(std), bias 0."""
 
-    def __init__(self, inner: int, outer: int, layout: Layout, compute: ms.dtype, std: float) -> None:
+    def __init__(
+        self, inner: int, outer: int, layout: Layout, compute: ms.dtype, std: float, biases: bool = True
+    ) -> None:
         super().__init__()
         self.weight = Parameter(initializer(Normal(std), (inner, outer), ms.float32), name="weight")
-        self.bias = Parameter(initializer("zeros", (outer,), ms.float32), name="bias")
-        self.linear = linear(layout, compute)
+        self.has_bias = biases
+        if biases:
+            self.bias = Parameter(initializer("zeros", (outer,), ms.float32), name="bias")
+        self.linear = linear(layout, compute, biases)
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.linear(x, self.weight, self.bias)
+        if self.has_bias:
+            return self.linear(x, self.weight, self.bias)
+        return self.linear(x, self.weight)
 
 
 class Norm(nn.Cell):
@@ -34,3 +40,15 @@ class Norm(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         return self.norm(x, self.gamma, self.beta)[0]
+
+
+class RootMeanSquareNorm(nn.Cell):
+    """Normalisation of x_TD by its root mean square, with a learned gamma [D], in float32."""
+
+    def __init__(self, hidden: int, epsilon: float, layout: Layout) -> None:
+        super().__init__()
+        self.gamma = Parameter(initializer("ones", (hidden,), ms.float32), name="gamma")
+        self.norm = rms_norm(layout, epsilon)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.norm(x, self.gamma)[0]

@@ -10,10 +10,13 @@ import math
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
+from pangu_sigma.config.model import ModelConfig
 from pangu_sigma.model.affine import Affine
 from pangu_sigma.model.dropout import CountedDropout
+from pangu_sigma.model.parts import NORMS
 from parallel.compiled import CompiledAttention
 from parallel.layout import Layout
+from parallel.rotary import turn
 
 MASKED_SCORE = -10000.0  # PanGu-alpha's value; its exponential is 0 in float32
 SMALLEST_CHUNK = 64
@@ -210,22 +213,35 @@ def masking(heads: int, layout: Layout, dropout: float) -> nn.Cell:
 
 
 class Attention(nn.Cell):
-    """x_TD (and for the query layer its own query rows) -> y_TD, with biases, as PanGu-alpha's (facts of the paper)."""
+    """x_TD (and for the query layer its own query rows) -> y_TD.
 
-    def __init__(
-        self, hidden: int, heads: int, layout: Layout, compute: ms.dtype, init_std: float, projection_std: float,
-        dropout: float, layer: int,
-    ) -> None:  # fmt: skip
+    Biases, the norms of projected queries and keys, and what turns both are the configuration's (`turns`: () or those
+    of `RotaryPositions`).
+    """
+
+    def __init__(self, model: ModelConfig, layer: int, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
-        self.query = Affine(hidden, hidden, layout, compute, init_std)
-        self.key = Affine(hidden, hidden, layout, compute, init_std)
-        self.value = Affine(hidden, hidden, layout, compute, init_std)
-        self.projection = Affine(hidden, hidden, layout, compute, projection_std)
+        hidden, heads, dropout = model.hidden, model.heads, model.attention.dropout
+        self.query = Affine(hidden, hidden, layout, compute, model.init_std, model.biases)
+        self.key = Affine(hidden, hidden, layout, compute, model.init_std, model.biases)
+        self.value = Affine(hidden, hidden, layout, compute, model.init_std, model.biases)
+        self.projection = Affine(hidden, hidden, layout, compute, model.residual_std, model.biases)
+        self.normalises = model.attention.qk_norm
+        if self.normalises:
+            self.query_norm = NORMS[model.norm](hidden, model.norm_epsilon, layout)
+            self.key_norm = NORMS[model.norm](hidden, model.norm_epsilon, layout)
+        self.rotates = model.position == "rope"
+        if self.rotates:
+            self.turn = turn(layout, heads, hidden // heads)
         if is_compiled(layout, dropout):
             self.core = Compiled(heads, layout.kernels)
         else:
             self.core = Composed(hidden, heads, layout, compute, dropout, layer)
 
-    def construct(self, query_rows: Tensor, x: Tensor, masks: tuple[Tensor, ...], keys: Tensor) -> Tensor:
-        y = self.core(self.query(query_rows), self.key(x), self.value(x), masks, keys)
-        return self.projection(y)
+    def construct(self, query_rows: Tensor, x: Tensor, masks: tuple[Tensor, ...], turns: tuple, keys: Tensor) -> Tensor:
+        q, k = self.query(query_rows), self.key(x)
+        if self.normalises:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if self.rotates:
+            q, k = self.turn(q, turns), self.turn(k, turns)
+        return self.projection(self.core(q, k, self.value(x), masks, keys))

@@ -17,7 +17,7 @@ def shared_expert(model: ModelConfig, layout: Layout, compute: ms.dtype) -> nn.C
     """The network that every token of a sparse layer takes beside its experts, where the configuration wants one."""
     if not model.sparse.shared_expert:
         return None
-    return FEED_FORWARDS[model.feed_forward](model, layout, compute, model.init_std / (2.0 * model.layers) ** 0.5)
+    return FEED_FORWARDS[model.feed_forward](model, layout, compute, model.residual_std)
 
 
 class TransformerLayer(nn.Cell):
@@ -30,21 +30,20 @@ class TransformerLayer(nn.Cell):
         self, model: ModelConfig, layer: int, layout: Layout, compute: ms.dtype, sparse: nn.Cell | None
     ) -> None:
         super().__init__()
-        residual_std = model.init_std / (2.0 * model.layers) ** 0.5
         self.norm1 = NORMS[model.norm](model.hidden, model.norm_epsilon, layout)
-        self.attention = Attention(
-            model.hidden, model.heads, layout, compute, model.init_std, residual_std, model.attention.dropout, layer
-        )
+        self.attention = Attention(model, layer, layout, compute)
         self.norm2 = NORMS[model.norm](model.hidden, model.norm_epsilon, layout)
         self.is_sparse = sparse is not None
-        self.feed_forward = sparse or FEED_FORWARDS[model.feed_forward](model, layout, compute, residual_std)
+        self.feed_forward = sparse or FEED_FORWARDS[model.feed_forward](model, layout, compute, model.residual_std)
         self.attention_dropout = CountedDropout(model.dropout, layer, "attention")
         self.feed_forward_dropout = CountedDropout(model.dropout, layer, "feed-forward")
 
-    def construct(self, h: Tensor, query_rows, masks: tuple, keys: Tensor, routing: tuple, weights: tuple):
+    def construct(
+        self, h: Tensor, query_rows, masks: tuple, turns: tuple, keys: Tensor, routing: tuple, weights: tuple
+    ):  # fmt: skip
         x = self.norm1(h)
         queries = x if query_rows is None else query_rows
-        h = h + self.attention_dropout(self.attention(queries, x, masks, keys), keys)
+        h = h + self.attention_dropout(self.attention(queries, x, masks, turns, keys), keys)
         x = self.norm2(h)
         if self.is_sparse:
             y, auxiliary, counts = self.feed_forward(x, routing, weights)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor
+from mindspore import Tensor
 
 from pangu_sigma.config import Config
 from pangu_sigma.errors import UserError
+from pangu_sigma.model.initial import initial_value
 from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.model.signature import FlatSignature, PlaceSignature
 from parallel.compiled import HostKernels, library
 from parallel.layout import Layout
-from rre.counted import generator
 from rre.dispatch import EXACT_ROWS
-from rre.experts import expert_shapes
 from rre.kinds import KINDS, LAYER
 from rre.routers import ROUTERS, Groups, Router, RouterOptions
 from rre.store import DeviceStore, DiskStore, ExpertStore, HostStore
@@ -92,8 +90,9 @@ class Model:
         tokens = batch * self.config.data.sequence_length
         places = tuple(
             PlaceSignature(
-                place, slots, router.learned, router.noise_shape(tokens) if training else (), bool(self.layout.kernels)
-            )
+                place, slots, model.network, router.learned, router.noise_shape(tokens) if training else (),
+                bool(self.layout.kernels),
+            )  # fmt: skip
             for place, router in zip(model.sparse_prefixes, self.routers, strict=True)
         )
         slot_table = None
@@ -133,7 +132,7 @@ def build_model(
     built = routed_model(config, vocab, eod_id, tables, token_counts)
     model, layout, groups = config.model, built.layout, built.groups
     places = model.sparse_prefixes
-    shapes = {place: expert_shapes(model.hidden, model.ffn) for place in places}
+    shapes = {place: model.network.shapes(model.hidden, model.ffn) for place in places}
     experts = dict.fromkeys(places, groups.total)
     if model.embedding_slots == "per_domain":
         shapes[SLOTS] = {"word": (vocab, model.hidden)}
@@ -213,6 +212,7 @@ def _router_options(
         importance_weight=sparse.importance_loss_weight,
         load_weight=sparse.load_loss_weight,
         renormalise=sparse.renormalise,
+        pooled=sparse.balance == "pooled",
         jitter=sparse.jitter,
         resample=sparse.resample,
         tables=tables,
@@ -244,24 +244,10 @@ def _initialise(built: Model) -> None:
 
     Drawn by our own counted generator, so that the same seed gives the same model on every machine.
     """
-    config = built.config
-    std = config.model.init_std
-    residual = std / math.sqrt(2.0 * config.model.layers)
+    model, seed = built.config.model, built.config.run.seed
     for parameter in built.net.get_parameters():
-        parameter.set_data(Tensor(initial_value(parameter, config.run.seed, std, residual)))
-    built.store.initialise(config.run.seed, {"up.weight": std, "down.weight": residual, "word": std})
-
-
-def initial_value(parameter: Parameter, seed: int, std: float, residual_std: float) -> np.ndarray:
-    """The initial value of a shared parameter, float32 of its shape."""
-    name = parameter.name
-    # A noisy gate begins with the same noise for every expert (Shazeer et al. 2017, appendix A).
-    if name.endswith((".bias", ".beta", ".noise_weight")):
-        return np.zeros(parameter.shape, np.float32)
-    if name.endswith(".gamma"):
-        return np.ones(parameter.shape, np.float32)
-    into_residual = name.endswith(
-        ("attention.projection.weight", "feed_forward.down.weight", "shared_expert.down.weight")
+        parameter.set_data(Tensor(initial_value(parameter.name, parameter.shape, seed, model)))
+    std = {name: model.init_std for name in model.network.tensors if name.endswith(".weight")}
+    built.store.initialise(
+        seed, std | {"down.weight": model.residual_std, "word": model.init_std}, cutoff=model.init_cutoff
     )
-    rng = generator(seed, f"initial {name}")
-    return rng.standard_normal(parameter.shape, np.float32) * np.float32(residual_std if into_residual else std)

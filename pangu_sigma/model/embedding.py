@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import mindspore as ms
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
 from pangu_sigma.config.model import ModelConfig
 from parallel.layout import Layout
 from parallel.primitives import EmbeddingLookup
+from parallel.rotary import AnglesByRow
 
 
 def _table(rows: int, model: ModelConfig, name: str) -> Parameter:
@@ -25,6 +26,25 @@ class LearnedPositions(nn.Cell):
 
     def construct(self, words: Tensor, ids: Tensor) -> Tensor:
         return words + self.lookup(self.position, ids)
+
+    def turns(self, ids: Tensor) -> tuple[Tensor, ...]:
+        """What attention turns queries and keys by: nothing."""
+        return ()
+
+
+class RotaryPositions(nn.Cell):
+    """words_TD -> words as they are: positions enter in attention, by the `turns` of their ids [T]; no parameters."""
+
+    def __init__(self, model: ModelConfig, layout: Layout) -> None:
+        super().__init__()
+        self.angles = AnglesByRow(layout, model.positions, model.heads, model.hidden // model.heads, model.rope_theta)
+
+    def construct(self, words: Tensor, ids: Tensor) -> Tensor:
+        return words
+
+    def turns(self, ids: Tensor) -> tuple[Tensor, ...]:
+        """Cosines and sines of every row (see `parallel.rotary`)."""
+        return ops.stop_gradient(self.angles(ids))
 
 
 class NextPositionQueries(nn.Cell):

@@ -1,4 +1,4 @@
-"""The feed-forward part of a dense layer."""
+"""The feed-forward part of a dense layer, and what a shared expert is."""
 
 from __future__ import annotations
 
@@ -13,23 +13,50 @@ from parallel.primitives import activation
 
 
 class DenseFeedForward(nn.Cell):
-    """x_TD -> y_TD: activation(x W_up + b_up) W_down + b_down, one network for every token."""
+    """x_TD -> y_TD: activation(x W_up + b_up) W_down + b_down, one network for every token; biases where there are."""
 
     def __init__(self, model: ModelConfig, layout: Layout, compute: ms.dtype, residual_std: float) -> None:
         super().__init__()
-        self.up = Affine(model.hidden, model.ffn, layout, compute, model.init_std)
-        self.down = Affine(model.ffn, model.hidden, layout, compute, residual_std)
+        self.up = Affine(model.hidden, model.ffn, layout, compute, model.init_std, model.biases)
+        self.down = Affine(model.ffn, model.hidden, layout, compute, residual_std, model.biases)
+        self.has_biases = model.biases
         self.uses_kernels = bool(layout.kernels)
         if self.uses_kernels:
-            self.network = CompiledFeedForward(layout.kernels, model.activation)
+            self.network = CompiledFeedForward(layout.kernels, model.activation, tensors=len(model.network.tensors))
         else:
             self.activation = activation(model.activation, layout)
 
     def construct(self, x: Tensor) -> Tensor:
         if self.uses_kernels:
-            rows = x.shape[0]
-            # One slot that takes every row: both are constants of the graph.
-            order, offsets = ops.arange(rows).astype(ms.int32), Tensor([0, rows], ms.int32)
-            weights = (self.up.weight, self.up.bias, self.down.weight, self.down.bias)
-            return self.network(x, order, offsets, weights)[0]
+            if self.has_biases:
+                return on_every_row(self.network, x, (self.up.weight, self.up.bias, self.down.weight, self.down.bias))
+            return on_every_row(self.network, x, (self.up.weight, self.down.weight))
         return self.down(self.activation(self.up(x))[0])
+
+
+class GatedFeedForward(nn.Cell):
+    """x_TD -> y_TD: (activation(x W_gate) * (x W_up)) W_down, one network for every token (see `NetworkForm`)."""
+
+    def __init__(self, model: ModelConfig, layout: Layout, compute: ms.dtype, residual_std: float) -> None:
+        super().__init__()
+        self.gate = Affine(model.hidden, model.ffn, layout, compute, model.init_std, biases=False)
+        self.up = Affine(model.hidden, model.ffn, layout, compute, model.init_std, biases=False)
+        self.down = Affine(model.ffn, model.hidden, layout, compute, residual_std, biases=False)
+        self.uses_kernels = bool(layout.kernels)
+        if self.uses_kernels:
+            self.network = CompiledFeedForward(layout.kernels, model.activation, tensors=len(model.network.tensors))
+        else:
+            self.activation = activation(model.activation, layout)
+            self.mul = layout(ops.Mul(), (1, 1), (1, 1))
+
+    def construct(self, x: Tensor) -> Tensor:
+        if self.uses_kernels:
+            return on_every_row(self.network, x, (self.gate.weight, self.up.weight, self.down.weight))
+        return self.down(self.mul(self.activation(self.gate(x))[0], self.up(x)))
+
+
+def on_every_row(network: nn.Cell, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+    """y_TD of a compiled network that is one slot which takes every row: order and offsets are constants then."""
+    rows = x.shape[0]
+    order, offsets = ops.arange(rows).astype(ms.int32), Tensor([0, rows], ms.int32)
+    return network(x, order, offsets, weights)[0]

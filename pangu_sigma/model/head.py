@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from mindspore import Tensor, nn, ops
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import Normal, initializer
 
+from pangu_sigma.config.model import ModelConfig
 from parallel.distillation import TiedCrossEntropyAgainst
 from parallel.layout import Layout
 from parallel.primitives import tied_cross_entropy
@@ -15,9 +18,9 @@ class TiedHead(nn.Cell):
     `table` is the one of all domains [V, D], or (`per_domain`) [domains, V, D], of which each sample takes its own.
     """
 
-    def __init__(self, per_domain: bool, layout: Layout) -> None:
+    def __init__(self, model: ModelConfig, vocab: int, layout: Layout) -> None:
         super().__init__()
-        self.per_domain = per_domain
+        self.per_domain = model.embedding_slots == "per_domain"
         self.cross_entropy = tied_cross_entropy(layout)
         self.cross_entropy_against = TiedCrossEntropyAgainst(layout)
         self.product = layout(ops.MatMul(transpose_b=True), (1, 1), (1, 1))
@@ -63,3 +66,27 @@ class TiedHead(nn.Cell):
             part = self.product(h[b * length : (b + 1) * length], self.take(table, domain[b], 0))
             by_sample = by_sample + (part.reshape(1, length, -1),)
         return self.concat(by_sample)
+
+
+class UntiedHead(nn.Cell):
+    """The output matrix is a table of its own [V, D], `word`, a row for every vocabulary id; without a bias.
+
+    It has `TiedHead`'s methods; the embedding's table, which they are given, does not matter.
+    """
+
+    def __init__(self, model: ModelConfig, vocab: int, layout: Layout) -> None:
+        super().__init__()
+        self.word = Parameter(initializer(Normal(model.init_std), (vocab, model.hidden), ms.float32), name="word")
+        self.tied = TiedHead(model, vocab, layout)
+
+    def construct(self, h: Tensor, labels: Tensor, domain: Tensor, table: Tensor) -> Tensor:
+        """h_TD, labels int32 [B, S] -> token losses float32 [B, S]."""
+        return self.tied(h, labels, domain, self.word)
+
+    def against(self, h: Tensor, labels: Tensor, domain: Tensor, table: Tensor, previous: Tensor):
+        """As `TiedHead.against`."""
+        return self.tied.against(h, labels, domain, self.word, previous)
+
+    def logits(self, h: Tensor, batch: int, domain: Tensor, table: Tensor) -> Tensor:
+        """h_TD -> logits float32 [B, S, V]."""
+        return self.tied.logits(h, batch, domain, self.word)

@@ -78,17 +78,21 @@ class PanGuSigma(nn.Cell):
             if place >= 0:
                 router = routers[place]
                 sparse = SparseFeedForward(
-                    router.cell(), layout, model.activation, compute, by_expert=router.by_expert,
+                    router.cell(), layout, model.network, compute, by_expert=router.by_expert,
                     shared_expert=shared_expert(model, layout, compute),
                 )  # fmt: skip
             return TransformerLayer(model, index, layout, compute, sparse)
 
+        pool = routers[0].pool() if routers else None
+        self.pools = pool is not None
+        if self.pools:
+            self.pool = pool
         self.blocks = nn.CellList([layer(i, self.place_of_block[i]) for i in range(model.blocks)])
         self.norm = NORMS[model.norm](model.hidden, model.norm_epsilon, layout)
         self.has_query_layer = self.embedding.has_queries
         if self.has_query_layer:
             self.query_layer = layer(model.blocks, self.place_of_query)
-        self.head = HEADS[model.head](self.embedding.words.per_domain, layout)
+        self.head = HEADS[model.head](model, vocab, layout)
         for parameter in self.trainable_params():
             # A tensor's name does not tell which part's cell holds it, so a part can be exchanged under a checkpoint.
             for held, plain in NAMES_WITHOUT_CELLS.items():
@@ -102,12 +106,13 @@ class PanGuSigma(nn.Cell):
         flat_positions = positions.reshape(-1)
         h = self.embedding(tokens, flat_positions, domain, self.word_table(flat))
         h = self.embedding_dropout(h, keys)
+        turns = self.embedding.positions.turns(flat_positions)
         auxiliary = Tensor(0.0, ms.float32)
         counts = ()
         for i, block in enumerate(self.blocks):
             place = self.place_of_block[i]
             routing, weights = self.inputs_of(flat, bounds, place)
-            h, extra, rows = block(h, None, masks, keys, routing, weights)
+            h, extra, rows = block(h, None, masks, turns, keys, routing, weights)
             if place >= 0:
                 auxiliary = auxiliary + extra
                 counts = counts + (rows,)
@@ -115,10 +120,12 @@ class PanGuSigma(nn.Cell):
         if self.has_query_layer:
             queries = self.embedding.queries(flat_positions)
             routing, weights = self.inputs_of(flat, bounds, self.place_of_query)
-            h, extra, rows = self.query_layer(h, queries, masks, keys, routing, weights)
+            h, extra, rows = self.query_layer(h, queries, masks, turns, keys, routing, weights)
             if self.place_of_query >= 0:
                 auxiliary = auxiliary + extra
                 counts = counts + (rows,)
+        if self.pools:
+            auxiliary = self.pool(auxiliary)
         return h, auxiliary, counts
 
     def gate(self, place: str) -> nn.Cell:

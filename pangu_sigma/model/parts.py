@@ -1,12 +1,12 @@
 """Backbone parts by the names of the configuration: adding one touches its own file and one line here."""
 
-from pangu_sigma.model.affine import Norm
-from pangu_sigma.model.embedding import LearnedPositions, NextPositionQueries
-from pangu_sigma.model.feed_forward import DenseFeedForward
-from pangu_sigma.model.head import TiedHead
+from pangu_sigma.model.affine import Norm, RootMeanSquareNorm
+from pangu_sigma.model.embedding import LearnedPositions, NextPositionQueries, RotaryPositions
+from pangu_sigma.model.feed_forward import DenseFeedForward, GatedFeedForward
+from pangu_sigma.model.head import TiedHead, UntiedHead
 
-NORMS = {"layernorm": Norm}
-POSITIONS = {"learned": LearnedPositions}
-FEED_FORWARDS = {"mlp": DenseFeedForward}
-HEADS = {"tied": TiedHead}
+NORMS = {"layernorm": Norm, "rmsnorm": RootMeanSquareNorm}
+POSITIONS = {"learned": LearnedPositions, "rope": RotaryPositions}
+FEED_FORWARDS = {"mlp": DenseFeedForward, "swiglu": GatedFeedForward}
+HEADS = {"tied": TiedHead, "untied": UntiedHead}
 QUERY_LAYERS = {"next_position": NextPositionQueries}

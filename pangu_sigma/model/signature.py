@@ -10,18 +10,19 @@ from dataclasses import dataclass
 import mindspore as ms
 from mindspore import Tensor
 
-from rre.experts import TENSORS_PER_EXPERT, expert_shapes
+from rre.network import NetworkForm
 
 
 @dataclass(frozen=True)
 class PlaceSignature:
-    """Inputs of one sparse layer: `slots` experts, and what its router takes from outside the graph.
+    """Inputs of one sparse layer: `slots` experts of `network`, and what its router takes from outside the graph.
 
     `noise`: shape of a learned gate's noise, () = none.
     """
 
     name: str
     slots: int
+    network: NetworkForm
     learned: bool
     noise: tuple[int, ...] = ()
     compiled: bool = False
@@ -39,7 +40,7 @@ class PlaceSignature:
     @property
     def weights(self) -> int:
         """Number of weight inputs."""
-        return len(TENSORS_PER_EXPERT) * self.slots
+        return len(self.network.tensors) * self.slots
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,6 @@ class FlatSignature:
                 tensors.append(Tensor(shape=[tokens, 1], dtype=ms.int32))
             elif place.noise:
                 tensors.append(Tensor(shape=list(place.noise), dtype=ms.float32))
-            shapes = expert_shapes(self.hidden, self.ffn).values()
+            shapes = place.network.shapes(self.hidden, self.ffn).values()
             tensors += [Tensor(shape=list(s), dtype=ms.float32) for _ in range(place.slots) for s in shapes]
         return tensors

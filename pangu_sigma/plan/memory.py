@@ -110,24 +110,25 @@ def device_bytes(config: Config, vocabulary: int) -> dict[str, float]:
 
 def expert_values(config: Config) -> int:
     """Trained values of one expert."""
-    hidden, ffn = config.model.hidden, config.model.ffn
-    return 2 * hidden * ffn + hidden + ffn
+    return config.model.network.values(config.model.hidden, config.model.ffn)
 
 
 def activation_bytes(config: Config, vocabulary: int) -> float:
     """Bytes that one micro-batch keeps on a device for its gradient; the fullest pipeline stage.
 
     Per token and layer, with c bytes in the compute type: the residual stream before each norm (4 h each) and each
-    norm's result (c h each), q, k, v and the attention's result (4 c h), the inner values before (4 f) and after (c f)
-    the activation; the last two are cut over tensor, and the first two under sequence parallelism. Attention keeps no
+    norm's result (c h each), q, k, v and the attention's result (4 c h), queries and keys again where they are
+    normalised and where they are turned (4 h each), the inner values before (4 f, gated 8 f) and after (c f) the
+    activation; what follows the norms is cut over tensor, the rest under sequence parallelism. Attention keeps no
     scores (flash attention). With recompute a layer keeps its input alone, and one layer stands in full.
     """
     model, mesh, low = config.model, config.parallel.mesh, compute_bytes(config)
     tokens = samples_at_a_time(config) * config.data.sequence_length
     rows_cut = mesh.tensor if config.parallel.sequence_parallel else 1
     outside = (2 * FLOAT32 + 2 * low) * model.hidden / rows_cut
-    inside = (FLOAT32 + low) * model.ffn / mesh.tensor
-    dense = tokens * (outside + 4 * low * model.hidden / mesh.tensor + inside)
+    inside = ((2 if model.network.gated else 1) * FLOAT32 + low) * model.ffn / mesh.tensor
+    again = 2 * FLOAT32 * (int(model.attention.qk_norm) + int(model.position == "rope"))
+    dense = tokens * (outside + (4 * low + again) * model.hidden / mesh.tensor + inside)
     kept = tokens * FLOAT32 * model.hidden / rows_cut
     sent, sparse = dispatch(config), dense
     if sent is not None:

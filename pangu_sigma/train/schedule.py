@@ -14,8 +14,19 @@ def learning_rate(config: Config, step: int) -> float:
     """The learning rate of optimizer step `step`, counted from 0.
 
     Linear warm-up to the peak, then cosine or linear decay to `final_factor` of it at `decay_steps`, or constant. A
-    phase that restarts begins this anew, with its own steps in place of `decay_steps`.
+    phase that restarts begins this anew, with its own steps in place of `decay_steps`. Over the last `anneal_steps` of
+    the run the rate falls linearly from where it stands, to reach 0 when the run is over (OLMoE's annealing phase,
+    arXiv 2409.02060, section 2).
     """
+    anneal = config.schedule.anneal_steps
+    left = config.train.steps - step
+    if left < anneal:
+        return _planned(config, config.train.steps - anneal) * max(0.0, left / anneal)
+    return _planned(config, step)
+
+
+def _planned(config: Config, step: int) -> float:
+    """The learning rate without the anneal."""
     peak = config.optimizer.learning_rate
     schedule = config.schedule
     warmup, decay_steps, begin, start = schedule.warmup_steps, schedule.decay_steps, 0, 0
@@ -28,6 +39,8 @@ def learning_rate(config: Config, step: int) -> float:
         return peak * (step + 1) / warmup
     if schedule.kind == "constant":
         return peak
+    if decay_steps is None:
+        decay_steps = config.train.steps - schedule.anneal_steps
     span = max(1, decay_steps - warmup)
     done = min(1.0, (step - warmup) / span)
     left = (1.0 + math.cos(math.pi * done)) / 2.0 if schedule.kind == "cosine" else 1.0 - done

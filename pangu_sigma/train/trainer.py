@@ -24,10 +24,7 @@ from pangu_sigma.train.objective import Measured, Objective
 from pangu_sigma.train.optimizer import Gradients, Optimizer
 from pangu_sigma.train.schedule import Phase, learning_rate, phase_at
 from pangu_sigma.train.step import GradientStep
-from rre.experts import TENSORS_PER_EXPERT
 from rre.store.disk import StoreFull
-
-TENSORS = len(TENSORS_PER_EXPERT)
 
 
 @dataclass(frozen=True)
@@ -217,11 +214,12 @@ class Trainer:
             at = 1
         owner = np.repeat(groups.names, groups.sizes)
         for layer, place in enumerate(self.signature.places):
+            tensors = len(place.network.tensors)
             plan = batch.plans[layer]
             received = rows[layer].sum(axis=0) if plan is None else plan.counts
             experts = range(place.slots) if plan is None else plan.experts.tolist()
             for slot, expert in enumerate(experts):
                 if received[slot] > 0 and owner[expert] in phase.domains:
-                    found[(place.name, expert)] = list(by_expert[at : at + TENSORS])
-                at += TENSORS
+                    found[(place.name, expert)] = list(by_expert[at : at + tensors])
+                at += tensors
         return found

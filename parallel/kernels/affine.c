@@ -27,13 +27,14 @@ static void forward(void *context, int64_t index, int worker) {
     int64_t rows = smaller(ROWS, a->tokens - t), columns = smaller(COLUMNS, a->outer - n);
     float *y = a->y + t * a->outer + n;
     gemm(0, 0, rows, columns, a->inner, a->x + t * a->inner, a->inner, a->w + n, a->outer, 0.0f, y, a->outer);
-    add_rows(y, a->outer, a->b + n, rows, columns);
+    if (a->b) add_rows(y, a->outer, a->b + n, rows, columns);
 }
 
+/* x [T, K], w [K, N], and b [N] where there is one -> y [T, N] */
 KERNEL(affine) {
-    if (count != 4) return WRONG_INPUT;
+    if (count != 3 && count != 4) return WRONG_INPUT;
     if (!gemm_ready()) return NO_MATRIX_PRODUCT;
-    affine a = {.x = tensors[0], .w = tensors[1], .b = tensors[2], .y = tensors[3]};
+    affine a = {.x = tensors[0], .w = tensors[1], .b = count == 4 ? tensors[2] : NULL, .y = tensors[count - 1]};
     a.tokens = shapes[0][0], a.inner = shapes[1][0], a.outer = shapes[1][1];
     a.column_parts = parts(a.outer, COLUMNS);
     run_tasks(forward, &a, parts(a.tokens, ROWS) * a.column_parts);
@@ -50,14 +51,15 @@ static void backward(void *context, int64_t index, int worker) {
     }
     int64_t k = (index - a->row_parts) * ROWS, inner = smaller(ROWS, a->inner - k);
     gemm(1, 0, inner, a->outer, a->tokens, a->x + k, a->inner, a->dy, a->outer, 0.0f, a->dw + k * a->outer, a->outer);
-    if (k == 0) sum_rows(a->db, a->dy, a->outer, a->tokens, a->outer);
+    if (k == 0 && a->db) sum_rows(a->db, a->dy, a->outer, a->tokens, a->outer);
 }
 
+/* x, w, dy -> dx, dw, and db where there is a bias */
 KERNEL(affine_gradient) {
-    if (count != 6) return WRONG_INPUT;
+    if (count != 5 && count != 6) return WRONG_INPUT;
     if (!gemm_ready()) return NO_MATRIX_PRODUCT;
     affine a = {.x = tensors[0], .w = tensors[1], .dy = tensors[2]};
-    a.dx = tensors[3], a.dw = tensors[4], a.db = tensors[5];
+    a.dx = tensors[3], a.dw = tensors[4], a.db = count == 6 ? tensors[5] : NULL;
     a.tokens = shapes[0][0], a.inner = shapes[1][0], a.outer = shapes[1][1];
     a.row_parts = parts(a.tokens, ROWS);
     run_tasks(backward, &a, a.row_parts + parts(a.inner, ROWS));

@@ -56,7 +56,8 @@ class RouterOptions:
     """What the router of sparse layer number `layer` is made of; every router takes what its definition names.
 
     `length` S is the tokens of a sample, which is the dispatch group of a capacity; `capacity_factor` None = dropless.
-    `top_k`: experts per token. `tables`: the layer's routing tables by owner. The weights are those of the losses.
+    `top_k`: experts per token. `pooled`: the balance loss is over all layers together. `tables`: the layer's
+    routing tables by owner. The weights are those of the losses.
     """
 
     groups: Groups
@@ -72,6 +73,7 @@ class RouterOptions:
     importance_weight: float = 0.0
     load_weight: float = 0.0
     renormalise: bool = False
+    pooled: bool = False
     jitter: float = 0.0
     resample: bool = False
     tables: Mapping[str, np.ndarray] | None = None
@@ -109,6 +111,10 @@ class Router:
     def noise(self, step: int, samples: np.ndarray) -> np.ndarray:
         """The noise float32 of B samples at `step`: a function of the seed, the step, each sample and the layer."""
         raise NotImplementedError(f"{type(self).__name__} takes no noise")
+
+    def pool(self) -> nn.Cell | None:
+        """What makes the sum over layers of their auxiliary values [n] the loss; None where the values are losses."""
+        return None
 
     def cell(self) -> nn.Cell:
         """The router's part inside the compiled graph."""

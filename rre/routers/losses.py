@@ -5,6 +5,7 @@ Legend: T tokens, E experts, k choices of a token.
 
 from __future__ import annotations
 
+import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from parallel.layout import Layout
@@ -29,6 +30,42 @@ class BalanceLoss(nn.Cell):
     def construct(self, hits: Tensor, probabilities: Tensor) -> Tensor:
         share = self.count(hits, (0, 1)) / (hits.shape[0] * hits.shape[1])
         return self.sum(self.mul(share, self.mean(probabilities, 0))) * self.factor
+
+
+class PooledMeans(nn.Cell):
+    """hits [T, k, E], probabilities [T, E], another loss -> [2 E + 2]: f (a constant in the gradient), P, loss, 1.
+
+    f_e is the mean number of a token's choices that fell on e (sum f = k). Added up over layers this is what
+    `PooledBalance` takes.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.count = layout(ops.ReduceSum(), (1, 1, 1))
+        self.mean = layout(ops.ReduceMean(), (1, 1))
+        self.concat = layout(ops.Concat(0))
+
+    def construct(self, hits: Tensor, probabilities: Tensor, other: Tensor) -> Tensor:
+        share = self.count(hits, (0, 1)) / hits.shape[0]
+        one = ops.ones((1,), ms.float32)
+        return self.concat((share, self.mean(probabilities, 0), other.reshape(1), one))
+
+
+class PooledBalance(nn.Cell):
+    """The sum over L layers of `PooledMeans` [2 E + 2] -> weight * E * sum_e f_e P_e, f and P their means over layers,
+    plus the other losses' sum."""
+
+    def __init__(self, weight: float, experts: int, layout: Layout) -> None:
+        super().__init__()
+        self.experts = experts
+        self.factor = weight * experts
+        self.sum = layout(ops.ReduceSum(), (1,))
+        self.mul = layout(ops.Mul(), (1,), (1,))
+
+    def construct(self, sums: Tensor) -> Tensor:
+        e = self.experts
+        layers = ops.stop_gradient(sums[2 * e + 1])
+        return self.sum(self.mul(sums[:e], sums[e : 2 * e])) * self.factor / (layers * layers) + sums[2 * e]
 
 
 class ZLoss(nn.Cell):

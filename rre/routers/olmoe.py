@@ -5,7 +5,7 @@ from __future__ import annotations
 from mindspore import Tensor, nn, ops
 
 from rre.routers.gate import Gate, LearnedRouter
-from rre.routers.losses import BalanceLoss, ZLoss
+from rre.routers.losses import BalanceLoss, PooledBalance, PooledMeans, ZLoss
 
 
 class OlmoeRouter(LearnedRouter):
@@ -14,8 +14,13 @@ class OlmoeRouter(LearnedRouter):
     Auxiliary loss: weight * E * sum_e f_e P_e + z weight * mean (logsumexp logits)^2. f_e is the share of the T k
     choices that fell on e, that is, divided by k (MegaBlocks' form, with which OLMoE was trained; the paper's text and
     Hugging Face's code do not divide, and are k times this). The layers' losses are added up; MegaBlocks takes their
-    mean, and Hugging Face pools f and P over the layers first.
+    mean. `pooled` is Hugging Face's form (transformers 4.57, `load_balancing_loss_func`): f, not divided by k, and P
+    are means over all layers before they are multiplied.
     """
+
+    def pool(self) -> nn.Cell | None:
+        options = self.options
+        return PooledBalance(options.auxiliary_weight, options.groups.total, options.layout) if options.pooled else None
 
     def cell(self) -> nn.Cell:
         return OlmoeGate(self)
@@ -32,6 +37,9 @@ class OlmoeGate(Gate):
         self.take = layout(ops.GatherD(), (1, 1), (1, 1))
         self.div = layout(ops.Div(), (1, 1), (1, 1))
         self.row_sum = layout(ops.ReduceSum(keep_dims=True), (1, 1))
+        self.pooled = options.pooled
+        if self.pooled:
+            self.means = PooledMeans(layout)
         self.balance = BalanceLoss(options.auxiliary_weight, self.experts, layout)
         self.z_loss = ZLoss(options.z_loss_weight, layout)
 
@@ -45,4 +53,6 @@ class OlmoeGate(Gate):
         return ids, weights, probabilities, logits
 
     def auxiliary(self, hits: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
+        if self.pooled:
+            return self.means(hits, chosen[2], self.z_loss(chosen[3]))
         return self.balance(hits, chosen[2]) + self.z_loss(chosen[3])

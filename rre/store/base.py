@@ -20,7 +20,7 @@ from mindspore import Tensor
 
 from parallel.compiled import HostKernels
 from rre.adamw import AdamWHyper, decays, square_sum, update_in_place
-from rre.counted import generator
+from rre.counted import generator, normal
 
 Shapes = Mapping[str, tuple[int, ...]]
 KINDS = ("weight", "m", "v")
@@ -115,8 +115,8 @@ class ExpertStore:
 
     # --- the tables
 
-    def initialise(self, seed: int, std: Mapping[str, float]) -> None:
-        """Draw every weight table: Normal(std[tensor name]), or 0 where no std is given.
+    def initialise(self, seed: int, std: Mapping[str, float], cutoff: float | None = None) -> None:
+        """Draw every weight table: Normal(std[tensor name]), cut off as `normal` says, or 0 where no std is given.
 
         An expert's numbers depend on (seed, place, expert) alone, not on how many others there are.
         """
@@ -125,7 +125,7 @@ class ExpertStore:
                 for name, shape in tensors.items():
                     if std.get(name):
                         rng = generator(seed, f"initial {place} {name}", expert)
-                        drawn = rng.standard_normal((1, *shape), np.float32) * std[name]
+                        drawn = normal(rng, (1, *shape), std[name], cutoff)
                         self.write("weight", place, name, slice(expert, expert + 1), drawn)
 
     def table(self, place: str, name: str, kind: str = "weight") -> np.ndarray:

@@ -6,6 +6,10 @@ embedding. Positions restart and attention is cut after every end-of-document to
 ends. A sparse layer's token goes to the expert that its domain's routing table names (weight 1), or to the expert of a
 Switch gate (weight: its probability, balance loss a * E * sum f_e P_e); a token that finds its expert full gets 0.
 
+Other parts, where the tensors show them (OLMoE, arXiv 2409.02060): a norm without shift is RMSNorm, projected queries
+and keys are normalised over their whole width, without position table they are turned by their positions (RoPE in
+halves), a network with a gate is SwiGLU, matrices have no biases, the head has a table of its own.
+
 Legend: B samples, S positions, D hidden width, V vocabulary, E experts of a layer.
 """
 
@@ -41,6 +45,8 @@ class Options:
     top_k: int = 1
     z_loss_weight: float = 0.0
     renormalise: bool = False
+    pooled: bool = False
+    rope_theta: float = 10000.0
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,9 @@ def document_starts(tokens: Array, eod_id: int) -> tuple[Array, Array]:
 
 
 def activate(kind: str, x: Array) -> Array:
-    """FastGELU x * sigmoid(1.702 x), or GELU's tanh form."""
+    """FastGELU x * sigmoid(1.702 x), SiLU x * sigmoid(x), or GELU's tanh form."""
+    if kind == "silu":
+        return x / (1.0 + np.exp(-x))
     if kind == "fast_gelu":
         return x / (1.0 + np.exp(-1.702 * x))
     return 0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
@@ -93,6 +101,23 @@ def activate(kind: str, x: Array) -> Array:
 def layer_norm(x: Array, gamma: Array, beta: Array, epsilon: float) -> Array:
     """Normalise over the last axis."""
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon) * gamma + beta
+
+
+def rms_norm(x: Array, gamma: Array, epsilon: float) -> Array:
+    """Divide by the root mean square of the last axis."""
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * gamma
+
+
+def turned(x: Array, positions: Array, theta: float) -> Array:
+    """x [B,H,S,W] as complex numbers (value i, value i + W/2), each multiplied by exp(i position theta^(-2i/W)).
+
+    The angle itself is rounded to float32, as in the models of this form: it is part of their function.
+    """
+    half = x.shape[-1] // 2
+    wavelengths = np.float32(theta ** (np.arange(half) / half))
+    angles = (positions[:, None, :, None].astype(np.float32) * (np.float32(1) / wavelengths)).astype(float)
+    pairs = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)
+    return np.concatenate([pairs.real, pairs.imag], -1)
 
 
 def softmax(x: Array) -> Array:
@@ -107,43 +132,63 @@ class _Reference:
         self.tensors = tensors
         self.auxiliary = 0.0
         self.experts: dict[str, Array] = {}
+        self.pooled: list[tuple[Array, Array]] = []
 
     def logits(self, tokens: Array, domains: list[str], jitter: Mapping[str, Array]) -> Array:
         options, t = self.options, self.tensors
         positions, documents = document_starts(tokens, options.eod_id)
-        hidden = t["embedding.position"].shape[1]
+        rotary = "embedding.position" not in t
         names = [f"domains.{d}.embedding.word" if options.per_domain_words else "embedding.word" for d in domains]
         tables = [t[name] for name in names]
-        h = np.empty((*tokens.shape, hidden))
+        h = np.empty((*tokens.shape, tables[0].shape[1]))
         for b, table in enumerate(tables):
-            h[b] = table[tokens[b]] + t["embedding.position"][positions[b]]
+            h[b] = table[tokens[b]] + (0.0 if rotary else t["embedding.position"][positions[b]])
+        self.positions = positions if rotary else None
         self.tokens, self.documents, self.domains, self.jitter = tokens, documents, domains, jitter
         for i in range(options.layers - int(options.query_layer)):
             h = self.layer(f"blocks.{i}", h, None)
         h = self.norm("norm", h)
         if options.query_layer:
             h = self.layer("query_layer", h, t["embedding.query"][positions])
+        if self.pooled:  # Hugging Face's: means over all layers' tokens, then the product
+            share, probability = (np.mean(values, 0) for values in zip(*self.pooled, strict=True))
+            self.auxiliary += options.auxiliary_weight * share.size * float((share * probability).sum())
+        if "head.word" in t:
+            return h @ t["head.word"].T
         return np.stack([h[b] @ table.T for b, table in enumerate(tables)])
 
     def norm(self, name: str, x: Array) -> Array:
+        if f"{name}.beta" not in self.tensors:
+            return rms_norm(x, self.tensors[f"{name}.gamma"], self.options.epsilon)
         return layer_norm(x, self.tensors[f"{name}.gamma"], self.tensors[f"{name}.beta"], self.options.epsilon)
 
     def affine(self, name: str, x: Array) -> Array:
-        return x @ self.tensors[f"{name}.weight"] + self.tensors[f"{name}.bias"]
+        return x @ self.tensors[f"{name}.weight"] + self.tensors.get(f"{name}.bias", 0.0)
+
+    def network(self, name: str, x: Array) -> Array:
+        """A dense layer's network or a shared expert."""
+        names = ("gate.weight", "up.weight", "up.bias", "down.weight", "down.bias")
+        return self.feed_forward({n: self.tensors[f"{name}.{n}"] for n in names if f"{name}.{n}" in self.tensors}, x)
+
+    def feed_forward(self, w: Mapping[str, Array], x: Array) -> Array:
+        up = x @ w["up.weight"] + w.get("up.bias", 0.0)
+        if "gate.weight" in w:
+            up = activate(self.options.activation, x @ w["gate.weight"]) * up
+        else:
+            up = activate(self.options.activation, up)
+        return up @ w["down.weight"] + w.get("down.bias", 0.0)
 
     def layer(self, prefix: str, h: Array, queries: Array | None) -> Array:
         x = self.norm(f"{prefix}.norm1", h)
         h = h + self.attention(f"{prefix}.attention", x if queries is None else queries, x)
         x = self.norm(f"{prefix}.norm2", h)
         if prefix not in self.options.sparse:
-            inner = activate(self.options.activation, self.affine(f"{prefix}.feed_forward.up", x))
-            return h + self.affine(f"{prefix}.feed_forward.down", inner)
+            return h + self.network(f"{prefix}.feed_forward", x)
         rows = x.reshape(-1, x.shape[-1])
         by_router = {"switch": self.switch, "olmoe": self.olmoe}
         y = by_router.get(self.options.router, self.random_routed)(prefix, rows)
         if f"{prefix}.shared_expert.up.weight" in self.tensors:
-            inner = activate(self.options.activation, self.affine(f"{prefix}.shared_expert.up", rows))
-            y = y + self.affine(f"{prefix}.shared_expert.down", inner)
+            y = y + self.network(f"{prefix}.shared_expert", rows)
         return h + y.reshape(x.shape)
 
     def attention(self, name: str, queries: Array, x: Array) -> Array:
@@ -154,7 +199,12 @@ class _Reference:
         def by_head(rows: Array) -> Array:
             return rows.reshape(batch, length, heads, width).transpose(0, 2, 1, 3)
 
-        q, k, v = (by_head(self.affine(f"{name}.{p}", r)) for p, r in (("query", queries), ("key", x), ("value", x)))
+        q, k, v = (self.affine(f"{name}.{p}", rows) for p, rows in (("query", queries), ("key", x), ("value", x)))
+        if f"{name}.query_norm.gamma" in self.tensors:
+            q, k = self.norm(f"{name}.query_norm", q), self.norm(f"{name}.key_norm", k)
+        q, k, v = by_head(q), by_head(k), by_head(v)
+        if self.positions is not None:
+            q, k = (turned(rows, self.positions, self.options.rope_theta) for rows in (q, k))
         scores = q @ k.transpose(0, 1, 3, 2) / math.sqrt(width)
         causal = np.tril(np.ones((length, length), bool))
         same_document = self.documents[:, :, None] == self.documents[:, None, :]
@@ -163,10 +213,9 @@ class _Reference:
         return self.affine(f"{name}.projection", y)
 
     def expert(self, prefix: str, domain: str, number: int, rows: Array) -> Array:
-        w = {n: self.tensors[f"domains.{domain}.{prefix}.experts.{n}"][number] for n in
-             ("up.weight", "up.bias", "down.weight", "down.bias")}  # fmt: skip
-        inner = activate(self.options.activation, rows @ w["up.weight"] + w["up.bias"])
-        return inner @ w["down.weight"] + w["down.bias"]
+        start = f"domains.{domain}.{prefix}.experts."
+        mine = {name.removeprefix(start): a[number] for name, a in self.tensors.items() if name.startswith(start)}
+        return self.feed_forward(mine, rows)
 
     def random_routed(self, prefix: str, rows: Array) -> Array:
         """Domain -> group, vocabulary id -> expert; capacity counts per sample and expert, in token order."""
@@ -224,7 +273,14 @@ class _Reference:
         routed = routers_numpy.olmoe(
             rows, gate, options.top_k, options.auxiliary_weight, options.z_loss_weight, options.renormalise
         )
-        self.auxiliary += routed.auxiliary
+        if options.pooled:
+            probabilities = softmax(rows @ gate)
+            chosen = np.argsort(-probabilities, 1, kind="stable")[:, : options.top_k]
+            hits = np.eye(len(owners))[chosen]  # [T, k, E]
+            self.pooled.append((hits.mean(0).sum(0), probabilities.mean(0)))
+            self.auxiliary += options.z_loss_weight * (np.log(np.exp(rows @ gate).sum(1)) ** 2).mean()
+        else:
+            self.auxiliary += routed.auxiliary
         return sum(
             routed.weights[:, e : e + 1] * self.expert(prefix, domain, number, rows)
             for e, (domain, number) in enumerate(owners)

@@ -11,17 +11,24 @@ from mindspore import Tensor, nn, ops
 
 from parallel.compiled import (
     CompiledAttention,
+    CompiledCombine,
     CompiledCrossEntropy,
     CompiledFeedForward,
     CompiledLayerNorm,
     CompiledLinear,
     CompiledPlan,
+    CompiledProduct,
+    CompiledRmsNorm,
+    CompiledRotation,
     CompiledSquareSums,
     HostKernels,
     library,
 )
 from parallel.layout import Layout
-from parallel.primitives import LayerNorm, Linear, SquareSums, TiedCrossEntropy, activation
+from parallel.primitives import LayerNorm, Linear, Product, RmsNorm, SquareSums, TiedCrossEntropy
+from parallel.rotary import Turn, angles
+from rre.experts import Network
+from rre.network import NetworkForm
 
 LAYOUT = Layout()
 PATH = library()
@@ -65,6 +72,57 @@ def test_the_affine_map(tokens, inner, outer):
     slopes = normal(tokens, outer)
     found = differentiated(CompiledLinear(PATH), slopes, inputs, 3, False)
     assert_close(found, differentiated(Linear(LAYOUT), slopes, inputs, 3, False))
+
+
+def test_the_map_without_a_bias():
+    inputs, slopes = (normal(300, 70), normal(70, 600)), normal(300, 600)
+    found = differentiated(CompiledProduct(PATH), slopes, inputs, 2, False)
+    assert_close(found, differentiated(Product(LAYOUT), slopes, inputs, 2, False))
+
+
+@pytest.mark.parametrize("tokens, hidden", [(1, 7), (200, 96)])
+def test_normalisation_by_the_root_mean_square(tokens, hidden):
+    inputs, slopes = (normal(tokens, hidden) * 3 + 1, normal(hidden)), normal(tokens, hidden)
+    found = differentiated(CompiledRmsNorm(PATH, 1e-5), slopes, inputs, 2)
+    assert_close(found, differentiated(RmsNorm(LAYOUT, 1e-5), slopes, inputs, 2))
+
+
+class Turned(nn.Cell):
+    def __init__(self, cell: nn.Cell, *turns: Tensor) -> None:
+        super().__init__()
+        self.cell, self.turns = cell, turns
+
+    def construct(self, x):
+        return self.cell(x, self.turns)
+
+
+@pytest.mark.parametrize("tokens, heads, width", [(1, 1, 2), (150, 3, 10), (70, 2, 64)])
+def test_the_rotation(tokens, heads, width):
+    half = angles(tokens, width, 100.0)
+    whole = np.tile(half, (1, 2 * heads))
+    inputs, slopes = (normal(tokens, heads * width),), normal(tokens, heads * width)
+    compiled = Turned(CompiledRotation(PATH), Tensor(np.cos(half)), Tensor(np.sin(half)))
+    composed = Turned(Turn(LAYOUT, heads, width), Tensor(np.cos(whole)), Tensor(np.sin(whole)))
+    found = []
+    for cell in (compiled, composed):
+        step = ops.value_and_grad(First(cell, False).set_train(), 1, has_aux=True)
+        (_, y), dx = step(slopes, *inputs)
+        found.append((y.asnumpy(), dx.asnumpy()))
+    assert_close(*found)
+
+
+@pytest.mark.parametrize("k", [1, 8])
+def test_the_weighted_sum_of_choices(k):
+    tokens, hidden = 130, 20
+    y, weights, slopes = normal(tokens * k, hidden), normal(tokens, k, seed=1), normal(tokens, hidden, seed=2)
+    out, dy, dweights = differentiated(CompiledCombine(PATH), slopes, (y, weights), 2, False)
+    by_token, w = y.asnumpy().reshape(tokens, k, hidden), weights.asnumpy()
+    expected = (
+        (by_token * w[:, :, None]).sum(1),
+        (w[:, :, None] * slopes.asnumpy()[:, None]).reshape(-1, hidden),
+        (by_token * slopes.asnumpy()[:, None]).sum(2),
+    )
+    assert_close((out, dy, dweights), expected)
 
 
 @pytest.mark.parametrize("tokens, hidden", [(1, 7), (200, 96)])
@@ -123,9 +181,9 @@ def test_attention_inside_documents(batch, length, heads, width):
 class Naive(nn.Cell):
     """All networks on all rows, each row's own taken; choices without a network give zero."""
 
-    def __init__(self, name: str, ids: np.ndarray, k: int) -> None:
+    def __init__(self, form: NetworkForm, ids: np.ndarray, k: int) -> None:
         super().__init__()
-        self.linear, self.activation, self.take = Linear(LAYOUT), activation(name, LAYOUT), ops.Gather()
+        self.network, self.take, self.each = Network(LAYOUT, form, ms.float32), ops.Gather(), len(form.tensors)
         self.token = Tensor((np.arange(ids.size) // k).astype(np.int32))
         self.mine = [Tensor((ids == n).astype(np.float32).reshape(-1, 1)) for n in range(ids.max() + 1)]
 
@@ -133,15 +191,14 @@ class Naive(nn.Cell):
         rows = self.take(x, self.token, 0)
         y = 0.0
         for n in range(len(self.mine)):
-            up, up_bias, down, down_bias = weights[4 * n : 4 * n + 4]
-            y = y + self.linear(self.activation(self.linear(rows, up, up_bias))[0], down, down_bias) * self.mine[n]
+            y = y + self.network(rows, weights[self.each * n : self.each * (n + 1)]) * self.mine[n]
         return (y,)
 
 
 class Networks(nn.Cell):
-    def __init__(self, name: str, order: Tensor, offsets: Tensor, exact: int = 0) -> None:
+    def __init__(self, form: NetworkForm, order: Tensor, offsets: Tensor, exact: int = 0) -> None:
         super().__init__()
-        self.networks = CompiledFeedForward(PATH, name, exact)
+        self.networks = CompiledFeedForward(PATH, form.activation, exact, len(form.tensors))
         self.order, self.offsets = order, offsets
 
     def construct(self, x, *weights):
@@ -154,21 +211,30 @@ def planned(ids: np.ndarray, slots: int) -> tuple[Tensor, Tensor]:
     return Tensor(order), Tensor(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
 
 
-@pytest.mark.parametrize("name, k", [("fast_gelu", 1), ("gelu", 2)])
+FORMS = {
+    "fast_gelu": NetworkForm("fast_gelu"),
+    "gelu": NetworkForm("gelu"),
+    "silu": NetworkForm("silu", biases=False),
+    "swiglu": NetworkForm("silu", gated=True, biases=False),
+}
+
+
+@pytest.mark.parametrize("name, k", [("fast_gelu", 1), ("gelu", 2), ("silu", 1), ("swiglu", 1), ("swiglu", 3)])
 def test_networks_on_their_own_rows(name, k):
+    form = FORMS[name]
     tokens, hidden, ffn, slots = 300, 20, 36, 3
     ids = np.random.default_rng(1).integers(-1, slots, tokens * k)
-    shapes = ((hidden, ffn), (ffn,), (ffn, hidden), (hidden,))
-    weights = [normal(*s, seed=n) * 0.3 for n in range(slots) for s in shapes]
+    shapes = form.shapes(hidden, ffn).values()
+    weights = [normal(*s, seed=10 * n + i) * 0.3 for n in range(slots) for i, s in enumerate(shapes)]
     x, slopes = normal(tokens, hidden), normal(tokens * k, hidden)
-    found = differentiated(Networks(name, *planned(ids, slots)), slopes, (x, *weights), 1 + len(weights))
-    assert_close(found, differentiated(Naive(name, ids, k), slopes, (x, *weights), 1 + len(weights)), 5e-6)
+    found = differentiated(Networks(form, *planned(ids, slots)), slopes, (x, *weights), 1 + len(weights))
+    assert_close(found, differentiated(Naive(form, ids, k), slopes, (x, *weights), 1 + len(weights)), 5e-6)
     assert (found[0][ids < 0] == 0).all()
 
 
-@pytest.mark.parametrize("hidden, ffn", [(20, 36), (512, 2048)])
-def test_an_exact_row_does_not_depend_on_the_others(hidden, ffn):
-    shapes = ((hidden, ffn), (ffn,), (ffn, hidden), (hidden,))
+@pytest.mark.parametrize("hidden, ffn, name", [(20, 36, "fast_gelu"), (512, 2048, "fast_gelu"), (256, 128, "swiglu")])
+def test_an_exact_row_does_not_depend_on_the_others(hidden, ffn, name):
+    shapes = FORMS[name].shapes(hidden, ffn).values()
     weights = [normal(*s, seed=n) * 0.1 for n in range(3) for s in shapes]
     x = normal(200, hidden).asnumpy()
     draw = np.random.default_rng(0)
@@ -178,7 +244,7 @@ def test_an_exact_row_does_not_depend_on_the_others(hidden, ffn):
         place = int(draw.integers(200))
         moved = draw.standard_normal(x.shape).astype(np.float32)
         moved[place], ids[place] = x[0], 1
-        cell = Networks("fast_gelu", *planned(ids, 3), exact=64).set_train(False)
+        cell = Networks(FORMS[name], *planned(ids, 3), exact=64).set_train(False)
         results.append(cell(Tensor(moved), *weights)[0].asnumpy()[place])
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])

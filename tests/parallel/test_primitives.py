@@ -11,10 +11,10 @@ from mindspore import Tensor, nn, ops
 from parallel.layout import Layout
 from parallel.primitives import (
     EmbeddingLookup,
-    FastGelu,
-    Gelu,
     LayerNorm,
     Linear,
+    Product,
+    RmsNorm,
     TiedCrossEntropy,
     activation,
 )  # fmt: skip
@@ -40,7 +40,7 @@ class Weighted(nn.Cell):
 
 
 def value_and_gradients(cell: nn.Cell, inputs: Sequence[np.ndarray], weights: np.ndarray, wanted: tuple[int, ...]):
-    takes_first = not isinstance(cell, Linear | EmbeddingLookup)
+    takes_first = not isinstance(cell, Linear | Product | EmbeddingLookup)
     step = ops.value_and_grad(Weighted(cell, takes_first), tuple(i + 1 for i in wanted), has_aux=True)
     (_, out), gradients = step(Tensor(weights), *(Tensor(a) for a in inputs))
     # Of a single input MindSpore hands the gradient over as it is.
@@ -145,10 +145,14 @@ def test_linear_over_a_number_of_rows_that_is_known_only_when_it_runs():
 POINTS = np.concatenate([np.linspace(-12, 12, 97), [0.0, 1e-4, -5.0, 5.0]]).astype(np.float32)
 
 
-@pytest.mark.parametrize("cell, reference", [(FastGelu, fast_gelu), (Gelu, gelu)])
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize("cell, reference", [("fast_gelu", fast_gelu), ("gelu", gelu), ("silu", silu)])
 @pytest.mark.parametrize("points", [POINTS.reshape(1, -1), POINTS[40:54].reshape(2, 7)])
 def test_activations(cell, reference, points):
-    check(cell(LAYOUT), reference, [points], (0,))
+    check(activation(cell, LAYOUT), reference, [points], (0,))
 
 
 def test_layer_norm():
@@ -156,10 +160,25 @@ def test_layer_norm():
     check(LayerNorm(LAYOUT, 1e-5), layer_norm, inputs, (0, 1, 2), tolerance=5e-6)
 
 
-@pytest.mark.parametrize("name, reference", [("fast_gelu", fast_gelu), ("gelu", gelu)])
+def test_a_product():
+    inputs = [normal(7, 5), normal(5, 6, seed=1)]
+    check(Product(LAYOUT), lambda x, w: x @ w, inputs, (0, 1))
+    check(Product(LAYOUT, ms.float16), lambda x, w: x @ w, inputs, (0, 1), tolerance=2e-3)
+
+
+def rms_norm(x: np.ndarray, gamma: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * gamma
+
+
+def test_rms_norm():
+    inputs = [normal(6, 16, std=3) + 2, normal(16, seed=1) + 1]
+    check(RmsNorm(LAYOUT, 1e-5), rms_norm, inputs, (0, 1), tolerance=5e-6)
+
+
+@pytest.mark.parametrize("name, reference", [("fast_gelu", fast_gelu), ("gelu", gelu), ("silu", silu)])
 def test_the_native_form_of_an_activation_is_the_same_function(name, reference):
     # The CPU's own tanh form is off by 1e-4, which is one reason for composing it.
-    tolerance = 1e-5 if name == "fast_gelu" else 2e-4
+    tolerance = 2e-4 if name == "gelu" else 1e-5
     check(activation(name, NATIVE), reference, [POINTS[40:54].reshape(2, 7)], (0,), tolerance)
 
 

@@ -12,6 +12,7 @@ from parallel.mesh import Mesh
 from rre.capacity import CapacityNetworks, plan_by_capacity
 from rre.dispatch import drop_overflow, plan_by_expert
 from rre.layer import RaggedNetworks
+from rre.network import NetworkForm
 
 T, D, F, N = 48, 8, 16, 8
 MESHES = [
@@ -59,7 +60,7 @@ def test_static_rows_give_the_ragged_result_and_gradients(mesh, k):
     static = Scored(CapacityNetworks(Layout(), "fast_gelu", ms.float32, mesh), 1)
     static_plan = tuple(Tensor(a) for a in (plan.dispatch, plan.combine, plan.kept))
     rows = plan_by_expert(ids, np.arange(N))
-    ragged = Scored(RaggedNetworks(Layout(), "fast_gelu", ms.float32, None), N)
+    ragged = Scored(RaggedNetworks(Layout(), NetworkForm("fast_gelu"), ms.float32, None), N)
     ragged_plan = tuple(Tensor(a) for a in (*rows.rows, rows.position))
 
     inputs = [Tensor(a) for a in (x, *stacked)]

@@ -7,9 +7,11 @@ from mindspore import Tensor, nn
 
 from parallel.layout import Layout
 from rre.dispatch import EXACT_ROWS, Combine, Dispatch, plan_in_blocks
-from rre.experts import Experts, expert_shapes
+from rre.experts import Experts
+from rre.network import NetworkForm
 
 HIDDEN, FFN, SLOTS, EXPERTS = 48, 100, 9, 7
+FORM = NetworkForm("fast_gelu")
 
 
 class Sparse(nn.Cell):
@@ -19,9 +21,9 @@ class Sparse(nn.Cell):
         super().__init__()
         layout = Layout()
         self.dispatch, self.combine = Dispatch(layout), Combine(layout)
-        self.experts = Experts(layout, "fast_gelu", ms.float32)
+        self.experts = Experts(layout, FORM, ms.float32)
         real, whole = ms.float32, ms.int32
-        weights = [Tensor(shape=list(s), dtype=real) for _ in range(SLOTS) for s in expert_shapes(HIDDEN, FFN).values()]
+        weights = [Tensor(shape=list(s), dtype=real) for _ in range(SLOTS) for s in FORM.shapes(HIDDEN, FFN).values()]
         rows = [Tensor(shape=[None], dtype=whole) for _ in range(SLOTS + 1)]
         self.set_inputs(
             Tensor(shape=[tokens, HIDDEN], dtype=real), Tensor(shape=[tokens, 1], dtype=whole), *rows, *weights
@@ -43,7 +45,7 @@ def sparse() -> Sparse:
 @pytest.fixture(scope="module")
 def weights() -> list[list[np.ndarray]]:
     draw = np.random.default_rng(1)
-    shapes = expert_shapes(HIDDEN, FFN).values()
+    shapes = FORM.shapes(HIDDEN, FFN).values()
     return [[draw.standard_normal(s).astype(np.float32) * 0.2 for s in shapes] for _ in range(EXPERTS)]
 
 

@@ -9,6 +9,7 @@ from parallel.compiled import library
 from parallel.layout import Layout
 from rre.dispatch import DROPPED, plan_by_expert
 from rre.layer import SparseFeedForward
+from rre.network import NetworkForm
 
 TOKENS, K, HIDDEN, FFN, EXPERTS = 10, 2, 6, 8, 3
 
@@ -23,7 +24,7 @@ class GivenPlan(nn.Cell):
 class Weighted(nn.Cell):
     def __init__(self, layout: Layout) -> None:
         super().__init__()
-        self.layer = SparseFeedForward(GivenPlan(), layout, "gelu", ms.float32)
+        self.layer = SparseFeedForward(GivenPlan(), layout, NetworkForm("gelu"), ms.float32)
 
     def construct(self, x, combine, slopes, *flat):
         plan, weights = flat[: -4 * EXPERTS], flat[-4 * EXPERTS :]

@@ -5,11 +5,11 @@ import pytest
 from mindspore import Tensor
 
 from rre.adamw import AdamWHyper
-from rre.experts import expert_shapes
+from rre.network import NetworkForm
 from rre.store import DeviceStore
 
 PLACES = ("blocks.1", "query_layer")
-SHAPES = {place: expert_shapes(8, 12) for place in PLACES}
+SHAPES = {place: NetworkForm("fast_gelu").shapes(8, 12) for place in PLACES}
 STD = {"up.weight": 0.02, "down.weight": 0.01}
 HYPER = AdamWHyper(learning_rate=1e-2, beta1=0.9, beta2=0.95, epsilon=1e-6, weight_decay=0.3)
 

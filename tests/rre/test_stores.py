@@ -7,12 +7,12 @@ import pytest
 from mindspore import Tensor
 
 from rre.adamw import AdamWHyper
-from rre.experts import expert_shapes
+from rre.network import NetworkForm
 from rre.store import DeviceStore, DiskStore, ExpertStore, HostStore
 from rre.store.disk import PAGE, StoreFull
 
 PLACES = ("blocks.1", "query_layer")
-SHAPES = {place: expert_shapes(32, 48) for place in PLACES} | {"embedding": {"word": (10, 4)}}
+SHAPES = {place: NetworkForm("fast_gelu").shapes(32, 48) for place in PLACES} | {"embedding": {"word": (10, 4)}}
 EXPERTS = {"blocks.1": 12, "query_layer": 12, "embedding": 3}
 RECORD = -(-3 * 4 * (2 * 32 * 48 + 32 + 48) // PAGE) * PAGE
 STD = {"up.weight": 0.02, "down.weight": 0.01, "word": 0.1}

@@ -22,7 +22,6 @@ from pangu_sigma.model.build import SLOTS, Model, build_model
 from pangu_sigma.model.pangu import TrainingLoss
 from pangu_sigma.model.signature import FlatSignature
 from pangu_sigma.train.state import model_tensors, restore_model
-from rre.experts import TENSORS_PER_EXPERT
 
 FIXED = len(FIXED_COLUMNS)
 
@@ -71,14 +70,15 @@ class PanGuSigmaForCausalLM(PreTrainedModel):
         parameters = {name: _parameter(name, tensor) for name, tensor in _domain_tensors(built).items()}
         self.tables = ParameterTuple([p for name, p in parameters.items() if name.endswith(".routing")])
         self.slot_tables = ParameterTuple([p for name, p in parameters.items() if name.endswith(".embedding.word")])
+        tensors = text.config.model.network.tensors
         names = [
             f"domains.{domain}.{place}.experts.{tensor}"
-            for place in self.places for domain in self.domains for tensor in TENSORS_PER_EXPERT
+            for place in self.places for domain in self.domains for tensor in tensors
         ]  # fmt: skip
         self.experts = ParameterTuple([parameters[name] for name in names])
-        per_place = len(self.domains) * len(TENSORS_PER_EXPERT)
+        per_place = len(self.domains) * len(tensors)
         self.expert_tensors: dict[str, tuple[int | str, int]] = {
-            name: (i // per_place, i % per_place // len(TENSORS_PER_EXPERT)) for i, name in enumerate(names)
+            name: (i // per_place, i % per_place // len(tensors)) for i, name in enumerate(names)
         }
         self.expert_tensors |= {p.name: (SLOTS, number) for number, p in enumerate(self.slot_tables)}
         self.layout = built.layout

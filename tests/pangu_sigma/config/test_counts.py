@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
-from pangu_sigma.config import config_from_dict, manifest, parameter_counts, vocabulary_size
+from pangu_sigma.config import config_from_dict, load_config, manifest, parameter_counts, vocabulary_size
 from pangu_sigma.errors import UserError
 
 ONE_FFN_13B = 2 * 5120 * 20480 + 20480 + 5120
@@ -39,6 +40,14 @@ def test_forty_domains_of_sixteen_experts_make_the_papers_1085_billion(small):
 def test_one_domain_of_sixteen_experts_is_the_38_billion_sub_model(small):
     config = with_domains(small("model.preset=13B", "model.sparse.layers=8"), 1, 16)
     assert round(parameter_counts(config, 40000).total / 1e9, 2) == 37.97
+
+
+def test_olmoe_1b_7b_has_6_9_billion_parameters_of_which_a_token_meets_1_3():
+    config = load_config(Path(__file__).parents[3] / "configs" / "olmoe_1b_7b.yaml")
+    counts = parameter_counts(config, vocabulary_size(config))
+    # As transformers counts OlmoeForCausalLM of the published configuration.
+    assert counts.total == 6_919_161_856
+    assert list(counts.activated_per_token.values()) == [1_282_017_280]
 
 
 @pytest.mark.parametrize(("preset", "billions"), [("350M", 0.35), ("2.6B", 2.6), ("200B", 207)])

@@ -61,6 +61,11 @@ def test_a_run_may_be_longer_if_its_schedule_stays(small):
     assert not changed_keys(small(constant), small(constant, "train.steps=20")).refused
 
 
+def test_a_run_that_anneals_cannot_grow(small):
+    constant = ["schedule.kind=constant", "schedule.anneal_steps=2"]
+    assert "train.steps" in changed_keys(small(*constant), small(*constant, "train.steps=20")).refused
+
+
 def test_the_last_phase_may_grow_with_the_run(small):
     phases = "train.phases=[{steps: 4, domains: [code]}, {}]"
     fixed = "schedule.decay_steps=10"

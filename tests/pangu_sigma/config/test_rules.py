@@ -8,6 +8,7 @@ from pangu_sigma.errors import UserError
 
 SPARSE = "model.sparse.layers=1"
 
+ROPE = ["model.position=rope", "model.query_layer=none"]
 BROKEN = [
     ("model.heads does not divide", ["model.heads=3"], "model.heads = 3 does not divide model.hidden = 128"),
     ("no block under the query layer", ["model.layers=1"], "leaves no block"),
@@ -162,9 +163,26 @@ BROKEN = [
         ["run.device=Ascend", "parallel.expert=2", SPARSE],
         "model.sparse.dispatch = dropless has rows of changing number",
     ),
+    ("queries of positions without a table", ["model.position=rope"], "set model.query_layer to none"),
+    ("odd heads cannot turn", [*ROPE, "model.hidden=60", "model.heads=4"], "a head has 15"),
+    ("the wavelengths of no rotation", ["model.rope_theta=500000"], "model.rope_theta = 500000 has no effect"),
+    ("a gate that is no SwiGLU's", ["model.feed_forward=swiglu", "model.biases=false"], "gated by silu by definition"),
+    ("a SwiGLU with biases", ["model.feed_forward=swiglu", "model.activation=silu"], "set model.biases to false"),
+    ("a head for words of every domain", ["model.head=untied", "model.embedding_slots=per_domain"], "one table"),
+    ("a pooled loss of no gate", ["model.sparse={layers: 1, balance: pooled}"], "has no effect on the router rre"),
+    ("an anneal inside the warm-up", ["schedule={warmup_steps: 6, anneal_steps: 5}"], "more than train.steps = 10"),
+    (
+        "an anneal after phases that restart",
+        ["schedule.anneal_steps=2", "train.phases=[{steps: 5}, {steps: 5, restart: true}]"],
+        "train.phases.*.restart",
+    ),
 ]
 
 FINE = [
+    [*ROPE, "model.feed_forward=swiglu", "model.activation=silu", "model.biases=false", "model.rope_theta=500000"],
+    ["model.norm=rmsnorm", "model.attention.qk_norm=true", "model.biases=false", "model.head=untied"],
+    ["model.sparse={layers: 1, router: olmoe, top_k: 2, balance: pooled}"],
+    ["schedule={warmup_steps: 5, anneal_steps: 5}"],
     ["model.sparse.layers=3"],
     ["model.sparse={layers: 4, include_query_layer: true}"],
     ["model.sparse.layers=4", "model.query_layer=none"],

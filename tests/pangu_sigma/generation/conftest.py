@@ -37,6 +37,16 @@ CASES = {
     },
     "switch": {"sparse": {"layers": 1, "router": "switch", "jitter": 0.1}},
     "olmoe": {"sparse": {"pattern": "every", "router": "olmoe", "top_k": 3, "shared_expert": True}},
+    "olmoe_parts": {
+        "init_std": 0.2,
+        "norm": "rmsnorm", "position": "rope", "feed_forward": "swiglu", "activation": "silu", "biases": False,
+        "head": "untied", "query_layer": "none", "attention": {"qk_norm": True},
+        "sparse": {"layers": 2, "router": "olmoe", "top_k": 2, "shared_expert": True},
+    },
+    "rre_swiglu": {
+        "norm": "rmsnorm", "position": "rope", "feed_forward": "swiglu", "activation": "silu", "biases": False,
+        "query_layer": "none", "sparse": {"layers": 1},
+    },
     "hash": {"sparse": {"layers": 1, "router": "hash", "shared_expert": True}},
 }  # fmt: skip
 

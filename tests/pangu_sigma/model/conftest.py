@@ -20,6 +20,12 @@ GROUPS = Groups(("code", "law", "poems"), (3, 2, 1))
 SPARSE_QUERY = {"layers": 2, "include_query_layer": True}
 SIZES = {"layers": 3, "hidden": 16, "heads": 2, "ffn": 24, "positions": 256}
 
+# OLMoE's parts
+OLMOE = {
+    "norm": "rmsnorm", "position": "rope", "feed_forward": "swiglu", "activation": "silu", "biases": False,
+    "head": "untied", "query_layer": "none",
+}  # fmt: skip
+
 # name -> (what differs in the configuration, sequence length). Capacity only matters while training.
 CASES = {
     "dense": ({"layers": 2}, 32),
@@ -39,9 +45,28 @@ CASES = {
                     "z_loss_weight": 0.1}},
         32,
     ),
+    "olmoe_parts": (
+        OLMOE | {"attention": {"qk_norm": True},
+                 "sparse": {"pattern": "every", "router": "olmoe", "top_k": 3, "shared_expert": True,
+                            "aux_loss_weight": 0.5, "z_loss_weight": 0.1}},
+        32,
+    ),
+    "olmoe_pooled": (
+        OLMOE | {"layers": 2,
+                 "sparse": {"pattern": "every", "router": "olmoe", "top_k": 2, "balance": "pooled",
+                            "aux_loss_weight": 0.5, "z_loss_weight": 0.1}},
+        32,
+    ),
+    "rope_2_chunks": (OLMOE | {"layers": 2, "norm": "layernorm", "rope_theta": 100.0, "sparse": {"layers": 1}}, 128),
+    "rre_of_mixed_parts": (
+        {"norm": "rmsnorm", "attention": {"qk_norm": True}, "biases": False, "activation": "silu", "head": "untied",
+         "sparse": SPARSE_QUERY},
+        32,
+    ),
 }  # fmt: skip
 # These run on the compiled kernels too, as `<case>_compiled`; the others are composed of MindSpore's operators.
 COMPILED = ("dense_4_chunks", "rre", "rre_without_query_layer", "switch", "switch_capacity", "olmoe")
+COMPILED += ("olmoe_parts", "rre_of_mixed_parts")
 CASES |= {f"{case}_compiled": CASES[case] for case in COMPILED}
 
 

@@ -14,7 +14,6 @@ from pangu_sigma.model.pangu import Logits, PanGuSigma, TrainingLoss
 from pangu_sigma.model.signature import FlatSignature, PlaceSignature
 from parallel.layout import Layout
 from rre.dispatch import plan_by_expert, plan_in_blocks, plan_present
-from rre.experts import TENSORS_PER_EXPERT
 from rre.kinds import KINDS
 from rre.routers import ROUTERS, Groups, RouterOptions
 from tests.oracles import pangu_numpy
@@ -53,7 +52,11 @@ def make_tensors(config: ModelConfig, vocab: int, groups: Groups, seed: int = 0)
     def normal(shape: tuple[int, ...], std: float, mean: float = 0.0) -> np.ndarray:
         return (mean + std * draw.standard_normal(shape)).astype(np.float32)
 
-    tensors = {"embedding.position": normal((config.positions, hidden), 0.3)}
+    tensors = {}
+    if config.position == "learned":
+        tensors["embedding.position"] = normal((config.positions, hidden), 0.3)
+    if config.head == "untied":
+        tensors["head.word"] = normal((vocab, hidden), 0.5)
     if config.embedding_slots == "shared":
         tensors["embedding.word"] = normal((vocab, hidden), 0.5)
     else:
@@ -62,9 +65,14 @@ def make_tensors(config: ModelConfig, vocab: int, groups: Groups, seed: int = 0)
     if config.query_layer == "next_position":
         tensors["embedding.query"] = normal((config.positions, hidden), 0.7)
         layers.append("query_layer")
-    for norm in ["norm", *(f"{p}.{n}" for p in layers for n in ("norm1", "norm2"))]:
-        tensors[f"{norm}.gamma"], tensors[f"{norm}.beta"] = normal((hidden,), 0.2, 1.0), normal((hidden,), 0.2)
+    norms = ["norm1", "norm2", *(["attention.query_norm", "attention.key_norm"] if config.attention.qk_norm else [])]
+    for norm in ["norm", *(f"{p}.{n}" for p in layers for n in norms)]:
+        tensors[f"{norm}.gamma"] = normal((hidden,), 0.2, 1.0)
+        if config.norm == "layernorm":
+            tensors[f"{norm}.beta"] = normal((hidden,), 0.2)
     shapes = {"up": (hidden, ffn), "down": (ffn, hidden)}
+    if config.feed_forward == "swiglu":
+        shapes["gate"] = (hidden, ffn)
     for p in layers:
         matrices = {f"{p}.attention.{part}": (hidden, hidden) for part in ("query", "key", "value", "projection")}
         sparse = p in config.sparse_prefixes
@@ -75,11 +83,13 @@ def make_tensors(config: ModelConfig, vocab: int, groups: Groups, seed: int = 0)
             tensors[f"{p}.router.weight"] = normal((hidden, groups.total), 1.0)
         for name, shape in matrices.items():
             tensors[f"{name}.weight"] = normal(shape, shape[0] ** -0.5)
-            tensors[f"{name}.bias"] = normal(shape[1:], 0.2)
+            if config.biases:
+                tensors[f"{name}.bias"] = normal(shape[1:], 0.2)
         for d, size in zip(groups.names, groups.sizes, strict=True) if sparse else ():
             for part, shape in shapes.items():
                 tensors[f"domains.{d}.{p}.experts.{part}.weight"] = normal((size, *shape), shape[0] ** -0.5)
-                tensors[f"domains.{d}.{p}.experts.{part}.bias"] = normal((size, shape[1]), 0.2)
+                if config.biases:
+                    tensors[f"domains.{d}.{p}.experts.{part}.bias"] = normal((size, shape[1]), 0.2)
             if not KINDS[config.sparse.router].learned:
                 tensors[f"domains.{d}.{p}.routing"] = draw.integers(0, size, vocab).astype(np.int32)
     return tensors
@@ -120,7 +130,8 @@ class DrivenModel:
             options = RouterOptions(
                 groups, config.hidden, length, layout, index, 7, config.sparse.experts_per_token, factor,
                 config.sparse.aux_loss_weight, config.sparse.z_loss_weight, renormalise=config.sparse.renormalise,
-                jitter=config.sparse.jitter, resample=config.sparse.resample, tables=tables,
+                pooled=config.sparse.balance == "pooled", jitter=config.sparse.jitter,
+                resample=config.sparse.resample, tables=tables,
             )  # fmt: skip
             self.routers.append(ROUTERS[config.sparse.router].build(options))
         slots = groups.total if blocks is None else blocks
@@ -128,8 +139,9 @@ class DrivenModel:
         self.signature = FlatSignature(
             tuple(
                 PlaceSignature(
-                    p, slots, self.learned, router.noise_shape(batch * length) if jitter else (), bool(kernels)
-                )
+                    p, slots, config.network, self.learned,
+                    router.noise_shape(batch * length) if jitter else (), bool(kernels),
+                )  # fmt: skip
                 for p, router in zip(config.sparse_prefixes, self.routers, strict=True)
             ),
             slot_table, batch, length, config.hidden, config.ffn,
@@ -180,7 +192,7 @@ class DrivenModel:
                 flat.append(Tensor(noise[place.name]))
             for domain, number in map(self.owner, experts):
                 prefix = f"domains.{domain}.{place.name}.experts"
-                flat += [Tensor(self.tensors[f"{prefix}.{n}"][number]) for n in TENSORS_PER_EXPERT]
+                flat += [Tensor(self.tensors[f"{prefix}.{n}"][number]) for n in place.network.tensors]
             slots.append((experts, rows))
         return flat, slots
 
@@ -216,7 +228,7 @@ class DrivenModel:
         for layer, (place, (experts, rows)) in enumerate(zip(self.signature.places, slots, strict=True)):
             received = counts[layer].sum(axis=0)[:-1] if rows is None else rows
             for (domain, number), some in zip(map(self.owner, experts), received, strict=True):
-                for tensor in TENSORS_PER_EXPERT:
+                for tensor in place.network.tensors:
                     name = f"domains.{domain}.{place.name}.experts.{tensor}"
                     whole = named.setdefault(name, np.zeros(self.tensors[name].shape, np.float32))
                     gradient = of_inputs.pop(0)
@@ -236,6 +248,7 @@ class DrivenModel:
             config.sparse_prefixes, config.sparse.router, config.activation, config.query_layer == "next_position",
             config.embedding_slots == "per_domain", capacity, config.sparse.aux_loss_weight, config.norm_epsilon,
             config.sparse.experts_per_token, config.sparse.z_loss_weight, config.sparse.renormalise,
+            config.sparse.balance == "pooled", config.rope_theta,
         )  # fmt: skip
         domains = [self.groups.names[d] for d in batch.domain]
         return pangu_numpy.forward(options, tensors or self.tensors, batch.tokens, batch.labels, domains, noise)

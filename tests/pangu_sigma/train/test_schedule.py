@@ -45,6 +45,21 @@ def test_a_decay_without_an_end_of_its_own_ends_with_the_run():
     assert rates(kind="linear", final_factor=0.0)[99] == pytest.approx(0.01)
 
 
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_the_anneal_falls_by_equal_steps_from_where_the_plan_stands_to_nothing(kind):
+    found = rates(kind=kind, warmup_steps=10, anneal_steps=20)
+    # The decay before it ends where the anneal begins.
+    start = 1.0 if kind == "constant" else 0.1
+    assert found[80:] == pytest.approx([start * (1 - step / 20) for step in range(20)])
+    assert found[79] == pytest.approx(start, rel=0.2)
+    assert found[10] == 1.0
+
+
+def test_an_anneal_that_interrupts_a_decay_begins_at_its_rate():
+    plain, found = (rates(kind="cosine", decay_steps=100, anneal_steps=n) for n in (0, 10))
+    assert found[:91] == plain[:91] and found[95] == pytest.approx(plain[90] / 2)
+
+
 def test_a_warm_up_as_long_as_the_decay_divides_by_nothing():
     assert rates(kind="cosine", warmup_steps=10, decay_steps=10)[9:11] == pytest.approx([1.0, 1.0])
 

@@ -15,6 +15,7 @@ from parallel.compiled import library
 from parallel.layout import Layout
 from rre.kinds import KINDS
 from rre.layer import SparseFeedForward
+from rre.network import NetworkForm
 from rre.routers import ROUTERS, Groups, RouterOptions
 from tests.oracles import routers_numpy
 
@@ -46,7 +47,9 @@ class Objective(nn.Cell):
 
     def __init__(self, router, layout: Layout) -> None:
         super().__init__()
-        self.layer = SparseFeedForward(router.cell(), layout, "gelu", ms.float32, by_expert=router.by_expert)
+        self.layer = SparseFeedForward(
+            router.cell(), layout, NetworkForm("gelu"), ms.float32, by_expert=router.by_expert
+        )
 
     def construct(self, x, slopes, *flat):
         noise, weights = flat[: -4 * EXPERTS], flat[-4 * EXPERTS :]

@@ -1,0 +1,122 @@
+"""A folder of safetensors files as Hugging Face writes it, one file or numbered shards with an index, read by name.
+
+Memory holds one tensor. The headers are checked against the files before anything is read: a truncated, missing or
+doubled file is an error that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+import numpy as np
+
+from pangu_sigma.checkpoint.tensor_file import numpy_type
+from pangu_sigma.errors import UserError
+
+_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_MAX_HEADER = 100 << 20  # the safetensors library's own limit
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies; `dtype` is our name of its type."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+
+
+@dataclass(frozen=True)
+class SafetensorsFolder:
+    """The tensors of a folder by name."""
+
+    path: Path
+    tensors: dict[str, StoredTensor]
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, in the type that it is stored in. Raises UserError if it cannot be read."""
+        stored = self.tensors[name]
+        array = np.empty(stored.shape, numpy_type(stored.dtype))
+        try:
+            with open(stored.file, "rb") as stream:
+                stream.seek(stored.begin)
+                wanted = array.reshape(-1).view(np.uint8)
+                if stream.readinto(wanted) != wanted.size:
+                    raise UserError(f"{stored.file} ends inside tensor {name}: fetch the file again")
+        except OSError as error:
+            raise UserError(f"{stored.file} cannot be read ({error.strerror}): restore it") from error
+        return array
+
+
+def open_folder(path: Path) -> SafetensorsFolder:
+    """Open `model.safetensors` of the folder, or the shards that `model.safetensors.index.json` lists.
+
+    Raises UserError that names the file: none there, one missing, damaged or with a type of number that weights do not
+    have, a shard that lacks what the index says or holds more than it.
+    """
+    if not (path / INDEX).is_file():
+        if not (path / SINGLE).is_file():
+            raise UserError(
+                f"{path} has neither {SINGLE} nor {INDEX}: give the folder that save_pretrained wrote "
+                "(with safe_serialization; .bin files are not read)"
+            )
+        return SafetensorsFolder(path, _header(path / SINGLE))
+    place = _index(path / INDEX)
+    tensors: dict[str, StoredTensor] = {}
+    for file in sorted(set(place.values())):
+        held = _header(path / file)
+        listed = {name for name, shard in place.items() if shard == file}
+        if held.keys() != listed:
+            different = sorted(held.keys() ^ listed)
+            raise UserError(f"{path / file} does not hold what {INDEX} says ({different[0]}): fetch the folder again")
+        tensors |= held
+    return SafetensorsFolder(path, tensors)
+
+
+def _index(path: Path) -> dict[str, str]:
+    """Tensor -> file; only plain names inside the folder."""
+    try:
+        place = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        assert isinstance(place, dict) and all(isinstance(file, str) for file in place.values())
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UserError(f"{path} is damaged: fetch the folder again") from error
+    for file in place.values():
+        if PurePath(file).name != file or not file.endswith(".safetensors"):
+            raise UserError(f"{path} names the file {file}, which is no .safetensors file in it: fetch it again")
+    return place
+
+
+def _header(path: Path) -> dict[str, StoredTensor]:
+    damaged = UserError(f"{path} is no whole safetensors file: fetch it again")
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise damaged
+            entries = json.loads(stream.read(length))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): fetch the folder again") from error
+    except ValueError as error:
+        raise damaged from error
+    found: dict[str, StoredTensor] = {}
+    try:
+        for name, entry in entries.items():
+            if name == "__metadata__":
+                continue
+            if entry["dtype"] not in _TYPES:
+                raise UserError(f"{path} holds {name} as {entry['dtype']}: weights are {', '.join(_TYPES)}")
+            dtype, shape = _TYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+            begin, end = entry["data_offsets"]
+            wanted = math.prod(shape) * numpy_type(dtype).itemsize
+            if min(shape, default=1) < 0 or begin < 0 or end - begin != wanted or 8 + length + end > size:
+                raise damaged
+            found[name] = StoredTensor(path, dtype, shape, 8 + length + begin)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise damaged from error
+    return found

@@ -1,0 +1,44 @@
+"""What one feed-forward network is made of, known before any framework is loaded: one line per tensor.
+
+The same form serves a dense layer's network, an expert and a shared expert.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class NetworkForm:
+    """activation(x W_up + b_up) W_down + b_down, or `gated`: (activation(x W_gate) * (x W_up)) W_down, which with the
+    activation silu is SwiGLU (Shazeer 2020, arXiv 2002.05202, equation 6) and has no `biases`.
+    """
+
+    activation: str
+    gated: bool = False
+    biases: bool = True
+
+    def shapes(self, hidden: int, ffn: int) -> dict[str, Shape]:
+        """Shapes of the network's tensors, [in, out], in the order in which every graph and kernel takes them."""
+        found: dict[str, Shape] = {}
+        if self.gated:
+            found["gate.weight"] = (hidden, ffn)
+        found["up.weight"] = (hidden, ffn)
+        if self.biases:
+            found["up.bias"] = (ffn,)
+        found["down.weight"] = (ffn, hidden)
+        if self.biases:
+            found["down.bias"] = (hidden,)
+        return found
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the network's tensors in that order."""
+        return tuple(self.shapes(1, 1))
+
+    def values(self, hidden: int, ffn: int) -> int:
+        """Trained values of the network."""
+        return sum(math.prod(shape) for shape in self.shapes(hidden, ffn).values())
