@@ -122,6 +122,7 @@ class Objective(nn.Cell):
         self.domains = len(model.domains)
         self.sizes = model.sizes
         self.experts = model.experts
+        self.each = len(signature.places[0].network.tensors) if signature.places else 0
         self.slot_tables = model.slot_tables
         self.has_slots = signature.slot_table is not None
         self.unstack = ops.Unstack(0)
@@ -142,11 +143,13 @@ class Objective(nn.Cell):
     def group_weights(self, place: int):
         flat = ()
         for number in range(self.domains):
-            first = (place * self.domains + number) * 4
-            up, up_bias = self.unstack(self.experts[first]), self.unstack(self.experts[first + 1])
-            down, down_bias = self.unstack(self.experts[first + 2]), self.unstack(self.experts[first + 3])
+            first = (place * self.domains + number) * self.each
+            tensors = ()
+            for i in range(self.each):
+                tensors = tensors + (self.unstack(self.experts[first + i]),)
             for expert in range(self.sizes[number]):
-                flat = flat + (up[expert], up_bias[expert], down[expert], down_bias[expert])
+                for i in range(self.each):
+                    flat = flat + (tensors[i][expert],)
         return flat
 
 
