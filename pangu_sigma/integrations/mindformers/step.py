@@ -54,8 +54,10 @@ class PanGuSigmaTrainOneStep(MFTrainOneStepCell):
         tokens = self.sum(mask)
         values, gradients = self.value_and_grad(mask * (scale / tokens), scale, *columns)
         _, by_sample, _, rows = values
-        received = self.received(columns, rows)
-        gradients = self.of_touched(self.grad_reducer(gradients), received)
+        mine = self.received(columns, rows)
+        # Cleaned before they are averaged: another process may have rows for an expert that has none here.
+        gradients = self.grad_reducer(self.of_touched(gradients, mine))
+        received = self.everywhere(mine)
         squares = ()
         for gradient in gradients:
             squares = squares + (self.half_square(gradient),)
@@ -72,23 +74,29 @@ class PanGuSigmaTrainOneStep(MFTrainOneStepCell):
         return loss, overflow, scale, rate, norm
 
     def received(self, columns: tuple[Tensor, ...], rows: tuple[Tensor, ...]):
-        """Rows that every expert received, float32 [E] by sparse layer; samples of every domain last, for its slot."""
+        """Rows that every expert received here, float32 [E] by sparse layer; samples of every domain last (slots)."""
         found = ()
         start = FIXED
         for place in range(len(self.routing)):
             start = start + self.routing[place]
             if self.counted[place]:
-                found = found + (self.everywhere(ops.cast(columns[start], ms.float32)),)
+                found = found + (ops.cast(columns[start], ms.float32),)
                 start = start + 1
             else:
-                found = found + (self.everywhere(self.sum(rows[place], 0)[:-1]),)
+                found = found + (self.sum(rows[place], 0)[:-1],)
         if self.has_slots:
             mine = ops.cast(columns[5].reshape(-1, 1) == self.domain_ids.reshape(1, -1), ms.float32)
-            found = found + (self.everywhere(self.sum(mine, 0)),)
+            found = found + (self.sum(mine, 0),)
         return found
 
-    def everywhere(self, counts: Tensor) -> Tensor:
-        return counts if self.add_up is None else self.add_up(counts)
+    def everywhere(self, counts: tuple[Tensor, ...]):
+        """The counts of all processes together."""
+        if self.add_up is None:
+            return counts
+        found = ()
+        for count in counts:
+            found = found + (self.add_up(count),)
+        return found
 
     def of_touched(self, gradients: tuple[Tensor, ...], received: tuple[Tensor, ...]):
         """Gradients with 0 for experts without rows, whose products over nothing leave memory as it was."""

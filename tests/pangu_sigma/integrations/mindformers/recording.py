@@ -1,6 +1,7 @@
 """A process that trains with MindFormers and keeps every loss as it is, not as a rounded log line."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,15 +11,16 @@ from pangu_sigma.integrations.mindformers.settings import read_yaml
 
 
 def main(file: str, overrides: list[str]) -> None:
+    rank = os.environ.get("RANK_ID", "")
     job.environment(Path(read_yaml(file, overrides)["output_dir"]))
     from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
     from mindspore.train import Callback
 
     class LossRecorder(Callback):
-        """Appends the loss of every step to a file of JSON lines."""
+        """Appends the loss of every step to a file of JSON lines, in a run of several processes one each."""
 
         def __init__(self, path: str) -> None:
-            self.path = path
+            self.path = f"{path}.{rank}" if rank else path
 
         def on_train_step_end(self, run_context) -> None:
             loss = run_context.original_args().net_outputs[0]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +14,11 @@ from safetensors.numpy import load_file, save_file
 
 from pangu_sigma.checkpoint import resolve
 from pangu_sigma.config.counts import manifest
+from pangu_sigma.doctor.processes import MSRUN, free_port
 from pangu_sigma.errors import UserError
 from pangu_sigma.integrations.mindformers.importing import checkpoint_file, import_mindformers, skip_rule
 from pangu_sigma.load import stored_config
-from tests.pangu_sigma.integrations.mindformers.conftest import STEPS, run_formers
+from tests.pangu_sigma.integrations.mindformers.conftest import STEPS, json_lines, run_formers
 from tests.pangu_sigma.train import process
 
 
@@ -114,8 +119,28 @@ def test_our_model_goes_on_there_and_foreign_tables_are_refused(both_trained, tm
     for number, given in enumerate([[load, start], [start]]):
         done = run_formers(both_trained.file, tmp_path, *wanted, *given, f"output_dir={tmp_path}/{number}")
         assert done.returncode == 0, done.stderr[-4000:]
-    losses = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = json_lines(tmp_path / "losses.jsonl")
     assert losses[:4] == losses[4:]
     assert losses[0] < both_trained.formers_losses[0] - 0.05
     done = run_formers(both_trained.file, tmp_path, *wanted, load, f"{sections}.seed=7", f"output_dir={tmp_path}/other")
     assert done.returncode != 0 and "brought another routing table" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(both_trained, tmp_path):
+    path = os.pathsep.join([str(process.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    words = [sys.executable, "-c", MSRUN, "--worker_num=2", "--local_worker_num=2", f"--master_port={free_port()}"]
+    words += [f"--log_dir={tmp_path}/logs", "--join=True", "--cluster_time_out=120", sys.executable, "-m"]
+    words += ["tests.pangu_sigma.integrations.mindformers.recording", str(both_trained.file), "use_parallel=true"]
+    words += ["parallel.parallel_mode=0", "parallel.gradients_mean=true", "runner_config.batch_size=2"]
+    words += [f"callbacks.3.path={tmp_path}/losses", f"output_dir={tmp_path}/output"]
+    environment = os.environ | {"PYTHONPATH": path, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-4000:]
+    # Each process's loss is of its own half of the batch.
+    halves = [json_lines(tmp_path / f"losses.{rank}") for rank in range(2)]
+    np.testing.assert_allclose(np.mean(halves, axis=0), both_trained.our_losses, atol=1e-5)
+    model = import_mindformers(tmp_path / "output", tmp_path / "model").checkpoint
+    ours = resolve(both_trained.ours)
+    for name, tensor in ours.load(ours.names(optimizer=False)).items():
+        np.testing.assert_allclose(model.load([name])[name], tensor, atol=5e-5, err_msg=name)
