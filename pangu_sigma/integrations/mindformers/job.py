@@ -29,9 +29,11 @@ def train(file: str | Path, overrides: Sequence[str] = ()) -> Path:
     """
     values = read_yaml(file, overrides)
     config = settings_of(values, str(file))
+    output = Path(config.run.dir)
+    if next(output.glob(f"checkpoint/rank_*/*{ENDING}"), None) is not None:
+        raise UserError(f"{output} already holds checkpoints of MindFormers: set another output_dir, or remove them")
     check_installed()
     _check_load(values, str(file), config)
-    output = Path(config.run.dir)
     values["output_dir"] = str(output)
     output.mkdir(parents=True, exist_ok=True)
     if int(os.environ.get("RANK_ID", "0")) == 0:

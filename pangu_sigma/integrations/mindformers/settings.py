@@ -50,6 +50,7 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "runner_config.gradient_accumulation_steps": (1, "MindFormers ignores it on one device"),
     "resume_training": (False, "import the checkpoint and go on from it with run.init_from"),
     "recompute_config.recompute": (False, "MindFormers' recomputation knows its own layers only"),
+    "lr_scale": (False, "it multiplies the learning rate by the number of devices"),
     "do_eval": (False, "import the checkpoint and use pangu-sigma evaluate"),
 }
 _DEFAULTS = {"use_legacy": True, "runner_config.epochs": 1, "runner_config.gradient_accumulation_steps": 1}

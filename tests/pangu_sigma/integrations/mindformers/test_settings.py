@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from pangu_sigma.errors import UserError
+from pangu_sigma.integrations.mindformers import job
 from pangu_sigma.integrations.mindformers.settings import read_yaml, settings_of
 from tests.pangu_sigma.integrations.mindformers.conftest import SHIPPED
 from tests.pangu_sigma.train import process
@@ -91,3 +92,10 @@ def test_a_checkpoint_to_load_must_be_there(formers, tmp_path):
     for path, said in (("gone.safetensors", "is no .safetensors file"), ("half.safetensors", "cannot be read")):
         done = process.command("mindformers", SHIPPED, f"load_checkpoint={tmp_path / path}", cwd=tmp_path)
         assert done.returncode == 2 and said in done.stderr, done.stderr
+
+
+def test_a_folder_with_another_trainings_checkpoints_is_refused(tmp_path):
+    (tmp_path / "out" / "checkpoint" / "rank_0").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint" / "rank_0" / "pangu_sigma_rank_0-1_220.safetensors").touch()
+    with pytest.raises(UserError, match="already holds checkpoints of MindFormers: set another output_dir"):
+        job.train(SHIPPED, [f"output_dir={tmp_path / 'out'}"])

@@ -130,7 +130,7 @@ def test_our_model_goes_on_there_and_foreign_tables_are_refused(both_trained, tm
 def test_two_processes_train_as_one_does(both_trained, tmp_path):
     path = os.pathsep.join([str(process.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     words = [sys.executable, "-c", MSRUN, "--worker_num=2", "--local_worker_num=2", f"--master_port={free_port()}"]
-    words += [f"--log_dir={tmp_path}/logs", "--join=True", "--cluster_time_out=120", sys.executable, "-m"]
+    words += [f"--log_dir={tmp_path}/logs", "--join=True", "--cluster_time_out=120", "python", "-m"]
     words += ["tests.pangu_sigma.integrations.mindformers.recording", str(both_trained.file), "use_parallel=true"]
     words += ["parallel.parallel_mode=0", "parallel.gradients_mean=true", "runner_config.batch_size=2"]
     words += [f"callbacks.3.path={tmp_path}/losses", f"output_dir={tmp_path}/output"]
