@@ -50,7 +50,9 @@ class PlannedBatches:
     def __iter__(self) -> Iterator[tuple[np.ndarray, ...]]:
         for _ in range(self.steps):
             batch = self._sampler.next_batch(self._batch_size, self._rows)
-            planned = self._planner(batch.tokens, batch.domain, batch.sample, batch.step)
+            planned = self._planner(
+                batch.tokens, batch.domain, batch.sample, batch.step, batch.mask, batch.padding
+            )
             yield row(planned, self.signature)
 
 

@@ -162,7 +162,10 @@ def _settings(
     values = {"schema_version": 1, **sections, "optimizer": optimizer, "schedule": schedule}
     values["run"] = {**(sections.get("run") or {}), "dir": abspath(expanduser(output)), "device": device}
     values["train"] = {**(sections.get("train") or {}), **train}
-    return effective(config_from_dict(values, source=source))
+    config = effective(config_from_dict(values, source=source))
+    if config.data.stream is not None:
+        raise UserError(f"{source}: {SECTIONS}.data.stream is learned from by pangu-sigma train only: leave it out")
+    return config
 
 
 def _plain(value: Any) -> Any:

@@ -45,6 +45,7 @@ def test_mindformers_own_keys_become_ours():
         ("optimizer.betas=0.9", "optimizer.betas is 0.9: write two numbers"),
         (f"{OURS}.model.layer=3", "the nearest known key is model.layers"),
         (f"{OURS}.experts={{store: host}}", "has the section 'experts'"),
+        (f"{OURS}.data.stream={{path: '-', domain: code}}", "data.stream is learned from by pangu-sigma train only"),
         (f"{OURS}.run.dir=x", "pangu_sigma.run has 'dir'"),
         ("use_parallel=true", "set it to 0 (data parallel)"),
         ("train_dataset.data_loader.steps=many", "write a whole number"),
