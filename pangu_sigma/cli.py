@@ -118,7 +118,7 @@ def mindformers(
     """Train the model of a MindFormers YAML (configs/mindformers) with MindFormers' own Trainer."""
     from pangu_sigma.integrations.mindformers.job import train as run_trainer
 
-    run_trainer(file, overrides or ())
+    typer.echo(run_trainer(file, overrides or ()))
 
 
 @app.command(short_help="Print or explain a configuration.")

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
     "train", "config", "evaluate", "generate", "extract", "import", "upcycle", "domains", "vocab", "report", "serve",
-    "corpora", "quickstart",
+    "corpora", "quickstart", "mindformers", "doctor",
 ]  # fmt: skip
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
 
@@ -39,7 +39,7 @@ def children_seconds() -> float:
     "command",
     [
         [], *[[name] for name in COMMANDS], ["import", "pangu-alpha"], ["vocab", "extend"], ["domains", "add"],
-        ["domains", "expand"],
+        ["domains", "expand"], ["import", "mindformers"],
     ],  # fmt: skip
     ids=lambda command: " ".join(command) or "-",
 )
