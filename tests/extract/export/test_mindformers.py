@@ -6,6 +6,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from extract.export.exporting import Options, export
+from pangu_sigma.checkpoint import open_checkpoint
 from pangu_sigma.config.counts import manifest
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import stored_config
@@ -13,7 +14,7 @@ from pangu_sigma.load import stored_config
 
 @pytest.mark.parametrize("case", ["dense", "full_model", "switch"])
 def test_every_tensor_goes_byte_for_byte(stored, tmp_path, case):
-    checkpoint = stored(case)
+    checkpoint = open_checkpoint(stored(case).path)
     said = export(checkpoint.path, tmp_path / "out", "mindformers")
     exported = load_file(tmp_path / "out" / "pangu_sigma.safetensors")
     config = stored_config(checkpoint)
