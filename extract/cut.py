@@ -107,6 +107,7 @@ class Cut:
         values["train"]["phases"] = []
         values["train"]["stop_at"] = None
         without_adaptation(values)
+        values["data"]["stream"] = None
         limit = values["data"]["domains_per_step"]
         values["data"]["domains_per_step"] = limit and min(limit, len(self.domains))
         values["run"]["dir"] = f"{parent.run.dir}-{'-'.join(self.domains)}"

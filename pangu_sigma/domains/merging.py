@@ -43,6 +43,7 @@ def merge_models(paths: Sequence[Path], out: Path) -> Changed:
     # What was planned for one of the models is no plan for all of their domains.
     values["train"] |= {"phases": [], "stop_at": None}
     without_adaptation(values)
+    values["data"]["stream"] = None
     if not sum(entry["weight"] for entry in values["domains"]):
         values["domains"] = [{**entry, "weight": 1.0} for entry in values["domains"]]
     merged = config_from_dict(values, source="the merged configuration")

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from extract.cut import Cut
 from pangu_sigma.checkpoint import find_latest
+from pangu_sigma.domains.listing import list_domains
 from tests.pangu_sigma.train.process import (
     assert_equal_checkpoints,
     assert_refused,
@@ -142,6 +144,14 @@ def test_standard_input_is_learned_and_a_killed_run_loses_no_byte_of_it(small_ya
     done = command(*more, cwd=tmp_path, input="")
     assert done.returncode == 0 and "the stream has ended: saved step" in done.stderr, done.stderr
     assert last_step(run) > STEPS
+
+
+def test_a_run_of_a_stream_is_like_any_other(uninterrupted):
+    parent, _ = find_latest(uninterrupted)
+    facts = {fact.name: fact for fact in list_domains(uninterrupted)}
+    assert sum(fact.tokens for fact in facts.values()) == 16 * 4 * STEPS and facts["law"].loss_kind == "train"
+    # A domain that is cut out goes its own way, without the stream.
+    assert parent.state["sampler"]["kind"] == "stream" and Cut(parent, ["law"]).config.data.stream is None
 
 
 REFUSED = {
