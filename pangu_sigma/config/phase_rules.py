@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pangu_sigma.config.phases import old_domains
+from rre.kinds import KINDS
 
 if TYPE_CHECKING:
     from pangu_sigma.config.schema import Config
@@ -39,7 +40,7 @@ def broken_phase_rules(config: Config) -> Broken:
                 f"{key}.shared",
                 f"{key} trains nothing: a dense model has shared parameters only; set shared to train",
             )
-        yield from _regularise(key, phase)
+        yield from _regularise(key, phase, config)
         if phase.shared == "regularised" and _devices(config) > 1:
             yield (
                 f"{key}.shared",
@@ -56,7 +57,7 @@ def broken_phase_rules(config: Config) -> Broken:
         yield "train.phases", f"{last} {given} steps and train.steps is {steps}: {more}"
 
 
-def _regularise(key: str, phase: PhaseConfig) -> Broken:
+def _regularise(key: str, phase: PhaseConfig, config: Config) -> Broken:
     wanted = phase.regularise
     if wanted is not None and phase.shared != "regularised":
         yield (
@@ -69,6 +70,21 @@ def _regularise(key: str, phase: PhaseConfig) -> Broken:
             f"{key}.regularise",
             f"{key}.shared = regularised, but {key}.regularise says by what: give output, l2 or ewc a weight above 0",
         )
+    if wanted is not None and wanted.through == "old":
+        sparse = config.model.sparse
+        apart = config.model.sparse_prefixes and KINDS[sparse.router].tables == "domain"
+        if not wanted.output:
+            yield (
+                f"{key}.regularise.through",
+                f"{key}.regularise.through = old says whose outputs are compared, and output is 0: give output a "
+                "weight above 0, or leave through out",
+            )
+        elif not apart and config.model.embedding_slots == "shared":
+            yield (
+                f"{key}.regularise.through",
+                f"{key}.regularise.through = old has no effect on this model, in which no domain has experts of its "
+                "own (a dense one, or model.sparse.router other than rre): leave it out",
+            )
 
 
 def _old_domains(key: str, config: Config, index: int) -> Broken:
@@ -77,15 +93,18 @@ def _old_domains(key: str, config: Config, index: int) -> Broken:
         if name not in names:
             yield f"{key}.old", f"{key}.old names the domain {name}, {_known(names)}"
             return
-    ewc = phase.regularise is not None and phase.regularise.ewc > 0
-    if not phase.replay and not ewc:
+    held = phase.regularise
+    through = held is not None and held.output > 0 and held.through == "old"
+    ewc = held is not None and held.ewc > 0
+    if not phase.replay and not ewc and not through:
         if phase.old is not None:
             yield (
                 f"{key}.old",
-                f"{key}.old has no effect without {key}.replay or {key}.regularise.ewc: leave it out",
+                f"{key}.old has no effect without {key}.replay, {key}.regularise.ewc or through = old: leave it out",
             )
         return
-    why = f"{key}.replay = {phase.replay:g}" if phase.replay else f"{key}.regularise.ewc"
+    why = f"{key}.regularise.ewc" if ewc else f"{key}.regularise.through = old"
+    why = f"{key}.replay = {phase.replay:g}" if phase.replay else why
     if phase.replay and phase.weights is None:
         yield (
             f"{key}.weights",

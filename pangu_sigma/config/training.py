@@ -53,6 +53,9 @@ class RegulariseConfig(Section):
     output: float = Field(
         0.0, ge=0, description="Weight of KL(previous || now) of the next-token distributions, in nats per token."
     )
+    through: Literal["own", "old"] = Field(
+        "own", description="Whose experts output compares on the new text: the text's own domain's, or an old domain's."
+    )
     l2: float = Field(
         0.0, ge=0, description="Weight of half the squared distance of the shared parameters to the previous ones."
     )

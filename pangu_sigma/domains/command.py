@@ -32,6 +32,13 @@ Out = Annotated[
 ]
 
 
+class Through(StrEnum):
+    """Whose experts give the outputs that --output compares."""
+
+    own = "own"
+    old = "old"
+
+
 class Shared(StrEnum):
     """What happens to the shared parameters while a new domain trains."""
 
@@ -113,6 +120,9 @@ def add(
     ewc: Annotated[
         float, typer.Option(min=0.0, help="The same distance, weighed by Fisher information on the other domains.")
     ] = 0.0,
+    through: Annotated[
+        Through, typer.Option(help="With --output: compare under the new domain's experts, or under an old domain's.")
+    ] = Through.own,
     replay: Annotated[
         float, typer.Option(min=0.0, max=0.99, help="Unless frozen: share of samples from the other domains.")
     ] = 0.0,
@@ -127,7 +137,7 @@ def add(
 
     if steps is None and (shared is not Shared.frozen or replay or output or l2 or ewc):
         raise UserError("--shared, --output, --l2, --ewc and --replay say how it trains: say for how long with --steps")
-    plan = (steps, shared, replay, _held_by(shared, output, l2, ewc))
+    plan = (steps, shared, replay, _held_by(shared, output, l2, ewc, through))
     if model is not None:
         if data:
             raise UserError("--data and --model exclude each other: the model's domain brings its own text")
@@ -260,7 +270,9 @@ def merge(
     _say(merge_models(models, out), f"{len(models)} models merged")
 
 
-def _held_by(shared: Shared, output: float, l2: float, ewc: float) -> dict[str, float] | None:
+def _held_by(
+    shared: Shared, output: float, l2: float, ewc: float, through: Through
+) -> dict[str, float | str] | None:
     given = {"output": output, "l2": l2, "ewc": ewc}
     if shared is not Shared.regularised:
         if any(given.values()):
@@ -268,11 +280,11 @@ def _held_by(shared: Shared, output: float, l2: float, ewc: float) -> dict[str, 
         return None
     if not any(given.values()):
         raise UserError("--shared regularised needs to know by what: give --output, --l2 or --ewc a weight above 0")
-    return given
+    return {**given, "through": through.value}
 
 
 def _ahead(
-    name: str, steps: int | None, shared: Shared, replay: float, regularise: dict[str, float] | None
+    name: str, steps: int | None, shared: Shared, replay: float, regularise: dict[str, float | str] | None
 ) -> Ahead | None:
     from pangu_sigma.domains.plan import Ahead
 

@@ -6,6 +6,7 @@ changes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -59,7 +60,7 @@ def add_domain(values: dict[str, Any], domain: dict[str, Any], step: int, ahead:
             "restart": True,
             "replay": ahead.replay,
             "old": [entry["name"] for entry in values["domains"] if entry["name"] != ahead.name]
-            if ahead.replay or (ahead.regularise or {}).get("ewc")
+            if ahead.replay or _looks_back(ahead.regularise)
             else None,
             # Every key of the section, so that the plan can be changed again.
             "regularise": None if ahead.regularise is None else RegulariseConfig(**ahead.regularise).model_dump(),
@@ -165,6 +166,11 @@ def _without(phase: dict[str, Any], name: str) -> dict[str, Any]:
     return {**phase, "weights": weights, "domains": domains, "old": kept}
 
 
+def _looks_back(regularise: Mapping[str, Any] | None) -> bool:
+    """Whether what holds a phase is measured on, or through, its old domains."""
+    return bool(regularise and (regularise.get("ewc") or regularise.get("through") == "old"))
+
+
 def _mend_old(values: dict[str, Any]) -> None:
     """Phases whose last old domain is gone replay nothing and have no Fisher information to go by."""
     train = values["train"]
@@ -179,11 +185,11 @@ def _mend_old(values: dict[str, Any]) -> None:
         regularise = phase.get("regularise")
         if phase.get("replay") and (phase["weights"] is None or not old_domains(view, index)):
             phase["replay"] = 0.0
-        if regularise is not None and regularise["ewc"] and not old_domains(view, index):
-            regularise["ewc"] = 0.0
+        if _looks_back(regularise) and not old_domains(view, index):
+            regularise["ewc"], regularise["through"] = 0.0, "own"
             if not regularise["output"] and not regularise["l2"]:
                 phase["shared"], phase["regularise"] = "train", None
-        if not phase.get("replay") and not (phase.get("regularise") or {}).get("ewc"):
+        if not phase.get("replay") and not _looks_back(phase.get("regularise")):
             phase["old"] = None
 
 

@@ -46,8 +46,7 @@ class Accounting:
         np.add.at(self.units, batch.domain, measured.units)
         np.add.at(self.tokens, batch.domain, (batch.mask > 0).sum(axis=1))
         np.add.at(self.rows, batch.domain, batch.filled)
-        for name, (value, count) in measured.figures.items():
-            self.add_figure(name, value, count)
+        self.add_figures(measured)
         for layer, plan in enumerate(batch.plans):
             if plan is None:
                 kept, lost = counts[layer][:, :-1].astype(np.int64), counts[layer][:, -1].astype(np.float64)
@@ -60,6 +59,11 @@ class Accounting:
         self.dropped += batch.dropped
         self.auxiliary += aux
         self.batches += 1
+
+    def add_figures(self, measured: Measured) -> None:
+        """Add what the objective tells beside its losses."""
+        for name, (value, count) in measured.figures.items():
+            self.add_figure(name, value, count)
 
     def add_figure(self, name: str, value: float, count: float) -> None:
         """Add to a figure whose record is the sum of values by the sum of counts."""

@@ -85,7 +85,9 @@ class Holding:
             grown = set(config.domain_names) - set(kept.domains) if model.learned else set()
             stand_in = dict.fromkeys(grown, kept.domains[0])
             reference = load_reference(kept, config, self.trainer.micro_batch, stand_in)
-            objective = RegularisedObjective(reference, wanted.output)
+            old = old_domains(config, phase.index) if wanted.through == "old" else ()
+            through = [config.domain_names.index(name) for name in old]
+            objective = RegularisedObjective(reference, wanted.output, through, config.run.seed)
         if wanted.l2 or wanted.ewc:
             names = kept.names(domains=[], optimizer=False)
             distance = Distance(model.net.trainable_params(), kept.load(names), fisher, wanted, model.layout)

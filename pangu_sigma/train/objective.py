@@ -5,13 +5,14 @@ An objective whose loss needs more than the batch (a frozen model's outputs, say
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
-from pangu_sigma.model.inputs import PlannedBatch
+from pangu_sigma.model.inputs import PlannedBatch, Planner
 from pangu_sigma.model.pangu import PanGuSigma, TrainingLoss
 from pangu_sigma.model.signature import FlatSignature
 from parallel.layout import Layout
@@ -51,6 +52,10 @@ class Objective:
     def units(self, batch: PlannedBatch) -> np.ndarray:
         """What the mean runs over, counted per row: float64 [B]; its sum over the step divides the loss."""
         return batch.mask.sum(axis=1, dtype=np.float64)
+
+    def beside(self, batches: Sequence[PlannedBatch], planner: Planner) -> list[PlannedBatch]:
+        """Further micro-batches of the step, which bring no units: what else the objective asks of the model."""
+        return []
 
     def prepare(self, batch: PlannedBatch) -> np.ndarray | None:
         """What the loss needs beside the batch; computed before the step's graph runs."""

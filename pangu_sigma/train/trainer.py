@@ -116,7 +116,7 @@ class Trainer:
         gradients: Gradients | None = None
         loss_sum = 0.0
         parts = []
-        for batch in batches:
+        for batch in (*batches, *self.objective.beside(batches, self.planner)):
             part, measured, counts, auxiliary = self._gradients(batch, phase, scale, total, len(batches))
             parts.append((batch, measured, counts, auxiliary))
             loss_sum += float(measured.losses.astype(np.float64).sum())
@@ -136,8 +136,10 @@ class Trainer:
         clip = min(1.0, self.config.optimizer.clip_norm / max(norm, 1e-38))
         self.optimizer.apply(gradients, rate, clip / scale, frozen)
         self.loss_scale.good()
-        for batch, measured, counts, auxiliary in parts:
+        for batch, measured, counts, auxiliary in parts[: len(batches)]:
             self.accounting.add_batch(batch, measured, counts, auxiliary)
+        for _, measured, _, _ in parts[len(batches) :]:
+            self.accounting.add_figures(measured)
         if penalty is not None:
             self.accounting.add_figure("distance", penalty, 1.0)
         self.accounting.add_step(len(gradients.experts))

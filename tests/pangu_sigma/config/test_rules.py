@@ -109,6 +109,21 @@ BROKEN = [
         ["train.phases=[{shared: regularised, regularise: {ewc: 1}}]"],
         "train.phases.0.regularise.ewc needs old domains",
     ),
+    (
+        "through the old without outputs",
+        [SPARSE, "train.phases=[{shared: regularised, regularise: {l2: 1, through: old}}]"],
+        "says whose outputs are compared, and output is 0",
+    ),
+    (
+        "through the old of a dense model",
+        ["train.phases=[{shared: regularised, regularise: {output: 1, through: old}}]"],
+        "in which no domain has experts of its own",
+    ),
+    (
+        "through nobody",
+        [SPARSE, "train.phases=[{shared: regularised, regularise: {output: 1, through: old}}]"],
+        "train.phases.0.regularise.through = old needs old domains",
+    ),
     ("stream of a stranger", ["data.stream={path: x, domain: law}"], "data.stream.domain names the domain law"),
     (
         "stream with a limit on domains",
@@ -202,6 +217,10 @@ FINE = [
     ["train.phases=[{steps: 5, weights: {code: 1}}, {weights: {docs: 1}, replay: 0.1}]"],
     ["train.phases=[{shared: regularised, regularise: {output: 1}}]"],
     ["train.phases=[{steps: 5, weights: {code: 1}}, {shared: regularised, weights: {docs: 1}, regularise: {ewc: 1}}]"],
+    [
+        SPARSE, "train.phases=[{shared: regularised, weights: {code: 1}, old: [docs], "
+        "regularise: {output: 1, through: old}}]",
+    ],
     ["data.stream={path: '-'}", "checkpoint.every_seconds=1"],
     ["domains.0.experts=5000"],
     ["model.sparse={layers: 1, router: switch, jitter: 0.01}"],

@@ -182,6 +182,47 @@ def test_slots_of_their_own_have_the_same_divergence(other):
     assert trainer.accounting.take()["figures"]["divergence"] == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_new_text_is_compared_under_an_old_domains_experts(other):
+    """The loss is the text's own, the divergence that of both models under the old domain, whose experts feel it."""
+    drawn = batch(0, [2, 2, 2, 2])
+    law = list(EXPERTS).index("law")
+    for objective in (None, RegularisedObjective(other, 0.7, through=[law])):
+        trainer = small_trainer({"init_std": 0.3}, optimizer=LINEAR)
+        trainer.hold(objective, None)
+        (planned,) = trainer.plan(drawn)
+        logits = [Scorer(model, 4).logits(planned.sequences, [law] * 4).asnumpy().copy()
+                  for model in (trainer.model, other.model)]  # fmt: skip
+        outcome = trainer.step(0, [planned])
+        if objective is None:
+            expected_loss, plain = outcome.loss, tensors_now(trainer)
+    log_p, log_q = (torch.log_softmax(torch.tensor(x, dtype=torch.float64), -1) for x in logits)
+    kl = torch.nn.functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1).mean()
+    record = trainer.accounting.take()
+    assert outcome.loss == pytest.approx(expected_loss, rel=1e-5) and record["tokens"] == {"poems": 4 * LENGTH}
+    assert record["figures"]["divergence"] == pytest.approx(float(kl), rel=1e-4)
+    held = tensors_now(trainer)
+    up = "blocks.0.experts.up.weight"
+    assert held[f"domains.law.optimizer.m.{up}"].any() and not plain[f"domains.law.optimizer.m.{up}"].any()
+    np.testing.assert_allclose(
+        held[f"domains.poems.optimizer.m.{up}"], plain[f"domains.poems.optimizer.m.{up}"], rtol=1e-3, atol=1e-7
+    )
+    assert not np.allclose(held["optimizer.m.embedding.word"], plain["optimizer.m.embedding.word"], atol=1e-4)
+
+
+def test_an_old_domain_is_drawn_for_every_micro_batch_the_same_way(other):
+    objective = RegularisedObjective(other, 0.7, through=[0, 1], seed=3)
+    trainer = small_trainer({"init_std": 0.3})
+    drawn = []
+    for step in range(12):
+        planned = trainer.plan(batch(step, [2, 2, 2, 2]))
+        beside = objective.beside(planned, trainer.planner)
+        assert not beside[0].mask.any() and beside[0].held.all() and (beside[0].tokens == planned[0].tokens).all()
+        again = objective.beside(planned, trainer.planner)
+        assert (again[0].domain == beside[0].domain).all() and len(set(beside[0].domain.tolist())) == 1
+        drawn.append(int(beside[0].domain[0]))
+    assert set(drawn) == {0, 1}
+
+
 def test_another_loss_than_all_tokens_mean_is_not_held_by_outputs(other):
     class Another(Objective):
         pass
