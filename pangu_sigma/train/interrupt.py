@@ -26,6 +26,11 @@ class Interruption:
                 self._previous[number] = signal.signal(number, self._ask)
         return self
 
+    def renew(self) -> None:
+        """Listen again: MindSpore may leave a handler of its own behind, which turns Ctrl-C into SIGTERM."""
+        if not self.asked and signal.SIGINT in self._previous:
+            signal.signal(signal.SIGINT, self._ask)
+
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)

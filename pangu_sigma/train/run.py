@@ -328,6 +328,7 @@ class Run:
                 self._evaluate()
             with self._profiler() as profile:
                 while self.progress.step < end and not interruption.asked:
+                    interruption.renew()
                     if self.stream is not None and not self._arrived(interruption):
                         break
                     self._step()
@@ -355,6 +356,7 @@ class Run:
     def _arrived(self, interruption: Interruption) -> bool:
         """Wait for the stream's next batch; False where none will be learned: interrupted, ended or unreadable."""
         while not self.reader.wait(_POLL_SECONDS):
+            interruption.renew()
             if interruption.asked:
                 return False
             said = self.stream.idle_message()

@@ -92,10 +92,10 @@ def test_a_new_domain_begins_as_it_was_asked(copied_run, medicine, tmp_path):
 def test_a_new_domain_begins_as_a_dense_models_networks(copied_run, small_yaml, medicine, tmp_path):
     """Every expert is the feed-forward network of its layer in the dense model, tables are drawn, and it goes on."""
     run, dense = copied_run(STEP), tmp_path / "dense"
-    changes = ["model.sparse={layers: 0}", "train.steps=1", "train.phases=[]", "evaluate.every=0", f"run.dir={dense}"]
+    changes = ["model.sparse={layers: 0}", "train.steps=2", "train.phases=[]", "evaluate.every=0", f"run.dir={dense}"]
     train(load_config(small_yaml, changes))
     add_domain(run, wanted(medicine, init=f"dense:{dense}"), ahead=Ahead("medicine", 1))
-    networks, tensors = (open_checkpoint(path).load() for path in (folder(dense, 1), folder(run)))
+    networks, tensors = (open_checkpoint(path).load() for path in (folder(dense, 2), folder(run)))
     for name in ("up.weight", "up.bias", "down.weight", "down.bias"):
         experts = tensors[f"domains.medicine.blocks.0.experts.{name}"]
         assert len(experts) == 3
