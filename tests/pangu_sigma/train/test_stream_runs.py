@@ -120,6 +120,7 @@ def test_a_growing_file_is_learned_as_it_grows_and_resumed_at_the_exact_byte(
     assert_equal_checkpoints(checkpoint(uninterrupted, STEPS), checkpoint(run, STEPS))
 
 
+@pytest.mark.slow
 def test_standard_input_is_learned_and_a_killed_run_loses_no_byte_of_it(small_yaml, lines, uninterrupted, tmp_path):
     run, content = tmp_path / "run", b"".join(lines)
     arguments = ["train", small_yaml, f"run.dir={run}", *CHANGES, "--stream", "-"]
