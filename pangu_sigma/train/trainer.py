@@ -78,6 +78,7 @@ class Trainer:
         if objective is not None and type(self._plain) is not Objective:
             raise UserError("regularise.output holds training on text: leave it out where another loss is trained")
         wanted = self._plain if objective is None else objective
+        wanted.auxiliary = self._plain.auxiliary
         if wanted is not self.objective:
             self._graphs.clear()
         self.objective, self._distance = wanted, distance
