@@ -43,6 +43,7 @@ def test_a_killed_change_leaves_the_old_family_or_the_new_one(copied_run, medici
     assert counts["old"] and (counts["new"] or change in ("merge", "add-out"))
 
 
+@pytest.mark.slow
 def test_a_killed_expansion_leaves_the_old_family_or_the_new_one(gated, medicine, tmp_path):  # noqa: F811
     run = shutil.copytree(gated, tmp_path / "run")
     (tmp_path / "scratch").mkdir()

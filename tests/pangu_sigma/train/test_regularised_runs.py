@@ -101,6 +101,7 @@ def test_the_old_domains_experts_keep_every_bit(small_yaml, tmp_path):
     assert "embedding.word" in moved and any(name.startswith("domains.law.") for name in moved)
 
 
+@pytest.mark.slow
 def test_a_previous_model_that_nobody_names_goes(whole, small_yaml, tmp_path):
     run = tmp_path / "run"
     phases = f"train.phases=[{{steps: 2, weights: {{code: 1}}}}, {OUTPUT_ALONE.replace('4', '2')}, {{steps: 2}}]"
