@@ -306,6 +306,31 @@ def serve(
     run_server(model, settings, say=typer.echo)
 
 
+@app.command(short_help="Learn domains one after another, and measure what is kept.")
+def lifelong(
+    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="Stages over a configuration.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Learn domains stage by stage; after each, measure all of them. The same command resumes and goes on.
+
+    Prints the matrix of losses, backward transfer, forgetting, forward transfer, costs and the property table; writes
+    JSON, CSV, a heat map and one HTML page to the run.dir of the configuration.
+    """
+    from pangu_sigma.lifelong.plan import load_plan
+
+    # The whole sequence is checked before MindSpore is imported: a mistake shows at once.
+    plan = load_plan(file, overrides or ())
+    from pangu_sigma.lifelong.job import run_lifelong
+    from pangu_sigma.lifelong.results import as_text
+
+    results = run_lifelong(plan, say=lambda text: typer.echo(text, err=True))
+    if as_json:
+        typer.echo(json.dumps(results.to_dict(), ensure_ascii=False, indent=2))
+    else:
+        typer.echo(as_text(results, plan.dir))
+
+
 @app.command(short_help="Draw a run as one HTML file.")
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
     """Draw a run's curves and expert load as one HTML file and print its path."""

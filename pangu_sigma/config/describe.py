@@ -41,9 +41,9 @@ def allowed(field: FieldInfo) -> str:
     return _allowed(field.annotation, field.metadata)
 
 
-def field_at(path: Sequence[str | int]) -> FieldInfo | None:
-    """The schema's field at a key path, or None where it leads to no field of its own (an item, a mapping's key)."""
-    section: type[Section] | None = Config
+def field_at(path: Sequence[str | int], root: type[Section] = Config) -> FieldInfo | None:
+    """The field of `root` at a key path, or None where it leads to no field of its own (an item, a mapping's key)."""
+    section: type[Section] | None = root
     field: FieldInfo | None = None
     for step in path:
         if isinstance(step, int):
@@ -55,9 +55,9 @@ def field_at(path: Sequence[str | int]) -> FieldInfo | None:
     return None if path and isinstance(path[-1], int) else field
 
 
-def section_at(path: Sequence[str | int]) -> type[Section] | None:
-    """The section that a key path leads to, or None."""
-    section: type[Section] | None = Config
+def section_at(path: Sequence[str | int], root: type[Section] = Config) -> type[Section] | None:
+    """The section of `root` that a key path leads to, or None."""
+    section: type[Section] | None = root
     for step in path:
         if isinstance(step, int):
             continue
@@ -67,13 +67,13 @@ def section_at(path: Sequence[str | int]) -> type[Section] | None:
     return section
 
 
-def allowed_at(path: Sequence[str | int]) -> str:
-    """What is allowed at a key path; also for items of lists and values of mappings."""
-    field = field_at(path)
+def allowed_at(path: Sequence[str | int], root: type[Section] = Config) -> str:
+    """What is allowed at a key path of `root`; also for items of lists and values of mappings."""
+    field = field_at(path, root)
     if field is not None:
         return allowed(field)
     inside = path[-1] if path else None
-    parent = field_at(path[:-1]) if path else None
+    parent = field_at(path[:-1], root) if path else None
     if parent is None:
         return "a value of the schema"
     annotation = _without_null(parent.annotation)

@@ -70,12 +70,19 @@ def cached_prior(log_likelihoods: Sequence[np.ndarray]) -> np.ndarray:
 class UnknownText:
     """Measures texts of one domain (number `own` of G) as if nobody knew whose they are, one sequence after another.
 
-    `after`: numbers of tokens after which the best domain is compared with the right one. Sequences come in the order
-    of the text, which matters for the updated prior. loss: nats per token.
+    `own` None: the model has no experts of this domain, so nothing can be given and no answer is right. `after`:
+    numbers of tokens after which the best domain is compared with the right one. Sequences come in the order of the
+    text, which matters for the updated prior. loss: nats per token.
     """
 
     def __init__(
-        self, domains: int, own: int, kind: Prior, top: int, after: Sequence[int], cached: np.ndarray | None = None
+        self,
+        domains: int,
+        own: int | None,
+        kind: Prior,
+        top: int,
+        after: Sequence[int],
+        cached: np.ndarray | None = None,
     ) -> None:
         if kind == "cached" and cached is None:
             raise ValueError("a cached prior needs its sequences")
@@ -95,18 +102,24 @@ class UnknownText:
                 self.seen[after] += 1
                 self.right[after] += int(np.argmax(posterior[:, after]) == self.own)
         self._auto -= float(auto_log_probabilities(log_likelihood, posterior, self.top).sum())
-        self._given -= float(log_likelihood[self.own].sum())
+        if self.own is not None:
+            self._given -= float(log_likelihood[self.own].sum())
         self.tokens += log_likelihood.shape[1]
         if self.kind == "updating":
             self.prior = next_prior(self.prior, posterior[:, -1])
 
     def result(self) -> dict:
-        """loss with the domain inferred and given, accuracy by number of tokens (None: no sequence so long)."""
+        """loss with the domain inferred and given, accuracy by number of tokens (None: no sequence so long).
+
+        Without a domain of its own `given` and every accuracy are None.
+        """
+        known = self.own is not None
         return {
             "auto": self._auto / self.tokens if self.tokens else math.nan,
-            "given": self._given / self.tokens if self.tokens else math.nan,
+            "given": None if not known else self._given / self.tokens if self.tokens else math.nan,
             "accuracy": {
-                after: self.right[after] / self.seen[after] if self.seen[after] else None for after in self.right
+                after: self.right[after] / self.seen[after] if known and self.seen[after] else None
+                for after in self.right
             },
             "tokens": self.tokens,
         }

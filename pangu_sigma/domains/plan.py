@@ -6,7 +6,7 @@ changes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -69,6 +69,15 @@ def add_domain(values: dict[str, Any], domain: dict[str, Any], step: int, ahead:
         values["train"]["steps"] = step + ahead.steps
         values["train"]["phases"] = [*done, phase]
     _mend(values, step)
+
+
+def replace_ahead(values: dict[str, Any], phases: Sequence[Mapping[str, Any]], domains_per_step: int | None) -> None:
+    """Makes `phases` the whole plan of a run, done ones included; `domains_per_step` is cut to those there are."""
+    limit = domains_per_step and min(domains_per_step, len(values["domains"]))
+    values["data"]["domains_per_step"] = limit
+    values["train"]["phases"] = [dict(phase) for phase in phases]
+    values["train"]["steps"] = sum(phase["steps"] for phase in phases)
+    values["train"]["stop_at"] = None
 
 
 def remove_domain(values: dict[str, Any], name: str, step: int) -> None:

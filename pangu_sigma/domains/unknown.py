@@ -7,9 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from mindspore import Tensor
 
 from pangu_sigma.data.packing import HeldoutSequences
-from pangu_sigma.domains.inference import Prior, UnknownText, cached_prior, posteriors, token_log_probabilities
+from pangu_sigma.domains.inference import Prior, UnknownText, cached_prior, posteriors
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import Trained, load_trained
 from pangu_sigma.model.build import Model
@@ -24,24 +25,31 @@ class DomainLikelihood:
 
     def __init__(self, model: Model, batch_size: int) -> None:
         from pangu_sigma.model.inputs import Planner, graph_placeholders
-        from pangu_sigma.model.pangu import Logits
+        from pangu_sigma.model.pangu import TokenLosses
 
         self.model, self.batch_size = model, batch_size
         self.signature = model.exact_signature(batch_size, domains=1)
         self.planner = Planner(model, self.signature, training=False)
-        self.graph = Logits(model.net, model.layout, self.signature)
+        self.graph = TokenLosses(model.net, model.layout, self.signature)
         self.graph.set_train(False)
         fixed = graph_placeholders(batch_size, self.signature.length)
-        names = ("tokens", "positions", "segments", "domain", "keys")
+        names = ("tokens", "labels", "positions", "segments", "domain", "keys")
         self.graph.set_inputs(*(fixed[name] for name in names), *self.signature.placeholders())
 
     def sequences(
-        self, heldout: HeldoutSequences, batches: int, advance: Callable[[int], None]
+        self,
+        heldout: HeldoutSequences,
+        batches: int,
+        advance: Callable[[int], None],
+        groups: Sequence[int] | None = None,
     ) -> Iterator[np.ndarray]:
-        """float64 [G, n] of every sequence in order, n being its tokens without padding; `advance(1)` per batch."""
+        """float64 [G, n] of every sequence in order, n being its tokens without padding; `advance(1)` per batch.
+
+        groups: numbers of the domains whose experts are asked, all of them if None.
+        """
         for number in range(batches):
             tokens, mask = heldout.batch(number * self.batch_size, self.batch_size)
-            found = self._batch(tokens)
+            found = self._batch(tokens, groups)
             advance(1)
             for row in range(self.batch_size):
                 count = int(mask[row].sum())
@@ -55,14 +63,17 @@ class DomainLikelihood:
         tokens[:, : len(ids)] = ids
         return self._batch(tokens)[:, 0, : len(ids) - 1]
 
-    def _batch(self, tokens: np.ndarray) -> np.ndarray:
+    def _batch(self, tokens: np.ndarray, groups: Sequence[int] | None = None) -> np.ndarray:
         """float64 [G, B, S]; tokens int32 [B, S + 1]."""
+        self.graph.set_train(False)  # the network may be shared with a training step, so its mode is set per use
         by_domain = []
-        for group in range(len(self.model.groups.names)):
+        for group in range(len(self.model.groups.names)) if groups is None else groups:
             domain = np.full(self.batch_size, group, np.int32)
             planned = self.planner(tokens, domain, np.arange(self.batch_size), 0)
-            logits = self.graph(*planned.fixed, *planned.flat(self.signature, self.model.store)).asnumpy()
-            by_domain.append(token_log_probabilities(logits, planned.labels))
+            words, *fixed = planned.fixed
+            experts = planned.flat(self.signature, self.model.store)
+            losses = self.graph(words, Tensor(planned.labels), *fixed, *experts)
+            by_domain.append(-losses.asnumpy().astype(np.float64))
         return np.stack(by_domain)
 
 
@@ -82,6 +93,11 @@ class DomainGuess:
         return names[best], float(posterior[best])
 
 
+def accuracy_after(length: int) -> list[int]:
+    """The numbers of tokens after which the inferred domain is compared with the right one; `length`: a sequence's."""
+    return sorted({*(n for n in AFTER if n < length), length})
+
+
 def evaluate_unknown(path: Path, *, batches: int | None = None, top: int = 1, prior: Prior = "uniform") -> dict:
     """Loss with the domain inferred beside the given one, and how often it is right, for every domain's held-out text.
 
@@ -95,7 +111,7 @@ def evaluate_unknown(path: Path, *, batches: int | None = None, top: int = 1, pr
         raise UserError(f"--top {top} is more than the {len(names)} domains there are: set it lower")
     length, size = model.config.data.sequence_length, model.config.evaluate.batch_size
     likelihood = DomainLikelihood(model, size)
-    after = sorted({*(n for n in AFTER if n < length), length})
+    after = accuracy_after(length)
     results = {}
     with TemporaryDirectory(prefix="pangu-sigma-") as scratch:
         heldout = trained.corpus(Path(scratch)).heldout_to_measure()

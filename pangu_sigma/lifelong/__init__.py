@@ -1,0 +1,1 @@
+"""Domains learned one after another, and what became of each measured after every stage."""

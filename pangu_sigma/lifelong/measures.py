@@ -1,0 +1,75 @@
+"""What a sequence of stages kept, lost and gained, from the matrix of losses; pure arithmetic.
+
+`losses[i][j]` is the held-out loss (nats per token) of domain j after stage i. All measures count in nats per token
+with the sign turned, so that higher quality is higher: R[i, j] = -losses[i][j].
+
+`learned[j]` is the stage (from 0) in which domain j was learned first. Where every stage brings one domain, learned[j]
+= j and the definitions are those of the papers; where a stage brings several, or a domain returns, `learned` says which
+entry of the matrix stands for "just learned". A domain that no stage brings (None) is measured, and counts nowhere.
+
+Shapes: I stages, J domains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A mean over domains, and what it is the mean of: number of the domain -> nats per token; None over none."""
+
+    mean: float | None
+    by_domain: dict[int, float]
+
+    @classmethod
+    def of(cls, by_domain: dict[int, float]) -> Measure:
+        """The plain mean of some values."""
+        return cls(float(np.mean(list(by_domain.values()))) if by_domain else None, by_domain)
+
+
+def backward_transfer(losses: np.ndarray, learned: Sequence[int | None]) -> Measure:
+    """BWT = mean over the domains j learned before the last stage of R[I, j] - R[learned[j], j]; losses [I, J].
+
+    Negative: later stages cost earlier domains. Source: Lopez-Paz and Ranzato, arXiv 1706.08840 (there for accuracies).
+    """
+    last = len(losses) - 1
+    return Measure.of({j: float(losses[at, j] - losses[last, j]) for j, at in _before(learned, last)})
+
+
+def forgetting(losses: np.ndarray, learned: Sequence[int | None]) -> Measure:
+    """Mean over the domains j learned before the last stage of (max over i < I of R[i, j]) - R[I, j]; losses [I, J].
+
+    Positive: the domain was better once than it is at the end; negative: it is at its best now. Source: Chaudhry et
+    al., arXiv 1801.10112 (there for accuracies).
+    """
+    last = len(losses) - 1
+    return Measure.of({j: float(losses[last, j] - losses[:last, j].min()) for j, _ in _before(learned, last)})
+
+
+def forward_transfer(losses: np.ndarray, untrained: np.ndarray, learned: Sequence[int | None]) -> Measure:
+    """FWT = mean over the domains j learned after the first stage of R[learned[j] - 1, j] - b[j]; losses [I, J].
+
+    untrained [J]: the losses -b of the model before any training, measured in the same way. Positive: what was learned
+    before helps a domain that was never seen. Source: arXiv 1706.08840.
+    """
+    later = ((j, at) for j, at in enumerate(learned) if at is not None and at > 0)
+    return Measure.of({j: float(untrained[j] - losses[at - 1, j]) for j, at in later})
+
+
+def learned_loss(losses: np.ndarray, learned: Sequence[int | None]) -> Measure:
+    """Mean loss (nats per token, lower is better) of the domains right after the stage that brought them."""
+    return Measure.of({j: float(losses[at, j]) for j, at in enumerate(learned) if at is not None})
+
+
+def final_loss(losses: np.ndarray, learned: Sequence[int | None]) -> Measure:
+    """Mean loss (nats per token, lower is better) after the last stage of the domains that were learned."""
+    return Measure.of({j: float(losses[-1, j]) for j, at in enumerate(learned) if at is not None})
+
+
+def _before(learned: Sequence[int | None], last: int) -> list[tuple[int, int]]:
+    """(domain, stage in which it was learned) of all that were learned before the stage `last`."""
+    return [(j, at) for j, at in enumerate(learned) if at is not None and at < last]

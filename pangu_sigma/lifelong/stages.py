@@ -1,0 +1,90 @@
+"""Training one stage: a run that goes on from the stage before it, with the domains that come in.
+
+A stage's run lies in a folder of its own and shares the files that did not change with the run before it. It gets its
+folder's name only when its domains and its plan stand in it, so that whatever has the name can be trained.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from pangu_sigma.checkpoint import Checkpoint, find_latest
+from pangu_sigma.config import Config, config_from_dict, load_config
+from pangu_sigma.config.load import effective
+from pangu_sigma.errors import UserError
+from pangu_sigma.lifelong.plan import Plan, Stage
+
+
+def finished(plan: Plan, stage: Stage) -> Checkpoint | None:
+    """The checkpoint at the end of a stage; None while the stage is not done. Raises UserError for a damaged one."""
+    folder = plan.run_dir(stage)
+    if not (folder / "checkpoints").is_dir():
+        return None
+    checkpoint, _ = find_latest(folder)
+    if checkpoint is None or checkpoint.step < plan.end(stage):
+        return None
+    return checkpoint
+
+
+def train_stage(plan: Plan, stage: Stage, tokenizer: Path | None) -> Checkpoint | None:
+    """Train the stage to its end, from its last checkpoint if it has begun; None if it was interrupted.
+
+    tokenizer: model file of the tokenizer of all stages. Raises UserError as `train` and `domains add` do.
+    """
+    done = finished(plan, stage)
+    if done is not None:
+        return done
+    folder = plan.run_dir(stage)
+    begun = folder.is_dir() and find_latest(folder)[0] is not None
+    if stage.number == 0:
+        config = effective(plan.config(stage, tokenizer))
+    else:
+        if not begun:
+            _prepare(plan, stage, folder)
+            begun = True
+        config = _stored(plan, folder)
+    from pangu_sigma.train.run import train
+
+    train(config, resume=begun)
+    return finished(plan, stage)
+
+
+def _stored(plan: Plan, folder: Path) -> Config:
+    """The configuration that the stage's run has, with what may change from start to start as it is now."""
+    values, now = load_config(folder / "config.yaml").to_dict(), plan.base.to_dict()
+    values["run"] |= {"dir": str(folder), **{key: now["run"][key] for key in ("log_every", "tensorboard")}}
+    values["data"] |= {key: now["data"][key] for key in ("cache", "prefetch")}
+    values["evaluate"] = now["evaluate"]
+    values["checkpoint"] |= {key: now["checkpoint"][key] for key in ("every", "keep")}
+    return config_from_dict(values, source=f"{folder}/config.yaml")
+
+
+def _prepare(plan: Plan, stage: Stage, folder: Path) -> None:
+    """Make the stage's run from the one before it: domains that are new come in, and the plan becomes the stage's."""
+    from pangu_sigma.domains.adding import NewDomain, add_domain
+    from pangu_sigma.domains.training_on import plan_training
+
+    before = plan.run_dir(plan.stages[stage.number - 1])
+    unfinished = folder.with_name(f".{folder.name}.preparing")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    phases = [plan.phase(other) for other in plan.stages[: stage.number + 1]]
+    what, limit = f"stage {stage.name}", plan.base.data.domains_per_step
+    entries = {domain.name: domain for domain in plan.base.domains}
+    try:
+        if not (plan.grows and stage.new):
+            plan_training(before, phases, what, domains_per_step=limit, out=unfinished)
+        else:
+            for number, name in enumerate(stage.new):
+                domain = entries[name]
+                wanted = NewDomain(
+                    name, domain.data, domain.experts, stage.policy.init, domain.text_field, domain.weight
+                )
+                # The first one makes the new run out of the old one; the others change it where it lies.
+                add_domain(before if number == 0 else unfinished, wanted, out=unfinished if number == 0 else None)
+            plan_training(unfinished, phases, what, domains_per_step=limit)
+        unfinished.rename(folder)
+    except UserError as error:
+        raise UserError(f"stage {stage.number + 1} ({stage.name}) cannot begin: {error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
