@@ -224,7 +224,9 @@ def _corpus(plan: Plan, tokenizer: Tokenizer) -> Corpus:
             done.add(domain)
             job.set(len(done) - 1)
 
-        return prepare_corpus(plan.base, tokenizer, progress=advance)
+        corpus = prepare_corpus(plan.base, tokenizer, progress=advance)
+        job.set(len(corpus.stores))
+        return corpus
 
 
 def _read(path: Path) -> dict[str, Any]:

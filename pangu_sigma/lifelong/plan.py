@@ -164,9 +164,10 @@ def _plan(wanted: LifelongConfig, base: Config, source: str) -> Plan:
             raise UserError(f"{where} names a domain twice: name each once")
         if not sum(domain.weight for domain in base.domains if domain.name in given.domains):
             raise UserError(f"{where} draws nothing, as the weight of {', '.join(given.domains)} is 0: raise it")
-        name = given.name or _joined(given.domains)
-        if name in (stage.name for stage in stages):
-            raise UserError(f"{where} is called {name} like an earlier one: give it a name of its own with stages.name")
+        taken = [stage.name for stage in stages]
+        name = given.name or _free_name(_joined(given.domains), taken)
+        if name in taken:
+            raise UserError(f"{where} is called {name} like an earlier one: give it another name")
         policy = _policy(number, given.policy, wanted.policy, grows, where)
         if policy.replay and not set(known) - set(given.domains):
             raise UserError(f"{where} replays {policy.replay:g} of earlier domains, but learns all of them itself: "
@@ -212,6 +213,12 @@ def _policy(number: int, own: PolicyConfig, common: PolicyConfig, grows: bool, w
 def _joined(domains: Sequence[str]) -> str:
     name = "+".join(domains)
     return name if len(name) <= 40 else f"{domains[0]}+{len(domains) - 1}"
+
+
+def _free_name(name: str, taken: Sequence[str]) -> str:
+    """`name`, or the first of name-2, name-3, … that no stage has."""
+    numbered = (f"{name}-{number}" for number in range(2, len(taken) + 3))
+    return next(found for found in (name, *numbered) if found not in taken)
 
 
 def _shares(weights: dict[str, float]) -> dict[str, float]:
