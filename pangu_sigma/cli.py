@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +17,7 @@ from pangu_sigma.convert.commands import import_app, upcycle, vocab_app
 from pangu_sigma.doctor.command import doctor
 from pangu_sigma.domains.command import domains_app
 from pangu_sigma.errors import UserError
-from pangu_sigma.generation.command import generate
+from pangu_sigma.generation.command import Prior, generate
 from pangu_sigma.plan.command import plan
 from pangu_sigma.version import VERSION
 
@@ -60,14 +59,6 @@ ModelPath = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A run's folder, one of its checkpoints or a model folder.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
-
-
-class Prior(StrEnum):
-    """What is believed of an unknown text before its first token."""
-
-    uniform = "uniform"
-    updating = "updating"
-    cached = "cached"
 
 
 def _print_version(wanted: bool) -> None:
@@ -295,14 +286,39 @@ def serve(
         bool,
         typer.Option(help="Compile for every length at the start; otherwise the first text of each length waits."),
     ] = True,
+    top: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Model id auto: let so many of the likeliest domains write together."),
+    ] = 1,
+    prior: Annotated[
+        Prior,
+        typer.Option(
+            help="Model id auto, what is believed before a prompt: uniform, updating from prompt to prompt, or cached "
+            "from --prior-texts."
+        ),
+    ] = Prior.uniform,
+    prior_texts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --prior cached: texts like the prompts, .jsonl or .txt.")
+    ] = None,
 ) -> None:
-    """Serve a model in OpenAI's format: every domain is a model id; a page to try it is at the same address."""
+    """Serve a model in OpenAI's format: every domain is a model id, and auto infers the domain of each prompt.
+
+    A page to try it is at the same address.
+    """
+    from pangu_sigma.generation.job import Inference
     from pangu_sigma.serving.server import serve as run_server
     from pangu_sigma.serving.settings import Limits, Settings
 
     limits = Limits(slots=slots, queue=queue, max_tokens=max_tokens, body_bytes=max_body, grace_seconds=grace)
-    offered = tuple(domain or ())
-    settings = Settings(host=host, port=port, domains=offered, token=token, limits=limits, warm_up=warm_up)
+    settings = Settings(
+        host=host,
+        port=port,
+        domains=tuple(domain or ()),
+        token=token,
+        limits=limits,
+        warm_up=warm_up,
+        inference=Inference(top, prior.value, prior_texts),
+    )
     run_server(model, settings, say=typer.echo)
 
 

@@ -39,14 +39,18 @@ def posteriors(log_likelihood: np.ndarray, prior: np.ndarray) -> np.ndarray:
     return weights / weights.sum(axis=0)
 
 
+def auto_order(posterior: np.ndarray, top: int) -> np.ndarray:
+    """Numbers of the `top` best domains, best first: [min(top, G), S] of posterior [G, S]; ties: the earlier domain."""
+    return np.argsort(-posterior, axis=0, kind="stable")[:top]
+
+
 def auto_log_probabilities(log_likelihood: np.ndarray, posterior: np.ndarray, top: int = 1) -> np.ndarray:
     """log P(token t | tokens before) without a given domain: float64 [S], from the `top` best domains before t.
 
     posterior [G, S + 1] as `posteriors` gives it; ties go to the earlier domain.
     """
-    domains, length = log_likelihood.shape
-    weights = posterior[:, :length]
-    order = np.argsort(-weights, axis=0, kind="stable")[: min(top, domains)]
+    weights = posterior[:, : log_likelihood.shape[1]]
+    order = auto_order(weights, top)
     chosen = np.take_along_axis(weights, order, axis=0)
     with np.errstate(divide="ignore"):
         terms = np.log(chosen / chosen.sum(axis=0)) + np.take_along_axis(log_likelihood, order, axis=0)

@@ -1,4 +1,4 @@
-"""Text whose domain nobody tells: measured by `evaluate --domain auto`, inferred for `generate --domain auto`."""
+"""Text whose domain nobody tells, measured: `evaluate --domain auto`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 from mindspore import Tensor
 
 from pangu_sigma.data.packing import HeldoutSequences
-from pangu_sigma.domains.inference import Prior, UnknownText, cached_prior, posteriors
+from pangu_sigma.domains.inference import Prior, UnknownText, cached_prior
 from pangu_sigma.errors import UserError
-from pangu_sigma.load import Trained, load_trained
+from pangu_sigma.load import load_trained
 from pangu_sigma.model.build import Model
 from pangu_sigma.monitor.terminal import progress
 
@@ -56,13 +56,6 @@ class DomainLikelihood:
                 if count:
                     yield found[:, row, :count]
 
-    def text(self, ids: Sequence[int], pad_id: int) -> np.ndarray:
-        """float64 [G, n - 1] of the n tokens `ids` but the first; of a long text its last S."""
-        ids = list(ids[-(self.signature.length + 1) :])
-        tokens = np.full((self.batch_size, self.signature.length + 1), pad_id, np.int32)
-        tokens[:, : len(ids)] = ids
-        return self._batch(tokens)[:, 0, : len(ids) - 1]
-
     def _batch(self, tokens: np.ndarray, groups: Sequence[int] | None = None) -> np.ndarray:
         """float64 [G, B, S]; tokens int32 [B, S + 1]."""
         self.graph.set_train(False)  # the network may be shared with a training step, so its mode is set per use
@@ -75,22 +68,6 @@ class DomainLikelihood:
             losses = self.graph(words, Tensor(planned.labels), *fixed, *experts)
             by_domain.append(-losses.asnumpy().astype(np.float64))
         return np.stack(by_domain)
-
-
-class DomainGuess:
-    """Tells which domain a text most likely belongs to, every domain being as likely before its first token."""
-
-    def __init__(self, trained: Trained) -> None:
-        self.trained = trained
-        self.likelihood = DomainLikelihood(trained.model, 1)
-
-    def __call__(self, ids: Sequence[int]) -> tuple[str, float]:
-        """(domain, its probability) after the tokens `ids`, which begin with the end-of-document token."""
-        names = self.trained.model.groups.names
-        found = self.likelihood.text(ids, self.trained.tokenizer.pad_id)
-        posterior = posteriors(found, np.full(len(names), 1.0 / len(names)))[:, -1]
-        best = int(np.argmax(posterior))
-        return names[best], float(posterior[best])
 
 
 def accuracy_after(length: int) -> list[int]:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+class Prior(StrEnum):
+    """What is believed of an unknown text before its first token."""
+
+    uniform = "uniform"
+    updating = "updating"
+    cached = "cached"
 
 
 def generate(
@@ -70,9 +79,27 @@ def generate(
     slots: Annotated[
         int, typer.Option(min=1, metavar="N", help="With --jsonl: prompts that are continued together.")
     ] = 8,
+    top: Annotated[
+        int,
+        typer.Option(
+            min=1, metavar="N", help="With --domain auto: let so many of the likeliest domains write together."
+        ),
+    ] = 1,
+    prior: Annotated[
+        Prior,
+        typer.Option(
+            help="With --domain auto, what is believed before a prompt: uniform, updating from prompt to prompt, or "
+            "cached from --prior-texts."
+        ),
+    ] = Prior.uniform,
+    prior_texts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --prior cached: texts like the prompts, .jsonl or .txt.")
+    ] = None,
 ) -> None:
     """Continue a text with one domain's experts. Only the text (or JSON) goes to standard output."""
-    from pangu_sigma.generation.job import Asked, run
+    from pangu_sigma.generation.job import Asked, Inference, run
+
+    inference = Inference(top, prior.value, prior_texts)
 
     run(
         model,
@@ -91,4 +118,5 @@ def generate(
         as_json=as_json,
         stream=stream,
         slots=slots,
+        inference=None if inference == Inference() else inference,
     )

@@ -14,7 +14,7 @@ One thread at a time may use an engine.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
@@ -22,10 +22,12 @@ from typing import Protocol
 import numpy as np
 
 from pangu_sigma.data.tokenizer import Tokenizer
+from pangu_sigma.domains.inference import token_log_probabilities
 from pangu_sigma.errors import UserError
-from pangu_sigma.generation.request import Event, Request, Score, pick_domain
+from pangu_sigma.generation.request import AUTO, Event, Request, Score, pick_domain
 from pangu_sigma.generation.sampling import choose, likeliest, log_softmax
 from pangu_sigma.generation.text import TextStream
+from pangu_sigma.generation.unknown import Mixture, UnknownDomain
 from rre.kinds import KINDS
 
 
@@ -57,11 +59,13 @@ class Decoder(Protocol):
 
 @dataclass
 class _Answer:
-    """One request under way."""
+    """One request under way, in one slot, or in one for each domain that writes a text of unknown domain."""
 
     number: int
     request: Request
     stream: TextStream
+    slots: tuple[int, ...] = ()
+    mixture: Mixture | None = None
     seen: set[int] = field(default_factory=set)
     length: int = 0  # tokens of the document that the model has seen or is about to see
     written: int = 0
@@ -71,7 +75,8 @@ class _Answer:
 class Engine:
     """Serves requests on one model with `slots` texts at a time; others wait in order.
 
-    `decoder` is how logits are made: the cached one of `cached.py` unless another is given.
+    `decoder` is how logits are made: the cached one of `cached.py` unless another is given. The domain `AUTO` of a
+    request is inferred: the likeliest of all domains, unless `set_unknown` says otherwise.
     """
 
     def __init__(self, model, tokenizer: Tokenizer, slots: int = 8, decoder: Decoder | None = None) -> None:
@@ -89,6 +94,7 @@ class Engine:
         self.domains: tuple[str, ...] = model.groups.names
         self.vocab: int = model.vocab
         self.decoder = decoder
+        self.unknown = UnknownDomain(range(len(self.domains)))
         self._numbers = 0
         self._waiting: deque[_Answer] = deque()
         self._slots: list[_Answer | None] = [None] * decoder.slots
@@ -96,7 +102,7 @@ class Engine:
     @property
     def active(self) -> int:
         """Requests that hold a slot."""
-        return sum(answer is not None for answer in self._slots)
+        return len({answer.number for answer in self._slots if answer is not None})
 
     @property
     def waiting(self) -> int:
@@ -138,7 +144,8 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raise UserError for an unknown domain, an empty or too long prompt, or ids outside the vocabulary."""
-        pick_domain(self.domains, request.domain)
+        if not self._infers(request):
+            pick_domain(self.domains, request.domain)
         if not request.prompt_ids:
             raise UserError("the prompt has no token; begin it with the end-of-document token, as a document begins")
         for what, ids in (("prompt", request.prompt_ids), ("list of stop ids", request.sampling.stop_ids)):
@@ -156,9 +163,27 @@ class Engine:
     def cancel(self, request_id: int) -> None:
         """Forget a request: its slot is free at once and no event of it follows. An unknown number is no error."""
         self._waiting = deque(answer for answer in self._waiting if answer.number != request_id)
-        for slot, answer in enumerate(self._slots):
+        for answer in self._slots:
             if answer is not None and answer.number == request_id:
-                self._leave(slot)
+                self._leave(answer)
+
+    def set_unknown(self, unknown: UnknownDomain) -> None:
+        """How the domain `AUTO` is inferred from now on. A text that several domains write holds a slot for each.
+
+        Raises UserError for more domains together than there are slots.
+        """
+        if unknown.top > self.decoder.slots:
+            raise UserError(
+                f"--top {unknown.top} needs a slot for each of the domains, and there are {self.decoder.slots}: set it "
+                "lower, or --slots higher"
+            )
+        self.unknown = unknown
+
+    def cache_prior(self, texts: Iterable[Sequence[int]]) -> None:
+        """Begin with the prior of domains that some texts suggest, each the ids of a prompt; no text: as it was."""
+        documents = [self._documents(tuple(ids))[-1][: self.window] for ids in texts]
+        if documents:
+            self.unknown.cache([self._likelihood(self._logits(ids), ids) for ids in documents])
 
     def step(self) -> list[Event]:
         """Append one token to every active request, then admit one that waits. Returns what came of it, in order.
@@ -166,8 +191,11 @@ class Engine:
         One prompt a step is admitted, so that running texts wait for one prompt at most.
         """
         events = self._continue()
-        if self._waiting and None in self._slots:
-            events.append(self._admit(self._slots.index(None)))
+        if self._waiting:
+            free = [slot for slot, answer in enumerate(self._slots) if answer is None]
+            needed = self.unknown.top if self._infers(self._waiting[0].request) else 1
+            if len(free) >= needed:
+                events.append(self._admit(tuple(free[:needed])))
         return events
 
     def _continue(self) -> list[Event]:
@@ -175,42 +203,95 @@ class Engine:
         if not tokens:
             return []
         logits = self.decoder.step(tokens)
-        return [self._say(slot, logits[slot]) for slot in tokens]
+        under_way = {answer.number: answer for answer in self._slots if answer is not None}
+        return [self._say(answer, [logits[slot] for slot in answer.slots]) for answer in under_way.values()]
 
-    def _admit(self, slot: int) -> Event:
+    def _admit(self, slots: tuple[int, ...]) -> Event:
         answer = self._waiting.popleft()
         request = answer.request
         *before, document = self._documents(request.prompt_ids)
-        domain = self.domains.index(request.domain)
         scores: tuple[Score, ...] = ()
         if request.sampling.echo:
-            rows = np.concatenate([self.decoder.score(ids, domain) for ids in (*before, document)])
-            if not np.isfinite(rows).all():
+            scored = [self._rows(request, ids) for ids in (*before, document)]
+            if not all(np.isfinite(rows).all() for rows in scored):
                 return _not_finite(answer)
-            scores = _scores(request, rows)
+            scores = _scores(request, np.concatenate(scored))
+        members = self._members(answer, document)
+        if not members:
+            return _not_finite(answer)
         if request.sampling.max_tokens == 0:
-            return Event(answer.number, None, prompt_scores=scores, finish="length")
+            return Event(answer.number, None, prompt_scores=scores, finish="length", domains=self._domains_of(answer))
         answer.seen = set(request.prompt_ids)
         answer.length = len(document)
         answer.last = document[-1]
-        self._slots[slot] = answer
+        answer.slots = slots
+        for slot in slots:
+            self._slots[slot] = answer
         # The scores' last row is what a single token is chosen from; only a longer answer needs a cache.
-        scored = scores and request.sampling.max_tokens == 1
-        return self._say(slot, rows[-1] if scored else self.decoder.begin(slot, document, domain), scores)
+        if scores and request.sampling.max_tokens == 1 and answer.mixture is None:
+            return self._say(answer, [scored[-1][-1]], scores)
+        begun = zip(slots, members, strict=True)
+        return self._say(answer, [self.decoder.begin(slot, document, domain) for slot, domain in begun], scores)
 
-    def _say(self, slot: int, logits: np.ndarray, scores: tuple[Score, ...] = ()) -> Event:
-        """Choose the slot's next token; a finished answer leaves its slot."""
-        answer = self._slots[slot]
+    def _infers(self, request: Request) -> bool:
+        """Whether the request's domain is inferred."""
+        return request.domain == AUTO
+
+    def _members(self, answer: _Answer, document: tuple[int, ...]) -> tuple[int, ...]:
+        """Numbers of the domains that write the answer, none if none can; an inferred one gets its mixture."""
+        if not self._infers(answer.request):
+            return (self.domains.index(answer.request.domain),)
+        found = self._likelihood(self._logits(document), document)
+        # A domain whose numbers are not finite writes nothing, so no text is its own.
+        broken = ~np.isfinite(found).all(axis=1)
+        if broken.all():
+            return ()
+        found[broken] = -np.inf
+        answer.mixture = self.unknown.begin(found)
+        return answer.mixture.members
+
+    def _rows(self, request: Request, ids: tuple[int, ...]) -> np.ndarray:
+        """Logits or log probabilities [n, V] after each of the document `ids` [n], for its scores."""
+        if not self._infers(request):
+            return self.decoder.score(ids, self.domains.index(request.domain))
+        return self.unknown.rows(np.stack([log_softmax(rows) for rows in self._logits(ids)]), ids)
+
+    def _logits(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
+        """Logits [n, V] after each of the document `ids` [n] under every domain that an unknown text may belong to."""
+        return (self.decoder.score(tuple(ids), domain) for domain in self.unknown.among)
+
+    def _likelihood(self, logits: Iterable[np.ndarray], ids: Sequence[int]) -> np.ndarray:
+        """Log probabilities float64 [domains, n - 1] of the tokens `ids` but the first, from the logits before them."""
+        tokens = np.asarray(ids[1:], np.int64)
+        return np.stack([token_log_probabilities(rows[:-1], tokens) for rows in logits])
+
+    def _domains_of(self, answer: _Answer) -> tuple[tuple[str, float], ...]:
+        """(domain, posterior) of those that write an answer whose domain is inferred, best first.
+
+        The domains that do not write keep the probability that they had after the prompt.
+        """
+        if answer.mixture is None:
+            return ()
+        mixture = answer.mixture
+        shares = mixture.weights * mixture.probability.sum()
+        found = ((self.domains[n], float(share)) for n, share in zip(mixture.members, shares, strict=True))
+        return tuple(sorted(found, key=lambda item: -item[1]))
+
+    def _say(self, answer: _Answer, rows: list[np.ndarray], scores: tuple[Score, ...] = ()) -> Event:
+        """Choose the answer's next token from the logits of its slots; a finished answer leaves them."""
         sampling = answer.request.sampling
-        if not np.isfinite(logits).all():
-            self._leave(slot)
+        if not all(np.isfinite(row).all() for row in rows):
+            self._leave(answer)
             return _not_finite(answer)
+        logits = rows[0] if answer.mixture is None else answer.mixture.mixed(rows)
         token = choose(logits, sampling, answer.written, answer.seen)
         logprob, top = None, ()
         if sampling.logprobs is not None:
             logprobs = log_softmax(logits)
             logprob, top = float(logprobs[token]), likeliest(logprobs, sampling.logprobs)
         text, finish = "", None
+        if answer.mixture is not None:
+            answer.mixture.saw(token, rows)
         answer.length = 1 if answer.last == self.tokenizer.eod_id else answer.length + 1
         answer.written += 1
         answer.last = token
@@ -227,12 +308,13 @@ class Engine:
             text += answer.stream.close()
             if answer.stream.stopped:
                 finish = "stop"
-            self._leave(slot)
-        return Event(answer.number, token, text, logprob, top, scores, finish)
+            self._leave(answer)
+        return Event(answer.number, token, text, logprob, top, scores, finish, self._domains_of(answer))
 
-    def _leave(self, slot: int) -> None:
-        self._slots[slot] = None
-        self.decoder.end(slot)
+    def _leave(self, answer: _Answer) -> None:
+        for slot in answer.slots:
+            self._slots[slot] = None
+            self.decoder.end(slot)
 
     def _documents(self, ids: tuple[int, ...]) -> list[tuple[int, ...]]:
         """`ids` cut behind every end-of-document token but a last one."""

@@ -9,20 +9,22 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from pangu_sigma.config.rules import INFERRED_DOMAIN
 from pangu_sigma.errors import UserError
-from pangu_sigma.generation.request import Event, Request, Sampling, pick_domain, prompt_ids
+from pangu_sigma.generation.request import AUTO, Event, Request, Sampling, pick_domain, prompt_ids
 from pangu_sigma.monitor.text import compact, printable_lines
 from pangu_sigma.signals import sigterm_as_ctrl_c
 
 if TYPE_CHECKING:
     from pangu_sigma.generation.engine import Engine
     from pangu_sigma.load import Trained
+
+CACHED_TEXTS = 100  # texts that a cached prior is made of, DEMix's number
 
 
 @dataclass
@@ -106,6 +108,43 @@ def _lines(text: str, name: str) -> Iterator[Prompt]:
         yield Prompt(value["prompt"], domain, seed)
 
 
+@dataclass(frozen=True)
+class Inference:
+    """How the domain `auto` is inferred: `top` domains write together; prior: uniform, updating, or of `texts`.
+
+    Raises UserError for what has no effect.
+    """
+
+    top: int = 1
+    prior: str = "uniform"
+    texts: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.prior == "cached") != (self.texts is not None):
+            raise UserError(
+                "--prior cached is made of some texts, and --prior-texts names their file: give both, or neither"
+            )
+        if self.texts is not None and not self.texts.is_file():
+            raise UserError(f"--prior-texts {self.texts} does not exist: give a file of texts like the prompts")
+        if self.texts is not None and self.texts.suffix.lower() not in (".jsonl", ".txt"):
+            raise UserError(f"--prior-texts {self.texts} is neither .jsonl nor .txt: convert it")
+
+    def apply(self, engine: Engine, offered: Sequence[str] = ()) -> None:
+        """Let the engine infer domains in this way, among the `offered` ones (all if empty)."""
+        from pangu_sigma.generation.unknown import UnknownDomain
+
+        among = [number for number, name in enumerate(engine.domains) if not offered or name in offered]
+        engine.set_unknown(UnknownDomain(among, self.top, updating=self.prior == "updating"))
+        if self.texts is not None:
+            engine.cache_prior(self._read(engine))
+
+    def _read(self, engine: Engine) -> list[tuple[int, ...]]:
+        from pangu_sigma.data.sources import iterate_documents
+
+        documents = islice(iterate_documents("--prior-texts", [self.texts]), CACHED_TEXTS)
+        return [prompt_ids(engine.tokenizer, document.text) for document in documents]
+
+
 def complete(
     engine: Engine, requests: Iterable[Request], heard: Callable[[int, Event, Answer], None] | None = None
 ) -> list[Answer]:
@@ -139,6 +178,7 @@ def run(
     as_json: bool = False,
     stream: bool = True,
     slots: int = 8,
+    inference: Inference | None = None,
 ) -> None:
     """The command: read the prompts, load the model of `path`, continue them, print. Raises UserError."""
     as_json = as_json or asked.jsonl
@@ -146,9 +186,11 @@ def run(
         raise UserError("--logprobs needs --json or --jsonl, because plain text has no place for figures")
     Sampling(**settings)
     prompts = asked.read()
+    if inference is not None and not any((prompt.domain or domain) == AUTO for prompt in prompts):
+        raise UserError("--top, --prior and --prior-texts say how a domain is inferred: add --domain auto")
     # MindSpore turns a Ctrl-C that comes while it compiles into SIGTERM.
     with sigterm_as_ctrl_c(), _piped():
-        _continue(path, prompts, asked, domain, settings, as_json, stream, slots)
+        _continue(path, prompts, asked, domain, settings, as_json, stream, slots, inference or Inference())
 
 
 def _continue(
@@ -160,15 +202,18 @@ def _continue(
     as_json: bool,
     stream: bool,
     slots: int,
+    inference: Inference,
 ) -> None:
     from pangu_sigma.load import load_trained
 
     trained = load_trained(path)
-    prompts = _with_domains(trained, prompts, domain)
     requests = [_request(trained, prompt, domain, settings) for prompt in prompts]
     from pangu_sigma.generation.engine import Engine
 
-    engine = Engine(trained.model, trained.tokenizer, min(slots, len(requests)))
+    inferred = any(request.domain == AUTO for request in requests)
+    engine = Engine(trained.model, trained.tokenizer, min(slots, len(requests)) * (inference.top if inferred else 1))
+    if inferred:
+        inference.apply(engine)
     for number, request in enumerate(requests, 1):
         try:
             engine.check(request)
@@ -185,25 +230,9 @@ def _continue(
         _print_text(engine, prompts[0], requests[0], stream)
 
 
-def _with_domains(trained: Trained, prompts: list[Prompt], domain: str | None) -> list[Prompt]:
-    """The prompts; those whose domain is to be inferred get the one whose experts like them best, told on stderr."""
-    if not any((prompt.domain or domain) == INFERRED_DOMAIN for prompt in prompts):
-        return prompts
-    from pangu_sigma.domains.unknown import DomainGuess
-
-    guess, found = DomainGuess(trained), []
-    for prompt in prompts:
-        if (prompt.domain or domain) == INFERRED_DOMAIN:
-            name, probability = guess(prompt_ids(trained.tokenizer, prompt.text))
-            prompt = replace(prompt, domain=name)
-            if len(prompts) == 1:
-                print(f"domain {name} ({100 * probability:.0f} %)", file=sys.stderr)
-        found.append(prompt)
-    return found
-
-
 def _request(trained: Trained, prompt: Prompt, domain: str | None, settings: Mapping[str, Any]) -> Request:
-    chosen = pick_domain(trained.model.groups.names, prompt.domain or domain)
+    names, wanted = trained.model.groups.names, prompt.domain or domain
+    chosen = wanted if wanted == AUTO else pick_domain(names, wanted)
     own = {} if prompt.seed is None else {"seed": prompt.seed}
     return Request(prompt_ids(trained.tokenizer, prompt.text), chosen, Sampling(**{**settings, **own}))
 
@@ -234,6 +263,8 @@ def _print_text(engine: Engine, prompt: Prompt, request: Request, stream: bool) 
         raise UserError(answer.error)
     written, after = len(answer.events), time.monotonic() - first
     rate = f", {compact((written - 1) / after)} tokens/s" if written > 1 else ""
+    if answer.events[-1].domains:
+        print(domains_text(answer.events[-1].domains), file=sys.stderr)
     why = {"stop": "the text ended", "length": "max-tokens or the window's end was reached"}[answer.finish]
     print(f"{written} tokens in {time.monotonic() - began:.1f} s{rate}; {why}", file=sys.stderr)
 
@@ -267,9 +298,11 @@ def _print_lines(engine: Engine, trained: Trained, prompts: list[Prompt], reques
 
 
 def _as_json(trained: Trained, prompt: Prompt, request: Request, answer: Answer) -> str:
+    domains = answer.events[-1].domains
     found: dict[str, Any] = {
         "prompt": prompt.text,
-        "domain": request.domain,
+        "domain": domains[0][0] if domains else request.domain,
+        **({"domains": dict(domains)} if domains else {}),
         "text": answer.text,
         "finish": answer.finish,
         "ids": [event.token_id for event in answer.events],
@@ -287,6 +320,12 @@ def _as_json(trained: Trained, prompt: Prompt, request: Request, answer: Answer)
             for event in answer.events
         ]
     return json.dumps(found, ensure_ascii=False)
+
+
+def domains_text(domains: Sequence[tuple[str, float]]) -> str:
+    """The inferred domains in one line, with their probabilities."""
+    shares = ", ".join(f"{name} ({100 * share:.0f} %)" for name, share in domains)
+    return f"domain {shares}" if len(domains) == 1 else f"domains {shares}"
 
 
 def _terminal_text(text: str) -> str:

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
+from pangu_sigma.config.rules import INFERRED_DOMAIN
 from pangu_sigma.errors import UserError
 
 if TYPE_CHECKING:
     from pangu_sigma.data.tokenizer import Tokenizer
 
 Alternatives = tuple[tuple[int, float], ...]
+
+AUTO = INFERRED_DOMAIN  # the domain of a text that is to be inferred from it
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """Ids to continue with the experts of `domain`. `prompt_ids` is all that the model sees; see `prompt_ids()`."""
+    """Ids to continue with the experts of `domain`, or of those that it seems to belong to (`AUTO`).
+
+    `prompt_ids` is all that the model sees; see `prompt_ids()`.
+    """
 
     prompt_ids: tuple[int, ...]
     domain: str
@@ -93,6 +99,7 @@ class Event:
     finish: None while the text goes on; "stop" at an end-of-document token, a stop id or a stop string; "length" at
     max_tokens or when the model's window is full; "error" when no token could be chosen (then token_id is None).
     error: with finish "error", a sentence that says why.
+    domains: of a text whose domain is inferred, the (domain, posterior) of those that write it, best first.
     """
 
     request_id: int
@@ -103,6 +110,7 @@ class Event:
     prompt_scores: tuple[Score, ...] = ()
     finish: str | None = None
     error: str | None = None
+    domains: tuple[tuple[str, float], ...] = ()
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:

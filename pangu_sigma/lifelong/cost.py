@@ -23,9 +23,8 @@ def stage_cost(plan: Plan, stage: Stage, checkpoint: Checkpoint, before: Checkpo
     counts = parameter_counts(config, config.model.vocab_size)
     old = parameter_counts(stored_config(before), config.model.vocab_size).total if before is not None else 0
     shared_trains = stage.policy.shared != "frozen"
-    drawn = [name for name in plan.phase(stage)["weights"] if name in counts.per_domain]
     # A gate sends any text to any expert; without one only the groups of what was drawn see a token.
-    trained = drawn if plan.grows or not shared_trains else list(counts.per_domain)
+    trained = plan.drawn(stage) if plan.grows or not shared_trains else list(counts.per_domain)
     files = checkpoint.manifest.files
     known = {entry.sha256 for entry in before.manifest.files.values()} if before is not None else set()
     tensors = {path: entry for path, entry in files.items() if entry.header_bytes is not None}

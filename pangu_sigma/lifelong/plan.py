@@ -8,7 +8,7 @@ text, and all its parameters, from the beginning: its capacity is fixed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Policy:
     shared: str
     replay: float
     init: str
+    regularise: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,21 +83,27 @@ class Plan:
         """The model's domains from `stage` on, in the order in which they came."""
         return (*stage.known, *stage.new) if self.grows else self.base.domain_names
 
+    def old(self, stage: Stage) -> tuple[str, ...]:
+        """The domains of earlier stages that the stage itself does not learn."""
+        return tuple(name for name in stage.known if name not in stage.domains)
+
+    def drawn(self, stage: Stage) -> tuple[str, ...]:
+        """The domains that give the stage samples."""
+        return (*stage.domains, *(self.old(stage) if stage.policy.replay else ()))
+
     def phase(self, stage: Stage) -> dict[str, Any]:
         """What `train.phases` says of the stage."""
         weights = {domain.name: domain.weight for domain in self.base.domains}
-        own = _shares({name: weights[name] for name in stage.domains})
-        replay = stage.policy.replay
-        if replay:
-            earlier = _shares({name: weights[name] for name in stage.known if name not in stage.domains})
-            own = {name: (1.0 - replay) * share for name, share in own.items()}
-            own |= {name: replay * share for name, share in earlier.items()}
-        frozen = stage.policy.shared == "frozen"
+        policy = stage.policy
+        reaches_back = bool(policy.replay or (policy.regularise or {}).get("ewc"))
         return {
             "steps": stage.steps,
-            "weights": own,
-            "shared": not frozen,
-            "domains": list(stage.domains) if frozen else None,
+            "weights": {name: weights[name] for name in stage.domains},
+            "shared": policy.shared,
+            "regularise": policy.regularise,
+            "domains": list(stage.domains) if policy.shared == "frozen" else None,
+            "replay": policy.replay,
+            "old": list(self.old(stage)) if reaches_back else None,
             "restart": True,
         }
 
@@ -200,6 +207,14 @@ def _policy(number: int, own: PolicyConfig, common: PolicyConfig, grows: bool, w
         replay=chosen("replay", 0.0),
         init=chosen("init", "mean"),
     )
+    held = chosen("regularise", None)
+    if policy.shared == "regularised":
+        if held is None:
+            raise UserError(f"{where} is regularised, and nothing says by what: set policy.regularise")
+        policy = replace(policy, regularise=held.model_dump(mode="json"))
+    elif own.regularise is not None:
+        raise UserError(f"{where} has policy.regularise with shared parameters {policy.shared}: set policy.shared to "
+                        "regularised, or leave it out")  # fmt: skip
     if policy.replay and policy.shared == "frozen" and grows:
         raise UserError(
             f"{where} replays earlier domains with shared parameters frozen, where nothing of theirs can change: set "
@@ -219,12 +234,6 @@ def _free_name(name: str, taken: Sequence[str]) -> str:
     """`name`, or the first of name-2, name-3, … that no stage has."""
     numbered = (f"{name}-{number}" for number in range(2, len(taken) + 3))
     return next(found for found in (name, *numbered) if found not in taken)
-
-
-def _shares(weights: dict[str, float]) -> dict[str, float]:
-    total = sum(weights.values())
-    # Where nobody is drawn by default, all of them are drawn alike.
-    return {name: weight / total if total else 1.0 / len(weights) for name, weight in weights.items()}
 
 
 def _read(path: Path) -> LifelongConfig:

@@ -8,6 +8,7 @@ from pydantic import Field, StringConstraints
 
 from pangu_sigma.config.data import DomainName, Text
 from pangu_sigma.config.section import ListOf, Section
+from pangu_sigma.config.training import RegulariseConfig
 
 # A stage's name becomes a part of a folder's name.
 StageName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_+-]*$", max_length=80)]
@@ -16,10 +17,13 @@ StageName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_+-]*$", 
 class PolicyConfig(Section):
     """How a stage treats what was learned before it; null takes the default, or, in a stage, the sequence's policy."""
 
-    shared: Literal["frozen", "train"] | None = Field(
+    shared: Literal["frozen", "train", "regularised"] | None = Field(
         None,
-        description="Whether the shared parameters train after the first stage; frozen where domains have groups of "
-        "their own (router rre), train elsewhere.",
+        description="Whether the shared parameters keep every bit, train, or train near the previous model; null: "
+        "frozen where domains have groups of their own (router rre), train elsewhere.",
+    )
+    regularise: RegulariseConfig | None = Field(
+        None, description="With shared regularised, what holds a stage near the previous model, as in a phase."
     )
     replay: float | None = Field(
         None, ge=0, lt=1, description="Share of a stage's samples that the domains of earlier stages give; 0 if null."

@@ -27,11 +27,19 @@ class Usage:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one event adds to a choice: text, log-probabilities in the format's own form, and how the text ended."""
+    """What one event adds to a choice: text, log-probabilities in the format's own form, and how the text ended.
+
+    domains: with the last event of a text whose domain is inferred, those that wrote it and their probabilities.
+    """
 
     text: str
     logprobs: dict[str, list[Any]] | None
     finish: str | None
+    domains: dict[str, float] | None = None
+
+
+def _domains(event: Event) -> dict[str, float] | None:
+    return dict(event.domains) if event.finish is not None and event.domains else None
 
 
 class CompletionChoice:
@@ -51,7 +59,7 @@ class CompletionChoice:
     def add(self, event: Event) -> Piece:
         """The next event's piece."""
         text, self._echo = self._echo + event.text, ""
-        return Piece(text, None if self._logprobs is None else self._table(event), event.finish)
+        return Piece(text, None if self._logprobs is None else self._table(event), event.finish, _domains(event))
 
     def _table(self, event: Event) -> dict[str, list[Any]]:
         scores = list(event.prompt_scores[self._hidden :])
@@ -91,7 +99,7 @@ class ChatChoice:
         if self._logprobs:
             own = self._entry(event.token_id, event.logprob)
             table = {"content": [{**own, "top_logprobs": [self._entry(*other) for other in event.top]}]}
-        return Piece(text, table, event.finish)
+        return Piece(text, table, event.finish, _domains(event))
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         data = self._spelling.bytes(token_id)
@@ -105,6 +113,7 @@ class Whole:
     text: str = ""
     logprobs: dict[str, list[Any]] | None = None
     finish: str | None = None
+    domains: dict[str, float] | None = None
     _parts: list[str] = field(default_factory=list)
 
     def add(self, piece: Piece) -> None:
@@ -116,4 +125,4 @@ class Whole:
             for name, values in piece.logprobs.items():
                 self.logprobs[name] += values
         if piece.finish is not None:
-            self.text, self.finish = "".join(self._parts), piece.finish
+            self.text, self.finish, self.domains = "".join(self._parts), piece.finish, piece.domains

@@ -11,6 +11,11 @@ from typing import Any
 from pangu_sigma.serving.answers import Piece, Usage, Whole
 
 
+def _told(end: Whole | Piece) -> dict[str, Any]:
+    """The inferred domains, an extension of OpenAI's format; nothing where the domain was given."""
+    return {"domains": end.domains} if end.domains else {}
+
+
 class Form(ABC):
     """One answer's frame: the same id and time in all its chunks."""
 
@@ -24,7 +29,13 @@ class Form(ABC):
     def whole(self, choices: Sequence[Whole], usage: Usage) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
         bodies = [
-            {"index": index, **self._whole(choice), "logprobs": choice.logprobs, "finish_reason": choice.finish}
+            {
+                "index": index,
+                **self._whole(choice),
+                "logprobs": choice.logprobs,
+                "finish_reason": choice.finish,
+                **_told(choice),
+            }
             for index, choice in enumerate(choices)
         ]
         return {**self._head, "object": self.kind, "choices": bodies, "usage": usage.body()}
@@ -45,8 +56,11 @@ class Form(ABC):
         return {**self._head, "object": self.chunk_kind, "choices": choices}
 
     def _choice(self, index: int, part: dict[str, Any], piece: Piece | None = None) -> dict[str, Any]:
-        ending = piece.finish if piece else None
-        return {"index": index, **part, "logprobs": piece.logprobs if piece else None, "finish_reason": ending}
+        if piece is None:
+            return {"index": index, **part, "logprobs": None, "finish_reason": None}
+        return {
+            "index": index, **part, "logprobs": piece.logprobs, "finish_reason": piece.finish, **_told(piece)
+        }  # fmt: skip
 
     @abstractmethod
     def _whole(self, choice: Whole) -> dict[str, Any]:

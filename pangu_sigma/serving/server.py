@@ -18,6 +18,7 @@ import uvicorn
 from pangu_sigma.checkpoint import resolve
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation import pick_domain
+from pangu_sigma.generation.job import Inference
 from pangu_sigma.load import stored_config
 from pangu_sigma.serving.app import create_app
 from pangu_sigma.serving.connection import BoundedConnection
@@ -46,6 +47,7 @@ def serve(path: str | Path, settings: Settings, say: Callable[[str], None] = pri
     checkpoint = resolve(path)
     names = [domain.name for domain in stored_config(checkpoint).domains]
     domains = [name for name in names if name in {pick_domain(names, d) for d in settings.domains or names}]
+    _check_inference(settings, domains)
     with contextlib.closing(_bound(settings)) as listening:
         if not settings.loopback and settings.token is None:
             print(
@@ -53,13 +55,23 @@ def serve(path: str | Path, settings: Settings, say: Callable[[str], None] = pri
                 f"use the model; set {TOKEN_VARIABLE} to ask for one",
                 file=sys.stderr,
             )
-        model = ServedModel(Path(path), checkpoint, tuple(domains))
+        model = ServedModel(Path(path), checkpoint, tuple(domains), settings.inference)
         asyncio.run(_serve(model, settings, listening, say))
+
+
+def _check_inference(settings: Settings, domains: list[str]) -> None:
+    """Raises UserError, before the model is loaded, for an inference that these domains do not allow."""
+    inference = settings.inference
+    if inference != Inference() and len(domains) < 2:
+        raise UserError("--top, --prior and --prior-texts are about the model id auto, which needs several domains")
+    if inference.top > min(len(domains), settings.limits.slots):
+        what = f"{len(domains)} domains" if inference.top > len(domains) else f"{settings.limits.slots} slots"
+        raise UserError(f"--top {inference.top} is more than the {what} there are: set it lower")
 
 
 async def _serve(model: ServedModel, settings: Settings, listening: socket.socket, say: Callable[[str], None]) -> None:
     limits = settings.limits
-    metrics = Metrics(model.domains, limits.slots)
+    metrics = Metrics(model.offered, limits.slots)
     with _signals() as stop:
         print(f"Loading {model.path} …", file=sys.stderr, flush=True)
         stopped = asyncio.ensure_future(stop.wait())
@@ -75,7 +87,7 @@ async def _serve(model: ServedModel, settings: Settings, listening: socket.socke
             _leave_now("Interrupted.")
         if starting.warning:
             print(f"Warning: {starting.warning}", file=sys.stderr, flush=True)
-        desk = Desk(model.domains, engine.tokenizer, engine.window, limits)
+        desk = Desk(model.offered, engine.tokenizer, engine.window, limits)
         try:
             # Not before now: whoever connects shall be answered. Another server may have bound the address meanwhile.
             listening.listen(_BACKLOG)
@@ -210,6 +222,6 @@ def _startup_line(model: ServedModel, settings: Settings, listening: socket.sock
     base = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     slots = settings.limits.slots
     return (
-        f"Serving {', '.join(model.domains)} of {model.path} at {base}/v1 (page: {base}/), "
+        f"Serving {', '.join(model.offered)} of {model.path} at {base}/v1 (page: {base}/), "
         f"{slots} at a time, window {window} tokens"
     )

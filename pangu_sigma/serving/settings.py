@@ -5,6 +5,8 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 
+from pangu_sigma.generation.job import Inference
+
 TOKEN_VARIABLE = "PANGU_SIGMA_TOKEN"
 
 
@@ -35,6 +37,7 @@ class Settings:
     """A server: `domains` restricts which domains are offered (empty: all); `token` is what clients must present.
 
     warm_up: compile for every admitted length before the first client comes.
+    inference: how the domain of a prompt to the model id `auto` is inferred.
     """
 
     host: str = "127.0.0.1"
@@ -43,6 +46,7 @@ class Settings:
     token: str | None = None
     limits: Limits = Limits()
     warm_up: bool = True
+    inference: Inference = Inference()
 
     @property
     def loopback(self) -> bool:

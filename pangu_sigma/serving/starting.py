@@ -11,7 +11,8 @@ from types import TracebackType
 
 from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.errors import UserError
-from pangu_sigma.generation import Request, Sampling
+from pangu_sigma.generation import AUTO, Request, Sampling
+from pangu_sigma.generation.job import Inference
 from pangu_sigma.monitor.terminal import Job, progress
 from pangu_sigma.serving.scheduler import Engine
 
@@ -47,11 +48,17 @@ class Starting:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model's folder and the domains of it that are offered."""
+    """A model's folder, the domains of it that are offered, and how a prompt's domain is inferred."""
 
     path: Path
     checkpoint: Checkpoint
     domains: tuple[str, ...]
+    inference: Inference
+
+    @property
+    def offered(self) -> tuple[str, ...]:
+        """The model ids: the domains, and `auto` where there are several to choose from."""
+        return (*self.domains, AUTO) if len(self.domains) > 1 else self.domains
 
     @property
     def created(self) -> int:
@@ -68,18 +75,22 @@ class ServedModel:
 
         trained = load_trained(self.path)
         engine = Engine(trained.model, trained.tokenizer, slots)
+        if AUTO in self.offered:
+            self.inference.apply(engine, self.domains)
         if warm_up:
             engine.warm_up(starting.compiled)
         # One text a step is admitted: the first still writes when the last slot is taken.
         sampling = Sampling(max_tokens=slots + 2, temperature=0.0)
         domain_of = {
             engine.add(Request((trained.tokenizer.eod_id,), domain, sampling)): domain
-            for _, domain in zip(range(max(slots, len(self.domains))), itertools.cycle(self.domains), strict=False)
+            for _, domain in zip(range(max(slots, len(self.offered))), itertools.cycle(self.offered), strict=False)
         }
         errors: dict[str, str] = {}
+        prior = engine.unknown.prior
         while not engine.idle:
             errors |= {domain_of[event.request_id]: event.error for event in engine.step() if event.error}
-        if len(errors) == len(self.domains):
+        engine.unknown.prior = prior  # nobody asked for these texts
+        if errors.keys() >= set(self.domains):
             raise UserError(next(iter(errors.values())))
         starting.warning = "; ".join(errors.values())
         return engine

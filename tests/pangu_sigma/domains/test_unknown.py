@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 
-from pangu_sigma.domains.inference import posteriors
-from pangu_sigma.domains.unknown import DomainGuess, DomainLikelihood, evaluate_unknown
+from pangu_sigma.domains.unknown import evaluate_unknown
 from pangu_sigma.errors import UserError
 from pangu_sigma.evaluate import evaluate
-from pangu_sigma.load import load_trained
 from tests.pangu_sigma.train import process
 
 DOMAINS = ["code", "law", "poems"]
@@ -51,29 +48,32 @@ def test_more_domains_than_there_are_cannot_be_mixed(run):
         evaluate_unknown(run, top=4)
 
 
-def test_a_prompt_finds_the_domain_that_evaluation_finds(run):
-    trained = load_trained(run)
-    guess = DomainGuess(trained)
-    heldout = trained.corpus().heldout()["poems"]
-    tokens, mask = heldout.batch(0, 4)
-    likelihood = DomainLikelihood(trained.model, 4)
-    first = next(likelihood.sequences(heldout, 1, lambda done: None))
-    # Held-out text begins with the end of a document, and so does a prompt.
-    assert tokens[0, 0] == trained.tokenizer.eod_id
-    np.testing.assert_allclose(guess.likelihood.text(tokens[0].tolist(), 0), first, rtol=1e-5)
-    posterior = posteriors(first, np.full(3, 1 / 3))[:, -1]
-    assert guess(tokens[0].tolist()) == (DOMAINS[int(posterior.argmax())], pytest.approx(posterior.max(), rel=1e-4))
-    assert mask[0].all()
-
-
 def test_generate_takes_the_domain_it_inferred(run, tmp_path):
     asked = ["--prompt", "the court shall", "--max-tokens", 2, "--temperature", 0]
     auto = process.command("generate", run, "--domain", "auto", *asked, "--json", cwd=tmp_path)
     assert auto.returncode == 0, auto.stderr
     found = json.loads(auto.stdout)
-    assert found["domain"] in DOMAINS and f"domain {found['domain']} (" in auto.stderr
+    assert found["domain"] in DOMAINS and found.pop("domains").keys() == {found["domain"]}
     given = process.command("generate", run, "--domain", found["domain"], *asked, "--json", cwd=tmp_path)
-    assert given.stdout == auto.stdout
+    assert json.loads(given.stdout) == found
+
+
+def test_generate_mixes_domains_with_a_prior_of_texts_like_the_prompts(run, corpora, tmp_path):
+    lines = "".join(json.dumps({"prompt": text}) + "\n" for text in ("the court", "moon and star", ""))
+    asked = ["--jsonl", "--max-tokens", 2, "--top", 3, "--prior", "cached", "--prior-texts", corpora / "poems.jsonl"]
+    done = process.command("generate", run, "--domain", "auto", *asked, cwd=tmp_path, input=lines)
+    assert done.returncode == 0, done.stderr
+    for line in map(json.loads, done.stdout.splitlines()):
+        assert set(line["domains"]) == set(DOMAINS) and sum(line["domains"].values()) == pytest.approx(1.0)
+        assert line["domain"] == max(line["domains"], key=line["domains"].get)
+    for options, sentence in (
+        (["--domain", "law", "--top", 2], "add --domain auto"),
+        (["--domain", "auto", "--top", 4], "more than the 3 domains"),
+        (["--domain", "auto", "--prior", "cached"], "give both, or neither"),
+        (["--domain", "auto", "--prior", "cached", "--prior-texts", "no.txt"], "no.txt does not exist"),
+    ):
+        refused = process.command("generate", run, "--prompt", "the", *options, cwd=tmp_path)
+        process.assert_refused(refused, sentence)
 
 
 def test_the_command_prints_a_table_and_refuses_what_has_no_use(run, tmp_path):

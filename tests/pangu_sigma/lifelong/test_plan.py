@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pangu_sigma.config.phases import drawn_weights
 from pangu_sigma.errors import UserError
 from pangu_sigma.lifelong.plan import load_plan
 
@@ -31,16 +32,27 @@ def test_domains_come_in_with_the_stage_that_names_them_first(stages_yaml):
 def test_a_frozen_stage_trains_its_own_experts_only(stages_yaml):
     plan = load_plan(stages_yaml())
     first, second, third = (plan.phase(stage) for stage in plan.stages)
-    assert (first["shared"], first["domains"], first["restart"]) == (True, None, True)
-    assert (second["shared"], second["domains"]) == (False, ["law", "poems"])
-    assert second["weights"] == {"law": 0.5, "poems": 0.5} and third["weights"] == {"code": 1.0}
+    assert (first["shared"], first["domains"], first["restart"]) == ("train", None, True)
+    assert (second["shared"], second["domains"]) == ("frozen", ["law", "poems"])
+    assert second["weights"] == {"law": 1.0, "poems": 1.0} and third["weights"] == {"code": 1.0}
 
 
-def test_replay_draws_earlier_domains_by_their_weights(stages_yaml):
+def test_replay_draws_the_domains_of_earlier_stages(stages_yaml):
     plan = load_plan(stages_yaml(policy={"shared": "train", "replay": 0.2}))
-    assert plan.phase(plan.stages[0])["weights"] == {"code": 1.0}
-    assert plan.phase(plan.stages[1])["weights"] == pytest.approx({"law": 0.4, "poems": 0.4, "code": 0.2})
-    assert plan.phase(plan.stages[2])["weights"] == pytest.approx({"code": 0.8, "law": 0.1, "poems": 0.1})
+    assert [plan.drawn(stage) for stage in plan.stages] == [
+        ("code",), ("law", "poems", "code"), ("code", "law", "poems")]  # fmt: skip
+    weights = [drawn_weights(plan.config(plan.stages[-1]), index) for index in range(3)]
+    assert weights[0] == {"code": 1.0}
+    assert weights[1] == pytest.approx({"law": 0.4, "poems": 0.4, "code": 0.2})
+    assert weights[2] == pytest.approx({"code": 0.8, "law": 0.1, "poems": 0.1})
+
+
+def test_a_regularised_stage_is_held_by_what_the_policy_says(stages_yaml):
+    held = {"shared": "regularised", "regularise": {"ewc": 50.0}}
+    plan = load_plan(stages_yaml(policy=held))
+    phase = plan.config(plan.stages[1]).train.phases[1]
+    assert (phase.shared, phase.regularise.ewc, phase.regularise.output, phase.old) == ("regularised", 50, 0, ("code",))
+    assert plan.config(plan.stages[1]).train.phases[0].shared == "train"
 
 
 def test_a_stage_changes_the_common_policy_key_by_key(stages_yaml):
@@ -53,7 +65,7 @@ def test_a_stage_changes_the_common_policy_key_by_key(stages_yaml):
 def test_a_dense_model_has_all_domains_from_the_beginning(stages_yaml):
     plan = load_plan(stages_yaml(), DENSE)
     assert not plan.grows and {plan.domains_after(stage) for stage in plan.stages} == {("code", "law", "poems")}
-    assert all(plan.phase(stage)["shared"] for stage in plan.stages)
+    assert {plan.phase(stage)["shared"] for stage in plan.stages} == {"train"}
 
 
 CODE, LAW = {"domains": ["code"], "steps": 2}, {"domains": ["law"], "steps": 2}
@@ -71,6 +83,8 @@ MISTAKES = {
         {"stages": [CODE, CODE | {"name": "more"}], "policy": {"replay": 0.1, "shared": "train"}}, (), "learns all of"
     ),
     "a beginning that is not there": ({"policy": {"init": "from:poems"}}, (), "before it only code"),
+    "held by nothing": ({"policy": {"shared": "regularised"}}, (), "nothing says by what"),
+    "held in vain": ({"stages": [CODE, {**LAW, "policy": {"regularise": {"l2": 1.0}}}]}, (), "leave it out"),
     "a dense model frozen": ({"policy": {"shared": "frozen"}}, DENSE, "a dense model has no others"),
     "a dense model's new experts": ({"policy": {"init": "random"}}, DENSE, "no expert group comes in"),
     "phases in the base": ({}, ["train.phases=[{}]"], "train.phases is set"),

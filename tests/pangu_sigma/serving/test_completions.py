@@ -35,7 +35,7 @@ def streamed(client, path: str, **fields) -> list[dict]:
 
 def test_every_domain_is_a_model(client, server):
     listed = client.get("/v1/models").json()
-    assert [model["id"] for model in listed["data"]] == server.domains == ["code", "law", "poems"]
+    assert [model["id"] for model in listed["data"]] == server.domains == ["code", "law", "poems", "auto"]
     assert client.get("/v1/models/law").json() == listed["data"][1]
     assert listed["data"][1]["max_model_len"] == WINDOW
 
@@ -46,6 +46,22 @@ def test_domains_write_with_their_own_experts(client):
         return answer["choices"][0]["logprobs"]["token_logprobs"]
 
     assert scores("code") != scores("law") == scores("law")
+
+
+def test_auto_is_the_domain_that_it_tells(client):
+    fields = {"max_tokens": 5, "temperature": 1.0, "seed": 7, "logprobs": 1}
+    auto = complete(client, model="auto", **fields)
+    assert auto["model"] == "auto"
+    ((name, share),) = auto["choices"][0].pop("domains").items()
+    assert 1 / 3 <= share <= 1.0
+    given = complete(client, model=name, **fields)
+    assert auto["choices"] == given["choices"] and auto["usage"] == given["usage"]
+    pieces = streamed(client, "/v1/completions", model="auto", prompt="the court shall", **fields)
+    assert "".join(piece["choices"][0]["text"] for piece in pieces) == auto["choices"][0]["text"]
+    told = [piece["choices"][0].get("domains") for piece in pieces]
+    assert told[-1] == {name: share} and not any(told[:-1])
+    body = {"model": "auto", "messages": [{"role": "user", "content": "moon"}], "max_tokens": 3}
+    assert client.post("/v1/chat/completions", json=body).json()["choices"][0]["domains"]
 
 
 def test_usage_counts_what_was_read_and_written(client, tokenizer):

@@ -17,7 +17,7 @@ SLOW = {"model": "law", "prompt": "the court", "max_tokens": 80, "temperature": 
 
 def test_the_line_names_domains_address_and_page(server):
     assert server.line == (
-        f"Serving code, law, poems of {server.model} at {server.url}/v1 (page: {server.url}/), 8 at a time, "
+        f"Serving code, law, poems, auto of {server.model} at {server.url}/v1 (page: {server.url}/), 8 at a time, "
         "window 96 tokens\n"
     )
     assert server.url.startswith("http://127.0.0.1:")
@@ -30,6 +30,10 @@ def test_the_line_names_domains_address_and_page(server):
     ("options", "parts"),
     [
         (["--domain", "lwa"], ["no domain 'lwa'; did you mean 'law'?"]),
+        (["--top", 4], ["--top 4 is more than the 3 domains"]),
+        (["--top", 2, "--slots", 1], ["more than the 1 slots"]),
+        (["--domain", "law", "--prior", "updating"], ["needs several domains"]),
+        (["--prior", "cached"], ["give both, or neither"]),
         (["--token", ""], ["token is empty"]),
         (["--host", "no.such.host.invalid"], ["'no.such.host.invalid' is not known", "--host"]),
         (["--host", "192.0.2.1"], ["cannot listen on 192.0.2.1:8000"]),
