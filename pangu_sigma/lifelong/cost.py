@@ -23,8 +23,12 @@ def stage_cost(plan: Plan, stage: Stage, checkpoint: Checkpoint, before: Checkpo
     counts = parameter_counts(config, config.model.vocab_size)
     old = parameter_counts(stored_config(before), config.model.vocab_size).total if before is not None else 0
     shared_trains = stage.policy.shared != "frozen"
-    # A gate sends any text to any expert; without one only the groups of what was drawn see a token.
-    trained = plan.drawn(stage) if plan.grows or not shared_trains else list(counts.per_domain)
+    phase = plan.phase(stage)
+    if phase["domains"] is not None:
+        trained = phase["domains"]
+    else:
+        # A gate sends any text to any expert; without one only the groups of what was drawn see a token.
+        trained = plan.drawn(stage) if plan.by_domain else list(counts.per_domain)
     files = checkpoint.manifest.files
     known = {entry.sha256 for entry in before.manifest.files.values()} if before is not None else set()
     tensors = {path: entry for path, entry in files.items() if entry.header_bytes is not None}

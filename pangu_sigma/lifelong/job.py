@@ -65,7 +65,7 @@ def write_results(folder: Path, results: Results) -> None:
     """Write JSON, CSV, heat map and page of what is finished so far."""
     write_json(folder / RESULTS, results.to_dict())
     write_text(folder / TABLE, results.csv())
-    write_text(folder / MAP, heat_map(results))
+    write_text(folder / MAP, heat_map([results.panel]))
     write_text(folder / PAGE, render(results, folder.resolve().name))
 
 
@@ -87,7 +87,7 @@ class _Measurement:
         return Results(
             plan=plan.to_dict(),
             learned=plan.learned,
-            grows=plan.grows,
+            by_domain=plan.by_domain,
             untrained=self.untrained,
             rows=[_read(plan.run_dir(stage) / MEASURED)["row"] for stage in done],
             costs=[
@@ -136,7 +136,7 @@ class _Measurement:
 
         evaluate = self.plan.base.evaluate
         measurement = RowMeasurement(
-            model, self.plan.grows, self.plan.inference, evaluate.batches, evaluate.batch_size
+            model, self.plan.by_domain, self.plan.inference, evaluate.batches, evaluate.batch_size
         )
         try:
             with progress(what, measurement.work(self.heldout), unit="batches") as job:

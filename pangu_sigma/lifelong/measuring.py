@@ -17,11 +17,13 @@ OWN, AUTO, ANY = "own", "auto", "any"
 class RowMeasurement:
     """Measures one model; the same text in the same batches gives the same figures to the bit, whatever it stores.
 
-    grows: whether domains have expert groups of their own. batches: most of them per domain.
+    by_domain: whether a text is read by the experts of its domain. batches: most of them per domain.
     """
 
-    def __init__(self, model: Model, grows: bool, inference: InferenceConfig, batches: int, batch_size: int) -> None:
-        self.model, self.grows, self.inference = model, grows, inference
+    def __init__(
+        self, model: Model, by_domain: bool, inference: InferenceConfig, batches: int, batch_size: int
+    ) -> None:
+        self.model, self.by_domain, self.inference = model, by_domain, inference
         self.batches, self.batch_size = batches, batch_size
         self.likelihood = DomainLikelihood(model, batch_size)
 
@@ -40,8 +42,8 @@ class RowMeasurement:
     def _domain(self, name: str, texts: HeldoutSequences, advance: Callable[[int], None]) -> dict:
         names = self.model.groups.names
         count = self._count(texts)
-        if not self.grows:
-            number = names.index(name)
+        if not self.by_domain:
+            number = names.index(name) if name in names else 0
             text = UnknownText(1, 0, "uniform", 1, ())
             for found in self.likelihood.sequences(texts, count, advance, [number]):
                 text.add(found)

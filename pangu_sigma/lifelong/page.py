@@ -47,7 +47,7 @@ def _sections(results: Results) -> Iterator[tuple[str, str, str]]:
         "Outlined: the stage that learned the domain; below it, the change since then. A domain without experts of its "
         "own is read with those of the domain that its text seems to belong to.</p>"
     )
-    yield "matrix", "Loss after every stage", f'{note}<div class="card scroll">{heat_map(results)}</div>'
+    yield "matrix", "Loss after every stage", f'{note}<div class="card scroll">{heat_map([results.panel])}</div>'
     if results.rows:
         yield "measures", "Transfer and forgetting", _measures(results)
         yield "costs", "What every stage cost", _costs(results)

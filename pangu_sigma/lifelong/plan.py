@@ -1,8 +1,7 @@
 """From the YAML of a lifelong measurement to what every stage does, all of it checked before anything is written.
 
-Where domains have expert groups of their own (router rre) the first stage's model has its domains only, and every
-other domain comes in with the stage that names it first. A dense model or one with a learned gate has all domains'
-text, and all its parameters, from the beginning: its capacity is fixed.
+A model that grows (router rre, or a learned gate that is asked to) has the first stage's domains only, and every other
+domain comes in with the stage that names it first. Any other model has all its parameters from the beginning.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from pangu_sigma.config.problems import problems_of
 from pangu_sigma.config.yaml_text import parse_yaml
 from pangu_sigma.errors import UserError
 from pangu_sigma.lifelong.schema import InferenceConfig, LifelongConfig, PolicyConfig
+from rre.kinds import KINDS
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole measurement. `base`: the configuration with all domains; its run.dir is the measurement's folder."""
+    """A whole measurement. `base`: the configuration with all domains; its run.dir is the measurement's folder.
+
+    grows: whether domains come in with their stages.
+    """
 
     base: Config
     inference: InferenceConfig
@@ -64,6 +67,11 @@ class Plan:
     def dir(self) -> Path:
         """The folder of the measurement."""
         return Path(self.base.run.dir)
+
+    @property
+    def by_domain(self) -> bool:
+        """Whether a text is read by the experts of its domain, so that a domain must be given or inferred."""
+        return bool(self.base.model.sparse_prefixes) and self.base.model.sparse.router == "rre"
 
     @property
     def learned(self) -> dict[str, int | None]:
@@ -101,11 +109,15 @@ class Plan:
             "weights": {name: weights[name] for name in stage.domains},
             "shared": policy.shared,
             "regularise": policy.regularise,
-            "domains": list(stage.domains) if policy.shared == "frozen" else None,
+            # A gate that grew would change what the old experts are given: they and their columns stay.
+            "domains": list(stage.domains) if policy.shared == "frozen" or self._grown_gate(stage) else None,
             "replay": policy.replay,
             "old": list(self.old(stage)) if reaches_back else None,
             "restart": True,
         }
+
+    def _grown_gate(self, stage: Stage) -> bool:
+        return self.grows and not self.by_domain and stage.number > 0
 
     def config(self, stage: Stage, tokenizer: Path | None = None) -> Config:
         """The configuration of the stage's run. tokenizer: the model file that stands for a trained tokenizer."""
@@ -127,6 +139,7 @@ class Plan:
         """The plan as plain values for JSON."""
         return {
             "base": self.base.to_dict(),
+            "grows": self.grows,
             "inference": self.inference.model_dump(mode="json"),
             "stages": [
                 {"name": s.name, "domains": list(s.domains), "steps": s.steps, "policy": vars(s.policy)}
@@ -158,7 +171,7 @@ def _plan(wanted: LifelongConfig, base: Config, source: str) -> Plan:
     if base.train.phases or base.train.stop_at is not None:
         key = "phases" if base.train.phases else "stop_at"
         raise UserError(f"{source}: train.{key} is set, but the stages say what is trained and when: leave it out")
-    grows = bool(base.model.sparse_prefixes) and base.model.sparse.router == "rre"
+    grows = _grows(wanted, base, source)
     stages: list[Stage] = []
     known: tuple[str, ...] = ()
     for number, given in enumerate(wanted.stages):
@@ -175,7 +188,7 @@ def _plan(wanted: LifelongConfig, base: Config, source: str) -> Plan:
         name = given.name or _free_name(_joined(given.domains), taken)
         if name in taken:
             raise UserError(f"{where} is called {name} like an earlier one: give it another name")
-        policy = _policy(number, given.policy, wanted.policy, grows, where)
+        policy = _policy(number, given.policy, wanted.policy, grows, base.model.sparse.router, where)
         if policy.replay and not set(known) - set(given.domains):
             raise UserError(f"{where} replays {policy.replay:g} of earlier domains, but learns all of them itself: "
                             "set its policy.replay to 0")  # fmt: skip
@@ -192,7 +205,20 @@ def _plan(wanted: LifelongConfig, base: Config, source: str) -> Plan:
     return Plan(base, wanted.inference, tuple(stages), grows)
 
 
-def _policy(number: int, own: PolicyConfig, common: PolicyConfig, grows: bool, where: str) -> Policy:
+def _grows(wanted: LifelongConfig, base: Config, source: str) -> bool:
+    router, sparse = base.model.sparse.router, bool(base.model.sparse_prefixes)
+    own_groups = sparse and router == "rre"
+    if wanted.grows is None:
+        return own_groups
+    if own_groups and not wanted.grows:
+        raise UserError(f"{source}: grows = false, but with router rre experts come with their domain: leave it out")
+    if wanted.grows and not (sparse and KINDS[router].learned):
+        what = f"the router {router}" if sparse else "a dense model"
+        raise UserError(f"{source}: grows = true, but {what} has no groups to add: leave it out")
+    return wanted.grows
+
+
+def _policy(number: int, own: PolicyConfig, common: PolicyConfig, grows: bool, router: str, where: str) -> Policy:
     if number == 0:
         if any(value is not None for value in own.model_dump().values()):
             raise UserError(f"{where} is the first, and a policy is about what was learned before: leave it out")
@@ -203,7 +229,7 @@ def _policy(number: int, own: PolicyConfig, common: PolicyConfig, grows: bool, w
         return next((value for value in values if value is not None), default)
 
     policy = Policy(
-        shared=chosen("shared", "frozen" if grows else "train"),
+        shared=chosen("shared", "frozen" if grows and router == "rre" else "train"),
         replay=chosen("replay", 0.0),
         init=chosen("init", "mean"),
     )

@@ -35,7 +35,7 @@ def properties(
     last: Mapping[str, Mapping[str, Any]],
     costs: Sequence[Mapping[str, Any]],
     learning: Sequence[Mapping[str, Mapping[str, Any]]],
-    grows: bool,
+    by_domain: bool,
 ) -> list[Property]:
     """The six properties; `last` is the matrix' last row, the rest as in `Results`."""
     return [
@@ -43,7 +43,7 @@ def properties(
         _forward(measures["forward_transfer"]),
         _backward(measures["backward_transfer"]),
         _online(learning),
-        _boundaries(last, grows),
+        _boundaries(last, by_domain),
         _capacity(costs),
     ]
 
@@ -95,10 +95,10 @@ def _online(learning: Sequence[Mapping[str, Mapping[str, Any]]]) -> Property:
     return Property("Online learning", question, holds, said, rule)
 
 
-def _boundaries(last: Mapping[str, Mapping[str, Any]], grows: bool) -> Property:
+def _boundaries(last: Mapping[str, Mapping[str, Any]], by_domain: bool) -> Property:
     name, question = "No task boundaries", "Can text be used whose domain nobody tells?"
     rule = f"yes: inferring the domain costs at most {BOUNDARY_TOLERANCE} nats per token; in training it is always told"
-    if not grows:
+    if not by_domain:
         return Property(name, question, YES, "the model asks for no domain when it is used", rule)
     own = [row for row in last.values() if row["how"] == "own"]
     if len(own) < 2:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pangu_sigma.lifelong import measures
+from pangu_sigma.lifelong.heat import Panel
 from pangu_sigma.lifelong.measures import Measure
 from pangu_sigma.lifelong.properties import Property, properties
 from pangu_sigma.monitor.tables import number, text_table
@@ -26,12 +27,13 @@ class Results:
 
     plan: `Plan.to_dict`. learned: domain -> number of the stage that learns it first. untrained and each of `rows` (one
     per finished stage): domain -> {"loss", "how", "auto", "accuracy", "tokens"} (see `measuring`). costs and learning:
-    per finished stage, see `cost`. grows: whether domains have expert groups of their own.
+    per finished stage, see `cost`. by_domain: whether a text is
+    read by the experts of its domain.
     """
 
     plan: Mapping[str, Any]
     learned: Mapping[str, int | None]
-    grows: bool
+    by_domain: bool
     untrained: Mapping[str, Mapping[str, Any]]
     rows: Sequence[Mapping[str, Mapping[str, Any]]]
     costs: Sequence[Mapping[str, Any]]
@@ -78,7 +80,7 @@ class Results:
         """The property table, each with the number that supports it; empty before the first stage is finished."""
         if not self.rows:
             return []
-        return properties(self.domains, self.measures, self.rows[-1], self.costs, self.learning, self.grows)
+        return properties(self.domains, self.measures, self.rows[-1], self.costs, self.learning, self.by_domain)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values for JSON."""
@@ -91,7 +93,7 @@ class Results:
             "complete": self.complete,
             "domains": self.domains,
             "learned": dict(self.learned),
-            "grows": self.grows,
+            "by_domain": self.by_domain,
             "stages": self.stages,
             "matrix": self.losses.tolist() if self.rows else [],
             "measures": named,
@@ -115,6 +117,13 @@ class Results:
                 auto = "" if found["auto"] is None else repr(found["auto"])
                 writer.writerow([stage, name, domain, seen, found["how"], repr(found["loss"]), auto, found["tokens"]])
         return out.getvalue()
+
+    @property
+    def panel(self) -> Panel:
+        """The matrix for `heat_map`."""
+        rows = self.named_rows()
+        losses = np.array([[row[name]["loss"] for name in self.domains] for _, row in rows])
+        return Panel(losses, [name for name, _ in rows], self.learned)
 
     def named_rows(self) -> list[tuple[str, Mapping[str, Mapping[str, Any]]]]:
         """(name, row) of the untrained model and of every finished stage."""

@@ -63,6 +63,11 @@ class LifelongConfig(Section):
         description="Configuration file of the model, its data and all domains; its train.steps give way to the stages'"
     )
     changes: ListOf[Text] = Field((), description="Changes of it, section.key=value, as on the command line.")
+    grows: bool | None = Field(
+        None,
+        description="Whether a domain's experts come in with the stage that names it first; null: with router rre "
+        "only. A learned gate grows new columns, and freezes the old ones with their experts (Lifelong-MoE).",
+    )
     policy: PolicyConfig = Field(default_factory=PolicyConfig, description="From the second stage on, for all stages.")
     inference: InferenceConfig = Field(
         default_factory=InferenceConfig, description="How a domain is inferred where none is given."

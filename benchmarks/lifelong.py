@@ -1,0 +1,205 @@
+"""Four real domains learned one after another by seven systems, and by two that see all of them at once.
+
+    python -m benchmarks.lifelong [--steps N] [--seeds N] [--jobs N] [--only SYSTEM …] [--render] [--small]
+
+Code, mathematics, drama and Chinese poetry, an equal number of tokens each; a token meets about 3 M parameters in every
+system. Every run is `pangu-sigma lifelong` on a file of stages. Stop it whenever you like: the same command goes on
+where it was, and `--render` writes the tables and the heat map of what is finished so far to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.lifelong_page import page, panels
+from benchmarks.lifelong_systems import DOMAINS, System, missing_text, prepare_text, systems, write_stages
+from benchmarks.training_speed import machine
+from pangu_sigma.lifelong.heat import heat_map
+from pangu_sigma.monitor.files import write_json, write_text
+from pangu_sigma.monitor.terminal import progress
+from pangu_sigma.signals import sigterm_as_ctrl_c
+
+HERE = Path(__file__).parent
+# 27 runs of 4 stages in about 3 hours on 2 cores.
+STEPS, SEEDS, JOBS = 120, 3, 2
+REPLAY, EWC, OUTPUT = 0.2, 1000.0, 1.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One system with one seed; its measurement lies in `folder`, its file of stages and log beside it."""
+
+    name: str
+    system: System
+    seed: int
+    folder: Path
+
+    @property
+    def result(self) -> dict | None:
+        """The finished measurement; None while it is not."""
+        try:
+            found = json.loads((self.folder / "lifelong.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return found if found["complete"] else None
+
+    @property
+    def log(self) -> Path:
+        """What its process says."""
+        return self.folder.with_suffix(".log")
+
+
+class Failed(Exception):
+    """A run ended with an error; the message is the last that it said."""
+
+
+def run_all(runs: list[Run], text: dict[str, Path], steps: int, jobs: int, small: bool) -> None:
+    """Run what is not finished, `jobs` processes at a time, each on processors of its own.
+
+    Raises Failed when one fails, KeyboardInterrupt after an interruption, when the others have saved their state.
+    """
+    waiting = deque(run for run in runs if run.result is None)
+    processors = sorted(os.sched_getaffinity(0))
+    share = max(1, len(processors) // jobs)
+    free = deque(set(processors[n * share : (n + 1) * share] or processors) for n in range(jobs))
+    running: dict[Run, tuple[subprocess.Popen, set[int]]] = {}
+    with progress("runs", len(runs), unit="runs") as job:
+        job.set(len(runs) - len(waiting))
+        try:
+            while waiting or running:
+                while waiting and free:
+                    run, mine = waiting.popleft(), free.popleft()
+                    running[run] = (_start(run, text, steps, small, mine), mine)
+                time.sleep(0.5)
+                for run, (process, mine) in list(running.items()):
+                    if process.poll() is None:
+                        continue
+                    del running[run]
+                    free.append(mine)
+                    if run.result is None:
+                        raise Failed(f"{run.folder.name}: {_last_line(run.log)} (all of it: {run.log})")
+                    _tidy(run.folder)
+                    job.advance()
+        finally:
+            for process, _ in running.values():
+                process.send_signal(signal.SIGINT)
+            for process, _ in running.values():
+                process.wait()
+
+
+def _start(run: Run, text: dict[str, Path], steps: int, small: bool, processors: set[int]) -> subprocess.Popen:
+    stages = write_stages(run.system, run.folder, text, run.seed, steps, small)
+    with open(run.log, "a", encoding="utf-8") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pangu_sigma", "lifelong", str(stages)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            # Its own process group: Ctrl-C reaches it once, from here.
+            start_new_session=True,
+            preexec_fn=lambda: os.sched_setaffinity(0, processors),  # noqa: PLW1509 - nothing else runs here
+        )
+
+
+def _tidy(folder: Path) -> None:
+    """A finished measurement is its figures; the models of all runs would fill the disk."""
+    for path in folder.glob("stages/*/checkpoints"):
+        shutil.rmtree(path)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), "it said nothing")
+
+
+def collect(runs: list[Run]) -> dict[str, dict]:
+    """System -> {"title", "joint", "seeds": {seed: finished measurement}}, of those that have a finished one."""
+    found: dict[str, dict] = {}
+    for run in runs:
+        result = run.result
+        if result is not None:
+            entry = found.setdefault(
+                run.name, {"title": run.system.title, "joint": run.system.joint, "seeds": {}}
+            )
+            # The plan names this machine's folders.
+            entry["seeds"][str(run.seed)] = {key: value for key, value in result.items() if key != "plan"}
+    return found
+
+
+def render(runs: list[Run], given: argparse.Namespace) -> str:
+    """Write tables, heat map and figures of what is finished; returns the page."""
+    found = collect(runs)
+    record = {
+        "machine": machine(sys.executable),
+        "steps": given.steps,
+        "seeds": given.seeds,
+        "jobs": given.jobs,
+        "small": given.small,
+        "runs": len(runs),
+        "finished": sum(len(entry["seeds"]) for entry in found.values()),
+        "domains": list(DOMAINS),
+        "systems": found,
+    }
+    given.out.mkdir(parents=True, exist_ok=True)
+    write_json(given.out / "lifelong.json", record)
+    written = page(record)
+    write_text(given.out / "lifelong.md", written)
+    if drawn := panels(record):
+        write_text(given.out / "lifelong.svg", heat_map(drawn, columns=2))
+    return written
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Four domains learned one after another by seven systems.")
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of a stage")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--jobs", type=int, default=JOBS, help="runs at a time, each on processors of its own")
+    parser.add_argument("--replay", type=float, default=REPLAY, help="share of old text under replay")
+    parser.add_argument("--ewc", type=float, default=EWC, help="weight of EWC")
+    parser.add_argument("--output", type=float, default=OUTPUT, help="weight of Lifelong-MoE's output regularisation")
+    parser.add_argument("--only", nargs="+", metavar="SYSTEM", help="some systems only, by their short names")
+    parser.add_argument("--render", action="store_true", help="train nothing, write what is finished")
+    parser.add_argument("--small", action="store_true", help="a model that only shows that everything works")
+    parser.add_argument("--work", type=Path, default=Path("build/lifelong"), help="folder for the runs")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the results")
+    given = parser.parse_args()
+    if min(given.steps, given.seeds, given.jobs) < 1:
+        parser.error("--steps, --seeds and --jobs must be at least 1.")
+    chosen = systems(given.replay, given.ewc, given.output)
+    if unknown := sorted(set(given.only or ()) - set(chosen)):
+        parser.error(f"there is no system {unknown[0]}: the systems are {', '.join(chosen)}.")
+    if missing := missing_text():
+        parser.exit(2, f"Error: {missing[0]} is not here: it is the text of one of the four domains.\n")
+    work = given.work.resolve() / (f"small-{given.steps}" if given.small else f"steps-{given.steps}")
+    # Seed by seed, so that every system has its first one early.
+    runs = [
+        Run(name, system, seed, work / f"{name}-{seed}")
+        for seed in range(1, given.seeds + 1)
+        for name, system in chosen.items()
+        if not given.only or name in given.only
+    ]
+    if given.render:
+        print(render(runs, given))
+        return
+    try:
+        with sigterm_as_ctrl_c():
+            run_all(runs, prepare_text(work / "text"), given.steps, given.jobs, given.small)
+    except Failed as failure:
+        render(runs, given)
+        parser.exit(1, f"Error: {failure}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "Interrupted; the same command goes on, --render shows what is finished.\n")
+    print(render(runs, given))
+
+
+if __name__ == "__main__":
+    main()
