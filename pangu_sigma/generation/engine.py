@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import Protocol
 
 import numpy as np
@@ -230,8 +230,9 @@ class Engine:
         # The scores' last row is what a single token is chosen from; only a longer answer needs a cache.
         if scores and request.sampling.max_tokens == 1 and answer.mixture is None:
             return self._say(answer, [scored[-1][-1]], scores)
-        begun = zip(slots, members, strict=True)
-        return self._say(answer, [self.decoder.begin(slot, document, domain) for slot, domain in begun], scores)
+        # Copies, because a graph's next run may write where its last result lies.
+        begun = [self.decoder.begin(*one).copy() for one in zip(slots, repeat(document), members, strict=False)]
+        return self._say(answer, begun, scores)
 
     def _infers(self, request: Request) -> bool:
         """Whether the request's domain is inferred."""
@@ -253,7 +254,7 @@ class Engine:
     def _rows(self, request: Request, ids: tuple[int, ...]) -> np.ndarray:
         """Logits or log probabilities [n, V] after each of the document `ids` [n], for its scores."""
         if not self._infers(request):
-            return self.decoder.score(ids, self.domains.index(request.domain))
+            return self.decoder.score(ids, self.domains.index(request.domain)).copy()
         return self.unknown.rows(np.stack([log_softmax(rows) for rows in self._logits(ids)]), ids)
 
     def _logits(self, ids: Sequence[int]) -> Iterator[np.ndarray]:

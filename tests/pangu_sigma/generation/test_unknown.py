@@ -34,7 +34,8 @@ def engine(kind, tokenizer):
 
 def likelihood(kind, ids) -> np.ndarray:
     """Log probability [3, n - 1] of the ids but the first, from a decoder without a cache."""
-    rows = [kind("rre").plain.score(tuple(ids), number)[:-1] for number in range(3)]
+    # One after the other: a graph's next run may write where its last result lies.
+    rows = (kind("rre").plain.score(tuple(ids), number)[:-1] for number in range(3))
     return np.stack([token_log_probabilities(found, np.array(ids[1:])) for found in rows])
 
 

@@ -220,7 +220,7 @@ def test_the_interface_describes_itself(client):
 def test_texts_are_decoded_together_and_counted(client, server):
     """Eight texts of all domains take hardly more decoding steps than the longest of them."""
     server.wait_for(active=0, waiting=0)
-    names = [f'pangu_sigma_generated_tokens_total{{domain="{domain}"}}' for domain in server.domains]
+    names = [f'pangu_sigma_generated_tokens_total{{domain="{domain}"}}' for domain in server.domains[:3]]
     before = server.gauge("pangu_sigma_step_seconds_count"), [server.gauge(name) for name in names]
 
     def ask(number: int) -> int:
