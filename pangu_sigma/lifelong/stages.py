@@ -62,29 +62,54 @@ def _stored(plan: Plan, folder: Path) -> Config:
 
 def _prepare(plan: Plan, stage: Stage, folder: Path) -> None:
     """Make the stage's run from the one before it: domains that are new come in, and the plan becomes the stage's."""
-    from pangu_sigma.domains.adding import NewDomain, add_domain
-    from pangu_sigma.domains.training_on import plan_training
-
-    before = plan.run_dir(plan.stages[stage.number - 1])
     unfinished = folder.with_name(f".{folder.name}.preparing")
     shutil.rmtree(unfinished, ignore_errors=True)
-    phases = [plan.phase(other) for other in plan.stages[: stage.number + 1]]
-    what, limit = f"stage {stage.name}", plan.base.data.domains_per_step
-    entries = {domain.name: domain for domain in plan.base.domains}
+    before = plan.run_dir(plan.stages[stage.number - 1])
     try:
         if not (plan.grows and stage.new):
-            plan_training(before, phases, what, domains_per_step=limit, out=unfinished)
+            _plan(plan, stage, before, out=unfinished)
+        elif plan.by_domain:
+            _add_domains(plan, stage, before, unfinished)
         else:
-            for number, name in enumerate(stage.new):
-                domain = entries[name]
-                wanted = NewDomain(
-                    name, domain.data, domain.experts, stage.policy.init, domain.text_field, domain.weight
-                )
-                # The first one makes the new run out of the old one; the others change it where it lies.
-                add_domain(before if number == 0 else unfinished, wanted, out=unfinished if number == 0 else None)
-            plan_training(unfinished, phases, what, domains_per_step=limit)
+            _expand(plan, stage, before, unfinished)
         unfinished.rename(folder)
     except UserError as error:
         raise UserError(f"stage {stage.number + 1} ({stage.name}) cannot begin: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _plan(plan: Plan, stage: Stage, run: Path, out: Path | None = None) -> None:
+    """Give a run, or a new one that shares its files, the plan of all stages up to this one."""
+    from pangu_sigma.domains.training_on import plan_training
+
+    phases = [plan.phase(other) for other in plan.stages[: stage.number + 1]]
+    limit = plan.base.data.domains_per_step
+    plan_training(run, phases, f"stage {stage.name}", domains_per_step=limit, out=out)
+
+
+def _new_domain(plan: Plan, stage: Stage, name: str):
+    from pangu_sigma.domains.adding import NewDomain
+
+    domain = next(domain for domain in plan.base.domains if domain.name == name)
+    return NewDomain(name, domain.data, domain.experts, stage.policy.init, domain.text_field, domain.weight)
+
+
+def _add_domains(plan: Plan, stage: Stage, before: Path, run: Path) -> None:
+    """The new domains' own groups come in; the first one makes the new run, the others change it where it lies."""
+    from pangu_sigma.domains.adding import add_domain
+
+    for number, name in enumerate(stage.new):
+        add_domain(before if number == 0 else run, _new_domain(plan, stage, name), out=run if number == 0 else None)
+    _plan(plan, stage, run)
+
+
+def _expand(plan: Plan, stage: Stage, before: Path, run: Path) -> None:
+    """The gates grow by the new domain's experts; the model as it was is kept with the run, which is held near it."""
+    from pangu_sigma.domains.expanding import expand_domain
+    from pangu_sigma.domains.plan import Ahead
+
+    _plan(plan, plan.stages[stage.number - 1], before, out=run)
+    policy = stage.policy
+    ahead = Ahead(stage.new[0], stage.steps, policy.shared, policy.replay, policy.regularise)
+    expand_domain(run, _new_domain(plan, stage, stage.new[0]), ahead)
