@@ -201,7 +201,7 @@ def _plan(wanted: LifelongConfig, base: Config, source: str) -> Plan:
                             "are there: copy one of these, or take mean")  # fmt: skip
         new = tuple(domain for domain in given.domains if domain not in known)
         if grows and base.model.sparse.router != "rre" and number and new and len(given.domains) > 1:
-            raise UserError(f"{where} learns several domains, and a gate grows by one at a time: give each its own stage")
+            raise UserError(f"{where} learns several domains, and a gate grows by one at a time: split it")
         stages.append(Stage(number, name, tuple(given.domains), new, known, given.steps, policy))
         known += new
     return Plan(base, wanted.inference, tuple(stages), grows)
