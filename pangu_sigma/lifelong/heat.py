@@ -17,7 +17,7 @@ _STYLE = """
 .lm text{font:12.5px system-ui,-apple-system,"Segoe UI",Roboto,Arial,"Noto Sans","PingFang SC",sans-serif;fill:#141413;
 font-variant-numeric:tabular-nums}
 .lm .lm-soft{fill:#6b6963;font-size:11px}.lm .lm-name{font-weight:600}.lm .lm-cell{fill:#eeede8}
-.lm .lm-title{font-size:14px;font-weight:600}
+.lm .lm-not{font-style:italic;font-size:11.5px}.lm .lm-title{font-size:14px;font-weight:600}
 .lm .lm-heat{fill:#e34948}.lm .lm-own{fill:none;stroke:#2a78d6;stroke-width:2}
 @media (prefers-color-scheme:dark){.lm text{fill:#f5f4f0}.lm .lm-soft{fill:#a5a39b}.lm .lm-cell{fill:#30302e}
 .lm .lm-heat{fill:#e66767}.lm .lm-own{stroke:#3987e5}}
@@ -54,7 +54,7 @@ def heat_map(panels: Sequence[Panel], columns: int = 1) -> str:
     """SVG of the panels' losses, a row per stage and a column per domain, in a grid of `columns`.
 
     Colour: how far a loss lies above the domain's lowest, full at the highest (of the untrained model, as a rule).
-    Outlined: the stage that learned the domain; under later losses, the change since then.
+    Outlined: the stage that learned the domain; under later losses, the change since then. Italic: not learned yet.
     """
     columns = min(columns, len(panels))
     width = max(panel.width for panel in panels) + 12
@@ -106,7 +106,7 @@ def _cell(losses: np.ndarray, row: int, learned: int | None, heat: float, left: 
         parts.append(f'<text x="{middle}" y="{top + 19}" text-anchor="middle">{loss}</text>')
         parts.append(f'<text class="lm-soft" x="{middle}" y="{top + 35}" text-anchor="middle">{change}</text>')
     else:
-        css = "" if learned == row else ' class="lm-soft"'
+        css = "" if learned == row else ' class="lm-not"'
         parts.append(f'<text{css} x="{middle}" y="{top + ROW / 2 + 4}" text-anchor="middle">{loss}</text>')
     return "".join(parts)
 

@@ -44,8 +44,8 @@ def _sections(results: Results) -> Iterator[tuple[str, str, str]]:
         yield "properties", "Lifelong-learning properties", _properties(results)
     note = (
         "<p>Held-out loss in nats per token: a row per stage, a column per domain. Red: above the domain's lowest. "
-        "Outlined: the stage that learned the domain; below it, the change since then. A domain without experts of its "
-        "own is read with those of the domain that its text seems to belong to.</p>"
+        "Outlined: the stage that learned the domain; below it, the change since then; italic: before. A domain "
+        "without experts of its own is read with those of the domain that its text seems to belong to.</p>"
     )
     yield "matrix", "Loss after every stage", f'{note}<div class="card scroll">{heat_map([results.panel])}</div>'
     if results.rows:
@@ -60,9 +60,9 @@ def _properties(results: Results) -> str:
         css = {YES: "good", NO: "bad", UNKNOWN: "none"}.get(found.holds, "")
         rows.append(
             [
-                f"{cell(found.name)}<br><small>{cell(found.question)}</small>",
+                f"{cell(found.name)}{_note(found.question)}",
                 f'<td class="{css}"><strong>{cell(found.holds)}</strong></td>',
-                f'<td class="text">{cell(found.number)}<br><small>{cell(found.rule)}</small></td>',
+                f'<td class="text">{cell(found.number)}{_note(found.rule)}</td>',
             ]
         )
     return table(["Property", "Holds", '<span class="text">Number</span>'], rows, "Lifelong-learning properties")
@@ -73,7 +73,7 @@ def _measures(results: Results) -> str:
     for name, found in results.measures.items():
         signed = name not in ("learned_loss", "final_loss")
         each = [number(found.by_domain.get(j), sign=signed) for j in range(len(results.domains))]
-        title = f"{name.replace('_', ' ').capitalize()}<br><small>{_MEANING[name]}</small>"
+        title = f"{name.replace('_', ' ').capitalize()}{_note(_MEANING[name])}"
         rows.append([title, f"<strong>{number(found.mean, sign=signed)}</strong>", *each])
     header = ["In nats per token", "Mean", *map(cell, results.domains)]
     return table(header, rows, "Backward transfer, forgetting, forward transfer")
@@ -106,6 +106,10 @@ def _learning(results: Results) -> str:
             rows.append([f"{cell(name)}: {cell(domain)}", passes, number(found["online_loss"])])
     note = "<p>Passes over the domain's training text so far; loss of each batch before the step that learns it.</p>"
     return note + table(["Stage and domain", "Passes", "Loss before learning"], rows, "Learning as the text comes")
+
+
+def _note(text: str) -> str:
+    return f'<br><small style="font-weight:400;color:var(--soft)">{cell(text)}</small>'
 
 
 def _policies(results: Results) -> str:
