@@ -36,17 +36,16 @@ def train_stage(plan: Plan, stage: Stage, tokenizer: Path | None) -> Checkpoint 
     if done is not None:
         return done
     folder = plan.run_dir(stage)
-    begun = folder.is_dir() and find_latest(folder)[0] is not None
     if stage.number == 0:
         config = effective(plan.config(stage, tokenizer))
     else:
-        if not begun:
+        if not folder.is_dir():
             _prepare(plan, stage, folder)
-            begun = True
         config = _stored(plan, folder)
     from pangu_sigma.train.run import train
 
-    train(config, resume=begun)
+    # A first stage that was killed before its first checkpoint begins anew, its metrics too.
+    train(config, resume=folder.is_dir())
     return finished(plan, stage)
 
 
