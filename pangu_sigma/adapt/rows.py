@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from pangu_sigma.adapt.examples import ExampleSet, TokenSequence
-from pangu_sigma.data.sampler import Batch, MixtureSampler
+from pangu_sigma.data.sampler import Batch, MixtureSampler, Weights
 from rre.counted import key64, permutation
 
 
@@ -170,7 +170,7 @@ def sampler_of(
     objective: str,
     length: int,
     pad_id: int,
-    weights,
+    weights: Weights | Mapping[str, float],
     seed: int,
     domains_per_step: int | None,
 ) -> ExampleSampler:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,11 +17,15 @@ from pangu_sigma.config.adapting import load_adaptation, run_dir_of
 from pangu_sigma.config.mesh_rules import check_one_process
 from pangu_sigma.data.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
-from pangu_sigma.load import stored_config
+from pangu_sigma.load import stored_config, stored_tokenizer
 from pangu_sigma.monitor.terminal import progress
 from pangu_sigma.signals import sigterm_as_ctrl_c
 from pangu_sigma.train.run import Run
 from pangu_sigma.train.schedule import phase_at
+
+if TYPE_CHECKING:
+    from pangu_sigma.train.objective import Objective
+    from pangu_sigma.train.reference import Reference
 
 # Key of the trainer state that says which checkpoint is the frozen reference: {"path", "sha256"}.
 REFERENCE = "reference"
@@ -87,8 +92,6 @@ class AdaptationRun(Run):
         # A new run has the adapted model's checkpoint here, one that resumes its own.
         self.origin = tokenizer_of
         self.frozen = self._frozen() if self.config.adapt.objective == "dpo" else None
-        from pangu_sigma.load import stored_tokenizer
-
         tokenizer = stored_tokenizer(tokenizer_of)
         sets = {}
         for examples in self.config.adapt.examples:
@@ -124,7 +127,7 @@ class AdaptationRun(Run):
     def _corpus_fingerprints(self) -> dict[str, str]:
         return dict(self.origin.fingerprints.corpora)
 
-    def _objective(self):
+    def _objective(self) -> Objective:
         from pangu_sigma.adapt.preference import Preference
         from pangu_sigma.train.objective import Objective
         from pangu_sigma.train.reference import load_reference
@@ -134,7 +137,7 @@ class AdaptationRun(Run):
         if wanted.objective == "sft":
             return Objective(auxiliary=wanted.auxiliary_losses)
 
-        def load():
+        def load() -> Reference:
             return load_reference(self.frozen, self.config, micro_batch_rows(self.config, objective))
 
         objective = Preference(wanted.beta, load, wanted.auxiliary_losses)

@@ -7,7 +7,7 @@ rows of a batch; attention and positions restart after the end-of-document token
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from pangu_sigma.tasks.questions import BEFORE_ANSWER, Question, Task, context, 
 from pangu_sigma.tasks.scores import Likelihood, choice_scores, exact_match, mean_with_error
 from rre.kinds import KINDS
 
+Advance = Callable[[int], None]
 AUTO = "auto"  # the domain of a question that is to be inferred from it
 SLOTS = 8
 
@@ -146,7 +147,7 @@ class ChoiceLikelihood:
         self.truncated = 0
 
     def __call__(
-        self, questions: Sequence[Question], texts: Sequence[str], domains: Sequence[str], advance
+        self, questions: Sequence[Question], texts: Sequence[str], domains: Sequence[str], advance: Advance
     ) -> list[list[Likelihood]]:
         """The likelihoods of every question's choices; `advance(questions)` is called as they are done."""
         self.truncated = 0
@@ -158,7 +159,7 @@ class ChoiceLikelihood:
                 for number in mine
                 for choice in questions[number].choices
             ]
-            for (number, _, answer), logprob in zip(parts, self._logprobs(parts, name, advance), strict=True):
+            for (number, _, answer), logprob in zip(parts, self._logprobs(parts, name), strict=True):
                 found[number].append(Likelihood(logprob, len(answer)))
                 if len(found[number]) == len(questions[number].choices):
                     advance(1)
@@ -176,7 +177,7 @@ class ChoiceLikelihood:
         self.truncated += 1
         return before[over:], answer
 
-    def _logprobs(self, parts: Sequence[tuple[int, list[int], list[int]]], name: str, advance) -> Iterator[float]:
+    def _logprobs(self, parts: Sequence[tuple[int, list[int], list[int]]], name: str) -> Iterator[float]:
         # A text that fills the row to its end needs no end-of-document token behind it, hence one more in both.
         lengths = np.array([len(before) + len(answer) + 1 for _, before, answer in parts])
         starts = pack(lengths, self.scorer.length + 2)
@@ -218,7 +219,7 @@ def _engine(trained: Trained):
 
 
 def write_answers(
-    engine, texts: Sequence[str], domains: Sequence[str], asking: Asking, advance
+    engine, texts: Sequence[str], domains: Sequence[str], asking: Asking, advance: Advance
 ) -> tuple[list[str], int]:
     """What the model writes behind every text, its likeliest tokens, and how many texts lost their beginning to fit.
 

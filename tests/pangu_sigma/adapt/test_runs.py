@@ -13,6 +13,7 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.evaluate import evaluate
 from pangu_sigma.load import stored_config
 from pangu_sigma.monitor.metrics import read_metrics
+from pangu_sigma.report import write_report
 from pangu_sigma.train.run import train
 from tests.pangu_sigma.adapt.conftest import BASE, LENGTH, answers, write_jsonl
 from tests.pangu_sigma.train.process import assert_equal_checkpoints, assert_refused, checkpoint, command
@@ -41,6 +42,7 @@ def test_dpo_prefers_the_chosen_answers_and_resumes_to_the_same_bytes(taught, ad
     first, *_, last = evaluations(whole)
     assert first["losses"]["law"] == pytest.approx(0.693147, abs=1e-5) and last["losses"]["law"] < 0.68
     assert last["figures"]["preference_accuracy"] > 0.5 and last["figures"]["preference_margin"] > 0
+    assert "law" in write_report(whole).read_text(encoding="utf-8")
     no_dropout = ("model.dropout=0", "model.attention.dropout=0")
     adapt(taught, file, "dpo", (f"run.dir={parts}", "train.stop_at=2", *no_dropout))
     moved = taught.with_name("moved")
