@@ -86,12 +86,14 @@ class PairedExamples:
         self.domain, self.sequence_length = examples.name, length
         self.identity = {"example file": examples.fingerprint, "seed": str(seed)}
         self._pairs, self._pad_id, self._seed = examples.train, pad_id, seed
+        self._kept: tuple[int, np.ndarray] | None = None  # an epoch and its order
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pair `index` (0, 1, 2 … without end): tokens [2, S + 1], mask [2, S], padding [2, S]; see `row_of`."""
         epoch, place = divmod(index, len(self._pairs))
-        number = permutation(key64(self._seed, "examples", self.domain, epoch), len(self._pairs))[place]
-        return pair_rows(self._pairs[number], self.sequence_length, self._pad_id)
+        if self._kept is None or self._kept[0] != epoch:
+            self._kept = epoch, permutation(key64(self._seed, "examples", self.domain, epoch), len(self._pairs))
+        return pair_rows(self._pairs[self._kept[1][place]], self.sequence_length, self._pad_id)
 
 
 def pair_rows(pair: Sequence[TokenSequence], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

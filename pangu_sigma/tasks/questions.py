@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from pangu_sigma.data.sources import has_lone_surrogate
@@ -110,7 +111,8 @@ def context(question: Question, pool: Sequence[Question], shots: int) -> str:
 
     Raises UserError where the pool has too few.
     """
-    others = [other for other in pool if (other.text, other.solution) != (question.text, question.solution)][:shots]
+    different = (other for other in pool if (other.text, other.solution) != (question.text, question.solution))
+    others = list(islice(different, shots))
     if len(others) < shots:
         raise UserError(f"--shots {shots} needs as many other questions, and there are {len(others)}: set it lower")
     solved = [f"{other.text}{BEFORE_ANSWER}{other.solution}{BETWEEN_SHOTS}" for other in others]
