@@ -91,7 +91,10 @@ def test_a_sub_model_learns_with_its_shared_parameters_frozen_and_its_parents_do
 def test_models_of_other_routers_adapt(small_yaml, adaptation_file, tmp_path, router, objective):
     size = [f"model.positions={LENGTH}", f"data.sequence_length={LENGTH}", "train.steps=1", "train.phases=[]"]
     gate = [f"model.sparse.router={router}", "model.sparse.resample=false", "schedule.warmup_steps=0"]
-    gate += ["model.sparse.top_k=2"] if router == "olmoe" else []
+    if router == "olmoe":
+        parts = ["norm=rmsnorm", "position=rope", "feed_forward=swiglu", "activation=silu", "biases=false"]
+        parts += ["head=untied", "query_layer=none", "attention.qk_norm=true", "sparse.top_k=2"]
+        gate += [f"model.{part}" for part in parts]
     model = train(load_config(small_yaml, [f"run.dir={tmp_path / 'model'}", *size, *gate, "evaluate.every=0"]))
     run = adapt(model, adaptation_file(objective), objective, (f"run.dir={tmp_path / 'run'}",))
     assert evaluations(run)[-1]["losses"]["law"] < evaluations(run)[0]["losses"]["law"]
