@@ -21,7 +21,7 @@ VOCABULARY, EOD = 256, 2
 STEPS = 2
 SIZES = {
     "schema_version": 1,
-    "model": {"layers": 3, "hidden": 64, "heads": 2, "ffn": 128, "positions": 32, "sparse": {"layers": 1}},
+    "model": {"layers": 2, "hidden": 64, "heads": 2, "ffn": 128, "positions": 32, "sparse": {"layers": 1}},
     "domains": [{"name": name, "data": ["none"], "experts": 2} for name in ("left", "right")],
     "data": {"sequence_length": 32},
     "optimizer": {"learning_rate": 1e-3},
