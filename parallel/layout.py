@@ -7,12 +7,21 @@ code serves one process and a mesh.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from parallel.mesh import Mesh
 
-# One entry per axis of a tensor: 1 for an axis that is whole, or the name of the mesh's ways that cut it.
-Cut = tuple[int | str, ...]
+# How one axis of a tensor is cut: 1 for an axis that is whole, a name, or several names from the outermost inwards.
+Axis = int | str | tuple[str, ...]
+# One entry per axis of a tensor.
+Cut = tuple[Axis, ...]
+
+AXES = ("group", "exchange", "data", "tensor")
+_MEANING = {"rows": ("group", "exchange", "data"), "expert": ("group", "exchange")}
+# Operators that take the number of parts of each axis alone; they then number devices in the axes' order.
+_COUNTS_ONLY = frozenset({"Concat", "Gather", "ReduceSum", "ReduceMax", "OneHot", "FlashAttentionScore"})
 
 
 class Layout:
@@ -20,8 +29,11 @@ class Layout:
 
     `device` is "CPU" or "Ascend" and tells device-aware primitives which form to take; `kernels` is the path of the
     compiled CPU kernels (`parallel.compiled.library`), which compute in
-    float32 alone; None to compose everything of MindSpore's operators.
+    float32 alone; None to compose everything of MindSpore's operators. `stream` is the cut of the residual stream
+    [T, D] between sublayers.
     """
+
+    stream: Cut = ("rows", 1)
 
     def __init__(self, device: str = "CPU", kernels: str | None = None) -> None:
         self.device = device
@@ -32,33 +44,67 @@ class Layout:
         """True where fused native operators are the fast form (Ascend); on CPU compositions are faster."""
         return self.device != "CPU"
 
-    def __call__(self, primitive: Any, *cuts: Cut) -> Any:
-        """Return `primitive` with its inputs cut as `cuts` say (one tuple per input, one entry per axis)."""
+    @property
+    def meshed(self) -> Mesh | None:
+        """The mesh over which one graph is cut; None where a graph is one process's own."""
+        return None
+
+    def __call__(self, primitive: Any, *cuts: Cut, out: Cut | None = None) -> Any:
+        """Return `primitive` with its inputs cut as `cuts` say (one tuple per input, one entry per axis); `out`: its
+        result cut otherwise than follows from them."""
         return primitive
+
+    def part(self, shape: Sequence[int], cut: Cut) -> list[int]:
+        """Shape of what one rank gives of a graph's input of this `shape`."""
+        return list(shape)
 
 
 class MeshLayout(Layout):
     """Makes primitives for the devices of a mesh, each with the shard strategy that its cuts mean.
 
-    Names in a cut: "rows" (all ranks that read samples), its factors "group" (placement groups), "exchange" (expert
-    parts of a group) and "data" in this order, "expert" (group x exchange), and "tensor". MindSpore's
-    semi-auto-parallel pass numbers devices by the order in which an operator's cuts name them, the unnamed ones
-    innermost: cuts must keep the order above, with "tensor" last, for an operator to mean the mesh's own ranks.
+    Names in a cut: "group" (placement groups), "exchange" (expert parts of a group), "data" and "tensor"; "rows" are
+    the first three (all ranks that read samples), "expert" the first two. `sequence_parallel`: the residual stream is
+    cut over the tensor axis too, which turns each sum over that axis into a scatter and a later gather.
     """
 
-    def __init__(self, mesh: Mesh, device: str = "Ascend") -> None:
+    def __init__(self, mesh: Mesh, device: str = "Ascend", sequence_parallel: bool = False) -> None:
+        from mindspore.parallel.shard import Layout as Devices
+
         super().__init__(device)
         self.mesh = mesh
-        self.ways = {
-            "rows": mesh.rows,
-            "group": mesh.placement_groups,
-            "exchange": mesh.exchange_size,
-            "data": mesh.data,
-            "expert": mesh.expert,
-            "tensor": mesh.tensor,
-        }
+        sizes = (mesh.placement_groups, mesh.exchange_size, mesh.data, mesh.tensor)
+        self._sizes = dict(zip(AXES, sizes, strict=True))
+        self._devices = Devices(sizes, AXES)
+        if sequence_parallel:
+            self.stream = (("rows", "tensor"), 1)
 
-    def __call__(self, primitive: Any, *cuts: Cut) -> Any:
+    @property
+    def meshed(self) -> Mesh | None:
+        return self.mesh
+
+    def __call__(self, primitive: Any, *cuts: Cut, out: Cut | None = None) -> Any:
         if not cuts:
             return primitive
-        return primitive.shard(tuple(tuple(self.ways.get(axis, axis) for axis in cut) for cut in cuts))
+        if primitive.name in _COUNTS_ONLY:
+            return primitive.shard(tuple(tuple(self.ways(axis) for axis in cut) for cut in cuts))
+        placed = tuple(self.placed(cut) for cut in cuts)
+        return primitive.shard(placed) if out is None else primitive.shard(placed, (self.placed(out),))
+
+    def ways(self, axis: Axis) -> int:
+        """Into how many parts an axis is cut."""
+        return math.prod(self._sizes[name] for name in _names(axis))
+
+    def part(self, shape: Sequence[int], cut: Cut) -> list[int]:
+        return [size // self.ways(axis) for size, axis in zip(shape, cut, strict=True)]
+
+    def placed(self, cut: Cut) -> Any:
+        """MindSpore's own statement of which device has which part of a tensor that is cut so."""
+        named = (_names(axis) for axis in cut)
+        return self._devices(*(names if len(names) > 1 else (names[0] if names else "None") for names in named))
+
+
+def _names(axis: Axis) -> tuple[str, ...]:
+    if isinstance(axis, int):
+        return ()
+    names = (axis,) if isinstance(axis, str) else axis
+    return tuple(meant for name in names for meant in _MEANING.get(name, (name,)))

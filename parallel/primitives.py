@@ -24,7 +24,8 @@ from parallel.compiled import (
     CompiledRmsNorm,
     CompiledSquareSums,
 )
-from parallel.layout import Cut, Layout
+from parallel.layout import Axis, Cut, Layout
+from parallel.native import NativeCrossEntropy, NativeLinear, NativeLookup
 
 FAST_GELU_SLOPE = 1.702
 GELU_SLOPE = 2.0 * 0.7978845608  # 2 sqrt(2 / pi)
@@ -293,13 +294,12 @@ class SquareSums(nn.Cell):
     def __init__(self, layout: Layout) -> None:
         super().__init__()
         self.half_square = layout(ops.L2Loss())
+        self.each = ops.HyperMap()
         self.stack = layout(ops.Stack())
 
     def construct(self, *tensors: Tensor) -> Tensor:
-        sums = ()
-        for tensor in tensors:
-            sums = sums + (self.half_square(tensor),)
-        return self.stack(sums) * 2.0
+        # Not a loop: that is unrolled with the whole tuple at every turn, which compiles in the cube of its length.
+        return self.stack(self.each(self.half_square, tensors)) * 2.0
 
 
 def activation(name: str, layout: Layout, *cuts: Cut) -> nn.Cell:
@@ -315,7 +315,7 @@ def activation(name: str, layout: Layout, *cuts: Cut) -> nn.Cell:
 def layer_norm(layout: Layout, epsilon: float) -> nn.Cell:
     """Layer normalisation in the device's fast form: (x_TD, gamma, beta) -> (y_TD, whatever its gradient keeps)."""
     if layout.native:
-        return Native(layout(ops.LayerNorm(1, 1, epsilon), (1, 1), (1,), (1,)), outputs=3)
+        return Native(layout(ops.LayerNorm(1, 1, epsilon), layout.stream, (1,), (1,)), outputs=3)
     return CompiledLayerNorm(layout.kernels, epsilon) if layout.kernels else LayerNorm(layout, epsilon)
 
 
@@ -326,15 +326,29 @@ def rms_norm(layout: Layout, epsilon: float) -> nn.Cell:
     return CompiledRmsNorm(layout.kernels, epsilon) if layout.kernels else RmsNorm(layout, epsilon)
 
 
-def linear(layout: Layout, compute: ms.dtype = ms.float32, biases: bool = True) -> nn.Cell:
-    """The affine map in the device's fast form: (x_TK, w_KN, b_N) -> y_TN; without `biases` (x_TK, w_KN)."""
+def linear(
+    layout: Layout, compute: ms.dtype = ms.float32, biases: bool = True, inner: Axis = 1, outer: Axis = 1
+) -> nn.Cell:
+    """The affine map in the device's fast form: (x_TK, w_KN, b_N) -> y_TN; without `biases` (x_TK, w_KN).
+
+    `inner` cuts K over a mesh, `outer` N.
+    """
     if not biases:
         return CompiledProduct(layout.kernels) if layout.kernels else Product(layout, compute)
+    if layout.native:
+        return NativeLinear(layout, compute, inner, outer)
     return CompiledLinear(layout.kernels) if layout.kernels else Linear(layout, compute)
+
+
+def embedding_lookup(layout: Layout, cut: Axis = 1) -> nn.Cell:
+    """Rows of a table by number in the device's fast form: (table_VD, ids_T) -> y_TD; `cut` cuts V over a mesh."""
+    return NativeLookup(layout, cut) if layout.native else EmbeddingLookup(layout)
 
 
 def tied_cross_entropy(layout: Layout) -> nn.Cell:
     """Token losses in the device's fast form: (h_TD, table_VD, labels_T) -> (losses_T, whatever its gradient keeps)."""
+    if layout.native:
+        return NativeCrossEntropy(layout)
     return CompiledCrossEntropy(layout.kernels) if layout.kernels else TiedCrossEntropy(layout)
 
 

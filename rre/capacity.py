@@ -2,12 +2,14 @@
 
 Every row shard (the samples of one rank that reads) reserves the same number of rows for every expert slot of its
 exchange group. Where rows stand is planned outside the graph; inside, dispatch and combine are gathers by position that
-stay inside a shard, and the exchange is a change of layout between two operators that touch nothing: the axis of source
-ranks is whole where the axis of slots is cut, and the other way round. From that MindSpore inserts AllToAll; on one
-device it is the identity.
+stay inside a shard, and `parallel.layout_exchange` moves rows between them.
+
+The slots may be cut into *chunks*, whose exchanges do not wait for one another's experts, so that a device that sends
+and computes at once can overlap them.
 
 Legend: T tokens, k experts per token, D hidden width, F inner width, N slots; P row shards of n tokens = G placement
-groups x X expert parts x R data replicas; M = N / G slots of a group, C rows reserved for a slot by a shard.
+groups x X expert parts x R data replicas; M = N / G slots of a group, C rows reserved for a slot by a shard, Q chunks
+of m = M / Q slots of a group.
 """
 
 from __future__ import annotations
@@ -18,36 +20,115 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from parallel.layout import Layout
+from parallel.layout import Cut, Layout
+from parallel.layout_exchange import LayoutExchange
 from parallel.mesh import Mesh
 from parallel.primitives import activation
 from rre.dispatch import DROPPED
+
+# How an activated expert's weights [N, …] enter a graph: no two ranks give the same values, so no gradient that leaves
+# needs a sum over ranks afterwards. What an operator wants whole is gathered inside the graph, and its gradient there
+# summed and scattered.
+WEIGHT_CUTS: tuple[Cut, ...] = (
+    ("expert", "data", "tensor"),
+    ("expert", ("tensor", "data")),
+    ("expert", "tensor", "data"),
+    ("expert", ("data", "tensor")),
+)
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """The static shapes of a sparse layer: `slots` N of all groups, `rows` C, over `mesh`, in `chunks`."""
+
+    mesh: Mesh
+    slots: int
+    rows: int
+    tokens: int
+    choices: int = 1
+    chunks: int = 1
+
+    @property
+    def of_group(self) -> int:
+        """M."""
+        return self.slots // self.mesh.placement_groups
+
+    @property
+    def of_rank(self) -> int:
+        """Slots of one expert part."""
+        return self.slots // self.mesh.expert
+
+    def plan_inputs(self) -> list[tuple[tuple[int, ...], ms.dtype, Cut]]:
+        """Shape, type and cut of the graph's inputs: Q dispatch, combine, kept (see `CapacityPlan`)."""
+        shards, cut = self.mesh.rows, ("rows", 1)
+        choices = (shards, self.tokens * self.choices // shards)
+        dispatch = (shards, self.of_group // self.chunks * self.rows)
+        return [*[(dispatch, ms.int32, cut)] * self.chunks, (choices, ms.int32, cut), (choices, ms.float32, cut)]
+
+    def weight_inputs(self, hidden: int, ffn: int) -> list[tuple[tuple[int, ...], ms.dtype, Cut]]:
+        """The same of the weights: Q times up [N/Q, D, F], its bias [N/Q, F], down [N/Q, F, D], its bias [N/Q, D]."""
+        n = self.slots // self.chunks
+        shapes = ((n, hidden, ffn), (n, ffn), (n, ffn, hidden), (n, hidden))
+        pairs = list(zip(shapes, WEIGHT_CUTS, strict=True))
+        return [(shape, ms.float32, cut) for _ in range(self.chunks) for shape, cut in pairs]
+
+    def slots_of(self, experts: np.ndarray, total: int) -> np.ndarray:
+        """The slot of each of the present `experts` (ascending places on a layer's axis of `total`), int [present].
+
+        A group's experts lie round its expert parts in turn, so that a domain's experts keep all of them busy: part p
+        owns places p, p + X, p + 2 X, … of the group. With every expert present each has one slot always. Raises
+        ValueError if a part is given more than it has slots.
+        """
+        of_group, parts = total // self.mesh.placement_groups, self.mesh.exchange_size
+        group, inside = np.divmod(experts, of_group)
+        part = group * parts + inside % parts
+        found = np.empty(experts.size, np.int64)
+        for p in np.unique(part):
+            mine = np.flatnonzero(part == p)
+            if mine.size > self.of_rank:
+                raise ValueError(f"expert part {p} has {mine.size} experts with rows and {self.of_rank} slots")
+            found[mine] = p * self.of_rank + np.arange(mine.size)
+        return found
+
+    def by_chunk(self, slots: int) -> np.ndarray:
+        """Slot numbers [Q, N/Q]: each chunk takes an equal run of every expert part's slots."""
+        numbers = np.arange(slots).reshape(self.mesh.expert, self.chunks, -1)
+        return numbers.transpose(1, 0, 2).reshape(self.chunks, -1)
 
 
 @dataclass(frozen=True)
 class CapacityPlan:
     """Where rows stand.
 
-    `dispatch` int32 [P, M*C]: the token in its shard that fills each reserved row, 0 where none does; `combine` int32
-    [P, n*k]: the reserved row of each choice; `kept` float32 [P, n*k]: 0 for a dropped choice, else 1.
+    `dispatch`: for each chunk int32 [P, m*C], the token in its shard that fills each reserved row, 0 where none does;
+    `combine` int32 [P, n*k]: the reserved row of each choice, counted over all chunks; `kept` float32 [P, n*k]: 0 for a
+    dropped choice, else 1.
     """
 
-    dispatch: np.ndarray
+    dispatch: tuple[np.ndarray, ...]
     combine: np.ndarray
     kept: np.ndarray
 
+    @property
+    def inputs(self) -> tuple[np.ndarray, ...]:
+        """In the order in which the graph takes them."""
+        return (*self.dispatch, self.combine, self.kept)
 
-def plan_by_capacity(slot_ids: np.ndarray, mesh: Mesh, slots: int, capacity: int) -> CapacityPlan:
+
+def plan_by_capacity(slot_ids: np.ndarray, reserved: Reserved) -> CapacityPlan:
     """Plan `slot_ids` [T, k] (DROPPED where a choice overflowed its expert) over the mesh's row shards.
 
-    Raises ValueError if a shard wants a slot of another placement group, or more than `capacity` rows of a slot.
+    Raises ValueError if a shard wants a slot of another placement group, or more than C rows of a slot.
     """
     tokens, k = slot_ids.shape
-    shards, of_group = mesh.rows, slots // mesh.placement_groups
+    mesh, capacity, of_group = reserved.mesh, reserved.rows, reserved.of_group
+    shards = mesh.rows
     n = tokens // shards
     dispatch = np.zeros((shards, of_group * capacity), np.int32)
     combine = np.zeros((shards, n * k), np.int32)
     by_shard = slot_ids.reshape(shards, n * k)
+    # Where a slot of the group stands when chunks lie one behind the other.
+    place = np.argsort(np.arange(of_group).reshape(mesh.exchange_size, reserved.chunks, -1).swapaxes(0, 1).reshape(-1))
     for shard, ids in enumerate(by_shard):
         first = shard // (shards // mesh.placement_groups) * of_group
         valid = np.flatnonzero(ids != DROPPED)
@@ -59,70 +140,76 @@ def plan_by_capacity(slot_ids: np.ndarray, mesh: Mesh, slots: int, capacity: int
         rank = np.arange(ranked.size) - np.searchsorted(ranked, ranked, side="left")
         if rank.size and rank.max() >= capacity:
             raise ValueError(f"row shard {shard} has {rank.max() + 1} rows for a slot that takes {capacity}")
-        row = ranked * capacity + rank
+        row = place[ranked] * capacity + rank
         choice = valid[order]
         dispatch[shard, row] = choice // k
         combine[shard, choice] = row
-    return CapacityPlan(dispatch, combine, (by_shard != DROPPED).astype(np.float32))
+    chunks = tuple(np.ascontiguousarray(part) for part in np.split(dispatch, reserved.chunks, axis=1))
+    return CapacityPlan(chunks, combine, (by_shard != DROPPED).astype(np.float32))
 
 
-class CapacityNetworks(nn.Cell):
-    """x_TD, plan (dispatch, combine, kept), weights (up [N, D, F], its bias [N, F], down [N, F, D], its bias [N, D])
-    -> y [T*k, D] by choice, 0 for a dropped one. Rows travel in the compute type."""
+class SlotNetworks(nn.Cell):
+    """rows [N, r, D], weights (up [N, D, F], its bias [N, F], down [N, F, D], its bias [N, D]) -> [N, r, D]."""
 
-    def __init__(self, layout: Layout, activation_name: str, compute: ms.dtype, mesh: Mesh) -> None:
+    def __init__(self, layout: Layout, activation_name: str, compute: ms.dtype) -> None:
         super().__init__()
         self.compute = compute
-        self.shards, self.data = mesh.rows, mesh.data
-        self.groups, self.parts = mesh.placement_groups, mesh.exchange_size
-        shard = ("rows", 1, 1)
-        # [G, X, R, M, C, D] with its source axes cut, and [G, M, R, X, C, D] with its slots cut.
-        by_source = by_slot = ("group", "exchange", "data", 1, 1, 1)
-        self.low = layout(ops.Cast(), ("rows", 1, 1))
-        self.take = layout(ops.Gather(1), shard, ("rows", 1))
-        self.slots_first = layout(ops.Transpose(), by_source)
-        self.to_experts = layout(ops.Mul(), by_slot, ())
         self.up = layout(ops.BatchMatMul(), ("expert", "data", 1), ("expert", 1, "tensor"))
         self.add_inner = layout(ops.Add(), ("expert", "data", "tensor"), ("expert", 1, "tensor"))
         self.activation = activation(activation_name, layout, ("expert", "data", "tensor"))
         self.down = layout(ops.BatchMatMul(), ("expert", "data", "tensor"), ("expert", "tensor", 1))
         self.add_outer = layout(ops.Add(), ("expert", "data", 1), ("expert", 1, 1))
-        self.low_up = layout(ops.Cast(), ("expert", 1, "tensor"))
-        self.low_down = layout(ops.Cast(), ("expert", "tensor", 1))
-        self.low_bias = layout(ops.Cast(), ("expert", 1, 1))
-        self.low_inner_bias = layout(ops.Cast(), ("expert", 1, "tensor"))
+        # Cast as they come in: what is gathered afterwards is half as long.
+        self.low = [layout(ops.Cast(), cut) for cut in WEIGHT_CUTS]
+        self.low_up, self.low_up_bias, self.low_down, self.low_down_bias = self.low
         # Not a reshape: that has no cut of its own, and a bias behind one would come in cut otherwise.
-        self.outer_column = layout(ops.ExpandDims(), ("expert", 1))
         self.inner_column = layout(ops.ExpandDims(), ("expert", "tensor"))
-        self.sources_first = layout(ops.Transpose(), by_slot)
-        self.to_tokens = layout(ops.Mul(), by_source, ())
+        self.outer_column = layout(ops.ExpandDims(), ("expert", 1))
+
+    def construct(self, rows: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+        up, up_bias, down, down_bias = weights
+        y = self.up(rows, self.low_up(up, self.compute))
+        y = self.add_inner(y, self.inner_column(self.low_up_bias(up_bias, self.compute), 1))
+        y = self.down(self.activation(y)[0], self.low_down(down, self.compute))
+        return self.add_outer(y, self.outer_column(self.low_down_bias(down_bias, self.compute), 1))
+
+
+class CapacityNetworks(nn.Cell):
+    """x_TD, plan (Q dispatch, combine, kept), 4 Q weights -> y [T*k, D] by choice, 0 for a dropped one.
+
+    Rows travel in the compute type.
+    """
+
+    def __init__(
+        self, layout: Layout, activation_name: str, compute: ms.dtype, mesh: Mesh, chunks: int = 1
+    ) -> None:
+        super().__init__()
+        self.compute, self.chunks = compute, chunks
+        self.shards, self.groups = mesh.rows, mesh.placement_groups
+        shard = ("rows", 1, 1)
+        self.low = layout(ops.Cast(), layout.stream)
+        self.take = layout(ops.Gather(1), shard, ("rows", 1))
+        self.exchange = LayoutExchange(layout, compute, mesh)
+        self.networks = SlotNetworks(layout, activation_name, compute)
+        self.behind = layout(ops.Concat(1), *[shard] * chunks)
         self.full = layout(ops.Cast(), shard)
         self.keep = layout(ops.Mul(), shard, shard)
         self.reshape = ops.Reshape()
-        self.one = Tensor(1.0, compute)
 
     def construct(self, x: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
-        dispatch, combine, kept = plan
-        up, up_bias, down, down_bias = weights
-        slots, hidden = up.shape[0], up.shape[1]
-        of_group = slots // self.groups
-        capacity = dispatch.shape[1] // of_group
-        # 1. Every shard lays its rows out by slot.
-        rows = self.low(self.reshape(x, (self.shards, -1, hidden)), self.compute)
-        y = self.take(rows, dispatch, 1)
-        y = self.reshape(y, (self.groups, self.parts, self.data, of_group, capacity, hidden))
-        # 2. Rows to experts: the source axis X is cut before, the slot axis M after.
-        y = self.to_experts(self.slots_first(y, (0, 3, 2, 1, 4, 5)), self.one)
-        y = self.reshape(y, (slots, self.data * self.parts * capacity, hidden))
-        # 3. Every expert on the rows of all sources.
-        y = self.up(y, self.low_up(up, self.compute))
-        y = self.add_inner(y, self.low_inner_bias(self.inner_column(up_bias, 1), self.compute))
-        y = self.down(self.activation(y)[0], self.low_down(down, self.compute))
-        y = self.add_outer(y, self.low_bias(self.outer_column(down_bias, 1), self.compute))
-        # 4. Results to tokens: the reverse of 2 and 1.
-        y = self.reshape(y, (self.groups, of_group, self.data, self.parts, capacity, hidden))
-        y = self.to_tokens(self.sources_first(y, (0, 3, 2, 1, 4, 5)), self.one)
-        y = self.reshape(y, (self.shards, of_group * capacity, hidden))
+        dispatch, combine, kept = plan[: self.chunks], plan[self.chunks], plan[self.chunks + 1]
+        hidden = x.shape[1]
+        rows = self.reshape(self.low(x, self.compute), (self.shards, -1, hidden))
+        results = ()
+        for c in range(self.chunks):
+            mine = weights[4 * c : 4 * c + 4]
+            of_group = mine[0].shape[0] // self.groups
+            # 1. Every shard lays its rows out by slot.  2. Rows to experts.  3. Every expert on the rows of all
+            # sources.  4. Results to tokens.
+            sent = self.exchange.to_experts(self.take(rows, dispatch[c], 1), of_group)
+            results = results + (self.exchange.to_tokens(self.networks(sent, mine), of_group),)
+        # 5. Every choice takes its row.
+        y = results[0] if self.chunks == 1 else self.behind(results)
         y = self.full(self.take(y, combine, 1), ms.float32)
         y = self.keep(y, self.reshape(kept, (self.shards, -1, 1)))
         return self.reshape(y, (-1, hidden))

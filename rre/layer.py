@@ -8,6 +8,7 @@ from mindspore import Tensor, nn, ops
 from parallel.compiled import CompiledCombine, CompiledFeedForward
 from parallel.exchange import LocalExchange
 from parallel.layout import Layout
+from rre.capacity import CapacityNetworks
 from rre.dispatch import EXACT_ROWS, Combine, Dispatch
 from rre.experts import Experts
 from rre.network import NetworkForm
@@ -47,7 +48,8 @@ class SparseFeedForward(nn.Cell):
     `routing` is what the router of this layer takes from outside the graph (for table routers its whole plan) and
     `weights` the tensors of N networks of `form` that the expert store fetched. A dropped token's y is zero: it takes
     the residual alone. `by_expert`: the router's experts choose tokens. `shared_expert`: a network x_TD -> y_TD beside
-    the routed ones, which every token takes with weight 1.
+    the routed ones, which every token takes with weight 1. Under a mesh's layout rows go by capacity, in `chunks` of
+    the experts.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class SparseFeedForward(nn.Cell):
         exchange: nn.Cell | None = None,
         by_expert: bool = False,
         shared_expert: nn.Cell | None = None,
+        chunks: int = 1,
     ) -> None:
         super().__init__()
         self.router = router
@@ -66,7 +69,9 @@ class SparseFeedForward(nn.Cell):
         self.has_shared_expert = shared_expert is not None
         if shared_expert is not None:
             self.shared_expert = shared_expert
-        if layout.kernels and exchange is None:
+        if layout.meshed:
+            self.networks = CapacityNetworks(layout, form.activation, compute, layout.meshed, chunks)
+        elif layout.kernels and exchange is None:
             self.networks = CompiledNetworks(layout.kernels, form)
         else:
             self.networks = RaggedNetworks(layout, form, compute, exchange)
@@ -77,7 +82,7 @@ class SparseFeedForward(nn.Cell):
         self.choice_sum = layout(ops.ReduceSum(), (1, 1, 1))
         self.take = layout(ops.Gather(), (1, 1), (1,))
         self.add_up = layout(ops.UnsortedSegmentSum(), (1, 1), (1,))
-        self.add = layout(ops.Add(), (1, 1), (1, 1))
+        self.add = layout(ops.Add(), layout.stream, layout.stream)
 
     def construct(
         self, x: Tensor, routing: tuple[Tensor, ...], weights: tuple[Tensor, ...]

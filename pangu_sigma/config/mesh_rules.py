@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from pangu_sigma.config.dispatch import activated_slots
 from pangu_sigma.errors import UserError
 from parallel.mesh import Mesh, mesh_problems
+from rre.kinds import KINDS
 
 if TYPE_CHECKING:
     from pangu_sigma.config.schema import Config
@@ -25,6 +27,8 @@ def broken_mesh_rules(config: Config) -> Broken:
     yield from _device(config)
     yield from _experts(config, parallel.mesh)
     yield from _widths(config)
+    if config.run.device == "Ascend" and parallel.mesh.size > 1:
+        yield from _one_graph(config, parallel.mesh)
     yield from _batch(config, parallel.mesh)
 
 
@@ -119,6 +123,50 @@ def _widths(config: Config) -> Broken:
             f"parallel.sequence_parallel cuts data.sequence_length = {config.data.sequence_length} into "
             f"parallel.tensor = {parallel.tensor} parts: choose a length that is a multiple of it",
         )
+
+
+def _one_graph(config: Config, mesh: Mesh) -> Broken:
+    """What a graph that is cut over devices cannot hold."""
+    model, parallel = config.model, config.parallel
+    for key, rate in (("model.dropout", model.dropout), ("model.attention.dropout", model.attention.dropout)):
+        if rate > 0:
+            yield key, f"{key} = {rate} has no form that is cut over devices: set it to 0"
+    if not model.has_pangu_parts:
+        yield (
+            "model",
+            "of the model's parts only PanGu-α's have a form that is cut over devices: leave norm, position, "
+            "feed_forward, activation, head, biases and attention.qk_norm at their defaults",
+        )
+    if model.embedding_slots == "per_domain":
+        yield (
+            "model.embedding_slots",
+            "model.embedding_slots = per_domain has no form that is cut over devices: set it to shared",
+        )
+    if not config.model.sparse_prefixes:
+        return
+    router = model.sparse.router
+    if KINDS[router].learned:
+        tables = ", ".join(name for name, kind in KINDS.items() if not kind.learned)
+        yield (
+            "model.sparse.router",
+            f"model.sparse.router = {router} plans rows inside the graph, which has no form that is cut over devices: "
+            f"choose one of {tables}",
+        )
+    for name, width in (("hidden", model.hidden), ("ffn", model.ffn)):
+        if width % (mesh.data * mesh.tensor):
+            yield (
+                f"model.{name}",
+                f"model.{name} = {width} is not divided by parallel.data x parallel.tensor = {mesh.data * mesh.tensor},"
+                f" over which every expert is cut: change one of them",
+            )
+    if parallel.expert_chunks > 1 and not KINDS[router].learned:
+        held = activated_slots(config) // mesh.exchange_size
+        if held % parallel.expert_chunks:
+            yield (
+                "parallel.expert_chunks",
+                f"parallel.expert_chunks = {parallel.expert_chunks} does not divide the {held} experts that a rank "
+                f"computes: choose a divisor of {held}",
+            )
 
 
 def _batch(config: Config, mesh: Mesh) -> Broken:

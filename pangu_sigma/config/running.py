@@ -87,6 +87,9 @@ class ParallelConfig(Section):
     sequence_parallel: bool = Field(
         False, description="Whether rows outside attention and feed-forward are cut over the tensor axis; Ascend."
     )
+    expert_chunks: int = Field(
+        1, ge=1, description="Parts of a rank's experts, each exchanging rows while another computes; Ascend."
+    )
     workers: int = Field(1, ge=1, description="Processes of a run on CPU.")
 
     @property

@@ -6,22 +6,24 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn
 from mindspore.common.initializer import Normal, initializer
 
-from parallel.layout import Layout
+from parallel.layout import Axis, Layout
 from parallel.primitives import layer_norm, linear, rms_norm
 
 
 class Affine(nn.Cell):
-    """x [T, in] -> x @ weight [in, out] + bias [out] if it has `biases`; weight ~ Normal(std), bias 0."""
+    """x [T, in] -> x @ weight [in, out] + bias [out] if it has `biases`; weight ~ Normal(std), bias 0. `cut` names the
+    mesh's axis that cuts the weight's rows, its columns, or neither."""
 
     def __init__(
-        self, inner: int, outer: int, layout: Layout, compute: ms.dtype, std: float, biases: bool = True
-    ) -> None:
+        self, inner: int, outer: int, layout: Layout, compute: ms.dtype, std: float, biases: bool = True,
+        cut: tuple[Axis, Axis] = (1, 1),
+    ) -> None:  # fmt: skip
         super().__init__()
         self.weight = Parameter(initializer(Normal(std), (inner, outer), ms.float32), name="weight")
         self.has_bias = biases
         if biases:
             self.bias = Parameter(initializer("zeros", (outer,), ms.float32), name="bias")
-        self.linear = linear(layout, compute, biases)
+        self.linear = linear(layout, compute, biases, *cut)
 
     def construct(self, x: Tensor) -> Tensor:
         if self.has_bias:

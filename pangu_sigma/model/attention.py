@@ -12,6 +12,7 @@ from mindspore import Tensor, nn, ops
 
 from pangu_sigma.config.model import ModelConfig
 from pangu_sigma.model.affine import Affine
+from pangu_sigma.model.attention_native import NativeAttention, NativeMask
 from pangu_sigma.model.dropout import CountedDropout
 from pangu_sigma.model.parts import NORMS
 from parallel.compiled import CompiledAttention
@@ -207,8 +208,15 @@ def is_compiled(layout: Layout, dropout: float) -> bool:
     return bool(layout.kernels) and dropout == 0.0
 
 
-def masking(heads: int, layout: Layout, dropout: float) -> nn.Cell:
+def is_native(layout: Layout, dropout: float) -> bool:
+    """Whether attention runs as the device's own operators with their own gradients."""
+    return layout.native and dropout == 0.0
+
+
+def masking(heads: int, layout: Layout, dropout: float, compute: ms.dtype = ms.float32) -> nn.Cell:
     """The cell that turns segments [B, S] into what every layer's attention takes as `masks`."""
+    if is_native(layout, dropout):
+        return NativeMask(layout, compute)
     return SegmentsAlone() if is_compiled(layout, dropout) else CausalMask(heads)
 
 
@@ -222,10 +230,11 @@ class Attention(nn.Cell):
     def __init__(self, model: ModelConfig, layer: int, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
         hidden, heads, dropout = model.hidden, model.heads, model.attention.dropout
-        self.query = Affine(hidden, hidden, layout, compute, model.init_std, model.biases)
-        self.key = Affine(hidden, hidden, layout, compute, model.init_std, model.biases)
-        self.value = Affine(hidden, hidden, layout, compute, model.init_std, model.biases)
-        self.projection = Affine(hidden, hidden, layout, compute, model.residual_std, model.biases)
+        by_heads = (1, "tensor")
+        self.query = Affine(hidden, hidden, layout, compute, model.init_std, model.biases, by_heads)
+        self.key = Affine(hidden, hidden, layout, compute, model.init_std, model.biases, by_heads)
+        self.value = Affine(hidden, hidden, layout, compute, model.init_std, model.biases, by_heads)
+        self.projection = Affine(hidden, hidden, layout, compute, model.residual_std, model.biases, ("tensor", 1))
         self.normalises = model.attention.qk_norm
         if self.normalises:
             self.query_norm = NORMS[model.norm](hidden, model.norm_epsilon, layout)
@@ -233,7 +242,9 @@ class Attention(nn.Cell):
         self.rotates = model.position == "rope"
         if self.rotates:
             self.turn = turn(layout, heads, hidden // heads)
-        if is_compiled(layout, dropout):
+        if is_native(layout, dropout):
+            self.core = NativeAttention(hidden, heads, layout, compute)
+        elif is_compiled(layout, dropout):
             self.core = Compiled(heads, layout.kernels)
         else:
             self.core = Composed(hidden, heads, layout, compute, dropout, layer)

@@ -4,7 +4,7 @@ from the next-position table."""
 from __future__ import annotations
 
 import mindspore as ms
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 
 from pangu_sigma.config.model import ModelConfig
 from pangu_sigma.model.attention import Attention
@@ -37,15 +37,16 @@ class TransformerLayer(nn.Cell):
         self.feed_forward = sparse or FEED_FORWARDS[model.feed_forward](model, layout, compute, model.residual_std)
         self.attention_dropout = CountedDropout(model.dropout, layer, "attention")
         self.feed_forward_dropout = CountedDropout(model.dropout, layer, "feed-forward")
+        self.add = layout(ops.Add(), layout.stream, layout.stream)
 
     def construct(
         self, h: Tensor, query_rows, masks: tuple, turns: tuple, keys: Tensor, routing: tuple, weights: tuple
     ):  # fmt: skip
         x = self.norm1(h)
         queries = x if query_rows is None else query_rows
-        h = h + self.attention_dropout(self.attention(queries, x, masks, turns, keys), keys)
+        h = self.add(h, self.attention_dropout(self.attention(queries, x, masks, turns, keys), keys))
         x = self.norm2(h)
         if self.is_sparse:
             y, auxiliary, counts = self.feed_forward(x, routing, weights)
-            return h + self.feed_forward_dropout(y, keys), auxiliary, counts
-        return h + self.feed_forward_dropout(self.feed_forward(x), keys), None, None
+            return self.add(h, self.feed_forward_dropout(y, keys)), auxiliary, counts
+        return self.add(h, self.feed_forward_dropout(self.feed_forward(x), keys)), None, None

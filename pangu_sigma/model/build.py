@@ -11,12 +11,14 @@ import numpy as np
 from mindspore import Tensor
 
 from pangu_sigma.config import Config
+from pangu_sigma.config.dispatch import dispatch
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.initial import initial_value
 from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.model.signature import FlatSignature, PlaceSignature
 from parallel.compiled import HostKernels, library
-from parallel.layout import Layout
+from parallel.layout import Layout, MeshLayout
+from rre.capacity import Reserved
 from rre.dispatch import EXACT_ROWS
 from rre.kinds import KINDS, LAYER
 from rre.routers import ROUTERS, Groups, Router, RouterOptions
@@ -58,11 +60,27 @@ class Model:
 
     def training_signature(self, batch: int) -> FlatSignature:
         """Variable inputs of a training graph: a slot for each expert, or for as many as a micro-batch can activate."""
+        if self.layout.meshed:
+            return self._meshed_signature(batch)
         slots = self.groups.total
         if not self.store.all_resident:
             limit = self.config.data.domains_per_step or len(self.groups.names)
             slots = self._activated_at_most(batch, min(limit, batch))
         return self._signature(batch, slots, training=True)
+
+    def _meshed_signature(self, batch: int) -> FlatSignature:
+        """Variable inputs of a training graph that is cut over a mesh: static shapes, stacked weights."""
+        config, mesh = self.config, self.layout.meshed
+        sent, places = dispatch(config), ()
+        if sent is not None:
+            slots = sent.slots * mesh.placement_groups
+            length, chunks = config.data.sequence_length, config.parallel.expert_chunks
+            choices = config.model.sparse.experts_per_token
+            reserved = Reserved(mesh, slots, sent.rows_per_slot, batch * length, choices, chunks)
+            prefixes = config.model.sparse_prefixes
+            form = config.model.network
+            places = tuple(PlaceSignature(p, slots, form, learned=False, reserved=reserved) for p in prefixes)
+        return FlatSignature(places, None, batch, config.data.sequence_length, config.model.hidden, config.model.ffn)
 
     def reach(self, domains: int) -> int:
         """Experts of a sparse layer that texts of at most so many domains can come to."""
@@ -114,6 +132,14 @@ def chosen_kernels(config: Config) -> str | None:
     return found if config.train.precision == "float32" else None
 
 
+def chosen_layout(config: Config) -> Layout:
+    """The layout of this configuration's graphs: cut over the mesh on Ascend, one process's own else."""
+    parallel = config.parallel
+    if config.run.device == "Ascend" and parallel.mesh.size > 1:
+        return MeshLayout(parallel.mesh, config.run.device, parallel.sequence_parallel)
+    return Layout(config.run.device, chosen_kernels(config))
+
+
 def build_model(
     config: Config,
     vocab: int,
@@ -122,14 +148,17 @@ def build_model(
     token_counts: Mapping[str, np.ndarray] | None = None,
     initialise: bool = True,
     inference: bool = False,
+    layout: Layout | None = None,
+    with_store: bool = True,
 ) -> Model:
     """Build the network of `config` for `vocab` ids.
 
     Routing tables are drawn here for a new model (`token_counts` [V] per domain serve the `frequency` rule) and given
     for one from a checkpoint. With `initialise` False all weights are zero: something else will fill them. A model for
-    `inference` keeps its experts in host memory, wherever training has them.
+    `inference` keeps its experts in host memory, wherever training has them. `layout`: another than the
+    configuration's own. Without a store (`with_store` False) the model has a graph, but no experts.
     """
-    built = routed_model(config, vocab, eod_id, tables, token_counts)
+    built = routed_model(config, vocab, eod_id, tables, token_counts, layout)
     model, layout, groups = config.model, built.layout, built.groups
     places = model.sparse_prefixes
     shapes = {place: model.network.shapes(model.hidden, model.ffn) for place in places}
@@ -138,7 +167,8 @@ def build_model(
         shapes[SLOTS] = {"word": (vocab, model.hidden)}
         experts[SLOTS] = len(groups.names)
     kernels = HostKernels(layout.kernels) if layout.kernels else None
-    built.store = _make_store(config, shapes, experts, kernels, inference)
+    if with_store:
+        built.store = _make_store(config, shapes, experts, kernels, inference)
     compute = COMPUTE_TYPES[config.train.precision]
     built.net = PanGuSigma(model, vocab, built.routers, built.training_signature(1), layout, compute)
     if initialise:
@@ -152,9 +182,10 @@ def routed_model(
     eod_id: int,
     tables: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     token_counts: Mapping[str, np.ndarray] | None = None,
+    layout: Layout | None = None,
 ) -> Model:
     """The model's groups, tables and routers, which plan batches; store and network are left None."""
-    layout = Layout(config.run.device, chosen_kernels(config))
+    layout = layout or chosen_layout(config)
     groups = Groups(config.domain_names, tuple(d.experts for d in config.domains))
     places = config.model.sparse_prefixes
     if tables is None:

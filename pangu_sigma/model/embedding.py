@@ -8,7 +8,7 @@ from mindspore.common.initializer import Normal, initializer
 
 from pangu_sigma.config.model import ModelConfig
 from parallel.layout import Layout
-from parallel.primitives import EmbeddingLookup
+from parallel.primitives import embedding_lookup
 from parallel.rotary import AnglesByRow
 
 
@@ -22,10 +22,11 @@ class LearnedPositions(nn.Cell):
     def __init__(self, model: ModelConfig, layout: Layout) -> None:
         super().__init__()
         self.position = _table(model.positions, model, "position")
-        self.lookup = EmbeddingLookup(layout)
+        self.lookup = embedding_lookup(layout)
+        self.add = layout(ops.Add(), layout.stream, layout.stream)
 
     def construct(self, words: Tensor, ids: Tensor) -> Tensor:
-        return words + self.lookup(self.position, ids)
+        return self.add(words, self.lookup(self.position, ids))
 
     def turns(self, ids: Tensor) -> tuple[Tensor, ...]:
         """What attention turns queries and keys by: nothing."""
@@ -53,7 +54,7 @@ class NextPositionQueries(nn.Cell):
     def __init__(self, model: ModelConfig, layout: Layout) -> None:
         super().__init__()
         self.query = _table(model.positions, model, "query")
-        self.lookup = EmbeddingLookup(layout)
+        self.lookup = embedding_lookup(layout)
 
     def construct(self, ids: Tensor) -> Tensor:
         return self.lookup(self.query, ids)
@@ -72,7 +73,7 @@ class WordEmbedding(nn.Cell):
         self.vocab = vocab
         if not self.per_domain:
             self.word = _table(vocab, model, "word")
-        self.lookup = EmbeddingLookup(layout)
+        self.lookup = embedding_lookup(layout, "tensor")
 
     def construct(self, tokens: Tensor, domain: Tensor, table: Tensor) -> Tensor:
         if not self.per_domain:

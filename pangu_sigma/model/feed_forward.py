@@ -17,14 +17,15 @@ class DenseFeedForward(nn.Cell):
 
     def __init__(self, model: ModelConfig, layout: Layout, compute: ms.dtype, residual_std: float) -> None:
         super().__init__()
-        self.up = Affine(model.hidden, model.ffn, layout, compute, model.init_std, model.biases)
-        self.down = Affine(model.ffn, model.hidden, layout, compute, residual_std, model.biases)
+        std, biases = model.init_std, model.biases
+        self.up = Affine(model.hidden, model.ffn, layout, compute, std, biases, (1, "tensor"))
+        self.down = Affine(model.ffn, model.hidden, layout, compute, residual_std, biases, ("tensor", 1))
         self.has_biases = model.biases
         self.uses_kernels = bool(layout.kernels)
         if self.uses_kernels:
             self.network = CompiledFeedForward(layout.kernels, model.activation, tensors=len(model.network.tensors))
         else:
-            self.activation = activation(model.activation, layout)
+            self.activation = activation(model.activation, layout, ("rows", "tensor"))
 
     def construct(self, x: Tensor) -> Tensor:
         if self.uses_kernels:

@@ -31,12 +31,12 @@ class TiedHead(nn.Cell):
         """h_TD, labels int32 [B, S] -> token losses float32 [B, S]."""
         batch, length = labels.shape
         if not self.per_domain:
-            losses, _ = self.cross_entropy(h, table, labels.reshape(-1))
+            losses = self.cross_entropy(h, table, labels.reshape(-1))[0]
             return losses.reshape(batch, length)
         by_sample = ()
         for b in range(batch):
             rows = h[b * length : (b + 1) * length]
-            losses, _ = self.cross_entropy(rows, self.take(table, domain[b], 0), labels[b])
+            losses = self.cross_entropy(rows, self.take(table, domain[b], 0), labels[b])[0]
             by_sample = by_sample + (losses.reshape(1, length),)
         return self.concat(by_sample)
 

@@ -13,10 +13,21 @@ from mindspore import Tensor
 
 from pangu_sigma.data.positions import positions_and_segments
 from pangu_sigma.model.build import Model
-from pangu_sigma.model.signature import FlatSignature
+from pangu_sigma.model.signature import FlatSignature, PlaceSignature
+from parallel.layout import Cut, Layout
+from rre.capacity import CapacityPlan, plan_by_capacity
 from rre.counted import sample_keys
 from rre.dispatch import DROPPED, DispatchPlan, plan_by_expert, plan_in_blocks, plan_present
 from rre.store import ExpertStore
+
+
+@dataclass(frozen=True)
+class PlacedRows:
+    """A plan of reserved rows: `experts` [N] are the slots' owners, `counts` [N] the rows that they take."""
+
+    experts: np.ndarray
+    counts: np.ndarray
+    plan: CapacityPlan
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,7 @@ class PlannedBatch:
     segments: np.ndarray
     domain: np.ndarray
     keys: np.ndarray
-    plans: tuple[DispatchPlan | None, ...]
+    plans: tuple[DispatchPlan | PlacedRows | None, ...]
     noise: tuple[np.ndarray | None, ...]
     dropped: np.ndarray
     filled: np.ndarray
@@ -59,7 +70,13 @@ class PlannedBatch:
         if signature.slot_table is not None:
             tensors.append(store.whole("embedding", "word"))
         for place, plan, noise in zip(signature.places, self.plans, self.noise, strict=True):
-            if plan is None:
+            if place.reserved is not None:
+                tensors += [Tensor(part) for part in plan.plan.inputs]
+                for slots in place.reserved.by_chunk(place.slots):
+                    fetched = store.fetch(place.name, plan.experts[slots])
+                    per_slot = len(fetched) // slots.size
+                    tensors += [Tensor(np.stack([t.asnumpy() for t in fetched[i::per_slot]])) for i in range(per_slot)]
+            elif plan is None:
                 if place.noise:
                     tensors.append(Tensor(noise))
                 tensors += store.fetch(place.name, range(place.slots))
@@ -110,7 +127,9 @@ class Planner:
                 lost = lost & ~padding
             lost = lost.sum(axis=1)
             np.add.at(dropped[layer], domain, lost)
-            if self.training and self.model.store.all_resident:
+            if place.reserved is not None:
+                plans.append(self._placed(ids, place))
+            elif self.training and self.model.store.all_resident:
                 plans.append(plan_by_expert(ids, np.arange(place.slots)))
             elif self.training:
                 plans.append(plan_present(ids, place.slots))
@@ -133,6 +152,19 @@ class Planner:
             filled=np.full(len(inputs), inputs.shape[1]) if padding is None else (~padding).sum(axis=1),
         )
 
+    def _placed(self, ids: np.ndarray, place: PlaceSignature) -> PlacedRows:
+        """The reserved rows of expert `ids` [T, k]; a slot that nobody needs stands for some expert, without rows."""
+        reserved, total = place.reserved, self.model.groups.total
+        present = np.arange(total) if place.slots == total else np.unique(ids[ids >= 0])
+        slots = reserved.slots_of(present, total)
+        of_expert = np.full(total + 1, DROPPED)
+        of_expert[present] = slots
+        experts = np.zeros(place.slots, np.int64)
+        experts[slots] = present
+        wanted = of_expert[ids]
+        counts = np.bincount(wanted[wanted >= 0], minlength=place.slots)
+        return PlacedRows(experts, counts, plan_by_capacity(wanted, reserved))
+
     def _keys(self, step: int, sample: np.ndarray) -> np.ndarray:
         model = self.model.config.model
         if not self.training or (model.dropout == 0.0 and model.attention.dropout == 0.0):
@@ -140,17 +172,24 @@ class Planner:
         return sample_keys(self.seed, "dropout", step, sample)
 
 
-def graph_placeholders(batch: int, length: int) -> dict[str, Tensor]:
-    """Shapes of the fixed inputs by name, for compiling."""
+def fixed_inputs(batch: int, length: int) -> dict[str, tuple[tuple[int, ...], ms.dtype, Cut]]:
+    """Whole shape, type and cut over a mesh of the fixed inputs by name."""
     whole, real = ms.int32, ms.float32
-    by_name = {
-        "tokens": ([batch, length], whole),
-        "labels": ([batch, length], whole),
-        "weights": ([batch, length], real),
-        "auxiliary_weight": ([], real),
-        "positions": ([batch, length], whole),
-        "segments": ([batch, length], whole),
-        "domain": ([batch], whole),
-        "keys": ([batch], whole),
+    of_token, of_sample = ((batch, length), ("rows", 1)), ((batch,), ("rows",))
+    return {
+        "tokens": (of_token[0], whole, of_token[1]),
+        "labels": (of_token[0], whole, of_token[1]),
+        "weights": (of_token[0], real, of_token[1]),
+        "auxiliary_weight": ((), real, ()),
+        "positions": (of_token[0], whole, of_token[1]),
+        "segments": (of_token[0], whole, of_token[1]),
+        "domain": (of_sample[0], whole, of_sample[1]),
+        "keys": (of_sample[0], whole, of_sample[1]),
     }
-    return {name: Tensor(shape=shape, dtype=dtype) for name, (shape, dtype) in by_name.items()}
+
+
+def graph_placeholders(batch: int, length: int, layout: Layout | None = None) -> dict[str, Tensor]:
+    """Shapes of the fixed inputs by name, for compiling; under a mesh's `layout` what one rank gives."""
+    part = (layout or Layout()).part
+    inputs = fixed_inputs(batch, length)
+    return {name: Tensor(shape=part(shape, cut), dtype=dtype) for name, (shape, dtype, cut) in inputs.items()}

@@ -68,7 +68,7 @@ class PanGuSigma(nn.Cell):
         self.bounds = signature.bounds
         self.embedding = Embedding(model, vocab, layout)
         self.embedding_dropout = CountedDropout(model.dropout, -1, "embedding")
-        self.mask = masking(model.heads, layout, model.attention.dropout)
+        self.mask = masking(model.heads, layout, model.attention.dropout, compute)
         places = {place: index for index, place in enumerate(model.sparse_prefixes)}
         self.place_of_block = tuple(places.get(f"blocks.{i}", -1) for i in range(model.blocks))
         self.place_of_query = places.get("query_layer", -1)
@@ -79,7 +79,7 @@ class PanGuSigma(nn.Cell):
                 router = routers[place]
                 sparse = SparseFeedForward(
                     router.cell(), layout, model.network, compute, by_expert=router.by_expert,
-                    shared_expert=shared_expert(model, layout, compute),
+                    shared_expert=shared_expert(model, layout, compute), chunks=signature.places[place].chunks,
                 )  # fmt: skip
             return TransformerLayer(model, index, layout, compute, sparse)
 
@@ -128,6 +128,11 @@ class PanGuSigma(nn.Cell):
             auxiliary = self.pool(auxiliary)
         return h, auxiliary, counts
 
+    def recompute_blocks(self) -> None:
+        """From now on the blocks' activations are computed again for the gradient instead of kept."""
+        for block in self.blocks:
+            block.recompute()
+
     def gate(self, place: str) -> nn.Cell:
         """The router's part of a sparse layer, `blocks.{i}` or `query_layer`."""
         layer = self.query_layer if place == "query_layer" else self.blocks[int(place.rsplit(".", 1)[-1])]
@@ -155,8 +160,12 @@ class TrainingLoss(nn.Cell):
         super().__init__(auto_prefix=False)
         self.net = net
         self.bounds = net.bounds if signature is None else signature.bounds
-        self.sum = layout(ops.ReduceSum(), (1, 1))
-        self.mul = layout(ops.Mul(), (1, 1), (1, 1))
+        by_row = ("rows", 1)
+        self.sum = layout(ops.ReduceSum(), by_row)
+        self.mul = layout(ops.Mul(), by_row, by_row)
+        self.greater = layout(ops.Greater(), by_row, ())
+        self.cast = layout(ops.Cast(), by_row)
+        self.zero = Tensor(0.0, ms.float32)
 
     def construct(
         self,
@@ -173,7 +182,7 @@ class TrainingLoss(nn.Cell):
         h, auxiliary, counts = self.net(tokens, positions, segments, domain, keys, self.bounds, *flat)
         losses = self.net.head(h, labels, domain, self.net.word_table(flat))
         objective = self.sum(self.mul(losses, weights)) + auxiliary * auxiliary_weight
-        mask = ops.cast(ops.greater(weights, 0.0), ms.float32)
+        mask = self.cast(self.greater(weights, self.zero), ms.float32)
         by_sample = self.sum(self.mul(ops.stop_gradient(losses), mask), 1)
         return objective, by_sample, ops.stop_gradient(auxiliary), counts
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import mindspore as ms
 from mindspore import Tensor
 
+from parallel.layout import Cut, Layout
+from rre.capacity import Reserved
 from rre.network import NetworkForm
 
 
@@ -17,7 +19,8 @@ from rre.network import NetworkForm
 class PlaceSignature:
     """Inputs of one sparse layer: `slots` experts of `network`, and what its router takes from outside the graph.
 
-    `noise`: shape of a learned gate's noise, () = none.
+    `noise`: shape of a learned gate's noise, () = none. `reserved`: the static shapes of a graph that is cut over a
+    mesh, whose slots' weights come stacked.
     """
 
     name: str
@@ -26,13 +29,22 @@ class PlaceSignature:
     learned: bool
     noise: tuple[int, ...] = ()
     compiled: bool = False
+    reserved: Reserved | None = None
+
+    @property
+    def chunks(self) -> int:
+        """Parts of the slots whose exchanges do not wait for one another."""
+        return 1 if self.reserved is None else self.reserved.chunks
 
     @property
     def routing(self) -> int:
         """Number of routing inputs: the plan of a table router, or the gate's noise.
 
-        A plan is order and offsets for compiled networks, else rows of each slot and of the dropped plus positions.
+        A plan is order and offsets for compiled networks, else rows of each slot and of the dropped plus positions; of
+        reserved rows it is `Reserved.plan_inputs`.
         """
+        if self.reserved is not None:
+            return self.chunks + 2
         if self.learned:
             return int(self.noise != ())
         return 2 if self.compiled else self.slots + 2
@@ -40,7 +52,7 @@ class PlaceSignature:
     @property
     def weights(self) -> int:
         """Number of weight inputs."""
-        return len(self.network.tensors) * self.slots
+        return len(self.network.tensors) * (self.slots if self.reserved is None else self.chunks)
 
 
 @dataclass(frozen=True)
@@ -70,8 +82,18 @@ class FlatSignature:
         slots = () if self.slot_table is None else (0,)
         return slots + tuple(i for _, b, c in self.bounds for i in range(b, c))
 
-    def placeholders(self) -> list[Tensor]:
-        """Shapes for compiling, row vectors with dynamic length."""
+    def cut_inputs(self) -> list[tuple[tuple[int, ...], ms.dtype, Cut]]:
+        """Whole shape, type and cut of every input of a graph that is cut over a mesh."""
+        return [
+            entry
+            for place in self.places
+            for entry in (*place.reserved.plan_inputs(), *place.reserved.weight_inputs(self.hidden, self.ffn))
+        ]
+
+    def placeholders(self, layout: Layout | None = None) -> list[Tensor]:
+        """Shapes for compiling, row vectors with dynamic length; under a mesh's `layout` what one rank gives."""
+        if layout is not None and layout.meshed:
+            return [Tensor(shape=layout.part(shape, cut), dtype=dtype) for shape, dtype, cut in self.cut_inputs()]
         tensors: list[Tensor] = []
         if self.slot_table is not None:
             tensors.append(Tensor(shape=list(self.slot_table), dtype=ms.float32))

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from pangu_sigma.errors import UserError
 from pangu_sigma.plan.hardware import Hardware
 
 DEFAULT = Hardware()
@@ -21,6 +22,12 @@ def plan(
     ] = None,
     devices: Annotated[
         int | None, typer.Option(min=1, help="Devices; parallel.data follows. The configuration's own if left out.")
+    ] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Let MindSpore cut the training graph for these devices, and check it.")
+    ] = False,
+    graphs: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="With --compile, keep the compiled graphs in this new folder.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
     device_gib: Annotated[float, typer.Option(min=0.1, help="Memory of a device.")] = DEFAULT.device_gib,
@@ -43,7 +50,10 @@ def plan(
         float, typer.Option(min=0.001, help="GB/s of a host's memory while it updates experts.")
     ] = DEFAULT.host_memory_gbps,
 ) -> None:
-    """Tell what FILE.yaml needs of a cluster: memory, bytes and time of a step, and what to change."""
+    """Tell what FILE.yaml needs of a cluster: memory, bytes and time of a step, and what to change.
+
+    With --compile, MindSpore's own pass also compiles the training graph for all devices, of which none is needed.
+    """
     from pangu_sigma.config import load_config
     from pangu_sigma.plan.job import plan as make_plan
     from pangu_sigma.plan.present import text
@@ -52,5 +62,18 @@ def plan(
         device_gib, host_gib, devices_per_host, peak_tflops, efficiency, inside_gbps, between_gbps, to_host_gbps,
         host_memory_gbps,
     )  # fmt: skip
-    found = make_plan(load_config(file, overrides or ()), hardware, devices)
+    config = load_config(file, overrides or ())
+    found = make_plan(config, hardware, devices)
+    if compile:
+        from pangu_sigma.monitor.terminal import progress
+        from pangu_sigma.plan.compiling import compile_plan
+        from pangu_sigma.plan.job import for_devices
+
+        if graphs is not None and graphs.exists():
+            raise UserError(f"--graphs {graphs} exists already: name a new folder")
+        with progress(f"compile for {found['devices']} devices", None, unit="graphs") as job:
+            found["compiled"] = compile_plan(for_devices(config, devices), graphs)
+            job.set(1)
+    elif graphs is not None:
+        raise UserError("--graphs keeps what --compile makes: add --compile")
     typer.echo(json.dumps(found, indent=2) if as_json else text(found))

@@ -9,15 +9,16 @@ from parallel.mesh import Mesh
 
 # Axes over which each axis of a tensor is cut, by the end of the tensor's name; all others are whole on every rank.
 _ATTENTION = {".weight": (None, "tensor"), ".bias": ("tensor",)}
+_DENSE = ("feed_forward", "shared_expert")
 _CUTS = {
     "embedding.word": ("tensor", None),
     **{f"attention.{part}{end}": cut for part in ("query", "key", "value") for end, cut in _ATTENTION.items()},
     "attention.projection.weight": ("tensor", None),
     "head.word": ("tensor", None),
-    "feed_forward.gate.weight": (None, "tensor"),
-    "feed_forward.up.weight": (None, "tensor"),
-    "feed_forward.up.bias": ("tensor",),
-    "feed_forward.down.weight": ("tensor", None),
+    **{f"{part}.gate.weight": (None, "tensor") for part in _DENSE},
+    **{f"{part}.up.weight": (None, "tensor") for part in _DENSE},
+    **{f"{part}.up.bias": ("tensor",) for part in _DENSE},
+    **{f"{part}.down.weight": ("tensor", None) for part in _DENSE},
     "experts.gate.weight": ("expert", None, "tensor"),
     "experts.up.weight": ("expert", None, "tensor"),
     "experts.up.bias": ("expert", "tensor"),

@@ -6,9 +6,10 @@ from dataclasses import asdict
 from typing import Any
 
 from pangu_sigma.config import Config, config_from_dict, parameter_counts, vocabulary_size
+from pangu_sigma.config.dispatch import dispatch
 from pangu_sigma.errors import UserError
 from pangu_sigma.plan.hardware import GIB, PAPER_DEVICES, PAPER_TOKENS_PER_SECOND, Hardware
-from pangu_sigma.plan.memory import device_bytes, dispatch, host_bytes
+from pangu_sigma.plan.memory import device_bytes, host_bytes
 from pangu_sigma.plan.timing import step_flops, step_seconds
 from pangu_sigma.plan.traffic import step_bytes
 
@@ -126,7 +127,8 @@ def _advice(config: Config, vocabulary: int, hardware: Hardware, report: dict[st
             f"over {needed:,.0f} hosts (parallel.expert), give hosts more memory, or set experts.store=disk"
         )
     sent = report["dispatch"]
-    if sent is not None and sent["times_tokens"] > 2 * config.model.sparse.capacity_factor:
+    sparse = config.model.sparse
+    if sent is not None and sent["times_tokens"] > 2 * sparse.capacity_factor * sparse.experts_per_token:
         said.append(
             f"{sent['times_tokens']:.1f} rows are reserved for each token, because any sample may be of any of "
             f"{sent['slots']} experts: use parallel.placement=domain with more groups, or a host store with a smaller "

@@ -7,10 +7,10 @@ needs; the allocator's fragments and the collectives' buffers are not.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from pangu_sigma.config import Config, manifest
 from pangu_sigma.config.counts import is_expert, is_routing
+from pangu_sigma.config.dispatch import activated_slots, dispatch, samples_at_a_time
 from pangu_sigma.plan.cuts import is_matrix, ways
 from pangu_sigma.plan.hardware import Hardware
 
@@ -18,64 +18,9 @@ FLOAT32 = 4
 MOMENTS = 2
 
 
-@dataclass(frozen=True)
-class Dispatch:
-    """A sparse layer of one micro-batch on one row rank: expert slots of its exchange group, rows reserved in each."""
-
-    slots: int
-    rows_per_slot: int
-    tokens: int
-
-    @property
-    def rows(self) -> int:
-        """Rows that travel from this rank to experts and back."""
-        return self.slots * self.rows_per_slot
-
-    @property
-    def times_tokens(self) -> float:
-        """Reserved rows as a multiple of the rank's tokens."""
-        return self.rows / self.tokens
-
-
 def compute_bytes(config: Config) -> int:
     """Bytes of a value in the compute type."""
     return FLOAT32 if config.train.precision == "float32" else 2
-
-
-def samples_at_a_time(config: Config) -> int:
-    """Sequences that a row rank computes at a time."""
-    return config.train.batch_size // config.train.accumulation // config.parallel.mesh.rows
-
-
-def activated_slots(config: Config) -> int:
-    """Expert slots of an exchange group in the graph of one micro-batch: all stored, or of so many domains."""
-    mesh = config.parallel.mesh
-    sizes = [domain.experts for domain in config.domains]
-    if config.experts.store == "device":
-        return sum(sizes) // mesh.placement_groups
-    samples = samples_at_a_time(config) * mesh.rows // mesh.placement_groups
-    limit = min(config.data.domains_per_step or len(sizes), samples)
-    most = max(
-        sum(sorted((sizes[d] for d in group), reverse=True)[:limit]) for group in mesh.domains_of_groups(sizes)
-    )
-    # Every rank of the group holds the same number of slots.
-    return -(-most // mesh.exchange_size) * mesh.exchange_size
-
-
-def dispatch(config: Config) -> Dispatch | None:
-    """What a rank reserves to send under capacity dispatch; None for a dense model or dropless rows.
-
-    Any sample may be of any domain that its exchange group holds, so every slot takes the largest group's capacity,
-    ceil(factor * S / E_d) rows of each sample.
-    """
-    if not config.model.sparse_prefixes:
-        return None
-    length, samples = config.data.sequence_length, samples_at_a_time(config)
-    if config.model.sparse.dispatch == "dropless":
-        return Dispatch(1, samples * length, samples * length)
-    smallest = min(domain.experts for domain in config.domains)
-    capacity = math.ceil(config.model.sparse.capacity_factor * length / smallest)
-    return Dispatch(activated_slots(config), samples * capacity, samples * length)
 
 
 def device_bytes(config: Config, vocabulary: int) -> dict[str, float]:
@@ -132,8 +77,10 @@ def activation_bytes(config: Config, vocabulary: int) -> float:
     kept = tokens * FLOAT32 * model.hidden / rows_cut
     sent, sparse = dispatch(config), dense
     if sent is not None:
-        # Rows in both places, and the inner values of what arrives, which is as many rows as left.
-        sparse = dense + sent.rows * (2 * low * model.hidden + inside) - tokens * inside
+        # Rows in both places, and the inner values of what arrives, which is as many rows as left; a shared expert
+        # stands where the dense network would.
+        beside = 0 if model.sparse.shared_expert else tokens * inside
+        sparse = dense + sent.rows * (2 * low * model.hidden + inside) - beside
     layers, sparse_layers = model.layers / mesh.pipeline, len(config.model.sparse_prefixes) / mesh.pipeline
     if config.train.recompute:
         held = kept * layers + max(dense, sparse if sparse_layers else 0.0)

@@ -32,6 +32,8 @@ def text(plan: dict[str, Any]) -> str:
         f"{paper['tokens_per_second'] / paper['devices']:,.1f} a device)"
     )
     parts.append("assumed: " + ", ".join(f"{k} {v:g}" for k, v in plan["assumptions"].items()) + f"\n{NOTE}")
+    if "compiled" in plan:
+        parts.append(_compiled(plan["compiled"]))
     verdict = "It fits." if plan["fits"] else "It does not fit."
     parts.append("\n".join([verdict, *(f"Change: {line}." for line in plan["advice"])]))
     return "\n\n".join(part for part in parts if part)
@@ -67,3 +69,21 @@ def _placements(plan: dict[str, Any]) -> str:
         for name, found in plan["placements"].items()
     ]
     return text_table(["placement", "ranks in an exchange", "all-to-all GiB", "all-reduce GiB"], rows)
+
+
+def _compiled(found: dict[str, Any]) -> str:
+    """What MindSpore's pass made of the graph."""
+    rows = []
+    for row in found["collectives"]:
+        ranks = row["ranks"]
+        said = ", ".join(map(str, ranks[:4])) + (f", … {ranks[-1]}" if len(ranks) > 4 else "")
+        way = "backward" if row["backward"] else "forward"
+        rows.append([row["kind"], way, str(row["count"]), str(len(ranks)), f"{row['bytes'] / 2**20:,.2f}", said])
+    table = text_table(["collective", "", "times", "ranks", "MiB each", "of rank 0: ranks"], rows, left=2)
+    cut = sum(p["shard"] != p["shape"] for p in found["parameters"].values())
+    return (
+        f"compiled by MindSpore's semi-auto-parallel pass for {found['devices']} devices in {found['seconds']:.1f} s, "
+        f"{found['peak_bytes'] / GIB:.1f} GiB; rank 0's graph of one micro-batch:\n{table}\n"
+        f"{len(found['parameters'])} parameters as in the manifest, {cut} of them cut; {len(found['experts'])} expert "
+        "tensors come in cut as planned; every sparse layer has its exchanges, inside its placement group"
+    )

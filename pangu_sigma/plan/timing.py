@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pangu_sigma.config import Config, parameter_counts
+from pangu_sigma.config.dispatch import dispatch
 from pangu_sigma.plan.hardware import Hardware
-from pangu_sigma.plan.memory import FLOAT32, MOMENTS, dispatch, expert_values
+from pangu_sigma.plan.memory import FLOAT32, MOMENTS, expert_values
 from pangu_sigma.plan.traffic import host_link_bytes, step_bytes
 
 
@@ -18,7 +19,9 @@ def step_flops(config: Config, vocabulary: int) -> float:
     model, length = config.model, config.data.sequence_length
     tokens = config.train.batch_size * length
     sent = dispatch(config)
-    idle = (sent.times_tokens - 1) * len(model.sparse_prefixes) * expert_values(config) if sent else 0.0
+    idle = 0.0
+    if sent:
+        idle = (sent.rows - sent.choices) / sent.tokens * len(model.sparse_prefixes) * expert_values(config)
     forward = 2 * (activated + idle) + 4 * model.layers * model.hidden * length / 2
     return (4 if config.train.recompute else 3) * forward * tokens
 

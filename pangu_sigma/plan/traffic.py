@@ -6,15 +6,9 @@ import math
 
 from pangu_sigma.config import Config, manifest
 from pangu_sigma.config.counts import is_expert, is_routing
+from pangu_sigma.config.dispatch import activated_slots, dispatch, samples_at_a_time
 from pangu_sigma.plan.cuts import ways
-from pangu_sigma.plan.memory import (
-    FLOAT32,
-    activated_slots,
-    compute_bytes,
-    dispatch,
-    expert_values,
-    samples_at_a_time,
-)
+from pangu_sigma.plan.memory import FLOAT32, compute_bytes, expert_values
 
 # Rows go to experts and back, and their gradients the same way.
 EXCHANGES = 4
@@ -23,11 +17,15 @@ SUMS_PER_SUBLAYER = 2
 
 
 def all_to_all_bytes(config: Config) -> float:
-    """Bytes that a device sends to other ranks in the all-to-alls of a step; recomputation repeats the two forward."""
+    """Bytes that a device sends to other ranks in the all-to-alls of a step.
+
+    Recomputation repeats the one to the experts; what comes back from them no gradient asks for (the compiled graph of
+    `plan --compile` shows it).
+    """
     sent, mesh = dispatch(config), config.parallel.mesh
     if sent is None or mesh.exchange_size == 1:
         return 0.0
-    exchanges = EXCHANGES + (2 if config.train.recompute else 0)
+    exchanges = EXCHANGES + (1 if config.train.recompute else 0)
     layers = len(config.model.sparse_prefixes) / mesh.pipeline
     away = (mesh.exchange_size - 1) / mesh.exchange_size
     row = config.model.hidden * compute_bytes(config)
@@ -42,7 +40,8 @@ def tensor_sum_bytes(config: Config) -> float:
     tokens = samples_at_a_time(config) * config.data.sequence_length
     sent = dispatch(config)
     sparse = len(model.sparse_prefixes)
-    rows = tokens * model.layers + tokens * (model.layers - sparse) + (sent.rows * sparse if sent else 0)
+    beside = sparse if model.sparse.shared_expert else 0
+    rows = tokens * (2 * model.layers - sparse + beside) + (sent.rows * sparse if sent else 0)
     again = 1 + 0.5 * config.train.recompute
     sums = SUMS_PER_SUBLAYER * again * rows / mesh.pipeline + 2 * tokens
     ring = 2 * (mesh.tensor - 1) / mesh.tensor

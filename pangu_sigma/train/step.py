@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import mindspore as ms
-import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore.common.initializer import initializer
 
 from pangu_sigma.model.inputs import graph_placeholders
 from pangu_sigma.model.pangu import PanGuSigma
@@ -46,9 +46,9 @@ class GradientStep(nn.Cell):
             self.square_sums = square_sums(layout, [parameter.shape for parameter in shared])
         self.set_train()
         self.set_inputs(
-            *graph_placeholders(signature.batch, signature.length).values(),
+            *graph_placeholders(signature.batch, signature.length, layout).values(),
             *extra,
-            *signature.placeholders(),
+            *signature.placeholders(layout),
         )
 
     def construct(
@@ -95,8 +95,8 @@ class SharedUpdate(nn.Cell):
 
     @staticmethod
     def _moment(parameter: Parameter, kind: str) -> Parameter:
-        zeros = np.zeros(parameter.shape, np.float32)
-        return Parameter(Tensor(zeros), name=f"optimizer.{kind}.{parameter.name}", requires_grad=False)
+        zeros = initializer("zeros", parameter.shape, ms.float32)
+        return Parameter(zeros, name=f"optimizer.{kind}.{parameter.name}", requires_grad=False)
 
     def construct(
         self, scale: Tensor, rate: Tensor, beta1: Tensor, beta2: Tensor, epsilon: Tensor, decay: Tensor,

@@ -63,8 +63,7 @@ class Trainer:
             model.groups, self.config.model.sparse_prefixes, flops_per_token(self.config, model.vocab)
         )
         if self.config.train.recompute:
-            for block in model.net.blocks:
-                block.recompute()
+            model.net.recompute_blocks()
         self._plain = self.objective
         self._distance: Distance | None = None
         self._graphs: dict[bool, GradientStep] = {}
@@ -219,6 +218,15 @@ class Trainer:
         for layer, place in enumerate(self.signature.places):
             tensors = len(place.network.tensors)
             plan = batch.plans[layer]
+            if place.reserved is not None:
+                for slots in place.reserved.by_chunk(place.slots):
+                    stacked = by_expert[at : at + len(place.network.tensors)]
+                    at += len(stacked)
+                    for i, slot in enumerate(slots.tolist()):
+                        expert = int(plan.experts[slot])
+                        if plan.counts[slot] > 0 and owner[expert] in phase.domains:
+                            found[(place.name, expert)] = [gradient[i] for gradient in stacked]
+                continue
             received = rows[layer].sum(axis=0) if plan is None else plan.counts
             experts = range(place.slots) if plan is None else plan.experts.tolist()
             for slot, expert in enumerate(experts):

@@ -7,12 +7,15 @@ has a process and a folder of its own.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from parallel.dry.standin import DryCompileError, make_standins, plugin_folder
+
+LAST_PASS = "backend_pass"
 
 
 def dry_environment(standins: Path, ranks: int, rank: int) -> dict[str, str]:
@@ -29,6 +32,8 @@ def dry_environment(standins: Path, ranks: int, rank: int) -> dict[str, str]:
         "RANK_SIZE": str(ranks),
         "MS_SIMULATION_LEVEL": "0",
         "MS_DEV_JIT_SYNTAX_LEVEL": "2",
+        # Of a model of 40 layers the graphs of early passes are gigabytes of text each; the last ones are what is read.
+        "MS_DEV_DUMP_IR_PASSES": LAST_PASS,
         "GLOG_v": "3",
     }
 
@@ -36,7 +41,7 @@ def dry_environment(standins: Path, ranks: int, rank: int) -> dict[str, str]:
 def run_dry(command: Sequence[str], folder: Path, ranks: int, rank: int = 0, timeout: float = 1800.0) -> str:
     """Run a Python command (what follows the interpreter) in `folder` as `rank` of `ranks`; return what it printed.
 
-    Raises DryCompileError with the last line that MindSpore said.
+    Raises DryCompileError with what was wrong.
     """
     standins = make_standins(folder.parent / "standins")
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,13 +56,18 @@ def run_dry(command: Sequence[str], folder: Path, ranks: int, rank: int = 0, tim
         raise DryCompileError(f"compiling took longer than {timeout:.0f} s: give it more time") from error
     (folder / "log.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
     if done.returncode != 0:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        raise DryCompileError(f"{said[-1] if said else 'no message'} (all of it: {folder / 'log.txt'})")
+        # A traceback is followed by MindSpore's own of the cells; the line that says what was wrong stands between.
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        said = next((line for line in lines if re.match(r"\w*(Error|Exception|Interrupt)\b", line)), lines[-1])
+        raise DryCompileError(f"{said} (all of it: {folder / 'log.txt'})")
     return done.stdout
 
 
 def start_semi_auto(dataset_strategy: str | tuple = "full_batch", save_to: str = "graphs", **context: object) -> None:
-    """In the dry process: semi-auto-parallel graph mode over all ranks, graphs saved under `save_to`."""
+    """In the dry process: semi-auto-parallel graph mode over all ranks, graphs saved under `save_to`.
+
+    `dataset_strategy`: of every input of the graph its cut, as numbers or as `MeshLayout.placed` states it.
+    """
     import mindspore as ms
     from mindspore.communication import init
 

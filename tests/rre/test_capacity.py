@@ -9,7 +9,7 @@ from mindspore import Tensor, nn, ops
 
 from parallel.layout import Layout
 from parallel.mesh import Mesh
-from rre.capacity import CapacityNetworks, plan_by_capacity
+from rre.capacity import CapacityNetworks, Reserved, plan_by_capacity
 from rre.dispatch import drop_overflow, plan_by_expert
 from rre.layer import RaggedNetworks
 from rre.network import NetworkForm
@@ -56,9 +56,9 @@ def test_static_rows_give_the_ragged_result_and_gradients(mesh, k):
     stacked = [rng.standard_normal(s).astype(np.float32) for s in ((N, D, F), (N, F), (N, F, D), (N, D))]
     wanted = rng.standard_normal((T * k, D)).astype(np.float32)
 
-    plan = plan_by_capacity(ids, mesh, N, capacity)
+    plan = plan_by_capacity(ids, Reserved(mesh, N, capacity, T, k))
     static = Scored(CapacityNetworks(Layout(), "fast_gelu", ms.float32, mesh), 1)
-    static_plan = tuple(Tensor(a) for a in (plan.dispatch, plan.combine, plan.kept))
+    static_plan = tuple(Tensor(a) for a in plan.inputs)
     rows = plan_by_expert(ids, np.arange(N))
     ragged = Scored(RaggedNetworks(Layout(), NetworkForm("fast_gelu"), ms.float32, None), N)
     ragged_plan = tuple(Tensor(a) for a in (*rows.rows, rows.position))
@@ -81,8 +81,18 @@ def test_static_rows_give_the_ragged_result_and_gradients(mesh, k):
 def test_rows_outside_the_group_or_beyond_capacity_are_refused():
     mesh = Mesh(expert=2, placement="domain", placement_groups=2)
     ids = np.repeat([0, 2], 4).reshape(-1, 1)
-    assert plan_by_capacity(ids, mesh, 4, 4).kept.all()
+    assert plan_by_capacity(ids, Reserved(mesh, 4, 4, 8)).kept.all()
     with pytest.raises(ValueError, match="row shard 1 has tokens for experts outside its placement group"):
-        plan_by_capacity(np.zeros((8, 1), int), mesh, 4, 8)
+        plan_by_capacity(np.zeros((8, 1), int), Reserved(mesh, 4, 8, 8))
     with pytest.raises(ValueError, match="row shard 0 has 4 rows for a slot that takes 3"):
-        plan_by_capacity(ids, mesh, 4, 3)
+        plan_by_capacity(ids, Reserved(mesh, 4, 3, 8))
+
+
+def test_experts_lie_round_their_groups_parts_so_that_a_domain_keeps_all_busy():
+    mesh = Mesh(expert=4, placement="domain", placement_groups=2)
+    reserved = Reserved(mesh, slots=8, rows=1, tokens=4)
+    # Places 0, 2, 4 and 6 of the first eight experts are the first part's; two of them have rows here.
+    assert reserved.slots_of(np.array([0, 1, 6, 7, 8, 13]), total=16).tolist() == [0, 2, 1, 3, 4, 6]
+    with pytest.raises(ValueError, match="expert part 0 has 3 experts with rows and 2 slots"):
+        reserved.slots_of(np.array([0, 2, 4]), total=16)
+    assert Reserved(mesh, 8, 1, 4, chunks=2).by_chunk(8).tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]

@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 
 from pangu_sigma.cli import app
 from pangu_sigma.config import load_config, manifest
+from pangu_sigma.config.dispatch import activated_slots
 from pangu_sigma.errors import UserError
 from pangu_sigma.plan.cuts import cut_of
 from pangu_sigma.plan.hardware import GIB, Hardware
-from pangu_sigma.plan.job import plan
+from pangu_sigma.plan.job import changed, plan
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 CLUSTER = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name.startswith(("pangu_", "eight_")))
@@ -38,14 +39,15 @@ def test_the_papers_model_by_hand():
     assert found["host"]["total"] == 12 * 10 * 8 * EXPERT
     # One domain's 16 experts, ceil(1.25 * 1024 / 16) = 80 rows of each of 4 samples.
     assert found["dispatch"] == {"slots": 16, "rows": 16 * 80 * 4, "tokens": 4096, "times_tokens": 1.25}
-    # 8 layers, 2 micro-batches, 2 exchanges forward, 2 again in the recomputation, 2 backward, 7 of 8 rows leave.
-    assert found["step"]["bytes_per_device"]["all-to-all"] == 8 * 2 * 6 * 5120 * 5120 * 2 * 7 / 8
+    # 8 layers, 2 micro-batches, 2 exchanges forward, 1 again in the recomputation, 2 backward, 7 of 8 rows leave.
+    assert found["step"]["bytes_per_device"]["all-to-all"] == 8 * 2 * 5 * 5120 * 5120 * 2 * 7 / 8
     assert found["step"]["bytes_per_device"]["host link"] == 2 * (2 * 4) * 8 * 2 * EXPERT / 8
     assert found["placements"]["domain"]["exchange_ranks"] == 8
     assert found["placements"]["global"]["exchange_ranks"] == 64
-    # Read anywhere, a sample may be of 8 times as many domains.
+    # Read anywhere, a sample may be of 8 times as many domains, and a domain's 16 experts lie on 16 of 64 ranks: where
+    # the 8 domains of a step meet on the same ones, each of those computes 8 experts instead of 2.
     ratio = found["placements"]["global"]["all-to-all"] / found["placements"]["domain"]["all-to-all"]
-    assert ratio == pytest.approx(8 * (63 / 64) / (7 / 8))
+    assert ratio == pytest.approx(8 * 4 * (63 / 64) / (7 / 8))
 
 
 def test_state_without_any_cut_is_sixteen_bytes_a_parameter():
@@ -125,3 +127,29 @@ def test_the_command_prints_text_and_json():
     refused = CliRunner().invoke(app, ["plan", file, "parallel.expert=48"])
     assert refused.exit_code == 2 and "parallel.placement_groups" not in refused.stderr
     assert "parallel.expert = 48 does not divide the 640 experts" in refused.stderr
+
+
+def test_several_choices_of_a_token_and_a_shared_expert_are_counted():
+    alone = ("run.device=CPU", "parallel={}", "train.precision=float32")
+    one = made("eight_devices_global.yaml", *alone, "model.sparse.router=switch")
+    two = made("eight_devices_global.yaml", *alone, "model.sparse.router=gshard")
+    # An expert of 16 takes ceil(1.25 k 512 / 16) rows of a sample; 1.25 rows are reserved for each choice in both.
+    assert (one["dispatch"]["rows"], two["dispatch"]["rows"]) == (16 * 40 * 16, 16 * 80 * 16)
+    expert = 2 * 512 * 2048 + 512 + 2048
+    tokens = 16 * 512
+    assert two["step"]["flop"] - one["step"]["flop"] == pytest.approx(6 * 1.25 * expert * tokens * 2, rel=1e-6)
+    assert made("eight_devices_global.yaml", *alone, "model.sparse.router=gshard")["advice"] == one["advice"]
+    beside = made("eight_devices_global.yaml", *alone, "model.sparse.router=switch", "model.sparse.shared_expert=true")
+    assert beside["step"]["flop"] - one["step"]["flop"] == pytest.approx(6 * expert * tokens * 2, rel=1e-6)
+    inner = 2 * 4 * 2048 * tokens * 2  # before and after the activation, in both sparse layers
+    more = beside["device"]["bytes"]["activations"] - one["device"]["bytes"]["activations"]
+    assert more == inner
+
+
+def test_a_rank_has_slots_for_the_worst_choice_of_domains():
+    config = load_config(CONFIGS / "pangu_sigma_1085b.yaml")
+    assert activated_slots(config) == 16  # 16 experts of one domain, two on each of 8 ranks
+    assert activated_slots(changed(config, {"data.domains_per_step": 2})) == 32
+    uneven = {"parallel.expert": 32, "parallel.placement_groups": 1, "parallel.placement": "global"}
+    # 16 experts on 32 ranks: every second domain lies on the same ones, so three may meet there.
+    assert activated_slots(changed(config, {**uneven, "data.domains_per_step": 3})) == 3 * 32

@@ -1,0 +1,113 @@
+"""How long MindSpore's own pass takes to cut the shipped cluster configurations, and what it makes of them.
+
+    python -m benchmarks.plan_compile [--only NAME] [--out benchmarks/results]
+
+Every configuration is compiled for all its devices on this machine, which has none; those of several placement groups
+once more under global placement. Writes plan_compile.json and plan_compile.md. No NPU has run these graphs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from pangu_sigma.config import load_config
+from pangu_sigma.plan.compiling import compile_plan
+from pangu_sigma.plan.job import changed
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = (
+    "eight_devices_dense", "eight_devices_global", "eight_devices_domain", "pangu_alpha_13b", "pangu_sigma_38b",
+    "pangu_sigma_1085b",
+)  # fmt: skip
+GIB = 2**30
+
+
+def variants(name: str) -> dict[str, Any]:
+    """The configuration by placement: its own, and global where it is domain."""
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    found = {config.parallel.placement: config}
+    if config.parallel.placement == "domain":
+        wanted = config.data.domains_per_step
+        everywhere = None if wanted is None else wanted * config.parallel.placement_groups
+        found["global"] = changed(
+            config,
+            {"parallel.placement": "global", "parallel.placement_groups": 1, "data.domains_per_step": everywhere},
+        )
+    return found
+
+
+def measure(name: str) -> list[dict[str, Any]]:
+    """A row for each placement of a configuration."""
+    rows = []
+    for placement, config in variants(name).items():
+        found = compile_plan(config)
+        exchanges = [c for c in found["collectives"] if c["kind"] == "AlltoAll"]
+        rows.append(
+            {
+                "configuration": name,
+                "placement": placement if config.model.sparse_prefixes else "",
+                "devices": found["devices"],
+                "layers": config.model.layers,
+                "compile_seconds": found["seconds"],
+                "total_seconds": found["total_seconds"],
+                "peak_bytes": found["peak_bytes"],
+                "collectives": sum(c["count"] for c in found["collectives"]),
+                "exchanges": sum(c["count"] for c in exchanges),
+                "exchange_ranks": max((len(c["ranks"]) for c in exchanges), default=0),
+                "bytes": found["bytes"],
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def table(rows: list[dict[str, Any]], machine: str) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "# Compiling cluster configurations without a cluster",
+        "",
+        f"`python -m benchmarks.plan_compile`, {machine}. Rank 0's graph of one micro-batch, forward and backward,",
+        "from MindSpore's semi-auto-parallel pass; bytes are what a rank puts into the collectives of one micro-batch.",
+        "No NPU has run it.",
+        "",
+        "| configuration | devices | placement | compile s | in all s | GiB | collectives | AllToAll | its ranks "
+        "| AllToAll GiB | AllReduce GiB | gather and scatter GiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        size = row["bytes"]
+        rest = sum(size.get(kind, 0) for kind in ("AllGather", "ReduceScatter"))
+        cells = [
+            row["configuration"], row["devices"], row["placement"], f"{row['compile_seconds']:.0f}",
+            f"{row['total_seconds']:.0f}", f"{row['peak_bytes'] / GIB:.1f}", row["collectives"], row["exchanges"],
+            row["exchange_ranks"] or "", *(f"{size.get(kind, 0) / GIB:.2f}" for kind in ("AlltoAll", "AllReduce")),
+            f"{rest / GIB:.2f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure and write; configurations that were not asked for keep their earlier rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=CONFIGS, action="append")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    arguments = parser.parse_args()
+    kept = arguments.out / "plan_compile.json"
+    known = json.loads(kept.read_text(encoding="utf-8"))["rows"] if kept.is_file() else []
+    by_name = {name: [row for row in known if row["configuration"] == name] for name in CONFIGS}
+    for name in arguments.only or CONFIGS:
+        by_name[name] = measure(name)
+    rows = [row for name in CONFIGS for row in by_name[name]]
+    machine = f"{len(os.sched_getaffinity(0))} processors ({platform.machine()})"
+    kept.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    (arguments.out / "plan_compile.md").write_text(table(rows, machine), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

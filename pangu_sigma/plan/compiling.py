@@ -1,0 +1,109 @@
+"""What MindSpore's own pass makes of a configuration: its training graph, compiled for N devices without one.
+
+The graph is compiled in a process of its own for each pipeline stage and read back here. Nothing is computed; that no
+NPU has run it is said wherever the result is shown.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from pangu_sigma.config import Config
+from pangu_sigma.config.dispatch import activated_slots
+from pangu_sigma.errors import UserError
+from pangu_sigma.plan.checking import Compiled, problems
+from parallel.dry.graph import collectives, held, last_graph
+from parallel.dry.process import run_dry
+from parallel.dry.standin import DryCompileError
+
+MODULE = "pangu_sigma.plan.dry_graph"
+# Groups with more ranks than this are shown by their number and first ranks.
+SHOWN_RANKS = 8
+
+
+class PlanMismatch(UserError):
+    """The compiled graph is not what the plan says."""
+
+
+def refuse_what_no_mesh_compiles(config: Config) -> None:
+    """Raises UserError for a configuration whose graph this check cannot compile, with the reason."""
+    if config.parallel.pipeline > 1:
+        raise UserError("--compile knows no pipeline stages yet: set parallel.pipeline=1, or plan without --compile")
+    if config.run.device != "Ascend":
+        raise UserError("--compile compiles what devices run: set run.device=Ascend")
+    if config.parallel.mesh.size == 1:
+        raise UserError("--compile needs more than one device: set parallel.data, parallel.expert or parallel.tensor")
+
+
+def compile_plan(config: Config, folder: Path | None = None, timeout: float = 3600.0) -> dict[str, Any]:
+    """Compile the training step of `config` for its mesh and read the graph back, as plain values for JSON.
+
+    Graphs stay in `folder` if one is given. Raises PlanMismatch where the graph is not what the plan says, naming the
+    layer, and UserError where MindSpore refuses the graph.
+    """
+    refuse_what_no_mesh_compiles(config)
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="pangu-sigma-plan-") as made:
+            return compile_plan(config, Path(made), timeout)
+    compiled = compile_graph(config, folder / "rank_0", timeout)
+    wrong = list(problems(config, compiled))
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise PlanMismatch(f"the compiled graph is not the plan: {wrong[0]}{more}")
+    return report(config, compiled)
+
+
+def compile_graph(config: Config, folder: Path, timeout: float = 3600.0) -> Compiled:
+    """The graph of rank 0, unchecked."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    started = time.perf_counter()
+    try:
+        run_dry(["-m", MODULE, "config.yaml", "result.json"], folder, config.parallel.mesh.size, timeout=timeout)
+        text, update = (last_graph(folder / part / "rank_0") for part in ("graphs", "update"))
+    except DryCompileError as error:
+        raise UserError(f"the graph was not compiled: {error}") from error
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    parameters = {name: tuple(shape) for name, shape in result["parameters"].items()}
+    inputs = {name: (number, tuple(shape)) for name, (number, shape) in result["expert_inputs"].items()}
+    return Compiled(
+        0, text, parameters, inputs, result["seconds"], time.perf_counter() - started, result["peak_bytes"], update
+    )
+
+
+def report(config: Config, compiled: Compiled) -> dict[str, Any]:
+    """What the compiled graph says, for people and scripts."""
+    found: Counter[tuple[Any, ...]] = Counter()
+    for c in collectives(compiled.graph):
+        found[(c.kind, c.backward, c.ranks, c.bytes)] += 1
+    rows = [
+        {"kind": kind, "backward": backward, "ranks": list(ranks), "bytes": size, "count": count}
+        for (kind, backward, ranks, size), count in sorted(found.items(), key=lambda item: (item[0][0], item[0][1:]))
+    ]
+    shards = held(compiled.graph)
+    return {
+        "rank": compiled.rank,
+        "devices": config.parallel.mesh.size,
+        "seconds": compiled.seconds,
+        "total_seconds": compiled.total_seconds,
+        "peak_bytes": compiled.peak_bytes,
+        "collectives": rows,
+        "bytes": {
+            kind: sum(row["bytes"] * row["count"] for row in rows if row["kind"] == kind)
+            for kind in sorted({row["kind"] for row in rows})
+        },
+        "parameters": {
+            name: {"shape": list(shape), "shard": list(shards.get(name, ()))}
+            for name, shape in compiled.parameters.items()
+        },
+        "experts": {
+            name: {"shape": list(shape), "shard": list(compiled.input_shape(number))}
+            for name, (number, shape) in compiled.expert_inputs.items()
+        },
+        "slots_of_a_group": activated_slots(config) if config.model.sparse_prefixes else 0,
+    }

@@ -1,0 +1,177 @@
+"""MindSpore's own pass on the training graphs of shipped configurations, and a wrong plan is caught, layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pangu_sigma.cli import app
+from pangu_sigma.config import load_config
+from pangu_sigma.errors import UserError
+from pangu_sigma.plan.checking import place_of, problems
+from pangu_sigma.plan.compiling import compile_graph, compile_plan, report
+from pangu_sigma.plan.traffic import all_to_all_bytes
+from parallel.dry.graph import operators
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+SHALLOW = ("model.layers=3",)
+OPTIONS = (
+    "model.layers=4", "model.sparse.shared_expert=true", "train.recompute=true", "parallel.sequence_parallel=true",
+    "parallel.optimizer_parallel=true", "parallel.expert=8", "parallel.tensor=4", "parallel.data=2",
+    "parallel.placement_groups=4", "parallel.expert_chunks=2", "train.batch_size=32",
+)  # fmt: skip
+
+pytestmark = pytest.mark.skipif(not (shutil.which("gcc") and shutil.which("objdump")), reason="needs gcc and objdump")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """(configuration, its compiled graph) by name of the configuration and overrides, each compiled once."""
+    folder = tmp_path_factory.mktemp("compiled")
+    found = {}
+
+    def ask(name, *overrides):
+        if (name, overrides) not in found:
+            config = load_config(CONFIGS / name, overrides)
+            found[(name, overrides)] = (config, compile_graph(config, folder / str(len(found))))
+        return found[(name, overrides)]
+
+    return ask
+
+
+def as_by_arithmetic(config, found):
+    """Whether the exchanges move what the plan counts, which leaves out the rows that stay at home."""
+    away = 1 - 1 / config.parallel.mesh.exchange_size
+    sent = sum(c["bytes"] * c["count"] for c in exchanges(found)) * away * config.train.accumulation
+    return sent == all_to_all_bytes(config)
+
+
+def exchanges(found):
+    return [c for c in found["collectives"] if c["kind"] == "AlltoAll"]
+
+
+def test_a_dense_model_on_eight_devices(compiled):
+    config, graph = compiled("eight_devices_dense.yaml", *SHALLOW)
+    assert list(problems(config, graph)) == []
+    found = report(config, graph)
+    assert exchanges(found) == [] and found["experts"] == {}
+    assert found["parameters"]["embedding.word"] == {"shape": [8192, 512], "shard": [4096, 512]}
+    assert found["parameters"]["blocks.0.feed_forward.down.weight"]["shard"] == [1024, 512]
+
+
+def test_global_placement_on_eight_devices(compiled):
+    config, graph = compiled("eight_devices_global.yaml", *SHALLOW)
+    assert list(problems(config, graph)) == []
+    found = report(config, graph)
+    assert {tuple(c["ranks"]) for c in exchanges(found)} == {(0, 2, 4, 6)}
+    # Two sparse layers; any sample may be of any domain, so 16 experts x 160 rows x 4 samples of 512 float16 travel.
+    assert [(c["count"], c["backward"], c["bytes"]) for c in exchanges(found)] == [
+        (4, False, 16 * 160 * 4 * 512 * 2), (4, True, 16 * 160 * 4 * 512 * 2),
+    ]  # fmt: skip
+    assert as_by_arithmetic(config, found)
+    assert found["experts"]["blocks.1.experts.up.weight/0"] == {"shape": [16, 512, 2048], "shard": [4, 512, 1024]}
+
+
+def test_the_command_compiles_domain_placement_and_keeps_the_graphs(tmp_path):
+    kept = tmp_path / "graphs"
+    file = str(CONFIGS / "eight_devices_domain.yaml")
+    command = ["plan", file, *SHALLOW, "--compile", "--json", "--graphs", str(kept)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)["compiled"]
+    assert {tuple(c["ranks"]) for c in exchanges(found)} == {(0, 2)} and found["devices"] == 8
+    assert sorted(path.name for path in kept.iterdir()) == ["rank_0", "standins"]
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == 2 and "exists already" in again.stderr
+
+
+def test_every_option_on_64_devices(compiled):
+    config, graph = compiled("eight_devices_domain.yaml", *OPTIONS)
+    assert list(problems(config, graph)) == []
+    found = report(config, graph)
+    assert config.parallel.mesh.size == 64
+    # Two parts of each of two layers: twice forward, to the experts again in the recomputation, twice backward.
+    assert sum(c["count"] for c in exchanges(found)) == 2 * 2 * (2 + 1 + 2)
+    assert {tuple(c["ranks"]) for c in exchanges(found)} == {(0, 8)}
+    assert as_by_arithmetic(config, found)
+    kinds = {(c["kind"], tuple(c["ranks"])) for c in found["collectives"]}
+    # Sums of the residual stream are scattered over the tensor ranks, and its parts gathered.
+    assert {("ReduceScatter", (0, 1, 2, 3)), ("AllGather", (0, 1, 2, 3))} <= kinds
+    shared = tuple(range(0, 64, 4))
+    assert {("ReduceScatter", shared), ("AllGather", shared)} <= kinds
+    assert found["parameters"]["blocks.0.attention.query.weight"]["shard"] == [512 // 16, 512 // 4]
+
+
+def test_a_plan_of_another_placement_is_caught_by_layer(compiled):
+    _, graph = compiled("eight_devices_global.yaml", *SHALLOW)
+    host = ("experts.store=device",)
+    domain = load_config(CONFIGS / "eight_devices_domain.yaml", (*SHALLOW, *host))
+    said = list(problems(domain, graph))
+    assert "blocks.1 exchanges rows between 4 ranks, more than the 2 of its placement group" in said
+
+
+def test_an_expert_that_is_not_cut_as_planned_is_caught_by_layer(compiled):
+    _, graph = compiled("eight_devices_global.yaml", *SHALLOW)
+    other = load_config(CONFIGS / "eight_devices_global.yaml", (*SHALLOW, "parallel.tensor=1", "parallel.data=2"))
+    said = list(problems(other, graph))
+    assert "blocks.1: experts' up.weight/0 comes in cut to (4, 512, 1024), not to (4, 256, 2048)" in said
+    assert any(s.startswith("blocks.1: an expert's products take weights of") for s in said)
+    assert "parameter embedding.word is cut to (4096, 512), not to (8192, 512)" in said
+
+
+def test_a_missing_exchange_is_caught_by_layer(compiled):
+    config, graph = compiled("eight_devices_global.yaml", *SHALLOW)
+    without = dataclasses.replace(graph, graph=graph.graph.replace(" = AlltoAll(", " = Reshape(", 1))
+    assert list(problems(config, without)) == ["blocks.0 has 1 AllToAll forward instead of 2"]
+
+
+def test_another_model_than_the_configurations_is_caught(compiled):
+    _, graph = compiled("eight_devices_dense.yaml", *SHALLOW)
+    deeper = load_config(CONFIGS / "eight_devices_dense.yaml", ("model.layers=4",))
+    assert (
+        "parameter blocks.2.norm1.gamma is missing in the graph and (512,) in the configuration's manifest"
+        in list(problems(deeper, graph))
+    )
+
+
+def test_a_chunk_that_waits_for_another_is_caught(compiled):
+    config, graph = compiled("eight_devices_domain.yaml", *OPTIONS)
+    everything = [o for o in operators(graph.graph) if place_of(o.scope) == "blocks.1" and not o.backward]
+    product = next(o for o in everything if o.kind == "BatchMatMul")
+    # In the graph's order: the first part's rows go and come back, then the second part's.
+    sent = [o for o in everything if o.kind == "AlltoAll" and not o.recomputed][2]
+    feeds = next(o for o in everything if o.name == sent.reads[0])
+    told = f"\n  {sent.name}("
+    at = graph.graph.index(told)
+    line = graph.graph[at : graph.graph.index("\n", at + 1)]
+    waiting = line.replace(f"AlltoAll({feeds.name})", f"AlltoAll({feeds.name}, {product.name})")
+    assert waiting != line
+    late = dataclasses.replace(graph, graph=graph.graph.replace(line, waiting, 1))
+    assert any(s.startswith("blocks.1: 1 of 2 chunks of experts wait") for s in problems(config, late))
+
+
+def test_what_cannot_be_compiled_is_said(tmp_path):
+    for override, said in (
+        ("parallel={}", "needs more than one device"),
+        ("parallel={pipeline: 2}", "no pipeline stages"),
+    ):
+        config = load_config(CONFIGS / "eight_devices_dense.yaml", (override, "train.accumulation=2"))
+        with pytest.raises(UserError, match=said):
+            compile_plan(config)
+    command = ["plan", str(CONFIGS / "eight_devices_dense.yaml"), "--graphs", str(tmp_path / "kept")]
+    alone = CliRunner().invoke(app, command)
+    assert alone.exit_code == 2 and "add --compile" in alone.stderr
+
+
+@pytest.mark.slow
+def test_the_papers_model_on_512_devices(tmp_path):
+    found = compile_plan(load_config(CONFIGS / "pangu_sigma_1085b.yaml"), tmp_path / "graphs")
+    assert found["devices"] == 512 and found["peak_bytes"] < 8 * 2**30 and found["total_seconds"] < 300
+    assert {tuple(c["ranks"]) for c in exchanges(found)} == {tuple(range(0, 64, 8))}
+    up = found["experts"]["blocks.31.experts.up.weight/0"]
+    assert up["shape"] == [8 * 16, 5120, 20480] and up["shard"] == [2, 5120, 2560]
