@@ -315,11 +315,21 @@ KERNEL(plan) {
     if (count != 3) return WRONG_INPUT;
     const int32_t *ids = tensors[0];
     int32_t *order = tensors[1], *offsets = tensors[2];
-    int64_t choices = shapes[0][0], experts = shapes[2][0] - 1, at = 0;
-    for (int64_t e = 0; e <= experts; e++) {
-        offsets[e] = (int32_t)at;
-        for (int64_t c = 0; c < choices; c++)
-            if (ids[c] == e) order[at++] = (int32_t)c;
+    int64_t choices = shapes[0][0], experts = shapes[2][0] - 1;
+    int64_t *next = calloc((size_t)experts + 2, sizeof(int64_t)); /* where the next choice of an expert goes */
+    if (!next) return OUT_OF_MEMORY;
+    for (int64_t c = 0; c < choices; c++) {
+        if (ids[c] < 0 || ids[c] > experts) {
+            free(next);
+            return WRONG_INPUT;
+        }
+        next[ids[c] + 1]++;
     }
-    return at == choices ? OK : WRONG_INPUT;
+    for (int64_t e = 0; e <= experts; e++) {
+        next[e + 1] += next[e];
+        offsets[e] = (int32_t)next[e];
+    }
+    for (int64_t c = 0; c < choices; c++) order[next[ids[c]]++] = (int32_t)c;
+    free(next);
+    return OK;
 }
