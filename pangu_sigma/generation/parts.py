@@ -17,10 +17,11 @@ import mindspore as ms
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from pangu_sigma.config.model import ModelConfig
+from parallel.compiled import CompiledCombine, CompiledFeedForward
 from parallel.layout import Layout
 from parallel.primitives import activation, rms_norm
 from parallel.rotary import turn
-from rre.dispatch import Combine, Dispatch, PlanInGraph
+from rre.dispatch import Combine, Dispatch, plan_in_graph
 from rre.experts import Experts
 from rre.routers.gate import Gate
 
@@ -173,13 +174,19 @@ class PlannedExperts(Part):
 class GatedExperts(Part):
     """A layer with a learned gate, the network's own, over all E experts, whose tensors are the inputs.
 
-    It chooses as in evaluation: without noise, and nothing is dropped.
+    It chooses as in evaluation: without noise, and nothing is dropped. Compiled kernels, where they are, compute all
+    experts in one operator of static shapes, which compiles in a moment whatever E is.
     """
 
     def __init__(self, gate: Gate, experts: int, model: ModelConfig, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
         self.gate = gate
-        self.plan = PlanInGraph(experts, layout)
+        self.has_kernels = bool(layout.kernels)
+        self.plan = plan_in_graph(experts, layout)
+        if self.has_kernels:
+            form = model.network
+            self.networks = CompiledFeedForward(layout.kernels, form.activation, tensors=len(form.tensors))
+            self.weigh = CompiledCombine(layout.kernels)
         self.dispatch = Dispatch(layout)
         self.experts = Experts(layout, model.network, compute)
         self.combine = Combine(layout)
@@ -189,6 +196,8 @@ class GatedExperts(Part):
     def construct(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         chosen = self.gate.choose(x, ())
         plan = self.plan(chosen[0])
+        if self.has_kernels:
+            return self.weigh(self.networks(x, plan[0], plan[1], inputs)[0], chosen[1])
         rows, position = plan[:-1], plan[-1]
         results = self.experts(self.dispatch(x, rows, position), inputs)
         y = self.mul(self.combine(results, rows, position, x), chosen[1].reshape(-1, 1))

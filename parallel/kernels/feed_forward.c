@@ -13,6 +13,7 @@
 
 #define ROWS 256
 #define WEIGHT_ROWS 128 /* rows of an up-projection's gradient in a task; of a down-projection's, F / D times as many */
+#define MANY_SLOTS 32   /* so many are tasks enough: an expert's gradient is not cut, and its rows are packed once */
 
 enum { FAST_GELU = 0, GELU = 1, SILU = 2 };
 
@@ -22,7 +23,7 @@ typedef struct {
     float *y, *inner, *dx, *activated, *dinner, *rows_in, *dy_rows, *dx_choices;
     float **weights, **gradients; /* the tensors of each slot */
     int64_t *busiest; /* slots by falling number of rows: the longest tasks begin first, the last ones are short */
-    int64_t tokens, choices, chosen, slots, hidden, ffn, block, blocks, up_parts, down_parts, down_rows, width;
+    int64_t tokens, choices, chosen, slots, hidden, ffn, block, blocks, up_parts, down_parts, down_rows, up_rows, width;
     int activation, exact, failed, each, gated, biased;
 } network;
 
@@ -253,7 +254,7 @@ static void backward_weights(void *context, int64_t index, int worker) {
     float **g = a->gradients + a->each * slot;
     const float *dinner = a->dinner + first * a->width, *dy = a->dy_rows + first * d;
     if (part < a->up_parts) {
-        int64_t start = part * WEIGHT_ROWS, size = smaller(WEIGHT_ROWS, d - start);
+        int64_t start = part * a->up_rows, size = smaller(a->up_rows, d - start);
         const float *x = a->rows_in + first * d + start;
         gemm(1, 0, size, f, rows, x, d, dinner, a->width, 0.0f, g[0] + start * f, f);
         if (a->gated) gemm(1, 0, size, f, rows, x, d, dinner + f, a->width, 0.0f, g[1] + start * f, f);
@@ -299,8 +300,9 @@ KERNEL(feed_forward_gradient) {
     /* One choice each: what they give is the tokens' own. */
     if (a.chosen == 1) a.dx_choices = a.dx;
     a.block = ROWS, a.blocks = count_blocks(&a);
-    a.down_rows = parts(WEIGHT_ROWS * a.ffn, a.hidden);
-    a.up_parts = parts(a.hidden, WEIGHT_ROWS), a.down_parts = parts(a.ffn, a.down_rows);
+    a.up_rows = a.slots < MANY_SLOTS ? WEIGHT_ROWS : a.hidden;
+    a.down_rows = parts(a.up_rows * a.ffn, a.hidden);
+    a.up_parts = parts(a.hidden, a.up_rows), a.down_parts = parts(a.ffn, a.down_rows);
     a.busiest = sort_slots(&a);
     if (!a.busiest) return OUT_OF_MEMORY;
     run_tasks(backward_rows, &a, a.blocks + 1);

@@ -131,8 +131,8 @@ def test_loss_auxiliary_loss_and_gradients_agree(theirs, ours, tokens):
         planned.fixed[0], Tensor(planned.labels), Tensor(planned.mask / np.float32(planned.mask.sum())),
         Tensor(1.0, ms.float32), *planned.fixed[1:], *planned.flat(signature, ours.store),
     )  # fmt: skip
-    assert by_sample.asnumpy().sum() / labels.numel() == pytest.approx(float(loss), abs=1e-5)
-    assert float(auxiliary.asnumpy()) == pytest.approx(config.router_aux_loss_coef * float(pooled), abs=1e-5)
+    assert by_sample.asnumpy().sum() / labels.numel() == pytest.approx(loss.item(), abs=1e-5)
+    assert float(auxiliary.asnumpy()) == pytest.approx(config.router_aux_loss_coef * pooled.item(), abs=1e-5)
 
     found = {p.name: g.asnumpy() for p, g in zip(ours.net.trainable_params(), shared, strict=True)}
     flat = iter(by_expert)
