@@ -123,6 +123,8 @@ def measure(variant: Variant, folder: Path, rounds: int, steps: int) -> list[dic
     if len(done) >= rounds:
         return done[:rounds]
     launch = commands(variant, folder, WARMUP["ours"] + rounds * steps)
+    # Without the half line of a killed process, behind which nothing could be read.
+    kept.write_text("".join(json.dumps(found) + "\n" for found in done), encoding="utf-8")
     with ExitStack() as running:
         turns = len(launch) * (1 + rounds - len(done))
         job = running.enter_context(progress(f"{variant.name}: measure", turns, "turns"))

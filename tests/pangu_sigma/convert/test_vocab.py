@@ -62,6 +62,15 @@ def test_old_rows_and_everything_else_keep_their_bytes(extended, sparse):
         assert new[name][: len(array)].tobytes() == array.tobytes() and new[name].dtype == array.dtype, name
 
 
+def test_an_untied_head_gets_rows_too(vocab_model, corpora, pieces, pieces_file, tmp_path):
+    config = configuration(tmp_path / "model", vocab_model, corpora, {"head": "untied", "init_cutoff": 1.0})
+    old = open_checkpoint(random_model(tmp_path / "model", config, pieces)).load(["head.word", "embedding.word"])
+    new = extend_vocabulary(tmp_path / "model", tmp_path / "out", pieces=pieces_file).checkpoint.load()
+    for name, array in old.items():
+        assert new[name][:VOCAB].tobytes() == array.tobytes()
+        assert new[name].shape == (VOCAB + len(NEW), 16) and 0 < np.abs(new[name][VOCAB:]).max() <= np.float32(0.02)
+
+
 def test_new_rows_are_drawn_as_a_new_models(extended, sparse, pieces_file, tmp_path):
     many = tmp_path / "many.txt"
     many.write_text("\n".join(f"<new{i}>" for i in range(2000)), encoding="utf-8")
