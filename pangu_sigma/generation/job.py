@@ -146,11 +146,15 @@ class Inference:
 
 
 def complete(
-    engine: Engine, requests: Iterable[Request], heard: Callable[[int, Event, Answer], None] | None = None
+    engine: Engine,
+    requests: Iterable[Request],
+    heard: Callable[[int, Event, Answer], None] | None = None,
+    go_on: bool = False,
 ) -> list[Answer]:
     """Run requests to their end and return their answers in order.
 
-    `heard(number, event, answer so far)` is told of every event.
+    `heard(number, event, answer so far)` is told of every event. A request that fails ends all with UserError, or with
+    `go_on` only itself: then its answer has the error.
     """
     answers: list[Answer] = []
     number_of: dict[int, int] = {}
@@ -165,6 +169,10 @@ def complete(
             answer.finish, answer.error = event.finish, event.error
             if event.error is None:
                 answer.events.append(event)
+            elif not go_on:
+                for left in number_of:
+                    engine.cancel(left)
+                raise UserError(event.error)
             if heard:
                 heard(number, event, answer)
     return answers
@@ -223,8 +231,6 @@ def _continue(
         _print_lines(engine, trained, prompts, requests)
     elif as_json:
         answer = complete(engine, requests)[0]
-        if answer.error:
-            raise UserError(answer.error)
         print(_as_json(trained, prompts[0], requests[0], answer), flush=True)
     else:
         _print_text(engine, prompts[0], requests[0], stream)
@@ -259,8 +265,6 @@ def _print_text(engine: Engine, prompt: Prompt, request: Request, stream: bool) 
         # The prompt of the shell begins a line of its own, after an interruption too.
         if stream or first:
             _say("\n")
-    if answer.error:
-        raise UserError(answer.error)
     written, after = len(answer.events), time.monotonic() - first
     rate = f", {compact((written - 1) / after)} tokens/s" if written > 1 else ""
     if answer.events[-1].domains:
@@ -290,7 +294,7 @@ def _print_lines(engine: Engine, trained: Trained, prompts: list[Prompt], reques
                 printed += 1
             job.advance()
 
-        answers = complete(engine, requests, heard)
+        answers = complete(engine, requests, heard, go_on=True)
     failed = {number: answer.error for number, answer in enumerate(answers, 1) if answer.error}
     if failed:
         number, error = next(iter(failed.items()))
