@@ -58,6 +58,8 @@ def run_dry(command: Sequence[str], folder: Path, ranks: int, rank: int = 0, tim
     if done.returncode != 0:
         # A traceback is followed by MindSpore's own of the cells; the line that says what was wrong stands between.
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        if done.returncode < 0:
+            raise DryCompileError(f"the compiler was ended by signal {-done.returncode}: give it more memory or time")
         said = next((line for line in lines if re.match(r"\w*(Error|Exception|Interrupt)\b", line)), lines[-1])
         raise DryCompileError(f"{said} (all of it: {folder / 'log.txt'})")
     return done.stdout
