@@ -35,6 +35,7 @@ bench: $(VENV)/.installed-hf  ## the README's speeds: training and decoding besi
 	$(BIN)/python -m benchmarks.training_speed
 	$(BIN)/python -m benchmarks.decoding
 	$(BIN)/python -m benchmarks.extraction
+	$(BIN)/python -m benchmarks.plan_compile
 
 wheel: $(VENV)/.installed  ## a wheel in dist/
 	$(BIN)/pip wheel --no-deps --wheel-dir dist .

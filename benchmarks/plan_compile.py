@@ -104,7 +104,8 @@ def main() -> None:
     for name in arguments.only or CONFIGS:
         by_name[name] = measure(name)
     rows = [row for name in CONFIGS for row in by_name[name]]
-    machine = f"{len(os.sched_getaffinity(0))} processors ({platform.machine()})"
+    processors = len(os.sched_getaffinity(0))
+    machine = f"{processors} processor{'s' if processors > 1 else ''} ({platform.machine()})"
     kept.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     (arguments.out / "plan_compile.md").write_text(table(rows, machine), encoding="utf-8")
 
