@@ -242,13 +242,15 @@ class Engine:
         """Numbers of the domains that write the answer, none if none can; an inferred one gets its mixture."""
         if not self._infers(answer.request):
             return (self.domains.index(answer.request.domain),)
-        found = self._likelihood(self._logits(document), document)
-        # A domain whose numbers are not finite writes nothing, so no text is its own.
-        broken = ~np.isfinite(found).all(axis=1)
-        if broken.all():
+        tokens = np.asarray(document[1:], np.int64)
+        found, able = [], []
+        for rows in self._logits(document):
+            # A domain whose numbers are not finite writes nothing, so no text is its own.
+            able.append(bool(np.isfinite(rows).all()))
+            found.append(token_log_probabilities(rows[:-1], tokens) if able[-1] else np.zeros(tokens.size))
+        if not any(able):
             return ()
-        found[broken] = -np.inf
-        answer.mixture = self.unknown.begin(found)
+        answer.mixture = self.unknown.begin(np.stack(found), np.array(able))
         return answer.mixture.members
 
     def _rows(self, request: Request, ids: tuple[int, ...]) -> np.ndarray:

@@ -33,15 +33,16 @@ class UnknownDomain:
         self.prior = np.full(len(self.among), 1.0 / len(self.among)) if prior is None else np.asarray(prior, np.float64)
         self.updating = updating
 
-    def begin(self, log_likelihood: np.ndarray) -> Mixture:
+    def begin(self, log_likelihood: np.ndarray, able: np.ndarray | None = None) -> Mixture:
         """The mixture that continues a prompt; log_likelihood [len(among), n]: of its tokens but the first.
 
-        An updating prior learns from it. What the model itself writes later is no evidence of what will be asked.
+        able [len(among)]: which domains can write at all (None: every one), at least one. An updating prior learns from
+        the prompt. What the model itself writes later is no evidence of what will be asked.
         """
-        posterior = posteriors(log_likelihood, self.prior)[:, -1]
+        posterior = posteriors(log_likelihood, self.prior if able is None else np.where(able, self.prior, 0.0))[:, -1]
         if self.updating:
             self.prior = next_prior(self.prior, posterior)
-        order = auto_order(posterior[:, None], self.top)[:, 0]
+        order = auto_order(posterior[:, None], self.top if able is None else min(self.top, int(able.sum())))[:, 0]
         return Mixture(tuple(self.among[place] for place in order), posterior[order])
 
     def rows(self, log_probabilities: np.ndarray, ids: Sequence[int]) -> np.ndarray:

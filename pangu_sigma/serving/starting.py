@@ -90,6 +90,7 @@ class ServedModel:
         while not engine.idle:
             errors |= {domain_of[event.request_id]: event.error for event in engine.step() if event.error}
         engine.unknown.prior = prior  # nobody asked for these texts
+        errors.pop(AUTO, None)  # what is wrong is said of the domain
         if errors.keys() >= set(self.domains):
             raise UserError(next(iter(errors.values())))
         starting.warning = "; ".join(errors.values())

@@ -133,6 +133,15 @@ def test_what_cannot_be_mixed_is_refused(kind, tokenizer):
         found.set_unknown(UnknownDomain(range(found.decoder.slots + 1), found.decoder.slots + 1))
 
 
+def test_a_domain_that_cannot_write_is_left_out():
+    unknown = UnknownDomain(range(3), 2, updating=True)
+    found = np.log(np.array([[0.9, 0.9], [0.1, 0.1], [0.2, 0.2]]))
+    mixture = unknown.begin(found, np.array([False, True, True]))
+    assert mixture.members == (2, 1) and mixture.probability == pytest.approx([0.8, 0.2])
+    assert unknown.begin(np.zeros((3, 0)), np.array([False, False, True])).members == (2,)
+    assert unknown.prior.sum() == pytest.approx(1.0)
+
+
 def test_a_mixture_is_the_weighted_mean_and_learns_from_each_token():
     draw = np.random.default_rng(0)
     logits = [draw.normal(size=6).astype(np.float32) * 3 for _ in range(2)]
