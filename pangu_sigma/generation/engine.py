@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise, repeat
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -224,14 +224,17 @@ class Engine:
         answer.seen = set(request.prompt_ids)
         answer.length = len(document)
         answer.last = document[-1]
-        answer.slots = slots
-        for slot in slots:
+        answer.slots = slots[: len(members)]
+        for slot in answer.slots:
             self._slots[slot] = answer
         # The scores' last row is what a single token is chosen from; only a longer answer needs a cache.
         if scores and request.sampling.max_tokens == 1 and answer.mixture is None:
             return self._say(answer, [scored[-1][-1]], scores)
         # Copies, because a graph's next run may write where its last result lies.
-        begun = [self.decoder.begin(*one).copy() for one in zip(slots, repeat(document), members, strict=False)]
+        begun = [
+            self.decoder.begin(slot, document, domain).copy()
+            for slot, domain in zip(answer.slots, members, strict=True)
+        ]
         return self._say(answer, begun, scores)
 
     def _infers(self, request: Request) -> bool:
