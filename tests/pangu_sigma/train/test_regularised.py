@@ -249,13 +249,13 @@ def test_the_fisher_information_is_the_expected_squared_gradient():
     config = small_config({"vocab_size": 12, "init_std": 0.3})
     model = small_model(config)
     sequence = batch(3, [0], range(3, 12)).tokens
-    estimate = estimate_fisher(model, (("code", sequence) for _ in range(600)), seed=1, rows=1)
+    estimate = estimate_fisher(model, (("code", sequence) for _ in range(1500)), seed=1, rows=1)
     name = "query_layer.norm2.gamma"
     assert name in estimate
     exact = exact_fisher(model, sequence, name)
-    # 600 draws: about 1/sqrt(600/2) of relative error each.
-    np.testing.assert_allclose(estimate[name], exact, rtol=0.35)
-    assert estimate[name].sum() == pytest.approx(exact.sum(), rel=0.1)
+    # 1,500 draws: about 1/sqrt(1500/2) of relative error each.
+    np.testing.assert_allclose(estimate[name], exact, rtol=0.25)
+    assert estimate[name].sum() == pytest.approx(exact.sum(), rel=0.07)
 
 
 def exact_fisher(model, sequence: np.ndarray, name: str) -> np.ndarray:
