@@ -181,9 +181,13 @@ class Engine:
 
     def cache_prior(self, texts: Iterable[Sequence[int]]) -> None:
         """Begin with the prior of domains that some texts suggest, each the ids of a prompt; no text: as it was."""
-        documents = [self._documents(tuple(ids))[-1][: self.window] for ids in texts]
-        if documents:
-            self.unknown.cache([self._likelihood(self._logits(ids), ids) for ids in documents])
+        found = []
+        for text in texts:
+            *before, document = self._documents(tuple(text))
+            ids, logits = self._evidence([*before, document[: self.window]])
+            found.append(np.stack([token_log_probabilities(rows[:-1], ids[1:]) for rows in logits]))
+        if found:
+            self.unknown.cache(found)
 
     def step(self) -> list[Event]:
         """Append one token to every active request, then admit one that waits. Returns what came of it, in order.
@@ -212,11 +216,11 @@ class Engine:
         *before, document = self._documents(request.prompt_ids)
         scores: tuple[Score, ...] = ()
         if request.sampling.echo:
-            scored = [self._rows(request, ids) for ids in (*before, document)]
-            if not all(np.isfinite(rows).all() for rows in scored):
+            rows = self._rows(request, [*before, document])
+            if not np.isfinite(rows).all():
                 return _not_finite(answer)
-            scores = _scores(request, np.concatenate(scored))
-        members = self._members(answer, document)
+            scores = _scores(request, rows)
+        members = self._members(answer, [*before, document])
         if not members:
             return _not_finite(answer)
         if request.sampling.max_tokens == 0:
@@ -229,7 +233,7 @@ class Engine:
             self._slots[slot] = answer
         # The scores' last row is what a single token is chosen from; only a longer answer needs a cache.
         if scores and request.sampling.max_tokens == 1 and answer.mixture is None:
-            return self._say(answer, [scored[-1][-1]], scores)
+            return self._say(answer, [rows[-1]], scores)
         # Copies, because a graph's next run may write where its last result lies.
         begun = [
             self.decoder.begin(slot, document, domain).copy()
@@ -241,35 +245,39 @@ class Engine:
         """Whether the request's domain is inferred."""
         return request.domain == AUTO
 
-    def _members(self, answer: _Answer, document: tuple[int, ...]) -> tuple[int, ...]:
+    def _members(self, answer: _Answer, documents: list[tuple[int, ...]]) -> tuple[int, ...]:
         """Numbers of the domains that write the answer, none if none can; an inferred one gets its mixture."""
         if not self._infers(answer.request):
             return (self.domains.index(answer.request.domain),)
-        tokens = np.asarray(document[1:], np.int64)
+        ids, logits = self._evidence(documents)
         found, able = [], []
-        for rows in self._logits(document):
+        for rows in logits:
             # A domain whose numbers are not finite writes nothing, so no text is its own.
             able.append(bool(np.isfinite(rows).all()))
-            found.append(token_log_probabilities(rows[:-1], tokens) if able[-1] else np.zeros(tokens.size))
+            found.append(token_log_probabilities(rows[:-1], ids[1:]) if able[-1] else np.zeros(ids.size - 1))
         if not any(able):
             return ()
         answer.mixture = self.unknown.begin(np.stack(found), np.array(able))
         return answer.mixture.members
 
-    def _rows(self, request: Request, ids: tuple[int, ...]) -> np.ndarray:
-        """Logits or log probabilities [n, V] after each of the document `ids` [n], for its scores."""
+    def _evidence(self, documents: list[tuple[int, ...]]) -> tuple[np.ndarray, Iterator[np.ndarray]]:
+        """Ids [n] of a prompt's last document and the one before it, whose end predicts its first token; and the logits
+        [n, V] after each of them, under one domain after the other that the prompt may belong to."""
+        looked_at = [ids for ids in documents[-2:-1] if len(ids) <= self.window] + documents[-1:]
+        ids = np.array([token for document in looked_at for token in document], np.int64)
+        return ids, (self._scored(looked_at, domain) for domain in self.unknown.among)
+
+    def _scored(self, documents: list[tuple[int, ...]], domain: int) -> np.ndarray:
+        """Logits [n, V] after each token of the documents, n being their tokens together."""
+        # Copies, because a graph's next run may write where its last result lies.
+        return np.concatenate([self.decoder.score(ids, domain).copy() for ids in documents])
+
+    def _rows(self, request: Request, documents: list[tuple[int, ...]]) -> np.ndarray:
+        """Logits or log probabilities [n, V] after each of the prompt's tokens [n], for their scores."""
         if not self._infers(request):
-            return self.decoder.score(ids, self.domains.index(request.domain)).copy()
-        return self.unknown.rows(np.stack([log_softmax(rows) for rows in self._logits(ids)]), ids)
-
-    def _logits(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
-        """Logits [n, V] after each of the document `ids` [n] under every domain that an unknown text may belong to."""
-        return (self.decoder.score(tuple(ids), domain) for domain in self.unknown.among)
-
-    def _likelihood(self, logits: Iterable[np.ndarray], ids: Sequence[int]) -> np.ndarray:
-        """Log probabilities float64 [domains, n - 1] of the tokens `ids` but the first, from the logits before them."""
-        tokens = np.asarray(ids[1:], np.int64)
-        return np.stack([token_log_probabilities(rows[:-1], tokens) for rows in logits])
+            return self._scored(documents, self.domains.index(request.domain))
+        rows = [log_softmax(self._scored(documents, domain)) for domain in self.unknown.among]
+        return self.unknown.rows(np.stack(rows), request.prompt_ids)
 
     def _domains_of(self, answer: _Answer) -> tuple[tuple[str, float], ...]:
         """(domain, posterior) of those that write an answer whose domain is inferred, best first.
@@ -315,7 +323,7 @@ class Engine:
             if answer.stream.stopped:
                 finish = "stop"
             self._leave(answer)
-        return Event(answer.number, token, text, logprob, top, scores, finish, self._domains_of(answer))
+        return Event(answer.number, token, text, logprob, top, scores, finish, domains=self._domains_of(answer))
 
     def _leave(self, answer: _Answer) -> None:
         for slot in answer.slots:

@@ -50,7 +50,7 @@ class UnknownDomain:
 
         log_probabilities [len(among), n, V]: under every domain. The prior does not learn from it.
         """
-        tokens = np.asarray(ids[1:])
+        tokens = np.asarray(ids[1:], np.int64)
         found = np.take_along_axis(log_probabilities[:, :-1], tokens[None, :, None], axis=2)[..., 0]
         posterior = posteriors(found, self.prior)
         order = auto_order(posterior, self.top)

@@ -118,7 +118,7 @@ def _policies(results: Results) -> str:
     for stage in results.plan["stages"][1:]:
         policy = stage["policy"]
         replay = f" with {100 * policy['replay']:.0f} % replay" if policy["replay"] else ""
-        held = {k: v for k, v in (policy["regularise"] or {}).items() if v and k != "fisher_batches"}
+        held = {k: v for k, v in (policy["regularise"] or {}).items() if v and k in ("output", "l2", "ewc")}
         by = f" ({', '.join(f'{key} {weight:g}' for key, weight in held.items())})" if held else ""
         said.append(f"shared parameters {policy['shared']}{by}{replay}")
     return ", ".join(dict.fromkeys(said)) or "one stage"

@@ -35,6 +35,7 @@ def engine(kind, tokenizer):
 def likelihood(kind, ids) -> np.ndarray:
     """Log probability [3, n - 1] of the ids but the first, from a decoder without a cache."""
     # One after the other: a graph's next run may write where its last result lies.
+    # The decoder without a cache takes a text of several documents as a whole.
     rows = (kind("rre").plain.score(tuple(ids), number)[:-1] for number in range(3))
     return np.stack([token_log_probabilities(found, np.array(ids[1:])) for found in rows])
 
