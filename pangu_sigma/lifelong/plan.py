@@ -103,7 +103,8 @@ class Plan:
         """What `train.phases` says of the stage."""
         weights = {domain.name: domain.weight for domain in self.base.domains}
         policy = stage.policy
-        reaches_back = bool(policy.replay or (policy.regularise or {}).get("ewc"))
+        held = policy.regularise or {}
+        reaches_back = policy.replay or held.get("ewc") or (held.get("output") and held.get("through") == "old")
         return {
             "steps": stage.steps,
             "weights": {name: weights[name] for name in stage.domains},
