@@ -68,10 +68,11 @@ def plan(
         from pangu_sigma.monitor.terminal import progress
         from pangu_sigma.plan.compiling import compile_plan
         from pangu_sigma.plan.job import for_devices
+        from pangu_sigma.signals import sigterm_as_ctrl_c
 
         if graphs is not None and graphs.exists():
             raise UserError(f"--graphs {graphs} exists already: name a new folder")
-        with progress(f"compile for {found['devices']} devices", None, unit="graphs") as job:
+        with sigterm_as_ctrl_c(), progress(f"compile for {found['devices']} devices", None, unit="graphs") as job:
             found["compiled"] = compile_plan(for_devices(config, devices), graphs)
             job.set(1)
     elif graphs is not None:
