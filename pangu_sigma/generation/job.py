@@ -302,7 +302,7 @@ def _print_lines(engine: Engine, trained: Trained, prompts: list[Prompt], reques
 
 
 def _as_json(trained: Trained, prompt: Prompt, request: Request, answer: Answer) -> str:
-    domains = answer.events[-1].domains
+    domains = answer.events[-1].domains if answer.events else ()  # none of a request that failed at once
     found: dict[str, Any] = {
         "prompt": prompt.text,
         "domain": domains[0][0] if domains else request.domain,
