@@ -24,7 +24,7 @@ class Evaluator:
     """Measures a model on held-out sequences, one domain's text and one expert group at a time.
 
     Nothing is dropped, routing follows the tables and rows are cut into fixed blocks, so the figures do not depend on
-    what else the model stores.
+    what else the model stores. Several processes share every batch and measure together.
     """
 
     def __init__(self, model: Model, batch_size: int) -> None:
@@ -32,12 +32,13 @@ class Evaluator:
         self.batch_size = batch_size
         # What an evaluator tells beside losses, by name; losses are all there is to tell of text.
         self.figures: dict[str, float] = {}
-        self.signature = model.exact_signature(batch_size, domains=1)
+        share = batch_size // model.processes.mesh.rows
+        self.signature = model.exact_signature(share, domains=1)
         self.planner = Planner(model, self.signature, training=False)
         self.graph = TrainingLoss(model.net, model.layout, self.signature)
         self.graph.set_train(False)
         self.graph.set_inputs(
-            *graph_placeholders(batch_size, self.signature.length).values(), *self.signature.placeholders()
+            *graph_placeholders(share, self.signature.length).values(), *self.signature.placeholders()
         )
 
     def batches(self, heldout: HeldoutSequences, limit: int | None) -> int:
@@ -49,27 +50,32 @@ class Evaluator:
         self, heldout: HeldoutSequences, group: str, limit: int | None = None, advance: Advance | None = None
     ) -> tuple[float, int]:
         """(mean loss in nats per token, tokens) of at most `limit` batches under the experts of domain `group`."""
-        total, tokens = 0.0, 0
+        sums = np.zeros(2)
         for number in range(self.batches(heldout, limit)):
             start = number * self.batch_size
             ids, mask = heldout.batch(start, self.batch_size)
             by_sample, _ = self.outputs(ids, mask, group, start)
-            total += float(by_sample.asnumpy().astype(np.float64).sum())
-            tokens += int(mask.sum())
+            mine = mask[self.planner.reads][self.planner.own]
+            sums += by_sample.asnumpy().astype(np.float64).sum(), mine.sum()
+            self.model.processes.mark()
             if advance:
                 advance(1)
-        return total / max(tokens, 1), tokens
+        total, tokens = self.model.processes.total(sums)
+        return float(total) / max(int(tokens), 1), int(tokens)
 
     def outputs(
         self, ids: np.ndarray, mask: np.ndarray, group: str, first: int
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Token ids [B, S + 1] and mask [B, S] of the sequences from number `first` on, under the experts of `group` ->
         (loss sums by sample [B], what each sparse layer with a learned gate tells of its routing).
+
+        Of several processes each gives its own samples.
         """
         # Dropout belongs to training; the network is shared with the training step, so its mode is set per use.
         self.graph.set_train(False)
-        domain = np.full(len(ids), self.model.groups.names.index(group), np.int32)
-        planned = self.planner(ids, domain, np.arange(first, first + len(ids)), 0, mask)
+        reads = self.planner.reads
+        domain = np.full(reads.size, self.model.groups.names.index(group), np.int32)
+        planned = self.planner(ids[reads], domain, first + reads, 0, mask[reads])
         fixed = planned.fixed
         try:
             experts = planned.flat(self.signature, self.model.store)

@@ -131,6 +131,13 @@ class Mesh:
             for e in range(first, first + self.exchange_size)
         )
 
+    def expert_group(self, rank: int) -> tuple[int, ...]:
+        """Ranks that hold all experts together: this rank's exchange group and those of other placement groups."""
+        place = self.coordinates(rank)
+        return tuple(
+            self.rank(Coordinates(place.stage, e, place.data, place.tensor)) for e in range(self.expert)
+        )
+
     def replica_group(self, rank: int) -> tuple[int, ...]:
         """Ranks that hold the same cut of the same experts: their gradients are summed."""
         place = self.coordinates(rank)

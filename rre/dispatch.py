@@ -18,6 +18,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from parallel.compiled import CompiledPlan
+from parallel.exchange import GatheredExchange
 from parallel.layout import Layout
 
 EXACT_ROWS = 64
@@ -179,9 +180,25 @@ class CompiledPlanInGraph(nn.Cell):
         return self.plan(expert_ids.reshape(-1))
 
 
-def plan_in_graph(experts: int, layout: Layout) -> nn.Cell:
-    """The cell that plans a learned gate's dispatch in the form that this layout's networks take."""
-    return CompiledPlanInGraph(experts, layout.kernels) if layout.kernels else PlanInGraph(experts, layout)
+class PlanWhereExpertsAre(nn.Cell):
+    """The same where processes hold experts of their own: it plans the choices that come here."""
+
+    def __init__(self, exchange: GatheredExchange, plan: nn.Cell) -> None:
+        super().__init__()
+        self.exchange, self.plan = exchange, plan
+
+    def construct(self, expert_ids: Tensor) -> tuple[Tensor, ...]:
+        return self.plan(self.exchange.choices(expert_ids))
+
+
+def plan_in_graph(experts: int, layout: Layout, exchange: GatheredExchange | None = None) -> nn.Cell:
+    """The cell that plans a learned gate's dispatch in the form that this layout's networks take.
+
+    `experts` of the layer, of which `exchange` says how many are held here.
+    """
+    held = experts if exchange is None else exchange.held
+    plan = CompiledPlanInGraph(held, layout.kernels) if layout.kernels else PlanInGraph(held, layout)
+    return plan if exchange is None else PlanWhereExpertsAre(exchange, plan)
 
 
 class Dispatch(nn.Cell):

@@ -17,18 +17,15 @@ from rre.network import NetworkForm
 class RaggedNetworks(nn.Cell):
     """x_TD, plan (rows of N slots and of the dropped, position [T, k]), N networks -> y [T*k, D] by choice."""
 
-    def __init__(self, layout: Layout, form: NetworkForm, compute: ms.dtype, exchange: nn.Cell | None) -> None:
+    def __init__(self, layout: Layout, form: NetworkForm, compute: ms.dtype) -> None:
         super().__init__()
         self.dispatch = Dispatch(layout)
         self.experts = Experts(layout, form, compute)
-        self.exchange = exchange or LocalExchange()
         self.combine = Combine(layout)
 
     def construct(self, x: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
         rows, position = plan[:-1], plan[-1]
-        sent = self.exchange.to_experts(self.dispatch(x, rows, position))
-        results = self.exchange.to_tokens(self.experts(sent, weights))
-        return self.combine(results, rows, position, x)
+        return self.combine(self.experts(self.dispatch(x, rows, position), weights), rows, position, x)
 
 
 class CompiledNetworks(nn.Cell):
@@ -49,7 +46,8 @@ class SparseFeedForward(nn.Cell):
     `weights` the tensors of N networks of `form` that the expert store fetched. A dropped token's y is zero: it takes
     the residual alone. `by_expert`: the router's experts choose tokens. `shared_expert`: a network x_TD -> y_TD beside
     the routed ones, which every token takes with weight 1. Under a mesh's layout rows go by capacity, in `chunks` of
-    the experts.
+    the experts. `exchange`: where other processes hold other experts; plans and weights are then of the rows that come
+    here and of the experts that are held here.
     """
 
     def __init__(
@@ -58,7 +56,7 @@ class SparseFeedForward(nn.Cell):
         layout: Layout,
         form: NetworkForm,
         compute: ms.dtype,
-        exchange: nn.Cell | None = None,
+        exchange: LocalExchange | None = None,
         by_expert: bool = False,
         shared_expert: nn.Cell | None = None,
         chunks: int = 1,
@@ -69,13 +67,14 @@ class SparseFeedForward(nn.Cell):
         self.has_shared_expert = shared_expert is not None
         if shared_expert is not None:
             self.shared_expert = shared_expert
+        self.exchange = exchange or LocalExchange()
+        self.has_kernels = bool(layout.kernels)
         if layout.meshed:
             self.networks = CapacityNetworks(layout, form.activation, compute, layout.meshed, chunks)
-        elif layout.kernels and exchange is None:
+        elif self.has_kernels:
             self.networks = CompiledNetworks(layout.kernels, form)
         else:
-            self.networks = RaggedNetworks(layout, form, compute, exchange)
-        self.has_kernels = bool(layout.kernels)
+            self.networks = RaggedNetworks(layout, form, compute)
         if self.has_kernels:
             self.weigh = CompiledCombine(layout.kernels)
         self.mul = layout(ops.Mul(), (1, 1), (1, 1))
@@ -95,10 +94,10 @@ class SparseFeedForward(nn.Cell):
 
     def routed(self, x: Tensor, plan: tuple[Tensor, ...], combine_weights, weights: tuple[Tensor, ...]) -> Tensor:
         if self.by_expert:
-            y = self.networks(self.take(x, plan[0], 0), plan[1:], weights)
+            y = self.where_experts_are(self.take(x, plan[0], 0), plan[1:], weights)
             y = self.mul(y, ops.BroadcastTo(y.shape)(combine_weights.reshape(-1, 1)))
             return self.add_up(y, plan[0], x.shape[0])
-        y = self.networks(x, plan, weights)
+        y = self.where_experts_are(x, plan, weights)
         if combine_weights is not None and self.has_kernels:
             return self.weigh(y, combine_weights)
         if combine_weights is not None:
@@ -107,3 +106,6 @@ class SparseFeedForward(nn.Cell):
         if y.shape[0] > tokens:
             y = self.choice_sum(y.reshape(tokens, -1, hidden), 1)
         return y
+
+    def where_experts_are(self, x: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
+        return self.exchange.to_tokens(self.networks(self.exchange.to_experts(x), plan, weights))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mindspore as ms
@@ -17,7 +17,9 @@ from pangu_sigma.model.initial import initial_value
 from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.model.signature import FlatSignature, PlaceSignature
 from parallel.compiled import HostKernels, library
+from parallel.exchange import GatheredExchange
 from parallel.layout import Layout, MeshLayout
+from parallel.processes import Processes
 from rre.capacity import Reserved
 from rre.dispatch import EXACT_ROWS
 from rre.kinds import KINDS, LAYER
@@ -36,6 +38,7 @@ class Model:
     """A built model: the network with its shared parameters, the store with every domain's experts, the tables.
 
     `tables`: sparse layer -> owner of the table (a domain, or the layer for all) -> int32 [V], empty for learned gates.
+    `processes`: who shares the work; each holds a run of every sparse layer's experts, which its store counts from 0.
     """
 
     config: Config
@@ -47,6 +50,17 @@ class Model:
     store: ExpertStore
     net: PanGuSigma
     layout: Layout
+    processes: Processes = field(default_factory=Processes)
+
+    @property
+    def held(self) -> range:
+        """The experts of a sparse layer that this process holds, by their places on the layer's expert axis."""
+        return self.processes.mesh.experts_of(self.processes.rank, self.groups.total)
+
+    def sources(self, training: bool) -> int:
+        """Processes whose rows meet at this one's experts."""
+        mesh = self.processes.mesh
+        return mesh.exchange_size if training else mesh.expert
 
     @property
     def kernels(self) -> str:
@@ -62,10 +76,11 @@ class Model:
         """Variable inputs of a training graph: a slot for each expert, or for as many as a micro-batch can activate."""
         if self.layout.meshed:
             return self._meshed_signature(batch)
-        slots = self.groups.total
+        slots = len(self.held)
         if not self.store.all_resident:
+            come = batch * self.sources(training=True)
             limit = self.config.data.domains_per_step or len(self.groups.names)
-            slots = self._activated_at_most(batch, min(limit, batch))
+            slots = min(slots, self._activated_at_most(come, min(limit, come)))
         return self._signature(batch, slots, training=True)
 
     def _meshed_signature(self, batch: int) -> FlatSignature:
@@ -95,12 +110,13 @@ class Model:
     def exact_signature(self, batch: int, domains: int) -> FlatSignature:
         """Variable inputs of an evaluation graph whose batches mix at most `domains` domains: slots of fixed blocks."""
         if self.learned:
-            return self._signature(batch, self.groups.total)
-        activated = self._activated_at_most(batch, domains)
+            return self._signature(batch, len(self.held))
+        come = batch * self.sources(training=False)
+        activated = min(len(self.held), self._activated_at_most(come, domains))
         if self.layout.kernels:
             return self._signature(batch, activated)
         # Every expert may end in one block that is not full.
-        full = batch * self.config.data.sequence_length // EXACT_ROWS
+        full = come * self.config.data.sequence_length // EXACT_ROWS
         return self._signature(batch, full + activated)
 
     def _signature(self, batch: int, slots: int, training: bool = False) -> FlatSignature:
@@ -116,7 +132,10 @@ class Model:
         slot_table = None
         if model.embedding_slots == "per_domain":
             slot_table = (len(self.groups.names), self.vocab, model.hidden)
-        return FlatSignature(places, slot_table, batch, self.config.data.sequence_length, model.hidden, model.ffn)
+        return FlatSignature(
+            places, slot_table, batch, self.config.data.sequence_length, model.hidden, model.ffn,
+            self.sources(training),
+        )  # fmt: skip
 
 
 def chosen_kernels(config: Config) -> str | None:
@@ -150,30 +169,40 @@ def build_model(
     inference: bool = False,
     layout: Layout | None = None,
     with_store: bool = True,
+    processes: Processes | None = None,
 ) -> Model:
     """Build the network of `config` for `vocab` ids.
 
     Routing tables are drawn here for a new model (`token_counts` [V] per domain serve the `frequency` rule) and given
     for one from a checkpoint. With `initialise` False all weights are zero: something else will fill them. A model for
     `inference` keeps its experts in host memory, wherever training has them. `layout`: another than the
-    configuration's own. Without a store (`with_store` False) the model has a graph, but no experts.
+    configuration's own. Without a store (`with_store` False) the model has a graph, but no experts. `processes` that
+    share it cut its experts.
     """
-    built = routed_model(config, vocab, eod_id, tables, token_counts, layout)
-    model, layout, groups = config.model, built.layout, built.groups
+    built = routed_model(config, vocab, eod_id, tables, token_counts, layout, processes)
+    model, layout, groups, processes = config.model, built.layout, built.groups, built.processes
     places = model.sparse_prefixes
     shapes = {place: model.network.shapes(model.hidden, model.ffn) for place in places}
-    experts = dict.fromkeys(places, groups.total)
+    held = processes.mesh.experts_of(processes.rank, groups.total) if places else range(0)
+    experts = dict.fromkeys(places, len(held))
     if model.embedding_slots == "per_domain":
         shapes[SLOTS] = {"word": (vocab, model.hidden)}
         experts[SLOTS] = len(groups.names)
     kernels = HostKernels(layout.kernels) if layout.kernels else None
     if with_store:
-        built.store = _make_store(config, shapes, experts, kernels, inference)
+        built.store = _make_store(config, shapes, experts, kernels, inference, processes)
     compute = COMPUTE_TYPES[config.train.precision]
-    built.net = PanGuSigma(model, vocab, built.routers, built.training_signature(1), layout, compute)
+    exchange = _exchange(config, processes, groups)
+    built.net = PanGuSigma(model, vocab, built.routers, built.training_signature(1), layout, compute, exchange)
     if initialise:
         _initialise(built)
     return built
+
+
+def _exchange(config: Config, processes: Processes, groups: Groups) -> GatheredExchange | None:
+    if processes.size == 1 or not config.model.sparse_prefixes:
+        return None
+    return GatheredExchange(processes.mesh, processes.rank, groups.total)
 
 
 def routed_model(
@@ -183,17 +212,21 @@ def routed_model(
     tables: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     token_counts: Mapping[str, np.ndarray] | None = None,
     layout: Layout | None = None,
+    processes: Processes | None = None,
 ) -> Model:
     """The model's groups, tables and routers, which plan batches; store and network are left None."""
     layout = layout or chosen_layout(config)
     groups = Groups(config.domain_names, tuple(d.experts for d in config.domains))
     places = config.model.sparse_prefixes
+    processes = processes or Processes()
+    exchange = _exchange(config, processes, groups)
     if tables is None:
         tables = {place: _draw_tables(config, groups, place, vocab, token_counts or {}) for place in places}
     kind = config.model.sparse.router
     owned = [tables[place] if KINDS[kind].tables else None for place in places]
     routers = [
-        ROUTERS[kind].build(_router_options(config, groups, layout, layer, mine)) for layer, mine in enumerate(owned)
+        ROUTERS[kind].build(_router_options(config, groups, layout, layer, mine, exchange))
+        for layer, mine in enumerate(owned)
     ]
     return Model(
         config=config,
@@ -205,6 +238,7 @@ def routed_model(
         store=None,
         net=None,
         layout=layout,
+        processes=processes,
     )
 
 
@@ -226,8 +260,9 @@ def _draw_tables(
 
 
 def _router_options(
-    config: Config, groups: Groups, layout: Layout, layer: int, tables: Mapping[str, np.ndarray] | None
-) -> RouterOptions:
+    config: Config, groups: Groups, layout: Layout, layer: int, tables: Mapping[str, np.ndarray] | None,
+    exchange: GatheredExchange | None,
+) -> RouterOptions:  # fmt: skip
     model, sparse = config.model, config.model.sparse
     return RouterOptions(
         groups=groups,
@@ -248,20 +283,26 @@ def _router_options(
         resample=sparse.resample,
         tables=tables,
         init_std=model.init_std,
+        exchange=exchange,
     )
 
 
 def _make_store(
     config: Config, shapes: Mapping[str, Shapes], experts: Mapping[str, int], kernels: HostKernels | None,
-    inference: bool,
+    inference: bool, processes: Processes,
 ) -> ExpertStore:  # fmt: skip
     kind = "host" if inference else config.experts.store
     folder = Path(config.run.dir) / "experts"
+    if not inference and processes.first:
+        # Of an earlier start of this run with another store or mesh, which was killed.
+        for left in (*folder.glob("rank-*"), folder):
+            remove_tables(left)
     if kind != "disk":
-        if not inference:
-            remove_tables(folder)  # of an earlier start of this run with another store, which was killed
         return (DeviceStore if kind == "device" else HostStore)(shapes, experts, kernels)
-    bound = int(config.experts.resident_gib * 2**30)
+    bound = int(config.experts.resident_gib * 2**30) // processes.size
+    if processes.size > 1:
+        processes.barrier()  # what is removed is gone
+        folder /= f"rank-{processes.rank}"
     try:
         return DiskStore(shapes, experts, folder, bound, kernels, in_memory=(SLOTS,))
     except OSError as error:
@@ -279,6 +320,7 @@ def _initialise(built: Model) -> None:
     for parameter in built.net.get_parameters():
         parameter.set_data(Tensor(initial_value(parameter.name, parameter.shape, seed, model)))
     std = {name: model.init_std for name in model.network.tensors if name.endswith(".weight")}
+    first = dict.fromkeys(model.sparse_prefixes, built.held.start)
     built.store.initialise(
-        seed, std | {"down.weight": model.residual_std, "word": model.init_std}, cutoff=model.init_cutoff
+        seed, std | {"down.weight": model.residual_std, "word": model.init_std}, first, model.init_cutoff
     )

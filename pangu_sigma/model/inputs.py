@@ -36,8 +36,9 @@ class PlannedBatch:
 
     `step`: the data's, which a skipped or rolled back optimizer step does not turn back.
     tokens, labels, positions, segments int32 [B, S]; mask float32 [B, S] (0 where a label does not count); domain and
-    keys int32 [B]; `plans`: per table-routed sparse layer; `noise`: per noisy gate; `dropped` rows per layer and
-    domain; `filled` [B]: positions of each row that hold text, not padding.
+    keys int32 [B]; `plans`: per table-routed sparse layer, of the rows that come to this process and the experts that
+    it holds; `noise`: per noisy gate; `load` [layers, E]: rows of these samples at each of a table-routed layer's
+    experts; `dropped`: rows per layer and domain; `filled` [B]: positions of each row that hold text, not padding.
     """
 
     step: int
@@ -50,6 +51,7 @@ class PlannedBatch:
     keys: np.ndarray
     plans: tuple[DispatchPlan | PlacedRows | None, ...]
     noise: tuple[np.ndarray | None, ...]
+    load: np.ndarray
     dropped: np.ndarray
     filled: np.ndarray
 
@@ -88,13 +90,27 @@ class PlannedBatch:
 
 
 class Planner:
-    """Plans batches for one graph. `exact` cuts rows into fixed blocks (evaluation), else one slot per expert."""
+    """Plans batches for one graph. `exact` cuts rows into fixed blocks (evaluation), else one slot per expert.
+
+    Several processes cut a micro-batch into equal runs, one each. `reads`: the rows of it that this process looks at:
+    its own, and where a table says outside the graph which expert a token goes to, also those of the processes whose
+    rows may come to its experts. `own`: its own among them.
+    """
 
     def __init__(self, model: Model, signature: FlatSignature, training: bool) -> None:
         self.model = model
         self.signature = signature
         self.training = training
         self.seed = model.config.run.seed
+        self.reads, self.own = self._rows()
+
+    def _rows(self) -> tuple[np.ndarray, slice]:
+        mesh, rank, size = self.model.processes.mesh, self.model.processes.rank, self.signature.batch
+        ranks = (rank,)
+        if any(not place.learned for place in self.signature.places):
+            ranks = mesh.exchange_group(rank) if self.training else mesh.expert_group(rank)
+        rows = np.concatenate([np.arange(size) + mesh.row_rank(r) * size for r in ranks])
+        return rows, slice(ranks.index(rank) * size, (ranks.index(rank) + 1) * size)
 
     def __call__(
         self,
@@ -105,28 +121,38 @@ class Planner:
         mask: np.ndarray | None = None,
         padding: np.ndarray | None = None,
     ) -> PlannedBatch:
-        """tokens int32 [B, S+1], domain int32 [B], global sample numbers int64 [B], optional label mask [B, S].
+        """tokens int32 [R, S+1], domain int32 [R], global sample numbers int64 [R], optional label mask [R, S] of the
+        rows that this process `reads`.
 
-        `padding` bool [B, S]: positions that fill a row up. Table routers send them to no expert, so that none trains
+        `padding` bool [R, S]: positions that fill a row up. Table routers send them to no expert, so that none trains
         that met no text; a learned gate sees them as it sees any row.
         """
-        inputs = np.ascontiguousarray(tokens[:, :-1])
+        seen, owners, samples, filling = np.ascontiguousarray(tokens[:, :-1]), domain, sample, padding
+        tokens, domain, sample = tokens[self.own], domain[self.own], sample[self.own]
+        mask = None if mask is None else mask[self.own]
+        padding = None if padding is None else padding[self.own]
+        inputs = seen[self.own]
+        held, total = self.model.held, self.model.groups.total
         positions, segments = positions_and_segments(inputs, self.model.eod_id)
         plans: list[DispatchPlan | None] = []
         noise: list[np.ndarray | None] = []
+        load = np.zeros((len(self.signature.places), total), np.int64)
         dropped = np.zeros((len(self.signature.places), len(self.model.groups.names)), np.int64)
         for layer, (router, place) in enumerate(zip(self.model.routers, self.signature.places, strict=True)):
             if place.learned:
                 plans.append(None)
                 noise.append(router.noise(step, sample) if place.noise else None)
                 continue
-            ids = router.assign(inputs, domain, step, sample, self.training).expert_ids
-            lost = (ids == DROPPED).any(axis=1).reshape(inputs.shape)
-            if padding is not None:
-                ids = np.where(padding.reshape(-1, 1), DROPPED, ids)
-                lost = lost & ~padding
-            lost = lost.sum(axis=1)
-            np.add.at(dropped[layer], domain, lost)
+            ids = router.assign(seen, owners, step, samples, self.training).expert_ids
+            lost = (ids == DROPPED).any(axis=1).reshape(seen.shape)
+            if filling is not None:
+                ids = np.where(filling.reshape(-1, 1), DROPPED, ids)
+                lost = lost & ~filling
+            np.add.at(dropped[layer], domain, lost[self.own].sum(axis=1))
+            mine = ids.reshape(len(seen), -1)[self.own]
+            load[layer] = np.bincount(mine[mine != DROPPED], minlength=total)
+            if len(held) < total:
+                ids = np.where((ids >= held.start) & (ids < held.stop), ids - held.start, DROPPED)
             if place.reserved is not None:
                 plans.append(self._placed(ids, place))
             elif self.training and self.model.store.all_resident:
@@ -148,6 +174,7 @@ class Planner:
             keys=self._keys(step, sample),
             plans=tuple(plans),
             noise=tuple(noise),
+            load=load,
             dropped=dropped,
             filled=np.full(len(inputs), inputs.shape[1]) if padding is None else (~padding).sum(axis=1),
         )

@@ -20,6 +20,7 @@ from pangu_sigma.model.dropout import CountedDropout
 from pangu_sigma.model.embedding import WordEmbedding
 from pangu_sigma.model.parts import HEADS, NORMS, POSITIONS, QUERY_LAYERS
 from pangu_sigma.model.signature import FlatSignature
+from parallel.exchange import GatheredExchange
 from parallel.layout import Layout
 from rre.layer import SparseFeedForward
 from rre.routers import Router
@@ -63,6 +64,7 @@ class PanGuSigma(nn.Cell):
         signature: FlatSignature,
         layout: Layout,
         compute: ms.dtype = ms.float32,
+        exchange: GatheredExchange | None = None,
     ) -> None:
         super().__init__()
         self.bounds = signature.bounds
@@ -78,8 +80,8 @@ class PanGuSigma(nn.Cell):
             if place >= 0:
                 router = routers[place]
                 sparse = SparseFeedForward(
-                    router.cell(), layout, model.network, compute, by_expert=router.by_expert,
-                    shared_expert=shared_expert(model, layout, compute), chunks=signature.places[place].chunks,
+                    router.cell(), layout, model.network, compute, exchange, router.by_expert,
+                    shared_expert(model, layout, compute), signature.places[place].chunks,
                 )  # fmt: skip
             return TransformerLayer(model, index, layout, compute, sparse)
 

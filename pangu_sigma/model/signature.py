@@ -57,7 +57,10 @@ class PlaceSignature:
 
 @dataclass(frozen=True)
 class FlatSignature:
-    """All variable inputs of a graph over `batch` x `length` tokens."""
+    """All variable inputs of a graph over `batch` x `length` tokens.
+
+    `sources`: processes whose rows meet at this one's experts; the plan of a table router is of all their tokens.
+    """
 
     places: tuple[PlaceSignature, ...]
     slot_table: tuple[int, int, int] | None
@@ -65,6 +68,7 @@ class FlatSignature:
     length: int
     hidden: int
     ffn: int
+    sources: int = 1
 
     @property
     def bounds(self) -> tuple[tuple[int, int, int], ...]:
@@ -97,7 +101,7 @@ class FlatSignature:
         tensors: list[Tensor] = []
         if self.slot_table is not None:
             tensors.append(Tensor(shape=list(self.slot_table), dtype=ms.float32))
-        tokens = self.batch * self.length
+        tokens = self.sources * self.batch * self.length
         for place in self.places:
             if not place.learned and place.compiled:
                 tensors += [Tensor(shape=[n], dtype=ms.int32) for n in (tokens, place.slots + 1)]

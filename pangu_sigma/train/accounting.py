@@ -4,13 +4,76 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from pangu_sigma.model.inputs import PlannedBatch
 from pangu_sigma.train.objective import Measured
+from parallel.processes import Processes
 from rre.routers import Groups
 from rre.store import Traffic
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one micro-batch gave, by domain d, sparse layer l and expert e, all float64 and exact where they count.
+
+    Loss sums, units that they sum over, tokens and filled rows [d]; rows at experts [l, e], rows dropped [l, d];
+    `told`: what else the objective tells, name -> [sum, count]; the auxiliary loss.
+    """
+
+    loss: np.ndarray
+    units: np.ndarray
+    tokens: np.ndarray
+    rows: np.ndarray
+    load: np.ndarray
+    dropped: np.ndarray
+    told: dict[str, np.ndarray]
+    auxiliary: float
+
+    @classmethod
+    def of(
+        cls, batch: PlannedBatch, domains: int, measured: Measured, counts: Sequence[np.ndarray], auxiliary: float
+    ) -> Figures:
+        """Of what a micro-batch's objective measured, and rows [B, E + 1] of learned gates, one per sparse layer."""
+
+        def by_domain(values: np.ndarray) -> np.ndarray:
+            found = np.zeros(domains)
+            np.add.at(found, batch.domain, values.astype(np.float64))
+            return found
+
+        load, dropped = batch.load.astype(np.float64), batch.dropped.astype(np.float64)
+        for layer, plan in enumerate(batch.plans):
+            if plan is None:
+                load[layer] = counts[layer][:, :-1].sum(axis=0, dtype=np.float64)
+                np.add.at(dropped[layer], batch.domain, counts[layer][:, -1].astype(np.float64))
+        return cls(
+            loss=by_domain(measured.losses),
+            units=by_domain(measured.units),
+            tokens=by_domain((batch.mask > 0).sum(axis=1)),
+            rows=by_domain(batch.filled),
+            load=load,
+            dropped=dropped,
+            told={name: np.array(value, np.float64) for name, value in sorted(measured.figures.items())},
+            auxiliary=auxiliary,
+        )
+
+    def by_rank(self, processes: Processes) -> np.ndarray:
+        """What every process's part of the micro-batch gave, one line each; all processes must ask together."""
+        return processes.gather(np.concatenate([a.reshape(-1) for a in self._arrays()]))
+
+    def summed(self, lines: np.ndarray) -> Figures:
+        """The sum of some lines of `by_rank`; the auxiliary loss is the same everywhere."""
+        line, found, at = lines.sum(axis=0), [], 0
+        for mine in self._arrays():
+            found.append(line[at : at + mine.size].reshape(mine.shape))
+            at += mine.size
+        told = dict(zip(self.told, found[6:], strict=True))
+        return Figures(*found[:6], told, self.auxiliary)
+
+    def _arrays(self) -> tuple[np.ndarray, ...]:
+        return self.loss, self.units, self.tokens, self.rows, self.load, self.dropped, *self.told.values()
 
 
 class Accounting:
@@ -38,32 +101,23 @@ class Accounting:
         self.touched = 0
         self.started = time.monotonic()
 
-    def add_batch(self, batch: PlannedBatch, measured: Measured, counts: Sequence[np.ndarray], aux: float) -> None:
-        """Add a micro-batch: what its objective measured, and rows [B, E + 1] of learned gates, one per sparse
-        layer.
-        """
-        np.add.at(self.loss, batch.domain, measured.losses.astype(np.float64))
-        np.add.at(self.units, batch.domain, measured.units)
-        np.add.at(self.tokens, batch.domain, (batch.mask > 0).sum(axis=1))
-        np.add.at(self.rows, batch.domain, batch.filled)
-        self.add_figures(measured)
-        for layer, plan in enumerate(batch.plans):
-            if plan is None:
-                kept, lost = counts[layer][:, :-1].astype(np.int64), counts[layer][:, -1].astype(np.float64)
-                self.load[layer] += kept.sum(axis=0)
-                self.activated += int((kept.sum(axis=0) > 0).sum())
-                np.add.at(self.dropped[layer], batch.domain, lost)
-            else:
-                np.add.at(self.load[layer], plan.experts, plan.counts)
-                self.activated += int((plan.counts > 0).sum())
-        self.dropped += batch.dropped
-        self.auxiliary += aux
+    def add_batch(self, figures: Figures) -> None:
+        """Add a micro-batch."""
+        self.loss += figures.loss
+        self.units += figures.units
+        self.tokens += figures.tokens.astype(np.int64)
+        self.rows += figures.rows.astype(self.rows.dtype)
+        self.add_figures(figures)
+        self.load += figures.load.astype(np.int64)
+        self.dropped += figures.dropped
+        self.activated += int((figures.load > 0).sum())
+        self.auxiliary += figures.auxiliary
         self.batches += 1
 
-    def add_figures(self, measured: Measured) -> None:
+    def add_figures(self, figures: Figures) -> None:
         """Add what the objective tells beside its losses."""
-        for name, (value, count) in measured.figures.items():
-            self.add_figure(name, value, count)
+        for name, value in figures.told.items():
+            self.add_figure(name, float(value[0]), float(value[1]))
 
     def add_figure(self, name: str, value: float, count: float) -> None:
         """Add to a figure whose record is the sum of values by the sum of counts."""

@@ -39,13 +39,22 @@ class Gradients:
         self.shared_squares = None
 
     def norm(self, store: DeviceStore) -> float:
-        """Global norm over shared and activated expert gradients, as float32 sums per tensor or block of one."""
+        """The global norm of these gradients."""
+        shared, by_place = self.squares(store)
+        whole = shared + sum(by_place.values())
+        return math.sqrt(whole) if whole >= 0 else math.nan
+
+    def squares(self, store: DeviceStore) -> tuple[float, dict[str, float]]:
+        """Square sums of the shared gradients, and of the activated experts' by place, as float32 sums per tensor or
+        block of one."""
         shared = self.shared_squares
         if shared is None:
             half_square = ops.L2Loss()
             shared = sum(2.0 * float(half_square(t).asnumpy()) for t in self.shared)
-        experts = store.square_sum([t for tensors in self.experts.values() for t in tensors])
-        return math.sqrt(shared + experts) if shared + experts >= 0 else math.nan
+        by_place: dict[str, list[Tensor]] = {}
+        for (place, _), tensors in self.experts.items():
+            by_place.setdefault(place, []).extend(tensors)
+        return shared, {place: store.square_sum(tensors) for place, tensors in by_place.items()}
 
 
 class Optimizer:

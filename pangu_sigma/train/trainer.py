@@ -15,13 +15,14 @@ from pangu_sigma.data.sampler import Batch
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.build import SLOTS, Model
 from pangu_sigma.model.inputs import PlannedBatch, Planner
-from pangu_sigma.train.accounting import Accounting, store_figures
+from pangu_sigma.train.accounting import Accounting, Figures, store_figures
 from pangu_sigma.train.distance import Distance
 from pangu_sigma.train.flops import flops_per_token
 from pangu_sigma.train.gates import FrozenColumns
 from pangu_sigma.train.loss_scale import LossScale
-from pangu_sigma.train.objective import Measured, Objective
+from pangu_sigma.train.objective import Objective
 from pangu_sigma.train.optimizer import Gradients, Optimizer
+from pangu_sigma.train.reduction import Reduction
 from pangu_sigma.train.schedule import Phase, learning_rate, phase_at
 from pangu_sigma.train.step import GradientStep
 from rre.store.disk import StoreFull
@@ -48,16 +49,22 @@ def micro_batch_rows(config: Config, objective: Objective) -> int:
 
 
 class Trainer:
-    """Compiled steps, optimizer and loss scale of one run; `step` does one optimizer step."""
+    """Compiled steps, optimizer and loss scale of one run; `step` does one optimizer step.
+
+    Several processes each do their rows of every micro-batch and their experts; what they decide (norm, loss scale,
+    whether a step counts) follows from the same numbers everywhere.
+    """
 
     def __init__(self, model: Model, objective: Objective | None = None) -> None:
         self.model = model
+        self.processes = model.processes
         self.config = model.config
         self.objective = Objective() if objective is None else objective
         self.micro_batch = micro_batch_rows(self.config, self.objective)
-        self.signature = model.training_signature(self.micro_batch)
+        self.signature = model.training_signature(self.micro_batch // self.processes.mesh.rows)
         self.planner = Planner(model, self.signature, training=True)
         self.optimizer = Optimizer(model)
+        self.reduction = Reduction(model)
         self.loss_scale = LossScale.of(self.config)
         self.accounting = Accounting(
             model.groups, self.config.model.sparse_prefixes, flops_per_token(self.config, model.vocab)
@@ -82,9 +89,16 @@ class Trainer:
             self._graphs.clear()
         self.objective, self._distance = wanted, distance
 
+    @property
+    def reads(self) -> np.ndarray:
+        """The rows of a step's batch that this process looks at, micro-batch by micro-batch."""
+        rows = self.objective.rows_per_sample * self.config.train.batch_size
+        starts = np.arange(0, rows, self.micro_batch)
+        return (starts[:, None] + self.planner.reads).reshape(-1)
+
     def plan(self, batch: Batch) -> list[PlannedBatch]:
-        """Cut a step's batch into planned micro-batches; runs in the reading thread."""
-        size = self.micro_batch
+        """Cut the rows of a step's batch that `reads` names into planned micro-batches; runs in the reading thread."""
+        size = self.planner.reads.size
         return [
             self.planner(
                 batch.tokens[a : a + size],
@@ -112,37 +126,37 @@ class Trainer:
         phase = phase_at(self.config, batches[0].step)
         rate = learning_rate(self.config, step)
         scale = self.loss_scale.value
-        total = sum(float(self.objective.units(b).sum()) for b in batches)
+        units = np.array([sum(float(self.objective.units(b).sum()) for b in batches)])
+        total = float(self.processes.total(units)[0])
         gradients: Gradients | None = None
-        loss_sum = 0.0
         parts = []
         for batch in (*batches, *self.objective.beside(batches, self.planner)):
-            part, measured, counts, auxiliary = self._gradients(batch, phase, scale, total, len(batches))
-            parts.append((batch, measured, counts, auxiliary))
-            loss_sum += float(measured.losses.astype(np.float64).sum())
+            part, figures = self._gradients(batch, phase, scale, total, len(batches))
+            parts.append(figures)
             if gradients is None:
                 gradients = part
             else:
                 gradients.add(part)
-        loss = loss_sum / total
+        self.reduction(gradients, parts, phase)
+        loss = sum(float(figures.loss.sum()) for figures in parts) / total
         frozen = self._frozen_columns(phase)
         penalty = self._pull(gradients, scale) if self._distance is not None and phase.shared else None
         if frozen:
             gradients.shared, gradients.shared_squares = frozen.without(gradients.shared), None
-        norm = gradients.norm(self.model.store) / scale
+        norm = self.reduction.norm(gradients) / scale
         finite = math.isfinite(loss) and math.isfinite(norm)
         if not finite:
             return StepResult(loss, norm, rate, False, self.loss_scale.overflow())
         clip = min(1.0, self.config.optimizer.clip_norm / max(norm, 1e-38))
         self.optimizer.apply(gradients, rate, clip / scale, frozen)
         self.loss_scale.good()
-        for batch, measured, counts, auxiliary in parts[: len(batches)]:
-            self.accounting.add_batch(batch, measured, counts, auxiliary)
-        for _, measured, _, _ in parts[len(batches) :]:
-            self.accounting.add_figures(measured)
+        for figures in parts[: len(batches)]:
+            self.accounting.add_batch(figures)
+        for figures in parts[len(batches) :]:
+            self.accounting.add_figures(figures)
         if penalty is not None:
             self.accounting.add_figure("distance", penalty, 1.0)
-        self.accounting.add_step(len(gradients.experts))
+        self.accounting.add_step(self.reduction.touched(parts, phase))
         return StepResult(loss, norm, rate, True, False)
 
     def store_figures(self) -> dict[str, float]:
@@ -174,7 +188,8 @@ class Trainer:
 
     def _gradients(
         self, batch: PlannedBatch, phase: Phase, scale: float, total: float, parts: int
-    ) -> tuple[Gradients, Measured, list[np.ndarray], float]:
+    ) -> tuple[Gradients, Figures]:
+        """The gradients of this process's rows and experts, and the figures of the whole micro-batch."""
         fixed = batch.fixed
         prepared = self.objective.prepare(batch)
         weights, auxiliary_weight, *extra = self.objective.inputs(batch, prepared, scale, total, parts)
@@ -188,23 +203,26 @@ class Trainer:
             *batch.flat(self.signature, self.model.store),
         )
         by_sample, auxiliary, counts, by_expert, shared, squares = outputs
+        measured = self.objective.measure(batch, prepared, by_sample.asnumpy())
         rows = [c.asnumpy() for c in counts]
+        own = Figures.of(batch, len(self.model.groups.names), measured, rows, float(auxiliary.asnumpy()))
+        lines = own.by_rank(self.processes)
+        here = own.summed(lines[list(self.reduction.sources)])
         gradients = Gradients()
         if phase.shared:
             gradients.shared = tuple(shared)
             gradients.shared_squares = float(squares.asnumpy().astype(np.float64).sum())
         if by_expert:
-            gradients.experts = self._activated(batch, phase, by_expert, rows)
-        measured = self.objective.measure(batch, prepared, by_sample.asnumpy())
-        return gradients, measured, rows, float(auxiliary.asnumpy())
+            gradients.experts = self._activated(batch, phase, by_expert, here.load)
+        return gradients, own.summed(lines)
 
     def _activated(
-        self, batch: PlannedBatch, phase: Phase, by_expert: Sequence[Tensor], rows: Sequence[np.ndarray]
+        self, batch: PlannedBatch, phase: Phase, by_expert: Sequence[Tensor], received: np.ndarray
     ) -> dict[tuple[str, int], list[Tensor]]:
-        """The gradients of experts that received a token and train, by (place, expert).
+        """The gradients of experts held here that received a token and train, by (place, expert as the store counts).
 
-        The gradient of an expert without rows is a product over nothing, whose memory MindSpore leaves as it was: it
-        must not be looked at.
+        `received` [layers, E]: rows that came here. The gradient of an expert without rows is a product over nothing,
+        whose memory MindSpore leaves as it was: it must not be looked at.
         """
         groups = self.model.groups
         found: dict[tuple[str, int], list[Tensor]] = {}
@@ -214,7 +232,7 @@ class Trainer:
                 if groups.names[number] in phase.domains:
                     found[(SLOTS, int(number))] = [by_expert[0][int(number)]]
             at = 1
-        owner = np.repeat(groups.names, groups.sizes)
+        owner, first = np.repeat(groups.names, groups.sizes), self.model.held.start
         for layer, place in enumerate(self.signature.places):
             tensors = len(place.network.tensors)
             plan = batch.plans[layer]
@@ -227,10 +245,11 @@ class Trainer:
                         if plan.counts[slot] > 0 and owner[expert] in phase.domains:
                             found[(place.name, expert)] = [gradient[i] for gradient in stacked]
                 continue
-            received = rows[layer].sum(axis=0) if plan is None else plan.counts
             experts = range(place.slots) if plan is None else plan.experts.tolist()
-            for slot, expert in enumerate(experts):
-                if received[slot] > 0 and owner[expert] in phase.domains:
+            filled = [True] * place.slots if plan is None else plan.counts > 0
+            for expert, has_rows in zip(experts, filled, strict=True):
+                number = first + expert
+                if has_rows and received[layer, number] > 0 and owner[number] in phase.domains:
                     found[(place.name, expert)] = list(by_expert[at : at + tensors])
                 at += tensors
         return found

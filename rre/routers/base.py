@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from mindspore import nn
 
+from parallel.exchange import GatheredExchange
 from parallel.layout import Layout
 
 
@@ -57,7 +58,8 @@ class RouterOptions:
 
     `length` S is the tokens of a sample, which is the dispatch group of a capacity; `capacity_factor` None = dropless.
     `top_k`: experts per token. `pooled`: the balance loss is over all layers together. `tables`: the layer's
-    routing tables by owner. The weights are those of the losses.
+    routing tables by owner. The weights are those of the losses. `exchange`: where other processes hold other experts
+    and see other tokens.
     """
 
     groups: Groups
@@ -78,6 +80,7 @@ class RouterOptions:
     resample: bool = False
     tables: Mapping[str, np.ndarray] | None = None
     init_std: float = 0.02
+    exchange: GatheredExchange | None = None
 
 
 class Router:

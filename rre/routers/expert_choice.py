@@ -56,7 +56,7 @@ class ExpertChoiceGate(nn.Cell):
         self.cast = layout(ops.Cast(), (1, 1))
         self.sum = layout(ops.ReduceSum(keep_dims=True), (1, 1))
         self.concat = layout(ops.Concat(1), (1, 1), (1, 1))
-        self.plan = plan_in_graph(self.experts, layout)
+        self.plan = plan_in_graph(self.experts, layout, options.exchange)
         self.tells_choices = False
         self.one_hot = layout(ops.OneHot(), (1, 1), (), ())
         self.on, self.off = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)

@@ -79,7 +79,7 @@ class Gate(nn.Cell):
         self.overflow_sum = layout(ops.ReduceSum(keep_dims=True), (1, 1))
         self.concat = layout(ops.Concat(1), (1, 1), (1, 1))
         self.select = layout(ops.Select(), (1, 1), (1, 1), (1, 1))
-        self.plan = plan_in_graph(self.experts, layout)
+        self.plan = plan_in_graph(self.experts, layout, options.exchange)
         self.tells_choices = False
         self.on, self.off = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
 

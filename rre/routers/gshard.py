@@ -51,7 +51,7 @@ class GShardGate(Gate):
         self.less = layout(ops.Less(), (1,), (1,))
         self.use = layout(ops.Select(), (1,), (1,), (1,))
         self.expand = layout(ops.ExpandDims(), (1, 1))
-        self.balance = BalanceLoss(router.options.auxiliary_weight, self.experts, layout)
+        self.balance = BalanceLoss(router.options.auxiliary_weight, self.experts, layout, router.options.exchange)
 
     def choose(self, x: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         probabilities = self.softmax(self.logits(x, self.weight))

@@ -1,5 +1,8 @@
 """Auxiliary losses of learned gates, as cells; each docstring says whose form it is.
 
+They are of all tokens of a step, wherever they are: several processes average (or sum) what is linear in the tokens
+before anything is multiplied or squared.
+
 Legend: T tokens, E experts, k choices of a token.
 """
 
@@ -8,6 +11,7 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
+from parallel.exchange import GatheredExchange, LocalExchange
 from parallel.layout import Layout
 
 
@@ -19,17 +23,19 @@ class BalanceLoss(nn.Cell):
     equations 4 to 6) for n = 1.
     """
 
-    def __init__(self, weight: float, experts: int, layout: Layout) -> None:
+    def __init__(self, weight: float, experts: int, layout: Layout, exchange: GatheredExchange | None = None) -> None:
         super().__init__()
         self.factor = weight * experts
+        self.exchange = exchange or LocalExchange()
         self.count = layout(ops.ReduceSum(), (1, 1, 1))
         self.mean = layout(ops.ReduceMean(), (1, 1))
         self.sum = layout(ops.ReduceSum(), (1,))
         self.mul = layout(ops.Mul(), (1,), (1,))
 
     def construct(self, hits: Tensor, probabilities: Tensor) -> Tensor:
-        share = self.count(hits, (0, 1)) / (hits.shape[0] * hits.shape[1])
-        return self.sum(self.mul(share, self.mean(probabilities, 0))) * self.factor
+        share = self.exchange.mean(self.count(hits, (0, 1)) / (hits.shape[0] * hits.shape[1]))
+        mean = self.exchange.mean(self.mean(probabilities, 0))
+        return self.sum(self.mul(share, mean)) * self.factor
 
 
 class PooledMeans(nn.Cell):
@@ -39,16 +45,18 @@ class PooledMeans(nn.Cell):
     `PooledBalance` takes.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, exchange: GatheredExchange | None = None) -> None:
         super().__init__()
+        self.exchange = exchange or LocalExchange()
         self.count = layout(ops.ReduceSum(), (1, 1, 1))
         self.mean = layout(ops.ReduceMean(), (1, 1))
         self.concat = layout(ops.Concat(0))
 
     def construct(self, hits: Tensor, probabilities: Tensor, other: Tensor) -> Tensor:
-        share = self.count(hits, (0, 1)) / hits.shape[0]
+        share = self.exchange.mean(self.count(hits, (0, 1)) / hits.shape[0])
+        mean = self.exchange.mean(self.mean(probabilities, 0))
         one = ops.ones((1,), ms.float32)
-        return self.concat((share, self.mean(probabilities, 0), other.reshape(1), one))
+        return self.concat((share, mean, other.reshape(1), one))
 
 
 class PooledBalance(nn.Cell):
@@ -71,9 +79,10 @@ class PooledBalance(nn.Cell):
 class ZLoss(nn.Cell):
     """logits [T, E] -> weight * mean_t (logsumexp_e logits)^2 (ST-MoE, arXiv 2202.08906, equation 5)."""
 
-    def __init__(self, weight: float, layout: Layout) -> None:
+    def __init__(self, weight: float, layout: Layout, exchange: GatheredExchange | None = None) -> None:
         super().__init__()
         self.weight = weight
+        self.exchange = exchange or LocalExchange()
         self.max = layout(ops.ReduceMax(keep_dims=True), (1, 1))
         self.sub = layout(ops.Sub(), (1, 1), (1, 1))
         self.exp = layout(ops.Exp(), (1, 1))
@@ -86,15 +95,16 @@ class ZLoss(nn.Cell):
     def construct(self, logits: Tensor) -> Tensor:
         largest = ops.stop_gradient(self.max(logits, -1))
         pooled = self.add(self.log(self.sum(self.exp(self.sub(logits, largest)), -1)), largest)
-        return self.mean(self.square(pooled)) * self.weight
+        return self.exchange.mean(self.mean(self.square(pooled)).reshape(1)).reshape(()) * self.weight
 
 
 class VariationLoss(nn.Cell):
     """values [E] -> weight * CV(values)^2: population variance over squared mean (arXiv 1701.06538, equation 7)."""
 
-    def __init__(self, weight: float, layout: Layout) -> None:
+    def __init__(self, weight: float, layout: Layout, exchange: GatheredExchange | None = None) -> None:
         super().__init__()
         self.weight = weight
+        self.exchange = exchange or LocalExchange()
         self.mean = layout(ops.ReduceMean(keep_dims=True), (1,))
         self.sub = layout(ops.Sub(), (1,), (1,))
         self.square = layout(ops.Square(), (1,))
@@ -102,6 +112,7 @@ class VariationLoss(nn.Cell):
         self.sum = layout(ops.ReduceSum(), (1,))
 
     def construct(self, values: Tensor) -> Tensor:
+        values = self.exchange.total(values)
         mean = self.mean(values)
         variance = self.mean(self.square(self.sub(values, mean)))
         # The small number is that of the authors' code: a layer in which nothing was routed has loss 0.

@@ -52,8 +52,8 @@ class NoisyTopKGate(Gate):
         self.div = layout(ops.Div(), (1, 1), (1, 1))
         self.total = layout(ops.ReduceSum(), (1, 1))
         self.expand = layout(ops.ExpandDims(), (1, 1))
-        self.importance = VariationLoss(options.importance_weight, layout)
-        self.load = VariationLoss(options.load_weight, layout)
+        self.importance = VariationLoss(options.importance_weight, layout, options.exchange)
+        self.load = VariationLoss(options.load_weight, layout, options.exchange)
 
     def choose(self, x: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         clean = self.logits(x, self.weight)

@@ -39,9 +39,9 @@ class OlmoeGate(Gate):
         self.row_sum = layout(ops.ReduceSum(keep_dims=True), (1, 1))
         self.pooled = options.pooled
         if self.pooled:
-            self.means = PooledMeans(layout)
-        self.balance = BalanceLoss(options.auxiliary_weight, self.experts, layout)
-        self.z_loss = ZLoss(options.z_loss_weight, layout)
+            self.means = PooledMeans(layout, options.exchange)
+        self.balance = BalanceLoss(options.auxiliary_weight, self.experts, layout, options.exchange)
+        self.z_loss = ZLoss(options.z_loss_weight, layout, options.exchange)
 
     def choose(self, x: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         logits = self.logits(x, self.weight)

@@ -39,7 +39,7 @@ class SwitchGate(Gate):
         layout = router.options.layout
         self.best = layout(ops.ArgMaxWithValue(axis=-1), (1, 1))
         self.cast_ids = layout(ops.Cast(), (1,))
-        self.balance = BalanceLoss(router.options.auxiliary_weight, self.experts, layout)
+        self.balance = BalanceLoss(router.options.auxiliary_weight, self.experts, layout, router.options.exchange)
 
     def choose(self, x: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         gate_input = x * noise[0] if len(noise) > 0 else x

@@ -66,7 +66,8 @@ class ExpertStore:
 
     `shapes`: place (a sparse layer, or the embedding slots) -> tensor name -> shape of one expert's tensor. `experts`:
     place -> how many. `kernels`: compiled updates, else NumPy's. Tables are zero until `initialise` or until they are
-    written to. A subclass makes the tables and says when an expert is ready.
+    written to. A subclass makes the tables and says when an expert is ready. A process of several holds a run of a
+    place's experts, which it counts from 0.
     """
 
     # Whether a training step's graph takes every stored expert, or only those that its batch activates.
@@ -115,16 +116,24 @@ class ExpertStore:
 
     # --- the tables
 
-    def initialise(self, seed: int, std: Mapping[str, float], cutoff: float | None = None) -> None:
+    def initialise(
+        self,
+        seed: int,
+        std: Mapping[str, float],
+        first: Mapping[str, int] | None = None,
+        cutoff: float | None = None,
+    ) -> None:
         """Draw every weight table: Normal(std[tensor name]), cut off as `normal` says, or 0 where no std is given.
 
-        An expert's numbers depend on (seed, place, expert) alone, not on how many others there are.
+        An expert's numbers depend on (seed, place, expert) alone, not on how many others there are. `first`: place ->
+        number of the first expert held here, where others hold more.
         """
+        first = first or {}
         for place, tensors in self.shapes.items():
             for expert in range(self.experts[place]):
                 for name, shape in tensors.items():
                     if std.get(name):
-                        rng = generator(seed, f"initial {place} {name}", expert)
+                        rng = generator(seed, f"initial {place} {name}", first.get(place, 0) + expert)
                         drawn = normal(rng, (1, *shape), std[name], cutoff)
                         self.write("weight", place, name, slice(expert, expert + 1), drawn)
 

@@ -60,7 +60,7 @@ def test_static_rows_give_the_ragged_result_and_gradients(mesh, k):
     static = Scored(CapacityNetworks(Layout(), "fast_gelu", ms.float32, mesh), 1)
     static_plan = tuple(Tensor(a) for a in plan.inputs)
     rows = plan_by_expert(ids, np.arange(N))
-    ragged = Scored(RaggedNetworks(Layout(), NetworkForm("fast_gelu"), ms.float32, None), N)
+    ragged = Scored(RaggedNetworks(Layout(), NetworkForm("fast_gelu"), ms.float32), N)
     ragged_plan = tuple(Tensor(a) for a in (*rows.rows, rows.position))
 
     inputs = [Tensor(a) for a in (x, *stacked)]

@@ -1,0 +1,141 @@
+"""From every process's gradients to those of the whole batch, and the numbers that all processes decide by.
+
+Shared parameters: the sum over all processes. Embedding slots, which every process has: likewise, domain by domain.
+Experts: rows have come to their experts already, so an expert part is complete but for its replicas along the data
+axis, which saw other rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from mindspore import Tensor
+
+from pangu_sigma.model.build import SLOTS, Model
+from pangu_sigma.train.accounting import Figures
+from pangu_sigma.train.optimizer import Gradients
+from pangu_sigma.train.schedule import Phase
+
+BUCKET_BYTES = 32 << 20  # of gradients that travel at once
+
+
+class Reduction:
+    """Sums gradients over the processes of a model; a process that is alone changes nothing. All call it together."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.processes = model, model.processes
+        mesh, rank = self.processes.mesh, self.processes.rank
+        self.mesh = mesh
+        self.sources = mesh.exchange_group(rank)  # ranks whose rows came to this one's experts
+        self.replicas = mesh.replica_group(rank)
+
+    def __call__(self, gradients: Gradients, parts: Sequence[Figures], phase: Phase) -> None:
+        """Make `gradients` those of the whole batch, of which `parts` are the micro-batches' figures."""
+        if self.processes.size == 1:
+            return
+        if gradients.shared:
+            gradients.shared = self._everywhere(gradients.shared)
+            gradients.shared_squares = self.model.store.square_sum(gradients.shared)
+        slots = {number: gradients.experts.pop((SLOTS, number), None) for number in range(len(self.model.groups.names))}
+        if SLOTS in self.model.store.experts:
+            gradients.experts |= self._slots(slots, parts, phase)
+        if self.mesh.data > 1:
+            gradients.experts = self._over_replicas(gradients.experts, parts, phase)
+
+    def norm(self, gradients: Gradients) -> float:
+        """The global norm: shared parameters and slots count once, experts wherever they are."""
+        shared, by_place = gradients.squares(self.model.store)
+        everywhere = shared + by_place.pop(SLOTS, 0.0)
+        # Replicas hold the same experts; the first of them speaks for all.
+        mine = sum(by_place.values()) if self.replicas[0] == self.processes.rank else 0.0
+        whole = everywhere + float(self.processes.total(np.array([mine]))[0])
+        return math.sqrt(whole) if whole >= 0 else math.nan
+
+    def touched(self, parts: Sequence[Figures], phase: Phase) -> int:
+        """Experts, of all processes, that the step updates; embedding slots included."""
+        slots = len(self._present(parts, phase)) if SLOTS in self.model.store.experts else 0
+        return slots + int(self._activated(parts, phase).sum())
+
+    def _activated(self, parts: Sequence[Figures], phase: Phase) -> np.ndarray:
+        """Whether an expert received a row of the batch and trains, bool [layers, E]."""
+        groups = self.model.groups
+        trains = np.repeat([name in phase.domains for name in groups.names], groups.sizes)
+        return (sum(figures.load for figures in parts) > 0) & trains
+
+    def _present(self, parts: Sequence[Figures], phase: Phase) -> list[int]:
+        """Domains with text in the batch that train."""
+        names = self.model.groups.names
+        tokens = sum(figures.tokens for figures in parts)
+        return [number for number in np.flatnonzero(tokens).tolist() if names[number] in phase.domains]
+
+    def _everywhere(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The sum over all processes of some tensors."""
+        found: list[Tensor] = []
+        for bucket in _buckets(tensors):
+            flat = np.concatenate([t.asnumpy().reshape(-1) for t in bucket])
+            found += _cut(self.processes.sum_float32(flat), [t.shape for t in bucket])
+        return tuple(found)
+
+    def _slots(
+        self, mine: dict[int, list[Tensor] | None], parts: Sequence[Figures], phase: Phase
+    ) -> dict[tuple[str, int], list[Tensor]]:
+        shape = self.model.store.shapes[SLOTS]["word"]
+        found = {}
+        for number in self._present(parts, phase):
+            here = mine[number][0].asnumpy() if mine[number] else np.zeros(shape, np.float32)
+            found[(SLOTS, number)] = [Tensor.from_numpy(self.processes.sum_float32(here))]
+        return found
+
+    def _over_replicas(
+        self, mine: dict[tuple[str, int], list[Tensor]], parts: Sequence[Figures], phase: Phase
+    ) -> dict[tuple[str, int], list[Tensor]]:
+        """Sum expert gradients over the data axis. Collectives are of all processes, so all expert parts move along:
+        the i-th expert of every part travels if that of any part received a row."""
+        activated, held = self._activated(parts, phase), self.model.held
+        share = len(held)
+        found = {key: tensors for key, tensors in mine.items() if key[0] == SLOTS}
+        for layer, place in enumerate(self.model.config.model.sparse_prefixes):
+            shapes = list(self.model.store.shapes[place].values())
+            size = sum(int(np.prod(s)) for s in shapes)
+            moving = np.flatnonzero(activated[layer].reshape(-1, share).any(axis=0)).tolist()
+            at_once = max(1, BUCKET_BYTES // (4 * size))
+            for start in range(0, len(moving), at_once):
+                experts = moving[start : start + at_once]
+                flat = np.zeros((len(experts), size), np.float32)
+                for row, expert in zip(flat, experts, strict=True):
+                    tensors = mine.get((place, expert))
+                    if tensors is not None:
+                        np.concatenate([t.asnumpy().reshape(-1) for t in tensors], out=row)
+                lines = self.processes.gather(flat)
+                total = lines[self.replicas[0]].copy()
+                for rank in self.replicas[1:]:
+                    total += lines[rank]
+                for row, expert in zip(total, experts, strict=True):
+                    if activated[layer, held.start + expert]:
+                        found[(place, expert)] = _cut(row, shapes)
+        return found
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    filled = 0
+    for tensor in tensors:
+        if bucket and filled + tensor.nbytes > BUCKET_BYTES:
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append(tensor)
+        filled += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def _cut(flat: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """The tensors of these shapes that lie end to end in `flat`, whose memory they share."""
+    found, at = [], 0
+    for shape in shapes:
+        size = int(np.prod(shape))
+        found.append(Tensor.from_numpy(flat[at : at + size].reshape(shape)))
+        at += size
+    return found
