@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -58,6 +59,9 @@ Overrides = Annotated[
 ModelPath = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A run's folder, one of its checkpoints or a model folder.")
 ]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Processes of this machine that share the work; see docs/parallel.md.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
@@ -89,6 +93,7 @@ def train(
     domain_field: Annotated[
         str | None, typer.Option(help="With --stream: key of the domain's name in a line; domain if left out.")
     ] = None,
+    workers: Workers = None,
 ) -> None:
     """Train the model that FILE.yaml describes."""
     from pangu_sigma.config import load_config
@@ -96,6 +101,13 @@ def train(
 
     # The whole configuration is checked before MindSpore is imported: a mistake shows at once.
     config = load_config(file, [*(overrides or ()), *stream_overrides(stream, domain, domain_field)])
+    if workers is not None or config.parallel.workers > 1:
+        from pangu_sigma.workers import is_worker, launch, with_workers
+
+        config = with_workers(config, workers or config.parallel.workers)
+        if config.parallel.workers > 1 and not is_worker():
+            words = ["train", str(file), *(overrides or ()), *(["--resume"] if resume else [])]
+            raise typer.Exit(launch(words, config.parallel.workers, Path(config.run.dir)))
     from pangu_sigma.train.run import train as run_training
 
     run_training(config, resume=resume)
@@ -166,6 +178,7 @@ def evaluate(
         list[str] | None,
         typer.Option(help="With --tasks: text that ends a written answer; may be given several times. A line's end."),
     ] = None,
+    workers: Workers = None,
 ) -> None:
     """Measure held-out loss per domain, and every domain's text under every expert group.
 
@@ -190,6 +203,8 @@ def evaluate(
 
         if domain != INFERRED_DOMAIN:
             raise UserError(f"--domain {domain} is not known here: only auto is, every domain is measured anyway")
+        if workers is not None:
+            raise UserError("--domain auto runs in one process: leave --workers out")
         from pangu_sigma.domains.unknown import evaluate_unknown, unknown_table
 
         found = evaluate_unknown(model, batches=batches, top=top, prior=prior.value)
@@ -197,9 +212,18 @@ def evaluate(
         return
     if top != 1 or prior is not Prior.uniform:
         raise UserError("--top and --prior say how a domain is inferred: add --domain auto")
+    if workers is not None and workers > 1:
+        from pangu_sigma.workers import is_worker, launch_on_model
+
+        if not is_worker():
+            limit = ["--batches", str(batches)] if batches else []
+            words = ["evaluate", str(model), *(["--json"] if as_json else []), *limit]
+            raise typer.Exit(launch_on_model(words, workers, model))
     from pangu_sigma.evaluate import evaluate as measure
 
-    result = measure(model, batches)
+    result = measure(model, batches, workers or 1)
+    if result is None:
+        return  # another process says it
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False, indent=2))
         return
@@ -388,4 +412,27 @@ def main() -> None:
     """Entry point of the console script and of `python -m pangu_sigma`."""
     # Before anything imports MindSpore, whose C++ side otherwise logs over the terminal.
     os.environ.setdefault("GLOG_v", "4")
-    app(prog_name="pangu-sigma")
+    role = os.environ.get("MS_ROLE")
+    if role == "MS_SCHED":
+        from parallel.launch import schedule
+
+        schedule()
+    elif role == "MS_WORKER":
+        _work()
+    else:
+        app(prog_name="pangu-sigma")
+
+
+def _work() -> None:
+    """Be one of several processes: however it ends, the process ends too, whatever the others do."""
+    from pangu_sigma.workers import leave
+
+    code = 0
+    try:
+        app(prog_name="pangu-sigma")
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    leave(code)

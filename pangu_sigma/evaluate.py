@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 import numpy as np
 from mindspore import Tensor
 
+from pangu_sigma import runtime
+from pangu_sigma.checkpoint import resolve
 from pangu_sigma.data.packing import HeldoutSequences
 from pangu_sigma.errors import UserError
+from pangu_sigma.load import run_of, stored_corpus, stored_tokenizer, trained_from
 from pangu_sigma.model.build import Model
 from pangu_sigma.model.inputs import Planner, graph_placeholders
 from pangu_sigma.model.pangu import TrainingLoss
@@ -146,22 +149,34 @@ def measure_with_progress(
         return measure(evaluator, heldout, unigram, step, limit, job.advance)
 
 
-def evaluate(path: Path, batches: int | None = None) -> dict:
+def evaluate(path: Path, batches: int | None = None, workers: int = 1) -> dict | None:
     """Measure a run's, checkpoint's or model folder's model on its domains' held-out text; a run keeps the result.
 
-    `batches` per domain and group, None for all held-out text. Raises UserError for anything wrong with `path`.
+    `batches` per domain and group, None for all held-out text. One of several `workers` measures with the others, and
+    None comes back from all but the first. Raises UserError for anything wrong with `path`.
     """
-    from pangu_sigma.load import load_trained
     from pangu_sigma.monitor.files import write_json
+    from pangu_sigma.workers import processes_of, with_workers_for
 
-    trained = load_trained(path)
+    checkpoint = resolve(path)
+    config, run_dir = with_workers_for(checkpoint, workers), run_of(checkpoint)
+    processes = processes_of(config, run_dir or Path(gettempdir()) / "pangu-sigma")
     with TemporaryDirectory(prefix="pangu-sigma-") as scratch:
-        corpus = trained.corpus(Path(scratch))
+        tokenizer = stored_tokenizer(checkpoint)
+        if not processes.first:
+            # The first one tokenises what is not there yet; then it comes to the meeting.
+            runtime.prepare(config.run.device)
+            processes.connect()
+        corpus = stored_corpus(checkpoint, config, tokenizer, Path(scratch))
         heldout = corpus.heldout_to_measure()
-        evaluator = Evaluator(trained.model, trained.model.config.evaluate.batch_size)
-        result = measure_with_progress(
-            evaluator, heldout, corpus.unigram_losses(), trained.checkpoint.step, batches
-        )
-    if trained.run_dir is not None:
-        write_json(trained.run_dir / "evaluation.json", result)
+        if processes.first:
+            runtime.prepare(config.run.device)
+            processes.connect()
+        evaluator = Evaluator(trained_from(checkpoint, processes=processes).model, config.evaluate.batch_size)
+        result = measure_with_progress(evaluator, heldout, corpus.unigram_losses(), checkpoint.step, batches)
+    processes.leave()
+    if not processes.first:
+        return None
+    if run_dir is not None:
+        write_json(run_dir / "evaluation.json", result)
     return result

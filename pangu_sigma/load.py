@@ -9,11 +9,12 @@ import numpy as np
 import yaml
 
 from pangu_sigma import runtime
-from pangu_sigma.checkpoint import Checkpoint, resolve
+from pangu_sigma.checkpoint import Checkpoint, StoredTensors, resolve
 from pangu_sigma.checkpoint.conversion import as_float32
 from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.data.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
+from parallel.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -26,44 +27,56 @@ class Trained:
     run_dir: Path | None
 
     def corpus(self, scratch: Path | None = None):
-        """The domains' tokenised text, from the run's cache if it is there.
+        """The domains' tokenised text; see `stored_corpus`."""
+        return stored_corpus(self.checkpoint, self.model.config, self.tokenizer, scratch)
 
-        Where the model stands alone and its run's cache is gone, the text is tokenised into `scratch`, if given. Raises
-        UserError for a changed corpus and for one that is not where the configuration says.
-        """
-        from pangu_sigma.data.corpus import prepare_corpus
 
-        config = self._where_it_lies(self.model.config, scratch)
-        self._check_text_is_here(config)
-        corpus = prepare_corpus(config, self.tokenizer)
-        self.checkpoint.check_fingerprints(
-            tokenizer=self.tokenizer.fingerprint, corpora={s.name: s.corpus_fingerprint for s in corpus.stores}
-        )
-        return corpus
+def run_of(checkpoint: Checkpoint) -> Path | None:
+    """The folder of the run that a checkpoint lies in; None where it stands alone."""
+    return checkpoint.path.parent.parent if checkpoint.path.parent.name == "checkpoints" else None
 
-    def _where_it_lies(self, config: Config, scratch: Path | None) -> Config:
-        """A run's folder may have been moved or copied since: what lay in it is looked for where it is now."""
-        old, cache = Path(config.run.dir), Path(config.data.cache)
-        values = config.to_dict()
-        if self.run_dir is None and scratch is not None and not cache.is_dir():
-            # The text is not tokenised into the folder of a run that was deleted or is on another machine.
-            values["data"]["cache"] = str(scratch)
-        elif self.run_dir is not None and cache.is_relative_to(old):
-            values["run"]["dir"] = str(self.run_dir)
-            values["data"]["cache"] = str(self.run_dir / cache.relative_to(old))
-        return config_from_dict(values)
 
-    def _check_text_is_here(self, config: Config) -> None:
-        from pangu_sigma.data.sources import expand_paths
+def stored_corpus(checkpoint: Checkpoint, config: Config, tokenizer: Tokenizer, scratch: Path | None = None):
+    """The tokenised text of a checkpoint's domains, from its run's cache if it is there.
 
-        for domain in config.domains:
-            try:
-                expand_paths(domain.name, domain.data)
-            except UserError as error:
-                raise UserError(
-                    f"{self.checkpoint.path} is measured on the text that it was trained with, and of domain "
-                    f"{domain.name} that is not here: put {', '.join(domain.data)} back"
-                ) from error
+    Where the model stands alone and its run's cache is gone, the text is tokenised into `scratch`, if given. Raises
+    UserError for a changed corpus and for one that is not where the configuration says.
+    """
+    from pangu_sigma.data.corpus import prepare_corpus
+
+    config = _where_it_lies(config, run_of(checkpoint), scratch)
+    _check_text_is_here(checkpoint, config)
+    corpus = prepare_corpus(config, tokenizer)
+    checkpoint.check_fingerprints(
+        tokenizer=tokenizer.fingerprint, corpora={s.name: s.corpus_fingerprint for s in corpus.stores}
+    )
+    return corpus
+
+
+def _where_it_lies(config: Config, run_dir: Path | None, scratch: Path | None) -> Config:
+    """A run's folder may have been moved or copied since: what lay in it is looked for where it is now."""
+    old, cache = Path(config.run.dir), Path(config.data.cache)
+    values = config.to_dict()
+    if run_dir is None and scratch is not None and not cache.is_dir():
+        # The text is not tokenised into the folder of a run that was deleted or is on another machine.
+        values["data"]["cache"] = str(scratch)
+    elif run_dir is not None and cache.is_relative_to(old):
+        values["run"]["dir"] = str(run_dir)
+        values["data"]["cache"] = str(run_dir / cache.relative_to(old))
+    return config_from_dict(values)
+
+
+def _check_text_is_here(checkpoint: Checkpoint, config: Config) -> None:
+    from pangu_sigma.data.sources import expand_paths
+
+    for domain in config.domains:
+        try:
+            expand_paths(domain.name, domain.data)
+        except UserError as error:
+            raise UserError(
+                f"{checkpoint.path} is measured on the text that it was trained with, and of domain "
+                f"{domain.name} that is not here: put {', '.join(domain.data)} back"
+            ) from error
 
 
 def stored_config(checkpoint: Checkpoint) -> Config:
@@ -88,10 +101,14 @@ def load_trained(path: str | Path) -> Trained:
 
 
 def trained_from(
-    checkpoint: Checkpoint, device: str | None = None, precision: str | None = None, sequence_length: int | None = None
+    checkpoint: Checkpoint,
+    device: str | None = None,
+    precision: str | None = None,
+    sequence_length: int | None = None,
+    processes: Processes | None = None,
 ) -> Trained:
     """Build the model of an opened checkpoint, on another device, in another precision or for sequences of another
-    length (in tokens) than it was trained with.
+    length (in tokens) than it was trained with. `processes` that have met build it together, each its own experts.
 
     Tensors that are stored as float16 or bfloat16 become float32. Raises UserError as `load_trained` does.
     """
@@ -106,14 +123,20 @@ def trained_from(
     from pangu_sigma.train.state import restore_model, stored_tables
 
     tokenizer = stored_tokenizer(checkpoint)
-    tensors = stored_weights(checkpoint)
+    together = processes is not None and processes.size > 1
+    tensors = weights_as_needed(checkpoint) if together else stored_weights(checkpoint)
     tables = stored_tables(tensors) or None
     model = build_model(
-        config, config.model.vocab_size, tokenizer.eod_id, tables=tables, initialise=False, inference=True
-    )
+        config, config.model.vocab_size, tokenizer.eod_id, tables=tables, initialise=False, inference=True,
+        processes=processes,
+    )  # fmt: skip
     restore_model(model, tensors)
-    run_dir = checkpoint.path.parent.parent if checkpoint.path.parent.name == "checkpoints" else None
-    return Trained(model, checkpoint, tokenizer, run_dir)
+    return Trained(model, checkpoint, tokenizer, run_of(checkpoint))
+
+
+def weights_as_needed(checkpoint: Checkpoint) -> StoredTensors:
+    """As `stored_weights`, each tensor read when it is asked for: for processes that take a part each."""
+    return StoredTensors(checkpoint, checkpoint.names(optimizer=False), floats=True)
 
 
 def stored_weights(checkpoint: Checkpoint) -> dict[str, np.ndarray]:

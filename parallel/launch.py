@@ -21,7 +21,8 @@ from types import FrameType
 from parallel.processes import SCHEDULER, WORKER
 from parallel.watch import LOST
 
-LAUNCHER = "PANGU_SIGMA_LAUNCHER"
+LAUNCHER = "PANGU_SIGMA_LAUNCHER"  # environment: the process number of who started a worker
+WATCHED = "PANGU_SIGMA_WORKERS"  # environment: the folder in which workers know of each other
 LOOK_SECONDS = 0.1
 # How long the others have to stop by themselves when one has failed; each looks after the others twice a second.
 GRACE_SECONDS = 10.0
@@ -119,6 +120,7 @@ class Launch:
             # Whoever is missing is noticed here; rank 0 may first have a large corpus to tokenise.
             "MS_TOPO_TIMEOUT": str(7 * 24 * 3600),
             LAUNCHER: str(os.getpid()),
+            WATCHED: str(self.folder.absolute()),
         }
         with open(self.folder / "scheduler.log", "wb") as log:
             self.scheduler = subprocess.Popen(

@@ -83,8 +83,9 @@ class Processes:
         if self.watch is not None:
             self.watch.mark()
 
-    def close(self) -> None:
-        """Leave: all that the job has to do is done."""
+    def leave(self) -> None:
+        """Part when all have come here: what the job had to do is done."""
+        self.any(False)
         if self.watch is not None:
             self.watch.close()
             self.watch = None

@@ -30,6 +30,7 @@ from pangu_sigma.checkpoint.tensor_file import (
     numpy_type,
     open_plain,
     pieces,
+    raw_bytes,
     read_header,
     read_tensor,
     stream_tensor,
@@ -131,6 +132,20 @@ class Checkpoint:
         chosen = self.names() if names is None else list(names)
         with ThreadPoolExecutor(2) as threads:
             return dict(zip(chosen, threads.map(lambda name: self._read(name, verify), chosen), strict=True))
+
+    def load_rows(self, name: str, begin: int, end: int) -> np.ndarray:
+        """Rows `begin` to `end` of a tensor's first axis as a new array; the rest is hashed as it passes by."""
+        entry = self._entry(name)
+        spec = TensorSpec(name, entry.dtype, (end - begin, *entry.shape[1:]))
+        found = np.empty(spec.shape, numpy_type(entry.dtype))
+        into, row = raw_bytes(found), spec.nbytes // max(1, end - begin)
+        low, high, at = begin * row, end * row, 0
+        for piece in self.pieces(name):
+            start, stop = max(at, low), min(at + len(piece), high)
+            if start < stop:
+                into[start - low : stop - low] = piece[start - at : stop - at]
+            at += len(piece)
+        return found
 
     def iter_tensors(
         self, names: Iterable[str] | None = None, *, verify: bool = True

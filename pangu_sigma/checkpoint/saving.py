@@ -93,7 +93,7 @@ def save_checkpoint(
     with save.explained():
         root.mkdir(parents=True, exist_ok=True)
     messages = remove_stale(run_dir)
-    previous, said = _newest(run_dir, step)
+    previous, said = newest(run_dir, step)
     messages += said
     temporary = root / layout.working_name("tmp", step, os.getpid())
     with ThreadPoolExecutor(2) as threads:
@@ -138,7 +138,7 @@ def save_checkpoint(
     )
 
 
-def _newest(run_dir: Path, step: int) -> tuple[Checkpoint | None, list[str]]:
+def newest(run_dir: Path, step: int) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint to link unchanged files from, and what is odd about the run's checkpoints."""
     checkpoints, _ = list_checkpoints(run_dir)
     messages = []

@@ -4,24 +4,38 @@ from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 
+from pangu_sigma.checkpoint.conversion import as_float32
 from pangu_sigma.checkpoint.reading import Checkpoint
 
 
 class StoredTensors(Mapping[str, np.ndarray]):
     """Tensors of `checkpoint` by name, each read anew at every access: whoever goes through them holds one at a time.
 
-    `names` restricts them; by default all. An access raises CheckpointError for a damaged file.
+    `names` restricts them; by default all. `floats`: float16 and bfloat16 tensors come as float32. An access raises
+    CheckpointError for a damaged file.
     """
 
-    def __init__(self, checkpoint: Checkpoint, names: Collection[str] | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, names: Collection[str] | None = None, floats: bool = False) -> None:
         self._checkpoint = checkpoint
+        self._floats = floats
         self._names = tuple(checkpoint.names() if names is None else names)
         self._known = frozenset(self._names)
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._known:
             raise KeyError(name)
-        return self._checkpoint.load([name])[name]
+        return self._converted(name, self._checkpoint.load([name])[name])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        return self._checkpoint.manifest.tensors[name].shape
+
+    def rows(self, name: str, begin: int, end: int) -> np.ndarray:
+        """Rows `begin` to `end` of a tensor's first axis; memory holds them alone, the whole tensor is hashed."""
+        return self._converted(name, self._checkpoint.load_rows(name, begin, end))
+
+    def _converted(self, name: str, array: np.ndarray) -> np.ndarray:
+        return as_float32(name, array) if self._floats else array
 
     def __contains__(self, name: object) -> bool:
         return name in self._known

@@ -310,6 +310,38 @@ def _tensor_pieces(
         raise damaged(path, f"the bytes of tensor {spec.name!r} are not those that were written")
 
 
+def digests_of_tensor_file(path: Path, specs: Iterable[TensorSpec], advance: Callable[[], None]) -> WrittenFile:
+    """Hashes a whole tensor file of `specs`, its header and each of its tensors in one pass; `advance()` after pieces.
+
+    Raises CheckpointError, naming the file, when it cannot be read or is not as long as its tensors make it.
+    """
+    ordered = in_file_order(specs)
+    header = make_header(ordered)
+    whole, digests = hashlib.sha256(), {}
+    parts = [("", len(header)), *((spec.name, spec.nbytes) for spec in ordered)]
+    running, size = hashlib.sha256(), 0
+    name, left = parts.pop(0)
+    for piece in file_pieces(path):
+        whole.update(piece)
+        size += len(piece)
+        while piece:
+            while not left and parts:
+                digests[name] = running.hexdigest()
+                (name, left), running = parts.pop(0), hashlib.sha256()
+            if not left:
+                raise damaged(path, "it is longer than what was written")
+            running.update(piece[:left])
+            piece, left = piece[left:], left - len(piece[:left])
+        advance()
+    while not left and parts:
+        digests[name] = running.hexdigest()
+        (name, left), running = parts.pop(0), hashlib.sha256()
+    digests[name] = running.hexdigest()
+    if left or parts:
+        raise damaged(path, "it is shorter than what was written")
+    return WrittenFile(size, whole.hexdigest(), len(header), digests.pop(""), digests)
+
+
 def digest_of_file(path: Path) -> tuple[int, str]:
     """(bytes, sha256) of a file, read in pieces."""
     running = hashlib.sha256()

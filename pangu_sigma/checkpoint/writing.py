@@ -14,6 +14,7 @@ from pangu_sigma.checkpoint.manifest import FileEntry, TensorEntry, TensorSlice
 from pangu_sigma.checkpoint.planning import PlannedFile
 from pangu_sigma.checkpoint.tensor_file import (
     TensorSpec,
+    WrittenFile,
     copy_file,
     damaged,
     digest_of_file,
@@ -64,6 +65,23 @@ class FolderWriter:
                 self._write_content(file.path, file.content)
             else:
                 self._write_tensors(file, target)
+        self._record_tensors(file)
+
+    def record(self, file: PlannedFile, written: WrittenFile) -> None:
+        """Takes up a tensor file that was written in another way."""
+        self._enter(file, written)
+        self._record_tensors(file)
+
+    def _enter(self, file: PlannedFile, written: WrittenFile) -> None:
+        file.known.update(written.tensors)
+        self.files[file.path] = FileEntry(
+            bytes=written.bytes,
+            sha256=written.sha256,
+            header_bytes=written.header_bytes,
+            header_sha256=written.header_sha256,
+        )
+
+    def _record_tensors(self, file: PlannedFile) -> None:
         for spec in file.specs:
             origin = (0,) * len(spec.shape)
             piece = TensorSlice(file=file.path, offset=origin, shape=spec.shape, sha256=file.known[spec.name])
@@ -165,13 +183,7 @@ class FolderWriter:
 
     def _write_tensors(self, file: PlannedFile, target: Path) -> None:
         written = write_tensor_file(target, file.specs, self._read, file.known, self._threads, self._advance)
-        file.known.update(written.tensors)
-        self.files[file.path] = FileEntry(
-            bytes=written.bytes,
-            sha256=written.sha256,
-            header_bytes=written.header_bytes,
-            header_sha256=written.header_sha256,
-        )
+        self._enter(file, written)
         self.bytes_written += written.bytes
 
     def _advance(self, count: int) -> None:

@@ -83,6 +83,13 @@ def _experts(config: Config, mesh: Mesh) -> Broken:
                 f"{mesh.data * mesh.expert}",
             )
         return
+    router = config.model.sparse.router
+    if mesh.placement_groups > 1 and KINDS[router].tables != "domain":
+        yield (
+            "parallel.placement",
+            f"parallel.placement = domain keeps a domain's rows at its own experts, but model.sparse.router = {router} "
+            "sends them to all: set placement to global, or the router to rre",
+        )
     sizes = [domain.experts for domain in config.domains]
     wrong = list(mesh.expert_problems(sizes, config.domain_names))
     if wrong:
@@ -172,6 +179,12 @@ def _one_graph(config: Config, mesh: Mesh) -> Broken:
 def _batch(config: Config, mesh: Mesh) -> Broken:
     train = config.train
     micro = train.batch_size // train.accumulation
+    if config.run.device == "CPU" and config.evaluate.batch_size % mesh.rows:
+        yield (
+            "evaluate.batch_size",
+            f"evaluate.batch_size = {config.evaluate.batch_size} is not divided by the {mesh.rows} ranks that read "
+            "(parallel.data x parallel.expert): choose a multiple of it",
+        )
     if micro % mesh.rows:
         yield (
             "train.batch_size",

@@ -9,6 +9,8 @@ import queue
 import threading
 from collections.abc import Callable
 
+import numpy as np
+
 from pangu_sigma.data.sampler import Batch, MixtureSampler
 
 _POLL_SECONDS = 0.1  # how long a full queue may delay the thread's notice of close()
@@ -27,7 +29,7 @@ class Prefetcher:
         sampler: MixtureSampler,
         batch_size: int,
         ahead: int,
-        rows: slice | None = None,
+        rows: slice | np.ndarray | None = None,
         transform: Callable[[Batch], object] | None = None,
     ):
         if ahead < 0:

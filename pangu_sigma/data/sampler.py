@@ -64,7 +64,7 @@ class MixtureSampler:
         self._sample = 0
         self._cursors = np.zeros(len(streams), dtype=np.int64)
 
-    def next_batch(self, batch_size: int, rows: slice | None = None) -> Batch:
+    def next_batch(self, batch_size: int, rows: slice | np.ndarray | None = None) -> Batch:
         """The next step's batch of B = ``batch_size`` samples, or the ``rows`` of it that this process reads.
 
         The state moves by the whole batch whatever the rows, so all processes stay in step.
@@ -74,7 +74,7 @@ class MixtureSampler:
         for number in range(len(self._streams)):
             where = np.flatnonzero(domain == number)
             index[where] = self._cursors[number] + np.arange(len(where))
-        mine = np.arange(batch_size)[rows or slice(None)]
+        mine = np.arange(batch_size)[slice(None) if rows is None else rows]
         batch = self._read(domain[mine], index[mine], self._sample + mine)
         # only now, so that a failed read leaves the state as it was
         self._cursors += np.bincount(domain, minlength=len(self._streams))

@@ -35,6 +35,22 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
     return [restore_numbers(r) for i, r in enumerate(records) if last.get((r["kind"], r["step"]), i) == i]
 
 
+class NoMetrics:
+    """Takes records and writes none: the log of a process for which another one speaks."""
+
+    def train(self, step: int, **figures: object) -> None:
+        """As `MetricsLog.train`."""
+
+    def evaluate(self, step: int, **figures: object) -> None:
+        """As `MetricsLog.evaluate`."""
+
+    def checkpoint(self, step: int, **figures: object) -> None:
+        """As `MetricsLog.checkpoint`."""
+
+    def event(self, step: int, message: str) -> None:
+        """As `MetricsLog.event`."""
+
+
 class MetricsLog:
     """Writes a run's records; a context manager that closes its files.
 

@@ -25,6 +25,7 @@ from pangu_sigma.checkpoint import (
     save_checkpoint,
 )
 from pangu_sigma.checkpoint.layout import CONFIG
+from pangu_sigma.checkpoint.together import save_together
 from pangu_sigma.config import (
     Config,
     check_resume,
@@ -44,9 +45,9 @@ from pangu_sigma.data.stream import StreamEnded, StreamSampler
 from pangu_sigma.domains.changing import mend_config, stale_config
 from pangu_sigma.domains.plan import DOMAIN_CHANGES
 from pangu_sigma.errors import UserError
-from pangu_sigma.load import stored_config, stored_tokenizer, stored_weights
+from pangu_sigma.load import stored_config, stored_tokenizer, stored_weights, weights_as_needed
 from pangu_sigma.monitor.files import write_json, write_text
-from pangu_sigma.monitor.metrics import MetricsLog
+from pangu_sigma.monitor.metrics import MetricsLog, NoMetrics
 from pangu_sigma.monitor.tables import evaluation_line
 from pangu_sigma.monitor.terminal import TrainingProgress, progress
 from pangu_sigma.signals import sigterm_as_ctrl_c
@@ -54,6 +55,8 @@ from pangu_sigma.train.interrupt import Interruption
 from pangu_sigma.train.lock import locked_folder
 from pangu_sigma.train.schedule import phase_at
 from pangu_sigma.train.streaming import Stream
+from pangu_sigma.workers import processes_of
+from parallel.processes import Processes
 
 if TYPE_CHECKING:
     from pangu_sigma.train.objective import Objective
@@ -80,7 +83,8 @@ def train(config: Config, resume: bool = False) -> Path:
 
     Raises UserError for the user's mistakes and for training that cannot go on.
     """
-    check_one_process(config)
+    if config.run.device != "CPU":
+        check_one_process(config)
     if config.adapt is not None:
         raise UserError(
             f"adapt fine-tunes a trained model: run it with pangu-sigma {config.adapt.objective} MODEL FILE.yaml"
@@ -89,15 +93,20 @@ def train(config: Config, resume: bool = False) -> Path:
         # Before anything is made on disk.
         with sigterm_as_ctrl_c():
             check_source(config.data.stream.path, STANDARD_INPUT, lambda said: print(said, file=sys.stderr))
-    with sigterm_as_ctrl_c(), Run(config, resume) as run:
+    with sigterm_as_ctrl_c(), Run(config, resume, processes_of(config, Path(config.run.dir))) as run:
         run.loop()
+        run.processes.leave()
     return Path(config.run.dir)
 
 
 class Run:
-    """One training run over its folder; a context that holds the folder's lock, the reader and the metrics."""
+    """One training run over its folder; a context that holds the folder's lock, the reader and the metrics.
 
-    def __init__(self, config: Config, resume: bool) -> None:
+    Several `processes` do it together, each in a `Run` of its own: rank 0 has the lock and the metrics.
+    """
+
+    def __init__(self, config: Config, resume: bool, processes: Processes | None = None) -> None:
+        self.processes = processes or Processes()
         self.dir = Path(config.run.dir)
         self.resume = resume
         self.config = config
@@ -121,8 +130,13 @@ class Run:
     # --- preparation
 
     def _prepare(self) -> None:
-        self._open.enter_context(locked_folder(self.dir))
-        messages = remove_stale(self.dir)
+        first = self.processes.first
+        if not first:
+            # Rank 0 comes to the meeting when the text is tokenised: it is there, and so is the last checkpoint.
+            self._meet()
+        else:
+            self._open.enter_context(locked_folder(self.dir))
+        messages = remove_stale(self.dir) if first else []
         checkpoint, found = find_latest(self.dir)
         messages += found
         if checkpoint is not None and not self.resume:
@@ -169,13 +183,16 @@ class Run:
                 tokenizer=self.corpus.tokenizer.fingerprint, corpora=self._corpus_fingerprints()
             )
         self.config = with_vocabulary(self.config, self.corpus.tokenizer.vocab_size)
-        # Only now: whatever is wrong with the user's files shows before the framework is loaded.
-        runtime.prepare(self.config.run.device, self.dir / "mindspore")
+        if first:
+            # Only now: whatever is wrong with the user's files shows before the framework is loaded.
+            self._meet()
         self._build(checkpoint)
         messages += self._kernel_messages(checkpoint)
         self.saved = checkpoint.step if checkpoint else -1
         resume_step = None if not self.resume else (checkpoint.step if checkpoint else -1)
-        self.metrics = self._open.enter_context(MetricsLog(self.dir, self.config.run.tensorboard, resume_step))
+        self.metrics = NoMetrics()
+        if first:
+            self.metrics = self._open.enter_context(MetricsLog(self.dir, self.config.run.tensorboard, resume_step))
         if self.resume:
             messages.append(
                 f"resumed from {checkpoint.path.name} (step {checkpoint.step})"
@@ -183,9 +200,16 @@ class Run:
                 else "no complete checkpoint to resume from: beginning at step 0"
             )
         self.messages = messages + (self.stream.messages if self.stream else [])
+        if not first:
+            return
         write_text(self.dir / "config.yaml", self.config.to_yaml())
         counts = parameter_counts(self.config, self.model.vocab)
         write_json(self.dir / "summary.json", {"parameters": counts.to_dict(), "vocabulary": self.model.vocab})
+
+    def _meet(self) -> None:
+        """Load the framework and meet the other processes."""
+        runtime.prepare(self.config.run.device, self.dir / "mindspore")
+        self.processes.connect()
 
     def _corpus(self, tokenizer_of: Checkpoint | None) -> Corpus:
         """The domains' text; with the tokenizer that a checkpoint holds, or else the configured one."""
@@ -211,7 +235,11 @@ class Run:
         from pangu_sigma.train.trainer import Trainer
 
         tokenizer = self.corpus.tokenizer
-        tensors = StoredTensors(checkpoint) if checkpoint else stored_weights(self.start) if self.start else {}
+        tensors: Mapping[str, np.ndarray] = {}
+        if checkpoint:
+            tensors = StoredTensors(checkpoint)
+        elif self.start:
+            tensors = stored_weights(self.start) if self.processes.size == 1 else weights_as_needed(self.start)
         self.model = build_model(
             self.config,
             self.config.model.vocab_size,
@@ -219,6 +247,7 @@ class Run:
             tables=stored_tables(tensors) or None,
             token_counts=self._token_counts(),
             initialise=not tensors,
+            processes=self.processes,
         )
         if self.start:
             restore_model(self.model, tensors)
@@ -305,9 +334,20 @@ class Run:
                 f"the checkpoint is of a run with experts.store = {stored}, this one has {store}: last digits may "
                 "differ"
             )
+        mesh = self.config.parallel.mesh
+        if checkpoint is not None and (before := stored_config(checkpoint).parallel.mesh) != mesh:
+            messages.append(
+                f"the checkpoint is of {before.size} processes (data {before.data} x expert {before.expert}), this run "
+                f"of {mesh.size} (data {mesh.data} x expert {mesh.expert}): last digits may differ"
+            )
         return messages
 
     # --- the loop
+
+    @property
+    def rows(self) -> np.ndarray | None:
+        """The rows of a step's batch that this process reads; None for all."""
+        return None if self.processes.size == 1 else self.trainer.reads
 
     def loop(self) -> None:
         """Train to the end, to `train.stop_at` or to a signal; a checkpoint stands at the end in every case."""
@@ -315,7 +355,7 @@ class Run:
         end = min(train.steps, train.stop_at or train.steps)
         # A stream is read by a thread, so that a signal ends the wait for it.
         ahead = self.config.data.prefetch if self.stream is None else max(1, self.config.data.prefetch)
-        reader = Prefetcher(self.sampler, train.batch_size, ahead, transform=self.trainer.plan)
+        reader = Prefetcher(self.sampler, train.batch_size, ahead, rows=self.rows, transform=self.trainer.plan)
         self.reader = self._open.enter_context(reader)
         if self.stream is not None:
             self._open.callback(self.stream.close)  # before the reader is waited for
@@ -327,7 +367,8 @@ class Run:
             if self.progress.step == 0 and self.config.evaluate.every:
                 self._evaluate()
             with self._profiler() as profile:
-                while self.progress.step < end and not interruption.asked:
+                # A signal may have come to one process alone: all stop after the same step.
+                while self.progress.step < end and not self.processes.any(interruption.asked):
                     interruption.renew()
                     if self.stream is not None and not self._arrived(interruption):
                         break
@@ -337,20 +378,21 @@ class Run:
                     if self.config.evaluate.every and (done % self.config.evaluate.every == 0 or done == train.steps):
                         self._evaluate()
                     every = self.config.checkpoint.every
-                    if (every and done % every == 0 and done != self.saved) or self._overdue():
+                    if (every and done % every == 0 and done != self.saved) or self.processes.any(self._overdue()):
                         self._save()
             if self.saved != self.progress.step:
                 self._save()
             failure = self.reader.failure if self.stream is not None else None
-            if interruption.asked:
-                bar.say(f"{interruption.name}: saved step {self.progress.step}; continue with --resume")
+            asked = self.processes.any(interruption.asked)
+            if asked:
+                bar.say(f"{interruption.name or 'a signal'}: saved step {self.progress.step}; continue with --resume")
             elif isinstance(failure, StreamEnded):
                 self._say(f"the stream has ended: saved step {self.progress.step}; continue with --resume")
             elif failure is not None:
                 self._say(f"the stream cannot be read on: saved step {self.progress.step}")
             elif self.progress.step < train.steps:
                 bar.say(f"stopped at step {self.progress.step} as train.stop_at says; continue with --resume")
-        if failure is not None and not interruption.asked and not isinstance(failure, StreamEnded):
+        if failure is not None and not asked and not isinstance(failure, StreamEnded):
             raise failure
 
     def _arrived(self, interruption: Interruption) -> bool:
@@ -387,7 +429,7 @@ class Run:
             self._nonfinite(result)
             return
         self.progress.step += 1
-        self.progress.tokens += sum(int(b.mask.sum()) for b in planned)
+        self.progress.tokens += result.tokens
         accounting = self.trainer.accounting
         self.bar.update(self.progress.step, result.loss, accounting.tokens_per_second)
         if self.progress.step % self.config.run.log_every == 0 or self.progress.step == self.config.train.steps:
@@ -457,7 +499,7 @@ class Run:
         self.bar.say(evaluation_line(self.progress.step, losses, self.unigram))
 
     def _save(self) -> None:
-        from pangu_sigma.train.state import model_tensors
+        from pangu_sigma.train.state import model_tensors, tensor_parts
 
         started = time.monotonic()
         wanted = self.config.checkpoint
@@ -465,10 +507,14 @@ class Run:
             self.stream.secure()
         tokenizer = self.corpus.tokenizer
         with self.bar.job("save", None, unit="B") as job:
-            result = save_checkpoint(
-                self.dir,
-                self.progress.step,
-                model_tensors(self.model, self.trainer.optimizer),
+            if self.processes.size == 1:
+                save = partial(save_checkpoint, self.dir, self.progress.step)
+                tensors = model_tensors(self.model, self.trainer.optimizer)
+            else:
+                save = partial(save_together, self.processes, self.dir, self.progress.step)
+                tensors = tensor_parts(self.model, self.trainer.optimizer)
+            result = save(
+                tensors,
                 domains=list(self.model.groups.names),
                 coverage={
                     place: dict(zip(self.model.groups.names, self.model.groups.sizes, strict=True))
@@ -513,7 +559,8 @@ class Run:
     def _profiler(self):
         from pangu_sigma.train.profiling import profiled_steps
 
-        return profiled_steps(self.config.run.profile, self.dir / "profile", self.progress.step)
+        wanted = self.config.run.profile if self.processes.first else None
+        return profiled_steps(wanted, self.dir / "profile", self.progress.step)
 
 
 def with_vocabulary(config: Config, tokenizer_size: int) -> Config:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from mindspore import Tensor
 
-from pangu_sigma.checkpoint import LazyTensor
+from pangu_sigma.checkpoint import LazyTensor, StoredTensors, layout
+from pangu_sigma.checkpoint.together import TensorPart
 from pangu_sigma.config.counts import is_routing, place_and_owner
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.build import SLOTS, Model
@@ -72,28 +73,111 @@ def model_tensors(model: Model, optimizer: Optimizer | None) -> dict[str, np.nda
     return tensors
 
 
+def tensor_parts(model: Model, optimizer: Optimizer) -> dict[str, TensorPart]:
+    """All tensors of a checkpoint by name, each with the part of it that this process writes.
+
+    All processes' parts together are every tensor once: a process writes its own experts, unless it is a replica, and
+    its turn of what all of them have.
+    """
+    store, groups, processes = model.store, model.groups, model.processes
+    store.settle()
+    parts: dict[str, TensorPart] = {}
+    common: dict[str, np.ndarray] = {p.name: p.asnumpy() for p in model.net.get_parameters()}
+    common |= optimizer.moments()
+    for place, by_owner in model.tables.items():
+        common |= {table_name(owner, place): table for owner, table in by_owner.items()}
+    for kind, place, name, table in store.tables():
+        if place == SLOTS:
+            common |= {_expert_tensor(d, kind, place, name): table[n] for n, d in enumerate(groups.names)}
+            continue
+        for domain in groups.names:
+            shape = (groups.of(domain).stop - groups.of(domain).start, *table.shape[1:])
+            begin, rows = _held_rows(model, domain)
+            data = None
+            if rows is not None and _speaks_for_replicas(model):
+                mine = (rows.stop - rows.start, *table.shape[1:])
+                data = LazyTensor(mine, table.dtype, partial(store.read, kind, place, name, rows))
+            parts[_expert_tensor(domain, kind, place, name)] = TensorPart(shape, table.dtype, begin, data)
+    for place, steps in store.steps.items():
+        for number, domain in enumerate(groups.names):
+            name = f"domains.{domain}.optimizer.steps.{place}"
+            if place == SLOTS:
+                common[name] = steps[number : number + 1]
+                continue
+            begin, rows = _held_rows(model, domain)
+            data = steps[rows] if rows is not None and _speaks_for_replicas(model) else None
+            size = groups.of(domain).stop - groups.of(domain).start
+            parts[name] = TensorPart((size,), steps.dtype, begin, data)
+    for turn, (name, array) in enumerate(sorted(common.items())):
+        mine = turn % processes.size == processes.rank
+        parts[name] = TensorPart(array.shape, array.dtype, 0, array if mine else None)
+    return parts
+
+
+def _held_rows(model: Model, domain: str) -> tuple[int, slice | None]:
+    """Where the part of a domain's group that this process holds begins in the group, and its rows of the store."""
+    group, held = model.groups.of(domain), model.held
+    low, high = max(group.start, held.start), min(group.stop, held.stop)
+    return (low - group.start, slice(low - held.start, high - held.start)) if low < high else (0, None)
+
+
+def _speaks_for_replicas(model: Model) -> bool:
+    processes = model.processes
+    return processes.mesh.replica_group(processes.rank)[0] == processes.rank
+
+
 def restore_model(model: Model, tensors: Mapping[str, np.ndarray], optimizer_state: bool = False) -> None:
     """Fill the network and the store from checkpoint tensors; `optimizer_state`: the experts' moments and counts too.
 
-    Raises UserError naming the first tensor that is missing or has another shape: nothing stays uninitialised.
+    A process of several takes its own experts and reads nothing of the others'. Raises UserError naming the first
+    tensor that is missing or has another shape: nothing stays uninitialised.
     """
     # Updates that are still under way would write over what is restored.
     model.store.settle()
     for parameter in model.net.get_parameters():
         parameter.set_data(Tensor(_checked(tensors, parameter.name, parameter.shape)))
+        model.processes.mark()
     store, groups = model.store, model.groups
-    on_disk = set()
     for kind, place, name, table in store.tables():
-        if store.in_memory(place) or (kind != "weight" and not optimizer_state):
+        if kind != "weight" and not optimizer_state:
             continue
-        for domain in groups.names:
-            rows = groups.of(domain)
+        for number, domain in enumerate(groups.names):
             stored = _expert_tensor(domain, kind, place, name)
-            store.write(kind, place, name, rows, _checked(tensors, stored, table[rows].shape))
-            on_disk.add(stored)
-    for name, target in domain_tensors(model, optimizer_state).items():
-        if name not in on_disk:
-            target[...] = _checked(tensors, name, target.shape)
+            if place == SLOTS:
+                table[number][...] = _checked(tensors, stored, table[number].shape)
+                continue
+            begin, rows = _held_rows(model, domain)
+            if rows is not None:
+                values = _checked_rows(model, tensors, stored, table.shape[1:], begin, rows)
+                store.write(kind, place, name, rows, values)
+            model.processes.mark()
+    for place, by_owner in model.tables.items():
+        for owner, table in by_owner.items():
+            table[...] = _checked(tensors, table_name(owner, place), table.shape)
+    if optimizer_state:
+        for place, steps in store.steps.items():
+            for number, domain in enumerate(groups.names):
+                stored = f"domains.{domain}.optimizer.steps.{place}"
+                if place == SLOTS:
+                    steps[number : number + 1] = _checked(tensors, stored, (1,))
+                    continue
+                begin, rows = _held_rows(model, domain)
+                if rows is not None:
+                    steps[rows] = _checked_rows(model, tensors, stored, (), begin, rows)
+
+
+def _checked_rows(
+    model: Model, tensors: Mapping[str, np.ndarray], name: str, inner: tuple[int, ...], begin: int, rows: slice
+) -> np.ndarray:
+    """The rows of a domain's tensor that this process holds, from row `begin` of the group on."""
+    group = model.groups.of(layout.domain_of(name))
+    shape, end = (group.stop - group.start, *inner), begin + rows.stop - rows.start
+    if not isinstance(tensors, StoredTensors) or end - begin == shape[0]:
+        return _checked(tensors, name, shape)[begin:end]
+    if name not in tensors:
+        raise _missing(name)
+    _check_shape(name, tensors.shape(name), shape)
+    return tensors.rows(name, begin, end)
 
 
 def stored_tables(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
@@ -108,10 +192,18 @@ def stored_tables(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.n
 
 def _checked(tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
     if name not in tensors:
-        raise UserError(f"the checkpoint has no tensor {name}: it belongs to another configuration")
+        raise _missing(name)
     tensor = tensors[name]
-    if tuple(tensor.shape) != tuple(shape):
-        raise UserError(
-            f"the checkpoint's tensor {name} is {tuple(tensor.shape)} where this configuration needs {tuple(shape)}"
-        )
+    _check_shape(name, tensor.shape, shape)
     return tensor
+
+
+def _missing(name: str) -> UserError:
+    return UserError(f"the checkpoint has no tensor {name}: it belongs to another configuration")
+
+
+def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if tuple(found) != tuple(wanted):
+        raise UserError(
+            f"the checkpoint's tensor {name} is {tuple(found)} where this configuration needs {tuple(wanted)}"
+        )

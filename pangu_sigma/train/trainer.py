@@ -33,7 +33,7 @@ class StepResult:
     """What one attempt at a step gave: `finite` False means that nothing was updated.
 
     `overflow` True: float16 overflowed and a smaller loss scale may mend it. `loss` in nats per token, or in whatever
-    the run's objective counts.
+    the run's objective counts; `tokens` of the whole batch that count.
     """
 
     loss: float
@@ -41,6 +41,7 @@ class StepResult:
     learning_rate: float
     finite: bool
     overflow: bool
+    tokens: int = 0
 
 
 def micro_batch_rows(config: Config, objective: Objective) -> int:
@@ -157,11 +158,15 @@ class Trainer:
         if penalty is not None:
             self.accounting.add_figure("distance", penalty, 1.0)
         self.accounting.add_step(self.reduction.touched(parts, phase))
-        return StepResult(loss, norm, rate, True, False)
+        tokens = sum(int(figures.tokens.sum()) for figures in parts[: len(batches)])
+        return StepResult(loss, norm, rate, True, False, tokens)
 
     def store_figures(self) -> dict[str, float]:
-        """What the expert store did a step since the last record; call it before the accounting's `take`."""
-        return store_figures(self.model.store.traffic, self.accounting.steps)
+        """What the expert stores of all processes did a step since the last record; call it before `take`."""
+        figures = store_figures(self.model.store.traffic, self.accounting.steps)
+        total = self.processes.total(np.array(list(figures.values())))
+        found = dict(zip(figures, total.tolist(), strict=True))
+        return found | {"prefetch_hit_rate": found["prefetch_hit_rate"] / self.processes.size}
 
     def _pull(self, gradients: Gradients, scale: float) -> float:
         """Adds the pull towards the previous parameters, once a step; returns the penalty."""

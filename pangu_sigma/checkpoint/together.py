@@ -1,0 +1,245 @@
+"""Saving a checkpoint from several processes: each writes its own parts of the tensors into the same files.
+
+What comes of it is what one process would have written, byte for byte: the same files, tensors and hashes, whoever held
+what. Rank 0 lays out the files (hidden, as every save does), each process writes its parts at their places, files are
+hashed where they lie, each by one of the processes, and rank 0 writes the manifest and gives the folder its name. No
+process holds more than its own parts and a buffer.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pangu_sigma.checkpoint import layout
+from pangu_sigma.checkpoint.cleaning import held, prune, remove_stale
+from pangu_sigma.checkpoint.disk import Writing
+from pangu_sigma.checkpoint.errors import CheckpointError
+from pangu_sigma.checkpoint.manifest import FileEntry, Fingerprints, Manifest, coverage_cells, manifest_bytes
+from pangu_sigma.checkpoint.planning import (
+    PlannedFile,
+    check_tensor_names,
+    plan_content,
+    plan_tensor_files,
+    plan_tokenizer,
+    probe_tensors,
+)
+from pangu_sigma.checkpoint.reading import Checkpoint
+from pangu_sigma.checkpoint.saving import SaveResult, move_into_place, newest
+from pangu_sigma.checkpoint.tensor_file import (
+    LazyTensor,
+    WrittenFile,
+    digests_of_tensor_file,
+    make_header,
+    pieces,
+    spec_of,
+)
+from pangu_sigma.checkpoint.writing import FolderWriter
+from parallel.processes import Processes
+
+
+@dataclass(frozen=True)
+class TensorPart:
+    """A tensor of a checkpoint by its whole shape, and the part of it that this process writes: `data`, from row
+    `begin` of the first axis on; None writes nothing."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    begin: int
+    data: np.ndarray | LazyTensor | None
+
+
+def save_together(
+    processes: Processes,
+    run_dir: Path | str,
+    step: int,
+    parts: Mapping[str, TensorPart],
+    *,
+    domains: Sequence[str],
+    coverage: Mapping[str, Mapping[str, int]],
+    config_text: str,
+    tokenizer_files: Mapping[str, bytes],
+    probe: Mapping[str, np.ndarray],
+    state: Mapping[str, Any],
+    fingerprints: Fingerprints,
+    keep: int,
+    max_shard_bytes: int = 4 << 30,
+    progress: Callable[[int, int], None] | None = None,
+) -> SaveResult:
+    """As `save_checkpoint`, called by all processes together, each with its `parts`; the rest counts from rank 0.
+
+    All parts together must be every tensor once. Raises CheckpointError on every process when it fails on any.
+    """
+    started = time.perf_counter()
+    run_dir = Path(run_dir)
+    layout.check_domains(domains)
+    check_tensor_names(parts, domains)
+    first = processes.first
+    parts = {
+        **parts,
+        **{n: TensorPart(a.shape, a.dtype, 0, a if first else None) for n, a in probe_tensors(probe, domains).items()},
+    }
+    specs = [spec_of(name, LazyTensor(p.shape, p.dtype, lambda: None)) for name, p in parts.items()]
+    cells = coverage_cells(coverage, domains, specs)
+    tensor_files = plan_tensor_files(specs, max_shard_bytes)
+    small = [plan_content(layout.CONFIG, config_text.encode())]
+    small.append(plan_content(layout.STATE, json.dumps(state, allow_nan=False, ensure_ascii=False).encode()))
+    small += plan_tokenizer(tokenizer_files)
+
+    root = run_dir / layout.CHECKPOINTS
+    save = Writing(f"step {step}", "saved", root, "choose another run.dir", " (the last checkpoint is whole)")
+    temporary = root / layout.working_name("tmp", step, os.getpid())
+    messages: list[str] = []
+    previous: Checkpoint | None = None
+    needed = None
+    with ExitStack() as stack:
+        with _agreed(processes), save.explained():
+            if first:
+                root.mkdir(parents=True, exist_ok=True)
+                messages += remove_stale(run_dir)
+                previous, said = newest(run_dir, step)
+                messages += said
+                needed = save.check_space((file.size for file in (*tensor_files, *small)), len(specs))
+                temporary.mkdir()
+                stack.enter_context(held(temporary))
+                stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+                _lay_out(temporary, tensor_files)
+        temporary = Path(processes.texts(str(temporary))[0])
+        with _agreed(processes), save.explained(needed):
+            _write_parts(temporary, tensor_files, parts, progress, processes.mark)
+        with _agreed(processes), save.explained():
+            mine = _hash_share(temporary, tensor_files, processes)
+        hashed = {path: entry for text in processes.texts(json.dumps(mine)) for path, entry in json.loads(text).items()}
+        final, deleted, linked = root / layout.step_name(step), [], 0
+        with _agreed(processes), save.explained(needed):
+            if first:
+                with ThreadPoolExecutor(2) as threads:
+                    writer = FolderWriter(temporary, lambda spec: (), threads, 0, None)
+                    for file in small:
+                        writer.write(file)
+                    for file in tensor_files:
+                        writer.record(file, WrittenFile(**hashed[file.path]))
+                    linked = _link_unchanged(temporary, writer.files, previous)
+                    manifest = Manifest(
+                        format_version=layout.FORMAT_VERSION,
+                        step=step,
+                        domains=tuple(domains),
+                        fingerprints=fingerprints,
+                        coverage=cells,
+                        files=writer.files,
+                        tensors=dict(sorted(writer.tensors.items())),
+                    )
+                    writer.finish(manifest_bytes(manifest))
+                    final = move_into_place(temporary, final)
+                deleted, said = prune(run_dir, keep, final)
+                messages += said
+    written = sum(file.size for file in (*tensor_files, *small)) - linked
+    return SaveResult(
+        path=final,
+        bytes_written=written,
+        bytes_linked=linked,
+        links_refused=0,
+        seconds=time.perf_counter() - started,
+        deleted=tuple(deleted),
+        messages=tuple(messages),
+    )
+
+
+@contextmanager
+def _agreed(processes: Processes) -> Iterator[None]:
+    """What fails with a CheckpointError on one process fails on all, with the first one's sentence."""
+    sentence, here = "", None
+    try:
+        yield
+    except CheckpointError as error:
+        sentence, here = str(error), error
+    failures = [text for text in processes.texts(sentence) if text]
+    if failures:
+        raise here or CheckpointError(failures[0])
+
+
+def _lay_out(folder: Path, files: Sequence[PlannedFile]) -> None:
+    """Make the tensor files with their headers, at full size."""
+    for file in files:
+        target = folder / file.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target, "xb", buffering=0) as stream:
+            stream.write(make_header(file.specs))
+            stream.truncate(file.size)
+
+
+def _write_parts(
+    folder: Path,
+    files: Sequence[PlannedFile],
+    parts: Mapping[str, TensorPart],
+    progress: Callable[[int, int], None] | None,
+    mark: Callable[[], None],
+) -> None:
+    """Write this process's parts at their places in the files, and sync them."""
+    total = sum(_part_bytes(part) for part in parts.values())
+    done = 0
+    for file in files:
+        mine = [spec.name for spec in file.specs if parts[spec.name].data is not None]
+        if not mine:
+            continue
+        with open(folder / file.path, "r+b", buffering=0) as stream:
+            at = len(make_header(file.specs))
+            for spec in file.specs:
+                part = parts[spec.name]
+                if part.data is not None:
+                    row = spec.nbytes // spec.shape[0] if spec.shape else 0
+                    place = at + part.begin * row
+                    for piece in pieces(part.data):
+                        place = _write_at(stream.fileno(), piece, place)
+                        done += len(piece)
+                        mark()
+                        if progress is not None:
+                            progress(done, total)
+                at += spec.nbytes
+            os.fsync(stream.fileno())
+
+
+def _part_bytes(part: TensorPart) -> int:
+    return 0 if part.data is None else int(np.prod(part.data.shape)) * part.dtype.itemsize
+
+
+def _write_at(handle: int, data: memoryview, place: int) -> int:
+    while data:
+        count = os.pwrite(handle, data, place)
+        data, place = data[count:], place + count
+    return place
+
+
+def _hash_share(folder: Path, files: Sequence[PlannedFile], processes: Processes) -> dict[str, dict]:
+    """Hash this process's share of the files, the large ones dealt out first: path -> what was written."""
+    found = {}
+    load = [0] * processes.size
+    for file in sorted(files, key=lambda file: (-file.size, file.path)):
+        rank = load.index(min(load))
+        load[rank] += file.size
+        if rank == processes.rank:
+            found[file.path] = vars(digests_of_tensor_file(folder / file.path, file.specs, processes.mark))
+    return found
+
+
+def _link_unchanged(folder: Path, files: Mapping[str, FileEntry], previous: Checkpoint | None) -> int:
+    """Put the previous checkpoint's files in the place of equal ones, where the file system links; the bytes saved."""
+    saved = 0
+    for path, entry in files.items():
+        if previous is not None and previous.manifest.files.get(path) == entry:
+            aside = folder / f"{path}.link"
+            try:
+                os.link(previous.path / path, aside)
+            except OSError:
+                return saved  # no links here: the copies stay
+            os.replace(aside, folder / path)
+            saved += entry.bytes
+    return saved

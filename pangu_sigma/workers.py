@@ -1,0 +1,139 @@
+"""The processes of one command: started by --workers or msrun, met, and ended together with one sentence.
+
+A command of several processes runs the same code in each of them. Who is who comes from the environment, which the
+launcher fills as msrun does; what they do together goes through `parallel.processes`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NoReturn
+
+from pangu_sigma.checkpoint import Checkpoint, resolve
+from pangu_sigma.config import Config
+from pangu_sigma.config.load import config_from_dict
+from pangu_sigma.errors import UserError
+from pangu_sigma.load import run_of, stored_config
+from parallel.launch import WATCHED, Launch, end_with_launcher
+from parallel.processes import Processes, Started
+from parallel.watch import Watch
+
+FOLDER = "workers"  # in the run's folder: logs, and the files by which processes know of each other
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def with_workers(config: Config, workers: int) -> Config:
+    """The configuration for so many processes: on its own mesh if that has as many ranks, else, if it has one rank, on
+    as many expert parts as the experts divide into and as much data parallelism as is left. Raises UserError."""
+    values = config.to_dict()
+    parallel = values["parallel"]
+    if config.parallel.mesh.size == 1 and workers > 1:
+        parts = max(n for n in range(1, workers + 1) if workers % n == 0 and _divides_experts(config, n))
+        parallel["expert"], parallel["data"] = parts, workers // parts
+    parallel["workers"] = workers
+    return config_from_dict(values, f"--workers {workers}")
+
+
+def _divides_experts(config: Config, parts: int) -> bool:
+    experts = sum(domain.experts for domain in config.domains)
+    return parts == 1 or (bool(config.model.sparse_prefixes) and experts % parts == 0)
+
+
+def processes_of(config: Config, folder: Path) -> Processes:
+    """What this process is to the command that it does a part of; `folder` is where they keep watch.
+
+    Raises UserError unless there are as many processes as `parallel` says.
+    """
+    try:
+        started = Started.here()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    mesh = config.parallel.mesh
+    size = 1 if started is None else started.size
+    if size != mesh.size:
+        counted = f"a mesh of {mesh.size} ranks (data {mesh.data} x expert {mesh.expert})"
+        if started is None:
+            raise UserError(f"parallel makes {counted}: add --workers {mesh.size}, or start as many with msrun")
+        raise UserError(
+            f"{size} processes were started, but parallel makes {counted}: start {mesh.size}, or change parallel.data "
+            "or parallel.expert"
+        )
+    if started is None:
+        return Processes()
+    told = os.environ.get(WATCHED)
+    files = Path(told) if told else folder / FOLDER
+    watch = Watch(files, started.rank, size, config.parallel.timeout, quiet=end_with_launcher())
+    return Processes(mesh, started.rank, watch)
+
+
+def is_worker() -> bool:
+    """Whether this process was started as one of several."""
+    return os.environ.get("MS_ROLE") == "MS_WORKER"
+
+
+def launch_on_model(words: Sequence[str], workers: int, model: Path) -> int:
+    """`launch` for a job on a run, whose folder takes the logs, or on a model that stands alone."""
+    checkpoint = resolve(model)
+    with_workers_for(checkpoint, workers)  # a mesh that does not divide the model shows before anything is started
+    run = run_of(checkpoint)
+    if run is not None:
+        return launch(words, workers, run)
+    with TemporaryDirectory(prefix="pangu-sigma-") as folder:
+        return launch(words, workers, Path(folder))
+
+
+def with_workers_for(checkpoint: Checkpoint, workers: int) -> Config:
+    """The configuration of a checkpoint on so many processes, whatever mesh it was trained on. Raises UserError."""
+    config = stored_config(checkpoint)
+    if config.parallel.mesh.size != workers:
+        config = config_from_dict({**config.to_dict(), "parallel": {"timeout": config.parallel.timeout}})
+    return with_workers(config, workers)
+
+
+def launch(words: Sequence[str], workers: int, folder: Path) -> int:
+    """Run `pangu-sigma WORDS --workers N` in N processes; their logs go to `folder`/workers. Returns the exit code.
+
+    Raises UserError naming the rank where one failed.
+    """
+    command = [sys.executable, "-m", "pangu_sigma", *words, "--workers", str(workers)]
+    with Launch(command, workers, folder / FOLDER) as job:
+        ended = job.wait()
+        if ended.failed is None:
+            if any(ended.codes):
+                raise UserError(f"the processes lost each other: see {job.folder}; continue with --resume")
+            return 0
+        rank, code = ended.failed, ended.codes[ended.failed]
+        if code in (USER_ERROR, INTERRUPTED) and rank == 0:
+            return code  # it said why on this terminal
+        said = _last_line(job.log(rank)) if rank else ""
+        if code == USER_ERROR:
+            raise UserError(f"rank {rank}: {said.removeprefix('Error: ')} ({job.log(rank)})")
+        if ended.asked is not None:
+            return INTERRUPTED
+        told = f"; its log {job.log(rank)} ends: {said}" if said and code > 0 else ""
+        raise UserError(
+            f"rank {rank} of {workers} {ended.cause}, so all processes were stopped; what a training had saved is "
+            f"whole: continue with --resume{told}"
+        )
+
+
+def _last_line(log: Path) -> str:
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def leave(code: int) -> NoReturn:
+    """End this worker. MindSpore's own way out waits for processes that may not answer any more, up to minutes; only
+    under msrun and after success is it taken, because msrun's scheduler counts on it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code or end_with_launcher():
+        os._exit(code)
+    sys.exit(code)
