@@ -87,11 +87,18 @@ def launch_on_model(words: Sequence[str], workers: int, model: Path) -> int:
 
 
 def with_workers_for(checkpoint: Checkpoint, workers: int) -> Config:
-    """The configuration of a checkpoint on so many processes, whatever mesh it was trained on. Raises UserError."""
+    """The configuration by which so many processes measure a checkpoint, whatever mesh it was trained on.
+
+    Raises UserError where the model does not divide.
+    """
     config = stored_config(checkpoint)
+    values = config.to_dict()
     if config.parallel.mesh.size != workers:
-        config = config_from_dict({**config.to_dict(), "parallel": {"timeout": config.parallel.timeout}})
-    return with_workers(config, workers)
+        values["parallel"] = {"timeout": config.parallel.timeout}
+    # Nothing trains, and how many sequences are measured at a time changes no figure: both follow the processes.
+    values["train"] |= {"batch_size": workers, "accumulation": 1}
+    values["evaluate"]["batch_size"] = -(-config.evaluate.batch_size // workers) * workers
+    return with_workers(config_from_dict(values, str(checkpoint.path)), workers)
 
 
 def launch(words: Sequence[str], workers: int, folder: Path) -> int:

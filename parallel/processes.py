@@ -99,7 +99,7 @@ class Processes:
         self.mark()
         # As whole numbers of 32 bits, which arrive as they are; float64 and int64 come back cut to 32 bits, unsaid.
         flat = np.ascontiguousarray(values).reshape(-1).view(np.int32).reshape(1, -1)
-        gathered = self._all_gather(Tensor.from_numpy(flat)).asnumpy()
+        gathered = self._copied(self._all_gather(Tensor.from_numpy(flat)))
         self.mark()
         return gathered.view(values.dtype).reshape(self.size, *values.shape)
 
@@ -110,13 +110,18 @@ class Processes:
         from mindspore import Tensor
 
         self.mark()
-        found = self._all_reduce(Tensor.from_numpy(np.ascontiguousarray(values))).asnumpy()
+        found = self._copied(self._all_reduce(Tensor.from_numpy(np.ascontiguousarray(values))))
         self.mark()
         return found
 
+    @staticmethod
+    def _copied(tensor) -> np.ndarray:
+        # An array that shares a tensor's memory does not keep that from being used for something else.
+        return tensor.asnumpy().copy()
+
     def total(self, values: np.ndarray) -> np.ndarray:
-        """The sum over all ranks of float64 values, in the order of the ranks: the same bits everywhere."""
-        return self.gather(values).sum(axis=0)
+        """The sum over all ranks of values as float64, in the order of the ranks: the same bits everywhere."""
+        return self.gather(np.asarray(values, np.float64)).sum(axis=0)
 
     def any(self, here: bool) -> bool:
         """Whether it is so on any rank."""

@@ -49,7 +49,7 @@ class Reduction:
         shared, by_place = gradients.squares(self.model.store)
         everywhere = shared + by_place.pop(SLOTS, 0.0)
         # Replicas hold the same experts; the first of them speaks for all.
-        mine = sum(by_place.values()) if self.replicas[0] == self.processes.rank else 0.0
+        mine = sum(by_place.values(), 0.0) if self.replicas[0] == self.processes.rank else 0.0
         whole = everywhere + float(self.processes.total(np.array([mine]))[0])
         return math.sqrt(whole) if whole >= 0 else math.nan
 

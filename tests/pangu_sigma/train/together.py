@@ -1,0 +1,172 @@
+"""One of several processes that train small models together, case by case, and write down what came of it.
+
+    python -m tests.pangu_sigma.train.together CASES.json FOLDER
+
+Started by `parallel.launch.Launch`. Rank 0 also trains every case alone, on the same batches. Each rank writes
+FOLDER/CASE-RANK.npz and rank 0 FOLDER/CASE-alone.npz: losses, norms, the first and last step's gradients, and the parts
+of the final tensors that the rank would write to a checkpoint, each with the row it begins at.
+
+A case with `saved_under` meshes is saved as a checkpoint, which is loaded and saved again under each of them and by one
+process.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+DOMAINS = [0, 2, 1, 0, 2, 0, 1, 2]
+EXPERTS = {"code": 4, "law": 1, "poems": 3}
+
+
+def case_config(case: dict):
+    """The small configuration with eight experts a layer, changed as the case says."""
+    from pangu_sigma.config import config_from_dict, effective
+    from tests.pangu_sigma.train.small import small_config
+
+    sections = {name: case[name] for name in ("run", "data", "optimizer", "schedule", "experts") if name in case}
+    train = {"batch_size": len(DOMAINS), **case.get("train", {})}
+    values = small_config(case.get("model"), train=train, **sections).to_dict()
+    for domain in values["domains"]:
+        domain["experts"] = case.get("domains", EXPERTS)[domain["name"]]
+    return effective(config_from_dict(values))
+
+
+def run_case(case: dict, processes, folder: Path | None = None) -> dict[str, np.ndarray]:
+    """Train the case's steps on `processes` and collect what this one has; save it in `folder` if there is one."""
+    from pangu_sigma.checkpoint import LazyTensor
+    from pangu_sigma.data.sampler import Batch
+    from pangu_sigma.model.build import build_model
+    from pangu_sigma.train.state import tensor_parts
+    from pangu_sigma.train.trainer import Trainer
+    from tests.pangu_sigma.train.small import EOD, batch
+
+    config = case_config(case)
+    trainer = Trainer(build_model(config, config.model.vocab_size, EOD, processes=processes))
+    found: dict[str, np.ndarray] = {}
+    names = [p.name for p in trainer.model.net.trainable_params()]
+    first, apply = trainer.model.held.start, trainer.optimizer.apply
+
+    def noted(gradients, rate, scale):
+        if step in (0, case["steps"] - 1):
+            for name, tensor in zip(names, gradients.shared, strict=True):
+                found[f"gradient {step} {name}"] = tensor.asnumpy().copy()
+            for (place, expert), tensors in gradients.experts.items():
+                number = expert if place == "embedding" else first + expert
+                for part, tensor in enumerate(tensors):
+                    found[f"gradient {step} {place} {number} {part}"] = tensor.asnumpy().copy()
+        apply(gradients, rate, scale)
+
+    trainer.optimizer.apply = noted
+    results = []
+    for step in range(case["steps"]):
+        whole = batch(step, case.get("drawn", {}).get(str(step), DOMAINS))
+        rows = trainer.reads
+        mine = Batch(whole.tokens[rows], whole.domain[rows], whole.sample[rows], whole.step)
+        if step == case.get("poisoned") and (processes.size == 1 or processes.rank == processes.size - 1):
+            # One weight of the last expert, which one process alone holds.
+            trainer.model.store.settle()
+            trainer.model.store.table("blocks.0", "up.weight")[-1] = np.nan
+        results.append(trainer.step(step, trainer.plan(mine)))
+    found["loss"] = np.array([r.loss for r in results])
+    found["norm"] = np.array([r.gradient_norm for r in results])
+    found["finite"] = np.array([r.finite for r in results])
+    figures = trainer.accounting.take()
+    found["tokens"] = np.array([figures["tokens"][n] for n in sorted(figures["tokens"])])
+    found["load"] = np.array([v for by in figures["expert_load"].values() for n in by.values() for v in n])
+    found["touched"] = np.array([figures["experts"]["activated"], figures["experts"]["touched"]])
+    for name, part in tensor_parts(trainer.model, trainer.optimizer).items():
+        if part.data is not None:
+            data = part.data.read() if isinstance(part.data, LazyTensor) else part.data
+            found[f"tensor {part.begin} {name}"] = data.copy()
+    if folder is not None:
+        save(trainer.model, trainer.optimizer, folder)
+    trainer.model.store.close()
+    return found
+
+
+def save(model, optimizer, folder: Path) -> None:
+    """A checkpoint of step 1 in the folder, by however many processes the model has."""
+    from pangu_sigma.checkpoint import Fingerprints, save_checkpoint
+    from pangu_sigma.checkpoint.together import save_together
+    from pangu_sigma.train.state import model_tensors, tensor_parts
+
+    content = {
+        "domains": list(model.groups.names),
+        "coverage": {place: dict(zip(model.groups.names, model.groups.sizes, strict=True)) for place in model.tables},
+        "config_text": model.config.to_yaml(),
+        "tokenizer_files": {"tokenizer.json": b"{}"},
+        "probe": {"law": np.arange(34, dtype=np.int32).reshape(2, 17)},
+        "state": {"step": 1},
+        "fingerprints": Fingerprints(tokenizer="t", corpora=dict.fromkeys(model.groups.names, "c")),
+        "keep": 2,
+        "max_shard_bytes": 20_000,
+    }
+    if model.processes.size == 1:
+        save_checkpoint(folder, 1, model_tensors(model, optimizer), **content)
+    else:
+        save_together(model.processes, folder, 1, tensor_parts(model, optimizer), **content)
+
+
+def save_again(case: dict, processes, source: Path, folder: Path) -> None:
+    """Load the checkpoint that `source` holds on `processes`, and save what was loaded."""
+    from pangu_sigma.checkpoint import StoredTensors, find_latest
+    from pangu_sigma.model.build import build_model
+    from pangu_sigma.train.optimizer import Optimizer
+    from pangu_sigma.train.state import restore_model, stored_tables
+    from tests.pangu_sigma.train.small import EOD
+
+    config = case_config(case)
+    tensors = StoredTensors(find_latest(source)[0])
+    model = build_model(
+        config, config.model.vocab_size, EOD, tables=stored_tables(tensors), initialise=False, processes=processes
+    )
+    optimizer = Optimizer(model)
+    restore_model(model, tensors, optimizer_state=True)
+    optimizer.restore(tensors, 1)
+    save(model, optimizer, folder)
+    model.store.close()
+
+
+def on(met, mesh: dict):
+    """The processes that have met, on another mesh."""
+    from parallel.mesh import Mesh
+
+    processes = copy.copy(met)
+    processes.mesh = Mesh(**mesh)
+    return processes
+
+
+def main(cases: Path, folder: Path) -> None:
+    from pangu_sigma import runtime
+    from parallel.launch import end_with_launcher
+    from parallel.mesh import Mesh
+    from parallel.processes import Processes, Started
+
+    end_with_launcher()
+    runtime.prepare("CPU")
+    started = Started.here()
+    met = Processes(Mesh(data=started.size), started.rank)
+    met.connect()
+    for name, case in json.loads(cases.read_text()).items():
+        processes = on(met, case["mesh"])
+        saved = folder / f"{name}-saved" if "saved_under" in case else None
+        np.savez(folder / f"{name}-{started.rank}.npz", **run_case(case, processes, saved))
+        for number, mesh in enumerate(case.get("saved_under", ())):
+            save_again(case, on(met, mesh), saved, folder / f"{name}-saved-{number}")
+        if started.rank == 0 and saved is not None:
+            save_again(case, Processes(), saved, folder / f"{name}-saved-alone")
+        if started.rank == 0 and case.get("alone", True):
+            np.savez(folder / f"{name}-alone.npz", **run_case(case, Processes()))
+    met.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(0)
