@@ -95,6 +95,18 @@ def _experts(config: Config, mesh: Mesh) -> Broken:
     if wrong:
         yield from ((f"parallel.{field}", f"parallel.{sentence}") for field, sentence in wrong)
         return
+    own = {domain.name: domain.weight for domain in config.domains}
+    stretches = [phase.weights or own for phase in config.train.phases] or [own]
+    for weights in stretches if mesh.placement_groups > 1 else ():
+        for group in mesh.domains_of_groups(sizes):
+            names = [config.domain_names[number] for number in group]
+            if not any(weights.get(name, 0.0) for name in names):
+                yield (
+                    "parallel.placement",
+                    f"parallel.placement = domain leaves the ranks that read {', '.join(names)} without text, because "
+                    "these have no weight in a phase: give one of them some, or set placement to global",
+                )
+                return
     wanted, fewest = config.data.domains_per_step, min(len(group) for group in mesh.domains_of_groups(sizes))
     if mesh.placement_groups > 1 and wanted is not None and wanted > fewest:
         yield (
@@ -179,18 +191,18 @@ def _one_graph(config: Config, mesh: Mesh) -> Broken:
 def _batch(config: Config, mesh: Mesh) -> Broken:
     train = config.train
     micro = train.batch_size // train.accumulation
-    if config.run.device == "CPU" and config.evaluate.batch_size % mesh.rows:
-        yield (
-            "evaluate.batch_size",
-            f"evaluate.batch_size = {config.evaluate.batch_size} is not divided by the {mesh.rows} ranks that read "
-            "(parallel.data x parallel.expert): choose a multiple of it",
-        )
     if micro % mesh.rows:
         yield (
             "train.batch_size",
             f"train.batch_size = {train.batch_size} in train.accumulation = {train.accumulation} parts gives {micro} "
             f"sequences at a time, which the {mesh.rows} ranks that read (parallel.data x parallel.expert) do not "
             "divide: choose a batch that is a multiple of both",
+        )
+    if config.run.device == "CPU" and config.evaluate.batch_size % mesh.rows:
+        yield (
+            "evaluate.batch_size",
+            f"evaluate.batch_size = {config.evaluate.batch_size} is not divided by the {mesh.rows} ranks that read "
+            "(parallel.data x parallel.expert): choose a multiple of it",
         )
     if mesh.pipeline > 1 and train.accumulation < mesh.pipeline:
         yield (

@@ -40,6 +40,10 @@ class MixtureSampler:
     ``weights`` maps a step to weights per domain name (they need not sum to 1), so phases are known ahead. In a batch
     of B, a domain of share p gets p·B samples rounded down or up, p·B on average (systematic sampling).
     ``domains_per_step`` = k lets at most k domains into one step; the average shares stay.
+
+    ``placement``: runs of domain numbers, each read by processes of its own (placement groups). Each of the ``parts``
+    that a batch is computed in then begins with the samples of the first group, as many of each; weights hold inside a
+    group, and k counts per group.
     """
 
     def __init__(
@@ -48,6 +52,8 @@ class MixtureSampler:
         weights: Weights | Mapping[str, float],
         seed: int,
         domains_per_step: int | None = None,
+        placement: Sequence[range] = (),
+        parts: int = 1,
     ):
         self.domains = [stream.domain for stream in streams]
         if not streams or len(set(self.domains)) != len(streams):
@@ -60,6 +66,7 @@ class MixtureSampler:
         self._weights = weights if callable(weights) else lambda step: weights
         self._seed = seed
         self._limit = domains_per_step
+        self._placement, self._parts = tuple(placement), parts
         self._step = 0
         self._sample = 0
         self._cursors = np.zeros(len(streams), dtype=np.int64)
@@ -140,9 +147,21 @@ class MixtureSampler:
     def _draw(self, size: int) -> np.ndarray:
         """The domain number of every sample of this step: int32 [size]."""
         share = self._shares()
-        shuffled = permutation(key64(self._seed, "domains", self._step), len(share))
+        if len(self._placement) < 2:
+            return self._deal(share, size)
+        of_group = size // len(self._placement)
+        by_group = []
+        for number, domains in enumerate(self._placement):
+            inside = np.zeros_like(share)
+            inside[domains.start : domains.stop] = share[domains.start : domains.stop]
+            by_group.append(self._deal(inside, of_group, number).reshape(self._parts, -1))
+        return np.stack(by_group, axis=1).reshape(-1)
+
+    def _deal(self, share: np.ndarray, size: int, *group: int) -> np.ndarray:
+        """The domain number of ``size`` samples by these shares, which need not sum to 1: int32 [size]."""
+        shuffled = permutation(key64(self._seed, "domains", self._step, *group), len(share))
         edges = np.cumsum(share[shuffled])
-        offset = uniform(key64(self._seed, "offset", self._step), np.zeros(1))[0]
+        offset = uniform(key64(self._seed, "offset", self._step, *group), np.zeros(1))[0]
         # 1. slots: equally spaced points on the line of shares, shifted at random; the shuffle lets any two domains
         # meet
         slots = size if self._limit is None else min(self._limit, size)
@@ -151,9 +170,9 @@ class MixtureSampler:
         # rounding may put the last point on the last edge: it belongs to the last domain that has a share
         chosen = shuffled[np.minimum(place, np.flatnonzero(share[shuffled])[-1])]
         # 2. samples: dealt to the slots in turn, from a random slot on, in random order
-        turn = int(bits64(key64(self._seed, "turn", self._step), np.zeros(1))[0] % np.uint64(slots))
+        turn = int(bits64(key64(self._seed, "turn", self._step, *group), np.zeros(1))[0] % np.uint64(slots))
         dealt = chosen[(np.arange(size) + turn) % slots]
-        return dealt[permutation(key64(self._seed, "rows", self._step), size)].astype(np.int32)
+        return dealt[permutation(key64(self._seed, "rows", self._step, *group), size)].astype(np.int32)
 
     def _shares(self) -> np.ndarray:
         weights = self._weights(self._step)

@@ -187,7 +187,7 @@ class Run:
             # Only now: whatever is wrong with the user's files shows before the framework is loaded.
             self._meet()
         self._build(checkpoint)
-        messages += self._kernel_messages(checkpoint)
+        messages += self._kernel_messages(checkpoint) + self._placement_messages()
         self.saved = checkpoint.step if checkpoint else -1
         resume_step = None if not self.resume else (checkpoint.step if checkpoint else -1)
         self.metrics = NoMetrics()
@@ -299,6 +299,8 @@ class Run:
             lambda step: phase_at(self.config, step).weights,
             self.config.run.seed,
             self.config.data.domains_per_step,
+            self.config.parallel.mesh.domains_of_groups(self.model.groups.sizes) if self._placed else (),
+            self.config.train.accumulation,
         )
 
     def _own_state(self) -> dict[str, object]:
@@ -316,6 +318,27 @@ class Run:
         self.trainer.optimizer.restore(tensors, int(state["shared_steps"]))
         self.trainer.loss_scale.restore(state["loss_scale"])
         self.progress = Progress(checkpoint.step, int(state["skipped"]), int(state["tokens"]))
+
+    @property
+    def _placed(self) -> bool:
+        """Whether placement groups read their own domains' text."""
+        return self.config.parallel.placement_groups > 1
+
+    def _placement_messages(self) -> list[str]:
+        """What placement groups make of the domains' weights, where it is something else."""
+        if not self._placed:
+            return []
+        names, weights = self.config.domain_names, phase_at(self.config, self.progress.step).weights
+        groups = self.config.parallel.mesh.domains_of_groups(self.model.groups.sizes)
+        total, messages = sum(weights.values()), []
+        for number, domains in enumerate(groups):
+            share = sum(weights.get(names[d], 0.0) for d in domains) / total
+            if abs(share * len(groups) - 1) > 0.01:
+                messages.append(
+                    f"placement group {number} ({', '.join(names[d] for d in domains)}) has {share:.0%} of the weights "
+                    f"and reads {1 / len(groups):.0%} of every batch: weights hold inside a group"
+                )
+        return messages
 
     def _kernel_messages(self, checkpoint: Checkpoint | None) -> list[str]:
         from parallel.compiled import library

@@ -91,6 +91,17 @@ def test_several_processes_read_together_what_one_reads_alone(streams):
             assert (parts == getattr(batch, field)).all()
 
 
+def test_a_placement_group_reads_its_own_domains_in_its_run_of_every_part(streams):
+    groups = [range(0, 1), range(1, 3)]
+    sampler = MixtureSampler(streams(), WEIGHTS, seed=1, domains_per_step=1, placement=groups, parts=2)
+    drawn = np.array([batch.domain.reshape(2, 2, 3) for batch in collect(sampler, 200, size=12)])
+    assert (drawn[:, :, 0] == 0).all() and (drawn[:, :, 1] > 0).all()
+    # The limit counts per group; inside a group the shares are the weights'.
+    assert all(len(set(step[:, 1].reshape(-1))) == 1 for step in drawn)
+    assert (drawn[:, :, 1] == 1).mean() == pytest.approx(0.6, abs=0.1)
+    assert {sampler.state()["domains"][name]["cursor"] for name in ("code",)} == {200 * 6}
+
+
 def test_the_restored_state_continues_exactly(streams):
     whole = collect(MixtureSampler(streams(), phases, seed=1), 9)
     first = MixtureSampler(streams(), phases, seed=1)

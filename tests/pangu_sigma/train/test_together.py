@@ -150,6 +150,9 @@ def test_every_router_store_and_mesh_over_twenty_steps(tmp_path, processes, kern
                     "mesh": mesh, "model": {"sparse": sparse}, "experts": {"store": store}, "steps": 20,
                     "run": {"kernels": kernels}, "optimizer": {"learning_rate": 1e-3},
                 }  # fmt: skip
+    placed = {"expert": processes, "placement": "domain", "placement_groups": 2}
+    apart = dict.fromkeys(map(str, range(20)), [0, 0, 0, 0, 1, 2, 2, 1])
+    cases["placed"] = {"mesh": placed, "drawn": apart, "steps": 20, "run": {"kernels": kernels}}
     run(tmp_path, processes, cases)
     for case in cases:
         assert_equals_one_process(tmp_path, case, weights=2e-4)
