@@ -123,10 +123,10 @@ def save_together(
             if first:
                 with ThreadPoolExecutor(2) as threads:
                     writer = FolderWriter(temporary, lambda spec: (), threads, 0, None)
-                    for file in small:
-                        writer.write(file)
                     for file in tensor_files:
                         writer.record(file, WrittenFile(**hashed[file.path]))
+                    for file in small:
+                        writer.write(file)
                     linked = _link_unchanged(temporary, writer.files, previous)
                     manifest = Manifest(
                         format_version=layout.FORMAT_VERSION,
