@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pangu_sigma.config import Config
+from pangu_sigma.config.mesh_rules import check_one_process
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.files import write_json
 from pangu_sigma.monitor.metrics import read_metrics
@@ -37,6 +38,7 @@ def quickstart(config: Config) -> Finished | None:
 
     if config.data.heldout_fraction == 0:
         raise UserError("the quickstart measures on held-out text, and data.heldout_fraction is 0: hold some out")
+    check_one_process(config)
     folder = Path(config.run.dir)
     with Run(config, resume=(folder / "checkpoints").is_dir()) as run:
         run.loop()

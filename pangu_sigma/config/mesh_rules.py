@@ -38,8 +38,8 @@ def check_one_process(config: Config) -> None:
     if mesh.size > 1:
         raise UserError(
             f"parallel makes a mesh of {mesh.size} ranks (data {mesh.data} x expert {mesh.expert} x tensor "
-            f"{mesh.tensor} x pipeline {mesh.pipeline}), but training runs in one process so far: look at it with "
-            "`pangu-sigma plan`, or set parallel={} to train here"
+            f"{mesh.tensor} x pipeline {mesh.pipeline}), but this job runs in one process: train it on CPU with "
+            "--workers, look at it with `pangu-sigma plan`, or set parallel={}"
         )
 
 

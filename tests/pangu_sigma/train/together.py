@@ -52,7 +52,7 @@ def run_case(case: dict, processes, folder: Path | None = None) -> dict[str, np.
     names = [p.name for p in trainer.model.net.trainable_params()]
     first, apply = trainer.model.held.start, trainer.optimizer.apply
 
-    def noted(gradients, rate, scale):
+    def noted(gradients, rate, scale, *rest):
         if step in (0, case["steps"] - 1):
             for name, tensor in zip(names, gradients.shared, strict=True):
                 found[f"gradient {step} {name}"] = tensor.asnumpy().copy()
@@ -60,7 +60,7 @@ def run_case(case: dict, processes, folder: Path | None = None) -> dict[str, np.
                 number = expert if place == "embedding" else first + expert
                 for part, tensor in enumerate(tensors):
                     found[f"gradient {step} {place} {number} {part}"] = tensor.asnumpy().copy()
-        apply(gradients, rate, scale)
+        apply(gradients, rate, scale, *rest)
 
     trainer.optimizer.apply = noted
     results = []
