@@ -72,12 +72,13 @@ def results(folder: Path, case: str) -> list[dict[str, np.ndarray]]:
     return [dict(np.load(path)) for path in paths]
 
 
-def assert_equals_one_process(folder: Path, case: str, weights: float = 2e-5) -> None:
+def assert_equals_one_process(folder: Path, case: str, grown: float = 1.0) -> None:
+    """`grown`: how many times the rounding of the first few steps is allowed, after many."""
     ranks, alone = results(folder, case), dict(np.load(folder / f"{case}-alone.npz"))
     for mine in ranks:
         np.testing.assert_array_equal(mine["finite"], alone["finite"])
-        np.testing.assert_allclose(mine["loss"], alone["loss"], rtol=2e-6)
-        np.testing.assert_allclose(mine["norm"], alone["norm"], rtol=2e-5)
+        np.testing.assert_allclose(mine["loss"], alone["loss"], rtol=2e-6 * grown)
+        np.testing.assert_allclose(mine["norm"], alone["norm"], rtol=2e-5 * grown)
         np.testing.assert_array_equal(mine["tokens"], alone["tokens"])
         np.testing.assert_array_equal(mine["load"], alone["load"])
         np.testing.assert_array_equal(mine["touched"], alone["touched"])
@@ -86,7 +87,7 @@ def assert_equals_one_process(folder: Path, case: str, weights: float = 2e-5) ->
     for mine in ranks:
         for name in (n for n in mine if n.startswith("gradient")):
             scale = max(np.abs(alone[name]).max(), 1e-3)
-            np.testing.assert_allclose(mine[name], alone[name], atol=2e-5 * scale, err_msg=name)
+            np.testing.assert_allclose(mine[name], alone[name], atol=2e-5 * grown * scale, err_msg=name)
             seen.add(name)
     assert seen == {name for name in alone if name.startswith("gradient")}
     # The ranks' parts are every tensor once.
@@ -102,7 +103,7 @@ def assert_equals_one_process(folder: Path, case: str, weights: float = 2e-5) ->
                     expected = whole[name]
                 rows[name] += part.size
                 # Steps are as long as the learning rate whatever the gradient: where that is nearly 0 they may differ.
-                np.testing.assert_allclose(part, expected, atol=weights, rtol=1e-4, err_msg=name)
+                np.testing.assert_allclose(part, expected, atol=2e-5 * grown, rtol=1e-4, err_msg=name)
     assert rows == {name: tensor.size for name, tensor in whole.items()}
 
 
@@ -154,4 +155,4 @@ def test_every_router_store_and_mesh_over_twenty_steps(tmp_path, processes, kern
     cases["placed"] = {"mesh": placed, "drawn": apart, "steps": 20, "run": {"kernels": kernels}}
     run(tmp_path, processes, cases)
     for case in cases:
-        assert_equals_one_process(tmp_path, case, weights=2e-4)
+        assert_equals_one_process(tmp_path, case, grown=20)
