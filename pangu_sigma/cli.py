@@ -190,6 +190,8 @@ def evaluate(
     if tasks:
         if batches is not None or top != 1 or prior is not Prior.uniform:
             raise UserError("--batches, --top and --prior do not go with --tasks: leave them out")
+        if workers is not None:
+            raise UserError("--tasks runs in one process: leave --workers out")
         from pangu_sigma.tasks.job import Asking, evaluate_tasks, tasks_table
 
         asking = Asking(shots, shots_from, domain, max_tokens, tuple(stop or ("\n",)))
