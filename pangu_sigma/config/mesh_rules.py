@@ -53,18 +53,6 @@ def _device(config: Config) -> Broken:
                     f"parallel.{name} = {str(getattr(parallel, name)).lower()} needs run.device = Ascend: processes on "
                     "CPU know the data and expert axes only",
                 )
-        if parallel.mesh.size > 1 and config.data.stream is not None:
-            yield (
-                "data.stream",
-                "data.stream is read by one process: set parallel={}, or leave --workers out",
-            )
-        for index, phase in enumerate(config.train.phases if parallel.mesh.size > 1 else ()):
-            if phase.shared == "regularised":
-                yield (
-                    f"train.phases.{index}.shared",
-                    f"train.phases.{index}.shared = regularised runs in one process: set parallel={{}}, or leave "
-                    "--workers out",
-                )
         if parallel.workers not in (1, parallel.mesh.size):
             yield (
                 "parallel.workers",
