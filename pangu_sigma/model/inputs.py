@@ -106,6 +106,8 @@ class Planner:
 
     def _rows(self) -> tuple[np.ndarray, slice]:
         mesh, rank, size = self.model.processes.mesh, self.model.processes.rank, self.signature.batch
+        if self.model.processes.size == 1:
+            return np.arange(size), slice(None)
         ranks = (rank,)
         if any(not place.learned for place in self.signature.places):
             ranks = mesh.exchange_group(rank) if self.training else mesh.expert_group(rank)
