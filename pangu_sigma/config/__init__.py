@@ -4,7 +4,13 @@ from pangu_sigma.config.counts import Counts, manifest, parameter_counts, vocabu
 from pangu_sigma.config.load import config_from_dict, effective, load_config
 from pangu_sigma.config.resume import changed_keys, check_resume
 from pangu_sigma.config.schema import SCHEMA_VERSION, Config
-from pangu_sigma.config.starting import check_start, with_start_of, with_tokenizer_of
+from pangu_sigma.config.starting import (
+    check_start,
+    with_start_of,
+    with_tokenizer_of,
+    with_vocabulary,
+    with_vocabulary_size,
+)
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -21,4 +27,6 @@ __all__ = [
     "vocabulary_size",
     "with_start_of",
     "with_tokenizer_of",
+    "with_vocabulary",
+    "with_vocabulary_size",
 ]

@@ -61,3 +61,20 @@ def _with(config: Config, model: Config, init_from: str | None) -> Config:
     values["model"]["vocab_size"] = config.model.vocab_size or other["model"]["vocab_size"]
     values["data"]["tokenizer"] = other["data"]["tokenizer"]
     return config_from_dict(values)
+
+
+def with_vocabulary(config: Config, tokenizer_size: int) -> Config:
+    """The configuration with model.vocab_size filled in. Raises UserError if it is too small for the tokenizer."""
+    wanted = config.model.vocab_size
+    if wanted is not None and wanted < tokenizer_size:
+        raise UserError(
+            f"model.vocab_size is {wanted}, but the tokenizer has {tokenizer_size} ids: raise it or leave it out"
+        )
+    return with_vocabulary_size(config, tokenizer_size)
+
+
+def with_vocabulary_size(config: Config, size: int) -> Config:
+    """The configuration with `size` as model.vocab_size where none is written."""
+    values = config.to_dict()
+    values["model"]["vocab_size"] = config.model.vocab_size or size
+    return config_from_dict(values)

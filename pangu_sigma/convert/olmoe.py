@@ -76,7 +76,7 @@ def import_olmoe(source: Path, out: Path, wanted: Wanted) -> Imported:
             own[...] = _part(folder, part, spec.dtype)
         return array
 
-    from pangu_sigma.train.run import tokenizer_files
+    from pangu_sigma.data.tokenizer import tokenizer_files
 
     counts = parameter_counts(config, config.model.vocab_size)
     groups = {domain.name: domain.experts for domain in config.domains}

@@ -163,8 +163,7 @@ class _Tokenizer:
 
 
 def _tokenizer(wanted: Wanted) -> _Tokenizer:
-    from pangu_sigma.data.tokenizer import read_model, tokenizer_class
-    from pangu_sigma.train.run import tokenizer_files
+    from pangu_sigma.data.tokenizer import read_model, tokenizer_class, tokenizer_files
 
     kind = tokenizer_class(wanted.tokenizer_kind)
     try:

@@ -169,10 +169,9 @@ def _check_tokenizer(config: Config, file: str, source: Checkpoint) -> None:
 def _text(config: Config, source: Checkpoint) -> tuple[dict[str, np.ndarray], dict[str, str], dict[str, np.ndarray]]:
     """Token counts [V], corpus fingerprint and probe of every domain, from its text in the dense model's tokens."""
     from pangu_sigma.data.corpus import prepare_corpus
-    from pangu_sigma.train.run import padded
 
     corpus = prepare_corpus(config, stored_tokenizer(source))
-    counts = {store.name: padded(store.token_counts, config.model.vocab_size) for store in corpus.stores}
+    counts = corpus.token_counts(config.model.vocab_size)
     wanted = config.checkpoint.probe_sequences
     probe = {
         name: np.stack([held.sequence(i)[0] for i in range(min(wanted, len(held)))])

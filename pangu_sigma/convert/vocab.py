@@ -21,7 +21,7 @@ from pangu_sigma.config.counts import is_routing, manifest, place_and_owner
 from pangu_sigma.convert.coverage import check_coverage
 from pangu_sigma.convert.folder import check_output, write_with_progress
 from pangu_sigma.convert.pieces import NORMAL, USER_DEFINED, known_pieces, read_pieces, replaced, with_pieces
-from pangu_sigma.data.tokenizer import Tokenizer
+from pangu_sigma.data.tokenizer import Tokenizer, tokenizer_files
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import stored_config, stored_tokenizer
 from rre.counted import generator, normal
@@ -96,8 +96,6 @@ def extend_vocabulary(
             config.model.sparse.table, config.run.seed, place, owner, tensor, rows, experts[owner], counts.get(owner)
         )
 
-    from pangu_sigma.train.run import tokenizer_files
-
     written = write_with_progress(
         out,
         ModelFolder(
@@ -159,13 +157,12 @@ def _counts(config: Config, tokenizer: Tokenizer, rows: int) -> Mapping[str, np.
     UserError where a text is not there any more.
     """
     from pangu_sigma.data.corpus import prepare_corpus
-    from pangu_sigma.train.run import padded
 
     with TemporaryDirectory() as cache:
         values = config.to_dict()
         values["data"]["cache"] = cache
         corpus = prepare_corpus(config_from_dict(values), tokenizer)
-        counts = {store.name: padded(np.array(store.token_counts), rows) for store in corpus.stores}
+        counts = corpus.token_counts(rows)
     return counts | {LAYER: sum(counts.values())}
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from pangu_sigma.config import Config
 from pangu_sigma.data.filters import sentence
 from pangu_sigma.data.packing import HeldoutSequences, PackedSequences
@@ -53,6 +55,11 @@ class Corpus:
                 "some out"
             )
         return found
+
+    def token_counts(self, size: int) -> dict[str, np.ndarray]:
+        """How often every id of a vocabulary of `size` occurs in training text, by domain [size]; the tokenizer may use
+        fewer ids."""
+        return {s.name: np.pad(s.token_counts, (0, size - s.token_counts.size)) for s in self.stores}
 
     def unigram_losses(self) -> dict[str, float]:
         """Held-out loss (nats per token) of a model that knows only how frequent each token is, by domain."""

@@ -10,6 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import sentencepiece
@@ -252,3 +253,10 @@ def tokenizer_class(kind: str) -> type[Tokenizer]:
 
         return HuggingFaceTokenizer
     raise UserError(f"unknown tokenizer kind '{kind}'; choose train, sentencepiece, pangu_alpha or huggingface")
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The tokenizer's files by name, as a checkpoint keeps them."""
+    with TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}

@@ -125,10 +125,9 @@ class _Measurement:
         config = config_from_dict(values)
         runtime.prepare(config.run.device, self.plan.dir / "mindspore")
         from pangu_sigma.model.build import build_model
-        from pangu_sigma.train.run import padded
 
         vocab = config.model.vocab_size
-        counts = {store.name: padded(store.token_counts, vocab) for store in self.corpus.stores}
+        counts = self.corpus.token_counts(vocab)
         return build_model(config, vocab, self.corpus.tokenizer.eod_id, token_counts=counts, inference=True)
 
     def _row(self, model, what: str) -> dict[str, dict]:

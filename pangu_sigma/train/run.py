@@ -21,19 +21,13 @@ from pangu_sigma.checkpoint import (
     StoredTensors,
     find_latest,
     remove_stale,
-    resolve,
     save_checkpoint,
 )
-from pangu_sigma.checkpoint.layout import CONFIG
 from pangu_sigma.checkpoint.together import save_together
 from pangu_sigma.config import (
     Config,
-    check_resume,
-    check_start,
-    config_from_dict,
     parameter_counts,
-    with_start_of,
-    with_tokenizer_of,
+    with_vocabulary,
 )
 from pangu_sigma.config.data import STANDARD_INPUT
 from pangu_sigma.config.mesh_rules import check_one_process
@@ -42,15 +36,17 @@ from pangu_sigma.data.growing import check_source
 from pangu_sigma.data.prefetch import Prefetcher
 from pangu_sigma.data.sampler import MixtureSampler
 from pangu_sigma.data.stream import StreamEnded, StreamSampler
-from pangu_sigma.domains.changing import mend_config, stale_config
+from pangu_sigma.data.tokenizer import tokenizer_files
 from pangu_sigma.domains.plan import DOMAIN_CHANGES
 from pangu_sigma.errors import UserError
-from pangu_sigma.load import stored_config, stored_tokenizer, stored_weights, weights_as_needed
+from pangu_sigma.load import stored_tokenizer, stored_weights, weights_as_needed
 from pangu_sigma.monitor.files import write_json, write_text
 from pangu_sigma.monitor.metrics import MetricsLog, NoMetrics
 from pangu_sigma.monitor.tables import evaluation_line
 from pangu_sigma.monitor.terminal import TrainingProgress, progress
 from pangu_sigma.signals import sigterm_as_ctrl_c
+from pangu_sigma.train.beginning import begun, resumed
+from pangu_sigma.train.differences import differences, placement
 from pangu_sigma.train.interrupt import Interruption
 from pangu_sigma.train.lock import locked_folder
 from pangu_sigma.train.schedule import phase_at
@@ -141,42 +137,10 @@ class Run:
         messages += found
         if checkpoint is not None and not self.resume:
             raise UserError(f"{self.dir} already holds a run at step {checkpoint.step}: add --resume or set run.dir")
-        tokenizer_of: Checkpoint | None = None
-        if checkpoint is not None:
-            stored = stored_config(checkpoint)
-            stale = stale_config(self.dir, checkpoint)
-            if stale is not None:
-                # The file that the user named, or would have, is finished as the killed change would have done.
-                if self.config.to_yaml() == stale:
-                    self.config = stored
-                messages.append(mend_config(self.dir, checkpoint))
-            self.config = with_start_of(self.config, stored)
-            # The tokenizer that the first domains' mix gave stays when domains come and go.
-            if stored.run.init_from is not None or checkpoint.state.get(DOMAIN_CHANGES):
-                tokenizer_of = checkpoint
-            if checkpoint.state.get(DOMAIN_CHANGES) and self.config.domain_names != stored.domain_names:
-                raise UserError(
-                    f"pangu-sigma domains changed the domains of {self.dir} to {', '.join(stored.domain_names)}: "
-                    f"resume with {checkpoint.path}/{CONFIG}, or list the same domains"
-                )
-            if (stored.data.stream is None) != (self.config.data.stream is None):
-                learned, how = ("its domains' files", "out") if stored.data.stream is None else ("a stream", "")
-                raise UserError(
-                    f"{self.dir} has learned from {learned} so far: resume with{how} --stream, or begin a new run with "
-                    f"run.init_from={self.dir}"
-                )
-            # Where the tokenizer gives the size, a changed tokenizer is refused below, by its name.
-            check_resume(stored, _with_vocabulary_size(self.config, stored.model.vocab_size))
-        elif self.config.run.init_from is not None:
-            tokenizer_of = self.start = resolve(self.config.run.init_from)
-            model = stored_config(self.start)
-            check_start(model, self.config)
-            self.config = with_tokenizer_of(self.config, model)
-            messages.append(
-                f"begins with the weights, tables and tokenizer of {self.start.path} (step {self.start.step}); the "
-                "optimizer's state starts fresh"
-            )
-        self.corpus = self._corpus(tokenizer_of)
+        beginning = begun(self.config) if checkpoint is None else resumed(self.dir, self.config, checkpoint)
+        self.config, self.start = beginning.config, beginning.start
+        messages += beginning.messages
+        self.corpus = self._corpus(beginning.tokenizer_of)
         messages += self.corpus.messages()
         if checkpoint is not None:
             checkpoint.check_fingerprints(
@@ -187,7 +151,8 @@ class Run:
             # Only now: whatever is wrong with the user's files shows before the framework is loaded.
             self._meet()
         self._build(checkpoint)
-        messages += self._kernel_messages(checkpoint) + self._placement_messages()
+        messages += differences(self.model, checkpoint)
+        messages += placement(self.config, self.model.groups.sizes, self.progress.step)
         self.saved = checkpoint.step if checkpoint else -1
         resume_step = None if not self.resume else (checkpoint.step if checkpoint else -1)
         self.metrics = NoMetrics()
@@ -269,8 +234,7 @@ class Run:
 
     def _token_counts(self) -> dict[str, np.ndarray]:
         """How often every vocabulary id occurs, by domain: routing tables of a new model may be drawn by it."""
-        size = self.config.model.vocab_size
-        return {store.name: padded(store.token_counts, size) for store in self.corpus.stores}
+        return self.corpus.token_counts(self.config.model.vocab_size)
 
     def _corpus_fingerprints(self) -> dict[str, str]:
         """Fingerprints of the domains' text, which a checkpoint keeps."""
@@ -323,47 +287,6 @@ class Run:
     def _placed(self) -> bool:
         """Whether placement groups read their own domains' text."""
         return self.config.parallel.placement_groups > 1
-
-    def _placement_messages(self) -> list[str]:
-        """What placement groups make of the domains' weights, where it is something else."""
-        if not self._placed:
-            return []
-        names, weights = self.config.domain_names, phase_at(self.config, self.progress.step).weights
-        groups = self.config.parallel.mesh.domains_of_groups(self.model.groups.sizes)
-        total, messages = sum(weights.values()), []
-        for number, domains in enumerate(groups):
-            share = sum(weights.get(names[d], 0.0) for d in domains) / total
-            if abs(share * len(groups) - 1) > 0.01:
-                messages.append(
-                    f"placement group {number} ({', '.join(names[d] for d in domains)}) has {share:.0%} of the weights "
-                    f"and reads {1 / len(groups):.0%} of every batch: weights hold inside a group"
-                )
-        return messages
-
-    def _kernel_messages(self, checkpoint: Checkpoint | None) -> list[str]:
-        from parallel.compiled import library
-
-        run, used = self.config.run, self.model.kernels
-        before = used if checkpoint is None else checkpoint.state.get("kernels", used)
-        messages = []
-        if run.kernels == "auto" and run.device == "CPU" and used == "composed" and library() is None:
-            messages.append("no compiled kernels in this installation: the run is slower; install again with gcc there")
-        if before != used:
-            messages.append(f"the checkpoint is of {before} kernels, this run of {used} ones: last digits may differ")
-        store = self.config.experts.store
-        stored = store if checkpoint is None else stored_config(checkpoint).experts.store
-        if (stored == "device") != (store == "device"):
-            messages.append(
-                f"the checkpoint is of a run with experts.store = {stored}, this one has {store}: last digits may "
-                "differ"
-            )
-        mesh = self.config.parallel.mesh
-        if checkpoint is not None and (before := stored_config(checkpoint).parallel.mesh) != mesh:
-            messages.append(
-                f"the checkpoint is of {before.size} processes (data {before.data} x expert {before.expert}), this run "
-                f"of {mesh.size} (data {mesh.data} x expert {mesh.expert}): last digits may differ"
-            )
-        return messages
 
     # --- the loop
 
@@ -584,34 +507,3 @@ class Run:
 
         wanted = self.config.run.profile if self.processes.first else None
         return profiled_steps(wanted, self.dir / "profile", self.progress.step)
-
-
-def with_vocabulary(config: Config, tokenizer_size: int) -> Config:
-    """The configuration with model.vocab_size filled in. Raises UserError if it is too small for the tokenizer."""
-    wanted = config.model.vocab_size
-    if wanted is not None and wanted < tokenizer_size:
-        raise UserError(
-            f"model.vocab_size is {wanted}, but the tokenizer has {tokenizer_size} ids: raise it or leave it out"
-        )
-    return _with_vocabulary_size(config, tokenizer_size)
-
-
-def _with_vocabulary_size(config: Config, size: int) -> Config:
-    values = config.to_dict()
-    values["model"]["vocab_size"] = config.model.vocab_size or size
-    return config_from_dict(values)
-
-
-def padded(counts: np.ndarray, size: int) -> np.ndarray:
-    """Token counts for a vocabulary of `size` ids, of which the tokenizer may use fewer."""
-    return np.pad(counts, (0, size - counts.size))
-
-
-def tokenizer_files(tokenizer) -> dict[str, bytes]:
-    """The tokenizer's files by name, as a checkpoint keeps them."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
-

@@ -179,13 +179,13 @@ def _check_table(file: Path, name: str, table: np.ndarray, groups: dict[str, int
 
 
 def _with_vocabulary(companion: Companion) -> Config:
-    from pangu_sigma.train.run import with_vocabulary
+    from pangu_sigma.config import with_vocabulary
 
     return with_vocabulary(companion.config, companion.tokenizer.vocab_size)
 
 
 def _tokenizer_files(companion: Companion) -> dict[str, bytes]:
-    from pangu_sigma.train.run import tokenizer_files
+    from pangu_sigma.data.tokenizer import tokenizer_files
 
     return tokenizer_files(companion.tokenizer)
 

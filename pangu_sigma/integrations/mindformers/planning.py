@@ -9,13 +9,12 @@ import mindspore as ms
 import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, resolve
-from pangu_sigma.config import Config, check_start, with_tokenizer_of
+from pangu_sigma.config import Config, check_start, with_tokenizer_of, with_vocabulary
 from pangu_sigma.data.corpus import Corpus, prepare_corpus
 from pangu_sigma.load import stored_config, stored_tokenizer, stored_weights
 from pangu_sigma.model.build import Model, routed_model
 from pangu_sigma.model.inputs import PlannedBatch, graph_placeholders
 from pangu_sigma.model.signature import FlatSignature, PlaceSignature
-from pangu_sigma.train.run import padded, with_vocabulary
 from pangu_sigma.train.state import stored_tables
 
 # Every planned batch begins with these columns; the routing of each sparse layer follows.
@@ -39,7 +38,7 @@ class Text:
     @property
     def token_counts(self) -> dict[str, np.ndarray]:
         """Token counts [V] by domain."""
-        return {s.name: padded(s.token_counts, self.config.model.vocab_size) for s in self.corpus.stores}
+        return self.corpus.token_counts(self.config.model.vocab_size)
 
 
 class AllResident:

@@ -77,7 +77,7 @@ def configuration(folder: Path, tokenizer: Path, corpora: Path, model: dict | No
 
 def random_model(out: Path, config, tokenizer: Tokenizer) -> Path:
     """A model folder with random weights and the tables of a new model."""
-    from pangu_sigma.train.run import tokenizer_files
+    from pangu_sigma.data.tokenizer import tokenizer_files
 
     targets = manifest(config, config.model.vocab_size)
     groups = {d.name: d.experts for d in config.domains}
