@@ -34,21 +34,8 @@ class SharedGradient(nn.Cell):
             *graph_placeholders(scorer.rows, scorer.length).values(), *scorer.signature.placeholders()
         )
 
-    def construct(
-        self,
-        tokens: Tensor,
-        labels: Tensor,
-        weights: Tensor,
-        auxiliary_weight: Tensor,
-        positions: Tensor,
-        segments: Tensor,
-        domain: Tensor,
-        keys: Tensor,
-        *flat: Tensor,
-    ):
-        _, gradients = self.value_and_grad(
-            tokens, labels, weights, auxiliary_weight, positions, segments, domain, keys, *flat
-        )
+    def construct(self, *inputs: Tensor):
+        _, gradients = self.value_and_grad(*inputs)
         return gradients
 
 

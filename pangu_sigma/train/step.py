@@ -51,21 +51,8 @@ class GradientStep(nn.Cell):
             *signature.placeholders(layout),
         )
 
-    def construct(
-        self,
-        tokens: Tensor,
-        labels: Tensor,
-        weights: Tensor,
-        auxiliary_weight: Tensor,
-        positions: Tensor,
-        segments: Tensor,
-        domain: Tensor,
-        keys: Tensor,
-        *flat: Tensor,
-    ):
-        values, gradients = self.value_and_grad(
-            tokens, labels, weights, auxiliary_weight, positions, segments, domain, keys, *flat
-        )
+    def construct(self, *inputs: Tensor):
+        values, gradients = self.value_and_grad(*inputs)
         _, by_sample, auxiliary, counts = values
         by_expert, shared = (), ()
         if self.with_experts and self.with_shared:
