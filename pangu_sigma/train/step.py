@@ -20,7 +20,7 @@ FIXED_INPUTS = 8
 
 
 class GradientStep(nn.Cell):
-    """Loss and gradients of one micro-batch; the loss is the objective's (`pangu_sigma.train.objective`).
+    """Loss and gradients of one micro-batch; inputs and loss are the objective's (`pangu_sigma.train.objective`).
 
     Returns (loss sums per sample [B], auxiliary loss, rows [B, E + 1] of learned gates, gradients of the activated
     expert tensors, gradients of the shared parameters, their square sums [n]). `with_shared` False spares the shared
