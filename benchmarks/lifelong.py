@@ -11,22 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.lifelong_page import page, panels
 from benchmarks.lifelong_systems import DOMAINS, System, missing_text, prepare_text, systems, write_stages
+from benchmarks.runs import Failed, Job, run_all
 from benchmarks.training_speed import machine
 from pangu_sigma.lifelong.heat import heat_map
 from pangu_sigma.monitor.files import write_json, write_text
-from pangu_sigma.monitor.terminal import progress
 from pangu_sigma.signals import sigterm_as_ctrl_c
 
 HERE = Path(__file__).parent
@@ -59,66 +54,20 @@ class Run:
         return self.folder.with_suffix(".log")
 
 
-class Failed(Exception):
-    """A run ended with an error; the message is the last that it said."""
+def job(run: Run, text: dict[str, Path], steps: int, small: bool) -> Job:
+    """The process of one run."""
 
+    def command() -> list[str]:
+        stages = write_stages(run.system, run.folder, text, run.seed, steps, small)
+        return [sys.executable, "-m", "pangu_sigma", "lifelong", str(stages)]
 
-def run_all(runs: list[Run], text: dict[str, Path], steps: int, jobs: int, small: bool) -> None:
-    """Run what is not finished, `jobs` processes at a time, each on processors of its own.
-
-    Raises Failed when one fails, KeyboardInterrupt after an interruption, when the others have saved their state.
-    """
-    waiting = deque(run for run in runs if run.result is None)
-    processors = sorted(os.sched_getaffinity(0))
-    share = max(1, len(processors) // jobs)
-    free = deque(set(processors[n * share : (n + 1) * share] or processors) for n in range(jobs))
-    running: dict[Run, tuple[subprocess.Popen, set[int]]] = {}
-    with progress("runs", len(runs), unit="runs") as job:
-        job.set(len(runs) - len(waiting))
-        try:
-            while waiting or running:
-                while waiting and free:
-                    run, mine = waiting.popleft(), free.popleft()
-                    running[run] = (_start(run, text, steps, small, mine), mine)
-                time.sleep(0.5)
-                for run, (process, mine) in list(running.items()):
-                    if process.poll() is None:
-                        continue
-                    del running[run]
-                    free.append(mine)
-                    if run.result is None:
-                        raise Failed(f"{run.folder.name}: {_last_line(run.log)} (all of it: {run.log})")
-                    _tidy(run.folder)
-                    job.advance()
-        finally:
-            for process, _ in running.values():
-                process.send_signal(signal.SIGINT)
-            for process, _ in running.values():
-                process.wait()
-
-
-def _start(run: Run, text: dict[str, Path], steps: int, small: bool, processors: set[int]) -> subprocess.Popen:
-    stages = write_stages(run.system, run.folder, text, run.seed, steps, small)
-    with open(run.log, "a", encoding="utf-8") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "pangu_sigma", "lifelong", str(stages)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            # Its own process group: Ctrl-C reaches it once, from here.
-            start_new_session=True,
-            preexec_fn=lambda: os.sched_setaffinity(0, processors),  # noqa: PLW1509 - nothing else runs here
-        )
+    return Job(run.folder.name, command, run.log, lambda: run.result is not None, lambda: _tidy(run.folder))
 
 
 def _tidy(folder: Path) -> None:
     """A finished measurement is its figures; the models of all runs would fill the disk."""
     for path in folder.glob("stages/*/checkpoints"):
         shutil.rmtree(path)
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line for line in reversed(lines) if line.strip()), "it said nothing")
 
 
 def collect(runs: list[Run]) -> dict[str, dict]:
@@ -192,7 +141,8 @@ def main() -> None:
         return
     try:
         with sigterm_as_ctrl_c():
-            run_all(runs, prepare_text(work / "text"), given.steps, given.jobs, given.small)
+            text = prepare_text(work / "text")
+            run_all([job(run, text, given.steps, given.small) for run in runs], given.jobs)
     except Failed as failure:
         render(runs, given)
         parser.exit(1, f"Error: {failure}\n")
