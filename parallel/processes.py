@@ -85,7 +85,12 @@ class Processes:
 
     def leave(self) -> None:
         """Part when all have come here: what the job had to do is done."""
-        self.any(False)
+        try:
+            self.any(False)
+        except RuntimeError:
+            # A process that has heard of everybody ends, and takes down a connection that a slower one still passes
+            # the others' words over. Nobody had come here if a process had failed: the launcher sees that one's code.
+            pass
         if self.watch is not None:
             self.watch.close()
             self.watch = None

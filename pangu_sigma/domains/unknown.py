@@ -70,6 +70,30 @@ class DomainLikelihood:
         return np.stack(by_domain)
 
 
+def likeliest_domains(model: Model, texts: Sequence[Sequence[int]]) -> list[str]:
+    """The domain under whose experts each text (token ids) is likeliest, of the last S + 1 tokens of a longer one; the
+    first domain where a text of one token tells nothing.
+    """
+    from pangu_sigma.model.scoring import Scorer
+
+    scorer = Scorer(model, model.config.evaluate.batch_size)
+    names = model.groups.names
+    found = []
+    for first in range(0, len(texts), scorer.rows):
+        tokens = np.full((scorer.rows, scorer.length + 1), model.eod_id, np.int32)
+        counted = np.zeros((scorer.rows, scorer.length), bool)
+        batch = [list(text)[-scorer.length - 1 :] for text in texts[first : first + scorer.rows]]
+        for row, ids in enumerate(batch):
+            tokens[row, : len(ids)] = ids
+            counted[row, : len(ids) - 1] = True
+        losses = [
+            np.where(counted, scorer.losses(tokens, np.full(scorer.rows, number, np.int32)), 0.0).sum(axis=1)
+            for number in range(len(names))
+        ]
+        found += [names[int(number)] for number in np.argmin(losses, axis=0)[: len(batch)]]
+    return found
+
+
 def accuracy_after(length: int) -> list[int]:
     """The numbers of tokens after which the inferred domain is compared with the right one; `length`: a sequence's."""
     return sorted({*(n for n in AFTER if n < length), length})

@@ -117,13 +117,10 @@ def ask_all(
 def _domains(trained: Trained, task: Task, texts: Sequence[str], asking: Asking) -> list[str]:
     names = trained.model.groups.names
     if asking.domain == AUTO and AUTO not in names:
-        from pangu_sigma.domains.unknown import DomainGuess
+        from pangu_sigma.domains.unknown import likeliest_domains
 
-        guess = DomainGuess(trained)
-        return [
-            question.domain or guess(prompt_ids(trained.tokenizer, text))[0]
-            for question, text in zip(task.questions, texts, strict=True)
-        ]
+        guessed = likeliest_domains(trained.model, [prompt_ids(trained.tokenizer, text) for text in texts])
+        return [question.domain or name for question, name in zip(task.questions, guessed, strict=True)]
     return [pick_domain(names, question.domain or asking.domain) for question in task.questions]
 
 

@@ -20,7 +20,7 @@ def learning_rate(config: Config, step: int) -> float:
     """
     anneal = config.schedule.anneal_steps
     left = config.train.steps - step
-    if left < anneal:
+    if anneal and left < anneal:
         return _planned(config, config.train.steps - anneal) * max(0.0, left / anneal)
     return _planned(config, step)
 

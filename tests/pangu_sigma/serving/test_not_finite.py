@@ -29,7 +29,7 @@ def client(half_broken) -> Iterator[httpx.Client]:
 
 
 def test_the_start_warns_of_the_domain_and_serves_the_others(half_broken):
-    assert f"Warning: {SAID}" in half_broken.said() and half_broken.domains == ["code", "law", "poems"]
+    assert f"Warning: {SAID}" in half_broken.said() and half_broken.domains == ["code", "law", "poems", "auto"]
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])

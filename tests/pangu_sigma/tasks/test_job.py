@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pangu_sigma.errors import UserError
+from pangu_sigma.generation import prompt_ids
 from pangu_sigma.generation.sampling import log_softmax
 from pangu_sigma.load import load_trained
 from pangu_sigma.tasks.job import Asking, ask_all, encode_pair, read_all
@@ -75,6 +76,14 @@ def test_questions_bring_their_domain_or_it_is_inferred(trained, files, tmp_path
         expected = (law if i % 2 else code).likelihoods[i]
         assert [c.logprob for c in found] == pytest.approx([c.logprob for c in expected], abs=1e-5)
     assert len(asked(trained, files, domain="auto").scores) == 9
+
+
+def test_the_inferred_domain_is_the_one_whose_words_they_are(trained):
+    from pangu_sigma.domains.unknown import likeliest_domains
+
+    texts = ["def return if else for in range print", "court clause judge appeal", "moon night silver dream", "x"]
+    ids = [prompt_ids(trained.tokenizer, text) for text in texts]
+    assert likeliest_domains(trained.model, ids)[:3] == ["code", "law", "poems"]
 
 
 def test_the_command_prints_scores_with_their_standard_errors(taught, files, tmp_path):

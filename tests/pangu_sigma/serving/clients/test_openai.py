@@ -19,7 +19,7 @@ def client(server) -> Iterator:
 
 
 def test_models(client):
-    assert [model.id for model in client.models.list()] == ["code", "law", "poems"]
+    assert [model.id for model in client.models.list()] == ["code", "law", "poems", "auto"]
     assert client.models.retrieve("law").owned_by == "pangu-sigma"
     with pytest.raises(openai.NotFoundError, match="did you mean 'law'"):
         client.models.retrieve("lwa")

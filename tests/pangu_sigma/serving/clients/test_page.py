@@ -60,7 +60,7 @@ def fill(page, **values: object) -> None:
 def test_type_and_watch_the_text_come(page, server, client):
     page.goto(server.page)
     page.wait_for_selector("#run:enabled")
-    assert page.locator("#domain option").all_text_contents() == ["code", "law", "poems"]
+    assert page.locator("#domain option").all_text_contents() == ["code", "law", "poems", "auto"]
     page.select_option("#domain", "law")
     fill(page, prompt="the court", max_tokens=24, seed=7, temperature=1, top_k=0)
     page.click("#run")
