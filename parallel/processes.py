@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,12 +86,10 @@ class Processes:
 
     def leave(self) -> None:
         """Part when all have come here: what the job had to do is done."""
-        try:
+        # A process that has heard of everybody ends, and takes down a connection that a slower one still passes the
+        # others' words over. Had a process failed, nobody would hear of everybody: the launcher sees that one's code.
+        with suppress(RuntimeError):
             self.any(False)
-        except RuntimeError:
-            # A process that has heard of everybody ends, and takes down a connection that a slower one still passes
-            # the others' words over. Nobody had come here if a process had failed: the launcher sees that one's code.
-            pass
         if self.watch is not None:
             self.watch.close()
             self.watch = None

@@ -78,12 +78,21 @@ def test_questions_bring_their_domain_or_it_is_inferred(trained, files, tmp_path
     assert len(asked(trained, files, domain="auto").scores) == 9
 
 
-def test_the_inferred_domain_is_the_one_whose_words_they_are(trained):
-    from pangu_sigma.domains.unknown import likeliest_domains
+def test_the_inferred_domain_is_the_one_that_finds_the_text_likeliest(trained):
+    """As the posterior of evaluation's token log probabilities has it, one text at a time."""
+    from pangu_sigma.domains.unknown import DomainLikelihood, likeliest_domains
 
-    texts = ["def return if else for in range print", "court clause judge appeal", "moon night silver dream", "x"]
+    texts = ["def return if else for in range", "court clause judge appeal", "moon night", "silver dream " * 30]
     ids = [prompt_ids(trained.tokenizer, text) for text in texts]
-    assert likeliest_domains(trained.model, ids)[:3] == ["code", "law", "poems"]
+    model, plain, expected = trained.model, DomainLikelihood(trained.model, 1), []
+    length = model.config.data.sequence_length
+    for text in ids:
+        last = text[-length - 1 :]
+        row = np.full((1, length + 1), model.eod_id, np.int32)
+        row[0, : len(last)] = last
+        found = plain._batch(row)[:, 0, : len(last) - 1].sum(axis=1)
+        expected.append(model.groups.names[int(found.argmax())])
+    assert likeliest_domains(model, ids) == expected
 
 
 def test_the_command_prints_scores_with_their_standard_errors(taught, files, tmp_path):

@@ -112,6 +112,7 @@ def test_two_processes_train_as_one(two, case):
     assert_equals_one_process(two, case)
 
 
+@pytest.mark.slow
 def test_four_processes_train_as_one(four):
     assert_equals_one_process(four, "rre")
 
@@ -121,6 +122,7 @@ def test_a_number_that_is_not_finite_on_one_process_stops_the_step_on_all(two):
         assert mine["finite"].tolist() == [True, True, True, False]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_does_not_tell_how_many_processes_wrote_it(four):
     saved = sorted(path for path in four.glob("rre-saved*"))
     assert len(saved) == 4
