@@ -17,7 +17,7 @@ import numpy as np
 
 from pangu_sigma.config.adaptation import AdaptConfig
 from pangu_sigma.data.deduplicate import digest
-from pangu_sigma.data.sources import expand_paths, fingerprint_files, has_lone_surrogate
+from pangu_sigma.data.sources import expand_paths, fingerprint_files, has_lone_surrogate, read_text_lines
 from pangu_sigma.data.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
 from pangu_sigma.serving.chat import Turn, as_text
@@ -73,14 +73,7 @@ def prompt_and_answers(template: str, prompt: str, answers: Sequence[str]) -> tu
 def read_lines(files: Sequence[Path], keys: Sequence[str]) -> Iterator[dict[str, str]]:
     """The texts under `keys` of every line. Raises UserError naming file and line where a line is not such a one."""
     for file in files:
-        try:
-            lines = file.read_bytes().decode("utf-8-sig").split("\n")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
-        except OSError as error:
-            raise UserError(f"{file} cannot be read ({error.strerror}); check that it exists and its rights") from error
-        if lines[-1] == "":
-            lines.pop()
+        lines = read_text_lines(file, str(file), "check that it exists and its rights")
         if not lines:
             raise UserError(f"{file} is empty; give one example a line, or leave the file out")
         for number, line in enumerate(lines, 1):

@@ -206,3 +206,19 @@ def has_lone_surrogate(text: str) -> bool:
     except UnicodeEncodeError:
         return True
     return False
+
+
+def read_text_lines(file: Path, called: str, advice: str) -> list[str]:
+    """The lines of a small UTF-8 file, without a last empty one; none of an empty file.
+
+    Raises UserError where it cannot be read: `called` names it in the sentence, `advice` says what to do.
+    """
+    try:
+        lines = file.read_bytes().decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{called} cannot be read ({error.strerror}); {advice}") from error
+    if lines[-1] == "":
+        lines.pop()
+    return lines

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from pangu_sigma.data.sources import has_lone_surrogate
+from pangu_sigma.data.sources import has_lone_surrogate, read_text_lines
 from pangu_sigma.errors import UserError
 
 CHOICES = '{"question": "…", "choices": ["…", "…"], "gold": 0}'
@@ -54,14 +54,7 @@ class Task:
 
 def read_task(file: Path) -> Task:
     """Read a task file. Raises UserError naming the line that is no question or of another kind than the first."""
-    try:
-        lines = file.read_bytes().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"the task {file} cannot be read ({error.strerror}); name a .jsonl file") from error
-    if lines[-1] == "":
-        lines.pop()
+    lines = read_text_lines(file, f"the task {file}", "name a .jsonl file")
     if not lines:
         raise UserError(f"the task {file} holds no question; write {CHOICES} or {ANSWER} a line")
     questions = tuple(_question(line, f"{file}:{number}") for number, line in enumerate(lines, 1))
