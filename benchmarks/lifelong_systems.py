@@ -56,7 +56,8 @@ def systems(replay: float, ewc: float, output: float) -> dict[str, System]:
         "dense_ewc": System(f"dense, EWC {ewc:g}", DENSE, {"shared": "regularised", "regularise": {"ewc": ewc}}),
         "switch": System("Switch", gated("switch")),
         "lifelong_moe": System(
-            f"Lifelong-MoE, output {output:g}", gated("gshard"),
+            # Its gate gives a token two experts: they, and the dense layers, are narrower, to meet as many parameters.
+            f"Lifelong-MoE, output {output:g}", [*gated("gshard"), "model.ffn=552"],
             {"shared": "regularised", "regularise": {"output": output}}, grows=True,
         ),
         "rre_trained": System("RRE, shared trained", RRE, {"shared": "train"}),
