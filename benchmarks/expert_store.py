@@ -7,7 +7,7 @@ Four parts, each made of cases that run in a process of their own; a case that s
 
 - stored: step time over the number of stored experts, the activated number fixed, another set every step.
 - throughput: tokens per second beside the same model with a learned top-1 gate, whose experts are all resident and all
-  updated every step, by the same kernels on all threads.
+  updated every step: by the same kernels on all threads, and as a plain PyTorch program.
 - disk: tables of more than 24 GB in files, every byte written beforehand, 50 steps within the resident bound.
 - killed: a real run with 4 GB of tables, killed and resumed, beside the uninterrupted run, under a cap on memory.
 """
@@ -20,6 +20,7 @@ import os
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -45,6 +46,7 @@ FEW_STEPS_FROM = 640  # experts of a device store, whose steps then take seconds
 MOE = Work("host", 40, 16, 2, batch=4, domains_per_step=2, steps=6, warmup=3, layers=7, length=128)
 MOE_TOKENS = (256, 1024, 4096, 16384)
 GATE_TOKENS = (256, 1024, 4096)  # with a learned gate, whose graph of 5,120 weights takes minutes
+TORCH = "torch"  # the router of the cases that benchmarks/torch_pangu.py runs
 # 1,024 records of 25.2 MB.
 DISK = Work(
     "disk", 256, 2, 2, batch=4, domains_per_step=2, steps=50, warmup=0, hidden=512, ffn=2048, heads=8, resident_gib=1.0
@@ -72,6 +74,7 @@ def cases() -> dict[str, dict[str, Work]]:
         throughput[f"gate {tokens}"] = replace(
             MOE, batch=tokens // MOE.length, store="device", router="switch", update_all=True, steps=3, warmup=1
         )
+        throughput[f"torch {tokens}"] = replace(throughput[f"gate {tokens}"], router=TORCH)
     return {"stored": stored, "throughput": throughput, "disk": {"24 GB": DISK}, "killed": {"4 GB": KILLED}}
 
 
@@ -80,7 +83,10 @@ def run_case(work: Work, folder: Path, seconds: float) -> dict:
     work = replace(work, folder=str(folder / "run"))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    command = [sys.executable, "-m", "benchmarks.expert_store_work", json.dumps(asdict(work))]
+    torch = work.router == TORCH
+    command = torch_command(work) if torch else [
+        sys.executable, "-m", "benchmarks.expert_store_work", json.dumps(asdict(work))
+    ]  # fmt: skip
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=seconds, env={**os.environ, "GLOG_v": "4"}
@@ -91,7 +97,21 @@ def run_case(work: Work, folder: Path, seconds: float) -> dict:
         shutil.rmtree(folder, ignore_errors=True)
     if done.returncode:
         return {"work": asdict(work), "impracticable": (done.stderr.strip().splitlines() or ["ended"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    if torch:
+        return {"work": asdict(work), "median_seconds": statistics.median(found["seconds_per_step"]), **found}
+    return found
+
+
+def torch_command(work: Work) -> list[str]:
+    """The same sizes as a PyTorch program: a learned top-1 gate, every expert resident and updated in every step."""
+    sizes = {
+        "layers": work.layers, "sparse-layers": work.sparse_layers, "hidden": work.hidden, "heads": work.heads,
+        "ffn": work.ffn, "vocab": work.vocabulary, "batch": work.batch, "sequence": work.length,
+        "experts": work.experts, "steps": work.steps, "warmup": work.warmup, "threads": os.cpu_count(),
+    }  # fmt: skip
+    words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, str(HERE / "torch_pangu.py"), "--variant", "sparse", "--gate", *words]
 
 
 # --- killed: real runs
@@ -278,7 +298,7 @@ def throughput_table(found: dict) -> list[str]:
         f"{one.domains} domains: {parameters / 1e6:,.0f} M expert parameters, {met / 1e6:.1f} M met by a token "
         f"(attention included), {parameters / met:.0f} times fewer (the paper: 1,075 B and 12.8 B, 84 times). Three "
         "systems with the same kernels for dispatch, experts and AdamW, on all threads, "
-        f"{one.domains_per_step} domains a step:",
+        f"{one.domains_per_step} domains a step, and one that shares nothing with them:",
         "",
         "- *store*: experts routed at random, host store; a step fetches and updates what it activates.",
         "- *all updated*: the same graph and the same activated experts, but AdamW over all experts every step (zero "
@@ -287,17 +307,19 @@ def throughput_table(found: dict) -> list[str]:
         "- *learned gate*: `router: switch` over all experts, all of them inputs of the graph, all updated every step: "
         "the paper's comparison as this code computes it. The gate spreads a batch over far more experts, and the "
         "graph of 5,120 weights and gradients has costs of its own in MindSpore.",
+        "- *PyTorch*: the learned gate's model as a plain eager program (`benchmarks/torch_pangu.py --gate`): experts "
+        "in a loop over those that were hit, one fused AdamW over all.",
         "",
         "| tokens a step | store, tokens/s | all updated, tokens/s | ratio, at least | learned gate, tokens/s | "
-        "ratio |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "ratio | PyTorch, tokens/s | ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for tokens in MOE_TOKENS:
         mine = found.get(f"stored {tokens}", {})
         if "median_seconds" not in mine:
             continue
         row = [f"{tokens:,}", f"{tokens / mine['median_seconds']:.0f}"]
-        for name in ("all updated", "gate"):
+        for name in ("all updated", "gate", "torch"):
             other = found.get(f"{name} {tokens}")
             if other is None:
                 row += ["not run", ""]

@@ -1,4 +1,4 @@
-"""PyTorch eager yardstick for training throughput: the same PanGu-α, dense or with table-routed experts.
+"""PyTorch eager yardstick for training throughput: the same PanGu-α, dense, with table-routed experts or a top-1 gate.
 
 It shares no code with the product and runs in an environment of its own that needs only `torch` and `numpy`. "Best
 plain form" means: two threads, fused query/key/value products, `scaled_dot_product_attention`, one fused AdamW, no
@@ -7,6 +7,8 @@ allocators.
 
     python benchmarks/torch_pangu.py --variant sparse --experts 16 --form loop          # one JSON line of results
     python benchmarks/torch_pangu.py --variant dense --serve                            # `step N` per line on stdin
+
+    python benchmarks/torch_pangu.py --variant sparse --experts 640 --gate   # Switch's gate, all experts updated
 
 Two simplifications favour PyTorch: attention mask and positions do not restart after an end-of-document token, so that
 attention is purely causal and the query layer's queries are projected once per step instead of once per sequence.
@@ -47,6 +49,8 @@ class Config:
     experts: int = 0  # of one sparse layer, all domains together
     domains: int = 1  # divides `experts`; each domain owns a group of equal size unless a routing file says otherwise
     form: str = "loop"  # "loop": one product per hit expert; "bmm": rows padded to the fullest expert, batched product
+    # A learned top-1 gate instead of tables; every expert has an update in every step, by zero where no token came.
+    gate: bool = False
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
     seed: int = 1234
@@ -142,6 +146,8 @@ class Layer(nn.Module):
         self.sparse = sparse
         experts = {"loop": LoopExperts, "bmm": BmmExperts}[config.form]
         self.feed_forward = experts(config) if sparse else FeedForward(config)
+        self.gate = nn.Linear(d, config.experts, bias=False) if sparse and config.gate else None
+        self.balance: Tensor | float = 0.0  # the gate's load-balancing loss of the last step
 
     def forward(self, h: Tensor, expert: Tensor | None, query_table: Tensor | None) -> Tensor:
         """h [B, S, D], expert [T] for a sparse layer, query_table [S, D] for the query layer → [B, S, D]."""
@@ -155,9 +161,16 @@ class Layer(nn.Module):
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         h = h + self.projection(mixed.transpose(1, 2).reshape(b, s, d))
         x = self.norm2(h)
-        if self.sparse:
-            return h + self.feed_forward(x.view(b * s, d), expert).view(b, s, d)
-        return h + self.feed_forward(x)
+        if not self.sparse:
+            return h + self.feed_forward(x)
+        rows = x.view(b * s, d)
+        if self.gate is None:
+            return h + self.feed_forward(rows, expert).view(b, s, d)
+        chances = self.gate(rows).softmax(-1)
+        weight, expert = chances.max(-1)
+        share = expert.bincount(minlength=chances.shape[1]) / len(expert)
+        self.balance = chances.shape[1] * torch.dot(share, chances.mean(0))
+        return h + (self.feed_forward(rows, expert) * weight[:, None]).view(b, s, d)
 
 
 class PanGu(nn.Module):
@@ -187,9 +200,11 @@ class PanGu(nn.Module):
         h = F.embedding(tokens, self.word) + self.position[:s]
         first_sparse = len(self.blocks) - self.config.sparse_layers
         for i, block in enumerate(self.blocks):
-            h = block(h, expert[i - first_sparse] if i >= first_sparse else None, None)
+            routed = i >= first_sparse and not self.config.gate
+            h = block(h, expert[i - first_sparse] if routed else None, None)
         h = self.query_layer(self.norm(h), None, self.query[:s])
-        return F.cross_entropy(F.linear(h.view(-1, h.shape[-1]), self.word), labels.reshape(-1))
+        balance = 0.01 * sum(block.balance for block in self.blocks)
+        return F.cross_entropy(F.linear(h.view(-1, h.shape[-1]), self.word), labels.reshape(-1)) + balance
 
 
 def _is_matrix(name: str) -> bool:
@@ -222,7 +237,10 @@ def build(config: Config, tables: np.ndarray | None = None) -> Callable[..., flo
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
     routing = None
-    if config.sparse_layers:
+    if config.gate:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+    elif config.sparse_layers:
         routing = torch.from_numpy(np.asarray(uniform_tables(config) if tables is None else tables, np.int64))
 
     def step(tokens: np.ndarray, domain: np.ndarray | None = None) -> float:
@@ -232,7 +250,8 @@ def build(config: Config, tables: np.ndarray | None = None) -> Callable[..., flo
         if routing is not None:
             owner = torch.zeros(len(ids), dtype=torch.int64) if domain is None else torch.as_tensor(domain).long()
             expert = routing[:, owner[:, None], inputs].flatten(1)
-        optimizer.zero_grad(set_to_none=True)
+        # Gradients that stay are zero where no token came, so that AdamW updates those experts as well.
+        optimizer.zero_grad(set_to_none=not config.gate)
         loss = model(inputs, labels, expert)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -277,6 +296,7 @@ def _arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description="Training throughput of a PanGu-α in PyTorch eager, on the CPU.")
     parser.add_argument("--variant", choices=["dense", "sparse"], default="dense")
     parser.add_argument("--form", choices=["loop", "bmm"], default="loop", help="how the experts are computed")
+    parser.add_argument("--gate", action="store_true", help="a learned top-1 gate, every expert updated in every step")
     parser.add_argument("--experts", type=int, default=4, help="experts of a sparse layer, all domains together")
     parser.add_argument(
         "--sparse-layers", type=int, default=4, help="top blocks with experts; the query layer stays dense"
@@ -301,7 +321,7 @@ def _arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 def main() -> None:
     parser, given = _arguments()
     sparse = given.variant == "sparse"
-    names = ("layers", "hidden", "heads", "ffn", "vocab", "seed", "threads", "form")
+    names = ("layers", "hidden", "heads", "ffn", "vocab", "seed", "threads", "form", "gate")
     shape = {name: getattr(given, name) for name in names}
     tokens = np.load(given.tokens, allow_pickle=False) if given.tokens else None
     if tokens is not None and tokens.ndim != 3:
