@@ -24,14 +24,15 @@ def test_a_token_meets_as_many_parameters_in_every_system(name):
 
 def test_unfinished_systems_are_left_out_and_spread_is_over_seeds():
     losses = dict.fromkeys(DOMAINS, 4.0)
-    one = {"losses": losses, "tokens_per_second": 2000.0, "imbalance": 1.5, "dropped": 0.1}
+    one = {"losses": losses, "imbalance": 1.5, "dropped": 0.1}
     other = {**one, "losses": {**losses, "code": 5.0}}
     record = {
         "machine": {"cores": 2, "cpu": "a processor", "python": "3.11", "mindspore": "2.9.0", "date": "today"},
-        "steps": 600, "jobs": 2, "runs": 18, "finished": 3,
+        "steps": 600, "runs": 18, "finished": 3,
         "systems": {"dense": {"1": one}, "switch": {"1": one, "2": other}},
         "parameters": {"dense": (3_000_000, 3_000_000), "switch": (20_000_000, 3_000_000)},
         "router_ms": {"switch": 2.048},
+        "tokens_per_second": {"switch": 2000.0},
     }  # fmt: skip
     text = page(record)
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
@@ -39,4 +40,5 @@ def test_unfinished_systems_are_left_out_and_spread_is_over_seeds():
     assert "| 4.000 |" in rows["dense"] and "±" not in rows["dense"]
     switch = rows[SYSTEMS["switch"].title]
     assert "4.500 ± 0.707" in switch and "**4.125 ± 0.177**" in switch and "| 0.100 | 1.00 |" in switch
+    assert "| 2,000 |" in switch and "2,000" not in rows["dense"]
     assert "3 of 18 runs" in text
