@@ -1,6 +1,7 @@
 """Checkpoints: one folder per saved step, shared parameters and every domain in files of their own, all hashed."""
 
 from pangu_sigma.checkpoint.cleaning import remove_stale
+from pangu_sigma.checkpoint.contents import Contents
 from pangu_sigma.checkpoint.errors import CheckpointError
 from pangu_sigma.checkpoint.finding import find_latest, resolve
 from pangu_sigma.checkpoint.manifest import Fingerprints
@@ -14,6 +15,7 @@ __all__ = [
     "BFLOAT16",
     "Checkpoint",
     "CheckpointError",
+    "Contents",
     "Fingerprints",
     "LazyTensor",
     "ModelFolder",

@@ -4,32 +4,23 @@ Files go into a hidden folder, each synced to disk; then the manifest; then the 
 process that dies on the way leaves a hidden folder, which nobody takes for a checkpoint and the next save removes.
 """
 
-import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pangu_sigma.checkpoint import layout
 from pangu_sigma.checkpoint.cleaning import discard, held, list_checkpoints, prune, remove_stale
+from pangu_sigma.checkpoint.contents import Contents
 from pangu_sigma.checkpoint.disk import Writing
 from pangu_sigma.checkpoint.errors import CheckpointError
-from pangu_sigma.checkpoint.manifest import Fingerprints, Manifest, coverage_cells, manifest_bytes
-from pangu_sigma.checkpoint.planning import (
-    check_tensor_names,
-    find_unchanged,
-    plan_content,
-    plan_tensor_files,
-    plan_tokenizer,
-    probe_tensors,
-)
+from pangu_sigma.checkpoint.planning import find_unchanged, plan_tensor_files
 from pangu_sigma.checkpoint.reading import Checkpoint, open_checkpoint
 from pangu_sigma.checkpoint.tensor_file import pieces, spec_of
 from pangu_sigma.checkpoint.writing import FolderWriter, sync_folder
@@ -50,16 +41,9 @@ class SaveResult:
 
 def save_checkpoint(
     run_dir: Path | str,
-    step: int,
+    contents: Contents,
     tensors: Mapping[str, np.ndarray],
     *,
-    domains: Sequence[str],
-    coverage: Mapping[str, Mapping[str, int]],
-    config_text: str,
-    tokenizer_files: Mapping[str, bytes],
-    probe: Mapping[str, np.ndarray],
-    state: Mapping[str, Any],
-    fingerprints: Fingerprints,
     keep: int,
     max_shard_bytes: int = 4 << 30,
     progress: Callable[[int, int], None] | None = None,
@@ -67,26 +51,21 @@ def save_checkpoint(
     """Saves `run_dir/checkpoints/step-…`, then deletes all but the `keep` newest checkpoints.
 
     tensors: name → array, of the shapes the model has; written without a copy (non-contiguous: one at a time).
-    coverage: sparse layer → domain → number of experts. probe: domain → int32 [sequences, S + 1].
-    state: anything JSON holds. progress(bytes_done, bytes_total) is called in this thread while files are written.
+    progress(bytes_done, bytes_total) is called in this thread while files are written.
 
     Files whose content the newest checkpoint has already are hard-linked. A checkpoint of the same step is replaced.
     Raises CheckpointError when the disk is too small or fails (the last checkpoint stays whole, nothing is left
     behind), ValueError for arguments that make no whole checkpoint.
     """
     started = time.perf_counter()
-    run_dir = Path(run_dir)
-    if keep < 1 or step < 0 or max_shard_bytes < 1:
-        raise ValueError(f"{keep=} and {max_shard_bytes=} must be at least 1, {step=} at least 0")
-    layout.check_domains(domains)
-    check_tensor_names(tensors, domains)
-    everything = {**tensors, **probe_tensors(probe, domains)}
+    run_dir, step = Path(run_dir), contents.step
+    if keep < 1 or max_shard_bytes < 1:
+        raise ValueError(f"{keep=} and {max_shard_bytes=} must be at least 1")
+    contents.check_names(tensors)
+    everything = {**tensors, **contents.probe_arrays}
     specs = [spec_of(name, array) for name, array in everything.items()]
-    cells = coverage_cells(coverage, domains, specs)
-    planned = plan_tensor_files(specs, max_shard_bytes)
-    planned.append(plan_content(layout.CONFIG, config_text.encode()))
-    planned.append(plan_content(layout.STATE, json.dumps(state, allow_nan=False, ensure_ascii=False).encode()))
-    planned += plan_tokenizer(tokenizer_files)
+    cells = contents.cells(specs)
+    planned = plan_tensor_files(specs, max_shard_bytes) + contents.small_files()
 
     root = run_dir / layout.CHECKPOINTS
     save = Writing(f"step {step}", "saved", root, "choose another run.dir", " (the last checkpoint is whole)")
@@ -110,16 +89,7 @@ def save_checkpoint(
                     )
                     for file in planned:
                         writer.write(file)
-                    manifest = Manifest(
-                        format_version=layout.FORMAT_VERSION,
-                        step=step,
-                        domains=tuple(domains),
-                        fingerprints=fingerprints,
-                        coverage=cells,
-                        files=writer.files,
-                        tensors=dict(sorted(writer.tensors.items())),
-                    )
-                    writer.finish(manifest_bytes(manifest))
+                    writer.finish(contents.manifest(cells, writer.files, writer.tensors))
                     final = move_into_place(temporary, root / layout.step_name(step))
                 except BaseException:
                     shutil.rmtree(temporary, ignore_errors=True)

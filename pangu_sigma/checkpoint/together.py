@@ -15,23 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pangu_sigma.checkpoint import layout
 from pangu_sigma.checkpoint.cleaning import held, prune, remove_stale
+from pangu_sigma.checkpoint.contents import Contents
 from pangu_sigma.checkpoint.disk import Writing
 from pangu_sigma.checkpoint.errors import CheckpointError
-from pangu_sigma.checkpoint.manifest import FileEntry, Fingerprints, Manifest, coverage_cells, manifest_bytes
-from pangu_sigma.checkpoint.planning import (
-    PlannedFile,
-    check_tensor_names,
-    plan_content,
-    plan_tensor_files,
-    plan_tokenizer,
-    probe_tensors,
-)
+from pangu_sigma.checkpoint.manifest import FileEntry
+from pangu_sigma.checkpoint.planning import PlannedFile, plan_tensor_files
 from pangu_sigma.checkpoint.reading import Checkpoint
 from pangu_sigma.checkpoint.saving import SaveResult, move_into_place, newest
 from pangu_sigma.checkpoint.tensor_file import (
@@ -60,16 +53,9 @@ class TensorPart:
 def save_together(
     processes: Processes,
     run_dir: Path | str,
-    step: int,
+    contents: Contents,
     parts: Mapping[str, TensorPart],
     *,
-    domains: Sequence[str],
-    coverage: Mapping[str, Mapping[str, int]],
-    config_text: str,
-    tokenizer_files: Mapping[str, bytes],
-    probe: Mapping[str, np.ndarray],
-    state: Mapping[str, Any],
-    fingerprints: Fingerprints,
     keep: int,
     max_shard_bytes: int = 4 << 30,
     progress: Callable[[int, int], None] | None = None,
@@ -79,20 +65,16 @@ def save_together(
     All parts together must be every tensor once. Raises CheckpointError on every process when it fails on any.
     """
     started = time.perf_counter()
-    run_dir = Path(run_dir)
-    layout.check_domains(domains)
-    check_tensor_names(parts, domains)
+    run_dir, step = Path(run_dir), contents.step
+    contents.check_names(parts)
     first = processes.first
     parts = {
         **parts,
-        **{n: TensorPart(a.shape, a.dtype, 0, a if first else None) for n, a in probe_tensors(probe, domains).items()},
+        **{n: TensorPart(a.shape, a.dtype, 0, a if first else None) for n, a in contents.probe_arrays.items()},
     }
     specs = [spec_of(name, LazyTensor(p.shape, p.dtype, lambda: None)) for name, p in parts.items()]
-    cells = coverage_cells(coverage, domains, specs)
-    tensor_files = plan_tensor_files(specs, max_shard_bytes)
-    small = [plan_content(layout.CONFIG, config_text.encode())]
-    small.append(plan_content(layout.STATE, json.dumps(state, allow_nan=False, ensure_ascii=False).encode()))
-    small += plan_tokenizer(tokenizer_files)
+    cells = contents.cells(specs)
+    tensor_files, small = plan_tensor_files(specs, max_shard_bytes), contents.small_files()
 
     root = run_dir / layout.CHECKPOINTS
     save = Writing(f"step {step}", "saved", root, "choose another run.dir", " (the last checkpoint is whole)")
@@ -128,16 +110,7 @@ def save_together(
                     for file in small:
                         writer.write(file)
                     linked = _link_unchanged(temporary, writer.files, previous)
-                    manifest = Manifest(
-                        format_version=layout.FORMAT_VERSION,
-                        step=step,
-                        domains=tuple(domains),
-                        fingerprints=fingerprints,
-                        coverage=cells,
-                        files=writer.files,
-                        tensors=dict(sorted(writer.tensors.items())),
-                    )
-                    writer.finish(manifest_bytes(manifest))
+                    writer.finish(contents.manifest(cells, writer.files, writer.tensors))
                     final = move_into_place(temporary, final)
                 deleted, said = prune(run_dir, keep, final)
                 messages += said

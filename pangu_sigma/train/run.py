@@ -17,6 +17,7 @@ import numpy as np
 from pangu_sigma import runtime
 from pangu_sigma.checkpoint import (
     Checkpoint,
+    Contents,
     Fingerprints,
     StoredTensors,
     find_latest,
@@ -451,37 +452,14 @@ class Run:
         wanted = self.config.checkpoint
         if self.stream is not None:
             self.stream.secure()
-        tokenizer = self.corpus.tokenizer
         with self.bar.job("save", None, unit="B") as job:
+            common = {"keep": wanted.keep, "progress": lambda done, total: job.set(done)}
             if self.processes.size == 1:
-                save = partial(save_checkpoint, self.dir, self.progress.step)
                 tensors = model_tensors(self.model, self.trainer.optimizer)
+                result = save_checkpoint(self.dir, self._contents(), tensors, **common)
             else:
-                save = partial(save_together, self.processes, self.dir, self.progress.step)
-                tensors = tensor_parts(self.model, self.trainer.optimizer)
-            result = save(
-                tensors,
-                domains=list(self.model.groups.names),
-                coverage={
-                    place: dict(zip(self.model.groups.names, self.model.groups.sizes, strict=True))
-                    for place in self.config.model.sparse_prefixes
-                },
-                config_text=self.config.to_yaml(),
-                tokenizer_files=tokenizer_files(tokenizer),
-                probe=self._probe(wanted.probe_sequences),
-                state={
-                    "sampler": self.reader.state(),
-                    "loss_scale": self.trainer.loss_scale.state(),
-                    "shared_steps": self.trainer.optimizer.shared_steps,
-                    "kernels": self.model.kernels,
-                    "skipped": self.progress.skipped,
-                    "tokens": self.progress.tokens,
-                    **self._own_state(),
-                },
-                fingerprints=Fingerprints(tokenizer=tokenizer.fingerprint, corpora=self._corpus_fingerprints()),
-                keep=wanted.keep,
-                progress=lambda done, total: job.set(done),
-            )
+                parts = tensor_parts(self.model, self.trainer.optimizer)
+                result = save_together(self.processes, self.dir, self._contents(), parts, **common)
         self.metrics.checkpoint(
             self.progress.step,
             path=result.path,
@@ -493,6 +471,31 @@ class Run:
             self.bar.say(message)
         self.holding.clean()
         self.saved, self._saved_at = self.progress.step, time.monotonic()
+
+    def _contents(self) -> Contents:
+        """What a checkpoint holds of this moment beside tensors."""
+        tokenizer, groups = self.corpus.tokenizer, self.model.groups
+        return Contents(
+            step=self.progress.step,
+            domains=list(groups.names),
+            coverage={
+                place: dict(zip(groups.names, groups.sizes, strict=True))
+                for place in self.config.model.sparse_prefixes
+            },
+            config_text=self.config.to_yaml(),
+            tokenizer_files=tokenizer_files(tokenizer),
+            probe=self._probe(self.config.checkpoint.probe_sequences),
+            state={
+                "sampler": self.reader.state(),
+                "loss_scale": self.trainer.loss_scale.state(),
+                "shared_steps": self.trainer.optimizer.shared_steps,
+                "kernels": self.model.kernels,
+                "skipped": self.progress.skipped,
+                "tokens": self.progress.tokens,
+                **self._own_state(),
+            },
+            fingerprints=Fingerprints(tokenizer=tokenizer.fingerprint, corpora=self._corpus_fingerprints()),
+        )
 
     def _probe(self, count: int) -> dict[str, np.ndarray]:
         """The first held-out sequences of every domain, int32 [n, S + 1]: with them a model can be verified alone."""

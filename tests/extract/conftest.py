@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pangu_sigma.checkpoint import Fingerprints, save_checkpoint
+from pangu_sigma.checkpoint import Contents, Fingerprints, save_checkpoint
 from pangu_sigma.config import Config, config_from_dict, manifest
 from pangu_sigma.data.tokenizer import Tokenizer
 from rre.counted import generator
@@ -85,10 +85,8 @@ def save_model(run: Path, sizes: Mapping[str, int] = SIZES, *, probes: int = 2, 
         tokenizer.save(folder)
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
     draw = np.random.default_rng(1)
-    return save_checkpoint(
-        run,
-        8,
-        random_tensors(config),
+    contents = Contents(
+        step=8,
         domains=list(sizes),
         coverage={place: dict(sizes) for place in config.model.sparse_prefixes},
         config_text=config.to_yaml(),
@@ -96,9 +94,8 @@ def save_model(run: Path, sizes: Mapping[str, int] = SIZES, *, probes: int = 2, 
         probe={name: draw.integers(3, VOCAB, (probes, LENGTH + 1), dtype=np.int32) for name in sizes if probes},
         state={"sampler": {}, "shared_steps": 8},
         fingerprints=Fingerprints(tokenizer=tokenizer.fingerprint, corpora={name: f"{name} text" for name in sizes}),
-        keep=1,
-        max_shard_bytes=shard,
-    ).path  # fmt: skip
+    )
+    return save_checkpoint(run, contents, random_tensors(config), keep=1, max_shard_bytes=shard).path
 
 
 def flip_byte(folder: Path, tensor: str, index: int = 3) -> None:

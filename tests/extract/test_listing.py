@@ -6,7 +6,7 @@ import sys
 import numpy as np
 
 from extract.listing import list_domains
-from pangu_sigma.checkpoint import Fingerprints, save_checkpoint
+from pangu_sigma.checkpoint import Contents, Fingerprints, save_checkpoint
 
 
 def saved(folder):
@@ -17,10 +17,11 @@ def saved(folder):
         tensors[f"domains.{domain}.blocks.1.experts.up.weight"] = np.ones((experts, 4, 6), np.float32)
         tensors[f"domains.{domain}.blocks.1.routing"] = np.zeros(8, np.int32)
         tensors[f"domains.{domain}.optimizer.m.blocks.1.experts.up.weight"] = np.ones((experts, 4, 6), np.float32)
-    return save_checkpoint(
-        folder, 1, tensors, domains=list(sizes), coverage={"blocks.1": sizes}, config_text="", tokenizer_files={},
-        probe={}, state={}, fingerprints=Fingerprints(tokenizer="t", corpora={}), keep=1,
+    contents = Contents(
+        step=1, domains=list(sizes), coverage={"blocks.1": sizes}, config_text="", tokenizer_files={}, probe={},
+        state={}, fingerprints=Fingerprints(tokenizer="t", corpora={}),
     )  # fmt: skip
+    return save_checkpoint(folder, contents, tensors, keep=1)
 
 
 def test_every_domain_is_listed_with_its_own_experts_parameters_and_files(tmp_path):

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pangu_sigma.checkpoint import Checkpoint, Fingerprints, open_checkpoint, save_checkpoint
+from pangu_sigma.checkpoint import Checkpoint, Contents, Fingerprints, open_checkpoint, save_checkpoint
 from pangu_sigma.config import Config, config_from_dict, effective
 from pangu_sigma.data.sources import Source
 from pangu_sigma.data.tokenizer import Tokenizer
@@ -99,12 +99,13 @@ def save_model(
     tokenizer.save(folder / "tokenizer")
     files = {path.name: path.read_bytes() for path in (folder / "tokenizer").iterdir()}
     places = config.model.sparse_prefixes
-    return save_checkpoint(
-        folder, 7, tensors, domains=groups.names,
+    contents = Contents(
+        step=7, domains=groups.names,
         coverage={place: dict(zip(groups.names, groups.sizes, strict=True)) for place in places},
         config_text=config.to_yaml(), tokenizer_files=files, probe={}, state={},
-        fingerprints=Fingerprints(tokenizer=tokenizer.fingerprint, corpora={}), keep=1,
-    ).path  # fmt: skip
+        fingerprints=Fingerprints(tokenizer=tokenizer.fingerprint, corpora={}),
+    )  # fmt: skip
+    return save_checkpoint(folder, contents, tensors, keep=1).path
 
 
 def make_config(tokenizer: Tokenizer, groups: Groups, changes: dict) -> Config:

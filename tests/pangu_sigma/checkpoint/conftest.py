@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pangu_sigma.checkpoint import Fingerprints, SaveResult, save_checkpoint
+from pangu_sigma.checkpoint import Contents, Fingerprints, SaveResult, save_checkpoint
 from pangu_sigma.checkpoint.manifest import sign
 
 LAYERS = ("blocks.2", "query_layer")
 GROUPS = {"code": 4, "law": 2}
+HOW = ("keep", "max_shard_bytes", "progress")
 EXPERT = {"up.weight": (8, 16), "up.bias": (16,), "down.weight": (16, 8), "down.bias": (8,)}
 
 
@@ -40,7 +41,9 @@ def make_tensors(seed: int = 0, groups: dict[str, int] | None = None) -> dict[st
 def save_small(run: Path, step: int, tensors: dict[str, np.ndarray], **changes) -> SaveResult:
     """Saves `tensors` with two domains, or with what `changes` says instead."""
     groups = changes.pop("groups", GROUPS)
-    arguments = {
+    how = {"keep": 3} | {name: changes.pop(name) for name in HOW if name in changes}
+    contents = {
+        "step": step,
         "domains": list(groups),
         "coverage": {layer: dict(groups) for layer in LAYERS},
         "config_text": "schema_version: 1\n",
@@ -48,9 +51,8 @@ def save_small(run: Path, step: int, tensors: dict[str, np.ndarray], **changes) 
         "probe": {domain: np.arange(18, dtype=np.int32).reshape(2, 9) for domain in groups},
         "state": {"step": step, "cursors": {"code": [3, 2**90]}, "loss_scale": 65536.0},
         "fingerprints": Fingerprints(tokenizer="t1", corpora={domain: f"{domain}-1" for domain in groups}),
-        "keep": 3,
     }
-    return save_checkpoint(run, step, tensors, **{**arguments, **changes})
+    return save_checkpoint(run, Contents(**{**contents, **changes}), tensors, **how)
 
 
 def change_manifest(folder: Path, change: Callable[[dict], None]) -> None:

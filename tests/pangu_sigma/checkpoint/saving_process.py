@@ -11,17 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pangu_sigma.checkpoint import Fingerprints, save_checkpoint
+from pangu_sigma.checkpoint import Contents, Fingerprints, save_checkpoint
 
 run, first = Path(sys.argv[1]), int(sys.argv[2])
 names = [f"blocks.{i}.feed_forward.up.weight" for i in range(8)]
 names += [f"domains.{domain}.blocks.9.experts.up.weight" for domain in ("code", "law")]
 for step in itertools.count(first):
     tensors = {name: np.full((4, 256, 256), step if "law" not in name else step // 2, np.float32) for name in names}
-    save_checkpoint(
-        run,
-        step,
-        tensors,
+    contents = Contents(
+        step=step,
         domains=["code", "law"],
         coverage={"blocks.9": {"code": 4, "law": 4}},
         config_text="schema_version: 1\n",
@@ -29,6 +27,6 @@ for step in itertools.count(first):
         probe={},
         state={"step": step},
         fingerprints=Fingerprints(tokenizer="t", corpora={}),
-        keep=2,
     )
+    save_checkpoint(run, contents, tensors, keep=2)
     print("saved", step, flush=True)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from pangu_sigma.checkpoint import CheckpointError, LazyTensor, StoredTensors, open_checkpoint
+from pangu_sigma.checkpoint import CheckpointError, Contents, LazyTensor, StoredTensors, open_checkpoint
 from pangu_sigma.checkpoint import together as module
 from pangu_sigma.checkpoint.together import TensorPart, save_together
 from parallel.mesh import Mesh
@@ -56,13 +57,14 @@ def parts_of(tensors: dict[str, np.ndarray], rank: int, size: int) -> dict[str, 
     return parts
 
 
-def save_by(size: int, run, step: int, tensors, arguments: dict) -> list:
+def save_by(size: int, run, step: int, tensors, rest: tuple[Contents, dict]) -> list:
     """What `save_together` returned or raised on every rank."""
     meeting = Meeting(size)
+    contents, how = replace(rest[0], step=step), rest[1]
 
     def work(rank: int):
         try:
-            return save_together(Ranks(meeting, rank), run, step, parts_of(tensors, rank, size), **arguments)
+            return save_together(Ranks(meeting, rank), run, contents, parts_of(tensors, rank, size), **how)
         except CheckpointError as error:
             return error
 
@@ -71,18 +73,22 @@ def save_by(size: int, run, step: int, tensors, arguments: dict) -> list:
 
 
 @pytest.fixture
-def rest(save, monkeypatch) -> dict:
-    """What a save takes beside step and tensors, as this folder's other tests have it."""
-    caught: dict = {}
+def rest(save, monkeypatch) -> tuple[Contents, dict]:
+    """What a save takes beside tensors, as this folder's other tests have it."""
+    caught: list = []
+
+    def catch(run, contents, tensors, **how):
+        caught.append((contents, how))
+
     with monkeypatch.context() as patch:
-        patch.setitem(save.__globals__, "save_checkpoint", lambda run, step, tensors, **rest: caught.update(rest))
+        patch.setitem(save.__globals__, "save_checkpoint", catch)
         save(None, 7, {})
-    return caught
+    return caught[0]
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_any_number_of_writers_writes_the_bytes_of_one(tmp_path, save, tensors, rest, size):
-    rest["max_shard_bytes"] = 3000
+    rest[1]["max_shard_bytes"] = 3000
     alone = save(tmp_path / "alone", 7, tensors, max_shard_bytes=3000).path
     results = save_by(size, tmp_path / "together", 7, tensors, rest)
     assert len({result.path for result in results}) == 1

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from pangu_sigma.checkpoint import Fingerprints, StoredTensors, open_checkpoint, save_checkpoint
+from pangu_sigma.checkpoint import Contents, Fingerprints, StoredTensors, open_checkpoint, save_checkpoint
 from pangu_sigma.config import load_config
 from pangu_sigma.monitor.metrics import read_metrics
 from pangu_sigma.train.run import Run
@@ -101,12 +101,12 @@ def test_a_roll_back_on_disk_is_that_in_memory(small_yaml, hosted, tmp_path):
 
 def saved(trainer, folder) -> dict[str, str]:
     """Save the trainer's state; the hashes of all tensors by name."""
-    result = save_checkpoint(
-        folder, 3, model_tensors(trainer.model, trainer.optimizer),
-        domains=list(EXPERTS), coverage={p: EXPERTS for p in trainer.config.model.sparse_prefixes},
+    contents = Contents(
+        step=3, domains=list(EXPERTS), coverage={p: EXPERTS for p in trainer.config.model.sparse_prefixes},
         config_text=trainer.config.to_yaml(), tokenizer_files={"none": b"-"}, probe={}, state={},
-        fingerprints=Fingerprints(tokenizer="-", corpora=dict.fromkeys(EXPERTS, "-")), keep=1,
+        fingerprints=Fingerprints(tokenizer="-", corpora=dict.fromkeys(EXPERTS, "-")),
     )  # fmt: skip
+    result = save_checkpoint(folder, contents, model_tensors(trainer.model, trainer.optimizer), keep=1)
     entries = open_checkpoint(result.path).manifest.tensors
     return {name: piece.sha256 for name, entry in entries.items() for piece in entry.slices}
 

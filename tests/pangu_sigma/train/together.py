@@ -92,25 +92,25 @@ def run_case(case: dict, processes, folder: Path | None = None) -> dict[str, np.
 
 def save(model, optimizer, folder: Path) -> None:
     """A checkpoint of step 1 in the folder, by however many processes the model has."""
-    from pangu_sigma.checkpoint import Fingerprints, save_checkpoint
+    from pangu_sigma.checkpoint import Contents, Fingerprints, save_checkpoint
     from pangu_sigma.checkpoint.together import save_together
     from pangu_sigma.train.state import model_tensors, tensor_parts
 
-    content = {
-        "domains": list(model.groups.names),
-        "coverage": {place: dict(zip(model.groups.names, model.groups.sizes, strict=True)) for place in model.tables},
-        "config_text": model.config.to_yaml(),
-        "tokenizer_files": {"tokenizer.json": b"{}"},
-        "probe": {"law": np.arange(34, dtype=np.int32).reshape(2, 17)},
-        "state": {"step": 1},
-        "fingerprints": Fingerprints(tokenizer="t", corpora=dict.fromkeys(model.groups.names, "c")),
-        "keep": 2,
-        "max_shard_bytes": 20_000,
-    }
+    contents = Contents(
+        step=1,
+        domains=list(model.groups.names),
+        coverage={place: dict(zip(model.groups.names, model.groups.sizes, strict=True)) for place in model.tables},
+        config_text=model.config.to_yaml(),
+        tokenizer_files={"tokenizer.json": b"{}"},
+        probe={"law": np.arange(34, dtype=np.int32).reshape(2, 17)},
+        state={"step": 1},
+        fingerprints=Fingerprints(tokenizer="t", corpora=dict.fromkeys(model.groups.names, "c")),
+    )
+    how = {"keep": 2, "max_shard_bytes": 20_000}
     if model.processes.size == 1:
-        save_checkpoint(folder, 1, model_tensors(model, optimizer), **content)
+        save_checkpoint(folder, contents, model_tensors(model, optimizer), **how)
     else:
-        save_together(model.processes, folder, 1, tensor_parts(model, optimizer), **content)
+        save_together(model.processes, folder, contents, tensor_parts(model, optimizer), **how)
 
 
 def save_again(case: dict, processes, source: Path, folder: Path) -> None:
