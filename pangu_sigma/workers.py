@@ -118,7 +118,9 @@ def launch(words: Sequence[str], workers: int, folder: Path) -> int:
             return code  # it said why on this terminal
         said = _last_line(job.log(rank)) if rank else ""
         if code == USER_ERROR:
-            raise UserError(f"rank {rank}: {said.removeprefix('Error: ')} ({job.log(rank)})")
+            sentence = said.removeprefix("Error: ")
+            named = sentence if sentence.startswith(f"rank {rank} ") else f"rank {rank}: {sentence}"
+            raise UserError(f"{named} ({job.log(rank)})")
         if ended.asked is not None:
             return INTERRUPTED
         told = f"; its log {job.log(rank)} ends: {said}" if said and code > 0 else ""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from parallel.processes import SCHEDULER, WORKER
+from parallel.processes import PATIENCE, SCHEDULER, WEEK, WORKER
 from parallel.watch import LOST
 
 LAUNCHER = "PANGU_SIGMA_LAUNCHER"  # environment: the process number of who started a worker
@@ -27,8 +27,9 @@ LOOK_SECONDS = 0.1
 # How long the others have to stop by themselves when one has failed; each looks after the others twice a second.
 GRACE_SECONDS = 10.0
 TIED_TO_PARENT = 1  # prctl's PR_SET_PDEATHSIG
-# Between two attempts to reach the scheduler; MindSpore's own choice makes the start take many seconds.
-RETRY_SECONDS = "0.05"
+# Between two attempts to reach the scheduler, and between two signs of life to it. Whole seconds: below 1 MindSpore's
+# thread of every process sends them without a pause, which costs 0.4 of a processor each.
+RETRY_SECONDS = "1"
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Launch:
             "MS_RETRY_INTERVAL_LOWER": RETRY_SECONDS,
             "MS_RETRY_INTERVAL_UPPER": RETRY_SECONDS,
             # Whoever is missing is noticed here; rank 0 may first have a large corpus to tokenise.
-            "MS_TOPO_TIMEOUT": str(7 * 24 * 3600),
+            "MS_TOPO_TIMEOUT": WEEK,
             LAUNCHER: str(os.getpid()),
             WATCHED: str(self.folder.absolute()),
         }
@@ -178,6 +179,7 @@ def schedule() -> None:
     from mindspore.communication import init
 
     mindspore.set_device("CPU")
+    os.environ.setdefault(PATIENCE, WEEK)
     init("mccl")
 
 

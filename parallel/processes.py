@@ -18,6 +18,9 @@ from parallel.mesh import Mesh
 from parallel.watch import Watch
 
 WORKER, SCHEDULER = "MS_WORKER", "MS_SCHED"
+# Environment: seconds after which a collective, and the scheduler on a process, gives up. MindSpore's own choice, 30,
+# is less than a process may be busy; the watch tells who hangs.
+PATIENCE, WEEK = "MS_NODE_TIMEOUT", str(7 * 24 * 3600)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Processes:
         from mindspore import ops
         from mindspore.communication import get_group_size, get_rank, init
 
+        os.environ.setdefault(PATIENCE, WEEK)
         init("mccl")
         if (get_rank(), get_group_size()) != (self.rank, self.size):
             raise RuntimeError(f"rank {self.rank} of {self.size} was made rank {get_rank()} of {get_group_size()}")

@@ -1,8 +1,9 @@
 """Every process of a job watches the others: one that died or hangs ends the job instead of leaving it waiting.
 
 A process holds a lock on a file of its own in a folder that all share, as long as it lives; the system lets go of it
-however the process ends. In the file stands how often the process has met the others, so that those
-who wait in vain can say for whom. A thread looks; MindSpore waits for others without keeping Python's lock.
+however the process ends. In the file stands how often the process has met the others, and the file is touched as long
+as the process runs at all, so that those who wait in vain can say for whom. A thread looks; MindSpore waits for others
+without keeping Python's lock.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 LOOK_SECONDS = 0.5
+SILENT_SECONDS = 3.0  # a process whose file was not touched for so long does not run
 LOST = 75  # exit code of a process that stopped because another one did
 TIMED_OUT = 2
 
@@ -62,6 +64,7 @@ class Watch:
     def _look(self) -> None:
         others = [rank for rank in range(self.size) if rank != self.rank]
         while not self._over.wait(LOOK_SECONDS):
+            os.utime(self._file)
             for rank in others:
                 if self._gone(rank) and not self._over.is_set():
                     self._end(LOST, "" if self.quiet else f"rank {rank} is gone: this process stops too")
@@ -83,13 +86,18 @@ class Watch:
             os.close(handle)
 
     def _behind(self, others: list[int]) -> str:
-        """Who has met the others less often than this process."""
-        late = []
+        """Who has met the others less often than this process, or else who has stopped on the same way."""
+        late, silent = [], []
+        now = os.fstat(self._file).st_mtime
         for rank in others:
+            path = self._path(rank)
             with suppress(ValueError):
-                if int(self._path(rank).read_bytes()[:20]) < self._meetings:
+                if int(path.read_bytes()[:20]) < self._meetings:
                     late.append(str(rank))
-        return f"rank {', '.join(late)}" if late else "the other ranks"
+            if now - path.stat().st_mtime > SILENT_SECONDS:
+                silent.append(str(rank))
+        named = late or silent
+        return f"rank {', '.join(named)}" if named else "the other ranks"
 
     def _end(self, code: int, sentence: str) -> None:
         if sentence:

@@ -86,6 +86,13 @@ def test_whoever_waits_too_long_says_for_whom(ranks):
     assert second.wait(timeout=10) == LOST
 
 
+def test_a_rank_that_has_stopped_on_the_same_way_is_named(ranks):
+    first, second = ranks(4, 60)
+    second.send_signal(signal.SIGSTOP)
+    assert first.wait(timeout=20) == TIMED_OUT
+    assert first.stderr.read().startswith("Error: rank 0 waited 4 s (parallel.timeout) for rank 1: ")
+
+
 def test_the_environment_says_which_rank_this_is():
     assert Started.here({}) is None and Started.here({"MS_ROLE": "MS_SCHED"}) is None
     told = {"MS_ROLE": "MS_WORKER", "MS_NODE_ID": "1", "MS_WORKER_NUM": "2"}
