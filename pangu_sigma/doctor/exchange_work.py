@@ -1,6 +1,9 @@
-"""One all-to-all with its gradient in a process of several, compared with what it must give; result as JSON.
+"""Rows that travel to another process and back, with their gradients, compared with what must come; result as JSON.
 
     msrun … python -m pangu_sigma.doctor.exchange_work CPU FOLDER
+
+On CPU the way is a training's own (`parallel.exchange`); on Ascend it is the AlltoAll that MindSpore puts into a
+training's graph.
 """
 
 from __future__ import annotations
@@ -16,51 +19,64 @@ ROWS, WIDTH = 3, 4
 
 
 def run(device: str) -> dict[str, object]:
-    """Whether rows and gradients arrive: block j of rank r is the r-th block of rank j afterwards, bit for bit."""
+    """Whether rows and gradients arrive: of every rank's rows the j-th block goes to rank j, which multiplies it by
+    j + 2, and returns; whole numbers, so every bit must be right."""
     import mindspore as ms
     from mindspore import Tensor, nn, ops
     from mindspore.communication import get_group_size, get_rank, init
+
+    from parallel.exchange import GatheredExchange
+    from parallel.mesh import Mesh
 
     ms.set_device(device)
     ms.set_context(mode=ms.GRAPH_MODE)
     init("hccl" if device == "Ascend" else "mccl")
     rank, size = get_rank(), get_group_size()
+    blocks = np.repeat(np.arange(size, dtype=np.int32), ROWS)[:, None]
 
-    class Gathered(nn.Cell):
-        """CPU has no all-to-all: every rank gathers everything and keeps its blocks. Its transpose is itself."""
+    class Exchanged(nn.Cell):
+        """Rows to the one expert of every rank, and back."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.gather = ops.AllGather()
-
-        def exchange(self, x: Tensor) -> Tensor:
-            return self.gather(x.reshape((1,) + x.shape))[:, rank]
+            self.exchange = GatheredExchange(Mesh(expert=size), rank, size)
+            self.wanted = Tensor(blocks)
 
         def construct(self, x: Tensor) -> Tensor:
-            return self.exchange(x)
+            arrived = self.exchange.to_experts(x)
+            # This rank's expert is number 0 here; whatever goes elsewhere has another number.
+            mine = (self.exchange.choices(self.wanted) == 0).astype(ms.float32)
+            return self.exchange.to_tokens(arrived * mine * (rank + 2.0))
 
-        def bprop(self, x: Tensor, out: Tensor, dout: Tensor):
-            return (self.exchange(dout),)
-
-    class Scored(nn.Cell):
-        """A number whose gradient needs the way back: the sum of squares of what arrived."""
+    class Permuted(nn.Cell):
+        """Blocks to their ranks, and back."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.exchange = ops.AlltoAll(size, 0, 0) if device == "Ascend" else Gathered()
+            self.all_to_all = ops.AlltoAll(size, 0, 0)
+
+        def construct(self, x: Tensor) -> Tensor:
+            return self.all_to_all(self.all_to_all(x) * (rank + 2.0))
+
+    class Scored(nn.Cell):
+        """A number whose gradient needs the way there and back: the sum of squares of what returned."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.travel = Permuted() if device == "Ascend" else Exchanged()
 
         def construct(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            arrived = self.exchange(x)
-            return (arrived * arrived).sum(), arrived
+            back = self.travel(x)
+            return (back * back).sum(), back
 
-    sent = [np.arange(size * ROWS * WIDTH, dtype=np.float32).reshape(size, ROWS, WIDTH) + 1000 * r for r in range(size)]
-    shape = (size, ROWS, WIDTH) if device == "CPU" else (size * ROWS, WIDTH)
+    rows = np.arange(size * ROWS * WIDTH, dtype=np.float32).reshape(-1, WIDTH) % 64 + rank
     began = time.perf_counter()
-    (_, arrived), gradient = ops.value_and_grad(Scored(), 0, None, has_aux=True)(Tensor(sent[rank].reshape(shape)))
+    graph = ops.value_and_grad(Scored().set_train(), 0, None, has_aux=True)
+    (_, returned), gradient = graph(Tensor(rows))
     seconds = time.perf_counter() - began
-    expected = np.stack([sent[r][rank] for r in range(size)])
-    right = np.array_equal(arrived.asnumpy().reshape(expected.shape), expected)
-    back = np.array_equal(gradient.asnumpy().reshape(expected.shape), 2 * sent[rank])
+    factors = blocks.astype(np.float32) + 2
+    right = np.array_equal(returned.asnumpy(), rows * factors)
+    back = np.array_equal(gradient.asnumpy(), 2 * rows * factors**2)
     return {"rank": rank, "size": size, "rows": bool(right), "gradients": bool(back), "seconds": seconds}
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from parallel.launch import free_port
 
 MSRUN = "from mindspore.parallel.cluster.run import main; main()"
 _SHOWN = 300  # characters of a process's last words
@@ -35,7 +36,7 @@ def step(device: str, kernels: str, folder: Path, seconds: float) -> Ended:
 
 
 def exchange(device: str, count: int, folder: Path, seconds: float) -> Ended:
-    """One all-to-all between `count` processes on devices of one kind."""
+    """Rows there and back between `count` processes on devices of one kind."""
     folder.mkdir()
     logs = folder / "logs"
     words = [
@@ -50,13 +51,6 @@ def exchange(device: str, count: int, folder: Path, seconds: float) -> Ended:
     said = [_last_words(log.read_text(encoding="utf-8", errors="replace")) for log in sorted(logs.glob("worker_*.log"))]
     silent = f"{count - len(results)} of {count} did not answer"
     return Ended(results, next(filter(None, said), "") or trouble or silent)
-
-
-def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _ran(words: Sequence[str], folder: Path, seconds: float) -> str:

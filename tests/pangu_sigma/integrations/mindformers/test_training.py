@@ -14,10 +14,11 @@ from safetensors.numpy import load_file, save_file
 
 from pangu_sigma.checkpoint import resolve
 from pangu_sigma.config.counts import manifest
-from pangu_sigma.doctor.processes import MSRUN, free_port
+from pangu_sigma.doctor.processes import MSRUN
 from pangu_sigma.errors import UserError
 from pangu_sigma.integrations.mindformers.importing import checkpoint_file, import_mindformers, skip_rule
 from pangu_sigma.load import stored_config
+from parallel.launch import free_port
 from tests.pangu_sigma.integrations.mindformers.conftest import STEPS, json_lines, run_formers
 from tests.pangu_sigma.train import process
 
