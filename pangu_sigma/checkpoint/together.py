@@ -83,7 +83,7 @@ def save_together(
     previous: Checkpoint | None = None
     needed = None
     with ExitStack() as stack:
-        with _agreed(processes), save.explained():
+        with agreed(processes), save.explained():
             if first:
                 root.mkdir(parents=True, exist_ok=True)
                 messages += remove_stale(run_dir)
@@ -95,13 +95,13 @@ def save_together(
                 stack.callback(shutil.rmtree, temporary, ignore_errors=True)
                 _lay_out(temporary, tensor_files)
         temporary = Path(processes.texts(str(temporary))[0])
-        with _agreed(processes), save.explained(needed):
+        with agreed(processes), save.explained(needed):
             _write_parts(temporary, tensor_files, parts, progress, processes.mark)
-        with _agreed(processes), save.explained():
+        with agreed(processes), save.explained():
             mine = _hash_share(temporary, tensor_files, processes)
         hashed = {path: entry for text in processes.texts(json.dumps(mine)) for path, entry in json.loads(text).items()}
         final, deleted, linked = root / layout.step_name(step), [], 0
-        with _agreed(processes), save.explained(needed):
+        with agreed(processes), save.explained(needed):
             if first:
                 with ThreadPoolExecutor(2) as threads:
                     writer = FolderWriter(temporary, lambda spec: (), threads, 0, None)
@@ -127,7 +127,7 @@ def save_together(
 
 
 @contextmanager
-def _agreed(processes: Processes) -> Iterator[None]:
+def agreed(processes: Processes) -> Iterator[None]:
     """What fails with a CheckpointError on one process fails on all, with the first one's sentence."""
     sentence, here = "", None
     try:

@@ -41,11 +41,11 @@ def broken_phase_rules(config: Config) -> Broken:
                 f"{key} trains nothing: a dense model has shared parameters only; set shared to train",
             )
         yield from _regularise(key, phase, config)
-        if phase.shared == "regularised" and _devices(config) > 1:
+        if phase.shared == "regularised" and config.run.device == "Ascend" and _devices(config) > 1:
             yield (
                 f"{key}.shared",
-                f"{key}.shared = regularised trains in one process, and parallel describes "
-                f"{_devices(config)} devices: set its keys to 1, or {key}.shared to train",
+                f"{key}.shared = regularised has no form that is cut over devices, and parallel describes "
+                f"{_devices(config)} of them: set its keys to 1, or {key}.shared to train",
             )
         if not set(phase.weights or ()) - names:
             yield from _old_domains(key, config, index)
@@ -78,6 +78,12 @@ def _regularise(key: str, phase: PhaseConfig, config: Config) -> Broken:
                 f"{key}.regularise.through",
                 f"{key}.regularise.through = old says whose outputs are compared, and output is 0: give output a "
                 "weight above 0, or leave through out",
+            )
+        elif config.parallel.placement_groups > 1:
+            yield (
+                f"{key}.regularise.through",
+                f"{key}.regularise.through = old has the new text read by other domains' experts, whose rows do not "
+                "leave their placement group: set it to own, or parallel.placement to global",
             )
         elif not apart and config.model.embedding_slots == "shared":
             yield (
@@ -164,8 +170,8 @@ def broken_stream_rules(config: Config) -> Broken:
     if _devices(config) > 1:
         yield (
             "data.stream",
-            f"data.stream is read by one process, and parallel describes {_devices(config)} devices: set its "
-            "keys to 1",
+            f"data.stream is read by one process, and parallel describes {_devices(config)} devices: leave --workers "
+            "out and set its keys to 1",
         )
 
 

@@ -21,11 +21,13 @@ class Scorer:
 
     Nothing is dropped, routing follows the tables and rows are cut into fixed blocks, so a row's figures do not depend
     on what stands in the others. A graph is compiled when it is first asked for.
+
+    Processes that share the model are given the same rows and each gives the figures of its part of them, in order.
     """
 
     def __init__(self, model: Model, rows: int, domains: int = 1) -> None:
         self.model, self.rows = model, rows
-        self.signature = model.exact_signature(rows, domains)
+        self.signature = model.exact_signature(rows // model.processes.mesh.rows, domains)
         self.planner = Planner(model, self.signature, training=False)
         self._losses: TokenLosses | None = None
         self._logits: Logits | None = None
@@ -36,10 +38,10 @@ class Scorer:
         return self.signature.length
 
     def losses(self, tokens: np.ndarray, domain: Sequence[int] | np.ndarray) -> np.ndarray:
-        """-log p of every token but the first, given those before it in its document: float32 [B, S], in nats.
+        """-log p of every token but the first, given those before it in its document: float32 [b, S], in nats.
 
-        tokens int32 [B, S + 1], domain [B] as the model numbers its domains, B = `rows`. Raises UserError where the
-        batch activates more experts than memory may hold.
+        tokens int32 [B, S + 1], domain [B] as the model numbers its domains, B = `rows`; b of them are this process's,
+        all where it is alone. Raises UserError where the batch activates more experts than memory may hold.
         """
         if self._losses is None:
             self._losses = TokenLosses(self.model.net, self.model.layout, self.signature)
@@ -51,7 +53,7 @@ class Scorer:
         return self._losses(fixed[0], Tensor(planned.labels), *fixed[1:], *self.flat(planned)).asnumpy()
 
     def logits(self, tokens: np.ndarray, domain: Sequence[int] | np.ndarray) -> Tensor:
-        """Logits after every token but the last: float32 [B, S, V]; arguments and errors as of `losses`."""
+        """Logits after every token but the last: float32 [b, S, V]; arguments and errors as of `losses`."""
         if self._logits is None:
             self._logits = Logits(self.model.net, self.model.layout, self.signature)
             self._compile(self._logits, _INPUTS)
@@ -60,12 +62,13 @@ class Scorer:
         return self._logits(*planned.fixed, *self.flat(planned))
 
     def _compile(self, graph, names: Sequence[str]) -> None:
-        placeholders = graph_placeholders(self.rows, self.length)
+        placeholders = graph_placeholders(self.signature.batch, self.length)
         graph.set_inputs(*(placeholders[name] for name in names), *self.signature.placeholders())
 
     def plan(self, tokens: np.ndarray, domain: Sequence[int] | np.ndarray) -> PlannedBatch:
         """The inputs of token rows int32 [B, S + 1] of `domain` [B]."""
-        return self.planner(tokens, np.asarray(domain, np.int32), np.arange(self.rows), 0)
+        reads = self.planner.reads
+        return self.planner(tokens[reads], np.asarray(domain, np.int32)[reads], reads, 0)
 
     def flat(self, planned: PlannedBatch) -> list[Tensor]:
         """The variable inputs of a graph of this signature. Raises UserError as `losses` does."""

@@ -31,7 +31,7 @@ class SharedGradient(nn.Cell):
         self.value_and_grad = ops.value_and_grad(self.loss, None, ParameterTuple(net.trainable_params()), has_aux=True)
         self.set_train(False)
         self.set_inputs(
-            *graph_placeholders(scorer.rows, scorer.length).values(), *scorer.signature.placeholders()
+            *graph_placeholders(scorer.signature.batch, scorer.length).values(), *scorer.signature.placeholders()
         )
 
     def construct(self, *inputs: Tensor):
@@ -42,31 +42,38 @@ class SharedGradient(nn.Cell):
 def estimate_fisher(
     model: Model, batches: Iterable[tuple[str, np.ndarray]], seed: int, rows: int
 ) -> dict[str, np.ndarray]:
-    """Parameter name -> float32 of its shape, from batches of (domain, token ids int32 [rows, S + 1])."""
+    """Parameter name -> float32 of its shape, from batches of (domain, token ids int32 [rows, S + 1]).
+
+    Processes that share the model are given the same batches, compute a part of the rows each and sum the gradients.
+    """
     scorer = Scorer(model, rows)
     gradient = SharedGradient(scorer)
     names = [p.name for p in model.net.trainable_params()]
     total = {p.name: np.zeros(p.shape, np.float64) for p in model.net.trainable_params()}
     tokens = 0
-    weights = Tensor(np.ones((rows, scorer.length), np.float32))
+    mine = scorer.planner.reads[scorer.planner.own]
+    weights = Tensor(np.ones((mine.size, scorer.length), np.float32))
     for number, (domain, sequences) in enumerate(batches):
         index = np.full(rows, model.groups.names.index(domain), np.int32)
-        labels = draw_labels(scorer.logits(sequences, index).asnumpy(), key64(seed, "Fisher labels", number))
+        labels = draw_labels(scorer.logits(sequences, index).asnumpy(), key64(seed, "Fisher labels", number), mine)
         planned = scorer.plan(sequences, index)
         fixed = planned.fixed
         found = gradient.set_train(False)(
             fixed[0], Tensor(labels), weights, Tensor(0.0, ms.float32), *fixed[1:], *scorer.flat(planned)
         )
         for name, tensor in zip(names, found, strict=True):
-            total[name] += np.square(tensor.asnumpy(), dtype=np.float64)
-        tokens += labels.size
+            total[name] += np.square(model.processes.sum_float32(tensor.asnumpy()), dtype=np.float64)
+        tokens += rows * scorer.length
     return {name: (values / max(1, tokens)).astype(np.float32) for name, values in total.items()}
 
 
-def draw_labels(logits: np.ndarray, key: int) -> np.ndarray:
-    """One label for each row of logits [B, S, V], drawn from its softmax by the counted stream `key`: int32 [B, S]."""
+def draw_labels(logits: np.ndarray, key: int, rows: np.ndarray) -> np.ndarray:
+    """One label for each row of logits [B, S, V], drawn from its softmax by the counted stream `key`: int32 [B, S].
+
+    rows [B]: their numbers in the batch, by which they are counted.
+    """
     batch, length, vocab = logits.shape
-    points = uniform(key, np.arange(batch * length)).reshape(batch, length)
+    points = uniform(key, (rows[:, None] * length + np.arange(length)).reshape(-1)).reshape(batch, length)
     labels = np.empty((batch, length), np.int32)
     for b in range(batch):
         powers = np.exp(logits[b].astype(np.float64) - logits[b].max(-1, keepdims=True))

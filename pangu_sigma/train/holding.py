@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder
+from pangu_sigma.checkpoint import Contents, Fingerprints, save_checkpoint
 from pangu_sigma.checkpoint.cleaning import list_checkpoints
 from pangu_sigma.checkpoint.reading import open_checkpoint
-from pangu_sigma.checkpoint.tensor_file import pieces, spec_of
+from pangu_sigma.checkpoint.together import agreed, save_together
 from pangu_sigma.config.phases import old_domains
 from pangu_sigma.data.corpus import Corpus
 from pangu_sigma.domains.plan import PREVIOUS
@@ -24,7 +24,7 @@ from pangu_sigma.train.previous import Record
 from pangu_sigma.train.reference import load_reference
 from pangu_sigma.train.regularised import RegularisedObjective
 from pangu_sigma.train.schedule import Phase
-from pangu_sigma.train.state import model_tensors
+from pangu_sigma.train.state import model_tensors, tensor_parts
 
 if TYPE_CHECKING:
     from pangu_sigma.monitor.terminal import Job
@@ -48,6 +48,7 @@ class Holding:
         self.trainer = trainer
         self.corpus = corpus
         self.record = record
+        self.processes = trainer.processes
         self._tokenizer_files = tokenizer_files
         self._entered: int | None = None
 
@@ -72,10 +73,8 @@ class Holding:
             kept = previous.open_previous(self.run_dir, self.record)
         else:
             with work("keep the previous model", None):
-                # Where the model of this step was just saved, its files serve.
-                saved = dict(list_checkpoints(self.run_dir)[0]).get(step)
-                linked = None if saved is None else previous.link_previous(self.run_dir, open_checkpoint(saved))
-                kept = self._write(step) if linked is None else linked
+                self._keep(step)
+            kept = open_checkpoint(previous.model_path(self.run_dir, step))
             self.record = Record(phase.index, step, previous.identity(kept))
         fisher = self._fisher(phase, work) if wanted.ewc else None
         config, model = self.trainer.config, self.trainer.model
@@ -84,7 +83,9 @@ class Holding:
             # A gate that grew is asked without its new experts, whose domains it does not tell apart anyway.
             grown = set(config.domain_names) - set(kept.domains) if model.learned else set()
             stand_in = dict.fromkeys(grown, kept.domains[0])
-            reference = load_reference(kept, config, self.trainer.micro_batch, stand_in)
+            # Every process has the whole frozen model: what it trains may be cut in another way.
+            rows = self.trainer.micro_batch // self.processes.mesh.rows
+            reference = load_reference(kept, config, rows, stand_in)
             old = old_domains(config, phase.index) if wanted.through == "old" else ()
             through = [config.domain_names.index(name) for name in old]
             objective = RegularisedObjective(reference, wanted.output, through, config.run.seed)
@@ -97,34 +98,46 @@ class Holding:
 
     def clean(self) -> None:
         """Delete previous models that neither this phase nor a checkpoint of the run names any more."""
-        if not (self.run_dir / previous.FOLDER).is_dir():
+        if not self.processes.first or not (self.run_dir / previous.FOLDER).is_dir():
             return
         named = [self.record]
         for _, path in list_checkpoints(self.run_dir)[0]:
             named.append(Record.of(open_checkpoint(path).state))
         previous.remove_unneeded(self.run_dir, {record.step for record in named if record is not None})
 
-    def _write(self, step: int) -> Checkpoint:
-        model, corpus = self.trainer.model, self.corpus
-        tensors = model_tensors(model, None)
-        names, sizes = model.groups.names, model.groups.sizes
-        folder = ModelFolder(
-            tensors=[spec_of(name, tensor) for name, tensor in tensors.items()],
-            read=lambda spec: pieces(tensors[spec.name]),
-            domains=list(names),
-            coverage={
-                place: dict(zip(names, sizes, strict=True)) for place in self.trainer.config.model.sparse_prefixes
-            },
-            config_text=self.trainer.config.to_yaml(),
+    def _keep(self, step: int) -> None:
+        """Write the model of this moment beside the run; where it was just saved, its files serve."""
+        saved = dict(list_checkpoints(self.run_dir)[0]).get(step)
+        if saved is not None:
+            with agreed(self.processes):
+                if self.processes.first:
+                    previous.link_previous(self.run_dir, open_checkpoint(saved))
+            return
+        folder = previous.working_folder(self.run_dir, step)
+        contents, model = self._contents(step), self.trainer.model
+        if self.processes.size == 1:
+            written = save_checkpoint(folder, contents, model_tensors(model, None), keep=1)
+        else:
+            written = save_together(self.processes, folder, contents, tensor_parts(model, None), keep=1)
+        with agreed(self.processes):
+            if self.processes.first:
+                previous.take_saved(self.run_dir, written.path)
+
+    def _contents(self, step: int) -> Contents:
+        groups, corpus, config = self.trainer.model.groups, self.corpus, self.trainer.config
+        return Contents(
+            step=step,
+            domains=list(groups.names),
+            coverage={p: dict(zip(groups.names, groups.sizes, strict=True)) for p in config.model.sparse_prefixes},
+            config_text=config.to_yaml(),
             tokenizer_files=self._tokenizer_files(),
+            probe={},
+            state={"origin": {"job": "previous model"}},
             fingerprints=Fingerprints(
                 tokenizer=corpus.tokenizer.fingerprint,
                 corpora={store.name: store.corpus_fingerprint for store in corpus.stores},
             ),
-            step=step,
-            origin={"job": "previous model"},
         )
-        return previous.write_previous(self.run_dir, step, folder)
 
     def _fisher(self, phase: Phase, work: Work) -> dict[str, np.ndarray]:
         from pangu_sigma.train.fisher import estimate_fisher
@@ -145,5 +158,9 @@ class Holding:
                         job.advance()
 
             fisher = estimate_fisher(self.trainer.model, batches(), config.run.seed, rows)
-        self.record = replace(self.record, fisher=previous.write_fisher(self.run_dir, self.record.step, fisher))
+        written = ""
+        with agreed(self.processes):
+            if self.processes.first:
+                written = previous.write_fisher(self.run_dir, self.record.step, fisher)
+        self.record = replace(self.record, fisher=self.processes.texts(written)[0])
         return fisher

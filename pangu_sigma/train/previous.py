@@ -22,7 +22,6 @@ from safetensors.numpy import load_file
 from pangu_sigma.checkpoint import Checkpoint, CheckpointError, layout, open_checkpoint
 from pangu_sigma.checkpoint.changing import ChangedCheckpoint, kept_files, write_changed_folder
 from pangu_sigma.checkpoint.disk import Writing
-from pangu_sigma.checkpoint.model_folder import ModelFolder, write_model_folder
 from pangu_sigma.checkpoint.tensor_file import digest_of_file, pieces, spec_of, write_tensor_file
 from pangu_sigma.checkpoint.writing import sync_folder
 from pangu_sigma.domains.plan import PREVIOUS
@@ -72,13 +71,21 @@ def fisher_path(run_dir: Path, step: int) -> Path:
     return run_dir / FOLDER / f"{layout.step_name(step)}.fisher.safetensors"
 
 
-def write_previous(run_dir: Path, step: int, model: ModelFolder) -> Checkpoint:
-    """Write the previous model; what a killed process left of it is replaced. Raises CheckpointError."""
-    return write_model_folder(_free_path(run_dir, step), model)
+def working_folder(run_dir: Path, step: int) -> Path:
+    """Where a previous model is saved before `take_saved` puts it into its place."""
+    return run_dir / FOLDER / f".{layout.step_name(step)}"
+
+
+def take_saved(run_dir: Path, saved: Path) -> None:
+    """Make what was `saved` in the working folder the previous model; what a killed process left of it is replaced."""
+    step = layout.parse_folder(saved)[1]
+    os.rename(saved, _free_path(run_dir, step))
+    shutil.rmtree(working_folder(run_dir, step))
+    sync_folder(run_dir / FOLDER)
 
 
 def link_previous(run_dir: Path, checkpoint: Checkpoint) -> Checkpoint:
-    """Make the model of `checkpoint` the previous one of its step; its files are linked. Raises as `write_previous`."""
+    """Make the model of `checkpoint` the previous one of its step; its files are linked. Raises CheckpointError."""
     groups = ["shared", *(f"domains/{name}" for name in checkpoint.domains)]
     content = ChangedCheckpoint(
         kept=kept_files(checkpoint, groups),

@@ -92,10 +92,14 @@ class RegularisedObjective(Objective):
 
     def _beside(self, part: int, batch: PlannedBatch, planner: Planner) -> Beside:
         point = uniform(key64(self.seed, "old domain", batch.step), np.array([part]))[0]
-        domain = np.full(batch.domain.size, self.through[int(point * len(self.through))], np.int32)
+        # Under the old domain's experts rows of other processes come here than under their own.
+        by_rank, reads = planner.model.processes.gather(batch.sequences), planner.reads
+        every = by_rank.reshape(-1, by_rank.shape[-1])
+        domain = np.full(reads.size, self.through[int(point * len(self.through))], np.int32)
         # The rows' numbers, which routers that resample draw by, are counted from the step's first.
-        samples = (batch.step * 1_000_003 + part) * batch.domain.size + np.arange(batch.domain.size)
-        planned = planner(batch.sequences, domain, samples, batch.step, np.zeros_like(batch.mask))
+        samples = (batch.step * 1_000_003 + part) * len(every) + reads
+        nothing = np.zeros((reads.size, batch.mask.shape[1]), np.float32)
+        planned = planner(every[reads], domain, samples, batch.step, nothing)
         return Beside(**{**vars(planned), "keys": batch.keys}, held=batch.mask)
 
     def prepare(self, batch: PlannedBatch) -> Tensor:

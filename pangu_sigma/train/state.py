@@ -73,8 +73,9 @@ def model_tensors(model: Model, optimizer: Optimizer | None) -> dict[str, np.nda
     return tensors
 
 
-def tensor_parts(model: Model, optimizer: Optimizer) -> dict[str, TensorPart]:
-    """All tensors of a checkpoint by name, each with the part of it that this process writes.
+def tensor_parts(model: Model, optimizer: Optimizer | None) -> dict[str, TensorPart]:
+    """All tensors of a checkpoint by name, each with the part of it that this process writes; without an optimizer
+    those of the model alone.
 
     All processes' parts together are every tensor once: a process writes its own experts, unless it is a replica, and
     its turn of what all of them have.
@@ -83,10 +84,13 @@ def tensor_parts(model: Model, optimizer: Optimizer) -> dict[str, TensorPart]:
     store.settle()
     parts: dict[str, TensorPart] = {}
     common: dict[str, np.ndarray] = {p.name: p.asnumpy() for p in model.net.get_parameters()}
-    common |= optimizer.moments()
+    if optimizer is not None:
+        common |= optimizer.moments()
     for place, by_owner in model.tables.items():
         common |= {table_name(owner, place): table for owner, table in by_owner.items()}
     for kind, place, name, table in store.tables():
+        if kind != "weight" and optimizer is None:
+            continue
         if place == SLOTS:
             common |= {_expert_tensor(d, kind, place, name): table[n] for n, d in enumerate(groups.names)}
             continue
@@ -98,7 +102,7 @@ def tensor_parts(model: Model, optimizer: Optimizer) -> dict[str, TensorPart]:
                 mine = (rows.stop - rows.start, *table.shape[1:])
                 data = LazyTensor(mine, table.dtype, partial(store.read, kind, place, name, rows))
             parts[_expert_tensor(domain, kind, place, name)] = TensorPart(shape, table.dtype, begin, data)
-    for place, steps in store.steps.items():
+    for place, steps in store.steps.items() if optimizer is not None else ():
         for number, domain in enumerate(groups.names):
             name = f"domains.{domain}.optimizer.steps.{place}"
             if place == SLOTS:

@@ -136,9 +136,17 @@ BROKEN = [
         "data.stream is read by one process, and parallel describes 2 devices",
     ),
     (
-        "regularised in several processes",
-        ["train.phases=[{shared: regularised, regularise: {l2: 1}}]", "parallel={data: 2, workers: 2}"],
-        "train.phases.0.shared = regularised trains in one process",
+        "regularised on devices",
+        ["train.phases=[{shared: regularised, regularise: {l2: 1}}]", "parallel={data: 2}", "run.device=Ascend"],
+        "train.phases.0.shared = regularised has no form that is cut over devices",
+    ),
+    (
+        "through experts of another placement group",
+        [
+            SPARSE, "domains.0.experts=2", "parallel={expert: 2, placement: domain, placement_groups: 2, workers: 2}",
+            "train.phases=[{steps: 1}, {shared: regularised, old: [code], regularise: {output: 1, through: old}}]",
+        ],
+        "train.phases.1.regularise.through = old has the new text read by other domains' experts",
     ),
     (
         "stream with replay",

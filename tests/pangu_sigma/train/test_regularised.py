@@ -239,9 +239,14 @@ def test_another_loss_than_all_tokens_mean_is_not_held_by_outputs(other):
 
 def test_labels_are_drawn_by_the_models_probabilities():
     logits = np.log(np.array([[[0.5, 0.25, 0.125, 0.125]]], np.float32)).repeat(20000, 1)
-    counts = np.bincount(draw_labels(logits, 5)[0], minlength=4)
+    first = np.zeros(1, int)
+    counts = np.bincount(draw_labels(logits, 5, first)[0], minlength=4)
     np.testing.assert_allclose(counts / 20000, [0.5, 0.25, 0.125, 0.125], atol=0.012)
-    assert draw_labels(logits, 5).tobytes() == draw_labels(logits, 5).tobytes() != draw_labels(logits, 6).tobytes()
+    same, other = draw_labels(logits, 5, first), draw_labels(logits, 6, first)
+    assert draw_labels(logits, 5, first).tobytes() == same.tobytes() != other.tobytes()
+    # A process that has the second row alone draws what one that has both does.
+    two = draw_labels(logits.repeat(2, 0), 5, np.arange(2))
+    assert two[1:].tobytes() == draw_labels(logits, 5, first + 1).tobytes() != two[:1].tobytes()
 
 
 def test_the_fisher_information_is_the_expected_squared_gradient():
