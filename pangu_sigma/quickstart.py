@@ -38,7 +38,7 @@ def quickstart(config: Config) -> Finished | None:
 
     if config.data.heldout_fraction == 0:
         raise UserError("the quickstart measures on held-out text, and data.heldout_fraction is 0: hold some out")
-    check_one_process(config)
+    check_one_process(config, "run it with `pangu-sigma train … --workers`, or set parallel={}")
     folder = Path(config.run.dir)
     with Run(config, resume=(folder / "checkpoints").is_dir()) as run:
         run.loop()

@@ -39,7 +39,7 @@ def adapt(model: Path, file: Path, objective: str, overrides: tuple[str, ...] = 
     """
     base, start = _base(model, file, overrides, resume)
     config = load_adaptation(file, overrides, objective, base, start)
-    check_one_process(config)
+    check_one_process(config, "set parallel={}")
     with sigterm_as_ctrl_c(), AdaptationRun(config, resume, model) as run:
         run.loop()
     return Path(config.run.dir)

@@ -32,14 +32,13 @@ def broken_mesh_rules(config: Config) -> Broken:
     yield from _batch(config, parallel.mesh)
 
 
-def check_one_process(config: Config) -> None:
-    """Refuse to train on a mesh of several ranks. Raises UserError."""
+def check_one_process(config: Config, instead: str) -> None:
+    """Refuse a mesh of several ranks for a job of one process; `instead`: what to do. Raises UserError."""
     mesh = config.parallel.mesh
     if mesh.size > 1:
         raise UserError(
             f"parallel makes a mesh of {mesh.size} ranks (data {mesh.data} x expert {mesh.expert} x tensor "
-            f"{mesh.tensor} x pipeline {mesh.pipeline}), but this job runs in one process: train it on CPU with "
-            "--workers, look at it with `pangu-sigma plan`, or set parallel={}"
+            f"{mesh.tensor} x pipeline {mesh.pipeline}), but this job runs in one process: {instead}"
         )
 
 

@@ -81,7 +81,9 @@ def train(config: Config, resume: bool = False) -> Path:
     Raises UserError for the user's mistakes and for training that cannot go on.
     """
     if config.run.device != "CPU":
-        check_one_process(config)
+        check_one_process(
+            config, "train it on CPU with --workers, look at it with `pangu-sigma plan`, or set parallel={}"
+        )
     if config.adapt is not None:
         raise UserError(
             f"adapt fine-tunes a trained model: run it with pangu-sigma {config.adapt.objective} MODEL FILE.yaml"

@@ -78,6 +78,28 @@ def test_a_users_mistake_is_one_sentence_and_code_2(arguments):
     assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", QUICKSTART, "--stream", "-", "--domain", "code"], "data.stream is read by one process"),
+        (["evaluate", "runs/x", "--tasks", "questions.jsonl"], "--tasks runs in one process"),
+        (["evaluate", "runs/x", "--domain", "auto"], "--domain auto runs in one process"),
+    ],
+    ids=lambda part: part if isinstance(part, str) else " ".join(map(os.path.basename, part)),
+)
+def test_what_several_processes_do_not_do_is_refused(arguments, said, tmp_path):
+    done = run(*arguments, "--workers", "2", cwd=tmp_path)
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
+    assert said in done.stderr and "leave --workers out" in done.stderr
+
+
+def test_the_quickstart_refuses_a_mesh(tmp_path):
+    done = run("quickstart", QUICKSTART, "parallel={data: 2}", cwd=tmp_path)
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert done.stderr.count("\n") == 1 and "this job runs in one process: run it with" in done.stderr
+
+
 @pytest.mark.parametrize("arguments", [["trian"], ["train"], ["train", QUICKSTART, "--resum"], ["generate", "x"]])
 def test_a_wrong_call_is_code_2_without_a_traceback(arguments):
     done = run(*arguments)
