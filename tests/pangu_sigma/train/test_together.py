@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 
 from pangu_sigma.checkpoint import open_checkpoint
 from parallel.launch import Launch
+from rre.kinds import KINDS
 from tests.pangu_sigma.train.process import ROOT
 
 SWITCH = {"router": "switch", "aux_loss_weight": 0.1, "dispatch": "capacity", "capacity_factor": 1.0, "jitter": 0.02}
@@ -32,14 +35,6 @@ TWO = {
         "model": {**SHORT, "sparse": CAPACITY, "embedding_slots": "per_domain"},
     },
 }  # fmt: skip
-FOUR = {
-    "rre": {
-        "mesh": {"data": 2, "expert": 2}, "model": {**SHORT, **DROPOUT}, "steps": 3,
-        # In the second step the text is of one domain, whose experts one part has.
-        "drawn": {"1": [0] * 8},
-        "saved_under": [{"expert": 4}, {"data": 4}],
-    },
-}  # fmt: skip
 
 
 def run(folder: Path, processes: int, cases: dict) -> Path:
@@ -61,11 +56,6 @@ def two(tmp_path_factory) -> Path:
     return run(tmp_path_factory.mktemp("two"), 2, TWO)
 
 
-@pytest.fixture(scope="module")
-def four(tmp_path_factory) -> Path:
-    return run(tmp_path_factory.mktemp("four"), 4, FOUR)
-
-
 def results(folder: Path, case: str) -> list[dict[str, np.ndarray]]:
     """What each rank found."""
     paths = sorted(folder.glob(f"{case}-[0-9].npz"))
@@ -82,6 +72,7 @@ def assert_equals_one_process(folder: Path, case: str, grown: float = 1.0) -> No
         np.testing.assert_array_equal(mine["tokens"], alone["tokens"])
         np.testing.assert_array_equal(mine["load"], alone["load"])
         np.testing.assert_array_equal(mine["touched"], alone["touched"])
+        np.testing.assert_allclose(mine["figures"], alone["figures"], rtol=1e-4 * grown)
     # Every gradient that one process has is on some rank, and equal wherever it is.
     seen = set()
     for mine in ranks:
@@ -112,20 +103,101 @@ def test_two_processes_train_as_one(two, case):
     assert_equals_one_process(two, case)
 
 
-@pytest.mark.slow
-def test_four_processes_train_as_one(four):
-    assert_equals_one_process(four, "rre")
-
-
 def test_a_number_that_is_not_finite_on_one_process_stops_the_step_on_all(two):
     for mine in results(two, "switch"):
         assert mine["finite"].tolist() == [True, True, True, False]
 
 
+MESHES = {
+    "dp2": {"data": 2}, "ep2": {"expert": 2},
+    "dp4": {"data": 4}, "ep4": {"expert": 4}, "dp2_ep2": {"data": 2, "expert": 2},
+}  # fmt: skip
+SPARSE = {
+    "rre": {}, "rre_capacity": CAPACITY, "hash": {"router": "hash"}, "switch": SWITCH, "gshard": GSHARD,
+    "glam": {**GSHARD, "router": "glam"}, "noisy": NOISY, "olmoe": OLMOE, "choice": CHOICE,
+}  # fmt: skip
+# What meets what over twenty steps: every router and store, dropless and by capacity, on both numbers of processes.
+COVERED = {
+    "dp2": ["rre device", "rre_capacity host", "olmoe device", "glam device"],
+    "ep2": ["rre host", "rre_capacity device", "hash device", "switch device", "gshard device", "noisy device",
+            "choice device"],
+    "dp4": ["rre host", "noisy device"],
+    "ep4": ["rre device", "rre_capacity host", "olmoe device"],
+    "dp2_ep2": ["rre_capacity device", "hash host", "switch device", "gshard device", "glam device", "choice device"],
+}  # fmt: skip
+COMPOSED = {"dp2": ["olmoe device"], "ep2": ["rre device", "switch device"]}
+
+
+def twenty_steps(mesh: str, what: str, kernels: str = "auto") -> dict:
+    sparse, store = what.split()
+    return {
+        "mesh": MESHES[mesh], "model": {**SHORT, "sparse": SPARSE[sparse]}, "experts": {"store": store}, "steps": 20,
+        "run": {"kernels": kernels}, "optimizer": {"learning_rate": 1e-3},
+    }  # fmt: skip
+
+
+def of_matrix(matrix: dict[str, list[str]], processes: int, kernels: str = "auto") -> dict[str, dict]:
+    """Name -> case, of the meshes of so many processes."""
+    return {
+        f"{mesh}_{what.replace(' ', '_')}_{kernels}": twenty_steps(mesh, what, kernels)
+        for mesh, several in matrix.items()
+        for what in several
+        if np.prod(list(MESHES[mesh].values())) == processes
+    }
+
+
+def placed(mesh: dict) -> dict:
+    """Two placement groups: the first reads code alone and has its four experts, the second law and poems."""
+    apart = dict.fromkeys(map(str, range(20)), [0, 0, 0, 0, 1, 2, 2, 1])
+    return {
+        "mesh": {**mesh, "placement": "domain", "placement_groups": 2}, "model": {**SHORT, "sparse": {}},
+        "drawn": apart, "steps": 20, "optimizer": {"learning_rate": 1e-3},
+    }  # fmt: skip
+
+
+HELD = {
+    "model": {**SHORT, "sparse": {"resample": True}}, "steps": 4, "train": {"accumulation": 2},
+    "held": {"output": 0.5, "l2": 0.1, "ewc": 5.0},
+}  # fmt: skip
+JOBS = {
+    2: {**of_matrix(COVERED, 2), **of_matrix(COMPOSED, 2, "composed"), "placed": placed({"expert": 2})},
+    4: {
+        **of_matrix(COVERED, 4),
+        "saved": {
+            "mesh": MESHES["ep4"], "model": {**SHORT, **DROPOUT}, "steps": 3,
+            # In the second step the text is of one domain, whose experts two parts have.
+            "drawn": {"1": [0] * 8},
+            "saved_under": [MESHES["ep4"], MESHES["dp2_ep2"], MESHES["dp4"]],
+        },
+        "held": {"mesh": MESHES["dp2_ep2"], **HELD},
+        "placed": placed({"expert": 4}),
+        "placed_twice": placed({"expert": 2, "data": 2}),
+    },
+}
+
+
+def test_every_router_is_among_the_cases_of_each_number_of_processes():
+    for cases in JOBS.values():
+        assert {case["model"]["sparse"].get("router", "rre") for case in cases.values()} == set(KINDS)
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory) -> Callable[[int], Path]:
+    """Number of processes -> where the results of its cases are; each job runs once."""
+    return cache(lambda processes: run(tmp_path_factory.mktemp(f"job-{processes}"), processes, JOBS[processes]))
+
+
 @pytest.mark.slow
-def test_a_checkpoint_does_not_tell_how_many_processes_wrote_it(four):
-    saved = sorted(path for path in four.glob("rre-saved*"))
-    assert len(saved) == 4
+@pytest.mark.parametrize(("processes", "case"), [(number, case) for number, cases in JOBS.items() for case in cases])
+def test_twenty_steps_are_those_of_one_process(jobs, processes, case):
+    assert_equals_one_process(jobs(processes), case, grown=20)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_does_not_tell_how_many_processes_wrote_it(jobs):
+    """Saved by four parts, then loaded by four, two and one, and by one process, and saved again by each."""
+    saved = sorted(path for path in jobs(4).glob("saved-saved*"))
+    assert len(saved) == 5
     first, *others = [open_checkpoint(path / "checkpoints" / "step-00000001").manifest for path in saved]
     assert any("-of-" in path for path in first.files)
     for other in others:
@@ -134,27 +206,28 @@ def test_a_checkpoint_does_not_tell_how_many_processes_wrote_it(four):
         open_checkpoint(path / "checkpoints" / "step-00000001").verify()
 
 
-MESHES = {2: [{"data": 2}, {"expert": 2}], 4: [{"expert": 4}, {"data": 4}, {"data": 2, "expert": 2}]}
-ROUTERS = {
-    "rre": {}, "capacity": CAPACITY, "hash": {"router": "hash"}, "switch": SWITCH, "gshard": GSHARD,
-    "glam": {**GSHARD, "router": "glam"}, "noisy": NOISY, "olmoe": OLMOE, "choice": CHOICE,
-}  # fmt: skip
+@pytest.mark.slow
+def test_the_fisher_information_of_several_processes_is_that_of_one(jobs):
+    ranks, alone = results(jobs(4), "held"), dict(np.load(jobs(4) / "held-alone.npz"))
+    names = [name for name in alone if name.startswith("fisher ")]
+    assert names and all(alone[name].max() > 0 for name in names)
+    for mine in ranks:
+        for name in names:
+            np.testing.assert_allclose(mine[name], alone[name], rtol=1e-3, atol=1e-5 * alone[name].max(), err_msg=name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "kernels"), [(2, "auto"), (2, "composed"), (4, "auto")])
-def test_every_router_store_and_mesh_over_twenty_steps(tmp_path, processes, kernels):
-    cases = {}
-    for number, mesh in enumerate(MESHES[processes]):
-        for name, sparse in ROUTERS.items():
-            for store in ("device", "host") if name in ("rre", "capacity", "hash") else ("device",):
-                cases[f"{name}_{store}_{number}"] = {
-                    "mesh": mesh, "model": {**SHORT, "sparse": sparse}, "experts": {"store": store}, "steps": 20,
-                    "run": {"kernels": kernels}, "optimizer": {"learning_rate": 1e-3},
-                }  # fmt: skip
-    placed = {"expert": processes, "placement": "domain", "placement_groups": 2}
-    apart = dict.fromkeys(map(str, range(20)), [0, 0, 0, 0, 1, 2, 2, 1])
-    cases["placed"] = {"mesh": placed, "drawn": apart, "steps": 20, "run": {"kernels": kernels}}
-    run(tmp_path, processes, cases)
-    for case in cases:
-        assert_equals_one_process(tmp_path, case, grown=20)
+@pytest.mark.parametrize(
+    ("processes", "case", "groups"),
+    [(2, "placed", [{0}, {1}]), (4, "placed", [{0, 1}, {2, 3}]), (4, "placed_twice", [{0, 1}, {2, 3}])],
+)
+def test_under_domain_placement_rows_stay_in_their_placement_group(jobs, processes, case, groups):
+    """Rows that are the number of the rank that sends them arrive from the own group's ranks alone."""
+    for rank, mine in enumerate(results(jobs(processes), case)):
+        (group,) = [group for group in groups if rank in group]
+        came = set(mine["came_from"].tolist())
+        assert rank in came and came <= group
+        # Nor does it read text of another group's domains.
+        assert set(mine["read"].tolist()) <= ({0} if 0 in group else {1, 2})
+    together = set().union(*(set(mine["read"].tolist()) for mine in results(jobs(processes), case)))
+    assert together == {0, 1, 2}

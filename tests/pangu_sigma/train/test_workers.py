@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from pangu_sigma.checkpoint import open_checkpoint
+from pangu_sigma.workers import INTERRUPTED
 from parallel.launch import free_port
 from tests.pangu_sigma.train.process import (
     ROOT,
@@ -28,11 +31,17 @@ from tests.pangu_sigma.train.process import (
 
 # Two rows at a time are cut over two processes; nobody evaluates, which costs graphs.
 LEAN = ["evaluate.every=0", "checkpoint.every=0"]
+SMALL_GRAPH = ["model.layers=1", "model.query_layer=none", "model.dropout=0", "model.attention.dropout=0"]
+TIMEOUT = 40  # seconds; nobody meets anybody while graphs are compiled
 
 
 def assert_same_training(first: Path, second: Path) -> None:
-    """Equal state; tensors equal but for rounding, whole numbers exactly."""
-    assert json.loads((first / "state.json").read_text()) == json.loads((second / "state.json").read_text())
+    """Equal state but for hashes of a previous model; tensors equal but for rounding, whole numbers exactly."""
+    states = [json.loads((folder / "state.json").read_text()) for folder in (first, second)]
+    for state in states:
+        for name in ("model", "fisher"):
+            state.get("previous", {}).pop(name, None)
+    assert states[0] == states[1]
     for path in sorted(first.rglob("*.safetensors")):
         mine, other = load_file(path), load_file(second / path.relative_to(first))
         assert mine.keys() == other.keys()
@@ -89,7 +98,7 @@ def test_a_mesh_that_does_not_fit_is_refused_before_anything_starts(small_yaml, 
 def training(small_yaml, tmp_path):
     """A long run of two processes under way: (launcher, rank -> process number, run, log)."""
     run, log = tmp_path / "run", tmp_path / "log.txt"
-    long = ["train.steps=5000", "checkpoint.every=3", "evaluate.every=0", "parallel.timeout=20"]
+    long = ["train.steps=5000", "checkpoint.every=3", "evaluate.every=0", f"parallel.timeout={TIMEOUT}", *SMALL_GRAPH]
     process = started("train", small_yaml, f"run.dir={run}", *long, "--workers", 2, cwd=tmp_path, log=log)
     assert wait_until(lambda: steps_logged(run) >= 5, process), log.read_text()
     of_rank = {rank_of(pid): pid for pid in children(process.pid)}
@@ -118,8 +127,8 @@ def test_a_killed_process_ends_the_job_by_name_and_the_run_goes_on(training, sma
     assert log.read_text().splitlines()[-1].startswith(f"Error: rank {rank} of 2 was killed by SIGKILL")
     saved = max(path.name for path in (run / "checkpoints").glob("step-*"))
     stop = f"train.stop_at={int(saved.removeprefix('step-')) + 2}"
-    words = ["train", small_yaml, f"run.dir={run}", "train.steps=5000", "evaluate.every=0", stop, "--resume"]
-    done = command(*words, "--workers", 2, cwd=tmp_path)
+    words = ["train", small_yaml, f"run.dir={run}", "train.steps=5000", "evaluate.every=0", *SMALL_GRAPH, stop]
+    done = command(*words, "--workers", 2, "--resume", cwd=tmp_path)
     assert done.returncode == 0 and f"resumed from {saved}" in done.stderr, done.stderr
 
 
@@ -128,9 +137,9 @@ def test_a_process_that_hangs_ends_the_job_after_the_time_that_the_configuration
     process, of_rank, _, log = training
     begin = time.monotonic()
     os.kill(of_rank["1"], signal.SIGSTOP)
-    assert process.wait(timeout=60) == 2
-    assert 15 < time.monotonic() - begin < 50
-    assert "rank 0 waited 20 s (parallel.timeout) for rank 1" in log.read_text()
+    assert process.wait(timeout=TIMEOUT + 30) == 2
+    assert time.monotonic() - begin > TIMEOUT - 5
+    assert f"rank 0 waited {TIMEOUT} s (parallel.timeout) for rank 1" in log.read_text()
     assert not [pid for pid in of_rank.values() if alive(pid)]
 
 
@@ -148,8 +157,9 @@ def test_ctrl_c_twice_ends_at_once(training):
     process, of_rank, _, _ = training
     begin = time.monotonic()
     process.send_signal(signal.SIGINT)
+    time.sleep(0.05)  # one that is not yet delivered swallows another
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) != 0 or time.monotonic() - begin < 30
+    assert process.wait(timeout=30) == INTERRUPTED and time.monotonic() - begin < 10
     assert not [pid for pid in of_rank.values() if alive(pid)]
 
 
@@ -168,15 +178,90 @@ def test_msrun_starts_the_same_run(small_yaml, finished_run, tmp_path):
     assert_same_training(checkpoint(finished_run, 12), checkpoint(run, 12))
 
 
+@pytest.fixture(scope="module")
+def six_experts(small_yaml, tmp_path_factory) -> Callable[..., Path]:
+    """Run or go on with a training of two, two and two experts to a step, by so many processes; returns the run."""
+    folder = tmp_path_factory.mktemp("six")
+
+    def go(name: str, step: int, workers: int, *more: str) -> str:
+        words = ["train", small_yaml, f"run.dir={folder / name}", *LEAN, "domains.law.experts=2"]
+        done = command(*words, f"train.stop_at={step}", "--workers", workers, *more, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    go.folder = folder
+    return go
+
+
 @pytest.mark.slow
-def test_several_processes_measure_what_one_does(finished_run, tmp_path):
+def test_a_run_goes_on_under_other_meshes_with_the_same_text_and_they_measure_the_same(six_experts):
+    six_experts("alone", 12, 1)
+    six_experts("moved", 4, 2)
+    said = six_experts("moved", 8, 4, "--resume")
+    assert "is of 2 processes (data 1 x expert 2), this run of 4 (data 2 x expert 2)" in said
+    said = six_experts("moved", 12, 1, "--resume")
+    assert "is of 4 processes (data 2 x expert 2), this run of 1" in said
+    moved = six_experts.folder / "moved"
+    assert_same_training(checkpoint(six_experts.folder / "alone", 12), checkpoint(moved, 12))
+    found = {}
+    for workers in (1, 2, 4):
+        done = command("evaluate", moved, "--json", "--batches", 2, "--workers", workers, cwd=moved)
+        assert done.returncode == 0, done.stderr
+        found[workers] = json.loads(done.stdout)
+        assert found[workers]["tokens"] == found[1]["tokens"] and len(found[1]["matrix"]) == 3
+        for text, by_group in found[1]["matrix"].items():
+            assert found[workers]["matrix"][text] == pytest.approx(by_group, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_phase_that_stays_near_the_previous_model_is_the_same_in_two_processes(small_yaml, tmp_path):
+    near = "{output: 0.5, l2: 0.1, ewc: 5, fisher_batches: 2, through: old}"
+    phases = f"[{{steps: 4, weights: {{code: 1}}}}, {{weights: {{law: 1}}, shared: regularised, regularise: {near}}}]"
+    words = ["train", small_yaml, *LEAN, *SMALL_GRAPH, f"train.phases={phases}", "data.domains_per_step=null"]
+    for run, stop, workers in (("alone", 8, 1), ("two", 6, 2), ("two", 8, 1)):
+        mine = [f"run.dir={tmp_path / run}", f"train.stop_at={stop}", "--workers", workers]
+        more = ["--resume"] if (tmp_path / run).exists() else []
+        done = command(*words, *mine, *more, cwd=tmp_path)
+        assert done.returncode == 0 and "phase 1 stays near the model of step 4" in done.stderr, done.stderr
+    assert_same_training(checkpoint(tmp_path / "alone", 8), checkpoint(tmp_path / "two", 8))
+    figures = []
+    for run in ("alone", "two"):
+        records = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        figures.append([list(r["figures"].values()) for r in records if r["kind"] == "train" and r["step"] > 4])
+    np.testing.assert_allclose(figures[1], figures[0], rtol=0.02, atol=1e-4)
+    kept = [open_checkpoint(tmp_path / run / "previous" / "step-00000004") for run in ("alone", "two")]
+    assert kept[0].names() == kept[1].names() == kept[0].names(optimizer=False)
+
+
+@pytest.mark.slow
+def test_under_domain_placement_each_half_of_the_processes_reads_its_own_domains(small_yaml, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(finished_run, run)
-    alone = json.loads(command("evaluate", run, "--json", "--batches", 2, cwd=tmp_path).stdout)
-    done = command("evaluate", run, "--json", "--batches", 2, "--workers", 2, cwd=tmp_path)
+    mesh = ["parallel.expert=2", "parallel.placement=domain", "parallel.placement_groups=2"]
+    words = ["train", small_yaml, f"run.dir={run}", *LEAN, "train.phases=[]", "train.stop_at=4", *mesh]
+    words += ["domains.poems.experts=3", "data.domains_per_step=1", "domains.poems.weight=2"]
+    done = command(*words, "--workers", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    together = json.loads(done.stdout)
-    assert together["tokens"] == alone["tokens"]
-    for text, by_group in alone["matrix"].items():
-        for group, loss in by_group.items():
-            assert together["matrix"][text][group] == pytest.approx(loss, rel=1e-5)
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["kind"] == "train":
+            # Two sequences of 16 tokens of poems, and two of one of the two domains of the other group.
+            assert sorted(record["tokens"].values()) == [0, 32, 32] and record["tokens"]["poems"] == 32
+    # Any text is measured under any domain's experts, wherever they are.
+    alone, together = (
+        command("evaluate", run, "--json", "--batches", 1, "--workers", workers, cwd=tmp_path) for workers in (1, 2)
+    )
+    for text, by_group in json.loads(alone.stdout)["matrix"].items():
+        assert json.loads(together.stdout)["matrix"][text] == pytest.approx(by_group, rel=1e-5)
+    everywhere = ["parallel.placement=global", "parallel.placement_groups=1", "--workers", 2, "--resume"]
+    assert_refused(command(*words, *everywhere, cwd=tmp_path), "parallel.placement was domain and is global")
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_all_processes_with_one_sentence(small_yaml, tmp_path):
+    run = tmp_path / "run"
+    bad = ["optimizer.learning_rate=1e30", "schedule.warmup_steps=0", "train.nonfinite=rollback", "train.skip_budget=2"]
+    words = ["train", small_yaml, f"run.dir={run}", "evaluate.every=0", "checkpoint.every=1", *SMALL_GRAPH, *bad]
+    done = command(*words, "--workers", 2, cwd=tmp_path)
+    assert_refused(done, "train.skip_budget=2 is used up")
+    assert done.stderr.count("rolled back to step 1") == 2
+    assert "Traceback" not in (run / "workers" / "rank-1.log").read_text()
