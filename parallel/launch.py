@@ -130,7 +130,8 @@ class Launch:
                 start_new_session=True,
             )  # fmt: skip
         processors = sorted(os.sched_getaffinity(0))
-        share = len(processors) // self.size
+        # Threads that wait for work spin: where processes are more than processors, each keeps to one as well.
+        share = max(1, len(processors) // self.size)
         for rank in range(self.size):
             told = {**environment, "MS_ROLE": WORKER, "MS_NODE_ID": str(rank), "RANK_ID": str(rank)}
             # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
@@ -141,8 +142,8 @@ class Launch:
                 with open(self.log(rank), "wb") as log:
                     worker = subprocess.Popen(self.words, stdout=log, stderr=log, **common)
             self.workers.append(worker)
-            if share:
-                os.sched_setaffinity(worker.pid, processors[rank * share : (rank + 1) * share])
+            first = rank * share % len(processors)
+            os.sched_setaffinity(worker.pid, processors[first : first + share])
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         again = self.asked is not None
