@@ -30,8 +30,8 @@ from pangu_sigma.signals import sigterm_as_ctrl_c
 
 HERE = Path(__file__).parent
 CONFIG = HERE / "four_domains.yaml"
-# 18 runs of 0.6 M tokens in about an hour on 2 cores, two runs at a time.
-STEPS, SEEDS, JOBS = 300, 3, 2
+# 18 runs of 0.4 M tokens in about 40 minutes on 2 cores, two runs at a time.
+STEPS, SEEDS, JOBS = 200, 3, 2
 # Tokens per second come from runs of their own, one at a time: MindSpore chooses its threads over the first launches.
 SPEED_STEPS, SPEED_AFTER = 60, 40
 LAST = 5  # records at the end of a run over which load and drops are taken
