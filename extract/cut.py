@@ -73,6 +73,12 @@ class Cut:
                 f"{self.parent.path} has a shared expert beside the routed ones ({beside[0]}), and the two are no "
                 "single dense layer: leave out --fold"
             )
+        model = stored_config(self.parent).model
+        if model.expert_network != model.network:
+            raise UserError(
+                f"{self.parent.path} has experts of kind {model.expert_feed_forward} beside dense layers of kind "
+                f"{model.feed_forward}, and a dense model has one kind: leave out --fold"
+            )
         larger = [f"{place} has {size}" for place, size in sizes.items() if size != 1]
         if larger:
             raise UserError(

@@ -11,18 +11,21 @@ LAYER = "shared"  # owner of a routing table that belongs to the layer and not t
 class RouterKind:
     """`learned`: a gate chooses inside the graph, among all experts of the layer. `tables`: who owns a routing table,
     the "domain" (over its group), the "layer" (over all experts), or nobody. `experts_per_token`: k where the
-    configuration does not say; `fixed` if the router's definition leaves no choice. `options`: keys of the
-    configuration that only routers which name them obey. `causal`: whether a token's experts depend on it alone.
+    configuration does not say, None for all of the layer; `fixed` if the router's definition leaves no choice.
+    `options`: keys of the configuration that only routers which name them obey. `causal`: whether a token's experts
+    depend on it alone.
     `keeps_scale`: whether a token's combine weights add up to 1, so that equal experts are one network.
+    `top_layer`: whether it mixes what the model's top layer gives, and stands nowhere else.
     """
 
     learned: bool
     tables: str | None = None
-    experts_per_token: int = 1
+    experts_per_token: int | None = 1
     fixed: bool = False
     options: frozenset[str] = frozenset()
     causal: bool = True
     keeps_scale: bool = True
+    top_layer: bool = False
 
 
 KINDS = {
@@ -33,5 +36,8 @@ KINDS = {
     "glam": RouterKind(True, experts_per_token=2, fixed=True),
     "noisy_top_k": RouterKind(True, experts_per_token=4),
     "olmoe": RouterKind(True, experts_per_token=8, options=frozenset({"renormalise", "balance"}), keeps_scale=False),
+    "adaptive_mixture": RouterKind(
+        True, experts_per_token=None, fixed=True, options=frozenset({"mixture_loss"}), top_layer=True
+    ),
     "expert_choice": RouterKind(True, experts_per_token=2, causal=False, keeps_scale=False),
 }

@@ -1,6 +1,6 @@
 """What one feed-forward network is made of, known before any framework is loaded: one line per tensor.
 
-The same form serves a dense layer's network, an expert and a shared expert.
+A form serves dense layers' networks as well as experts and shared experts; a model may have one for each.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class NetworkForm:
-    """activation(x W_up + b_up) W_down + b_down, or `gated`: (activation(x W_gate) * (x W_up)) W_down, which with the
-    activation silu is SwiGLU (Shazeer 2020, arXiv 2002.05202, equation 6) and has no `biases`.
+    """activation(x W_up + b_up) W_down + b_down, or `gated`: (activation(x W_gate) * (x W_up)) W_down without `biases`,
+    which is SwiGLU with silu and GEGLU with gelu (Shazeer 2020, arXiv 2002.05202, equation 6).
     """
 
     activation: str

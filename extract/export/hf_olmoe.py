@@ -119,7 +119,7 @@ def configuration(source: Source, dtype: str) -> dict:
         "attention_dropout": model.attention.dropout,
         "clip_qkv": None,
         "num_experts": sum(source.experts),
-        "num_experts_per_tok": model.sparse.experts_per_token,
+        "num_experts_per_tok": source.config.experts_per_token,
         "norm_topk_prob": model.sparse.renormalise,
         "router_aux_loss_coef": model.sparse.aux_loss_weight,
         "output_router_logits": False,

@@ -71,8 +71,9 @@ def check_pangu(source: Source) -> None:
     model, path = source.config.model, source.checkpoint.path
     if not model.has_pangu_parts:
         raise UserError(
-            f"{path} has parts that PanGu-α does not have (of model.norm, position, feed_forward, biases, head, "
-            "activation and attention.qk_norm): export an OLMoE with --format hf-olmoe; no format has others yet"
+            f"{path} has parts that PanGu-α does not have (of model.norm, position, feed_forward, sparse.feed_forward, "
+            "biases, head, activation and attention.qk_norm): export an OLMoE with --format hf-olmoe; no format has "
+            "others yet"
         )
     sparse = model.sparse
     if model.sparse_prefixes and sparse.router not in ("rre", "switch"):

@@ -16,6 +16,7 @@ from pangu_sigma.config.rules import PANGU_ALPHA_VOCABULARY
 from pangu_sigma.config.schema import Config
 from pangu_sigma.errors import UserError
 from rre.kinds import KINDS, LAYER
+from rre.network import NetworkForm
 
 Shape = tuple[int, ...]
 
@@ -63,7 +64,7 @@ def parameter_counts(config: Config, vocab_size: int) -> Counts:
     activated: dict[str, int] = {}
     routing = sum(math.prod(shape) for name, shape in _shared(config, vocab_size) if is_routing(name))
     shared -= routing
-    chosen = config.model.sparse.experts_per_token
+    chosen = config.experts_per_token
     for domain in config.domains:
         tensors = dict(_domain(config, vocab_size, domain.name, domain.experts))
         tables = sum(math.prod(shape) for name, shape in tensors.items() if is_routing(name))
@@ -150,8 +151,8 @@ def _norm(config: Config, name: str) -> Iterator[tuple[str, Shape]]:
         yield f"{name}.beta", (config.model.hidden,)
 
 
-def _network(config: Config, prefix: str) -> Iterator[tuple[str, Shape]]:
-    for name, shape in config.model.network.shapes(config.model.hidden, config.model.ffn).items():
+def _network(config: Config, prefix: str, form: NetworkForm) -> Iterator[tuple[str, Shape]]:
+    for name, shape in form.shapes(config.model.hidden, config.model.ffn).items():
         yield f"{prefix}.{name}", shape
 
 
@@ -168,7 +169,7 @@ def _layer(config: Config, prefix: str, vocab_size: int) -> Iterator[tuple[str, 
         yield from _norm(config, f"{prefix}.attention.query_norm")
         yield from _norm(config, f"{prefix}.attention.key_norm")
     if prefix not in model.sparse_prefixes:
-        yield from _network(config, f"{prefix}.feed_forward")
+        yield from _network(config, f"{prefix}.feed_forward", model.network)
         return
     sparse = model.sparse
     gate = (hidden, sum(domain.experts for domain in config.domains))
@@ -177,7 +178,7 @@ def _layer(config: Config, prefix: str, vocab_size: int) -> Iterator[tuple[str, 
     if sparse.router == "noisy_top_k":
         yield f"{prefix}.router.noise_weight", gate
     if sparse.shared_expert:
-        yield from _network(config, f"{prefix}.shared_expert")
+        yield from _network(config, f"{prefix}.shared_expert", model.expert_network)
     if KINDS[sparse.router].tables == "layer":
         yield f"{prefix}.routing", (vocab_size,)
 
@@ -187,7 +188,7 @@ def _domain(config: Config, vocab_size: int, name: str, experts: int) -> Iterato
     if config.model.embedding_slots == "per_domain":
         yield f"domains.{name}.embedding.word", (vocab_size, hidden)
     for prefix in config.model.sparse_prefixes:
-        for tensor, shape in config.model.network.shapes(hidden, ffn).items():
+        for tensor, shape in config.model.expert_network.shapes(hidden, ffn).items():
             yield f"domains.{name}.{prefix}.experts.{tensor}", (experts, *shape)
         if KINDS[config.model.sparse.router].tables == "domain":
             yield f"domains.{name}.{prefix}.routing", (vocab_size,)

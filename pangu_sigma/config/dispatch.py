@@ -74,7 +74,7 @@ def rows_of_sample(config: Config) -> int:
     sparse, length = config.model.sparse, config.data.sequence_length
     sizes = [domain.experts for domain in config.domains]
     among = min(sizes) if KINDS[sparse.router].tables == "domain" else sum(sizes)
-    return math.ceil(sparse.capacity_factor * sparse.experts_per_token * length / among)
+    return math.ceil(sparse.capacity_factor * config.experts_per_token * length / among)
 
 
 def dispatch(config: Config) -> Dispatch | None:
@@ -82,7 +82,7 @@ def dispatch(config: Config) -> Dispatch | None:
     if not config.model.sparse_prefixes:
         return None
     length, samples = config.data.sequence_length, samples_at_a_time(config)
-    choices = samples * length * config.model.sparse.experts_per_token
+    choices = samples * length * config.experts_per_token
     if config.model.sparse.dispatch == "dropless":
         return Dispatch(1, choices, samples * length, choices)
     return Dispatch(activated_slots(config), samples * rows_of_sample(config), samples * length, choices)

@@ -153,7 +153,7 @@ def _one_graph(config: Config, mesh: Mesh) -> Broken:
         yield (
             "model",
             "of the model's parts only PanGu-α's have a form that is cut over devices: leave norm, position, "
-            "feed_forward, activation, head, biases and attention.qk_norm at their defaults",
+            "feed_forward, sparse.feed_forward, activation, head, biases and attention.qk_norm at their defaults",
         )
     if model.embedding_slots == "per_domain":
         yield (

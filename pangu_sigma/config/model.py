@@ -11,6 +11,10 @@ from pangu_sigma.config.section import Section
 from rre.kinds import KINDS
 from rre.network import NetworkForm
 
+FeedForwardKind = Literal["mlp", "swiglu", "geglu"]
+# Gated kinds of a feed-forward network and the activation of their gate (Shazeer 2020, arXiv 2002.05202).
+GATE_ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu"}
+
 
 class SparseConfig(Section):
     """Which layers are sparse, how a token finds its expert and how rows travel."""
@@ -24,7 +28,9 @@ class SparseConfig(Section):
     include_query_layer: bool = Field(
         False, description="Whether the query layer is sparse too; it then counts as one of the top layers."
     )
-    router: Literal["rre", "hash", "switch", "gshard", "glam", "noisy_top_k", "olmoe", "expert_choice"] = Field(
+    router: Literal[
+        "rre", "hash", "switch", "gshard", "glam", "noisy_top_k", "olmoe", "expert_choice", "adaptive_mixture"
+    ] = Field(
         "rre", description="How tokens and experts meet: rre and hash by fixed tables, all others by a learned gate."
     )
     top_k: int | None = Field(
@@ -53,8 +59,15 @@ class SparseConfig(Section):
     z_loss_weight: float = Field(0.001, ge=0, description="Weight of the z-loss of olmoe.")
     importance_loss_weight: float = Field(0.1, ge=0, description="Weight of the importance loss of noisy_top_k.")
     load_loss_weight: float = Field(0.1, ge=0, description="Weight of the load loss of noisy_top_k.")
+    mixture_loss: Literal["competitive", "cooperative"] = Field(
+        "competitive",
+        description="Loss of adaptive_mixture: of each expert's own likelihood, mixed, or of the blended output's.",
+    )
     renormalise: bool = Field(
         False, description="Whether olmoe divides a token's combine weights by their sum; OLMoE itself does not."
+    )
+    feed_forward: FeedForwardKind | None = Field(
+        None, description="Kind of every expert's network; null takes model.feed_forward, the dense layers'."
     )
     shared_expert: bool = Field(
         False, description="Whether sparse layers have one more network, which every token takes beside its experts."
@@ -63,10 +76,14 @@ class SparseConfig(Section):
         0.0, ge=0, lt=1, description="Half-width of the noise multiplied onto the gate's input of switch in training."
     )
 
+    def chosen_of(self, experts: int) -> int:
+        """k, a token's experts of a layer of so many: what `top_k` says, or the router's own, which may be all."""
+        return self.top_k or KINDS[self.router].experts_per_token or experts
+
     @property
-    def experts_per_token(self) -> int:
-        """k: what `top_k` says, or the router's own."""
-        return self.top_k or KINDS[self.router].experts_per_token
+    def competitive(self) -> bool:
+        """Whether the experts' likelihoods are mixed instead of their outputs."""
+        return self.router == "adaptive_mixture" and self.mixture_loss == "competitive"
 
 
 class AttentionConfig(Section):
@@ -93,7 +110,7 @@ class ModelConfig(Section):
     ffn: int = Field(ge=1, description="Inner width of the feed-forward network and of every expert.")
     positions: int = Field(ge=1, description="Longest sequence in tokens: the rows of learned position tables.")
     activation: Literal["fast_gelu", "gelu", "silu"] = Field(
-        "fast_gelu", description="Activation inside the feed-forward network; swiglu's is silu."
+        "fast_gelu", description="Activation inside the feed-forward network; swiglu's is silu, geglu's gelu."
     )
     norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="Kind of normalisation.")
     norm_epsilon: float = Field(1e-5, gt=0, description="Number added to the variance inside a normalisation.")
@@ -101,8 +118,8 @@ class ModelConfig(Section):
         "learned", description="How positions enter the model: a learned table, or rotations of queries and keys."
     )
     rope_theta: float = Field(10000.0, gt=1, description="Base of the wavelengths of rope.")
-    feed_forward: Literal["mlp", "swiglu"] = Field(
-        "mlp", description="Kind of feed-forward network, of experts too: two matrices, or gated by a third."
+    feed_forward: FeedForwardKind = Field(
+        "mlp", description="Kind of feed-forward network: two matrices, or gated by a third, with silu or gelu."
     )
     biases: bool = Field(True, description="Whether the matrices of attention and feed-forward networks have biases.")
     head: Literal["tied", "untied"] = Field(
@@ -136,8 +153,21 @@ class ModelConfig(Section):
 
     @property
     def network(self) -> NetworkForm:
-        """What a feed-forward network is made of: a dense layer's, an expert's, a shared expert's."""
-        return NetworkForm(self.activation, gated=self.feed_forward == "swiglu", biases=self.biases)
+        """What a dense layer's feed-forward network is made of."""
+        return self._form(self.feed_forward)
+
+    @property
+    def expert_feed_forward(self) -> FeedForwardKind:
+        """Kind of network of experts and shared experts."""
+        return self.sparse.feed_forward or self.feed_forward
+
+    @property
+    def expert_network(self) -> NetworkForm:
+        """What an expert is made of, a shared expert too."""
+        return self._form(self.expert_feed_forward)
+
+    def _form(self, kind: FeedForwardKind) -> NetworkForm:
+        return NetworkForm(self.activation, gated=kind in GATE_ACTIVATIONS, biases=self.biases)
 
     @property
     def residual_std(self) -> float:
@@ -149,6 +179,7 @@ class ModelConfig(Section):
         """Whether every part is one that PanGu-α has, with or without its query layer."""
         return (
             (self.norm, self.position, self.feed_forward, self.head) == ("layernorm", "learned", "mlp", "tied")
+            and self.expert_feed_forward == "mlp"
             and self.biases
             and not self.attention.qk_norm
             and self.activation != "silu"
@@ -158,6 +189,11 @@ class ModelConfig(Section):
     def blocks(self) -> int:
         """Number of ordinary transformer blocks under the query layer (all layers if there is no query layer)."""
         return self.layers - 1 if self.query_layer == "next_position" else self.layers
+
+    @property
+    def top_layer(self) -> str:
+        """Name prefix of the layer under the head."""
+        return "query_layer" if self.query_layer == "next_position" else f"blocks.{self.blocks - 1}"
 
     @property
     def sparse_prefixes(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pangu_sigma.config.adaptation_rules import broken_adaptation_rules
 from pangu_sigma.config.mesh_rules import broken_mesh_rules
+from pangu_sigma.config.model import GATE_ACTIVATIONS
 from pangu_sigma.config.phase_rules import broken_phase_rules, broken_stream_rules
 from rre.kinds import KINDS
 
@@ -42,7 +43,7 @@ class RulesBroken(ValueError):
 
 def broken_rules(config: Config) -> list[tuple[str, str]]:
     """All broken rules of a configuration whose single fields are right, as (key, sentence) pairs."""
-    checks = (_model, _parts, _sparse, _domains, _tokenizer, _data, _schedule, _train, _around, _experts)
+    checks = (_model, _parts, _networks, _sparse, _domains, _tokenizer, _data, _schedule, _train, _around, _experts)
     checks += (broken_mesh_rules, broken_phase_rules, broken_stream_rules, broken_adaptation_rules)
     return [problem for check in checks for problem in check(config)]
 
@@ -84,23 +85,39 @@ def _parts(config: Config) -> Broken:
             f"model.rope_theta = {model.rope_theta:g} has no effect with model.position = {model.position}: leave it "
             "out, or set model.position to rope",
         )
-    if model.feed_forward == "swiglu" and model.activation != "silu":
-        yield (
-            "model.activation",
-            f"model.activation = {model.activation}, but model.feed_forward = swiglu is gated by silu by definition: "
-            "set model.activation to silu",
-        )
-    if model.feed_forward == "swiglu" and model.biases:
-        yield (
-            "model.biases",
-            "model.biases is true, but model.feed_forward = swiglu has none: set model.biases to false",
-        )
     if model.head == "untied" and model.embedding_slots == "per_domain":
         yield (
             "model.head",
             "model.head = untied is one table for all domains, but model.embedding_slots = per_domain gives each its "
             "own words: set model.head to tied, or model.embedding_slots to shared",
         )
+
+
+def _networks(config: Config) -> Broken:
+    """Feed-forward networks of dense layers and of experts, which share activation and biases."""
+    model = config.model
+    written = {"model.feed_forward": model.feed_forward, "model.sparse.feed_forward": model.sparse.feed_forward}
+    gated = {key: kind for key, kind in written.items() if kind in GATE_ACTIVATIONS}
+    if len(set(gated.values())) > 1:
+        yield (
+            "model.sparse.feed_forward",
+            f"model.feed_forward = {model.feed_forward} and model.sparse.feed_forward = {model.sparse.feed_forward} "
+            "are gated by different activations, and a model has one: set them alike, or one of them to mlp",
+        )
+        return
+    for key, kind in gated.items():
+        wanted = GATE_ACTIVATIONS[kind]
+        if model.activation != wanted:
+            yield (
+                "model.activation",
+                f"model.activation = {model.activation}, but {key} = {kind} is gated by {wanted} by definition: "
+                f"set model.activation to {wanted}",
+            )
+        if model.biases:
+            yield (
+                "model.biases",
+                f"model.biases is true, but {key} = {kind} has none: set model.biases to false",
+            )
 
 
 def _sparse(config: Config) -> Broken:
@@ -169,11 +186,31 @@ def _router(config: Config) -> Broken:
             f"model.sparse.balance = {sparse.balance} has no effect on the router {sparse.router}: set it to "
             "per_layer, or the router to olmoe",
         )
-    if kind.fixed and sparse.experts_per_token != kind.experts_per_token:
+    if sparse.mixture_loss != "competitive" and "mixture_loss" not in kind.options:
+        yield (
+            "model.sparse.mixture_loss",
+            f"model.sparse.mixture_loss = {sparse.mixture_loss} has no effect on the router {sparse.router}: leave it "
+            "out, or set the router to adaptive_mixture",
+        )
+    if kind.fixed and sparse.top_k not in (None, kind.experts_per_token):
         yield (
             "model.sparse.top_k",
-            f"model.sparse.top_k = {sparse.top_k}, but the router {sparse.router} takes {kind.experts_per_token} by "
-            "definition: leave it out",
+            f"model.sparse.top_k = {sparse.top_k}, but the router {sparse.router} takes "
+            f"{kind.experts_per_token or 'all experts'} by definition: leave it out",
+        )
+    if kind.top_layer and config.model.sparse_prefixes not in ((), (config.model.top_layer,)):
+        query = "true" if config.model.query_layer != "none" else "false"
+        yield (
+            "model.sparse.router",
+            f"model.sparse.router = {sparse.router} mixes what whole models would give, so the layer under the head "
+            f"({config.model.top_layer}) must be the only sparse one: set model.sparse.pattern to top, layers to 1 and "
+            f"include_query_layer to {query}",
+        )
+    if kind.top_layer and sparse.dispatch == "capacity":
+        yield (
+            "model.sparse.dispatch",
+            f"model.sparse.dispatch = capacity, but with the router {sparse.router} every expert takes every row: set "
+            "it to dropless",
         )
     if not kind.causal and sparse.dispatch == "capacity":
         yield (
@@ -181,13 +218,13 @@ def _router(config: Config) -> Broken:
             f"model.sparse.dispatch = capacity, but with the router {sparse.router} every expert takes a fixed number "
             "of tokens anyway: set it to dropless",
         )
-    experts = sum(domain.experts for domain in config.domains)
+    experts = config.experts_in_layer
     most = experts - 1 if sparse.router == "noisy_top_k" else experts
-    if config.model.sparse_prefixes and kind.learned and sparse.experts_per_token > most:
+    if config.model.sparse_prefixes and kind.learned and config.experts_per_token > most:
         spare = ", one of which must be left unchosen" if most < experts else ""
         yield (
             "model.sparse.top_k",
-            f"model.sparse.top_k = {sparse.experts_per_token} (the router {sparse.router}'s own where nothing is "
+            f"model.sparse.top_k = {config.experts_per_token} (the router {sparse.router}'s own where nothing is "
             f"written) is too many for the {experts} experts of a sparse layer{spare}: set it to at most {most}",
         )
 

@@ -49,6 +49,16 @@ class Config(Section):
         """Names of the domains in the order of their ids."""
         return tuple(domain.name for domain in self.domains)
 
+    @property
+    def experts_in_layer(self) -> int:
+        """E: the experts of a sparse layer, all domains' together."""
+        return sum(domain.experts for domain in self.domains)
+
+    @property
+    def experts_per_token(self) -> int:
+        """k: the experts that a token takes in a sparse layer."""
+        return self.model.sparse.chosen_of(self.experts_in_layer)
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain mappings, lists and scalars, every key in the schema's order."""
         return self.model_dump(mode="json")

@@ -157,7 +157,7 @@ def import_hf(
     typer.echo(
         f"{done.checkpoint.path}: {done.parameters:,} parameters, {model.layers} layers, hidden {model.hidden}, heads "
         f"{model.heads}, {done.config.domains[0].experts} experts of {model.ffn} in each, "
-        f"{model.sparse.experts_per_token} for a token, vocabulary {model.vocab_size}, end-of-document id {done.eod_id}"
+        f"{done.config.experts_per_token} for a token, vocabulary {model.vocab_size}, end-of-document id {done.eod_id}"
     )
     typer.echo(f"all {done.tensors} tensors of the source were used, every parameter was assigned once")
 

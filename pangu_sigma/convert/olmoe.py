@@ -233,7 +233,7 @@ def _card(source: Path, config: Config, eod_id: int, parameters: int) -> str:
         f"# {source.name}, imported\n\n"
         f"An OLMoE of {parameters:,} parameters, imported from `{source.name}` (Hugging Face's OlmoeForCausalLM).\n\n"
         f"- {model.layers} layers, {model.hidden} wide, {model.heads} heads, {config.domains[0].experts} experts of "
-        f"{model.ffn} in each, {model.sparse.experts_per_token} for a token\n"
+        f"{model.ffn} in each, {config.experts_per_token} for a token\n"
         f"- vocabulary {model.vocab_size:,}, sequences of up to {model.positions} tokens, end-of-document id {eod_id}\n"
         f"- one domain: {config.domains[0].name}\n\n"
         "Here attention restarts after an end-of-document id, which OlmoeForCausalLM only does when its mask says so.\n"

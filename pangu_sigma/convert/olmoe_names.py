@@ -48,6 +48,8 @@ def unlike_olmoe(config: Config) -> list[str]:
     """What in a configuration is not OlmoeForCausalLM's, as `key is value` sentences."""
     model, sparse = config.model, config.model.sparse
     wrong = [f"model.{key} is {getattr(model, key)}" for key, value in NEEDED.items() if getattr(model, key) != value]
+    if model.expert_feed_forward != "swiglu":
+        wrong.append(f"model.sparse.feed_forward is {model.expert_feed_forward}")
     if not model.attention.qk_norm:
         wrong.append("model.attention.qk_norm is false")
     if sparse.router != "olmoe":

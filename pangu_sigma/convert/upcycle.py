@@ -138,6 +138,9 @@ def _fitted(config: Config, old: Config, file: str, source: Checkpoint) -> Confi
         for key in _AGREE
         if getattr(config.model, key) != getattr(old.model, key)
     ]
+    experts, networks = config.model.sparse.feed_forward, old.model.feed_forward
+    if experts not in (None, networks):
+        differ.append(f"model.sparse.feed_forward is {experts} and the dense model's networks are {networks}")
     if config.model.vocab_size not in (None, old.model.vocab_size):
         differ.append(f"model.vocab_size is {config.model.vocab_size} and the dense model's {old.model.vocab_size}")
     if differ:

@@ -23,7 +23,7 @@ from rre.counted import generator, normal
 from rre.tables import draw_table
 
 # What a dense model must share with this one for its feed-forward networks to be experts here.
-_SAME_SHAPE = ("layers", "hidden", "ffn", "vocab_size", "activation", "feed_forward", "biases", "query_layer")
+_SAME_SHAPE = ("layers", "hidden", "ffn", "vocab_size", "activation", "biases", "query_layer")
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,11 @@ class Initial:
         before, here = stored_config(dense).model, self.config.model
         if before.sparse_prefixes or before.embedding_slots != "shared":
             raise UserError(f"--init {self.text} is no dense model with one word embedding: name another, or mean")
+        if before.feed_forward != here.expert_feed_forward:
+            raise UserError(
+                f"--init {self.text} is a model of {before.feed_forward} networks, and this model's experts are "
+                f"{here.expert_feed_forward}: name another, or mean"
+            )
         for key in _SAME_SHAPE:
             if getattr(before, key) != getattr(here, key):
                 raise UserError(

@@ -27,6 +27,7 @@ from pangu_sigma.generation.attention import (
 from pangu_sigma.generation.parts import (
     DenseFeedForward,
     ExpertPerRow,
+    ExpertsApart,
     GatedExperts,
     Layer,
     Part,
@@ -35,6 +36,7 @@ from pangu_sigma.generation.parts import (
     norm,
 )
 from pangu_sigma.model.build import COMPUTE_TYPES, Model
+from pangu_sigma.model.competition import MixedLogits
 from parallel.rotary import AnglesByRow
 
 
@@ -106,13 +108,17 @@ class Body(Part):
             [
                 Layer(
                     named, prefix, core,
-                    sparse.get(prefix) or DenseFeedForward(named, f"{prefix}.feed_forward", config, layout, compute),
+                    sparse.get(prefix) or DenseFeedForward(
+                        named, f"{prefix}.feed_forward", config.network, layout, compute
+                    ),
                     config, layout, compute,
                 )
                 for prefix, core in zip(prefixes, cores, strict=True)
             ],
             auto_prefix=False,
         )  # fmt: skip
+        self.competes, self.experts = model.net.competes, model.groups.total
+        self.mixed = MixedLogits(layout)
         self.take = layout(ops.Gather(), (1, 1), (1,))
         self.product = layout(ops.MatMul(transpose_b=True), (1, 1), (1, 1))
         self.split_rows = layout(ops.Split(0, max(tables, 1)), (1, 1))
@@ -134,11 +140,24 @@ class Body(Part):
             start, end = self.bounds[i]
             h, mine = layer(h, query_rows, turns, contexts[i], flat[start:end])
             kept = kept + mine
+        tables = (self.words,) if self.tables == 0 else flat[: self.tables]
+        if self.competes:
+            return self.mixture(h[0], h[1], last, tables), kept
+        return self.logits(self.asked(h, last), tables), kept
+
+    def asked(self, h: Tensor, last) -> Tensor:
+        """What the head takes of h [T, D]: all rows, or those of `last`."""
         if not self.has_query_layer:
             h = self.norm(h)
-        if last is not None:
-            h = self.take(h, last, 0)
-        return self.logits(h, (self.words,) if self.tables == 0 else flat[: self.tables]), kept
+        return h if last is None else self.take(h, last, 0)
+
+    def mixture(self, rows: Tensor, shares: Tensor, last, tables: tuple[Tensor, ...]) -> Tensor:
+        """The mixture's log probabilities of the experts' rows [E * T, D] by their shares [T, E]."""
+        tokens, logits = shares.shape[0], ()
+        for i in range(self.experts):
+            own = self.asked(rows[i * tokens : (i + 1) * tokens], last)
+            logits = logits + (self.logits(own, tables),)
+        return self.mixed(logits, shares if last is None else self.take(shares, last, 0))
 
     def logits(self, h: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
         if len(tables) == 1:
@@ -298,14 +317,15 @@ def _sparse(model: Model, planned: type, slots: int) -> tuple[dict[str, nn.Cell]
     sparse = {}
     for place in config.sparse_prefixes:
         if model.learned:
-            cell = GatedExperts(model.net.gate(place), total, config, layout, compute)
+            form = ExpertsApart if model.net.competes else GatedExperts
+            cell = form(model.net.gate(place), total, config, layout, compute)
         else:
             cell = planned(config, slots, layout, compute)
         if config.sparse.shared_expert:
-            beside = DenseFeedForward(named, f"{place}.shared_expert", config, layout, compute)
+            beside = DenseFeedForward(named, f"{place}.shared_expert", config.expert_network, layout, compute)
             cell = WithSharedExpert(cell, beside, layout)
         sparse[place] = cell
-    return sparse, len(config.network.tensors) * total
+    return sparse, len(config.expert_network.tensors) * total
 
 
 def _step_layers(model: Model, rows: int) -> tuple[dict[str, nn.Cell], list[int], int]:
@@ -315,5 +335,5 @@ def _step_layers(model: Model, rows: int) -> tuple[dict[str, nn.Cell], list[int]
 
 def _weight_placeholders(model: Model, experts: int) -> list[Tensor]:
     config = model.config.model
-    shapes = config.network.shapes(config.hidden, config.ffn).values()
+    shapes = config.expert_network.shapes(config.hidden, config.ffn).values()
     return [Tensor(shape=list(shape), dtype=ms.float32) for _ in range(experts) for shape in shapes]

@@ -23,6 +23,8 @@ from parallel.primitives import activation, rms_norm
 from parallel.rotary import turn
 from rre.dispatch import Combine, Dispatch, plan_in_graph
 from rre.experts import Experts
+from rre.layer import CopiesOfRows
+from rre.network import NetworkForm
 from rre.routers.gate import Gate
 
 Named = Mapping[str, Parameter]
@@ -95,16 +97,16 @@ class FeedForward(Part):
     Written out instead of made of cells: MindSpore visits every cell of a graph in Python at every call.
     """
 
-    def __init__(self, model: ModelConfig, layout: Layout, compute: ms.dtype) -> None:
+    def __init__(self, form: NetworkForm, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
-        self.form = model.network
+        self.form = form
         self.low = compute != ms.float32
         self.compute = compute
         self.multiply = layout(ops.MatMul(), (1, 1), (1, 1))
         self.add_bias = layout(ops.BiasAdd(), (1, 1), (1,))
         self.mul = layout(ops.Mul(), (1, 1), (1, 1))
         self.cast = layout(ops.Cast(), (1, 1))
-        self.activation = activation(model.activation, layout)
+        self.activation = activation(form.activation, layout)
 
     def product(self, x: Tensor, w: Tensor) -> Tensor:
         if self.low:
@@ -124,10 +126,10 @@ class FeedForward(Part):
 class DenseFeedForward(Part):
     """The network whose tensors begin with `prefix`, for every row; takes and ignores a sparse layer's inputs."""
 
-    def __init__(self, named: Named, prefix: str, model: ModelConfig, layout: Layout, compute: ms.dtype) -> None:
+    def __init__(self, named: Named, prefix: str, form: NetworkForm, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
-        self.weights = ParameterTuple(named[f"{prefix}.{name}"] for name in model.network.tensors)
-        self.feed_forward = FeedForward(model, layout, compute)
+        self.weights = ParameterTuple(named[f"{prefix}.{name}"] for name in form.tensors)
+        self.feed_forward = FeedForward(form, layout, compute)
 
     def construct(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         return self.feed_forward(x, self.weights)
@@ -139,8 +141,8 @@ class ExpertPerRow(Part):
     def __init__(self, model: ModelConfig, rows: int, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
         self.rows = rows
-        self.each = len(model.network.tensors)
-        self.feed_forward = FeedForward(model, layout, compute)
+        self.each = len(model.expert_network.tensors)
+        self.feed_forward = FeedForward(model.expert_network, layout, compute)
         self.split = layout(ops.Split(0, rows), (1, 1))
         self.concat = layout(ops.Concat(0))
 
@@ -162,7 +164,7 @@ class PlannedExperts(Part):
         super().__init__()
         self.slots = slots
         self.dispatch = Dispatch(layout)
-        self.experts = Experts(layout, model.network, compute)
+        self.experts = Experts(layout, model.expert_network, compute)
         self.combine = Combine(layout)
 
     def construct(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -184,43 +186,73 @@ class GatedExperts(Part):
         self.has_kernels = bool(layout.kernels)
         self.plan = plan_in_graph(experts, layout)
         if self.has_kernels:
-            form = model.network
+            form = model.expert_network
             self.networks = CompiledFeedForward(layout.kernels, form.activation, tensors=len(form.tensors))
             self.weigh = CompiledCombine(layout.kernels)
         self.dispatch = Dispatch(layout)
-        self.experts = Experts(layout, model.network, compute)
+        self.experts = Experts(layout, model.expert_network, compute)
         self.combine = Combine(layout)
         self.mul = layout(ops.Mul(), (1, 1), (1, 1))
         self.choice_sum = layout(ops.ReduceSum(), (1, 1, 1))
 
     def construct(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-        chosen = self.gate.choose(x, ())
-        plan = self.plan(chosen[0])
+        y, weights = self.by_choice(x, inputs)
         if self.has_kernels:
-            return self.weigh(self.networks(x, plan[0], plan[1], inputs)[0], chosen[1])
-        rows, position = plan[:-1], plan[-1]
-        results = self.experts(self.dispatch(x, rows, position), inputs)
-        y = self.mul(self.combine(results, rows, position, x), chosen[1].reshape(-1, 1))
+            return self.weigh(y, weights)
+        y = self.mul(y, weights.reshape(-1, 1))
         tokens, hidden = x.shape
         if y.shape[0] > tokens:
             y = self.choice_sum(y.reshape(tokens, -1, hidden), 1)
         return y
 
 
+    def by_choice(self, x: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """What every chosen expert gives [T * k, D], choices of a token together, and the combine weights [T, k]."""
+        chosen = self.gate.choose(x, ())
+        plan = self.plan(chosen[0])
+        if self.has_kernels:
+            return self.networks(x, plan[0], plan[1], inputs)[0], chosen[1]
+        rows, position = plan[:-1], plan[-1]
+        results = self.experts(self.dispatch(x, rows, position), inputs)
+        return self.combine(results, rows, position, x), chosen[1]
+
+
+class ExpertsApart(GatedExperts):
+    """The top layer of a competitive mixture: (what each expert gives [E * T, D], expert by expert, log p [T, E])."""
+
+    apart = True
+
+    def __init__(self, gate: Gate, experts: int, model: ModelConfig, layout: Layout, compute: ms.dtype) -> None:
+        super().__init__(gate, experts, model, layout, compute)
+        self.turn = layout(ops.Transpose(), (1, 1, 1))
+
+    def construct(self, x: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        y, shares = self.by_choice(x, inputs)
+        tokens, hidden = x.shape
+        return self.turn(y.reshape(tokens, -1, hidden), (1, 0, 2)).reshape(-1, hidden), shares
+
+
 class WithSharedExpert(Part):
-    """A sparse layer's cell and the network that every row takes beside it: x, inputs -> the sum of both."""
+    """A sparse layer's cell and the network that every row takes beside it: x, inputs -> the sum of both (beside each
+    expert's output where they stay apart)."""
 
     def __init__(self, routed: nn.Cell, shared: nn.Cell, layout: Layout) -> None:
         super().__init__()
         self.routed, self.shared = routed, shared
+        self.apart = getattr(routed, "apart", False)
+        self.copies = CopiesOfRows()
         self.add = layout(ops.Add(), (1, 1), (1, 1))
 
-    def construct(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-        return self.add(self.routed(x, inputs), self.shared(x, ()))
+    def construct(self, x: Tensor, inputs: tuple[Tensor, ...]):
+        y = self.routed(x, inputs)
+        if self.apart:
+            return self.add(y[0], self.copies(self.shared(x, ()), y[0].shape)), y[1]
+        return self.add(y, self.shared(x, ()))
 
 
 class Layer(Part):
-    """One transformer layer around an attention `core`: h_TD -> (h_TD, what the core keeps).
+    """One transformer layer around an attention `core`: h_TD -> (h_TD, what the core keeps). Of `ExpertsApart` the
+    first is (h of every expert [E * T, D], log p [T, E]).
 
     The core is called with this layer's queries (scaled), keys and values [T, D] and `context`, its own business;
     queries and keys are normalised and turned before, as the configuration says (`turns`: those of `AnglesByRow`). In
@@ -247,6 +279,8 @@ class Layer(Part):
             self.turn = turn(layout, model.heads, model.hidden // model.heads)
         self.core = core
         self.feed_forward = feed_forward
+        self.apart = getattr(feed_forward, "apart", False)
+        self.copies = CopiesOfRows()
         self.scale = 1.0 / math.sqrt(model.hidden // model.heads)
         self.add = layout(ops.Add(), (1, 1), (1, 1))
 
@@ -261,4 +295,7 @@ class Layer(Part):
             q, k = self.turn(q, turns), self.turn(k, turns)
         y, kept = self.core(q * self.scale, k, self.value(x), context)
         h = self.add(h, self.projection(y))
-        return self.add(h, self.feed_forward(self.norm2(h), inputs)), kept
+        y = self.feed_forward(self.norm2(h), inputs)
+        if self.apart:
+            return (self.add(self.copies(h, y[0].shape), y[0]), y[1]), kept
+        return self.add(h, y), kept

@@ -90,10 +90,10 @@ class Model:
         if sent is not None:
             slots = sent.slots * mesh.placement_groups
             length, chunks = config.data.sequence_length, config.parallel.expert_chunks
-            choices = config.model.sparse.experts_per_token
+            choices = config.experts_per_token
             reserved = Reserved(mesh, slots, sent.rows_per_slot, batch * length, choices, chunks)
             prefixes = config.model.sparse_prefixes
-            form = config.model.network
+            form = config.model.expert_network
             places = tuple(PlaceSignature(p, slots, form, learned=False, reserved=reserved) for p in prefixes)
         return FlatSignature(places, None, batch, config.data.sequence_length, config.model.hidden, config.model.ffn)
 
@@ -124,7 +124,7 @@ class Model:
         tokens = batch * self.config.data.sequence_length
         places = tuple(
             PlaceSignature(
-                place, slots, model.network, router.learned, router.noise_shape(tokens) if training else (),
+                place, slots, model.expert_network, router.learned, router.noise_shape(tokens) if training else (),
                 bool(self.layout.kernels),
             )  # fmt: skip
             for place, router in zip(model.sparse_prefixes, self.routers, strict=True)
@@ -182,7 +182,7 @@ def build_model(
     built = routed_model(config, vocab, eod_id, tables, token_counts, layout, processes)
     model, layout, groups, processes = config.model, built.layout, built.groups, built.processes
     places = model.sparse_prefixes
-    shapes = {place: model.network.shapes(model.hidden, model.ffn) for place in places}
+    shapes = {place: model.expert_network.shapes(model.hidden, model.ffn) for place in places}
     held = processes.mesh.experts_of(processes.rank, groups.total) if places else range(0)
     experts = dict.fromkeys(places, len(held))
     if model.embedding_slots == "per_domain":
@@ -271,7 +271,7 @@ def _router_options(
         layout=layout,
         layer=layer,
         seed=config.run.seed,
-        top_k=sparse.experts_per_token,
+        top_k=config.experts_per_token,
         capacity_factor=sparse.capacity_factor if sparse.dispatch == "capacity" else None,
         auxiliary_weight=sparse.aux_loss_weight,
         z_loss_weight=sparse.z_loss_weight,
@@ -283,6 +283,7 @@ def _router_options(
         resample=sparse.resample,
         tables=tables,
         init_std=model.init_std,
+        competitive=sparse.competitive,
         exchange=exchange,
     )
 
@@ -319,7 +320,7 @@ def _initialise(built: Model) -> None:
     model, seed = built.config.model, built.config.run.seed
     for parameter in built.net.get_parameters():
         parameter.set_data(Tensor(initial_value(parameter.name, parameter.shape, seed, model)))
-    std = {name: model.init_std for name in model.network.tensors if name.endswith(".weight")}
+    std = {name: model.init_std for name in model.expert_network.tensors if name.endswith(".weight")}
     first = dict.fromkeys(model.sparse_prefixes, built.held.start)
     built.store.initialise(
         seed, std | {"down.weight": model.residual_std, "word": model.init_std}, first, model.init_cutoff

@@ -10,22 +10,28 @@ from pangu_sigma.model.affine import Affine
 from parallel.compiled import CompiledFeedForward
 from parallel.layout import Layout
 from parallel.primitives import activation
+from rre.network import NetworkForm
+
+
+def feed_forward(model: ModelConfig, form: NetworkForm, layout: Layout, compute: ms.dtype) -> nn.Cell:
+    """The network of `form` in the model's sizes, which every token takes."""
+    return (GatedFeedForward if form.gated else DenseFeedForward)(model, form, layout, compute)
 
 
 class DenseFeedForward(nn.Cell):
     """x_TD -> y_TD: activation(x W_up + b_up) W_down + b_down, one network for every token; biases where there are."""
 
-    def __init__(self, model: ModelConfig, layout: Layout, compute: ms.dtype, residual_std: float) -> None:
+    def __init__(self, model: ModelConfig, form: NetworkForm, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
-        std, biases = model.init_std, model.biases
+        std, biases, residual_std = model.init_std, form.biases, model.residual_std
         self.up = Affine(model.hidden, model.ffn, layout, compute, std, biases, (1, "tensor"))
         self.down = Affine(model.ffn, model.hidden, layout, compute, residual_std, biases, ("tensor", 1))
-        self.has_biases = model.biases
+        self.has_biases = form.biases
         self.uses_kernels = bool(layout.kernels)
         if self.uses_kernels:
-            self.network = CompiledFeedForward(layout.kernels, model.activation, tensors=len(model.network.tensors))
+            self.network = CompiledFeedForward(layout.kernels, form.activation, tensors=len(form.tensors))
         else:
-            self.activation = activation(model.activation, layout, ("rows", "tensor"))
+            self.activation = activation(form.activation, layout, ("rows", "tensor"))
 
     def construct(self, x: Tensor) -> Tensor:
         if self.uses_kernels:
@@ -38,16 +44,16 @@ class DenseFeedForward(nn.Cell):
 class GatedFeedForward(nn.Cell):
     """x_TD -> y_TD: (activation(x W_gate) * (x W_up)) W_down, one network for every token (see `NetworkForm`)."""
 
-    def __init__(self, model: ModelConfig, layout: Layout, compute: ms.dtype, residual_std: float) -> None:
+    def __init__(self, model: ModelConfig, form: NetworkForm, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
         self.gate = Affine(model.hidden, model.ffn, layout, compute, model.init_std, biases=False)
         self.up = Affine(model.hidden, model.ffn, layout, compute, model.init_std, biases=False)
-        self.down = Affine(model.ffn, model.hidden, layout, compute, residual_std, biases=False)
+        self.down = Affine(model.ffn, model.hidden, layout, compute, model.residual_std, biases=False)
         self.uses_kernels = bool(layout.kernels)
         if self.uses_kernels:
-            self.network = CompiledFeedForward(layout.kernels, model.activation, tensors=len(model.network.tensors))
+            self.network = CompiledFeedForward(layout.kernels, form.activation, tensors=len(form.tensors))
         else:
-            self.activation = activation(model.activation, layout)
+            self.activation = activation(form.activation, layout)
             self.mul = layout(ops.Mul(), (1, 1), (1, 1))
 
     def construct(self, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from mindspore import Tensor, nn, ops
 from pangu_sigma.config.model import ModelConfig
 from pangu_sigma.model.attention import masking
 from pangu_sigma.model.block import TransformerLayer, shared_expert
+from pangu_sigma.model.competition import CompetitiveHead
 from pangu_sigma.model.dropout import CountedDropout
 from pangu_sigma.model.embedding import WordEmbedding
 from pangu_sigma.model.parts import HEADS, NORMS, POSITIONS, QUERY_LAYERS
@@ -28,6 +29,7 @@ from rre.routers import Router
 NAMES_WITHOUT_CELLS = {
     "feed_forward.router.": "router.",
     "feed_forward.shared_expert.": "shared_expert.",
+    "head.each.": "head.",
     "embedding.words.": "embedding.",
     "embedding.positions.": "embedding.",
     "embedding.queries.": "embedding.",
@@ -53,7 +55,8 @@ class PanGuSigma(nn.Cell):
     """tokens, positions, segments int32 [B, S], domain int32 [B], dropout keys int32 [B], flat -> (h_TD, aux, counts).
 
     `aux` is the sum of the sparse layers' auxiliary losses, `counts` the rows [B, E + 1] of each sparse layer with a
-    learned gate (see `rre.routers.base.Router`). `flat` follows `FlatSignature`.
+    learned gate (see `rre.routers.base.Router`). `flat` follows `FlatSignature`. `h` is what the head takes: of a
+    competitive mixture (h of every expert [E*T, D], log p [T, E]) instead.
     """
 
     def __init__(
@@ -80,8 +83,8 @@ class PanGuSigma(nn.Cell):
             if place >= 0:
                 router = routers[place]
                 sparse = SparseFeedForward(
-                    router.cell(), layout, model.network, compute, exchange, router.by_expert,
-                    shared_expert(model, layout, compute), signature.places[place].chunks,
+                    router.cell(), layout, model.expert_network, compute, exchange, router.by_expert,
+                    shared_expert(model, layout, compute), signature.places[place].chunks, router.apart,
                 )  # fmt: skip
             return TransformerLayer(model, index, layout, compute, sparse)
 
@@ -95,6 +98,10 @@ class PanGuSigma(nn.Cell):
         if self.has_query_layer:
             self.query_layer = layer(model.blocks, self.place_of_query)
         self.head = HEADS[model.head](model, vocab, layout)
+        # The outputs of the top layer's experts stay apart up to the head.
+        self.competes = any(router.apart for router in routers)
+        if self.competes:
+            self.head = CompetitiveHead(self.head, routers[0].choices, layout)
         for parameter in self.trainable_params():
             # A tensor's name does not tell which part's cell holds it, so a part can be exchanged under a checkpoint.
             for held, plain in NAMES_WITHOUT_CELLS.items():
@@ -118,7 +125,8 @@ class PanGuSigma(nn.Cell):
             if place >= 0:
                 auxiliary = auxiliary + extra
                 counts = counts + (rows,)
-        h = self.norm(h)
+        # Without a query layer the norm comes after the layer whose experts' outputs may be apart.
+        h = (self.norm(h[0]), h[1]) if self.competes and not self.has_query_layer else self.norm(h)
         if self.has_query_layer:
             queries = self.embedding.queries(flat_positions)
             routing, weights = self.inputs_of(flat, bounds, self.place_of_query)

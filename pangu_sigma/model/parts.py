@@ -2,11 +2,9 @@
 
 from pangu_sigma.model.affine import Norm, RootMeanSquareNorm
 from pangu_sigma.model.embedding import LearnedPositions, NextPositionQueries, RotaryPositions
-from pangu_sigma.model.feed_forward import DenseFeedForward, GatedFeedForward
 from pangu_sigma.model.head import TiedHead, UntiedHead
 
 NORMS = {"layernorm": Norm, "rmsnorm": RootMeanSquareNorm}
 POSITIONS = {"learned": LearnedPositions, "rope": RotaryPositions}
-FEED_FORWARDS = {"mlp": DenseFeedForward, "swiglu": GatedFeedForward}
 HEADS = {"tied": TiedHead, "untied": UntiedHead}
 QUERY_LAYERS = {"next_position": NextPositionQueries}

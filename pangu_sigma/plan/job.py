@@ -128,7 +128,7 @@ def _advice(config: Config, vocabulary: int, hardware: Hardware, report: dict[st
         )
     sent = report["dispatch"]
     sparse = config.model.sparse
-    if sent is not None and sent["times_tokens"] > 2 * sparse.capacity_factor * sparse.experts_per_token:
+    if sent is not None and sent["times_tokens"] > 2 * sparse.capacity_factor * config.experts_per_token:
         said.append(
             f"{sent['times_tokens']:.1f} rows are reserved for each token, because any sample may be of any of "
             f"{sent['slots']} experts: use parallel.placement=domain with more groups, or a host store with a smaller "

@@ -55,7 +55,7 @@ def device_bytes(config: Config, vocabulary: int) -> dict[str, float]:
 
 def expert_values(config: Config) -> int:
     """Trained values of one expert."""
-    return config.model.network.values(config.model.hidden, config.model.ffn)
+    return config.model.expert_network.values(config.model.hidden, config.model.ffn)
 
 
 def activation_bytes(config: Config, vocabulary: int) -> float:
@@ -71,7 +71,10 @@ def activation_bytes(config: Config, vocabulary: int) -> float:
     tokens = samples_at_a_time(config) * config.data.sequence_length
     rows_cut = mesh.tensor if config.parallel.sequence_parallel else 1
     outside = (2 * FLOAT32 + 2 * low) * model.hidden / rows_cut
-    inside = ((2 if model.network.gated else 1) * FLOAT32 + low) * model.ffn / mesh.tensor
+    inside, inside_expert = (
+        ((2 if form.gated else 1) * FLOAT32 + low) * model.ffn / mesh.tensor
+        for form in (model.network, model.expert_network)
+    )
     again = 2 * FLOAT32 * (int(model.attention.qk_norm) + int(model.position == "rope"))
     dense = tokens * (outside + (4 * low + again) * model.hidden / mesh.tensor + inside)
     kept = tokens * FLOAT32 * model.hidden / rows_cut
@@ -79,8 +82,8 @@ def activation_bytes(config: Config, vocabulary: int) -> float:
     if sent is not None:
         # Rows in both places, and the inner values of what arrives, which is as many rows as left; a shared expert
         # stands where the dense network would.
-        beside = 0 if model.sparse.shared_expert else tokens * inside
-        sparse = dense + sent.rows * (2 * low * model.hidden + inside) - beside
+        beside = tokens * inside_expert if model.sparse.shared_expert else 0
+        sparse = dense - tokens * inside + beside + sent.rows * (2 * low * model.hidden + inside_expert)
     layers, sparse_layers = model.layers / mesh.pipeline, len(config.model.sparse_prefixes) / mesh.pipeline
     if config.train.recompute:
         held = kept * layers + max(dense, sparse if sparse_layers else 0.0)

@@ -4,6 +4,7 @@
 both.
 """
 
+from rre.routers.adaptive_mixture import AdaptiveMixtureRouter
 from rre.routers.base import Assignment, Groups, Router, RouterOptions
 from rre.routers.expert_choice import ExpertChoiceRouter
 from rre.routers.glam import GlamRouter
@@ -22,6 +23,7 @@ ROUTERS: dict[str, type[Router]] = {
     "glam": GlamRouter,
     "noisy_top_k": NoisyTopKRouter,
     "olmoe": OlmoeRouter,
+    "adaptive_mixture": AdaptiveMixtureRouter,
     "expert_choice": ExpertChoiceRouter,
 }
 

@@ -8,7 +8,8 @@ Switch gate (weight: its probability, balance loss a * E * sum f_e P_e); a token
 
 Other parts, where the tensors show them (OLMoE, arXiv 2409.02060): a norm without shift is RMSNorm, projected queries
 and keys are normalised over their whole width, without position table they are turned by their positions (RoPE in
-halves), a network with a gate is SwiGLU, matrices have no biases, the head has a table of its own.
+halves), a network with a gate is SwiGLU (GEGLU where the activation is gelu), matrices have no biases, the head has a
+table of its own.
 
 Legend: B samples, S positions, D hidden width, V vocabulary, E experts of a layer.
 """
@@ -47,6 +48,7 @@ class Options:
     renormalise: bool = False
     pooled: bool = False
     rope_theta: float = 10000.0
+    competitive: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,13 @@ class _Reference:
             share, probability = (np.mean(values, 0) for values in zip(*self.pooled, strict=True))
             self.auxiliary += options.auxiliary_weight * share.size * float((share * probability).sum())
         if "head.word" in t:
-            return h @ t["head.word"].T
-        return np.stack([h[b] @ table.T for b, table in enumerate(tables)])
+            tables = [t["head.word"]] * len(domains)
+        if not self.options.competitive:
+            return np.stack([h[b] @ table.T for b, table in enumerate(tables)])
+        # h [E, B, S, D]: every expert's own distribution of the next token, mixed by its share.
+        own = softmax(np.stack([h[:, b] @ table.T for b, table in enumerate(tables)], 1))
+        shares = self.shares.reshape(*tokens.shape, -1)
+        return np.log(np.einsum("bse,ebsv->bsv", shares, own))
 
     def norm(self, name: str, x: Array) -> Array:
         if f"{name}.beta" not in self.tensors:
@@ -185,11 +192,11 @@ class _Reference:
         if prefix not in self.options.sparse:
             return h + self.network(f"{prefix}.feed_forward", x)
         rows = x.reshape(-1, x.shape[-1])
-        by_router = {"switch": self.switch, "olmoe": self.olmoe}
+        by_router = {"switch": self.switch, "olmoe": self.olmoe, "glam": self.glam, "adaptive_mixture": self.mixture}
         y = by_router.get(self.options.router, self.random_routed)(prefix, rows)
         if f"{prefix}.shared_expert.up.weight" in self.tensors:
             y = y + self.network(f"{prefix}.shared_expert", rows)
-        return h + y.reshape(x.shape)
+        return h + y.reshape(*y.shape[:-2], *x.shape)
 
     def attention(self, name: str, queries: Array, x: Array) -> Array:
         batch, length, hidden = x.shape
@@ -281,7 +288,24 @@ class _Reference:
             self.auxiliary += options.z_loss_weight * (np.log(np.exp(rows @ gate).sum(1)) ** 2).mean()
         else:
             self.auxiliary += routed.auxiliary
-        return sum(
-            routed.weights[:, e : e + 1] * self.expert(prefix, domain, number, rows)
-            for e, (domain, number) in enumerate(owners)
-        )
+        return self.weighed(prefix, rows, routed.weights)
+
+    def glam(self, prefix: str, rows: Array) -> Array:
+        """GShard's gate without its draw: the second expert is always used; nothing is dropped."""
+        routed = routers_numpy.gshard(rows, self.tensors[f"{prefix}.router.weight"], self.options.auxiliary_weight)
+        self.auxiliary += routed.auxiliary
+        return self.weighed(prefix, rows, routed.weights)
+
+    def mixture(self, prefix: str, rows: Array) -> Array:
+        """Every expert takes every token; [E, T, D] in a competitive mixture, whose outputs stay apart."""
+        p = softmax(rows @ self.tensors[f"{prefix}.router.weight"])
+        if not self.options.competitive:
+            return self.weighed(prefix, rows, p)
+        self.shares = p
+        owners = [(domain, number) for domain, size in self.options.groups for number in range(size)]
+        return np.stack([self.expert(prefix, *owner, rows) for owner in owners])
+
+    def weighed(self, prefix: str, rows: Array, weights: Array) -> Array:
+        """The sum of all experts' outputs by combine `weights` [T, E]."""
+        owners = [(domain, number) for domain, size in self.options.groups for number in range(size)]
+        return sum(weights[:, e : e + 1] * self.expert(prefix, *owner, rows) for e, owner in enumerate(owners))

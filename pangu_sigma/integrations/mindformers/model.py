@@ -70,7 +70,7 @@ class PanGuSigmaForCausalLM(PreTrainedModel):
         parameters = {name: _parameter(name, tensor) for name, tensor in _domain_tensors(built).items()}
         self.tables = ParameterTuple([p for name, p in parameters.items() if name.endswith(".routing")])
         self.slot_tables = ParameterTuple([p for name, p in parameters.items() if name.endswith(".embedding.word")])
-        tensors = text.config.model.network.tensors
+        tensors = text.config.model.expert_network.tensors
         names = [
             f"domains.{domain}.{place}.experts.{tensor}"
             for place in self.places for domain in self.domains for tensor in tensors

@@ -57,6 +57,27 @@ CASES = {
                             "aux_loss_weight": 0.5, "z_loss_weight": 0.1}},
         32,
     ),
+    # GLaM (arXiv 2112.06905): gated dense layers, every other layer of experts that have two matrices
+    "glam": (
+        {"query_layer": "none", "position": "rope", "feed_forward": "geglu", "activation": "gelu", "biases": False,
+         "sparse": {"pattern": "every_other", "router": "glam", "feed_forward": "mlp", "aux_loss_weight": 0.5}},
+        32,
+    ),
+    "mixture": (
+        {"layers": 2,
+         "sparse": {"layers": 1, "include_query_layer": True, "router": "adaptive_mixture", "shared_expert": True}},
+        32,
+    ),
+    "mixture_under_a_norm": (
+        {"layers": 2, "query_layer": "none", "embedding_slots": "per_domain",
+         "sparse": {"layers": 1, "router": "adaptive_mixture"}},
+        32,
+    ),
+    "mixture_cooperative": (
+        {"layers": 2, "head": "untied", "sparse": {"layers": 1, "include_query_layer": True,
+                                                   "router": "adaptive_mixture", "mixture_loss": "cooperative"}},
+        32,
+    ),
     "rope_2_chunks": (OLMOE | {"layers": 2, "norm": "layernorm", "rope_theta": 100.0, "sparse": {"layers": 1}}, 128),
     "rre_of_mixed_parts": (
         {"norm": "rmsnorm", "attention": {"qk_norm": True}, "biases": False, "activation": "silu", "head": "untied",
@@ -66,7 +87,7 @@ CASES = {
 }  # fmt: skip
 # These run on the compiled kernels too, as `<case>_compiled`; the others are composed of MindSpore's operators.
 COMPILED = ("dense_4_chunks", "rre", "rre_without_query_layer", "switch", "switch_capacity", "olmoe")
-COMPILED += ("olmoe_parts", "rre_of_mixed_parts")
+COMPILED += ("olmoe_parts", "rre_of_mixed_parts", "glam", "mixture", "mixture_cooperative")
 CASES |= {f"{case}_compiled": CASES[case] for case in COMPILED}
 
 

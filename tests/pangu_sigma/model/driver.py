@@ -15,6 +15,7 @@ from pangu_sigma.model.signature import FlatSignature, PlaceSignature
 from parallel.layout import Layout
 from rre.dispatch import plan_by_expert, plan_in_blocks, plan_present
 from rre.kinds import KINDS
+from rre.network import NetworkForm
 from rre.routers import ROUTERS, Groups, RouterOptions
 from tests.oracles import pangu_numpy
 
@@ -70,15 +71,18 @@ def make_tensors(config: ModelConfig, vocab: int, groups: Groups, seed: int = 0)
         tensors[f"{norm}.gamma"] = normal((hidden,), 0.2, 1.0)
         if config.norm == "layernorm":
             tensors[f"{norm}.beta"] = normal((hidden,), 0.2)
-    shapes = {"up": (hidden, ffn), "down": (ffn, hidden)}
-    if config.feed_forward == "swiglu":
-        shapes["gate"] = (hidden, ffn)
+    def matrices_of(form: NetworkForm) -> dict[str, tuple[int, ...]]:
+        found = {"up": (hidden, ffn), "down": (ffn, hidden)}
+        return found | {"gate": (hidden, ffn)} if form.gated else found
+
+    shapes = matrices_of(config.expert_network)
     for p in layers:
         matrices = {f"{p}.attention.{part}": (hidden, hidden) for part in ("query", "key", "value", "projection")}
         sparse = p in config.sparse_prefixes
         if not sparse or config.sparse.shared_expert:
             kind = "shared_expert" if sparse else "feed_forward"
-            matrices |= {f"{p}.{kind}.{part}": shape for part, shape in shapes.items()}
+            mine = shapes if sparse else matrices_of(config.network)
+            matrices |= {f"{p}.{kind}.{part}": shape for part, shape in mine.items()}
         if sparse and KINDS[config.sparse.router].learned:
             tensors[f"{p}.router.weight"] = normal((hidden, groups.total), 1.0)
         for name, shape in matrices.items():
@@ -128,10 +132,10 @@ class DrivenModel:
             if not self.learned:
                 tables = {d: tensors[f"domains.{d}.{prefix}.routing"] for d in groups.names}
             options = RouterOptions(
-                groups, config.hidden, length, layout, index, 7, config.sparse.experts_per_token, factor,
+                groups, config.hidden, length, layout, index, 7, config.sparse.chosen_of(groups.total), factor,
                 config.sparse.aux_loss_weight, config.sparse.z_loss_weight, renormalise=config.sparse.renormalise,
                 pooled=config.sparse.balance == "pooled", jitter=config.sparse.jitter,
-                resample=config.sparse.resample, tables=tables,
+                competitive=config.sparse.competitive, resample=config.sparse.resample, tables=tables,
             )  # fmt: skip
             self.routers.append(ROUTERS[config.sparse.router].build(options))
         slots = groups.total if blocks is None else blocks
@@ -139,7 +143,7 @@ class DrivenModel:
         self.signature = FlatSignature(
             tuple(
                 PlaceSignature(
-                    p, slots, config.network, self.learned,
+                    p, slots, config.expert_network, self.learned,
                     router.noise_shape(batch * length) if jitter else (), bool(kernels),
                 )  # fmt: skip
                 for p, router in zip(config.sparse_prefixes, self.routers, strict=True)
@@ -247,8 +251,8 @@ class DrivenModel:
             config.layers, config.heads, EOD, tuple(zip(self.groups.names, self.groups.sizes, strict=True)),
             config.sparse_prefixes, config.sparse.router, config.activation, config.query_layer == "next_position",
             config.embedding_slots == "per_domain", capacity, config.sparse.aux_loss_weight, config.norm_epsilon,
-            config.sparse.experts_per_token, config.sparse.z_loss_weight, config.sparse.renormalise,
-            config.sparse.balance == "pooled", config.rope_theta,
+            config.sparse.chosen_of(self.groups.total), config.sparse.z_loss_weight, config.sparse.renormalise,
+            config.sparse.balance == "pooled", config.rope_theta, config.sparse.competitive,
         )  # fmt: skip
         domains = [self.groups.names[d] for d in batch.domain]
         return pangu_numpy.forward(options, tensors or self.tensors, batch.tokens, batch.labels, domains, noise)
