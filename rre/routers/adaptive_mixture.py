@@ -33,13 +33,15 @@ class AdaptiveMixtureRouter(LearnedRouter):
 
 
 class AdaptiveMixtureGate(Gate):
-    """The gate inside the graph; see `Gate`. The combine weights are p, or log p of a competitive mixture."""
+    """The gate inside the graph; see `Gate`. The combine weights are p, or log p of a competitive mixture. Of its
+    choices it tells the expert with the largest share, because all of them tell nothing."""
 
     def __init__(self, router: AdaptiveMixtureRouter) -> None:
         super().__init__(router)
         layout = router.options.layout
         self.logarithms = router.apart
         self.log_softmax = layout(ops.LogSoftmax(-1), (1, 1))
+        self.best = layout(ops.ArgMaxWithValue(axis=-1), (1, 1))
 
     def choose(self, x: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         logits = self.logits(x, self.weight)
@@ -48,3 +50,7 @@ class AdaptiveMixtureGate(Gate):
 
     def auxiliary(self, hits: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
         return Tensor(0.0, ms.float32)
+
+    def told(self, hits: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
+        leader, _ = self.best(chosen[1])
+        return self.sum(self.one_hot(leader.reshape(-1, 1), self.experts, self.on, self.off), 1)

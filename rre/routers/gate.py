@@ -107,9 +107,13 @@ class Gate(nn.Cell):
             kept = self.rows(hits)
             ids = self.select(self.sum(hits, 2) > 0.0, ids, ops.fill(ms.int32, ids.shape, self.experts))
         if self.tells_choices:
-            return self.plan(ids), chosen[1], auxiliary, self.sum(hits, 1)
+            return self.plan(ids), chosen[1], auxiliary, self.told(hits, chosen)
         lost = self.overflow_sum(self.sub(wanted, kept), 1) / self.choices
         return self.plan(ids), chosen[1], auxiliary, self.concat((kept, lost))
+
+    def told(self, hits: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
+        """The hits [T, E] of `tells_choices`."""
+        return self.sum(hits, 1)
 
     def rows(self, hits: Tensor) -> Tensor:
         """Rows of every sample and expert [B, E]."""

@@ -8,5 +8,6 @@ from rre.routers.gshard import GShardRouter
 class GlamRouter(GShardRouter):
     """Gate, second expert, room and loss are GShard's; the paper's weight of the loss is 0.01.
 
-    What GLaM changes lies in the layers around it: sparse in every other one (`model.sparse.pattern`).
+    What GLaM changes lies in the layers around it: experts in every other one (`model.sparse.pattern`), and gated by
+    gelu in those between, while experts have two matrices (`model.feed_forward`, `model.sparse.feed_forward`).
     """

@@ -103,6 +103,17 @@ def expert_choice(x: Array, gate: Array, taken: int, length: int) -> Routed:
     return Routed(_chosen(p, order), order, 0.0)
 
 
+def adaptive_mixture(x: Array, gate: Array) -> Routed:
+    """Jacobs et al. 1991: softmax shares, every expert takes every token."""
+    p = softmax(x @ gate)
+    return Routed(p, [list(range(p.shape[1])) for _ in p], 0.0)
+
+
+def competitive_loss(shares: Array, losses: Array) -> Array:
+    """Equation 1.3 of the paper for the losses [T, E] of each expert by itself: -log sum_i p_i exp(-loss_i), [T]."""
+    return -np.log((shares * np.exp(-losses)).sum(1))
+
+
 def kept(order: list[list[int]], experts: int, length: int, capacity: int | None) -> list[list[int]]:
     """The choices that find room: an expert takes `capacity` rows of every `length` tokens, first choices first."""
     if capacity is None:

@@ -9,6 +9,7 @@ import pytest
 
 from pangu_sigma.config import config_from_dict, load_config, manifest, parameter_counts, vocabulary_size
 from pangu_sigma.errors import UserError
+from rre.network import NetworkForm
 
 ONE_FFN_13B = 2 * 5120 * 20480 + 20480 + 5120
 
@@ -48,6 +49,33 @@ def test_olmoe_1b_7b_has_6_9_billion_parameters_of_which_a_token_meets_1_3():
     # As transformers counts OlmoeForCausalLM of the published configuration.
     assert counts.total == 6_919_161_856
     assert list(counts.activated_per_token.values()) == [1_282_017_280]
+
+
+def test_glams_largest_size_meets_its_published_count_with_gated_dense_layers_and_plain_experts():
+    """64B/64E: 64 layers 8192 wide, 128 heads of 128, inner width 32768, 256,000 words, every second layer sparse."""
+    widths, attention, words = (8192, 32768), 64 * 4 * 8192 * 128 * 128, 256_000 * 8192
+    plain, gated = (NetworkForm("gelu", gated=gated, biases=False).values(*widths) for gated in (False, True))
+
+    def billions(dense: int, expert: int, experts: int) -> float:
+        return round((words + attention + 32 * (dense + experts * expert)) / 1e9, 1)
+
+    assert billions(gated, plain, 2) == 96.6 and round(billions(gated, plain, 64), -2) == 1200
+    assert billions(plain, plain, 2) != 96.6 and billions(gated, gated, 2) != 96.6
+
+
+def test_dense_layers_and_experts_may_be_of_different_kinds(small):
+    glam = "model.sparse={pattern: every_other, router: glam, feed_forward: mlp, shared_expert: true}"
+    config = small(glam, "model.feed_forward=geglu", "model.activation=gelu", "model.biases=false")
+    shapes = manifest(config, 100)
+    assert shapes["blocks.0.feed_forward.gate.weight"] == shapes["blocks.1.shared_expert.up.weight"] == (128, 512)
+    assert "domains.code.blocks.1.experts.up.weight" in shapes
+    assert not any("gate.weight" in name for name in shapes if "expert" in name)
+
+
+def test_a_token_of_a_mixture_meets_every_expert(small):
+    sparse = "model.sparse={layers: 1, include_query_layer: true, router: adaptive_mixture}"
+    counts = parameter_counts(small(sparse), 100)
+    assert set(counts.activated_per_token.values()) == {counts.total}
 
 
 @pytest.mark.parametrize(("preset", "billions"), [("350M", 0.35), ("2.6B", 2.6), ("200B", 207)])

@@ -8,6 +8,7 @@ from pangu_sigma.errors import UserError
 
 SPARSE = "model.sparse.layers=1"
 
+MIXTURE = "{layers: 1, include_query_layer: true, router: adaptive_mixture}"
 ROPE = ["model.position=rope", "model.query_layer=none"]
 BROKEN = [
     ("model.heads does not divide", ["model.heads=3"], "model.heads = 3 does not divide model.hidden = 128"),
@@ -45,6 +46,33 @@ BROKEN = [
         ["model.sparse={layers: 1, router: expert_choice, dispatch: capacity}"],
         "every expert takes a fixed number",
     ),
+    (
+        "capacity of a mixture",
+        [f"model.sparse={MIXTURE}", "model.sparse.dispatch=capacity"],
+        "every expert takes every row: set it to dropless",
+    ),
+    (
+        "a mixture of two layers",
+        [f"model.sparse={MIXTURE}", "model.sparse.layers=2"],
+        "(query_layer) must be the only sparse one",
+    ),
+    (
+        "a mixture in the middle",
+        ["model.sparse={layers: 1, router: adaptive_mixture}"],
+        "set model.sparse.pattern to top, layers to 1 and include_query_layer to true",
+    ),
+    (
+        "a mixture of every layer",
+        ["model.sparse={pattern: every, router: adaptive_mixture}", "model.query_layer=none"],
+        "(blocks.3) must be the only sparse one",
+    ),
+    ("k of a mixture", [f"model.sparse={MIXTURE}", "model.sparse.top_k=2"], "takes all experts by definition"),
+    (
+        "a mixture without its experts",
+        [f"model.sparse={MIXTURE}", "experts.store=host"],
+        "set experts.store to device",
+    ),
+    ("mixture_loss elsewhere", ["model.sparse={layers: 1, mixture_loss: cooperative}"], "no effect on the router rre"),
     ("k over experts", ["model.sparse={layers: 1, router: olmoe, top_k: 99}"], "is too many for the"),
     ("noisy k of all", ["model.sparse={layers: 1, router: noisy_top_k, top_k: 6}"], "one of which must be left"),
     (
@@ -203,6 +231,17 @@ BROKEN = [
     ("queries of positions without a table", ["model.position=rope"], "set model.query_layer to none"),
     ("odd heads cannot turn", [*ROPE, "model.hidden=60", "model.heads=4"], "a head has 15"),
     ("the wavelengths of no rotation", ["model.rope_theta=500000"], "model.rope_theta = 500000 has no effect"),
+    ("a gate that is no GEGLU's", ["model.feed_forward=geglu", "model.biases=false"], "is gated by gelu by definition"),
+    (
+        "gated experts with biases",
+        [SPARSE, "model.sparse.feed_forward=swiglu", "model.activation=silu"],
+        "model.sparse.feed_forward = swiglu has none",
+    ),
+    (
+        "two gates",
+        ["model.sparse={layers: 1, feed_forward: geglu}", "model.feed_forward=swiglu", "model.biases=false"],
+        "set them alike, or one of them to mlp",
+    ),
     ("a gate that is no SwiGLU's", ["model.feed_forward=swiglu", "model.biases=false"], "gated by silu by definition"),
     ("a SwiGLU with biases", ["model.feed_forward=swiglu", "model.activation=silu"], "set model.biases to false"),
     ("a head for words of every domain", ["model.head=untied", "model.embedding_slots=per_domain"], "one table"),
@@ -219,6 +258,9 @@ FINE = [
     [*ROPE, "model.feed_forward=swiglu", "model.activation=silu", "model.biases=false", "model.rope_theta=500000"],
     ["model.norm=rmsnorm", "model.attention.qk_norm=true", "model.biases=false", "model.head=untied"],
     ["model.sparse={layers: 1, router: olmoe, top_k: 2, balance: pooled}"],
+    [f"model.sparse={MIXTURE}", "model.sparse.mixture_loss=cooperative", "model.sparse.shared_expert=true"],
+    ["model.sparse={layers: 1, router: adaptive_mixture}", "model.query_layer=none"],
+    ["model.feed_forward=geglu", "model.activation=gelu", "model.biases=false", "model.sparse.feed_forward=mlp"],
     ["schedule={warmup_steps: 5, anneal_steps: 5}"],
     ["model.sparse.layers=3"],
     ["model.sparse={layers: 4, include_query_layer: true}"],

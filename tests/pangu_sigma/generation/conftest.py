@@ -47,6 +47,18 @@ CASES = {
         "norm": "rmsnorm", "position": "rope", "feed_forward": "swiglu", "activation": "silu", "biases": False,
         "query_layer": "none", "sparse": {"layers": 1},
     },
+    "mixture": {
+        "layers": 2,
+        "sparse": {"layers": 1, "include_query_layer": True, "router": "adaptive_mixture", "shared_expert": True},
+    },
+    "mixture_slots": {
+        "layers": 2, "query_layer": "none", "embedding_slots": "per_domain",
+        "sparse": {"layers": 1, "router": "adaptive_mixture"},
+    },
+    "glam": {
+        "layers": 2, "query_layer": "none", "feed_forward": "geglu", "activation": "gelu", "biases": False,
+        "sparse": {"pattern": "every_other", "router": "glam", "feed_forward": "mlp"},
+    },
     "hash": {"sparse": {"layers": 1, "router": "hash", "shared_expert": True}},
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ GSHARD = {"router": "gshard", "aux_loss_weight": 0.1}
 NOISY = {"router": "noisy_top_k", "top_k": 2, "importance_loss_weight": 0.1, "load_loss_weight": 0.1}
 OLMOE = {"router": "olmoe", "top_k": 3, "aux_loss_weight": 0.1, "z_loss_weight": 0.01}
 CHOICE = {"router": "expert_choice", "top_k": 2}
+MIXTURE = {"layers": 1, "router": "adaptive_mixture"}
 CAPACITY = {"dispatch": "capacity", "capacity_factor": 0.7, "resample": True}
 DROPOUT = {"dropout": 0.1, "attention": {"dropout": 0.1}}
 
@@ -115,15 +116,17 @@ MESHES = {
 SPARSE = {
     "rre": {}, "rre_capacity": CAPACITY, "hash": {"router": "hash"}, "switch": SWITCH, "gshard": GSHARD,
     "glam": {**GSHARD, "router": "glam"}, "noisy": NOISY, "olmoe": OLMOE, "choice": CHOICE,
+    "mixture": MIXTURE, "cooperative": {**MIXTURE, "mixture_loss": "cooperative"},
 }  # fmt: skip
 # What meets what over twenty steps: every router and store, dropless and by capacity, on both numbers of processes.
 COVERED = {
-    "dp2": ["rre device", "rre_capacity host", "olmoe device", "glam device"],
+    "dp2": ["rre device", "rre_capacity host", "olmoe device", "glam device", "cooperative device"],
     "ep2": ["rre host", "rre_capacity device", "hash device", "switch device", "gshard device", "noisy device",
-            "choice device"],
+            "choice device", "mixture device"],
     "dp4": ["rre host", "noisy device"],
     "ep4": ["rre device", "rre_capacity host", "olmoe device"],
-    "dp2_ep2": ["rre_capacity device", "hash host", "switch device", "gshard device", "glam device", "choice device"],
+    "dp2_ep2": ["rre_capacity device", "hash host", "switch device", "gshard device", "glam device", "choice device",
+                "mixture device"],
 }  # fmt: skip
 COMPOSED = {"dp2": ["olmoe device"], "ep2": ["rre device", "switch device"]}
 

@@ -39,21 +39,31 @@ CASES = {
     "olmoe": ("olmoe", {"top_k": 3}),
     "olmoe capacity, renormalised": ("olmoe", {"top_k": 3, "capacity_factor": 0.9, "renormalise": True}),
     "expert_choice": ("expert_choice", {"top_k": 2}),
+    "adaptive_mixture": ("adaptive_mixture", {"top_k": 5}),
+    "adaptive_mixture competitive": ("adaptive_mixture", {"top_k": 5, "competitive": True}),
 }
 
 
 class Objective(nn.Cell):
-    """sum(y * slopes) + auxiliary loss, with y, the auxiliary loss and the rows beside it."""
+    """sum(y * slopes) + auxiliary loss, with y, the auxiliary loss and the rows beside it. In a competitive mixture the
+    experts' own losses are -(y_i * slopes), and y [T, 1] is the tokens' loss."""
 
     def __init__(self, router, layout: Layout) -> None:
         super().__init__()
         self.layer = SparseFeedForward(
-            router.cell(), layout, NetworkForm("gelu"), ms.float32, by_expert=router.by_expert
+            router.cell(), layout, NetworkForm("gelu"), ms.float32, by_expert=router.by_expert,
+            apart=router.apart,
         )
+        self.apart = router.apart
 
     def construct(self, x, slopes, *flat):
         noise, weights = flat[: -4 * EXPERTS], flat[-4 * EXPERTS :]
         y, auxiliary, rows = self.layer(x, noise, weights)
+        if self.apart:
+            outputs, shares = y
+            scores = (outputs.reshape(EXPERTS, -1, HIDDEN) * slopes).sum(2).transpose(1, 0) + shares
+            y = -ops.log(ops.exp(scores).sum(1, keepdims=True))
+            return y.sum() + auxiliary, y, auxiliary, rows
         return (y * slopes).sum() + auxiliary, y, auxiliary, rows
 
 
@@ -114,6 +124,8 @@ class Case:
             )
         if self.kind == "olmoe":
             return routers_numpy.olmoe(x, g, o.top_k, o.auxiliary_weight, o.z_loss_weight, o.renormalise)
+        if self.kind == "adaptive_mixture":
+            return routers_numpy.adaptive_mixture(x, g)
         return routers_numpy.expert_choice(x, g, 4, LENGTH)  # ceil(8 tokens * 2 / 5 experts)
 
     def kept(self, routed: routers_numpy.Routed, training: bool) -> list[list[int]]:
@@ -125,10 +137,15 @@ class Case:
         """(y, auxiliary loss, kept choices, all choices) by the oracle."""
         routed = self.route(x, gates, noise)
         kept = self.kept(routed, training)
+        experts = [[w.astype(np.float64) for w in expert] for expert in self.experts]
+        if self.options.competitive:
+            losses = -np.stack([(network(x, weights) * self.slopes).sum(1) for weights in experts], 1)
+            y = routers_numpy.competitive_loss(routed.weights, losses)[:, None]
+            return y, routed.auxiliary, kept, routed.order
         y = np.zeros(x.shape)
         for t, chosen in enumerate(kept):
             for e in chosen:
-                y[t] += routed.weights[t, e] * network(x[t], [w.astype(np.float64) for w in self.experts[e]])
+                y[t] += routed.weights[t, e] * network(x[t], experts[e])
         return y, routed.auxiliary, kept, routed.order
 
 
@@ -183,7 +200,7 @@ def test_a_training_step_is_the_oracles_and_so_is_every_gradient(made, name):
 
     def objective(values: dict[str, np.ndarray]) -> float:
         y, auxiliary, _, _ = case.answer(values["x"], values, case.noise, True)
-        return float((y * slopes).sum() + auxiliary)
+        return float((y if case.options.competitive else y * slopes).sum() + auxiliary)
 
     gradients = {"x": dx.asnumpy()}
     gradients |= {p.name.rsplit(".", 1)[-1]: g.asnumpy() for p, g in
@@ -209,6 +226,35 @@ def test_evaluation_has_no_noise_and_drops_nothing(made, name):
     agree(case, (y, auxiliary, rows), expected)
     if case.kind != "expert_choice":
         assert all(len(order) == case.options.top_k for order in expected[2])
+
+
+class Choice(nn.Cell):
+    """What a gate whose tokens choose decides in a training step: expert ids and combine weights [T, k]."""
+
+    def __init__(self, gate: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.gate = gate
+
+    def construct(self, x, *noise):
+        chosen = self.gate.choose(x, noise)
+        return chosen[0], chosen[1]
+
+
+# One case of every kind of gate: room is given after the choice.
+CHOOSE = ["switch", "gshard", "glam capacity", "noisy_top_k", "olmoe", "olmoe capacity, renormalised"]
+
+
+@pytest.mark.parametrize("name", [*CHOOSE, "adaptive_mixture", "adaptive_mixture competitive"])
+def test_every_token_is_assigned_as_the_oracle_assigns_it_with_its_weights(made, name):
+    """Expert choice, whose experts assign, is held to it by its outputs above."""
+    case = made(name)
+    ids, weights = (t.asnumpy() for t in Choice(case.objective.layer.router)(Tensor(case.x), *map(Tensor, case.noise)))
+    expected = case.route(*exact(case), case.noise)
+    weights = np.exp(weights) if case.options.competitive else weights
+    for t, order in enumerate(expected.order):
+        used = ids[t] < EXPERTS
+        assert ids[t][used].tolist() == order
+        np.testing.assert_allclose(weights[t][used], expected.weights[t, order], rtol=1e-4)
 
 
 def test_the_table_of_kinds_and_the_registry_name_the_same_routers():
