@@ -214,6 +214,16 @@ def test_what_cannot_fold_is_refused_with_the_reason(parent, domains, reason):
         plan(parent, domains, fold=True)
 
 
+def test_experts_of_another_kind_than_dense_layers_do_not_fold_but_can_be_cut_out(tmp_path):
+    dense = {"feed_forward": "geglu", "activation": "gelu", "biases": False}
+    sparse = {"layers": 1, "feed_forward": "mlp"}
+    parent = save_model(tmp_path / "run", {"law": 1, "code": 2}, **dense, sparse=sparse)
+    with pytest.raises(UserError, match="experts of kind mlp beside dense layers of kind geglu"):
+        plan(parent, ["law"], fold=True)
+    model = cut(parent, tmp_path / "law", "law")
+    assert model.load().keys() == set(manifest(stored_config(model), VOCAB))
+
+
 def test_a_dense_model_has_nothing_to_fold(tmp_path):
     parent = save_model(tmp_path / "run", {"law": 1}, sparse={})
     with pytest.raises(UserError, match="no sparse layers to fold"):

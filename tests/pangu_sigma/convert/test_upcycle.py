@@ -193,6 +193,10 @@ def refused(dense, file, tmp_path, *parts: str, **options) -> None:
         ({"sparse": {"layers": 0}}, "model.sparse.layers is 0"),
         ({"norm": "rmsnorm"}, "model.norm is rmsnorm"),
         ({"biases": False}, "model.biases is False"),
+        (
+            {"sparse": {"layers": 1, "feed_forward": "swiglu"}, "biases": False, "activation": "silu"},
+            "model.sparse.feed_forward is swiglu and the dense model's networks are mlp",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
