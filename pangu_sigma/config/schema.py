@@ -59,6 +59,11 @@ class Config(Section):
         """k: the experts that a token takes in a sparse layer."""
         return self.model.sparse.chosen_of(self.experts_in_layer)
 
+    @property
+    def predictions(self) -> int:
+        """Next-token distributions that the head computes of a token: one, or each expert's own to be mixed."""
+        return self.experts_in_layer if self.model.sparse_prefixes and self.model.sparse.competitive else 1
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain mappings, lists and scalars, every key in the schema's order."""
         return self.model_dump(mode="json")

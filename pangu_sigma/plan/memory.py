@@ -91,9 +91,7 @@ def activation_bytes(config: Config, vocabulary: int) -> float:
         held = dense * (layers - sparse_layers) + sparse * sparse_layers
     # The first stage of a pipeline holds as many micro-batches as there are stages.
     held *= mesh.pipeline
-    # In a competitive mixture every expert predicts by itself.
-    predictions = config.experts_in_layer if model.sparse_prefixes and model.sparse.competitive else 1
-    logits = 2 * FLOAT32 * predictions * tokens * vocabulary / mesh.tensor
+    logits = 2 * FLOAT32 * config.predictions * tokens * vocabulary / mesh.tensor
     return held + logits
 
 

@@ -16,6 +16,7 @@ def step_flops(config: Config, vocabulary: int) -> float:
     """
     counts = parameter_counts(config, vocabulary)
     activated = min(counts.activated_per_token.values())
+    activated += (config.predictions - 1) * vocabulary * config.model.hidden
     model, length = config.model, config.data.sequence_length
     tokens = config.train.batch_size * length
     sent = dispatch(config)

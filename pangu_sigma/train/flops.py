@@ -9,7 +9,8 @@ def flops_per_token(config: Config, vocab: int) -> float:
     """Training FLOPs of one token: 6 N + 12 L D S (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
 
     N counts the parameters that a token is multiplied with: activated ones without the looked-up position tables (the
-    word embedding counts once, as the output matrix, or an untied head in its place). The mean over domains.
+    word embedding counts once, as the output matrix, or an untied head in its place; for every expert of a competitive
+    mixture, each of which has an output of its own). The mean over domains.
     """
     model = config.model
     counts = parameter_counts(config, vocab)
@@ -18,5 +19,6 @@ def flops_per_token(config: Config, vocab: int) -> float:
     looked_up = model.positions * model.hidden * tables
     if model.head == "untied":
         looked_up += vocab * model.hidden
+    activated += (config.predictions - 1) * vocab * model.hidden
     attention = 12 * model.layers * model.hidden * config.data.sequence_length
     return 6.0 * (activated - looked_up) + attention

@@ -9,6 +9,7 @@ import pytest
 
 from pangu_sigma.config import config_from_dict, load_config, manifest, parameter_counts, vocabulary_size
 from pangu_sigma.errors import UserError
+from pangu_sigma.train.flops import flops_per_token
 from rre.network import NetworkForm
 
 ONE_FFN_13B = 2 * 5120 * 20480 + 20480 + 5120
@@ -74,8 +75,13 @@ def test_dense_layers_and_experts_may_be_of_different_kinds(small):
 
 def test_a_token_of_a_mixture_meets_every_expert(small):
     sparse = "model.sparse={layers: 1, include_query_layer: true, router: adaptive_mixture}"
-    counts = parameter_counts(small(sparse), 100)
+    config = small(sparse)
+    counts = parameter_counts(config, 100)
     assert set(counts.activated_per_token.values()) == {counts.total}
+    # The head's product is computed for every expert of a competitive mixture.
+    blended = small(sparse, "model.sparse.mixture_loss=cooperative")
+    assert (config.predictions, blended.predictions, small().predictions) == (6, 1, 1)
+    assert flops_per_token(config, 100) - flops_per_token(blended, 100) == 6 * 5 * 100 * config.model.hidden
 
 
 @pytest.mark.parametrize(("preset", "billions"), [("350M", 0.35), ("2.6B", 2.6), ("200B", 207)])

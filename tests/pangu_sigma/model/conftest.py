@@ -87,7 +87,7 @@ CASES = {
 }  # fmt: skip
 # These run on the compiled kernels too, as `<case>_compiled`; the others are composed of MindSpore's operators.
 COMPILED = ("dense_4_chunks", "rre", "rre_without_query_layer", "switch", "switch_capacity", "olmoe")
-COMPILED += ("olmoe_parts", "rre_of_mixed_parts", "glam", "mixture", "mixture_cooperative")
+COMPILED += ("olmoe_parts", "rre_of_mixed_parts", "glam", "mixture")
 CASES |= {f"{case}_compiled": CASES[case] for case in COMPILED}
 
 

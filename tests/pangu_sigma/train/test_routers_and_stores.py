@@ -17,12 +17,12 @@ SHORT = {"layers": 1, "query_layer": "none"}
 
 def refusal(router: str, dispatch: str, store: str) -> str | None:
     """What the configuration says to a combination that means nothing; None where there is one."""
-    if store != "device" and KINDS[router].learned:
-        return "set experts.store to device"
     if dispatch == "capacity" and router == "expert_choice":
         return "every expert takes a fixed number of tokens"
     if dispatch == "capacity" and router == "adaptive_mixture":
         return "every expert takes every row"
+    if store != "device" and KINDS[router].learned:
+        return "set experts.store to device"
     return None
 
 
