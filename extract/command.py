@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pangu_sigma.arguments import Json, ModelPath
 from pangu_sigma.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,9 +22,7 @@ _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def extract(
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A run's folder, one of its checkpoints or a model folder.")
-    ],
+    model: ModelPath,
     domain: Annotated[
         list[str] | None, typer.Option("--domain", metavar="NAME", help="Domain to keep; may be given several times.")
     ] = None,
@@ -49,7 +48,7 @@ def extract(
     check: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare logits with the parent's before the folder is named.")
     ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Cut domains out of a model: shared layers and their experts, a complete model of its own.
 

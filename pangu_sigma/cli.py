@@ -14,12 +14,14 @@ from typer.core import TyperGroup
 from extract.command import extract
 from extract.export.command import export
 from pangu_sigma.adapt.command import dpo, sft
+from pangu_sigma.arguments import ConfigFile, Json, ModelPath, Prior, RunFolder
 from pangu_sigma.convert.commands import import_app, upcycle, vocab_app
 from pangu_sigma.doctor.command import doctor
 from pangu_sigma.domains.command import domains_app
 from pangu_sigma.errors import UserError
-from pangu_sigma.generation.command import Prior, generate
+from pangu_sigma.generation.command import generate
 from pangu_sigma.plan.command import plan
+from pangu_sigma.serving.command import serve
 from pangu_sigma.version import VERSION
 
 USER_ERROR = 2
@@ -51,18 +53,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="FILE.yaml", help="Configuration of the run.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="section.key=value", help="Changes, e.g. train.steps=100 domains.code.experts=8."),
 ]
-ModelPath = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A run's folder, one of its checkpoints or a model folder.")
-]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Processes of this machine that share the work; see docs/parallel.md.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -237,7 +234,7 @@ def evaluate(
 
 @app.command(short_help="Measure how a run's model routes.")
 def analyze(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    run: RunFolder,
     tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Held-out tokens of each domain to look at.")] = 4096,
     as_json: Json = False,
 ) -> None:
@@ -265,87 +262,13 @@ app.command(short_help="Fine-tune a model on preferences between answers.")(dpo)
 app.command(short_help="Continue a text.")(generate)
 app.command(short_help="Tell what a configuration needs of a cluster.")(plan)
 app.command(short_help="Try out what a training would use here.")(doctor)
-
-
 app.command(short_help="Cut domains out of a model.")(extract)
 app.command(short_help="Write a model for another program.")(export)
 app.add_typer(import_app, name="import", short_help="Take over another model's weights.")
 app.command(short_help="Start a sparse model from a dense one.")(upcycle)
 app.add_typer(domains_app, name="domains", short_help="Add, remove, rename, merge a model's domains.")
 app.add_typer(vocab_app, name="vocab", short_help="Change a model's vocabulary.")
-
-
-@app.command(short_help="Serve a model over HTTP.")
-def serve(
-    model: ModelPath,
-    domain: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Offer this domain only; may be given several times. All if left out."),
-    ] = None,
-    host: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="Address to listen on; others than this machine's own reach out.")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, metavar="N", help="Port to listen on; 0 takes a free one.")
-    ] = 8000,
-    token: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TOKEN",
-            help="Token that clients must present; better set in the environment, where `ps` does not show it.",
-            envvar="PANGU_SIGMA_TOKEN",
-        ),
-    ] = None,
-    slots: Annotated[int, typer.Option(min=1, max=1024, metavar="N", help="Texts that are decoded together.")] = 8,
-    queue: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Texts that may wait for a slot; beyond, clients get 429.")
-    ] = 64,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Most tokens of one answer; up to the model's window if left out."),
-    ] = None,
-    max_body: Annotated[int, typer.Option(min=1024, metavar="BYTES", help="Largest request body in bytes.")] = 1 << 20,
-    grace: Annotated[
-        float, typer.Option(min=0.0, metavar="SECONDS", help="Seconds that answers may go on after SIGTERM.")
-    ] = 30.0,
-    warm_up: Annotated[
-        bool,
-        typer.Option(help="Compile for every length at the start; otherwise the first text of each length waits."),
-    ] = True,
-    top: Annotated[
-        int,
-        typer.Option(min=1, metavar="N", help="Model id auto: let so many of the likeliest domains write together."),
-    ] = 1,
-    prior: Annotated[
-        Prior,
-        typer.Option(
-            help="Model id auto, what is believed before a prompt: uniform, updating from prompt to prompt, or cached "
-            "from --prior-texts."
-        ),
-    ] = Prior.uniform,
-    prior_texts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With --prior cached: texts like the prompts, .jsonl or .txt.")
-    ] = None,
-) -> None:
-    """Serve a model in OpenAI's format: every domain is a model id, and auto infers the domain of each prompt.
-
-    A page to try it is at the same address.
-    """
-    from pangu_sigma.generation.job import Inference
-    from pangu_sigma.serving.server import serve as run_server
-    from pangu_sigma.serving.settings import Limits, Settings
-
-    limits = Limits(slots=slots, queue=queue, max_tokens=max_tokens, body_bytes=max_body, grace_seconds=grace)
-    settings = Settings(
-        host=host,
-        port=port,
-        domains=tuple(domain or ()),
-        token=token,
-        limits=limits,
-        warm_up=warm_up,
-        inference=Inference(top, prior.value, prior_texts),
-    )
-    run_server(model, settings, say=typer.echo)
+app.command(short_help="Serve a model over HTTP.")(serve)
 
 
 @app.command(short_help="Learn domains one after another, and measure what is kept.")
@@ -374,7 +297,7 @@ def lifelong(
 
 
 @app.command(short_help="Draw a run as one HTML file.")
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
+def report(run: RunFolder) -> None:
     """Draw a run's curves and expert load as one HTML file and print its path."""
     from pangu_sigma.report import write_report
 
@@ -392,9 +315,7 @@ def corpora(out: Annotated[Path, typer.Option(help="Folder to write to, one .jso
 
 @app.command(short_help="Train a small model and show the result.")
 def quickstart(
-    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="Configuration of the run.")] = Path(
-        "configs/quickstart.yaml"
-    ),
+    file: ConfigFile = Path("configs/quickstart.yaml"),
     overrides: Overrides = None,
 ) -> None:
     """Train on the quickstart's domains and show what came of it: table, samples, report, a domain cut out."""

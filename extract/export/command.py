@@ -8,12 +8,11 @@ from typing import Annotated
 import typer
 
 from extract.command import parse_size
+from pangu_sigma.arguments import ModelPath
 
 
 def export(
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A run's folder, one of its checkpoints or a model folder.")
-    ],
+    model: ModelPath,
     format_: Annotated[
         str,
         typer.Option(

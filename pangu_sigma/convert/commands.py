@@ -1,4 +1,4 @@
-"""The command line of this package; nothing heavy is imported before a command runs."""
+"""The commands `pangu-sigma import …`, `upcycle` and `vocab …`; nothing heavy is imported before one runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from typing import Annotated
 
 import typer
 
-Out = Annotated[Path, typer.Option(metavar="DIR", help="Model folder to write; must not exist or be empty.")]
+from pangu_sigma.arguments import ModelPath, NewModel
+
+OneDomain = Annotated[str, typer.Option(help="Name of the model's one domain.")]
+ItsTexts = Annotated[
+    list[str] | None, typer.Option(metavar="FILES", help="Texts of that domain, for pangu-sigma evaluate.")
+]
 
 import_app = typer.Typer(help="Take over another model's weights.", no_args_is_help=True, rich_markup_mode=None)
 vocab_app = typer.Typer(help="Change a model's vocabulary.", no_args_is_help=True, rich_markup_mode=None)
@@ -61,7 +66,7 @@ def import_pangu_alpha(
             metavar="SOURCE", help="Merged .ckpt file, or the folder with the shards, strategy file and .npy files."
         ),
     ],
-    out: Out,
+    out: NewModel,
     tokenizer: Annotated[Path, typer.Option(metavar="FILE", help="PanGu-α's vocab.model.")],
     tokenizer_kind: Annotated[
         TokenizerKind, typer.Option(help="pangu_alpha splits words with jieba first.")
@@ -78,10 +83,8 @@ def import_pangu_alpha(
     strategy: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Strategy file of the shards; the folder's own if left out.")
     ] = None,
-    domain: Annotated[str, typer.Option(help="Name of the model's one domain.")] = "general",
-    data: Annotated[
-        list[str] | None, typer.Option(metavar="FILES", help="Texts of that domain, for pangu-sigma evaluate.")
-    ] = None,
+    domain: OneDomain = "general",
+    data: ItsTexts = None,
 ) -> None:
     """Write a model folder with the dense model of a PanGu-α checkpoint.
 
@@ -110,7 +113,7 @@ def import_mindformers(
         Path,
         typer.Argument(metavar="SOURCE", help="Output folder of a MindFormers run (its latest step), or a file in it."),
     ],
-    out: Out,
+    out: NewModel,
     run: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The run's output_dir, where the file lies elsewhere.")
     ] = None,
@@ -130,7 +133,7 @@ def import_mindformers(
 @import_app.command("hf", short_help="Import an OLMoE in Hugging Face's format.")
 def import_hf(
     source: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of an OlmoeForCausalLM, of safetensors files.")],
-    out: Out,
+    out: NewModel,
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Tokenizer's file; DIR/tokenizer.json if left out.")
     ] = None,
@@ -140,10 +143,8 @@ def import_hf(
     eod_id: Annotated[
         int | None, typer.Option(min=0, help="End-of-document id; config.json's eos_token_id if left out.")
     ] = None,
-    domain: Annotated[str, typer.Option(help="Name of the model's one domain.")] = "general",
-    data: Annotated[
-        list[str] | None, typer.Option(metavar="FILES", help="Texts of that domain, for pangu-sigma evaluate.")
-    ] = None,
+    domain: OneDomain = "general",
+    data: ItsTexts = None,
 ) -> None:
     """Write a model folder with the weights of an OlmoeForCausalLM, bit for bit.
 
@@ -167,7 +168,7 @@ def upcycle(
         Path, typer.Argument(metavar="DENSE", help="A dense model: a run's folder, a checkpoint or a model folder.")
     ],
     config: Annotated[Path, typer.Option(metavar="SPARSE.yaml", help="Configuration of the sparse model.")],
-    out: Out,
+    out: NewModel,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="section.key=value", help="Changes of the configuration.")
     ] = None,
@@ -198,8 +199,8 @@ def upcycle(
 
 @vocab_app.command("extend", short_help="Add pieces to the tokenizer, rows to the embeddings.")
 def extend(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run's folder, a checkpoint or a model folder.")],
-    out: Out,
+    model: ModelPath,
+    out: NewModel,
     pieces: Annotated[
         Path | None, typer.Option(metavar="FILE", help="New pieces, one a line, in the order of their ids.")
     ] = None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pangu_sigma.arguments import Json, ModelPath, NewModel, RunFolder
 from pangu_sigma.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,8 +50,8 @@ class Shared(StrEnum):
 
 @domains_app.command("list", short_help="What every domain owns, has seen, and its loss.")
 def list_(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run's folder, a checkpoint or a model folder.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+    model: ModelPath,
+    as_json: Json = False,
 ) -> None:
     """List domains: experts in each sparse layer, parameters, bytes, tokens seen in training, last loss."""
     from dataclasses import asdict
@@ -159,7 +160,7 @@ def add(
 
 @domains_app.command("expand", short_help="Grow learned gates for a new domain (Lifelong-MoE).")
 def expand(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    run: RunFolder,
     name: Annotated[str, typer.Option(help="Name of the new domain.")],
     data: Annotated[list[str], typer.Option(metavar="FILES", help="Its text, .jsonl or .txt, globs too; repeatable.")],
     steps: Annotated[int, typer.Option(min=1, help="Plan so many steps on the new domain; learning rate anew.")],
@@ -236,11 +237,11 @@ def resize(
 
 @domains_app.command("advise", short_help="Propose group sizes, with the reasoning.")
 def advise(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run's folder, a checkpoint or a model folder.")],
+    model: ModelPath,
     experts: Annotated[
         int | None, typer.Option(min=1, help="Experts of all groups together; as many as there are if left out.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Propose the sizes of expert groups from each domain's text and measured loss; nothing is changed."""
     from dataclasses import asdict
@@ -258,7 +259,7 @@ def advise(
 @domains_app.command("merge", short_help="Join models that were trained apart.")
 def merge(
     models: Annotated[list[Path], typer.Argument(metavar="MODEL MODEL…", help="Runs, checkpoints or model folders.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Model folder to write; must not exist or be empty.")],
+    out: NewModel,
 ) -> None:
     """Write a model folder with the domains of all models, which must have equal shared parameters.
 

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-
-class Prior(StrEnum):
-    """What is believed of an unknown text before its first token."""
-
-    uniform = "uniform"
-    updating = "updating"
-    cached = "cached"
+from pangu_sigma.arguments import ModelPath, Prior, PriorTexts
 
 
 def generate(
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A run's folder, one of its checkpoints or a model folder.")
-    ],
+    model: ModelPath,
     prompt: Annotated[
         str | None,
         typer.Option(metavar="TEXT", help="Text to continue; without it and --file, standard input is read."),
@@ -92,9 +83,7 @@ def generate(
             "cached from --prior-texts."
         ),
     ] = Prior.uniform,
-    prior_texts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With --prior cached: texts like the prompts, .jsonl or .txt.")
-    ] = None,
+    prior_texts: PriorTexts = None,
 ) -> None:
     """Continue a text with one domain's experts. Only the text (or JSON) goes to standard output."""
     from pangu_sigma.generation.job import Asked, Inference, run
