@@ -201,7 +201,9 @@ def evaluate(
         from pangu_sigma.config.rules import INFERRED_DOMAIN
 
         if domain != INFERRED_DOMAIN:
-            raise UserError(f"--domain {domain} is not known here: only auto is, every domain is measured anyway")
+            raise UserError(
+                f"--domain {domain} is not known here, only auto is: leave it out, every domain is measured anyway"
+            )
         if workers is not None:
             raise UserError("--domain auto runs in one process: leave --workers out")
         from pangu_sigma.domains.unknown import evaluate_unknown, unknown_table

@@ -37,8 +37,8 @@ def check(source: Source, options: Options) -> None:
     model = source.config.model
     if options.dtype != "float32":
         raise UserError(
-            "a MINDIR is written in float32, which is what this machine computes; MindSpore Lite's converter lowers it "
-            "for its device (--fp16=on)"
+            "a MINDIR is written in float32, which is what this machine computes: leave --dtype out; MindSpore Lite's "
+            "converter lowers it for its device (--fp16=on)"
         )
     if options.signature not in SIGNATURES:
         raise UserError(f"'{options.signature}' is no signature; choose {', '.join(SIGNATURES)}")

@@ -39,7 +39,9 @@ def check(source: Source, options: Options) -> None:
     """Raises UserError for options that mean nothing here."""
     check_pangu(source)
     if options.dtype != "float32":
-        raise UserError("an ONNX file is written in float32; onnxruntime's own tools convert it to float16")
+        raise UserError(
+            "an ONNX file is written in float32: leave --dtype out; onnxruntime's own tools convert it to float16"
+        )
 
 
 def needed_bytes(source: Source, options: Options) -> int:

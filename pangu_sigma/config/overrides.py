@@ -61,7 +61,9 @@ def _new_section(place: list[str | int], text: str) -> dict[str, Any]:
     if section_at(place) is None and place[-1] != "weights":
         raise UserError(f"override '{text}': {unknown_key(place)}")
     if section_at(place) is not None and place[-1] in ("domains", "phases", "examples"):
-        raise UserError(f"the override '{text}' changes an item of {place[-1]}, but there is no such list to change")
+        raise UserError(
+            f"the override '{text}' changes an item of {place[-1]}, but there is no such list: write it in the file first"
+        )
     return {}
 
 
@@ -86,7 +88,10 @@ def _step(target: Any, name: str, text: str) -> str | int:
 def stream_overrides(source: str | None, domain: str | None, domain_field: str | None) -> list[str]:
     """The overrides that `train --stream SOURCE --domain … --domain-field …` stands for. Raises UserError."""
     if domain is not None and domain_field is not None:
-        raise UserError("--domain and --domain-field exclude each other: one domain for all documents, or each its own")
+        raise UserError(
+            "--domain and --domain-field exclude each other: give the one domain of all documents, or the field that "
+            "names each one's"
+        )
     given = {"path": source, "domain": domain, "domain_field": domain_field}
     if source is None and (domain is not None or domain_field is not None):
         raise UserError("--domain and --domain-field say whose the documents of a stream are: add --stream SOURCE")

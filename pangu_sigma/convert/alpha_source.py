@@ -51,7 +51,7 @@ class NumpyFile:
         except (OSError, ValueError) as error:
             raise UserError(f"{path} is no .npy file of numbers ({error}): give the published file") from error
         if self._array.dtype.name not in ("float32", "float16"):
-            raise UserError(f"{path} holds {self._array.dtype}; weights must be float32 or float16")
+            raise UserError(f"{path} holds {self._array.dtype}, not float32 or float16: give the published file")
         self.shapes = {name: self._array.shape}
 
     def fill(self, name: str, target: np.ndarray) -> None:
@@ -84,7 +84,7 @@ class Shards:
             if replica.tobytes() != part.tobytes():
                 raise UserError(
                     f"{first[box].name} and {file.path.name} hold different values of {name}, which the strategy file "
-                    "says are the same: the shards do not belong together, or the strategy file is another model's"
+                    "says are the same: give the shards of one checkpoint and the strategy file that came with them"
                 )
 
 
@@ -126,13 +126,16 @@ def _open_shards(folder: Path, checkpoints: list[Path], strategy: Path, advance:
         file = CkptFile(by_rank[rank])
         if files and file.tensors.keys() != files[0].tensors.keys():
             odd = listed(file.tensors.keys() ^ files[0].tensors.keys())
-            raise UserError(f"{file.path.name} holds other tensors than {files[0].path.name}: {odd}")
+            raise UserError(
+                f"{file.path.name} holds other tensors than {files[0].path.name} ({odd}): give the shards of one "
+                "checkpoint"
+            )
         for name, tensor in file.tensors.items():
             if files and tensor != files[0].tensors[name]:
                 other = files[0].tensors[name]
                 raise UserError(
                     f"{name} is {tensor.type} {list(tensor.shape)} in {file.path.name}, but in {files[0].path.name} "
-                    f"{other.type} {list(other.shape)}: the shards do not fit together"
+                    f"{other.type} {list(other.shape)}: give the shards of one checkpoint"
                 )
         if files:
             file.share(files[0])
@@ -168,5 +171,5 @@ def _by_rank(folder: Path, checkpoints: list[Path], count: int) -> dict[int, Pat
     missing = [str(rank) for rank in range(count) if rank not in by_rank]
     if missing or len(by_rank) > count:
         said = f"shards {listed(missing)} are missing" if missing else f"there are {len(by_rank)}"
-        raise UserError(f"{folder} must hold the {count} shards that the strategy file is for: {said}")
+        raise UserError(f"{folder} must hold exactly the {count} shards that the strategy file is for: {said}")
     return by_rank

@@ -89,7 +89,9 @@ class CkptFile:
         """
         tensor = self.tensors[name]
         if tensor.type not in _WEIGHTS:
-            raise UserError(f"{self.path}: tensor {name} is {tensor.type}; weights must be {', '.join(_WEIGHTS)}")
+            raise UserError(
+                f"{self.path}: tensor {name} is {tensor.type}: save the model with weights of {', '.join(_WEIGHTS)}"
+            )
         kind = _TYPES[tensor.type]
         with self._open() as handle:
             if not tensor.shape:

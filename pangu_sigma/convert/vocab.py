@@ -133,7 +133,7 @@ def _tokenizer(
     there = set(skipped)
     fresh = [piece for piece in given if piece not in there]
     if not fresh:
-        raise UserError(f"the tokenizer has every piece of {pieces} already: there is nothing to extend")
+        raise UserError(f"the tokenizer has every piece of {pieces} already: name new ones")
     return with_pieces(old, fresh, kind), tuple(skipped)
 
 

@@ -224,7 +224,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         model = (folder / MODEL_FILE).read_bytes()
     except OSError as error:
         raise UserError(
-            f"{error.filename} cannot be read ({error.strerror}); the tokenizer's folder is not whole"
+            f"{error.filename} cannot be read ({error.strerror}); restore it from a checkpoint of the same run"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{info_path} is damaged; restore it from a checkpoint of the same run") from error

@@ -141,7 +141,9 @@ def add(
     plan = (steps, shared, replay, _held_by(shared, output, l2, ewc, through))
     if model is not None:
         if data:
-            raise UserError("--data and --model exclude each other: the model's domain brings its own text")
+            raise UserError(
+                "--data and --model exclude each other, as the model's domain brings its own text: leave one out"
+            )
 
         def ahead_of(own: str) -> Ahead | None:
             return _ahead(own, *plan)

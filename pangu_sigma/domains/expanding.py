@@ -77,7 +77,7 @@ def _check_gate(source: Checkpoint, config: Config) -> None:
     if not KINDS[router].learned:
         raise UserError(
             f"{source.path} routes by model.sparse.router = {router}, which has no gate to expand: "
-            + ("use pangu-sigma domains add" if router == "rre" else "its table is drawn once for all experts")
+            + ("use pangu-sigma domains add" if router == "rre" else "expand a model with a learned gate")
         )
     if config.model.embedding_slots != "shared":
         raise UserError(

@@ -125,7 +125,9 @@ def evaluate_unknown(path: Path, *, batches: int | None = None, top: int = 1, pr
                 if prior == "cached":
                     spare = min(CACHED_SEQUENCES, len(heldout[name]) // 2, counts[name] * size // 2)
                     if not spare:
-                        raise UserError(f"domain {name} has one held-out sequence, too few for --prior cached")
+                        raise UserError(
+                            f"domain {name} has one held-out sequence, too few for --prior cached: take another prior"
+                        )
                     cached = cached_prior([next(found) for _ in range(spare)])
                 text = UnknownText(len(names), number, prior, top, after, cached)
                 for sequence in found:

@@ -71,7 +71,7 @@ class MetricsLog:
         if self.path.exists() and self.path.stat().st_size:
             if resume_step is None:
                 raise UserError(
-                    f"{self.path} already holds a run's metrics: use --resume to go on with it or another run.dir."
+                    f"{self.path} already holds a run's metrics: use --resume to go on with it or another run.dir"
                 )
             self.dropped_lines = _cut_after(self.path, resume_step)
         if tensorboard:
@@ -208,7 +208,7 @@ class MetricsLog:
                 return
             os.ftruncate(self._descriptor, size)
             reason = "No space left on device"
-        raise UserError(f"{self.path} cannot be written ({reason}): make room and go on with --resume.")
+        raise UserError(f"{self.path} cannot be written ({reason}): make room and go on with --resume")
 
 
 def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
@@ -216,7 +216,7 @@ def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     try:
         lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give the folder of a run that has begun to train.") from None
+        raise UserError(f"{path} does not exist: give the folder of a run that has begun to train") from None
     records = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -226,7 +226,7 @@ def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         except (ValueError, TypeError, KeyError):
             if number == len(lines):
                 break
-            raise UserError(f"{path} is damaged: line {number} is no metrics record; remove that line.") from None
+            raise UserError(f"{path} is damaged: line {number} is no metrics record; remove that line") from None
         records.append((line, record))
     return records
 
@@ -274,7 +274,7 @@ def _tensorboard_writer(folder: Path, resume_step: int | None):
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise UserError("tensorboardX is not installed: install it or set run.tensorboard=false.") from None
+        raise UserError("tensorboardX is not installed: install it or set run.tensorboard=false") from None
     if resume_step is None:
         return SummaryWriter(str(folder))
     # purge_step tells TensorBoard to forget what an earlier, killed run wrote from that step on. The suffix keeps a

@@ -76,11 +76,11 @@ def load_run(run_dir: Path) -> RunData:
     Raises UserError if the folder or its metrics are missing or empty, or if a file is damaged.
     """
     if not run_dir.is_dir():
-        raise UserError(f"{run_dir} is no folder: give the folder of a run (run.dir in its configuration).")
+        raise UserError(f"{run_dir} is no folder: give the folder of a run (run.dir in its configuration)")
     records = read_metrics(run_dir)
     if not records:
         raise UserError(
-            f"{run_dir / FILE_NAME} holds no record yet: wait for the run's first step or choose another run."
+            f"{run_dir / FILE_NAME} holds no record yet: wait for the run's first step or choose another run"
         )
     config_text, config = _read_config(run_dir / "config.yaml")
     final_path = run_dir / "evaluation.json"
@@ -106,9 +106,9 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and make it again.") from None
+        raise UserError(f"{path} is damaged ({error}): delete it and make it again") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged (not a JSON object): delete it and make it again.")
+        raise UserError(f"{path} is damaged (not a JSON object): delete it and make it again")
     return restore_numbers(value)
 
 
@@ -121,7 +121,7 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     except FileNotFoundError:
         return "", {}
     except (yaml.YAMLError, UnicodeDecodeError):
-        raise UserError(f"{path} is damaged (not YAML): restore it from a checkpoint of the run.") from None
+        raise UserError(f"{path} is damaged (not YAML): restore it from a checkpoint of the run") from None
     return text, value if isinstance(value, dict) else {}
 
 
@@ -131,18 +131,18 @@ def _checked_train(record: Record, source: str) -> Record:
     _numbers(record, "tokens", where)
     for name in ("expert_load", "dropped_share"):
         if not _is_table(record.get(name, {}), list if name == "expert_load" else None):
-            raise UserError(f"{where}: {name} is damaged; remove that line.")
+            raise UserError(f"{where}: {name} is damaged; remove that line")
     return record
 
 
 def _evaluation(record: Mapping[str, Any], source: str) -> Evaluation:
     step = record.get("step", 0)
     if type(step) is not int:
-        raise UserError(f"{source}: step is not a whole number; delete the file and evaluate again.")
+        raise UserError(f"{source}: step is not a whole number; delete the file and evaluate again")
     where = f"{source}, evaluation of step {step}"
     matrix = record.get("matrix") or {}
     if not _is_table(matrix, None):
-        raise UserError(f"{where}: matrix is not a table of numbers; evaluate again.")
+        raise UserError(f"{where}: matrix is not a table of numbers; evaluate again")
     parts = {name: _numbers(record, name, where) for name in ("losses", "unigram", "tokens")}
     return Evaluation(step=step, matrix=matrix, **parts)
 
@@ -150,7 +150,7 @@ def _evaluation(record: Mapping[str, Any], source: str) -> Evaluation:
 def _numbers(record: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
     value = record.get(name) or {}
     if not isinstance(value, dict) or not all(map(_is_number, value.values())):
-        raise UserError(f"{where}: {name} is not a number per domain; remove that record.")
+        raise UserError(f"{where}: {name} is not a number per domain; remove that record")
     return value
 
 

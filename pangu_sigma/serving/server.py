@@ -63,7 +63,9 @@ def _check_inference(settings: Settings, domains: list[str]) -> None:
     """Raises UserError, before the model is loaded, for an inference that these domains do not allow."""
     inference = settings.inference
     if inference != Inference() and len(domains) < 2:
-        raise UserError("--top, --prior and --prior-texts are about the model id auto, which needs several domains")
+        raise UserError(
+            "--top, --prior and --prior-texts are about the model id auto, which needs several domains: leave them out"
+        )
     if inference.top > min(len(domains), settings.limits.slots):
         what = f"{len(domains)} domains" if inference.top > len(domains) else f"{settings.limits.slots} slots"
         raise UserError(f"--top {inference.top} is more than the {what} there are: set it lower")

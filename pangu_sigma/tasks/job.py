@@ -194,7 +194,10 @@ class ChoiceLikelihood:
                     at = end + 1
             losses = self.scorer.losses(tokens, domain).astype(np.float64)
             if not np.isfinite(losses).all():
-                raise UserError("the model computes numbers that are not finite; its weights come from a diverged run")
+                raise UserError(
+                    "the model computes numbers that are not finite, as its weights come from a diverged run: use an "
+                    "earlier checkpoint"
+                )
             for row, begin, end in spans:
                 yield -float(losses[row, begin:end].sum())
 

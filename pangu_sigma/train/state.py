@@ -203,11 +203,12 @@ def _checked(tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...
 
 
 def _missing(name: str) -> UserError:
-    return UserError(f"the checkpoint has no tensor {name}: it belongs to another configuration")
+    return UserError(f"the checkpoint has no tensor {name}: use the configuration that it was saved with")
 
 
 def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     if tuple(found) != tuple(wanted):
         raise UserError(
-            f"the checkpoint's tensor {name} is {tuple(found)} where this configuration needs {tuple(wanted)}"
+            f"the checkpoint's tensor {name} is {tuple(found)} where this configuration needs {tuple(wanted)}: "
+            "use the configuration that it was saved with"
         )

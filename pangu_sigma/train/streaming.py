@@ -37,7 +37,10 @@ class Stream:
                     path.unlink(missing_ok=True)
                 self.spool = Spool(path)
             except OSError as error:
-                raise UserError(f"{path}, which keeps standard input, cannot be written ({error.strerror})") from error
+                raise UserError(
+                    f"{path}, which keeps standard input, cannot be written ({error.strerror}): free some space or set "
+                    "another run.dir"
+                ) from error
             if self.spool.cut:
                 self.messages.append(f"cut {self.spool.cut} bytes off {path}: a line whose rest never arrived")
         self.sampler = StreamSampler(

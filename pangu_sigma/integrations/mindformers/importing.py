@@ -175,7 +175,10 @@ def _check_table(file: Path, name: str, table: np.ndarray, groups: dict[str, int
     owner = name.split(".")[1] if name.startswith("domains.") else LAYER
     experts = groups.get(owner, sum(groups.values()))
     if table.size and (table.min() < 0 or table.max() >= experts):
-        raise UserError(f"{file}: routing table {name} leads to experts outside its group of {experts}: it is damaged")
+        raise UserError(
+            f"{file} is damaged: routing table {name} leads to experts outside its group of {experts}; give a whole "
+            "checkpoint"
+        )
 
 
 def _with_vocabulary(companion: Companion) -> Config:

@@ -76,7 +76,7 @@ class PanGuSigmaAdamW(Optimizer):
 
     def _decays(self) -> tuple[float, ...]:
         if self.dynamic_weight_decay:
-            raise UserError("optimizer.weight_decay must be a number: decay that changes with the steps is not built")
+            raise UserError("optimizer.weight_decay changes with the steps, which is not built: write one number")
         found = self.weight_decay if self.is_group else [self.weight_decay] * len(self.parameters)
         return tuple(float(d.asnumpy()) if isinstance(d, Tensor) else float(d) for d in found)
 
