@@ -17,7 +17,13 @@ import numpy as np
 
 from pangu_sigma.config.adaptation import AdaptConfig
 from pangu_sigma.data.deduplicate import digest
-from pangu_sigma.data.sources import expand_paths, fingerprint_files, has_lone_surrogate, read_text_lines
+from pangu_sigma.data.sources import (
+    expand_paths,
+    fingerprint_files,
+    has_lone_surrogate,
+    json_object,
+    read_text_lines,
+)
 from pangu_sigma.data.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
 from pangu_sigma.serving.chat import Turn, as_text
@@ -82,15 +88,7 @@ def read_lines(files: Sequence[Path], keys: Sequence[str]) -> Iterator[dict[str,
 
 def _checked(line: str, where: str, keys: Sequence[str]) -> dict[str, str]:
     form = "{" + ", ".join(f'"{key}": "…"' for key in keys) + "}"
-    if not line.strip():
-        raise UserError(f"{where}: the line is empty; remove it, or write {form}")
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise UserError(f"{where}: the line is not valid JSON ({reason}); write {form}") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: the line is no JSON object; write {form}")
+    record = json_object(line, where, form)
     for key in keys:
         text = record.get(key)
         if not isinstance(text, str) or not text.strip():

@@ -62,7 +62,7 @@ def _new_section(place: list[str | int], text: str) -> dict[str, Any]:
         raise UserError(f"override '{text}': {unknown_key(place)}")
     if section_at(place) is not None and place[-1] in ("domains", "phases", "examples"):
         raise UserError(
-            f"the override '{text}' changes an item of {place[-1]}, but there is no such list: write it in the file first"
+            f"the override '{text}' changes an item of {place[-1]}, but there is no such list: write it in the file"
         )
     return {}
 

@@ -141,7 +141,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 def _jsonl_documents(name: str, file: Path, text_field: str, stars_field: str | None) -> Iterator[Document]:
     for number, line in _lines(file):
         if line.strip():
-            record = json_object(line, f"{file}:{number}", text_field)
+            record = json_object(line, f"{file}:{number}", document_form(text_field))
             text = text_of(record, f"{file}:{number}", text_field, f"set text_field of domain '{name}'")
             stars = None if stars_field is None else _stars(record, f"{file}:{number}", stars_field, name)
             yield Document(text, file, number, stars)
@@ -155,15 +155,25 @@ def _stars(record: dict, where: str, field: str, name: str) -> float:
     return float(stars)
 
 
-def json_object(line: str, where: str, text_field: str) -> dict:
-    """The JSON object of a line of a .jsonl file. Raises UserError, which begins with ``where``, for anything else."""
+def document_form(text_field: str) -> str:
+    """What a line with a document looks like, for a sentence."""
+    return f'{{"{text_field}": "…"}}'
+
+
+def json_object(line: str, where: str, form: str) -> dict:
+    """The JSON object of a line of a .jsonl file.
+
+    Raises UserError for anything else, which begins with ``where`` and says to write ``form``.
+    """
+    if not line.strip():
+        raise UserError(f"{where}: the line is empty; remove it, or write {form}")
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise UserError(f"{where}: the line is not valid JSON ({reason}); correct or remove it") from error
+        raise UserError(f"{where}: the line is not valid JSON ({reason}); write {form}") from error
     if not isinstance(record, dict):
-        raise UserError(f'{where}: the line is no JSON object; each line must be like {{"{text_field}": "…"}}')
+        raise UserError(f"{where}: the line is no JSON object; write {form}")
     return record
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from pangu_sigma.config.data import StreamConfig
 from pangu_sigma.data.growing import GrowingFile, Line, digests_before
 from pangu_sigma.data.sampler import Batch
-from pangu_sigma.data.sources import json_object, text_of
+from pangu_sigma.data.sources import document_form, json_object, text_of
 from pangu_sigma.data.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
 
@@ -124,7 +124,7 @@ class StreamSampler:
             text = line.content.decode("utf-8-sig" if line.begins == 0 else "utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: the line is not UTF-8 ({error.reason}); write it as UTF-8") from error
-        record = json_object(text, where, wanted.text_field)
+        record = json_object(text, where, document_form(wanted.text_field))
         name = wanted.domain
         if name is None:
             if wanted.domain_field not in record:

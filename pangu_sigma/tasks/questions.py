@@ -6,13 +6,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from pangu_sigma.data.sources import has_lone_surrogate, read_text_lines
+from pangu_sigma.data.sources import has_lone_surrogate, json_object, read_text_lines
 from pangu_sigma.errors import UserError
 
 CHOICES = '{"question": "…", "choices": ["…", "…"], "gold": 0}'
@@ -68,14 +67,8 @@ def read_task(file: Path) -> Task:
 
 
 def _question(line: str, where: str) -> Question:
-    if not line.strip():
-        raise UserError(f"{where}: the line is empty; remove it, or write {CHOICES} or {ANSWER}")
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise UserError(f"{where}: the line is not valid JSON ({reason}); write {CHOICES} or {ANSWER}") from error
-    if not isinstance(record, dict) or ("choices" in record) == ("answer" in record):
+    record = json_object(line, where, f"{CHOICES} or {ANSWER}")
+    if ("choices" in record) == ("answer" in record):
         raise UserError(f"{where}: a question has either choices or an answer; write {CHOICES} or {ANSWER}")
     text, domain = record.get("question"), record.get("domain")
     if not _is_text(text):
