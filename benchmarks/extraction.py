@@ -39,6 +39,7 @@ from pangu_sigma.checkpoint import (
     write_model_folder,
 )
 from pangu_sigma.config import Config, config_from_dict, manifest
+from pangu_sigma.convert.folder import new_specs
 from pangu_sigma.monitor.terminal import progress
 
 HERE = Path(__file__).parent
@@ -86,7 +87,6 @@ def make_checkpoint(folder: Path, config: Config) -> Checkpoint:
     """Random weights in the checkpoint's format; memory holds one piece."""
     rng = np.random.default_rng(0)
     noise = rng.standard_normal(2 * PIECE // 4, np.float32)
-    sizes = {domain.name: domain.experts for domain in config.domains}
 
     def read(spec: TensorSpec) -> Iterator[memoryview] | np.ndarray:
         if spec.dtype == "int32":
@@ -100,13 +100,10 @@ def make_checkpoint(folder: Path, config: Config) -> Checkpoint:
             yield noise[begin : begin + min(PIECE, size - start) // 4].data.cast("B")
 
     model = ModelFolder(
-        tensors=[
-            TensorSpec(name, "int32" if name.endswith(".routing") else "float32", shape)
-            for name, shape in manifest(config, VOCABULARY).items()
-        ],
+        tensors=new_specs(manifest(config, VOCABULARY)),
         read=read,
         domains=list(config.domain_names),
-        coverage={place: sizes for place in config.model.sparse_prefixes},
+        coverage=config.coverage,
         config_text=config.to_yaml(),
         tokenizer_files={"tokenizer.model": rng.bytes(600_000)},
         fingerprints=Fingerprints(tokenizer="random", corpora={}),

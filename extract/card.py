@@ -12,6 +12,7 @@ from extract.verify import Verification
 from pangu_sigma.checkpoint import Checkpoint, layout
 from pangu_sigma.checkpoint.disk import human_bytes
 from pangu_sigma.config import parameter_counts
+from pangu_sigma.config.counts import is_routing
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.tables import number, perplexity
 from pangu_sigma.monitor.text import printable
@@ -108,7 +109,7 @@ def model_card(cut: Cut, bytes_written: int, quality: Measured | None, found: Ve
 
 def _types(cut: Cut) -> str:
     """The element types of the weights."""
-    stored = {cut.stored_type(source) for name, source in cut.sources.items() if not name.endswith(".routing")}
+    stored = {cut.stored_type(source) for name, source in cut.sources.items() if not is_routing(name)}
     return ", ".join(sorted(stored))
 
 

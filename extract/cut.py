@@ -19,6 +19,7 @@ from pangu_sigma.checkpoint.planning import PlannedFile, plan_tensor_files
 from pangu_sigma.checkpoint.tensor_file import make_header, numpy_type, raw_bytes
 from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.config.adapting import without_adaptation
+from pangu_sigma.config.counts import is_routing
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import stored_config
 
@@ -49,7 +50,7 @@ class Cut:
                 f"{self.parent.path} routes by a learned gate over the experts of all domains ({gates[0]}), which "
                 "sends any token to any of them: no part of it is the same function alone; cut a model of router rre"
             )
-        tables = [name for name in self.parent.names(domains=[], optimizer=False) if name.endswith(".routing")]
+        tables = [name for name in self.parent.names(domains=[], optimizer=False) if is_routing(name)]
         if tables:
             raise UserError(
                 f"{self.parent.path} routes by one table over the experts of all domains ({tables[0]}), so no part of "
@@ -234,4 +235,4 @@ def _folded(name: str) -> str | None:
     if domain is None:
         return name
     rest = name.removeprefix(f"domains.{domain}.")
-    return None if rest.endswith(".routing") else rest.replace(".experts.", ".feed_forward.")
+    return None if is_routing(rest) else rest.replace(".experts.", ".feed_forward.")

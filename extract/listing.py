@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pangu_sigma.checkpoint import Checkpoint, resolve
+from pangu_sigma.config.counts import is_routing
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def _listing(checkpoint: Checkpoint, domain: str) -> DomainListing:
     return DomainListing(
         name=domain,
         experts={layer: groups[domain] for layer, groups in checkpoint.coverage.items() if domain in groups},
-        parameters=sum(math.prod(e.shape) for name, e in entries.items() if not name.endswith(".routing")),
+        parameters=sum(math.prod(e.shape) for name, e in entries.items() if not is_routing(name)),
         bytes=sum(checkpoint.manifest.files[file].bytes for file in files),
         files=tuple(files),
     )

@@ -19,6 +19,7 @@ from extract.export.shards import KINDS, Target, write_shards
 from extract.export.source import Source, check_pangu
 from pangu_sigma.checkpoint.conversion import FLOATS, converted
 from pangu_sigma.checkpoint.tensor_file import numpy_type
+from pangu_sigma.config.counts import is_routing
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.terminal import progress
 from pangu_sigma.version import VERSION
@@ -103,7 +104,7 @@ def _target(source: Source, dtype: str, full: str, domain: int | None, name: str
         for piece in source.checkpoint.pieces(full):
             yield converted(full, np.frombuffer(piece, stored), dtype)
 
-    return Target(to, KINDS["int32" if name.endswith(".routing") else dtype], shape[::-1] if turned else shape, read)
+    return Target(to, KINDS["int32" if is_routing(name) else dtype], shape[::-1] if turned else shape, read)
 
 
 def configuration(source: Source, dtype: str) -> dict:

@@ -18,6 +18,7 @@ from extract.export.guides import mindir_guide
 from extract.export.source import Source, check_pangu
 from pangu_sigma import runtime
 from pangu_sigma.checkpoint.conversion import as_float32
+from pangu_sigma.config.counts import is_routing
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.terminal import progress
 
@@ -138,7 +139,7 @@ def side_by_side(source: Source, options: Options) -> dict[str, Callable[[], np.
         layer, _, part = name.partition(".experts.")
         if part:
             name = f"{layer}.feed_forward.experts.{part.replace('.', '_')}"
-        elif name.endswith(".routing"):
+        elif is_routing(name):
             if options.signature == "sigma":
                 continue  # made outside, from expert_ids.npy
             name = f"{name.removesuffix('routing')}feed_forward.routing"
@@ -149,7 +150,7 @@ def side_by_side(source: Source, options: Options) -> dict[str, Callable[[], np.
 
 def _as_parameter(source: Source, full: str, name: str, domain: int | None) -> np.ndarray:
     array = as_float32(full, source.checkpoint.load([full])[full])
-    if name.endswith(".routing"):
+    if is_routing(name):
         return (array + sum(source.experts[:domain])).astype(np.int32)[None]
     return array
 

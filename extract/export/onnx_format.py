@@ -21,6 +21,7 @@ import numpy as np
 from extract.export.guides import onnx_guide
 from extract.export.source import Source, check_pangu
 from pangu_sigma.checkpoint.conversion import as_float32
+from pangu_sigma.config.counts import is_routing
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.terminal import progress
 
@@ -56,7 +57,7 @@ def write(source: Source, folder: Path, options: Options) -> list[str]:
     from extract.export.onnx_builder import OnnxBuilder
 
     # Routing tables are whole numbers of 8 bytes, everything else of 4.
-    total = sum(4 * (1 + name.endswith(".routing")) * math.prod(source.shape(name)) for name in source.names)
+    total = sum(4 * (1 + is_routing(name)) * math.prod(source.shape(name)) for name in source.names)
     with progress("export", total, unit="B") as job:
         builder = OnnxBuilder(folder, FILE, job.advance)
         try:

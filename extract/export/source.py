@@ -26,7 +26,7 @@ class Source:
     @property
     def experts(self) -> tuple[int, ...]:
         """Experts of each chosen domain in every sparse layer."""
-        size = {domain.name: domain.experts for domain in self.config.domains}
+        size = self.config.expert_groups
         return tuple(size[name] for name in self.domains)
 
     @property

@@ -50,6 +50,16 @@ class Config(Section):
         return tuple(domain.name for domain in self.domains)
 
     @property
+    def expert_groups(self) -> dict[str, int]:
+        """Domain → experts of its group in every sparse layer, in the order of the domains' ids."""
+        return {domain.name: domain.experts for domain in self.domains}
+
+    @property
+    def coverage(self) -> dict[str, dict[str, int]]:
+        """Sparse layer → domain → number of experts, as a new model's checkpoint covers them."""
+        return {place: self.expert_groups for place in self.model.sparse_prefixes}
+
+    @property
     def experts_in_layer(self) -> int:
         """E: the experts of a sparse layer, all domains' together."""
         return sum(domain.experts for domain in self.domains)

@@ -79,14 +79,13 @@ def import_olmoe(source: Path, out: Path, wanted: Wanted) -> Imported:
     from pangu_sigma.data.tokenizer import tokenizer_files
 
     counts = parameter_counts(config, config.model.vocab_size)
-    groups = {domain.name: domain.experts for domain in config.domains}
     written = write_with_progress(
         out,
         ModelFolder(
             tensors=specs,
             read=read,
             domains=config.domain_names,
-            coverage={place: groups for place in config.model.sparse_prefixes},
+            coverage=config.coverage,
             config_text=config.to_yaml(),
             tokenizer_files=tokenizer_files(tokenizer),
             fingerprints=Fingerprints(tokenizer=tokenizer.fingerprint, corpora={}),

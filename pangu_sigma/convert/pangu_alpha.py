@@ -21,7 +21,7 @@ from pangu_sigma.config.presets import PRESETS
 from pangu_sigma.convert.alpha_names import SKIPPED, skip_rule, target_of
 from pangu_sigma.convert.alpha_source import Tensors, open_source
 from pangu_sigma.convert.coverage import check_coverage, listed
-from pangu_sigma.convert.folder import check_output, write_with_progress
+from pangu_sigma.convert.folder import check_output, new_specs, write_with_progress
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.terminal import progress
 
@@ -116,7 +116,7 @@ def import_pangu_alpha(source: Path, out: Path, wanted: Wanted) -> Imported:
     written = write_with_progress(
         out,
         ModelFolder(
-            tensors=[TensorSpec(name, "float32", shape) for name, shape in targets.items()],
+            tensors=new_specs(targets),
             read=read,
             domains=[wanted.domain],
             coverage={},

@@ -22,7 +22,7 @@ from pangu_sigma.checkpoint.tensor_file import raw_bytes
 from pangu_sigma.config import Config, config_from_dict, effective, load_config
 from pangu_sigma.config.counts import is_expert, is_routing, manifest, parameter_counts
 from pangu_sigma.convert.coverage import check_coverage
-from pangu_sigma.convert.folder import check_output, write_with_progress
+from pangu_sigma.convert.folder import check_output, new_specs, write_with_progress
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import stored_config, stored_tokenizer
 from pangu_sigma.model.initial import initial_value
@@ -77,7 +77,6 @@ def upcycle(dense: Path, config_file: Path, out: Path, overrides: tuple[str, ...
             assigned.append((name, origin, (*groups, *shapes[origin])))
     trained = {name: targets[name] for name in origins}
     check_coverage(f"the dense model {source.path}", trained, assigned, names)
-    groups = {domain.name: domain.experts for domain in config.domains}
 
     def read(spec: TensorSpec) -> np.ndarray | Iterator[memoryview]:
         if is_routing(spec.name):
@@ -96,14 +95,14 @@ def upcycle(dense: Path, config_file: Path, out: Path, overrides: tuple[str, ...
     written = write_with_progress(
         out,
         ModelFolder(
-            tensors=[TensorSpec(n, "int32" if is_routing(n) else "float32", shape) for n, shape in targets.items()],
+            tensors=new_specs(targets),
             read=read,
             domains=config.domain_names,
-            coverage={place: groups for place in config.model.sparse_prefixes},
+            coverage=config.coverage,
             config_text=config.to_yaml(),
             tokenizer_files=source.tokenizer_files(),
             fingerprints=Fingerprints(tokenizer=source.fingerprints.tokenizer, corpora=fingerprints),
-            probe=probe or {name: p for name, p in source.probe().items() if name in groups},
+            probe=probe or {name: p for name, p in source.probe().items() if name in config.domain_names},
             origin={
                 "job": "upcycle",
                 "source": source.path.name,
@@ -199,7 +198,7 @@ def _new(config: Config, spec: TensorSpec) -> np.ndarray:
 def _table(config: Config, spec: TensorSpec, counts: dict[str, np.ndarray]) -> np.ndarray:
     """A new routing table: of a domain over its group, or of a hash layer over all experts."""
     kind, seed, name = config.model.sparse.table, config.run.seed, spec.name.removesuffix(".routing")
-    groups = {domain.name: domain.experts for domain in config.domains}
+    groups = config.expert_groups
     if domain_of(spec.name) is None:
         together = sum(counts.values()) if counts else None
         return draw_table(kind, seed, name, LAYER, spec.shape[0], sum(groups.values()), together)

@@ -82,7 +82,7 @@ def extend_vocabulary(
         (name, name, (rows, *entry.shape[1:]) if _grows(name) else entry.shape) for name, entry in entries.items()
     ]
     check_coverage(f"the model {source.path}", targets, kept, names)
-    experts = {domain.name: domain.experts for domain in config.domains}
+    experts = config.expert_groups
     experts[LAYER] = sum(experts.values())
 
     def read(spec: TensorSpec) -> np.ndarray | Iterator[memoryview]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pangu_sigma.checkpoint import Checkpoint, layout, resolve
+from pangu_sigma.config.counts import is_routing
 from pangu_sigma.domains.plan import DOMAIN_CHANGES
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import stored_config
@@ -54,7 +55,7 @@ def list_domains(path: str | Path) -> list[DomainFacts]:
             DomainFacts(
                 name=name,
                 experts={place: groups[name] for place, groups in checkpoint.coverage.items()},
-                parameters=sum(math.prod(entries[t].shape) for t in own if not t.endswith(".routing")),
+                parameters=sum(math.prod(entries[t].shape) for t in own if not is_routing(t)),
                 bytes=_bytes(checkpoint, own),
                 bytes_with_optimizer=_bytes(checkpoint, tensors),
                 tokens=int(cursor["cursor"]) * length if cursor is not None else None,

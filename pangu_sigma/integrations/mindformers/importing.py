@@ -19,7 +19,7 @@ from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder, Tensor
 from pangu_sigma.config import Config
 from pangu_sigma.config.counts import is_routing, manifest, parameter_counts
 from pangu_sigma.convert.coverage import check_coverage
-from pangu_sigma.convert.folder import check_output, write_with_progress
+from pangu_sigma.convert.folder import check_output, new_specs, write_with_progress
 from pangu_sigma.errors import UserError
 from pangu_sigma.integrations.mindformers.companion import Companion, find_companion, read_companion
 from rre.kinds import LAYER
@@ -61,7 +61,7 @@ def import_mindformers(source: Path, out: Path, run: Path | None = None) -> Impo
     companion = read_companion(find_companion(file, run))
     config = _with_vocabulary(companion)
     targets = manifest(config, config.model.vocab_size)
-    groups = {domain.name: domain.experts for domain in config.domains}
+    groups = config.expert_groups
     with opened(file) as tensors:
         shapes = shapes_of(tensors)
         check_tensors(file, shapes, targets)
@@ -78,10 +78,10 @@ def import_mindformers(source: Path, out: Path, run: Path | None = None) -> Impo
         written = write_with_progress(
             out,
             ModelFolder(
-                tensors=[TensorSpec(n, "int32" if is_routing(n) else "float32", shape) for n, shape in targets.items()],
+                tensors=new_specs(targets),
                 read=read,
                 domains=config.domain_names,
-                coverage={place: groups for place in config.model.sparse_prefixes},
+                coverage=config.coverage,
                 config_text=config.to_yaml(),
                 tokenizer_files=_tokenizer_files(companion),
                 fingerprints=Fingerprints(tokenizer=companion.tokenizer.fingerprint, corpora=companion.corpora),

@@ -15,6 +15,7 @@ from pangu_sigma import runtime
 from pangu_sigma.checkpoint import Fingerprints, ModelFolder, TensorSpec, write_model_folder
 from pangu_sigma.config import config_from_dict, effective
 from pangu_sigma.config.counts import is_routing, manifest, place_and_owner
+from pangu_sigma.convert.folder import new_specs
 from pangu_sigma.data.sources import Source
 from pangu_sigma.data.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizer_training import train_tokenizer
@@ -80,7 +81,7 @@ def random_model(out: Path, config, tokenizer: Tokenizer) -> Path:
     from pangu_sigma.data.tokenizer import tokenizer_files
 
     targets = manifest(config, config.model.vocab_size)
-    groups = {d.name: d.experts for d in config.domains}
+    groups = config.expert_groups
     experts = groups | {LAYER: sum(groups.values())}
 
     def read(spec: TensorSpec) -> np.ndarray:
@@ -95,10 +96,10 @@ def random_model(out: Path, config, tokenizer: Tokenizer) -> Path:
     write_model_folder(
         out,
         ModelFolder(
-            tensors=[TensorSpec(n, "int32" if is_routing(n) else "float32", shape) for n, shape in targets.items()],
+            tensors=new_specs(targets),
             read=read,
             domains=config.domain_names,
-            coverage={place: groups for place in config.model.sparse_prefixes},
+            coverage=config.coverage,
             config_text=config.to_yaml(),
             tokenizer_files=tokenizer_files(tokenizer),
             fingerprints=Fingerprints(tokenizer=tokenizer.fingerprint, corpora={}),
