@@ -31,11 +31,11 @@ def export(
     dtype: Annotated[
         str,
         typer.Option(
-            metavar="TYPE", help="Type of the weights: float32, float16 or bfloat16; mindir and onnx: float32."
+            metavar="TYPE", help="Type of the weights: float32; hf and hf-olmoe also float16 or bfloat16."
         ),
     ] = "float32",
     max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="hf: largest file of weights, e.g. 500MB or 4GiB.")
+        str, typer.Option(metavar="SIZE", help="hf, hf-olmoe: largest file of weights, e.g. 500MB or 4GiB.")
     ] = "4GiB",
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="mindir: samples of the fixed graphs.")] = 1,
     signature: Annotated[
