@@ -92,7 +92,7 @@ def model_card(cut: Cut, bytes_written: int, quality: Measured | None, found: Ve
         "",
     ]
     lines += _quality(cut, quality, found)
-    lines += ["", "## Verification", "", _verification(cut, found), "", "## Use", "", "```sh"]
+    lines += ["", "## Verification", "", _verification(found), "", "## Use", "", "```sh"]
     domain = f" --domain {cut.domains[0]}" if len(cut.domains) > 1 else ""
     lines += [
         f'pangu-sigma generate DIR{domain} --prompt "…"',
@@ -139,7 +139,7 @@ def _quality(cut: Cut, quality: Measured | None, found: Verification | None) -> 
     return lines or ["Not measured: the parent's run was not at hand. `pangu-sigma evaluate DIR` measures it."]
 
 
-def _verification(cut: Cut, found: Verification | None) -> str:
+def _verification(found: Verification | None) -> str:
     if found is None:
         return "Not verified (`--no-verify`); every copied byte was checked against the parent's hashes."
     return (

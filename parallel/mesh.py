@@ -186,12 +186,6 @@ class Mesh:
         start = self.coordinates(rank).expert * share
         return range(start, start + share)
 
-    def holder_of(self, expert: int, experts: int) -> int:
-        """The part of the expert axis that holds one of a sparse layer's `experts`."""
-        if experts % self.expert:
-            raise ValueError(next(self.expert_problems([experts]))[1])
-        return expert // (experts // self.expert)
-
     def domains_of_groups(self, sizes: Sequence[int]) -> tuple[range, ...]:
         """Domains (numbers) of each placement group, for expert groups of these `sizes`. Raises ValueError."""
         for _, sentence in self.expert_problems(sizes):
@@ -204,7 +198,3 @@ class Mesh:
                 found.append(range(start, domain + 1))
                 start = domain + 1
         return tuple(found)
-
-    def domains_read_by(self, rank: int, sizes: Sequence[int]) -> range:
-        """Domains whose samples a rank reads."""
-        return self.domains_of_groups(sizes)[self.placement_group(rank)]

@@ -147,20 +147,6 @@ class Checkpoint:
             at += len(piece)
         return found
 
-    def iter_tensors(
-        self, names: Iterable[str] | None = None, *, verify: bool = True
-    ) -> Iterator[tuple[str, np.ndarray]]:
-        """Like `load`, one after another: memory holds the tensor handed out and the one being read ahead."""
-        chosen = self.names() if names is None else list(names)
-        with ThreadPoolExecutor(1) as thread:
-            ahead = thread.submit(self._read, chosen[0], verify) if chosen else None
-            for position, name in enumerate(chosen):
-                array = ahead.result()
-                following = chosen[position + 1 : position + 2]
-                ahead = thread.submit(self._read, following[0], verify) if following else None
-                yield name, array
-                del array
-
     def pieces(self, name: str) -> Iterator[memoryview]:
         """A tensor's bytes in C order, in pieces of whole elements; a piece is overwritten when the next is asked for.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -77,10 +76,6 @@ class Config(Section):
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain mappings, lists and scalars, every key in the schema's order."""
         return self.model_dump(mode="json")
-
-    def to_json(self) -> str:
-        """The configuration as JSON text; equal configurations give equal text."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
     def to_yaml(self) -> str:
         """The configuration as YAML text, which `load_config` reads back to an equal configuration."""

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipeline
 
 from extract.export.exporting import Options, export
-from pangu_sigma.generation.recompute import RecomputingDecoder
 from pangu_sigma.generation.request import prompt_ids
 from pangu_sigma.load import load_trained
 from tests.extract.export.conftest import CASES, LENGTH, TEXTS, domains_of, some_tokens
+from tests.oracles.recomputing import RecomputingDecoder
 
 TOLERANCE = 1e-4
 

@@ -20,11 +20,11 @@ from pangu_sigma.convert.olmoe import Wanted, import_olmoe
 from pangu_sigma.convert.olmoe_names import parts_of
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation.cached import CachedDecoder
-from pangu_sigma.generation.recompute import RecomputingDecoder
 from pangu_sigma.load import load_trained
 from pangu_sigma.model.inputs import Planner
 from pangu_sigma.train.objective import Objective
 from pangu_sigma.train.step import GradientStep
+from tests.oracles.recomputing import RecomputingDecoder
 
 WINDOW, BATCH = 32, 3
 SIZES = {

@@ -16,9 +16,9 @@ from extract.export.signatures import STATE, build_graph, fill
 from extract.export.source import open_source
 from pangu_sigma.data.positions import positions_and_segments
 from pangu_sigma.errors import UserError
-from pangu_sigma.generation.recompute import RecomputingDecoder
 from pangu_sigma.load import load_trained
 from tests.extract.export.conftest import LENGTH, domains_of, some_tokens
+from tests.oracles.recomputing import RecomputingDecoder
 
 TOLERANCE = 1e-5
 BATCH = 2

@@ -41,7 +41,7 @@ def test_an_effective_configuration_has_nothing_left_to_look_up(small):
 
 def test_a_stored_configuration_is_read_back_equal(small, small_file):
     config = small("train.phases=[{steps: 4, weights: {code: 1}}, {domains: []}]", "run.dir='1e-4'")
-    assert config_from_dict(json.loads(config.to_json())) == config
+    assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
     small_file.write_text(config.to_yaml(), encoding="utf-8")
     assert load_config(small_file) == config
     assert load_config(small_file).to_yaml() == config.to_yaml()

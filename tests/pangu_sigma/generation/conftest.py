@@ -18,8 +18,8 @@ from pangu_sigma.data.sources import Source
 from pangu_sigma.data.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizer_training import train_tokenizer
 from pangu_sigma.generation.cached import CachedDecoder
-from pangu_sigma.generation.recompute import RecomputingDecoder
 from pangu_sigma.model.build import Model, build_model
+from tests.oracles.recomputing import RecomputingDecoder
 
 WINDOW, SLOTS, VOCAB = 32, 4, 336
 DOMAINS = {"code": 3, "law": 1, "poems": 2}

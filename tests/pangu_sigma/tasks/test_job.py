@@ -49,7 +49,7 @@ def asked(trained, files, **asking):
 
 
 def test_every_choice_is_as_likely_as_the_model_finds_it_alone(trained, files):
-    from pangu_sigma.generation.recompute import RecomputingDecoder
+    from tests.oracles.recomputing import RecomputingDecoder
 
     outcome = asked(trained, files)
     decoder, domain = RecomputingDecoder(trained.model), trained.model.groups.names.index("law")

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pangu_sigma.generation.recompute import RecomputingDecoder
 from pangu_sigma.model.scoring import Scorer
+from tests.oracles.recomputing import RecomputingDecoder
 from tests.pangu_sigma.train.small import LENGTH, VOCAB, batch, small_trainer
 
 TOP = {"layers": 1, "include_query_layer": True, "router": "adaptive_mixture"}

@@ -111,7 +111,7 @@ def expected(served_run, questions) -> list[list[tuple[float, bool]]]:
     computed without cache, server or harness.
     """
     trained = load_trained(served_run)
-    from pangu_sigma.generation.recompute import RecomputingDecoder  # imports MindSpore, which is set up by now
+    from tests.oracles.recomputing import RecomputingDecoder  # imports MindSpore, which is set up by now
 
     decoder = RecomputingDecoder(trained.model)
     domain = trained.model.groups.names.index("law")

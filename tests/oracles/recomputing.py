@@ -1,4 +1,4 @@
-"""Logits without a cache: the whole window for every token. The cached decoder is held against this one."""
+"""A decoder without a cache: logits of the whole window for every token. The cached decoder is held against it."""
 
 from __future__ import annotations
 
