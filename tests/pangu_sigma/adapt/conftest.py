@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.pangu_sigma.conftest import WORDS
-from tests.pangu_sigma.train.process import command
+from tests.pangu_sigma.train.process import trained_two_steps
 
 LENGTH = 48
 BASE = {
@@ -56,12 +56,7 @@ def graph_mode() -> None:
 @pytest.fixture(scope="session")
 def taught(small_yaml, tmp_path_factory) -> Path:
     """A run of two steps over three domains, with dropout and resampled routing."""
-    folder = tmp_path_factory.mktemp("taught")
-    size = [f"model.positions={LENGTH}", f"data.sequence_length={LENGTH}", "train.steps=2", "train.phases=[]"]
-    rest = ["schedule.warmup_steps=1", "evaluate.every=0", "checkpoint.every=0"]
-    done = command("train", small_yaml, f"run.dir={folder / 'run'}", *size, *rest, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder / "run"
+    return trained_two_steps(small_yaml, tmp_path_factory.mktemp("taught"), LENGTH)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from pangu_sigma.generation.engine import Engine
 from pangu_sigma.generation.job import complete
 from pangu_sigma.load import load_trained
 from tests.pangu_sigma.train import process
-from tests.pangu_sigma.train.process import assert_refused, command
+from tests.pangu_sigma.train.process import assert_refused, command, fed
 
 SHORT = ("--max-tokens", "5", "--seed", "3")
 
@@ -106,13 +106,7 @@ def test_domains_and_prompts_that_do_not_fit_the_model_are_told(finished_run, tm
 
 def test_a_reader_that_leaves_ends_it_without_a_word(finished_run, tmp_path):
     lines = "".join(json.dumps({"prompt": f"the court {n}"}) + "\n" for n in range(200))
-    words = process._words(("generate", finished_run, "--domain", "law", "--jsonl", *SHORT))
-    running = subprocess.Popen(
-        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-        env=process._environment(),
-    )  # fmt: skip
-    running.stdin.write(lines)
-    running.stdin.close()
+    running = fed("generate", finished_run, "--domain", "law", "--jsonl", *SHORT, text=lines, cwd=tmp_path)
     assert json.loads(running.stdout.readline())["prompt"] == "the court 0"
     running.stdout.close()
     said = running.stderr.read()
@@ -121,13 +115,7 @@ def test_a_reader_that_leaves_ends_it_without_a_word(finished_run, tmp_path):
 
 def test_ctrl_c_ends_it_cleanly(finished_run, tmp_path):
     lines = "".join(json.dumps({"prompt": f"the court {n}"}) + "\n" for n in range(5000))
-    words = process._words(("generate", finished_run, "--domain", "law", "--jsonl", *SHORT))
-    running = subprocess.Popen(
-        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-        env=process._environment(),
-    )  # fmt: skip
-    running.stdin.write(lines)
-    running.stdin.close()
+    running = fed("generate", finished_run, "--domain", "law", "--jsonl", *SHORT, text=lines, cwd=tmp_path)
     first = running.stdout.readline()
     running.send_signal(signal.SIGINT)
     rest, said = running.stdout.read(), running.stderr.read()

@@ -13,20 +13,14 @@ import pytest
 from pangu_sigma.checkpoint import open_checkpoint
 from tests.pangu_sigma.altered import alter
 from tests.pangu_sigma.serving.process import Server
-from tests.pangu_sigma.train.process import command
+from tests.pangu_sigma.train.process import trained_two_steps
 
 WINDOW = 96
 
 
 @pytest.fixture(scope="session")
 def served_run(small_yaml, tmp_path_factory) -> Path:
-    """A run of two steps: what it writes is nonsense, but its own."""
-    folder = tmp_path_factory.mktemp("served")
-    size = [f"model.positions={WINDOW}", f"data.sequence_length={WINDOW}", "train.steps=2", "train.phases=[]"]
-    rest = ["schedule.warmup_steps=1", "evaluate.every=0", "checkpoint.every=0"]
-    done = command("train", small_yaml, f"run.dir={folder / 'run'}", *size, *rest, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder / "run"
+    return trained_two_steps(small_yaml, tmp_path_factory.mktemp("served"), WINDOW)
 
 
 @pytest.fixture(scope="session")

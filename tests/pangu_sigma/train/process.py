@@ -31,6 +31,26 @@ def started(*arguments: object, cwd: Path, log: Path, **options) -> subprocess.P
         )  # fmt: skip
 
 
+def fed(*arguments: object, text: str, cwd: Path) -> subprocess.Popen[str]:
+    """Start `pangu-sigma ARGUMENTS` in the folder `cwd` with `text` on its standard input; what it says goes to pipes."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        _words(arguments), stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=_environment()
+    )
+    process.stdin.write(text)
+    process.stdin.close()
+    return process
+
+
+def trained_two_steps(small_yaml: Path, folder: Path, window: int) -> Path:
+    """A run of two steps in `folder` whose sequences have `window` tokens: what it writes is nonsense, but its own."""
+    size = [f"model.positions={window}", f"data.sequence_length={window}", "train.steps=2", "train.phases=[]"]
+    rest = ["schedule.warmup_steps=1", "evaluate.every=0", "checkpoint.every=0"]
+    done = command("train", small_yaml, f"run.dir={folder / 'run'}", *size, *rest, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
 def wait_until(happened: Callable[[], bool], process: subprocess.Popen, seconds: float = 180.0) -> bool:
     """Whether `happened` became true before the process ended; looks as often as it can."""
     deadline = time.monotonic() + seconds
