@@ -28,9 +28,8 @@ class Layout:
     """Makes primitives for one device: every tensor is whole, so a stated cut has no effect.
 
     `device` is "CPU" or "Ascend" and tells device-aware primitives which form to take; `kernels` is the path of the
-    compiled CPU kernels (`parallel.compiled.library`), which compute in
-    float32 alone; None to compose everything of MindSpore's operators. `stream` is the cut of the residual stream
-    [T, D] between sublayers.
+    compiled CPU kernels (`parallel.compiled.library`), which compute in float32 alone; None to compose everything of
+    MindSpore's operators. `stream` is the cut of the residual stream [T, D] between sublayers.
     """
 
     stream: Cut = ("rows", 1)

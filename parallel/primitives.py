@@ -61,6 +61,7 @@ class Linear(nn.Cell):
         return self.cast(dx, ms.float32), self.cast(dw, ms.float32), db
 
     def bias_gradient(self, dout: Tensor) -> Tensor:
+        """The sum of dout [T, N] over its rows: [N]."""
         # A product with a row of ones is three times as fast as ReduceSum on CPU, but needs a static number of rows.
         if dout.shape[0] > 0:
             return self.product(ops.ones((1, dout.shape[0]), ms.float32), dout).reshape(-1)
@@ -79,9 +80,11 @@ class Product(nn.Cell):
         self.cast = layout(ops.Cast(), (1, 1))
 
     def low(self, x: Tensor) -> Tensor:
+        """x in the precision of the product."""
         return x if self.compute == ms.float32 else self.cast(x, self.compute)
 
     def full(self, x: Tensor) -> Tensor:
+        """x in float32."""
         return x if self.compute == ms.float32 else self.cast(x, ms.float32)
 
     def construct(self, x: Tensor, w: Tensor) -> Tensor:

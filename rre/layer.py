@@ -112,6 +112,7 @@ class SparseFeedForward(nn.Cell):
         return y, auxiliary, counts
 
     def routed(self, x: Tensor, plan: tuple[Tensor, ...], combine_weights, weights: tuple[Tensor, ...]) -> Tensor:
+        """What the chosen experts give, added up for each token by its combine weights (None: each counts once)."""
         if self.by_expert:
             y = self.where_experts_are(self.take(x, plan[0], 0), plan[1:], weights)
             y = self.mul(y, ops.BroadcastTo(y.shape)(combine_weights.reshape(-1, 1)))
@@ -132,4 +133,5 @@ class SparseFeedForward(nn.Cell):
         return self.turn(y.reshape(tokens, -1, hidden), (1, 0, 2)).reshape(-1, hidden)
 
     def where_experts_are(self, x: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
+        """The networks on all rows that come here, and what they give back where the rows came from."""
         return self.exchange.to_tokens(self.networks(self.exchange.to_experts(x), plan, weights))

@@ -31,6 +31,7 @@ class Target:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its elements."""
         return math.prod(self.shape) * _BYTES[self.kind]
 
 

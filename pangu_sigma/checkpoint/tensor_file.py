@@ -54,6 +54,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its elements."""
         return count_bytes(self.dtype, self.shape)
 
 

@@ -58,6 +58,7 @@ class CkptTensor:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its elements."""
         return math.prod(self.shape) * _TYPES[self.type].itemsize
 
 

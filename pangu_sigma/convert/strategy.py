@@ -36,6 +36,7 @@ class CutLayout:
 
     @property
     def device_count(self) -> int:
+        """Devices that the parameter lies on."""
         return math.prod(self.devices)
 
     @property

@@ -56,9 +56,11 @@ class NewTensors:
 
     @property
     def specs(self) -> list[TensorSpec]:
+        """How the tensors are stored, in the order in which they were added."""
         return [spec for spec, _ in self.sources.values()]
 
     def read(self, spec: TensorSpec) -> TensorBytes:
+        """Make one of the tensors."""
         return self.sources[spec.name][1]()
 
 

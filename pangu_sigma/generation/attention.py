@@ -33,19 +33,23 @@ class Weighing(Part):
         self.cast = layout(ops.Cast(), THREE)
 
     def weigh(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """q [N, Q, W], k and v [N, L, W], additive mask [N, Q, L] -> [N, Q, W]."""
         return self.mix(self.softmax(self.add(self.scores(q, k), mask)), v)
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """q k^T, float32 [N, Q, L]."""
         if self.low:
             return self.cast(self.by_transposed(self.lowered(q), k), ms.float32)
         return self.by_transposed(q, k)
 
     def mix(self, p: Tensor, v: Tensor) -> Tensor:
+        """p [N, Q, L] @ v, float32 [N, Q, W]."""
         if self.low:
             return self.cast(self.product(self.lowered(p), v), ms.float32)
         return self.product(p, v)
 
     def lowered(self, x: Tensor) -> Tensor:
+        """x in the precision of the products."""
         return self.cast(x, self.precision) if self.low else x
 
 
@@ -58,6 +62,7 @@ class PromptAttention(Weighing):
         self.transpose = layout(ops.Transpose(), THREE)
 
     def split(self, x: Tensor) -> Tensor:
+        """x [C, D] of all heads -> [H, C, W]."""
         return self.transpose(x.reshape(-1, self.heads, self.width), (1, 0, 2))
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, context: tuple[Tensor, ...]):
@@ -171,6 +176,7 @@ class GivenCache(Weighing):
         self.mul = layout(ops.Mul(), THREE, THREE)
 
     def written(self, cache: Tensor, row: Tensor, here: Tensor) -> Tensor:
+        """The cache [B*H, L, W] with `row` [B, D] at each row's own position."""
         row, here = self.lowered(row.reshape(self.shape)), self.lowered(here)
         return self.add(self.mul(cache, 1.0 - here), self.mul(row, here))
 

@@ -160,6 +160,7 @@ class Body(Part):
         return self.mixed(logits, shares if last is None else self.take(shares, last, 0))
 
     def logits(self, h: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+        """Logits float32 [T, V] of what the head takes [T, D]; each row under its own table where there are several."""
         if len(tables) == 1:
             return self.product(h, tables[0])
         parts = self.split_rows(h)

@@ -109,6 +109,7 @@ class FeedForward(Part):
         self.activation = activation(form.activation, layout)
 
     def product(self, x: Tensor, w: Tensor) -> Tensor:
+        """x_TK @ w_KN, float32."""
         if self.low:
             return self.cast(self.multiply(self.cast(x, self.compute), self.cast(w, self.compute)), ms.float32)
         return self.multiply(x, w)

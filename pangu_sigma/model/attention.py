@@ -84,13 +84,16 @@ class ScaledDotProduct(nn.Cell):
         self.cast = layout(ops.Cast(), four)
 
     def part(self, x: Tensor, start: int, end: int) -> Tensor:
+        """Positions `start` to `end` of x [B, H, S, W]."""
         batch, heads, _, width = x.shape
         return self.slice(x, (0, 0, start, 0), (batch, heads, end - start, width))
 
     def low(self, x: Tensor) -> Tensor:
+        """x in the precision of the products."""
         return x if self.compute == ms.float32 else self.cast(x, self.compute)
 
     def full(self, x: Tensor) -> Tensor:
+        """x in float32."""
         return x if self.compute == ms.float32 else self.cast(x, ms.float32)
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, masks: tuple[Tensor, ...]):
@@ -171,6 +174,7 @@ class Composed(nn.Cell):
         self.scale = 1.0 / math.sqrt(self.width)
 
     def split(self, x: Tensor, batch: int, length: int) -> Tensor:
+        """x [B*S, D] of all heads -> [B, H, S, W]."""
         return self.transpose(x.reshape(batch, length, self.heads, self.width), (0, 2, 1, 3))
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, masks: tuple[Tensor, ...], keys: Tensor) -> Tensor:

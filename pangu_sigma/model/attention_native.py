@@ -83,6 +83,7 @@ class NativeAttention(nn.Cell):
         self.factor = Tensor(scale, ms.float32)
 
     def by_head(self, x: Tensor, batch: int, length: int) -> Tensor:
+        """x [B*S, D] of all heads -> [B, H, S, W] in the precision of the products."""
         x = self.reshape(self.low(x, self.compute), (batch, length, self.heads, self.width))
         return self.split(x, (0, 2, 1, 3))
 

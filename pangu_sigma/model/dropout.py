@@ -25,11 +25,13 @@ class CountedUniform(nn.Cell):
         self.salt = int.from_bytes(digest[:4], "little", signed=True)
 
     def right(self, x: Tensor, bits: int) -> Tensor:
+        """x shifted right by `bits`, zeros coming in."""
         # RightShift keeps the sign; the mask makes it the unsigned shift that the hash is defined with.
         shifted = ops.bitwise_right_shift(x, Tensor(bits, ms.int32))
         return ops.bitwise_and(shifted, Tensor((1 << (32 - bits)) - 1, ms.int32))
 
     def mix(self, x: Tensor) -> Tensor:
+        """MurmurHash3's 32-bit finaliser."""
         x = ops.bitwise_xor(x, self.right(x, 16)) * FIRST
         x = ops.bitwise_xor(x, self.right(x, 13)) * SECOND
         return ops.bitwise_xor(x, self.right(x, 16))

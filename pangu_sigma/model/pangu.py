@@ -153,6 +153,7 @@ class PanGuSigma(nn.Cell):
         return flat[0] if self.embedding.words.per_domain else self.embedding.words.word
 
     def inputs_of(self, flat: tuple[Tensor, ...], bounds: tuple, place: int):
+        """(routing, weights) of a sparse layer by its number among `flat`; both empty for a dense layer, number -1."""
         if place < 0:
             return (), ()
         a, b, c = bounds[place]

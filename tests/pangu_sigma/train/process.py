@@ -32,7 +32,7 @@ def started(*arguments: object, cwd: Path, log: Path, **options) -> subprocess.P
 
 
 def fed(*arguments: object, text: str, cwd: Path) -> subprocess.Popen[str]:
-    """Start `pangu-sigma ARGUMENTS` in the folder `cwd` with `text` on its standard input; what it says goes to pipes."""
+    """Start `pangu-sigma ARGUMENTS` in the folder `cwd`, `text` on its standard input, pipes for what it says."""
     pipe = subprocess.PIPE
     process = subprocess.Popen(
         _words(arguments), stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=_environment()
