@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Mapping
@@ -50,6 +49,7 @@ from pangu_sigma.train.beginning import begun, resumed
 from pangu_sigma.train.differences import differences, placement
 from pangu_sigma.train.interrupt import Interruption
 from pangu_sigma.train.lock import locked_folder
+from pangu_sigma.train.nonfinite import no_way_back, tolerated
 from pangu_sigma.train.schedule import phase_at
 from pangu_sigma.train.streaming import Stream
 from pangu_sigma.workers import processes_of
@@ -60,10 +60,6 @@ if TYPE_CHECKING:
 
 # How soon a signal, an idle stream or an overdue checkpoint is noticed while waiting for documents.
 _POLL_SECONDS = 0.2
-
-
-class TrainingError(UserError):
-    """Training cannot go on: a non-finite loss, or a used-up budget."""
 
 
 @dataclass
@@ -394,44 +390,31 @@ class Run:
 
     def _nonfinite(self, result) -> None:
         """Act on a loss or gradient that is not finite; nothing has been updated."""
-        step, train = self.progress.step, self.config.train
+        step = self.progress.step
         if result.overflow:
             # An overflow of float16 is expected: the step is tried on the next batch with a smaller loss scale.
             self.metrics.event(step, f"float16 overflow: loss scale {self.trainer.loss_scale.value:g}")
             return
-        what = "loss" if not math.isfinite(result.loss) else "gradient norm"
-        value = result.loss if what == "loss" else result.gradient_norm
-        if train.nonfinite == "raise":
-            raise TrainingError(
-                f"step {step + 1}: the {what} is {value}; lower optimizer.learning_rate, or set "
-                "train.nonfinite=skip or rollback"
-            )
         self.progress.skipped += 1
-        if self.progress.skipped > train.skip_budget:
-            raise TrainingError(
-                f"step {step + 1}: the {what} is {value}, and train.skip_budget={train.skip_budget} is used up; lower "
-                "optimizer.learning_rate or raise the budget"
-            )
-        if train.nonfinite == "skip":
-            message = f"step {step + 1}: the {what} is {value}; batch skipped ({self.progress.skipped} so far)"
+        skipped = self.progress.skipped
+        said = tolerated(result.loss, result.gradient_norm, step, skipped, self.config.train)
+        if self.config.train.nonfinite == "rollback":
+            said += f"; rolled back to step {self._roll_back(said)}"
         else:
-            message = self._roll_back(what, value)
-        self._say(message)
+            said += "; batch skipped"
+        self._say(f"{said} ({skipped} so far)")
 
-    def _roll_back(self, what: str, value: float) -> str:
+    def _roll_back(self, said: str) -> int:
         """Return to the last checkpoint's parameters and go on with the next batches, past the bad one (PaLM, arXiv
-        2204.02311, section 5.1: the same state with other data does not fail again)."""
-        step, skipped = self.progress.step, self.progress.skipped
+        2204.02311, section 5.1: the same state with other data does not fail again); the checkpoint's step."""
+        skipped = self.progress.skipped
         checkpoint, _ = find_latest(self.dir)
         if checkpoint is None:
-            raise TrainingError(
-                f"step {step + 1}: the {what} is {value} and there is no checkpoint to roll back to; "
-                "set checkpoint.every lower, or lower optimizer.learning_rate"
-            )
+            raise no_way_back(said)
         self._restore(checkpoint, StoredTensors(checkpoint))
         self.progress.skipped = skipped
         self.trainer.accounting.take()
-        return f"step {step + 1}: the {what} is {value}; rolled back to step {checkpoint.step} ({skipped} so far)"
+        return checkpoint.step
 
     def _evaluate(self) -> None:
         limit = self.config.evaluate.batches
