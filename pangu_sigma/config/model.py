@@ -49,6 +49,11 @@ class SparseConfig(Section):
     capacity_factor: float = Field(
         1.25, gt=0, description="Rows an expert may take under capacity dispatch, as a multiple of an even share."
     )
+    capacity_samples: int = Field(
+        1,
+        ge=1,
+        description="Samples that share an expert's room under a learned gate and capacity dispatch: GShard's group.",
+    )
     aux_loss_weight: float = Field(
         0.01, ge=0, description="Weight of the balance loss of switch, gshard, glam and olmoe."
     )

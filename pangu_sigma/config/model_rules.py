@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from pangu_sigma.config.dispatch import samples_at_a_time
 from pangu_sigma.config.model import GATE_ACTIVATIONS
 from rre.kinds import KINDS
 
@@ -190,6 +191,20 @@ def _router(config: Config) -> Broken:
             f"model.sparse.dispatch = capacity, but with the router {sparse.router} every expert takes a fixed number "
             "of tokens anyway: set it to dropless",
         )
+    if sparse.capacity_samples > 1:
+        if not kind.learned or not kind.causal or kind.top_layer or sparse.dispatch != "capacity":
+            yield (
+                "model.sparse.capacity_samples",
+                f"model.sparse.capacity_samples = {sparse.capacity_samples} acts on the learned gates that have a "
+                "capacity: leave it out, or set such a router and model.sparse.dispatch to capacity",
+            )
+        elif samples_at_a_time(config) % sparse.capacity_samples:
+            yield (
+                "model.sparse.capacity_samples",
+                f"model.sparse.capacity_samples = {sparse.capacity_samples} does not divide the "
+                f"{samples_at_a_time(config)} sequences that a rank computes at a time (train.batch_size / "
+                "train.accumulation, among the ranks that read): choose a divisor",
+            )
     experts = config.experts_in_layer
     most = experts - 1 if sparse.router == "noisy_top_k" else experts
     if config.model.sparse_prefixes and kind.learned and config.experts_per_token > most:

@@ -13,9 +13,15 @@ from pangu_sigma.errors import UserError
 # Keys of the model section that say how it trains or was first drawn, not which function its tensors are.
 _FREE = re.compile(
     r"model\.(preset|vocab_size|dropout|init_std|init_cutoff|init_scale_residual|attention\.dropout)"
-    r"|model\.sparse\.(table|resample|dispatch|capacity_factor|jitter|balance)"
+    r"|model\.sparse\.(table|resample|dispatch|capacity_factor|capacity_samples|jitter|balance)"
     r"|model\.sparse\.(aux|z|importance|load)_loss_weight"
 )
+
+
+def says_network(key: str) -> bool:
+    """Whether a key ("model.heads") says which function a model's tensors are. The size of the vocabulary does not: it
+    is the tokenizer's unless it is written."""
+    return key.startswith("model.") and not _FREE.fullmatch(key)
 
 
 def check_start(model: Config, wanted: Config) -> None:
@@ -31,7 +37,7 @@ def check_start(model: Config, wanted: Config) -> None:
     if model.domain_names != wanted.domain_names:
         raise UserError(f"{where} has the domains {', '.join(model.domain_names)} in this order: list them likewise")
     before, after = flat_keys(model), flat_keys(wanted)
-    compared = [key for key in {**before, **after} if key.startswith("model.") and not _FREE.fullmatch(key)]
+    compared = [key for key in {**before, **after} if says_network(key)]
     compared += [f"domains.{name}.experts" for name in model.domain_names]
     if wanted.model.vocab_size is not None:
         compared.append("model.vocab_size")

@@ -8,15 +8,9 @@ from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.checkpoint.tensor_file import digest_of
 from pangu_sigma.config.problems import shown
 from pangu_sigma.config.resume import flat_keys
+from pangu_sigma.config.starting import says_network
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import stored_config
-
-# Keys that say how a model trains or was first drawn, not which function its tensors are.
-_FREE = (
-    "preset", "dropout", "init_std", "init_cutoff", "init_scale_residual", "attention.dropout", "sparse.table",
-    "sparse.resample", "sparse.dispatch", "sparse.capacity_factor", "sparse.aux_loss_weight", "sparse.balance",
-    "sparse.jitter",
-)  # fmt: skip
 
 
 def check_siblings(one: Checkpoint, other: Checkpoint) -> None:
@@ -25,8 +19,7 @@ def check_siblings(one: Checkpoint, other: Checkpoint) -> None:
         raise UserError(f"{one.path} and {other.path} have different tokenizers: only models of one parent fit")
     here, there = flat_keys(stored_config(one)), flat_keys(stored_config(other))
     for key in {**here, **there}:
-        part = key.removeprefix("model.")
-        if key.startswith("model.") and part not in _FREE and here.get(key) != there.get(key):
+        if says_network(key) and here.get(key) != there.get(key):
             raise UserError(
                 f"{one.path} and {other.path} are different networks ({key} is {shown(here.get(key))} and "
                 f"{shown(there.get(key))}): only models of one parent fit"

@@ -273,6 +273,7 @@ def _router_options(
         seed=config.run.seed,
         top_k=config.experts_per_token,
         capacity_factor=sparse.capacity_factor if sparse.dispatch == "capacity" else None,
+        capacity_samples=sparse.capacity_samples,
         auxiliary_weight=sparse.aux_loss_weight,
         z_loss_weight=sparse.z_loss_weight,
         importance_weight=sparse.importance_loss_weight,

@@ -56,7 +56,8 @@ class Groups:
 class RouterOptions:
     """What the router of sparse layer number `layer` is made of; every router takes what its definition names.
 
-    `length` S is the tokens of a sample, which is the dispatch group of a capacity; `capacity_factor` None = dropless.
+    `length` S is the tokens of a sample, which is the dispatch group of a capacity; under a learned gate
+    `capacity_samples` of them are one. `capacity_factor` None = dropless.
     `top_k`: experts per token. `pooled`: the balance loss is over all layers together. `tables`: the layer's
     routing tables by owner. The weights are those of the losses. `competitive`: the loss of an adaptive mixture scores
     every expert by itself. `exchange`: where other processes hold other experts
@@ -71,6 +72,7 @@ class RouterOptions:
     seed: int = 0
     top_k: int = 1
     capacity_factor: float | None = None
+    capacity_samples: int = 1
     auxiliary_weight: float = 0.01
     z_loss_weight: float = 0.0
     importance_weight: float = 0.0

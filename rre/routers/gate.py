@@ -2,7 +2,8 @@
 
 A gate of its own says how it chooses (`choose`) and what it adds to the loss (`auxiliary`).
 
-Legend: T tokens of B samples of S, D hidden width, E experts of the layer, k choices of a token.
+Legend: T tokens of B samples of S, n samples of a dispatch group, D hidden width, E experts of the layer, k choices of
+a token.
 """
 
 from __future__ import annotations
@@ -37,12 +38,17 @@ class LearnedRouter(Router):
         return self.options.top_k
 
     @property
+    def group(self) -> int:
+        """Tokens that share an expert's room: n S."""
+        return self.options.capacity_samples * self.options.length
+
+    @property
     def capacity(self) -> int | None:
-        """Rows that an expert takes of a sample while training: ceil(factor * k S / E); None = all. Evaluation never
-        drops."""
+        """Rows that an expert takes of a group of n samples while training: ceil(factor * k n S / E); None = all.
+        Evaluation never drops."""
         if self.options.capacity_factor is None:
             return None
-        even = self.choices * self.options.length / self.options.groups.total
+        even = self.choices * self.group / self.options.groups.total
         return math.ceil(self.options.capacity_factor * even)
 
     def generators(self, purpose: str, step: int, samples: np.ndarray) -> list[np.random.Generator]:
@@ -63,7 +69,7 @@ class Gate(nn.Cell):
         options = router.options
         layout = options.layout
         self.experts, self.choices, self.length = options.groups.total, router.choices, options.length
-        self.capacity = router.capacity
+        self.capacity, self.group = router.capacity, router.group
         shape = (options.hidden, self.experts)
         self.weight = Parameter(initializer(Normal(options.init_std), shape), name="weight")
         self.logits = layout(ops.MatMul(), (1, 1), (1, 1))
@@ -121,12 +127,12 @@ class Gate(nn.Cell):
 
     def with_room(self, hits: Tensor) -> Tensor:
         """`hits` [T, k, E] without the choices that found their expert full."""
-        ordered = hits.reshape(-1, self.length, self.choices, self.experts)
+        ordered = hits.reshape(-1, self.group, self.choices, self.experts)
         if self.choices > 1:
             ordered = self.turn(ordered, (0, 2, 1, 3))
-        ordered = ordered.reshape(-1, self.length * self.choices, self.experts)
+        ordered = ordered.reshape(-1, self.group * self.choices, self.experts)
         rank = self.cumulative(ordered, 1)
         ordered = self.mul(ordered, self.cast(self.less_equal(rank, float(self.capacity)), ms.float32))
         if self.choices > 1:
-            ordered = self.turn(ordered.reshape(-1, self.choices, self.length, self.experts), (0, 2, 1, 3))
+            ordered = self.turn(ordered.reshape(-1, self.choices, self.group, self.experts), (0, 2, 1, 3))
         return ordered.reshape(hits.shape)

@@ -14,7 +14,8 @@ class GShardRouter(LearnedRouter):
     """Top-2 gate over softmax probabilities, combine weights g1, g2 renormalised over the two.
 
     While training, the second expert is used with probability min(1, 2 g2) of the renormalised g2; one that is not
-    used takes no room. Evaluation always uses it. Room per sample: ceil(factor * 2 S / E), first choices first.
+    used takes no room. Evaluation always uses it. Room of an expert in a group of n samples: ceil(factor * 2 n S / E),
+    first choices first.
 
     Auxiliary loss: weight * E * sum_e (c_e / S) m_e, c_e the first choices that fell on e (before dropping; a constant
     in the gradient), m_e the mean probability. The paper writes (1 / E) * sum; this is E^2 times that, the scale of

@@ -72,6 +72,12 @@ BROKEN = [
         [f"model.sparse={MIXTURE}", "experts.store=host"],
         "set experts.store to device",
     ),
+    ("a table's group", ["model.sparse={layers: 1, dispatch: capacity, capacity_samples: 2}"], "acts on the learned"),
+    (
+        "a group that does not divide",
+        ["model.sparse={layers: 1, router: switch, dispatch: capacity, capacity_samples: 3}", "train.batch_size=8"],
+        "does not divide the 8 sequences that a rank computes at a time",
+    ),
     ("mixture_loss elsewhere", ["model.sparse={layers: 1, mixture_loss: cooperative}"], "no effect on the router rre"),
     ("k over experts", ["model.sparse={layers: 1, router: olmoe, top_k: 99}"], "is too many for the"),
     ("noisy k of all", ["model.sparse={layers: 1, router: noisy_top_k, top_k: 6}"], "one of which must be left"),

@@ -32,6 +32,8 @@ CASES = {
     "switch": ("switch", {"jitter": 0.1}),
     "switch capacity": ("switch", {"jitter": 0.1, "capacity_factor": 1.0}),
     "gshard": ("gshard", {"top_k": 2}),
+    "switch capacity of the batch": ("switch", {"capacity_factor": 0.8, "capacity_samples": 2}),
+    "gshard capacity of the batch": ("gshard", {"top_k": 2, "capacity_factor": 0.8, "capacity_samples": 2}),
     "gshard capacity": ("gshard", {"top_k": 2, "capacity_factor": 0.8}),
     "glam capacity": ("glam", {"top_k": 2, "capacity_factor": 0.8}),
     "noisy_top_k": ("noisy_top_k", {"top_k": 2}),
@@ -130,8 +132,9 @@ class Case:
 
     def kept(self, routed: routers_numpy.Routed, training: bool) -> list[list[int]]:
         factor = self.options.capacity_factor
-        capacity = None if factor is None or not training else int(np.ceil(factor * self.options.top_k * LENGTH / 5))
-        return routers_numpy.kept(routed.order, EXPERTS, LENGTH, capacity)
+        group = self.options.capacity_samples * LENGTH
+        capacity = None if factor is None or not training else int(np.ceil(factor * self.options.top_k * group / 5))
+        return routers_numpy.kept(routed.order, EXPERTS, group, capacity)
 
     def answer(self, x, gates, noise, training: bool):
         """(y, auxiliary loss, kept choices, all choices) by the oracle."""
