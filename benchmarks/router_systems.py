@@ -39,8 +39,8 @@ class System:
 
 
 TABLES = ("model.sparse.table=frequency",)
-# Room is counted over the whole batch, as GShard's groups of thousands of tokens have it: gates tell domains apart, and a
-# sample's own tokens would crowd into few experts.
+# Room is counted over the whole batch, as GShard's groups of thousands of tokens have it: gates tell domains apart, and
+# a sample's own tokens would crowd into few experts.
 CAPACITY = ("model.sparse.table=uniform", "model.sparse.dispatch=capacity", "model.sparse.capacity_factor=1.25",
             "model.sparse.capacity_samples=16")  # fmt: skip
 # 16 experts a layer of the full width, or as many parameters cut finer.
