@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from pangu_sigma.convert.coverage import LeftBehind
+
 _TOP = {
     "word_embedding.embedding_table": "embedding.word",
     "position_embedding.embedding_table": "embedding.position",
@@ -35,17 +37,18 @@ _LAYER = re.compile(
     r"(?P<kind>weight|bias|gamma|beta)"
 )
 
-# Name rule -> what it is: these tensors are left behind, and said to be.
-SKIPPED = {
-    "adam_m.*, moment1.*": (r"(adam_m|moment1)\..+", "first moments of the optimizer"),
-    "adam_v.*, moment2.*": (r"(adam_v|moment2)\..+", "second moments of the optimizer"),
-    "accu_grads.*": (r"accu_grads\..+", "accumulated gradients"),
-    "counters": (
-        r"(optimizer\.)?(global_step|epoch_num|step_num|learning_rate|beta[12]_power|loss_scale|scale_sense"
-        r"|current_iterator_step|last_overflow_iterator_step|total_overflow_times)",
-        "counters of the training",
-    ),
-}
+SKIPPED = LeftBehind(
+    {
+        "adam_m.*, moment1.*": (r"(adam_m|moment1)\..+", "first moments of the optimizer"),
+        "adam_v.*, moment2.*": (r"(adam_v|moment2)\..+", "second moments of the optimizer"),
+        "accu_grads.*": (r"accu_grads\..+", "accumulated gradients"),
+        "counters": (
+            r"(optimizer\.)?(global_step|epoch_num|step_num|learning_rate|beta[12]_power|loss_scale|scale_sense"
+            r"|current_iterator_step|last_overflow_iterator_step|total_overflow_times)",
+            "counters of the training",
+        ),
+    }
+)
 
 EMBEDDING_FILES = {
     "word_embedding.npy": "backbone.word_embedding.embedding_table",
@@ -72,11 +75,3 @@ def target_of(name: str) -> Target | None:
     layer = "query_layer" if match["block"] is None else f"blocks.{int(match['block'])}"
     transposed = match["part"] in _OUT_IN and match["kind"] == "weight"
     return Target(f"{layer}.{_PARTS[match['part']]}.{match['kind']}", transposed)
-
-
-def skip_rule(name: str) -> str | None:
-    """The rule of `SKIPPED` by which a tensor is left behind; None for a tensor that must be used."""
-    for rule, (pattern, _) in SKIPPED.items():
-        if re.fullmatch(pattern, name):
-            return rule
-    return None

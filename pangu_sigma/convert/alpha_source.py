@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pangu_sigma.convert.alpha_names import EMBEDDING_FILES, skip_rule
+from pangu_sigma.convert.alpha_names import EMBEDDING_FILES, SKIPPED
 from pangu_sigma.convert.ckpt_file import CkptFile
 from pangu_sigma.convert.coverage import listed
 from pangu_sigma.convert.strategy import Box, CutLayout, read_strategy
@@ -143,7 +143,7 @@ def _open_shards(folder: Path, checkpoints: list[Path], strategy: Path, advance:
         if advance is not None:
             advance(1)
     # What is left behind anyway (counters, for example) need not stand in the strategy file.
-    tensors = {name: tensor for name, tensor in files[0].tensors.items() if name in layouts or not skip_rule(name)}
+    tensors = {name: tensor for name, tensor in files[0].tensors.items() if name in layouts or not SKIPPED.rule(name)}
     if unknown := tensors.keys() - layouts.keys():
         raise UserError(f"{strategy} does not say how these tensors are cut: {listed(unknown)}; give the right one")
     for name, tensor in tensors.items():

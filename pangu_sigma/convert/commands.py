@@ -126,7 +126,7 @@ def import_mindformers(
 
     done = importing.import_mindformers(source, out, run)
     typer.echo(f"{done.checkpoint.path}: {done.parameters:,} parameters of {done.file.name}, each assigned once")
-    for line in importing.skipped_lines(done.skipped):
+    for line in importing.SKIPPED.lines(done.skipped):
         typer.echo(line)
 
 

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from pangu_sigma.errors import UserError
 
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LeftBehind:
+    """Tensors of a source that are no parameters: `rules` maps a rule's name to (pattern of names, what they are)."""
+
+    rules: Mapping[str, tuple[str, str]]
+
+    def rule(self, name: str) -> str | None:
+        """The rule by which a tensor is left behind; None for a tensor that must be used."""
+        return next((rule for rule, (pattern, _) in self.rules.items() if re.fullmatch(pattern, name)), None)
+
+    def lines(self, counts: Mapping[str, int]) -> list[str]:
+        """A sentence for every rule by which so many tensors were left behind."""
+        return [f"left behind {count} tensors: {rule} ({self.rules[rule][1]})" for rule, count in counts.items()]
 
 
 def check_coverage(

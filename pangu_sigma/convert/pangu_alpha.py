@@ -7,7 +7,6 @@ query layer there); nothing in the file tells them apart, so such a checkpoint m
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder, Tensor
 from pangu_sigma.config import Config, config_from_dict, effective
 from pangu_sigma.config.counts import manifest, parameter_counts
 from pangu_sigma.config.presets import PRESETS
-from pangu_sigma.convert.alpha_names import SKIPPED, skip_rule, target_of
+from pangu_sigma.convert.alpha_names import SKIPPED, target_of
 from pangu_sigma.convert.alpha_source import Tensors, open_source
 from pangu_sigma.convert.coverage import check_coverage, listed
 from pangu_sigma.convert.folder import check_output, new_specs, write_with_progress
@@ -143,7 +142,7 @@ def _sort(sources: Sequence[Tensors]) -> tuple[list[_Part], dict[str, list[str]]
     unknown: list[str] = []
     for source in sources:
         for name in source.shapes:
-            rule = skip_rule(name)
+            rule = SKIPPED.rule(name)
             target = target_of(name)
             if rule is not None:
                 skipped.setdefault(rule, []).append(name)
@@ -240,8 +239,7 @@ def _published_heads(layers: int, hidden: int) -> int:
 
 def skipped_lines(skipped: Mapping[str, Sequence[str]]) -> list[str]:
     """A sentence for every rule by which tensors were left behind."""
-    counts = Counter({rule: len(names) for rule, names in skipped.items()})
-    return [f"left behind {count} tensors: {rule} ({SKIPPED[rule][1]})" for rule, count in counts.items()]
+    return SKIPPED.lines({rule: len(names) for rule, names in skipped.items()})
 
 
 def _card(source: Path, config: Config, eod_id: int, parameters: int, skipped: Mapping[str, Sequence[str]]) -> str:

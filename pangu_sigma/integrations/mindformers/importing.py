@@ -18,23 +18,24 @@ from safetensors import SafetensorError, safe_open
 from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder, TensorSpec
 from pangu_sigma.config import Config
 from pangu_sigma.config.counts import is_routing, manifest, parameter_counts
-from pangu_sigma.convert.coverage import check_coverage
+from pangu_sigma.convert.coverage import LeftBehind, check_coverage
 from pangu_sigma.convert.folder import check_output, new_specs, write_with_progress
 from pangu_sigma.errors import UserError
 from pangu_sigma.integrations.mindformers.companion import Companion, find_companion, read_companion
 from rre.kinds import LAYER
 
-# Name rule -> what it is: these tensors are left behind, and said to be.
-SKIPPED = {
-    "adam_m.*": (r"adam_m\..+", "first moments of the optimizer"),
-    "adam_v.*": (r"adam_v\..+", "second moments of the optimizer"),
-    "adam_steps.*": (r"adam_steps\..+", "the experts' update counts"),
-    "counters": (
-        r"epoch_num|step_num|global_step|global_batch_size|loss_scale|scale_sense|learning_rate"
-        r"|(current_iterator_step|last_overflow_iterator_step|cur_iter|last_overflow_iter)",
-        "counters of the training",
-    ),
-}
+SKIPPED = LeftBehind(
+    {
+        "adam_m.*": (r"adam_m\..+", "first moments of the optimizer"),
+        "adam_v.*": (r"adam_v\..+", "second moments of the optimizer"),
+        "adam_steps.*": (r"adam_steps\..+", "the experts' update counts"),
+        "counters": (
+            r"epoch_num|step_num|global_step|global_batch_size|loss_scale|scale_sense|learning_rate"
+            r"|(current_iterator_step|last_overflow_iterator_step|cur_iter|last_overflow_iter)",
+            "counters of the training",
+        ),
+    }
+)
 ENDING = ".safetensors"
 _STEP = re.compile(r"-(\d+)_(\d+)$")
 
@@ -65,7 +66,7 @@ def import_mindformers(source: Path, out: Path, run: Path | None = None) -> Impo
     with opened(file) as tensors:
         shapes = shapes_of(tensors)
         check_tensors(file, shapes, targets)
-        skipped = {name: rule for name in shapes if (rule := skip_rule(name)) is not None}
+        skipped = {name: rule for name in shapes if (rule := SKIPPED.rule(name)) is not None}
         step = int(tensors.get_tensor("step_num")) if "step_num" in shapes else 0
 
         def read(spec: TensorSpec) -> np.ndarray:
@@ -139,18 +140,8 @@ def shapes_of(tensors) -> dict[str, tuple[int, ...]]:
 
 def check_tensors(file: Path, shapes: dict[str, tuple[int, ...]], targets: dict[str, tuple[int, ...]]) -> None:
     """Raises UserError unless every target is there in its shape and every other tensor is left behind by a rule."""
-    used = [name for name in shapes if skip_rule(name) is None]
+    used = [name for name in shapes if SKIPPED.rule(name) is None]
     check_coverage(str(file), targets, [(n, n, shapes[n]) for n in used if n in targets], used)
-
-
-def skip_rule(name: str) -> str | None:
-    """The rule of `SKIPPED` by which a tensor is left behind; None for a tensor that must be used."""
-    return next((rule for rule, (pattern, _) in SKIPPED.items() if re.fullmatch(pattern, name)), None)
-
-
-def skipped_lines(skipped: dict[str, int]) -> list[str]:
-    """A sentence for every rule by which tensors were left behind."""
-    return [f"left behind {count} tensors: {rule} ({SKIPPED[rule][1]})" for rule, count in skipped.items()]
 
 
 @contextmanager
