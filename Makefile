@@ -31,7 +31,7 @@ clients: $(VENV)/.installed-test $(VENV)/.installed-clients  ## foreign clients 
 lint: $(VENV)/.installed-lint  ## ruff's checks
 	$(BIN)/ruff check .
 
-bench: $(VENV)/.installed-hf  ## the README's speeds: training and decoding beside PyTorch, extraction beside cp
+bench: $(VENV)/.installed-hf  ## speeds beside PyTorch, extraction beside cp, cluster configurations compiled
 	$(BIN)/python -m benchmarks.training_speed
 	$(BIN)/python -m benchmarks.decoding
 	$(BIN)/python -m benchmarks.extraction
