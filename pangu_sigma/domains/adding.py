@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NewDomain:
-    """A domain to add: its texts (as in `domains.*.data`), group size, weight among the domains, how it begins."""
+    """A domain to add: its item of the configuration's `domains`, and how its experts begin (`domains.initial`)."""
 
     name: str
     data: tuple[str, ...]
@@ -36,6 +36,8 @@ class NewDomain:
     init: str = "mean"
     text_field: str = "text"
     weight: float = 1.0
+    filters: str = "none"
+    stars_field: str | None = None
 
     def entry(self) -> dict[str, Any]:
         """Its item of the configuration's `domains`."""
@@ -43,6 +45,8 @@ class NewDomain:
             "name": self.name,
             "data": [abspath(expanduser(pattern)) for pattern in self.data],
             "text_field": self.text_field,
+            "filters": self.filters,
+            "stars_field": self.stars_field,
             "experts": self.experts,
             "weight": self.weight,
         }

@@ -40,6 +40,23 @@ class Through(StrEnum):
     old = "old"
 
 
+class Filters(StrEnum):
+    """Which documents of a new domain are dropped."""
+
+    none = "none"
+    text = "text"
+    code = "code"
+
+
+FilterKind = Annotated[
+    Filters, typer.Option(help="Documents to drop: text, endless repetition; code, also where a word or two are most.")
+]
+StarsField = Annotated[
+    str | None,
+    typer.Option(metavar="KEY", help="With --filters code: key of a repository's stars in a .jsonl line."),
+]
+
+
 class Shared(StrEnum):
     """What happens to the shared parameters while a new domain trains."""
 
@@ -98,6 +115,8 @@ def add(
         ),
     ] = "mean",
     text_field: Annotated[str, typer.Option(help="Key of the text in a line of a .jsonl file.")] = "text",
+    filters: FilterKind = Filters.none,
+    stars_field: StarsField = None,
     weight: Annotated[float, typer.Option(min=0.0, help="How often it is drawn where a phase says nothing.")] = 1.0,
     steps: Annotated[
         int | None,
@@ -155,7 +174,7 @@ def add(
             raise UserError("a new domain needs --name and --data (its text), or --model (a model that has it)")
         if domain is not None:
             raise UserError("--domain chooses a domain of --model: leave it out, or name the model")
-        wanted = NewDomain(name, tuple(data), experts, init, text_field, weight)
+        wanted = NewDomain(name, tuple(data), experts, init, text_field, weight, filters.value, stars_field)
         done = add_domain(run, wanted, ahead=_ahead(name, *plan), out=out)
     _say(done, f"{name} added")
 
@@ -171,6 +190,8 @@ def expand(
         str, typer.Option(help="How experts begin: from:DOMAIN, mean, dense:MODEL or random, as in add.")
     ] = "mean",
     text_field: Annotated[str, typer.Option(help="Key of the text in a line of a .jsonl file.")] = "text",
+    filters: FilterKind = Filters.none,
+    stars_field: StarsField = None,
     weight: Annotated[float, typer.Option(min=0.0, help="How often it is drawn where a phase says nothing.")] = 1.0,
     output: Annotated[float, typer.Option(min=0.0, help="Weight of KL(model before || model), nats per token.")] = 1.0,
     l2: Annotated[float, typer.Option(min=0.0, help="Weight of the shared parameters' squared distance.")] = 0.0,
@@ -190,7 +211,8 @@ def expand(
 
     held = {"output": output, "l2": l2, "ewc": ewc} if output or l2 or ewc else None
     ahead = Ahead(name, steps, "train" if held is None else "regularised", replay, held)
-    done = expand_domain(run, NewDomain(name, tuple(data), experts, init, text_field, weight), ahead)
+    wanted = NewDomain(name, tuple(data), experts, init, text_field, weight, filters.value, stars_field)
+    done = expand_domain(run, wanted, ahead)
     _say(done, f"{name} added")
 
 

@@ -210,7 +210,7 @@ def _tokenizer(plan: Plan) -> tuple[Path | None, Tokenizer]:
         return None, build_tokenizer(wanted.kind, (), cache, wanted.path)
     folder = plan.dir / "tokenizer"
     if not (folder / "tokenizer.json").is_file():
-        sources = [Source(d.name, d.data, d.text_field, d.weight) for d in plan.base.domains]
+        sources = [Source.of(domain) for domain in plan.base.domains]
         build_tokenizer("train", sources, cache, None, wanted.vocab_size).save(folder)
     return folder / "tokenizer.model", load_tokenizer(folder)
 

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pangu_sigma.checkpoint import Checkpoint, find_latest
 from pangu_sigma.config import Config, config_from_dict, load_config
 from pangu_sigma.config.load import effective
 from pangu_sigma.errors import UserError
 from pangu_sigma.lifelong.plan import Plan, Stage
+
+if TYPE_CHECKING:
+    from pangu_sigma.domains.adding import NewDomain
 
 
 def finished(plan: Plan, stage: Stage) -> Checkpoint | None:
@@ -87,11 +91,12 @@ def _plan(plan: Plan, stage: Stage, run: Path, out: Path | None = None) -> None:
     plan_training(run, phases, f"stage {stage.name}", domains_per_step=limit, out=out)
 
 
-def _new_domain(plan: Plan, stage: Stage, name: str):
+def new_domain(plan: Plan, stage: Stage, name: str) -> NewDomain:
+    """A domain that comes in with a stage, as the configuration under the stages describes it."""
     from pangu_sigma.domains.adding import NewDomain
 
     domain = next(domain for domain in plan.base.domains if domain.name == name)
-    return NewDomain(name, domain.data, domain.experts, stage.policy.init, domain.text_field, domain.weight)
+    return NewDomain(**domain.model_dump(), init=stage.policy.init)
 
 
 def _add_domains(plan: Plan, stage: Stage, before: Path, run: Path) -> None:
@@ -99,7 +104,7 @@ def _add_domains(plan: Plan, stage: Stage, before: Path, run: Path) -> None:
     from pangu_sigma.domains.adding import add_domain
 
     for number, name in enumerate(stage.new):
-        add_domain(before if number == 0 else run, _new_domain(plan, stage, name), out=run if number == 0 else None)
+        add_domain(before if number == 0 else run, new_domain(plan, stage, name), out=run if number == 0 else None)
     _plan(plan, stage, run)
 
 
@@ -111,4 +116,4 @@ def _expand(plan: Plan, stage: Stage, before: Path, run: Path) -> None:
     _plan(plan, plan.stages[stage.number - 1], before, out=run)
     policy = stage.policy
     ahead = Ahead(stage.new[0], stage.steps, policy.shared, policy.replay, policy.regularise)
-    expand_domain(run, _new_domain(plan, stage, stage.new[0]), ahead)
+    expand_domain(run, new_domain(plan, stage, stage.new[0]), ahead)

@@ -1,15 +1,18 @@
 """Documents that the filters drop, and the counts of why, on constructed documents."""
 
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from pangu_sigma.config import config_from_dict
+from pangu_sigma.config.data import DomainConfig
 from pangu_sigma.data.corpus import Corpus
-from pangu_sigma.data.filters import LONGEST_NGRAM, REPEATS, longest_repetition, reason_to_drop, word_shares
+from pangu_sigma.data.filters import LONGEST_NGRAM, REPEATS, RULES, longest_repetition, reason_to_drop, word_shares
 from pangu_sigma.data.prepare import prepare_domain
 from pangu_sigma.data.sources import Source
+from pangu_sigma.domains.command import Filters
 from pangu_sigma.errors import UserError
 
 NO_WORDS = "x"
@@ -114,6 +117,10 @@ def test_filters_make_another_store_and_none_makes_the_old_one(written, tokenize
     assert plain.fingerprint != text.fingerprint
     assert set(plain.dropped) == {"empty", "exact", "near"} and text.dropped["repeated_ngrams"] == 1
     assert prepared(Source("code", [written]), tokenizer, tmp_path).folder == plain.folder
+
+
+def test_configuration_and_command_line_know_every_filter():
+    assert get_args(DomainConfig.model_fields["filters"].annotation) == tuple(RULES) == tuple(Filters)
 
 
 def test_a_domain_of_which_nothing_is_left_is_told(tokenizer, tmp_path):

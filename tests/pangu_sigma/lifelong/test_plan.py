@@ -9,6 +9,7 @@ import pytest
 from pangu_sigma.config.phases import drawn_weights
 from pangu_sigma.errors import UserError
 from pangu_sigma.lifelong.plan import load_plan
+from pangu_sigma.lifelong.stages import new_domain
 
 SHIPPED = sorted((Path(__file__).parents[3] / "configs" / "lifelong").glob("*.yaml"))
 DENSE = ["model.sparse.layers=0", "model.sparse.resample=false"]
@@ -27,6 +28,15 @@ def test_domains_come_in_with_the_stage_that_names_them_first(stages_yaml):
     assert [plan.config(stage).domain_names for stage in plan.stages][:2] == [("code",), ("code", "law", "poems")]
     assert [stage.folder for stage in plan.stages] == ["01-code", "02-law+poems", "03-code-2"]
     assert [plan.end(stage) for stage in plan.stages] == [6, 10, 13]
+
+
+def test_a_domain_comes_in_with_every_key_of_its_configuration(stages_yaml, tmp_path):
+    keys = {"filters": "code", "stars_field": "stars", "text_field": "body", "weight": 2.5, "experts": 5}
+    changes = [f"run.dir={tmp_path / 'run'}", *(f"domains.law.{key}={value}" for key, value in keys.items())]
+    plan = load_plan(stages_yaml(changes=changes))
+    written = next(domain for domain in plan.base.domains if domain.name == "law").model_dump(mode="json")
+    assert keys.items() <= written.items()
+    assert new_domain(plan, plan.stages[1], "law").entry() == written
 
 
 def test_a_frozen_stage_trains_its_own_experts_only(stages_yaml):
