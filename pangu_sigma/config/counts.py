@@ -172,7 +172,7 @@ def _layer(config: Config, prefix: str, vocab_size: int) -> Iterator[tuple[str, 
         yield from _network(config, f"{prefix}.feed_forward", model.network)
         return
     sparse = model.sparse
-    gate = (hidden, sum(domain.experts for domain in config.domains))
+    gate = (hidden, config.experts_in_layer)
     if KINDS[sparse.router].learned:
         yield f"{prefix}.router.weight", gate
     if sparse.router == "noisy_top_k":

@@ -107,7 +107,7 @@ def _tokenizer(config: Config) -> Broken:
         )
     rows = model.vocab_size or known
     owners = KINDS[model.sparse.router].tables if model.sparse_prefixes else None
-    experts = sum(domain.experts for domain in config.domains)
+    experts = config.experts_in_layer
     if rows is not None and owners == "layer" and experts > rows:
         yield (
             "domains",

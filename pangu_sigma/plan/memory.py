@@ -101,7 +101,7 @@ def host_bytes(config: Config, hardware: Hardware) -> float:
         return 0.0
     mesh = config.parallel.mesh
     ranks = min(hardware.devices_per_host, mesh.size)
-    experts = sum(domain.experts for domain in config.domains) * len(config.model.sparse_prefixes)
+    experts = config.experts_in_layer * len(config.model.sparse_prefixes)
     stored = (1 + MOMENTS) * FLOAT32 * experts * expert_values(config) / mesh.expert / mesh.tensor / mesh.pipeline
     if config.experts.store == "disk":
         return min(stored * ranks, config.experts.resident_gib * 2**30 * ranks)
