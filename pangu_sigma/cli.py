@@ -18,14 +18,11 @@ from pangu_sigma.arguments import ConfigFile, Json, ModelPath, Prior, RunFolder
 from pangu_sigma.convert.commands import import_app, upcycle, vocab_app
 from pangu_sigma.doctor.command import doctor
 from pangu_sigma.domains.command import domains_app
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import INTERRUPTED, USER_ERROR, UserError
 from pangu_sigma.generation.command import generate
 from pangu_sigma.plan.command import plan
 from pangu_sigma.serving.command import serve
 from pangu_sigma.version import VERSION
-
-USER_ERROR = 2
-INTERRUPTED = 130
 
 
 class _Commands(TyperGroup):

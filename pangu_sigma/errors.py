@@ -1,4 +1,6 @@
-"""The one exception family that the command line turns into a sentence and exit code 2."""
+"""The one exception family that the command line turns into a sentence and an exit code, and the exit codes."""
+
+USER_ERROR, INTERRUPTED = 2, 130  # of a process that ends by a user's mistake, or by Ctrl-C
 
 
 class UserError(Exception):

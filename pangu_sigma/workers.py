@@ -16,14 +16,13 @@ from typing import NoReturn
 from pangu_sigma.checkpoint import Checkpoint, resolve
 from pangu_sigma.config import Config
 from pangu_sigma.config.load import config_from_dict
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import INTERRUPTED, USER_ERROR, UserError
 from pangu_sigma.load import run_of, stored_config
 from parallel.launch import WATCHED, Launch, end_with_launcher
 from parallel.processes import Processes, Started
 from parallel.watch import Watch
 
 FOLDER = "workers"  # in the run's folder: logs, and the files by which processes know of each other
-USER_ERROR, INTERRUPTED = 2, 130
 
 
 def with_workers(config: Config, workers: int) -> Config:

@@ -16,7 +16,7 @@ from pathlib import Path
 import uvicorn
 
 from pangu_sigma.checkpoint import resolve
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import INTERRUPTED, UserError
 from pangu_sigma.generation import pick_domain
 from pangu_sigma.generation.job import Inference
 from pangu_sigma.load import stored_config
@@ -33,7 +33,6 @@ from pangu_sigma.serving.work import Desk
 _MOST_CONNECTIONS = 768
 _BACKLOG = 1024
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-INTERRUPTED = 130
 
 
 def serve(path: str | Path, settings: Settings, say: Callable[[str], None] = print) -> None:

@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from pangu_sigma.checkpoint import open_checkpoint
-from pangu_sigma.workers import INTERRUPTED
+from pangu_sigma.errors import INTERRUPTED
 from parallel.launch import free_port
 from tests.pangu_sigma.train.process import (
     ROOT,
