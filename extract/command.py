@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,8 +85,6 @@ def parse_size(text: str) -> int:
 
 
 def _list(model: Path, as_json: bool) -> None:
-    from dataclasses import asdict
-
     from extract.listing import list_domains
     from pangu_sigma.monitor.tables import text_table
 

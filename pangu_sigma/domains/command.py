@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -71,8 +72,6 @@ def list_(
     as_json: Json = False,
 ) -> None:
     """List domains: experts in each sparse layer, parameters, bytes, tokens seen in training, last loss."""
-    from dataclasses import asdict
-
     from pangu_sigma.domains.listing import list_domains
     from pangu_sigma.monitor.tables import text_table
 
@@ -268,8 +267,6 @@ def advise(
     as_json: Json = False,
 ) -> None:
     """Propose the sizes of expert groups from each domain's text and measured loss; nothing is changed."""
-    from dataclasses import asdict
-
     from pangu_sigma.domains.advice import advice_text
     from pangu_sigma.domains.advice import advise as propose
 

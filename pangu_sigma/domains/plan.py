@@ -6,6 +6,7 @@ changes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -214,8 +215,6 @@ def _mend(values: dict[str, Any], step: int) -> None:
 
 def with_run_folder(config: Config, run_dir: str) -> dict[str, Any]:
     """The configuration as a mapping, with `run_dir`; a cache that lay in the old run's folder lies in this one."""
-    import os
-
     values = config.to_dict()
     old, cache = values["run"]["dir"], values["data"]["cache"]
     values["run"]["dir"] = run_dir

@@ -16,7 +16,7 @@ import numpy as np
 from pangu_sigma.adapt.rows import pack
 from pangu_sigma.data.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
-from pangu_sigma.generation.request import Request, Sampling, pick_domain, prompt_ids
+from pangu_sigma.generation.request import AUTO, Request, Sampling, pick_domain, prompt_ids
 from pangu_sigma.load import Trained, load_trained
 from pangu_sigma.monitor.terminal import progress
 from pangu_sigma.tasks.questions import BEFORE_ANSWER, Question, Task, context, read_task
@@ -24,7 +24,6 @@ from pangu_sigma.tasks.scores import Likelihood, choice_scores, exact_match, mea
 from rre.kinds import KINDS
 
 Advance = Callable[[int], None]
-AUTO = "auto"  # the domain of a question that is to be inferred from it
 SLOTS = 8
 
 

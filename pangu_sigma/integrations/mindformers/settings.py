@@ -8,6 +8,7 @@ Optimizer, schedule, steps and batch size are MindFormers' own keys.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Mapping
 from os.path import abspath, expanduser
 from pathlib import Path
@@ -200,6 +201,4 @@ def _check_devices(values: Mapping[str, Any], source: str) -> None:
 
 def _readers(values: Mapping[str, Any]) -> int:
     """Processes that read batches of their own: what the launcher started."""
-    import os
-
     return int(os.environ.get("RANK_SIZE", "1")) if at(values, "use_parallel", False) else 1
