@@ -105,7 +105,7 @@ def verify(
     compared, different = compare_tensors(parent, sub, cut)
     full, small = trained_from(parent, device, "float32"), trained_from(sub, device, "float32")
     batches = mixed_batches(probe, cut.domains)
-    ours, theirs = _Logits(small, cut.domains), _Logits(full, parent.domains)
+    ours, theirs = _logits_of(small, cut.domains), _logits_of(full, parent.domains)
     largest, difference = 0.0, 0.0
     losses: dict[str, list[tuple[float, float]]] = {domain: [] for domain in cut.domains}
     for tokens, owners, counted in batches:
@@ -212,27 +212,13 @@ def _rank(rows: Sequence[tuple[str, np.ndarray]], index: int) -> int:
     return sum(rows[i][0] == rows[index][0] for i in range(index))
 
 
-class _Logits:
-    """Logits float32 [B, S, V] of batches that may mix all of a model's domains."""
+def _logits_of(trained: Trained, domains: Sequence[str]) -> Callable[[np.ndarray, Sequence[str]], np.ndarray]:
+    """(tokens int32 [B, S + 1], domain of each row) -> logits float32 [B, S, V]; batches may mix all `domains`."""
+    from pangu_sigma.model.scoring import Scorer
 
-    def __init__(self, trained: Trained, domains: Sequence[str]) -> None:
-        from pangu_sigma.model.inputs import Planner, graph_placeholders
-        from pangu_sigma.model.pangu import Logits
-
-        model = trained.model
-        self.model, self.domains = model, list(domains)
-        self.signature = model.exact_signature(BATCH, domains=min(BATCH, len(domains)))
-        self.planner = Planner(model, self.signature, training=False)
-        self.graph = Logits(model.net, model.layout, self.signature)
-        self.graph.set_train(False)
-        fixed = graph_placeholders(BATCH, self.signature.length)
-        names = ("tokens", "positions", "segments", "domain", "keys")
-        self.graph.set_inputs(*(fixed[name] for name in names), *self.signature.placeholders())
-
-    def __call__(self, tokens: np.ndarray, owners: Sequence[str]) -> np.ndarray:
-        domain = np.array([self.domains.index(owner) for owner in owners], np.int32)
-        planned = self.planner(tokens, domain, np.arange(BATCH), 0)
-        return self.graph(*planned.fixed, *planned.flat(self.signature, self.model.store)).asnumpy()
+    scorer = Scorer(trained.model, BATCH, domains=min(BATCH, len(domains)))
+    numbers = {domain: number for number, domain in enumerate(domains)}
+    return lambda tokens, owners: scorer.logits(tokens, [numbers[owner] for owner in owners]).asnumpy()
 
 
 def _loss(logits: np.ndarray, labels: np.ndarray, trained: Trained) -> float:

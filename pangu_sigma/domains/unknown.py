@@ -7,13 +7,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from mindspore import Tensor
 
 from pangu_sigma.data.packing import HeldoutSequences
 from pangu_sigma.domains.inference import Prior, UnknownText, cached_prior
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import load_trained
 from pangu_sigma.model.build import Model
+from pangu_sigma.model.scoring import Scorer
 from pangu_sigma.monitor.terminal import progress
 
 AFTER = (32, 64, 128)  # tokens after which accuracy is told, besides the whole sequence
@@ -24,17 +24,8 @@ class DomainLikelihood:
     """Every token's log probability under each domain's experts, in batches of `batch_size` held-out sequences."""
 
     def __init__(self, model: Model, batch_size: int) -> None:
-        from pangu_sigma.model.inputs import Planner, graph_placeholders
-        from pangu_sigma.model.pangu import TokenLosses
-
         self.model, self.batch_size = model, batch_size
-        self.signature = model.exact_signature(batch_size, domains=1)
-        self.planner = Planner(model, self.signature, training=False)
-        self.graph = TokenLosses(model.net, model.layout, self.signature)
-        self.graph.set_train(False)
-        fixed = graph_placeholders(batch_size, self.signature.length)
-        names = ("tokens", "labels", "positions", "segments", "domain", "keys")
-        self.graph.set_inputs(*(fixed[name] for name in names), *self.signature.placeholders())
+        self.scorer = Scorer(model, batch_size)
 
     def sequences(
         self,
@@ -58,24 +49,15 @@ class DomainLikelihood:
 
     def _batch(self, tokens: np.ndarray, groups: Sequence[int] | None = None) -> np.ndarray:
         """float64 [G, B, S]; tokens int32 [B, S + 1]."""
-        self.graph.set_train(False)  # the network may be shared with a training step, so its mode is set per use
-        by_domain = []
-        for group in range(len(self.model.groups.names)) if groups is None else groups:
-            domain = np.full(self.batch_size, group, np.int32)
-            planned = self.planner(tokens, domain, np.arange(self.batch_size), 0)
-            words, *fixed = planned.fixed
-            experts = planned.flat(self.signature, self.model.store)
-            losses = self.graph(words, Tensor(planned.labels), *fixed, *experts)
-            by_domain.append(-losses.asnumpy().astype(np.float64))
-        return np.stack(by_domain)
+        asked = range(len(self.model.groups.names)) if groups is None else groups
+        losses = [self.scorer.losses(tokens, np.full(self.batch_size, group, np.int32)) for group in asked]
+        return -np.stack(losses).astype(np.float64)
 
 
 def likeliest_domains(model: Model, texts: Sequence[Sequence[int]]) -> list[str]:
     """The domain under whose experts each text (token ids) is likeliest, of the last S + 1 tokens of a longer one; the
     first domain where a text of one token tells nothing.
     """
-    from pangu_sigma.model.scoring import Scorer
-
     scorer = Scorer(model, model.config.evaluate.batch_size)
     names = model.groups.names
     found = []

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pangu_sigma.model.build import Model
-from pangu_sigma.model.inputs import Planner, graph_placeholders
-from pangu_sigma.model.pangu import Logits
+from pangu_sigma.model.scoring import Scorer
 
 
 class RecomputingDecoder:
@@ -17,26 +16,16 @@ class RecomputingDecoder:
     def __init__(self, model: Model, slots: int = 8) -> None:
         self.model = model
         self.slots = slots
-        self.signature = model.exact_signature(1, domains=1)
-        self.window = self.signature.length
-        self.planner = Planner(model, self.signature, training=False)
-        self.graph = Logits(model.net, model.layout, self.signature)
-        self.graph.set_train(False)
-        fixed = graph_placeholders(1, self.window)
-        names = ("tokens", "positions", "segments", "domain", "keys")
-        self.graph.set_inputs(*(fixed[name] for name in names), *self.signature.placeholders())
+        self.scorer = Scorer(model, 1)
+        self.window = self.scorer.length
         self._texts: dict[int, tuple[list[int], int]] = {}
 
     def score(self, ids: Sequence[int], domain: int) -> np.ndarray:
         """Logits float32 [n, V] after each of `ids` [n]; the last `window` of a longer text count."""
-        # Dropout belongs to training; the network may be shared with a training step, so its mode is set per use.
-        self.graph.set_train(False)
         ids = list(ids)[-self.window :]
         tokens = np.full((1, self.window + 1), self.model.eod_id, np.int32)
         tokens[0, : len(ids)] = ids
-        planned = self.planner(tokens, np.array([domain], np.int32), np.zeros(1, np.int64), 0)
-        logits = self.graph(*planned.fixed, *planned.flat(self.signature, self.model.store))
-        return logits.asnumpy()[0, : len(ids)]
+        return self.scorer.logits(tokens, [domain]).asnumpy()[0, : len(ids)]
 
     def begin(self, slot: int, ids: Sequence[int], domain: int) -> np.ndarray:
         """Logits float32 [V] after `ids`, with which the slot's new text begins."""

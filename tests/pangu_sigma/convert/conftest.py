@@ -135,24 +135,15 @@ def sparse_yaml(tmp_path, vocab_model, corpora) -> Callable[..., Path]:
 def logits() -> Callable[[Path, str, np.ndarray], np.ndarray]:
     """(model folder, domain, tokens int32 [S]) -> logits [S, V] of the real model, its graph compiled once a folder."""
     from pangu_sigma.load import load_trained
-    from pangu_sigma.model.inputs import Planner, graph_placeholders
-    from pangu_sigma.model.pangu import Logits
+    from pangu_sigma.model.scoring import Scorer
 
     built = {}
 
     def run(folder: Path, domain: str, tokens: np.ndarray) -> np.ndarray:
         if folder not in built:
-            model = load_trained(folder).model
-            signature = model.exact_signature(1, domains=1)
-            graph = Logits(model.net, model.layout, signature)
-            graph.set_train(False)
-            fixed = graph_placeholders(1, signature.length)
-            names = ("tokens", "positions", "segments", "domain", "keys")
-            graph.set_inputs(*(fixed[name] for name in names), *signature.placeholders())
-            built[folder] = model, signature, graph, Planner(model, signature, training=False)
-        model, signature, graph, planner = built[folder]
+            built[folder] = Scorer(load_trained(folder).model, 1)
+        scorer = built[folder]
         ids = np.append(tokens, 0)[None].astype(np.int32)
-        planned = planner(ids, np.array([model.groups.names.index(domain)], np.int32), np.arange(1), 0)
-        return graph(*planned.fixed, *planned.flat(signature, model.store)).asnumpy()[0]
+        return scorer.logits(ids, [scorer.model.groups.names.index(domain)]).asnumpy()[0]
 
     return run
