@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pangu_sigma.data.builtin_arithmetic import worksheets
 from pangu_sigma.errors import UserError
+from pangu_sigma.monitor.files import write_text
 from rre.counted import key64
 
 DOMAIN_BYTES = 1_500_000  # about the size of each domain
@@ -42,11 +43,14 @@ def build(out_dir: str | Path) -> dict[str, Path]:
     """Write ``code.jsonl``, ``docs.jsonl``, ``c_headers.jsonl`` and ``arithmetic.jsonl`` (field ``text``), about 1.5 MB
     each.
 
-    Returns the path of every domain. A file that already has this content is not touched. Raises
-    UserError when this installation lacks the text of a domain.
+    Returns the path of every domain. A file that already has this content is not touched. Raises UserError when this
+    installation lacks the text of a domain, and where the files cannot be written.
     """
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {out_dir} cannot be made ({error.strerror}): choose another one") from error
     makers: dict[str, Callable[[], Iterator[str]]] = {
         "code": _code,
         "docs": _docs,
@@ -63,11 +67,9 @@ def build(out_dir: str | Path) -> dict[str, Path]:
                 f"this Python has only {size} bytes of text for the built-in domain '{name}'; "
                 "install a complete Python 3.11 (with its headers) or name your own corpora"
             )
-        content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents).encode("utf-8")
-        if not path.is_file() or path.read_bytes() != content:
-            fresh = path.with_suffix(".tmp")
-            fresh.write_bytes(content)
-            fresh.rename(path)
+        content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
+        if not path.is_file() or path.read_bytes() != content.encode("utf-8"):
+            write_text(path, content)
         paths[name] = path
     return paths
 

@@ -1,10 +1,10 @@
 """The report's page: its header and the order of its sections, in one self-contained HTML file."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
+from pangu_sigma.monitor.files import write_text
 from pangu_sigma.monitor.tables import number
 from pangu_sigma.monitor.text import compact, duration, printable_lines
 from pangu_sigma.report import html_tables as tables
@@ -23,14 +23,12 @@ def write_report(run_dir: Path | str) -> Path:
     """Write `run_dir/report.html` from the run's files and return its path; the same files give the same bytes.
 
     Reads `metrics.jsonl` and, where present, `evaluation.json`, `analysis.json`, `summary.json` and `config.yaml`.
-    Raises UserError if the folder or its metrics are missing or empty, or if a file is damaged.
+    Raises UserError if the folder or its metrics are missing or empty, if a file is damaged, and where it cannot write.
     """
     run_dir = Path(run_dir)
     page = render(load_run(run_dir))
-    path, temporary = run_dir / FILE_NAME, run_dir / (FILE_NAME + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
+    write_text(run_dir / FILE_NAME, page)
+    return run_dir / FILE_NAME
 
 
 def render(run: RunData) -> str:

@@ -50,3 +50,9 @@ def test_an_installation_without_enough_text_is_refused_by_domain(tmp_path, monk
     monkeypatch.setattr(builtin, "LEAST_BYTES", 10**9)
     with pytest.raises(UserError, match="bytes of text for the built-in domain 'code'"):
         build(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match="taken cannot be made .*: choose another one"):
+        build(tmp_path / "taken")
