@@ -14,6 +14,7 @@ from pathlib import Path
 from extract.export.source import open_source
 from pangu_sigma.checkpoint.cleaning import abandoned, held
 from pangu_sigma.checkpoint.disk import Writing
+from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.errors import UserError
 
 # format -> (its module, the package that it needs, which is the name of its extra too). A module has TAKES (names of
@@ -56,7 +57,7 @@ def export(
     that can be known.
     """
     writer = _writer(format_)
-    final = free_folder(out)
+    final = check_output(out)
     source = open_source(model, domains)
     options = options or Options()
     _check_taken(format_, writer.TAKES, options)
@@ -79,17 +80,6 @@ def _writer(format_: str):
     if package is not None and find_spec(package) is None:
         raise UserError(f"exporting to {format_} needs the package {package}: pip install 'pangu-sigma[{package}]'")
     return import_module(module)
-
-
-def free_folder(out: str | Path) -> Path:
-    """The absolute path of a folder that can be made; UserError if something is there."""
-    path = Path(os.path.realpath(os.path.expanduser(out)))
-    if path.is_dir():
-        if next(path.iterdir(), None) is not None:
-            raise UserError(f"{out} exists and is not empty: choose another folder or empty it")
-    elif path.exists():
-        raise UserError(f"{out} is a file: choose a folder")
-    return path
 
 
 @contextmanager
