@@ -338,8 +338,9 @@ class Engine:
 
 def _not_finite(answer: _Answer) -> Event:
     """The end of a request whose logits are no numbers."""
+    whose = "its domains" if answer.request.domain == AUTO else answer.request.domain
     said = (
-        f"the experts of {answer.request.domain} compute numbers that are not finite for this text; the training of "
+        f"the experts of {whose} compute numbers that are not finite for this text; the training of "
         "the model's weights diverged: take an earlier checkpoint"
     )
     return Event(answer.number, None, finish="error", error=said)
