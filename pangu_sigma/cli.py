@@ -96,12 +96,12 @@ def train(
     # The whole configuration is checked before MindSpore is imported: a mistake shows at once.
     config = load_config(file, [*(overrides or ()), *stream_overrides(stream, domain, domain_field)])
     if workers is not None or config.parallel.workers > 1:
-        from pangu_sigma.workers import is_worker, launch, with_workers
+        from pangu_sigma.workers import FOLDER, is_worker, launch, with_workers
 
         config = with_workers(config, workers or config.parallel.workers)
         if config.parallel.workers > 1 and not is_worker():
             words = ["train", str(file), *(overrides or ()), *(["--resume"] if resume else [])]
-            raise typer.Exit(launch(words, config.parallel.workers, Path(config.run.dir)))
+            raise typer.Exit(launch(words, config.parallel.workers, Path(config.run.dir) / FOLDER))
     from pangu_sigma.train.run import train as run_training
 
     run_training(config, resume=resume)

@@ -19,10 +19,14 @@ def prepare(device: str, scratch: Path | None = None) -> None:
     with signals_held():
         import mindspore
 
+    from mindspore.communication import GlobalComm
+
     from pangu_sigma.errors import UserError
 
     try:
-        mindspore.set_device(device)
+        # Processes that have met are numbered devices to MindSpore; once they compute, the number cannot be set again.
+        if not GlobalComm.INITED:
+            mindspore.set_device(device)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"run.device is {device}, which MindSpore cannot use on this machine; set run.device=CPU or install CANN"

@@ -18,11 +18,13 @@ from pangu_sigma.config import Config
 from pangu_sigma.config.load import config_from_dict
 from pangu_sigma.errors import INTERRUPTED, USER_ERROR, UserError
 from pangu_sigma.load import run_of, stored_config
+from pangu_sigma.train.lock import locked_folder
 from parallel.launch import WATCHED, Launch, end_with_launcher
 from parallel.processes import Processes, Started
 from parallel.watch import Watch
 
 FOLDER = "workers"  # in the run's folder: logs, and the files by which processes know of each other
+TAKEN = "another job of several processes works in"
 
 
 def with_workers(config: Config, workers: int) -> Config:
@@ -65,7 +67,10 @@ def processes_of(config: Config, folder: Path) -> Processes:
         return Processes()
     told = os.environ.get(WATCHED)
     files = Path(told) if told else folder / FOLDER
-    watch = Watch(files, started.rank, size, config.parallel.timeout, quiet=end_with_launcher())
+    try:
+        watch = Watch(files, started.rank, size, config.parallel.timeout, quiet=end_with_launcher())
+    except BlockingIOError:
+        raise UserError(f"{TAKEN} {files}: wait for it or set another run.dir") from None
     return Processes(mesh, started.rank, watch)
 
 
@@ -80,7 +85,8 @@ def launch_on_model(words: Sequence[str], workers: int, model: Path) -> int:
     with_workers_for(checkpoint, workers)  # a mesh that does not divide the model shows before anything is started
     run = run_of(checkpoint)
     if run is not None:
-        return launch(words, workers, run)
+        # Beside those of a training that goes on.
+        return launch(words, workers, run / FOLDER / words[0])
     with TemporaryDirectory(prefix="pangu-sigma-") as folder:
         return launch(words, workers, Path(folder))
 
@@ -101,12 +107,12 @@ def with_workers_for(checkpoint: Checkpoint, workers: int) -> Config:
 
 
 def launch(words: Sequence[str], workers: int, folder: Path) -> int:
-    """Run `pangu-sigma WORDS --workers N` in N processes; their logs go to `folder`/workers. Returns the exit code.
+    """Run `pangu-sigma WORDS --workers N` in N processes; their logs go to `folder`. Returns the exit code.
 
-    Raises UserError naming the rank where one failed.
+    Raises UserError naming the rank where one failed, and where another job of several processes has the folder.
     """
     command = [sys.executable, "-m", "pangu_sigma", *words, "--workers", str(workers)]
-    with Launch(command, workers, folder / FOLDER) as job:
+    with locked_folder(folder, TAKEN), Launch(command, workers, folder) as job:
         ended = job.wait()
         if ended.failed is None:
             if any(ended.codes):

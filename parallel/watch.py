@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 LOOK_SECONDS = 0.5
+HOLD_ATTEMPTS = 10
 SILENT_SECONDS = 3.0  # a process whose file was not touched for so long does not run
 LOST = 75  # exit code of a process that stopped because another one did
 TIMED_OUT = 2
@@ -26,18 +27,27 @@ class Watch:
     """The watch of `rank` over all `size` ranks, by files in `folder`; `start` it when all have met.
 
     `timeout`: seconds without a mark after which this process gives up. `quiet`: somebody else tells of a lost rank.
+    Raises BlockingIOError where another job watches in this folder.
     """
 
     def __init__(self, folder: Path, rank: int, size: int, timeout: float, quiet: bool = False) -> None:
         self.folder, self.rank, self.size, self.timeout, self.quiet = folder, rank, size, timeout, quiet
         folder.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self._path(rank), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._hold()
         self._meetings = -1
         self._marked = time.monotonic()
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self.mark()
+
+    def _hold(self) -> None:
+        # Whoever looks after this rank holds the lock for a moment.
+        for _ in range(HOLD_ATTEMPTS - 1):
+            with suppress(BlockingIOError):
+                return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            time.sleep(LOOK_SECONDS / 5)
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def mark(self) -> None:
         """Note that this process goes on: it meets the others, or has work of its own done."""

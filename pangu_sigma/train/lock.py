@@ -9,7 +9,7 @@ from typing import TextIO
 from pangu_sigma.errors import UserError
 
 
-def locked_folder(folder: Path) -> TextIO:
+def locked_folder(folder: Path, taken: str = "another process is training in") -> TextIO:
     """Make the run's folder if needed and hold it against a second trainer; close the result to let it go.
 
     The lock goes with the process, however it ends. Raises UserError if the folder cannot be written or is taken.
@@ -23,5 +23,5 @@ def locked_folder(folder: Path) -> TextIO:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         stream.close()
-        raise UserError(f"another process is training in {folder}: wait for it or set another run.dir") from error
+        raise UserError(f"{taken} {folder}: wait for it or set another run.dir") from error
     return stream

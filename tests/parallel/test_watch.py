@@ -13,7 +13,7 @@ import pytest
 
 from parallel.launch import free_port
 from parallel.processes import Processes, Started
-from parallel.watch import LOST, TIMED_OUT
+from parallel.watch import LOST, TIMED_OUT, Watch
 
 ROOT = Path(__file__).parents[2]
 RANK = """
@@ -91,6 +91,14 @@ def test_a_rank_that_has_stopped_on_the_same_way_is_named(ranks):
     second.send_signal(signal.SIGSTOP)
     assert first.wait(timeout=20) == TIMED_OUT
     assert first.stderr.read().startswith("Error: rank 0 waited 4 s (parallel.timeout) for rank 1: ")
+
+
+def test_a_second_job_does_not_watch_in_the_same_folder(tmp_path):
+    first = Watch(tmp_path, 0, 2, 60)
+    with pytest.raises(BlockingIOError):
+        Watch(tmp_path, 0, 2, 60)
+    first.close()
+    Watch(tmp_path, 0, 2, 60).close()
 
 
 def test_the_environment_says_which_rank_this_is():
