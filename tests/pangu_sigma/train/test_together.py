@@ -139,13 +139,12 @@ def twenty_steps(mesh: str, what: str, kernels: str = "auto") -> dict:
     }  # fmt: skip
 
 
-def of_matrix(matrix: dict[str, list[str]], processes: int, kernels: str = "auto") -> dict[str, dict]:
-    """Name -> case, of the meshes of so many processes."""
+def of_matrix(matrix: dict[str, list[str]], *meshes: str, kernels: str = "auto") -> dict[str, dict]:
+    """Name -> case, of these meshes."""
     return {
         f"{mesh}_{what.replace(' ', '_')}_{kernels}": twenty_steps(mesh, what, kernels)
-        for mesh, several in matrix.items()
-        for what in several
-        if np.prod(list(MESHES[mesh].values())) == processes
+        for mesh in meshes
+        for what in matrix[mesh]
     }
 
 
@@ -162,44 +161,52 @@ HELD = {
     "model": {**SHORT, "sparse": {"resample": True}}, "steps": 4, "train": {"accumulation": 2},
     "held": {"output": 0.5, "l2": 0.1, "ewc": 5.0},
 }  # fmt: skip
+# Name -> number of processes and the cases that they train one after the other.
 JOBS = {
-    2: {**of_matrix(COVERED, 2), **of_matrix(COMPOSED, 2, "composed"), "placed": placed({"expert": 2})},
-    4: {
-        **of_matrix(COVERED, 4),
+    "two": (2, {
+        **of_matrix(COVERED, "dp2", "ep2"), **of_matrix(COMPOSED, "dp2", "ep2", kernels="composed"),
+        "placed": placed({"expert": 2}),
+    }),
+    "four": (4, {
+        **of_matrix(COVERED, "ep4", "dp4"),
         "saved": {
             "mesh": MESHES["ep4"], "model": {**SHORT, **DROPOUT}, "steps": 3,
             # In the second step the text is of one domain, whose experts two parts have.
             "drawn": {"1": [0] * 8},
             "saved_under": [MESHES["ep4"], MESHES["dp2_ep2"], MESHES["dp4"]],
         },
-        "held": {"mesh": MESHES["dp2_ep2"], **HELD},
         "placed": placed({"expert": 4}),
-        "placed_twice": placed({"expert": 2, "data": 2}),
-    },
-}
+    }),
+    "mixed": (4, {
+        **of_matrix(COVERED, "dp2_ep2"),
+        "held": {"mesh": MESHES["dp2_ep2"], **HELD},
+        "placed": placed({"expert": 2, "data": 2}),
+    }),
+}  # fmt: skip
 
 
-def test_every_router_is_among_the_cases_of_each_number_of_processes():
-    for cases in JOBS.values():
-        assert {case["model"].get("sparse", {}).get("router", "rre") for case in cases.values()} == set(KINDS)
+def test_every_router_trains_in_two_processes_and_in_four():
+    for size in (2, 4):
+        cases = [case for processes, several in JOBS.values() for case in several.values() if processes == size]
+        assert {case["model"].get("sparse", {}).get("router", "rre") for case in cases} == set(KINDS)
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory) -> Callable[[int], Path]:
-    """Number of processes -> where the results of its cases are; each job runs once."""
-    return cache(lambda processes: run(tmp_path_factory.mktemp(f"job-{processes}"), processes, JOBS[processes]))
+def jobs(tmp_path_factory) -> Callable[[str], Path]:
+    """Name -> where the results of a job's cases are; each runs once."""
+    return cache(lambda name: run(tmp_path_factory.mktemp(name), *JOBS[name]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "case"), [(number, case) for number, cases in JOBS.items() for case in cases])
-def test_twenty_steps_are_those_of_one_process(jobs, processes, case):
-    assert_equals_one_process(jobs(processes), case, grown=20)
+@pytest.mark.parametrize(("job", "case"), [(job, case) for job, (_, cases) in JOBS.items() for case in cases])
+def test_twenty_steps_are_those_of_one_process(jobs, job, case):
+    assert_equals_one_process(jobs(job), case, grown=20)
 
 
 @pytest.mark.slow
 def test_a_checkpoint_does_not_tell_how_many_processes_wrote_it(jobs):
     """Saved by four parts, then loaded by four, two and one, and by one process, and saved again by each."""
-    saved = sorted(path for path in jobs(4).glob("saved-saved*"))
+    saved = sorted(path for path in jobs("four").glob("saved-saved*"))
     assert len(saved) == 5
     first, *others = [open_checkpoint(path / "checkpoints" / "step-00000001").manifest for path in saved]
     assert any("-of-" in path for path in first.files)
@@ -211,7 +218,7 @@ def test_a_checkpoint_does_not_tell_how_many_processes_wrote_it(jobs):
 
 @pytest.mark.slow
 def test_the_fisher_information_of_several_processes_is_that_of_one(jobs):
-    ranks, alone = results(jobs(4), "held"), dict(np.load(jobs(4) / "held-alone.npz"))
+    ranks, alone = results(jobs("mixed"), "held"), dict(np.load(jobs("mixed") / "held-alone.npz"))
     names = [name for name in alone if name.startswith("fisher ")]
     assert names and all(alone[name].max() > 0 for name in names)
     for mine in ranks:
@@ -221,16 +228,15 @@ def test_the_fisher_information_of_several_processes_is_that_of_one(jobs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("processes", "case", "groups"),
-    [(2, "placed", [{0}, {1}]), (4, "placed", [{0, 1}, {2, 3}]), (4, "placed_twice", [{0, 1}, {2, 3}])],
+    ("job", "groups"), [("two", [{0}, {1}]), ("four", [{0, 1}, {2, 3}]), ("mixed", [{0, 1}, {2, 3}])]
 )
-def test_under_domain_placement_rows_stay_in_their_placement_group(jobs, processes, case, groups):
+def test_under_domain_placement_rows_stay_in_their_placement_group(jobs, job, groups):
     """Rows that are the number of the rank that sends them arrive from the own group's ranks alone."""
-    for rank, mine in enumerate(results(jobs(processes), case)):
+    ranks = results(jobs(job), "placed")
+    for rank, mine in enumerate(ranks):
         (group,) = [group for group in groups if rank in group]
         came = set(mine["came_from"].tolist())
         assert rank in came and came <= group
         # Nor does it read text of another group's domains.
         assert set(mine["read"].tolist()) <= ({0} if 0 in group else {1, 2})
-    together = set().union(*(set(mine["read"].tolist()) for mine in results(jobs(processes), case)))
-    assert together == {0, 1, 2}
+    assert set().union(*(set(mine["read"].tolist()) for mine in ranks)) == {0, 1, 2}

@@ -33,7 +33,7 @@ from tests.pangu_sigma.train.process import (
 # Two rows at a time are cut over two processes; nobody evaluates, which costs graphs.
 LEAN = ["evaluate.every=0", "checkpoint.every=0"]
 SMALL_GRAPH = ["model.layers=1", "model.query_layer=none", "model.dropout=0", "model.attention.dropout=0"]
-TIMEOUT = 40  # seconds; nobody meets anybody while graphs are compiled
+TIMEOUT = 60  # seconds; nobody meets anybody while graphs are compiled
 
 
 def assert_same_training(first: Path, second: Path) -> None:
@@ -105,10 +105,12 @@ def test_a_folder_that_is_taken_or_cannot_be_written_is_refused_before_anything_
 
 
 @pytest.fixture
-def training(small_yaml, tmp_path):
-    """A long run of two processes under way: (launcher, rank -> process number, run, log)."""
+def training(request, small_yaml, tmp_path):
+    """A long run of two processes under way: (launcher, rank -> process number, run, log); its parameter is how long
+    they wait for each other."""
+    timeout = f"parallel.timeout={getattr(request, 'param', 600)}"
     run, log = tmp_path / "run", tmp_path / "log.txt"
-    long = ["train.steps=5000", "checkpoint.every=3", "evaluate.every=0", f"parallel.timeout={TIMEOUT}", *SMALL_GRAPH]
+    long = ["train.steps=5000", "checkpoint.every=3", "evaluate.every=0", timeout, *SMALL_GRAPH]
     process = started("train", small_yaml, f"run.dir={run}", *long, "--workers", 2, cwd=tmp_path, log=log)
     assert wait_until(lambda: steps_logged(run) >= 5, process), log.read_text()
     of_rank = {rank_of(pid): pid for pid in children(process.pid)}
@@ -143,6 +145,7 @@ def test_a_killed_process_ends_the_job_by_name_and_the_run_goes_on(training, sma
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("training", [TIMEOUT], indirect=True)
 def test_a_process_that_hangs_ends_the_job_after_the_time_that_the_configuration_gives(training):
     process, of_rank, _, log = training
     begin = time.monotonic()
