@@ -47,6 +47,8 @@ def assert_same_training(first: Path, second: Path) -> None:
         mine, other = load_file(path), load_file(second / path.relative_to(first))
         assert mine.keys() == other.keys()
         for name, tensor in mine.items():
+            if name.endswith("attention.key.bias"):
+                continue  # softmax does not see it: its gradient is rounding alone, of which Adam makes whole steps
             if tensor.dtype.kind == "f":
                 np.testing.assert_allclose(other[name], tensor, atol=2e-4, err_msg=name)
             else:
@@ -266,7 +268,7 @@ def test_under_domain_placement_each_half_of_the_processes_reads_its_own_domains
     for text, by_group in json.loads(alone.stdout)["matrix"].items():
         assert json.loads(together.stdout)["matrix"][text] == pytest.approx(by_group, rel=1e-5)
     everywhere = ["parallel.placement=global", "parallel.placement_groups=1", "--workers", 2, "--resume"]
-    assert_refused(command(*words, *everywhere, cwd=tmp_path), "parallel.placement was domain and is global")
+    assert_refused(command(*words, *everywhere, cwd=tmp_path), 'parallel.placement was "domain" and is "global"')
 
 
 @pytest.mark.slow
