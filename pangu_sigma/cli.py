@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import traceback
@@ -24,6 +25,12 @@ from pangu_sigma.plan.command import plan
 from pangu_sigma.serving.command import serve
 from pangu_sigma.version import VERSION
 
+# What the user's disk and folders answer, where no command says it better. Other OSErrors are bugs.
+_OF_THE_DISK = {
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR,
+    errno.EPERM, errno.EROFS,
+}  # fmt: skip
+
 
 class _Commands(TyperGroup):
     """Ends a user's mistake with one sentence and code 2, an interruption with code 130; bugs keep their traceback."""
@@ -33,6 +40,12 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except UserError as error:
             typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(USER_ERROR) from error
+        except OSError as error:
+            if error.errno not in _OF_THE_DISK:
+                raise
+            where = error.filename or "a file"
+            typer.echo(f"Error: {where}: {error.strerror}: mend that, or name another place", err=True)
             raise typer.Exit(USER_ERROR) from error
         except KeyboardInterrupt as error:
             typer.echo("Interrupted.", err=True)

@@ -93,6 +93,7 @@ def list_(
 
 @domains_app.command("add", short_help="Add a domain, from text or from a sibling model.")
 def add(
+    context: typer.Context,
     run: Run,
     name: Annotated[str | None, typer.Option(help="Name of the new domain; with --model its own if left out.")] = None,
     data: Annotated[
@@ -162,6 +163,12 @@ def add(
             raise UserError(
                 "--data and --model exclude each other, as the model's domain brings its own text: leave one out"
             )
+        for option in ("experts", "init", "text_field", "filters", "stars_field"):
+            if context.get_parameter_source(option).name != "DEFAULT":
+                raise UserError(
+                    f"--{option.replace('_', '-')} says how a new domain is made, but --model brings one that is: "
+                    "leave it out"
+                )
 
         def ahead_of(own: str) -> Ahead | None:
             return _ahead(own, *plan)

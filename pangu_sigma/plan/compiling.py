@@ -23,7 +23,6 @@ from parallel.dry.standin import DryCompileError
 
 MODULE = "pangu_sigma.plan.dry_graph"
 # Groups with more ranks than this are shown by their number and first ranks.
-SHOWN_RANKS = 8
 
 
 class PlanMismatch(UserError):

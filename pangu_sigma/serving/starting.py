@@ -71,9 +71,9 @@ class ServedModel:
         A domain that cannot write is named in `starting.warning`; UserError if none can.
         """
         from pangu_sigma.generation.engine import Engine
-        from pangu_sigma.load import load_trained
+        from pangu_sigma.load import trained_from
 
-        trained = load_trained(self.path)
+        trained = trained_from(self.checkpoint)
         engine = Engine(trained.model, trained.tokenizer, slots)
         if AUTO in self.offered:
             self.inference.apply(engine, self.domains)

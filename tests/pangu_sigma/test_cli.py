@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -11,6 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
+
+from pangu_sigma.cli import app
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
@@ -69,6 +74,7 @@ def test_the_version_is_printed():
         ["train", "no-such-file.yaml"],
         ["quickstart", "no-such-file.yaml"],
         ["config"],
+        ["domains", "add", "runs/x", "--model", "runs/y", "--experts", "4"],
     ],
     ids=lambda arguments: " ".join(map(os.path.basename, arguments)),
 )
@@ -77,6 +83,21 @@ def test_a_users_mistake_is_one_sentence_and_code_2(arguments):
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
+
+
+def test_what_the_disk_answers_is_a_sentence_and_a_bug_keeps_its_traceback():
+    commands = typer.Typer(cls=type(typer.main.get_command(app)))
+
+    @commands.command()
+    def write(number: int) -> None:
+        raise OSError(number, os.strerror(number), "runs/x")
+
+    @commands.command()
+    def read() -> None: ...
+
+    full = CliRunner().invoke(commands, ["write", str(errno.ENOSPC)])
+    assert full.exit_code == 2 and "Error: runs/x: No space left on device: mend that" in full.output
+    assert isinstance(CliRunner().invoke(commands, ["write", str(errno.EBADF)]).exception, OSError)
 
 
 @pytest.mark.parametrize(
