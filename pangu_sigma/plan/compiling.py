@@ -22,7 +22,6 @@ from parallel.dry.process import run_dry
 from parallel.dry.standin import DryCompileError
 
 MODULE = "pangu_sigma.plan.dry_graph"
-# Groups with more ranks than this are shown by their number and first ranks.
 
 
 class PlanMismatch(UserError):
