@@ -154,6 +154,17 @@ class Mesh:
             for d in range(self.data)
         )
 
+    # --- stages
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of one pipeline stage."""
+        return self.rows * self.tensor
+
+    def stage_of(self, layer: int, layers: int) -> int:
+        """The stage that computes a layer: stages have equal runs of the `layers`."""
+        return layer * self.pipeline // layers
+
     # --- experts and domains
 
     def expert_problems(self, sizes: Sequence[int], names: Sequence[str] | None = None) -> Iterator[tuple[str, str]]:

@@ -47,14 +47,16 @@ def activated_slots(config: Config) -> int:
     """Expert slots of an exchange group in the graph of one micro-batch: all stored, or of so many domains.
 
     Every rank computes the experts that it owns, and all have equally many slots: as many as the worst choice of
-    domains asks of one. A group's experts lie round its parts in turn.
+    domains asks of one. A group's experts lie round its parts in turn. A graph of pipeline stages has all micro-batches
+    of a step in it, which share the slots.
     """
     mesh = config.parallel.mesh
     sizes = [domain.experts for domain in config.domains]
     by_domain = KINDS[config.model.sparse.router].tables == "domain"
     if config.experts.store == "device" or not by_domain:
         return sum(sizes) // mesh.placement_groups
-    samples = samples_at_a_time(config) * mesh.rows // mesh.placement_groups
+    together = config.train.accumulation if mesh.pipeline > 1 else 1
+    samples = samples_at_a_time(config) * together * mesh.rows // mesh.placement_groups
     limit = min(config.data.domains_per_step or len(sizes), samples)
     parts, most = mesh.exchange_size, 0
     for group in mesh.domains_of_groups(sizes):

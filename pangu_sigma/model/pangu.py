@@ -23,6 +23,7 @@ from pangu_sigma.model.parts import HEADS, NORMS, POSITIONS, QUERY_LAYERS
 from pangu_sigma.model.signature import FlatSignature
 from parallel.exchange import GatheredExchange
 from parallel.layout import Layout
+from parallel.mesh import Mesh
 from rre.layer import SparseFeedForward
 from rre.routers import Router
 
@@ -71,6 +72,7 @@ class PanGuSigma(nn.Cell):
     ) -> None:
         super().__init__()
         self.bounds = signature.bounds
+        self.layers = model.layers
         self.embedding = Embedding(model, vocab, layout)
         self.embedding_dropout = CountedDropout(model.dropout, -1, "embedding")
         self.mask = masking(model.heads, layout, model.attention.dropout, compute)
@@ -142,6 +144,18 @@ class PanGuSigma(nn.Cell):
         """From now on the blocks' activations are computed again for the gradient instead of kept."""
         for block in self.blocks:
             block.recompute()
+
+    def set_stages(self, mesh: Mesh) -> None:
+        """From now on each layer belongs to its pipeline stage of `mesh`; tables to the first, head to the last."""
+        last = mesh.pipeline - 1
+        self.embedding.pipeline_stage = 0
+        for index, block in enumerate(self.blocks):
+            block.pipeline_stage = mesh.stage_of(index, self.layers)
+        behind = [self.norm, self.head]
+        if self.has_query_layer:
+            behind += [self.embedding.queries, self.query_layer]
+        for cell in behind:
+            cell.pipeline_stage = last
 
     def gate(self, place: str) -> nn.Cell:
         """The router's part of a sparse layer, `blocks.{i}` or `query_layer`."""

@@ -44,7 +44,7 @@ def step_seconds(config: Config, vocabulary: int, hardware: Hardware) -> dict[st
     }
     if host_link_bytes(config):
         # Each activated value is read and written once with its moments, and its gradient is read.
-        values = sent["host link"] / 2 / FLOAT32 / config.train.accumulation
+        values = sent["host link"] / 2 / FLOAT32 / (config.train.accumulation if mesh.pipeline == 1 else 1)
         moved = values * FLOAT32 * (2 * (1 + MOMENTS) + 1) * min(hardware.devices_per_host, mesh.size)
         found["host update"] = moved / (hardware.host_memory_gbps * 1e9)
     return found

@@ -61,12 +61,16 @@ def gradient_sum_bytes(config: Config, vocabulary: int) -> float:
 
 
 def host_link_bytes(config: Config) -> float:
-    """Bytes between a device and its host in a step: activated experts there, their gradients back, float32."""
+    """Bytes between a device and its host in a step: activated experts there, their gradients back, float32.
+
+    For every micro-batch; under pipeline stages, whose graph is of the whole step, once.
+    """
     if config.experts.store == "device" or not config.model.sparse_prefixes:
         return 0.0
     mesh = config.parallel.mesh
     local = activated_slots(config) / mesh.exchange_size * len(config.model.sparse_prefixes) / mesh.pipeline
-    return 2 * FLOAT32 * expert_values(config) / mesh.tensor * local * config.train.accumulation
+    times = config.train.accumulation if mesh.pipeline == 1 else 1
+    return 2 * FLOAT32 * expert_values(config) / mesh.tensor * local * times
 
 
 def step_bytes(config: Config, vocabulary: int) -> dict[str, float]:

@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from parallel.dry.standin import DryCompileError, make_standins, plugin_folder
@@ -38,14 +38,17 @@ def dry_environment(standins: Path, ranks: int, rank: int) -> dict[str, str]:
     }
 
 
-def run_dry(command: Sequence[str], folder: Path, ranks: int, rank: int = 0, timeout: float = 1800.0) -> str:
+def run_dry(
+    command: Sequence[str], folder: Path, ranks: int, rank: int = 0, timeout: float = 1800.0,
+    more: Mapping[str, str] | None = None,
+) -> str:  # fmt: skip
     """Run a Python command (what follows the interpreter) in `folder` as `rank` of `ranks`; return what it printed.
 
-    Raises DryCompileError with what was wrong.
+    `more`: further environment. Raises DryCompileError with what was wrong.
     """
     standins = make_standins(folder.parent / "standins")
     folder.mkdir(parents=True, exist_ok=True)
-    environment = dry_environment(standins, ranks, rank)
+    environment = dry_environment(standins, ranks, rank) | dict(more or {})
     # The packages as this process sees them, whatever folder the child runs in.
     environment["PYTHONPATH"] = os.pathsep.join(p for p in (os.getcwd(), *sys.path) if p)
     try:

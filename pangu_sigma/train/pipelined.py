@@ -1,0 +1,110 @@
+"""The gradients of a whole step in one graph that is cut into pipeline stages; a rank compiles its own stage of it.
+
+What `GradientStep` takes one micro-batch at a time comes here for all of them. Activated experts are parameters of this
+graph, and not inputs: MindSpore's pipeline pass takes every input for a table of samples. The host sets them before a
+step and takes their gradients after it, as everywhere.
+"""
+
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore.common.initializer import initializer
+
+from pangu_sigma.model.inputs import fixed_inputs
+from pangu_sigma.model.pangu import PanGuSigma, TrainingLoss
+from pangu_sigma.model.signature import FlatSignature
+from pangu_sigma.model.stages import stage_of
+from parallel.layout import Cut, MeshLayout
+from parallel.micro_batch import Accumulated, MicroBatches
+from parallel.primitives import square_sums
+
+# Of the fixed inputs, what a graph without dropout, embeddings per domain and auxiliary losses looks at.
+READ = ("tokens", "labels", "weights", "positions", "segments")
+
+
+class PipelinedLoss(nn.Cell):
+    """The objective of one micro-batch as one number: (READ inputs, every sparse layer's plan) -> float32 []."""
+
+    def __init__(self, net: PanGuSigma, layout: MeshLayout, signature: FlatSignature) -> None:
+        super().__init__(auto_prefix=False)
+        self.loss = TrainingLoss(net, layout, signature)
+        weights = expert_tensors(signature).items()
+        self.experts = ParameterTuple(
+            [Parameter(initializer("zeros", s, ms.float32), name=n, parallel_optimizer=False) for n, s in weights]
+        )
+        self.bounds = signature.bounds
+        self.no_auxiliary = Tensor(0.0, ms.float32)
+
+    def construct(
+        self, tokens: Tensor, labels: Tensor, weights: Tensor, positions: Tensor, segments: Tensor, *plans: Tensor
+    ) -> Tensor:
+        flat, experts = (), 0
+        for start, behind_plan, end in self.bounds:
+            first = start - experts
+            flat = flat + plans[first : first + behind_plan - start]
+            flat = flat + self.experts[experts : experts + end - behind_plan]
+            experts = experts + end - behind_plan
+        outputs = self.loss(
+            tokens, labels, weights, self.no_auxiliary, positions, segments, None, None, *flat
+        )
+        return outputs[0]
+
+
+class PipelinedStep(nn.Cell):
+    """(READ inputs and plans of a whole step) -> (objective, gradients of this stage's experts, of its shared
+    parameters, square sums of the latter [n]).
+
+    Each rank gives its rows of every micro-batch, one behind the other. The objective is the last stage's to know.
+    """
+
+    def __init__(
+        self, net: PanGuSigma, signature: FlatSignature, layout: MeshLayout, micro_batches: int, stage: int,
+        optimizer_parallel: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(auto_prefix=False)
+        net.set_stages(layout.mesh)
+        loss = PipelinedLoss(net, layout, signature)
+        self.shared = ParameterTuple(
+            [p for p in net.trainable_params() if stage_of(p.name, net.layers, layout.mesh) == stage]
+        )
+        self.experts = ParameterTuple(
+            [p for p in loss.experts if stage_of(p.name, net.layers, layout.mesh) == stage]
+        )
+        everything = ParameterTuple([*self.experts, *self.shared])
+        # An attribute, so that set_train reaches the network, and operators tell where they stand.
+        self.loss = MicroBatches(loss, micro_batches)
+        self.value_and_grad = ops.value_and_grad(self.loss, None, everything)
+        self.accumulated = Accumulated(self.experts, False) if len(self.experts) else None
+        self.accumulated_shared = Accumulated(self.shared, optimizer_parallel)
+        self.square_sums = square_sums(layout, [parameter.shape for parameter in self.shared])
+        self.set_train()
+        inputs = step_inputs(signature, micro_batches)
+        self.set_inputs(*(Tensor(shape=layout.part(shape, cut), dtype=dtype) for shape, dtype, cut in inputs))
+
+    def construct(self, *inputs: Tensor):
+        objective, gradients = self.value_and_grad(*inputs)
+        experts, shared = gradients[: len(self.experts)], gradients[len(self.experts) :]
+        if self.accumulated is not None:
+            experts = self.accumulated(experts)
+        shared = self.accumulated_shared(shared)
+        return objective, experts, shared, self.square_sums(*shared)
+
+
+def expert_tensors(signature: FlatSignature) -> dict[str, tuple[int, ...]]:
+    """Name -> uncut shape [slots of a chunk, …] of every activated expert tensor, in the order of the flat inputs."""
+    found = {}
+    for place in signature.places:
+        tensors = tuple(place.network.tensors)
+        for number, (shape, _, _) in enumerate(place.reserved.weight_inputs(signature.hidden, signature.ffn)):
+            chunk, tensor = divmod(number, len(tensors))
+            found[f"{place.name}.experts.{tensors[tensor]}/{chunk}"] = shape
+    return found
+
+
+def step_inputs(signature: FlatSignature, micro_batches: int) -> list[tuple[tuple[int, ...], ms.dtype, Cut]]:
+    """Whole shape, type and cut of every input of the graph of a step; `signature` is of one micro-batch."""
+    fixed = fixed_inputs(signature.batch, signature.length)
+    of_one = [fixed[name] for name in READ]
+    of_one += [entry for place in signature.places for entry in place.reserved.plan_inputs()]
+    return [((micro_batches * shape[0], *shape[1:]), dtype, cut) for shape, dtype, cut in of_one]
