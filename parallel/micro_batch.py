@@ -1,7 +1,8 @@
 """Micro-batches inside one graph, as MindSpore's pipeline pass looks for them.
 
 The pass finds the micro-batches of a graph by the slices of its inputs, and their sum by a mark on the additions; it
-then cuts the graph at the stages of the cells and orders each rank's part (one forward, one backward).
+then cuts the graph at the stages of the cells and orders each rank's part (one forward, one backward). The compiling
+process needs `parallel.layout.SLICES_STAY` in its environment.
 """
 
 from __future__ import annotations
@@ -9,10 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mindspore import Tensor, nn, ops
-
-# Environment of the compiling process: a slice of an input is of the rows that the rank itself gives, which are its
-# part of every micro-batch, one behind the other. Without it the ranks would gather each other's inputs first.
-SLICES_STAY = {"PIPELINE_SLICE_SKIP_REDISTRIBUTION": "1"}
 
 
 class MicroBatch(nn.Cell):

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 from pangu_sigma.config import Config, manifest, vocabulary_size
 from pangu_sigma.config.counts import is_expert, is_routing
-from pangu_sigma.config.dispatch import activated_slots
+from pangu_sigma.config.dispatch import activated_slots, samples_at_a_time
+from pangu_sigma.model.stages import stage_of
 from pangu_sigma.plan.cuts import cut_of
-from parallel.dry.graph import Collective, Operator, ancestors, collectives, given, held, operators
+from parallel.dry.graph import (
+    BYTES,
+    POINT_TO_POINT,
+    Collective,
+    Operator,
+    ancestors,
+    collectives,
+    given,
+    held,
+    operators,
+)
 from parallel.mesh import Mesh
 
 Shape = tuple[int, ...]
@@ -25,18 +38,22 @@ _ENTRY = {
 }
 _PLACE = re.compile(r"blocks-CellList/(\d+)-TransformerLayer|(query_layer)-TransformerLayer")
 _PRODUCTS = "networks-SlotNetworks/"
+WORDS = "embedding.word"
+# What the pipeline's pass adds micro-batches' gradients to (see `parallel.micro_batch`).
+SUMS = "accu_grads."
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """The last graph of one rank, with what its process told: uncut shapes of parameters and of expert inputs (with
-    their numbers among the graph's inputs), seconds in the compiler and in all, peak memory of the process;
-    `update`: the graph that updates the shared parameters."""
+    """The last graph of one rank, with what its process told: uncut shapes of the model's parameters and of its expert
+    tensors (with their numbers among the graph's inputs; None where they are parameters of a graph of pipeline
+    stages), seconds in the compiler and in all, peak memory of the process; `update`: the graph that updates the shared
+    parameters."""
 
     rank: int
     graph: str
     parameters: dict[str, Shape]
-    expert_inputs: dict[str, tuple[int, Shape]]
+    expert_inputs: dict[str, tuple[int | None, Shape]]
     seconds: float
     total_seconds: float
     peak_bytes: int
@@ -47,8 +64,16 @@ class Compiled:
         """Name in the graph and shape of the rank's part of every input."""
         return given(self.graph)
 
-    def input_shape(self, number: int) -> Shape:
-        """Shape of the rank's part of one input; () where the graph dropped it."""
+    @cached_property
+    def held(self) -> dict[str, Shape]:
+        """Shape of the rank's part of every parameter."""
+        return held(self.graph)
+
+    def expert_part(self, name: str) -> Shape:
+        """Shape of the rank's part of an expert tensor; () where the graph dropped it."""
+        number, _ = self.expert_inputs[name]
+        if number is None:
+            return self.held.get(name, ())
         return self.inputs[number][1] if number < len(self.inputs) else ()
 
     @cached_property
@@ -77,8 +102,28 @@ def problems(config: Config, compiled: Compiled) -> Iterator[str]:
     yield from _expert_cuts(config, compiled)
     yield from _exchanges(config, compiled)
     yield from _groups(config, compiled)
-    yield from _update(compiled)
+    yield from _update(config, compiled)
     yield from _chunks(config, compiled)
+    yield from _neighbours(config, compiled)
+
+
+def shared_of_stage(config: Config, compiled: Compiled) -> dict[str, Shape]:
+    """Name and uncut shape of the shared parameters that the rank's pipeline stage trains."""
+    mesh = config.parallel.mesh
+    stage = mesh.coordinates(compiled.rank).stage
+    return {n: s for n, s in compiled.parameters.items() if stage_of(n, config.model.layers, mesh) == stage}
+
+
+def _places(config: Config, compiled: Compiled) -> list[str]:
+    """The sparse layers of the rank's pipeline stage."""
+    mesh, layers = config.parallel.mesh, config.model.layers
+    stage = mesh.coordinates(compiled.rank).stage
+    return [place for place in config.model.sparse_prefixes if stage_of(f"{place}.", layers, mesh) == stage]
+
+
+def _times(config: Config) -> int:
+    """Micro-batches in one graph."""
+    return config.train.accumulation if config.parallel.pipeline > 1 else 1
 
 
 def _names(config: Config, compiled: Compiled) -> Iterator[str]:
@@ -110,37 +155,61 @@ def _said(shape: Shape | None) -> str:
 
 
 def _shards(config: Config, compiled: Compiled) -> Iterator[str]:
-    """Every shared parameter's part."""
-    mesh, parts = config.parallel.mesh, held(compiled.graph)
-    for name, shape in compiled.parameters.items():
-        wanted = [
-            size // (1 if axis is None else getattr(mesh, axis))
-            for size, axis in zip(shape, cut_of(name, shape), strict=True)
-        ]
-        allowed = [tuple(wanted)]
-        if config.parallel.optimizer_parallel:
-            ranks = mesh.rows if "tensor" in cut_of(name, shape) else mesh.rows * mesh.tensor
-            allowed += [
-                (wanted[0] // ways, *wanted[1:]) for ways in range(2, ranks + 1)
-                if ranks % ways == 0 and wanted[0] % ways == 0
-            ]  # fmt: skip
-        part = parts.get(name)
-        if part not in allowed:
-            yield f"parameter {name} is cut to {_said(part)}, not to {allowed[0]}"
+    """Every shared parameter's part, and in a pipeline that there are no others than the stage's."""
+    mesh, parts = config.parallel.mesh, compiled.held
+    mine = shared_of_stage(config, compiled)
+    for name, shape in mine.items():
+        allowed = _allowed_parts(config, name, shape)
+        if parts.get(name) not in allowed:
+            yield f"parameter {name} is cut to {_said(parts.get(name))}, not to {allowed[0]}"
+    if mesh.pipeline == 1:
+        return
+    stage = mesh.coordinates(compiled.rank).stage
+    experts = {name for name in compiled.expert_inputs if stage_of(name, config.model.layers, mesh) == stage}
+    wanted = {n: parts.get(n) for n in (*mine, *experts)}
+    wanted |= {f"{SUMS}{name}": None for name in wanted}
+    if sends_words(config) and stage == mesh.pipeline - 1:
+        wanted[WORDS] = parts.get(WORDS)
+    for name in sorted(parts.keys() - wanted.keys()):
+        yield f"stage {stage} holds {name}, which is another stage's"
+    for name in sorted(wanted.keys() - parts.keys()):
+        yield f"stage {stage} lacks {name}"
+
+
+def sends_words(config: Config) -> bool:
+    """Whether the first stage's word table is the last one's output matrix."""
+    return config.parallel.pipeline > 1 and config.model.head == "tied"
+
+
+def _allowed_parts(config: Config, name: str, shape: Shape) -> list[Shape]:
+    """What a rank may hold of a shared parameter."""
+    mesh, cut = config.parallel.mesh, cut_of(name, shape)
+    wanted = [size // (1 if axis is None else getattr(mesh, axis)) for size, axis in zip(shape, cut, strict=True)]
+    allowed = [tuple(wanted)]
+    if config.parallel.optimizer_parallel:
+        ranks = mesh.rows if "tensor" in cut else mesh.rows * mesh.tensor
+        allowed += [
+            (wanted[0] // ways, *wanted[1:]) for ways in range(2, ranks + 1)
+            if ranks % ways == 0 and wanted[0] % ways == 0
+        ]  # fmt: skip
+    return allowed
 
 
 def _expert_cuts(config: Config, compiled: Compiled) -> Iterator[str]:
     """Every expert weight where it enters the graph and where it enters its product."""
     mesh = config.parallel.mesh
-    for name, (number, shape) in compiled.expert_inputs.items():
+    mine = _places(config, compiled)
+    for name, (_, shape) in compiled.expert_inputs.items():
         place, _, tensor = name.partition(".experts.")
+        if place not in mine:
+            continue
         axes = _ENTRY[tensor.split("/")[0]]
         wanted = tuple(size // _ways(mesh, names) for size, names in zip(shape, axes, strict=True))
-        part = compiled.input_shape(number)
+        part = compiled.expert_part(name)
         if part != wanted:
             yield f"{place}: experts' {tensor} comes in cut to {_said(part)}, not to {wanted}"
     hidden, inner = config.model.hidden, config.model.ffn // mesh.tensor
-    for place in config.model.sparse_prefixes:
+    for place in mine:
         of_rank = activated_slots(config) // mesh.exchange_size // config.parallel.expert_chunks
         found = {
             operator.takes[1][1]
@@ -164,12 +233,12 @@ def _exchanges(config: Config, compiled: Compiled) -> Iterator[str]:
     """Two all-to-alls forward and two backward of every sparse layer (of every chunk), inside the placement's group."""
     mesh, chunks = config.parallel.mesh, config.parallel.expert_chunks
     group = mesh.exchange_group(compiled.rank)
-    expected = 2 * chunks if mesh.exchange_size > 1 else 0
+    expected = 2 * chunks * _times(config) if mesh.exchange_size > 1 else 0
     by_place: dict[str | None, list[Collective]] = {}
     for c in compiled.collectives:
         if c.kind == "AlltoAll":
             by_place.setdefault(place_of(c.scope), []).append(c)
-    for place in config.model.sparse_prefixes:
+    for place in _places(config, compiled):
         mine = by_place.pop(place, [])
         for way, backward in (("forward", False), ("backward", True)):
             count = sum(c.backward == backward and not c.recomputed for c in mine)
@@ -202,14 +271,14 @@ def _groups(config: Config, compiled: Compiled) -> Iterator[str]:
         tuple(r for r in stage if mesh.coordinates(r).expert == place.expert),
     }
     for c in compiled.collectives:
-        if c.kind not in ("Send", "Receive", "AlltoAll") and c.ranks not in known:
+        if c.kind not in (*POINT_TO_POINT, "AlltoAll") and c.ranks not in known:
             where = place_of(c.scope) or c.scope.rsplit("/", 2)[0]
             yield f"{where}: {c.kind} between ranks {c.ranks}, which share no part of a tensor in the plan"
 
 
-def _update(compiled: Compiled) -> Iterator[str]:
+def _update(config: Config, compiled: Compiled) -> Iterator[str]:
     """Each rank updates its own parts, once each, and speaks with nobody."""
-    parts = held(compiled.graph)
+    parts = {name: compiled.held.get(name) for name in shared_of_stage(config, compiled)}
     mine = {name: shape for name, shape in held(compiled.update).items() if not name.startswith("optimizer.")}
     for name in sorted(parts.keys() | mine.keys()):
         if mine.get(name) != parts.get(name):
@@ -227,19 +296,50 @@ def _chunks(config: Config, compiled: Compiled) -> Iterator[str]:
     if chunks == 1:
         return
     by_name = {operator.name: operator for operator in compiled.operators}
-    for place in config.model.sparse_prefixes:
-        products = {
-            o.name
-            for o in compiled.operators
-            if o.kind == "BatchMatMul" and not o.backward and _PRODUCTS in o.scope and place_of(o.scope) == place
-        }
+    for place in _places(config, compiled):
+        # Of one micro-batch: a later one may wait for an earlier one.
+        products: dict[str | None, set[str]] = {}
+        for o in compiled.operators:
+            if o.kind == "BatchMatMul" and not o.backward and _PRODUCTS in o.scope and place_of(o.scope) == place:
+                products.setdefault(o.micro, set()).add(o.name)
         sent, returned = 0, []
         for c in compiled.collectives:
             if c.kind == "AlltoAll" and not c.backward and not c.recomputed and place_of(c.scope) == place:
-                waits = frozenset(ancestors(by_name, c.name) & products)
+                mine = products.get(by_name[c.name].micro, set())
+                waits = frozenset(ancestors(by_name, c.name) & mine)
                 sent += not waits
                 returned += [waits] if waits else []
+        chunks = config.parallel.expert_chunks * _times(config)
         if sent != chunks:
             yield f"{place}: {chunks - sent} of {chunks} chunks of experts wait for another before their rows travel"
         if len(set(returned)) != chunks or any(len(waits) != 2 for waits in returned):
             yield f"{place}: rows come back from more experts than their own chunk's"
+
+
+def _neighbours(config: Config, compiled: Compiled) -> Iterator[str]:
+    """A stage hands rows to the next one and gradients to the one before, micro-batch by micro-batch; a tied word table
+    goes from the first stage to the last, and its gradient back, once a step."""
+    mesh, rank = config.parallel.mesh, compiled.rank
+    stage, last = mesh.coordinates(rank).stage, mesh.pipeline - 1
+    if last == 0:
+        return
+    cut = mesh.tensor if config.parallel.sequence_parallel else 1
+    tokens = samples_at_a_time(config) * config.data.sequence_length
+    rows = tokens // cut * config.model.hidden * BYTES["Float32"]
+    times, wanted = config.train.accumulation, Counter()
+    if stage < last:
+        wanted["Send", rank + mesh.stage_size, rows] += times
+        wanted["Receive", rank + mesh.stage_size, rows] += times
+    if stage > 0:
+        wanted["Receive", rank - mesh.stage_size, rows] += times
+        wanted["Send", rank - mesh.stage_size, rows] += times
+    if sends_words(config) and stage in (0, last):
+        words = math.prod(_allowed_parts(config, WORDS, compiled.parameters[WORDS])[0]) * BYTES["Float32"]
+        other = rank + (last if stage == 0 else -last) * mesh.stage_size
+        wanted["Send", other, words] += 1
+        wanted["Receive", other, words] += 1
+    found = Counter((c.kind, c.ranks[0], c.bytes) for c in compiled.collectives if c.kind in POINT_TO_POINT)
+    for key in sorted(wanted.keys() | found.keys()):
+        if wanted[key] != found[key]:
+            kind, other, size = key
+            yield f"stage {stage} has {found[key]} {kind} of {size} bytes with rank {other} instead of {wanted[key]}"

@@ -16,10 +16,12 @@ from typing import Any
 from pangu_sigma.config import Config
 from pangu_sigma.config.dispatch import activated_slots
 from pangu_sigma.errors import UserError
-from pangu_sigma.plan.checking import Compiled, problems
-from parallel.dry.graph import collectives, held, last_graph
+from pangu_sigma.model.stages import stage_of
+from pangu_sigma.plan.checking import Compiled, problems, shared_of_stage
+from parallel.dry.graph import collectives, last_graph
 from parallel.dry.process import run_dry
 from parallel.dry.standin import DryCompileError
+from parallel.layout import SLICES_STAY
 
 MODULE = "pangu_sigma.plan.dry_graph"
 
@@ -30,8 +32,6 @@ class PlanMismatch(UserError):
 
 def refuse_what_no_mesh_compiles(config: Config) -> None:
     """Raises UserError for a configuration whose graph this check cannot compile, with the reason."""
-    if config.parallel.pipeline > 1:
-        raise UserError("--compile knows no pipeline stages yet: set parallel.pipeline=1, or plan without --compile")
     if config.run.device != "Ascend":
         raise UserError("--compile compiles what devices run: set run.device=Ascend")
     if config.parallel.mesh.size == 1:
@@ -39,38 +39,55 @@ def refuse_what_no_mesh_compiles(config: Config) -> None:
 
 
 def compile_plan(config: Config, folder: Path | None = None, timeout: float = 3600.0) -> dict[str, Any]:
-    """Compile the training step of `config` for its mesh and read the graph back, as plain values for JSON.
+    """Compile the training step of `config` for its mesh, one rank of every pipeline stage; what the graphs say, as
+    plain values for JSON.
 
-    Graphs stay in `folder` if one is given. Raises PlanMismatch where the graph is not what the plan says, naming the
-    layer, and UserError where MindSpore refuses the graph.
+    Graphs stay in `folder` if one is given. Raises PlanMismatch where a graph is not what the plan says, naming the
+    layer, and UserError where MindSpore refuses it.
     """
     refuse_what_no_mesh_compiles(config)
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="pangu-sigma-plan-") as made:
             return compile_plan(config, Path(made), timeout)
-    compiled = compile_graph(config, folder / "rank_0", timeout)
-    wrong = list(problems(config, compiled))
-    if wrong:
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise PlanMismatch(f"the compiled graph is not the plan: {wrong[0]}{more}")
-    return report(config, compiled)
+    reports = []
+    for stage in range(config.parallel.pipeline):
+        compiled = compile_graph(config, folder, timeout, stage)
+        wrong = list(problems(config, compiled))
+        if wrong:
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            raise PlanMismatch(f"the compiled graph is not the plan: {wrong[0]}{more}")
+        reports.append(report(config, compiled))
+    found = reports[0]
+    if len(reports) > 1:
+        found = {
+            **found,
+            "seconds": sum(r["seconds"] for r in reports),
+            "total_seconds": sum(r["total_seconds"] for r in reports),
+            "peak_bytes": max(r["peak_bytes"] for r in reports),
+            "stages": reports,
+        }
+    return found
 
 
-def compile_graph(config: Config, folder: Path, timeout: float = 3600.0) -> Compiled:
-    """The graph of rank 0, unchecked."""
+def compile_graph(config: Config, folder: Path, timeout: float = 3600.0, stage: int = 0) -> Compiled:
+    """The graph of the first rank of a pipeline stage, unchecked; everything about it stays under `folder`/rank_N."""
+    mesh = config.parallel.mesh
+    rank = stage * mesh.stage_size
+    folder = folder / f"rank_{rank}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     started = time.perf_counter()
     try:
-        run_dry(["-m", MODULE, "config.yaml", "result.json"], folder, config.parallel.mesh.size, timeout=timeout)
-        text, update = (last_graph(folder / part / "rank_0") for part in ("graphs", "update"))
+        command = ["-m", MODULE, "config.yaml", "result.json"]
+        run_dry(command, folder, mesh.size, rank, timeout, SLICES_STAY if mesh.pipeline > 1 else None)
+        text, update = (last_graph(folder / part / f"rank_{rank}") for part in ("graphs", "update"))
     except DryCompileError as error:
         raise UserError(f"the graph was not compiled: {error}") from error
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     parameters = {name: tuple(shape) for name, shape in result["parameters"].items()}
     inputs = {name: (number, tuple(shape)) for name, (number, shape) in result["expert_inputs"].items()}
     return Compiled(
-        0, text, parameters, inputs, result["seconds"], time.perf_counter() - started, result["peak_bytes"], update
+        rank, text, parameters, inputs, result["seconds"], time.perf_counter() - started, result["peak_bytes"], update
     )
 
 
@@ -83,9 +100,11 @@ def report(config: Config, compiled: Compiled) -> dict[str, Any]:
         {"kind": kind, "backward": backward, "ranks": list(ranks), "bytes": size, "count": count}
         for (kind, backward, ranks, size), count in sorted(found.items(), key=lambda item: (item[0][0], item[0][1:]))
     ]
-    shards = held(compiled.graph)
+    mesh, layers = config.parallel.mesh, config.model.layers
+    stage = mesh.coordinates(compiled.rank).stage
     return {
         "rank": compiled.rank,
+        "stage": stage,
         "devices": config.parallel.mesh.size,
         "seconds": compiled.seconds,
         "total_seconds": compiled.total_seconds,
@@ -96,12 +115,13 @@ def report(config: Config, compiled: Compiled) -> dict[str, Any]:
             for kind in sorted({row["kind"] for row in rows})
         },
         "parameters": {
-            name: {"shape": list(shape), "shard": list(shards.get(name, ()))}
-            for name, shape in compiled.parameters.items()
+            name: {"shape": list(shape), "shard": list(compiled.held.get(name, ()))}
+            for name, shape in shared_of_stage(config, compiled).items()
         },
         "experts": {
-            name: {"shape": list(shape), "shard": list(compiled.input_shape(number))}
-            for name, (number, shape) in compiled.expert_inputs.items()
+            name: {"shape": list(shape), "shard": list(compiled.expert_part(name))}
+            for name, (_, shape) in compiled.expert_inputs.items()
+            if stage_of(name, layers, mesh) == stage
         },
         "slots_of_a_group": activated_slots(config) if config.model.sparse_prefixes else 0,
     }

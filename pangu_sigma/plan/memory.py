@@ -11,6 +11,7 @@ import math
 from pangu_sigma.config import Config, manifest
 from pangu_sigma.config.counts import is_expert, is_routing
 from pangu_sigma.config.dispatch import activated_slots, dispatch, samples_at_a_time
+from pangu_sigma.model.stages import stage_of
 from pangu_sigma.plan.cuts import is_matrix, ways
 from pangu_sigma.plan.hardware import Hardware
 
@@ -25,32 +26,49 @@ def compute_bytes(config: Config) -> int:
 
 def device_bytes(config: Config, vocabulary: int) -> dict[str, float]:
     """Bytes of the fullest rank's device by what they are for."""
+    stages = (stage_bytes(config, vocabulary, stage) for stage in range(config.parallel.mesh.pipeline))
+    return max(stages, key=lambda found: sum(found.values()))
+
+
+def stage_bytes(config: Config, vocabulary: int, stage: int) -> dict[str, float]:
+    """Bytes of a device of one pipeline stage by what they are for."""
     mesh, low = config.parallel.mesh, compute_bytes(config)
     share = mesh.rows if config.parallel.optimizer_parallel else 1
     found = dict.fromkeys(("weights", "moments", "gradients", "compute copies", "activations"), 0.0)
     resident = config.experts.store == "device"
-    sparse_layers = len(config.model.sparse_prefixes)
+    layers = config.model.layers
     for name, shape in manifest(config, vocabulary).items():
-        if is_routing(name):
+        if is_routing(name) or stage_of(name, layers, mesh) != stage:
             continue
         if is_expert(name) and not resident:
             continue
         cut = ways(name, shape, mesh)
-        values = math.prod(shape) / cut / mesh.pipeline
+        values = math.prod(shape) / cut
         repeated = 1 if is_expert(name) else share
         found["weights"] += FLOAT32 * values / repeated
         found["moments"] += MOMENTS * FLOAT32 * values / repeated
         found["gradients"] += FLOAT32 * values / repeated
         if low != FLOAT32 and is_matrix(name, shape):
             found["compute copies"] += low * values
+    if mesh.pipeline > 1 and stage == mesh.pipeline - 1 and config.model.head == "tied":
+        # What the first stage sends of the word table.
+        found["weights"] += FLOAT32 * vocabulary * config.model.hidden / mesh.tensor
+    _, sparse_layers = layers_of_stage(config, stage)
     if sparse_layers and not resident:
         per_slot = expert_values(config) / mesh.tensor
-        local = activated_slots(config) / mesh.exchange_size * sparse_layers / mesh.pipeline
+        local = activated_slots(config) / mesh.exchange_size * sparse_layers
         found["weights"] += FLOAT32 * per_slot * local
         found["gradients"] += FLOAT32 * per_slot * local
         found["compute copies"] += (low if low != FLOAT32 else 0) * per_slot * local
-    found["activations"] = activation_bytes(config, vocabulary)
+    found["activations"] = activation_bytes(config, vocabulary, stage)
     return found
+
+
+def layers_of_stage(config: Config, stage: int) -> tuple[int, int]:
+    """(layers, sparse ones among them) of a pipeline stage."""
+    mesh, layers = config.parallel.mesh, config.model.layers
+    sparse = sum(stage_of(f"{place}.", layers, mesh) == stage for place in config.model.sparse_prefixes)
+    return layers // mesh.pipeline, sparse
 
 
 def expert_values(config: Config) -> int:
@@ -58,8 +76,8 @@ def expert_values(config: Config) -> int:
     return config.model.expert_network.values(config.model.hidden, config.model.ffn)
 
 
-def activation_bytes(config: Config, vocabulary: int) -> float:
-    """Bytes that one micro-batch keeps on a device for its gradient; the fullest pipeline stage.
+def activation_bytes(config: Config, vocabulary: int, stage: int = 0) -> float:
+    """Bytes that micro-batches keep on a device of a pipeline stage for their gradients.
 
     Per token and layer, with c bytes in the compute type: the residual stream before each norm (4 h each) and each
     norm's result (c h each), q, k, v and the attention's result (4 c h), queries and keys again where they are
@@ -84,15 +102,15 @@ def activation_bytes(config: Config, vocabulary: int) -> float:
         # stands where the dense network would.
         beside = tokens * inside_expert if model.sparse.shared_expert else 0
         sparse = dense - tokens * inside + beside + sent.rows * (2 * low * model.hidden + inside_expert)
-    layers, sparse_layers = model.layers / mesh.pipeline, len(config.model.sparse_prefixes) / mesh.pipeline
+    layers, sparse_layers = layers_of_stage(config, stage)
     if config.train.recompute:
         held = kept * layers + max(dense, sparse if sparse_layers else 0.0)
     else:
         held = dense * (layers - sparse_layers) + sparse * sparse_layers
-    # The first stage of a pipeline holds as many micro-batches as there are stages.
-    held *= mesh.pipeline
+    # One forward, one backward: the first stage of a pipeline holds as many micro-batches as there are stages.
+    held *= mesh.pipeline - stage
     logits = 2 * FLOAT32 * config.predictions * tokens * vocabulary / mesh.tensor
-    return held + logits
+    return held + (logits if stage == mesh.pipeline - 1 else 0)
 
 
 def host_bytes(config: Config, hardware: Hardware) -> float:
@@ -101,8 +119,10 @@ def host_bytes(config: Config, hardware: Hardware) -> float:
         return 0.0
     mesh = config.parallel.mesh
     ranks = min(hardware.devices_per_host, mesh.size)
-    experts = config.experts_in_layer * len(config.model.sparse_prefixes)
-    stored = (1 + MOMENTS) * FLOAT32 * experts * expert_values(config) / mesh.expert / mesh.tensor / mesh.pipeline
+    # A host's ranks may all be of the stage that has most sparse layers.
+    layers = max(layers_of_stage(config, stage)[1] for stage in range(mesh.pipeline))
+    experts = config.experts_in_layer * layers
+    stored = (1 + MOMENTS) * FLOAT32 * experts * expert_values(config) / mesh.expert / mesh.tensor
     if config.experts.store == "disk":
         return min(stored * ranks, config.experts.resident_gib * 2**30 * ranks)
     return stored * ranks

@@ -72,18 +72,37 @@ def _placements(plan: dict[str, Any]) -> str:
 
 
 def _compiled(found: dict[str, Any]) -> str:
-    """What MindSpore's pass made of the graph."""
+    """What MindSpore's pass made of the graph, or of every pipeline stage's."""
+    stages = found.get("stages", [found])
+    tables = []
+    for of_stage in stages:
+        what = f"stage {of_stage['stage']}, rank {of_stage['rank']}: the graph of a whole step"
+        if len(stages) == 1:
+            what = "rank 0's graph of one micro-batch"
+        tables.append(f"{what}:\n{_collectives(of_stage)}\n{_parts(of_stage)}")
+    both = "; rows and their gradients go from stage to stage, micro-batch by micro-batch" if len(stages) > 1 else ""
+    return (
+        f"compiled by MindSpore's semi-auto-parallel pass for {found['devices']} devices in {found['seconds']:.1f} s, "
+        f"{found['peak_bytes'] / GIB:.1f} GiB; " + "\n\n".join(tables) + "; every sparse layer has its exchanges, "
+        f"inside its placement group{both}"
+    )
+
+
+def _parts(found: dict[str, Any]) -> str:
+    cut = sum(p["shard"] != p["shape"] for p in found["parameters"].values())
+    return (
+        f"{len(found['parameters'])} parameters as in the manifest, {cut} of them cut; {len(found['experts'])} expert "
+        "tensors come in cut as planned"
+    )
+
+
+def _collectives(found: dict[str, Any]) -> str:
     rows = []
     for row in found["collectives"]:
         ranks = row["ranks"]
         said = ", ".join(map(str, ranks[:4])) + (f", … {ranks[-1]}" if len(ranks) > 4 else "")
         way = "backward" if row["backward"] else "forward"
         rows.append([row["kind"], way, str(row["count"]), str(len(ranks)), f"{row['bytes'] / 2**20:,.2f}", said])
-    table = text_table(["collective", "", "times", "ranks", "MiB each", "of rank 0: ranks"], rows, left=2)
-    cut = sum(p["shard"] != p["shape"] for p in found["parameters"].values())
-    return (
-        f"compiled by MindSpore's semi-auto-parallel pass for {found['devices']} devices in {found['seconds']:.1f} s, "
-        f"{found['peak_bytes'] / GIB:.1f} GiB; rank 0's graph of one micro-batch:\n{table}\n"
-        f"{len(found['parameters'])} parameters as in the manifest, {cut} of them cut; {len(found['experts'])} expert "
-        "tensors come in cut as planned; every sparse layer has its exchanges, inside its placement group"
+    return text_table(
+        ["collective", "", "times", "ranks", "MiB each", f"of rank {found['rank']}: ranks"], rows, left=2
     )

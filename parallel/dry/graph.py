@@ -10,12 +10,15 @@ from pathlib import Path
 
 from parallel.dry.standin import DryCompileError
 
-COLLECTIVES = ("AlltoAll", "AllReduce", "AllGather", "ReduceScatter", "Send", "Receive")
+POINT_TO_POINT = ("Send", "Receive")
+COLLECTIVES = ("AlltoAll", "AllReduce", "AllGather", "ReduceScatter", *POINT_TO_POINT)
 BYTES = {
     "Float16": 2, "BFloat16": 2, "Float32": 4, "Float64": 8, "Int32": 4, "Int64": 8, "Bool": 1, "UInt8": 1, "Int8": 1,
 }  # fmt: skip
 
 _CALL = re.compile(r"^  (%\d+)\(.*?\) = (?:PrimFunc_)?(\w+)\((.*?)\)(?: \{instance name: (\S+)\})?(?: |$)(.*)")
+_PEER = re.compile(r"(?:dest|src)_rank: I64\((\d+)\)")
+_MICRO = re.compile(r"[{ ]micro: I64\((\d+)\)")
 _RANKS = re.compile(r"group_rank_ids: \(([\d, ]*)\)")
 _NUMBER = re.compile(r'[{ ]unique_id: "(\d+)"')
 _FORWARD = re.compile(r'forward_unique_id: "(\d+)"')
@@ -28,7 +31,8 @@ _PARAMETER = re.compile(r"^(%para\d+_\S+?): <(?:Ref\[)?Tensor\[(\w+)\]\]?, \(([\
 class Operator:
     """One operator of a graph: what it reads (`%12`, `%para3_x`), the types and shapes of the tensors it takes and
     gives, where in the cells it stands, the ranks that it speaks with; `number`: MindSpore's own, and `forward`: that
-    of the operator whose gradient it is. Gradients of equal operators share one scope, so theirs names any of them."""
+    of the operator whose gradient it is. Gradients of equal operators share one scope, so theirs names any of them.
+    Of what is sent to one rank alone, `ranks` is that rank. `micro`: the micro-batch in a graph of several."""
 
     name: str
     kind: str
@@ -40,6 +44,7 @@ class Operator:
     ranks: tuple[int, ...]
     number: str | None
     forward: str | None
+    micro: str | None = None
 
     @property
     def backward(self) -> bool:
@@ -55,7 +60,8 @@ class Operator:
 @dataclass(frozen=True)
 class Collective:
     """One collective: its kind, the ranks that take part, the bytes that a rank puts in, and in which direction;
-    `recomputed`: a forward one that stands in the gradient a second time."""
+    `recomputed`: a forward one that stands in the gradient a second time. Of a Send and a Receive, the other rank and
+    the bytes that go there or come from it."""
 
     kind: str
     ranks: tuple[int, ...]
@@ -85,7 +91,7 @@ def operators(graph: str) -> Iterator[Operator]:
         types = lines[number + 1] if number + 1 < len(lines) else ""
         before, _, after = types.partition(") -> (")
         scope = _SCOPE.search(lines[number + 2]) if number + 2 < len(lines) else None
-        ranks = _RANKS.search(rest)
+        ranks = (_PEER if kind in POINT_TO_POINT else _RANKS).search(rest)
         yield Operator(
             name=name,
             kind=kind,
@@ -97,6 +103,7 @@ def operators(graph: str) -> Iterator[Operator]:
             ranks=_numbers(ranks[1]) if ranks else (),
             number=_one(_NUMBER, rest),
             forward=_one(_FORWARD, rest),
+            micro=_one(_MICRO, rest),
         )
 
 
@@ -110,7 +117,9 @@ def collectives(graph: str) -> list[Collective]:
             continue
         if not operator.takes and operator.kind != "Receive":
             raise DryCompileError(f"the graph does not tell the type of {operator.kind} {operator.name}")
-        size = sum(BYTES[kind] * math.prod(shape) for kind, shape in operator.takes or operator.gives)
+        # A Receive names some tensor to wait for, which is not what it receives.
+        moved = operator.gives if operator.kind == "Receive" else operator.takes
+        size = sum(BYTES[kind] * math.prod(shape) for kind, shape in moved)
         scope = scopes.get(operator.forward, operator.scope) if operator.backward else operator.scope
         found.append(
             Collective(

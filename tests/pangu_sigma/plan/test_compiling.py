@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from pangu_sigma.cli import app
-from pangu_sigma.config import load_config
+from pangu_sigma.config import load_config, vocabulary_size
 from pangu_sigma.errors import UserError
 from pangu_sigma.plan.checking import place_of, problems
 from pangu_sigma.plan.compiling import compile_graph, compile_plan, report
+from pangu_sigma.plan.memory import stage_bytes
 from pangu_sigma.plan.traffic import all_to_all_bytes
 from parallel.dry.graph import operators
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SHALLOW = ("model.layers=3",)
+STAGES = ("model.layers=4", "parallel.pipeline=2", "train.accumulation=2", "data.domains_per_step=1")
 OPTIONS = (
     "model.layers=4", "model.sparse.shared_expert=true", "train.recompute=true", "parallel.sequence_parallel=true",
     "parallel.optimizer_parallel=true", "parallel.expert=8", "parallel.tensor=4", "parallel.data=2",
@@ -35,11 +39,12 @@ def compiled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compiled")
     found = {}
 
-    def ask(name, *overrides):
-        if (name, overrides) not in found:
+    def ask(name, *overrides, stage=0):
+        asked = (name, overrides, stage)
+        if asked not in found:
             config = load_config(CONFIGS / name, overrides)
-            found[(name, overrides)] = (config, compile_graph(config, folder / str(len(found))))
-        return found[(name, overrides)]
+            found[asked] = (config, compile_graph(config, folder / str(len(found)), stage=stage))
+        return found[asked]
 
     return ask
 
@@ -107,6 +112,47 @@ def test_every_option_on_64_devices(compiled):
     assert found["parameters"]["blocks.0.attention.query.weight"]["shard"] == [512 // 16, 512 // 4]
 
 
+def test_pipeline_stages_hold_their_layers_and_hand_rows_on(compiled):
+    graphs = []
+    for stage in range(2):
+        config, graph = compiled("eight_devices_domain.yaml", *STAGES, stage=stage)
+        assert list(problems(config, graph)) == []
+        graphs.append(graph)
+        # One sparse layer each, with two micro-batches; exchanges inside the stage.
+        found = report(config, graph)
+        assert {tuple(c["ranks"]) for c in exchanges(found)} == {(8 * stage, 8 * stage + 2)}
+        assert sum(c["count"] for c in exchanges(found)) == 2 * (2 + 2)
+        assert as_by_arithmetic(config, found)
+        held = sum(math.prod(shape) for name, shape in graph.held.items() if not name.startswith("accu_grads."))
+        assert 4 * held == stage_bytes(config, vocabulary_size(config), stage)["weights"]
+    assert graphs[0].rank == 0 and graphs[1].rank == 8
+    assert "blocks.1.experts.up.weight/0" in graphs[0].held and "blocks.1.norm1.gamma" not in graphs[1].held
+    # The word table of the last stage is the first one's, so that only the first updates it.
+    assert "embedding.word" in graphs[1].held and "embedding.word" not in report(config, graphs[1])["parameters"]
+    rows = 2 * 512 * 512 * 4
+    sent = Counter((c.kind, c.ranks, c.bytes) for c in graphs[0].collectives if c.kind in ("Send", "Receive"))
+    assert sent == {
+        ("Send", (8,), rows): 2, ("Receive", (8,), rows): 2,
+        ("Send", (8,), 4096 * 512 * 4): 1, ("Receive", (8,), 4096 * 512 * 4): 1,
+    }  # fmt: skip
+
+
+def test_a_stage_that_does_not_hand_its_rows_on_is_caught(compiled):
+    config, graph = compiled("eight_devices_domain.yaml", *STAGES)
+    elsewhere = dataclasses.replace(graph, graph=graph.graph.replace("dest_rank: I64(8)", "dest_rank: I64(9)"))
+    said = list(problems(config, elsewhere))
+    assert "stage 0 has 0 Send of 2097152 bytes with rank 8 instead of 2" in said
+    assert "stage 0 has 2 Send of 2097152 bytes with rank 9 instead of 0" in said
+
+
+def test_a_stage_with_anothers_layers_is_caught(compiled):
+    _, graph = compiled("eight_devices_domain.yaml", *STAGES)
+    last = dataclasses.replace(graph, rank=8)
+    said = list(problems(compiled("eight_devices_domain.yaml", *STAGES)[0], last))
+    assert "stage 1 holds blocks.0.norm1.gamma, which is another stage's" in said
+    assert "stage 1 lacks query_layer.norm1.gamma" in said
+
+
 def test_a_plan_of_another_placement_is_caught_by_layer(compiled):
     _, graph = compiled("eight_devices_global.yaml", *SHALLOW)
     host = ("experts.store=device",)
@@ -158,9 +204,10 @@ def test_a_chunk_that_waits_for_another_is_caught(compiled):
 def test_what_cannot_be_compiled_is_said(tmp_path):
     for override, said in (
         ("parallel={}", "needs more than one device"),
-        ("parallel={pipeline: 2}", "no pipeline stages"),
+        ("run.device=CPU", "set run.device=Ascend"),
     ):
-        config = load_config(CONFIGS / "eight_devices_dense.yaml", (override, "train.accumulation=2"))
+        dense = ("parallel.tensor=1", "parallel.workers=8", "train.precision=float32", "evaluate.batch_size=8")
+        config = load_config(CONFIGS / "eight_devices_dense.yaml", (*dense[: 4 * ("CPU" in override)], override))
         with pytest.raises(UserError, match=said):
             compile_plan(config)
     command = ["plan", str(CONFIGS / "eight_devices_dense.yaml"), "--graphs", str(tmp_path / "kept")]
