@@ -33,14 +33,21 @@ class Layout:
 
     `device` is "CPU" or "Ascend" and tells device-aware primitives which form to take; `kernels` is the path of the
     compiled CPU kernels (`parallel.compiled.library`), which compute in float32 alone; None to compose everything of
-    MindSpore's operators. `stream` is the cut of the residual stream [T, D] between sublayers.
+    MindSpore's operators. `grouped`: a layer's experts are one grouped product. `stream` is the cut of the residual
+    stream [T, D] between sublayers.
     """
 
     stream: Cut = ("rows", 1)
 
-    def __init__(self, device: str = "CPU", kernels: str | None = None) -> None:
+    def __init__(self, device: str = "CPU", kernels: str | None = None, grouped: bool = False) -> None:
         self.device = device
         self.kernels = kernels if device == "CPU" else None
+        self.grouped = grouped
+
+    @property
+    def rows_by_slot(self) -> bool:
+        """True where networks take rows as one list in the order of the slots, and where each slot ends."""
+        return bool(self.kernels) or self.grouped
 
     @property
     def native(self) -> bool:

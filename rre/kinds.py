@@ -15,7 +15,8 @@ class RouterKind:
     `options`: keys of the configuration that only routers which name them obey. `causal`: whether a token's experts
     depend on it alone.
     `keeps_scale`: whether a token's combine weights add up to 1, so that equal experts are one network.
-    `top_layer`: whether it mixes what the model's top layer gives, and stands nowhere else.
+    `top_layer`: whether it mixes what the model's top layer gives, and stands nowhere else. `cut`: whether it has a
+    form in a graph that is cut over devices.
     """
 
     learned: bool
@@ -26,14 +27,15 @@ class RouterKind:
     causal: bool = True
     keeps_scale: bool = True
     top_layer: bool = False
+    cut: bool = False
 
 
 KINDS = {
-    "rre": RouterKind(False, "domain", fixed=True, options=frozenset({"resample"})),
-    "hash": RouterKind(False, "layer", fixed=True),
-    "switch": RouterKind(True, fixed=True, options=frozenset({"jitter"}), keeps_scale=False),
-    "gshard": RouterKind(True, experts_per_token=2, fixed=True),
-    "glam": RouterKind(True, experts_per_token=2, fixed=True),
+    "rre": RouterKind(False, "domain", fixed=True, options=frozenset({"resample"}), cut=True),
+    "hash": RouterKind(False, "layer", fixed=True, cut=True),
+    "switch": RouterKind(True, fixed=True, options=frozenset({"jitter"}), keeps_scale=False, cut=True),
+    "gshard": RouterKind(True, experts_per_token=2, fixed=True, cut=True),
+    "glam": RouterKind(True, experts_per_token=2, fixed=True, cut=True),
     "noisy_top_k": RouterKind(True, experts_per_token=4),
     "olmoe": RouterKind(True, experts_per_token=8, options=frozenset({"renormalise", "balance"}), keeps_scale=False),
     "adaptive_mixture": RouterKind(

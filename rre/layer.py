@@ -11,6 +11,7 @@ from parallel.layout import Layout
 from rre.capacity import CapacityNetworks
 from rre.dispatch import EXACT_ROWS, Combine, Dispatch
 from rre.experts import Experts
+from rre.grouped import GroupedNetworks
 from rre.network import NetworkForm
 
 
@@ -85,12 +86,15 @@ class SparseFeedForward(nn.Cell):
             self.networks = CapacityNetworks(layout, form.activation, compute, layout.meshed, chunks)
         elif self.has_kernels:
             self.networks = CompiledNetworks(layout.kernels, form)
+        elif layout.grouped:
+            self.networks = GroupedNetworks(layout, form, compute)
         else:
             self.networks = RaggedNetworks(layout, form, compute)
         if self.has_kernels:
             self.weigh = CompiledCombine(layout.kernels)
-        self.mul = layout(ops.Mul(), (1, 1), (1, 1))
-        self.choice_sum = layout(ops.ReduceSum(), (1, 1, 1))
+        self.is_cut = layout.meshed is not None
+        self.mul = layout(ops.Mul(), ("rows", 1), ("rows", 1))
+        self.choice_sum = layout(ops.ReduceSum(), ("rows", 1, 1))
         self.take = layout(ops.Gather(), (1, 1), (1,))
         self.add_up = layout(ops.UnsortedSegmentSum(), (1, 1), (1,))
         self.add = layout(ops.Add(), layout.stream, layout.stream)
@@ -120,7 +124,9 @@ class SparseFeedForward(nn.Cell):
         y = self.where_experts_are(x, plan, weights)
         if combine_weights is not None and self.has_kernels:
             return self.weigh(y, combine_weights)
-        if combine_weights is not None:
+        if combine_weights is not None and self.is_cut:
+            y = self.mul(y, combine_weights.reshape(-1, 1))
+        elif combine_weights is not None:
             y = self.mul(y, ops.BroadcastTo(y.shape)(combine_weights.reshape(-1, 1)))
         tokens, hidden = x.shape
         if y.shape[0] > tokens:

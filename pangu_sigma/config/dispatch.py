@@ -70,10 +70,11 @@ def activated_slots(config: Config) -> int:
     return most * parts
 
 
-def rows_of_sample(config: Config) -> int:
-    """Rows that an expert takes of one sample: ceil(factor * S / E_d) of a domain's table, where any sample may be of
-    any domain that the exchange group holds; ceil(factor * k S / E) of all E experts of the layer else."""
-    sparse, length = config.model.sparse, config.data.sequence_length
+def rows_of_group(config: Config) -> int:
+    """Rows that an expert takes of one dispatch group of n samples: ceil(factor * n S / E_d) of a domain's table, where
+    any sample may be of any domain that the exchange group holds; ceil(factor * k n S / E) of all E experts of the
+    layer else."""
+    sparse, length = config.model.sparse, config.data.sequence_length * config.model.sparse.capacity_samples
     sizes = [domain.experts for domain in config.domains]
     among = min(sizes) if KINDS[sparse.router].tables == "domain" else sum(sizes)
     return math.ceil(sparse.capacity_factor * config.experts_per_token * length / among)
@@ -87,4 +88,5 @@ def dispatch(config: Config) -> Dispatch | None:
     choices = samples * length * config.experts_per_token
     if config.model.sparse.dispatch == "dropless":
         return Dispatch(1, choices, samples * length, choices)
-    return Dispatch(activated_slots(config), samples * rows_of_sample(config), samples * length, choices)
+    rows = samples // config.model.sparse.capacity_samples * rows_of_group(config)
+    return Dispatch(activated_slots(config), rows, samples * length, choices)

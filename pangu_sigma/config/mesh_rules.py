@@ -35,6 +35,11 @@ def broken_mesh_rules(config: Config) -> Broken:
 def check_one_process(config: Config, instead: str) -> None:
     """Refuse a mesh of several ranks for a job of one process; `instead`: what to do. Raises UserError."""
     mesh = config.parallel.mesh
+    if mesh.size > 1 and config.run.device == "Ascend":
+        raise UserError(
+            f"training over a mesh of {mesh.size} Ascend devices does not start yet: check its graph with `pangu-sigma "
+            "plan --compile`, train with parallel={} on one device, or with run.device=CPU in several processes"
+        )
     if mesh.size > 1:
         raise UserError(
             f"parallel makes a mesh of {mesh.size} ranks (data {mesh.data} x expert {mesh.expert} x tensor "
@@ -163,13 +168,19 @@ def _one_graph(config: Config, mesh: Mesh) -> Broken:
     if not config.model.sparse_prefixes:
         return
     router = model.sparse.router
-    if KINDS[router].learned:
-        tables = ", ".join(name for name, kind in KINDS.items() if not kind.learned)
+    if not KINDS[router].cut:
+        others = ", ".join(name for name, kind in KINDS.items() if kind.cut)
         yield (
             "model.sparse.router",
-            f"model.sparse.router = {router} plans rows inside the graph, which has no form that is cut over devices: "
-            f"choose one of {tables}",
+            f"model.sparse.router = {router} has no form that is cut over devices: choose one of {others}",
         )
+    for name, number in (("expert_chunks", parallel.expert_chunks), ("pipeline", parallel.pipeline)):
+        if KINDS[router].learned and number > 1:
+            yield (
+                f"parallel.{name}",
+                f"parallel.{name} = {number} needs rows planned outside the graph, and a gate ({router}) "
+                "plans them inside: set it to 1, or the router to rre or hash",
+            )
     for name, width in (("hidden", model.hidden), ("ffn", model.ffn)):
         if width % (mesh.data * mesh.tensor):
             yield (

@@ -45,6 +45,10 @@ class ExpertsConfig(Section):
     resident_gib: float = Field(
         4.0, gt=0, description="With store disk, GiB of experts and their moments in memory at a time."
     )
+    grouped_matmul: bool = Field(
+        True,
+        description="Whether a single Ascend device takes a layer's experts as one grouped product; float16, bfloat16.",
+    )
 
 
 class EvaluateConfig(Section):

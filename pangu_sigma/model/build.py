@@ -18,6 +18,7 @@ from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.model.signature import FlatSignature, PlaceSignature
 from parallel.compiled import HostKernels, library
 from parallel.exchange import GatheredExchange
+from parallel.grouped import uses_grouped_product
 from parallel.layout import Layout, MeshLayout
 from parallel.processes import Processes
 from rre.capacity import Reserved
@@ -94,7 +95,12 @@ class Model:
             reserved = Reserved(mesh, slots, sent.rows_per_slot, batch * length, choices, chunks)
             prefixes = config.model.sparse_prefixes
             form = config.model.expert_network
-            places = tuple(PlaceSignature(p, slots, form, learned=False, reserved=reserved) for p in prefixes)
+            places = tuple(
+                PlaceSignature(
+                    p, slots, form, router.learned, router.noise_shape(batch * length), reserved=reserved
+                )  # fmt: skip
+                for p, router in zip(prefixes, self.routers, strict=True)
+            )
         return FlatSignature(places, None, batch, config.data.sequence_length, config.model.hidden, config.model.ffn)
 
     def reach(self, domains: int) -> int:
@@ -113,7 +119,7 @@ class Model:
             return self._signature(batch, len(self.held))
         come = batch * self.sources(training=False)
         activated = min(len(self.held), self._activated_at_most(come, domains))
-        if self.layout.kernels:
+        if self.layout.rows_by_slot:
             return self._signature(batch, activated)
         # Every expert may end in one block that is not full.
         full = come * self.config.data.sequence_length // EXACT_ROWS
@@ -125,7 +131,7 @@ class Model:
         places = tuple(
             PlaceSignature(
                 place, slots, model.expert_network, router.learned, router.noise_shape(tokens) if training else (),
-                bool(self.layout.kernels),
+                self.layout.rows_by_slot,
             )  # fmt: skip
             for place, router in zip(model.sparse_prefixes, self.routers, strict=True)
         )
@@ -156,7 +162,16 @@ def chosen_layout(config: Config) -> Layout:
     parallel = config.parallel
     if config.run.device == "Ascend" and parallel.mesh.size > 1:
         return MeshLayout(parallel.mesh, config.run.device, parallel.sequence_parallel)
-    return Layout(config.run.device, chosen_kernels(config))
+    return Layout(config.run.device, chosen_kernels(config), _grouped(config))
+
+
+def _grouped(config: Config) -> bool:
+    """Whether the experts of a layer are one grouped product: rows are planned by a table, before the graph runs."""
+    return (
+        config.experts.grouped_matmul
+        and uses_grouped_product(config.run.device, COMPUTE_TYPES[config.train.precision])
+        and not KINDS[config.model.sparse.router].learned
+    )
 
 
 def build_model(

@@ -73,9 +73,12 @@ class PlannedBatch:
             tensors.append(store.whole("embedding", "word"))
         for place, plan, noise in zip(signature.places, self.plans, self.noise, strict=True):
             if place.reserved is not None:
-                tensors += [Tensor(part) for part in plan.plan.inputs]
+                if plan is not None:
+                    tensors += [Tensor(part) for part in plan.plan.inputs]
+                elif place.noise:
+                    tensors.append(Tensor(noise))
                 for slots in place.reserved.by_chunk(place.slots):
-                    fetched = store.fetch(place.name, plan.experts[slots])
+                    fetched = store.fetch(place.name, slots if plan is None else plan.experts[slots])
                     per_slot = len(fetched) // slots.size
                     tensors += [Tensor(np.stack([t.asnumpy() for t in fetched[i::per_slot]])) for i in range(per_slot)]
             elif plan is None:

@@ -20,7 +20,7 @@ class PlaceSignature:
     """Inputs of one sparse layer: `slots` experts of `network`, and what its router takes from outside the graph.
 
     `noise`: shape of a learned gate's noise, () = none. `reserved`: the static shapes of a graph that is cut over a
-    mesh, whose slots' weights come stacked.
+    mesh, whose slots' weights come stacked; a learned gate's slots are the experts in their order.
     """
 
     name: str
@@ -43,11 +43,17 @@ class PlaceSignature:
         A plan is order and offsets for compiled networks, else rows of each slot and of the dropped plus positions; of
         reserved rows it is `Reserved.plan_inputs`.
         """
-        if self.reserved is not None:
-            return self.chunks + 2
         if self.learned:
             return int(self.noise != ())
+        if self.reserved is not None:
+            return self.chunks + 2
         return 2 if self.compiled else self.slots + 2
+
+    def cut_routing(self) -> list[tuple[tuple[int, ...], ms.dtype, Cut]]:
+        """Whole shape, type and cut of the routing inputs of a graph that is cut over a mesh."""
+        if not self.learned:
+            return self.reserved.plan_inputs()
+        return [(self.noise, ms.float32, ("rows", *(1,) * (len(self.noise) - 1)))] if self.noise else []
 
     @property
     def weights(self) -> int:
@@ -91,7 +97,7 @@ class FlatSignature:
         return [
             entry
             for place in self.places
-            for entry in (*place.reserved.plan_inputs(), *place.reserved.weight_inputs(self.hidden, self.ffn))
+            for entry in (*place.cut_routing(), *place.reserved.weight_inputs(self.hidden, self.ffn))
         ]
 
     def placeholders(self, layout: Layout | None = None) -> list[Tensor]:

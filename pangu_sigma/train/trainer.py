@@ -246,8 +246,9 @@ class Trainer:
                     stacked = by_expert[at : at + len(place.network.tensors)]
                     at += len(stacked)
                     for i, slot in enumerate(slots.tolist()):
-                        expert = int(plan.experts[slot])
-                        if plan.counts[slot] > 0 and owner[expert] in phase.domains:
+                        expert = slot if plan is None else int(plan.experts[slot])
+                        rows = received[layer, expert] if plan is None else plan.counts[slot]
+                        if rows > 0 and owner[expert] in phase.domains:
                             found[(place.name, expert)] = [gradient[i] for gradient in stacked]
                 continue
             experts = range(place.slots) if plan is None else plan.experts.tolist()

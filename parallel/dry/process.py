@@ -78,6 +78,5 @@ def start_semi_auto(dataset_strategy: str | tuple = "full_batch", save_to: str =
 
     ms.set_context(device_target="GPU", mode=ms.GRAPH_MODE, save_graphs=2, save_graphs_path=save_to)
     init("nccl")
-    ms.set_auto_parallel_context(
-        parallel_mode="semi_auto_parallel", enable_alltoall=True, dataset_strategy=dataset_strategy, **context
-    )
+    wanted = {"parallel_mode": "semi_auto_parallel", "enable_alltoall": True, "dataset_strategy": dataset_strategy}
+    ms.set_auto_parallel_context(**(wanted | context))

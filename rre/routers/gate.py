@@ -15,6 +15,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
+from rre.capacity_in_graph import CapacityPlanInGraph
 from rre.counted import generator
 from rre.dispatch import plan_in_graph
 from rre.routers.base import Router, RouterOptions
@@ -61,7 +62,8 @@ class Gate(nn.Cell):
 
     With `tells_choices` the last is the hits [T, E] instead, 1 where a token takes an expert (set it before compiling).
     Room goes to first choices before second ones, then in token order (arXiv 2006.16668, algorithm 1); a choice
-    without room takes the residual alone. Gates compute in float32.
+    without room takes the residual alone. Gates compute in float32. In a graph that is cut over a mesh each rank gates
+    its own tokens, with a copy of the weight, and plans reserved rows (`rre.capacity`).
     """
 
     def __init__(self, router: LearnedRouter) -> None:
@@ -72,22 +74,32 @@ class Gate(nn.Cell):
         self.capacity, self.group = router.capacity, router.group
         shape = (options.hidden, self.experts)
         self.weight = Parameter(initializer(Normal(options.init_std), shape), name="weight")
-        self.logits = layout(ops.MatMul(), (1, 1), (1, 1))
-        self.softmax = layout(ops.Softmax(-1), (1, 1))
-        self.one_hot = layout(ops.OneHot(), (1, 1, 1), (), ())
-        self.cumulative = layout(ops.CumSum(), (1, 1, 1))
-        self.turn = layout(ops.Transpose(), (1, 1, 1, 1))
-        self.less_equal = layout(ops.LessEqual(), (1, 1, 1), ())
-        self.mul = layout(ops.Mul(), (1, 1, 1), (1, 1, 1))
-        self.sub = layout(ops.Sub(), (1, 1), (1, 1))
-        self.cast = layout(ops.Cast(), (1, 1))
-        self.sum = layout(ops.ReduceSum(), (1, 1, 1))
-        self.overflow_sum = layout(ops.ReduceSum(keep_dims=True), (1, 1))
-        self.concat = layout(ops.Concat(1), (1, 1), (1, 1))
-        self.select = layout(ops.Select(), (1, 1), (1, 1), (1, 1))
-        self.plan = plan_in_graph(self.experts, layout, options.exchange)
+        two, three, four = (("rows", *(1,) * n) for n in (1, 2, 3))
+        self.logits = layout(ops.MatMul(), two, (1, 1))
+        self.softmax = layout(ops.Softmax(-1), two)
+        self.one_hot = layout(ops.OneHot(), three, (), ())
+        self.cumulative = layout(ops.CumSum(), three)
+        self.turn = layout(ops.Transpose(), four)
+        self.less_equal = layout(ops.LessEqual(), three, ())
+        self.mul = layout(ops.Mul(), three, three)
+        self.sub = layout(ops.Sub(), two, two)
+        self.cast = layout(ops.Cast(), three)
+        self.sum = layout(ops.ReduceSum(), three)
+        self.overflow_sum = layout(ops.ReduceSum(keep_dims=True), two)
+        self.of_choices = layout(ops.Div(), two, ())
+        self.concat = layout(ops.Concat(1), two, two)
+        self.greater = layout(ops.Greater(), two, ())
+        self.select = layout(ops.Select(), two, two, two)
+        self.is_cut = layout.meshed is not None
+        if self.is_cut:
+            self.plan_by_capacity = CapacityPlanInGraph(layout, layout.meshed, self.experts, self.group, self.capacity)
+        else:
+            self.plan = plan_in_graph(self.experts, layout, options.exchange)
         self.tells_choices = False
+        self.choices_of_token = Tensor(float(self.choices), ms.float32)
         self.on, self.off = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
+        if self.capacity is not None:
+            self.room = Tensor(float(self.capacity), ms.float32)
 
     def choose(self, x: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """(expert ids int32 [T, k], E for a choice that is not made; combine weights [T, k]; what `auxiliary` needs).
@@ -108,14 +120,21 @@ class Gate(nn.Cell):
         wanted = self.rows(hits)
         kept = wanted
         # Evaluation drops nothing, whatever training does.
-        if self.training and self.capacity is not None:
-            hits = self.with_room(hits)
+        if self.is_cut:
+            hits, number = self.with_room(hits)
             kept = self.rows(hits)
-            ids = self.select(self.sum(hits, 2) > 0.0, ids, ops.fill(ms.int32, ids.shape, self.experts))
+            plan = self.plan_by_capacity(hits, number)
+        elif self.training and self.capacity is not None:
+            hits, _ = self.with_room(hits)
+            kept = self.rows(hits)
+            has_room = self.greater(self.sum(hits, 2), self.off)
+            plan = self.plan(self.select(has_room, ids, ops.fill(ms.int32, ids.shape, self.experts)))
+        else:
+            plan = self.plan(ids)
         if self.tells_choices:
-            return self.plan(ids), chosen[1], auxiliary, self.told(hits, chosen)
-        lost = self.overflow_sum(self.sub(wanted, kept), 1) / self.choices
-        return self.plan(ids), chosen[1], auxiliary, self.concat((kept, lost))
+            return plan, chosen[1], auxiliary, self.told(hits, chosen)
+        lost = self.of_choices(self.overflow_sum(self.sub(wanted, kept), 1), self.choices_of_token)
+        return plan, chosen[1], auxiliary, self.concat((kept, lost))
 
     def told(self, hits: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
         """The hits [T, E] of `tells_choices`."""
@@ -125,14 +144,16 @@ class Gate(nn.Cell):
         """Rows of every sample and expert [B, E]."""
         return self.sum(hits.reshape(-1, self.length * self.choices, self.experts), 1)
 
-    def with_room(self, hits: Tensor) -> Tensor:
-        """`hits` [T, k, E] without the choices that found their expert full."""
+    def with_room(self, hits: Tensor) -> tuple[Tensor, Tensor]:
+        """`hits` [T, k, E] without the choices that found their expert full, and which of its group's choices of the
+        expert each was, counted from 1 [T, k, E]."""
         ordered = hits.reshape(-1, self.group, self.choices, self.experts)
         if self.choices > 1:
             ordered = self.turn(ordered, (0, 2, 1, 3))
         ordered = ordered.reshape(-1, self.group * self.choices, self.experts)
-        rank = self.cumulative(ordered, 1)
-        ordered = self.mul(ordered, self.cast(self.less_equal(rank, float(self.capacity)), ms.float32))
+        number = self.cumulative(ordered, 1)
         if self.choices > 1:
-            ordered = self.turn(ordered.reshape(-1, self.choices, self.group, self.experts), (0, 2, 1, 3))
-        return ordered.reshape(hits.shape)
+            number = self.turn(number.reshape(-1, self.choices, self.group, self.experts), (0, 2, 1, 3))
+        number = number.reshape(hits.shape)
+        room = self.less_equal(number, self.room)
+        return self.mul(hits, self.cast(room, ms.float32)), number

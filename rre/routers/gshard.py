@@ -42,16 +42,24 @@ class GShardGate(Gate):
     def __init__(self, router: GShardRouter) -> None:
         super().__init__(router)
         layout = router.options.layout
-        self.best = layout(ops.ArgMaxWithValue(axis=-1), (1, 1))
-        self.hit = layout(ops.OneHot(), (1, 1), (), ())
-        self.without = layout(ops.Sub(), (1, 1), (1, 1))
-        self.cast_ids = layout(ops.Cast(), (1,))
-        self.pair = layout(ops.Stack(1), (1,), (1,))
-        self.div = layout(ops.Div(), (1,), (1,))
-        self.add = layout(ops.Add(), (1,), (1,))
-        self.less = layout(ops.Less(), (1,), (1,))
-        self.use = layout(ops.Select(), (1,), (1,), (1,))
-        self.expand = layout(ops.ExpandDims(), (1, 1))
+        one, two = ("rows",), ("rows", 1)
+        self.best = layout(ops.ArgMaxWithValue(axis=-1), two)
+        self.hit = layout(ops.OneHot(), two, (), ())
+        self.without = layout(ops.Sub(), two, two)
+        self.twice_all = layout(ops.Mul(), two, ())
+        self.twice = layout(ops.Mul(), one, ())
+        self.cast_ids = layout(ops.Cast(), one)
+        self.pair = layout(ops.Stack(1), one, one)
+        self.div = layout(ops.Div(), one, one)
+        self.add = layout(ops.Add(), one, one)
+        self.less = layout(ops.Less(), one, one)
+        self.use = layout(ops.Select(), one, one, one)
+        self.nobody = layout(ops.Add(), one, ())
+        self.nothing = layout(ops.Mul(), one, ())
+        self.none = Tensor(self.experts, ms.int32)
+        self.zero = Tensor(0, ms.int32)
+        self.two = Tensor(2.0, ms.float32)
+        self.expand = layout(ops.ExpandDims(), two)
         self.balance = BalanceLoss(router.options.auxiliary_weight, self.experts, layout, router.options.exchange)
 
     def choose(self, x: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -59,13 +67,13 @@ class GShardGate(Gate):
         first, g1 = self.best(probabilities)
         first_hits = ops.stop_gradient(self.hit(first, self.experts, self.on, self.off))
         # Twice taken away, the first choice is below every other probability, zeros included.
-        second, rest = self.best(self.without(probabilities, first_hits * 2.0))
+        second, rest = self.best(self.without(probabilities, self.twice_all(first_hits, self.two)))
         both = self.add(g1, rest)
         g1, g2 = self.div(g1, both), self.div(rest, both)
         first, second = self.cast_ids(first, ms.int32), self.cast_ids(second, ms.int32)
         if len(noise) > 0:
-            used = self.less(noise[0], ops.stop_gradient(g2) * 2.0)
-            second = self.use(used, second, ops.fill(ms.int32, second.shape, self.experts))
+            used = self.less(noise[0], self.twice(ops.stop_gradient(g2), self.two))
+            second = self.use(used, second, self.nobody(self.nothing(second, self.zero), self.none))
         return self.pair((first, second)), self.pair((g1, g2)), probabilities, first_hits
 
     def auxiliary(self, hits: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:

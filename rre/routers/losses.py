@@ -27,13 +27,15 @@ class BalanceLoss(nn.Cell):
         super().__init__()
         self.factor = weight * experts
         self.exchange = exchange or LocalExchange()
-        self.count = layout(ops.ReduceSum(), (1, 1, 1))
-        self.mean = layout(ops.ReduceMean(), (1, 1))
+        self.count = layout(ops.ReduceSum(), ("rows", 1, 1))
+        self.mean = layout(ops.ReduceMean(), ("rows", 1))
         self.sum = layout(ops.ReduceSum(), (1,))
         self.mul = layout(ops.Mul(), (1,), (1,))
+        self.of_choices = layout(ops.Div(), (1,), ())
 
     def construct(self, hits: Tensor, probabilities: Tensor) -> Tensor:
-        share = self.exchange.mean(self.count(hits, (0, 1)) / (hits.shape[0] * hits.shape[1]))
+        choices = Tensor(float(hits.shape[0] * hits.shape[1]), ms.float32)
+        share = self.exchange.mean(self.of_choices(self.count(hits, (0, 1)), choices))
         mean = self.exchange.mean(self.mean(probabilities, 0))
         return self.sum(self.mul(share, mean)) * self.factor
 

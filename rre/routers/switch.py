@@ -37,12 +37,13 @@ class SwitchGate(Gate):
     def __init__(self, router: SwitchRouter) -> None:
         super().__init__(router)
         layout = router.options.layout
-        self.best = layout(ops.ArgMaxWithValue(axis=-1), (1, 1))
-        self.cast_ids = layout(ops.Cast(), (1,))
+        self.best = layout(ops.ArgMaxWithValue(axis=-1), ("rows", 1))
+        self.cast_ids = layout(ops.Cast(), ("rows",))
+        self.shake = layout(ops.Mul(), ("rows", 1), ("rows", 1))
         self.balance = BalanceLoss(router.options.auxiliary_weight, self.experts, layout, router.options.exchange)
 
     def choose(self, x: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        gate_input = x * noise[0] if len(noise) > 0 else x
+        gate_input = self.shake(x, noise[0]) if len(noise) > 0 else x
         probabilities = self.softmax(self.logits(gate_input, self.weight))
         chosen, probability = self.best(probabilities)
         return self.cast_ids(chosen, ms.int32).reshape(-1, 1), probability.reshape(-1, 1), probabilities

@@ -112,6 +112,18 @@ def test_every_option_on_64_devices(compiled):
     assert found["parameters"]["blocks.0.attention.query.weight"]["shard"] == [512 // 16, 512 // 4]
 
 
+@pytest.mark.parametrize("router", ["switch", "gshard"])
+def test_learned_gates_on_eight_devices(compiled, router):
+    gate = (f"model.sparse.router={router}", "experts.store=device", "model.sparse.jitter=0.01")
+    config, graph = compiled("eight_devices_global.yaml", *SHALLOW, *gate[: 3 if router == "switch" else 2])
+    assert list(problems(config, graph)) == []
+    found = report(config, graph)
+    assert found["parameters"]["blocks.1.router.weight"] == {"shape": [512, 16], "shard": [512, 16]}
+    assert {tuple(c["ranks"]) for c in exchanges(found)} == {(0, 2, 4, 6)} and as_by_arithmetic(config, found)
+    products = [o for o in graph.operators if o.kind == "MatMul" and "router" in o.scope and not o.backward]
+    assert products and all(kind == "Float32" for o in products for kind, _ in o.takes)
+
+
 def test_pipeline_stages_hold_their_layers_and_hand_rows_on(compiled):
     graphs = []
     for stage in range(2):

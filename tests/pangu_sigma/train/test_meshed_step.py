@@ -89,12 +89,29 @@ def test_a_step_that_is_cut_over_a_mesh_trains_as_one_process_does(expected, mes
             assert idle == [not expert.any() for expert in found[2][name]], name
 
 
+@pytest.mark.parametrize("router", ["switch", "gshard"])
+def test_a_learned_gate_that_is_cut_over_a_mesh_trains_as_one_process_does(router):
+    sparse = {**VALUES["model"]["sparse"], "router": router}
+    values = {**VALUES, "model": {**VALUES["model"], "sparse": sparse}, "experts": {"store": "device"}}
+    expected = trained(values)
+    mesh = {"data": 2, "expert": 2, "tensor": 2}
+    cut = {**values, "run": {**VALUES["run"], "device": "Ascend"}, "parallel": mesh}
+    found = trained(cut, lambda config: WholeMesh(config.parallel.mesh))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-4)
+    assert found[2].keys() == expected[2].keys()
+    assert any(name.endswith("router.weight") and value.any() for name, value in found[2].items())
+    for name, value in expected[2].items():
+        np.testing.assert_allclose(found[2][name], value, atol=1e-5, rtol=1e-3, err_msg=name)
+
+
 @pytest.mark.parametrize(
     ("section", "changes", "said"),
     [
         ("model", {"dropout": 0.1}, "model.dropout = 0.1 has no form that is cut over devices"),
         ("model", {"embedding_slots": "per_domain"}, "set it to shared"),
-        ("sparse", {"router": "switch"}, "choose one of rre, hash"),
+        ("sparse", {"router": "olmoe"}, "choose one of rre, hash, switch, gshard, glam"),
+        ("chunked gate", {"router": "switch"}, "set it to 1, or the router to rre or hash"),
         ("sparse", {"dispatch": "dropless"}, "fixed shapes: set it to capacity"),
         ("model", {"hidden": 12}, "which every expert is cut|does not divide"),
         ("parallel", {"expert_chunks": 3}, "choose a divisor of 4"),
@@ -106,9 +123,10 @@ def test_what_cannot_be_cut_is_refused_with_the_reason(section, changes, said):
     model = {**VALUES["model"]}
     if section == "model":
         model |= changes
-    elif section == "sparse":
+    elif section in ("sparse", "chunked gate"):
         model["sparse"] = {**model["sparse"], **changes}
         values["experts"] = {"store": "device"}
+        values["parallel"] = {**values["parallel"], "expert_chunks": 2 if section == "chunked gate" else 1}
     else:
         values["parallel"] = {**values["parallel"], **changes}
     with pytest.raises(UserError, match=said):
