@@ -14,8 +14,8 @@ from mindspore import Tensor, nn, ops
 from parallel.layout import Axis, Layout
 
 
-class NativeLinear(nn.Cell):
-    """y_TN = x_TK @ w_KN + b_N; the product runs in `compute` precision, everything else in float32.
+class NativeProduct(nn.Cell):
+    """y_TN = x_TK @ w_KN; the product runs in `compute` precision.
 
     `inner` and `outer` say how K and N are cut. A cut K leaves a sum over the ranks behind the product.
     """
@@ -25,18 +25,28 @@ class NativeLinear(nn.Cell):
         self.compute = compute
         summed = inner != 1
         given = ("rows", inner) if summed else layout.stream
-        result = layout.stream if summed else ("rows", outer)
+        self.result = layout.stream if summed else ("rows", outer)
         self.low_x = layout(ops.Cast(), given)
         self.low_w = layout(ops.Cast(), (inner, outer))
-        self.product = layout(ops.MatMul(), ("rows", inner), (inner, outer), out=result if summed else None)
-        self.full = layout(ops.Cast(), result)
-        self.add_bias = layout(ops.Add(), result, (result[1],))
+        self.product = layout(ops.MatMul(), ("rows", inner), (inner, outer), out=self.result if summed else None)
+        self.full = layout(ops.Cast(), self.result)
+
+    def construct(self, x: Tensor, w: Tensor) -> Tensor:
+        if self.compute == ms.float32:
+            return self.product(x, w)
+        return self.full(self.product(self.low_x(x, self.compute), self.low_w(w, self.compute)), ms.float32)
+
+
+class NativeLinear(nn.Cell):
+    """y_TN = x_TK @ w_KN + b_N: `NativeProduct` and a bias, which is added in float32."""
+
+    def __init__(self, layout: Layout, compute: ms.dtype, inner: Axis = 1, outer: Axis = 1) -> None:
+        super().__init__()
+        self.product = NativeProduct(layout, compute, inner, outer)
+        self.add_bias = layout(ops.Add(), self.product.result, (self.product.result[1],))
 
     def construct(self, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        if self.compute == ms.float32:
-            return self.add_bias(self.product(x, w), b)
-        y = self.product(self.low_x(x, self.compute), self.low_w(w, self.compute))
-        return self.add_bias(self.full(y, ms.float32), b)
+        return self.add_bias(self.product(x, w), b)
 
 
 class NativeLookup(nn.Cell):

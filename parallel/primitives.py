@@ -25,7 +25,7 @@ from parallel.compiled import (
     CompiledSquareSums,
 )
 from parallel.layout import Axis, Cut, Layout
-from parallel.native import NativeCrossEntropy, NativeLinear, NativeLookup
+from parallel.native import NativeCrossEntropy, NativeLinear, NativeLookup, NativeProduct
 
 FAST_GELU_SLOPE = 1.702
 GELU_SLOPE = 2.0 * 0.7978845608  # 2 sqrt(2 / pi)
@@ -325,7 +325,7 @@ def layer_norm(layout: Layout, epsilon: float) -> nn.Cell:
 def rms_norm(layout: Layout, epsilon: float) -> nn.Cell:
     """RMS normalisation in the device's fast form: (x_TD, gamma) -> (y_TD, whatever its gradient keeps)."""
     if layout.native:
-        return Native(layout(ops.RmsNorm(epsilon), (1, 1), (1,)), outputs=2)
+        return Native(layout(ops.RmsNorm(epsilon), layout.stream, (1,)), outputs=2)
     return CompiledRmsNorm(layout.kernels, epsilon) if layout.kernels else RmsNorm(layout, epsilon)
 
 
@@ -336,6 +336,8 @@ def linear(
 
     `inner` cuts K over a mesh, `outer` N.
     """
+    if not biases and layout.native:
+        return NativeProduct(layout, compute, inner, outer)
     if not biases:
         return CompiledProduct(layout.kernels) if layout.kernels else Product(layout, compute)
     if layout.native:

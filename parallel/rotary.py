@@ -50,8 +50,32 @@ class Turn(nn.Cell):
         return self.add(self.mul(dout, turns[0]), back), turns
 
 
+class NativeTurn(nn.Cell):
+    """The same with MindSpore's own gradient, cut over a mesh by rows and heads; (cosines, sines) are [T, W]."""
+
+    def __init__(self, layout: Layout, heads: int, width: int) -> None:
+        super().__init__()
+        self.heads, self.width = heads, width
+        three, of_row = ("rows", "tensor", 1), ("rows", 1, 1)
+        self.reshape = ops.Reshape()
+        self.halves = layout(ops.Split(2, 2), three)
+        self.neg = layout(ops.Neg(), three)
+        self.beside = layout(ops.Concat(2), three, three)
+        self.for_heads = layout(ops.ExpandDims(), ("rows", 1))
+        self.mul = layout(ops.Mul(), three, of_row)
+        self.add = layout(ops.Add(), three, three)
+
+    def construct(self, x: Tensor, turns: tuple[Tensor, ...]) -> Tensor:
+        y = self.reshape(x, (-1, self.heads, self.width))
+        first, second = self.halves(y)
+        other = self.beside((self.neg(second), first))
+        y = self.add(self.mul(y, self.for_heads(turns[0], 1)), self.mul(other, self.for_heads(turns[1], 1)))
+        return self.reshape(y, x.shape)
+
+
 class AnglesByRow(nn.Cell):
-    """position ids [T] -> (cosines, sines), made once per step for all layers: [T, D], or [T, W/2] where compiled."""
+    """position ids [T] -> (cosines, sines), made once per step for all layers: [T, D], or [T, W/2] where compiled, or
+    [T, W] where native."""
 
     def __init__(self, layout: Layout, positions: int, heads: int, width: int, theta: float) -> None:
         super().__init__()
@@ -59,9 +83,9 @@ class AnglesByRow(nn.Cell):
         if not layout.kernels:
             # At full shape, because multiplying equal shapes is several times as fast as a broadcast on CPU.
             table = np.tile(table, (1, 2))
-        self.repeats = 1 if layout.kernels else heads
+        self.repeats = 1 if layout.kernels or layout.native else heads
         self.cosines, self.sines = Tensor(np.cos(table)), Tensor(np.sin(table))
-        self.take = layout(ops.Gather(), (1, 1), (1,))
+        self.take = layout(ops.Gather(), (1, 1), ("rows",))
         self.tile = layout(ops.Tile(), (1, 1))
 
     def construct(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,4 +97,6 @@ class AnglesByRow(nn.Cell):
 
 def turn(layout: Layout, heads: int, width: int) -> nn.Cell:
     """The rotation in the device's fast form: (x_TD, turns of `AnglesByRow`) -> y_TD."""
+    if layout.native:
+        return NativeTurn(layout, heads, width)
     return CompiledRotation(layout.kernels) if layout.kernels else Turn(layout, heads, width)

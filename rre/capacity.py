@@ -25,16 +25,18 @@ from parallel.layout_exchange import LayoutExchange
 from parallel.mesh import Mesh
 from parallel.primitives import activation
 from rre.dispatch import DROPPED
+from rre.network import NetworkForm
 
 # How an activated expert's weights [N, …] enter a graph: no two ranks give the same values, so no gradient that leaves
 # needs a sum over ranks afterwards. What an operator wants whole is gathered inside the graph, and its gradient there
 # summed and scattered.
-WEIGHT_CUTS: tuple[Cut, ...] = (
-    ("expert", "data", "tensor"),
-    ("expert", ("tensor", "data")),
-    ("expert", "tensor", "data"),
-    ("expert", ("data", "tensor")),
-)
+WEIGHT_CUTS: dict[str, Cut] = {
+    "gate.weight": ("expert", "data", "tensor"),
+    "up.weight": ("expert", "data", "tensor"),
+    "up.bias": ("expert", ("tensor", "data")),
+    "down.weight": ("expert", "tensor", "data"),
+    "down.bias": ("expert", ("data", "tensor")),
+}
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,13 @@ class Reserved:
         dispatch = (shards, self.of_group // self.chunks * self.rows)
         return [*[(dispatch, ms.int32, cut)] * self.chunks, (choices, ms.int32, cut), (choices, ms.float32, cut)]
 
-    def weight_inputs(self, hidden: int, ffn: int) -> list[tuple[tuple[int, ...], ms.dtype, Cut]]:
-        """The same of the weights: Q times up [N/Q, D, F], its bias [N/Q, F], down [N/Q, F, D], its bias [N/Q, D]."""
-        n = self.slots // self.chunks
-        shapes = ((n, hidden, ffn), (n, ffn), (n, ffn, hidden), (n, hidden))
-        pairs = list(zip(shapes, WEIGHT_CUTS, strict=True))
-        return [(shape, ms.float32, cut) for _ in range(self.chunks) for shape, cut in pairs]
+    def weight_inputs(
+        self, form: NetworkForm, hidden: int, ffn: int
+    ) -> list[tuple[tuple[int, ...], ms.dtype, Cut]]:
+        """The same of the weights: Q times each tensor of a network of this form, [N/Q, …]."""
+        shapes = form.shapes(hidden, ffn).items()
+        one = [((self.slots // self.chunks, *shape), ms.float32, WEIGHT_CUTS[name]) for name, shape in shapes]
+        return one * self.chunks
 
     def slots_of(self, experts: np.ndarray, total: int) -> np.ndarray:
         """The slot of each of the present `experts` (ascending places on a layer's axis of `total`), int [present].
@@ -149,48 +152,56 @@ def plan_by_capacity(slot_ids: np.ndarray, reserved: Reserved) -> CapacityPlan:
 
 
 class SlotNetworks(nn.Cell):
-    """rows [N, r, D], weights (up [N, D, F], its bias [N, F], down [N, F, D], its bias [N, D]) -> [N, r, D]."""
+    """rows [N, r, D] and the tensors of N networks of `form`, each [N, …] -> [N, r, D]."""
 
-    def __init__(self, layout: Layout, activation_name: str, compute: ms.dtype) -> None:
+    def __init__(self, layout: Layout, form: NetworkForm, compute: ms.dtype) -> None:
         super().__init__()
-        self.compute = compute
-        self.up = layout(ops.BatchMatMul(), ("expert", "data", 1), ("expert", 1, "tensor"))
-        self.add_inner = layout(ops.Add(), ("expert", "data", "tensor"), ("expert", 1, "tensor"))
-        self.activation = activation(activation_name, layout, ("expert", "data", "tensor"))
-        self.down = layout(ops.BatchMatMul(), ("expert", "data", "tensor"), ("expert", "tensor", 1))
-        self.add_outer = layout(ops.Add(), ("expert", "data", 1), ("expert", 1, 1))
+        self.form, self.compute = form, compute
+        outer, inner = ("expert", "data", 1), ("expert", "data", "tensor")
+        self.up = layout(ops.BatchMatMul(), outer, ("expert", 1, "tensor"))
+        self.add_inner = layout(ops.Add(), inner, ("expert", 1, "tensor"))
+        self.activation = activation(form.activation, layout, inner)
+        self.mul = layout(ops.Mul(), inner, inner)
+        self.down = layout(ops.BatchMatMul(), inner, ("expert", "tensor", 1))
+        self.add_outer = layout(ops.Add(), outer, ("expert", 1, 1))
         # Cast as they come in: what is gathered afterwards is half as long.
-        self.low = [layout(ops.Cast(), cut) for cut in WEIGHT_CUTS]
-        self.low_up, self.low_up_bias, self.low_down, self.low_down_bias = self.low
+        self.low = [layout(ops.Cast(), WEIGHT_CUTS[name]) for name in form.tensors]
         # Not a reshape: that has no cut of its own, and a bias behind one would come in cut otherwise.
         self.inner_column = layout(ops.ExpandDims(), ("expert", "tensor"))
         self.outer_column = layout(ops.ExpandDims(), ("expert", 1))
 
     def construct(self, rows: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-        up, up_bias, down, down_bias = weights
-        y = self.up(rows, self.low_up(up, self.compute))
-        y = self.add_inner(y, self.inner_column(self.low_up_bias(up_bias, self.compute), 1))
-        y = self.down(self.activation(y)[0], self.low_down(down, self.compute))
-        return self.add_outer(y, self.outer_column(self.low_down_bias(down_bias, self.compute), 1))
+        low = ()
+        for i in range(len(weights)):
+            low = low + (self.low[i](weights[i], self.compute),)
+        if self.form.gated:
+            gated = self.mul(self.activation(self.up(rows, low[0]))[0], self.up(rows, low[1]))
+            return self.down(gated, low[2])
+        if self.form.biases:
+            y = self.add_inner(self.up(rows, low[0]), self.inner_column(low[1], 1))
+            y = self.down(self.activation(y)[0], low[2])
+            return self.add_outer(y, self.outer_column(low[3], 1))
+        return self.down(self.activation(self.up(rows, low[0]))[0], low[1])
 
 
 class CapacityNetworks(nn.Cell):
-    """x_TD, plan (Q dispatch, combine, kept), 4 Q weights -> y [T*k, D] by choice, 0 for a dropped one.
+    """x_TD, plan (Q dispatch, combine, kept), Q times the tensors of N/Q networks of `form`, each [N/Q, …]
+    -> y [T*k, D] by choice, 0 for a dropped one.
 
     Rows travel in the compute type.
     """
 
     def __init__(
-        self, layout: Layout, activation_name: str, compute: ms.dtype, mesh: Mesh, chunks: int = 1
+        self, layout: Layout, form: NetworkForm, compute: ms.dtype, mesh: Mesh, chunks: int = 1
     ) -> None:
         super().__init__()
-        self.compute, self.chunks = compute, chunks
+        self.compute, self.chunks, self.each = compute, chunks, len(form.tensors)
         self.shards, self.groups = mesh.rows, mesh.placement_groups
         shard = ("rows", 1, 1)
         self.low = layout(ops.Cast(), layout.stream)
         self.take = layout(ops.Gather(1), shard, ("rows", 1))
         self.exchange = LayoutExchange(layout, compute, mesh)
-        self.networks = SlotNetworks(layout, activation_name, compute)
+        self.networks = SlotNetworks(layout, form, compute)
         self.behind = layout(ops.Concat(1), *[shard] * chunks)
         self.full = layout(ops.Cast(), shard)
         self.keep = layout(ops.Mul(), shard, shard)
@@ -202,7 +213,7 @@ class CapacityNetworks(nn.Cell):
         rows = self.reshape(self.low(x, self.compute), (self.shards, -1, hidden))
         results = ()
         for c in range(self.chunks):
-            mine = weights[4 * c : 4 * c + 4]
+            mine = weights[self.each * c : self.each * (c + 1)]
             of_group = mine[0].shape[0] // self.groups
             # 1. Every shard lays its rows out by slot.  2. Rows to experts.  3. Every expert on the rows of all
             # sources.  4. Results to tokens.

@@ -83,7 +83,7 @@ class SparseFeedForward(nn.Cell):
         self.exchange = exchange or LocalExchange()
         self.has_kernels = bool(layout.kernels)
         if layout.meshed:
-            self.networks = CapacityNetworks(layout, form.activation, compute, layout.meshed, chunks)
+            self.networks = CapacityNetworks(layout, form, compute, layout.meshed, chunks)
         elif self.has_kernels:
             self.networks = CompiledNetworks(layout.kernels, form)
         elif layout.grouped:

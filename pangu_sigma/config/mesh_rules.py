@@ -154,12 +154,6 @@ def _one_graph(config: Config, mesh: Mesh) -> Broken:
     for key, rate in (("model.dropout", model.dropout), ("model.attention.dropout", model.attention.dropout)):
         if rate > 0:
             yield key, f"{key} = {rate} has no form that is cut over devices: set it to 0"
-    if not model.has_pangu_parts:
-        yield (
-            "model",
-            "of the model's parts only PanGu-α's have a form that is cut over devices: leave norm, position, "
-            "feed_forward, sparse.feed_forward, activation, head, biases and attention.qk_norm at their defaults",
-        )
     if model.embedding_slots == "per_domain":
         yield (
             "model.embedding_slots",

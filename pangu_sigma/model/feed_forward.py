@@ -46,15 +46,17 @@ class GatedFeedForward(nn.Cell):
 
     def __init__(self, model: ModelConfig, form: NetworkForm, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
-        self.gate = Affine(model.hidden, model.ffn, layout, compute, model.init_std, biases=False)
-        self.up = Affine(model.hidden, model.ffn, layout, compute, model.init_std, biases=False)
-        self.down = Affine(model.ffn, model.hidden, layout, compute, model.residual_std, biases=False)
+        std, inner = model.init_std, ("rows", "tensor")
+        self.gate = Affine(model.hidden, model.ffn, layout, compute, std, biases=False, cut=(1, "tensor"))
+        self.up = Affine(model.hidden, model.ffn, layout, compute, std, biases=False, cut=(1, "tensor"))
+        down_std = model.residual_std
+        self.down = Affine(model.ffn, model.hidden, layout, compute, down_std, biases=False, cut=("tensor", 1))
         self.uses_kernels = bool(layout.kernels)
         if self.uses_kernels:
             self.network = CompiledFeedForward(layout.kernels, form.activation, tensors=len(form.tensors))
         else:
-            self.activation = activation(form.activation, layout)
-            self.mul = layout(ops.Mul(), (1, 1), (1, 1))
+            self.activation = activation(form.activation, layout, inner)
+            self.mul = layout(ops.Mul(), inner, inner)
 
     def construct(self, x: Tensor) -> Tensor:
         if self.uses_kernels:

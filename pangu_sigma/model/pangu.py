@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import mindspore as ms
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 
 from pangu_sigma.config.model import ModelConfig
 from pangu_sigma.model.attention import masking
@@ -100,6 +100,7 @@ class PanGuSigma(nn.Cell):
         if self.has_query_layer:
             self.query_layer = layer(model.blocks, self.place_of_query)
         self.head = HEADS[model.head](model, vocab, layout)
+        self.untied = model.head == "untied"
         # The outputs of the top layer's experts stay apart up to the head.
         self.competes = any(router.apart for router in routers)
         if self.competes:
@@ -156,6 +157,10 @@ class PanGuSigma(nn.Cell):
             behind += [self.embedding.queries, self.query_layer]
         for cell in behind:
             cell.pipeline_stage = last
+
+    def head_words(self) -> Parameter | None:
+        """The word table where the head shares it with the embedding."""
+        return None if self.untied or self.embedding.words.per_domain else self.embedding.words.word
 
     def gate(self, place: str) -> nn.Cell:
         """The router's part of a sparse layer, `blocks.{i}` or `query_layer`."""

@@ -97,7 +97,7 @@ class FlatSignature:
         return [
             entry
             for place in self.places
-            for entry in (*place.cut_routing(), *place.reserved.weight_inputs(self.hidden, self.ffn))
+            for entry in (*place.cut_routing(), *place.reserved.weight_inputs(place.network, self.hidden, self.ffn))
         ]
 
     def placeholders(self, layout: Layout | None = None) -> list[Tensor]:

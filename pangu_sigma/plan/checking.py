@@ -29,8 +29,9 @@ from parallel.mesh import Mesh
 
 Shape = tuple[int, ...]
 
-# Of the four tensors of an expert, which mesh axes cut which of its axes where they enter the graph.
+# Of the tensors of an expert, which mesh axes cut which of its axes where they enter the graph.
 _ENTRY = {
+    "gate.weight": (("expert",), ("data",), ("tensor",)),
     "up.weight": (("expert",), ("data",), ("tensor",)),
     "up.bias": (("expert",), ("tensor", "data")),
     "down.weight": (("expert",), ("tensor",), ("data",)),
@@ -136,7 +137,7 @@ def _names(config: Config, compiled: Compiled) -> Iterator[str]:
             yield f"parameter {name} is {_said(theirs)} in the graph and {_said(ours)} in the configuration's manifest"
     chunks = config.parallel.expert_chunks
     for place in config.model.sparse_prefixes:
-        for tensor in _ENTRY:
+        for tensor in config.model.network.tensors:
             end = f".{place}.experts.{tensor}"
             one = next(shape[1:] for name, shape in wanted.items() if is_expert(name) and name.endswith(end))
             slots = activated_slots(config) * config.parallel.mesh.placement_groups
@@ -203,8 +204,7 @@ def _expert_cuts(config: Config, compiled: Compiled) -> Iterator[str]:
         place, _, tensor = name.partition(".experts.")
         if place not in mine:
             continue
-        axes = _ENTRY[tensor.split("/")[0]]
-        wanted = tuple(size // _ways(mesh, names) for size, names in zip(shape, axes, strict=True))
+        wanted = tuple(size // _ways(mesh, names) for size, names in zip(shape, _axes(config, tensor), strict=True))
         part = compiled.expert_part(name)
         if part != wanted:
             yield f"{place}: experts' {tensor} comes in cut to {_said(part)}, not to {wanted}"
@@ -220,6 +220,15 @@ def _expert_cuts(config: Config, compiled: Compiled) -> Iterator[str]:
         wanted = {(of_rank, hidden, inner), (of_rank, inner, hidden)}
         if found != wanted:
             yield f"{place}: an expert's products take weights of {sorted(found)}, not of {sorted(wanted)}"
+
+
+def _axes(config: Config, tensor: str) -> tuple[tuple[str, ...], ...]:
+    """Which mesh axes cut which axis of an expert tensor where it enters the graph: as an input finer than its product
+    wants it, as a parameter (in pipeline stages, where MindSpore looks at the product alone) just so."""
+    tensor = tensor.split("/")[0]
+    if config.parallel.pipeline == 1:
+        return _ENTRY[tensor]
+    return tuple(() if axis is None else (axis,) for axis in cut_of(f"experts.{tensor}", ()))
 
 
 def _ways(mesh: Mesh, names: tuple[str, ...]) -> int:
@@ -296,6 +305,7 @@ def _chunks(config: Config, compiled: Compiled) -> Iterator[str]:
     if chunks == 1:
         return
     by_name = {operator.name: operator for operator in compiled.operators}
+    products_of_expert = 3 if config.model.network.gated else 2
     for place in _places(config, compiled):
         # Of one micro-batch: a later one may wait for an earlier one.
         products: dict[str | None, set[str]] = {}
@@ -312,7 +322,7 @@ def _chunks(config: Config, compiled: Compiled) -> Iterator[str]:
         chunks = config.parallel.expert_chunks * _times(config)
         if sent != chunks:
             yield f"{place}: {chunks - sent} of {chunks} chunks of experts wait for another before their rows travel"
-        if len(set(returned)) != chunks or any(len(waits) != 2 for waits in returned):
+        if len(set(returned)) != chunks or any(len(waits) != products_of_expert for waits in returned):
             yield f"{place}: rows come back from more experts than their own chunk's"
 
 

@@ -80,7 +80,8 @@ def compile_graph(config: Config, folder: Path, timeout: float = 3600.0, stage: 
     try:
         command = ["-m", MODULE, "config.yaml", "result.json"]
         run_dry(command, folder, mesh.size, rank, timeout, SLICES_STAY if mesh.pipeline > 1 else None)
-        text, update = (last_graph(folder / part / f"rank_{rank}") for part in ("graphs", "update"))
+        # Outside a parallel context every rank calls itself the first.
+        text, update = last_graph(folder / "graphs" / f"rank_{rank}"), last_graph(folder / "update" / "rank_0")
     except DryCompileError as error:
         raise UserError(f"the graph was not compiled: {error}") from error
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))

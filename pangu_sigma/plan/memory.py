@@ -12,7 +12,7 @@ from pangu_sigma.config import Config, manifest
 from pangu_sigma.config.counts import is_expert, is_routing
 from pangu_sigma.config.dispatch import activated_slots, dispatch, samples_at_a_time
 from pangu_sigma.model.stages import stage_of
-from pangu_sigma.plan.cuts import is_matrix, ways
+from pangu_sigma.plan.cuts import cut_of, is_matrix, ways
 from pangu_sigma.plan.hardware import Hardware
 
 FLOAT32 = 4
@@ -55,7 +55,10 @@ def stage_bytes(config: Config, vocabulary: int, stage: int) -> dict[str, float]
         found["weights"] += FLOAT32 * vocabulary * config.model.hidden / mesh.tensor
     _, sparse_layers = layers_of_stage(config, stage)
     if sparse_layers and not resident:
-        per_slot = expert_values(config) / mesh.tensor
+        per_slot = sum(
+            math.prod(shape) / (mesh.tensor if "tensor" in cut_of(f"experts.{name}", shape) else 1)
+            for name, shape in config.model.network.shapes(config.model.hidden, config.model.ffn).items()
+        )
         local = activated_slots(config) / mesh.exchange_size * sparse_layers
         found["weights"] += FLOAT32 * per_slot * local
         found["gradients"] += FLOAT32 * per_slot * local

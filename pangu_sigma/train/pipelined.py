@@ -71,7 +71,10 @@ class PipelinedStep(nn.Cell):
         self.experts = ParameterTuple(
             [p for p in loss.experts if stage_of(p.name, net.layers, layout.mesh) == stage]
         )
-        everything = ParameterTuple([*self.experts, *self.shared])
+        # The last stage owes the first one the gradient of the word table that it was sent.
+        words = net.head_words()
+        self.owes = words is not None and 0 < stage == layout.mesh.pipeline - 1
+        everything = ParameterTuple([*self.experts, *self.shared, *([words] if self.owes else [])])
         # An attribute, so that set_train reaches the network, and operators tell where they stand.
         self.loss = MicroBatches(loss, micro_batches)
         self.value_and_grad = ops.value_and_grad(self.loss, None, everything)
@@ -84,7 +87,10 @@ class PipelinedStep(nn.Cell):
 
     def construct(self, *inputs: Tensor):
         objective, gradients = self.value_and_grad(*inputs)
-        experts, shared = gradients[: len(self.experts)], gradients[len(self.experts) :]
+        end = len(self.experts) + len(self.shared)
+        experts, shared = gradients[: len(self.experts)], gradients[len(self.experts) : end]
+        if self.owes:
+            objective = ops.depend(objective, gradients[end])
         if self.accumulated is not None:
             experts = self.accumulated(experts)
         shared = self.accumulated_shared(shared)
@@ -96,7 +102,8 @@ def expert_tensors(signature: FlatSignature) -> dict[str, tuple[int, ...]]:
     found = {}
     for place in signature.places:
         tensors = tuple(place.network.tensors)
-        for number, (shape, _, _) in enumerate(place.reserved.weight_inputs(signature.hidden, signature.ffn)):
+        weights = place.reserved.weight_inputs(place.network, signature.hidden, signature.ffn)
+        for number, (shape, _, _) in enumerate(weights):
             chunk, tensor = divmod(number, len(tensors))
             found[f"{place.name}.experts.{tensors[tensor]}/{chunk}"] = shape
     return found

@@ -57,7 +57,7 @@ def test_static_rows_give_the_ragged_result_and_gradients(mesh, k):
     wanted = rng.standard_normal((T * k, D)).astype(np.float32)
 
     plan = plan_by_capacity(ids, Reserved(mesh, N, capacity, T, k))
-    static = Scored(CapacityNetworks(Layout(), "fast_gelu", ms.float32, mesh), 1)
+    static = Scored(CapacityNetworks(Layout(), NetworkForm("fast_gelu"), ms.float32, mesh), 1)
     static_plan = tuple(Tensor(a) for a in plan.inputs)
     rows = plan_by_expert(ids, np.arange(N))
     ragged = Scored(RaggedNetworks(Layout(), NetworkForm("fast_gelu"), ms.float32), N)

@@ -23,6 +23,11 @@ from parallel.dry.graph import operators
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SHALLOW = ("model.layers=3",)
+OLMOE = (
+    "model.norm=rmsnorm", "model.position=rope", "model.feed_forward=swiglu", "model.activation=silu",
+    "model.head=untied", "model.biases=false", "model.query_layer=none", "model.attention={qk_norm: true}",
+    "parallel.data=2", "parallel.expert_chunks=2",
+)  # fmt: skip
 STAGES = ("model.layers=4", "parallel.pipeline=2", "train.accumulation=2", "data.domains_per_step=1")
 OPTIONS = (
     "model.layers=4", "model.sparse.shared_expert=true", "train.recompute=true", "parallel.sequence_parallel=true",
@@ -122,6 +127,14 @@ def test_learned_gates_on_eight_devices(compiled, router):
     assert {tuple(c["ranks"]) for c in exchanges(found)} == {(0, 2, 4, 6)} and as_by_arithmetic(config, found)
     products = [o for o in graph.operators if o.kind == "MatMul" and "router" in o.scope and not o.backward]
     assert products and all(kind == "Float32" for o in products for kind, _ in o.takes)
+
+
+def test_olmoes_parts_on_sixteen_devices(compiled):
+    config, graph = compiled("eight_devices_domain.yaml", *SHALLOW, *OLMOE)
+    assert list(problems(config, graph)) == []
+    found = report(config, graph)
+    assert found["experts"]["blocks.2.experts.gate.weight/1"]["shard"] == [2, 256, 1024]
+    assert found["parameters"]["head.word"]["shard"] == [4096, 512]
 
 
 def test_pipeline_stages_hold_their_layers_and_hand_rows_on(compiled):

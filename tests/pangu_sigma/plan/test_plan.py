@@ -16,6 +16,7 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.plan.cuts import cut_of
 from pangu_sigma.plan.hardware import GIB, Hardware
 from pangu_sigma.plan.job import changed, plan
+from pangu_sigma.plan.memory import layers_of_stage, stage_bytes
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 CLUSTER = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name.startswith(("pangu_", "eight_")))
@@ -153,3 +154,37 @@ def test_a_rank_has_slots_for_the_worst_choice_of_domains():
     uneven = {"parallel.expert": 32, "parallel.placement_groups": 1, "parallel.placement": "global"}
     # 16 experts on 32 ranks: every second domain lies on the same ones, so three may meet there.
     assert activated_slots(changed(config, {**uneven, "data.domains_per_step": 3})) == 3 * 32
+
+
+def test_the_fullest_pipeline_stage_counts():
+    name, options = "eight_devices_global.yaml", ("parallel.pipeline=2", "train.accumulation=2", "model.layers=8")
+    config = load_config(CONFIGS / name, options)
+    vocabulary = config.model.vocab_size
+    first, last = (stage_bytes(config, vocabulary, stage) for stage in range(2))
+    # All sparse layers are on top, and the last stage is sent the word table.
+    assert [layers_of_stage(config, stage) for stage in range(2)] == [(4, 0), (4, 2)]
+    words = 8192 * 512 // 2
+    shared = {stage: 0 for stage in range(2)}
+    experts = 0
+    for tensor, shape in manifest(config, vocabulary).items():
+        parts = [getattr(config.parallel.mesh, axis) if axis else 1 for axis in cut_of(tensor, shape)]
+        held = math.prod(size // ways for size, ways in zip(shape, parts, strict=True))
+        if "routing" in tensor:
+            continue
+        if tensor.startswith("domains."):
+            experts += held
+            continue
+        low = tensor.startswith(("embedding.word", "embedding.position", *(f"blocks.{i}." for i in range(4))))
+        shared[0 if low else 1] += held
+    assert first["weights"] == 4 * shared[0]
+    assert last["weights"] == 4 * (shared[1] + words + experts)
+    assert made(name, *options)["device"]["bytes"] == last
+
+
+def test_a_stage_keeps_micro_batches_until_their_gradients_come():
+    config = load_config(
+        CONFIGS / "eight_devices_dense.yaml", ("parallel={tensor: 2, pipeline: 4}", "train.accumulation=4")
+    )
+    kept = [stage_bytes(config, config.model.vocab_size, stage)["activations"] for stage in range(4)]
+    logits = 2 * 4 * 4 * 512 * 8192 / 2
+    assert kept[0] == 4 * kept[2] / 2 == 4 * (kept[3] - logits)

@@ -89,6 +89,23 @@ def test_a_step_that_is_cut_over_a_mesh_trains_as_one_process_does(expected, mes
             assert idle == [not expert.any() for expert in found[2][name]], name
 
 
+def test_olmoes_parts_that_are_cut_over_a_mesh_train_as_in_one_process():
+    parts = {
+        "norm": "rmsnorm", "position": "rope", "feed_forward": "swiglu", "activation": "silu", "head": "untied",
+        "biases": False, "query_layer": "none", "attention": {"qk_norm": True},
+    }  # fmt: skip
+    values = {**VALUES, "model": {**VALUES["model"], **parts}}
+    expected = trained(values)
+    mesh = {"data": 2, "expert": 2, "tensor": 2, "expert_chunks": 2}
+    cut = {**values, "run": {**VALUES["run"], "device": "Ascend"}, "parallel": mesh}
+    found = trained(cut, lambda config: WholeMesh(config.parallel.mesh))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-4)
+    assert found[2].keys() == expected[2].keys() and any("gate.weight" in name for name in found[2])
+    for name, value in expected[2].items():
+        np.testing.assert_allclose(found[2][name], value, atol=1e-5, rtol=1e-3, err_msg=name)
+
+
 @pytest.mark.parametrize("router", ["switch", "gshard"])
 def test_a_learned_gate_that_is_cut_over_a_mesh_trains_as_one_process_does(router):
     sparse = {**VALUES["model"]["sparse"], "router": router}

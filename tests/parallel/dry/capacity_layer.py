@@ -13,6 +13,7 @@ from parallel.dry.process import start_semi_auto
 from parallel.layout import MeshLayout
 from parallel.mesh import Mesh
 from rre.capacity import CapacityNetworks
+from rre.network import NetworkForm
 
 wanted = json.loads(sys.argv[1])
 mesh = Mesh(**wanted["mesh"])
@@ -31,7 +32,7 @@ class Loss(nn.Cell):
         for name, shape in shapes.items():
             setattr(self, name, Parameter(initializer("zeros", shape, ms.float32), name=name))
         self.product = layout(ops.MatMul(), ("rows", 1), (1, 1))
-        self.networks = CapacityNetworks(layout, "fast_gelu", ms.float16, mesh)
+        self.networks = CapacityNetworks(layout, NetworkForm("fast_gelu"), ms.float16, mesh)
         self.mul = layout(ops.Mul(), ("rows", 1), ("rows", 1))
         self.sum = layout(ops.ReduceSum(), ("rows", 1))
 
