@@ -35,11 +35,6 @@ def broken_mesh_rules(config: Config) -> Broken:
 def check_one_process(config: Config, instead: str) -> None:
     """Refuse a mesh of several ranks for a job of one process; `instead`: what to do. Raises UserError."""
     mesh = config.parallel.mesh
-    if mesh.size > 1 and config.run.device == "Ascend":
-        raise UserError(
-            f"training over a mesh of {mesh.size} Ascend devices does not start yet: check its graph with `pangu-sigma "
-            "plan --compile`, train with parallel={} on one device, or with run.device=CPU in several processes"
-        )
     if mesh.size > 1:
         raise UserError(
             f"parallel makes a mesh of {mesh.size} ranks (data {mesh.data} x expert {mesh.expert} x tensor "

@@ -137,7 +137,7 @@ def _names(config: Config, compiled: Compiled) -> Iterator[str]:
             yield f"parameter {name} is {_said(theirs)} in the graph and {_said(ours)} in the configuration's manifest"
     chunks = config.parallel.expert_chunks
     for place in config.model.sparse_prefixes:
-        for tensor in config.model.network.tensors:
+        for tensor in config.model.expert_network.tensors:
             end = f".{place}.experts.{tensor}"
             one = next(shape[1:] for name, shape in wanted.items() if is_expert(name) and name.endswith(end))
             slots = activated_slots(config) * config.parallel.mesh.placement_groups
@@ -305,7 +305,7 @@ def _chunks(config: Config, compiled: Compiled) -> Iterator[str]:
     if chunks == 1:
         return
     by_name = {operator.name: operator for operator in compiled.operators}
-    products_of_expert = 3 if config.model.network.gated else 2
+    products_of_expert = 3 if config.model.expert_network.gated else 2
     for place in _places(config, compiled):
         # Of one micro-batch: a later one may wait for an earlier one.
         products: dict[str | None, set[str]] = {}

@@ -57,7 +57,7 @@ def stage_bytes(config: Config, vocabulary: int, stage: int) -> dict[str, float]
     if sparse_layers and not resident:
         per_slot = sum(
             math.prod(shape) / (mesh.tensor if "tensor" in cut_of(f"experts.{name}", shape) else 1)
-            for name, shape in config.model.network.shapes(config.model.hidden, config.model.ffn).items()
+            for name, shape in config.model.expert_network.shapes(config.model.hidden, config.model.ffn).items()
         )
         local = activated_slots(config) / mesh.exchange_size * sparse_layers
         found["weights"] += FLOAT32 * per_slot * local

@@ -78,7 +78,9 @@ def train(config: Config, resume: bool = False) -> Path:
     """
     if config.run.device != "CPU":
         check_one_process(
-            config, "train it on CPU with --workers, look at it with `pangu-sigma plan`, or set parallel={}"
+            config,
+            "a mesh of Ascend devices does not start yet, so check its graph with `pangu-sigma plan --compile`, train on "
+            "CPU with --workers, or set parallel={}",
         )
     if config.adapt is not None:
         raise UserError(
