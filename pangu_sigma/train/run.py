@@ -79,7 +79,7 @@ def train(config: Config, resume: bool = False) -> Path:
     if config.run.device != "CPU":
         check_one_process(
             config,
-            "a mesh of Ascend devices does not start yet, so check its graph with `pangu-sigma plan --compile`, train on "
+            "Ascend meshes do not start yet: check its graph with `pangu-sigma plan --compile`, train on "
             "CPU with --workers, or set parallel={}",
         )
     if config.adapt is not None:
