@@ -49,7 +49,8 @@ class GShardGate(Gate):
         self.twice_all = layout(ops.Mul(), two, ())
         self.twice = layout(ops.Mul(), one, ())
         self.cast_ids = layout(ops.Cast(), one)
-        self.pair = layout(ops.Stack(1), one, one)
+        self.pair = layout(ops.Concat(1), two, two)
+        self.column = layout(ops.ExpandDims(), one)
         self.div = layout(ops.Div(), one, one)
         self.add = layout(ops.Add(), one, one)
         self.less = layout(ops.Less(), one, one)
@@ -74,7 +75,9 @@ class GShardGate(Gate):
         if len(noise) > 0:
             used = self.less(noise[0], self.twice(ops.stop_gradient(g2), self.two))
             second = self.use(used, second, self.nobody(self.nothing(second, self.zero), self.none))
-        return self.pair((first, second)), self.pair((g1, g2)), probabilities, first_hits
+        ids = self.pair((self.column(first, 1), self.column(second, 1)))
+        weights = self.pair((self.column(g1, 1), self.column(g2, 1)))
+        return ids, weights, probabilities, first_hits
 
     def auxiliary(self, hits: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
         return self.balance(self.expand(chosen[3], 1), chosen[2])
