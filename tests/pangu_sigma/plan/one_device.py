@@ -12,17 +12,12 @@ from pangu_sigma.config import load_config, vocabulary_size
 from pangu_sigma.model.build import build_model
 from pangu_sigma.train.objective import Objective
 from pangu_sigma.train.step import GradientStep
-from rre.store import DeviceStore
 
 config = load_config(sys.argv[1], sys.argv[2:])
 ms.set_context(device_target="GPU", mode=ms.GRAPH_MODE, save_graphs=2, save_graphs_path="graphs")
 with no_init_parameters():
     places = config.model.sparse_prefixes
-    model = build_model(
-        config, vocabulary_size(config), 0, tables={p: {} for p in places}, initialise=False, with_store=False
-    )
-    # All experts are in every step; none of them is made.
-    model.store = DeviceStore({}, {})
+    model = build_model(config, vocabulary_size(config), 0, tables={p: {} for p in places}, initialise=False)
     step = GradientStep(model.net, model.training_signature(config.train.batch_size), model.layout, True, Objective())
 ms.set_recursion_limit(100_000)
 step.compile(*step.get_inputs())

@@ -13,7 +13,10 @@ from parallel.dry.process import run_dry
 
 CONFIG = Path(__file__).parents[3] / "configs" / "eight_devices_domain.yaml"
 SCRIPT = Path(__file__).with_name("one_device.py")
-ONE = ("parallel={}", "model.layers=3", "model.sparse.dispatch=dropless", "train.batch_size=4", "experts.store=device")
+ONE = (
+    "parallel={}", "model.layers=3", "model.hidden=128", "model.heads=4", "model.ffn=256", "train.batch_size=4",
+    "model.sparse.dispatch=dropless", "experts.store=device",
+)  # fmt: skip
 
 pytestmark = pytest.mark.skipif(not (shutil.which("gcc") and shutil.which("objdump")), reason="needs gcc and objdump")
 
