@@ -28,7 +28,7 @@ OLMOE = (
     "model.head=untied", "model.biases=false", "model.query_layer=none", "model.attention={qk_norm: true}",
     "parallel.data=2", "parallel.expert_chunks=2",
 )  # fmt: skip
-STAGES = ("model.layers=4", "parallel.pipeline=2", "train.accumulation=2", "data.domains_per_step=1")
+STAGES = ("train.accumulation=2", "train.batch_size=8")
 OPTIONS = (
     "model.layers=4", "model.sparse.shared_expert=true", "train.recompute=true", "parallel.sequence_parallel=true",
     "parallel.optimizer_parallel=true", "parallel.expert=8", "parallel.tensor=4", "parallel.data=2",
@@ -141,40 +141,40 @@ def test_olmoes_parts_on_sixteen_devices(compiled):
 def test_pipeline_stages_hold_their_layers_and_hand_rows_on(compiled):
     graphs = []
     for stage in range(2):
-        config, graph = compiled("eight_devices_domain.yaml", *STAGES, stage=stage)
+        config, graph = compiled("eight_devices_pipeline.yaml", *STAGES, stage=stage)
         assert list(problems(config, graph)) == []
         graphs.append(graph)
         # One sparse layer each, with two micro-batches; exchanges inside the stage.
         found = report(config, graph)
-        assert {tuple(c["ranks"]) for c in exchanges(found)} == {(8 * stage, 8 * stage + 2)}
+        assert {tuple(c["ranks"]) for c in exchanges(found)} == {(4 * stage, 4 * stage + 2)}
         assert sum(c["count"] for c in exchanges(found)) == 2 * (2 + 2)
         assert as_by_arithmetic(config, found)
         held = sum(math.prod(shape) for name, shape in graph.held.items() if not name.startswith("accu_grads."))
         assert 4 * held == stage_bytes(config, vocabulary_size(config), stage)["weights"]
-    assert graphs[0].rank == 0 and graphs[1].rank == 8
+    assert graphs[0].rank == 0 and graphs[1].rank == 4
     assert "blocks.1.experts.up.weight/0" in graphs[0].held and "blocks.1.norm1.gamma" not in graphs[1].held
     # The word table of the last stage is the first one's, so that only the first updates it.
     assert "embedding.word" in graphs[1].held and "embedding.word" not in report(config, graphs[1])["parameters"]
     rows = 2 * 512 * 512 * 4
     sent = Counter((c.kind, c.ranks, c.bytes) for c in graphs[0].collectives if c.kind in ("Send", "Receive"))
     assert sent == {
-        ("Send", (8,), rows): 2, ("Receive", (8,), rows): 2,
-        ("Send", (8,), 4096 * 512 * 4): 1, ("Receive", (8,), 4096 * 512 * 4): 1,
+        ("Send", (4,), rows): 2, ("Receive", (4,), rows): 2,
+        ("Send", (4,), 4096 * 512 * 4): 1, ("Receive", (4,), 4096 * 512 * 4): 1,
     }  # fmt: skip
 
 
 def test_a_stage_that_does_not_hand_its_rows_on_is_caught(compiled):
-    config, graph = compiled("eight_devices_domain.yaml", *STAGES)
-    elsewhere = dataclasses.replace(graph, graph=graph.graph.replace("dest_rank: I64(8)", "dest_rank: I64(9)"))
+    config, graph = compiled("eight_devices_pipeline.yaml", *STAGES)
+    elsewhere = dataclasses.replace(graph, graph=graph.graph.replace("dest_rank: I64(4)", "dest_rank: I64(5)"))
     said = list(problems(config, elsewhere))
-    assert "stage 0 has 0 Send of 2097152 bytes with rank 8 instead of 2" in said
-    assert "stage 0 has 2 Send of 2097152 bytes with rank 9 instead of 0" in said
+    assert "stage 0 has 0 Send of 2097152 bytes with rank 4 instead of 2" in said
+    assert "stage 0 has 2 Send of 2097152 bytes with rank 5 instead of 0" in said
 
 
 def test_a_stage_with_anothers_layers_is_caught(compiled):
-    _, graph = compiled("eight_devices_domain.yaml", *STAGES)
-    last = dataclasses.replace(graph, rank=8)
-    said = list(problems(compiled("eight_devices_domain.yaml", *STAGES)[0], last))
+    _, graph = compiled("eight_devices_pipeline.yaml", *STAGES)
+    last = dataclasses.replace(graph, rank=4)
+    said = list(problems(compiled("eight_devices_pipeline.yaml", *STAGES)[0], last))
     assert "stage 1 holds blocks.0.norm1.gamma, which is another stage's" in said
     assert "stage 1 lacks query_layer.norm1.gamma" in said
 
