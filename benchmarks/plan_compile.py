@@ -73,8 +73,8 @@ def table(rows: list[dict[str, Any]], machine: str) -> str:
         "",
         f"`python -m benchmarks.plan_compile`, {machine}. Rank 0's graph of one micro-batch, forward and backward,",
         "from MindSpore's semi-auto-parallel pass; bytes are what a rank puts into the collectives of one micro-batch.",
-        "With pipeline stages it is the first stage's graph of a whole step, and seconds are those of all stages. No NPU",
-        "has run it.",
+        "With pipeline stages it is the first stage's graph of a whole step, and seconds are those of all stages.",
+        "No NPU has run it.",
         "",
         "| configuration | devices | placement | compile s | in all s | GiB | collectives | AllToAll | its ranks "
         "| AllToAll GiB | AllReduce GiB | gather and scatter GiB |",
