@@ -231,6 +231,7 @@ def test_what_cannot_be_compiled_is_said(tmp_path):
     for name, override, said in (
         ("eight_devices_dense.yaml", "parallel={}", "needs more than one device"),
         ("quickstart.yaml", "parallel={data: 2, workers: 2}", "set run.device=Ascend"),
+        ("eight_devices_pipeline.yaml", "parallel.optimizer_parallel=true", "set one of them off"),
     ):
         config = load_config(CONFIGS / name, (override,))
         with pytest.raises(UserError, match=said):
