@@ -107,9 +107,9 @@ def test_olmoes_parts_that_are_cut_over_a_mesh_train_as_in_one_process():
         np.testing.assert_allclose(found[2][name], value, atol=1e-5, rtol=1e-3, err_msg=name)
 
 
-@pytest.mark.parametrize("router", ["switch", "gshard"])
-def test_a_learned_gate_that_is_cut_over_a_mesh_trains_as_one_process_does(router):
-    sparse = {**VALUES["model"]["sparse"], "router": router}
+@pytest.mark.parametrize(("router", "samples"), [("switch", 1), ("gshard", 2)])
+def test_a_learned_gate_that_is_cut_over_a_mesh_trains_as_one_process_does(router, samples):
+    sparse = {**VALUES["model"]["sparse"], "router": router, "capacity_samples": samples}
     values = {**VALUES, "model": {**VALUES["model"], "sparse": sparse}, "experts": {"store": "device"}}
     expected = trained(values)
     mesh = {"data": 2, "expert": 2, "tensor": 2}
