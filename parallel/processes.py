@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,12 +89,10 @@ class Processes:
 
     def leave(self) -> None:
         """Part when all have come here: what the job had to do is done."""
-        # A process that has heard of everybody ends, and takes down a connection that a slower one still passes the
-        # others' words over. Had a process failed, nobody would hear of everybody: the launcher sees that one's code.
-        with suppress(RuntimeError):
-            self.any(False)
+        # Not by a collective: whoever had heard of everybody would end, and take down a connection that a slower one
+        # still gets the others' words over.
         if self.watch is not None:
-            self.watch.close()
+            self.watch.leave()
             self.watch = None
 
     def gather(self, values: np.ndarray) -> np.ndarray:

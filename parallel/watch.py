@@ -17,7 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 
 LOOK_SECONDS = 0.5
+LEAVE_SECONDS = 0.05
 HOLD_ATTEMPTS = 10
+LEFT, DONE = b"left", b"done"  # in the file of a process that has come to the end, and that has ended
 SILENT_SECONDS = 3.0  # a process whose file was not touched for so long does not run
 LOST = 75  # exit code of a process that stopped because another one did
 TIMED_OUT = 2
@@ -60,12 +62,19 @@ class Watch:
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
 
+    def leave(self) -> None:
+        """Part when all have come here."""
+        os.pwrite(self._file, LEFT.ljust(20), 0)
+        while not all(self._path(rank).read_bytes().strip() in (LEFT, DONE) for rank in range(self.size)):
+            time.sleep(LEAVE_SECONDS)
+        self.close()
+
     def close(self) -> None:
         """This process is done: the others need not wait for it."""
         self._over.set()
         if self._thread is not None:
             self._thread.join()
-        os.pwrite(self._file, b"done".ljust(20), 0)
+        os.pwrite(self._file, DONE.ljust(20), 0)
         os.close(self._file)
 
     def _path(self, rank: int) -> Path:
@@ -91,7 +100,7 @@ class Watch:
         except BlockingIOError:
             return False
         else:
-            return os.pread(handle, 4, 0) != b"done"
+            return os.pread(handle, len(DONE), 0) != DONE
         finally:
             os.close(handle)
 

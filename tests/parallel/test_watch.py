@@ -30,6 +30,9 @@ print("started", flush=True)
 for line in sys.stdin:
     if line == "mark\\n":
         watch.mark()
+    elif line == "leave\\n":
+        watch.leave()
+        sys.exit(0)
     else:
         watch.close()
         sys.exit(0)
@@ -76,6 +79,22 @@ def test_a_rank_that_is_done_is_not_missed(ranks):
     assert first.poll() is None
     print("done", file=first.stdin, flush=True)
     assert first.wait(timeout=10) == 0
+
+
+def test_ranks_part_when_all_have_come_to_the_end(ranks):
+    first, second = ranks(60, 60)
+    print("leave", file=first.stdin, flush=True)
+    time.sleep(1.5)
+    assert first.poll() is None and second.poll() is None
+    print("leave", file=second.stdin, flush=True)
+    assert first.wait(timeout=10) == second.wait(timeout=10) == 0
+
+
+def test_a_rank_that_is_killed_before_the_others_part_is_missed(ranks):
+    first, second = ranks(60, 60)
+    print("leave", file=first.stdin, flush=True)
+    second.send_signal(signal.SIGKILL)
+    assert first.wait(timeout=10) == LOST
 
 
 def test_whoever_waits_too_long_says_for_whom(ranks):

@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +160,7 @@ HELD = {
     "model": {**SHORT, "sparse": {"resample": True}}, "steps": 4, "train": {"accumulation": 2},
     "held": {"output": 0.5, "l2": 0.1, "ewc": 5.0},
 }  # fmt: skip
+DONE = "done"
 # Name -> number of processes and the cases that they train one after the other.
 JOBS = {
     "two": (2, {
@@ -193,8 +193,18 @@ def test_every_router_trains_in_two_processes_and_in_four():
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory) -> Callable[[str], Path]:
-    """Name -> where the results of a job's cases are; each runs once."""
-    return cache(lambda name: run(tmp_path_factory.mktemp(name), *JOBS[name]))
+    """Name -> where the results of a job's cases are; each runs once, also where it fails."""
+    folders: dict[str, Path] = {}
+
+    def results_of(name: str) -> Path:
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp(name)
+            run(folders[name], *JOBS[name])
+            (folders[name] / DONE).touch()
+        assert (folders[name] / DONE).exists(), f"the job {name} has failed"
+        return folders[name]
+
+    return results_of
 
 
 @pytest.mark.slow

@@ -186,14 +186,16 @@ def on(met, mesh: dict):
 
 def main(cases: Path, folder: Path) -> None:
     from pangu_sigma import runtime
-    from parallel.launch import end_with_launcher
+    from parallel.launch import WATCHED, end_with_launcher
     from parallel.mesh import Mesh
     from parallel.processes import Processes, Started
+    from parallel.watch import Watch
 
     end_with_launcher()
     runtime.prepare("CPU")
     started = Started.here()
-    met = Processes(Mesh(data=started.size), started.rank)
+    watch = Watch(Path(os.environ[WATCHED]), started.rank, started.size, timeout=600, quiet=True)
+    met = Processes(Mesh(data=started.size), started.rank, watch)
     met.connect()
     alone: dict[str, dict[str, np.ndarray]] = {}  # one process's results do not depend on the mesh
     for name, case in json.loads(cases.read_text()).items():
