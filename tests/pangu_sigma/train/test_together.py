@@ -11,7 +11,7 @@ import pytest
 from pangu_sigma.checkpoint import open_checkpoint
 from parallel.launch import Launch
 from rre.kinds import KINDS
-from tests.pangu_sigma.train.process import ROOT
+from tests.pangu_sigma.train.process import ROOT, UNSEEN
 
 SWITCH = {"router": "switch", "aux_loss_weight": 0.1, "dispatch": "capacity", "capacity_factor": 1.0, "jitter": 0.02}
 GSHARD = {"router": "gshard", "aux_loss_weight": 0.1}
@@ -78,8 +78,10 @@ def assert_equals_one_process(folder: Path, case: str, grown: float = 1.0) -> No
     for mine in ranks:
         for name in (n for n in mine if n.startswith("gradient")):
             scale = max(np.abs(alone[name]).max(), 1e-3)
-            np.testing.assert_allclose(mine[name], alone[name], atol=2e-5 * grown * scale, err_msg=name)
             seen.add(name)
+            if name.endswith(UNSEEN):
+                continue
+            np.testing.assert_allclose(mine[name], alone[name], atol=2e-5 * grown * scale, err_msg=name)
     assert seen == {name for name in alone if name.startswith("gradient")}
     # The ranks' parts are every tensor once.
     whole = {name.split(" ", 2)[2]: tensor for name, tensor in alone.items() if name.startswith("tensor")}
@@ -93,6 +95,8 @@ def assert_equals_one_process(folder: Path, case: str, grown: float = 1.0) -> No
                 else:
                     expected = whole[name]
                 rows[name] += part.size
+                if name.endswith(UNSEEN):
+                    continue
                 # Steps are as long as the learning rate whatever the gradient: where that is nearly 0 they may differ.
                 np.testing.assert_allclose(part, expected, atol=2e-5 * grown, rtol=1e-4, err_msg=name)
     assert rows == {name: tensor.size for name, tensor in whole.items()}
@@ -229,7 +233,7 @@ def test_a_checkpoint_does_not_tell_how_many_processes_wrote_it(jobs):
 @pytest.mark.slow
 def test_the_fisher_information_of_several_processes_is_that_of_one(jobs):
     ranks, alone = results(jobs("mixed"), "held"), dict(np.load(jobs("mixed") / "held-alone.npz"))
-    names = [name for name in alone if name.startswith("fisher ")]
+    names = [name for name in alone if name.startswith("fisher ") and not name.endswith(UNSEEN)]
     assert names and all(alone[name].max() > 0 for name in names)
     for mine in ranks:
         for name in names:
