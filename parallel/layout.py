@@ -21,7 +21,8 @@ Cut = tuple[Axis, ...]
 AXES = ("group", "exchange", "data", "tensor")
 _MEANING = {"rows": ("group", "exchange", "data"), "expert": ("group", "exchange")}
 # Operators that take the number of parts of each axis alone; they then number devices in the axes' order.
-_COUNTS_ONLY = frozenset({"Concat", "Gather", "ReduceSum", "ReduceMax", "ReduceMean", "OneHot", "FlashAttentionScore"})
+_COUNTS_ONLY = frozenset({"Concat", "Gather", "ReduceSum", "ReduceMax", "ReduceMean", "OneHot", "FlashAttentionScore",
+                          "ArgMaxWithValue", "Select"})  # fmt: skip
 
 # Environment of a process that compiles pipeline stages: a slice of an input is of the rows that the rank itself gives,
 # its part of every micro-batch, one behind the other. Without it the ranks would gather each other's inputs first.

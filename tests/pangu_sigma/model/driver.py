@@ -132,8 +132,9 @@ class DrivenModel:
             if not self.learned:
                 tables = {d: tensors[f"domains.{d}.{prefix}.routing"] for d in groups.names}
             options = RouterOptions(
-                groups, config.hidden, length, layout, index, 7, config.sparse.chosen_of(groups.total), factor,
-                config.sparse.aux_loss_weight, config.sparse.z_loss_weight, renormalise=config.sparse.renormalise,
+                groups, config.hidden, length, layout, index, 7, config.sparse.chosen_of(groups.total),
+                capacity_factor=factor, auxiliary_weight=config.sparse.aux_loss_weight,
+                z_loss_weight=config.sparse.z_loss_weight, renormalise=config.sparse.renormalise,
                 pooled=config.sparse.balance == "pooled", jitter=config.sparse.jitter,
                 competitive=config.sparse.competitive, resample=config.sparse.resample, tables=tables,
             )  # fmt: skip
