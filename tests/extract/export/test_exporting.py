@@ -107,6 +107,8 @@ def test_an_altered_checkpoint_is_refused_by_the_files_name(stored, tmp_path):
 def test_an_interruption_leaves_nothing(stored, tmp_path):
     code = (
         "import sys, os, signal\n"
+        # Whoever starts the tests in the background has it ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from extract.export import hf, exporting\n"
         "whole = hf.write_shards\n"
         "def interrupted(*arguments):\n"
