@@ -174,9 +174,9 @@ def page(record: dict) -> str:
             f"Held-out loss in nats per token, mean and standard deviation over the seeds; 4 layers 192 wide, every "
             f"layer sparse (no query layer), inner width met by a token {INNER} in each, vocabulary 4,096, batch 16 × "
             f"128, {record['steps']} steps = {compact(tokens)} tokens of four domains in equal shares. Experts are "
-            "INNER/k wide, so all sparse systems store the same number of parameters. Gates choose among all experts "
-            "of a layer and are not told the domain; RRE is. Tables are balanced by frequency. Busiest × mean: rows of "
-            f"the busiest expert over the mean (RRE: of its group) in training; dropped: share of choices. Tokens/s: "
+            f"{INNER}/k wide, so all sparse systems store the same number of parameters. Gates choose among all "
+            "experts of a layer and are not told the domain; RRE is. Tables are balanced by frequency. Busiest × mean: "
+            f"rows of the busiest expert over the mean (RRE: of its group) in training; dropped: share of choices. Tokens/s: "
             f"training on all processors, nothing beside it, median of {SPEED_STEPS - SPEED_AFTER} steps.",
             "",
             "Router: routing of 2,048 tokens in one layer alone, by the clock; a gate's forward and backward pass in "
