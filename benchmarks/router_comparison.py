@@ -176,8 +176,8 @@ def page(record: dict) -> str:
             f"128, {record['steps']} steps = {compact(tokens)} tokens of four domains in equal shares. Experts are "
             f"{INNER}/k wide, so all sparse systems store the same number of parameters. Gates choose among all "
             "experts of a layer and are not told the domain; RRE is. Tables are balanced by frequency. Busiest × mean: "
-            f"rows of the busiest expert over the mean (RRE: of its group) in training; dropped: share of choices. Tokens/s: "
-            f"training on all processors, nothing beside it, median of {SPEED_STEPS - SPEED_AFTER} steps.",
+            f"rows of the busiest expert over the mean (RRE: of its group) in training; dropped: share of choices. "
+            f"Tokens/s: training on all processors, nothing beside it, median of {SPEED_STEPS - SPEED_AFTER} steps.",
             "",
             "Router: routing of 2,048 tokens in one layer alone, by the clock; a gate's forward and backward pass in "
             "the step, a table's look-up and plan in the reading thread, beside it.",
