@@ -194,6 +194,6 @@ def _how(record: dict) -> str:
         "the learning rate begins anew with every stage. Vocabulary and held-out text are the same everywhere. "
         "Forgetting: a domain's best loss after any earlier stage against the end (0: nothing). Backward transfer: "
         "right after learning against the end (higher is better). Forward transfer: the untrained model against just "
-        "before the domain's stage (higher is better; RRE infers whose experts read it). Training: the steps alone, "
-        f"{record['jobs']} runs at a time."
+        "before the domain's stage (higher is better; RRE infers whose experts read it). Training: the steps alone, by "
+        "the clock, with other runs beside: a rough figure."
     )
