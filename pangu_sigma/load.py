@@ -47,9 +47,7 @@ def stored_corpus(checkpoint: Checkpoint, config: Config, tokenizer: Tokenizer, 
     config = _where_it_lies(config, run_of(checkpoint), scratch)
     _check_text_is_here(checkpoint, config)
     corpus = prepare_corpus(config, tokenizer)
-    checkpoint.check_fingerprints(
-        tokenizer=tokenizer.fingerprint, corpora={s.name: s.corpus_fingerprint for s in corpus.stores}
-    )
+    checkpoint.check_fingerprints(tokenizer=tokenizer.fingerprint, corpora=corpus.fingerprints)
     return corpus
 
 

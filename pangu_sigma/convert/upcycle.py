@@ -23,6 +23,7 @@ from pangu_sigma.config import Config, config_from_dict, effective, load_config
 from pangu_sigma.config.counts import is_expert, is_routing, manifest, parameter_counts
 from pangu_sigma.convert.coverage import check_coverage
 from pangu_sigma.convert.folder import check_output, new_specs, write_with_progress
+from pangu_sigma.data.packing import first_sequences
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import stored_config, stored_tokenizer
 from pangu_sigma.model.initial import initial_value
@@ -174,13 +175,7 @@ def _text(config: Config, source: Checkpoint) -> tuple[dict[str, np.ndarray], di
 
     corpus = prepare_corpus(config, stored_tokenizer(source))
     counts = corpus.token_counts(config.model.vocab_size)
-    wanted = config.checkpoint.probe_sequences
-    probe = {
-        name: np.stack([held.sequence(i)[0] for i in range(min(wanted, len(held)))])
-        for name, held in corpus.heldout().items()
-        if wanted and len(held)
-    }
-    return counts, {store.name: store.corpus_fingerprint for store in corpus.stores}, probe
+    return counts, corpus.fingerprints, first_sequences(corpus.heldout(), config.checkpoint.probe_sequences)
 
 
 def _is_new(name: str) -> bool:

@@ -35,6 +35,11 @@ class Corpus:
         said = [sentence(s.name, sum(s.documents.values()), s.dropped, kinds[s.name]) for s in self.stores]
         return [one for one in said if one is not None]
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Domain -> fingerprint of its text, which a checkpoint keeps."""
+        return {s.name: s.corpus_fingerprint for s in self.stores}
+
     def training_streams(self) -> list[PackedSequences]:
         """Endless training sequences, one stream per domain."""
         length, seed = self.config.data.sequence_length, self.config.run.seed

@@ -137,3 +137,13 @@ class HeldoutSequences:
         for row in range(min(count, len(self) - start)):
             tokens[row], masks[row] = self.sequence(start + row)
         return tokens, masks
+
+
+def first_sequences(heldout: Mapping[str, HeldoutSequences], count: int) -> dict[str, np.ndarray]:
+    """The first `count` held-out sequences of every domain, int32 [n, S + 1], or all of fewer: the probe with which a
+    checkpoint's model can be verified alone. Nothing where `count` is 0."""
+    return {
+        name: np.stack([held.sequence(i)[0] for i in range(min(count, len(held)))])
+        for name, held in heldout.items()
+        if count
+    }

@@ -124,19 +124,16 @@ class Holding:
                 previous.take_saved(self.run_dir, written.path)
 
     def _contents(self, step: int) -> Contents:
-        groups, corpus, config = self.trainer.model.groups, self.corpus, self.trainer.config
+        corpus, config = self.corpus, self.trainer.config
         return Contents(
             step=step,
-            domains=list(groups.names),
-            coverage={p: dict(zip(groups.names, groups.sizes, strict=True)) for p in config.model.sparse_prefixes},
+            domains=config.domain_names,
+            coverage=config.coverage,
             config_text=config.to_yaml(),
             tokenizer_files=self._tokenizer_files(),
             probe={},
             state={"origin": {"job": "previous model"}},
-            fingerprints=Fingerprints(
-                tokenizer=corpus.tokenizer.fingerprint,
-                corpora={store.name: store.corpus_fingerprint for store in corpus.stores},
-            ),
+            fingerprints=Fingerprints(tokenizer=corpus.tokenizer.fingerprint, corpora=corpus.fingerprints),
         )
 
     def _fisher(self, phase: Phase, work: Work) -> dict[str, np.ndarray]:

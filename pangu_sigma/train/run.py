@@ -33,6 +33,7 @@ from pangu_sigma.config.data import STANDARD_INPUT
 from pangu_sigma.config.mesh_rules import check_one_process
 from pangu_sigma.data.corpus import Corpus, prepare_corpus
 from pangu_sigma.data.growing import check_source
+from pangu_sigma.data.packing import first_sequences
 from pangu_sigma.data.prefetch import Prefetcher
 from pangu_sigma.data.sampler import MixtureSampler
 from pangu_sigma.data.stream import StreamEnded, StreamSampler
@@ -239,7 +240,7 @@ class Run:
 
     def _corpus_fingerprints(self) -> dict[str, str]:
         """Fingerprints of the domains' text, which a checkpoint keeps."""
-        return {store.name: store.corpus_fingerprint for store in self.corpus.stores}
+        return self.corpus.fingerprints
 
     def _objective(self) -> Objective:
         """What the steps minimise."""
@@ -461,14 +462,11 @@ class Run:
 
     def _contents(self) -> Contents:
         """What a checkpoint holds of this moment beside tensors."""
-        tokenizer, groups = self.corpus.tokenizer, self.model.groups
+        tokenizer = self.corpus.tokenizer
         return Contents(
             step=self.progress.step,
-            domains=list(groups.names),
-            coverage={
-                place: dict(zip(groups.names, groups.sizes, strict=True))
-                for place in self.config.model.sparse_prefixes
-            },
+            domains=self.config.domain_names,
+            coverage=self.config.coverage,
             config_text=self.config.to_yaml(),
             tokenizer_files=tokenizer_files(tokenizer),
             probe=self._probe(self.config.checkpoint.probe_sequences),
@@ -485,12 +483,8 @@ class Run:
         )
 
     def _probe(self, count: int) -> dict[str, np.ndarray]:
-        """The first held-out sequences of every domain, int32 [n, S + 1]: with them a model can be verified alone."""
-        return {
-            name: np.stack([h.sequence(i)[0] for i in range(min(count, len(h)))])
-            for name, h in self.heldout.items()
-            if count
-        }
+        """Held-out sequences of every domain, int32 [n, S + 1]: with them a model can be verified alone."""
+        return first_sequences(self.heldout, count)
 
     def _profiler(self):
         from pangu_sigma.train.profiling import profiled_steps

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from pangu_sigma.config import Config, config_from_dict
+from pangu_sigma.data.packing import first_sequences
 from pangu_sigma.data.tokenizer import Tokenizer, load_tokenizer
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.files import write_json, write_text
@@ -53,14 +54,8 @@ def write_companion(output: Path, text: Text) -> None:
         write_text(folder / CONFIG, text.config.to_yaml())
     shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
     text.corpus.tokenizer.save(folder / TOKENIZER)
-    wanted = text.config.checkpoint.probe_sequences
-    probe = {
-        name: np.stack([held.sequence(i)[0] for i in range(min(wanted, len(held)))])
-        for name, held in text.corpus.heldout().items()
-        if wanted and len(held)
-    }
-    save_file(probe, folder / PROBE)
-    write_json(folder / TEXT, {"corpora": {s.name: s.corpus_fingerprint for s in text.corpus.stores}})
+    save_file(first_sequences(text.corpus.heldout(), text.config.checkpoint.probe_sequences), folder / PROBE)
+    write_json(folder / TEXT, {"corpora": text.corpus.fingerprints})
 
 
 def find_companion(checkpoint: Path, run: Path | None) -> Path:
