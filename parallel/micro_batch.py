@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 
 class MicroBatch(nn.Cell):
@@ -51,30 +51,19 @@ class Accumulated(nn.Cell):
     """Gradients of `parameters` over all micro-batches, out of the buffers in which a rank's part of them was summed.
 
     The pass adds every micro-batch's gradient to the parameter called `accu_grads.` and the parameter's name, and sums
-    over the ranks that hold the same part when the last has come. Where parameters are cut over these ranks
-    (`optimizer_parallel`), what it hands back is the sum already.
+    over the ranks that hold the same part when the last has come.
     """
 
-    def __init__(self, parameters: Sequence, optimizer_parallel: bool) -> None:
+    def __init__(self, parameters: Sequence[Parameter]) -> None:
         super().__init__(auto_prefix=False)
-        from mindspore import ParameterTuple
-
         self.buffers = ParameterTuple(parameters).clone(prefix="accu_grads", init="zeros")
-        self.returned = optimizer_parallel
         self.each = ops.HyperMap()
 
     def construct(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if self.returned:
-            return self.each(_cleared, gradients, self.buffers)
         return self.each(_taken, gradients, self.buffers)
 
 
 def _taken(gradient: Tensor, buffer: Tensor) -> Tensor:
     buffer = ops.depend(buffer, gradient)
     found = buffer * 1.0
-    return ops.depend(found, ops.assign(ops.depend(buffer, found), ops.zeros_like(buffer)))
-
-
-def _cleared(gradient: Tensor, buffer: Tensor) -> Tensor:
-    found = gradient * 1.0
     return ops.depend(found, ops.assign(ops.depend(buffer, found), ops.zeros_like(buffer)))

@@ -59,9 +59,8 @@ class PipelinedStep(nn.Cell):
     """
 
     def __init__(
-        self, net: PanGuSigma, signature: FlatSignature, layout: MeshLayout, micro_batches: int, stage: int,
-        optimizer_parallel: bool,
-    ) -> None:  # fmt: skip
+        self, net: PanGuSigma, signature: FlatSignature, layout: MeshLayout, micro_batches: int, stage: int
+    ) -> None:
         super().__init__(auto_prefix=False)
         net.set_stages(layout.mesh)
         loss = PipelinedLoss(net, layout, signature)
@@ -78,8 +77,8 @@ class PipelinedStep(nn.Cell):
         # An attribute, so that set_train reaches the network, and operators tell where they stand.
         self.loss = MicroBatches(loss, micro_batches)
         self.value_and_grad = ops.value_and_grad(self.loss, None, everything)
-        self.accumulated = Accumulated(self.experts, False) if len(self.experts) else None
-        self.accumulated_shared = Accumulated(self.shared, optimizer_parallel)
+        self.accumulated = Accumulated(self.experts) if len(self.experts) else None
+        self.accumulated_shared = Accumulated(self.shared)
         self.square_sums = square_sums(layout, [parameter.shape for parameter in self.shared])
         self.set_train()
         inputs = step_inputs(signature, micro_batches)
