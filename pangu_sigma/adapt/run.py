@@ -59,12 +59,15 @@ def _base(model: Path, file: Path, overrides: tuple[str, ...], resume: bool) -> 
 
 @dataclass(frozen=True)
 class ExampleCorpus:
-    """The examples of every domain that has some, in the place of the domains' text."""
+    """The examples of every domain that has some, in the place of the domains' text.
+
+    fingerprints: of the text that the adapted model learned.
+    """
 
     config: Config
     tokenizer: Tokenizer
     sets: Mapping[str, ExampleSet]
-    stores = ()
+    fingerprints: Mapping[str, str]
 
     def messages(self) -> list[str]:
         """What became of the examples, domain by domain."""
@@ -106,7 +109,7 @@ class AdaptationRun(Run):
                 )
             if examples.weight and not sets[examples.name].train:
                 raise UserError(f"adapt.examples of '{examples.name}': nothing is left to learn from; add examples")
-        return ExampleCorpus(self.config, tokenizer, sets)
+        return ExampleCorpus(self.config, tokenizer, sets, dict(tokenizer_of.fingerprints.corpora))
 
     def _frozen(self) -> Checkpoint:
         """The checkpoint of the reference: what the run began with, byte for byte. Raises UserError if it is gone."""
@@ -123,9 +126,6 @@ class AdaptationRun(Run):
 
     def _token_counts(self) -> dict[str, np.ndarray]:
         return {}
-
-    def _corpus_fingerprints(self) -> dict[str, str]:
-        return dict(self.origin.fingerprints.corpora)
 
     def _objective(self) -> Objective:
         from pangu_sigma.adapt.preference import Preference

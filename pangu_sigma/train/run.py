@@ -146,7 +146,7 @@ class Run:
         messages += self.corpus.messages()
         if checkpoint is not None:
             checkpoint.check_fingerprints(
-                tokenizer=self.corpus.tokenizer.fingerprint, corpora=self._corpus_fingerprints()
+                tokenizer=self.corpus.tokenizer.fingerprint, corpora=self.corpus.fingerprints
             )
         self.config = with_vocabulary(self.config, self.corpus.tokenizer.vocab_size)
         if first:
@@ -237,10 +237,6 @@ class Run:
     def _token_counts(self) -> dict[str, np.ndarray]:
         """How often every vocabulary id occurs, by domain: routing tables of a new model may be drawn by it."""
         return self.corpus.token_counts(self.config.model.vocab_size)
-
-    def _corpus_fingerprints(self) -> dict[str, str]:
-        """Fingerprints of the domains' text, which a checkpoint keeps."""
-        return self.corpus.fingerprints
 
     def _objective(self) -> Objective:
         """What the steps minimise."""
@@ -479,7 +475,7 @@ class Run:
                 "tokens": self.progress.tokens,
                 **self._own_state(),
             },
-            fingerprints=Fingerprints(tokenizer=tokenizer.fingerprint, corpora=self._corpus_fingerprints()),
+            fingerprints=Fingerprints(tokenizer=tokenizer.fingerprint, corpora=self.corpus.fingerprints),
         )
 
     def _probe(self, count: int) -> dict[str, np.ndarray]:
