@@ -13,7 +13,7 @@ from pangu_sigma.config import Config, manifest, vocabulary_size
 from pangu_sigma.config.counts import is_expert, is_routing
 from pangu_sigma.config.dispatch import activated_slots, samples_at_a_time
 from pangu_sigma.model.stages import stage_of
-from pangu_sigma.plan.cuts import cut_of
+from pangu_sigma.plan.cuts import cut_of, held_part, part_of
 from parallel.dry.graph import (
     BYTES,
     POINT_TO_POINT,
@@ -25,7 +25,9 @@ from parallel.dry.graph import (
     held,
     operators,
 )
+from parallel.dry.placed import Placed
 from parallel.mesh import Mesh
+from parallel.optimizer_parts import holders, optimizer_ways
 
 Shape = tuple[int, ...]
 
@@ -48,13 +50,14 @@ SUMS = "accu_grads."
 class Compiled:
     """The last graph of one rank, with what its process told: uncut shapes of the model's parameters and of its expert
     tensors (with their numbers among the graph's inputs; None where they are parameters of a graph of pipeline
-    stages), seconds in the compiler and in all, peak memory of the process; `update`: the graph that updates the shared
-    parameters."""
+    stages), where MindSpore says that the parts of each parameter are, seconds in the compiler and in all, peak memory
+    of the process; `update`: the graph that updates the shared parameters."""
 
     rank: int
     graph: str
     parameters: dict[str, Shape]
     expert_inputs: dict[str, tuple[int | None, Shape]]
+    placed: dict[str, Placed]
     seconds: float
     total_seconds: float
     peak_bytes: int
@@ -100,6 +103,7 @@ def problems(config: Config, compiled: Compiled) -> Iterator[str]:
     """A sentence for everything in the graph that is not the plan's; the layers are named."""
     yield from _names(config, compiled)
     yield from _shards(config, compiled)
+    yield from _placed(config, compiled)
     yield from _expert_cuts(config, compiled)
     yield from _exchanges(config, compiled)
     yield from _groups(config, compiled)
@@ -160,20 +164,20 @@ def _shards(config: Config, compiled: Compiled) -> Iterator[str]:
     mesh, parts = config.parallel.mesh, compiled.held
     mine = shared_of_stage(config, compiled)
     for name, shape in mine.items():
-        allowed = _allowed_parts(config, name, shape)
-        if parts.get(name) not in allowed:
-            yield f"parameter {name} is cut to {_said(parts.get(name))}, not to {allowed[0]}"
+        wanted = _held(config, name, shape, compiled.rank)
+        if parts.get(name) != wanted:
+            yield f"parameter {name} is cut to {_said(parts.get(name))}, not to {wanted}"
     if mesh.pipeline == 1:
         return
     stage = mesh.coordinates(compiled.rank).stage
     experts = {name for name in compiled.expert_inputs if stage_of(name, config.model.layers, mesh) == stage}
-    wanted = {n: parts.get(n) for n in (*mine, *experts)}
-    wanted |= {f"{SUMS}{name}": None for name in wanted}
+    expected = {*mine, *experts}
+    expected |= {f"{SUMS}{name}" for name in expected}
     if sends_words(config) and stage == mesh.pipeline - 1:
-        wanted[WORDS] = parts.get(WORDS)
-    for name in sorted(parts.keys() - wanted.keys()):
+        expected.add(WORDS)
+    for name in sorted(parts.keys() - expected):
         yield f"stage {stage} holds {name}, which is another stage's"
-    for name in sorted(wanted.keys() - parts.keys()):
+    for name in sorted(expected - parts.keys()):
         yield f"stage {stage} lacks {name}"
 
 
@@ -182,18 +186,33 @@ def sends_words(config: Config) -> bool:
     return config.parallel.pipeline > 1 and config.model.head == "tied"
 
 
-def _allowed_parts(config: Config, name: str, shape: Shape) -> list[Shape]:
-    """What a rank may hold of a shared parameter."""
-    mesh, cut = config.parallel.mesh, cut_of(name, shape)
-    wanted = [size // (1 if axis is None else getattr(mesh, axis)) for size, axis in zip(shape, cut, strict=True)]
-    allowed = [tuple(wanted)]
-    if config.parallel.optimizer_parallel:
-        ranks = mesh.rows if "tensor" in cut else mesh.rows * mesh.tensor
-        allowed += [
-            (wanted[0] // ways, *wanted[1:]) for ways in range(2, ranks + 1)
-            if ranks % ways == 0 and wanted[0] % ways == 0
-        ]  # fmt: skip
-    return allowed
+def _held(config: Config, name: str, shape: Shape, rank: int) -> Shape:
+    """Shape of what a rank holds of a shared parameter."""
+    part = held_part(name, shape, config.parallel.mesh, rank, config.parallel.optimizer_parallel)
+    return tuple(end - start for start, end in part)
+
+
+def _placed(config: Config, compiled: Compiled) -> Iterator[str]:
+    """Which rank of the stage has which part of every shared parameter, by MindSpore's own statement."""
+    mesh, seen = config.parallel.mesh, set()
+    first = mesh.coordinates(compiled.rank).stage * mesh.stage_size
+    for name, shape in shared_of_stage(config, compiled).items():
+        placed, cut = compiled.placed.get(name), cut_of(name, shape)
+        if placed is None:
+            yield f"parameter {name} has no place in the compiled graph"
+            continue
+        if (placed, cut, shape) in seen:
+            continue
+        seen.add((placed, cut, shape))
+        for rank in range(first, first + mesh.stage_size):
+            theirs, ours = placed.part(shape, rank - first), part_of(name, shape, mesh, rank)
+            if theirs != ours:
+                yield f"of parameter {name} rank {rank} has the part {theirs}, not {ours}"
+                break
+        divided = config.parallel.optimizer_parallel and optimizer_ways(shape, cut, mesh) > 1
+        wanted = holders(cut, mesh, compiled.rank) if divided else ()
+        if placed.dividing != wanted:
+            yield f"the part of parameter {name} is divided among the ranks {placed.dividing}, not {wanted}"
 
 
 def _expert_cuts(config: Config, compiled: Compiled) -> Iterator[str]:
@@ -344,7 +363,7 @@ def _neighbours(config: Config, compiled: Compiled) -> Iterator[str]:
         wanted["Receive", rank - mesh.stage_size, rows] += times
         wanted["Send", rank - mesh.stage_size, rows] += times
     if sends_words(config) and stage in (0, last):
-        words = math.prod(_allowed_parts(config, WORDS, compiled.parameters[WORDS])[0]) * BYTES["Float32"]
+        words = math.prod(_held(config, WORDS, compiled.parameters[WORDS], rank)) * BYTES["Float32"]
         other = rank + (last if stage == 0 else -last) * mesh.stage_size
         wanted["Send", other, words] += 1
         wanted["Receive", other, words] += 1

@@ -19,6 +19,7 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.model.stages import stage_of
 from pangu_sigma.plan.checking import Compiled, problems, shared_of_stage
 from parallel.dry.graph import collectives, last_graph
+from parallel.dry.placed import Placed
 from parallel.dry.process import run_dry
 from parallel.dry.standin import DryCompileError
 from parallel.layout import SLICES_STAY
@@ -56,7 +57,7 @@ def compile_plan(config: Config, folder: Path | None = None, timeout: float = 36
             return compile_plan(config, Path(made), timeout)
     reports = []
     for stage in range(config.parallel.pipeline):
-        compiled = compile_graph(config, folder, timeout, stage)
+        compiled = compile_graph(config, folder, timeout, stage * config.parallel.mesh.stage_size)
         wrong = list(problems(config, compiled))
         if wrong:
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
@@ -74,10 +75,9 @@ def compile_plan(config: Config, folder: Path | None = None, timeout: float = 36
     return found
 
 
-def compile_graph(config: Config, folder: Path, timeout: float = 3600.0, stage: int = 0) -> Compiled:
-    """The graph of the first rank of a pipeline stage, unchecked; everything about it stays under `folder`/rank_N."""
+def compile_graph(config: Config, folder: Path, timeout: float = 3600.0, rank: int = 0) -> Compiled:
+    """The graph of a rank, unchecked; everything about it stays under `folder`/rank_N."""
     mesh = config.parallel.mesh
-    rank = stage * mesh.stage_size
     folder = folder / f"rank_{rank}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
@@ -92,9 +92,9 @@ def compile_graph(config: Config, folder: Path, timeout: float = 3600.0, stage: 
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     parameters = {name: tuple(shape) for name, shape in result["parameters"].items()}
     inputs = {name: (number, tuple(shape)) for name, (number, shape) in result["expert_inputs"].items()}
-    return Compiled(
-        rank, text, parameters, inputs, result["seconds"], time.perf_counter() - started, result["peak_bytes"], update
-    )
+    placed = {name: Placed.of(values) for name, values in result["placed"].items()}
+    seconds = time.perf_counter() - started
+    return Compiled(rank, text, parameters, inputs, placed, result["seconds"], seconds, result["peak_bytes"], update)
 
 
 def report(config: Config, compiled: Compiled) -> dict[str, Any]:

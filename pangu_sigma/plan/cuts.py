@@ -6,6 +6,7 @@ import math
 
 from pangu_sigma.config.counts import Shape, is_expert
 from parallel.mesh import Mesh
+from parallel.optimizer_parts import optimizer_part
 
 # Axes over which each axis of a tensor is cut, by the end of the tensor's name; all others are whole on every rank.
 _ATTENTION = {".weight": (None, "tensor"), ".bias": ("tensor",)}
@@ -38,6 +39,29 @@ def cut_of(name: str, shape: Shape) -> tuple[str | None, ...]:
 def ways(name: str, shape: Shape, mesh: Mesh) -> int:
     """Into how many different parts the tensor is cut (experts: of one layer's whole expert axis)."""
     return math.prod(getattr(mesh, axis) for axis in cut_of(name, shape) if axis is not None)
+
+
+def part_of(name: str, shape: Shape, mesh: Mesh, rank: int) -> tuple[tuple[int, int], ...]:
+    """(start, end) on each axis of the tensor of this name and whole `shape` that a rank computes with."""
+    place = mesh.coordinates(rank)
+    found = []
+    for size, axis in zip(shape, cut_of(name, shape), strict=True):
+        share = size // (1 if axis is None else getattr(mesh, axis))
+        start = 0 if axis is None else getattr(place, axis) * share
+        found.append((start, start + share))
+    return tuple(found)
+
+
+def held_part(name: str, shape: Shape, mesh: Mesh, rank: int, divided: bool) -> tuple[tuple[int, int], ...]:
+    """(start, end) on each axis of the shared parameter of this name that a rank holds and updates; `divided`: whether
+    `parallel.optimizer_parallel` is on."""
+    part = part_of(name, shape, mesh, rank)
+    if not divided:
+        return part
+    number, ways = optimizer_part(shape, cut_of(name, shape), mesh, rank)
+    start, end = part[0]
+    share = (end - start) // ways
+    return ((start + number * share, start + (number + 1) * share), *part[1:])
 
 
 def is_matrix(name: str, shape: Shape) -> bool:

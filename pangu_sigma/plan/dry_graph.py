@@ -22,6 +22,7 @@ from mindspore.nn.utils import no_init_parameters
 from pangu_sigma.config import Config, load_config, vocabulary_size
 from pangu_sigma.model.build import build_model
 from pangu_sigma.train.meshed import MeshedStep, meshed_step, parallel_context
+from parallel.dry.placed import placements
 from parallel.dry.process import start_semi_auto
 from parallel.layout import MeshLayout
 
@@ -43,11 +44,13 @@ def compile_step(config: Config) -> dict[str, object]:
     parameters = {p.name: p.shape for p in model.net.get_parameters()}
     started = time.perf_counter()
     step.compile()
+    placed = placements(step.cell)
     compile_update(step)
     return {
         "seconds": time.perf_counter() - started,
         "parameters": parameters,
         "expert_inputs": step.experts,
+        "placed": placed,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 

@@ -14,6 +14,7 @@ from pangu_sigma.config.dispatch import activated_slots, dispatch, samples_at_a_
 from pangu_sigma.model.stages import stage_of
 from pangu_sigma.plan.cuts import cut_of, is_matrix, ways
 from pangu_sigma.plan.hardware import Hardware
+from parallel.optimizer_parts import optimizer_ways
 
 FLOAT32 = 4
 MOMENTS = 2
@@ -33,7 +34,7 @@ def device_bytes(config: Config, vocabulary: int) -> dict[str, float]:
 def stage_bytes(config: Config, vocabulary: int, stage: int) -> dict[str, float]:
     """Bytes of a device of one pipeline stage by what they are for."""
     mesh, low = config.parallel.mesh, compute_bytes(config)
-    share = mesh.rows if config.parallel.optimizer_parallel else 1
+    divided = config.parallel.optimizer_parallel
     found = dict.fromkeys(("weights", "moments", "gradients", "compute copies", "activations"), 0.0)
     resident = config.experts.store == "device"
     layers = config.model.layers
@@ -44,10 +45,10 @@ def stage_bytes(config: Config, vocabulary: int, stage: int) -> dict[str, float]
             continue
         cut = ways(name, shape, mesh)
         values = math.prod(shape) / cut
-        repeated = 1 if is_expert(name) else share
-        found["weights"] += FLOAT32 * values / repeated
-        found["moments"] += MOMENTS * FLOAT32 * values / repeated
-        found["gradients"] += FLOAT32 * values / repeated
+        share = optimizer_ways(shape, cut_of(name, shape), mesh) if divided and not is_expert(name) else 1
+        found["weights"] += FLOAT32 * values / share
+        found["moments"] += MOMENTS * FLOAT32 * values / share
+        found["gradients"] += FLOAT32 * values / share
         if low != FLOAT32 and is_matrix(name, shape):
             found["compute copies"] += low * values
     if mesh.pipeline > 1 and stage == mesh.pipeline - 1 and config.model.head == "tied":

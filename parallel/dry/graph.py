@@ -20,6 +20,7 @@ _CALL = re.compile(r"^  (%\d+)\(.*?\) = (?:PrimFunc_)?(\w+)\((.*?)\)(?: \{instan
 _PEER = re.compile(r"(?:dest|src)_rank: I64\((\d+)\)")
 _MICRO = re.compile(r"[{ ]micro: I64\((\d+)\)")
 _RANKS = re.compile(r"group_rank_ids: \(([\d, ]*)\)")
+_OF_PARAMETER = re.compile(r'[{ ]mirror_user_id: "([^"]+)"')
 _NUMBER = re.compile(r'[{ ]unique_id: "(\d+)"')
 _FORWARD = re.compile(r'forward_unique_id: "(\d+)"')
 _TENSOR = re.compile(r"Tensor\[(\w+)\](?:>?\]?), \(([\d, ]*)\)")
@@ -32,7 +33,8 @@ class Operator:
     """One operator of a graph: what it reads (`%12`, `%para3_x`), the types and shapes of the tensors it takes and
     gives, where in the cells it stands, the ranks that it speaks with; `number`: MindSpore's own, and `forward`: that
     of the operator whose gradient it is. Gradients of equal operators share one scope, so theirs names any of them.
-    Of what is sent to one rank alone, `ranks` is that rank. `micro`: the micro-batch in a graph of several."""
+    Of what is sent to one rank alone, `ranks` is that rank. `micro`: the micro-batch in a graph of several.
+    `parameter`: the one for which MindSpore inserted it."""
 
     name: str
     kind: str
@@ -45,6 +47,7 @@ class Operator:
     number: str | None
     forward: str | None
     micro: str | None = None
+    parameter: str | None = None
 
     @property
     def backward(self) -> bool:
@@ -104,6 +107,7 @@ def operators(graph: str) -> Iterator[Operator]:
             number=_one(_NUMBER, rest),
             forward=_one(_FORWARD, rest),
             micro=_one(_MICRO, rest),
+            parameter=_one(_OF_PARAMETER, rest),
         )
 
 

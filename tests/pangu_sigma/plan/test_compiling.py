@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -17,6 +18,7 @@ from pangu_sigma.config import load_config, vocabulary_size
 from pangu_sigma.errors import UserError
 from pangu_sigma.plan.checking import place_of, problems
 from pangu_sigma.plan.compiling import compile_graph, compile_plan, report
+from pangu_sigma.plan.cuts import held_part
 from pangu_sigma.plan.memory import stage_bytes
 from pangu_sigma.plan.traffic import all_to_all_bytes
 from parallel.dry.graph import operators
@@ -33,6 +35,12 @@ OPTIONS = (
     "model.layers=4", "model.sparse.shared_expert=true", "train.recompute=true", "parallel.sequence_parallel=true",
     "parallel.optimizer_parallel=true", "parallel.expert=8", "parallel.tensor=4", "parallel.data=2",
     "parallel.placement_groups=4", "parallel.expert_chunks=2", "train.batch_size=32",
+    # Rows that 64 ranks do not divide, and a bias of half a KiB less than what is divided.
+    "model.positions=520", "model.ffn=16256",
+)  # fmt: skip
+DIVIDED = (
+    "model.layers=2", "model.sparse.layers=1", "model.positions=516", "model.ffn=16384", "parallel.data=2",
+    "parallel.optimizer_parallel=true",
 )  # fmt: skip
 
 pytestmark = pytest.mark.skipif(not (shutil.which("gcc") and shutil.which("objdump")), reason="needs gcc and objdump")
@@ -44,11 +52,11 @@ def compiled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compiled")
     found = {}
 
-    def ask(name, *overrides, stage=0):
-        asked = (name, overrides, stage)
+    def ask(name, *overrides, rank=0):
+        asked = (name, overrides, rank)
         if asked not in found:
             config = load_config(CONFIGS / name, overrides)
-            found[asked] = (config, compile_graph(config, folder / str(len(found)), stage=stage))
+            found[asked] = (config, compile_graph(config, folder / str(len(found)), rank=rank))
         return found[asked]
 
     return ask
@@ -118,6 +126,52 @@ def test_every_option_on_64_devices(compiled):
     assert found["parameters"]["blocks.0.attention.query.weight"]["shard"] == [512 // 16, 512 // 4]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "rank", "pieces", "pieces_of_bias"), [(OPTIONS, 0, 16, 1), (DIVIDED, 13, 8, 8)], ids=["64", "16"]
+)
+def test_optimizer_parallelism_divides_what_is_planned(compiled, overrides, rank, pieces, pieces_of_bias):
+    """Against MindSpore's own way to cut a whole tensor for a rank, and the gathers in its graph."""
+    from mindspore import Tensor
+    from mindspore.parallel._tensor import _load_tensor
+
+    config, graph = compiled("eight_devices_domain.yaml", *overrides, rank=rank)
+    assert list(problems(config, graph)) == []
+    mesh, ways = config.parallel.mesh, {}
+    for name, shape in graph.parameters.items():
+        placed, whole = graph.placed[name], np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
+        theirs = _load_tensor(Tensor(whole), list(placed.devices), list(placed.cuts), list(shape), rank)
+        if placed.dividing:
+            theirs = np.split(theirs, len(placed.dividing))[placed.dividing.index(rank)]
+        ours = held_part(name, shape, mesh, rank, True)
+        assert np.array_equal(theirs, whole[tuple(slice(*axis) for axis in ours)]), name
+        assert theirs.shape == graph.held[name], name
+        ways[name] = len(placed.dividing) or 1
+    assert ways["embedding.word"] == ways["blocks.0.attention.query.weight"] == pieces
+    # Of 63.5 and of 64 KiB; rows that the ranks do not divide; 2 KiB.
+    assert next(w for n, w in ways.items() if n.endswith("feed_forward.up.bias")) == pieces_of_bias
+    assert ways["embedding.position"] == ways["norm.gamma"] == 1
+    gathered = {}
+    for o in graph.operators:
+        if o.instance.startswith("parallel_optimizer_allgather"):
+            gathered.setdefault(o.parameter, set()).add(o.ranks)
+    assert gathered == {n: {graph.placed[n].dividing} for n, divided in ways.items() if divided > 1}
+
+
+def test_parts_with_another_rank_or_undivided_are_caught(compiled):
+    config, graph = compiled("eight_devices_domain.yaml", *OPTIONS)
+    other = dataclasses.replace(graph.placed["embedding.word"], devices=(4, 4, 4), cuts=(1, -1))
+    moved = dataclasses.replace(graph, placed={**graph.placed, "embedding.word": other})
+    assert list(problems(config, moved)) == [
+        "of parameter embedding.word rank 1 has the part ((0, 2048), (0, 512)), not ((2048, 4096), (0, 512))"
+    ]
+    fewer = dataclasses.replace(graph.placed["embedding.word"], dividing=(0, 4))
+    divided = dataclasses.replace(graph, placed={**graph.placed, "embedding.word": fewer})
+    said = list(problems(config, divided))
+    assert len(said) == 1 and "embedding.word is divided among the ranks (0, 4), not (0, 4, 8," in said[0]
+    whole = load_config(CONFIGS / "eight_devices_domain.yaml", (*OPTIONS, "parallel.optimizer_parallel=false"))
+    assert "parameter embedding.word is cut to (128, 512), not to (2048, 512)" in list(problems(whole, graph))
+
+
 @pytest.mark.parametrize("router", ["switch", "gshard"])
 def test_learned_gates_on_eight_devices(compiled, router):
     gate = (f"model.sparse.router={router}", "experts.store=device", "model.sparse.jitter=0.01")
@@ -141,7 +195,7 @@ def test_olmoes_parts_on_sixteen_devices(compiled):
 def test_pipeline_stages_hold_their_layers_and_hand_rows_on(compiled):
     graphs = []
     for stage in range(2):
-        config, graph = compiled("eight_devices_pipeline.yaml", *STAGES, stage=stage)
+        config, graph = compiled("eight_devices_pipeline.yaml", *STAGES, rank=4 * stage)
         assert list(problems(config, graph)) == []
         graphs.append(graph)
         # One sparse layer each, with two micro-batches; exchanges inside the stage.
