@@ -3,7 +3,7 @@ beside the trainer; when it is resumed, the kept one is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from pangu_sigma.checkpoint import Contents, Fingerprints, save_checkpoint
 from pangu_sigma.checkpoint.cleaning import list_checkpoints
 from pangu_sigma.checkpoint.reading import open_checkpoint
-from pangu_sigma.checkpoint.together import agreed, save_together
+from pangu_sigma.checkpoint.together import agreed
 from pangu_sigma.config.phases import old_domains
 from pangu_sigma.data.corpus import Corpus
 from pangu_sigma.domains.plan import PREVIOUS
@@ -23,8 +22,8 @@ from pangu_sigma.train.distance import Distance
 from pangu_sigma.train.previous import Record
 from pangu_sigma.train.reference import load_reference
 from pangu_sigma.train.regularised import RegularisedObjective
+from pangu_sigma.train.saving import run_contents, write_checkpoint
 from pangu_sigma.train.schedule import Phase
-from pangu_sigma.train.state import model_tensors, tensor_parts
 
 if TYPE_CHECKING:
     from pangu_sigma.monitor.terminal import Job
@@ -40,16 +39,12 @@ class Work(Protocol):
 class Holding:
     """The previous model of the phase under way; `record` says which, None where the phase has none."""
 
-    def __init__(
-        self, run_dir: Path, trainer: Trainer, corpus: Corpus, tokenizer_files: Callable[[], dict[str, bytes]],
-        record: Record | None,
-    ) -> None:  # fmt: skip
+    def __init__(self, run_dir: Path, trainer: Trainer, corpus: Corpus, record: Record | None) -> None:
         self.run_dir = run_dir
         self.trainer = trainer
         self.corpus = corpus
         self.record = record
         self.processes = trainer.processes
-        self._tokenizer_files = tokenizer_files
         self._entered: int | None = None
 
     def state(self) -> dict[str, object]:
@@ -114,27 +109,12 @@ class Holding:
                     previous.link_previous(self.run_dir, open_checkpoint(saved))
             return
         folder = previous.working_folder(self.run_dir, step)
-        contents, model = self._contents(step), self.trainer.model
-        if self.processes.size == 1:
-            written = save_checkpoint(folder, contents, model_tensors(model, None), keep=1)
-        else:
-            written = save_together(self.processes, folder, contents, tensor_parts(model, None), keep=1)
+        state = {"origin": {"job": "previous model"}}
+        contents = run_contents(step, self.trainer.config, self.corpus, {}, state)
+        written = write_checkpoint(folder, contents, self.trainer.model, None, keep=1)
         with agreed(self.processes):
             if self.processes.first:
                 previous.take_saved(self.run_dir, written.path)
-
-    def _contents(self, step: int) -> Contents:
-        corpus, config = self.corpus, self.trainer.config
-        return Contents(
-            step=step,
-            domains=config.domain_names,
-            coverage=config.coverage,
-            config_text=config.to_yaml(),
-            tokenizer_files=self._tokenizer_files(),
-            probe={},
-            state={"origin": {"job": "previous model"}},
-            fingerprints=Fingerprints(tokenizer=corpus.tokenizer.fingerprint, corpora=corpus.fingerprints),
-        )
 
     def _fisher(self, phase: Phase, work: Work) -> dict[str, np.ndarray]:
         from pangu_sigma.train.fisher import estimate_fisher
