@@ -9,11 +9,12 @@ from pathlib import Path
 
 from extract.cut import Cut
 from extract.verify import Verification
-from pangu_sigma.checkpoint import Checkpoint, layout
+from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.checkpoint.disk import human_bytes
 from pangu_sigma.config import parameter_counts
 from pangu_sigma.config.counts import is_routing
 from pangu_sigma.errors import UserError
+from pangu_sigma.load import run_of
 from pangu_sigma.monitor.tables import number, perplexity
 from pangu_sigma.monitor.text import printable
 from pangu_sigma.version import VERSION
@@ -30,9 +31,9 @@ class Measured:
 
 def measured(checkpoint: Checkpoint) -> Measured | None:
     """What the checkpoint's run measured at its step; None for a checkpoint that lies in no run or was not measured."""
-    if checkpoint.path.parent.name != layout.CHECKPOINTS:
+    run = run_of(checkpoint)
+    if run is None:
         return None
-    run = checkpoint.path.parent.parent
     found = _from_evaluation(run / "evaluation.json", checkpoint.step)
     if found is None and (run / "metrics.jsonl").is_file():
         from pangu_sigma.monitor.metrics import read_metrics
@@ -60,7 +61,7 @@ def model_card(cut: Cut, bytes_written: int, quality: Measured | None, found: Ve
     whole = ", ".join(cut.domains)
     kind = "a dense PanGu-α" if cut.fold else "a PanGu-Σ model"
     sizes = {d: sorted({groups[d] for groups in parent.coverage.values()}) for d in cut.domains}
-    run = parent.path.parent.parent if parent.path.parent.name == layout.CHECKPOINTS else parent.path
+    run = run_of(parent) or parent.path
     lines = [
         f"# {printable(whole)}: cut out of {printable(run.name)}",
         "",

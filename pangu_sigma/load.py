@@ -11,7 +11,9 @@ import yaml
 from pangu_sigma import runtime
 from pangu_sigma.checkpoint import Checkpoint, StoredTensors, resolve
 from pangu_sigma.checkpoint.conversion import as_float32
+from pangu_sigma.checkpoint.layout import CHECKPOINTS
 from pangu_sigma.config import Config, config_from_dict
+from pangu_sigma.config.moving import with_run_folder
 from pangu_sigma.data.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
 from parallel.processes import Processes
@@ -33,7 +35,7 @@ class Trained:
 
 def run_of(checkpoint: Checkpoint) -> Path | None:
     """The folder of the run that a checkpoint lies in; None where it stands alone."""
-    return checkpoint.path.parent.parent if checkpoint.path.parent.name == "checkpoints" else None
+    return checkpoint.path.parent.parent if checkpoint.path.parent.name == CHECKPOINTS else None
 
 
 def stored_corpus(checkpoint: Checkpoint, config: Config, tokenizer: Tokenizer, scratch: Path | None = None):
@@ -53,14 +55,12 @@ def stored_corpus(checkpoint: Checkpoint, config: Config, tokenizer: Tokenizer, 
 
 def _where_it_lies(config: Config, run_dir: Path | None, scratch: Path | None) -> Config:
     """A run's folder may have been moved or copied since: what lay in it is looked for where it is now."""
-    old, cache = Path(config.run.dir), Path(config.data.cache)
+    if run_dir is not None:
+        return config_from_dict(with_run_folder(config, run_dir))
     values = config.to_dict()
-    if run_dir is None and scratch is not None and not cache.is_dir():
+    if scratch is not None and not Path(config.data.cache).is_dir():
         # The text is not tokenised into the folder of a run that was deleted or is on another machine.
         values["data"]["cache"] = str(scratch)
-    elif run_dir is not None and cache.is_relative_to(old):
-        values["run"]["dir"] = str(run_dir)
-        values["data"]["cache"] = str(run_dir / cache.relative_to(old))
     return config_from_dict(values)
 
 

@@ -67,18 +67,18 @@ def advise(path: str | Path, total: int | None = None) -> list[Advice]:
     held-out ones. Raises UserError.
     """
     from pangu_sigma.checkpoint import resolve
-    from pangu_sigma.checkpoint.layout import CHECKPOINTS
     from pangu_sigma.config import config_from_dict
+    from pangu_sigma.config.moving import with_run_folder
     from pangu_sigma.data.unigram import unigram_loss
-    from pangu_sigma.domains.plan import with_run_folder
     from pangu_sigma.domains.resizing import domain_store
-    from pangu_sigma.load import stored_config
+    from pangu_sigma.load import run_of, stored_config
 
     checkpoint = resolve(path)
     config = stored_config(checkpoint)
-    if checkpoint.path.parent.name == CHECKPOINTS:
+    run_dir = run_of(checkpoint)
+    if run_dir is not None:
         # A run that was moved has its tokenised text where it is now.
-        config = config_from_dict(with_run_folder(config, str(checkpoint.path.parent.parent.resolve())))
+        config = config_from_dict(with_run_folder(config, run_dir))
     check_router(checkpoint, config)
     facts = {fact.name: fact for fact in list_domains(path)}
     stores = {name: domain_store(config, checkpoint, name) for name in checkpoint.domains}

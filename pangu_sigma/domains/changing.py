@@ -26,9 +26,10 @@ from pangu_sigma.checkpoint.changing import (
 )
 from pangu_sigma.checkpoint.model_folder import TensorBytes, check_output
 from pangu_sigma.config import Config, config_from_dict
-from pangu_sigma.domains.plan import CONFIG_BEFORE, DOMAIN_CHANGES, PREVIOUS, with_run_folder
+from pangu_sigma.config.moving import with_run_folder
+from pangu_sigma.domains.plan import CONFIG_BEFORE, DOMAIN_CHANGES, PREVIOUS
 from pangu_sigma.errors import UserError
-from pangu_sigma.load import stored_config
+from pangu_sigma.load import run_of, stored_config
 from pangu_sigma.monitor.files import write_text
 from pangu_sigma.monitor.terminal import progress
 from pangu_sigma.signals import sigterm_as_ctrl_c
@@ -120,9 +121,9 @@ class Subject:
     def _prepare(self) -> None:
         found = resolve(self.path)
         if self.out is None:
-            if found.path.parent.name != layout.CHECKPOINTS:
+            run_dir = run_of(found)
+            if run_dir is None:
                 raise UserError(f"{self.path} is no run, whose checkpoint could be replaced: name a folder with --out")
-            run_dir = found.path.parent.parent
             if not (run_dir / layout.CONFIG).is_file() or Path(self.path).resolve() != run_dir.resolve():
                 raise UserError(f"{self.path} is one checkpoint: name its run {run_dir}, or a new folder with --out")
             self._open.enter_context(locked_folder(run_dir))
@@ -139,19 +140,16 @@ class Subject:
     @property
     def run_dir(self) -> Path | None:
         """The folder of the run that the checkpoint belongs to, if it does."""
-        folder = self.checkpoint.path.parent
-        return folder.parent if folder.name == layout.CHECKPOINTS else None
+        return run_of(self.checkpoint)
 
     @cached_property
     def values(self) -> dict[str, Any]:
         """The configuration as a mapping that may be changed, with the folder in which the result will lie."""
-        where = self.out if self.out is not None else self.run_dir
-        if self.out is not None and self.run_dir is not None:
-            # The text that was tokenised for the old run serves the new one.
-            values = with_run_folder(self.config, str(self.run_dir.resolve()))
-            values["run"]["dir"] = str(where.resolve())
-            return values
-        return with_run_folder(self.config, str(where.resolve()))
+        # The text that was tokenised for the old run serves the new one.
+        values = with_run_folder(self.config, self.run_dir or self.out)
+        if self.out is not None:
+            values["run"]["dir"] = str(self.out.resolve())
+        return values
 
     @property
     def has_moments(self) -> bool:
@@ -214,7 +212,7 @@ class Subject:
                 return Changed(written, config, self.run_dir)
             if self.run_dir is not None:
                 written = write_changed_run(self.out, content, advance)
-                return Changed(written, config, written.path.parent.parent)
+                return Changed(written, config, run_of(written))
             return Changed(write_changed_folder(self.out, content, advance), config, None)
 
 

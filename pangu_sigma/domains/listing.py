@@ -12,7 +12,7 @@ from pangu_sigma.checkpoint import Checkpoint, layout, resolve
 from pangu_sigma.config.counts import is_routing
 from pangu_sigma.domains.plan import DOMAIN_CHANGES
 from pangu_sigma.errors import UserError
-from pangu_sigma.load import stored_config
+from pangu_sigma.load import run_of, stored_config
 from pangu_sigma.monitor.metrics import read_metrics
 
 
@@ -71,10 +71,11 @@ def _bytes(checkpoint: Checkpoint, tensors: list[str]) -> int:
 
 def _losses(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     """The last loss of every domain in the metrics of the checkpoint's run, up to its step."""
-    if checkpoint.path.parent.name != layout.CHECKPOINTS:
+    run_dir = run_of(checkpoint)
+    if run_dir is None:
         return {}
     try:
-        records = read_metrics(checkpoint.path.parent.parent)
+        records = read_metrics(run_dir)
     except UserError:
         return {}  # a run without metrics, such as one that a change wrote with --out
     since = _since(checkpoint.state)

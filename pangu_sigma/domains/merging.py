@@ -10,8 +10,8 @@ from pangu_sigma.checkpoint.changing import ChangedCheckpoint, kept_files, write
 from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.config import config_from_dict
 from pangu_sigma.config.adapting import without_adaptation
+from pangu_sigma.config.moving import with_run_folder
 from pangu_sigma.domains.changing import Changed, NewTensors, check_router
-from pangu_sigma.domains.plan import with_run_folder
 from pangu_sigma.domains.siblings import check_siblings, different_tensors, domain_names
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import stored_config
@@ -37,7 +37,7 @@ def merge_models(paths: Sequence[Path], out: Path) -> Changed:
         for domain in model.domains:
             _check_same(domain, owners.setdefault(domain, model), model)
     config = stored_config(first)
-    values = with_run_folder(config, str(out.resolve()))
+    values = with_run_folder(config, out)
     entries = {model.path: {e["name"]: e for e in stored_config(model).to_dict()["domains"]} for model in models}
     values["domains"] = [entries[model.path][domain] for domain, model in owners.items()]
     # What was planned for one of the models is no plan for all of their domains.

@@ -6,13 +6,11 @@ changes.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from pangu_sigma.config import Config
 from pangu_sigma.config.adapting import without_adaptation
 from pangu_sigma.config.phases import old_domains
 from pangu_sigma.config.training import RegulariseConfig
@@ -211,14 +209,3 @@ def _mend(values: dict[str, Any], step: int) -> None:
     profile = run["profile"]
     if profile is not None and profile["start"] + profile["steps"] - 1 > train["steps"]:
         run["profile"] = None
-
-
-def with_run_folder(config: Config, run_dir: str) -> dict[str, Any]:
-    """The configuration as a mapping, with `run_dir`; a cache that lay in the old run's folder lies in this one."""
-    values = config.to_dict()
-    old, cache = values["run"]["dir"], values["data"]["cache"]
-    values["run"]["dir"] = run_dir
-    inside = os.path.relpath(cache, old)
-    if not inside.startswith(".."):
-        values["data"]["cache"] = os.path.join(run_dir, inside)
-    return values
