@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pangu_sigma.config.phases import old_domains
+from parallel.mesh import Mesh
 from rre.kinds import KINDS
 
 if TYPE_CHECKING:
@@ -176,5 +177,6 @@ def broken_stream_rules(config: Config) -> Broken:
 
 
 def _devices(config: Config) -> int:
+    # Without the placement, which may be one that no mesh has: that is told by a rule of its own.
     parallel = config.parallel
-    return parallel.data * parallel.expert * parallel.tensor * parallel.pipeline
+    return Mesh(parallel.data, parallel.expert, parallel.tensor, parallel.pipeline).size

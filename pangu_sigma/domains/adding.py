@@ -12,9 +12,8 @@ import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, layout, resolve
 from pangu_sigma.checkpoint.conversion import converted
-from pangu_sigma.config import Config, config_from_dict, manifest
+from pangu_sigma.config import Config, config_from_dict, domain_changes, manifest
 from pangu_sigma.config.counts import is_expert, is_routing
-from pangu_sigma.domains import plan
 from pangu_sigma.domains.changing import Changed, NewTensors, Subject, check_free
 from pangu_sigma.domains.initial import Initial
 from pangu_sigma.domains.siblings import check_siblings
@@ -52,7 +51,9 @@ class NewDomain:
         }
 
 
-def add_domain(path: Path, wanted: NewDomain, *, ahead: plan.Ahead | None = None, out: Path | None = None) -> Changed:
+def add_domain(
+    path: Path, wanted: NewDomain, *, ahead: domain_changes.Ahead | None = None, out: Path | None = None
+) -> Changed:
     """Add a domain that begins as `wanted.init` says (see `domains.initial`); its text is tokenised and checked now.
 
     ahead: training that follows, instead of what the run's plan had left. Raises UserError; nothing is changed then.
@@ -136,10 +137,10 @@ def add_model(
         )
 
 
-def _extend(subject: Subject, entry: dict[str, Any], ahead: plan.Ahead | None):
+def _extend(subject: Subject, entry: dict[str, Any], ahead: domain_changes.Ahead | None):
     """The configuration with the new domain, checked; `subject.values` holds it too."""
     values = subject.values
-    plan.add_domain(values, entry, subject.checkpoint.step, ahead)
+    domain_changes.add_domain(values, entry, subject.checkpoint.step, ahead)
     return config_from_dict(values, source=f"the new domain {entry['name']}")
 
 

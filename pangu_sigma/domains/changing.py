@@ -6,7 +6,6 @@ and `config.yaml` in the run's folder follows. With an output the run stays as i
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -27,13 +26,14 @@ from pangu_sigma.checkpoint.changing import (
 from pangu_sigma.checkpoint.model_folder import TensorBytes, check_output
 from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.config.moving import with_run_folder
-from pangu_sigma.domains.plan import CONFIG_BEFORE, DOMAIN_CHANGES, PREVIOUS
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import run_of, stored_config
 from pangu_sigma.monitor.files import write_text
 from pangu_sigma.monitor.terminal import progress
 from pangu_sigma.signals import sigterm_as_ctrl_c
 from pangu_sigma.train.lock import locked_folder
+from pangu_sigma.train.previous import PREVIOUS
+from pangu_sigma.train.run_config import CONFIG_BEFORE, DOMAIN_CHANGES, config_digest, mend_config
 
 
 @dataclass(frozen=True)
@@ -63,34 +63,6 @@ class NewTensors:
     def read(self, spec: TensorSpec) -> TensorBytes:
         """Make one of the tensors."""
         return self.sources[spec.name][1]()
-
-
-def config_digest(run_dir: Path) -> str:
-    """The hash of the run's own `config.yaml`."""
-    return hashlib.sha256((run_dir / layout.CONFIG).read_bytes()).hexdigest()
-
-
-def stale_config(run_dir: Path, checkpoint: Checkpoint) -> str | None:
-    """The text of the run's `config.yaml` where it still is the one from before the last change of `checkpoint`.
-
-    Whoever changed the domains was killed after the checkpoint had been replaced, and before this file was.
-    """
-    before, path = checkpoint.state.get(CONFIG_BEFORE), run_dir / layout.CONFIG
-    if before is None or not path.is_file() or config_digest(run_dir) != before:
-        return None
-    text = path.read_text(encoding="utf-8")
-    return text if text != checkpoint.config_text else None
-
-
-def mend_config(run_dir: Path, checkpoint: Checkpoint) -> str | None:
-    """Finish a change of domains whose process was killed before its last write; what there is to say, None if none."""
-    if stale_config(run_dir, checkpoint) is None:
-        return None
-    for unfinished in run_dir.glob(f".{layout.CONFIG}.*"):
-        unfinished.unlink()
-    write_text(run_dir / layout.CONFIG, checkpoint.config_text)
-    change = checkpoint.state[DOMAIN_CHANGES][-1]["change"]
-    return f"{run_dir / layout.CONFIG} is that of the checkpoint again: the process of '{change}' ended before it was"
 
 
 class Subject:

@@ -15,8 +15,8 @@ from pangu_sigma.arguments import Json, ModelPath, NewModel, RunFolder
 from pangu_sigma.errors import UserError
 
 if TYPE_CHECKING:
+    from pangu_sigma.config.domain_changes import Ahead
     from pangu_sigma.domains.changing import Changed
-    from pangu_sigma.domains.plan import Ahead
 
 domains_app = typer.Typer(
     help="Domains of a trained model: list, add, remove, rename, merge, resize, advise.\n\n"
@@ -211,9 +211,9 @@ def expand(
     The other shared parameters train near the model as it was, unless --output, --l2 and --ewc are all 0. Models of
     router rre need no such thing: use add.
     """
+    from pangu_sigma.config.domain_changes import Ahead
     from pangu_sigma.domains.adding import NewDomain
     from pangu_sigma.domains.expanding import expand_domain
-    from pangu_sigma.domains.plan import Ahead
 
     held = {"output": output, "l2": l2, "ewc": ewc} if output or l2 or ewc else None
     ahead = Ahead(name, steps, "train" if held is None else "regularised", replay, held)
@@ -315,7 +315,7 @@ def _held_by(
 def _ahead(
     name: str, steps: int | None, shared: Shared, replay: float, regularise: dict[str, float | str] | None
 ) -> Ahead | None:
-    from pangu_sigma.domains.plan import Ahead
+    from pangu_sigma.config.domain_changes import Ahead
 
     return None if steps is None else Ahead(name, steps, shared.value, replay, regularise)
 

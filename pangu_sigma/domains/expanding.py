@@ -19,13 +19,12 @@ import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, layout
 from pangu_sigma.checkpoint.conversion import as_float32, converted
-from pangu_sigma.config import Config, config_from_dict, manifest
-from pangu_sigma.domains import plan
+from pangu_sigma.config import Config, config_from_dict, domain_changes, manifest
 from pangu_sigma.domains.adding import NewDomain, fresh_moments, read_text
 from pangu_sigma.domains.changing import Changed, NewTensors, Subject, check_free
 from pangu_sigma.domains.initial import Initial
 from pangu_sigma.errors import UserError
-from pangu_sigma.train.previous import Record, identity, link_previous
+from pangu_sigma.train.previous import PREVIOUS, Record, identity, link_previous
 from rre.counted import generator
 from rre.kinds import KINDS
 
@@ -34,7 +33,7 @@ _WEIGHT, _NOISE = ".router.weight", ".router.noise_weight"
 _BREAKS_TIES = 0.01
 
 
-def expand_domain(path: Path, wanted: NewDomain, ahead: plan.Ahead) -> Changed:
+def expand_domain(path: Path, wanted: NewDomain, ahead: domain_changes.Ahead) -> Changed:
     """Add a domain to the run `path` of a learned gate, with experts and gate columns, and plan its training (`ahead`).
 
     Only the new domain's experts and columns train, and the other shared parameters as `ahead` says. No old domain's
@@ -45,7 +44,7 @@ def expand_domain(path: Path, wanted: NewDomain, ahead: plan.Ahead) -> Changed:
         _check_gate(source, subject.config)
         check_free(source, wanted.name)
         values = subject.values
-        plan.add_domain(values, wanted.entry(), source.step, ahead)
+        domain_changes.add_domain(values, wanted.entry(), source.step, ahead)
         phases = values["train"]["phases"]
         phases[-1]["domains"] = [wanted.name]
         config = config_from_dict(values, source=f"the new domain {wanted.name}")
@@ -66,7 +65,7 @@ def expand_domain(path: Path, wanted: NewDomain, ahead: plan.Ahead) -> Changed:
             coverage={place: {**groups, wanted.name: wanted.experts} for place, groups in source.coverage.items()},
             corpora={**source.fingerprints.corpora, wanted.name: store.corpus_fingerprint},
             probe={**source.probe(), **probe},
-            extra_state={plan.PREVIOUS: record.state()},
+            extra_state={PREVIOUS: record.state()},
         )
 
 

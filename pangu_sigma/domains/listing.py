@@ -10,10 +10,10 @@ from typing import Any
 
 from pangu_sigma.checkpoint import Checkpoint, layout, resolve
 from pangu_sigma.config.counts import is_routing
-from pangu_sigma.domains.plan import DOMAIN_CHANGES
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import run_of, stored_config
 from pangu_sigma.monitor.metrics import read_metrics
+from pangu_sigma.train.run_config import DOMAIN_CHANGES
 
 
 @dataclass(frozen=True)

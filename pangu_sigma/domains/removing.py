@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pangu_sigma.config import domain_changes
 from pangu_sigma.domains.changing import Changed, NewTensors, Subject, check_free, check_known, sampler_state
-from pangu_sigma.domains.plan import remove_domain as without_domain
-from pangu_sigma.domains.plan import rename_domain as with_new_name
 from pangu_sigma.errors import UserError
 
 
@@ -18,7 +17,7 @@ def remove_domain(path: Path, name: str, *, out: Path | None = None) -> Changed:
         if len(source.domains) == 1:
             raise UserError(f"{name} is the last domain of {source.path}, which would be no model without it: keep it")
         left = [domain for domain in source.domains if domain != name]
-        without_domain(subject.values, name, source.step)
+        domain_changes.remove_domain(subject.values, name, source.step)
         return subject.write(
             f"remove {name}",
             domains=left,
@@ -51,7 +50,7 @@ def rename_domain(path: Path, old: str, new: str, *, out: Path | None = None) ->
             entry = source.manifest.tensors[tensor]
             target = f"domains.{new}.{tensor.removeprefix(f'domains.{old}.')}"
             tensors.add(target, entry.dtype, entry.shape, lambda tensor=tensor: source.pieces(tensor))
-        with_new_name(subject.values, old, new)
+        domain_changes.rename_domain(subject.values, old, new)
         return subject.write(
             f"rename {old} to {new}",
             domains=list(renamed.values()),

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pangu_sigma.config.domain_changes import replace_ahead
 from pangu_sigma.domains.changing import Changed, NewTensors, Subject
-from pangu_sigma.domains.plan import replace_ahead
 
 
 def plan_training(

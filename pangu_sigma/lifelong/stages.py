@@ -110,8 +110,8 @@ def _add_domains(plan: Plan, stage: Stage, before: Path, run: Path) -> None:
 
 def _expand(plan: Plan, stage: Stage, before: Path, run: Path) -> None:
     """The gates grow by the new domain's experts; the model as it was is kept with the run, which is held near it."""
+    from pangu_sigma.config.domain_changes import Ahead
     from pangu_sigma.domains.expanding import expand_domain
-    from pangu_sigma.domains.plan import Ahead
 
     _plan(plan, plan.stages[stage.number - 1], before, out=run)
     policy = stage.policy

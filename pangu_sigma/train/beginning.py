@@ -16,10 +16,9 @@ from pangu_sigma.config import (
     with_tokenizer_of,
     with_vocabulary_size,
 )
-from pangu_sigma.domains.changing import mend_config, stale_config
-from pangu_sigma.domains.plan import DOMAIN_CHANGES
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import stored_config
+from pangu_sigma.train.run_config import DOMAIN_CHANGES, mend_config, stale_config
 
 
 @dataclass(frozen=True)

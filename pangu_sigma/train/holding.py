@@ -16,10 +16,9 @@ from pangu_sigma.checkpoint.reading import open_checkpoint
 from pangu_sigma.checkpoint.together import agreed
 from pangu_sigma.config.phases import old_domains
 from pangu_sigma.data.corpus import Corpus
-from pangu_sigma.domains.plan import PREVIOUS
 from pangu_sigma.train import previous
 from pangu_sigma.train.distance import Distance
-from pangu_sigma.train.previous import Record
+from pangu_sigma.train.previous import PREVIOUS, Record
 from pangu_sigma.train.reference import load_reference
 from pangu_sigma.train.regularised import RegularisedObjective
 from pangu_sigma.train.saving import run_contents, write_checkpoint

@@ -24,10 +24,11 @@ from pangu_sigma.checkpoint.changing import ChangedCheckpoint, kept_files, write
 from pangu_sigma.checkpoint.disk import Writing
 from pangu_sigma.checkpoint.tensor_file import digest_of_file, pieces, spec_of, write_tensor_file
 from pangu_sigma.checkpoint.writing import sync_folder
-from pangu_sigma.domains.plan import PREVIOUS
 from pangu_sigma.errors import UserError
 
 FOLDER = "previous"
+# Key of the trainer state that names the previous model of the phase under way.
+PREVIOUS = "previous"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from pangu_sigma.config import Config, parameter_counts, with_vocabulary
 from pangu_sigma.config.data import STANDARD_INPUT
 from pangu_sigma.config.mesh_rules import check_one_process
 from pangu_sigma.data.growing import check_source
-from pangu_sigma.domains.plan import DOMAIN_CHANGES
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import stored_weights, weights_as_needed
 from pangu_sigma.monitor.files import write_json, write_text
@@ -25,6 +24,7 @@ from pangu_sigma.train.beginning import Beginning, begun, resumed
 from pangu_sigma.train.differences import differences, placement
 from pangu_sigma.train.lock import locked_folder
 from pangu_sigma.train.recipe import Recipe, TextRecipe
+from pangu_sigma.train.run_config import DOMAIN_CHANGES
 from pangu_sigma.train.streaming import Stream
 from pangu_sigma.workers import processes_of
 from parallel.processes import Processes

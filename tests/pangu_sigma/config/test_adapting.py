@@ -7,7 +7,7 @@ import yaml
 
 from pangu_sigma.config import config_from_dict, load_config
 from pangu_sigma.config.adapting import load_adaptation, run_dir_of, without_adaptation
-from pangu_sigma.domains.plan import remove_domain, rename_domain
+from pangu_sigma.config.domain_changes import remove_domain, rename_domain
 from pangu_sigma.errors import UserError
 
 SFT = {

@@ -16,14 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pangu_sigma.checkpoint import Checkpoint, find_latest, layout
+from pangu_sigma.config.domain_changes import Ahead
 from pangu_sigma.domains.adding import NewDomain, add_domain, add_model
-from pangu_sigma.domains.changing import mend_config
 from pangu_sigma.domains.expanding import expand_domain
 from pangu_sigma.domains.merging import merge_models
-from pangu_sigma.domains.plan import Ahead
 from pangu_sigma.domains.removing import remove_domain, rename_domain
 from pangu_sigma.domains.resizing import resize_domain
 from pangu_sigma.load import stored_config
+from pangu_sigma.train.run_config import mend_config
 
 _HIDDEN = (".tmp", ".trash", ".replaced", ".out", ".step", ".config")
 WRITES = {"os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}

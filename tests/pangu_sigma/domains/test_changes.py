@@ -13,11 +13,11 @@ import pytest
 from extract.job import extract, plan
 from pangu_sigma.checkpoint import find_latest, open_checkpoint
 from pangu_sigma.config import load_config
+from pangu_sigma.config.domain_changes import Ahead
 from pangu_sigma.domains.adding import NewDomain, add_domain, add_model
 from pangu_sigma.domains.changing import sampler_state
 from pangu_sigma.domains.listing import list_domains
 from pangu_sigma.domains.merging import merge_models
-from pangu_sigma.domains.plan import Ahead
 from pangu_sigma.domains.removing import remove_domain, rename_domain
 from pangu_sigma.domains.resizing import resize_domain
 from pangu_sigma.errors import UserError

@@ -12,9 +12,9 @@ import pytest
 
 from pangu_sigma.checkpoint import find_latest, open_checkpoint
 from pangu_sigma.config import load_config
+from pangu_sigma.config.domain_changes import Ahead
 from pangu_sigma.domains.adding import NewDomain
 from pangu_sigma.domains.expanding import expand_domain
-from pangu_sigma.domains.plan import Ahead
 from pangu_sigma.errors import UserError
 from pangu_sigma.evaluate import evaluate
 from pangu_sigma.train.run import train

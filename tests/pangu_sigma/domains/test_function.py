@@ -10,10 +10,10 @@ import pytest
 from extract.cut import Cut
 from extract.verify import verify
 from pangu_sigma.checkpoint import Checkpoint, find_latest
+from pangu_sigma.config.domain_changes import Ahead
 from pangu_sigma.domains.adding import NewDomain, add_domain
 from pangu_sigma.domains.listing import list_domains
 from pangu_sigma.domains.merging import merge_models
-from pangu_sigma.domains.plan import Ahead
 from pangu_sigma.domains.removing import remove_domain
 from tests.pangu_sigma.domains.conftest import tensor_digests
 from tests.pangu_sigma.train import process

@@ -10,9 +10,9 @@ import pytest
 from pangu_sigma.checkpoint import find_latest
 from pangu_sigma.config import load_config
 from pangu_sigma.domains.adding import add_domain
-from pangu_sigma.domains.changing import stale_config
 from pangu_sigma.domains.removing import remove_domain, rename_domain
 from pangu_sigma.train.run import train
+from pangu_sigma.train.run_config import stale_config
 from tests.pangu_sigma.domains.test_expanding import gated  # noqa: F401 - the run of a learned gate
 from tests.pangu_sigma.domains.test_expanding import wanted as wanted_domain
 from tests.pangu_sigma.train import process

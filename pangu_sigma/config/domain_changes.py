@@ -16,13 +16,6 @@ from pangu_sigma.config.phases import old_domains
 from pangu_sigma.config.training import RegulariseConfig
 from pangu_sigma.errors import UserError
 
-# Key of the trainer state that lists what was done to the domains of a run: [{"step", "change"}].
-DOMAIN_CHANGES = "domain_changes"
-# Key of the trainer state right after a change: the hash of the run's config.yaml before it.
-CONFIG_BEFORE = "config_before"
-# Key of the trainer state that names the previous model of a regularised phase (`pangu_sigma.train.previous`).
-PREVIOUS = "previous"
-
 
 @dataclass(frozen=True)
 class Ahead:
