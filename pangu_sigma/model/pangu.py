@@ -24,6 +24,7 @@ from pangu_sigma.model.signature import FlatSignature
 from parallel.exchange import GatheredExchange
 from parallel.layout import Layout
 from parallel.mesh import Mesh
+from parallel.micro_batch import HandedOn
 from rre.layer import SparseFeedForward
 from rre.routers import Router
 
@@ -100,6 +101,7 @@ class PanGuSigma(nn.Cell):
         if self.has_query_layer:
             self.query_layer = layer(model.blocks, self.place_of_query)
         self.head = HEADS[model.head](model, vocab, layout)
+        self.handed_on = None
         self.untied = model.head == "untied"
         # The outputs of the top layer's experts stay apart up to the head.
         self.competes = any(router.apart for router in routers)
@@ -158,6 +160,11 @@ class PanGuSigma(nn.Cell):
         for cell in behind:
             cell.pipeline_stage = last
 
+    def hand_words_on(self, layout: Layout) -> None:
+        """From now on the last stage is sent the tied word table by the first with every micro-batch."""
+        self.handed_on = HandedOn(layout)
+        self.handed_on.pipeline_stage = 0
+
     def head_words(self) -> Parameter | None:
         """The word table where the head shares it with the embedding."""
         return None if self.untied or self.embedding.words.per_domain else self.embedding.words.word
@@ -170,6 +177,11 @@ class PanGuSigma(nn.Cell):
     def word_table(self, flat: tuple[Tensor, ...]):
         """The word table [V, D], or the domains' tables [domains, V, D] where each has its own."""
         return flat[0] if self.embedding.words.per_domain else self.embedding.words.word
+
+    def output_table(self, flat: tuple[Tensor, ...], tokens: Tensor):
+        """The word table where the head takes it."""
+        table = self.word_table(flat)
+        return table if self.handed_on is None else self.handed_on(table, tokens)
 
     def inputs_of(self, flat: tuple[Tensor, ...], bounds: tuple, place: int):
         """(routing, weights) of a sparse layer by its number among `flat`; both empty for a dense layer, number -1."""
@@ -210,7 +222,7 @@ class TrainingLoss(nn.Cell):
         *flat: Tensor,
     ):
         h, auxiliary, counts = self.net(tokens, positions, segments, domain, keys, self.bounds, *flat)
-        losses = self.net.head(h, labels, domain, self.net.word_table(flat))
+        losses = self.net.head(h, labels, domain, self.net.output_table(flat, tokens))
         objective = self.sum(self.mul(losses, weights)) + auxiliary * auxiliary_weight
         mask = self.cast(self.greater(weights, self.zero), ms.float32)
         by_sample = self.sum(self.mul(ops.stop_gradient(losses), mask), 1)

@@ -173,7 +173,7 @@ def _shards(config: Config, compiled: Compiled) -> Iterator[str]:
     experts = {name for name in compiled.expert_inputs if stage_of(name, config.model.layers, mesh) == stage}
     expected = {*mine, *experts}
     expected |= {f"{SUMS}{name}" for name in expected}
-    if sends_words(config) and stage == mesh.pipeline - 1:
+    if sends_words(config) and not config.parallel.optimizer_parallel and stage == mesh.pipeline - 1:
         expected.add(WORDS)
     for name in sorted(parts.keys() - expected):
         yield f"stage {stage} holds {name}, which is another stage's"
@@ -347,7 +347,8 @@ def _chunks(config: Config, compiled: Compiled) -> Iterator[str]:
 
 def _neighbours(config: Config, compiled: Compiled) -> Iterator[str]:
     """A stage hands rows to the next one and gradients to the one before, micro-batch by micro-batch; a tied word table
-    goes from the first stage to the last, and its gradient back, once a step."""
+    goes from the first stage to the last, and its gradient back, once a step, or under optimizer parallelism with
+    every micro-batch."""
     mesh, rank = config.parallel.mesh, compiled.rank
     stage, last = mesh.coordinates(rank).stage, mesh.pipeline - 1
     if last == 0:
@@ -363,10 +364,12 @@ def _neighbours(config: Config, compiled: Compiled) -> Iterator[str]:
         wanted["Receive", rank - mesh.stage_size, rows] += times
         wanted["Send", rank - mesh.stage_size, rows] += times
     if sends_words(config) and stage in (0, last):
-        words = math.prod(_held(config, WORDS, compiled.parameters[WORDS], rank)) * BYTES["Float32"]
+        part = part_of(WORDS, compiled.parameters[WORDS], mesh, rank)
+        words = math.prod(end - start for start, end in part) * BYTES["Float32"]
         other = rank + (last if stage == 0 else -last) * mesh.stage_size
-        wanted["Send", other, words] += 1
-        wanted["Receive", other, words] += 1
+        again = times if config.parallel.optimizer_parallel else 1
+        wanted["Send", other, words] += again
+        wanted["Receive", other, words] += again
     found = Counter((c.kind, c.ranks[0], c.bytes) for c in compiled.collectives if c.kind in POINT_TO_POINT)
     for key in sorted(wanted.keys() | found.keys()):
         if wanted[key] != found[key]:

@@ -48,7 +48,9 @@ def stage_bytes(config: Config, vocabulary: int, stage: int) -> dict[str, float]
         share = optimizer_ways(shape, cut_of(name, shape), mesh) if divided and not is_expert(name) else 1
         found["weights"] += FLOAT32 * values / share
         found["moments"] += MOMENTS * FLOAT32 * values / share
-        found["gradients"] += FLOAT32 * values / share
+        # Of a step of several micro-batches in one graph, gradients are added up whole before they are divided.
+        whole = values if share > 1 and mesh.pipeline > 1 else 0.0
+        found["gradients"] += FLOAT32 * (values / share + whole)
         if low != FLOAT32 and is_matrix(name, shape):
             found["compute copies"] += low * values
     if mesh.pipeline > 1 and stage == mesh.pipeline - 1 and config.model.head == "tied":

@@ -75,7 +75,9 @@ def meshed_step(config: Config, model: Model, signature: FlatSignature, rank: in
     shapes = expert_tensors(signature)
     if parallel.pipeline > 1:
         stage = parallel.mesh.coordinates(rank).stage
-        cell = PipelinedStep(model.net, signature, model.layout, config.train.accumulation, stage)
+        cell = PipelinedStep(
+            model.net, signature, model.layout, config.train.accumulation, stage, parallel.optimizer_parallel
+        )
         return MeshedStep(cell, model, {name: (None, shape) for name, shape in shapes.items()})
     first = len(fixed_inputs(signature.batch, signature.length))
     numbers = (first + i for _, begin, end in signature.bounds for i in range(begin, end))

@@ -59,10 +59,13 @@ class PipelinedStep(nn.Cell):
     """
 
     def __init__(
-        self, net: PanGuSigma, signature: FlatSignature, layout: MeshLayout, micro_batches: int, stage: int
-    ) -> None:
+        self, net: PanGuSigma, signature: FlatSignature, layout: MeshLayout, micro_batches: int, stage: int,
+        optimizer_parallel: bool,
+    ) -> None:  # fmt: skip
         super().__init__(auto_prefix=False)
         net.set_stages(layout.mesh)
+        if optimizer_parallel and net.head_words() is not None:
+            net.hand_words_on(layout)
         loss = PipelinedLoss(net, layout, signature)
         self.shared = ParameterTuple(
             [p for p in net.trainable_params() if stage_of(p.name, net.layers, layout.mesh) == stage]
@@ -70,15 +73,15 @@ class PipelinedStep(nn.Cell):
         self.experts = ParameterTuple(
             [p for p in loss.experts if stage_of(p.name, net.layers, layout.mesh) == stage]
         )
-        # The last stage owes the first one the gradient of the word table that it was sent.
-        words = net.head_words()
+        # The last stage owes the first one the gradient of the word table, if it was sent the parameter.
+        words = None if optimizer_parallel else net.head_words()
         self.owes = words is not None and 0 < stage == layout.mesh.pipeline - 1
         everything = ParameterTuple([*self.experts, *self.shared, *([words] if self.owes else [])])
         # An attribute, so that set_train reaches the network, and operators tell where they stand.
         self.loss = MicroBatches(loss, micro_batches)
         self.value_and_grad = ops.value_and_grad(self.loss, None, everything)
-        self.accumulated = Accumulated(self.experts) if len(self.experts) else None
-        self.accumulated_shared = Accumulated(self.shared)
+        self.accumulated = Accumulated(self.experts, optimizer_parallel) if len(self.experts) else None
+        self.accumulated_shared = Accumulated(self.shared, optimizer_parallel)
         self.square_sums = square_sums(layout, [parameter.shape for parameter in self.shared])
         self.set_train()
         inputs = step_inputs(signature, micro_batches)

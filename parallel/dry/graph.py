@@ -34,7 +34,7 @@ class Operator:
     gives, where in the cells it stands, the ranks that it speaks with; `number`: MindSpore's own, and `forward`: that
     of the operator whose gradient it is. Gradients of equal operators share one scope, so theirs names any of them.
     Of what is sent to one rank alone, `ranks` is that rank. `micro`: the micro-batch in a graph of several.
-    `parameter`: the one for which MindSpore inserted it."""
+    `parameter`: the one that MindSpore names beside it."""
 
     name: str
     kind: str

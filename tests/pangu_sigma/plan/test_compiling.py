@@ -21,7 +21,7 @@ from pangu_sigma.plan.compiling import compile_graph, compile_plan, report
 from pangu_sigma.plan.cuts import held_part
 from pangu_sigma.plan.memory import stage_bytes
 from pangu_sigma.plan.traffic import all_to_all_bytes
-from parallel.dry.graph import operators
+from parallel.dry.graph import ancestors, operators
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SHALLOW = ("model.layers=3",)
@@ -31,6 +31,7 @@ OLMOE = (
     "parallel.data=2", "parallel.expert_chunks=2",
 )  # fmt: skip
 STAGES = ("train.accumulation=2", "train.batch_size=8")
+DIVIDED_STAGES = ("model.layers=2", "model.sparse.layers=1", "parallel.optimizer_parallel=true")
 OPTIONS = (
     "model.layers=4", "model.sparse.shared_expert=true", "train.recompute=true", "parallel.sequence_parallel=true",
     "parallel.optimizer_parallel=true", "parallel.expert=8", "parallel.tensor=4", "parallel.data=2",
@@ -217,6 +218,28 @@ def test_pipeline_stages_hold_their_layers_and_hand_rows_on(compiled):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_pipeline_stages_divide_their_parameters(compiled, stage):
+    config, graph = compiled("eight_devices_pipeline.yaml", *STAGES, *DIVIDED_STAGES, rank=4 * stage + 1)
+    assert list(problems(config, graph)) == []
+    words, weight = "embedding.word", ("query_layer" if stage else "blocks.0") + ".attention.key.weight"
+    assert graph.held.get(words) == (None if stage else (8192 // 2 // 2, 512))
+    assert graph.placed[weight].dividing == (4 * stage + 1, 4 * stage + 3)
+    # What is handed on is all of the tensor part, with both micro-batches, and so are its gradients.
+    sent = [c for c in graph.collectives if c.kind == ("Receive" if stage else "Send") and c.bytes == 4096 * 512 * 4]
+    assert len(sent) == 2
+    # Ranks add up a gradient when the last micro-batch's has come.
+    by_name = {operator.name: operator for operator in graph.operators}
+    summed = {o.parameter: o for o in graph.operators if o.instance.startswith("grad_")}
+    assert summed.keys() >= report(config, graph)["parameters"].keys()
+    for name, o in summed.items():
+        divided = bool(graph.placed[name].dividing)
+        assert o.kind == ("ReduceScatter" if divided else "AllReduce")
+        adding = [a for a in graph.operators if a.kind == "AssignAdd"]
+        added = {a.name for a in adding if a.reads[0].endswith(f"_accu_grads.{name}")}
+        assert len(added) == (4 if name == words else 2) and added <= ancestors(by_name, o.name), name
+
+
 def test_a_stage_that_does_not_hand_its_rows_on_is_caught(compiled):
     config, graph = compiled("eight_devices_pipeline.yaml", *STAGES)
     elsewhere = dataclasses.replace(graph, graph=graph.graph.replace("dest_rank: I64(4)", "dest_rank: I64(5)"))
@@ -285,7 +308,6 @@ def test_what_cannot_be_compiled_is_said(tmp_path):
     for name, override, said in (
         ("eight_devices_dense.yaml", "parallel={}", "needs more than one device"),
         ("quickstart.yaml", "parallel={data: 2, workers: 2}", "set run.device=Ascend"),
-        ("eight_devices_pipeline.yaml", "parallel.optimizer_parallel=true", "set one of them off"),
     ):
         config = load_config(CONFIGS / name, (override,))
         with pytest.raises(UserError, match=said):

@@ -50,18 +50,21 @@ def test_micro_batches_of_one_graph_add_up():
     for parameter, weight in zip(loss.experts, weights, strict=True):
         parameter.set_data(weight)
     trained = ParameterTuple([*model.net.trainable_params(), *loss.experts])
-    together = ops.value_and_grad(MicroBatches(loss, MICRO).set_train(), None, trained)
-    value, gradients = together(*(Tensor(np.concatenate(parts)) for parts in zip(*columns, strict=True)))
     alone = ops.value_and_grad(loss.set_train(), None, trained)
     expected, sums = 0.0, [0.0] * len(trained)
     for parts in columns:
         one, its = alone(*(Tensor(a) for a in parts))
         expected += float(one.asnumpy())
         sums = [a + g.asnumpy() for a, g in zip(sums, its, strict=True)]
-    assert float(value.asnumpy()) == pytest.approx(expected, rel=1e-6)
-    for parameter, found, wanted in zip(trained, gradients, sums, strict=True):
-        np.testing.assert_allclose(found.asnumpy(), wanted, atol=1e-6, rtol=1e-4, err_msg=parameter.name)
-    assert any(np.abs(g.asnumpy()).max() > 0 for g in gradients[-4:])
+    whole = [Tensor(np.concatenate(parts)) for parts in zip(*columns, strict=True)]
+    for handed_on in (False, True):
+        if handed_on:
+            model.net.hand_words_on(model.layout)
+        value, gradients = ops.value_and_grad(MicroBatches(loss, MICRO).set_train(), None, trained)(*whole)
+        assert float(value.asnumpy()) == pytest.approx(expected, rel=1e-6)
+        for parameter, found, wanted in zip(trained, gradients, sums, strict=True):
+            np.testing.assert_allclose(found.asnumpy(), wanted, atol=1e-6, rtol=1e-4, err_msg=parameter.name)
+        assert any(np.abs(g.asnumpy()).max() > 0 for g in gradients[-4:])
 
     shapes = step_inputs(signature, MICRO)
     assert [s for s, _, _ in shapes] == [(MICRO * p.shape[0], *p.shape[1:]) for p in columns[0]]
