@@ -13,16 +13,14 @@ Prints a Markdown table and writes it with the figures of every round to benchma
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks.record import add_output, machine, sentence, write_results
 from benchmarks.server import Server, ServerFailed
-from benchmarks.training_speed import machine
 from benchmarks.workload import FFN, HEADS, HIDDEN, LAYERS, LENGTH, VARIANTS, VOCABULARY, prepare
 from pangu_sigma.monitor.terminal import progress
 
@@ -91,7 +89,6 @@ def table(result: dict) -> str:
 
 def page(record: dict) -> str:
     """The whole record for a reader."""
-    found = record["machine"]
     return "\n".join(
         [
             "# Decoding speed beside Hugging Face's GPT-2",
@@ -106,8 +103,7 @@ def page(record: dict) -> str:
             "through the engine of `pangu-sigma generate` and `serve`, with text as it comes; Hugging Face through "
             "`generate` with sdpa attention, two threads, inference mode and its default cache.",
             "",
-            f"{found['cores']} cores of {found['cpu']}, Python {found['python']}, MindSpore {found['mindspore']}, "
-            f"PyTorch {found['torch']}, transformers {record['transformers']}, {found['date']}.",
+            sentence(record["machine"]),
             "",
         ]
     )
@@ -119,7 +115,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=32, help="prompt tokens of a text")
     parser.add_argument("--tokens", type=int, default=96, help="tokens written per text")
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="folder for corpora and configurations")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the results")
+    add_output(parser)
     given = parser.parse_args()
     if min(given.rounds, given.tokens, given.prompt) < 1 or given.prompt + given.tokens > LENGTH:
         parser.error(
@@ -132,17 +128,14 @@ def main() -> None:
     except ServerFailed as failure:
         parser.exit(1, f"Error: {failure}\n")
     record = {
-        "machine": machine(sys.executable),
-        "transformers": version("transformers"),
+        "machine": machine("mindspore", "torch", "transformers"),
         "rounds": given.rounds,
         "prompt": given.prompt,
         "tokens": given.tokens,
         "result": result,
     }
     print(table(result))
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "decoding.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (given.out / "decoding.md").write_text(page(record), encoding="utf-8")
+    write_results(given.out, "decoding", record, page(record))
 
 
 if __name__ == "__main__":

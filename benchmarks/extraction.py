@@ -18,18 +18,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.record import add_output, machine, sentence, write_results
 from pangu_sigma.checkpoint import (
     Checkpoint,
     Fingerprints,
@@ -209,7 +208,6 @@ def table(results: list[dict]) -> str:
 
 def page(record: dict) -> str:
     """The whole record for a reader."""
-    found = record["machine"]
     return "\n".join(
         [
             "# Cutting domains out of a large checkpoint",
@@ -229,23 +227,10 @@ def page(record: dict) -> str:
             f"reads; importing alone takes {record['imports']['seconds']:.2f} s and "
             f"{record['imports']['memory'] / 1e6:.0f} MB of memory. Source files are in the page cache.",
             "",
-            f"{found['cores']} cores of {found['cpu']}, Python {found['python']}, {found['date']}.",
+            sentence(record["machine"]),
             "",
         ]
     )
-
-
-def machine() -> dict:
-    """Processor and versions, for the record."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    cores = sum(line.startswith("processor") for line in lines)
-    return {
-        "cpu": model,
-        "cores": cores,
-        "python": platform.python_version(),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
 
 
 def main() -> None:
@@ -255,7 +240,7 @@ def main() -> None:
     parser.add_argument("--ffn", type=int, default=3072, help="inner width of an expert")
     parser.add_argument("--keep", type=int, nargs="+", default=[1, 16], help="how many domains to cut out")
     parser.add_argument("--work", type=Path, default=Path("build/bench-extraction"), help="folder, removed at the end")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the results")
+    add_output(parser)
     given = parser.parse_args()
     if min(given.rounds, given.domains, *given.keep) < 1 or max(given.keep) > given.domains:
         parser.error("--rounds and --keep must be at least 1, and --keep at most --domains.")
@@ -288,9 +273,7 @@ def main() -> None:
         "results": results,
     }
     print(table(results))
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "extraction.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (given.out / "extraction.md").write_text(page(record), encoding="utf-8")
+    write_results(given.out, "extraction", record, page(record))
 
 
 if __name__ == "__main__":

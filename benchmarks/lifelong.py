@@ -18,13 +18,12 @@ from pathlib import Path
 
 from benchmarks.lifelong_page import page, panels
 from benchmarks.lifelong_systems import DOMAINS, System, missing_text, prepare_text, systems, write_stages
+from benchmarks.record import add_output, machine, write_results
 from benchmarks.runs import Failed, Job, run_all
-from benchmarks.training_speed import machine
 from pangu_sigma.lifelong.heat import heat_map
-from pangu_sigma.monitor.files import write_json, write_text
+from pangu_sigma.monitor.files import write_text
 from pangu_sigma.signals import sigterm_as_ctrl_c
 
-HERE = Path(__file__).parent
 # 27 runs of 4 stages in about 3 hours on 2 cores.
 STEPS, SEEDS, JOBS = 120, 3, 2
 REPLAY, EWC, OUTPUT = 0.2, 100.0, 1.0
@@ -88,7 +87,7 @@ def render(runs: list[Run], given: argparse.Namespace) -> str:
     """Write tables, heat map and figures of what is finished; returns the page."""
     found = collect(runs)
     record = {
-        "machine": machine(sys.executable),
+        "machine": machine("mindspore"),
         "steps": given.steps,
         "seeds": given.seeds,
         "jobs": given.jobs,
@@ -98,10 +97,8 @@ def render(runs: list[Run], given: argparse.Namespace) -> str:
         "domains": list(DOMAINS),
         "systems": found,
     }
-    given.out.mkdir(parents=True, exist_ok=True)
-    write_json(given.out / "lifelong.json", record)
     written = page(record)
-    write_text(given.out / "lifelong.md", written)
+    write_results(given.out, "lifelong", record, written)
     if drawn := panels(record):
         write_text(given.out / "lifelong.svg", heat_map(drawn, columns=2))
     return written
@@ -119,7 +116,7 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="train nothing, write what is finished")
     parser.add_argument("--small", action="store_true", help="a model that only shows that everything works")
     parser.add_argument("--work", type=Path, default=Path("build/lifelong"), help="folder for the runs")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the results")
+    add_output(parser)
     given = parser.parse_args()
     if min(given.steps, given.seeds, given.jobs) < 1:
         parser.error("--steps, --seeds and --jobs must be at least 1.")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.record import sentence
 from pangu_sigma.lifelong.heat import Panel
 from pangu_sigma.monitor.text import compact, duration
 
@@ -37,12 +38,7 @@ def page(record: dict) -> str:
         lines += ["## Text whose domain nobody tells", "", inference_table(entry, domains), ""]
         lines += ["## Properties of RRE with shared parameters frozen", "", properties_table(entry), ""]
     lines += ["![Loss of every domain after every stage](lifelong.svg)", ""]
-    about = record["machine"]
-    lines += [
-        f"{about['cores']} cores of {about['cpu']}, Python {about['python']}, MindSpore {about['mindspore']}, "
-        f"{about['date']}.",
-        "",
-    ]
+    lines += [sentence(record["machine"]), ""]
     return "\n".join(lines)
 
 

@@ -25,8 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.record import add_output, loss_complaints, machine, sentence, write_results
 from benchmarks.server import Server, ServerFailed
-from benchmarks.training_speed import machine
 from benchmarks.workload import sampler
 from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.config.load import effective
@@ -193,10 +193,7 @@ def complaints(result: dict) -> list[str]:
     if len(set(result["parameters"].values())) != 1:
         found.append(f"the systems have different numbers of parameters: {result['parameters']}")
     for name, (first, last) in result["losses"].items():
-        if abs(first - math.log(VOCABULARY)) > 0.5:
-            found.append(f"{name}: the first loss is {first:.2f}, far from ln {VOCABULARY}")
-        if not last < first:
-            found.append(f"{name}: the loss does not fall ({first:.2f} to {last:.2f})")
+        found += loss_complaints(name, first, last, VOCABULARY)
     return found
 
 
@@ -212,7 +209,6 @@ def table(results: list[dict]) -> str:
 
 def page(record: dict) -> str:
     """The whole record for a reader."""
-    found = record["machine"]
     losses = [
         f"- {r['title']}, {name}: {first:.2f} at the first step, {last:.2f} at the last"
         for r in record["results"]
@@ -229,8 +225,7 @@ def page(record: dict) -> str:
         f"{record['rounds']} rounds of {record['steps']} steps, systems in turns; ratios are medians over rounds. A "
         "step holds everything: reading, routing, gradients, clipping, AdamW.",
         "",
-        f"{found['cores']} cores of {found['cpu']}, Python {found['python']}, MindSpore {found['mindspore']}, "
-        f"PyTorch {found['torch']}, {found['date']}.",
+        sentence(record["machine"]),
         "",
         f"Losses (ln {VOCABULARY} = {math.log(VOCABULARY):.2f}; initial weights differ):",
         "",
@@ -246,7 +241,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a system's turn")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--work", type=Path, default=Path("build/bench/olmoe"), help="folder for text, batches, rounds")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the results")
+    add_output(parser)
     given = parser.parse_args()
     if min(given.rounds, given.steps) < 1:
         parser.error("--rounds and --steps must be at least 1.")
@@ -257,13 +252,11 @@ def main() -> None:
             results.append(summary(VARIANTS[name], rounds))
     except ServerFailed as failure:
         parser.exit(1, f"Error: {failure}\n")
-    record = {"machine": machine(sys.executable), "rounds": given.rounds, "steps": given.steps, "results": results}
+    found = machine("mindspore", "torch")
+    record = {"machine": found, "rounds": given.rounds, "steps": given.steps, "results": results}
     print(table(results))
-    for complaint in (c for result in results for c in complaints(result)):
-        print(f"Warning: {complaint}", file=sys.stderr)
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "olmoe_speed.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (given.out / "olmoe_speed.md").write_text(page(record), encoding="utf-8")
+    against = [complaint for result in results for complaint in complaints(result)]
+    write_results(given.out, "olmoe_speed", record, page(record), against)
 
 
 if __name__ == "__main__":

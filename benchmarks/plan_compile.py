@@ -15,6 +15,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import add_output, write_results
 from pangu_sigma.config import load_config
 from pangu_sigma.plan.compiling import compile_plan
 from pangu_sigma.plan.job import changed
@@ -97,7 +98,7 @@ def main() -> None:
     """Measure and write; configurations that were not asked for keep their earlier rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=CONFIGS, action="append")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    add_output(parser)
     arguments = parser.parse_args()
     kept = arguments.out / "plan_compile.json"
     known = json.loads(kept.read_text(encoding="utf-8"))["rows"] if kept.is_file() else []
@@ -107,8 +108,7 @@ def main() -> None:
     rows = [row for name in CONFIGS for row in by_name[name]]
     processors = len(os.sched_getaffinity(0))
     machine = f"{processors} processor{'s' if processors > 1 else ''} ({platform.machine()})"
-    kept.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    (arguments.out / "plan_compile.md").write_text(table(rows, machine), encoding="utf-8")
+    write_results(arguments.out, "plan_compile", {"machine": machine, "rows": rows}, table(rows, machine))
 
 
 if __name__ == "__main__":

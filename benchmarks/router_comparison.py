@@ -18,12 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.lifelong_systems import missing_text, prepare_text
+from benchmarks.record import add_output, machine, sentence, write_results
 from benchmarks.router_systems import DOMAINS, INNER, SHARED, SYSTEMS
 from benchmarks.runs import Failed, Job, run_all
-from benchmarks.training_speed import machine
 from pangu_sigma.config import load_config
 from pangu_sigma.config.counts import parameter_counts
-from pangu_sigma.monitor.files import write_json, write_text
 from pangu_sigma.monitor.metrics import read_metrics
 from pangu_sigma.monitor.text import compact
 from pangu_sigma.signals import sigterm_as_ctrl_c
@@ -160,7 +159,6 @@ def table(record: dict) -> str:
 
 def page(record: dict) -> str:
     """The whole record as Markdown."""
-    about = record["machine"]
     tokens = record["steps"] * 16 * 128
     return "\n".join(
         [
@@ -182,8 +180,7 @@ def page(record: dict) -> str:
             "Router: routing of 2,048 tokens in one layer alone, by the clock; a gate's forward and backward pass in "
             "the step, a table's look-up and plan in the reading thread, beside it.",
             "",
-            f"{about['cores']} cores of {about['cpu']}, Python {about['python']}, MindSpore {about['mindspore']}, "
-            f"{about['date']}.",
+            sentence(record["machine"]),
             "",
         ]
     )
@@ -199,7 +196,7 @@ def render(given: argparse.Namespace, work: Path, names: Sequence[str]) -> str:
         found = parameter_counts(config, 4096)
         counts[name] = (found.total, max(found.activated_per_token.values()))
     record = {
-        "machine": machine(sys.executable),
+        "machine": machine("mindspore"),
         "steps": given.steps,
         "runs": len(names) * given.seeds,
         "finished": sum(len(by_seed) for by_seed in systems.values()),
@@ -210,10 +207,8 @@ def render(given: argparse.Namespace, work: Path, names: Sequence[str]) -> str:
             name: found for name in systems if (found := speed(work / f"{name}-speed")) is not None
         },
     }
-    given.out.mkdir(parents=True, exist_ok=True)
-    write_json(given.out / "router_comparison.json", record)
     written = page(record)
-    write_text(given.out / "router_comparison.md", written)
+    write_results(given.out, "router_comparison", record, written)
     return written
 
 
@@ -225,7 +220,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(SYSTEMS), metavar="SYSTEM", default=list(SYSTEMS))
     parser.add_argument("--render", action="store_true", help="train nothing, write what is finished")
     parser.add_argument("--work", type=Path, default=Path("build/routers"), help="folder for the runs")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the results")
+    add_output(parser)
     given = parser.parse_args()
     if min(given.steps, given.seeds, given.jobs) < 1:
         parser.error("--steps, --seeds and --jobs must be at least 1.")

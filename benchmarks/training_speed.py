@@ -15,17 +15,14 @@ Prints a Markdown table and writes it with the figures of every round to benchma
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
 import statistics
 import subprocess
 import sys
 from contextlib import ExitStack
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks.record import add_output, loss_complaints, machine, sentence, write_results
 from benchmarks.server import Server, ServerFailed
 from benchmarks.workload import (
     BATCH,
@@ -107,28 +104,8 @@ def summary(speeds: dict[str, list[float]]) -> dict:
 
 def complaints(result: dict) -> list[str]:
     """What speaks against the two systems computing the same thing: nothing if all losses begin near ln V and fall."""
-    found = []
-    for name, losses in result["losses"].items():
-        if abs(losses[0] - math.log(VOCABULARY)) > 0.5:
-            found.append(f"{name}: the first loss is {losses[0]:.2f}, far from ln {VOCABULARY}")
-        if not losses[-1] < losses[0]:
-            found.append(f"{name}: the loss does not fall ({losses[0]:.2f} to {losses[-1]:.2f})")
-    return found
-
-
-def machine(torch_python: str) -> dict:
-    """Processor and versions, for the record."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    asked = [torch_python, "-c", "import torch; print(torch.__version__)"]
-    return {
-        "cpu": model,
-        "cores": sum(line.startswith("processor") for line in lines),
-        "python": platform.python_version(),
-        "mindspore": version("mindspore"),
-        "torch": subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip(),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
+    runs = result["losses"].items()
+    return [c for name, losses in runs for c in loss_complaints(name, losses[0], losses[-1], VOCABULARY)]
 
 
 def table(results: list[dict]) -> str:
@@ -152,7 +129,7 @@ def table(results: list[dict]) -> str:
 
 def page(record: dict) -> str:
     """The whole record for a reader: table, how it was measured, losses."""
-    found, results = record["machine"], record["results"]
+    results = record["results"]
     losses = [
         f"- {r['variant']}, {name}: {steps[0]:.2f} at the first step, {steps[-1]:.2f} after {len(steps)}"
         for r in results
@@ -170,8 +147,7 @@ def page(record: dict) -> str:
             f"{VOCABULARY}, float32. {record['rounds']} rounds of {record['steps']} steps, systems in turns; the range "
             "is over the rounds. A step holds everything: reading, routing, gradients, clipping, AdamW.",
             "",
-            f"{found['cores']} cores of {found['cpu']}, Python {found['python']}, MindSpore {found['mindspore']}, "
-            f"PyTorch {found['torch']}, {found['date']}.",
+            sentence(record["machine"]),
             "",
             f"Losses (ln {VOCABULARY} = {math.log(VOCABULARY):.2f}; weights and masks at document ends differ):",
             "",
@@ -190,7 +166,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=WARMUP, help="untimed steps of every system")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="folder for corpora and batches")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the results")
+    add_output(parser)
     parser.add_argument(
         "--torch-python", default=sys.executable, metavar="PYTHON", help="interpreter that has torch, if not this one"
     )
@@ -207,13 +183,11 @@ def main() -> None:
             )
     except ServerFailed as failure:
         parser.exit(1, f"Error: {failure}\n")
-    record = {"machine": machine(given.torch_python), "rounds": given.rounds, "steps": given.steps, "results": results}
+    found = machine("mindspore", torch_python=given.torch_python)
+    record = {"machine": found, "rounds": given.rounds, "steps": given.steps, "results": results}
     print(table(results))
-    for complaint in (c for result in results for c in complaints(result)):
-        print(f"Warning: {complaint}", file=sys.stderr)
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "training_speed.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (given.out / "training_speed.md").write_text(page(record), encoding="utf-8")
+    against = [complaint for result in results for complaint in complaints(result)]
+    write_results(given.out, "training_speed", record, page(record), against)
 
 
 if __name__ == "__main__":

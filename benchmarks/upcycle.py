@@ -25,6 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.record import add_output, write_results
+
 HERE = Path(__file__).parent
 TOKENIZER = HERE.parents[1] / "shared/data/pangu_alpha/vocab.model"
 LAYERS, HEADS, POSITIONS, FULL_WIDTH, SPARSE_LAYERS, EXPERTS = 40, 40, 1024, 5120, 8, 16
@@ -178,7 +180,7 @@ def _io() -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Bytes and memory of upcycling, at reduced width.")
     parser.add_argument("--hidden", type=int, default=80, help="width; a multiple of 40")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the results")
+    add_output(parser)
     parser.add_argument("--measure", nargs=3, type=Path, metavar=("DENSE", "CONFIG", "OUT"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
@@ -191,10 +193,7 @@ def main() -> None:
     print(table(rows))
     cores = len(os.sched_getaffinity(0))
     machine = f"{cores} core{'s' if cores > 1 else ''}, Python {platform.python_version()}, {date.today()}."
-    given.out.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine, "results": rows}
-    (given.out / "upcycle.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (given.out / "upcycle.md").write_text(page(rows, machine), encoding="utf-8")
+    write_results(given.out, "upcycle", {"machine": machine, "results": rows}, page(rows, machine))
 
 
 if __name__ == "__main__":
