@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from pangu_sigma.arguments import Json
+
 FAILED = 1
 
 
@@ -15,7 +17,7 @@ def doctor(
         int, typer.Option("--processes", min=2, max=64, help="Processes that meet in an all-to-all.")
     ] = 2,
     seconds: Annotated[float, typer.Option("--timeout", min=1.0, help="Seconds that a check may take.")] = 300.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Try out what a training would use here: versions, kernels, a step, an all-to-all; devices against the CPU.
 

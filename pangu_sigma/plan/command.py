@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from pangu_sigma.arguments import ConfigFile, Json
 from pangu_sigma.errors import UserError
 from pangu_sigma.plan.hardware import Hardware
 
@@ -15,7 +16,7 @@ DEFAULT = Hardware()
 
 
 def plan(
-    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="Configuration of the run.")],
+    file: ConfigFile,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="section.key=value", help="Changes, e.g. parallel.tensor=8 train.batch_size=512."),
@@ -29,7 +30,7 @@ def plan(
     graphs: Annotated[
         Path | None, typer.Option(metavar="DIR", help="With --compile, keep the compiled graphs in this new folder.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+    as_json: Json = False,
     device_gib: Annotated[float, typer.Option(min=0.1, help="Memory of a device.")] = DEFAULT.device_gib,
     host_gib: Annotated[float, typer.Option(min=0.1, help="Memory of a host.")] = DEFAULT.host_gib,
     devices_per_host: Annotated[int, typer.Option(min=1, help="Devices in a host.")] = DEFAULT.devices_per_host,
