@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import yaml
@@ -21,16 +21,37 @@ class Override(NamedTuple):
     key: str
 
 
-def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> list[Override]:
+def known_section(place: list[str | int], text: str) -> dict[str, Any]:
+    """A section of our configuration that the file leaves out, to be made by the override `text`.
+
+    Raises UserError where `place` is none.
+    """
+    # `weights` of a phase is the one key whose value is a free mapping.
+    if section_at(place) is None and place[-1] != "weights":
+        raise UserError(f"override '{text}': {unknown_key(place)}")
+    if section_at(place) is not None and place[-1] in ("domains", "phases", "examples"):
+        raise UserError(
+            f"the override '{text}' changes an item of {place[-1]}, but there is no such list: write it in the file"
+        )
+    return {}
+
+
+def apply_overrides(
+    values: dict[str, Any],
+    overrides: Iterable[str],
+    new_section: Callable[[list[str | int], str], dict[str, Any]] = known_section,
+) -> list[Override]:
     """Set every override in `values` (in place), the later ones last; returns what was set, in order.
 
     A step into a list is an index or the `name` of an item: `domains.0.experts=2`, `domains.code.experts=2`. A missing
-    section is created. Raises UserError if an override cannot be read or leads nowhere.
+    section is what `new_section` makes of it. Raises UserError if an override cannot be read or leads nowhere.
     """
-    return [_apply(values, text) for text in overrides]
+    return [_apply(values, text, new_section) for text in overrides]
 
 
-def _apply(values: dict[str, Any], text: str) -> Override:
+def _apply(
+    values: dict[str, Any], text: str, new_section: Callable[[list[str | int], str], dict[str, Any]]
+) -> Override:
     path, sign, value_text = text.partition("=")
     path = path.strip()
     if not sign or not path or not all(path.split(".")):
@@ -48,23 +69,12 @@ def _apply(values: dict[str, Any], text: str) -> Override:
         step = _step(target, name, text)
         place.append(step)
         if isinstance(target, dict) and target.get(step) is None:
-            target[step] = _new_section(place, text)
+            target[step] = new_section(place, text)
         target = target[step]
     step = _step(target, last, text)
     place.append(step)
     target[step] = value
     return Override(text, ".".join(map(str, place)))
-
-
-def _new_section(place: list[str | int], text: str) -> dict[str, Any]:
-    # `weights` of a phase is the one key whose value is a free mapping.
-    if section_at(place) is None and place[-1] != "weights":
-        raise UserError(f"override '{text}': {unknown_key(place)}")
-    if section_at(place) is not None and place[-1] in ("domains", "phases", "examples"):
-        raise UserError(
-            f"the override '{text}' changes an item of {place[-1]}, but there is no such list: write it in the file"
-        )
-    return {}
 
 
 def _step(target: Any, name: str, text: str) -> str | int:

@@ -60,7 +60,8 @@ _DEFAULTS = {"use_legacy": True, "runner_config.epochs": 1, "runner_config.gradi
 def read_yaml(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """The YAML at `path` with `section.key=value` overrides, as MindFormers itself would read it (YAML 1.1).
 
-    Raises UserError naming the file for one that is missing or no mapping.
+    `pangu_sigma.…` changes our sections, wherever the YAML holds them. Raises UserError naming the file for one that is
+    missing or no mapping, and for an override that leads nowhere.
     """
     path = Path(path)
     if path.suffix not in (".yaml", ".yml"):
@@ -75,9 +76,14 @@ def read_yaml(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]
         raise UserError(f"{path} is not valid YAML ({' '.join(str(error).split())}): mend it") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {shown(values)}, not a mapping: give a MindFormers configuration")
-    # A YAML alias is one object in two places, so an override of the one is an override of the other.
-    apply_overrides(values, overrides)
+    # Our sections by their own name. A YAML alias is one object in two places, so the data loader gets them too.
+    longer = [f"model.model_config.{text}" if text.startswith(f"{SECTIONS}.") else text for text in overrides]
+    apply_overrides(values, longer, _no_section)
     return values
+
+
+def _no_section(place: list[str | int], text: str) -> dict[str, Any]:
+    raise UserError(f"the override '{text}' changes {'.'.join(map(str, place))}, which the file lacks: write it there")
 
 
 def at(values: Mapping[str, Any], path: str, default: Any = None) -> Any:

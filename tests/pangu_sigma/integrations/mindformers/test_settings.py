@@ -33,9 +33,17 @@ def test_mindformers_own_keys_become_ours():
     assert config.run.seed == 7 and config.run.dir.endswith("/there")
 
 
+def test_our_sections_are_changed_by_their_own_name_for_model_and_data_alike():
+    values = read_yaml(SHIPPED, ["pangu_sigma.run.init_from=there", "pangu_sigma.domains.code.experts=8"])
+    assert values["train_dataset"]["data_loader"]["pangu_sigma"]["run"]["init_from"] == "there"
+    config = settings_of(values, "file")
+    assert config.run.init_from.endswith("/there") and config.domains[0].experts == 8
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ("optimiser.eps=1.0e-6", "changes optimiser, which the file lacks"),
         ("optimizer.type=AdamW", "optimizer.type is \"AdamW\": set it to PanGuSigmaAdamW"),
         ("runner_config.sink_mode=true", "runner_config.sink_mode is true: set it to false"),
         ("runner_config.gradient_accumulation_steps=4", "MindFormers ignores it on one device"),
