@@ -7,19 +7,12 @@ code serves one process and a mesh.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from parallel.mesh import Mesh
+from parallel.parts import AXES, Axis, Cut, axis_sizes, names_of, ways
 
-# How one axis of a tensor is cut: 1 for an axis that is whole, a name, or several names from the outermost inwards.
-Axis = int | str | tuple[str, ...]
-# One entry per axis of a tensor.
-Cut = tuple[Axis, ...]
-
-AXES = ("group", "exchange", "data", "tensor")
-_MEANING = {"rows": ("group", "exchange", "data"), "expert": ("group", "exchange")}
 # Operators that take the number of parts of each axis alone; they then number devices in the axes' order.
 _COUNTS_ONLY = frozenset({"Concat", "Gather", "ReduceSum", "ReduceMax", "ReduceMean", "OneHot", "FlashAttentionScore",
                           "ArgMaxWithValue", "Select"})  # fmt: skip
@@ -83,9 +76,7 @@ class MeshLayout(Layout):
 
         super().__init__(device)
         self.mesh = mesh
-        sizes = (mesh.placement_groups, mesh.exchange_size, mesh.data, mesh.tensor)
-        self._sizes = dict(zip(AXES, sizes, strict=True))
-        self._devices = Devices(sizes, AXES)
+        self._devices = Devices(tuple(axis_sizes(mesh).values()), AXES)
         if sequence_parallel:
             self.stream = (("rows", "tensor"), 1)
 
@@ -103,19 +94,27 @@ class MeshLayout(Layout):
 
     def ways(self, axis: Axis) -> int:
         """Into how many parts an axis is cut."""
-        return math.prod(self._sizes[name] for name in _names(axis))
+        return ways(self.mesh, axis)
 
     def part(self, shape: Sequence[int], cut: Cut) -> list[int]:
         return [size // self.ways(axis) for size, axis in zip(shape, cut, strict=True)]
 
     def placed(self, cut: Cut) -> Any:
         """MindSpore's own statement of which device has which part of a tensor that is cut so."""
-        named = (_names(axis) for axis in cut)
+        named = (names_of(axis) for axis in cut)
         return self._devices(*(names if len(names) > 1 else (names[0] if names else "None") for names in named))
 
 
-def _names(axis: Axis) -> tuple[str, ...]:
-    if isinstance(axis, int):
-        return ()
-    names = (axis,) if isinstance(axis, str) else axis
-    return tuple(meant for name in names for meant in _MEANING.get(name, (name,)))
+
+class RehearsedLayout(MeshLayout):
+    """The same cells where no device is: a process computes the whole graph of a mesh, of whole tensors."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        Layout.__init__(self, "CPU")
+        self.mesh = mesh
+
+    def __call__(self, primitive: Any, *cuts: Cut, out: Cut | None = None) -> Any:
+        return primitive
+
+    def part(self, shape: Sequence[int], cut: Cut) -> list[int]:
+        return list(shape)

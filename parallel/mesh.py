@@ -154,6 +154,12 @@ class Mesh:
             for d in range(self.data)
         )
 
+    def placement_rows(self, rank: int) -> range:
+        """The row ranks of a rank's placement group: theirs are all rows that may come to its experts."""
+        rows = self.exchange_size * self.data
+        start = self.placement_group(rank) * rows
+        return range(start, start + rows)
+
     # --- stages
 
     @property
@@ -196,6 +202,14 @@ class Mesh:
         share = experts // self.expert
         start = self.coordinates(rank).expert * share
         return range(start, start + share)
+
+    def experts_in_turn(self, rank: int, experts: int) -> range:
+        """The same where a group's experts lie round its expert parts in turn, as in a graph that is cut over devices:
+        places p, p + X, p + 2 X, … of the group's run are those of its part p of X."""
+        share = len(self.experts_of(rank, experts))
+        group, part = divmod(self.coordinates(rank).expert, self.exchange_size)
+        start = group * share * self.exchange_size
+        return range(start + part, start + share * self.exchange_size, self.exchange_size)
 
     def domains_of_groups(self, sizes: Sequence[int]) -> tuple[range, ...]:
         """Domains (numbers) of each placement group, for expert groups of these `sizes`. Raises ValueError."""

@@ -24,8 +24,9 @@ from parallel.compiled import (
     CompiledRmsNorm,
     CompiledSquareSums,
 )
-from parallel.layout import Axis, Cut, Layout
+from parallel.layout import Layout
 from parallel.native import NativeCrossEntropy, NativeLinear, NativeLookup, NativeProduct
+from parallel.parts import Axis, Cut
 
 FAST_GELU_SLOPE = 1.702
 GELU_SLOPE = 2.0 * 0.7978845608  # 2 sqrt(2 / pi)

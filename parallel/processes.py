@@ -1,8 +1,8 @@
 """The processes of one job: which rank this one is, and how they tell each other numbers outside any graph.
 
 MindSpore's CPU backend has AllGather (of 32-bit numbers) and AllReduce (float32) over all processes, and nothing else:
-everything here is made of those. A job of one process never comes near them. All processes must call the
-same functions in the same order, from their main threads.
+everything here is made of those, also where processes have devices of their own. A job of one process never comes near
+them. All processes must call the same functions in the same order, from their main threads.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ class Processes:
         """Meet the others; MindSpore's device must be set, and no tensor made yet. Returns when all are there."""
         if self.size == 1:
             return
-        from mindspore import ops
+        from mindspore import get_context, ops
         from mindspore.communication import get_group_size, get_rank, init
 
         os.environ.setdefault(PATIENCE, WEEK)
-        init("mccl")
+        init("hccl" if get_context("device_target") == "Ascend" else "mccl")
         if (get_rank(), get_group_size()) != (self.rank, self.size):
             raise RuntimeError(f"rank {self.rank} of {self.size} was made rank {get_rank()} of {get_group_size()}")
         self._all_gather, self._all_reduce = ops.AllGather(), ops.AllReduce()

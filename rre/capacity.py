@@ -20,9 +20,10 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from parallel.layout import Cut, Layout
+from parallel.layout import Layout
 from parallel.layout_exchange import LayoutExchange
 from parallel.mesh import Mesh
+from parallel.parts import Cut
 from parallel.primitives import activation
 from rre.dispatch import DROPPED
 from rre.network import NetworkForm
@@ -93,10 +94,21 @@ class Reserved:
             found[mine] = p * self.of_rank + np.arange(mine.size)
         return found
 
-    def by_chunk(self, slots: int) -> np.ndarray:
-        """Slot numbers [Q, N/Q]: each chunk takes an equal run of every expert part's slots."""
-        numbers = np.arange(slots).reshape(self.mesh.expert, self.chunks, -1)
-        return numbers.transpose(1, 0, 2).reshape(self.chunks, -1)
+    def idle_experts(self, total: int) -> np.ndarray:
+        """For each slot an expert that its part owns, int [N]: it stands there when no rows ask for another."""
+        groups, parts = self.mesh.placement_groups, self.mesh.exchange_size
+        first = np.arange(groups)[:, None] * (total // groups) + np.arange(parts)
+        return np.repeat(first.reshape(-1), self.of_rank)
+
+    def by_chunk(self, part: int | None = None) -> np.ndarray:
+        """Slot numbers [Q, N/Q]: each chunk takes an equal run of every expert part's slots; or those [Q, N/(E Q)] of
+        one of the E expert parts."""
+        numbers = np.arange(self.slots).reshape(self.mesh.expert, self.chunks, -1).transpose(1, 0, 2)
+        return numbers.reshape(self.chunks, -1) if part is None else numbers[:, part]
+
+
+class NoRoom(ValueError):
+    """A slot is asked for more rows than it takes."""
 
 
 @dataclass(frozen=True)
@@ -118,22 +130,22 @@ class CapacityPlan:
         return (*self.dispatch, self.combine, self.kept)
 
 
-def plan_by_capacity(slot_ids: np.ndarray, reserved: Reserved) -> CapacityPlan:
-    """Plan `slot_ids` [T, k] (DROPPED where a choice overflowed its expert) over the mesh's row shards.
+def plan_by_capacity(slot_ids: np.ndarray, reserved: Reserved, shards: range | None = None) -> CapacityPlan:
+    """Plan `slot_ids` [T, k] (DROPPED where a choice overflowed its expert) of `shards`, by default all row shards.
 
-    Raises ValueError if a shard wants a slot of another placement group, or more than C rows of a slot.
+    Raises ValueError if a shard wants a slot of another placement group, and NoRoom for more than C rows of a slot.
     """
     tokens, k = slot_ids.shape
     mesh, capacity, of_group = reserved.mesh, reserved.rows, reserved.of_group
-    shards = mesh.rows
-    n = tokens // shards
-    dispatch = np.zeros((shards, of_group * capacity), np.int32)
-    combine = np.zeros((shards, n * k), np.int32)
-    by_shard = slot_ids.reshape(shards, n * k)
+    shards = range(mesh.rows) if shards is None else shards
+    n = tokens // len(shards)
+    dispatch = np.zeros((len(shards), of_group * capacity), np.int32)
+    combine = np.zeros((len(shards), n * k), np.int32)
+    by_shard = slot_ids.reshape(len(shards), n * k)
     # Where a slot of the group stands when chunks lie one behind the other.
     place = np.argsort(np.arange(of_group).reshape(mesh.exchange_size, reserved.chunks, -1).swapaxes(0, 1).reshape(-1))
-    for shard, ids in enumerate(by_shard):
-        first = shard // (shards // mesh.placement_groups) * of_group
+    for line, (shard, ids) in enumerate(zip(shards, by_shard, strict=True)):
+        first = shard // (mesh.rows // mesh.placement_groups) * of_group
         valid = np.flatnonzero(ids != DROPPED)
         local = ids[valid] - first
         if local.size and (local.min() < 0 or local.max() >= of_group):
@@ -142,11 +154,11 @@ def plan_by_capacity(slot_ids: np.ndarray, reserved: Reserved) -> CapacityPlan:
         ranked = local[order]
         rank = np.arange(ranked.size) - np.searchsorted(ranked, ranked, side="left")
         if rank.size and rank.max() >= capacity:
-            raise ValueError(f"row shard {shard} has {rank.max() + 1} rows for a slot that takes {capacity}")
+            raise NoRoom(f"row shard {shard} has {rank.max() + 1} rows for a slot that takes {capacity}")
         row = place[ranked] * capacity + rank
         choice = valid[order]
-        dispatch[shard, row] = choice // k
-        combine[shard, choice] = row
+        dispatch[line, row] = choice // k
+        combine[line, choice] = row
     chunks = tuple(np.ascontiguousarray(part) for part in np.split(dispatch, reserved.chunks, axis=1))
     return CapacityPlan(chunks, combine, (by_shard != DROPPED).astype(np.float32))
 

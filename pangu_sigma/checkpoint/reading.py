@@ -133,17 +133,19 @@ class Checkpoint:
         with ThreadPoolExecutor(2) as threads:
             return dict(zip(chosen, threads.map(lambda name: self._read(name, verify), chosen), strict=True))
 
-    def load_rows(self, name: str, begin: int, end: int) -> np.ndarray:
-        """Rows `begin` to `end` of a tensor's first axis as a new array; the rest is hashed as it passes by."""
+    def load_rows(self, name: str, rows: range) -> np.ndarray:
+        """These rows of a tensor's first axis as a new array; the others are hashed as they pass by."""
         entry = self._entry(name)
-        spec = TensorSpec(name, entry.dtype, (end - begin, *entry.shape[1:]))
+        spec = TensorSpec(name, entry.dtype, (len(rows), *entry.shape[1:]))
         found = np.empty(spec.shape, numpy_type(entry.dtype))
-        into, row = raw_bytes(found), spec.nbytes // max(1, end - begin)
-        low, high, at = begin * row, end * row, 0
+        into, size, at = raw_bytes(found), spec.nbytes // max(1, len(rows)), 0
         for piece in self.pieces(name):
-            start, stop = max(at, low), min(at + len(piece), high)
-            if start < stop:
-                into[start - low : stop - low] = piece[start - at : stop - at]
+            for number, row in enumerate(rows):
+                low = row * size
+                start, stop = max(at, low), min(at + len(piece), low + size)
+                if start < stop:
+                    shift = number * size - low
+                    into[start + shift : stop + shift] = piece[start - at : stop - at]
             at += len(piece)
         return found
 

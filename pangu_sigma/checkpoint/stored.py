@@ -30,9 +30,9 @@ class StoredTensors(Mapping[str, np.ndarray]):
         """A tensor's shape, without reading it."""
         return self._checkpoint.manifest.tensors[name].shape
 
-    def rows(self, name: str, begin: int, end: int) -> np.ndarray:
-        """Rows `begin` to `end` of a tensor's first axis; memory holds them alone, the whole tensor is hashed."""
-        return self._converted(name, self._checkpoint.load_rows(name, begin, end))
+    def rows(self, name: str, rows: range) -> np.ndarray:
+        """These rows of a tensor's first axis; memory holds them alone, the whole tensor is hashed."""
+        return self._converted(name, self._checkpoint.load_rows(name, rows))
 
     def _converted(self, name: str, array: np.ndarray) -> np.ndarray:
         return as_float32(name, array) if self._floats else array

@@ -6,7 +6,10 @@ hashed where they lie, each by one of the processes, and rank 0 writes the manif
 process holds more than its own parts and a buffer.
 """
 
+from __future__ import annotations
+
 import json
+import math
 import os
 import shutil
 import time
@@ -32,22 +35,35 @@ from pangu_sigma.checkpoint.tensor_file import (
     WrittenFile,
     digests_of_tensor_file,
     make_header,
-    pieces,
+    raw_bytes,
     spec_of,
 )
 from pangu_sigma.checkpoint.writing import FolderWriter
 from parallel.processes import Processes
 
+_CHUNK = 8 << 20  # bytes written at once; the others hear from this process in between
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Values and where they begin in their tensor: one number for each of its axes."""
+
+    begin: tuple[int, ...]
+    data: np.ndarray | LazyTensor
+
 
 @dataclass(frozen=True)
 class TensorPart:
-    """A tensor of a checkpoint by its whole shape, and the part of it that this process writes: `data`, from row
-    `begin` of the first axis on; None writes nothing."""
+    """A tensor of a checkpoint by its whole shape, and the pieces of it that this process writes."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    begin: int
-    data: np.ndarray | LazyTensor | None
+    pieces: tuple[Piece, ...] = ()
+
+    @classmethod
+    def all_of(cls, array: np.ndarray, mine: bool) -> TensorPart:
+        """A tensor that one process writes: this one if it is `mine`."""
+        return cls(array.shape, array.dtype, (Piece((0,) * array.ndim, array),) if mine else ())
 
 
 def save_together(
@@ -70,7 +86,7 @@ def save_together(
     first = processes.first
     parts = {
         **parts,
-        **{n: TensorPart(a.shape, a.dtype, 0, a if first else None) for n, a in contents.probe_arrays.items()},
+        **{n: TensorPart.all_of(a, first) for n, a in contents.probe_arrays.items()},
     }
     specs = [spec_of(name, LazyTensor(p.shape, p.dtype, lambda: None)) for name, p in parts.items()]
     cells = contents.cells(specs)
@@ -157,31 +173,42 @@ def _write_parts(
     mark: Callable[[], None],
 ) -> None:
     """Write this process's parts at their places in the files, and sync them."""
-    total = sum(_part_bytes(part) for part in parts.values())
+    total = sum(math.prod(p.data.shape) * part.dtype.itemsize for part in parts.values() for p in part.pieces)
     done = 0
     for file in files:
-        mine = [spec.name for spec in file.specs if parts[spec.name].data is not None]
-        if not mine:
+        if not any(parts[spec.name].pieces for spec in file.specs):
             continue
         with open(folder / file.path, "r+b", buffering=0) as stream:
             at = len(make_header(file.specs))
             for spec in file.specs:
                 part = parts[spec.name]
-                if part.data is not None:
-                    row = spec.nbytes // spec.shape[0] if spec.shape else 0
-                    place = at + part.begin * row
-                    for piece in pieces(part.data):
-                        place = _write_at(stream.fileno(), piece, place)
-                        done += len(piece)
-                        mark()
+                for piece in part.pieces:
+                    data = raw_bytes(piece.data.read() if isinstance(piece.data, LazyTensor) else piece.data)
+                    for place, size in _runs(part.shape, piece, part.dtype.itemsize):
+                        for start in range(0, size, _CHUNK):
+                            _write_at(stream.fileno(), data[start : min(start + _CHUNK, size)], at + place + start)
+                            mark()
+                        data, done = data[size:], done + size
                         if progress is not None:
                             progress(done, total)
                 at += spec.nbytes
             os.fsync(stream.fileno())
 
 
-def _part_bytes(part: TensorPart) -> int:
-    return 0 if part.data is None else int(np.prod(part.data.shape)) * part.dtype.itemsize
+def _runs(shape: tuple[int, ...], piece: Piece, itemsize: int) -> Iterator[tuple[int, int]]:
+    """Where each run of a piece's bytes, in C order, begins in its tensor, and how long it is."""
+    inner = piece.data.shape
+    # Axes from here on are whole, so one run holds all of them.
+    whole = len(shape)
+    while whole and inner[whole - 1] == shape[whole - 1]:
+        whole -= 1
+    outer = max(0, whole - 1)
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    size = math.prod(inner[outer:]) * itemsize
+    first = sum(begin * stride for begin, stride in zip(piece.begin, strides, strict=True))
+    for index in np.ndindex(*inner[:outer]) if size else ():
+        at = first + sum(i * stride for i, stride in zip(index, strides[:outer], strict=True))
+        yield at * itemsize, size
 
 
 def _write_at(handle: int, data: memoryview, place: int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Range = tuple[int, int]
+from parallel.parts import Part
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Placed:
         """From what `placements` gave, read from JSON."""
         return cls(*map(tuple, values))
 
-    def part(self, shape: Sequence[int], place: int) -> tuple[Range, ...]:
-        """(start, end) on each axis of a tensor of this `shape` that the stage's rank number `place` has before its
-        holders divide it. Raises ValueError where an axis does not divide."""
+    def part(self, shape: Sequence[int], place: int) -> Part:
+        """The part of a tensor of this `shape` that the stage's rank number `place` has before its holders divide it.
+        Raises ValueError where an axis does not divide."""
         found = []
         for size, cut in zip(shape, self.cuts, strict=True):
             ways, number = 1, 0
@@ -37,7 +37,7 @@ class Placed:
                 number = place // math.prod(self.devices[len(self.devices) - cut :]) % ways
             if size % ways:
                 raise ValueError(f"an axis of {size} is not divided by {ways}")
-            found.append((number * size // ways, (number + 1) * size // ways))
+            found.append(slice(number * size // ways, (number + 1) * size // ways))
         return tuple(found)
 
 

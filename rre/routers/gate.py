@@ -92,7 +92,11 @@ class Gate(nn.Cell):
         self.select = layout(ops.Select(), two, two, two)
         self.is_cut = layout.meshed is not None
         if self.is_cut:
-            self.plan_by_capacity = CapacityPlanInGraph(layout, layout.meshed, self.experts, self.group, self.capacity)
+            cut = (layout, layout.meshed, self.experts, self.group)
+            self.plan_by_capacity = CapacityPlanInGraph(*cut, self.capacity)
+            # A token chooses an expert at most once, so with room for all of a group's tokens nothing is dropped.
+            self.plan_all = CapacityPlanInGraph(*cut, self.group)
+            self.room_for_all = Tensor(float(self.group), ms.float32)
         else:
             self.plan = plan_in_graph(self.experts, layout, options.exchange)
         self.tells_choices = False
@@ -120,12 +124,15 @@ class Gate(nn.Cell):
         wanted = self.rows(hits)
         kept = wanted
         # Evaluation drops nothing, whatever training does.
-        if self.is_cut:
-            hits, number = self.with_room(hits)
+        if self.is_cut and self.training:
+            hits, number = self.with_room(hits, self.room)
             kept = self.rows(hits)
             plan = self.plan_by_capacity(hits, number)
+        elif self.is_cut:
+            hits, number = self.with_room(hits, self.room_for_all)
+            plan = self.plan_all(hits, number)
         elif self.training and self.capacity is not None:
-            hits, _ = self.with_room(hits)
+            hits, _ = self.with_room(hits, self.room)
             kept = self.rows(hits)
             has_room = self.greater(self.sum(hits, 2), self.off)
             plan = self.plan(self.select(has_room, ids, ops.fill(ms.int32, ids.shape, self.experts)))
@@ -144,9 +151,9 @@ class Gate(nn.Cell):
         """Rows of every sample and expert [B, E]."""
         return self.sum(hits.reshape(-1, self.length * self.choices, self.experts), 1)
 
-    def with_room(self, hits: Tensor) -> tuple[Tensor, Tensor]:
-        """`hits` [T, k, E] without the choices that found their expert full, and which of its group's choices of the
-        expert each was, counted from 1 [T, k, E]."""
+    def with_room(self, hits: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+        """`hits` [T, k, E] without the choices that found no `room` with their expert, and which of its group's choices
+        of the expert each was, counted from 1 [T, k, E]."""
         ordered = hits.reshape(-1, self.group, self.choices, self.experts)
         if self.choices > 1:
             ordered = self.turn(ordered, (0, 2, 1, 3))
@@ -155,5 +162,5 @@ class Gate(nn.Cell):
         if self.choices > 1:
             number = self.turn(number.reshape(-1, self.choices, self.group, self.experts), (0, 2, 1, 3))
         number = number.reshape(hits.shape)
-        room = self.less_equal(number, self.room)
-        return self.mul(hits, self.cast(room, ms.float32)), number
+        has_room = self.less_equal(number, room)
+        return self.mul(hits, self.cast(has_room, ms.float32)), number

@@ -19,6 +19,7 @@ import numpy as np
 from mindspore import Tensor
 
 from parallel.compiled import HostKernels
+from parallel.parts import Share, whole
 from rre.adamw import AdamWHyper, decays, square_sum, update_in_place
 from rre.counted import generator, normal
 
@@ -66,8 +67,8 @@ class ExpertStore:
 
     `shapes`: place (a sparse layer, or the embedding slots) -> tensor name -> shape of one expert's tensor. `experts`:
     place -> how many. `kernels`: compiled updates, else NumPy's. Tables are zero until `initialise` or until they are
-    written to. A subclass makes the tables and says when an expert is ready. A process of several holds a run of a
-    place's experts, which it counts from 0.
+    written to. A subclass makes the tables and says when an expert is ready. A process of several holds some of a
+    place's experts, which it counts from 0, and in a graph that is cut over devices a part of each of their tensors.
     """
 
     # Whether a training step's graph takes every stored expert, or only those that its batch activates.
@@ -120,22 +121,25 @@ class ExpertStore:
         self,
         seed: int,
         std: Mapping[str, float],
-        first: Mapping[str, int] | None = None,
+        held: Mapping[str, range] | None = None,
         cutoff: float | None = None,
+        shares: Mapping[str, Share] | None = None,
     ) -> None:
         """Draw every weight table: Normal(std[tensor name]), cut off as `normal` says, or 0 where no std is given.
 
-        An expert's numbers depend on (seed, place, expert) alone, not on how many others there are. `first`: place ->
-        number of the first expert held here, where others hold more.
+        An expert's numbers depend on (seed, place, expert) alone, not on how many others there are. `held`: place ->
+        numbers of the experts held here, where others hold more; `shares`: tensor name -> what is held of each expert's
+        tensor, where others hold the rest.
         """
-        first = first or {}
+        held, shares = held or {}, shares or {}
         for place, tensors in self.shapes.items():
-            for expert in range(self.experts[place]):
+            for expert, number in enumerate(held.get(place, range(self.experts[place]))):
                 for name, shape in tensors.items():
                     if std.get(name):
-                        rng = generator(seed, f"initial {place} {name}", first.get(place, 0) + expert)
-                        drawn = normal(rng, (1, *shape), std[name], cutoff)
-                        self.write("weight", place, name, slice(expert, expert + 1), drawn)
+                        share = shares.get(name) or Share(shape, whole(shape))
+                        rng = generator(seed, f"initial {place} {name}", number)
+                        drawn = normal(rng, (1, *share.shape), std[name], cutoff)[0][share.part]
+                        self.write("weight", place, name, slice(expert, expert + 1), drawn[None])
 
     def table(self, place: str, name: str, kind: str = "weight") -> np.ndarray:
         """The table of one tensor, [experts, …]; `kind` is weight, m or v. Writing to it changes the store."""
@@ -192,10 +196,10 @@ class ExpertStore:
             )
             self._running.append((task, gradient))
 
-    def square_sum(self, gradients: Sequence[Tensor]) -> float:
-        """Sum of squares over expert gradients, as the clipping norm needs it."""
+    def square_sums(self, gradients: Sequence[Tensor]) -> np.ndarray:
+        """Sum of squares of each gradient, float64 [n], as the clipping norm needs it."""
         work = square_sum if self._kernels is None else self._kernels.square_sum
-        return sum(self._workers.map(work, (g.asnumpy() for g in gradients)))
+        return np.array(list(self._workers.map(work, (g.asnumpy() for g in gradients))), np.float64)
 
     def settle(self) -> None:
         """Wait until every update that was asked for stands in the tables."""

@@ -95,4 +95,11 @@ def test_experts_lie_round_their_groups_parts_so_that_a_domain_keeps_all_busy():
     assert reserved.slots_of(np.array([0, 1, 6, 7, 8, 13]), total=16).tolist() == [0, 2, 1, 3, 4, 6]
     with pytest.raises(ValueError, match="expert part 0 has 3 experts with rows and 2 slots"):
         reserved.slots_of(np.array([0, 2, 4]), total=16)
-    assert Reserved(mesh, 8, 1, 4, chunks=2).by_chunk(8).tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    chunked = Reserved(mesh, 8, 1, 4, chunks=2)
+    assert chunked.by_chunk().tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert chunked.by_chunk(2).tolist() == [[4], [5]]
+    # Every part holds the experts that its slots can stand for, whatever text comes.
+    assert [list(mesh.experts_in_turn(rank, 16)) for rank in range(4)] == [
+        [0, 2, 4, 6], [1, 3, 5, 7], [8, 10, 12, 14], [9, 11, 13, 15]
+    ]  # fmt: skip
+    assert reserved.idle_experts(16).tolist() == [0, 0, 1, 1, 8, 8, 9, 9]
