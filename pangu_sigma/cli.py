@@ -101,19 +101,25 @@ def train(
         str | None, typer.Option(help="With --stream: key of the domain's name in a line; domain if left out.")
     ] = None,
     workers: Workers = None,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Let CPU processes take the places of the Ascend mesh's devices.")
+    ] = False,
 ) -> None:
     """Train the model that FILE.yaml describes."""
     from pangu_sigma.config import load_config
-    from pangu_sigma.config.overrides import stream_overrides
+    from pangu_sigma.config.overrides import REHEARSAL, stream_overrides
 
+    overrides = [*(overrides or ()), *(REHEARSAL if rehearse else ())]
     # The whole configuration is checked before MindSpore is imported: a mistake shows at once.
-    config = load_config(file, [*(overrides or ()), *stream_overrides(stream, domain, domain_field)])
+    config = load_config(file, [*overrides, *stream_overrides(stream, domain, domain_field)])
+    if rehearse:
+        workers = workers or config.parallel.mesh.size
     if workers is not None or config.parallel.workers > 1:
         from pangu_sigma.workers import FOLDER, is_worker, launch, with_workers
 
         config = with_workers(config, workers or config.parallel.workers)
         if config.parallel.workers > 1 and not is_worker():
-            words = ["train", str(file), *(overrides or ()), *(["--resume"] if resume else [])]
+            words = ["train", str(file), *overrides, *(["--resume"] if resume else [])]
             raise typer.Exit(launch(words, config.parallel.workers, Path(config.run.dir) / FOLDER))
     from pangu_sigma.train.run import train as run_training
 

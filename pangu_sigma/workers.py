@@ -98,7 +98,7 @@ def with_workers_for(checkpoint: Checkpoint, workers: int) -> Config:
     """
     config = stored_config(checkpoint)
     values = config.to_dict()
-    if config.parallel.mesh.size != workers:
+    if config.parallel.mesh.size != workers or config.parallel.rehearse:
         values["parallel"] = {"timeout": config.parallel.timeout}
     # Nothing trains, and how many sequences are measured at a time changes no figure: both follow the processes.
     values["train"] |= {"batch_size": workers, "accumulation": 1}

@@ -27,7 +27,7 @@ def broken_mesh_rules(config: Config) -> Broken:
     yield from _device(config)
     yield from _experts(config, parallel.mesh)
     yield from _widths(config)
-    if config.run.device == "Ascend" and parallel.mesh.size > 1:
+    if config.cut_over_devices:
         yield from _one_graph(config, parallel.mesh)
     yield from _batch(config, parallel.mesh)
 
@@ -44,13 +44,21 @@ def check_one_process(config: Config, instead: str) -> None:
 
 def _device(config: Config) -> Broken:
     parallel, device = config.parallel, config.run.device
+    if parallel.rehearse and (device != "CPU" or parallel.mesh.size == 1):
+        yield (
+            "parallel.rehearse",
+            "parallel.rehearse = true is for processes on CPU that take the places of several devices: set run.device "
+            "to CPU and parallel to the devices' mesh, or rehearse to false",
+        )
     if device == "CPU":
-        for name in ("tensor", "pipeline", "optimizer_parallel", "sequence_parallel"):
+        cut = () if parallel.rehearse else ("tensor", "sequence_parallel", "optimizer_parallel")
+        for name in (*cut, "pipeline"):
             if getattr(parallel, name) > 1 or getattr(parallel, name) is True:
                 yield (
                     f"parallel.{name}",
                     f"parallel.{name} = {str(getattr(parallel, name)).lower()} needs run.device = Ascend: processes on "
-                    "CPU know the data and expert axes only",
+                    "CPU know the data and expert axes only"
+                    + ("" if name == "pipeline" else ", unless parallel.rehearse is true"),
                 )
         if parallel.workers not in (1, parallel.mesh.size):
             yield (
@@ -65,7 +73,7 @@ def _device(config: Config) -> Broken:
             "device: set it to 1",
         )
     sparse = config.model.sparse
-    if device == "Ascend" and parallel.mesh.size > 1 and config.model.sparse_prefixes and sparse.dispatch == "dropless":
+    if config.cut_over_devices and config.model.sparse_prefixes and sparse.dispatch == "dropless":
         yield (
             "model.sparse.dispatch",
             "model.sparse.dispatch = dropless has rows of changing number, but a graph that is cut over devices needs "
@@ -197,7 +205,8 @@ def _batch(config: Config, mesh: Mesh) -> Broken:
             f"sequences at a time, which the {mesh.rows} ranks that read (parallel.data x parallel.expert) do not "
             "divide: choose a batch that is a multiple of both",
         )
-    if config.run.device == "CPU" and config.evaluate.batch_size % mesh.rows:
+    measures = config.evaluate.every > 0 or config.run.device == "CPU"
+    if measures and config.evaluate.batch_size % mesh.rows:
         yield (
             "evaluate.batch_size",
             f"evaluate.batch_size = {config.evaluate.batch_size} is not divided by the {mesh.rows} ranks that read "

@@ -95,6 +95,10 @@ def _step(target: Any, name: str, text: str) -> str | int:
     )
 
 
+# What `train --rehearse` stands for.
+REHEARSAL = ("run.device=CPU", "parallel.rehearse=true")
+
+
 def stream_overrides(source: str | None, domain: str | None, domain_field: str | None) -> list[str]:
     """The overrides that `train --stream SOURCE --domain … --domain-field …` stands for. Raises UserError."""
     if domain is not None and domain_field is not None:

@@ -42,7 +42,7 @@ def broken_phase_rules(config: Config) -> Broken:
                 f"{key} trains nothing: a dense model has shared parameters only; set shared to train",
             )
         yield from _regularise(key, phase, config)
-        if phase.shared == "regularised" and config.run.device == "Ascend" and _devices(config) > 1:
+        if phase.shared == "regularised" and config.cut_over_devices:
             yield (
                 f"{key}.shared",
                 f"{key}.shared = regularised has no form that is cut over devices, and parallel describes "

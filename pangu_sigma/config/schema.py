@@ -54,6 +54,12 @@ class Config(Section):
         return {domain.name: domain.experts for domain in self.domains}
 
     @property
+    def cut_over_devices(self) -> bool:
+        """Whether one graph is cut over a mesh of devices, or rehearsed to be; several CPU processes have each their
+        own."""
+        return self.parallel.rehearse or (self.run.device == "Ascend" and self.parallel.mesh.size > 1)
+
+    @property
     def coverage(self) -> dict[str, dict[str, int]]:
         """Sparse layer → domain → number of experts, as a new model's checkpoint covers them."""
         return {place: self.expert_groups for place in self.model.sparse_prefixes}

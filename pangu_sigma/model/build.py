@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor
+from mindspore.nn.utils import no_init_parameters
 
 from pangu_sigma.config import Config
 from pangu_sigma.config.dispatch import dispatch
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.initial import initial_value
 from pangu_sigma.model.pangu import PanGuSigma
+from pangu_sigma.model.shared import CutParameters, RehearsedParameters, SharedParameters
 from pangu_sigma.model.signature import FlatSignature, PlaceSignature
 from parallel.compiled import HostKernels, library
 from parallel.exchange import GatheredExchange
 from parallel.grouped import uses_grouped_product
-from parallel.layout import Layout, MeshLayout
+from parallel.layout import Layout, MeshLayout, RehearsedLayout
+from parallel.parts import Share, part_of, shape_of, whole
 from parallel.processes import Processes
-from rre.capacity import Reserved
+from rre.capacity import WEIGHT_CUTS, Reserved
 from rre.dispatch import EXACT_ROWS
 from rre.kinds import KINDS, LAYER
 from rre.routers import ROUTERS, Groups, Router, RouterOptions
@@ -39,7 +42,8 @@ class Model:
     """A built model: the network with its shared parameters, the store with every domain's experts, the tables.
 
     `tables`: sparse layer -> owner of the table (a domain, or the layer for all) -> int32 [V], empty for learned gates.
-    `processes`: who shares the work; each holds a run of every sparse layer's experts, which its store counts from 0.
+    `shared`: the network's parameters as this process holds them. `processes`: who shares the work; each holds some of
+    every sparse layer's experts, which its store counts from 0.
     """
 
     config: Config
@@ -50,13 +54,32 @@ class Model:
     tables: dict[str, dict[str, np.ndarray]]
     store: ExpertStore
     net: PanGuSigma
+    shared: SharedParameters
     layout: Layout
     processes: Processes = field(default_factory=Processes)
 
     @property
     def held(self) -> range:
         """The experts of a sparse layer that this process holds, by their places on the layer's expert axis."""
-        return self.processes.mesh.experts_of(self.processes.rank, self.groups.total)
+        mesh, rank = self.processes.mesh, self.processes.rank
+        # In a graph that is cut over devices a gate's experts stand in their order, a table's as `rre.capacity` says.
+        in_turn = self.layout.meshed is not None and not self.learned
+        return (mesh.experts_in_turn if in_turn else mesh.experts_of)(rank, self.groups.total)
+
+    @property
+    def expert_shares(self) -> dict[str, Share]:
+        """What this process holds of every tensor of such an expert."""
+        model = self.config.model
+        shapes = model.expert_network.shapes(model.hidden, model.ffn)
+        if self.layout.meshed is None:
+            return {name: Share(shape, whole(shape), self._first_replica) for name, shape in shapes.items()}
+        mesh, rank = self.processes.mesh, self.processes.rank
+        cuts = {name: WEIGHT_CUTS[name][1:] for name in shapes}
+        return {name: Share(shape, part_of(mesh, rank, shape, cuts[name])) for name, shape in shapes.items()}
+
+    @property
+    def _first_replica(self) -> bool:
+        return self.processes.mesh.replica_group(self.processes.rank)[0] == self.processes.rank
 
     def sources(self, training: bool) -> int:
         """Processes whose rows meet at this one's experts."""
@@ -84,24 +107,30 @@ class Model:
             slots = min(slots, self._activated_at_most(come, min(limit, come)))
         return self._signature(batch, slots, training=True)
 
-    def _meshed_signature(self, batch: int) -> FlatSignature:
-        """Variable inputs of a training graph that is cut over a mesh: static shapes, stacked weights."""
+    def measuring_signature(self, batch: int, rows: int) -> FlatSignature:
+        """Variable inputs of an evaluation graph that is cut over a mesh, of whose slots each takes so many `rows` of a
+        shard."""
+        return self._meshed_signature(batch, rows)
+
+    def _meshed_signature(self, batch: int, rows: int | None = None) -> FlatSignature:
+        """Variable inputs of a graph that is cut over a mesh: static shapes, stacked weights; without `rows` those of a
+        training step."""
         config, mesh = self.config, self.layout.meshed
         sent, places = dispatch(config), ()
         if sent is not None:
             slots = sent.slots * mesh.placement_groups
             length, chunks = config.data.sequence_length, config.parallel.expert_chunks
             choices = config.experts_per_token
-            reserved = Reserved(mesh, slots, sent.rows_per_slot, batch * length, choices, chunks)
+            reserved = Reserved(mesh, slots, rows or sent.rows_per_slot, batch * length, choices, chunks)
             prefixes = config.model.sparse_prefixes
             form = config.model.expert_network
-            places = tuple(
-                PlaceSignature(
-                    p, slots, form, router.learned, router.noise_shape(batch * length), reserved=reserved
-                )  # fmt: skip
-                for p, router in zip(prefixes, self.routers, strict=True)
-            )
-        return FlatSignature(places, None, batch, config.data.sequence_length, config.model.hidden, config.model.ffn)
+            noise = () if rows else self.routers[0].noise_shape(batch * length)
+            places = tuple(PlaceSignature(p, slots, form, self.learned, noise, reserved=reserved) for p in prefixes)
+        part = None if self.processes.size == 1 else self.processes.mesh.coordinates(self.processes.rank).expert
+        return FlatSignature(
+            places, None, batch, config.data.sequence_length, config.model.hidden, config.model.ffn,
+            expert_part=part, held=self.held,
+        )  # fmt: skip
 
     def reach(self, domains: int) -> int:
         """Experts of a sparse layer that texts of at most so many domains can come to."""
@@ -160,7 +189,9 @@ def chosen_kernels(config: Config) -> str | None:
 def chosen_layout(config: Config) -> Layout:
     """The layout of this configuration's graphs: cut over the mesh on Ascend, one process's own else."""
     parallel = config.parallel
-    if config.run.device == "Ascend" and parallel.mesh.size > 1:
+    if parallel.rehearse:
+        return RehearsedLayout(parallel.mesh)
+    if config.cut_over_devices:
         return MeshLayout(parallel.mesh, config.run.device, parallel.sequence_parallel)
     return Layout(config.run.device, chosen_kernels(config), _grouped(config))
 
@@ -189,7 +220,8 @@ def build_model(
     """Build the network of `config` for `vocab` ids.
 
     Routing tables are drawn here for a new model (`token_counts` [V] per domain serve the `frequency` rule) and given
-    for one from a checkpoint. With `initialise` False all weights are zero: something else will fill them. A model for
+    for one from a checkpoint. With `initialise` False all weights are zero: something else will fill them. Those of a
+    graph that is cut over devices come to be when it is compiled; call `initialise_shared` then. A model for
     `inference` keeps its experts in host memory, wherever training has them. `layout`: another than the
     configuration's own. Without a store (`with_store` False) the model has a graph, but no experts. `processes` that
     share it cut its experts.
@@ -197,9 +229,9 @@ def build_model(
     built = routed_model(config, vocab, eod_id, tables, token_counts, layout, processes)
     model, layout, groups, processes = config.model, built.layout, built.groups, built.processes
     places = model.sparse_prefixes
-    shapes = {place: model.expert_network.shapes(model.hidden, model.ffn) for place in places}
-    held = processes.mesh.experts_of(processes.rank, groups.total) if places else range(0)
-    experts = dict.fromkeys(places, len(held))
+    parts = {name: shape_of(share.part) for name, share in built.expert_shares.items()} if places else {}
+    shapes = dict.fromkeys(places, parts)
+    experts = dict.fromkeys(places, len(built.held) if places else 0)
     if model.embedding_slots == "per_domain":
         shapes[SLOTS] = {"word": (vocab, model.hidden)}
         experts[SLOTS] = len(groups.names)
@@ -208,14 +240,29 @@ def build_model(
         built.store = _make_store(config, shapes, experts, kernels, inference, processes)
     compute = COMPUTE_TYPES[config.train.precision]
     exchange = _exchange(config, processes, groups)
-    built.net = PanGuSigma(model, vocab, built.routers, built.training_signature(1), layout, compute, exchange)
+    cut = layout.meshed is not None and layout.native and processes.size > 1
+    # Whole values would be in the way of the parts that MindSpore makes, and may not fit a device.
+    with no_init_parameters() if cut else nullcontext():
+        built.net = PanGuSigma(model, vocab, built.routers, built.training_signature(1), layout, compute, exchange)
+    built.shared = _shared_parameters(built)
     if initialise:
-        _initialise(built)
+        _initialise_experts(built)
+        if not built.shared.late:
+            initialise_shared(built)
     return built
 
 
+def _shared_parameters(built: Model) -> SharedParameters:
+    layout, processes, divided = built.layout, built.processes, built.config.parallel.optimizer_parallel
+    if layout.meshed is None or processes.size == 1:
+        return SharedParameters(built.net)
+    if layout.device == "CPU":
+        return RehearsedParameters(built.net, processes, divided)
+    return CutParameters(built.net, processes.mesh, processes.rank, divided)
+
+
 def _exchange(config: Config, processes: Processes, groups: Groups) -> GatheredExchange | None:
-    if processes.size == 1 or not config.model.sparse_prefixes:
+    if processes.size == 1 or not config.model.sparse_prefixes or config.cut_over_devices:
         return None
     return GatheredExchange(processes.mesh, processes.rank, groups.total)
 
@@ -252,6 +299,7 @@ def routed_model(
         tables={place: dict(by_owner) for place, by_owner in tables.items() if by_owner},
         store=None,
         net=None,
+        shared=None,
         layout=layout,
         processes=processes,
     )
@@ -328,16 +376,17 @@ def _make_store(
         ) from error
 
 
-def _initialise(built: Model) -> None:
-    """Normal(init_std), projections that end in the residual stream scaled by 1 / sqrt(2 L) (PanGu-alpha's own code).
+def initialise_shared(built: Model) -> None:
+    """Draw the shared parameters as `model.initial` says: the same seed gives the same model on every machine."""
+    for name, shape in built.shared.shapes.items():
+        built.shared.write(name, initial_value(name, shape, built.config.run.seed, built.config.model))
+        built.processes.mark()
 
-    Drawn by our own counted generator, so that the same seed gives the same model on every machine.
-    """
+
+def _initialise_experts(built: Model) -> None:
+    """Normal(init_std), matrices that end in the residual stream scaled by 1 / sqrt(2 L) (PanGu-alpha's own code)."""
     model, seed = built.config.model, built.config.run.seed
-    for parameter in built.net.get_parameters():
-        parameter.set_data(Tensor(initial_value(parameter.name, parameter.shape, seed, model)))
     std = {name: model.init_std for name in model.expert_network.tensors if name.endswith(".weight")}
-    first = dict.fromkeys(model.sparse_prefixes, built.held.start)
-    built.store.initialise(
-        seed, std | {"down.weight": model.residual_std, "word": model.init_std}, first, model.init_cutoff
-    )
+    held = dict.fromkeys(model.sparse_prefixes, built.held)
+    std |= {"down.weight": model.residual_std, "word": model.init_std}
+    built.store.initialise(seed, std, held, model.init_cutoff, built.expert_shares)

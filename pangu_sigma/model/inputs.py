@@ -14,7 +14,8 @@ from mindspore import Tensor
 from pangu_sigma.data.positions import positions_and_segments
 from pangu_sigma.model.build import Model
 from pangu_sigma.model.signature import FlatSignature, PlaceSignature
-from parallel.layout import Cut, Layout
+from parallel.layout import Layout
+from parallel.parts import Cut
 from rre.capacity import CapacityPlan, plan_by_capacity
 from rre.counted import sample_keys
 from rre.dispatch import DROPPED, DispatchPlan, plan_by_expert, plan_in_blocks, plan_present
@@ -77,8 +78,9 @@ class PlannedBatch:
                     tensors += [Tensor(part) for part in plan.plan.inputs]
                 elif place.noise:
                     tensors.append(Tensor(noise))
-                for slots in place.reserved.by_chunk(place.slots):
-                    fetched = store.fetch(place.name, slots if plan is None else plan.experts[slots])
+                for slots in place.reserved.by_chunk(signature.expert_part):
+                    experts = signature.stored(slots if plan is None else plan.experts[slots])
+                    fetched = store.fetch(place.name, experts)
                     per_slot = len(fetched) // slots.size
                     tensors += [Tensor(np.stack([t.asnumpy() for t in fetched[i::per_slot]])) for i in range(per_slot)]
             elif plan is None:
@@ -111,6 +113,12 @@ class Planner:
         mesh, rank, size = self.model.processes.mesh, self.model.processes.rank, self.signature.batch
         if self.model.processes.size == 1:
             return np.arange(size), slice(None)
+        if self.model.layout.meshed:
+            # The signature is of the whole batch. Whoever holds a slot must know all rows that may ask for it.
+            size, row = size // mesh.rows, mesh.row_rank(rank)
+            seen = range(row, row + 1) if self.model.learned else mesh.placement_rows(rank)
+            first = row - seen.start
+            return np.arange(seen.start * size, seen.stop * size), slice(first * size, (first + 1) * size)
         ranks = (rank,)
         if any(not place.learned for place in self.signature.places):
             ranks = mesh.exchange_group(rank) if self.training else mesh.expert_group(rank)
@@ -156,11 +164,13 @@ class Planner:
             np.add.at(dropped[layer], domain, lost[self.own].sum(axis=1))
             mine = ids.reshape(len(seen), -1)[self.own]
             load[layer] = np.bincount(mine[mine != DROPPED], minlength=total)
-            if len(held) < total:
-                ids = np.where((ids >= held.start) & (ids < held.stop), ids - held.start, DROPPED)
             if place.reserved is not None:
                 plans.append(self._placed(ids, place))
-            elif self.training and self.model.store.all_resident:
+                noise.append(None)
+                continue
+            if len(held) < total:
+                ids = np.where((ids >= held.start) & (ids < held.stop), ids - held.start, DROPPED)
+            if self.training and self.model.store.all_resident:
                 plans.append(plan_by_expert(ids, np.arange(place.slots)))
             elif self.training:
                 plans.append(plan_present(ids, place.slots))
@@ -191,11 +201,18 @@ class Planner:
         slots = reserved.slots_of(present, total)
         of_expert = np.full(total + 1, DROPPED)
         of_expert[present] = slots
-        experts = np.zeros(place.slots, np.int64)
+        experts = reserved.idle_experts(total)
         experts[slots] = present
         wanted = of_expert[ids]
         counts = np.bincount(wanted[wanted >= 0], minlength=place.slots)
-        return PlacedRows(experts, counts, plan_by_capacity(wanted, reserved))
+        own, shards, processes = wanted, None, self.model.processes
+        if processes.size > 1:
+            row = processes.mesh.row_rank(processes.rank)
+            own, shards = wanted.reshape(self.reads.size, -1)[self.own].reshape(-1, ids.shape[1]), range(row, row + 1)
+        if self.training:
+            mine = reserved.by_chunk(self.signature.expert_part).reshape(-1)
+            self.model.store.prefetch(place.name, self.signature.stored(experts[mine]))
+        return PlacedRows(experts, counts, plan_by_capacity(own, reserved, shards))
 
     def _keys(self, step: int, sample: np.ndarray) -> np.ndarray:
         model = self.model.config.model

@@ -8,9 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import mindspore as ms
+import numpy as np
 from mindspore import Tensor
 
-from parallel.layout import Cut, Layout
+from parallel.layout import Layout
+from parallel.parts import Cut
 from rre.capacity import Reserved
 from rre.network import NetworkForm
 
@@ -65,7 +67,9 @@ class PlaceSignature:
 class FlatSignature:
     """All variable inputs of a graph over `batch` x `length` tokens.
 
-    `sources`: processes whose rows meet at this one's experts; the plan of a table router is of all their tokens.
+    `sources`: processes whose rows meet at this one's experts; the plan of a table router is of all their tokens. Of a
+    graph that is cut over devices: the `expert_part` whose slots this process fills, and the experts that it has `held`
+    for them; None where it fills all.
     """
 
     places: tuple[PlaceSignature, ...]
@@ -75,6 +79,12 @@ class FlatSignature:
     hidden: int
     ffn: int
     sources: int = 1
+    expert_part: int | None = None
+    held: range | None = None
+
+    def stored(self, experts: np.ndarray) -> np.ndarray:
+        """Places on a layer's expert axis as the store of this process counts them."""
+        return experts if self.held is None else (experts - self.held.start) // self.held.step
 
     @property
     def bounds(self) -> tuple[tuple[int, int, int], ...]:

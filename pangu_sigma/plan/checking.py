@@ -12,8 +12,8 @@ from functools import cached_property
 from pangu_sigma.config import Config, manifest, vocabulary_size
 from pangu_sigma.config.counts import is_expert, is_routing
 from pangu_sigma.config.dispatch import activated_slots, samples_at_a_time
+from pangu_sigma.model.cuts import cut_of, held_part, part_of
 from pangu_sigma.model.stages import stage_of
-from pangu_sigma.plan.cuts import cut_of, held_part, part_of
 from parallel.dry.graph import (
     BYTES,
     POINT_TO_POINT,
@@ -28,6 +28,7 @@ from parallel.dry.graph import (
 from parallel.dry.placed import Placed
 from parallel.mesh import Mesh
 from parallel.optimizer_parts import holders, optimizer_ways
+from parallel.parts import shape_of
 
 Shape = tuple[int, ...]
 
@@ -188,8 +189,7 @@ def sends_words(config: Config) -> bool:
 
 def _held(config: Config, name: str, shape: Shape, rank: int) -> Shape:
     """Shape of what a rank holds of a shared parameter."""
-    part = held_part(name, shape, config.parallel.mesh, rank, config.parallel.optimizer_parallel)
-    return tuple(end - start for start, end in part)
+    return shape_of(held_part(name, shape, config.parallel.mesh, rank, config.parallel.optimizer_parallel))
 
 
 def _placed(config: Config, compiled: Compiled) -> Iterator[str]:
@@ -365,7 +365,7 @@ def _neighbours(config: Config, compiled: Compiled) -> Iterator[str]:
         wanted["Send", rank - mesh.stage_size, rows] += times
     if sends_words(config) and stage in (0, last):
         part = part_of(WORDS, compiled.parameters[WORDS], mesh, rank)
-        words = math.prod(end - start for start, end in part) * BYTES["Float32"]
+        words = math.prod(shape_of(part)) * BYTES["Float32"]
         other = rank + (last if stage == 0 else -last) * mesh.stage_size
         again = times if config.parallel.optimizer_parallel else 1
         wanted["Send", other, words] += again

@@ -39,8 +39,10 @@ def compile_step(config: Config) -> dict[str, object]:
             layout=layout, with_store=False,
         )  # fmt: skip
         signature = model.training_signature(config.train.batch_size // config.train.accumulation)
-        start_semi_auto(**parallel_context(config, model, signature))
-        step = meshed_step(config, model, signature, int(os.environ["RANK_ID"]))
+        start_semi_auto(**parallel_context(model, signature))
+        if config.train.recompute:
+            model.net.recompute_blocks()
+        step = meshed_step(model, signature, int(os.environ["RANK_ID"]))
     parameters = {p.name: p.shape for p in model.net.get_parameters()}
     started = time.perf_counter()
     step.compile()

@@ -11,8 +11,8 @@ import math
 from pangu_sigma.config import Config, manifest
 from pangu_sigma.config.counts import is_expert, is_routing
 from pangu_sigma.config.dispatch import activated_slots, dispatch, samples_at_a_time
+from pangu_sigma.model.cuts import cut_of, is_matrix, ways
 from pangu_sigma.model.stages import stage_of
-from pangu_sigma.plan.cuts import cut_of, is_matrix, ways
 from pangu_sigma.plan.hardware import Hardware
 from parallel.optimizer_parts import optimizer_ways
 

@@ -7,7 +7,7 @@ import math
 from pangu_sigma.config import Config, manifest
 from pangu_sigma.config.counts import is_expert, is_routing
 from pangu_sigma.config.dispatch import activated_slots, dispatch, samples_at_a_time
-from pangu_sigma.plan.cuts import ways
+from pangu_sigma.model.cuts import ways
 from pangu_sigma.plan.memory import FLOAT32, compute_bytes, expert_values
 
 # Rows go to experts and back, and their gradients the same way.

@@ -1,6 +1,6 @@
 """The step of a graph that is cut over a mesh: its cell, how its inputs are cut, and what MindSpore must be told first.
 
-This is what `pangu-sigma plan --compile` compiles. No NPU has run it.
+`train` runs this on a mesh of devices and `pangu-sigma plan --compile` compiles it without one. No NPU has run it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mindspore as ms
+from mindspore import Tensor, nn
 from mindspore.nn.utils import no_init_parameters
 
 from pangu_sigma.config import Config
@@ -18,6 +19,7 @@ from pangu_sigma.model.signature import FlatSignature
 from pangu_sigma.train.objective import Objective
 from pangu_sigma.train.pipelined import PipelinedStep, expert_tensors, step_inputs
 from pangu_sigma.train.step import GradientStep, SharedUpdate
+from parallel.parts import Cut
 
 # A loop over tensors becomes calls inside calls: of several hundred parameters, more than MindSpore's own limit.
 NESTED_CALLS = 100_000
@@ -46,16 +48,17 @@ class MeshedStep:
             return SharedUpdate(mine, self.model.layout)
 
 
-def cut_inputs(config: Config, signature: FlatSignature) -> list[tuple[tuple[int, ...], ms.dtype, Any]]:
+def cut_inputs(config: Config, signature: FlatSignature) -> list[tuple[tuple[int, ...], ms.dtype, Cut]]:
     """Whole shape, type and cut of every input of the step's graph; `signature` is of one micro-batch."""
     if config.parallel.pipeline > 1:
         return step_inputs(signature, config.train.accumulation)
     return [*fixed_inputs(signature.batch, signature.length).values(), *signature.cut_inputs()]
 
 
-def parallel_context(config: Config, model: Model, signature: FlatSignature) -> dict[str, Any]:
+def parallel_context(model: Model, signature: FlatSignature) -> dict[str, Any]:
     """What `mindspore.set_auto_parallel_context` must be told before the step is made."""
-    parallel, layout = config.parallel, model.layout
+    config, layout = model.config, model.layout
+    parallel = config.parallel
     return {
         "parallel_mode": "semi_auto_parallel",
         # Turns an axis that is cut elsewhere into an AllToAll.
@@ -67,11 +70,40 @@ def parallel_context(config: Config, model: Model, signature: FlatSignature) -> 
     }
 
 
-def meshed_step(config: Config, model: Model, signature: FlatSignature, rank: int) -> MeshedStep:
+class MeshContext:
+    """While it is entered, graphs of `signature` are cut over the model's mesh as they are compiled."""
+
+    def __init__(self, model: Model, signature: FlatSignature) -> None:
+        self.values = parallel_context(model, signature)
+
+    def __enter__(self) -> None:
+        ms.set_auto_parallel_context(**self.values)
+
+    def __exit__(self, *exception: object) -> None:
+        ms.reset_auto_parallel_context()
+
+
+class InContext:
+    """A cell that is compiled and run in its context."""
+
+    def __init__(self, cell: nn.Cell, context: MeshContext) -> None:
+        self.cell, self.context = cell, context
+
+    def set_train(self, mode: bool) -> InContext:
+        """As the cell's own."""
+        self.cell.set_train(mode)
+        return self
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        with self.context:
+            return self.cell(*inputs)
+
+
+def meshed_step(
+    model: Model, signature: FlatSignature, rank: int, with_shared: bool = True, objective: Objective | None = None
+) -> MeshedStep:
     """The step of one rank; its parallel context must be set."""
-    parallel = config.parallel
-    if config.train.recompute:
-        model.net.recompute_blocks()
+    config, parallel = model.config, model.config.parallel
     shapes = expert_tensors(signature)
     if parallel.pipeline > 1:
         stage = parallel.mesh.coordinates(rank).stage
@@ -82,4 +114,5 @@ def meshed_step(config: Config, model: Model, signature: FlatSignature, rank: in
     first = len(fixed_inputs(signature.batch, signature.length))
     numbers = (first + i for _, begin, end in signature.bounds for i in range(begin, end))
     experts = {name: (number, shape) for number, (name, shape) in zip(numbers, shapes.items(), strict=True)}
-    return MeshedStep(GradientStep(model.net, signature, model.layout, True, Objective()), model, experts)
+    cell = GradientStep(model.net, signature, model.layout, with_shared, objective or Objective())
+    return MeshedStep(cell, model, experts)

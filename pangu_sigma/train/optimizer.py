@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -15,20 +14,20 @@ from pangu_sigma.model.build import Model
 from pangu_sigma.train.gates import FrozenColumns
 from pangu_sigma.train.step import SharedUpdate
 from rre.adamw import AdamWHyper
-from rre.store import DeviceStore
+from rre.store import ExpertStore
 
 
 @dataclass
 class Gradients:
     """Gradients of one optimizer step, summed over its micro-batches.
 
-    `experts`: (place, expert) -> its tensors' gradients; only experts that received a token. `shared_squares` is the
-    square sum of `shared` where it came with the gradients (a single micro-batch), else None.
+    `experts`: (place, expert) -> its tensors' gradients; only experts that received a token. `shared_squares` are the
+    square sums [n] of `shared` where they came with the gradients (a single micro-batch), else None.
     """
 
     shared: tuple[Tensor, ...] = ()
     experts: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
-    shared_squares: float | None = None
+    shared_squares: np.ndarray | None = None
 
     def add(self, other: Gradients) -> None:
         """Sum in another micro-batch's gradients; the order of the sum is the order of the micro-batches."""
@@ -38,23 +37,17 @@ class Gradients:
             self.experts[key] = tensors if mine is None else [a + b for a, b in zip(mine, tensors, strict=True)]
         self.shared_squares = None
 
-    def norm(self, store: DeviceStore) -> float:
-        """The global norm of these gradients."""
-        shared, by_place = self.squares(store)
-        whole = shared + sum(by_place.values())
-        return math.sqrt(whole) if whole >= 0 else math.nan
-
-    def squares(self, store: DeviceStore) -> tuple[float, dict[str, float]]:
-        """Square sums of the shared gradients, and of the activated experts' by place, as float32 sums per tensor or
-        block of one."""
+    def squares(self, store: ExpertStore) -> tuple[np.ndarray, dict[str, float]]:
+        """Square sums of the shared gradients [n], and of the activated experts' by place, as float32 sums per tensor
+        or block of one."""
         shared = self.shared_squares
         if shared is None:
             half_square = ops.L2Loss()
-            shared = sum(2.0 * float(half_square(t).asnumpy()) for t in self.shared)
+            shared = np.array([2.0 * float(half_square(t).asnumpy()) for t in self.shared])
         by_place: dict[str, list[Tensor]] = {}
         for (place, _), tensors in self.experts.items():
             by_place.setdefault(place, []).extend(tensors)
-        return shared, {place: store.square_sum(tensors) for place, tensors in by_place.items()}
+        return shared, {place: float(store.square_sums(tensors).sum()) for place, tensors in by_place.items()}
 
 
 class Optimizer:
@@ -62,7 +55,7 @@ class Optimizer:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.update_shared = SharedUpdate(model.net.trainable_params(), model.layout)
+        self.update_shared = SharedUpdate(model.shared.trainable, model.layout)
         self.shared_steps = 0
 
     def apply(
@@ -90,6 +83,9 @@ class Optimizer:
 
     def restore(self, tensors: dict[str, np.ndarray], shared_steps: int) -> None:
         """Set moments by checkpoint name and the number of shared updates."""
-        for parameter in (*self.update_shared.m, *self.update_shared.v):
-            parameter.set_data(Tensor(tensors[parameter.name]))
+        update = self.update_shared
+        for moments in (update.m, update.v):
+            for owner, parameter in zip(update.parameters, moments, strict=True):
+                part = tensors[parameter.name][self.model.shared.part(owner.name)]
+                parameter.set_data(Tensor(np.ascontiguousarray(part)))
         self.shared_steps = shared_steps

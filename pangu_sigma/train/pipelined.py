@@ -15,8 +15,9 @@ from pangu_sigma.model.inputs import fixed_inputs
 from pangu_sigma.model.pangu import PanGuSigma, TrainingLoss
 from pangu_sigma.model.signature import FlatSignature
 from pangu_sigma.model.stages import stage_of
-from parallel.layout import Cut, MeshLayout
+from parallel.layout import MeshLayout
 from parallel.micro_batch import Accumulated, MicroBatches
+from parallel.parts import Cut
 from parallel.primitives import square_sums
 
 # Of the fixed inputs, what a graph without dropout, embeddings per domain and auxiliary losses looks at.

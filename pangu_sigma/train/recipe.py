@@ -75,7 +75,10 @@ class TextRecipe:
     def evaluator(self, model: Model, objective: Objective) -> Evaluator:
         """See `Recipe`."""
         from pangu_sigma.evaluate import Evaluator
+        from pangu_sigma.train.mesh_evaluation import MeshEvaluator
 
+        if self.config.cut_over_devices:
+            return MeshEvaluator(model, self.config.evaluate.batch_size)
         return Evaluator(model, self.config.evaluate.batch_size)
 
     def sampler(self, sizes: Sequence[int]) -> MixtureSampler:

@@ -29,6 +29,7 @@ class Reduction:
         mesh, rank = self.processes.mesh, self.processes.rank
         self.mesh = mesh
         self.sources = mesh.exchange_group(rank)  # ranks whose rows came to this one's experts
+        self.readers: Sequence[int] = range(self.processes.size)  # ranks that have read each row of the batch once
         self.replicas = mesh.replica_group(rank)
 
     def __call__(self, gradients: Gradients, parts: Sequence[Figures], phase: Phase) -> None:
@@ -37,7 +38,7 @@ class Reduction:
             return
         if gradients.shared:
             gradients.shared = self._everywhere(gradients.shared)
-            gradients.shared_squares = self.model.store.square_sum(gradients.shared)
+            gradients.shared_squares = self.model.store.square_sums(gradients.shared)
         slots = {number: gradients.experts.pop((SLOTS, number), None) for number in range(len(self.model.groups.names))}
         if SLOTS in self.model.store.experts:
             gradients.experts |= self._slots(slots, parts, phase)
@@ -47,11 +48,14 @@ class Reduction:
     def norm(self, gradients: Gradients) -> float:
         """The global norm: shared parameters and slots count once, experts wherever they are."""
         shared, by_place = gradients.squares(self.model.store)
-        everywhere = shared + by_place.pop(SLOTS, 0.0)
+        everywhere = float(shared.sum()) + by_place.pop(SLOTS, 0.0)
         # Replicas hold the same experts; the first of them speaks for all.
         mine = sum(by_place.values(), 0.0) if self.replicas[0] == self.processes.rank else 0.0
-        whole = everywhere + float(self.processes.total(np.array([mine]))[0])
-        return math.sqrt(whole) if whole >= 0 else math.nan
+        return _root(everywhere + float(self.processes.total(np.array([mine]))[0]))
+
+    def total(self, values: np.ndarray) -> np.ndarray:
+        """The sum, over all rows of the batch, of values float64 that each process counted of its own."""
+        return self.processes.gather(values)[list(self.readers)].sum(axis=0)
 
     def touched(self, parts: Sequence[Figures], phase: Phase) -> int:
         """Experts, of all processes, that the step updates; embedding slots included."""
@@ -116,6 +120,38 @@ class Reduction:
                     if activated[layer, held.start + expert]:
                         found[(place, expert)] = _cut(row, shapes)
         return found
+
+
+class MeshedReduction(Reduction):
+    """For a graph that is cut over devices: sums over ranks are made inside it, and a rank has its parts of them."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        mesh, rank = self.mesh, self.processes.rank
+        self.readers = [r for r in range(mesh.size) if mesh.coordinates(r).tensor == 0]
+        self.sources = [r for r in self.readers if mesh.row_rank(r) in mesh.placement_rows(rank)]
+        # Of what several ranks hold each counts its share, so that the sum over all counts it once.
+        holders = [model.shared.holders(p.name) for p in model.shared.trainable]
+        self.weights = np.array([1.0 / (self.processes.size if ranks is None else len(ranks)) for ranks in holders])
+
+    def __call__(self, gradients: Gradients, parts: Sequence[Figures], phase: Phase) -> None:
+        """Nothing is left to do."""
+
+    def norm(self, gradients: Gradients) -> float:
+        """The global norm: each part of a shared parameter counts once, and no two ranks have the same of an expert."""
+        shared, by_place = gradients.squares(self.model.store)
+        mine = float((shared * self.weights[: shared.size]).sum()) + sum(by_place.values(), 0.0)
+        return _root(float(self.processes.total(np.array([mine]))[0]))
+
+
+def reduction_of(model: Model) -> Reduction:
+    """What this model's gradients need."""
+    meshed = model.layout.meshed is not None and model.processes.size > 1
+    return (MeshedReduction if meshed else Reduction)(model)
+
+
+def _root(squares: float) -> float:
+    return math.sqrt(squares) if squares >= 0 else math.nan
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

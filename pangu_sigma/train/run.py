@@ -13,7 +13,6 @@ from pangu_sigma import runtime
 from pangu_sigma.checkpoint import Checkpoint, StoredTensors, find_latest, remove_stale
 from pangu_sigma.config import Config, parameter_counts, with_vocabulary
 from pangu_sigma.config.data import STANDARD_INPUT
-from pangu_sigma.config.mesh_rules import check_one_process
 from pangu_sigma.data.growing import check_source
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import stored_weights, weights_as_needed
@@ -35,11 +34,10 @@ def train(config: Config, resume: bool = False) -> Path:
 
     Raises UserError for the user's mistakes and for training that cannot go on.
     """
-    if config.run.device != "CPU":
-        check_one_process(
-            config,
-            "Ascend meshes do not start yet: check its graph with `pangu-sigma plan --compile`, train on "
-            "CPU with --workers, or set parallel={}",
+    if config.parallel.pipeline > 1:
+        raise UserError(
+            f"train does not start with parallel.pipeline = {config.parallel.pipeline} stages yet: check their graphs "
+            "with `pangu-sigma plan --compile`, and train with pipeline 1"
         )
     if config.adapt is not None:
         raise UserError(
@@ -125,6 +123,11 @@ class Run:
                 if checkpoint
                 else "no complete checkpoint to resume from: beginning at step 0"
             )
+        if self.config.parallel.rehearse:
+            self.messages.append(
+                f"rehearses {self.processes.size} devices: each of as many processes computes the whole graph, and its "
+                "speed says nothing about theirs"
+            )
         if self.stream is not None:
             self.messages += self.stream.messages
         if first:
@@ -137,7 +140,7 @@ class Run:
 
     def _build(self, checkpoint: Checkpoint | None, start: Checkpoint | None) -> None:
         """Everything that computes, as it was in `checkpoint`, or with the weights of `start`, or new."""
-        from pangu_sigma.model.build import build_model
+        from pangu_sigma.model.build import build_model, initialise_shared
         from pangu_sigma.train.holding import Holding
         from pangu_sigma.train.previous import Record
         from pangu_sigma.train.saving import Saving
@@ -159,11 +162,13 @@ class Run:
             initialise=not tensors,
             processes=self.processes,
         )
-        if start:
-            restore_model(self.model, tensors)
         self._open.callback(self.model.store.close)
         objective = self.recipe.objective()
         self.trainer = Trainer(self.model, objective)
+        if start:
+            restore_model(self.model, tensors)
+        elif not tensors and self.model.shared.late:
+            initialise_shared(self.model)
         self.unigram = self.corpus.unigram_losses()
         self.evaluator = self.recipe.evaluator(self.model, objective)
         self.stream = self._stream(checkpoint)

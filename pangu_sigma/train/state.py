@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-from mindspore import Tensor
 
 from pangu_sigma.checkpoint import LazyTensor, StoredTensors, layout
-from pangu_sigma.checkpoint.together import TensorPart
+from pangu_sigma.checkpoint.together import Piece, TensorPart
 from pangu_sigma.config.counts import is_routing, place_and_owner
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.build import SLOTS, Model
@@ -58,7 +58,7 @@ def model_tensors(model: Model, optimizer: Optimizer | None) -> dict[str, np.nda
     """
     store, groups = model.store, model.groups
     store.settle()
-    tensors: dict[str, np.ndarray | LazyTensor] = {p.name: p.asnumpy() for p in model.net.get_parameters()}
+    tensors: dict[str, np.ndarray | LazyTensor] = {**model.shared.values()}
     if optimizer is not None:
         tensors |= optimizer.moments()
     tensors |= domain_tensors(model, optimizer is not None)
@@ -77,57 +77,77 @@ def tensor_parts(model: Model, optimizer: Optimizer | None) -> dict[str, TensorP
     """All tensors of a checkpoint by name, each with the part of it that this process writes; without an optimizer
     those of the model alone.
 
-    All processes' parts together are every tensor once: a process writes its own experts, unless it is a replica, and
-    its turn of what all of them have.
+    All processes' parts together are every tensor once: a process writes its own experts, unless it is a replica, its
+    own parts of shared parameters, and its turn of what several of them have.
     """
-    store, groups, processes = model.store, model.groups, model.processes
+    store, groups, shares = model.store, model.groups, model.expert_shares
     store.settle()
-    parts: dict[str, TensorPart] = {}
-    common: dict[str, np.ndarray] = {p.name: p.asnumpy() for p in model.net.get_parameters()}
-    if optimizer is not None:
-        common |= optimizer.moments()
-    for place, by_owner in model.tables.items():
-        common |= {table_name(owner, place): table for owner, table in by_owner.items()}
+    parts = _shared_parts(model, optimizer)
     for kind, place, name, table in store.tables():
-        if kind != "weight" and optimizer is None:
+        if place == SLOTS or (kind != "weight" and optimizer is None):
             continue
-        if place == SLOTS:
-            common |= {_expert_tensor(d, kind, place, name): table[n] for n, d in enumerate(groups.names)}
-            continue
+        share = shares[name]
         for domain in groups.names:
-            shape = (groups.of(domain).stop - groups.of(domain).start, *table.shape[1:])
-            begin, rows = _held_rows(model, domain)
-            data = None
-            if rows is not None and _speaks_for_replicas(model):
-                mine = (rows.stop - rows.start, *table.shape[1:])
-                data = LazyTensor(mine, table.dtype, partial(store.read, kind, place, name, rows))
-            parts[_expert_tensor(domain, kind, place, name)] = TensorPart(shape, table.dtype, begin, data)
+            pieces = []
+            for begin, rows in _runs(model, domain) if share.speaks else ():
+                read = partial(store.read, kind, place, name, rows)
+                values = LazyTensor((rows.stop - rows.start, *table.shape[1:]), table.dtype, read)
+                pieces.append(Piece((begin, *(axis.start for axis in share.part)), values))
+            shape = (groups.of(domain).stop - groups.of(domain).start, *share.shape)
+            parts[_expert_tensor(domain, kind, place, name)] = TensorPart(shape, table.dtype, tuple(pieces))
     for place, steps in store.steps.items() if optimizer is not None else ():
-        for number, domain in enumerate(groups.names):
-            name = f"domains.{domain}.optimizer.steps.{place}"
-            if place == SLOTS:
-                common[name] = steps[number : number + 1]
-                continue
-            begin, rows = _held_rows(model, domain)
-            data = steps[rows] if rows is not None and _speaks_for_replicas(model) else None
+        for domain in groups.names if place != SLOTS else ():
+            runs = _runs(model, domain) if _counts_for_others(model) else ()
             size = groups.of(domain).stop - groups.of(domain).start
-            parts[name] = TensorPart((size,), steps.dtype, begin, data)
-    for turn, (name, array) in enumerate(sorted(common.items())):
-        mine = turn % processes.size == processes.rank
-        parts[name] = TensorPart(array.shape, array.dtype, 0, array if mine else None)
+            pieces = tuple(Piece((begin,), steps[rows]) for begin, rows in runs)
+            parts[f"domains.{domain}.optimizer.steps.{place}"] = TensorPart((size,), steps.dtype, pieces)
     return parts
 
 
-def _held_rows(model: Model, domain: str) -> tuple[int, slice | None]:
-    """Where the part of a domain's group that this process holds begins in the group, and its rows of the store."""
+def _shared_parts(model: Model, optimizer: Optimizer | None) -> dict[str, TensorPart]:
+    """What is not the experts': shared parameters and moments, routing tables, embedding slots."""
+    store, groups, shared, processes = model.store, model.groups, model.shared, model.processes
+    values = shared.values() | (optimizer.moments() if optimizer is not None else {})
+    parts: dict[str, TensorPart] = {}
+    for turn, (name, array) in enumerate(sorted(values.items())):
+        owner = name.removeprefix("optimizer.m.").removeprefix("optimizer.v.")
+        holders = shared.holders(owner) or range(processes.size)
+        mine = holders[turn % len(holders)] == processes.rank
+        begin = tuple(axis.start for axis in shared.part(owner))
+        parts[name] = TensorPart(shared.shapes[owner], array.dtype, (Piece(begin, array),) if mine else ())
+    common = {table_name(o, place): table for place, by_owner in model.tables.items() for o, table in by_owner.items()}
+    for kind, place, name, table in store.tables():
+        if place == SLOTS and (kind == "weight" or optimizer is not None):
+            common |= {_expert_tensor(d, kind, place, name): table[n] for n, d in enumerate(groups.names)}
+    if SLOTS in store.steps and optimizer is not None:
+        steps = store.steps[SLOTS]
+        common |= {f"domains.{d}.optimizer.steps.{SLOTS}": steps[n : n + 1] for n, d in enumerate(groups.names)}
+    for turn, (name, array) in enumerate(sorted(common.items())):
+        parts[name] = TensorPart.all_of(array, turn % processes.size == processes.rank)
+    return parts
+
+
+def _held_of(model: Model, domain: str) -> tuple[range, slice]:
+    """A domain's experts that this process holds: their places in the domain's group, and their rows of the store."""
     group, held = model.groups.of(domain), model.held
-    low, high = max(group.start, held.start), min(group.stop, held.stop)
-    return (low - group.start, slice(low - held.start, high - held.start)) if low < high else (0, None)
+    low, high = (bisect_left(held, place) for place in (group.start, group.stop))
+    mine = held[low:high]
+    return range(mine.start - group.start, mine.stop - group.start, mine.step), slice(low, high)
 
 
-def _speaks_for_replicas(model: Model) -> bool:
-    processes = model.processes
-    return processes.mesh.replica_group(processes.rank)[0] == processes.rank
+def _runs(model: Model, domain: str) -> list[tuple[int, slice]]:
+    """The same as runs of neighbours: where each begins in the group, and its rows of the store."""
+    inside, rows = _held_of(model, domain)
+    if inside.step == 1:
+        return [(inside.start, rows)] if inside else []
+    return [(place, slice(row, row + 1)) for place, row in zip(inside, range(rows.start, rows.stop), strict=True)]
+
+
+def _counts_for_others(model: Model) -> bool:
+    """Whether this process writes down what is counted of its experts as wholes, for all that hold a part of them."""
+    mesh, rank = model.processes.mesh, model.processes.rank
+    place = mesh.coordinates(rank)
+    return place.data == 0 and place.tensor == 0
 
 
 def restore_model(model: Model, tensors: Mapping[str, np.ndarray], optimizer_state: bool = False) -> None:
@@ -138,8 +158,8 @@ def restore_model(model: Model, tensors: Mapping[str, np.ndarray], optimizer_sta
     """
     # Updates that are still under way would write over what is restored.
     model.store.settle()
-    for parameter in model.net.get_parameters():
-        parameter.set_data(Tensor(_checked(tensors, parameter.name, parameter.shape)))
+    for name, shape in model.shared.shapes.items():
+        model.shared.write(name, _checked(tensors, name, shape))
         model.processes.mark()
     store, groups = model.store, model.groups
     for kind, place, name, table in store.tables():
@@ -150,10 +170,11 @@ def restore_model(model: Model, tensors: Mapping[str, np.ndarray], optimizer_sta
             if place == SLOTS:
                 table[number][...] = _checked(tensors, stored, table[number].shape)
                 continue
-            begin, rows = _held_rows(model, domain)
-            if rows is not None:
-                values = _checked_rows(model, tensors, stored, table.shape[1:], begin, rows)
-                store.write(kind, place, name, rows, values)
+            share = model.expert_shares[name]
+            inside, rows = _held_of(model, domain)
+            if inside:
+                values = _checked_rows(model, tensors, stored, share.shape, inside)
+                store.write(kind, place, name, rows, values[(slice(None), *share.part)])
             model.processes.mark()
     for place, by_owner in model.tables.items():
         for owner, table in by_owner.items():
@@ -165,23 +186,23 @@ def restore_model(model: Model, tensors: Mapping[str, np.ndarray], optimizer_sta
                 if place == SLOTS:
                     steps[number : number + 1] = _checked(tensors, stored, (1,))
                     continue
-                begin, rows = _held_rows(model, domain)
-                if rows is not None:
-                    steps[rows] = _checked_rows(model, tensors, stored, (), begin, rows)
+                inside, rows = _held_of(model, domain)
+                if inside:
+                    steps[rows] = _checked_rows(model, tensors, stored, (), inside)
 
 
 def _checked_rows(
-    model: Model, tensors: Mapping[str, np.ndarray], name: str, inner: tuple[int, ...], begin: int, rows: slice
+    model: Model, tensors: Mapping[str, np.ndarray], name: str, inner: tuple[int, ...], rows: range
 ) -> np.ndarray:
-    """The rows of a domain's tensor that this process holds, from row `begin` of the group on."""
+    """These rows of a domain's tensor, of whose experts each has the shape `inner`."""
     group = model.groups.of(layout.domain_of(name))
-    shape, end = (group.stop - group.start, *inner), begin + rows.stop - rows.start
-    if not isinstance(tensors, StoredTensors) or end - begin == shape[0]:
-        return _checked(tensors, name, shape)[begin:end]
+    shape = (group.stop - group.start, *inner)
+    if not isinstance(tensors, StoredTensors) or len(rows) == shape[0]:
+        return _checked(tensors, name, shape)[rows.start : rows.stop : rows.step]
     if name not in tensors:
         raise _missing(name)
     _check_shape(name, tensors.shape(name), shape)
-    return tensors.rows(name, begin, end)
+    return tensors.rows(name, rows)
 
 
 def stored_tables(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:

@@ -19,12 +19,12 @@ from pangu_sigma.train.accounting import Accounting, Figures, store_figures
 from pangu_sigma.train.distance import Distance
 from pangu_sigma.train.flops import flops_per_token
 from pangu_sigma.train.gates import FrozenColumns
+from pangu_sigma.train.graphs import step_graphs
 from pangu_sigma.train.loss_scale import LossScale
 from pangu_sigma.train.objective import Objective
 from pangu_sigma.train.optimizer import Gradients, Optimizer
-from pangu_sigma.train.reduction import Reduction
+from pangu_sigma.train.reduction import reduction_of
 from pangu_sigma.train.schedule import Phase, learning_rate, phase_at
-from pangu_sigma.train.step import GradientStep
 from rre.store.disk import StoreFull
 
 
@@ -62,19 +62,22 @@ class Trainer:
         self.config = model.config
         self.objective = Objective() if objective is None else objective
         self.micro_batch = micro_batch_rows(self.config, self.objective)
-        self.signature = model.training_signature(self.micro_batch // self.processes.mesh.rows)
+        # The graph that is cut over devices is of all ranks' rows, any other of this process's own.
+        rows = 1 if model.layout.meshed else self.processes.mesh.rows
+        self.signature = model.training_signature(self.micro_batch // rows)
         self.planner = Planner(model, self.signature, training=True)
+        if self.config.train.recompute:
+            model.net.recompute_blocks()
+        # Before the optimizer, whose moments are of the parts that this leaves.
+        self._graphs = step_graphs(model, self.signature, self.objective)
         self.optimizer = Optimizer(model)
-        self.reduction = Reduction(model)
+        self.reduction = reduction_of(model)
         self.loss_scale = LossScale.of(self.config)
         self.accounting = Accounting(
             model.groups, self.config.model.sparse_prefixes, flops_per_token(self.config, model.vocab)
         )
-        if self.config.train.recompute:
-            model.net.recompute_blocks()
         self._plain = self.objective
         self._distance: Distance | None = None
-        self._graphs: dict[bool, GradientStep] = {}
         self._frozen: dict[frozenset[str], FrozenColumns] = {}
 
     def hold(self, objective: Objective | None, distance: Distance | None) -> None:
@@ -128,7 +131,7 @@ class Trainer:
         rate = learning_rate(self.config, step)
         scale = self.loss_scale.value
         units = np.array([sum(float(self.objective.units(b).sum()) for b in batches)])
-        total = float(self.processes.total(units)[0])
+        total = float(self.reduction.total(units)[0])
         gradients: Gradients | None = None
         parts = []
         for batch in (*batches, *self.objective.beside(batches, self.planner)):
@@ -172,24 +175,16 @@ class Trainer:
         """Adds the pull towards the previous parameters, once a step; returns the penalty."""
         changed, squares, penalty = self._distance(Tensor(scale, ms.float32), *gradients.shared)
         gradients.shared = tuple(changed)
-        gradients.shared_squares = float(squares.asnumpy().astype(np.float64).sum())
+        gradients.shared_squares = squares.asnumpy().astype(np.float64)
         return float(penalty.asnumpy())
 
     def _frozen_columns(self, phase: Phase) -> FrozenColumns | None:
         if not phase.shared or not self.model.learned:
             return None
         if phase.domains not in self._frozen:
-            names = [p.name for p in self.model.net.trainable_params()]
+            names = [p.name for p in self.model.shared.trainable]
             self._frozen[phase.domains] = FrozenColumns(names, self.model.groups, phase.domains)
         return self._frozen[phase.domains]
-
-    def _graph(self, with_shared: bool) -> GradientStep:
-        if with_shared not in self._graphs:
-            self._graphs[with_shared] = GradientStep(
-                self.model.net, self.signature, self.model.layout, with_shared, self.objective
-            )
-        # The network is shared with evaluation, so its mode is set per use.
-        return self._graphs[with_shared].set_train(True)
 
     def _gradients(
         self, batch: PlannedBatch, phase: Phase, scale: float, total: float, parts: int
@@ -198,7 +193,8 @@ class Trainer:
         fixed = batch.fixed
         prepared = self.objective.prepare(batch)
         weights, auxiliary_weight, *extra = self.objective.inputs(batch, prepared, scale, total, parts)
-        outputs = self._graph(phase.shared)(
+        # The network is shared with evaluation, so its mode is set per use.
+        outputs = self._graphs(phase.shared, self.objective).set_train(True)(
             fixed[0],
             Tensor(batch.labels),
             weights,
@@ -216,10 +212,10 @@ class Trainer:
         gradients = Gradients()
         if phase.shared:
             gradients.shared = tuple(shared)
-            gradients.shared_squares = float(squares.asnumpy().astype(np.float64).sum())
+            gradients.shared_squares = squares.asnumpy().astype(np.float64)
         if by_expert:
             gradients.experts = self._activated(batch, phase, by_expert, here.load)
-        return gradients, own.summed(lines)
+        return gradients, own.summed(lines[list(self.reduction.readers)])
 
     def _activated(
         self, batch: PlannedBatch, phase: Phase, by_expert: Sequence[Tensor], received: np.ndarray
@@ -242,14 +238,15 @@ class Trainer:
             tensors = len(place.network.tensors)
             plan = batch.plans[layer]
             if place.reserved is not None:
-                for slots in place.reserved.by_chunk(place.slots):
-                    stacked = by_expert[at : at + len(place.network.tensors)]
-                    at += len(stacked)
+                for slots in place.reserved.by_chunk(self.signature.expert_part):
+                    stacked = by_expert[at : at + tensors]
+                    at += tensors
                     for i, slot in enumerate(slots.tolist()):
                         expert = slot if plan is None else int(plan.experts[slot])
                         rows = received[layer, expert] if plan is None else plan.counts[slot]
                         if rows > 0 and owner[expert] in phase.domains:
-                            found[(place.name, expert)] = [gradient[i] for gradient in stacked]
+                            number = int(self.signature.stored(np.array(expert)))
+                            found[(place.name, number)] = [gradient[i] for gradient in stacked]
                 continue
             experts = range(place.slots) if plan is None else plan.experts.tolist()
             filled = [True] * place.slots if plan is None else plan.counts > 0

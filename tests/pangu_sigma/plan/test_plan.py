@@ -13,7 +13,7 @@ from pangu_sigma.cli import app
 from pangu_sigma.config import load_config, manifest
 from pangu_sigma.config.dispatch import activated_slots
 from pangu_sigma.errors import UserError
-from pangu_sigma.plan.cuts import cut_of
+from pangu_sigma.model.cuts import cut_of
 from pangu_sigma.plan.hardware import GIB, Hardware
 from pangu_sigma.plan.job import changed, plan
 from pangu_sigma.plan.memory import layers_of_stage, stage_bytes

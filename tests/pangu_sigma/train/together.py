@@ -4,7 +4,7 @@
 
 Started by `parallel.launch.Launch`. Rank 0 also trains every case alone, on the same batches. Each rank writes
 FOLDER/CASE-RANK.npz and rank 0 FOLDER/CASE-alone.npz: losses, norms, the first and last step's gradients, and the parts
-of the final tensors that the rank would write to a checkpoint, each with the row it begins at.
+of the final tensors that the rank would write to a checkpoint, each with the place it begins at.
 
 A case with `saved_under` meshes is saved as a checkpoint, which is loaded and saved again under each of them and by one
 process.
@@ -24,8 +24,8 @@ DOMAINS = [0, 2, 1, 0, 2, 0, 1, 2]
 EXPERTS = {"code": 4, "law": 1, "poems": 3}
 
 
-def case_config(case: dict):
-    """The small configuration with eight experts a layer, changed as the case says."""
+def case_config(case: dict, processes):
+    """The small configuration with eight experts a layer, changed as the case says, for these processes."""
     from pangu_sigma.config import config_from_dict, effective
     from tests.pangu_sigma.train.small import small_config
 
@@ -34,6 +34,8 @@ def case_config(case: dict):
     values = small_config(case.get("model"), train=train, **sections).to_dict()
     for domain in values["domains"]:
         domain["experts"] = case.get("domains", EXPERTS)[domain["name"]]
+    if case.get("rehearse") and processes.size > 1:
+        values["parallel"] = {**case.get("parallel", {}), **vars(processes.mesh), "rehearse": True}
     return effective(config_from_dict(values))
 
 
@@ -41,25 +43,30 @@ def run_case(case: dict, processes, folder: Path | None = None) -> dict[str, np.
     """Train the case's steps on `processes` and collect what this one has; save it in `folder` if there is one."""
     from pangu_sigma.checkpoint import LazyTensor
     from pangu_sigma.data.sampler import Batch
-    from pangu_sigma.model.build import build_model
+    from pangu_sigma.model.build import SLOTS, build_model
     from pangu_sigma.train.state import tensor_parts
     from pangu_sigma.train.trainer import Trainer
     from tests.pangu_sigma.train.small import EOD, batch
 
-    config = case_config(case)
+    config = case_config(case, processes)
     trainer = Trainer(build_model(config, config.model.vocab_size, EOD, processes=processes))
     found: dict[str, np.ndarray] = {}
-    names = [p.name for p in trainer.model.net.trainable_params()]
-    first, apply = trainer.model.held.start, trainer.optimizer.apply
+    model, apply = trainer.model, trainer.optimizer.apply
+    shares = list(model.expert_shares.values())
 
     def noted(gradients, rate, scale, *rest):
         if step in (0, case["steps"] - 1):
-            for name, tensor in zip(names, gradients.shared, strict=True):
-                found[f"gradient {step} {name}"] = tensor.asnumpy().copy()
+            for parameter, tensor in zip(model.shared.trainable, gradients.shared, strict=True):
+                name = parameter.name
+                found[f"gradient {step} {name}"] = placed(tensor, model.shared.shapes[name], model.shared.part(name))
             for (place, expert), tensors in gradients.experts.items():
-                number = expert if place == "embedding" else first + expert
                 for part, tensor in enumerate(tensors):
-                    found[f"gradient {step} {place} {number} {part}"] = tensor.asnumpy().copy()
+                    if place == SLOTS:
+                        found[f"gradient {step} {place} {expert} {part}"] = tensor.asnumpy().copy()
+                        continue
+                    share = shares[part]
+                    whole = placed(tensor, share.shape, share.part)
+                    found[f"gradient {step} {place} {model.held[expert]} {part}"] = whole
         apply(gradients, rate, scale, *rest)
 
     if "held" in case:
@@ -84,15 +91,24 @@ def run_case(case: dict, processes, folder: Path | None = None) -> dict[str, np.
     figures = trainer.accounting.take()
     found["tokens"] = np.array([figures["tokens"][n] for n in sorted(figures["tokens"])])
     found["figures"] = np.array(list(figures["figures"].values()))
-    found["load"] = np.array([v for by in figures["expert_load"].values() for n in by.values() for v in n])
-    found["touched"] = np.array([figures["experts"]["activated"], figures["experts"]["touched"]])
+    loads = figures.get("expert_load", {}).values()
+    found["load"] = np.array([v for by in loads for n in by.values() for v in n])
+    experts = figures.get("experts", {"activated": 0, "touched": 0})
+    found["touched"] = np.array([experts["activated"], experts["touched"]])
     for name, part in tensor_parts(trainer.model, trainer.optimizer).items():
-        if part.data is not None:
-            data = part.data.read() if isinstance(part.data, LazyTensor) else part.data
-            found[f"tensor {part.begin} {name}"] = data.copy()
+        for piece in part.pieces:
+            data = piece.data.read() if isinstance(piece.data, LazyTensor) else piece.data
+            found[f"tensor {','.join(map(str, piece.begin))} {name}"] = data.copy()
     if folder is not None:
         save(trainer.model, trainer.optimizer, folder)
     trainer.model.store.close()
+    return found
+
+
+def placed(tensor, shape, part) -> np.ndarray:
+    """A part of a tensor at its place in the whole one, which is NaN elsewhere."""
+    found = np.full(shape, np.nan, np.float32)
+    found[part] = tensor.asnumpy()
     return found
 
 
@@ -163,7 +179,7 @@ def save_again(case: dict, processes, source: Path, folder: Path) -> None:
     from pangu_sigma.train.state import restore_model, stored_tables
     from tests.pangu_sigma.train.small import EOD
 
-    config = case_config(case)
+    config = case_config(case, processes)
     tensors = StoredTensors(find_latest(source)[0])
     model = build_model(
         config, config.model.vocab_size, EOD, tables=stored_tables(tensors), initialise=False, processes=processes

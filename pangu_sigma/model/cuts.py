@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 from pangu_sigma.config.counts import Shape, is_expert
+from parallel import parts
 from parallel.mesh import Mesh
-from parallel.optimizer_parts import optimizer_part
+from parallel.optimizer_parts import holders, optimizer_part, optimizer_ways
+from parallel.parts import Part
 
 # Axes over which each axis of a tensor is cut, by the end of the tensor's name; all others are whole on every rank.
 _ATTENTION = {".weight": (None, "tensor"), ".bias": ("tensor",)}
@@ -41,27 +43,28 @@ def ways(name: str, shape: Shape, mesh: Mesh) -> int:
     return math.prod(getattr(mesh, axis) for axis in cut_of(name, shape) if axis is not None)
 
 
-def part_of(name: str, shape: Shape, mesh: Mesh, rank: int) -> tuple[tuple[int, int], ...]:
-    """(start, end) on each axis of the tensor of this name and whole `shape` that a rank computes with."""
-    place = mesh.coordinates(rank)
-    found = []
-    for size, axis in zip(shape, cut_of(name, shape), strict=True):
-        share = size // (1 if axis is None else getattr(mesh, axis))
-        start = 0 if axis is None else getattr(place, axis) * share
-        found.append((start, start + share))
-    return tuple(found)
+def part_of(name: str, shape: Shape, mesh: Mesh, rank: int) -> Part:
+    """The part of the tensor of this name and whole `shape` that a rank computes with."""
+    cut = tuple(1 if axis is None else axis for axis in cut_of(name, shape))
+    return parts.part_of(mesh, rank, shape, cut)
 
 
-def held_part(name: str, shape: Shape, mesh: Mesh, rank: int, divided: bool) -> tuple[tuple[int, int], ...]:
-    """(start, end) on each axis of the shared parameter of this name that a rank holds and updates; `divided`: whether
+def held_part(name: str, shape: Shape, mesh: Mesh, rank: int, divided: bool) -> Part:
+    """The part of the shared parameter of this name that a rank holds and updates; `divided`: whether
     `parallel.optimizer_parallel` is on."""
     part = part_of(name, shape, mesh, rank)
     if not divided:
         return part
     number, ways = optimizer_part(shape, cut_of(name, shape), mesh, rank)
-    start, end = part[0]
-    share = (end - start) // ways
-    return ((start + number * share, start + (number + 1) * share), *part[1:])
+    share = (part[0].stop - part[0].start) // ways
+    start = part[0].start + number * share
+    return (slice(start, start + share), *part[1:])
+
+
+def held_by(name: str, shape: Shape, mesh: Mesh, rank: int, divided: bool) -> tuple[int, ...]:
+    """The ranks of a pipeline stage that hold the same part as `rank`, itself among them, in ascending order."""
+    cut = cut_of(name, shape)
+    return (rank,) if divided and optimizer_ways(shape, cut, mesh) > 1 else holders(cut, mesh, rank)
 
 
 def is_matrix(name: str, shape: Shape) -> bool:

@@ -1,0 +1,139 @@
+"""CPU processes in the places of an Ascend mesh's devices: same slices, stores, plans and checkpoints, same results."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pangu_sigma.checkpoint import open_checkpoint
+from tests.pangu_sigma.train.process import assert_refused, checkpoint, command
+from tests.pangu_sigma.train.test_together import (
+    CAPACITY,
+    GSHARD,
+    SHORT,
+    SWITCH,
+    assert_equals_one_process,
+    results,
+    run,
+)
+from tests.pangu_sigma.train.test_workers import assert_same_training
+
+ROOM = {"dispatch": "capacity", "capacity_factor": 0.8}
+
+
+def case(mesh: dict, steps: int = 3, store: str = "host", **more) -> dict:
+    model = {**SHORT, "sparse": CAPACITY, **more.pop("model", {})}
+    rate = {"learning_rate": 1e-3}
+    more.setdefault("run", {"kernels": "composed"})
+    return {"mesh": mesh, "rehearse": True, "model": model, "experts": {"store": store}, "steps": steps,
+            "optimizer": rate, **more}  # fmt: skip
+
+
+EP2_TP2 = {"expert": 2, "tensor": 2}
+FOUR = {
+    # Of so many words that optimizer parallelism divides them (see `parallel.optimizer_parts`).
+    "cut": case(
+        EP2_TP2, train={"accumulation": 2}, model={"vocab_size": 1024}, parallel={"optimizer_parallel": True},
+        saved_under=[EP2_TP2, {"data": 2, "tensor": 2}, {"expert": 4}],
+    ),
+}  # fmt: skip
+PLACED = {"expert": 4, "placement": "domain", "placement_groups": 2}
+APART = dict.fromkeys(map(str, range(20)), [0, 0, 0, 0, 1, 2, 2, 1])
+LONG = {
+    "dp2_tp2": case({"data": 2, "tensor": 2}, 20),
+    "ep2_dp2_device": case({"expert": 2, "data": 2}, 20, "device"),
+    "tp4_sequence": case({"tensor": 4}, 20, model={"heads": 4}, parallel={"sequence_parallel": True}),
+    "chunks": case(EP2_TP2, 20, parallel={"expert_chunks": 2}, domains={"code": 4, "law": 4, "poems": 4}),
+    "hash": case(EP2_TP2, 20, model={"sparse": {"router": "hash", **ROOM}}),
+    "placed": case(PLACED, 20, drawn=APART),
+    "switch": case(EP2_TP2, 20, "device", model={"sparse": SWITCH}),
+    "gshard": case({"data": 2, "tensor": 2}, 20, "device", model={"sparse": {**GSHARD, **ROOM}}),
+    "dense": case({"data": 2, "tensor": 2}, 20, model={"sparse": {"layers": 0}}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory) -> Path:
+    return run(tmp_path_factory.mktemp("rehearsed"), 4, FOUR)
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory) -> Path:
+    return run(tmp_path_factory.mktemp("rehearsed-long"), 4, LONG)
+
+
+def test_a_mesh_trains_as_one_process_does(four):
+    assert_equals_one_process(four, "cut", grown=10)
+    # Each of four ranks writes its quarter of the words, and of each moment of theirs.
+    for number, mine in enumerate(results(four, "cut")):
+        words = [name for name in mine if name.endswith(" embedding.word") or name.endswith(".embedding.word")]
+        assert len(words) == 3 + 2 and all(mine[w].shape[0] == 256 for w in words if w.startswith("tensor")), number
+
+
+def test_a_checkpoint_does_not_tell_how_its_experts_were_cut(four):
+    """Saved from halves of experts, then loaded as halves along the other axis, as wholes and by one process."""
+    saved = sorted(four.glob("cut-saved*"))
+    assert len(saved) == 5
+    first, *others = [open_checkpoint(path / "checkpoints" / "step-00000001").manifest for path in saved]
+    for other in others:
+        # The configuration says which mesh it was.
+        assert {p: f for p, f in other.files.items() if p != "config.yaml"} == {
+            p: f for p, f in first.files.items() if p != "config.yaml"
+        }
+        assert other.tensors == first.tensors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LONG)
+def test_twenty_steps_on_a_mesh_are_those_of_one_process(long, name):
+    assert_equals_one_process(long, name, grown=20)
+
+
+EVEN = [f"domains.{name}.experts=2" for name in ("code", "law", "poems")]
+DIVIDED = [
+    "model.layers=1", "model.query_layer=none", "model.dropout=0", "model.attention.dropout=0", *EVEN,
+    "model.sparse.dispatch=capacity", "model.sparse.capacity_factor=0.8", "run.kernels=composed", "experts.store=host",
+    "checkpoint.every=0", "train.steps=8",
+]  # fmt: skip
+HALVES = ["run.device=Ascend", "parallel.expert=2", "parallel.tensor=2"]
+
+
+def evaluations(run: Path) -> list[dict]:
+    """What was measured, step by step."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{"step": line["step"], **line["losses"]} for line in lines if line["kind"] == "evaluate"]
+
+
+def test_a_rehearsed_run_measures_saves_and_goes_on_anywhere(small_yaml, tmp_path):
+    """On a mesh to step 6, then on in one process, as if there had been no mesh."""
+    alone, cut = tmp_path / "alone", tmp_path / "cut"
+    done = command("train", small_yaml, f"run.dir={alone}", *DIVIDED, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    words = ["train", small_yaml, f"run.dir={cut}", *DIVIDED, *HALVES]
+    done = command(*words, "train.stop_at=6", "--rehearse", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "rehearses 4 devices" in done.stderr
+    open_checkpoint(checkpoint(cut, 6)).verify()
+    done = command("train", small_yaml, f"run.dir={cut}", *DIVIDED, "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_same_training(checkpoint(alone, 8), checkpoint(cut, 8))
+    mine, other = evaluations(cut), evaluations(alone)
+    assert [line["step"] for line in mine] == [line["step"] for line in other] == [0, 6, 8]
+    for line, expected in zip(mine, other, strict=True):
+        assert line == pytest.approx(expected, rel=1e-4)
+
+
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--rehearse"], "take the places of several devices"),
+        (["parallel.tensor=2"], "unless parallel.rehearse is true"),
+        (["parallel.expert=2", "run.device=Ascend", "parallel.pipeline=2", "--rehearse"], "needs run.device = Ascend"),
+        (["parallel.expert=2", "--rehearse", "--workers", 4], "parallel.workers = 4 is not the mesh's size 2"),
+    ],
+)
+def test_what_cannot_be_rehearsed_is_refused(small_yaml, tmp_path, words, said):
+    sizes = ["model.sparse.dispatch=capacity", "model.dropout=0", "model.attention.dropout=0", *EVEN]
+    assert_refused(command("train", small_yaml, *sizes, *words, cwd=tmp_path), said)
