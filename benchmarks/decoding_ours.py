@@ -28,8 +28,8 @@ def main() -> None:
     runtime.prepare(config.run.device, Path(config.run.dir) / "mindspore")
     from pangu_sigma.data.corpus import prepare_corpus
     from pangu_sigma.generation import Request, Sampling
+    from pangu_sigma.generation.completion import complete
     from pangu_sigma.generation.engine import Engine
-    from pangu_sigma.generation.job import complete
     from pangu_sigma.model.build import build_model
 
     tokenizer = prepare_corpus(config).tokenizer

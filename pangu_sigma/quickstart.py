@@ -76,8 +76,8 @@ def _beginnings(run) -> dict[str, tuple[int, ...]]:
 def write_samples(model, tokenizer, beginnings: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, str]]:
     """domain -> (its beginning, the model's continuation), drawn with the same seed for a domain in every model."""
     from pangu_sigma.generation import Request, Sampling
+    from pangu_sigma.generation.completion import complete
     from pangu_sigma.generation.engine import Engine
-    from pangu_sigma.generation.job import complete
 
     seed = model.config.run.seed
     requests = [

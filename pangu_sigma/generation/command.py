@@ -86,7 +86,9 @@ def generate(
     prior_texts: PriorTexts = None,
 ) -> None:
     """Continue a text with one domain's experts. Only the text (or JSON) goes to standard output."""
-    from pangu_sigma.generation.job import Asked, Inference, run
+    from pangu_sigma.generation.inferring import Inference
+    from pangu_sigma.generation.job import run
+    from pangu_sigma.generation.prompts import Asked
 
     inference = Inference(top, prior.value, prior_texts)
 

@@ -1,4 +1,4 @@
-"""Continuing texts on the command line: where prompts come from, where text and figures go.
+"""Continuing texts on the command line: from the prompts to where text and figures go.
 
 Everything that can be wrong with what was asked is found before the model is loaded.
 """
@@ -9,13 +9,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pangu_sigma.errors import UserError
+from pangu_sigma.generation.completion import Answer, complete
+from pangu_sigma.generation.inferring import Inference
+from pangu_sigma.generation.prompts import Asked, Prompt
 from pangu_sigma.generation.request import AUTO, Event, Request, Sampling, pick_domain, prompt_ids
 from pangu_sigma.monitor.text import compact, printable_lines
 from pangu_sigma.signals import sigterm_as_ctrl_c
@@ -23,159 +24,6 @@ from pangu_sigma.signals import sigterm_as_ctrl_c
 if TYPE_CHECKING:
     from pangu_sigma.generation.engine import Engine
     from pangu_sigma.load import Trained
-
-CACHED_TEXTS = 100  # texts that a cached prior is made of, DEMix's number
-
-
-@dataclass
-class Answer:
-    """What came of one request: `text` without the prompt, every token's event, why it ended; `error` says what made
-    it end before its time."""
-
-    text: str = ""
-    events: list[Event] = field(default_factory=list)
-    finish: str | None = None
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One text to continue; `domain` and `seed` where it brings its own."""
-
-    text: str
-    domain: str | None = None
-    seed: int | None = None
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Where prompts come from: `prompt` itself, `file` ("-" is standard input), or standard input if neither is given.
-
-    With `jsonl`, every line is a prompt of its own.
-    """
-
-    prompt: str | None = None
-    file: Path | None = None
-    jsonl: bool = False
-
-    def read(self) -> list[Prompt]:
-        """The prompts. Raises UserError naming the file, and the line where one is at fault."""
-        if self.prompt is not None:
-            if self.file is not None or self.jsonl:
-                raise UserError("--prompt cannot be given together with --file or --jsonl; leave one out")
-            return [Prompt(self.prompt)]
-        text, name = self._text()
-        if self.jsonl:
-            prompts = list(_lines(text, name))
-            if not prompts:
-                raise UserError(f'{name} holds no prompt; give one {{"prompt": TEXT}} a line')
-            return prompts
-        # Editors and `echo` end a text with a line end that is not meant to be continued behind.
-        return [Prompt(text.removesuffix("\n").removesuffix("\r"))]
-
-    def _text(self) -> tuple[str, str]:
-        standard = self.file is None or str(self.file) == "-"
-        name = "standard input" if standard else str(self.file)
-        if self.file is None and sys.stdin.isatty():
-            raise UserError("no text is given; use --prompt TEXT or --file FILE, or pipe a text into standard input")
-        try:
-            data = sys.stdin.buffer.read() if standard else self.file.read_bytes()
-        except OSError as error:
-            raise UserError(f"{name} cannot be read ({error.strerror}); check --file") from error
-        try:
-            return data.decode("utf-8"), name
-        except UnicodeDecodeError as error:
-            raise UserError(f"{name} is not UTF-8 text at byte {error.start}; convert it") from error
-
-
-def _lines(text: str, name: str) -> Iterator[Prompt]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"line {number} of {name}"
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise UserError(f'{where} is not JSON ({error}); write {{"prompt": TEXT}}') from error
-        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
-            raise UserError(f'{where} has no text under "prompt"; write {{"prompt": TEXT}}')
-        unknown = set(value) - {"prompt", "domain", "seed"}
-        if unknown:
-            raise UserError(f'{where} has the unknown key "{min(unknown)}"; known are prompt, domain and seed')
-        domain, seed = value.get("domain"), value.get("seed")
-        if not isinstance(domain, str | None) or not (seed is None or type(seed) is int):
-            raise UserError(f'{where}: "domain" must be text and "seed" a whole number')
-        yield Prompt(value["prompt"], domain, seed)
-
-
-@dataclass(frozen=True)
-class Inference:
-    """How the domain `auto` is inferred: `top` domains write together; prior: uniform, updating, or of `texts`.
-
-    Raises UserError for what has no effect.
-    """
-
-    top: int = 1
-    prior: str = "uniform"
-    texts: Path | None = None
-
-    def __post_init__(self) -> None:
-        if (self.prior == "cached") != (self.texts is not None):
-            raise UserError(
-                "--prior cached is made of some texts, and --prior-texts names their file: give both, or neither"
-            )
-        if self.texts is not None and not self.texts.is_file():
-            raise UserError(f"--prior-texts {self.texts} does not exist: give a file of texts like the prompts")
-        if self.texts is not None and self.texts.suffix.lower() not in (".jsonl", ".txt"):
-            raise UserError(f"--prior-texts {self.texts} is neither .jsonl nor .txt: convert it")
-
-    def apply(self, engine: Engine, offered: Sequence[str] = ()) -> None:
-        """Let the engine infer domains in this way, among the `offered` ones (all if empty)."""
-        from pangu_sigma.generation.unknown import UnknownDomain
-
-        among = [number for number, name in enumerate(engine.domains) if not offered or name in offered]
-        engine.set_unknown(UnknownDomain(among, self.top, updating=self.prior == "updating"))
-        if self.texts is not None:
-            engine.cache_prior(self._read(engine))
-
-    def _read(self, engine: Engine) -> list[tuple[int, ...]]:
-        from pangu_sigma.data.sources import iterate_documents
-
-        documents = islice(iterate_documents("--prior-texts", [self.texts]), CACHED_TEXTS)
-        return [prompt_ids(engine.tokenizer, document.text) for document in documents]
-
-
-def complete(
-    engine: Engine,
-    requests: Iterable[Request],
-    heard: Callable[[int, Event, Answer], None] | None = None,
-    go_on: bool = False,
-) -> list[Answer]:
-    """Run requests to their end and return their answers in order.
-
-    `heard(number, event, answer so far)` is told of every event. A request that fails ends all with UserError, or with
-    `go_on` only itself: then its answer has the error.
-    """
-    answers: list[Answer] = []
-    number_of: dict[int, int] = {}
-    for number, request in enumerate(requests):
-        number_of[engine.add(request)] = number
-        answers.append(Answer())
-    while not engine.idle:
-        for event in engine.step():
-            number = number_of[event.request_id]
-            answer = answers[number]
-            answer.text += event.text
-            answer.finish, answer.error = event.finish, event.error
-            if event.error is None:
-                answer.events.append(event)
-            elif not go_on:
-                for left in number_of:
-                    engine.cancel(left)
-                raise UserError(event.error)
-            if heard:
-                heard(number, event, answer)
-    return answers
 
 
 def run(

@@ -62,7 +62,7 @@ def serve(
 
     A page to try it is at the same address.
     """
-    from pangu_sigma.generation.job import Inference
+    from pangu_sigma.generation.inferring import Inference
     from pangu_sigma.serving.server import serve as run_server
     from pangu_sigma.serving.settings import Limits, Settings
 

@@ -18,7 +18,7 @@ import uvicorn
 from pangu_sigma.checkpoint import resolve
 from pangu_sigma.errors import INTERRUPTED, UserError
 from pangu_sigma.generation import pick_domain
-from pangu_sigma.generation.job import Inference
+from pangu_sigma.generation.inferring import Inference
 from pangu_sigma.load import stored_config
 from pangu_sigma.serving.app import create_app
 from pangu_sigma.serving.connection import BoundedConnection

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 
-from pangu_sigma.generation.job import Inference
+from pangu_sigma.generation.inferring import Inference
 
 TOKEN_VARIABLE = "PANGU_SIGMA_TOKEN"
 

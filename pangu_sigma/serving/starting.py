@@ -12,7 +12,7 @@ from types import TracebackType
 from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation import AUTO, Request, Sampling
-from pangu_sigma.generation.job import Inference
+from pangu_sigma.generation.inferring import Inference
 from pangu_sigma.monitor.terminal import Job, progress
 from pangu_sigma.serving.scheduler import Engine
 

@@ -224,7 +224,7 @@ def write_answers(
 
     Raises UserError where max_tokens leave the question no room.
     """
-    from pangu_sigma.generation.job import complete
+    from pangu_sigma.generation.completion import complete
 
     room = engine.window - asking.max_tokens
     if room < 1:

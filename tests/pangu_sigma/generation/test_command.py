@@ -11,8 +11,8 @@ import time
 import pytest
 
 from pangu_sigma.generation import Request, Sampling, prompt_ids
+from pangu_sigma.generation.completion import complete
 from pangu_sigma.generation.engine import Engine
-from pangu_sigma.generation.job import complete
 from pangu_sigma.load import load_trained
 from tests.pangu_sigma.train import process
 from tests.pangu_sigma.train.process import assert_refused, command, fed

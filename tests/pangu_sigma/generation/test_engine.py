@@ -8,8 +8,8 @@ import pytest
 
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation import Request, Sampling, prompt_ids
+from pangu_sigma.generation.completion import complete
 from pangu_sigma.generation.engine import Engine
-from pangu_sigma.generation.job import complete
 from pangu_sigma.generation.sampling import log_softmax
 from tests.pangu_sigma.generation.conftest import DOMAINS, SLOTS, VOCAB, WINDOW
 from tests.pangu_sigma.train.small import small_config, small_model

@@ -10,8 +10,8 @@ import pytest
 from pangu_sigma.domains.inference import auto_log_probabilities, posteriors, token_log_probabilities
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation import AUTO, Request, Sampling
+from pangu_sigma.generation.completion import complete
 from pangu_sigma.generation.engine import Engine
-from pangu_sigma.generation.job import complete
 from pangu_sigma.generation.sampling import log_softmax
 from pangu_sigma.generation.unknown import Mixture, UnknownDomain
 from tests.pangu_sigma.generation.conftest import DOMAINS, SLOTS

@@ -7,8 +7,8 @@ import pytest
 
 from pangu_sigma.generation import Request, Sampling
 from pangu_sigma.generation.cached import CachedDecoder, bucket, buckets
+from pangu_sigma.generation.completion import complete
 from pangu_sigma.generation.engine import Engine
-from pangu_sigma.generation.job import complete
 from tests.pangu_sigma.generation.conftest import SLOTS, WINDOW
 
 

@@ -1,0 +1,81 @@
+"""Where the prompts of the command line come from, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pangu_sigma.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One text to continue; `domain` and `seed` where it brings its own."""
+
+    text: str
+    domain: str | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Where prompts come from: `prompt` itself, `file` ("-" is standard input), or standard input if neither is given.
+
+    With `jsonl`, every line is a prompt of its own.
+    """
+
+    prompt: str | None = None
+    file: Path | None = None
+    jsonl: bool = False
+
+    def read(self) -> list[Prompt]:
+        """The prompts. Raises UserError naming the file, and the line where one is at fault."""
+        if self.prompt is not None:
+            if self.file is not None or self.jsonl:
+                raise UserError("--prompt cannot be given together with --file or --jsonl; leave one out")
+            return [Prompt(self.prompt)]
+        text, name = self._text()
+        if self.jsonl:
+            prompts = list(_lines(text, name))
+            if not prompts:
+                raise UserError(f'{name} holds no prompt; give one {{"prompt": TEXT}} a line')
+            return prompts
+        # Editors and `echo` end a text with a line end that is not meant to be continued behind.
+        return [Prompt(text.removesuffix("\n").removesuffix("\r"))]
+
+    def _text(self) -> tuple[str, str]:
+        standard = self.file is None or str(self.file) == "-"
+        name = "standard input" if standard else str(self.file)
+        if self.file is None and sys.stdin.isatty():
+            raise UserError("no text is given; use --prompt TEXT or --file FILE, or pipe a text into standard input")
+        try:
+            data = sys.stdin.buffer.read() if standard else self.file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{name} cannot be read ({error.strerror}); check --file") from error
+        try:
+            return data.decode("utf-8"), name
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name} is not UTF-8 text at byte {error.start}; convert it") from error
+
+
+def _lines(text: str, name: str) -> Iterator[Prompt]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"line {number} of {name}"
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise UserError(f'{where} is not JSON ({error}); write {{"prompt": TEXT}}') from error
+        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+            raise UserError(f'{where} has no text under "prompt"; write {{"prompt": TEXT}}')
+        unknown = set(value) - {"prompt", "domain", "seed"}
+        if unknown:
+            raise UserError(f'{where} has the unknown key "{min(unknown)}"; known are prompt, domain and seed')
+        domain, seed = value.get("domain"), value.get("seed")
+        if not isinstance(domain, str | None) or not (seed is None or type(seed) is int):
+            raise UserError(f'{where}: "domain" must be text and "seed" a whole number')
+        yield Prompt(value["prompt"], domain, seed)
