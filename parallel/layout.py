@@ -15,7 +15,7 @@ from parallel.parts import AXES, Axis, Cut, axis_sizes, names_of, ways
 
 # Operators that take the number of parts of each axis alone; they then number devices in the axes' order.
 _COUNTS_ONLY = frozenset({"Concat", "Gather", "ReduceSum", "ReduceMax", "ReduceMean", "OneHot", "FlashAttentionScore",
-                          "ArgMaxWithValue", "Select"})  # fmt: skip
+                          "ArgMaxWithValue", "Select", "Slice", "TopK", "GatherD"})  # fmt: skip
 
 # Environment of a process that compiles pipeline stages: a slice of an input is of the rows that the rank itself gives,
 # its part of every micro-batch, one behind the other. Without it the ranks would gather each other's inputs first.

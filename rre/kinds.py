@@ -36,8 +36,10 @@ KINDS = {
     "switch": RouterKind(True, fixed=True, options=frozenset({"jitter"}), keeps_scale=False, cut=True),
     "gshard": RouterKind(True, experts_per_token=2, fixed=True, cut=True),
     "glam": RouterKind(True, experts_per_token=2, fixed=True, cut=True),
-    "noisy_top_k": RouterKind(True, experts_per_token=4),
-    "olmoe": RouterKind(True, experts_per_token=8, options=frozenset({"renormalise", "balance"}), keeps_scale=False),
+    "noisy_top_k": RouterKind(True, experts_per_token=4, cut=True),
+    "olmoe": RouterKind(
+        True, experts_per_token=8, options=frozenset({"renormalise", "balance"}), keeps_scale=False, cut=True
+    ),
     "adaptive_mixture": RouterKind(
         True, experts_per_token=None, fixed=True, options=frozenset({"mixture_loss"}), top_layer=True
     ),

@@ -73,7 +73,9 @@ def _device(config: Config) -> Broken:
             "device: set it to 1",
         )
     sparse = config.model.sparse
-    if config.cut_over_devices and config.model.sparse_prefixes and sparse.dispatch == "dropless":
+    cut = config.cut_over_devices and config.model.sparse_prefixes
+    # A router that has no cut form at all is refused with that reason.
+    if cut and KINDS[sparse.router].cut and sparse.dispatch == "dropless":
         yield (
             "model.sparse.dispatch",
             "model.sparse.dispatch = dropless has rows of changing number, but a graph that is cut over devices needs "
@@ -170,6 +172,11 @@ def _one_graph(config: Config, mesh: Mesh) -> Broken:
         yield (
             "model.sparse.router",
             f"model.sparse.router = {router} has no form that is cut over devices: choose one of {others}",
+        )
+    if router == "olmoe" and model.sparse.balance == "pooled":
+        yield (
+            "model.sparse.balance",
+            "model.sparse.balance = pooled has no form that is cut over devices: set it to per_layer",
         )
     for name, number in (("expert_chunks", parallel.expert_chunks), ("pipeline", parallel.pipeline)):
         if KINDS[router].learned and number > 1:

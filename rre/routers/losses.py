@@ -85,14 +85,14 @@ class ZLoss(nn.Cell):
         super().__init__()
         self.weight = weight
         self.exchange = exchange or LocalExchange()
-        self.max = layout(ops.ReduceMax(keep_dims=True), (1, 1))
-        self.sub = layout(ops.Sub(), (1, 1), (1, 1))
-        self.exp = layout(ops.Exp(), (1, 1))
-        self.log = layout(ops.Log(), (1, 1))
-        self.sum = layout(ops.ReduceSum(keep_dims=True), (1, 1))
-        self.square = layout(ops.Square(), (1, 1))
-        self.mean = layout(ops.ReduceMean(), (1, 1))
-        self.add = layout(ops.Add(), (1, 1), (1, 1))
+        self.max = layout(ops.ReduceMax(keep_dims=True), ("rows", 1))
+        self.sub = layout(ops.Sub(), ("rows", 1), ("rows", 1))
+        self.exp = layout(ops.Exp(), ("rows", 1))
+        self.log = layout(ops.Log(), ("rows", 1))
+        self.sum = layout(ops.ReduceSum(keep_dims=True), ("rows", 1))
+        self.square = layout(ops.Square(), ("rows", 1))
+        self.mean = layout(ops.ReduceMean(), ("rows", 1))
+        self.add = layout(ops.Add(), ("rows", 1), ("rows", 1))
 
     def construct(self, logits: Tensor) -> Tensor:
         largest = ops.stop_gradient(self.max(logits, -1))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
@@ -42,16 +45,21 @@ class NoisyTopKGate(Gate):
         if self.choices >= self.experts:
             raise ValueError(f"noisy top-{self.choices} needs more than {self.experts} experts")
         self.noise_weight = Parameter(initializer("zeros", self.weight.shape), name="noise_weight")
-        self.top = layout(ops.TopK(sorted=True), (1, 1))
-        self.take = layout(ops.GatherD(), (1, 1), (1, 1))
-        self.cut = layout(ops.Slice(), (1, 1))
-        self.softplus = layout(ops.Softplus(), (1, 1))
-        self.erf = layout(ops.Erf(), (1, 1))
-        self.product = layout(ops.Mul(), (1, 1), (1, 1))
-        self.add = layout(ops.Add(), (1, 1), (1, 1))
-        self.div = layout(ops.Div(), (1, 1), (1, 1))
-        self.total = layout(ops.ReduceSum(), (1, 1))
-        self.expand = layout(ops.ExpandDims(), (1, 1))
+        two = ("rows", 1)
+        self.top = layout(ops.TopK(sorted=True), two)
+        self.take = layout(ops.GatherD(), two, two)
+        self.cut = layout(ops.Slice(), two)
+        self.softplus = layout(ops.Softplus(), two)
+        self.erf = layout(ops.Erf(), two)
+        self.product = layout(ops.Mul(), two, two)
+        self.add = layout(ops.Add(), two, two)
+        self.div = layout(ops.Div(), two, two)
+        self.total = layout(ops.ReduceSum(), two)
+        self.expand = layout(ops.ExpandDims(), two)
+        self.missing = layout(ops.Sub(), (), two)
+        self.times = layout(ops.Mul(), two, ())
+        self.plus = layout(ops.Add(), two, ())
+        self.root_half, self.half = Tensor(math.sqrt(0.5), ms.float32), Tensor(0.5, ms.float32)
         self.importance = VariationLoss(options.importance_weight, layout, options.exchange)
         self.load = VariationLoss(options.load_weight, layout, options.exchange)
 
@@ -81,6 +89,7 @@ class NoisyTopKGate(Gate):
         last_in = self.cut(largest, (0, self.choices - 1), (tokens, 1))
         first_out = self.cut(largest, (0, self.choices), (tokens, 1))
         # The k-th largest without i: one further down where i itself is among the k.
-        threshold = self.add(self.product(inside, first_out), self.product(1.0 - inside, last_in))
+        threshold = self.add(self.product(inside, first_out), self.product(self.missing(self.on, inside), last_in))
         z = self.div(self.sub(clean, threshold), chosen[4])
-        return importance + self.load(self.total((self.erf(z * 0.7071067811865476) + 1.0) * 0.5, 0))
+        normal = self.times(self.plus(self.erf(self.times(z, self.root_half)), self.on), self.half)
+        return importance + self.load(self.total(normal, 0))

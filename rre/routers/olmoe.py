@@ -33,10 +33,11 @@ class OlmoeGate(Gate):
         super().__init__(router)
         options, layout = router.options, router.options.layout
         self.renormalise = options.renormalise
-        self.top = layout(ops.TopK(sorted=True), (1, 1))
-        self.take = layout(ops.GatherD(), (1, 1), (1, 1))
-        self.div = layout(ops.Div(), (1, 1), (1, 1))
-        self.row_sum = layout(ops.ReduceSum(keep_dims=True), (1, 1))
+        two = ("rows", 1)
+        self.top = layout(ops.TopK(sorted=True), two)
+        self.take = layout(ops.GatherD(), two, two)
+        self.div = layout(ops.Div(), two, two)
+        self.row_sum = layout(ops.ReduceSum(keep_dims=True), two)
         self.pooled = options.pooled
         if self.pooled:
             self.means = PooledMeans(layout, options.exchange)

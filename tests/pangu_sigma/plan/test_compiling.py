@@ -173,7 +173,9 @@ def test_parts_with_another_rank_or_undivided_are_caught(compiled):
     assert "parameter embedding.word is cut to (128, 512), not to (2048, 512)" in list(problems(whole, graph))
 
 
-@pytest.mark.parametrize("router", ["switch", "gshard"])
+@pytest.mark.parametrize(
+    "router", ["switch", "gshard", "olmoe", *(pytest.param(r, marks=pytest.mark.slow) for r in ("glam", "noisy_top_k"))]
+)
 def test_learned_gates_on_eight_devices(compiled, router):
     gate = (f"model.sparse.router={router}", "experts.store=device", "model.sparse.jitter=0.01")
     config, graph = compiled("eight_devices_global.yaml", *SHALLOW, *gate[: 3 if router == "switch" else 2])

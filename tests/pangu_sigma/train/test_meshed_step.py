@@ -107,7 +107,10 @@ def test_olmoes_parts_that_are_cut_over_a_mesh_train_as_in_one_process():
         np.testing.assert_allclose(found[2][name], value, atol=1e-5, rtol=1e-3, err_msg=name)
 
 
-@pytest.mark.parametrize(("router", "samples"), [("switch", 1), ("gshard", 2)])
+@pytest.mark.parametrize(
+    ("router", "samples"),
+    [("switch", 1), ("gshard", 2), ("olmoe", 1), pytest.param("noisy_top_k", 2, marks=pytest.mark.slow)],
+)
 def test_a_learned_gate_that_is_cut_over_a_mesh_trains_as_one_process_does(router, samples):
     sparse = {**VALUES["model"]["sparse"], "router": router, "capacity_samples": samples}
     values = {**VALUES, "model": {**VALUES["model"], "sparse": sparse}, "experts": {"store": "device"}}
@@ -128,7 +131,8 @@ def test_a_learned_gate_that_is_cut_over_a_mesh_trains_as_one_process_does(route
     [
         ("model", {"dropout": 0.1}, "model.dropout = 0.1 has no form that is cut over devices"),
         ("model", {"embedding_slots": "per_domain"}, "set it to shared"),
-        ("sparse", {"router": "olmoe"}, "choose one of rre, hash, switch, gshard, glam"),
+        ("sparse", {"router": "expert_choice", "dispatch": "dropless"}, "choose one of rre, .*, noisy_top_k, olmoe"),
+        ("sparse", {"router": "olmoe", "balance": "pooled"}, "set it to per_layer"),
         ("chunked gate", {"router": "switch"}, "set it to 1, or the router to rre or hash"),
         ("sparse", {"dispatch": "dropless"}, "fixed shapes: set it to capacity"),
         ("model", {"hidden": 12}, "which every expert is cut|does not divide"),
