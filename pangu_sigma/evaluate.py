@@ -15,8 +15,8 @@ from pangu_sigma.checkpoint import resolve
 from pangu_sigma.data.packing import HeldoutSequences
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import run_of, stored_corpus, stored_tokenizer, trained_from
-from pangu_sigma.model.build import Model
 from pangu_sigma.model.inputs import Planner, graph_placeholders
+from pangu_sigma.model.model import Model
 from pangu_sigma.model.pangu import TrainingLoss
 from rre.store.disk import StoreFull
 

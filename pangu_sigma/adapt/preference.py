@@ -15,8 +15,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from pangu_sigma.adapt.rows import HeldoutPairs
-from pangu_sigma.model.build import Model
 from pangu_sigma.model.inputs import PlannedBatch
+from pangu_sigma.model.model import Model
 from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.model.scoring import Scorer
 from pangu_sigma.model.signature import FlatSignature

@@ -23,7 +23,7 @@ from pangu_sigma.train.schedule import phase_at
 if TYPE_CHECKING:
     from pangu_sigma.adapt.preference import PreferenceEvaluator
     from pangu_sigma.evaluate import Evaluator
-    from pangu_sigma.model.build import Model
+    from pangu_sigma.model.model import Model
     from pangu_sigma.train.objective import Objective
     from pangu_sigma.train.reference import Reference
 

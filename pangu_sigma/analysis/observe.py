@@ -9,7 +9,7 @@ import numpy as np
 
 from pangu_sigma.data.packing import HeldoutSequences
 from pangu_sigma.evaluate import Evaluator
-from pangu_sigma.model.build import Model
+from pangu_sigma.model.model import Model
 
 
 @dataclass(frozen=True)

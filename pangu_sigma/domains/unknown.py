@@ -12,7 +12,7 @@ from pangu_sigma.data.packing import HeldoutSequences
 from pangu_sigma.domains.inference import Prior, UnknownText, cached_prior
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import load_trained
-from pangu_sigma.model.build import Model
+from pangu_sigma.model.model import Model
 from pangu_sigma.model.scoring import Scorer
 from pangu_sigma.monitor.terminal import progress
 

@@ -20,7 +20,7 @@ from pangu_sigma.generation.graphs import (
     StoredStepGraph,
     cache_precision,
 )
-from pangu_sigma.model.build import Model
+from pangu_sigma.model.model import Model
 
 
 class Batch:

@@ -19,7 +19,7 @@ from mindspore import Tensor
 
 from pangu_sigma.generation.batches import Batch, DeviceBatch, SharedBatch
 from pangu_sigma.generation.graphs import PromptGraph, cache_precision, own_tables
-from pangu_sigma.model.build import Model
+from pangu_sigma.model.model import Model
 from rre.dispatch import plan_by_expert
 
 SHORTEST_PROMPT = 16

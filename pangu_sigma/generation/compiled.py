@@ -10,7 +10,7 @@ from mindspore import ParameterTuple, Tensor, nn, ops
 
 from pangu_sigma.generation.graphs import EmbedGraph, own_tables
 from pangu_sigma.generation.parts import Norm, Part
-from pangu_sigma.model.build import Model
+from pangu_sigma.model.model import Model
 from parallel.compiled_decoding import CompiledDecodeHead, CompiledDecodeLayer
 
 

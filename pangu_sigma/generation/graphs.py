@@ -35,8 +35,9 @@ from pangu_sigma.generation.parts import (
     WithSharedExpert,
     norm,
 )
-from pangu_sigma.model.build import COMPUTE_TYPES, Model
+from pangu_sigma.model.build import COMPUTE_TYPES
 from pangu_sigma.model.competition import MixedLogits
+from pangu_sigma.model.model import Model
 from parallel.rotary import AnglesByRow
 
 

@@ -8,7 +8,7 @@ from pangu_sigma.data.packing import HeldoutSequences
 from pangu_sigma.domains.inference import UnknownText
 from pangu_sigma.domains.unknown import DomainLikelihood, accuracy_after
 from pangu_sigma.lifelong.schema import InferenceConfig
-from pangu_sigma.model.build import Model
+from pangu_sigma.model.model import Model
 
 # How a domain's loss came about: with its own experts, with inferred ones, or by a model that has no groups.
 OWN, AUTO, ANY = "own", "auto", "any"

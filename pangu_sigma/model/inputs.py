@@ -12,7 +12,7 @@ import numpy as np
 from mindspore import Tensor
 
 from pangu_sigma.data.positions import positions_and_segments
-from pangu_sigma.model.build import Model
+from pangu_sigma.model.model import Model
 from pangu_sigma.model.signature import FlatSignature, PlaceSignature
 from parallel.layout import Layout
 from parallel.parts import Cut

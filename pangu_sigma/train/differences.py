@@ -10,7 +10,7 @@ from pangu_sigma.load import stored_config
 from pangu_sigma.train.schedule import phase_at
 
 if TYPE_CHECKING:
-    from pangu_sigma.model.build import Model
+    from pangu_sigma.model.model import Model
 
 
 def differences(model: Model, checkpoint: Checkpoint | None) -> list[str]:

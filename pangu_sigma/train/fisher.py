@@ -14,8 +14,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import ParameterTuple, Tensor, nn, ops
 
-from pangu_sigma.model.build import Model
 from pangu_sigma.model.inputs import graph_placeholders
+from pangu_sigma.model.model import Model
 from pangu_sigma.model.pangu import TrainingLoss
 from pangu_sigma.model.scoring import Scorer
 from rre.counted import key64, uniform

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from mindspore import Tensor
 
-from pangu_sigma.model.build import Model
 from pangu_sigma.model.inputs import fixed_inputs
+from pangu_sigma.model.model import Model
 from pangu_sigma.model.shared import CutParameters, RehearsedParameters
 from pangu_sigma.model.signature import FlatSignature
 from pangu_sigma.train.meshed import InContext, MeshContext, meshed_step

@@ -10,8 +10,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from pangu_sigma.data.packing import HeldoutSequences
-from pangu_sigma.model.build import Model
 from pangu_sigma.model.inputs import PlannedBatch, Planner, graph_placeholders
+from pangu_sigma.model.model import Model
 from pangu_sigma.model.pangu import TrainingLoss
 from pangu_sigma.model.shared import RehearsedParameters
 from pangu_sigma.model.signature import FlatSignature

@@ -13,8 +13,8 @@ from mindspore import Tensor, nn
 from mindspore.nn.utils import no_init_parameters
 
 from pangu_sigma.config import Config
-from pangu_sigma.model.build import Model
 from pangu_sigma.model.inputs import fixed_inputs
+from pangu_sigma.model.model import Model
 from pangu_sigma.model.signature import FlatSignature
 from pangu_sigma.train.objective import Objective
 from pangu_sigma.train.pipelined import PipelinedStep, expert_tensors, step_inputs

@@ -10,7 +10,7 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from pangu_sigma.config import Config
-from pangu_sigma.model.build import Model
+from pangu_sigma.model.model import Model
 from pangu_sigma.train.gates import FrozenColumns
 from pangu_sigma.train.step import SharedUpdate
 from rre.adamw import AdamWHyper

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from mindspore import Tensor
 
-from pangu_sigma.model.build import SLOTS, Model
+from pangu_sigma.model.model import SLOTS, Model
 from pangu_sigma.train.accounting import Figures
 from pangu_sigma.train.optimizer import Gradients
 from pangu_sigma.train.schedule import Phase

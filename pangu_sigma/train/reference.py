@@ -11,8 +11,8 @@ from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.config import Config
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import trained_from
-from pangu_sigma.model.build import Model
 from pangu_sigma.model.inputs import PlannedBatch
+from pangu_sigma.model.model import Model
 from pangu_sigma.model.scoring import Scorer
 
 

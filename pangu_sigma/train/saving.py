@@ -15,7 +15,7 @@ from pangu_sigma.checkpoint.together import save_together
 from pangu_sigma.config import Config
 from pangu_sigma.data.corpus import Corpus
 from pangu_sigma.data.tokenizer import tokenizer_files
-from pangu_sigma.model.build import Model
+from pangu_sigma.model.model import Model
 from pangu_sigma.train.run_config import DOMAIN_CHANGES
 from pangu_sigma.train.state import model_tensors, restore_model, tensor_parts
 

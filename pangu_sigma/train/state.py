@@ -13,7 +13,7 @@ from pangu_sigma.checkpoint import LazyTensor, StoredTensors, layout
 from pangu_sigma.checkpoint.together import Piece, TensorPart
 from pangu_sigma.config.counts import is_routing, place_and_owner
 from pangu_sigma.errors import UserError
-from pangu_sigma.model.build import SLOTS, Model
+from pangu_sigma.model.model import SLOTS, Model
 from rre.kinds import LAYER
 
 if TYPE_CHECKING:

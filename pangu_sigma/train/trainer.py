@@ -13,8 +13,8 @@ from mindspore import Tensor
 from pangu_sigma.config import Config
 from pangu_sigma.data.sampler import Batch
 from pangu_sigma.errors import UserError
-from pangu_sigma.model.build import SLOTS, Model
 from pangu_sigma.model.inputs import PlannedBatch, Planner
+from pangu_sigma.model.model import SLOTS, Model
 from pangu_sigma.train.accounting import Accounting, Figures, store_figures
 from pangu_sigma.train.distance import Distance
 from pangu_sigma.train.flops import flops_per_token

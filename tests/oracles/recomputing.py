@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pangu_sigma.model.build import Model
+from pangu_sigma.model.model import Model
 from pangu_sigma.model.scoring import Scorer
 
 

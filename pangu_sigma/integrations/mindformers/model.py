@@ -18,7 +18,8 @@ from mindspore import Parameter, ParameterTuple, Tensor, context, nn, ops
 from pangu_sigma.errors import UserError
 from pangu_sigma.integrations.mindformers.planning import FIXED_COLUMNS, open_text, placeholders
 from pangu_sigma.integrations.mindformers.settings import model_settings
-from pangu_sigma.model.build import SLOTS, Model, build_model
+from pangu_sigma.model.build import build_model
+from pangu_sigma.model.model import SLOTS, Model
 from pangu_sigma.model.pangu import TrainingLoss
 from pangu_sigma.model.signature import FlatSignature
 from pangu_sigma.train.state import model_tensors, restore_model

@@ -15,7 +15,7 @@ from mindspore.nn.learning_rate_schedule import LearningRateSchedule
 from mindspore.nn.optim.optimizer import Optimizer
 
 from pangu_sigma.errors import UserError
-from pangu_sigma.model.build import SLOTS
+from pangu_sigma.model.model import SLOTS
 
 KINDS = ("cosine", "linear", "constant")
 

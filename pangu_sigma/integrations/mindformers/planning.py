@@ -12,8 +12,9 @@ from pangu_sigma.checkpoint import Checkpoint, resolve
 from pangu_sigma.config import Config, check_start, with_tokenizer_of, with_vocabulary
 from pangu_sigma.data.corpus import Corpus, prepare_corpus
 from pangu_sigma.load import stored_config, stored_tokenizer, stored_weights
-from pangu_sigma.model.build import Model, routed_model
+from pangu_sigma.model.build import routed_model
 from pangu_sigma.model.inputs import PlannedBatch, graph_placeholders
+from pangu_sigma.model.model import Model
 from pangu_sigma.model.signature import FlatSignature, PlaceSignature
 from pangu_sigma.train.state import stored_tables
 

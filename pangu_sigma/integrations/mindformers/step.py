@@ -11,7 +11,7 @@ from mindspore import ParameterTuple, Tensor, ops
 from pangu_sigma.errors import UserError
 from pangu_sigma.integrations.mindformers.model import FIXED, PanGuSigmaForCausalLM
 from pangu_sigma.integrations.mindformers.optimizer import PanGuSigmaAdamW
-from pangu_sigma.model.build import SLOTS
+from pangu_sigma.model.model import SLOTS
 
 
 class PanGuSigmaTrainOneStep(MFTrainOneStepCell):

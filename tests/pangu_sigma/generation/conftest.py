@@ -18,7 +18,8 @@ from pangu_sigma.data.sources import Source
 from pangu_sigma.data.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizer_training import train_tokenizer
 from pangu_sigma.generation.cached import CachedDecoder
-from pangu_sigma.model.build import Model, build_model
+from pangu_sigma.model.build import build_model
+from pangu_sigma.model.model import Model
 from tests.oracles.recomputing import RecomputingDecoder
 
 WINDOW, SLOTS, VOCAB = 32, 4, 336

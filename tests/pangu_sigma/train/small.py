@@ -9,7 +9,8 @@ import numpy as np
 from pangu_sigma.checkpoint import LazyTensor
 from pangu_sigma.config import Config, config_from_dict, effective
 from pangu_sigma.data.sampler import Batch
-from pangu_sigma.model.build import Model, build_model
+from pangu_sigma.model.build import build_model
+from pangu_sigma.model.model import Model
 from pangu_sigma.train.state import model_tensors
 from pangu_sigma.train.trainer import Trainer
 

@@ -43,7 +43,8 @@ def run_case(case: dict, processes, folder: Path | None = None) -> dict[str, np.
     """Train the case's steps on `processes` and collect what this one has; save it in `folder` if there is one."""
     from pangu_sigma.checkpoint import LazyTensor
     from pangu_sigma.data.sampler import Batch
-    from pangu_sigma.model.build import SLOTS, build_model
+    from pangu_sigma.model.build import build_model
+    from pangu_sigma.model.model import SLOTS
     from pangu_sigma.train.state import tensor_parts
     from pangu_sigma.train.trainer import Trainer
     from tests.pangu_sigma.train.small import EOD, batch

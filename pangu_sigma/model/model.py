@@ -1,0 +1,159 @@
+"""A built model, what a process holds of it, and the inputs that its graphs take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pangu_sigma.config import Config
+from pangu_sigma.config.dispatch import dispatch
+from pangu_sigma.model.pangu import PanGuSigma
+from pangu_sigma.model.shared import SharedParameters
+from pangu_sigma.model.signature import FlatSignature, PlaceSignature
+from parallel.layout import Layout
+from parallel.parts import Share, part_of, whole
+from parallel.processes import Processes
+from rre.capacity import WEIGHT_CUTS, Reserved
+from rre.dispatch import EXACT_ROWS
+from rre.kinds import KINDS
+from rre.routers import Groups, Router
+from rre.store import ExpertStore
+
+SLOTS = "embedding"  # the place of per-domain word tables in a store
+
+
+@dataclass
+class Model:
+    """A built model: the network with its shared parameters, the store with every domain's experts, the tables.
+
+    `tables`: sparse layer -> owner of the table (a domain, or the layer for all) -> int32 [V], empty for learned gates.
+    `shared`: the network's parameters as this process holds them. `processes`: who shares the work; each holds some of
+    every sparse layer's experts, which its store counts from 0.
+    """
+
+    config: Config
+    vocab: int
+    eod_id: int
+    groups: Groups
+    routers: tuple[Router, ...]
+    tables: dict[str, dict[str, np.ndarray]]
+    store: ExpertStore
+    net: PanGuSigma
+    shared: SharedParameters
+    layout: Layout
+    processes: Processes = field(default_factory=Processes)
+
+    @property
+    def held(self) -> range:
+        """The experts of a sparse layer that this process holds, by their places on the layer's expert axis."""
+        mesh, rank = self.processes.mesh, self.processes.rank
+        # In a graph that is cut over devices a gate's experts stand in their order, a table's as `rre.capacity` says.
+        in_turn = self.layout.meshed is not None and not self.learned
+        return (mesh.experts_in_turn if in_turn else mesh.experts_of)(rank, self.groups.total)
+
+    @property
+    def expert_shares(self) -> dict[str, Share]:
+        """What this process holds of every tensor of such an expert."""
+        model = self.config.model
+        shapes = model.expert_network.shapes(model.hidden, model.ffn)
+        if self.layout.meshed is None:
+            return {name: Share(shape, whole(shape), self._first_replica) for name, shape in shapes.items()}
+        mesh, rank = self.processes.mesh, self.processes.rank
+        cuts = {name: WEIGHT_CUTS[name][1:] for name in shapes}
+        return {name: Share(shape, part_of(mesh, rank, shape, cuts[name])) for name, shape in shapes.items()}
+
+    @property
+    def _first_replica(self) -> bool:
+        return self.processes.mesh.replica_group(self.processes.rank)[0] == self.processes.rank
+
+    def sources(self, training: bool) -> int:
+        """Processes whose rows meet at this one's experts."""
+        mesh = self.processes.mesh
+        return mesh.exchange_size if training else mesh.expert
+
+    @property
+    def kernels(self) -> str:
+        """Which kernels compute: "compiled" or "composed" (of MindSpore's operators)."""
+        return "compiled" if self.layout.kernels else "composed"
+
+    @property
+    def learned(self) -> bool:
+        """Whether the routers are learned gates."""
+        return any(router.learned for router in self.routers)
+
+    def training_signature(self, batch: int) -> FlatSignature:
+        """Variable inputs of a training graph: a slot for each expert, or for as many as a micro-batch can activate."""
+        if self.layout.meshed:
+            return self._meshed_signature(batch)
+        slots = len(self.held)
+        if not self.store.all_resident:
+            come = batch * self.sources(training=True)
+            limit = self.config.data.domains_per_step or len(self.groups.names)
+            slots = min(slots, self._activated_at_most(come, min(limit, come)))
+        return self._signature(batch, slots, training=True)
+
+    def measuring_signature(self, batch: int, rows: int) -> FlatSignature:
+        """Variable inputs of an evaluation graph that is cut over a mesh, of whose slots each takes so many `rows` of a
+        shard."""
+        return self._meshed_signature(batch, rows)
+
+    def _meshed_signature(self, batch: int, rows: int | None = None) -> FlatSignature:
+        """Variable inputs of a graph that is cut over a mesh: static shapes, stacked weights; without `rows` those of a
+        training step."""
+        config, mesh = self.config, self.layout.meshed
+        sent, places = dispatch(config), ()
+        if sent is not None:
+            slots = sent.slots * mesh.placement_groups
+            length, chunks = config.data.sequence_length, config.parallel.expert_chunks
+            choices = config.experts_per_token
+            reserved = Reserved(mesh, slots, rows or sent.rows_per_slot, batch * length, choices, chunks)
+            prefixes = config.model.sparse_prefixes
+            form = config.model.expert_network
+            noise = () if rows else self.routers[0].noise_shape(batch * length)
+            places = tuple(PlaceSignature(p, slots, form, self.learned, noise, reserved=reserved) for p in prefixes)
+        part = None if self.processes.size == 1 else self.processes.mesh.coordinates(self.processes.rank).expert
+        return FlatSignature(
+            places, None, batch, config.data.sequence_length, config.model.hidden, config.model.ffn,
+            expert_part=part, held=self.held,
+        )  # fmt: skip
+
+    def reach(self, domains: int) -> int:
+        """Experts of a sparse layer that texts of at most so many domains can come to."""
+        if KINDS[self.config.model.sparse.router].tables == "domain":
+            return sum(sorted(self.groups.sizes, reverse=True)[:domains])
+        return self.groups.total
+
+    def _activated_at_most(self, batch: int, domains: int) -> int:
+        """Experts of a sparse layer that `batch` samples of at most so many domains can activate."""
+        return min(self.reach(domains), batch * self.config.data.sequence_length)
+
+    def exact_signature(self, batch: int, domains: int) -> FlatSignature:
+        """Variable inputs of an evaluation graph whose batches mix at most `domains` domains: slots of fixed blocks."""
+        if self.learned:
+            return self._signature(batch, len(self.held))
+        come = batch * self.sources(training=False)
+        activated = min(len(self.held), self._activated_at_most(come, domains))
+        if self.layout.rows_by_slot:
+            return self._signature(batch, activated)
+        # Every expert may end in one block that is not full.
+        full = come * self.config.data.sequence_length // EXACT_ROWS
+        return self._signature(batch, full + activated)
+
+    def _signature(self, batch: int, slots: int, training: bool = False) -> FlatSignature:
+        model = self.config.model
+        tokens = batch * self.config.data.sequence_length
+        places = tuple(
+            PlaceSignature(
+                place, slots, model.expert_network, router.learned, router.noise_shape(tokens) if training else (),
+                self.layout.rows_by_slot,
+            )  # fmt: skip
+            for place, router in zip(model.sparse_prefixes, self.routers, strict=True)
+        )
+        slot_table = None
+        if model.embedding_slots == "per_domain":
+            slot_table = (len(self.groups.names), self.vocab, model.hidden)
+        return FlatSignature(
+            places, slot_table, batch, self.config.data.sequence_length, model.hidden, model.ffn,
+            self.sources(training),
+        )  # fmt: skip
