@@ -10,6 +10,8 @@ from tests.pangu_sigma.train.process import assert_refused, checkpoint, command
 from tests.pangu_sigma.train.test_together import (
     CAPACITY,
     GSHARD,
+    NOISY,
+    OLMOE,
     SHORT,
     SWITCH,
     assert_equals_one_process,
@@ -48,6 +50,8 @@ LONG = {
     "placed": case(PLACED, 20, drawn=APART),
     "switch": case(EP2_TP2, 20, "device", model={"sparse": SWITCH}),
     "gshard": case({"data": 2, "tensor": 2}, 20, "device", model={"sparse": {**GSHARD, **ROOM}}),
+    "noisy": case(EP2_TP2, 20, "device", model={"sparse": {**NOISY, **ROOM}}),
+    "olmoe": case({"data": 2, "expert": 2}, 20, "device", model={"sparse": {**OLMOE, **ROOM}}),
     "dense": case({"data": 2, "tensor": 2}, 20, model={"sparse": {"layers": 0}}),
 }  # fmt: skip
 
