@@ -227,6 +227,13 @@ def test_pipeline_stages_divide_their_parameters(compiled, stage):
     words, weight = "embedding.word", ("query_layer" if stage else "blocks.0") + ".attention.key.weight"
     assert graph.held.get(words) == (None if stage else (8192 // 2 // 2, 512))
     assert graph.placed[weight].dividing == (4 * stage + 1, 4 * stage + 3)
+    if stage == 0:
+        # A buffer is of all that the rank computes with, the gradient that comes out of it of what the rank holds.
+        buffers = sum(math.prod(s) for n, s in graph.held.items() if n.startswith("accu_grads."))
+        pieces = sum(math.prod(graph.held[n]) for n, p in graph.placed.items() if p.dividing and n in graph.parameters)
+        counted = stage_bytes(config, vocabulary_size(config), stage)
+        assert counted["gradients"] == 4 * (buffers + pieces)
+        assert counted["weights"] == 4 * (sum(math.prod(s) for s in graph.held.values()) - buffers)
     # What is handed on is all of the tensor part, with both micro-batches, and so are its gradients.
     sent = [c for c in graph.collectives if c.kind == ("Receive" if stage else "Send") and c.bytes == 4096 * 512 * 4]
     assert len(sent) == 2
