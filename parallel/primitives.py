@@ -33,44 +33,8 @@ GELU_SLOPE = 2.0 * 0.7978845608  # 2 sqrt(2 / pi)
 GELU_CUBIC = GELU_SLOPE * 0.044715
 
 
-class Linear(nn.Cell):
-    """y_TN = x_TK @ w_KN + b_N; the product runs in `compute` precision, everything else in float32."""
-
-    def __init__(self, layout: Layout, compute: ms.dtype = ms.float32) -> None:
-        super().__init__()
-        self.compute = compute
-        self.product = layout(ops.MatMul(), (1, 1), (1, 1))
-        self.by_transposed_weight = layout(ops.MatMul(transpose_b=True), (1, 1), (1, 1))
-        self.by_transposed_input = layout(ops.MatMul(transpose_a=True), (1, 1), (1, 1))
-        self.add_bias = layout(ops.BiasAdd(), (1, 1), (1,))
-        self.column_sum = layout(ops.ReduceSum(), (1, 1))
-        self.cast = layout(ops.Cast(), (1, 1))
-
-    def construct(self, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        if self.compute == ms.float32:
-            return self.add_bias(self.product(x, w), b)
-        y = self.product(self.cast(x, self.compute), self.cast(w, self.compute))
-        return self.add_bias(self.cast(y, ms.float32), b)
-
-    def bprop(self, x: Tensor, w: Tensor, b: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        db = self.bias_gradient(dout)
-        if self.compute == ms.float32:
-            return self.by_transposed_weight(dout, w), self.by_transposed_input(x, dout), db
-        low = self.cast(dout, self.compute)
-        dx = self.by_transposed_weight(low, self.cast(w, self.compute))
-        dw = self.by_transposed_input(self.cast(x, self.compute), low)
-        return self.cast(dx, ms.float32), self.cast(dw, ms.float32), db
-
-    def bias_gradient(self, dout: Tensor) -> Tensor:
-        """The sum of dout [T, N] over its rows: [N]."""
-        # A product with a row of ones is three times as fast as ReduceSum on CPU, but needs a static number of rows.
-        if dout.shape[0] > 0:
-            return self.product(ops.ones((1, dout.shape[0]), ms.float32), dout).reshape(-1)
-        return self.column_sum(dout, 0)
-
-
 class Product(nn.Cell):
-    """y_TN = x_TK @ w_KN, in `compute` precision: `Linear` without a bias."""
+    """y_TN = x_TK @ w_KN, in `compute` precision."""
 
     def __init__(self, layout: Layout, compute: ms.dtype = ms.float32) -> None:
         super().__init__()
@@ -92,9 +56,36 @@ class Product(nn.Cell):
         return self.full(self.product(self.low(x), self.low(w)))
 
     def bprop(self, x: Tensor, w: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+        return self.gradients(x, w, dout)
+
+    def gradients(self, x: Tensor, w: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+        """(dx_TK, dw_KN) of the product."""
         dy = self.low(dout)
         dx = self.full(self.by_transposed_weight(dy, self.low(w)))
         return dx, self.full(self.by_transposed_input(self.low(x), dy))
+
+
+class Linear(Product):
+    """y_TN = x_TK @ w_KN + b_N; the product runs in `compute` precision, everything else in float32."""
+
+    def __init__(self, layout: Layout, compute: ms.dtype = ms.float32) -> None:
+        super().__init__(layout, compute)
+        self.add_bias = layout(ops.BiasAdd(), (1, 1), (1,))
+        self.column_sum = layout(ops.ReduceSum(), (1, 1))
+
+    def construct(self, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return self.add_bias(self.full(self.product(self.low(x), self.low(w))), b)
+
+    def bprop(self, x: Tensor, w: Tensor, b: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dx, dw = self.gradients(x, w, dout)
+        return dx, dw, self.bias_gradient(dout)
+
+    def bias_gradient(self, dout: Tensor) -> Tensor:
+        """The sum of dout [T, N] over its rows: [N]."""
+        # A product with a row of ones is three times as fast as ReduceSum on CPU, but needs a static number of rows.
+        if dout.shape[0] > 0:
+            return self.product(ops.ones((1, dout.shape[0]), ms.float32), dout).reshape(-1)
+        return self.column_sum(dout, 0)
 
 
 class FastGelu(nn.Cell):

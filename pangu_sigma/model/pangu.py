@@ -232,7 +232,7 @@ class TrainingLoss(nn.Cell):
 class TokenLosses(nn.Cell):
     """tokens, labels, positions, segments [B, S], domain, keys [B], flat -> -log p(label) float32 [B, S], in nats."""
 
-    def __init__(self, net: PanGuSigma, layout: Layout, signature: FlatSignature | None = None) -> None:
+    def __init__(self, net: PanGuSigma, signature: FlatSignature | None = None) -> None:
         super().__init__(auto_prefix=False)
         self.net = net
         self.bounds = net.bounds if signature is None else signature.bounds
@@ -248,7 +248,7 @@ class TokenLosses(nn.Cell):
 class Logits(nn.Cell):
     """tokens, positions, segments [B, S], domain, keys [B], flat -> logits float32 [B, S, V]."""
 
-    def __init__(self, net: PanGuSigma, layout: Layout, signature: FlatSignature | None = None) -> None:
+    def __init__(self, net: PanGuSigma, signature: FlatSignature | None = None) -> None:
         super().__init__(auto_prefix=False)
         self.net = net
         self.bounds = net.bounds if signature is None else signature.bounds

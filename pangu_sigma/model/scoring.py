@@ -44,7 +44,7 @@ class Scorer:
         all where it is alone. Raises UserError where the batch activates more experts than memory may hold.
         """
         if self._losses is None:
-            self._losses = TokenLosses(self.model.net, self.model.layout, self.signature)
+            self._losses = TokenLosses(self.model.net, self.signature)
             self._compile(self._losses, (*_INPUTS[:1], "labels", *_INPUTS[1:]))
         planned = self.plan(tokens, domain)
         fixed = planned.fixed
@@ -55,7 +55,7 @@ class Scorer:
     def logits(self, tokens: np.ndarray, domain: Sequence[int] | np.ndarray) -> Tensor:
         """Logits after every token but the last: float32 [b, S, V]; arguments and errors as of `losses`."""
         if self._logits is None:
-            self._logits = Logits(self.model.net, self.model.layout, self.signature)
+            self._logits = Logits(self.model.net, self.signature)
             self._compile(self._logits, _INPUTS)
         planned = self.plan(tokens, domain)
         self._logits.set_train(False)

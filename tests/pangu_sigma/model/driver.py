@@ -159,7 +159,7 @@ class DrivenModel:
             parameter.set_data(Tensor(tensors[parameter.name]))
         self.loss = TrainingLoss(self.net, layout)
         self.step = Step(self.loss, self.signature)
-        self.logits_cell = Logits(self.net, layout)
+        self.logits_cell = Logits(self.net)
         rows, one, i32, f32 = [batch, length], [batch], ms.int32, ms.float32
         flat = self.signature.placeholders()
 
