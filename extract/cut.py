@@ -115,6 +115,8 @@ class Cut:
         values["train"]["stop_at"] = None
         without_adaptation(values)
         values["data"]["stream"] = None
+        # The parent's mesh was made for its experts; fewer may not divide over it.
+        values["parallel"] = {}
         limit = values["data"]["domains_per_step"]
         values["data"]["domains_per_step"] = limit and min(limit, len(self.domains))
         values["run"]["dir"] = f"{parent.run.dir}-{'-'.join(self.domains)}"

@@ -115,6 +115,8 @@ def trained_from(
     values["run"]["device"] = device or values["run"]["device"]
     values["train"]["precision"] = precision or values["train"]["precision"]
     values["data"]["sequence_length"] = sequence_length or values["data"]["sequence_length"]
+    # The mesh that trained it is not here: nothing is cut over devices, and `processes` have a mesh of their own.
+    values["parallel"] = {}
     config = config_from_dict(values)
     runtime.prepare(config.run.device)
     from pangu_sigma.model.build import build_model

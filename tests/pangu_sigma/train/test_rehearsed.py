@@ -97,7 +97,7 @@ EVEN = [f"domains.{name}.experts=2" for name in ("code", "law", "poems")]
 DIVIDED = [
     "model.layers=1", "model.query_layer=none", "model.dropout=0", "model.attention.dropout=0", *EVEN,
     "model.sparse.dispatch=capacity", "model.sparse.capacity_factor=0.8", "run.kernels=composed", "experts.store=host",
-    "checkpoint.every=0", "train.steps=8",
+    "checkpoint.every=0", "evaluate.batches=1", "train.steps=8",
 ]  # fmt: skip
 HALVES = ["run.device=Ascend", "parallel.expert=2", "parallel.tensor=2"]
 
@@ -118,6 +118,13 @@ def test_a_rehearsed_run_measures_saves_and_goes_on_anywhere(small_yaml, tmp_pat
     assert done.returncode == 0, done.stderr
     assert "rehearses 4 devices" in done.stderr
     open_checkpoint(checkpoint(cut, 6)).verify()
+    # One process measures it and cuts a domain out of it, without the mesh's graphs.
+    done = command("evaluate", cut, "--batches", 1, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {"step": 6, **json.loads(done.stdout)["losses"]} == pytest.approx(evaluations(cut)[-1], rel=1e-4)
+    done = command("extract", cut, "--domain", "code", "--out", tmp_path / "code", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Largest logit difference 0.0" in done.stdout
     done = command("train", small_yaml, f"run.dir={cut}", *DIVIDED, "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert_same_training(checkpoint(alone, 8), checkpoint(cut, 8))
