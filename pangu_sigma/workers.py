@@ -56,9 +56,12 @@ def processes_of(config: Config, folder: Path) -> Processes:
     mesh = config.parallel.mesh
     size = 1 if started is None else started.size
     if size != mesh.size:
-        counted = f"a mesh of {mesh.size} ranks (data {mesh.data} x expert {mesh.expert})"
+        counted = f"a mesh of {mesh.size} ranks ({mesh.axes})"
         if started is None:
-            raise UserError(f"parallel makes {counted}: add --workers {mesh.size}, or start as many with msrun")
+            how = f"start {mesh.size} processes with msrun (docs/cluster.md), or rehearse them on CPU with --rehearse"
+            if config.run.device == "CPU":
+                how = f"add --workers {mesh.size}, or start as many with msrun"
+            raise UserError(f"parallel makes {counted}: {how}")
         raise UserError(
             f"{size} processes were started, but parallel makes {counted}: start {mesh.size}, or change parallel.data "
             "or parallel.expert"

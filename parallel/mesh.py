@@ -84,6 +84,13 @@ class Mesh:
         return self.data * self.expert * self.tensor * self.pipeline
 
     @property
+    def axes(self) -> str:
+        """The axes whose product is `size`, for sentences; tensor and pipeline where there are any."""
+        rarer = {"tensor": self.tensor, "pipeline": self.pipeline}
+        more = "".join(f" x {name} {ways}" for name, ways in rarer.items() if ways > 1)
+        return f"data {self.data} x expert {self.expert}{more}"
+
+    @property
     def rows(self) -> int:
         """Row ranks: parts that a batch is cut into."""
         return self.data * self.expert

@@ -37,8 +37,7 @@ def check_one_process(config: Config, instead: str) -> None:
     mesh = config.parallel.mesh
     if mesh.size > 1:
         raise UserError(
-            f"parallel makes a mesh of {mesh.size} ranks (data {mesh.data} x expert {mesh.expert} x tensor "
-            f"{mesh.tensor} x pipeline {mesh.pipeline}), but this job runs in one process: {instead}"
+            f"parallel makes a mesh of {mesh.size} ranks ({mesh.axes}), but this job runs in one process: {instead}"
         )
 
 
@@ -64,7 +63,7 @@ def _device(config: Config) -> Broken:
             yield (
                 "parallel.workers",
                 f"parallel.workers = {parallel.workers} is not the mesh's size {parallel.mesh.size} "
-                f"(data x expert): change parallel.data, parallel.expert or parallel.workers",
+                f"({parallel.mesh.axes}): change one of them, or leave --workers and parallel.workers out",
             )
     elif parallel.workers != 1:
         yield (

@@ -35,8 +35,8 @@ def differences(model: Model, checkpoint: Checkpoint | None) -> list[str]:
     before, mesh = stored.parallel.mesh, config.parallel.mesh
     if before != mesh:
         messages.append(
-            f"the checkpoint is of {before.size} processes (data {before.data} x expert {before.expert}), this run of "
-            f"{mesh.size} (data {mesh.data} x expert {mesh.expert}): last digits may differ"
+            f"the checkpoint is of {before.size} processes ({before.axes}), this run of {mesh.size} ({mesh.axes}): "
+            "last digits may differ"
         )
     return messages
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -95,3 +96,9 @@ def test_experts_that_do_not_divide_are_refused():
 def test_the_mesh_needs_no_framework():
     code = "import sys, parallel.mesh; assert not {'mindspore', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_axes_that_a_sentence_names_make_the_size():
+    for mesh in MESHES:
+        ways = [int(word) for word in mesh.axes.split() if word.isdecimal()]
+        assert math.prod(ways) == mesh.size
