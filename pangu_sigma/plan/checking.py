@@ -28,7 +28,7 @@ from parallel.dry.graph import (
 from parallel.dry.placed import Placed
 from parallel.mesh import Mesh
 from parallel.optimizer_parts import holders, optimizer_ways
-from parallel.parts import shape_of
+from parallel.parts import Part, shape_of
 
 Shape = tuple[int, ...]
 
@@ -207,12 +207,16 @@ def _placed(config: Config, compiled: Compiled) -> Iterator[str]:
         for rank in range(first, first + mesh.stage_size):
             theirs, ours = placed.part(shape, rank - first), part_of(name, shape, mesh, rank)
             if theirs != ours:
-                yield f"of parameter {name} rank {rank} has the part {theirs}, not {ours}"
+                yield f"of parameter {name} rank {rank} has the part {_ranges(theirs)}, not {_ranges(ours)}"
                 break
         divided = config.parallel.optimizer_parallel and optimizer_ways(shape, cut, mesh) > 1
         wanted = holders(cut, mesh, compiled.rank) if divided else ()
         if placed.dividing != wanted:
             yield f"the part of parameter {name} is divided among the ranks {placed.dividing}, not {wanted}"
+
+
+def _ranges(part: Part) -> str:
+    return f"[{', '.join(f'{axis.start}:{axis.stop}' for axis in part)}]"
 
 
 def _expert_cuts(config: Config, compiled: Compiled) -> Iterator[str]:
