@@ -107,9 +107,10 @@ def train(
 ) -> None:
     """Train the model that FILE.yaml describes."""
     from pangu_sigma.config import load_config
-    from pangu_sigma.config.overrides import REHEARSAL, stream_overrides
+    from pangu_sigma.config.overrides import rehearsal_overrides, stream_overrides
 
-    overrides = [*(overrides or ()), *(REHEARSAL if rehearse else ())]
+    overrides = list(overrides or ())
+    overrides += rehearsal_overrides(overrides) if rehearse else ()
     # The whole configuration is checked before MindSpore is imported: a mistake shows at once.
     config = load_config(file, [*overrides, *stream_overrides(stream, domain, domain_field)])
     if rehearse:

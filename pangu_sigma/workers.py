@@ -132,10 +132,8 @@ def launch(words: Sequence[str], workers: int, folder: Path) -> int:
         if ended.asked is not None:
             return INTERRUPTED
         told = f"; its log {job.log(rank)} ends: {said}" if said and code > 0 else ""
-        raise UserError(
-            f"rank {rank} of {workers} {ended.cause}, so all processes were stopped; what a training had saved is "
-            f"whole: continue with --resume{told}"
-        )
+        saved = "; what the training had saved is whole: continue with --resume" if words[0] == "train" else ""
+        raise UserError(f"rank {rank} of {workers} {ended.cause}, so all processes were stopped{saved}{told}")
 
 
 def _last_line(log: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pangu_sigma.adapt.recipe import ExampleRecipe
 from pangu_sigma.checkpoint import find_latest, resolve
-from pangu_sigma.config import Config
+from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.config.adapting import load_adaptation, run_dir_of
 from pangu_sigma.config.mesh_rules import check_one_process
 from pangu_sigma.load import stored_config
@@ -37,5 +37,6 @@ def _base(model: Path, file: Path, overrides: tuple[str, ...], resume: bool) -> 
         if own is not None:
             stored = stored_config(own)
             return stored, stored.run.init_from or str(model)
-    checkpoint = resolve(model)
-    return stored_config(checkpoint), str(model)
+    # The mesh that the model was trained on is not what it is adapted on.
+    values = stored_config(resolve(model)).to_dict() | {"parallel": {}}
+    return config_from_dict(values), str(model)

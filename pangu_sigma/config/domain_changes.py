@@ -12,7 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from pangu_sigma.config.adapting import without_adaptation
+from pangu_sigma.config.load import config_from_dict
 from pangu_sigma.config.phases import old_domains
+from pangu_sigma.config.schema import Config
 from pangu_sigma.config.training import RegulariseConfig
 from pangu_sigma.errors import UserError
 
@@ -38,6 +40,19 @@ class Ahead:
                 f"--replay {self.replay:g} has no use with --shared frozen, where no other domain's experts can "
                 "change: leave one of the two out"
             )
+
+
+def checked(values: dict[str, Any], source: str) -> Config:
+    """The changed configuration. A mesh that does not hold the changed domains is left out of `values`: whoever trains
+    on names another. Raises UserError for whatever else is wrong."""
+    try:
+        return config_from_dict(values, source)
+    except UserError:
+        if values["parallel"] == {}:
+            raise
+        found = config_from_dict({**values, "parallel": {}}, source)
+    values["parallel"] = {}
+    return found
 
 
 def add_domain(values: dict[str, Any], domain: dict[str, Any], step: int, ahead: Ahead | None) -> None:

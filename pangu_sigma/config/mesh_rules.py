@@ -46,8 +46,9 @@ def _device(config: Config) -> Broken:
     if parallel.rehearse and (device != "CPU" or parallel.mesh.size == 1):
         yield (
             "parallel.rehearse",
-            "parallel.rehearse = true is for processes on CPU that take the places of several devices: set run.device "
-            "to CPU and parallel to the devices' mesh, or rehearse to false",
+            "parallel.rehearse = true (--rehearse) lets processes on CPU take the places of several devices, but "
+            f"parallel makes a mesh of {parallel.mesh.size} on {device}: set parallel.data, expert or tensor, and "
+            "run.device to CPU, or leave rehearse out",
         )
     if device == "CPU":
         cut = () if parallel.rehearse else ("tensor", "sequence_parallel", "optimizer_parallel")

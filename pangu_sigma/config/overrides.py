@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import yaml
@@ -95,8 +95,14 @@ def _step(target: Any, name: str, text: str) -> str | int:
     )
 
 
-# What `train --rehearse` stands for.
-REHEARSAL = ("run.device=CPU", "parallel.rehearse=true")
+def rehearsal_overrides(overrides: Sequence[str]) -> list[str]:
+    """The overrides that `train --rehearse` stands for. Raises UserError where one of `overrides` says otherwise."""
+    wanted = {"run.device": "CPU", "parallel.rehearse": "true"}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key in wanted and value.strip().lower() != wanted[key].lower():
+            raise UserError(f"--rehearse sets {key}={wanted[key]}: leave out --rehearse or {override}")
+    return [f"{key}={value}" for key, value in wanted.items()]
 
 
 def stream_overrides(source: str | None, domain: str | None, domain_field: str | None) -> list[str]:

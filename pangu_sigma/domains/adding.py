@@ -12,7 +12,7 @@ import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, layout, resolve
 from pangu_sigma.checkpoint.conversion import converted
-from pangu_sigma.config import Config, config_from_dict, domain_changes, manifest
+from pangu_sigma.config import Config, domain_changes, manifest
 from pangu_sigma.config.counts import is_expert, is_routing
 from pangu_sigma.domains.changing import Changed, NewTensors, Subject, check_free
 from pangu_sigma.domains.initial import Initial
@@ -141,7 +141,7 @@ def _extend(subject: Subject, entry: dict[str, Any], ahead: domain_changes.Ahead
     """The configuration with the new domain, checked; `subject.values` holds it too."""
     values = subject.values
     domain_changes.add_domain(values, entry, subject.checkpoint.step, ahead)
-    return config_from_dict(values, source=f"the new domain {entry['name']}")
+    return domain_changes.checked(values, f"the new domain {entry['name']}")
 
 
 def read_text(subject: Subject, config: Config) -> tuple[DomainStore, dict[str, np.ndarray]]:

@@ -24,7 +24,8 @@ from pangu_sigma.checkpoint.changing import (
     write_changed_run,
 )
 from pangu_sigma.checkpoint.model_folder import TensorBytes, check_output
-from pangu_sigma.config import Config, config_from_dict
+from pangu_sigma.config import Config
+from pangu_sigma.config.domain_changes import checked
 from pangu_sigma.config.moving import with_run_folder
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import run_of, stored_config
@@ -38,11 +39,15 @@ from pangu_sigma.train.run_config import CONFIG_BEFORE, DOMAIN_CHANGES, config_d
 
 @dataclass(frozen=True)
 class Changed:
-    """A change that stands: the checkpoint, its configuration, and whether it lies in a run that can go on."""
+    """A change that stands: the checkpoint, its configuration, and whether it lies in a run that can go on.
+
+    lost_mesh: whether the model's mesh does not hold the changed domains, so that its configuration names none.
+    """
 
     checkpoint: Checkpoint
     config: Config
     run_dir: Path | None
+    lost_mesh: bool = False
 
 
 @dataclass
@@ -152,7 +157,8 @@ class Subject:
         `keep_shared` False: the shared tensors are among the new ones too.
         """
         checkpoint = self.checkpoint
-        config = config_from_dict(self.values, source=f"the configuration of {checkpoint.path} after the change")
+        config = checked(self.values, f"the configuration of {checkpoint.path} after the change")
+        lost_mesh = config.parallel.mesh.size < self.config.parallel.mesh.size
         before = dict(checkpoint.state if state is None else state)
         # A phase under way that stays near a previous model takes the model of this moment for it.
         before.pop(PREVIOUS, None)
@@ -181,10 +187,10 @@ class Subject:
             if self.out is None:
                 written = replace_checkpoint(self.run_dir, content, advance)
                 write_text(self.run_dir / layout.CONFIG, config.to_yaml())
-                return Changed(written, config, self.run_dir)
+                return Changed(written, config, self.run_dir, lost_mesh)
             if self.run_dir is not None:
                 written = write_changed_run(self.out, content, advance)
-                return Changed(written, config, run_of(written))
+                return Changed(written, config, run_of(written), lost_mesh)
             return Changed(write_changed_folder(self.out, content, advance), config, None)
 
 

@@ -325,6 +325,8 @@ def _say(done: Changed, what: str) -> None:
     typer.echo(f"{what}: {checkpoint.path} (step {checkpoint.step}) has the domains {', '.join(checkpoint.domains)}")
     if done.run_dir is None:
         return
+    if done.lost_mesh:
+        typer.echo("Its mesh does not hold these domains and is left out: name another to train on (parallel.*).")
     config = shlex.quote(str(done.run_dir / "config.yaml"))
     if train.steps > checkpoint.step:
         typer.echo(f"{train.steps - checkpoint.step} steps lie ahead: pangu-sigma train {config} --resume")

@@ -19,7 +19,7 @@ import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, layout
 from pangu_sigma.checkpoint.conversion import as_float32, converted
-from pangu_sigma.config import Config, config_from_dict, domain_changes, manifest
+from pangu_sigma.config import Config, domain_changes, manifest
 from pangu_sigma.domains.adding import NewDomain, fresh_moments, read_text
 from pangu_sigma.domains.changing import Changed, NewTensors, Subject, check_free
 from pangu_sigma.domains.initial import Initial
@@ -47,7 +47,7 @@ def expand_domain(path: Path, wanted: NewDomain, ahead: domain_changes.Ahead) ->
         domain_changes.add_domain(values, wanted.entry(), source.step, ahead)
         phases = values["train"]["phases"]
         phases[-1]["domains"] = [wanted.name]
-        config = config_from_dict(values, source=f"the new domain {wanted.name}")
+        config = domain_changes.checked(values, f"the new domain {wanted.name}")
         initial = Initial(source, subject.config, wanted.name, wanted.experts, wanted.init)
         store, probe = read_text(subject, config)
         new = NewTensors()

@@ -44,6 +44,7 @@ def merge_models(paths: Sequence[Path], out: Path) -> Changed:
     values["train"] |= {"phases": [], "stop_at": None}
     without_adaptation(values)
     values["data"]["stream"] = None
+    values["parallel"] = {}
     if not sum(entry["weight"] for entry in values["domains"]):
         values["domains"] = [{**entry, "weight": 1.0} for entry in values["domains"]]
     merged = config_from_dict(values, source="the merged configuration")

@@ -99,7 +99,7 @@ DIVIDED = [
     "model.sparse.dispatch=capacity", "model.sparse.capacity_factor=0.8", "run.kernels=composed", "experts.store=host",
     "checkpoint.every=0", "evaluate.batches=1", "train.steps=8",
 ]  # fmt: skip
-HALVES = ["run.device=Ascend", "parallel.expert=2", "parallel.tensor=2"]
+HALVES = ["parallel.expert=2", "parallel.tensor=2"]
 
 
 def evaluations(run: Path) -> list[dict]:
@@ -139,9 +139,10 @@ def test_a_rehearsed_run_measures_saves_and_goes_on_anywhere(small_yaml, tmp_pat
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--rehearse"], "take the places of several devices"),
+        (["--rehearse"], "parallel makes a mesh of 1 on CPU"),
+        (["--rehearse", "parallel.expert=2", "run.device=Ascend"], "leave out --rehearse or run.device=Ascend"),
         (["parallel.tensor=2"], "unless parallel.rehearse is true"),
-        (["parallel.expert=2", "run.device=Ascend", "parallel.pipeline=2", "--rehearse"], "needs run.device = Ascend"),
+        (["parallel.expert=2", "parallel.pipeline=2", "--rehearse"], "needs run.device = Ascend"),
         (["parallel.expert=2", "--rehearse", "--workers", 4], "parallel.workers = 4 is not the mesh's size 2"),
     ],
 )
