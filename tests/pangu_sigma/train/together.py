@@ -102,8 +102,45 @@ def run_case(case: dict, processes, folder: Path | None = None) -> dict[str, np.
             found[f"tensor {','.join(map(str, piece.begin))} {name}"] = data.copy()
     if folder is not None:
         save(trainer.model, trainer.optimizer, folder)
+    if "measured" in case:
+        found["measured"] = measured(trainer.model, case["measured"])
     trainer.model.store.close()
     return found
+
+
+class Repeated:
+    """Held-out text of random tokens, or of one that comes again and again."""
+
+    def __init__(self, seed: int, one: bool) -> None:
+        from tests.pangu_sigma.train.small import LENGTH, VOCAB
+
+        draw = np.random.default_rng(seed)
+        self.ids = draw.integers(3, VOCAB, (11, LENGTH + 1)).astype(np.int32)
+        self.ids = np.full_like(self.ids, self.ids[0, 0]) if one else self.ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """As held-out sequences give it."""
+        found = self.ids[start : start + count]
+        ids, mask = np.zeros((count, self.ids.shape[1]), np.int32), np.zeros((count, self.ids.shape[1] - 1), np.float32)
+        ids[: len(found)], mask[: len(found)] = found, 1.0
+        return ids, mask
+
+
+def measured(model, one: str) -> np.ndarray:
+    """Losses of every domain's text, of which that of the domain `one` asks a single expert for all rows."""
+    from pangu_sigma.evaluate import Evaluator
+    from pangu_sigma.train.mesh_evaluation import MeshEvaluator
+
+    heldout = {name: Repeated(number, name == one) for number, name in enumerate(model.groups.names)}
+    kind = MeshEvaluator if model.config.cut_over_devices else Evaluator
+    evaluator = kind(model, 8)
+    losses, tokens = evaluator.losses(heldout)
+    if kind is MeshEvaluator:
+        assert len(evaluator._made) == 2, "both graphs were wanted"
+    return np.array([*losses.values(), *tokens.values()])
 
 
 def placed(tensor, shape, part) -> np.ndarray:
