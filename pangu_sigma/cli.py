@@ -120,6 +120,9 @@ def train(
 
         config = with_workers(config, workers or config.parallel.workers)
         if config.parallel.workers > 1 and not is_worker():
+            from pangu_sigma.train.beginning import refuse_early
+
+            refuse_early(config, resume)
             words = ["train", str(file), *overrides, *(["--resume"] if resume else [])]
             raise typer.Exit(launch(words, config.parallel.workers, Path(config.run.dir) / FOLDER))
     from pangu_sigma.train.run import train as run_training

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pangu_sigma.checkpoint import Checkpoint, resolve
+from pangu_sigma.checkpoint import Checkpoint, find_latest, resolve
 from pangu_sigma.checkpoint.layout import CONFIG
 from pangu_sigma.config import (
     Config,
@@ -16,6 +16,7 @@ from pangu_sigma.config import (
     with_tokenizer_of,
     with_vocabulary_size,
 )
+from pangu_sigma.data.sources import expand_paths
 from pangu_sigma.errors import UserError
 from pangu_sigma.load import stored_config
 from pangu_sigma.train.run_config import DOMAIN_CHANGES, mend_config, stale_config
@@ -31,6 +32,28 @@ class Beginning:
     start: Checkpoint | None = None
     tokenizer_of: Checkpoint | None = None
     messages: list[str] = field(default_factory=list)
+
+
+def last_checkpoint(run_dir: Path, resume: bool) -> tuple[Checkpoint | None, list[str]]:
+    """The last complete checkpoint of a run's folder, and what is to be said of others. Raises UserError where there is
+    one and the run is not to be resumed."""
+    checkpoint, said = find_latest(run_dir)
+    if checkpoint is not None and not resume:
+        raise UserError(f"{run_dir} already holds a run at step {checkpoint.step}: add --resume or set run.dir")
+    return checkpoint, said
+
+
+def refuse_early(config: Config, resume: bool) -> None:
+    """Raises UserError for what a run would refuse once its processes had started and met: text that is not there, a
+    folder that holds another run, a configuration that is not the run's."""
+    for domain in config.domains if config.data.stream is None else ():
+        expand_paths(domain.name, domain.data)
+    run_dir = Path(config.run.dir)
+    checkpoint, _ = last_checkpoint(run_dir, resume)
+    if checkpoint is None:
+        begun(config)
+    elif stale_config(run_dir, checkpoint) is None:  # else something is written first, which the run does
+        resumed(run_dir, config, checkpoint)
 
 
 def resumed(run_dir: Path, config: Config, checkpoint: Checkpoint) -> Beginning:

@@ -19,7 +19,7 @@ from pangu_sigma.load import stored_weights, weights_as_needed
 from pangu_sigma.monitor.files import write_json, write_text
 from pangu_sigma.monitor.metrics import MetricsLog, NoMetrics
 from pangu_sigma.signals import sigterm_as_ctrl_c
-from pangu_sigma.train.beginning import Beginning, begun, resumed
+from pangu_sigma.train.beginning import Beginning, begun, last_checkpoint, resumed
 from pangu_sigma.train.differences import differences, placement
 from pangu_sigma.train.lock import locked_folder
 from pangu_sigma.train.recipe import Recipe, TextRecipe
@@ -98,10 +98,8 @@ class Run:
         else:
             self._open.enter_context(locked_folder(self.dir))
         self.messages = remove_stale(self.dir) if first else []
-        checkpoint, said = find_latest(self.dir)
+        checkpoint, said = last_checkpoint(self.dir, self.resume)
         self.messages += said
-        if checkpoint is not None and not self.resume:
-            raise UserError(f"{self.dir} already holds a run at step {checkpoint.step}: add --resume or set run.dir")
         beginning = begun(self.config) if checkpoint is None else resumed(self.dir, self.config, checkpoint)
         self.recipe = self._recipe(beginning)
         self.corpus, self.heldout = self.recipe.corpus, self.recipe.heldout

@@ -152,6 +152,7 @@ def test_a_rehearsed_run_measures_saves_and_goes_on_anywhere(small_yaml, tmp_pat
         (["--rehearse"], "parallel makes a mesh of 1 on CPU"),
         (["--rehearse", "parallel.expert=2", "run.device=Ascend"], "leave out --rehearse or run.device=Ascend"),
         (["parallel.tensor=2"], "unless parallel.rehearse is true"),
+        (["parallel.expert=2", "--rehearse", "domains.law.data=[absent/*.jsonl]"], "no file matches"),
         (["parallel.expert=2", "parallel.pipeline=2", "--rehearse"], "needs run.device = Ascend"),
         (["parallel.expert=2", "--rehearse", "--workers", 4], "parallel.workers = 4 is not the mesh's size 2"),
     ],
