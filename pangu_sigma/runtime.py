@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from pangu_sigma.signals import signals_held
+from parallel.layout import SLICES_STAY
 
 
 def prepare(device: str, scratch: Path | None = None) -> None:
@@ -16,6 +17,8 @@ def prepare(device: str, scratch: Path | None = None) -> None:
     # MindSpore's C++ side logs to the terminal, over the progress bar; errors reach the user as exceptions.
     os.environ.setdefault("GLOG_v", "4")
     os.environ.setdefault("MS_DEV_JIT_SYNTAX_LEVEL", "2")
+    # Not a matter of taste: without it pipeline stages would compute other rows.
+    os.environ.update(SLICES_STAY)
     with signals_held():
         import mindspore
 

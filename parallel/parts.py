@@ -76,11 +76,24 @@ def whole(shape: Sequence[int]) -> Part:
 @dataclass(frozen=True)
 class Share:
     """What a rank holds of a tensor: its `part` of the whole `shape`. `speaks`: whether it writes it down, for all
-    ranks that hold the same."""
+    ranks that hold the same; `holders`: how many of these have all of its gradient."""
 
     shape: tuple[int, ...]
     part: Part
     speaks: bool = True
+    holders: int = 1
+
+
+def share_of(mesh: Mesh, rank: int, shape: Sequence[int], cut: Cut) -> Share:
+    """What a rank holds of a tensor of one of its experts, where every rank that holds the same part has all of its
+    gradient; the first of them in a pipeline stage speaks."""
+    place, part = mesh.coordinates(rank), part_of(mesh, rank, shape, cut)
+    start = place.stage * mesh.stage_size
+    same = [
+        other for other in range(start, start + mesh.stage_size)
+        if mesh.coordinates(other).expert == place.expert and part_of(mesh, other, shape, cut) == part
+    ]  # fmt: skip
+    return Share(tuple(shape), part, rank == same[0], len(same))
 
 
 def assembled(parts: Sequence[np.ndarray], mesh: Mesh, shape: Sequence[int], cut: Cut) -> np.ndarray:

@@ -39,6 +39,16 @@ WEIGHT_CUTS: dict[str, Cut] = {
     "down.bias": ("expert", ("data", "tensor")),
 }
 
+# The same of weights that are parameters of a graph, as a pipeline's are: MindSpore cuts them as their product wants
+# them, and sums the gradients of what several ranks hold.
+PARAMETER_CUTS: dict[str, Cut] = {
+    "gate.weight": ("expert", 1, "tensor"),
+    "up.weight": ("expert", 1, "tensor"),
+    "up.bias": ("expert", "tensor"),
+    "down.weight": ("expert", "tensor", 1),
+    "down.bias": ("expert", 1),
+}
+
 
 @dataclass(frozen=True)
 class Reserved:

@@ -51,14 +51,13 @@ def _device(config: Config) -> Broken:
             "run.device to CPU, or leave rehearse out",
         )
     if device == "CPU":
-        cut = () if parallel.rehearse else ("tensor", "sequence_parallel", "optimizer_parallel")
-        for name in (*cut, "pipeline"):
+        cut = ("tensor", "sequence_parallel", "optimizer_parallel", "pipeline")
+        for name in () if parallel.rehearse else cut:
             if getattr(parallel, name) > 1 or getattr(parallel, name) is True:
                 yield (
                     f"parallel.{name}",
                     f"parallel.{name} = {str(getattr(parallel, name)).lower()} needs run.device = Ascend: processes on "
-                    "CPU know the data and expert axes only"
-                    + ("" if name == "pipeline" else ", unless parallel.rehearse is true"),
+                    "CPU know the data and expert axes only, unless parallel.rehearse is true",
                 )
         if parallel.workers not in (1, parallel.mesh.size):
             yield (
@@ -218,6 +217,12 @@ def _batch(config: Config, mesh: Mesh) -> Broken:
             "evaluate.batch_size",
             f"evaluate.batch_size = {config.evaluate.batch_size} is not divided by the {mesh.rows} ranks that read "
             "(parallel.data x parallel.expert): choose a multiple of it",
+        )
+    if mesh.pipeline > 1 and config.evaluate.every > 0:
+        yield (
+            "evaluate.every",
+            f"evaluate.every = {config.evaluate.every} measures between steps, for which pipeline stages have no "
+            "graph: set it to 0, and measure checkpoints with pangu-sigma evaluate",
         )
     if mesh.pipeline > 1 and train.accumulation < mesh.pipeline:
         yield (

@@ -18,7 +18,7 @@ _ALLOWED = re.compile(
     r"|data\.(prefetch|cache|stream\.path)"
     r"|experts\..*"  # where tables lie changes no value beyond rounding, and a checkpoint none at all
     # Who computes what changes no value beyond rounding.
-    r"|parallel\.(data|expert|tensor|optimizer_parallel|sequence_parallel|expert_chunks|rehearse|workers|timeout)"
+    r"|parallel\.(data|expert|tensor|pipeline|optimizer_parallel|sequence_parallel|expert_chunks|rehearse|workers|timeout)"
     r"|model\.preset"  # only a name: the sizes that it filled in are compared themselves
 )
 
@@ -35,7 +35,7 @@ def changed_keys(old: Config, new: Config) -> Changes:
 
     Allowed are keys that leave every step that both have as it was: run.* except seed and device, train.steps,
     stop_at, nonfinite and skip_budget, evaluate.*, checkpoint.every, every_seconds and keep, data.prefetch, cache and
-    stream.path, experts.*, parallel.* except placement and pipeline. A longer train.steps moves the end of a decay that
+    stream.path, experts.*, parallel.* except placement. A longer train.steps moves the end of a decay that
     follows it (schedule.decay_steps, written out in an effective configuration), which is refused; a constant schedule
     has no such end, unless it anneals. The last phase may grow or shrink with train.steps, unless its own decay ends
     with it.

@@ -87,7 +87,7 @@ def build_model(
     """
     built = routed_model(config, vocab, eod_id, tables, token_counts, layout, processes)
     model, layout, groups, processes = config.model, built.layout, built.groups, built.processes
-    places = model.sparse_prefixes
+    places = built.places
     parts = {name: shape_of(share.part) for name, share in built.expert_shares.items()} if places else {}
     shapes = dict.fromkeys(places, parts)
     experts = dict.fromkeys(places, len(built.held) if places else 0)
@@ -237,7 +237,8 @@ def _make_store(
 
 def initialise_shared(built: Model) -> None:
     """Draw the shared parameters as `model.initial` says: the same seed gives the same model on every machine."""
-    for name, shape in built.shared.shapes.items():
+    for name in built.shared.held:
+        shape = built.shared.shapes[name]
         built.shared.write(name, initial_value(name, shape, built.config.run.seed, built.config.model))
         built.processes.mark()
 

@@ -5,6 +5,7 @@ This runs ahead of the step in the reading thread; only the tensors and the expe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mindspore as ms
@@ -19,6 +20,7 @@ from parallel.parts import Cut
 from rre.capacity import CapacityPlan, plan_by_capacity
 from rre.counted import sample_keys
 from rre.dispatch import DROPPED, DispatchPlan, plan_by_expert, plan_in_blocks, plan_present
+from rre.routers import Router
 from rre.store import ExpertStore
 
 
@@ -133,12 +135,14 @@ class Planner:
         step: int,
         mask: np.ndarray | None = None,
         padding: np.ndarray | None = None,
+        present: Sequence[np.ndarray] | None = None,
     ) -> PlannedBatch:
         """tokens int32 [R, S+1], domain int32 [R], global sample numbers int64 [R], optional label mask [R, S] of the
         rows that this process `reads`.
 
         `padding` bool [R, S]: positions that fill a row up. Table routers send them to no expert, so that none trains
-        that met no text; a learned gate sees them as it sees any row.
+        that met no text; a learned gate sees them as it sees any row. `present`: of each sparse layer the experts that
+        share its reserved slots, where these are not of this batch alone.
         """
         seen, owners, samples, filling = np.ascontiguousarray(tokens[:, :-1]), domain, sample, padding
         tokens, domain, sample = tokens[self.own], domain[self.own], sample[self.own]
@@ -156,16 +160,12 @@ class Planner:
                 plans.append(None)
                 noise.append(router.noise(step, sample) if place.noise else None)
                 continue
-            ids = router.assign(seen, owners, step, samples, self.training).expert_ids
-            lost = (ids == DROPPED).any(axis=1).reshape(seen.shape)
-            if filling is not None:
-                ids = np.where(filling.reshape(-1, 1), DROPPED, ids)
-                lost = lost & ~filling
+            ids, lost = self._assigned(router, seen, owners, step, samples, filling)
             np.add.at(dropped[layer], domain, lost[self.own].sum(axis=1))
             mine = ids.reshape(len(seen), -1)[self.own]
             load[layer] = np.bincount(mine[mine != DROPPED], minlength=total)
             if place.reserved is not None:
-                plans.append(self._placed(ids, place))
+                plans.append(self._placed(ids, place, None if present is None else present[layer]))
                 noise.append(None)
                 continue
             if len(held) < total:
@@ -194,10 +194,34 @@ class Planner:
             filled=np.full(len(inputs), inputs.shape[1]) if padding is None else (~padding).sum(axis=1),
         )
 
-    def _placed(self, ids: np.ndarray, place: PlaceSignature) -> PlacedRows:
+    def present(
+        self, tokens: np.ndarray, domain: np.ndarray, sample: np.ndarray, step: int, padding: np.ndarray | None = None
+    ) -> list[np.ndarray]:
+        """The experts of each sparse layer to which a table sends these rows, ascending."""
+        seen, found = np.ascontiguousarray(tokens[:, :-1]), []
+        for router in self.model.routers:
+            ids, _ = self._assigned(router, seen, domain, step, sample, padding)
+            found.append(np.unique(ids[ids != DROPPED]))
+        return found
+
+    def _assigned(
+        self, router: Router, seen: np.ndarray, owners: np.ndarray, step: int, samples: np.ndarray,
+        filling: np.ndarray | None,
+    ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+        """A table router's experts of all rows that are `seen`, [T, k], and where text was dropped, bool [R, S]."""
+        ids = router.assign(seen, owners, step, samples, self.training).expert_ids
+        lost = (ids == DROPPED).any(axis=1).reshape(seen.shape)
+        if filling is None:
+            return ids, lost
+        return np.where(filling.reshape(-1, 1), DROPPED, ids), lost & ~filling
+
+    def _placed(self, ids: np.ndarray, place: PlaceSignature, present: np.ndarray | None) -> PlacedRows:
         """The reserved rows of expert `ids` [T, k]; a slot that nobody needs stands for some expert, without rows."""
         reserved, total = place.reserved, self.model.groups.total
-        present = np.arange(total) if place.slots == total else np.unique(ids[ids >= 0])
+        if place.slots == total:
+            present = np.arange(total)
+        elif present is None:
+            present = np.unique(ids[ids >= 0])
         slots = reserved.slots_of(present, total)
         of_expert = np.full(total + 1, DROPPED)
         of_expert[present] = slots
@@ -209,7 +233,7 @@ class Planner:
         if processes.size > 1:
             row = processes.mesh.row_rank(processes.rank)
             own, shards = wanted.reshape(self.reads.size, -1)[self.own].reshape(-1, ids.shape[1]), range(row, row + 1)
-        if self.training:
+        if self.training and place.name in self.model.places:
             mine = reserved.by_chunk(self.signature.expert_part).reshape(-1)
             self.model.store.prefetch(place.name, self.signature.stored(experts[mine]))
         return PlacedRows(experts, counts, plan_by_capacity(own, reserved, shards))

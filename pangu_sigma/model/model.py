@@ -11,10 +11,11 @@ from pangu_sigma.config.dispatch import dispatch
 from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.model.shared import SharedParameters
 from pangu_sigma.model.signature import FlatSignature, PlaceSignature
+from pangu_sigma.model.stages import stage_of
 from parallel.layout import Layout
-from parallel.parts import Share, part_of, whole
+from parallel.parts import Share, part_of, share_of, whole
 from parallel.processes import Processes
-from rre.capacity import WEIGHT_CUTS, Reserved
+from rre.capacity import PARAMETER_CUTS, WEIGHT_CUTS, Reserved
 from rre.dispatch import EXACT_ROWS
 from rre.kinds import KINDS
 from rre.routers import Groups, Router
@@ -45,6 +46,13 @@ class Model:
     processes: Processes = field(default_factory=Processes)
 
     @property
+    def places(self) -> tuple[str, ...]:
+        """The sparse layers whose experts this process holds: those of its pipeline stage."""
+        mesh, model = self.processes.mesh, self.config.model
+        stage = mesh.coordinates(self.processes.rank).stage
+        return tuple(p for p in model.sparse_prefixes if stage_of(f"{p}.", model.layers, mesh) == stage)
+
+    @property
     def held(self) -> range:
         """The experts of a sparse layer that this process holds, by their places on the layer's expert axis."""
         mesh, rank = self.processes.mesh, self.processes.rank
@@ -60,6 +68,8 @@ class Model:
         if self.layout.meshed is None:
             return {name: Share(shape, whole(shape), self._first_replica) for name, shape in shapes.items()}
         mesh, rank = self.processes.mesh, self.processes.rank
+        if mesh.pipeline > 1:
+            return {name: share_of(mesh, rank, shape, PARAMETER_CUTS[name][1:]) for name, shape in shapes.items()}
         cuts = {name: WEIGHT_CUTS[name][1:] for name in shapes}
         return {name: Share(shape, part_of(mesh, rank, shape, cuts[name])) for name, shape in shapes.items()}
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, Tensor
 
 from pangu_sigma.model.cuts import held_by, held_part
+from pangu_sigma.model.pangu import PanGuSigma
+from pangu_sigma.model.stages import stage_of
 from parallel.mesh import Mesh
 from parallel.parts import Part, shape_of, whole
 from parallel.processes import Processes
@@ -14,16 +16,22 @@ from parallel.processes import Processes
 class SharedParameters:
     """The parameters of `net` as one process holds them: all of each.
 
-    `shapes`: every whole parameter's; `trainable`: what the optimizer updates; `late`: whether values can be written
-    only when the training step's graph is compiled.
+    `shapes`: every whole parameter's; `trained`: the names of those that an optimizer updates, `trainable`: those of
+    them that are held here; `late`: whether values can be written only when the training step's graph is compiled.
     """
 
     late = False
 
-    def __init__(self, net: nn.Cell) -> None:
+    def __init__(self, net: PanGuSigma) -> None:
         self.shapes = {p.name: tuple(p.shape) for p in net.get_parameters()}
         self._held: dict[str, Parameter] = {p.name: p for p in net.get_parameters()}
         self.trainable: list[Parameter] = net.trainable_params()
+        self.trained = tuple(p.name for p in self.trainable)
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """The names of the parameters of which this process holds a part."""
+        return tuple(self._held)
 
     def part(self, name: str) -> Part:
         """Which part of the parameter this process holds."""
@@ -46,17 +54,29 @@ class SharedParameters:
 
 
 class PartedParameters(SharedParameters):
-    """The parts of a rank of a mesh; `divided`: whether `parallel.optimizer_parallel` is on."""
+    """The parts of a rank of a mesh, of its pipeline stage's parameters; `divided`: whether
+    `parallel.optimizer_parallel` is on. A parameter of another stage has the part and the holders that it has on the
+    rank of that stage which stands where this one does in its own."""
 
-    def __init__(self, net: nn.Cell, mesh: Mesh, rank: int, divided: bool) -> None:
+    def __init__(self, net: PanGuSigma, mesh: Mesh, rank: int, divided: bool) -> None:
         super().__init__(net)
-        self.mesh, self.rank, self.divided = mesh, rank, divided
+        self.mesh, self.rank, self.divided, self._layers = mesh, rank, divided, net.layers
+        mine = mesh.coordinates(rank).stage
+        self._held = {name: p for name, p in self._held.items() if self.stage(name) == mine}
+        self.trainable = [p for p in self.trainable if p.name in self._held]
+
+    def stage(self, name: str) -> int:
+        """The pipeline stage of a parameter."""
+        return stage_of(name, self._layers, self.mesh)
 
     def part(self, name: str) -> Part:
-        return held_part(name, self.shapes[name], self.mesh, self.rank, self.divided)
+        return held_part(name, self.shapes[name], self.mesh, self._rank_there(name), self.divided)
 
     def holders(self, name: str) -> tuple[int, ...]:
-        return held_by(name, self.shapes[name], self.mesh, self.rank, self.divided)
+        return held_by(name, self.shapes[name], self.mesh, self._rank_there(name), self.divided)
+
+    def _rank_there(self, name: str) -> int:
+        return self.stage(name) * self.mesh.stage_size + self.rank % self.mesh.stage_size
 
 
 class CutParameters(PartedParameters):
@@ -76,17 +96,21 @@ class CutParameters(PartedParameters):
 class RehearsedParameters(PartedParameters):
     """The same parts beside a network whose parameters stay whole, which `fill` sets from all ranks' parts."""
 
-    def __init__(self, net: nn.Cell, processes: Processes, divided: bool) -> None:
+    def __init__(self, net: PanGuSigma, processes: Processes, divided: bool) -> None:
         super().__init__(net, processes.mesh, processes.rank, divided)
-        self._whole, self._processes = self._held, processes
-        shapes = {name: shape_of(self.part(name)) for name in self.shapes}
+        self._whole, self._processes = {p.name: p for p in net.get_parameters()}, processes
+        shapes = {name: shape_of(self.part(name)) for name in self._held}
         self._held = {n: Parameter(Tensor(np.zeros(shape, np.float32)), name=n) for n, shape in shapes.items()}
-        self.trainable = [self._held[p.name] for p in net.trainable_params()]
+        self.trainable = [self._held[p.name] for p in self.trainable]
 
     def fill(self) -> None:
         """Give the network what the ranks hold; all call it together."""
         for name, shape in self.shapes.items():
             found = np.empty(shape, np.float32)
-            for rank, values in enumerate(self._processes.gather(self._held[name].asnumpy())):
-                found[held_part(name, shape, self.mesh, rank, self.divided)] = values
+            # Ranks of other stages have nothing to give.
+            empty = np.zeros(shape_of(self.part(name)), np.float32)
+            mine = self._held[name].asnumpy() if name in self._held else empty
+            for rank, values in enumerate(self._processes.gather(mine)):
+                if self.mesh.coordinates(rank).stage == self.stage(name):
+                    found[held_part(name, shape, self.mesh, rank, self.divided)] = values
             self._whole[name].set_data(Tensor(found))

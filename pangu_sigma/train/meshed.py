@@ -51,7 +51,7 @@ class MeshedStep:
 def cut_inputs(config: Config, signature: FlatSignature) -> list[tuple[tuple[int, ...], ms.dtype, Cut]]:
     """Whole shape, type and cut of every input of the step's graph; `signature` is of one micro-batch."""
     if config.parallel.pipeline > 1:
-        return step_inputs(signature, config.train.accumulation)
+        return step_inputs(signature, config.train.accumulation, len(config.domains))
     return [*fixed_inputs(signature.batch, signature.length).values(), *signature.cut_inputs()]
 
 
@@ -106,10 +106,13 @@ def meshed_step(
     config, parallel = model.config, model.config.parallel
     shapes = expert_tensors(signature)
     if parallel.pipeline > 1:
-        stage = parallel.mesh.coordinates(rank).stage
-        cell = PipelinedStep(
-            model.net, signature, model.layout, config.train.accumulation, stage, parallel.optimizer_parallel
-        )
+        stage, domains = parallel.mesh.coordinates(rank).stage, len(config.domains)
+        # Experts and sums of gradients come to be, as parts, when the graph is cut.
+        with no_init_parameters():
+            cell = PipelinedStep(
+                model.net, signature, model.layout, config.train.accumulation, stage, parallel.optimizer_parallel,
+                domains,
+            )  # fmt: skip
         return MeshedStep(cell, model, {name: (None, shape) for name, shape in shapes.items()})
     first = len(fixed_inputs(signature.batch, signature.length))
     numbers = (first + i for _, begin, end in signature.bounds for i in range(begin, end))

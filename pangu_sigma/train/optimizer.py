@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -37,9 +38,11 @@ class Gradients:
             self.experts[key] = tensors if mine is None else [a + b for a, b in zip(mine, tensors, strict=True)]
         self.shared_squares = None
 
-    def squares(self, store: ExpertStore) -> tuple[np.ndarray, dict[str, float]]:
+    def squares(
+        self, store: ExpertStore, counted: Sequence[float] | None = None
+    ) -> tuple[np.ndarray, dict[str, float]]:
         """Square sums of the shared gradients [n], and of the activated experts' by place, as float32 sums per tensor
-        or block of one."""
+        or block of one; `counted`: how much each tensor of an expert counts, 1 where it is not said."""
         shared = self.shared_squares
         if shared is None:
             half_square = ops.L2Loss()
@@ -47,7 +50,10 @@ class Gradients:
         by_place: dict[str, list[Tensor]] = {}
         for (place, _), tensors in self.experts.items():
             by_place.setdefault(place, []).extend(tensors)
-        return shared, {place: float(store.square_sums(tensors).sum()) for place, tensors in by_place.items()}
+        sums = {place: store.square_sums(tensors) for place, tensors in by_place.items()}
+        if counted is not None:
+            sums = {place: found.reshape(-1, len(counted)) * counted for place, found in sums.items()}
+        return shared, {place: float(found.sum()) for place, found in sums.items()}
 
 
 class Optimizer:

@@ -12,7 +12,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
 from pangu_sigma.model.inputs import fixed_inputs
-from pangu_sigma.model.pangu import PanGuSigma, TrainingLoss
+from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.model.signature import FlatSignature
 from pangu_sigma.model.stages import stage_of
 from parallel.layout import MeshLayout
@@ -25,43 +25,76 @@ READ = ("tokens", "labels", "weights", "positions", "segments")
 
 
 class PipelinedLoss(nn.Cell):
-    """The objective of one micro-batch as one number: (READ inputs, every sparse layer's plan) -> float32 []."""
+    """The objective of one micro-batch, by domain: (READ inputs, domains, every sparse layer's plan) -> float32 [d].
+
+    `domains` float32 [B, d] has a 1 where a sample's domain is. The sum over d is what trains: MindSpore's gradient of
+    a vector is that of its sum.
+    """
 
     def __init__(self, net: PanGuSigma, layout: MeshLayout, signature: FlatSignature) -> None:
         super().__init__(auto_prefix=False)
-        self.loss = TrainingLoss(net, layout, signature)
+        self.net = net
         weights = expert_tensors(signature).items()
         self.experts = ParameterTuple(
             [Parameter(initializer("zeros", s, ms.float32), name=n, parallel_optimizer=False) for n, s in weights]
         )
         self.bounds = signature.bounds
-        self.no_auxiliary = Tensor(0.0, ms.float32)
+        by_row = ("rows", 1)
+        self.mul, self.sum = layout(ops.Mul(), by_row, by_row), layout(ops.ReduceSum(), by_row)
+        self.column = layout(ops.ExpandDims(), ("rows",))
 
     def construct(
-        self, tokens: Tensor, labels: Tensor, weights: Tensor, positions: Tensor, segments: Tensor, *plans: Tensor
-    ) -> Tensor:
+        self, tokens: Tensor, labels: Tensor, weights: Tensor, positions: Tensor, segments: Tensor, domains: Tensor,
+        *plans: Tensor,
+    ) -> Tensor:  # fmt: skip
         flat, experts = (), 0
         for start, behind_plan, end in self.bounds:
             first = start - experts
             flat = flat + plans[first : first + behind_plan - start]
             flat = flat + self.experts[experts : experts + end - behind_plan]
             experts = experts + end - behind_plan
-        outputs = self.loss(
-            tokens, labels, weights, self.no_auxiliary, positions, segments, None, None, *flat
-        )
-        return outputs[0]
+        h, _, _ = self.net(tokens, positions, segments, None, None, self.bounds, *flat)
+        losses = self.net.head(h, labels, None, self.net.output_table(flat, tokens))
+        by_sample = self.column(self.sum(self.mul(losses, weights), 1), 1)
+        return self.sum(self.mul(by_sample, domains), 0)
+
+
+class WholeStep(nn.Cell):
+    """(inputs of `PipelinedLoss` for a whole step) -> (objective by domain [d], gradients of all experts and of all
+    shared parameters): what the stages compute together, in one process.
+
+    The parameters of the experts are the loss' own: `experts`.
+    """
+
+    def __init__(
+        self, net: PanGuSigma, signature: FlatSignature, layout: MeshLayout, micro_batches: int, domains: int
+    ) -> None:
+        super().__init__(auto_prefix=False)
+        loss = PipelinedLoss(net, layout, signature)
+        self.experts = loss.experts
+        everything = ParameterTuple([*loss.experts, *net.trainable_params()])
+        self.loss = MicroBatches(loss, micro_batches)
+        self.value_and_grad = ops.value_and_grad(self.loss, None, everything)
+        self.set_train()
+        inputs = step_inputs(signature, micro_batches, domains)
+        self.set_inputs(*(Tensor(shape=list(shape), dtype=dtype) for shape, dtype, _ in inputs))
+
+    def construct(self, *inputs: Tensor):
+        objective, gradients = self.value_and_grad(*inputs)
+        end = len(self.experts)
+        return objective, gradients[:end], gradients[end:]
 
 
 class PipelinedStep(nn.Cell):
-    """(READ inputs and plans of a whole step) -> (objective, gradients of this stage's experts, of its shared
-    parameters, square sums of the latter [n]).
+    """(inputs of `PipelinedLoss` for a whole step) -> (objective by domain [d], gradients of this stage's experts, of
+    its shared parameters, square sums of the latter [n]).
 
     Each rank gives its rows of every micro-batch, one behind the other. The objective is the last stage's to know.
     """
 
     def __init__(
         self, net: PanGuSigma, signature: FlatSignature, layout: MeshLayout, micro_batches: int, stage: int,
-        optimizer_parallel: bool,
+        optimizer_parallel: bool, domains: int,
     ) -> None:  # fmt: skip
         super().__init__(auto_prefix=False)
         net.set_stages(layout.mesh)
@@ -77,7 +110,9 @@ class PipelinedStep(nn.Cell):
         # The last stage owes the first one the gradient of the word table, if it was sent the parameter.
         words = None if optimizer_parallel else net.head_words()
         self.owes = words is not None and 0 < stage == layout.mesh.pipeline - 1
-        everything = ParameterTuple([*self.experts, *self.shared, *([words] if self.owes else [])])
+        # What the graph has of another stage: its value is received, its memory must be here.
+        self.lent = ParameterTuple([words] if self.owes else [])
+        everything = ParameterTuple([*self.experts, *self.shared, *self.lent])
         # An attribute, so that set_train reaches the network, and operators tell where they stand.
         self.loss = MicroBatches(loss, micro_batches)
         self.value_and_grad = ops.value_and_grad(self.loss, None, everything)
@@ -85,8 +120,15 @@ class PipelinedStep(nn.Cell):
         self.accumulated_shared = Accumulated(self.shared, optimizer_parallel)
         self.square_sums = square_sums(layout, [parameter.shape for parameter in self.shared])
         self.set_train()
-        inputs = step_inputs(signature, micro_batches)
+        inputs = step_inputs(signature, micro_batches, domains)
         self.set_inputs(*(Tensor(shape=layout.part(shape, cut), dtype=dtype) for shape, dtype, cut in inputs))
+
+    @property
+    def made_here(self) -> tuple[Parameter, ...]:
+        """The parameters that hold nothing between steps, so that no checkpoint gives them values: experts of a step,
+        sums of gradients, what is lent."""
+        sums = [] if self.accumulated is None else [*self.accumulated.buffers]
+        return (*self.experts, *sums, *self.accumulated_shared.buffers, *self.lent)
 
     def construct(self, *inputs: Tensor):
         objective, gradients = self.value_and_grad(*inputs)
@@ -112,9 +154,12 @@ def expert_tensors(signature: FlatSignature) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def step_inputs(signature: FlatSignature, micro_batches: int) -> list[tuple[tuple[int, ...], ms.dtype, Cut]]:
+def step_inputs(
+    signature: FlatSignature, micro_batches: int, domains: int
+) -> list[tuple[tuple[int, ...], ms.dtype, Cut]]:
     """Whole shape, type and cut of every input of the graph of a step; `signature` is of one micro-batch."""
     fixed = fixed_inputs(signature.batch, signature.length)
     of_one = [fixed[name] for name in READ]
+    of_one.append(((signature.batch, domains), ms.float32, ("rows", 1)))
     of_one += [entry for place in signature.places for entry in place.reserved.plan_inputs()]
     return [((micro_batches * shape[0], *shape[1:]), dtype, cut) for shape, dtype, cut in of_one]

@@ -128,18 +128,21 @@ class MeshedReduction(Reduction):
     def __init__(self, model: Model) -> None:
         super().__init__(model)
         mesh, rank = self.mesh, self.processes.rank
-        self.readers = [r for r in range(mesh.size) if mesh.coordinates(r).tensor == 0]
+        # Each pipeline stage reads all rows; the last one knows what they gave.
+        last = range(mesh.size - mesh.stage_size, mesh.size)
+        self.readers = [r for r in last if mesh.coordinates(r).tensor == 0]
         self.sources = [r for r in self.readers if mesh.row_rank(r) in mesh.placement_rows(rank)]
         # Of what several ranks hold each counts its share, so that the sum over all counts it once.
         holders = [model.shared.holders(p.name) for p in model.shared.trainable]
         self.weights = np.array([1.0 / (self.processes.size if ranks is None else len(ranks)) for ranks in holders])
+        self.of_experts = [1.0 / share.holders for share in model.expert_shares.values()]
 
     def __call__(self, gradients: Gradients, parts: Sequence[Figures], phase: Phase) -> None:
         """Nothing is left to do."""
 
     def norm(self, gradients: Gradients) -> float:
-        """The global norm: each part of a shared parameter counts once, and no two ranks have the same of an expert."""
-        shared, by_place = gradients.squares(self.model.store)
+        """The global norm: each part of a shared parameter and of an expert counts once."""
+        shared, by_place = gradients.squares(self.model.store, self.of_experts)
         mine = float((shared * self.weights[: shared.size]).sum()) + sum(by_place.values(), 0.0)
         return _root(float(self.processes.total(np.array([mine]))[0]))
 

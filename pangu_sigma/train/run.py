@@ -34,11 +34,6 @@ def train(config: Config, resume: bool = False) -> Path:
 
     Raises UserError for the user's mistakes and for training that cannot go on.
     """
-    if config.parallel.pipeline > 1:
-        raise UserError(
-            f"train does not start with parallel.pipeline = {config.parallel.pipeline} stages yet: check their graphs "
-            "with `pangu-sigma plan --compile`, and train with pipeline 1"
-        )
     if config.adapt is not None:
         raise UserError(
             f"adapt fine-tunes a trained model: run it with pangu-sigma {config.adapt.objective} MODEL FILE.yaml"

@@ -15,6 +15,7 @@ from pangu_sigma.config.counts import is_routing, place_and_owner
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.model import SLOTS, Model
 from rre.kinds import LAYER
+from rre.store.base import KINDS
 
 if TYPE_CHECKING:
     from pangu_sigma.train.optimizer import Optimizer
@@ -82,7 +83,7 @@ def tensor_parts(model: Model, optimizer: Optimizer | None) -> dict[str, TensorP
     """
     store, groups, shares = model.store, model.groups, model.expert_shares
     store.settle()
-    parts = _shared_parts(model, optimizer)
+    parts = _shared_parts(model, optimizer) | _elsewhere(model, optimizer)
     for kind, place, name, table in store.tables():
         if place == SLOTS or (kind != "weight" and optimizer is None):
             continue
@@ -108,13 +109,16 @@ def _shared_parts(model: Model, optimizer: Optimizer | None) -> dict[str, Tensor
     """What is not the experts': shared parameters and moments, routing tables, embedding slots."""
     store, groups, shared, processes = model.store, model.groups, model.shared, model.processes
     values = shared.values() | (optimizer.moments() if optimizer is not None else {})
+    names = {name: name for name in shared.shapes}
+    if optimizer is not None:
+        names |= {f"optimizer.{kind}.{owner}": owner for owner in shared.trained for kind in "mv"}
     parts: dict[str, TensorPart] = {}
-    for turn, (name, array) in enumerate(sorted(values.items())):
-        owner = name.removeprefix("optimizer.m.").removeprefix("optimizer.v.")
+    for turn, (name, owner) in enumerate(sorted(names.items())):
         holders = shared.holders(owner) or range(processes.size)
         mine = holders[turn % len(holders)] == processes.rank
         begin = tuple(axis.start for axis in shared.part(owner))
-        parts[name] = TensorPart(shared.shapes[owner], array.dtype, (Piece(begin, array),) if mine else ())
+        pieces = (Piece(begin, values[name]),) if mine else ()
+        parts[name] = TensorPart(shared.shapes[owner], np.dtype(np.float32), pieces)
     common = {table_name(o, place): table for place, by_owner in model.tables.items() for o, table in by_owner.items()}
     for kind, place, name, table in store.tables():
         if place == SLOTS and (kind == "weight" or optimizer is not None):
@@ -124,6 +128,23 @@ def _shared_parts(model: Model, optimizer: Optimizer | None) -> dict[str, Tensor
         common |= {f"domains.{d}.optimizer.steps.{SLOTS}": steps[n : n + 1] for n, d in enumerate(groups.names)}
     for turn, (name, array) in enumerate(sorted(common.items())):
         parts[name] = TensorPart.all_of(array, turn % processes.size == processes.rank)
+    return parts
+
+
+def _elsewhere(model: Model, optimizer: Optimizer | None) -> dict[str, TensorPart]:
+    """The experts of other pipeline stages, of which this process writes nothing."""
+    parts: dict[str, TensorPart] = {}
+    kinds = KINDS if optimizer is not None else KINDS[:1]
+    for place in model.config.model.sparse_prefixes:
+        if place in model.places:
+            continue
+        for domain, size in zip(model.groups.names, model.groups.sizes, strict=True):
+            for name, share in model.expert_shares.items():
+                part = TensorPart((size, *share.shape), np.dtype(np.float32), ())
+                parts |= {_expert_tensor(domain, kind, place, name): part for kind in kinds}
+            if optimizer is not None:
+                name = f"domains.{domain}.optimizer.steps.{place}"
+                parts[name] = TensorPart((size,), np.dtype(np.int64), ())
     return parts
 
 
@@ -158,8 +179,8 @@ def restore_model(model: Model, tensors: Mapping[str, np.ndarray], optimizer_sta
     """
     # Updates that are still under way would write over what is restored.
     model.store.settle()
-    for name, shape in model.shared.shapes.items():
-        model.shared.write(name, _checked(tensors, name, shape))
+    for name in model.shared.held:
+        model.shared.write(name, _checked(tensors, name, model.shared.shapes[name]))
         model.processes.mark()
     store, groups = model.store, model.groups
     for kind, place, name, table in store.tables():

@@ -16,6 +16,7 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.model.inputs import PlannedBatch, Planner
 from pangu_sigma.model.model import SLOTS, Model
 from pangu_sigma.train.accounting import Accounting, Figures, store_figures
+from pangu_sigma.train.activated import slot_gradients
 from pangu_sigma.train.distance import Distance
 from pangu_sigma.train.flops import flops_per_token
 from pangu_sigma.train.gates import FrozenColumns
@@ -25,6 +26,7 @@ from pangu_sigma.train.objective import Objective
 from pangu_sigma.train.optimizer import Gradients, Optimizer
 from pangu_sigma.train.reduction import reduction_of
 from pangu_sigma.train.schedule import Phase, learning_rate, phase_at
+from pangu_sigma.train.staged import StagedStep, staged_step
 from rre.store.disk import StoreFull
 
 
@@ -69,7 +71,11 @@ class Trainer:
         if self.config.train.recompute:
             model.net.recompute_blocks()
         # Before the optimizer, whose moments are of the parts that this leaves.
-        self._graphs = step_graphs(model, self.signature, self.objective)
+        self.stages: StagedStep | None = None
+        if self.config.parallel.pipeline > 1:
+            self.stages = staged_step(model, self.signature)
+        else:
+            self._graphs = step_graphs(model, self.signature, self.objective)
         self.optimizer = Optimizer(model)
         self.reduction = reduction_of(model)
         self.loss_scale = LossScale.of(self.config)
@@ -103,17 +109,20 @@ class Trainer:
     def plan(self, batch: Batch) -> list[PlannedBatch]:
         """Cut the rows of a step's batch that `reads` names into planned micro-batches; runs in the reading thread."""
         size = self.planner.reads.size
-        return [
-            self.planner(
-                batch.tokens[a : a + size],
-                batch.domain[a : a + size],
-                batch.sample[a : a + size],
-                batch.step,
-                None if batch.mask is None else batch.mask[a : a + size],
-                None if batch.padding is None else batch.padding[a : a + size],
-            )
-            for a in range(0, batch.domain.size, size)
-        ]
+        runs = [slice(a, a + size) for a in range(0, batch.domain.size, size)]
+
+        def of(run: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+            return batch.tokens[run], batch.domain[run], batch.sample[run], batch.step
+
+        def cut(rows: np.ndarray | None, run: slice) -> np.ndarray | None:
+            return None if rows is None else rows[run]
+
+        present = None
+        if self.stages is not None:
+            # All micro-batches of a step are in one graph, and share its slots.
+            found = [self.planner.present(*of(run), cut(batch.padding, run)) for run in runs]
+            present = [np.unique(np.concatenate(of_layer)) for of_layer in zip(*found, strict=True)]
+        return [self.planner(*of(run), cut(batch.mask, run), cut(batch.padding, run), present) for run in runs]
 
     def step(self, step: int, batches: Sequence[PlannedBatch]) -> StepResult:
         """Do optimizer step `step` (from 0) on the micro-batches of one batch.
@@ -132,15 +141,10 @@ class Trainer:
         scale = self.loss_scale.value
         units = np.array([sum(float(self.objective.units(b).sum()) for b in batches)])
         total = float(self.reduction.total(units)[0])
-        gradients: Gradients | None = None
-        parts = []
-        for batch in (*batches, *self.objective.beside(batches, self.planner)):
-            part, figures = self._gradients(batch, phase, scale, total, len(batches))
-            parts.append(figures)
-            if gradients is None:
-                gradients = part
-            else:
-                gradients.add(part)
+        if self.stages is not None:
+            gradients, parts = self.stages.gradients(batches, phase, scale / total, self.reduction.readers)
+        else:
+            gradients, parts = self._summed(batches, phase, scale, total)
         self.reduction(gradients, parts, phase)
         loss = sum(float(figures.loss.sum()) for figures in parts) / total
         frozen = self._frozen_columns(phase)
@@ -185,6 +189,21 @@ class Trainer:
             names = [p.name for p in self.model.shared.trainable]
             self._frozen[phase.domains] = FrozenColumns(names, self.model.groups, phase.domains)
         return self._frozen[phase.domains]
+
+    def _summed(
+        self, batches: Sequence[PlannedBatch], phase: Phase, scale: float, total: float
+    ) -> tuple[Gradients, list[Figures]]:
+        """The gradients of a step micro-batch by micro-batch, and the figures of each."""
+        gradients: Gradients | None = None
+        parts = []
+        for batch in (*batches, *self.objective.beside(batches, self.planner)):
+            part, figures = self._gradients(batch, phase, scale, total, len(batches))
+            parts.append(figures)
+            if gradients is None:
+                gradients = part
+            else:
+                gradients.add(part)
+        return gradients, parts
 
     def _gradients(
         self, batch: PlannedBatch, phase: Phase, scale: float, total: float, parts: int
@@ -238,15 +257,12 @@ class Trainer:
             tensors = len(place.network.tensors)
             plan = batch.plans[layer]
             if place.reserved is not None:
-                for slots in place.reserved.by_chunk(self.signature.expert_part):
-                    stacked = by_expert[at : at + tensors]
-                    at += tensors
-                    for i, slot in enumerate(slots.tolist()):
-                        expert = slot if plan is None else int(plan.experts[slot])
-                        rows = received[layer, expert] if plan is None else plan.counts[slot]
-                        if rows > 0 and owner[expert] in phase.domains:
-                            number = int(self.signature.stored(np.array(expert)))
-                            found[(place.name, number)] = [gradient[i] for gradient in stacked]
+                experts = np.arange(place.slots) if plan is None else plan.experts
+                rows = received[layer] if plan is None else plan.counts
+                trains = np.isin(owner[experts], list(phase.domains)) & (rows > 0)
+                stacked = by_expert[at : at + place.weights]
+                at += place.weights
+                found |= slot_gradients(self.signature, place, experts, trains, stacked)
                 continue
             experts = range(place.slots) if plan is None else plan.experts.tolist()
             filled = [True] * place.slots if plan is None else plan.counts > 0

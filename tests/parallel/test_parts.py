@@ -7,8 +7,8 @@ import pytest
 
 from parallel.layout import MeshLayout
 from parallel.mesh import Mesh
-from parallel.parts import assembled, part_of, shape_of, ways, whole
-from rre.capacity import WEIGHT_CUTS
+from parallel.parts import assembled, part_of, shape_of, share_of, ways, whole
+from rre.capacity import PARAMETER_CUTS, WEIGHT_CUTS
 
 MESHES = [
     Mesh(data=2, expert=2, tensor=2),
@@ -67,3 +67,18 @@ def test_an_axis_that_does_not_divide_is_refused():
 
 def test_a_whole_tensor_is_a_part_of_itself():
     assert whole((3, 4)) == (slice(0, 3), slice(0, 4)) and shape_of(whole((3, 4))) == (3, 4)
+
+
+@pytest.mark.parametrize("name", PARAMETER_CUTS)
+def test_of_equal_parts_of_an_expert_one_rank_speaks(name):
+    """In every stage each element is written once, and all that hold it count it once together."""
+    mesh, cut, experts = Mesh(data=2, expert=4, tensor=2, pipeline=2), PARAMETER_CUTS[name], 8
+    inner = SHAPE if len(cut) == 3 else SHAPE[:1]
+    for stage in range(2):
+        written, counted = np.zeros((experts, *inner), int), np.zeros((experts, *inner))
+        for rank in range(stage * mesh.stage_size, (stage + 1) * mesh.stage_size):
+            share = share_of(mesh, rank, inner, cut[1:])
+            for expert in mesh.experts_in_turn(rank, experts):
+                written[(expert, *share.part)] += share.speaks
+                counted[(expert, *share.part)] += 1 / share.holders
+        assert (written == 1).all() and (counted == 1).all()

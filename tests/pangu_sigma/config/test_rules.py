@@ -227,6 +227,11 @@ BROKEN = [
     ("heads", ["run.device=Ascend", "parallel.tensor=3"], "parallel.tensor = 3 does not divide model.heads = 4"),
     ("stages", ["run.device=Ascend", "parallel.pipeline=3", "train.accumulation=4"], "does not divide model.layers"),
     ("waiting stages", ["run.device=Ascend", "parallel.pipeline=2"], "set it to at least parallel.pipeline = 2"),
+    (
+        "measuring between stages",
+        ["run.device=Ascend", "parallel.pipeline=2", "train.accumulation=2", "evaluate.every=5"],
+        "evaluate.every = 5 measures between steps, for which pipeline stages have no graph",
+    ),
     ("rows without parts", ["run.device=Ascend", "parallel.sequence_parallel=true"], "parallel.tensor is 1"),
     ("workers on Ascend", ["run.device=Ascend", "parallel.workers=2"], "msrun starts one process a device"),
     (

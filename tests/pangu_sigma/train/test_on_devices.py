@@ -32,6 +32,42 @@ def built(folder: Path, name: str, rank: int, *overrides: str) -> tuple[dict[str
     return dict(np.load(folder / "found.npz")), folder
 
 
+STAGES = (
+    "model.layers=4", "model.sparse.layers=2", "train.accumulation=2", "train.batch_size=8", "parallel.data=2",
+    "parallel.tensor=1", "model.query_layer=next_position",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides"),
+    [
+        (0, ()),
+        pytest.param(1, (), marks=pytest.mark.slow),
+        (1, ("parallel.optimizer_parallel=true", "parallel.tensor=2")),
+    ],
+)
+def test_a_rank_of_a_stage_has_its_parts_of_its_own_layers(tmp_path, stage, overrides):
+    """Two stages of two layers, whose experts are cut over two parts and repeated on two data replicas."""
+    name = "eight_devices_pipeline.yaml"
+    mesh = load_config(CONFIGS / name, [*TINY, *STAGES, *overrides]).parallel.mesh
+    rank = stage * mesh.stage_size + mesh.stage_size - 1
+    found, folder = built(tmp_path / "rank", name, rank, *STAGES, *overrides)
+    assert found["inputs"].all()
+    names = [key.removeprefix("value ") for key in found if key.startswith("value ")]
+    experts = {n for n in names if ".experts." in n}
+    assert len(experts) == 4 and len(names) > 20
+    for name in names:
+        np.testing.assert_array_equal(found[f"value {name}"], found[f"loaded {name}"], err_msg=name)
+        if name not in experts:
+            assert found[f"moment optimizer.m.{name}"].shape == found[f"value {name}"].shape
+    graph = last_graph(folder / "graphs" / f"rank_{rank}")
+    held_here = held(graph)
+    # What the graph has is what the rank holds, beside sums of gradients and a word table that is received.
+    beside = {n for n in held_here if not n.startswith("accu_grads.")} - set(names)
+    assert beside <= {"embedding.word"} and (stage == 1 or not beside)
+    assert all(held_here[n] == found[f"value {n}"].shape for n in names)
+
+
 @pytest.mark.parametrize(
     ("name", "rank", "overrides"),
     [
