@@ -62,7 +62,7 @@ LONG = {
     "stages_expert": staged({"expert": 2}, 20),
     "stages_tensor": staged({"tensor": 2}, 20, parallel={"optimizer_parallel": True}, model={"vocab_size": 1024}),
     "stages_data": staged({"data": 2}, 20, model={"layers": 2, "query_layer": "next_position", "sparse": CAPACITY}),
-    "stages_of_two": case(
+    "four_stages": case(
         {"pipeline": 4}, 20, train={"accumulation": 4}, model={"layers": 4, "sparse": {**CAPACITY, "layers": 2}},
     ),
     "dp2_tp2": case({"data": 2, "tensor": 2}, 20),
