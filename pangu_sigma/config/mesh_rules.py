@@ -47,8 +47,8 @@ def _device(config: Config) -> Broken:
         yield (
             "parallel.rehearse",
             "parallel.rehearse = true (--rehearse) lets processes on CPU take the places of several devices, but "
-            f"parallel makes a mesh of {parallel.mesh.size} on {device}: set parallel.data, expert or tensor, and "
-            "run.device to CPU, or leave rehearse out",
+            f"parallel makes a mesh of {parallel.mesh.size} on {device}: set parallel.data, expert, tensor or "
+            "pipeline, and run.device to CPU, or leave rehearse out",
         )
     if device == "CPU":
         cut = ("tensor", "sequence_parallel", "optimizer_parallel", "pipeline")
