@@ -44,7 +44,7 @@ STAGED = {
 def staged(mesh: dict, steps: int = 3, **more) -> dict:
     """Pipeline stages of a layer each, both with experts."""
     model = {"layers": 2, "sparse": {**CAPACITY, "layers": 2}, **more.pop("model", {})}
-    return case({"pipeline": 2, **mesh}, steps, model=model, **STAGED, **more)
+    return case({"pipeline": 2, **mesh}, steps, model=model, **{**STAGED, **more})
 
 
 FOUR = {
@@ -57,9 +57,10 @@ FOUR = {
 }  # fmt: skip
 PLACED = {"expert": 4, "placement": "domain", "placement_groups": 2}
 APART = dict.fromkeys(map(str, range(20)), [0, 0, 0, 0, 1, 2, 2, 1])
+FROZEN_BETWEEN = [{"steps": 5}, {"steps": 10, "shared": "frozen", "domains": ["code", "law"]}, {}]
 STAGES = {"stages": staged({}, saved_under=[{"pipeline": 2}, {"tensor": 2}, {"expert": 2}])}
 LONG = {
-    "stages_expert": staged({"expert": 2}, 20),
+    "stages_expert": staged({"expert": 2}, 20, train={"accumulation": 2, "phases": FROZEN_BETWEEN}),
     "stages_tensor": staged({"tensor": 2}, 20, parallel={"optimizer_parallel": True}, model={"vocab_size": 1024}),
     "stages_data": staged({"data": 2}, 20, model={"layers": 2, "query_layer": "next_position", "sparse": CAPACITY}),
     "four_stages": case(
