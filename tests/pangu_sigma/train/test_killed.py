@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from pangu_sigma.checkpoint import find_latest
+from pangu_sigma.checkpoint import CheckpointError, find_latest
 from tests.pangu_sigma.train.process import (
     assert_equal_checkpoints,
     checkpoint,
@@ -17,8 +17,12 @@ from tests.pangu_sigma.train.process import (
 
 
 def last_step(run) -> int:
-    found, _ = find_latest(run)
-    return 0 if found is None else found.step
+    while True:
+        try:
+            found, _ = find_latest(run)
+        except CheckpointError:
+            continue  # the run that goes on has put it out of the way meanwhile: there is a later one
+        return 0 if found is None else found.step
 
 
 def assert_said_from_where(said: str, step: int) -> None:
