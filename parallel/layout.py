@@ -105,7 +105,6 @@ class MeshLayout(Layout):
         return self._devices(*(names if len(names) > 1 else (names[0] if names else "None") for names in named))
 
 
-
 class RehearsedLayout(MeshLayout):
     """The same cells where no device is: a process computes the whole graph of a mesh, of whole tensors."""
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pangu_sigma.config.phases import old_domains
-from parallel.mesh import Mesh
 from rre.kinds import KINDS
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def broken_phase_rules(config: Config) -> Broken:
             yield (
                 f"{key}.shared",
                 f"{key}.shared = regularised has no form that is cut over devices, and parallel describes "
-                f"{_devices(config)} of them: set its keys to 1, or {key}.shared to train",
+                f"{config.parallel.devices} of them: set its keys to 1, or {key}.shared to train",
             )
         if not set(phase.weights or ()) - names:
             yield from _old_domains(key, config, index)
@@ -168,15 +167,9 @@ def broken_stream_rules(config: Config) -> Broken:
                 f"train.phases.{index}.replay = {phase.replay:g}, but a run with data.stream draws nothing from the "
                 "domains' files: set it to 0",
             )
-    if _devices(config) > 1:
+    if config.parallel.devices > 1:
         yield (
             "data.stream",
-            f"data.stream is read by one process, and parallel describes {_devices(config)} devices: leave --workers "
-            "out and set its keys to 1",
+            f"data.stream is read by one process, and parallel describes {config.parallel.devices} devices: leave "
+            "--workers out and set its keys to 1",
         )
-
-
-def _devices(config: Config) -> int:
-    # Without the placement, which may be one that no mesh has: that is told by a rule of its own.
-    parallel = config.parallel
-    return Mesh(parallel.data, parallel.expert, parallel.tensor, parallel.pipeline).size

@@ -104,6 +104,11 @@ class ParallelConfig(Section):
     )
 
     @property
+    def devices(self) -> int:
+        """Ranks of the mesh. Without the placement, which may be one that no mesh has: a rule of its own tells that."""
+        return Mesh(self.data, self.expert, self.tensor, self.pipeline).size
+
+    @property
     def mesh(self) -> Mesh:
         """The mesh of these numbers; they were checked when the configuration was loaded."""
         return Mesh(self.data, self.expert, self.tensor, self.pipeline, self.placement, self.placement_groups)

@@ -57,7 +57,7 @@ class Config(Section):
     def cut_over_devices(self) -> bool:
         """Whether one graph is cut over a mesh of devices, or rehearsed to be; several CPU processes have each their
         own."""
-        return self.parallel.rehearse or (self.run.device == "Ascend" and self.parallel.mesh.size > 1)
+        return self.parallel.rehearse or (self.run.device == "Ascend" and self.parallel.devices > 1)
 
     @property
     def coverage(self) -> dict[str, dict[str, int]]:

@@ -85,6 +85,7 @@ class MeshEvaluator:
         self.model, self.batch_size = model, batch_size
         self.figures: dict[str, float] = {}
         self.mesh = model.processes.mesh
+        self.groups = self.mesh.domains_of_groups(model.groups.sizes)
         self.at_once = batch_size // self.mesh.placement_groups
         # Rows that a slot can be asked for at all, and usually is.
         most = batch_size // self.mesh.rows * model.config.data.sequence_length
@@ -114,8 +115,8 @@ class MeshEvaluator:
 
     def _turns(self, heldout: Mapping[str, HeldoutSequences]) -> list[tuple[str | None, ...]]:
         """Which text each placement group measures, turn by turn."""
-        groups, names = self.mesh.domains_of_groups(self.model.groups.sizes), self.model.groups.names
-        mine = [[names[number] for number in group if names[number] in heldout] for group in groups]
+        names = self.model.groups.names
+        mine = [[names[number] for number in group if names[number] in heldout] for group in self.groups]
         return list(zip_longest(*mine))
 
     def _measure(
@@ -129,7 +130,7 @@ class MeshEvaluator:
         idle = np.ones((self.batch_size, length), bool)
         for group, name in enumerate(now):
             rows = slice(group * self.at_once, (group + 1) * self.at_once)
-            domain[rows] = self.mesh.domains_of_groups(self.model.groups.sizes)[group].start
+            domain[rows] = self.groups[group].start
             if name is not None:
                 ids[rows], mask[rows] = heldout[name].batch(number * self.at_once, self.at_once)
                 domain[rows], idle[rows] = names.index(name), False
