@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
-KERNELS := $(wildcard parallel/kernels/*.[ch])
+KERNELS := $(wildcard parallel/ops/kernels/*.[ch])
 # More arguments for pytest: make test PYTEST="-k config"
 PYTEST ?=
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from benchmarks.record import add_output, machine, sentence, write_results
 from benchmarks.server import Server, ServerFailed
 from benchmarks.workload import FFN, HEADS, HIDDEN, LAYERS, LENGTH, VARIANTS, VOCABULARY, prepare
-from pangu_sigma.monitor.terminal import progress
+from pangu_sigma.monitor.progress import progress
 
 HERE = Path(__file__).parent
 BASELINE = "Hugging Face GPT-2"

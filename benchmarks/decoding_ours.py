@@ -30,7 +30,7 @@ def main() -> None:
     from pangu_sigma.generation import Request, Sampling
     from pangu_sigma.generation.completion import complete
     from pangu_sigma.generation.engine import Engine
-    from pangu_sigma.model.build import build_model
+    from pangu_sigma.model.build_model import build_model
 
     tokenizer = prepare_corpus(config).tokenizer
     model = build_model(config, config.model.vocab_size, tokenizer.eod_id)

@@ -26,8 +26,8 @@ from pathlib import Path
 
 from benchmarks.expert_store_killed import KILL_AFTER, SAVE_EVERY, killed
 from benchmarks.expert_store_work import Work
-from pangu_sigma.monitor.files import write_json, write_text
-from pangu_sigma.monitor.terminal import progress
+from pangu_sigma.monitor.progress import progress
+from pangu_sigma.monitor.result_files import write_json, write_text
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "expert_store.json"

@@ -22,9 +22,9 @@ import numpy as np
 
 from pangu_sigma import runtime
 from pangu_sigma.config import Config, config_from_dict
-from pangu_sigma.config.load import effective
-from pangu_sigma.data.prefetch import Prefetcher
-from pangu_sigma.data.sampler import Batch
+from pangu_sigma.config.load_config import effective
+from pangu_sigma.data.mixture_sampler import Batch
+from pangu_sigma.data.prefetcher import Prefetcher
 
 EOD = 2
 
@@ -212,7 +212,7 @@ def measure(work: Work) -> dict:
     """Build, warm up, step; times in seconds, traffic in bytes a step."""
     config = work.config()
     runtime.prepare("CPU", Path(work.folder) / "mindspore")
-    from pangu_sigma.model.build import build_model
+    from pangu_sigma.model.build_model import build_model
     from pangu_sigma.train.flops import flops_per_token
     from pangu_sigma.train.trainer import Trainer
     from rre.adamw import AdamWHyper

@@ -38,8 +38,8 @@ from pangu_sigma.checkpoint import (
     write_model_folder,
 )
 from pangu_sigma.config import Config, config_from_dict, manifest
-from pangu_sigma.convert.folder import new_specs
-from pangu_sigma.monitor.terminal import progress
+from pangu_sigma.convert.converted_folder import new_specs
+from pangu_sigma.monitor.progress import progress
 
 HERE = Path(__file__).parent
 VOCABULARY = 32000
@@ -54,7 +54,7 @@ from pangu_sigma.cli import app
 if len(sys.argv) > 2:
     app(sys.argv[2:], standalone_mode=False)
 else:
-    import extract.job
+    import extract.extraction_job
 io = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
 peak = int(status["VmHWM"].split()[0]) * 1024

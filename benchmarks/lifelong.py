@@ -20,8 +20,8 @@ from benchmarks.lifelong_page import page, panels
 from benchmarks.lifelong_systems import DOMAINS, System, missing_text, prepare_text, systems, write_stages
 from benchmarks.record import add_output, machine, write_results
 from benchmarks.runs import Failed, Job, run_all
-from pangu_sigma.lifelong.heat import heat_map
-from pangu_sigma.monitor.files import write_text
+from pangu_sigma.lifelong.loss_heat_map import heat_map
+from pangu_sigma.monitor.result_files import write_text
 from pangu_sigma.signals import sigterm_as_ctrl_c
 
 # 27 runs of 4 stages in about 3 hours on 2 cores.

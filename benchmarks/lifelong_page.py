@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.record import sentence
-from pangu_sigma.lifelong.heat import Panel
-from pangu_sigma.monitor.text import compact, duration
+from pangu_sigma.lifelong.loss_heat_map import Panel
+from pangu_sigma.monitor.printable_text import compact, duration
 
 Seed = dict[str, Any]
 FROZEN, TRAINED = "rre_frozen", "rre_trained"

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from pangu_sigma.data.builtin import build
-from pangu_sigma.monitor.files import write_text
+from pangu_sigma.data.builtin_corpora import build
+from pangu_sigma.monitor.result_files import write_text
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent.parent / "shared" / "data" / "corpora"

@@ -29,10 +29,10 @@ from benchmarks.record import add_output, loss_complaints, machine, sentence, wr
 from benchmarks.server import Server, ServerFailed
 from benchmarks.workload import sampler
 from pangu_sigma.config import Config, config_from_dict
-from pangu_sigma.config.load import effective
-from pangu_sigma.data.builtin import build
+from pangu_sigma.config.load_config import effective
+from pangu_sigma.data.builtin_corpora import build
 from pangu_sigma.data.corpus import prepare_corpus
-from pangu_sigma.monitor.terminal import progress
+from pangu_sigma.monitor.progress import progress
 
 HERE = Path(__file__).parent
 VOCABULARY, LENGTH, BATCH, LAYERS, HIDDEN, HEADS = 8192, 512, 4, 4, 256, 8

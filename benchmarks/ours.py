@@ -23,7 +23,7 @@ from benchmarks.workload import sampler
 from pangu_sigma import runtime
 from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.data.corpus import prepare_corpus
-from pangu_sigma.data.prefetch import Prefetcher
+from pangu_sigma.data.prefetcher import Prefetcher
 
 
 class Stepper:
@@ -50,10 +50,10 @@ class Stepper:
 
 @contextmanager
 def stepper(path: Path) -> Iterator[Stepper]:
-    """A `Stepper` for the configuration file `path`, as `pangu_sigma.train.run` builds one."""
+    """A `Stepper` for the configuration file `path`, as `pangu_sigma.train.job` builds one."""
     config = config_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
     runtime.prepare(config.run.device, Path(config.run.dir) / "mindspore")
-    from pangu_sigma.model.build import build_model
+    from pangu_sigma.model.build_model import build_model
     from pangu_sigma.train.trainer import Trainer
 
     corpus = prepare_corpus(config)

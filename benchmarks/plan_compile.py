@@ -18,8 +18,8 @@ from typing import Any
 
 from benchmarks.record import add_output, write_results
 from pangu_sigma.config import load_config
-from pangu_sigma.plan.compiling import compile_plan
-from pangu_sigma.plan.job import changed
+from pangu_sigma.plan.cluster_plan import changed
+from pangu_sigma.plan.compile_plan import compile_plan
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = (

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.ours import stepper
 from benchmarks.workload import VARIANTS, prepare
-from parallel.compiled import kernel_times, library
+from parallel.ops.compiled_kernels import kernel_times, library
 
 WARMUP = 32  # after 30 launches of a kernel MindSpore has chosen its number of threads
 SHOWN = 12  # operator types in the table; the rest is summed

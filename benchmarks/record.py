@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pangu_sigma.monitor.files import write_json, write_text
+from pangu_sigma.monitor.result_files import write_json, write_text
 
 RESULTS = Path(__file__).parent / "results"
 _SPELLED = {"python": "Python", "mindspore": "MindSpore", "torch": "PyTorch", "transformers": "transformers"}

@@ -22,9 +22,9 @@ from benchmarks.record import add_output, machine, sentence, write_results
 from benchmarks.router_systems import DOMAINS, INNER, SHARED, SYSTEMS
 from benchmarks.runs import Failed, Job, run_all
 from pangu_sigma.config import load_config
-from pangu_sigma.config.counts import parameter_counts
-from pangu_sigma.monitor.metrics import read_metrics
-from pangu_sigma.monitor.text import compact
+from pangu_sigma.config.parameter_counts import parameter_counts
+from pangu_sigma.monitor.metrics_log import read_metrics
+from pangu_sigma.monitor.printable_text import compact
 from pangu_sigma.signals import sigterm_as_ctrl_c
 
 HERE = Path(__file__).parent

@@ -35,12 +35,12 @@ def measure(name: str) -> float:
     from mindspore import Tensor, nn, ops
 
     from benchmarks.router_systems import DOMAINS, SYSTEMS
-    from parallel.compiled import library
-    from parallel.layout import Layout
-    from rre.dispatch import plan_present
-    from rre.kinds import KINDS, LAYER
+    from parallel.operator_layout import Layout
+    from parallel.ops.compiled_kernels import library
+    from rre.dispatch.expert_dispatch import plan_present
+    from rre.router_specs import KINDS, LAYER
     from rre.routers import ROUTERS, Groups, RouterOptions
-    from rre.tables import draw_table
+    from rre.routing_tables import draw_table
 
     system = SYSTEMS[name]
     kind = KINDS[system.router]

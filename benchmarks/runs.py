@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pangu_sigma.monitor.terminal import progress
+from pangu_sigma.monitor.progress import progress
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from benchmarks.workload import (
     Workload,
     prepare,
 )
-from pangu_sigma.monitor.terminal import progress
+from pangu_sigma.monitor.progress import progress
 
 HERE = Path(__file__).parent
 # The first step compiles; MindSpore then tries thread counts for every kernel over its first 30 launches.

@@ -55,9 +55,9 @@ def write_dense(folder: Path, hidden: int) -> Path:
     """A dense model with random weights."""
     from pangu_sigma.checkpoint import Fingerprints, ModelFolder, TensorSpec, write_model_folder
     from pangu_sigma.config import config_from_dict, effective
-    from pangu_sigma.config.counts import manifest
-    from pangu_sigma.data.tokenizer import tokenizer_class, tokenizer_files
-    from rre.counted import generator
+    from pangu_sigma.config.parameter_counts import manifest
+    from pangu_sigma.data.tokenizers.tokenizer import tokenizer_class, tokenizer_files
+    from rre.counted_random import generator
 
     config = effective(config_from_dict(configuration(folder, hidden, 1, sparse=False)))
     tokenizer = tokenizer_class("pangu_alpha")(TOKENIZER.read_bytes())
@@ -80,7 +80,7 @@ def measure(dense: Path, config: Path, out: Path) -> dict[str, float]:
     """Upcycle in this process: seconds, bytes read and written, peak memory above what the process had before."""
     from pangu_sigma.checkpoint import open_checkpoint
     from pangu_sigma.convert.upcycle import upcycle
-    from pangu_sigma.data.tokenizer_pangu import PanguAlphaTokenizer
+    from pangu_sigma.data.tokenizers.pangu_alpha_tokenizer import PanguAlphaTokenizer
 
     PanguAlphaTokenizer(TOKENIZER.read_bytes())  # jieba's dictionary and the vocabulary are no part of the conversion
     # numpy's generators and the writer's threads too are there before
@@ -102,7 +102,7 @@ def results(hidden: int, work: Path) -> Iterator[dict]:
     """One row for each layout: sizes, what was measured, and the same layout's size at full width."""
     from pangu_sigma.checkpoint import open_checkpoint
     from pangu_sigma.config import config_from_dict, effective
-    from pangu_sigma.config.counts import parameter_counts
+    from pangu_sigma.config.parameter_counts import parameter_counts
 
     dense = write_dense(work / "dense", hidden)
     entries = open_checkpoint(dense).manifest

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from pangu_sigma.config import Config, config_from_dict
-from pangu_sigma.config.load import effective
-from pangu_sigma.data.builtin import build
+from pangu_sigma.config.load_config import effective
+from pangu_sigma.data.builtin_corpora import build
 from pangu_sigma.data.corpus import Corpus, prepare_corpus
-from pangu_sigma.data.sampler import MixtureSampler
-from rre.tables import draw_table
+from pangu_sigma.data.mixture_sampler import MixtureSampler
+from rre.routing_tables import draw_table
 
 VOCABULARY, LENGTH, BATCH = 8192, 512, 4
 LAYERS, HIDDEN, HEADS, FFN, SPARSE_LAYERS = 8, 512, 8, 2048, 4

@@ -9,11 +9,11 @@ from pathlib import Path
 from pangu_sigma.config import Config
 from pangu_sigma.config.mesh_rules import check_one_process
 from pangu_sigma.errors import UserError
-from pangu_sigma.monitor.files import write_json
-from pangu_sigma.monitor.metrics import read_metrics
-from pangu_sigma.monitor.tables import matrix_table, quality_table
-from pangu_sigma.monitor.terminal import progress
-from pangu_sigma.monitor.text import printable_lines
+from pangu_sigma.monitor.metrics_log import read_metrics
+from pangu_sigma.monitor.printable_text import printable_lines
+from pangu_sigma.monitor.progress import progress
+from pangu_sigma.monitor.result_files import write_json
+from pangu_sigma.monitor.text_tables import matrix_table, quality_table
 
 PROMPT_TOKENS = 16
 SAMPLE_TOKENS = 48
@@ -32,9 +32,9 @@ def quickstart(config: Config) -> Finished | None:
 
     Returns None if it was interrupted again.
     """
-    from pangu_sigma.evaluate import measure_with_progress
+    from pangu_sigma.evaluation.domain_evaluation import measure_with_progress
     from pangu_sigma.report import write_report
-    from pangu_sigma.train.run import Run
+    from pangu_sigma.train.job import Run
 
     if config.data.heldout_fraction == 0:
         raise UserError("the quickstart measures on held-out text, and data.heldout_fraction is 0: hold some out")

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from pangu_sigma.signals import signals_held
-from parallel.layout import SLICES_STAY
+from parallel.operator_layout import SLICES_STAY
 
 
 def prepare(device: str, scratch: Path | None = None) -> None:

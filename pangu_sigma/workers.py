@@ -1,7 +1,7 @@
 """The processes of one command: started by --workers or msrun, met, and ended together with one sentence.
 
 A command of several processes runs the same code in each of them. Who is who comes from the environment, which the
-launcher fills as msrun does; what they do together goes through `parallel.processes`.
+launcher fills as msrun does; what they do together goes through `parallel.comm.processes`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from tempfile import TemporaryDirectory
 from typing import NoReturn
 
 from pangu_sigma.checkpoint import Checkpoint, resolve
+from pangu_sigma.checkpoint.run_lock import locked_folder
 from pangu_sigma.config import Config
-from pangu_sigma.config.load import config_from_dict
+from pangu_sigma.config.load_config import config_from_dict
 from pangu_sigma.errors import INTERRUPTED, USER_ERROR, UserError
-from pangu_sigma.load import run_of, stored_config
-from pangu_sigma.train.lock import locked_folder
-from parallel.launch import WATCHED, Launch, end_with_launcher
-from parallel.processes import Processes, Started
-from parallel.watch import Watch
+from pangu_sigma.trained_model import run_of, stored_config
+from parallel.comm.launch import WATCHED, Launch, end_with_launcher
+from parallel.comm.processes import Processes, Started
+from parallel.comm.watchdog import Watch
 
 FOLDER = "workers"  # in the run's folder: logs, and the files by which processes know of each other
 TAKEN = "another job of several processes works in"

@@ -12,8 +12,8 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from parallel.layout import Layout
 from parallel.mesh import Mesh
+from parallel.operator_layout import Layout
 
 
 class LayoutExchange(nn.Cell):

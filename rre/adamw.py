@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parallel.compiled import HostKernels
+from parallel.ops.compiled_kernels import HostKernels
 
 DOT_BLOCK = 1 << 13  # elements of one float32 sum of squares
 BLOCK = 1 << 17  # elements of one block: with its scratch it stays in a core's second-level cache

@@ -5,9 +5,9 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from parallel.layout import Layout
-from parallel.primitives import Linear, Product, activation
-from rre.network import NetworkForm
+from parallel.operator_layout import Layout
+from parallel.ops.primitives import Linear, Product, activation
+from rre.feed_forward_form import NetworkForm
 
 
 class Network(nn.Cell):

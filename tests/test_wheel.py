@@ -44,7 +44,7 @@ def test_a_wheel_in_a_clean_environment_trains_and_lists_its_domains(tmp_path):
     where = run(python, "-c", "import pangu_sigma, rre, parallel, extract; print(pangu_sigma.__file__)")
     assert str(environment) in where
     assert "default-src 'none'" in run(
-        python, "-c", "from pangu_sigma.serving.page import load_page; print(load_page().headers)"
+        python, "-c", "from pangu_sigma.serving.browser_page import load_page; print(load_page().headers)"
     )
     command = environment / "bin/pangu-sigma"
     run(command, "corpora", "--out", "build/quickstart")

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extract.export.guides import onnx_guide
-from extract.export.source import Source, check_pangu
-from pangu_sigma.checkpoint.conversion import as_float32
-from pangu_sigma.config.counts import is_routing
+from extract.export.export_guides import onnx_guide
+from extract.export.export_source import Source, check_pangu
+from pangu_sigma.checkpoint.float_types import as_float32
+from pangu_sigma.config.parameter_counts import is_routing
 from pangu_sigma.errors import UserError
-from pangu_sigma.monitor.terminal import progress
+from pangu_sigma.monitor.progress import progress
 
 if TYPE_CHECKING:
-    from extract.export.exporting import Options
+    from extract.export.export_job import Options
     from extract.export.onnx_builder import OnnxBuilder
 
 TAKES = ("dtype",)

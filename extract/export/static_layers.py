@@ -18,10 +18,10 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from pangu_sigma.model.affine import Affine
-from pangu_sigma.model.parts import NORMS
-from parallel.layout import Layout
-from parallel.primitives import activation
+from pangu_sigma.model.layers.backbone_parts import NORMS
+from pangu_sigma.model.layers.linear_and_norm import Affine
+from parallel.operator_layout import Layout
+from parallel.ops.primitives import activation
 
 MASKED_SCORE = -10000.0
 

@@ -13,8 +13,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from pangu_sigma.checkpoint import layout
-from pangu_sigma.checkpoint.errors import CheckpointError
+from pangu_sigma.checkpoint import folder_layout
+from pangu_sigma.checkpoint.checkpoint_error import CheckpointError
 from pangu_sigma.checkpoint.tensor_file import TensorSpec, count_bytes
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -83,11 +83,11 @@ class Manifest(_Part):
 
     @model_validator(mode="after")
     def _whole(self) -> "Manifest":
-        layout.check_domains(self.domains)
+        folder_layout.check_domains(self.domains)
         for path in self.files:
-            if not layout.is_safe_path(path) or path == layout.MANIFEST:
+            if not folder_layout.is_safe_path(path) or path == folder_layout.MANIFEST:
                 raise ValueError(f"the file path {path!r} may leave the checkpoint's folder")
-        for required in (layout.CONFIG, layout.STATE):
+        for required in (folder_layout.CONFIG, folder_layout.STATE):
             if required not in self.files:
                 raise ValueError(f"{required} is not listed")
         for name, entry in self.tensors.items():
@@ -97,11 +97,11 @@ class Manifest(_Part):
         return self
 
     def _check_tensor(self, name: str, entry: TensorEntry) -> None:
-        domain = layout.domain_of(name)
+        domain = folder_layout.domain_of(name)
         if domain is not None and domain not in self.domains:
             raise ValueError(f"tensor {name!r} belongs to no domain of the checkpoint")
         for piece in entry.slices:
-            if piece.file not in self.files or layout.group_of_file(piece.file) != layout.group_of(name):
+            if piece.file not in self.files or folder_layout.group_of_file(piece.file) != folder_layout.group_of(name):
                 raise ValueError(f"tensor {name!r} lies in {piece.file!r}, which is not a file of its group")
             if not len(piece.offset) == len(piece.shape) == len(entry.shape) or any(
                 begin + size > full for begin, size, full in zip(piece.offset, piece.shape, entry.shape, strict=True)
@@ -120,7 +120,7 @@ class Manifest(_Part):
             for piece in entry.slices:
                 sizes[piece.file] += count_bytes(entry.dtype, piece.shape)
         for path, file in self.files.items():
-            holds_tensors = layout.group_of_file(path) is not None
+            holds_tensors = folder_layout.group_of_file(path) is not None
             if holds_tensors != (file.header_bytes is not None) or holds_tensors != (file.header_sha256 is not None):
                 raise ValueError(f"{path} must have a header exactly if it is a tensor file")
             if holds_tensors and sizes[path] != file.bytes:
@@ -146,8 +146,8 @@ def coverage_cells(
         (layer, domain): [] for layer, groups in coverage.items() for domain in groups
     }
     for name in sorted(shapes):
-        domain = layout.domain_of(name)
-        if domain is None or layout.is_optimizer(name) or not (".experts." in name or name.endswith(".routing")):
+        domain = folder_layout.domain_of(name)
+        if domain is None or folder_layout.is_optimizer(name) or not (".experts." in name or name.endswith(".routing")):
             continue
         rest = name.removeprefix(f"domains.{domain}.")
         layer = rest.split(".experts.")[0].removesuffix(".routing")
@@ -216,9 +216,9 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
         raise CheckpointError(f"{path} was altered or is cut off: restore the file or use another checkpoint")
     try:
         version = json.loads(text).get("format_version")
-        if isinstance(version, int) and version > layout.FORMAT_VERSION:
+        if isinstance(version, int) and version > folder_layout.FORMAT_VERSION:
             raise CheckpointError(
-                f"{path} has format version {version}, this program reads up to {layout.FORMAT_VERSION}: "
+                f"{path} has format version {version}, this program reads up to {folder_layout.FORMAT_VERSION}: "
                 "use the newer program that wrote it"
             )
         return Manifest.model_validate_json(_without_hash(text))

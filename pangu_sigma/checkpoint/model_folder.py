@@ -17,12 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from pangu_sigma.checkpoint import layout
-from pangu_sigma.checkpoint.cleaning import abandoned, held
-from pangu_sigma.checkpoint.disk import Writing
-from pangu_sigma.checkpoint.errors import CheckpointError
-from pangu_sigma.checkpoint.manifest import CoverageCell, Fingerprints, Manifest, coverage_cells, manifest_bytes
-from pangu_sigma.checkpoint.planning import (
+from pangu_sigma.checkpoint import folder_layout
+from pangu_sigma.checkpoint.checkpoint_error import CheckpointError
+from pangu_sigma.checkpoint.checkpoint_reader import Checkpoint
+from pangu_sigma.checkpoint.disk_space import Writing
+from pangu_sigma.checkpoint.file_plan import (
     PlannedFile,
     check_tensor_names,
     plan_content,
@@ -30,9 +29,10 @@ from pangu_sigma.checkpoint.planning import (
     plan_tokenizer,
     probe_tensors,
 )
-from pangu_sigma.checkpoint.reading import Checkpoint
+from pangu_sigma.checkpoint.folder_writer import FolderWriter, sync_folder
+from pangu_sigma.checkpoint.manifest import CoverageCell, Fingerprints, Manifest, coverage_cells, manifest_bytes
+from pangu_sigma.checkpoint.retention import abandoned, held
 from pangu_sigma.checkpoint.tensor_file import TensorSpec, pieces, spec_of
-from pangu_sigma.checkpoint.writing import FolderWriter, sync_folder
 
 CARD = "README.md"
 _DOCUMENT_BYTES = 1 << 20  # room for what `finish` adds
@@ -69,12 +69,12 @@ class ModelFolder:
     max_shard_bytes: int = 4 << 30
 
     def __post_init__(self) -> None:
-        layout.check_domains(self.domains)
+        folder_layout.check_domains(self.domains)
         check_tensor_names((spec.name for spec in self._all_specs), self.domains)
         names = [spec.name for spec in self._all_specs]
         if len(set(names)) != len(names):
             raise ValueError("a tensor is given twice")
-        if states := [name for name in names if layout.is_optimizer(name)]:
+        if states := [name for name in names if folder_layout.is_optimizer(name)]:
             raise ValueError(f"a model folder holds no optimizer state: {states[0]!r}")
 
     @cached_property
@@ -103,7 +103,10 @@ class ModelFolder:
         specs = [*self.tensors, *(spec_of(name, array) for name, array in self.probe_arrays.items())]
         state = json.dumps({"origin": self.origin}, allow_nan=False, ensure_ascii=False, indent=1).encode()
         planned = sorted([*plan_tensor_files(specs, self.max_shard_bytes), *self.copies], key=lambda file: file.path)
-        planned += [plan_content(layout.CONFIG, self.config_text.encode()), plan_content(layout.STATE, state)]
+        planned += [
+            plan_content(folder_layout.CONFIG, self.config_text.encode()),
+            plan_content(folder_layout.STATE, state),
+        ]
         planned += plan_tokenizer(self.tokenizer_files)
         planned += [plan_document(name, text) for name, text in self.documents.items()]
         return planned
@@ -116,8 +119,8 @@ class ModelFolder:
 
 def plan_document(name: str, text: str) -> PlannedFile:
     """A text that lies in the folder beside the tensors; ValueError for a name that is taken or no plain file name."""
-    taken = {layout.CONFIG, layout.STATE, layout.MANIFEST, layout.TOKENIZER}
-    if "/" in name or not layout.is_safe_path(name) or name in taken or name.endswith(layout.ENDING):
+    taken = {folder_layout.CONFIG, folder_layout.STATE, folder_layout.MANIFEST, folder_layout.TOKENIZER}
+    if "/" in name or not folder_layout.is_safe_path(name) or name in taken or name.endswith(folder_layout.ENDING):
         raise ValueError(f"a document of a model folder cannot be named {name!r}")
     return plan_content(name, text.encode())
 
@@ -125,7 +128,7 @@ def plan_document(name: str, text: str) -> PlannedFile:
 def check_output(out: Path | str) -> Path:
     """The absolute path of a folder that can be written to, links followed; CheckpointError if it is there and full."""
     path = Path(os.path.realpath(os.path.expanduser(out)))
-    if path.parent.name == layout.CHECKPOINTS:
+    if path.parent.name == folder_layout.CHECKPOINTS:
         raise CheckpointError(f"{out} lies among a run's checkpoints: choose another folder for the model")
     if path.is_dir():
         if next(path.iterdir(), None) is not None:
@@ -192,7 +195,7 @@ def write_model_folder(
 
 def _manifest(model: ModelFolder, writer: FolderWriter) -> Manifest:
     return Manifest(
-        format_version=layout.FORMAT_VERSION,
+        format_version=folder_layout.FORMAT_VERSION,
         step=model.step,
         domains=tuple(model.domains),
         fingerprints=model.fingerprints,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pangu_sigma.checkpoint.errors import CheckpointError
+from pangu_sigma.checkpoint.checkpoint_error import CheckpointError
 
 # NumPy has no bfloat16: its raw bits travel as uint16 that carries this mark. Views keep the mark, arithmetic drops it.
 BFLOAT16 = np.dtype(np.uint16, metadata={"element": "bfloat16"})

@@ -1,16 +1,16 @@
 """The configuration of a run: schema, loading, rules between keys, parameter counts."""
 
-from pangu_sigma.config.counts import Counts, manifest, parameter_counts, vocabulary_size
-from pangu_sigma.config.load import config_from_dict, effective, load_config
-from pangu_sigma.config.resume import changed_keys, check_resume
-from pangu_sigma.config.schema import SCHEMA_VERSION, Config
-from pangu_sigma.config.starting import (
+from pangu_sigma.config.init_from import (
     check_start,
     with_start_of,
     with_tokenizer_of,
     with_vocabulary,
     with_vocabulary_size,
 )
+from pangu_sigma.config.load_config import config_from_dict, effective, load_config
+from pangu_sigma.config.parameter_counts import Counts, manifest, parameter_counts, vocabulary_size
+from pangu_sigma.config.resume_rules import changed_keys, check_resume
+from pangu_sigma.config.schema import SCHEMA_VERSION, Config
 
 __all__ = [
     "SCHEMA_VERSION",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pangu_sigma.config.dispatch import activated_slots
+from pangu_sigma.config.capacity_sizes import activated_slots
 from pangu_sigma.errors import UserError
 from parallel.mesh import Mesh, mesh_problems
-from rre.kinds import KINDS
+from rre.router_specs import KINDS
 
 if TYPE_CHECKING:
     from pangu_sigma.config.schema import Config

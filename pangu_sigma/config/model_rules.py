@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pangu_sigma.config.dispatch import samples_at_a_time
-from pangu_sigma.config.model import GATE_ACTIVATIONS
-from rre.kinds import KINDS
+from pangu_sigma.config.capacity_sizes import samples_at_a_time
+from pangu_sigma.config.model_section import GATE_ACTIVATIONS
+from rre.router_specs import KINDS
 
 if TYPE_CHECKING:
     from pangu_sigma.config.schema import Config

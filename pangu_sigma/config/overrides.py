@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from pangu_sigma.config.describe import section_at
-from pangu_sigma.config.problems import unknown_key
+from pangu_sigma.config.key_descriptions import section_at
+from pangu_sigma.config.validation_messages import unknown_key
 from pangu_sigma.config.yaml_text import parse_yaml
 from pangu_sigma.errors import UserError
 

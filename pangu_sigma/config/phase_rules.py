@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pangu_sigma.config.phases import old_domains
-from rre.kinds import KINDS
+from pangu_sigma.config.phase_domains import old_domains
+from rre.router_specs import KINDS
 
 if TYPE_CHECKING:
     from pangu_sigma.config.schema import Config
-    from pangu_sigma.config.training import PhaseConfig
+    from pangu_sigma.config.training_sections import PhaseConfig
 
 Broken = Iterator[tuple[str, str]]
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from os.path import abspath, expanduser
 from typing import TYPE_CHECKING
 
-from pangu_sigma.config.adaptation_rules import broken_adaptation_rules
+from pangu_sigma.config.finetuning_rules import broken_adaptation_rules
 from pangu_sigma.config.mesh_rules import broken_mesh_rules
 from pangu_sigma.config.model_rules import broken_model_rules
 from pangu_sigma.config.phase_rules import broken_phase_rules, broken_stream_rules
-from rre.kinds import KINDS
+from rre.router_specs import KINDS
 
 if TYPE_CHECKING:
     from pangu_sigma.config.schema import Config

@@ -7,12 +7,12 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from pangu_sigma.config import rules
-from pangu_sigma.config.adaptation import AdaptConfig
-from pangu_sigma.config.data import DataConfig, DomainConfig
-from pangu_sigma.config.model import ModelConfig
-from pangu_sigma.config.running import CheckpointConfig, EvaluateConfig, ExpertsConfig, ParallelConfig, RunConfig
+from pangu_sigma.config.data_section import DataConfig, DomainConfig
+from pangu_sigma.config.finetuning_section import AdaptConfig
+from pangu_sigma.config.model_section import ModelConfig
+from pangu_sigma.config.run_sections import CheckpointConfig, EvaluateConfig, ExpertsConfig, ParallelConfig, RunConfig
 from pangu_sigma.config.section import ListOf, Section
-from pangu_sigma.config.training import OptimizerConfig, ScheduleConfig, TrainConfig
+from pangu_sigma.config.training_sections import OptimizerConfig, ScheduleConfig, TrainConfig
 
 SCHEMA_VERSION = 1
 

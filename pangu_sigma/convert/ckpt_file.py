@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pangu_sigma.convert.wire import BYTES, VARINT, WireError, numbers, read_varint
+from pangu_sigma.convert.protobuf_wire import BYTES, VARINT, WireError, numbers, read_varint
 from pangu_sigma.errors import UserError
 
 _TYPES = {

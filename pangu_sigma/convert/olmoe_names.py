@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pangu_sigma.checkpoint.layout import domain_of
+from pangu_sigma.checkpoint.folder_layout import domain_of
 from pangu_sigma.config import Config
-from pangu_sigma.config.counts import is_expert
+from pangu_sigma.config.parameter_counts import is_expert
 
 _TABLES = {
     "embedding.word": "model.embed_tokens.weight",

@@ -16,20 +16,20 @@ from pathlib import Path
 import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder, TensorSpec, resolve
-from pangu_sigma.checkpoint.conversion import as_float32
-from pangu_sigma.checkpoint.layout import domain_of
+from pangu_sigma.checkpoint.float_types import as_float32
+from pangu_sigma.checkpoint.folder_layout import domain_of
 from pangu_sigma.checkpoint.tensor_file import raw_bytes
 from pangu_sigma.config import Config, config_from_dict, effective, load_config
-from pangu_sigma.config.counts import is_expert, is_routing, manifest, parameter_counts
-from pangu_sigma.convert.coverage import check_coverage
-from pangu_sigma.convert.folder import check_output, new_specs, write_with_progress
-from pangu_sigma.data.packing import first_sequences
+from pangu_sigma.config.parameter_counts import is_expert, is_routing, manifest, parameter_counts
+from pangu_sigma.convert.conversion_coverage import check_coverage
+from pangu_sigma.convert.converted_folder import check_output, new_specs, write_with_progress
+from pangu_sigma.data.packed_sequences import first_sequences
 from pangu_sigma.errors import UserError
-from pangu_sigma.load import stored_config, stored_tokenizer
-from pangu_sigma.model.initial import initial_value
-from rre.counted import generator
-from rre.kinds import KINDS, LAYER
-from rre.tables import draw_table
+from pangu_sigma.model.initialization import initial_value
+from pangu_sigma.trained_model import stored_config, stored_tokenizer
+from rre.counted_random import generator
+from rre.router_specs import KINDS, LAYER
+from rre.routing_tables import draw_table
 
 # What must be the same on both sides for a tensor to fit and the function to stay.
 _AGREE = (
@@ -157,7 +157,7 @@ def _check_tokenizer(config: Config, file: str, source: Checkpoint) -> None:
     wanted = config.data.tokenizer
     if wanted.kind == "train":
         return
-    from pangu_sigma.data.tokenizer import read_model, tokenizer_class
+    from pangu_sigma.data.tokenizers.tokenizer import read_model, tokenizer_class
 
     own = stored_tokenizer(source)
     model = read_model(wanted.path, wanted.kind)

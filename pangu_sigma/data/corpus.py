@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from pangu_sigma.config import Config
-from pangu_sigma.data.filters import sentence
-from pangu_sigma.data.packing import HeldoutSequences, PackedSequences
-from pangu_sigma.data.prepare import DomainStore, prepare_domain
-from pangu_sigma.data.sources import Source
-from pangu_sigma.data.tokenizer import Tokenizer
-from pangu_sigma.data.tokenizer_training import build_tokenizer
-from pangu_sigma.data.unigram import unigram_loss
+from pangu_sigma.data.corpus_files import Source
+from pangu_sigma.data.document_filters import sentence
+from pangu_sigma.data.domain_store import DomainStore, prepare_domain
+from pangu_sigma.data.packed_sequences import HeldoutSequences, PackedSequences
+from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
+from pangu_sigma.data.tokenizers.tokenizer_training import build_tokenizer
+from pangu_sigma.data.unigram_model import unigram_loss
 from pangu_sigma.errors import UserError
 
 Progress = Callable[[str, str, int, int], None]

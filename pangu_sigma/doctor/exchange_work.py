@@ -2,7 +2,7 @@
 
     msrun … python -m pangu_sigma.doctor.exchange_work CPU FOLDER
 
-On CPU the way is a training's own (`parallel.exchange`); on Ascend it is the AlltoAll that MindSpore puts into a
+On CPU the way is a training's own (`parallel.comm.exchange`); on Ascend it is the AlltoAll that MindSpore puts into a
 training's graph.
 """
 
@@ -25,7 +25,7 @@ def run(device: str) -> dict[str, object]:
     from mindspore import Tensor, nn, ops
     from mindspore.communication import get_group_size, get_rank, init
 
-    from parallel.exchange import GatheredExchange
+    from parallel.comm.exchange import GatheredExchange
     from parallel.mesh import Mesh
 
     ms.set_device(device)

@@ -14,8 +14,8 @@ import numpy as np
 
 from pangu_sigma import runtime
 from pangu_sigma.config import config_from_dict, effective
-from pangu_sigma.data.sampler import Batch
-from rre.counted import generator
+from pangu_sigma.data.mixture_sampler import Batch
+from rre.counted_random import generator
 
 VOCABULARY, EOD = 256, 2
 STEPS = 2
@@ -35,7 +35,7 @@ def run(device: str, kernels: str, folder: Path) -> dict[str, object]:
         config_from_dict(SIZES | {"run": {"dir": str(folder), "device": device, "kernels": kernels}})
     )
     runtime.prepare(config.run.device, folder / "mindspore")
-    from pangu_sigma.model.build import build_model
+    from pangu_sigma.model.build_model import build_model
     from pangu_sigma.train.trainer import Trainer
 
     model = build_model(config, VOCABULARY, EOD)

@@ -21,14 +21,14 @@ from typing import Protocol
 
 import numpy as np
 
-from pangu_sigma.data.tokenizer import Tokenizer
-from pangu_sigma.domains.inference import token_log_probabilities
+from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
+from pangu_sigma.generation.domain_inference import token_log_probabilities
+from pangu_sigma.generation.domain_mixture import Mixture, UnknownDomain
 from pangu_sigma.generation.request import AUTO, Event, Request, Score, pick_domain
 from pangu_sigma.generation.sampling import choose, likeliest, log_softmax
-from pangu_sigma.generation.text import TextStream
-from pangu_sigma.generation.unknown import Mixture, UnknownDomain
-from rre.kinds import KINDS
+from pangu_sigma.generation.text_stream import TextStream
+from rre.router_specs import KINDS
 
 
 class Decoder(Protocol):
@@ -87,7 +87,7 @@ class Engine:
                 "cannot write text: use it with evaluate"
             )
         if decoder is None:
-            from pangu_sigma.generation.cached import CachedDecoder
+            from pangu_sigma.generation.kv_cache_decoder import CachedDecoder
 
             decoder = CachedDecoder(model, slots)
         self.tokenizer = tokenizer

@@ -12,7 +12,7 @@ from pangu_sigma.config.rules import INFERRED_DOMAIN
 from pangu_sigma.errors import UserError
 
 if TYPE_CHECKING:
-    from pangu_sigma.data.tokenizer import Tokenizer
+    from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 
 Alternatives = tuple[tuple[int, float], ...]
 

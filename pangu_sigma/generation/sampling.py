@@ -7,7 +7,7 @@ from collections.abc import Collection
 import numpy as np
 
 from pangu_sigma.generation.request import Alternatives, Sampling
-from rre.counted import key64, uniform
+from rre.counted_random import key64, uniform
 
 
 def choose(logits: np.ndarray, sampling: Sampling, number: int, seen: Collection[int]) -> int:

@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pangu_sigma.config import Config
-from pangu_sigma.config.dispatch import dispatch
+from pangu_sigma.config.capacity_sizes import dispatch
+from pangu_sigma.model.graph_inputs import FlatSignature, PlaceSignature
 from pangu_sigma.model.pangu import PanGuSigma
-from pangu_sigma.model.shared import SharedParameters
-from pangu_sigma.model.signature import FlatSignature, PlaceSignature
-from pangu_sigma.model.stages import stage_of
-from parallel.layout import Layout
-from parallel.parts import Share, part_of, share_of, whole
-from parallel.processes import Processes
-from rre.capacity import PARAMETER_CUTS, WEIGHT_CUTS, Reserved
-from rre.dispatch import EXACT_ROWS
-from rre.kinds import KINDS
+from pangu_sigma.model.pipeline_stages import stage_of
+from pangu_sigma.model.sharded_parameters import SharedParameters
+from parallel.comm.processes import Processes
+from parallel.operator_layout import Layout
+from parallel.partition_spec import Share, part_of, share_of, whole
+from rre.dispatch.capacity_dispatch import PARAMETER_CUTS, WEIGHT_CUTS, Reserved
+from rre.dispatch.expert_dispatch import EXACT_ROWS
+from rre.router_specs import KINDS
 from rre.routers import Groups, Router
 from rre.store import ExpertStore
 
@@ -56,7 +56,8 @@ class Model:
     def held(self) -> range:
         """The experts of a sparse layer that this process holds, by their places on the layer's expert axis."""
         mesh, rank = self.processes.mesh, self.processes.rank
-        # In a graph that is cut over devices a gate's experts stand in their order, a table's as `rre.capacity` says.
+        # In a graph that is cut over devices a gate's experts stand in their order, a table's as
+        # `rre.dispatch.capacity_dispatch` says.
         in_turn = self.layout.meshed is not None and not self.learned
         return (mesh.experts_in_turn if in_turn else mesh.experts_of)(rank, self.groups.total)
 
@@ -155,7 +156,11 @@ class Model:
         tokens = batch * self.config.data.sequence_length
         places = tuple(
             PlaceSignature(
-                place, slots, model.expert_network, router.learned, router.noise_shape(tokens) if training else (),
+                place,
+                slots,
+                model.expert_network,
+                router.learned,
+                router.noise_shape(tokens) if training else (),
                 self.layout.rows_by_slot,
             )  # fmt: skip
             for place, router in zip(model.sparse_prefixes, self.routers, strict=True)

@@ -13,20 +13,20 @@ from collections.abc import Sequence
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from pangu_sigma.config.model import ModelConfig
-from pangu_sigma.model.attention import masking
-from pangu_sigma.model.block import TransformerLayer, shared_expert
-from pangu_sigma.model.competition import CompetitiveHead
-from pangu_sigma.model.dropout import CountedDropout
-from pangu_sigma.model.embedding import WordEmbedding
-from pangu_sigma.model.parts import HEADS, NORMS, POSITIONS, QUERY_LAYERS
-from pangu_sigma.model.signature import FlatSignature
-from parallel.exchange import GatheredExchange
-from parallel.layout import Layout
+from pangu_sigma.config.model_section import ModelConfig
+from pangu_sigma.model.graph_inputs import FlatSignature
+from pangu_sigma.model.layers.attention import masking
+from pangu_sigma.model.layers.backbone_parts import HEADS, NORMS, POSITIONS, QUERY_LAYERS
+from pangu_sigma.model.layers.dropout import CountedDropout
+from pangu_sigma.model.layers.embedding import WordEmbedding
+from pangu_sigma.model.layers.mixture_head import CompetitiveHead
+from pangu_sigma.model.layers.transformer_layer import TransformerLayer, shared_expert
+from parallel.comm.exchange import GatheredExchange
 from parallel.mesh import Mesh
-from parallel.micro_batch import HandedOn
-from rre.layer import SparseFeedForward
+from parallel.micro_batches import HandedOn
+from parallel.operator_layout import Layout
 from rre.routers import Router
+from rre.sparse_layer import SparseFeedForward
 
 NAMES_WITHOUT_CELLS = {
     "feed_forward.router.": "router.",
@@ -57,7 +57,7 @@ class PanGuSigma(nn.Cell):
     """tokens, positions, segments int32 [B, S], domain int32 [B], dropout keys int32 [B], flat -> (h_TD, aux, counts).
 
     `aux` is the sum of the sparse layers' auxiliary losses, `counts` the rows [B, E + 1] of each sparse layer with a
-    learned gate (see `rre.routers.base.Router`). `flat` follows `FlatSignature`. `h` is what the head takes: of a
+    learned gate (see `rre.routers.router.Router`). `flat` follows `FlatSignature`. `h` is what the head takes: of a
     competitive mixture (h of every expert [E*T, D], log p [T, E]) instead.
     """
 

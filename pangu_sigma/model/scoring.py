@@ -8,10 +8,10 @@ import numpy as np
 from mindspore import Tensor
 
 from pangu_sigma.errors import UserError
-from pangu_sigma.model.inputs import PlannedBatch, Planner, graph_placeholders
+from pangu_sigma.model.batch_planner import PlannedBatch, Planner, graph_placeholders
 from pangu_sigma.model.model import Model
 from pangu_sigma.model.pangu import Logits, TokenLosses
-from rre.store.disk import StoreFull
+from rre.store.disk_store import StoreFull
 
 _INPUTS = ("tokens", "positions", "segments", "domain", "keys")
 

@@ -1,5 +1,5 @@
 """A run's metrics as one HTML file."""
 
-from pangu_sigma.report.page import write_report
+from pangu_sigma.report.report_page import write_report
 
 __all__ = ["write_report"]

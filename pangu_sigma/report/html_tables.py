@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from pangu_sigma.monitor.tables import best_of_row, number, perplexity
-from pangu_sigma.monitor.text import compact, duration, printable
+from pangu_sigma.monitor.printable_text import compact, duration, printable
+from pangu_sigma.monitor.text_tables import best_of_row, number, perplexity
 from pangu_sigma.report.run_data import Evaluation, Record
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pangu_sigma.errors import UserError
-from pangu_sigma.monitor.metrics import FILE_NAME, read_metrics, restore_numbers
+from pangu_sigma.monitor.metrics_log import FILE_NAME, read_metrics, restore_numbers
 
 Record = dict[str, Any]
 

@@ -18,8 +18,8 @@ from typing import Protocol
 
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation import Event, Request
-from pangu_sigma.serving.errors import bad_request, busy, failed, internal, shutting_down
-from pangu_sigma.serving.settings import Limits
+from pangu_sigma.serving.api_errors import bad_request, busy, failed, internal, shutting_down
+from pangu_sigma.serving.server_settings import Limits
 
 
 class Engine(Protocol):

@@ -18,15 +18,15 @@ import uvicorn
 from pangu_sigma.checkpoint import resolve
 from pangu_sigma.errors import INTERRUPTED, UserError
 from pangu_sigma.generation import pick_domain
-from pangu_sigma.generation.inferring import Inference
-from pangu_sigma.load import stored_config
-from pangu_sigma.serving.app import create_app
-from pangu_sigma.serving.connection import BoundedConnection
-from pangu_sigma.serving.metrics import Metrics
+from pangu_sigma.generation.inference_settings import Inference
+from pangu_sigma.serving.bounded_connection import BoundedConnection
+from pangu_sigma.serving.http_app import create_app
+from pangu_sigma.serving.openai_adapter import Desk
 from pangu_sigma.serving.scheduler import Scheduler
-from pangu_sigma.serving.settings import TOKEN_VARIABLE, Limits, Settings
-from pangu_sigma.serving.starting import ServedModel, Starting
-from pangu_sigma.serving.work import Desk
+from pangu_sigma.serving.served_model import ServedModel, Starting
+from pangu_sigma.serving.server_metrics import Metrics
+from pangu_sigma.serving.server_settings import TOKEN_VARIABLE, Limits, Settings
+from pangu_sigma.trained_model import stored_config
 
 # Connections at once, idle ones included; answers are bounded by slots and queue long before. Many systems give a
 # process 1024 open files.

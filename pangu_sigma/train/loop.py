@@ -8,17 +8,17 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from pangu_sigma.checkpoint import find_latest
-from pangu_sigma.data.prefetch import Prefetcher
-from pangu_sigma.data.stream import StreamEnded
-from pangu_sigma.monitor.tables import evaluation_line
-from pangu_sigma.monitor.terminal import TrainingProgress
+from pangu_sigma.data.prefetcher import Prefetcher
+from pangu_sigma.data.stream_sampler import StreamEnded
+from pangu_sigma.monitor.progress import TrainingProgress
+from pangu_sigma.monitor.text_tables import evaluation_line
 from pangu_sigma.train.interrupt import Interruption
 from pangu_sigma.train.nonfinite import no_way_back, tolerated
 from pangu_sigma.train.profiling import profiled_steps
 from pangu_sigma.train.schedule import phase_at
 
 if TYPE_CHECKING:
-    from pangu_sigma.train.run import Run
+    from pangu_sigma.train.job import Run
     from pangu_sigma.train.trainer import StepResult
 
 # How soon a signal, an idle stream or an overdue checkpoint is noticed while waiting for documents.

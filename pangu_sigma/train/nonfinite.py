@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pangu_sigma.config.training import TrainConfig
+from pangu_sigma.config.training_sections import TrainConfig
 from pangu_sigma.errors import UserError
 
 

@@ -12,10 +12,10 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
-from pangu_sigma.model.inputs import PlannedBatch, Planner
+from pangu_sigma.model.batch_planner import PlannedBatch, Planner
+from pangu_sigma.model.graph_inputs import FlatSignature
 from pangu_sigma.model.pangu import PanGuSigma, TrainingLoss
-from pangu_sigma.model.signature import FlatSignature
-from parallel.layout import Layout
+from parallel.operator_layout import Layout
 
 
 @dataclass(frozen=True)

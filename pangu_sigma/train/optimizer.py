@@ -12,7 +12,7 @@ from mindspore import Tensor, ops
 
 from pangu_sigma.config import Config
 from pangu_sigma.model.model import Model
-from pangu_sigma.train.gates import FrozenColumns
+from pangu_sigma.train.continual.frozen_gate_columns import FrozenColumns
 from pangu_sigma.train.step import SharedUpdate
 from rre.adamw import AdamWHyper
 from rre.store import ExpertStore

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pangu_sigma.config.running import ProfileConfig
+from pangu_sigma.config.run_sections import ProfileConfig
 
 
 @contextmanager

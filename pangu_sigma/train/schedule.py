@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from pangu_sigma.config import Config
-from pangu_sigma.config.phases import drawn_weights
-from pangu_sigma.config.training import RegulariseConfig
+from pangu_sigma.config.phase_domains import drawn_weights
+from pangu_sigma.config.training_sections import RegulariseConfig
 
 
 def learning_rate(config: Config, step: int) -> float:

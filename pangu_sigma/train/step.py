@@ -8,12 +8,12 @@ import mindspore as ms
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
-from pangu_sigma.model.inputs import graph_placeholders
+from pangu_sigma.model.batch_planner import graph_placeholders
+from pangu_sigma.model.graph_inputs import FlatSignature
 from pangu_sigma.model.pangu import PanGuSigma
-from pangu_sigma.model.signature import FlatSignature
 from pangu_sigma.train.objective import Objective
-from parallel.layout import Layout
-from parallel.primitives import square_sums
+from parallel.operator_layout import Layout
+from parallel.ops.primitives import square_sums
 from rre.adamw import decays
 
 FIXED_INPUTS = 8

@@ -11,23 +11,23 @@ import numpy as np
 from mindspore import Tensor
 
 from pangu_sigma.config import Config
-from pangu_sigma.data.sampler import Batch
+from pangu_sigma.data.mixture_sampler import Batch
 from pangu_sigma.errors import UserError
-from pangu_sigma.model.inputs import PlannedBatch, Planner
+from pangu_sigma.model.batch_planner import PlannedBatch, Planner
 from pangu_sigma.model.model import SLOTS, Model
-from pangu_sigma.train.accounting import Accounting, Figures, store_figures
-from pangu_sigma.train.activated import slot_gradients
-from pangu_sigma.train.distance import Distance
+from pangu_sigma.train.continual.frozen_gate_columns import FrozenColumns
+from pangu_sigma.train.continual.weight_penalty import Distance
+from pangu_sigma.train.distributed.gradient_reduction import reduction_of
+from pangu_sigma.train.distributed.pipeline_runner import StagedStep, staged_step
+from pangu_sigma.train.distributed.step_cache import step_graphs
 from pangu_sigma.train.flops import flops_per_token
-from pangu_sigma.train.gates import FrozenColumns
-from pangu_sigma.train.graphs import step_graphs
 from pangu_sigma.train.loss_scale import LossScale
 from pangu_sigma.train.objective import Objective
 from pangu_sigma.train.optimizer import Gradients, Optimizer
-from pangu_sigma.train.reduction import reduction_of
 from pangu_sigma.train.schedule import Phase, learning_rate, phase_at
-from pangu_sigma.train.staged import StagedStep, staged_step
-from rre.store.disk import StoreFull
+from pangu_sigma.train.slot_gradients import slot_gradients
+from pangu_sigma.train.step_metrics import Accounting, Figures, store_figures
+from rre.store.disk_store import StoreFull
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,19 @@
 """The registry of routers: a name of the configuration -> the class that builds the router of one sparse layer.
 
-`rre.kinds` says of each name what must be known before a framework is loaded; a new router is one file and one line in
-both.
+`rre.router_specs` says of each name what must be known before a framework is loaded; a new router is one file and
+one line in both.
 """
 
 from rre.routers.adaptive_mixture import AdaptiveMixtureRouter
-from rre.routers.base import Assignment, Groups, Router, RouterOptions
 from rre.routers.expert_choice import ExpertChoiceRouter
 from rre.routers.glam import GlamRouter
 from rre.routers.gshard import GShardRouter
 from rre.routers.hash import HashRouter
 from rre.routers.noisy_top_k import NoisyTopKRouter
 from rre.routers.olmoe import OlmoeRouter
+from rre.routers.router import Assignment, Groups, Router, RouterOptions
 from rre.routers.switch import SwitchRouter
-from rre.routers.table import TableRouter
+from rre.routers.table_router import TableRouter
 
 ROUTERS: dict[str, type[Router]] = {
     "rre": TableRouter,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from rre.routers.base import RouterOptions
-from rre.routers.gate import Gate, LearnedRouter
+from rre.routers.learned_gate import Gate, LearnedRouter
+from rre.routers.router import RouterOptions
 
 
 class AdaptiveMixtureRouter(LearnedRouter):

@@ -8,8 +8,8 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
-from rre.dispatch import plan_in_graph
-from rre.routers.gate import LearnedRouter
+from rre.dispatch.expert_dispatch import plan_in_graph
+from rre.routers.learned_gate import LearnedRouter
 
 
 class ExpertChoiceRouter(LearnedRouter):

@@ -6,8 +6,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from rre.routers.gate import Gate, LearnedRouter
-from rre.routers.losses import BalanceLoss
+from rre.routers.auxiliary_losses import BalanceLoss
+from rre.routers.learned_gate import Gate, LearnedRouter
 
 
 class GShardRouter(LearnedRouter):

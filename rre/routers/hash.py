@@ -6,15 +6,15 @@ import math
 
 import numpy as np
 
-from rre.dispatch import drop_overflow
-from rre.kinds import LAYER
-from rre.routers.base import Assignment, RouterOptions
-from rre.routers.table import TableRouter
+from rre.dispatch.expert_dispatch import drop_overflow
+from rre.router_specs import LAYER
+from rre.routers.router import Assignment, RouterOptions
+from rre.routers.table_router import TableRouter
 
 
 class HashRouter(TableRouter):
     """The table int32 [vocab] of the layer, which all domains share, names one of all its experts; combine weight 1, no
-    auxiliary loss. It is drawn at random or balanced by frequency (section 3 of the paper), see `rre.tables`.
+    auxiliary loss. It is drawn at random or balanced by frequency (section 3 of the paper), see `rre.routing_tables`.
 
     With `capacity_factor` an expert takes ceil(factor * S / E) rows of a sample while training.
     """

@@ -9,8 +9,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
-from rre.routers.gate import Gate, LearnedRouter
-from rre.routers.losses import VariationLoss
+from rre.routers.auxiliary_losses import VariationLoss
+from rre.routers.learned_gate import Gate, LearnedRouter
 
 
 class NoisyTopKRouter(LearnedRouter):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mindspore import Tensor, nn, ops
 
-from rre.routers.gate import Gate, LearnedRouter
-from rre.routers.losses import BalanceLoss, PooledBalance, PooledMeans, ZLoss
+from rre.routers.auxiliary_losses import BalanceLoss, PooledBalance, PooledMeans, ZLoss
+from rre.routers.learned_gate import Gate, LearnedRouter
 
 
 class OlmoeRouter(LearnedRouter):

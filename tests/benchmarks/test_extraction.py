@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks.extraction import benchmark_config, make_checkpoint, measure, measured_process, summary, table
-from extract.listing import list_domains
+from extract.domain_files import list_domains
 
 
 def test_ratios_are_taken_inside_a_round_and_imports_are_no_bytes_of_the_model():

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pangu_sigma.config import load_config
-from pangu_sigma.data.builtin import build
+from pangu_sigma.data.builtin_corpora import build
 
 ROOT = Path(__file__).parents[2]
 CORPORA = ROOT.parent / "shared" / "data" / "corpora"
@@ -14,7 +14,7 @@ CORPORA = ROOT.parent / "shared" / "data" / "corpora"
 @pytest.mark.slow
 @pytest.mark.skipif(not CORPORA.is_dir(), reason="the corpora are not beside the repository")
 def test_four_domains_trains(tmp_path):
-    from pangu_sigma.train.run import Run
+    from pangu_sigma.train.job import Run
 
     build(tmp_path / "corpora")
     overrides = [f"domains.code.data=[{tmp_path}/corpora/code.jsonl]", f"run.dir={tmp_path}/run"]

@@ -12,8 +12,8 @@ import pytest
 from benchmarks.lifelong import DOMAINS, EWC, OUTPUT, REPLAY, Run, collect, render
 from benchmarks.lifelong_page import frozen_text, inference_table, page, panels, systems_table
 from benchmarks.lifelong_systems import missing_text, systems, write_stages
-from pangu_sigma.config.counts import parameter_counts
-from pangu_sigma.lifelong.plan import load_plan
+from pangu_sigma.config.parameter_counts import parameter_counts
+from pangu_sigma.lifelong.stage_plan import load_plan
 
 SYSTEMS = systems(REPLAY, EWC, OUTPUT)
 

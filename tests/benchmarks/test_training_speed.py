@@ -33,7 +33,7 @@ def test_losses_that_begin_elsewhere_or_do_not_fall_are_told():
 
 @pytest.mark.parametrize("name", ["sparse4", "sparse16"])
 def test_pytorch_is_given_the_routing_tables_that_the_product_draws(name, tmp_path):
-    from pangu_sigma.model.build import build_model
+    from pangu_sigma.model.build_model import build_model
 
     corpora = {n: tmp_path / f"{n}.jsonl" for n in ("code", "docs", "c_headers", "arithmetic")}
     values = configuration(VARIANTS[name], tmp_path, corpora).to_dict()

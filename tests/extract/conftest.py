@@ -13,9 +13,9 @@ import pytest
 
 from pangu_sigma.checkpoint import Contents, Fingerprints, save_checkpoint
 from pangu_sigma.config import Config, config_from_dict, manifest
-from pangu_sigma.data.tokenizer import Tokenizer
-from rre.counted import generator
-from tests.pangu_sigma.altered import alter
+from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
+from rre.counted_random import generator
+from tests.pangu_sigma.altered_checkpoint import alter
 
 SIZES = {"code": 2, "law": 1, "poems": 3}
 LENGTH = 16
@@ -25,8 +25,8 @@ VOCAB = 384
 @functools.cache
 def small_tokenizer() -> Tokenizer:
     """A real tokenizer of VOCAB pieces, trained once."""
-    from pangu_sigma.data.sources import Source
-    from pangu_sigma.data.tokenizer_training import train_tokenizer
+    from pangu_sigma.data.corpus_files import Source
+    from pangu_sigma.data.tokenizers.tokenizer_training import train_tokenizer
 
     draw = random.Random(0)
     words = ["def", "return", "the", "court", "shall", "party", "moon", "rose", "night", "love", "import", "clause"]

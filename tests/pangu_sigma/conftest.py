@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.pangu_sigma.train import process
+from tests.pangu_sigma.train import training_process
 
 WORDS = {
     "code": "def return if else for in range print self class import value list dict none true yield",
@@ -70,7 +70,7 @@ def finished_run(small_yaml, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     (folder / "cwd").mkdir()
     own = [f"run.dir={folder / 'run'}", "data.cache=null"]
-    done = process.command("train", small_yaml, *own, cwd=folder / "cwd")
+    done = training_process.command("train", small_yaml, *own, cwd=folder / "cwd")
     assert done.returncode == 0, done.stderr
     (folder / "said.txt").write_text(done.stderr, encoding="utf-8")
     return folder / "run"
@@ -84,7 +84,7 @@ def copied_run(finished_run, tmp_path) -> Callable[[int], Path]:
         run = tmp_path / "run"
         shutil.copytree(finished_run, run)
         for path in (run / "checkpoints").iterdir():
-            if path > process.checkpoint(run, step):
+            if path > training_process.checkpoint(run, step):
                 shutil.rmtree(path)
         return run
 

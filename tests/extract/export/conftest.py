@@ -23,12 +23,12 @@ import pytest
 
 from pangu_sigma.checkpoint import Checkpoint, Contents, Fingerprints, open_checkpoint, save_checkpoint
 from pangu_sigma.config import Config, config_from_dict, effective
-from pangu_sigma.data.sources import Source
-from pangu_sigma.data.tokenizer import Tokenizer
-from pangu_sigma.data.tokenizer_training import train_tokenizer
+from pangu_sigma.data.corpus_files import Source
+from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
+from pangu_sigma.data.tokenizers.tokenizer_training import train_tokenizer
 from rre.routers import Groups
 from tests.oracles import pangu_numpy
-from tests.pangu_sigma.model.driver import make_tensors
+from tests.pangu_sigma.model.model_driver import make_tensors
 
 LENGTH = 24
 GROUPS = Groups(("code", "poems"), (3, 2))

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from pangu_sigma.config import load_config
-from pangu_sigma.config.adapting import load_adaptation
-from pangu_sigma.config.describe import keys
+from pangu_sigma.config.finetuning_file import load_adaptation
+from pangu_sigma.config.key_descriptions import keys
 from pangu_sigma.config.yaml_text import parse_yaml
 
 CONFIGS = Path(__file__).parents[3] / "configs"

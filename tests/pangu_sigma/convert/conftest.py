@@ -14,14 +14,14 @@ import yaml
 from pangu_sigma import runtime
 from pangu_sigma.checkpoint import Fingerprints, ModelFolder, TensorSpec, write_model_folder
 from pangu_sigma.config import config_from_dict, effective
-from pangu_sigma.config.counts import is_routing, manifest, place_and_owner
-from pangu_sigma.convert.folder import new_specs
-from pangu_sigma.data.sources import Source
-from pangu_sigma.data.tokenizer import Tokenizer
-from pangu_sigma.data.tokenizer_training import train_tokenizer
-from rre.counted import generator
-from rre.kinds import LAYER
-from rre.tables import draw_table
+from pangu_sigma.config.parameter_counts import is_routing, manifest, place_and_owner
+from pangu_sigma.convert.converted_folder import new_specs
+from pangu_sigma.data.corpus_files import Source
+from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
+from pangu_sigma.data.tokenizers.tokenizer_training import train_tokenizer
+from rre.counted_random import generator
+from rre.router_specs import LAYER
+from rre.routing_tables import draw_table
 
 SIZES = {"layers": 3, "hidden": 16, "heads": 2, "ffn": 32, "positions": 16}
 VOCAB = 384
@@ -78,7 +78,7 @@ def configuration(folder: Path, tokenizer: Path, corpora: Path, model: dict | No
 
 def random_model(out: Path, config, tokenizer: Tokenizer) -> Path:
     """A model folder with random weights and the tables of a new model."""
-    from pangu_sigma.data.tokenizer import tokenizer_files
+    from pangu_sigma.data.tokenizers.tokenizer import tokenizer_files
 
     targets = manifest(config, config.model.vocab_size)
     groups = config.expert_groups
@@ -134,8 +134,8 @@ def sparse_yaml(tmp_path, vocab_model, corpora) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def logits() -> Callable[[Path, str, np.ndarray], np.ndarray]:
     """(model folder, domain, tokens int32 [S]) -> logits [S, V] of the real model, its graph compiled once a folder."""
-    from pangu_sigma.load import load_trained
     from pangu_sigma.model.scoring import Scorer
+    from pangu_sigma.trained_model import load_trained
 
     built = {}
 

@@ -8,7 +8,7 @@ import pytest
 
 from pangu_sigma.convert.ckpt_file import CkptFile
 from pangu_sigma.errors import UserError
-from tests.pangu_sigma.convert.alpha import write_ckpt
+from tests.pangu_sigma.convert.pangu_alpha_files import write_ckpt
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import pytest
 from pangu_sigma.checkpoint import open_checkpoint
 from pangu_sigma.convert.upcycle import upcycle
 from pangu_sigma.errors import UserError
-from pangu_sigma.load import stored_config
-from pangu_sigma.model.initial import initial_value
-from rre.tables import draw_table
+from pangu_sigma.model.initialization import initial_value
+from pangu_sigma.trained_model import stored_config
+from rre.routing_tables import draw_table
 from tests.oracles.routers_numpy import softmax
 from tests.pangu_sigma.convert.conftest import VOCAB, configuration, random_model
 
@@ -126,7 +126,7 @@ def test_noise_is_each_experts_own_and_of_the_size_that_was_asked_for(dense, spa
 def test_frequency_tables_count_the_domains_own_text(dense, sparse_yaml, tmp_path):
     done = upcycle(dense, sparse_yaml({"sparse": {"layers": 1, "table": "frequency"}}), tmp_path / "out").checkpoint
     tables = done.load([f"domains.{domain}.blocks.1.routing" for domain in GROUPS])
-    from pangu_sigma.load import load_trained
+    from pangu_sigma.trained_model import load_trained
 
     corpus = load_trained(done.path).corpus()
     for store in corpus.stores:
@@ -136,11 +136,11 @@ def test_frequency_tables_count_the_domains_own_text(dense, sparse_yaml, tmp_pat
 
 
 def test_an_imported_pangu_alpha_can_be_upcycled(vocab_model, corpora, tmp_path, logits):
-    from pangu_sigma.convert.pangu_alpha import Wanted, import_pangu_alpha
-    from tests.pangu_sigma.convert import alpha
+    from pangu_sigma.convert.import_pangu_alpha import Wanted, import_pangu_alpha
+    from tests.pangu_sigma.convert import pangu_alpha_files
 
-    tensors = alpha.make_alpha(layers=3, hidden=16, ffn=32, vocab=VOCAB, positions=16)
-    source = alpha.write_ckpt(tmp_path / "alpha.ckpt", tensors)
+    tensors = pangu_alpha_files.make_alpha(layers=3, hidden=16, ffn=32, vocab=VOCAB, positions=16)
+    source = pangu_alpha_files.write_ckpt(tmp_path / "alpha.ckpt", tensors)
     wanted = Wanted(tokenizer=vocab_model, tokenizer_kind="sentencepiece", heads=2)
     import_pangu_alpha(source, tmp_path / "dense", wanted)
     model = {"activation": "gelu", "sparse": {"layers": 1}}
@@ -148,7 +148,9 @@ def test_an_imported_pangu_alpha_can_be_upcycled(vocab_model, corpora, tmp_path,
     (tmp_path / "sparse.yaml").write_text(config.to_yaml())
     done = upcycle(tmp_path / "dense", tmp_path / "sparse.yaml", tmp_path / "out").checkpoint
     tokens = np.random.default_rng(2).integers(3, VOCAB, 16)
-    np.testing.assert_allclose(logits(done.path, "law", tokens), alpha.alpha_logits(tensors, 2, tokens), atol=2e-5)
+    np.testing.assert_allclose(
+        logits(done.path, "law", tokens), pangu_alpha_files.alpha_logits(tensors, 2, tokens), atol=2e-5
+    )
 
 
 def test_memory_holds_one_tensor_of_the_dense_model(vocab_model, corpora, pieces, tmp_path):

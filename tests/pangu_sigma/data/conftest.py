@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pangu_sigma.data.indexed import IndexedTokens, IndexedWriter
-from pangu_sigma.data.sources import Source
-from pangu_sigma.data.tokenizer_training import train_tokenizer
+from pangu_sigma.data.corpus_files import Source
+from pangu_sigma.data.indexed_dataset import IndexedTokens, IndexedWriter
+from pangu_sigma.data.tokenizers.tokenizer_training import train_tokenizer
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:

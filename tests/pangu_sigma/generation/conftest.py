@@ -14,13 +14,13 @@ import pytest
 
 from pangu_sigma import runtime
 from pangu_sigma.config import config_from_dict
-from pangu_sigma.data.sources import Source
-from pangu_sigma.data.tokenizer import Tokenizer
-from pangu_sigma.data.tokenizer_training import train_tokenizer
-from pangu_sigma.generation.cached import CachedDecoder
-from pangu_sigma.model.build import build_model
+from pangu_sigma.data.corpus_files import Source
+from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
+from pangu_sigma.data.tokenizers.tokenizer_training import train_tokenizer
+from pangu_sigma.generation.kv_cache_decoder import CachedDecoder
+from pangu_sigma.model.build_model import build_model
 from pangu_sigma.model.model import Model
-from tests.oracles.recomputing import RecomputingDecoder
+from tests.oracles.recomputing_decoder import RecomputingDecoder
 
 WINDOW, SLOTS, VOCAB = 32, 4, 336
 DOMAINS = {"code": 3, "law": 1, "poems": 2}

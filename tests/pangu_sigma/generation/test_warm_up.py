@@ -6,9 +6,9 @@ import mindspore.graph.api
 import pytest
 
 from pangu_sigma.generation import Request, Sampling
-from pangu_sigma.generation.cached import CachedDecoder, bucket, buckets
 from pangu_sigma.generation.completion import complete
 from pangu_sigma.generation.engine import Engine
+from pangu_sigma.generation.kv_cache_decoder import CachedDecoder, bucket, buckets
 from tests.pangu_sigma.generation.conftest import SLOTS, WINDOW
 
 

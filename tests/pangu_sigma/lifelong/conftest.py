@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.pangu_sigma.conftest import EXPERTS, SMALL_RUN
-from tests.pangu_sigma.train import process
+from tests.pangu_sigma.train import training_process
 
 # A domain, two at once, and the first one again.
 STAGES = [
@@ -49,7 +49,7 @@ def stages_yaml(base_yaml, tmp_path) -> Callable[..., Path]:
 def finished_stages(base_yaml, tmp_path_factory) -> Path:
     """The folder of a whole measurement, `run` beside its `stages.yaml`; treat it as read-only."""
     folder = tmp_path_factory.mktemp("lifelong")
-    done = process.command("lifelong", write_stages(folder, base_yaml), cwd=folder)
+    done = training_process.command("lifelong", write_stages(folder, base_yaml), cwd=folder)
     assert done.returncode == 0, done.stderr
     (folder / "said.txt").write_text(done.stdout, encoding="utf-8")
     return folder / "run"

@@ -10,10 +10,10 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from pangu_sigma.config.model import ModelConfig
-from parallel.compiled import library
+from pangu_sigma.config.model_section import ModelConfig
+from parallel.ops.compiled_kernels import library
 from rre.routers import Groups
-from tests.pangu_sigma.model.driver import Batch, DrivenModel, make_batch, make_tensors
+from tests.pangu_sigma.model.model_driver import Batch, DrivenModel, make_batch, make_tensors
 
 VOCAB = 50
 GROUPS = Groups(("code", "law", "poems"), (3, 2, 1))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.pangu_sigma.model.conftest import GROUPS, VOCAB
-from tests.pangu_sigma.model.driver import DrivenModel
+from tests.pangu_sigma.model.model_driver import DrivenModel
 
 
 def test_a_float16_model_and_its_gradients_stay_near_float32(driven):

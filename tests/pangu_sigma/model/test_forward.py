@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from pangu_sigma.model.attention import chunk_count
+from pangu_sigma.model.layers.attention import chunk_count
 from tests.pangu_sigma.model.conftest import CASES, GROUPS, VOCAB
-from tests.pangu_sigma.model.driver import EOD, make_batch
+from tests.pangu_sigma.model.model_driver import EOD, make_batch
 
 TOLERANCE = 1e-5
 

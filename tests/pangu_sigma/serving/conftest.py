@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from pangu_sigma.checkpoint import open_checkpoint
-from tests.pangu_sigma.altered import alter
-from tests.pangu_sigma.serving.process import Server
-from tests.pangu_sigma.train.process import trained_two_steps
+from tests.pangu_sigma.altered_checkpoint import alter
+from tests.pangu_sigma.serving.server_process import Server
+from tests.pangu_sigma.train.training_process import trained_two_steps
 
 WINDOW = 96
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pangu_sigma.checkpoint import resolve
-from pangu_sigma.load import stored_tokenizer
+from pangu_sigma.trained_model import stored_tokenizer
 from tests.pangu_sigma.serving.conftest import WINDOW
 
 

@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from tests.pangu_sigma.serving.conftest import WINDOW
-from tests.pangu_sigma.serving.process import Server
-from tests.pangu_sigma.serving.test_refusals import refused
+from tests.pangu_sigma.serving.server_process import Server
+from tests.pangu_sigma.serving.test_openai_requests import refused
 
 TOKEN = "rosebud"
 RIGHT = {"Authorization": f"Bearer {TOKEN}"}

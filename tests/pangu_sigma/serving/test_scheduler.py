@@ -14,11 +14,11 @@ from pangu_sigma.config import Config
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation import Request, Sampling
 from pangu_sigma.generation.engine import Engine
-from pangu_sigma.load import stored_config, stored_tokenizer
-from pangu_sigma.serving.errors import ApiError
-from pangu_sigma.serving.metrics import Metrics
+from pangu_sigma.serving.api_errors import ApiError
 from pangu_sigma.serving.scheduler import Scheduler
-from pangu_sigma.serving.settings import Limits
+from pangu_sigma.serving.server_metrics import Metrics
+from pangu_sigma.serving.server_settings import Limits
+from pangu_sigma.trained_model import stored_config, stored_tokenizer
 
 SLOTS, QUEUE, WINDOW = 2, 3, 64
 

@@ -5,7 +5,7 @@ import pytest
 
 from pangu_sigma.config import config_from_dict
 from pangu_sigma.errors import UserError
-from tests.pangu_sigma.train.small import batch, small_config, small_trainer, tensors_now
+from tests.pangu_sigma.train.small_trainer import batch, small_config, small_trainer, tensors_now
 
 # The three domains have 2, 1 and 3 experts; micro-batches of a step activate different ones.
 STEPS = [[0, 0, 1, 1], [2, 2, 0, 1], [1, 1, 1, 1], [0, 2, 2, 2], [2, 2, 0, 0], [0, 1, 0, 2]]

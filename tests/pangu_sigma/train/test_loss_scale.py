@@ -1,7 +1,7 @@
 """The dynamic loss scale of float16."""
 
 from pangu_sigma.train.loss_scale import LossScale
-from tests.pangu_sigma.train.small import small_config
+from tests.pangu_sigma.train.small_trainer import small_config
 
 
 def make(initial: float = 64.0, window: int = 3, factor: float = 2.0) -> LossScale:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from pangu_sigma.model.scoring import Scorer
-from tests.oracles.recomputing import RecomputingDecoder
-from tests.pangu_sigma.train.small import LENGTH, VOCAB, batch, small_trainer
+from tests.oracles.recomputing_decoder import RecomputingDecoder
+from tests.pangu_sigma.train.small_trainer import LENGTH, VOCAB, batch, small_trainer
 
 TOP = {"layers": 1, "include_query_layer": True, "router": "adaptive_mixture"}
 STEPS = 30

@@ -7,10 +7,10 @@ import pytest
 
 from pangu_sigma.checkpoint import open_checkpoint
 from pangu_sigma.config import load_config
-from pangu_sigma.monitor.metrics import read_metrics
+from pangu_sigma.monitor.metrics_log import read_metrics
+from pangu_sigma.train.job import Run
 from pangu_sigma.train.nonfinite import TrainingError
-from pangu_sigma.train.run import Run
-from tests.pangu_sigma.train.process import assert_refused, checkpoint, command
+from tests.pangu_sigma.train.training_process import assert_refused, checkpoint, command
 
 POEMS = slice(3, 5)  # its experts among those of code, law and poems
 

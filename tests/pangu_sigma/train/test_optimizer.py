@@ -6,10 +6,10 @@ from mindspore import Parameter, Tensor
 
 from pangu_sigma.train.optimizer import Gradients
 from pangu_sigma.train.step import SharedUpdate
-from parallel.layout import Layout
+from parallel.operator_layout import Layout
 from rre.adamw import AdamWHyper
 from rre.store import DeviceStore
-from tests.pangu_sigma.train.small import batch, small_trainer, tensors_now
+from tests.pangu_sigma.train.small_trainer import batch, small_trainer, tensors_now
 
 MOMENTS = ("optimizer.m.", "optimizer.v.")
 SHAPES = {"embedding.word": (7, 5), "blocks.0.norm1.gamma": (5,), "blocks.0.attention.query.bias": (5,)}

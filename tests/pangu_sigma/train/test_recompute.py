@@ -1,6 +1,6 @@
 """Recomputed activations change memory and time, not one number."""
 
-from tests.pangu_sigma.train.small import batch, changed_names, small_trainer, tensors_now
+from tests.pangu_sigma.train.small_trainer import batch, changed_names, small_trainer, tensors_now
 
 
 def train(recompute: bool):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from pangu_sigma.errors import UserError
-from rre.kinds import KINDS
-from tests.pangu_sigma.train.small import LENGTH, batch, small_config, small_trainer, tensors_now
+from rre.router_specs import KINDS
+from tests.pangu_sigma.train.small_trainer import LENGTH, batch, small_config, small_trainer, tensors_now
 
 STORES = ("device", "host", "disk")
 DISPATCHES = ("dropless", "capacity")

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from pangu_sigma.train.schedule import learning_rate, phase_at
-from tests.pangu_sigma.train.small import small_config
+from tests.pangu_sigma.train.small_trainer import small_config
 
 PEAK = 1e-2
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.pangu_sigma.train.process import (
+from tests.pangu_sigma.train.training_process import (
     assert_refused,
     checkpoint,
     command,

@@ -8,10 +8,11 @@ from safetensors.numpy import load_file
 
 from pangu_sigma.checkpoint import Contents, Fingerprints, StoredTensors, open_checkpoint, save_checkpoint
 from pangu_sigma.config import load_config
-from pangu_sigma.monitor.metrics import read_metrics
-from pangu_sigma.train.run import Run
-from pangu_sigma.train.state import model_tensors, restore_model
-from tests.pangu_sigma.train.process import (
+from pangu_sigma.model.state_dict import model_tensors, restore_model
+from pangu_sigma.monitor.metrics_log import read_metrics
+from pangu_sigma.train.job import Run
+from tests.pangu_sigma.train.small_trainer import EXPERTS, batch, small_trainer
+from tests.pangu_sigma.train.training_process import (
     assert_equal_checkpoints,
     checkpoint,
     command,
@@ -19,7 +20,6 @@ from tests.pangu_sigma.train.process import (
     steps_logged,
     wait_until,
 )
-from tests.pangu_sigma.train.small import EXPERTS, batch, small_trainer
 
 STEPS = 12
 # Room for 4 of the 5 experts of the run's only sparse layer: a record of 16 KiB each.

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from pangu_sigma.evaluate import Evaluator
-from tests.pangu_sigma.train.small import LENGTH, batch, small_trainer
+from pangu_sigma.evaluation.domain_evaluation import Evaluator
+from tests.pangu_sigma.train.small_trainer import LENGTH, batch, small_trainer
 
 
 class OneSequence:

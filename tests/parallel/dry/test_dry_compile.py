@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from parallel.dry.graph import collectives, held, last_graph
-from parallel.dry.process import run_dry
-from parallel.dry.standin import DryCompileError
+from parallel.dry.compiled_graph import collectives, held, last_graph
+from parallel.dry.dry_process import run_dry
+from parallel.dry.stand_in_libraries import DryCompileError
 from parallel.mesh import Mesh
 
 LAYER = Path(__file__).with_name("capacity_layer.py")

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from parallel.layout import Layout
-from rre.dispatch import DROPPED
-from rre.kinds import LAYER
+from parallel.operator_layout import Layout
+from rre.dispatch.expert_dispatch import DROPPED
+from rre.router_specs import LAYER
 from rre.routers import ROUTERS, Groups, RouterOptions
 
 GROUPS = Groups(("code", "law"), (3, 2))

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pangu_sigma.integrations.mindformers.settings import read_yaml, settings_of
+from pangu_sigma.integrations.mindformers.mindformers_settings import read_yaml, settings_of
 from tests.pangu_sigma.conftest import EXPERTS
-from tests.pangu_sigma.train import process
+from tests.pangu_sigma.train import training_process
 
 STEPS = 20
-SHIPPED = process.ROOT / "configs" / "mindformers" / "pretrain_pangu_sigma_small.yaml"
+SHIPPED = training_process.ROOT / "configs" / "mindformers" / "pretrain_pangu_sigma_small.yaml"
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ def tiny_yaml(corpora, tmp_path_factory) -> Path:
 
 def run_formers(file: Path, cwd: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     """Train with MindFormers as `file` says, in a process of its own that knows the callback LossRecorder."""
-    words = [sys.executable, "-m", "tests.pangu_sigma.integrations.mindformers.recording", str(file), *overrides]
-    path = os.pathsep.join([str(process.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    words = [sys.executable, "-m", "tests.pangu_sigma.integrations.mindformers.loss_recorder", str(file), *overrides]
+    path = os.pathsep.join([str(training_process.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         words, capture_output=True, text=True, cwd=cwd, timeout=600, env=os.environ | {"PYTHONPATH": path}
     )
@@ -85,7 +85,7 @@ def both_trained(formers, tiny_yaml, tmp_path_factory) -> BothTrained:
     values["run"] |= {"dir": str(folder / "ours"), "log_every": 1}
     config = folder / "ours.yaml"
     config.write_text(yaml.safe_dump(values), encoding="utf-8")
-    done = process.command("train", config, cwd=folder)
+    done = training_process.command("train", config, cwd=folder)
     assert done.returncode == 0, done.stderr
     records = json_lines(folder / "ours" / "metrics.jsonl")
     return BothTrained(

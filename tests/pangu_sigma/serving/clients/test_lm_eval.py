@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import yaml
 
+from pangu_sigma.evaluation.task_evaluation import Asking, evaluate_tasks, write_answers
 from pangu_sigma.generation.sampling import log_softmax
-from pangu_sigma.load import load_trained
-from pangu_sigma.tasks.job import Asking, evaluate_tasks, write_answers
+from pangu_sigma.trained_model import load_trained
 from tests.pangu_sigma.conftest import WORDS
 from tests.pangu_sigma.serving.conftest import WINDOW
 
@@ -111,7 +111,7 @@ def expected(served_run, questions) -> list[list[tuple[float, bool]]]:
     computed without cache, server or harness.
     """
     trained = load_trained(served_run)
-    from tests.oracles.recomputing import RecomputingDecoder  # imports MindSpore, which is set up by now
+    from tests.oracles.recomputing_decoder import RecomputingDecoder  # imports MindSpore, which is set up by now
 
     decoder = RecomputingDecoder(trained.model)
     domain = trained.model.groups.names.index("law")

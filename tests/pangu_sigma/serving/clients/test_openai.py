@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.pangu_sigma.serving.process import Server
+from tests.pangu_sigma.serving.server_process import Server
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed: make clients")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pangu_sigma.serving.process import Server
+from tests.pangu_sigma.serving.server_process import Server
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make clients")
 SWITCHES = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",

@@ -1,0 +1,100 @@
+"""What is exported: an opened checkpoint, its configuration and tokenizer, and the domains that go along."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from pangu_sigma.checkpoint import Checkpoint, resolve
+from pangu_sigma.config import Config
+from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
+from pangu_sigma.errors import UserError
+from pangu_sigma.trained_model import stored_config, stored_tokenizer
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk; nothing of its weights is in memory. `domains` are the chosen ones in the model's order."""
+
+    checkpoint: Checkpoint
+    config: Config
+    tokenizer: Tokenizer
+    domains: tuple[str, ...]
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """Experts of each chosen domain in every sparse layer."""
+        size = self.config.expert_groups
+        return tuple(size[name] for name in self.domains)
+
+    @property
+    def vocab(self) -> int:
+        """Rows of the word embedding, which may be more than the tokenizer has ids."""
+        return self.config.model.vocab_size
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Names of the shared tensors and of the chosen domains', sorted."""
+        return self.checkpoint.names(domains=self.domains, optimizer=False)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape by the manifest."""
+        return self.checkpoint.manifest.tensors[name].shape
+
+    def by_owner(self) -> Iterator[tuple[str, int | None, str]]:
+        """(full name, number of the chosen domain or None, name without `domains.{domain}.`) of every tensor."""
+        for name in self.names:
+            if name.startswith("domains."):
+                _, domain, rest = name.split(".", 2)
+                yield name, self.domains.index(domain), rest
+            else:
+                yield name, None, name
+
+
+def open_source(model: str | Path, domains: Sequence[str] | None = None) -> Source:
+    """Open what a user names. Raises UserError: no whole model, unknown domain, a gate that cannot be cut."""
+    checkpoint = resolve(model)
+    config = stored_config(checkpoint)
+    chosen = _chosen(config.domain_names, domains)
+    if config.model.sparse_prefixes and config.model.sparse.router != "rre" and chosen != config.domain_names:
+        raise UserError(
+            f"the model's {config.model.sparse.router} gate chooses among the experts of all domains, so it cannot be "
+            "exported with some of them; leave --domain out"
+        )
+    return Source(checkpoint, config, stored_tokenizer(checkpoint), chosen)
+
+
+def check_pangu(source: Source) -> None:
+    """Raises UserError for a model that is not of PanGu-α's parts, which is what most formats write."""
+    model, path = source.config.model, source.checkpoint.path
+    if not model.has_pangu_parts:
+        raise UserError(
+            f"{path} has parts that PanGu-α does not have (of model.norm, position, feed_forward, sparse.feed_forward, "
+            "biases, head, activation and attention.qk_norm): export an OLMoE with --format hf-olmoe; no format has "
+            "others yet"
+        )
+    sparse = model.sparse
+    if model.sparse_prefixes and sparse.router not in ("rre", "switch"):
+        raise UserError(
+            f"{path} routes by model.sparse.router = {sparse.router}, which no export format has yet: "
+            "export a model of router rre or switch"
+        )
+    if model.sparse_prefixes and sparse.shared_expert:
+        raise UserError(
+            f"{path} has a shared expert (model.sparse.shared_expert), which no export format has yet: "
+            "export a model without one"
+        )
+
+
+def _chosen(names: tuple[str, ...], wanted: Sequence[str] | None) -> tuple[str, ...]:
+    if not wanted:
+        return names
+    for name in wanted:
+        if name not in names:
+            from difflib import get_close_matches
+
+            near = get_close_matches(name, names, n=1, cutoff=0.0)
+            raise UserError(f"the model has no domain '{name}'; did you mean '{near[0]}'?")
+    return tuple(name for name in names if name in wanted)

@@ -1,0 +1,197 @@
+"""Export to Hugging Face: a folder that `AutoModelForCausalLM.from_pretrained(…, trust_remote_code=True)` runs.
+
+Neither torch nor transformers is needed to write it. Weights are read, converted and written a piece or a matrix at
+a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from extract.export.export_card import model_card
+from extract.export.export_source import Source, check_pangu
+from extract.export.safetensors_shards import KINDS, Target, write_shards
+from pangu_sigma.checkpoint.float_types import FLOATS, converted
+from pangu_sigma.checkpoint.tensor_file import numpy_type
+from pangu_sigma.config.parameter_counts import is_routing
+from pangu_sigma.errors import UserError
+from pangu_sigma.monitor.progress import progress
+from pangu_sigma.version import VERSION
+
+if TYPE_CHECKING:
+    from extract.export.export_job import Options
+
+TAKES = ("dtype", "max_shard_bytes")
+CODE = ("configuration_pangu_sigma.py", "modeling_pangu_sigma.py")
+_TOKENIZER_CODE = "tokenization_pangu_sigma.py"
+_SMALL_FILES = 1 << 20
+_TABLES = {"word": "words.0", "position": "positions", "query": "next_positions"}
+_NORM = {"gamma": "weight", "beta": "bias"}
+
+
+def check(source: Source, options: Options) -> None:
+    """Raises UserError for options that mean nothing here."""
+    check_pangu(source)
+    if options.dtype not in FLOATS:
+        raise UserError(f"'{options.dtype}' is no element type; choose {', '.join(FLOATS)}")
+
+
+def needed_bytes(source: Source, options: Options) -> int:
+    """Bytes that the folder will take."""
+    return sum(t.nbytes for t in targets(source, options.dtype)) + len(source.tokenizer.model) + _SMALL_FILES
+
+
+def write(source: Source, folder: Path, options: Options) -> list[str]:
+    """Write the folder; returns what there is to say. Raises UserError, OSError."""
+    tensors = targets(source, options.dtype)
+    for name in CODE:
+        (folder / name).write_bytes(_code(name))
+    for name, content in tokenizer_documents(source).items():
+        (folder / name).write_bytes(content)
+    _write_json(folder / "config.json", configuration(source, options.dtype))
+    _write_json(folder / "generation_config.json", _generation(source))
+    (folder / "README.md").write_text(model_card(source), encoding="utf-8")
+    with progress("export", sum(t.nbytes for t in tensors), unit="B") as job:
+        write_shards(folder, "model", tensors, options.max_shard_bytes, job.advance)
+    return []
+
+
+def targets(source: Source, dtype: str) -> list[Target]:
+    """Every tensor of the output, in the order in which the checkpoint's files hold them."""
+    return [_target(source, dtype, *owned) for owned in source.by_owner()]
+
+
+def hf_name(domain: int | None, name: str) -> tuple[str, bool]:
+    """(name in the modelling file, whether it is stored turned) of our tensor `name` (without `domains.{domain}.`).
+
+    Our matrices are [in, out]; nn.Linear's are [out, in]. Experts stay [experts, in, out]. ValueError for a name that
+    the modelling file does not know: no tensor is left out.
+    """
+    place, _, last = name.rpartition(".")
+    if place == "embedding":
+        table = _TABLES[last]
+        return f"model.{f'words.{domain}' if domain is not None else table}.weight", False
+    if domain is not None:
+        layer, _, part = name.partition(".experts.")
+        if part:
+            return f"model.{layer}.feed_forward.groups.{domain}.{part.replace('.', '_')}", False
+        if last == "routing":
+            return f"model.{place}.feed_forward.groups.{domain}.routing", False
+    elif last in _NORM:
+        return f"model.{place}.{_NORM[last]}", False
+    elif place.endswith(".router"):
+        return f"model.{place.removesuffix('router')}feed_forward.router.weight", True
+    elif last in ("weight", "bias") and (".attention." in name or ".feed_forward." in name):
+        return f"model.{name}", last == "weight"
+    raise ValueError(f"the exported model has no place for tensor {name}")
+
+
+def _target(source: Source, dtype: str, full: str, domain: int | None, name: str) -> Target:
+    to, turned = hf_name(domain, name)
+    shape = source.shape(full)
+    stored = numpy_type(source.checkpoint.manifest.tensors[full].dtype)
+
+    def read() -> Iterator[np.ndarray]:
+        if turned:
+            yield converted(full, source.checkpoint.load([full])[full], dtype).T
+            return
+        for piece in source.checkpoint.pieces(full):
+            yield converted(full, np.frombuffer(piece, stored), dtype)
+
+    return Target(to, KINDS["int32" if is_routing(name) else dtype], shape[::-1] if turned else shape, read)
+
+
+def configuration(source: Source, dtype: str) -> dict:
+    """config.json."""
+    model, tokenizer = source.config.model, source.tokenizer
+    module = "modeling_pangu_sigma"
+    return {
+        "architectures": ["PanGuSigmaForCausalLM"],
+        "model_type": "pangu_sigma",
+        "auto_map": {
+            "AutoConfig": "configuration_pangu_sigma.PanGuSigmaConfig",
+            "AutoModel": f"{module}.PanGuSigmaModel",
+            "AutoModelForCausalLM": f"{module}.PanGuSigmaForCausalLM",
+        },
+        "dtype": dtype,
+        "vocab_size": source.vocab,
+        "hidden_size": model.hidden,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "intermediate_size": model.ffn,
+        "max_position_embeddings": model.positions,
+        "activation_function": model.activation,
+        "layer_norm_epsilon": model.norm_epsilon,
+        "initializer_range": model.init_std,
+        "query_layer": model.query_layer == "next_position",
+        "sparse_layers": list(model.sparse_prefixes),
+        "router": model.sparse.router,
+        "domains": list(source.domains),
+        "experts": list(source.experts),
+        "domain": source.domains[0],
+        "embedding_slots": model.embedding_slots,
+        "bos_token_id": tokenizer.eod_id,
+        "eos_token_id": tokenizer.eod_id,
+        "pad_token_id": tokenizer.pad_id,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "pangu_sigma_version": VERSION,
+    }
+
+
+def _code(name: str) -> bytes:
+    return files("extract.export").joinpath("hf_files", name).read_bytes()
+
+
+def tokenizer_documents(source: Source) -> dict[str, bytes]:
+    """The files that AutoTokenizer needs, by name: the tokenizer's own, settings, and where it is ours its code."""
+    settings = json.dumps(_tokenizer(source), indent=2, ensure_ascii=False).encode() + b"\n"
+    if source.tokenizer.kind == "huggingface":
+        return {"tokenizer.json": source.tokenizer.model, "tokenizer_config.json": settings}
+    return {
+        "tokenizer.model": source.tokenizer.model,
+        "tokenizer_config.json": settings,
+        _TOKENIZER_CODE: _code(_TOKENIZER_CODE),
+    }
+
+
+def _generation(source: Source) -> dict:
+    tokenizer = source.tokenizer
+    return {"bos_token_id": tokenizer.eod_id, "eos_token_id": tokenizer.eod_id, "pad_token_id": tokenizer.pad_id}
+
+
+def _tokenizer(source: Source) -> dict:
+    tokenizer = source.tokenizer
+    if tokenizer.kind == "huggingface":
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": tokenizer.piece(tokenizer.eod_id),
+            "pad_token": tokenizer.piece(tokenizer.pad_id),
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": source.config.model.positions,
+        }
+    settings = {
+        "tokenizer_class": "PanGuSigmaTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_pangu_sigma.PanGuSigmaTokenizer", None]},
+        "kind": tokenizer.kind,
+        "eod_id": tokenizer.eod_id,
+        "pad_id": tokenizer.pad_id,
+        "padding_side": "left",
+        "model_max_length": source.config.model.positions,
+    }
+    if tokenizer.kind == "pangu_alpha":
+        import jieba
+
+        settings["jieba_version"] = jieba.__version__
+    return settings
+
+
+def _write_json(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,133 @@
+"""Export to Hugging Face's own `OlmoeForCausalLM`: a folder that transformers loads without any code of ours.
+
+For models that are OLMoEs by their configuration. Neither torch nor transformers is needed to write it. Every expert is
+a tensor of its own there and files are in the order of names, so memory holds one layer's experts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from extract.export.export_source import Source
+from extract.export.hf_format import tokenizer_documents
+from extract.export.safetensors_shards import KINDS, Target, write_shards
+from pangu_sigma.checkpoint.float_types import FLOATS, converted
+from pangu_sigma.convert.olmoe_names import Named, parts_of, unlike_olmoe
+from pangu_sigma.errors import UserError
+from pangu_sigma.monitor.progress import progress
+
+if TYPE_CHECKING:
+    from extract.export.export_job import Options
+
+TAKES = ("dtype", "max_shard_bytes")
+EXPERT_MATRICES = 3
+_SMALL_FILES = 1 << 20
+
+
+def check(source: Source, options: Options) -> None:
+    """Raises UserError for options that mean nothing here, and for a model that is no OLMoE."""
+    if options.dtype not in FLOATS:
+        raise UserError(f"'{options.dtype}' is no element type; choose {', '.join(FLOATS)}")
+    wrong = unlike_olmoe(source.config)
+    if wrong:
+        raise UserError(
+            f"{source.checkpoint.path} is no OlmoeForCausalLM ({'; '.join(wrong)}): export it with --format hf"
+        )
+
+
+def needed_bytes(source: Source, options: Options) -> int:
+    """Bytes that the folder will take."""
+    return sum(t.nbytes for t in targets(source, options.dtype)) + len(source.tokenizer.model) + _SMALL_FILES
+
+
+def write(source: Source, folder: Path, options: Options) -> list[str]:
+    """Write the folder; returns what there is to say. Raises UserError, OSError."""
+    tensors = targets(source, options.dtype)
+    for name, text in tokenizer_documents(source).items():
+        (folder / name).write_bytes(text)
+    documents = {"config.json": configuration(source, options.dtype), "generation_config.json": _ids(source)}
+    for name, values in documents.items():
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    with progress("export", sum(t.nbytes for t in tensors), unit="B") as job:
+        write_shards(folder, "model", tensors, options.max_shard_bytes, job.advance)
+    sparse = source.config.model.sparse
+    if sparse.balance == "pooled" and not sparse.z_loss_weight:
+        return []
+    return ["OlmoeForCausalLM's auxiliary loss is pooled over layers, without z-loss: training has another loss there"]
+
+
+def targets(source: Source, dtype: str) -> list[Target]:
+    """Every tensor of the output."""
+    held = _Held(source)
+    return [
+        _target(held, dtype, full, part) for full, _, _ in source.by_owner() for part in parts_of(source.config, full)
+    ]
+
+
+class _Held:
+    """Tensors of a model that were read last: those of one layer's experts."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._last: dict[str, np.ndarray] = {}
+
+    def read(self, name: str) -> np.ndarray:
+        if name not in self._last:
+            while len(self._last) >= EXPERT_MATRICES * len(self.source.domains):
+                self._last.pop(next(iter(self._last)))
+            self._last[name] = self.source.checkpoint.load([name])[name]
+        return self._last[name]
+
+
+def _target(held: _Held, dtype: str, full: str, part: Named) -> Target:
+    source = held.source
+    shape = source.shape(full) if part.expert is None else source.shape(full)[1:]
+
+    def read() -> Iterator[np.ndarray]:
+        array = held.read(full)
+        array = converted(full, array if part.expert is None else array[part.expert], dtype)
+        yield array.T if part.turned else array
+
+    return Target(part.name, KINDS[dtype], shape[::-1] if part.turned else shape, read)
+
+
+def configuration(source: Source, dtype: str) -> dict:
+    """config.json."""
+    model = source.config.model
+    return {
+        "architectures": ["OlmoeForCausalLM"],
+        "model_type": "olmoe",
+        "dtype": dtype,
+        "vocab_size": source.vocab,
+        "hidden_size": model.hidden,
+        "intermediate_size": model.ffn,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.positions,
+        "initializer_range": model.init_std,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_theta": model.rope_theta,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "attention_dropout": model.attention.dropout,
+        "clip_qkv": None,
+        "num_experts": sum(source.experts),
+        "num_experts_per_tok": source.config.experts_per_token,
+        "norm_topk_prob": model.sparse.renormalise,
+        "router_aux_loss_coef": model.sparse.aux_loss_weight,
+        "output_router_logits": False,
+        "tie_word_embeddings": model.head == "tied",
+        "use_cache": True,
+        **_ids(source),
+    }
+
+
+def _ids(source: Source) -> dict:
+    return {"bos_token_id": None, "eos_token_id": source.tokenizer.eod_id, "pad_token_id": source.tokenizer.pad_id}

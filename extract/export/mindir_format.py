@@ -1,0 +1,206 @@
+"""Export to MINDIR: two fixed graphs, prefill and decode, that hold the chosen domains' experts.
+
+Whoever runs them needs only MindSpore (or MindSpore Lite) and what `graphs.json` says about their inputs and state.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from extract.export.export_guides import mindir_guide
+from extract.export.export_source import Source, check_pangu
+from pangu_sigma import runtime
+from pangu_sigma.checkpoint.float_types import as_float32
+from pangu_sigma.config.parameter_counts import is_routing
+from pangu_sigma.errors import UserError
+from pangu_sigma.monitor.progress import progress
+
+if TYPE_CHECKING:
+    from extract.export.export_job import Options
+    from extract.export.static_layers import Shapes
+
+TAKES = ("dtype", "batch_size", "signature", "capacity_factor")
+SIGNATURES = ("plain", "sigma")
+_SMALL_FILES = 16 << 20
+GRAPHS = ("prefill", "decode")
+
+
+def check(source: Source, options: Options) -> None:
+    """Raises UserError for what these graphs cannot be."""
+    check_pangu(source)
+    model = source.config.model
+    if options.dtype != "float32":
+        raise UserError(
+            "a MINDIR is written in float32, which is what this machine computes: leave --dtype out; MindSpore Lite's "
+            "converter lowers it for its device (--fp16=on)"
+        )
+    if options.signature not in SIGNATURES:
+        raise UserError(f"'{options.signature}' is no signature; choose {', '.join(SIGNATURES)}")
+    if options.capacity_factor is not None and (options.capacity_factor <= 0 or options.signature != "sigma"):
+        raise UserError("--capacity-factor is a number above 0 and belongs to --signature sigma; leave it out")
+    if options.signature == "sigma":
+        if model.sparse_prefixes and model.sparse.router != "rre":
+            raise UserError(
+                "the sigma signature takes expert ids from outside, and a learned gate makes them inside; leave "
+                "--signature out"
+            )
+        if model.embedding_slots == "per_domain" and len(source.domains) > 1:
+            raise UserError(
+                "the sigma signature knows one word embedding, and this model has one for each domain; choose one "
+                "--domain"
+            )
+    if source.config.data.sequence_length > model.positions:
+        raise UserError("the model has fewer positions than its window; this checkpoint's config.yaml is not whole")
+
+
+def needed_bytes(source: Source, options: Options) -> int:
+    """Bytes that the folder will take: each graph holds all weights."""
+    numbers = sum(math.prod(source.shape(name)) for name in source.names)
+    if options.signature == "sigma":
+        numbers += 2 * math.prod(shapes_of(source, options).cache)
+    return len(GRAPHS) * 4 * numbers + len(source.tokenizer.model) + _SMALL_FILES
+
+
+def write(source: Source, folder: Path, options: Options) -> list[str]:
+    """Write the folder; returns what there is to say. Raises UserError, OSError."""
+    runtime.prepare("CPU")
+    import mindspore as ms
+
+    from extract.export.mindir_graphs import build_graph, fill
+
+    shapes = shapes_of(source, options)
+    said: dict[str, object] = {}
+    with progress("export", len(GRAPHS), unit="graphs") as job:
+        for name in GRAPHS:
+            graph = build_graph(shapes, options.signature, name)
+            fill(graph.cell, side_by_side(source, options))
+            ms.export(graph.cell, *graph.inputs.values(), file_name=str(folder / name), file_format="MINDIR")
+            described = {
+                "inputs": {n: _describe(t) for n, t in graph.inputs.items()},
+                "outputs": graph.outputs,
+                "state": {name: {"shape": list(shapes.cache), "type": "float32"} for name in graph.state},
+            }
+            said[_file_of(folder, name)] = described
+            job.advance(1)
+    source.tokenizer.save(folder / "tokenizer")
+    if options.signature == "sigma" and shapes.sparse:
+        np.save(folder / "expert_ids.npy", expert_numbers(source))
+    _write_description(source, shapes, options, said, folder)
+    table = (folder / "expert_ids.npy").exists()
+    guide = mindir_guide(source, options.signature, options.batch_size, list(said), list(graph.state), table)
+    (folder / "README.md").write_text(guide, encoding="utf-8")
+    return []
+
+
+def shapes_of(source: Source, options: Options) -> Shapes:
+    """The shapes of the graphs of `source`."""
+    from extract.export.static_layers import Shapes
+
+    model, window = source.config.model, source.config.data.sequence_length
+    capacity = window
+    if options.capacity_factor is not None and model.sparse_prefixes:
+        capacity = min(window, math.ceil(options.capacity_factor * window / sum(source.experts)))
+    return Shapes(
+        layers=model.layers,
+        hidden=model.hidden,
+        heads=model.heads,
+        ffn=model.ffn,
+        positions=model.positions,
+        vocab=source.vocab,
+        window=window,
+        batch=options.batch_size,
+        eod_id=source.tokenizer.eod_id,
+        query_layer=model.query_layer == "next_position",
+        sparse=model.sparse_prefixes,
+        router=model.sparse.router,
+        experts=source.experts,
+        per_domain_words=model.embedding_slots == "per_domain",
+        activation=model.activation,
+        norm=model.norm,
+        epsilon=model.norm_epsilon,
+        capacity=capacity,
+    )
+
+
+def side_by_side(source: Source, options: Options) -> dict[str, Callable[[], np.ndarray]]:
+    """Parameter name -> how to read it: the shared tensors, and the chosen domains' experts, tables and word embeddings
+    one after the other on the first axis. A table's numbers count the layer's experts."""
+    found: dict[str, list[tuple[int, Callable[[], np.ndarray]]]] = {}
+    for full, domain, name in source.by_owner():
+        read = partial(_as_parameter, source, full, name, domain)
+        name = name.removeprefix("embedding.").replace(".router.weight", ".feed_forward.router")
+        layer, _, part = name.partition(".experts.")
+        if part:
+            name = f"{layer}.feed_forward.experts.{part.replace('.', '_')}"
+        elif is_routing(name):
+            if options.signature == "sigma":
+                continue  # made outside, from expert_ids.npy
+            name = f"{name.removesuffix('routing')}feed_forward.routing"
+        # Names come sorted, domains not in the model's order.
+        found.setdefault(name, []).append((domain or 0, read))
+    return {name: partial(_joined, parts) for name, parts in found.items()}
+
+
+def _as_parameter(source: Source, full: str, name: str, domain: int | None) -> np.ndarray:
+    array = as_float32(full, source.checkpoint.load([full])[full])
+    if is_routing(name):
+        return (array + sum(source.experts[:domain])).astype(np.int32)[None]
+    return array
+
+
+def _joined(parts: list[tuple[int, Callable[[], np.ndarray]]]) -> np.ndarray:
+    arrays = [read() for _, read in sorted(parts, key=lambda part: part[0])]
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def expert_numbers(source: Source) -> np.ndarray:
+    """int32 [sparse layers, domains, V]: `expert_ids[n, b, s] = numbers[n, domain of sample b, input_ids[b, s]]`."""
+    tables = []
+    for place in source.config.model.sparse_prefixes:
+        names = [f"domains.{domain}.{place}.routing" for domain in source.domains]
+        first = np.cumsum([0, *source.experts[:-1]]).astype(np.int32)
+        loaded = source.checkpoint.load(names)
+        tables.append(np.stack([loaded[name] + f for name, f in zip(names, first, strict=True)]))
+    return np.stack(tables).astype(np.int32)
+
+
+def _file_of(folder: Path, name: str) -> str:
+    """The graph's file: MindSpore writes weights beyond 1 GiB into a folder beside it, and all of it read-only."""
+    for path in folder.glob(f"{name}*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+        for inner in path.rglob("*"):
+            inner.chmod(0o644)
+    return next(path.name for path in folder.glob(f"{name}*.mindir"))
+
+
+def _describe(tensor) -> dict:
+    return {"shape": list(tensor.shape), "type": str(tensor.dtype).lower()}
+
+
+def _write_description(source: Source, shapes: Shapes, options: Options, graphs: dict, folder: Path) -> None:
+    from extract.export.mindir_graphs import MEANINGS
+
+    used = {name for graph in graphs.values() for part in ("inputs", "outputs", "state") for name in graph[part]}
+    values = {
+        "signature": options.signature,
+        "graphs": graphs,
+        "meanings": {name: meaning for name, meaning in MEANINGS.items() if name in used},
+        "domains": list(source.domains),
+        "experts": list(source.experts),
+        "sparse_layers": list(shapes.sparse),
+        "window": shapes.window,
+        "batch": shapes.batch,
+        "capacity": shapes.capacity if options.signature == "sigma" and shapes.sparse else None,
+        "eod_id": source.tokenizer.eod_id,
+        "pad_id": source.tokenizer.pad_id,
+        "vocab_size": source.vocab,
+    }
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    (folder / "graphs.json").write_text(text, encoding="utf-8")

@@ -1,0 +1,86 @@
+"""The extraction job: plan, copy, verify, name the folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from extract.extraction_plan import Cut, choose_domains
+from extract.sub_model_card import measured, model_card
+from extract.verify_sub_model import Verification, demand, verify
+from pangu_sigma.checkpoint import Checkpoint, resolve, write_model_folder
+from pangu_sigma.checkpoint.model_folder import CARD, check_output, check_space
+from pangu_sigma.errors import UserError
+from pangu_sigma.monitor.progress import progress
+from pangu_sigma.signals import sigterm_as_ctrl_c
+
+VERIFICATION = "verification.json"
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """A sub-model that was written: its folder, what it holds, and the verification, if there was one."""
+
+    model: Checkpoint
+    cut: Cut
+    bytes_written: int
+    verification: Verification | None
+
+
+def plan(
+    model: str | Path,
+    domains: Sequence[str],
+    out: str | Path | None = None,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
+    fold: bool = False,
+) -> Cut:
+    """What would be cut out of a run (its last checkpoint), a checkpoint or a model folder.
+
+    Raises UserError for a model that is not whole, an unknown domain, what cannot be cut, and (with `out`) an output
+    that is not empty or a disk that is too small.
+    """
+    parent = resolve(model)
+    cut = Cut(parent, choose_domains(parent, domains), dtype, max_shard_bytes, fold)
+    if out is not None:
+        path = check_output(out)
+        if path.is_relative_to(parent.path.resolve()):
+            raise UserError(f"{out} lies inside {parent.path}, which it is cut out of: choose another folder")
+        check_space(out, cut.folder())
+    return cut
+
+
+def extract(cut: Cut, out: str | Path, *, check: bool = True, device: str = "CPU") -> Extracted:
+    """Write the sub-model to `out`; with `check`, only after it was found to be the same function (on `device`).
+
+    Raises UserError as `plan` does, VerificationError when the sub-model is another function, and leaves nothing then,
+    nor when it is interrupted.
+    """
+    folder = cut.folder()
+    quality = measured(cut.parent)
+    found: Verification | None = None
+
+    def copied(done: int, total: int) -> None:
+        if done <= total:  # beyond are the few documents of the end
+            job.set(done)
+        if done == total:
+            copying.close()
+
+    def finish(written: Checkpoint) -> dict[str, str]:
+        nonlocal found
+        documents = {}
+        if check:
+            with progress("verify", None, unit="batches") as verifying:
+                found = verify(cut.parent, written, cut, device=device, advance=verifying.advance)
+            demand(found)
+            documents[VERIFICATION] = json.dumps(found.to_dict(), ensure_ascii=False, indent=2) + "\n"
+        return {**documents, CARD: model_card(cut, folder.bytes, quality, found)}
+
+    with sigterm_as_ctrl_c(), ExitStack() as copying:
+        job = copying.enter_context(progress("copy", folder.bytes, unit="B"))
+        model = write_model_folder(out, folder, finish=finish, progress=copied)
+    return Extracted(model, cut, folder.bytes, found)

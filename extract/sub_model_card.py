@@ -1,0 +1,149 @@
+"""The model card of a sub-model: a README that says where it came from, how large and how good it is, how to use it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from extract.extraction_plan import Cut
+from extract.verify_sub_model import Verification
+from pangu_sigma.checkpoint import Checkpoint
+from pangu_sigma.checkpoint.disk_space import human_bytes
+from pangu_sigma.config import parameter_counts
+from pangu_sigma.config.parameter_counts import is_routing
+from pangu_sigma.errors import UserError
+from pangu_sigma.monitor.printable_text import printable
+from pangu_sigma.monitor.text_tables import number, perplexity
+from pangu_sigma.trained_model import run_of
+from pangu_sigma.version import VERSION
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Held-out figures of a run at one step: domain -> mean loss in nats per token, its own and a unigram model's."""
+
+    step: int
+    losses: dict[str, float]
+    unigram: dict[str, float]
+
+
+def measured(checkpoint: Checkpoint) -> Measured | None:
+    """What the checkpoint's run measured at its step; None for a checkpoint that lies in no run or was not measured."""
+    run = run_of(checkpoint)
+    if run is None:
+        return None
+    found = _from_evaluation(run / "evaluation.json", checkpoint.step)
+    if found is None and (run / "metrics.jsonl").is_file():
+        from pangu_sigma.monitor.metrics_log import read_metrics
+
+        for record in read_metrics(run):
+            if record["kind"] == "evaluate" and record["step"] == checkpoint.step:
+                found = Measured(checkpoint.step, record["losses"], record["unigram"])
+    return found
+
+
+def _from_evaluation(path: Path, step: int) -> Measured | None:
+    if not path.is_file():
+        return None
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return Measured(step, result["losses"], result["unigram"]) if result["step"] == step else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: delete it, or make it anew with pangu-sigma evaluate") from error
+
+
+def model_card(cut: Cut, bytes_written: int, quality: Measured | None, found: Verification | None) -> str:
+    """The card as Markdown; `found` is None for a sub-model that was not verified."""
+    config, parent = cut.config, cut.parent
+    counts = parameter_counts(config, config.model.vocab_size)
+    whole = ", ".join(cut.domains)
+    kind = "a dense PanGu-α" if cut.fold else "a PanGu-Σ model"
+    sizes = {d: sorted({groups[d] for groups in parent.coverage.values()}) for d in cut.domains}
+    run = run_of(parent) or parent.path
+    lines = [
+        f"# {printable(whole)}: cut out of {printable(run.name)}",
+        "",
+        f"The shared layers of a PanGu-Σ model and the experts of {len(cut.domains)} of its {len(parent.domains)} "
+        f"domains: {kind} of its own.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| domains | {whole} |",
+        f"| parent | {printable(run.name)}, step {parent.step}, {len(parent.domains)} domains |",
+        f"| parent's manifest, sha256 | `{parent.sha256}` |",
+        f"| parameters | {counts.total:,} ({counts.shared:,} shared"
+        + "".join(f", {counts.per_domain[d]:,} of {d}" for d in cut.domains)
+        + ") |",
+        "| activated per token | " + ", ".join(f"{counts.activated_per_token[d]:,} ({d})" for d in cut.domains) + " |",
+        "| experts in a sparse layer | "
+        + (
+            "none: the one expert of each became its dense layer"
+            if cut.fold
+            else ", ".join(f"{' or '.join(map(str, sizes[d]))} ({d})" for d in cut.domains)
+        )
+        + " |",
+        f"| stored as | {_types(cut)}, {human_bytes(bytes_written)} |",
+        f"| vocabulary, longest sequence | {config.model.vocab_size:,} ids, {config.model.positions:,} tokens |",
+        f"| tokenizer's fingerprint | `{parent.fingerprints.tokenizer}` |",
+        f"| cut by | pangu-sigma {VERSION} |",
+        "",
+        "## Quality",
+        "",
+    ]
+    lines += _quality(cut, quality, found)
+    lines += ["", "## Verification", "", _verification(found), "", "## Use", "", "```sh"]
+    domain = f" --domain {cut.domains[0]}" if len(cut.domains) > 1 else ""
+    lines += [
+        f'pangu-sigma generate DIR{domain} --prompt "…"',
+        "pangu-sigma serve DIR",
+        "pangu-sigma evaluate DIR",
+        "pangu-sigma train DIR/config.yaml run.init_from=DIR   # continues it; the optimizer's state starts fresh",
+        "```",
+        "",
+        "`DIR` is this folder. `manifest.json` lists every file and tensor with its sha256.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _types(cut: Cut) -> str:
+    """The element types of the weights."""
+    stored = {cut.stored_type(source) for name, source in cut.sources.items() if not is_routing(name)}
+    return ", ".join(sorted(stored))
+
+
+def _quality(cut: Cut, quality: Measured | None, found: Verification | None) -> list[str]:
+    lines = []
+    if quality is not None:
+        lines += [
+            f"Held-out text of the parent's run at step {quality.step}, nats per token, measured in the parent:",
+            "",
+            "| domain | loss | perplexity | unigram model's loss |",
+            "| --- | --- | --- | --- |",
+        ]
+        for domain in cut.domains:
+            loss = quality.losses.get(domain, math.nan)
+            unigram = number(quality.unigram.get(domain))
+            lines.append(f"| {domain} | {number(loss)} | {number(perplexity(loss), 2)} | {unigram} |")
+        lines.append("")
+    if found is not None:
+        lines += [
+            "Loss on the probe sequences that travel in this folder, nats per token:",
+            "",
+            "| domain | parent | this model | sequences |",
+            "| --- | --- | --- | --- |",
+        ]
+        for domain, (parent, own) in found.probe_losses.items():
+            lines.append(f"| {domain} | {number(parent, 6)} | {number(own, 6)} | {found.sequences[domain]} |")
+    return lines or ["Not measured: the parent's run was not at hand. `pangu-sigma evaluate DIR` measures it."]
+
+
+def _verification(found: Verification | None) -> str:
+    if found is None:
+        return "Not verified (`--no-verify`); every copied byte was checked against the parent's hashes."
+    return (
+        f"This model beside its parent, computed in {found.precision} on {found.device} in batches of "
+        f"{found.batch_size} × {found.sequence_length} tokens: {found.line()}. Details are in `verification.json`."
+    )

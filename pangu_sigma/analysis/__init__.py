@@ -1,1 +1,0 @@
-"""How a model routes: saturation, co-activation, specialisation, load, entropy."""

@@ -1,0 +1,87 @@
+"""What a checkpoint of a run holds beside its tensors, whoever writes it: one process or several."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from pangu_sigma.checkpoint import folder_layout
+from pangu_sigma.checkpoint.file_plan import (
+    PlannedFile,
+    check_tensor_names,
+    plan_content,
+    plan_tokenizer,
+    probe_tensors,
+)
+from pangu_sigma.checkpoint.manifest import (
+    CoverageCell,
+    FileEntry,
+    Fingerprints,
+    Manifest,
+    TensorEntry,
+    coverage_cells,
+    manifest_bytes,
+)
+from pangu_sigma.checkpoint.tensor_file import TensorSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """Everything of a checkpoint but the model's and the optimizer's tensors.
+
+    coverage: sparse layer -> domain -> number of experts. probe: domain -> int32 [sequences, S + 1]. state: anything
+    JSON holds. Raises ValueError, in its methods too, for what makes no whole checkpoint.
+    """
+
+    step: int
+    domains: Sequence[str]
+    coverage: Mapping[str, Mapping[str, int]]
+    config_text: str
+    tokenizer_files: Mapping[str, bytes]
+    probe: Mapping[str, np.ndarray]
+    state: Mapping[str, Any]
+    fingerprints: Fingerprints
+
+    def __post_init__(self) -> None:
+        if self.step < 0:
+            raise ValueError(f"step={self.step} must be at least 0")
+        folder_layout.check_domains(self.domains)
+
+    @cached_property
+    def probe_arrays(self) -> dict[str, np.ndarray]:
+        """The probe by tensor name; it lies in the domains' tensor files."""
+        return probe_tensors(self.probe, self.domains)
+
+    def check_names(self, tensors: Iterable[str]) -> None:
+        """Tensors of a domain that is not listed and reserved names are refused."""
+        check_tensor_names(tensors, self.domains)
+
+    def cells(self, specs: Sequence[TensorSpec]) -> tuple[CoverageCell, ...]:
+        """The expert groups among all tensors `specs`, as the manifest lists them."""
+        return coverage_cells(self.coverage, self.domains, specs)
+
+    def small_files(self) -> list[PlannedFile]:
+        """The other files but the manifest: configuration, state and tokenizer."""
+        state = json.dumps(self.state, allow_nan=False, ensure_ascii=False)
+        given = {folder_layout.CONFIG: self.config_text, folder_layout.STATE: state}
+        planned = [plan_content(path, text.encode()) for path, text in given.items()]
+        return planned + plan_tokenizer(self.tokenizer_files)
+
+    def manifest(
+        self, cells: Sequence[CoverageCell], files: Mapping[str, FileEntry], tensors: Mapping[str, TensorEntry]
+    ) -> bytes:
+        """The manifest of what was written."""
+        return manifest_bytes(
+            Manifest(
+                format_version=folder_layout.FORMAT_VERSION,
+                step=self.step,
+                domains=tuple(self.domains),
+                fingerprints=self.fingerprints,
+                coverage=tuple(cells),
+                files=dict(files),
+                tensors=dict(sorted(tensors.items())),
+            )
+        )

@@ -1,0 +1,288 @@
+"""An opened checkpoint: what it holds, and its tensors, each checked against its hash as it is read."""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pangu_sigma.checkpoint import folder_layout
+from pangu_sigma.checkpoint.checkpoint_error import CheckpointError
+from pangu_sigma.checkpoint.manifest import (
+    Fingerprints,
+    Manifest,
+    TensorEntry,
+    TensorSlice,
+    hash_of,
+    manifest_bytes,
+    parse_manifest,
+)
+from pangu_sigma.checkpoint.tensor_file import (
+    TensorSpec,
+    damaged,
+    digest_of_file,
+    numpy_type,
+    open_plain,
+    pieces,
+    raw_bytes,
+    read_header,
+    read_tensor,
+    stream_tensor,
+)
+
+
+class Checkpoint:
+    """A checkpoint folder whose manifest is whole and whose files are present with the right sizes.
+
+    Contents are hashed when they are read, so that opening is fast and a domain can be read without touching another's
+    file. `messages` says what was passed over in finding this one. Nothing is kept in memory.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, messages: Iterable[str] = ()) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.messages = tuple(messages)
+        self._headers: dict[str, dict[str, tuple[TensorSpec, int]]] = {}
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done when it was saved."""
+        return self.manifest.step
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains' names in the order in which the model numbers them."""
+        return self.manifest.domains
+
+    @property
+    def fingerprints(self) -> Fingerprints:
+        """Fingerprints of the tokenizer and of each domain's corpus."""
+        return self.manifest.fingerprints
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of the manifest, which holds every file's hash: the identity of all that the folder holds."""
+        return hash_of(manifest_bytes(self.manifest))
+
+    @cached_property
+    def coverage(self) -> dict[str, dict[str, int]]:
+        """Sparse layer → domain → number of experts."""
+        layers: dict[str, dict[str, int]] = {}
+        for cell in self.manifest.coverage:
+            layers.setdefault(cell.layer, {})[cell.domain] = cell.experts
+        return layers
+
+    @cached_property
+    def config_text(self) -> str:
+        """The effective configuration as YAML text."""
+        return self.read_file(folder_layout.CONFIG).decode()
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """The trainer's state, as JSON gives it back (tuples as lists, keys as strings)."""
+        return json.loads(self.read_file(folder_layout.STATE))
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The tokenizer's files, name → content."""
+        folder = f"{folder_layout.TOKENIZER}/"
+        paths = [path for path in self.manifest.files if path.startswith(folder)]
+        return {path.removeprefix(folder): self.read_file(path) for path in paths}
+
+    def probe(self, domains: Collection[str] | None = None) -> dict[str, np.ndarray]:
+        """Held-out sequences of `domains` (None: all), domain → int32 [sequences, S + 1]; without any: absent."""
+        names = {domain: f"{folder_layout.PROBE}.{domain}" for domain in self._known(domains)}
+        return {domain: self._read(name, True) for domain, name in names.items() if name in self.manifest.tensors}
+
+    def names(
+        self,
+        *,
+        domains: Collection[str] | None = None,
+        shared: bool = True,
+        parameters: bool = True,
+        optimizer: bool = True,
+    ) -> list[str]:
+        """Sorted tensor names of the given domains (None: all), with or without shared tensors and either kind.
+
+        Raises CheckpointError for a domain that the checkpoint does not have.
+        """
+        wanted = self._known(domains)
+        return sorted(
+            name
+            for name in self.manifest.tensors
+            if folder_layout.group_of(name) != folder_layout.PROBE
+            and (shared if (domain := folder_layout.domain_of(name)) is None else domain in wanted)
+            and (optimizer if folder_layout.is_optimizer(name) else parameters)
+        )
+
+    def files(self, names: Iterable[str]) -> list[str]:
+        """The sorted paths (inside the folder) of the files that hold the tensors `names`."""
+        return sorted({piece.file for name in names for piece in self._entry(name).slices})
+
+    def load(self, names: Iterable[str] | None = None, *, verify: bool = True) -> dict[str, np.ndarray]:
+        """Reads the tensors `names` (None: all but the probe) into new arrays, two at a time.
+
+        With `verify`, raises CheckpointError naming the file when a tensor's bytes are not those that were saved.
+        """
+        chosen = self.names() if names is None else list(names)
+        with ThreadPoolExecutor(2) as threads:
+            return dict(zip(chosen, threads.map(lambda name: self._read(name, verify), chosen), strict=True))
+
+    def load_rows(self, name: str, rows: range) -> np.ndarray:
+        """These rows of a tensor's first axis as a new array; the others are hashed as they pass by."""
+        entry = self._entry(name)
+        spec = TensorSpec(name, entry.dtype, (len(rows), *entry.shape[1:]))
+        found = np.empty(spec.shape, numpy_type(entry.dtype))
+        into, size, at = raw_bytes(found), spec.nbytes // max(1, len(rows)), 0
+        for piece in self.pieces(name):
+            for number, row in enumerate(rows):
+                low = row * size
+                start, stop = max(at, low), min(at + len(piece), low + size)
+                if start < stop:
+                    shift = number * size - low
+                    into[start + shift : stop + shift] = piece[start - at : stop - at]
+            at += len(piece)
+        return found
+
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """A tensor's bytes in C order, in pieces of whole elements; a piece is overwritten when the next is asked for.
+
+        Memory holds a piece (a whole tensor where several processes wrote it). Raises CheckpointError naming the file,
+        after the last piece, when the bytes are not those that were saved.
+        """
+        entry = self._entry(name)
+        if len(entry.slices) > 1:
+            yield from pieces(self._read(name, True))
+            return
+        piece = entry.slices[0]
+        spec, begin = self._place(name, entry, piece)
+        yield from stream_tensor(self.path / piece.file, spec, begin, piece.sha256)
+
+    def read_file(self, path: str) -> bytes:
+        """The content of one small file of the folder, checked against its hash."""
+        entry = self.manifest.files.get(path)
+        if entry is None:
+            raise CheckpointError(f"{self.path} holds no {path}: use another checkpoint")
+        with open_plain(self.path / path) as stream:
+            content = stream.read()
+        if len(content) != entry.bytes or hashlib.sha256(content).hexdigest() != entry.sha256:
+            raise damaged(self.path / path, "its content is not what was written")
+        return content
+
+    def verify(
+        self, files: Iterable[str] | None = None, *, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Reads the given files (None: every file) and compares size and hash; `progress(bytes_done, bytes_total)`.
+
+        Raises CheckpointError with the first damaged file's name.
+        """
+        chosen = list(self.manifest.files if files is None else files)
+        total = sum(self.manifest.files[path].bytes for path in chosen)
+        done = 0
+        with ThreadPoolExecutor(2) as threads:
+            results = threads.map(lambda path: digest_of_file(self.path / path), chosen)
+            for path, (size, sha256) in zip(chosen, results, strict=True):
+                entry = self.manifest.files[path]
+                if (size, sha256) != (entry.bytes, entry.sha256):
+                    raise damaged(self.path / path, "its content is not what was written")
+                done += size
+                if progress is not None:
+                    progress(done, total)
+
+    def check_fingerprints(self, *, tokenizer: str, corpora: dict[str, str]) -> None:
+        """Raises CheckpointError by name when the tokenizer, or the corpus of a domain that it knows, has changed."""
+        # Corpora first: a changed one also changes the tokenizer that is trained on it.
+        for domain, fingerprint in self.fingerprints.corpora.items():
+            if domain in corpora and corpora[domain] != fingerprint:
+                raise CheckpointError(
+                    f"the corpus of domain {domain} has changed since {self.path} was saved: "
+                    "restore its files, or start a new run in another run.dir"
+                )
+        if tokenizer != self.fingerprints.tokenizer:
+            raise CheckpointError(
+                f"the tokenizer is not the one {self.path} was trained with: "
+                "restore it, or start a new run in another run.dir"
+            )
+
+    def _known(self, domains: Collection[str] | None) -> tuple[str, ...]:
+        for domain in domains or ():
+            if domain not in self.domains:
+                raise CheckpointError(
+                    f"{self.path} has no domain {domain!r}: choose from {', '.join(self.domains) or 'none'}"
+                )
+        return tuple(domain for domain in self.domains if domains is None or domain in domains)
+
+    def _entry(self, name: str) -> TensorEntry:
+        entry = self.manifest.tensors.get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.path} holds no tensor {name!r}: use a checkpoint of the same model")
+        return entry
+
+    def _read(self, name: str, verify: bool) -> np.ndarray:
+        entry = self._entry(name)
+        if len(entry.slices) == 1:
+            return self._read_slice(name, entry, entry.slices[0], verify)
+        array = np.empty(entry.shape, numpy_type(entry.dtype))
+        for piece in entry.slices:
+            box = tuple(slice(begin, begin + size) for begin, size in zip(piece.offset, piece.shape, strict=True))
+            array[box] = self._read_slice(name, entry, piece, verify)
+        return array
+
+    def _read_slice(self, name: str, entry: TensorEntry, piece: TensorSlice, verify: bool) -> np.ndarray:
+        spec, begin = self._place(name, entry, piece)
+        return read_tensor(self.path / piece.file, spec, begin, piece.sha256 if verify else None)
+
+    def _place(self, name: str, entry: TensorEntry, piece: TensorSlice) -> tuple[TensorSpec, int]:
+        """A slice as its file's header describes it, and where its bytes begin in the file."""
+        path = self.path / piece.file
+        if piece.file not in self._headers:
+            file = self.manifest.files[piece.file]
+            self._headers[piece.file] = read_header(path, file.header_bytes, file.header_sha256)
+        spec, begin = self._headers[piece.file].get(name, (None, 0))
+        if spec != TensorSpec(name, entry.dtype, piece.shape):
+            raise damaged(path, f"tensor {name!r} in it is not as the manifest says")
+        return spec, begin
+
+
+def open_checkpoint(path: Path | str, messages: Iterable[str] = ()) -> Checkpoint:
+    """Opens a checkpoint folder (or any model folder with a manifest) after checking that it is whole.
+
+    The manifest is validated and every file it names must be a regular file of the stated size inside the folder; file
+    contents are not read yet. Raises CheckpointError naming the file or folder otherwise.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder: name a run or a checkpoint folder")
+    if not os.path.lexists(path / folder_layout.MANIFEST):
+        raise CheckpointError(
+            f"{path} has no {folder_layout.MANIFEST}, so it is not a finished checkpoint: use another checkpoint"
+        )
+    _check_file(path, folder_layout.MANIFEST, None)
+    with open_plain(path / folder_layout.MANIFEST) as stream:
+        manifest = parse_manifest(stream.read(), path / folder_layout.MANIFEST)
+    for name, entry in manifest.files.items():
+        _check_file(path, name, entry.bytes)
+    return Checkpoint(path, manifest, messages)
+
+
+def _check_file(folder: Path, name: str, size: int | None) -> None:
+    place = folder
+    parts = name.split("/")
+    for part in parts:
+        place = place / part
+        try:
+            status = place.lstat()
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder / name} of the checkpoint is missing ({error.strerror}): restore it or use another checkpoint"
+            ) from error
+        wanted = stat.S_ISREG if place == folder / name else stat.S_ISDIR
+        if not wanted(status.st_mode):
+            raise damaged(folder / name, f"{place.name} is a link or something else than a plain file or folder")
+    if size is not None and status.st_size != size:
+        raise damaged(folder / name, f"it has {status.st_size} bytes instead of {size}")

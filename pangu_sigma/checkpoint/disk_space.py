@@ -1,0 +1,66 @@
+"""Room on a disk, and what a file system answers, as sentences."""
+
+import errno
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pangu_sigma.checkpoint.checkpoint_error import CheckpointError
+
+_BLOCK = 4096
+_MANIFEST_BYTES_PER_TENSOR = 768
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What is being written, for sentences: "`what` was not `done`: …; free some space or `elsewhere` `ending`"."""
+
+    what: str
+    done: str
+    where: Path
+    elsewhere: str
+    ending: str = ""
+
+    def check_space(self, sizes: Iterable[int], tensors: int) -> int:
+        """The bytes that files of these sizes and a manifest of `tensors` tensors need; CheckpointError if not free."""
+        needed = sum((size // _BLOCK + 2) * _BLOCK for size in sizes) + tensors * _MANIFEST_BYTES_PER_TENSOR
+        free = shutil.disk_usage(self.where).free
+        if needed > free:
+            raise CheckpointError(
+                f"{self.what} was not {self.done}: it needs {human_bytes(needed)}, and {human_bytes(free)} are free in "
+                f"{self.where}; free some space or {self.elsewhere}{self.ending}"
+            )
+        return needed
+
+    @contextmanager
+    def explained(self, needed: int | None = None) -> Iterator[None]:
+        """Turns what the file system answers into a CheckpointError of one sentence."""
+        try:
+            yield
+        except OSError as error:
+            space = ""
+            if needed is not None:
+                with suppress(OSError):
+                    free = human_bytes(shutil.disk_usage(self.where).free)
+                    space = f" (it needs {human_bytes(needed)}, {free} are free)"
+            hints = {
+                errno.EFBIG: "raise the limit on file sizes (ulimit -f) or choose smaller shards",
+                errno.EACCES: f"make the folder writable or {self.elsewhere}",
+                errno.EROFS: f"{self.elsewhere} on a disk that can be written",
+            }
+            raise CheckpointError(
+                f"{self.what} was not {self.done}: {error.filename or self.where}: {error.strerror}{space}; "
+                f"{hints.get(error.errno, f'free some space or {self.elsewhere}')}{self.ending}"
+            ) from error
+
+
+def human_bytes(count: int) -> str:
+    """A number of bytes as `512 B`, `3.4 MiB`, `1.2 GiB`."""
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -1,0 +1,150 @@
+"""Saving a checkpoint, so that at every moment the folder that carries its name is whole.
+
+Files go into a hidden folder, each synced to disk; then the manifest; then the folder gets its name in one rename. A
+process that dies on the way leaves a hidden folder, which nobody takes for a checkpoint and the next save removes.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pangu_sigma.checkpoint import folder_layout
+from pangu_sigma.checkpoint.checkpoint_contents import Contents
+from pangu_sigma.checkpoint.checkpoint_error import CheckpointError
+from pangu_sigma.checkpoint.checkpoint_reader import Checkpoint, open_checkpoint
+from pangu_sigma.checkpoint.disk_space import Writing
+from pangu_sigma.checkpoint.file_plan import find_unchanged, plan_tensor_files
+from pangu_sigma.checkpoint.folder_writer import FolderWriter, sync_folder
+from pangu_sigma.checkpoint.retention import discard, held, list_checkpoints, prune, remove_stale
+from pangu_sigma.checkpoint.tensor_file import pieces, spec_of
+
+
+@dataclass(frozen=True)
+class SaveResult:
+    """What a save did. `links_refused` counts unchanged files that had to be written because no link was possible."""
+
+    path: Path
+    bytes_written: int
+    bytes_linked: int
+    links_refused: int
+    seconds: float
+    deleted: tuple[Path, ...]
+    messages: tuple[str, ...]
+
+
+def save_checkpoint(
+    run_dir: Path | str,
+    contents: Contents,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    keep: int,
+    max_shard_bytes: int = 4 << 30,
+    progress: Callable[[int, int], None] | None = None,
+) -> SaveResult:
+    """Saves `run_dir/checkpoints/step-…`, then deletes all but the `keep` newest checkpoints.
+
+    tensors: name → array, of the shapes the model has; written without a copy (non-contiguous: one at a time).
+    progress(bytes_done, bytes_total) is called in this thread while files are written.
+
+    Files whose content the newest checkpoint has already are hard-linked. A checkpoint of the same step is replaced.
+    Raises CheckpointError when the disk is too small or fails (the last checkpoint stays whole, nothing is left
+    behind), ValueError for arguments that make no whole checkpoint.
+    """
+    started = time.perf_counter()
+    run_dir, step = Path(run_dir), contents.step
+    if keep < 1 or max_shard_bytes < 1:
+        raise ValueError(f"{keep=} and {max_shard_bytes=} must be at least 1")
+    contents.check_names(tensors)
+    everything = {**tensors, **contents.probe_arrays}
+    specs = [spec_of(name, array) for name, array in everything.items()]
+    cells = contents.cells(specs)
+    planned = plan_tensor_files(specs, max_shard_bytes) + contents.small_files()
+
+    root = run_dir / folder_layout.CHECKPOINTS
+    save = Writing(f"step {step}", "saved", root, "choose another run.dir", " (the last checkpoint is whole)")
+    with save.explained():
+        root.mkdir(parents=True, exist_ok=True)
+    messages = remove_stale(run_dir)
+    previous, said = newest(run_dir, step)
+    messages += said
+    temporary = root / folder_layout.working_name("tmp", step, os.getpid())
+    with ThreadPoolExecutor(2) as threads:
+        if previous is not None:
+            find_unchanged(planned, everything, previous, threads)
+        needed = save.check_space((file.size for file in planned if file.link is None), len(specs))
+        with save.explained(needed):
+            temporary.mkdir()
+            with held(temporary):
+                try:
+                    total = sum(file.size for file in planned)
+                    writer = FolderWriter(
+                        temporary, lambda spec: pieces(everything[spec.name]), threads, total, progress
+                    )
+                    for file in planned:
+                        writer.write(file)
+                    writer.finish(contents.manifest(cells, writer.files, writer.tensors))
+                    final = move_into_place(temporary, root / folder_layout.step_name(step))
+                except BaseException:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    raise
+    deleted, said = prune(run_dir, keep, final)
+    if writer.links_refused:
+        messages.append(f"{writer.links_refused} unchanged files were written again: {root} refused to link them")
+    return SaveResult(
+        path=final,
+        bytes_written=writer.bytes_written,
+        bytes_linked=writer.bytes_linked,
+        links_refused=writer.links_refused,
+        seconds=time.perf_counter() - started,
+        deleted=tuple(deleted),
+        messages=tuple(messages + said),
+    )
+
+
+def newest(run_dir: Path, step: int) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to link unchanged files from, and what is odd about the run's checkpoints."""
+    checkpoints, _ = list_checkpoints(run_dir)
+    messages = []
+    if later := [path.name for number, path in checkpoints if number > step]:
+        messages.append(
+            f"{run_dir} also holds checkpoints of later steps ({', '.join(later)}), from which a resume would go on: "
+            "delete them if this is the run to keep"
+        )
+    candidates = [path for number, path in checkpoints if number <= step] or [path for _, path in checkpoints]
+    if not candidates:
+        return None, messages
+    try:
+        return open_checkpoint(candidates[-1]), messages
+    except CheckpointError as error:
+        return None, [*messages, f"every file is written anew, since the last checkpoint cannot be linked to: {error}"]
+
+
+def move_into_place(temporary: Path, final: Path) -> Path:
+    """Gives the finished folder its name; an older version of the same step steps aside first and goes afterwards."""
+    if os.path.lexists(final) and not (final / folder_layout.MANIFEST).exists():
+        discard(final)
+    if not os.path.lexists(final):
+        os.rename(temporary, final)
+        sync_folder(final.parent)
+        return final
+    _, step, _ = folder_layout.parse_folder(final)
+    aside = final.with_name(folder_layout.working_name("replaced", step, os.getpid()))
+    with held(final):
+        os.rename(final, aside)
+        try:
+            os.rename(temporary, final)
+        except BaseException:
+            os.rename(aside, final)
+            raise
+        sync_folder(final.parent)
+        with suppress(OSError):  # the next save removes what stays, and says so
+            shutil.rmtree(aside)
+    return final
+

@@ -1,0 +1,61 @@
+"""The command `pangu-sigma export`; nothing heavy is imported before it is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pangu_sigma.cli.arguments import ModelPath
+from pangu_sigma.cli.extract_command import parse_size
+
+
+def export(
+    model: ModelPath,
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="hf (Hugging Face), hf-olmoe (OlmoeForCausalLM), mindir (MindSpore), onnx or mindformers.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write to: new or empty.")],
+    domain: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--domain", metavar="NAME", help="Domain to take along; may be given several times. All if left out."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="TYPE", help="Type of the weights: float32; hf and hf-olmoe also float16 or bfloat16."
+        ),
+    ] = "float32",
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="hf, hf-olmoe: largest file of weights, e.g. 500MB or 4GiB.")
+    ] = "4GiB",
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="mindir: samples of the fixed graphs.")] = 1,
+    signature: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="mindir: inputs of the graphs, plain or sigma (Huawei's deployed PanGu-Σ)."),
+    ] = "plain",
+    capacity_factor: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FACTOR",
+            help="mindir, sigma: rows an expert may take of a window, as a multiple of an even share; others take the "
+            "residual alone. Left out, nothing is dropped.",
+        ),
+    ] = None,
+) -> None:
+    """Export a model to another program's format, with its tokenizer."""
+    from extract.export.export_job import Options
+    from extract.export.export_job import export as write
+
+    options = Options(dtype, parse_size(max_shard_size), batch_size, signature, capacity_factor)
+    for sentence in write(model, out, format_, domain, options):
+        typer.echo(sentence)
+    typer.echo(out)

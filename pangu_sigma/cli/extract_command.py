@@ -1,0 +1,157 @@
+"""The command `pangu-sigma extract`, also `python -m extract`; nothing heavy is imported before it is called."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pangu_sigma.cli.arguments import Json, ModelPath
+from pangu_sigma.errors import UserError
+
+if TYPE_CHECKING:
+    from extract.extraction_job import Extracted
+    from extract.extraction_plan import Cut
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def extract(
+    model: ModelPath,
+    domain: Annotated[
+        list[str] | None, typer.Option("--domain", metavar="NAME", help="Domain to keep; may be given several times.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder to write the sub-model to: new or empty.")
+    ] = None,
+    listing: Annotated[
+        bool, typer.Option("--list", help="List the model's domains and what each owns; no more.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written; write nothing.")] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE", help="Type of the stored weights: float32, float16, bfloat16; left out: as they are."
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Largest file, e.g. 500MB or 4GiB; left out: the parent's files.")
+    ] = None,
+    fold: Annotated[
+        bool, typer.Option("--fold", help="Turn groups of one expert into dense layers: an ordinary PanGu-α.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare logits with the parent's before the folder is named.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Cut domains out of a model: shared layers and their experts, a complete model of its own.
+
+    Without --domain it lists the model's domains: experts in each sparse layer, parameters, bytes and files.
+    """
+    if listing or not domain:
+        if out is not None or dry_run:
+            raise UserError("no domain to keep is given: choose with --domain, or leave out --out and --dry-run")
+        _list(model, as_json)
+        return
+    if out is None and not dry_run:
+        raise UserError("--out is missing: name a folder for the sub-model, or use --dry-run")
+    from extract.extraction_job import extract as run
+    from extract.extraction_job import plan
+
+    shard = parse_size(max_shard_size) if max_shard_size is not None else None
+    cut = plan(model, domain, out, dtype=dtype, max_shard_bytes=shard, fold=fold)
+    if dry_run:
+        _print_plan(cut, as_json)
+        return
+    print_done(run(cut, out, check=check), out, as_json)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `500MB`, `4GiB`, `1000000`. Raises UserError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", text.strip().upper())
+    size = 0
+    if found is not None and not (found[3] and not found[2]):
+        size = int(float(found[1]) * (_BINARY if found[3] else _UNITS)[found[2]])
+    if size < 1:
+        raise UserError(f"--max-shard-size {text} is no size: write it like 500MB, 4GiB or 1000000")
+    return size
+
+
+def _list(model: Path, as_json: bool) -> None:
+    from extract.domain_files import list_domains
+    from pangu_sigma.monitor.text_tables import text_table
+
+    listings = list_domains(model)
+    if as_json:
+        typer.echo(json.dumps([asdict(listing) for listing in listings], ensure_ascii=False, indent=2))
+        return
+    rows = [
+        [d.name, " ".join(str(n) for n in d.experts.values()), f"{d.parameters:,}", f"{d.bytes:,}", " ".join(d.files)]
+        for d in listings
+    ]
+    typer.echo(text_table(["domain", "experts", "parameters", "bytes", "files"], rows))
+
+
+def _print_plan(cut: Cut, as_json: bool) -> None:
+    from pangu_sigma.config import parameter_counts
+    from pangu_sigma.monitor.text_tables import text_table
+
+    folder = cut.folder()
+    counts = parameter_counts(cut.config, cut.config.model.vocab_size)
+    files = [(file.path, file.size, "copied" if file.copy else "written") for file in folder.files]
+    if as_json:
+        plan = {
+            "parent": str(cut.parent.path),
+            "domains": list(cut.domains),
+            "parameters": counts.to_dict(),
+            "bytes": folder.bytes,
+            "files": [{"path": path, "bytes": size, "how": how} for path, size, how in files],
+        }
+        typer.echo(json.dumps(plan, ensure_ascii=False, indent=2))
+        return
+    typer.echo(text_table(["file", "how", "bytes"], [[p, how, f"{size:,}"] for p, size, how in files], left=2))
+    typer.echo(
+        f"\n{', '.join(cut.domains)} of {cut.parent.path}: {counts.total:,} parameters, {folder.bytes:,} bytes in "
+        f"{len(files)} files and a few small ones; nothing was written"
+    )
+
+
+def print_done(done: Extracted, out: Path, as_json: bool = False) -> None:
+    """Print what was written to `out`, the verification, and what to do with it."""
+    from pangu_sigma.config import parameter_counts
+    from pangu_sigma.trained_model import stored_config
+
+    cut = done.cut
+    counts = parameter_counts(cut.config, cut.config.model.vocab_size)
+    if as_json:
+        result = {
+            "path": str(done.model.path),
+            "domains": list(cut.domains),
+            "parameters": counts.total,
+            "bytes": done.bytes_written,
+            "verification": done.verification and done.verification.to_dict(),
+        }
+        typer.echo(json.dumps(result, ensure_ascii=False, indent=2))
+        return
+    whole = parameter_counts(stored_config(cut.parent), cut.config.model.vocab_size).total
+    line = done.verification.line() if done.verification else "not verified"
+    typer.echo(
+        f"{out}: {', '.join(cut.domains)}, {counts.total:,} of {whole:,} parameters, {done.bytes_written:,} bytes"
+    )
+    typer.echo(line[0].upper() + line[1:])
+    example = f" --domain {cut.domains[0]}" if len(cut.domains) > 1 else ""
+    typer.echo(f'Try it:      pangu-sigma generate {shlex.quote(str(out))}{example} --prompt "…"')
+    typer.echo(f"Continue it: {continue_command(out)}")
+
+
+def continue_command(out: Path) -> str:
+    """The command line that trains a sub-model on, in a run folder of its own."""
+    config, start = shlex.quote(f"{out}/config.yaml"), shlex.quote(f"run.init_from={out}")
+    return f"pangu-sigma train {config} {start}"

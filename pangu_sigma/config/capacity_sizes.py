@@ -1,0 +1,92 @@
+"""What a rank reserves for a sparse layer under capacity dispatch: static shapes, by arithmetic alone.
+
+The plan counts with these numbers and the graph that is cut over a mesh is built of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rre.router_specs import KINDS
+
+if TYPE_CHECKING:
+    from pangu_sigma.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """A sparse layer of one micro-batch on one row rank: expert slots of its exchange group, rows reserved in each.
+
+    `tokens` T of the rank make `choices` T k rows that look for room.
+    """
+
+    slots: int
+    rows_per_slot: int
+    tokens: int
+    choices: int
+
+    @property
+    def rows(self) -> int:
+        """Rows that travel from this rank to experts and back."""
+        return self.slots * self.rows_per_slot
+
+    @property
+    def times_tokens(self) -> float:
+        """Reserved rows as a multiple of the rank's tokens."""
+        return self.rows / self.tokens
+
+
+def samples_at_a_time(config: Config) -> int:
+    """Sequences that a row rank computes at a time."""
+    return config.train.batch_size // config.train.accumulation // config.parallel.mesh.rows
+
+
+def activated_slots(config: Config) -> int:
+    """Expert slots of an exchange group in the graph of one micro-batch: all stored, or of so many domains.
+
+    Every rank computes the experts that it owns, and all have equally many slots: as many as the worst choice of
+    domains asks of one. A group's experts lie round its parts in turn. A graph of pipeline stages has all micro-batches
+    of a step in it, which share the slots.
+    """
+    mesh = config.parallel.mesh
+    sizes = [domain.experts for domain in config.domains]
+    by_domain = KINDS[config.model.sparse.router].tables == "domain"
+    if config.experts.store == "device" or not by_domain:
+        return sum(sizes) // mesh.placement_groups
+    together = config.train.accumulation if mesh.pipeline > 1 else 1
+    samples = samples_at_a_time(config) * together * mesh.rows // mesh.placement_groups
+    limit = min(config.data.domains_per_step or len(sizes), samples)
+    parts, most = mesh.exchange_size, 0
+    for group in mesh.domains_of_groups(sizes):
+        asked = [[0] * len(group) for _ in range(parts)]
+        reached = 0
+        for domain, size in enumerate(sizes[d] for d in group):
+            for place in range(reached, reached + size):
+                asked[place % parts][domain] += 1
+            reached += size
+        most = max(most, *(sum(sorted(of_part, reverse=True)[:limit]) for of_part in asked))
+    return most * parts
+
+
+def rows_of_group(config: Config) -> int:
+    """Rows that an expert takes of one dispatch group of n samples: ceil(factor * n S / E_d) of a domain's table, where
+    any sample may be of any domain that the exchange group holds; ceil(factor * k n S / E) of all E experts of the
+    layer else."""
+    sparse, length = config.model.sparse, config.data.sequence_length * config.model.sparse.capacity_samples
+    sizes = [domain.experts for domain in config.domains]
+    among = min(sizes) if KINDS[sparse.router].tables == "domain" else sum(sizes)
+    return math.ceil(sparse.capacity_factor * config.experts_per_token * length / among)
+
+
+def dispatch(config: Config) -> Dispatch | None:
+    """What a rank reserves to send under capacity dispatch; None for a dense model. Dropless rows: one for a choice."""
+    if not config.model.sparse_prefixes:
+        return None
+    length, samples = config.data.sequence_length, samples_at_a_time(config)
+    choices = samples * length * config.experts_per_token
+    if config.model.sparse.dispatch == "dropless":
+        return Dispatch(1, choices, samples * length, choices)
+    rows = samples // config.model.sparse.capacity_samples * rows_of_group(config)
+    return Dispatch(activated_slots(config), rows, samples * length, choices)

@@ -1,0 +1,41 @@
+"""The `adapt` section: fine-tuning on answers (sft) and on preferences (dpo), over the same loop as training."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from pangu_sigma.config.data_section import DomainName, Text
+from pangu_sigma.config.section import ListOf, Section
+
+
+class ExamplesConfig(Section):
+    """The examples of one domain; they train with the domain's experts."""
+
+    name: DomainName = Field(description="Domain of the model that the examples belong to.")
+    data: ListOf[Text] = Field(
+        min_length=1, description="Files of examples, or globs of them: .jsonl, one object a line."
+    )
+    weight: float = Field(1.0, ge=0, description="How often the domain's examples are drawn, relative to the others'.")
+
+
+class AdaptConfig(Section):
+    """Fine-tuning of the model that run.init_from names."""
+
+    objective: Literal["sft", "dpo"] = Field(
+        description="sft: loss on the answer to a prompt. dpo: the chosen answer before the rejected one."
+    )
+    examples: ListOf[ExamplesConfig] = Field(min_length=1, description="The examples, domain by domain.")
+    template: Literal["chat", "plain"] = Field(
+        "chat", description="Chat: as the server writes a conversation. Plain: the answer right behind the prompt."
+    )
+    heldout_fraction: float = Field(
+        0.05, ge=0, lt=1, description="Share of a domain's examples kept from training for evaluation."
+    )
+    beta: float = Field(
+        0.1, gt=0, description="With dpo, how strongly the model is held to the reference: larger stays nearer."
+    )
+    auxiliary_losses: bool = Field(
+        False, description="Whether the routers' auxiliary losses (balance, importance, load, z) count too."
+    )

@@ -1,0 +1,132 @@
+"""Reads a configuration: YAML file and overrides, or the effective configuration that a run or checkpoint stored."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from os.path import abspath, expanduser, join
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from pangu_sigma.config.data_section import STANDARD_INPUT
+from pangu_sigma.config.overrides import apply_overrides
+from pangu_sigma.config.schema import SCHEMA_VERSION, Config
+from pangu_sigma.config.validation_messages import problems_of, shown
+from pangu_sigma.config.yaml_text import parse_yaml
+from pangu_sigma.errors import UserError
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """The effective configuration of a YAML file with `section.key=value` overrides applied.
+
+    Effective means: nothing is left to be looked up. Presets are filled in, relative paths (taken from the current
+    folder) are absolute, and what null took from another key is written out: data.cache, schedule.decay_steps, the
+    last phase's steps.
+
+    Raises UserError with one sentence: file (or override), key, what was written and what is allowed.
+    """
+    return load_values(read_values(Path(path)), str(path), overrides)
+
+
+def load_values(values: dict[str, Any], source: str, overrides: Iterable[str] = ()) -> Config:
+    """`load_config` of the mapping that the file `source` holds; the overrides change it."""
+    applied = apply_overrides(values, overrides)
+
+    def blame(key: str) -> str:
+        for override in reversed(applied):
+            if key == override.key or key.startswith(override.key + "."):
+                return f"override '{override.text}'"
+        return source
+
+    return effective(_validated(values, source, blame))
+
+
+def config_from_dict(values: Mapping[str, Any], source: str = "the stored configuration") -> Config:
+    """The configuration of a stored effective configuration (`Config.to_dict`); `source` names it in errors.
+
+    Raises UserError as `load_config` does.
+    """
+    return _validated(copy.deepcopy(dict(values)), source, lambda key: source)
+
+
+def effective(config: Config) -> Config:
+    """A configuration with absolute paths and every null that means another key's value written out; idempotent."""
+    values = config.to_dict()
+    values["run"]["dir"] = _absolute(values["run"]["dir"])
+    if values["run"]["init_from"]:
+        values["run"]["init_from"] = _absolute(values["run"]["init_from"])
+    for domain in values["domains"]:
+        domain["data"] = [_absolute(pattern) for pattern in domain["data"]]
+    for examples in (values["adapt"] or {}).get("examples", ()):
+        examples["data"] = [_absolute(pattern) for pattern in examples["data"]]
+    data, tokenizer, train = values["data"], values["data"]["tokenizer"], values["train"]
+    data["cache"] = _absolute(data["cache"]) if data["cache"] else join(values["run"]["dir"], "data")
+    if data["stream"] and data["stream"]["path"] != STANDARD_INPUT:
+        data["stream"]["path"] = _absolute(data["stream"]["path"])
+    if tokenizer["path"]:
+        tokenizer["path"] = _absolute(tokenizer["path"])
+    if values["schedule"]["decay_steps"] is None:
+        values["schedule"]["decay_steps"] = train["steps"] - values["schedule"]["anneal_steps"]
+    if train["phases"] and train["phases"][-1]["steps"] is None:
+        train["phases"][-1]["steps"] = train["steps"] - sum(phase["steps"] for phase in train["phases"][:-1])
+    return Config.model_validate(values)
+
+
+def _absolute(path: str) -> str:
+    return abspath(expanduser(path))
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds, not yet checked against the schema. Raises UserError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give the path of a YAML configuration") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give the path of a YAML configuration") from error
+    try:
+        values = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}{_where(error)}: {_what(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid YAML ({error}): mend the value") from error
+    if values is None:
+        raise UserError(f"{path} is empty: copy one of the shipped configurations and change it")
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds {shown(values)}, not a mapping of sections: start it with 'schema_version: 1'")
+    return values
+
+
+def _where(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    return f", line {mark.line + 1}" if mark is not None else ""
+
+
+def _what(error: yaml.YAMLError) -> str:
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"{problem}; keep one of the two" if "written twice" in problem else f"not valid YAML ({problem})"
+
+
+def _validated(values: dict[str, Any], source: str, blame: Callable[[str], str]) -> Config:
+    version = values.get("schema_version")
+    if version is None:
+        raise UserError(f"{source}: schema_version is missing: add the line 'schema_version: {SCHEMA_VERSION}'")
+    if version != SCHEMA_VERSION or isinstance(version, (bool, float)):
+        raise UserError(
+            f"{blame('schema_version')}: schema_version = {shown(version)} cannot be read: this version of pangu-sigma "
+            f"reads schema_version {SCHEMA_VERSION}"
+        )
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        first, *others = problems_of(error)
+        more = ""
+        if others:
+            keys = ", ".join(dict.fromkeys(problem.key for problem in others))
+            more = f" ({len(others)} more problem{'s' if len(others) > 1 else ''}: {keys})"
+        raise UserError(f"{blame(first.key)}: {first.sentence}{more}") from error

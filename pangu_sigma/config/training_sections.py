@@ -1,0 +1,128 @@
+"""The `optimizer`, `schedule` and `train` sections."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from pangu_sigma.config.data_section import DomainName
+from pangu_sigma.config.section import ListOf, Section
+
+
+class OptimizerConfig(Section):
+    """AdamW with decoupled decay (none on norms and biases) and its own epsilon for experts."""
+
+    name: Literal["adamw"] = Field("adamw", description="The optimizer.")
+    learning_rate: float = Field(gt=0, description="Peak learning rate, reached after the warm-up.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
+    beta2: float = Field(0.95, ge=0, lt=1, description="Decay of the second moment.")
+    epsilon: float = Field(1e-8, gt=0, description="Number added to the root of the second moment, shared parameters.")
+    expert_epsilon: float = Field(
+        1e-8, gt=0, description="The same for experts, whose gradients are smaller; the paper uses 1e-20."
+    )
+    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay; norms and biases have none.")
+    clip_norm: float = Field(1.0, gt=0, description="Largest global norm of the gradient; larger ones are scaled down.")
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the steps: linear warm-up, then a decay to `final_factor` of the peak."""
+
+    kind: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape of the decay after the warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear growth from zero to the peak.")
+    decay_steps: int | None = Field(
+        None, ge=1, description="Step at which the decay ends, the warm-up included; null takes all before the anneal."
+    )
+    final_factor: float = Field(0.1, ge=0, le=1, description="Where the decay ends, as a share of the peak.")
+    anneal_steps: int = Field(
+        0, ge=0, description="Last steps of the run, over which the rate falls linearly to 0 from where it stands."
+    )
+
+
+class LossScaleConfig(Section):
+    """Dynamic loss scale of float16 training; without effect in the other precisions."""
+
+    initial: float = Field(65536.0, gt=0, description="Loss scale of the first step.")
+    window: int = Field(1000, ge=1, description="Steps without overflow after which the scale grows.")
+    factor: float = Field(2.0, gt=1, description="Factor of growth, and of the cut after an overflow.")
+
+
+class RegulariseConfig(Section):
+    """What holds a phase near the previous model: the model as it stood when the phase began, or before it grew."""
+
+    output: float = Field(
+        0.0, ge=0, description="Weight of KL(previous || now) of the next-token distributions, in nats per token."
+    )
+    through: Literal["own", "old"] = Field(
+        "own", description="Whose experts output compares on the new text: the text's own domain's, or an old domain's."
+    )
+    l2: float = Field(
+        0.0, ge=0, description="Weight of half the squared distance of the shared parameters to the previous ones."
+    )
+    ewc: float = Field(
+        0.0, ge=0, description="The same, each parameter weighed by its Fisher information on the old domains' text."
+    )
+    fisher_batches: int = Field(
+        32, ge=1, description="With ewc, batches of each old domain's text that the Fisher information is estimated on."
+    )
+
+
+def _trained(value: Any) -> Any:
+    """true and false are read as train and frozen."""
+    return {True: "train", False: "frozen"}[value] if isinstance(value, bool) else value
+
+
+class PhaseConfig(Section):
+    """A stretch of steps with its own domain weights and its own trained parts."""
+
+    steps: int | None = Field(
+        None, ge=1, description="Steps of this phase; null (the last phase only) takes what is left of train.steps."
+    )
+    weights: dict[str, float] | None = Field(
+        None, description="Weight of every domain drawn in this phase (others: 0); null takes the domains' own."
+    )
+    shared: Annotated[Literal["train", "frozen", "regularised"], BeforeValidator(_trained)] = Field(
+        "train", description="Whether the shared parameters train, keep every bit, or train near the previous model."
+    )
+    regularise: RegulariseConfig | None = Field(
+        None, description="With shared regularised, what holds the phase near the previous model."
+    )
+    replay: float = Field(
+        0.0, ge=0, lt=1, description="Share of the samples that old domains give, by their own weights, beside weights."
+    )
+    old: ListOf[DomainName] | None = Field(
+        None, description="The old domains, of replay and ewc; null: those that earlier phases drew and weights do not."
+    )
+    domains: ListOf[DomainName] | None = Field(
+        None, description="Names of the domains whose experts train; null trains all, an empty list none."
+    )
+    restart: bool = Field(
+        False, description="Whether the learning rate begins anew: warm-up, then a decay that ends with this phase."
+    )
+
+
+class TrainConfig(Section):
+    """The loop: how many steps of which size, in which precision."""
+
+    steps: int = Field(ge=1, description="Optimizer steps of the whole run.")
+    batch_size: int = Field(ge=1, description="Sequences in an optimizer step.")
+    accumulation: int = Field(1, ge=1, description="Parts a batch is computed in, one after the other; divides it.")
+    stop_at: int | None = Field(
+        None, ge=1, description="Step after which the run ends early, as if interrupted after a checkpoint."
+    )
+    precision: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32", description="Type of the computation; parameters and moments are float32. bfloat16: Ascend only."
+    )
+    loss_scale: LossScaleConfig = Field(
+        default_factory=LossScaleConfig, description="Dynamic loss scale of float16 training."
+    )
+    nonfinite: Literal["raise", "skip", "rollback"] = Field(
+        "raise", description="On a non-finite loss or gradient: stop, skip the step, or return to the last checkpoint."
+    )
+    skip_budget: int = Field(10, ge=0, description="How often a run may skip or roll back before it stops.")
+    recompute: bool = Field(
+        False, description="Whether activations are computed again for the gradient instead of kept."
+    )
+    phases: ListOf[PhaseConfig] = Field(
+        (), description="Phases of the run, one after the other; an empty list trains everything throughout."
+    )

@@ -1,0 +1,87 @@
+"""Turns what is wrong with a configuration into sentences: where, what was written, what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from pangu_sigma.config.key_descriptions import allowed_at, field_at, keys, section_at
+from pangu_sigma.config.rules import RulesBroken
+from pangu_sigma.config.schema import Config
+from pangu_sigma.config.section import Section
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong: the key path it belongs to and a sentence without its source."""
+
+    key: str
+    sentence: str
+
+
+def problems_of(error: ValidationError, root: type[Section] = Config) -> list[Problem]:
+    """All problems of a failed validation of `root`, in the schema's order."""
+    found = error.errors(include_url=False)
+    places = [tuple(item["loc"]) for item in found]
+    result: list[Problem] = []
+    for item, place in zip(found, places, strict=True):
+        # A list with a wrong item is also reported as too short: only the innermost place is the user's mistake.
+        if any(len(other) > len(place) and other[: len(place)] == place for other in places):
+            continue
+        result.extend(_problems(item, place, root))
+    return result
+
+
+def _problems(item: Any, place: tuple[str | int, ...], root: type[Section]) -> Iterator[Problem]:
+    broken = item.get("ctx", {}).get("error")
+    if isinstance(broken, RulesBroken):
+        yield from (Problem(key, sentence) for key, sentence in broken.broken)
+        return
+    key = dotted(place)
+    if item["type"] == "missing":
+        meaning = getattr(field_at(place, root), "description", None)
+        meant = f" ({meaning})" if meaning else ""
+        yield Problem(key, f"{key} is missing: set it to {allowed_at(place, root)}{meant}")
+    elif item["type"] == "extra_forbidden":
+        yield Problem(key, unknown_key(place, root))
+    else:
+        yield Problem(key, f"{key} = {shown(item['input'])} is not allowed: it must be {allowed_at(place, root)}")
+
+
+def unknown_key(place: Sequence[str | int], root: type[Section] = Config) -> str:
+    """A sentence for a key that the schema does not have; names the nearest one that it has."""
+    *parents, wrong = place
+    section = section_at(parents, root)
+    here = list(section.model_fields) if section is not None else []
+    prefix = dotted(parents) + "." if parents else ""
+    near = difflib.get_close_matches(str(wrong), here, n=1, cutoff=0.6)
+    near = near or [name for name in here if _initials(name) == wrong]
+    if near:
+        return f"{dotted(place)} is not a known key: the nearest known key is {prefix}{near[0]}"
+    elsewhere = [key.path for key in keys(root) if key.path.rsplit(".", 1)[-1] == wrong]
+    if elsewhere:
+        return f"{dotted(place)} is not a known key: the nearest known key is {elsewhere[0]}"
+    nearest = max(here, key=lambda name: difflib.SequenceMatcher(None, str(wrong), name).ratio())
+    return (
+        f"{dotted(place)} is not a known key: the nearest known key is {prefix}{nearest} "
+        f"(known here: {', '.join(here)})"
+    )
+
+
+def _initials(name: str) -> str:
+    """`lr` of `learning_rate`: the short form that many other systems use as the key."""
+    return "".join(word[0] for word in name.split("_"))
+
+
+def dotted(place: Sequence[str | int]) -> str:
+    """A key path as it is written in overrides: `domains.0.experts`."""
+    return ".".join(str(step) for step in place) or "the configuration"
+
+
+def shown(value: Any) -> str:
+    """A value as it could be written in YAML, shortened."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

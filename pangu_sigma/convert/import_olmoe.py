@@ -1,0 +1,239 @@
+"""Taking over an OLMoE from Hugging Face's format: a folder of `OlmoeForCausalLM` becomes a model folder.
+
+Weights keep the type that they are stored in, bit for bit. The balance loss is Hugging Face's form (`pooled`), so that
+a training that goes on has its loss.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder, TensorSpec
+from pangu_sigma.checkpoint.float_types import converted
+from pangu_sigma.checkpoint.tensor_file import numpy_type
+from pangu_sigma.config import Config, config_from_dict, effective
+from pangu_sigma.config.parameter_counts import manifest, parameter_counts
+from pangu_sigma.convert.conversion_coverage import check_coverage
+from pangu_sigma.convert.converted_folder import check_output, write_with_progress
+from pangu_sigma.convert.olmoe_names import Named, parts_of
+from pangu_sigma.convert.safetensors_folder import SafetensorsFolder, open_folder
+from pangu_sigma.errors import UserError
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an import cannot read off the folder.
+
+    `tokenizer`: None takes the folder's own tokenizer.json; else a file of `tokenizer_kind`. `eod_id`: None takes
+    config.json's eos_token_id. `data`: texts of the one domain, for a later evaluation; they need not exist yet.
+    """
+
+    tokenizer: Path | None = None
+    tokenizer_kind: str = "huggingface"
+    eod_id: int | None = None
+    domain: str = "general"
+    data: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Imported:
+    """The written folder, its configuration, and how many of the source's tensors became how many parameters."""
+
+    checkpoint: Checkpoint
+    config: Config
+    eod_id: int
+    parameters: int
+    tensors: int
+
+
+def import_olmoe(source: Path, out: Path, wanted: Wanted) -> Imported:
+    """Write `out`, a complete model folder, from the folder of an `OlmoeForCausalLM` at `source`.
+
+    Raises UserError, and writes nothing, for another architecture or an option of it that this model does not have, and
+    with the list of tensors unless every tensor of the source is used and every one of the model assigned once.
+    """
+    out = check_output(out)
+    given = _architecture(source)
+    folder = open_folder(source)
+    eod_id = wanted.eod_id if wanted.eod_id is not None else _eod(given, source)
+    tokenizer = _tokenizer(source, wanted, eod_id)
+    config = _config(given, source, out, wanted, tokenizer)
+    targets = manifest(config, config.model.vocab_size)
+    origins = {name: parts_of(config, name) for name in targets}
+    _check(folder, targets, origins)
+    specs = [TensorSpec(name, _dtype(folder, origins[name]), shape) for name, shape in targets.items()]
+
+    def read(spec: TensorSpec) -> np.ndarray:
+        # Made of its type first: a copy of bfloat16's bits alone would not say what they are.
+        array = np.empty(spec.shape, numpy_type(spec.dtype))
+        for part in origins[spec.name]:
+            own = array if part.expert is None else array[part.expert]
+            own[...] = _part(folder, part, spec.dtype)
+        return array
+
+    from pangu_sigma.data.tokenizers.tokenizer import tokenizer_files
+
+    counts = parameter_counts(config, config.model.vocab_size)
+    written = write_with_progress(
+        out,
+        ModelFolder(
+            tensors=specs,
+            read=read,
+            domains=config.domain_names,
+            coverage=config.coverage,
+            config_text=config.to_yaml(),
+            tokenizer_files=tokenizer_files(tokenizer),
+            fingerprints=Fingerprints(tokenizer=tokenizer.fingerprint, corpora={}),
+            origin={"job": "import hf", "source": source.name, "architecture": "OlmoeForCausalLM", "eod_id": eod_id},
+            documents={"README.md": _card(source, config, eod_id, counts.total)},
+        ),
+        "import",
+    )
+    return Imported(written, config, eod_id, counts.total, len(folder.tensors))
+
+
+def _architecture(source: Path) -> dict[str, Any]:
+    """config.json of an OLMoE; UserError for another model, or an option of OLMoE that ours does not have."""
+    path = source / "config.json"
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+        kind = given.get("model_type")
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there: give the folder that save_pretrained wrote") from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read as JSON: fetch the folder again") from error
+    if kind != "olmoe":
+        raise UserError(f"{path} is a model of type {kind}: only olmoe (OlmoeForCausalLM) is taken over")
+    heads = given.get("num_attention_heads")
+    ours = {
+        "hidden_act": ("silu",), "attention_bias": (False,), "clip_qkv": (None,), "rope_scaling": (None,),
+        "num_key_value_heads": (heads, None), "attention_dropout": (0, 0.0),
+    }  # fmt: skip
+    for key, allowed in ours.items():
+        if given.get(key, allowed[0]) not in allowed:
+            raise UserError(
+                f"{path} says {key} = {given[key]}, which this model does not have: only {allowed[0]} is taken over"
+            )
+    return given
+
+
+def _eod(given: dict[str, Any], source: Path) -> int:
+    eos = given.get("eos_token_id")
+    if isinstance(eos, int):
+        return eos
+    raise UserError(f"{source}/config.json names no single eos_token_id: give --eod-id")
+
+
+def _tokenizer(source: Path, wanted: Wanted, eod_id: int):
+    from pangu_sigma.data.tokenizers.tokenizer import read_model, tokenizer_class
+
+    path = wanted.tokenizer or source / "tokenizer.json"
+    try:
+        model = read_model(path, wanted.tokenizer_kind)
+    except UserError as error:
+        raise UserError(f"the tokenizer {path} cannot be read: give --tokenizer, and its --tokenizer-kind") from error
+    try:
+        return tokenizer_class(wanted.tokenizer_kind)(model, eod_id=eod_id, origin=str(path))
+    except ValueError as error:
+        raise UserError(f"the end-of-document id {eod_id} is no id of the tokenizer {path}: give --eod-id") from error
+
+
+def _config(given: dict[str, Any], source: Path, out: Path, wanted: Wanted, tokenizer) -> Config:
+    """Our configuration of the same function; defaults of absent keys are transformers' own."""
+    file = "tokenizer.model"
+    if tokenizer.vocab_size > given["vocab_size"]:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, and {source} has embeddings for {given['vocab_size']}: "
+            "give the tokenizer that the model was trained with"
+        )
+    positions = given.get("max_position_embeddings", 4096)
+    try:
+        model = {
+            "vocab_size": given["vocab_size"],
+            "layers": given["num_hidden_layers"],
+            "hidden": given["hidden_size"],
+            "heads": given["num_attention_heads"],
+            "ffn": given["intermediate_size"],
+            "positions": positions,
+            "activation": "silu",
+            "norm": "rmsnorm",
+            "norm_epsilon": given.get("rms_norm_eps", 1e-5),
+            "position": "rope",
+            "rope_theta": float(given.get("rope_theta", 10000.0)),
+            "feed_forward": "swiglu",
+            "biases": False,
+            "head": "tied" if given.get("tie_word_embeddings", False) else "untied",
+            "query_layer": "none",
+            "attention": {"qk_norm": True},
+            "init_std": given.get("initializer_range", 0.02),
+            "init_cutoff": 3.0,
+            "init_scale_residual": False,
+            "sparse": {
+                "pattern": "every",
+                "router": "olmoe",
+                "top_k": given.get("num_experts_per_tok", 8),
+                "renormalise": bool(given.get("norm_topk_prob", False)),
+                "aux_loss_weight": given.get("router_aux_loss_coef", 0.01),
+                "balance": "pooled",
+                "z_loss_weight": 0.0,
+            },
+        }
+        experts = given.get("num_experts", 64)
+    except KeyError as error:
+        raise UserError(f"{source}/config.json lacks {error.args[0]}: fetch the folder again") from error
+    data = list(wanted.data) or [str(out / f"{wanted.domain}.jsonl")]
+    values = {
+        "schema_version": 1,
+        "run": {"dir": str(out)},
+        "model": model,
+        "domains": [{"name": wanted.domain, "data": data, "experts": experts}],
+        "data": {
+            "tokenizer": {"kind": tokenizer.kind, "path": str(out / "tokenizer" / file)},
+            "sequence_length": positions,
+        },
+        # Nothing trains here; a training that starts from the folder brings its own.
+        "optimizer": {"learning_rate": 4e-5},
+        "train": {"steps": 1, "batch_size": 1},
+    }
+    return effective(config_from_dict(values, source=f"the model of {source}"))
+
+
+def _check(folder: SafetensorsFolder, targets: dict[str, tuple[int, ...]], origins: dict[str, list[Named]]) -> None:
+    """Coverage in Hugging Face's names, where every expert is a tensor of its own."""
+    needed: dict[str, tuple[int, ...]] = {}
+    for name, shape in targets.items():
+        for part in origins[name]:
+            own = shape if part.expert is None else shape[1:]
+            needed[part.name] = own[::-1] if part.turned else own
+    there = folder.tensors
+    assigned = [(name, name, there[name].shape) for name in needed if name in there]
+    check_coverage(str(folder.path), needed, assigned, there)
+
+
+def _dtype(folder: SafetensorsFolder, parts: list[Named]) -> str:
+    """The widest type among a tensor's parts, which holds them all; of different halves that is float32."""
+    types = {folder.tensors[part.name].dtype for part in parts}
+    return types.pop() if len(types) == 1 else "float32"
+
+
+def _part(folder: SafetensorsFolder, part: Named, dtype: str) -> np.ndarray:
+    array = converted(part.name, folder.read(part.name), dtype)
+    return array.T if part.turned else array
+
+
+def _card(source: Path, config: Config, eod_id: int, parameters: int) -> str:
+    model = config.model
+    return (
+        f"# {source.name}, imported\n\n"
+        f"An OLMoE of {parameters:,} parameters, imported from `{source.name}` (Hugging Face's OlmoeForCausalLM).\n\n"
+        f"- {model.layers} layers, {model.hidden} wide, {model.heads} heads, {config.domains[0].experts} experts of "
+        f"{model.ffn} in each, {config.experts_per_token} for a token\n"
+        f"- vocabulary {model.vocab_size:,}, sequences of up to {model.positions} tokens, end-of-document id {eod_id}\n"
+        f"- one domain: {config.domains[0].name}\n\n"
+        "Here attention restarts after an end-of-document id, which OlmoeForCausalLM only does when its mask says so.\n"
+    )

@@ -1,0 +1,258 @@
+"""Importing PanGu-α: its published or merged MindSpore checkpoint becomes a model folder with a dense model.
+
+PanGu-α: arXiv 2104.12369; code and strategy files: huawei-noah/Pretrained-Language-Model, PanGu-α. Weights trained with
+pipeline stages in MindSpore's later code are another function of the same tensors (the backbone's norm comes after the
+query layer there); nothing in the file tells them apart, so such a checkpoint must not be given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder, TensorSpec
+from pangu_sigma.config import Config, config_from_dict, effective
+from pangu_sigma.config.parameter_counts import manifest, parameter_counts
+from pangu_sigma.config.presets import PRESETS
+from pangu_sigma.convert.conversion_coverage import check_coverage, listed
+from pangu_sigma.convert.converted_folder import check_output, new_specs, write_with_progress
+from pangu_sigma.convert.pangu_alpha_names import SKIPPED, target_of
+from pangu_sigma.convert.pangu_alpha_source import Tensors, open_source
+from pangu_sigma.errors import UserError
+from pangu_sigma.monitor.progress import progress
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an import cannot read off the weights.
+
+    `heads`: None takes the published number for the model's size. `eod_id`: None takes what the tokenizer names
+    (PanGu-α's: <eot>, 9). `data`: texts of the one domain, for a later evaluation; they need not exist yet.
+    """
+
+    tokenizer: Path
+    tokenizer_kind: str = "pangu_alpha"
+    eod_id: int | None = None
+    heads: int | None = None
+    activation: str = "gelu"
+    strategy: Path | None = None
+    domain: str = "general"
+    data: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Imported:
+    """The written folder; `skipped` are the source's tensors that are no parameters, by the rule that names them."""
+
+    checkpoint: Checkpoint
+    config: Config
+    eod_id: int
+    parameters: int
+    transposed: int
+    skipped: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One tensor of the source and where it goes."""
+
+    source: Tensors
+    name: str
+    target: str
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that it gives."""
+        shape = tuple(self.source.shapes[self.name])
+        return shape[::-1] if self.transposed else shape
+
+    def read(self) -> np.ndarray:
+        array = np.empty(self.shape, np.float32)
+        self.source.fill(self.name, array.T if self.transposed else array)
+        return array
+
+
+def import_pangu_alpha(source: Path, out: Path, wanted: Wanted) -> Imported:
+    """Write `out`, a complete model folder, from the `.ckpt` file or the folder of shards at `source`.
+
+    Weights are stored as float32, which holds every type of such checkpoints exactly. A tensor that the source has
+    more than once (slices of a parallel run, an `.npy` file beside it) must be the same everywhere. Raises UserError
+    with the list of tensors unless every parameter is there once and every tensor of the source is used or skipped by
+    a rule; nothing is written then.
+    """
+    out = check_output(out)
+    tokenizer = _tokenizer(wanted)
+    with progress("read the index", None, unit="shards") as job:
+        sources = open_source(source, wanted.strategy, job.advance)
+    parts, skipped, unknown = _sort(sources)
+    shapes = {part.target: part.shape for part in parts}
+    config = _config(shapes, str(source), out, wanted, tokenizer.vocab_size)
+    by_target: dict[str, list[_Part]] = {}
+    for part in parts:
+        by_target.setdefault(part.target, []).append(part)
+    assigned = []
+    for same in by_target.values():
+        # Copies of one shape are compared when they are read; others are two tensors for one place.
+        distinct = same[:1] if len({part.shape for part in same}) == 1 else same
+        assigned += [(part.target, part.name, part.shape) for part in distinct]
+    targets = manifest(config, config.model.vocab_size)
+    check_coverage(str(source), targets, assigned, [*(name for _, name, _ in assigned), *unknown])
+
+    def read(spec: TensorSpec) -> np.ndarray:
+        part, *copies = by_target[spec.name]
+        array = part.read()
+        for copy in copies:
+            if copy.read().tobytes() != array.tobytes():
+                raise UserError(f"{source} holds {part.name} twice, with different values: leave only the right one")
+        return array
+
+    counts = parameter_counts(config, config.model.vocab_size)
+    transposed = sum(same[0].transposed for same in by_target.values())
+    written = write_with_progress(
+        out,
+        ModelFolder(
+            tensors=new_specs(targets),
+            read=read,
+            domains=[wanted.domain],
+            coverage={},
+            config_text=config.to_yaml(),
+            tokenizer_files=tokenizer.files,
+            fingerprints=Fingerprints(tokenizer=tokenizer.fingerprint, corpora={}),
+            origin={
+                "job": "import pangu-alpha",
+                "source": source.name,
+                "eod_id": tokenizer.eod_id,
+                "skipped": skipped,
+            },
+            documents={"README.md": _card(source, config, tokenizer.eod_id, counts.total, skipped)},
+        ),
+        "import",
+    )
+    return Imported(written, config, tokenizer.eod_id, counts.total, transposed, skipped)
+
+
+def _sort(sources: Sequence[Tensors]) -> tuple[list[_Part], dict[str, list[str]], list[str]]:
+    """(parameters, tensors left behind by rule, tensors with names that PanGu-α does not have)."""
+    parts: list[_Part] = []
+    skipped: dict[str, list[str]] = {}
+    unknown: list[str] = []
+    for source in sources:
+        for name in source.shapes:
+            rule = SKIPPED.rule(name)
+            target = target_of(name)
+            if rule is not None:
+                skipped.setdefault(rule, []).append(name)
+            elif target is None:
+                unknown.append(name)
+            else:
+                parts.append(_Part(source, name, target.name, target.transposed))
+    return parts, skipped, unknown
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    files: Mapping[str, bytes]
+    fingerprint: str
+    eod_id: int
+    vocab_size: int
+
+
+def _tokenizer(wanted: Wanted) -> _Tokenizer:
+    from pangu_sigma.data.tokenizers.tokenizer import read_model, tokenizer_class, tokenizer_files
+
+    kind = tokenizer_class(wanted.tokenizer_kind)
+    try:
+        model = read_model(wanted.tokenizer, wanted.tokenizer_kind)
+    except UserError as error:
+        raise UserError(f"--tokenizer {wanted.tokenizer} cannot be read: give the path of vocab.model") from error
+    try:
+        tokenizer = kind(model, eod_id=wanted.eod_id, origin=str(wanted.tokenizer))
+    except ValueError as error:
+        raise UserError(f"--eod-id {wanted.eod_id} is no id of the tokenizer: leave it out or correct it") from error
+    return _Tokenizer(tokenizer_files(tokenizer), tokenizer.fingerprint, tokenizer.eod_id, tokenizer.vocab_size)
+
+
+def _config(
+    shapes: Mapping[str, tuple[int, ...]], source: str, out: Path, wanted: Wanted, pieces: int
+) -> Config:
+    """The model's configuration: its sizes from the weights, the rest as PanGu-α was trained."""
+    word = _needed(shapes, "embedding.word", source)
+    up = _needed(shapes, "query_layer.feed_forward.up.weight", source)
+    positions = _needed(shapes, "embedding.position", source)
+    if not len(word) == len(up) == len(positions) == 2:
+        raise UserError(f"{source} has tables that are no matrices: give PanGu-α's own checkpoint")
+    vocab, hidden = word
+    blocks = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
+    if pieces > vocab:
+        raise UserError(
+            f"the tokenizer has {pieces} pieces, and {source} has embeddings for {vocab}: give the tokenizer that the "
+            "model was trained with"
+        )
+    heads = wanted.heads or _published_heads(blocks + 1, hidden)
+    tokenizer = {"kind": wanted.tokenizer_kind, "path": str(out / "tokenizer" / "tokenizer.model")}
+    config = {
+        "schema_version": 1,
+        "run": {"dir": str(out)},
+        "model": {
+            "vocab_size": vocab,
+            "layers": blocks + 1,
+            "hidden": hidden,
+            "heads": heads,
+            "ffn": up[1],
+            "positions": positions[0],
+            "activation": wanted.activation,
+        },
+        "domains": [
+            {"name": wanted.domain, "data": list(wanted.data) or [str(out / f"{wanted.domain}.jsonl")], "experts": 1}
+        ],
+        "data": {"tokenizer": tokenizer, "sequence_length": positions[0]},
+        # Nothing trains here; a training that starts from the folder brings its own.
+        "optimizer": {"learning_rate": 5e-5},
+        "train": {"steps": 1, "batch_size": 1},
+    }
+    return effective(config_from_dict(config, source=f"the model of {source}"))
+
+
+def _needed(shapes: Mapping[str, tuple[int, ...]], name: str, source: str) -> tuple[int, ...]:
+    if name not in shapes:
+        raise UserError(
+            f"{source} lacks {name}, without which it is no PanGu-α model (it has {len(shapes)} of its tensors: "
+            f"{listed(shapes, 4)}); the published shards need word_embedding.npy, position_embedding.npy and "
+            "top_query_embedding.npy beside them"
+        )
+    return shapes[name]
+
+
+def _published_heads(layers: int, hidden: int) -> int:
+    for sizes in PRESETS.values():
+        if (sizes["layers"], sizes["hidden"]) == (layers, hidden):
+            return sizes["heads"]
+    raise UserError(
+        f"the weights do not tell the number of attention heads, and no published PanGu-α has {layers} layers of width "
+        f"{hidden}: give --heads"
+    )
+
+
+def skipped_lines(skipped: Mapping[str, Sequence[str]]) -> list[str]:
+    """A sentence for every rule by which tensors were left behind."""
+    return SKIPPED.lines({rule: len(names) for rule, names in skipped.items()})
+
+
+def _card(source: Path, config: Config, eod_id: int, parameters: int, skipped: Mapping[str, Sequence[str]]) -> str:
+    model = config.model
+    left = "".join(f"- {line}\n" for line in skipped_lines(skipped)) or "- every tensor of the source is in the model\n"
+    return (
+        f"# {source.name}, imported\n\n"
+        f"A dense PanGu-α model of {parameters:,} parameters, imported from `{source.name}`.\n\n"
+        f"- {model.layers} layers (the query layer included), {model.hidden} wide, {model.heads} heads, "
+        f"feed-forward {model.ffn}, {model.activation}\n"
+        f"- vocabulary {model.vocab_size:,}, sequences of up to {model.positions} tokens, end-of-document id {eod_id}\n"
+        f"- one domain: {config.domains[0].name}\n"
+        f"{left}\n"
+        "`manifest.json` lists every tensor with its hash; `pangu-sigma generate` and `pangu-sigma upcycle` take this "
+        "folder.\n"
+    )

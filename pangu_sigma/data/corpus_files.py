@@ -1,0 +1,234 @@
+"""Corpus files: which files a domain's entry names, and the documents inside them, one at a time.
+
+A ``.jsonl`` line is a document. A ``.txt`` file is a document too, unless it is long: then it is cut at blank lines
+into documents of about ``TEXT_DOCUMENT_CHARS``, so that a book can be split into training and held-out parts.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pangu_sigma.errors import UserError
+
+if TYPE_CHECKING:
+    from pangu_sigma.config.data_section import DomainConfig
+
+TEXT_DOCUMENT_CHARS = 4096  # a .txt file is cut at the first blank line after this many characters
+_LINE_LIMIT = 16 * TEXT_DOCUMENT_CHARS  # no line is read in longer pieces: a file without newlines must still stream
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a domain's text comes from: ``name`` of the domain, ``data`` paths or globs, ``text_field`` of JSONL,
+    ``weight``, the domain's share when a tokenizer is trained from the mix, ``filters``, which documents are dropped (a
+    key of ``filters.RULES``), and ``stars_field`` of JSONL, where a repository's stars stand."""
+
+    name: str
+    data: Sequence[str | Path]
+    text_field: str = "text"
+    weight: float = 1.0
+    filters: str = "none"
+    stars_field: str | None = None
+
+    @classmethod
+    def of(cls, domain: DomainConfig) -> Source:
+        """The source that a domain's configuration describes."""
+        return cls(
+            domain.name, domain.data, domain.text_field, domain.weight, domain.filters, domain.stars_field
+        )
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document: its ``text``, the ``file`` and 1-based ``line`` where it begins, and its repository's ``stars``,
+    None where no field tells them."""
+
+    text: str
+    file: Path
+    line: int
+    stars: float | None = None
+
+
+def expand_paths(name: str, data: Sequence[str | Path]) -> list[Path]:
+    """The files of domain ``name``: entries in the given order, each glob's matches sorted, no file twice.
+
+    Raises UserError when an entry is missing, is a folder, matches nothing, or is neither ``.jsonl`` nor ``.txt``.
+    """
+    found: dict[Path, None] = {}
+    for entry in data:
+        path = Path(os.path.expanduser(str(entry)))
+        if path.is_dir():
+            raise UserError(f"domain '{name}': {entry} is a folder; name its files, for example {path / '*.jsonl'}")
+        if path.exists():
+            matches = [path]
+        elif glob.has_magic(str(path)):
+            matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(match)]
+            if not matches:
+                raise UserError(f"domain '{name}': no file matches {entry}; check the pattern and the current folder")
+        else:
+            raise UserError(f"domain '{name}': the file {entry} does not exist; check the path in domains.data")
+        for match in matches:
+            if match.suffix.lower() not in (".jsonl", ".txt"):
+                raise UserError(
+                    f"domain '{name}': {match} is neither .jsonl nor .txt; convert it or narrow the pattern"
+                )
+            found[match.resolve()] = None
+    if not found:
+        raise UserError(f"domain '{name}' names no corpus file; list at least one path in domains.data")
+    return list(found)
+
+
+def fingerprint_files(files: Sequence[Path]) -> str:
+    """sha256 (hex) of the files' contents and kinds in order; where the files lie does not matter."""
+    total = hashlib.sha256()
+    for file in files:
+        try:
+            with open(file, "rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{file} cannot be read ({error.strerror}); check that it exists and its rights") from error
+        total.update(f"{file.suffix.lower()}:{digest}\n".encode())
+    return total.hexdigest()
+
+
+def stat_files(files: Sequence[Path]) -> tuple[tuple[int, int], ...]:
+    """(bytes, modification time in ns) of every file: a cheap test of "nobody wrote here in the meantime"."""
+    return tuple((stat.st_size, stat.st_mtime_ns) for stat in (file.stat() for file in files))
+
+
+def iterate_documents(
+    name: str, files: Sequence[Path], text_field: str = "text", stars_field: str | None = None
+) -> Iterator[Document]:
+    """Stream the documents of domain ``name`` in the order of ``files``, one in memory at a time.
+
+    Line ends become ``\\n`` and a byte order mark is dropped. Blank lines of a ``.jsonl`` file are passed over. Empty
+    documents are handed on: the caller counts them.
+    Raises UserError with file and line for bytes that are not UTF-8, a line that is not a JSON object, a missing
+    field, a field that is no string, and text with half a surrogate pair (which no tokenizer can encode).
+    """
+    for file in files:
+        if file.suffix.lower() == ".jsonl":
+            yield from _jsonl_documents(name, file, text_field, stars_field)
+        else:
+            yield from _text_documents(file)
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """(1-based number, line with its ``\\n``) of a UTF-8 file; a ``.txt`` line beyond the limit comes in several
+    pieces.
+    """
+    limit = _LINE_LIMIT if file.suffix.lower() == ".txt" else -1
+    number = 1
+    try:
+        with open(file, encoding="utf-8-sig") as stream:
+            while line := stream.readline(limit):
+                yield number, line
+                number += line.endswith("\n")
+    except UnicodeDecodeError as error:
+        where = f"near line {number}"  # the decoder reads ahead in blocks, so the line is approximate
+        raise UserError(f"{file}: {where} is not UTF-8 ({error.reason}); save the file as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); check that it exists and its rights") from error
+
+
+def _jsonl_documents(name: str, file: Path, text_field: str, stars_field: str | None) -> Iterator[Document]:
+    for number, line in _lines(file):
+        if line.strip():
+            record = json_object(line, f"{file}:{number}", document_form(text_field))
+            text = text_of(record, f"{file}:{number}", text_field, f"set text_field of domain '{name}'")
+            stars = None if stars_field is None else _stars(record, f"{file}:{number}", stars_field, name)
+            yield Document(text, file, number, stars)
+
+
+def _stars(record: dict, where: str, field: str, name: str) -> float:
+    stars = record.get(field)
+    if isinstance(stars, bool) or not isinstance(stars, int | float):
+        what = "is missing" if field not in record else "is no number"
+        raise UserError(f"{where}: the field '{field}' {what}; write the stars there, or set stars_field of '{name}'")
+    return float(stars)
+
+
+def document_form(text_field: str) -> str:
+    """What a line with a document looks like, for a sentence."""
+    return f'{{"{text_field}": "…"}}'
+
+
+def json_object(line: str, where: str, form: str) -> dict:
+    """The JSON object of a line of a .jsonl file.
+
+    Raises UserError for anything else, which begins with ``where`` and says to write ``form``.
+    """
+    if not line.strip():
+        raise UserError(f"{where}: the line is empty; remove it, or write {form}")
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise UserError(f"{where}: the line is not valid JSON ({reason}); write {form}") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: the line is no JSON object; write {form}")
+    return record
+
+
+def text_of(record: dict, where: str, text_field: str, advice: str) -> str:
+    """The text of a document, line ends as ``\\n``. Raises UserError with ``advice`` where the field is missing."""
+    if text_field not in record:
+        known = ", ".join(sorted(map(str, record))[:8]) or "none"
+        raise UserError(f"{where}: the field '{text_field}' is missing (fields: {known}); {advice}")
+    text = record[text_field]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: the field '{text_field}' is no string but {type(text).__name__}; it must hold text")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if has_lone_surrogate(text):
+        raise UserError(f"{where}: the text holds half a surrogate pair (\\ud800–\\udfff alone); repair the line")
+    return text
+
+
+def _text_documents(file: Path) -> Iterator[Document]:
+    """Cut at blank lines; where there are none for long, at any line end; where there is none either, at the limit."""
+    pieces: list[str] = []
+    size = 0
+    first = 1
+    for number, line in _lines(file):
+        if not pieces:
+            first = number
+        pieces.append(line)
+        size += len(line)
+        blank = not line.strip()
+        if (size >= TEXT_DOCUMENT_CHARS and blank) or size >= 4 * TEXT_DOCUMENT_CHARS:
+            yield Document("".join(pieces), file, first)
+            pieces, size = [], 0
+    if pieces:
+        yield Document("".join(pieces), file, first)
+
+
+def has_lone_surrogate(text: str) -> bool:
+    """Python strings may hold surrogate code points (JSON's ``\\ud800``); UTF-8 cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def read_text_lines(file: Path, called: str, advice: str) -> list[str]:
+    """The lines of a small UTF-8 file, without a last empty one; none of an empty file.
+
+    Raises UserError where it cannot be read: `called` names it in the sentence, `advice` says what to do.
+    """
+    try:
+        lines = file.read_bytes().decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{called} cannot be read ({error.strerror}); {advice}") from error
+    if lines[-1] == "":
+        lines.pop()
+    return lines

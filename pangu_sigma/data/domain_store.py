@@ -1,0 +1,330 @@
+"""A domain's corpus made ready once: duplicates dropped, held-out documents set aside, both parts tokenised into
+stores.
+
+The result lies in a folder of the cache whose name carries the fingerprint of corpus, tokenizer and settings, so a
+changed corpus is noticed and made anew. ``store.json`` is written last and lists every file's sha256, which is
+checked at each use.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pangu_sigma.data.corpus_files import (
+    TEXT_DOCUMENT_CHARS,
+    Document,
+    Source,
+    expand_paths,
+    fingerprint_files,
+    iterate_documents,
+    stat_files,
+)
+from pangu_sigma.data.deduplication import SIMILARITY, Deduplicator, digest
+from pangu_sigma.data.document_filters import REASONS, RULES, reason_to_drop
+from pangu_sigma.data.indexed_dataset import IndexedTokens, IndexedWriter
+from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
+from pangu_sigma.errors import UserError
+
+FORMAT_VERSION = 1
+INFO_FILE = "store.json"
+# progress(domain, stage "read" or "tokenise", documents done, documents in all or 0 while unknown)
+Progress = Callable[[str, str, int, int], None]
+
+_DROP, _TRAIN, _HELDOUT = 0, 1, 2
+_BATCH_CHARS = 1_000_000  # documents are compared and encoded in batches of about this size
+_PARTS = ("train", "heldout")
+_COUNTS = "token_counts.npy"
+_INFO_KEYS = ("name", "fingerprint", "corpus_fingerprint", "tokenizer_fingerprint", "documents", "tokens", "dropped")
+_FILES = ("train.bin", "train.idx", "heldout.bin", "heldout.idx", _COUNTS)
+
+
+@dataclass(frozen=True)
+class DomainStore:
+    """A tokenised domain.
+
+    ``train`` and ``heldout`` token stores; ``token_counts`` int64 [V] of the training part, end-of-document ids
+    included; ``documents`` and ``tokens`` per part; ``dropped`` documents by reason (empty, exact, near, and
+    those of ``filters.REASONS`` that apply);
+    ``fingerprint`` of all that decided the content, and of the corpus and the tokenizer alone, so that a difference
+    can be named.
+    """
+
+    name: str
+    train: IndexedTokens
+    heldout: IndexedTokens
+    token_counts: np.ndarray
+    fingerprint: str
+    corpus_fingerprint: str
+    tokenizer_fingerprint: str
+    documents: dict[str, int]
+    tokens: dict[str, int]
+    dropped: dict[str, int]
+    folder: Path
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint keeps to refuse a changed input by name: corpus, tokenizer, data settings."""
+        return {
+            "corpus": self.corpus_fingerprint,
+            "tokenizer": self.tokenizer_fingerprint,
+            "data settings": self.fingerprint,
+        }
+
+
+def prepare_domain(
+    source: Source,
+    tokenizer: Tokenizer,
+    cache_dir: str | Path,
+    *,
+    heldout_fraction: float,
+    sequence_length: int,
+    deduplicate: bool = True,
+    progress: Progress | None = None,
+) -> DomainStore:
+    """Tokenise a domain, or open what an earlier call made of the same input.
+
+    A document is held out by a hash of its content, at least one unless the fraction is 0 (then none); duplicates are
+    dropped before, so no held-out document resembles a training one. ``sequence_length`` S (tokens) only sets the least
+    size: S + 1 tokens. Raises UserError for unusable input (see ``sources``), a corpus too small to train on or to hold
+    anything out, a damaged cache (named), and a full disk.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", source.name):
+        raise UserError(f"the domain name '{source.name}' cannot name a folder; use letters, digits, '_', '-' and '.'")
+    if not 0.0 <= heldout_fraction < 1.0:
+        raise UserError(f"data.heldout_fraction is {heldout_fraction}; it must be at least 0 and below 1")
+    files = expand_paths(source.name, source.data)
+    before = stat_files(files)
+    corpus = fingerprint_files(files)
+    settings = {
+        "text_field": source.text_field,
+        # Earlier stores held a document out at 0 too; they are no longer found.
+        "heldout_fraction": heldout_fraction or None,
+        "deduplicate": SIMILARITY if deduplicate else None,
+        "text_document_chars": TEXT_DOCUMENT_CHARS,
+        "format_version": FORMAT_VERSION,
+    }
+    if RULES[source.filters]:
+        # Only where there are rules, so that stores without any are still found.
+        settings |= {"filters": source.filters, "stars_field": source.stars_field, "filter_rules": REASONS}
+    parts = [corpus, tokenizer.fingerprint, json.dumps(settings, sort_keys=True)]
+    fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    folder = Path(cache_dir) / f"{source.name}-{fingerprint[:16]}"
+    if not folder.exists():
+        fresh = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
+        info = {
+            "format_version": FORMAT_VERSION,
+            "name": source.name,
+            "fingerprint": fingerprint,
+            "corpus_fingerprint": corpus,
+            "tokenizer_fingerprint": tokenizer.fingerprint,
+            "settings": settings,
+        }
+        try:
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir(parents=True)
+            info |= _build(fresh, source, files, tokenizer, heldout_fraction, deduplicate, progress or _quiet)
+            if stat_files(files) != before:
+                raise UserError(f"a file of domain '{source.name}' changed while it was read; start again")
+            _write_info(fresh, info)
+            _publish(fresh, folder)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(
+                    f"the disk is full while tokenising into {folder}; free space or set data.cache"
+                ) from error
+            raise
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    store = open_store(folder, tokenizer.vocab_size)
+    if store.tokens["train"] < sequence_length + 1:
+        raise UserError(
+            f"domain '{source.name}' has {store.tokens['train']} training tokens, fewer than one sequence of "
+            f"{sequence_length + 1}; add text or lower data.sequence_length"
+        )
+    return store
+
+
+def open_store(folder: str | Path, vocab_size: int) -> DomainStore:
+    """Open a domain's folder. Every file's size and sha256 are checked first: UserError names the first that
+    differs.
+    """
+    folder = Path(folder)
+    advice = f"remove the folder {folder} and start again to tokenise anew"
+    path = folder / INFO_FILE
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in info["files"].items()}
+        described = {key: info[key] for key in _INFO_KEYS}
+    except OSError as error:
+        raise UserError(f"the token store's {path} cannot be read ({error.strerror}); {advice}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the token store's {path} is damaged; {advice}") from error
+    for name in _FILES:
+        if (size := _size(folder / name)) is None:
+            raise UserError(f"the token store {folder / name} is missing; {advice}")
+        if name not in files or size != files[name][0]:
+            raise UserError(f"the token store {folder / name} has {size} bytes, not what {INFO_FILE} says; {advice}")
+        if _sha256(folder / name) != files[name][1]:
+            raise UserError(f"the token store {folder / name} is damaged (its sha256 differs); {advice}")
+    train, heldout = (IndexedTokens(folder / part) for part in _PARTS)
+    counts = np.load(folder / _COUNTS, allow_pickle=False)
+    if counts.shape != (vocab_size,):
+        raise UserError(f"the token store {folder} is of a vocabulary of {counts.size}, not {vocab_size}; {advice}")
+    return DomainStore(train=train, heldout=heldout, token_counts=counts, folder=folder, **described)
+
+
+def _build(
+    folder: Path,
+    source: Source,
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    heldout_fraction: float,
+    deduplicate: bool,
+    progress: Progress,
+) -> dict[str, dict[str, int]]:
+    """Write both parts and the counts; what is returned goes into ``store.json``."""
+    parts, dropped = _assign(source, files, tokenizer, heldout_fraction, deduplicate, progress)
+    writers = {
+        code: IndexedWriter(folder / part, tokenizer.vocab_size, tokenizer.eod_id)
+        for code, part in zip((_TRAIN, _HELDOUT), _PARTS, strict=True)
+    }
+    done = 0
+    try:
+        for batch in _batches(source, files):
+            chosen = parts[done : done + len(batch)].tolist()
+            kept = [(part, document.text) for part, document in zip(chosen, batch, strict=True) if part != _DROP]
+            for (part, _), ids in zip(kept, tokenizer.encode_batch([text for _, text in kept]), strict=True):
+                writers[part].add(ids)
+            done += len(batch)
+            progress(source.name, "tokenise", done, len(parts))
+        for writer in writers.values():
+            writer.close()
+    except BaseException:
+        for writer in writers.values():
+            writer.discard()
+        raise
+    stores = {part: IndexedTokens(folder / part) for part in _PARTS}
+    np.save(folder / _COUNTS, stores["train"].counts(tokenizer.vocab_size), allow_pickle=False)
+    return {
+        "documents": {part: store.documents for part, store in stores.items()},
+        "tokens": {part: store.tokens for part, store in stores.items()},
+        "dropped": dropped,
+    }
+
+
+def _assign(
+    source: Source,
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    heldout_fraction: float,
+    deduplicate: bool,
+    progress: Progress,
+) -> tuple[np.ndarray, dict[str, int]]:
+    """The part of every document of the corpus in order (uint8 [documents]), and how many were dropped and why."""
+    finder = Deduplicator()
+    parts: list[int] = []
+    ranks: list[int] = []  # the content hash: below the fraction of its range means held out
+    refused = dict.fromkeys(("empty", *RULES[source.filters]), 0)
+    for batch in _batches(source, files):
+        reasons = _reasons(source, batch, tokenizer)
+        filled = [document.text for document, reason in zip(batch, reasons, strict=True) if reason is None]
+        keep = iter(finder.keep(filled) if deduplicate else [True] * len(filled))
+        for document, reason in zip(batch, reasons, strict=True):
+            if reason is not None:
+                refused[reason] += 1
+            rank = int.from_bytes(digest(document.text)[:8], "little")
+            parts.append(
+                (_HELDOUT if rank < heldout_fraction * 2.0**64 else _TRAIN) if reason is None and next(keep) else _DROP
+            )
+            ranks.append(rank)
+        progress(source.name, "read", len(parts), 0)
+    found = np.array(parts, dtype=np.uint8)
+    dropped = {**refused, "exact": finder.exact, "near": finder.near}
+    kept = np.flatnonzero(found != _DROP)
+    if not len(kept):
+        filtered = sum(refused.values()) - refused["empty"]
+        why = f" but {filtered} documents that its filters drop" if filtered else ""
+        raise UserError(f"domain '{source.name}' has no text in {_shown(files)}{why}; check domains.data")
+    if not heldout_fraction:
+        return found, dropped
+    by_rank = kept[np.argsort(np.array(ranks, dtype=np.uint64)[kept], kind="stable")]
+    if ranks[by_rank[0]] == ranks[by_rank[-1]]:
+        raise UserError(
+            f"domain '{source.name}' has a single document left to learn from, so nothing can be held out; "
+            "add documents, or give one long text as .txt, which is cut at blank lines"
+        )
+    # Few documents may all fall on one side; equal ones (kept when nothing is deduplicated) must stay together.
+    ranks_kept = np.array(ranks, dtype=np.uint64)
+    if not (found == _HELDOUT).any():
+        found[(found == _TRAIN) & (ranks_kept == ranks_kept[by_rank[0]])] = _HELDOUT
+    if not (found == _TRAIN).any():
+        found[(found == _HELDOUT) & (ranks_kept == ranks_kept[by_rank[-1]])] = _TRAIN
+    return found, dropped
+
+
+def _reasons(source: Source, batch: Sequence[Document], tokenizer: Tokenizer) -> list[str | None]:
+    """Why each document is not learned from, duplicates aside: it is empty, or a filter's reason; None to keep it."""
+    reasons: list[str | None] = [None if document.text.strip() else "empty" for document in batch]
+    if not RULES[source.filters]:
+        return reasons
+    filled = [number for number, reason in enumerate(reasons) if reason is None]
+    ids = tokenizer.encode_batch([batch[number].text for number in filled])
+    for number, tokens in zip(filled, ids, strict=True):
+        reasons[number] = reason_to_drop(source.filters, batch[number].text, tokens, batch[number].stars)
+    return reasons
+
+
+def _batches(source: Source, files: Sequence[Path]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in iterate_documents(source.name, files, source.text_field, source.stars_field):
+        batch.append(document)
+        size += len(document.text)
+        if size >= _BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _write_info(folder: Path, info: dict) -> None:
+    entries = {name: {"bytes": _size(folder / name), "sha256": _sha256(folder / name)} for name in _FILES}
+    with open(folder / INFO_FILE, "w", encoding="utf-8") as stream:
+        json.dump(info | {"files": entries}, stream, indent=2, ensure_ascii=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _publish(fresh: Path, folder: Path) -> None:
+    try:
+        fresh.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        # another process made the same store meanwhile: theirs is as good
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _shown(files: Sequence[Path]) -> str:
+    return str(files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+
+
+def _quiet(domain: str, stage: str, done: int, total: int) -> None:
+    """No progress is wanted."""

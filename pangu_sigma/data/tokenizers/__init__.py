@@ -1,0 +1,1 @@
+"""Tokenizers: SentencePiece, PanGu-α's, Hugging Face's, and training one."""

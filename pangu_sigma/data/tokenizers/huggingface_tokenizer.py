@@ -1,0 +1,95 @@
+"""A tokenizer of Hugging Face's `tokenizers` library, given as its `tokenizer.json`; imported models bring theirs.
+
+The file is read by that library alone (an extra of this package): it holds no code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
+
+import numpy as np
+
+from pangu_sigma.data.tokenizers.tokenizer import Tokenizer, refuse_surrogates
+from pangu_sigma.errors import UserError
+
+
+class _Vocabulary:
+    """The questions that `Tokenizer` asks of a vocabulary, answered by the library; -1 where it has no such id."""
+
+    def __init__(self, model: bytes, origin: str) -> None:
+        if find_spec("tokenizers") is None:
+            raise UserError(f"{origin} needs the package tokenizers: pip install 'pangu-sigma[tokenizers]'")
+        import tokenizers
+
+        try:
+            self.library = tokenizers.Tokenizer.from_str(model.decode("utf-8"))
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"{origin} is no tokenizer.json of Hugging Face's tokenizers: give another file") from error
+        # Text never becomes a special id, whatever its letters spell; and nothing is padded or cut.
+        self.library.encode_special_tokens = True
+        self.library.no_padding()
+        self.library.no_truncation()
+        self.version = tokenizers.__version__
+
+    def get_piece_size(self) -> int:
+        return self.library.get_vocab_size(with_added_tokens=True)
+
+    def piece_to_id(self, piece: str) -> int:
+        found = self.library.token_to_id(piece)
+        return -1 if found is None else found
+
+    def id_to_piece(self, index: int) -> str:
+        return self.library.id_to_token(index) or ""
+
+    def unk_id(self) -> int:
+        return -1
+
+    def eos_id(self) -> int:
+        return -1
+
+    def bos_id(self) -> int:
+        return -1
+
+    def pad_id(self) -> int:
+        for piece in ("<|padding|>", "<pad>", "[PAD]"):
+            if self.library.token_to_id(piece) is not None:
+                return self.library.token_to_id(piece)
+        return -1
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """Ids as the `tokenizers` library gives them, without the special ids that a post-processor would add."""
+
+    kind = "huggingface"
+
+    def __init__(
+        self, model: bytes, eod_id: int | None = None, pad_id: int | None = None, origin: str = "the given model"
+    ):
+        super().__init__(model, eod_id, pad_id, origin)
+
+    def _open(self, model: bytes, origin: str) -> _Vocabulary:
+        return _Vocabulary(model, origin)
+
+    def encode(self, text: str) -> list[int]:
+        refuse_surrogates(text)
+        return self._checked(text, self._pieces.library.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        for text in texts:
+            refuse_surrogates(text)
+        found = self._pieces.library.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            np.asarray(self._checked(text, one.ids), dtype=np.int32) for text, one in zip(texts, found, strict=True)
+        ]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        kept = [self._check("id", int(index)) for index in ids if index not in self._reserved]
+        return self._pieces.library.decode(kept, skip_special_tokens=False)
+
+    def _checked(self, text: str, ids: list[int]) -> list[int]:
+        if any(index in self._reserved for index in ids):
+            raise UserError(
+                f"the tokenizer makes its reserved id out of the text {text[:40]!r}; give another eod_id or pad_id"
+            )
+        return ids

@@ -1,0 +1,194 @@
+"""Adding a domain: a new expert group in every sparse layer, with routing tables of its own, from text or a sibling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from os.path import abspath, expanduser
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pangu_sigma.checkpoint import Checkpoint, folder_layout, resolve
+from pangu_sigma.checkpoint.float_types import converted
+from pangu_sigma.config import Config, domain_edits, manifest
+from pangu_sigma.config.parameter_counts import is_expert, is_routing
+from pangu_sigma.domains.checkpoint_editor import Changed, NewTensors, Subject, check_free
+from pangu_sigma.domains.new_domain_tensors import Initial
+from pangu_sigma.domains.sibling_models import check_siblings
+from pangu_sigma.errors import UserError
+from pangu_sigma.monitor.progress import progress
+from pangu_sigma.trained_model import stored_config, stored_tokenizer
+
+if TYPE_CHECKING:
+    from pangu_sigma.data.domain_store import DomainStore
+
+
+@dataclass(frozen=True)
+class NewDomain:
+    """A domain to add: its item of the configuration's `domains`, and how its experts begin (`domains.initial`)."""
+
+    name: str
+    data: tuple[str, ...]
+    experts: int = 4
+    init: str = "mean"
+    text_field: str = "text"
+    weight: float = 1.0
+    filters: str = "none"
+    stars_field: str | None = None
+
+    def entry(self) -> dict[str, Any]:
+        """Its item of the configuration's `domains`."""
+        return {
+            "name": self.name,
+            "data": [abspath(expanduser(pattern)) for pattern in self.data],
+            "text_field": self.text_field,
+            "filters": self.filters,
+            "stars_field": self.stars_field,
+            "experts": self.experts,
+            "weight": self.weight,
+        }
+
+
+def add_domain(
+    path: Path, wanted: NewDomain, *, ahead: domain_edits.Ahead | None = None, out: Path | None = None
+) -> Changed:
+    """Add a domain that begins as `wanted.init` says (see `domains.initial`); its text is tokenised and checked now.
+
+    ahead: training that follows, instead of what the run's plan had left. Raises UserError; nothing is changed then.
+    """
+    with Subject(path, out) as subject:
+        source = subject.checkpoint
+        check_free(source, wanted.name)
+        config = _extend(subject, wanted.entry(), ahead)
+        initial = Initial(source, subject.config, wanted.name, wanted.experts, wanted.init)
+        store, probe = read_text(subject, config)
+        rows = None
+        if config.model.sparse.table == "frequency":
+            rows = np.pad(np.array(store.token_counts), (0, config.model.vocab_size - store.token_counts.size))
+        new = NewTensors()
+        prefix = f"domains.{wanted.name}."
+        for name, shape in manifest(config, config.model.vocab_size).items():
+            if not name.startswith(prefix):
+                continue
+            suffix = name.removeprefix(prefix)
+            if is_routing(name):
+                new.add(name, "int32", shape, partial(initial.table, suffix.removesuffix(".routing"), rows))
+                continue
+            place = suffix.split(".experts.")[0] if is_expert(name) else None
+            dtype = _stored_type(source, suffix)
+            make = partial(_converted, name, dtype, partial(initial.tensor, suffix, shape, place, rows))
+            new.add(name, dtype, shape, make)
+        fresh_moments(new, source, wanted.name, wanted.experts)
+        return subject.write(
+            f"add {wanted.name} ({wanted.init})",
+            domains=[*source.domains, wanted.name],
+            keep=source.domains,
+            new=new,
+            coverage={place: {**groups, wanted.name: wanted.experts} for place, groups in source.coverage.items()},
+            corpora={**source.fingerprints.corpora, wanted.name: store.corpus_fingerprint},
+            probe={**source.probe(), **probe},
+        )
+
+
+def add_model(
+    path: Path, model: Path, domain: str | None, *, name: str | None = None, weight: float = 1.0,
+    ahead_of: Any = None, out: Path | None = None,
+) -> Changed:  # fmt: skip
+    """Add the domain `domain` (None: the only one) of the sibling `model` under `name` (None: its own).
+
+    Experts, tables, and moments where it carries them, come in as they are; both models must have the same shared
+    parameters. `ahead_of(name)` gives the training that follows. Raises UserError; nothing is changed then.
+    """
+    with Subject(path, out) as subject:
+        source, sibling = subject.checkpoint, resolve(model)
+        if domain is None and len(sibling.domains) > 1:
+            raise UserError(f"{sibling.path} has the domains {', '.join(sibling.domains)}: choose one with --domain")
+        domain = domain if domain is not None else sibling.domains[0]
+        if domain not in sibling.domains:
+            raise UserError(f"{sibling.path} has no domain {domain}: it has {', '.join(sibling.domains)}")
+        name = name if name is not None else domain
+        check_free(source, name)
+        check_siblings(source, sibling)
+        theirs = next(entry for entry in stored_config(sibling).to_dict()["domains"] if entry["name"] == domain)
+        ahead = ahead_of(name) if ahead_of is not None else None
+        _extend(subject, {**theirs, "name": name, "weight": weight}, ahead)
+        new = NewTensors()
+        for tensor in sibling.names(domains=[domain], shared=False):
+            if folder_layout.is_optimizer(tensor) and not subject.has_moments:
+                continue
+            entry = sibling.manifest.tensors[tensor]
+            target = f"domains.{name}.{tensor.removeprefix(f'domains.{domain}.')}"
+            new.add(target, entry.dtype, entry.shape, partial(sibling.pieces, tensor))
+        sizes = {place: groups[domain] for place, groups in sibling.coverage.items()}
+        fresh_moments(new, source, name, theirs["experts"])
+        corpora, probe = dict(source.fingerprints.corpora), sibling.probe([domain])
+        if domain in sibling.fingerprints.corpora:
+            corpora[name] = sibling.fingerprints.corpora[domain]
+        return subject.write(
+            f"add {name} from {sibling.path.name}",
+            domains=[*source.domains, name],
+            keep=source.domains,
+            new=new,
+            coverage={place: {**groups, name: sizes[place]} for place, groups in source.coverage.items()},
+            corpora=corpora,
+            probe={**source.probe(), **({name: probe[domain]} if domain in probe else {})},
+        )
+
+
+def _extend(subject: Subject, entry: dict[str, Any], ahead: domain_edits.Ahead | None):
+    """The configuration with the new domain, checked; `subject.values` holds it too."""
+    values = subject.values
+    domain_edits.add_domain(values, entry, subject.checkpoint.step, ahead)
+    return domain_edits.checked(values, f"the new domain {entry['name']}")
+
+
+def read_text(subject: Subject, config: Config) -> tuple[DomainStore, dict[str, np.ndarray]]:
+    """(the new domain's token store, its probe): the text is read, tokenised and cached as training will want it."""
+    from pangu_sigma.data.corpus_files import Source
+    from pangu_sigma.data.domain_store import prepare_domain
+    from pangu_sigma.data.packed_sequences import HeldoutSequences
+
+    domain, data = config.domains[-1], config.data
+    tokenizer = stored_tokenizer(subject.checkpoint)
+    with progress(f"tokenise {domain.name}", None, unit="documents") as job:
+        store = prepare_domain(
+            Source.of(domain),
+            tokenizer,
+            data.cache,
+            heldout_fraction=data.heldout_fraction,
+            sequence_length=data.sequence_length,
+            deduplicate=data.deduplicate,
+            progress=lambda _name, _stage, done, _total: job.set(done),
+        )
+    if not store.heldout.tokens:
+        return store, {}
+    held = HeldoutSequences(store.heldout, data.sequence_length, tokenizer.eod_id, tokenizer.pad_id)
+    count = min(config.checkpoint.probe_sequences, len(held))
+    return store, {domain.name: np.stack([held.sequence(i)[0] for i in range(count)])} if count else {}
+
+
+def _stored_type(source: Checkpoint, suffix: str) -> str:
+    """The type in which the model stores this tensor of its domains."""
+    return source.manifest.tensors[f"domains.{source.domains[0]}.{suffix}"].dtype
+
+
+def _converted(name: str, dtype: str, make) -> np.ndarray:
+    return converted(name, make(), dtype)
+
+
+def fresh_moments(new: NewTensors, source: Checkpoint, name: str, experts: int) -> None:
+    """Zero moments and step counts for what `new` does not bring itself, where the model carries its optimizer."""
+    model = f"domains.{source.domains[0]}."
+    for tensor in source.names(domains=[source.domains[0]], shared=False, parameters=False):
+        target = f"domains.{name}.{tensor.removeprefix(model)}"
+        entry = source.manifest.tensors[tensor]
+        grouped = ".experts." in tensor or (".optimizer.steps." in tensor and not tensor.endswith(".steps.embedding"))
+        shape = (experts, *entry.shape[1:]) if grouped else entry.shape
+        if target not in new.sources:
+            new.add(target, entry.dtype, shape, partial(_zeros, shape, entry.dtype))
+
+
+def _zeros(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    return np.zeros(shape, np.dtype(dtype))

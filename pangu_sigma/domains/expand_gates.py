@@ -1,0 +1,146 @@
+"""Growing a model of learned gates for a new domain, as Lifelong-MoE does (Chen et al. 2023, arXiv 2305.12281).
+
+Every sparse layer gets new experts and every gate a column for each; in the phase that follows, the old experts and
+their columns keep every bit, the other shared parameters train near the model as it was before it grew (`regularise`),
+which is kept with the run.
+
+How new columns begin, per input row of the gate: as draws of a normal distribution with the mean and standard deviation
+of the row's old columns (at least `model.init_std`), so that new experts are chosen about as often as old ones; with
+`from:DOMAIN` as that domain's columns, in turn, plus a hundredth of such a draw, which breaks ties with the originals.
+Columns of a noisy gate's noise begin as the mean of the old ones. Experts begin as `domains.initial` says.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from pangu_sigma.checkpoint import Checkpoint, folder_layout
+from pangu_sigma.checkpoint.float_types import as_float32, converted
+from pangu_sigma.config import Config, domain_edits, manifest
+from pangu_sigma.domains.add_domain import NewDomain, fresh_moments, read_text
+from pangu_sigma.domains.checkpoint_editor import Changed, NewTensors, Subject, check_free
+from pangu_sigma.domains.new_domain_tensors import Initial
+from pangu_sigma.errors import UserError
+from pangu_sigma.train.continual.teacher_snapshot import PREVIOUS, Record, identity, link_previous
+from rre.counted_random import generator
+from rre.router_specs import KINDS
+
+# Parameters of gates with a column for each expert.
+_WEIGHT, _NOISE = ".router.weight", ".router.noise_weight"
+_BREAKS_TIES = 0.01
+
+
+def expand_domain(path: Path, wanted: NewDomain, ahead: domain_edits.Ahead) -> Changed:
+    """Add a domain to the run `path` of a learned gate, with experts and gate columns, and plan its training (`ahead`).
+
+    Only the new domain's experts and columns train, and the other shared parameters as `ahead` says. No old domain's
+    file changes by a byte. Raises UserError; nothing is changed then.
+    """
+    with Subject(path, None, any_router=True) as subject:
+        source = subject.checkpoint
+        _check_gate(source, subject.config)
+        check_free(source, wanted.name)
+        values = subject.values
+        domain_edits.add_domain(values, wanted.entry(), source.step, ahead)
+        phases = values["train"]["phases"]
+        phases[-1]["domains"] = [wanted.name]
+        config = domain_edits.checked(values, f"the new domain {wanted.name}")
+        initial = Initial(source, subject.config, wanted.name, wanted.experts, wanted.init)
+        store, probe = read_text(subject, config)
+        new = NewTensors()
+        _add_experts(new, source, config, wanted, initial)
+        _add_shared(new, source, config, wanted)
+        fresh_moments(new, source, wanted.name, wanted.experts)
+        kept = link_previous(subject.run_dir, source)
+        record = Record(len(phases) - 1, source.step, identity(kept))
+        return subject.write(
+            f"expand by {wanted.name} ({wanted.init})",
+            domains=[*source.domains, wanted.name],
+            keep=source.domains,
+            keep_shared=False,
+            new=new,
+            coverage={place: {**groups, wanted.name: wanted.experts} for place, groups in source.coverage.items()},
+            corpora={**source.fingerprints.corpora, wanted.name: store.corpus_fingerprint},
+            probe={**source.probe(), **probe},
+            extra_state={PREVIOUS: record.state()},
+        )
+
+
+def _check_gate(source: Checkpoint, config: Config) -> None:
+    if not source.coverage:
+        raise UserError(f"{source.path} has no sparse layers, whose gates could grow: upcycle it first")
+    router = config.model.sparse.router
+    if not KINDS[router].learned:
+        raise UserError(
+            f"{source.path} routes by model.sparse.router = {router}, which has no gate to expand: "
+            + ("use pangu-sigma domains add" if router == "rre" else "expand a model with a learned gate")
+        )
+    if config.model.embedding_slots != "shared":
+        raise UserError(
+            f"{source.path} has model.embedding_slots = per_domain, and before it grows no table reads the new text: "
+            "expand models of one shared word embedding"
+        )
+
+
+def _add_experts(
+    new: NewTensors, source: Checkpoint, config: Config, wanted: NewDomain, initial: Initial
+) -> None:
+    prefix = f"domains.{wanted.name}."
+    for name, shape in manifest(config, config.model.vocab_size).items():
+        if name.startswith(prefix):
+            suffix = name.removeprefix(prefix)
+            place = suffix.split(".experts.")[0]
+            dtype = source.manifest.tensors[f"domains.{source.domains[0]}.{suffix}"].dtype
+            make = partial(_converted, name, dtype, partial(_expert_tensor, initial, suffix, shape, place))
+            new.add(name, dtype, shape, make)
+
+
+def _expert_tensor(initial: Initial, suffix: str, shape: tuple[int, ...], place: str) -> np.ndarray:
+    kind, _, of = initial.text.partition(":")
+    if kind != "from":
+        return initial.tensor(suffix, shape, place, None)
+    name = f"domains.{of}.{suffix}"
+    own = as_float32(name, initial.source.load([name])[name])
+    return own[np.arange(shape[0]) % len(own)]
+
+
+def _add_shared(new: NewTensors, source: Checkpoint, config: Config, wanted: NewDomain) -> None:
+    """The shared tensors and their moments as they are, the gates' with more columns."""
+    for name in source.names(domains=[]):
+        entry = source.manifest.tensors[name]
+        if not name.endswith((_WEIGHT, _NOISE)):
+            new.add(name, entry.dtype, entry.shape, partial(source.pieces, name))
+            continue
+        shape = (entry.shape[0], entry.shape[1] + wanted.experts)
+        make = partial(_grown_gate, source, config, wanted, name)
+        new.add(name, entry.dtype, shape, partial(_converted, name, entry.dtype, make))
+
+
+def _grown_gate(source: Checkpoint, config: Config, wanted: NewDomain, name: str) -> np.ndarray:
+    old = as_float32(name, source.load([name])[name])
+    shape = (old.shape[0], wanted.experts)
+    if folder_layout.is_optimizer(name):
+        columns = np.zeros(shape, np.float32)
+    elif name.endswith(_NOISE):
+        columns = np.repeat(old.mean(1, keepdims=True), wanted.experts, 1)
+    else:
+        rng = generator(config.run.seed, f"gate columns {wanted.name} {name}")
+        spread = np.maximum(old.std(1, keepdims=True), config.model.init_std)
+        drawn = rng.standard_normal(shape, np.float32) * spread
+        kind, _, of = wanted.init.partition(":")
+        if kind == "from":
+            place = name.removesuffix(_WEIGHT)
+            sizes = list(source.coverage[place].values())
+            at = source.domains.index(of)
+            first = sum(sizes[:at])
+            columns = old[:, first + np.arange(wanted.experts) % sizes[at]] + _BREAKS_TIES * drawn
+        else:
+            columns = old.mean(1, keepdims=True) + drawn
+    return np.concatenate([old, columns.astype(np.float32)], 1)
+
+
+def _converted(name: str, dtype: str, make) -> np.ndarray:
+    return converted(name, make(), dtype)

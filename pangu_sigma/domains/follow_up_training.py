@@ -1,0 +1,37 @@
+"""Training ahead for the domains that a model has: a run goes on with another plan than it had left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pangu_sigma.config.domain_edits import replace_ahead
+from pangu_sigma.domains.checkpoint_editor import Changed, NewTensors, Subject
+
+
+def plan_training(
+    path: Path,
+    phases: Sequence[Mapping[str, Any]],
+    what: str,
+    *,
+    domains_per_step: int | None = None,
+    out: Path | None = None,
+) -> Changed:
+    """Give the run `path`, or with `out` a new run that shares its files, another plan; no tensor changes.
+
+    phases: the run's whole `train.phases`, those that are done as they were. domains_per_step: `data.domains_per_step`
+    from now on. `what` tells the change. Works with any router. Raises UserError; nothing is changed then.
+    """
+    with Subject(path, out, any_router=True) as subject:
+        source = subject.checkpoint
+        replace_ahead(subject.values, phases, domains_per_step)
+        return subject.write(
+            what,
+            domains=source.domains,
+            keep=source.domains,
+            new=NewTensors(),
+            coverage=source.coverage,
+            corpora=source.fingerprints.corpora,
+            probe=source.probe(),
+        )

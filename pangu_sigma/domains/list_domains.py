@@ -1,0 +1,105 @@
+"""What each domain of a model owns, how much text it has seen, and its last loss; no tensor is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pangu_sigma.checkpoint import Checkpoint, folder_layout, resolve
+from pangu_sigma.config.parameter_counts import is_routing
+from pangu_sigma.errors import UserError
+from pangu_sigma.monitor.metrics_log import read_metrics
+from pangu_sigma.train.startup.run_config import DOMAIN_CHANGES
+from pangu_sigma.trained_model import run_of, stored_config
+
+
+@dataclass(frozen=True)
+class DomainFacts:
+    """One domain: experts by sparse layer, its own parameters (tables do not count), bytes without and with moments.
+
+    tokens: that it gave to training, None where the model does not say. loss: the last held-out loss (nats per token)
+    at `loss_step`, or the last training loss where nothing was held out (`loss_kind` evaluate or train); None before
+    the first.
+    """
+
+    name: str
+    experts: dict[str, int]
+    parameters: int
+    bytes: int
+    bytes_with_optimizer: int
+    tokens: int | None
+    loss: float | None
+    loss_step: int | None
+    loss_kind: str | None
+
+
+def list_domains(path: str | Path) -> list[DomainFacts]:
+    """The domains of a run (its last checkpoint), a checkpoint or a model folder, in the model's order.
+
+    Raises UserError if `path` holds no whole model.
+    """
+    checkpoint = resolve(path)
+    length = stored_config(checkpoint).data.sequence_length
+    cursors = checkpoint.state.get("sampler", {}).get("domains", {})
+    losses = _losses(checkpoint)
+    facts = []
+    for name in checkpoint.domains:
+        tensors = checkpoint.names(domains=[name], shared=False)
+        own = [tensor for tensor in tensors if not folder_layout.is_optimizer(tensor)]
+        entries = checkpoint.manifest.tensors
+        cursor = cursors.get(name, {"cursor": 0} if cursors else None)
+        facts.append(
+            DomainFacts(
+                name=name,
+                experts={place: groups[name] for place, groups in checkpoint.coverage.items()},
+                parameters=sum(math.prod(entries[t].shape) for t in own if not is_routing(t)),
+                bytes=_bytes(checkpoint, own),
+                bytes_with_optimizer=_bytes(checkpoint, tensors),
+                tokens=int(cursor["cursor"]) * length if cursor is not None else None,
+                **losses.get(name, {"loss": None, "loss_step": None, "loss_kind": None}),
+            )
+        )
+    return facts
+
+
+def _bytes(checkpoint: Checkpoint, tensors: list[str]) -> int:
+    return sum(checkpoint.manifest.files[file].bytes for file in checkpoint.files(tensors))
+
+
+def _losses(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """The last loss of every domain in the metrics of the checkpoint's run, up to its step."""
+    run_dir = run_of(checkpoint)
+    if run_dir is None:
+        return {}
+    try:
+        records = read_metrics(run_dir)
+    except UserError:
+        return {}  # a run without metrics, such as one that a change wrote with --out
+    since = _since(checkpoint.state)
+    found: dict[str, dict[str, Any]] = {}
+    for kind in ("train", "evaluate"):
+        for record in records:
+            if record["kind"] != kind or record["step"] > checkpoint.step:
+                continue
+            for name, loss in record["losses"].items():
+                # A name may have belonged to another domain before; nothing is told of a domain without text.
+                if record["step"] > since.get(name, -1) and math.isfinite(loss):
+                    found[name] = {"loss": loss, "loss_step": record["step"], "loss_kind": kind}
+    return found
+
+
+def _since(state: Mapping[str, Any]) -> dict[str, int]:
+    """Domain -> the step at which it got its name."""
+    since = {}
+    for change in state.get(DOMAIN_CHANGES, []):
+        words = change["change"].split()
+        if words[0] == "add":
+            since[words[1]] = change["step"]
+        elif words[0] == "expand":
+            since[words[2]] = change["step"]
+        elif words[0] == "rename":
+            since[words[3]] = change["step"]
+    return since

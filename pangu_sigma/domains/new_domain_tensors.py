@@ -1,0 +1,130 @@
+"""How a new domain's experts, routing tables and embedding slot begin.
+
+`from:DOMAIN`: as that domain's, its routing included, so that the new domain is the same function until it trains.
+`mean`: every expert is the mean of all experts of its layer. `dense:MODEL`: every expert is the feed-forward network
+of its layer in a dense model of the same shape (the one that was upcycled). `random`: drawn as for a new model. All but
+the first draw tables of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pangu_sigma.checkpoint import Checkpoint, resolve
+from pangu_sigma.checkpoint.float_types import as_float32
+from pangu_sigma.config import Config
+from pangu_sigma.config.parameter_counts import is_expert
+from pangu_sigma.domains.split_tables import origins_of_copies, split_table
+from pangu_sigma.errors import UserError
+from pangu_sigma.trained_model import stored_config
+from rre.counted_random import generator, normal
+from rre.routing_tables import draw_table
+
+# What a dense model must share with this one for its feed-forward networks to be experts here.
+_SAME_SHAPE = ("layers", "hidden", "ffn", "vocab_size", "activation", "biases", "query_layer")
+
+
+@dataclass(frozen=True)
+class Initial:
+    """The beginning of domain `name` with a group of `experts` in the model `source` of `config`.
+
+    text: how it was asked for (see above). Every method gives one tensor, in the type float32 or int32. Raises
+    UserError for a beginning that the model does not allow.
+    """
+
+    source: Checkpoint
+    config: Config
+    name: str
+    experts: int
+    text: str
+
+    def __post_init__(self) -> None:
+        kind, _, of = self.text.partition(":")
+        if kind == "from":
+            if of not in self.source.domains:
+                raise UserError(
+                    f"--init {self.text} names no domain of {self.source.path}: it has {', '.join(self.source.domains)}"
+                )
+            sizes = {groups[of] for groups in self.source.coverage.values()}
+            if self.experts < max(sizes):
+                raise UserError(
+                    f"--init {self.text} copies {max(sizes)} experts, and --experts {self.experts} would lose some: "
+                    f"set --experts to at least {max(sizes)}, or another --init"
+                )
+        elif kind == "dense":
+            if not of:
+                raise UserError("--init dense needs the dense model to begin with: write dense:MODEL, its folder")
+            self._check_dense(resolve(of))
+        elif self.text not in ("mean", "random"):
+            raise UserError(f"--init {self.text} is not known: write from:DOMAIN, mean, dense:MODEL or random")
+
+    def _check_dense(self, dense: Checkpoint) -> None:
+        before, here = stored_config(dense).model, self.config.model
+        if before.sparse_prefixes or before.embedding_slots != "shared":
+            raise UserError(f"--init {self.text} is no dense model with one word embedding: name another, or mean")
+        if before.feed_forward != here.expert_feed_forward:
+            raise UserError(
+                f"--init {self.text} is a model of {before.feed_forward} networks, and this model's experts are "
+                f"{here.expert_feed_forward}: name another, or mean"
+            )
+        for key in _SAME_SHAPE:
+            if getattr(before, key) != getattr(here, key):
+                raise UserError(
+                    f"--init {self.text} is a model of another shape: model.{key} is {getattr(before, key)} there and "
+                    f"{getattr(here, key)} here; name another, or mean"
+                )
+
+    def table(self, place: str, rows: np.ndarray | None) -> np.ndarray:
+        """The routing table int32 [V] of one sparse layer; rows [V]: the ids' occurrences, for the frequency rule."""
+        kind, _, of = self.text.partition(":")
+        vocab, seed = self.config.model.vocab_size, self.config.run.seed
+        if kind != "from":
+            return draw_table(self.config.model.sparse.table, seed, place, self.name, vocab, self.experts, rows)
+        old = self.source.coverage[place][of]
+        table = self._load(f"domains.{of}.{place}.routing")
+        counted = np.ones(vocab) if rows is None else rows
+        return split_table(seed, f"{place} {self.name}", table, self._origins(table, old, counted), old, counted)
+
+    def tensor(self, suffix: str, shape: tuple[int, ...], place: str | None, rows: np.ndarray | None) -> np.ndarray:
+        """One weight of the domain: `suffix` is its name after `domains.{name}.`; place None for the embedding slot."""
+        kind, _, of = self.text.partition(":")
+        if kind == "from":
+            own = self._load(f"domains.{of}.{suffix}")
+            if place is None:
+                return own
+            table = self._load(f"domains.{of}.{place}.routing")
+            counted = np.ones(table.size) if rows is None else rows
+            return np.concatenate([own, own[self._origins(table, len(own), counted)]])
+        if kind == "mean":
+            return self._mean(suffix, shape, place is not None)
+        if kind == "dense":
+            dense = resolve(of)
+            name = suffix.replace(".experts.", ".feed_forward.")
+            tensor = as_float32(name, dense.load([name])[name])
+            return np.ascontiguousarray(np.broadcast_to(tensor, shape))
+        return self._random(suffix, shape)
+
+    def _origins(self, table: np.ndarray, old: int, rows: np.ndarray) -> list[int]:
+        return origins_of_copies(table, old, self.experts, rows)
+
+    def _load(self, name: str) -> np.ndarray:
+        return as_float32(name, self.source.load([name])[name])
+
+    def _mean(self, suffix: str, shape: tuple[int, ...], grouped: bool) -> np.ndarray:
+        total, count = np.zeros(shape[1:] if grouped else shape, np.float64), 0
+        for domain in self.source.domains:
+            tensor = self._load(f"domains.{domain}.{suffix}")
+            total += tensor.sum(0, dtype=np.float64) if grouped else tensor
+            count += len(tensor) if grouped else 1
+        return np.ascontiguousarray(np.broadcast_to((total / count).astype(np.float32), shape))
+
+    def _random(self, suffix: str, shape: tuple[int, ...]) -> np.ndarray:
+        # As `model.build` initialises: what ends in the residual stream is scaled by 1 / sqrt(2 L), biases are 0.
+        model = self.config.model
+        if suffix.endswith(".bias"):
+            return np.zeros(shape, np.float32)
+        into_residual = is_expert(f".{suffix}") and suffix.endswith("down.weight")
+        rng = generator(self.config.run.seed, f"initial {self.name} {suffix}")
+        return normal(rng, shape, model.residual_std if into_residual else model.init_std, model.init_cutoff)

@@ -1,0 +1,1 @@
+"""Evaluation of a trained model: held-out loss per domain, task files, and how it routes."""

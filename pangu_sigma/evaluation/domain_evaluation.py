@@ -1,0 +1,182 @@
+"""Held-out quality per domain, beside a unigram model's, and every domain's text under every expert group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
+
+import numpy as np
+from mindspore import Tensor
+
+from pangu_sigma import runtime
+from pangu_sigma.checkpoint import resolve
+from pangu_sigma.data.packed_sequences import HeldoutSequences
+from pangu_sigma.errors import UserError
+from pangu_sigma.model.batch_planner import Planner, graph_placeholders
+from pangu_sigma.model.model import Model
+from pangu_sigma.model.pangu import TrainingLoss
+from pangu_sigma.trained_model import run_of, stored_corpus, stored_tokenizer, trained_from
+from rre.store.disk_store import StoreFull
+
+Advance = Callable[[int], None]
+
+
+class Evaluator:
+    """Measures a model on held-out sequences, one domain's text and one expert group at a time.
+
+    Nothing is dropped, routing follows the tables and rows are cut into fixed blocks, so the figures do not depend on
+    what else the model stores. Several processes share every batch and measure together.
+    """
+
+    def __init__(self, model: Model, batch_size: int) -> None:
+        self.model = model
+        self.batch_size = batch_size
+        # What an evaluator tells beside losses, by name; losses are all there is to tell of text.
+        self.figures: dict[str, float] = {}
+        share = batch_size // model.processes.mesh.rows
+        self.signature = model.exact_signature(share, domains=1)
+        self.planner = Planner(model, self.signature, training=False)
+        self.graph = TrainingLoss(model.net, model.layout, self.signature)
+        self.graph.set_train(False)
+        self.graph.set_inputs(
+            *graph_placeholders(share, self.signature.length).values(), *self.signature.placeholders()
+        )
+
+    def batches(self, heldout: HeldoutSequences, limit: int | None) -> int:
+        """Number of batches that `loss` takes."""
+        whole = -(-len(heldout) // self.batch_size)
+        return whole if limit is None else min(whole, limit)
+
+    def loss(
+        self, heldout: HeldoutSequences, group: str, limit: int | None = None, advance: Advance | None = None
+    ) -> tuple[float, int]:
+        """(mean loss in nats per token, tokens) of at most `limit` batches under the experts of domain `group`."""
+        sums = np.zeros(2)
+        for number in range(self.batches(heldout, limit)):
+            start = number * self.batch_size
+            ids, mask = heldout.batch(start, self.batch_size)
+            by_sample, _ = self.outputs(ids, mask, group, start)
+            mine = mask[self.planner.reads][self.planner.own]
+            sums += by_sample.asnumpy().astype(np.float64).sum(), mine.sum()
+            self.model.processes.mark()
+            if advance:
+                advance(1)
+        total, tokens = self.model.processes.total(sums)
+        return float(total) / max(int(tokens), 1), int(tokens)
+
+    def outputs(
+        self, ids: np.ndarray, mask: np.ndarray, group: str, first: int
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Token ids [B, S + 1] and mask [B, S] of the sequences from number `first` on, under the experts of `group` ->
+        (loss sums by sample [B], what each sparse layer with a learned gate tells of its routing).
+
+        Of several processes each gives its own samples.
+        """
+        # Dropout belongs to training; the network is shared with the training step, so its mode is set per use.
+        self.graph.set_train(False)
+        reads = self.planner.reads
+        domain = np.full(reads.size, self.model.groups.names.index(group), np.int32)
+        planned = self.planner(ids[reads], domain, first + reads, 0, mask[reads])
+        fixed = planned.fixed
+        try:
+            experts = planned.flat(self.signature, self.model.store)
+        except StoreFull as error:
+            raise UserError(f"evaluating {group}: {error}") from error
+        _, by_sample, _, counts = self.graph(
+            fixed[0], Tensor(planned.labels), Tensor(planned.mask), Tensor(np.float32(0.0)), *fixed[1:], *experts
+        )
+        return by_sample, counts
+
+    def losses(
+        self, heldout: Mapping[str, HeldoutSequences], limit: int | None = None, advance: Advance | None = None
+    ) -> tuple[dict[str, float], dict[str, int]]:
+        """(loss, tokens) of every domain's text under its own experts."""
+        measured = {name: self.loss(sequences, name, limit, advance) for name, sequences in heldout.items()}
+        return {n: v[0] for n, v in measured.items()}, {n: v[1] for n, v in measured.items()}
+
+    def matrix(
+        self, heldout: Mapping[str, HeldoutSequences], limit: int | None = None, advance: Advance | None = None
+    ) -> dict[str, dict[str, float]]:
+        """text domain -> group -> loss of that text under that group's experts."""
+        return {
+            text: {group: self.loss(sequences, group, limit, advance)[0] for group in self.model.groups.names}
+            for text, sequences in heldout.items()
+        }
+
+
+def measure(
+    evaluator: Evaluator,
+    heldout: Mapping[str, HeldoutSequences],
+    unigram: Mapping[str, float],
+    step: int,
+    limit: int | None = None,
+    advance: Advance | None = None,
+) -> dict:
+    """The whole measurement as JSON-able figures: step, losses, perplexity, unigram, matrix, tokens by domain.
+
+    `limit` batches per text and group, None for all held-out text; `advance(1)` is called after each.
+    """
+    matrix = evaluator.matrix(heldout, limit, advance)
+    losses = {name: matrix[name][name] for name in heldout}
+    most = {
+        name: evaluator.batches(sequences, limit) * evaluator.batch_size * sequences.sequence_length
+        for name, sequences in heldout.items()
+    }
+    return {
+        "step": step,
+        "losses": losses,
+        "perplexity": {name: math.exp(min(loss, 700.0)) for name, loss in losses.items()},
+        "unigram": dict(unigram),
+        "matrix": matrix,
+        "tokens": {name: min(sequences.tokens, most[name]) for name, sequences in heldout.items()},
+    }
+
+
+def measure_with_progress(
+    evaluator: Evaluator,
+    heldout: Mapping[str, HeldoutSequences],
+    unigram: Mapping[str, float],
+    step: int,
+    limit: int | None = None,
+) -> dict:
+    """`measure` behind a progress bar."""
+    from pangu_sigma.monitor.progress import progress
+
+    per_group = sum(evaluator.batches(sequences, limit) for sequences in heldout.values())
+    with progress("evaluate", per_group * len(evaluator.model.groups.names), unit="batches") as job:
+        return measure(evaluator, heldout, unigram, step, limit, job.advance)
+
+
+def evaluate(path: Path, batches: int | None = None, workers: int = 1) -> dict | None:
+    """Measure a run's, checkpoint's or model folder's model on its domains' held-out text; a run keeps the result.
+
+    `batches` per domain and group, None for all held-out text. One of several `workers` measures with the others, and
+    None comes back from all but the first. Raises UserError for anything wrong with `path`.
+    """
+    from pangu_sigma.monitor.result_files import write_json
+    from pangu_sigma.workers import processes_of, with_workers_for
+
+    checkpoint = resolve(path)
+    config, run_dir = with_workers_for(checkpoint, workers), run_of(checkpoint)
+    processes = processes_of(config, run_dir or Path(gettempdir()) / "pangu-sigma")
+    with TemporaryDirectory(prefix="pangu-sigma-") as scratch:
+        tokenizer = stored_tokenizer(checkpoint)
+        if not processes.first:
+            # The first one tokenises what is not there yet; then it comes to the meeting.
+            runtime.prepare(config.run.device)
+            processes.connect()
+        corpus = stored_corpus(checkpoint, config, tokenizer, Path(scratch))
+        heldout = corpus.heldout_to_measure()
+        if processes.first:
+            runtime.prepare(config.run.device)
+            processes.connect()
+        evaluator = Evaluator(trained_from(checkpoint, processes=processes).model, config.evaluate.batch_size)
+        result = measure_with_progress(evaluator, heldout, corpus.unigram_losses(), checkpoint.step, batches)
+    processes.leave()
+    if not processes.first:
+        return None
+    if run_dir is not None:
+        write_json(run_dir / "evaluation.json", result)
+    return result

@@ -1,0 +1,166 @@
+"""`pangu-sigma analyze RUN`: observe the routing of every checkpoint of a run, measure it, write tables and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from pangu_sigma.checkpoint.checkpoint_reader import Checkpoint, open_checkpoint
+from pangu_sigma.checkpoint.retention import list_checkpoints
+from pangu_sigma.errors import UserError
+from pangu_sigma.evaluation import routing_measures
+from pangu_sigma.evaluation.routing_analysis_files import write_tables
+from pangu_sigma.evaluation.routing_observer import Observation, Observer
+from pangu_sigma.model.state_dict import restore_model, stored_tables
+from pangu_sigma.monitor.metrics_log import FILE_NAME, read_metrics
+from pangu_sigma.monitor.progress import progress
+from pangu_sigma.monitor.result_files import write_json
+from pangu_sigma.trained_model import Trained, load_trained, stored_config, stored_weights
+
+RESULT = "analysis.json"
+FAVOURITES = 8  # token ids named for each expert
+LEAST_OCCURRENCES = 4  # of an id that is named
+WHOLE_COACTIVATION = 64  # experts up to which all pairs are kept
+PAIRS = 64  # pairs kept of a larger layer
+
+
+def analyze(run: Path, tokens: int) -> dict:
+    """Measure the routing of `run`'s checkpoints on the first `tokens` held-out tokens of each domain.
+
+    Writes analysis.json and the folder analysis/ of tables into the run's folder and returns what the file holds.
+    Raises UserError where the model has no sparse layer and for anything wrong with the run.
+    """
+    trained = load_trained(run)
+    if trained.run_dir is None or trained.run_dir.resolve() != run.resolve():
+        raise UserError(f"{run} is no run: name the folder of a run, whose checkpoints are compared")
+    model = trained.model
+    if not model.routers:
+        raise UserError(f"the model of {run} has no sparse layer: there is no routing to analyze")
+    checkpoints, passed_over = comparable(run, trained)
+    with TemporaryDirectory(prefix="pangu-sigma-") as scratch:
+        corpus = trained.corpus(Path(scratch))
+        heldout = corpus.heldout_to_measure()
+        observer = Observer(model, model.config.evaluate.batch_size, tokens)
+        total = len(checkpoints) * sum(observer.batches(text) for text in heldout.values())
+        observed: list[tuple[int, dict[str, Observation]]] = []
+        with progress("analyze", total, unit="batches") as job:
+            for checkpoint in checkpoints:
+                take_weights(trained, checkpoint)
+                observed.append((checkpoint.step, observer.observe(heldout, job.advance)))
+    result = {
+        "step": trained.checkpoint.step,
+        "router": model.config.model.sparse.router,
+        "steps": [step for step, _ in observed],
+        "passed_over": passed_over,
+        "tokens": {name: len(found.token_ids) for name, found in observed[-1][1].items()},
+        "layers": {place: layer(place, observed, trained) for place in model.config.model.sparse_prefixes},
+    }
+    write_json(run / RESULT, result)
+    write_tables(run / "analysis", result)
+    return result
+
+
+def comparable(run: Path, trained: Trained) -> tuple[list[Checkpoint], list[str]]:
+    """(the run's checkpoints with the last one's layers and expert groups, oldest first; a sentence for each other)."""
+    last = trained.checkpoint
+    kept, passed_over = [], []
+    wanted = _shape(trained.model.config)
+    for step, path in list_checkpoints(run)[0]:
+        if path == last.path:
+            continue
+        checkpoint = open_checkpoint(path)
+        if _shape(stored_config(checkpoint)) == wanted:
+            kept.append(checkpoint)
+        else:
+            passed_over.append(f"step {step} has other layers or expert groups than step {last.step}")
+    return [*kept, last], passed_over
+
+
+def _shape(config) -> tuple:
+    return config.model, [(domain.name, domain.experts) for domain in config.domains]
+
+
+def take_weights(trained: Trained, checkpoint: Checkpoint) -> None:
+    """Fill the model with a checkpoint's parameters and routing tables."""
+    tensors = stored_weights(checkpoint)
+    restore_model(trained.model, tensors)
+    for place, tables in stored_tables(tensors).items():
+        trained.model.tables[place].update(tables)
+    for place, router in zip(trained.model.config.model.sparse_prefixes, trained.model.routers, strict=True):
+        if not router.learned:
+            router.tables = trained.model.tables[place]
+
+
+def layer(place: str, observed: list[tuple[int, dict[str, Observation]]], trained: Trained) -> dict:
+    """All measures of one sparse layer; `observed` (step, domain -> observation) with the last checkpoint last."""
+    model = trained.model
+    final = observed[-1][1]
+    hits = {name: found.hits[place] for name, found in final.items()}
+    together = np.concatenate(list(hits.values()))
+    ids = np.concatenate([found.token_ids for found in final.values()])
+    use = routing_measures.vocabulary_use(together, ids)
+    return {
+        "experts": {name: model.groups.of(name).stop - model.groups.of(name).start for name in model.groups.names},
+        "saturation": [{"step": step, **saturation_by_domain(place, by_domain, final)} for step, by_domain in observed],
+        "load": routing_measures.load(together).tolist(),
+        "entropy": {name: routing_measures.entropy(reached(h, name, trained)) for name, h in hits.items()},
+        "imbalance": {name: routing_measures.imbalance(reached(h, name, trained)) for name, h in hits.items()},
+        "domain_specialisation": {name: routing_measures.specialisation(h).tolist() for name, h in hits.items()},
+        "vocabulary_specialisation": use.mean_largest,
+        "favourites": [
+            [
+                {"token": trained.tokenizer.piece(token), "id": token, "share": share, "occurrences": times}
+                for token, share, times in use.favourites(expert, FAVOURITES, LEAST_OCCURRENCES)
+            ]
+            for expert in range(together.shape[1])
+        ],
+        "coactivation": list(coactivation(together)),
+        "dropped_share": dropped(trained.run_dir, place),
+    }
+
+
+def saturation_by_domain(
+    place: str, earlier: Mapping[str, Observation], final: Mapping[str, Observation]
+) -> dict[str, dict[str, float] | float]:
+    """Saturation of one checkpoint: of all tokens, and by domain."""
+    by_domain = {
+        name: routing_measures.saturation(earlier[name].hits[place], final[name].hits[place]) for name in final
+    }
+    weights = [len(found.token_ids) for found in final.values()]
+    return {"all": float(np.average(list(by_domain.values()), weights=weights)), "domains": by_domain}
+
+
+def reached(hits: np.ndarray, domain: str, trained: Trained) -> np.ndarray:
+    """Load of the experts that this domain's text can come to: its group, or all where a gate or one table decides."""
+    shares = routing_measures.load(hits)
+    model = trained.model
+    return shares[model.groups.of(domain)] if set(model.tables.get(_any(model), ())) >= {domain} else shares
+
+
+def _any(model) -> str:
+    return model.config.model.sparse_prefixes[0]
+
+
+def coactivation(hits: np.ndarray) -> Iterator[dict[str, float | int]]:
+    """Pairs of different experts that share tokens, strongest first: all of a small layer, `PAIRS` of a large one."""
+    shares = routing_measures.coactivation(hits)
+    np.fill_diagonal(shares, 0.0)
+    order = np.argsort(-shares, axis=None, kind="stable")
+    for flat in order[: None if len(shares) <= WHOLE_COACTIVATION else PAIRS]:
+        i, j = (int(n) for n in np.unravel_index(flat, shares.shape))
+        if shares[i, j] == 0.0:
+            return
+        yield {"expert": i, "other": j, "share": float(shares[i, j])}
+
+
+def dropped(run: Path, place: str) -> dict[str, float]:
+    """Mean share of dropped rows by domain over the training records of a layer; evaluation drops nothing."""
+    found: dict[str, list[float]] = {}
+    for record in read_metrics(run) if (run / FILE_NAME).exists() else []:
+        if record["kind"] == "train":
+            for domain, share in record.get("dropped_share", {}).get(place, {}).items():
+                found.setdefault(domain, []).append(share)
+    return {domain: float(np.mean(shares)) for domain, shares in found.items()}

@@ -1,0 +1,42 @@
+"""The adaptation job: the training run, on examples instead of the domains' text."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from pangu_sigma.checkpoint import find_latest, resolve
+from pangu_sigma.config import Config, config_from_dict
+from pangu_sigma.config.finetuning_file import load_adaptation, run_dir_of
+from pangu_sigma.config.mesh_rules import check_one_process
+from pangu_sigma.finetuning.finetuning_task import ExampleRecipe
+from pangu_sigma.signals import sigterm_as_ctrl_c
+from pangu_sigma.train.job import Run
+from pangu_sigma.trained_model import stored_config
+
+
+def adapt(model: Path, file: Path, objective: str, overrides: tuple[str, ...] = (), resume: bool = False) -> Path:
+    """Fine-tune `model` (a run, checkpoint or model folder) as the YAML `file` says; return the new run's folder.
+
+    `objective`: sft or dpo. A run that resumes takes what it is from its own checkpoint; `model` then only has to be
+    there where it is the frozen reference. Raises UserError.
+    """
+    base, start = _base(model, file, overrides, resume)
+    config = load_adaptation(file, overrides, objective, base, start)
+    check_one_process(config, "set parallel={}")
+    with sigterm_as_ctrl_c(), Run(config, resume, recipe=partial(ExampleRecipe, named=model)) as run:
+        run.loop()
+    return Path(config.run.dir)
+
+
+def _base(model: Path, file: Path, overrides: tuple[str, ...], resume: bool) -> tuple[Config, str]:
+    """The configuration that the file lies over, and the path of the model to begin with."""
+    folder = run_dir_of(file, overrides)
+    if resume and folder is not None:
+        own, _ = find_latest(Path(folder).expanduser())
+        if own is not None:
+            stored = stored_config(own)
+            return stored, stored.run.init_from or str(model)
+    # The mesh that the model was trained on is not what it is adapted on.
+    values = stored_config(resolve(model)).to_dict() | {"parallel": {}}
+    return config_from_dict(values), str(model)

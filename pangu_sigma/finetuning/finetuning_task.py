@@ -1,0 +1,169 @@
+"""What an adaptation learns from: examples in the place of the domains' text, by sft's loss or dpo's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pangu_sigma.checkpoint import Checkpoint, resolve
+from pangu_sigma.config import Config
+from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
+from pangu_sigma.errors import UserError
+from pangu_sigma.finetuning.example_rows import ExampleSampler, HeldoutExamples, HeldoutPairs, sampler_of
+from pangu_sigma.finetuning.examples import ExampleSet, load_examples
+from pangu_sigma.monitor.progress import progress
+from pangu_sigma.train.schedule import phase_at
+from pangu_sigma.train.startup.starting_point import Beginning
+from pangu_sigma.trained_model import stored_tokenizer
+
+if TYPE_CHECKING:
+    from pangu_sigma.evaluation.domain_evaluation import Evaluator
+    from pangu_sigma.finetuning.dpo import PreferenceEvaluator
+    from pangu_sigma.model.model import Model
+    from pangu_sigma.train.continual.teacher import Reference
+    from pangu_sigma.train.objective import Objective
+
+# Key of the trainer state that says which checkpoint is the frozen reference: {"path", "sha256"}.
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class ExampleCorpus:
+    """The examples of every domain that has some, in the place of the domains' text.
+
+    fingerprints: of the text that the adapted model learned.
+    """
+
+    config: Config
+    tokenizer: Tokenizer
+    sets: Mapping[str, ExampleSet]
+    fingerprints: Mapping[str, str]
+
+    def messages(self) -> list[str]:
+        """What became of the examples, domain by domain."""
+        return [examples.sentence() for examples in self.sets.values()]
+
+    def heldout(self) -> dict[str, HeldoutExamples | HeldoutPairs]:
+        """Held-out examples by domain; domains without any are left out."""
+        kind = {"sft": HeldoutExamples, "dpo": HeldoutPairs}[self.config.adapt.objective]
+        length, pad_id = self.config.data.sequence_length, self.tokenizer.pad_id
+        return {name: kind(examples, length, pad_id) for name, examples in self.sets.items() if examples.heldout}
+
+    def token_counts(self, size: int) -> dict[str, np.ndarray]:
+        """None: the adapted model brings its routing tables."""
+        return {}
+
+    def unigram_losses(self) -> dict[str, float]:
+        """No unigram model is set beside an adaptation."""
+        return {}
+
+
+class ExampleRecipe:
+    """A recipe of examples. Corpus fingerprints and probes are the adapted model's, whose domains' text they tell of.
+
+    `named`: the model that the user named, where a run that resumes may find its reference. Raises UserError.
+    """
+
+    def __init__(self, beginning: Beginning, named: Path) -> None:
+        self.config = beginning.config
+        # Of a new run the adapted model's checkpoint, of one that resumes its own.
+        self.origin = beginning.tokenizer_of
+        self.frozen = _frozen(beginning, named) if self.config.adapt.objective == "dpo" else None
+        self.corpus = _tokenised(self.config, self.origin)
+        self.heldout = self.corpus.heldout()
+
+    def objective(self) -> Objective:
+        """See `Recipe`."""
+        from pangu_sigma.finetuning.dpo import Preference
+        from pangu_sigma.train.continual.teacher import load_reference
+        from pangu_sigma.train.objective import Objective
+        from pangu_sigma.train.trainer import micro_batch_rows
+
+        wanted = self.config.adapt
+        if wanted.objective == "sft":
+            return Objective(auxiliary=wanted.auxiliary_losses)
+
+        def load() -> Reference:
+            return load_reference(self.frozen, self.config, micro_batch_rows(self.config, objective))
+
+        objective = Preference(wanted.beta, load, wanted.auxiliary_losses)
+        return objective
+
+    def evaluator(self, model: Model, objective: Objective) -> Evaluator | PreferenceEvaluator:
+        """See `Recipe`."""
+        from pangu_sigma.evaluation.domain_evaluation import Evaluator
+        from pangu_sigma.finetuning.dpo import Preference, PreferenceEvaluator
+
+        size = self.config.evaluate.batch_size
+        if isinstance(objective, Preference):
+            return PreferenceEvaluator(model, objective, size)
+        return Evaluator(model, size)
+
+    def sampler(self, sizes: Sequence[int]) -> ExampleSampler:
+        """See `Recipe`; weights are the examples' own where a phase has none."""
+        config = self.config
+        own = {examples.name: examples.weight for examples in config.adapt.examples}
+
+        def weights(step: int) -> dict[str, float]:
+            phases = config.train.phases
+            written = phases[phase_at(config, step).index].weights if phases else None
+            return own if written is None else dict(written)
+
+        return sampler_of(
+            self.corpus.sets,
+            config.domain_names,
+            config.adapt.objective,
+            config.data.sequence_length,
+            self.corpus.tokenizer.pad_id,
+            weights,
+            config.run.seed,
+            config.data.domains_per_step,
+        )
+
+    def probe(self, count: int) -> dict[str, np.ndarray]:
+        """The adapted model's own probe: sequences of its domains' text, cut to this run's length."""
+        length = self.config.data.sequence_length + 1
+        found = {name: rows[:count, :length] for name, rows in self.origin.probe().items()}
+        return {name: rows for name, rows in found.items() if rows.shape[0] and rows.shape[1] == length}
+
+    def state(self) -> dict[str, object]:
+        """See `Recipe`; dpo's reference by its path and hash."""
+        if self.frozen is None:
+            return {}
+        return {REFERENCE: {"path": str(self.frozen.path), "sha256": self.frozen.sha256}}
+
+
+def _tokenised(config: Config, origin: Checkpoint) -> ExampleCorpus:
+    tokenizer = stored_tokenizer(origin)
+    sets = {}
+    for examples in config.adapt.examples:
+        with progress(f"tokenise {examples.name}", None, unit="examples") as job:
+            sets[examples.name] = load_examples(
+                examples.name,
+                examples.data,
+                config.adapt,
+                tokenizer,
+                config.data.sequence_length,
+                lambda name, stage, done, total, job=job: job.set(done),
+            )
+        if examples.weight and not sets[examples.name].train:
+            raise UserError(f"adapt.examples of '{examples.name}': nothing is left to learn from; add examples")
+    return ExampleCorpus(config, tokenizer, sets, dict(origin.fingerprints.corpora))
+
+
+def _frozen(beginning: Beginning, named: Path) -> Checkpoint:
+    """The checkpoint of the reference: what the run began with, byte for byte. Raises UserError if it is gone."""
+    if beginning.start is not None:
+        return beginning.start
+    kept = beginning.tokenizer_of.state[REFERENCE]
+    for path in (Path(kept["path"]), named):
+        if path.exists() and (found := resolve(path)).sha256 == kept["sha256"]:
+            return found
+    raise UserError(
+        f"the reference model of this run was {kept['path']}, which is gone or changed: put it back, or name a "
+        "copy of it as MODEL"
+    )

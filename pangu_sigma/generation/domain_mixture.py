@@ -1,0 +1,98 @@
+"""A text whose domain nobody tells, while it is written: which domains speak, and with what weight.
+
+The prompt gives P(domain | prompt) for every domain (`domains.inference`); the `top` best of them write together. Each
+token's probability is the mean of theirs, weighted by their posterior, which every written token moves on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pangu_sigma.errors import UserError
+from pangu_sigma.generation.domain_inference import auto_order, cached_prior, next_prior, posteriors
+from pangu_sigma.generation.sampling import log_softmax
+
+
+class UnknownDomain:
+    """How the domain of an unknown text is inferred; shared by all texts of an engine.
+
+    among: numbers of the domains it may be. top: how many of them write a text together. prior: [len(among)], None
+    for a uniform one. updating: whether the prior follows the prompts, as a moving mean of their posteriors. Raises
+    UserError for a `top` that means nothing.
+    """
+
+    def __init__(
+        self, among: Sequence[int], top: int = 1, prior: np.ndarray | None = None, updating: bool = False
+    ) -> None:
+        self.among = tuple(among)
+        if not 1 <= top <= len(self.among):
+            raise UserError(f"--top {top} is more than the {len(self.among)} domains there are: set it lower")
+        self.top = top
+        self.prior = np.full(len(self.among), 1.0 / len(self.among)) if prior is None else np.asarray(prior, np.float64)
+        self.updating = updating
+
+    def begin(self, log_likelihood: np.ndarray, able: np.ndarray | None = None) -> Mixture:
+        """The mixture that continues a prompt; log_likelihood [len(among), n]: of its tokens but the first.
+
+        able [len(among)]: which domains can write at all (None: every one), at least one. An updating prior learns from
+        the prompt. What the model itself writes later is no evidence of what will be asked.
+        """
+        posterior = posteriors(log_likelihood, self.prior if able is None else np.where(able, self.prior, 0.0))[:, -1]
+        if self.updating:
+            self.prior = next_prior(self.prior, posterior)
+        order = auto_order(posterior[:, None], self.top if able is None else min(self.top, int(able.sum())))[:, 0]
+        return Mixture(tuple(self.among[place] for place in order), posterior[order])
+
+    def rows(self, log_probabilities: np.ndarray, ids: Sequence[int]) -> np.ndarray:
+        """Log probabilities float64 [n, V] after each of `ids` [n]: of the `top` best domains after each, mixed.
+
+        log_probabilities [len(among), n, V]: under every domain. The prior does not learn from it.
+        """
+        tokens = np.asarray(ids[1:], np.int64)
+        found = np.take_along_axis(log_probabilities[:, :-1], tokens[None, :, None], axis=2)[..., 0]
+        posterior = posteriors(found, self.prior)
+        order = auto_order(posterior, self.top)
+        rows = [
+            Mixture(tuple(order[:, at]), posterior[order[:, at], at]).mixed(list(log_probabilities[order[:, at], at]))
+            for at in range(len(ids))
+        ]
+        return np.stack(rows)
+
+    def cache(self, log_likelihoods: Sequence[np.ndarray]) -> None:
+        """Take the prior that some texts suggest, each [len(among), n]; see `cached_prior`."""
+        self.prior = cached_prior(log_likelihoods)
+
+
+class Mixture:
+    """The domains that write one text, best first, with their posterior weights (summing to 1)."""
+
+    def __init__(self, members: tuple[int, ...], weights: np.ndarray) -> None:
+        self.members = members
+        self.probability = np.asarray(weights, np.float64)  # among all domains, where the text begins
+        self.log_weights = np.log(np.maximum(self.probability, np.finfo(np.float64).tiny))
+        self._normalise()
+
+    def mixed(self, logits: Sequence[np.ndarray]) -> np.ndarray:
+        """The next token's distribution [V] as logarithms, from every member's logits [V]; of one member its logits."""
+        if len(self.members) == 1:
+            return logits[0]
+        terms = log_softmax(np.stack(logits)) + self.log_weights[:, None]
+        best = terms.max(axis=0)
+        return best + np.log(np.exp(terms - best).sum(axis=0))
+
+    def saw(self, token: int, logits: Sequence[np.ndarray]) -> None:
+        """The text goes on with `token`; logits as for `mixed`."""
+        if len(self.members) > 1:
+            self.log_weights = self.log_weights + log_softmax(np.stack(logits))[:, token]
+            self._normalise()
+
+    @property
+    def weights(self) -> np.ndarray:
+        """The posterior among the members now [m]."""
+        return np.exp(self.log_weights)
+
+    def _normalise(self) -> None:
+        best = self.log_weights.max()
+        self.log_weights = self.log_weights - best - np.log(np.exp(self.log_weights - best).sum())

@@ -1,0 +1,302 @@
+"""Pieces of a layer for inference, on the very parameters of the network: no copies, so training changes show at once.
+
+They compute what the cells of `pangu_sigma.model` and `rre` compute, without gradients and for few rows, where other
+forms are fast on CPU: there a native LayerNorm is one operator instead of eight, and a vector by a matrix runs at
+the speed at which memory gives the matrix. So every row of a decoding step goes through its own expert alone, on
+weights that are not copied; what a row computes there depends on nothing else in the batch.
+
+Legend: T rows, D hidden width, H heads, W = D/H head width, N expert slots.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import mindspore as ms
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+
+from pangu_sigma.config.model_section import ModelConfig
+from parallel.operator_layout import Layout
+from parallel.ops.compiled_kernels import CompiledCombine, CompiledFeedForward
+from parallel.ops.primitives import activation, rms_norm
+from parallel.ops.rotary import turn
+from rre.dispatch.expert_dispatch import Combine, Dispatch, plan_in_graph
+from rre.experts import Experts
+from rre.feed_forward_form import NetworkForm
+from rre.routers.learned_gate import Gate
+from rre.sparse_layer import CopiesOfRows
+
+Named = Mapping[str, Parameter]
+
+
+class Part(nn.Cell):
+    """A cell that leaves the names of the parameters it shares with the network as they are."""
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+
+
+class Affine(Part):
+    """x [T, in] @ w [in, out] + b [out], the network's weight and, if it has one, bias of this name; the product in
+    `compute` precision, else float32."""
+
+    def __init__(self, named: Named, name: str, layout: Layout, compute: ms.dtype) -> None:
+        super().__init__()
+        self.weight = named[f"{name}.weight"]
+        self.has_bias = f"{name}.bias" in named
+        if self.has_bias:
+            self.bias = named[f"{name}.bias"]
+        self.low = compute != ms.float32
+        self.compute = compute
+        self.multiply = layout(ops.MatMul(), (1, 1), (1, 1))
+        self.add_bias = layout(ops.BiasAdd(), (1, 1), (1,))
+        self.cast = layout(ops.Cast(), (1, 1))
+
+    def construct(self, x: Tensor) -> Tensor:
+        if self.low:
+            y = self.cast(self.multiply(self.cast(x, self.compute), self.cast(self.weight, self.compute)), ms.float32)
+        else:
+            y = self.multiply(x, self.weight)
+        return self.add_bias(y, self.bias) if self.has_bias else y
+
+
+class Norm(Part):
+    """Layer normalisation of x_TD with the network's gamma and beta of this name."""
+
+    def __init__(self, named: Named, name: str, model: ModelConfig, layout: Layout) -> None:
+        super().__init__()
+        self.gamma, self.beta = named[f"{name}.gamma"], named[f"{name}.beta"]
+        self.norm = layout(ops.LayerNorm(1, 1, model.norm_epsilon), (1, 1), (1,), (1,))
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.norm(x, self.gamma, self.beta)[0]
+
+
+class RootMeanSquareNorm(Part):
+    """Normalisation of x_TD by its root mean square with the network's gamma of this name."""
+
+    def __init__(self, named: Named, name: str, model: ModelConfig, layout: Layout) -> None:
+        super().__init__()
+        self.gamma = named[f"{name}.gamma"]
+        self.norm = rms_norm(layout, model.norm_epsilon)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.norm(x, self.gamma)[0]
+
+
+def norm(named: Named, name: str, model: ModelConfig, layout: Layout) -> Part:
+    """The normalisation of the configuration, with the network's parameters of this name."""
+    kind = {"layernorm": Norm, "rmsnorm": RootMeanSquareNorm}[model.norm]
+    return kind(named, name, model, layout)
+
+
+class FeedForward(Part):
+    """x_TD and a network's tensors -> y_TD (see `NetworkForm`); the products in `compute` precision.
+
+    Written out instead of made of cells: MindSpore visits every cell of a graph in Python at every call.
+    """
+
+    def __init__(self, form: NetworkForm, layout: Layout, compute: ms.dtype) -> None:
+        super().__init__()
+        self.form = form
+        self.low = compute != ms.float32
+        self.compute = compute
+        self.multiply = layout(ops.MatMul(), (1, 1), (1, 1))
+        self.add_bias = layout(ops.BiasAdd(), (1, 1), (1,))
+        self.mul = layout(ops.Mul(), (1, 1), (1, 1))
+        self.cast = layout(ops.Cast(), (1, 1))
+        self.activation = activation(form.activation, layout)
+
+    def product(self, x: Tensor, w: Tensor) -> Tensor:
+        """x_TK @ w_KN, float32."""
+        if self.low:
+            return self.cast(self.multiply(self.cast(x, self.compute), self.cast(w, self.compute)), ms.float32)
+        return self.multiply(x, w)
+
+    def construct(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+        if self.form.gated:
+            gated = self.mul(self.activation(self.product(x, weights[0]))[0], self.product(x, weights[1]))
+            return self.product(gated, weights[2])
+        if self.form.biases:
+            inner = self.activation(self.add_bias(self.product(x, weights[0]), weights[1]))[0]
+            return self.add_bias(self.product(inner, weights[2]), weights[3])
+        return self.product(self.activation(self.product(x, weights[0]))[0], weights[1])
+
+
+class DenseFeedForward(Part):
+    """The network whose tensors begin with `prefix`, for every row; takes and ignores a sparse layer's inputs."""
+
+    def __init__(self, named: Named, prefix: str, form: NetworkForm, layout: Layout, compute: ms.dtype) -> None:
+        super().__init__()
+        self.weights = ParameterTuple(named[f"{prefix}.{name}"] for name in form.tensors)
+        self.feed_forward = FeedForward(form, layout, compute)
+
+    def construct(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        return self.feed_forward(x, self.weights)
+
+
+class ExpertPerRow(Part):
+    """A table-routed layer in a decoding step: row i goes through the expert whose tensors are the i-th inputs."""
+
+    def __init__(self, model: ModelConfig, rows: int, layout: Layout, compute: ms.dtype) -> None:
+        super().__init__()
+        self.rows = rows
+        self.each = len(model.expert_network.tensors)
+        self.feed_forward = FeedForward(model.expert_network, layout, compute)
+        self.split = layout(ops.Split(0, rows), (1, 1))
+        self.concat = layout(ops.Concat(0))
+
+    def construct(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        if self.rows == 1:
+            return self.feed_forward(x, inputs)
+        parts = self.split(x)
+        results = ()
+        for row in range(self.rows):
+            results = results + (self.feed_forward(parts[row], inputs[self.each * row : self.each * (row + 1)]),)
+        return self.concat(results)
+
+
+class PlannedExperts(Part):
+    """A table-routed layer over a prompt: `inputs` are the rows of N slots and of the dropped (none), the positions,
+    then the tensors of N networks, as training plans them."""
+
+    def __init__(self, model: ModelConfig, slots: int, layout: Layout, compute: ms.dtype) -> None:
+        super().__init__()
+        self.slots = slots
+        self.dispatch = Dispatch(layout)
+        self.experts = Experts(layout, model.expert_network, compute)
+        self.combine = Combine(layout)
+
+    def construct(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        rows, position = inputs[: self.slots + 1], inputs[self.slots + 1]
+        results = self.experts(self.dispatch(x, rows, position), inputs[self.slots + 2 :])
+        return self.combine(results, rows, position, x)
+
+
+class GatedExperts(Part):
+    """A layer with a learned gate, the network's own, over all E experts, whose tensors are the inputs.
+
+    It chooses as in evaluation: without noise, and nothing is dropped. Compiled kernels, where they are, compute all
+    experts in one operator of static shapes, which compiles in a moment whatever E is.
+    """
+
+    def __init__(self, gate: Gate, experts: int, model: ModelConfig, layout: Layout, compute: ms.dtype) -> None:
+        super().__init__()
+        self.gate = gate
+        self.has_kernels = bool(layout.kernels)
+        self.plan = plan_in_graph(experts, layout)
+        if self.has_kernels:
+            form = model.expert_network
+            self.networks = CompiledFeedForward(layout.kernels, form.activation, tensors=len(form.tensors))
+            self.weigh = CompiledCombine(layout.kernels)
+        self.dispatch = Dispatch(layout)
+        self.experts = Experts(layout, model.expert_network, compute)
+        self.combine = Combine(layout)
+        self.mul = layout(ops.Mul(), (1, 1), (1, 1))
+        self.choice_sum = layout(ops.ReduceSum(), (1, 1, 1))
+
+    def construct(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        y, weights = self.by_choice(x, inputs)
+        if self.has_kernels:
+            return self.weigh(y, weights)
+        y = self.mul(y, weights.reshape(-1, 1))
+        tokens, hidden = x.shape
+        if y.shape[0] > tokens:
+            y = self.choice_sum(y.reshape(tokens, -1, hidden), 1)
+        return y
+
+
+    def by_choice(self, x: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """What every chosen expert gives [T * k, D], choices of a token together, and the combine weights [T, k]."""
+        chosen = self.gate.choose(x, ())
+        plan = self.plan(chosen[0])
+        if self.has_kernels:
+            return self.networks(x, plan[0], plan[1], inputs)[0], chosen[1]
+        rows, position = plan[:-1], plan[-1]
+        results = self.experts(self.dispatch(x, rows, position), inputs)
+        return self.combine(results, rows, position, x), chosen[1]
+
+
+class ExpertsApart(GatedExperts):
+    """The top layer of a competitive mixture: (what each expert gives [E * T, D], expert by expert, log p [T, E])."""
+
+    apart = True
+
+    def __init__(self, gate: Gate, experts: int, model: ModelConfig, layout: Layout, compute: ms.dtype) -> None:
+        super().__init__(gate, experts, model, layout, compute)
+        self.turn = layout(ops.Transpose(), (1, 1, 1))
+
+    def construct(self, x: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        y, shares = self.by_choice(x, inputs)
+        tokens, hidden = x.shape
+        return self.turn(y.reshape(tokens, -1, hidden), (1, 0, 2)).reshape(-1, hidden), shares
+
+
+class WithSharedExpert(Part):
+    """A sparse layer's cell and the network that every row takes beside it: x, inputs -> the sum of both (beside each
+    expert's output where they stay apart)."""
+
+    def __init__(self, routed: nn.Cell, shared: nn.Cell, layout: Layout) -> None:
+        super().__init__()
+        self.routed, self.shared = routed, shared
+        self.apart = getattr(routed, "apart", False)
+        self.copies = CopiesOfRows()
+        self.add = layout(ops.Add(), (1, 1), (1, 1))
+
+    def construct(self, x: Tensor, inputs: tuple[Tensor, ...]):
+        y = self.routed(x, inputs)
+        if self.apart:
+            return self.add(y[0], self.copies(self.shared(x, ()), y[0].shape)), y[1]
+        return self.add(y, self.shared(x, ()))
+
+
+class Layer(Part):
+    """One transformer layer around an attention `core`: h_TD -> (h_TD, what the core keeps). Of `ExpertsApart` the
+    first is (h of every expert [E * T, D], log p [T, E]).
+
+    The core is called with this layer's queries (scaled), keys and values [T, D] and `context`, its own business;
+    queries and keys are normalised and turned before, as the configuration says (`turns`: those of `AnglesByRow`). In
+    the query layer the queries are made from `query_rows` [T, D] instead of h.
+    """
+
+    def __init__(
+        self, named: Named, prefix: str, core: nn.Cell, feed_forward: nn.Cell, model: ModelConfig, layout: Layout,
+        compute: ms.dtype,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.norm1 = norm(named, f"{prefix}.norm1", model, layout)
+        self.norm2 = norm(named, f"{prefix}.norm2", model, layout)
+        self.query = Affine(named, f"{prefix}.attention.query", layout, compute)
+        self.key = Affine(named, f"{prefix}.attention.key", layout, compute)
+        self.value = Affine(named, f"{prefix}.attention.value", layout, compute)
+        self.projection = Affine(named, f"{prefix}.attention.projection", layout, compute)
+        self.normalises = model.attention.qk_norm
+        if self.normalises:
+            self.query_norm = norm(named, f"{prefix}.attention.query_norm", model, layout)
+            self.key_norm = norm(named, f"{prefix}.attention.key_norm", model, layout)
+        self.rotates = model.position == "rope"
+        if self.rotates:
+            self.turn = turn(layout, model.heads, model.hidden // model.heads)
+        self.core = core
+        self.feed_forward = feed_forward
+        self.apart = getattr(feed_forward, "apart", False)
+        self.copies = CopiesOfRows()
+        self.scale = 1.0 / math.sqrt(model.hidden // model.heads)
+        self.add = layout(ops.Add(), (1, 1), (1, 1))
+
+    def construct(
+        self, h: Tensor, query_rows, turns: tuple, context: tuple[Tensor, ...], inputs: tuple[Tensor, ...]
+    ):  # fmt: skip
+        x = self.norm1(h)
+        q, k = self.query(x if query_rows is None else query_rows), self.key(x)
+        if self.normalises:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if self.rotates:
+            q, k = self.turn(q, turns), self.turn(k, turns)
+        y, kept = self.core(q * self.scale, k, self.value(x), context)
+        h = self.add(h, self.projection(y))
+        y = self.feed_forward(self.norm2(h), inputs)
+        if self.apart:
+            return (self.add(self.copies(h, y[0].shape), y[0]), y[1]), kept
+        return self.add(h, y), kept

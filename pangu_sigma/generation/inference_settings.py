@@ -1,0 +1,54 @@
+"""What the user wants of the domain `auto`: how it is inferred."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pangu_sigma.errors import UserError
+from pangu_sigma.generation.request import prompt_ids
+
+if TYPE_CHECKING:
+    from pangu_sigma.generation.engine import Engine
+
+CACHED_TEXTS = 100  # texts that a cached prior is made of, DEMix's number
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How the domain `auto` is inferred: `top` domains write together; prior: uniform, updating, or of `texts`.
+
+    Raises UserError for what has no effect.
+    """
+
+    top: int = 1
+    prior: str = "uniform"
+    texts: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.prior == "cached") != (self.texts is not None):
+            raise UserError(
+                "--prior cached is made of some texts, and --prior-texts names their file: give both, or neither"
+            )
+        if self.texts is not None and not self.texts.is_file():
+            raise UserError(f"--prior-texts {self.texts} does not exist: give a file of texts like the prompts")
+        if self.texts is not None and self.texts.suffix.lower() not in (".jsonl", ".txt"):
+            raise UserError(f"--prior-texts {self.texts} is neither .jsonl nor .txt: convert it")
+
+    def apply(self, engine: Engine, offered: Sequence[str] = ()) -> None:
+        """Let the engine infer domains in this way, among the `offered` ones (all if empty)."""
+        from pangu_sigma.generation.domain_mixture import UnknownDomain
+
+        among = [number for number, name in enumerate(engine.domains) if not offered or name in offered]
+        engine.set_unknown(UnknownDomain(among, self.top, updating=self.prior == "updating"))
+        if self.texts is not None:
+            engine.cache_prior(self._read(engine))
+
+    def _read(self, engine: Engine) -> list[tuple[int, ...]]:
+        from pangu_sigma.data.corpus_files import iterate_documents
+
+        documents = islice(iterate_documents("--prior-texts", [self.texts]), CACHED_TEXTS)
+        return [prompt_ids(engine.tokenizer, document.text) for document in documents]

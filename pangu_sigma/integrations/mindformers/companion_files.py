@@ -1,0 +1,86 @@
+"""What an import needs beside a checkpoint's weights, kept in the run's output folder: tokenizer, configuration, probe.
+
+    OUTPUT/pangu_sigma/config.yaml, text.json, tokenizer/, probe.safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import yaml
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from pangu_sigma.config import Config, config_from_dict
+from pangu_sigma.data.packed_sequences import first_sequences
+from pangu_sigma.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from pangu_sigma.errors import UserError
+from pangu_sigma.monitor.result_files import write_json, write_text
+
+if TYPE_CHECKING:
+    from pangu_sigma.integrations.mindformers.batch_columns import Text
+
+FOLDER = "pangu_sigma"
+CONFIG, TEXT, TOKENIZER, PROBE = "config.yaml", "text.json", "tokenizer", "probe.safetensors"
+
+
+@dataclass(frozen=True)
+class Companion:
+    """The folder, read: `corpora` are fingerprints by domain, `probe` held-out sequences int32 [n, S + 1] by domain."""
+
+    config: Config
+    tokenizer: Tokenizer
+    corpora: dict[str, str]
+    probe: dict[str, np.ndarray]
+
+
+def write_settings(output: Path, config: Config) -> None:
+    """Keep the run's whole configuration; the rest comes by `write_companion` once the text is open."""
+    folder = output / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / CONFIG, config.to_yaml())
+
+
+def write_companion(output: Path, text: Text) -> None:
+    """Keep the run's tokenizer, corpus fingerprints and probe under `output`."""
+    folder = output / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / CONFIG).exists():  # started by another launcher than ours
+        write_text(folder / CONFIG, text.config.to_yaml())
+    shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
+    text.corpus.tokenizer.save(folder / TOKENIZER)
+    save_file(first_sequences(text.corpus.heldout(), text.config.checkpoint.probe_sequences), folder / PROBE)
+    write_json(folder / TEXT, {"corpora": text.corpus.fingerprints})
+
+
+def find_companion(checkpoint: Path, run: Path | None) -> Path:
+    """The companion folder of a checkpoint file: in `run`, or above the file. Raises UserError."""
+    places = [run] if run is not None else [checkpoint, *checkpoint.resolve().parents][:5]
+    for place in places:
+        if (place / FOLDER / CONFIG).is_file():
+            return place / FOLDER
+    raise UserError(
+        f"no folder {FOLDER} with configuration and tokenizer lies above {checkpoint}: give the run's output_dir with "
+        "--run"
+        if run is None
+        else f"{run} has no folder {FOLDER}: give the output_dir of the MindFormers run"
+    )
+
+
+def read_companion(folder: Path) -> Companion:
+    """The folder's contents. Raises UserError naming the file that is missing or damaged."""
+    path = folder / CONFIG
+    try:
+        config = config_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
+        path = folder / TEXT
+        corpora = json.loads(path.read_text(encoding="utf-8"))["corpora"]
+        path = folder / PROBE
+        probe = load_file(path)
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, SafetensorError) as error:
+        raise UserError(f"{path} is missing or damaged: starting the MindFormers training writes it anew") from error
+    return Companion(config, load_tokenizer(folder / TOKENIZER), corpora, probe)

@@ -1,0 +1,194 @@
+"""`pangu-sigma import mindformers`: a checkpoint that MindFormers wrote becomes a model folder.
+
+MindFormers need not be installed. Names and shapes are ours already (see `model`). Every tensor of the model must be in
+the file, every tensor of the file is used or left behind by a named rule.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder, TensorSpec
+from pangu_sigma.config import Config
+from pangu_sigma.config.parameter_counts import is_routing, manifest, parameter_counts
+from pangu_sigma.convert.conversion_coverage import LeftBehind, check_coverage
+from pangu_sigma.convert.converted_folder import check_output, new_specs, write_with_progress
+from pangu_sigma.errors import UserError
+from pangu_sigma.integrations.mindformers.companion_files import Companion, find_companion, read_companion
+from rre.router_specs import LAYER
+
+SKIPPED = LeftBehind(
+    {
+        "adam_m.*": (r"adam_m\..+", "first moments of the optimizer"),
+        "adam_v.*": (r"adam_v\..+", "second moments of the optimizer"),
+        "adam_steps.*": (r"adam_steps\..+", "the experts' update counts"),
+        "counters": (
+            r"epoch_num|step_num|global_step|global_batch_size|loss_scale|scale_sense|learning_rate"
+            r"|(current_iterator_step|last_overflow_iterator_step|cur_iter|last_overflow_iter)",
+            "counters of the training",
+        ),
+    }
+)
+ENDING = ".safetensors"
+_STEP = re.compile(r"-(\d+)_(\d+)$")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """The written folder, where it came from, and the tensors left behind by rule."""
+
+    checkpoint: Checkpoint
+    config: Config
+    file: Path
+    parameters: int
+    skipped: dict[str, int]
+
+
+def import_mindformers(source: Path, out: Path, run: Path | None = None) -> Imported:
+    """Write the model folder `out` from a checkpoint file, or from the newest of a MindFormers output folder.
+
+    `run`: the output folder, where the file lies elsewhere. Raises UserError with the list of tensors unless every
+    tensor of the model is there once and in its shape; nothing is written then.
+    """
+    out = check_output(out)
+    file = checkpoint_file(source)
+    companion = read_companion(find_companion(file, run))
+    config = _with_vocabulary(companion)
+    targets = manifest(config, config.model.vocab_size)
+    groups = config.expert_groups
+    with opened(file) as tensors:
+        shapes = shapes_of(tensors)
+        check_tensors(file, shapes, targets)
+        skipped = {name: rule for name in shapes if (rule := SKIPPED.rule(name)) is not None}
+        step = int(tensors.get_tensor("step_num")) if "step_num" in shapes else 0
+
+        def read(spec: TensorSpec) -> np.ndarray:
+            array = _tensor(file, tensors, spec)
+            if is_routing(spec.name):
+                _check_table(file, spec.name, array, groups)
+            return array
+
+        counts = parameter_counts(config, config.model.vocab_size)
+        written = write_with_progress(
+            out,
+            ModelFolder(
+                tensors=new_specs(targets),
+                read=read,
+                domains=config.domain_names,
+                coverage=config.coverage,
+                config_text=config.to_yaml(),
+                tokenizer_files=_tokenizer_files(companion),
+                fingerprints=Fingerprints(tokenizer=companion.tokenizer.fingerprint, corpora=companion.corpora),
+                step=step,
+                probe=companion.probe,
+                origin={"job": "import mindformers", "source": file.name, "step": step},
+                documents={"README.md": _card(file, config, step, counts.total)},
+            ),
+            "import",
+        )
+    by_rule = {rule: sum(1 for r in skipped.values() if r == rule) for rule in dict.fromkeys(skipped.values())}
+    return Imported(written, config, file, counts.total, by_rule)
+
+
+def checkpoint_file(source: Path) -> Path:
+    """The checkpoint that `source` means: itself, or the one of the latest step in an output folder.
+
+    Raises UserError.
+    """
+    if source.is_file():
+        if source.suffix != ENDING:
+            raise UserError(
+                f"{source} is no {ENDING} file: let MindFormers write that (CheckpointMonitor's checkpoint_format: "
+                "safetensors)"
+            )
+        return source
+    if not source.is_dir():
+        raise UserError(f"{source} does not exist: give a {ENDING} file or the output_dir of a MindFormers run")
+    # Data-parallel processes each write the whole model; the first one's is taken.
+    found = {
+        (int(match[1]), int(match[2])): path
+        for folder in (source / "checkpoint" / "rank_0", source / "rank_0", source)
+        for path in folder.glob(f"*{ENDING}")
+        if (match := _STEP.search(path.stem))
+    }
+    if not found:
+        raise UserError(
+            f"{source} holds no checkpoint of MindFormers (checkpoint/rank_0/*-EPOCH_STEP{ENDING}): give the file"
+        )
+    return found[max(found)]
+
+
+def check_file(file: Path, config: Config) -> None:
+    """Raises UserError unless the checkpoint holds every tensor of the model of `config`, of whatever vocabulary."""
+    with opened(file) as tensors:
+        shapes = shapes_of(tensors)
+    words = shapes.get("embedding.word") or shapes.get(f"domains.{config.domain_names[0]}.embedding.word") or (0,)
+    check_tensors(file, shapes, manifest(config, config.model.vocab_size or words[0]))
+
+
+def shapes_of(tensors) -> dict[str, tuple[int, ...]]:
+    """Shapes by name of an opened file's tensors."""
+    return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+
+
+def check_tensors(file: Path, shapes: dict[str, tuple[int, ...]], targets: dict[str, tuple[int, ...]]) -> None:
+    """Raises UserError unless every target is there in its shape and every other tensor is left behind by a rule."""
+    used = [name for name in shapes if SKIPPED.rule(name) is None]
+    check_coverage(str(file), targets, [(n, n, shapes[n]) for n in used if n in targets], used)
+
+
+@contextmanager
+def opened(file: Path) -> Iterator:
+    """The file's tensors, read one by one. Raises UserError naming the file where it is damaged."""
+    try:
+        with safe_open(file, "numpy") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read as {ENDING} ({error}): give a whole checkpoint") from error
+
+
+def _tensor(file: Path, tensors, spec: TensorSpec) -> np.ndarray:
+    array = tensors.get_tensor(spec.name)
+    wanted = np.dtype(np.int32 if spec.dtype == "int32" else np.float32)
+    if array.dtype != wanted:
+        raise UserError(f"{file} holds {spec.name} as {array.dtype} where {wanted} is needed: save it in that type")
+    return array
+
+
+def _check_table(file: Path, name: str, table: np.ndarray, groups: dict[str, int]) -> None:
+    owner = name.split(".")[1] if name.startswith("domains.") else LAYER
+    experts = groups.get(owner, sum(groups.values()))
+    if table.size and (table.min() < 0 or table.max() >= experts):
+        raise UserError(
+            f"{file} is damaged: routing table {name} leads to experts outside its group of {experts}; give a whole "
+            "checkpoint"
+        )
+
+
+def _with_vocabulary(companion: Companion) -> Config:
+    from pangu_sigma.config import with_vocabulary
+
+    return with_vocabulary(companion.config, companion.tokenizer.vocab_size)
+
+
+def _tokenizer_files(companion: Companion) -> dict[str, bytes]:
+    from pangu_sigma.data.tokenizers.tokenizer import tokenizer_files
+
+    return tokenizer_files(companion.tokenizer)
+
+
+def _card(file: Path, config: Config, step: int, parameters: int) -> str:
+    per_domain = "".join(f"- {d.name}: {d.experts} experts in each sparse layer\n" for d in config.domains)
+    return (
+        f"# {file.name}, imported\n\n"
+        f"A model of {parameters:,} parameters that MindFormers trained for {step} steps.\n\n"
+        f"{per_domain}\n{config.model.layers} layers, {config.model.hidden} wide, vocabulary "
+        f"{config.model.vocab_size:,}.\n"
+    )

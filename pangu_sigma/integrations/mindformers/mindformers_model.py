@@ -1,0 +1,172 @@
+"""The model as MindFormers knows one: a config class and a network whose parameters are this product's tensors.
+
+The network's parameters carry the names and shapes of our checkpoints (`config.parameter_counts.manifest`): shared
+ones, every domain's expert groups `[E, …]`, and the routing tables, which never train. So a checkpoint of the one is a
+checkpoint of the other, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindformers.models import PretrainedConfig, PreTrainedModel
+from mindformers.tools.utils import get_output_root_path
+from mindspore import Parameter, ParameterTuple, Tensor, context, nn, ops
+
+from pangu_sigma.errors import UserError
+from pangu_sigma.integrations.mindformers.batch_columns import FIXED_COLUMNS, open_text, placeholders
+from pangu_sigma.integrations.mindformers.mindformers_settings import model_settings
+from pangu_sigma.model.build_model import build_model
+from pangu_sigma.model.graph_inputs import FlatSignature
+from pangu_sigma.model.model import SLOTS, Model
+from pangu_sigma.model.pangu import TrainingLoss
+from pangu_sigma.model.state_dict import model_tensors, restore_model
+
+FIXED = len(FIXED_COLUMNS)
+
+
+class PanGuSigmaConfig(PretrainedConfig):
+    """`model.model_config`: `pangu_sigma` holds our sections `run`, `model`, `domains`, `data` and `train`."""
+
+    model_type = "pangu_sigma"
+
+    def __init__(self, pangu_sigma: Any = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.pangu_sigma = pangu_sigma or {}
+        sizes = self.pangu_sigma.get("model") or {}
+        # By the names that MindFormers' own tools ask for.
+        self.num_layers, self.hidden_size = sizes.get("layers"), sizes.get("hidden")
+        self.vocab_size = sizes.get("vocab_size")
+
+
+class PanGuSigmaForCausalLM(PreTrainedModel):
+    """Columns of a planned batch (`planning.columns`) -> mean loss in nats per token.
+
+    Built from the run's text: its vocabulary, and for a new model its tables; `run.init_from` gives weights and tables
+    of a model of ours. `expert_tensors`: name -> (sparse layer's number or SLOTS, domain's number), for the optimizer.
+    """
+
+    config_class = PanGuSigmaConfig
+    base_model_prefix = "pangu_sigma"
+
+    def __init__(self, config: PanGuSigmaConfig) -> None:
+        super().__init__(config, auto_prefix=False)
+        batch = _batch_size(config)
+        text = open_text(
+            model_settings(config.pangu_sigma, context.get_context("device_target"), get_output_root_path())
+        )
+        tokenizer = text.corpus.tokenizer
+        built = build_model(
+            text.config, text.config.model.vocab_size, tokenizer.eod_id, text.tables, text.token_counts,
+            initialise=text.weights is None,
+        )  # fmt: skip
+        if text.weights is not None:
+            restore_model(built, text.weights)
+        self.signature = built.training_signature(batch)
+        self.net = built.net
+        self.domains, self.places = built.groups.names, tuple(p.name for p in self.signature.places)
+        self.sizes = built.groups.sizes
+        parameters = {name: _parameter(name, tensor) for name, tensor in _domain_tensors(built).items()}
+        self.tables = ParameterTuple([p for name, p in parameters.items() if name.endswith(".routing")])
+        self.slot_tables = ParameterTuple([p for name, p in parameters.items() if name.endswith(".embedding.word")])
+        tensors = text.config.model.expert_network.tensors
+        names = [
+            f"domains.{domain}.{place}.experts.{tensor}"
+            for place in self.places for domain in self.domains for tensor in tensors
+        ]  # fmt: skip
+        self.experts = ParameterTuple([parameters[name] for name in names])
+        per_place = len(self.domains) * len(tensors)
+        self.expert_tensors: dict[str, tuple[int | str, int]] = {
+            name: (i // per_place, i % per_place // len(tensors)) for i, name in enumerate(names)
+        }
+        self.expert_tensors |= {p.name: (SLOTS, number) for number, p in enumerate(self.slot_tables)}
+        self.layout = built.layout
+        self.loss = Objective(self)
+        # The network holds the experts now; the store's tables go.
+        built.store.close()
+        self.load_checkpoint(config)
+
+    def construct(self, *columns: Tensor) -> Tensor:
+        tokens = ops.ReduceSum()(columns[2])
+        _, by_sample, _, _ = self.loss(columns[2] / tokens, Tensor(0.0, ms.float32), *columns)
+        return ops.ReduceSum()(by_sample) / tokens
+
+    def placeholders(self) -> list[Tensor]:
+        """Shapes of the columns, for compiling."""
+        return placeholders(self.signature)
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """No: MindFormers' generation needs operators that CPU lacks; import the checkpoint to generate."""
+        return False
+
+    def get_model_parameters(self, only_trainable: bool = True) -> list[Parameter]:
+        """The network's parameters, as MindFormers' trainer lists them."""
+        return list(self.trainable_params() if only_trainable else self.get_parameters())
+
+
+class Objective(nn.Cell):
+    """weights float32 [B, S], weight of the auxiliary loss, columns -> (objective, loss sums per sample [B], auxiliary
+    loss, rows [B, E + 1] of learned gates).
+
+    Expert groups are unstacked along their first axis, so the gradient of a group is the stack of its experts'.
+    """
+
+    def __init__(self, model: PanGuSigmaForCausalLM) -> None:
+        super().__init__(auto_prefix=False)
+        signature: FlatSignature = model.signature
+        self.loss = TrainingLoss(model.net, model.layout, signature)
+        self.routing = tuple(place.routing for place in signature.places)
+        self.counted = tuple(not place.learned for place in signature.places)
+        self.domains = len(model.domains)
+        self.sizes = model.sizes
+        self.experts = model.experts
+        self.each = len(signature.places[0].network.tensors) if signature.places else 0
+        self.slot_tables = model.slot_tables
+        self.has_slots = signature.slot_table is not None
+        self.unstack = ops.Unstack(0)
+        self.stack = ops.Stack(0)
+
+    def construct(self, weights: Tensor, auxiliary_weight: Tensor, *columns: Tensor):
+        tokens, labels, _, positions, segments, domain, keys = columns[:FIXED]
+        flat = ()
+        if self.has_slots:
+            flat = flat + (self.stack(self.slot_tables),)
+        start = FIXED
+        for place in range(len(self.routing)):
+            end = start + self.routing[place]
+            flat = flat + columns[start:end] + self.group_weights(place)
+            start = end + 1 if self.counted[place] else end
+        return self.loss(tokens, labels, weights, auxiliary_weight, positions, segments, domain, keys, *flat)
+
+    def group_weights(self, place: int):
+        flat = ()
+        for number in range(self.domains):
+            first = (place * self.domains + number) * self.each
+            tensors = ()
+            for i in range(self.each):
+                tensors = tensors + (self.unstack(self.experts[first + i]),)
+            for expert in range(self.sizes[number]):
+                for i in range(self.each):
+                    flat = flat + (tensors[i][expert],)
+        return flat
+
+
+def _batch_size(config: PanGuSigmaConfig) -> int:
+    dataset = getattr(config, "dataset_config", None) or {}
+    batch = dataset.get("batch_size") or getattr(config, "batch_size", None)
+    if batch is None:
+        raise UserError("MindFormers' Trainer builds the model and tells it the batch: set runner_config.batch_size")
+    return int(batch)
+
+
+def _domain_tensors(built: Model) -> dict[str, np.ndarray]:
+    """Everything that is no parameter of the network: expert groups, embedding slots, routing tables."""
+    shared = {p.name for p in built.net.get_parameters()}
+    return {name: tensor for name, tensor in model_tensors(built, None).items() if name not in shared}
+
+
+def _parameter(name: str, tensor: np.ndarray) -> Parameter:
+    return Parameter(Tensor(np.ascontiguousarray(tensor)), name=name, requires_grad=not name.endswith(".routing"))

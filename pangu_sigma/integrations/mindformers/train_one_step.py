@@ -1,0 +1,114 @@
+"""One optimizer step inside MindFormers: its wrapper, with our objective, our clipping and its own loss scale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mindspore as ms
+from mindformers.wrapper import MFTrainOneStepCell
+from mindspore import ParameterTuple, Tensor, ops
+
+from pangu_sigma.errors import UserError
+from pangu_sigma.integrations.mindformers.mindformers_model import FIXED, PanGuSigmaForCausalLM
+from pangu_sigma.integrations.mindformers.mindformers_optimizer import PanGuSigmaAdamW
+from pangu_sigma.model.model import SLOTS
+
+
+class PanGuSigmaTrainOneStep(MFTrainOneStepCell):
+    """`runner_wrapper`: columns of a planned batch -> (loss, overflow, loss scale, learning rate, gradient norm).
+
+    Overflow is told from the gradients themselves; MindFormers' stock wrapper asks a register that only an NPU has. A
+    step that overflowed changes nothing. Over several devices gradients are averaged and received rows added up, so
+    all agree which experts train.
+    """
+
+    def __init__(self, network: Any, optimizer: Any, use_clip_grad: bool = True, max_grad_norm: float = 1.0,
+                 **kwargs: Any) -> None:  # fmt: skip
+        model = network
+        if not isinstance(model, PanGuSigmaForCausalLM) or not isinstance(optimizer, PanGuSigmaAdamW):
+            raise UserError(
+                "PanGuSigmaTrainOneStep takes PanGuSigmaForCausalLM and PanGuSigmaAdamW, not "
+                f"{type(model).__name__} and {type(optimizer).__name__}: name both in the YAML"
+            )
+        super().__init__(network, optimizer, use_clip_grad=use_clip_grad, max_grad_norm=max_grad_norm, **kwargs)
+        places = len(model.places)
+        owners = {name: (places if place == SLOTS else place, d) for name, (place, d) in model.expert_tensors.items()}
+        optimizer.bind(owners, model.sizes, model.places)
+        self.objective = model.loss
+        self.limit = float(max_grad_norm) if use_clip_grad else float("inf")
+        self.routing = tuple(place.routing for place in model.signature.places)
+        self.counted = tuple(not place.learned for place in model.signature.places)
+        self.has_slots = model.signature.slot_table is not None
+        self.domain_ids = Tensor(list(range(len(model.domains))), ms.int32)
+        self.trained = ParameterTuple(optimizer.parameters)
+        self.value_and_grad = ops.value_and_grad(self.objective, None, self.trained, has_aux=True)
+        self.half_square = ops.L2Loss()
+        self.stack = ops.Stack()
+        self.sum = ops.ReduceSum()
+        self.add_up = ops.AllReduce() if self.reducer_flag else None
+        self.set_inputs(*model.placeholders())
+
+    def construct(self, *columns: Tensor):
+        scale = self.scale_sense
+        mask = columns[2]
+        tokens = self.sum(mask)
+        values, gradients = self.value_and_grad(mask * (scale / tokens), scale, *columns)
+        _, by_sample, _, rows = values
+        mine = self.received(columns, rows)
+        # Cleaned before they are averaged: another process may have rows for an expert that has none here.
+        gradients = self.grad_reducer(self.of_touched(gradients, mine))
+        received = self.everywhere(mine)
+        squares = ()
+        for gradient in gradients:
+            squares = squares + (self.half_square(gradient),)
+        norm = ops.sqrt(self.sum(self.stack(squares)) * 2.0) / scale
+        overflow = self.process_loss_scale(ops.logical_not(ops.isfinite(norm)))
+        clip = ops.minimum(Tensor(1.0, ms.float32), self.limit / ops.maximum(norm, Tensor(1e-38, ms.float32))) / scale
+        scaled = ()
+        for gradient in gradients:
+            scaled = scaled + (gradient * clip,)
+        rate = self.optimizer.get_lr()
+        loss = self.sum(by_sample) / tokens
+        if not overflow:
+            loss = ops.depend(loss, self.optimizer(scaled, received))
+        return loss, overflow, scale, rate, norm
+
+    def received(self, columns: tuple[Tensor, ...], rows: tuple[Tensor, ...]):
+        """Rows that every expert received here, float32 [E] by sparse layer; samples of every domain last (slots)."""
+        found = ()
+        start = FIXED
+        for place in range(len(self.routing)):
+            start = start + self.routing[place]
+            if self.counted[place]:
+                found = found + (ops.cast(columns[start], ms.float32),)
+                start = start + 1
+            else:
+                found = found + (self.sum(rows[place], 0)[:-1],)
+        if self.has_slots:
+            mine = ops.cast(columns[5].reshape(-1, 1) == self.domain_ids.reshape(1, -1), ms.float32)
+            found = found + (self.sum(mine, 0),)
+        return found
+
+    def everywhere(self, counts: tuple[Tensor, ...]):
+        """The counts of all processes together."""
+        if self.add_up is None:
+            return counts
+        found = ()
+        for count in counts:
+            found = found + (self.add_up(count),)
+        return found
+
+    def of_touched(self, gradients: tuple[Tensor, ...], received: tuple[Tensor, ...]):
+        """Gradients with 0 for experts without rows, whose products over nothing leave memory as it was."""
+        found = ()
+        for i in range(len(gradients)):
+            gradient = gradients[i]
+            place = self.optimizer.place[i]
+            if place >= 0:
+                a, b = self.optimizer.begin[i], self.optimizer.begin[i] + self.optimizer.count[i]
+                active = (received[place][a:b] > 0.0).reshape(self.optimizer.spread[i])
+                gradient = ops.select(
+                    ops.broadcast_to(active, gradient.shape), gradient, ops.zeros_like(gradient)
+                )
+            found = found + (gradient,)
+        return found

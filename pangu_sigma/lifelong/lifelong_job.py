@@ -1,0 +1,241 @@
+"""The whole measurement: stages trained and measured one after the other, resumable at any moment.
+
+What lies in the folder `run.dir`: `plan.json`; `tokenizer/`, fixed before the first stage; `data/`, the tokenised text;
+`stages/NN-name/`, a run for every stage, with `measured.json` once it is measured; and after every stage
+`lifelong.json`, `matrix.csv`, `matrix.svg` and `report.html` of what is finished so far.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pangu_sigma import runtime
+from pangu_sigma.checkpoint import Checkpoint
+from pangu_sigma.checkpoint.run_lock import locked_folder
+from pangu_sigma.config import config_from_dict
+from pangu_sigma.config.resume_rules import changed_keys, flat_keys
+from pangu_sigma.data.corpus import Corpus, prepare_corpus
+from pangu_sigma.data.corpus_files import Source, expand_paths
+from pangu_sigma.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from pangu_sigma.data.tokenizers.tokenizer_training import build_tokenizer
+from pangu_sigma.errors import UserError
+from pangu_sigma.lifelong.lifelong_page import render
+from pangu_sigma.lifelong.lifelong_results import Results
+from pangu_sigma.lifelong.loss_heat_map import heat_map
+from pangu_sigma.lifelong.stage_cost import learning, stage_cost
+from pangu_sigma.lifelong.stage_plan import Plan, Stage
+from pangu_sigma.lifelong.train_stage import finished, train_stage
+from pangu_sigma.monitor.progress import progress
+from pangu_sigma.monitor.result_files import write_json, write_text
+from pangu_sigma.signals import sigterm_as_ctrl_c
+
+PLAN, MEASURED, UNTRAINED = "plan.json", "measured.json", "untrained.json"
+RESULTS, TABLE, MAP, PAGE = "lifelong.json", "matrix.csv", "matrix.svg", "report.html"
+
+
+def run_lifelong(plan: Plan, say: Callable[[str], None] = print) -> Results:
+    """Do what is left of the plan and return the results; `Results.complete` tells whether a signal cut it short.
+
+    Finished stages are not repeated. `say` tells which stage begins. Raises UserError; what was finished before stays.
+    """
+    for domain in plan.base.domains:
+        expand_paths(domain.name, domain.data)  # text that is not there is found before a folder is made
+    with sigterm_as_ctrl_c(), locked_folder(plan.dir):
+        _check_plan(plan)
+        measurement = _Measurement(plan)
+        results = measurement.results([])
+        checkpoints: list[Checkpoint] = []
+        for stage in plan.stages:
+            if finished(plan, stage) is None:
+                say(f"Stage {stage.number + 1} of {len(plan.stages)}: {stage.name}")
+            checkpoint = train_stage(plan, stage, measurement.tokenizer_path)
+            if checkpoint is None:
+                break
+            measurement.measure(stage, checkpoint)
+            checkpoints.append(checkpoint)
+            results = measurement.results(checkpoints)
+            write_results(plan.dir, results)
+        return results
+
+
+def write_results(folder: Path, results: Results) -> None:
+    """Write JSON, CSV, heat map and page of what is finished so far."""
+    write_json(folder / RESULTS, results.to_dict())
+    write_text(folder / TABLE, results.csv())
+    write_text(folder / MAP, heat_map([results.panel]))
+    write_text(folder / PAGE, render(results, folder.resolve().name))
+
+
+class _Measurement:
+    """Holds the domains' text and measures models on it."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.tokenizer_path, tokenizer = _tokenizer(plan)
+        self.corpus = _corpus(plan, tokenizer)
+        self.heldout = self.corpus.heldout()
+        self.untrained = self._untrained()
+
+    def results(self, checkpoints: list[Checkpoint]) -> Results:
+        """The results of the first stages, whose last checkpoints these are."""
+        plan = self.plan
+        texts = {store.name: store.tokens["train"] for store in self.corpus.stores}
+        done = plan.stages[: len(checkpoints)]
+        return Results(
+            plan=plan.to_dict(),
+            learned=plan.learned,
+            by_domain=plan.by_domain,
+            untrained=self.untrained,
+            rows=[_read(plan.run_dir(stage) / MEASURED)["row"] for stage in done],
+            costs=[
+                stage_cost(plan, stage, checkpoints[n], checkpoints[n - 1] if n else None)
+                for n, stage in enumerate(done)
+            ],
+            learning=[learning(plan, stage, checkpoints[n], texts) for n, stage in enumerate(done)],
+        )
+
+    def measure(self, stage: Stage, checkpoint: Checkpoint) -> None:
+        """Measure a finished stage, unless it was with the same model, text and settings."""
+        path = self.plan.run_dir(stage) / MEASURED
+        of = {"checkpoint": checkpoint.sha256, **self._settings()}
+        if _read(path).get("of") != of:
+            from pangu_sigma.trained_model import trained_from
+
+            row = self._row(trained_from(checkpoint).model, f"measure {stage.name}")
+            write_json(path, {"of": of, "row": row})
+
+    def _untrained(self) -> dict[str, Any]:
+        """The row of the first stage's model before its first step."""
+        plan = self.plan
+        path = plan.dir / UNTRAINED
+        stage = plan.stages[0]
+        config = plan.config(stage, self.tokenizer_path).to_dict()
+        config["model"]["vocab_size"] = config["model"]["vocab_size"] or self.corpus.tokenizer.vocab_size
+        of = {"model": config["model"], "seed": config["run"]["seed"], "domains": list(plan.domains_after(stage))}
+        of |= {"experts": [entry["experts"] for entry in config["domains"]], **self._settings()}
+        if _read(path).get("of") != of:
+            model = self._build(config)
+            write_json(path, {"of": of, "row": self._row(model, "measure untrained")})
+        return _read(path)["row"]
+
+    def _build(self, values: Mapping[str, Any]):
+        config = config_from_dict(values)
+        runtime.prepare(config.run.device, self.plan.dir / "mindspore")
+        from pangu_sigma.model.build_model import build_model
+
+        vocab = config.model.vocab_size
+        counts = self.corpus.token_counts(vocab)
+        return build_model(config, vocab, self.corpus.tokenizer.eod_id, token_counts=counts, inference=True)
+
+    def _row(self, model, what: str) -> dict[str, dict]:
+        from pangu_sigma.lifelong.matrix_row import RowMeasurement
+
+        evaluate = self.plan.base.evaluate
+        measurement = RowMeasurement(
+            model, self.plan.by_domain, self.plan.inference, evaluate.batches, evaluate.batch_size
+        )
+        try:
+            with progress(what, measurement.work(self.heldout), unit="batches") as job:
+                return measurement.row(self.heldout, job.advance)
+        finally:
+            model.store.close()
+
+    def _settings(self) -> dict[str, Any]:
+        """What a row depends on besides the model."""
+        evaluate = self.plan.base.evaluate
+        return {
+            "evaluate": {"batches": evaluate.batches, "batch_size": evaluate.batch_size},
+            "inference": self.plan.inference.model_dump(mode="json"),
+            "text": {store.name: store.fingerprint for store in self.corpus.stores},
+        }
+
+
+def _check_plan(plan: Plan) -> None:
+    """Compare with the plan that the folder holds, and keep the new one. Raises UserError for what was begun."""
+    path = plan.dir / PLAN
+    stored, wanted = _read(path), plan.to_dict()
+    if stored:
+        begun = [number for number, stage in enumerate(plan.stages) if plan.run_dir(stage).is_dir()]
+        _check_stages(plan, stored, wanted, max(begun, default=-1) + 1)
+        _check_base(plan, stored)
+    write_json(path, wanted)
+
+
+def _check_stages(plan: Plan, stored: Mapping[str, Any], wanted: Mapping[str, Any], begun: int) -> None:
+    folders = [f"{n + 1:02d}-{stage['name']}" for n, stage in enumerate(stored["stages"])]
+    begun = max([begun, *(n + 1 for n, name in enumerate(folders) if (plan.dir / "stages" / name).is_dir())])
+    for number in range(begun):
+        old = stored["stages"][number] if number < len(stored["stages"]) else None
+        new = wanted["stages"][number] if number < len(wanted["stages"]) else None
+        if old != new:
+            name = (old or new)["name"]
+            raise UserError(
+                f"stage {number + 1} ({name}) of {plan.dir} was begun with other values: restore them, change only "
+                "stages that have not begun, or choose another run.dir"
+            )
+
+
+def _check_base(plan: Plan, stored: Mapping[str, Any]) -> None:
+    old = config_from_dict(stored["base"], source=f"{plan.dir / PLAN}")
+    refused = changed_keys(old, plan.base).refused
+    if plan.grows:
+        # More domains may come; those there are stay what they were.
+        names, now = old.domain_names, plan.base.domain_names
+        new = [name for name in now if name not in names]
+        if set(names) <= set(now):
+            refused = [
+                key for key in refused if key != "domains" and not any(key.startswith(f"domains.{n}.") for n in new)
+            ]
+    refused = [key for key in refused if key != "schedule.decay_steps"]
+    if refused:
+        before, after = flat_keys(old), flat_keys(plan.base)
+        key = refused[0]
+        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        raise UserError(
+            f"the stages of {plan.dir} cannot go on with other values: {key} was {before.get(key)} and is "
+            f"{after.get(key)}{more}; restore it or choose another run.dir"
+        )
+
+
+def _tokenizer(plan: Plan) -> tuple[Path | None, Tokenizer]:
+    """The tokenizer of all stages, trained once on the mix of all domains' text where the configuration trains one.
+
+    Returns its model file too, None where the configuration names a file itself.
+    """
+    wanted, cache = plan.base.data.tokenizer, Path(plan.base.data.cache)
+    if wanted.kind != "train":
+        return None, build_tokenizer(wanted.kind, (), cache, wanted.path)
+    folder = plan.dir / "tokenizer"
+    if not (folder / "tokenizer.json").is_file():
+        sources = [Source.of(domain) for domain in plan.base.domains]
+        build_tokenizer("train", sources, cache, None, wanted.vocab_size).save(folder)
+    return folder / "tokenizer.model", load_tokenizer(folder)
+
+
+def _corpus(plan: Plan, tokenizer: Tokenizer) -> Corpus:
+    with progress("read the text of all domains", len(plan.base.domains), unit="domains") as job:
+        done: set[str] = set()
+
+        def advance(domain: str, *_: object) -> None:
+            done.add(domain)
+            job.set(len(done) - 1)
+
+        corpus = prepare_corpus(plan.base, tokenizer, progress=advance)
+        job.set(len(corpus.stores))
+        return corpus
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON document that an earlier start wrote; empty where there is none. Raises UserError for a damaged one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete it, and it is made again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: delete it, and it is made again")
+    return value

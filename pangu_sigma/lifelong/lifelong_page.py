@@ -1,0 +1,128 @@
+"""The measurement as one self-contained HTML page: property table, matrix, measures, costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pangu_sigma.lifelong.lifelong_results import Results
+from pangu_sigma.lifelong.loss_heat_map import heat_map
+from pangu_sigma.lifelong.property_table import NO, UNKNOWN, YES
+from pangu_sigma.monitor.printable_text import compact, duration
+from pangu_sigma.monitor.text_tables import number
+from pangu_sigma.report.html_tables import cell, table
+from pangu_sigma.report.style_sheet import STYLE
+
+_MEANING = {
+    "backward_transfer": "quality at the end against right after learning; below 0: later stages cost it",
+    "forgetting": "best quality of any earlier stage against the end; above 0: something was lost",
+    "forward_transfer": "quality just before its stage against the untrained model",
+    "learned_loss": "loss right after learning, lower is better",
+    "final_loss": "loss at the end, lower is better",
+}
+
+
+def render(results: Results, name: str) -> str:
+    """The page as text; `name` is the measurement's. Whatever comes from files is escaped."""
+    sections = list(_sections(results))
+    links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections)
+    body = "".join(f'<section id="{key}"><h2>{title}</h2>{content}</section>' for key, title, content in sections)
+    planned = len(results.plan["stages"])
+    state = f"{planned} stages" if results.complete else f"{len(results.rows)} of {planned} stages so far"
+    model = results.plan["base"]["model"]
+    router = model["sparse"]["router"] if results.costs and _sparse(model) else "dense"
+    line = f"{state} · {len(results.domains)} domains · {router} · {cell(_policies(results))}"
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{cell(name)} – lifelong learning</title><style>{STYLE}</style></head>\n"
+        f"<body><main><header><h1>{cell(name)}</h1><p>{line}</p><nav>{links}</nav></header>\n{body}</main></body></html>\n"
+    )
+
+
+def _sections(results: Results) -> Iterator[tuple[str, str, str]]:
+    if results.rows:
+        yield "properties", "Lifelong-learning properties", _properties(results)
+    note = (
+        "<p>Held-out loss in nats per token: a row per stage, a column per domain. Red: above the domain's lowest. "
+        "Outlined: the stage that learned the domain; below it, the change since then; italic: before. A domain "
+        "without experts of its own is read with those of the domain that its text seems to belong to.</p>"
+    )
+    yield "matrix", "Loss after every stage", f'{note}<div class="card scroll">{heat_map([results.panel])}</div>'
+    if results.rows:
+        yield "measures", "Transfer and forgetting", _measures(results)
+        yield "costs", "What every stage cost", _costs(results)
+        yield "learning", "Learning as the text comes", _learning(results)
+
+
+def _properties(results: Results) -> str:
+    rows = []
+    for found in results.properties:
+        css = {YES: "good", NO: "bad", UNKNOWN: "none"}.get(found.holds, "")
+        rows.append(
+            [
+                f"{cell(found.name)}{_note(found.question)}",
+                f'<td class="{css}"><strong>{cell(found.holds)}</strong></td>',
+                f'<td class="text">{cell(found.number)}{_note(found.rule)}</td>',
+            ]
+        )
+    return table(["Property", "Holds", '<span class="text">Number</span>'], rows, "Lifelong-learning properties")
+
+
+def _measures(results: Results) -> str:
+    rows = []
+    for name, found in results.measures.items():
+        signed = name not in ("learned_loss", "final_loss")
+        each = [number(found.by_domain.get(j), sign=signed) for j in range(len(results.domains))]
+        title = f"{name.replace('_', ' ').capitalize()}{_note(_MEANING[name])}"
+        rows.append([title, f"<strong>{number(found.mean, sign=signed)}</strong>", *each])
+    header = ["In nats per token", "Mean", *map(cell, results.domains)]
+    return table(header, rows, "Backward transfer, forgetting, forward transfer")
+
+
+def _costs(results: Results) -> str:
+    rows = []
+    for name, cost in zip(results.stages, results.costs, strict=True):
+        parameters, sizes, seconds = cost["parameters"], cost["bytes"], cost["seconds"]
+        rows.append(
+            [
+                cell(name),
+                f"{cost['steps']:,}",
+                compact(cost["tokens"]),
+                "–" if seconds is None else duration(seconds),
+                *(compact(parameters[key]) for key in ("total", "new", "trained", "active")),
+                *(f"{compact(sizes[key])}B" for key in ("model", "with_optimizer", "written")),
+            ]
+        )
+    header = ["Stage", "Steps", "Tokens", "Time", "Parameters", "New", "Trained", "A token meets"]
+    header += ["Model", "With moments", "Written anew"]
+    return table(header, rows, "Cost of every stage")
+
+
+def _learning(results: Results) -> str:
+    rows = []
+    for name, stage in zip(results.stages, results.learning, strict=True):
+        for domain, found in stage.items():
+            passes = "–" if found["passes"] is None else f"{found['passes']:.2f}"
+            rows.append([f"{cell(name)}: {cell(domain)}", passes, number(found["online_loss"])])
+    note = "<p>Passes over the domain's training text so far; loss of each batch before the step that learns it.</p>"
+    return note + table(["Stage and domain", "Passes", "Loss before learning"], rows, "Learning as the text comes")
+
+
+def _note(text: str) -> str:
+    return f'<br><small style="font-weight:400;color:var(--soft)">{cell(text)}</small>'
+
+
+def _policies(results: Results) -> str:
+    """What the stages after the first do with what was learned before, in a few words."""
+    said = []
+    for stage in results.plan["stages"][1:]:
+        policy = stage["policy"]
+        replay = f" with {100 * policy['replay']:.0f} % replay" if policy["replay"] else ""
+        held = {k: v for k, v in (policy["regularise"] or {}).items() if v and k in ("output", "l2", "ewc")}
+        by = f" ({', '.join(f'{key} {weight:g}' for key, weight in held.items())})" if held else ""
+        said.append(f"shared parameters {policy['shared']}{by}{replay}")
+    return ", ".join(dict.fromkeys(said)) or "one stage"
+
+
+def _sparse(model: dict) -> bool:
+    return bool(model["sparse"]["layers"]) or model["sparse"]["pattern"] != "top"

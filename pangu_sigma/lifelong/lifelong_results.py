@@ -1,0 +1,197 @@
+"""What a lifelong measurement found: matrix, measures, costs; as JSON, CSV and tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pangu_sigma.lifelong import forgetting_measures
+from pangu_sigma.lifelong.forgetting_measures import Measure
+from pangu_sigma.lifelong.loss_heat_map import Panel
+from pangu_sigma.lifelong.property_table import Property, properties
+from pangu_sigma.monitor.printable_text import compact, duration
+from pangu_sigma.monitor.text_tables import number, text_table
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything measured so far.
+
+    plan: `Plan.to_dict`. learned: domain -> number of the stage that learns it first. untrained and each of `rows` (one
+    per finished stage): domain -> {"loss", "how", "auto", "accuracy", "tokens"} (see `measuring`). costs and learning:
+    per finished stage, see `cost`. by_domain: whether a text is
+    read by the experts of its domain.
+    """
+
+    plan: Mapping[str, Any]
+    learned: Mapping[str, int | None]
+    by_domain: bool
+    untrained: Mapping[str, Mapping[str, Any]]
+    rows: Sequence[Mapping[str, Mapping[str, Any]]]
+    costs: Sequence[Mapping[str, Any]]
+    learning: Sequence[Mapping[str, Mapping[str, Any]]]
+
+    @property
+    def domains(self) -> list[str]:
+        """The domains in the configuration's order."""
+        return list(self.learned)
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of the finished stages."""
+        return [stage["name"] for stage in self.plan["stages"][: len(self.rows)]]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every stage of the plan is finished."""
+        return len(self.rows) == len(self.plan["stages"])
+
+    @property
+    def losses(self) -> np.ndarray:
+        """Nats per token [finished stages, domains]."""
+        return np.array([[row[name]["loss"] for name in self.domains] for row in self.rows], np.float64)
+
+    @property
+    def measures(self) -> dict[str, Measure]:
+        """backward_transfer, forgetting, forward_transfer, learned_loss, final_loss; of the finished stages."""
+        if not self.rows:
+            return {}
+        done = len(self.rows)
+        learned = [at if at is not None and at < done else None for at in self.learned.values()]
+        untrained = np.array([self.untrained[name]["loss"] for name in self.domains])
+        return {
+            "backward_transfer": forgetting_measures.backward_transfer(self.losses, learned),
+            "forgetting": forgetting_measures.forgetting(self.losses, learned),
+            "forward_transfer": forgetting_measures.forward_transfer(self.losses, untrained, learned),
+            "learned_loss": forgetting_measures.learned_loss(self.losses, learned),
+            "final_loss": forgetting_measures.final_loss(self.losses, learned),
+        }
+
+    @property
+    def properties(self) -> list[Property]:
+        """The property table, each with the number that supports it; empty before the first stage is finished."""
+        if not self.rows:
+            return []
+        return properties(self.domains, self.measures, self.rows[-1], self.costs, self.learning, self.by_domain)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values for JSON."""
+        named = {
+            name: {"mean": found.mean, "by_domain": {self.domains[j]: v for j, v in found.by_domain.items()}}
+            for name, found in self.measures.items()
+        }
+        return {
+            "format_version": FORMAT_VERSION,
+            "complete": self.complete,
+            "domains": self.domains,
+            "learned": dict(self.learned),
+            "by_domain": self.by_domain,
+            "stages": self.stages,
+            "matrix": self.losses.tolist() if self.rows else [],
+            "measures": named,
+            "properties": [vars(found) for found in self.properties],
+            "untrained": self.untrained,
+            "rows": list(self.rows),
+            "costs": list(self.costs),
+            "learning": list(self.learning),
+            "plan": self.plan,
+        }
+
+    def csv(self) -> str:
+        """One line per stage (0: untrained) and domain: stage, name, domain, learned, how, loss, auto, tokens."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["stage", "name", "domain", "learned", "how", "loss", "auto", "tokens"])
+        for stage, (name, row) in enumerate(self.named_rows()):
+            for domain, at in self.learned.items():
+                found = row[domain]
+                seen = int(at is not None and at < stage)
+                auto = "" if found["auto"] is None else repr(found["auto"])
+                writer.writerow([stage, name, domain, seen, found["how"], repr(found["loss"]), auto, found["tokens"]])
+        return out.getvalue()
+
+    @property
+    def panel(self) -> Panel:
+        """The matrix for `heat_map`."""
+        rows = self.named_rows()
+        losses = np.array([[row[name]["loss"] for name in self.domains] for _, row in rows])
+        return Panel(losses, [name for name, _ in rows], self.learned)
+
+    def named_rows(self) -> list[tuple[str, Mapping[str, Mapping[str, Any]]]]:
+        """(name, row) of the untrained model and of every finished stage."""
+        return [("untrained", self.untrained), *zip(self.stages, self.rows, strict=True)]
+
+
+def as_text(results: Results, folder: Path) -> str:
+    """Everything for the terminal; `folder` is the measurement's."""
+    parts = ["Held-out loss in nats per token", matrix_text(results)]
+    if results.rows:
+        parts += ["Transfer and forgetting", measures_text(results), "What every stage cost", costs_text(results)]
+        parts += ["Lifelong-learning properties", properties_text(results), f"Page: {folder / 'report.html'}"]
+    if not results.complete:
+        stages = results.plan["stages"]
+        number = len(results.rows)
+        parts.append(
+            f"stopped in stage {number + 1} ({stages[number]['name']}) of {len(stages)}; the same command continues"
+        )
+    return "\n\n".join(parts)
+
+
+def matrix_text(results: Results) -> str:
+    """The matrix as an aligned table; a loss in brackets is of a domain that was not learned yet."""
+    rows = []
+    for stage, (name, row) in enumerate(results.named_rows()):
+        cells = []
+        for domain, at in results.learned.items():
+            loss = number(row[domain]["loss"])
+            cells.append(f"{loss} " if at is not None and at < stage else f"({loss})")
+        rows.append([name, *cells])
+    return text_table(["after stage \\ loss of", *results.domains], rows) + "\n(…) not learned yet"
+
+
+def measures_text(results: Results) -> str:
+    """The measures in nats per token, the mean and each domain's part."""
+    rows = []
+    for name, found in results.measures.items():
+        signed = name not in ("learned_loss", "final_loss")
+        cells = [number(found.by_domain.get(j), sign=signed) for j in range(len(results.domains))]
+        rows.append([name.replace("_", " "), number(found.mean, sign=signed), *cells])
+    return text_table(["nats per token", "mean", *results.domains], rows)
+
+
+def costs_text(results: Results) -> str:
+    """What every stage cost."""
+    rows = []
+    for name, cost in zip(results.stages, results.costs, strict=True):
+        parameters, sizes = cost["parameters"], cost["bytes"]
+        seconds = cost["seconds"]
+        rows.append(
+            [
+                name,
+                f"{cost['steps']:,}",
+                compact(cost["tokens"]),
+                "–" if seconds is None else duration(seconds),
+                compact(parameters["total"]),
+                compact(parameters["new"]),
+                compact(parameters["trained"]),
+                compact(parameters["active"]),
+                f"{compact(sizes['model'])}B",
+                f"{compact(sizes['written'])}B",
+            ]
+        )
+    header = ["stage", "steps", "tokens", "time", "parameters", "new", "trained", "active", "model", "written"]
+    return text_table(header, rows)
+
+
+def properties_text(results: Results) -> str:
+    """The property table as aligned text."""
+    rows = [[found.name, found.holds, found.number] for found in results.properties]
+    return text_table(["property", "holds", "by what number"], rows, left=3)

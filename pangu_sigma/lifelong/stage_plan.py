@@ -1,0 +1,284 @@
+"""From the YAML of a lifelong measurement to what every stage does, all of it checked before anything is written.
+
+A model that grows (router rre, or a learned gate that is asked to) has the first stage's domains only, and every other
+domain comes in with the stage that names it first. Any other model has all its parameters from the beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from pangu_sigma.config import Config, config_from_dict, load_config
+from pangu_sigma.config.load_config import effective
+from pangu_sigma.config.validation_messages import problems_of
+from pangu_sigma.config.yaml_text import parse_yaml
+from pangu_sigma.errors import UserError
+from pangu_sigma.lifelong.lifelong_config import InferenceConfig, LifelongConfig, PolicyConfig
+from rre.router_specs import KINDS
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a stage treats what was learned before it; see `PolicyConfig`."""
+
+    shared: str
+    replay: float
+    init: str
+    regularise: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: `new` are the domains that it is the first to learn, `known` those of all stages before it."""
+
+    number: int  # from 0
+    name: str
+    domains: tuple[str, ...]
+    new: tuple[str, ...]
+    known: tuple[str, ...]
+    steps: int
+    policy: Policy
+
+    @property
+    def folder(self) -> str:
+        """The name of the stage's run folder."""
+        return f"{self.number + 1:02d}-{self.name}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole measurement. `base`: the configuration with all domains; its run.dir is the measurement's folder.
+
+    grows: whether domains come in with their stages.
+    """
+
+    base: Config
+    inference: InferenceConfig
+    stages: tuple[Stage, ...]
+    grows: bool
+
+    @property
+    def dir(self) -> Path:
+        """The folder of the measurement."""
+        return Path(self.base.run.dir)
+
+    @property
+    def by_domain(self) -> bool:
+        """Whether a text is read by the experts of its domain, so that a domain must be given or inferred."""
+        return bool(self.base.model.sparse_prefixes) and self.base.model.sparse.router == "rre"
+
+    @property
+    def learned(self) -> dict[str, int | None]:
+        """Domain -> number of the stage that learns it first; None for one that is only measured."""
+        first = {name: stage.number for stage in reversed(self.stages) for name in stage.domains}
+        return {name: first.get(name) for name in self.base.domain_names}
+
+    def run_dir(self, stage: Stage) -> Path:
+        """The run's folder of one stage."""
+        return self.dir / "stages" / stage.folder
+
+    def end(self, stage: Stage) -> int:
+        """Optimizer steps done when `stage` is finished, counted from the first stage's beginning."""
+        return sum(other.steps for other in self.stages[: stage.number + 1])
+
+    def domains_after(self, stage: Stage) -> tuple[str, ...]:
+        """The model's domains from `stage` on, in the order in which they came."""
+        return (*stage.known, *stage.new) if self.grows else self.base.domain_names
+
+    def old(self, stage: Stage) -> tuple[str, ...]:
+        """The domains of earlier stages that the stage itself does not learn."""
+        return tuple(name for name in stage.known if name not in stage.domains)
+
+    def drawn(self, stage: Stage) -> tuple[str, ...]:
+        """The domains that give the stage samples."""
+        return (*stage.domains, *(self.old(stage) if stage.policy.replay else ()))
+
+    def phase(self, stage: Stage) -> dict[str, Any]:
+        """What `train.phases` says of the stage."""
+        weights = {domain.name: domain.weight for domain in self.base.domains}
+        policy = stage.policy
+        held = policy.regularise or {}
+        reaches_back = policy.replay or held.get("ewc") or (held.get("output") and held.get("through") == "old")
+        return {
+            "steps": stage.steps,
+            "weights": {name: weights[name] for name in stage.domains},
+            "shared": policy.shared,
+            "regularise": policy.regularise,
+            # A gate that grew would change what the old experts are given: they and their columns stay.
+            "domains": list(stage.domains) if policy.shared == "frozen" or self._grown_gate(stage) else None,
+            "replay": policy.replay,
+            "old": list(self.old(stage)) if reaches_back else None,
+            "restart": True,
+        }
+
+    def _grown_gate(self, stage: Stage) -> bool:
+        return self.grows and not self.by_domain and stage.number > 0
+
+    def config(self, stage: Stage, tokenizer: Path | None = None) -> Config:
+        """The configuration of the stage's run. tokenizer: the model file that stands for a trained tokenizer."""
+        values = self.base.to_dict()
+        entries = {entry["name"]: entry for entry in values["domains"]}
+        values["domains"] = [entries[name] for name in self.domains_after(stage)]
+        values["run"]["dir"] = str(self.run_dir(stage))
+        values["train"]["steps"] = self.end(stage)
+        values["train"]["phases"] = [self.phase(other) for other in self.stages[: stage.number + 1]]
+        limit = values["data"]["domains_per_step"]
+        values["data"]["domains_per_step"] = limit and min(limit, len(values["domains"]))
+        # Every stage's phase begins its own decay, which ends with it.
+        values["schedule"]["decay_steps"] = self.stages[0].steps
+        if tokenizer is not None:
+            values["data"]["tokenizer"] |= {"kind": "sentencepiece", "path": str(tokenizer)}
+        return config_from_dict(values, source=f"stage {stage.number + 1} ({stage.name})")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain values for JSON."""
+        return {
+            "base": self.base.to_dict(),
+            "grows": self.grows,
+            "inference": self.inference.model_dump(mode="json"),
+            "stages": [
+                {"name": s.name, "domains": list(s.domains), "steps": s.steps, "policy": vars(s.policy)}
+                for s in self.stages
+            ],
+        }
+
+
+def load_plan(path: str | Path, overrides: Iterable[str] = ()) -> Plan:
+    """The plan of a YAML file; `overrides` change its base configuration once more.
+
+    Raises UserError with one sentence: file, key or stage, what was written and what to write instead.
+    """
+    wanted = _read(Path(path))
+    try:
+        base = load_config(wanted.base, [*wanted.changes, *overrides])
+    except UserError as error:
+        raise UserError(f"{path}: base = {wanted.base}: {error}") from error
+    plan = _plan(wanted, base, str(path))
+    for stage in plan.stages:
+        # What cannot be configured is found now, not after the stages before it were trained.
+        effective(plan.config(stage))
+    return plan
+
+
+def _plan(wanted: LifelongConfig, base: Config, source: str) -> Plan:
+    if base.run.init_from is not None:
+        raise UserError(f"{source}: run.init_from is set, but the stages begin with an untrained model: set it to null")
+    if base.train.phases or base.train.stop_at is not None:
+        key = "phases" if base.train.phases else "stop_at"
+        raise UserError(f"{source}: train.{key} is set, but the stages say what is trained and when: leave it out")
+    grows = _grows(wanted, base, source)
+    stages: list[Stage] = []
+    known: tuple[str, ...] = ()
+    for number, given in enumerate(wanted.stages):
+        where = f"{source}: stage {number + 1}"
+        for name in given.domains:
+            if name not in base.domain_names:
+                there = ", ".join(base.domain_names)
+                raise UserError(f"{where} names the domain {name}, which {wanted.base} does not have: it has {there}")
+        if len(set(given.domains)) < len(given.domains):
+            raise UserError(f"{where} names a domain twice: name each once")
+        if not sum(domain.weight for domain in base.domains if domain.name in given.domains):
+            raise UserError(f"{where} draws nothing, as the weight of {', '.join(given.domains)} is 0: raise it")
+        taken = [stage.name for stage in stages]
+        name = given.name or _free_name(_joined(given.domains), taken)
+        if name in taken:
+            raise UserError(f"{where} is called {name} like an earlier one: give it another name")
+        policy = _policy(number, given.policy, wanted.policy, grows, base.model.sparse.router, where)
+        if policy.replay and not set(known) - set(given.domains):
+            raise UserError(f"{where} replays {policy.replay:g} of earlier domains, but learns all of them itself: "
+                            "set its policy.replay to 0")  # fmt: skip
+        if policy.shared == "frozen" and not base.model.sparse_prefixes:
+            raise UserError(f"{where} freezes the shared parameters, but a dense model has no others: "
+                            "set policy.shared to train, or model.sparse.layers")  # fmt: skip
+        kind, _, of = policy.init.partition(":")
+        if kind == "from" and of not in known:
+            raise UserError(f"{where} has policy.init = {policy.init}, but before it only {', '.join(known)} "
+                            "are there: copy one of these, or take mean")  # fmt: skip
+        new = tuple(domain for domain in given.domains if domain not in known)
+        if grows and base.model.sparse.router != "rre" and number and new and len(given.domains) > 1:
+            raise UserError(f"{where} learns several domains, and a gate grows by one at a time: split it")
+        stages.append(Stage(number, name, tuple(given.domains), new, known, given.steps, policy))
+        known += new
+    return Plan(base, wanted.inference, tuple(stages), grows)
+
+
+def _grows(wanted: LifelongConfig, base: Config, source: str) -> bool:
+    router, sparse = base.model.sparse.router, bool(base.model.sparse_prefixes)
+    own_groups = sparse and router == "rre"
+    if wanted.grows is None:
+        return own_groups
+    if own_groups and not wanted.grows:
+        raise UserError(f"{source}: grows = false, but with router rre experts come with their domain: leave it out")
+    if wanted.grows and not (sparse and KINDS[router].learned):
+        what = f"the router {router}" if sparse else "a dense model"
+        raise UserError(f"{source}: grows = true, but {what} has no groups to add: leave it out")
+    return wanted.grows
+
+
+def _policy(number: int, own: PolicyConfig, common: PolicyConfig, grows: bool, router: str, where: str) -> Policy:
+    if number == 0:
+        if any(value is not None for value in own.model_dump().values()):
+            raise UserError(f"{where} is the first, and a policy is about what was learned before: leave it out")
+        return Policy("train", 0.0, "random")
+
+    def chosen(key: str, default: Any) -> Any:
+        values = (getattr(own, key), getattr(common, key))
+        return next((value for value in values if value is not None), default)
+
+    policy = Policy(
+        shared=chosen("shared", "frozen" if grows and router == "rre" else "train"),
+        replay=chosen("replay", 0.0),
+        init=chosen("init", "mean"),
+    )
+    held = chosen("regularise", None)
+    if policy.shared == "regularised":
+        if held is None:
+            raise UserError(f"{where} is regularised, and nothing says by what: set policy.regularise")
+        policy = replace(policy, regularise=held.model_dump(mode="json"))
+    elif own.regularise is not None:
+        raise UserError(f"{where} has policy.regularise with shared parameters {policy.shared}: set policy.shared to "
+                        "regularised, or leave it out")  # fmt: skip
+    if policy.replay and policy.shared == "frozen" and grows:
+        raise UserError(
+            f"{where} replays earlier domains with shared parameters frozen, where nothing of theirs can change: set "
+            "policy.replay to 0, or policy.shared to train"
+        )
+    if not grows and policy.init != "mean":
+        raise UserError(f"{where} has policy.init = {policy.init}, but no expert group comes in: leave it out")
+    return policy
+
+
+def _joined(domains: Sequence[str]) -> str:
+    name = "+".join(domains)
+    return name if len(name) <= 40 else f"{domains[0]}+{len(domains) - 1}"
+
+
+def _free_name(name: str, taken: Sequence[str]) -> str:
+    """`name`, or the first of name-2, name-3, … that no stage has."""
+    numbered = (f"{name}-{number}" for number in range(2, len(taken) + 3))
+    return next(found for found in (name, *numbered) if found not in taken)
+
+
+def _read(path: Path) -> LifelongConfig:
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give the path of a YAML file with stages") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give a YAML file with stages") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid YAML ({' '.join(str(error).split())}): mend it") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no mapping: start it with 'schema_version: 1', 'base:' and 'stages:'")
+    if "model" in values and "base" not in values:
+        raise UserError(f"{path} is the configuration of one run: write a file with 'base: {path}' and 'stages:'")
+    try:
+        return LifelongConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {problems_of(error, LifelongConfig)[0].sentence}") from error

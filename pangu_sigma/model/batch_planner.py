@@ -1,0 +1,268 @@
+"""From a batch to the graph's inputs: positions, segments and the routing of every sparse layer, all in NumPy.
+
+This runs ahead of the step in the reading thread; only the tensors and the experts' weights are made by the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from pangu_sigma.data.position_ids import positions_and_segments
+from pangu_sigma.model.graph_inputs import FlatSignature, PlaceSignature
+from pangu_sigma.model.model import Model
+from parallel.operator_layout import Layout
+from parallel.partition_spec import Cut
+from rre.counted_random import sample_keys
+from rre.dispatch.capacity_dispatch import CapacityPlan, plan_by_capacity
+from rre.dispatch.expert_dispatch import DROPPED, DispatchPlan, plan_by_expert, plan_in_blocks, plan_present
+from rre.routers import Router
+from rre.store import ExpertStore
+
+
+@dataclass(frozen=True)
+class PlacedRows:
+    """A plan of reserved rows: `experts` [N] are the slots' owners, `counts` [N] the rows that they take."""
+
+    experts: np.ndarray
+    counts: np.ndarray
+    plan: CapacityPlan
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """Everything a graph needs of one micro-batch of B samples and S positions.
+
+    `step`: the data's, which a skipped or rolled back optimizer step does not turn back.
+    tokens, labels, positions, segments int32 [B, S]; mask float32 [B, S] (0 where a label does not count); domain and
+    keys int32 [B]; `plans`: per table-routed sparse layer, of the rows that come to this process and the experts that
+    it holds; `noise`: per noisy gate; `load` [layers, E]: rows of these samples at each of a table-routed layer's
+    experts; `dropped`: rows per layer and domain; `filled` [B]: positions of each row that hold text, not padding.
+    """
+
+    step: int
+    tokens: np.ndarray
+    labels: np.ndarray
+    mask: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    domain: np.ndarray
+    keys: np.ndarray
+    plans: tuple[DispatchPlan | PlacedRows | None, ...]
+    noise: tuple[np.ndarray | None, ...]
+    load: np.ndarray
+    dropped: np.ndarray
+    filled: np.ndarray
+
+    @property
+    def fixed(self) -> tuple[Tensor, ...]:
+        """tokens, positions, segments, domain, keys as tensors."""
+        return tuple(Tensor(a) for a in (self.tokens, self.positions, self.segments, self.domain, self.keys))
+
+    @property
+    def sequences(self) -> np.ndarray:
+        """The batch's rows with their last labels, as they were given to the planner: int32 [B, S + 1]."""
+        return np.concatenate([self.tokens, self.labels[:, -1:]], axis=1)
+
+    def flat(self, signature: FlatSignature, store: ExpertStore) -> list[Tensor]:
+        """The variable inputs in the signature's order, with weights fetched from `store`."""
+        store.begin()
+        tensors: list[Tensor] = []
+        if signature.slot_table is not None:
+            tensors.append(store.whole("embedding", "word"))
+        for place, plan, noise in zip(signature.places, self.plans, self.noise, strict=True):
+            if place.reserved is not None:
+                if plan is not None:
+                    tensors += [Tensor(part) for part in plan.plan.inputs]
+                elif place.noise:
+                    tensors.append(Tensor(noise))
+                for slots in place.reserved.by_chunk(signature.expert_part):
+                    experts = signature.stored(slots if plan is None else plan.experts[slots])
+                    fetched = store.fetch(place.name, experts)
+                    per_slot = len(fetched) // slots.size
+                    tensors += [Tensor(np.stack([t.asnumpy() for t in fetched[i::per_slot]])) for i in range(per_slot)]
+            elif plan is None:
+                if place.noise:
+                    tensors.append(Tensor(noise))
+                tensors += store.fetch(place.name, range(place.slots))
+            else:
+                parts = (plan.order, plan.offsets) if place.compiled else (*plan.rows, plan.position)
+                tensors += [Tensor(part) for part in parts]
+                tensors += store.fetch(place.name, plan.experts)
+        return tensors
+
+
+class Planner:
+    """Plans batches for one graph. `exact` cuts rows into fixed blocks (evaluation), else one slot per expert.
+
+    Several processes cut a micro-batch into equal runs, one each. `reads`: the rows of it that this process looks at:
+    its own, and where a table says outside the graph which expert a token goes to, also those of the processes whose
+    rows may come to its experts. `own`: its own among them.
+    """
+
+    def __init__(self, model: Model, signature: FlatSignature, training: bool) -> None:
+        self.model = model
+        self.signature = signature
+        self.training = training
+        self.seed = model.config.run.seed
+        self.reads, self.own = self._rows()
+
+    def _rows(self) -> tuple[np.ndarray, slice]:
+        mesh, rank, size = self.model.processes.mesh, self.model.processes.rank, self.signature.batch
+        if self.model.processes.size == 1:
+            return np.arange(size), slice(None)
+        if self.model.layout.meshed:
+            # The signature is of the whole batch. Whoever holds a slot must know all rows that may ask for it.
+            size, row = size // mesh.rows, mesh.row_rank(rank)
+            seen = range(row, row + 1) if self.model.learned else mesh.placement_rows(rank)
+            first = row - seen.start
+            return np.arange(seen.start * size, seen.stop * size), slice(first * size, (first + 1) * size)
+        ranks = (rank,)
+        if any(not place.learned for place in self.signature.places):
+            ranks = mesh.exchange_group(rank) if self.training else mesh.expert_group(rank)
+        rows = np.concatenate([np.arange(size) + mesh.row_rank(r) * size for r in ranks])
+        return rows, slice(ranks.index(rank) * size, (ranks.index(rank) + 1) * size)
+
+    def __call__(
+        self,
+        tokens: np.ndarray,
+        domain: np.ndarray,
+        sample: np.ndarray,
+        step: int,
+        mask: np.ndarray | None = None,
+        padding: np.ndarray | None = None,
+        present: Sequence[np.ndarray] | None = None,
+    ) -> PlannedBatch:
+        """tokens int32 [R, S+1], domain int32 [R], global sample numbers int64 [R], optional label mask [R, S] of the
+        rows that this process `reads`.
+
+        `padding` bool [R, S]: positions that fill a row up. Table routers send them to no expert, so that none trains
+        that met no text; a learned gate sees them as it sees any row. `present`: of each sparse layer the experts that
+        share its reserved slots, where these are not of this batch alone.
+        """
+        seen, owners, samples, filling = np.ascontiguousarray(tokens[:, :-1]), domain, sample, padding
+        tokens, domain, sample = tokens[self.own], domain[self.own], sample[self.own]
+        mask = None if mask is None else mask[self.own]
+        padding = None if padding is None else padding[self.own]
+        inputs = seen[self.own]
+        held, total = self.model.held, self.model.groups.total
+        positions, segments = positions_and_segments(inputs, self.model.eod_id)
+        plans: list[DispatchPlan | None] = []
+        noise: list[np.ndarray | None] = []
+        load = np.zeros((len(self.signature.places), total), np.int64)
+        dropped = np.zeros((len(self.signature.places), len(self.model.groups.names)), np.int64)
+        for layer, (router, place) in enumerate(zip(self.model.routers, self.signature.places, strict=True)):
+            if place.learned:
+                plans.append(None)
+                noise.append(router.noise(step, sample) if place.noise else None)
+                continue
+            ids, lost = self._assigned(router, seen, owners, step, samples, filling)
+            np.add.at(dropped[layer], domain, lost[self.own].sum(axis=1))
+            mine = ids.reshape(len(seen), -1)[self.own]
+            load[layer] = np.bincount(mine[mine != DROPPED], minlength=total)
+            if place.reserved is not None:
+                plans.append(self._placed(ids, place, None if present is None else present[layer]))
+                noise.append(None)
+                continue
+            if len(held) < total:
+                ids = np.where((ids >= held.start) & (ids < held.stop), ids - held.start, DROPPED)
+            if self.training and self.model.store.all_resident:
+                plans.append(plan_by_expert(ids, np.arange(place.slots)))
+            elif self.training:
+                plans.append(plan_present(ids, place.slots))
+                self.model.store.prefetch(place.name, plans[-1].experts)
+            else:
+                plans.append(plan_present(ids, place.slots) if place.compiled else plan_in_blocks(ids, place.slots))
+            noise.append(None)
+        return PlannedBatch(
+            step=step,
+            tokens=inputs,
+            labels=np.ascontiguousarray(tokens[:, 1:]),
+            mask=np.ones(inputs.shape, np.float32) if mask is None else mask,
+            positions=positions,
+            segments=segments,
+            domain=domain.astype(np.int32),
+            keys=self._keys(step, sample),
+            plans=tuple(plans),
+            noise=tuple(noise),
+            load=load,
+            dropped=dropped,
+            filled=np.full(len(inputs), inputs.shape[1]) if padding is None else (~padding).sum(axis=1),
+        )
+
+    def present(
+        self, tokens: np.ndarray, domain: np.ndarray, sample: np.ndarray, step: int, padding: np.ndarray | None = None
+    ) -> list[np.ndarray]:
+        """The experts of each sparse layer to which a table sends these rows, ascending."""
+        seen, found = np.ascontiguousarray(tokens[:, :-1]), []
+        for router in self.model.routers:
+            ids, _ = self._assigned(router, seen, domain, step, sample, padding)
+            found.append(np.unique(ids[ids != DROPPED]))
+        return found
+
+    def _assigned(
+        self, router: Router, seen: np.ndarray, owners: np.ndarray, step: int, samples: np.ndarray,
+        filling: np.ndarray | None,
+    ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+        """A table router's experts of all rows that are `seen`, [T, k], and where text was dropped, bool [R, S]."""
+        ids = router.assign(seen, owners, step, samples, self.training).expert_ids
+        lost = (ids == DROPPED).any(axis=1).reshape(seen.shape)
+        if filling is None:
+            return ids, lost
+        return np.where(filling.reshape(-1, 1), DROPPED, ids), lost & ~filling
+
+    def _placed(self, ids: np.ndarray, place: PlaceSignature, present: np.ndarray | None) -> PlacedRows:
+        """The reserved rows of expert `ids` [T, k]; a slot that nobody needs stands for some expert, without rows."""
+        reserved, total = place.reserved, self.model.groups.total
+        if place.slots == total:
+            present = np.arange(total)
+        elif present is None:
+            present = np.unique(ids[ids >= 0])
+        slots = reserved.slots_of(present, total)
+        of_expert = np.full(total + 1, DROPPED)
+        of_expert[present] = slots
+        experts = reserved.idle_experts(total)
+        experts[slots] = present
+        wanted = of_expert[ids]
+        counts = np.bincount(wanted[wanted >= 0], minlength=place.slots)
+        own, shards, processes = wanted, None, self.model.processes
+        if processes.size > 1:
+            row = processes.mesh.row_rank(processes.rank)
+            own, shards = wanted.reshape(self.reads.size, -1)[self.own].reshape(-1, ids.shape[1]), range(row, row + 1)
+        if self.training and place.name in self.model.places:
+            mine = reserved.by_chunk(self.signature.expert_part).reshape(-1)
+            self.model.store.prefetch(place.name, self.signature.stored(experts[mine]))
+        return PlacedRows(experts, counts, plan_by_capacity(own, reserved, shards))
+
+    def _keys(self, step: int, sample: np.ndarray) -> np.ndarray:
+        model = self.model.config.model
+        if not self.training or (model.dropout == 0.0 and model.attention.dropout == 0.0):
+            return np.zeros(sample.size, np.int32)
+        return sample_keys(self.seed, "dropout", step, sample)
+
+
+def fixed_inputs(batch: int, length: int) -> dict[str, tuple[tuple[int, ...], ms.dtype, Cut]]:
+    """Whole shape, type and cut over a mesh of the fixed inputs by name."""
+    whole, real = ms.int32, ms.float32
+    of_token, of_sample = ((batch, length), ("rows", 1)), ((batch,), ("rows",))
+    return {
+        "tokens": (of_token[0], whole, of_token[1]),
+        "labels": (of_token[0], whole, of_token[1]),
+        "weights": (of_token[0], real, of_token[1]),
+        "auxiliary_weight": ((), real, ()),
+        "positions": (of_token[0], whole, of_token[1]),
+        "segments": (of_token[0], whole, of_token[1]),
+        "domain": (of_sample[0], whole, of_sample[1]),
+        "keys": (of_sample[0], whole, of_sample[1]),
+    }
+
+
+def graph_placeholders(batch: int, length: int, layout: Layout | None = None) -> dict[str, Tensor]:
+    """Shapes of the fixed inputs by name, for compiling; under a mesh's `layout` what one rank gives."""
+    part = (layout or Layout()).part
+    inputs = fixed_inputs(batch, length)
+    return {name: Tensor(shape=part(shape, cut), dtype=dtype) for name, (shape, dtype, cut) in inputs.items()}

@@ -1,0 +1,252 @@
+"""Build a model from its configuration: routing tables, routers, expert store and the network itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from mindspore.nn.utils import no_init_parameters
+
+from pangu_sigma.config import Config
+from pangu_sigma.errors import UserError
+from pangu_sigma.model.initialization import initial_value
+from pangu_sigma.model.model import SLOTS, Model
+from pangu_sigma.model.pangu import PanGuSigma
+from pangu_sigma.model.sharded_parameters import CutParameters, RehearsedParameters, SharedParameters
+from parallel.comm.exchange import GatheredExchange
+from parallel.comm.processes import Processes
+from parallel.operator_layout import Layout, MeshLayout, RehearsedLayout
+from parallel.ops.compiled_kernels import HostKernels, library
+from parallel.ops.grouped_matmul import uses_grouped_product
+from parallel.partition_spec import shape_of
+from rre.router_specs import KINDS, LAYER
+from rre.routers import ROUTERS, Groups, RouterOptions
+from rre.routing_tables import draw_table
+from rre.store import DeviceStore, DiskStore, ExpertStore, HostStore
+from rre.store.disk_store import remove_tables
+from rre.store.expert_store import Shapes
+
+COMPUTE_TYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
+
+
+def chosen_kernels(config: Config) -> str | None:
+    """The path of the compiled CPU kernels if this run uses them: they compute in float32. Raises UserError."""
+    if config.run.kernels == "composed" or config.run.device != "CPU":
+        return None
+    found = library()
+    if config.run.kernels == "compiled" and (found is None or config.train.precision != "float32"):
+        raise UserError(
+            "run.kernels is compiled, which needs train.precision=float32 and an installation that built them with gcc;"
+            " set run.kernels=auto"
+        )
+    return found if config.train.precision == "float32" else None
+
+
+def chosen_layout(config: Config) -> Layout:
+    """The layout of this configuration's graphs: cut over the mesh on Ascend, one process's own else."""
+    parallel = config.parallel
+    if parallel.rehearse:
+        return RehearsedLayout(parallel.mesh)
+    if config.cut_over_devices:
+        return MeshLayout(parallel.mesh, config.run.device, parallel.sequence_parallel)
+    return Layout(config.run.device, chosen_kernels(config), _grouped(config))
+
+
+def _grouped(config: Config) -> bool:
+    """Whether the experts of a layer are one grouped product: rows are planned by a table, before the graph runs."""
+    return (
+        config.experts.grouped_matmul
+        and uses_grouped_product(config.run.device, COMPUTE_TYPES[config.train.precision])
+        and not KINDS[config.model.sparse.router].learned
+    )
+
+
+def build_model(
+    config: Config,
+    vocab: int,
+    eod_id: int,
+    tables: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    token_counts: Mapping[str, np.ndarray] | None = None,
+    initialise: bool = True,
+    inference: bool = False,
+    layout: Layout | None = None,
+    with_store: bool = True,
+    processes: Processes | None = None,
+) -> Model:
+    """Build the network of `config` for `vocab` ids.
+
+    Routing tables are drawn here for a new model (`token_counts` [V] per domain serve the `frequency` rule) and given
+    for one from a checkpoint. With `initialise` False all weights are zero: something else will fill them. Those of a
+    graph that is cut over devices come to be when it is compiled; call `initialise_shared` then. A model for
+    `inference` keeps its experts in host memory, wherever training has them. `layout`: another than the
+    configuration's own. Without a store (`with_store` False) the model has a graph, but no experts. `processes` that
+    share it cut its experts.
+    """
+    built = routed_model(config, vocab, eod_id, tables, token_counts, layout, processes)
+    model, layout, groups, processes = config.model, built.layout, built.groups, built.processes
+    places = built.places
+    parts = {name: shape_of(share.part) for name, share in built.expert_shares.items()} if places else {}
+    shapes = dict.fromkeys(places, parts)
+    experts = dict.fromkeys(places, len(built.held) if places else 0)
+    if model.embedding_slots == "per_domain":
+        shapes[SLOTS] = {"word": (vocab, model.hidden)}
+        experts[SLOTS] = len(groups.names)
+    kernels = HostKernels(layout.kernels) if layout.kernels else None
+    if with_store:
+        built.store = _make_store(config, shapes, experts, kernels, inference, processes)
+    compute = COMPUTE_TYPES[config.train.precision]
+    exchange = _exchange(config, processes, groups)
+    cut = layout.meshed is not None and layout.native and processes.size > 1
+    # Whole values would be in the way of the parts that MindSpore makes, and may not fit a device.
+    with no_init_parameters() if cut else nullcontext():
+        built.net = PanGuSigma(model, vocab, built.routers, built.training_signature(1), layout, compute, exchange)
+    built.shared = _shared_parameters(built)
+    if initialise:
+        _initialise_experts(built)
+        if not built.shared.late:
+            initialise_shared(built)
+    return built
+
+
+def _shared_parameters(built: Model) -> SharedParameters:
+    layout, processes, divided = built.layout, built.processes, built.config.parallel.optimizer_parallel
+    if layout.meshed is None or processes.size == 1:
+        return SharedParameters(built.net)
+    if layout.device == "CPU":
+        return RehearsedParameters(built.net, processes, divided)
+    return CutParameters(built.net, processes.mesh, processes.rank, divided)
+
+
+def _exchange(config: Config, processes: Processes, groups: Groups) -> GatheredExchange | None:
+    if processes.size == 1 or not config.model.sparse_prefixes or config.cut_over_devices:
+        return None
+    return GatheredExchange(processes.mesh, processes.rank, groups.total)
+
+
+def routed_model(
+    config: Config,
+    vocab: int,
+    eod_id: int,
+    tables: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    token_counts: Mapping[str, np.ndarray] | None = None,
+    layout: Layout | None = None,
+    processes: Processes | None = None,
+) -> Model:
+    """The model's groups, tables and routers, which plan batches; store and network are left None."""
+    layout = layout or chosen_layout(config)
+    groups = Groups(config.domain_names, tuple(d.experts for d in config.domains))
+    places = config.model.sparse_prefixes
+    processes = processes or Processes()
+    exchange = _exchange(config, processes, groups)
+    if tables is None:
+        tables = {place: _draw_tables(config, groups, place, vocab, token_counts or {}) for place in places}
+    kind = config.model.sparse.router
+    owned = [tables[place] if KINDS[kind].tables else None for place in places]
+    routers = [
+        ROUTERS[kind].build(_router_options(config, groups, layout, layer, mine, exchange))
+        for layer, mine in enumerate(owned)
+    ]
+    return Model(
+        config=config,
+        vocab=vocab,
+        eod_id=eod_id,
+        groups=groups,
+        routers=tuple(routers),
+        tables={place: dict(by_owner) for place, by_owner in tables.items() if by_owner},
+        store=None,
+        net=None,
+        shared=None,
+        layout=layout,
+        processes=processes,
+    )
+
+
+def _draw_tables(
+    config: Config, groups: Groups, place: str, vocab: int, counts: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The new tables of one sparse layer by owner; none for a learned gate."""
+    kind, seed = config.model.sparse.table, config.run.seed
+    owners = KINDS[config.model.sparse.router].tables
+    if owners == "domain":
+        return {
+            name: draw_table(kind, seed, place, name, vocab, size, counts.get(name))
+            for name, size in zip(groups.names, groups.sizes, strict=True)
+        }
+    if owners == "layer":
+        together = sum(counts.values()) if counts else None
+        return {LAYER: draw_table(kind, seed, place, LAYER, vocab, groups.total, together)}
+    return {}
+
+
+def _router_options(
+    config: Config, groups: Groups, layout: Layout, layer: int, tables: Mapping[str, np.ndarray] | None,
+    exchange: GatheredExchange | None,
+) -> RouterOptions:  # fmt: skip
+    model, sparse = config.model, config.model.sparse
+    return RouterOptions(
+        groups=groups,
+        hidden=model.hidden,
+        length=config.data.sequence_length,
+        layout=layout,
+        layer=layer,
+        seed=config.run.seed,
+        top_k=config.experts_per_token,
+        capacity_factor=sparse.capacity_factor if sparse.dispatch == "capacity" else None,
+        capacity_samples=sparse.capacity_samples,
+        auxiliary_weight=sparse.aux_loss_weight,
+        z_loss_weight=sparse.z_loss_weight,
+        importance_weight=sparse.importance_loss_weight,
+        load_weight=sparse.load_loss_weight,
+        renormalise=sparse.renormalise,
+        pooled=sparse.balance == "pooled",
+        jitter=sparse.jitter,
+        resample=sparse.resample,
+        tables=tables,
+        init_std=model.init_std,
+        competitive=sparse.competitive,
+        exchange=exchange,
+    )
+
+
+def _make_store(
+    config: Config, shapes: Mapping[str, Shapes], experts: Mapping[str, int], kernels: HostKernels | None,
+    inference: bool, processes: Processes,
+) -> ExpertStore:  # fmt: skip
+    kind = "host" if inference else config.experts.store
+    folder = Path(config.run.dir) / "experts"
+    if not inference and processes.first:
+        # Of an earlier start of this run with another store or mesh, which was killed.
+        for left in (*folder.glob("rank-*"), folder):
+            remove_tables(left)
+    if kind != "disk":
+        return (DeviceStore if kind == "device" else HostStore)(shapes, experts, kernels)
+    bound = int(config.experts.resident_gib * 2**30) // processes.size
+    if processes.size > 1:
+        processes.barrier()  # what is removed is gone
+        folder /= f"rank-{processes.rank}"
+    try:
+        return DiskStore(shapes, experts, folder, bound, kernels, in_memory=(SLOTS,))
+    except OSError as error:
+        raise UserError(
+            f"the expert tables do not fit under {folder} ({error.strerror}): free space there or set another run.dir"
+        ) from error
+
+
+def initialise_shared(built: Model) -> None:
+    """Draw the shared parameters as `model.initial` says: the same seed gives the same model on every machine."""
+    for name in built.shared.held:
+        shape = built.shared.shapes[name]
+        built.shared.write(name, initial_value(name, shape, built.config.run.seed, built.config.model))
+        built.processes.mark()
+
+
+def _initialise_experts(built: Model) -> None:
+    """Normal(init_std), matrices that end in the residual stream scaled by 1 / sqrt(2 L) (PanGu-alpha's own code)."""
+    model, seed = built.config.model, built.config.run.seed
+    std = {name: model.init_std for name in model.expert_network.tensors if name.endswith(".weight")}
+    held = dict.fromkeys(model.sparse_prefixes, built.held)
+    std |= {"down.weight": model.residual_std, "word": model.init_std}
+    built.store.initialise(seed, std, held, model.init_cutoff, built.expert_shares)

@@ -1,0 +1,131 @@
+"""The order of the graph's variable inputs: embedding slots, then per sparse layer its routing and its experts.
+
+One graph takes all of them flat, because only flat inputs can be differentiated one by one and given dynamic lengths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from parallel.operator_layout import Layout
+from parallel.partition_spec import Cut
+from rre.dispatch.capacity_dispatch import Reserved
+from rre.feed_forward_form import NetworkForm
+
+
+@dataclass(frozen=True)
+class PlaceSignature:
+    """Inputs of one sparse layer: `slots` experts of `network`, and what its router takes from outside the graph.
+
+    `noise`: shape of a learned gate's noise, () = none. `reserved`: the static shapes of a graph that is cut over a
+    mesh, whose slots' weights come stacked; a learned gate's slots are the experts in their order.
+    """
+
+    name: str
+    slots: int
+    network: NetworkForm
+    learned: bool
+    noise: tuple[int, ...] = ()
+    compiled: bool = False
+    reserved: Reserved | None = None
+
+    @property
+    def chunks(self) -> int:
+        """Parts of the slots whose exchanges do not wait for one another."""
+        return 1 if self.reserved is None else self.reserved.chunks
+
+    @property
+    def routing(self) -> int:
+        """Number of routing inputs: the plan of a table router, or the gate's noise.
+
+        A plan is order and offsets for compiled networks, else rows of each slot and of the dropped plus positions; of
+        reserved rows it is `Reserved.plan_inputs`.
+        """
+        if self.learned:
+            return int(self.noise != ())
+        if self.reserved is not None:
+            return self.chunks + 2
+        return 2 if self.compiled else self.slots + 2
+
+    def cut_routing(self) -> list[tuple[tuple[int, ...], ms.dtype, Cut]]:
+        """Whole shape, type and cut of the routing inputs of a graph that is cut over a mesh."""
+        if not self.learned:
+            return self.reserved.plan_inputs()
+        return [(self.noise, ms.float32, ("rows", *(1,) * (len(self.noise) - 1)))] if self.noise else []
+
+    @property
+    def weights(self) -> int:
+        """Number of weight inputs."""
+        return len(self.network.tensors) * (self.slots if self.reserved is None else self.chunks)
+
+
+@dataclass(frozen=True)
+class FlatSignature:
+    """All variable inputs of a graph over `batch` x `length` tokens.
+
+    `sources`: processes whose rows meet at this one's experts; the plan of a table router is of all their tokens. Of a
+    graph that is cut over devices: the `expert_part` whose slots this process fills, and the experts that it has `held`
+    for them; None where it fills all.
+    """
+
+    places: tuple[PlaceSignature, ...]
+    slot_table: tuple[int, int, int] | None
+    batch: int
+    length: int
+    hidden: int
+    ffn: int
+    sources: int = 1
+    expert_part: int | None = None
+    held: range | None = None
+
+    def stored(self, experts: np.ndarray) -> np.ndarray:
+        """Places on a layer's expert axis as the store of this process counts them."""
+        return experts if self.held is None else (experts - self.held.start) // self.held.step
+
+    @property
+    def bounds(self) -> tuple[tuple[int, int, int], ...]:
+        """Per sparse layer: where its routing starts, where its weights start, where they end in `flat`."""
+        found = []
+        at = 0 if self.slot_table is None else 1
+        for place in self.places:
+            found.append((at, at + place.routing, at + place.routing + place.weights))
+            at = found[-1][2]
+        return tuple(found)
+
+    @property
+    def differentiated(self) -> tuple[int, ...]:
+        """Positions in `flat` whose gradients a training step wants: slots, then every layer's weights in order."""
+        slots = () if self.slot_table is None else (0,)
+        return slots + tuple(i for _, b, c in self.bounds for i in range(b, c))
+
+    def cut_inputs(self) -> list[tuple[tuple[int, ...], ms.dtype, Cut]]:
+        """Whole shape, type and cut of every input of a graph that is cut over a mesh."""
+        return [
+            entry
+            for place in self.places
+            for entry in (*place.cut_routing(), *place.reserved.weight_inputs(place.network, self.hidden, self.ffn))
+        ]
+
+    def placeholders(self, layout: Layout | None = None) -> list[Tensor]:
+        """Shapes for compiling, row vectors with dynamic length; under a mesh's `layout` what one rank gives."""
+        if layout is not None and layout.meshed:
+            return [Tensor(shape=layout.part(shape, cut), dtype=dtype) for shape, dtype, cut in self.cut_inputs()]
+        tensors: list[Tensor] = []
+        if self.slot_table is not None:
+            tensors.append(Tensor(shape=list(self.slot_table), dtype=ms.float32))
+        tokens = self.sources * self.batch * self.length
+        for place in self.places:
+            if not place.learned and place.compiled:
+                tensors += [Tensor(shape=[n], dtype=ms.int32) for n in (tokens, place.slots + 1)]
+            elif not place.learned:
+                tensors += [Tensor(shape=[None], dtype=ms.int32) for _ in range(place.slots + 1)]
+                tensors.append(Tensor(shape=[tokens, 1], dtype=ms.int32))
+            elif place.noise:
+                tensors.append(Tensor(shape=list(place.noise), dtype=ms.float32))
+            shapes = place.network.shapes(self.hidden, self.ffn).values()
+            tensors += [Tensor(shape=list(s), dtype=ms.float32) for _ in range(place.slots) for s in shapes]
+        return tensors

@@ -1,0 +1,1 @@
+"""The backbone's layers as cells: embeddings, attention, feed-forward networks, norms, heads."""

@@ -1,0 +1,82 @@
+"""The tables under the backbone: words, positions, and the query layer's next positions."""
+
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import Normal, initializer
+
+from pangu_sigma.config.model_section import ModelConfig
+from parallel.operator_layout import Layout
+from parallel.ops.primitives import embedding_lookup
+from parallel.ops.rotary import AnglesByRow
+
+
+def _table(rows: int, model: ModelConfig, name: str) -> Parameter:
+    return Parameter(initializer(Normal(model.init_std), (rows, model.hidden), ms.float32), name=name)
+
+
+class LearnedPositions(nn.Cell):
+    """words_TD, position ids [T] -> words + table row of each position (table [P, D])."""
+
+    def __init__(self, model: ModelConfig, layout: Layout) -> None:
+        super().__init__()
+        self.position = _table(model.positions, model, "position")
+        self.lookup = embedding_lookup(layout)
+        self.add = layout(ops.Add(), layout.stream, layout.stream)
+
+    def construct(self, words: Tensor, ids: Tensor) -> Tensor:
+        return self.add(words, self.lookup(self.position, ids))
+
+    def turns(self, ids: Tensor) -> tuple[Tensor, ...]:
+        """What attention turns queries and keys by: nothing."""
+        return ()
+
+
+class RotaryPositions(nn.Cell):
+    """words_TD -> words as they are: positions enter in attention, by the `turns` of their ids [T]; no parameters."""
+
+    def __init__(self, model: ModelConfig, layout: Layout) -> None:
+        super().__init__()
+        self.angles = AnglesByRow(layout, model.positions, model.heads, model.hidden // model.heads, model.rope_theta)
+
+    def construct(self, words: Tensor, ids: Tensor) -> Tensor:
+        return words
+
+    def turns(self, ids: Tensor) -> tuple[Tensor, ...]:
+        """Cosines and sines of every row (see `parallel.ops.rotary`)."""
+        return ops.stop_gradient(self.angles(ids))
+
+
+class NextPositionQueries(nn.Cell):
+    """position ids [T] -> rows [T, D] of a table of its own [P, D]: at position n it asks for token n + 1."""
+
+    def __init__(self, model: ModelConfig, layout: Layout) -> None:
+        super().__init__()
+        self.query = _table(model.positions, model, "query")
+        self.lookup = embedding_lookup(layout)
+
+    def construct(self, ids: Tensor) -> Tensor:
+        return self.lookup(self.query, ids)
+
+
+class WordEmbedding(nn.Cell):
+    """tokens int32 [B, S], domain [B], table -> rows [B*S, D].
+
+    `table` is the parameter `word` [V, D], or (`per_domain`) one table for each domain [domains, V, D], which comes as
+    an input of the graph because it belongs to the domains and lives in the store.
+    """
+
+    def __init__(self, model: ModelConfig, vocab: int, layout: Layout) -> None:
+        super().__init__()
+        self.per_domain = model.embedding_slots == "per_domain"
+        self.vocab = vocab
+        if not self.per_domain:
+            self.word = _table(vocab, model, "word")
+        self.lookup = embedding_lookup(layout, "tensor")
+
+    def construct(self, tokens: Tensor, domain: Tensor, table: Tensor) -> Tensor:
+        if not self.per_domain:
+            return self.lookup(table, tokens.reshape(-1))
+        ids = (tokens + domain.reshape(-1, 1) * self.vocab).reshape(-1)
+        return self.lookup(table.reshape(-1, table.shape[-1]), ids)

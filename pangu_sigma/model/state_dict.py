@@ -1,0 +1,256 @@
+"""Between a live model and a checkpoint: which tensor has which name, in both directions."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pangu_sigma.checkpoint import LazyTensor, StoredTensors, folder_layout
+from pangu_sigma.checkpoint.distributed import Piece, TensorPart
+from pangu_sigma.config.parameter_counts import is_routing, place_and_owner
+from pangu_sigma.errors import UserError
+from pangu_sigma.model.model import SLOTS, Model
+from rre.router_specs import LAYER
+from rre.store.expert_store import KINDS
+
+if TYPE_CHECKING:
+    from pangu_sigma.train.optimizer import Optimizer
+
+
+def domain_tensors(model: Model, optimizer_state: bool) -> dict[str, np.ndarray]:
+    """Every domain's tensors by checkpoint name; the arrays are views of the store's tables, nothing is copied."""
+    store, groups = model.store, model.groups
+    found: dict[str, np.ndarray] = {}
+    for kind, place, name, table in store.tables():
+        if kind != "weight" and not optimizer_state:
+            continue
+        for number, domain in enumerate(groups.names):
+            checkpoint_name = _expert_tensor(domain, kind, place, name)
+            found[checkpoint_name] = table[number] if place == SLOTS else table[groups.of(domain)]
+    for place, by_domain in model.tables.items():
+        for domain, table in by_domain.items():
+            found[table_name(domain, place)] = table
+    if optimizer_state:
+        for place, steps in store.steps.items():
+            for number, domain in enumerate(groups.names):
+                mine = steps[number : number + 1] if place == SLOTS else steps[groups.of(domain)]
+                found[f"domains.{domain}.optimizer.steps.{place}"] = mine
+    return found
+
+
+def table_name(owner: str, place: str) -> str:
+    """The checkpoint's name of a routing table of one sparse layer, which belongs to a domain or to the layer."""
+    return f"{place}.routing" if owner == LAYER else f"domains.{owner}.{place}.routing"
+
+
+def _expert_tensor(domain: str, kind: str, place: str, name: str) -> str:
+    prefix = f"domains.{domain}." + ("" if kind == "weight" else f"optimizer.{kind}.")
+    return f"{prefix}embedding.{name}" if place == SLOTS else f"{prefix}{place}.experts.{name}"
+
+
+def model_tensors(model: Model, optimizer: Optimizer | None) -> dict[str, np.ndarray | LazyTensor]:
+    """All tensors of a checkpoint by name: shared, every domain's, and the moments if an optimizer is given.
+
+    Experts that lie on disk come as tensors that are read when they are written.
+    """
+    store, groups = model.store, model.groups
+    store.settle()
+    tensors: dict[str, np.ndarray | LazyTensor] = {**model.shared.values()}
+    if optimizer is not None:
+        tensors |= optimizer.moments()
+    tensors |= domain_tensors(model, optimizer is not None)
+    for kind, place, name, table in store.tables():
+        if store.in_memory(place) or (kind != "weight" and optimizer is None):
+            continue
+        for domain in groups.names:
+            rows = groups.of(domain)
+            read = partial(store.read, kind, place, name, rows)
+            shape = (rows.stop - rows.start, *table.shape[1:])
+            tensors[_expert_tensor(domain, kind, place, name)] = LazyTensor(shape, table.dtype, read)
+    return tensors
+
+
+def tensor_parts(model: Model, optimizer: Optimizer | None) -> dict[str, TensorPart]:
+    """All tensors of a checkpoint by name, each with the part of it that this process writes; without an optimizer
+    those of the model alone.
+
+    All processes' parts together are every tensor once: a process writes its own experts, unless it is a replica, its
+    own parts of shared parameters, and its turn of what several of them have.
+    """
+    store, groups, shares = model.store, model.groups, model.expert_shares
+    store.settle()
+    parts = _shared_parts(model, optimizer) | _elsewhere(model, optimizer)
+    for kind, place, name, table in store.tables():
+        if place == SLOTS or (kind != "weight" and optimizer is None):
+            continue
+        share = shares[name]
+        for domain in groups.names:
+            pieces = []
+            for begin, rows in _runs(model, domain) if share.speaks else ():
+                read = partial(store.read, kind, place, name, rows)
+                values = LazyTensor((rows.stop - rows.start, *table.shape[1:]), table.dtype, read)
+                pieces.append(Piece((begin, *(axis.start for axis in share.part)), values))
+            shape = (groups.of(domain).stop - groups.of(domain).start, *share.shape)
+            parts[_expert_tensor(domain, kind, place, name)] = TensorPart(shape, table.dtype, tuple(pieces))
+    for place, steps in store.steps.items() if optimizer is not None else ():
+        for domain in groups.names if place != SLOTS else ():
+            runs = _runs(model, domain) if _counts_for_others(model) else ()
+            size = groups.of(domain).stop - groups.of(domain).start
+            pieces = tuple(Piece((begin,), steps[rows]) for begin, rows in runs)
+            parts[f"domains.{domain}.optimizer.steps.{place}"] = TensorPart((size,), steps.dtype, pieces)
+    return parts
+
+
+def _shared_parts(model: Model, optimizer: Optimizer | None) -> dict[str, TensorPart]:
+    """What is not the experts': shared parameters and moments, routing tables, embedding slots."""
+    store, groups, shared, processes = model.store, model.groups, model.shared, model.processes
+    values = shared.values() | (optimizer.moments() if optimizer is not None else {})
+    names = {name: name for name in shared.shapes}
+    if optimizer is not None:
+        names |= {f"optimizer.{kind}.{owner}": owner for owner in shared.trained for kind in "mv"}
+    parts: dict[str, TensorPart] = {}
+    for turn, (name, owner) in enumerate(sorted(names.items())):
+        holders = shared.holders(owner) or range(processes.size)
+        mine = holders[turn % len(holders)] == processes.rank
+        begin = tuple(axis.start for axis in shared.part(owner))
+        pieces = (Piece(begin, values[name]),) if mine else ()
+        parts[name] = TensorPart(shared.shapes[owner], np.dtype(np.float32), pieces)
+    common = {table_name(o, place): table for place, by_owner in model.tables.items() for o, table in by_owner.items()}
+    for kind, place, name, table in store.tables():
+        if place == SLOTS and (kind == "weight" or optimizer is not None):
+            common |= {_expert_tensor(d, kind, place, name): table[n] for n, d in enumerate(groups.names)}
+    if SLOTS in store.steps and optimizer is not None:
+        steps = store.steps[SLOTS]
+        common |= {f"domains.{d}.optimizer.steps.{SLOTS}": steps[n : n + 1] for n, d in enumerate(groups.names)}
+    for turn, (name, array) in enumerate(sorted(common.items())):
+        parts[name] = TensorPart.all_of(array, turn % processes.size == processes.rank)
+    return parts
+
+
+def _elsewhere(model: Model, optimizer: Optimizer | None) -> dict[str, TensorPart]:
+    """The experts of other pipeline stages, of which this process writes nothing."""
+    parts: dict[str, TensorPart] = {}
+    kinds = KINDS if optimizer is not None else KINDS[:1]
+    for place in model.config.model.sparse_prefixes:
+        if place in model.places:
+            continue
+        for domain, size in zip(model.groups.names, model.groups.sizes, strict=True):
+            for name, share in model.expert_shares.items():
+                part = TensorPart((size, *share.shape), np.dtype(np.float32), ())
+                parts |= {_expert_tensor(domain, kind, place, name): part for kind in kinds}
+            if optimizer is not None:
+                name = f"domains.{domain}.optimizer.steps.{place}"
+                parts[name] = TensorPart((size,), np.dtype(np.int64), ())
+    return parts
+
+
+def _held_of(model: Model, domain: str) -> tuple[range, slice]:
+    """A domain's experts that this process holds: their places in the domain's group, and their rows of the store."""
+    group, held = model.groups.of(domain), model.held
+    low, high = (bisect_left(held, place) for place in (group.start, group.stop))
+    mine = held[low:high]
+    return range(mine.start - group.start, mine.stop - group.start, mine.step), slice(low, high)
+
+
+def _runs(model: Model, domain: str) -> list[tuple[int, slice]]:
+    """The same as runs of neighbours: where each begins in the group, and its rows of the store."""
+    inside, rows = _held_of(model, domain)
+    if inside.step == 1:
+        return [(inside.start, rows)] if inside else []
+    return [(place, slice(row, row + 1)) for place, row in zip(inside, range(rows.start, rows.stop), strict=True)]
+
+
+def _counts_for_others(model: Model) -> bool:
+    """Whether this process writes down what is counted of its experts as wholes, for all that hold a part of them."""
+    mesh, rank = model.processes.mesh, model.processes.rank
+    place = mesh.coordinates(rank)
+    return place.data == 0 and place.tensor == 0
+
+
+def restore_model(model: Model, tensors: Mapping[str, np.ndarray], optimizer_state: bool = False) -> None:
+    """Fill the network and the store from checkpoint tensors; `optimizer_state`: the experts' moments and counts too.
+
+    A process of several takes its own experts and reads nothing of the others'. Raises UserError naming the first
+    tensor that is missing or has another shape: nothing stays uninitialised.
+    """
+    # Updates that are still under way would write over what is restored.
+    model.store.settle()
+    for name in model.shared.held:
+        model.shared.write(name, _checked(tensors, name, model.shared.shapes[name]))
+        model.processes.mark()
+    store, groups = model.store, model.groups
+    for kind, place, name, table in store.tables():
+        if kind != "weight" and not optimizer_state:
+            continue
+        for number, domain in enumerate(groups.names):
+            stored = _expert_tensor(domain, kind, place, name)
+            if place == SLOTS:
+                table[number][...] = _checked(tensors, stored, table[number].shape)
+                continue
+            share = model.expert_shares[name]
+            inside, rows = _held_of(model, domain)
+            if inside:
+                values = _checked_rows(model, tensors, stored, share.shape, inside)
+                store.write(kind, place, name, rows, values[(slice(None), *share.part)])
+            model.processes.mark()
+    for place, by_owner in model.tables.items():
+        for owner, table in by_owner.items():
+            table[...] = _checked(tensors, table_name(owner, place), table.shape)
+    if optimizer_state:
+        for place, steps in store.steps.items():
+            for number, domain in enumerate(groups.names):
+                stored = f"domains.{domain}.optimizer.steps.{place}"
+                if place == SLOTS:
+                    steps[number : number + 1] = _checked(tensors, stored, (1,))
+                    continue
+                inside, rows = _held_of(model, domain)
+                if inside:
+                    steps[rows] = _checked_rows(model, tensors, stored, (), inside)
+
+
+def _checked_rows(
+    model: Model, tensors: Mapping[str, np.ndarray], name: str, inner: tuple[int, ...], rows: range
+) -> np.ndarray:
+    """These rows of a domain's tensor, of whose experts each has the shape `inner`."""
+    group = model.groups.of(folder_layout.domain_of(name))
+    shape = (group.stop - group.start, *inner)
+    if not isinstance(tensors, StoredTensors) or len(rows) == shape[0]:
+        return _checked(tensors, name, shape)[rows.start : rows.stop : rows.step]
+    if name not in tensors:
+        raise _missing(name)
+    _check_shape(name, tensors.shape(name), shape)
+    return tensors.rows(name, rows)
+
+
+def stored_tables(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """The routing tables of a checkpoint: sparse layer -> owner -> int32 [V]."""
+    tables: dict[str, dict[str, np.ndarray]] = {}
+    for name in tensors:
+        if is_routing(name):
+            place, owner = place_and_owner(name)
+            tables.setdefault(place, {})[owner] = tensors[name]
+    return tables
+
+
+def _checked(tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    if name not in tensors:
+        raise _missing(name)
+    tensor = tensors[name]
+    _check_shape(name, tensor.shape, shape)
+    return tensor
+
+
+def _missing(name: str) -> UserError:
+    return UserError(f"the checkpoint has no tensor {name}: use the configuration that it was saved with")
+
+
+def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if tuple(found) != tuple(wanted):
+        raise UserError(
+            f"the checkpoint's tensor {name} is {tuple(found)} where this configuration needs {tuple(wanted)}: "
+            "use the configuration that it was saved with"
+        )

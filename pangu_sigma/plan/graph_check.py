@@ -1,0 +1,381 @@
+"""Whether a compiled graph is what the plan says: cuts of parameters and experts, exchanges of every sparse layer."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from pangu_sigma.config import Config, manifest, vocabulary_size
+from pangu_sigma.config.capacity_sizes import activated_slots, samples_at_a_time
+from pangu_sigma.config.parameter_counts import is_expert, is_routing
+from pangu_sigma.model.pipeline_stages import stage_of
+from pangu_sigma.model.tensor_parallel_layout import cut_of, held_part, part_of
+from parallel.dry.compiled_graph import (
+    BYTES,
+    POINT_TO_POINT,
+    Collective,
+    Operator,
+    ancestors,
+    collectives,
+    given,
+    held,
+    operators,
+)
+from parallel.dry.parameter_placement import Placed
+from parallel.mesh import Mesh
+from parallel.optimizer_sharding import holders, optimizer_ways
+from parallel.partition_spec import Part, shape_of
+
+Shape = tuple[int, ...]
+
+# Of the tensors of an expert, which mesh axes cut which of its axes where they enter the graph.
+_ENTRY = {
+    "gate.weight": (("expert",), ("data",), ("tensor",)),
+    "up.weight": (("expert",), ("data",), ("tensor",)),
+    "up.bias": (("expert",), ("tensor", "data")),
+    "down.weight": (("expert",), ("tensor",), ("data",)),
+    "down.bias": (("expert",), ("data", "tensor")),
+}
+_PLACE = re.compile(r"blocks-CellList/(\d+)-TransformerLayer|(query_layer)-TransformerLayer")
+_PRODUCTS = "networks-SlotNetworks/"
+WORDS = "embedding.word"
+# What the pipeline's pass adds micro-batches' gradients to (see `parallel.micro_batches`).
+SUMS = "accu_grads."
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The last graph of one rank, with what its process told: uncut shapes of the model's parameters and of its expert
+    tensors (with their numbers among the graph's inputs; None where they are parameters of a graph of pipeline
+    stages), where MindSpore says that the parts of each parameter are, seconds in the compiler and in all, peak memory
+    of the process; `update`: the graph that updates the shared parameters."""
+
+    rank: int
+    graph: str
+    parameters: dict[str, Shape]
+    expert_inputs: dict[str, tuple[int | None, Shape]]
+    placed: dict[str, Placed]
+    seconds: float
+    total_seconds: float
+    peak_bytes: int
+    update: str = ""
+
+    @cached_property
+    def inputs(self) -> list[tuple[str, Shape]]:
+        """Name in the graph and shape of the rank's part of every input."""
+        return given(self.graph)
+
+    @cached_property
+    def held(self) -> dict[str, Shape]:
+        """Shape of the rank's part of every parameter."""
+        return held(self.graph)
+
+    def expert_part(self, name: str) -> Shape:
+        """Shape of the rank's part of an expert tensor; () where the graph dropped it."""
+        number, _ = self.expert_inputs[name]
+        if number is None:
+            return self.held.get(name, ())
+        return self.inputs[number][1] if number < len(self.inputs) else ()
+
+    @cached_property
+    def operators(self) -> list[Operator]:
+        """Every operator."""
+        return list(operators(self.graph))
+
+    @cached_property
+    def collectives(self) -> list[Collective]:
+        """Every collective."""
+        return collectives(self.graph)
+
+
+def place_of(scope: str) -> str | None:
+    """The layer (`blocks.3`, `query_layer`) in whose cells an operator stands."""
+    found = _PLACE.search(scope)
+    if found is None:
+        return None
+    return found[2] or f"blocks.{found[1]}"
+
+
+def problems(config: Config, compiled: Compiled) -> Iterator[str]:
+    """A sentence for everything in the graph that is not the plan's; the layers are named."""
+    yield from _names(config, compiled)
+    yield from _shards(config, compiled)
+    yield from _placed(config, compiled)
+    yield from _expert_cuts(config, compiled)
+    yield from _exchanges(config, compiled)
+    yield from _groups(config, compiled)
+    yield from _update(config, compiled)
+    yield from _chunks(config, compiled)
+    yield from _neighbours(config, compiled)
+
+
+def shared_of_stage(config: Config, compiled: Compiled) -> dict[str, Shape]:
+    """Name and uncut shape of the shared parameters that the rank's pipeline stage trains."""
+    mesh = config.parallel.mesh
+    stage = mesh.coordinates(compiled.rank).stage
+    return {n: s for n, s in compiled.parameters.items() if stage_of(n, config.model.layers, mesh) == stage}
+
+
+def _places(config: Config, compiled: Compiled) -> list[str]:
+    """The sparse layers of the rank's pipeline stage."""
+    mesh, layers = config.parallel.mesh, config.model.layers
+    stage = mesh.coordinates(compiled.rank).stage
+    return [place for place in config.model.sparse_prefixes if stage_of(f"{place}.", layers, mesh) == stage]
+
+
+def _times(config: Config) -> int:
+    """Micro-batches in one graph."""
+    return config.train.accumulation if config.parallel.pipeline > 1 else 1
+
+
+def _names(config: Config, compiled: Compiled) -> Iterator[str]:
+    """Names and uncut shapes against the configuration's manifest."""
+    wanted = manifest(config, vocabulary_size(config))
+    shared = {n: s for n, s in wanted.items() if not n.startswith("domains.") and not is_routing(n)}
+    for name in sorted(shared.keys() | compiled.parameters.keys()):
+        ours, theirs = shared.get(name), compiled.parameters.get(name)
+        if ours != theirs:
+            yield f"parameter {name} is {_said(theirs)} in the graph and {_said(ours)} in the configuration's manifest"
+    chunks = config.parallel.expert_chunks
+    for place in config.model.sparse_prefixes:
+        for tensor in config.model.expert_network.tensors:
+            end = f".{place}.experts.{tensor}"
+            one = next(shape[1:] for name, shape in wanted.items() if is_expert(name) and name.endswith(end))
+            slots = activated_slots(config) * config.parallel.mesh.placement_groups
+            for chunk in range(chunks):
+                name = f"{place}.experts.{tensor}/{chunk}"
+                _, shape = compiled.expert_inputs.get(name, (0, None))
+                if shape != (slots // chunks, *one):
+                    yield (
+                        f"{place}: experts' {tensor} is {_said(shape)} in the graph and {slots // chunks} experts of "
+                        f"{one} in the plan"
+                    )
+
+
+def _said(shape: Shape | None) -> str:
+    return "missing" if shape is None else str(tuple(shape))
+
+
+def _shards(config: Config, compiled: Compiled) -> Iterator[str]:
+    """Every shared parameter's part, and in a pipeline that there are no others than the stage's."""
+    mesh, parts = config.parallel.mesh, compiled.held
+    mine = shared_of_stage(config, compiled)
+    for name, shape in mine.items():
+        wanted = _held(config, name, shape, compiled.rank)
+        if parts.get(name) != wanted:
+            yield f"parameter {name} is cut to {_said(parts.get(name))}, not to {wanted}"
+    if mesh.pipeline == 1:
+        return
+    stage = mesh.coordinates(compiled.rank).stage
+    experts = {name for name in compiled.expert_inputs if stage_of(name, config.model.layers, mesh) == stage}
+    expected = {*mine, *experts}
+    expected |= {f"{SUMS}{name}" for name in expected}
+    if sends_words(config) and not config.parallel.optimizer_parallel and stage == mesh.pipeline - 1:
+        expected.add(WORDS)
+    for name in sorted(parts.keys() - expected):
+        yield f"stage {stage} holds {name}, which is another stage's"
+    for name in sorted(expected - parts.keys()):
+        yield f"stage {stage} lacks {name}"
+
+
+def sends_words(config: Config) -> bool:
+    """Whether the first stage's word table is the last one's output matrix."""
+    return config.parallel.pipeline > 1 and config.model.head == "tied"
+
+
+def _held(config: Config, name: str, shape: Shape, rank: int) -> Shape:
+    """Shape of what a rank holds of a shared parameter."""
+    return shape_of(held_part(name, shape, config.parallel.mesh, rank, config.parallel.optimizer_parallel))
+
+
+def _placed(config: Config, compiled: Compiled) -> Iterator[str]:
+    """Which rank of the stage has which part of every shared parameter, by MindSpore's own statement."""
+    mesh, seen = config.parallel.mesh, set()
+    first = mesh.coordinates(compiled.rank).stage * mesh.stage_size
+    for name, shape in shared_of_stage(config, compiled).items():
+        placed, cut = compiled.placed.get(name), cut_of(name, shape)
+        if placed is None:
+            yield f"parameter {name} has no place in the compiled graph"
+            continue
+        if (placed, cut, shape) in seen:
+            continue
+        seen.add((placed, cut, shape))
+        for rank in range(first, first + mesh.stage_size):
+            theirs, ours = placed.part(shape, rank - first), part_of(name, shape, mesh, rank)
+            if theirs != ours:
+                yield f"of parameter {name} rank {rank} has the part {_ranges(theirs)}, not {_ranges(ours)}"
+                break
+        divided = config.parallel.optimizer_parallel and optimizer_ways(shape, cut, mesh) > 1
+        wanted = holders(cut, mesh, compiled.rank) if divided else ()
+        if placed.dividing != wanted:
+            yield f"the part of parameter {name} is divided among the ranks {placed.dividing}, not {wanted}"
+
+
+def _ranges(part: Part) -> str:
+    return f"[{', '.join(f'{axis.start}:{axis.stop}' for axis in part)}]"
+
+
+def _expert_cuts(config: Config, compiled: Compiled) -> Iterator[str]:
+    """Every expert weight where it enters the graph and where it enters its product."""
+    mesh = config.parallel.mesh
+    mine = _places(config, compiled)
+    for name, (_, shape) in compiled.expert_inputs.items():
+        place, _, tensor = name.partition(".experts.")
+        if place not in mine:
+            continue
+        wanted = tuple(size // _ways(mesh, names) for size, names in zip(shape, _axes(config, tensor), strict=True))
+        part = compiled.expert_part(name)
+        if part != wanted:
+            yield f"{place}: experts' {tensor} comes in cut to {_said(part)}, not to {wanted}"
+    hidden, inner = config.model.hidden, config.model.ffn // mesh.tensor
+    for place in mine:
+        of_rank = activated_slots(config) // mesh.exchange_size // config.parallel.expert_chunks
+        found = {
+            operator.takes[1][1]
+            for operator in compiled.operators
+            if operator.kind == "BatchMatMul" and not operator.backward and _PRODUCTS in operator.scope
+            and place_of(operator.scope) == place
+        }  # fmt: skip
+        wanted = {(of_rank, hidden, inner), (of_rank, inner, hidden)}
+        if found != wanted:
+            yield f"{place}: an expert's products take weights of {sorted(found)}, not of {sorted(wanted)}"
+
+
+def _axes(config: Config, tensor: str) -> tuple[tuple[str, ...], ...]:
+    """Which mesh axes cut which axis of an expert tensor where it enters the graph: as an input finer than its product
+    wants it, as a parameter (in pipeline stages, where MindSpore looks at the product alone) just so."""
+    tensor = tensor.split("/")[0]
+    if config.parallel.pipeline == 1:
+        return _ENTRY[tensor]
+    return tuple(() if axis is None else (axis,) for axis in cut_of(f"experts.{tensor}", ()))
+
+
+def _ways(mesh: Mesh, names: tuple[str, ...]) -> int:
+    ways = 1
+    for name in names:
+        ways *= getattr(mesh, name)
+    return ways
+
+
+def _exchanges(config: Config, compiled: Compiled) -> Iterator[str]:
+    """Two all-to-alls forward and two backward of every sparse layer (of every chunk), inside the placement's group."""
+    mesh, chunks = config.parallel.mesh, config.parallel.expert_chunks
+    group = mesh.exchange_group(compiled.rank)
+    expected = 2 * chunks * _times(config) if mesh.exchange_size > 1 else 0
+    by_place: dict[str | None, list[Collective]] = {}
+    for c in compiled.collectives:
+        if c.kind == "AlltoAll":
+            by_place.setdefault(place_of(c.scope), []).append(c)
+    for place in _places(config, compiled):
+        mine = by_place.pop(place, [])
+        for way, backward in (("forward", False), ("backward", True)):
+            count = sum(c.backward == backward and not c.recomputed for c in mine)
+            if count != expected:
+                yield f"{place} has {count} AllToAll {way} instead of {expected}"
+        for c in mine:
+            if len(c.ranks) > len(group):
+                yield (
+                    f"{place} exchanges rows between {len(c.ranks)} ranks, more than the {len(group)} of its placement "
+                    "group"
+                )
+            elif c.ranks != group:
+                yield f"{place} exchanges rows between ranks {c.ranks}, not between {group}"
+    for place, others in by_place.items():
+        yield f"{place or 'the graph'} has {len(others)} AllToAll that no sparse layer asks for"
+
+
+def _groups(config: Config, compiled: Compiled) -> Iterator[str]:
+    """Every other collective is between ranks that share a tensor, a sample or a parameter."""
+    mesh, rank = config.parallel.mesh, compiled.rank
+    place = mesh.coordinates(rank)
+    stage = tuple(r for r in range(mesh.size) if mesh.coordinates(r).stage == place.stage)
+    known = {
+        mesh.tensor_group(rank),
+        mesh.exchange_group(rank),
+        mesh.replica_group(rank),
+        mesh.shared_group(rank),
+        stage,
+        # The replicas of an expert's cut with the other cuts of its bias.
+        tuple(r for r in stage if mesh.coordinates(r).expert == place.expert),
+    }
+    for c in compiled.collectives:
+        if c.kind not in (*POINT_TO_POINT, "AlltoAll") and c.ranks not in known:
+            where = place_of(c.scope) or c.scope.rsplit("/", 2)[0]
+            yield f"{where}: {c.kind} between ranks {c.ranks}, which share no part of a tensor in the plan"
+
+
+def _update(config: Config, compiled: Compiled) -> Iterator[str]:
+    """Each rank updates its own parts, once each, and speaks with nobody."""
+    parts = {name: compiled.held.get(name) for name in shared_of_stage(config, compiled)}
+    mine = {name: shape for name, shape in held(compiled.update).items() if not name.startswith("optimizer.")}
+    for name in sorted(parts.keys() | mine.keys()):
+        if mine.get(name) != parts.get(name):
+            yield f"the update of {name} works on {_said(mine.get(name))}, not on the rank's {_said(parts.get(name))}"
+    updates = sum(o.kind == "AdamWeightDecay" for o in operators(compiled.update))
+    if updates != len(parts):
+        yield f"{updates} of {len(parts)} shared parameters are updated"
+    for c in collectives(compiled.update):
+        yield f"the update of the shared parameters has a {c.kind} between ranks {c.ranks}"
+
+
+def _chunks(config: Config, compiled: Compiled) -> Iterator[str]:
+    """No chunk's rows wait for another chunk's experts."""
+    chunks = config.parallel.expert_chunks
+    if chunks == 1:
+        return
+    by_name = {operator.name: operator for operator in compiled.operators}
+    products_of_expert = 3 if config.model.expert_network.gated else 2
+    for place in _places(config, compiled):
+        # Of one micro-batch: a later one may wait for an earlier one.
+        products: dict[str | None, set[str]] = {}
+        for o in compiled.operators:
+            if o.kind == "BatchMatMul" and not o.backward and _PRODUCTS in o.scope and place_of(o.scope) == place:
+                products.setdefault(o.micro, set()).add(o.name)
+        sent, returned = 0, []
+        for c in compiled.collectives:
+            if c.kind == "AlltoAll" and not c.backward and not c.recomputed and place_of(c.scope) == place:
+                mine = products.get(by_name[c.name].micro, set())
+                waits = frozenset(ancestors(by_name, c.name) & mine)
+                sent += not waits
+                returned += [waits] if waits else []
+        chunks = config.parallel.expert_chunks * _times(config)
+        if sent != chunks:
+            yield f"{place}: {chunks - sent} of {chunks} chunks of experts wait for another before their rows travel"
+        if len(set(returned)) != chunks or any(len(waits) != products_of_expert for waits in returned):
+            yield f"{place}: rows come back from more experts than their own chunk's"
+
+
+def _neighbours(config: Config, compiled: Compiled) -> Iterator[str]:
+    """A stage hands rows to the next one and gradients to the one before, micro-batch by micro-batch; a tied word table
+    goes from the first stage to the last, and its gradient back, once a step, or under optimizer parallelism with
+    every micro-batch."""
+    mesh, rank = config.parallel.mesh, compiled.rank
+    stage, last = mesh.coordinates(rank).stage, mesh.pipeline - 1
+    if last == 0:
+        return
+    cut = mesh.tensor if config.parallel.sequence_parallel else 1
+    tokens = samples_at_a_time(config) * config.data.sequence_length
+    rows = tokens // cut * config.model.hidden * BYTES["Float32"]
+    times, wanted = config.train.accumulation, Counter()
+    if stage < last:
+        wanted["Send", rank + mesh.stage_size, rows] += times
+        wanted["Receive", rank + mesh.stage_size, rows] += times
+    if stage > 0:
+        wanted["Receive", rank - mesh.stage_size, rows] += times
+        wanted["Send", rank - mesh.stage_size, rows] += times
+    if sends_words(config) and stage in (0, last):
+        part = part_of(WORDS, compiled.parameters[WORDS], mesh, rank)
+        words = math.prod(shape_of(part)) * BYTES["Float32"]
+        other = rank + (last if stage == 0 else -last) * mesh.stage_size
+        again = times if config.parallel.optimizer_parallel else 1
+        wanted["Send", other, words] += again
+        wanted["Receive", other, words] += again
+    found = Counter((c.kind, c.ranks[0], c.bytes) for c in compiled.collectives if c.kind in POINT_TO_POINT)
+    for key in sorted(wanted.keys() | found.keys()):
+        if wanted[key] != found[key]:
+            kind, other, size = key
+            yield f"stage {stage} has {found[key]} {kind} of {size} bytes with rank {other} instead of {wanted[key]}"

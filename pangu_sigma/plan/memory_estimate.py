@@ -1,0 +1,134 @@
+"""Bytes on a device and on a host: weights, optimizer state, gradients, activations.
+
+float32 parameters and moments, products in the compute type (2 or 4 bytes). Counted are the values that the gradient
+needs; the allocator's fragments and the collectives' buffers are not.
+"""
+
+from __future__ import annotations
+
+import math
+
+from pangu_sigma.config import Config, manifest
+from pangu_sigma.config.capacity_sizes import activated_slots, dispatch, samples_at_a_time
+from pangu_sigma.config.parameter_counts import is_expert, is_routing
+from pangu_sigma.model.pipeline_stages import stage_of
+from pangu_sigma.model.tensor_parallel_layout import cut_of, is_matrix, ways
+from pangu_sigma.plan.hardware import Hardware
+from parallel.optimizer_sharding import optimizer_ways
+
+FLOAT32 = 4
+MOMENTS = 2
+
+
+def compute_bytes(config: Config) -> int:
+    """Bytes of a value in the compute type."""
+    return FLOAT32 if config.train.precision == "float32" else 2
+
+
+def device_bytes(config: Config, vocabulary: int) -> dict[str, float]:
+    """Bytes of the fullest rank's device by what they are for."""
+    stages = (stage_bytes(config, vocabulary, stage) for stage in range(config.parallel.mesh.pipeline))
+    return max(stages, key=lambda found: sum(found.values()))
+
+
+def stage_bytes(config: Config, vocabulary: int, stage: int) -> dict[str, float]:
+    """Bytes of a device of one pipeline stage by what they are for."""
+    mesh, low = config.parallel.mesh, compute_bytes(config)
+    divided = config.parallel.optimizer_parallel
+    found = dict.fromkeys(("weights", "moments", "gradients", "compute copies", "activations"), 0.0)
+    resident = config.experts.store == "device"
+    layers = config.model.layers
+    for name, shape in manifest(config, vocabulary).items():
+        if is_routing(name) or stage_of(name, layers, mesh) != stage:
+            continue
+        if is_expert(name) and not resident:
+            continue
+        cut = ways(name, shape, mesh)
+        values = math.prod(shape) / cut
+        share = optimizer_ways(shape, cut_of(name, shape), mesh) if divided and not is_expert(name) else 1
+        found["weights"] += FLOAT32 * values / share
+        found["moments"] += MOMENTS * FLOAT32 * values / share
+        # Of a step of several micro-batches in one graph, gradients are added up whole before they are divided.
+        whole = values if share > 1 and mesh.pipeline > 1 else 0.0
+        found["gradients"] += FLOAT32 * (values / share + whole)
+        if low != FLOAT32 and is_matrix(name, shape):
+            found["compute copies"] += low * values
+    if mesh.pipeline > 1 and stage == mesh.pipeline - 1 and config.model.head == "tied":
+        # What the first stage sends of the word table.
+        found["weights"] += FLOAT32 * vocabulary * config.model.hidden / mesh.tensor
+    _, sparse_layers = layers_of_stage(config, stage)
+    if sparse_layers and not resident:
+        per_slot = sum(
+            math.prod(shape) / (mesh.tensor if "tensor" in cut_of(f"experts.{name}", shape) else 1)
+            for name, shape in config.model.expert_network.shapes(config.model.hidden, config.model.ffn).items()
+        )
+        local = activated_slots(config) / mesh.exchange_size * sparse_layers
+        found["weights"] += FLOAT32 * per_slot * local
+        found["gradients"] += FLOAT32 * per_slot * local
+        found["compute copies"] += (low if low != FLOAT32 else 0) * per_slot * local
+    found["activations"] = activation_bytes(config, vocabulary, stage)
+    return found
+
+
+def layers_of_stage(config: Config, stage: int) -> tuple[int, int]:
+    """(layers, sparse ones among them) of a pipeline stage."""
+    mesh, layers = config.parallel.mesh, config.model.layers
+    sparse = sum(stage_of(f"{place}.", layers, mesh) == stage for place in config.model.sparse_prefixes)
+    return layers // mesh.pipeline, sparse
+
+
+def expert_values(config: Config) -> int:
+    """Trained values of one expert."""
+    return config.model.expert_network.values(config.model.hidden, config.model.ffn)
+
+
+def activation_bytes(config: Config, vocabulary: int, stage: int = 0) -> float:
+    """Bytes that micro-batches keep on a device of a pipeline stage for their gradients.
+
+    Per token and layer, with c bytes in the compute type: the residual stream before each norm (4 h each) and each
+    norm's result (c h each), q, k, v and the attention's result (4 c h), queries and keys again where they are
+    normalised and where they are turned (4 h each), the inner values before (4 f, gated 8 f) and after (c f) the
+    activation; what follows the norms is cut over tensor, the rest under sequence parallelism. Attention keeps no
+    scores (flash attention). With recompute a layer keeps its input alone, and one layer stands in full.
+    """
+    model, mesh, low = config.model, config.parallel.mesh, compute_bytes(config)
+    tokens = samples_at_a_time(config) * config.data.sequence_length
+    rows_cut = mesh.tensor if config.parallel.sequence_parallel else 1
+    outside = (2 * FLOAT32 + 2 * low) * model.hidden / rows_cut
+    inside, inside_expert = (
+        ((2 if form.gated else 1) * FLOAT32 + low) * model.ffn / mesh.tensor
+        for form in (model.network, model.expert_network)
+    )
+    again = 2 * FLOAT32 * (int(model.attention.qk_norm) + int(model.position == "rope"))
+    dense = tokens * (outside + (4 * low + again) * model.hidden / mesh.tensor + inside)
+    kept = tokens * FLOAT32 * model.hidden / rows_cut
+    sent, sparse = dispatch(config), dense
+    if sent is not None:
+        # Rows in both places, and the inner values of what arrives, which is as many rows as left; a shared expert
+        # stands where the dense network would.
+        beside = tokens * inside_expert if model.sparse.shared_expert else 0
+        sparse = dense - tokens * inside + beside + sent.rows * (2 * low * model.hidden + inside_expert)
+    layers, sparse_layers = layers_of_stage(config, stage)
+    if config.train.recompute:
+        held = kept * layers + max(dense, sparse if sparse_layers else 0.0)
+    else:
+        held = dense * (layers - sparse_layers) + sparse * sparse_layers
+    # One forward, one backward: the first stage of a pipeline holds as many micro-batches as there are stages.
+    held *= mesh.pipeline - stage
+    logits = 2 * FLOAT32 * config.predictions * tokens * vocabulary / mesh.tensor
+    return held + (logits if stage == mesh.pipeline - 1 else 0)
+
+
+def host_bytes(config: Config, hardware: Hardware) -> float:
+    """Bytes in the memory of one host: its ranks' slices of the experts with their moments, float32."""
+    if config.experts.store == "device" or not config.model.sparse_prefixes:
+        return 0.0
+    mesh = config.parallel.mesh
+    ranks = min(hardware.devices_per_host, mesh.size)
+    # A host's ranks may all be of the stage that has most sparse layers.
+    layers = max(layers_of_stage(config, stage)[1] for stage in range(mesh.pipeline))
+    experts = config.experts_in_layer * layers
+    stored = (1 + MOMENTS) * FLOAT32 * experts * expert_values(config) / mesh.expert / mesh.tensor
+    if config.experts.store == "disk":
+        return min(stored * ranks, config.experts.resident_gib * 2**30 * ranks)
+    return stored * ranks

@@ -1,0 +1,62 @@
+"""A connection that its client cannot hold for nothing: uvicorn's protocol with bounds on both directions."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from pangu_sigma.serving.server_settings import Limits
+
+
+class BoundedConnection(H11Protocol):
+    """Closes a connection whose next request's head is not whole `limits.head_seconds` after the connection (or the
+    head's first byte), and one that takes nothing of what is ready for it for `limits.stall_seconds`.
+
+    uvicorn itself bounds only the pause after an answer (five seconds) and the head's bytes; the body's time and bytes
+    are the guard's business.
+    """
+
+    def __init__(self, limits: Limits, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._limits = limits
+        self._head: asyncio.TimerHandle | None = None
+        self._stall: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        # No buffer beyond the system's: whatever cannot be handed to it at once is what the client does not take.
+        transport.set_write_buffer_limits(high=0)
+        self._bound_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._bound_head()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._cancel()
+        super().connection_lost(error)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stall = self.loop.call_later(self._limits.stall_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+
+    def _bound_head(self) -> None:
+        waiting = self.cycle is None or self.cycle.response_complete
+        if not waiting and self._head is not None:
+            self._head.cancel()
+            self._head = None
+        elif waiting and self._head is None and not self.transport.is_closing():
+            self._head = self.loop.call_later(self._limits.head_seconds, self.transport.abort)
+
+    def _cancel(self) -> None:
+        for timer in (self._head, self._stall):
+            if timer is not None:
+                timer.cancel()

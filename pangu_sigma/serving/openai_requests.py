@@ -1,0 +1,255 @@
+"""Requests of OpenAI's completions and chat API: which fields are read, refused, or without meaning here.
+
+A field that would change the answer and is not supported is refused, so that nobody gets another answer than the one
+asked for; its neutral value (a penalty of 0, an empty list of tools) is accepted, since clients send it. Misspelled
+fields are refused with the nearest name, as OpenAI does. `null` means the default. `top_k`, `repetition_penalty`,
+`stop_token_ids` and `stream_options.continuous_usage_stats` are extensions, spelled as in vLLM.
+"""
+
+from __future__ import annotations
+
+import secrets
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from pangu_sigma.generation import Sampling
+from pangu_sigma.serving.api_errors import ApiError, bad_request
+from rre.counted_random import key64
+
+MOST_ALTERNATIVES = 20
+MOST_STOPS = 16
+
+# They name the caller or steer OpenAI's own service; the text does not depend on them.
+WITHOUT_MEANING = frozenset(
+    [
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "parallel_tool_calls",
+    ]
+)
+# Field -> values that ask for nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class StreamOptions(_Part):
+    """Extras of a stream: token counts at its end, or in every chunk."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False  # padding against traffic analysis; OpenAI's clients may send the switch
+
+
+def _stop_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class _Asked(_Part):
+    """What both kinds of completion share."""
+
+    model: str
+    temperature: float = Field(1.0, ge=0.0)
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    top_k: int = Field(0, ge=0)
+    repetition_penalty: float = Field(1.0, gt=0.0)
+    n: int = Field(1, ge=1)
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_stop_list)] = Field(
+        [], max_length=MOST_STOPS
+    )
+    stop_token_ids: list[int] = Field([], max_length=MOST_STOPS)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_what_is_supported(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        kept = {}
+        for name, value in values.items():
+            if name in cls.model_fields:
+                kept[name] = value
+            elif name in NEUTRAL:
+                if value is not None and not any(value == neutral for neutral in NEUTRAL[name]):
+                    raise _unsupported(name)
+            elif name not in WITHOUT_MEANING:
+                near = get_close_matches(name[:80], cls.model_fields, n=1, cutoff=0.0)[0]
+                raise bad_request(
+                    f"Unrecognized request argument supplied: {name[:80]}; did you mean {near}?",
+                    name[:80],
+                    "unknown_parameter",
+                )
+        return kept
+
+    @model_validator(mode="after")
+    def _options_only_with_streams(self) -> _Asked:
+        if "stream_options" in self.model_fields_set and not self.stream:
+            raise bad_request("stream_options needs stream to be true", "stream_options")
+        return self
+
+    def sampling(self, max_tokens: int, choice: int, **more: Any) -> Sampling:
+        """The engine's settings of one of the `n` choices. Without a seed every request draws anew.
+
+        Choice 0 draws with the seed as it is, so that n never changes the first answer.
+        """
+        seed = secrets.randbits(63) if self.seed is None else self.seed
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
+            stop=tuple(self.stop),
+            stop_ids=tuple(self.stop_token_ids),
+            seed=key64(seed, "choice", choice) if choice else seed,
+            **more,
+        )
+
+
+def _unsupported(name: str) -> ApiError:
+    return bad_request(f"{name} is not supported by this server; leave it out", name, "unsupported_parameter")
+
+
+Prompt = str | list[int]
+
+
+def _prompts(value: Any) -> list[Prompt]:
+    """OpenAI's four forms (text, list of texts, ids, list of ids) as a list of texts or ids."""
+    if isinstance(value, str) or _are_ids(value):
+        return [value]
+    if isinstance(value, list) and value and all(isinstance(v, str) or _are_ids(v) for v in value):
+        return value
+    raise bad_request("prompt must be a text, a list of texts, a list of token ids, or a list of such lists", "prompt")
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(v) is int for v in value)
+
+
+class CompletionRequest(_Asked):
+    """POST /v1/completions."""
+
+    prompt: Annotated[
+        list[Prompt], BeforeValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
+    ]
+    max_tokens: int | None = Field(None, ge=0, description="16, or less where the window ends before.")
+    best_of: int | None = None
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CompletionRequest:
+        if self.best_of not in (None, self.n):
+            raise _unsupported("best_of")
+        if self.max_tokens == 0 and not self.echo:
+            raise bad_request("max_tokens is 0, which only echo gives a meaning; give at least 1", "max_tokens")
+        return self
+
+
+class TextPart(_Part):
+    """A piece of a message; only text is understood."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Part):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The turn's text; pieces are joined as they are."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(_Asked):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens to write, under its new or its old name."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class TokenizeRequest(_Part):
+    """POST /tokenize, as vLLM has it."""
+
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool = True
+
+
+class DetokenizeRequest(_Part):
+    """POST /detokenize, as vLLM has it."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+def explained(error: RequestValidationError) -> ApiError:
+    """The first thing that is wrong with a body, as OpenAI's clients expect it."""
+    first = error.errors()[0]
+    # Behind "body" stand the field's path and, in unions, names of the tried types.
+    tried = ("list[", "function-")
+    where = [str(part) for part in first["loc"][1:] if part != "str" and not str(part).startswith(tried)]
+    param = ".".join(where)[:200] or None
+    if first["type"] == "json_invalid":
+        return bad_request(f"the body is no valid JSON: {first['ctx']['error']}")
+    if param is None:
+        return bad_request("the body must be a JSON object, sent with Content-Type: application/json")
+    if first["type"] == "missing":
+        return bad_request(f"{param} is required", param, "missing_required_parameter")
+    if first["type"] == "extra_forbidden":
+        return bad_request(f"Unrecognized request argument supplied: {param}", param, "unknown_parameter")
+    return bad_request(f"{param}: {first['msg']}", param)

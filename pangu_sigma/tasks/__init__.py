@@ -1,1 +1,0 @@
-"""Tasks: questions with choices or with answers, asked of a trained model."""

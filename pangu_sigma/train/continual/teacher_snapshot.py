@@ -1,0 +1,176 @@
+"""The previous model of a regularised phase, as it lies with the run.
+
+    run/previous/step-00000300/                     a model folder: the weights when the phase began, or before it grew
+    run/previous/step-00000300.fisher.safetensors   the Fisher information of its shared parameters, for ewc
+
+A checkpoint's state names both with their hashes, so that a resumed phase stays near the same model or is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from pangu_sigma.checkpoint import Checkpoint, CheckpointError, folder_layout, open_checkpoint
+from pangu_sigma.checkpoint.disk_space import Writing
+from pangu_sigma.checkpoint.edited_checkpoint import ChangedCheckpoint, kept_files, write_changed_folder
+from pangu_sigma.checkpoint.folder_writer import sync_folder
+from pangu_sigma.checkpoint.tensor_file import digest_of_file, pieces, spec_of, write_tensor_file
+from pangu_sigma.errors import UserError
+
+FOLDER = "previous"
+# Key of the trainer state that names the previous model of the phase under way.
+PREVIOUS = "previous"
+
+
+@dataclass(frozen=True)
+class Record:
+    """Which previous model a phase has: `phase` its index, `step` the steps done when it began, `model` the hash of
+    its tensors (`identity`), `fisher` the sha256 of the Fisher information's file, None without one.
+    """
+
+    phase: int
+    step: int
+    model: str
+    fisher: str | None = None
+
+    def state(self) -> dict[str, object]:
+        """What a checkpoint keeps."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, state: Mapping[str, object]) -> Record | None:
+        """The record in a checkpoint's state, None if it has none."""
+        kept = state.get(PREVIOUS)
+        return cls(**kept) if kept else None
+
+
+def identity(model: Checkpoint) -> str:
+    """A hash of all tensors of `model`, wherever it lies and whatever else its configuration says."""
+    running = hashlib.sha256()
+    for name in model.names(optimizer=False):
+        for piece in model.manifest.tensors[name].slices:
+            running.update(f"{name} {piece.offset} {piece.sha256}\n".encode())
+    return running.hexdigest()
+
+
+def model_path(run_dir: Path, step: int) -> Path:
+    """Where the previous model of a phase that began at `step` lies."""
+    return run_dir / FOLDER / folder_layout.step_name(step)
+
+
+def fisher_path(run_dir: Path, step: int) -> Path:
+    """Where its Fisher information lies."""
+    return run_dir / FOLDER / f"{folder_layout.step_name(step)}.fisher.safetensors"
+
+
+def working_folder(run_dir: Path, step: int) -> Path:
+    """Where a previous model is saved before `take_saved` puts it into its place."""
+    return run_dir / FOLDER / f".{folder_layout.step_name(step)}"
+
+
+def take_saved(run_dir: Path, saved: Path) -> None:
+    """Make what was `saved` in the working folder the previous model; what a killed process left of it is replaced."""
+    step = folder_layout.parse_folder(saved)[1]
+    os.rename(saved, _free_path(run_dir, step))
+    shutil.rmtree(working_folder(run_dir, step))
+    sync_folder(run_dir / FOLDER)
+
+
+def link_previous(run_dir: Path, checkpoint: Checkpoint) -> Checkpoint:
+    """Make the model of `checkpoint` the previous one of its step; its files are linked. Raises CheckpointError."""
+    groups = ["shared", *(f"domains/{name}" for name in checkpoint.domains)]
+    content = ChangedCheckpoint(
+        kept=kept_files(checkpoint, groups),
+        tensors=(),
+        read=lambda spec: (),
+        domains=list(checkpoint.domains),
+        coverage=checkpoint.coverage,
+        config_text=checkpoint.config_text,
+        state={"origin": {"job": "previous model", "sha256": checkpoint.sha256}},
+        tokenizer_files=checkpoint.tokenizer_files(),
+        fingerprints=checkpoint.fingerprints,
+        step=checkpoint.step,
+        probe=checkpoint.probe(),
+    )
+    return write_changed_folder(_free_path(run_dir, checkpoint.step), content)
+
+
+def _free_path(run_dir: Path, step: int) -> Path:
+    path = model_path(run_dir, step)
+    if path.exists():
+        (path / folder_layout.MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(path)
+    return path
+
+
+def open_previous(run_dir: Path, record: Record) -> Checkpoint:
+    """The previous model that `record` names. Raises UserError where it is missing or another one."""
+    path = model_path(run_dir, record.step)
+    advice = f"restore {run_dir / FOLDER}, without which phase {record.phase} cannot go on"
+    try:
+        found = open_checkpoint(path)
+    except CheckpointError as error:
+        raise UserError(f"the previous model {path} is missing or damaged ({error}); {advice}") from error
+    if identity(found) != record.model:
+        raise UserError(f"the previous model {path} is not the one that the checkpoint names; {advice}")
+    return found
+
+
+def write_fisher(run_dir: Path, step: int, fisher: Mapping[str, np.ndarray]) -> str:
+    """Write the Fisher information by parameter name; returns the file's sha256. Raises CheckpointError."""
+    path = fisher_path(run_dir, step)
+    temporary = path.with_name(f".{path.name}.unfinished")
+    writing = Writing(f"the Fisher information of step {step}", "saved", run_dir, "choose another run.dir")
+    with writing.explained(), ThreadPoolExecutor(2) as threads:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        specs = [spec_of(name, array) for name, array in fisher.items()]
+        try:
+            done = write_tensor_file(
+                temporary, specs, lambda spec: pieces(fisher[spec.name]), {}, threads, lambda count: None
+            )
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+    return done.sha256
+
+
+def read_fisher(run_dir: Path, record: Record) -> dict[str, np.ndarray]:
+    """The Fisher information that `record` names. Raises UserError where it is missing or another one."""
+    path = fisher_path(run_dir, record.step)
+    try:
+        _, found = digest_of_file(path)
+    except CheckpointError as error:
+        raise UserError(f"the Fisher information {path} cannot be read: restore it to resume") from error
+    if found != record.fisher:
+        raise UserError(f"the Fisher information {path} is not what the checkpoint names: restore it to resume")
+    return load_file(path)
+
+
+def remove_unneeded(run_dir: Path, steps: set[int]) -> None:
+    """Delete the previous models that no checkpoint of the run names any more; `steps` are those that are named."""
+    folder = run_dir / FOLDER
+    if not folder.is_dir():
+        return
+    for path in folder.glob(".step-*"):  # left by killed processes: nobody else writes here while the run is locked
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in sorted(folder.glob("step-*")):
+        parsed = folder_layout.parse_folder(path.with_name(path.name.split(".")[0]))
+        if parsed is None or parsed[1] in steps:
+            continue
+        if path.is_dir():
+            (path / folder_layout.MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(path)
+        else:
+            path.unlink()

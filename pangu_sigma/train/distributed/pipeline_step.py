@@ -1,0 +1,165 @@
+"""The gradients of a whole step in one graph that is cut into pipeline stages; a rank compiles its own stage of it.
+
+What `GradientStep` takes one micro-batch at a time comes here for all of them. Activated experts are parameters of this
+graph, and not inputs: MindSpore's pipeline pass takes every input for a table of samples. The host sets them before a
+step and takes their gradients after it, as everywhere.
+"""
+
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore.common.initializer import initializer
+
+from pangu_sigma.model.batch_planner import fixed_inputs
+from pangu_sigma.model.graph_inputs import FlatSignature
+from pangu_sigma.model.pangu import PanGuSigma
+from pangu_sigma.model.pipeline_stages import stage_of
+from parallel.micro_batches import Accumulated, MicroBatches
+from parallel.operator_layout import MeshLayout
+from parallel.ops.primitives import square_sums
+from parallel.partition_spec import Cut
+
+# Of the fixed inputs, what a graph without dropout, embeddings per domain and auxiliary losses looks at.
+READ = ("tokens", "labels", "weights", "positions", "segments")
+
+
+class PipelinedLoss(nn.Cell):
+    """The objective of one micro-batch, by domain: (READ inputs, domains, every sparse layer's plan) -> float32 [d].
+
+    `domains` float32 [B, d] has a 1 where a sample's domain is. The sum over d is what trains: MindSpore's gradient of
+    a vector is that of its sum.
+    """
+
+    def __init__(self, net: PanGuSigma, layout: MeshLayout, signature: FlatSignature) -> None:
+        super().__init__(auto_prefix=False)
+        self.net = net
+        weights = expert_tensors(signature).items()
+        self.experts = ParameterTuple(
+            [Parameter(initializer("zeros", s, ms.float32), name=n, parallel_optimizer=False) for n, s in weights]
+        )
+        self.bounds = signature.bounds
+        by_row = ("rows", 1)
+        self.mul, self.sum = layout(ops.Mul(), by_row, by_row), layout(ops.ReduceSum(), by_row)
+        self.column = layout(ops.ExpandDims(), ("rows",))
+
+    def construct(
+        self, tokens: Tensor, labels: Tensor, weights: Tensor, positions: Tensor, segments: Tensor, domains: Tensor,
+        *plans: Tensor,
+    ) -> Tensor:  # fmt: skip
+        flat, experts = (), 0
+        for start, behind_plan, end in self.bounds:
+            first = start - experts
+            flat = flat + plans[first : first + behind_plan - start]
+            flat = flat + self.experts[experts : experts + end - behind_plan]
+            experts = experts + end - behind_plan
+        h, _, _ = self.net(tokens, positions, segments, None, None, self.bounds, *flat)
+        losses = self.net.head(h, labels, None, self.net.output_table(flat, tokens))
+        by_sample = self.column(self.sum(self.mul(losses, weights), 1), 1)
+        return self.sum(self.mul(by_sample, domains), 0)
+
+
+class WholeStep(nn.Cell):
+    """(inputs of `PipelinedLoss` for a whole step) -> (objective by domain [d], gradients of all experts and of all
+    shared parameters): what the stages compute together, in one process.
+
+    The parameters of the experts are the loss' own: `experts`.
+    """
+
+    def __init__(
+        self, net: PanGuSigma, signature: FlatSignature, layout: MeshLayout, micro_batches: int, domains: int
+    ) -> None:
+        super().__init__(auto_prefix=False)
+        loss = PipelinedLoss(net, layout, signature)
+        self.experts = loss.experts
+        everything = ParameterTuple([*loss.experts, *net.trainable_params()])
+        self.loss = MicroBatches(loss, micro_batches)
+        self.value_and_grad = ops.value_and_grad(self.loss, None, everything)
+        self.set_train()
+        inputs = step_inputs(signature, micro_batches, domains)
+        self.set_inputs(*(Tensor(shape=list(shape), dtype=dtype) for shape, dtype, _ in inputs))
+
+    def construct(self, *inputs: Tensor):
+        objective, gradients = self.value_and_grad(*inputs)
+        end = len(self.experts)
+        return objective, gradients[:end], gradients[end:]
+
+
+class PipelinedStep(nn.Cell):
+    """(inputs of `PipelinedLoss` for a whole step) -> (objective by domain [d], gradients of this stage's experts, of
+    its shared parameters, square sums of the latter [n]).
+
+    Each rank gives its rows of every micro-batch, one behind the other. The objective is the last stage's to know.
+    """
+
+    def __init__(
+        self, net: PanGuSigma, signature: FlatSignature, layout: MeshLayout, micro_batches: int, stage: int,
+        optimizer_parallel: bool, domains: int,
+    ) -> None:  # fmt: skip
+        super().__init__(auto_prefix=False)
+        net.set_stages(layout.mesh)
+        if optimizer_parallel and net.head_words() is not None:
+            net.hand_words_on(layout)
+        loss = PipelinedLoss(net, layout, signature)
+        self.shared = ParameterTuple(
+            [p for p in net.trainable_params() if stage_of(p.name, net.layers, layout.mesh) == stage]
+        )
+        self.experts = ParameterTuple(
+            [p for p in loss.experts if stage_of(p.name, net.layers, layout.mesh) == stage]
+        )
+        # The last stage owes the first one the gradient of the word table, if it was sent the parameter.
+        words = None if optimizer_parallel else net.head_words()
+        self.owes = words is not None and 0 < stage == layout.mesh.pipeline - 1
+        # What the graph has of another stage: its value is received, its memory must be here.
+        self.lent = ParameterTuple([words] if self.owes else [])
+        everything = ParameterTuple([*self.experts, *self.shared, *self.lent])
+        # An attribute, so that set_train reaches the network, and operators tell where they stand.
+        self.loss = MicroBatches(loss, micro_batches)
+        self.value_and_grad = ops.value_and_grad(self.loss, None, everything)
+        self.accumulated = Accumulated(self.experts, optimizer_parallel) if len(self.experts) else None
+        self.accumulated_shared = Accumulated(self.shared, optimizer_parallel)
+        self.square_sums = square_sums(layout, [parameter.shape for parameter in self.shared])
+        self.set_train()
+        inputs = step_inputs(signature, micro_batches, domains)
+        self.set_inputs(*(Tensor(shape=layout.part(shape, cut), dtype=dtype) for shape, dtype, cut in inputs))
+
+    @property
+    def made_here(self) -> tuple[Parameter, ...]:
+        """The parameters that hold nothing between steps, so that no checkpoint gives them values: experts of a step,
+        sums of gradients, what is lent."""
+        sums = [] if self.accumulated is None else [*self.accumulated.buffers]
+        return (*self.experts, *sums, *self.accumulated_shared.buffers, *self.lent)
+
+    def construct(self, *inputs: Tensor):
+        objective, gradients = self.value_and_grad(*inputs)
+        end = len(self.experts) + len(self.shared)
+        experts, shared = gradients[: len(self.experts)], gradients[len(self.experts) : end]
+        if self.owes:
+            objective = ops.depend(objective, gradients[end])
+        if self.accumulated is not None:
+            experts = self.accumulated(experts)
+        shared = self.accumulated_shared(shared)
+        return objective, experts, shared, self.square_sums(*shared)
+
+
+def expert_tensors(signature: FlatSignature) -> dict[str, tuple[int, ...]]:
+    """Name -> uncut shape [slots of a chunk, …] of every activated expert tensor, in the order of the flat inputs."""
+    found = {}
+    for place in signature.places:
+        tensors = tuple(place.network.tensors)
+        weights = place.reserved.weight_inputs(place.network, signature.hidden, signature.ffn)
+        for number, (shape, _, _) in enumerate(weights):
+            chunk, tensor = divmod(number, len(tensors))
+            found[f"{place.name}.experts.{tensors[tensor]}/{chunk}"] = shape
+    return found
+
+
+def step_inputs(
+    signature: FlatSignature, micro_batches: int, domains: int
+) -> list[tuple[tuple[int, ...], ms.dtype, Cut]]:
+    """Whole shape, type and cut of every input of the graph of a step; `signature` is of one micro-batch."""
+    fixed = fixed_inputs(signature.batch, signature.length)
+    of_one = [fixed[name] for name in READ]
+    of_one.append(((signature.batch, domains), ms.float32, ("rows", 1)))
+    of_one += [entry for place in signature.places for entry in place.reserved.plan_inputs()]
+    return [((micro_batches * shape[0], *shape[1:]), dtype, cut) for shape, dtype, cut in of_one]

@@ -1,0 +1,121 @@
+"""The step of a graph that is cut over a mesh: its cell, how its inputs are cut, and what MindSpore must be told first.
+
+`train` runs this on a mesh of devices and `pangu-sigma plan --compile` compiles it without one. No NPU has run it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mindspore as ms
+from mindspore import Tensor, nn
+from mindspore.nn.utils import no_init_parameters
+
+from pangu_sigma.config import Config
+from pangu_sigma.model.batch_planner import fixed_inputs
+from pangu_sigma.model.graph_inputs import FlatSignature
+from pangu_sigma.model.model import Model
+from pangu_sigma.train.distributed.pipeline_step import PipelinedStep, expert_tensors, step_inputs
+from pangu_sigma.train.objective import Objective
+from pangu_sigma.train.step import GradientStep, SharedUpdate
+from parallel.partition_spec import Cut
+
+# A loop over tensors becomes calls inside calls: of several hundred parameters, more than MindSpore's own limit.
+NESTED_CALLS = 100_000
+
+
+@dataclass(frozen=True)
+class MeshedStep:
+    """`cell`: the gradients of a micro-batch, or of a rank's stage of a whole step. `experts`: every expert tensor's
+    uncut shape, and its number among the cell's inputs (None where it is a parameter of the cell)."""
+
+    cell: GradientStep | PipelinedStep
+    model: Model
+    experts: dict[str, tuple[int | None, tuple[int, ...]]]
+
+    def compile(self) -> None:
+        """Have MindSpore cut it; parameters are this rank's parts of themselves from now on."""
+        ms.set_recursion_limit(NESTED_CALLS)
+        self.cell.compile(*self.cell.get_inputs())
+
+    def update(self) -> SharedUpdate:
+        """The optimizer of the shared parameters that this rank trains, on its own parts of them: a graph without
+        communication. Call it when the step is compiled and the parallel context is reset."""
+        pipelined = isinstance(self.cell, PipelinedStep)
+        mine = self.cell.shared if pipelined else self.model.net.trainable_params()
+        with no_init_parameters():
+            return SharedUpdate(mine, self.model.layout)
+
+
+def cut_inputs(config: Config, signature: FlatSignature) -> list[tuple[tuple[int, ...], ms.dtype, Cut]]:
+    """Whole shape, type and cut of every input of the step's graph; `signature` is of one micro-batch."""
+    if config.parallel.pipeline > 1:
+        return step_inputs(signature, config.train.accumulation, len(config.domains))
+    return [*fixed_inputs(signature.batch, signature.length).values(), *signature.cut_inputs()]
+
+
+def parallel_context(model: Model, signature: FlatSignature) -> dict[str, Any]:
+    """What `mindspore.set_auto_parallel_context` must be told before the step is made."""
+    config, layout = model.config, model.layout
+    parallel = config.parallel
+    return {
+        "parallel_mode": "semi_auto_parallel",
+        # Turns an axis that is cut elsewhere into an AllToAll.
+        "enable_alltoall": True,
+        "dataset_strategy": tuple(layout.placed(cut) for _, _, cut in cut_inputs(config, signature)),
+        "enable_parallel_optimizer": parallel.optimizer_parallel,
+        "gradients_mean": False,
+        "pipeline_stages": parallel.pipeline,
+    }
+
+
+class MeshContext:
+    """While it is entered, graphs of `signature` are cut over the model's mesh as they are compiled."""
+
+    def __init__(self, model: Model, signature: FlatSignature) -> None:
+        self.values = parallel_context(model, signature)
+
+    def __enter__(self) -> None:
+        ms.set_auto_parallel_context(**self.values)
+
+    def __exit__(self, *exception: object) -> None:
+        ms.reset_auto_parallel_context()
+
+
+class InContext:
+    """A cell that is compiled and run in its context."""
+
+    def __init__(self, cell: nn.Cell, context: MeshContext) -> None:
+        self.cell, self.context = cell, context
+
+    def set_train(self, mode: bool) -> InContext:
+        """As the cell's own."""
+        self.cell.set_train(mode)
+        return self
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        with self.context:
+            return self.cell(*inputs)
+
+
+def meshed_step(
+    model: Model, signature: FlatSignature, rank: int, with_shared: bool = True, objective: Objective | None = None
+) -> MeshedStep:
+    """The step of one rank; its parallel context must be set."""
+    config, parallel = model.config, model.config.parallel
+    shapes = expert_tensors(signature)
+    if parallel.pipeline > 1:
+        stage, domains = parallel.mesh.coordinates(rank).stage, len(config.domains)
+        # Experts and sums of gradients come to be, as parts, when the graph is cut.
+        with no_init_parameters():
+            cell = PipelinedStep(
+                model.net, signature, model.layout, config.train.accumulation, stage, parallel.optimizer_parallel,
+                domains,
+            )  # fmt: skip
+        return MeshedStep(cell, model, {name: (None, shape) for name, shape in shapes.items()})
+    first = len(fixed_inputs(signature.batch, signature.length))
+    numbers = (first + i for _, begin, end in signature.bounds for i in range(begin, end))
+    experts = {name: (number, shape) for number, (name, shape) in zip(numbers, shapes.items(), strict=True)}
+    cell = GradientStep(model.net, signature, model.layout, with_shared, objective or Objective())
+    return MeshedStep(cell, model, experts)

@@ -1,0 +1,145 @@
+"""A trained model from a run or checkpoint folder, ready to evaluate or generate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from pangu_sigma import runtime
+from pangu_sigma.checkpoint import Checkpoint, StoredTensors, resolve
+from pangu_sigma.checkpoint.float_types import as_float32
+from pangu_sigma.checkpoint.folder_layout import CHECKPOINTS
+from pangu_sigma.config import Config, config_from_dict
+from pangu_sigma.config.relocate import with_run_folder
+from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
+from pangu_sigma.errors import UserError
+from parallel.comm.processes import Processes
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with the checkpoint that it came from; `run_dir` is None where the checkpoint stands alone."""
+
+    model: object
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    run_dir: Path | None
+
+    def corpus(self, scratch: Path | None = None):
+        """The domains' tokenised text; see `stored_corpus`."""
+        return stored_corpus(self.checkpoint, self.model.config, self.tokenizer, scratch)
+
+
+def run_of(checkpoint: Checkpoint) -> Path | None:
+    """The folder of the run that a checkpoint lies in; None where it stands alone."""
+    return checkpoint.path.parent.parent if checkpoint.path.parent.name == CHECKPOINTS else None
+
+
+def stored_corpus(checkpoint: Checkpoint, config: Config, tokenizer: Tokenizer, scratch: Path | None = None):
+    """The tokenised text of a checkpoint's domains, from its run's cache if it is there.
+
+    Where the model stands alone and its run's cache is gone, the text is tokenised into `scratch`, if given. Raises
+    UserError for a changed corpus and for one that is not where the configuration says.
+    """
+    from pangu_sigma.data.corpus import prepare_corpus
+
+    config = _where_it_lies(config, run_of(checkpoint), scratch)
+    _check_text_is_here(checkpoint, config)
+    corpus = prepare_corpus(config, tokenizer)
+    checkpoint.check_fingerprints(tokenizer=tokenizer.fingerprint, corpora=corpus.fingerprints)
+    return corpus
+
+
+def _where_it_lies(config: Config, run_dir: Path | None, scratch: Path | None) -> Config:
+    """A run's folder may have been moved or copied since: what lay in it is looked for where it is now."""
+    if run_dir is not None:
+        return config_from_dict(with_run_folder(config, run_dir))
+    values = config.to_dict()
+    if scratch is not None and not Path(config.data.cache).is_dir():
+        # The text is not tokenised into the folder of a run that was deleted or is on another machine.
+        values["data"]["cache"] = str(scratch)
+    return config_from_dict(values)
+
+
+def _check_text_is_here(checkpoint: Checkpoint, config: Config) -> None:
+    from pangu_sigma.data.corpus_files import expand_paths
+
+    for domain in config.domains:
+        try:
+            expand_paths(domain.name, domain.data)
+        except UserError as error:
+            raise UserError(
+                f"{checkpoint.path} is measured on the text that it was trained with, and of domain "
+                f"{domain.name} that is not here: put {', '.join(domain.data)} back"
+            ) from error
+
+
+def stored_config(checkpoint: Checkpoint) -> Config:
+    """The effective configuration inside a checkpoint. Raises UserError if it does not hold any more."""
+    return config_from_dict(yaml.safe_load(checkpoint.config_text), source=f"{checkpoint.path}/config.yaml")
+
+
+def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer inside a checkpoint."""
+    from pangu_sigma.data.tokenizers.tokenizer import load_tokenizer
+
+    checkpoint.tokenizer_files()  # hash-checked before anything is read from them
+    return load_tokenizer(checkpoint.path / "tokenizer")
+
+
+def load_trained(path: str | Path) -> Trained:
+    """Build the model that a run folder (its last complete checkpoint), a checkpoint or a model folder holds.
+
+    Raises UserError naming what is missing, damaged or changed.
+    """
+    return trained_from(resolve(path))
+
+
+def trained_from(
+    checkpoint: Checkpoint,
+    device: str | None = None,
+    precision: str | None = None,
+    sequence_length: int | None = None,
+    processes: Processes | None = None,
+) -> Trained:
+    """Build the model of an opened checkpoint, on another device, in another precision or for sequences of another
+    length (in tokens) than it was trained with. `processes` that have met build it together, each its own experts.
+
+    Tensors that are stored as float16 or bfloat16 become float32. Raises UserError as `load_trained` does.
+    """
+    config = stored_config(checkpoint)
+    values = config.to_dict()
+    values["run"]["device"] = device or values["run"]["device"]
+    values["train"]["precision"] = precision or values["train"]["precision"]
+    values["data"]["sequence_length"] = sequence_length or values["data"]["sequence_length"]
+    # The mesh that trained it is not here: nothing is cut over devices, and `processes` have a mesh of their own.
+    values["parallel"] = {}
+    config = config_from_dict(values)
+    runtime.prepare(config.run.device)
+    from pangu_sigma.model.build_model import build_model
+    from pangu_sigma.model.state_dict import restore_model, stored_tables
+
+    tokenizer = stored_tokenizer(checkpoint)
+    together = processes is not None and processes.size > 1
+    tensors = weights_as_needed(checkpoint) if together else stored_weights(checkpoint)
+    tables = stored_tables(tensors) or None
+    model = build_model(
+        config, config.model.vocab_size, tokenizer.eod_id, tables=tables, initialise=False, inference=True,
+        processes=processes,
+    )  # fmt: skip
+    restore_model(model, tensors)
+    return Trained(model, checkpoint, tokenizer, run_of(checkpoint))
+
+
+def weights_as_needed(checkpoint: Checkpoint) -> StoredTensors:
+    """As `stored_weights`, each tensor read when it is asked for: for processes that take a part each."""
+    return StoredTensors(checkpoint, checkpoint.names(optimizer=False), floats=True)
+
+
+def stored_weights(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """All parameters (as float32) and routing tables of a checkpoint, without optimizer state, hash-checked."""
+    stored = checkpoint.load(checkpoint.names(optimizer=False))
+    return {name: as_float32(name, array) for name, array in stored.items()}

@@ -1,0 +1,186 @@
+"""The seam of expert parallelism: rows travel to their experts and back at exactly these two points.
+
+Three realisations. A process that owns every expert: the identity (`LocalExchange`). Several CPU processes: explicit
+collectives with their own gradients (`GatheredExchange`). A graph that MindSpore cuts: changes of layout between
+operators that touch nothing, from which it inserts AllToAll (`rre.dispatch.capacity_dispatch`).
+
+CPU processes have neither AllToAll nor collectives of a part of the processes. So rows are gathered from all, every
+process computes its own experts on those that want them, and the results, 0 wherever another process computes, are
+summed: shapes are fixed however uneven the routing is, nothing is padded and nothing dropped. (Megatron-Core calls
+this the allgather dispatcher.) Adding zeros is exact, so a token's result has the bits that its expert computed.
+
+Legend: W processes = E expert parts x R data replicas; X parts whose rows meet; n rows of a process, D their width.
+"""
+
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+
+from parallel.mesh import Mesh
+
+
+class LocalExchange(nn.Cell):
+    """The exchange of a process that owns every expert: the identity in both directions."""
+
+    def to_experts(self, rows: Tensor) -> Tensor:
+        """Rows [n, D] of this process's tokens -> the rows [X n, D] among which those for its experts are."""
+        return rows
+
+    def to_tokens(self, results: Tensor) -> Tensor:
+        """Results [X n, D], 0 where another process computes -> those of this process's own rows [n, D]."""
+        return results
+
+    def choices(self, expert_ids: Tensor) -> Tensor:
+        """Expert ids int32 [n, k] of this process's tokens -> those [X n, k] of the rows that come here, by number of
+        the experts held here; that number of experts for one that is elsewhere, or dropped."""
+        return expert_ids
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all processes of float32 values."""
+        return values
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all processes of float32 values."""
+        return values
+
+    def construct(self, rows: Tensor) -> Tensor:
+        return self.to_experts(rows)
+
+
+class Gather(nn.Cell):
+    """x [n, …] of each process -> [X n, …] of the ranks whose rows meet, in their order; the gradient of `Reduce`."""
+
+    def __init__(self, members: Members) -> None:
+        super().__init__()
+        self.gather, self.reduce = members, members.transposed()
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.gather(x)
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        return (self.reduce(dout),)
+
+
+class Reduce(nn.Cell):
+    """x [X n, D] of each process -> [n, D], the sum over the ranks whose rows meet, of this rank's rows."""
+
+    def __init__(self, members: Members) -> None:
+        super().__init__()
+        self.gather, self.reduce = members, members.transposed()
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.reduce(x)
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        return (self.gather(dout),)
+
+
+class Members(nn.Cell):
+    """x [n, …] -> [X n, …]: an AllGather over all processes, of which the group's parts are kept."""
+
+    def __init__(self, mesh: Mesh, rank: int, first: int, parts: int) -> None:
+        super().__init__()
+        self.grid = (mesh.expert, mesh.data)
+        self.rank, self.replica = rank, mesh.coordinates(rank).data
+        self.first, self.parts = first, parts
+        self.whole = self.grid == (parts, 1)
+        self.all_gather = ops.AllGather()
+
+    def transposed(self) -> Contribution:
+        """The operation that carries gradients back."""
+        return Contribution(self)
+
+    def construct(self, x: Tensor) -> Tensor:
+        every = self.all_gather(x)
+        if self.whole:
+            return every
+        shape = x.shape
+        by_rank = every.reshape(self.grid + shape)
+        group = by_rank[self.first : self.first + self.parts, self.replica]
+        return group.reshape((self.parts * shape[0],) + shape[1:])
+
+
+class Contribution(nn.Cell):
+    """x float32 [X n, D] -> [n, D]: an AllReduce over all processes, into which each adds for its own group alone."""
+
+    def __init__(self, members: Members) -> None:
+        super().__init__()
+        self.grid, self.rank, self.replica = members.grid, members.rank, members.replica
+        self.first, self.parts, self.whole = members.first, members.parts, members.whole
+        self.all_reduce = ops.AllReduce()
+        self.along_data, self.along_parts = ops.Concat(1), ops.Concat(0)
+
+    def construct(self, x: Tensor) -> Tensor:
+        rows, width = x.shape[0] // self.parts, x.shape[1]
+        parts, replicas = self.grid
+        if not self.whole:
+            x = x.reshape(self.parts, 1, rows, width)
+            before, after = self.replica, replicas - self.replica - 1
+            if before > 0:
+                x = self.along_data((ops.zeros((self.parts, before, rows, width), ms.float32), x))
+            if after > 0:
+                x = self.along_data((x, ops.zeros((self.parts, after, rows, width), ms.float32)))
+            below, above = self.first, parts - self.first - self.parts
+            if below > 0:
+                x = self.along_parts((ops.zeros((below, replicas, rows, width), ms.float32), x))
+            if above > 0:
+                x = self.along_parts((x, ops.zeros((above, replicas, rows, width), ms.float32)))
+        total = self.all_reduce(x.reshape(parts * replicas, rows * width))
+        return total[self.rank].reshape(rows, width)
+
+
+class Mean(nn.Cell):
+    """float32 values of each process -> their mean over all processes.
+
+    For what every process computes from it alike and the job counts once, as an auxiliary loss: of that, a process's
+    own values have this share of the gradient, and nobody else needs it.
+    """
+
+    def __init__(self, processes: int) -> None:
+        super().__init__()
+        self.processes = processes
+        self.all_reduce = ops.AllReduce()
+
+    def construct(self, values: Tensor) -> Tensor:
+        return self.all_reduce(values) / self.processes
+
+    def bprop(self, values: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        return (dout / self.processes,)
+
+
+class GatheredExchange(LocalExchange):
+    """The exchange of several CPU processes, seen from `rank`, for sparse layers of so many `experts`.
+
+    In training rows meet inside a placement group. Outside it they meet along the whole expert axis, because any text
+    may be measured under any domain's experts.
+    """
+
+    def __init__(self, mesh: Mesh, rank: int, experts: int) -> None:
+        super().__init__()
+        held = mesh.experts_of(rank, experts)
+        self.first_expert, self.held = held.start, len(held)
+        start = mesh.placement_group(rank) * mesh.exchange_size
+        group, whole = Members(mesh, rank, start, mesh.exchange_size), Members(mesh, rank, 0, mesh.expert)
+        self.send, self.back, self.send_ids = Gather(group), Reduce(group), group
+        self.send_wide, self.back_wide, self.send_ids_wide = Gather(whole), Reduce(whole), whole
+        self.over_all, self.processes = Mean(mesh.size), mesh.size
+        self.select = ops.Select()
+
+    def to_experts(self, rows: Tensor) -> Tensor:
+        return self.send(rows) if self.training else self.send_wide(rows)
+
+    def to_tokens(self, results: Tensor) -> Tensor:
+        return self.back(results) if self.training else self.back_wide(results)
+
+    def choices(self, expert_ids: Tensor) -> Tensor:
+        every = self.send_ids(expert_ids) if self.training else self.send_ids_wide(expert_ids)
+        here = every - self.first_expert
+        inside = ops.logical_and(here >= 0, here < self.held)
+        return self.select(inside, here, ops.fill(ms.int32, here.shape, self.held))
+
+    def mean(self, values: Tensor) -> Tensor:
+        return self.over_all(values)
+
+    def total(self, values: Tensor) -> Tensor:
+        return self.over_all(values) * self.processes

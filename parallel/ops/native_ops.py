@@ -1,0 +1,91 @@
+"""Primitives of a device whose fused operators are the fast form, with MindSpore's own gradients.
+
+A graph that is cut over a mesh needs these: its pass places the collectives of an operator's gradient by the operator's
+layout, and knows nothing of a gradient that a cell writes itself.
+
+Legend: T rows, K and N inner and outer width, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+
+from parallel.operator_layout import Axis, Layout
+
+
+class NativeProduct(nn.Cell):
+    """y_TN = x_TK @ w_KN; the product runs in `compute` precision.
+
+    `inner` and `outer` say how K and N are cut. A cut K leaves a sum over the ranks behind the product.
+    """
+
+    def __init__(self, layout: Layout, compute: ms.dtype, inner: Axis = 1, outer: Axis = 1) -> None:
+        super().__init__()
+        self.compute = compute
+        summed = inner != 1
+        given = ("rows", inner) if summed else layout.stream
+        self.result = layout.stream if summed else ("rows", outer)
+        self.low_x = layout(ops.Cast(), given)
+        self.low_w = layout(ops.Cast(), (inner, outer))
+        self.product = layout(ops.MatMul(), ("rows", inner), (inner, outer), out=self.result if summed else None)
+        self.full = layout(ops.Cast(), self.result)
+
+    def construct(self, x: Tensor, w: Tensor) -> Tensor:
+        if self.compute == ms.float32:
+            return self.product(x, w)
+        return self.full(self.product(self.low_x(x, self.compute), self.low_w(w, self.compute)), ms.float32)
+
+
+class NativeLinear(nn.Cell):
+    """y_TN = x_TK @ w_KN + b_N: `NativeProduct` and a bias, which is added in float32."""
+
+    def __init__(self, layout: Layout, compute: ms.dtype, inner: Axis = 1, outer: Axis = 1) -> None:
+        super().__init__()
+        self.product = NativeProduct(layout, compute, inner, outer)
+        self.add_bias = layout(ops.Add(), self.product.result, (self.product.result[1],))
+
+    def construct(self, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return self.add_bias(self.product(x, w), b)
+
+
+class NativeLookup(nn.Cell):
+    """table_VD[ids_T]; `cut` says how V is cut: each rank looks up its own ids, and the rows are summed."""
+
+    def __init__(self, layout: Layout, cut: Axis = 1) -> None:
+        super().__init__()
+        self.rows = layout(ops.Gather(), (cut, 1), ("rows",))
+
+    def construct(self, table: Tensor, ids: Tensor) -> Tensor:
+        return self.rows(table, ids, 0)
+
+
+class NativeCrossEntropy(nn.Cell):
+    """Token losses of logits_TV = h_TD @ table_VD^T against labels_T, in float32; V is cut over the tensor axis.
+
+    log sum exp(l - max) - (l_label - max): no rank ever holds a whole row of logits (arXiv 1909.08053, section 3).
+    Returns (loss_T,).
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        whole, cut = ("rows", 1), ("rows", "tensor")
+        self.logits = layout(ops.MatMul(transpose_b=True), whole, ("tensor", 1))
+        self.largest = layout(ops.ReduceMax(keep_dims=True), cut)
+        self.below = layout(ops.Sub(), cut, whole)
+        self.exp = layout(ops.Exp(), cut)
+        self.sum = layout(ops.ReduceSum(keep_dims=True), cut)
+        self.log = layout(ops.Log(), whole)
+        self.one_hot = layout(ops.OneHot(), cut, (), ())
+        self.pick = layout(ops.Mul(), cut, cut)
+        self.minus = layout(ops.Sub(), whole, whole)
+        self.reshape = ops.Reshape()
+        self.on, self.off = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
+
+    def construct(self, h: Tensor, table: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        logits = self.logits(h, table)
+        logits = self.below(logits, ops.stop_gradient(self.largest(logits, -1)))
+        hits = self.one_hot(labels, table.shape[0], self.on, self.off)
+        picked = self.sum(self.pick(logits, hits), -1)
+        losses = self.minus(self.log(self.sum(self.exp(logits), -1)), picked)
+        return (self.reshape(losses, (-1,)),)

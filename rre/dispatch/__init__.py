@@ -1,0 +1,1 @@
+"""Dispatch and combine: token rows to their experts and back, dropless or by capacity."""

@@ -1,0 +1,248 @@
+"""Dispatch by capacity with static shapes: what a graph that is cut over devices needs.
+
+Every row shard (the samples of one rank that reads) reserves the same number of rows for every expert slot of its
+exchange group. Where rows stand is planned outside the graph; inside, dispatch and combine are gathers by position that
+stay inside a shard, and `parallel.layout_exchange` moves rows between them.
+
+The slots may be cut into *chunks*, whose exchanges do not wait for one another's experts, so that a device that sends
+and computes at once can overlap them.
+
+Legend: T tokens, k experts per token, D hidden width, F inner width, N slots; P row shards of n tokens = G placement
+groups x X expert parts x R data replicas; M = N / G slots of a group, C rows reserved for a slot by a shard, Q chunks
+of m = M / Q slots of a group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from parallel.layout_exchange import LayoutExchange
+from parallel.mesh import Mesh
+from parallel.operator_layout import Layout
+from parallel.ops.primitives import activation
+from parallel.partition_spec import Cut
+from rre.dispatch.expert_dispatch import DROPPED
+from rre.feed_forward_form import NetworkForm
+
+# How an activated expert's weights [N, …] enter a graph: no two ranks give the same values, so no gradient that leaves
+# needs a sum over ranks afterwards. What an operator wants whole is gathered inside the graph, and its gradient there
+# summed and scattered.
+WEIGHT_CUTS: dict[str, Cut] = {
+    "gate.weight": ("expert", "data", "tensor"),
+    "up.weight": ("expert", "data", "tensor"),
+    "up.bias": ("expert", ("tensor", "data")),
+    "down.weight": ("expert", "tensor", "data"),
+    "down.bias": ("expert", ("data", "tensor")),
+}
+
+# The same of weights that are parameters of a graph, as a pipeline's are: MindSpore cuts them as their product wants
+# them, and sums the gradients of what several ranks hold.
+PARAMETER_CUTS: dict[str, Cut] = {
+    "gate.weight": ("expert", 1, "tensor"),
+    "up.weight": ("expert", 1, "tensor"),
+    "up.bias": ("expert", "tensor"),
+    "down.weight": ("expert", "tensor", 1),
+    "down.bias": ("expert", 1),
+}
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """The static shapes of a sparse layer: `slots` N of all groups, `rows` C, over `mesh`, in `chunks`."""
+
+    mesh: Mesh
+    slots: int
+    rows: int
+    tokens: int
+    choices: int = 1
+    chunks: int = 1
+
+    @property
+    def of_group(self) -> int:
+        """M."""
+        return self.slots // self.mesh.placement_groups
+
+    @property
+    def of_rank(self) -> int:
+        """Slots of one expert part."""
+        return self.slots // self.mesh.expert
+
+    def plan_inputs(self) -> list[tuple[tuple[int, ...], ms.dtype, Cut]]:
+        """Shape, type and cut of the graph's inputs: Q dispatch, combine, kept (see `CapacityPlan`)."""
+        shards, cut = self.mesh.rows, ("rows", 1)
+        choices = (shards, self.tokens * self.choices // shards)
+        dispatch = (shards, self.of_group // self.chunks * self.rows)
+        return [*[(dispatch, ms.int32, cut)] * self.chunks, (choices, ms.int32, cut), (choices, ms.float32, cut)]
+
+    def weight_inputs(
+        self, form: NetworkForm, hidden: int, ffn: int
+    ) -> list[tuple[tuple[int, ...], ms.dtype, Cut]]:
+        """The same of the weights: Q times each tensor of a network of this form, [N/Q, …]."""
+        shapes = form.shapes(hidden, ffn).items()
+        one = [((self.slots // self.chunks, *shape), ms.float32, WEIGHT_CUTS[name]) for name, shape in shapes]
+        return one * self.chunks
+
+    def slots_of(self, experts: np.ndarray, total: int) -> np.ndarray:
+        """The slot of each of the present `experts` (ascending places on a layer's axis of `total`), int [present].
+
+        A group's experts lie round its expert parts in turn, so that a domain's experts keep all of them busy: part p
+        owns places p, p + X, p + 2 X, … of the group. With every expert present each has one slot always. Raises
+        ValueError if a part is given more than it has slots.
+        """
+        of_group, parts = total // self.mesh.placement_groups, self.mesh.exchange_size
+        group, inside = np.divmod(experts, of_group)
+        part = group * parts + inside % parts
+        found = np.empty(experts.size, np.int64)
+        for p in np.unique(part):
+            mine = np.flatnonzero(part == p)
+            if mine.size > self.of_rank:
+                raise ValueError(f"expert part {p} has {mine.size} experts with rows and {self.of_rank} slots")
+            found[mine] = p * self.of_rank + np.arange(mine.size)
+        return found
+
+    def idle_experts(self, total: int) -> np.ndarray:
+        """For each slot an expert that its part owns, int [N]: it stands there when no rows ask for another."""
+        groups, parts = self.mesh.placement_groups, self.mesh.exchange_size
+        first = np.arange(groups)[:, None] * (total // groups) + np.arange(parts)
+        return np.repeat(first.reshape(-1), self.of_rank)
+
+    def by_chunk(self, part: int | None = None) -> np.ndarray:
+        """Slot numbers [Q, N/Q]: each chunk takes an equal run of every expert part's slots; or those [Q, N/(E Q)] of
+        one of the E expert parts."""
+        numbers = np.arange(self.slots).reshape(self.mesh.expert, self.chunks, -1).transpose(1, 0, 2)
+        return numbers.reshape(self.chunks, -1) if part is None else numbers[:, part]
+
+
+class NoRoom(ValueError):
+    """A slot is asked for more rows than it takes."""
+
+
+@dataclass(frozen=True)
+class CapacityPlan:
+    """Where rows stand.
+
+    `dispatch`: for each chunk int32 [P, m*C], the token in its shard that fills each reserved row, 0 where none does;
+    `combine` int32 [P, n*k]: the reserved row of each choice, counted over all chunks; `kept` float32 [P, n*k]: 0 for a
+    dropped choice, else 1.
+    """
+
+    dispatch: tuple[np.ndarray, ...]
+    combine: np.ndarray
+    kept: np.ndarray
+
+    @property
+    def inputs(self) -> tuple[np.ndarray, ...]:
+        """In the order in which the graph takes them."""
+        return (*self.dispatch, self.combine, self.kept)
+
+
+def plan_by_capacity(slot_ids: np.ndarray, reserved: Reserved, shards: range | None = None) -> CapacityPlan:
+    """Plan `slot_ids` [T, k] (DROPPED where a choice overflowed its expert) of `shards`, by default all row shards.
+
+    Raises ValueError if a shard wants a slot of another placement group, and NoRoom for more than C rows of a slot.
+    """
+    tokens, k = slot_ids.shape
+    mesh, capacity, of_group = reserved.mesh, reserved.rows, reserved.of_group
+    shards = range(mesh.rows) if shards is None else shards
+    n = tokens // len(shards)
+    dispatch = np.zeros((len(shards), of_group * capacity), np.int32)
+    combine = np.zeros((len(shards), n * k), np.int32)
+    by_shard = slot_ids.reshape(len(shards), n * k)
+    # Where a slot of the group stands when chunks lie one behind the other.
+    place = np.argsort(np.arange(of_group).reshape(mesh.exchange_size, reserved.chunks, -1).swapaxes(0, 1).reshape(-1))
+    for line, (shard, ids) in enumerate(zip(shards, by_shard, strict=True)):
+        first = shard // (mesh.rows // mesh.placement_groups) * of_group
+        valid = np.flatnonzero(ids != DROPPED)
+        local = ids[valid] - first
+        if local.size and (local.min() < 0 or local.max() >= of_group):
+            raise ValueError(f"row shard {shard} has tokens for experts outside its placement group")
+        order = np.argsort(local, kind="stable")
+        ranked = local[order]
+        rank = np.arange(ranked.size) - np.searchsorted(ranked, ranked, side="left")
+        if rank.size and rank.max() >= capacity:
+            raise NoRoom(f"row shard {shard} has {rank.max() + 1} rows for a slot that takes {capacity}")
+        row = place[ranked] * capacity + rank
+        choice = valid[order]
+        dispatch[line, row] = choice // k
+        combine[line, choice] = row
+    chunks = tuple(np.ascontiguousarray(part) for part in np.split(dispatch, reserved.chunks, axis=1))
+    return CapacityPlan(chunks, combine, (by_shard != DROPPED).astype(np.float32))
+
+
+class SlotNetworks(nn.Cell):
+    """rows [N, r, D] and the tensors of N networks of `form`, each [N, …] -> [N, r, D]."""
+
+    def __init__(self, layout: Layout, form: NetworkForm, compute: ms.dtype) -> None:
+        super().__init__()
+        self.form, self.compute = form, compute
+        outer, inner = ("expert", "data", 1), ("expert", "data", "tensor")
+        self.up = layout(ops.BatchMatMul(), outer, ("expert", 1, "tensor"))
+        self.add_inner = layout(ops.Add(), inner, ("expert", 1, "tensor"))
+        self.activation = activation(form.activation, layout, inner)
+        self.mul = layout(ops.Mul(), inner, inner)
+        self.down = layout(ops.BatchMatMul(), inner, ("expert", "tensor", 1))
+        self.add_outer = layout(ops.Add(), outer, ("expert", 1, 1))
+        # Cast as they come in: what is gathered afterwards is half as long.
+        self.low = [layout(ops.Cast(), WEIGHT_CUTS[name]) for name in form.tensors]
+        # Not a reshape: that has no cut of its own, and a bias behind one would come in cut otherwise.
+        self.inner_column = layout(ops.ExpandDims(), ("expert", "tensor"))
+        self.outer_column = layout(ops.ExpandDims(), ("expert", 1))
+
+    def construct(self, rows: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+        low = ()
+        for i in range(len(weights)):
+            low = low + (self.low[i](weights[i], self.compute),)
+        if self.form.gated:
+            gated = self.mul(self.activation(self.up(rows, low[0]))[0], self.up(rows, low[1]))
+            return self.down(gated, low[2])
+        if self.form.biases:
+            y = self.add_inner(self.up(rows, low[0]), self.inner_column(low[1], 1))
+            y = self.down(self.activation(y)[0], low[2])
+            return self.add_outer(y, self.outer_column(low[3], 1))
+        return self.down(self.activation(self.up(rows, low[0]))[0], low[1])
+
+
+class CapacityNetworks(nn.Cell):
+    """x_TD, plan (Q dispatch, combine, kept), Q times the tensors of N/Q networks of `form`, each [N/Q, …]
+    -> y [T*k, D] by choice, 0 for a dropped one.
+
+    Rows travel in the compute type.
+    """
+
+    def __init__(
+        self, layout: Layout, form: NetworkForm, compute: ms.dtype, mesh: Mesh, chunks: int = 1
+    ) -> None:
+        super().__init__()
+        self.compute, self.chunks, self.each = compute, chunks, len(form.tensors)
+        self.shards, self.groups = mesh.rows, mesh.placement_groups
+        shard = ("rows", 1, 1)
+        self.low = layout(ops.Cast(), layout.stream)
+        self.take = layout(ops.Gather(1), shard, ("rows", 1))
+        self.exchange = LayoutExchange(layout, compute, mesh)
+        self.networks = SlotNetworks(layout, form, compute)
+        self.behind = layout(ops.Concat(1), *[shard] * chunks)
+        self.full = layout(ops.Cast(), shard)
+        self.keep = layout(ops.Mul(), shard, shard)
+        self.reshape = ops.Reshape()
+
+    def construct(self, x: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
+        dispatch, combine, kept = plan[: self.chunks], plan[self.chunks], plan[self.chunks + 1]
+        hidden = x.shape[1]
+        rows = self.reshape(self.low(x, self.compute), (self.shards, -1, hidden))
+        results = ()
+        for c in range(self.chunks):
+            mine = weights[self.each * c : self.each * (c + 1)]
+            of_group = mine[0].shape[0] // self.groups
+            # 1. Every shard lays its rows out by slot.  2. Rows to experts.  3. Every expert on the rows of all
+            # sources.  4. Results to tokens.
+            sent = self.exchange.to_experts(self.take(rows, dispatch[c], 1), of_group)
+            results = results + (self.exchange.to_tokens(self.networks(sent, mine), of_group),)
+        # 5. Every choice takes its row.
+        y = results[0] if self.chunks == 1 else self.behind(results)
+        y = self.full(self.take(y, combine, 1), ms.float32)
+        y = self.keep(y, self.reshape(kept, (self.shards, -1, 1)))
+        return self.reshape(y, (-1, hidden))

@@ -1,0 +1,79 @@
+"""Table routers: the expert of a token follows from its vocabulary id and its domain, by a fixed table.
+
+This is Random Routed Experts (PanGu-Sigma, arXiv 2303.10845): domain -> expert group, then a
+fixed random table inside the group; combine weight 1, no gate, no auxiliary loss. Hash layers (arXiv 2106.04426) are
+the same with one table over all experts of the layer (`hash`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn
+
+from rre.counted_random import key64, uniform
+from rre.dispatch.expert_dispatch import drop_overflow
+from rre.routers.router import Assignment, Groups, Router, RouterOptions
+
+
+class TableRouter(Router):
+    """RRE on the host: `tables` holds one int32 [vocab] per domain, experts numbered inside the group.
+
+    `resample` draws a fresh uniform expert per occurrence while training; evaluation always uses the table. With
+    `capacity_factor` (None = dropless) an expert of a group of E_d takes ceil(factor * rows / E_d) rows of a dispatch
+    group, which is one sample: the capacity depends on the sample alone, never on stored experts or processes.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        tables: dict[str, np.ndarray],
+        layer: int,
+        seed: int = 0,
+        resample: bool = False,
+        capacity_factor: float | None = None,
+    ) -> None:
+        self.groups = groups
+        self.tables = tables
+        self.layer = layer
+        self.seed = seed
+        self.resample = resample
+        self.capacity_factor = capacity_factor
+
+    @classmethod
+    def build(cls, options: RouterOptions) -> TableRouter:
+        return cls(
+            options.groups, options.tables, options.layer, options.seed, options.resample, options.capacity_factor
+        )
+
+    def assign(
+        self, token_ids: np.ndarray, domain: np.ndarray, step: int, samples: np.ndarray, training: bool
+    ) -> Assignment:
+        batch, length = token_ids.shape
+        ids = np.empty((batch, length), dtype=np.int64)
+        offsets = self.groups.offsets
+        for b in range(batch):
+            d = int(domain[b])
+            if training and self.resample:
+                key = key64(self.seed, "resampled routing", step, int(samples[b]), self.layer)
+                inside = (uniform(key, np.arange(length)) * self.groups.sizes[d]).astype(np.int64)
+            else:
+                inside = self.tables[self.groups.names[d]][token_ids[b]]
+            ids[b] = offsets[d] + inside
+        flat = ids.reshape(-1, 1)
+        if training and self.capacity_factor is not None:
+            per_group = [math.ceil(self.capacity_factor * length / size) for size in self.groups.sizes]
+            flat = drop_overflow(flat, length, np.repeat(per_group, self.groups.sizes))
+        return Assignment(flat)
+
+    def cell(self) -> nn.Cell:
+        return PlannedOutside()
+
+
+class PlannedOutside(nn.Cell):
+    """Inside the graph a table router hands on its plan, which is all of `routing`."""
+
+    def construct(self, x: Tensor, routing: tuple[Tensor, ...]):
+        return routing, None, Tensor(0.0, ms.float32), Tensor([0.0], ms.float32)

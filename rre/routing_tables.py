@@ -1,0 +1,90 @@
+"""Routing tables: for one sparse layer and one domain, vocabulary id -> expert of the domain's group.
+
+A table is drawn once, when its domain is created, is a tensor of the checkpoint and is never drawn again.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+
+from rre.counted_random import generator
+
+
+def uniform_table(vocab: int, experts: int, rng: np.random.Generator) -> np.ndarray:
+    """Return int32 [vocab]: every expert gets the same number of vocabulary ids, give or take one.
+
+    This is PanGu-Sigma's map (arXiv 2303.10845; random hash layers, arXiv 2106.04426 section 3).
+    """
+    table = (np.arange(vocab, dtype=np.int64) % experts).astype(np.int32)
+    # Which experts get the odd ids is drawn too, so that small vocabularies do not always favour expert 0.
+    table = rng.permutation(experts).astype(np.int32)[table]
+    return rng.permutation(table)
+
+
+def frequency_table(counts: np.ndarray, experts: int, rng: np.random.Generator) -> np.ndarray:
+    """Return int32 [vocab]: expected rows per expert are even in spite of Zipf.
+
+    Greedy balance (arXiv 2106.04426 section 3): ids by falling `counts` [vocab] (occurrences in the domain's training
+    text), each to the expert with the fewest rows so far; ids that never occur are dealt out evenly. Ties are broken
+    by `rng`, so tables of different layers differ.
+    """
+    counts = np.asarray(counts, dtype=np.int64)
+    order = rng.permutation(counts.size)
+    order = order[np.argsort(-counts[order], kind="stable")]
+    table = np.empty(counts.size, dtype=np.int32)
+    heap = [(0, 0, int(tie), expert) for expert, tie in enumerate(rng.permutation(experts))]
+    heapq.heapify(heap)
+    for token in order:
+        rows, ids, _, expert = heap[0]
+        table[token] = expert
+        heapq.heapreplace(heap, (rows + int(counts[token]), ids + 1, int(rng.integers(1 << 30)), expert))
+    return table
+
+
+def draw_table(
+    kind: str, seed: int, place: str, domain: str, vocab: int, experts: int, counts: np.ndarray | None
+) -> np.ndarray:
+    """Draw the table of one (sparse layer `place`, `domain`): independent of every other layer's and domain's."""
+    rng = generator(seed, f"routing table {place} {domain}")
+    if kind == "frequency":
+        if counts is None:
+            raise ValueError("a frequency table needs the domain's token counts")
+        return frequency_table(counts, experts, rng)
+    return uniform_table(vocab, experts, rng)
+
+
+def extend_table(
+    kind: str,
+    seed: int,
+    place: str,
+    domain: str,
+    table: np.ndarray,
+    vocab: int,
+    experts: int,
+    counts: np.ndarray | None,
+) -> np.ndarray:
+    """Extend a table [old vocab] to int32 [vocab] by the rule `kind` that it was made with; its entries stay.
+
+    `uniform`: every new id goes to the experts with the fewest ids, so that a balanced table stays balanced, give or
+    take one. `frequency`: new ids by falling `counts` [vocab] (occurrences of every id, the old ones too), each to the
+    expert with the fewest rows so far. Ties, and which new id comes first, are drawn for this place, domain and size.
+    """
+    old = table.size
+    rng = generator(seed, f"extended routing table {place} {domain}", old)
+    if kind == "frequency" and counts is None:
+        raise ValueError("a frequency table needs the domain's token counts")
+    rows = np.zeros(vocab, np.int64) if kind == "uniform" else np.asarray(counts, np.int64)
+    ids_of, rows_of = np.bincount(table, minlength=experts), np.zeros(experts, np.int64)
+    np.add.at(rows_of, table, rows[:old])
+    order = old + rng.permutation(vocab - old)
+    order = order[np.argsort(-rows[order], kind="stable")]
+    heap = [(int(rows_of[e]), int(ids_of[e]), int(tie), e) for e, tie in enumerate(rng.permutation(experts))]
+    heapq.heapify(heap)
+    extended = np.concatenate([table, np.empty(vocab - old, np.int32)])
+    for token in order:
+        load, ids, _, expert = heap[0]
+        extended[token] = expert
+        heapq.heapreplace(heap, (load + int(rows[token]), ids + 1, int(rng.integers(1 << 30)), expert))
+    return extended

@@ -1,0 +1,143 @@
+"""The sparse layer: router -> dispatch -> experts -> combine, with the exchange at its two points."""
+
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+
+from parallel.comm.exchange import LocalExchange
+from parallel.operator_layout import Layout
+from parallel.ops.compiled_kernels import CompiledCombine, CompiledFeedForward
+from rre.dispatch.capacity_dispatch import CapacityNetworks
+from rre.dispatch.expert_dispatch import EXACT_ROWS, Combine, Dispatch
+from rre.experts import Experts
+from rre.feed_forward_form import NetworkForm
+from rre.grouped_experts import GroupedNetworks
+
+
+class RaggedNetworks(nn.Cell):
+    """x_TD, plan (rows of N slots and of the dropped, position [T, k]), N networks -> y [T*k, D] by choice."""
+
+    def __init__(self, layout: Layout, form: NetworkForm, compute: ms.dtype) -> None:
+        super().__init__()
+        self.dispatch = Dispatch(layout)
+        self.experts = Experts(layout, form, compute)
+        self.combine = Combine(layout)
+
+    def construct(self, x: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
+        rows, position = plan[:-1], plan[-1]
+        return self.combine(self.experts(self.dispatch(x, rows, position), weights), rows, position, x)
+
+
+class CompiledNetworks(nn.Cell):
+    """The same function as one compiled kernel; its plan is (order [T*k], offsets [N + 1])."""
+
+    def __init__(self, kernels: str, form: NetworkForm) -> None:
+        super().__init__()
+        self.networks = CompiledFeedForward(kernels, form.activation, EXACT_ROWS, len(form.tensors))
+
+    def construct(self, x: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
+        return self.networks(x, plan[0], plan[1], weights)[0]
+
+
+class CopiesOfRows(nn.Cell):
+    """x_TD, shape (n * T, D) -> x n times, one after the other: what an `apart` layer's outputs stand beside."""
+
+    def construct(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        tokens, hidden = x.shape
+        return ops.BroadcastTo((shape[0] // tokens, tokens, hidden))(x).reshape(shape)
+
+
+class SparseFeedForward(nn.Cell):
+    """x_TD -> (y_TD, auxiliary loss, rows); the feed-forward part of a sparse layer.
+
+    `routing` is what the router of this layer takes from outside the graph (for table routers its whole plan) and
+    `weights` the tensors of N networks of `form` that the expert store fetched. A dropped token's y is zero: it takes
+    the residual alone. `by_expert`: the router's experts choose tokens. `shared_expert`: a network x_TD -> y_TD beside
+    the routed ones, which every token takes with weight 1. Under a mesh's layout rows go by capacity, in `chunks` of
+    the experts. `exchange`: where other processes hold other experts; plans and weights are then of the rows that come
+    here and of the experts that are held here.
+
+    `apart`: the router keeps what the E experts give apart; y is then (their outputs [E * T, D], expert by expert, the
+    logarithms [T, E] of their shares).
+    """
+
+    def __init__(
+        self,
+        router: nn.Cell,
+        layout: Layout,
+        form: NetworkForm,
+        compute: ms.dtype,
+        exchange: LocalExchange | None = None,
+        by_expert: bool = False,
+        shared_expert: nn.Cell | None = None,
+        chunks: int = 1,
+        apart: bool = False,
+    ) -> None:
+        super().__init__()
+        self.router = router
+        self.by_expert, self.apart = by_expert, apart
+        self.has_shared_expert = shared_expert is not None
+        if shared_expert is not None:
+            self.shared_expert = shared_expert
+        self.exchange = exchange or LocalExchange()
+        self.has_kernels = bool(layout.kernels)
+        if layout.meshed:
+            self.networks = CapacityNetworks(layout, form, compute, layout.meshed, chunks)
+        elif self.has_kernels:
+            self.networks = CompiledNetworks(layout.kernels, form)
+        elif layout.grouped:
+            self.networks = GroupedNetworks(layout, form, compute)
+        else:
+            self.networks = RaggedNetworks(layout, form, compute)
+        if self.has_kernels:
+            self.weigh = CompiledCombine(layout.kernels)
+        self.is_cut = layout.meshed is not None
+        self.mul = layout(ops.Mul(), ("rows", 1), ("rows", 1))
+        self.choice_sum = layout(ops.ReduceSum(), ("rows", 1, 1))
+        self.take = layout(ops.Gather(), (1, 1), (1,))
+        self.add_up = layout(ops.UnsortedSegmentSum(), (1, 1), (1,))
+        self.add = layout(ops.Add(), layout.stream, layout.stream)
+        self.turn = layout(ops.Transpose(), (1, 1, 1))
+        self.copies = CopiesOfRows()
+
+    def construct(
+        self, x: Tensor, routing: tuple[Tensor, ...], weights: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        plan, combine_weights, auxiliary, counts = self.router(x, routing)
+        if self.apart:
+            outputs = self.by_owner(self.where_experts_are(x, plan, weights), x.shape)
+            if self.has_shared_expert:
+                outputs = self.add(outputs, self.copies(self.shared_expert(x), outputs.shape))
+            return (outputs, combine_weights), auxiliary, counts
+        y = self.routed(x, plan, combine_weights, weights)
+        if self.has_shared_expert:
+            y = self.add(y, self.shared_expert(x))
+        return y, auxiliary, counts
+
+    def routed(self, x: Tensor, plan: tuple[Tensor, ...], combine_weights, weights: tuple[Tensor, ...]) -> Tensor:
+        """What the chosen experts give, added up for each token by its combine weights (None: each counts once)."""
+        if self.by_expert:
+            y = self.where_experts_are(self.take(x, plan[0], 0), plan[1:], weights)
+            y = self.mul(y, ops.BroadcastTo(y.shape)(combine_weights.reshape(-1, 1)))
+            return self.add_up(y, plan[0], x.shape[0])
+        y = self.where_experts_are(x, plan, weights)
+        if combine_weights is not None and self.has_kernels:
+            return self.weigh(y, combine_weights)
+        if combine_weights is not None and self.is_cut:
+            y = self.mul(y, combine_weights.reshape(-1, 1))
+        elif combine_weights is not None:
+            y = self.mul(y, ops.BroadcastTo(y.shape)(combine_weights.reshape(-1, 1)))
+        tokens, hidden = x.shape
+        if y.shape[0] > tokens:
+            y = self.choice_sum(y.reshape(tokens, -1, hidden), 1)
+        return y
+
+    def by_owner(self, y: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Outputs [T * E, D] of tokens with all experts -> [E * T, D], expert by expert."""
+        tokens, hidden = shape
+        return self.turn(y.reshape(tokens, -1, hidden), (1, 0, 2)).reshape(-1, hidden)
+
+    def where_experts_are(self, x: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
+        """The networks on all rows that come here, and what they give back where the rows came from."""
+        return self.exchange.to_tokens(self.networks(self.exchange.to_experts(x), plan, weights))

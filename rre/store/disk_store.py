@@ -1,0 +1,315 @@
+"""A store whose tables are memory-mapped files, for models that exceed memory.
+
+All tensors of one expert, weights and moments, are one record of whole pages in its sparse layer's file, so that an
+expert comes and goes as one contiguous range. At most `resident_bytes` of records are mapped in: the least recently
+used are written back and let go, from this process and from the system's cache; what a planned step waits for goes
+last.
+
+The files are a working copy, made anew when the store is made and removed when it closes: what a checkpoint holds is
+written into the checkpoint, and resuming fills the files from it. So the state that a checkpoint names never depends on
+how far the tables had moved on. The price: beside the checkpoints (12 bytes a parameter each; the file of a domain that
+did not train since the last one is a hard link) the disk holds the tables (12 bytes a parameter, rounded up to pages);
+a checkpoint reads and writes every changed domain in full; resuming reads a checkpoint and writes the tables once.
+A step writes back the records that it updated: 12 bytes a parameter, all of which AdamW changes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from parallel.ops.compiled_kernels import HostKernels
+from rre.store.expert_store import KINDS, ExpertStore, Shapes
+
+PAGE = mmap.ALLOCATIONGRANULARITY
+WRITE_AND_WAIT = 1 | 2 | 4  # sync_file_range: wait for writes under way, write, wait
+FILL_BYTES = 64 << 20  # written past the maps before they are sent to the disk and leave the system's cache
+SUFFIX = ".table"
+Unit = tuple[str, int]
+
+
+class StoreFull(Exception):
+    """One step needs more than the store may hold at once; the message says what to change."""
+
+
+class DiskStore(ExpertStore):
+    """Tables as files under `folder`; `in_memory` names places that stay in memory (tables that are no experts)."""
+
+    def __init__(
+        self,
+        shapes: Mapping[str, Shapes],
+        experts: Mapping[str, int],
+        folder: Path,
+        resident_bytes: int,
+        kernels: HostKernels | None = None,
+        in_memory: Sequence[str] = (),
+    ) -> None:
+        self.folder = folder
+        remove_tables(folder)
+        self.resident_bytes = resident_bytes
+        self.mapped_bytes = 0  # of the records that are resident now
+        self._whole = frozenset(in_memory)
+        # Through ctypes, because mmap's own methods keep all other threads waiting.
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        self._libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+        self._maps: dict[str, mmap.mmap] = {}
+        self._addresses: dict[str, int] = {}
+        self._files: dict[str, int] = {}
+        self._record: dict[str, int] = {}
+        # Resident records, the least recently used first; a record of a step under way is in `_pinned` too.
+        self._resident: OrderedDict[Unit, None] = OrderedDict()
+        self._pinned: set[Unit] = set()
+        self._dirty: set[Unit] = set()
+        self._awaited: Counter[Unit] = Counter()  # steps that are planned and have not fetched it yet
+        self._filled = 0
+        self._lock = threading.RLock()
+        self._reader = ThreadPoolExecutor(1, "expert-prefetch")
+        self._reading: dict[Unit, Future] = {}
+        try:
+            super().__init__(shapes, experts, kernels)
+        except BaseException:
+            self._remove_files()
+            raise
+
+    def _make_tables(self) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tables: dict[str, dict[str, dict[str, np.ndarray]]] = {kind: {} for kind in KINDS}
+        for place, tensors in self.shapes.items():
+            count = self.experts[place]
+            if self.in_memory(place):
+                for kind in KINDS:
+                    tables[kind][place] = {n: np.zeros((count, *s), np.float32) for n, s in tensors.items()}
+                continue
+            sizes = {name: 4 * int(np.prod(shape)) for name, shape in tensors.items()}
+            record = -(-len(KINDS) * sum(sizes.values()) // PAGE) * PAGE
+            self._record[place] = record
+            buffer = self._map(place, max(1, count) * record)
+            at = 0
+            for kind in KINDS:
+                tables[kind][place] = {}
+                for name, shape in tensors.items():
+                    inner = np.empty(shape, np.float32).strides if shape else ()
+                    tables[kind][place][name] = np.ndarray(
+                        (count, *shape), np.float32, buffer, offset=at, strides=(record, *inner)
+                    )
+                    at += sizes[name]
+        return tables
+
+    def _map(self, place: str, size: int) -> mmap.mmap:
+        """A file of `size` zero bytes that exist on the disk (so that a full disk shows now), mapped."""
+        handle = os.open(self.folder / f"{place}{SUFFIX}", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        self._files[place] = handle
+        os.posix_fallocate(handle, 0, size)
+        self._maps[place] = mmap.mmap(handle, size)
+        self._addresses[place] = np.frombuffer(self._maps[place], np.uint8).ctypes.data
+        # Experts are whole ranges: reading ahead of them would bring in their neighbours.
+        self._maps[place].madvise(mmap.MADV_RANDOM)
+        return self._maps[place]
+
+    def in_memory(self, place: str) -> bool:
+        return place in self._whole
+
+    # --- coming and going
+
+    def prefetch(self, place: str, experts: Sequence[int]) -> None:
+        """Begin to read what a planned step will fetch, as far as room is left by what other steps wait for."""
+        if self.in_memory(place):
+            return
+        with self._lock:
+            for expert in {int(e): None for e in experts}:
+                unit = (place, expert)
+                self._awaited[unit] += 1
+                if unit not in self._resident and unit not in self._reading:
+                    self._reading[unit] = self._reader.submit(self._bring_if_room, unit)
+
+    def _make_ready(self, place: str, experts: Sequence[int]) -> int:
+        if self.in_memory(place):
+            return len(experts)
+        units = [(place, int(e)) for e in experts]
+        ready = self._hold(units)
+        with self._lock:
+            for unit in units:
+                self._awaited[unit] -= 1
+                if self._awaited[unit] <= 0:
+                    del self._awaited[unit]
+        return ready
+
+    def _hold(self, units: Sequence[Unit]) -> int:
+        """Bring records in and keep them until the next `begin`; return how many were in already."""
+        with self._lock:
+            self._pinned.update(units)
+        ready = 0
+        for unit in units:
+            with self._lock:
+                reading = self._reading.pop(unit, None)
+                ready += unit in self._resident and (reading is None or reading.done())
+            if reading is not None:
+                reading.result()
+            self._bring(unit, for_step=True)
+            with self._lock:
+                self._resident.move_to_end(unit)
+        return ready
+
+    def _bring_if_room(self, unit: Unit) -> None:
+        with suppress(StoreFull):  # the step that fetches it brings it, and tells if it cannot
+            self._bring(unit, for_step=False)
+
+    def _bring(self, unit: Unit, for_step: bool) -> None:
+        """Make room for a record and read it in."""
+        place, expert = unit
+        size = self._record[place]
+        with self._lock:
+            if unit in self._resident:
+                return
+            self._make_room(size, for_step)
+            self._resident[unit] = None
+            self.mapped_bytes += size
+            self.traffic.add(bytes_read=size)
+        self._advise(place, expert * size, size, mmap.MADV_WILLNEED)
+        # One byte of each page: the kernel has the record in memory when this returns.
+        np.frombuffer(self._maps[place], np.uint8, size, expert * size)[:: mmap.PAGESIZE].sum()
+
+    def _make_room(self, size: int, for_step: bool) -> None:
+        """Let records go until `size` bytes fit; what planned steps wait for goes last, and only for a step.
+
+        Raises StoreFull if all that is left belongs to the step under way.
+        """
+        while self.mapped_bytes + size > self.resident_bytes:
+            free = (u for u in self._resident if u not in self._pinned)
+            unit = next((u for u in free if u not in self._awaited), None)
+            if unit is None and for_step:
+                # The one that was brought in last is needed last.
+                unit = next((u for u in reversed(self._resident) if u not in self._pinned), None)
+            if unit is None:
+                raise StoreFull(
+                    f"a batch activates more than experts.resident_gib = {self.resident_bytes / 2**30:.3g} holds: "
+                    "raise it, or lower data.domains_per_step or the batch size"
+                )
+            self._let_go(unit)
+
+    def _let_go(self, unit: Unit) -> None:
+        place, expert = unit
+        size = self._record[place]
+        start = expert * size
+        if unit in self._dirty:
+            self._write_back(place, start, size)
+            self._dirty.discard(unit)
+            self.traffic.add(bytes_written=size)
+        self._advise(place, start, size, mmap.MADV_DONTNEED)
+        self._drop_cached(place, start, size)
+        del self._resident[unit]
+        self.mapped_bytes -= size
+
+    def _advise(self, place: str, start: int, size: int, advice: int) -> None:
+        if self._libc.madvise(self._addresses[place] + start, size, advice):
+            raise OSError(ctypes.get_errno(), "an expert table cannot be mapped", str(self._path(place)))
+
+    def _write_back(self, place: str, start: int, size: int) -> None:
+        # Out of memory, without journal or flush of the disk's own cache: nobody reads the files after a crash.
+        if self._libc.sync_file_range(self._files[place], start, size, WRITE_AND_WAIT):
+            raise OSError(ctypes.get_errno(), "writing an expert table failed", str(self._path(place)))
+
+    def _drop_cached(self, place: str, start: int, size: int) -> None:
+        with suppress(OSError):  # advice: some file systems take none
+            os.posix_fadvise(self._files[place], start, size, os.POSIX_FADV_DONTNEED)
+
+    def _path(self, place: str) -> Path:
+        return self.folder / f"{place}{SUFFIX}"
+
+    def begin(self) -> None:
+        super().begin()
+        with self._lock:
+            self._pinned.clear()
+
+    def apply(self, place: str, expert: int, *arguments: object, **named: object) -> None:
+        if not self.in_memory(place):
+            unit = (place, expert)
+            try:
+                self._hold([unit])  # an earlier micro-batch's expert may have gone meanwhile
+            except StoreFull:
+                # All micro-batches together touch more than fits: what is updated may go.
+                self.begin()
+                self._hold([unit])
+            self._dirty.add(unit)
+        super().apply(place, expert, *arguments, **named)
+
+    def release(self) -> None:
+        """Write back and let go of everything, after tables were read or changed from outside a step."""
+        self.settle()
+        with self._lock:
+            self._pinned.clear()
+            for unit in list(self._resident):
+                self._let_go(unit)
+            for place, buffer in self._maps.items():
+                self._write_back(place, 0, 0)
+                self._advise(place, 0, len(buffer), mmap.MADV_DONTNEED)
+                self._drop_cached(place, 0, 0)
+
+    def write(self, kind: str, place: str, name: str, experts: slice, values: np.ndarray) -> None:
+        if self.in_memory(place):
+            super().write(kind, place, name, experts, values)
+            return
+        for number, expert in enumerate(range(*experts.indices(self.experts[place]))):
+            # Through the file, not the map: what fills the tables must not count as resident.
+            data = memoryview(np.ascontiguousarray(values[number], np.float32).reshape(-1)).cast("B")
+            start, done = self._offset(kind, place, name, expert), 0
+            while done < len(data):
+                done += os.pwrite(self._files[place], data[done:], start + done)
+            self._filled += len(data)
+            if self._filled >= FILL_BYTES:
+                self._filled = 0
+                for changed in self._files:
+                    self._write_back(changed, 0, 0)
+                    self._drop_cached(changed, 0, 0)
+
+    def _offset(self, kind: str, place: str, name: str, expert: int) -> int:
+        """Where an expert's tensor begins in its file."""
+        table = self._tables[kind][place][name]
+        return table.__array_interface__["data"][0] - self._addresses[place] + expert * self._record[place]
+
+    def read(self, kind: str, place: str, name: str, experts: slice) -> np.ndarray:
+        if self.in_memory(place):
+            return super().read(kind, place, name, experts)
+        table = self._tables[kind][place][name]
+        first, last, _ = experts.indices(table.shape[0])
+        found = np.empty((last - first, *table.shape[1:]), np.float32)
+        for expert in range(first, last):
+            # Through the file, not the map: what is read for a checkpoint must not count as resident.
+            data = memoryview(found[expert - first].reshape(-1)).cast("B")
+            start, done = self._offset(kind, place, name, expert), 0
+            while done < len(data):
+                done += os.preadv(self._files[place], [data[done:]], start + done)
+            if (place, expert) not in self._resident:
+                self._drop_cached(place, start, len(data))
+        return found
+
+    def close(self) -> None:
+        self._reader.shutdown(cancel_futures=True)
+        try:
+            super().close()
+        finally:
+            self._remove_files()
+
+    def _remove_files(self) -> None:
+        for handle in self._files.values():
+            os.close(handle)
+        self._files.clear()
+        remove_tables(self.folder)
+
+
+def remove_tables(folder: Path) -> None:
+    """Remove the working copy of a process that was killed; a checkpoint has all that counts."""
+    for path in folder.glob(f"*{SUFFIX}"):
+        path.unlink(missing_ok=True)
+    with suppress(OSError):  # not there, or somebody else's files are in it
+        folder.rmdir()

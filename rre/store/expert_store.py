@@ -1,0 +1,222 @@
+"""The expert store: expert weights, Adam moments and step counts outside the model's graph.
+
+A step fetches the experts that its batch needs, hands them to the graph as inputs, gets gradients back and applies
+them to exactly the experts that received a token. An expert that received none keeps every bit: weights, moments and
+its own step count. That is what "never forgets" rests on, and what makes a step cost what it activates, whatever is
+stored (the paper's Expert Computation and Storage Separation).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+from mindspore import Tensor
+
+from parallel.ops.compiled_kernels import HostKernels
+from parallel.partition_spec import Share, whole
+from rre.adamw import AdamWHyper, decays, square_sum, update_in_place
+from rre.counted_random import generator, normal
+
+Shapes = Mapping[str, tuple[int, ...]]
+KINDS = ("weight", "m", "v")
+
+
+@dataclass
+class Traffic:
+    """What moved between store and step since the last `take`.
+
+    fetched: experts handed to steps; hits: those of them that were ready when asked for; updated: experts that got an
+    update; bytes_to_step, bytes_from_step: weights handed out and gradients taken in; bytes_read, bytes_written:
+    between memory and disk; update_seconds: work of all update threads together.
+    """
+
+    fetched: int = 0
+    hits: int = 0
+    updated: int = 0
+    bytes_to_step: int = 0
+    bytes_from_step: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    update_seconds: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def add(self, **counted: float) -> None:
+        """Add to figures by name; from any thread."""
+        with self._lock:
+            for name, value in counted.items():
+                setattr(self, name, getattr(self, name) + value)
+
+    def take(self) -> dict[str, float]:
+        """The figures by name; then all are zero again."""
+        figures = [f for f in fields(self) if not f.name.startswith("_")]
+        with self._lock:
+            found = {f.name: getattr(self, f.name) for f in figures}
+            for f in figures:
+                setattr(self, f.name, f.default)
+        return found
+
+
+class ExpertStore:
+    """Tables [experts, …] of float32 per (kind, place, tensor), kind being weight or one of the moments m and v.
+
+    `shapes`: place (a sparse layer, or the embedding slots) -> tensor name -> shape of one expert's tensor. `experts`:
+    place -> how many. `kernels`: compiled updates, else NumPy's. Tables are zero until `initialise` or until they are
+    written to. A subclass makes the tables and says when an expert is ready. A process of several holds some of a
+    place's experts, which it counts from 0, and in a graph that is cut over devices a part of each of their tensors.
+    """
+
+    # Whether a training step's graph takes every stored expert, or only those that its batch activates.
+    all_resident = False
+
+    def __init__(
+        self, shapes: Mapping[str, Shapes], experts: Mapping[str, int], kernels: HostKernels | None = None
+    ) -> None:
+        self.shapes = {place: dict(tensors) for place, tensors in shapes.items()}
+        self.experts = dict(experts)
+        self.steps = {place: np.zeros(count, np.int64) for place, count in experts.items()}
+        self.traffic = Traffic()
+        self._kernels = kernels
+        self._tables = self._make_tables()
+        self._bytes = {p: sum(4 * int(np.prod(s)) for s in tensors.values()) for p, tensors in self.shapes.items()}
+        # Tensors that share memory with rows of the tables; made on first use, valid as long as the tables stand.
+        self._views: dict[tuple[str, str, int], Tensor] = {}
+        # Updates under way, each with the gradient whose memory it reads; threads, because NumPy works outside the GIL.
+        self._workers = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "expert-update")
+        self._running: list[tuple[Future, Tensor]] = []
+
+    # --- what a subclass says
+
+    def _make_tables(self) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+        """kind -> place -> tensor name -> float32 [experts, …]; one expert's tensor is contiguous."""
+        raise NotImplementedError
+
+    def _make_ready(self, place: str, experts: Sequence[int]) -> int:
+        """Bring experts into memory; return how many were there already."""
+        return len(experts)
+
+    def prefetch(self, place: str, experts: Sequence[int]) -> None:
+        """Begin to bring experts into memory that a coming step will fetch. May be called from another thread."""
+
+    def in_memory(self, place: str) -> bool:
+        """Whether a place's tables lie in memory as a whole."""
+        return True
+
+    def release(self) -> None:
+        """Let go of all memory that can come back from elsewhere; between steps only."""
+
+    def close(self) -> None:
+        """Settle and give back threads and files."""
+        self.settle()
+        self._workers.shutdown()
+
+    # --- the tables
+
+    def initialise(
+        self,
+        seed: int,
+        std: Mapping[str, float],
+        held: Mapping[str, range] | None = None,
+        cutoff: float | None = None,
+        shares: Mapping[str, Share] | None = None,
+    ) -> None:
+        """Draw every weight table: Normal(std[tensor name]), cut off as `normal` says, or 0 where no std is given.
+
+        An expert's numbers depend on (seed, place, expert) alone, not on how many others there are. `held`: place ->
+        numbers of the experts held here, where others hold more; `shares`: tensor name -> what is held of each expert's
+        tensor, where others hold the rest.
+        """
+        held, shares = held or {}, shares or {}
+        for place, tensors in self.shapes.items():
+            for expert, number in enumerate(held.get(place, range(self.experts[place]))):
+                for name, shape in tensors.items():
+                    if std.get(name):
+                        share = shares.get(name) or Share(shape, whole(shape))
+                        rng = generator(seed, f"initial {place} {name}", number)
+                        drawn = normal(rng, (1, *share.shape), std[name], cutoff)[0][share.part]
+                        self.write("weight", place, name, slice(expert, expert + 1), drawn[None])
+
+    def table(self, place: str, name: str, kind: str = "weight") -> np.ndarray:
+        """The table of one tensor, [experts, …]; `kind` is weight, m or v. Writing to it changes the store."""
+        return self._tables[kind][place][name]
+
+    def tables(self) -> Iterator[tuple[str, str, str, np.ndarray]]:
+        """(kind, place, tensor name, table) of everything but the step counts."""
+        for kind, places in self._tables.items():
+            for place, tensors in places.items():
+                for name, table in tensors.items():
+                    yield kind, place, name, table
+
+    def read(self, kind: str, place: str, name: str, experts: slice) -> np.ndarray:
+        """A range of experts of one table; memory of the table where it lies in memory anyway, else a copy."""
+        return self._tables[kind][place][name][experts]
+
+    def write(self, kind: str, place: str, name: str, experts: slice, values: np.ndarray) -> None:
+        """Set a range of experts of one table, between steps; where tables lie elsewhere no memory is held for it."""
+        self._tables[kind][place][name][experts] = values
+
+    # --- a step
+
+    def begin(self) -> None:
+        """A graph is about to run: updates so far stand, and what earlier graphs fetched may go."""
+        self.settle()
+
+    def whole(self, place: str, name: str) -> Tensor:
+        """One weight table as a tensor that shares its memory."""
+        self.settle()
+        return self._view(place, name, -1)
+
+    def fetch(self, place: str, experts: Sequence[int]) -> list[Tensor]:
+        """Weights of `experts` (repeats allowed), flat: all tensors of the first, of the second, …; no copies."""
+        self.settle()
+        wanted = np.unique(np.asarray(experts)).tolist()
+        ready = self._make_ready(place, wanted)
+        self.traffic.add(fetched=len(wanted), hits=ready, bytes_to_step=len(wanted) * self._bytes[place])
+        return [self._view(place, name, int(e)) for e in experts for name in self.shapes[place]]
+
+    def apply(
+        self, place: str, expert: int, gradients: Sequence[Tensor], hyper: AdamWHyper, scale: float = 1.0
+    ) -> None:
+        """Update one expert by gradients * scale (in the order of `fetch`); nobody else's bits change.
+
+        Returns at once; `settle` waits.
+        """
+        self.steps[place][expert] += 1
+        step = int(self.steps[place][expert])
+        self.traffic.add(updated=1, bytes_from_step=self._bytes[place])
+        for name, gradient in zip(self.shapes[place], gradients, strict=True):
+            rows = (self._tables[kind][place][name][expert] for kind in KINDS)
+            task = self._workers.submit(
+                _timed_update, *rows, gradient.asnumpy(), hyper, step, scale, decays("." + name), self._kernels
+            )
+            self._running.append((task, gradient))
+
+    def square_sums(self, gradients: Sequence[Tensor]) -> np.ndarray:
+        """Sum of squares of each gradient, float64 [n], as the clipping norm needs it."""
+        work = square_sum if self._kernels is None else self._kernels.square_sum
+        return np.array(list(self._workers.map(work, (g.asnumpy() for g in gradients))), np.float64)
+
+    def settle(self) -> None:
+        """Wait until every update that was asked for stands in the tables."""
+        running, self._running = self._running, []
+        # All of them, before one that failed says so.
+        wait([task for task, _ in running])
+        self.traffic.add(update_seconds=sum(task.result() for task, _ in running))
+
+    def _view(self, place: str, name: str, expert: int) -> Tensor:
+        key = (place, name, expert)
+        if key not in self._views:
+            table = self._tables["weight"][place][name]
+            self._views[key] = Tensor.from_numpy(table if expert < 0 else table[expert])
+        return self._views[key]
+
+
+def _timed_update(*arguments: object) -> float:
+    started = time.perf_counter()
+    update_in_place(*arguments)
+    return time.perf_counter() - started

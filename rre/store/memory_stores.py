@@ -1,0 +1,26 @@
+"""Stores whose tables lie in memory: all experts in every step (device), or the activated ones only (host)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rre.store.expert_store import KINDS, ExpertStore
+
+
+class HostStore(ExpertStore):
+    """Tables in host memory; a step takes the experts that its batch activates, which on CPU needs no copy."""
+
+    def _make_tables(self) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+        return {
+            kind: {
+                place: {name: np.zeros((self.experts[place], *s), np.float32) for name, s in tensors.items()}
+                for place, tensors in self.shapes.items()
+            }
+            for kind in KINDS
+        }
+
+
+class DeviceStore(HostStore):
+    """All experts resident: every step's graph takes each of them, activated or not."""
+
+    all_resident = True

@@ -1,0 +1,279 @@
+"""An OLMoE of transformers, taken over and handed out again: the same function, the same gradients, the same bytes."""
+
+from __future__ import annotations
+
+import json
+
+import mindspore as ms
+import numpy as np
+import pytest
+import torch
+from mindspore import Tensor
+from safetensors.torch import load_file, save_file
+from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
+
+from extract.export.export_job import Options, export
+from pangu_sigma import runtime
+from pangu_sigma.checkpoint import open_checkpoint
+from pangu_sigma.convert.import_olmoe import Wanted, import_olmoe
+from pangu_sigma.convert.olmoe_names import parts_of
+from pangu_sigma.errors import UserError
+from pangu_sigma.generation.kv_cache_decoder import CachedDecoder
+from pangu_sigma.model.batch_planner import Planner
+from pangu_sigma.train.objective import Objective
+from pangu_sigma.train.step import GradientStep
+from pangu_sigma.trained_model import load_trained
+from tests.oracles.recomputing_decoder import RecomputingDecoder
+
+WINDOW, BATCH = 32, 3
+SIZES = {
+    "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 2,
+    "intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2, "max_position_embeddings": WINDOW,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_cpu() -> None:
+    runtime.prepare("CPU")
+
+
+@pytest.fixture(scope="module")
+def theirs(tokenizer) -> OlmoeForCausalLM:
+    """A random one whose weights are large enough that every part of the function shows."""
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        vocab_size=tokenizer.vocab_size + 5, eos_token_id=tokenizer.eod_id, pad_token_id=tokenizer.pad_id,
+        initializer_range=0.2, router_aux_loss_coef=0.5, **SIZES,
+    )  # fmt: skip
+    model = OlmoeForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter += 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def wanted(tokenizer, tmp_path_factory) -> Wanted:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(folder)
+    return Wanted(folder / "tokenizer.model", "sentencepiece")
+
+
+@pytest.fixture(scope="module")
+def folder(theirs, tmp_path_factory):
+    path = tmp_path_factory.mktemp("hf") / "olmoe"
+    theirs.save_pretrained(path, max_shard_size="60KB")
+    assert len(list(path.glob("*.safetensors"))) > 2
+    return path
+
+
+@pytest.fixture(scope="module")
+def imported(folder, wanted, tmp_path_factory):
+    return import_olmoe(folder, tmp_path_factory.mktemp("imported") / "model", wanted)
+
+
+@pytest.fixture(scope="module")
+def ours(imported):
+    return load_trained(imported.checkpoint.path).model
+
+
+@pytest.fixture(scope="module")
+def tokens(theirs, tokenizer) -> np.ndarray:
+    """[B, S + 1] without ends of documents, at which attention restarts here and not there."""
+    ids = np.random.default_rng(1).integers(3, theirs.config.vocab_size, (BATCH, WINDOW + 1)).astype(np.int32)
+    ids[ids == tokenizer.eod_id] += 1
+    return ids
+
+
+def test_every_parameter_is_counted(theirs, imported):
+    assert imported.parameters == sum(p.numel() for p in theirs.parameters())
+    assert imported.tensors == len(list(theirs.parameters()))
+
+
+def test_logits_agree(theirs, ours, tokens):
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens[:1, :-1], dtype=torch.long)).logits.numpy()[0]
+    assert np.abs(expected).max() > 1.5
+    found = RecomputingDecoder(ours).score(tokens[0, :-1].tolist(), 0)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_greedy_text_is_equal(theirs, ours, tokens):
+    prompt = tokens[0, :9].tolist()
+    expected = theirs.generate(
+        torch.tensor([prompt], dtype=torch.long), max_new_tokens=WINDOW - 9, do_sample=False,
+        attention_mask=torch.ones(1, 9, dtype=torch.long), eos_token_id=None,
+    )[0, 9:].tolist()  # fmt: skip
+    decoder = CachedDecoder(ours, slots=1)
+    found = [int(decoder.begin(0, prompt, 0).argmax())]
+    while len(found) < len(expected):
+        found.append(int(decoder.step({0: found[-1]})[0].argmax()))
+    assert ours.eod_id not in expected
+    assert found == expected
+
+
+def test_loss_auxiliary_loss_and_gradients_agree(theirs, ours, tokens):
+    given = torch.tensor(tokens[:, :-1], dtype=torch.long)
+    labels = torch.tensor(tokens[:, 1:], dtype=torch.long)
+    theirs.zero_grad()
+    out = theirs(given, output_router_logits=True)
+    loss = torch.nn.functional.cross_entropy(out.logits.reshape(-1, out.logits.shape[-1]), labels.reshape(-1))
+    config = theirs.config
+    pooled = load_balancing_loss_func(out.router_logits, config.num_experts, config.num_experts_per_tok)
+    (loss + config.router_aux_loss_coef * pooled).backward()
+
+    signature = ours.training_signature(BATCH)
+    planned = Planner(ours, signature, training=True)(tokens, np.zeros(BATCH, np.int32), np.arange(BATCH), 0)
+    step = GradientStep(ours.net, signature, ours.layout, True, Objective())
+    by_sample, auxiliary, _, by_expert, shared, _ = step(
+        planned.fixed[0], Tensor(planned.labels), Tensor(planned.mask / np.float32(planned.mask.sum())),
+        Tensor(1.0, ms.float32), *planned.fixed[1:], *planned.flat(signature, ours.store),
+    )  # fmt: skip
+    assert by_sample.asnumpy().sum() / labels.numel() == pytest.approx(loss.item(), abs=1e-5)
+    assert float(auxiliary.asnumpy()) == pytest.approx(config.router_aux_loss_coef * pooled.item(), abs=1e-5)
+
+    found = {p.name: g.asnumpy() for p, g in zip(ours.net.trainable_params(), shared, strict=True)}
+    flat = iter(by_expert)
+    for place in signature.places:
+        for expert in range(place.slots):
+            for name in place.network.tensors:
+                found[f"domains.general.{place.name}.experts.{name}", expert] = next(flat).asnumpy()
+    named = dict(theirs.named_parameters())
+    checked = set()
+    for key, gradient in found.items():
+        tensor, expert = key if isinstance(key, tuple) else (key, None)
+        part = next(p for p in parts_of(ours.config, tensor) if p.expert == expert)
+        expected = named[part.name].grad.numpy()
+        expected = expected.T if part.turned else expected
+        largest = max(1.0, float(np.abs(expected).max()))
+        np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-5 * largest, err_msg=str(key))
+        checked.add(part.name)
+    assert checked == named.keys()
+
+
+def tensor_bytes(folder) -> dict[str, tuple]:
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            found[name] = tensor.dtype, tuple(tensor.shape), tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return found
+
+
+def test_weights_survive_the_round_trip_byte_for_byte(theirs, folder, imported, tmp_path):
+    assert export(imported.checkpoint.path, tmp_path / "out", "hf-olmoe", options=Options(max_shard_bytes=50_000)) == []
+    assert tensor_bytes(tmp_path / "out") == tensor_bytes(folder)
+    before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "out"))
+    assert {key: after.get(key, before[key]) for key in before} | {"transformers_version": ""} == before | {
+        "transformers_version": "", "output_router_logits": False,
+    }  # fmt: skip
+    again, info = OlmoeForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), theirs.parameters(), strict=True))
+
+
+def test_half_precision_keeps_its_bits(theirs, wanted, tmp_path):
+    OlmoeForCausalLM(theirs.config).to(torch.bfloat16).save_pretrained(tmp_path / "in")
+    done = import_olmoe(tmp_path / "in", tmp_path / "model", wanted).checkpoint
+    assert {entry.dtype for entry in done.manifest.tensors.values()} == {"bfloat16"}
+    export(done.path, tmp_path / "out", "hf-olmoe", options=Options("bfloat16"))
+    assert tensor_bytes(tmp_path / "out") == tensor_bytes(tmp_path / "in")
+
+
+def test_what_does_not_fit_is_an_error_with_the_list_and_nothing_is_written(folder, wanted, tmp_path):
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    missing, strange = "model.layers.1.mlp.experts.3.up_proj.weight", "model.layers.0.mlp.experts.6.up_proj.weight"
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text((folder / "config.json").read_text())
+    changed = {name: tensor for name, tensor in tensors.items() if name != missing}
+    changed |= {strange: tensors[missing].clone(), "lm_head.weight": tensors["lm_head.weight"][:-1].clone()}
+    save_file(changed, broken / "model.safetensors")
+    with pytest.raises(UserError) as error:
+        import_olmoe(broken, tmp_path / "out", wanted)
+    for said in (f"lacks what these tensors need: {missing}", strange, "lm_head.weight ["):
+        assert said in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": "llama"}, "a model of type llama"),
+        ({"clip_qkv": 8.0}, "clip_qkv = 8.0"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads = 2"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"eos_token_id": None}, "--eod-id"),
+    ],
+)
+def test_an_architecture_that_this_is_not_is_refused(folder, wanted, tmp_path, change, said):
+    values = json.loads((folder / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    for file in folder.glob("model*"):
+        (tmp_path / file.name).symlink_to(file)
+    with pytest.raises(UserError, match=said):
+        import_olmoe(tmp_path, tmp_path / "out", wanted)
+
+
+def test_a_damaged_folder_is_refused_by_the_files_name(folder, wanted, tmp_path):
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(UserError, match="has neither model.safetensors nor"):
+        import_olmoe(tmp_path, tmp_path / "out", wanted)
+    shards = sorted(folder.glob("*.safetensors"))
+    for file in (*shards[1:], folder / "model.safetensors.index.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match=shards[0].name):
+        import_olmoe(tmp_path, tmp_path / "out", wanted)
+    (tmp_path / shards[0].name).write_bytes(shards[0].read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"{shards[0].name} is no whole safetensors file"):
+        import_olmoe(tmp_path, tmp_path / "out", wanted)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["lm_head.weight"] = "../model.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"\.\./model.safetensors"):
+        import_olmoe(tmp_path, tmp_path / "out", wanted)
+
+
+def test_a_model_that_is_no_olmoe_is_not_handed_out_as_one(stored, imported, tmp_path):
+    with pytest.raises(UserError, match="model.norm is layernorm"):
+        export(stored("dense").path, tmp_path / "out", "hf-olmoe")
+    with pytest.raises(UserError, match="--format hf-olmoe"):
+        export(imported.checkpoint.path, tmp_path / "out", "hf")
+
+
+def test_the_folders_own_tokenizer_comes_along(folder, tmp_path, tokenizer):
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from transformers import AutoTokenizer
+
+    library = Library(models.BPE())
+    library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>", "<|padding|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    library.train_from_iterator(["the quick brown fox jumps over the lazy dog"] * 20, trainer)
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    values = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 0}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    library.save(str(tmp_path / "tokenizer.json"))
+    done = import_olmoe(tmp_path, tmp_path / "model", Wanted())
+    found = load_trained_tokenizer(done)
+    assert (found.kind, found.eod_id, found.pad_id) == ("huggingface", 0, 1)
+    text = "the fox, <|endoftext|> <|padding|> dog\n\tnaïve 🙂"
+    ids = found.encode(text)
+    assert 0 not in ids and 1 not in ids and found.decode([*ids, 0]) == text
+    assert [list(row) for row in found.encode_batch([text, ""])] == [ids, []]
+    export(done.checkpoint.path, tmp_path / "out", "hf-olmoe")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs("the fox").input_ids == found.encode("the fox") and theirs.eos_token_id == 0
+
+
+def load_trained_tokenizer(done):
+    from pangu_sigma.trained_model import stored_tokenizer
+
+    return stored_tokenizer(open_checkpoint(done.checkpoint.path))

@@ -1,0 +1,144 @@
+"""Changes a run's domains in child processes that are killed with SIGKILL at one file operation after the other.
+
+    python -m tests.pangu_sigma.domains.killed_at_every_write RUN SCRATCH CHANGE TEXT
+
+For every operation on the run that the change makes, a copy of RUN is changed by a child that dies just before it; what
+is left must be the old family or the new one, and changing it again, or going on from it, must give the new one. Prints
+{"operations": n, "old": n, "new": n} or fails. Only this process forks, which runs no other threads.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pangu_sigma.checkpoint import Checkpoint, find_latest, folder_layout
+from pangu_sigma.config.domain_edits import Ahead
+from pangu_sigma.domains.add_domain import NewDomain, add_domain, add_model
+from pangu_sigma.domains.expand_gates import expand_domain
+from pangu_sigma.domains.merge_models import merge_models
+from pangu_sigma.domains.remove_domain import remove_domain, rename_domain
+from pangu_sigma.domains.resize_domain import resize_domain
+from pangu_sigma.train.startup.run_config import mend_config
+from pangu_sigma.trained_model import stored_config
+
+_HIDDEN = (".tmp", ".trash", ".replaced", ".out", ".step", ".config")
+WRITES = {"os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
+
+
+def changes(text: str) -> dict[str, Callable[[Path], object]]:
+    """Every change by name, of the run in a folder."""
+    new = NewDomain("medicine", (text,), 2, "mean")
+    held = Ahead("medicine", 2, "regularised", regularise={"output": 1.0})
+    return {
+        "add": lambda run: add_domain(run, new),
+        "add-out": lambda run: add_domain(run, new, out=run / "out"),
+        "add-model": lambda run: add_model(run, run.parent / "sibling", "law", name="statutes"),
+        "remove": lambda run: remove_domain(run, "law"),
+        "rename": lambda run: rename_domain(run, "law", "statutes"),
+        "resize": lambda run: resize_domain(run, "law", 3),
+        "merge": lambda run: merge_models([run, run], run / "out"),
+        "expand": lambda run: expand_domain(run, new, held),
+    }
+
+
+def die_at(operation: int, run: Path) -> None:
+    """Kill this process just before its file operation of this number that concerns the run; count from 0."""
+    count = 0
+    prefixes = tuple(str(run / name) for name in ("checkpoints", "previous", "out", ".out", "config", ".config"))
+
+    def audit(event: str, arguments: tuple) -> None:
+        nonlocal count
+        if event in WRITES:
+            paths = [str(a) for a in arguments if isinstance(a, str | os.PathLike)]
+        elif event == "open" and isinstance(arguments[0], str | os.PathLike) and (arguments[2] or 0) & os.O_CREAT:
+            paths = [str(arguments[0])]
+        else:
+            return
+        if any(path.startswith(prefixes) for path in paths):
+            if count == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
+
+    sys.addaudithook(audit)
+
+
+def in_child(work: Callable[[], object], before: Callable[[], object] = lambda: None) -> bool:
+    """Whether `work` came to its end in a child process, which may be killed; False where it was."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            before()
+            work()
+            os._exit(0)
+        except BaseException as error:
+            os.write(1, f"{error!r}\n".encode())
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return False
+    assert os.WEXITSTATUS(status) == 0, "the change failed"
+    return True
+
+
+def family(checkpoint: Checkpoint) -> dict[str, str]:
+    """Every tensor's hash, after the files were read again."""
+    checkpoint.verify()
+    return {name: checkpoint.manifest.tensors[name].slices[0].sha256 for name in checkpoint.names()}
+
+
+def result(run: Path, change: str) -> Checkpoint | None:
+    """What the change makes, where it stands."""
+    if change == "merge":
+        out = run / "out"
+        return find_complete(out) if out.exists() else None
+    where = run / "out" if change.endswith("-out") else run
+    return find_latest(where)[0] if where.exists() else None
+
+
+def find_complete(folder: Path) -> Checkpoint:
+    from pangu_sigma.checkpoint import open_checkpoint
+
+    return open_checkpoint(folder)
+
+
+def main(source: Path, scratch: Path, change: str, text: str) -> None:
+    do = changes(text)[change]
+    whole = scratch / "whole"
+    shutil.copytree(source, whole)
+    assert in_child(lambda: do(whole))
+    wanted = family(result(whole, change))
+    before = None if change in ("merge", "add-out") else family(result(source, change))
+    counts = {"operations": 0, "old": 0, "new": 0}
+    run = scratch / "killed"
+    while True:
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(source, run)
+        if in_child(lambda: do(run), lambda: die_at(counts["operations"], run)):
+            break
+        found = result(run, change)
+        now = None if found is None else family(found)
+        assert now in (before, wanted), f"operation {counts['operations']}: neither the old nor the new family"
+        # The model that is left loads, and its files and configuration say the same.
+        is_new = now == wanted and now != before
+        counts["new" if is_new else "old"] += 1
+        if is_new and before is not None:
+            mend_config(run, found)
+            assert (run / folder_layout.CONFIG).read_text(encoding="utf-8") == found.config_text
+            assert stored_config(found).domain_names == found.domains
+        elif not is_new:
+            assert in_child(lambda: do(run))
+            assert family(result(run, change)) == wanted
+            left = [path for path in run.rglob(".*") if path.name.startswith(_HIDDEN)]
+            assert not left, left
+        counts["operations"] += 1
+    assert family(result(run, change)) == wanted
+    print(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4])

@@ -1,0 +1,87 @@
+"""Held-out text measured without its domain: the same losses where it is given, a whole table, refusals."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pangu_sigma.errors import UserError
+from pangu_sigma.evaluation.domain_evaluation import evaluate
+from pangu_sigma.evaluation.inferred_domains import evaluate_unknown
+from tests.pangu_sigma.train import training_process
+
+DOMAINS = ["code", "law", "poems"]
+
+
+@pytest.fixture(scope="module")
+def run(finished_run, tmp_path_factory):
+    import shutil
+
+    return shutil.copytree(finished_run, tmp_path_factory.mktemp("unknown") / "run")
+
+
+@pytest.fixture(scope="module")
+def uniform(run):
+    return evaluate_unknown(run)
+
+
+def test_the_given_domains_losses_are_those_of_an_evaluation(run, uniform):
+    losses = evaluate(run)["losses"]
+    assert {name: found["given"] for name, found in uniform["domains"].items()} == pytest.approx(losses, abs=1e-5)
+    assert list(uniform["domains"]) == DOMAINS
+    for found in uniform["domains"].values():
+        assert list(found["accuracy"]) == [16] and 0.0 <= found["accuracy"][16] <= 1.0
+
+
+def test_other_priors_and_mixtures_are_other_measurements(run, uniform):
+    mixed = evaluate_unknown(run, top=3, prior="updating")
+    cached = evaluate_unknown(run, prior="cached")
+    for name, found in uniform["domains"].items():
+        assert mixed["domains"][name]["auto"] != found["auto"]
+        assert mixed["domains"][name]["given"] == found["given"]
+        assert cached["domains"][name]["tokens"] < found["tokens"]
+
+
+def test_more_domains_than_there_are_cannot_be_mixed(run):
+    with pytest.raises(UserError, match="more than the 3 domains"):
+        evaluate_unknown(run, top=4)
+
+
+def test_generate_takes_the_domain_it_inferred(run, tmp_path):
+    asked = ["--prompt", "the court shall", "--max-tokens", 2, "--temperature", 0]
+    auto = training_process.command("generate", run, "--domain", "auto", *asked, "--json", cwd=tmp_path)
+    assert auto.returncode == 0, auto.stderr
+    found = json.loads(auto.stdout)
+    assert found["domain"] in DOMAINS and found.pop("domains").keys() == {found["domain"]}
+    given = training_process.command("generate", run, "--domain", found["domain"], *asked, "--json", cwd=tmp_path)
+    assert json.loads(given.stdout) == found
+
+
+def test_generate_mixes_domains_with_a_prior_of_texts_like_the_prompts(run, corpora, tmp_path):
+    lines = "".join(json.dumps({"prompt": text}) + "\n" for text in ("the court", "moon and star", ""))
+    asked = ["--jsonl", "--max-tokens", 2, "--top", 3, "--prior", "cached", "--prior-texts", corpora / "poems.jsonl"]
+    done = training_process.command("generate", run, "--domain", "auto", *asked, cwd=tmp_path, input=lines)
+    assert done.returncode == 0, done.stderr
+    for line in map(json.loads, done.stdout.splitlines()):
+        assert set(line["domains"]) == set(DOMAINS) and sum(line["domains"].values()) == pytest.approx(1.0)
+        assert line["domain"] == max(line["domains"], key=line["domains"].get)
+    for options, sentence in (
+        (["--domain", "law", "--top", 2], "add --domain auto"),
+        (["--domain", "auto", "--top", 4], "more than the 3 domains"),
+        (["--domain", "auto", "--prior", "cached"], "give both, or neither"),
+        (["--domain", "auto", "--prior", "cached", "--prior-texts", "no.txt"], "no.txt does not exist"),
+    ):
+        refused = training_process.command("generate", run, "--prompt", "the", *options, cwd=tmp_path)
+        training_process.assert_refused(refused, sentence)
+
+
+def test_the_command_prints_a_table_and_refuses_what_has_no_use(run, tmp_path):
+    printed = training_process.command("evaluate", run, "--domain", "auto", "--json", "--batches", 1, cwd=tmp_path)
+    assert printed.returncode == 0, printed.stderr
+    assert list(json.loads(printed.stdout)["domains"]) == DOMAINS
+    refused = training_process.command("evaluate", run, "--domain", "law", cwd=tmp_path)
+    training_process.assert_refused(refused, "only auto is")
+    training_process.assert_refused(
+        training_process.command("evaluate", run, "--top", 2, cwd=tmp_path), "add --domain auto"
+    )

@@ -1,0 +1,118 @@
+"""Packed examples are computed as if each stood alone, only answers count, and padding reaches no expert."""
+
+import numpy as np
+import pytest
+
+from pangu_sigma.finetuning.example_rows import (
+    HeldoutExamples,
+    PackedExamples,
+    PairedExamples,
+    pack,
+    row_of,
+    sampler_of,
+)
+from pangu_sigma.finetuning.examples import ExampleSet, TokenSequence
+from pangu_sigma.model.scoring import Scorer
+from pangu_sigma.train.objective import Objective
+from pangu_sigma.train.trainer import Trainer
+from tests.pangu_sigma.train.small_trainer import EOD, LENGTH, VOCAB, small_config, small_model
+
+PAD = 0
+
+
+def sequence(draw, prompt: int, answer: int) -> TokenSequence:
+    ids = draw.integers(EOD + 1, VOCAB, prompt + answer + 1).astype(np.int32)
+    ids[-1] = EOD
+    return TokenSequence(ids, prompt)
+
+
+def example_set(count: int, answers: int = 1, name: str = "code") -> ExampleSet:
+    draw = np.random.default_rng(1)
+    made = [
+        tuple(sequence(draw, draw.integers(1, 5), draw.integers(1, 5)) for _ in range(answers)) for _ in range(count)
+    ]
+    return ExampleSet(name, tuple(made[:-3]), tuple(made[-3:]), 0, 0, "f")
+
+
+def test_the_labels_that_count_are_the_answers_and_their_ends():
+    one, two = TokenSequence(np.array([5, 6, 7, EOD]), 2), TokenSequence(np.array([8, 9, EOD]), 1)
+    tokens, mask, padding = row_of([one, two], 8, PAD)
+    assert tokens.tolist() == [5, 6, 7, EOD, 8, 9, EOD, PAD, PAD]
+    assert mask.tolist() == [0, 1, 1, 0, 1, 1, 0, 0]  # labels 7, EOD, 9, EOD
+    assert padding.tolist() == [False] * 6 + [True] * 2
+
+
+def test_rows_take_what_fits_in_order():
+    assert pack(np.array([4, 4, 2, 8, 1]), 8).tolist() == [0, 2, 3, 4, 5]
+
+
+def test_every_example_comes_once_an_epoch_in_another_order():
+    examples = example_set(23)
+    stream = PackedExamples(examples, LENGTH, PAD, seed=1)
+    seen, index, orders = [], 0, []
+    for _ in range(2):
+        order = []
+        while sum(map(len, order)) < sum(len(answers[0].ids) for answers in examples.train):
+            tokens, _, padding = stream.sample(index)
+            order.append(tokens[0, : int((~padding[0]).sum()) + 1].tolist())
+            index += 1
+        orders.append([tuple(row) for row in order])
+        flat = [token for row in order for token in row]
+        seen.append(sorted(map(tuple, np.split(flat, np.flatnonzero(np.array(flat) == EOD) + 1)[:-1])))
+    expected = sorted(tuple(answers[0].ids.tolist()) for answers in examples.train)
+    assert seen == [expected, expected] and orders[0] != orders[1]
+    # Any row can be read without those before it, as a resumed run does.
+    np.testing.assert_array_equal(PackedExamples(examples, LENGTH, PAD, 1).sample(index - 1)[0], tokens)
+
+
+def test_a_pair_is_two_rows_of_its_domain():
+    examples = example_set(9, answers=2, name="law")
+    sampler = sampler_of({"law": examples}, ("code", "law"), "dpo", LENGTH, PAD, {"law": 1.0}, 1, None)
+    drawn = sampler.next_batch(3)
+    assert drawn.domain.tolist() == [1] * 6 and drawn.sample.tolist() == [0, 0, 1, 1, 2, 2]
+    whole = {tuple(map(lambda answer: tuple(answer.ids.tolist()), pair)) for pair in examples.train}
+    rows = [
+        tuple(row[: int((~padding).sum()) + 1].tolist())
+        for row, padding in zip(drawn.tokens, drawn.padding, strict=True)
+    ]
+    assert {(rows[0], rows[1]), (rows[2], rows[3]), (rows[4], rows[5])} <= whole
+    stream = PairedExamples(examples, LENGTH, PAD, 1)
+    assert {stream.sample(i)[0].tobytes() for i in range(6)} == {stream.sample(i)[0].tobytes() for i in range(6, 12)}
+
+
+def test_an_example_in_a_packed_row_has_the_losses_that_it_has_alone():
+    draw = np.random.default_rng(2)
+    chosen = [sequence(draw, 3, 2), sequence(draw, 2, 3)]
+    model = small_model(small_config({"init_std": 0.5}))
+    scorer = Scorer(model, 3)
+    rows = [row_of(part, LENGTH, PAD) for part in (chosen, chosen[:1], chosen[1:])]
+    losses = scorer.losses(np.stack([row[0] for row in rows]), [0, 0, 0])
+    packed, first, second = (losses[i][rows[i][1] > 0] for i in range(3))
+    np.testing.assert_allclose(packed, np.concatenate([first, second]), rtol=1e-6)
+
+
+def test_padding_trains_no_expert():
+    draw = np.random.default_rng(3)
+    tokens, mask, padding = (part[None] for part in row_of([sequence(draw, 2, 2)], LENGTH, PAD))
+    from pangu_sigma.data.mixture_sampler import Batch
+
+    trainer = Trainer(small_model(small_config(train={"batch_size": 1})), Objective(auxiliary=False))
+    (planned,) = trainer.plan(Batch(tokens, np.array([0], np.int32), np.array([0]), 0, mask, padding))
+    assert sum(plan.counts.sum() for plan in planned.plans) == 4 and planned.dropped.sum() == 0
+    trainer.step(0, [planned])
+    record = trainer.accounting.take()
+    assert sum(sum(rows) for rows in record["expert_load"]["blocks.0"].values()) == 4
+    assert record["tokens"] == {"code": 3} and record["dropped_share"]["blocks.0"] == {"code": 0.0}
+
+
+def test_held_out_labels_are_counted_once():
+    heldout = HeldoutExamples(example_set(10), LENGTH, PAD)
+    _, masks = heldout.batch(0, len(heldout) + 2)
+    assert masks.sum() == heldout.tokens > 0 and masks[len(heldout) :].sum() == 0
+
+
+@pytest.mark.parametrize("prompt", [1, 5])
+def test_the_longest_row_has_no_padding(prompt):
+    draw = np.random.default_rng(3)
+    _, mask, padding = row_of([sequence(draw, prompt, LENGTH - prompt)], LENGTH, PAD)
+    assert not padding.any() and mask.sum() == LENGTH - prompt + 1

@@ -1,0 +1,129 @@
+"""Fine-tuning as a job: it is a run like any other, of whatever model it is given."""
+
+import json
+
+import pytest
+import yaml
+
+from extract.extraction_job import extract, plan
+from pangu_sigma.checkpoint import open_checkpoint
+from pangu_sigma.config import load_config
+from pangu_sigma.errors import UserError
+from pangu_sigma.evaluation.domain_evaluation import evaluate
+from pangu_sigma.finetuning.finetuning_job import adapt
+from pangu_sigma.monitor.metrics_log import read_metrics
+from pangu_sigma.report import write_report
+from pangu_sigma.train.job import train
+from pangu_sigma.trained_model import stored_config
+from tests.pangu_sigma.finetuning.conftest import BASE, LENGTH, answers, write_jsonl
+from tests.pangu_sigma.train.training_process import assert_equal_checkpoints, assert_refused, checkpoint, command
+
+
+def evaluations(run) -> list[dict]:
+    return [record for record in read_metrics(run) if record["kind"] == "evaluate"]
+
+
+def test_sft_learns_the_answers_and_a_resumed_run_ends_with_the_same_bytes(taught, adaptation_file, tmp_path):
+    file = adaptation_file("sft")
+    done = command("sft", taught, file, "run.dir=whole", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "law: 3" in done.stderr and "examples to learn from" in done.stderr and "training: 4/4" in done.stderr
+    losses = [record["losses"]["law"] for record in evaluations(tmp_path / "whole")]
+    assert len(losses) == 3 and losses[-1] < losses[0] - 0.05
+    adapt(taught, file, "sft", (f"run.dir={tmp_path / 'parts'}", "train.stop_at=2"))
+    adapt(tmp_path / "gone", file, "sft", (f"run.dir={tmp_path / 'parts'}",), resume=True)
+    assert_equal_checkpoints(checkpoint(tmp_path / "whole", 4), checkpoint(tmp_path / "parts", 4))
+
+
+def test_dpo_prefers_the_chosen_answers_and_resumes_to_the_same_bytes(taught, adaptation_file, tmp_path):
+    file = adaptation_file("dpo", beta=0.5)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    adapt(taught, file, "dpo", (f"run.dir={whole}", "model.dropout=0", "model.attention.dropout=0"))
+    first, *_, last = evaluations(whole)
+    assert first["losses"]["law"] == pytest.approx(0.693147, abs=1e-5) and last["losses"]["law"] < 0.68
+    assert last["figures"]["preference_accuracy"] > 0.5 and last["figures"]["preference_margin"] > 0
+    assert "law" in write_report(whole).read_text(encoding="utf-8")
+    no_dropout = ("model.dropout=0", "model.attention.dropout=0")
+    adapt(taught, file, "dpo", (f"run.dir={parts}", "train.stop_at=2", *no_dropout))
+    moved = taught.with_name("moved")
+    taught.rename(moved)
+    try:
+        with pytest.raises(UserError, match="the reference model of this run was .* which is gone or changed: put it"):
+            adapt(taught, file, "dpo", (f"run.dir={parts}", *no_dropout), resume=True)
+        adapt(moved, file, "dpo", (f"run.dir={parts}", *no_dropout), resume=True)
+    finally:
+        moved.rename(taught)
+    mine, other = checkpoint(whole, 4), checkpoint(parts, 4)
+    for path, reference in ((mine, taught), (other, moved)):
+        state = json.loads((path / "state.json").read_text())
+        assert state["reference"].pop("path") == str(checkpoint(reference, 2))
+        (path / "state.json").write_text(json.dumps(state))
+    assert_equal_checkpoints(mine, other)
+
+
+def test_a_sub_model_learns_with_its_shared_parameters_frozen_and_its_parents_domains_keep_every_bit(
+    taught, adaptation_file, tmp_path
+):
+    file = adaptation_file("sft")
+    phases = 'train.phases=[{shared: false, domains: [law]}]'
+    run = adapt(taught, file, "sft", (f"run.dir={tmp_path / 'run'}", "adapt.examples.code.weight=0", phases))
+    before, after = (open_checkpoint(checkpoint(path, step)) for path, step in ((taught, 2), (run, 4)))
+    names = before.names(optimizer=False)
+    old, new = before.load(names), after.load(names)
+    changed = {name for name in names if old[name].tobytes() != new[name].tobytes()}
+    assert changed and all(name.startswith("domains.law.blocks.0.experts.") for name in changed)
+    # What it was trained on is still what it is measured on, and a domain can be cut out.
+    assert set(evaluate(run)["losses"]) == {"code", "law", "poems"}
+    out = tmp_path / "law"
+    sub = extract(plan(run, ["law"], out), out).model
+    assert stored_config(sub).adapt is None
+    write_jsonl(tmp_path / "law.jsonl", answers("law", 12))
+    examples = [{"name": "law", "data": [str(tmp_path / "law.jsonl")]}]
+    values = {**BASE, "adapt": {"template": "plain", "examples": examples}}
+    (tmp_path / "sub.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    again = adapt(out, tmp_path / "sub.yaml", "sft", (f"run.dir={tmp_path / 'again'}", "train.stop_at=1"))
+    assert checkpoint(again, 1).is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("router", ["olmoe", "hash", "expert_choice"])
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_models_of_other_routers_adapt(small_yaml, adaptation_file, tmp_path, router, objective):
+    size = [f"model.positions={LENGTH}", f"data.sequence_length={LENGTH}", "train.steps=1", "train.phases=[]"]
+    gate = [f"model.sparse.router={router}", "model.sparse.resample=false", "schedule.warmup_steps=0"]
+    if router == "olmoe":
+        parts = ["norm=rmsnorm", "position=rope", "feed_forward=swiglu", "activation=silu", "biases=false"]
+        parts += ["head=untied", "query_layer=none", "attention.qk_norm=true", "sparse.top_k=2"]
+        gate += [f"model.{part}" for part in parts]
+    model = train(load_config(small_yaml, [f"run.dir={tmp_path / 'model'}", *size, *gate, "evaluate.every=0"]))
+    run = adapt(model, adaptation_file(objective), objective, (f"run.dir={tmp_path / 'run'}",))
+    # Of what it learns from: four steps on random words say nothing of other words.
+    losses = [record["loss"] for record in read_metrics(run) if record["kind"] == "train"]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    assert {line["step"] for line in evaluations(run)} == {0, 2, 4}
+
+
+def test_mistakes_are_told_in_a_sentence(taught, adaptation_file, tmp_path):
+    sft, dpo = adaptation_file("sft"), adaptation_file("dpo")
+    assert_refused(command("sft", taught, dpo.rename(tmp_path / "d.yaml"), "adapt.examples.law.data=[gone.jsonl]",
+                           cwd=tmp_path), "the file", "gone.jsonl does not exist")  # fmt: skip
+
+    def refused(match, *overrides, file=sft, objective="sft"):
+        with pytest.raises(UserError, match=match):
+            adapt(taught, file, objective, (f"run.dir={tmp_path / 'run'}", *overrides))
+
+    refused("is no domain of the model: it has code, law, poems", "adapt.examples.law.name=music")
+    refused("is another model: model.ffn is 32 there and 64 here", "model.ffn=64")
+    refused("this job runs in one process: set parallel={}", "parallel={data: 2}")
+    refused("adapt.betta is not a known key: the nearest known key is adapt.beta", "adapt.betta=1")
+    refused("train.phases.0.weights draws poems", "train.phases=[{weights: {poems: 1}}]")
+    refused("evaluate.every = 2 needs held-out examples", "adapt.heldout_fraction=0")
+    values = yaml.safe_load(sft.read_text())
+    (tmp_path / "dpo.yaml").write_text(yaml.safe_dump({**values, "adapt": {**values["adapt"], "objective": "dpo"}}))
+    refused("adapt.objective is dpo: run it with pangu-sigma dpo", file=tmp_path / "dpo.yaml")
+    (tmp_path / "none.yaml").write_text(yaml.safe_dump(BASE))
+    refused("the section adapt is missing", file=tmp_path / "none.yaml")
+    refused("the field 'chosen' is missing", file=sft, objective="dpo")
+    with pytest.raises(UserError, match="adapt fine-tunes a trained model: run it with pangu-sigma sft MODEL"):
+        section = "adapt={objective: sft, examples: [{name: law, data: [a]}]}"
+        train(load_config(checkpoint(taught, 2) / "config.yaml", ["run.init_from=x", section]))

@@ -1,0 +1,23 @@
+"""In the dry process: the training graph of one Ascend device, with its own operators, compiled without one.
+
+    python one_device.py CONFIG.yaml [section.key=value …]
+"""
+
+import sys
+
+import mindspore as ms
+from mindspore.nn.utils import no_init_parameters
+
+from pangu_sigma.config import load_config, vocabulary_size
+from pangu_sigma.model.build_model import build_model
+from pangu_sigma.train.objective import Objective
+from pangu_sigma.train.step import GradientStep
+
+config = load_config(sys.argv[1], sys.argv[2:])
+ms.set_context(device_target="GPU", mode=ms.GRAPH_MODE, save_graphs=2, save_graphs_path="graphs")
+with no_init_parameters():
+    places = config.model.sparse_prefixes
+    model = build_model(config, vocabulary_size(config), 0, tables={p: {} for p in places}, initialise=False)
+    step = GradientStep(model.net, model.training_signature(config.train.batch_size), model.layout, True, Objective())
+ms.set_recursion_limit(100_000)
+step.compile(*step.get_inputs())

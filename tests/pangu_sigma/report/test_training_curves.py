@@ -1,0 +1,71 @@
+"""Smoothing, thinning, and loads say what their docstrings promise."""
+
+import math
+
+import pytest
+
+from pangu_sigma.report.expert_load_map import over_mean
+from pangu_sigma.report.line_chart import Chart, Line, line_chart, tick
+from pangu_sigma.report.series import dropped_by_layer, every, expert_loads, smooth, thin
+
+
+def test_smoothing_keeps_a_constant_and_the_first_value():
+    assert [v for _, v in smooth([(i, 2.0) for i in range(100)])] == pytest.approx([2.0] * 100)
+    noisy = [(i, 5.0 + (-1) ** i) for i in range(400)]
+    assert smooth(noisy)[0] == (0, 6.0)
+    assert all(abs(v - 5) < 0.2 for _, v in smooth(noisy)[20:])
+
+
+def test_a_short_curve_is_not_smoothed_and_gaps_are_left_out():
+    assert smooth([(1, 4.0), (2, math.nan), (3, 2.0)]) == [(1, 4.0), (3, 2.0)]
+
+
+def test_thinning_keeps_ends_extremes_and_gaps():
+    points = [(i, math.sin(i / 50)) for i in range(10_000)]
+    points[4321], points[6000] = (4321, 99.0), (6000, math.nan)
+    kept = thin(points, 200)
+    assert len(kept) <= 310 and kept == sorted(kept)
+    assert {points[0], points[-1], points[4321]} <= set(kept)
+    assert any(math.isnan(v) for _, v in kept)
+    assert every(points, 100)[-1] == points[-1] and len(every(points, 100)) <= 102
+    assert thin(points[:10]) == points[:10] and every([]) == []
+
+
+def test_loads_sum_the_last_quarter_and_follow_a_changed_group():
+    records = [
+        {"step": s, "expert_load": {"blocks.10": {"code": [s, 1]}, "blocks.9": {"code": [1]}}} for s in range(1, 9)
+    ]
+    assert expert_loads(records) == {"blocks.9": {"code": [2]}, "blocks.10": {"code": [15, 2]}}
+    assert list(expert_loads(records)) == ["blocks.9", "blocks.10"]
+    records.append({"step": 9, "expert_load": {"blocks.10": {"code": [1, 2, 3]}}})
+    assert expert_loads(records)["blocks.10"] == {"code": [1, 2, 3]}
+    assert expert_loads([{"step": 1}]) == {}
+    assert over_mean([30, 10]) == [1.5, 0.5] and over_mean([0, 0]) == []
+
+
+def test_dropped_share_is_the_mean_of_the_domains():
+    assert dropped_by_layer([{"step": 5, "dropped_share": {"blocks.1": {"a": 0.1, "b": 0.3}}}, {"step": 6}]) == {
+        "blocks.1": [(5, pytest.approx(0.2))]
+    }
+
+
+def test_axis_numbers():
+    assert [tick(v) for v in (0, 0.25, 3, 1500, 20e6, 3e-4, -2)] == ["0", "0.25", "3", "1.5k", "20M", "3e-4", "-2"]
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize(
+    "values", [[1.0], [0.0], [2.0, 2.0], [1e-9, 1e9], [-3.0, 5.0], [math.nan], [math.inf, 1.0, -math.inf], [1e300, 1.0]]
+)
+def test_any_values_make_a_chart_within_its_frame(values, log):
+    svg = line_chart([Line("x", list(enumerate(values)), marks=True)], Chart("x", log=log, end_labels=True))
+    assert svg.startswith("<svg") and svg.endswith("</svg>")
+    numbers = [float(part.split('"')[0]) for name in (' cx="', ' cy="', ' y1="') for part in svg.split(name)[1:]]
+    assert all(0 <= n <= 380 for n in numbers)
+
+
+def test_many_names_at_the_ends_do_not_overlap():
+    lines = [Line(f"d{i}", [(0, 5.0), (10, 3.0 + i / 1000)]) for i in range(8)]
+    svg = line_chart(lines, Chart("x", end_labels=True))
+    heights = sorted(float(part.split(' y="')[1].split('"')[0]) for part in svg.split('<text class="end')[1:])
+    assert all(b - a >= 12 for a, b in zip(heights, heights[1:], strict=False)) and heights[-1] <= 216

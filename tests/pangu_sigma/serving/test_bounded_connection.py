@@ -1,0 +1,126 @@
+"""Clients that are slow on purpose: what they can hold, and for how long. A real uvicorn on a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+
+from pangu_sigma.serving.server import _Server
+from pangu_sigma.serving.server_settings import Limits
+
+LIMITS = Limits(head_seconds=0.5, stall_seconds=0.7)
+HEAD = b"GET / HTTP/1.1\r\nHost: x\r\n"
+LARGE = 64 << 20  # more than the system holds for a connection
+
+
+async def app(scope, receive, send) -> None:
+    """/SECONDS answers after a while; /large sends more than anybody's buffers hold."""
+    body = b"x" * LARGE if scope["path"] == "/large" else b"answer"
+    with contextlib.suppress(ValueError):
+        await asyncio.sleep(float(scope["path"][1:]))
+    length = str(len(body)).encode()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
+    for at in range(0, len(body), 1 << 20):
+        last = at + (1 << 20) >= len(body)
+        await send({"type": "http.response.body", "body": body[at : at + (1 << 20)], "more_body": not last})
+
+
+@contextlib.asynccontextmanager
+async def served() -> AsyncIterator[tuple[_Server, int]]:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = _Server(app, LIMITS)
+        running = asyncio.ensure_future(server.serve(sockets=[listening]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        yield server, listening.getsockname()[1]
+        server.should_exit = True
+        await asyncio.wait_for(running, 10)
+
+
+def run(steps) -> None:
+    async def whole() -> None:
+        async with served() as (server, port):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                await asyncio.wait_for(steps(server, reader, writer), 20)
+            finally:
+                writer.close()
+
+    asyncio.run(whole())
+
+
+async def ended(reader: asyncio.StreamReader) -> float:
+    """Seconds until the server closes the connection."""
+    began = time.monotonic()
+    with contextlib.suppress(ConnectionResetError):
+        assert await reader.read() == b""
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("said", [b"", b"G", HEAD])
+def test_a_head_that_does_not_come_closes_the_connection(said):
+    async def steps(server, reader, writer):
+        writer.write(said)
+        assert 0.3 < await ended(reader) < 3
+        while server.server_state.connections:
+            await asyncio.sleep(0.01)
+
+    run(steps)
+
+
+def test_a_head_that_comes_byte_by_byte_gains_no_time():
+    async def steps(server, reader, writer):
+        closed = asyncio.ensure_future(ended(reader))
+        with contextlib.suppress(ConnectionError):
+            for byte in HEAD * 100:
+                writer.write(bytes([byte]))
+                await writer.drain()
+                await asyncio.sleep(0.05)
+                if closed.done():
+                    break
+        assert 0.3 < await closed < 3
+
+    run(steps)
+
+
+def test_an_answer_may_take_its_time_and_the_next_head_is_bounded_again():
+    async def steps(server, reader, writer):
+        for _ in range(2):
+            writer.write(b"GET /1.2 HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert (await reader.readuntil(b"answer")).startswith(b"HTTP/1.1 200")
+        writer.write(HEAD)
+        assert 0.3 < await ended(reader) < 3
+
+    run(steps)
+
+
+@pytest.mark.parametrize("more", [b"", b"Connection: close\r\n"])
+def test_a_client_that_does_not_take_its_answer_is_cut(more):
+    async def steps(server, reader, writer):
+        writer.transport.pause_reading()
+        writer.write(b"GET /large HTTP/1.1\r\nHost: x\r\n" + more + b"\r\n")
+        began = time.monotonic()
+        while not server.server_state.tasks:
+            await asyncio.sleep(0.01)
+        while server.server_state.connections or server.server_state.tasks:
+            await asyncio.sleep(0.01)
+        assert 0.5 < time.monotonic() - began < 5
+
+    run(steps)
+
+
+def test_a_client_that_reads_slowly_but_reads_gets_all():
+    async def steps(server, reader, writer):
+        writer.write(b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        taken = 0
+        while part := await reader.read(4 << 20):
+            taken += len(part)
+            await asyncio.sleep(0.001)
+        assert taken > LARGE
+
+    run(steps)

@@ -1,0 +1,102 @@
+"""In the dry process: what `train` builds on one rank of a mesh of devices, up to where a device would compute.
+
+    python on_devices.py CONFIG.yaml RESULT.npz
+
+The trainer compiles its step, the shared parameters get their values, and the graphs of a phase that freezes them and
+of an evaluation are compiled beside it. RESULT holds for every shared parameter the rank's part of it (`value NAME`),
+what MindSpore's own loader would have made of the whole one (`loaded NAME`) and, as `moment NAME`, the optimizer's.
+
+A rank of a pipeline stage has one graph. It plans a step's text, puts the experts that meet it where the graph has
+them and tells their values, and what the loader makes of the whole ones, in the same way; `inputs` is True for each
+input that has the shape which the graph takes.
+"""
+
+import os
+import sys
+
+from parallel.operator_layout import SLICES_STAY
+
+os.environ.update(SLICES_STAY)  # as `pangu_sigma.runtime` does
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+from mindspore.communication import init
+from mindspore.parallel._tensor import _load_tensor_by_layout
+
+from pangu_sigma.config import load_config, vocabulary_size
+from pangu_sigma.data.mixture_sampler import Batch
+from pangu_sigma.model.build_model import build_model, initialise_shared
+from pangu_sigma.model.initialization import initial_value
+from pangu_sigma.train.distributed.mesh_evaluation import Measurement
+from pangu_sigma.train.distributed.pipeline_step import PipelinedStep
+from pangu_sigma.train.objective import Objective
+from pangu_sigma.train.trainer import Trainer
+from parallel.comm.processes import Processes
+from rre.counted_random import generator, normal
+
+
+def main() -> None:
+    config, rank = load_config(sys.argv[1]), int(os.environ["RANK_ID"])
+    ms.set_context(device_target="GPU", mode=ms.GRAPH_MODE, save_graphs=2, save_graphs_path="graphs")
+    init("nccl")
+    model = build_model(config, vocabulary_size(config), 0, processes=Processes(config.parallel.mesh, rank))
+    trainer = Trainer(model)
+    staged = trainer.stages is not None
+    cell = trainer.stages.cell if staged else trainer._graphs(True, Objective()).cell
+    layouts = cell.parameter_layout_dict
+    initialise_shared(model)
+    found = {}
+    for name, array in model.shared.values().items():
+        whole = initial_value(name, model.shared.shapes[name], config.run.seed, config.model)
+        loaded = _load_tensor_by_layout(Tensor(whole), layouts[name], rank) if name in layouts else whole
+        found[f"value {name}"] = array
+        found[f"loaded {name}"] = np.asarray(loaded)
+    for name, array in trainer.optimizer.moments().items():
+        found[f"moment {name}"] = array
+    if staged:
+        found |= planned_step(trainer, cell, rank)
+        np.savez(sys.argv[2], **found)
+        return
+    ms.set_context(save_graphs_path="frozen")
+    trainer._graphs(False, Objective())
+    ms.set_context(save_graphs_path="evaluation")
+    measured = Measurement(model, 2 * config.parallel.mesh.rows, 8)
+    with measured.graph.context:
+        measured.cell.compile(*measured.cell.get_inputs())
+    np.savez(sys.argv[2], **found)
+
+
+def planned_step(trainer: Trainer, cell: PipelinedStep, rank: int) -> dict[str, np.ndarray]:
+    """What a rank gives its stage's graph for a step."""
+    stages, model = trainer.stages, trainer.model
+    rows, draw = trainer.reads, np.random.default_rng(1)
+    text = draw.integers(0, 512, (model.config.train.batch_size, model.config.data.sequence_length + 1))
+    planned = trainer.plan(Batch(text[rows].astype(np.int32), np.zeros(rows.size, np.int32), rows.astype(np.int64), 0))
+    inputs = stages._inputs(planned, 1.0)
+    found = {"inputs": np.array([a.shape == tuple(t.shape) for a, t in zip(inputs, cell.get_inputs(), strict=True)])}
+    stages.set_experts(stages._experts(planned[0]))
+    layers = {place.name: layer for layer, place in enumerate(trainer.signature.places)}
+    std = {"up.weight": model.config.model.init_std, "down.weight": model.config.model.residual_std}
+    for parameter in cell.experts:
+        place, tensor = parameter.name.split(".experts.")
+        tensor, chunk = tensor.split("/")
+        reserved = trainer.signature.places[layers[place]].reserved
+        shape = model.expert_shares[tensor].shape
+        experts = planned[0].plans[layers[place]].experts[reserved.by_chunk()[int(chunk)]]
+        whole = np.zeros((experts.size, *shape), np.float32)
+        for slot, expert in enumerate(experts.tolist()) if tensor in std else ():
+            rng = generator(model.config.run.seed, f"initial {place} {tensor}", expert)
+            whole[slot] = normal(rng, (1, *shape), std[tensor], model.config.model.init_cutoff)[0]
+        found[f"value {parameter.name}"] = parameter.asnumpy()
+        stated = cell.parameter_layout_dict[parameter.name]
+        # Where a product takes the slots by placement group, here one, the cut is stated with an axis of 1 before them.
+        full = [1] * (len(stated[1]) - whole.ndim) + list(whole.shape)
+        found[f"loaded {parameter.name}"] = np.asarray(
+            _load_tensor_by_layout(Tensor(whole), (*stated[:6], full, *stated[7:]), rank)
+        )
+    return found
+
+
+if __name__ == "__main__":
+    main()

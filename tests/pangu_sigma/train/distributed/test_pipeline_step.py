@@ -1,0 +1,94 @@
+"""The graph of a whole step is the sum of its micro-batches, in value and gradients; every tensor has one stage."""
+
+from __future__ import annotations
+
+import os
+
+import mindspore as ms
+import numpy as np
+from mindspore import ParameterTuple, Tensor, ops
+
+from pangu_sigma.config import config_from_dict
+from pangu_sigma.model.batch_planner import Planner, fixed_inputs
+from pangu_sigma.model.build_model import build_model
+from pangu_sigma.model.pangu import TrainingLoss
+from pangu_sigma.model.pipeline_stages import stage_of
+from pangu_sigma.train.distributed.pipeline_step import READ, PipelinedLoss, expert_tensors, step_inputs
+from parallel.mesh import Mesh
+from parallel.micro_batches import MicroBatches
+from parallel.operator_layout import SLICES_STAY
+from tests.pangu_sigma.train.distributed.test_spmd_step import BATCH, LENGTH, VALUES, VOCAB, WholeMesh
+
+MICRO = 2
+
+
+def test_micro_batches_of_one_graph_add_up():
+    mesh = {"expert": 2, "pipeline": 2}
+    config = config_from_dict(
+        {
+            **VALUES, "run": {**VALUES["run"], "device": "Ascend"}, "parallel": mesh, "experts": {"store": "device"},
+            "model": {**VALUES["model"], "layers": 4}, "train": {**VALUES["train"], "accumulation": MICRO},
+        }
+    )  # fmt: skip
+    model = build_model(config, VOCAB, 3, layout=WholeMesh(config.parallel.mesh))
+    signature = model.training_signature(BATCH // MICRO)
+    planner = Planner(model, signature, training=True)
+    draw = np.random.default_rng(4)
+    batches = []
+    for number in range(MICRO):
+        tokens = draw.integers(0, VOCAB, (BATCH // MICRO, LENGTH + 1)).astype(np.int32)
+        batches.append(planner(tokens, np.arange(4), np.arange(4) + 4 * number, 0))
+    one_hot = np.eye(4, dtype=np.float32)
+    columns = [
+        [
+            b.tokens, b.labels, b.mask / np.float32(100), b.positions, b.segments, one_hot[b.domain],
+            *(a for p in b.plans for a in p.plan.inputs),
+        ]
+        for b in batches
+    ]  # fmt: skip
+    weights = [t for b in batches[:1] for t in b.flat(signature, model.store) if len(t.shape) > 1 and t.shape[0] == 16]
+
+    model.net.set_stages(config.parallel.mesh)
+    loss = PipelinedLoss(model.net, model.layout, signature)
+    assert [p.shape for p in loss.experts] == [w.shape for w in weights] == list(expert_tensors(signature).values())
+    for parameter, weight in zip(loss.experts, weights, strict=True):
+        parameter.set_data(weight)
+    trained = ParameterTuple([*model.net.trainable_params(), *loss.experts])
+    alone = ops.value_and_grad(loss.set_train(), None, trained)
+    # One micro-batch alone is a training loss' objective; each of its domains has one sample.
+    whole_loss = TrainingLoss(model.net, model.layout, signature).set_train()
+    expected, sums = np.zeros(4), [0.0] * len(trained)
+    for planned, parts in zip(batches, columns, strict=True):
+        one, its = alone(*(Tensor(a) for a in parts))
+        _, by_sample, _, _ = whole_loss(
+            *(Tensor(a) for a in (planned.tokens, planned.labels, parts[2])), Tensor(np.float32(0.0)),
+            *planned.fixed[1:], *planned.flat(signature, model.store),
+        )  # fmt: skip
+        np.testing.assert_allclose(one.asnumpy(), by_sample.asnumpy() / 100, rtol=1e-6)
+        expected += one.asnumpy()
+        sums = [a + g.asnumpy() for a, g in zip(sums, its, strict=True)]
+    whole = [Tensor(np.concatenate(parts)) for parts in zip(*columns, strict=True)]
+    for handed_on in (False, True):
+        if handed_on:
+            model.net.hand_words_on(model.layout)
+        value, gradients = ops.value_and_grad(MicroBatches(loss, MICRO).set_train(), None, trained)(*whole)
+        np.testing.assert_allclose(value.asnumpy(), expected, rtol=1e-6)
+        for parameter, found, wanted in zip(trained, gradients, sums, strict=True):
+            np.testing.assert_allclose(found.asnumpy(), wanted, atol=1e-6, rtol=1e-4, err_msg=parameter.name)
+        assert any(np.abs(g.asnumpy()).max() > 0 for g in gradients[-4:])
+
+    shapes = step_inputs(signature, MICRO, 4)
+    assert [s for s, _, _ in shapes] == [(MICRO * p.shape[0], *p.shape[1:]) for p in columns[0]]
+    assert {name: fixed_inputs(4, LENGTH)[name][1] for name in READ}["weights"] == ms.float32
+
+
+def test_a_process_that_trains_has_slices_stay():
+    assert os.environ.items() >= SLICES_STAY.items()
+
+
+def test_every_tensor_has_one_stage():
+    mesh = Mesh(pipeline=4)
+    names = ["embedding.word", "embedding.position", "blocks.0.norm1.gamma", "blocks.5.router.weight"]
+    names += ["domains.law.optimizer.m.blocks.4.experts.up.weight", "query_layer.norm1.beta", "embedding.query"]
+    names += ["head.word"]
+    assert [stage_of(name, 8, mesh) for name in names] == [0, 0, 0, 2, 2, 3, 3, 3]

@@ -1,0 +1,144 @@
+"""The auxiliary losses of every gate that has some reach the objective exactly once: in a plain step, with recomputed
+activations, and in micro-batches."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from mindspore import Tensor, nn
+
+from pangu_sigma.data.mixture_sampler import Batch
+from pangu_sigma.train.step import GradientStep
+from rre.router_specs import KINDS
+from tests.pangu_sigma.train.small_trainer import batch, changed_names, small_trainer, tensors_now
+
+GATES = {
+    "switch": {"jitter": 0.1, "aux_loss_weight": 0.5, "dispatch": "capacity", "capacity_factor": 0.8},
+    "gshard": {"aux_loss_weight": 0.5, "dispatch": "capacity", "capacity_factor": 0.8},
+    "glam": {"aux_loss_weight": 0.5},
+    "noisy_top_k": {"top_k": 2, "importance_loss_weight": 0.5, "load_loss_weight": 0.5},
+    "olmoe": {"top_k": 2, "aux_loss_weight": 0.5, "z_loss_weight": 0.1, "shared_expert": True},
+    "olmoe, pooled": {"top_k": 2, "aux_loss_weight": 0.5, "z_loss_weight": 0.1, "balance": "pooled"},
+}
+# One layer is the whole model where that says enough: graphs take seconds to compile.
+SHORT = {"layers": 1, "query_layer": "none", "init_std": 0.3}
+GATE = "blocks.0.router.weight"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one step: the objective with its auxiliary losses, the mean token loss and the auxiliary loss, all summed over
+    micro-batches; `gradients` of the shared parameters by name, and `without` the auxiliary losses."""
+
+    objective: float
+    loss: float
+    auxiliary: float
+    gradients: dict[str, np.ndarray]
+    without: dict[str, np.ndarray]
+
+
+class Whole(nn.Cell):
+    """Everything that value and gradient of a step give."""
+
+    def __init__(self, step: GradientStep) -> None:
+        super().__init__(auto_prefix=False)
+        self.step = step
+
+    def construct(self, *inputs: Tensor):
+        return self.step.value_and_grad(*inputs)
+
+
+def sparse(gate: str) -> dict:
+    return {"router": gate.split(",")[0], **GATES[gate]}
+
+
+def measured(gate: str, drawn: Batch, **train) -> Measured:
+    trainer = small_trainer({**SHORT, "sparse": sparse(gate)}, train=train)
+    step = GradientStep(trainer.model.net, trainer.signature, trainer.model.layout, True, trainer.objective)
+    whole = Whole(step).set_train()
+    names = [p.name for p in trainer.model.net.trainable_params()]
+    batches = trainer.plan(drawn)
+    total = sum(float(b.mask.sum()) for b in batches)
+    found = {"objective": 0.0, "loss": 0.0, "auxiliary": 0.0}
+    gradients = {True: dict.fromkeys(names, 0.0), False: dict.fromkeys(names, 0.0)}
+    for planned in batches:
+        weights, share = trainer.objective.inputs(planned, None, 1.0, total, len(batches))
+        for counts in (True, False):
+            (objective, by_sample, auxiliary, _), (_, shared) = whole(
+                planned.fixed[0], Tensor(planned.labels), weights, share if counts else share * 0.0,
+                *planned.fixed[1:], *planned.flat(trainer.signature, trainer.model.store),
+            )  # fmt: skip
+            for name, gradient in zip(names, shared, strict=True):
+                gradients[counts][name] = gradients[counts][name] + gradient.asnumpy().astype(np.float64)
+            if counts:
+                found["objective"] += float(objective.asnumpy())
+                found["loss"] += float(by_sample.asnumpy().sum()) / total
+                found["auxiliary"] += float(auxiliary.asnumpy()) / len(batches)
+    return Measured(**found, gradients=gradients[True], without=gradients[False])
+
+
+def twice(drawn: Batch) -> Batch:
+    """Two micro-batches of the same text, for which gates draw the same noise."""
+    tokens, domain = np.concatenate([drawn.tokens] * 2), np.concatenate([drawn.domain] * 2)
+    return Batch(tokens, domain, np.concatenate([drawn.sample] * 2), drawn.step)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """gate -> a step on a whole batch, made once."""
+    found: dict[str, Measured] = {}
+
+    def get(gate: str) -> Measured:
+        if gate not in found:
+            found[gate] = measured(gate, twice(batch(0, [0, 1])))
+        return found[gate]
+
+    return get
+
+
+def test_every_gate_with_an_auxiliary_loss_is_here():
+    without = {"expert_choice", "adaptive_mixture"}
+    assert {gate.split(",")[0] for gate in GATES} == {n for n, kind in KINDS.items() if kind.learned} - without
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_the_objective_is_the_token_loss_and_the_auxiliary_loss_once(plain, gate):
+    """What the auxiliary loss is, the oracles of `tests/rre/routers` and `tests/pangu_sigma/model` say."""
+    found = plain(gate)
+    assert found.auxiliary > 0.1
+    assert found.objective == pytest.approx(found.loss + found.auxiliary, rel=1e-6)
+    assert np.abs(found.gradients[GATE] - found.without[GATE]).max() > 1e-3
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_once_with_recomputed_activations_too(plain, gate):
+    whole, again = plain(gate), measured(gate, twice(batch(0, [0, 1])), recompute=True)
+    assert (again.objective, again.loss, again.auxiliary) == (whole.objective, whole.loss, whole.auxiliary)
+    for name, gradient in whole.gradients.items():
+        np.testing.assert_array_equal(again.gradients[name], gradient, err_msg=name)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_once_over_micro_batches_too(plain, gate):
+    """Of equal micro-batches, whose mean is the whole batch's auxiliary loss."""
+    whole, parts = plain(gate), measured(gate, twice(batch(0, [0, 1])), accumulation=2)
+    assert parts.auxiliary == pytest.approx(whole.auxiliary, rel=1e-5)
+    assert parts.objective == pytest.approx(whole.objective, rel=1e-5)
+    for name, gradient in whole.gradients.items():
+        np.testing.assert_allclose(parts.gradients[name], gradient, rtol=1e-3, atol=1e-6, err_msg=name)
+    # What the auxiliary loss adds to the gate's gradient, which a second helping would double.
+    pull, pull_in_parts = (m.gradients[GATE] - m.without[GATE] for m in (whole, parts))
+    np.testing.assert_allclose(pull_in_parts, pull, atol=1e-3 * np.abs(pull).max())
+
+
+def test_recomputation_changes_no_bit_of_trained_gates_in_several_layers():
+    results = []
+    for recompute in (False, True):
+        trainer = small_trainer(
+            {"layers": 2, "query_layer": "none", "sparse": {"layers": 2, **sparse("olmoe")}},
+            train={"recompute": recompute},
+        )
+        steps = [trainer.step(step, trainer.plan(batch(step, [0, 1, 2, 0]))) for step in range(2)]
+        results.append((steps, tensors_now(trainer)))
+    assert results[0][0] == results[1][0]
+    assert not changed_names(results[0][1], results[1][1])

@@ -1,0 +1,286 @@
+"""Every learned gate with its experts against a NumPy oracle: what is assigned, weighed, dropped and added to the loss,
+under both dispatches and both kinds of kernels; and every gradient, against finite differences."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import ParameterTuple, Tensor, nn, ops
+
+from parallel.operator_layout import Layout
+from parallel.ops.compiled_kernels import library
+from rre.feed_forward_form import NetworkForm
+from rre.router_specs import KINDS
+from rre.routers import ROUTERS, Groups, RouterOptions
+from rre.sparse_layer import SparseFeedForward
+from tests.oracles import routers_numpy
+
+SAMPLES, LENGTH, HIDDEN, FFN = 2, 8, 6, 5
+TOKENS = SAMPLES * LENGTH
+GROUPS = Groups(("code", "law"), (3, 2))
+EXPERTS = GROUPS.total
+BASE = RouterOptions(
+    GROUPS, HIDDEN, LENGTH, Layout(), layer=1, seed=7, auxiliary_weight=0.4, z_loss_weight=0.05, importance_weight=0.3,
+    load_weight=0.2,
+)  # fmt: skip
+# case -> (router, what differs in its options). Capacity acts in training alone.
+CASES = {
+    "switch": ("switch", {"jitter": 0.1}),
+    "switch capacity": ("switch", {"jitter": 0.1, "capacity_factor": 1.0}),
+    "gshard": ("gshard", {"top_k": 2}),
+    "switch capacity of the batch": ("switch", {"capacity_factor": 0.8, "capacity_samples": 2}),
+    "gshard capacity of the batch": ("gshard", {"top_k": 2, "capacity_factor": 0.8, "capacity_samples": 2}),
+    "gshard capacity": ("gshard", {"top_k": 2, "capacity_factor": 0.8}),
+    "glam capacity": ("glam", {"top_k": 2, "capacity_factor": 0.8}),
+    "noisy_top_k": ("noisy_top_k", {"top_k": 2}),
+    "noisy_top_k capacity": ("noisy_top_k", {"top_k": 3, "capacity_factor": 0.9}),
+    "olmoe": ("olmoe", {"top_k": 3}),
+    "olmoe capacity, renormalised": ("olmoe", {"top_k": 3, "capacity_factor": 0.9, "renormalise": True}),
+    "expert_choice": ("expert_choice", {"top_k": 2}),
+    "adaptive_mixture": ("adaptive_mixture", {"top_k": 5}),
+    "adaptive_mixture competitive": ("adaptive_mixture", {"top_k": 5, "competitive": True}),
+}
+
+
+class Objective(nn.Cell):
+    """sum(y * slopes) + auxiliary loss, with y, the auxiliary loss and the rows beside it. In a competitive mixture the
+    experts' own losses are -(y_i * slopes), and y [T, 1] is the tokens' loss."""
+
+    def __init__(self, router, layout: Layout) -> None:
+        super().__init__()
+        self.layer = SparseFeedForward(
+            router.cell(), layout, NetworkForm("gelu"), ms.float32, by_expert=router.by_expert,
+            apart=router.apart,
+        )
+        self.apart = router.apart
+
+    def construct(self, x, slopes, *flat):
+        noise, weights = flat[: -4 * EXPERTS], flat[-4 * EXPERTS :]
+        y, auxiliary, rows = self.layer(x, noise, weights)
+        if self.apart:
+            outputs, shares = y
+            scores = (outputs.reshape(EXPERTS, -1, HIDDEN) * slopes).sum(2).transpose(1, 0) + shares
+            y = -ops.log(ops.exp(scores).sum(1, keepdims=True))
+            return y.sum() + auxiliary, y, auxiliary, rows
+        return (y * slopes).sum() + auxiliary, y, auxiliary, rows
+
+
+class WithGradients(nn.Cell):
+    """`Objective` and its gradients by x and by the gate's parameters."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__(auto_prefix=False)
+        self.objective = objective
+        self.found = ops.value_and_grad(objective, 0, ParameterTuple(objective.trainable_params()), has_aux=True)
+
+    def construct(self, x, slopes, *flat):
+        return self.found(x, slopes, *flat)
+
+
+def network(rows, weights):
+    up, up_bias, down, down_bias = weights
+    u = rows @ up + up_bias
+    return (0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3)))) @ down + down_bias
+
+
+class Case:
+    """One gate with given weights, and the oracle's answers to the same."""
+
+    def __init__(self, name: str, kernels: str | None = None) -> None:
+        self.kind, changes = CASES[name]
+        layout = Layout(kernels=kernels)
+        self.options = dataclasses.replace(BASE, layout=layout, **changes)
+        self.router = ROUTERS[self.kind].build(self.options)
+        draw = np.random.default_rng(3)
+
+        def normal(*shape: int) -> np.ndarray:
+            return draw.standard_normal(shape).astype(np.float32)
+
+        self.x, self.slopes = normal(TOKENS, HIDDEN), normal(TOKENS, HIDDEN)
+        self.experts = [[normal(HIDDEN, FFN), normal(FFN), normal(FFN, HIDDEN), normal(HIDDEN)] for _ in range(EXPERTS)]
+        self.objective = Objective(self.router, layout)
+        self.gates = {p.name.rsplit(".", 1)[-1]: normal(*p.shape) for p in self.objective.trainable_params()}
+        for parameter in self.objective.trainable_params():
+            parameter.set_data(Tensor(self.gates[parameter.name.rsplit(".", 1)[-1]]))
+        self.noise = []
+        if self.router.noise_shape(TOKENS):
+            self.noise = [self.router.noise(4, np.array([11, 12]))]
+            assert self.noise[0].shape == self.router.noise_shape(TOKENS) and self.noise[0].dtype == np.float32
+
+    def flat(self, noise) -> list[Tensor]:
+        return [Tensor(a) for a in (*noise, *(w for expert in self.experts for w in expert))]
+
+    def route(self, x, gates, noise) -> routers_numpy.Routed:
+        o, g, n = self.options, gates["weight"], (noise[0].astype(np.float64) if noise else None)
+        if self.kind == "switch":
+            return routers_numpy.switch(x, g, o.auxiliary_weight, n)
+        if self.kind in ("gshard", "glam"):
+            return routers_numpy.gshard(x, g, o.auxiliary_weight, n)
+        if self.kind == "noisy_top_k":
+            return routers_numpy.noisy_top_k(
+                x, g, gates["noise_weight"], o.top_k, o.importance_weight, o.load_weight, n
+            )
+        if self.kind == "olmoe":
+            return routers_numpy.olmoe(x, g, o.top_k, o.auxiliary_weight, o.z_loss_weight, o.renormalise)
+        if self.kind == "adaptive_mixture":
+            return routers_numpy.adaptive_mixture(x, g)
+        return routers_numpy.expert_choice(x, g, 4, LENGTH)  # ceil(8 tokens * 2 / 5 experts)
+
+    def kept(self, routed: routers_numpy.Routed, training: bool) -> list[list[int]]:
+        factor = self.options.capacity_factor
+        group = self.options.capacity_samples * LENGTH
+        capacity = None if factor is None or not training else int(np.ceil(factor * self.options.top_k * group / 5))
+        return routers_numpy.kept(routed.order, EXPERTS, group, capacity)
+
+    def answer(self, x, gates, noise, training: bool):
+        """(y, auxiliary loss, kept choices, all choices) by the oracle."""
+        routed = self.route(x, gates, noise)
+        kept = self.kept(routed, training)
+        experts = [[w.astype(np.float64) for w in expert] for expert in self.experts]
+        if self.options.competitive:
+            losses = -np.stack([(network(x, weights) * self.slopes).sum(1) for weights in experts], 1)
+            y = routers_numpy.competitive_loss(routed.weights, losses)[:, None]
+            return y, routed.auxiliary, kept, routed.order
+        y = np.zeros(x.shape)
+        for t, chosen in enumerate(kept):
+            for e in chosen:
+                y[t] += routed.weights[t, e] * network(x[t], experts[e])
+        return y, routed.auxiliary, kept, routed.order
+
+
+@pytest.fixture(scope="module", params=["composed", "compiled"])
+def made(request):
+    """Case name -> its gate, made once."""
+    kernels = library() if request.param == "compiled" else None
+    if request.param == "compiled" and kernels is None:
+        pytest.skip("no compiled kernels in this installation")
+    found: dict[str, Case] = {}
+
+    def make(name: str) -> Case:
+        if name not in found:
+            found[name] = Case(name, kernels)
+        return found[name]
+
+    return make
+
+
+def exact(case: Case) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    return case.x.astype(np.float64), {n: g.astype(np.float64) for n, g in case.gates.items()}
+
+
+def agree(case: Case, found, expected) -> None:
+    """y, auxiliary loss and rows are the oracle's."""
+    y, auxiliary, rows = found
+    np.testing.assert_allclose(y.asnumpy(), expected[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(auxiliary.asnumpy(), expected[1], rtol=1e-5, atol=1e-7)
+    _, _, kept, order = expected
+    for sample in range(SAMPLES):
+        mine = range(sample * LENGTH, (sample + 1) * LENGTH)
+        taken = np.bincount([e for t in mine for e in kept[t]], minlength=EXPERTS)
+        np.testing.assert_array_equal(rows.asnumpy()[sample, :-1], taken)
+        lost = sum(len(order[t]) - len(kept[t]) for t in mine) / case.options.top_k
+        if case.kind == "expert_choice":
+            lost = sum(not kept[t] for t in mine)
+        np.testing.assert_allclose(rows.asnumpy()[sample, -1], lost, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_training_step_is_the_oracles_and_so_is_every_gradient(made, name):
+    case = made(name)
+    step = WithGradients(case.objective)
+    step.set_train()
+    (_, y, auxiliary, rows), (dx, dgates) = step(Tensor(case.x), Tensor(case.slopes), *case.flat(case.noise))
+    x, gates = exact(case)
+    expected = case.answer(x, gates, case.noise, True)
+    agree(case, (y, auxiliary, rows), expected)
+    if case.options.capacity_factor is not None:
+        assert sum(map(len, expected[2])) < sum(map(len, expected[3]))  # something was dropped
+    slopes = case.slopes.astype(np.float64)
+
+    def objective(values: dict[str, np.ndarray]) -> float:
+        y, auxiliary, _, _ = case.answer(values["x"], values, case.noise, True)
+        return float((y if case.options.competitive else y * slopes).sum() + auxiliary)
+
+    gradients = {"x": dx.asnumpy()}
+    gradients |= {p.name.rsplit(".", 1)[-1]: g.asnumpy() for p, g in
+                  zip(case.objective.trainable_params(), dgates, strict=True)}  # fmt: skip
+    for tensor, gradient in gradients.items():
+        values = {"x": x, **gates}
+        for entry in list(np.ndindex(gradient.shape))[:: 3 if tensor == "x" else 1]:
+            ends = []
+            for move in (1e-6, -1e-6):
+                moved = values[tensor].copy()
+                moved[entry] += move
+                ends.append(objective({**values, tensor: moved}))
+            np.testing.assert_allclose(gradient[entry], (ends[0] - ends[1]) / 2e-6, rtol=2e-3, atol=2e-3)
+        assert np.abs(gradient).max() > 0.1
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if "capacity" in n or n in ("gshard", "expert_choice")])
+def test_evaluation_has_no_noise_and_drops_nothing(made, name):
+    case = made(name)
+    case.objective.set_train(False)
+    _, y, auxiliary, rows = case.objective(Tensor(case.x), Tensor(case.slopes), *case.flat([]))
+    expected = case.answer(*exact(case), [], False)
+    agree(case, (y, auxiliary, rows), expected)
+    if case.kind != "expert_choice":
+        assert all(len(order) == case.options.top_k for order in expected[2])
+
+
+class Choice(nn.Cell):
+    """What a gate whose tokens choose decides in a training step: expert ids and combine weights [T, k]."""
+
+    def __init__(self, gate: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.gate = gate
+
+    def construct(self, x, *noise):
+        chosen = self.gate.choose(x, noise)
+        return chosen[0], chosen[1]
+
+
+# One case of every kind of gate: room is given after the choice.
+CHOOSE = ["switch", "gshard", "glam capacity", "noisy_top_k", "olmoe", "olmoe capacity, renormalised"]
+
+
+@pytest.mark.parametrize("name", [*CHOOSE, "adaptive_mixture", "adaptive_mixture competitive"])
+def test_every_token_is_assigned_as_the_oracle_assigns_it_with_its_weights(made, name):
+    """Expert choice, whose experts assign, is held to it by its outputs above."""
+    case = made(name)
+    ids, weights = (t.asnumpy() for t in Choice(case.objective.layer.router)(Tensor(case.x), *map(Tensor, case.noise)))
+    expected = case.route(*exact(case), case.noise)
+    weights = np.exp(weights) if case.options.competitive else weights
+    for t, order in enumerate(expected.order):
+        used = ids[t] < EXPERTS
+        assert ids[t][used].tolist() == order
+        np.testing.assert_allclose(weights[t][used], expected.weights[t, order], rtol=1e-4)
+
+
+def test_the_table_of_kinds_and_the_registry_name_the_same_routers():
+    assert set(KINDS) == set(ROUTERS)
+    for name, kind in KINDS.items():
+        assert ROUTERS[name].learned == kind.learned
+
+
+@pytest.mark.parametrize("kind", ["switch", "gshard", "noisy_top_k"])
+def test_noise_follows_seed_step_sample_and_layer_alone(kind):
+    options = dataclasses.replace(BASE, top_k=2, jitter=0.1)
+    drawn = partial(ROUTERS[kind].build(options).noise, 4)
+    both = drawn(np.array([11, 12]))
+    np.testing.assert_array_equal(np.concatenate([drawn(np.array([n])) for n in (11, 12)]), both)
+    others = [
+        ROUTERS[kind].build(options).noise(5, np.array([11, 12])),
+        drawn(np.array([13, 12])),
+        ROUTERS[kind].build(dataclasses.replace(options, seed=8)).noise(4, np.array([11, 12])),
+        ROUTERS[kind].build(dataclasses.replace(options, layer=0)).noise(4, np.array([11, 12])),
+    ]
+    assert all((other[:LENGTH] != both[:LENGTH]).any() for other in others)
+
+
+def test_a_noisy_gate_needs_an_expert_that_is_not_chosen():
+    with pytest.raises(ValueError, match="needs more than 5 experts"):
+        ROUTERS["noisy_top_k"].build(dataclasses.replace(BASE, top_k=5)).cell()
