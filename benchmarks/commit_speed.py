@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from benchmarks.commit_checkout import LOGS, Checkout, CommandFailed, common_overrides
-from pangu_sigma.monitor.terminal import progress
+from pangu_sigma.monitor.progress import progress
 
 # The first step compiles; MindSpore then tries thread counts for every kernel over its first 30 launches.
 WARMUP, STEPS = 32, 16

@@ -40,7 +40,7 @@ from pathlib import Path
 from benchmarks.commit_checkout import Checkout, CommandFailed, add_checkout, common_overrides
 from benchmarks.commit_results import Comparison, compare_folders, compare_json, compare_metrics, results_table
 from benchmarks.commit_speed import measure_speeds, speeds_table
-from pangu_sigma.monitor.terminal import progress
+from pangu_sigma.monitor.progress import progress
 
 DOMAIN = "code"
 PROMPT = "def "
