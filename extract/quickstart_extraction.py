@@ -1,4 +1,4 @@
-"""The quickstart's last part: cut out one domain, show that it is the same function, and let it write."""
+"""Extraction at the quickstart's end: cut out one domain, verify it, and sample from the sub-model."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 from extract.extraction_job import extract, plan
+from extract.extraction_summary import summary_text
 from pangu_sigma.checkpoint import folder_layout
 from pangu_sigma.checkpoint.model_folder import check_output
-from pangu_sigma.cli.extract_command import print_done
 from pangu_sigma.monitor.printable_text import printable_lines
 from pangu_sigma.quickstart import Finished, write_samples
 from pangu_sigma.trained_model import trained_from
@@ -23,9 +23,9 @@ def cut_out_and_show(finished: Finished, device: str) -> None:
     out = finished.folder / FOLDER / domain
     make_room(out)
     print(f"\n--- {domain}: cut out of the model\n")
-    done = extract(plan(finished.folder, [domain], out), out, device=device)
-    print_done(done, _shown(out))
-    trained = trained_from(done.model)
+    extracted = extract(plan(finished.folder, [domain], out), out, device=device)
+    print(summary_text(extracted, _relative(out)))
+    trained = trained_from(extracted.model)
     samples = write_samples(trained.model, trained.tokenizer, {domain: beginning})
     prompt, text = samples[domain]
     print(f"\n--- {domain}: the same beginning ▸ and what the sub-model writes on\n")
@@ -40,6 +40,6 @@ def make_room(out: Path) -> None:
     check_output(out)
 
 
-def _shown(out: Path) -> Path:
+def _relative(out: Path) -> Path:
     """The folder as a user would type it."""
     return out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("parallel", "rre", "pangu_sigma", "extract")  # each may import those before it
 # The top layer: it may import every package, and nothing but the starters of a package imports it.
 TOP_LAYER = ("pangu_sigma/__init__.py", "pangu_sigma/__main__.py", "pangu_sigma/api.py", "pangu_sigma/cli/")
-STARTERS = {"pangu_sigma/__main__.py", "extract/__main__.py", "extract/quickstart_extraction.py"}
+STARTERS = {"pangu_sigma/__main__.py", "extract/__main__.py"}
 # These files go into exported folders and run where none of these packages is.
 EXPORTED = "extract/export/hf_files"
 FILES = {

@@ -11,6 +11,13 @@ ModelPath = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A run's folder, one of its checkpoints or a model folder.")
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="section.key=value", help="Changes, e.g. train.steps=100 domains.code.experts=8."),
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Processes of this machine that share the work; see docs/parallel.md.")
+]
 NewModel = Annotated[Path, typer.Option(metavar="DIR", help="Model folder to write: new or empty.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 PriorTexts = Annotated[

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +14,6 @@ from pangu_sigma.cli.arguments import Json, ModelPath
 from pangu_sigma.errors import UserError
 
 if TYPE_CHECKING:
-    from extract.extraction_job import Extracted
     from extract.extraction_plan import Cut
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -70,15 +68,20 @@ def extract(
     if dry_run:
         _print_plan(cut, as_json)
         return
-    print_done(run(cut, out, check=check), out, as_json)
+    extracted = run(cut, out, check=check)
+    from extract.extraction_summary import summary, summary_text
+
+    typer.echo(
+        json.dumps(summary(extracted), ensure_ascii=False, indent=2) if as_json else summary_text(extracted, out)
+    )
 
 
 def parse_size(text: str) -> int:
     """Bytes of `500MB`, `4GiB`, `1000000`. Raises UserError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", text.strip().upper())
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", text.strip().upper())
     size = 0
-    if found is not None and not (found[3] and not found[2]):
-        size = int(float(found[1]) * (_BINARY if found[3] else _UNITS)[found[2]])
+    if parts is not None and not (parts[3] and not parts[2]):
+        size = int(float(parts[1]) * (_BINARY if parts[3] else _UNITS)[parts[2]])
     if size < 1:
         raise UserError(f"--max-shard-size {text} is no size: write it like 500MB, 4GiB or 1000000")
     return size
@@ -121,37 +124,3 @@ def _print_plan(cut: Cut, as_json: bool) -> None:
         f"\n{', '.join(cut.domains)} of {cut.parent.path}: {counts.total:,} parameters, {folder.bytes:,} bytes in "
         f"{len(files)} files and a few small ones; nothing was written"
     )
-
-
-def print_done(done: Extracted, out: Path, as_json: bool = False) -> None:
-    """Print what was written to `out`, the verification, and what to do with it."""
-    from pangu_sigma.config import parameter_counts
-    from pangu_sigma.trained_model import stored_config
-
-    cut = done.cut
-    counts = parameter_counts(cut.config, cut.config.model.vocab_size)
-    if as_json:
-        result = {
-            "path": str(done.model.path),
-            "domains": list(cut.domains),
-            "parameters": counts.total,
-            "bytes": done.bytes_written,
-            "verification": done.verification and done.verification.to_dict(),
-        }
-        typer.echo(json.dumps(result, ensure_ascii=False, indent=2))
-        return
-    whole = parameter_counts(stored_config(cut.parent), cut.config.model.vocab_size).total
-    line = done.verification.line() if done.verification else "not verified"
-    typer.echo(
-        f"{out}: {', '.join(cut.domains)}, {counts.total:,} of {whole:,} parameters, {done.bytes_written:,} bytes"
-    )
-    typer.echo(line[0].upper() + line[1:])
-    example = f" --domain {cut.domains[0]}" if len(cut.domains) > 1 else ""
-    typer.echo(f'Try it:      pangu-sigma generate {shlex.quote(str(out))}{example} --prompt "…"')
-    typer.echo(f"Continue it: {continue_command(out)}")
-
-
-def continue_command(out: Path) -> str:
-    """The command line that trains a sub-model on, in a run folder of its own."""
-    config, start = shlex.quote(f"{out}/config.yaml"), shlex.quote(f"run.init_from={out}")
-    return f"pangu-sigma train {config} {start}"

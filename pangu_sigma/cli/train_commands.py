@@ -1,0 +1,62 @@
+"""The commands `pangu-sigma train` and `mindformers`: each imports its job when it is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pangu_sigma.cli.arguments import ConfigFile, Overrides, Workers
+
+
+def train(
+    file: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last complete checkpoint.")] = False,
+    stream: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="Learn from documents as they come: a growing .jsonl file, or - (stdin)."),
+    ] = None,
+    domain: Annotated[str | None, typer.Option(help="With --stream: the domain of every document.")] = None,
+    domain_field: Annotated[
+        str | None, typer.Option(help="With --stream: key of the domain's name in a line; domain if left out.")
+    ] = None,
+    workers: Workers = None,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Let CPU processes take the places of the Ascend mesh's devices.")
+    ] = False,
+) -> None:
+    """Train the model that FILE.yaml describes."""
+    from pangu_sigma.config import load_config
+    from pangu_sigma.config.overrides import rehearsal_overrides, stream_overrides
+
+    overrides = list(overrides or ())
+    overrides += rehearsal_overrides(overrides) if rehearse else ()
+    # The whole configuration is checked before MindSpore is imported: a mistake shows at once.
+    config = load_config(file, [*overrides, *stream_overrides(stream, domain, domain_field)])
+    if rehearse:
+        workers = workers or config.parallel.mesh.size
+    if workers is not None or config.parallel.workers > 1:
+        from pangu_sigma.workers import FOLDER, is_worker, launch, with_workers
+
+        config = with_workers(config, workers or config.parallel.workers)
+        if config.parallel.workers > 1 and not is_worker():
+            from pangu_sigma.train.startup.starting_point import refuse_early
+
+            refuse_early(config, resume)
+            words = ["train", str(file), *overrides, *(["--resume"] if resume else [])]
+            raise typer.Exit(launch(words, config.parallel.workers, Path(config.run.dir) / FOLDER))
+    from pangu_sigma.train.job import train as run_training
+
+    run_training(config, resume=resume)
+
+
+def mindformers(
+    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="A MindFormers configuration.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train the model of a MindFormers YAML (configs/mindformers) with MindFormers' own Trainer."""
+    from pangu_sigma.integrations.mindformers.mindformers_job import train as run_trainer
+
+    typer.echo(run_trainer(file, overrides or ()))
