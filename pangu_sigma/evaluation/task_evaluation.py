@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from pangu_sigma.data.packed_rows import pack_in_order
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
 from pangu_sigma.evaluation.task_files import BEFORE_ANSWER, Question, Task, context, read_task
 from pangu_sigma.evaluation.task_scores import Likelihood, choice_scores, exact_match, mean_with_error
-from pangu_sigma.finetuning.example_rows import pack
 from pangu_sigma.generation.request import AUTO, Request, Sampling, pick_domain, prompt_ids
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.trained_model import Trained, load_trained
@@ -176,7 +176,7 @@ class ChoiceLikelihood:
     def _logprobs(self, parts: Sequence[tuple[int, list[int], list[int]]], name: str) -> Iterator[float]:
         # A text that fills the row to its end needs no end-of-document token behind it, hence one more in both.
         lengths = np.array([len(before) + len(answer) + 1 for _, before, answer in parts])
-        starts = pack(lengths, self.scorer.length + 2)
+        starts = pack_in_order(lengths, self.scorer.length + 2)
         domain = np.full(self.rows, self.names.index(name), np.int32)
         for first in range(0, len(starts) - 1, self.rows):
             tokens = np.full((self.rows, self.scorer.length + 1), self.tokenizer.eod_id, np.int32)

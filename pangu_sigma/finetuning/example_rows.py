@@ -11,38 +11,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from pangu_sigma.data.mixture_sampler import Batch, MixtureSampler, Weights
-from pangu_sigma.finetuning.examples import ExampleSet, TokenSequence
+from pangu_sigma.data.packed_rows import TokenSequence, pack_in_order, packed_row
+from pangu_sigma.finetuning.examples import ExampleSet
 from rre.counted_random import key64, permutation
-
-
-def row_of(sequences: Sequence[TokenSequence], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """tokens int32 [S + 1], mask float32 [S] of the labels that count, padding bool [S] of the positions without text.
-
-    The sequences must fit. The last token of the row's text is no input of anything that counts: it is padding too.
-    """
-    tokens = np.full(length + 1, pad_id, np.int32)
-    mask = np.zeros(length, np.float32)
-    at = 0
-    for sequence in sequences:
-        end = at + len(sequence.ids)
-        tokens[at:end] = sequence.ids
-        # The label at position p is the token at p + 1.
-        mask[at + sequence.prompt - 1 : end - 1] = 1.0
-        at = end
-    return tokens, mask, np.arange(length) >= at - 1
-
-
-def pack(lengths: np.ndarray, room: int) -> np.ndarray:
-    """Where rows begin when sequences of `lengths` [N] are laid into rows of `room` tokens in order: int64 [rows + 1],
-    N last.
-    """
-    starts, used = [0], 0
-    for number, length in enumerate(lengths.tolist()):
-        if used + length > room:
-            starts.append(number)
-            used = 0
-        used += length
-    return np.array([*starts, len(lengths)], np.int64)
 
 
 class PackedExamples:
@@ -60,7 +31,7 @@ class PackedExamples:
         self._kept: tuple[int, np.ndarray, np.ndarray] | None = None  # an epoch, its order and where its rows begin
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Row `index` (0, 1, 2 … without end): tokens [1, S + 1], mask [1, S], padding [1, S]; see `row_of`."""
+        """Row `index` (0, 1, 2 … without end): tokens [1, S + 1], mask [1, S], padding [1, S]; see `packed_row`."""
         while self._first[-1] <= index:
             _, starts = self._epoch(len(self._first) - 1)
             self._first.append(self._first[-1] + len(starts) - 1)
@@ -68,12 +39,12 @@ class PackedExamples:
         order, starts = self._epoch(epoch)
         row = index - self._first[epoch]
         chosen = [self._sequences[number] for number in order[starts[row] : starts[row + 1]]]
-        return tuple(part[None] for part in row_of(chosen, self.sequence_length, self._pad_id))
+        return tuple(part[None] for part in packed_row(chosen, self.sequence_length, self._pad_id))
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if self._kept is None or self._kept[0] != epoch:
             order = permutation(key64(self._seed, "examples", self.domain, epoch), len(self._sequences))
-            self._kept = epoch, order, pack(self._lengths[order], self.sequence_length + 1)
+            self._kept = epoch, order, pack_in_order(self._lengths[order], self.sequence_length + 1)
         return self._kept[1:]
 
 
@@ -89,7 +60,7 @@ class PairedExamples:
         self._kept: tuple[int, np.ndarray] | None = None  # an epoch and its order
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pair `index` (0, 1, 2 … without end): tokens [2, S + 1], mask [2, S], padding [2, S]; see `row_of`."""
+        """Pair `index` (0, 1, 2 … without end): tokens [2, S + 1], mask [2, S], padding [2, S]; see `packed_row`."""
         epoch, place = divmod(index, len(self._pairs))
         if self._kept is None or self._kept[0] != epoch:
             self._kept = epoch, permutation(key64(self._seed, "examples", self.domain, epoch), len(self._pairs))
@@ -98,7 +69,7 @@ class PairedExamples:
 
 def pair_rows(pair: Sequence[TokenSequence], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A pair's tokens [2, S + 1], mask [2, S], padding [2, S]."""
-    rows = [row_of([sequence], length, pad_id) for sequence in pair]
+    rows = [packed_row([sequence], length, pad_id) for sequence in pair]
     return tuple(np.stack(parts) for parts in zip(*rows, strict=True))
 
 
@@ -124,7 +95,7 @@ class HeldoutExamples:
 
     def __init__(self, examples: ExampleSet, length: int, pad_id: int) -> None:
         sequences = [answers[0] for answers in examples.heldout]
-        starts = pack(np.array([len(sequence.ids) for sequence in sequences], np.int64), length + 1)
+        starts = pack_in_order(np.array([len(sequence.ids) for sequence in sequences], np.int64), length + 1)
         self.sequence_length, self._pad_id = length, pad_id
         self._rows = [sequences[a:b] for a, b in zip(starts, starts[1:], strict=False)]
         self.tokens = int(sum(self.sequence(row)[1].sum() for row in range(len(self))))
@@ -134,7 +105,7 @@ class HeldoutExamples:
 
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Row int32 [S + 1] and the mask float32 [S] of its labels."""
-        return row_of(self._rows[index], self.sequence_length, self._pad_id)[:2]
+        return packed_row(self._rows[index], self.sequence_length, self._pad_id)[:2]
 
     def batch(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows `start` … as int32 [count, S + 1] and masks float32 [count, S]; beyond the end all padding, mask 0."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pangu_sigma.config.finetuning_section import AdaptConfig
-from pangu_sigma.data.chat_template import Turn, as_text
+from pangu_sigma.data.chat_template import ChatTurn, as_text
 from pangu_sigma.data.corpus_files import (
     expand_paths,
     fingerprint_files,
@@ -25,20 +25,13 @@ from pangu_sigma.data.corpus_files import (
     read_text_lines,
 )
 from pangu_sigma.data.deduplication import digest
+from pangu_sigma.data.packed_rows import TokenSequence
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
 
 # Keys of the answers by objective; an sft example has one, a dpo example the better one first.
 ANSWERS = {"sft": ("answer",), "dpo": ("chosen", "rejected")}
 _BATCH = 1024
-
-
-@dataclass(frozen=True)
-class TokenSequence:
-    """One prompt with one answer: token ids int32 [n], of which the first `prompt` are the prompt's."""
-
-    ids: np.ndarray
-    prompt: int
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ def prompt_and_answers(template: str, prompt: str, answers: Sequence[str]) -> tu
     """
     if template == "plain":
         return prompt, tuple(answers)
-    return as_text([Turn("user", prompt)]), tuple(f" {answer}" for answer in answers)
+    return as_text([ChatTurn("user", prompt)]), tuple(f" {answer}" for answer in answers)
 
 
 def read_lines(files: Sequence[Path], keys: Sequence[str]) -> Iterator[dict[str, str]]:

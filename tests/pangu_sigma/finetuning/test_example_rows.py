@@ -3,15 +3,14 @@
 import numpy as np
 import pytest
 
+from pangu_sigma.data.packed_rows import TokenSequence, packed_row
 from pangu_sigma.finetuning.example_rows import (
     HeldoutExamples,
     PackedExamples,
     PairedExamples,
-    pack,
-    row_of,
     sampler_of,
 )
-from pangu_sigma.finetuning.examples import ExampleSet, TokenSequence
+from pangu_sigma.finetuning.examples import ExampleSet
 from pangu_sigma.model.scoring import Scorer
 from pangu_sigma.train.objective import Objective
 from pangu_sigma.train.trainer import Trainer
@@ -32,18 +31,6 @@ def example_set(count: int, answers: int = 1, name: str = "code") -> ExampleSet:
         tuple(sequence(draw, draw.integers(1, 5), draw.integers(1, 5)) for _ in range(answers)) for _ in range(count)
     ]
     return ExampleSet(name, tuple(made[:-3]), tuple(made[-3:]), 0, 0, "f")
-
-
-def test_the_labels_that_count_are_the_answers_and_their_ends():
-    one, two = TokenSequence(np.array([5, 6, 7, EOD]), 2), TokenSequence(np.array([8, 9, EOD]), 1)
-    tokens, mask, padding = row_of([one, two], 8, PAD)
-    assert tokens.tolist() == [5, 6, 7, EOD, 8, 9, EOD, PAD, PAD]
-    assert mask.tolist() == [0, 1, 1, 0, 1, 1, 0, 0]  # labels 7, EOD, 9, EOD
-    assert padding.tolist() == [False] * 6 + [True] * 2
-
-
-def test_rows_take_what_fits_in_order():
-    assert pack(np.array([4, 4, 2, 8, 1]), 8).tolist() == [0, 2, 3, 4, 5]
 
 
 def test_every_example_comes_once_an_epoch_in_another_order():
@@ -85,7 +72,7 @@ def test_an_example_in_a_packed_row_has_the_losses_that_it_has_alone():
     chosen = [sequence(draw, 3, 2), sequence(draw, 2, 3)]
     model = small_model(small_config({"init_std": 0.5}))
     scorer = Scorer(model, 3)
-    rows = [row_of(part, LENGTH, PAD) for part in (chosen, chosen[:1], chosen[1:])]
+    rows = [packed_row(part, LENGTH, PAD) for part in (chosen, chosen[:1], chosen[1:])]
     losses = scorer.losses(np.stack([row[0] for row in rows]), [0, 0, 0])
     packed, first, second = (losses[i][rows[i][1] > 0] for i in range(3))
     np.testing.assert_allclose(packed, np.concatenate([first, second]), rtol=1e-6)
@@ -93,7 +80,7 @@ def test_an_example_in_a_packed_row_has_the_losses_that_it_has_alone():
 
 def test_padding_trains_no_expert():
     draw = np.random.default_rng(3)
-    tokens, mask, padding = (part[None] for part in row_of([sequence(draw, 2, 2)], LENGTH, PAD))
+    tokens, mask, padding = (part[None] for part in packed_row([sequence(draw, 2, 2)], LENGTH, PAD))
     from pangu_sigma.data.mixture_sampler import Batch
 
     trainer = Trainer(small_model(small_config(train={"batch_size": 1})), Objective(auxiliary=False))
@@ -114,5 +101,5 @@ def test_held_out_labels_are_counted_once():
 @pytest.mark.parametrize("prompt", [1, 5])
 def test_the_longest_row_has_no_padding(prompt):
     draw = np.random.default_rng(3)
-    _, mask, padding = row_of([sequence(draw, prompt, LENGTH - prompt)], LENGTH, PAD)
+    _, mask, padding = packed_row([sequence(draw, prompt, LENGTH - prompt)], LENGTH, PAD)
     assert not padding.any() and mask.sum() == LENGTH - prompt + 1
