@@ -138,35 +138,35 @@ def every_expert_store(model):
 
         def __init__(self, store) -> None:
             self.adopted = {kind: {} for kind in ("weight", "m", "v")}
-            for kind, place, name, table in store.tables():
-                self.adopted[kind].setdefault(place, {})[name] = table
+            for kind, layer_name, name, table in store.tables():
+                self.adopted[kind].setdefault(layer_name, {})[name] = table
             super().__init__(store.shapes, store.experts, store._kernels)
             self.zeros = np.zeros(1 << 22, np.float32)
-            self.touched: dict[str, set[int]] = {place: set() for place in self.shapes}
+            self.touched: dict[str, set[int]] = {layer_name: set() for layer_name in self.shapes}
 
         def _make_tables(self):
             return self.adopted
 
-        def apply(self, place, expert, *arguments, **named) -> None:
-            self.touched[place].add(expert)
-            super().apply(place, expert, *arguments, **named)
+        def apply(self, layer_name, expert, *arguments, **named) -> None:
+            self.touched[layer_name].add(expert)
+            super().apply(layer_name, expert, *arguments, **named)
 
         def rest(self, hyper: AdamWHyper) -> None:
-            for place, touched in self.touched.items():
-                bounds = [-1, *sorted(touched), self.experts[place]]
+            for layer_name, touched in self.touched.items():
+                bounds = [-1, *sorted(touched), self.experts[layer_name]]
                 for before, after in zip(bounds, bounds[1:], strict=False):
-                    for name, shape in self.shapes[place].items():
+                    for name, shape in self.shapes[layer_name].items():
                         rows = max(1, self.CHUNK // (4 * int(np.prod(shape))))
                         for start in range(before + 1, after, rows):
-                            self._decay(place, name, start, min(start + rows, after), hyper)
-                untouched = np.ones(self.experts[place], bool)
+                            self._decay(layer_name, name, start, min(start + rows, after), hyper)
+                untouched = np.ones(self.experts[layer_name], bool)
                 untouched[list(touched)] = False
-                self.steps[place][untouched] += 1
+                self.steps[layer_name][untouched] += 1
                 touched.clear()
 
-        def _decay(self, place: str, name: str, start: int, end: int, hyper: AdamWHyper) -> None:
-            w, m, v = (self.table(place, name, kind)[start:end].reshape(-1) for kind in ("weight", "m", "v"))
-            step = int(self.steps[place][start]) + 1
+        def _decay(self, layer_name: str, name: str, start: int, end: int, hyper: AdamWHyper) -> None:
+            w, m, v = (self.table(layer_name, name, kind)[start:end].reshape(-1) for kind in ("weight", "m", "v"))
+            step = int(self.steps[layer_name][start]) + 1
             gradient = self.zeros[: w.size]
             task = self._workers.submit(
                 _timed, update_in_place, w, m, v, gradient, hyper, step, 1.0, decays("." + name), self._kernels
@@ -201,11 +201,13 @@ def cached_bytes(folder: Path) -> int | None:
 
 def write_every_byte(store) -> None:
     """Make moments real memory or disk blocks, as they are once every expert has trained: no page is a zero page."""
-    for kind, place, name, table in store.tables():
+    for kind, layer_name, name, table in store.tables():
         if kind == "weight":
             continue
         for expert in range(table.shape[0]):
-            store.write(kind, place, name, slice(expert, expert + 1), np.full((1, *table.shape[1:]), 1e-12, np.float32))
+            store.write(
+                kind, layer_name, name, slice(expert, expert + 1), np.full((1, *table.shape[1:]), 1e-12, np.float32)
+            )
 
 
 def measure(work: Work) -> dict:
@@ -231,14 +233,14 @@ def measure(work: Work) -> dict:
     built = time.perf_counter() - started
     files = [path.stat() for path in tables.glob("*.table")]
     seconds, touched, cached = [], [], []
-    counts = {place: steps.copy() for place, steps in store.steps.items()}
+    counts = {layer_name: steps.copy() for layer_name, steps in store.steps.items()}
     with Prefetcher(Rotation(work), work.batch, config.data.prefetch, transform=trainer.plan) as reader:
         for step in range(work.warmup + work.steps):
             if step == work.warmup:
                 store.settle()
                 trainer.accounting.take()
                 store.traffic.take()
-                counts = {place: steps.copy() for place, steps in store.steps.items()}
+                counts = {layer_name: steps.copy() for layer_name, steps in store.steps.items()}
             start = time.perf_counter()
             planned = next(reader)
             result = trainer.step(step, planned)
@@ -255,7 +257,7 @@ def measure(work: Work) -> dict:
             if tables.exists() and step % 10 == 9:
                 cached.append(cached_bytes(tables))
         moved = trainer.store_figures()
-        touched = sum(int((store.steps[place] > counts[place]).sum()) for place in store.steps)
+        touched = sum(int((store.steps[layer_name] > counts[layer_name]).sum()) for layer_name in store.steps)
     found = {
         "work": asdict(work),
         "experts_per_layer": work.experts,

@@ -119,8 +119,8 @@ def global_tables(config: Config) -> np.ndarray:
     """The routing tables that the product draws, int64 [sparse layers, domains, V], experts over all domains."""
     kind, seed = config.model.sparse.table, config.run.seed
     tables = [
-        [draw_table(kind, seed, place, d.name, VOCABULARY, d.experts, None) + i * EXPERTS_PER_DOMAIN]
-        for place in config.model.sparse_prefixes
+        [draw_table(kind, seed, layer_name, d.name, VOCABULARY, d.experts, None) + i * EXPERTS_PER_DOMAIN]
+        for layer_name in config.model.sparse_prefixes
         for i, d in enumerate(config.domains)
     ]
     return np.array(tables, np.int64).reshape(len(config.model.sparse_prefixes), len(config.domains), VOCABULARY)

@@ -65,7 +65,7 @@ class Cut:
                 f"{len(self.domains)} domains cannot fold into one dense layer each: choose one --domain, or leave out "
                 "--fold"
             )
-        sizes = {place: groups[self.domains[0]] for place, groups in self.parent.coverage.items()}
+        sizes = {layer_name: groups[self.domains[0]] for layer_name, groups in self.parent.coverage.items()}
         if not sizes:
             raise UserError(f"{self.parent.path} has no sparse layers to fold: leave out --fold")
         beside = [name for name in self.parent.names(domains=[], optimizer=False) if ".shared_expert." in name]
@@ -80,7 +80,7 @@ class Cut:
                 f"{self.parent.path} has experts of kind {model.expert_feed_forward} beside dense layers of kind "
                 f"{model.feed_forward}, and a dense model has one kind: leave out --fold"
             )
-        larger = [f"{place} has {size}" for place, size in sizes.items() if size != 1]
+        larger = [f"{layer_name} has {size}" for layer_name, size in sizes.items() if size != 1]
         if larger:
             raise UserError(
                 f"domain {self.domains[0]} does not have one expert in every sparse layer ({', '.join(larger)}), and "
@@ -131,7 +131,8 @@ class Cut:
         fingerprints = parent.fingerprints
         copies, specs = self._files()
         coverage = {} if self.fold else {
-            place: {domain: groups[domain] for domain in self.domains} for place, groups in parent.coverage.items()
+            layer_name: {domain: groups[domain] for domain in self.domains}
+            for layer_name, groups in parent.coverage.items()
         }  # fmt: skip
         return ModelFolder(
             tensors=specs,

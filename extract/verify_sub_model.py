@@ -237,6 +237,6 @@ def _experts_reached(
     groups = trained.model.groups
     sizes = dict(zip(groups.names, groups.sizes, strict=True))
     return {
-        place: {d: (len(np.unique(tables[d][probe[d][:, :-1]])), sizes[d]) for d in domains}
-        for place, tables in trained.model.tables.items()
+        layer_name: {d: (len(np.unique(tables[d][probe[d][:, :-1]])), sizes[d]) for d in domains}
+        for layer_name, tables in trained.model.tables.items()
     }

@@ -44,10 +44,10 @@ def frequency_table(counts: np.ndarray, experts: int, rng: np.random.Generator) 
 
 
 def draw_table(
-    kind: str, seed: int, place: str, domain: str, vocab: int, experts: int, counts: np.ndarray | None
+    kind: str, seed: int, layer_name: str, domain: str, vocab: int, experts: int, counts: np.ndarray | None
 ) -> np.ndarray:
-    """Draw the table of one (sparse layer `place`, `domain`): independent of every other layer's and domain's."""
-    rng = generator(seed, f"routing table {place} {domain}")
+    """Draw the table of one (sparse layer `layer_name`, `domain`): independent of every other layer's and domain's."""
+    rng = generator(seed, f"routing table {layer_name} {domain}")
     if kind == "frequency":
         if counts is None:
             raise ValueError("a frequency table needs the domain's token counts")
@@ -58,7 +58,7 @@ def draw_table(
 def extend_table(
     kind: str,
     seed: int,
-    place: str,
+    layer_name: str,
     domain: str,
     table: np.ndarray,
     vocab: int,
@@ -69,10 +69,10 @@ def extend_table(
 
     `uniform`: every new id goes to the experts with the fewest ids, so that a balanced table stays balanced, give or
     take one. `frequency`: new ids by falling `counts` [vocab] (occurrences of every id, the old ones too), each to the
-    expert with the fewest rows so far. Ties, and which new id comes first, are drawn for this place, domain and size.
+    expert with the fewest rows so far. Ties, and which new id comes first, are drawn for this layer, domain and size.
     """
     old = table.size
-    rng = generator(seed, f"extended routing table {place} {domain}", old)
+    rng = generator(seed, f"extended routing table {layer_name} {domain}", old)
     if kind == "frequency" and counts is None:
         raise ValueError("a frequency table needs the domain's token counts")
     rows = np.zeros(vocab, np.int64) if kind == "uniform" else np.asarray(counts, np.int64)

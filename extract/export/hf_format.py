@@ -73,8 +73,8 @@ def hf_name(domain: int | None, name: str) -> tuple[str, bool]:
     Our matrices are [in, out]; nn.Linear's are [out, in]. Experts stay [experts, in, out]. ValueError for a name that
     the modelling file does not know: no tensor is left out.
     """
-    place, _, last = name.rpartition(".")
-    if place == "embedding":
+    prefix, _, last = name.rpartition(".")
+    if prefix == "embedding":
         table = _TABLES[last]
         return f"model.{f'words.{domain}' if domain is not None else table}.weight", False
     if domain is not None:
@@ -82,11 +82,11 @@ def hf_name(domain: int | None, name: str) -> tuple[str, bool]:
         if part:
             return f"model.{layer}.feed_forward.groups.{domain}.{part.replace('.', '_')}", False
         if last == "routing":
-            return f"model.{place}.feed_forward.groups.{domain}.routing", False
+            return f"model.{prefix}.feed_forward.groups.{domain}.routing", False
     elif last in _NORM:
-        return f"model.{place}.{_NORM[last]}", False
-    elif place.endswith(".router"):
-        return f"model.{place.removesuffix('router')}feed_forward.router.weight", True
+        return f"model.{prefix}.{_NORM[last]}", False
+    elif prefix.endswith(".router"):
+        return f"model.{prefix.removesuffix('router')}feed_forward.router.weight", True
     elif last in ("weight", "bias") and (".attention." in name or ".feed_forward." in name):
         return f"model.{name}", last == "weight"
     raise ValueError(f"the exported model has no place for tensor {name}")

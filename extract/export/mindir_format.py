@@ -163,8 +163,8 @@ def _joined(parts: list[tuple[int, Callable[[], np.ndarray]]]) -> np.ndarray:
 def expert_numbers(source: Source) -> np.ndarray:
     """int32 [sparse layers, domains, V]: `expert_ids[n, b, s] = numbers[n, domain of sample b, input_ids[b, s]]`."""
     tables = []
-    for place in source.config.model.sparse_prefixes:
-        names = [f"domains.{domain}.{place}.routing" for domain in source.domains]
+    for layer_name in source.config.model.sparse_prefixes:
+        names = [f"domains.{domain}.{layer_name}.routing" for domain in source.domains]
         first = np.cumsum([0, *source.experts[:-1]]).astype(np.int32)
         loaded = source.checkpoint.load(names)
         tables.append(np.stack([loaded[name] + f for name, f in zip(names, first, strict=True)]))

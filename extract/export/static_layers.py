@@ -238,10 +238,10 @@ class Backbone(nn.Cell):
 
         self.word = table("word", slots * shapes.vocab)
         self.position = table("position", shapes.positions)
-        self.place_of = tuple(
+        self.sparse_index_of = tuple(
             shapes.sparse.index(prefix) if prefix in shapes.sparse else -1 for prefix in shapes.prefixes
         )
-        layers = [Layer(shapes, layout, place >= 0, window, given_ids) for place in self.place_of]
+        layers = [Layer(shapes, layout, index >= 0, window, given_ids) for index in self.sparse_index_of]
         self.blocks = nn.CellList(layers[:-1] if shapes.query_layer else layers)
         self.norm = NORMS[shapes.norm](shapes.hidden, shapes.epsilon, layout)
         if shapes.query_layer:
@@ -271,9 +271,9 @@ class Backbone(nn.Cell):
         return h, ops.stack(new_keys), ops.stack(new_values)
 
     def of_layer(self, expert_ids, layer: int):
-        if expert_ids is None or self.place_of[layer] < 0:
+        if expert_ids is None or self.sparse_index_of[layer] < 0:
             return None
-        return expert_ids[self.place_of[layer]].reshape(-1)
+        return expert_ids[self.sparse_index_of[layer]].reshape(-1)
 
     def logits(self, h: Tensor, domain) -> Tensor:
         """h [B * n, D] -> [B, n, V] by the word table of each sample (`domain` [B])."""

@@ -84,13 +84,13 @@ def is_routing(name: str) -> bool:
     return name.endswith(".routing")
 
 
-def place_and_owner(name: str) -> tuple[str, str]:
+def layer_name_and_owner(name: str) -> tuple[str, str]:
     """Sparse layer and owner of a routing table: a domain, or LAYER where all domains share the table."""
     table = name.removesuffix(".routing")
     if not table.startswith("domains."):
         return table, LAYER
-    _, domain, place = table.split(".", 2)
-    return place, domain
+    _, domain, layer_name = table.split(".", 2)
+    return layer_name, domain
 
 
 def is_expert(name: str) -> bool:

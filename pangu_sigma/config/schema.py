@@ -62,7 +62,7 @@ class Config(Section):
     @property
     def coverage(self) -> dict[str, dict[str, int]]:
         """Sparse layer → domain → number of experts, as a new model's checkpoint covers them."""
-        return {place: self.expert_groups for place in self.model.sparse_prefixes}
+        return {layer_name: self.expert_groups for layer_name in self.model.sparse_prefixes}
 
     @property
     def experts_in_layer(self) -> int:

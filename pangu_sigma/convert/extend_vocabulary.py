@@ -17,7 +17,7 @@ from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder, Tensor
 from pangu_sigma.checkpoint.float_types import as_float32, converted
 from pangu_sigma.checkpoint.tensor_file import raw_bytes
 from pangu_sigma.config import Config, config_from_dict, effective
-from pangu_sigma.config.parameter_counts import is_routing, manifest, place_and_owner
+from pangu_sigma.config.parameter_counts import is_routing, layer_name_and_owner, manifest
 from pangu_sigma.convert.conversion_coverage import check_coverage
 from pangu_sigma.convert.converted_folder import check_output, write_with_progress
 from pangu_sigma.convert.tokenizer_pieces import NORMAL, USER_DEFINED, known_pieces, read_pieces, replaced, with_pieces
@@ -91,10 +91,11 @@ def extend_vocabulary(
         tensor = source.load([spec.name])[spec.name]
         if not is_routing(spec.name):
             return _with_rows(tensor, spec, config, initial)
-        place, owner = place_and_owner(spec.name)
+        layer_name, owner = layer_name_and_owner(spec.name)
         return extend_table(
-            config.model.sparse.table, config.run.seed, place, owner, tensor, rows, experts[owner], counts.get(owner)
-        )
+            config.model.sparse.table, config.run.seed, layer_name, owner, tensor, rows, experts[owner],
+            counts.get(owner),
+        )  # fmt: skip
 
     written = write_with_progress(
         out,

@@ -70,8 +70,8 @@ def parts_of(config: Config, tensor: str) -> list[Named]:
     if tensor in _TABLES:
         return [Named(_TABLES[tensor], False)]
     domain = domain_of(tensor)
-    place = tensor if domain is None else tensor.removeprefix(f"domains.{domain}.")
-    kind, _, rest = place.partition(".")
+    local_name = tensor if domain is None else tensor.removeprefix(f"domains.{domain}.")
+    kind, _, rest = local_name.partition(".")
     number, _, part = rest.partition(".")
     layer = f"model.layers.{number}"
     if kind == "blocks" and part in _IN_LAYER:

@@ -197,8 +197,8 @@ def _table(config: Config, spec: TensorSpec, counts: dict[str, np.ndarray]) -> n
     if domain_of(spec.name) is None:
         together = sum(counts.values()) if counts else None
         return draw_table(kind, seed, name, LAYER, spec.shape[0], sum(groups.values()), together)
-    _, domain, place = name.split(".", 2)
-    return draw_table(kind, seed, place, domain, spec.shape[0], groups[domain], counts.get(domain))
+    _, domain, layer_name = name.split(".", 2)
+    return draw_table(kind, seed, layer_name, domain, spec.shape[0], groups[domain], counts.get(domain))
 
 
 def _origin(name: str) -> str:
@@ -225,13 +225,13 @@ def _experts(tensor: np.ndarray, spec: TensorSpec, seed: int, spread: float) -> 
 
 def _card(source: Checkpoint, config: Config, noise: float) -> str:
     model = config.model
-    places = ", ".join(model.sparse_prefixes)
+    layer_names = ", ".join(model.sparse_prefixes)
     per_domain = "".join(f"- {d.name}: {d.experts} experts in each\n" for d in config.domains)
     experts = sum(d.experts for d in config.domains) * len(model.sparse_prefixes)
     change = f"with noise of {noise} of their standard deviation" if noise else "unchanged"
     return (
         f"# {source.path.name}, upcycled\n\n"
-        f"A sparse model before any training: {experts} experts in {places}, each the dense model's feed-forward "
+        f"A sparse model before any training: {experts} experts in {layer_names}, each the dense model's feed-forward "
         f"network of its layer, {change}.\n\n{per_domain}\n"
         f"{model.layers} layers, {model.hidden} wide, vocabulary {model.vocab_size:,}. "
         f"Start: `{source.path.name}`, step {source.step}.\n"

@@ -76,9 +76,9 @@ def add_domain(
             if is_routing(name):
                 new.add(name, "int32", shape, partial(initial.table, suffix.removesuffix(".routing"), rows))
                 continue
-            place = suffix.split(".experts.")[0] if is_expert(name) else None
+            layer_name = suffix.split(".experts.")[0] if is_expert(name) else None
             dtype = _stored_type(source, suffix)
-            make = partial(_converted, name, dtype, partial(initial.tensor, suffix, shape, place, rows))
+            make = partial(_converted, name, dtype, partial(initial.tensor, suffix, shape, layer_name, rows))
             new.add(name, dtype, shape, make)
         fresh_moments(new, source, wanted.name, wanted.experts)
         return subject.write(
@@ -86,7 +86,9 @@ def add_domain(
             domains=[*source.domains, wanted.name],
             keep=source.domains,
             new=new,
-            coverage={place: {**groups, wanted.name: wanted.experts} for place, groups in source.coverage.items()},
+            coverage={
+                layer_name: {**groups, wanted.name: wanted.experts} for layer_name, groups in source.coverage.items()
+            },
             corpora={**source.fingerprints.corpora, wanted.name: store.corpus_fingerprint},
             probe={**source.probe(), **probe},
         )
@@ -121,7 +123,7 @@ def add_model(
             entry = sibling.manifest.tensors[tensor]
             target = f"domains.{name}.{tensor.removeprefix(f'domains.{domain}.')}"
             new.add(target, entry.dtype, entry.shape, partial(sibling.pieces, tensor))
-        sizes = {place: groups[domain] for place, groups in sibling.coverage.items()}
+        sizes = {layer_name: groups[domain] for layer_name, groups in sibling.coverage.items()}
         fresh_moments(new, source, name, theirs["experts"])
         corpora, probe = dict(source.fingerprints.corpora), sibling.probe([domain])
         if domain in sibling.fingerprints.corpora:
@@ -131,7 +133,9 @@ def add_model(
             domains=[*source.domains, name],
             keep=source.domains,
             new=new,
-            coverage={place: {**groups, name: sizes[place]} for place, groups in source.coverage.items()},
+            coverage={
+                layer_name: {**groups, name: sizes[layer_name]} for layer_name, groups in source.coverage.items()
+            },
             corpora=corpora,
             probe={**source.probe(), **({name: probe[domain]} if domain in probe else {})},
         )

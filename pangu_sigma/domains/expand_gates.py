@@ -62,7 +62,9 @@ def expand_domain(path: Path, wanted: NewDomain, ahead: domain_edits.Ahead) -> C
             keep=source.domains,
             keep_shared=False,
             new=new,
-            coverage={place: {**groups, wanted.name: wanted.experts} for place, groups in source.coverage.items()},
+            coverage={
+                layer_name: {**groups, wanted.name: wanted.experts} for layer_name, groups in source.coverage.items()
+            },
             corpora={**source.fingerprints.corpora, wanted.name: store.corpus_fingerprint},
             probe={**source.probe(), **probe},
             extra_state={PREVIOUS: record.state()},
@@ -92,16 +94,16 @@ def _add_experts(
     for name, shape in manifest(config, config.model.vocab_size).items():
         if name.startswith(prefix):
             suffix = name.removeprefix(prefix)
-            place = suffix.split(".experts.")[0]
+            layer_name = suffix.split(".experts.")[0]
             dtype = source.manifest.tensors[f"domains.{source.domains[0]}.{suffix}"].dtype
-            make = partial(_converted, name, dtype, partial(_expert_tensor, initial, suffix, shape, place))
+            make = partial(_converted, name, dtype, partial(_expert_tensor, initial, suffix, shape, layer_name))
             new.add(name, dtype, shape, make)
 
 
-def _expert_tensor(initial: Initial, suffix: str, shape: tuple[int, ...], place: str) -> np.ndarray:
+def _expert_tensor(initial: Initial, suffix: str, shape: tuple[int, ...], layer_name: str) -> np.ndarray:
     kind, _, of = initial.text.partition(":")
     if kind != "from":
-        return initial.tensor(suffix, shape, place, None)
+        return initial.tensor(suffix, shape, layer_name, None)
     name = f"domains.{of}.{suffix}"
     own = as_float32(name, initial.source.load([name])[name])
     return own[np.arange(shape[0]) % len(own)]
@@ -132,8 +134,8 @@ def _grown_gate(source: Checkpoint, config: Config, wanted: NewDomain, name: str
         drawn = rng.standard_normal(shape, np.float32) * spread
         kind, _, of = wanted.init.partition(":")
         if kind == "from":
-            place = name.removesuffix(_WEIGHT)
-            sizes = list(source.coverage[place].values())
+            layer_name = name.removesuffix(_WEIGHT)
+            sizes = list(source.coverage[layer_name].values())
             at = source.domains.index(of)
             first = sum(sizes[:at])
             columns = old[:, first + np.arange(wanted.experts) % sizes[at]] + _BREAKS_TIES * drawn

@@ -54,7 +54,7 @@ def list_domains(path: str | Path) -> list[DomainFacts]:
         facts.append(
             DomainFacts(
                 name=name,
-                experts={place: groups[name] for place, groups in checkpoint.coverage.items()},
+                experts={layer_name: groups[name] for layer_name, groups in checkpoint.coverage.items()},
                 parameters=sum(math.prod(entries[t].shape) for t in own if not is_routing(t)),
                 bytes=_bytes(checkpoint, own),
                 bytes_with_optimizer=_bytes(checkpoint, tensors),

@@ -57,8 +57,8 @@ def merge_models(paths: Sequence[Path], out: Path) -> Changed:
         read=NewTensors().read,
         domains=list(owners),
         coverage={
-            place: {domain: model.coverage[place][domain] for domain, model in owners.items()}
-            for place in first.coverage
+            layer_name: {domain: model.coverage[layer_name][domain] for domain, model in owners.items()}
+            for layer_name in first.coverage
         },
         config_text=merged.to_yaml(),
         state={

@@ -76,29 +76,31 @@ class Initial:
                     f"{getattr(here, key)} here; name another, or mean"
                 )
 
-    def table(self, place: str, rows: np.ndarray | None) -> np.ndarray:
+    def table(self, layer_name: str, rows: np.ndarray | None) -> np.ndarray:
         """The routing table int32 [V] of one sparse layer; rows [V]: the ids' occurrences, for the frequency rule."""
         kind, _, of = self.text.partition(":")
         vocab, seed = self.config.model.vocab_size, self.config.run.seed
         if kind != "from":
-            return draw_table(self.config.model.sparse.table, seed, place, self.name, vocab, self.experts, rows)
-        old = self.source.coverage[place][of]
-        table = self._load(f"domains.{of}.{place}.routing")
+            return draw_table(self.config.model.sparse.table, seed, layer_name, self.name, vocab, self.experts, rows)
+        old = self.source.coverage[layer_name][of]
+        table = self._load(f"domains.{of}.{layer_name}.routing")
         counted = np.ones(vocab) if rows is None else rows
-        return split_table(seed, f"{place} {self.name}", table, self._origins(table, old, counted), old, counted)
+        return split_table(seed, f"{layer_name} {self.name}", table, self._origins(table, old, counted), old, counted)
 
-    def tensor(self, suffix: str, shape: tuple[int, ...], place: str | None, rows: np.ndarray | None) -> np.ndarray:
+    def tensor(
+        self, suffix: str, shape: tuple[int, ...], layer_name: str | None, rows: np.ndarray | None
+    ) -> np.ndarray:
         """One weight of the domain: `suffix` is its name after `domains.{name}.`; place None for the embedding slot."""
         kind, _, of = self.text.partition(":")
         if kind == "from":
             own = self._load(f"domains.{of}.{suffix}")
-            if place is None:
+            if layer_name is None:
                 return own
-            table = self._load(f"domains.{of}.{place}.routing")
+            table = self._load(f"domains.{of}.{layer_name}.routing")
             counted = np.ones(table.size) if rows is None else rows
             return np.concatenate([own, own[self._origins(table, len(own), counted)]])
         if kind == "mean":
-            return self._mean(suffix, shape, place is not None)
+            return self._mean(suffix, shape, layer_name is not None)
         if kind == "dense":
             dense = resolve(of)
             name = suffix.replace(".experts.", ".feed_forward.")

@@ -24,7 +24,8 @@ def remove_domain(path: Path, name: str, *, out: Path | None = None) -> Changed:
             keep=left,
             new=NewTensors(),
             coverage={
-                place: {domain: groups[domain] for domain in left} for place, groups in source.coverage.items()
+                layer_name: {domain: groups[domain] for domain in left}
+                for layer_name, groups in source.coverage.items()
             },
             corpora={domain: value for domain, value in source.fingerprints.corpora.items() if domain in left},
             probe=source.probe(left),
@@ -57,8 +58,8 @@ def rename_domain(path: Path, old: str, new: str, *, out: Path | None = None) ->
             keep=[domain for domain in source.domains if domain != old],
             new=tensors,
             coverage={
-                place: {renamed[domain]: count for domain, count in groups.items()}
-                for place, groups in source.coverage.items()
+                layer_name: {renamed[domain]: count for domain, count in groups.items()}
+                for layer_name, groups in source.coverage.items()
             },
             corpora={renamed.get(domain, domain): value for domain, value in source.fingerprints.corpora.items()},
             probe={renamed[domain]: sequences for domain, sequences in source.probe().items()},

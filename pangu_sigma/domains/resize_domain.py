@@ -38,8 +38,8 @@ def resize_domain(path: Path, name: str, experts: int, *, redraw: bool = False, 
         by_frequency = subject.config.model.sparse.table == "frequency"
         counts = token_counts(config_from_dict(subject.values), source, name) if by_frequency else None
         new = NewTensors()
-        for place, groups in source.coverage.items():
-            _grow(new, source, subject.config, name, place, groups[name], experts, counts, redraw)
+        for layer_name, groups in source.coverage.items():
+            _grow(new, source, subject.config, name, layer_name, groups[name], experts, counts, redraw)
         for tensor in source.names(domains=[name], shared=False):
             if tensor not in new.sources:
                 entry = source.manifest.tensors[tensor]
@@ -51,7 +51,7 @@ def resize_domain(path: Path, name: str, experts: int, *, redraw: bool = False, 
             domains=source.domains,
             keep=[domain for domain in source.domains if domain != name],
             new=new,
-            coverage={place: {**groups, name: experts} for place, groups in source.coverage.items()},
+            coverage={layer_name: {**groups, name: experts} for layer_name, groups in source.coverage.items()},
             corpora=source.fingerprints.corpora,
             probe=source.probe(),
         )
@@ -81,25 +81,25 @@ def domain_store(config: Config, checkpoint: Checkpoint, name: str) -> DomainSto
 
 
 def _grow(
-    new: NewTensors, source: Checkpoint, config: Config, name: str, place: str, old: int, experts: int,
+    new: NewTensors, source: Checkpoint, config: Config, name: str, layer_name: str, old: int, experts: int,
     counts: np.ndarray | None, redraw: bool,
 ) -> None:  # fmt: skip
     """Adds one sparse layer's tensors of the grown group."""
-    routing = f"domains.{name}.{place}.routing"
+    routing = f"domains.{name}.{layer_name}.routing"
     table = source.load([routing])[routing]
     rows = np.ones(table.size) if counts is None else counts
     origins = origins_of_copies(table, old, experts, rows)
     if redraw:
         kind, purpose = config.model.sparse.table, f"{name} of {experts}"
-        grown = draw_table(kind, config.run.seed, place, purpose, table.size, experts, counts)
+        grown = draw_table(kind, config.run.seed, layer_name, purpose, table.size, experts, counts)
     else:
-        grown = split_table(config.run.seed, f"{place} {name} {old} {experts}", table, origins, old, rows)
+        grown = split_table(config.run.seed, f"{layer_name} {name} {old} {experts}", table, origins, old, rows)
     for tensor in source.names(domains=[name], shared=False):
         entry = source.manifest.tensors[tensor]
-        steps = tensor == f"domains.{name}.optimizer.steps.{place}"
+        steps = tensor == f"domains.{name}.optimizer.steps.{layer_name}"
         if is_routing(tensor) and tensor == routing:
             new.add(tensor, entry.dtype, entry.shape, lambda: grown)
-        elif steps or (is_expert(tensor) and f".{place}.experts." in tensor):
+        elif steps or (is_expert(tensor) and f".{layer_name}.experts." in tensor):
 
             def copied(tensor: str = tensor) -> np.ndarray:
                 array = source.load([tensor])[tensor]

@@ -56,7 +56,9 @@ def analyze(run: Path, tokens: int) -> dict:
         "steps": [step for step, _ in observed],
         "passed_over": passed_over,
         "tokens": {name: len(found.token_ids) for name, found in observed[-1][1].items()},
-        "layers": {place: layer(place, observed, trained) for place in model.config.model.sparse_prefixes},
+        "layers": {
+            layer_name: layer(layer_name, observed, trained) for layer_name in model.config.model.sparse_prefixes
+        },
     }
     write_json(run / RESULT, result)
     write_tables(run / "analysis", result)
@@ -87,24 +89,26 @@ def take_weights(trained: Trained, checkpoint: Checkpoint) -> None:
     """Fill the model with a checkpoint's parameters and routing tables."""
     tensors = stored_weights(checkpoint)
     restore_model(trained.model, tensors)
-    for place, tables in stored_tables(tensors).items():
-        trained.model.tables[place].update(tables)
-    for place, router in zip(trained.model.config.model.sparse_prefixes, trained.model.routers, strict=True):
+    for layer_name, tables in stored_tables(tensors).items():
+        trained.model.tables[layer_name].update(tables)
+    for layer_name, router in zip(trained.model.config.model.sparse_prefixes, trained.model.routers, strict=True):
         if not router.learned:
-            router.tables = trained.model.tables[place]
+            router.tables = trained.model.tables[layer_name]
 
 
-def layer(place: str, observed: list[tuple[int, dict[str, Observation]]], trained: Trained) -> dict:
+def layer(layer_name: str, observed: list[tuple[int, dict[str, Observation]]], trained: Trained) -> dict:
     """All measures of one sparse layer; `observed` (step, domain -> observation) with the last checkpoint last."""
     model = trained.model
     final = observed[-1][1]
-    hits = {name: found.hits[place] for name, found in final.items()}
+    hits = {name: found.hits[layer_name] for name, found in final.items()}
     together = np.concatenate(list(hits.values()))
     ids = np.concatenate([found.token_ids for found in final.values()])
     use = routing_measures.vocabulary_use(together, ids)
     return {
         "experts": {name: model.groups.of(name).stop - model.groups.of(name).start for name in model.groups.names},
-        "saturation": [{"step": step, **saturation_by_domain(place, by_domain, final)} for step, by_domain in observed],
+        "saturation": [
+            {"step": step, **saturation_by_domain(layer_name, by_domain, final)} for step, by_domain in observed
+        ],
         "load": routing_measures.load(together).tolist(),
         "entropy": {name: routing_measures.entropy(reached(h, name, trained)) for name, h in hits.items()},
         "imbalance": {name: routing_measures.imbalance(reached(h, name, trained)) for name, h in hits.items()},
@@ -118,16 +122,17 @@ def layer(place: str, observed: list[tuple[int, dict[str, Observation]]], traine
             for expert in range(together.shape[1])
         ],
         "coactivation": list(coactivation(together)),
-        "dropped_share": dropped(trained.run_dir, place),
+        "dropped_share": dropped(trained.run_dir, layer_name),
     }
 
 
 def saturation_by_domain(
-    place: str, earlier: Mapping[str, Observation], final: Mapping[str, Observation]
+    layer_name: str, earlier: Mapping[str, Observation], final: Mapping[str, Observation]
 ) -> dict[str, dict[str, float] | float]:
     """Saturation of one checkpoint: of all tokens, and by domain."""
     by_domain = {
-        name: routing_measures.saturation(earlier[name].hits[place], final[name].hits[place]) for name in final
+        name: routing_measures.saturation(earlier[name].hits[layer_name], final[name].hits[layer_name])
+        for name in final
     }
     weights = [len(found.token_ids) for found in final.values()]
     return {"all": float(np.average(list(by_domain.values()), weights=weights)), "domains": by_domain}
@@ -156,11 +161,11 @@ def coactivation(hits: np.ndarray) -> Iterator[dict[str, float | int]]:
         yield {"expert": i, "other": j, "share": float(shares[i, j])}
 
 
-def dropped(run: Path, place: str) -> dict[str, float]:
+def dropped(run: Path, layer_name: str) -> dict[str, float]:
     """Mean share of dropped rows by domain over the training records of a layer; evaluation drops nothing."""
     found: dict[str, list[float]] = {}
     for record in read_metrics(run) if (run / FILE_NAME).exists() else []:
         if record["kind"] == "train":
-            for domain, share in record.get("dropped_share", {}).get(place, {}).items():
+            for domain, share in record.get("dropped_share", {}).get(layer_name, {}).items():
                 found.setdefault(domain, []).append(share)
     return {domain: float(np.mean(shares)) for domain, shares in found.items()}

@@ -18,13 +18,13 @@ def write_tables(folder: Path, result: dict) -> None:
     _write(folder / "saturation.csv", ("layer", "step", "domain", "saturation"), _saturation(layers))
     _write(
         folder / "load.csv", ("layer", "expert", "share"),
-        ((place, i, share) for place, found in layers for i, share in enumerate(found["load"])),
+        ((layer_name, i, share) for layer_name, found in layers for i, share in enumerate(found["load"])),
     )  # fmt: skip
     _write(
         folder / "domains.csv", ("layer", "domain", "expert", "share"),
         (
-            (place, name, i, share)
-            for place, found in layers
+            (layer_name, name, i, share)
+            for layer_name, found in layers
             for name, shares in found["domain_specialisation"].items()
             for i, share in enumerate(shares)
         ),
@@ -32,8 +32,8 @@ def write_tables(folder: Path, result: dict) -> None:
     _write(
         folder / "vocabulary.csv", ("layer", "expert", "token", "id", "share", "occurrences"),
         (
-            (place, i, *(token[key] for key in ("token", "id", "share", "occurrences")))
-            for place, found in layers
+            (layer_name, i, *(token[key] for key in ("token", "id", "share", "occurrences")))
+            for layer_name, found in layers
             for i, tokens in enumerate(found["favourites"])
             for token in tokens
         ),
@@ -41,19 +41,19 @@ def write_tables(folder: Path, result: dict) -> None:
     _write(
         folder / "coactivation.csv", ("layer", "expert", "other", "share"),
         (
-            (place, pair["expert"], pair["other"], pair["share"])
-            for place, found in layers
+            (layer_name, pair["expert"], pair["other"], pair["share"])
+            for layer_name, found in layers
             for pair in found["coactivation"]
         ),
     )  # fmt: skip
 
 
 def _saturation(layers: Iterable[tuple[str, dict]]) -> Iterator[tuple]:
-    for place, found in layers:
+    for layer_name, found in layers:
         for at in found["saturation"]:
-            yield place, at["step"], "all", at["all"]
+            yield layer_name, at["step"], "all", at["all"]
             for name, value in at["domains"].items():
-                yield place, at["step"], name, value
+                yield layer_name, at["step"], name, value
 
 
 def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
@@ -67,11 +67,11 @@ def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
 def summary(result: dict) -> str:
     """One line per sparse layer: saturation of the first checkpoint, entropy, imbalance, specialisation, drops."""
     rows = []
-    for place, found in result["layers"].items():
+    for layer_name, found in result["layers"].items():
         strongest = found["coactivation"][0]["share"] if found["coactivation"] else None
         rows.append(
             [
-                place,
+                layer_name,
                 number(found["saturation"][0]["all"]),
                 number(_mean(found["entropy"])),
                 number(max(found["imbalance"].values()), 2),

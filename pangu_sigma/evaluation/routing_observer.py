@@ -29,10 +29,10 @@ class Observer:
     def __init__(self, model: Model, batch_size: int, tokens: int) -> None:
         self.model = model
         self.tokens = tokens
-        self.places = model.config.model.sparse_prefixes
-        for place, router in zip(self.places, model.routers, strict=True):
+        self.layer_names = model.config.model.sparse_prefixes
+        for layer_name, router in zip(self.layer_names, model.routers, strict=True):
             if router.learned:
-                model.net.gate(place).tells_choices = True
+                model.net.gate(layer_name).tells_choices = True
         self.evaluator = Evaluator(model, batch_size)
 
     def batches(self, heldout: HeldoutSequences) -> int:
@@ -48,19 +48,19 @@ class Observer:
 
     def _domain(self, name: str, text: HeldoutSequences, advance: Callable[[int], None] | None) -> Observation:
         size = self.evaluator.batch_size
-        ids_seen, hits = [], {place: [] for place in self.places}
+        ids_seen, hits = [], {layer_name: [] for layer_name in self.layer_names}
         for number in range(self.batches(text)):
             ids, mask = text.batch(number * size, size)
             present = (mask > 0).reshape(-1)
             inputs = ids[:, :-1]
             ids_seen.append(inputs.reshape(-1)[present])
-            for place, found in zip(self.places, self._hits(name, ids, mask, number * size), strict=True):
-                hits[place].append(found[present])
+            for layer_name, found in zip(self.layer_names, self._hits(name, ids, mask, number * size), strict=True):
+                hits[layer_name].append(found[present])
             if advance:
                 advance(1)
         return Observation(
             np.concatenate(ids_seen)[: self.tokens],
-            {place: np.concatenate(found)[: self.tokens] for place, found in hits.items()},
+            {layer_name: np.concatenate(found)[: self.tokens] for layer_name, found in hits.items()},
         )
 
     def _hits(self, name: str, ids: np.ndarray, mask: np.ndarray, first: int) -> list[np.ndarray]:

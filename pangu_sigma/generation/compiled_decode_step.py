@@ -49,10 +49,12 @@ class CompiledStepGraph(Part):
             )
             for prefix in prefixes
         )
-        places = {prefix: n for n, prefix in enumerate(config.sparse_prefixes)}
+        sparse_indices = {prefix: n for n, prefix in enumerate(config.sparse_prefixes)}
         size = len(network) * rows
         self.bounds = tuple(
-            (self.tables + places[p] * size, self.tables + (places[p] + 1) * size) if p in places else (0, 0)
+            (self.tables + sparse_indices[p] * size, self.tables + (sparse_indices[p] + 1) * size)
+            if p in sparse_indices
+            else (0, 0)
             for p in prefixes
         )
         self.run = nn.CellList(

@@ -101,9 +101,9 @@ class Body(Part):
         else:
             self.positions = named["embedding.position"]
         self.norm = norm(named, "norm", config, layout)
-        places = config.sparse_prefixes
+        layer_names = config.sparse_prefixes
         ends = np.cumsum([tables, *sizes]).tolist()
-        bounds = {place: (ends[i], ends[i + 1]) for i, place in enumerate(places)}
+        bounds = {layer_name: (ends[i], ends[i + 1]) for i, layer_name in enumerate(layer_names)}
         self.bounds = tuple(bounds.get(prefix, (0, 0)) for prefix in prefixes)
         self.layers = nn.CellList(
             [
@@ -317,16 +317,16 @@ def _sparse(model: Model, planned: type, slots: int) -> tuple[dict[str, nn.Cell]
     named = {parameter.name: parameter for parameter in model.net.get_parameters()}
     total = model.groups.total if model.learned else slots
     sparse = {}
-    for place in config.sparse_prefixes:
+    for layer_name in config.sparse_prefixes:
         if model.learned:
             form = ExpertsApart if model.net.competes else GatedExperts
-            cell = form(model.net.gate(place), total, config, layout, compute)
+            cell = form(model.net.gate(layer_name), total, config, layout, compute)
         else:
             cell = planned(config, slots, layout, compute)
         if config.sparse.shared_expert:
-            beside = DenseFeedForward(named, f"{place}.shared_expert", config.expert_network, layout, compute)
+            beside = DenseFeedForward(named, f"{layer_name}.shared_expert", config.expert_network, layout, compute)
             cell = WithSharedExpert(cell, beside, layout)
-        sparse[place] = cell
+        sparse[layer_name] = cell
     return sparse, len(config.expert_network.tensors) * total
 
 

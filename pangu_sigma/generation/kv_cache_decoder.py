@@ -68,7 +68,7 @@ class CachedDecoder:
         self.slots = slots
         self.window = model.config.data.sequence_length
         self._cache_lengths = buckets(shortest_cache, self.window)
-        self._places = model.config.model.sparse_prefixes
+        self._layer_names = model.config.model.sparse_prefixes
         self._own_tables = own_tables(model)
         self._prompts: dict[tuple[int, bool], PromptGraph] = {}
         self._kind = DeviceBatch if (model.layout.native if on_device is None else on_device) else SharedBatch
@@ -162,9 +162,9 @@ class CachedDecoder:
     def _prompt_inputs(self, tokens: np.ndarray, domain: int, slots: int) -> list[Tensor]:
         model, store = self.model, self.model.store
         found = store.fetch("embedding", [domain]) if self._own_tables else []
-        for place, router in zip(self._places, model.routers, strict=True):
+        for layer_name, router in zip(self._layer_names, model.routers, strict=True):
             if router.learned:
-                found += store.fetch(place, range(model.groups.total))
+                found += store.fetch(layer_name, range(model.groups.total))
                 continue
             ids = router.assign(tokens[None], np.array([domain]), 0, np.zeros(1, np.int64), False).expert_ids
             experts = np.unique(ids)
@@ -173,18 +173,20 @@ class CachedDecoder:
             plan = plan_by_expert(ids, np.concatenate([experts, nobody]))
             found += [Tensor(rows) for rows in plan.rows]
             found.append(Tensor(plan.position))
-            found += store.fetch(place, np.concatenate([experts, np.full_like(nobody, experts[0])]))
+            found += store.fetch(layer_name, np.concatenate([experts, np.full_like(nobody, experts[0])]))
         return found
 
     def _row_inputs(self, ids: np.ndarray, domain: np.ndarray) -> list[Tensor]:
         model, store = self.model, self.model.store
         found = store.fetch("embedding", domain) if self._own_tables else []
         samples = np.zeros(ids.size, np.int64)
-        for place, router in zip(self._places, model.routers, strict=True):
+        for layer_name, router in zip(self._layer_names, model.routers, strict=True):
             if router.learned:
-                found += store.fetch(place, range(model.groups.total))
+                found += store.fetch(layer_name, range(model.groups.total))
             else:
-                found += store.fetch(place, router.assign(ids[:, None], domain, 0, samples, False).expert_ids[:, 0])
+                found += store.fetch(
+                    layer_name, router.assign(ids[:, None], domain, 0, samples, False).expert_ids[:, 0]
+                )
         return found
 
     def _fit(self, texts: list[_Text]) -> None:

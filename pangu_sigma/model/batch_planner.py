@@ -13,7 +13,7 @@ import numpy as np
 from mindspore import Tensor
 
 from pangu_sigma.data.position_ids import positions_and_segments
-from pangu_sigma.model.graph_inputs import FlatSignature, PlaceSignature
+from pangu_sigma.model.graph_inputs import FlatSignature, LayerSignature
 from pangu_sigma.model.model import Model
 from parallel.operator_layout import Layout
 from parallel.partition_spec import Cut
@@ -74,25 +74,25 @@ class PlannedBatch:
         tensors: list[Tensor] = []
         if signature.slot_table is not None:
             tensors.append(store.whole("embedding", "word"))
-        for place, plan, noise in zip(signature.places, self.plans, self.noise, strict=True):
-            if place.reserved is not None:
+        for layer_signature, plan, noise in zip(signature.layers, self.plans, self.noise, strict=True):
+            if layer_signature.reserved is not None:
                 if plan is not None:
                     tensors += [Tensor(part) for part in plan.plan.inputs]
-                elif place.noise:
+                elif layer_signature.noise:
                     tensors.append(Tensor(noise))
-                for slots in place.reserved.by_chunk(signature.expert_part):
+                for slots in layer_signature.reserved.by_chunk(signature.expert_part):
                     experts = signature.stored(slots if plan is None else plan.experts[slots])
-                    fetched = store.fetch(place.name, experts)
+                    fetched = store.fetch(layer_signature.name, experts)
                     per_slot = len(fetched) // slots.size
                     tensors += [Tensor(np.stack([t.asnumpy() for t in fetched[i::per_slot]])) for i in range(per_slot)]
             elif plan is None:
-                if place.noise:
+                if layer_signature.noise:
                     tensors.append(Tensor(noise))
-                tensors += store.fetch(place.name, range(place.slots))
+                tensors += store.fetch(layer_signature.name, range(layer_signature.slots))
             else:
-                parts = (plan.order, plan.offsets) if place.compiled else (*plan.rows, plan.position)
+                parts = (plan.order, plan.offsets) if layer_signature.compiled else (*plan.rows, plan.position)
                 tensors += [Tensor(part) for part in parts]
-                tensors += store.fetch(place.name, plan.experts)
+                tensors += store.fetch(layer_signature.name, plan.experts)
         return tensors
 
 
@@ -122,7 +122,7 @@ class Planner:
             first = row - seen.start
             return np.arange(seen.start * size, seen.stop * size), slice(first * size, (first + 1) * size)
         ranks = (rank,)
-        if any(not place.learned for place in self.signature.places):
+        if any(not layer_signature.learned for layer_signature in self.signature.layers):
             ranks = mesh.exchange_group(rank) if self.training else mesh.expert_group(rank)
         rows = np.concatenate([np.arange(size) + mesh.row_rank(r) * size for r in ranks])
         return rows, slice(ranks.index(rank) * size, (ranks.index(rank) + 1) * size)
@@ -153,30 +153,34 @@ class Planner:
         positions, segments = positions_and_segments(inputs, self.model.eod_id)
         plans: list[DispatchPlan | None] = []
         noise: list[np.ndarray | None] = []
-        load = np.zeros((len(self.signature.places), total), np.int64)
-        dropped = np.zeros((len(self.signature.places), len(self.model.groups.names)), np.int64)
-        for layer, (router, place) in enumerate(zip(self.model.routers, self.signature.places, strict=True)):
-            if place.learned:
+        load = np.zeros((len(self.signature.layers), total), np.int64)
+        dropped = np.zeros((len(self.signature.layers), len(self.model.groups.names)), np.int64)
+        for layer, (router, layer_signature) in enumerate(zip(self.model.routers, self.signature.layers, strict=True)):
+            if layer_signature.learned:
                 plans.append(None)
-                noise.append(router.noise(step, sample) if place.noise else None)
+                noise.append(router.noise(step, sample) if layer_signature.noise else None)
                 continue
             ids, lost = self._assigned(router, seen, owners, step, samples, filling)
             np.add.at(dropped[layer], domain, lost[self.own].sum(axis=1))
             mine = ids.reshape(len(seen), -1)[self.own]
             load[layer] = np.bincount(mine[mine != DROPPED], minlength=total)
-            if place.reserved is not None:
-                plans.append(self._placed(ids, place, None if present is None else present[layer]))
+            if layer_signature.reserved is not None:
+                plans.append(self._placed(ids, layer_signature, None if present is None else present[layer]))
                 noise.append(None)
                 continue
             if len(held) < total:
                 ids = np.where((ids >= held.start) & (ids < held.stop), ids - held.start, DROPPED)
             if self.training and self.model.store.all_resident:
-                plans.append(plan_by_expert(ids, np.arange(place.slots)))
+                plans.append(plan_by_expert(ids, np.arange(layer_signature.slots)))
             elif self.training:
-                plans.append(plan_present(ids, place.slots))
-                self.model.store.prefetch(place.name, plans[-1].experts)
+                plans.append(plan_present(ids, layer_signature.slots))
+                self.model.store.prefetch(layer_signature.name, plans[-1].experts)
             else:
-                plans.append(plan_present(ids, place.slots) if place.compiled else plan_in_blocks(ids, place.slots))
+                plans.append(
+                    plan_present(ids, layer_signature.slots)
+                    if layer_signature.compiled
+                    else plan_in_blocks(ids, layer_signature.slots)
+                )
             noise.append(None)
         return PlannedBatch(
             step=step,
@@ -215,10 +219,10 @@ class Planner:
             return ids, lost
         return np.where(filling.reshape(-1, 1), DROPPED, ids), lost & ~filling
 
-    def _placed(self, ids: np.ndarray, place: PlaceSignature, present: np.ndarray | None) -> PlacedRows:
+    def _placed(self, ids: np.ndarray, layer_signature: LayerSignature, present: np.ndarray | None) -> PlacedRows:
         """The reserved rows of expert `ids` [T, k]; a slot that nobody needs stands for some expert, without rows."""
-        reserved, total = place.reserved, self.model.groups.total
-        if place.slots == total:
+        reserved, total = layer_signature.reserved, self.model.groups.total
+        if layer_signature.slots == total:
             present = np.arange(total)
         elif present is None:
             present = np.unique(ids[ids >= 0])
@@ -228,14 +232,14 @@ class Planner:
         experts = reserved.idle_experts(total)
         experts[slots] = present
         wanted = of_expert[ids]
-        counts = np.bincount(wanted[wanted >= 0], minlength=place.slots)
+        counts = np.bincount(wanted[wanted >= 0], minlength=layer_signature.slots)
         own, shards, processes = wanted, None, self.model.processes
         if processes.size > 1:
             row = processes.mesh.row_rank(processes.rank)
             own, shards = wanted.reshape(self.reads.size, -1)[self.own].reshape(-1, ids.shape[1]), range(row, row + 1)
-        if self.training and place.name in self.model.places:
+        if self.training and layer_signature.name in self.model.layer_names:
             mine = reserved.by_chunk(self.signature.expert_part).reshape(-1)
-            self.model.store.prefetch(place.name, self.signature.stored(experts[mine]))
+            self.model.store.prefetch(layer_signature.name, self.signature.stored(experts[mine]))
         return PlacedRows(experts, counts, plan_by_capacity(own, reserved, shards))
 
     def _keys(self, step: int, sample: np.ndarray) -> np.ndarray:

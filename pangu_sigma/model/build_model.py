@@ -87,10 +87,10 @@ def build_model(
     """
     built = routed_model(config, vocab, eod_id, tables, token_counts, layout, processes)
     model, layout, groups, processes = config.model, built.layout, built.groups, built.processes
-    places = built.places
-    parts = {name: shape_of(share.part) for name, share in built.expert_shares.items()} if places else {}
-    shapes = dict.fromkeys(places, parts)
-    experts = dict.fromkeys(places, len(built.held) if places else 0)
+    layer_names = built.layer_names
+    parts = {name: shape_of(share.part) for name, share in built.expert_shares.items()} if layer_names else {}
+    shapes = dict.fromkeys(layer_names, parts)
+    experts = dict.fromkeys(layer_names, len(built.held) if layer_names else 0)
     if model.embedding_slots == "per_domain":
         shapes[SLOTS] = {"word": (vocab, model.hidden)}
         experts[SLOTS] = len(groups.names)
@@ -138,13 +138,16 @@ def routed_model(
     """The model's groups, tables and routers, which plan batches; store and network are left None."""
     layout = layout or chosen_layout(config)
     groups = Groups(config.domain_names, tuple(d.experts for d in config.domains))
-    places = config.model.sparse_prefixes
+    layer_names = config.model.sparse_prefixes
     processes = processes or Processes()
     exchange = _exchange(config, processes, groups)
     if tables is None:
-        tables = {place: _draw_tables(config, groups, place, vocab, token_counts or {}) for place in places}
+        tables = {
+            layer_name: _draw_tables(config, groups, layer_name, vocab, token_counts or {})
+            for layer_name in layer_names
+        }
     kind = config.model.sparse.router
-    owned = [tables[place] if KINDS[kind].tables else None for place in places]
+    owned = [tables[layer_name] if KINDS[kind].tables else None for layer_name in layer_names]
     routers = [
         ROUTERS[kind].build(_router_options(config, groups, layout, layer, mine, exchange))
         for layer, mine in enumerate(owned)
@@ -155,7 +158,7 @@ def routed_model(
         eod_id=eod_id,
         groups=groups,
         routers=tuple(routers),
-        tables={place: dict(by_owner) for place, by_owner in tables.items() if by_owner},
+        tables={layer_name: dict(by_owner) for layer_name, by_owner in tables.items() if by_owner},
         store=None,
         net=None,
         shared=None,
@@ -165,19 +168,19 @@ def routed_model(
 
 
 def _draw_tables(
-    config: Config, groups: Groups, place: str, vocab: int, counts: Mapping[str, np.ndarray]
+    config: Config, groups: Groups, layer_name: str, vocab: int, counts: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """The new tables of one sparse layer by owner; none for a learned gate."""
     kind, seed = config.model.sparse.table, config.run.seed
     owners = KINDS[config.model.sparse.router].tables
     if owners == "domain":
         return {
-            name: draw_table(kind, seed, place, name, vocab, size, counts.get(name))
+            name: draw_table(kind, seed, layer_name, name, vocab, size, counts.get(name))
             for name, size in zip(groups.names, groups.sizes, strict=True)
         }
     if owners == "layer":
         together = sum(counts.values()) if counts else None
-        return {LAYER: draw_table(kind, seed, place, LAYER, vocab, groups.total, together)}
+        return {LAYER: draw_table(kind, seed, layer_name, LAYER, vocab, groups.total, together)}
     return {}
 
 

@@ -18,7 +18,7 @@ from rre.feed_forward_form import NetworkForm
 
 
 @dataclass(frozen=True)
-class PlaceSignature:
+class LayerSignature:
     """Inputs of one sparse layer: `slots` experts of `network`, and what its router takes from outside the graph.
 
     `noise`: shape of a learned gate's noise, () = none. `reserved`: the static shapes of a graph that is cut over a
@@ -72,7 +72,7 @@ class FlatSignature:
     for them; None where it fills all.
     """
 
-    places: tuple[PlaceSignature, ...]
+    layers: tuple[LayerSignature, ...]
     slot_table: tuple[int, int, int] | None
     batch: int
     length: int
@@ -83,7 +83,7 @@ class FlatSignature:
     held: range | None = None
 
     def stored(self, experts: np.ndarray) -> np.ndarray:
-        """Places on a layer's expert axis as the store of this process counts them."""
+        """Positions on a layer's expert axis as the store of this process counts them."""
         return experts if self.held is None else (experts - self.held.start) // self.held.step
 
     @property
@@ -91,8 +91,8 @@ class FlatSignature:
         """Per sparse layer: where its routing starts, where its weights start, where they end in `flat`."""
         found = []
         at = 0 if self.slot_table is None else 1
-        for place in self.places:
-            found.append((at, at + place.routing, at + place.routing + place.weights))
+        for layer_signature in self.layers:
+            found.append((at, at + layer_signature.routing, at + layer_signature.routing + layer_signature.weights))
             at = found[-1][2]
         return tuple(found)
 
@@ -106,8 +106,11 @@ class FlatSignature:
         """Whole shape, type and cut of every input of a graph that is cut over a mesh."""
         return [
             entry
-            for place in self.places
-            for entry in (*place.cut_routing(), *place.reserved.weight_inputs(place.network, self.hidden, self.ffn))
+            for layer_signature in self.layers
+            for entry in (
+                *layer_signature.cut_routing(),
+                *layer_signature.reserved.weight_inputs(layer_signature.network, self.hidden, self.ffn),
+            )
         ]
 
     def placeholders(self, layout: Layout | None = None) -> list[Tensor]:
@@ -118,14 +121,14 @@ class FlatSignature:
         if self.slot_table is not None:
             tensors.append(Tensor(shape=list(self.slot_table), dtype=ms.float32))
         tokens = self.sources * self.batch * self.length
-        for place in self.places:
-            if not place.learned and place.compiled:
-                tensors += [Tensor(shape=[n], dtype=ms.int32) for n in (tokens, place.slots + 1)]
-            elif not place.learned:
-                tensors += [Tensor(shape=[None], dtype=ms.int32) for _ in range(place.slots + 1)]
+        for layer_signature in self.layers:
+            if not layer_signature.learned and layer_signature.compiled:
+                tensors += [Tensor(shape=[n], dtype=ms.int32) for n in (tokens, layer_signature.slots + 1)]
+            elif not layer_signature.learned:
+                tensors += [Tensor(shape=[None], dtype=ms.int32) for _ in range(layer_signature.slots + 1)]
                 tensors.append(Tensor(shape=[tokens, 1], dtype=ms.int32))
-            elif place.noise:
-                tensors.append(Tensor(shape=list(place.noise), dtype=ms.float32))
-            shapes = place.network.shapes(self.hidden, self.ffn).values()
-            tensors += [Tensor(shape=list(s), dtype=ms.float32) for _ in range(place.slots) for s in shapes]
+            elif layer_signature.noise:
+                tensors.append(Tensor(shape=list(layer_signature.noise), dtype=ms.float32))
+            shapes = layer_signature.network.shapes(self.hidden, self.ffn).values()
+            tensors += [Tensor(shape=list(s), dtype=ms.float32) for _ in range(layer_signature.slots) for s in shapes]
         return tensors

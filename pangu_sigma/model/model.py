@@ -8,7 +8,7 @@ import numpy as np
 
 from pangu_sigma.config import Config
 from pangu_sigma.config.capacity_sizes import dispatch
-from pangu_sigma.model.graph_inputs import FlatSignature, PlaceSignature
+from pangu_sigma.model.graph_inputs import FlatSignature, LayerSignature
 from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.model.pipeline_stages import stage_of
 from pangu_sigma.model.sharded_parameters import SharedParameters
@@ -21,7 +21,7 @@ from rre.router_specs import KINDS
 from rre.routers import Groups, Router
 from rre.store import ExpertStore
 
-SLOTS = "embedding"  # the place of per-domain word tables in a store
+SLOTS = "embedding"  # the name under which a store keeps the per-domain word tables
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Model:
     processes: Processes = field(default_factory=Processes)
 
     @property
-    def places(self) -> tuple[str, ...]:
+    def layer_names(self) -> tuple[str, ...]:
         """The sparse layers whose experts this process holds: those of its pipeline stage."""
         mesh, model = self.processes.mesh, self.config.model
         stage = mesh.coordinates(self.processes.rank).stage
@@ -54,7 +54,7 @@ class Model:
 
     @property
     def held(self) -> range:
-        """The experts of a sparse layer that this process holds, by their places on the layer's expert axis."""
+        """The experts of a sparse layer that this process holds, by their positions on the layer's expert axis."""
         mesh, rank = self.processes.mesh, self.processes.rank
         # In a graph that is cut over devices a gate's experts stand in their order, a table's as
         # `rre.dispatch.capacity_dispatch` says.
@@ -113,7 +113,7 @@ class Model:
         """Variable inputs of a graph that is cut over a mesh: static shapes, stacked weights; without `rows` those of a
         training step."""
         config, mesh = self.config, self.layout.meshed
-        sent, places = dispatch(config), ()
+        sent, layers = dispatch(config), ()
         if sent is not None:
             slots = sent.slots * mesh.placement_groups
             length, chunks = config.data.sequence_length, config.parallel.expert_chunks
@@ -122,10 +122,10 @@ class Model:
             prefixes = config.model.sparse_prefixes
             form = config.model.expert_network
             noise = () if rows else self.routers[0].noise_shape(batch * length)
-            places = tuple(PlaceSignature(p, slots, form, self.learned, noise, reserved=reserved) for p in prefixes)
+            layers = tuple(LayerSignature(p, slots, form, self.learned, noise, reserved=reserved) for p in prefixes)
         part = None if self.processes.size == 1 else self.processes.mesh.coordinates(self.processes.rank).expert
         return FlatSignature(
-            places, None, batch, config.data.sequence_length, config.model.hidden, config.model.ffn,
+            layers, None, batch, config.data.sequence_length, config.model.hidden, config.model.ffn,
             expert_part=part, held=self.held,
         )  # fmt: skip
 
@@ -154,21 +154,21 @@ class Model:
     def _signature(self, batch: int, slots: int, training: bool = False) -> FlatSignature:
         model = self.config.model
         tokens = batch * self.config.data.sequence_length
-        places = tuple(
-            PlaceSignature(
-                place,
+        layers = tuple(
+            LayerSignature(
+                layer_name,
                 slots,
                 model.expert_network,
                 router.learned,
                 router.noise_shape(tokens) if training else (),
                 self.layout.rows_by_slot,
             )  # fmt: skip
-            for place, router in zip(model.sparse_prefixes, self.routers, strict=True)
+            for layer_name, router in zip(model.sparse_prefixes, self.routers, strict=True)
         )
         slot_table = None
         if model.embedding_slots == "per_domain":
             slot_table = (len(self.groups.names), self.vocab, model.hidden)
         return FlatSignature(
-            places, slot_table, batch, self.config.data.sequence_length, model.hidden, model.ffn,
+            layers, slot_table, batch, self.config.data.sequence_length, model.hidden, model.ffn,
             self.sources(training),
         )  # fmt: skip

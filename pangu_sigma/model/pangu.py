@@ -77,17 +77,17 @@ class PanGuSigma(nn.Cell):
         self.embedding = Embedding(model, vocab, layout)
         self.embedding_dropout = CountedDropout(model.dropout, -1, "embedding")
         self.mask = masking(model.heads, layout, model.attention.dropout, compute)
-        places = {place: index for index, place in enumerate(model.sparse_prefixes)}
-        self.place_of_block = tuple(places.get(f"blocks.{i}", -1) for i in range(model.blocks))
-        self.place_of_query = places.get("query_layer", -1)
+        sparse_indices = {layer_name: index for index, layer_name in enumerate(model.sparse_prefixes)}
+        self.sparse_index_of_block = tuple(sparse_indices.get(f"blocks.{i}", -1) for i in range(model.blocks))
+        self.sparse_index_of_query = sparse_indices.get("query_layer", -1)
 
-        def layer(index: int, place: int) -> TransformerLayer:
+        def layer(index: int, sparse_index: int) -> TransformerLayer:
             sparse = None
-            if place >= 0:
-                router = routers[place]
+            if sparse_index >= 0:
+                router = routers[sparse_index]
                 sparse = SparseFeedForward(
                     router.cell(), layout, model.expert_network, compute, exchange, router.by_expert,
-                    shared_expert(model, layout, compute), signature.places[place].chunks, router.apart,
+                    shared_expert(model, layout, compute), signature.layers[sparse_index].chunks, router.apart,
                 )  # fmt: skip
             return TransformerLayer(model, index, layout, compute, sparse)
 
@@ -95,11 +95,11 @@ class PanGuSigma(nn.Cell):
         self.pools = pool is not None
         if self.pools:
             self.pool = pool
-        self.blocks = nn.CellList([layer(i, self.place_of_block[i]) for i in range(model.blocks)])
+        self.blocks = nn.CellList([layer(i, self.sparse_index_of_block[i]) for i in range(model.blocks)])
         self.norm = NORMS[model.norm](model.hidden, model.norm_epsilon, layout)
         self.has_query_layer = self.embedding.has_queries
         if self.has_query_layer:
-            self.query_layer = layer(model.blocks, self.place_of_query)
+            self.query_layer = layer(model.blocks, self.sparse_index_of_query)
         self.head = HEADS[model.head](model, vocab, layout)
         self.handed_on = None
         self.untied = model.head == "untied"
@@ -124,19 +124,19 @@ class PanGuSigma(nn.Cell):
         auxiliary = Tensor(0.0, ms.float32)
         counts = ()
         for i, block in enumerate(self.blocks):
-            place = self.place_of_block[i]
-            routing, weights = self.inputs_of(flat, bounds, place)
+            sparse_index = self.sparse_index_of_block[i]
+            routing, weights = self.inputs_of(flat, bounds, sparse_index)
             h, extra, rows = block(h, None, masks, turns, keys, routing, weights)
-            if place >= 0:
+            if sparse_index >= 0:
                 auxiliary = auxiliary + extra
                 counts = counts + (rows,)
         # Without a query layer the norm comes after the layer whose experts' outputs may be apart.
         h = (self.norm(h[0]), h[1]) if self.competes and not self.has_query_layer else self.norm(h)
         if self.has_query_layer:
             queries = self.embedding.queries(flat_positions)
-            routing, weights = self.inputs_of(flat, bounds, self.place_of_query)
+            routing, weights = self.inputs_of(flat, bounds, self.sparse_index_of_query)
             h, extra, rows = self.query_layer(h, queries, masks, turns, keys, routing, weights)
-            if self.place_of_query >= 0:
+            if self.sparse_index_of_query >= 0:
                 auxiliary = auxiliary + extra
                 counts = counts + (rows,)
         if self.pools:
@@ -169,9 +169,9 @@ class PanGuSigma(nn.Cell):
         """The word table where the head shares it with the embedding."""
         return None if self.untied or self.embedding.words.per_domain else self.embedding.words.word
 
-    def gate(self, place: str) -> nn.Cell:
+    def gate(self, layer_name: str) -> nn.Cell:
         """The router's part of a sparse layer, `blocks.{i}` or `query_layer`."""
-        layer = self.query_layer if place == "query_layer" else self.blocks[int(place.rsplit(".", 1)[-1])]
+        layer = self.query_layer if layer_name == "query_layer" else self.blocks[int(layer_name.rsplit(".", 1)[-1])]
         return layer.feed_forward.router
 
     def word_table(self, flat: tuple[Tensor, ...]):
@@ -183,11 +183,11 @@ class PanGuSigma(nn.Cell):
         table = self.word_table(flat)
         return table if self.handed_on is None else self.handed_on(table, tokens)
 
-    def inputs_of(self, flat: tuple[Tensor, ...], bounds: tuple, place: int):
+    def inputs_of(self, flat: tuple[Tensor, ...], bounds: tuple, sparse_index: int):
         """(routing, weights) of a sparse layer by its number among `flat`; both empty for a dense layer, number -1."""
-        if place < 0:
+        if sparse_index < 0:
             return (), ()
-        a, b, c = bounds[place]
+        a, b, c = bounds[sparse_index]
         return flat[a:b], flat[b:c]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from pangu_sigma.checkpoint import LazyTensor, StoredTensors, folder_layout
 from pangu_sigma.checkpoint.distributed import Piece, TensorPart
-from pangu_sigma.config.parameter_counts import is_routing, place_and_owner
+from pangu_sigma.config.parameter_counts import is_routing, layer_name_and_owner
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.model import SLOTS, Model
 from rre.router_specs import LAYER
@@ -25,31 +25,31 @@ def domain_tensors(model: Model, optimizer_state: bool) -> dict[str, np.ndarray]
     """Every domain's tensors by checkpoint name; the arrays are views of the store's tables, nothing is copied."""
     store, groups = model.store, model.groups
     found: dict[str, np.ndarray] = {}
-    for kind, place, name, table in store.tables():
+    for kind, layer_name, name, table in store.tables():
         if kind != "weight" and not optimizer_state:
             continue
         for number, domain in enumerate(groups.names):
-            checkpoint_name = _expert_tensor(domain, kind, place, name)
-            found[checkpoint_name] = table[number] if place == SLOTS else table[groups.of(domain)]
-    for place, by_domain in model.tables.items():
+            checkpoint_name = _expert_tensor(domain, kind, layer_name, name)
+            found[checkpoint_name] = table[number] if layer_name == SLOTS else table[groups.of(domain)]
+    for layer_name, by_domain in model.tables.items():
         for domain, table in by_domain.items():
-            found[table_name(domain, place)] = table
+            found[table_name(domain, layer_name)] = table
     if optimizer_state:
-        for place, steps in store.steps.items():
+        for layer_name, steps in store.steps.items():
             for number, domain in enumerate(groups.names):
-                mine = steps[number : number + 1] if place == SLOTS else steps[groups.of(domain)]
-                found[f"domains.{domain}.optimizer.steps.{place}"] = mine
+                mine = steps[number : number + 1] if layer_name == SLOTS else steps[groups.of(domain)]
+                found[f"domains.{domain}.optimizer.steps.{layer_name}"] = mine
     return found
 
 
-def table_name(owner: str, place: str) -> str:
+def table_name(owner: str, layer_name: str) -> str:
     """The checkpoint's name of a routing table of one sparse layer, which belongs to a domain or to the layer."""
-    return f"{place}.routing" if owner == LAYER else f"domains.{owner}.{place}.routing"
+    return f"{layer_name}.routing" if owner == LAYER else f"domains.{owner}.{layer_name}.routing"
 
 
-def _expert_tensor(domain: str, kind: str, place: str, name: str) -> str:
+def _expert_tensor(domain: str, kind: str, layer_name: str, name: str) -> str:
     prefix = f"domains.{domain}." + ("" if kind == "weight" else f"optimizer.{kind}.")
-    return f"{prefix}embedding.{name}" if place == SLOTS else f"{prefix}{place}.experts.{name}"
+    return f"{prefix}embedding.{name}" if layer_name == SLOTS else f"{prefix}{layer_name}.experts.{name}"
 
 
 def model_tensors(model: Model, optimizer: Optimizer | None) -> dict[str, np.ndarray | LazyTensor]:
@@ -63,14 +63,14 @@ def model_tensors(model: Model, optimizer: Optimizer | None) -> dict[str, np.nda
     if optimizer is not None:
         tensors |= optimizer.moments()
     tensors |= domain_tensors(model, optimizer is not None)
-    for kind, place, name, table in store.tables():
-        if store.in_memory(place) or (kind != "weight" and optimizer is None):
+    for kind, layer_name, name, table in store.tables():
+        if store.in_memory(layer_name) or (kind != "weight" and optimizer is None):
             continue
         for domain in groups.names:
             rows = groups.of(domain)
-            read = partial(store.read, kind, place, name, rows)
+            read = partial(store.read, kind, layer_name, name, rows)
             shape = (rows.stop - rows.start, *table.shape[1:])
-            tensors[_expert_tensor(domain, kind, place, name)] = LazyTensor(shape, table.dtype, read)
+            tensors[_expert_tensor(domain, kind, layer_name, name)] = LazyTensor(shape, table.dtype, read)
     return tensors
 
 
@@ -84,24 +84,24 @@ def tensor_parts(model: Model, optimizer: Optimizer | None) -> dict[str, TensorP
     store, groups, shares = model.store, model.groups, model.expert_shares
     store.settle()
     parts = _shared_parts(model, optimizer) | _elsewhere(model, optimizer)
-    for kind, place, name, table in store.tables():
-        if place == SLOTS or (kind != "weight" and optimizer is None):
+    for kind, layer_name, name, table in store.tables():
+        if layer_name == SLOTS or (kind != "weight" and optimizer is None):
             continue
         share = shares[name]
         for domain in groups.names:
             pieces = []
             for begin, rows in _runs(model, domain) if share.speaks else ():
-                read = partial(store.read, kind, place, name, rows)
+                read = partial(store.read, kind, layer_name, name, rows)
                 values = LazyTensor((rows.stop - rows.start, *table.shape[1:]), table.dtype, read)
                 pieces.append(Piece((begin, *(axis.start for axis in share.part)), values))
             shape = (groups.of(domain).stop - groups.of(domain).start, *share.shape)
-            parts[_expert_tensor(domain, kind, place, name)] = TensorPart(shape, table.dtype, tuple(pieces))
-    for place, steps in store.steps.items() if optimizer is not None else ():
-        for domain in groups.names if place != SLOTS else ():
+            parts[_expert_tensor(domain, kind, layer_name, name)] = TensorPart(shape, table.dtype, tuple(pieces))
+    for layer_name, steps in store.steps.items() if optimizer is not None else ():
+        for domain in groups.names if layer_name != SLOTS else ():
             runs = _runs(model, domain) if _counts_for_others(model) else ()
             size = groups.of(domain).stop - groups.of(domain).start
             pieces = tuple(Piece((begin,), steps[rows]) for begin, rows in runs)
-            parts[f"domains.{domain}.optimizer.steps.{place}"] = TensorPart((size,), steps.dtype, pieces)
+            parts[f"domains.{domain}.optimizer.steps.{layer_name}"] = TensorPart((size,), steps.dtype, pieces)
     return parts
 
 
@@ -119,10 +119,14 @@ def _shared_parts(model: Model, optimizer: Optimizer | None) -> dict[str, Tensor
         begin = tuple(axis.start for axis in shared.part(owner))
         pieces = (Piece(begin, values[name]),) if mine else ()
         parts[name] = TensorPart(shared.shapes[owner], np.dtype(np.float32), pieces)
-    common = {table_name(o, place): table for place, by_owner in model.tables.items() for o, table in by_owner.items()}
-    for kind, place, name, table in store.tables():
-        if place == SLOTS and (kind == "weight" or optimizer is not None):
-            common |= {_expert_tensor(d, kind, place, name): table[n] for n, d in enumerate(groups.names)}
+    common = {
+        table_name(o, layer_name): table
+        for layer_name, by_owner in model.tables.items()
+        for o, table in by_owner.items()
+    }
+    for kind, layer_name, name, table in store.tables():
+        if layer_name == SLOTS and (kind == "weight" or optimizer is not None):
+            common |= {_expert_tensor(d, kind, layer_name, name): table[n] for n, d in enumerate(groups.names)}
     if SLOTS in store.steps and optimizer is not None:
         steps = store.steps[SLOTS]
         common |= {f"domains.{d}.optimizer.steps.{SLOTS}": steps[n : n + 1] for n, d in enumerate(groups.names)}
@@ -135,23 +139,23 @@ def _elsewhere(model: Model, optimizer: Optimizer | None) -> dict[str, TensorPar
     """The experts of other pipeline stages, of which this process writes nothing."""
     parts: dict[str, TensorPart] = {}
     kinds = KINDS if optimizer is not None else KINDS[:1]
-    for place in model.config.model.sparse_prefixes:
-        if place in model.places:
+    for layer_name in model.config.model.sparse_prefixes:
+        if layer_name in model.layer_names:
             continue
         for domain, size in zip(model.groups.names, model.groups.sizes, strict=True):
             for name, share in model.expert_shares.items():
                 part = TensorPart((size, *share.shape), np.dtype(np.float32), ())
-                parts |= {_expert_tensor(domain, kind, place, name): part for kind in kinds}
+                parts |= {_expert_tensor(domain, kind, layer_name, name): part for kind in kinds}
             if optimizer is not None:
-                name = f"domains.{domain}.optimizer.steps.{place}"
+                name = f"domains.{domain}.optimizer.steps.{layer_name}"
                 parts[name] = TensorPart((size,), np.dtype(np.int64), ())
     return parts
 
 
 def _held_of(model: Model, domain: str) -> tuple[range, slice]:
-    """A domain's experts that this process holds: their places in the domain's group, and their rows of the store."""
+    """A domain's experts that this process holds: positions in the domain's group, and rows of the store."""
     group, held = model.groups.of(domain), model.held
-    low, high = (bisect_left(held, place) for place in (group.start, group.stop))
+    low, high = (bisect_left(held, bound) for bound in (group.start, group.stop))
     mine = held[low:high]
     return range(mine.start - group.start, mine.stop - group.start, mine.step), slice(low, high)
 
@@ -161,14 +165,14 @@ def _runs(model: Model, domain: str) -> list[tuple[int, slice]]:
     inside, rows = _held_of(model, domain)
     if inside.step == 1:
         return [(inside.start, rows)] if inside else []
-    return [(place, slice(row, row + 1)) for place, row in zip(inside, range(rows.start, rows.stop), strict=True)]
+    return [(slot, slice(row, row + 1)) for slot, row in zip(inside, range(rows.start, rows.stop), strict=True)]
 
 
 def _counts_for_others(model: Model) -> bool:
     """Whether this process writes down what is counted of its experts as wholes, for all that hold a part of them."""
     mesh, rank = model.processes.mesh, model.processes.rank
-    place = mesh.coordinates(rank)
-    return place.data == 0 and place.tensor == 0
+    coordinates = mesh.coordinates(rank)
+    return coordinates.data == 0 and coordinates.tensor == 0
 
 
 def restore_model(model: Model, tensors: Mapping[str, np.ndarray], optimizer_state: bool = False) -> None:
@@ -183,28 +187,28 @@ def restore_model(model: Model, tensors: Mapping[str, np.ndarray], optimizer_sta
         model.shared.write(name, _checked(tensors, name, model.shared.shapes[name]))
         model.processes.mark()
     store, groups = model.store, model.groups
-    for kind, place, name, table in store.tables():
+    for kind, layer_name, name, table in store.tables():
         if kind != "weight" and not optimizer_state:
             continue
         for number, domain in enumerate(groups.names):
-            stored = _expert_tensor(domain, kind, place, name)
-            if place == SLOTS:
+            stored = _expert_tensor(domain, kind, layer_name, name)
+            if layer_name == SLOTS:
                 table[number][...] = _checked(tensors, stored, table[number].shape)
                 continue
             share = model.expert_shares[name]
             inside, rows = _held_of(model, domain)
             if inside:
                 values = _checked_rows(model, tensors, stored, share.shape, inside)
-                store.write(kind, place, name, rows, values[(slice(None), *share.part)])
+                store.write(kind, layer_name, name, rows, values[(slice(None), *share.part)])
             model.processes.mark()
-    for place, by_owner in model.tables.items():
+    for layer_name, by_owner in model.tables.items():
         for owner, table in by_owner.items():
-            table[...] = _checked(tensors, table_name(owner, place), table.shape)
+            table[...] = _checked(tensors, table_name(owner, layer_name), table.shape)
     if optimizer_state:
-        for place, steps in store.steps.items():
+        for layer_name, steps in store.steps.items():
             for number, domain in enumerate(groups.names):
-                stored = f"domains.{domain}.optimizer.steps.{place}"
-                if place == SLOTS:
+                stored = f"domains.{domain}.optimizer.steps.{layer_name}"
+                if layer_name == SLOTS:
                     steps[number : number + 1] = _checked(tensors, stored, (1,))
                     continue
                 inside, rows = _held_of(model, domain)
@@ -231,8 +235,8 @@ def stored_tables(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.n
     tables: dict[str, dict[str, np.ndarray]] = {}
     for name in tensors:
         if is_routing(name):
-            place, owner = place_and_owner(name)
-            tables.setdefault(place, {})[owner] = tensors[name]
+            layer_name, owner = layer_name_and_owner(name)
+            tables.setdefault(layer_name, {})[owner] = tensors[name]
     return tables
 
 

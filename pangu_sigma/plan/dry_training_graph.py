@@ -30,12 +30,12 @@ from parallel.operator_layout import MeshLayout
 def compile_step(config: Config) -> dict[str, object]:
     """Compile the step of one micro-batch, or a rank's stage of a whole step's pipeline; return its parameters and
     expert tensors before they are cut (see `MeshedStep`)."""
-    places, parallel = config.model.sparse_prefixes, config.parallel
+    layer_names, parallel = config.model.sparse_prefixes, config.parallel
     layout = MeshLayout(parallel.mesh, config.run.device, parallel.sequence_parallel)
     with no_init_parameters():
         # Tables are no part of the graph, and neither are experts.
         model = build_model(
-            config, vocabulary_size(config), 0, tables={place: {} for place in places}, initialise=False,
+            config, vocabulary_size(config), 0, tables={layer_name: {} for layer_name in layer_names}, initialise=False,
             layout=layout, with_store=False,
         )  # fmt: skip
         signature = model.training_signature(config.train.batch_size // config.train.accumulation)

@@ -40,7 +40,7 @@ _ENTRY = {
     "down.weight": (("expert",), ("tensor",), ("data",)),
     "down.bias": (("expert",), ("data", "tensor")),
 }
-_PLACE = re.compile(r"blocks-CellList/(\d+)-TransformerLayer|(query_layer)-TransformerLayer")
+_LAYER_NAME = re.compile(r"blocks-CellList/(\d+)-TransformerLayer|(query_layer)-TransformerLayer")
 _PRODUCTS = "networks-SlotNetworks/"
 WORDS = "embedding.word"
 # What the pipeline's pass adds micro-batches' gradients to (see `parallel.micro_batches`).
@@ -92,9 +92,9 @@ class Compiled:
         return collectives(self.graph)
 
 
-def place_of(scope: str) -> str | None:
+def layer_name_of(scope: str) -> str | None:
     """The layer (`blocks.3`, `query_layer`) in whose cells an operator stands."""
-    found = _PLACE.search(scope)
+    found = _LAYER_NAME.search(scope)
     if found is None:
         return None
     return found[2] or f"blocks.{found[1]}"
@@ -120,11 +120,13 @@ def shared_of_stage(config: Config, compiled: Compiled) -> dict[str, Shape]:
     return {n: s for n, s in compiled.parameters.items() if stage_of(n, config.model.layers, mesh) == stage}
 
 
-def _places(config: Config, compiled: Compiled) -> list[str]:
+def _layer_names(config: Config, compiled: Compiled) -> list[str]:
     """The sparse layers of the rank's pipeline stage."""
     mesh, layers = config.parallel.mesh, config.model.layers
     stage = mesh.coordinates(compiled.rank).stage
-    return [place for place in config.model.sparse_prefixes if stage_of(f"{place}.", layers, mesh) == stage]
+    return [
+        layer_name for layer_name in config.model.sparse_prefixes if stage_of(f"{layer_name}.", layers, mesh) == stage
+    ]
 
 
 def _times(config: Config) -> int:
@@ -141,18 +143,18 @@ def _names(config: Config, compiled: Compiled) -> Iterator[str]:
         if ours != theirs:
             yield f"parameter {name} is {_said(theirs)} in the graph and {_said(ours)} in the configuration's manifest"
     chunks = config.parallel.expert_chunks
-    for place in config.model.sparse_prefixes:
+    for layer_name in config.model.sparse_prefixes:
         for tensor in config.model.expert_network.tensors:
-            end = f".{place}.experts.{tensor}"
+            end = f".{layer_name}.experts.{tensor}"
             one = next(shape[1:] for name, shape in wanted.items() if is_expert(name) and name.endswith(end))
             slots = activated_slots(config) * config.parallel.mesh.placement_groups
             for chunk in range(chunks):
-                name = f"{place}.experts.{tensor}/{chunk}"
+                name = f"{layer_name}.experts.{tensor}/{chunk}"
                 _, shape = compiled.expert_inputs.get(name, (0, None))
                 if shape != (slots // chunks, *one):
                     yield (
-                        f"{place}: experts' {tensor} is {_said(shape)} in the graph and {slots // chunks} experts of "
-                        f"{one} in the plan"
+                        f"{layer_name}: experts' {tensor} is {_said(shape)} in the graph and {slots // chunks} experts "
+                        f"of {one} in the plan"
                     )
 
 
@@ -222,27 +224,27 @@ def _ranges(part: Part) -> str:
 def _expert_cuts(config: Config, compiled: Compiled) -> Iterator[str]:
     """Every expert weight where it enters the graph and where it enters its product."""
     mesh = config.parallel.mesh
-    mine = _places(config, compiled)
+    mine = _layer_names(config, compiled)
     for name, (_, shape) in compiled.expert_inputs.items():
-        place, _, tensor = name.partition(".experts.")
-        if place not in mine:
+        layer_name, _, tensor = name.partition(".experts.")
+        if layer_name not in mine:
             continue
         wanted = tuple(size // _ways(mesh, names) for size, names in zip(shape, _axes(config, tensor), strict=True))
         part = compiled.expert_part(name)
         if part != wanted:
-            yield f"{place}: experts' {tensor} comes in cut to {_said(part)}, not to {wanted}"
+            yield f"{layer_name}: experts' {tensor} comes in cut to {_said(part)}, not to {wanted}"
     hidden, inner = config.model.hidden, config.model.ffn // mesh.tensor
-    for place in mine:
+    for layer_name in mine:
         of_rank = activated_slots(config) // mesh.exchange_size // config.parallel.expert_chunks
         found = {
             operator.takes[1][1]
             for operator in compiled.operators
             if operator.kind == "BatchMatMul" and not operator.backward and _PRODUCTS in operator.scope
-            and place_of(operator.scope) == place
+            and layer_name_of(operator.scope) == layer_name
         }  # fmt: skip
         wanted = {(of_rank, hidden, inner), (of_rank, inner, hidden)}
         if found != wanted:
-            yield f"{place}: an expert's products take weights of {sorted(found)}, not of {sorted(wanted)}"
+            yield f"{layer_name}: an expert's products take weights of {sorted(found)}, not of {sorted(wanted)}"
 
 
 def _axes(config: Config, tensor: str) -> tuple[tuple[str, ...], ...]:
@@ -266,33 +268,33 @@ def _exchanges(config: Config, compiled: Compiled) -> Iterator[str]:
     mesh, chunks = config.parallel.mesh, config.parallel.expert_chunks
     group = mesh.exchange_group(compiled.rank)
     expected = 2 * chunks * _times(config) if mesh.exchange_size > 1 else 0
-    by_place: dict[str | None, list[Collective]] = {}
+    by_layer: dict[str | None, list[Collective]] = {}
     for c in compiled.collectives:
         if c.kind == "AlltoAll":
-            by_place.setdefault(place_of(c.scope), []).append(c)
-    for place in _places(config, compiled):
-        mine = by_place.pop(place, [])
+            by_layer.setdefault(layer_name_of(c.scope), []).append(c)
+    for layer_name in _layer_names(config, compiled):
+        mine = by_layer.pop(layer_name, [])
         for way, backward in (("forward", False), ("backward", True)):
             count = sum(c.backward == backward and not c.recomputed for c in mine)
             if count != expected:
-                yield f"{place} has {count} AllToAll {way} instead of {expected}"
+                yield f"{layer_name} has {count} AllToAll {way} instead of {expected}"
         for c in mine:
             if len(c.ranks) > len(group):
                 yield (
-                    f"{place} exchanges rows between {len(c.ranks)} ranks, more than the {len(group)} of its placement "
-                    "group"
+                    f"{layer_name} exchanges rows between {len(c.ranks)} ranks, more than the {len(group)} of its "
+                    "placement group"
                 )
             elif c.ranks != group:
-                yield f"{place} exchanges rows between ranks {c.ranks}, not between {group}"
-    for place, others in by_place.items():
-        yield f"{place or 'the graph'} has {len(others)} AllToAll that no sparse layer asks for"
+                yield f"{layer_name} exchanges rows between ranks {c.ranks}, not between {group}"
+    for layer_name, others in by_layer.items():
+        yield f"{layer_name or 'the graph'} has {len(others)} AllToAll that no sparse layer asks for"
 
 
 def _groups(config: Config, compiled: Compiled) -> Iterator[str]:
     """Every other collective is between ranks that share a tensor, a sample or a parameter."""
     mesh, rank = config.parallel.mesh, compiled.rank
-    place = mesh.coordinates(rank)
-    stage = tuple(r for r in range(mesh.size) if mesh.coordinates(r).stage == place.stage)
+    own = mesh.coordinates(rank)
+    stage = tuple(r for r in range(mesh.size) if mesh.coordinates(r).stage == own.stage)
     known = {
         mesh.tensor_group(rank),
         mesh.exchange_group(rank),
@@ -300,11 +302,11 @@ def _groups(config: Config, compiled: Compiled) -> Iterator[str]:
         mesh.shared_group(rank),
         stage,
         # The replicas of an expert's cut with the other cuts of its bias.
-        tuple(r for r in stage if mesh.coordinates(r).expert == place.expert),
+        tuple(r for r in stage if mesh.coordinates(r).expert == own.expert),
     }
     for c in compiled.collectives:
         if c.kind not in (*POINT_TO_POINT, "AlltoAll") and c.ranks not in known:
-            where = place_of(c.scope) or c.scope.rsplit("/", 2)[0]
+            where = layer_name_of(c.scope) or c.scope.rsplit("/", 2)[0]
             yield f"{where}: {c.kind} between ranks {c.ranks}, which share no part of a tensor in the plan"
 
 
@@ -329,24 +331,30 @@ def _chunks(config: Config, compiled: Compiled) -> Iterator[str]:
         return
     by_name = {operator.name: operator for operator in compiled.operators}
     products_of_expert = 3 if config.model.expert_network.gated else 2
-    for place in _places(config, compiled):
+    for layer_name in _layer_names(config, compiled):
         # Of one micro-batch: a later one may wait for an earlier one.
         products: dict[str | None, set[str]] = {}
         for o in compiled.operators:
-            if o.kind == "BatchMatMul" and not o.backward and _PRODUCTS in o.scope and place_of(o.scope) == place:
+            if (
+                o.kind == "BatchMatMul"
+                and not o.backward
+                and _PRODUCTS in o.scope
+                and layer_name_of(o.scope) == layer_name
+            ):
                 products.setdefault(o.micro, set()).add(o.name)
         sent, returned = 0, []
         for c in compiled.collectives:
-            if c.kind == "AlltoAll" and not c.backward and not c.recomputed and place_of(c.scope) == place:
+            if c.kind == "AlltoAll" and not c.backward and not c.recomputed and layer_name_of(c.scope) == layer_name:
                 mine = products.get(by_name[c.name].micro, set())
                 waits = frozenset(ancestors(by_name, c.name) & mine)
                 sent += not waits
                 returned += [waits] if waits else []
         chunks = config.parallel.expert_chunks * _times(config)
         if sent != chunks:
-            yield f"{place}: {chunks - sent} of {chunks} chunks of experts wait for another before their rows travel"
+            waiting = chunks - sent
+            yield f"{layer_name}: {waiting} of {chunks} chunks of experts wait for another before their rows travel"
         if len(set(returned)) != chunks or any(len(waits) != products_of_expert for waits in returned):
-            yield f"{place}: rows come back from more experts than their own chunk's"
+            yield f"{layer_name}: rows come back from more experts than their own chunk's"
 
 
 def _neighbours(config: Config, compiled: Compiled) -> Iterator[str]:

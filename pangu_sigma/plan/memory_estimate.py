@@ -73,7 +73,7 @@ def stage_bytes(config: Config, vocabulary: int, stage: int) -> dict[str, float]
 def layers_of_stage(config: Config, stage: int) -> tuple[int, int]:
     """(layers, sparse ones among them) of a pipeline stage."""
     mesh, layers = config.parallel.mesh, config.model.layers
-    sparse = sum(stage_of(f"{place}.", layers, mesh) == stage for place in config.model.sparse_prefixes)
+    sparse = sum(stage_of(f"{layer_name}.", layers, mesh) == stage for layer_name in config.model.sparse_prefixes)
     return layers // mesh.pipeline, sparse
 
 

@@ -19,20 +19,20 @@ def routing_section(analysis: Mapping) -> str:
         _summary(analysis),
         _saturation(analysis),
     ]
-    for place, found in layers.items():
-        parts.append(f'<p class="next">{cell(place)}:</p><div class="maps">{"".join(_maps(found))}</div>')
+    for layer_name, found in layers.items():
+        parts.append(f'<p class="next">{cell(layer_name)}:</p><div class="maps">{"".join(_maps(found))}</div>')
         parts.append(_favourites(found))
     return "".join(parts)
 
 
 def _summary(analysis: Mapping) -> str:
     rows = []
-    for place, found in analysis["layers"].items():
+    for layer_name, found in analysis["layers"].items():
         drops = found["dropped_share"].values()
         strongest = found["coactivation"][0]["share"] if found["coactivation"] else None
         rows.append(
             [
-                cell(place),
+                cell(layer_name),
                 number(sum(found["entropy"].values()) / len(found["entropy"])),
                 number(max(found["imbalance"].values()), 2),
                 number(found["vocabulary_specialisation"]),
@@ -51,8 +51,8 @@ def _saturation(analysis: Mapping) -> str:
     if len(analysis["steps"]) < 2:
         return "<p>Saturation compares checkpoints, and the run keeps one: checkpoint.keep says how many.</p>"
     lines = [
-        Line(place, [(at["step"], at["all"]) for at in found["saturation"]], f"s{index % 8}", marks=True)
-        for index, (place, found) in enumerate(analysis["layers"].items())
+        Line(layer_name, [(at["step"], at["all"]) for at in found["saturation"]], f"s{index % 8}", marks=True)
+        for index, (layer_name, found) in enumerate(analysis["layers"].items())
     ]
     chart = Chart("Router saturation over the steps", width=760, height=260, end_labels=len(lines) <= 8)
     return (

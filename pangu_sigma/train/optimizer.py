@@ -22,8 +22,8 @@ from rre.store import ExpertStore
 class Gradients:
     """Gradients of one optimizer step, summed over its micro-batches.
 
-    `experts`: (place, expert) -> its tensors' gradients; only experts that received a token. `shared_squares` are the
-    square sums [n] of `shared` where they came with the gradients (a single micro-batch), else None.
+    `experts`: (layer name, expert) -> its tensors' gradients; only experts that received a token. `shared_squares` are
+    the square sums [n] of `shared` where they came with the gradients (a single micro-batch), else None.
     """
 
     shared: tuple[Tensor, ...] = ()
@@ -41,19 +41,19 @@ class Gradients:
     def squares(
         self, store: ExpertStore, counted: Sequence[float] | None = None
     ) -> tuple[np.ndarray, dict[str, float]]:
-        """Square sums of the shared gradients [n], and of the activated experts' by place, as float32 sums per tensor
+        """Square sums of the shared gradients [n], and of the activated experts' by layer, as float32 sums per tensor
         or block of one; `counted`: how much each tensor of an expert counts, 1 where it is not said."""
         shared = self.shared_squares
         if shared is None:
             half_square = ops.L2Loss()
             shared = np.array([2.0 * float(half_square(t).asnumpy()) for t in self.shared])
-        by_place: dict[str, list[Tensor]] = {}
-        for (place, _), tensors in self.experts.items():
-            by_place.setdefault(place, []).extend(tensors)
-        sums = {place: store.square_sums(tensors) for place, tensors in by_place.items()}
+        by_layer: dict[str, list[Tensor]] = {}
+        for (layer_name, _), tensors in self.experts.items():
+            by_layer.setdefault(layer_name, []).extend(tensors)
+        sums = {layer_name: store.square_sums(tensors) for layer_name, tensors in by_layer.items()}
         if counted is not None:
-            sums = {place: found.reshape(-1, len(counted)) * counted for place, found in sums.items()}
-        return shared, {place: float(found.sum()) for place, found in sums.items()}
+            sums = {layer_name: found.reshape(-1, len(counted)) * counted for layer_name, found in sums.items()}
+        return shared, {layer_name: float(found.sum()) for layer_name, found in sums.items()}
 
 
 class Optimizer:
@@ -79,8 +79,8 @@ class Optimizer:
             with frozen.kept(update.parameters, update.m, update.v) if frozen else nullcontext():
                 update(*(Tensor(v, ms.float32) for v in values), *gradients.shared)
         hyper = AdamWHyper(learning_rate, wanted.beta1, wanted.beta2, wanted.expert_epsilon, wanted.weight_decay)
-        for (place, expert), tensors in gradients.experts.items():
-            self.model.store.apply(place, expert, tensors, hyper, scale)
+        for (layer_name, expert), tensors in gradients.experts.items():
+            self.model.store.apply(layer_name, expert, tensors, hyper, scale)
 
     def moments(self) -> dict[str, np.ndarray]:
         """Shared moments by checkpoint name, as float32 arrays."""

@@ -7,23 +7,27 @@ from collections.abc import Sequence
 import numpy as np
 from mindspore import Tensor
 
-from pangu_sigma.model.graph_inputs import FlatSignature, PlaceSignature
+from pangu_sigma.model.graph_inputs import FlatSignature, LayerSignature
 
 
 def slot_gradients(
-    signature: FlatSignature, place: PlaceSignature, experts: np.ndarray, wanted: np.ndarray, stacked: Sequence[Tensor]
+    signature: FlatSignature,
+    layer_signature: LayerSignature,
+    experts: np.ndarray,
+    wanted: np.ndarray,
+    stacked: Sequence[Tensor],
 ) -> dict[tuple[str, int], list[Tensor]]:
-    """(place, expert as the store counts) -> its tensors' gradients, of those slots of this process that are `wanted`
-    bool [N].
+    """(layer name, expert as the store counts) -> its tensors' gradients, of those slots of this process that are
+    `wanted` bool [N].
 
-    `experts` [N]: who stands in each slot of the place; `stacked`: chunk by chunk the gradient of each tensor
+    `experts` [N]: who stands in each slot of the layer; `stacked`: chunk by chunk the gradient of each tensor
     [slots of this process, …].
     """
-    found, tensors = {}, len(place.network.tensors)
-    for chunk, slots in enumerate(place.reserved.by_chunk(signature.expert_part)):
+    found, tensors = {}, len(layer_signature.network.tensors)
+    for chunk, slots in enumerate(layer_signature.reserved.by_chunk(signature.expert_part)):
         of_chunk = stacked[chunk * tensors : (chunk + 1) * tensors]
         for i, slot in enumerate(slots.tolist()):
             if wanted[slot]:
                 number = int(signature.stored(experts[slot]))
-                found[(place.name, number)] = [gradient[i] for gradient in of_chunk]
+                found[(layer_signature.name, number)] = [gradient[i] for gradient in of_chunk]
     return found

@@ -79,9 +79,9 @@ class Figures:
 class Accounting:
     """Sums over the steps between two metrics records; `take` gives the record's figures and starts anew."""
 
-    def __init__(self, groups: Groups, places: Sequence[str], flops_per_token: float) -> None:
+    def __init__(self, groups: Groups, layer_names: Sequence[str], flops_per_token: float) -> None:
         self.groups = groups
-        self.places = tuple(places)
+        self.layer_names = tuple(layer_names)
         self.flops_per_token = flops_per_token
         self._clear()
 
@@ -92,8 +92,8 @@ class Accounting:
         self.tokens = np.zeros(domains, np.int64)
         self.rows = np.zeros(domains, np.int64)
         self.figures: dict[str, tuple[float, float]] = {}
-        self.load = np.zeros((len(self.places), self.groups.total), np.int64)
-        self.dropped = np.zeros((len(self.places), domains))
+        self.load = np.zeros((len(self.layer_names), self.groups.total), np.int64)
+        self.dropped = np.zeros((len(self.layer_names), domains))
         self.auxiliary = 0.0
         self.batches = 0
         self.steps = 0
@@ -153,17 +153,17 @@ class Accounting:
             "seconds": time.monotonic() - self.started,
             "figures": {name: value / max(1.0, count) for name, (value, count) in self.figures.items()},
         }
-        if self.places:
+        if self.layer_names:
             figures["expert_load"] = {
-                place: {name: self.load[layer][groups.of(name)].tolist() for name in names}
-                for layer, place in enumerate(self.places)
+                layer_name: {name: self.load[layer][groups.of(name)].tolist() for name in names}
+                for layer, layer_name in enumerate(self.layer_names)
             }
             figures["dropped_share"] = {
-                place: {names[i]: float(self.dropped[layer, i] / self.rows[i]) for i in seen}
-                for layer, place in enumerate(self.places)
+                layer_name: {names[i]: float(self.dropped[layer, i] / self.rows[i]) for i in seen}
+                for layer, layer_name in enumerate(self.layer_names)
             }
             figures["experts"] = {
-                "stored": self.groups.total * len(self.places),
+                "stored": self.groups.total * len(self.layer_names),
                 "activated": self.activated / max(1, self.steps),
                 "touched": self.touched / max(1, self.steps),
             }

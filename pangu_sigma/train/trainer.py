@@ -239,7 +239,7 @@ class Trainer:
     def _activated(
         self, batch: PlannedBatch, phase: Phase, by_expert: Sequence[Tensor], received: np.ndarray
     ) -> dict[tuple[str, int], list[Tensor]]:
-        """The gradients of experts held here that received a token and train, by (place, expert as the store counts).
+        """Gradients of experts held here that received a token and train, by (layer name, expert as the store counts).
 
         `received` [layers, E]: rows that came here. The gradient of an expert without rows is a product over nothing,
         whose memory MindSpore leaves as it was: it must not be looked at.
@@ -253,22 +253,22 @@ class Trainer:
                     found[(SLOTS, int(number))] = [by_expert[0][int(number)]]
             at = 1
         owner, first = np.repeat(groups.names, groups.sizes), self.model.held.start
-        for layer, place in enumerate(self.signature.places):
-            tensors = len(place.network.tensors)
+        for layer, layer_signature in enumerate(self.signature.layers):
+            tensors = len(layer_signature.network.tensors)
             plan = batch.plans[layer]
-            if place.reserved is not None:
-                experts = np.arange(place.slots) if plan is None else plan.experts
+            if layer_signature.reserved is not None:
+                experts = np.arange(layer_signature.slots) if plan is None else plan.experts
                 rows = received[layer] if plan is None else plan.counts
                 trains = np.isin(owner[experts], list(phase.domains)) & (rows > 0)
-                stacked = by_expert[at : at + place.weights]
-                at += place.weights
-                found |= slot_gradients(self.signature, place, experts, trains, stacked)
+                stacked = by_expert[at : at + layer_signature.weights]
+                at += layer_signature.weights
+                found |= slot_gradients(self.signature, layer_signature, experts, trains, stacked)
                 continue
-            experts = range(place.slots) if plan is None else plan.experts.tolist()
-            filled = [True] * place.slots if plan is None else plan.counts > 0
+            experts = range(layer_signature.slots) if plan is None else plan.experts.tolist()
+            filled = [True] * layer_signature.slots if plan is None else plan.counts > 0
             for expert, has_rows in zip(experts, filled, strict=True):
                 number = first + expert
                 if has_rows and received[layer, number] > 0 and owner[number] in phase.domains:
-                    found[(place.name, expert)] = list(by_expert[at : at + tensors])
+                    found[(layer_signature.name, expert)] = list(by_expert[at : at + tensors])
                 at += tensors
         return found

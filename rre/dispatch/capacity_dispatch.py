@@ -87,10 +87,10 @@ class Reserved:
         return one * self.chunks
 
     def slots_of(self, experts: np.ndarray, total: int) -> np.ndarray:
-        """The slot of each of the present `experts` (ascending places on a layer's axis of `total`), int [present].
+        """The slot of each of the present `experts` (ascending positions on a layer's axis of `total`), int [present].
 
         A group's experts lie round its expert parts in turn, so that a domain's experts keep all of them busy: part p
-        owns places p, p + X, p + 2 X, … of the group. With every expert present each has one slot always. Raises
+        owns positions p, p + X, p + 2 X, … of the group. With every expert present each has one slot always. Raises
         ValueError if a part is given more than it has slots.
         """
         of_group, parts = total // self.mesh.placement_groups, self.mesh.exchange_size
@@ -153,7 +153,8 @@ def plan_by_capacity(slot_ids: np.ndarray, reserved: Reserved, shards: range | N
     combine = np.zeros((len(shards), n * k), np.int32)
     by_shard = slot_ids.reshape(len(shards), n * k)
     # Where a slot of the group stands when chunks lie one behind the other.
-    place = np.argsort(np.arange(of_group).reshape(mesh.exchange_size, reserved.chunks, -1).swapaxes(0, 1).reshape(-1))
+    by_chunk = np.arange(of_group).reshape(mesh.exchange_size, reserved.chunks, -1).swapaxes(0, 1)
+    position = np.argsort(by_chunk.reshape(-1))
     for line, (shard, ids) in enumerate(zip(shards, by_shard, strict=True)):
         first = shard // (mesh.rows // mesh.placement_groups) * of_group
         valid = np.flatnonzero(ids != DROPPED)
@@ -165,7 +166,7 @@ def plan_by_capacity(slot_ids: np.ndarray, reserved: Reserved, shards: range | N
         rank = np.arange(ranked.size) - np.searchsorted(ranked, ranked, side="left")
         if rank.size and rank.max() >= capacity:
             raise NoRoom(f"row shard {shard} has {rank.max() + 1} rows for a slot that takes {capacity}")
-        row = place[ranked] * capacity + rank
+        row = position[ranked] * capacity + rank
         choice = valid[order]
         dispatch[line, row] = choice // k
         combine[line, choice] = row

@@ -49,20 +49,20 @@ class CapacityPlanInGraph(nn.Cell):
         tokens, k = hits.shape[0], hits.shape[1]
         groups, of_group = tokens // self.group, self.group * k
         of_shard, taken = groups // self.shards, self.experts * self.rows
-        place = np.arange(groups, dtype=np.float32).reshape(-1, 1) % of_shard
+        position = np.arange(groups, dtype=np.float32).reshape(-1, 1) % of_shard
 
         kept = self.of_choice(hits, 2).reshape(groups, of_group)
         # 1. Where a choice stands in its shard: its expert's rows, among them its group's, among them its own.
         experts = Tensor(np.arange(self.experts, dtype=np.float32) * (of_shard * self.rows) - 1.0)
         row = self.of_choice(self.only_hits(hits, self.add_expert(number, experts)), 2).reshape(groups, of_group)
-        combine = self.only_kept(self.add_group(row, Tensor(place * self.rows)), kept)
+        combine = self.only_kept(self.add_group(row, Tensor(position * self.rows)), kept)
         # 2. Which token stands in each of the group's rows; one that has no room is nowhere.
         inside = Tensor(np.arange(self.experts, dtype=np.float32) * self.rows - 1.0)
         row = self.of_choice(self.only_hits(hits, self.add_expert(number, inside)), 2).reshape(groups, of_group)
         row = self.add(row, self.beyond(self.missing(self.on, kept), Tensor(float(taken), ms.float32)))
         mask = self.mask(self.cast(row, ms.int32), taken, self.on, self.off)
         numbers = Tensor((np.arange(of_group, dtype=np.float32) // k).reshape(-1, 1))
-        dispatch = self.add_group(self.token_sum(self.token(mask, numbers), 1), Tensor(place * self.group))
+        dispatch = self.add_group(self.token_sum(self.token(mask, numbers), 1), Tensor(position * self.group))
         # 3. From rows by group to rows by expert.
         dispatch = self.by_expert(dispatch.reshape(self.shards, of_shard, self.experts, self.rows), (0, 2, 1, 3))
         shape = (self.shards, of_shard * of_group)

@@ -66,10 +66,10 @@ class ExpertChoiceGate(nn.Cell):
         batch = x.shape[0] // self.length
         probabilities = self.softmax(self.logits(x, self.weight))
         by_expert = self.turn(probabilities.reshape(batch, self.length, self.experts), (2, 0, 1))
-        _, places = self.top(ops.stop_gradient(by_expert), self.taken)
-        weights = self.take(by_expert, 2, places).reshape(-1)
+        _, positions = self.top(ops.stop_gradient(by_expert), self.taken)
+        weights = self.take(by_expert, 2, positions).reshape(-1)
         first = ops.arange(0, batch * self.length, self.length, dtype=ms.int32)
-        tokens = (places + first.reshape(1, batch, 1)).reshape(-1)
+        tokens = (positions + first.reshape(1, batch, 1)).reshape(-1)
         each = ops.arange(0, self.experts, 1, dtype=ms.int32).reshape(-1, 1)
         owner = ops.BroadcastTo((self.experts, batch * self.taken))(each)
         plan = (tokens,) + self.plan(owner.reshape(-1, 1))

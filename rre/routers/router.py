@@ -30,7 +30,7 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Groups:
-    """The expert groups of a sparse layer: domain names and their experts' places on the layer's expert axis."""
+    """The expert groups of a sparse layer: domain names and their experts' positions on the layer's expert axis."""
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
@@ -46,7 +46,7 @@ class Groups:
         return int(sum(self.sizes))
 
     def of(self, name: str) -> slice:
-        """Place of one domain's experts on the expert axis."""
+        """Slice of one domain's experts on the expert axis."""
         index = self.names.index(name)
         start = int(self.offsets[index])
         return slice(start, start + self.sizes[index])

@@ -42,7 +42,7 @@ class StoreFull(Exception):
 
 
 class DiskStore(ExpertStore):
-    """Tables as files under `folder`; `in_memory` names places that stay in memory (tables that are no experts)."""
+    """Tables as files under `folder`; `in_memory` names layers that stay in memory (tables that are no experts)."""
 
     def __init__(
         self,
@@ -84,58 +84,58 @@ class DiskStore(ExpertStore):
     def _make_tables(self) -> dict[str, dict[str, dict[str, np.ndarray]]]:
         self.folder.mkdir(parents=True, exist_ok=True)
         tables: dict[str, dict[str, dict[str, np.ndarray]]] = {kind: {} for kind in KINDS}
-        for place, tensors in self.shapes.items():
-            count = self.experts[place]
-            if self.in_memory(place):
+        for layer_name, tensors in self.shapes.items():
+            count = self.experts[layer_name]
+            if self.in_memory(layer_name):
                 for kind in KINDS:
-                    tables[kind][place] = {n: np.zeros((count, *s), np.float32) for n, s in tensors.items()}
+                    tables[kind][layer_name] = {n: np.zeros((count, *s), np.float32) for n, s in tensors.items()}
                 continue
             sizes = {name: 4 * int(np.prod(shape)) for name, shape in tensors.items()}
             record = -(-len(KINDS) * sum(sizes.values()) // PAGE) * PAGE
-            self._record[place] = record
-            buffer = self._map(place, max(1, count) * record)
+            self._record[layer_name] = record
+            buffer = self._map(layer_name, max(1, count) * record)
             at = 0
             for kind in KINDS:
-                tables[kind][place] = {}
+                tables[kind][layer_name] = {}
                 for name, shape in tensors.items():
                     inner = np.empty(shape, np.float32).strides if shape else ()
-                    tables[kind][place][name] = np.ndarray(
+                    tables[kind][layer_name][name] = np.ndarray(
                         (count, *shape), np.float32, buffer, offset=at, strides=(record, *inner)
                     )
                     at += sizes[name]
         return tables
 
-    def _map(self, place: str, size: int) -> mmap.mmap:
+    def _map(self, layer_name: str, size: int) -> mmap.mmap:
         """A file of `size` zero bytes that exist on the disk (so that a full disk shows now), mapped."""
-        handle = os.open(self.folder / f"{place}{SUFFIX}", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        self._files[place] = handle
+        handle = os.open(self.folder / f"{layer_name}{SUFFIX}", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        self._files[layer_name] = handle
         os.posix_fallocate(handle, 0, size)
-        self._maps[place] = mmap.mmap(handle, size)
-        self._addresses[place] = np.frombuffer(self._maps[place], np.uint8).ctypes.data
+        self._maps[layer_name] = mmap.mmap(handle, size)
+        self._addresses[layer_name] = np.frombuffer(self._maps[layer_name], np.uint8).ctypes.data
         # Experts are whole ranges: reading ahead of them would bring in their neighbours.
-        self._maps[place].madvise(mmap.MADV_RANDOM)
-        return self._maps[place]
+        self._maps[layer_name].madvise(mmap.MADV_RANDOM)
+        return self._maps[layer_name]
 
-    def in_memory(self, place: str) -> bool:
-        return place in self._whole
+    def in_memory(self, layer_name: str) -> bool:
+        return layer_name in self._whole
 
     # --- coming and going
 
-    def prefetch(self, place: str, experts: Sequence[int]) -> None:
+    def prefetch(self, layer_name: str, experts: Sequence[int]) -> None:
         """Begin to read what a planned step will fetch, as far as room is left by what other steps wait for."""
-        if self.in_memory(place):
+        if self.in_memory(layer_name):
             return
         with self._lock:
             for expert in {int(e): None for e in experts}:
-                unit = (place, expert)
+                unit = (layer_name, expert)
                 self._awaited[unit] += 1
                 if unit not in self._resident and unit not in self._reading:
                     self._reading[unit] = self._reader.submit(self._bring_if_room, unit)
 
-    def _make_ready(self, place: str, experts: Sequence[int]) -> int:
-        if self.in_memory(place):
+    def _make_ready(self, layer_name: str, experts: Sequence[int]) -> int:
+        if self.in_memory(layer_name):
             return len(experts)
-        units = [(place, int(e)) for e in experts]
+        units = [(layer_name, int(e)) for e in experts]
         ready = self._hold(units)
         with self._lock:
             for unit in units:
@@ -166,8 +166,8 @@ class DiskStore(ExpertStore):
 
     def _bring(self, unit: Unit, for_step: bool) -> None:
         """Make room for a record and read it in."""
-        place, expert = unit
-        size = self._record[place]
+        layer_name, expert = unit
+        size = self._record[layer_name]
         with self._lock:
             if unit in self._resident:
                 return
@@ -175,9 +175,9 @@ class DiskStore(ExpertStore):
             self._resident[unit] = None
             self.mapped_bytes += size
             self.traffic.add(bytes_read=size)
-        self._advise(place, expert * size, size, mmap.MADV_WILLNEED)
+        self._advise(layer_name, expert * size, size, mmap.MADV_WILLNEED)
         # One byte of each page: the kernel has the record in memory when this returns.
-        np.frombuffer(self._maps[place], np.uint8, size, expert * size)[:: mmap.PAGESIZE].sum()
+        np.frombuffer(self._maps[layer_name], np.uint8, size, expert * size)[:: mmap.PAGESIZE].sum()
 
     def _make_room(self, size: int, for_step: bool) -> None:
         """Let records go until `size` bytes fit; what planned steps wait for goes last, and only for a step.
@@ -198,42 +198,42 @@ class DiskStore(ExpertStore):
             self._let_go(unit)
 
     def _let_go(self, unit: Unit) -> None:
-        place, expert = unit
-        size = self._record[place]
+        layer_name, expert = unit
+        size = self._record[layer_name]
         start = expert * size
         if unit in self._dirty:
-            self._write_back(place, start, size)
+            self._write_back(layer_name, start, size)
             self._dirty.discard(unit)
             self.traffic.add(bytes_written=size)
-        self._advise(place, start, size, mmap.MADV_DONTNEED)
-        self._drop_cached(place, start, size)
+        self._advise(layer_name, start, size, mmap.MADV_DONTNEED)
+        self._drop_cached(layer_name, start, size)
         del self._resident[unit]
         self.mapped_bytes -= size
 
-    def _advise(self, place: str, start: int, size: int, advice: int) -> None:
-        if self._libc.madvise(self._addresses[place] + start, size, advice):
-            raise OSError(ctypes.get_errno(), "an expert table cannot be mapped", str(self._path(place)))
+    def _advise(self, layer_name: str, start: int, size: int, advice: int) -> None:
+        if self._libc.madvise(self._addresses[layer_name] + start, size, advice):
+            raise OSError(ctypes.get_errno(), "an expert table cannot be mapped", str(self._path(layer_name)))
 
-    def _write_back(self, place: str, start: int, size: int) -> None:
+    def _write_back(self, layer_name: str, start: int, size: int) -> None:
         # Out of memory, without journal or flush of the disk's own cache: nobody reads the files after a crash.
-        if self._libc.sync_file_range(self._files[place], start, size, WRITE_AND_WAIT):
-            raise OSError(ctypes.get_errno(), "writing an expert table failed", str(self._path(place)))
+        if self._libc.sync_file_range(self._files[layer_name], start, size, WRITE_AND_WAIT):
+            raise OSError(ctypes.get_errno(), "writing an expert table failed", str(self._path(layer_name)))
 
-    def _drop_cached(self, place: str, start: int, size: int) -> None:
+    def _drop_cached(self, layer_name: str, start: int, size: int) -> None:
         with suppress(OSError):  # advice: some file systems take none
-            os.posix_fadvise(self._files[place], start, size, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self._files[layer_name], start, size, os.POSIX_FADV_DONTNEED)
 
-    def _path(self, place: str) -> Path:
-        return self.folder / f"{place}{SUFFIX}"
+    def _path(self, layer_name: str) -> Path:
+        return self.folder / f"{layer_name}{SUFFIX}"
 
     def begin(self) -> None:
         super().begin()
         with self._lock:
             self._pinned.clear()
 
-    def apply(self, place: str, expert: int, *arguments: object, **named: object) -> None:
-        if not self.in_memory(place):
-            unit = (place, expert)
+    def apply(self, layer_name: str, expert: int, *arguments: object, **named: object) -> None:
+        if not self.in_memory(layer_name):
+            unit = (layer_name, expert)
             try:
                 self._hold([unit])  # an earlier micro-batch's expert may have gone meanwhile
             except StoreFull:
@@ -241,7 +241,7 @@ class DiskStore(ExpertStore):
                 self.begin()
                 self._hold([unit])
             self._dirty.add(unit)
-        super().apply(place, expert, *arguments, **named)
+        super().apply(layer_name, expert, *arguments, **named)
 
     def release(self) -> None:
         """Write back and let go of everything, after tables were read or changed from outside a step."""
@@ -250,21 +250,21 @@ class DiskStore(ExpertStore):
             self._pinned.clear()
             for unit in list(self._resident):
                 self._let_go(unit)
-            for place, buffer in self._maps.items():
-                self._write_back(place, 0, 0)
-                self._advise(place, 0, len(buffer), mmap.MADV_DONTNEED)
-                self._drop_cached(place, 0, 0)
+            for layer_name, buffer in self._maps.items():
+                self._write_back(layer_name, 0, 0)
+                self._advise(layer_name, 0, len(buffer), mmap.MADV_DONTNEED)
+                self._drop_cached(layer_name, 0, 0)
 
-    def write(self, kind: str, place: str, name: str, experts: slice, values: np.ndarray) -> None:
-        if self.in_memory(place):
-            super().write(kind, place, name, experts, values)
+    def write(self, kind: str, layer_name: str, name: str, experts: slice, values: np.ndarray) -> None:
+        if self.in_memory(layer_name):
+            super().write(kind, layer_name, name, experts, values)
             return
-        for number, expert in enumerate(range(*experts.indices(self.experts[place]))):
+        for number, expert in enumerate(range(*experts.indices(self.experts[layer_name]))):
             # Through the file, not the map: what fills the tables must not count as resident.
             data = memoryview(np.ascontiguousarray(values[number], np.float32).reshape(-1)).cast("B")
-            start, done = self._offset(kind, place, name, expert), 0
+            start, done = self._offset(kind, layer_name, name, expert), 0
             while done < len(data):
-                done += os.pwrite(self._files[place], data[done:], start + done)
+                done += os.pwrite(self._files[layer_name], data[done:], start + done)
             self._filled += len(data)
             if self._filled >= FILL_BYTES:
                 self._filled = 0
@@ -272,25 +272,25 @@ class DiskStore(ExpertStore):
                     self._write_back(changed, 0, 0)
                     self._drop_cached(changed, 0, 0)
 
-    def _offset(self, kind: str, place: str, name: str, expert: int) -> int:
+    def _offset(self, kind: str, layer_name: str, name: str, expert: int) -> int:
         """Where an expert's tensor begins in its file."""
-        table = self._tables[kind][place][name]
-        return table.__array_interface__["data"][0] - self._addresses[place] + expert * self._record[place]
+        table = self._tables[kind][layer_name][name]
+        return table.__array_interface__["data"][0] - self._addresses[layer_name] + expert * self._record[layer_name]
 
-    def read(self, kind: str, place: str, name: str, experts: slice) -> np.ndarray:
-        if self.in_memory(place):
-            return super().read(kind, place, name, experts)
-        table = self._tables[kind][place][name]
+    def read(self, kind: str, layer_name: str, name: str, experts: slice) -> np.ndarray:
+        if self.in_memory(layer_name):
+            return super().read(kind, layer_name, name, experts)
+        table = self._tables[kind][layer_name][name]
         first, last, _ = experts.indices(table.shape[0])
         found = np.empty((last - first, *table.shape[1:]), np.float32)
         for expert in range(first, last):
             # Through the file, not the map: what is read for a checkpoint must not count as resident.
             data = memoryview(found[expert - first].reshape(-1)).cast("B")
-            start, done = self._offset(kind, place, name, expert), 0
+            start, done = self._offset(kind, layer_name, name, expert), 0
             while done < len(data):
-                done += os.preadv(self._files[place], [data[done:]], start + done)
-            if (place, expert) not in self._resident:
-                self._drop_cached(place, start, len(data))
+                done += os.preadv(self._files[layer_name], [data[done:]], start + done)
+            if (layer_name, expert) not in self._resident:
+                self._drop_cached(layer_name, start, len(data))
         return found
 
     def close(self) -> None:

@@ -63,12 +63,12 @@ class Traffic:
 
 
 class ExpertStore:
-    """Tables [experts, …] of float32 per (kind, place, tensor), kind being weight or one of the moments m and v.
+    """Tables [experts, …] of float32 per (kind, layer name, tensor), kind being weight or one of the moments m and v.
 
-    `shapes`: place (a sparse layer, or the embedding slots) -> tensor name -> shape of one expert's tensor. `experts`:
-    place -> how many. `kernels`: compiled updates, else NumPy's. Tables are zero until `initialise` or until they are
-    written to. A subclass makes the tables and says when an expert is ready. A process of several holds some of a
-    place's experts, which it counts from 0, and in a graph that is cut over devices a part of each of their tensors.
+    `shapes`: layer name (or that of the embedding slots) -> tensor name -> shape of one expert's tensor. `experts`:
+    layer name -> how many. `kernels`: compiled updates, else NumPy's. Tables are zero until `initialise` or until they
+    are written to. A subclass makes the tables and says when an expert is ready. A process of several holds some of a
+    layer's experts, which it counts from 0, and in a graph that is cut over devices a part of each of their tensors.
     """
 
     # Whether a training step's graph takes every stored expert, or only those that its batch activates.
@@ -77,9 +77,9 @@ class ExpertStore:
     def __init__(
         self, shapes: Mapping[str, Shapes], experts: Mapping[str, int], kernels: HostKernels | None = None
     ) -> None:
-        self.shapes = {place: dict(tensors) for place, tensors in shapes.items()}
+        self.shapes = {layer_name: dict(tensors) for layer_name, tensors in shapes.items()}
         self.experts = dict(experts)
-        self.steps = {place: np.zeros(count, np.int64) for place, count in experts.items()}
+        self.steps = {layer_name: np.zeros(count, np.int64) for layer_name, count in experts.items()}
         self.traffic = Traffic()
         self._kernels = kernels
         self._tables = self._make_tables()
@@ -93,18 +93,18 @@ class ExpertStore:
     # --- what a subclass says
 
     def _make_tables(self) -> dict[str, dict[str, dict[str, np.ndarray]]]:
-        """kind -> place -> tensor name -> float32 [experts, …]; one expert's tensor is contiguous."""
+        """kind -> layer name -> tensor name -> float32 [experts, …]; one expert's tensor is contiguous."""
         raise NotImplementedError
 
-    def _make_ready(self, place: str, experts: Sequence[int]) -> int:
+    def _make_ready(self, layer_name: str, experts: Sequence[int]) -> int:
         """Bring experts into memory; return how many were there already."""
         return len(experts)
 
-    def prefetch(self, place: str, experts: Sequence[int]) -> None:
+    def prefetch(self, layer_name: str, experts: Sequence[int]) -> None:
         """Begin to bring experts into memory that a coming step will fetch. May be called from another thread."""
 
-    def in_memory(self, place: str) -> bool:
-        """Whether a place's tables lie in memory as a whole."""
+    def in_memory(self, layer_name: str) -> bool:
+        """Whether a layer's tables lie in memory as a whole."""
         return True
 
     def release(self) -> None:
@@ -127,38 +127,38 @@ class ExpertStore:
     ) -> None:
         """Draw every weight table: Normal(std[tensor name]), cut off as `normal` says, or 0 where no std is given.
 
-        An expert's numbers depend on (seed, place, expert) alone, not on how many others there are. `held`: place ->
-        numbers of the experts held here, where others hold more; `shares`: tensor name -> what is held of each expert's
-        tensor, where others hold the rest.
+        An expert's numbers depend on (seed, layer, expert) alone, not on how many others there are. `held`: layer name
+        -> numbers of the experts held here, where others hold more; `shares`: tensor name -> what is held of each
+        expert's tensor, where others hold the rest.
         """
         held, shares = held or {}, shares or {}
-        for place, tensors in self.shapes.items():
-            for expert, number in enumerate(held.get(place, range(self.experts[place]))):
+        for layer_name, tensors in self.shapes.items():
+            for expert, number in enumerate(held.get(layer_name, range(self.experts[layer_name]))):
                 for name, shape in tensors.items():
                     if std.get(name):
                         share = shares.get(name) or Share(shape, whole(shape))
-                        rng = generator(seed, f"initial {place} {name}", number)
+                        rng = generator(seed, f"initial {layer_name} {name}", number)
                         drawn = normal(rng, (1, *share.shape), std[name], cutoff)[0][share.part]
-                        self.write("weight", place, name, slice(expert, expert + 1), drawn[None])
+                        self.write("weight", layer_name, name, slice(expert, expert + 1), drawn[None])
 
-    def table(self, place: str, name: str, kind: str = "weight") -> np.ndarray:
+    def table(self, layer_name: str, name: str, kind: str = "weight") -> np.ndarray:
         """The table of one tensor, [experts, …]; `kind` is weight, m or v. Writing to it changes the store."""
-        return self._tables[kind][place][name]
+        return self._tables[kind][layer_name][name]
 
     def tables(self) -> Iterator[tuple[str, str, str, np.ndarray]]:
-        """(kind, place, tensor name, table) of everything but the step counts."""
-        for kind, places in self._tables.items():
-            for place, tensors in places.items():
+        """(kind, layer name, tensor name, table) of everything but the step counts."""
+        for kind, by_layer in self._tables.items():
+            for layer_name, tensors in by_layer.items():
                 for name, table in tensors.items():
-                    yield kind, place, name, table
+                    yield kind, layer_name, name, table
 
-    def read(self, kind: str, place: str, name: str, experts: slice) -> np.ndarray:
+    def read(self, kind: str, layer_name: str, name: str, experts: slice) -> np.ndarray:
         """A range of experts of one table; memory of the table where it lies in memory anyway, else a copy."""
-        return self._tables[kind][place][name][experts]
+        return self._tables[kind][layer_name][name][experts]
 
-    def write(self, kind: str, place: str, name: str, experts: slice, values: np.ndarray) -> None:
+    def write(self, kind: str, layer_name: str, name: str, experts: slice, values: np.ndarray) -> None:
         """Set a range of experts of one table, between steps; where tables lie elsewhere no memory is held for it."""
-        self._tables[kind][place][name][experts] = values
+        self._tables[kind][layer_name][name][experts] = values
 
     # --- a step
 
@@ -166,31 +166,31 @@ class ExpertStore:
         """A graph is about to run: updates so far stand, and what earlier graphs fetched may go."""
         self.settle()
 
-    def whole(self, place: str, name: str) -> Tensor:
+    def whole(self, layer_name: str, name: str) -> Tensor:
         """One weight table as a tensor that shares its memory."""
         self.settle()
-        return self._view(place, name, -1)
+        return self._view(layer_name, name, -1)
 
-    def fetch(self, place: str, experts: Sequence[int]) -> list[Tensor]:
+    def fetch(self, layer_name: str, experts: Sequence[int]) -> list[Tensor]:
         """Weights of `experts` (repeats allowed), flat: all tensors of the first, of the second, …; no copies."""
         self.settle()
         wanted = np.unique(np.asarray(experts)).tolist()
-        ready = self._make_ready(place, wanted)
-        self.traffic.add(fetched=len(wanted), hits=ready, bytes_to_step=len(wanted) * self._bytes[place])
-        return [self._view(place, name, int(e)) for e in experts for name in self.shapes[place]]
+        ready = self._make_ready(layer_name, wanted)
+        self.traffic.add(fetched=len(wanted), hits=ready, bytes_to_step=len(wanted) * self._bytes[layer_name])
+        return [self._view(layer_name, name, int(e)) for e in experts for name in self.shapes[layer_name]]
 
     def apply(
-        self, place: str, expert: int, gradients: Sequence[Tensor], hyper: AdamWHyper, scale: float = 1.0
+        self, layer_name: str, expert: int, gradients: Sequence[Tensor], hyper: AdamWHyper, scale: float = 1.0
     ) -> None:
         """Update one expert by gradients * scale (in the order of `fetch`); nobody else's bits change.
 
         Returns at once; `settle` waits.
         """
-        self.steps[place][expert] += 1
-        step = int(self.steps[place][expert])
-        self.traffic.add(updated=1, bytes_from_step=self._bytes[place])
-        for name, gradient in zip(self.shapes[place], gradients, strict=True):
-            rows = (self._tables[kind][place][name][expert] for kind in KINDS)
+        self.steps[layer_name][expert] += 1
+        step = int(self.steps[layer_name][expert])
+        self.traffic.add(updated=1, bytes_from_step=self._bytes[layer_name])
+        for name, gradient in zip(self.shapes[layer_name], gradients, strict=True):
+            rows = (self._tables[kind][layer_name][name][expert] for kind in KINDS)
             task = self._workers.submit(
                 _timed_update, *rows, gradient.asnumpy(), hyper, step, scale, decays("." + name), self._kernels
             )
@@ -208,10 +208,10 @@ class ExpertStore:
         wait([task for task, _ in running])
         self.traffic.add(update_seconds=sum(task.result() for task, _ in running))
 
-    def _view(self, place: str, name: str, expert: int) -> Tensor:
-        key = (place, name, expert)
+    def _view(self, layer_name: str, name: str, expert: int) -> Tensor:
+        key = (layer_name, name, expert)
         if key not in self._views:
-            table = self._tables["weight"][place][name]
+            table = self._tables["weight"][layer_name][name]
             self._views[key] = Tensor.from_numpy(table if expert < 0 else table[expert])
         return self._views[key]
 

@@ -13,8 +13,8 @@ class HostStore(ExpertStore):
     def _make_tables(self) -> dict[str, dict[str, dict[str, np.ndarray]]]:
         return {
             kind: {
-                place: {name: np.zeros((self.experts[place], *s), np.float32) for name, s in tensors.items()}
-                for place, tensors in self.shapes.items()
+                layer_name: {name: np.zeros((self.experts[layer_name], *s), np.float32) for name, s in tensors.items()}
+                for layer_name, tensors in self.shapes.items()
             }
             for kind in KINDS
         }

@@ -88,7 +88,7 @@ def save_model(run: Path, sizes: Mapping[str, int] = SIZES, *, probes: int = 2, 
     contents = Contents(
         step=8,
         domains=list(sizes),
-        coverage={place: dict(sizes) for place in config.model.sparse_prefixes},
+        coverage={layer_name: dict(sizes) for layer_name in config.model.sparse_prefixes},
         config_text=config.to_yaml(),
         tokenizer_files=files,
         probe={name: draw.integers(3, VOCAB, (probes, LENGTH + 1), dtype=np.int32) for name in sizes if probes},

@@ -64,9 +64,9 @@ def test_a_tokens_result_does_not_depend_on_the_rest_of_the_batch(sparse, weight
         # From alone in its expert's block to one among all.
         ids = draw.integers(0, 6, TOKENS) if trial % 3 else np.full(TOKENS, 4)
         ids[ids == 4] = 4 if trial % 2 else 3
-        place = int(draw.integers(TOKENS))
-        x[place], ids[place] = token, 4
-        results.append(run(sparse, x, ids, weights)[place])
+        position = int(draw.integers(TOKENS))
+        x[position], ids[position] = token, 4
+        results.append(run(sparse, x, ids, weights)[position])
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
     up, up_bias, down, down_bias = (w.astype(np.float64) for w in weights[4])

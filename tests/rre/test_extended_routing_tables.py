@@ -46,8 +46,8 @@ def test_a_frequency_table_gives_each_new_id_to_the_expert_with_the_fewest_rows(
 def test_layers_domains_and_seeds_differ():
     table = draw_table("uniform", 1, "blocks.0", "code", 64, 4, None)
 
-    def new(seed: int, place: str, domain: str) -> bytes:
-        return extend_table("uniform", seed, place, domain, table, 256, 4, None)[64:].tobytes()
+    def new(seed: int, layer_name: str, domain: str) -> bytes:
+        return extend_table("uniform", seed, layer_name, domain, table, 256, 4, None)[64:].tobytes()
 
     one = new(1, "blocks.0", "code")
     assert len({one, new(2, "blocks.0", "code"), new(1, "blocks.1", "code"), new(1, "blocks.0", "law")}) == 4

@@ -44,8 +44,8 @@ def test_a_grouped_product_is_the_ragged_one(form):
         (GroupedNetworks(Layout(grouped=True), form, ms.float32), (plan.order, plan.offsets)),
         (RaggedNetworks(Layout(), form, ms.float32), (*plan.rows, plan.position)),
     ):
-        places = (0, *range(2 + len(parts), 2 + len(parts) + len(weights)))
-        graph = ops.value_and_grad(Scored(cell, len(parts)), places, None, has_aux=True)
+        positions = (0, *range(2 + len(parts), 2 + len(parts) + len(weights)))
+        graph = ops.value_and_grad(Scored(cell, len(parts)), positions, None, has_aux=True)
         (_, y), gradients = graph(*(Tensor(a) for a in (x, wanted, *parts, *weights)))
         found.append((y.asnumpy(), [g.asnumpy() for g in gradients]))
     (y, mine), (expected, theirs) = found

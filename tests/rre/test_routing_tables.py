@@ -62,12 +62,12 @@ def test_under_zipf_the_frequency_table_beats_the_uniform_one(experts):
 def test_tables_are_repeatable_and_independent_of_each_other(kind):
     counts = np.random.default_rng(0).integers(1, 50, VOCAB)
 
-    def draw(seed: int = 1, place: str = "blocks.3", domain: str = "code") -> np.ndarray:
-        return draw_table(kind, seed, place, domain, VOCAB, 8, counts)
+    def draw(seed: int = 1, layer_name: str = "blocks.3", domain: str = "code") -> np.ndarray:
+        return draw_table(kind, seed, layer_name, domain, VOCAB, 8, counts)
 
     first = draw()
     np.testing.assert_array_equal(first, draw())
-    for other in (draw(seed=2), draw(place="query_layer"), draw(domain="law")):
+    for other in (draw(seed=2), draw(layer_name="query_layer"), draw(domain="law")):
         # Independent tables of 8 experts agree on an eighth of the ids (6 standard deviations around it).
         assert abs((first == other).mean() - 1 / 8) < 6 * np.sqrt(7 / 64 / VOCAB)
         joint = np.histogram2d(first, other, bins=8)[0]

@@ -13,7 +13,7 @@ from pangu_sigma.config import Config, check_start, with_tokenizer_of, with_voca
 from pangu_sigma.data.corpus import Corpus, prepare_corpus
 from pangu_sigma.model.batch_planner import PlannedBatch, graph_placeholders
 from pangu_sigma.model.build_model import routed_model
-from pangu_sigma.model.graph_inputs import FlatSignature, PlaceSignature
+from pangu_sigma.model.graph_inputs import FlatSignature, LayerSignature
 from pangu_sigma.model.model import Model
 from pangu_sigma.model.state_dict import stored_tables
 from pangu_sigma.trained_model import stored_config, stored_tokenizer, stored_weights
@@ -72,17 +72,17 @@ def routing_of(text: Text) -> Model:
 
 def columns(signature: FlatSignature) -> list[str]:
     """Names of the columns of a planned batch, in order."""
-    return [*FIXED_COLUMNS, *(name for place in signature.places for name in _place_columns(place))]
+    return [*FIXED_COLUMNS, *(name for layer_signature in signature.layers for name in _layer_columns(layer_signature))]
 
 
 def row(batch: PlannedBatch, signature: FlatSignature) -> tuple[np.ndarray, ...]:
     """A planned batch as its columns."""
     arrays = [batch.tokens, batch.labels, batch.mask, batch.positions, batch.segments, batch.domain, batch.keys]
-    for place, plan, noise in zip(signature.places, batch.plans, batch.noise, strict=True):
+    for layer_signature, plan, noise in zip(signature.layers, batch.plans, batch.noise, strict=True):
         if plan is None:
-            arrays += [noise] if place.noise else []
+            arrays += [noise] if layer_signature.noise else []
         else:
-            parts = (plan.order, plan.offsets) if place.compiled else (*plan.rows, plan.position)
+            parts = (plan.order, plan.offsets) if layer_signature.compiled else (*plan.rows, plan.position)
             arrays += [*parts, plan.counts.astype(np.int32)]
     return tuple(arrays)
 
@@ -92,21 +92,21 @@ def placeholders(signature: FlatSignature) -> list[ms.Tensor]:
     fixed = graph_placeholders(signature.batch, signature.length)
     tensors = [fixed["weights" if name == "mask" else name] for name in FIXED_COLUMNS]
     tokens = signature.batch * signature.length
-    for place in signature.places:
-        if place.learned:
-            tensors += [ms.Tensor(shape=list(place.noise), dtype=ms.float32)] if place.noise else []
+    for layer_signature in signature.layers:
+        if layer_signature.learned:
+            tensors += [ms.Tensor(shape=list(layer_signature.noise), dtype=ms.float32)] if layer_signature.noise else []
             continue
-        if place.compiled:
-            tensors += [ms.Tensor(shape=[n], dtype=ms.int32) for n in (tokens, place.slots + 1)]
+        if layer_signature.compiled:
+            tensors += [ms.Tensor(shape=[n], dtype=ms.int32) for n in (tokens, layer_signature.slots + 1)]
         else:
-            tensors += [ms.Tensor(shape=[None], dtype=ms.int32) for _ in range(place.slots + 1)]
+            tensors += [ms.Tensor(shape=[None], dtype=ms.int32) for _ in range(layer_signature.slots + 1)]
             tensors.append(ms.Tensor(shape=[tokens, 1], dtype=ms.int32))
-        tensors.append(ms.Tensor(shape=[place.slots], dtype=ms.int32))
+        tensors.append(ms.Tensor(shape=[layer_signature.slots], dtype=ms.int32))
     return tensors
 
 
-def _place_columns(place: PlaceSignature) -> Iterator[str]:
-    routing = place.routing
-    yield from (f"{place.name}.routing.{i}" for i in range(routing))
-    if not place.learned:
-        yield f"{place.name}.counts"
+def _layer_columns(layer_signature: LayerSignature) -> Iterator[str]:
+    routing = layer_signature.routing
+    yield from (f"{layer_signature.name}.routing.{i}" for i in range(routing))
+    if not layer_signature.learned:
+        yield f"{layer_signature.name}.counts"

@@ -66,20 +66,20 @@ class PanGuSigmaForCausalLM(PreTrainedModel):
             restore_model(built, text.weights)
         self.signature = built.training_signature(batch)
         self.net = built.net
-        self.domains, self.places = built.groups.names, tuple(p.name for p in self.signature.places)
+        self.domains, self.layer_names = built.groups.names, tuple(s.name for s in self.signature.layers)
         self.sizes = built.groups.sizes
         parameters = {name: _parameter(name, tensor) for name, tensor in _domain_tensors(built).items()}
         self.tables = ParameterTuple([p for name, p in parameters.items() if name.endswith(".routing")])
         self.slot_tables = ParameterTuple([p for name, p in parameters.items() if name.endswith(".embedding.word")])
         tensors = text.config.model.expert_network.tensors
         names = [
-            f"domains.{domain}.{place}.experts.{tensor}"
-            for place in self.places for domain in self.domains for tensor in tensors
+            f"domains.{domain}.{layer_name}.experts.{tensor}"
+            for layer_name in self.layer_names for domain in self.domains for tensor in tensors
         ]  # fmt: skip
         self.experts = ParameterTuple([parameters[name] for name in names])
-        per_place = len(self.domains) * len(tensors)
+        per_layer = len(self.domains) * len(tensors)
         self.expert_tensors: dict[str, tuple[int | str, int]] = {
-            name: (i // per_place, i % per_place // len(tensors)) for i, name in enumerate(names)
+            name: (i // per_layer, i % per_layer // len(tensors)) for i, name in enumerate(names)
         }
         self.expert_tensors |= {p.name: (SLOTS, number) for number, p in enumerate(self.slot_tables)}
         self.layout = built.layout
@@ -118,12 +118,12 @@ class Objective(nn.Cell):
         super().__init__(auto_prefix=False)
         signature: FlatSignature = model.signature
         self.loss = TrainingLoss(model.net, model.layout, signature)
-        self.routing = tuple(place.routing for place in signature.places)
-        self.counted = tuple(not place.learned for place in signature.places)
+        self.routing = tuple(layer_signature.routing for layer_signature in signature.layers)
+        self.counted = tuple(not layer_signature.learned for layer_signature in signature.layers)
         self.domains = len(model.domains)
         self.sizes = model.sizes
         self.experts = model.experts
-        self.each = len(signature.places[0].network.tensors) if signature.places else 0
+        self.each = len(signature.layers[0].network.tensors) if signature.layers else 0
         self.slot_tables = model.slot_tables
         self.has_slots = signature.slot_table is not None
         self.unstack = ops.Unstack(0)
@@ -135,16 +135,16 @@ class Objective(nn.Cell):
         if self.has_slots:
             flat = flat + (self.stack(self.slot_tables),)
         start = FIXED
-        for place in range(len(self.routing)):
-            end = start + self.routing[place]
-            flat = flat + columns[start:end] + self.group_weights(place)
-            start = end + 1 if self.counted[place] else end
+        for layer_index in range(len(self.routing)):
+            end = start + self.routing[layer_index]
+            flat = flat + columns[start:end] + self.group_weights(layer_index)
+            start = end + 1 if self.counted[layer_index] else end
         return self.loss(tokens, labels, weights, auxiliary_weight, positions, segments, domain, keys, *flat)
 
-    def group_weights(self, place: int):
+    def group_weights(self, layer_index: int):
         flat = ()
         for number in range(self.domains):
-            first = (place * self.domains + number) * self.each
+            first = (layer_index * self.domains + number) * self.each
             tensors = ()
             for i in range(self.each):
                 tensors = tensors + (self.unstack(self.experts[first + i]),)

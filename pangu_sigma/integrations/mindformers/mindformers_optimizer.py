@@ -50,7 +50,7 @@ class PanGuSigmaLR(LearningRateSchedule):
 
 
 class PanGuSigmaAdamW(Optimizer):
-    """`optimizer`: gradients, received rows by place -> AdamW with decoupled decay and bias correction.
+    """`optimizer`: gradients, received rows by layer -> AdamW with decoupled decay and bias correction.
 
     `received`: per sparse layer float32 [E], per embedding slots float32 [domains] last; an expert with 0 is untouched.
     `bind` must tell it first which parameter belongs to which expert group; the step wrapper does.
@@ -80,13 +80,16 @@ class PanGuSigmaAdamW(Optimizer):
         found = self.weight_decay if self.is_group else [self.weight_decay] * len(self.parameters)
         return tuple(float(d.asnumpy()) if isinstance(d, Tensor) else float(d) for d in found)
 
-    def bind(self, expert_tensors: dict[str, tuple[int, int]], sizes: tuple[int, ...], places: tuple[str, ...]) -> None:
-        """`expert_tensors`: parameter name -> (place, domain); the place behind the sparse layers' is the slots'."""
-        slots = len(places)
+    def bind(
+        self, expert_tensors: dict[str, tuple[int, int]], sizes: tuple[int, ...], layer_names: tuple[str, ...]
+    ) -> None:
+        """`expert_tensors`: parameter name -> (layer's index, domain); the index behind the sparse layers' is the
+        slots'."""
+        slots = len(layer_names)
         offsets = [sum(sizes[:number]) for number in range(len(sizes))]
         owners = [expert_tensors.get(p.name) for p in self.parameters]
-        # Per parameter: its place (-1: shared) and the range of its experts in that place's `received`.
-        self.place = tuple(-1 if owner is None else owner[0] for owner in owners)
+        # Per parameter: its layer's index (-1: shared) and the range of its experts in that layer's `received`.
+        self.layer_index = tuple(-1 if owner is None else owner[0] for owner in owners)
         self.begin = tuple(
             0 if owner is None else owner[1] if owner[0] == slots else offsets[owner[1]] for owner in owners
         )
@@ -98,11 +101,12 @@ class PanGuSigmaAdamW(Optimizer):
             for p, owner in zip(self.parameters, owners, strict=True)
         )
         # One count of updates for each expert (shared parameters: `global_step`).
-        lengths = dict.fromkeys(places, sum(sizes))
-        if slots in self.place:
+        lengths = dict.fromkeys(layer_names, sum(sizes))
+        if slots in self.layer_index:
             lengths[SLOTS] = len(sizes)
         self.steps = ParameterTuple([
-            Parameter(Tensor(np.zeros(n, np.float32)), name=f"adam_steps.{place}") for place, n in lengths.items()
+            Parameter(Tensor(np.zeros(n, np.float32)), name=f"adam_steps.{layer_name}")
+            for layer_name, n in lengths.items()
         ])  # fmt: skip
 
     def corrected(self, step: Tensor, rate: Tensor, eps: float):
@@ -116,15 +120,15 @@ class PanGuSigmaAdamW(Optimizer):
         step = ops.cast(self.global_step, ms.float32).reshape(())
         done = self.done
         counts, touched = (), ()
-        for place in range(len(received)):
-            active = received[place] > 0.0
-            count = self.steps[place] + ops.cast(active, ms.float32)
-            done = ops.depend(done, ops.assign(self.steps[place], count))
+        for layer_index in range(len(received)):
+            active = received[layer_index] > 0.0
+            count = self.steps[layer_index] + ops.cast(active, ms.float32)
+            done = ops.depend(done, ops.assign(self.steps[layer_index], count))
             counts = counts + (ops.maximum(count, Tensor(1.0, ms.float32)),)
             touched = touched + (active,)
         shared_rate, shared_eps = self.corrected(step, rate, self.eps)
         for i in range(len(gradients)):
-            if self.place[i] < 0:
+            if self.layer_index[i] < 0:
                 decay = self.decays[i] * rate / shared_rate
                 updated = self.adamw(
                     self.parameters[i], self.m[i], self.v[i], shared_rate, Tensor(self.beta1, ms.float32),
@@ -137,8 +141,8 @@ class PanGuSigmaAdamW(Optimizer):
 
     def update_experts(self, i: int, gradient: Tensor, rate: Tensor, counts, touched) -> Tensor:
         a, b = self.begin[i], self.begin[i] + self.count[i]
-        step = counts[self.place[i]][a:b].reshape(self.spread[i])
-        active = touched[self.place[i]][a:b].reshape(self.spread[i])
+        step = counts[self.layer_index[i]][a:b].reshape(self.spread[i])
+        active = touched[self.layer_index[i]][a:b].reshape(self.spread[i])
         expert_rate, eps = self.corrected(step, rate, self.expert_eps)
         parameter, m, v = self.parameters[i], self.m[i], self.v[i]
         new_m = self.beta1 * m + (1.0 - self.beta1) * gradient

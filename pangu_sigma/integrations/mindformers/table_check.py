@@ -28,8 +28,8 @@ class PanGuSigmaTableCheck(Callback):
         if not isinstance(network, PanGuSigmaForCausalLM) or not isinstance(batches, PlannedBatches):
             raise UserError("PanGuSigmaTableCheck needs PanGuSigmaForCausalLM and PanGuSigmaDataLoader in the YAML")
         planned = {
-            table_name(owner, place): table
-            for place, by_owner in batches.tables.items() for owner, table in by_owner.items()
+            table_name(owner, layer_name): table
+            for layer_name, by_owner in batches.tables.items() for owner, table in by_owner.items()
         }  # fmt: skip
         for table in network.tables:
             if not np.array_equal(table.asnumpy(), planned[table.name]):

@@ -31,13 +31,13 @@ class PanGuSigmaTrainOneStep(MFTrainOneStepCell):
                 f"{type(model).__name__} and {type(optimizer).__name__}: name both in the YAML"
             )
         super().__init__(network, optimizer, use_clip_grad=use_clip_grad, max_grad_norm=max_grad_norm, **kwargs)
-        places = len(model.places)
-        owners = {name: (places if place == SLOTS else place, d) for name, (place, d) in model.expert_tensors.items()}
-        optimizer.bind(owners, model.sizes, model.places)
+        layers = len(model.layer_names)
+        owners = {name: (layers if index == SLOTS else index, d) for name, (index, d) in model.expert_tensors.items()}
+        optimizer.bind(owners, model.sizes, model.layer_names)
         self.objective = model.loss
         self.limit = float(max_grad_norm) if use_clip_grad else float("inf")
-        self.routing = tuple(place.routing for place in model.signature.places)
-        self.counted = tuple(not place.learned for place in model.signature.places)
+        self.routing = tuple(layer_signature.routing for layer_signature in model.signature.layers)
+        self.counted = tuple(not layer_signature.learned for layer_signature in model.signature.layers)
         self.has_slots = model.signature.slot_table is not None
         self.domain_ids = Tensor(list(range(len(model.domains))), ms.int32)
         self.trained = ParameterTuple(optimizer.parameters)
@@ -77,13 +77,13 @@ class PanGuSigmaTrainOneStep(MFTrainOneStepCell):
         """Rows that every expert received here, float32 [E] by sparse layer; samples of every domain last (slots)."""
         found = ()
         start = FIXED
-        for place in range(len(self.routing)):
-            start = start + self.routing[place]
-            if self.counted[place]:
+        for layer_index in range(len(self.routing)):
+            start = start + self.routing[layer_index]
+            if self.counted[layer_index]:
                 found = found + (ops.cast(columns[start], ms.float32),)
                 start = start + 1
             else:
-                found = found + (self.sum(rows[place], 0)[:-1],)
+                found = found + (self.sum(rows[layer_index], 0)[:-1],)
         if self.has_slots:
             mine = ops.cast(columns[5].reshape(-1, 1) == self.domain_ids.reshape(1, -1), ms.float32)
             found = found + (self.sum(mine, 0),)
@@ -103,10 +103,10 @@ class PanGuSigmaTrainOneStep(MFTrainOneStepCell):
         found = ()
         for i in range(len(gradients)):
             gradient = gradients[i]
-            place = self.optimizer.place[i]
-            if place >= 0:
+            layer_index = self.optimizer.layer_index[i]
+            if layer_index >= 0:
                 a, b = self.optimizer.begin[i], self.optimizer.begin[i] + self.optimizer.count[i]
-                active = (received[place][a:b] > 0.0).reshape(self.optimizer.spread[i])
+                active = (received[layer_index][a:b] > 0.0).reshape(self.optimizer.spread[i])
                 gradient = ops.select(
                     ops.broadcast_to(active, gradient.shape), gradient, ops.zeros_like(gradient)
                 )

@@ -1,4 +1,4 @@
-"""Dropout whose mask is counted: a function of (seed, step, global sample, layer, place), so that resume repeats it.
+"""Dropout whose mask is counted: a function of (seed, step, global sample, layer, site), so that resume repeats it.
 
 MindSpore's own generator state does not restore dropout on CPU, and a kept state would depend on the number of
 processes. The mask is an integer hash (the 32-bit finaliser of MurmurHash3) of a per-sample key and the element's
@@ -17,11 +17,11 @@ FIRST, SECOND, GOLDEN = -2048144789, -1028477387, -1640531527
 
 
 class CountedUniform(nn.Cell):
-    """keys int32 [B] -> uniform float32 [B, count] in [0, 1), one stream per (key, layer, place)."""
+    """keys int32 [B] -> uniform float32 [B, count] in [0, 1), one stream per (key, layer, site)."""
 
-    def __init__(self, layer: int, place: str) -> None:
+    def __init__(self, layer: int, site: str) -> None:
         super().__init__()
-        digest = hashlib.sha256(f"{layer} {place}".encode()).digest()
+        digest = hashlib.sha256(f"{layer} {site}".encode()).digest()
         self.salt = int.from_bytes(digest[:4], "little", signed=True)
 
     def right(self, x: Tensor, bits: int) -> Tensor:
@@ -47,10 +47,10 @@ class CountedUniform(nn.Cell):
 class CountedDropout(nn.Cell):
     """x with a leading axis of B samples (or B*S rows) -> x * keep / (1 - rate); the identity outside training."""
 
-    def __init__(self, rate: float, layer: int, place: str) -> None:
+    def __init__(self, rate: float, layer: int, site: str) -> None:
         super().__init__()
         self.rate = rate
-        self.masked = MaskedByKeys(rate, layer, place)
+        self.masked = MaskedByKeys(rate, layer, site)
 
     def construct(self, x: Tensor, keys: Tensor) -> Tensor:
         if self.rate == 0.0 or not self.training:
@@ -65,10 +65,10 @@ class MaskedByKeys(nn.Cell):
     The gradient is written by hand because MindSpore's recomputation makes a cycle of the graph it derives itself.
     """
 
-    def __init__(self, rate: float, layer: int, place: str) -> None:
+    def __init__(self, rate: float, layer: int, site: str) -> None:
         super().__init__()
         self.rate = rate
-        self.uniform = CountedUniform(layer, place)
+        self.uniform = CountedUniform(layer, site)
 
     def construct(self, x: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         drawn = self.uniform(keys, x.size // keys.shape[0])

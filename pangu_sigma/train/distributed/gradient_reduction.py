@@ -47,10 +47,10 @@ class Reduction:
 
     def norm(self, gradients: Gradients) -> float:
         """The global norm: shared parameters and slots count once, experts wherever they are."""
-        shared, by_place = gradients.squares(self.model.store)
-        everywhere = float(shared.sum()) + by_place.pop(SLOTS, 0.0)
+        shared, by_layer = gradients.squares(self.model.store)
+        everywhere = float(shared.sum()) + by_layer.pop(SLOTS, 0.0)
         # Replicas hold the same experts; the first of them speaks for all.
-        mine = sum(by_place.values(), 0.0) if self.replicas[0] == self.processes.rank else 0.0
+        mine = sum(by_layer.values(), 0.0) if self.replicas[0] == self.processes.rank else 0.0
         return _root(everywhere + float(self.processes.total(np.array([mine]))[0]))
 
     def total(self, values: np.ndarray) -> np.ndarray:
@@ -100,8 +100,8 @@ class Reduction:
         activated, held = self._activated(parts, phase), self.model.held
         share = len(held)
         found = {key: tensors for key, tensors in mine.items() if key[0] == SLOTS}
-        for layer, place in enumerate(self.model.config.model.sparse_prefixes):
-            shapes = list(self.model.store.shapes[place].values())
+        for layer, layer_name in enumerate(self.model.config.model.sparse_prefixes):
+            shapes = list(self.model.store.shapes[layer_name].values())
             size = sum(int(np.prod(s)) for s in shapes)
             moving = np.flatnonzero(activated[layer].reshape(-1, share).any(axis=0)).tolist()
             at_once = max(1, BUCKET_BYTES // (4 * size))
@@ -109,7 +109,7 @@ class Reduction:
                 experts = moving[start : start + at_once]
                 flat = np.zeros((len(experts), size), np.float32)
                 for row, expert in zip(flat, experts, strict=True):
-                    tensors = mine.get((place, expert))
+                    tensors = mine.get((layer_name, expert))
                     if tensors is not None:
                         np.concatenate([t.asnumpy().reshape(-1) for t in tensors], out=row)
                 lines = self.processes.gather(flat)
@@ -118,7 +118,7 @@ class Reduction:
                     total += lines[rank]
                 for row, expert in zip(total, experts, strict=True):
                     if activated[layer, held.start + expert]:
-                        found[(place, expert)] = _cut(row, shapes)
+                        found[(layer_name, expert)] = _cut(row, shapes)
         return found
 
 
@@ -142,8 +142,8 @@ class MeshedReduction(Reduction):
 
     def norm(self, gradients: Gradients) -> float:
         """The global norm: each part of a shared parameter and of an expert counts once."""
-        shared, by_place = gradients.squares(self.model.store, self.of_experts)
-        mine = float((shared * self.weights[: shared.size]).sum()) + sum(by_place.values(), 0.0)
+        shared, by_layer = gradients.squares(self.model.store, self.of_experts)
+        mine = float((shared * self.weights[: shared.size]).sum()) + sum(by_layer.values(), 0.0)
         return _root(float(self.processes.total(np.array([mine]))[0]))
 
 

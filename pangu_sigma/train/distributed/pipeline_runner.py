@@ -37,7 +37,7 @@ class StagedStep:
     def __init__(self, model: Model, signature: FlatSignature) -> None:
         self.model, self.signature = model, signature
         self.processes, self.mesh = model.processes, model.processes.mesh
-        self.places = [place for place in signature.places if place.name in model.places]
+        self.layers = [layer for layer in signature.layers if layer.name in model.layer_names]
         last = (self.mesh.pipeline - 1) * self.mesh.stage_size
         # Every rank of the last stage has the sums over all rows; one of them tells.
         self.tells = self.processes.rank == last
@@ -63,13 +63,13 @@ class StagedStep:
         if phase.shared:
             found.shared, found.shared_squares = tuple(shared), squares.asnumpy().astype(np.float64)
         owner, at = np.repeat(groups.names, groups.sizes), 0
-        layers = {place.name: layer for layer, place in enumerate(self.signature.places)}
-        for place in self.places:
-            plans = [batch.plans[layers[place.name]] for batch in batches]
+        layers = {layer_signature.name: layer for layer, layer_signature in enumerate(self.signature.layers)}
+        for layer_signature in self.layers:
+            plans = [batch.plans[layers[layer_signature.name]] for batch in batches]
             trains = np.isin(owner[plans[0].experts], list(phase.domains)) & (sum(plan.counts for plan in plans) > 0)
-            stacked = by_expert[at : at + place.weights]
-            at += place.weights
-            found.experts |= slot_gradients(self.signature, place, plans[0].experts, trains, stacked)
+            stacked = by_expert[at : at + layer_signature.weights]
+            at += layer_signature.weights
+            found.experts |= slot_gradients(self.signature, layer_signature, plans[0].experts, trains, stacked)
         return found, parts
 
     def compute(
@@ -95,12 +95,12 @@ class StagedStep:
         step are the same in all its micro-batches."""
         store, found = self.model.store, []
         store.begin()
-        for place, plan in zip(self.signature.places, batch.plans, strict=True):
-            if place not in self.places:
+        for layer_signature, plan in zip(self.signature.layers, batch.plans, strict=True):
+            if layer_signature not in self.layers:
                 continue
-            for slots in place.reserved.by_chunk(self.signature.expert_part):
-                fetched = store.fetch(place.name, self.signature.stored(plan.experts[slots]))
-                tensors = len(place.network.tensors)
+            for slots in layer_signature.reserved.by_chunk(self.signature.expert_part):
+                fetched = store.fetch(layer_signature.name, self.signature.stored(plan.experts[slots]))
+                tensors = len(layer_signature.network.tensors)
                 found += [np.stack([t.asnumpy() for t in fetched[i::tensors]]) for i in range(tensors)]
         return found
 

@@ -145,12 +145,12 @@ class PipelinedStep(nn.Cell):
 def expert_tensors(signature: FlatSignature) -> dict[str, tuple[int, ...]]:
     """Name -> uncut shape [slots of a chunk, …] of every activated expert tensor, in the order of the flat inputs."""
     found = {}
-    for place in signature.places:
-        tensors = tuple(place.network.tensors)
-        weights = place.reserved.weight_inputs(place.network, signature.hidden, signature.ffn)
+    for layer_signature in signature.layers:
+        tensors = tuple(layer_signature.network.tensors)
+        weights = layer_signature.reserved.weight_inputs(layer_signature.network, signature.hidden, signature.ffn)
         for number, (shape, _, _) in enumerate(weights):
             chunk, tensor = divmod(number, len(tensors))
-            found[f"{place.name}.experts.{tensors[tensor]}/{chunk}"] = shape
+            found[f"{layer_signature.name}.experts.{tensors[tensor]}/{chunk}"] = shape
     return found
 
 
@@ -161,5 +161,5 @@ def step_inputs(
     fixed = fixed_inputs(signature.batch, signature.length)
     of_one = [fixed[name] for name in READ]
     of_one.append(((signature.batch, domains), ms.float32, ("rows", 1)))
-    of_one += [entry for place in signature.places for entry in place.reserved.plan_inputs()]
+    of_one += [entry for layer_signature in signature.layers for entry in layer_signature.reserved.plan_inputs()]
     return [((micro_batches * shape[0], *shape[1:]), dtype, cut) for shape, dtype, cut in of_one]

@@ -98,10 +98,10 @@ def save_model(
     """A checkpoint of these tensors in the run `folder`."""
     tokenizer.save(folder / "tokenizer")
     files = {path.name: path.read_bytes() for path in (folder / "tokenizer").iterdir()}
-    places = config.model.sparse_prefixes
+    layer_names = config.model.sparse_prefixes
     contents = Contents(
         step=7, domains=groups.names,
-        coverage={place: dict(zip(groups.names, groups.sizes, strict=True)) for place in places},
+        coverage={layer_name: dict(zip(groups.names, groups.sizes, strict=True)) for layer_name in layer_names},
         config_text=config.to_yaml(), tokenizer_files=files, probe={}, state={},
         fingerprints=Fingerprints(tokenizer=tokenizer.fingerprint, corpora={}),
     )  # fmt: skip

@@ -136,10 +136,10 @@ def test_loss_auxiliary_loss_and_gradients_agree(theirs, ours, tokens):
 
     found = {p.name: g.asnumpy() for p, g in zip(ours.net.trainable_params(), shared, strict=True)}
     flat = iter(by_expert)
-    for place in signature.places:
-        for expert in range(place.slots):
-            for name in place.network.tensors:
-                found[f"domains.general.{place.name}.experts.{name}", expert] = next(flat).asnumpy()
+    for layer_signature in signature.layers:
+        for expert in range(layer_signature.slots):
+            for name in layer_signature.network.tensors:
+                found[f"domains.general.{layer_signature.name}.experts.{name}", expert] = next(flat).asnumpy()
     named = dict(theirs.named_parameters())
     checked = set()
     for key, gradient in found.items():

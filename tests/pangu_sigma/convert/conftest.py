@@ -14,7 +14,7 @@ import yaml
 from pangu_sigma import runtime
 from pangu_sigma.checkpoint import Fingerprints, ModelFolder, TensorSpec, write_model_folder
 from pangu_sigma.config import config_from_dict, effective
-from pangu_sigma.config.parameter_counts import is_routing, manifest, place_and_owner
+from pangu_sigma.config.parameter_counts import is_routing, layer_name_and_owner, manifest
 from pangu_sigma.convert.converted_folder import new_specs
 from pangu_sigma.data.corpus_files import Source
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
@@ -86,10 +86,10 @@ def random_model(out: Path, config, tokenizer: Tokenizer) -> Path:
 
     def read(spec: TensorSpec) -> np.ndarray:
         if is_routing(spec.name):
-            place, owner = place_and_owner(spec.name)
+            layer_name, owner = layer_name_and_owner(spec.name)
             counts = np.arange(spec.shape[0])[::-1] ** 2
             table = config.model.sparse.table
-            return draw_table(table, 7, place, owner, spec.shape[0], experts[owner], counts)
+            return draw_table(table, 7, layer_name, owner, spec.shape[0], experts[owner], counts)
         values = generator(3, spec.name).standard_normal(spec.shape, np.float32) * np.float32(0.3)
         return values + np.float32(1.0) if spec.name.endswith("gamma") else values
 

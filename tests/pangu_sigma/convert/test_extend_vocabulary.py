@@ -42,8 +42,8 @@ def test_old_ids_keep_their_pieces_and_new_ones_are_found(extended, sparse, piec
     assert new.vocab_size == VOCAB + len(NEW) and (new.eod_id, new.pad_id) == (pieces.eod_id, pieces.pad_id)
     assert [new.piece(i) for i in range(VOCAB)] == [pieces.piece(i) for i in range(VOCAB)]
     assert new.model.startswith(pieces.model)
-    for place, piece in enumerate(NEW):
-        assert VOCAB + place in new.encode(f"a {piece} b")
+    for index, piece in enumerate(NEW):
+        assert VOCAB + index in new.encode(f"a {piece} b")
     text = "def <python> silver moon\n  x = 1 ▁ Größe"
     assert new.decode(new.encode(text)) == text
     plain = "def range print"
@@ -96,7 +96,7 @@ def test_uniform_tables_stay_balanced_and_differ_between_layers(sparse, tmp_path
     many.write_text("\n".join(f"<new{i}>" for i in range(100)), encoding="utf-8")
     new = extend_vocabulary(sparse, tmp_path / "out", pieces=many).checkpoint.load()
     for domain, size in GROUPS.items():
-        tables = [new[f"domains.{domain}.{place}.routing"] for place in ("blocks.1", "query_layer")]
+        tables = [new[f"domains.{domain}.{layer_name}.routing"] for layer_name in ("blocks.1", "query_layer")]
         for table in tables:
             ids = np.bincount(table, minlength=size)
             assert table.dtype == np.int32 and ids.sum() == VOCAB + 100 and ids.max() - ids.min() <= 1
@@ -114,11 +114,13 @@ def test_a_hash_layers_one_table_is_extended_by_its_rule(
     (tmp_path / "words.txt").write_text("\n".join(words), encoding="utf-8")
     done = extend_vocabulary(folder, tmp_path / "out", pieces=tmp_path / "words.txt").checkpoint
     old, new = open_checkpoint(folder).load(), done.load()
-    tables = [new[f"{place}.routing"] for place in ("blocks.1", "query_layer")]
+    tables = [new[f"{layer_name}.routing"] for layer_name in ("blocks.1", "query_layer")]
     assert not any(name.startswith("domains.") and name.endswith(".routing") for name in new)
     experts = sum(GROUPS.values())
-    for place, extended in zip(("blocks.1", "query_layer"), tables, strict=True):
-        assert extended[:VOCAB].tobytes() == old[f"{place}.routing"].tobytes() and len(extended) == VOCAB + len(words)
+    for layer_name, extended in zip(("blocks.1", "query_layer"), tables, strict=True):
+        assert extended[:VOCAB].tobytes() == old[f"{layer_name}.routing"].tobytes() and len(extended) == VOCAB + len(
+            words
+        )
         if table == "uniform":
             ids = np.bincount(extended, minlength=experts)
             assert ids.max() - ids.min() <= 1

@@ -15,7 +15,7 @@ from tests.oracles.routers_numpy import softmax
 from tests.pangu_sigma.convert.conftest import VOCAB, configuration, random_model
 
 GROUPS = {"code": 3, "law": 2}
-PLACES = ("blocks.1", "query_layer")
+LAYER_NAMES = ("blocks.1", "query_layer")
 PARTS = ("up.weight", "up.bias", "down.weight", "down.bias")
 
 
@@ -27,14 +27,16 @@ def upcycled(dense, sparse_yaml, tmp_path):
 def test_every_tensor_starts_where_it_should(upcycled, dense):
     upcycled.verify()
     old, new = open_checkpoint(dense).load(), upcycled.load()
-    expected = {name: array for name, array in old.items() if not name.startswith(tuple(f"{p}.feed" for p in PLACES))}
+    expected = {
+        name: array for name, array in old.items() if not name.startswith(tuple(f"{p}.feed" for p in LAYER_NAMES))
+    }
     for domain, size in GROUPS.items():
-        for place in PLACES:
+        for layer_name in LAYER_NAMES:
             for part in PARTS:
-                source = old[f"{place}.feed_forward.{part}"]
-                expected[f"domains.{domain}.{place}.experts.{part}"] = np.stack([source] * size)
-            table = draw_table("uniform", 1234, place, domain, VOCAB, size, None)
-            expected[f"domains.{domain}.{place}.routing"] = table
+                source = old[f"{layer_name}.feed_forward.{part}"]
+                expected[f"domains.{domain}.{layer_name}.experts.{part}"] = np.stack([source] * size)
+            table = draw_table("uniform", 1234, layer_name, domain, VOCAB, size, None)
+            expected[f"domains.{domain}.{layer_name}.routing"] = table
     assert new.keys() == expected.keys()
     for name, array in expected.items():
         assert new[name].dtype == array.dtype and new[name].tobytes() == array.tobytes(), name
@@ -50,7 +52,7 @@ def test_logits_are_the_dense_models_in_every_domain(upcycled, dense, logits):
 def test_the_folder_says_what_it_is(upcycled, dense):
     config = stored_config(upcycled)
     assert config.model.sparse.layers == 2 and config.model.vocab_size == VOCAB
-    assert upcycled.coverage == {place: GROUPS for place in PLACES}
+    assert upcycled.coverage == {layer_name: GROUPS for layer_name in LAYER_NAMES}
     origin = upcycled.state["origin"]
     assert (origin["job"], origin["sha256"], origin["step"]) == ("upcycle", open_checkpoint(dense).sha256, 7)
     # the dense model's held-out sequences of a domain are in the same tokens

@@ -59,9 +59,9 @@ def test_the_shares_of_a_table_are_what_its_tensor_says(table_run):
     heldout = trained.corpus().heldout_to_measure()["code"]
     ids, mask = heldout.batch(0, len(heldout))
     tokens = ids[:, :-1].reshape(-1)[mask.reshape(-1) > 0][:256]
-    (place,) = tables
-    expected = np.bincount(tables[place]["code"][tokens], minlength=2) / len(tokens)
-    found = json.loads((table_run / "analysis.json").read_text())["layers"][place]["domain_specialisation"]["code"]
+    (layer_name,) = tables
+    expected = np.bincount(tables[layer_name]["code"][tokens], minlength=2) / len(tokens)
+    found = json.loads((table_run / "analysis.json").read_text())["layers"][layer_name]["domain_specialisation"]["code"]
     np.testing.assert_allclose(found[:2], expected, atol=1e-12)
 
 

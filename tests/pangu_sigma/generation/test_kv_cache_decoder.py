@@ -141,8 +141,8 @@ def test_with_compiled_kernels_a_text_is_the_same_to_the_bit_alone_and_beside_an
 def test_trained_weights_show_at_once(kind):
     """The cells share the network's parameters and the store's rows: nothing is copied when a decoder is made."""
     both = kind("rre")
-    place = both.model.config.model.sparse_prefixes[0]
-    weight = both.model.store.table(place, "up.weight")
+    layer_name = both.model.config.model.sparse_prefixes[0]
+    weight = both.model.store.table(layer_name, "up.weight")
     ids = some_ids(10, seed=6)
     before = both.cached.score(ids, 0)
     kept = weight.copy()

@@ -10,7 +10,7 @@ import numpy as np
 from mindspore import ParameterTuple, Tensor, nn, ops
 
 from pangu_sigma.config.model_section import ModelConfig
-from pangu_sigma.model.graph_inputs import FlatSignature, PlaceSignature
+from pangu_sigma.model.graph_inputs import FlatSignature, LayerSignature
 from pangu_sigma.model.pangu import Logits, PanGuSigma, TrainingLoss
 from parallel.operator_layout import Layout
 from rre.dispatch.expert_dispatch import plan_by_expert, plan_in_blocks, plan_present
@@ -143,7 +143,7 @@ class DrivenModel:
         slot_table = (len(groups.names), vocab, config.hidden) if config.embedding_slots == "per_domain" else None
         self.signature = FlatSignature(
             tuple(
-                PlaceSignature(
+                LayerSignature(
                     p, slots, config.expert_network, self.learned,
                     router.noise_shape(batch * length) if jitter else (), bool(kernels),
                 )  # fmt: skip
@@ -182,22 +182,23 @@ class DrivenModel:
         flat, slots = [], []
         if self.signature.slot_table is not None:
             flat.append(Tensor(np.stack([self.tensors[f"domains.{d}.embedding.word"] for d in self.groups.names])))
-        for router, place in zip(self.routers, self.signature.places, strict=True):
+        for router, layer_signature in zip(self.routers, self.signature.layers, strict=True):
             experts, rows = np.arange(self.groups.total), None
             if not self.learned:
                 ids = router.assign(batch.tokens, batch.domain, step, batch.samples, training).expert_ids
                 if self.blocks is None:
                     plan = plan_by_expert(ids, experts)
                 else:
-                    plan = plan_present(ids, self.blocks) if place.compiled else plan_in_blocks(ids, self.blocks)
+                    make_plan = plan_present if layer_signature.compiled else plan_in_blocks
+                    plan = make_plan(ids, self.blocks)
                 experts, rows = plan.experts, plan.counts
-                parts = (plan.order, plan.offsets) if place.compiled else (*plan.rows, plan.position)
+                parts = (plan.order, plan.offsets) if layer_signature.compiled else (*plan.rows, plan.position)
                 flat += [Tensor(part) for part in parts]
-            elif place.noise:
-                flat.append(Tensor(noise[place.name]))
+            elif layer_signature.noise:
+                flat.append(Tensor(noise[layer_signature.name]))
             for domain, number in map(self.owner, experts):
-                prefix = f"domains.{domain}.{place.name}.experts"
-                flat += [Tensor(self.tensors[f"{prefix}.{n}"][number]) for n in place.network.tensors]
+                prefix = f"domains.{domain}.{layer_signature.name}.experts"
+                flat += [Tensor(self.tensors[f"{prefix}.{n}"][number]) for n in layer_signature.network.tensors]
             slots.append((experts, rows))
         return flat, slots
 
@@ -230,11 +231,11 @@ class DrivenModel:
             named |= {f"domains.{d}.embedding.word": table[i] for i, d in enumerate(self.groups.names)}
         objective, by_sample, auxiliary, counts = values
         counts = [c.asnumpy() for c in counts]
-        for layer, (place, (experts, rows)) in enumerate(zip(self.signature.places, slots, strict=True)):
+        for layer, (layer_signature, (experts, rows)) in enumerate(zip(self.signature.layers, slots, strict=True)):
             received = counts[layer].sum(axis=0)[:-1] if rows is None else rows
             for (domain, number), some in zip(map(self.owner, experts), received, strict=True):
-                for tensor in place.network.tensors:
-                    name = f"domains.{domain}.{place.name}.experts.{tensor}"
+                for tensor in layer_signature.network.tensors:
+                    name = f"domains.{domain}.{layer_signature.name}.experts.{tensor}"
                     whole = named.setdefault(name, np.zeros(self.tensors[name].shape, np.float32))
                     gradient = of_inputs.pop(0)
                     if some > 0:  # without rows it is undefined, and nobody may look at it

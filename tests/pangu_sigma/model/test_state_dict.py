@@ -64,8 +64,8 @@ def test_every_trained_tensor_has_moments_and_every_expert_a_count(model):
             assert tensors[prefix + name_in_domain].shape == tensors[name].shape
     steps = {name: t for name, t in tensors.items() if ".optimizer.steps." in name}
     assert all(t.dtype == np.int64 for t in steps.values())
-    places = [*model.config.model.sparse_prefixes, *(["embedding"] if "embedding" in model.store.steps else [])]
-    assert set(steps) == {f"domains.{d}.optimizer.steps.{p}" for d in model.groups.names for p in places}
+    layer_names = [*model.config.model.sparse_prefixes, *(["embedding"] if "embedding" in model.store.steps else [])]
+    assert set(steps) == {f"domains.{d}.optimizer.steps.{p}" for d in model.groups.names for p in layer_names}
     tables = sum(is_routing(name) for name in tensors)
     assert len(tensors) == 3 * len(trained) + len(steps) + tables
 

@@ -16,8 +16,8 @@ from pangu_sigma.train.step import GradientStep
 config = load_config(sys.argv[1], sys.argv[2:])
 ms.set_context(device_target="GPU", mode=ms.GRAPH_MODE, save_graphs=2, save_graphs_path="graphs")
 with no_init_parameters():
-    places = config.model.sparse_prefixes
-    model = build_model(config, vocabulary_size(config), 0, tables={p: {} for p in places}, initialise=False)
+    layer_names = config.model.sparse_prefixes
+    model = build_model(config, vocabulary_size(config), 0, tables={p: {} for p in layer_names}, initialise=False)
     step = GradientStep(model.net, model.training_signature(config.train.batch_size), model.layout, True, Objective())
 ms.set_recursion_limit(100_000)
 step.compile(*step.get_inputs())

@@ -18,7 +18,7 @@ from pangu_sigma.config import load_config, vocabulary_size
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.tensor_parallel_layout import held_part
 from pangu_sigma.plan.compile_plan import compile_graph, compile_plan, report
-from pangu_sigma.plan.graph_check import place_of, problems
+from pangu_sigma.plan.graph_check import layer_name_of, problems
 from pangu_sigma.plan.memory_estimate import stage_bytes
 from pangu_sigma.plan.traffic_estimate import all_to_all_bytes
 from parallel.dry.compiled_graph import ancestors, operators
@@ -299,7 +299,7 @@ def test_another_model_than_the_configurations_is_caught(compiled):
 
 def test_a_chunk_that_waits_for_another_is_caught(compiled):
     config, graph = compiled("eight_devices_domain.yaml", *OPTIONS)
-    everything = [o for o in operators(graph.graph) if place_of(o.scope) == "blocks.1" and not o.backward]
+    everything = [o for o in operators(graph.graph) if layer_name_of(o.scope) == "blocks.1" and not o.backward]
     product = next(o for o in everything if o.kind == "BatchMatMul")
     # In the graph's order: the first part's rows go and come back, then the second part's.
     sent = [o for o in everything if o.kind == "AlltoAll" and not o.recomputed][2]

@@ -54,6 +54,6 @@ def broken_run(served_run, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("broken") / "run"
     shutil.copytree(served_run, run)
     (checkpoint,) = (run / "checkpoints").iterdir()
-    place = next(iter(open_checkpoint(checkpoint).coverage))
-    alter(checkpoint, f"domains.law.{place}.experts.down.bias", diverge)
+    layer_name = next(iter(open_checkpoint(checkpoint).coverage))
+    alter(checkpoint, f"domains.law.{layer_name}.experts.down.bias", diverge)
     return run

@@ -42,8 +42,8 @@ def test_shared_parameters_are_updated_as_torchs_adamw_does():
 
 
 def norm(gradients: Gradients) -> float:
-    shared, by_place = gradients.squares(DeviceStore({}, {}))
-    return float(np.sqrt(shared.sum() + sum(by_place.values())))
+    shared, by_layer = gradients.squares(DeviceStore({}, {}))
+    return float(np.sqrt(shared.sum() + sum(by_layer.values())))
 
 
 def test_the_global_norm_is_numpys():

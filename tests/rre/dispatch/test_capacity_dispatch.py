@@ -91,7 +91,7 @@ def test_rows_outside_the_group_or_beyond_capacity_are_refused():
 def test_experts_lie_round_their_groups_parts_so_that_a_domain_keeps_all_busy():
     mesh = Mesh(expert=4, placement="domain", placement_groups=2)
     reserved = Reserved(mesh, slots=8, rows=1, tokens=4)
-    # Places 0, 2, 4 and 6 of the first eight experts are the first part's; two of them have rows here.
+    # Positions 0, 2, 4 and 6 of the first eight experts are the first part's; two of them have rows here.
     assert reserved.slots_of(np.array([0, 1, 6, 7, 8, 13]), total=16).tolist() == [0, 2, 1, 3, 4, 6]
     with pytest.raises(ValueError, match="expert part 0 has 3 experts with rows and 2 slots"):
         reserved.slots_of(np.array([0, 2, 4]), total=16)

@@ -41,9 +41,9 @@ def test_a_token_goes_where_its_domains_table_says(training):
     ids = assign(router(), training=training)
     for b, domain in enumerate(DOMAIN):
         name = GROUPS.names[domain]
-        place = GROUPS.of(name)
-        np.testing.assert_array_equal(ids[b], place.start + TABLES[name][TOKENS[b]])
-        assert ids[b].min() >= place.start and ids[b].max() < place.stop
+        group = GROUPS.of(name)
+        np.testing.assert_array_equal(ids[b], group.start + TABLES[name][TOKENS[b]])
+        assert ids[b].min() >= group.start and ids[b].max() < group.stop
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.5])
@@ -83,10 +83,10 @@ def test_resampling_draws_every_occurrence_uniformly_from_the_domains_group():
     resampling = router(resample=True)
     drawn = np.stack([assign(resampling, step=step) for step in range(60)])
     for b, domain in enumerate(DOMAIN):
-        place = GROUPS.of(GROUPS.names[domain])
+        group = GROUPS.of(GROUPS.names[domain])
         shares = np.bincount(drawn[:, b].reshape(-1), minlength=GROUPS.total) / drawn[:, b].size
-        assert shares[place].sum() == 1.0
-        assert np.abs(shares[place] - 1 / GROUPS.sizes[domain]).max() < 0.05
+        assert shares[group].sum() == 1.0
+        assert np.abs(shares[group] - 1 / GROUPS.sizes[domain]).max() < 0.05
     # Two occurrences of one id in one sample do not have to meet.
     once = TOKENS[0] == np.bincount(TOKENS[0]).argmax()
     assert len(np.unique(drawn[:, 0, once])) == GROUPS.sizes[2]

@@ -11,8 +11,10 @@ from rre.feed_forward_form import NetworkForm
 from rre.store import DeviceStore, DiskStore, ExpertStore, HostStore
 from rre.store.disk_store import PAGE, StoreFull
 
-PLACES = ("blocks.1", "query_layer")
-SHAPES = {place: NetworkForm("fast_gelu").shapes(32, 48) for place in PLACES} | {"embedding": {"word": (10, 4)}}
+LAYER_NAMES = ("blocks.1", "query_layer")
+SHAPES = {layer_name: NetworkForm("fast_gelu").shapes(32, 48) for layer_name in LAYER_NAMES} | {
+    "embedding": {"word": (10, 4)}
+}
 EXPERTS = {"blocks.1": 12, "query_layer": 12, "embedding": 3}
 RECORD = -(-3 * 4 * (2 * 32 * 48 + 32 + 48) // PAGE) * PAGE
 STD = {"up.weight": 0.02, "down.weight": 0.01, "word": 0.1}
@@ -35,24 +37,26 @@ def train(store: ExpertStore, steps: int, seed: int = 0) -> None:
         touched = {}
         for _ in range(int(draw.integers(1, 3))):
             store.begin()
-            for place in PLACES:
+            for layer_name in LAYER_NAMES:
                 chosen = np.unique(draw.integers(0, 12, 2))
-                store.prefetch(place, chosen)
-                weights = [t.asnumpy() for t in store.fetch(place, chosen)]
+                store.prefetch(layer_name, chosen)
+                weights = [t.asnumpy() for t in store.fetch(layer_name, chosen)]
                 for at, expert in enumerate(chosen):
                     mine = weights[4 * at : 4 * at + 4]
-                    touched[place, int(expert)] = [Tensor(w + draw.standard_normal(w.shape).astype("f4")) for w in mine]
-        for (place, expert), gradients in touched.items():
-            store.apply(place, expert, gradients, HYPER, 0.5)
+                    touched[layer_name, int(expert)] = [
+                        Tensor(w + draw.standard_normal(w.shape).astype("f4")) for w in mine
+                    ]
+        for (layer_name, expert), gradients in touched.items():
+            store.apply(layer_name, expert, gradients, HYPER, 0.5)
 
 
 def contents(store: ExpertStore) -> dict[tuple, bytes]:
     store.settle()
     found = {
-        (kind, place, name): store.read(kind, place, name, slice(0, EXPERTS[place])).tobytes()
-        for kind, place, name, _ in store.tables()
+        (kind, layer_name, name): store.read(kind, layer_name, name, slice(0, EXPERTS[layer_name])).tobytes()
+        for kind, layer_name, name, _ in store.tables()
     }
-    return found | {("steps", place, ""): steps.tobytes() for place, steps in store.steps.items()}
+    return found | {("steps", layer_name, ""): steps.tobytes() for layer_name, steps in store.steps.items()}
 
 
 def test_all_stores_hold_the_same_bits_after_training(tmp_path):
@@ -71,8 +75,8 @@ def test_the_disk_store_keeps_to_its_bound_and_counts_what_it_moves(tmp_path):
     draw, most = np.random.default_rng(1), 0
     for _ in range(20):
         store.begin()
-        for place in PLACES:
-            store.fetch(place, draw.integers(0, 12, 2))
+        for layer_name in LAYER_NAMES:
+            store.fetch(layer_name, draw.integers(0, 12, 2))
             most = max(most, store.mapped_bytes)
     assert 0 < most <= 5 * RECORD
     moved = store.traffic.take()

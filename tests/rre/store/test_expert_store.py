@@ -8,20 +8,20 @@ from rre.adamw import AdamWHyper
 from rre.feed_forward_form import NetworkForm
 from rre.store import DeviceStore
 
-PLACES = ("blocks.1", "query_layer")
-SHAPES = {place: NetworkForm("fast_gelu").shapes(8, 12) for place in PLACES}
+LAYER_NAMES = ("blocks.1", "query_layer")
+SHAPES = {layer_name: NetworkForm("fast_gelu").shapes(8, 12) for layer_name in LAYER_NAMES}
 STD = {"up.weight": 0.02, "down.weight": 0.01}
 HYPER = AdamWHyper(learning_rate=1e-2, beta1=0.9, beta2=0.95, epsilon=1e-6, weight_decay=0.3)
 
 
 def make_store(experts: int = 5, seed: int = 3) -> DeviceStore:
-    store = DeviceStore(SHAPES, dict.fromkeys(PLACES, experts))
+    store = DeviceStore(SHAPES, dict.fromkeys(LAYER_NAMES, experts))
     store.initialise(seed, STD)
     return store
 
 
-def gradients(draw: np.random.Generator, place: str = "blocks.1", size: float = 1.0) -> list[np.ndarray]:
-    return [(size * draw.standard_normal(shape)).astype(np.float32) for shape in SHAPES[place].values()]
+def gradients(draw: np.random.Generator, layer_name: str = "blocks.1", size: float = 1.0) -> list[np.ndarray]:
+    return [(size * draw.standard_normal(shape)).astype(np.float32) for shape in SHAPES[layer_name].values()]
 
 
 def apply(store: DeviceStore, expert: int, values: list[np.ndarray], scale: float = 1.0) -> None:
@@ -32,13 +32,13 @@ def snapshot(store: DeviceStore) -> dict[tuple, bytes]:
     """Bytes of every expert's every tensor and count."""
     store.settle()
     found = {
-        (kind, place, name, expert): table[expert].tobytes()
-        for kind, place, name, table in store.tables()
+        (kind, layer_name, name, expert): table[expert].tobytes()
+        for kind, layer_name, name, table in store.tables()
         for expert in range(len(table))
     }
     return found | {
-        ("steps", place, "", expert): count.tobytes()
-        for place, steps in store.steps.items()
+        ("steps", layer_name, "", expert): count.tobytes()
+        for layer_name, steps in store.steps.items()
         for expert, count in enumerate(steps)
     }
 
@@ -93,7 +93,7 @@ def test_everyone_else_keeps_every_bit():
         apply(store, 4, gradients(draw))
     after = snapshot(store)
     changed = {key for key in before if before[key] != after[key]}
-    assert {(place, expert) for _, place, _, expert in changed} == {("blocks.1", 4)}
+    assert {(layer_name, expert) for _, layer_name, _, expert in changed} == {("blocks.1", 4)}
     assert {kind for kind, _, _, _ in changed} == {"weight", "m", "v", "steps"}
 
 
@@ -113,10 +113,10 @@ def test_a_fetched_expert_is_the_table_also_twice_and_after_updates():
 
 def test_an_experts_first_weights_do_not_depend_on_how_many_there_are():
     few, many, other = make_store(2), make_store(7), make_store(2, seed=4)
-    for place in PLACES:
+    for layer_name in LAYER_NAMES:
         for name in STD:
-            np.testing.assert_array_equal(few.table(place, name), many.table(place, name)[:2])
-            assert not np.array_equal(few.table(place, name), other.table(place, name))
+            np.testing.assert_array_equal(few.table(layer_name, name), many.table(layer_name, name)[:2])
+            assert not np.array_equal(few.table(layer_name, name), other.table(layer_name, name))
     up = many.table("blocks.1", "up.weight")
     assert not np.array_equal(up[0], up[1])
     assert not np.array_equal(up, many.table("query_layer", "up.weight"))

@@ -18,9 +18,9 @@ KEYS = sample_keys(1, "dropout", 0, np.arange(8))
 
 
 class Uniform(nn.Cell):
-    def __init__(self, layer: int, place: str) -> None:
+    def __init__(self, layer: int, site: str) -> None:
         super().__init__()
-        self.uniform = CountedUniform(layer, place)
+        self.uniform = CountedUniform(layer, site)
 
     def construct(self, keys: Tensor):
         return self.uniform(keys, COUNT)

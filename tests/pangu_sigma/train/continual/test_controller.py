@@ -141,8 +141,8 @@ def trainer_start(trainer):
     """Every parameter with the value that the model began with."""
     fresh = small_trainer({"init_std": 0.3})
     values = {p.name: p.asnumpy() for p in fresh.model.net.get_parameters()}
-    for place, name, table in ((p, n, t) for k, p, n, t in fresh.model.store.tables() if k == "weight"):
-        trainer.model.store.table(place, name)[...] = table
+    for layer_name, name, table in ((p, n, t) for k, p, n, t in fresh.model.store.tables() if k == "weight"):
+        trainer.model.store.table(layer_name, name)[...] = table
     return [(p, values[p.name]) for p in trainer.model.net.get_parameters()]
 
 

@@ -76,17 +76,17 @@ def planned_step(trainer: Trainer, cell: PipelinedStep, rank: int) -> dict[str, 
     inputs = stages._inputs(planned, 1.0)
     found = {"inputs": np.array([a.shape == tuple(t.shape) for a, t in zip(inputs, cell.get_inputs(), strict=True)])}
     stages.set_experts(stages._experts(planned[0]))
-    layers = {place.name: layer for layer, place in enumerate(trainer.signature.places)}
+    layers = {layer_signature.name: layer for layer, layer_signature in enumerate(trainer.signature.layers)}
     std = {"up.weight": model.config.model.init_std, "down.weight": model.config.model.residual_std}
     for parameter in cell.experts:
-        place, tensor = parameter.name.split(".experts.")
+        layer_name, tensor = parameter.name.split(".experts.")
         tensor, chunk = tensor.split("/")
-        reserved = trainer.signature.places[layers[place]].reserved
+        reserved = trainer.signature.layers[layers[layer_name]].reserved
         shape = model.expert_shares[tensor].shape
-        experts = planned[0].plans[layers[place]].experts[reserved.by_chunk()[int(chunk)]]
+        experts = planned[0].plans[layers[layer_name]].experts[reserved.by_chunk()[int(chunk)]]
         whole = np.zeros((experts.size, *shape), np.float32)
         for slot, expert in enumerate(experts.tolist()) if tensor in std else ():
-            rng = generator(model.config.run.seed, f"initial {place} {tensor}", expert)
+            rng = generator(model.config.run.seed, f"initial {layer_name} {tensor}", expert)
             whole[slot] = normal(rng, (1, *shape), std[tensor], model.config.model.init_cutoff)[0]
         found[f"value {parameter.name}"] = parameter.asnumpy()
         stated = cell.parameter_layout_dict[parameter.name]

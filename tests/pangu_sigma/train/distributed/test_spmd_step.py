@@ -64,7 +64,9 @@ def trained(values, layout_of=None, steps=2):
         dropped += int(planned.dropped.sum())
     model.store.settle()
     moments = {name: m for name, m in trainer.optimizer.moments().items() if name.startswith("optimizer.m.")}
-    moments |= {f"{place} {name}": table.copy() for kind, place, name, table in model.store.tables() if kind == "m"}
+    moments |= {
+        f"{layer_name} {name}": table.copy() for kind, layer_name, name, table in model.store.tables() if kind == "m"
+    }
     return [r.loss for r in results], [r.gradient_norm for r in results], moments, dropped
 
 

@@ -60,14 +60,14 @@ def run_case(case: dict, processes, folder: Path | None = None) -> dict[str, np.
             for parameter, tensor in zip(model.shared.trainable, gradients.shared, strict=True):
                 name = parameter.name
                 found[f"gradient {step} {name}"] = placed(tensor, model.shared.shapes[name], model.shared.part(name))
-            for (place, expert), tensors in gradients.experts.items():
+            for (layer_name, expert), tensors in gradients.experts.items():
                 for part, tensor in enumerate(tensors):
-                    if place == SLOTS:
-                        found[f"gradient {step} {place} {expert} {part}"] = tensor.asnumpy().copy()
+                    if layer_name == SLOTS:
+                        found[f"gradient {step} {layer_name} {expert} {part}"] = tensor.asnumpy().copy()
                         continue
                     share = shares[part]
                     whole = placed(tensor, share.shape, share.part)
-                    found[f"gradient {step} {place} {model.held[expert]} {part}"] = whole
+                    found[f"gradient {step} {layer_name} {model.held[expert]} {part}"] = whole
         apply(gradients, rate, scale, *rest)
 
     if "held" in case:
@@ -195,7 +195,9 @@ def save(model, optimizer, folder: Path) -> None:
     contents = Contents(
         step=1,
         domains=list(model.groups.names),
-        coverage={place: dict(zip(model.groups.names, model.groups.sizes, strict=True)) for place in model.tables},
+        coverage={
+            layer_name: dict(zip(model.groups.names, model.groups.sizes, strict=True)) for layer_name in model.tables
+        },
         config_text=model.config.to_yaml(),
         tokenizer_files={"tokenizer.json": b"{}"},
         probe={"law": np.arange(34, dtype=np.int32).reshape(2, 17)},
