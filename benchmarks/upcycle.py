@@ -56,7 +56,7 @@ def write_dense(folder: Path, hidden: int) -> Path:
     from pangu_sigma.checkpoint import Fingerprints, ModelFolder, TensorSpec, write_model_folder
     from pangu_sigma.config import config_from_dict, effective
     from pangu_sigma.config.parameter_counts import manifest
-    from pangu_sigma.data.tokenizers.tokenizer import tokenizer_class, tokenizer_files
+    from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_class, tokenizer_files
     from rre.counted_random import generator
 
     config = effective(config_from_dict(configuration(folder, hidden, 1, sparse=False)))

@@ -84,7 +84,7 @@ def stored_config(checkpoint: Checkpoint) -> Config:
 
 def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The tokenizer inside a checkpoint."""
-    from pangu_sigma.data.tokenizers.tokenizer import load_tokenizer
+    from pangu_sigma.data.tokenizers.tokenizer_registry import load_tokenizer
 
     checkpoint.tokenizer_files()  # hash-checked before anything is read from them
     return load_tokenizer(checkpoint.path / "tokenizer")

@@ -114,7 +114,7 @@ def vocabulary_size(config: Config) -> int:
     if not path.is_file():
         raise UserError(f"data.tokenizer.path = {path} does not exist: give the path of a SentencePiece model")
     if tokenizer.kind == "huggingface":
-        from pangu_sigma.data.tokenizers.tokenizer import read_model, tokenizer_class
+        from pangu_sigma.data.tokenizers.tokenizer_registry import read_model, tokenizer_class
 
         model = read_model(path, tokenizer.kind)
         return tokenizer_class(tokenizer.kind)(model, eod_id=0, origin=f"data.tokenizer.path = {path}").vocab_size

@@ -21,7 +21,8 @@ from pangu_sigma.config.parameter_counts import is_routing, layer_name_and_owner
 from pangu_sigma.convert.conversion_coverage import check_coverage
 from pangu_sigma.convert.converted_folder import check_output, write_with_progress
 from pangu_sigma.convert.tokenizer_pieces import NORMAL, USER_DEFINED, known_pieces, read_pieces, replaced, with_pieces
-from pangu_sigma.data.tokenizers.tokenizer import Tokenizer, tokenizer_files
+from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
+from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_files
 from pangu_sigma.errors import UserError
 from pangu_sigma.trained_model import stored_config, stored_tokenizer
 from rre.counted_random import generator, normal

@@ -76,7 +76,7 @@ def import_olmoe(source: Path, out: Path, wanted: Wanted) -> Imported:
             own[...] = _part(folder, part, spec.dtype)
         return array
 
-    from pangu_sigma.data.tokenizers.tokenizer import tokenizer_files
+    from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_files
 
     counts = parameter_counts(config, config.model.vocab_size)
     written = write_with_progress(
@@ -130,7 +130,7 @@ def _eod(given: dict[str, Any], source: Path) -> int:
 
 
 def _tokenizer(source: Path, wanted: Wanted, eod_id: int):
-    from pangu_sigma.data.tokenizers.tokenizer import read_model, tokenizer_class
+    from pangu_sigma.data.tokenizers.tokenizer_registry import read_model, tokenizer_class
 
     path = wanted.tokenizer or source / "tokenizer.json"
     try:

@@ -162,7 +162,7 @@ class _Tokenizer:
 
 
 def _tokenizer(wanted: Wanted) -> _Tokenizer:
-    from pangu_sigma.data.tokenizers.tokenizer import read_model, tokenizer_class, tokenizer_files
+    from pangu_sigma.data.tokenizers.tokenizer_registry import read_model, tokenizer_class, tokenizer_files
 
     kind = tokenizer_class(wanted.tokenizer_kind)
     try:

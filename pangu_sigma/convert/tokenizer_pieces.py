@@ -19,7 +19,8 @@ from pathlib import Path
 
 from pangu_sigma.convert.conversion_coverage import listed
 from pangu_sigma.convert.protobuf_wire import BYTES, WireError, field, fields, signed, varint
-from pangu_sigma.data.tokenizers.tokenizer import Tokenizer, tokenizer_class
+from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
+from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_class
 from pangu_sigma.errors import UserError
 
 NORMAL, USER_DEFINED = 1, 4

@@ -157,7 +157,7 @@ def _check_tokenizer(config: Config, file: str, source: Checkpoint) -> None:
     wanted = config.data.tokenizer
     if wanted.kind == "train":
         return
-    from pangu_sigma.data.tokenizers.tokenizer import read_model, tokenizer_class
+    from pangu_sigma.data.tokenizers.tokenizer_registry import read_model, tokenizer_class
 
     own = stored_tokenizer(source)
     model = read_model(wanted.path, wanted.kind)

@@ -19,7 +19,8 @@ from pangu_sigma.config import config_from_dict
 from pangu_sigma.config.resume_rules import changed_keys, flat_keys
 from pangu_sigma.data.corpus import Corpus, prepare_corpus
 from pangu_sigma.data.corpus_files import Source, expand_paths
-from pangu_sigma.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
+from pangu_sigma.data.tokenizers.tokenizer_registry import load_tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_training import build_tokenizer
 from pangu_sigma.errors import UserError
 from pangu_sigma.lifelong.lifelong_page import render

@@ -14,7 +14,7 @@ from pangu_sigma.checkpoint import Checkpoint, Contents, Fingerprints, SaveResul
 from pangu_sigma.checkpoint.distributed import save_together
 from pangu_sigma.config import Config
 from pangu_sigma.data.corpus import Corpus
-from pangu_sigma.data.tokenizers.tokenizer import tokenizer_files
+from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_files
 from pangu_sigma.model.model import Model
 from pangu_sigma.model.state_dict import model_tensors, restore_model, tensor_parts
 from pangu_sigma.train.startup.run_config import DOMAIN_CHANGES

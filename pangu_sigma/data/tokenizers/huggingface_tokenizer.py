@@ -1,4 +1,4 @@
-"""A tokenizer of Hugging Face's `tokenizers` library, given as its `tokenizer.json`; imported models bring theirs.
+"""Hugging Face tokenizer: a `tokenizer.json` of the `tokenizers` library, as imported models bring theirs.
 
 The file is read by that library alone (an extra of this package): it holds no code.
 """
@@ -15,7 +15,7 @@ from pangu_sigma.errors import UserError
 
 
 class _Vocabulary:
-    """The questions that `Tokenizer` asks of a vocabulary, answered by the library; -1 where it has no such id."""
+    """The library's vocabulary with the methods of a SentencePieceProcessor; -1 where it has no such id."""
 
     def __init__(self, model: bytes, origin: str) -> None:
         if find_spec("tokenizers") is None:
@@ -36,8 +36,8 @@ class _Vocabulary:
         return self.library.get_vocab_size(with_added_tokens=True)
 
     def piece_to_id(self, piece: str) -> int:
-        found = self.library.token_to_id(piece)
-        return -1 if found is None else found
+        index = self.library.token_to_id(piece)
+        return -1 if index is None else index
 
     def id_to_piece(self, index: int) -> str:
         return self.library.id_to_token(index) or ""
@@ -78,9 +78,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         for text in texts:
             refuse_surrogates(text)
-        found = self._pieces.library.encode_batch(list(texts), add_special_tokens=False)
+        encodings = self._pieces.library.encode_batch(list(texts), add_special_tokens=False)
         return [
-            np.asarray(self._checked(text, one.ids), dtype=np.int32) for text, one in zip(texts, found, strict=True)
+            np.asarray(self._checked(text, encoding.ids), dtype=np.int32)
+            for text, encoding in zip(texts, encodings, strict=True)
         ]
 
     def decode(self, ids: Iterable[int]) -> str:

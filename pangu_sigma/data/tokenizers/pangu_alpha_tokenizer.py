@@ -1,4 +1,4 @@
-"""PanGu-α's published tokenizer: jieba words, then the SentencePiece model ``vocab.model`` (40,000 pieces).
+"""PanGu-α tokenizer, as published: jieba words, then the SentencePiece model ``vocab.model`` (40,000 pieces).
 
 Scheme of huawei-noah/Pretrained-Language-Model, PanGu-α: cut with jieba, write a space as U+2582 and a line end as
 U+2583, join the words with spaces, encode. Decoding drops the spaces and turns the two signs back. The vocabulary has
@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 import jieba
 
-from pangu_sigma.data.tokenizers.tokenizer import Tokenizer, refuse_surrogates
+from pangu_sigma.data.tokenizers.sentencepiece_tokenizer import SentencePieceModel
+from pangu_sigma.data.tokenizers.tokenizer import refuse_surrogates
 from pangu_sigma.errors import UserError
 
 DEFAULT_EOD = "<eot>"  # id 9: what PanGu-α's released training code used; later code also used <pad> (6)
@@ -18,10 +19,8 @@ _TO_SIGNS = str.maketrans(" \n", "\u2582\u2583")
 _TO_TEXT = str.maketrans("\u2582\u2583", " \n", " ")
 
 
-class PanguAlphaTokenizer(Tokenizer):
-    """jieba + SentencePiece as PanGu-α was trained; ``eod_id`` defaults to ``<eot>`` (9), ``pad_id`` to ``<pad>``
-    (6).
-    """
+class PanguAlphaTokenizer(SentencePieceModel):
+    """jieba + SentencePiece as PanGu-α was trained; `eod_id` defaults to ``<eot>`` (9), `pad_id` to ``<pad>`` (6)."""
 
     kind = "pangu_alpha"
 

@@ -1,4 +1,4 @@
-"""Train a SentencePiece BPE model on the domains' mix, or fetch the tokenizer that a configuration asks for.
+"""Tokenizer training: a SentencePiece BPE model from the domains' mix, or the tokenizer that a configuration names.
 
 Settings that make it exact for any text, code included: identity normalisation, no dummy prefix, spaces kept, byte
 fallback for characters outside the vocabulary. Line ends and tabs are pieces of their own; runs of spaces are learned
@@ -18,13 +18,9 @@ import numpy as np
 import sentencepiece
 
 from pangu_sigma.data.corpus_files import Source, expand_paths, fingerprint_files, iterate_documents
-from pangu_sigma.data.tokenizers.tokenizer import (
-    SentencePieceTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    read_model,
-    tokenizer_class,
-)
+from pangu_sigma.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
+from pangu_sigma.data.tokenizers.tokenizer_registry import load_tokenizer, read_model, tokenizer_class
 from pangu_sigma.errors import UserError
 from rre.counted_random import key64, uniform
 
@@ -140,8 +136,8 @@ def _mixed_lines(sources: Sequence[Source]) -> Iterator[str]:
         share = total * weights[source.name] / sum(weights.values())
         rate = min(share / max(size[source.name], 1), MOST_REPEATS)
         key = key64("tokenizer", source.name)
-        for number, document in enumerate(iterate_documents(source.name, files[source.name], source.text_field)):
-            repeats = int(rate + uniform(key, np.array([number]))[0])
+        for index, document in enumerate(iterate_documents(source.name, files[source.name], source.text_field)):
+            repeats = int(rate + uniform(key, np.array([index]))[0])
             if repeats:
                 lines = [line for line in document.text.split("\n") if line]
                 for line in lines * repeats:

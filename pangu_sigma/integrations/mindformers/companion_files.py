@@ -18,7 +18,8 @@ from safetensors.numpy import load_file, save_file
 
 from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.data.packed_sequences import first_sequences
-from pangu_sigma.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
+from pangu_sigma.data.tokenizers.tokenizer_registry import load_tokenizer
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.result_files import write_json, write_text
 

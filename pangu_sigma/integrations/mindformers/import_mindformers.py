@@ -179,7 +179,7 @@ def _with_vocabulary(companion: Companion) -> Config:
 
 
 def _tokenizer_files(companion: Companion) -> dict[str, bytes]:
-    from pangu_sigma.data.tokenizers.tokenizer import tokenizer_files
+    from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_files
 
     return tokenizer_files(companion.tokenizer)
 

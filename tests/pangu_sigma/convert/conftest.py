@@ -78,7 +78,7 @@ def configuration(folder: Path, tokenizer: Path, corpora: Path, model: dict | No
 
 def random_model(out: Path, config, tokenizer: Tokenizer) -> Path:
     """A model folder with random weights and the tables of a new model."""
-    from pangu_sigma.data.tokenizers.tokenizer import tokenizer_files
+    from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_files
 
     targets = manifest(config, config.model.vocab_size)
     groups = config.expert_groups

@@ -7,7 +7,7 @@ from pangu_sigma.checkpoint import open_checkpoint
 from pangu_sigma.convert.extend_vocabulary import extend_vocabulary
 from pangu_sigma.convert.tokenizer_pieces import NORMAL, USER_DEFINED, stored_pieces, with_pieces
 from pangu_sigma.convert.upcycle import upcycle
-from pangu_sigma.data.tokenizers.tokenizer import SentencePieceTokenizer
+from pangu_sigma.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from pangu_sigma.errors import UserError
 from pangu_sigma.trained_model import stored_config, stored_tokenizer
 from tests.pangu_sigma.conftest import WORDS

@@ -7,7 +7,7 @@ import pytest
 
 from pangu_sigma.config.finetuning_section import AdaptConfig
 from pangu_sigma.data.chat_template import as_text
-from pangu_sigma.data.tokenizers.tokenizer import SentencePieceTokenizer
+from pangu_sigma.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from pangu_sigma.errors import UserError
 from pangu_sigma.finetuning.examples import load_examples, prompt_and_answers
 from pangu_sigma.serving.openai_requests import Message

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pangu_sigma.data.corpus_files import Source
-from pangu_sigma.data.tokenizers.tokenizer import SentencePieceTokenizer, load_tokenizer
+from pangu_sigma.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from pangu_sigma.data.tokenizers.tokenizer_registry import load_tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_training import build_tokenizer, train_tokenizer
 from pangu_sigma.errors import UserError
 

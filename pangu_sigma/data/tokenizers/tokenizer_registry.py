@@ -1,0 +1,73 @@
+"""Registry of tokenizers: the class of a kind, a tokenizer from its folder, and the files that a checkpoint keeps."""
+
+import json
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pangu_sigma.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from pangu_sigma.data.tokenizers.tokenizer import FORMAT_VERSION, INFO_FILE, MODEL_FILE, Tokenizer
+from pangu_sigma.errors import UserError
+
+
+def tokenizer_class(kind: str) -> type[Tokenizer]:
+    """The class of a tokenizer kind: ``sentencepiece`` (what ``train`` gives), ``pangu_alpha`` or ``huggingface``."""
+    if kind in ("sentencepiece", "train"):
+        return SentencePieceTokenizer
+    if kind == "pangu_alpha":
+        # jieba's import is slow, and few need it.
+        from pangu_sigma.data.tokenizers.pangu_alpha_tokenizer import PanguAlphaTokenizer
+
+        return PanguAlphaTokenizer
+    if kind == "huggingface":
+        from pangu_sigma.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
+
+        return HuggingFaceTokenizer
+    raise UserError(f"unknown tokenizer kind '{kind}'; choose train, sentencepiece, pangu_alpha or huggingface")
+
+
+def read_model(path: str | Path | None, kind: str) -> bytes:
+    """The bytes of a ``.model`` file; UserError when the path is not set or cannot be read."""
+    if path is None:
+        raise UserError(f"data.tokenizer.kind is {kind}, which needs data.tokenizer.path: the path of a .model file")
+    try:
+        return Path(os.path.expanduser(str(path))).read_bytes()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"the tokenizer {path} cannot be read ({reason}); check data.tokenizer.path") from error
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer that ``save`` wrote into ``folder``; UserError names the file that is missing, damaged or
+    changed.
+    """
+    folder = Path(folder)
+    info_path = folder / INFO_FILE
+    try:
+        info = json.loads(info_path.read_text(encoding="utf-8"))
+        kind, eod_id, pad_id = str(info["kind"]), int(info["eod_id"]), int(info["pad_id"])
+        fingerprint, version = info["fingerprint"], info["format_version"]
+        model = (folder / MODEL_FILE).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}); restore it from a checkpoint of the same run"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{info_path} is damaged; restore it from a checkpoint of the same run") from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{info_path} has format version {version}, this release reads {FORMAT_VERSION}; update pangu-sigma"
+        )
+    tokenizer = tokenizer_class(kind)(model, eod_id, pad_id, str(folder / MODEL_FILE))
+    if tokenizer.fingerprint != fingerprint:
+        raise UserError(
+            f"{folder / MODEL_FILE} is not the tokenizer that {info_path} describes; restore the original file"
+        )
+    return tokenizer
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The tokenizer's files by name, as a checkpoint keeps them."""
+    with TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
