@@ -24,6 +24,7 @@ from pangu_sigma.checkpoint.edited_checkpoint import (
     write_changed_run,
 )
 from pangu_sigma.checkpoint.model_folder import TensorBytes, check_output
+from pangu_sigma.checkpoint.run_config_file import CONFIG_BEFORE, DOMAIN_CHANGES, config_digest, mend_config
 from pangu_sigma.checkpoint.run_lock import locked_folder
 from pangu_sigma.config import Config
 from pangu_sigma.config.domain_edits import checked
@@ -33,7 +34,6 @@ from pangu_sigma.monitor.progress import progress
 from pangu_sigma.monitor.result_files import write_text
 from pangu_sigma.signals import sigterm_as_ctrl_c
 from pangu_sigma.train.continual.teacher_snapshot import PREVIOUS
-from pangu_sigma.train.startup.run_config import CONFIG_BEFORE, DOMAIN_CHANGES, config_digest, mend_config
 from pangu_sigma.trained_model import run_of, stored_config
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pangu_sigma.checkpoint import Checkpoint, folder_layout, resolve
+from pangu_sigma.checkpoint.run_config_file import DOMAIN_CHANGES
 from pangu_sigma.config.parameter_counts import is_routing
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.metrics_log import read_metrics
-from pangu_sigma.train.startup.run_config import DOMAIN_CHANGES
 from pangu_sigma.trained_model import run_of, stored_config
 
 

@@ -12,12 +12,12 @@ import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, Contents, Fingerprints, SaveResult, StoredTensors, save_checkpoint
 from pangu_sigma.checkpoint.distributed import save_together
+from pangu_sigma.checkpoint.run_config_file import DOMAIN_CHANGES
 from pangu_sigma.config import Config
 from pangu_sigma.data.corpus import Corpus
 from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_files
 from pangu_sigma.model.model import Model
 from pangu_sigma.model.state_dict import model_tensors, restore_model, tensor_parts
-from pangu_sigma.train.startup.run_config import DOMAIN_CHANGES
 
 if TYPE_CHECKING:
     from pangu_sigma.train.continual.controller import Holding

@@ -11,6 +11,7 @@ import numpy as np
 
 from pangu_sigma import runtime
 from pangu_sigma.checkpoint import Checkpoint, StoredTensors, find_latest, remove_stale
+from pangu_sigma.checkpoint.run_config_file import DOMAIN_CHANGES
 from pangu_sigma.checkpoint.run_lock import locked_folder
 from pangu_sigma.config import Config, parameter_counts, with_vocabulary
 from pangu_sigma.config.data_section import STANDARD_INPUT
@@ -19,7 +20,6 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.metrics_log import MetricsLog, NoMetrics
 from pangu_sigma.monitor.result_files import write_json, write_text
 from pangu_sigma.signals import sigterm_as_ctrl_c
-from pangu_sigma.train.startup.run_config import DOMAIN_CHANGES
 from pangu_sigma.train.startup.starting_point import Beginning, begun, last_checkpoint, resumed
 from pangu_sigma.train.startup.warnings import differences, placement
 from pangu_sigma.train.streaming_input import Stream

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pangu_sigma.checkpoint import Checkpoint, find_latest, resolve
 from pangu_sigma.checkpoint.folder_layout import CONFIG
+from pangu_sigma.checkpoint.run_config_file import DOMAIN_CHANGES, mend_config, stale_config
 from pangu_sigma.config import (
     Config,
     check_resume,
@@ -18,7 +19,6 @@ from pangu_sigma.config import (
 )
 from pangu_sigma.data.corpus_files import expand_paths
 from pangu_sigma.errors import UserError
-from pangu_sigma.train.startup.run_config import DOMAIN_CHANGES, mend_config, stale_config
 from pangu_sigma.trained_model import stored_config
 
 

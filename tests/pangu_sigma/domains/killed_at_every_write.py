@@ -16,13 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pangu_sigma.checkpoint import Checkpoint, find_latest, folder_layout
+from pangu_sigma.checkpoint.run_config_file import mend_config
 from pangu_sigma.config.domain_edits import Ahead
 from pangu_sigma.domains.add_domain import NewDomain, add_domain, add_model
 from pangu_sigma.domains.expand_gates import expand_domain
 from pangu_sigma.domains.merge_models import merge_models
 from pangu_sigma.domains.remove_domain import remove_domain, rename_domain
 from pangu_sigma.domains.resize_domain import resize_domain
-from pangu_sigma.train.startup.run_config import mend_config
 from pangu_sigma.trained_model import stored_config
 
 _HIDDEN = (".tmp", ".trash", ".replaced", ".out", ".step", ".config")

@@ -8,11 +8,11 @@ import sys
 import pytest
 
 from pangu_sigma.checkpoint import find_latest
+from pangu_sigma.checkpoint.run_config_file import stale_config
 from pangu_sigma.config import load_config
 from pangu_sigma.domains.add_domain import add_domain
 from pangu_sigma.domains.remove_domain import remove_domain, rename_domain
 from pangu_sigma.train.job import train
-from pangu_sigma.train.startup.run_config import stale_config
 from tests.pangu_sigma.domains.test_expand_gates import gated  # noqa: F401 - the run of a learned gate
 from tests.pangu_sigma.domains.test_expand_gates import wanted as wanted_domain
 from tests.pangu_sigma.train import training_process

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from pangu_sigma.checkpoint import Checkpoint, folder_layout
+from pangu_sigma.checkpoint import folder_layout
+from pangu_sigma.checkpoint.checkpoint_reader import Checkpoint
 from pangu_sigma.monitor.result_files import write_text
 
 # Key of the trainer state that lists what was done to the domains of a run: [{"step", "change"}].
