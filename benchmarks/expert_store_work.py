@@ -75,7 +75,7 @@ class Work:
     def config(self) -> Config:
         """The product's configuration."""
         return effective(config_from_dict({
-            "schema_version": 1,
+            "schema_version": 2,
             "run": {"dir": self.folder, "tensorboard": False},
             "model": {
                 "vocab_size": self.vocabulary, "layers": self.layers, "hidden": self.hidden, "heads": self.heads,
@@ -87,7 +87,7 @@ class Work:
                 for i in range(self.domains)
             ],
             "data": {
-                "sequence_length": self.length, "domains_per_step": self.domains_per_step,
+                "sequence_length": self.length, "max_domains_per_batch": self.domains_per_step,
                 "tokenizer": {"kind": "sentencepiece", "path": "none"},
             },
             "optimizer": {"learning_rate": 1e-4},

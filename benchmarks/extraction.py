@@ -66,7 +66,7 @@ def benchmark_config(domains: int, ffn: int) -> Config:
     """A model whose experts are nearly all of it, as in the paper."""
     return config_from_dict(
         {
-            "schema_version": 1,
+            "schema_version": 2,
             "run": {"dir": "/nowhere/run"},
             "model": {
                 "layers": LAYERS, "hidden": HIDDEN, "heads": 16, "ffn": ffn, "positions": 1024,

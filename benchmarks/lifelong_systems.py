@@ -97,7 +97,7 @@ def write_stages(system: System, folder: Path, text: dict[str, Path], seed: int,
     if system.joint:
         stages = [{"name": "all", "domains": list(DOMAINS), "steps": steps * len(DOMAINS)}]
     values = {
-        "schema_version": 1,
+        "schema_version": 2,
         "base": str(HERE / "four_domains.yaml"),
         "changes": changes,
         "grows": system.grows,

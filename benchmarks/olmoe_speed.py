@@ -70,7 +70,7 @@ VARIANTS = {v.name: v for v in (Variant("fine", 64, 8, 128), Variant("coarse", 1
 def configuration(variant: Variant, folder: Path, corpora: dict[str, Path]) -> Config:
     """The product's configuration of a variant, with its run folder and token cache inside `folder`."""
     values = {
-        "schema_version": 1,
+        "schema_version": 2,
         "run": {"dir": str(folder), "log_every": 1_000_000, "tensorboard": False},
         "model": {
             "vocab_size": VOCABULARY,

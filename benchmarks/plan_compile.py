@@ -34,11 +34,11 @@ def variants(name: str) -> dict[str, Any]:
     config = load_config(ROOT / "configs" / f"{name}.yaml")
     found = {config.parallel.placement: config}
     if config.parallel.placement == "domain":
-        wanted = config.data.domains_per_step
+        wanted = config.data.max_domains_per_batch
         everywhere = None if wanted is None else wanted * config.parallel.placement_groups
         found["global"] = changed(
             config,
-            {"parallel.placement": "global", "parallel.placement_groups": 1, "data.domains_per_step": everywhere},
+            {"parallel.placement": "global", "parallel.placement_groups": 1, "data.max_domains_per_batch": everywhere},
         )
     return found
 

@@ -36,7 +36,7 @@ LAYOUTS = {"38B": 1, "1085B": 40}  # domains of 16 experts
 def configuration(folder: Path, hidden: int, domains: int, sparse: bool) -> dict:
     """The configuration of the dense model, or of a sparse one."""
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "run": {"dir": str(folder)},
         "model": {
             "vocab_size": 40000, "layers": LAYERS, "hidden": hidden, "heads": HEADS, "ffn": 4 * hidden,

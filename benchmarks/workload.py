@@ -65,7 +65,7 @@ def configuration(variant: Variant, folder: Path, corpora: dict[str, Path]) -> C
     if variant.domains == 1:
         sources = {"mixed": list(corpora.values())}
     values = {
-        "schema_version": 1,
+        "schema_version": 2,
         "run": {"dir": str(folder), "log_every": 1_000_000, "tensorboard": False},
         "model": {
             "vocab_size": VOCABULARY,

@@ -117,11 +117,11 @@ class Cut:
         values["data"]["stream"] = None
         # The parent's mesh was made for its experts; fewer may not divide over it.
         values["parallel"] = {}
-        limit = values["data"]["domains_per_step"]
-        values["data"]["domains_per_step"] = limit and min(limit, len(self.domains))
+        limit = values["data"]["max_domains_per_batch"]
+        values["data"]["max_domains_per_batch"] = limit and min(limit, len(self.domains))
         values["run"]["dir"] = f"{parent.run.dir}-{'-'.join(self.domains)}"
         if self.fold:
-            values["model"]["embedding_slots"] = "shared"
+            values["model"]["domain_parameters"]["embedding"] = "shared"
             values["model"]["sparse"] = {}
         return config_from_dict(values, source=f"the configuration of {self.parent.path} without the other domains")
 

@@ -1,3 +1,3 @@
 """The version of the product, in one place: package metadata and `pangu-sigma --version` read it."""
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"

@@ -58,7 +58,7 @@ def processes_of(config: Config, folder: Path) -> Processes:
     if size != mesh.size:
         counted = f"a mesh of {mesh.size} ranks ({mesh.axes})"
         if started is None:
-            how = f"start {mesh.size} processes with msrun (docs/cluster.md), or rehearse them on CPU with --rehearse"
+            how = f"start {mesh.size} processes with msrun (docs/cluster.md), or emulate the mesh with --emulate-mesh"
             if config.run.device == "CPU":
                 how = f"add --workers {mesh.size}, or start as many with msrun"
             raise UserError(f"parallel makes {counted}: {how}")
@@ -101,10 +101,10 @@ def with_workers_for(checkpoint: Checkpoint, workers: int) -> Config:
     """
     config = stored_config(checkpoint)
     values = config.to_dict()
-    if config.parallel.mesh.size != workers or config.parallel.rehearse:
+    if config.parallel.mesh.size != workers or config.parallel.emulate_mesh:
         values["parallel"] = {"timeout": config.parallel.timeout}
     # Nothing trains, and how many sequences are measured at a time changes no figure: both follow the processes.
-    values["train"] |= {"batch_size": workers, "accumulation": 1}
+    values["train"] |= {"batch_size": workers, "gradient_accumulation_steps": 1}
     values["evaluate"]["batch_size"] = -(-config.evaluate.batch_size // workers) * workers
     return with_workers(config_from_dict(values, str(checkpoint.path)), workers)
 

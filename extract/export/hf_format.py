@@ -135,7 +135,7 @@ def configuration(source: Source, dtype: str) -> dict:
         "domains": list(source.domains),
         "experts": list(source.experts),
         "domain": source.domains[0],
-        "embedding_slots": model.embedding_slots,
+        "embedding_slots": "per_domain" if model.domain_parameters.embedding == "own" else "shared",
         "bos_token_id": tokenizer.eod_id,
         "eos_token_id": tokenizer.eod_id,
         "pad_token_id": tokenizer.pad_id,

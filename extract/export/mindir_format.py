@@ -51,7 +51,7 @@ def check(source: Source, options: Options) -> None:
                 "the sigma signature takes expert ids from outside, and a learned gate makes them inside; leave "
                 "--signature out"
             )
-        if model.embedding_slots == "per_domain" and len(source.domains) > 1:
+        if model.domain_parameters.embedding == "own" and len(source.domains) > 1:
             raise UserError(
                 "the sigma signature knows one word embedding, and this model has one for each domain; choose one "
                 "--domain"
@@ -121,7 +121,7 @@ def shapes_of(source: Source, options: Options) -> Shapes:
         sparse=model.sparse_prefixes,
         router=model.sparse.router,
         experts=source.experts,
-        per_domain_words=model.embedding_slots == "per_domain",
+        per_domain_words=model.domain_parameters.embedding == "own",
         activation=model.activation,
         norm=model.norm,
         epsilon=model.norm_epsilon,

@@ -76,7 +76,7 @@ class _Model:
         self.source, self.builder, self.model = source, builder, source.config.model
         self.op, self.constant = builder.op, builder.constant
         self.several = len(source.domains) > 1
-        self.slots = self.model.embedding_slots == "per_domain"
+        self.slots = self.model.domain_parameters.embedding == "own"
         self.used: set[str] = set()
 
     def build(self) -> None:

@@ -23,19 +23,19 @@ def train(
         str | None, typer.Option(help="With --stream: key of the domain's name in a line; domain if left out.")
     ] = None,
     workers: Workers = None,
-    rehearse: Annotated[
-        bool, typer.Option("--rehearse", help="Let CPU processes take the places of the Ascend mesh's devices.")
+    emulate_mesh: Annotated[
+        bool, typer.Option("--emulate-mesh", help="Emulate the Ascend mesh with CPU processes, one for each device.")
     ] = False,
 ) -> None:
     """Train the model that FILE.yaml describes."""
     from pangu_sigma.config import load_config
-    from pangu_sigma.config.overrides import rehearsal_overrides, stream_overrides
+    from pangu_sigma.config.overrides import emulation_overrides, stream_overrides
 
     overrides = list(overrides or ())
-    overrides += rehearsal_overrides(overrides) if rehearse else ()
+    overrides += emulation_overrides(overrides) if emulate_mesh else ()
     # The whole configuration is checked before MindSpore is imported: a mistake shows at once.
     config = load_config(file, [*overrides, *stream_overrides(stream, domain, domain_field)])
-    if rehearse:
+    if emulate_mesh:
         workers = workers or config.parallel.mesh.size
     if workers is not None or config.parallel.workers > 1:
         from pangu_sigma.workers import FOLDER, is_worker, launch, with_workers

@@ -10,7 +10,8 @@ from pangu_sigma.config.init_from import (
 from pangu_sigma.config.load_config import config_from_dict, effective, load_config
 from pangu_sigma.config.parameter_counts import Counts, manifest, parameter_counts, vocabulary_size
 from pangu_sigma.config.resume_rules import changed_keys, check_resume
-from pangu_sigma.config.schema import SCHEMA_VERSION, Config
+from pangu_sigma.config.schema import Config
+from pangu_sigma.config.schema_versions import SCHEMA_VERSION
 
 __all__ = [
     "SCHEMA_VERSION",

@@ -40,7 +40,7 @@ class Dispatch:
 
 def samples_at_a_time(config: Config) -> int:
     """Sequences that a row rank computes at a time."""
-    return config.train.batch_size // config.train.accumulation // config.parallel.mesh.rows
+    return config.train.batch_size // config.train.gradient_accumulation_steps // config.parallel.mesh.rows
 
 
 def activated_slots(config: Config) -> int:
@@ -55,9 +55,9 @@ def activated_slots(config: Config) -> int:
     by_domain = KINDS[config.model.sparse.router].tables == "domain"
     if config.experts.store == "device" or not by_domain:
         return sum(sizes) // mesh.placement_groups
-    together = config.train.accumulation if mesh.pipeline > 1 else 1
+    together = config.train.gradient_accumulation_steps if mesh.pipeline > 1 else 1
     samples = samples_at_a_time(config) * together * mesh.rows // mesh.placement_groups
-    limit = min(config.data.domains_per_step or len(sizes), samples)
+    limit = min(config.data.max_domains_per_batch or len(sizes), samples)
     parts, most = mesh.exchange_size, 0
     for group in mesh.domains_of_groups(sizes):
         asked = [[0] * len(group) for _ in range(parts)]

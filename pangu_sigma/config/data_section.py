@@ -72,7 +72,7 @@ class DataConfig(Section):
     )
     deduplicate: bool = Field(True, description="Whether near-duplicate documents are removed before the split.")
     prefetch: int = Field(2, ge=0, description="Batches read ahead of the step; 0 reads each when it is needed.")
-    domains_per_step: int | None = Field(
+    max_domains_per_batch: int | None = Field(
         None, ge=1, description="How many domains may meet in one optimizer step; null sets no limit."
     )
     stream: StreamConfig | None = Field(

@@ -78,10 +78,12 @@ def add_domain(values: dict[str, Any], domain: dict[str, Any], step: int, ahead:
     _mend(values, step)
 
 
-def replace_ahead(values: dict[str, Any], phases: Sequence[Mapping[str, Any]], domains_per_step: int | None) -> None:
-    """Makes `phases` the whole plan of a run, done ones included; `domains_per_step` is cut to those there are."""
-    limit = domains_per_step and min(domains_per_step, len(values["domains"]))
-    values["data"]["domains_per_step"] = limit
+def replace_ahead(
+    values: dict[str, Any], phases: Sequence[Mapping[str, Any]], max_domains_per_batch: int | None
+) -> None:
+    """Makes `phases` the whole plan of a run, done ones included; `max_domains_per_batch` is cut to those there are."""
+    limit = max_domains_per_batch and min(max_domains_per_batch, len(values["domains"]))
+    values["data"]["max_domains_per_batch"] = limit
     values["train"]["phases"] = [dict(phase) for phase in phases]
     values["train"]["steps"] = sum(phase["steps"] for phase in phases)
     values["train"]["stop_at"] = None
@@ -93,8 +95,8 @@ def remove_domain(values: dict[str, Any], name: str, step: int) -> None:
     if not sum(entry["weight"] for entry in values["domains"]):
         for entry in values["domains"]:
             entry["weight"] = 1.0
-    limit = values["data"]["domains_per_step"]
-    values["data"]["domains_per_step"] = limit and min(limit, len(values["domains"]))
+    limit = values["data"]["max_domains_per_batch"]
+    values["data"]["max_domains_per_batch"] = limit and min(limit, len(values["domains"]))
     train = values["train"]
     done = [_without(phase, name) for phase in phases_done(train, step)]
     left = phases_ahead(train, step)

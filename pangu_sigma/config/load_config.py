@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from pangu_sigma.config.data_section import STANDARD_INPUT
 from pangu_sigma.config.overrides import apply_overrides
-from pangu_sigma.config.schema import SCHEMA_VERSION, Config
+from pangu_sigma.config.schema import Config
+from pangu_sigma.config.schema_versions import SCHEMA_VERSION, refuse_old_file, refuse_old_folder
 from pangu_sigma.config.validation_messages import problems_of, shown
 from pangu_sigma.config.yaml_text import parse_yaml
 from pangu_sigma.errors import UserError
@@ -33,6 +34,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 def load_values(values: dict[str, Any], source: str, overrides: Iterable[str] = ()) -> Config:
     """`load_config` of the mapping that the file `source` holds; the overrides change it."""
+    refuse_old_file(values, source)
     applied = apply_overrides(values, overrides)
 
     def blame(key: str) -> str:
@@ -49,6 +51,7 @@ def config_from_dict(values: Mapping[str, Any], source: str = "the stored config
 
     Raises UserError as `load_config` does.
     """
+    refuse_old_folder(values, source)
     return _validated(copy.deepcopy(dict(values)), source, lambda key: source)
 
 
@@ -98,7 +101,9 @@ def read_values(path: Path) -> dict[str, Any]:
     if values is None:
         raise UserError(f"{path} is empty: copy one of the shipped configurations and change it")
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds {shown(values)}, not a mapping of sections: start it with 'schema_version: 1'")
+        raise UserError(
+            f"{path} holds {shown(values)}, not a mapping of sections: start it with 'schema_version: {SCHEMA_VERSION}'"
+        )
     return values
 
 

@@ -43,21 +43,21 @@ def check_one_process(config: Config, instead: str) -> None:
 
 def _device(config: Config) -> Broken:
     parallel, device = config.parallel, config.run.device
-    if parallel.rehearse and (device != "CPU" or parallel.mesh.size == 1):
+    if parallel.emulate_mesh and (device != "CPU" or parallel.mesh.size == 1):
         yield (
-            "parallel.rehearse",
-            "parallel.rehearse = true (--rehearse) lets processes on CPU take the places of several devices, but "
+            "parallel.emulate_mesh",
+            "parallel.emulate_mesh = true (--emulate-mesh) emulates a mesh of several devices with CPU processes, but "
             f"parallel makes a mesh of {parallel.mesh.size} on {device}: set parallel.data, expert, tensor or "
-            "pipeline, and run.device to CPU, or leave rehearse out",
+            "pipeline, and run.device to CPU, or leave emulate_mesh out",
         )
     if device == "CPU":
         cut = ("tensor", "sequence_parallel", "optimizer_parallel", "pipeline")
-        for name in () if parallel.rehearse else cut:
+        for name in () if parallel.emulate_mesh else cut:
             if getattr(parallel, name) > 1 or getattr(parallel, name) is True:
                 yield (
                     f"parallel.{name}",
                     f"parallel.{name} = {str(getattr(parallel, name)).lower()} needs run.device = Ascend: processes on "
-                    "CPU know the data and expert axes only, unless parallel.rehearse is true",
+                    "CPU know the data and expert axes only, unless parallel.emulate_mesh is true",
                 )
         if parallel.workers not in (1, parallel.mesh.size):
             yield (
@@ -115,11 +115,11 @@ def _experts(config: Config, mesh: Mesh) -> Broken:
                     "these have no weight in a phase: give one of them some, or set placement to global",
                 )
                 return
-    wanted, fewest = config.data.domains_per_step, min(len(group) for group in mesh.domains_of_groups(sizes))
+    wanted, fewest = config.data.max_domains_per_batch, min(len(group) for group in mesh.domains_of_groups(sizes))
     if mesh.placement_groups > 1 and wanted is not None and wanted > fewest:
         yield (
-            "data.domains_per_step",
-            f"data.domains_per_step = {wanted} counts per placement group, and one of them has {fewest} domains: "
+            "data.max_domains_per_batch",
+            f"data.max_domains_per_batch = {wanted} counts per placement group, and one of them has {fewest} domains: "
             f"set it to at most {fewest}, or parallel.placement_groups lower",
         )
 
@@ -158,10 +158,10 @@ def _one_graph(config: Config, mesh: Mesh) -> Broken:
     for key, rate in (("model.dropout", model.dropout), ("model.attention.dropout", model.attention.dropout)):
         if rate > 0:
             yield key, f"{key} = {rate} has no form that is cut over devices: set it to 0"
-    if model.embedding_slots == "per_domain":
+    if model.domain_parameters.embedding == "own":
         yield (
-            "model.embedding_slots",
-            "model.embedding_slots = per_domain has no form that is cut over devices: set it to shared",
+            "model.domain_parameters.embedding",
+            "model.domain_parameters.embedding = own has no form that is cut over devices: set it to shared",
         )
     if not config.model.sparse_prefixes:
         return
@@ -203,13 +203,13 @@ def _one_graph(config: Config, mesh: Mesh) -> Broken:
 
 def _batch(config: Config, mesh: Mesh) -> Broken:
     train = config.train
-    micro = train.batch_size // train.accumulation
+    micro = train.batch_size // train.gradient_accumulation_steps
     if micro % mesh.rows:
         yield (
             "train.batch_size",
-            f"train.batch_size = {train.batch_size} in train.accumulation = {train.accumulation} parts gives {micro} "
-            f"sequences at a time, which the {mesh.rows} ranks that read (parallel.data x parallel.expert) do not "
-            "divide: choose a batch that is a multiple of both",
+            f"train.batch_size = {train.batch_size} in train.gradient_accumulation_steps = "
+            f"{train.gradient_accumulation_steps} parts gives {micro} sequences at a time, which the {mesh.rows} ranks "
+            "that read (parallel.data x parallel.expert) do not divide: choose a batch that is a multiple of both",
         )
     measures = config.evaluate.every > 0 or config.run.device == "CPU"
     if measures and config.evaluate.batch_size % mesh.rows:
@@ -224,9 +224,10 @@ def _batch(config: Config, mesh: Mesh) -> Broken:
             f"evaluate.every = {config.evaluate.every} measures between steps, for which pipeline stages have no "
             "graph: set it to 0, and measure checkpoints with pangu-sigma evaluate",
         )
-    if mesh.pipeline > 1 and train.accumulation < mesh.pipeline:
+    if mesh.pipeline > 1 and train.gradient_accumulation_steps < mesh.pipeline:
         yield (
-            "train.accumulation",
-            f"train.accumulation = {train.accumulation} keeps {mesh.pipeline} pipeline stages waiting for one another: "
-            f"set it to at least parallel.pipeline = {mesh.pipeline}",
+            "train.gradient_accumulation_steps",
+            f"train.gradient_accumulation_steps = {train.gradient_accumulation_steps} keeps "
+            f"{mesh.pipeline} pipeline stages waiting for one another: set it to at least "
+            f"parallel.pipeline = {mesh.pipeline}",
         )

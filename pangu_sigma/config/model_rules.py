@@ -58,11 +58,11 @@ def _parts(config: Config) -> Broken:
             f"model.rope_theta = {model.rope_theta:g} has no effect with model.position = {model.position}: leave it "
             "out, or set model.position to rope",
         )
-    if model.head == "untied" and model.embedding_slots == "per_domain":
+    if model.head == "untied" and model.domain_parameters.embedding == "own":
         yield (
             "model.head",
-            "model.head = untied is one table for all domains, but model.embedding_slots = per_domain gives each its "
-            "own words: set model.head to tied, or model.embedding_slots to shared",
+            "model.head = untied is one table for all domains, but model.domain_parameters.embedding = own gives each "
+            "its own words: set model.head to tied, or model.domain_parameters.embedding to shared",
         )
 
 
@@ -203,7 +203,7 @@ def _router(config: Config) -> Broken:
                 "model.sparse.capacity_samples",
                 f"model.sparse.capacity_samples = {sparse.capacity_samples} does not divide the "
                 f"{samples_at_a_time(config)} sequences that a rank computes at a time (train.batch_size / "
-                "train.accumulation, among the ranks that read): choose a divisor",
+                "train.gradient_accumulation_steps, among the ranks that read): choose a divisor",
             )
     experts = config.experts_in_layer
     most = experts - 1 if sparse.router == "noisy_top_k" else experts

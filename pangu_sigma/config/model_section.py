@@ -100,6 +100,14 @@ class AttentionConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="Share of attention weights dropped while training.")
 
 
+class DomainParametersConfig(Section):
+    """Parameters that are shared by all domains, or one set for each, beside the experts."""
+
+    embedding: Literal["shared", "own"] = Field(
+        "shared", description="One word embedding for all domains, or one of its own for each."
+    )
+
+
 class ModelConfig(Section):
     """Size and parts of the network; `preset` gives defaults for the sizes, explicit keys override it."""
 
@@ -142,8 +150,9 @@ class ModelConfig(Section):
     init_scale_residual: bool = Field(
         True, description="Whether matrices that end in the residual stream begin smaller, by 1 / sqrt(2 layers)."
     )
-    embedding_slots: Literal["shared", "per_domain"] = Field(
-        "shared", description="One word embedding for all domains, or one for each."
+    domain_parameters: DomainParametersConfig = Field(
+        default_factory=DomainParametersConfig,
+        description="What each domain has of its own beside its experts.",
     )
     sparse: SparseConfig = Field(default_factory=SparseConfig, description="The sparse layers.")
 

@@ -95,13 +95,13 @@ def _step(target: Any, name: str, text: str) -> str | int:
     )
 
 
-def rehearsal_overrides(overrides: Sequence[str]) -> list[str]:
-    """The overrides that `train --rehearse` stands for. Raises UserError where one of `overrides` says otherwise."""
-    wanted = {"run.device": "CPU", "parallel.rehearse": "true"}
+def emulation_overrides(overrides: Sequence[str]) -> list[str]:
+    """The overrides that `train --emulate-mesh` stands for. Raises UserError where one of `overrides` differs."""
+    wanted = {"run.device": "CPU", "parallel.emulate_mesh": "true"}
     for override in overrides:
         key, _, value = override.partition("=")
         if key in wanted and value.strip().lower() != wanted[key].lower():
-            raise UserError(f"--rehearse sets {key}={wanted[key]}: leave out --rehearse or {override}")
+            raise UserError(f"--emulate-mesh sets {key}={wanted[key]}: leave out --emulate-mesh or {override}")
     return [f"{key}={value}" for key, value in wanted.items()]
 
 

@@ -129,7 +129,7 @@ def vocabulary_size(config: Config) -> int:
 def _shared(config: Config, vocab_size: int) -> Iterator[tuple[str, Shape]]:
     model = config.model
     hidden = model.hidden
-    if model.embedding_slots == "shared":
+    if model.domain_parameters.embedding == "shared":
         yield "embedding.word", (vocab_size, hidden)
     if model.position == "learned":
         yield "embedding.position", (model.positions, hidden)
@@ -185,7 +185,7 @@ def _layer(config: Config, prefix: str, vocab_size: int) -> Iterator[tuple[str, 
 
 def _domain(config: Config, vocab_size: int, name: str, experts: int) -> Iterator[tuple[str, Shape]]:
     hidden, ffn = config.model.hidden, config.model.ffn
-    if config.model.embedding_slots == "per_domain":
+    if config.model.domain_parameters.embedding == "own":
         yield f"domains.{name}.embedding.word", (vocab_size, hidden)
     for prefix in config.model.sparse_prefixes:
         for tensor, shape in config.model.expert_network.shapes(hidden, ffn).items():

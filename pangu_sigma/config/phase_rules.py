@@ -35,7 +35,7 @@ def broken_phase_rules(config: Config) -> Broken:
         frozen = phase.shared == "frozen"
         if frozen and phase.domains == ():
             yield key, f"{key} trains nothing: set shared to train or name domains whose experts train"
-        elif frozen and not model.sparse_prefixes and model.embedding_slots == "shared":
+        elif frozen and not model.sparse_prefixes and model.domain_parameters.embedding == "shared":
             yield (
                 f"{key}.shared",
                 f"{key} trains nothing: a dense model has shared parameters only; set shared to train",
@@ -85,7 +85,7 @@ def _regularise(key: str, phase: PhaseConfig, config: Config) -> Broken:
                 f"{key}.regularise.through = old has the new text read by other domains' experts, whose rows do not "
                 "leave their placement group: set it to own, or parallel.placement to global",
             )
-        elif not apart and config.model.embedding_slots == "shared":
+        elif not apart and config.model.domain_parameters.embedding == "shared":
             yield (
                 f"{key}.regularise.through",
                 f"{key}.regularise.through = old has no effect on this model, in which no domain has experts of its "
@@ -154,11 +154,11 @@ def broken_stream_rules(config: Config) -> Broken:
     stream, names = config.data.stream, set(config.domain_names)
     if stream.domain is not None and stream.domain not in names:
         yield "data.stream.domain", f"data.stream.domain names the domain {stream.domain}, {_known(names)}"
-    if config.data.domains_per_step is not None:
+    if config.data.max_domains_per_batch is not None:
         yield (
-            "data.domains_per_step",
-            f"data.domains_per_step = {config.data.domains_per_step}, but the documents of data.stream come in their "
-            "own order: set it to null",
+            "data.max_domains_per_batch",
+            f"data.max_domains_per_batch = {config.data.max_domains_per_batch}, but the documents of data.stream "
+            "come in their own order: set it to null",
         )
     for index, phase in enumerate(config.train.phases):
         if phase.replay:

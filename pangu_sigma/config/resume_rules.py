@@ -18,7 +18,8 @@ _ALLOWED = re.compile(
     r"|data\.(prefetch|cache|stream\.path)"
     r"|experts\..*"  # where tables lie changes no value beyond rounding, and a checkpoint none at all
     # Who computes what changes no value beyond rounding.
-    r"|parallel\.(data|expert|tensor|pipeline|optimizer_parallel|sequence_parallel|expert_chunks|rehearse|workers|timeout)"
+    r"|parallel\.(data|expert|tensor|pipeline|optimizer_parallel|sequence_parallel|expert_chunks)"
+    r"|parallel\.(emulate_mesh|workers|timeout)"
     r"|model\.preset"  # only a name: the sizes that it filled in are compared themselves
 )
 

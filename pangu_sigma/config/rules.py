@@ -76,11 +76,11 @@ def _domains(config: Config) -> Broken:
             "domains",
             "the weights of the domains do not add up to a positive number: give at least one a positive weight",
         )
-    wanted = config.data.domains_per_step
+    wanted = config.data.max_domains_per_batch
     if wanted is not None and wanted > len(config.domains):
         yield (
-            "data.domains_per_step",
-            f"data.domains_per_step = {wanted} is more than the {len(config.domains)} domains there are: "
+            "data.max_domains_per_batch",
+            f"data.max_domains_per_batch = {wanted} is more than the {len(config.domains)} domains there are: "
             f"set it to at most {len(config.domains)}",
         )
 
@@ -176,11 +176,11 @@ def _schedule(config: Config) -> Broken:
 
 def _train(config: Config) -> Broken:
     train = config.train
-    if train.batch_size % train.accumulation:
+    if train.batch_size % train.gradient_accumulation_steps:
         yield (
-            "train.accumulation",
-            f"train.accumulation = {train.accumulation} does not divide train.batch_size = {train.batch_size}: "
-            "choose a batch that is a multiple of it",
+            "train.gradient_accumulation_steps",
+            f"train.gradient_accumulation_steps = {train.gradient_accumulation_steps} does not divide "
+            f"train.batch_size = {train.batch_size}: choose a batch that is a multiple of it",
         )
     if train.stop_at is not None and train.stop_at > train.steps:
         yield (

@@ -95,9 +95,9 @@ class ParallelConfig(Section):
         1, ge=1, description="Parts of a rank's experts, each exchanging rows while another computes; Ascend."
     )
     workers: int = Field(1, ge=1, description="Processes of a run on CPU.")
-    rehearse: bool = Field(
+    emulate_mesh: bool = Field(
         False,
-        description="On CPU, whether processes take the places of an Ascend mesh's devices, each computing all of it.",
+        description="On CPU, whether processes emulate the devices of an Ascend mesh, each computing the whole graph.",
     )
     timeout: float = Field(
         600.0, gt=0, description="Seconds that a process waits for the others before the run is given up."

@@ -14,13 +14,11 @@ from pangu_sigma.config.run_sections import CheckpointConfig, EvaluateConfig, Ex
 from pangu_sigma.config.section import ListOf, Section
 from pangu_sigma.config.training_sections import OptimizerConfig, ScheduleConfig, TrainConfig
 
-SCHEMA_VERSION = 1
-
 
 class Config(Section):
     """A complete, checked configuration; the cross-field rules of `rules.py` hold for every instance."""
 
-    schema_version: Literal[1] = Field(description="Version of this schema.")
+    schema_version: Literal[2] = Field(description="Version of this schema.")
     run: RunConfig = Field(description="Where a run lives and what it writes.")
     model: ModelConfig = Field(description="Size and parts of the network.")
     domains: ListOf[DomainConfig] = Field(min_length=1, description="The domains, in the order of their ids.")
@@ -55,9 +53,9 @@ class Config(Section):
 
     @property
     def cut_over_devices(self) -> bool:
-        """Whether one graph is cut over a mesh of devices, or rehearsed to be; several CPU processes have each their
-        own."""
-        return self.parallel.rehearse or (self.run.device == "Ascend" and self.parallel.devices > 1)
+        """Whether one graph is cut over a mesh of devices, which may be emulated; several CPU processes have each
+        their own."""
+        return self.parallel.emulate_mesh or (self.run.device == "Ascend" and self.parallel.devices > 1)
 
     @property
     def coverage(self) -> dict[str, dict[str, int]]:

@@ -22,18 +22,20 @@ class OptimizerConfig(Section):
         1e-8, gt=0, description="The same for experts, whose gradients are smaller; the paper uses 1e-20."
     )
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay; norms and biases have none.")
-    clip_norm: float = Field(1.0, gt=0, description="Largest global norm of the gradient; larger ones are scaled down.")
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="Largest global norm of the gradient; larger ones are scaled down."
+    )
 
 
 class ScheduleConfig(Section):
-    """Learning rate over the steps: linear warm-up, then a decay to `final_factor` of the peak."""
+    """Learning rate over the steps: linear warm-up, then a decay to `min_lr_ratio` of the peak."""
 
     kind: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape of the decay after the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear growth from zero to the peak.")
     decay_steps: int | None = Field(
         None, ge=1, description="Step at which the decay ends, the warm-up included; null takes all before the anneal."
     )
-    final_factor: float = Field(0.1, ge=0, le=1, description="Where the decay ends, as a share of the peak.")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="Where the decay ends, as a share of the peak.")
     anneal_steps: int = Field(
         0, ge=0, description="Last steps of the run, over which the rate falls linearly to 0 from where it stands."
     )
@@ -106,7 +108,9 @@ class TrainConfig(Section):
 
     steps: int = Field(ge=1, description="Optimizer steps of the whole run.")
     batch_size: int = Field(ge=1, description="Sequences in an optimizer step.")
-    accumulation: int = Field(1, ge=1, description="Parts a batch is computed in, one after the other; divides it.")
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="Parts a batch is computed in, one after the other; divides it."
+    )
     stop_at: int | None = Field(
         None, ge=1, description="Step after which the run ends early, as if interrupted after a checkpoint."
     )

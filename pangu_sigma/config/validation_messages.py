@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pangu_sigma.config.key_descriptions import allowed_at, field_at, keys, section_at
 from pangu_sigma.config.rules import RulesBroken
 from pangu_sigma.config.schema import Config
+from pangu_sigma.config.schema_versions import SCHEMA_VERSION, changed_name
 from pangu_sigma.config.section import Section
 
 
@@ -54,6 +55,9 @@ def _problems(item: Any, place: tuple[str | int, ...], root: type[Section]) -> I
 def unknown_key(place: Sequence[str | int], root: type[Section] = Config) -> str:
     """A sentence for a key that the schema does not have; names the nearest one that it has."""
     *parents, wrong = place
+    new_name = changed_name(dotted(place)) if root is Config else None
+    if new_name is not None:
+        return f"{dotted(place)} is not a known key: it is {new_name} since schema_version {SCHEMA_VERSION}"
     section = section_at(parents, root)
     here = list(section.model_fields) if section is not None else []
     prefix = dotted(parents) + "." if parents else ""

@@ -16,7 +16,7 @@ import numpy as np
 from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder, TensorSpec
 from pangu_sigma.checkpoint.float_types import converted
 from pangu_sigma.checkpoint.tensor_file import numpy_type
-from pangu_sigma.config import Config, config_from_dict, effective
+from pangu_sigma.config import SCHEMA_VERSION, Config, config_from_dict, effective
 from pangu_sigma.config.parameter_counts import manifest, parameter_counts
 from pangu_sigma.convert.conversion_coverage import check_coverage
 from pangu_sigma.convert.converted_folder import check_output, write_with_progress
@@ -188,7 +188,7 @@ def _config(given: dict[str, Any], source: Path, out: Path, wanted: Wanted, toke
         raise UserError(f"{source}/config.json lacks {error.args[0]}: fetch the folder again") from error
     data = list(wanted.data) or [str(out / f"{wanted.domain}.jsonl")]
     values = {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "run": {"dir": str(out)},
         "model": model,
         "domains": [{"name": wanted.domain, "data": data, "experts": experts}],

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder, TensorSpec
-from pangu_sigma.config import Config, config_from_dict, effective
+from pangu_sigma.config import SCHEMA_VERSION, Config, config_from_dict, effective
 from pangu_sigma.config.parameter_counts import manifest, parameter_counts
 from pangu_sigma.config.presets import PRESETS
 from pangu_sigma.convert.conversion_coverage import check_coverage, listed
@@ -195,7 +195,7 @@ def _config(
     heads = wanted.heads or _published_heads(blocks + 1, hidden)
     tokenizer = {"kind": wanted.tokenizer_kind, "path": str(out / "tokenizer" / "tokenizer.model")}
     config = {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "run": {"dir": str(out)},
         "model": {
             "vocab_size": vocab,

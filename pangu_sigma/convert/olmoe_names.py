@@ -7,6 +7,7 @@ tensors stand alone there and as one tensor [experts, in, out] here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 
 from pangu_sigma.checkpoint.folder_layout import domain_of
 from pangu_sigma.config import Config
@@ -31,7 +32,7 @@ _IN_LAYER = {
 # model.sparse apart: what a configuration must say so that its function is OlmoeForCausalLM's.
 NEEDED = {
     "norm": "rmsnorm", "position": "rope", "feed_forward": "swiglu", "activation": "silu", "biases": False,
-    "query_layer": "none", "embedding_slots": "shared",
+    "query_layer": "none", "domain_parameters.embedding": "shared",
 }  # fmt: skip
 
 
@@ -47,7 +48,8 @@ class Named:
 def unlike_olmoe(config: Config) -> list[str]:
     """What in a configuration is not OlmoeForCausalLM's, as `key is value` sentences."""
     model, sparse = config.model, config.model.sparse
-    wrong = [f"model.{key} is {getattr(model, key)}" for key, value in NEEDED.items() if getattr(model, key) != value]
+    own = {key: attrgetter(key)(model) for key in NEEDED}
+    wrong = [f"model.{key} is {own[key]}" for key, value in NEEDED.items() if own[key] != value]
     if model.expert_feed_forward != "swiglu":
         wrong.append(f"model.sparse.feed_forward is {model.expert_feed_forward}")
     if not model.attention.qk_norm:

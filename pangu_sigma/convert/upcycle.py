@@ -125,11 +125,11 @@ def upcycle(dense: Path, config_file: Path, out: Path, overrides: tuple[str, ...
 
 def _fitted(config: Config, old: Config, file: str, source: Checkpoint) -> Config:
     """The sparse configuration with the dense model's vocabulary and tokenizer; UserError naming what differs."""
-    if old.model.sparse_prefixes or old.model.embedding_slots != "shared":
+    if old.model.sparse_prefixes or old.model.domain_parameters.embedding != "shared":
         raise UserError(
             f"{source.path} is no dense model with one word embedding (it has "
-            f"{len(old.model.sparse_prefixes)} sparse layers, model.embedding_slots is {old.model.embedding_slots}): "
-            "upcycle a dense model"
+            f"{len(old.model.sparse_prefixes)} sparse layers, model.domain_parameters.embedding is "
+            f"{old.model.domain_parameters.embedding}): upcycle a dense model"
         )
     if not config.model.sparse_prefixes:
         raise UserError(f"{file}: model.sparse.layers is 0, so there is nothing to upcycle: set it to at least 1")

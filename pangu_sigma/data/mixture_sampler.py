@@ -39,7 +39,7 @@ class MixtureSampler:
 
     ``weights`` maps a step to weights per domain name (they need not sum to 1), so phases are known ahead. In a batch
     of B, a domain of share p gets p·B samples rounded down or up, p·B on average (systematic sampling).
-    ``domains_per_step`` = k lets at most k domains into one step; the average shares stay.
+    ``max_domains_per_batch`` = k lets at most k domains into one step; the average shares stay.
 
     ``placement``: runs of domain numbers, each read by processes of its own (placement groups). Each of the ``parts``
     that a batch is computed in then begins with the samples of the first group, as many of each; weights hold inside a
@@ -51,7 +51,7 @@ class MixtureSampler:
         streams: Sequence[PackedSequences],
         weights: Weights | Mapping[str, float],
         seed: int,
-        domains_per_step: int | None = None,
+        max_domains_per_batch: int | None = None,
         placement: Sequence[range] = (),
         parts: int = 1,
     ):
@@ -60,12 +60,14 @@ class MixtureSampler:
             raise ValueError(f"the sampler needs domains of different names, not {self.domains}")
         if len({stream.sequence_length for stream in streams}) != 1:
             raise ValueError("all domains must be packed to one sequence length")
-        if domains_per_step is not None and domains_per_step < 1:
-            raise UserError(f"data.domains_per_step is {domains_per_step}; it must be 1 or more, or null for no limit")
+        if max_domains_per_batch is not None and max_domains_per_batch < 1:
+            raise UserError(
+                f"data.max_domains_per_batch is {max_domains_per_batch}; it must be 1 or more, or null for no limit"
+            )
         self._streams = list(streams)
         self._weights = weights if callable(weights) else lambda step: weights
         self._seed = seed
-        self._limit = domains_per_step
+        self._limit = max_domains_per_batch
         self._placement, self._parts = tuple(placement), parts
         self._step = 0
         self._sample = 0

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from pangu_sigma import runtime
-from pangu_sigma.config import config_from_dict, effective
+from pangu_sigma.config import SCHEMA_VERSION, config_from_dict, effective
 from pangu_sigma.data.mixture_sampler import Batch
 from rre.counted_random import generator
 
 VOCABULARY, EOD = 256, 2
 STEPS = 2
 SIZES = {
-    "schema_version": 1,
+    "schema_version": SCHEMA_VERSION,
     "model": {"layers": 2, "hidden": 64, "heads": 2, "ffn": 128, "positions": 32, "sparse": {"layers": 1}},
     "domains": [{"name": name, "data": ["none"], "experts": 2} for name in ("left", "right")],
     "data": {"sequence_length": 32},

@@ -80,10 +80,10 @@ def _check_gate(source: Checkpoint, config: Config) -> None:
             f"{source.path} routes by model.sparse.router = {router}, which has no gate to expand: "
             + ("use pangu-sigma domains add" if router == "rre" else "expand a model with a learned gate")
         )
-    if config.model.embedding_slots != "shared":
+    if config.model.domain_parameters.embedding != "shared":
         raise UserError(
-            f"{source.path} has model.embedding_slots = per_domain, and before it grows no table reads the new text: "
-            "expand models of one shared word embedding"
+            f"{source.path} has model.domain_parameters.embedding = own, and before it grows no table reads the "
+            "new text: expand models of one shared word embedding"
         )
 
 

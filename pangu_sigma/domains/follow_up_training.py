@@ -15,17 +15,18 @@ def plan_training(
     phases: Sequence[Mapping[str, Any]],
     what: str,
     *,
-    domains_per_step: int | None = None,
+    max_domains_per_batch: int | None = None,
     out: Path | None = None,
 ) -> Changed:
     """Give the run `path`, or with `out` a new run that shares its files, another plan; no tensor changes.
 
-    phases: the run's whole `train.phases`, those that are done as they were. domains_per_step: `data.domains_per_step`
-    from now on. `what` tells the change. Works with any router. Raises UserError; nothing is changed then.
+    phases: the run's whole `train.phases`, those that are done as they were. max_domains_per_batch: the run's
+    `data.max_domains_per_batch` from now on. `what` tells the change. Works with any router. Raises UserError;
+    nothing is changed then.
     """
     with Subject(path, out, any_router=True) as subject:
         source = subject.checkpoint
-        replace_ahead(subject.values, phases, domains_per_step)
+        replace_ahead(subject.values, phases, max_domains_per_batch)
         return subject.write(
             what,
             domains=source.domains,

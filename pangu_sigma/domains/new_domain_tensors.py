@@ -62,7 +62,7 @@ class Initial:
 
     def _check_dense(self, dense: Checkpoint) -> None:
         before, here = stored_config(dense).model, self.config.model
-        if before.sparse_prefixes or before.embedding_slots != "shared":
+        if before.sparse_prefixes or before.domain_parameters.embedding != "shared":
             raise UserError(f"--init {self.text} is no dense model with one word embedding: name another, or mean")
         if before.feed_forward != here.expert_feed_forward:
             raise UserError(

@@ -145,11 +145,11 @@ def sampler_of(
     pad_id: int,
     weights: Weights | Mapping[str, float],
     seed: int,
-    domains_per_step: int | None,
+    max_domains_per_batch: int | None,
 ) -> ExampleSampler:
     """The sampler over all of the model's domains, in their order; those without examples are never drawn."""
     stream = {"sft": PackedExamples, "dpo": PairedExamples}[objective]
     streams = [
         stream(sets[name], length, pad_id, seed) if name in sets else NoExamples(name, length) for name in domains
     ]
-    return ExampleSampler(streams, weights, seed, domains_per_step)
+    return ExampleSampler(streams, weights, seed, max_domains_per_batch)

@@ -121,7 +121,7 @@ class ExampleRecipe:
             self.corpus.tokenizer.pad_id,
             weights,
             config.run.seed,
-            config.data.domains_per_step,
+            config.data.max_domains_per_batch,
         )
 
     def probe(self, count: int) -> dict[str, np.ndarray]:

@@ -58,7 +58,7 @@ class InferenceConfig(Section):
 class LifelongConfig(Section):
     """A sequence of stages over the configuration `base`, all of whose domains are measured after every stage."""
 
-    schema_version: Literal[1] = Field(description="Version of this schema.")
+    schema_version: Literal[2] = Field(description="Version of this schema.")
     base: Text = Field(
         description="Configuration file of the model, its data and all domains; its train.steps give way to the stages'"
     )

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from pangu_sigma.config import Config, config_from_dict, load_config
 from pangu_sigma.config.load_config import effective
+from pangu_sigma.config.schema_versions import refuse_old_file
 from pangu_sigma.config.validation_messages import problems_of
 from pangu_sigma.config.yaml_text import parse_yaml
 from pangu_sigma.errors import UserError
@@ -128,8 +129,8 @@ class Plan:
         values["run"]["dir"] = str(self.run_dir(stage))
         values["train"]["steps"] = self.end(stage)
         values["train"]["phases"] = [self.phase(other) for other in self.stages[: stage.number + 1]]
-        limit = values["data"]["domains_per_step"]
-        values["data"]["domains_per_step"] = limit and min(limit, len(values["domains"]))
+        limit = values["data"]["max_domains_per_batch"]
+        values["data"]["max_domains_per_batch"] = limit and min(limit, len(values["domains"]))
         # Every stage's phase begins its own decay, which ends with it.
         values["schedule"]["decay_steps"] = self.stages[0].steps
         if tokenizer is not None:
@@ -275,7 +276,8 @@ def _read(path: Path) -> LifelongConfig:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML ({' '.join(str(error).split())}): mend it") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds no mapping: start it with 'schema_version: 1', 'base:' and 'stages:'")
+        raise UserError(f"{path} holds no mapping: start it with 'schema_version: 2', 'base:' and 'stages:'")
+    refuse_old_file(values, str(path))
     if "model" in values and "base" not in values:
         raise UserError(f"{path} is the configuration of one run: write a file with 'base: {path}' and 'stages:'")
     try:

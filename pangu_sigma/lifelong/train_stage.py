@@ -87,8 +87,8 @@ def _plan(plan: Plan, stage: Stage, run: Path, out: Path | None = None) -> None:
     from pangu_sigma.domains.follow_up_training import plan_training
 
     phases = [plan.phase(other) for other in plan.stages[: stage.number + 1]]
-    limit = plan.base.data.domains_per_step
-    plan_training(run, phases, f"stage {stage.name}", domains_per_step=limit, out=out)
+    limit = plan.base.data.max_domains_per_batch
+    plan_training(run, phases, f"stage {stage.name}", max_domains_per_batch=limit, out=out)
 
 
 def new_domain(plan: Plan, stage: Stage, name: str) -> NewDomain:

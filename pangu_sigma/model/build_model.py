@@ -48,7 +48,7 @@ def chosen_kernels(config: Config) -> str | None:
 def chosen_layout(config: Config) -> Layout:
     """The layout of this configuration's graphs: cut over the mesh on Ascend, one process's own else."""
     parallel = config.parallel
-    if parallel.rehearse:
+    if parallel.emulate_mesh:
         return RehearsedLayout(parallel.mesh)
     if config.cut_over_devices:
         return MeshLayout(parallel.mesh, config.run.device, parallel.sequence_parallel)
@@ -91,7 +91,7 @@ def build_model(
     parts = {name: shape_of(share.part) for name, share in built.expert_shares.items()} if layer_names else {}
     shapes = dict.fromkeys(layer_names, parts)
     experts = dict.fromkeys(layer_names, len(built.held) if layer_names else 0)
-    if model.embedding_slots == "per_domain":
+    if model.domain_parameters.embedding == "own":
         shapes[SLOTS] = {"word": (vocab, model.hidden)}
         experts[SLOTS] = len(groups.names)
     kernels = HostKernels(layout.kernels) if layout.kernels else None

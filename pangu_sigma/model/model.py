@@ -100,7 +100,7 @@ class Model:
         slots = len(self.held)
         if not self.store.all_resident:
             come = batch * self.sources(training=True)
-            limit = self.config.data.domains_per_step or len(self.groups.names)
+            limit = self.config.data.max_domains_per_batch or len(self.groups.names)
             slots = min(slots, self._activated_at_most(come, min(limit, come)))
         return self._signature(batch, slots, training=True)
 
@@ -166,7 +166,7 @@ class Model:
             for layer_name, router in zip(model.sparse_prefixes, self.routers, strict=True)
         )
         slot_table = None
-        if model.embedding_slots == "per_domain":
+        if model.domain_parameters.embedding == "own":
             slot_table = (len(self.groups.names), self.vocab, model.hidden)
         return FlatSignature(
             layers, slot_table, batch, self.config.data.sequence_length, model.hidden, model.ffn,

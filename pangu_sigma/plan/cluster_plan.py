@@ -19,9 +19,9 @@ REMEDIES: tuple[dict[str, Any], ...] = (
     {"train.recompute": True},
     {"parallel.sequence_parallel": True},
     {"experts.store": "host"},
-    {"train.accumulation": 2},
-    {"train.accumulation": 4},
-    {"train.accumulation": 8},
+    {"train.gradient_accumulation_steps": 2},
+    {"train.gradient_accumulation_steps": 4},
+    {"train.gradient_accumulation_steps": 8},
     {"parallel.tensor": 2},
     {"parallel.tensor": 4},
     {"parallel.tensor": 8},
@@ -99,11 +99,11 @@ def _placements(config: Config, vocabulary: int) -> dict[str, dict[str, float]]:
     variants = {config.parallel.placement: config}
     if config.parallel.placement == "domain":
         # The same experts and the same domains in a step; only that any rank may read any of them.
-        wanted = config.data.domains_per_step
+        wanted = config.data.max_domains_per_batch
         everywhere = None if wanted is None else wanted * config.parallel.placement_groups
         variants["global"] = changed(
             config,
-            {"parallel.placement": "global", "parallel.placement_groups": 1, "data.domains_per_step": everywhere},
+            {"parallel.placement": "global", "parallel.placement_groups": 1, "data.max_domains_per_batch": everywhere},
         )
     for name, variant in variants.items():
         found[name] = {
@@ -132,7 +132,7 @@ def _advice(config: Config, vocabulary: int, hardware: Hardware, report: dict[st
         said.append(
             f"{sent['times_tokens']:.1f} rows are reserved for each token, because any sample may be of any of "
             f"{sent['slots']} experts: use parallel.placement=domain with more groups, or a host store with a smaller "
-            "data.domains_per_step"
+            "data.max_domains_per_batch"
         )
     return said
 

@@ -38,7 +38,7 @@ def compile_step(config: Config) -> dict[str, object]:
             config, vocabulary_size(config), 0, tables={layer_name: {} for layer_name in layer_names}, initialise=False,
             layout=layout, with_store=False,
         )  # fmt: skip
-        signature = model.training_signature(config.train.batch_size // config.train.accumulation)
+        signature = model.training_signature(config.train.batch_size // config.train.gradient_accumulation_steps)
         start_semi_auto(**parallel_context(model, signature))
         if config.train.recompute:
             model.net.recompute_blocks()

@@ -131,7 +131,7 @@ def _layer_names(config: Config, compiled: Compiled) -> list[str]:
 
 def _times(config: Config) -> int:
     """Micro-batches in one graph."""
-    return config.train.accumulation if config.parallel.pipeline > 1 else 1
+    return config.train.gradient_accumulation_steps if config.parallel.pipeline > 1 else 1
 
 
 def _names(config: Config, compiled: Compiled) -> Iterator[str]:
@@ -368,7 +368,7 @@ def _neighbours(config: Config, compiled: Compiled) -> Iterator[str]:
     cut = mesh.tensor if config.parallel.sequence_parallel else 1
     tokens = samples_at_a_time(config) * config.data.sequence_length
     rows = tokens // cut * config.model.hidden * BYTES["Float32"]
-    times, wanted = config.train.accumulation, Counter()
+    times, wanted = config.train.gradient_accumulation_steps, Counter()
     if stage < last:
         wanted["Send", rank + mesh.stage_size, rows] += times
         wanted["Receive", rank + mesh.stage_size, rows] += times

@@ -33,7 +33,7 @@ def step_seconds(config: Config, vocabulary: int, hardware: Hardware) -> dict[st
     sent = step_bytes(config, vocabulary)
     rate = hardware.peak_tflops * 1e12 * hardware.efficiency
     # While a pipeline fills and empties, pipeline - 1 of the accumulation's slots stand idle.
-    bubble = 1 + (mesh.pipeline - 1) / config.train.accumulation
+    bubble = 1 + (mesh.pipeline - 1) / config.train.gradient_accumulation_steps
     found = {
         "products": step_flops(config, vocabulary) / mesh.size / rate * bubble,
         "all-to-all": sent["all-to-all"] / hardware.link(mesh.exchange_group(0)),
@@ -44,7 +44,9 @@ def step_seconds(config: Config, vocabulary: int, hardware: Hardware) -> dict[st
     }
     if host_link_bytes(config):
         # Each activated value is read and written once with its moments, and its gradient is read.
-        values = sent["host link"] / 2 / FLOAT32 / (config.train.accumulation if mesh.pipeline == 1 else 1)
+        values = (
+            sent["host link"] / 2 / FLOAT32 / (config.train.gradient_accumulation_steps if mesh.pipeline == 1 else 1)
+        )
         moved = values * FLOAT32 * (2 * (1 + MOMENTS) + 1) * min(hardware.devices_per_host, mesh.size)
         found["host update"] = moved / (hardware.host_memory_gbps * 1e9)
     return found

@@ -29,7 +29,7 @@ def all_to_all_bytes(config: Config) -> float:
     layers = len(config.model.sparse_prefixes) / mesh.pipeline
     away = (mesh.exchange_size - 1) / mesh.exchange_size
     row = config.model.hidden * compute_bytes(config)
-    return sent.rows * row * away * exchanges * layers * config.train.accumulation
+    return sent.rows * row * away * exchanges * layers * config.train.gradient_accumulation_steps
 
 
 def tensor_sum_bytes(config: Config) -> float:
@@ -45,7 +45,7 @@ def tensor_sum_bytes(config: Config) -> float:
     again = 1 + 0.5 * config.train.recompute
     sums = SUMS_PER_SUBLAYER * again * rows / mesh.pipeline + 2 * tokens
     ring = 2 * (mesh.tensor - 1) / mesh.tensor
-    return sums * model.hidden * compute_bytes(config) * ring * config.train.accumulation
+    return sums * model.hidden * compute_bytes(config) * ring * config.train.gradient_accumulation_steps
 
 
 def gradient_sum_bytes(config: Config, vocabulary: int) -> float:
@@ -69,7 +69,7 @@ def host_link_bytes(config: Config) -> float:
         return 0.0
     mesh = config.parallel.mesh
     local = activated_slots(config) / mesh.exchange_size * len(config.model.sparse_prefixes) / mesh.pipeline
-    times = config.train.accumulation if mesh.pipeline == 1 else 1
+    times = config.train.gradient_accumulation_steps if mesh.pipeline == 1 else 1
     return 2 * FLOAT32 * expert_values(config) / mesh.tensor * local * times
 
 

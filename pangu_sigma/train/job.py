@@ -116,7 +116,7 @@ class Run:
                 if checkpoint
                 else "no complete checkpoint to resume from: beginning at step 0"
             )
-        if self.config.parallel.rehearse:
+        if self.config.parallel.emulate_mesh:
             self.messages.append(
                 f"rehearses {self.processes.size} devices: each of as many processes computes the whole graph, and its "
                 "speed says nothing about theirs"

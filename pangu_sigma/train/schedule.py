@@ -13,7 +13,7 @@ from pangu_sigma.config.training_sections import RegulariseConfig
 def learning_rate(config: Config, step: int) -> float:
     """The learning rate of optimizer step `step`, counted from 0.
 
-    Linear warm-up to the peak, then cosine or linear decay to `final_factor` of it at `decay_steps`, or constant. A
+    Linear warm-up to the peak, then cosine or linear decay to `min_lr_ratio` of it at `decay_steps`, or constant. A
     phase that restarts begins this anew, with its own steps in place of `decay_steps`. Over the last `anneal_steps` of
     the run the rate falls linearly from where it stands, to reach 0 when the run is over (OLMoE's annealing phase,
     arXiv 2409.02060, section 2).
@@ -44,7 +44,7 @@ def _planned(config: Config, step: int) -> float:
     span = max(1, decay_steps - warmup)
     done = min(1.0, (step - warmup) / span)
     left = (1.0 + math.cos(math.pi * done)) / 2.0 if schedule.kind == "cosine" else 1.0 - done
-    return peak * (schedule.final_factor + (1.0 - schedule.final_factor) * left)
+    return peak * (schedule.min_lr_ratio + (1.0 - schedule.min_lr_ratio) * left)
 
 
 @dataclass(frozen=True)

@@ -89,9 +89,9 @@ class TextRecipe:
             self.corpus.training_streams(),
             lambda step: phase_at(config, step).weights,
             config.run.seed,
-            config.data.domains_per_step,
+            config.data.max_domains_per_batch,
             config.parallel.mesh.domains_of_groups(sizes) if placed else (),
-            config.train.accumulation,
+            config.train.gradient_accumulation_steps,
         )
 
     def probe(self, count: int) -> dict[str, np.ndarray]:

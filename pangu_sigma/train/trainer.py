@@ -48,7 +48,7 @@ class StepResult:
 
 def micro_batch_rows(config: Config, objective: Objective) -> int:
     """Rows that a graph of this run computes at a time."""
-    return objective.rows_per_sample * config.train.batch_size // config.train.accumulation
+    return objective.rows_per_sample * config.train.batch_size // config.train.gradient_accumulation_steps
 
 
 class Trainer:
@@ -155,7 +155,7 @@ class Trainer:
         finite = math.isfinite(loss) and math.isfinite(norm)
         if not finite:
             return StepResult(loss, norm, rate, False, self.loss_scale.overflow())
-        clip = min(1.0, self.config.optimizer.clip_norm / max(norm, 1e-38))
+        clip = min(1.0, self.config.optimizer.max_grad_norm / max(norm, 1e-38))
         self.optimizer.apply(gradients, rate, clip / scale, frozen)
         self.loss_scale.good()
         for figures in parts[: len(batches)]:

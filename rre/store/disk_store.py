@@ -193,7 +193,7 @@ class DiskStore(ExpertStore):
             if unit is None:
                 raise StoreFull(
                     f"a batch activates more than experts.resident_gib = {self.resident_bytes / 2**30:.3g} holds: "
-                    "raise it, or lower data.domains_per_step or the batch size"
+                    "raise it, or lower data.max_domains_per_batch or the batch size"
                 )
             self._let_go(unit)
 

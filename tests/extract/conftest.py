@@ -40,7 +40,7 @@ def small_config(sizes: Mapping[str, int], **model) -> Config:
     """Two layers and a query layer, of which the upper are sparse as `model` says."""
     return config_from_dict(
         {
-            "schema_version": 1,
+            "schema_version": 2,
             "run": {"dir": "/nowhere/run"},
             "model": {
                 "layers": 3, "hidden": 16, "heads": 2, "ffn": 32, "positions": LENGTH, "vocab_size": VOCAB,
@@ -48,7 +48,7 @@ def small_config(sizes: Mapping[str, int], **model) -> Config:
             },
             "domains": [{"name": n, "data": [f"/nowhere/{n}.jsonl"], "experts": e} for n, e in sizes.items()],
             "data": {
-                "sequence_length": LENGTH, "cache": "/nowhere/run/data", "domains_per_step": len(sizes),
+                "sequence_length": LENGTH, "cache": "/nowhere/run/data", "max_domains_per_batch": len(sizes),
                 "tokenizer": {"kind": "train", "vocab_size": VOCAB},
             },
             "optimizer": {"learning_rate": 1e-3},

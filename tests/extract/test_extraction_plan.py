@@ -54,7 +54,7 @@ def test_several_domains_stay_in_the_parents_order(parent, tmp_path):
 
 def test_the_configuration_is_one_to_continue_with(parent, tmp_path):
     config = stored_config(cut(parent, tmp_path / "law", "law"))
-    assert config.train.phases == () and config.data.domains_per_step == 1
+    assert config.train.phases == () and config.data.max_domains_per_batch == 1
     assert config.run.dir == "/nowhere/run-law" and config.domains[0].data == ("/nowhere/law.jsonl",)
     assert config.model == stored_config(open_checkpoint(parent)).model
 
@@ -192,10 +192,14 @@ def test_a_sharded_parent_is_copied_file_by_file(saved, tmp_path):
 
 def test_folding_gives_the_tensors_of_an_ordinary_pangu_alpha(saved, tmp_path):
     sparse = {"layers": 2, "include_query_layer": True}
-    parent = saved({"code": 2, "law": 1}, embedding_slots="per_domain", sparse=sparse)
+    parent = saved({"code": 2, "law": 1}, domain_parameters={"embedding": "own"}, sparse=sparse)
     model = cut(parent, tmp_path / "law", "law", fold=True)
     config = stored_config(model)
-    assert config.model.sparse.layers == 0 and config.model.embedding_slots == "shared" and model.coverage == {}
+    assert (
+        config.model.sparse.layers == 0
+        and config.model.domain_parameters.embedding == "shared"
+        and model.coverage == {}
+    )
     found = everything(model)
     assert {name: array.shape for name, array in found.items()} == manifest(config, VOCAB)
     assert not any(name.startswith("domains.") for name in found)

@@ -81,7 +81,7 @@ def test_a_sub_model_that_is_another_function_gets_no_name(parent, tmp_path, mon
 
 def test_several_domains_with_their_own_words_and_a_sparse_query_layer(tmp_path):
     sparse = {"layers": 2, "include_query_layer": True}
-    parent = save_model(tmp_path / "run", embedding_slots="per_domain", sparse=sparse)
+    parent = save_model(tmp_path / "run", domain_parameters={"embedding": "own"}, sparse=sparse)
     found = extract(plan(parent, ["code", "poems"]), tmp_path / "two").verification
     assert found.largest_logit_difference == 0.0 and found.sequences == {"code": 2, "poems": 2}
     assert set(found.experts_reached) == {"blocks.1", "query_layer"}

@@ -21,18 +21,19 @@ WORDS = {
 STEPS = 12
 # Everything that is random or counted is on: dropout, resampled routing, accumulation, phases, a limit on domains.
 SMALL_RUN = {
-    "schema_version": 1,
+    "schema_version": 2,
     "run": {"dir": "run", "log_every": 1},
     "model": {
         "layers": 2, "hidden": 16, "heads": 2, "ffn": 32, "positions": 16,
         "dropout": 0.1, "attention": {"dropout": 0.1},
         "sparse": {"layers": 1, "resample": True},
     },
-    "data": {"sequence_length": 16, "domains_per_step": 2, "tokenizer": {"kind": "train", "vocab_size": 384}},
+    "data": {"sequence_length": 16, "max_domains_per_batch": 2, "tokenizer": {"kind": "train", "vocab_size": 384}},
     "optimizer": {"learning_rate": 3e-3},
     "schedule": {"kind": "cosine", "warmup_steps": 2},
     "train": {
-        "steps": STEPS, "batch_size": 4, "accumulation": 2, "phases": [{"steps": 4, "weights": {"code": 1.0}}, {}],
+        "steps": STEPS, "batch_size": 4, "gradient_accumulation_steps": 2,
+        "phases": [{"steps": 4, "weights": {"code": 1.0}}, {}],
     },
     "evaluate": {"every": 6, "batches": 8, "batch_size": 4},
     "checkpoint": {"every": 2, "keep": 20},

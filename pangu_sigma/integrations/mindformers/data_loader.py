@@ -41,7 +41,7 @@ class PlannedBatches:
             text.corpus.training_streams(),
             lambda step: phase_at(config, step).weights,
             config.run.seed,
-            config.data.domains_per_step,
+            config.data.max_domains_per_batch,
         )
 
     def __len__(self) -> int:

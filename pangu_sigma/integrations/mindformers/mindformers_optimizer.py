@@ -21,19 +21,19 @@ KINDS = ("cosine", "linear", "constant")
 
 
 class PanGuSigmaLR(LearningRateSchedule):
-    """`lr_schedule`: linear warm-up, then cosine, linear or no decay to `final_factor`; see `train.schedule`.
+    """`lr_schedule`: linear warm-up, then cosine, linear or no decay to `min_lr_ratio`; see `train.schedule`.
 
     `total_steps` is the step at which the decay ends; -1 lets MindFormers fill in the run's steps.
     """
 
     def __init__(
-        self, learning_rate: float, total_steps: int, warmup_steps: int = 0, final_factor: float = 0.1,
+        self, learning_rate: float, total_steps: int, warmup_steps: int = 0, min_lr_ratio: float = 0.1,
         kind: str = "cosine",
     ) -> None:  # fmt: skip
         super().__init__()
         if kind not in KINDS:
             raise UserError(f"lr_schedule.kind is '{kind}': set it to {', '.join(KINDS)}")
-        self.peak, self.final, self.kind = float(learning_rate), float(final_factor), kind
+        self.peak, self.final, self.kind = float(learning_rate), float(min_lr_ratio), kind
         self.warmup = int(warmup_steps)
         self.span = float(max(1, total_steps - warmup_steps))
 

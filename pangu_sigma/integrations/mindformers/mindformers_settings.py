@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from pangu_sigma.config import Config, config_from_dict
+from pangu_sigma.config import SCHEMA_VERSION, Config, config_from_dict
 from pangu_sigma.config.load_config import effective
 from pangu_sigma.config.overrides import apply_overrides
 from pangu_sigma.config.validation_messages import shown
@@ -129,12 +129,12 @@ def settings_of(values: Mapping[str, Any], source: str) -> Config:
         "epsilon": _number(values, "optimizer.eps", source, default=1e-8),
         "expert_epsilon": _number(values, "optimizer.expert_eps", source, default=1e-8),
         "weight_decay": _number(values, "optimizer.weight_decay", source, default=0.0),
-        "clip_norm": _number(values, "runner_wrapper.max_grad_norm", source, default=1.0),
+        "max_grad_norm": _number(values, "runner_wrapper.max_grad_norm", source, default=1.0),
     }
     schedule = {
         "kind": at(values, "lr_schedule.kind", "cosine"),
         "warmup_steps": _number(values, "lr_schedule.warmup_steps", source, int, 0),
-        "final_factor": _number(values, "lr_schedule.final_factor", source, default=0.1),
+        "min_lr_ratio": _number(values, "lr_schedule.min_lr_ratio", source, default=0.1),
     }
     total = _number(values, "lr_schedule.total_steps", source, int, -1)
     if total != -1:
@@ -166,7 +166,7 @@ def _settings(
         for key in value if allowed and isinstance(value, dict) else ():
             if key not in allowed:
                 raise UserError(f"{source}: {SECTIONS}.{name} has '{key}': it takes {', '.join(allowed)}")
-    values = {"schema_version": 1, **sections, "optimizer": optimizer, "schedule": schedule}
+    values = {"schema_version": SCHEMA_VERSION, **sections, "optimizer": optimizer, "schedule": schedule}
     values["run"] = {**(sections.get("run") or {}), "dir": abspath(expanduser(output)), "device": device}
     values["train"] = {**(sections.get("train") or {}), **train}
     config = effective(config_from_dict(values, source=source))

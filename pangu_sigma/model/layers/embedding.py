@@ -69,7 +69,7 @@ class WordEmbedding(nn.Cell):
 
     def __init__(self, model: ModelConfig, vocab: int, layout: Layout) -> None:
         super().__init__()
-        self.per_domain = model.embedding_slots == "per_domain"
+        self.per_domain = model.domain_parameters.embedding == "own"
         self.vocab = vocab
         if not self.per_domain:
             self.word = _table(vocab, model, "word")

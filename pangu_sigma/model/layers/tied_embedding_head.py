@@ -20,7 +20,7 @@ class TiedHead(nn.Cell):
 
     def __init__(self, model: ModelConfig, vocab: int, layout: Layout) -> None:
         super().__init__()
-        self.per_domain = model.embedding_slots == "per_domain"
+        self.per_domain = model.domain_parameters.embedding == "own"
         self.cross_entropy = tied_cross_entropy(layout)
         self.cross_entropy_against = TiedCrossEntropyAgainst(layout)
         self.product = layout(ops.MatMul(transpose_b=True), (1, 1), (1, 1))

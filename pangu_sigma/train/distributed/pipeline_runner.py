@@ -142,7 +142,7 @@ class RehearsedStages(StagedStep):
     def __init__(self, model: Model, signature: FlatSignature) -> None:
         super().__init__(model, signature)
         config, layers = model.config, model.config.model.layers
-        self.micro_batches = config.train.accumulation
+        self.micro_batches = config.train.gradient_accumulation_steps
         self.cell = WholeStep(model.net, signature, model.layout, self.micro_batches, len(config.domains))
         self.experts = self.cell.experts
         self.stages = [stage_of(p.name, layers, self.mesh) for p in self.experts]

@@ -51,7 +51,7 @@ class MeshedStep:
 def cut_inputs(config: Config, signature: FlatSignature) -> list[tuple[tuple[int, ...], ms.dtype, Cut]]:
     """Whole shape, type and cut of every input of the step's graph; `signature` is of one micro-batch."""
     if config.parallel.pipeline > 1:
-        return step_inputs(signature, config.train.accumulation, len(config.domains))
+        return step_inputs(signature, config.train.gradient_accumulation_steps, len(config.domains))
     return [*fixed_inputs(signature.batch, signature.length).values(), *signature.cut_inputs()]
 
 
@@ -110,8 +110,8 @@ def meshed_step(
         # Experts and sums of gradients come to be, as parts, when the graph is cut.
         with no_init_parameters():
             cell = PipelinedStep(
-                model.net, signature, model.layout, config.train.accumulation, stage, parallel.optimizer_parallel,
-                domains,
+                model.net, signature, model.layout, config.train.gradient_accumulation_steps, stage,
+                parallel.optimizer_parallel, domains,
             )  # fmt: skip
         return MeshedStep(cell, model, {name: (None, shape) for name, shape in shapes.items()})
     first = len(fixed_inputs(signature.batch, signature.length))

@@ -39,7 +39,7 @@ SIZES = {"layers": 3, "hidden": 16, "heads": 2, "ffn": 24, "positions": LENGTH}
 CASES = {
     "dense": (ONE, {"layers": 2}),
     "sub_model": (ONE, {"sparse": SPARSE_QUERY}),
-    "full_model": (GROUPS, {"sparse": {"layers": 1}, "embedding_slots": "per_domain"}),
+    "full_model": (GROUPS, {"sparse": {"layers": 1}, "domain_parameters": {"embedding": "own"}}),
     "no_query_layer": (GROUPS, {"query_layer": "none", "activation": "gelu", "sparse": {"layers": 2}}),
     "switch": (GROUPS, {"sparse": SPARSE_QUERY | {"router": "switch"}}),
 }
@@ -78,7 +78,7 @@ class Stored:
         options = pangu_numpy.Options(
             model.layers, model.heads, self.tokenizer.eod_id,
             tuple(zip(self.groups.names, self.groups.sizes, strict=True)), model.sparse_prefixes, model.sparse.router,
-            model.activation, model.query_layer == "next_position", model.embedding_slots == "per_domain",
+            model.activation, model.query_layer == "next_position", model.domain_parameters.embedding == "own",
             epsilon=model.norm_epsilon,
         )  # fmt: skip
         return pangu_numpy.forward(options, self.tensors, tokens, tokens, domains).logits
@@ -110,7 +110,7 @@ def save_model(
 
 def make_config(tokenizer: Tokenizer, groups: Groups, changes: dict) -> Config:
     values = {
-        "schema_version": 1,
+        "schema_version": 2,
         "run": {"dir": "unused"},
         "model": {**SIZES, **changes, "vocab_size": tokenizer.vocab_size},
         "domains": [

@@ -46,7 +46,7 @@ def save_small(run: Path, step: int, tensors: dict[str, np.ndarray], **changes) 
         "step": step,
         "domains": list(groups),
         "coverage": {layer: dict(groups) for layer in LAYERS},
-        "config_text": "schema_version: 1\n",
+        "config_text": "schema_version: 2\n",
         "tokenizer_files": {"tokenizer.model": b"\x00\x01pieces"},
         "probe": {domain: np.arange(18, dtype=np.int32).reshape(2, 9) for domain in groups},
         "state": {"step": step, "cursors": {"code": [3, 2**90]}, "loss_scale": 65536.0},

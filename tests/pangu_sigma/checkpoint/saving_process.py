@@ -22,7 +22,7 @@ for step in itertools.count(first):
         step=step,
         domains=["code", "law"],
         coverage={"blocks.9": {"code": 4, "law": 4}},
-        config_text="schema_version: 1\n",
+        config_text="schema_version: 2\n",
         tokenizer_files={"tokenizer.model": b"pieces"},
         probe={},
         state={"step": step},

@@ -38,7 +38,7 @@ def small_model(read=None, **changes) -> tuple[ModelFolder, dict[str, np.ndarray
         "read": read or (lambda spec: arrays[spec.name]),
         "domains": list(GROUPS),
         "coverage": {"blocks.1": GROUPS},
-        "config_text": "schema_version: 1\n",
+        "config_text": "schema_version: 2\n",
         "tokenizer_files": {"tokenizer.model": b"pieces"},
         "fingerprints": Fingerprints(tokenizer="t", corpora={}),
         "step": 7,

@@ -10,7 +10,7 @@ import pytest
 from pangu_sigma.config import Config, load_config
 
 SMALLEST = """\
-schema_version: 1
+schema_version: 2
 run: {dir: runs/small}
 model: {preset: tiny}
 domains:

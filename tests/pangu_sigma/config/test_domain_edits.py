@@ -8,7 +8,7 @@ from pangu_sigma.config.domain_edits import checked
 from pangu_sigma.errors import UserError
 
 VALUES = {
-    "schema_version": 1,
+    "schema_version": 2,
     "run": {"dir": "run"},
     "model": {"layers": 2, "hidden": 16, "heads": 2, "ffn": 32, "positions": 16, "sparse": {"layers": 1}},
     "domains": [{"name": n, "data": ["unread.jsonl"], "experts": 2} for n in ("a", "b", "c", "d")],

@@ -11,7 +11,7 @@ from pangu_sigma.config.finetuning_file import load_adaptation, run_dir_of, with
 from pangu_sigma.errors import UserError
 
 SFT = {
-    "schema_version": 1,
+    "schema_version": 2,
     "run": {"dir": "runs/sft"},
     "adapt": {"examples": [{"name": "code", "data": ["c.jsonl"]}, {"name": "docs", "data": ["d.jsonl"]}]},
     "optimizer": {"learning_rate": 1e-4},

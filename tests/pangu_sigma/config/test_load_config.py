@@ -12,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from pangu_sigma.config import config_from_dict, effective, load_config
+from pangu_sigma.config.schema_versions import CHANGED_KEYS
 from pangu_sigma.errors import UserError
 
 
@@ -80,10 +81,10 @@ def test_a_configuration_cannot_be_changed(small):
         ("[a, b]: 1\n", "a key must be a plain text"),
         ("a: &x [*x]\n", "not valid YAML"),
         ("a: 1\n---\nb: 1\n", "not valid YAML"),
-        ("run: {dir: x}\n", "schema_version is missing: add the line 'schema_version: 1'"),
+        ("run: {dir: x}\n", "schema_version is missing: add the line 'schema_version: 2'"),
         (
-            "schema_version: 2\n",
-            "schema_version = 2 cannot be read: this version of pangu-sigma reads schema_version 1",
+            "schema_version: 3\n",
+            "schema_version = 3 cannot be read: this version of pangu-sigma reads schema_version 2",
         ),
         ("schema_version: '1'\n", 'schema_version = "1" cannot be read'),
         ("schema_version: true\n", "schema_version = true cannot be read"),
@@ -97,6 +98,31 @@ def test_a_file_that_is_no_configuration_is_refused_with_its_name(tmp_path, text
     with pytest.raises(UserError) as error:
         load_config(path)
     assert str(path) in str(error.value) and said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_of_version_1_is_refused_with_the_keys_that_changed(small_file):
+    small_file.write_text(small_file.read_text().replace("schema_version: 2", "schema_version: 1") + "unknown: 1\n")
+    with pytest.raises(UserError) as error:
+        load_config(small_file, ["unknown.key=1"])
+    message = str(error.value)
+    assert message.startswith(f"{small_file}: schema_version = 1 cannot be read: set it to 2 and rename the keys")
+    assert all(f"{before} -> {after}" in message for before, after in CHANGED_KEYS) and "\n" not in message
+    assert "train.accumulation -> train.gradient_accumulation_steps" in message and "unknown" not in message
+
+
+def test_a_stored_configuration_of_version_1_names_the_last_version_that_reads_it(small):
+    stored = small().to_dict() | {"schema_version": 1, "unknown": 1}
+    with pytest.raises(UserError) as error:
+        config_from_dict(stored, "runs/old/config.yaml")
+    assert str(error.value) == (
+        "runs/old/config.yaml: schema_version = 1 cannot be read: 0.1.0 is the last version of pangu-sigma that reads "
+        "this folder"
+    )
+
+
+def test_a_key_of_version_1_is_refused_with_its_new_name(small):
+    with pytest.raises(UserError, match=r"it is optimizer\.max_grad_norm since schema_version 2"):
+        small("optimizer.clip_norm=1.0")
 
 
 def test_unreadable_files_are_refused(tmp_path):

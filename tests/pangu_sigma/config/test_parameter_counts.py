@@ -105,7 +105,7 @@ def test_the_manifest_names_every_tensor_of_a_small_model(small):
 
 
 def test_counts_are_the_sums_over_the_manifest_without_routing_tables(small):
-    config = small("model.sparse.layers=2", "model.embedding_slots=per_domain")
+    config = small("model.sparse.layers=2", "model.domain_parameters.embedding=own")
     shapes, counts = manifest(config, 100), parameter_counts(config, 100)
     floats = {name: math.prod(shape) for name, shape in shapes.items() if not name.endswith(".routing")}
     assert counts.total == sum(floats.values())

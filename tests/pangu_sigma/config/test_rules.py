@@ -94,7 +94,7 @@ BROKEN = [
     ("name of a numbered file", ["domains.1.name=x-00001-of-00002"], "ends like a numbered file"),
     ("infinite weight", ["domains.0.weight=1e308", "domains.1.weight=1e308"], "do not add up to a positive number"),
     ("no weight", ["domains.0.weight=0", "domains.1.weight=0"], "weights of the domains do not add up"),
-    ("domains per step", ["data.domains_per_step=3"], "more than the 2 domains there are"),
+    ("domains per step", ["data.max_domains_per_batch=3"], "more than the 2 domains there are"),
     ("path of a trained tokenizer", ["data.tokenizer.path=x"], "data.tokenizer.kind is train"),
     ("no path of a given one", ["data.tokenizer.kind=sentencepiece"], "needs the tokenizer's model file"),
     ("vocabulary too small", ["model.vocab_size=4095"], "less than the tokenizer's 4096 pieces"),
@@ -112,7 +112,7 @@ BROKEN = [
     ("probe of nothing", ["data.heldout_fraction=0"], "checkpoint.probe_sequences = 2 needs held-out text"),
     ("warm-up over steps", ["schedule.warmup_steps=11"], "more than train.steps = 10"),
     ("decay inside the warm-up", ["schedule={warmup_steps: 5, decay_steps: 4}"], "less than schedule.warmup_steps = 5"),
-    ("accumulation", ["train.accumulation=3"], "does not divide train.batch_size = 4"),
+    ("accumulation", ["train.gradient_accumulation_steps=3"], "does not divide train.batch_size = 4"),
     ("stop after the end", ["train.stop_at=11"], "more than train.steps = 10"),
     ("bfloat16 on CPU", ["train.precision=bfloat16"], "does not run on run.device = CPU"),
     ("rollback to nothing", ["train.nonfinite=rollback"], "checkpoint.every is 0"),
@@ -161,7 +161,7 @@ BROKEN = [
     ("stream of a stranger", ["data.stream={path: x, domain: law}"], "data.stream.domain names the domain law"),
     (
         "stream with a limit on domains",
-        ["data.stream={path: x}", "data.domains_per_step=1"],
+        ["data.stream={path: x}", "data.max_domains_per_batch=1"],
         "the documents of data.stream come in their own order",
     ),
     (
@@ -206,7 +206,7 @@ BROKEN = [
     (
         "domains per step and group",
         ["parallel={expert: 2, placement: domain, placement_groups: 2}", SPARSE, "domains.1.experts=4",
-         "data.domains_per_step=2"],
+         "data.max_domains_per_batch=2"],
         "counts per placement group, and one of them has 1 domains",
     ),
     (
@@ -225,11 +225,15 @@ BROKEN = [
     ("measuring over readers", ["parallel.data=2", "evaluate.batch_size=3"], "choose a multiple of it"),
     ("no time to wait", ["parallel.timeout=0"], "parallel.timeout"),
     ("heads", ["run.device=Ascend", "parallel.tensor=3"], "parallel.tensor = 3 does not divide model.heads = 4"),
-    ("stages", ["run.device=Ascend", "parallel.pipeline=3", "train.accumulation=4"], "does not divide model.layers"),
+    (
+        "stages",
+        ["run.device=Ascend", "parallel.pipeline=3", "train.gradient_accumulation_steps=4"],
+        "does not divide model.layers",
+    ),
     ("waiting stages", ["run.device=Ascend", "parallel.pipeline=2"], "set it to at least parallel.pipeline = 2"),
     (
         "measuring between stages",
-        ["run.device=Ascend", "parallel.pipeline=2", "train.accumulation=2", "evaluate.every=5"],
+        ["run.device=Ascend", "parallel.pipeline=2", "train.gradient_accumulation_steps=2", "evaluate.every=5"],
         "evaluate.every = 5 measures between steps, for which pipeline stages have no graph",
     ),
     ("rows without parts", ["run.device=Ascend", "parallel.sequence_parallel=true"], "parallel.tensor is 1"),
@@ -255,7 +259,7 @@ BROKEN = [
     ),
     ("a gate that is no SwiGLU's", ["model.feed_forward=swiglu", "model.biases=false"], "gated by silu by definition"),
     ("a SwiGLU with biases", ["model.feed_forward=swiglu", "model.activation=silu"], "set model.biases to false"),
-    ("a head for words of every domain", ["model.head=untied", "model.embedding_slots=per_domain"], "one table"),
+    ("a head for words of every domain", ["model.head=untied", "model.domain_parameters.embedding=own"], "one table"),
     ("a pooled loss of no gate", ["model.sparse={layers: 1, balance: pooled}"], "has no effect on the router rre"),
     ("an anneal inside the warm-up", ["schedule={warmup_steps: 6, anneal_steps: 5}"], "more than train.steps = 10"),
     (
@@ -280,14 +284,14 @@ FINE = [
     ["data.sequence_length=256"],
     ["data.heldout_fraction=0", "checkpoint.probe_sequences=0"],
     ["schedule={warmup_steps: 10}"],
-    ["train.stop_at=10", "train.accumulation=4"],
+    ["train.stop_at=10", "train.gradient_accumulation_steps=4"],
     ["train.precision=bfloat16", "run.device=Ascend"],
     ["train.nonfinite=rollback", "checkpoint.every=5"],
     ["run.profile={start: 10, steps: 1}"],
     ["train.phases=[{steps: 10}]"],
     ["train.phases=[{shared: true, domains: []}]"],
     ["model.sparse.layers=1", "train.phases=[{shared: false, domains: [code], weights: {code: 1}}]"],
-    ["model.vocab_size=4096", "data.domains_per_step=2"],
+    ["model.vocab_size=4096", "data.max_domains_per_batch=2"],
     ["train.phases=[{weights: {code: 1}, old: [docs], replay: 0.1}]"],
     ["train.phases=[{steps: 5, weights: {code: 1}}, {weights: {docs: 1}, replay: 0.1}]"],
     ["train.phases=[{shared: regularised, regularise: {output: 1}}]"],
@@ -306,7 +310,10 @@ FINE = [
     ["parallel={data: 2, workers: 2}"],
     ["parallel={data: 2, expert: 2, workers: 4}", SPARSE],
     ["parallel={expert: 2, placement: domain, placement_groups: 2}", SPARSE, "domains.1.experts=4"],
-    ["run.device=Ascend", "parallel={tensor: 4, pipeline: 4, sequence_parallel: true}", "train.accumulation=4"],
+    [
+        "run.device=Ascend", "parallel={tensor: 4, pipeline: 4, sequence_parallel: true}",
+        "train.gradient_accumulation_steps=4",
+    ],
     ["run.device=Ascend", "parallel.expert=2", "model.sparse={layers: 1, dispatch: capacity}"],
 ]
 

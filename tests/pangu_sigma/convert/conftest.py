@@ -62,7 +62,7 @@ def configuration(folder: Path, tokenizer: Path, corpora: Path, model: dict | No
     return effective(
         config_from_dict(
             {
-                "schema_version": 1,
+                "schema_version": 2,
                 "run": {"dir": str(folder)},
                 "model": {"vocab_size": VOCAB, **SIZES, **(model or {})},
                 "domains": [

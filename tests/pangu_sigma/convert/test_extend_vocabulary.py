@@ -21,7 +21,7 @@ GROUPS = {"code": 3, "law": 2}
 def sparse(vocab_model, corpora, pieces, tmp_path_factory):
     """A sparse model's folder, `uniform` tables, one embedding for each domain."""
     out = tmp_path_factory.mktemp("sparse") / "model"
-    model = {"embedding_slots": "per_domain", "sparse": {"layers": 2, "include_query_layer": True}}
+    model = {"domain_parameters": {"embedding": "own"}, "sparse": {"layers": 2, "include_query_layer": True}}
     return random_model(out, configuration(out, vocab_model, corpora, model, GROUPS), pieces)
 
 

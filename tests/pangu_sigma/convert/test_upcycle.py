@@ -61,7 +61,7 @@ def test_the_folder_says_what_it_is(upcycled, dense):
 
 
 def test_every_domain_may_have_its_own_embedding(dense, sparse_yaml, tmp_path, logits):
-    done = upcycle(dense, sparse_yaml({"embedding_slots": "per_domain"}), tmp_path / "out").checkpoint
+    done = upcycle(dense, sparse_yaml({"domain_parameters": {"embedding": "own"}}), tmp_path / "out").checkpoint
     word = open_checkpoint(dense).load(["embedding.word"])["embedding.word"]
     slots = done.load([f"domains.{domain}.embedding.word" for domain in GROUPS])
     assert all(slot.tobytes() == word.tobytes() for slot in slots.values())

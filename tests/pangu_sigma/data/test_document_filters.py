@@ -110,7 +110,7 @@ def test_what_was_dropped_and_why_is_counted_said_and_kept_beside_the_store(writ
     assert kept == 46 - sum(store.dropped.values())
     assert json.loads((store.folder / "store.json").read_text())["dropped"] == store.dropped
     domain = {"name": "code", "data": [str(written)], "filters": "code", "stars_field": "stars"}
-    values = {"schema_version": 1, "run": {"dir": "x"}, "model": {"preset": "tiny"}, "domains": [domain],
+    values = {"schema_version": 2, "run": {"dir": "x"}, "model": {"preset": "tiny"}, "domains": [domain],
               "optimizer": {"learning_rate": 1.0}, "train": {"steps": 1, "batch_size": 1}}  # fmt: skip
     (said,) = Corpus(config_from_dict(values), tokenizer, (store,)).messages()
     assert said.startswith(

@@ -68,8 +68,8 @@ def test_a_domains_sequences_come_in_order_and_none_is_left_out(streams):
 
 
 @pytest.mark.parametrize("limit", [1, 2])
-def test_domains_per_step_limits_each_step_and_keeps_the_shares(streams, limit):
-    sampler = MixtureSampler(streams(), WEIGHTS, seed=1, domains_per_step=limit)
+def test_max_domains_per_batch_limits_each_step_and_keeps_the_shares(streams, limit):
+    sampler = MixtureSampler(streams(), WEIGHTS, seed=1, max_domains_per_batch=limit)
     batches = collect(sampler, 600)
     assert max(len(set(batch.domain.tolist())) for batch in batches) == limit
     share = np.bincount(np.concatenate([batch.domain for batch in batches])) / 3600
@@ -77,7 +77,7 @@ def test_domains_per_step_limits_each_step_and_keeps_the_shares(streams, limit):
 
 
 def test_with_a_limit_any_two_domains_meet(streams):
-    sampler = MixtureSampler(streams(), dict.fromkeys(NAMES, 1.0), seed=1, domains_per_step=2)
+    sampler = MixtureSampler(streams(), dict.fromkeys(NAMES, 1.0), seed=1, max_domains_per_batch=2)
     pairs = {tuple(sorted(set(batch.domain.tolist()))) for batch in collect(sampler, 100)}
     assert pairs == {(0, 1), (0, 2), (1, 2)}
 
@@ -93,7 +93,7 @@ def test_several_processes_read_together_what_one_reads_alone(streams):
 
 def test_a_placement_group_reads_its_own_domains_in_its_run_of_every_part(streams):
     groups = [range(0, 1), range(1, 3)]
-    sampler = MixtureSampler(streams(), WEIGHTS, seed=1, domains_per_step=1, placement=groups, parts=2)
+    sampler = MixtureSampler(streams(), WEIGHTS, seed=1, max_domains_per_batch=1, placement=groups, parts=2)
     drawn = np.array([batch.domain.reshape(2, 2, 3) for batch in collect(sampler, 200, size=12)])
     assert (drawn[:, :, 0] == 0).all() and (drawn[:, :, 1] > 0).all()
     # The limit counts per group; inside a group the shares are the weights'.
@@ -160,8 +160,8 @@ def test_unusable_weights_are_refused(streams, weights):
 
 
 def test_unusable_arguments_are_refused(streams):
-    with pytest.raises(UserError, match="domains_per_step is 0"):
-        MixtureSampler(streams(), WEIGHTS, seed=1, domains_per_step=0)
+    with pytest.raises(UserError, match="max_domains_per_batch is 0"):
+        MixtureSampler(streams(), WEIGHTS, seed=1, max_domains_per_batch=0)
     with pytest.raises(ValueError, match="different names"):
         MixtureSampler([], WEIGHTS, seed=1)
 

@@ -22,7 +22,7 @@ from tests.pangu_sigma.domains.conftest import digests, tensor_digests
 from tests.pangu_sigma.train.training_process import checkpoint
 
 GATED = ["model.sparse={layers: 1, router: switch}", "train.steps=4", "train.phases=[]", "evaluate.every=0",
-         "checkpoint.every=0", "data.domains_per_step=null"]  # fmt: skip
+         "checkpoint.every=0", "data.max_domains_per_batch=null"]  # fmt: skip
 OLD, NEW = 5, 3  # experts of the run, and new ones
 GATE = "blocks.0.router.weight"
 HELD = {"output": 0.5}

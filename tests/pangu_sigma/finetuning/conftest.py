@@ -18,10 +18,10 @@ from tests.pangu_sigma.train.training_process import trained_two_steps
 
 LENGTH = 48
 BASE = {
-    "schema_version": 1,
+    "schema_version": 2,
     "run": {"dir": "run", "log_every": 1, "tensorboard": False},
     "optimizer": {"learning_rate": 3e-3},
-    "train": {"steps": 4, "batch_size": 4, "accumulation": 2},
+    "train": {"steps": 4, "batch_size": 4, "gradient_accumulation_steps": 2},
     "evaluate": {"every": 2, "batch_size": 4},
     "checkpoint": {"every": 2},
 }

@@ -31,8 +31,8 @@ def masked(domains) -> Batch:
 
 def trainer_of(objective: Objective, rows: int, model=WIDE, accumulation=1) -> Trainer:
     size = rows // objective.rows_per_sample
-    train = {"batch_size": size, "accumulation": accumulation}
-    return Trainer(small_model(small_config(model, optimizer={"clip_norm": 1e9}, train=train)), objective)
+    train = {"batch_size": size, "gradient_accumulation_steps": accumulation}
+    return Trainer(small_model(small_config(model, optimizer={"max_grad_norm": 1e9}, train=train)), objective)
 
 
 def token_losses(logits, drawn: Batch):

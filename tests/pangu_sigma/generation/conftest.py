@@ -34,7 +34,7 @@ CASES = {
         "sparse": {"layers": 2, "include_query_layer": True, "resample": True},
     },
     "slots": {
-        "query_layer": "none", "activation": "gelu", "embedding_slots": "per_domain", "sparse": {"layers": 1},
+        "query_layer": "none", "activation": "gelu", "domain_parameters": {"embedding": "own"}, "sparse": {"layers": 1},
     },
     "switch": {"sparse": {"layers": 1, "router": "switch", "jitter": 0.1}},
     "olmoe": {"sparse": {"pattern": "every", "router": "olmoe", "top_k": 3, "shared_expert": True}},
@@ -53,7 +53,7 @@ CASES = {
         "sparse": {"layers": 1, "include_query_layer": True, "router": "adaptive_mixture", "shared_expert": True},
     },
     "mixture_slots": {
-        "layers": 2, "query_layer": "none", "embedding_slots": "per_domain",
+        "layers": 2, "query_layer": "none", "domain_parameters": {"embedding": "own"},
         "sparse": {"layers": 1, "router": "adaptive_mixture"},
     },
     "glam": {
@@ -99,7 +99,7 @@ def _build(changes: dict, tokenizer: Tokenizer, shortest_cache: int) -> Kind:
     domains = [{"name": name, "data": [f"{name}.jsonl"], "experts": n} for name, n in DOMAINS.items()]
     config = config_from_dict(
         {
-            "schema_version": 1,
+            "schema_version": 2,
             "run": {"dir": "run", "seed": 5},
             "model": SIZES | {"vocab_size": VOCAB} | changes,
             "data": {"sequence_length": WINDOW, "tokenizer": {"kind": "train", "vocab_size": VOCAB}},

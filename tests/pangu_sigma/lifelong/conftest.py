@@ -57,7 +57,7 @@ def finished_stages(base_yaml, tmp_path_factory) -> Path:
 
 def write_stages(folder: Path, base_yaml: Path, **changes) -> Path:
     values = {
-        "schema_version": 1,
+        "schema_version": 2,
         "base": str(base_yaml),
         "changes": [f"run.dir={folder / 'run'}"],
         "stages": STAGES,

@@ -33,7 +33,11 @@ CASES = {
     "dense_4_chunks": ({"layers": 2}, 256),
     "rre": ({"sparse": SPARSE_QUERY | {"dispatch": "capacity", "capacity_factor": 1.0}}, 32),
     "rre_without_query_layer": (
-        {"query_layer": "none", "activation": "gelu", "embedding_slots": "per_domain", "sparse": {"layers": 2}}, 32,
+        {
+            "query_layer": "none", "activation": "gelu", "domain_parameters": {"embedding": "own"},
+            "sparse": {"layers": 2},
+        },
+        32,
     ),
     "switch": ({"sparse": SPARSE_QUERY | {"router": "switch", "aux_loss_weight": 0.5}}, 32),
     "switch_capacity": (
@@ -69,7 +73,7 @@ CASES = {
         32,
     ),
     "mixture_under_a_norm": (
-        {"layers": 2, "query_layer": "none", "embedding_slots": "per_domain",
+        {"layers": 2, "query_layer": "none", "domain_parameters": {"embedding": "own"},
          "sparse": {"layers": 1, "router": "adaptive_mixture"}},
         32,
     ),

@@ -58,7 +58,7 @@ def make_tensors(config: ModelConfig, vocab: int, groups: Groups, seed: int = 0)
         tensors["embedding.position"] = normal((config.positions, hidden), 0.3)
     if config.head == "untied":
         tensors["head.word"] = normal((vocab, hidden), 0.5)
-    if config.embedding_slots == "shared":
+    if config.domain_parameters.embedding == "shared":
         tensors["embedding.word"] = normal((vocab, hidden), 0.5)
     else:
         tensors |= {f"domains.{d}.embedding.word": normal((vocab, hidden), 0.5) for d in groups.names}
@@ -140,7 +140,7 @@ class DrivenModel:
             )  # fmt: skip
             self.routers.append(ROUTERS[config.sparse.router].build(options))
         slots = groups.total if blocks is None else blocks
-        slot_table = (len(groups.names), vocab, config.hidden) if config.embedding_slots == "per_domain" else None
+        slot_table = (len(groups.names), vocab, config.hidden) if config.domain_parameters.embedding == "own" else None
         self.signature = FlatSignature(
             tuple(
                 LayerSignature(
@@ -252,7 +252,7 @@ class DrivenModel:
         options = pangu_numpy.Options(
             config.layers, config.heads, EOD, tuple(zip(self.groups.names, self.groups.sizes, strict=True)),
             config.sparse_prefixes, config.sparse.router, config.activation, config.query_layer == "next_position",
-            config.embedding_slots == "per_domain", capacity, config.sparse.aux_loss_weight, config.norm_epsilon,
+            config.domain_parameters.embedding == "own", capacity, config.sparse.aux_loss_weight, config.norm_epsilon,
             config.sparse.chosen_of(self.groups.total), config.sparse.z_loss_weight, config.sparse.renormalise,
             config.sparse.balance == "pooled", config.rope_theta, config.sparse.competitive,
         )  # fmt: skip

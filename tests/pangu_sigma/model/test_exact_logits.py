@@ -21,13 +21,13 @@ def evaluated(config: ModelConfig, groups: Groups, tensors: dict[str, np.ndarray
     return DrivenModel(config, groups, tensors, VOCAB, BATCH, LENGTH, blocks=slots, kernels=kernels)
 
 
-@pytest.mark.parametrize("slots, kind", [("shared", "compiled"), ("shared", "composed"), ("per_domain", "compiled")])
+@pytest.mark.parametrize("slots, kind", [("shared", "compiled"), ("shared", "composed"), ("own", "compiled")])
 def test_a_domains_logits_equal_those_of_a_model_with_its_experts_only(slots, kind):
     kernels = library() if kind == "compiled" else None
     if kind == "compiled" and kernels is None:
         pytest.skip("no compiled kernels in this installation")
     config = ModelConfig(
-        layers=3, hidden=32, heads=2, ffn=48, positions=LENGTH, embedding_slots=slots,
+        layers=3, hidden=32, heads=2, ffn=48, positions=LENGTH, domain_parameters={"embedding": slots},
         sparse={"layers": 2, "include_query_layer": True},
     )  # fmt: skip
     tensors = make_tensors(config, VOCAB, GROUPS)

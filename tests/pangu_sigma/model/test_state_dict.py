@@ -23,7 +23,7 @@ CASES = {
         "sparse": {"layers": 0, "pattern": "every_other", "router": "noisy_top_k", "top_k": 2, "shared_expert": True},
     },
     "switch": {"layers": 3, "sparse": {"layers": 2, "include_query_layer": True, "router": "switch"}},
-    "embedding slots": {"embedding_slots": "per_domain"},
+    "embedding slots": {"domain_parameters": {"embedding": "own"}},
 }
 
 

@@ -85,7 +85,7 @@ def test_every_matrix_of_a_layer_is_cut():
     ("name", "overrides", "limit"),
     [
         ("pangu_alpha_13b.yaml", ["parallel.optimizer_parallel=false", "train.recompute=false"], 32),
-        ("pangu_sigma_1085b.yaml", ["experts.store=device", "data.domains_per_step=null"], 32),
+        ("pangu_sigma_1085b.yaml", ["experts.store=device", "data.max_domains_per_batch=null"], 32),
         ("eight_devices_global.yaml", [], 0.4),
     ],
 )
@@ -150,14 +150,17 @@ def test_several_choices_of_a_token_and_a_shared_expert_are_counted():
 def test_a_rank_has_slots_for_the_worst_choice_of_domains():
     config = load_config(CONFIGS / "pangu_sigma_1085b.yaml")
     assert activated_slots(config) == 16  # 16 experts of one domain, two on each of 8 ranks
-    assert activated_slots(changed(config, {"data.domains_per_step": 2})) == 32
+    assert activated_slots(changed(config, {"data.max_domains_per_batch": 2})) == 32
     uneven = {"parallel.expert": 32, "parallel.placement_groups": 1, "parallel.placement": "global"}
     # 16 experts on 32 ranks: every second domain lies on the same ones, so three may meet there.
-    assert activated_slots(changed(config, {**uneven, "data.domains_per_step": 3})) == 3 * 32
+    assert activated_slots(changed(config, {**uneven, "data.max_domains_per_batch": 3})) == 3 * 32
 
 
 def test_the_fullest_pipeline_stage_counts():
-    name, options = "eight_devices_global.yaml", ("parallel.pipeline=2", "train.accumulation=2", "model.layers=8")
+    name, options = (
+        "eight_devices_global.yaml",
+        ("parallel.pipeline=2", "train.gradient_accumulation_steps=2", "model.layers=8"),
+    )
     config = load_config(CONFIGS / name, options)
     vocabulary = config.model.vocab_size
     first, last = (stage_bytes(config, vocabulary, stage) for stage in range(2))
@@ -183,7 +186,8 @@ def test_the_fullest_pipeline_stage_counts():
 
 def test_a_stage_keeps_micro_batches_until_their_gradients_come():
     config = load_config(
-        CONFIGS / "eight_devices_dense.yaml", ("parallel={tensor: 2, pipeline: 4}", "train.accumulation=4")
+        CONFIGS / "eight_devices_dense.yaml",
+        ("parallel={tensor: 2, pipeline: 4}", "train.gradient_accumulation_steps=4"),
     )
     kept = [stage_bytes(config, config.model.vocab_size, stage)["activations"] for stage in range(4)]
     logits = 2 * 4 * 4 * 512 * 8192 / 2

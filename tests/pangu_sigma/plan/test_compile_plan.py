@@ -30,7 +30,7 @@ OLMOE = (
     "model.head=untied", "model.biases=false", "model.query_layer=none", "model.attention={qk_norm: true}",
     "parallel.data=2", "parallel.expert_chunks=2",
 )  # fmt: skip
-STAGES = ("train.accumulation=2", "train.batch_size=8")
+STAGES = ("train.gradient_accumulation_steps=2", "train.batch_size=8")
 DIVIDED_STAGES = ("model.layers=2", "model.sparse.layers=1", "parallel.optimizer_parallel=true")
 OPTIONS = (
     "model.layers=4", "model.sparse.shared_expert=true", "train.recompute=true", "parallel.sequence_parallel=true",
@@ -66,7 +66,7 @@ def compiled(tmp_path_factory):
 def as_by_arithmetic(config, found):
     """Whether the exchanges move what the plan counts, which leaves out the rows that stay at home."""
     away = 1 - 1 / config.parallel.mesh.exchange_size
-    graphs = config.train.accumulation if config.parallel.pipeline == 1 else 1
+    graphs = config.train.gradient_accumulation_steps if config.parallel.pipeline == 1 else 1
     sent = sum(c["bytes"] * c["count"] for c in exchanges(found)) * away * graphs
     return sent == all_to_all_bytes(config)
 

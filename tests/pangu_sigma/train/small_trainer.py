@@ -22,7 +22,7 @@ def small_config(model: Mapping | None = None, **sections: Mapping) -> Config:
     """A configuration of one sparse block and a dense query layer; `model` and `sections` change it by key."""
     sparse = {"layers": 1, **(model or {}).get("sparse", {})}
     values = {
-        "schema_version": 1,
+        "schema_version": 2,
         "run": {"dir": "unused", **sections.get("run", {})},
         "model": {
             **{"vocab_size": VOCAB, "layers": 2, "hidden": 16, "heads": 2, "ffn": 32, "positions": LENGTH},

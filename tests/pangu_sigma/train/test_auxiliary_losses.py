@@ -121,7 +121,7 @@ def test_once_with_recomputed_activations_too(plain, gate):
 @pytest.mark.parametrize("gate", GATES)
 def test_once_over_micro_batches_too(plain, gate):
     """Of equal micro-batches, whose mean is the whole batch's auxiliary loss."""
-    whole, parts = plain(gate), measured(gate, twice(batch(0, [0, 1])), accumulation=2)
+    whole, parts = plain(gate), measured(gate, twice(batch(0, [0, 1])), gradient_accumulation_steps=2)
     assert parts.auxiliary == pytest.approx(whole.auxiliary, rel=1e-5)
     assert parts.objective == pytest.approx(whole.objective, rel=1e-5)
     for name, gradient in whole.gradients.items():

@@ -13,8 +13,8 @@ STEPS = [[0, 0, 1, 1], [2, 2, 0, 1], [1, 1, 1, 1], [0, 2, 2, 2], [2, 2, 0, 0], [
 
 def trained(store: str, tmp_path, train: dict | None = None, **sections) -> dict[str, np.ndarray]:
     trainer = small_trainer(
-        train={"accumulation": 2, **(train or {})}, run={"dir": str(tmp_path / store)},
-        experts={"store": store, "resident_gib": 0.001}, data={"domains_per_step": 3}, **sections,
+        train={"gradient_accumulation_steps": 2, **(train or {})}, run={"dir": str(tmp_path / store)},
+        experts={"store": store, "resident_gib": 0.001}, data={"max_domains_per_batch": 3}, **sections,
     )  # fmt: skip
     # Few ids of the vocabulary, so that some experts of an active domain get no token.
     for step, domains in enumerate(STEPS):
@@ -27,7 +27,12 @@ def trained(store: str, tmp_path, train: dict | None = None, **sections) -> dict
 VARIANTS = {
     "plain": (dict(), 1e-5, 1e-7),
     "clipped, with embedding slots and an epsilon of the experts' own": (
-        dict(model={"embedding_slots": "per_domain"}, optimizer={"clip_norm": 0.05, "expert_epsilon": 1e-3}), 1e-5, 1e-7
+        dict(
+            model={"domain_parameters": {"embedding": "own"}},
+            optimizer={"max_grad_norm": 0.05, "expert_epsilon": 1e-3},
+        ),
+        1e-5,
+        1e-7,
     ),
     # Products in float16 from float32 masters: slots of other sizes round differently there.
     "float16": (dict(train={"precision": "float16", "loss_scale": {"initial": 8.0}}), 1e-2, 2e-2),
@@ -54,14 +59,14 @@ def test_host_device_and_disk_give_the_same_weights_moments_and_counts(variant, 
 def test_a_host_stores_graph_has_as_many_slots_as_a_micro_batch_can_activate(tmp_path):
     slots = {}
     for limit, store in ((1, "host"), (2, "host"), (None, "host"), (1, "device")):
-        trainer = small_trainer(experts={"store": store}, data={"domains_per_step": limit})
+        trainer = small_trainer(experts={"store": store}, data={"max_domains_per_batch": limit})
         slots[limit, store] = trainer.signature.layers[0].slots
     assert slots == {(1, "host"): 3, (2, "host"): 5, (None, "host"): 6, (1, "device"): 6}
 
 
 def test_a_step_that_activates_more_than_may_be_resident_says_what_to_change(tmp_path):
     trainer = small_trainer(experts={"store": "disk", "resident_gib": 1e-5}, run={"dir": str(tmp_path)})
-    with pytest.raises(UserError, match=r"step 1: .*experts\.resident_gib.*data\.domains_per_step"):
+    with pytest.raises(UserError, match=r"step 1: .*experts\.resident_gib.*data\.max_domains_per_batch"):
         trainer.step(0, trainer.plan(batch(0, [0, 1, 2, 0])))
     trainer.model.store.close()
 

@@ -65,15 +65,17 @@ def test_micro_batches_add_up_expert_by_expert():
     assert norm(gradients) == pytest.approx(np.sqrt(27 + 27 + 3))
 
 
-@pytest.fixture(scope="module", params=[{}, {"embedding_slots": "per_domain"}], ids=["one table", "embedding slots"])
+@pytest.fixture(
+    scope="module", params=[{}, {"domain_parameters": {"embedding": "own"}}], ids=["one table", "embedding slots"]
+)
 def clipped(request):
     """(result of a step clipped to a norm of 0.01, moments after it): the first moment is 0.1 x the gradient."""
-    trainer = small_trainer(request.param, optimizer={"clip_norm": 0.01})
+    trainer = small_trainer(request.param, optimizer={"max_grad_norm": 0.01})
     result = trainer.step(0, trainer.plan(batch(0, [0, 1, 2, 0])))
     return result, {n: t for n, t in tensors_now(trainer).items() if "optimizer.m." in n}
 
 
-def test_a_large_gradient_is_scaled_to_the_clip_norm(clipped):
+def test_a_large_gradient_is_scaled_to_the_largest_norm(clipped):
     result, first_moments = clipped
     assert result.gradient_norm > 0.1
     squares = sum((10 * t.astype(np.float64) ** 2 * 10).sum() for t in first_moments.values())
@@ -85,7 +87,7 @@ def accumulated():
     """accumulation -> (results of three steps, tensors after them), for 8 samples as 1 x 8, 2 x 4 and 4 x 2."""
     found = {}
     for parts in (1, 2, 4):
-        trainer = small_trainer(train={"batch_size": 8, "accumulation": parts})
+        trainer = small_trainer(train={"batch_size": 8, "gradient_accumulation_steps": parts})
         results = [trainer.step(s, trainer.plan(batch(s, [0, 1, 2, 0, 2, 2, 1, 0]))) for s in range(3)]
         found[parts] = results, tensors_now(trainer)
     return found

@@ -63,7 +63,7 @@ def test_a_run_is_not_begun_again_in_its_folder(finished_run, small_yaml, tmp_pa
     [
         ["model.layers=3", "model.sparse.layers=2", "model.sparse.include_query_layer=true"],
         ["model.sparse.router=switch", "model.sparse.resample=false", "model.sparse.jitter=0.1"],
-        ["model.sparse.dispatch=capacity", "model.sparse.capacity_factor=0.6", "model.embedding_slots=per_domain"],
+        ["model.sparse.dispatch=capacity", "model.sparse.capacity_factor=0.6", "model.domain_parameters.embedding=own"],
         ["train.precision=float16", "train.loss_scale.initial=1e9", "train.loss_scale.window=3"],
     ],
     ids=["sparse query layer", "switch", "capacity and slots", "float16"],

@@ -11,7 +11,7 @@ PEAK = 1e-2
 
 
 def rates(**schedule) -> list[float]:
-    config = small_config(schedule={"final_factor": 0.1, **schedule})
+    config = small_config(schedule={"min_lr_ratio": 0.1, **schedule})
     return [learning_rate(config, step) / PEAK for step in range(100)]
 
 
@@ -42,7 +42,7 @@ def test_the_line_falls_by_equal_steps_to_its_end():
 
 
 def test_a_decay_without_an_end_of_its_own_ends_with_the_run():
-    assert rates(kind="linear", final_factor=0.0)[99] == pytest.approx(0.01)
+    assert rates(kind="linear", min_lr_ratio=0.0)[99] == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])

@@ -68,7 +68,7 @@ def test_every_checkpoint_is_recorded(finished_run, records):
 def test_the_run_folder_holds_what_it_should(finished_run):
     assert any((finished_run / "tensorboard").glob("events.*"))
     assert json.loads((finished_run / "summary.json").read_text())["parameters"]["total"] > 0
-    assert (finished_run / "config.yaml").read_text().startswith("schema_version: 1")
+    assert (finished_run / "config.yaml").read_text().startswith("schema_version: 2")
 
 
 def test_nothing_is_dropped_into_the_current_folder(finished_run):

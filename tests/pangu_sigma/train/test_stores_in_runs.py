@@ -114,7 +114,7 @@ def saved(trainer, folder) -> dict[str, str]:
 def test_a_checkpoint_of_any_store_loads_under_any_other_and_is_saved_with_equal_hashes(tmp_path):
     def made(store: str, folder: str):
         return small_trainer(
-            model={"embedding_slots": "per_domain"}, experts={"store": store, "resident_gib": 0.001},
+            model={"domain_parameters": {"embedding": "own"}}, experts={"store": store, "resident_gib": 0.001},
             run={"dir": str(tmp_path / folder)},
         )  # fmt: skip
 

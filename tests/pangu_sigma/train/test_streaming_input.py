@@ -25,8 +25,9 @@ from tests.pangu_sigma.train.training_process import (
 
 STEPS = 80
 CHANGES = [
-    f"train.steps={STEPS}", "train.phases=[]", "data.domains_per_step=null", "evaluate.every=0", "checkpoint.every=0",
-    "checkpoint.every_seconds=0.05", "schedule={kind: constant}", "train.accumulation=1",
+    f"train.steps={STEPS}", "train.phases=[]", "data.max_domains_per_batch=null", "evaluate.every=0",
+    "checkpoint.every=0", "checkpoint.every_seconds=0.05", "schedule={kind: constant}",
+    "train.gradient_accumulation_steps=1",
 ]  # fmt: skip
 
 
@@ -183,7 +184,7 @@ def test_a_run_of_files_does_not_go_on_as_a_stream(copied_run, small_yaml, tmp_p
     run = copied_run(8)
     (tmp_path / "one.jsonl").write_text('{"text": "a", "domain": "code"}\n')
     done = command(
-        "train", small_yaml, f"run.dir={run}", "data.domains_per_step=null", "--resume", "--stream", "one.jsonl",
+        "train", small_yaml, f"run.dir={run}", "data.max_domains_per_batch=null", "--resume", "--stream", "one.jsonl",
         cwd=tmp_path,
     )  # fmt: skip
     assert_refused(done, "has learned from its domains' files so far: resume without --stream", "run.init_from=")

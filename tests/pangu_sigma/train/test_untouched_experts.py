@@ -82,7 +82,7 @@ def test_an_expert_whose_tokens_do_not_occur_keeps_every_bit(warm):
 
 
 def test_another_domains_embedding_slot_keeps_every_bit():
-    trainer = small_trainer({"embedding_slots": "per_domain"})
+    trainer = small_trainer({"domain_parameters": {"embedding": "own"}})
     trainer.step(0, trainer.plan(batch(0, [CODE, LAW, POEMS, CODE])))
     assert owners_of_changes(trainer, (1, 2), [LAW] * 4) == {"shared", "law"}
     assert trainer.model.store.steps["embedding"].tolist() == [1, 3, 1]

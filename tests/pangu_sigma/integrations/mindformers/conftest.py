@@ -44,7 +44,7 @@ def tiny_yaml(corpora, tmp_path_factory) -> Path:
         for name, experts in EXPERTS.items()
     ]
     sections["data"] = {
-        "sequence_length": 16, "domains_per_step": 1, "tokenizer": {"kind": "train", "vocab_size": 384},
+        "sequence_length": 16, "max_domains_per_batch": 1, "tokenizer": {"kind": "train", "vocab_size": 384},
         "cache": str(folder / "cache"),
     }  # fmt: skip
     values["train_dataset"]["data_loader"]["steps"] = STEPS

@@ -28,7 +28,7 @@ def test_mindformers_own_keys_become_ours():
     changes += ["lr_schedule.total_steps=100", "runner_config.batch_size=8", f"{OURS}.run.seed=7", "output_dir=there"]
     config = settings_of(read_yaml(SHIPPED, changes), "file")
     assert (config.optimizer.beta1, config.optimizer.beta2) == (0.8, 0.99)
-    assert (config.optimizer.expert_epsilon, config.optimizer.clip_norm) == (1e-20, 0.5)
+    assert (config.optimizer.expert_epsilon, config.optimizer.max_grad_norm) == (1e-20, 0.5)
     assert (config.schedule.decay_steps, config.train.batch_size, config.train.steps) == (100, 8, 220)
     assert config.run.seed == 7 and config.run.dir.endswith("/there")
 

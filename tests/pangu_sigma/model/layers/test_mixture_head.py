@@ -40,16 +40,17 @@ def oracle(values: dict, labels: np.ndarray, domain: np.ndarray, previous: np.nd
     return losses, (q * (np.log(q) - mixed)).sum(1), mixed
 
 
-@pytest.mark.parametrize("slots", ["shared", "per_domain"])
+@pytest.mark.parametrize("slots", ["shared", "own"])
 def test_a_mixture_of_likelihoods_its_divergence_and_every_gradient(slots):
     draw = np.random.default_rng(0)
     shapes = {"rows": (EXPERTS * TOKENS, HIDDEN), "scores": (TOKENS, EXPERTS), "table": (VOCAB, HIDDEN)}
-    if slots == "per_domain":
+    if slots == "own":
         shapes["table"] = (DOMAINS, *shapes["table"])
     values = {name: draw.standard_normal(shape) for name, shape in shapes.items()}
     labels, domain = draw.integers(0, VOCAB, (BATCH, LENGTH)), np.array([1, 0])
     previous, slopes = draw.standard_normal((BATCH, LENGTH, VOCAB)), draw.standard_normal((BATCH, LENGTH))
-    head = CompetitiveHead(TiedHead(ModelConfig(**CONFIG, embedding_slots=slots), VOCAB, Layout()), EXPERTS, Layout())
+    config = ModelConfig(**CONFIG, domain_parameters={"embedding": slots})
+    head = CompetitiveHead(TiedHead(config, VOCAB, Layout()), EXPERTS, Layout())
     step = ops.value_and_grad(Sums(head), (0, 1, 2), has_aux=True)
     inputs = [Tensor(values[name].astype(np.float32)) for name in shapes]
     given = [Tensor(a.astype(t)) for a, t in

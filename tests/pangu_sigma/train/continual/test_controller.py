@@ -26,7 +26,7 @@ from tests.pangu_sigma.train.small_trainer import (
 )
 
 torch = pytest.importorskip("torch", reason="PyTorch is the reference")
-LINEAR = {"clip_norm": 1e9}
+LINEAR = {"max_grad_norm": 1e9}
 
 
 def gradients(trainer, drawn) -> dict[str, np.ndarray]:
@@ -70,7 +70,7 @@ def test_the_pull_enters_a_step_once_whatever_the_accumulation():
     found = {}
     for parts in (1, 2):
         for strength in (None, 0.5):
-            trainer = small_trainer(optimizer=LINEAR, train={"accumulation": parts})
+            trainer = small_trainer(optimizer=LINEAR, train={"gradient_accumulation_steps": parts})
             if strength:
                 parameters = trainer.model.net.trainable_params()
                 zeros = {p.name: np.zeros(p.shape, np.float32) for p in parameters}
@@ -161,13 +161,14 @@ def test_micro_batches_of_a_held_step_add_up(other):
     drawn = batch(0, [0, 1, 2, 0])
     config = small_config({"init_std": 0.3}, run={"seed": 7})
     half = Reference(other.model, config, 2)
-    whole, parts = gradients(regularised(0.7, other), drawn), gradients(regularised(0.7, half, accumulation=2), drawn)
+    whole = gradients(regularised(0.7, other), drawn)
+    parts = gradients(regularised(0.7, half, gradient_accumulation_steps=2), drawn)
     for name, gradient in whole.items():
         np.testing.assert_allclose(parts[name], gradient, rtol=1e-3, atol=2e-6, err_msg=name)
 
 
 def test_slots_of_their_own_have_the_same_divergence(other):
-    model = {"init_std": 0.3, "embedding_slots": "per_domain"}
+    model = {"init_std": 0.3, "domain_parameters": {"embedding": "own"}}
     config = small_config(model, run={"seed": 7})
     reference = Reference(small_model(config), config, 4)
     trainer = small_trainer(model, optimizer=LINEAR)

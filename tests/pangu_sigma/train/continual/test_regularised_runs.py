@@ -16,7 +16,7 @@ from tests.pangu_sigma.train import training_process
 BY_ALL = "{output: 0.5, l2: 0.1, ewc: 5, fisher_batches: 2}"
 HELD = f"{{steps: 4, weights: {{law: 1}}, shared: regularised, regularise: {BY_ALL}}}"
 CHANGES = ["train.steps=8", f"train.phases=[{{steps: 4, weights: {{code: 1}}}}, {HELD}]", "evaluate.every=0",
-           "checkpoint.every=0", "data.domains_per_step=null"]  # fmt: skip
+           "checkpoint.every=0", "data.max_domains_per_batch=null"]  # fmt: skip
 OUTPUT_ALONE = "{steps: 4, weights: {law: 1}, shared: regularised, domains: [law], regularise: {output: 0.5}}"
 
 

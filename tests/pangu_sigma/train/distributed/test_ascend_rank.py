@@ -33,8 +33,8 @@ def built(folder: Path, name: str, rank: int, *overrides: str) -> tuple[dict[str
 
 
 STAGES = (
-    "model.layers=4", "model.sparse.layers=2", "train.accumulation=2", "train.batch_size=8", "parallel.data=2",
-    "parallel.tensor=1", "model.query_layer=next_position",
+    "model.layers=4", "model.sparse.layers=2", "train.gradient_accumulation_steps=2", "train.batch_size=8",
+    "parallel.data=2", "parallel.tensor=1", "model.query_layer=next_position",
 )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def case(mesh: dict, steps: int = 3, store: str = "host", **more) -> dict:
     model = {**SHORT, "sparse": CAPACITY, **more.pop("model", {})}
     rate = {"learning_rate": 1e-3}
     more.setdefault("run", {"kernels": "composed"})
-    return {"mesh": mesh, "rehearse": True, "model": model, "experts": {"store": store}, "steps": steps,
+    return {"mesh": mesh, "emulate_mesh": True, "model": model, "experts": {"store": store}, "steps": steps,
             "optimizer": rate, **more}  # fmt: skip
 
 
@@ -36,7 +36,8 @@ EP2_TP2 = {"expert": 2, "tensor": 2}
 # Micro-batches of one step that meet other domains share its slots, here of two domains of three.
 PAIRS = ([0] * 4 + [1] * 4, [2, 2, 0, 0] * 2, [1] * 4 + [2] * 4)
 STAGED = {
-    "train": {"accumulation": 2}, "data": {"domains_per_step": 2}, "domains": {"code": 4, "law": 4, "poems": 4},
+    "train": {"gradient_accumulation_steps": 2}, "data": {"max_domains_per_batch": 2},
+    "domains": {"code": 4, "law": 4, "poems": 4},
     "drawn": {str(step): PAIRS[step % 3] for step in range(20)},
 }  # fmt: skip
 
@@ -50,8 +51,8 @@ def staged(mesh: dict, steps: int = 3, **more) -> dict:
 FOUR = {
     # Of so many words that optimizer parallelism divides them (see `parallel.optimizer_sharding`).
     "cut": case(
-        EP2_TP2, train={"accumulation": 2}, model={"vocab_size": 1024}, parallel={"optimizer_parallel": True},
-        domains={"code": 4, "law": 4, "poems": 4}, measured="law",
+        EP2_TP2, train={"gradient_accumulation_steps": 2}, model={"vocab_size": 1024},
+        parallel={"optimizer_parallel": True}, domains={"code": 4, "law": 4, "poems": 4}, measured="law",
         saved_under=[EP2_TP2, {"data": 2, "tensor": 2}, {"expert": 4}],
     ),
 }  # fmt: skip
@@ -60,11 +61,12 @@ APART = dict.fromkeys(map(str, range(20)), [0, 0, 0, 0, 1, 2, 2, 1])
 FROZEN_BETWEEN = [{"steps": 5}, {"steps": 10, "shared": "frozen", "domains": ["code", "law"]}, {}]
 STAGES = {"stages": staged({}, saved_under=[{"pipeline": 2}, {"tensor": 2}, {"expert": 2}])}
 LONG = {
-    "stages_expert": staged({"expert": 2}, 20, train={"accumulation": 2, "phases": FROZEN_BETWEEN}),
+    "stages_expert": staged({"expert": 2}, 20, train={"gradient_accumulation_steps": 2, "phases": FROZEN_BETWEEN}),
     "stages_tensor": staged({"tensor": 2}, 20, parallel={"optimizer_parallel": True}, model={"vocab_size": 1024}),
     "stages_data": staged({"data": 2}, 20, model={"layers": 2, "query_layer": "next_position", "sparse": CAPACITY}),
     "four_stages": case(
-        {"pipeline": 4}, 20, train={"accumulation": 4}, model={"layers": 4, "sparse": {**CAPACITY, "layers": 2}},
+        {"pipeline": 4}, 20, train={"gradient_accumulation_steps": 4},
+        model={"layers": 4, "sparse": {**CAPACITY, "layers": 2}},
     ),
     "dp2_tp2": case({"data": 2, "tensor": 2}, 20),
     "ep2_dp2_device": case({"expert": 2, "data": 2}, 20, "device"),
@@ -162,7 +164,7 @@ def test_a_rehearsed_run_measures_saves_and_goes_on_anywhere(small_yaml, tmp_pat
     done = command("train", small_yaml, f"run.dir={alone}", *DIVIDED, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     words = ["train", small_yaml, f"run.dir={cut}", *DIVIDED, *HALVES]
-    done = command(*words, "train.stop_at=6", "--rehearse", cwd=tmp_path)
+    done = command(*words, "train.stop_at=6", "--emulate-mesh", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "rehearses 4 devices" in done.stderr
     open_checkpoint(checkpoint(cut, 6)).verify()
@@ -193,18 +195,18 @@ def test_a_rehearsed_run_of_stages_saves_and_goes_on_anywhere(small_yaml, tmp_pa
     """In two stages to step 4, without them to step 6, in other stages to the end, as if there had been none; the
     checkpoint is measured by one process."""
     alone, cut = tmp_path / "alone", tmp_path / "cut"
-    common = [*DIVIDED, "model.layers=2", "evaluate.every=0", "train.accumulation=2"]
+    common = [*DIVIDED, "model.layers=2", "evaluate.every=0", "train.gradient_accumulation_steps=2"]
     done = command("train", small_yaml, f"run.dir={alone}", *common, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     words = ["train", small_yaml, f"run.dir={cut}", *common]
     stages = ["parallel.pipeline=2"]
-    done = command(*words, *stages, "parallel.expert=2", "train.stop_at=4", "--rehearse", cwd=tmp_path)
+    done = command(*words, *stages, "parallel.expert=2", "train.stop_at=4", "--emulate-mesh", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "rehearses 4 devices" in done.stderr
     open_checkpoint(checkpoint(cut, 4)).verify()
     done = command(*words, "train.stop_at=6", "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    done = command(*words, *stages, "parallel.tensor=2", "--rehearse", "--resume", cwd=tmp_path)
+    done = command(*words, *stages, "parallel.tensor=2", "--emulate-mesh", "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert_same_training(checkpoint(alone, 8), checkpoint(cut, 8))
     mine, other = trained(cut), trained(alone)
@@ -218,13 +220,19 @@ def test_a_rehearsed_run_of_stages_saves_and_goes_on_anywhere(small_yaml, tmp_pa
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--rehearse"], "parallel makes a mesh of 1 on CPU"),
-        (["--rehearse", "parallel.expert=2", "run.device=Ascend"], "leave out --rehearse or run.device=Ascend"),
-        (["parallel.tensor=2"], "unless parallel.rehearse is true"),
-        (["parallel.expert=2", "--rehearse", "domains.law.data=[absent/*.jsonl]"], "no file matches"),
-        (["parallel.pipeline=2", "evaluate.every=0", "train.accumulation=1", "--rehearse"], "keeps 2 pipeline stages"),
-        (["parallel.pipeline=2", "train.accumulation=2", "--rehearse"], "for which pipeline stages have no graph"),
-        (["parallel.expert=2", "--rehearse", "--workers", 4], "parallel.workers = 4 is not the mesh's size 2"),
+        (["--emulate-mesh"], "parallel makes a mesh of 1 on CPU"),
+        (["--emulate-mesh", "parallel.expert=2", "run.device=Ascend"], "leave out --emulate-mesh or run.device=Ascend"),
+        (["parallel.tensor=2"], "unless parallel.emulate_mesh is true"),
+        (["parallel.expert=2", "--emulate-mesh", "domains.law.data=[absent/*.jsonl]"], "no file matches"),
+        (
+            ["parallel.pipeline=2", "evaluate.every=0", "train.gradient_accumulation_steps=1", "--emulate-mesh"],
+            "keeps 2 pipeline stages",
+        ),
+        (
+            ["parallel.pipeline=2", "train.gradient_accumulation_steps=2", "--emulate-mesh"],
+            "for which pipeline stages have no graph",
+        ),
+        (["parallel.expert=2", "--emulate-mesh", "--workers", 4], "parallel.workers = 4 is not the mesh's size 2"),
     ],
 )
 def test_what_cannot_be_rehearsed_is_refused(small_yaml, tmp_path, words, said):

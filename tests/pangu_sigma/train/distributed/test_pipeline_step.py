@@ -27,7 +27,8 @@ def test_micro_batches_of_one_graph_add_up():
     config = config_from_dict(
         {
             **VALUES, "run": {**VALUES["run"], "device": "Ascend"}, "parallel": mesh, "experts": {"store": "device"},
-            "model": {**VALUES["model"], "layers": 4}, "train": {**VALUES["train"], "accumulation": MICRO},
+            "model": {**VALUES["model"], "layers": 4},
+            "train": {**VALUES["train"], "gradient_accumulation_steps": MICRO},
         }
     )  # fmt: skip
     model = build_model(config, VOCAB, 3, layout=WholeMesh(config.parallel.mesh))

@@ -17,7 +17,7 @@ from parallel.operator_layout import Layout, MeshLayout
 
 VOCAB, LENGTH, BATCH = 64, 16, 8
 VALUES = {
-    "schema_version": 1,
+    "schema_version": 2,
     "run": {"dir": "run", "kernels": "composed"},
     "model": {
         "layers": 3, "hidden": 16, "heads": 4, "ffn": 32, "positions": LENGTH, "vocab_size": VOCAB, "init_std": 0.3,
@@ -132,7 +132,7 @@ def test_a_learned_gate_that_is_cut_over_a_mesh_trains_as_one_process_does(route
     ("section", "changes", "said"),
     [
         ("model", {"dropout": 0.1}, "model.dropout = 0.1 has no form that is cut over devices"),
-        ("model", {"embedding_slots": "per_domain"}, "set it to shared"),
+        ("model", {"domain_parameters": {"embedding": "own"}}, "set it to shared"),
         ("sparse", {"router": "expert_choice", "dispatch": "dropless"}, "choose one of rre, .*, noisy_top_k, olmoe"),
         ("sparse", {"router": "olmoe", "balance": "pooled"}, "set it to per_layer"),
         ("chunked gate", {"router": "switch"}, "set it to 1, or the router to rre or hash"),

@@ -27,12 +27,12 @@ SHORT = {"layers": 1, "query_layer": "none"}
 
 TWO = {
     "switch": {
-        "mesh": {"expert": 2}, "model": {**SHORT, "sparse": SWITCH}, "train": {"accumulation": 2}, "steps": 4,
-        "poisoned": 3,
+        "mesh": {"expert": 2}, "model": {**SHORT, "sparse": SWITCH}, "train": {"gradient_accumulation_steps": 2},
+        "steps": 4, "poisoned": 3,
     },
     "slots": {
         "mesh": {"data": 2}, "experts": {"store": "host"}, "steps": 3,
-        "model": {**SHORT, "sparse": CAPACITY, "embedding_slots": "per_domain"},
+        "model": {**SHORT, "sparse": CAPACITY, "domain_parameters": {"embedding": "own"}},
     },
 }  # fmt: skip
 
@@ -161,7 +161,7 @@ def placed(mesh: dict) -> dict:
 
 
 HELD = {
-    "model": {**SHORT, "sparse": {"resample": True}}, "steps": 4, "train": {"accumulation": 2},
+    "model": {**SHORT, "sparse": {"resample": True}}, "steps": 4, "train": {"gradient_accumulation_steps": 2},
     "held": {"output": 0.5, "l2": 0.1, "ewc": 5.0},
 }  # fmt: skip
 DONE = "done"

@@ -233,7 +233,7 @@ def test_a_run_goes_on_under_other_meshes_with_the_same_text_and_they_measure_th
 def test_a_phase_that_stays_near_the_previous_model_is_the_same_in_two_processes(small_yaml, tmp_path):
     near = "{output: 0.5, l2: 0.1, ewc: 5, fisher_batches: 2, through: old}"
     phases = f"[{{steps: 4, weights: {{code: 1}}}}, {{weights: {{law: 1}}, shared: regularised, regularise: {near}}}]"
-    words = ["train", small_yaml, *LEAN, *SMALL_GRAPH, f"train.phases={phases}", "data.domains_per_step=null"]
+    words = ["train", small_yaml, *LEAN, *SMALL_GRAPH, f"train.phases={phases}", "data.max_domains_per_batch=null"]
     for run, stop, workers in (("alone", 8, 1), ("two", 6, 2), ("two", 8, 1)):
         mine = [f"run.dir={tmp_path / run}", f"train.stop_at={stop}", "--workers", workers]
         more = ["--resume"] if (tmp_path / run).exists() else []
@@ -254,7 +254,7 @@ def test_under_domain_placement_each_half_of_the_processes_reads_its_own_domains
     run = tmp_path / "run"
     mesh = ["parallel.expert=2", "parallel.placement=domain", "parallel.placement_groups=2"]
     words = ["train", small_yaml, f"run.dir={run}", *LEAN, "train.phases=[]", "train.stop_at=4", *mesh]
-    words += ["domains.poems.experts=3", "data.domains_per_step=1", "domains.poems.weight=2"]
+    words += ["domains.poems.experts=3", "data.max_domains_per_batch=1", "domains.poems.weight=2"]
     done = command(*words, "--workers", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for line in (run / "metrics.jsonl").read_text().splitlines():

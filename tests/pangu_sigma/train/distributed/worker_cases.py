@@ -34,8 +34,8 @@ def case_config(case: dict, processes):
     values = small_config(case.get("model"), train=train, **sections).to_dict()
     for domain in values["domains"]:
         domain["experts"] = case.get("domains", EXPERTS)[domain["name"]]
-    if case.get("rehearse") and processes.size > 1:
-        values["parallel"] = {**case.get("parallel", {}), **vars(processes.mesh), "rehearse": True}
+    if case.get("emulate_mesh") and processes.size > 1:
+        values["parallel"] = {**case.get("parallel", {}), **vars(processes.mesh), "emulate_mesh": True}
     return effective(config_from_dict(values))
 
 
