@@ -8,9 +8,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from extract.extraction_plan import Cut, choose_domains
+from extract.extraction_plan import ExtractionPlan, choose_domains
 from extract.sub_model_card import measured, model_card
-from extract.verify_sub_model import Verification, demand, verify
+from extract.verify_sub_model import Verification, raise_if_different, verify
 from pangu_sigma.checkpoint import Checkpoint, resolve, write_model_folder
 from pangu_sigma.checkpoint.model_folder import CARD, check_output, check_space
 from pangu_sigma.errors import UserError
@@ -21,11 +21,11 @@ VERIFICATION = "verification.json"
 
 
 @dataclass(frozen=True)
-class Extracted:
+class Extraction:
     """A sub-model that was written: its folder, what it holds, and the verification, if there was one."""
 
     model: Checkpoint
-    cut: Cut
+    cut: ExtractionPlan
     bytes_written: int
     verification: Verification | None
 
@@ -38,14 +38,14 @@ def plan(
     dtype: str | None = None,
     max_shard_bytes: int | None = None,
     fold: bool = False,
-) -> Cut:
+) -> ExtractionPlan:
     """What would be cut out of a run (its last checkpoint), a checkpoint or a model folder.
 
     Raises UserError for a model that is not whole, an unknown domain, what cannot be cut, and (with `out`) an output
     that is not empty or a disk that is too small.
     """
     parent = resolve(model)
-    cut = Cut(parent, choose_domains(parent, domains), dtype, max_shard_bytes, fold)
+    cut = ExtractionPlan(parent, choose_domains(parent, domains), dtype, max_shard_bytes, fold)
     if out is not None:
         path = check_output(out)
         if path.is_relative_to(parent.path.resolve()):
@@ -54,7 +54,7 @@ def plan(
     return cut
 
 
-def extract(cut: Cut, out: str | Path, *, check: bool = True, device: str = "CPU") -> Extracted:
+def extract(cut: ExtractionPlan, out: str | Path, *, check: bool = True, device: str = "CPU") -> Extraction:
     """Write the sub-model to `out`; with `check`, only after it was found to be the same function (on `device`).
 
     Raises UserError as `plan` does, VerificationError when the sub-model is another function, and leaves nothing then,
@@ -76,11 +76,11 @@ def extract(cut: Cut, out: str | Path, *, check: bool = True, device: str = "CPU
         if check:
             with progress("verify", None, unit="batches") as verifying:
                 found = verify(cut.parent, written, cut, device=device, advance=verifying.advance)
-            demand(found)
+            raise_if_different(found)
             documents[VERIFICATION] = json.dumps(found.to_dict(), ensure_ascii=False, indent=2) + "\n"
         return {**documents, CARD: model_card(cut, folder.bytes, quality, found)}
 
     with sigterm_as_ctrl_c(), ExitStack() as copying:
         job = copying.enter_context(progress("copy", folder.bytes, unit="B"))
         model = write_model_folder(out, folder, finish=finish, progress=copied)
-    return Extracted(model, cut, folder.bytes, found)
+    return Extraction(model, cut, folder.bytes, found)

@@ -27,7 +27,7 @@ _LARGEST_SHARD = 4 << 30
 
 
 @dataclass(frozen=True)
-class Cut:
+class ExtractionPlan:
     """A sub-model of `parent` that holds `domains`, in the parent's order.
 
     dtype: the type that weights are stored in, None for the parent's. max_shard_bytes: None keeps the parent's files.

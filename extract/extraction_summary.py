@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from extract.extraction_job import Extracted
+from extract.extraction_job import Extraction
 from pangu_sigma.config import parameter_counts
 from pangu_sigma.trained_model import stored_config
 
 
-def summary(extracted: Extracted) -> dict[str, object]:
+def summary(extracted: Extraction) -> dict[str, object]:
     """The figures of an extraction for scripts: path, domains, parameters, bytes and the verification."""
     plan = extracted.cut
     return {
@@ -22,7 +22,7 @@ def summary(extracted: Extracted) -> dict[str, object]:
     }
 
 
-def summary_text(extracted: Extracted, out: Path) -> str:
+def summary_text(extracted: Extraction, out: Path) -> str:
     """The same for people, with the commands to try next; `out` is the folder as the user wrote it."""
     plan, figures = extracted.cut, summary(extracted)
     parent = parameter_counts(stored_config(plan.parent), plan.config.model.vocab_size).total

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from extract.extraction_plan import Cut
+from extract.extraction_plan import ExtractionPlan
 from extract.verify_sub_model import Verification
 from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.checkpoint.disk_space import human_bytes
@@ -21,7 +21,7 @@ from pangu_sigma.version import VERSION
 
 
 @dataclass(frozen=True)
-class Measured:
+class HeldoutQuality:
     """Held-out figures of a run at one step: domain -> mean loss in nats per token, its own and a unigram model's."""
 
     step: int
@@ -29,7 +29,7 @@ class Measured:
     unigram: dict[str, float]
 
 
-def measured(checkpoint: Checkpoint) -> Measured | None:
+def measured(checkpoint: Checkpoint) -> HeldoutQuality | None:
     """What the checkpoint's run measured at its step; None for a checkpoint that lies in no run or was not measured."""
     run = run_of(checkpoint)
     if run is None:
@@ -40,21 +40,23 @@ def measured(checkpoint: Checkpoint) -> Measured | None:
 
         for record in read_metrics(run):
             if record["kind"] == "evaluate" and record["step"] == checkpoint.step:
-                found = Measured(checkpoint.step, record["losses"], record["unigram"])
+                found = HeldoutQuality(checkpoint.step, record["losses"], record["unigram"])
     return found
 
 
-def _from_evaluation(path: Path, step: int) -> Measured | None:
+def _from_evaluation(path: Path, step: int) -> HeldoutQuality | None:
     if not path.is_file():
         return None
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        return Measured(step, result["losses"], result["unigram"]) if result["step"] == step else None
+        return HeldoutQuality(step, result["losses"], result["unigram"]) if result["step"] == step else None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: delete it, or make it anew with pangu-sigma evaluate") from error
 
 
-def model_card(cut: Cut, bytes_written: int, quality: Measured | None, found: Verification | None) -> str:
+def model_card(
+    cut: ExtractionPlan, bytes_written: int, quality: HeldoutQuality | None, found: Verification | None
+) -> str:
     """The card as Markdown; `found` is None for a sub-model that was not verified."""
     config, parent = cut.config, cut.parent
     counts = parameter_counts(config, config.model.vocab_size)
@@ -108,13 +110,13 @@ def model_card(cut: Cut, bytes_written: int, quality: Measured | None, found: Ve
     return "\n".join(lines)
 
 
-def _types(cut: Cut) -> str:
+def _types(cut: ExtractionPlan) -> str:
     """The element types of the weights."""
     stored = {cut.stored_type(source) for name, source in cut.sources.items() if not is_routing(name)}
     return ", ".join(sorted(stored))
 
 
-def _quality(cut: Cut, quality: Measured | None, found: Verification | None) -> list[str]:
+def _quality(cut: ExtractionPlan, quality: HeldoutQuality | None, found: Verification | None) -> list[str]:
     lines = []
     if quality is not None:
         lines += [

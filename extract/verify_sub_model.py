@@ -20,7 +20,7 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.trained_model import Trained, trained_from
 
 if TYPE_CHECKING:
-    from extract.extraction_plan import Cut
+    from extract.extraction_plan import ExtractionPlan
 
 BATCH = 4
 # A dense layer multiplies all rows at once, an expert blocks of them, which rounds differently.
@@ -85,7 +85,7 @@ class Verification:
 def verify(
     parent: Checkpoint,
     sub: Checkpoint,
-    cut: Cut,
+    cut: ExtractionPlan,
     *,
     device: str = "CPU",
     advance: Callable[[int], None] | None = None,
@@ -145,7 +145,7 @@ def verify(
     )
 
 
-def demand(found: Verification) -> None:
+def raise_if_different(found: Verification) -> None:
     """Raises VerificationError unless the sub-model is what was asked for."""
     if found.holds:
         return
@@ -158,7 +158,7 @@ def demand(found: Verification) -> None:
     )
 
 
-def compare_tensors(parent: Checkpoint, sub: Checkpoint, cut: Cut) -> tuple[int, list[str]]:
+def compare_tensors(parent: Checkpoint, sub: Checkpoint, cut: ExtractionPlan) -> tuple[int, list[str]]:
     """(tensors compared, names of those of `sub` whose bytes are not the parent's); other types are left out.
 
     Compared by the manifests' hashes, which hold for what is loaded, since loading checks them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from extract.export.export_source import Source
+from extract.export.export_source import ExportSource
 
 _CARD = """---
 library_name: transformers
@@ -29,7 +29,7 @@ restart after each. At most {positions:,} tokens a document.
 """
 
 
-def model_card(source: Source) -> str:
+def model_card(source: ExportSource) -> str:
     """Markdown for the folder of a Hugging Face export."""
     model = source.config.model
     sparse = ""

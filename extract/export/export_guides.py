@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from extract.export.export_source import Source
+from extract.export.export_source import ExportSource
 
 _HEAD = """# PanGu-Σ as {format}: {domains}
 
@@ -140,7 +140,9 @@ print(pieces.decode([i for i in ids if i != eod]))
 """
 
 
-def mindir_guide(source: Source, signature: str, batch: int, graphs: list[str], state: list[str], table: bool) -> str:
+def mindir_guide(
+    source: ExportSource, signature: str, batch: int, graphs: list[str], state: list[str], table: bool
+) -> str:
     """Markdown for the folder of a MINDIR export. `graphs`: the files; `table`: whether expert_ids.npy is there."""
     files = _MINDIR_FILES.format(
         batch="one sample" if batch == 1 else f"{batch} samples", table=_SIGMA_TABLE if table else ""
@@ -154,19 +156,19 @@ def mindir_guide(source: Source, signature: str, batch: int, graphs: list[str], 
     return _guide(source, "MINDIR", files, program)
 
 
-def onnx_guide(source: Source) -> str:
+def onnx_guide(source: ExportSource) -> str:
     """Markdown for the folder of an ONNX export."""
     domain = ', "domain": np.zeros(1, np.int64)' if len(source.domains) > 1 else ""
     window = str(source.config.data.sequence_length)
     return _guide(source, "ONNX", _ONNX_FILES, _ONNX.replace("{domain}", domain).replace("{window}", window))
 
 
-def _numbered(source: Source, tensor: str) -> str:
+def _numbered(source: ExportSource, tensor: str) -> str:
     names = ", ".join(f"{number} {name}" for number, name in enumerate(source.domains))
     return f"\n    {tensor},  # number of each sample's domain: {names}\n"
 
 
-def _guide(source: Source, format_: str, files: str, program: str) -> str:
+def _guide(source: ExportSource, format_: str, files: str, program: str) -> str:
     model = source.config.model
     sparse = ""
     if model.sparse_prefixes:

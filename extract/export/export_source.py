@@ -15,7 +15,7 @@ from pangu_sigma.trained_model import stored_config, stored_tokenizer
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """A model on disk; nothing of its weights is in memory. `domains` are the chosen ones in the model's order."""
 
     checkpoint: Checkpoint
@@ -53,7 +53,7 @@ class Source:
                 yield name, None, name
 
 
-def open_source(model: str | Path, domains: Sequence[str] | None = None) -> Source:
+def open_source(model: str | Path, domains: Sequence[str] | None = None) -> ExportSource:
     """Open what a user names. Raises UserError: no whole model, unknown domain, a gate that cannot be cut."""
     checkpoint = resolve(model)
     config = stored_config(checkpoint)
@@ -63,10 +63,10 @@ def open_source(model: str | Path, domains: Sequence[str] | None = None) -> Sour
             f"the model's {config.model.sparse.router} gate chooses among the experts of all domains, so it cannot be "
             "exported with some of them; leave --domain out"
         )
-    return Source(checkpoint, config, stored_tokenizer(checkpoint), chosen)
+    return ExportSource(checkpoint, config, stored_tokenizer(checkpoint), chosen)
 
 
-def check_pangu(source: Source) -> None:
+def check_pangu(source: ExportSource) -> None:
     """Raises UserError for a model that is not of PanGu-α's parts, which is what most formats write."""
     model, path = source.config.model, source.checkpoint.path
     if not model.has_pangu_parts:

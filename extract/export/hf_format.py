@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from extract.export.export_card import model_card
-from extract.export.export_source import Source, check_pangu
-from extract.export.safetensors_shards import KINDS, Target, write_shards
+from extract.export.export_source import ExportSource, check_pangu
+from extract.export.safetensors_shards import SAFETENSORS_DTYPES, TargetTensor, write_shards
 from pangu_sigma.checkpoint.float_types import FLOATS, converted
 from pangu_sigma.checkpoint.tensor_file import numpy_type
 from pangu_sigma.config.parameter_counts import is_routing
@@ -35,19 +35,19 @@ _TABLES = {"word": "words.0", "position": "positions", "query": "next_positions"
 _NORM = {"gamma": "weight", "beta": "bias"}
 
 
-def check(source: Source, options: Options) -> None:
+def check(source: ExportSource, options: Options) -> None:
     """Raises UserError for options that mean nothing here."""
     check_pangu(source)
     if options.dtype not in FLOATS:
         raise UserError(f"'{options.dtype}' is no element type; choose {', '.join(FLOATS)}")
 
 
-def needed_bytes(source: Source, options: Options) -> int:
+def needed_bytes(source: ExportSource, options: Options) -> int:
     """Bytes that the folder will take."""
     return sum(t.nbytes for t in targets(source, options.dtype)) + len(source.tokenizer.model) + _SMALL_FILES
 
 
-def write(source: Source, folder: Path, options: Options) -> list[str]:
+def write(source: ExportSource, folder: Path, options: Options) -> list[str]:
     """Write the folder; returns what there is to say. Raises UserError, OSError."""
     tensors = targets(source, options.dtype)
     for name in CODE:
@@ -62,7 +62,7 @@ def write(source: Source, folder: Path, options: Options) -> list[str]:
     return []
 
 
-def targets(source: Source, dtype: str) -> list[Target]:
+def targets(source: ExportSource, dtype: str) -> list[TargetTensor]:
     """Every tensor of the output, in the order in which the checkpoint's files hold them."""
     return [_target(source, dtype, *owned) for owned in source.by_owner()]
 
@@ -92,7 +92,7 @@ def hf_name(domain: int | None, name: str) -> tuple[str, bool]:
     raise ValueError(f"the exported model has no place for tensor {name}")
 
 
-def _target(source: Source, dtype: str, full: str, domain: int | None, name: str) -> Target:
+def _target(source: ExportSource, dtype: str, full: str, domain: int | None, name: str) -> TargetTensor:
     to, turned = hf_name(domain, name)
     shape = source.shape(full)
     stored = numpy_type(source.checkpoint.manifest.tensors[full].dtype)
@@ -104,10 +104,12 @@ def _target(source: Source, dtype: str, full: str, domain: int | None, name: str
         for piece in source.checkpoint.pieces(full):
             yield converted(full, np.frombuffer(piece, stored), dtype)
 
-    return Target(to, KINDS["int32" if is_routing(name) else dtype], shape[::-1] if turned else shape, read)
+    return TargetTensor(
+        to, SAFETENSORS_DTYPES["int32" if is_routing(name) else dtype], shape[::-1] if turned else shape, read
+    )
 
 
-def configuration(source: Source, dtype: str) -> dict:
+def configuration(source: ExportSource, dtype: str) -> dict:
     """config.json."""
     model, tokenizer = source.config.model, source.tokenizer
     module = "modeling_pangu_sigma"
@@ -149,7 +151,7 @@ def _code(name: str) -> bytes:
     return files("extract.export").joinpath("hf_files", name).read_bytes()
 
 
-def tokenizer_documents(source: Source) -> dict[str, bytes]:
+def tokenizer_documents(source: ExportSource) -> dict[str, bytes]:
     """The files that AutoTokenizer needs, by name: the tokenizer's own, settings, and where it is ours its code."""
     settings = json.dumps(_tokenizer(source), indent=2, ensure_ascii=False).encode() + b"\n"
     if source.tokenizer.kind == "huggingface":
@@ -161,12 +163,12 @@ def tokenizer_documents(source: Source) -> dict[str, bytes]:
     }
 
 
-def _generation(source: Source) -> dict:
+def _generation(source: ExportSource) -> dict:
     tokenizer = source.tokenizer
     return {"bos_token_id": tokenizer.eod_id, "eos_token_id": tokenizer.eod_id, "pad_token_id": tokenizer.pad_id}
 
 
-def _tokenizer(source: Source) -> dict:
+def _tokenizer(source: ExportSource) -> dict:
     tokenizer = source.tokenizer
     if tokenizer.kind == "huggingface":
         return {

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extract.export.export_source import Source
+from extract.export.export_source import ExportSource
 from extract.export.hf_format import tokenizer_documents
-from extract.export.safetensors_shards import KINDS, Target, write_shards
+from extract.export.safetensors_shards import SAFETENSORS_DTYPES, TargetTensor, write_shards
 from pangu_sigma.checkpoint.float_types import FLOATS, converted
-from pangu_sigma.convert.olmoe_names import Named, parts_of, unlike_olmoe
+from pangu_sigma.convert.olmoe_names import OlmoeTensor, parts_of, unlike_olmoe
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
 
@@ -29,7 +29,7 @@ EXPERT_MATRICES = 3
 _SMALL_FILES = 1 << 20
 
 
-def check(source: Source, options: Options) -> None:
+def check(source: ExportSource, options: Options) -> None:
     """Raises UserError for options that mean nothing here, and for a model that is no OLMoE."""
     if options.dtype not in FLOATS:
         raise UserError(f"'{options.dtype}' is no element type; choose {', '.join(FLOATS)}")
@@ -40,12 +40,12 @@ def check(source: Source, options: Options) -> None:
         )
 
 
-def needed_bytes(source: Source, options: Options) -> int:
+def needed_bytes(source: ExportSource, options: Options) -> int:
     """Bytes that the folder will take."""
     return sum(t.nbytes for t in targets(source, options.dtype)) + len(source.tokenizer.model) + _SMALL_FILES
 
 
-def write(source: Source, folder: Path, options: Options) -> list[str]:
+def write(source: ExportSource, folder: Path, options: Options) -> list[str]:
     """Write the folder; returns what there is to say. Raises UserError, OSError."""
     tensors = targets(source, options.dtype)
     for name, text in tokenizer_documents(source).items():
@@ -61,18 +61,18 @@ def write(source: Source, folder: Path, options: Options) -> list[str]:
     return ["OlmoeForCausalLM's auxiliary loss is pooled over layers, without z-loss: training has another loss there"]
 
 
-def targets(source: Source, dtype: str) -> list[Target]:
+def targets(source: ExportSource, dtype: str) -> list[TargetTensor]:
     """Every tensor of the output."""
-    held = _Held(source)
+    held = _ExpertTensors(source)
     return [
         _target(held, dtype, full, part) for full, _, _ in source.by_owner() for part in parts_of(source.config, full)
     ]
 
 
-class _Held:
+class _ExpertTensors:
     """Tensors of a model that were read last: those of one layer's experts."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ExportSource) -> None:
         self.source = source
         self._last: dict[str, np.ndarray] = {}
 
@@ -84,7 +84,7 @@ class _Held:
         return self._last[name]
 
 
-def _target(held: _Held, dtype: str, full: str, part: Named) -> Target:
+def _target(held: _ExpertTensors, dtype: str, full: str, part: OlmoeTensor) -> TargetTensor:
     source = held.source
     shape = source.shape(full) if part.expert is None else source.shape(full)[1:]
 
@@ -93,10 +93,10 @@ def _target(held: _Held, dtype: str, full: str, part: Named) -> Target:
         array = converted(full, array if part.expert is None else array[part.expert], dtype)
         yield array.T if part.turned else array
 
-    return Target(part.name, KINDS[dtype], shape[::-1] if part.turned else shape, read)
+    return TargetTensor(part.name, SAFETENSORS_DTYPES[dtype], shape[::-1] if part.turned else shape, read)
 
 
-def configuration(source: Source, dtype: str) -> dict:
+def configuration(source: ExportSource, dtype: str) -> dict:
     """config.json."""
     model = source.config.model
     return {
@@ -129,5 +129,5 @@ def configuration(source: Source, dtype: str) -> dict:
     }
 
 
-def _ids(source: Source) -> dict:
+def _ids(source: ExportSource) -> dict:
     return {"bos_token_id": None, "eos_token_id": source.tokenizer.eod_id, "pad_token_id": source.tokenizer.pad_id}

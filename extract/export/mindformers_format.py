@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extract.export.export_source import Source, check_pangu
-from extract.export.safetensors_shards import Target, write_shards
+from extract.export.export_source import ExportSource, check_pangu
+from extract.export.safetensors_shards import TargetTensor, write_shards
 from pangu_sigma.checkpoint.float_types import as_float32
 from pangu_sigma.config.parameter_counts import is_routing
 from pangu_sigma.errors import UserError
@@ -29,7 +29,7 @@ STEM = "pangu_sigma"
 _SMALL_FILES = 1 << 16
 
 
-def check(source: Source, options: Options) -> None:
+def check(source: ExportSource, options: Options) -> None:
     """Raises UserError for what MindFormers' network of this model does not hold."""
     check_pangu(source)
     if options.dtype != "float32":
@@ -38,12 +38,12 @@ def check(source: Source, options: Options) -> None:
         raise UserError("MindFormers trains whole models: cut domains out with pangu-sigma extract, and export that")
 
 
-def needed_bytes(source: Source, options: Options) -> int:
+def needed_bytes(source: ExportSource, options: Options) -> int:
     """Bytes that the folder will take."""
     return sum(target.nbytes for target in targets(source)) + _SMALL_FILES
 
 
-def write(source: Source, folder: Path, options: Options) -> list[str]:
+def write(source: ExportSource, folder: Path, options: Options) -> list[str]:
     """Write the folder; returns what there is to say. Raises OSError."""
     tensors = targets(source)
     with progress("export", sum(t.nbytes for t in tensors), unit="B") as job:
@@ -63,14 +63,16 @@ def write(source: Source, folder: Path, options: Options) -> list[str]:
     ]
 
 
-def targets(source: Source) -> list[Target]:
+def targets(source: ExportSource) -> list[TargetTensor]:
     """Every tensor of the model, under its own name."""
     return [
-        Target(name, "I32" if is_routing(name) else "F32", source.shape(name), lambda name=name: _read(source, name))
+        TargetTensor(
+            name, "I32" if is_routing(name) else "F32", source.shape(name), lambda name=name: _read(source, name)
+        )
         for name in source.names
     ]
 
 
-def _read(source: Source, name: str) -> Iterator[np.ndarray]:
+def _read(source: ExportSource, name: str) -> Iterator[np.ndarray]:
     array = source.checkpoint.load([name])[name]
     yield array if is_routing(name) else as_float32(name, array)

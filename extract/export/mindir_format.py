@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from extract.export.export_guides import mindir_guide
-from extract.export.export_source import Source, check_pangu
+from extract.export.export_source import ExportSource, check_pangu
 from pangu_sigma import runtime
 from pangu_sigma.checkpoint.float_types import as_float32
 from pangu_sigma.config.parameter_counts import is_routing
@@ -24,7 +24,7 @@ from pangu_sigma.monitor.progress import progress
 
 if TYPE_CHECKING:
     from extract.export.export_job import Options
-    from extract.export.static_layers import Shapes
+    from extract.export.static_layers import StaticShapes
 
 TAKES = ("dtype", "batch_size", "signature", "capacity_factor")
 SIGNATURES = ("plain", "sigma")
@@ -32,7 +32,7 @@ _SMALL_FILES = 16 << 20
 GRAPHS = ("prefill", "decode")
 
 
-def check(source: Source, options: Options) -> None:
+def check(source: ExportSource, options: Options) -> None:
     """Raises UserError for what these graphs cannot be."""
     check_pangu(source)
     model = source.config.model
@@ -60,7 +60,7 @@ def check(source: Source, options: Options) -> None:
         raise UserError("the model has fewer positions than its window; this checkpoint's config.yaml is not whole")
 
 
-def needed_bytes(source: Source, options: Options) -> int:
+def needed_bytes(source: ExportSource, options: Options) -> int:
     """Bytes that the folder will take: each graph holds all weights."""
     numbers = sum(math.prod(source.shape(name)) for name in source.names)
     if options.signature == "sigma":
@@ -68,7 +68,7 @@ def needed_bytes(source: Source, options: Options) -> int:
     return len(GRAPHS) * 4 * numbers + len(source.tokenizer.model) + _SMALL_FILES
 
 
-def write(source: Source, folder: Path, options: Options) -> list[str]:
+def write(source: ExportSource, folder: Path, options: Options) -> list[str]:
     """Write the folder; returns what there is to say. Raises UserError, OSError."""
     runtime.prepare("CPU")
     import mindspore as ms
@@ -99,15 +99,15 @@ def write(source: Source, folder: Path, options: Options) -> list[str]:
     return []
 
 
-def shapes_of(source: Source, options: Options) -> Shapes:
+def shapes_of(source: ExportSource, options: Options) -> StaticShapes:
     """The shapes of the graphs of `source`."""
-    from extract.export.static_layers import Shapes
+    from extract.export.static_layers import StaticShapes
 
     model, window = source.config.model, source.config.data.sequence_length
     capacity = window
     if options.capacity_factor is not None and model.sparse_prefixes:
         capacity = min(window, math.ceil(options.capacity_factor * window / sum(source.experts)))
-    return Shapes(
+    return StaticShapes(
         layers=model.layers,
         hidden=model.hidden,
         heads=model.heads,
@@ -129,7 +129,7 @@ def shapes_of(source: Source, options: Options) -> Shapes:
     )
 
 
-def side_by_side(source: Source, options: Options) -> dict[str, Callable[[], np.ndarray]]:
+def side_by_side(source: ExportSource, options: Options) -> dict[str, Callable[[], np.ndarray]]:
     """Parameter name -> how to read it: the shared tensors, and the chosen domains' experts, tables and word embeddings
     one after the other on the first axis. A table's numbers count the layer's experts."""
     found: dict[str, list[tuple[int, Callable[[], np.ndarray]]]] = {}
@@ -148,7 +148,7 @@ def side_by_side(source: Source, options: Options) -> dict[str, Callable[[], np.
     return {name: partial(_joined, parts) for name, parts in found.items()}
 
 
-def _as_parameter(source: Source, full: str, name: str, domain: int | None) -> np.ndarray:
+def _as_parameter(source: ExportSource, full: str, name: str, domain: int | None) -> np.ndarray:
     array = as_float32(full, source.checkpoint.load([full])[full])
     if is_routing(name):
         return (array + sum(source.experts[:domain])).astype(np.int32)[None]
@@ -160,7 +160,7 @@ def _joined(parts: list[tuple[int, Callable[[], np.ndarray]]]) -> np.ndarray:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def expert_numbers(source: Source) -> np.ndarray:
+def expert_numbers(source: ExportSource) -> np.ndarray:
     """int32 [sparse layers, domains, V]: `expert_ids[n, b, s] = numbers[n, domain of sample b, input_ids[b, s]]`."""
     tables = []
     for layer_name in source.config.model.sparse_prefixes:
@@ -184,7 +184,9 @@ def _describe(tensor) -> dict:
     return {"shape": list(tensor.shape), "type": str(tensor.dtype).lower()}
 
 
-def _write_description(source: Source, shapes: Shapes, options: Options, graphs: dict, folder: Path) -> None:
+def _write_description(
+    source: ExportSource, shapes: StaticShapes, options: Options, graphs: dict, folder: Path
+) -> None:
     from extract.export.mindir_graphs import MEANINGS
 
     used = {name for graph in graphs.values() for part in ("inputs", "outputs", "state") for name in graph[part]}

@@ -18,7 +18,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from extract.export.static_layers import MASKED_SCORE, Backbone, Shapes
+from extract.export.static_layers import MASKED_SCORE, StaticBackbone, StaticShapes
 
 
 class Prefill(nn.Cell):
@@ -29,10 +29,10 @@ class Prefill(nn.Cell):
     is document and position of the token that follows.
     """
 
-    def __init__(self, shapes: Shapes) -> None:
+    def __init__(self, shapes: StaticShapes) -> None:
         super().__init__()
         self.shapes = shapes
-        self.backbone = Backbone(shapes, window=True, given_ids=False)
+        self.backbone = StaticBackbone(shapes, window=True, given_ids=False)
         self.places = Tensor(np.arange(shapes.window, dtype=np.int32)[None])
         self.causal = Tensor(np.tril(np.ones((1, shapes.window, shapes.window), np.float32)))
 
@@ -72,10 +72,10 @@ class Decode(nn.Cell):
     `current_index` is the token's place in its text: where its key and value are written.
     """
 
-    def __init__(self, shapes: Shapes) -> None:
+    def __init__(self, shapes: StaticShapes) -> None:
         super().__init__()
         self.shapes = shapes
-        self.backbone = Backbone(shapes, window=False, given_ids=False)
+        self.backbone = StaticBackbone(shapes, window=False, given_ids=False)
         self.places = Tensor(np.arange(shapes.window, dtype=np.int32)[None])
 
     def construct(self, input_ids, current_index, keys, values, documents, next, domain=None):  # noqa: A002
@@ -96,7 +96,7 @@ class Decode(nn.Cell):
         return self.backbone.logits(h, domain), keys, values, documents, following
 
 
-def spread(here: Tensor, shapes: Shapes) -> Tensor:
+def spread(here: Tensor, shapes: StaticShapes) -> Tensor:
     """[B, S] -> the full shape of a layer's cache, [B, H, S, W]."""
     width = shapes.hidden // shapes.heads
     return ops.BroadcastTo((shapes.batch, shapes.heads, shapes.window, width))(
@@ -107,7 +107,7 @@ def spread(here: Tensor, shapes: Shapes) -> Tensor:
 class Caches(nn.Cell):
     """Keys and values of all layers [L, B, H, S, W] as parameters of a graph, 0 at first."""
 
-    def __init__(self, shapes: Shapes) -> None:
+    def __init__(self, shapes: StaticShapes) -> None:
         super().__init__()
         zeros = np.zeros(shapes.cache, np.float32)
         self.keys = Parameter(Tensor(zeros), name="keys", requires_grad=False)
@@ -126,10 +126,10 @@ class SigmaWindow(nn.Cell):
     batch_valid_length int32 [B] -> logits [B, V] after the token at `current_index`. The whole caches are written anew.
     """
 
-    def __init__(self, shapes: Shapes) -> None:
+    def __init__(self, shapes: StaticShapes) -> None:
         super().__init__()
         self.shapes = shapes
-        self.backbone = Backbone(shapes, window=True, given_ids=True)
+        self.backbone = StaticBackbone(shapes, window=True, given_ids=True)
         self.caches = Caches(shapes)
         self.places = Tensor(np.arange(shapes.window, dtype=np.int32)[None])
 
@@ -164,10 +164,10 @@ class SigmaToken(nn.Cell):
     position_ids [B, 1], current_index (where the token stands), batch_valid_length (tokens with it) [B] -> logits
     [B, V]. The token's keys and values are written into the caches."""
 
-    def __init__(self, shapes: Shapes) -> None:
+    def __init__(self, shapes: StaticShapes) -> None:
         super().__init__()
         self.shapes = shapes
-        self.backbone = Backbone(shapes, window=False, given_ids=True)
+        self.backbone = StaticBackbone(shapes, window=False, given_ids=True)
         self.caches = Caches(shapes)
         self.places = Tensor(np.arange(shapes.window, dtype=np.int32)[None])
 
@@ -234,7 +234,7 @@ MEANINGS = {
 
 
 @dataclass(frozen=True)
-class Graph:
+class ExportedGraph:
     """A graph to export: its cell, its inputs by name with their shapes, the names of its outputs and of its
     parameters that are state."""
 
@@ -244,14 +244,14 @@ class Graph:
     state: tuple[str, ...] = ()
 
 
-def build_graph(shapes: Shapes, signature: str, name: str) -> Graph:
+def build_graph(shapes: StaticShapes, signature: str, name: str) -> ExportedGraph:
     """The graph `prefill` or `decode` of a signature, `plain` or `sigma`; weights are zero."""
     graph = (_plain if signature == "plain" else _sigma)(shapes, name)
     graph.cell.set_train(False)
     return graph
 
 
-def _plain(shapes: Shapes, name: str) -> Graph:
+def _plain(shapes: StaticShapes, name: str) -> ExportedGraph:
     batch, window = shapes.batch, shapes.window
     domain = {"domain": _whole(batch)} if shapes.domains > 1 else {}
     caches = {"keys": _real(*shapes.cache), "values": _real(*shapes.cache)}
@@ -259,12 +259,12 @@ def _plain(shapes: Shapes, name: str) -> Graph:
     outputs = ["logits", *caches, *state]
     if name == "prefill":
         inputs = {"input_ids": _whole(batch, window), "valid_length": _whole(batch), **domain}
-        return Graph(Prefill(shapes), inputs, outputs)
+        return ExportedGraph(Prefill(shapes), inputs, outputs)
     inputs = {"input_ids": _whole(batch, 1), "current_index": _whole(batch), **caches, **state, **domain}
-    return Graph(Decode(shapes), inputs, outputs)
+    return ExportedGraph(Decode(shapes), inputs, outputs)
 
 
-def _sigma(shapes: Shapes, name: str) -> Graph:
+def _sigma(shapes: StaticShapes, name: str) -> ExportedGraph:
     batch, length = shapes.batch, shapes.window if name == "prefill" else 1
     inputs = {"input_ids": _whole(batch, length)}
     if shapes.sparse:
@@ -275,7 +275,7 @@ def _sigma(shapes: Shapes, name: str) -> Graph:
         cell = SigmaWindowSparse if shapes.sparse else SigmaWindowDense
     else:
         cell = SigmaTokenSparse if shapes.sparse else SigmaTokenDense
-    return Graph(cell(shapes), inputs, ["logits"], STATE)
+    return ExportedGraph(cell(shapes), inputs, ["logits"], STATE)
 
 
 def _whole(*size: int) -> Tensor:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from extract.export.export_guides import onnx_guide
-from extract.export.export_source import Source, check_pangu
+from extract.export.export_source import ExportSource, check_pangu
 from pangu_sigma.checkpoint.float_types import as_float32
 from pangu_sigma.config.parameter_counts import is_routing
 from pangu_sigma.errors import UserError
@@ -36,7 +36,7 @@ _SMALL_FILES = 4 << 20
 _PER_TENSOR = 8192
 
 
-def check(source: Source, options: Options) -> None:
+def check(source: ExportSource, options: Options) -> None:
     """Raises UserError for options that mean nothing here."""
     check_pangu(source)
     if options.dtype != "float32":
@@ -45,14 +45,14 @@ def check(source: Source, options: Options) -> None:
         )
 
 
-def needed_bytes(source: Source, options: Options) -> int:
+def needed_bytes(source: ExportSource, options: Options) -> int:
     """Bytes that the folder will take."""
     experts = sum(source.experts) * len(source.config.model.sparse_prefixes)
     numbers = sum(math.prod(source.shape(name)) for name in source.names)
     return 4 * numbers + (len(source.names) + 4 * experts) * _PER_TENSOR + len(source.tokenizer.model) + _SMALL_FILES
 
 
-def write(source: Source, folder: Path, options: Options) -> list[str]:
+def write(source: ExportSource, folder: Path, options: Options) -> list[str]:
     """Write the folder; returns what there is to say. Raises OSError."""
     from extract.export.onnx_builder import OnnxBuilder
 
@@ -61,7 +61,7 @@ def write(source: Source, folder: Path, options: Options) -> list[str]:
     with progress("export", total, unit="B") as job:
         builder = OnnxBuilder(folder, FILE, job.advance)
         try:
-            _Model(source, builder).build()
+            _OnnxModel(source, builder).build()
         finally:
             builder.close()
     source.tokenizer.save(folder / "tokenizer")
@@ -69,10 +69,10 @@ def write(source: Source, folder: Path, options: Options) -> list[str]:
     return []
 
 
-class _Model:
+class _OnnxModel:
     """Builds the graph bottom up, reading each tensor when its layer comes."""
 
-    def __init__(self, source: Source, builder: OnnxBuilder) -> None:
+    def __init__(self, source: ExportSource, builder: OnnxBuilder) -> None:
         self.source, self.builder, self.model = source, builder, source.config.model
         self.op, self.constant = builder.op, builder.constant
         self.several = len(source.domains) > 1

@@ -15,12 +15,12 @@ from pangu_sigma.checkpoint.folder_layout import cut_into_shards
 from pangu_sigma.checkpoint.tensor_file import raw_bytes, write_all
 
 # our names of element types -> safetensors'
-KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32"}
+SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32"}
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4}
 
 
 @dataclass(frozen=True)
-class Target:
+class TargetTensor:
     """One tensor of the output: its name there, its type in safetensors, its shape, and its numbers, in C order in as
     many arrays as its reader likes."""
 
@@ -36,7 +36,7 @@ class Target:
 
 
 def write_shards(
-    folder: Path, stem: str, targets: Sequence[Target], max_bytes: int, advance: Callable[[int], None]
+    folder: Path, stem: str, targets: Sequence[TargetTensor], max_bytes: int, advance: Callable[[int], None]
 ) -> None:
     """Write `stem.safetensors`, or numbered shards of at most `max_bytes` with `stem.safetensors.index.json`.
 
@@ -56,7 +56,7 @@ def write_shards(
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shard(path: Path, targets: Sequence[Target], advance: Callable[[int], None]) -> None:
+def _write_shard(path: Path, targets: Sequence[TargetTensor], advance: Callable[[int], None]) -> None:
     # Widest elements first, so that every tensor is aligned.
     ordered = sorted(targets, key=lambda t: (-_BYTES[t.kind], t.name))
     # transformers refuses files that do not say which framework's layout they have; its own is "pt".

@@ -27,7 +27,7 @@ MASKED_SCORE = -10000.0
 
 
 @dataclass(frozen=True)
-class Shapes:
+class StaticShapes:
     """Everything that the graphs' shapes follow from. `capacity`: rows an expert takes of a sample's window where ids
     come from outside; as large as the window, nothing is dropped."""
 
@@ -70,7 +70,7 @@ class Shapes:
 class ExpertBank(nn.Cell):
     """All experts of a sparse layer as parameters. x_TD, expert ids int32 [T] -> y_TD, in one of three static forms."""
 
-    def __init__(self, shapes: Shapes, layout: Layout) -> None:
+    def __init__(self, shapes: StaticShapes, layout: Layout) -> None:
         super().__init__()
         self.count, self.batch, self.capacity = sum(shapes.experts), shapes.batch, shapes.capacity
         sizes = {
@@ -129,10 +129,10 @@ class ExpertBank(nn.Cell):
         return self.product(route, y.reshape(self.batch, self.count * capacity, hidden)).reshape(x.shape)
 
 
-class SparseLayer(nn.Cell):
+class StaticSparseLayer(nn.Cell):
     """A sparse layer's feed-forward part: expert ids from outside, from its table, or from its gate."""
 
-    def __init__(self, shapes: Shapes, layout: Layout, window: bool, given_ids: bool) -> None:
+    def __init__(self, shapes: StaticShapes, layout: Layout, window: bool, given_ids: bool) -> None:
         super().__init__()
         self.experts = ExpertBank(shapes, layout)
         self.learned, self.given_ids = shapes.router == "switch", given_ids
@@ -165,10 +165,10 @@ class SparseLayer(nn.Cell):
         return self.experts.by_masking(x, ids)
 
 
-class DenseLayer(nn.Cell):
+class StaticDenseLayer(nn.Cell):
     """A dense layer's feed-forward part."""
 
-    def __init__(self, shapes: Shapes, layout: Layout) -> None:
+    def __init__(self, shapes: StaticShapes, layout: Layout) -> None:
         super().__init__()
         self.up = Affine(shapes.hidden, shapes.ffn, layout, ms.float32, 0.0)
         self.down = Affine(shapes.ffn, shapes.hidden, layout, ms.float32, 0.0)
@@ -178,10 +178,10 @@ class DenseLayer(nn.Cell):
         return self.down(self.activation(self.up(x))[0])
 
 
-class CachedAttention(nn.Cell):
+class StaticCachedAttention(nn.Cell):
     """queries, x [T, D] -> (y_TD, keys, values [B, H, S, W] with the new rows in their places)."""
 
-    def __init__(self, shapes: Shapes, layout: Layout) -> None:
+    def __init__(self, shapes: StaticShapes, layout: Layout) -> None:
         super().__init__()
         self.batch, self.heads, self.width = shapes.batch, shapes.heads, shapes.hidden // shapes.heads
         for part in ("query", "key", "value", "projection"):
@@ -206,15 +206,17 @@ class CachedAttention(nn.Cell):
         return self.projection(y), k, v
 
 
-class Layer(nn.Cell):
+class StaticLayer(nn.Cell):
     """A transformer layer with its caches."""
 
-    def __init__(self, shapes: Shapes, layout: Layout, sparse: bool, window: bool, given_ids: bool) -> None:
+    def __init__(self, shapes: StaticShapes, layout: Layout, sparse: bool, window: bool, given_ids: bool) -> None:
         super().__init__()
         self.norm1 = NORMS[shapes.norm](shapes.hidden, shapes.epsilon, layout)
-        self.attention = CachedAttention(shapes, layout)
+        self.attention = StaticCachedAttention(shapes, layout)
         self.norm2 = NORMS[shapes.norm](shapes.hidden, shapes.epsilon, layout)
-        self.feed_forward = SparseLayer(shapes, layout, window, given_ids) if sparse else DenseLayer(shapes, layout)
+        self.feed_forward = (
+            StaticSparseLayer(shapes, layout, window, given_ids) if sparse else StaticDenseLayer(shapes, layout)
+        )
 
     def construct(self, h: Tensor, queries, mask: Tensor, here, keys, values, tokens: Tensor, domain, given):
         x = self.norm1(h)
@@ -223,11 +225,11 @@ class Layer(nn.Cell):
         return h + self.feed_forward(self.norm2(h), tokens, domain, given), k, v
 
 
-class Backbone(nn.Cell):
+class StaticBackbone(nn.Cell):
     """Everything between token ids and hidden rows, `window` rows per sample or one. The domains' experts, tables and
     word embeddings lie one after the other in their parameters."""
 
-    def __init__(self, shapes: Shapes, window: bool, given_ids: bool) -> None:
+    def __init__(self, shapes: StaticShapes, window: bool, given_ids: bool) -> None:
         super().__init__()
         layout = Layout()
         self.shapes, self.window = shapes, window
@@ -241,7 +243,7 @@ class Backbone(nn.Cell):
         self.sparse_index_of = tuple(
             shapes.sparse.index(prefix) if prefix in shapes.sparse else -1 for prefix in shapes.prefixes
         )
-        layers = [Layer(shapes, layout, index >= 0, window, given_ids) for index in self.sparse_index_of]
+        layers = [StaticLayer(shapes, layout, index >= 0, window, given_ids) for index in self.sparse_index_of]
         self.blocks = nn.CellList(layers[:-1] if shapes.query_layer else layers)
         self.norm = NORMS[shapes.norm](shapes.hidden, shapes.epsilon, layout)
         if shapes.query_layer:

@@ -92,7 +92,7 @@ def import_pangu_alpha(
     """
     from pangu_sigma.convert import import_pangu_alpha
 
-    wanted = import_pangu_alpha.Wanted(
+    wanted = import_pangu_alpha.PanguAlphaImportSettings(
         tokenizer, tokenizer_kind.value, eod_id, heads, activation.value, strategy, domain, tuple(data or ())
     )
     done = import_pangu_alpha.import_pangu_alpha(source, out, wanted)
@@ -150,9 +150,9 @@ def import_hf(
 
     Every tensor of the source is used and every tensor of the model assigned once; otherwise nothing is written.
     """
-    from pangu_sigma.convert.import_olmoe import Wanted, import_olmoe
+    from pangu_sigma.convert.import_olmoe import OlmoeImportSettings, import_olmoe
 
-    wanted = Wanted(tokenizer, tokenizer_kind.value, eod_id, domain, tuple(data or ()))
+    wanted = OlmoeImportSettings(tokenizer, tokenizer_kind.value, eod_id, domain, tuple(data or ()))
     done = import_olmoe(source, out, wanted)
     model = done.config.model
     typer.echo(

@@ -16,7 +16,7 @@ from pangu_sigma.errors import UserError
 
 if TYPE_CHECKING:
     from pangu_sigma.config.domain_edits import Ahead
-    from pangu_sigma.domains.checkpoint_editor import Changed
+    from pangu_sigma.domains.checkpoint_editor import EditResult
 
 domains_app = typer.Typer(
     help="Domains of a trained model: list, add, remove, rename, merge, resize, advise.\n\n"
@@ -34,7 +34,7 @@ Out = Annotated[
 ]
 
 
-class Through(StrEnum):
+class ComparedDomains(StrEnum):
     """Whose experts give the outputs that --output compares."""
 
     own = "own"
@@ -58,7 +58,7 @@ StarsField = Annotated[
 ]
 
 
-class Shared(StrEnum):
+class SharedTraining(StrEnum):
     """What happens to the shared parameters while a new domain trains."""
 
     frozen = "frozen"
@@ -125,12 +125,12 @@ def add(
         ),
     ] = None,
     shared: Annotated[
-        Shared,
+        SharedTraining,
         typer.Option(
             help="In these steps: frozen keeps every other domain to the bit; train adapts them too; regularised does "
             "so near the model as it is now (--output, --l2, --ewc)."
         ),
-    ] = Shared.frozen,
+    ] = SharedTraining.frozen,
     output: Annotated[
         float, typer.Option(min=0.0, help="With --shared regularised: weight of KL(model before || model).")
     ] = 0.0,
@@ -141,8 +141,9 @@ def add(
         float, typer.Option(min=0.0, help="The same distance, weighed by Fisher information on the other domains.")
     ] = 0.0,
     through: Annotated[
-        Through, typer.Option(help="With --output: compare under the new domain's experts, or under an old domain's.")
-    ] = Through.own,
+        ComparedDomains,
+        typer.Option(help="With --output: compare under the new domain's experts, or under an old domain's."),
+    ] = ComparedDomains.own,
     replay: Annotated[
         float, typer.Option(min=0.0, max=0.99, help="Unless frozen: share of samples from the other domains.")
     ] = 0.0,
@@ -155,7 +156,7 @@ def add(
     """
     from pangu_sigma.domains.add_domain import NewDomain, add_domain, add_model
 
-    if steps is None and (shared is not Shared.frozen or replay or output or l2 or ewc):
+    if steps is None and (shared is not SharedTraining.frozen or replay or output or l2 or ewc):
         raise UserError("--shared, --output, --l2, --ewc and --replay say how it trains: say for how long with --steps")
     plan = (steps, shared, replay, _held_by(shared, output, l2, ewc, through))
     if model is not None:
@@ -300,10 +301,10 @@ def merge(
 
 
 def _held_by(
-    shared: Shared, output: float, l2: float, ewc: float, through: Through
+    shared: SharedTraining, output: float, l2: float, ewc: float, through: ComparedDomains
 ) -> dict[str, float | str] | None:
     given = {"output": output, "l2": l2, "ewc": ewc}
-    if shared is not Shared.regularised:
+    if shared is not SharedTraining.regularised:
         if any(given.values()):
             raise UserError("--output, --l2 and --ewc hold the shared parameters: add --shared regularised")
         return None
@@ -313,14 +314,14 @@ def _held_by(
 
 
 def _ahead(
-    name: str, steps: int | None, shared: Shared, replay: float, regularise: dict[str, float | str] | None
+    name: str, steps: int | None, shared: SharedTraining, replay: float, regularise: dict[str, float | str] | None
 ) -> Ahead | None:
     from pangu_sigma.config.domain_edits import Ahead
 
     return None if steps is None else Ahead(name, steps, shared.value, replay, regularise)
 
 
-def _say(done: Changed, what: str) -> None:
+def _say(done: EditResult, what: str) -> None:
     checkpoint, train = done.checkpoint, done.config.train
     typer.echo(f"{what}: {checkpoint.path} (step {checkpoint.step}) has the domains {', '.join(checkpoint.domains)}")
     if done.run_dir is None:

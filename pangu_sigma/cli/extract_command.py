@@ -14,7 +14,7 @@ from pangu_sigma.cli.arguments import Json, ModelPath
 from pangu_sigma.errors import UserError
 
 if TYPE_CHECKING:
-    from extract.extraction_plan import Cut
+    from extract.extraction_plan import ExtractionPlan
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -102,7 +102,7 @@ def _list(model: Path, as_json: bool) -> None:
     typer.echo(text_table(["domain", "experts", "parameters", "bytes", "files"], rows))
 
 
-def _print_plan(cut: Cut, as_json: bool) -> None:
+def _print_plan(cut: ExtractionPlan, as_json: bool) -> None:
     from pangu_sigma.config import parameter_counts
     from pangu_sigma.monitor.text_tables import text_table
 

@@ -12,7 +12,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class LeftBehind:
+class SkippedTensors:
     """Tensors of a source that are no parameters: `rules` maps a rule's name to (pattern of names, what they are)."""
 
     rules: Mapping[str, tuple[str, str]]

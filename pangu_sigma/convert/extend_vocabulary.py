@@ -35,7 +35,7 @@ _ROWS = 4096  # new rows that are made at a time
 
 
 @dataclass(frozen=True)
-class Extended:
+class ExtendedModel:
     """The written folder; rows and pieces before and after; given pieces that were there already."""
 
     checkpoint: Checkpoint
@@ -54,7 +54,7 @@ def extend_vocabulary(
     piece_type: str = "user-defined",
     initial: Initial = "normal",
     skip_known: bool = False,
-) -> Extended:
+) -> ExtendedModel:
     """Write `out`, the model folder of `model` with a larger vocabulary.
 
     pieces: a text file of new pieces, one a line (`skip_known`: those that are there already are passed over); or
@@ -121,7 +121,7 @@ def extend_vocabulary(
         ),
         "extend",
     )
-    return Extended(written, old.vocab_size, new.vocab_size, old_rows, rows, skipped)
+    return ExtendedModel(written, old.vocab_size, new.vocab_size, old_rows, rows, skipped)
 
 
 def _tokenizer(

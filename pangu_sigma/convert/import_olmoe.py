@@ -20,13 +20,13 @@ from pangu_sigma.config import SCHEMA_VERSION, Config, config_from_dict, effecti
 from pangu_sigma.config.parameter_counts import manifest, parameter_counts
 from pangu_sigma.convert.conversion_coverage import check_coverage
 from pangu_sigma.convert.converted_folder import check_output, write_with_progress
-from pangu_sigma.convert.olmoe_names import Named, parts_of
+from pangu_sigma.convert.olmoe_names import OlmoeTensor, parts_of
 from pangu_sigma.convert.safetensors_folder import SafetensorsFolder, open_folder
 from pangu_sigma.errors import UserError
 
 
 @dataclass(frozen=True)
-class Wanted:
+class OlmoeImportSettings:
     """What an import cannot read off the folder.
 
     `tokenizer`: None takes the folder's own tokenizer.json; else a file of `tokenizer_kind`. `eod_id`: None takes
@@ -41,7 +41,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Imported:
+class ImportedOlmoe:
     """The written folder, its configuration, and how many of the source's tensors became how many parameters."""
 
     checkpoint: Checkpoint
@@ -51,7 +51,7 @@ class Imported:
     tensors: int
 
 
-def import_olmoe(source: Path, out: Path, wanted: Wanted) -> Imported:
+def import_olmoe(source: Path, out: Path, wanted: OlmoeImportSettings) -> ImportedOlmoe:
     """Write `out`, a complete model folder, from the folder of an `OlmoeForCausalLM` at `source`.
 
     Raises UserError, and writes nothing, for another architecture or an option of it that this model does not have, and
@@ -94,7 +94,7 @@ def import_olmoe(source: Path, out: Path, wanted: Wanted) -> Imported:
         ),
         "import",
     )
-    return Imported(written, config, eod_id, counts.total, len(folder.tensors))
+    return ImportedOlmoe(written, config, eod_id, counts.total, len(folder.tensors))
 
 
 def _architecture(source: Path) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _eod(given: dict[str, Any], source: Path) -> int:
     raise UserError(f"{source}/config.json names no single eos_token_id: give --eod-id")
 
 
-def _tokenizer(source: Path, wanted: Wanted, eod_id: int):
+def _tokenizer(source: Path, wanted: OlmoeImportSettings, eod_id: int):
     from pangu_sigma.data.tokenizers.tokenizer_registry import read_model, tokenizer_class
 
     path = wanted.tokenizer or source / "tokenizer.json"
@@ -143,7 +143,7 @@ def _tokenizer(source: Path, wanted: Wanted, eod_id: int):
         raise UserError(f"the end-of-document id {eod_id} is no id of the tokenizer {path}: give --eod-id") from error
 
 
-def _config(given: dict[str, Any], source: Path, out: Path, wanted: Wanted, tokenizer) -> Config:
+def _config(given: dict[str, Any], source: Path, out: Path, wanted: OlmoeImportSettings, tokenizer) -> Config:
     """Our configuration of the same function; defaults of absent keys are transformers' own."""
     file = "tokenizer.model"
     if tokenizer.vocab_size > given["vocab_size"]:
@@ -203,7 +203,9 @@ def _config(given: dict[str, Any], source: Path, out: Path, wanted: Wanted, toke
     return effective(config_from_dict(values, source=f"the model of {source}"))
 
 
-def _check(folder: SafetensorsFolder, targets: dict[str, tuple[int, ...]], origins: dict[str, list[Named]]) -> None:
+def _check(
+    folder: SafetensorsFolder, targets: dict[str, tuple[int, ...]], origins: dict[str, list[OlmoeTensor]]
+) -> None:
     """Coverage in Hugging Face's names, where every expert is a tensor of its own."""
     needed: dict[str, tuple[int, ...]] = {}
     for name, shape in targets.items():
@@ -215,13 +217,13 @@ def _check(folder: SafetensorsFolder, targets: dict[str, tuple[int, ...]], origi
     check_coverage(str(folder.path), needed, assigned, there)
 
 
-def _dtype(folder: SafetensorsFolder, parts: list[Named]) -> str:
+def _dtype(folder: SafetensorsFolder, parts: list[OlmoeTensor]) -> str:
     """The widest type among a tensor's parts, which holds them all; of different halves that is float32."""
     types = {folder.tensors[part.name].dtype for part in parts}
     return types.pop() if len(types) == 1 else "float32"
 
 
-def _part(folder: SafetensorsFolder, part: Named, dtype: str) -> np.ndarray:
+def _part(folder: SafetensorsFolder, part: OlmoeTensor, dtype: str) -> np.ndarray:
     array = converted(part.name, folder.read(part.name), dtype)
     return array.T if part.turned else array
 

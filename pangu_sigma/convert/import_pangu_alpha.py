@@ -26,7 +26,7 @@ from pangu_sigma.monitor.progress import progress
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PanguAlphaImportSettings:
     """What an import cannot read off the weights.
 
     `heads`: None takes the published number for the model's size. `eod_id`: None takes what the tokenizer names
@@ -44,7 +44,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Imported:
+class ImportedPanguAlpha:
     """The written folder; `skipped` are the source's tensors that are no parameters, by the rule that names them."""
 
     checkpoint: Checkpoint
@@ -56,7 +56,7 @@ class Imported:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _SourceRows:
     """One tensor of the source and where it goes."""
 
     source: Tensors
@@ -76,7 +76,7 @@ class _Part:
         return array
 
 
-def import_pangu_alpha(source: Path, out: Path, wanted: Wanted) -> Imported:
+def import_pangu_alpha(source: Path, out: Path, wanted: PanguAlphaImportSettings) -> ImportedPanguAlpha:
     """Write `out`, a complete model folder, from the `.ckpt` file or the folder of shards at `source`.
 
     Weights are stored as float32, which holds every type of such checkpoints exactly. A tensor that the source has
@@ -91,7 +91,7 @@ def import_pangu_alpha(source: Path, out: Path, wanted: Wanted) -> Imported:
     parts, skipped, unknown = _sort(sources)
     shapes = {part.target: part.shape for part in parts}
     config = _config(shapes, str(source), out, wanted, tokenizer.vocab_size)
-    by_target: dict[str, list[_Part]] = {}
+    by_target: dict[str, list[_SourceRows]] = {}
     for part in parts:
         by_target.setdefault(part.target, []).append(part)
     assigned = []
@@ -132,12 +132,12 @@ def import_pangu_alpha(source: Path, out: Path, wanted: Wanted) -> Imported:
         ),
         "import",
     )
-    return Imported(written, config, tokenizer.eod_id, counts.total, transposed, skipped)
+    return ImportedPanguAlpha(written, config, tokenizer.eod_id, counts.total, transposed, skipped)
 
 
-def _sort(sources: Sequence[Tensors]) -> tuple[list[_Part], dict[str, list[str]], list[str]]:
+def _sort(sources: Sequence[Tensors]) -> tuple[list[_SourceRows], dict[str, list[str]], list[str]]:
     """(parameters, tensors left behind by rule, tensors with names that PanGu-α does not have)."""
-    parts: list[_Part] = []
+    parts: list[_SourceRows] = []
     skipped: dict[str, list[str]] = {}
     unknown: list[str] = []
     for source in sources:
@@ -149,19 +149,19 @@ def _sort(sources: Sequence[Tensors]) -> tuple[list[_Part], dict[str, list[str]]
             elif target is None:
                 unknown.append(name)
             else:
-                parts.append(_Part(source, name, target.name, target.transposed))
+                parts.append(_SourceRows(source, name, target.name, target.transposed))
     return parts, skipped, unknown
 
 
 @dataclass(frozen=True)
-class _Tokenizer:
+class _ImportedTokenizer:
     files: Mapping[str, bytes]
     fingerprint: str
     eod_id: int
     vocab_size: int
 
 
-def _tokenizer(wanted: Wanted) -> _Tokenizer:
+def _tokenizer(wanted: PanguAlphaImportSettings) -> _ImportedTokenizer:
     from pangu_sigma.data.tokenizers.tokenizer_registry import read_model, tokenizer_class, tokenizer_files
 
     kind = tokenizer_class(wanted.tokenizer_kind)
@@ -173,11 +173,11 @@ def _tokenizer(wanted: Wanted) -> _Tokenizer:
         tokenizer = kind(model, eod_id=wanted.eod_id, origin=str(wanted.tokenizer))
     except ValueError as error:
         raise UserError(f"--eod-id {wanted.eod_id} is no id of the tokenizer: leave it out or correct it") from error
-    return _Tokenizer(tokenizer_files(tokenizer), tokenizer.fingerprint, tokenizer.eod_id, tokenizer.vocab_size)
+    return _ImportedTokenizer(tokenizer_files(tokenizer), tokenizer.fingerprint, tokenizer.eod_id, tokenizer.vocab_size)
 
 
 def _config(
-    shapes: Mapping[str, tuple[int, ...]], source: str, out: Path, wanted: Wanted, pieces: int
+    shapes: Mapping[str, tuple[int, ...]], source: str, out: Path, wanted: PanguAlphaImportSettings, pieces: int
 ) -> Config:
     """The model's configuration: its sizes from the weights, the rest as PanGu-α was trained."""
     word = _needed(shapes, "embedding.word", source)

@@ -37,7 +37,7 @@ NEEDED = {
 
 
 @dataclass(frozen=True)
-class Named:
+class OlmoeTensor:
     """One of Hugging Face's tensors that makes ours, or (`expert`: its number in our tensor) a part of it."""
 
     name: str
@@ -63,14 +63,14 @@ def unlike_olmoe(config: Config) -> list[str]:
     return wrong
 
 
-def parts_of(config: Config, tensor: str) -> list[Named]:
+def parts_of(config: Config, tensor: str) -> list[OlmoeTensor]:
     """The tensors of Hugging Face that make our `tensor`, in the order of its experts.
 
     The gate chooses among all experts of a layer: they are numbered domain after domain. Raises ValueError for a tensor
     that OLMoE does not have.
     """
     if tensor in _TABLES:
-        return [Named(_TABLES[tensor], False)]
+        return [OlmoeTensor(_TABLES[tensor], False)]
     domain = domain_of(tensor)
     local_name = tensor if domain is None else tensor.removeprefix(f"domains.{domain}.")
     kind, _, rest = local_name.partition(".")
@@ -78,10 +78,10 @@ def parts_of(config: Config, tensor: str) -> list[Named]:
     layer = f"model.layers.{number}"
     if kind == "blocks" and part in _IN_LAYER:
         name, turned = _IN_LAYER[part]
-        return [Named(f"{layer}.{name}.weight", turned)]
+        return [OlmoeTensor(f"{layer}.{name}.weight", turned)]
     matrix = part.removeprefix("experts.").removesuffix(".weight")
     if kind != "blocks" or not is_expert(tensor) or matrix not in ("gate", "up", "down"):
         raise ValueError(f"OlmoeForCausalLM has no place for tensor {tensor}")
     first = sum(d.experts for d in config.domains[: config.domain_names.index(domain)])
     own = next(d.experts for d in config.domains if d.name == domain)
-    return [Named(f"{layer}.mlp.experts.{first + e}.{matrix}_proj.weight", True, e) for e in range(own)]
+    return [OlmoeTensor(f"{layer}.mlp.experts.{first + e}.{matrix}_proj.weight", True, e) for e in range(own)]

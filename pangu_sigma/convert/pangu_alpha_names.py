@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from pangu_sigma.convert.conversion_coverage import LeftBehind
+from pangu_sigma.convert.conversion_coverage import SkippedTensors
 
 _TOP = {
     "word_embedding.embedding_table": "embedding.word",
@@ -37,7 +37,7 @@ _LAYER = re.compile(
     r"(?P<kind>weight|bias|gamma|beta)"
 )
 
-SKIPPED = LeftBehind(
+SKIPPED = SkippedTensors(
     {
         "adam_m.*, moment1.*": (r"(adam_m|moment1)\..+", "first moments of the optimizer"),
         "adam_v.*, moment2.*": (r"(adam_v|moment2)\..+", "second moments of the optimizer"),
@@ -57,21 +57,21 @@ EMBEDDING_FILES = {
 }
 
 
-class Target(NamedTuple):
+class PanguAlphaTarget(NamedTuple):
     """Where a parameter goes: our tensor's name, and whether it must be transposed on the way."""
 
     name: str
     transposed: bool
 
 
-def target_of(name: str) -> Target | None:
+def target_of(name: str) -> PanguAlphaTarget | None:
     """Our tensor for PanGu-α's parameter `name`; None for a name that PanGu-α does not have."""
     top = _TOP.get(name.removeprefix("backbone.")) if name.startswith("backbone.") else None
     if top is not None:
-        return Target(top, False)
+        return PanguAlphaTarget(top, False)
     match = _LAYER.fullmatch(name)
     if match is None or match["part"] not in _PARTS:
         return None
     layer = "query_layer" if match["block"] is None else f"blocks.{int(match['block'])}"
     transposed = match["part"] in _OUT_IN and match["kind"] == "weight"
-    return Target(f"{layer}.{_PARTS[match['part']]}.{match['kind']}", transposed)
+    return PanguAlphaTarget(f"{layer}.{_PARTS[match['part']]}.{match['kind']}", transposed)

@@ -13,7 +13,7 @@ import numpy as np
 from pangu_sigma.convert.ckpt_file import CkptFile
 from pangu_sigma.convert.conversion_coverage import listed
 from pangu_sigma.convert.pangu_alpha_names import EMBEDDING_FILES, SKIPPED
-from pangu_sigma.convert.strategy_file import Box, CutLayout, read_strategy
+from pangu_sigma.convert.strategy_file import Box, ShardedLayout, read_strategy
 from pangu_sigma.errors import UserError
 
 _SHARD = re.compile(r"(?P<prefix>.*?)_?(?P<rank>\d+)\.ckpt")
@@ -65,7 +65,7 @@ class Shards:
     """The shards of one run, ranks 0 to N - 1, and how each tensor is cut over them."""
 
     files: tuple[CkptFile, ...]
-    layouts: Mapping[str, CutLayout]
+    layouts: Mapping[str, ShardedLayout]
     shapes: Mapping[str, tuple[int, ...]]
 
     def fill(self, name: str, target: np.ndarray) -> None:

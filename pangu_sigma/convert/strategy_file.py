@@ -22,7 +22,7 @@ Box = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class CutLayout:
+class ShardedLayout:
     """How one parameter is cut.
 
     `devices`: the device grid, rank = row-major place in it. `tensor_map`: of each axis of the tensor the axis of the
@@ -87,7 +87,7 @@ class CutLayout:
         return place
 
 
-def read_strategy(path: Path | str) -> dict[str, CutLayout]:
+def read_strategy(path: Path | str) -> dict[str, ShardedLayout]:
     """Parameter name -> how it is cut.
 
     Raises UserError, naming the file, unless it is a strategy file that can be followed.
@@ -97,7 +97,7 @@ def read_strategy(path: Path | str) -> dict[str, CutLayout]:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give a MindSpore strategy file") from error
-    layouts: dict[str, CutLayout] = {}
+    layouts: dict[str, ShardedLayout] = {}
     try:
         for number, kind, value in fields(data):
             if number == 3 and kind == BYTES:
@@ -113,7 +113,7 @@ def read_strategy(path: Path | str) -> dict[str, CutLayout]:
     return layouts
 
 
-def _item(data: bytes) -> tuple[str, CutLayout]:
+def _item(data: bytes) -> tuple[str, ShardedLayout]:
     name, layouts = "", b""
     for number, kind, value in fields(data):
         if number == 1 and kind == BYTES:
@@ -139,7 +139,7 @@ def _item(data: bytes) -> tuple[str, CutLayout]:
         raise WireError(f"does not say on which devices {name or 'a parameter'} lies")
     if any(not -1 <= place < len(devices) for place in tensor_map):
         raise WireError(f"cuts {name} along an axis that its devices do not have")
-    layout = CutLayout(tuple(devices), tuple(tensor_map), shard_size if shard_step else 0)
+    layout = ShardedLayout(tuple(devices), tuple(tensor_map), shard_size if shard_step else 0)
     if layout.optimizer_ways > 0 and math.prod(devices) % math.prod(layout.cuts):
         raise WireError(f"shards the optimizer of {name} {shard_size} ways, which its devices do not allow")
     return name, layout

@@ -40,7 +40,7 @@ _PIECE = 1 << 22  # elements of an expert that are made at a time when noise is 
 
 
 @dataclass(frozen=True)
-class Upcycled:
+class UpcycledModel:
     """The written folder, and the parameters of the dense and of the sparse model."""
 
     checkpoint: Checkpoint
@@ -55,7 +55,9 @@ class Upcycled:
         return KINDS[sparse.router].keeps_scale or (sparse.router == "olmoe" and sparse.renormalise)
 
 
-def upcycle(dense: Path, config_file: Path, out: Path, overrides: tuple[str, ...] = (), noise: float = 0.0) -> Upcycled:
+def upcycle(
+    dense: Path, config_file: Path, out: Path, overrides: tuple[str, ...] = (), noise: float = 0.0
+) -> UpcycledModel:
     """Write `out`, a model folder with the sparse model of `config_file`, from the dense model `dense`.
 
     noise: the standard deviation of what is added to every expert's weights (not its biases), as a share of the
@@ -115,7 +117,7 @@ def upcycle(dense: Path, config_file: Path, out: Path, overrides: tuple[str, ...
         ),
         "upcycle",
     )
-    return Upcycled(
+    return UpcycledModel(
         written,
         config,
         parameter_counts(old, old.model.vocab_size).total,

@@ -14,8 +14,8 @@ from pangu_sigma.checkpoint import Checkpoint, folder_layout, resolve
 from pangu_sigma.checkpoint.float_types import converted
 from pangu_sigma.config import Config, domain_edits, manifest
 from pangu_sigma.config.parameter_counts import is_expert, is_routing
-from pangu_sigma.domains.checkpoint_editor import Changed, NewTensors, Subject, check_free
-from pangu_sigma.domains.new_domain_tensors import Initial
+from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditedTensors, EditResult, check_free
+from pangu_sigma.domains.new_domain_tensors import NewDomainTensors
 from pangu_sigma.domains.sibling_models import check_siblings
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
@@ -53,21 +53,21 @@ class NewDomain:
 
 def add_domain(
     path: Path, wanted: NewDomain, *, ahead: domain_edits.Ahead | None = None, out: Path | None = None
-) -> Changed:
+) -> EditResult:
     """Add a domain that begins as `wanted.init` says (see `domains.initial`); its text is tokenised and checked now.
 
     ahead: training that follows, instead of what the run's plan had left. Raises UserError; nothing is changed then.
     """
-    with Subject(path, out) as subject:
+    with CheckpointEditor(path, out) as subject:
         source = subject.checkpoint
         check_free(source, wanted.name)
         config = _extend(subject, wanted.entry(), ahead)
-        initial = Initial(source, subject.config, wanted.name, wanted.experts, wanted.init)
+        initial = NewDomainTensors(source, subject.config, wanted.name, wanted.experts, wanted.init)
         store, probe = read_text(subject, config)
         rows = None
         if config.model.sparse.table == "frequency":
             rows = np.pad(np.array(store.token_counts), (0, config.model.vocab_size - store.token_counts.size))
-        new = NewTensors()
+        new = EditedTensors()
         prefix = f"domains.{wanted.name}."
         for name, shape in manifest(config, config.model.vocab_size).items():
             if not name.startswith(prefix):
@@ -97,13 +97,13 @@ def add_domain(
 def add_model(
     path: Path, model: Path, domain: str | None, *, name: str | None = None, weight: float = 1.0,
     ahead_of: Any = None, out: Path | None = None,
-) -> Changed:  # fmt: skip
+) -> EditResult:  # fmt: skip
     """Add the domain `domain` (None: the only one) of the sibling `model` under `name` (None: its own).
 
     Experts, tables, and moments where it carries them, come in as they are; both models must have the same shared
     parameters. `ahead_of(name)` gives the training that follows. Raises UserError; nothing is changed then.
     """
-    with Subject(path, out) as subject:
+    with CheckpointEditor(path, out) as subject:
         source, sibling = subject.checkpoint, resolve(model)
         if domain is None and len(sibling.domains) > 1:
             raise UserError(f"{sibling.path} has the domains {', '.join(sibling.domains)}: choose one with --domain")
@@ -116,7 +116,7 @@ def add_model(
         theirs = next(entry for entry in stored_config(sibling).to_dict()["domains"] if entry["name"] == domain)
         ahead = ahead_of(name) if ahead_of is not None else None
         _extend(subject, {**theirs, "name": name, "weight": weight}, ahead)
-        new = NewTensors()
+        new = EditedTensors()
         for tensor in sibling.names(domains=[domain], shared=False):
             if folder_layout.is_optimizer(tensor) and not subject.has_moments:
                 continue
@@ -141,14 +141,14 @@ def add_model(
         )
 
 
-def _extend(subject: Subject, entry: dict[str, Any], ahead: domain_edits.Ahead | None):
+def _extend(subject: CheckpointEditor, entry: dict[str, Any], ahead: domain_edits.Ahead | None):
     """The configuration with the new domain, checked; `subject.values` holds it too."""
     values = subject.values
     domain_edits.add_domain(values, entry, subject.checkpoint.step, ahead)
     return domain_edits.checked(values, f"the new domain {entry['name']}")
 
 
-def read_text(subject: Subject, config: Config) -> tuple[DomainStore, dict[str, np.ndarray]]:
+def read_text(subject: CheckpointEditor, config: Config) -> tuple[DomainStore, dict[str, np.ndarray]]:
     """(the new domain's token store, its probe): the text is read, tokenised and cached as training will want it."""
     from pangu_sigma.data.corpus_files import Source
     from pangu_sigma.data.domain_store import prepare_domain
@@ -182,7 +182,7 @@ def _converted(name: str, dtype: str, make) -> np.ndarray:
     return converted(name, make(), dtype)
 
 
-def fresh_moments(new: NewTensors, source: Checkpoint, name: str, experts: int) -> None:
+def fresh_moments(new: EditedTensors, source: Checkpoint, name: str, experts: int) -> None:
     """Zero moments and step counts for what `new` does not bring itself, where the model carries its optimizer."""
     model = f"domains.{source.domains[0]}."
     for tensor in source.names(domains=[source.domains[0]], shared=False, parameters=False):

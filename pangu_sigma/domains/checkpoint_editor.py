@@ -38,7 +38,7 @@ from pangu_sigma.trained_model import run_of, stored_config
 
 
 @dataclass(frozen=True)
-class Changed:
+class EditResult:
     """A change that stands: the checkpoint, its configuration, and whether it lies in a run that can go on.
 
     lost_mesh: whether the model's mesh does not hold the changed domains, so that its configuration names none.
@@ -51,7 +51,7 @@ class Changed:
 
 
 @dataclass
-class NewTensors:
+class EditedTensors:
     """Tensors that a change makes: name -> (spec, how to get it)."""
 
     sources: dict[str, tuple[TensorSpec, Callable[[], TensorBytes]]] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class NewTensors:
         return self.sources[spec.name][1]()
 
 
-class Subject:
+class CheckpointEditor:
     """The model whose domains change: a run (its last checkpoint), or with `out` any checkpoint or model folder.
 
     A context that holds the run's lock where the run itself is changed. Raises UserError for a model that is not whole,
@@ -83,7 +83,7 @@ class Subject:
         self.any_router = any_router
         self._open = ExitStack()
 
-    def __enter__(self) -> Subject:
+    def __enter__(self) -> CheckpointEditor:
         self._open.enter_context(sigterm_as_ctrl_c())
         try:
             self._prepare()
@@ -144,14 +144,14 @@ class Subject:
         *,
         domains: Sequence[str],
         keep: Sequence[str],
-        new: NewTensors,
+        new: EditedTensors,
         coverage: Mapping[str, Mapping[str, int]],
         corpora: Mapping[str, str],
         probe: Mapping[str, np.ndarray],
         state: Mapping[str, Any] | None = None,
         extra_state: Mapping[str, Any] | None = None,
         keep_shared: bool = True,
-    ) -> Changed:
+    ) -> EditResult:
         """Write the changed model: files of the domains `keep` stay, `new` ones are added; `what` tells the change.
 
         `keep_shared` False: the shared tensors are among the new ones too.
@@ -187,11 +187,11 @@ class Subject:
             if self.out is None:
                 written = replace_checkpoint(self.run_dir, content, advance)
                 write_text(self.run_dir / folder_layout.CONFIG, config.to_yaml())
-                return Changed(written, config, self.run_dir, lost_mesh)
+                return EditResult(written, config, self.run_dir, lost_mesh)
             if self.run_dir is not None:
                 written = write_changed_run(self.out, content, advance)
-                return Changed(written, config, run_of(written), lost_mesh)
-            return Changed(write_changed_folder(self.out, content, advance), config, None)
+                return EditResult(written, config, run_of(written), lost_mesh)
+            return EditResult(write_changed_folder(self.out, content, advance), config, None)
 
 
 def check_router(checkpoint: Checkpoint, config: Config) -> None:

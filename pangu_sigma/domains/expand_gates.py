@@ -21,8 +21,8 @@ from pangu_sigma.checkpoint import Checkpoint, folder_layout
 from pangu_sigma.checkpoint.float_types import as_float32, converted
 from pangu_sigma.config import Config, domain_edits, manifest
 from pangu_sigma.domains.add_domain import NewDomain, fresh_moments, read_text
-from pangu_sigma.domains.checkpoint_editor import Changed, NewTensors, Subject, check_free
-from pangu_sigma.domains.new_domain_tensors import Initial
+from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditedTensors, EditResult, check_free
+from pangu_sigma.domains.new_domain_tensors import NewDomainTensors
 from pangu_sigma.errors import UserError
 from pangu_sigma.train.continual.teacher_snapshot import PREVIOUS, Record, identity, link_previous
 from rre.counted_random import generator
@@ -33,13 +33,13 @@ _WEIGHT, _NOISE = ".router.weight", ".router.noise_weight"
 _BREAKS_TIES = 0.01
 
 
-def expand_domain(path: Path, wanted: NewDomain, ahead: domain_edits.Ahead) -> Changed:
+def expand_domain(path: Path, wanted: NewDomain, ahead: domain_edits.Ahead) -> EditResult:
     """Add a domain to the run `path` of a learned gate, with experts and gate columns, and plan its training (`ahead`).
 
     Only the new domain's experts and columns train, and the other shared parameters as `ahead` says. No old domain's
     file changes by a byte. Raises UserError; nothing is changed then.
     """
-    with Subject(path, None, any_router=True) as subject:
+    with CheckpointEditor(path, None, any_router=True) as subject:
         source = subject.checkpoint
         _check_gate(source, subject.config)
         check_free(source, wanted.name)
@@ -48,9 +48,9 @@ def expand_domain(path: Path, wanted: NewDomain, ahead: domain_edits.Ahead) -> C
         phases = values["train"]["phases"]
         phases[-1]["domains"] = [wanted.name]
         config = domain_edits.checked(values, f"the new domain {wanted.name}")
-        initial = Initial(source, subject.config, wanted.name, wanted.experts, wanted.init)
+        initial = NewDomainTensors(source, subject.config, wanted.name, wanted.experts, wanted.init)
         store, probe = read_text(subject, config)
-        new = NewTensors()
+        new = EditedTensors()
         _add_experts(new, source, config, wanted, initial)
         _add_shared(new, source, config, wanted)
         fresh_moments(new, source, wanted.name, wanted.experts)
@@ -88,7 +88,7 @@ def _check_gate(source: Checkpoint, config: Config) -> None:
 
 
 def _add_experts(
-    new: NewTensors, source: Checkpoint, config: Config, wanted: NewDomain, initial: Initial
+    new: EditedTensors, source: Checkpoint, config: Config, wanted: NewDomain, initial: NewDomainTensors
 ) -> None:
     prefix = f"domains.{wanted.name}."
     for name, shape in manifest(config, config.model.vocab_size).items():
@@ -100,7 +100,7 @@ def _add_experts(
             new.add(name, dtype, shape, make)
 
 
-def _expert_tensor(initial: Initial, suffix: str, shape: tuple[int, ...], layer_name: str) -> np.ndarray:
+def _expert_tensor(initial: NewDomainTensors, suffix: str, shape: tuple[int, ...], layer_name: str) -> np.ndarray:
     kind, _, of = initial.text.partition(":")
     if kind != "from":
         return initial.tensor(suffix, shape, layer_name, None)
@@ -109,7 +109,7 @@ def _expert_tensor(initial: Initial, suffix: str, shape: tuple[int, ...], layer_
     return own[np.arange(shape[0]) % len(own)]
 
 
-def _add_shared(new: NewTensors, source: Checkpoint, config: Config, wanted: NewDomain) -> None:
+def _add_shared(new: EditedTensors, source: Checkpoint, config: Config, wanted: NewDomain) -> None:
     """The shared tensors and their moments as they are, the gates' with more columns."""
     for name in source.names(domains=[]):
         entry = source.manifest.tensors[name]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pangu_sigma.config.domain_edits import replace_ahead
-from pangu_sigma.domains.checkpoint_editor import Changed, NewTensors, Subject
+from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditedTensors, EditResult
 
 
 def plan_training(
@@ -17,21 +17,21 @@ def plan_training(
     *,
     max_domains_per_batch: int | None = None,
     out: Path | None = None,
-) -> Changed:
+) -> EditResult:
     """Give the run `path`, or with `out` a new run that shares its files, another plan; no tensor changes.
 
     phases: the run's whole `train.phases`, those that are done as they were. max_domains_per_batch: the run's
     `data.max_domains_per_batch` from now on. `what` tells the change. Works with any router. Raises UserError;
     nothing is changed then.
     """
-    with Subject(path, out, any_router=True) as subject:
+    with CheckpointEditor(path, out, any_router=True) as subject:
         source = subject.checkpoint
         replace_ahead(subject.values, phases, max_domains_per_batch)
         return subject.write(
             what,
             domains=source.domains,
             keep=source.domains,
-            new=NewTensors(),
+            new=EditedTensors(),
             coverage=source.coverage,
             corpora=source.fingerprints.corpora,
             probe=source.probe(),

@@ -11,7 +11,7 @@ from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.config import config_from_dict
 from pangu_sigma.config.finetuning_file import without_adaptation
 from pangu_sigma.config.relocate import with_run_folder
-from pangu_sigma.domains.checkpoint_editor import Changed, NewTensors, check_router
+from pangu_sigma.domains.checkpoint_editor import EditedTensors, EditResult, check_router
 from pangu_sigma.domains.sibling_models import check_siblings, different_tensors, domain_names
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
@@ -19,7 +19,7 @@ from pangu_sigma.signals import sigterm_as_ctrl_c
 from pangu_sigma.trained_model import stored_config
 
 
-def merge_models(paths: Sequence[Path], out: Path) -> Changed:
+def merge_models(paths: Sequence[Path], out: Path) -> EditResult:
     """Write the model folder `out` with the domains of all models, in their order; optimizer state stays behind.
 
     A domain that several of them have must be the same in all, and is taken once. Raises UserError naming what differs.
@@ -54,7 +54,7 @@ def merge_models(paths: Sequence[Path], out: Path) -> Changed:
             *(file for domain, model in owners.items() for file in kept_files(model, [f"domains/{domain}"])),
         ],
         tensors=(),
-        read=NewTensors().read,
+        read=EditedTensors().read,
         domains=list(owners),
         coverage={
             layer_name: {domain: model.coverage[layer_name][domain] for domain, model in owners.items()}
@@ -84,7 +84,7 @@ def merge_models(paths: Sequence[Path], out: Path) -> Changed:
     total = sum(file.size for file in (*content.kept, *content.new_files()))
     with sigterm_as_ctrl_c(), progress("merge", total, unit="B") as job:
         written = write_changed_folder(out, content, lambda done, _: job.set(done))
-    return Changed(written, merged, None)
+    return EditResult(written, merged, None)
 
 
 def _check_same(domain: str, owner: Checkpoint, model: Checkpoint) -> None:

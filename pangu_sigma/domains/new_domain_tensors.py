@@ -27,7 +27,7 @@ _SAME_SHAPE = ("layers", "hidden", "ffn", "vocab_size", "activation", "biases", 
 
 
 @dataclass(frozen=True)
-class Initial:
+class NewDomainTensors:
     """The beginning of domain `name` with a group of `experts` in the model `source` of `config`.
 
     text: how it was asked for (see above). Every method gives one tensor, in the type float32 or int32. Raises

@@ -5,13 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from pangu_sigma.config import domain_edits
-from pangu_sigma.domains.checkpoint_editor import Changed, NewTensors, Subject, check_free, check_known, sampler_state
+from pangu_sigma.domains.checkpoint_editor import (
+    CheckpointEditor,
+    EditedTensors,
+    EditResult,
+    check_free,
+    check_known,
+    sampler_state,
+)
 from pangu_sigma.errors import UserError
 
 
-def remove_domain(path: Path, name: str, *, out: Path | None = None) -> Changed:
+def remove_domain(path: Path, name: str, *, out: Path | None = None) -> EditResult:
     """Remove the domain `name`, its experts, tables and moments; no other tensor changes. Raises UserError."""
-    with Subject(path, out) as subject:
+    with CheckpointEditor(path, out) as subject:
         source = subject.checkpoint
         check_known(source, name)
         if len(source.domains) == 1:
@@ -22,7 +29,7 @@ def remove_domain(path: Path, name: str, *, out: Path | None = None) -> Changed:
             f"remove {name}",
             domains=left,
             keep=left,
-            new=NewTensors(),
+            new=EditedTensors(),
             coverage={
                 layer_name: {domain: groups[domain] for domain in left}
                 for layer_name, groups in source.coverage.items()
@@ -33,12 +40,12 @@ def remove_domain(path: Path, name: str, *, out: Path | None = None) -> Changed:
         )
 
 
-def rename_domain(path: Path, old: str, new: str, *, out: Path | None = None) -> Changed:
+def rename_domain(path: Path, old: str, new: str, *, out: Path | None = None) -> EditResult:
     """Give the domain `old` the name `new`: its tensors' bytes stay, their names and its files' change.
 
     Its text goes on in an order of its own, since a domain's order is drawn by its name. Raises UserError.
     """
-    with Subject(path, out, any_router=True) as subject:
+    with CheckpointEditor(path, out, any_router=True) as subject:
         source = subject.checkpoint
         check_known(source, old)
         if old != new:
@@ -46,7 +53,7 @@ def rename_domain(path: Path, old: str, new: str, *, out: Path | None = None) ->
         else:
             raise UserError(f"domain {old} has this name already: choose another one")
         renamed = {domain: new if domain == old else domain for domain in source.domains}
-        tensors = NewTensors()
+        tensors = EditedTensors()
         for tensor in source.names(domains=[old], shared=False):
             entry = source.manifest.tensors[tensor]
             target = f"domains.{new}.{tensor.removeprefix(f'domains.{old}.')}"

@@ -10,7 +10,7 @@ import numpy as np
 from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.config.parameter_counts import is_expert, is_routing
-from pangu_sigma.domains.checkpoint_editor import Changed, NewTensors, Subject, check_known
+from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditedTensors, EditResult, check_known
 from pangu_sigma.domains.split_tables import origins_of_copies, split_table
 from pangu_sigma.errors import UserError
 from rre.routing_tables import draw_table
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from pangu_sigma.data.domain_store import DomainStore
 
 
-def resize_domain(path: Path, name: str, experts: int, *, redraw: bool = False, out: Path | None = None) -> Changed:
+def resize_domain(path: Path, name: str, experts: int, *, redraw: bool = False, out: Path | None = None) -> EditResult:
     """Grow the group of the domain `name` to `experts` in every sparse layer.
 
     Every new expert is a copy of the old one that has most to do for each of its copies. A token stays with its expert
     or goes to a copy of it, so the function stays what it was; with `redraw` tables are drawn anew instead. Raises
     UserError for a group that would not grow.
     """
-    with Subject(path, out) as subject:
+    with CheckpointEditor(path, out) as subject:
         source = subject.checkpoint
         check_known(source, name)
         sizes = {groups[name] for groups in source.coverage.values()}
@@ -37,7 +37,7 @@ def resize_domain(path: Path, name: str, experts: int, *, redraw: bool = False, 
             )
         by_frequency = subject.config.model.sparse.table == "frequency"
         counts = token_counts(config_from_dict(subject.values), source, name) if by_frequency else None
-        new = NewTensors()
+        new = EditedTensors()
         for layer_name, groups in source.coverage.items():
             _grow(new, source, subject.config, name, layer_name, groups[name], experts, counts, redraw)
         for tensor in source.names(domains=[name], shared=False):
@@ -81,7 +81,7 @@ def domain_store(config: Config, checkpoint: Checkpoint, name: str) -> DomainSto
 
 
 def _grow(
-    new: NewTensors, source: Checkpoint, config: Config, name: str, layer_name: str, old: int, experts: int,
+    new: EditedTensors, source: Checkpoint, config: Config, name: str, layer_name: str, old: int, experts: int,
     counts: np.ndarray | None, redraw: bool,
 ) -> None:  # fmt: skip
     """Adds one sparse layer's tensors of the grown group."""

@@ -67,9 +67,9 @@ def test_a_domain_that_was_never_drawn_can_continue_alone(saved, tmp_path):
     values["train"]["phases"] = []
     stored = open_checkpoint(parent)
     stored.__dict__["config_text"] = yaml.safe_dump(values)
-    from extract.extraction_plan import Cut
+    from extract.extraction_plan import ExtractionPlan
 
-    assert Cut(stored, ("law",)).config.domains[0].weight == 1.0
+    assert ExtractionPlan(stored, ("law",)).config.domains[0].weight == 1.0
 
 
 def test_neither_foreign_files_nor_optimizer_state_are_read(saved, tmp_path):

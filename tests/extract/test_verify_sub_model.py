@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from extract.extraction_job import extract, plan
-from extract.extraction_plan import Cut
+from extract.extraction_plan import ExtractionPlan
 from extract.verify_sub_model import VerificationError, compare_tensors, mixed_batches, verify
 from pangu_sigma.checkpoint import open_checkpoint
 from pangu_sigma.errors import UserError
@@ -66,14 +66,14 @@ def test_a_foreign_expert_does_not_matter(poems, parent, tmp_path):
     flip_byte(changed, "domains.law.blocks.1.experts.down.bias")
     other = open_checkpoint(changed)
     assert other.sha256 != poems.cut.parent.sha256
-    found = verify(other, poems.model, Cut(other, ("poems",)))
+    found = verify(other, poems.model, ExtractionPlan(other, ("poems",)))
     assert found.largest_logit_difference == 0.0 and found.holds
 
 
 def test_a_sub_model_that_is_another_function_gets_no_name(parent, tmp_path, monkeypatch):
     """A fault between reading and writing: what is written is not what was read."""
     cut = plan(parent, ["law"], dtype="float16")
-    monkeypatch.setattr(Cut, "converts", False)  # as if the weights had been kept
+    monkeypatch.setattr(ExtractionPlan, "converts", False)  # as if the weights had been kept
     with pytest.raises(VerificationError, match=r"not the same function: the largest logit difference is .* kept"):
         extract(cut, tmp_path / "law")
     assert not list(tmp_path.iterdir())

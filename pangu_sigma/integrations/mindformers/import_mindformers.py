@@ -18,13 +18,13 @@ from safetensors import SafetensorError, safe_open
 from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder, TensorSpec
 from pangu_sigma.config import Config
 from pangu_sigma.config.parameter_counts import is_routing, manifest, parameter_counts
-from pangu_sigma.convert.conversion_coverage import LeftBehind, check_coverage
+from pangu_sigma.convert.conversion_coverage import SkippedTensors, check_coverage
 from pangu_sigma.convert.converted_folder import check_output, new_specs, write_with_progress
 from pangu_sigma.errors import UserError
 from pangu_sigma.integrations.mindformers.companion_files import Companion, find_companion, read_companion
 from rre.router_specs import LAYER
 
-SKIPPED = LeftBehind(
+SKIPPED = SkippedTensors(
     {
         "adam_m.*": (r"adam_m\..+", "first moments of the optimizer"),
         "adam_v.*": (r"adam_v\..+", "second moments of the optimizer"),
@@ -41,7 +41,7 @@ _STEP = re.compile(r"-(\d+)_(\d+)$")
 
 
 @dataclass(frozen=True)
-class Imported:
+class ImportedMindFormersRun:
     """The written folder, where it came from, and the tensors left behind by rule."""
 
     checkpoint: Checkpoint
@@ -51,7 +51,7 @@ class Imported:
     skipped: dict[str, int]
 
 
-def import_mindformers(source: Path, out: Path, run: Path | None = None) -> Imported:
+def import_mindformers(source: Path, out: Path, run: Path | None = None) -> ImportedMindFormersRun:
     """Write the model folder `out` from a checkpoint file, or from the newest of a MindFormers output folder.
 
     `run`: the output folder, where the file lies elsewhere. Raises UserError with the list of tensors unless every
@@ -94,7 +94,7 @@ def import_mindformers(source: Path, out: Path, run: Path | None = None) -> Impo
             "import",
         )
     by_rule = {rule: sum(1 for r in skipped.values() if r == rule) for rule in dict.fromkeys(skipped.values())}
-    return Imported(written, config, file, counts.total, by_rule)
+    return ImportedMindFormersRun(written, config, file, counts.total, by_rule)
 
 
 def checkpoint_file(source: Path) -> Path:

@@ -16,7 +16,7 @@ from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 from extract.export.export_job import Options, export
 from pangu_sigma import runtime
 from pangu_sigma.checkpoint import open_checkpoint
-from pangu_sigma.convert.import_olmoe import Wanted, import_olmoe
+from pangu_sigma.convert.import_olmoe import OlmoeImportSettings, import_olmoe
 from pangu_sigma.convert.olmoe_names import parts_of
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation.kv_cache_decoder import CachedDecoder
@@ -55,10 +55,10 @@ def theirs(tokenizer) -> OlmoeForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def wanted(tokenizer, tmp_path_factory) -> Wanted:
+def wanted(tokenizer, tmp_path_factory) -> OlmoeImportSettings:
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save(folder)
-    return Wanted(folder / "tokenizer.model", "sentencepiece")
+    return OlmoeImportSettings(folder / "tokenizer.model", "sentencepiece")
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +261,7 @@ def test_the_folders_own_tokenizer_comes_along(folder, tmp_path, tokenizer):
     values = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 0}
     (tmp_path / "config.json").write_text(json.dumps(values))
     library.save(str(tmp_path / "tokenizer.json"))
-    done = import_olmoe(tmp_path, tmp_path / "model", Wanted())
+    done = import_olmoe(tmp_path, tmp_path / "model", OlmoeImportSettings())
     found = load_trained_tokenizer(done)
     assert (found.kind, found.eod_id, found.pad_id) == ("huggingface", 0, 1)
     text = "the fox, <|endoftext|> <|padding|> dog\n\tnaïve 🙂"

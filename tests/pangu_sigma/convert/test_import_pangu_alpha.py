@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pangu_sigma.checkpoint import open_checkpoint
-from pangu_sigma.convert.import_pangu_alpha import Wanted, import_pangu_alpha
+from pangu_sigma.convert.import_pangu_alpha import PanguAlphaImportSettings, import_pangu_alpha
 from pangu_sigma.errors import UserError
 from pangu_sigma.trained_model import stored_config, stored_tokenizer
 from tests.pangu_sigma.convert import pangu_alpha_files
@@ -22,8 +22,10 @@ def tensors():
 
 @pytest.fixture
 def wanted(vocab_model):
-    def make(**changes) -> Wanted:
-        return Wanted(**{"tokenizer": vocab_model, "tokenizer_kind": "sentencepiece", "heads": HEADS, **changes})
+    def make(**changes) -> PanguAlphaImportSettings:
+        return PanguAlphaImportSettings(
+            **{"tokenizer": vocab_model, "tokenizer_kind": "sentencepiece", "heads": HEADS, **changes}
+        )
 
     return make
 
@@ -35,7 +37,7 @@ def imported(tensors, vocab_model, tmp_path_factory):
     moments = {f"adam_{m}.{name}": array for m in "mv" for name, array in tensors.items()}
     counters = {"global_step": np.int32(7).reshape(()), "epoch_num": np.int32(1).reshape(())}
     source = pangu_alpha_files.write_ckpt(folder / "merged.ckpt", {**tensors, **moments, **counters})
-    wanted = Wanted(tokenizer=vocab_model, tokenizer_kind="sentencepiece", heads=HEADS)
+    wanted = PanguAlphaImportSettings(tokenizer=vocab_model, tokenizer_kind="sentencepiece", heads=HEADS)
     return import_pangu_alpha(source, folder / "out", wanted)
 
 
@@ -112,7 +114,7 @@ def published_import(published, tmp_path, strategy, layers, dtype=np.float32, **
     word = "backbone.word_embedding.embedding_table"
     tensors[word] = np.resize(tensors[word], (40000, 512))
     source = pangu_alpha_files.write_shards(tmp_path / "shards", tensors, strategy)
-    wanted = Wanted(tokenizer=published / "vocab.model", heads=8)
+    wanted = PanguAlphaImportSettings(tokenizer=published / "vocab.model", heads=8)
     return import_pangu_alpha(source, tmp_path / "out", wanted), tensors
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pangu_sigma.convert.strategy_file import CutLayout, read_strategy
+from pangu_sigma.convert.strategy_file import ShardedLayout, read_strategy
 from pangu_sigma.errors import UserError
 
 
@@ -47,7 +47,7 @@ def test_slices_are_those_that_mindspore_cuts(devices, tensor_map, ways):
     from mindspore.parallel._tensor import _construct_tensor_layout_for_opt_shard, _load_tensor
 
     whole = np.arange(16 * 24, dtype=np.float32).reshape(16, 24)
-    layout = CutLayout(devices, tensor_map, ways)
+    layout = ShardedLayout(devices, tensor_map, ways)
     size = tuple(full // cuts for full, cuts in zip(whole.shape, layout.cuts, strict=True))
     free = [axis for axis in range(len(devices)) if len(devices) - 1 - axis not in tensor_map]
     equal = int(np.prod([devices[axis] for axis in free]))

@@ -138,12 +138,12 @@ def test_frequency_tables_count_the_domains_own_text(dense, sparse_yaml, tmp_pat
 
 
 def test_an_imported_pangu_alpha_can_be_upcycled(vocab_model, corpora, tmp_path, logits):
-    from pangu_sigma.convert.import_pangu_alpha import Wanted, import_pangu_alpha
+    from pangu_sigma.convert.import_pangu_alpha import PanguAlphaImportSettings, import_pangu_alpha
     from tests.pangu_sigma.convert import pangu_alpha_files
 
     tensors = pangu_alpha_files.make_alpha(layers=3, hidden=16, ffn=32, vocab=VOCAB, positions=16)
     source = pangu_alpha_files.write_ckpt(tmp_path / "alpha.ckpt", tensors)
-    wanted = Wanted(tokenizer=vocab_model, tokenizer_kind="sentencepiece", heads=2)
+    wanted = PanguAlphaImportSettings(tokenizer=vocab_model, tokenizer_kind="sentencepiece", heads=2)
     import_pangu_alpha(source, tmp_path / "dense", wanted)
     model = {"activation": "gelu", "sparse": {"layers": 1}}
     config = configuration(tmp_path / "run", vocab_model, corpora, model, GROUPS)

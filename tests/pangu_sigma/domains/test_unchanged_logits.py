@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from extract.extraction_plan import Cut
+from extract.extraction_plan import ExtractionPlan
 from extract.verify_sub_model import verify
 from pangu_sigma.checkpoint import Checkpoint, find_latest
 from pangu_sigma.config.domain_edits import Ahead
@@ -54,7 +54,7 @@ def with_verse(parent, folder, corpora) -> Path:
 
 def assert_same_function(larger: Checkpoint, smaller: Checkpoint) -> None:
     """The domains of `smaller` give the same logits, bit for bit, in batches that mix all domains of `larger`."""
-    found = verify(larger, smaller, Cut(larger, smaller.domains))
+    found = verify(larger, smaller, ExtractionPlan(larger, smaller.domains))
     assert found.largest_logit_difference == 0.0 < found.largest_logit and not found.different_tensors
     assert found.domains_mixed == len(larger.domains)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from extract.extraction_plan import Cut
+from extract.extraction_plan import ExtractionPlan
 from pangu_sigma.checkpoint import find_latest
 from pangu_sigma.domains.list_domains import list_domains
 from tests.pangu_sigma.train.training_process import (
@@ -153,7 +153,7 @@ def test_a_run_of_a_stream_is_like_any_other(uninterrupted):
     facts = {fact.name: fact for fact in list_domains(uninterrupted)}
     assert sum(fact.tokens for fact in facts.values()) == 16 * 4 * STEPS and facts["law"].loss_kind == "train"
     # A domain that is cut out goes its own way, without the stream.
-    assert parent.state["sampler"]["kind"] == "stream" and Cut(parent, ["law"]).config.data.stream is None
+    assert parent.state["sampler"]["kind"] == "stream" and ExtractionPlan(parent, ["law"]).config.data.stream is None
 
 
 REFUSED = {
