@@ -15,8 +15,7 @@ class RouterKind:
     `options`: keys of the configuration that only routers which name them obey. `causal`: whether a token's experts
     depend on it alone.
     `keeps_scale`: whether a token's combine weights add up to 1, so that equal experts are one network.
-    `top_layer`: whether it mixes what the model's top layer gives, and stands nowhere else. `cut`: whether it has a
-    form in a graph that is cut over devices.
+    `cut`: whether it has a form in a graph that is cut over devices.
     """
 
     learned: bool
@@ -26,7 +25,6 @@ class RouterKind:
     options: frozenset[str] = frozenset()
     causal: bool = True
     keeps_scale: bool = True
-    top_layer: bool = False
     cut: bool = False
 
 
@@ -40,8 +38,7 @@ KINDS = {
     "olmoe": RouterKind(
         True, experts_per_token=8, options=frozenset({"renormalise", "balance"}), keeps_scale=False, cut=True
     ),
-    "adaptive_mixture": RouterKind(
-        True, experts_per_token=None, fixed=True, options=frozenset({"mixture_loss"}), top_layer=True
-    ),
     "expert_choice": RouterKind(True, experts_per_token=2, causal=False, keeps_scale=False),
+    # Of no sparse layer: the gate of a top layer that is an adaptive mixture.
+    "every_expert": RouterKind(True, experts_per_token=None, fixed=True),
 }

@@ -40,14 +40,6 @@ class CompiledNetworks(nn.Cell):
         return self.networks(x, plan[0], plan[1], weights)[0]
 
 
-class CopiesOfRows(nn.Cell):
-    """x_TD, shape (n * T, D) -> x n times, one after the other: what an `apart` layer's outputs stand beside."""
-
-    def construct(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-        tokens, hidden = x.shape
-        return ops.BroadcastTo((shape[0] // tokens, tokens, hidden))(x).reshape(shape)
-
-
 class SparseFeedForward(nn.Cell):
     """x_TD -> (y_TD, auxiliary loss, rows); the feed-forward part of a sparse layer.
 
@@ -57,9 +49,6 @@ class SparseFeedForward(nn.Cell):
     the routed ones, which every token takes with weight 1. Under a mesh's layout rows go by capacity, in `chunks` of
     the experts. `exchange`: where other processes hold other experts; plans and weights are then of the rows that come
     here and of the experts that are held here.
-
-    `apart`: the router keeps what the E experts give apart; y is then (their outputs [E * T, D], expert by expert, the
-    logarithms [T, E] of their shares).
     """
 
     def __init__(
@@ -72,11 +61,10 @@ class SparseFeedForward(nn.Cell):
         by_expert: bool = False,
         shared_expert: nn.Cell | None = None,
         chunks: int = 1,
-        apart: bool = False,
     ) -> None:
         super().__init__()
         self.router = router
-        self.by_expert, self.apart = by_expert, apart
+        self.by_expert = by_expert
         self.has_shared_expert = shared_expert is not None
         if shared_expert is not None:
             self.shared_expert = shared_expert
@@ -98,18 +86,11 @@ class SparseFeedForward(nn.Cell):
         self.take = layout(ops.Gather(), (1, 1), (1,))
         self.add_up = layout(ops.UnsortedSegmentSum(), (1, 1), (1,))
         self.add = layout(ops.Add(), layout.stream, layout.stream)
-        self.turn = layout(ops.Transpose(), (1, 1, 1))
-        self.copies = CopiesOfRows()
 
     def construct(
         self, x: Tensor, routing: tuple[Tensor, ...], weights: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
         plan, combine_weights, auxiliary, counts = self.router(x, routing)
-        if self.apart:
-            outputs = self.by_owner(self.where_experts_are(x, plan, weights), x.shape)
-            if self.has_shared_expert:
-                outputs = self.add(outputs, self.copies(self.shared_expert(x), outputs.shape))
-            return (outputs, combine_weights), auxiliary, counts
         y = self.routed(x, plan, combine_weights, weights)
         if self.has_shared_expert:
             y = self.add(y, self.shared_expert(x))
@@ -132,11 +113,6 @@ class SparseFeedForward(nn.Cell):
         if y.shape[0] > tokens:
             y = self.choice_sum(y.reshape(tokens, -1, hidden), 1)
         return y
-
-    def by_owner(self, y: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Outputs [T * E, D] of tokens with all experts -> [E * T, D], expert by expert."""
-        tokens, hidden = shape
-        return self.turn(y.reshape(tokens, -1, hidden), (1, 0, 2)).reshape(-1, hidden)
 
     def where_experts_are(self, x: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
         """The networks on all rows that come here, and what they give back where the rows came from."""

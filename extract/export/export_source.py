@@ -58,10 +58,10 @@ def open_source(model: str | Path, domains: Sequence[str] | None = None) -> Expo
     checkpoint = resolve(model)
     config = stored_config(checkpoint)
     chosen = _chosen(config.domain_names, domains)
-    if config.model.sparse_prefixes and config.model.sparse.router != "rre" and chosen != config.domain_names:
+    if config.model.sparse_prefixes and config.model.router != "rre" and chosen != config.domain_names:
         raise UserError(
-            f"the model's {config.model.sparse.router} gate chooses among the experts of all domains, so it cannot be "
-            "exported with some of them; leave --domain out"
+            f"the model's gate ({config.model.router_setting}) chooses among the experts of all domains, so it cannot "
+            "be exported with some of them; leave --domain out"
         )
     return ExportSource(checkpoint, config, stored_tokenizer(checkpoint), chosen)
 
@@ -76,9 +76,9 @@ def check_pangu(source: ExportSource) -> None:
             "others yet"
         )
     sparse = model.sparse
-    if model.sparse_prefixes and sparse.router not in ("rre", "switch"):
+    if model.sparse_prefixes and model.router not in ("rre", "switch"):
         raise UserError(
-            f"{path} routes by model.sparse.router = {sparse.router}, which no export format has yet: "
+            f"{path} routes by {model.router_setting}, which no export format has yet: "
             "export a model of router rre or switch"
         )
     if model.sparse_prefixes and sparse.shared_expert:

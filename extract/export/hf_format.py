@@ -133,7 +133,7 @@ def configuration(source: ExportSource, dtype: str) -> dict:
         "initializer_range": model.init_std,
         "query_layer": model.query_layer == "next_position",
         "sparse_layers": list(model.sparse_prefixes),
-        "router": model.sparse.router,
+        "router": model.router,
         "domains": list(source.domains),
         "experts": list(source.experts),
         "domain": source.domains[0],

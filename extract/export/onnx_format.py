@@ -219,7 +219,7 @@ class _OnnxModel:
         """Rows find their experts; each expert computes exactly its rows."""
         op, constant = self.op, self.constant
         weight = None
-        if self.model.sparse.router == "switch":
+        if self.model.router == "switch":
             probabilities = op("Softmax", op("MatMul", x, self.weight(f"{prefix}.router.weight")), axis=-1)
             ids = op("ArgMax", probabilities, axis=-1, keepdims=0)
             weight = op("ReduceMax", probabilities, axes=[-1], keepdims=1)

@@ -9,8 +9,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rre.router_specs import KINDS
-
 if TYPE_CHECKING:
     from pangu_sigma.config.schema import Config
 
@@ -52,7 +50,7 @@ def activated_slots(config: Config) -> int:
     """
     mesh = config.parallel.mesh
     sizes = [domain.experts for domain in config.domains]
-    by_domain = KINDS[config.model.sparse.router].tables == "domain"
+    by_domain = config.model.router_spec.tables == "domain"
     if config.experts.store == "device" or not by_domain:
         return sum(sizes) // mesh.placement_groups
     together = config.train.gradient_accumulation_steps if mesh.pipeline > 1 else 1
@@ -76,7 +74,7 @@ def rows_of_group(config: Config) -> int:
     layer else."""
     sparse, length = config.model.sparse, config.data.sequence_length * config.model.sparse.capacity_samples
     sizes = [domain.experts for domain in config.domains]
-    among = min(sizes) if KINDS[sparse.router].tables == "domain" else sum(sizes)
+    among = min(sizes) if config.model.router_spec.tables == "domain" else sum(sizes)
     return math.ceil(sparse.capacity_factor * config.experts_per_token * length / among)
 
 

@@ -74,7 +74,7 @@ def _device(config: Config) -> Broken:
     sparse = config.model.sparse
     cut = config.cut_over_devices and config.model.sparse_prefixes
     # A router that has no cut form at all is refused with that reason.
-    if cut and KINDS[sparse.router].cut and sparse.dispatch == "dropless":
+    if cut and config.model.router_spec.cut and sparse.dispatch == "dropless":
         yield (
             "model.sparse.dispatch",
             "model.sparse.dispatch = dropless has rows of changing number, but a graph that is cut over devices needs "
@@ -91,11 +91,10 @@ def _experts(config: Config, mesh: Mesh) -> Broken:
                 f"{mesh.data * mesh.expert}",
             )
         return
-    router = config.model.sparse.router
-    if mesh.placement_groups > 1 and KINDS[router].tables != "domain":
+    if mesh.placement_groups > 1 and config.model.router_spec.tables != "domain":
         yield (
             "parallel.placement",
-            f"parallel.placement = domain keeps a domain's rows at its own experts, but model.sparse.router = {router} "
+            f"parallel.placement = domain keeps a domain's rows at its own experts, but {config.model.router_setting} "
             "sends them to all: set placement to global, or the router to rre",
         )
     sizes = [domain.experts for domain in config.domains]
@@ -165,23 +164,23 @@ def _one_graph(config: Config, mesh: Mesh) -> Broken:
         )
     if not config.model.sparse_prefixes:
         return
-    router = model.sparse.router
-    if not KINDS[router].cut:
+    if not model.router_spec.cut:
         others = ", ".join(name for name, kind in KINDS.items() if kind.cut)
+        advice = "leave it out" if model.is_mixture else f"choose one of {others}"
         yield (
-            "model.sparse.router",
-            f"model.sparse.router = {router} has no form that is cut over devices: choose one of {others}",
+            model.router_setting.partition(" ")[0],
+            f"{model.router_setting} has no form that is cut over devices: {advice}",
         )
-    if router == "olmoe" and model.sparse.balance == "pooled":
+    if model.router == "olmoe" and model.sparse.balance == "pooled":
         yield (
             "model.sparse.balance",
             "model.sparse.balance = pooled has no form that is cut over devices: set it to per_layer",
         )
     for name, number in (("expert_chunks", parallel.expert_chunks), ("pipeline", parallel.pipeline)):
-        if KINDS[router].learned and number > 1:
+        if model.router_spec.learned and number > 1:
             yield (
                 f"parallel.{name}",
-                f"parallel.{name} = {number} needs rows planned outside the graph, and a gate ({router}) "
+                f"parallel.{name} = {number} needs rows planned outside the graph, and a gate ({model.router}) "
                 "plans them inside: set it to 1, or the router to rre or hash",
             )
     for name, width in (("hidden", model.hidden), ("ffn", model.ffn)):
@@ -191,7 +190,7 @@ def _one_graph(config: Config, mesh: Mesh) -> Broken:
                 f"model.{name} = {width} is not divided by parallel.data x parallel.tensor = {mesh.data * mesh.tensor},"
                 f" over which every expert is cut: change one of them",
             )
-    if parallel.expert_chunks > 1 and not KINDS[router].learned:
+    if parallel.expert_chunks > 1 and not model.router_spec.learned:
         held = activated_slots(config) // mesh.exchange_size
         if held % parallel.expert_chunks:
             yield (

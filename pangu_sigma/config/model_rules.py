@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from pangu_sigma.config.capacity_sizes import samples_at_a_time
 from pangu_sigma.config.model_section import GATE_ACTIVATIONS
-from rre.router_specs import KINDS
 
 if TYPE_CHECKING:
     from pangu_sigma.config.schema import Config
@@ -17,7 +16,7 @@ Broken = Iterator[tuple[str, str]]
 
 def broken_model_rules(config: Config) -> Broken:
     """(key, sentence) for every model that cannot be built, or that has an option without effect."""
-    for check in (_sizes, _parts, _networks, _sparse):
+    for check in (_sizes, _parts, _networks, _top_layer, _sparse):
         yield from check(config)
 
 
@@ -93,6 +92,37 @@ def _networks(config: Config) -> Broken:
             )
 
 
+def _top_layer(config: Config) -> Broken:
+    model, sparse = config.model, config.model.sparse
+    if not model.is_mixture:
+        if model.mixture_loss != "competitive":
+            yield (
+                "model.mixture_loss",
+                f"model.mixture_loss = {model.mixture_loss} has no effect without a mixture: leave it out, or set "
+                "model.top_layer to mixture",
+            )
+        return
+    if sparse.layers or sparse.include_query_layer or sparse.pattern != "top":
+        yield (
+            "model.top_layer",
+            "model.top_layer = mixture mixes what whole models would give, so the layer under the head "
+            f"({model.last_layer}) must be the only one with experts: leave model.sparse.layers, pattern and "
+            "include_query_layer out",
+        )
+    if sparse.router != "rre":
+        yield (
+            "model.sparse.router",
+            f"model.sparse.router = {sparse.router} has no effect on model.top_layer = mixture, whose gate is its own: "
+            "leave it out",
+        )
+    if sparse.dispatch == "capacity":
+        yield (
+            "model.sparse.dispatch",
+            "model.sparse.dispatch = capacity, but under model.top_layer = mixture every expert takes every row: set "
+            "it to dropless",
+        )
+
+
 def _sparse(config: Config) -> Broken:
     model, sparse = config.model, config.model.sparse
     if sparse.include_query_layer and model.query_layer == "none":
@@ -133,66 +163,46 @@ def _sparse(config: Config) -> Broken:
 
 
 def _router(config: Config) -> Broken:
-    sparse = config.model.sparse
-    kind = KINDS[sparse.router]
+    sparse, kind = config.model.sparse, config.model.router_spec
+    router = "mixture (model.top_layer)" if config.model.is_mixture else f"router {sparse.router}"
     if sparse.resample and "resample" not in kind.options:
         yield (
             "model.sparse.resample",
-            f"model.sparse.resample is true, but the router {sparse.router} has no table of a domain to draw from: "
+            f"model.sparse.resample is true, but the {router} has no table of a domain to draw from: "
             "set it to false or the router to rre",
         )
     if sparse.jitter > 0 and "jitter" not in kind.options:
         yield (
             "model.sparse.jitter",
-            f"model.sparse.jitter = {sparse.jitter} has no effect on the router {sparse.router}: set it to 0, or the "
+            f"model.sparse.jitter = {sparse.jitter} has no effect on the {router}: set it to 0, or the "
             "router to switch",
         )
     if sparse.renormalise and "renormalise" not in kind.options:
         yield (
             "model.sparse.renormalise",
-            f"model.sparse.renormalise is true, but has no effect on the router {sparse.router}: set it to false, or "
+            f"model.sparse.renormalise is true, but has no effect on the {router}: set it to false, or "
             "the router to olmoe",
         )
     if sparse.balance != "per_layer" and "balance" not in kind.options:
         yield (
             "model.sparse.balance",
-            f"model.sparse.balance = {sparse.balance} has no effect on the router {sparse.router}: set it to "
+            f"model.sparse.balance = {sparse.balance} has no effect on the {router}: set it to "
             "per_layer, or the router to olmoe",
-        )
-    if sparse.mixture_loss != "competitive" and "mixture_loss" not in kind.options:
-        yield (
-            "model.sparse.mixture_loss",
-            f"model.sparse.mixture_loss = {sparse.mixture_loss} has no effect on the router {sparse.router}: leave it "
-            "out, or set the router to adaptive_mixture",
         )
     if kind.fixed and sparse.top_k not in (None, kind.experts_per_token):
         yield (
             "model.sparse.top_k",
-            f"model.sparse.top_k = {sparse.top_k}, but the router {sparse.router} takes "
+            f"model.sparse.top_k = {sparse.top_k}, but the {router} takes "
             f"{kind.experts_per_token or 'all experts'} by definition: leave it out",
-        )
-    if kind.top_layer and config.model.sparse_prefixes not in ((), (config.model.top_layer,)):
-        query = "true" if config.model.query_layer != "none" else "false"
-        yield (
-            "model.sparse.router",
-            f"model.sparse.router = {sparse.router} mixes what whole models would give, so the layer under the head "
-            f"({config.model.top_layer}) must be the only sparse one: set model.sparse.pattern to top, layers to 1 and "
-            f"include_query_layer to {query}",
-        )
-    if kind.top_layer and sparse.dispatch == "capacity":
-        yield (
-            "model.sparse.dispatch",
-            f"model.sparse.dispatch = capacity, but with the router {sparse.router} every expert takes every row: set "
-            "it to dropless",
         )
     if not kind.causal and sparse.dispatch == "capacity":
         yield (
             "model.sparse.dispatch",
-            f"model.sparse.dispatch = capacity, but with the router {sparse.router} every expert takes a fixed number "
+            f"model.sparse.dispatch = capacity, but with the {router} every expert takes a fixed number "
             "of tokens anyway: set it to dropless",
         )
     if sparse.capacity_samples > 1:
-        if not kind.learned or not kind.causal or kind.top_layer or sparse.dispatch != "capacity":
+        if not kind.learned or not kind.causal or config.model.is_mixture or sparse.dispatch != "capacity":
             yield (
                 "model.sparse.capacity_samples",
                 f"model.sparse.capacity_samples = {sparse.capacity_samples} acts on the learned gates that have a "
@@ -206,11 +216,11 @@ def _router(config: Config) -> Broken:
                 "train.gradient_accumulation_steps, among the ranks that read): choose a divisor",
             )
     experts = config.experts_in_layer
-    most = experts - 1 if sparse.router == "noisy_top_k" else experts
+    most = experts - 1 if config.model.router == "noisy_top_k" else experts
     if config.model.sparse_prefixes and kind.learned and config.experts_per_token > most:
         spare = ", one of which must be left unchosen" if most < experts else ""
         yield (
             "model.sparse.top_k",
-            f"model.sparse.top_k = {config.experts_per_token} (the router {sparse.router}'s own where nothing is "
+            f"model.sparse.top_k = {config.experts_per_token} (the {router}'s own where nothing is "
             f"written) is too many for the {experts} experts of a sparse layer{spare}: set it to at most {most}",
         )

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from pangu_sigma.config.presets import PRESETS
 from pangu_sigma.config.section import Section
 from rre.feed_forward_form import NetworkForm
-from rre.router_specs import KINDS
+from rre.router_specs import KINDS, RouterKind
 
 FeedForwardKind = Literal["mlp", "swiglu", "geglu"]
 # Gated kinds of a feed-forward network and the activation of their gate (Shazeer 2020, arXiv 2002.05202).
@@ -28,9 +28,7 @@ class SparseConfig(Section):
     include_query_layer: bool = Field(
         False, description="Whether the query layer is sparse too; it then counts as one of the top layers."
     )
-    router: Literal[
-        "rre", "hash", "switch", "gshard", "glam", "noisy_top_k", "olmoe", "expert_choice", "adaptive_mixture"
-    ] = Field(
+    router: Literal["rre", "hash", "switch", "gshard", "glam", "noisy_top_k", "olmoe", "expert_choice"] = Field(
         "rre", description="How tokens and experts meet: rre and hash by fixed tables, all others by a learned gate."
     )
     top_k: int | None = Field(
@@ -64,10 +62,6 @@ class SparseConfig(Section):
     z_loss_weight: float = Field(0.001, ge=0, description="Weight of the z-loss of olmoe.")
     importance_loss_weight: float = Field(0.1, ge=0, description="Weight of the importance loss of noisy_top_k.")
     load_loss_weight: float = Field(0.1, ge=0, description="Weight of the load loss of noisy_top_k.")
-    mixture_loss: Literal["competitive", "cooperative"] = Field(
-        "competitive",
-        description="Loss of adaptive_mixture: of each expert's own likelihood, mixed, or of the blended output's.",
-    )
     renormalise: bool = Field(
         False, description="Whether olmoe divides a token's combine weights by their sum; OLMoE itself does not."
     )
@@ -80,15 +74,6 @@ class SparseConfig(Section):
     jitter: float = Field(
         0.0, ge=0, lt=1, description="Half-width of the noise multiplied onto the gate's input of switch in training."
     )
-
-    def chosen_of(self, experts: int) -> int:
-        """k, a token's experts of a layer of so many: what `top_k` says, or the router's own, which may be all."""
-        return self.top_k or KINDS[self.router].experts_per_token or experts
-
-    @property
-    def competitive(self) -> bool:
-        """Whether the experts' likelihoods are mixed instead of their outputs."""
-        return self.router == "adaptive_mixture" and self.mixture_loss == "competitive"
 
 
 class AttentionConfig(Section):
@@ -154,6 +139,14 @@ class ModelConfig(Section):
         default_factory=DomainParametersConfig,
         description="What each domain has of its own beside its experts.",
     )
+    top_layer: Literal["mixture"] | None = Field(
+        None,
+        description="Top layer of a kind of its own: mixture mixes what every expert predicts (Jacobs et al. 1991).",
+    )
+    mixture_loss: Literal["competitive", "cooperative"] = Field(
+        "competitive",
+        description="Loss of a mixture: of each expert's own likelihood, mixed, or of the blended output's.",
+    )
     sparse: SparseConfig = Field(default_factory=SparseConfig, description="The sparse layers.")
 
     @model_validator(mode="before")
@@ -205,13 +198,16 @@ class ModelConfig(Section):
         return self.layers - 1 if self.query_layer == "next_position" else self.layers
 
     @property
-    def top_layer(self) -> str:
+    def last_layer(self) -> str:
         """Name prefix of the layer under the head."""
         return "query_layer" if self.query_layer == "next_position" else f"blocks.{self.blocks - 1}"
 
     @property
     def sparse_prefixes(self) -> tuple[str, ...]:
-        """Name prefixes of the sparse layers from bottom to top: `blocks.{i}`, and `query_layer` if it is sparse."""
+        """Name prefixes of the layers that hold experts, from bottom to top: the sparse ones, `blocks.{i}` and
+        `query_layer` if it is sparse, or the one top layer that is a mixture."""
+        if self.is_mixture:
+            return (self.last_layer,)
         blocks_sparse = self.sparse.layers - int(self.sparse.include_query_layer)
         chosen = {
             "top": range(self.blocks - blocks_sparse, self.blocks),
@@ -220,3 +216,32 @@ class ModelConfig(Section):
         }
         prefixes = tuple(f"blocks.{i}" for i in chosen[self.sparse.pattern])
         return (*prefixes, "query_layer") if self.sparse.include_query_layer else prefixes
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether the top layer is an adaptive mixture of experts."""
+        return self.top_layer == "mixture"
+
+    @property
+    def is_competitive_mixture(self) -> bool:
+        """Whether the top layer's experts are mixed by their likelihoods and not by their outputs."""
+        return self.is_mixture and self.mixture_loss == "competitive"
+
+    @property
+    def router(self) -> str:
+        """Name of the router of the layers that hold experts: the sparse layers' or that of a mixture's gate."""
+        return "every_expert" if self.is_mixture else self.sparse.router
+
+    @property
+    def router_spec(self) -> RouterKind:
+        """What `router` is."""
+        return KINDS[self.router]
+
+    @property
+    def router_setting(self) -> str:
+        """The key and its value that choose `router`, for sentences."""
+        return "model.top_layer = mixture" if self.is_mixture else f"model.sparse.router = {self.sparse.router}"
+
+    def choices_of(self, experts: int) -> int:
+        """k, a token's experts of a layer of so many: what `top_k` says, or the router's own, which may be all."""
+        return self.sparse.top_k or self.router_spec.experts_per_token or experts

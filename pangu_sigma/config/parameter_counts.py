@@ -16,7 +16,7 @@ from pangu_sigma.config.rules import PANGU_ALPHA_VOCABULARY
 from pangu_sigma.config.schema import Config
 from pangu_sigma.errors import UserError
 from rre.feed_forward_form import NetworkForm
-from rre.router_specs import KINDS, LAYER
+from rre.router_specs import LAYER
 
 Shape = tuple[int, ...]
 
@@ -173,13 +173,13 @@ def _layer(config: Config, prefix: str, vocab_size: int) -> Iterator[tuple[str, 
         return
     sparse = model.sparse
     gate = (hidden, config.experts_in_layer)
-    if KINDS[sparse.router].learned:
+    if model.router_spec.learned:
         yield f"{prefix}.router.weight", gate
-    if sparse.router == "noisy_top_k":
+    if model.router == "noisy_top_k":
         yield f"{prefix}.router.noise_weight", gate
     if sparse.shared_expert:
         yield from _network(config, f"{prefix}.shared_expert", model.expert_network)
-    if KINDS[sparse.router].tables == "layer":
+    if model.router_spec.tables == "layer":
         yield f"{prefix}.routing", (vocab_size,)
 
 
@@ -190,5 +190,5 @@ def _domain(config: Config, vocab_size: int, name: str, experts: int) -> Iterato
     for prefix in config.model.sparse_prefixes:
         for tensor, shape in config.model.expert_network.shapes(hidden, ffn).items():
             yield f"domains.{name}.{prefix}.experts.{tensor}", (experts, *shape)
-        if KINDS[config.model.sparse.router].tables == "domain":
+        if config.model.router_spec.tables == "domain":
             yield f"domains.{name}.{prefix}.routing", (vocab_size,)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pangu_sigma.config.phase_domains import old_domains
-from rre.router_specs import KINDS
 
 if TYPE_CHECKING:
     from pangu_sigma.config.schema import Config
@@ -71,8 +70,7 @@ def _regularise(key: str, phase: PhaseConfig, config: Config) -> Broken:
             f"{key}.shared = regularised, but {key}.regularise says by what: give output, l2 or ewc a weight above 0",
         )
     if wanted is not None and wanted.through == "old":
-        sparse = config.model.sparse
-        apart = config.model.sparse_prefixes and KINDS[sparse.router].tables == "domain"
+        has_own_experts = config.model.sparse_prefixes and config.model.router_spec.tables == "domain"
         if not wanted.output:
             yield (
                 f"{key}.regularise.through",
@@ -85,7 +83,7 @@ def _regularise(key: str, phase: PhaseConfig, config: Config) -> Broken:
                 f"{key}.regularise.through = old has the new text read by other domains' experts, whose rows do not "
                 "leave their placement group: set it to own, or parallel.placement to global",
             )
-        elif not apart and config.model.domain_parameters.embedding == "shared":
+        elif not has_own_experts and config.model.domain_parameters.embedding == "shared":
             yield (
                 f"{key}.regularise.through",
                 f"{key}.regularise.through = old has no effect on this model, in which no domain has experts of its "

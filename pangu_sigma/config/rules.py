@@ -12,7 +12,6 @@ from pangu_sigma.config.finetuning_rules import broken_adaptation_rules
 from pangu_sigma.config.mesh_rules import broken_mesh_rules
 from pangu_sigma.config.model_rules import broken_model_rules
 from pangu_sigma.config.phase_rules import broken_phase_rules, broken_stream_rules
-from rre.router_specs import KINDS
 
 if TYPE_CHECKING:
     from pangu_sigma.config.schema import Config
@@ -106,7 +105,7 @@ def _tokenizer(config: Config) -> Broken:
             f"set it to at least {known}, or to null for the tokenizer's size",
         )
     rows = model.vocab_size or known
-    owners = KINDS[model.sparse.router].tables if model.sparse_prefixes else None
+    owners = model.router_spec.tables if model.sparse_prefixes else None
     experts = config.experts_in_layer
     if rows is not None and owners == "layer" and experts > rows:
         yield (
@@ -220,9 +219,9 @@ def _around(config: Config) -> Broken:
 
 def _experts(config: Config) -> Broken:
     store = config.experts.store
-    if store != "device" and KINDS[config.model.sparse.router].learned:
+    if store != "device" and config.model.router_spec.learned:
         yield (
             "experts.store",
-            f"experts.store = {store}, but a learned gate (model.sparse.router = {config.model.sparse.router}) chooses "
+            f"experts.store = {store}, but a learned gate ({config.model.router_setting}) chooses "
             "among all experts inside the step: set experts.store to device",
         )

@@ -70,12 +70,12 @@ class Config(Section):
     @property
     def experts_per_token(self) -> int:
         """k: the experts that a token takes in a sparse layer."""
-        return self.model.sparse.chosen_of(self.experts_in_layer)
+        return self.model.choices_of(self.experts_in_layer)
 
     @property
     def predictions(self) -> int:
-        """Next-token distributions that the head computes of a token: one, or each expert's own to be mixed."""
-        return self.experts_in_layer if self.model.sparse_prefixes and self.model.sparse.competitive else 1
+        """Next-token distributions that the head computes for a token: one, or one of each expert of a mixture."""
+        return self.experts_in_layer if self.model.is_competitive_mixture else 1
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain mappings, lists and scalars, every key in the schema's order."""

@@ -16,6 +16,8 @@ CHANGED_KEYS = (
     ("optimizer.clip_norm", "optimizer.max_grad_norm"),
     ("data.domains_per_step", "data.max_domains_per_batch"),
     ("model.embedding_slots: shared, per_domain", "model.domain_parameters.embedding: shared, own"),
+    ("model.sparse.router: adaptive_mixture", "model.top_layer: mixture"),
+    ("model.sparse.mixture_loss", "model.mixture_loss"),
     ("parallel.rehearse", "parallel.emulate_mesh"),
 )
 # The last version of pangu-sigma that reads folders whose configuration has schema version 1.

@@ -26,7 +26,7 @@ from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_files
 from pangu_sigma.errors import UserError
 from pangu_sigma.trained_model import stored_config, stored_tokenizer
 from rre.counted_random import generator, normal
-from rre.router_specs import KINDS, LAYER
+from rre.router_specs import LAYER
 from rre.routing_tables import extend_table
 
 PIECE_TYPES = {"user-defined": USER_DEFINED, "normal": NORMAL}
@@ -149,8 +149,8 @@ def _extended_config(old: Config, out: Path, tokenizer: Tokenizer, rows: int) ->
 
 
 def _needs_counts(config: Config) -> bool:
-    sparse = config.model.sparse
-    return bool(config.model.sparse_prefixes and KINDS[sparse.router].tables) and sparse.table == "frequency"
+    model = config.model
+    return bool(model.sparse_prefixes and model.router_spec.tables) and model.sparse.table == "frequency"
 
 
 def _counts(config: Config, tokenizer: Tokenizer, rows: int) -> Mapping[str, np.ndarray]:

@@ -54,8 +54,8 @@ def unlike_olmoe(config: Config) -> list[str]:
         wrong.append(f"model.sparse.feed_forward is {model.expert_feed_forward}")
     if not model.attention.qk_norm:
         wrong.append("model.attention.qk_norm is false")
-    if sparse.router != "olmoe":
-        wrong.append(f"model.sparse.router is {sparse.router}")
+    if model.router != "olmoe":
+        wrong.append(model.router_setting.replace(" = ", " is "))
     if len(model.sparse_prefixes) != model.layers:
         wrong.append(f"{len(model.sparse_prefixes)} of {model.layers} layers are sparse")
     if sparse.shared_expert:

@@ -28,7 +28,7 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.model.initialization import initial_value
 from pangu_sigma.trained_model import stored_config, stored_tokenizer
 from rre.counted_random import generator
-from rre.router_specs import KINDS, LAYER
+from rre.router_specs import LAYER
 from rre.routing_tables import draw_table
 
 # What must be the same on both sides for a tensor to fit and the function to stay.
@@ -51,8 +51,8 @@ class UpcycledModel:
     @property
     def same_function(self) -> bool:
         """Whether the sparse model begins as the dense one's function (without noise)."""
-        sparse = self.config.model.sparse
-        return KINDS[sparse.router].keeps_scale or (sparse.router == "olmoe" and sparse.renormalise)
+        model = self.config.model
+        return model.router_spec.keeps_scale or (model.router == "olmoe" and model.sparse.renormalise)
 
 
 def upcycle(

@@ -196,12 +196,11 @@ class CheckpointEditor:
 
 def check_router(checkpoint: Checkpoint, config: Config) -> None:
     """Raises UserError unless the domains of a model are independent of one another."""
-    sparse = config.model.sparse
     if not checkpoint.coverage:
         raise UserError(f"{checkpoint.path} has no sparse layers, where a domain has experts: upcycle it first")
-    if sparse.router != "rre":
+    if config.model.router != "rre":
         raise UserError(
-            f"{checkpoint.path} routes by model.sparse.router = {sparse.router}, which couples the domains, so none "
+            f"{checkpoint.path} routes by {config.model.router_setting}, which couples the domains, so none "
             "can come or go without the others: use a model of router rre"
         )
 

@@ -26,7 +26,6 @@ from pangu_sigma.domains.new_domain_tensors import NewDomainTensors
 from pangu_sigma.errors import UserError
 from pangu_sigma.train.continual.teacher_snapshot import PREVIOUS, Record, identity, link_previous
 from rre.counted_random import generator
-from rre.router_specs import KINDS
 
 # Parameters of gates with a column for each expert.
 _WEIGHT, _NOISE = ".router.weight", ".router.noise_weight"
@@ -74,11 +73,10 @@ def expand_domain(path: Path, wanted: NewDomain, ahead: domain_edits.Ahead) -> E
 def _check_gate(source: Checkpoint, config: Config) -> None:
     if not source.coverage:
         raise UserError(f"{source.path} has no sparse layers, whose gates could grow: upcycle it first")
-    router = config.model.sparse.router
-    if not KINDS[router].learned:
+    if not config.model.router_spec.learned:
         raise UserError(
-            f"{source.path} routes by model.sparse.router = {router}, which has no gate to expand: "
-            + ("use pangu-sigma domains add" if router == "rre" else "expand a model with a learned gate")
+            f"{source.path} routes by {config.model.router_setting}, which has no gate to expand: "
+            + ("use pangu-sigma domains add" if config.model.router == "rre" else "expand a model with a learned gate")
         )
     if config.model.domain_parameters.embedding != "shared":
         raise UserError(

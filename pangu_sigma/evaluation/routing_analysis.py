@@ -52,7 +52,7 @@ def analyze(run: Path, tokens: int) -> dict:
                 observed.append((checkpoint.step, observer.observe(heldout, job.advance)))
     result = {
         "step": trained.checkpoint.step,
-        "router": model.config.model.sparse.router,
+        "router": model.config.model.router,
         "steps": [step for step, _ in observed],
         "passed_over": passed_over,
         "tokens": {name: len(found.token_ids) for name, found in observed[-1][1].items()},

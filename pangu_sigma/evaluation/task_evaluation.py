@@ -21,7 +21,6 @@ from pangu_sigma.evaluation.task_scores import Likelihood, choice_scores, exact_
 from pangu_sigma.generation.request import AUTO, Request, Sampling, pick_domain, prompt_ids
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.trained_model import Trained, load_trained
-from rre.router_specs import KINDS
 
 Advance = Callable[[int], None]
 SLOTS = 8
@@ -132,9 +131,9 @@ class ChoiceLikelihood:
         from pangu_sigma.model.scoring import Scorer
 
         model = trained.model.config.model
-        if model.sparse_prefixes and not KINDS[model.sparse.router].causal:
+        if model.sparse_prefixes and not model.router_spec.causal:
             raise UserError(
-                f"the model's router (model.sparse.router = {model.sparse.router}) looks at later tokens, so it has no "
+                f"the model's router ({model.router_setting}) looks at later tokens, so it has no "
                 "probability of a choice behind a question: use it with evaluate alone"
             )
         self.tokenizer, self.names = trained.tokenizer, trained.model.groups.names

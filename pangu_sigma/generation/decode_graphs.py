@@ -18,14 +18,12 @@ from mindspore import ParameterTuple, Tensor, nn, ops
 from pangu_sigma.generation.inference_layers import (
     DenseFeedForward,
     ExpertPerRow,
-    ExpertsApart,
-    GatedExperts,
     Layer,
     Part,
     PlannedExperts,
-    WithSharedExpert,
     norm,
 )
+from pangu_sigma.generation.inference_mixture import top_layer_cells
 from pangu_sigma.generation.kv_cache_attention import (
     CacheMask,
     GivenCache,
@@ -36,7 +34,6 @@ from pangu_sigma.generation.kv_cache_attention import (
     causal_mask,
 )
 from pangu_sigma.model.build_model import COMPUTE_TYPES
-from pangu_sigma.model.layers.mixture_head import MixedLogits
 from pangu_sigma.model.model import Model
 from parallel.ops.rotary import AnglesByRow
 
@@ -100,14 +97,15 @@ class Body(Part):
             self.angles = AnglesByRow(layout, config.positions, config.heads, width, config.rope_theta)
         else:
             self.positions = named["embedding.position"]
-        self.norm = norm(named, "norm", config, layout)
+        backbone_norm = norm(named, "norm", config, layout)
         layer_names = config.sparse_prefixes
         ends = np.cumsum([tables, *sizes]).tolist()
         bounds = {layer_name: (ends[i], ends[i + 1]) for i, layer_name in enumerate(layer_names)}
         self.bounds = tuple(bounds.get(prefix, (0, 0)) for prefix in prefixes)
+        top = top_layer_cells(config)
         self.layers = nn.CellList(
             [
-                Layer(
+                (top.layer if prefix in sparse else Layer)(
                     named, prefix, core,
                     sparse.get(prefix) or DenseFeedForward(
                         named, f"{prefix}.feed_forward", config.network, layout, compute
@@ -118,12 +116,11 @@ class Body(Part):
             ],
             auto_prefix=False,
         )  # fmt: skip
-        self.competes, self.experts = model.net.competes, model.groups.total
-        self.mixed = MixedLogits(layout)
+        if self.has_query_layer:
+            self.norm = backbone_norm
+        head_norm = None if self.has_query_layer else backbone_norm
+        self.head = top.head(head_norm, tables, layout)
         self.take = layout(ops.Gather(), (1, 1), (1,))
-        self.product = layout(ops.MatMul(transpose_b=True), (1, 1), (1, 1))
-        self.split_rows = layout(ops.Split(0, max(tables, 1)), (1, 1))
-        self.concat = layout(ops.Concat(0))
         self.add = layout(ops.Add(), (1, 1), (1, 1))
 
     def construct(self, words: Tensor, positions: Tensor, last, contexts: tuple, flat: tuple[Tensor, ...]):
@@ -142,33 +139,7 @@ class Body(Part):
             h, mine = layer(h, query_rows, turns, contexts[i], flat[start:end])
             kept = kept + mine
         tables = (self.words,) if self.tables == 0 else flat[: self.tables]
-        if self.competes:
-            return self.mixture(h[0], h[1], last, tables), kept
-        return self.logits(self.asked(h, last), tables), kept
-
-    def asked(self, h: Tensor, last) -> Tensor:
-        """What the head takes of h [T, D]: all rows, or those of `last`."""
-        if not self.has_query_layer:
-            h = self.norm(h)
-        return h if last is None else self.take(h, last, 0)
-
-    def mixture(self, rows: Tensor, shares: Tensor, last, tables: tuple[Tensor, ...]) -> Tensor:
-        """The mixture's log probabilities of the experts' rows [E * T, D] by their shares [T, E]."""
-        tokens, logits = shares.shape[0], ()
-        for i in range(self.experts):
-            own = self.asked(rows[i * tokens : (i + 1) * tokens], last)
-            logits = logits + (self.logits(own, tables),)
-        return self.mixed(logits, shares if last is None else self.take(shares, last, 0))
-
-    def logits(self, h: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
-        """Logits float32 [T, V] of what the head takes [T, D]; each row under its own table where there are several."""
-        if len(tables) == 1:
-            return self.product(h, tables[0])
-        parts = self.split_rows(h)
-        rows = ()
-        for i, table in enumerate(tables):
-            rows = rows + (self.product(parts[i], table),)
-        return self.concat(rows)
+        return self.head(h, last, tables), kept
 
 
 class PromptGraph(Part):
@@ -316,16 +287,15 @@ def _sparse(model: Model, planned: type, slots: int) -> tuple[dict[str, nn.Cell]
     compute = COMPUTE_TYPES[model.config.train.precision]
     named = {parameter.name: parameter for parameter in model.net.get_parameters()}
     total = model.groups.total if model.learned else slots
-    sparse = {}
+    top, sparse = top_layer_cells(config), {}
     for layer_name in config.sparse_prefixes:
         if model.learned:
-            form = ExpertsApart if model.net.competes else GatedExperts
-            cell = form(model.net.gate(layer_name), total, config, layout, compute)
+            cell = top.gated_experts(model.net.gate(layer_name), total, config, layout, compute)
         else:
             cell = planned(config, slots, layout, compute)
         if config.sparse.shared_expert:
             beside = DenseFeedForward(named, f"{layer_name}.shared_expert", config.expert_network, layout, compute)
-            cell = WithSharedExpert(cell, beside, layout)
+            cell = top.with_shared_expert(cell, beside, layout)
         sparse[layer_name] = cell
     return sparse, len(config.expert_network.tensors) * total
 

@@ -28,7 +28,6 @@ from pangu_sigma.generation.domain_mixture import Mixture, UnknownDomain
 from pangu_sigma.generation.request import AUTO, Event, Request, Score, pick_domain
 from pangu_sigma.generation.sampling import choose, likeliest, log_softmax
 from pangu_sigma.generation.text_stream import TextStream
-from rre.router_specs import KINDS
 
 
 class Decoder(Protocol):
@@ -80,10 +79,10 @@ class Engine:
     """
 
     def __init__(self, model, tokenizer: Tokenizer, slots: int = 8, decoder: Decoder | None = None) -> None:
-        router = model.config.model.sparse.router
-        if model.config.model.sparse_prefixes and not KINDS[router].causal:
+        sizes = model.config.model
+        if sizes.sparse_prefixes and not sizes.router_spec.causal:
             raise UserError(
-                f"the model's router (model.sparse.router = {router}) looks at tokens that are not written yet, so it "
+                f"the model's router ({sizes.router_setting}) looks at tokens that are not written yet, so it "
                 "cannot write text: use it with evaluate"
             )
         if decoder is None:

@@ -25,7 +25,6 @@ from rre.dispatch.expert_dispatch import Combine, Dispatch, plan_in_graph
 from rre.experts import Experts
 from rre.feed_forward_form import NetworkForm
 from rre.routers.learned_gate import Gate
-from rre.sparse_layer import CopiesOfRows
 
 Named = Mapping[str, Parameter]
 
@@ -206,7 +205,6 @@ class GatedExperts(Part):
             y = self.choice_sum(y.reshape(tokens, -1, hidden), 1)
         return y
 
-
     def by_choice(self, x: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """What every chosen expert gives [T * k, D], choices of a token together, and the combine weights [T, k]."""
         chosen = self.gate.choose(x, ())
@@ -218,42 +216,20 @@ class GatedExperts(Part):
         return self.combine(results, rows, position, x), chosen[1]
 
 
-class ExpertsApart(GatedExperts):
-    """The top layer of a competitive mixture: (what each expert gives [E * T, D], expert by expert, log p [T, E])."""
-
-    apart = True
-
-    def __init__(self, gate: Gate, experts: int, model: ModelConfig, layout: Layout, compute: ms.dtype) -> None:
-        super().__init__(gate, experts, model, layout, compute)
-        self.turn = layout(ops.Transpose(), (1, 1, 1))
-
-    def construct(self, x: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        y, shares = self.by_choice(x, inputs)
-        tokens, hidden = x.shape
-        return self.turn(y.reshape(tokens, -1, hidden), (1, 0, 2)).reshape(-1, hidden), shares
-
-
 class WithSharedExpert(Part):
-    """A sparse layer's cell and the network that every row takes beside it: x, inputs -> the sum of both (beside each
-    expert's output where they stay apart)."""
+    """A sparse layer's cell and the network that every row takes beside it: x, inputs -> the sum of both."""
 
     def __init__(self, routed: nn.Cell, shared: nn.Cell, layout: Layout) -> None:
         super().__init__()
         self.routed, self.shared = routed, shared
-        self.apart = getattr(routed, "apart", False)
-        self.copies = CopiesOfRows()
         self.add = layout(ops.Add(), (1, 1), (1, 1))
 
     def construct(self, x: Tensor, inputs: tuple[Tensor, ...]):
-        y = self.routed(x, inputs)
-        if self.apart:
-            return self.add(y[0], self.copies(self.shared(x, ()), y[0].shape)), y[1]
-        return self.add(y, self.shared(x, ()))
+        return self.add(self.routed(x, inputs), self.shared(x, ()))
 
 
 class Layer(Part):
-    """One transformer layer around an attention `core`: h_TD -> (h_TD, what the core keeps). Of `ExpertsApart` the
-    first is (h of every expert [E * T, D], log p [T, E]).
+    """One transformer layer around an attention `core`: h_TD -> (h_TD, what the core keeps).
 
     The core is called with this layer's queries (scaled), keys and values [T, D] and `context`, its own business;
     queries and keys are normalised and turned before, as the configuration says (`turns`: those of `AnglesByRow`). In
@@ -280,14 +256,17 @@ class Layer(Part):
             self.turn = turn(layout, model.heads, model.hidden // model.heads)
         self.core = core
         self.feed_forward = feed_forward
-        self.apart = getattr(feed_forward, "apart", False)
-        self.copies = CopiesOfRows()
         self.scale = 1.0 / math.sqrt(model.hidden // model.heads)
         self.add = layout(ops.Add(), (1, 1), (1, 1))
 
     def construct(
         self, h: Tensor, query_rows, turns: tuple, context: tuple[Tensor, ...], inputs: tuple[Tensor, ...]
     ):  # fmt: skip
+        h, kept = self.attend(h, query_rows, turns, context)
+        return self.add(h, self.feed_forward(self.norm2(h), inputs)), kept
+
+    def attend(self, h: Tensor, query_rows, turns: tuple, context: tuple[Tensor, ...]):
+        """(h + the attention part's output, what the core keeps)."""
         x = self.norm1(h)
         q, k = self.query(x if query_rows is None else query_rows), self.key(x)
         if self.normalises:
@@ -295,8 +274,41 @@ class Layer(Part):
         if self.rotates:
             q, k = self.turn(q, turns), self.turn(k, turns)
         y, kept = self.core(q * self.scale, k, self.value(x), context)
-        h = self.add(h, self.projection(y))
-        y = self.feed_forward(self.norm2(h), inputs)
-        if self.apart:
-            return (self.add(self.copies(h, y[0].shape), y[0]), y[1]), kept
-        return self.add(h, y), kept
+        return self.add(h, self.projection(y)), kept
+
+
+class OutputHead(Part):
+    """Output matrix, tied or not: h_TD, rows `last` int32 [n] or None, word tables -> logits float32 [T, V] or [n, V].
+
+    `norm` is the backbone's where no query layer stands between it and the head. Each row is taken under its own table
+    where there are several.
+    """
+
+    def __init__(self, norm: nn.Cell | None, tables: int, layout: Layout) -> None:
+        super().__init__()
+        self.has_norm = norm is not None
+        if norm is not None:
+            self.norm = norm
+        self.take = layout(ops.Gather(), (1, 1), (1,))
+        self.product = layout(ops.MatMul(transpose_b=True), (1, 1), (1, 1))
+        self.split_rows = layout(ops.Split(0, max(tables, 1)), (1, 1))
+        self.concat = layout(ops.Concat(0))
+
+    def construct(self, h: Tensor, last, tables: tuple[Tensor, ...]) -> Tensor:
+        return self.logits(self.select(h, last), tables)
+
+    def select(self, h: Tensor, last) -> Tensor:
+        """What the output matrix takes of h [T, D]: all rows, or those of `last`."""
+        if self.has_norm:
+            h = self.norm(h)
+        return h if last is None else self.take(h, last, 0)
+
+    def logits(self, h: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+        """Logits float32 [T, V] of what `select` gave [T, D]."""
+        if len(tables) == 1:
+            return self.product(h, tables[0])
+        parts = self.split_rows(h)
+        rows = ()
+        for i, table in enumerate(tables):
+            rows = rows + (self.product(parts[i], table),)
+        return self.concat(rows)

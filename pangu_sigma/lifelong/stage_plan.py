@@ -21,7 +21,6 @@ from pangu_sigma.config.validation_messages import problems_of
 from pangu_sigma.config.yaml_text import parse_yaml
 from pangu_sigma.errors import UserError
 from pangu_sigma.lifelong.lifelong_config import InferenceConfig, LifelongConfig, PolicyConfig
-from rre.router_specs import KINDS
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Plan:
     @property
     def by_domain(self) -> bool:
         """Whether a text is read by the experts of its domain, so that a domain must be given or inferred."""
-        return bool(self.base.model.sparse_prefixes) and self.base.model.sparse.router == "rre"
+        return bool(self.base.model.sparse_prefixes) and self.base.model.router == "rre"
 
     @property
     def learned(self) -> dict[str, int | None]:
@@ -190,7 +189,7 @@ def _plan(wanted: LifelongConfig, base: Config, source: str) -> Plan:
         name = given.name or _free_name(_joined(given.domains), taken)
         if name in taken:
             raise UserError(f"{where} is called {name} like an earlier one: give it another name")
-        policy = _policy(number, given.policy, wanted.policy, grows, base.model.sparse.router, where)
+        policy = _policy(number, given.policy, wanted.policy, grows, base.model.router, where)
         if policy.replay and not set(known) - set(given.domains):
             raise UserError(f"{where} replays {policy.replay:g} of earlier domains, but learns all of them itself: "
                             "set its policy.replay to 0")  # fmt: skip
@@ -202,7 +201,7 @@ def _plan(wanted: LifelongConfig, base: Config, source: str) -> Plan:
             raise UserError(f"{where} has policy.init = {policy.init}, but before it only {', '.join(known)} "
                             "are there: copy one of these, or take mean")  # fmt: skip
         new = tuple(domain for domain in given.domains if domain not in known)
-        if grows and base.model.sparse.router != "rre" and number and new and len(given.domains) > 1:
+        if grows and base.model.router != "rre" and number and new and len(given.domains) > 1:
             raise UserError(f"{where} learns several domains, and a gate grows by one at a time: split it")
         stages.append(Stage(number, name, tuple(given.domains), new, known, given.steps, policy))
         known += new
@@ -210,13 +209,13 @@ def _plan(wanted: LifelongConfig, base: Config, source: str) -> Plan:
 
 
 def _grows(wanted: LifelongConfig, base: Config, source: str) -> bool:
-    router, sparse = base.model.sparse.router, bool(base.model.sparse_prefixes)
+    router, sparse = base.model.router, bool(base.model.sparse_prefixes)
     own_groups = sparse and router == "rre"
     if wanted.grows is None:
         return own_groups
     if own_groups and not wanted.grows:
         raise UserError(f"{source}: grows = false, but with router rre experts come with their domain: leave it out")
-    if wanted.grows and not (sparse and KINDS[router].learned):
+    if wanted.grows and not (sparse and base.model.router_spec.learned):
         what = f"the router {router}" if sparse else "a dense model"
         raise UserError(f"{source}: grows = true, but {what} has no groups to add: leave it out")
     return wanted.grows

@@ -22,7 +22,7 @@ from parallel.operator_layout import Layout, MeshLayout, RehearsedLayout
 from parallel.ops.compiled_kernels import HostKernels, library
 from parallel.ops.grouped_matmul import uses_grouped_product
 from parallel.partition_spec import shape_of
-from rre.router_specs import KINDS, LAYER
+from rre.router_specs import LAYER
 from rre.routers import ROUTERS, Groups, RouterOptions
 from rre.routing_tables import draw_table
 from rre.store import DeviceStore, DiskStore, ExpertStore, HostStore
@@ -60,7 +60,7 @@ def _grouped(config: Config) -> bool:
     return (
         config.experts.grouped_matmul
         and uses_grouped_product(config.run.device, COMPUTE_TYPES[config.train.precision])
-        and not KINDS[config.model.sparse.router].learned
+        and not config.model.router_spec.learned
     )
 
 
@@ -146,10 +146,10 @@ def routed_model(
             layer_name: _draw_tables(config, groups, layer_name, vocab, token_counts or {})
             for layer_name in layer_names
         }
-    kind = config.model.sparse.router
-    owned = [tables[layer_name] if KINDS[kind].tables else None for layer_name in layer_names]
+    model = config.model
+    owned = [tables[layer_name] if model.router_spec.tables else None for layer_name in layer_names]
     routers = [
-        ROUTERS[kind].build(_router_options(config, groups, layout, layer, mine, exchange))
+        ROUTERS[model.router].build(_router_options(config, groups, layout, layer, mine, exchange))
         for layer, mine in enumerate(owned)
     ]
     return Model(
@@ -172,7 +172,7 @@ def _draw_tables(
 ) -> dict[str, np.ndarray]:
     """The new tables of one sparse layer by owner; none for a learned gate."""
     kind, seed = config.model.sparse.table, config.run.seed
-    owners = KINDS[config.model.sparse.router].tables
+    owners = config.model.router_spec.tables
     if owners == "domain":
         return {
             name: draw_table(kind, seed, layer_name, name, vocab, size, counts.get(name))
@@ -209,7 +209,7 @@ def _router_options(
         resample=sparse.resample,
         tables=tables,
         init_std=model.init_std,
-        competitive=sparse.competitive,
+        log_weights=model.is_competitive_mixture,
         exchange=exchange,
     )
 

@@ -17,7 +17,6 @@ from parallel.operator_layout import Layout
 from parallel.partition_spec import Share, part_of, share_of, whole
 from rre.dispatch.capacity_dispatch import PARAMETER_CUTS, WEIGHT_CUTS, Reserved
 from rre.dispatch.expert_dispatch import EXACT_ROWS
-from rre.router_specs import KINDS
 from rre.routers import Groups, Router
 from rre.store import ExpertStore
 
@@ -131,7 +130,7 @@ class Model:
 
     def reach(self, domains: int) -> int:
         """Experts of a sparse layer that texts of at most so many domains can come to."""
-        if KINDS[self.config.model.sparse.router].tables == "domain":
+        if self.config.model.router_spec.tables == "domain":
             return sum(sorted(self.groups.sizes, reverse=True)[:domains])
         return self.groups.total
 

@@ -19,19 +19,21 @@ from pangu_sigma.model.layers.attention import masking
 from pangu_sigma.model.layers.backbone_parts import HEADS, NORMS, POSITIONS, QUERY_LAYERS
 from pangu_sigma.model.layers.dropout import CountedDropout
 from pangu_sigma.model.layers.embedding import WordEmbedding
-from pangu_sigma.model.layers.mixture_head import CompetitiveHead
+from pangu_sigma.model.layers.mixture_head import MixtureHead, MixtureLayer, MixtureNorm
 from pangu_sigma.model.layers.transformer_layer import TransformerLayer, shared_expert
 from parallel.comm.exchange import GatheredExchange
 from parallel.mesh import Mesh
 from parallel.micro_batches import HandedOn
 from parallel.operator_layout import Layout
+from rre.every_expert_layer import EveryExpertFeedForward
 from rre.routers import Router
 from rre.sparse_layer import SparseFeedForward
 
 NAMES_WITHOUT_CELLS = {
     "feed_forward.router.": "router.",
     "feed_forward.shared_expert.": "shared_expert.",
-    "head.each.": "head.",
+    "head.expert_head.": "head.",
+    "norm.row_norm.": "norm.",
     "embedding.words.": "embedding.",
     "embedding.positions.": "embedding.",
     "embedding.queries.": "embedding.",
@@ -57,8 +59,8 @@ class PanGuSigma(nn.Cell):
     """tokens, positions, segments int32 [B, S], domain int32 [B], dropout keys int32 [B], flat -> (h_TD, aux, counts).
 
     `aux` is the sum of the sparse layers' auxiliary losses, `counts` the rows [B, E + 1] of each sparse layer with a
-    learned gate (see `rre.routers.router.Router`). `flat` follows `FlatSignature`. `h` is what the head takes: of a
-    competitive mixture (h of every expert [E*T, D], log p [T, E]) instead.
+    learned gate (see `rre.routers.router.Router`). `flat` follows `FlatSignature`. `h` is for `head` alone: under a
+    top layer that is a competitive mixture it is the pair that `layers.mixture_head` describes.
     """
 
     def __init__(
@@ -80,16 +82,21 @@ class PanGuSigma(nn.Cell):
         sparse_indices = {layer_name: index for index, layer_name in enumerate(model.sparse_prefixes)}
         self.sparse_index_of_block = tuple(sparse_indices.get(f"blocks.{i}", -1) for i in range(model.blocks))
         self.sparse_index_of_query = sparse_indices.get("query_layer", -1)
+        # A competitive mixture's experts are all in the top layer, whose cells then carry the rows of each to the head.
+        competitive = model.is_competitive_mixture
+        layer_form, feed_forward_form = TransformerLayer, SparseFeedForward
+        if competitive:
+            layer_form, feed_forward_form = MixtureLayer, EveryExpertFeedForward
 
         def layer(index: int, sparse_index: int) -> TransformerLayer:
-            sparse = None
-            if sparse_index >= 0:
-                router = routers[sparse_index]
-                sparse = SparseFeedForward(
-                    router.cell(), layout, model.expert_network, compute, exchange, router.by_expert,
-                    shared_expert(model, layout, compute), signature.layers[sparse_index].chunks, router.apart,
-                )  # fmt: skip
-            return TransformerLayer(model, index, layout, compute, sparse)
+            if sparse_index < 0:
+                return TransformerLayer(model, index, layout, compute, None)
+            router = routers[sparse_index]
+            sparse = feed_forward_form(
+                router.cell(), layout, model.expert_network, compute, exchange, router.by_expert,
+                shared_expert(model, layout, compute), signature.layers[sparse_index].chunks,
+            )  # fmt: skip
+            return layer_form(model, index, layout, compute, sparse)
 
         pool = routers[0].pool() if routers else None
         self.pools = pool is not None
@@ -98,15 +105,15 @@ class PanGuSigma(nn.Cell):
         self.blocks = nn.CellList([layer(i, self.sparse_index_of_block[i]) for i in range(model.blocks)])
         self.norm = NORMS[model.norm](model.hidden, model.norm_epsilon, layout)
         self.has_query_layer = self.embedding.has_queries
+        if competitive and not self.has_query_layer:
+            self.norm = MixtureNorm(self.norm)
         if self.has_query_layer:
             self.query_layer = layer(model.blocks, self.sparse_index_of_query)
         self.head = HEADS[model.head](model, vocab, layout)
         self.handed_on = None
         self.untied = model.head == "untied"
-        # The outputs of the top layer's experts stay apart up to the head.
-        self.competes = any(router.apart for router in routers)
-        if self.competes:
-            self.head = CompetitiveHead(self.head, routers[0].choices, layout)
+        if competitive:
+            self.head = MixtureHead(self.head, routers[0].choices, layout)
         for parameter in self.trainable_params():
             # A tensor's name does not tell which part's cell holds it, so a part can be exchanged under a checkpoint.
             for held, plain in NAMES_WITHOUT_CELLS.items():
@@ -130,8 +137,7 @@ class PanGuSigma(nn.Cell):
             if sparse_index >= 0:
                 auxiliary = auxiliary + extra
                 counts = counts + (rows,)
-        # Without a query layer the norm comes after the layer whose experts' outputs may be apart.
-        h = (self.norm(h[0]), h[1]) if self.competes and not self.has_query_layer else self.norm(h)
+        h = self.norm(h)
         if self.has_query_layer:
             queries = self.embedding.queries(flat_positions)
             routing, weights = self.inputs_of(flat, bounds, self.sparse_index_of_query)

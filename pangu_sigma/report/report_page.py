@@ -144,9 +144,12 @@ def _config_line(run: RunData) -> str:
     pattern = run.setting("model.sparse.pattern")
     if pattern not in (None, "top"):
         sparse = str(pattern).replace("_", " ")
+    of_kinds = f" ({cell(sparse)} sparse, {cell(router)})" if sparse else ""
+    if run.setting("model.top_layer"):
+        of_kinds = f" (top layer: {cell(run.setting('model.top_layer'))})"
     parts = [
         (run.setting("model.preset"), "preset {}"),
-        (run.setting("model.layers"), "{} layers" + (f" ({cell(sparse)} sparse, {cell(router)})" if sparse else "")),
+        (run.setting("model.layers"), "{} layers" + of_kinds),
         (run.setting("model.hidden"), "hidden {}"),
         (run.setting("model.heads"), "{} heads"),
         (len(run.domains) or None, "{} domain" + ("s" if len(run.domains) != 1 else "")),

@@ -4,7 +4,7 @@
 one line in both.
 """
 
-from rre.routers.adaptive_mixture import AdaptiveMixtureRouter
+from rre.routers.every_expert import EveryExpertRouter
 from rre.routers.expert_choice import ExpertChoiceRouter
 from rre.routers.glam import GlamRouter
 from rre.routers.gshard import GShardRouter
@@ -23,8 +23,8 @@ ROUTERS: dict[str, type[Router]] = {
     "glam": GlamRouter,
     "noisy_top_k": NoisyTopKRouter,
     "olmoe": OlmoeRouter,
-    "adaptive_mixture": AdaptiveMixtureRouter,
     "expert_choice": ExpertChoiceRouter,
+    "every_expert": EveryExpertRouter,
 }
 
 __all__ = ["ROUTERS", "Assignment", "Groups", "Router", "RouterOptions", "SwitchRouter", "TableRouter"]

@@ -59,8 +59,8 @@ class RouterOptions:
     `length` S is the tokens of a sample, which is the dispatch group of a capacity; under a learned gate
     `capacity_samples` of them are one. `capacity_factor` None = dropless.
     `top_k`: experts per token. `pooled`: the balance loss is over all layers together. `tables`: the layer's
-    routing tables by owner. The weights are those of the losses. `competitive`: the loss of an adaptive mixture scores
-    every expert by itself. `exchange`: where other processes hold other experts
+    routing tables by owner. The weights are those of the losses. `log_weights`: the combine weights
+    of `every_expert` are log p. `exchange`: where other processes hold other experts
     and see other tokens.
     """
 
@@ -83,7 +83,7 @@ class RouterOptions:
     resample: bool = False
     tables: Mapping[str, np.ndarray] | None = None
     init_std: float = 0.02
-    competitive: bool = False
+    log_weights: bool = False
     exchange: GatheredExchange | None = None
 
 
@@ -95,13 +95,10 @@ class Router:
     [B, E + 1] where the gate is learned)`; a plan is what the networks of the layer take (`rre.sparse_layer`), rows are
     what each expert took of each sample and, last, how many of its S tokens' choices found no room, divided by k.
     `by_expert`: experts choose tokens, and the plan begins with the rows that they took (see `ExpertChoiceRouter`).
-    `apart`: what the experts give is not added up, every expert's output goes on by itself, and the combine weights are
-    the logarithms [T, E] of its share (see `AdaptiveMixtureRouter`).
     """
 
     learned = False
     by_expert = False
-    apart = False
 
     @classmethod
     def build(cls, options: RouterOptions) -> Router:

@@ -192,7 +192,7 @@ class _Reference:
         if prefix not in self.options.sparse:
             return h + self.network(f"{prefix}.feed_forward", x)
         rows = x.reshape(-1, x.shape[-1])
-        by_router = {"switch": self.switch, "olmoe": self.olmoe, "glam": self.glam, "adaptive_mixture": self.mixture}
+        by_router = {"switch": self.switch, "olmoe": self.olmoe, "glam": self.glam, "every_expert": self.mixture}
         y = by_router.get(self.options.router, self.random_routed)(prefix, rows)
         if f"{prefix}.shared_expert.up.weight" in self.tensors:
             y = y + self.network(f"{prefix}.shared_expert", rows)
@@ -297,7 +297,7 @@ class _Reference:
         return self.weighed(prefix, rows, routed.weights)
 
     def mixture(self, prefix: str, rows: Array) -> Array:
-        """Every expert takes every token; [E, T, D] in a competitive mixture, whose outputs stay apart."""
+        """Every expert takes every token; [E, T, D] in a competitive mixture, whose outputs stay unmixed."""
         p = softmax(rows @ self.tensors[f"{prefix}.router.weight"])
         if not self.options.competitive:
             return self.weighed(prefix, rows, p)

@@ -1,16 +1,60 @@
-"""The head of a competitive mixture: every expert of the top layer gives a next-token distribution of its own, and the
-model's is their mixture sum_i p_i softmax(logits_i) (Jacobs et al. 1991; see `rre.routers.adaptive_mixture`).
+"""Adaptive mixture of local experts as a model's top layer: every expert predicts the next token by itself, and the
+model's distribution is their mixture sum_i p_i softmax(logits_i) (Jacobs, Jordan, Nowlan and Hinton 1991, Neural
+Computation 3, pages 79 to 87, equation 1.3).
 
-In place of h_TD everything here takes (h of every expert [E * T, D], expert by expert, log p [T, E]).
+`MixtureLayer` stands where the top transformer layer stands, `MixtureHead` where the head stands. Between them goes, in
+place of h_TD, a pair: the hidden rows of every expert h [E * T, D], expert by expert, and log p [T, E]. `MixtureNorm`
+is the norm in between where a model has no query layer. The paper's cooperative form (equation 1.1) blends outputs, so
+it needs none of these: it is a `TransformerLayer` with `rre.routers.every_expert`'s gate under the model's own head.
 
 Legend: B samples, S positions, T = B*S rows, D hidden width, V vocabulary, E experts of the top layer.
 """
 
 from __future__ import annotations
 
+import mindspore as ms
 from mindspore import Tensor, nn, ops
 
+from pangu_sigma.config.model_section import ModelConfig
+from pangu_sigma.model.layers.transformer_layer import TransformerLayer
 from parallel.operator_layout import Layout
+from rre.every_expert_layer import EveryExpertFeedForward, RepeatRows
+
+
+class MixtureLayer(TransformerLayer):
+    """h_TD -> ((h + y_i of every expert [E * T, D], log p [T, E]), auxiliary loss, kept rows).
+
+    `sparse` is an `EveryExpertFeedForward`; h is the residual stream after attention, y_i expert i's output. All
+    experts of a token are under the same dropout.
+    """
+
+    def __init__(
+        self, model: ModelConfig, layer: int, layout: Layout, compute: ms.dtype, sparse: EveryExpertFeedForward
+    ) -> None:
+        super().__init__(model, layer, layout, compute, sparse)
+        self.repeat_rows = RepeatRows()
+
+    def construct(
+        self, h: Tensor, query_rows, masks: tuple, turns: tuple, keys: Tensor, routing: tuple, weights: tuple
+    ):  # fmt: skip
+        h = self.attend(h, query_rows, masks, turns, keys)
+        outputs, auxiliary, counts = self.feed_forward(self.norm2(h), routing, weights)
+        y, log_p_TE = outputs
+        experts = y.shape[0] // h.shape[0]
+        y = self.feed_forward_dropout(y, ops.tile(keys, (experts,)))
+        return (self.add(self.repeat_rows(h, y.shape), y), log_p_TE), auxiliary, counts
+
+
+class MixtureNorm(nn.Cell):
+    """`norm` for the hidden rows of every expert: (h [E * T, D], log p [T, E]) -> (norm h, log p)."""
+
+    def __init__(self, norm: nn.Cell) -> None:
+        super().__init__()
+        self.row_norm = norm
+
+    def construct(self, h: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        rows, log_p_TE = h
+        return self.row_norm(rows), log_p_TE
 
 
 class LogSumExp(nn.Cell):
@@ -33,33 +77,35 @@ class LogSumExp(nn.Cell):
 
 
 class MixedLogits(nn.Cell):
-    """E tensors of logits [n, V], log p [n, E] -> log sum_i p_i softmax(logits_i) [n, V], whose softmax is itself.
+    """E tensors of logits [N, V], log p [N, E] -> log sum_i p_i softmax(logits_i) [N, V], whose softmax is itself.
 
-    One expert after the other, so that no more than three such tensors are needed at a time where there is no gradient.
+    N: rows. One expert after the other, so that no more than three such tensors are needed at a time where there is no
+    gradient.
     """
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
-        self.pool = LogSumExp(1, layout)
-        self.pair = LogSumExp(0, layout, rank=3)
+        self.log_sum = LogSumExp(1, layout)
+        self.pair_log_sum = LogSumExp(0, layout, rank=3)
         self.stack = layout(ops.Stack(0), (1, 1), (1, 1))
         self.sub = layout(ops.Sub(), (1, 1), (1, 1))
         self.add = layout(ops.Add(), (1, 1), (1, 1))
 
-    def construct(self, logits: tuple[Tensor, ...], gate: Tensor) -> Tensor:
-        mixed = self.scored(logits[0], gate[:, 0:1])
+    def construct(self, logits: tuple[Tensor, ...], log_p_NE: Tensor) -> Tensor:
+        mixed_NV = self.weigh(logits[0], log_p_NE[:, 0:1])
         for i in range(1, len(logits)):
-            other = self.scored(logits[i], gate[:, i : i + 1])
-            mixed = self.pair(self.stack((mixed, other))).reshape(mixed.shape)
-        return mixed
+            expert_NV = self.weigh(logits[i], log_p_NE[:, i : i + 1])
+            mixed_NV = self.pair_log_sum(self.stack((mixed_NV, expert_NV))).reshape(mixed_NV.shape)
+        return mixed_NV
 
-    def scored(self, logits: Tensor, share: Tensor) -> Tensor:
+    def weigh(self, logits_NV: Tensor, log_p_N1: Tensor) -> Tensor:
         """log (p softmax(logits))."""
-        return self.add(self.sub(logits, self.pool(logits)), share)
+        return self.add(self.sub(logits_NV, self.log_sum(logits_NV)), log_p_N1)
 
 
-class CompetitiveHead(nn.Cell):
-    """`head` for each of E experts; it has the head's methods, with the outputs of all experts in place of h_TD.
+class MixtureHead(nn.Cell):
+    """Head of a competitive mixture: `head`, tied or not, for each of E experts. It has the head's methods, with the
+    pair (h [E * T, D], log p [T, E]) in place of h_TD.
 
     The gradient of the loss by an expert's own loss is its responsibility p_i likelihood_i / sum_j p_j likelihood_j, so
     whoever predicts a token best learns it most.
@@ -67,12 +113,12 @@ class CompetitiveHead(nn.Cell):
 
     def __init__(self, head: nn.Cell, experts: int, layout: Layout) -> None:
         super().__init__()
-        self.each = head
+        self.expert_head = head
         self.experts = experts
-        self.mixed = MixedLogits(layout)
-        self.pool = LogSumExp(1, layout)
-        self.pool_words = LogSumExp(1, layout)
-        self.turn = layout(ops.Transpose(), (1, 1))
+        self.mix = MixedLogits(layout)
+        self.log_sum_experts = LogSumExp(1, layout)
+        self.log_sum_words = LogSumExp(1, layout)
+        self.transpose = layout(ops.Transpose(), (1, 1))
         self.sub = layout(ops.Sub(), (1, 1), (1, 1))
         self.exp = layout(ops.Exp(), (1, 1))
         self.mul = layout(ops.Mul(), (1, 1), (1, 1))
@@ -81,29 +127,30 @@ class CompetitiveHead(nn.Cell):
 
     def construct(self, h: tuple[Tensor, Tensor], labels: Tensor, domain: Tensor, table: Tensor) -> Tensor:
         """labels int32 [B, S] -> -log sum_i p_i likelihood_i of every token, float32 [B, S]."""
-        rows, gate = h
+        rows, log_p_TE = h
         # The experts' rows are E times the batch, and so is what belongs to them.
-        losses = self.each(rows, ops.tile(labels, (self.experts, 1)), ops.tile(domain, (self.experts,)), table)
-        scores = self.sub(gate, self.turn(losses.reshape(self.experts, -1), (1, 0)))
-        return -self.pool(scores).reshape(labels.shape)
+        labels_of_rows, domain_of_rows = ops.tile(labels, (self.experts, 1)), ops.tile(domain, (self.experts,))
+        losses = self.expert_head(rows, labels_of_rows, domain_of_rows, table)
+        scores_TE = self.sub(log_p_TE, self.transpose(losses.reshape(self.experts, -1), (1, 0)))
+        return -self.log_sum_experts(scores_TE).reshape(labels.shape)
 
     def against(
         self, h: tuple[Tensor, Tensor], labels: Tensor, domain: Tensor, table: Tensor, previous: Tensor
     ) -> tuple[Tensor, Tensor]:
         """As the call, with another model's logits [B, S, V]: (token losses, KL(previous || now)) float32 [B, S]."""
-        now = self.logits(h, labels.shape[0], domain, table).reshape(h[1].shape[0], -1)
-        before = previous.reshape(now.shape)
-        before = ops.stop_gradient(self.sub(before, self.pool_words(before)))
-        apart = self.sum(self.mul(self.exp(before), self.sub(before, now)), 1)
-        losses = -self.take(now, 1, labels.reshape(-1, 1))
-        return losses.reshape(labels.shape), apart.reshape(labels.shape)
+        log_q_TV = self.logits(h, labels.shape[0], domain, table).reshape(h[1].shape[0], -1)
+        previous_TV = previous.reshape(log_q_TV.shape)
+        previous_TV = ops.stop_gradient(self.sub(previous_TV, self.log_sum_words(previous_TV)))
+        divergence = self.sum(self.mul(self.exp(previous_TV), self.sub(previous_TV, log_q_TV)), 1)
+        losses = -self.take(log_q_TV, 1, labels.reshape(-1, 1))
+        return losses.reshape(labels.shape), divergence.reshape(labels.shape)
 
     def logits(self, h: tuple[Tensor, Tensor], batch: int, domain: Tensor, table: Tensor) -> Tensor:
         """The logarithms of the mixture's probabilities, float32 [B, S, V]."""
-        rows, gate = h
-        tokens = gate.shape[0]
+        rows, log_p_TE = h
+        tokens = log_p_TE.shape[0]
         logits = ()
         for i in range(self.experts):
-            own = self.each.logits(rows[i * tokens : (i + 1) * tokens], batch, domain, table)
-            logits = logits + (own.reshape(tokens, -1),)
-        return self.mixed(logits, gate).reshape(batch, tokens // batch, -1)
+            expert_BSV = self.expert_head.logits(rows[i * tokens : (i + 1) * tokens], batch, domain, table)
+            logits = logits + (expert_BSV.reshape(tokens, -1),)
+        return self.mix(logits, log_p_TE).reshape(batch, tokens // batch, -1)

@@ -12,7 +12,6 @@ from pangu_sigma.model.layers.backbone_parts import NORMS
 from pangu_sigma.model.layers.dropout import CountedDropout
 from pangu_sigma.model.layers.feed_forward import feed_forward
 from parallel.operator_layout import Layout
-from rre.sparse_layer import CopiesOfRows
 
 
 def shared_expert(model: ModelConfig, layout: Layout, compute: ms.dtype) -> nn.Cell | None:
@@ -25,7 +24,6 @@ def shared_expert(model: ModelConfig, layout: Layout, compute: ms.dtype) -> nn.C
 class TransformerLayer(nn.Cell):
     """h_TD -> (h_TD, auxiliary loss, kept rows): h + Attn(LN1 h), then h + FFN(LN2 h).
 
-    Where experts' outputs stay `apart` (`rre.sparse_layer`), the first is (h of every expert [E * T, D], log p [T, E]).
     In the query layer the attention's queries are rows of the next-position table, without norm (`query_rows`).
     """
 
@@ -37,30 +35,23 @@ class TransformerLayer(nn.Cell):
         self.attention = Attention(model, layer, layout, compute)
         self.norm2 = NORMS[model.norm](model.hidden, model.norm_epsilon, layout)
         self.is_sparse = sparse is not None
-        self.is_apart = self.is_sparse and sparse.apart
         self.feed_forward = sparse or feed_forward(model, model.network, layout, compute)
         self.attention_dropout = CountedDropout(model.dropout, layer, "attention")
         self.feed_forward_dropout = CountedDropout(model.dropout, layer, "feed-forward")
         self.add = layout(ops.Add(), layout.stream, layout.stream)
-        if self.is_apart:
-            self.copies = CopiesOfRows()
 
     def construct(
         self, h: Tensor, query_rows, masks: tuple, turns: tuple, keys: Tensor, routing: tuple, weights: tuple
     ):  # fmt: skip
-        x = self.norm1(h)
-        queries = x if query_rows is None else query_rows
-        h = self.add(h, self.attention_dropout(self.attention(queries, x, masks, turns, keys), keys))
+        h = self.attend(h, query_rows, masks, turns, keys)
         x = self.norm2(h)
         if self.is_sparse:
             y, auxiliary, counts = self.feed_forward(x, routing, weights)
-            if self.is_apart:
-                return (self.beside(h, y[0], keys), y[1]), auxiliary, counts
             return self.add(h, self.feed_forward_dropout(y, keys)), auxiliary, counts
         return self.add(h, self.feed_forward_dropout(self.feed_forward(x), keys)), None, None
 
-    def beside(self, h: Tensor, outputs: Tensor, keys: Tensor) -> Tensor:
-        """h plus each of the E experts' outputs [E * T, D], all under the same dropout."""
-        experts = outputs.shape[0] // h.shape[0]
-        dropped = self.feed_forward_dropout(outputs, ops.tile(keys, (experts,)))
-        return self.add(self.copies(h, outputs.shape), dropped)
+    def attend(self, h: Tensor, query_rows, masks: tuple, turns: tuple, keys: Tensor) -> Tensor:
+        """h + Attn(LN1 h)."""
+        x = self.norm1(h)
+        queries = x if query_rows is None else query_rows
+        return self.add(h, self.attention_dropout(self.attention(queries, x, masks, turns, keys), keys))

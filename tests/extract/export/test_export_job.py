@@ -62,7 +62,7 @@ def test_mistakes_are_one_sentence_and_write_nothing(stored, tmp_path, arguments
 
 
 def test_a_gate_over_all_domains_cannot_be_exported_in_part(stored, tmp_path):
-    with pytest.raises(UserError, match="switch gate chooses among the experts of all domains"):
+    with pytest.raises(UserError, match=r"router = switch\) chooses among the experts of all domains"):
         export(stored("switch").path, tmp_path / "out", "hf", ["code"])
 
 

@@ -18,7 +18,7 @@ def test_every_key_has_a_one_line_meaning():
 def test_every_key_says_what_is_allowed_and_its_default():
     described = {key.path: key for key in keys()}
     assert described["train.steps"][1:3] == ("a whole number of at least 1", "required")
-    routers = "rre, hash, switch, gshard, glam, noisy_top_k, olmoe, expert_choice or adaptive_mixture"
+    routers = "rre, hash, switch, gshard, glam, noisy_top_k, olmoe or expert_choice"
     assert described["model.sparse.router"][1:3] == (routers, "rre")
     assert described["data.cache"][1:3] == ("a text that is not empty, or null", "null")
     assert described["domains[].weight"][1:3] == ("a number of at least 0", "1.0")

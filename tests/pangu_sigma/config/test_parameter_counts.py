@@ -74,12 +74,11 @@ def test_dense_layers_and_experts_may_be_of_different_kinds(small):
 
 
 def test_a_token_of_a_mixture_meets_every_expert(small):
-    sparse = "model.sparse={layers: 1, include_query_layer: true, router: adaptive_mixture}"
-    config = small(sparse)
+    config = small("model.top_layer=mixture")
     counts = parameter_counts(config, 100)
     assert set(counts.activated_per_token.values()) == {counts.total}
     # The head's product is computed for every expert of a competitive mixture.
-    blended = small(sparse, "model.sparse.mixture_loss=cooperative")
+    blended = small("model.top_layer=mixture", "model.mixture_loss=cooperative")
     assert (config.predictions, blended.predictions, small().predictions) == (6, 1, 1)
     assert flops_per_token(config, 100) - flops_per_token(blended, 100) == 6 * 5 * 100 * config.model.hidden
 

@@ -8,7 +8,7 @@ from pangu_sigma.errors import UserError
 
 SPARSE = "model.sparse.layers=1"
 
-MIXTURE = "{layers: 1, include_query_layer: true, router: adaptive_mixture}"
+MIXTURE = "model.top_layer=mixture"
 ROPE = ["model.position=rope", "model.query_layer=none"]
 BROKEN = [
     ("model.heads does not divide", ["model.heads=3"], "model.heads = 3 does not divide model.hidden = 128"),
@@ -48,28 +48,30 @@ BROKEN = [
     ),
     (
         "capacity of a mixture",
-        [f"model.sparse={MIXTURE}", "model.sparse.dispatch=capacity"],
+        [MIXTURE, "model.sparse.dispatch=capacity"],
         "every expert takes every row: set it to dropless",
     ),
     (
-        "a mixture of two layers",
-        [f"model.sparse={MIXTURE}", "model.sparse.layers=2"],
-        "(query_layer) must be the only sparse one",
+        "a mixture over sparse layers",
+        [MIXTURE, "model.sparse.layers=2"],
+        "(query_layer) must be the only one with experts",
     ),
     (
-        "a mixture in the middle",
-        ["model.sparse={layers: 1, router: adaptive_mixture}"],
-        "set model.sparse.pattern to top, layers to 1 and include_query_layer to true",
+        "a mixture and a sparse query layer",
+        [MIXTURE, "model.sparse={layers: 1, include_query_layer: true}"],
+        "leave model.sparse.layers, pattern and include_query_layer out",
     ),
     (
-        "a mixture of every layer",
-        ["model.sparse={pattern: every, router: adaptive_mixture}", "model.query_layer=none"],
-        "(blocks.3) must be the only sparse one",
+        "a mixture over a sparse layer of every kind",
+        [MIXTURE, "model.sparse.pattern=every", "model.query_layer=none"],
+        "(blocks.3) must be the only one with experts",
     ),
-    ("k of a mixture", [f"model.sparse={MIXTURE}", "model.sparse.top_k=2"], "takes all experts by definition"),
+    ("a mixture with a router", [MIXTURE, "model.sparse.router=switch"], "whose gate is its own: leave it out"),
+    ("a mixture that resamples", [MIXTURE, "model.sparse.resample=true"], "the mixture (model.top_layer) has no table"),
+    ("k of a mixture", [MIXTURE, "model.sparse.top_k=2"], "takes all experts by definition"),
     (
         "a mixture without its experts",
-        [f"model.sparse={MIXTURE}", "experts.store=host"],
+        [MIXTURE, "experts.store=host"],
         "set experts.store to device",
     ),
     ("a table's group", ["model.sparse={layers: 1, dispatch: capacity, capacity_samples: 2}"], "acts on the learned"),
@@ -78,7 +80,7 @@ BROKEN = [
         ["model.sparse={layers: 1, router: switch, dispatch: capacity, capacity_samples: 3}", "train.batch_size=8"],
         "does not divide the 8 sequences that a rank computes at a time",
     ),
-    ("mixture_loss elsewhere", ["model.sparse={layers: 1, mixture_loss: cooperative}"], "no effect on the router rre"),
+    ("mixture_loss elsewhere", ["model.mixture_loss=cooperative"], "no effect without a mixture"),
     ("k over experts", ["model.sparse={layers: 1, router: olmoe, top_k: 99}"], "is too many for the"),
     ("noisy k of all", ["model.sparse={layers: 1, router: noisy_top_k, top_k: 6}"], "one of which must be left"),
     (
@@ -273,8 +275,8 @@ FINE = [
     [*ROPE, "model.feed_forward=swiglu", "model.activation=silu", "model.biases=false", "model.rope_theta=500000"],
     ["model.norm=rmsnorm", "model.attention.qk_norm=true", "model.biases=false", "model.head=untied"],
     ["model.sparse={layers: 1, router: olmoe, top_k: 2, balance: pooled}"],
-    [f"model.sparse={MIXTURE}", "model.sparse.mixture_loss=cooperative", "model.sparse.shared_expert=true"],
-    ["model.sparse={layers: 1, router: adaptive_mixture}", "model.query_layer=none"],
+    [MIXTURE, "model.mixture_loss=cooperative", "model.sparse.shared_expert=true"],
+    [MIXTURE, "model.query_layer=none"],
     ["model.feed_forward=geglu", "model.activation=gelu", "model.biases=false", "model.sparse.feed_forward=mlp"],
     ["schedule={warmup_steps: 5, anneal_steps: 5}"],
     ["model.sparse.layers=3"],

@@ -74,14 +74,15 @@ ROUTERS = {
     "hash": {"router": "hash"},
     "gshard": {"router": "gshard"},
     "noisy_top_k": {"router": "noisy_top_k", "top_k": 2},
-    "mixture": {"layers": 1, "include_query_layer": True, "router": "adaptive_mixture"},
     "olmoe renormalised": {"router": "olmoe", "top_k": 3, "renormalise": True, "shared_expert": True},
 }
+MODELS = {case: {"sparse": {"layers": 2, **sparse}} for case, sparse in ROUTERS.items()}
+MODELS["mixture"] = {"top_layer": "mixture"}
 
 
-@pytest.mark.parametrize("case", ROUTERS)
+@pytest.mark.parametrize("case", MODELS)
 def test_a_router_whose_weights_add_up_to_one_keeps_the_function(dense, sparse_yaml, tmp_path, logits, case):
-    done = upcycle(dense, sparse_yaml({"sparse": {"layers": 2, **ROUTERS[case]}}), tmp_path / "out")
+    done = upcycle(dense, sparse_yaml(MODELS[case]), tmp_path / "out")
     assert done.same_function
     tokens = np.random.default_rng(3).integers(3, VOCAB, 16)
     # A competitive mixture's logits are log probabilities already.

@@ -49,12 +49,11 @@ CASES = {
         "query_layer": "none", "sparse": {"layers": 1},
     },
     "mixture": {
-        "layers": 2,
-        "sparse": {"layers": 1, "include_query_layer": True, "router": "adaptive_mixture", "shared_expert": True},
+        "layers": 2, "top_layer": "mixture", "sparse": {"shared_expert": True},
     },
     "mixture_slots": {
         "layers": 2, "query_layer": "none", "domain_parameters": {"embedding": "own"},
-        "sparse": {"layers": 1, "router": "adaptive_mixture"},
+        "top_layer": "mixture",
     },
     "glam": {
         "layers": 2, "query_layer": "none", "feed_forward": "geglu", "activation": "gelu", "biases": False,

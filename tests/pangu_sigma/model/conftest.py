@@ -68,18 +68,15 @@ CASES = {
         32,
     ),
     "mixture": (
-        {"layers": 2,
-         "sparse": {"layers": 1, "include_query_layer": True, "router": "adaptive_mixture", "shared_expert": True}},
+        {"layers": 2, "top_layer": "mixture", "sparse": {"shared_expert": True}},
         32,
     ),
     "mixture_under_a_norm": (
-        {"layers": 2, "query_layer": "none", "domain_parameters": {"embedding": "own"},
-         "sparse": {"layers": 1, "router": "adaptive_mixture"}},
+        {"layers": 2, "query_layer": "none", "domain_parameters": {"embedding": "own"}, "top_layer": "mixture"},
         32,
     ),
     "mixture_cooperative": (
-        {"layers": 2, "head": "untied", "sparse": {"layers": 1, "include_query_layer": True,
-                                                   "router": "adaptive_mixture", "mixture_loss": "cooperative"}},
+        {"layers": 2, "head": "untied", "top_layer": "mixture", "mixture_loss": "cooperative"},
         32,
     ),
     "rope_2_chunks": (OLMOE | {"layers": 2, "norm": "layernorm", "rope_theta": 100.0, "sparse": {"layers": 1}}, 128),

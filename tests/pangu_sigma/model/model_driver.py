@@ -15,7 +15,6 @@ from pangu_sigma.model.pangu import Logits, PanGuSigma, TrainingLoss
 from parallel.operator_layout import Layout
 from rre.dispatch.expert_dispatch import plan_by_expert, plan_in_blocks, plan_present
 from rre.feed_forward_form import NetworkForm
-from rre.router_specs import KINDS
 from rre.routers import ROUTERS, Groups, RouterOptions
 from tests.oracles import pangu_numpy
 
@@ -83,7 +82,7 @@ def make_tensors(config: ModelConfig, vocab: int, groups: Groups, seed: int = 0)
             kind = "shared_expert" if sparse else "feed_forward"
             mine = shapes if sparse else matrices_of(config.network)
             matrices |= {f"{p}.{kind}.{part}": shape for part, shape in mine.items()}
-        if sparse and KINDS[config.sparse.router].learned:
+        if sparse and config.router_spec.learned:
             tensors[f"{p}.router.weight"] = normal((hidden, groups.total), 1.0)
         for name, shape in matrices.items():
             tensors[f"{name}.weight"] = normal(shape, shape[0] ** -0.5)
@@ -94,7 +93,7 @@ def make_tensors(config: ModelConfig, vocab: int, groups: Groups, seed: int = 0)
                 tensors[f"domains.{d}.{p}.experts.{part}.weight"] = normal((size, *shape), shape[0] ** -0.5)
                 if config.biases:
                     tensors[f"domains.{d}.{p}.experts.{part}.bias"] = normal((size, shape[1]), 0.2)
-            if not KINDS[config.sparse.router].learned:
+            if not config.router_spec.learned:
                 tensors[f"domains.{d}.{p}.routing"] = draw.integers(0, size, vocab).astype(np.int32)
     return tensors
 
@@ -123,7 +122,7 @@ class DrivenModel:
     ) -> None:  # fmt: skip
         self.config, self.groups, self.tensors, self.vocab = config, groups, tensors, vocab
         self.blocks, self.shape = blocks, (batch, length)
-        self.learned = KINDS[config.sparse.router].learned
+        self.learned = config.router_spec.learned
         layout = Layout(kernels=kernels)
         factor = config.sparse.capacity_factor if config.sparse.dispatch == "capacity" else None
         self.routers = []
@@ -132,13 +131,13 @@ class DrivenModel:
             if not self.learned:
                 tables = {d: tensors[f"domains.{d}.{prefix}.routing"] for d in groups.names}
             options = RouterOptions(
-                groups, config.hidden, length, layout, index, 7, config.sparse.chosen_of(groups.total),
+                groups, config.hidden, length, layout, index, 7, config.choices_of(groups.total),
                 capacity_factor=factor, auxiliary_weight=config.sparse.aux_loss_weight,
                 z_loss_weight=config.sparse.z_loss_weight, renormalise=config.sparse.renormalise,
                 pooled=config.sparse.balance == "pooled", jitter=config.sparse.jitter,
-                competitive=config.sparse.competitive, resample=config.sparse.resample, tables=tables,
+                log_weights=config.is_competitive_mixture, resample=config.sparse.resample, tables=tables,
             )  # fmt: skip
-            self.routers.append(ROUTERS[config.sparse.router].build(options))
+            self.routers.append(ROUTERS[config.router].build(options))
         slots = groups.total if blocks is None else blocks
         slot_table = (len(groups.names), vocab, config.hidden) if config.domain_parameters.embedding == "own" else None
         self.signature = FlatSignature(
@@ -251,10 +250,10 @@ class DrivenModel:
         capacity = config.sparse.capacity_factor if training and config.sparse.dispatch == "capacity" else None
         options = pangu_numpy.Options(
             config.layers, config.heads, EOD, tuple(zip(self.groups.names, self.groups.sizes, strict=True)),
-            config.sparse_prefixes, config.sparse.router, config.activation, config.query_layer == "next_position",
+            config.sparse_prefixes, config.router, config.activation, config.query_layer == "next_position",
             config.domain_parameters.embedding == "own", capacity, config.sparse.aux_loss_weight, config.norm_epsilon,
-            config.sparse.chosen_of(self.groups.total), config.sparse.z_loss_weight, config.sparse.renormalise,
-            config.sparse.balance == "pooled", config.rope_theta, config.sparse.competitive,
+            config.choices_of(self.groups.total), config.sparse.z_loss_weight, config.sparse.renormalise,
+            config.sparse.balance == "pooled", config.rope_theta, config.is_competitive_mixture,
         )  # fmt: skip
         domains = [self.groups.names[d] for d in batch.domain]
         return pangu_numpy.forward(options, tensors or self.tensors, batch.tokens, batch.labels, domains, noise)

@@ -97,7 +97,7 @@ def plain():
 
 
 def test_every_gate_with_an_auxiliary_loss_is_here():
-    without = {"expert_choice", "adaptive_mixture"}
+    without = {"expert_choice", "every_expert"}
     assert {gate.split(",")[0] for gate in GATES} == {n for n, kind in KINDS.items() if kind.learned} - without
 
 

@@ -7,7 +7,6 @@ from pangu_sigma.model.scoring import Scorer
 from tests.oracles.recomputing_decoder import RecomputingDecoder
 from tests.pangu_sigma.train.small_trainer import LENGTH, VOCAB, batch, small_trainer
 
-TOP = {"layers": 1, "include_query_layer": True, "router": "adaptive_mixture"}
 STEPS = 30
 
 
@@ -21,7 +20,7 @@ def text(step: int):
 
 @pytest.mark.parametrize("loss", ["competitive", "cooperative"])
 def test_training_lowers_the_loss_that_evaluation_measures_and_generation_uses(loss):
-    trainer = small_trainer({"sparse": {**TOP, "mixture_loss": loss}})
+    trainer = small_trainer({"top_layer": "mixture", "mixture_loss": loss, "sparse": {"layers": 0}})
     losses = [trainer.step(step, trainer.plan(text(step))).loss for step in range(STEPS)]
     assert losses[0] == pytest.approx(np.log(VOCAB), rel=0.05) and np.mean(losses[-3:]) < 0.75 * losses[0]
     figures = trainer.accounting.take()

@@ -19,7 +19,7 @@ def refusal(router: str, dispatch: str, store: str) -> str | None:
     """What the configuration says to a combination that means nothing; None where there is one."""
     if dispatch == "capacity" and router == "expert_choice":
         return "every expert takes a fixed number of tokens"
-    if dispatch == "capacity" and router == "adaptive_mixture":
+    if dispatch == "capacity" and router == "every_expert":
         return "every expert takes every row"
     if store != "device" and KINDS[router].learned:
         return "set experts.store to device"
@@ -28,7 +28,10 @@ def refusal(router: str, dispatch: str, store: str) -> str | None:
 
 def sections(router: str, dispatch: str, store: str) -> dict:
     sparse = {"router": router, "dispatch": dispatch, "capacity_factor": 0.5, **MORE.get(router, {})}
-    return {"model": {**SHORT, "sparse": sparse}, "experts": {"store": store, "resident_gib": 0.001}}
+    model = {**SHORT, "sparse": sparse}
+    if router == "every_expert":
+        model |= {"top_layer": "mixture", "sparse": {"layers": 0, "dispatch": dispatch}}
+    return {"model": model, "experts": {"store": store, "resident_gib": 0.001}}
 
 
 WORKS = [case for case in ALL if refusal(*case) is None]
@@ -57,7 +60,7 @@ def trained(case: tuple[str, str, str], tmp_path) -> tuple[dict[str, np.ndarray]
 
 
 # Two that nothing else covers are quick enough for every run of the tests; the others are long ones together.
-QUICK = {("hash", "capacity"), ("adaptive_mixture", "dropless")}
+QUICK = {("hash", "capacity"), ("every_expert", "dropless")}
 ONCE = [pytest.param(r, d, marks=() if (r, d) in QUICK else pytest.mark.slow, id=f"{r}-{d}")
         for r, d, store in WORKS if store == "device"]  # fmt: skip
 
@@ -72,7 +75,7 @@ def test_every_store_trains_the_same_model_and_capacity_alone_drops(router, disp
         assert len(set(load)) == 1  # even by construction
     else:
         assert (max(dropped) > 0.1) == (dispatch == "capacity")
-    if router == "adaptive_mixture":
+    if router == "every_expert":
         assert load == [rows] * 6
     elif dispatch == "dropless" and KINDS[router].experts_per_token == 1:
         assert sum(load) == rows

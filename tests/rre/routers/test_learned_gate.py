@@ -13,6 +13,7 @@ from mindspore import ParameterTuple, Tensor, nn, ops
 
 from parallel.operator_layout import Layout
 from parallel.ops.compiled_kernels import library
+from rre.every_expert_layer import EveryExpertFeedForward
 from rre.feed_forward_form import NetworkForm
 from rre.router_specs import KINDS
 from rre.routers import ROUTERS, Groups, RouterOptions
@@ -41,27 +42,25 @@ CASES = {
     "olmoe": ("olmoe", {"top_k": 3}),
     "olmoe capacity, renormalised": ("olmoe", {"top_k": 3, "capacity_factor": 0.9, "renormalise": True}),
     "expert_choice": ("expert_choice", {"top_k": 2}),
-    "adaptive_mixture": ("adaptive_mixture", {"top_k": 5}),
-    "adaptive_mixture competitive": ("adaptive_mixture", {"top_k": 5, "competitive": True}),
+    "every_expert": ("every_expert", {"top_k": 5}),
+    "every_expert unmixed": ("every_expert", {"top_k": 5, "log_weights": True}),
 }
 
 
 class Objective(nn.Cell):
-    """sum(y * slopes) + auxiliary loss, with y, the auxiliary loss and the rows beside it. In a competitive mixture the
-    experts' own losses are -(y_i * slopes), and y [T, 1] is the tokens' loss."""
+    """sum(y * slopes) + auxiliary loss, with y, the auxiliary loss and the rows beside it. Where the experts stay
+    unmixed, their own losses are -(y_i * slopes), and y [T, 1] is the tokens' loss."""
 
     def __init__(self, router, layout: Layout) -> None:
         super().__init__()
-        self.layer = SparseFeedForward(
-            router.cell(), layout, NetworkForm("gelu"), ms.float32, by_expert=router.by_expert,
-            apart=router.apart,
-        )
-        self.apart = router.apart
+        self.unmixed = router.options.log_weights
+        layer = EveryExpertFeedForward if self.unmixed else SparseFeedForward
+        self.layer = layer(router.cell(), layout, NetworkForm("gelu"), ms.float32, by_expert=router.by_expert)
 
     def construct(self, x, slopes, *flat):
         noise, weights = flat[: -4 * EXPERTS], flat[-4 * EXPERTS :]
         y, auxiliary, rows = self.layer(x, noise, weights)
-        if self.apart:
+        if self.unmixed:
             outputs, shares = y
             scores = (outputs.reshape(EXPERTS, -1, HIDDEN) * slopes).sum(2).transpose(1, 0) + shares
             y = -ops.log(ops.exp(scores).sum(1, keepdims=True))
@@ -126,7 +125,7 @@ class Case:
             )
         if self.kind == "olmoe":
             return routers_numpy.olmoe(x, g, o.top_k, o.auxiliary_weight, o.z_loss_weight, o.renormalise)
-        if self.kind == "adaptive_mixture":
+        if self.kind == "every_expert":
             return routers_numpy.adaptive_mixture(x, g)
         return routers_numpy.expert_choice(x, g, 4, LENGTH)  # ceil(8 tokens * 2 / 5 experts)
 
@@ -141,7 +140,7 @@ class Case:
         routed = self.route(x, gates, noise)
         kept = self.kept(routed, training)
         experts = [[w.astype(np.float64) for w in expert] for expert in self.experts]
-        if self.options.competitive:
+        if self.options.log_weights:
             losses = -np.stack([(network(x, weights) * self.slopes).sum(1) for weights in experts], 1)
             y = routers_numpy.competitive_loss(routed.weights, losses)[:, None]
             return y, routed.auxiliary, kept, routed.order
@@ -203,7 +202,7 @@ def test_a_training_step_is_the_oracles_and_so_is_every_gradient(made, name):
 
     def objective(values: dict[str, np.ndarray]) -> float:
         y, auxiliary, _, _ = case.answer(values["x"], values, case.noise, True)
-        return float((y if case.options.competitive else y * slopes).sum() + auxiliary)
+        return float((y if case.options.log_weights else y * slopes).sum() + auxiliary)
 
     gradients = {"x": dx.asnumpy()}
     gradients |= {p.name.rsplit(".", 1)[-1]: g.asnumpy() for p, g in
@@ -247,13 +246,13 @@ class Choice(nn.Cell):
 CHOOSE = ["switch", "gshard", "glam capacity", "noisy_top_k", "olmoe", "olmoe capacity, renormalised"]
 
 
-@pytest.mark.parametrize("name", [*CHOOSE, "adaptive_mixture", "adaptive_mixture competitive"])
+@pytest.mark.parametrize("name", [*CHOOSE, "every_expert", "every_expert unmixed"])
 def test_every_token_is_assigned_as_the_oracle_assigns_it_with_its_weights(made, name):
     """Expert choice, whose experts assign, is held to it by its outputs above."""
     case = made(name)
     ids, weights = (t.asnumpy() for t in Choice(case.objective.layer.router)(Tensor(case.x), *map(Tensor, case.noise)))
     expected = case.route(*exact(case), case.noise)
-    weights = np.exp(weights) if case.options.competitive else weights
+    weights = np.exp(weights) if case.options.log_weights else weights
     for t, order in enumerate(expected.order):
         used = ids[t] < EXPERTS
         assert ids[t][used].tolist() == order

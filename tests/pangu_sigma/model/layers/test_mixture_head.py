@@ -5,7 +5,7 @@ import pytest
 from mindspore import Parameter, Tensor, nn, ops
 
 from pangu_sigma.config.model_section import ModelConfig
-from pangu_sigma.model.layers.mixture_head import CompetitiveHead
+from pangu_sigma.model.layers.mixture_head import MixtureHead
 from pangu_sigma.model.layers.tied_embedding_head import TiedHead
 from parallel.operator_layout import Layout
 from tests.oracles.routers_numpy import competitive_loss, softmax
@@ -50,7 +50,7 @@ def test_a_mixture_of_likelihoods_its_divergence_and_every_gradient(slots):
     labels, domain = draw.integers(0, VOCAB, (BATCH, LENGTH)), np.array([1, 0])
     previous, slopes = draw.standard_normal((BATCH, LENGTH, VOCAB)), draw.standard_normal((BATCH, LENGTH))
     config = ModelConfig(**CONFIG, domain_parameters={"embedding": slots})
-    head = CompetitiveHead(TiedHead(config, VOCAB, Layout()), EXPERTS, Layout())
+    head = MixtureHead(TiedHead(config, VOCAB, Layout()), EXPERTS, Layout())
     step = ops.value_and_grad(Sums(head), (0, 1, 2), has_aux=True)
     inputs = [Tensor(values[name].astype(np.float32)) for name in shapes]
     given = [Tensor(a.astype(t)) for a, t in
@@ -90,7 +90,7 @@ def test_its_logits_are_log_probabilities_of_the_mixture_even_where_a_share_is_n
     scores = draw.standard_normal((TOKENS, EXPERTS)).astype(np.float32)
     scores[0] = [200.0, 0.0, 0.0, -200.0]  # softmax of the last is 0 in float32
     table = draw.standard_normal((VOCAB, HIDDEN)).astype(np.float32)
-    head = CompetitiveHead(TiedHead(ModelConfig(**CONFIG), VOCAB, Layout()), EXPERTS, Layout())
+    head = MixtureHead(TiedHead(ModelConfig(**CONFIG), VOCAB, Layout()), EXPERTS, Layout())
     shares = ops.LogSoftmax(-1)(Tensor(scores))
     found = LogProbabilities(head, table)(Tensor(rows), shares, Tensor([0, 0])).asnumpy().reshape(TOKENS, VOCAB)
     given = {"rows": rows.astype(np.float64), "scores": scores.astype(np.float64), "table": table.astype(np.float64)}
