@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from pangu_sigma.signals import signals_held
-from parallel.operator_layout import SLICES_STAY
+from parallel.operator_layout import LOCAL_SLICES
 
 
 def prepare(device: str, scratch: Path | None = None) -> None:
@@ -18,7 +18,7 @@ def prepare(device: str, scratch: Path | None = None) -> None:
     os.environ.setdefault("GLOG_v", "4")
     os.environ.setdefault("MS_DEV_JIT_SYNTAX_LEVEL", "2")
     # Not a matter of taste: without it pipeline stages would compute other rows.
-    os.environ.update(SLICES_STAY)
+    os.environ.update(LOCAL_SLICES)
     with signals_held():
         import mindspore
 

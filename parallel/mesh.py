@@ -1,9 +1,9 @@
 """The device mesh: data x expert x tensor x pipeline ranks, and which experts and domains each rank has.
 
 Every rank of the data and expert axes reads samples of its own: together they are the *row ranks*, over which a batch
-is cut. Shared parameters are data parallel over all row ranks, experts are cut over the expert axis and repeated along
-the data axis. (Where papers say "64-way data parallel, 64-way expert parallel" of 64 row ranks, data is 1 and expert 64
-here.)
+is sharded. Shared parameters are data parallel over all row ranks, experts are sharded over the expert axis and
+replicated along the data axis. (Where papers say "64-way data parallel, 64-way expert parallel" of 64 row ranks, data
+is 1 and expert 64 here.)
 
 Ranks are numbered with the pipeline axis outermost, then expert, data, tensor:
 
@@ -15,7 +15,7 @@ so a placement group, which is a run of neighbours on the expert axis, is a run 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 PLACEMENTS = ("global", "domain")
 
@@ -25,9 +25,9 @@ def mesh_problems(
 ) -> Iterator[tuple[str, str]]:
     """(field, sentence) for what is wrong with a mesh's numbers among themselves."""
     sizes = {"data": data, "expert": expert, "tensor": tensor, "pipeline": pipeline}
-    for name, ways in {**sizes, "placement_groups": placement_groups}.items():
-        if ways < 1:
-            yield name, f"{name} = {ways} is no number of ranks: set it to at least 1"
+    for name, ranks in {**sizes, "placement_groups": placement_groups}.items():
+        if ranks < 1:
+            yield name, f"{name} = {ranks} is no number of ranks: set it to at least 1"
             return
     if placement not in PLACEMENTS:
         yield "placement", f"placement = {placement} is unknown: set it to {' or '.join(PLACEMENTS)}"
@@ -47,7 +47,7 @@ def mesh_problems(
 
 @dataclass(frozen=True)
 class Coordinates:
-    """A rank's place: pipeline stage, expert part, data replica, tensor part."""
+    """Mesh coordinates of a rank: pipeline stage, expert part, data replica, tensor part."""
 
     stage: int
     expert: int
@@ -87,12 +87,12 @@ class Mesh:
     def axes(self) -> str:
         """The axes whose product is `size`, for sentences; tensor and pipeline where there are any."""
         rarer = {"tensor": self.tensor, "pipeline": self.pipeline}
-        more = "".join(f" x {name} {ways}" for name, ways in rarer.items() if ways > 1)
+        more = "".join(f" x {name} {ranks}" for name, ranks in rarer.items() if ranks > 1)
         return f"data {self.data} x expert {self.expert}{more}"
 
     @property
     def rows(self) -> int:
-        """Row ranks: parts that a batch is cut into."""
+        """Row ranks: shards that a batch is divided into."""
         return self.data * self.expert
 
     @property
@@ -103,7 +103,7 @@ class Mesh:
     # --- ranks
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Where a rank sits. Raises ValueError outside the mesh."""
+        """Coordinates of a rank. Raises ValueError outside the mesh."""
         if not 0 <= rank < self.size:
             raise ValueError(f"rank {rank} is not in a mesh of {self.size} ranks")
         rest, tensor = divmod(rank, self.tensor)
@@ -111,54 +111,46 @@ class Mesh:
         stage, expert = divmod(rest, self.expert)
         return Coordinates(stage, expert, data, tensor)
 
-    def rank(self, place: Coordinates) -> int:
+    def rank(self, coordinates: Coordinates) -> int:
         """The rank at these coordinates."""
-        return ((place.stage * self.expert + place.expert) * self.data + place.data) * self.tensor + place.tensor
+        row = (coordinates.stage * self.expert + coordinates.expert) * self.data + coordinates.data
+        return row * self.tensor + coordinates.tensor
 
     def row_rank(self, rank: int) -> int:
         """Which of the `rows` parts of a batch a rank reads."""
-        place = self.coordinates(rank)
-        return place.expert * self.data + place.data
+        coordinates = self.coordinates(rank)
+        return coordinates.expert * self.data + coordinates.data
 
     def placement_group(self, rank: int) -> int:
         """The placement group of a rank (0 under global placement)."""
         return self.coordinates(rank).expert // self.exchange_size
 
     def tensor_group(self, rank: int) -> tuple[int, ...]:
-        """Ranks that hold the other cuts of the same weights and see the same rows."""
+        """Ranks that hold the other tensor shards of the same weights and see the same rows."""
         start = rank - self.coordinates(rank).tensor
         return tuple(range(start, start + self.tensor))
 
     def exchange_group(self, rank: int) -> tuple[int, ...]:
         """Ranks between which this rank's rows travel to experts and back."""
-        place = self.coordinates(rank)
+        coordinates = self.coordinates(rank)
         first = self.placement_group(rank) * self.exchange_size
-        return tuple(
-            self.rank(Coordinates(place.stage, e, place.data, place.tensor))
-            for e in range(first, first + self.exchange_size)
-        )
+        return tuple(self.rank(replace(coordinates, expert=e)) for e in range(first, first + self.exchange_size))
 
     def expert_group(self, rank: int) -> tuple[int, ...]:
         """Ranks that hold all experts together: this rank's exchange group and those of other placement groups."""
-        place = self.coordinates(rank)
-        return tuple(
-            self.rank(Coordinates(place.stage, e, place.data, place.tensor)) for e in range(self.expert)
-        )
+        coordinates = self.coordinates(rank)
+        return tuple(self.rank(replace(coordinates, expert=e)) for e in range(self.expert))
 
     def replica_group(self, rank: int) -> tuple[int, ...]:
-        """Ranks that hold the same cut of the same experts: their gradients are summed."""
-        place = self.coordinates(rank)
-        return tuple(
-            self.rank(Coordinates(place.stage, place.expert, d, place.tensor)) for d in range(self.data)
-        )
+        """Ranks that hold the same shard of the same experts: their gradients are summed."""
+        coordinates = self.coordinates(rank)
+        return tuple(self.rank(replace(coordinates, data=d)) for d in range(self.data))
 
     def shared_group(self, rank: int) -> tuple[int, ...]:
-        """Ranks that hold the same cut of the shared parameters: their gradients are summed."""
-        place = self.coordinates(rank)
+        """Ranks that hold the same shard of the shared parameters: their gradients are summed."""
+        coordinates = self.coordinates(rank)
         return tuple(
-            self.rank(Coordinates(place.stage, e, d, place.tensor))
-            for e in range(self.expert)
-            for d in range(self.data)
+            self.rank(replace(coordinates, expert=e, data=d)) for e in range(self.expert) for d in range(self.data)
         )
 
     def placement_rows(self, rank: int) -> range:
@@ -203,30 +195,30 @@ class Mesh:
             reached += size
 
     def experts_of(self, rank: int, experts: int) -> range:
-        """Places on a sparse layer's axis of `experts` that a rank holds (its own cut over the tensor axis of each)."""
+        """Indices on a sparse layer's axis of `experts` of those that a rank holds (of each, its own tensor shard)."""
         if experts % self.expert:
             raise ValueError(next(self.expert_problems([experts]))[1])
         share = experts // self.expert
         start = self.coordinates(rank).expert * share
         return range(start, start + share)
 
-    def experts_in_turn(self, rank: int, experts: int) -> range:
-        """The same where a group's experts lie round its expert parts in turn, as in a graph that is cut over devices:
-        places p, p + X, p + 2 X, … of the group's run are those of its part p of X."""
+    def interleaved_experts_of(self, rank: int, experts: int) -> range:
+        """The same where a placement group's experts are interleaved over its expert parts, as in an SPMD graph: part p
+        of X has those at p, p + X, p + 2 X, … of the group's run."""
         share = len(self.experts_of(rank, experts))
         group, part = divmod(self.coordinates(rank).expert, self.exchange_size)
         start = group * share * self.exchange_size
         return range(start + part, start + share * self.exchange_size, self.exchange_size)
 
     def domains_of_groups(self, sizes: Sequence[int]) -> tuple[range, ...]:
-        """Domains (numbers) of each placement group, for expert groups of these `sizes`. Raises ValueError."""
+        """Domain ids of each placement group, for expert groups of these `sizes`. Raises ValueError."""
         for _, sentence in self.expert_problems(sizes):
             raise ValueError(sentence)
         share = sum(sizes) // self.placement_groups
-        found, start, reached = [], 0, 0
+        groups, start, reached = [], 0, 0
         for domain, size in enumerate(sizes):
             reached += size
             if reached % share == 0:
-                found.append(range(start, domain + 1))
+                groups.append(range(start, domain + 1))
                 start = domain + 1
-        return tuple(found)
+        return tuple(groups)

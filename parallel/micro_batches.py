@@ -2,7 +2,7 @@
 
 The pass finds the micro-batches of a graph by the slices of its inputs, and their sum by a mark on the additions; it
 then cuts the graph at the stages of the cells and orders each rank's part (one forward, one backward). The compiling
-process needs `parallel.operator_layout.SLICES_STAY` in its environment.
+process needs `parallel.operator_layout.LOCAL_SLICES` in its environment.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Operators are built with their layout: the one factory through which cells make primitives.
+"""Operator layout: the factory through which cells make primitives, each with its shard strategy on the mesh.
 
 A cell never calls a Python operator where a layout matters; it asks its `Layout` for the primitive in `__init__` and
-names how each input is cut over the mesh. Alone nothing is cut and the primitive comes back as it is, so one model
-code serves one process and a mesh.
+names the partition spec of each input. Without a mesh the primitive comes back as it is, so one model code serves one
+process and a mesh.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from collections.abc import Sequence
 from typing import Any
 
 from parallel.mesh import Mesh
-from parallel.partition_spec import AXES, Axis, Cut, axis_sizes, names_of, ways
+from parallel.partition_spec import MESH_AXES, AxisSpec, PartitionSpec, mesh_axes_of, mesh_axis_sizes, num_shards
 
-# Operators that take the number of parts of each axis alone; they then number devices in the axes' order.
-_COUNTS_ONLY = frozenset({"Concat", "Gather", "ReduceSum", "ReduceMax", "ReduceMean", "OneHot", "FlashAttentionScore",
+# Operators that take the number of shards of each axis alone; they then number devices in the axes' order.
+_TAKE_COUNTS = frozenset({"Concat", "Gather", "ReduceSum", "ReduceMax", "ReduceMean", "OneHot", "FlashAttentionScore",
                           "ArgMaxWithValue", "Select", "Slice", "TopK", "GatherD"})  # fmt: skip
 
 # Environment of a process that compiles pipeline stages: a slice of an input is of the rows that the rank itself gives,
-# its part of every micro-batch, one behind the other. Without it the ranks would gather each other's inputs first.
-SLICES_STAY = {"PIPELINE_SLICE_SKIP_REDISTRIBUTION": "1"}
+# its shard of every micro-batch, one behind the other. Without it the ranks would gather each other's inputs first.
+LOCAL_SLICES = {"PIPELINE_SLICE_SKIP_REDISTRIBUTION": "1"}
 
 
 class Layout:
-    """Makes primitives for one device: every tensor is whole, so a stated cut has no effect.
+    """Makes primitives for one device: no tensor is sharded, so a partition spec has no effect.
 
     `device` is "CPU" or "Ascend" and tells device-aware primitives which form to take; `kernels` is the path of the
     compiled CPU kernels (`ops.compiled_kernels.library`), which compute in float32 alone; None to compose everything of
-    MindSpore's operators. `grouped`: a layer's experts are one grouped product. `stream` is the cut of the residual
-    stream [T, D] between sublayers.
+    MindSpore's operators. `grouped`: a layer's experts are one grouped product. `residual_spec`: the partition spec of
+    the residual stream [T, D] between sublayers.
     """
 
-    stream: Cut = ("rows", 1)
+    residual_spec: PartitionSpec = ("rows", 1)
 
     def __init__(self, device: str = "CPU", kernels: str | None = None, grouped: bool = False) -> None:
         self.device = device
@@ -49,26 +49,26 @@ class Layout:
         return self.device != "CPU"
 
     @property
-    def meshed(self) -> Mesh | None:
-        """The mesh over which one graph is cut; None where a graph is one process's own."""
+    def spmd_mesh(self) -> Mesh | None:
+        """The mesh over which one graph is sharded; None where a graph is one process's own."""
         return None
 
-    def __call__(self, primitive: Any, *cuts: Cut, out: Cut | None = None) -> Any:
-        """Return `primitive` with its inputs cut as `cuts` say (one tuple per input, one entry per axis); `out`: its
-        result cut otherwise than follows from them."""
+    def __call__(self, primitive: Any, *specs: PartitionSpec, out: PartitionSpec | None = None) -> Any:
+        """Return `primitive` with its inputs sharded by `specs` (one per input); `out`: its result's spec, where it is
+        not the one that follows from them."""
         return primitive
 
-    def part(self, shape: Sequence[int], cut: Cut) -> list[int]:
-        """Shape of what one rank gives of a graph's input of this `shape`."""
+    def local_shape(self, shape: Sequence[int], spec: PartitionSpec) -> list[int]:
+        """Shape of what one rank gives of a graph's input of this full `shape`."""
         return list(shape)
 
 
 class MeshLayout(Layout):
-    """Makes primitives for the devices of a mesh, each with the shard strategy that its cuts mean.
+    """Makes primitives for the devices of a mesh, each with the shard strategy of its partition specs.
 
-    Names in a cut: "group" (placement groups), "exchange" (expert parts of a group), "data" and "tensor"; "rows" are
+    Names in a spec: "group" (placement groups), "exchange" (expert parts of a group), "data" and "tensor"; "rows" are
     the first three (all ranks that read samples), "expert" the first two. `sequence_parallel`: the residual stream is
-    cut over the tensor axis too, which turns each sum over that axis into a scatter and a later gather.
+    sharded over the tensor axis too, which turns each sum over that axis into a scatter and a later gather.
     """
 
     def __init__(self, mesh: Mesh, device: str = "Ascend", sequence_parallel: bool = False) -> None:
@@ -76,32 +76,32 @@ class MeshLayout(Layout):
 
         super().__init__(device)
         self.mesh = mesh
-        self._devices = Devices(tuple(axis_sizes(mesh).values()), AXES)
+        self._devices = Devices(tuple(mesh_axis_sizes(mesh).values()), MESH_AXES)
         if sequence_parallel:
-            self.stream = (("rows", "tensor"), 1)
+            self.residual_spec = (("rows", "tensor"), 1)
 
     @property
-    def meshed(self) -> Mesh | None:
+    def spmd_mesh(self) -> Mesh | None:
         return self.mesh
 
-    def __call__(self, primitive: Any, *cuts: Cut, out: Cut | None = None) -> Any:
-        if not cuts:
+    def __call__(self, primitive: Any, *specs: PartitionSpec, out: PartitionSpec | None = None) -> Any:
+        if not specs:
             return primitive
-        if primitive.name in _COUNTS_ONLY:
-            return primitive.shard(tuple(tuple(self.ways(axis) for axis in cut) for cut in cuts))
-        placed = tuple(self.placed(cut) for cut in cuts)
-        return primitive.shard(placed) if out is None else primitive.shard(placed, (self.placed(out),))
+        if primitive.name in _TAKE_COUNTS:
+            return primitive.shard(tuple(tuple(self.num_shards(axis) for axis in spec) for spec in specs))
+        layouts = tuple(self.device_layout(spec) for spec in specs)
+        return primitive.shard(layouts) if out is None else primitive.shard(layouts, (self.device_layout(out),))
 
-    def ways(self, axis: Axis) -> int:
-        """Into how many parts an axis is cut."""
-        return ways(self.mesh, axis)
+    def num_shards(self, axis: AxisSpec) -> int:
+        """The number of shards of an axis."""
+        return num_shards(self.mesh, axis)
 
-    def part(self, shape: Sequence[int], cut: Cut) -> list[int]:
-        return [size // self.ways(axis) for size, axis in zip(shape, cut, strict=True)]
+    def local_shape(self, shape: Sequence[int], spec: PartitionSpec) -> list[int]:
+        return [size // self.num_shards(axis) for size, axis in zip(shape, spec, strict=True)]
 
-    def placed(self, cut: Cut) -> Any:
-        """MindSpore's own statement of which device has which part of a tensor that is cut so."""
-        named = (names_of(axis) for axis in cut)
+    def device_layout(self, spec: PartitionSpec) -> Any:
+        """MindSpore's own form of a partition spec: which device has which slices."""
+        named = (mesh_axes_of(axis) for axis in spec)
         return self._devices(*(names if len(names) > 1 else (names[0] if names else "None") for names in named))
 
 
@@ -112,8 +112,8 @@ class RehearsedLayout(MeshLayout):
         Layout.__init__(self, "CPU")
         self.mesh = mesh
 
-    def __call__(self, primitive: Any, *cuts: Cut, out: Cut | None = None) -> Any:
+    def __call__(self, primitive: Any, *specs: PartitionSpec, out: PartitionSpec | None = None) -> Any:
         return primitive
 
-    def part(self, shape: Sequence[int], cut: Cut) -> list[int]:
+    def local_shape(self, shape: Sequence[int], spec: PartitionSpec) -> list[int]:
         return list(shape)

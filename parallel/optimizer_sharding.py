@@ -1,7 +1,7 @@
-"""Optimizer parallelism: the ranks that hold the same part of a parameter divide it among themselves.
+"""Optimizer-state sharding (MindSpore's optimizer parallelism): replicas of a parameter divide it among themselves.
 
-Which parameters MindSpore's pass divides, and who has which part, was read from graphs that it compiled, and
-test_compile_plan.py asks it again: all or nothing, along the first axis, in the order of the ranks.
+Which parameters MindSpore's pass divides, and which rank has which shard, was read from graphs that it compiled, and
+test_compile_plan.py compares it again: all replicas or none, along the first axis, in the order of the ranks.
 Pure Python.
 """
 
@@ -12,42 +12,44 @@ from collections.abc import Sequence
 
 from parallel.mesh import Mesh
 
-# `parallel_optimizer_threshold` of MindSpore 2.9, which is of the whole tensor and not of a rank's part of it.
-SMALLEST_BYTES = 64 * 1024
+# `parallel_optimizer_threshold` of MindSpore 2.9, which is of the full tensor and not of a rank's shard of it.
+MIN_DIVIDED_BYTES = 64 * 1024
 
 
-def holders(cut: Sequence[str | None], mesh: Mesh, rank: int) -> tuple[int, ...]:
-    """The ranks of a rank's pipeline stage that hold the same part of a tensor as it does, in ascending order; `cut`
-    names the mesh axis ("expert", "data", "tensor") that cuts each axis of the tensor, None where it is whole."""
-    place = mesh.coordinates(rank)
-    names = [name for name in cut if name is not None]
-    start = place.stage * mesh.stage_size
+def replica_ranks(spec: Sequence[str | None], mesh: Mesh, rank: int) -> tuple[int, ...]:
+    """The ranks of a rank's pipeline stage that compute with the same shard of a tensor, in ascending order.
+
+    `spec` names the mesh axis ("expert", "data", "tensor") that shards each axis of the tensor, None where none does.
+    """
+    coordinates = mesh.coordinates(rank)
+    names = [name for name in spec if name is not None]
+    start = coordinates.stage * mesh.stage_size
     return tuple(
         other for other in range(start, start + mesh.stage_size)
-        if all(getattr(mesh.coordinates(other), name) == getattr(place, name) for name in names)
+        if all(getattr(mesh.coordinates(other), name) == getattr(coordinates, name) for name in names)
     )  # fmt: skip
 
 
-def optimizer_ways(shape: Sequence[int], cut: Sequence[str | None], mesh: Mesh, value_bytes: int = 4) -> int:
-    """Into how many pieces a rank's part of a tensor of this whole `shape` is divided once more; 1: into none.
+def optimizer_num_shards(shape: Sequence[int], spec: Sequence[str | None], mesh: Mesh, value_bytes: int = 4) -> int:
+    """Into how many optimizer shards a rank's shard of a tensor of this full `shape` is divided; 1: it is not.
 
-    A tensor of less than `SMALLEST_BYTES` stays as it is, and so does one whose parts have a number of rows that all
-    their holders together do not divide.
+    A tensor of less than `MIN_DIVIDED_BYTES` stays as it is, and so does one whose shards have a number of rows that
+    their replicas together do not divide.
     """
-    ways = mesh.stage_size // math.prod(getattr(mesh, name) for name in cut if name is not None)
-    rows = shape[0] // (1 if cut[0] is None else getattr(mesh, cut[0])) if shape else 1
-    if math.prod(shape) * value_bytes < SMALLEST_BYTES or rows % ways:
+    replicas = mesh.stage_size // math.prod(getattr(mesh, name) for name in spec if name is not None)
+    rows = shape[0] // (1 if spec[0] is None else getattr(mesh, spec[0])) if shape else 1
+    if math.prod(shape) * value_bytes < MIN_DIVIDED_BYTES or rows % replicas:
         return 1
-    return ways
+    return replicas
 
 
-def optimizer_part(
-    shape: Sequence[int], cut: Sequence[str | None], mesh: Mesh, rank: int, value_bytes: int = 4
+def optimizer_shard_of(
+    shape: Sequence[int], spec: Sequence[str | None], mesh: Mesh, rank: int, value_bytes: int = 4
 ) -> tuple[int, int]:
-    """(number, ways): of the `ways` equal pieces along the first axis of its part of a tensor of this whole `shape`,
-    the one that a rank holds and updates; (0, 1) where it holds all of its part.
+    """(index, number of optimizer shards): of the equal pieces along the first axis of its shard of a tensor of this
+    full `shape`, the one that a rank stores and updates; (0, 1) where it stores all of its shard.
 
-    The arguments are those of `optimizer_ways` and `holders`; a value takes `value_bytes`.
+    The arguments are those of `optimizer_num_shards` and `replica_ranks`; a value takes `value_bytes`.
     """
-    ways = optimizer_ways(shape, cut, mesh, value_bytes)
-    return (0, 1) if ways == 1 else (holders(cut, mesh, rank).index(rank), ways)
+    shards = optimizer_num_shards(shape, spec, mesh, value_bytes)
+    return (0, 1) if shards == 1 else (replica_ranks(spec, mesh, rank).index(rank), shards)

@@ -1,7 +1,7 @@
-"""How a tensor is cut over a mesh, and which part of it a rank has: NumPy slices, no framework.
+"""Partition spec: which mesh axes shard each axis of a tensor, and which slices of it a rank has. No framework.
 
-MindSpore's semi-auto-parallel pass cuts a graph's tensors in the same way: the devices of a stage are numbered in the
-order of `AXES`, and an axis that several names cut is cut by the first of them first.
+MindSpore's semi-auto-parallel pass shards a graph's tensors in the same way: the devices of a stage are numbered in the
+order of `MESH_AXES`, and an axis that several names shard is sharded by the first of them first.
 """
 
 from __future__ import annotations
@@ -14,91 +14,95 @@ import numpy as np
 
 from parallel.mesh import Mesh
 
-# How one axis of a tensor is cut: 1 for an axis that is whole, a name, or several names from the outermost inwards.
-Axis = int | str | tuple[str, ...]
+# How one axis of a tensor is sharded: 1 for an axis that is not, a mesh axis, or several from the outermost inwards.
+AxisSpec = int | str | tuple[str, ...]
 # One entry per axis of a tensor.
-Cut = tuple[Axis, ...]
-# A part of a tensor: the range of each axis, every step 1.
-Part = tuple[slice, ...]
+PartitionSpec = tuple[AxisSpec, ...]
+# The range of each axis of a tensor, every step 1.
+Slices = tuple[slice, ...]
 
-AXES = ("group", "exchange", "data", "tensor")
-_MEANING = {"rows": ("group", "exchange", "data"), "expert": ("group", "exchange")}
+MESH_AXES = ("group", "exchange", "data", "tensor")
+# Names that stand for several mesh axes: all ranks that read samples, and all parts of the expert axis.
+_COMPOUND_AXES = {"rows": ("group", "exchange", "data"), "expert": ("group", "exchange")}
 
 
-def names_of(axis: Axis) -> tuple[str, ...]:
-    """The names of `AXES` that cut an axis."""
+def mesh_axes_of(axis: AxisSpec) -> tuple[str, ...]:
+    """The names of `MESH_AXES` that shard an axis."""
     if isinstance(axis, int):
         return ()
     names = (axis,) if isinstance(axis, str) else axis
-    return tuple(meant for name in names for meant in _MEANING.get(name, (name,)))
+    return tuple(mesh_axis for name in names for mesh_axis in _COMPOUND_AXES.get(name, (name,)))
 
 
-def axis_sizes(mesh: Mesh) -> dict[str, int]:
-    """Into how many parts each of `AXES` cuts."""
+def mesh_axis_sizes(mesh: Mesh) -> dict[str, int]:
+    """The number of shards that each of `MESH_AXES` makes."""
     sizes = (mesh.placement_groups, mesh.exchange_size, mesh.data, mesh.tensor)
-    return dict(zip(AXES, sizes, strict=True))
+    return dict(zip(MESH_AXES, sizes, strict=True))
 
 
-def ways(mesh: Mesh, axis: Axis) -> int:
-    """Into how many parts an axis is cut."""
-    sizes = axis_sizes(mesh)
-    return math.prod(sizes[name] for name in names_of(axis))
+def num_shards(mesh: Mesh, axis: AxisSpec) -> int:
+    """The number of shards of an axis."""
+    sizes = mesh_axis_sizes(mesh)
+    return math.prod(sizes[name] for name in mesh_axes_of(axis))
 
 
-def part_of(mesh: Mesh, rank: int, shape: Sequence[int], cut: Cut) -> Part:
-    """The part that a rank has of a tensor of this `shape`. Raises ValueError where an axis does not divide."""
-    place = mesh.coordinates(rank)
-    group, exchange = divmod(place.expert, mesh.exchange_size)
-    at = {"group": group, "exchange": exchange, "data": place.data, "tensor": place.tensor}
-    sizes = axis_sizes(mesh)
-    found = []
-    for size, axis in zip(shape, cut, strict=True):
-        parts, number = 1, 0
-        for name in names_of(axis):
-            parts, number = parts * sizes[name], number * sizes[name] + at[name]
-        if size % parts:
-            raise ValueError(f"an axis of {size} is not divided by {parts}")
-        share = size // parts
-        found.append(slice(number * share, (number + 1) * share))
-    return tuple(found)
+def shard_slices(mesh: Mesh, rank: int, shape: Sequence[int], spec: PartitionSpec) -> Slices:
+    """The slices that a rank has of a tensor of this `shape`. Raises ValueError where an axis does not divide."""
+    coordinates = mesh.coordinates(rank)
+    group, exchange = divmod(coordinates.expert, mesh.exchange_size)
+    by_axis = {"group": group, "exchange": exchange, "data": coordinates.data, "tensor": coordinates.tensor}
+    sizes = mesh_axis_sizes(mesh)
+    slices = []
+    for size, axis in zip(shape, spec, strict=True):
+        shards, index = 1, 0
+        for name in mesh_axes_of(axis):
+            shards, index = shards * sizes[name], index * sizes[name] + by_axis[name]
+        if size % shards:
+            raise ValueError(f"an axis of {size} is not divided by {shards}")
+        length = size // shards
+        slices.append(slice(index * length, (index + 1) * length))
+    return tuple(slices)
 
 
-def shape_of(part: Part) -> tuple[int, ...]:
-    """The shape of a part."""
-    return tuple(axis.stop - axis.start for axis in part)
+def slices_shape(slices: Slices) -> tuple[int, ...]:
+    """The shape of what the slices select."""
+    return tuple(axis.stop - axis.start for axis in slices)
 
 
-def whole(shape: Sequence[int]) -> Part:
-    """All of a tensor of this `shape` as a part."""
+def full_slices(shape: Sequence[int]) -> Slices:
+    """The slices that select all of a tensor of this `shape`."""
     return tuple(slice(0, size) for size in shape)
 
 
 @dataclass(frozen=True)
-class Share:
-    """What a rank holds of a tensor: its `part` of the whole `shape`. `speaks`: whether it writes it down, for all
-    ranks that hold the same; `holders`: how many of these have all of its gradient."""
+class Shard:
+    """What a rank has of a tensor of this full `shape`: the values at `slices`.
+
+    `is_writer`: whether the rank writes the shard to a checkpoint, for all ranks that have the same;
+    `gradient_copies`: how many of these have the shard's complete gradient.
+    """
 
     shape: tuple[int, ...]
-    part: Part
-    speaks: bool = True
-    holders: int = 1
+    slices: Slices
+    is_writer: bool = True
+    gradient_copies: int = 1
 
 
-def share_of(mesh: Mesh, rank: int, shape: Sequence[int], cut: Cut) -> Share:
-    """What a rank holds of a tensor of one of its experts, where every rank that holds the same part has all of its
-    gradient; the first of them in a pipeline stage speaks."""
-    place, part = mesh.coordinates(rank), part_of(mesh, rank, shape, cut)
-    start = place.stage * mesh.stage_size
-    same = [
+def replicated_shard(mesh: Mesh, rank: int, shape: Sequence[int], spec: PartitionSpec) -> Shard:
+    """The shard that a rank has of a tensor of one of its experts, where every rank with the same shard has all of its
+    gradient; the first of them in a pipeline stage is the writer."""
+    coordinates, slices = mesh.coordinates(rank), shard_slices(mesh, rank, shape, spec)
+    start = coordinates.stage * mesh.stage_size
+    replicas = [
         other for other in range(start, start + mesh.stage_size)
-        if mesh.coordinates(other).expert == place.expert and part_of(mesh, other, shape, cut) == part
+        if mesh.coordinates(other).expert == coordinates.expert and shard_slices(mesh, other, shape, spec) == slices
     ]  # fmt: skip
-    return Share(tuple(shape), part, rank == same[0], len(same))
+    return Shard(tuple(shape), slices, rank == replicas[0], len(replicas))
 
 
-def assembled(parts: Sequence[np.ndarray], mesh: Mesh, shape: Sequence[int], cut: Cut) -> np.ndarray:
-    """The tensor of this `shape` from every rank's part; of equal parts the last rank's counts."""
-    found = np.empty(shape, parts[0].dtype)
-    for rank, part in enumerate(parts):
-        found[part_of(mesh, rank, shape, cut)] = part
-    return found
+def unshard(shards: Sequence[np.ndarray], mesh: Mesh, shape: Sequence[int], spec: PartitionSpec) -> np.ndarray:
+    """The tensor of this full `shape` from every rank's values; of equal shards the last rank's counts."""
+    full = np.empty(shape, shards[0].dtype)
+    for rank, values in enumerate(shards):
+        full[shard_slices(mesh, rank, shape, spec)] = values
+    return full

@@ -70,8 +70,8 @@ class SparseFeedForward(nn.Cell):
             self.shared_expert = shared_expert
         self.exchange = exchange or LocalExchange()
         self.has_kernels = bool(layout.kernels)
-        if layout.meshed:
-            self.networks = CapacityNetworks(layout, form, compute, layout.meshed, chunks)
+        if layout.spmd_mesh:
+            self.networks = CapacityNetworks(layout, form, compute, layout.spmd_mesh, chunks)
         elif self.has_kernels:
             self.networks = CompiledNetworks(layout.kernels, form)
         elif layout.grouped:
@@ -80,12 +80,12 @@ class SparseFeedForward(nn.Cell):
             self.networks = RaggedNetworks(layout, form, compute)
         if self.has_kernels:
             self.weigh = CompiledCombine(layout.kernels)
-        self.is_cut = layout.meshed is not None
+        self.is_cut = layout.spmd_mesh is not None
         self.mul = layout(ops.Mul(), ("rows", 1), ("rows", 1))
         self.choice_sum = layout(ops.ReduceSum(), ("rows", 1, 1))
         self.take = layout(ops.Gather(), (1, 1), (1,))
         self.add_up = layout(ops.UnsortedSegmentSum(), (1, 1), (1,))
-        self.add = layout(ops.Add(), layout.stream, layout.stream)
+        self.add = layout(ops.Add(), layout.residual_spec, layout.residual_spec)
 
     def construct(
         self, x: Tensor, routing: tuple[Tensor, ...], weights: tuple[Tensor, ...]

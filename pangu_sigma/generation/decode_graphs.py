@@ -155,7 +155,7 @@ class PromptGraph(Part):
         super().__init__()
         config, layout = model.config.model, model.layout
         self.length, self.every = length, every
-        self.slots = min(length, model.reach(domains=1)) if not model.learned else model.groups.total
+        self.slots = min(length, model.reachable_experts(domains=1)) if not model.learned else model.groups.total
         sparse, size = _sparse(model, PlannedExperts, self.slots)
         if not model.learned:
             size += self.slots + 2

@@ -16,7 +16,7 @@ from pangu_sigma.data.position_ids import positions_and_segments
 from pangu_sigma.model.graph_inputs import FlatSignature, LayerSignature
 from pangu_sigma.model.model import Model
 from parallel.operator_layout import Layout
-from parallel.partition_spec import Cut
+from parallel.partition_spec import PartitionSpec
 from rre.counted_random import sample_keys
 from rre.dispatch.capacity_dispatch import CapacityPlan, plan_by_capacity
 from rre.dispatch.expert_dispatch import DROPPED, DispatchPlan, plan_by_expert, plan_in_blocks, plan_present
@@ -115,7 +115,7 @@ class Planner:
         mesh, rank, size = self.model.processes.mesh, self.model.processes.rank, self.signature.batch
         if self.model.processes.size == 1:
             return np.arange(size), slice(None)
-        if self.model.layout.meshed:
+        if self.model.layout.spmd_mesh:
             # The signature is of the whole batch. Whoever holds a slot must know all rows that may ask for it.
             size, row = size // mesh.rows, mesh.row_rank(rank)
             seen = range(row, row + 1) if self.model.learned else mesh.placement_rows(rank)
@@ -149,7 +149,7 @@ class Planner:
         mask = None if mask is None else mask[self.own]
         padding = None if padding is None else padding[self.own]
         inputs = seen[self.own]
-        held, total = self.model.held, self.model.groups.total
+        held, total = self.model.local_experts, self.model.groups.total
         positions, segments = positions_and_segments(inputs, self.model.eod_id)
         plans: list[DispatchPlan | None] = []
         noise: list[np.ndarray | None] = []
@@ -249,8 +249,8 @@ class Planner:
         return sample_keys(self.seed, "dropout", step, sample)
 
 
-def fixed_inputs(batch: int, length: int) -> dict[str, tuple[tuple[int, ...], ms.dtype, Cut]]:
-    """Whole shape, type and cut over a mesh of the fixed inputs by name."""
+def fixed_inputs(batch: int, length: int) -> dict[str, tuple[tuple[int, ...], ms.dtype, PartitionSpec]]:
+    """Full shape, type and partition spec of the fixed inputs by name."""
     whole, real = ms.int32, ms.float32
     of_token, of_sample = ((batch, length), ("rows", 1)), ((batch,), ("rows",))
     return {
@@ -267,6 +267,6 @@ def fixed_inputs(batch: int, length: int) -> dict[str, tuple[tuple[int, ...], ms
 
 def graph_placeholders(batch: int, length: int, layout: Layout | None = None) -> dict[str, Tensor]:
     """Shapes of the fixed inputs by name, for compiling; under a mesh's `layout` what one rank gives."""
-    part = (layout or Layout()).part
+    local_shape = (layout or Layout()).local_shape
     inputs = fixed_inputs(batch, length)
-    return {name: Tensor(shape=part(shape, cut), dtype=dtype) for name, (shape, dtype, cut) in inputs.items()}
+    return {name: Tensor(shape=local_shape(shape, spec), dtype=dtype) for name, (shape, dtype, spec) in inputs.items()}

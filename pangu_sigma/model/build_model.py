@@ -21,7 +21,7 @@ from parallel.comm.processes import Processes
 from parallel.operator_layout import Layout, MeshLayout, RehearsedLayout
 from parallel.ops.compiled_kernels import HostKernels, library
 from parallel.ops.grouped_matmul import uses_grouped_product
-from parallel.partition_spec import shape_of
+from parallel.partition_spec import slices_shape
 from rre.router_specs import LAYER
 from rre.routers import ROUTERS, Groups, RouterOptions
 from rre.routing_tables import draw_table
@@ -88,9 +88,9 @@ def build_model(
     built = routed_model(config, vocab, eod_id, tables, token_counts, layout, processes)
     model, layout, groups, processes = config.model, built.layout, built.groups, built.processes
     layer_names = built.layer_names
-    parts = {name: shape_of(share.part) for name, share in built.expert_shares.items()} if layer_names else {}
+    parts = {name: slices_shape(shard.slices) for name, shard in built.expert_shards.items()} if layer_names else {}
     shapes = dict.fromkeys(layer_names, parts)
-    experts = dict.fromkeys(layer_names, len(built.held) if layer_names else 0)
+    experts = dict.fromkeys(layer_names, len(built.local_experts) if layer_names else 0)
     if model.domain_parameters.embedding == "own":
         shapes[SLOTS] = {"word": (vocab, model.hidden)}
         experts[SLOTS] = len(groups.names)
@@ -99,21 +99,21 @@ def build_model(
         built.store = _make_store(config, shapes, experts, kernels, inference, processes)
     compute = COMPUTE_TYPES[config.train.precision]
     exchange = _exchange(config, processes, groups)
-    cut = layout.meshed is not None and layout.native and processes.size > 1
+    cut = layout.spmd_mesh is not None and layout.native and processes.size > 1
     # Whole values would be in the way of the parts that MindSpore makes, and may not fit a device.
     with no_init_parameters() if cut else nullcontext():
         built.net = PanGuSigma(model, vocab, built.routers, built.training_signature(1), layout, compute, exchange)
     built.shared = _shared_parameters(built)
     if initialise:
         _initialise_experts(built)
-        if not built.shared.late:
+        if not built.shared.deferred_init:
             initialise_shared(built)
     return built
 
 
 def _shared_parameters(built: Model) -> SharedParameters:
     layout, processes, divided = built.layout, built.processes, built.config.parallel.optimizer_parallel
-    if layout.meshed is None or processes.size == 1:
+    if layout.spmd_mesh is None or processes.size == 1:
         return SharedParameters(built.net)
     if layout.device == "CPU":
         return RehearsedParameters(built.net, processes, divided)
@@ -240,7 +240,7 @@ def _make_store(
 
 def initialise_shared(built: Model) -> None:
     """Draw the shared parameters as `model.initial` says: the same seed gives the same model on every machine."""
-    for name in built.shared.held:
+    for name in built.shared.local_names:
         shape = built.shared.shapes[name]
         built.shared.write(name, initial_value(name, shape, built.config.run.seed, built.config.model))
         built.processes.mark()
@@ -250,6 +250,6 @@ def _initialise_experts(built: Model) -> None:
     """Normal(init_std), matrices that end in the residual stream scaled by 1 / sqrt(2 L) (PanGu-alpha's own code)."""
     model, seed = built.config.model, built.config.run.seed
     std = {name: model.init_std for name in model.expert_network.tensors if name.endswith(".weight")}
-    held = dict.fromkeys(model.sparse_prefixes, built.held)
+    held = dict.fromkeys(model.sparse_prefixes, built.local_experts)
     std |= {"down.weight": model.residual_std, "word": model.init_std}
-    built.store.initialise(seed, std, held, model.init_cutoff, built.expert_shares)
+    built.store.initialise(seed, std, held, model.init_cutoff, built.expert_shards)

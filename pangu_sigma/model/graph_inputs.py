@@ -12,7 +12,7 @@ import numpy as np
 from mindspore import Tensor
 
 from parallel.operator_layout import Layout
-from parallel.partition_spec import Cut
+from parallel.partition_spec import PartitionSpec
 from rre.dispatch.capacity_dispatch import Reserved
 from rre.feed_forward_form import NetworkForm
 
@@ -51,8 +51,8 @@ class LayerSignature:
             return self.chunks + 2
         return 2 if self.compiled else self.slots + 2
 
-    def cut_routing(self) -> list[tuple[tuple[int, ...], ms.dtype, Cut]]:
-        """Whole shape, type and cut of the routing inputs of a graph that is cut over a mesh."""
+    def sharded_routing_inputs(self) -> list[tuple[tuple[int, ...], ms.dtype, PartitionSpec]]:
+        """Full shape, type and partition spec of the routing inputs of a graph that is cut over a mesh."""
         if not self.learned:
             return self.reserved.plan_inputs()
         return [(self.noise, ms.float32, ("rows", *(1,) * (len(self.noise) - 1)))] if self.noise else []
@@ -67,9 +67,9 @@ class LayerSignature:
 class FlatSignature:
     """All variable inputs of a graph over `batch` x `length` tokens.
 
-    `sources`: processes whose rows meet at this one's experts; the plan of a table router is of all their tokens. Of a
-    graph that is cut over devices: the `expert_part` whose slots this process fills, and the experts that it has `held`
-    for them; None where it fills all.
+    `num_exchange_ranks`: processes whose rows meet at this one's experts; the plan of a table router is of all their
+    tokens. Of an SPMD graph: the `expert_part` whose slots this process fills, and its `local_experts` for them; None
+    where it fills all.
     """
 
     layers: tuple[LayerSignature, ...]
@@ -78,13 +78,14 @@ class FlatSignature:
     length: int
     hidden: int
     ffn: int
-    sources: int = 1
+    num_exchange_ranks: int = 1
     expert_part: int | None = None
-    held: range | None = None
+    local_experts: range | None = None
 
     def stored(self, experts: np.ndarray) -> np.ndarray:
         """Positions on a layer's expert axis as the store of this process counts them."""
-        return experts if self.held is None else (experts - self.held.start) // self.held.step
+        local = self.local_experts
+        return experts if local is None else (experts - local.start) // local.step
 
     @property
     def bounds(self) -> tuple[tuple[int, int, int], ...]:
@@ -102,25 +103,26 @@ class FlatSignature:
         slots = () if self.slot_table is None else (0,)
         return slots + tuple(i for _, b, c in self.bounds for i in range(b, c))
 
-    def cut_inputs(self) -> list[tuple[tuple[int, ...], ms.dtype, Cut]]:
-        """Whole shape, type and cut of every input of a graph that is cut over a mesh."""
+    def sharded_inputs(self) -> list[tuple[tuple[int, ...], ms.dtype, PartitionSpec]]:
+        """Full shape, type and partition spec of every input of a graph that is cut over a mesh."""
         return [
             entry
             for layer_signature in self.layers
             for entry in (
-                *layer_signature.cut_routing(),
+                *layer_signature.sharded_routing_inputs(),
                 *layer_signature.reserved.weight_inputs(layer_signature.network, self.hidden, self.ffn),
             )
         ]
 
     def placeholders(self, layout: Layout | None = None) -> list[Tensor]:
         """Shapes for compiling, row vectors with dynamic length; under a mesh's `layout` what one rank gives."""
-        if layout is not None and layout.meshed:
-            return [Tensor(shape=layout.part(shape, cut), dtype=dtype) for shape, dtype, cut in self.cut_inputs()]
+        if layout is not None and layout.spmd_mesh:
+            inputs = self.sharded_inputs()
+            return [Tensor(shape=layout.local_shape(shape, spec), dtype=dtype) for shape, dtype, spec in inputs]
         tensors: list[Tensor] = []
         if self.slot_table is not None:
             tensors.append(Tensor(shape=list(self.slot_table), dtype=ms.float32))
-        tokens = self.sources * self.batch * self.length
+        tokens = self.num_exchange_ranks * self.batch * self.length
         for layer_signature in self.layers:
             if not layer_signature.learned and layer_signature.compiled:
                 tensors += [Tensor(shape=[n], dtype=ms.int32) for n in (tokens, layer_signature.slots + 1)]

@@ -14,8 +14,8 @@ from pangu_sigma.model.pipeline_stages import stage_of
 from pangu_sigma.model.sharded_parameters import SharedParameters
 from parallel.comm.processes import Processes
 from parallel.operator_layout import Layout
-from parallel.partition_spec import Share, part_of, share_of, whole
-from rre.dispatch.capacity_dispatch import PARAMETER_CUTS, WEIGHT_CUTS, Reserved
+from parallel.partition_spec import Shard, full_slices, replicated_shard, shard_slices
+from rre.dispatch.capacity_dispatch import PARAMETER_SPECS, WEIGHT_SPECS, Reserved
 from rre.dispatch.expert_dispatch import EXACT_ROWS
 from rre.routers import Groups, Router
 from rre.store import ExpertStore
@@ -52,32 +52,33 @@ class Model:
         return tuple(p for p in model.sparse_prefixes if stage_of(f"{p}.", model.layers, mesh) == stage)
 
     @property
-    def held(self) -> range:
+    def local_experts(self) -> range:
         """The experts of a sparse layer that this process holds, by their positions on the layer's expert axis."""
         mesh, rank = self.processes.mesh, self.processes.rank
         # In a graph that is cut over devices a gate's experts stand in their order, a table's as
         # `rre.dispatch.capacity_dispatch` says.
-        in_turn = self.layout.meshed is not None and not self.learned
-        return (mesh.experts_in_turn if in_turn else mesh.experts_of)(rank, self.groups.total)
+        interleaved = self.layout.spmd_mesh is not None and not self.learned
+        return (mesh.interleaved_experts_of if interleaved else mesh.experts_of)(rank, self.groups.total)
 
     @property
-    def expert_shares(self) -> dict[str, Share]:
-        """What this process holds of every tensor of such an expert."""
+    def expert_shards(self) -> dict[str, Shard]:
+        """The shard of every tensor of such an expert that this process holds."""
         model = self.config.model
         shapes = model.expert_network.shapes(model.hidden, model.ffn)
-        if self.layout.meshed is None:
-            return {name: Share(shape, whole(shape), self._first_replica) for name, shape in shapes.items()}
+        if self.layout.spmd_mesh is None:
+            return {name: Shard(shape, full_slices(shape), self._first_replica) for name, shape in shapes.items()}
         mesh, rank = self.processes.mesh, self.processes.rank
         if mesh.pipeline > 1:
-            return {name: share_of(mesh, rank, shape, PARAMETER_CUTS[name][1:]) for name, shape in shapes.items()}
-        cuts = {name: WEIGHT_CUTS[name][1:] for name in shapes}
-        return {name: Share(shape, part_of(mesh, rank, shape, cuts[name])) for name, shape in shapes.items()}
+            specs = {name: PARAMETER_SPECS[name][1:] for name in shapes}
+            return {name: replicated_shard(mesh, rank, shape, specs[name]) for name, shape in shapes.items()}
+        specs = {name: WEIGHT_SPECS[name][1:] for name in shapes}
+        return {name: Shard(shape, shard_slices(mesh, rank, shape, specs[name])) for name, shape in shapes.items()}
 
     @property
     def _first_replica(self) -> bool:
         return self.processes.mesh.replica_group(self.processes.rank)[0] == self.processes.rank
 
-    def sources(self, training: bool) -> int:
+    def num_exchange_ranks(self, training: bool) -> int:
         """Processes whose rows meet at this one's experts."""
         mesh = self.processes.mesh
         return mesh.exchange_size if training else mesh.expert
@@ -94,11 +95,11 @@ class Model:
 
     def training_signature(self, batch: int) -> FlatSignature:
         """Variable inputs of a training graph: a slot for each expert, or for as many as a micro-batch can activate."""
-        if self.layout.meshed:
-            return self._meshed_signature(batch)
-        slots = len(self.held)
+        if self.layout.spmd_mesh:
+            return self._spmd_signature(batch)
+        slots = len(self.local_experts)
         if not self.store.all_resident:
-            come = batch * self.sources(training=True)
+            come = batch * self.num_exchange_ranks(training=True)
             limit = self.config.data.max_domains_per_batch or len(self.groups.names)
             slots = min(slots, self._activated_at_most(come, min(limit, come)))
         return self._signature(batch, slots, training=True)
@@ -106,12 +107,12 @@ class Model:
     def measuring_signature(self, batch: int, rows: int) -> FlatSignature:
         """Variable inputs of an evaluation graph that is cut over a mesh, of whose slots each takes so many `rows` of a
         shard."""
-        return self._meshed_signature(batch, rows)
+        return self._spmd_signature(batch, rows)
 
-    def _meshed_signature(self, batch: int, rows: int | None = None) -> FlatSignature:
+    def _spmd_signature(self, batch: int, rows: int | None = None) -> FlatSignature:
         """Variable inputs of a graph that is cut over a mesh: static shapes, stacked weights; without `rows` those of a
         training step."""
-        config, mesh = self.config, self.layout.meshed
+        config, mesh = self.config, self.layout.spmd_mesh
         sent, layers = dispatch(config), ()
         if sent is not None:
             slots = sent.slots * mesh.placement_groups
@@ -125,10 +126,10 @@ class Model:
         part = None if self.processes.size == 1 else self.processes.mesh.coordinates(self.processes.rank).expert
         return FlatSignature(
             layers, None, batch, config.data.sequence_length, config.model.hidden, config.model.ffn,
-            expert_part=part, held=self.held,
+            expert_part=part, local_experts=self.local_experts,
         )  # fmt: skip
 
-    def reach(self, domains: int) -> int:
+    def reachable_experts(self, domains: int) -> int:
         """Experts of a sparse layer that texts of at most so many domains can come to."""
         if self.config.model.router_spec.tables == "domain":
             return sum(sorted(self.groups.sizes, reverse=True)[:domains])
@@ -136,14 +137,14 @@ class Model:
 
     def _activated_at_most(self, batch: int, domains: int) -> int:
         """Experts of a sparse layer that `batch` samples of at most so many domains can activate."""
-        return min(self.reach(domains), batch * self.config.data.sequence_length)
+        return min(self.reachable_experts(domains), batch * self.config.data.sequence_length)
 
     def exact_signature(self, batch: int, domains: int) -> FlatSignature:
         """Variable inputs of an evaluation graph whose batches mix at most `domains` domains: slots of fixed blocks."""
         if self.learned:
-            return self._signature(batch, len(self.held))
-        come = batch * self.sources(training=False)
-        activated = min(len(self.held), self._activated_at_most(come, domains))
+            return self._signature(batch, len(self.local_experts))
+        come = batch * self.num_exchange_ranks(training=False)
+        activated = min(len(self.local_experts), self._activated_at_most(come, domains))
         if self.layout.rows_by_slot:
             return self._signature(batch, activated)
         # Every expert may end in one block that is not full.
@@ -169,5 +170,5 @@ class Model:
             slot_table = (len(self.groups.names), self.vocab, model.hidden)
         return FlatSignature(
             layers, slot_table, batch, self.config.data.sequence_length, model.hidden, model.ffn,
-            self.sources(training),
+            self.num_exchange_ranks(training),
         )  # fmt: skip

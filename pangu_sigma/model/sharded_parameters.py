@@ -7,20 +7,21 @@ from mindspore import Parameter, Tensor
 
 from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.model.pipeline_stages import stage_of
-from pangu_sigma.model.tensor_parallel_layout import held_by, held_part
+from pangu_sigma.model.tensor_parallel_layout import stored_slices_of, storing_ranks_of
 from parallel.comm.processes import Processes
 from parallel.mesh import Mesh
-from parallel.partition_spec import Part, shape_of, whole
+from parallel.partition_spec import Slices, full_slices, slices_shape
 
 
 class SharedParameters:
     """The parameters of `net` as one process holds them: all of each.
 
     `shapes`: every whole parameter's; `trained`: the names of those that an optimizer updates, `trainable`: those of
-    them that are held here; `late`: whether values can be written only when the training step's graph is compiled.
+    them that are held here; `deferred_init`: whether values can be written only when the training step's graph is
+    compiled.
     """
 
-    late = False
+    deferred_init = False
 
     def __init__(self, net: PanGuSigma) -> None:
         self.shapes = {p.name: tuple(p.shape) for p in net.get_parameters()}
@@ -29,21 +30,21 @@ class SharedParameters:
         self.trained = tuple(p.name for p in self.trainable)
 
     @property
-    def held(self) -> tuple[str, ...]:
+    def local_names(self) -> tuple[str, ...]:
         """The names of the parameters of which this process holds a part."""
         return tuple(self._held)
 
-    def part(self, name: str) -> Part:
+    def stored_slices(self, name: str) -> Slices:
         """Which part of the parameter this process holds."""
-        return whole(self.shapes[name])
+        return full_slices(self.shapes[name])
 
-    def holders(self, name: str) -> tuple[int, ...] | None:
+    def storing_ranks(self, name: str) -> tuple[int, ...] | None:
         """The ranks that hold the same part; None for all."""
         return None
 
     def write(self, name: str, values: np.ndarray) -> None:
         """Set what is held to its part of the whole tensor's `values`."""
-        self._set(self._held[name], Tensor(np.ascontiguousarray(values[self.part(name)])))
+        self._set(self._held[name], Tensor(np.ascontiguousarray(values[self.stored_slices(name)])))
 
     def _set(self, parameter: Parameter, value: Tensor) -> None:
         parameter.set_data(value)
@@ -54,13 +55,13 @@ class SharedParameters:
 
 
 class PartedParameters(SharedParameters):
-    """The parts of a rank of a mesh, of its pipeline stage's parameters; `divided`: whether
+    """The parts of a rank of a mesh, of its pipeline stage's parameters; `optimizer_parallel`: whether
     `parallel.optimizer_parallel` is on. A parameter of another stage has the part and the holders that it has on the
     rank of that stage which stands where this one does in its own."""
 
-    def __init__(self, net: PanGuSigma, mesh: Mesh, rank: int, divided: bool) -> None:
+    def __init__(self, net: PanGuSigma, mesh: Mesh, rank: int, optimizer_parallel: bool) -> None:
         super().__init__(net)
-        self.mesh, self.rank, self.divided, self._layers = mesh, rank, divided, net.layers
+        self.mesh, self.rank, self.optimizer_parallel, self._layers = mesh, rank, optimizer_parallel, net.layers
         mine = mesh.coordinates(rank).stage
         self._held = {name: p for name, p in self._held.items() if self.stage(name) == mine}
         self.trainable = [p for p in self.trainable if p.name in self._held]
@@ -69,11 +70,11 @@ class PartedParameters(SharedParameters):
         """The pipeline stage of a parameter."""
         return stage_of(name, self._layers, self.mesh)
 
-    def part(self, name: str) -> Part:
-        return held_part(name, self.shapes[name], self.mesh, self._rank_there(name), self.divided)
+    def stored_slices(self, name: str) -> Slices:
+        return stored_slices_of(name, self.shapes[name], self.mesh, self._rank_there(name), self.optimizer_parallel)
 
-    def holders(self, name: str) -> tuple[int, ...]:
-        return held_by(name, self.shapes[name], self.mesh, self._rank_there(name), self.divided)
+    def storing_ranks(self, name: str) -> tuple[int, ...]:
+        return storing_ranks_of(name, self.shapes[name], self.mesh, self._rank_there(name), self.optimizer_parallel)
 
     def _rank_there(self, name: str) -> int:
         return self.stage(name) * self.mesh.stage_size + self.rank % self.mesh.stage_size
@@ -83,7 +84,7 @@ class CutParameters(PartedParameters):
     """Of a graph that is cut over devices: when MindSpore compiles it, it makes this rank's parts of the network's own
     parameters, which have no values until then."""
 
-    late = True
+    deferred_init = True
 
     def _set(self, parameter: Parameter, value: Tensor) -> None:
         if tuple(parameter.shape) != value.shape:
@@ -96,10 +97,10 @@ class CutParameters(PartedParameters):
 class RehearsedParameters(PartedParameters):
     """The same parts beside a network whose parameters stay whole, which `fill` sets from all ranks' parts."""
 
-    def __init__(self, net: PanGuSigma, processes: Processes, divided: bool) -> None:
-        super().__init__(net, processes.mesh, processes.rank, divided)
+    def __init__(self, net: PanGuSigma, processes: Processes, optimizer_parallel: bool) -> None:
+        super().__init__(net, processes.mesh, processes.rank, optimizer_parallel)
         self._whole, self._processes = {p.name: p for p in net.get_parameters()}, processes
-        shapes = {name: shape_of(self.part(name)) for name in self._held}
+        shapes = {name: slices_shape(self.stored_slices(name)) for name in self._held}
         self._held = {n: Parameter(Tensor(np.zeros(shape, np.float32)), name=n) for n, shape in shapes.items()}
         self.trainable = [self._held[p.name] for p in self.trainable]
 
@@ -108,9 +109,9 @@ class RehearsedParameters(PartedParameters):
         for name, shape in self.shapes.items():
             found = np.empty(shape, np.float32)
             # Ranks of other stages have nothing to give.
-            empty = np.zeros(shape_of(self.part(name)), np.float32)
+            empty = np.zeros(slices_shape(self.stored_slices(name)), np.float32)
             mine = self._held[name].asnumpy() if name in self._held else empty
             for rank, values in enumerate(self._processes.gather(mine)):
                 if self.mesh.coordinates(rank).stage == self.stage(name):
-                    found[held_part(name, shape, self.mesh, rank, self.divided)] = values
+                    found[stored_slices_of(name, shape, self.mesh, rank, self.optimizer_parallel)] = values
             self._whole[name].set_data(Tensor(found))

@@ -81,20 +81,20 @@ def tensor_parts(model: Model, optimizer: Optimizer | None) -> dict[str, TensorP
     All processes' parts together are every tensor once: a process writes its own experts, unless it is a replica, its
     own parts of shared parameters, and its turn of what several of them have.
     """
-    store, groups, shares = model.store, model.groups, model.expert_shares
+    store, groups, shards = model.store, model.groups, model.expert_shards
     store.settle()
     parts = _shared_parts(model, optimizer) | _elsewhere(model, optimizer)
     for kind, layer_name, name, table in store.tables():
         if layer_name == SLOTS or (kind != "weight" and optimizer is None):
             continue
-        share = shares[name]
+        shard = shards[name]
         for domain in groups.names:
             pieces = []
-            for begin, rows in _runs(model, domain) if share.speaks else ():
+            for begin, rows in _runs(model, domain) if shard.is_writer else ():
                 read = partial(store.read, kind, layer_name, name, rows)
                 values = LazyTensor((rows.stop - rows.start, *table.shape[1:]), table.dtype, read)
-                pieces.append(Piece((begin, *(axis.start for axis in share.part)), values))
-            shape = (groups.of(domain).stop - groups.of(domain).start, *share.shape)
+                pieces.append(Piece((begin, *(axis.start for axis in shard.slices)), values))
+            shape = (groups.of(domain).stop - groups.of(domain).start, *shard.shape)
             parts[_expert_tensor(domain, kind, layer_name, name)] = TensorPart(shape, table.dtype, tuple(pieces))
     for layer_name, steps in store.steps.items() if optimizer is not None else ():
         for domain in groups.names if layer_name != SLOTS else ():
@@ -114,9 +114,9 @@ def _shared_parts(model: Model, optimizer: Optimizer | None) -> dict[str, Tensor
         names |= {f"optimizer.{kind}.{owner}": owner for owner in shared.trained for kind in "mv"}
     parts: dict[str, TensorPart] = {}
     for turn, (name, owner) in enumerate(sorted(names.items())):
-        holders = shared.holders(owner) or range(processes.size)
+        holders = shared.storing_ranks(owner) or range(processes.size)
         mine = holders[turn % len(holders)] == processes.rank
-        begin = tuple(axis.start for axis in shared.part(owner))
+        begin = tuple(axis.start for axis in shared.stored_slices(owner))
         pieces = (Piece(begin, values[name]),) if mine else ()
         parts[name] = TensorPart(shared.shapes[owner], np.dtype(np.float32), pieces)
     common = {
@@ -143,8 +143,8 @@ def _elsewhere(model: Model, optimizer: Optimizer | None) -> dict[str, TensorPar
         if layer_name in model.layer_names:
             continue
         for domain, size in zip(model.groups.names, model.groups.sizes, strict=True):
-            for name, share in model.expert_shares.items():
-                part = TensorPart((size, *share.shape), np.dtype(np.float32), ())
+            for name, shard in model.expert_shards.items():
+                part = TensorPart((size, *shard.shape), np.dtype(np.float32), ())
                 parts |= {_expert_tensor(domain, kind, layer_name, name): part for kind in kinds}
             if optimizer is not None:
                 name = f"domains.{domain}.optimizer.steps.{layer_name}"
@@ -154,7 +154,7 @@ def _elsewhere(model: Model, optimizer: Optimizer | None) -> dict[str, TensorPar
 
 def _held_of(model: Model, domain: str) -> tuple[range, slice]:
     """A domain's experts that this process holds: positions in the domain's group, and rows of the store."""
-    group, held = model.groups.of(domain), model.held
+    group, held = model.groups.of(domain), model.local_experts
     low, high = (bisect_left(held, bound) for bound in (group.start, group.stop))
     mine = held[low:high]
     return range(mine.start - group.start, mine.stop - group.start, mine.step), slice(low, high)
@@ -183,7 +183,7 @@ def restore_model(model: Model, tensors: Mapping[str, np.ndarray], optimizer_sta
     """
     # Updates that are still under way would write over what is restored.
     model.store.settle()
-    for name in model.shared.held:
+    for name in model.shared.local_names:
         model.shared.write(name, _checked(tensors, name, model.shared.shapes[name]))
         model.processes.mark()
     store, groups = model.store, model.groups
@@ -195,11 +195,11 @@ def restore_model(model: Model, tensors: Mapping[str, np.ndarray], optimizer_sta
             if layer_name == SLOTS:
                 table[number][...] = _checked(tensors, stored, table[number].shape)
                 continue
-            share = model.expert_shares[name]
+            shard = model.expert_shards[name]
             inside, rows = _held_of(model, domain)
             if inside:
-                values = _checked_rows(model, tensors, stored, share.shape, inside)
-                store.write(kind, layer_name, name, rows, values[(slice(None), *share.part)])
+                values = _checked_rows(model, tensors, stored, shard.shape, inside)
+                store.write(kind, layer_name, name, rows, values[(slice(None), *shard.slices)])
             model.processes.mark()
     for layer_name, by_owner in model.tables.items():
         for owner, table in by_owner.items():

@@ -1,21 +1,23 @@
-"""How every tensor of the model is cut over the mesh: the same statement serves the plan and the compiled graph."""
+"""Tensor-parallel layout: the partition spec of every tensor of the model, by its name.
+
+The same statement serves the cluster plan, checkpoints and the compiled graph.
+"""
 
 from __future__ import annotations
 
 import math
 
 from pangu_sigma.config.parameter_counts import Shape, is_expert
-from parallel import partition_spec
 from parallel.mesh import Mesh
-from parallel.optimizer_sharding import holders, optimizer_part, optimizer_ways
-from parallel.partition_spec import Part
+from parallel.optimizer_sharding import optimizer_num_shards, optimizer_shard_of, replica_ranks
+from parallel.partition_spec import Slices, shard_slices
 
-# Axes over which each axis of a tensor is cut, by the end of the tensor's name; all others are whole on every rank.
+# The mesh axis that shards each axis of a tensor, by the end of the tensor's name; all others are replicated.
 _ATTENTION = {".weight": (None, "tensor"), ".bias": ("tensor",)}
 _DENSE = ("feed_forward", "shared_expert")
-_CUTS = {
+_SPECS = {
     "embedding.word": ("tensor", None),
-    **{f"attention.{part}{end}": cut for part in ("query", "key", "value") for end, cut in _ATTENTION.items()},
+    **{f"attention.{part}{end}": spec for part in ("query", "key", "value") for end, spec in _ATTENTION.items()},
     "attention.projection.weight": ("tensor", None),
     "head.word": ("tensor", None),
     **{f"{part}.gate.weight": (None, "tensor") for part in _DENSE},
@@ -30,41 +32,43 @@ _CUTS = {
 }
 
 
-def cut_of(name: str, shape: Shape) -> tuple[str | None, ...]:
-    """The mesh axis that cuts each axis of the tensor of this name, None where it is whole."""
-    for end, cut in _CUTS.items():
+def spec_of(name: str, shape: Shape) -> tuple[str | None, ...]:
+    """The mesh axis that shards each axis of the tensor of this name, None where none does."""
+    for end, spec in _SPECS.items():
         if name.endswith(end):
-            return cut
+            return spec
     return (None,) * len(shape)
 
 
-def ways(name: str, shape: Shape, mesh: Mesh) -> int:
-    """Into how many different parts the tensor is cut (experts: of one layer's whole expert axis)."""
-    return math.prod(getattr(mesh, axis) for axis in cut_of(name, shape) if axis is not None)
+def num_shards_of(name: str, shape: Shape, mesh: Mesh) -> int:
+    """The number of different shards of the tensor (experts: of one layer's full expert axis)."""
+    return math.prod(getattr(mesh, axis) for axis in spec_of(name, shape) if axis is not None)
 
 
-def part_of(name: str, shape: Shape, mesh: Mesh, rank: int) -> Part:
-    """The part of the tensor of this name and whole `shape` that a rank computes with."""
-    cut = tuple(1 if axis is None else axis for axis in cut_of(name, shape))
-    return partition_spec.part_of(mesh, rank, shape, cut)
+def computed_slices_of(name: str, shape: Shape, mesh: Mesh, rank: int) -> Slices:
+    """The slices that a rank computes with of the tensor of this name and full `shape`."""
+    spec = tuple(1 if axis is None else axis for axis in spec_of(name, shape))
+    return shard_slices(mesh, rank, shape, spec)
 
 
-def held_part(name: str, shape: Shape, mesh: Mesh, rank: int, divided: bool) -> Part:
-    """The part of the shared parameter of this name that a rank holds and updates; `divided`: whether
-    `parallel.optimizer_parallel` is on."""
-    part = part_of(name, shape, mesh, rank)
-    if not divided:
-        return part
-    number, ways = optimizer_part(shape, cut_of(name, shape), mesh, rank)
-    share = (part[0].stop - part[0].start) // ways
-    start = part[0].start + number * share
-    return (slice(start, start + share), *part[1:])
+def stored_slices_of(name: str, shape: Shape, mesh: Mesh, rank: int, optimizer_parallel: bool) -> Slices:
+    """The slices that a rank stores and updates of the shared parameter of this name and full `shape`;
+    `optimizer_parallel`: the configuration's key of that name."""
+    slices = computed_slices_of(name, shape, mesh, rank)
+    if not optimizer_parallel:
+        return slices
+    index, shards = optimizer_shard_of(shape, spec_of(name, shape), mesh, rank)
+    length = (slices[0].stop - slices[0].start) // shards
+    start = slices[0].start + index * length
+    return (slice(start, start + length), *slices[1:])
 
 
-def held_by(name: str, shape: Shape, mesh: Mesh, rank: int, divided: bool) -> tuple[int, ...]:
-    """The ranks of a pipeline stage that hold the same part as `rank`, itself among them, in ascending order."""
-    cut = cut_of(name, shape)
-    return (rank,) if divided and optimizer_ways(shape, cut, mesh) > 1 else holders(cut, mesh, rank)
+def storing_ranks_of(name: str, shape: Shape, mesh: Mesh, rank: int, optimizer_parallel: bool) -> tuple[int, ...]:
+    """The ranks of a pipeline stage that store the same slices as `rank`, itself among them, in ascending order."""
+    spec = spec_of(name, shape)
+    if optimizer_parallel and optimizer_num_shards(shape, spec, mesh) > 1:
+        return (rank,)
+    return replica_ranks(spec, mesh, rank)
 
 
 def is_matrix(name: str, shape: Shape) -> bool:

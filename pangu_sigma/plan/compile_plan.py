@@ -22,7 +22,7 @@ from parallel.dry.compiled_graph import collectives, last_graph
 from parallel.dry.dry_process import run_dry
 from parallel.dry.parameter_placement import Placed
 from parallel.dry.stand_in_libraries import DryCompileError
-from parallel.operator_layout import SLICES_STAY
+from parallel.operator_layout import LOCAL_SLICES
 
 MODULE = "pangu_sigma.plan.dry_training_graph"
 
@@ -79,7 +79,7 @@ def compile_graph(config: Config, folder: Path, timeout: float = 3600.0, rank: i
     started = time.perf_counter()
     try:
         command = ["-m", MODULE, "config.yaml", "result.json"]
-        run_dry(command, folder, mesh.size, rank, timeout, SLICES_STAY if mesh.pipeline > 1 else None)
+        run_dry(command, folder, mesh.size, rank, timeout, LOCAL_SLICES if mesh.pipeline > 1 else None)
         # Outside a parallel context every rank calls itself the first.
         text, update = last_graph(folder / "graphs" / f"rank_{rank}"), last_graph(folder / "update" / "rank_0")
     except DryCompileError as error:

@@ -13,7 +13,7 @@ from pangu_sigma.config import Config, manifest, vocabulary_size
 from pangu_sigma.config.capacity_sizes import activated_slots, samples_at_a_time
 from pangu_sigma.config.parameter_counts import is_expert, is_routing
 from pangu_sigma.model.pipeline_stages import stage_of
-from pangu_sigma.model.tensor_parallel_layout import cut_of, held_part, part_of
+from pangu_sigma.model.tensor_parallel_layout import computed_slices_of, spec_of, stored_slices_of
 from parallel.dry.compiled_graph import (
     BYTES,
     POINT_TO_POINT,
@@ -27,8 +27,8 @@ from parallel.dry.compiled_graph import (
 )
 from parallel.dry.parameter_placement import Placed
 from parallel.mesh import Mesh
-from parallel.optimizer_sharding import holders, optimizer_ways
-from parallel.partition_spec import Part, shape_of
+from parallel.optimizer_sharding import optimizer_num_shards, replica_ranks
+from parallel.partition_spec import Slices, slices_shape
 
 Shape = tuple[int, ...]
 
@@ -191,7 +191,7 @@ def sends_words(config: Config) -> bool:
 
 def _held(config: Config, name: str, shape: Shape, rank: int) -> Shape:
     """Shape of what a rank holds of a shared parameter."""
-    return shape_of(held_part(name, shape, config.parallel.mesh, rank, config.parallel.optimizer_parallel))
+    return slices_shape(stored_slices_of(name, shape, config.parallel.mesh, rank, config.parallel.optimizer_parallel))
 
 
 def _placed(config: Config, compiled: Compiled) -> Iterator[str]:
@@ -199,7 +199,7 @@ def _placed(config: Config, compiled: Compiled) -> Iterator[str]:
     mesh, seen = config.parallel.mesh, set()
     first = mesh.coordinates(compiled.rank).stage * mesh.stage_size
     for name, shape in shared_of_stage(config, compiled).items():
-        placed, cut = compiled.placed.get(name), cut_of(name, shape)
+        placed, cut = compiled.placed.get(name), spec_of(name, shape)
         if placed is None:
             yield f"parameter {name} has no place in the compiled graph"
             continue
@@ -207,17 +207,17 @@ def _placed(config: Config, compiled: Compiled) -> Iterator[str]:
             continue
         seen.add((placed, cut, shape))
         for rank in range(first, first + mesh.stage_size):
-            theirs, ours = placed.part(shape, rank - first), part_of(name, shape, mesh, rank)
+            theirs, ours = placed.part(shape, rank - first), computed_slices_of(name, shape, mesh, rank)
             if theirs != ours:
                 yield f"of parameter {name} rank {rank} has the part {_ranges(theirs)}, not {_ranges(ours)}"
                 break
-        divided = config.parallel.optimizer_parallel and optimizer_ways(shape, cut, mesh) > 1
-        wanted = holders(cut, mesh, compiled.rank) if divided else ()
+        divided = config.parallel.optimizer_parallel and optimizer_num_shards(shape, cut, mesh) > 1
+        wanted = replica_ranks(cut, mesh, compiled.rank) if divided else ()
         if placed.dividing != wanted:
             yield f"the part of parameter {name} is divided among the ranks {placed.dividing}, not {wanted}"
 
 
-def _ranges(part: Part) -> str:
+def _ranges(part: Slices) -> str:
     return f"[{', '.join(f'{axis.start}:{axis.stop}' for axis in part)}]"
 
 
@@ -253,7 +253,7 @@ def _axes(config: Config, tensor: str) -> tuple[tuple[str, ...], ...]:
     tensor = tensor.split("/")[0]
     if config.parallel.pipeline == 1:
         return _ENTRY[tensor]
-    return tuple(() if axis is None else (axis,) for axis in cut_of(f"experts.{tensor}", ()))
+    return tuple(() if axis is None else (axis,) for axis in spec_of(f"experts.{tensor}", ()))
 
 
 def _ways(mesh: Mesh, names: tuple[str, ...]) -> int:
@@ -376,8 +376,8 @@ def _neighbours(config: Config, compiled: Compiled) -> Iterator[str]:
         wanted["Receive", rank - mesh.stage_size, rows] += times
         wanted["Send", rank - mesh.stage_size, rows] += times
     if sends_words(config) and stage in (0, last):
-        part = part_of(WORDS, compiled.parameters[WORDS], mesh, rank)
-        words = math.prod(shape_of(part)) * BYTES["Float32"]
+        part = computed_slices_of(WORDS, compiled.parameters[WORDS], mesh, rank)
+        words = math.prod(slices_shape(part)) * BYTES["Float32"]
         other = rank + (last if stage == 0 else -last) * mesh.stage_size
         again = times if config.parallel.optimizer_parallel else 1
         wanted["Send", other, words] += again

@@ -12,9 +12,9 @@ from pangu_sigma.config import Config, manifest
 from pangu_sigma.config.capacity_sizes import activated_slots, dispatch, samples_at_a_time
 from pangu_sigma.config.parameter_counts import is_expert, is_routing
 from pangu_sigma.model.pipeline_stages import stage_of
-from pangu_sigma.model.tensor_parallel_layout import cut_of, is_matrix, ways
+from pangu_sigma.model.tensor_parallel_layout import is_matrix, num_shards_of, spec_of
 from pangu_sigma.plan.hardware import Hardware
-from parallel.optimizer_sharding import optimizer_ways
+from parallel.optimizer_sharding import optimizer_num_shards
 
 FLOAT32 = 4
 MOMENTS = 2
@@ -43,9 +43,9 @@ def stage_bytes(config: Config, vocabulary: int, stage: int) -> dict[str, float]
             continue
         if is_expert(name) and not resident:
             continue
-        cut = ways(name, shape, mesh)
+        cut = num_shards_of(name, shape, mesh)
         values = math.prod(shape) / cut
-        share = optimizer_ways(shape, cut_of(name, shape), mesh) if divided and not is_expert(name) else 1
+        share = optimizer_num_shards(shape, spec_of(name, shape), mesh) if divided and not is_expert(name) else 1
         found["weights"] += FLOAT32 * values / share
         found["moments"] += MOMENTS * FLOAT32 * values / share
         # Of a step of several micro-batches in one graph, gradients are added up whole before they are divided.
@@ -59,7 +59,7 @@ def stage_bytes(config: Config, vocabulary: int, stage: int) -> dict[str, float]
     _, sparse_layers = layers_of_stage(config, stage)
     if sparse_layers and not resident:
         per_slot = sum(
-            math.prod(shape) / (mesh.tensor if "tensor" in cut_of(f"experts.{name}", shape) else 1)
+            math.prod(shape) / (mesh.tensor if "tensor" in spec_of(f"experts.{name}", shape) else 1)
             for name, shape in config.model.expert_network.shapes(config.model.hidden, config.model.ffn).items()
         )
         local = activated_slots(config) / mesh.exchange_size * sparse_layers

@@ -7,7 +7,7 @@ import math
 from pangu_sigma.config import Config, manifest
 from pangu_sigma.config.capacity_sizes import activated_slots, dispatch, samples_at_a_time
 from pangu_sigma.config.parameter_counts import is_expert, is_routing
-from pangu_sigma.model.tensor_parallel_layout import ways
+from pangu_sigma.model.tensor_parallel_layout import num_shards_of
 from pangu_sigma.plan.memory_estimate import FLOAT32, compute_bytes, expert_values
 
 # Rows go to experts and back, and their gradients the same way.
@@ -56,7 +56,7 @@ def gradient_sum_bytes(config: Config, vocabulary: int) -> float:
         ranks = mesh.data if is_expert(name) else mesh.rows
         if is_routing(name) or ranks == 1 or (is_expert(name) and config.experts.store != "device"):
             continue
-        total += FLOAT32 * math.prod(shape) / ways(name, shape, mesh) / mesh.pipeline * 2 * (ranks - 1) / ranks
+        total += FLOAT32 * math.prod(shape) / num_shards_of(name, shape, mesh) / mesh.pipeline * 2 * (ranks - 1) / ranks
     return total
 
 

@@ -160,7 +160,7 @@ class Run:
         self.trainer = Trainer(self.model, objective)
         if start:
             restore_model(self.model, tensors)
-        elif not tensors and self.model.shared.late:
+        elif not tensors and self.model.shared.deferred_init:
             initialise_shared(self.model)
         self.unigram = self.corpus.unigram_losses()
         self.evaluator = self.recipe.evaluator(self.model, objective)

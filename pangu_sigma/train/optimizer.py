@@ -92,6 +92,6 @@ class Optimizer:
         update = self.update_shared
         for moments in (update.m, update.v):
             for owner, parameter in zip(update.parameters, moments, strict=True):
-                part = tensors[parameter.name][self.model.shared.part(owner.name)]
+                part = tensors[parameter.name][self.model.shared.stored_slices(owner.name)]
                 parameter.set_data(Tensor(np.ascontiguousarray(part)))
         self.shared_steps = shared_steps

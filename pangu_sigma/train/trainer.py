@@ -65,7 +65,7 @@ class Trainer:
         self.objective = Objective() if objective is None else objective
         self.micro_batch = micro_batch_rows(self.config, self.objective)
         # The graph that is cut over devices is of all ranks' rows, any other of this process's own.
-        rows = 1 if model.layout.meshed else self.processes.mesh.rows
+        rows = 1 if model.layout.spmd_mesh else self.processes.mesh.rows
         self.signature = model.training_signature(self.micro_batch // rows)
         self.planner = Planner(model, self.signature, training=True)
         if self.config.train.recompute:
@@ -142,7 +142,7 @@ class Trainer:
         units = np.array([sum(float(self.objective.units(b).sum()) for b in batches)])
         total = float(self.reduction.total(units)[0])
         if self.stages is not None:
-            gradients, parts = self.stages.gradients(batches, phase, scale / total, self.reduction.readers)
+            gradients, parts = self.stages.gradients(batches, phase, scale / total, self.reduction.reader_ranks)
         else:
             gradients, parts = self._summed(batches, phase, scale, total)
         self.reduction(gradients, parts, phase)
@@ -227,14 +227,14 @@ class Trainer:
         rows = [c.asnumpy() for c in counts]
         own = Figures.of(batch, len(self.model.groups.names), measured, rows, float(auxiliary.asnumpy()))
         lines = own.by_rank(self.processes)
-        here = own.summed(lines[list(self.reduction.sources)])
+        here = own.summed(lines[list(self.reduction.exchange_ranks)])
         gradients = Gradients()
         if phase.shared:
             gradients.shared = tuple(shared)
             gradients.shared_squares = squares.asnumpy().astype(np.float64)
         if by_expert:
             gradients.experts = self._activated(batch, phase, by_expert, here.load)
-        return gradients, own.summed(lines[list(self.reduction.readers)])
+        return gradients, own.summed(lines[list(self.reduction.reader_ranks)])
 
     def _activated(
         self, batch: PlannedBatch, phase: Phase, by_expert: Sequence[Tensor], received: np.ndarray
@@ -252,7 +252,7 @@ class Trainer:
                 if groups.names[number] in phase.domains:
                     found[(SLOTS, int(number))] = [by_expert[0][int(number)]]
             at = 1
-        owner, first = np.repeat(groups.names, groups.sizes), self.model.held.start
+        owner, first = np.repeat(groups.names, groups.sizes), self.model.local_experts.start
         for layer, layer_signature in enumerate(self.signature.layers):
             tensors = len(layer_signature.network.tensors)
             plan = batch.plans[layer]

@@ -158,8 +158,8 @@ class GatheredExchange(LocalExchange):
 
     def __init__(self, mesh: Mesh, rank: int, experts: int) -> None:
         super().__init__()
-        held = mesh.experts_of(rank, experts)
-        self.first_expert, self.held = held.start, len(held)
+        local_experts = mesh.experts_of(rank, experts)
+        self.first_expert, self.num_local_experts = local_experts.start, len(local_experts)
         start = mesh.placement_group(rank) * mesh.exchange_size
         group, whole = Members(mesh, rank, start, mesh.exchange_size), Members(mesh, rank, 0, mesh.expert)
         self.send, self.back, self.send_ids = Gather(group), Reduce(group), group
@@ -176,8 +176,8 @@ class GatheredExchange(LocalExchange):
     def choices(self, expert_ids: Tensor) -> Tensor:
         every = self.send_ids(expert_ids) if self.training else self.send_ids_wide(expert_ids)
         here = every - self.first_expert
-        inside = ops.logical_and(here >= 0, here < self.held)
-        return self.select(inside, here, ops.fill(ms.int32, here.shape, self.held))
+        inside = ops.logical_and(here >= 0, here < self.num_local_experts)
+        return self.select(inside, here, ops.fill(ms.int32, here.shape, self.num_local_experts))
 
     def mean(self, values: Tensor) -> Tensor:
         return self.over_all(values)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from parallel.partition_spec import Part
+from parallel.partition_spec import Slices
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Placed:
         """From what `placements` gave, read from JSON."""
         return cls(*map(tuple, values))
 
-    def part(self, shape: Sequence[int], place: int) -> Part:
+    def part(self, shape: Sequence[int], place: int) -> Slices:
         """The part of a tensor of this `shape` that the stage's rank number `place` has before its holders divide it.
         Raises ValueError where an axis does not divide."""
         found = []

@@ -11,7 +11,8 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from parallel.operator_layout import Axis, Layout
+from parallel.operator_layout import Layout
+from parallel.partition_spec import AxisSpec
 
 
 class NativeProduct(nn.Cell):
@@ -20,12 +21,12 @@ class NativeProduct(nn.Cell):
     `inner` and `outer` say how K and N are cut. A cut K leaves a sum over the ranks behind the product.
     """
 
-    def __init__(self, layout: Layout, compute: ms.dtype, inner: Axis = 1, outer: Axis = 1) -> None:
+    def __init__(self, layout: Layout, compute: ms.dtype, inner: AxisSpec = 1, outer: AxisSpec = 1) -> None:
         super().__init__()
         self.compute = compute
         summed = inner != 1
-        given = ("rows", inner) if summed else layout.stream
-        self.result = layout.stream if summed else ("rows", outer)
+        given = ("rows", inner) if summed else layout.residual_spec
+        self.result = layout.residual_spec if summed else ("rows", outer)
         self.low_x = layout(ops.Cast(), given)
         self.low_w = layout(ops.Cast(), (inner, outer))
         self.product = layout(ops.MatMul(), ("rows", inner), (inner, outer), out=self.result if summed else None)
@@ -40,7 +41,7 @@ class NativeProduct(nn.Cell):
 class NativeLinear(nn.Cell):
     """y_TN = x_TK @ w_KN + b_N: `NativeProduct` and a bias, which is added in float32."""
 
-    def __init__(self, layout: Layout, compute: ms.dtype, inner: Axis = 1, outer: Axis = 1) -> None:
+    def __init__(self, layout: Layout, compute: ms.dtype, inner: AxisSpec = 1, outer: AxisSpec = 1) -> None:
         super().__init__()
         self.product = NativeProduct(layout, compute, inner, outer)
         self.add_bias = layout(ops.Add(), self.product.result, (self.product.result[1],))
@@ -52,7 +53,7 @@ class NativeLinear(nn.Cell):
 class NativeLookup(nn.Cell):
     """table_VD[ids_T]; `cut` says how V is cut: each rank looks up its own ids, and the rows are summed."""
 
-    def __init__(self, layout: Layout, cut: Axis = 1) -> None:
+    def __init__(self, layout: Layout, cut: AxisSpec = 1) -> None:
         super().__init__()
         self.rows = layout(ops.Gather(), (cut, 1), ("rows",))
 

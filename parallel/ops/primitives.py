@@ -26,7 +26,7 @@ from parallel.ops.compiled_kernels import (
     CompiledSquareSums,
 )
 from parallel.ops.native_ops import NativeCrossEntropy, NativeLinear, NativeLookup, NativeProduct
-from parallel.partition_spec import Axis, Cut
+from parallel.partition_spec import AxisSpec, PartitionSpec
 
 FAST_GELU_SLOPE = 1.702
 GELU_SLOPE = 2.0 * 0.7978845608  # 2 sqrt(2 / pi)
@@ -297,7 +297,7 @@ class SquareSums(nn.Cell):
         return self.stack(self.each(self.half_square, tensors)) * 2.0
 
 
-def activation(name: str, layout: Layout, *cuts: Cut) -> nn.Cell:
+def activation(name: str, layout: Layout, *cuts: PartitionSpec) -> nn.Cell:
     """The activation of this name in the device's fast form: x, cut so -> (y, whatever its gradient keeps)."""
     if layout.native:
         fused = {"fast_gelu": ops.FastGeLU, "gelu": ops.GeLU, "silu": SiLU}[name]
@@ -310,19 +310,19 @@ def activation(name: str, layout: Layout, *cuts: Cut) -> nn.Cell:
 def layer_norm(layout: Layout, epsilon: float) -> nn.Cell:
     """Layer normalisation in the device's fast form: (x_TD, gamma, beta) -> (y_TD, whatever its gradient keeps)."""
     if layout.native:
-        return Native(layout(ops.LayerNorm(1, 1, epsilon), layout.stream, (1,), (1,)), outputs=3)
+        return Native(layout(ops.LayerNorm(1, 1, epsilon), layout.residual_spec, (1,), (1,)), outputs=3)
     return CompiledLayerNorm(layout.kernels, epsilon) if layout.kernels else LayerNorm(layout, epsilon)
 
 
 def rms_norm(layout: Layout, epsilon: float) -> nn.Cell:
     """RMS normalisation in the device's fast form: (x_TD, gamma) -> (y_TD, whatever its gradient keeps)."""
     if layout.native:
-        return Native(layout(ops.RmsNorm(epsilon), layout.stream, (1,)), outputs=2)
+        return Native(layout(ops.RmsNorm(epsilon), layout.residual_spec, (1,)), outputs=2)
     return CompiledRmsNorm(layout.kernels, epsilon) if layout.kernels else RmsNorm(layout, epsilon)
 
 
 def linear(
-    layout: Layout, compute: ms.dtype = ms.float32, biases: bool = True, inner: Axis = 1, outer: Axis = 1
+    layout: Layout, compute: ms.dtype = ms.float32, biases: bool = True, inner: AxisSpec = 1, outer: AxisSpec = 1
 ) -> nn.Cell:
     """The affine map in the device's fast form: (x_TK, w_KN, b_N) -> y_TN; without `biases` (x_TK, w_KN).
 
@@ -337,7 +337,7 @@ def linear(
     return CompiledLinear(layout.kernels) if layout.kernels else Linear(layout, compute)
 
 
-def embedding_lookup(layout: Layout, cut: Axis = 1) -> nn.Cell:
+def embedding_lookup(layout: Layout, cut: AxisSpec = 1) -> nn.Cell:
     """Rows of a table by number in the device's fast form: (table_VD, ids_T) -> y_TD; `cut` cuts V over a mesh."""
     return NativeLookup(layout, cut) if layout.native else EmbeddingLookup(layout)
 

@@ -24,14 +24,14 @@ from parallel.layout_exchange import LayoutExchange
 from parallel.mesh import Mesh
 from parallel.operator_layout import Layout
 from parallel.ops.primitives import activation
-from parallel.partition_spec import Cut
+from parallel.partition_spec import PartitionSpec
 from rre.dispatch.expert_dispatch import DROPPED
 from rre.feed_forward_form import NetworkForm
 
 # How an activated expert's weights [N, …] enter a graph: no two ranks give the same values, so no gradient that leaves
 # needs a sum over ranks afterwards. What an operator wants whole is gathered inside the graph, and its gradient there
 # summed and scattered.
-WEIGHT_CUTS: dict[str, Cut] = {
+WEIGHT_SPECS: dict[str, PartitionSpec] = {
     "gate.weight": ("expert", "data", "tensor"),
     "up.weight": ("expert", "data", "tensor"),
     "up.bias": ("expert", ("tensor", "data")),
@@ -41,7 +41,7 @@ WEIGHT_CUTS: dict[str, Cut] = {
 
 # The same of weights that are parameters of a graph, as a pipeline's are: MindSpore cuts them as their product wants
 # them, and sums the gradients of what several ranks hold.
-PARAMETER_CUTS: dict[str, Cut] = {
+PARAMETER_SPECS: dict[str, PartitionSpec] = {
     "gate.weight": ("expert", 1, "tensor"),
     "up.weight": ("expert", 1, "tensor"),
     "up.bias": ("expert", "tensor"),
@@ -71,7 +71,7 @@ class Reserved:
         """Slots of one expert part."""
         return self.slots // self.mesh.expert
 
-    def plan_inputs(self) -> list[tuple[tuple[int, ...], ms.dtype, Cut]]:
+    def plan_inputs(self) -> list[tuple[tuple[int, ...], ms.dtype, PartitionSpec]]:
         """Shape, type and cut of the graph's inputs: Q dispatch, combine, kept (see `CapacityPlan`)."""
         shards, cut = self.mesh.rows, ("rows", 1)
         choices = (shards, self.tokens * self.choices // shards)
@@ -80,10 +80,10 @@ class Reserved:
 
     def weight_inputs(
         self, form: NetworkForm, hidden: int, ffn: int
-    ) -> list[tuple[tuple[int, ...], ms.dtype, Cut]]:
+    ) -> list[tuple[tuple[int, ...], ms.dtype, PartitionSpec]]:
         """The same of the weights: Q times each tensor of a network of this form, [N/Q, …]."""
         shapes = form.shapes(hidden, ffn).items()
-        one = [((self.slots // self.chunks, *shape), ms.float32, WEIGHT_CUTS[name]) for name, shape in shapes]
+        one = [((self.slots // self.chunks, *shape), ms.float32, WEIGHT_SPECS[name]) for name, shape in shapes]
         return one * self.chunks
 
     def slots_of(self, experts: np.ndarray, total: int) -> np.ndarray:
@@ -188,7 +188,7 @@ class SlotNetworks(nn.Cell):
         self.down = layout(ops.BatchMatMul(), inner, ("expert", "tensor", 1))
         self.add_outer = layout(ops.Add(), outer, ("expert", 1, 1))
         # Cast as they come in: what is gathered afterwards is half as long.
-        self.low = [layout(ops.Cast(), WEIGHT_CUTS[name]) for name in form.tensors]
+        self.low = [layout(ops.Cast(), WEIGHT_SPECS[name]) for name in form.tensors]
         # Not a reshape: that has no cut of its own, and a bias behind one would come in cut otherwise.
         self.inner_column = layout(ops.ExpandDims(), ("expert", "tensor"))
         self.outer_column = layout(ops.ExpandDims(), ("expert", 1))
@@ -221,7 +221,7 @@ class CapacityNetworks(nn.Cell):
         self.compute, self.chunks, self.each = compute, chunks, len(form.tensors)
         self.shards, self.groups = mesh.rows, mesh.placement_groups
         shard = ("rows", 1, 1)
-        self.low = layout(ops.Cast(), layout.stream)
+        self.low = layout(ops.Cast(), layout.residual_spec)
         self.take = layout(ops.Gather(1), shard, ("rows", 1))
         self.exchange = LayoutExchange(layout, compute, mesh)
         self.networks = SlotNetworks(layout, form, compute)

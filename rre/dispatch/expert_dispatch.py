@@ -196,7 +196,7 @@ def plan_in_graph(experts: int, layout: Layout, exchange: GatheredExchange | Non
 
     `experts` of the layer, of which `exchange` says how many are held here.
     """
-    held = experts if exchange is None else exchange.held
+    held = experts if exchange is None else exchange.num_local_experts
     plan = CompiledPlanInGraph(held, layout.kernels) if layout.kernels else PlanInGraph(held, layout)
     return plan if exchange is None else PlanWhereExpertsAre(exchange, plan)
 

@@ -90,9 +90,9 @@ class Gate(nn.Cell):
         self.concat = layout(ops.Concat(1), two, two)
         self.greater = layout(ops.Greater(), two, ())
         self.select = layout(ops.Select(), two, two, two)
-        self.is_cut = layout.meshed is not None
+        self.is_cut = layout.spmd_mesh is not None
         if self.is_cut:
-            cut = (layout, layout.meshed, self.experts, self.group)
+            cut = (layout, layout.spmd_mesh, self.experts, self.group)
             self.plan_by_capacity = CapacityPlanInGraph(*cut, self.capacity)
             # A token chooses an expert at most once, so with room for all of a group's tokens nothing is dropped.
             self.plan_all = CapacityPlanInGraph(*cut, self.group)

@@ -19,7 +19,7 @@ import numpy as np
 from mindspore import Tensor
 
 from parallel.ops.compiled_kernels import HostKernels
-from parallel.partition_spec import Share, whole
+from parallel.partition_spec import Shard, full_slices
 from rre.adamw import AdamWHyper, decays, square_sum, update_in_place
 from rre.counted_random import generator, normal
 
@@ -123,22 +123,22 @@ class ExpertStore:
         std: Mapping[str, float],
         held: Mapping[str, range] | None = None,
         cutoff: float | None = None,
-        shares: Mapping[str, Share] | None = None,
+        shards: Mapping[str, Shard] | None = None,
     ) -> None:
         """Draw every weight table: Normal(std[tensor name]), cut off as `normal` says, or 0 where no std is given.
 
         An expert's numbers depend on (seed, layer, expert) alone, not on how many others there are. `held`: layer name
-        -> numbers of the experts held here, where others hold more; `shares`: tensor name -> what is held of each
+        -> numbers of the experts held here, where others hold more; `shards`: tensor name -> what is held of each
         expert's tensor, where others hold the rest.
         """
-        held, shares = held or {}, shares or {}
+        held, shards = held or {}, shards or {}
         for layer_name, tensors in self.shapes.items():
             for expert, number in enumerate(held.get(layer_name, range(self.experts[layer_name]))):
                 for name, shape in tensors.items():
                     if std.get(name):
-                        share = shares.get(name) or Share(shape, whole(shape))
+                        shard = shards.get(name) or Shard(shape, full_slices(shape))
                         rng = generator(seed, f"initial {layer_name} {name}", number)
-                        drawn = normal(rng, (1, *share.shape), std[name], cutoff)[0][share.part]
+                        drawn = normal(rng, (1, *shard.shape), std[name], cutoff)[0][shard.slices]
                         self.write("weight", layer_name, name, slice(expert, expert + 1), drawn[None])
 
     def table(self, layer_name: str, name: str, kind: str = "weight") -> np.ndarray:

@@ -22,9 +22,9 @@ MESHES = [
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_coordinates_and_ranks_are_inverse(mesh):
-    places = [mesh.coordinates(rank) for rank in range(mesh.size)]
-    assert len(set(places)) == mesh.size == mesh.rows * mesh.tensor * mesh.pipeline
-    assert [mesh.rank(place) for place in places] == list(range(mesh.size))
+    coordinates = [mesh.coordinates(rank) for rank in range(mesh.size)]
+    assert len(set(coordinates)) == mesh.size == mesh.rows * mesh.tensor * mesh.pipeline
+    assert [mesh.rank(one) for one in coordinates] == list(range(mesh.size))
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
@@ -51,8 +51,8 @@ def test_an_exchange_group_holds_every_expert_of_the_domains_its_ranks_read(mesh
     experts, read = sum(sizes), mesh.domains_of_groups(sizes)
     for rank in range(0, mesh.size, 5):
         held = {e for other in mesh.exchange_group(rank) for e in mesh.experts_of(other, experts)}
-        wanted = {e for d in read[mesh.placement_group(rank)] for e in range(starts[d], starts[d] + sizes[d])}
-        assert wanted <= held
+        needed = {e for d in read[mesh.placement_group(rank)] for e in range(starts[d], starts[d] + sizes[d])}
+        assert needed <= held
         assert len(held) == experts // mesh.placement_groups
 
 
@@ -71,7 +71,7 @@ def test_the_papers_exchange_groups():
 
 
 @pytest.mark.parametrize(
-    ("numbers", "said"),
+    ("sizes", "message"),
     [
         ({"data": 0}, "data = 0 is no number of ranks"),
         ({"expert": 8, "placement": "domain", "placement_groups": 3}, "placement_groups = 3 does not divide expert"),
@@ -79,9 +79,9 @@ def test_the_papers_exchange_groups():
         ({"placement": "random"}, "placement = random is unknown"),
     ],
 )
-def test_a_mesh_that_does_not_divide_is_refused(numbers, said):
-    with pytest.raises(ValueError, match=said):
-        Mesh(**numbers)
+def test_a_mesh_that_does_not_divide_is_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        Mesh(**sizes)
 
 
 def test_experts_that_do_not_divide_are_refused():
@@ -100,5 +100,5 @@ def test_the_mesh_needs_no_framework():
 
 def test_the_axes_that_a_sentence_names_make_the_size():
     for mesh in MESHES:
-        ways = [int(word) for word in mesh.axes.split() if word.isdecimal()]
-        assert math.prod(ways) == mesh.size
+        sizes = [int(word) for word in mesh.axes.split() if word.isdecimal()]
+        assert math.prod(sizes) == mesh.size

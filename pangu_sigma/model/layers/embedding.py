@@ -23,7 +23,7 @@ class LearnedPositions(nn.Cell):
         super().__init__()
         self.position = _table(model.positions, model, "position")
         self.lookup = embedding_lookup(layout)
-        self.add = layout(ops.Add(), layout.stream, layout.stream)
+        self.add = layout(ops.Add(), layout.residual_spec, layout.residual_spec)
 
     def construct(self, words: Tensor, ids: Tensor) -> Tensor:
         return self.add(words, self.lookup(self.position, ids))

@@ -6,8 +6,9 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn
 from mindspore.common.initializer import Normal, initializer
 
-from parallel.operator_layout import Axis, Layout
+from parallel.operator_layout import Layout
 from parallel.ops.primitives import layer_norm, linear, rms_norm
+from parallel.partition_spec import AxisSpec
 
 
 class Affine(nn.Cell):
@@ -16,7 +17,7 @@ class Affine(nn.Cell):
 
     def __init__(
         self, inner: int, outer: int, layout: Layout, compute: ms.dtype, std: float, biases: bool = True,
-        cut: tuple[Axis, Axis] = (1, 1),
+        cut: tuple[AxisSpec, AxisSpec] = (1, 1),
     ) -> None:  # fmt: skip
         super().__init__()
         self.weight = Parameter(initializer(Normal(std), (inner, outer), ms.float32), name="weight")

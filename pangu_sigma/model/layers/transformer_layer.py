@@ -38,7 +38,7 @@ class TransformerLayer(nn.Cell):
         self.feed_forward = sparse or feed_forward(model, model.network, layout, compute)
         self.attention_dropout = CountedDropout(model.dropout, layer, "attention")
         self.feed_forward_dropout = CountedDropout(model.dropout, layer, "feed-forward")
-        self.add = layout(ops.Add(), layout.stream, layout.stream)
+        self.add = layout(ops.Add(), layout.residual_spec, layout.residual_spec)
 
     def construct(
         self, h: Tensor, query_rows, masks: tuple, turns: tuple, keys: Tensor, routing: tuple, weights: tuple

@@ -28,8 +28,8 @@ class Reduction:
         self.model, self.processes = model, model.processes
         mesh, rank = self.processes.mesh, self.processes.rank
         self.mesh = mesh
-        self.sources = mesh.exchange_group(rank)  # ranks whose rows came to this one's experts
-        self.readers: Sequence[int] = range(self.processes.size)  # ranks that have read each row of the batch once
+        self.exchange_ranks = mesh.exchange_group(rank)  # ranks whose rows came to this one's experts
+        self.reader_ranks: Sequence[int] = range(self.processes.size)  # ranks that have read each row of the batch once
         self.replicas = mesh.replica_group(rank)
 
     def __call__(self, gradients: Gradients, parts: Sequence[Figures], phase: Phase) -> None:
@@ -55,7 +55,7 @@ class Reduction:
 
     def total(self, values: np.ndarray) -> np.ndarray:
         """The sum, over all rows of the batch, of values float64 that each process counted of its own."""
-        return self.processes.gather(values)[list(self.readers)].sum(axis=0)
+        return self.processes.gather(values)[list(self.reader_ranks)].sum(axis=0)
 
     def touched(self, parts: Sequence[Figures], phase: Phase) -> int:
         """Experts, of all processes, that the step updates; embedding slots included."""
@@ -97,7 +97,7 @@ class Reduction:
     ) -> dict[tuple[str, int], list[Tensor]]:
         """Sum expert gradients over the data axis. Collectives are of all processes, so all expert parts move along:
         the i-th expert of every part travels if that of any part received a row."""
-        activated, held = self._activated(parts, phase), self.model.held
+        activated, held = self._activated(parts, phase), self.model.local_experts
         share = len(held)
         found = {key: tensors for key, tensors in mine.items() if key[0] == SLOTS}
         for layer, layer_name in enumerate(self.model.config.model.sparse_prefixes):
@@ -130,12 +130,12 @@ class MeshedReduction(Reduction):
         mesh, rank = self.mesh, self.processes.rank
         # Each pipeline stage reads all rows; the last one knows what they gave.
         last = range(mesh.size - mesh.stage_size, mesh.size)
-        self.readers = [r for r in last if mesh.coordinates(r).tensor == 0]
-        self.sources = [r for r in self.readers if mesh.row_rank(r) in mesh.placement_rows(rank)]
+        self.reader_ranks = [r for r in last if mesh.coordinates(r).tensor == 0]
+        self.exchange_ranks = [r for r in self.reader_ranks if mesh.row_rank(r) in mesh.placement_rows(rank)]
         # Of what several ranks hold each counts its share, so that the sum over all counts it once.
-        holders = [model.shared.holders(p.name) for p in model.shared.trainable]
+        holders = [model.shared.storing_ranks(p.name) for p in model.shared.trainable]
         self.weights = np.array([1.0 / (self.processes.size if ranks is None else len(ranks)) for ranks in holders])
-        self.of_experts = [1.0 / share.holders for share in model.expert_shares.values()]
+        self.of_experts = [1.0 / shard.gradient_copies for shard in model.expert_shards.values()]
 
     def __call__(self, gradients: Gradients, parts: Sequence[Figures], phase: Phase) -> None:
         """Nothing is left to do."""
@@ -149,7 +149,7 @@ class MeshedReduction(Reduction):
 
 def reduction_of(model: Model) -> Reduction:
     """What this model's gradients need."""
-    meshed = model.layout.meshed is not None and model.processes.size > 1
+    meshed = model.layout.spmd_mesh is not None and model.processes.size > 1
     return (MeshedReduction if meshed else Reduction)(model)
 
 

@@ -26,9 +26,9 @@ from pangu_sigma.train.optimizer import Gradients
 from pangu_sigma.train.schedule import Phase
 from pangu_sigma.train.slot_gradients import slot_gradients
 from pangu_sigma.train.step_metrics import Figures
-from parallel.operator_layout import SLICES_STAY
-from parallel.partition_spec import part_of
-from rre.dispatch.capacity_dispatch import PARAMETER_CUTS
+from parallel.operator_layout import LOCAL_SLICES
+from parallel.partition_spec import shard_slices
+from rre.dispatch.capacity_dispatch import PARAMETER_SPECS
 
 
 class StagedStep:
@@ -110,8 +110,8 @@ class CutStages(StagedStep):
 
     def __init__(self, model: Model, signature: FlatSignature) -> None:
         super().__init__(model, signature)
-        if any(os.environ.get(name) != value for name, value in SLICES_STAY.items()):
-            raise RuntimeError(f"a process of a pipeline stage needs {SLICES_STAY} in its environment")
+        if any(os.environ.get(name) != value for name, value in LOCAL_SLICES.items()):
+            raise RuntimeError(f"a process of a pipeline stage needs {LOCAL_SLICES} in its environment")
         context = MeshContext(model, signature)
         with context:
             step = meshed_step(model, signature, self.processes.rank)
@@ -163,7 +163,7 @@ class RehearsedStages(StagedStep):
             for parameter, gradient, of in zip(self.experts, of_experts, self.stages, strict=True) if of == stage
         ]  # fmt: skip
         by_name = dict(zip(shared.trained, of_shared, strict=True))
-        mine = [self._part(by_name[p.name], shared.part(p.name)) for p in shared.trainable]
+        mine = [self._part(by_name[p.name], shared.stored_slices(p.name)) for p in shared.trainable]
         squares = np.array([np.square(g.asnumpy(), dtype=np.float64).sum() for g in mine])
         return objective, by_expert, mine, Tensor(squares)
 
@@ -176,7 +176,7 @@ class RehearsedStages(StagedStep):
             lines = lines.reshape(self.mesh.size, self.micro_batches, -1, *mine.shape[1:])
             whole = np.empty((self.micro_batches, *of_one), mine.dtype)
             for rank, line in enumerate(lines):
-                whole[(slice(None), *part_of(self.mesh, rank, of_one, cut))] = line
+                whole[(slice(None), *shard_slices(self.mesh, rank, of_one, cut))] = line
             found.append(Tensor(whole.reshape(shape), dtype))
         return found
 
@@ -194,7 +194,7 @@ class RehearsedStages(StagedStep):
 
     def _expert_part(self, parameter: Parameter, rank: int) -> tuple[slice, ...]:
         tensor = parameter.name.split(".experts.")[1].split("/")[0]
-        return part_of(self.mesh, rank, parameter.shape, PARAMETER_CUTS[tensor])
+        return shard_slices(self.mesh, rank, parameter.shape, PARAMETER_SPECS[tensor])
 
     @staticmethod
     def _part(gradient: Tensor, part: tuple[slice, ...]) -> Tensor:

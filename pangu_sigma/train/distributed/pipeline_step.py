@@ -18,7 +18,7 @@ from pangu_sigma.model.pipeline_stages import stage_of
 from parallel.micro_batches import Accumulated, MicroBatches
 from parallel.operator_layout import MeshLayout
 from parallel.ops.primitives import square_sums
-from parallel.partition_spec import Cut
+from parallel.partition_spec import PartitionSpec
 
 # Of the fixed inputs, what a graph without dropout, embeddings per domain and auxiliary losses looks at.
 READ = ("tokens", "labels", "weights", "positions", "segments")
@@ -121,7 +121,7 @@ class PipelinedStep(nn.Cell):
         self.square_sums = square_sums(layout, [parameter.shape for parameter in self.shared])
         self.set_train()
         inputs = step_inputs(signature, micro_batches, domains)
-        self.set_inputs(*(Tensor(shape=layout.part(shape, cut), dtype=dtype) for shape, dtype, cut in inputs))
+        self.set_inputs(*(Tensor(shape=layout.local_shape(shape, cut), dtype=dtype) for shape, dtype, cut in inputs))
 
     @property
     def made_here(self) -> tuple[Parameter, ...]:
@@ -156,7 +156,7 @@ def expert_tensors(signature: FlatSignature) -> dict[str, tuple[int, ...]]:
 
 def step_inputs(
     signature: FlatSignature, micro_batches: int, domains: int
-) -> list[tuple[tuple[int, ...], ms.dtype, Cut]]:
+) -> list[tuple[tuple[int, ...], ms.dtype, PartitionSpec]]:
     """Whole shape, type and cut of every input of the graph of a step; `signature` is of one micro-batch."""
     fixed = fixed_inputs(signature.batch, signature.length)
     of_one = [fixed[name] for name in READ]

@@ -19,7 +19,7 @@ from pangu_sigma.model.model import Model
 from pangu_sigma.train.distributed.pipeline_step import PipelinedStep, expert_tensors, step_inputs
 from pangu_sigma.train.objective import Objective
 from pangu_sigma.train.step import GradientStep, SharedUpdate
-from parallel.partition_spec import Cut
+from parallel.partition_spec import PartitionSpec
 
 # A loop over tensors becomes calls inside calls: of several hundred parameters, more than MindSpore's own limit.
 NESTED_CALLS = 100_000
@@ -48,11 +48,11 @@ class MeshedStep:
             return SharedUpdate(mine, self.model.layout)
 
 
-def cut_inputs(config: Config, signature: FlatSignature) -> list[tuple[tuple[int, ...], ms.dtype, Cut]]:
+def cut_inputs(config: Config, signature: FlatSignature) -> list[tuple[tuple[int, ...], ms.dtype, PartitionSpec]]:
     """Whole shape, type and cut of every input of the step's graph; `signature` is of one micro-batch."""
     if config.parallel.pipeline > 1:
         return step_inputs(signature, config.train.gradient_accumulation_steps, len(config.domains))
-    return [*fixed_inputs(signature.batch, signature.length).values(), *signature.cut_inputs()]
+    return [*fixed_inputs(signature.batch, signature.length).values(), *signature.sharded_inputs()]
 
 
 def parallel_context(model: Model, signature: FlatSignature) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def parallel_context(model: Model, signature: FlatSignature) -> dict[str, Any]:
         "parallel_mode": "semi_auto_parallel",
         # Turns an axis that is cut elsewhere into an AllToAll.
         "enable_alltoall": True,
-        "dataset_strategy": tuple(layout.placed(cut) for _, _, cut in cut_inputs(config, signature)),
+        "dataset_strategy": tuple(layout.device_layout(cut) for _, _, cut in cut_inputs(config, signature)),
         "enable_parallel_optimizer": parallel.optimizer_parallel,
         "gradients_mean": False,
         "pipeline_stages": parallel.pipeline,

@@ -14,7 +14,7 @@ from pangu_sigma.model.sharded_parameters import CutParameters, RehearsedParamet
 from pangu_sigma.train.distributed.spmd_step import InContext, MeshContext, meshed_step
 from pangu_sigma.train.objective import Objective
 from pangu_sigma.train.step import GradientStep
-from parallel.partition_spec import Cut, assembled, part_of
+from parallel.partition_spec import PartitionSpec, shard_slices, unshard
 
 Step = Callable[..., tuple]
 
@@ -70,7 +70,7 @@ class Rehearsal:
     def __init__(self, model: Model, signature: FlatSignature) -> None:
         self.processes, self.shared = model.processes, model.shared
         fixed = fixed_inputs(signature.batch, signature.length).values()
-        self.inputs = [(tuple(shape), cut) for shape, _, cut in (*fixed, *signature.cut_inputs())]
+        self.inputs = [(tuple(shape), cut) for shape, _, cut in (*fixed, *signature.sharded_inputs())]
 
     def whole(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """A graph's inputs, of which each rank gives its parts; also fills the network."""
@@ -81,12 +81,12 @@ class Rehearsal:
                 found.append(tensor)
                 continue
             parts = self.processes.gather(tensor.asnumpy())
-            found.append(Tensor(assembled(parts, self.processes.mesh, shape, cut)))
+            found.append(Tensor(unshard(parts, self.processes.mesh, shape, cut)))
         return found
 
-    def part(self, tensor: Tensor, cut: Cut) -> Tensor:
+    def part(self, tensor: Tensor, cut: PartitionSpec) -> Tensor:
         """This rank's part of a tensor that is cut so."""
-        mine = part_of(self.processes.mesh, self.processes.rank, tensor.shape, cut)
+        mine = shard_slices(self.processes.mesh, self.processes.rank, tensor.shape, cut)
         return Tensor(np.ascontiguousarray(tensor.asnumpy()[mine]))
 
 
@@ -95,9 +95,9 @@ class RehearsedStep:
 
     def __init__(self, cell: GradientStep, model: Model, signature: FlatSignature) -> None:
         self.cell, self.rehearsal, self.learned = cell, Rehearsal(model, signature), model.learned
-        cuts = [cut for _, _, cut in signature.cut_inputs()]
+        cuts = [cut for _, _, cut in signature.sharded_inputs()]
         self.experts = [cuts[i] for i in signature.differentiated]
-        self.parts = [model.shared.part(p.name) for p in model.shared.trainable]
+        self.parts = [model.shared.stored_slices(p.name) for p in model.shared.trainable]
 
     def set_train(self, mode: bool) -> RehearsedStep:
         self.cell.set_train(mode)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from pangu_sigma.cli import app
 from pangu_sigma.config import load_config, vocabulary_size
 from pangu_sigma.errors import UserError
-from pangu_sigma.model.tensor_parallel_layout import held_part
+from pangu_sigma.model.tensor_parallel_layout import stored_slices_of
 from pangu_sigma.plan.compile_plan import compile_graph, compile_plan, report
 from pangu_sigma.plan.graph_check import layer_name_of, problems
 from pangu_sigma.plan.memory_estimate import stage_bytes
@@ -143,7 +143,7 @@ def test_optimizer_parallelism_divides_what_is_planned(compiled, overrides, rank
         theirs = _load_tensor(Tensor(whole), list(placed.devices), list(placed.cuts), list(shape), rank)
         if placed.dividing:
             theirs = np.split(theirs, len(placed.dividing))[placed.dividing.index(rank)]
-        ours = held_part(name, shape, mesh, rank, True)
+        ours = stored_slices_of(name, shape, mesh, rank, True)
         assert np.array_equal(theirs, whole[ours]), name
         assert theirs.shape == graph.held[name], name
         ways[name] = len(placed.dividing) or 1

@@ -99,7 +99,7 @@ def test_experts_lie_round_their_groups_parts_so_that_a_domain_keeps_all_busy():
     assert chunked.by_chunk().tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert chunked.by_chunk(2).tolist() == [[4], [5]]
     # Every part holds the experts that its slots can stand for, whatever text comes.
-    assert [list(mesh.experts_in_turn(rank, 16)) for rank in range(4)] == [
+    assert [list(mesh.interleaved_experts_of(rank, 16)) for rank in range(4)] == [
         [0, 2, 4, 6], [1, 3, 5, 7], [8, 10, 12, 14], [9, 11, 13, 15]
     ]  # fmt: skip
     assert reserved.idle_experts(16).tolist() == [0, 0, 1, 1, 8, 8, 9, 9]

@@ -14,9 +14,9 @@ input that has the shape which the graph takes.
 import os
 import sys
 
-from parallel.operator_layout import SLICES_STAY
+from parallel.operator_layout import LOCAL_SLICES
 
-os.environ.update(SLICES_STAY)  # as `pangu_sigma.runtime` does
+os.environ.update(LOCAL_SLICES)  # as `pangu_sigma.runtime` does
 
 import mindspore as ms
 import numpy as np
@@ -82,7 +82,7 @@ def planned_step(trainer: Trainer, cell: PipelinedStep, rank: int) -> dict[str, 
         layer_name, tensor = parameter.name.split(".experts.")
         tensor, chunk = tensor.split("/")
         reserved = trainer.signature.layers[layers[layer_name]].reserved
-        shape = model.expert_shares[tensor].shape
+        shape = model.expert_shards[tensor].shape
         experts = planned[0].plans[layers[layer_name]].experts[reserved.by_chunk()[int(chunk)]]
         whole = np.zeros((experts.size, *shape), np.float32)
         for slot, expert in enumerate(experts.tolist()) if tensor in std else ():

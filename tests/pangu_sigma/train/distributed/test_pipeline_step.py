@@ -16,7 +16,7 @@ from pangu_sigma.model.pipeline_stages import stage_of
 from pangu_sigma.train.distributed.pipeline_step import READ, PipelinedLoss, expert_tensors, step_inputs
 from parallel.mesh import Mesh
 from parallel.micro_batches import MicroBatches
-from parallel.operator_layout import SLICES_STAY
+from parallel.operator_layout import LOCAL_SLICES
 from tests.pangu_sigma.train.distributed.test_spmd_step import BATCH, LENGTH, VALUES, VOCAB, WholeMesh
 
 MICRO = 2
@@ -84,7 +84,7 @@ def test_micro_batches_of_one_graph_add_up():
 
 
 def test_a_process_that_trains_has_slices_stay():
-    assert os.environ.items() >= SLICES_STAY.items()
+    assert os.environ.items() >= LOCAL_SLICES.items()
 
 
 def test_every_tensor_has_one_stage():

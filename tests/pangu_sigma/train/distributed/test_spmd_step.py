@@ -39,8 +39,8 @@ MESHES = [
 class WholeMesh(MeshLayout):
     """A mesh's layout in one process, which gives every rank's part of an input."""
 
-    def part(self, shape, cut):
-        return Layout.part(self, shape, cut)
+    def local_shape(self, shape, spec):
+        return Layout.local_shape(self, shape, spec)
 
 
 def trained(values, layout_of=None, steps=2):

@@ -53,21 +53,22 @@ def run_case(case: dict, processes, folder: Path | None = None) -> dict[str, np.
     trainer = Trainer(build_model(config, config.model.vocab_size, EOD, processes=processes))
     found: dict[str, np.ndarray] = {}
     model, apply = trainer.model, trainer.optimizer.apply
-    shares = list(model.expert_shares.values())
+    shards = list(model.expert_shards.values())
 
     def noted(gradients, rate, scale, *rest):
         if step in (0, case["steps"] - 1):
             for parameter, tensor in zip(model.shared.trainable, gradients.shared, strict=True):
                 name = parameter.name
-                found[f"gradient {step} {name}"] = placed(tensor, model.shared.shapes[name], model.shared.part(name))
+                slices = model.shared.stored_slices(name)
+                found[f"gradient {step} {name}"] = placed(tensor, model.shared.shapes[name], slices)
             for (layer_name, expert), tensors in gradients.experts.items():
                 for part, tensor in enumerate(tensors):
                     if layer_name == SLOTS:
                         found[f"gradient {step} {layer_name} {expert} {part}"] = tensor.asnumpy().copy()
                         continue
-                    share = shares[part]
-                    whole = placed(tensor, share.shape, share.part)
-                    found[f"gradient {step} {layer_name} {model.held[expert]} {part}"] = whole
+                    shard = shards[part]
+                    whole = placed(tensor, shard.shape, shard.slices)
+                    found[f"gradient {step} {layer_name} {model.local_experts[expert]} {part}"] = whole
         apply(gradients, rate, scale, *rest)
 
     if "held" in case:
