@@ -17,7 +17,7 @@ from pangu_sigma.model.batch_planner import PlannedBatch, Planner
 from pangu_sigma.model.model import SLOTS, Model
 from pangu_sigma.train.continual.frozen_gate_columns import FrozenColumns
 from pangu_sigma.train.continual.weight_penalty import Distance
-from pangu_sigma.train.distributed.gradient_reduction import reduction_of
+from pangu_sigma.train.distributed.gradient_all_reduce import gradient_reducer_of
 from pangu_sigma.train.distributed.pipeline_runner import StagedStep, staged_step
 from pangu_sigma.train.distributed.step_cache import step_graphs
 from pangu_sigma.train.flops import flops_per_token
@@ -77,7 +77,7 @@ class Trainer:
         else:
             self._graphs = step_graphs(model, self.signature, self.objective)
         self.optimizer = Optimizer(model)
-        self.reduction = reduction_of(model)
+        self.reducer = gradient_reducer_of(model)
         self.loss_scale = LossScale.of(self.config)
         self.accounting = Accounting(
             model.groups, self.config.model.sparse_prefixes, flops_per_token(self.config, model.vocab)
@@ -140,18 +140,18 @@ class Trainer:
         rate = learning_rate(self.config, step)
         scale = self.loss_scale.value
         units = np.array([sum(float(self.objective.units(b).sum()) for b in batches)])
-        total = float(self.reduction.total(units)[0])
+        total = float(self.reducer.total(units)[0])
         if self.stages is not None:
-            gradients, parts = self.stages.gradients(batches, phase, scale / total, self.reduction.reader_ranks)
+            gradients, parts = self.stages.gradients(batches, phase, scale / total, self.reducer.reader_ranks)
         else:
             gradients, parts = self._summed(batches, phase, scale, total)
-        self.reduction(gradients, parts, phase)
+        self.reducer.reduce_in_place(gradients, parts, phase)
         loss = sum(float(figures.loss.sum()) for figures in parts) / total
         frozen = self._frozen_columns(phase)
         penalty = self._pull(gradients, scale) if self._distance is not None and phase.shared else None
         if frozen:
             gradients.shared, gradients.shared_squares = frozen.without(gradients.shared), None
-        norm = self.reduction.norm(gradients) / scale
+        norm = self.reducer.global_norm(gradients) / scale
         finite = math.isfinite(loss) and math.isfinite(norm)
         if not finite:
             return StepResult(loss, norm, rate, False, self.loss_scale.overflow())
@@ -164,7 +164,7 @@ class Trainer:
             self.accounting.add_figures(figures)
         if penalty is not None:
             self.accounting.add_figure("distance", penalty, 1.0)
-        self.accounting.add_step(self.reduction.touched(parts, phase))
+        self.accounting.add_step(self.reducer.num_updated_experts(parts, phase))
         tokens = sum(int(figures.tokens.sum()) for figures in parts[: len(batches)])
         return StepResult(loss, norm, rate, True, False, tokens)
 
@@ -227,14 +227,14 @@ class Trainer:
         rows = [c.asnumpy() for c in counts]
         own = Figures.of(batch, len(self.model.groups.names), measured, rows, float(auxiliary.asnumpy()))
         lines = own.by_rank(self.processes)
-        here = own.summed(lines[list(self.reduction.exchange_ranks)])
+        here = own.summed(lines[list(self.reducer.exchange_ranks)])
         gradients = Gradients()
         if phase.shared:
             gradients.shared = tuple(shared)
             gradients.shared_squares = squares.asnumpy().astype(np.float64)
         if by_expert:
             gradients.experts = self._activated(batch, phase, by_expert, here.load)
-        return gradients, own.summed(lines[list(self.reduction.reader_ranks)])
+        return gradients, own.summed(lines[list(self.reducer.reader_ranks)])
 
     def _activated(
         self, batch: PlannedBatch, phase: Phase, by_expert: Sequence[Tensor], received: np.ndarray

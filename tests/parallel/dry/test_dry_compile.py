@@ -13,7 +13,7 @@ from parallel.dry.dry_process import run_dry
 from parallel.dry.stand_in_libraries import DryCompileError
 from parallel.mesh import Mesh
 
-LAYER = Path(__file__).with_name("capacity_layer.py")
+LAYER = Path(__file__).with_name("sharded_sparse_layer.py")
 SIZES = {"slots": 16, "capacity": 4, "hidden": 32, "inner": 64, "tokens": 256}
 MESHES = [
     {"expert": 4, "tensor": 2},

@@ -13,7 +13,7 @@ from parallel.dry.compiled_graph import collectives, held, last_graph
 from parallel.dry.dry_process import run_dry
 
 CONFIGS = Path(__file__).parents[4] / "configs"
-SCRIPT = Path(__file__).with_name("on_devices.py")
+SCRIPT = Path(__file__).with_name("ascend_rank.py")
 TINY = (
     "model.layers=2", "model.sparse.layers=1", "model.query_layer=none", "model.hidden=64", "model.heads=4",
     "model.ffn=128", "model.positions=16", "data.sequence_length=16", "model.vocab_size=512",

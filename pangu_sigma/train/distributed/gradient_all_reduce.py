@@ -1,0 +1,192 @@
+"""Gradient all-reduce and global norm: from every process's gradients to those of the whole batch.
+
+1. Shared parameters: summed over all processes, bucket by bucket.
+2. Domain embeddings, which every process has: likewise, domain by domain.
+3. Experts: rows have come to their experts already, so the gradients of an expert part are complete but for its replicas
+   along the data axis, which saw other rows. They are summed over these replicas.
+
+In an SPMD graph MindSpore does all of this inside the graph; here only the norm is left. Collectives run outside any
+graph, on the main thread of every process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from mindspore import Tensor
+
+from pangu_sigma.model.model import SLOTS, Model
+from pangu_sigma.train.optimizer import Gradients
+from pangu_sigma.train.schedule import Phase
+from pangu_sigma.train.step_metrics import Figures
+
+BUCKET_BYTES = 32 << 20  # of gradients that travel at once
+
+
+class GradientReducer:
+    """Sums gradients over the processes of a model; one process alone changes nothing. All call its methods together.
+
+    `exchange_ranks`: the ranks whose rows came to this process's experts; `reader_ranks`: ranks that together have read
+    each row of the batch once.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.processes = model, model.processes
+        mesh, rank = self.processes.mesh, self.processes.rank
+        self.mesh = mesh
+        self.exchange_ranks: Sequence[int] = mesh.exchange_group(rank)
+        self.reader_ranks: Sequence[int] = range(self.processes.size)
+        self.replicas = mesh.replica_group(rank)
+
+    def reduce_in_place(self, gradients: Gradients, figures: Sequence[Figures], phase: Phase) -> None:
+        """Make `gradients` those of the whole batch; `figures` are its micro-batches'."""
+        if self.processes.size == 1:
+            return
+        # 1. Shared parameters.
+        if gradients.shared:
+            gradients.shared = self._all_reduced(gradients.shared)
+            gradients.shared_squares = self.model.store.square_sums(gradients.shared)
+        # 2. Domain embeddings.
+        domains = range(len(self.model.groups.names))
+        by_domain = {domain_id: gradients.experts.pop((SLOTS, domain_id), None) for domain_id in domains}
+        if SLOTS in self.model.store.experts:
+            gradients.experts |= self._embeddings_all_reduced(by_domain, figures, phase)
+        # 3. Experts.
+        if self.mesh.data > 1:
+            gradients.experts = self._experts_reduced(gradients.experts, figures, phase)
+
+    def global_norm(self, gradients: Gradients) -> float:
+        """The global norm: shared parameters and domain embeddings count once, experts wherever they are."""
+        shared, by_layer = gradients.squares(self.model.store)
+        replicated = float(shared.sum()) + by_layer.pop(SLOTS, 0.0)
+        # Replicas hold the same experts; the first of them counts them for all.
+        local = sum(by_layer.values(), 0.0) if self.replicas[0] == self.processes.rank else 0.0
+        return _root(replicated + float(self.processes.total(np.array([local]))[0]))
+
+    def total(self, values: np.ndarray) -> np.ndarray:
+        """The sum, over all rows of the batch, of values float64 that each process counted of its own."""
+        return self.processes.gather(values)[list(self.reader_ranks)].sum(axis=0)
+
+    def num_updated_experts(self, figures: Sequence[Figures], phase: Phase) -> int:
+        """Experts, of all processes, that the step updates; domain embeddings included."""
+        embeddings = len(self._domains_present(figures, phase)) if SLOTS in self.model.store.experts else 0
+        return embeddings + int(self._activated(figures, phase).sum())
+
+    def _activated(self, figures: Sequence[Figures], phase: Phase) -> np.ndarray:
+        """Whether an expert received a row of the batch and trains, bool [layers, E]."""
+        groups = self.model.groups
+        trains = np.repeat([name in phase.domains for name in groups.names], groups.sizes)
+        return (sum(of_batch.load for of_batch in figures) > 0) & trains
+
+    def _domains_present(self, figures: Sequence[Figures], phase: Phase) -> list[int]:
+        """Ids of the domains with text in the batch that train."""
+        names = self.model.groups.names
+        tokens = sum(of_batch.tokens for of_batch in figures)
+        return [domain_id for domain_id in np.flatnonzero(tokens).tolist() if names[domain_id] in phase.domains]
+
+    def _all_reduced(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The sums over all processes of some tensors."""
+        sums: list[Tensor] = []
+        for bucket in _buckets(tensors):
+            flat = np.concatenate([t.asnumpy().reshape(-1) for t in bucket])
+            sums += _split(self.processes.sum_float32(flat), [t.shape for t in bucket])
+        return tuple(sums)
+
+    def _embeddings_all_reduced(
+        self, by_domain: dict[int, list[Tensor] | None], figures: Sequence[Figures], phase: Phase
+    ) -> dict[tuple[str, int], list[Tensor]]:
+        shape = self.model.store.shapes[SLOTS]["word"]
+        sums = {}
+        for domain_id in self._domains_present(figures, phase):
+            local = by_domain[domain_id]
+            values = local[0].asnumpy() if local else np.zeros(shape, np.float32)
+            sums[(SLOTS, domain_id)] = [Tensor.from_numpy(self.processes.sum_float32(values))]
+        return sums
+
+    def _experts_reduced(
+        self, local: dict[tuple[str, int], list[Tensor]], figures: Sequence[Figures], phase: Phase
+    ) -> dict[tuple[str, int], list[Tensor]]:
+        """The sums of expert gradients over the data axis. Collectives are of all processes, so all expert parts take
+        part: the i-th expert of every part travels if that of any part received a row."""
+        activated, experts = self._activated(figures, phase), self.model.local_experts
+        sums = {key: tensors for key, tensors in local.items() if key[0] == SLOTS}
+        for layer, layer_name in enumerate(self.model.config.model.sparse_prefixes):
+            shapes = list(self.model.store.shapes[layer_name].values())
+            size = sum(int(np.prod(s)) for s in shapes)
+            travelling = np.flatnonzero(activated[layer].reshape(-1, len(experts)).any(axis=0)).tolist()
+            at_once = max(1, BUCKET_BYTES // (4 * size))
+            for start in range(0, len(travelling), at_once):
+                bucket = travelling[start : start + at_once]
+                flat = np.zeros((len(bucket), size), np.float32)
+                for row, expert in zip(flat, bucket, strict=True):
+                    tensors = local.get((layer_name, expert))
+                    if tensors is not None:
+                        np.concatenate([t.asnumpy().reshape(-1) for t in tensors], out=row)
+                by_rank = self.processes.gather(flat)
+                total = by_rank[self.replicas[0]].copy()
+                for rank in self.replicas[1:]:
+                    total += by_rank[rank]
+                for row, expert in zip(total, bucket, strict=True):
+                    if activated[layer, experts.start + expert]:
+                        sums[(layer_name, expert)] = _split(row, shapes)
+        return sums
+
+
+class SpmdGradientReducer(GradientReducer):
+    """The same of an SPMD graph, which sums over ranks itself and leaves a rank its shards of the sums."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        mesh, rank = self.mesh, self.processes.rank
+        # Each pipeline stage reads all rows; the last one knows what they gave.
+        last = range(mesh.size - mesh.stage_size, mesh.size)
+        self.reader_ranks = [r for r in last if mesh.coordinates(r).tensor == 0]
+        self.exchange_ranks = [r for r in self.reader_ranks if mesh.row_rank(r) in mesh.placement_rows(rank)]
+        # A shard that several ranks have is divided by their number, so that the sum over all ranks counts it once.
+        ranks_of = [model.shared.storing_ranks(p.name) for p in model.shared.trainable]
+        self.weights = np.array([1.0 / (self.processes.size if ranks is None else len(ranks)) for ranks in ranks_of])
+        self.expert_weights = [1.0 / shard.gradient_copies for shard in model.expert_shards.values()]
+
+    def reduce_in_place(self, gradients: Gradients, figures: Sequence[Figures], phase: Phase) -> None:
+        """Nothing is left to do."""
+
+    def global_norm(self, gradients: Gradients) -> float:
+        """The global norm: each shard of a shared parameter and of an expert counts once."""
+        shared, by_layer = gradients.squares(self.model.store, self.expert_weights)
+        local = float((shared * self.weights[: shared.size]).sum()) + sum(by_layer.values(), 0.0)
+        return _root(float(self.processes.total(np.array([local]))[0]))
+
+
+def gradient_reducer_of(model: Model) -> GradientReducer:
+    """The reducer that this model's graphs need."""
+    spmd = model.layout.spmd_mesh is not None and model.processes.size > 1
+    return (SpmdGradientReducer if spmd else GradientReducer)(model)
+
+
+def _root(squares: float) -> float:
+    return math.sqrt(squares) if squares >= 0 else math.nan
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    filled = 0
+    for tensor in tensors:
+        if bucket and filled + tensor.nbytes > BUCKET_BYTES:
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append(tensor)
+        filled += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def _split(flat: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """The tensors of these shapes that lie end to end in `flat`, whose memory they share."""
+    tensors, offset = [], 0
+    for shape in shapes:
+        size = int(np.prod(shape))
+        tensors.append(Tensor.from_numpy(flat[offset : offset + size].reshape(shape)))
+        offset += size
+    return tensors
