@@ -2,7 +2,7 @@
 
 1. Shared parameters: summed over all processes, bucket by bucket.
 2. Domain embeddings, which every process has: likewise, domain by domain.
-3. Experts: rows have come to their experts already, so the gradients of an expert part are complete but for its replicas
+3. Experts: rows have come to their experts already, so the gradients of an expert part lack only those of its replicas
    along the data axis, which saw other rows. They are summed over these replicas.
 
 In an SPMD graph MindSpore does all of this inside the graph; here only the norm is left. Collectives run outside any
