@@ -62,7 +62,7 @@ def extract(cut: ExtractionPlan, out: str | Path, *, check: bool = True, device:
     """
     folder = cut.folder()
     quality = measured(cut.parent)
-    found: Verification | None = None
+    verification: Verification | None = None
 
     def copied(done: int, total: int) -> None:
         if done <= total:  # beyond are the few documents of the end
@@ -71,16 +71,16 @@ def extract(cut: ExtractionPlan, out: str | Path, *, check: bool = True, device:
             copying.close()
 
     def finish(written: Checkpoint) -> dict[str, str]:
-        nonlocal found
+        nonlocal verification
         documents = {}
         if check:
             with progress("verify", None, unit="batches") as verifying:
-                found = verify(cut.parent, written, cut, device=device, advance=verifying.advance)
-            raise_if_different(found)
-            documents[VERIFICATION] = json.dumps(found.to_dict(), ensure_ascii=False, indent=2) + "\n"
-        return {**documents, CARD: model_card(cut, folder.bytes, quality, found)}
+                verification = verify(cut.parent, written, cut, device=device, advance=verifying.advance)
+            raise_if_different(verification)
+            documents[VERIFICATION] = json.dumps(verification.to_dict(), ensure_ascii=False, indent=2) + "\n"
+        return {**documents, CARD: model_card(cut, folder.bytes, quality, verification)}
 
     with sigterm_as_ctrl_c(), ExitStack() as copying:
         job = copying.enter_context(progress("copy", folder.bytes, unit="B"))
         model = write_model_folder(out, folder, finish=finish, progress=copied)
-    return Extraction(model, cut, folder.bytes, found)
+    return Extraction(model, cut, folder.bytes, verification)

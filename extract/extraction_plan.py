@@ -210,16 +210,16 @@ class ExtractionPlan:
                 yield raw_bytes(converted(source, np.frombuffer(piece, numpy_type(own)), spec.dtype))
 
 
-def choose_domains(parent: Checkpoint, wanted: Sequence[str]) -> tuple[str, ...]:
+def choose_domains(parent: Checkpoint, requested: Sequence[str]) -> tuple[str, ...]:
     """The wanted domains in the parent's order. Raises UserError, which names the nearest, for one it does not have."""
-    for name in wanted:
+    for name in requested:
         if name not in parent.domains:
             near = difflib.get_close_matches(name, parent.domains, n=1, cutoff=0.0)[0]
             raise UserError(
                 f"{parent.path} has no domain '{name}'; did you mean '{near}'? "
                 f"(It has {len(parent.domains)}: {', '.join(parent.domains[:10])}{', …' * (len(parent.domains) > 10)})"
             )
-    return tuple(name for name in parent.domains if name in wanted)
+    return tuple(name for name in parent.domains if name in requested)
 
 
 def _copy(parent: Checkpoint, path: str) -> PlannedFile:

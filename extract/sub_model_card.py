@@ -34,14 +34,14 @@ def measured(checkpoint: Checkpoint) -> HeldoutQuality | None:
     run = run_of(checkpoint)
     if run is None:
         return None
-    found = _from_evaluation(run / "evaluation.json", checkpoint.step)
-    if found is None and (run / "metrics.jsonl").is_file():
+    quality = _from_evaluation(run / "evaluation.json", checkpoint.step)
+    if quality is None and (run / "metrics.jsonl").is_file():
         from pangu_sigma.monitor.metrics_log import read_metrics
 
         for record in read_metrics(run):
             if record["kind"] == "evaluate" and record["step"] == checkpoint.step:
-                found = HeldoutQuality(checkpoint.step, record["losses"], record["unigram"])
-    return found
+                quality = HeldoutQuality(checkpoint.step, record["losses"], record["unigram"])
+    return quality
 
 
 def _from_evaluation(path: Path, step: int) -> HeldoutQuality | None:
@@ -55,24 +55,24 @@ def _from_evaluation(path: Path, step: int) -> HeldoutQuality | None:
 
 
 def model_card(
-    cut: ExtractionPlan, bytes_written: int, quality: HeldoutQuality | None, found: Verification | None
+    cut: ExtractionPlan, bytes_written: int, quality: HeldoutQuality | None, verification: Verification | None
 ) -> str:
     """The card as Markdown; `found` is None for a sub-model that was not verified."""
     config, parent = cut.config, cut.parent
     counts = parameter_counts(config, config.model.vocab_size)
-    whole = ", ".join(cut.domains)
+    domain_names = ", ".join(cut.domains)
     kind = "a dense PanGu-α" if cut.fold else "a PanGu-Σ model"
     sizes = {d: sorted({groups[d] for groups in parent.coverage.values()}) for d in cut.domains}
     run = run_of(parent) or parent.path
     lines = [
-        f"# {printable(whole)}: cut out of {printable(run.name)}",
+        f"# {printable(domain_names)}: cut out of {printable(run.name)}",
         "",
         f"The shared layers of a PanGu-Σ model and the experts of {len(cut.domains)} of its {len(parent.domains)} "
         f"domains: {kind} of its own.",
         "",
         "| | |",
         "| --- | --- |",
-        f"| domains | {whole} |",
+        f"| domains | {domain_names} |",
         f"| parent | {printable(run.name)}, step {parent.step}, {len(parent.domains)} domains |",
         f"| parent's manifest, sha256 | `{parent.sha256}` |",
         f"| parameters | {counts.total:,} ({counts.shared:,} shared"
@@ -94,8 +94,8 @@ def model_card(
         "## Quality",
         "",
     ]
-    lines += _quality(cut, quality, found)
-    lines += ["", "## Verification", "", _verification(found), "", "## Use", "", "```sh"]
+    lines += _quality(cut, quality, verification)
+    lines += ["", "## Verification", "", _verification(verification), "", "## Use", "", "```sh"]
     domain = f" --domain {cut.domains[0]}" if len(cut.domains) > 1 else ""
     lines += [
         f'pangu-sigma generate DIR{domain} --prompt "…"',
@@ -116,7 +116,7 @@ def _types(cut: ExtractionPlan) -> str:
     return ", ".join(sorted(stored))
 
 
-def _quality(cut: ExtractionPlan, quality: HeldoutQuality | None, found: Verification | None) -> list[str]:
+def _quality(cut: ExtractionPlan, quality: HeldoutQuality | None, verification: Verification | None) -> list[str]:
     lines = []
     if quality is not None:
         lines += [
@@ -130,22 +130,23 @@ def _quality(cut: ExtractionPlan, quality: HeldoutQuality | None, found: Verific
             unigram = number(quality.unigram.get(domain))
             lines.append(f"| {domain} | {number(loss)} | {number(perplexity(loss), 2)} | {unigram} |")
         lines.append("")
-    if found is not None:
+    if verification is not None:
         lines += [
             "Loss on the probe sequences that travel in this folder, nats per token:",
             "",
             "| domain | parent | this model | sequences |",
             "| --- | --- | --- | --- |",
         ]
-        for domain, (parent, own) in found.probe_losses.items():
-            lines.append(f"| {domain} | {number(parent, 6)} | {number(own, 6)} | {found.sequences[domain]} |")
+        for domain, (parent, own) in verification.probe_losses.items():
+            lines.append(f"| {domain} | {number(parent, 6)} | {number(own, 6)} | {verification.sequences[domain]} |")
     return lines or ["Not measured: the parent's run was not at hand. `pangu-sigma evaluate DIR` measures it."]
 
 
-def _verification(found: Verification | None) -> str:
-    if found is None:
+def _verification(verification: Verification | None) -> str:
+    if verification is None:
         return "Not verified (`--no-verify`); every copied byte was checked against the parent's hashes."
     return (
-        f"This model beside its parent, computed in {found.precision} on {found.device} in batches of "
-        f"{found.batch_size} × {found.sequence_length} tokens: {found.line()}. Details are in `verification.json`."
+        f"This model beside its parent, computed in {verification.precision} on {verification.device} in batches of "
+        f"{verification.batch_size} × {verification.sequence_length} tokens: {verification.line()}. "
+        "Details are in `verification.json`."
     )

@@ -113,8 +113,8 @@ def verify(
         before, after = theirs(tokens, owners), ours(tokens, stand_ins)
         for row in np.flatnonzero(counted):
             # A maximum would pass over a NaN that only one side has.
-            apart = np.abs(before[row] - after[row]).max()
-            difference = float(np.maximum(difference, apart))
+            difference = np.abs(before[row] - after[row]).max()
+            difference = float(np.maximum(difference, difference))
             largest = max(largest, float(np.abs(before[row]).max()))
             labels = tokens[row, 1:]
             losses[owners[row]].append((_loss(before[row], labels, full), _loss(after[row], labels, full)))
@@ -129,31 +129,33 @@ def verify(
         largest_logit_difference=difference,
         allowed_difference=allowed,
         largest_logit=largest,
-        sequences={domain: len(found) for domain, found in losses.items()},
+        sequences={domain: len(by_sequence) for domain, by_sequence in losses.items()},
         sequence_length=full.model.config.data.sequence_length,
         batch_size=BATCH,
         domains_mixed=len({owner for _, owners, _ in batches for owner in owners}),
         tensors_compared=compared,
         different_tensors=tuple(different),
         experts_reached=_experts_reached(full, probe, cut.domains),
-        probe_losses={
-            domain: tuple(np.mean(found, axis=0).tolist()) for domain, found in losses.items()
-        },
+        probe_losses={domain: tuple(np.mean(by_sequence, axis=0).tolist()) for domain, by_sequence in losses.items()},
         device=device,
         precision="float32",
         parent_sha256=parent.sha256,
     )
 
 
-def raise_if_different(found: Verification) -> None:
+def raise_if_different(verification: Verification) -> None:
     """Raises VerificationError unless the sub-model is what was asked for."""
-    if found.holds:
+    if verification.holds:
         return
-    named = ", ".join(found.different_tensors[:3]) + (", …" if len(found.different_tensors) > 3 else "")
+    named = ", ".join(verification.different_tensors[:3]) + (", …" if len(verification.different_tensors) > 3 else "")
     raise VerificationError(
-        f"the sub-model is not the same function: the largest logit difference is {found.largest_logit_difference:g} "
-        f"where {found.allowed_difference or 0.0:g} is allowed"
-        + (f", and {len(found.different_tensors)} tensors differ ({named})" if found.different_tensors else "")
+        "the sub-model is not the same function: the largest logit difference is "
+        f"{verification.largest_logit_difference:g} where {verification.allowed_difference or 0.0:g} is allowed"
+        + (
+            f", and {len(verification.different_tensors)} tensors differ ({named})"
+            if verification.different_tensors
+            else ""
+        )
         + "; nothing was kept: check the memory and the disk of this machine and cut again"
     )
 
@@ -168,11 +170,11 @@ def compare_tensors(parent: Checkpoint, sub: Checkpoint, cut: ExtractionPlan) ->
     for name, source in cut.sources.items():
         if name in different:
             continue
-        mine, other = sub.manifest.tensors[name], parent.manifest.tensors[source]
-        if mine.dtype != other.dtype and other.dtype in FLOATS:
+        entry, parent_entry = sub.manifest.tensors[name], parent.manifest.tensors[source]
+        if entry.dtype != parent_entry.dtype and parent_entry.dtype in FLOATS:
             continue
         compared += 1
-        hashes = [piece.sha256 for piece in mine.slices], [piece.sha256 for piece in other.slices]
+        hashes = [piece.sha256 for piece in entry.slices], [piece.sha256 for piece in parent_entry.slices]
         if len(hashes[0]) == len(hashes[1]):
             same = hashes[0] == hashes[1]
         else:
@@ -182,23 +184,21 @@ def compare_tensors(parent: Checkpoint, sub: Checkpoint, cut: ExtractionPlan) ->
     return compared, different
 
 
-def mixed_batches(
-    probe: dict[str, np.ndarray], kept: Sequence[str]
-) -> list[tuple[np.ndarray, list[str], np.ndarray]]:
+def mixed_batches(probe: dict[str, np.ndarray], kept: Sequence[str]) -> list[tuple[np.ndarray, list[str], np.ndarray]]:
     """Batches (tokens int32 [B, S + 1], domain of each row, whether the row counts) that hold every kept sequence once.
 
     Kept and foreign domains' rows alternate where there are foreign ones; what fills a last batch up does not count.
     """
-    wanted = [(domain, sequence) for domain in kept for sequence in probe[domain]]
+    sequences = [(domain, sequence) for domain in kept for sequence in probe[domain]]
     foreign = [(domain, sequence) for domain, rows in probe.items() if domain not in kept for sequence in rows]
     # Neighbours of a batch should be of many domains, not all of the first.
     foreign = [foreign[i] for i in np.argsort([_rank(foreign, i) for i in range(len(foreign))], kind="stable")]
     each = BATCH // 2 if foreign else BATCH
     batches = []
-    for number, start in enumerate(range(0, len(wanted), each)):
-        mine = wanted[start : start + each]
-        rows = [mine[i % len(mine)] for i in range(each)]
-        counted = [i < len(mine) for i in range(each)]
+    for number, start in enumerate(range(0, len(sequences), each)):
+        rows = sequences[start : start + each]
+        rows = [rows[i % len(rows)] for i in range(each)]
+        counted = [i < len(rows) for i in range(each)]
         if foreign:
             others = [foreign[(number * each + i) % len(foreign)] for i in range(BATCH - each)]
             rows = [row for pair in zip(rows, others, strict=True) for row in pair]

@@ -164,7 +164,7 @@ def onnx_guide(source: ExportSource) -> str:
 
 
 def _numbered(source: ExportSource, tensor: str) -> str:
-    names = ", ".join(f"{number} {name}" for number, name in enumerate(source.domains))
+    names = ", ".join(f"{domain_id} {name}" for domain_id, name in enumerate(source.domains))
     return f"\n    {tensor},  # number of each sample's domain: {names}\n"
 
 

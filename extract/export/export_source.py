@@ -88,13 +88,13 @@ def check_pangu(source: ExportSource) -> None:
         )
 
 
-def _chosen(names: tuple[str, ...], wanted: Sequence[str] | None) -> tuple[str, ...]:
-    if not wanted:
+def _chosen(names: tuple[str, ...], requested: Sequence[str] | None) -> tuple[str, ...]:
+    if not requested:
         return names
-    for name in wanted:
+    for name in requested:
         if name not in names:
             from difflib import get_close_matches
 
             near = get_close_matches(name, names, n=1, cutoff=0.0)
             raise UserError(f"the model has no domain '{name}'; did you mean '{near[0]}'?")
-    return tuple(name for name in names if name in wanted)
+    return tuple(name for name in names if name in requested)

@@ -63,9 +63,11 @@ def write(source: ExportSource, folder: Path, options: Options) -> list[str]:
 
 def targets(source: ExportSource, dtype: str) -> list[TargetTensor]:
     """Every tensor of the output."""
-    held = _ExpertTensors(source)
+    experts = _ExpertTensors(source)
     return [
-        _target(held, dtype, full, part) for full, _, _ in source.by_owner() for part in parts_of(source.config, full)
+        _target(experts, dtype, full, part)
+        for full, _, _ in source.by_owner()
+        for part in parts_of(source.config, full)
     ]
 
 
@@ -84,12 +86,12 @@ class _ExpertTensors:
         return self._last[name]
 
 
-def _target(held: _ExpertTensors, dtype: str, full: str, part: OlmoeTensor) -> TargetTensor:
-    source = held.source
+def _target(experts: _ExpertTensors, dtype: str, full: str, part: OlmoeTensor) -> TargetTensor:
+    source = experts.source
     shape = source.shape(full) if part.expert is None else source.shape(full)[1:]
 
     def read() -> Iterator[np.ndarray]:
-        array = held.read(full)
+        array = experts.read(full)
         array = converted(full, array if part.expert is None else array[part.expert], dtype)
         yield array.T if part.turned else array
 

@@ -76,7 +76,7 @@ def write(source: ExportSource, folder: Path, options: Options) -> list[str]:
     from extract.export.mindir_graphs import build_graph, fill
 
     shapes = shapes_of(source, options)
-    said: dict[str, object] = {}
+    description: dict[str, object] = {}
     with progress("export", len(GRAPHS), unit="graphs") as job:
         for name in GRAPHS:
             graph = build_graph(shapes, options.signature, name)
@@ -87,14 +87,14 @@ def write(source: ExportSource, folder: Path, options: Options) -> list[str]:
                 "outputs": graph.outputs,
                 "state": {name: {"shape": list(shapes.cache), "type": "float32"} for name in graph.state},
             }
-            said[_file_of(folder, name)] = described
+            description[_file_of(folder, name)] = described
             job.advance(1)
     source.tokenizer.save(folder / "tokenizer")
     if options.signature == "sigma" and shapes.sparse:
         np.save(folder / "expert_ids.npy", expert_numbers(source))
-    _write_description(source, shapes, options, said, folder)
+    _write_description(source, shapes, options, description, folder)
     table = (folder / "expert_ids.npy").exists()
-    guide = mindir_guide(source, options.signature, options.batch_size, list(said), list(graph.state), table)
+    guide = mindir_guide(source, options.signature, options.batch_size, list(description), list(graph.state), table)
     (folder / "README.md").write_text(guide, encoding="utf-8")
     return []
 
@@ -132,7 +132,7 @@ def shapes_of(source: ExportSource, options: Options) -> StaticShapes:
 def side_by_side(source: ExportSource, options: Options) -> dict[str, Callable[[], np.ndarray]]:
     """Parameter name -> how to read it: the shared tensors, and the chosen domains' experts, tables and word embeddings
     one after the other on the first axis. A table's numbers count the layer's experts."""
-    found: dict[str, list[tuple[int, Callable[[], np.ndarray]]]] = {}
+    weights_by_expert: dict[str, list[tuple[int, Callable[[], np.ndarray]]]] = {}
     for full, domain, name in source.by_owner():
         read = partial(_as_parameter, source, full, name, domain)
         name = name.removeprefix("embedding.").replace(".router.weight", ".feed_forward.router")
@@ -144,8 +144,8 @@ def side_by_side(source: ExportSource, options: Options) -> dict[str, Callable[[
                 continue  # made outside, from expert_ids.npy
             name = f"{name.removesuffix('routing')}feed_forward.routing"
         # Names come sorted, domains not in the model's order.
-        found.setdefault(name, []).append((domain or 0, read))
-    return {name: partial(_joined, parts) for name, parts in found.items()}
+        weights_by_expert.setdefault(name, []).append((domain or 0, read))
+    return {name: partial(_joined, parts) for name, parts in weights_by_expert.items()}
 
 
 def _as_parameter(source: ExportSource, full: str, name: str, domain: int | None) -> np.ndarray:

@@ -33,18 +33,16 @@ class Prefill(nn.Cell):
         super().__init__()
         self.shapes = shapes
         self.backbone = StaticBackbone(shapes, window=True, given_ids=False)
-        self.places = Tensor(np.arange(shapes.window, dtype=np.int32)[None])
+        self.window_positions = Tensor(np.arange(shapes.window, dtype=np.int32)[None])
         self.causal = Tensor(np.tril(np.ones((1, shapes.window, shapes.window), np.float32)))
 
     def construct(self, input_ids: Tensor, valid_length: Tensor, domain=None):
         batch, length = self.shapes.batch, self.shapes.window
-        real = ops.cast(self.places < valid_length.reshape(batch, 1), ms.float32)
+        real = ops.cast(self.window_positions < valid_length.reshape(batch, 1), ms.float32)
         ended = ops.cast(ops.equal(input_ids, self.shapes.eod_id), ms.float32) * real
         following = ops.CumSum()(ended, 1) + 1.0
         documents = (following - ended) * real
-        same = ops.cast(
-            ops.equal(documents.reshape(batch, length, 1), documents.reshape(batch, 1, length)), ms.float32
-        )
+        same = ops.cast(ops.equal(documents.reshape(batch, length, 1), documents.reshape(batch, 1, length)), ms.float32)
         visible = same * self.causal
         # A token sees exactly the tokens of its document up to itself.
         positions = ops.cast(ops.ReduceSum()(visible, 2) - 1.0, ms.int32)
@@ -58,7 +56,7 @@ class Prefill(nn.Cell):
         h, keys, values = self.backbone(
             input_ids.reshape(-1), positions.reshape(-1), mask, of_tokens, None, None, None, None
         )
-        last = ops.cast(ops.equal(self.places + 1, valid_length.reshape(batch, 1)), ms.float32)
+        last = ops.cast(ops.equal(self.window_positions + 1, valid_length.reshape(batch, 1)), ms.float32)
         mark = ops.ReduceSum()(following * last, 1)
         position = ops.ReduceSum()((ops.cast(positions, ms.float32) + 1.0) * (1.0 - ended) * last, 1)
         state = ops.cast(ops.stack((mark, position), 1), ms.int32)
@@ -76,31 +74,31 @@ class Decode(nn.Cell):
         super().__init__()
         self.shapes = shapes
         self.backbone = StaticBackbone(shapes, window=False, given_ids=False)
-        self.places = Tensor(np.arange(shapes.window, dtype=np.int32)[None])
+        self.window_positions = Tensor(np.arange(shapes.window, dtype=np.int32)[None])
 
     def construct(self, input_ids, current_index, keys, values, documents, next, domain=None):  # noqa: A002
         batch, length = self.shapes.batch, self.shapes.window
-        here = ops.equal(self.places, current_index.reshape(batch, 1))
+        is_current = ops.equal(self.window_positions, current_index.reshape(batch, 1))
         document, position = next[:, 0], next[:, 1]
-        documents = ops.select(here, ops.BroadcastTo((batch, length))(document.reshape(batch, 1)), documents)
+        documents = ops.select(is_current, ops.BroadcastTo((batch, length))(document.reshape(batch, 1)), documents)
         visible = ops.equal(documents, document.reshape(batch, 1))
-        visible = ops.logical_and(visible, ops.less_equal(self.places, current_index.reshape(batch, 1)))
+        visible = ops.logical_and(visible, ops.less_equal(self.window_positions, current_index.reshape(batch, 1)))
         mask = ((ops.cast(visible, ms.float32) - 1.0) * (-MASKED_SCORE)).reshape(batch, 1, 1, length)
         tokens = input_ids.reshape(-1)
         of_tokens = ops.zeros_like(tokens) if domain is None else domain
         h, keys, values = self.backbone(
-            tokens, position, mask, of_tokens, spread(here, self.shapes), keys, values, None
+            tokens, position, mask, of_tokens, spread(is_current, self.shapes), keys, values, None
         )
         ended = ops.cast(ops.equal(tokens, self.shapes.eod_id), ms.int32)
         following = ops.stack((document + ended, (position + 1) * (1 - ended)), 1)
         return self.backbone.logits(h, domain), keys, values, documents, following
 
 
-def spread(here: Tensor, shapes: StaticShapes) -> Tensor:
+def spread(is_current: Tensor, shapes: StaticShapes) -> Tensor:
     """[B, S] -> the full shape of a layer's cache, [B, H, S, W]."""
     width = shapes.hidden // shapes.heads
     return ops.BroadcastTo((shapes.batch, shapes.heads, shapes.window, width))(
-        here.reshape(shapes.batch, 1, shapes.window, 1)
+        is_current.reshape(shapes.batch, 1, shapes.window, 1)
     )
 
 
@@ -131,11 +129,13 @@ class SigmaWindow(nn.Cell):
         self.shapes = shapes
         self.backbone = StaticBackbone(shapes, window=True, given_ids=True)
         self.caches = Caches(shapes)
-        self.places = Tensor(np.arange(shapes.window, dtype=np.int32)[None])
+        self.window_positions = Tensor(np.arange(shapes.window, dtype=np.int32)[None])
 
     def run(self, input_ids, expert_ids, attention_mask, position_ids, current_index, batch_valid_length):
         batch, length = self.shapes.batch, self.shapes.window
-        known = ops.cast(self.places < batch_valid_length.reshape(batch, 1), ms.float32).reshape(batch, 1, length)
+        known = ops.cast(self.window_positions < batch_valid_length.reshape(batch, 1), ms.float32).reshape(
+            batch, 1, length
+        )
         mask = ((attention_mask * known - 1.0) * (-MASKED_SCORE)).reshape(batch, 1, length, length)
         h, keys, values = self.backbone(
             input_ids.reshape(-1), position_ids.reshape(-1), mask, None, None, None, None, expert_ids
@@ -169,16 +169,18 @@ class SigmaToken(nn.Cell):
         self.shapes = shapes
         self.backbone = StaticBackbone(shapes, window=False, given_ids=True)
         self.caches = Caches(shapes)
-        self.places = Tensor(np.arange(shapes.window, dtype=np.int32)[None])
+        self.window_positions = Tensor(np.arange(shapes.window, dtype=np.int32)[None])
 
     def run(self, input_ids, expert_ids, attention_mask, position_ids, current_index, batch_valid_length):
         batch, length = self.shapes.batch, self.shapes.window
-        here = ops.equal(self.places, current_index.reshape(batch, 1))
-        known = ops.cast(self.places < batch_valid_length.reshape(batch, 1), ms.float32).reshape(batch, 1, length)
+        is_current = ops.equal(self.window_positions, current_index.reshape(batch, 1))
+        known = ops.cast(self.window_positions < batch_valid_length.reshape(batch, 1), ms.float32).reshape(
+            batch, 1, length
+        )
         mask = ((attention_mask * known - 1.0) * (-MASKED_SCORE)).reshape(batch, 1, 1, length)
         h, keys, values = self.backbone(
-            input_ids.reshape(-1), position_ids.reshape(-1), mask, None, spread(here, self.shapes), self.caches.keys,
-            self.caches.values, expert_ids,
+            input_ids.reshape(-1), position_ids.reshape(-1), mask, None, spread(is_current, self.shapes),
+            self.caches.keys, self.caches.values, expert_ids,
         )  # fmt: skip
         return self.caches.write(self.backbone.logits(h, None).reshape(batch, -1), keys, values)
 
@@ -200,10 +202,10 @@ class SigmaTokenDense(SigmaToken):
 def fill(graph: nn.Cell, tensors: Mapping[str, Callable[[], np.ndarray]]) -> None:
     """Give every parameter of `graph` but its caches its numbers, one at a time; ValueError for one without, or for
     numbers that no parameter takes."""
-    wanted = {p.name.removeprefix("backbone."): p for p in graph.get_parameters() if p.name not in STATE}
-    if different := wanted.keys() ^ tensors.keys():
+    parameters = {p.name.removeprefix("backbone."): p for p in graph.get_parameters() if p.name not in STATE}
+    if different := parameters.keys() ^ tensors.keys():
         raise ValueError(f"parameters and tensors differ: {', '.join(sorted(different))}")
-    for name, parameter in wanted.items():
+    for name, parameter in parameters.items():
         array = tensors[name]()
         if tuple(array.shape) != tuple(parameter.shape):
             raise ValueError(f"{name} is {array.shape}, not {parameter.shape}")
@@ -253,24 +255,24 @@ def build_graph(shapes: StaticShapes, signature: str, name: str) -> ExportedGrap
 
 def _plain(shapes: StaticShapes, name: str) -> ExportedGraph:
     batch, window = shapes.batch, shapes.window
-    domain = {"domain": _whole(batch)} if shapes.domains > 1 else {}
-    caches = {"keys": _real(*shapes.cache), "values": _real(*shapes.cache)}
-    state = {"documents": _whole(batch, window), "next": _whole(batch, 2)}
+    domain = {"domain": _int_input(batch)} if shapes.domains > 1 else {}
+    caches = {"keys": _float_input(*shapes.cache), "values": _float_input(*shapes.cache)}
+    state = {"documents": _int_input(batch, window), "next": _int_input(batch, 2)}
     outputs = ["logits", *caches, *state]
     if name == "prefill":
-        inputs = {"input_ids": _whole(batch, window), "valid_length": _whole(batch), **domain}
+        inputs = {"input_ids": _int_input(batch, window), "valid_length": _int_input(batch), **domain}
         return ExportedGraph(Prefill(shapes), inputs, outputs)
-    inputs = {"input_ids": _whole(batch, 1), "current_index": _whole(batch), **caches, **state, **domain}
+    inputs = {"input_ids": _int_input(batch, 1), "current_index": _int_input(batch), **caches, **state, **domain}
     return ExportedGraph(Decode(shapes), inputs, outputs)
 
 
 def _sigma(shapes: StaticShapes, name: str) -> ExportedGraph:
     batch, length = shapes.batch, shapes.window if name == "prefill" else 1
-    inputs = {"input_ids": _whole(batch, length)}
+    inputs = {"input_ids": _int_input(batch, length)}
     if shapes.sparse:
-        inputs["expert_ids"] = _whole(len(shapes.sparse), batch, length)
-    inputs |= {"attention_mask": _real(batch, length, shapes.window), "position_ids": _whole(batch, length)}
-    inputs |= {"current_index": _whole(batch), "batch_valid_length": _whole(batch)}
+        inputs["expert_ids"] = _int_input(len(shapes.sparse), batch, length)
+    inputs |= {"attention_mask": _float_input(batch, length, shapes.window), "position_ids": _int_input(batch, length)}
+    inputs |= {"current_index": _int_input(batch), "batch_valid_length": _int_input(batch)}
     if name == "prefill":
         cell = SigmaWindowSparse if shapes.sparse else SigmaWindowDense
     else:
@@ -278,9 +280,9 @@ def _sigma(shapes: StaticShapes, name: str) -> ExportedGraph:
     return ExportedGraph(cell(shapes), inputs, ["logits"], STATE)
 
 
-def _whole(*size: int) -> Tensor:
+def _int_input(*size: int) -> Tensor:
     return Tensor(np.zeros(size, np.int32))
 
 
-def _real(*size: int) -> Tensor:
+def _float_input(*size: int) -> Tensor:
     return Tensor(np.zeros(size, np.float32))

@@ -137,9 +137,9 @@ class _OnnxModel:
         last = op("Gather", following, constant(-1), axis=1)
         self.builder.call_it(last, "following_document")
 
-        mine = op("Unsqueeze", own, constant([2]))
+        own_rows = op("Unsqueeze", own, constant([2]))
         theirs = op("Unsqueeze", keys, constant([1]))
-        same = op("And", op("Equal", mine, theirs), op("Greater", theirs, constant(0)))
+        same = op("And", op("Equal", own_rows, theirs), op("Greater", theirs, constant(0)))
         total = op("Add", self.past, self.length)
         of_keys = op("Range", constant(0), total, constant(1))
         of_queries = op("Unsqueeze", op("Range", self.past, total, constant(1)), constant([1]))
@@ -225,7 +225,7 @@ class _OnnxModel:
             weight = op("ReduceMax", probabilities, axes=[-1], keepdims=1)
         else:
             ids = op("Gather", self.routing(prefix), self.table_entries())
-        places, results, number = [], [], 0
+        row_indices, results, number = [], [], 0
         for domain, size in zip(self.source.domains, self.source.experts, strict=True):
             named: list[dict[str, str]] = [{} for _ in range(size)]
             for part in ("up.weight", "up.bias", "down.weight", "down.bias"):
@@ -236,13 +236,13 @@ class _OnnxModel:
                 del tensor
             for expert in named:
                 up, down = ({p: expert[f"{n}.{p}"] for p in ("weight", "bias")} for n in ("up", "down"))
-                found = op("Transpose", op("NonZero", op("Equal", ids, constant(number))), perm=[1, 0])
-                mine = op("GatherND", x, found)
-                places.append(found)
-                results.append(self.feed_forward(mine, up, down))
+                token_indices = op("Transpose", op("NonZero", op("Equal", ids, constant(number))), perm=[1, 0])
+                own_rows = op("GatherND", x, token_indices)
+                row_indices.append(token_indices)
+                results.append(self.feed_forward(own_rows, up, down))
                 number += 1
         # Every row stands in exactly one result.
-        y = op("ScatterND", x, op("Concat", *places, axis=0), op("Concat", *results, axis=0))
+        y = op("ScatterND", x, op("Concat", *row_indices, axis=0), op("Concat", *results, axis=0))
         return y if weight is None else op("Mul", y, weight)
 
     def routing(self, prefix: str) -> str:
@@ -278,20 +278,20 @@ class _OnnxModel:
     def save(self) -> None:
         model = self.model
         heads, width = model.heads, model.hidden // model.heads
-        whole, real = np.int64, np.float32
+        int64, float32 = np.int64, np.float32
 
         def caches(name: str, length: str) -> list[tuple[str, type, list[int | str]]]:
             parts = [f"{name}.{i}.{part}" for i in range(model.layers) for part in ("key", "value")]
-            return [(part, real, ["batch", heads, length, width]) for part in parts]
+            return [(part, float32, ["batch", heads, length, width]) for part in parts]
 
-        inputs = [("input_ids", whole, ["batch", "length"]), ("attention_mask", whole, ["batch", "total"])]
+        inputs = [("input_ids", int64, ["batch", "length"]), ("attention_mask", int64, ["batch", "total"])]
         if self.several:
-            inputs.append(("domain", whole, ["batch"]))
-        inputs += [("past_documents", whole, ["batch", "past"]), ("next_document", whole, ["batch"])]
+            inputs.append(("domain", int64, ["batch"]))
+        inputs += [("past_documents", int64, ["batch", "past"]), ("next_document", int64, ["batch"])]
         outputs = [
-            ("logits", real, ["batch", "length", self.source.vocab]),
-            ("documents", whole, ["batch", "total"]),
-            ("following_document", whole, ["batch"]),
+            ("logits", float32, ["batch", "length", self.source.vocab]),
+            ("documents", int64, ["batch", "total"]),
+            ("following_document", int64, ["batch"]),
         ]
         inputs, outputs = inputs + caches("past_key_values", "past"), outputs + caches("present", "total")
         metadata = {

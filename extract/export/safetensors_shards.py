@@ -44,15 +44,15 @@ def write_shards(
     """
     by_name = {target.name: target for target in targets}
     shards = cut_into_shards([(t.name, t.nbytes) for t in targets], max_bytes)
-    place: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"{stem}.safetensors"
         if len(shards) > 1:
             file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_shard(folder / file, [by_name[name] for name in names], advance)
-        place |= dict.fromkeys(names, file)
+        file_of |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(t.nbytes for t in targets)}, "weight_map": place}
+        index = {"metadata": {"total_size": sum(t.nbytes for t in targets)}, "weight_map": file_of}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

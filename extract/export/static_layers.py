@@ -98,9 +98,9 @@ class ExpertBank(nn.Cell):
     def by_gathering(self, x: Tensor, ids: Tensor) -> Tensor:
         """For few rows: each row's own expert, T copies of weights."""
         take = ops.Gather()
-        mine = (take(self.up_weight, ids, 0), take(self.up_bias, ids, 0))
-        mine = (*mine, take(self.down_weight, ids, 0), take(self.down_bias, ids, 0))
-        return self.feed_forward(x.reshape(x.shape[0], 1, -1), *mine).reshape(x.shape)
+        weights = (take(self.up_weight, ids, 0), take(self.up_bias, ids, 0))
+        weights = (*weights, take(self.down_weight, ids, 0), take(self.down_bias, ids, 0))
+        return self.feed_forward(x.reshape(x.shape[0], 1, -1), *weights).reshape(x.shape)
 
     def by_masking(self, x: Tensor, ids: Tensor) -> Tensor:
         """Every expert computes every row; E times the arithmetic and nothing dropped."""
@@ -117,8 +117,8 @@ class ExpertBank(nn.Cell):
         # Place of a row among its expert's, counted from 1; 0 for every other expert.
         rank = ops.CumSum()(hits, 1) * hits
         kept = ops.cast(ops.less_equal(rank, float(capacity)), ms.float32) * hits
-        place = ops.cast(ops.ReduceSum()(rank * kept, 2), ms.int32) - 1
-        slots = self.one_hot(place, capacity, self.on, self.off)
+        capacity_slot = ops.cast(ops.ReduceSum()(rank * kept, 2), ms.int32) - 1
+        slots = self.one_hot(capacity_slot, capacity, self.on, self.off)
         route = kept.reshape(self.batch, length, self.count, 1) * slots.reshape(self.batch, length, 1, capacity)
         route = route.reshape(self.batch, length, self.count * capacity)
         sent = ops.BatchMatMul(transpose_a=True)(route, x.reshape(self.batch, length, hidden))
@@ -194,13 +194,13 @@ class StaticCachedAttention(nn.Cell):
     def split(self, x: Tensor) -> Tensor:
         return x.reshape(self.batch, -1, self.heads, self.width).transpose(0, 2, 1, 3)
 
-    def construct(self, queries: Tensor, x: Tensor, mask: Tensor, here, keys, values):
+    def construct(self, queries: Tensor, x: Tensor, mask: Tensor, is_current, keys, values):
         """mask [B, 1, n, S] is added to scores; with caches `here` [B, H, S, W] marks the new row's place."""
         q = self.split(self.query(queries) * self.scale)
         k, v = self.split(self.key(x)), self.split(self.value(x))
-        if here is not None:
-            whole = ops.BroadcastTo(keys.shape)
-            k, v = ops.select(here, whole(k), keys), ops.select(here, whole(v), values)
+        if is_current is not None:
+            broadcast = ops.BroadcastTo(keys.shape)
+            k, v = ops.select(is_current, broadcast(k), keys), ops.select(is_current, broadcast(v), values)
         p = self.softmax(self.scores(q, k) + mask)
         y = self.product(p, v).transpose(0, 2, 1, 3).reshape(x.shape)
         return self.projection(y), k, v
@@ -218,9 +218,9 @@ class StaticLayer(nn.Cell):
             StaticSparseLayer(shapes, layout, window, given_ids) if sparse else StaticDenseLayer(shapes, layout)
         )
 
-    def construct(self, h: Tensor, queries, mask: Tensor, here, keys, values, tokens: Tensor, domain, given):
+    def construct(self, h: Tensor, queries, mask: Tensor, is_current, keys, values, tokens: Tensor, domain, given):
         x = self.norm1(h)
-        y, k, v = self.attention(x if queries is None else queries, x, mask, here, keys, values)
+        y, k, v = self.attention(x if queries is None else queries, x, mask, is_current, keys, values)
         h = h + y
         return h + self.feed_forward(self.norm2(h), tokens, domain, given), k, v
 
@@ -251,7 +251,7 @@ class StaticBackbone(nn.Cell):
             self.query_layer = layers[-1]
         self.take = ops.Gather()
 
-    def construct(self, tokens: Tensor, positions: Tensor, mask: Tensor, domain, here, keys, values, expert_ids):
+    def construct(self, tokens: Tensor, positions: Tensor, mask: Tensor, domain, is_current, keys, values, expert_ids):
         """tokens, positions, domain [T], mask [B, 1, n, S]; -> (h_TD, keys, values as lists of L tensors)."""
         words = tokens
         if self.shapes.per_domain_words and self.shapes.domains > 1:
@@ -259,16 +259,16 @@ class StaticBackbone(nn.Cell):
         h = self.take(self.word, words, 0) + self.take(self.position, positions, 0)
         new_keys, new_values = (), ()
         for i, block in enumerate(self.blocks):
-            k_old, v_old = (None, None) if here is None else (keys[i], values[i])
-            h, k, v = block(h, None, mask, here, k_old, v_old, tokens, domain, self.of_layer(expert_ids, i))
+            k_old, v_old = (None, None) if is_current is None else (keys[i], values[i])
+            h, k, v = block(h, None, mask, is_current, k_old, v_old, tokens, domain, self.of_layer(expert_ids, i))
             new_keys, new_values = (*new_keys, k), (*new_values, v)
         h = self.norm(h)
         if self.shapes.query_layer:
             i = self.shapes.layers - 1
-            k_old, v_old = (None, None) if here is None else (keys[i], values[i])
+            k_old, v_old = (None, None) if is_current is None else (keys[i], values[i])
             queries = self.take(self.query, positions, 0)
             given = self.of_layer(expert_ids, i)
-            h, k, v = self.query_layer(h, queries, mask, here, k_old, v_old, tokens, domain, given)
+            h, k, v = self.query_layer(h, queries, mask, is_current, k_old, v_old, tokens, domain, given)
             new_keys, new_values = (*new_keys, k), (*new_values, v)
         return h, ops.stack(new_keys), ops.stack(new_values)
 

@@ -92,10 +92,10 @@ def import_pangu_alpha(
     """
     from pangu_sigma.convert import import_pangu_alpha
 
-    wanted = import_pangu_alpha.PanguAlphaImportSettings(
+    settings = import_pangu_alpha.PanguAlphaImportSettings(
         tokenizer, tokenizer_kind.value, eod_id, heads, activation.value, strategy, domain, tuple(data or ())
     )
-    done = import_pangu_alpha.import_pangu_alpha(source, out, wanted)
+    done = import_pangu_alpha.import_pangu_alpha(source, out, settings)
     model = done.config.model
     typer.echo(
         f"{done.checkpoint.path}: {done.parameters:,} parameters, {model.layers} layers (query layer included), hidden "
@@ -152,8 +152,8 @@ def import_hf(
     """
     from pangu_sigma.convert.import_olmoe import OlmoeImportSettings, import_olmoe
 
-    wanted = OlmoeImportSettings(tokenizer, tokenizer_kind.value, eod_id, domain, tuple(data or ()))
-    done = import_olmoe(source, out, wanted)
+    settings = OlmoeImportSettings(tokenizer, tokenizer_kind.value, eod_id, domain, tuple(data or ()))
+    done = import_olmoe(source, out, settings)
     model = done.config.model
     typer.echo(
         f"{done.checkpoint.path}: {done.parameters:,} parameters, {model.layers} layers, hidden {model.hidden}, heads "

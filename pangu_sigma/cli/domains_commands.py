@@ -181,9 +181,9 @@ def add(
             raise UserError("a new domain needs --name and --data (its text), or --model (a model that has it)")
         if domain is not None:
             raise UserError("--domain chooses a domain of --model: leave it out, or name the model")
-        wanted = NewDomain(name, tuple(data), experts, init, text_field, weight, filters.value, stars_field)
-        done = add_domain(run, wanted, ahead=_ahead(name, *plan), out=out)
-    _say(done, f"{name} added")
+        new_domain = NewDomain(name, tuple(data), experts, init, text_field, weight, filters.value, stars_field)
+        done = add_domain(run, new_domain, ahead=_ahead(name, *plan), out=out)
+    _print_result(done, f"{name} added")
 
 
 @domains_app.command("expand", short_help="Grow learned gates for a new domain (Lifelong-MoE).")
@@ -216,11 +216,11 @@ def expand(
     from pangu_sigma.domains.add_domain import NewDomain
     from pangu_sigma.domains.expand_gates import expand_domain
 
-    held = {"output": output, "l2": l2, "ewc": ewc} if output or l2 or ewc else None
-    ahead = Ahead(name, steps, "train" if held is None else "regularised", replay, held)
-    wanted = NewDomain(name, tuple(data), experts, init, text_field, weight, filters.value, stars_field)
-    done = expand_domain(run, wanted, ahead)
-    _say(done, f"{name} added")
+    penalties = {"output": output, "l2": l2, "ewc": ewc} if output or l2 or ewc else None
+    ahead = Ahead(name, steps, "train" if penalties is None else "regularised", replay, penalties)
+    new_domain = NewDomain(name, tuple(data), experts, init, text_field, weight, filters.value, stars_field)
+    done = expand_domain(run, new_domain, ahead)
+    _print_result(done, f"{name} added")
 
 
 @domains_app.command("remove", short_help="Remove a domain.")
@@ -231,7 +231,7 @@ def remove(run: Run, name: Annotated[str, typer.Option(help="Domain to remove.")
     """
     from pangu_sigma.domains.remove_domain import remove_domain
 
-    _say(remove_domain(run, name, out=out), f"{name} removed")
+    _print_result(remove_domain(run, name, out=out), f"{name} removed")
 
 
 @domains_app.command("rename", short_help="Rename a domain.")
@@ -244,7 +244,7 @@ def rename(
     """Rename a domain: its tensors keep every byte under new names; its text goes on in a new order."""
     from pangu_sigma.domains.remove_domain import rename_domain
 
-    _say(rename_domain(run, name, to, out=out), f"{name} is {to} now")
+    _print_result(rename_domain(run, name, to, out=out), f"{name} is {to} now")
 
 
 @domains_app.command("resize", short_help="Grow a domain's expert group.")
@@ -263,7 +263,7 @@ def resize(
     """
     from pangu_sigma.domains.resize_domain import resize_domain
 
-    _say(resize_domain(run, name, experts, redraw=redraw, out=out), f"{name} has {experts} experts now")
+    _print_result(resize_domain(run, name, experts, redraw=redraw, out=out), f"{name} has {experts} experts now")
 
 
 @domains_app.command("advise", short_help="Propose group sizes, with the reasoning.")
@@ -297,7 +297,7 @@ def merge(
     """
     from pangu_sigma.domains.merge_models import merge_models
 
-    _say(merge_models(models, out), f"{len(models)} models merged")
+    _print_result(merge_models(models, out), f"{len(models)} models merged")
 
 
 def _held_by(
@@ -321,7 +321,7 @@ def _ahead(
     return None if steps is None else Ahead(name, steps, shared.value, replay, regularise)
 
 
-def _say(done: EditResult, what: str) -> None:
+def _print_result(done: EditResult, what: str) -> None:
     checkpoint, train = done.checkpoint, done.config.train
     typer.echo(f"{what}: {checkpoint.path} (step {checkpoint.step}) has the domains {', '.join(checkpoint.domains)}")
     if done.run_dir is None:

@@ -76,8 +76,8 @@ def evaluate(
             raise UserError("--domain auto runs in one process: leave --workers out")
         from pangu_sigma.evaluation.inferred_domains import evaluate_unknown, unknown_table
 
-        found = evaluate_unknown(model, batches=batches, top=top, prior=prior.value)
-        typer.echo(json.dumps(found, ensure_ascii=False, indent=2) if as_json else unknown_table(found))
+        result = evaluate_unknown(model, batches=batches, top=top, prior=prior.value)
+        typer.echo(json.dumps(result, ensure_ascii=False, indent=2) if as_json else unknown_table(result))
         return
     if top != 1 or prior is not Prior.uniform:
         raise UserError("--top and --prior say how a domain is inferred: add --domain auto")

@@ -64,7 +64,7 @@ def plan(
         host_memory_gbps,
     )  # fmt: skip
     config = load_config(file, overrides or ())
-    found = make_plan(config, hardware, devices)
+    cluster_plan = make_plan(config, hardware, devices)
     if compile:
         from pangu_sigma.monitor.progress import progress
         from pangu_sigma.plan.cluster_plan import for_devices
@@ -73,9 +73,12 @@ def plan(
 
         if graphs is not None and graphs.exists():
             raise UserError(f"--graphs {graphs} exists already: name a new folder")
-        with sigterm_as_ctrl_c(), progress(f"compile for {found['devices']} devices", None, unit="graphs") as job:
-            found["compiled"] = compile_plan(for_devices(config, devices), graphs)
+        with (
+            sigterm_as_ctrl_c(),
+            progress(f"compile for {cluster_plan['devices']} devices", None, unit="graphs") as job,
+        ):
+            cluster_plan["compiled"] = compile_plan(for_devices(config, devices), graphs)
             job.set(1)
     elif graphs is not None:
         raise UserError("--graphs keeps what --compile makes: add --compile")
-    typer.echo(json.dumps(found, indent=2) if as_json else text(found))
+    typer.echo(json.dumps(cluster_plan, indent=2) if as_json else text(cluster_plan))

@@ -136,17 +136,17 @@ class CkptFile:
 
     def _index(self, handle: int, end: int) -> None:
         window = _Window(handle, end)
-        at, last = 0, None
-        while at < end:
+        offset, last = 0, None
+        while offset < end:
             try:
-                number, kind, start, size = window.field(at, end)
-                if number != 1 or kind != BYTES:
+                field_number, kind, start, size = window.field(offset, end)
+                if field_number != 1 or kind != BYTES:
                     raise WireError("is not a list of values")
                 tag, content = self._value(window, start, size)
             except (WireError, UnicodeDecodeError) as error:
                 what = str(error) if isinstance(error, WireError) else "holds a name that is no text"
                 raise UserError(
-                    f"{self.path} {what} (at byte {at} of {end}), so it is "
+                    f"{self.path} {what} (at byte {offset} of {end}), so it is "
                     f"{'no MindSpore checkpoint' if last is None else 'damaged'}: give the original .ckpt file"
                 ) from error
             if tag != last and tag in self._spans:
@@ -155,7 +155,7 @@ class CkptFile:
             self._numbers.extend(content)
             self._spans[tag] = begin, len(self._numbers)
             last = tag
-            at = start + size
+            offset = start + size
         if not self.tensors:
             raise UserError(f"{self.path} holds no tensors: give a MindSpore .ckpt file")
         for name, tensor in self.tensors.items():
@@ -169,24 +169,24 @@ class CkptFile:
     def _value(self, window: _Window, begin: int, size: int) -> tuple[str, tuple[int, int]]:
         """Notes one value of the file; returns its tag and (offset, size) of its content."""
         tag, tensor = None, None
-        for number, kind, start, length in window.fields(begin, size):
-            if number == 1 and kind == BYTES:
+        for field_number, kind, start, length in window.fields(begin, size):
+            if field_number == 1 and kind == BYTES:
                 # The same names stand in every shard.
                 tag = sys.intern(window.read(start, length).decode())
-            elif number == 2 and kind == BYTES:
+            elif field_number == 2 and kind == BYTES:
                 tensor = (start, length)
-            elif number == 3:
+            elif field_number == 3:
                 raise WireError(f"holds the hash table {tag}, which cannot be imported")
         if tag is None or tensor is None:
             raise WireError("has a value without a name or without a tensor")
         dims: list[int] = []
         type_name, content = "", None
-        for number, kind, start, length in window.fields(*tensor):
-            if number == 1:
+        for field_number, kind, start, length in window.fields(*tensor):
+            if field_number == 1:
                 dims += numbers(kind, length if kind == VARINT else window.read(start, length))
-            elif number == 2 and kind == BYTES:
+            elif field_number == 2 and kind == BYTES:
                 type_name = window.read(start, length).decode()
-            elif number == 3 and kind == BYTES:
+            elif field_number == 3 and kind == BYTES:
                 content = (start, length)
         if content is None or min(dims, default=0) < 0:
             raise WireError(f"has no bytes or no shape for tensor {tag}")
@@ -207,11 +207,11 @@ class CkptFile:
         if len(footer) < _FOOTER or not footer.startswith(b"crc_num"):
             return size
         end = size - _FOOTER
-        crc, at = 0, 0
-        while at < end:
-            piece = os.pread(handle, min(_CHUNK, end - at), at)
+        crc, offset = 0, 0
+        while offset < end:
+            piece = os.pread(handle, min(_CHUNK, end - offset), offset)
             crc = zlib.crc32(piece, crc)
-            at += len(piece)
+            offset += len(piece)
         if crc != int.from_bytes(footer[7:], "big"):
             raise UserError(f"{self.path} is damaged: its CRC does not match its content; give the original .ckpt file")
         return end
@@ -234,37 +234,37 @@ class _Window:
 
     def __init__(self, handle: int, end: int) -> None:
         self._handle, self._end = handle, end
-        self._begin, self._held = 0, b""
+        self._begin, self._buffer = 0, b""
 
-    def read(self, at: int, size: int) -> bytes:
+    def read(self, offset: int, size: int) -> bytes:
         """The `size` bytes at `at`, fewer at the end of the file."""
         if size > _WINDOW:
             raise WireError("has a name or a shape of impossible length")
-        if not self._begin <= at or at + size > self._begin + len(self._held):
-            self._begin, self._held = at, os.pread(self._handle, min(_WINDOW, self._end - at), at)
-        return self._held[at - self._begin : at - self._begin + size]
+        if not self._begin <= offset or offset + size > self._begin + len(self._buffer):
+            self._begin, self._buffer = offset, os.pread(self._handle, min(_WINDOW, self._end - offset), offset)
+        return self._buffer[offset - self._begin : offset - self._begin + size]
 
-    def field(self, at: int, end: int) -> tuple[int, int, int, int]:
+    def field(self, offset: int, end: int) -> tuple[int, int, int, int]:
         """(field number, wire type, start, length) of the field at `at`.
 
         A number's field has the number as its length, and starts behind it.
         """
-        head = self.read(at, min(_FIELD_HEAD, end - at))
+        head = self.read(offset, min(_FIELD_HEAD, end - offset))
         key, behind = read_varint(head, 0)
         if key & 7 not in (VARINT, BYTES):
             raise WireError(f"has a field of the type {key & 7}, which such files do not use")
         length, behind = read_varint(head, behind)
-        if key & 7 == BYTES and at + behind + length > end:
+        if key & 7 == BYTES and offset + behind + length > end:
             raise WireError("ends inside a field")
-        return key >> 3, key & 7, at + behind, length
+        return key >> 3, key & 7, offset + behind, length
 
     def fields(self, begin: int, size: int) -> Iterator[tuple[int, int, int, int]]:
         """Every field of the message of `size` bytes at `begin`."""
-        at, end = begin, begin + size
-        while at < end:
-            number, kind, start, length = self.field(at, end)
-            yield number, kind, start, length
-            at = start if kind == VARINT else start + length
+        offset, end = begin, begin + size
+        while offset < end:
+            field_number, kind, start, length = self.field(offset, end)
+            yield field_number, kind, start, length
+            offset = start if kind == VARINT else start + length
 
 
 def as_float32(values: np.ndarray, kind: str) -> np.ndarray:

@@ -54,9 +54,9 @@ def check_coverage(
             if target in targets and tuple(shape) != tuple(targets[target])
         },
     }
-    found = [f"{what}: {listed(names)}" for what, names in problems.items() if names]
-    if found:
-        raise UserError(f"{origin} cannot become this model: it {'; it '.join(found)}")
+    sentences = [f"{what}: {listed(names)}" for what, names in problems.items() if names]
+    if sentences:
+        raise UserError(f"{origin} cannot become this model: it {'; it '.join(sentences)}")
 
 
 def listed(names: Collection[str], most: int = 12) -> str:

@@ -51,7 +51,7 @@ class ImportedOlmoe:
     tensors: int
 
 
-def import_olmoe(source: Path, out: Path, wanted: OlmoeImportSettings) -> ImportedOlmoe:
+def import_olmoe(source: Path, out: Path, settings: OlmoeImportSettings) -> ImportedOlmoe:
     """Write `out`, a complete model folder, from the folder of an `OlmoeForCausalLM` at `source`.
 
     Raises UserError, and writes nothing, for another architecture or an option of it that this model does not have, and
@@ -60,9 +60,9 @@ def import_olmoe(source: Path, out: Path, wanted: OlmoeImportSettings) -> Import
     out = check_output(out)
     given = _architecture(source)
     folder = open_folder(source)
-    eod_id = wanted.eod_id if wanted.eod_id is not None else _eod(given, source)
-    tokenizer = _tokenizer(source, wanted, eod_id)
-    config = _config(given, source, out, wanted, tokenizer)
+    eod_id = settings.eod_id if settings.eod_id is not None else _eod(given, source)
+    tokenizer = _tokenizer(source, settings, eod_id)
+    config = _config(given, source, out, settings, tokenizer)
     targets = manifest(config, config.model.vocab_size)
     origins = {name: parts_of(config, name) for name in targets}
     _check(folder, targets, origins)
@@ -129,21 +129,21 @@ def _eod(given: dict[str, Any], source: Path) -> int:
     raise UserError(f"{source}/config.json names no single eos_token_id: give --eod-id")
 
 
-def _tokenizer(source: Path, wanted: OlmoeImportSettings, eod_id: int):
+def _tokenizer(source: Path, settings: OlmoeImportSettings, eod_id: int):
     from pangu_sigma.data.tokenizers.tokenizer_registry import read_model, tokenizer_class
 
-    path = wanted.tokenizer or source / "tokenizer.json"
+    path = settings.tokenizer or source / "tokenizer.json"
     try:
-        model = read_model(path, wanted.tokenizer_kind)
+        model = read_model(path, settings.tokenizer_kind)
     except UserError as error:
         raise UserError(f"the tokenizer {path} cannot be read: give --tokenizer, and its --tokenizer-kind") from error
     try:
-        return tokenizer_class(wanted.tokenizer_kind)(model, eod_id=eod_id, origin=str(path))
+        return tokenizer_class(settings.tokenizer_kind)(model, eod_id=eod_id, origin=str(path))
     except ValueError as error:
         raise UserError(f"the end-of-document id {eod_id} is no id of the tokenizer {path}: give --eod-id") from error
 
 
-def _config(given: dict[str, Any], source: Path, out: Path, wanted: OlmoeImportSettings, tokenizer) -> Config:
+def _config(given: dict[str, Any], source: Path, out: Path, settings: OlmoeImportSettings, tokenizer) -> Config:
     """Our configuration of the same function; defaults of absent keys are transformers' own."""
     file = "tokenizer.model"
     if tokenizer.vocab_size > given["vocab_size"]:
@@ -186,12 +186,12 @@ def _config(given: dict[str, Any], source: Path, out: Path, wanted: OlmoeImportS
         experts = given.get("num_experts", 64)
     except KeyError as error:
         raise UserError(f"{source}/config.json lacks {error.args[0]}: fetch the folder again") from error
-    data = list(wanted.data) or [str(out / f"{wanted.domain}.jsonl")]
+    data = list(settings.data) or [str(out / f"{settings.domain}.jsonl")]
     values = {
         "schema_version": SCHEMA_VERSION,
         "run": {"dir": str(out)},
         "model": model,
-        "domains": [{"name": wanted.domain, "data": data, "experts": experts}],
+        "domains": [{"name": settings.domain, "data": data, "experts": experts}],
         "data": {
             "tokenizer": {"kind": tokenizer.kind, "path": str(out / "tokenizer" / file)},
             "sequence_length": positions,

@@ -76,7 +76,7 @@ class _SourceRows:
         return array
 
 
-def import_pangu_alpha(source: Path, out: Path, wanted: PanguAlphaImportSettings) -> ImportedPanguAlpha:
+def import_pangu_alpha(source: Path, out: Path, settings: PanguAlphaImportSettings) -> ImportedPanguAlpha:
     """Write `out`, a complete model folder, from the `.ckpt` file or the folder of shards at `source`.
 
     Weights are stored as float32, which holds every type of such checkpoints exactly. A tensor that the source has
@@ -85,12 +85,12 @@ def import_pangu_alpha(source: Path, out: Path, wanted: PanguAlphaImportSettings
     a rule; nothing is written then.
     """
     out = check_output(out)
-    tokenizer = _tokenizer(wanted)
+    tokenizer = _tokenizer(settings)
     with progress("read the index", None, unit="shards") as job:
-        sources = open_source(source, wanted.strategy, job.advance)
+        sources = open_source(source, settings.strategy, job.advance)
     parts, skipped, unknown = _sort(sources)
     shapes = {part.target: part.shape for part in parts}
-    config = _config(shapes, str(source), out, wanted, tokenizer.vocab_size)
+    config = _config(shapes, str(source), out, settings, tokenizer.vocab_size)
     by_target: dict[str, list[_SourceRows]] = {}
     for part in parts:
         by_target.setdefault(part.target, []).append(part)
@@ -117,7 +117,7 @@ def import_pangu_alpha(source: Path, out: Path, wanted: PanguAlphaImportSettings
         ModelFolder(
             tensors=new_specs(targets),
             read=read,
-            domains=[wanted.domain],
+            domains=[settings.domain],
             coverage={},
             config_text=config.to_yaml(),
             tokenizer_files=tokenizer.files,
@@ -161,23 +161,23 @@ class _ImportedTokenizer:
     vocab_size: int
 
 
-def _tokenizer(wanted: PanguAlphaImportSettings) -> _ImportedTokenizer:
+def _tokenizer(settings: PanguAlphaImportSettings) -> _ImportedTokenizer:
     from pangu_sigma.data.tokenizers.tokenizer_registry import read_model, tokenizer_class, tokenizer_files
 
-    kind = tokenizer_class(wanted.tokenizer_kind)
+    kind = tokenizer_class(settings.tokenizer_kind)
     try:
-        model = read_model(wanted.tokenizer, wanted.tokenizer_kind)
+        model = read_model(settings.tokenizer, settings.tokenizer_kind)
     except UserError as error:
-        raise UserError(f"--tokenizer {wanted.tokenizer} cannot be read: give the path of vocab.model") from error
+        raise UserError(f"--tokenizer {settings.tokenizer} cannot be read: give the path of vocab.model") from error
     try:
-        tokenizer = kind(model, eod_id=wanted.eod_id, origin=str(wanted.tokenizer))
+        tokenizer = kind(model, eod_id=settings.eod_id, origin=str(settings.tokenizer))
     except ValueError as error:
-        raise UserError(f"--eod-id {wanted.eod_id} is no id of the tokenizer: leave it out or correct it") from error
+        raise UserError(f"--eod-id {settings.eod_id} is no id of the tokenizer: leave it out or correct it") from error
     return _ImportedTokenizer(tokenizer_files(tokenizer), tokenizer.fingerprint, tokenizer.eod_id, tokenizer.vocab_size)
 
 
 def _config(
-    shapes: Mapping[str, tuple[int, ...]], source: str, out: Path, wanted: PanguAlphaImportSettings, pieces: int
+    shapes: Mapping[str, tuple[int, ...]], source: str, out: Path, settings: PanguAlphaImportSettings, pieces: int
 ) -> Config:
     """The model's configuration: its sizes from the weights, the rest as PanGu-α was trained."""
     word = _needed(shapes, "embedding.word", source)
@@ -192,8 +192,8 @@ def _config(
             f"the tokenizer has {pieces} pieces, and {source} has embeddings for {vocab}: give the tokenizer that the "
             "model was trained with"
         )
-    heads = wanted.heads or _published_heads(blocks + 1, hidden)
-    tokenizer = {"kind": wanted.tokenizer_kind, "path": str(out / "tokenizer" / "tokenizer.model")}
+    heads = settings.heads or _published_heads(blocks + 1, hidden)
+    tokenizer = {"kind": settings.tokenizer_kind, "path": str(out / "tokenizer" / "tokenizer.model")}
     config = {
         "schema_version": SCHEMA_VERSION,
         "run": {"dir": str(out)},
@@ -204,10 +204,14 @@ def _config(
             "heads": heads,
             "ffn": up[1],
             "positions": positions[0],
-            "activation": wanted.activation,
+            "activation": settings.activation,
         },
         "domains": [
-            {"name": wanted.domain, "data": list(wanted.data) or [str(out / f"{wanted.domain}.jsonl")], "experts": 1}
+            {
+                "name": settings.domain,
+                "data": list(settings.data) or [str(out / f"{settings.domain}.jsonl")],
+                "experts": 1,
+            }
         ],
         "data": {"tokenizer": tokenizer, "sequence_length": positions[0]},
         # Nothing trains here; a training that starts from the folder brings its own.

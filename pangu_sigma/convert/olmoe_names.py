@@ -74,8 +74,8 @@ def parts_of(config: Config, tensor: str) -> list[OlmoeTensor]:
     domain = domain_of(tensor)
     local_name = tensor if domain is None else tensor.removeprefix(f"domains.{domain}.")
     kind, _, rest = local_name.partition(".")
-    number, _, part = rest.partition(".")
-    layer = f"model.layers.{number}"
+    index, _, part = rest.partition(".")
+    layer = f"model.layers.{index}"
     if kind == "blocks" and part in _IN_LAYER:
         name, turned = _IN_LAYER[part]
         return [OlmoeTensor(f"{layer}.{name}.weight", turned)]

@@ -108,9 +108,9 @@ def open_source(path: Path, strategy: Path | None, advance: Advance | None = Non
         return [MergedFile(checkpoints[0]), *embeddings]
     if strategy is None:
         if len(strategies) != 1:
-            found = f"{len(strategies)} of them" if strategies else "none"
+            count = f"{len(strategies)} of them" if strategies else "none"
             raise UserError(
-                f"{path} has {len(checkpoints)} shards, which are put together by their strategy file, and {found}: "
+                f"{path} has {len(checkpoints)} shards, which are put together by their strategy file, and {count}: "
                 "name it with --strategy"
             )
         strategy = strategies[0]
@@ -152,8 +152,8 @@ def _open_shards(folder: Path, checkpoints: list[Path], strategy: Path, advance:
                 f"{strategy} cuts {name} along {len(layouts[name].tensor_map)} axes, and the shards have it with "
                 f"{len(tensor.shape)}: give the strategy file that came with them"
             )
-    whole = {name: layouts[name].full_shape(tensor.shape) for name, tensor in tensors.items()}
-    shapes = {name: whole.get(name, tensor.shape) for name, tensor in files[0].tensors.items()}
+    full_shapes = {name: layouts[name].full_shape(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {name: full_shapes.get(name, tensor.shape) for name, tensor in files[0].tensors.items()}
     return Shards(tuple(files), layouts, shapes)
 
 
@@ -170,6 +170,6 @@ def _by_rank(folder: Path, checkpoints: list[Path], count: int) -> dict[int, Pat
         raise UserError(f"{folder} holds shards of several sets ({listed(prefixes)}): leave only one in the folder")
     missing = [str(rank) for rank in range(count) if rank not in by_rank]
     if missing or len(by_rank) > count:
-        said = f"shards {listed(missing)} are missing" if missing else f"there are {len(by_rank)}"
-        raise UserError(f"{folder} must hold exactly the {count} shards that the strategy file is for: {said}")
+        complaint = f"shards {listed(missing)} are missing" if missing else f"there are {len(by_rank)}"
+        raise UserError(f"{folder} must hold exactly the {count} shards that the strategy file is for: {complaint}")
     return by_rank

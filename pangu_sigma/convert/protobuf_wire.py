@@ -19,16 +19,16 @@ class WireError(ValueError):
     """Bytes that are no Protocol Buffers message."""
 
 
-def read_varint(data: bytes, at: int) -> tuple[int, int]:
+def read_varint(data: bytes, offset: int) -> tuple[int, int]:
     """(value, position behind it) of the varint at `at`; raises WireError where none is."""
     value = 0
     for count in range(_LONGEST):
-        if at + count >= len(data):
+        if offset + count >= len(data):
             raise WireError("ends inside a number")
-        byte = data[at + count]
+        byte = data[offset + count]
         value |= (byte & 0x7F) << (7 * count)
         if byte < 0x80:
-            return value, at + count + 1
+            return value, offset + count + 1
     raise WireError("holds a number of more than 64 bits")
 
 
@@ -37,25 +37,25 @@ def fields(data: bytes) -> Iterator[tuple[int, int, int | bytes]]:
 
     Varints come as unsigned numbers, everything else as bytes. Raises WireError.
     """
-    at = 0
-    while at < len(data):
-        key, at = read_varint(data, at)
-        number, kind = key >> 3, key & 7
-        if number == 0:
+    offset = 0
+    while offset < len(data):
+        key, offset = read_varint(data, offset)
+        field_number, kind = key >> 3, key & 7
+        if field_number == 0:
             raise WireError("has a field number 0")
         if kind == VARINT:
-            value, at = read_varint(data, at)
+            value, offset = read_varint(data, offset)
         else:
             if kind == BYTES:
-                size, at = read_varint(data, at)
+                size, offset = read_varint(data, offset)
             elif kind in _FIXED_SIZES:
                 size = _FIXED_SIZES[kind]
             else:
                 raise WireError(f"has a field of the unknown type {kind}")
-            if at + size > len(data):
+            if offset + size > len(data):
                 raise WireError("ends inside a field")
-            value, at = data[at : at + size], at + size
-        yield number, kind, value
+            value, offset = data[offset : offset + size], offset + size
+        yield field_number, kind, value
 
 
 def numbers(kind: int, value: int | bytes) -> list[int]:
@@ -64,11 +64,11 @@ def numbers(kind: int, value: int | bytes) -> list[int]:
         return [signed(value)]
     if kind != BYTES:
         raise WireError("has a list of numbers in an unknown form")
-    found, at = [], 0
-    while at < len(value):
-        number, at = read_varint(value, at)
-        found.append(signed(number))
-    return found
+    values, offset = [], 0
+    while offset < len(value):
+        item, offset = read_varint(value, offset)
+        values.append(signed(item))
+    return values
 
 
 def signed(value: int) -> int:
@@ -86,8 +86,8 @@ def varint(value: int) -> bytes:
     return bytes(out)
 
 
-def field(number: int, value: int | bytes) -> bytes:
+def field(field_number: int, value: int | bytes) -> bytes:
     """The encoding of one field: a varint for a number, length-delimited for bytes."""
     if isinstance(value, int):
-        return varint(number << 3 | VARINT) + varint(value)
-    return varint(number << 3 | BYTES) + varint(len(value)) + value
+        return varint(field_number << 3 | VARINT) + varint(value)
+    return varint(field_number << 3 | BYTES) + varint(len(value)) + value

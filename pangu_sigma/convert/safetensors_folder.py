@@ -45,8 +45,8 @@ class SafetensorsFolder:
         try:
             with open(stored.file, "rb") as stream:
                 stream.seek(stored.begin)
-                wanted = array.reshape(-1).view(np.uint8)
-                if stream.readinto(wanted) != wanted.size:
+                expected = array.reshape(-1).view(np.uint8)
+                if stream.readinto(expected) != expected.size:
                     raise UserError(f"{stored.file} ends inside tensor {name}: fetch the file again")
         except OSError as error:
             raise UserError(f"{stored.file} cannot be read ({error.strerror}): restore it") from error
@@ -66,29 +66,29 @@ def open_folder(path: Path) -> SafetensorsFolder:
                 "(with safe_serialization; .bin files are not read)"
             )
         return SafetensorsFolder(path, _header(path / SINGLE))
-    place = _index(path / INDEX)
+    file_of = _index(path / INDEX)
     tensors: dict[str, StoredTensor] = {}
-    for file in sorted(set(place.values())):
-        held = _header(path / file)
-        listed = {name for name, shard in place.items() if shard == file}
-        if held.keys() != listed:
-            different = sorted(held.keys() ^ listed)
+    for file in sorted(set(file_of.values())):
+        header = _header(path / file)
+        listed = {name for name, shard in file_of.items() if shard == file}
+        if header.keys() != listed:
+            different = sorted(header.keys() ^ listed)
             raise UserError(f"{path / file} does not hold what {INDEX} says ({different[0]}): fetch the folder again")
-        tensors |= held
+        tensors |= header
     return SafetensorsFolder(path, tensors)
 
 
 def _index(path: Path) -> dict[str, str]:
     """Tensor -> file; only plain names inside the folder."""
     try:
-        place = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        assert isinstance(place, dict) and all(isinstance(file, str) for file in place.values())
+        file_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        assert isinstance(file_of, dict) and all(isinstance(file, str) for file in file_of.values())
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise UserError(f"{path} is damaged: fetch the folder again") from error
-    for file in place.values():
+    for file in file_of.values():
         if PurePath(file).name != file or not file.endswith(".safetensors"):
             raise UserError(f"{path} names the file {file}, which is no .safetensors file in it: fetch it again")
-    return place
+    return file_of
 
 
 def _header(path: Path) -> dict[str, StoredTensor]:
@@ -104,7 +104,7 @@ def _header(path: Path) -> dict[str, StoredTensor]:
         raise UserError(f"{path} cannot be read ({error.strerror}): fetch the folder again") from error
     except ValueError as error:
         raise damaged from error
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     try:
         for name, entry in entries.items():
             if name == "__metadata__":
@@ -113,10 +113,10 @@ def _header(path: Path) -> dict[str, StoredTensor]:
                 raise UserError(f"{path} holds {name} as {entry['dtype']}: weights are {', '.join(_TYPES)}")
             dtype, shape = _TYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
             begin, end = entry["data_offsets"]
-            wanted = math.prod(shape) * numpy_type(dtype).itemsize
-            if min(shape, default=1) < 0 or begin < 0 or end - begin != wanted or 8 + length + end > size:
+            expected = math.prod(shape) * numpy_type(dtype).itemsize
+            if min(shape, default=1) < 0 or begin < 0 or end - begin != expected or 8 + length + end > size:
                 raise damaged
-            found[name] = StoredTensor(path, dtype, shape, 8 + length + begin)
+            tensors[name] = StoredTensor(path, dtype, shape, 8 + length + begin)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise damaged from error
-    return found
+    return tensors

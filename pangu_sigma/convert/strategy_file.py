@@ -42,7 +42,7 @@ class ShardedLayout:
     @property
     def cuts(self) -> tuple[int, ...]:
         """Into how many parts each axis of the tensor is cut."""
-        ways = [1 if place < 0 else self.devices[-1 - place] for place in self.tensor_map]
+        ways = [1 if index < 0 else self.devices[-1 - index] for index in self.tensor_map]
         if ways:
             ways[0] *= self._ways
         return tuple(ways)
@@ -61,15 +61,15 @@ class ShardedLayout:
         for size in reversed(self.devices):
             coordinates.insert(0, rank % size)
             rank //= size
-        places = [0 if axis < 0 else coordinates[-1 - axis] for axis in self.tensor_map]
-        if places:
-            places[0] = places[0] * self._ways + self._place_among_equals(coordinates) % self._ways
-        return tuple((place * size, (place + 1) * size) for place, size in zip(places, slice_shape, strict=True))
+        indices = [0 if axis < 0 else coordinates[-1 - axis] for axis in self.tensor_map]
+        if indices:
+            indices[0] = indices[0] * self._ways + self._place_among_equals(coordinates) % self._ways
+        return tuple((index * size, (index + 1) * size) for index, size in zip(indices, slice_shape, strict=True))
 
     @property
     def _repeated(self) -> list[int]:
         """The axes of the grid along which devices would hold the same."""
-        used = {len(self.devices) - 1 - place for place in self.tensor_map if place >= 0}
+        used = {len(self.devices) - 1 - index for index in self.tensor_map if index >= 0}
         return [axis for axis in range(len(self.devices)) if axis not in used]
 
     @property
@@ -81,10 +81,10 @@ class ShardedLayout:
         return math.prod(self.devices[axis] for axis in self._repeated)
 
     def _place_among_equals(self, coordinates: list[int]) -> int:
-        place = 0
+        index = 0
         for axis in self._repeated:
-            place = place * self.devices[axis] + coordinates[axis]
-        return place
+            index = index * self.devices[axis] + coordinates[axis]
+        return index
 
 
 def read_strategy(path: Path | str) -> dict[str, ShardedLayout]:
@@ -99,8 +99,8 @@ def read_strategy(path: Path | str) -> dict[str, ShardedLayout]:
         raise UserError(f"{path} cannot be read ({error.strerror}): give a MindSpore strategy file") from error
     layouts: dict[str, ShardedLayout] = {}
     try:
-        for number, kind, value in fields(data):
-            if number == 3 and kind == BYTES:
+        for field_number, kind, value in fields(data):
+            if field_number == 3 and kind == BYTES:
                 name, layout = _item(value)
                 layouts[name] = layout
     except (WireError, UnicodeDecodeError) as error:
@@ -115,29 +115,29 @@ def read_strategy(path: Path | str) -> dict[str, ShardedLayout]:
 
 def _item(data: bytes) -> tuple[str, ShardedLayout]:
     name, layouts = "", b""
-    for number, kind, value in fields(data):
-        if number == 1 and kind == BYTES:
+    for field_number, kind, value in fields(data):
+        if field_number == 1 and kind == BYTES:
             name = value.decode()
-        elif number == 2 and kind == BYTES:
+        elif field_number == 2 and kind == BYTES:
             layouts = value
     devices: list[int] = []
     tensor_map: list[int] = []
     shard_step = shard_size = 0
-    for number, kind, value in fields(layouts):
-        if number in (1, 2) and kind == BYTES:
+    for field_number, kind, value in fields(layouts):
+        if field_number in (1, 2) and kind == BYTES:
             dims = [n for inner, form, dim in fields(value) if inner == 1 for n in numbers(form, dim)]
-            if (devices if number == 1 else tensor_map):
+            if (devices if field_number == 1 else tensor_map):
                 raise WireError(f"cuts {name} in two ways")
-            (devices if number == 1 else tensor_map).extend(dims)
-        elif number == 5 and value:
+            (devices if field_number == 1 else tensor_map).extend(dims)
+        elif field_number == 5 and value:
             raise WireError(f"cuts {name} by field slices, which embedding tables of recommenders have")
-        elif number == 6:
+        elif field_number == 6:
             shard_step = signed(value)
-        elif number == 7:
+        elif field_number == 7:
             shard_size = signed(value)
     if not name or not devices or any(size < 1 for size in devices):
         raise WireError(f"does not say on which devices {name or 'a parameter'} lies")
-    if any(not -1 <= place < len(devices) for place in tensor_map):
+    if any(not -1 <= index < len(devices) for index in tensor_map):
         raise WireError(f"cuts {name} along an axis that its devices do not have")
     layout = ShardedLayout(tuple(devices), tuple(tensor_map), shard_size if shard_step else 0)
     if layout.optimizer_ways > 0 and math.prod(devices) % math.prod(layout.cuts):

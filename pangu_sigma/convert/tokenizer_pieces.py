@@ -68,13 +68,13 @@ def with_pieces(old: Tokenizer, pieces: Sequence[str], kind: int) -> Tokenizer:
         )
     lowest = min(score for _, score, type_ in stored_pieces(old.model) if type_ == NORMAL)
     added = b"".join(
-        field(1, field(1, sign.encode()) + _SCORE + struct.pack("<f", lowest - 1 - place) + field(3, kind))
-        for place, sign in enumerate(map(_spelled, pieces))
+        field(1, field(1, sign.encode()) + _SCORE + struct.pack("<f", lowest - 1 - index) + field(3, kind))
+        for index, sign in enumerate(map(_spelled, pieces))
     )
     size = field(2, field(4, old.vocab_size + len(pieces)))
     new = tokenizer_class(old.kind)(old.model + added + size, old.eod_id, old.pad_id, origin="the extended tokenizer")
     check_extension(old, new)
-    if never := [piece for place, piece in enumerate(pieces) if old.vocab_size + place not in new.encode(piece)]:
+    if never := [piece for index, piece in enumerate(pieces) if old.vocab_size + index not in new.encode(piece)]:
         ways = "as --piece-type user-defined" if kind == NORMAL else "in another spelling"
         raise UserError(
             f"this tokenizer ({old.kind}) would never make these pieces out of text, because its word splitting, "
@@ -118,8 +118,8 @@ def stored_pieces(model: bytes) -> list[tuple[str, float, int]]:
     """(piece, score, type) of every id of a SentencePiece model file."""
     pieces = []
     try:
-        for number, form, value in fields(model):
-            if number != 1 or form != BYTES:
+        for field_number, form, value in fields(model):
+            if field_number != 1 or form != BYTES:
                 continue
             piece, score, kind = "", 0.0, NORMAL
             for inner, _, content in fields(value):

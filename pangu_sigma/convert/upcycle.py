@@ -156,17 +156,17 @@ def _fitted(config: Config, old: Config, file: str, source: Checkpoint) -> Confi
 
 def _check_tokenizer(config: Config, file: str, source: Checkpoint) -> None:
     """A tokenizer that the configuration names must be the dense model's; `train` means that one too."""
-    wanted = config.data.tokenizer
-    if wanted.kind == "train":
+    section = config.data.tokenizer
+    if section.kind == "train":
         return
     from pangu_sigma.data.tokenizers.tokenizer_registry import read_model, tokenizer_class
 
     own = stored_tokenizer(source)
-    model = read_model(wanted.path, wanted.kind)
-    given = tokenizer_class(wanted.kind)(model, own.eod_id, own.pad_id, origin=str(wanted.path))
+    model = read_model(section.path, section.kind)
+    given = tokenizer_class(section.kind)(model, own.eod_id, own.pad_id, origin=str(section.path))
     if given.fingerprint != own.fingerprint:
         raise UserError(
-            f"{file}: data.tokenizer.path = {wanted.path} is not the tokenizer of the dense model {source.path}, to "
+            f"{file}: data.tokenizer.path = {section.path} is not the tokenizer of the dense model {source.path}, to "
             "which its embeddings belong: name that one, or set data.tokenizer.kind to train and the path to null"
         )
 

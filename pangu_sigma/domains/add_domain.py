@@ -52,7 +52,7 @@ class NewDomain:
 
 
 def add_domain(
-    path: Path, wanted: NewDomain, *, ahead: domain_edits.Ahead | None = None, out: Path | None = None
+    path: Path, new_domain: NewDomain, *, ahead: domain_edits.Ahead | None = None, out: Path | None = None
 ) -> EditResult:
     """Add a domain that begins as `wanted.init` says (see `domains.initial`); its text is tokenised and checked now.
 
@@ -60,15 +60,15 @@ def add_domain(
     """
     with CheckpointEditor(path, out) as subject:
         source = subject.checkpoint
-        check_free(source, wanted.name)
-        config = _extend(subject, wanted.entry(), ahead)
-        initial = NewDomainTensors(source, subject.config, wanted.name, wanted.experts, wanted.init)
+        check_free(source, new_domain.name)
+        config = _extend(subject, new_domain.entry(), ahead)
+        initial = NewDomainTensors(source, subject.config, new_domain.name, new_domain.experts, new_domain.init)
         store, probe = read_text(subject, config)
         rows = None
         if config.model.sparse.table == "frequency":
             rows = np.pad(np.array(store.token_counts), (0, config.model.vocab_size - store.token_counts.size))
         new = EditedTensors()
-        prefix = f"domains.{wanted.name}."
+        prefix = f"domains.{new_domain.name}."
         for name, shape in manifest(config, config.model.vocab_size).items():
             if not name.startswith(prefix):
                 continue
@@ -80,16 +80,17 @@ def add_domain(
             dtype = _stored_type(source, suffix)
             make = partial(_converted, name, dtype, partial(initial.tensor, suffix, shape, layer_name, rows))
             new.add(name, dtype, shape, make)
-        fresh_moments(new, source, wanted.name, wanted.experts)
+        fresh_moments(new, source, new_domain.name, new_domain.experts)
         return subject.write(
-            f"add {wanted.name} ({wanted.init})",
-            domains=[*source.domains, wanted.name],
+            f"add {new_domain.name} ({new_domain.init})",
+            domains=[*source.domains, new_domain.name],
             keep=source.domains,
             new=new,
             coverage={
-                layer_name: {**groups, wanted.name: wanted.experts} for layer_name, groups in source.coverage.items()
+                layer_name: {**groups, new_domain.name: new_domain.experts}
+                for layer_name, groups in source.coverage.items()
             },
-            corpora={**source.fingerprints.corpora, wanted.name: store.corpus_fingerprint},
+            corpora={**source.fingerprints.corpora, new_domain.name: store.corpus_fingerprint},
             probe={**source.probe(), **probe},
         )
 
@@ -168,9 +169,9 @@ def read_text(subject: CheckpointEditor, config: Config) -> tuple[DomainStore, d
         )
     if not store.heldout.tokens:
         return store, {}
-    held = HeldoutSequences(store.heldout, data.sequence_length, tokenizer.eod_id, tokenizer.pad_id)
-    count = min(config.checkpoint.probe_sequences, len(held))
-    return store, {domain.name: np.stack([held.sequence(i)[0] for i in range(count)])} if count else {}
+    heldout = HeldoutSequences(store.heldout, data.sequence_length, tokenizer.eod_id, tokenizer.pad_id)
+    count = min(config.checkpoint.probe_sequences, len(heldout))
+    return store, {domain.name: np.stack([heldout.sequence(i)[0] for i in range(count)])} if count else {}
 
 
 def _stored_type(source: Checkpoint, suffix: str) -> str:

@@ -96,23 +96,23 @@ class CheckpointEditor:
         self._open.close()
 
     def _prepare(self) -> None:
-        found = resolve(self.path)
+        checkpoint = resolve(self.path)
         if self.out is None:
-            run_dir = run_of(found)
+            run_dir = run_of(checkpoint)
             if run_dir is None:
                 raise UserError(f"{self.path} is no run, whose checkpoint could be replaced: name a folder with --out")
             if not (run_dir / folder_layout.CONFIG).is_file() or Path(self.path).resolve() != run_dir.resolve():
                 raise UserError(f"{self.path} is one checkpoint: name its run {run_dir}, or a new folder with --out")
             self._open.enter_context(locked_folder(run_dir))
             remove_stale(run_dir)  # what a killed process was replacing comes back under its name
-            found = resolve(self.path)  # nobody trains here any more, so this stays the last one
-            mend_config(run_dir, found)
+            checkpoint = resolve(self.path)  # nobody trains here any more, so this stays the last one
+            mend_config(run_dir, checkpoint)
         else:
             check_output(self.out)
-        self.checkpoint = found
-        self.config = stored_config(found)
+        self.checkpoint = checkpoint
+        self.config = stored_config(checkpoint)
         if not self.any_router:
-            check_router(found, self.config)
+            check_router(checkpoint, self.config)
 
     @property
     def run_dir(self) -> Path | None:

@@ -32,7 +32,7 @@ _WEIGHT, _NOISE = ".router.weight", ".router.noise_weight"
 _BREAKS_TIES = 0.01
 
 
-def expand_domain(path: Path, wanted: NewDomain, ahead: domain_edits.Ahead) -> EditResult:
+def expand_domain(path: Path, new_domain: NewDomain, ahead: domain_edits.Ahead) -> EditResult:
     """Add a domain to the run `path` of a learned gate, with experts and gate columns, and plan its training (`ahead`).
 
     Only the new domain's experts and columns train, and the other shared parameters as `ahead` says. No old domain's
@@ -41,30 +41,31 @@ def expand_domain(path: Path, wanted: NewDomain, ahead: domain_edits.Ahead) -> E
     with CheckpointEditor(path, None, any_router=True) as subject:
         source = subject.checkpoint
         _check_gate(source, subject.config)
-        check_free(source, wanted.name)
+        check_free(source, new_domain.name)
         values = subject.values
-        domain_edits.add_domain(values, wanted.entry(), source.step, ahead)
+        domain_edits.add_domain(values, new_domain.entry(), source.step, ahead)
         phases = values["train"]["phases"]
-        phases[-1]["domains"] = [wanted.name]
-        config = domain_edits.checked(values, f"the new domain {wanted.name}")
-        initial = NewDomainTensors(source, subject.config, wanted.name, wanted.experts, wanted.init)
+        phases[-1]["domains"] = [new_domain.name]
+        config = domain_edits.checked(values, f"the new domain {new_domain.name}")
+        initial = NewDomainTensors(source, subject.config, new_domain.name, new_domain.experts, new_domain.init)
         store, probe = read_text(subject, config)
         new = EditedTensors()
-        _add_experts(new, source, config, wanted, initial)
-        _add_shared(new, source, config, wanted)
-        fresh_moments(new, source, wanted.name, wanted.experts)
+        _add_experts(new, source, config, new_domain, initial)
+        _add_shared(new, source, config, new_domain)
+        fresh_moments(new, source, new_domain.name, new_domain.experts)
         kept = link_previous(subject.run_dir, source)
         record = Record(len(phases) - 1, source.step, identity(kept))
         return subject.write(
-            f"expand by {wanted.name} ({wanted.init})",
-            domains=[*source.domains, wanted.name],
+            f"expand by {new_domain.name} ({new_domain.init})",
+            domains=[*source.domains, new_domain.name],
             keep=source.domains,
             keep_shared=False,
             new=new,
             coverage={
-                layer_name: {**groups, wanted.name: wanted.experts} for layer_name, groups in source.coverage.items()
+                layer_name: {**groups, new_domain.name: new_domain.experts}
+                for layer_name, groups in source.coverage.items()
             },
-            corpora={**source.fingerprints.corpora, wanted.name: store.corpus_fingerprint},
+            corpora={**source.fingerprints.corpora, new_domain.name: store.corpus_fingerprint},
             probe={**source.probe(), **probe},
             extra_state={PREVIOUS: record.state()},
         )
@@ -86,9 +87,9 @@ def _check_gate(source: Checkpoint, config: Config) -> None:
 
 
 def _add_experts(
-    new: EditedTensors, source: Checkpoint, config: Config, wanted: NewDomain, initial: NewDomainTensors
+    new: EditedTensors, source: Checkpoint, config: Config, new_domain: NewDomain, initial: NewDomainTensors
 ) -> None:
-    prefix = f"domains.{wanted.name}."
+    prefix = f"domains.{new_domain.name}."
     for name, shape in manifest(config, config.model.vocab_size).items():
         if name.startswith(prefix):
             suffix = name.removeprefix(prefix)
@@ -107,36 +108,36 @@ def _expert_tensor(initial: NewDomainTensors, suffix: str, shape: tuple[int, ...
     return own[np.arange(shape[0]) % len(own)]
 
 
-def _add_shared(new: EditedTensors, source: Checkpoint, config: Config, wanted: NewDomain) -> None:
+def _add_shared(new: EditedTensors, source: Checkpoint, config: Config, new_domain: NewDomain) -> None:
     """The shared tensors and their moments as they are, the gates' with more columns."""
     for name in source.names(domains=[]):
         entry = source.manifest.tensors[name]
         if not name.endswith((_WEIGHT, _NOISE)):
             new.add(name, entry.dtype, entry.shape, partial(source.pieces, name))
             continue
-        shape = (entry.shape[0], entry.shape[1] + wanted.experts)
-        make = partial(_grown_gate, source, config, wanted, name)
+        shape = (entry.shape[0], entry.shape[1] + new_domain.experts)
+        make = partial(_grown_gate, source, config, new_domain, name)
         new.add(name, entry.dtype, shape, partial(_converted, name, entry.dtype, make))
 
 
-def _grown_gate(source: Checkpoint, config: Config, wanted: NewDomain, name: str) -> np.ndarray:
+def _grown_gate(source: Checkpoint, config: Config, new_domain: NewDomain, name: str) -> np.ndarray:
     old = as_float32(name, source.load([name])[name])
-    shape = (old.shape[0], wanted.experts)
+    shape = (old.shape[0], new_domain.experts)
     if folder_layout.is_optimizer(name):
         columns = np.zeros(shape, np.float32)
     elif name.endswith(_NOISE):
-        columns = np.repeat(old.mean(1, keepdims=True), wanted.experts, 1)
+        columns = np.repeat(old.mean(1, keepdims=True), new_domain.experts, 1)
     else:
-        rng = generator(config.run.seed, f"gate columns {wanted.name} {name}")
+        rng = generator(config.run.seed, f"gate columns {new_domain.name} {name}")
         spread = np.maximum(old.std(1, keepdims=True), config.model.init_std)
         drawn = rng.standard_normal(shape, np.float32) * spread
-        kind, _, of = wanted.init.partition(":")
+        kind, _, of = new_domain.init.partition(":")
         if kind == "from":
             layer_name = name.removesuffix(_WEIGHT)
             sizes = list(source.coverage[layer_name].values())
-            at = source.domains.index(of)
-            first = sum(sizes[:at])
-            columns = old[:, first + np.arange(wanted.experts) % sizes[at]] + _BREAKS_TIES * drawn
+            domain_id = source.domains.index(of)
+            first = sum(sizes[:domain_id])
+            columns = old[:, first + np.arange(new_domain.experts) % sizes[domain_id]] + _BREAKS_TIES * drawn
         else:
             columns = old.mean(1, keepdims=True) + drawn
     return np.concatenate([old, columns.astype(np.float32)], 1)

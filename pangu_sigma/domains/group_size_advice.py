@@ -43,20 +43,20 @@ def deal(claims: Mapping[str, float], total: int) -> dict[str, int]:
     if total < len(claims):
         raise UserError(f"--experts {total} cannot give each of {len(claims)} domains one: set it higher")
     free, dealt = total - len(claims), dict.fromkeys(claims, 1)
-    wanted = {name: claim * total / sum(claims.values()) for name, claim in claims.items()}
+    quotas_by_claim = {name: claim * total / sum(claims.values()) for name, claim in claims.items()}
     # What a domain has claim to beyond its one expert; the small ones that got more than theirs have none.
-    beyond = {name: max(0.0, share - 1.0) for name, share in wanted.items()}
+    beyond = {name: max(0.0, share - 1.0) for name, share in quotas_by_claim.items()}
     scale = free / sum(beyond.values()) if sum(beyond.values()) else 0.0
     quotas = {name: share * scale for name, share in beyond.items()}
-    whole = {name: math.floor(quota + 1e-9) for name, quota in quotas.items()}  # 2.9999… of rounding is 3
-    by_remainder = sorted(quotas, key=lambda name: quotas[name] - whole[name], reverse=True)
+    floors = {name: math.floor(quota + 1e-9) for name, quota in quotas.items()}  # 2.9999… of rounding is 3
+    by_remainder = sorted(quotas, key=lambda name: quotas[name] - floors[name], reverse=True)
     for name in quotas:
-        dealt[name] += whole[name]
+        dealt[name] += floors[name]
     for name in by_remainder[: total - sum(dealt.values())]:
         dealt[name] += 1
     # Claims so equal that nobody has more than one expert's worth leave all that is free: it goes round.
-    for number in range(total - sum(dealt.values())):
-        dealt[by_remainder[number % len(by_remainder)]] += 1
+    for turn in range(total - sum(dealt.values())):
+        dealt[by_remainder[turn % len(by_remainder)]] += 1
     return dealt
 
 
@@ -82,10 +82,10 @@ def advise(path: str | Path, total: int | None = None) -> list[Advice]:
     check_router(checkpoint, config)
     facts = {fact.name: fact for fact in list_domains(path)}
     stores = {name: domain_store(config, checkpoint, name) for name in checkpoint.domains}
-    held = {name: store for name, store in stores.items() if store.heldout.tokens}
-    unigram = {name: unigram_loss(store.token_counts, store.heldout) for name, store in held.items()}
+    measured = {name: store for name, store in stores.items() if store.heldout.tokens}
+    unigram = {name: unigram_loss(store.token_counts, store.heldout) for name, store in measured.items()}
     losses = {
-        name: fact.loss if fact.loss_kind == "evaluate" and name in held else None for name, fact in facts.items()
+        name: fact.loss if fact.loss_kind == "evaluate" and name in measured else None for name, fact in facts.items()
     }
     tokens = {name: int(store.tokens["train"]) for name, store in stores.items()}
     return proposals(facts, tokens, losses, unigram, total)

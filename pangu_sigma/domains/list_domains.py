@@ -79,7 +79,7 @@ def _losses(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     except UserError:
         return {}  # a run without metrics, such as one that a change wrote with --out
     since = _since(checkpoint.state)
-    found: dict[str, dict[str, Any]] = {}
+    last_losses: dict[str, dict[str, Any]] = {}
     for kind in ("train", "evaluate"):
         for record in records:
             if record["kind"] != kind or record["step"] > checkpoint.step:
@@ -87,8 +87,8 @@ def _losses(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
             for name, loss in record["losses"].items():
                 # A name may have belonged to another domain before; nothing is told of a domain without text.
                 if record["step"] > since.get(name, -1) and math.isfinite(loss):
-                    found[name] = {"loss": loss, "loss_step": record["step"], "loss_kind": kind}
-    return found
+                    last_losses[name] = {"loss": loss, "loss_step": record["step"], "loss_kind": kind}
+    return last_losses
 
 
 def _since(state: Mapping[str, Any]) -> dict[str, int]:

@@ -61,19 +61,19 @@ class NewDomainTensors:
             raise UserError(f"--init {self.text} is not known: write from:DOMAIN, mean, dense:MODEL or random")
 
     def _check_dense(self, dense: Checkpoint) -> None:
-        before, here = stored_config(dense).model, self.config.model
+        before, own = stored_config(dense).model, self.config.model
         if before.sparse_prefixes or before.domain_parameters.embedding != "shared":
             raise UserError(f"--init {self.text} is no dense model with one word embedding: name another, or mean")
-        if before.feed_forward != here.expert_feed_forward:
+        if before.feed_forward != own.expert_feed_forward:
             raise UserError(
                 f"--init {self.text} is a model of {before.feed_forward} networks, and this model's experts are "
-                f"{here.expert_feed_forward}: name another, or mean"
+                f"{own.expert_feed_forward}: name another, or mean"
             )
         for key in _SAME_SHAPE:
-            if getattr(before, key) != getattr(here, key):
+            if getattr(before, key) != getattr(own, key):
                 raise UserError(
                     f"--init {self.text} is a model of another shape: model.{key} is {getattr(before, key)} there and "
-                    f"{getattr(here, key)} here; name another, or mean"
+                    f"{getattr(own, key)} here; name another, or mean"
                 )
 
     def table(self, layer_name: str, rows: np.ndarray | None) -> np.ndarray:

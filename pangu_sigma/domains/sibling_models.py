@@ -17,12 +17,12 @@ def check_siblings(one: Checkpoint, other: Checkpoint) -> None:
     """Raises UserError, naming what differs, unless both have one network, tokenizer and shared parameters."""
     if one.fingerprints.tokenizer != other.fingerprints.tokenizer:
         raise UserError(f"{one.path} and {other.path} have different tokenizers: only models of one parent fit")
-    here, there = flat_keys(stored_config(one)), flat_keys(stored_config(other))
-    for key in {**here, **there}:
-        if says_network(key) and here.get(key) != there.get(key):
+    keys, other_keys = flat_keys(stored_config(one)), flat_keys(stored_config(other))
+    for key in {**keys, **other_keys}:
+        if says_network(key) and keys.get(key) != other_keys.get(key):
             raise UserError(
-                f"{one.path} and {other.path} are different networks ({key} is {shown(here.get(key))} and "
-                f"{shown(there.get(key))}): only models of one parent fit"
+                f"{one.path} and {other.path} are different networks ({key} is {shown(keys.get(key))} and "
+                f"{shown(other_keys.get(key))}): only models of one parent fit"
             )
     names = one.names(domains=[], optimizer=False)
     if different := different_tensors(one, other, {name: name for name in names}):
@@ -35,7 +35,7 @@ def check_siblings(one: Checkpoint, other: Checkpoint) -> None:
 
 def different_tensors(one: Checkpoint, other: Checkpoint, names: dict[str, str]) -> list[str]:
     """Names of `one` whose bytes, type or shape are not those of `other`'s tensor of the name that they map to."""
-    return [mine for mine, theirs in names.items() if not _equal(one, other, mine, theirs)]
+    return [name for name, other_name in names.items() if not _equal(one, other, name, other_name)]
 
 
 def domain_names(checkpoint: Checkpoint, domain: str, optimizer: bool) -> Sequence[str]:
@@ -44,10 +44,10 @@ def domain_names(checkpoint: Checkpoint, domain: str, optimizer: bool) -> Sequen
     return [name.removeprefix(f"domains.{domain}.") for name in names]
 
 
-def _equal(one: Checkpoint, other: Checkpoint, mine: str, theirs: str) -> bool:
-    here, there = one.manifest.tensors[mine], other.manifest.tensors.get(theirs)
-    if there is None or (here.dtype, here.shape) != (there.dtype, there.shape):
+def _equal(one: Checkpoint, other: Checkpoint, name: str, other_name: str) -> bool:
+    entry, other_entry = one.manifest.tensors[name], other.manifest.tensors.get(other_name)
+    if other_entry is None or (entry.dtype, entry.shape) != (other_entry.dtype, other_entry.shape):
         return False
-    if len(here.slices) == len(there.slices) == 1:
-        return here.slices[0].sha256 == there.slices[0].sha256
-    return digest_of(one.load([mine])[mine]) == digest_of(other.load([theirs])[theirs])
+    if len(entry.slices) == len(other_entry.slices) == 1:
+        return entry.slices[0].sha256 == other_entry.slices[0].sha256
+    return digest_of(one.load([name])[name]) == digest_of(other.load([other_name])[other_name])

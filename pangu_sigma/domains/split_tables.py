@@ -34,13 +34,13 @@ def split_table(
     """
     result = table.astype(np.int32, copy=True)
     holders: dict[int, list[int]] = {}
-    for number, expert in enumerate(origins):
-        holders.setdefault(expert, [expert]).append(old + number)
+    for copy, expert in enumerate(origins):
+        holders.setdefault(expert, [expert]).append(old + copy)
     for expert, members in holders.items():
         rng = generator(seed, f"split routing table {purpose}", expert)
         ids = rng.permutation(np.flatnonzero(table == expert))
         ids = ids[np.argsort(-rows[ids], kind="stable")]
-        heap = [(0.0, 0, int(tie), members[place]) for place, tie in enumerate(rng.permutation(len(members)))]
+        heap = [(0.0, 0, int(tie), members[index]) for index, tie in enumerate(rng.permutation(len(members)))]
         heapq.heapify(heap)
         for token in ids:
             load, count, tie, member = heap[0]
