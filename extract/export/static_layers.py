@@ -18,8 +18,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from pangu_sigma.model.layers.backbone_parts import NORMS
-from pangu_sigma.model.layers.linear_and_norm import Affine
+from pangu_sigma.model.layers.linear_and_norm import NORMS, LinearCell
 from parallel.operator_layout import Layout
 from parallel.ops.primitives import activation
 
@@ -170,8 +169,8 @@ class StaticDenseLayer(nn.Cell):
 
     def __init__(self, shapes: StaticShapes, layout: Layout) -> None:
         super().__init__()
-        self.up = Affine(shapes.hidden, shapes.ffn, layout, ms.float32, 0.0)
-        self.down = Affine(shapes.ffn, shapes.hidden, layout, ms.float32, 0.0)
+        self.up = LinearCell(shapes.hidden, shapes.ffn, layout, ms.float32, 0.0)
+        self.down = LinearCell(shapes.ffn, shapes.hidden, layout, ms.float32, 0.0)
         self.activation = activation(shapes.activation, layout)
 
     def construct(self, x: Tensor, tokens: Tensor, domain, given) -> Tensor:
@@ -185,7 +184,7 @@ class StaticCachedAttention(nn.Cell):
         super().__init__()
         self.batch, self.heads, self.width = shapes.batch, shapes.heads, shapes.hidden // shapes.heads
         for part in ("query", "key", "value", "projection"):
-            setattr(self, part, Affine(shapes.hidden, shapes.hidden, layout, ms.float32, 0.0))
+            setattr(self, part, LinearCell(shapes.hidden, shapes.hidden, layout, ms.float32, 0.0))
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.product = ops.BatchMatMul()
         self.softmax = ops.Softmax(-1)

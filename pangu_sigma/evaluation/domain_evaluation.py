@@ -14,7 +14,7 @@ from pangu_sigma import runtime
 from pangu_sigma.checkpoint import resolve
 from pangu_sigma.data.packed_sequences import HeldoutSequences
 from pangu_sigma.errors import UserError
-from pangu_sigma.model.batch_planner import Planner, graph_placeholders
+from pangu_sigma.model.batch_planner import BatchPlanner, graph_placeholders
 from pangu_sigma.model.model import Model
 from pangu_sigma.model.pangu import TrainingLoss
 from pangu_sigma.trained_model import run_of, stored_corpus, stored_tokenizer, trained_from
@@ -36,8 +36,8 @@ class Evaluator:
         # What an evaluator tells beside losses, by name; losses are all there is to tell of text.
         self.figures: dict[str, float] = {}
         share = batch_size // model.processes.mesh.rows
-        self.signature = model.exact_signature(share, domains=1)
-        self.planner = Planner(model, self.signature, training=False)
+        self.signature = model.evaluation_signature(share, domains=1)
+        self.planner = BatchPlanner(model, self.signature, training=False)
         self.graph = TrainingLoss(model.net, model.layout, self.signature)
         self.graph.set_train(False)
         self.graph.set_inputs(

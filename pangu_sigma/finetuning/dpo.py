@@ -15,8 +15,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from pangu_sigma.finetuning.example_rows import HeldoutPairs
-from pangu_sigma.model.batch_planner import PlannedBatch
-from pangu_sigma.model.graph_inputs import FlatSignature
+from pangu_sigma.model.batch_planner import RoutedBatch
+from pangu_sigma.model.graph_inputs import GraphSignature
 from pangu_sigma.model.model import Model
 from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.model.scoring import Scorer
@@ -32,7 +32,7 @@ class PreferenceLoss(nn.Cell):
     `pair_weight`, by which the sum over the pairs is multiplied. The sums per sample are -log p of the answers.
     """
 
-    def __init__(self, net: PanGuSigma, layout: Layout, signature: FlatSignature, beta: float) -> None:
+    def __init__(self, net: PanGuSigma, layout: Layout, signature: GraphSignature, beta: float) -> None:
         super().__init__(auto_prefix=False)
         self.net = net
         self.bounds = signature.bounds
@@ -105,28 +105,28 @@ class Preference(Objective):
             self._reference = self._load()
         return self._reference
 
-    def cell(self, net: PanGuSigma, layout: Layout, signature: FlatSignature) -> nn.Cell:
+    def cell(self, net: PanGuSigma, layout: Layout, signature: GraphSignature) -> nn.Cell:
         return PreferenceLoss(net, layout, signature, self.beta)
 
-    def extra_placeholders(self, signature: FlatSignature) -> tuple[Tensor, ...]:
+    def extra_placeholders(self, signature: GraphSignature) -> tuple[Tensor, ...]:
         return Tensor(shape=[signature.batch], dtype=ms.float32), Tensor(shape=[], dtype=ms.float32)
 
-    def units(self, batch: PlannedBatch) -> np.ndarray:
+    def units(self, batch: RoutedBatch) -> np.ndarray:
         """A pair counts in its first row."""
         return np.tile([1.0, 0.0], len(batch.tokens) // 2)
 
-    def prepare(self, batch: PlannedBatch) -> np.ndarray:
+    def prepare(self, batch: RoutedBatch) -> np.ndarray:
         """-log p_ref of every row's answer: float32 [B]."""
         losses = self.reference.token_losses(batch)
         return (losses * batch.mask).sum(axis=1, dtype=np.float64).astype(np.float32)
 
     def inputs(
-        self, batch: PlannedBatch, prepared: np.ndarray, scale: float, total: float, parts: int
+        self, batch: RoutedBatch, prepared: np.ndarray, scale: float, total: float, parts: int
     ) -> tuple[Tensor, ...]:
         weight = Tensor(scale / total, ms.float32)
         return Tensor(batch.mask), self.auxiliary_weight(scale, parts), Tensor(prepared), weight
 
-    def measure(self, batch: PlannedBatch, prepared: np.ndarray, by_sample: np.ndarray) -> Measured:
+    def measure(self, batch: RoutedBatch, prepared: np.ndarray, by_sample: np.ndarray) -> Measured:
         reward = rewards(self.beta, by_sample, prepared)
         losses = np.zeros(len(by_sample))
         losses[::2] = pair_losses(reward)

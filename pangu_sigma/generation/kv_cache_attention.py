@@ -12,7 +12,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, ops
 
 from pangu_sigma.generation.inference_layers import Part
-from pangu_sigma.model.layers.attention import MASKED_SCORE
+from pangu_sigma.model.layers.native_attention import MASKED_SCORE
 from parallel.operator_layout import Layout
 
 THREE = (1, 1, 1)

@@ -13,7 +13,7 @@ import numpy as np
 from mindspore import Tensor
 
 from pangu_sigma.data.position_ids import positions_and_segments
-from pangu_sigma.model.graph_inputs import FlatSignature, LayerSignature
+from pangu_sigma.model.graph_inputs import GraphSignature, LayerSignature
 from pangu_sigma.model.model import Model
 from parallel.operator_layout import Layout
 from parallel.partition_spec import PartitionSpec
@@ -25,7 +25,7 @@ from rre.store import ExpertStore
 
 
 @dataclass(frozen=True)
-class PlacedRows:
+class ReservedRowsPlan:
     """A plan of reserved rows: `experts` [N] are the slots' owners, `counts` [N] the rows that they take."""
 
     experts: np.ndarray
@@ -34,7 +34,7 @@ class PlacedRows:
 
 
 @dataclass(frozen=True)
-class PlannedBatch:
+class RoutedBatch:
     """Everything a graph needs of one micro-batch of B samples and S positions.
 
     `step`: the data's, which a skipped or rolled back optimizer step does not turn back.
@@ -52,7 +52,7 @@ class PlannedBatch:
     segments: np.ndarray
     domain: np.ndarray
     keys: np.ndarray
-    plans: tuple[DispatchPlan | PlacedRows | None, ...]
+    plans: tuple[DispatchPlan | ReservedRowsPlan | None, ...]
     noise: tuple[np.ndarray | None, ...]
     load: np.ndarray
     dropped: np.ndarray
@@ -68,11 +68,11 @@ class PlannedBatch:
         """The batch's rows with their last labels, as they were given to the planner: int32 [B, S + 1]."""
         return np.concatenate([self.tokens, self.labels[:, -1:]], axis=1)
 
-    def flat(self, signature: FlatSignature, store: ExpertStore) -> list[Tensor]:
+    def flat(self, signature: GraphSignature, store: ExpertStore) -> list[Tensor]:
         """The variable inputs in the signature's order, with weights fetched from `store`."""
         store.begin()
         tensors: list[Tensor] = []
-        if signature.slot_table is not None:
+        if signature.domain_embedding_shape is not None:
             tensors.append(store.whole("embedding", "word"))
         for layer_signature, plan, noise in zip(signature.layers, self.plans, self.noise, strict=True):
             if layer_signature.reserved is not None:
@@ -96,7 +96,7 @@ class PlannedBatch:
         return tensors
 
 
-class Planner:
+class BatchPlanner:
     """Plans batches for one graph. `exact` cuts rows into fixed blocks (evaluation), else one slot per expert.
 
     Several processes cut a micro-batch into equal runs, one each. `reads`: the rows of it that this process looks at:
@@ -104,7 +104,7 @@ class Planner:
     rows may come to its experts. `own`: its own among them.
     """
 
-    def __init__(self, model: Model, signature: FlatSignature, training: bool) -> None:
+    def __init__(self, model: Model, signature: GraphSignature, training: bool) -> None:
         self.model = model
         self.signature = signature
         self.training = training
@@ -136,7 +136,7 @@ class Planner:
         mask: np.ndarray | None = None,
         padding: np.ndarray | None = None,
         present: Sequence[np.ndarray] | None = None,
-    ) -> PlannedBatch:
+    ) -> RoutedBatch:
         """tokens int32 [R, S+1], domain int32 [R], global sample numbers int64 [R], optional label mask [R, S] of the
         rows that this process `reads`.
 
@@ -182,7 +182,7 @@ class Planner:
                     else plan_in_blocks(ids, layer_signature.slots)
                 )
             noise.append(None)
-        return PlannedBatch(
+        return RoutedBatch(
             step=step,
             tokens=inputs,
             labels=np.ascontiguousarray(tokens[:, 1:]),
@@ -219,7 +219,7 @@ class Planner:
             return ids, lost
         return np.where(filling.reshape(-1, 1), DROPPED, ids), lost & ~filling
 
-    def _placed(self, ids: np.ndarray, layer_signature: LayerSignature, present: np.ndarray | None) -> PlacedRows:
+    def _placed(self, ids: np.ndarray, layer_signature: LayerSignature, present: np.ndarray | None) -> ReservedRowsPlan:
         """The reserved rows of expert `ids` [T, k]; a slot that nobody needs stands for some expert, without rows."""
         reserved, total = layer_signature.reserved, self.model.groups.total
         if layer_signature.slots == total:
@@ -240,7 +240,7 @@ class Planner:
         if self.training and layer_signature.name in self.model.layer_names:
             mine = reserved.by_chunk(self.signature.expert_part).reshape(-1)
             self.model.store.prefetch(layer_signature.name, self.signature.stored(experts[mine]))
-        return PlacedRows(experts, counts, plan_by_capacity(own, reserved, shards))
+        return ReservedRowsPlan(experts, counts, plan_by_capacity(own, reserved, shards))
 
     def _keys(self, step: int, sample: np.ndarray) -> np.ndarray:
         model = self.model.config.model

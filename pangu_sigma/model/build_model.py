@@ -13,7 +13,7 @@ from mindspore.nn.utils import no_init_parameters
 from pangu_sigma.config import Config
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.initialization import initial_value
-from pangu_sigma.model.model import SLOTS, Model
+from pangu_sigma.model.model import DOMAIN_EMBEDDING, Model
 from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.model.sharded_parameters import CutParameters, RehearsedParameters, SharedParameters
 from parallel.comm.exchange import GatheredExchange
@@ -92,8 +92,8 @@ def build_model(
     shapes = dict.fromkeys(layer_names, parts)
     experts = dict.fromkeys(layer_names, len(built.local_experts) if layer_names else 0)
     if model.domain_parameters.embedding == "own":
-        shapes[SLOTS] = {"word": (vocab, model.hidden)}
-        experts[SLOTS] = len(groups.names)
+        shapes[DOMAIN_EMBEDDING] = {"word": (vocab, model.hidden)}
+        experts[DOMAIN_EMBEDDING] = len(groups.names)
     kernels = HostKernels(layout.kernels) if layout.kernels else None
     if with_store:
         built.store = _make_store(config, shapes, experts, kernels, inference, processes)
@@ -231,7 +231,7 @@ def _make_store(
         processes.barrier()  # what is removed is gone
         folder /= f"rank-{processes.rank}"
     try:
-        return DiskStore(shapes, experts, folder, bound, kernels, in_memory=(SLOTS,))
+        return DiskStore(shapes, experts, folder, bound, kernels, in_memory=(DOMAIN_EMBEDDING,))
     except OSError as error:
         raise UserError(
             f"the expert tables do not fit under {folder} ({error.strerror}): free space there or set another run.dir"

@@ -64,7 +64,7 @@ class LayerSignature:
 
 
 @dataclass(frozen=True)
-class FlatSignature:
+class GraphSignature:
     """All variable inputs of a graph over `batch` x `length` tokens.
 
     `num_exchange_ranks`: processes whose rows meet at this one's experts; the plan of a table router is of all their
@@ -73,7 +73,7 @@ class FlatSignature:
     """
 
     layers: tuple[LayerSignature, ...]
-    slot_table: tuple[int, int, int] | None
+    domain_embedding_shape: tuple[int, int, int] | None
     batch: int
     length: int
     hidden: int
@@ -91,7 +91,7 @@ class FlatSignature:
     def bounds(self) -> tuple[tuple[int, int, int], ...]:
         """Per sparse layer: where its routing starts, where its weights start, where they end in `flat`."""
         found = []
-        at = 0 if self.slot_table is None else 1
+        at = 0 if self.domain_embedding_shape is None else 1
         for layer_signature in self.layers:
             found.append((at, at + layer_signature.routing, at + layer_signature.routing + layer_signature.weights))
             at = found[-1][2]
@@ -100,7 +100,7 @@ class FlatSignature:
     @property
     def differentiated(self) -> tuple[int, ...]:
         """Positions in `flat` whose gradients a training step wants: slots, then every layer's weights in order."""
-        slots = () if self.slot_table is None else (0,)
+        slots = () if self.domain_embedding_shape is None else (0,)
         return slots + tuple(i for _, b, c in self.bounds for i in range(b, c))
 
     def sharded_inputs(self) -> list[tuple[tuple[int, ...], ms.dtype, PartitionSpec]]:
@@ -120,8 +120,8 @@ class FlatSignature:
             inputs = self.sharded_inputs()
             return [Tensor(shape=layout.local_shape(shape, spec), dtype=dtype) for shape, dtype, spec in inputs]
         tensors: list[Tensor] = []
-        if self.slot_table is not None:
-            tensors.append(Tensor(shape=list(self.slot_table), dtype=ms.float32))
+        if self.domain_embedding_shape is not None:
+            tensors.append(Tensor(shape=list(self.domain_embedding_shape), dtype=ms.float32))
         tokens = self.num_exchange_ranks * self.batch * self.length
         for layer_signature in self.layers:
             if not layer_signature.learned and layer_signature.compiled:

@@ -8,7 +8,7 @@ import numpy as np
 
 from pangu_sigma.config import Config
 from pangu_sigma.config.capacity_sizes import dispatch
-from pangu_sigma.model.graph_inputs import FlatSignature, LayerSignature
+from pangu_sigma.model.graph_inputs import GraphSignature, LayerSignature
 from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.model.pipeline_stages import stage_of
 from pangu_sigma.model.sharded_parameters import SharedParameters
@@ -20,7 +20,7 @@ from rre.dispatch.expert_dispatch import EXACT_ROWS
 from rre.routers import Groups, Router
 from rre.store import ExpertStore
 
-SLOTS = "embedding"  # the name under which a store keeps the per-domain word tables
+DOMAIN_EMBEDDING = "embedding"  # the name under which a store keeps the per-domain word tables
 
 
 @dataclass
@@ -93,7 +93,7 @@ class Model:
         """Whether the routers are learned gates."""
         return any(router.learned for router in self.routers)
 
-    def training_signature(self, batch: int) -> FlatSignature:
+    def training_signature(self, batch: int) -> GraphSignature:
         """Variable inputs of a training graph: a slot for each expert, or for as many as a micro-batch can activate."""
         if self.layout.spmd_mesh:
             return self._spmd_signature(batch)
@@ -104,12 +104,12 @@ class Model:
             slots = min(slots, self._activated_at_most(come, min(limit, come)))
         return self._signature(batch, slots, training=True)
 
-    def measuring_signature(self, batch: int, rows: int) -> FlatSignature:
+    def mesh_evaluation_signature(self, batch: int, rows: int) -> GraphSignature:
         """Variable inputs of an evaluation graph that is cut over a mesh, of whose slots each takes so many `rows` of a
         shard."""
         return self._spmd_signature(batch, rows)
 
-    def _spmd_signature(self, batch: int, rows: int | None = None) -> FlatSignature:
+    def _spmd_signature(self, batch: int, rows: int | None = None) -> GraphSignature:
         """Variable inputs of a graph that is cut over a mesh: static shapes, stacked weights; without `rows` those of a
         training step."""
         config, mesh = self.config, self.layout.spmd_mesh
@@ -124,7 +124,7 @@ class Model:
             noise = () if rows else self.routers[0].noise_shape(batch * length)
             layers = tuple(LayerSignature(p, slots, form, self.learned, noise, reserved=reserved) for p in prefixes)
         part = None if self.processes.size == 1 else self.processes.mesh.coordinates(self.processes.rank).expert
-        return FlatSignature(
+        return GraphSignature(
             layers, None, batch, config.data.sequence_length, config.model.hidden, config.model.ffn,
             expert_part=part, local_experts=self.local_experts,
         )  # fmt: skip
@@ -139,7 +139,7 @@ class Model:
         """Experts of a sparse layer that `batch` samples of at most so many domains can activate."""
         return min(self.reachable_experts(domains), batch * self.config.data.sequence_length)
 
-    def exact_signature(self, batch: int, domains: int) -> FlatSignature:
+    def evaluation_signature(self, batch: int, domains: int) -> GraphSignature:
         """Variable inputs of an evaluation graph whose batches mix at most `domains` domains: slots of fixed blocks."""
         if self.learned:
             return self._signature(batch, len(self.local_experts))
@@ -151,7 +151,7 @@ class Model:
         full = come * self.config.data.sequence_length // EXACT_ROWS
         return self._signature(batch, full + activated)
 
-    def _signature(self, batch: int, slots: int, training: bool = False) -> FlatSignature:
+    def _signature(self, batch: int, slots: int, training: bool = False) -> GraphSignature:
         model = self.config.model
         tokens = batch * self.config.data.sequence_length
         layers = tuple(
@@ -165,10 +165,10 @@ class Model:
             )  # fmt: skip
             for layer_name, router in zip(model.sparse_prefixes, self.routers, strict=True)
         )
-        slot_table = None
+        domain_embedding_shape = None
         if model.domain_parameters.embedding == "own":
-            slot_table = (len(self.groups.names), self.vocab, model.hidden)
-        return FlatSignature(
-            layers, slot_table, batch, self.config.data.sequence_length, model.hidden, model.ffn,
+            domain_embedding_shape = (len(self.groups.names), self.vocab, model.hidden)
+        return GraphSignature(
+            layers, domain_embedding_shape, batch, self.config.data.sequence_length, model.hidden, model.ffn,
             self.num_exchange_ranks(training),
         )  # fmt: skip

@@ -14,12 +14,13 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from pangu_sigma.config.model_section import ModelConfig
-from pangu_sigma.model.graph_inputs import FlatSignature
-from pangu_sigma.model.layers.attention import masking
-from pangu_sigma.model.layers.backbone_parts import HEADS, NORMS, POSITIONS, QUERY_LAYERS
+from pangu_sigma.model.graph_inputs import GraphSignature
+from pangu_sigma.model.layers.attention import attention_mask
 from pangu_sigma.model.layers.dropout import CountedDropout
-from pangu_sigma.model.layers.embedding import WordEmbedding
+from pangu_sigma.model.layers.embedding import POSITIONS, QUERY_LAYERS, WordEmbedding
+from pangu_sigma.model.layers.linear_and_norm import NORMS
 from pangu_sigma.model.layers.mixture_head import MixtureHead, MixtureLayer, MixtureNorm
+from pangu_sigma.model.layers.tied_embedding_head import HEADS
 from pangu_sigma.model.layers.transformer_layer import TransformerLayer, shared_expert
 from parallel.comm.exchange import GatheredExchange
 from parallel.mesh import Mesh
@@ -59,7 +60,7 @@ class PanGuSigma(nn.Cell):
     """tokens, positions, segments int32 [B, S], domain int32 [B], dropout keys int32 [B], flat -> (h_TD, aux, counts).
 
     `aux` is the sum of the sparse layers' auxiliary losses, `counts` the rows [B, E + 1] of each sparse layer with a
-    learned gate (see `rre.routers.router.Router`). `flat` follows `FlatSignature`. `h` is for `head` alone: under a
+    learned gate (see `rre.routers.router.Router`). `flat` follows `GraphSignature`. `h` is for `head` alone: under a
     top layer that is a competitive mixture it is the pair that `layers.mixture_head` describes.
     """
 
@@ -68,7 +69,7 @@ class PanGuSigma(nn.Cell):
         model: ModelConfig,
         vocab: int,
         routers: Sequence[Router],
-        signature: FlatSignature,
+        signature: GraphSignature,
         layout: Layout,
         compute: ms.dtype = ms.float32,
         exchange: GatheredExchange | None = None,
@@ -78,7 +79,7 @@ class PanGuSigma(nn.Cell):
         self.layers = model.layers
         self.embedding = Embedding(model, vocab, layout)
         self.embedding_dropout = CountedDropout(model.dropout, -1, "embedding")
-        self.mask = masking(model.heads, layout, model.attention.dropout, compute)
+        self.mask = attention_mask(model.heads, layout, model.attention.dropout, compute)
         sparse_indices = {layer_name: index for index, layer_name in enumerate(model.sparse_prefixes)}
         self.sparse_index_of_block = tuple(sparse_indices.get(f"blocks.{i}", -1) for i in range(model.blocks))
         self.sparse_index_of_query = sparse_indices.get("query_layer", -1)
@@ -204,7 +205,7 @@ class TrainingLoss(nn.Cell):
     per sample [B] over tokens of positive weight, auxiliary loss, kept rows).
     """
 
-    def __init__(self, net: PanGuSigma, layout: Layout, signature: FlatSignature | None = None) -> None:
+    def __init__(self, net: PanGuSigma, layout: Layout, signature: GraphSignature | None = None) -> None:
         super().__init__(auto_prefix=False)
         self.net = net
         self.bounds = net.bounds if signature is None else signature.bounds
@@ -238,7 +239,7 @@ class TrainingLoss(nn.Cell):
 class TokenLosses(nn.Cell):
     """tokens, labels, positions, segments [B, S], domain, keys [B], flat -> -log p(label) float32 [B, S], in nats."""
 
-    def __init__(self, net: PanGuSigma, signature: FlatSignature | None = None) -> None:
+    def __init__(self, net: PanGuSigma, signature: GraphSignature | None = None) -> None:
         super().__init__(auto_prefix=False)
         self.net = net
         self.bounds = net.bounds if signature is None else signature.bounds
@@ -254,7 +255,7 @@ class TokenLosses(nn.Cell):
 class Logits(nn.Cell):
     """tokens, positions, segments [B, S], domain, keys [B], flat -> logits float32 [B, S, V]."""
 
-    def __init__(self, net: PanGuSigma, signature: FlatSignature | None = None) -> None:
+    def __init__(self, net: PanGuSigma, signature: GraphSignature | None = None) -> None:
         super().__init__(auto_prefix=False)
         self.net = net
         self.bounds = net.bounds if signature is None else signature.bounds

@@ -8,7 +8,7 @@ import numpy as np
 from mindspore import Tensor
 
 from pangu_sigma.errors import UserError
-from pangu_sigma.model.batch_planner import PlannedBatch, Planner, graph_placeholders
+from pangu_sigma.model.batch_planner import BatchPlanner, RoutedBatch, graph_placeholders
 from pangu_sigma.model.model import Model
 from pangu_sigma.model.pangu import Logits, TokenLosses
 from rre.store.disk_store import StoreFull
@@ -27,8 +27,8 @@ class Scorer:
 
     def __init__(self, model: Model, rows: int, domains: int = 1) -> None:
         self.model, self.rows = model, rows
-        self.signature = model.exact_signature(rows // model.processes.mesh.rows, domains)
-        self.planner = Planner(model, self.signature, training=False)
+        self.signature = model.evaluation_signature(rows // model.processes.mesh.rows, domains)
+        self.planner = BatchPlanner(model, self.signature, training=False)
         self._losses: TokenLosses | None = None
         self._logits: Logits | None = None
 
@@ -65,12 +65,12 @@ class Scorer:
         placeholders = graph_placeholders(self.signature.batch, self.length)
         graph.set_inputs(*(placeholders[name] for name in names), *self.signature.placeholders())
 
-    def plan(self, tokens: np.ndarray, domain: Sequence[int] | np.ndarray) -> PlannedBatch:
+    def plan(self, tokens: np.ndarray, domain: Sequence[int] | np.ndarray) -> RoutedBatch:
         """The inputs of token rows int32 [B, S + 1] of `domain` [B]."""
         reads = self.planner.reads
         return self.planner(tokens[reads], np.asarray(domain, np.int32)[reads], reads, 0)
 
-    def flat(self, planned: PlannedBatch) -> list[Tensor]:
+    def flat(self, planned: RoutedBatch) -> list[Tensor]:
         """The variable inputs of a graph of this signature. Raises UserError as `losses` does."""
         try:
             return planned.flat(self.signature, self.model.store)

@@ -13,7 +13,7 @@ from pangu_sigma.checkpoint import LazyTensor, StoredTensors, folder_layout
 from pangu_sigma.checkpoint.distributed import Piece, TensorPart
 from pangu_sigma.config.parameter_counts import is_routing, layer_name_and_owner
 from pangu_sigma.errors import UserError
-from pangu_sigma.model.model import SLOTS, Model
+from pangu_sigma.model.model import DOMAIN_EMBEDDING, Model
 from rre.router_specs import LAYER
 from rre.store.expert_store import KINDS
 
@@ -30,14 +30,14 @@ def domain_tensors(model: Model, optimizer_state: bool) -> dict[str, np.ndarray]
             continue
         for number, domain in enumerate(groups.names):
             checkpoint_name = _expert_tensor(domain, kind, layer_name, name)
-            found[checkpoint_name] = table[number] if layer_name == SLOTS else table[groups.of(domain)]
+            found[checkpoint_name] = table[number] if layer_name == DOMAIN_EMBEDDING else table[groups.of(domain)]
     for layer_name, by_domain in model.tables.items():
         for domain, table in by_domain.items():
             found[table_name(domain, layer_name)] = table
     if optimizer_state:
         for layer_name, steps in store.steps.items():
             for number, domain in enumerate(groups.names):
-                mine = steps[number : number + 1] if layer_name == SLOTS else steps[groups.of(domain)]
+                mine = steps[number : number + 1] if layer_name == DOMAIN_EMBEDDING else steps[groups.of(domain)]
                 found[f"domains.{domain}.optimizer.steps.{layer_name}"] = mine
     return found
 
@@ -49,7 +49,7 @@ def table_name(owner: str, layer_name: str) -> str:
 
 def _expert_tensor(domain: str, kind: str, layer_name: str, name: str) -> str:
     prefix = f"domains.{domain}." + ("" if kind == "weight" else f"optimizer.{kind}.")
-    return f"{prefix}embedding.{name}" if layer_name == SLOTS else f"{prefix}{layer_name}.experts.{name}"
+    return f"{prefix}embedding.{name}" if layer_name == DOMAIN_EMBEDDING else f"{prefix}{layer_name}.experts.{name}"
 
 
 def model_tensors(model: Model, optimizer: Optimizer | None) -> dict[str, np.ndarray | LazyTensor]:
@@ -85,7 +85,7 @@ def tensor_parts(model: Model, optimizer: Optimizer | None) -> dict[str, TensorP
     store.settle()
     parts = _shared_parts(model, optimizer) | _elsewhere(model, optimizer)
     for kind, layer_name, name, table in store.tables():
-        if layer_name == SLOTS or (kind != "weight" and optimizer is None):
+        if layer_name == DOMAIN_EMBEDDING or (kind != "weight" and optimizer is None):
             continue
         shard = shards[name]
         for domain in groups.names:
@@ -97,7 +97,7 @@ def tensor_parts(model: Model, optimizer: Optimizer | None) -> dict[str, TensorP
             shape = (groups.of(domain).stop - groups.of(domain).start, *shard.shape)
             parts[_expert_tensor(domain, kind, layer_name, name)] = TensorPart(shape, table.dtype, tuple(pieces))
     for layer_name, steps in store.steps.items() if optimizer is not None else ():
-        for domain in groups.names if layer_name != SLOTS else ():
+        for domain in groups.names if layer_name != DOMAIN_EMBEDDING else ():
             runs = _runs(model, domain) if _counts_for_others(model) else ()
             size = groups.of(domain).stop - groups.of(domain).start
             pieces = tuple(Piece((begin,), steps[rows]) for begin, rows in runs)
@@ -125,11 +125,14 @@ def _shared_parts(model: Model, optimizer: Optimizer | None) -> dict[str, Tensor
         for o, table in by_owner.items()
     }
     for kind, layer_name, name, table in store.tables():
-        if layer_name == SLOTS and (kind == "weight" or optimizer is not None):
+        if layer_name == DOMAIN_EMBEDDING and (kind == "weight" or optimizer is not None):
             common |= {_expert_tensor(d, kind, layer_name, name): table[n] for n, d in enumerate(groups.names)}
-    if SLOTS in store.steps and optimizer is not None:
-        steps = store.steps[SLOTS]
-        common |= {f"domains.{d}.optimizer.steps.{SLOTS}": steps[n : n + 1] for n, d in enumerate(groups.names)}
+    if DOMAIN_EMBEDDING in store.steps and optimizer is not None:
+        steps = store.steps[DOMAIN_EMBEDDING]
+        common |= {
+            f"domains.{domain}.optimizer.steps.{DOMAIN_EMBEDDING}": steps[domain_id : domain_id + 1]
+            for domain_id, domain in enumerate(groups.names)
+        }
     for turn, (name, array) in enumerate(sorted(common.items())):
         parts[name] = TensorPart.all_of(array, turn % processes.size == processes.rank)
     return parts
@@ -192,7 +195,7 @@ def restore_model(model: Model, tensors: Mapping[str, np.ndarray], optimizer_sta
             continue
         for number, domain in enumerate(groups.names):
             stored = _expert_tensor(domain, kind, layer_name, name)
-            if layer_name == SLOTS:
+            if layer_name == DOMAIN_EMBEDDING:
                 table[number][...] = _checked(tensors, stored, table[number].shape)
                 continue
             shard = model.expert_shards[name]
@@ -208,7 +211,7 @@ def restore_model(model: Model, tensors: Mapping[str, np.ndarray], optimizer_sta
         for layer_name, steps in store.steps.items():
             for number, domain in enumerate(groups.names):
                 stored = f"domains.{domain}.optimizer.steps.{layer_name}"
-                if layer_name == SLOTS:
+                if layer_name == DOMAIN_EMBEDDING:
                     steps[number : number + 1] = _checked(tensors, stored, (1,))
                     continue
                 inside, rows = _held_of(model, domain)

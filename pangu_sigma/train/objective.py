@@ -12,8 +12,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
-from pangu_sigma.model.batch_planner import PlannedBatch, Planner
-from pangu_sigma.model.graph_inputs import FlatSignature
+from pangu_sigma.model.batch_planner import BatchPlanner, RoutedBatch
+from pangu_sigma.model.graph_inputs import GraphSignature
 from pangu_sigma.model.pangu import PanGuSigma, TrainingLoss
 from parallel.operator_layout import Layout
 
@@ -41,28 +41,28 @@ class Objective:
     def __init__(self, auxiliary: bool = True) -> None:
         self.auxiliary = auxiliary
 
-    def cell(self, net: PanGuSigma, layout: Layout, signature: FlatSignature) -> nn.Cell:
+    def cell(self, net: PanGuSigma, layout: Layout, signature: GraphSignature) -> nn.Cell:
         """A cell of `TrainingLoss`' inputs (the extra ones between `keys` and `flat`) and outputs."""
         return TrainingLoss(net, layout, signature)
 
-    def extra_placeholders(self, signature: FlatSignature) -> tuple[Tensor, ...]:
+    def extra_placeholders(self, signature: GraphSignature) -> tuple[Tensor, ...]:
         """Shapes of the extra inputs."""
         return ()
 
-    def units(self, batch: PlannedBatch) -> np.ndarray:
+    def units(self, batch: RoutedBatch) -> np.ndarray:
         """What the mean runs over, counted per row: float64 [B]; its sum over the step divides the loss."""
         return batch.mask.sum(axis=1, dtype=np.float64)
 
-    def beside(self, batches: Sequence[PlannedBatch], planner: Planner) -> list[PlannedBatch]:
+    def beside(self, batches: Sequence[RoutedBatch], planner: BatchPlanner) -> list[RoutedBatch]:
         """Further micro-batches of the step, which bring no units: what else the objective asks of the model."""
         return []
 
-    def prepare(self, batch: PlannedBatch) -> np.ndarray | None:
+    def prepare(self, batch: RoutedBatch) -> np.ndarray | None:
         """What the loss needs beside the batch; computed before the step's graph runs."""
         return None
 
     def inputs(
-        self, batch: PlannedBatch, prepared: np.ndarray | None, scale: float, total: float, parts: int
+        self, batch: RoutedBatch, prepared: np.ndarray | None, scale: float, total: float, parts: int
     ) -> tuple[Tensor, ...]:
         """(weights [B, S], weight of the auxiliary losses, extra inputs …) of one of `parts` micro-batches.
 
@@ -75,6 +75,6 @@ class Objective:
         """Weight of the auxiliary losses in one of `parts` micro-batches: their mean counts once."""
         return Tensor(scale / parts if self.auxiliary else 0.0, ms.float32)
 
-    def measure(self, batch: PlannedBatch, prepared: np.ndarray | None, by_sample: np.ndarray) -> Measured:
+    def measure(self, batch: RoutedBatch, prepared: np.ndarray | None, by_sample: np.ndarray) -> Measured:
         """The figures of a micro-batch from its rows' loss sums [B], which its cell gave."""
         return Measured(by_sample, self.units(batch))

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from mindspore import Tensor
 
-from pangu_sigma.model.graph_inputs import FlatSignature, LayerSignature
+from pangu_sigma.model.graph_inputs import GraphSignature, LayerSignature
 
 
 def slot_gradients(
-    signature: FlatSignature,
+    signature: GraphSignature,
     layer_signature: LayerSignature,
     experts: np.ndarray,
     wanted: np.ndarray,

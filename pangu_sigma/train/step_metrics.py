@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pangu_sigma.model.batch_planner import PlannedBatch
+from pangu_sigma.model.batch_planner import RoutedBatch
 from pangu_sigma.train.objective import Measured
 from parallel.comm.processes import Processes
 from rre.routers import Groups
@@ -34,7 +34,7 @@ class Figures:
 
     @classmethod
     def of(
-        cls, batch: PlannedBatch, domains: int, measured: Measured, counts: Sequence[np.ndarray], auxiliary: float
+        cls, batch: RoutedBatch, domains: int, measured: Measured, counts: Sequence[np.ndarray], auxiliary: float
     ) -> Figures:
         """Of what a micro-batch's objective measured, and rows [B, E + 1] of learned gates, one per sparse layer."""
 

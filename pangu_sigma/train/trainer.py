@@ -13,8 +13,8 @@ from mindspore import Tensor
 from pangu_sigma.config import Config
 from pangu_sigma.data.mixture_sampler import Batch
 from pangu_sigma.errors import UserError
-from pangu_sigma.model.batch_planner import PlannedBatch, Planner
-from pangu_sigma.model.model import SLOTS, Model
+from pangu_sigma.model.batch_planner import BatchPlanner, RoutedBatch
+from pangu_sigma.model.model import DOMAIN_EMBEDDING, Model
 from pangu_sigma.train.continual.frozen_gate_columns import FrozenColumns
 from pangu_sigma.train.continual.weight_penalty import Distance
 from pangu_sigma.train.distributed.gradient_all_reduce import gradient_reducer_of
@@ -67,7 +67,7 @@ class Trainer:
         # The graph that is cut over devices is of all ranks' rows, any other of this process's own.
         rows = 1 if model.layout.spmd_mesh else self.processes.mesh.rows
         self.signature = model.training_signature(self.micro_batch // rows)
-        self.planner = Planner(model, self.signature, training=True)
+        self.planner = BatchPlanner(model, self.signature, training=True)
         if self.config.train.recompute:
             model.net.recompute_blocks()
         # Before the optimizer, whose moments are of the parts that this leaves.
@@ -106,7 +106,7 @@ class Trainer:
         starts = np.arange(0, rows, self.micro_batch)
         return (starts[:, None] + self.planner.reads).reshape(-1)
 
-    def plan(self, batch: Batch) -> list[PlannedBatch]:
+    def plan(self, batch: Batch) -> list[RoutedBatch]:
         """Cut the rows of a step's batch that `reads` names into planned micro-batches; runs in the reading thread."""
         size = self.planner.reads.size
         runs = [slice(a, a + size) for a in range(0, batch.domain.size, size)]
@@ -124,7 +124,7 @@ class Trainer:
             present = [np.unique(np.concatenate(of_layer)) for of_layer in zip(*found, strict=True)]
         return [self.planner(*of(run), cut(batch.mask, run), cut(batch.padding, run), present) for run in runs]
 
-    def step(self, step: int, batches: Sequence[PlannedBatch]) -> StepResult:
+    def step(self, step: int, batches: Sequence[RoutedBatch]) -> StepResult:
         """Do optimizer step `step` (from 0) on the micro-batches of one batch.
 
         Raises UserError where a step activates more experts than the store may hold.
@@ -134,7 +134,7 @@ class Trainer:
         except StoreFull as error:
             raise UserError(f"step {step + 1}: {error}") from error
 
-    def _step(self, step: int, batches: Sequence[PlannedBatch]) -> StepResult:
+    def _step(self, step: int, batches: Sequence[RoutedBatch]) -> StepResult:
         # By the data's step: text that a phase drew trains what that phase trains, also after skipped steps.
         phase = phase_at(self.config, batches[0].step)
         rate = learning_rate(self.config, step)
@@ -191,7 +191,7 @@ class Trainer:
         return self._frozen[phase.domains]
 
     def _summed(
-        self, batches: Sequence[PlannedBatch], phase: Phase, scale: float, total: float
+        self, batches: Sequence[RoutedBatch], phase: Phase, scale: float, total: float
     ) -> tuple[Gradients, list[Figures]]:
         """The gradients of a step micro-batch by micro-batch, and the figures of each."""
         gradients: Gradients | None = None
@@ -206,7 +206,7 @@ class Trainer:
         return gradients, parts
 
     def _gradients(
-        self, batch: PlannedBatch, phase: Phase, scale: float, total: float, parts: int
+        self, batch: RoutedBatch, phase: Phase, scale: float, total: float, parts: int
     ) -> tuple[Gradients, Figures]:
         """The gradients of this process's rows and experts, and the figures of the whole micro-batch."""
         fixed = batch.fixed
@@ -237,7 +237,7 @@ class Trainer:
         return gradients, own.summed(lines[list(self.reducer.reader_ranks)])
 
     def _activated(
-        self, batch: PlannedBatch, phase: Phase, by_expert: Sequence[Tensor], received: np.ndarray
+        self, batch: RoutedBatch, phase: Phase, by_expert: Sequence[Tensor], received: np.ndarray
     ) -> dict[tuple[str, int], list[Tensor]]:
         """Gradients of experts held here that received a token and train, by (layer name, expert as the store counts).
 
@@ -247,10 +247,10 @@ class Trainer:
         groups = self.model.groups
         found: dict[tuple[str, int], list[Tensor]] = {}
         at = 0
-        if self.signature.slot_table is not None:
+        if self.signature.domain_embedding_shape is not None:
             for number in np.unique(batch.domain):
                 if groups.names[number] in phase.domains:
-                    found[(SLOTS, int(number))] = [by_expert[0][int(number)]]
+                    found[(DOMAIN_EMBEDDING, int(number))] = [by_expert[0][int(number)]]
             at = 1
         owner, first = np.repeat(groups.names, groups.sizes), self.model.local_experts.start
         for layer, layer_signature in enumerate(self.signature.layers):

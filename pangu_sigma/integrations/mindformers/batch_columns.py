@@ -11,9 +11,9 @@ import numpy as np
 from pangu_sigma.checkpoint import Checkpoint, resolve
 from pangu_sigma.config import Config, check_start, with_tokenizer_of, with_vocabulary
 from pangu_sigma.data.corpus import Corpus, prepare_corpus
-from pangu_sigma.model.batch_planner import PlannedBatch, graph_placeholders
+from pangu_sigma.model.batch_planner import RoutedBatch, graph_placeholders
 from pangu_sigma.model.build_model import routed_model
-from pangu_sigma.model.graph_inputs import FlatSignature, LayerSignature
+from pangu_sigma.model.graph_inputs import GraphSignature, LayerSignature
 from pangu_sigma.model.model import Model
 from pangu_sigma.model.state_dict import stored_tables
 from pangu_sigma.trained_model import stored_config, stored_tokenizer, stored_weights
@@ -70,12 +70,12 @@ def routing_of(text: Text) -> Model:
     return model
 
 
-def columns(signature: FlatSignature) -> list[str]:
+def columns(signature: GraphSignature) -> list[str]:
     """Names of the columns of a planned batch, in order."""
     return [*FIXED_COLUMNS, *(name for layer_signature in signature.layers for name in _layer_columns(layer_signature))]
 
 
-def row(batch: PlannedBatch, signature: FlatSignature) -> tuple[np.ndarray, ...]:
+def row(batch: RoutedBatch, signature: GraphSignature) -> tuple[np.ndarray, ...]:
     """A planned batch as its columns."""
     arrays = [batch.tokens, batch.labels, batch.mask, batch.positions, batch.segments, batch.domain, batch.keys]
     for layer_signature, plan, noise in zip(signature.layers, batch.plans, batch.noise, strict=True):
@@ -87,7 +87,7 @@ def row(batch: PlannedBatch, signature: FlatSignature) -> tuple[np.ndarray, ...]
     return tuple(arrays)
 
 
-def placeholders(signature: FlatSignature) -> list[ms.Tensor]:
+def placeholders(signature: GraphSignature) -> list[ms.Tensor]:
     """Shapes of the columns for compiling; row vectors of composed kernels have dynamic lengths."""
     fixed = graph_placeholders(signature.batch, signature.length)
     tensors = [fixed["weights" if name == "mask" else name] for name in FIXED_COLUMNS]

@@ -18,7 +18,7 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.integrations.mindformers.batch_columns import columns, open_text, routing_of, row
 from pangu_sigma.integrations.mindformers.companion_files import write_companion
 from pangu_sigma.integrations.mindformers.mindformers_settings import model_settings
-from pangu_sigma.model.batch_planner import Planner
+from pangu_sigma.model.batch_planner import BatchPlanner
 from pangu_sigma.train.schedule import phase_at
 
 
@@ -33,7 +33,7 @@ class PlannedBatches:
         self.tables = model.tables
         self.steps = steps
         self.signature = model.training_signature(batch_size)
-        self._planner = Planner(model, self.signature, training=True)
+        self._planner = BatchPlanner(model, self.signature, training=True)
         self._batch_size = batch_size * shards
         self._rows = slice(shard * batch_size, (shard + 1) * batch_size)
         config = text.config

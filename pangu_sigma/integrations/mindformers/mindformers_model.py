@@ -19,8 +19,8 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.integrations.mindformers.batch_columns import FIXED_COLUMNS, open_text, placeholders
 from pangu_sigma.integrations.mindformers.mindformers_settings import model_settings
 from pangu_sigma.model.build_model import build_model
-from pangu_sigma.model.graph_inputs import FlatSignature
-from pangu_sigma.model.model import SLOTS, Model
+from pangu_sigma.model.graph_inputs import GraphSignature
+from pangu_sigma.model.model import DOMAIN_EMBEDDING, Model
 from pangu_sigma.model.pangu import TrainingLoss
 from pangu_sigma.model.state_dict import model_tensors, restore_model
 
@@ -45,7 +45,8 @@ class PanGuSigmaForCausalLM(PreTrainedModel):
     """Columns of a planned batch (`planning.columns`) -> mean loss in nats per token.
 
     Built from the run's text: its vocabulary, and for a new model its tables; `run.init_from` gives weights and tables
-    of a model of ours. `expert_tensors`: name -> (sparse layer's number or SLOTS, domain's number), for the optimizer.
+    of a model of ours. `expert_tensors`: name -> (sparse layer's number or DOMAIN_EMBEDDING, domain's number), for
+    the optimizer.
     """
 
     config_class = PanGuSigmaConfig
@@ -81,7 +82,7 @@ class PanGuSigmaForCausalLM(PreTrainedModel):
         self.expert_tensors: dict[str, tuple[int | str, int]] = {
             name: (i // per_layer, i % per_layer // len(tensors)) for i, name in enumerate(names)
         }
-        self.expert_tensors |= {p.name: (SLOTS, number) for number, p in enumerate(self.slot_tables)}
+        self.expert_tensors |= {p.name: (DOMAIN_EMBEDDING, number) for number, p in enumerate(self.slot_tables)}
         self.layout = built.layout
         self.loss = Objective(self)
         # The network holds the experts now; the store's tables go.
@@ -116,7 +117,7 @@ class Objective(nn.Cell):
 
     def __init__(self, model: PanGuSigmaForCausalLM) -> None:
         super().__init__(auto_prefix=False)
-        signature: FlatSignature = model.signature
+        signature: GraphSignature = model.signature
         self.loss = TrainingLoss(model.net, model.layout, signature)
         self.routing = tuple(layer_signature.routing for layer_signature in signature.layers)
         self.counted = tuple(not layer_signature.learned for layer_signature in signature.layers)
@@ -125,7 +126,7 @@ class Objective(nn.Cell):
         self.experts = model.experts
         self.each = len(signature.layers[0].network.tensors) if signature.layers else 0
         self.slot_tables = model.slot_tables
-        self.has_slots = signature.slot_table is not None
+        self.has_slots = signature.domain_embedding_shape is not None
         self.unstack = ops.Unstack(0)
         self.stack = ops.Stack(0)
 

@@ -15,7 +15,7 @@ from mindspore.nn.learning_rate_schedule import LearningRateSchedule
 from mindspore.nn.optim.optimizer import Optimizer
 
 from pangu_sigma.errors import UserError
-from pangu_sigma.model.model import SLOTS
+from pangu_sigma.model.model import DOMAIN_EMBEDDING
 
 KINDS = ("cosine", "linear", "constant")
 
@@ -103,7 +103,7 @@ class PanGuSigmaAdamW(Optimizer):
         # One count of updates for each expert (shared parameters: `global_step`).
         lengths = dict.fromkeys(layer_names, sum(sizes))
         if slots in self.layer_index:
-            lengths[SLOTS] = len(sizes)
+            lengths[DOMAIN_EMBEDDING] = len(sizes)
         self.steps = ParameterTuple([
             Parameter(Tensor(np.zeros(n, np.float32)), name=f"adam_steps.{layer_name}")
             for layer_name, n in lengths.items()

@@ -11,7 +11,7 @@ from mindspore import ParameterTuple, Tensor, ops
 from pangu_sigma.errors import UserError
 from pangu_sigma.integrations.mindformers.mindformers_model import FIXED, PanGuSigmaForCausalLM
 from pangu_sigma.integrations.mindformers.mindformers_optimizer import PanGuSigmaAdamW
-from pangu_sigma.model.model import SLOTS
+from pangu_sigma.model.model import DOMAIN_EMBEDDING
 
 
 class PanGuSigmaTrainOneStep(MFTrainOneStepCell):
@@ -32,13 +32,16 @@ class PanGuSigmaTrainOneStep(MFTrainOneStepCell):
             )
         super().__init__(network, optimizer, use_clip_grad=use_clip_grad, max_grad_norm=max_grad_norm, **kwargs)
         layers = len(model.layer_names)
-        owners = {name: (layers if index == SLOTS else index, d) for name, (index, d) in model.expert_tensors.items()}
+        owners = {
+            name: (layers if index == DOMAIN_EMBEDDING else index, d)
+            for name, (index, d) in model.expert_tensors.items()
+        }
         optimizer.bind(owners, model.sizes, model.layer_names)
         self.objective = model.loss
         self.limit = float(max_grad_norm) if use_clip_grad else float("inf")
         self.routing = tuple(layer_signature.routing for layer_signature in model.signature.layers)
         self.counted = tuple(not layer_signature.learned for layer_signature in model.signature.layers)
-        self.has_slots = model.signature.slot_table is not None
+        self.has_slots = model.signature.domain_embedding_shape is not None
         self.domain_ids = Tensor(list(range(len(model.domains))), ms.int32)
         self.trained = ParameterTuple(optimizer.parameters)
         self.value_and_grad = ops.value_and_grad(self.objective, None, self.trained, has_aux=True)

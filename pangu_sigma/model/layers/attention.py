@@ -11,15 +11,13 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from pangu_sigma.config.model_section import ModelConfig
-from pangu_sigma.model.layers.backbone_parts import NORMS
 from pangu_sigma.model.layers.dropout import CountedDropout
-from pangu_sigma.model.layers.linear_and_norm import Affine
-from pangu_sigma.model.layers.native_attention import NativeAttention, NativeMask
+from pangu_sigma.model.layers.linear_and_norm import NORMS, LinearCell
+from pangu_sigma.model.layers.native_attention import MASKED_SCORE, NativeAttention, NativeMask
 from parallel.operator_layout import Layout
 from parallel.ops.compiled_kernels import CompiledAttention
 from parallel.ops.rotary import turn
 
-MASKED_SCORE = -10000.0  # PanGu-alpha's value; its exponential is 0 in float32
 SMALLEST_CHUNK = 64
 MOST_CHUNKS = 4
 
@@ -161,7 +159,7 @@ class DroppedDotProduct(nn.Cell):
         return outs[0] if len(masks) == 1 else self.below(outs)
 
 
-class Composed(nn.Cell):
+class ComposedAttention(nn.Cell):
     """q, k, v [T, D] of all heads, masks of `CausalMask` -> y [T, D], of MindSpore's operators."""
 
     def __init__(self, hidden: int, heads: int, layout: Layout, compute: ms.dtype, dropout: float, layer: int) -> None:
@@ -189,7 +187,7 @@ class Composed(nn.Cell):
         return self.transpose(y, (0, 2, 1, 3)).reshape(batch * length, self.heads * self.width)
 
 
-class Compiled(nn.Cell):
+class CompiledAttentionCore(nn.Cell):
     """The same function as one compiled kernel, which needs no masks but the segments themselves."""
 
     def __init__(self, heads: int, kernels: str) -> None:
@@ -200,7 +198,7 @@ class Compiled(nn.Cell):
         return self.core(q, k, v, masks[0])[0]
 
 
-class SegmentsAlone(nn.Cell):
+class SegmentsAsMask(nn.Cell):
     """segments int32 [B, S] -> (segments,): what stands for the masks where the compiled kernel is used."""
 
     def construct(self, segments: Tensor) -> tuple[Tensor, ...]:
@@ -217,11 +215,11 @@ def is_native(layout: Layout, dropout: float) -> bool:
     return layout.native and dropout == 0.0
 
 
-def masking(heads: int, layout: Layout, dropout: float, compute: ms.dtype = ms.float32) -> nn.Cell:
+def attention_mask(heads: int, layout: Layout, dropout: float, compute: ms.dtype = ms.float32) -> nn.Cell:
     """The cell that turns segments [B, S] into what every layer's attention takes as `masks`."""
     if is_native(layout, dropout):
         return NativeMask(layout, compute)
-    return SegmentsAlone() if is_compiled(layout, dropout) else CausalMask(heads)
+    return SegmentsAsMask() if is_compiled(layout, dropout) else CausalMask(heads)
 
 
 class Attention(nn.Cell):
@@ -235,10 +233,10 @@ class Attention(nn.Cell):
         super().__init__()
         hidden, heads, dropout = model.hidden, model.heads, model.attention.dropout
         by_heads = (1, "tensor")
-        self.query = Affine(hidden, hidden, layout, compute, model.init_std, model.biases, by_heads)
-        self.key = Affine(hidden, hidden, layout, compute, model.init_std, model.biases, by_heads)
-        self.value = Affine(hidden, hidden, layout, compute, model.init_std, model.biases, by_heads)
-        self.projection = Affine(hidden, hidden, layout, compute, model.residual_std, model.biases, ("tensor", 1))
+        self.query = LinearCell(hidden, hidden, layout, compute, model.init_std, model.biases, by_heads)
+        self.key = LinearCell(hidden, hidden, layout, compute, model.init_std, model.biases, by_heads)
+        self.value = LinearCell(hidden, hidden, layout, compute, model.init_std, model.biases, by_heads)
+        self.projection = LinearCell(hidden, hidden, layout, compute, model.residual_std, model.biases, ("tensor", 1))
         self.normalises = model.attention.qk_norm
         if self.normalises:
             self.query_norm = NORMS[model.norm](hidden, model.norm_epsilon, layout)
@@ -249,9 +247,9 @@ class Attention(nn.Cell):
         if is_native(layout, dropout):
             self.core = NativeAttention(hidden, heads, layout, compute)
         elif is_compiled(layout, dropout):
-            self.core = Compiled(heads, layout.kernels)
+            self.core = CompiledAttentionCore(heads, layout.kernels)
         else:
-            self.core = Composed(hidden, heads, layout, compute, dropout, layer)
+            self.core = ComposedAttention(hidden, heads, layout, compute, dropout, layer)
 
     def construct(self, query_rows: Tensor, x: Tensor, masks: tuple[Tensor, ...], turns: tuple, keys: Tensor) -> Tensor:
         q, k = self.query(query_rows), self.key(x)

@@ -80,3 +80,8 @@ class WordEmbedding(nn.Cell):
             return self.lookup(table, tokens.reshape(-1))
         ids = (tokens + domain.reshape(-1, 1) * self.vocab).reshape(-1)
         return self.lookup(table.reshape(-1, table.shape[-1]), ids)
+
+
+# Position embeddings and query layers by their names in the configuration.
+POSITIONS = {"learned": LearnedPositions, "rope": RotaryPositions}
+QUERY_LAYERS = {"next_position": NextPositionQueries}

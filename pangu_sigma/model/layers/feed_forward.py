@@ -6,7 +6,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from pangu_sigma.config.model_section import ModelConfig
-from pangu_sigma.model.layers.linear_and_norm import Affine
+from pangu_sigma.model.layers.linear_and_norm import LinearCell
 from parallel.operator_layout import Layout
 from parallel.ops.compiled_kernels import CompiledFeedForward
 from parallel.ops.primitives import activation
@@ -15,17 +15,17 @@ from rre.feed_forward_form import NetworkForm
 
 def feed_forward(model: ModelConfig, form: NetworkForm, layout: Layout, compute: ms.dtype) -> nn.Cell:
     """The network of `form` in the model's sizes, which every token takes."""
-    return (GatedFeedForward if form.gated else DenseFeedForward)(model, form, layout, compute)
+    return (GatedFeedForward if form.gated else MlpFeedForward)(model, form, layout, compute)
 
 
-class DenseFeedForward(nn.Cell):
+class MlpFeedForward(nn.Cell):
     """x_TD -> y_TD: activation(x W_up + b_up) W_down + b_down, one network for every token; biases where there are."""
 
     def __init__(self, model: ModelConfig, form: NetworkForm, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
         std, biases, residual_std = model.init_std, form.biases, model.residual_std
-        self.up = Affine(model.hidden, model.ffn, layout, compute, std, biases, (1, "tensor"))
-        self.down = Affine(model.ffn, model.hidden, layout, compute, residual_std, biases, ("tensor", 1))
+        self.up = LinearCell(model.hidden, model.ffn, layout, compute, std, biases, (1, "tensor"))
+        self.down = LinearCell(model.ffn, model.hidden, layout, compute, residual_std, biases, ("tensor", 1))
         self.has_biases = form.biases
         self.uses_kernels = bool(layout.kernels)
         if self.uses_kernels:
@@ -47,10 +47,10 @@ class GatedFeedForward(nn.Cell):
     def __init__(self, model: ModelConfig, form: NetworkForm, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
         std, inner = model.init_std, ("rows", "tensor")
-        self.gate = Affine(model.hidden, model.ffn, layout, compute, std, biases=False, cut=(1, "tensor"))
-        self.up = Affine(model.hidden, model.ffn, layout, compute, std, biases=False, cut=(1, "tensor"))
+        self.gate = LinearCell(model.hidden, model.ffn, layout, compute, std, biases=False, cut=(1, "tensor"))
+        self.up = LinearCell(model.hidden, model.ffn, layout, compute, std, biases=False, cut=(1, "tensor"))
         down_std = model.residual_std
-        self.down = Affine(model.ffn, model.hidden, layout, compute, down_std, biases=False, cut=("tensor", 1))
+        self.down = LinearCell(model.ffn, model.hidden, layout, compute, down_std, biases=False, cut=("tensor", 1))
         self.uses_kernels = bool(layout.kernels)
         if self.uses_kernels:
             self.network = CompiledFeedForward(layout.kernels, form.activation, tensors=len(form.tensors))

@@ -11,7 +11,7 @@ from parallel.ops.primitives import layer_norm, linear, rms_norm
 from parallel.partition_spec import AxisSpec
 
 
-class Affine(nn.Cell):
+class LinearCell(nn.Cell):
     """x [T, in] -> x @ weight [in, out] + bias [out] if it has `biases`; weight ~ Normal(std), bias 0. `cut` names the
     mesh's axis that cuts the weight's rows, its columns, or neither."""
 
@@ -32,7 +32,7 @@ class Affine(nn.Cell):
         return self.linear(x, self.weight)
 
 
-class Norm(nn.Cell):
+class LayerNormCell(nn.Cell):
     """Layer normalisation of x_TD with learned gamma and beta [D], in float32."""
 
     def __init__(self, hidden: int, epsilon: float, layout: Layout) -> None:
@@ -45,7 +45,7 @@ class Norm(nn.Cell):
         return self.norm(x, self.gamma, self.beta)[0]
 
 
-class RootMeanSquareNorm(nn.Cell):
+class RmsNormCell(nn.Cell):
     """Normalisation of x_TD by its root mean square, with a learned gamma [D], in float32."""
 
     def __init__(self, hidden: int, epsilon: float, layout: Layout) -> None:
@@ -55,3 +55,6 @@ class RootMeanSquareNorm(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         return self.norm(x, self.gamma)[0]
+
+
+NORMS = {"layernorm": LayerNormCell, "rmsnorm": RmsNormCell}  # by their names in the configuration

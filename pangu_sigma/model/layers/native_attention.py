@@ -16,8 +16,8 @@ from mindspore import Tensor, nn, ops
 
 from parallel.operator_layout import Layout
 
-MASKED = -10000.0  # PanGu-alpha's value; its exponential is 0 in float32
-EVERYTHING = 2**31 - 1
+MASKED_SCORE = -10000.0  # PanGu-alpha's value; its exponential is 0 in float32
+WHOLE_WINDOW = 2**31 - 1
 
 
 def uses_flash(layout: Layout, compute: ms.dtype) -> bool:
@@ -41,7 +41,7 @@ class NativeMask(nn.Cell):
         self.cast = layout(ops.Cast(), three)
         self.for_heads = layout(ops.ExpandDims(), three)
         self.scale = layout(ops.Mul(), three, ())
-        self.masked = Tensor(MASKED, ms.float32)
+        self.masked = Tensor(MASKED_SCORE, ms.float32)
 
     def construct(self, segments: Tensor) -> tuple[Tensor, ...]:
         length = segments.shape[1]
@@ -69,7 +69,7 @@ class NativeAttention(nn.Cell):
         self.full = layout(ops.Cast(), ("rows", "tensor"))
         if self.flash:
             fused = ops.operations.nn_ops.FlashAttentionScore(
-                heads, 1.0, scale, EVERYTHING, EVERYTHING, 0, "BNSD", 0
+                heads, 1.0, scale, WHOLE_WINDOW, WHOLE_WINDOW, 0, "BNSD", 0
             )
             self.attention = layout(fused, four, four, four, ("rows", 1, 1, 1))
             return

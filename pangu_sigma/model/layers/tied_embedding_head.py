@@ -90,3 +90,6 @@ class UntiedHead(nn.Cell):
     def logits(self, h: Tensor, batch: int, domain: Tensor, table: Tensor) -> Tensor:
         """h_TD -> logits float32 [B, S, V]."""
         return self.tied.logits(h, batch, domain, self.word)
+
+
+HEADS = {"tied": TiedHead, "untied": UntiedHead}  # by their names in the configuration

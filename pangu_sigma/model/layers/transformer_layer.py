@@ -8,9 +8,9 @@ from mindspore import Tensor, nn, ops
 
 from pangu_sigma.config.model_section import ModelConfig
 from pangu_sigma.model.layers.attention import Attention
-from pangu_sigma.model.layers.backbone_parts import NORMS
 from pangu_sigma.model.layers.dropout import CountedDropout
 from pangu_sigma.model.layers.feed_forward import feed_forward
+from pangu_sigma.model.layers.linear_and_norm import NORMS
 from parallel.operator_layout import Layout
 
 

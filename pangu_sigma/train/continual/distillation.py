@@ -17,8 +17,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from pangu_sigma.model.batch_planner import PlannedBatch, Planner
-from pangu_sigma.model.graph_inputs import FlatSignature
+from pangu_sigma.model.batch_planner import BatchPlanner, RoutedBatch
+from pangu_sigma.model.graph_inputs import GraphSignature
 from pangu_sigma.model.pangu import PanGuSigma, TrainingLoss
 from pangu_sigma.train.continual.teacher import Reference
 from pangu_sigma.train.objective import Measured, Objective
@@ -58,7 +58,7 @@ class LossAgainst(TrainingLoss):
 
 
 @dataclass(frozen=True)
-class Beside(PlannedBatch):
+class Beside(RoutedBatch):
     """The text of a micro-batch once more, as if of an old domain: no label counts, and `held` [B, S] is compared."""
 
     held: np.ndarray
@@ -79,18 +79,18 @@ class RegularisedObjective(Objective):
         self.seed = seed
         self._nothing: Tensor | None = None
 
-    def cell(self, net: PanGuSigma, layout: Layout, signature: FlatSignature) -> nn.Cell:
+    def cell(self, net: PanGuSigma, layout: Layout, signature: GraphSignature) -> nn.Cell:
         return LossAgainst(net, layout, signature)
 
-    def extra_placeholders(self, signature: FlatSignature) -> tuple[Tensor, ...]:
+    def extra_placeholders(self, signature: GraphSignature) -> tuple[Tensor, ...]:
         shape = [signature.batch, signature.length]
         logits = [*shape, self.reference.model.vocab]
         return Tensor(shape=logits, dtype=ms.float32), Tensor(shape=shape, dtype=ms.float32)
 
-    def beside(self, batches: Sequence[PlannedBatch], planner: Planner) -> list[PlannedBatch]:
+    def beside(self, batches: Sequence[RoutedBatch], planner: BatchPlanner) -> list[RoutedBatch]:
         return [self._beside(part, batch, planner) for part, batch in enumerate(batches)] if self.through else []
 
-    def _beside(self, part: int, batch: PlannedBatch, planner: Planner) -> Beside:
+    def _beside(self, part: int, batch: RoutedBatch, planner: BatchPlanner) -> Beside:
         point = uniform(key64(self.seed, "old domain", batch.step), np.array([part]))[0]
         # Under the old domain's experts rows of other processes come here than under their own.
         by_rank, reads = planner.model.processes.gather(batch.sequences), planner.reads
@@ -102,7 +102,7 @@ class RegularisedObjective(Objective):
         planned = planner(every[reads], domain, samples, batch.step, nothing)
         return Beside(**{**vars(planned), "keys": batch.keys}, held=batch.mask)
 
-    def prepare(self, batch: PlannedBatch) -> Tensor:
+    def prepare(self, batch: RoutedBatch) -> Tensor:
         if self.through and not isinstance(batch, Beside):
             if self._nothing is None:
                 shape = (*batch.tokens.shape, self.reference.model.vocab)
@@ -111,19 +111,19 @@ class RegularisedObjective(Objective):
         return self.reference.logits(batch)
 
     def inputs(
-        self, batch: PlannedBatch, prepared: Tensor, scale: float, total: float, parts: int
+        self, batch: RoutedBatch, prepared: Tensor, scale: float, total: float, parts: int
     ) -> tuple[Tensor, ...]:
         weights, auxiliary = super().inputs(batch, prepared, scale, total, parts)
         if isinstance(batch, Beside):
             auxiliary = Tensor(0.0, ms.float32)
         return weights, auxiliary, prepared, Tensor(self._held(batch) * np.float32(self.output * scale / total))
 
-    def _held(self, batch: PlannedBatch) -> np.ndarray:
+    def _held(self, batch: RoutedBatch) -> np.ndarray:
         if isinstance(batch, Beside):
             return batch.held
         return np.zeros_like(batch.mask) if self.through else batch.mask
 
-    def measure(self, batch: PlannedBatch, prepared: Tensor, by_sample: np.ndarray) -> Measured:
+    def measure(self, batch: RoutedBatch, prepared: Tensor, by_sample: np.ndarray) -> Measured:
         count = float(self._held(batch).sum(dtype=np.float64))
         apart = float(by_sample[1].astype(np.float64).sum())
         return Measured(by_sample[0], self.units(batch), {"divergence": (apart, count)} if count else {})

@@ -10,7 +10,7 @@ from mindspore import Tensor
 from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.config import Config
 from pangu_sigma.errors import UserError
-from pangu_sigma.model.batch_planner import PlannedBatch
+from pangu_sigma.model.batch_planner import RoutedBatch
 from pangu_sigma.model.model import Model
 from pangu_sigma.model.scoring import Scorer
 from pangu_sigma.trained_model import trained_from
@@ -40,11 +40,11 @@ class Reference:
         self.domain = np.array([names.index(name) for name in own], np.int32)
         self.scorer = Scorer(model, rows, domains=min(rows, len(names)))
 
-    def token_losses(self, batch: PlannedBatch) -> np.ndarray:
+    def token_losses(self, batch: RoutedBatch) -> np.ndarray:
         """-log p of every label of the batch: float32 [B, S], in nats."""
         return self.scorer.losses(batch.sequences, self.domain[batch.domain])
 
-    def logits(self, batch: PlannedBatch) -> Tensor:
+    def logits(self, batch: RoutedBatch) -> Tensor:
         """The frozen model's logits at every position of the batch: float32 [B, S, V]."""
         return self.scorer.logits(batch.sequences, self.domain[batch.domain])
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from mindspore import Tensor
 
-from pangu_sigma.model.model import SLOTS, Model
+from pangu_sigma.model.model import DOMAIN_EMBEDDING, Model
 from pangu_sigma.train.optimizer import Gradients
 from pangu_sigma.train.schedule import Phase
 from pangu_sigma.train.step_metrics import Figures
@@ -50,8 +50,8 @@ class GradientReducer:
             gradients.shared_squares = self.model.store.square_sums(gradients.shared)
         # 2. Domain embeddings.
         domains = range(len(self.model.groups.names))
-        by_domain = {domain_id: gradients.experts.pop((SLOTS, domain_id), None) for domain_id in domains}
-        if SLOTS in self.model.store.experts:
+        by_domain = {domain_id: gradients.experts.pop((DOMAIN_EMBEDDING, domain_id), None) for domain_id in domains}
+        if DOMAIN_EMBEDDING in self.model.store.experts:
             gradients.experts |= self._embeddings_all_reduced(by_domain, figures, phase)
         # 3. Experts.
         if self.mesh.data > 1:
@@ -60,7 +60,7 @@ class GradientReducer:
     def global_norm(self, gradients: Gradients) -> float:
         """The global norm: shared parameters and domain embeddings count once, experts wherever they are."""
         shared, by_layer = gradients.squares(self.model.store)
-        replicated = float(shared.sum()) + by_layer.pop(SLOTS, 0.0)
+        replicated = float(shared.sum()) + by_layer.pop(DOMAIN_EMBEDDING, 0.0)
         # Replicas hold the same experts; the first of them counts them for all.
         local = sum(by_layer.values(), 0.0) if self.replicas[0] == self.processes.rank else 0.0
         return _root(replicated + float(self.processes.total(np.array([local]))[0]))
@@ -71,7 +71,7 @@ class GradientReducer:
 
     def num_updated_experts(self, figures: Sequence[Figures], phase: Phase) -> int:
         """Experts, of all processes, that the step updates; domain embeddings included."""
-        embeddings = len(self._domains_present(figures, phase)) if SLOTS in self.model.store.experts else 0
+        embeddings = len(self._domains_present(figures, phase)) if DOMAIN_EMBEDDING in self.model.store.experts else 0
         return embeddings + int(self._activated(figures, phase).sum())
 
     def _activated(self, figures: Sequence[Figures], phase: Phase) -> np.ndarray:
@@ -97,12 +97,12 @@ class GradientReducer:
     def _embeddings_all_reduced(
         self, by_domain: dict[int, list[Tensor] | None], figures: Sequence[Figures], phase: Phase
     ) -> dict[tuple[str, int], list[Tensor]]:
-        shape = self.model.store.shapes[SLOTS]["word"]
+        shape = self.model.store.shapes[DOMAIN_EMBEDDING]["word"]
         sums = {}
         for domain_id in self._domains_present(figures, phase):
             local = by_domain[domain_id]
             values = local[0].asnumpy() if local else np.zeros(shape, np.float32)
-            sums[(SLOTS, domain_id)] = [Tensor.from_numpy(self.processes.sum_float32(values))]
+            sums[(DOMAIN_EMBEDDING, domain_id)] = [Tensor.from_numpy(self.processes.sum_float32(values))]
         return sums
 
     def _experts_reduced(
@@ -111,7 +111,7 @@ class GradientReducer:
         """The sums of expert gradients over the data axis. Collectives are of all processes, so all expert parts take
         part: the i-th expert of every part travels if that of any part received a row."""
         activated, experts = self._activated(figures, phase), self.model.local_experts
-        sums = {key: tensors for key, tensors in local.items() if key[0] == SLOTS}
+        sums = {key: tensors for key, tensors in local.items() if key[0] == DOMAIN_EMBEDDING}
         for layer, layer_name in enumerate(self.model.config.model.sparse_prefixes):
             shapes = list(self.model.store.shapes[layer_name].values())
             size = sum(int(np.prod(s)) for s in shapes)

@@ -10,8 +10,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from pangu_sigma.data.packed_sequences import HeldoutSequences
-from pangu_sigma.model.batch_planner import PlannedBatch, Planner, graph_placeholders
-from pangu_sigma.model.graph_inputs import FlatSignature
+from pangu_sigma.model.batch_planner import BatchPlanner, RoutedBatch, graph_placeholders
+from pangu_sigma.model.graph_inputs import GraphSignature
 from pangu_sigma.model.model import Model
 from pangu_sigma.model.pangu import TrainingLoss
 from pangu_sigma.model.sharded_parameters import RehearsedParameters
@@ -31,7 +31,7 @@ class GroupSums(nn.Cell):
     As numbers, because MindSpore cuts whatever else an evaluation gives over all devices, however the rows were cut.
     """
 
-    def __init__(self, model: Model, signature: FlatSignature) -> None:
+    def __init__(self, model: Model, signature: GraphSignature) -> None:
         super().__init__(auto_prefix=False)
         layout, groups = model.layout, model.processes.mesh.placement_groups
         self.loss = TrainingLoss(model.net, layout, signature)
@@ -55,14 +55,14 @@ class Measurement:
     """One evaluation graph, whose slots take so many `rows` of a shard: a planned batch -> loss sums by group [G]."""
 
     def __init__(self, model: Model, batch: int, rows: int) -> None:
-        self.model, self.signature = model, model.measuring_signature(batch, rows)
-        self.planner = Planner(model, self.signature, training=False)
+        self.model, self.signature = model, model.mesh_evaluation_signature(batch, rows)
+        self.planner = BatchPlanner(model, self.signature, training=False)
         self.cell = GroupSums(model, self.signature)
         rehearsed = isinstance(model.shared, RehearsedParameters)
         self.rehearsal = Rehearsal(model, self.signature) if rehearsed else None
         self.graph = self.cell if rehearsed else InContext(self.cell, MeshContext(model, self.signature))
 
-    def __call__(self, planned: PlannedBatch) -> np.ndarray:
+    def __call__(self, planned: RoutedBatch) -> np.ndarray:
         fixed = planned.fixed
         inputs = [
             fixed[0], Tensor(planned.labels), Tensor(planned.mask), Tensor(np.float32(0.0)), *fixed[1:],
@@ -142,7 +142,7 @@ class MeshEvaluator:
 
     def _planned(
         self, ids: np.ndarray, mask: np.ndarray, domain: np.ndarray, idle: np.ndarray
-    ) -> tuple[PlannedBatch, Measurement]:
+    ) -> tuple[RoutedBatch, Measurement]:
         """The batch under the smallest graph that has room for it on all ranks."""
         for rows in self._rows:
             if rows not in self._made:

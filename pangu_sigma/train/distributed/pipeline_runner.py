@@ -14,8 +14,8 @@ from dataclasses import replace
 import numpy as np
 from mindspore import Parameter, Tensor
 
-from pangu_sigma.model.batch_planner import PlannedBatch
-from pangu_sigma.model.graph_inputs import FlatSignature
+from pangu_sigma.model.batch_planner import RoutedBatch
+from pangu_sigma.model.graph_inputs import GraphSignature
 from pangu_sigma.model.model import Model
 from pangu_sigma.model.pipeline_stages import stage_of
 from pangu_sigma.model.sharded_parameters import RehearsedParameters
@@ -34,7 +34,7 @@ from rre.dispatch.capacity_dispatch import PARAMETER_SPECS
 class StagedStep:
     """The face of a step's graph; `signature` is of one micro-batch. All processes call it together."""
 
-    def __init__(self, model: Model, signature: FlatSignature) -> None:
+    def __init__(self, model: Model, signature: GraphSignature) -> None:
         self.model, self.signature = model, signature
         self.processes, self.mesh = model.processes, model.processes.mesh
         self.layers = [layer for layer in signature.layers if layer.name in model.layer_names]
@@ -43,7 +43,7 @@ class StagedStep:
         self.tells = self.processes.rank == last
 
     def gradients(
-        self, batches: Sequence[PlannedBatch], phase: Phase, weight: float, readers: Sequence[int]
+        self, batches: Sequence[RoutedBatch], phase: Phase, weight: float, readers: Sequence[int]
     ) -> tuple[Gradients, list[Figures]]:
         """The gradients of what this process holds, and the figures of every micro-batch: losses of the whole step are
         the first one's. `weight`: of each token that counts (loss scale by tokens of the step); `readers`: ranks that
@@ -78,7 +78,7 @@ class StagedStep:
         """Set this stage's `experts` and run: see `PipelinedStep`, of this rank's parts."""
         raise NotImplementedError
 
-    def _inputs(self, batches: Sequence[PlannedBatch], weight: float) -> list[np.ndarray]:
+    def _inputs(self, batches: Sequence[RoutedBatch], weight: float) -> list[np.ndarray]:
         """This rank's rows of every micro-batch, one behind the other."""
         domains = np.eye(len(self.model.groups.names), dtype=np.float32)
         of_each = [
@@ -90,7 +90,7 @@ class StagedStep:
         ]  # fmt: skip
         return [np.concatenate(parts) for parts in zip(*of_each, strict=True)]
 
-    def _experts(self, batch: PlannedBatch) -> list[np.ndarray]:
+    def _experts(self, batch: RoutedBatch) -> list[np.ndarray]:
         """What this rank has of the activated experts of its stage, stacked as the graph takes them; the slots of a
         step are the same in all its micro-batches."""
         store, found = self.model.store, []
@@ -108,7 +108,7 @@ class StagedStep:
 class CutStages(StagedStep):
     """On devices: this rank's stage of the graph, which MindSpore cuts when this is made."""
 
-    def __init__(self, model: Model, signature: FlatSignature) -> None:
+    def __init__(self, model: Model, signature: GraphSignature) -> None:
         super().__init__(model, signature)
         if any(os.environ.get(name) != value for name, value in LOCAL_SLICES.items()):
             raise RuntimeError(f"a process of a pipeline stage needs {LOCAL_SLICES} in its environment")
@@ -139,7 +139,7 @@ class CutStages(StagedStep):
 class RehearsedStages(StagedStep):
     """The same of one process for each device, which computes all stages of what all ranks give."""
 
-    def __init__(self, model: Model, signature: FlatSignature) -> None:
+    def __init__(self, model: Model, signature: GraphSignature) -> None:
         super().__init__(model, signature)
         config, layers = model.config, model.config.model.layers
         self.micro_batches = config.train.gradient_accumulation_steps
@@ -201,6 +201,6 @@ class RehearsedStages(StagedStep):
         return Tensor(np.ascontiguousarray(gradient.asnumpy()[part]))
 
 
-def staged_step(model: Model, signature: FlatSignature) -> StagedStep:
+def staged_step(model: Model, signature: GraphSignature) -> StagedStep:
     """The step of a model with pipeline stages, cut over devices or rehearsed."""
     return (RehearsedStages if isinstance(model.shared, RehearsedParameters) else CutStages)(model, signature)

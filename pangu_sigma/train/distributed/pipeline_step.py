@@ -12,7 +12,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
 from pangu_sigma.model.batch_planner import fixed_inputs
-from pangu_sigma.model.graph_inputs import FlatSignature
+from pangu_sigma.model.graph_inputs import GraphSignature
 from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.model.pipeline_stages import stage_of
 from parallel.micro_batches import Accumulated, MicroBatches
@@ -31,7 +31,7 @@ class PipelinedLoss(nn.Cell):
     a vector is that of its sum.
     """
 
-    def __init__(self, net: PanGuSigma, layout: MeshLayout, signature: FlatSignature) -> None:
+    def __init__(self, net: PanGuSigma, layout: MeshLayout, signature: GraphSignature) -> None:
         super().__init__(auto_prefix=False)
         self.net = net
         weights = expert_tensors(signature).items()
@@ -67,7 +67,7 @@ class WholeStep(nn.Cell):
     """
 
     def __init__(
-        self, net: PanGuSigma, signature: FlatSignature, layout: MeshLayout, micro_batches: int, domains: int
+        self, net: PanGuSigma, signature: GraphSignature, layout: MeshLayout, micro_batches: int, domains: int
     ) -> None:
         super().__init__(auto_prefix=False)
         loss = PipelinedLoss(net, layout, signature)
@@ -93,7 +93,7 @@ class PipelinedStep(nn.Cell):
     """
 
     def __init__(
-        self, net: PanGuSigma, signature: FlatSignature, layout: MeshLayout, micro_batches: int, stage: int,
+        self, net: PanGuSigma, signature: GraphSignature, layout: MeshLayout, micro_batches: int, stage: int,
         optimizer_parallel: bool, domains: int,
     ) -> None:  # fmt: skip
         super().__init__(auto_prefix=False)
@@ -142,7 +142,7 @@ class PipelinedStep(nn.Cell):
         return objective, experts, shared, self.square_sums(*shared)
 
 
-def expert_tensors(signature: FlatSignature) -> dict[str, tuple[int, ...]]:
+def expert_tensors(signature: GraphSignature) -> dict[str, tuple[int, ...]]:
     """Name -> uncut shape [slots of a chunk, …] of every activated expert tensor, in the order of the flat inputs."""
     found = {}
     for layer_signature in signature.layers:
@@ -155,7 +155,7 @@ def expert_tensors(signature: FlatSignature) -> dict[str, tuple[int, ...]]:
 
 
 def step_inputs(
-    signature: FlatSignature, micro_batches: int, domains: int
+    signature: GraphSignature, micro_batches: int, domains: int
 ) -> list[tuple[tuple[int, ...], ms.dtype, PartitionSpec]]:
     """Whole shape, type and cut of every input of the graph of a step; `signature` is of one micro-batch."""
     fixed = fixed_inputs(signature.batch, signature.length)

@@ -14,7 +14,7 @@ from mindspore.nn.utils import no_init_parameters
 
 from pangu_sigma.config import Config
 from pangu_sigma.model.batch_planner import fixed_inputs
-from pangu_sigma.model.graph_inputs import FlatSignature
+from pangu_sigma.model.graph_inputs import GraphSignature
 from pangu_sigma.model.model import Model
 from pangu_sigma.train.distributed.pipeline_step import PipelinedStep, expert_tensors, step_inputs
 from pangu_sigma.train.objective import Objective
@@ -48,14 +48,14 @@ class MeshedStep:
             return SharedUpdate(mine, self.model.layout)
 
 
-def cut_inputs(config: Config, signature: FlatSignature) -> list[tuple[tuple[int, ...], ms.dtype, PartitionSpec]]:
+def cut_inputs(config: Config, signature: GraphSignature) -> list[tuple[tuple[int, ...], ms.dtype, PartitionSpec]]:
     """Whole shape, type and cut of every input of the step's graph; `signature` is of one micro-batch."""
     if config.parallel.pipeline > 1:
         return step_inputs(signature, config.train.gradient_accumulation_steps, len(config.domains))
     return [*fixed_inputs(signature.batch, signature.length).values(), *signature.sharded_inputs()]
 
 
-def parallel_context(model: Model, signature: FlatSignature) -> dict[str, Any]:
+def parallel_context(model: Model, signature: GraphSignature) -> dict[str, Any]:
     """What `mindspore.set_auto_parallel_context` must be told before the step is made."""
     config, layout = model.config, model.layout
     parallel = config.parallel
@@ -73,7 +73,7 @@ def parallel_context(model: Model, signature: FlatSignature) -> dict[str, Any]:
 class MeshContext:
     """While it is entered, graphs of `signature` are cut over the model's mesh as they are compiled."""
 
-    def __init__(self, model: Model, signature: FlatSignature) -> None:
+    def __init__(self, model: Model, signature: GraphSignature) -> None:
         self.values = parallel_context(model, signature)
 
     def __enter__(self) -> None:
@@ -100,7 +100,7 @@ class InContext:
 
 
 def meshed_step(
-    model: Model, signature: FlatSignature, rank: int, with_shared: bool = True, objective: Objective | None = None
+    model: Model, signature: GraphSignature, rank: int, with_shared: bool = True, objective: Objective | None = None
 ) -> MeshedStep:
     """The step of one rank; its parallel context must be set."""
     config, parallel = model.config, model.config.parallel

@@ -8,7 +8,7 @@ import numpy as np
 from mindspore import Tensor
 
 from pangu_sigma.model.batch_planner import fixed_inputs
-from pangu_sigma.model.graph_inputs import FlatSignature
+from pangu_sigma.model.graph_inputs import GraphSignature
 from pangu_sigma.model.model import Model
 from pangu_sigma.model.sharded_parameters import CutParameters, RehearsedParameters
 from pangu_sigma.train.distributed.spmd_step import InContext, MeshContext, meshed_step
@@ -22,7 +22,7 @@ Step = Callable[..., tuple]
 class StepGraphs:
     """The gradient steps of `signature`, one with shared gradients and one without."""
 
-    def __init__(self, model: Model, signature: FlatSignature) -> None:
+    def __init__(self, model: Model, signature: GraphSignature) -> None:
         self.model, self.signature = model, signature
         self._made: dict[bool, Step] = {}
 
@@ -44,7 +44,7 @@ class CutGraphs(StepGraphs):
     """Steps that MindSpore cuts over devices. The one with shared gradients is compiled at once: from then on the
     model's shared parameters are this rank's parts."""
 
-    def __init__(self, model: Model, signature: FlatSignature, objective: Objective) -> None:
+    def __init__(self, model: Model, signature: GraphSignature, objective: Objective) -> None:
         super().__init__(model, signature)
         self.context = MeshContext(model, signature)
         self(True, objective)
@@ -67,7 +67,7 @@ class RehearsedGraphs(StepGraphs):
 class Rehearsal:
     """Makes whole tensors of all ranks' parts, and parts of whole ones, where no device does it."""
 
-    def __init__(self, model: Model, signature: FlatSignature) -> None:
+    def __init__(self, model: Model, signature: GraphSignature) -> None:
         self.processes, self.shared = model.processes, model.shared
         fixed = fixed_inputs(signature.batch, signature.length).values()
         self.inputs = [(tuple(shape), cut) for shape, _, cut in (*fixed, *signature.sharded_inputs())]
@@ -93,7 +93,7 @@ class Rehearsal:
 class RehearsedStep:
     """A `GradientStep` of whole tensors behind the face of one that is cut."""
 
-    def __init__(self, cell: GradientStep, model: Model, signature: FlatSignature) -> None:
+    def __init__(self, cell: GradientStep, model: Model, signature: GraphSignature) -> None:
         self.cell, self.rehearsal, self.learned = cell, Rehearsal(model, signature), model.learned
         cuts = [cut for _, _, cut in signature.sharded_inputs()]
         self.experts = [cuts[i] for i in signature.differentiated]
@@ -115,7 +115,7 @@ class RehearsedStep:
         return part(by_sample, ("rows",)), auxiliary, counts, by_expert, [Tensor(a) for a in mine], Tensor(squares)
 
 
-def step_graphs(model: Model, signature: FlatSignature, objective: Objective) -> StepGraphs:
+def step_graphs(model: Model, signature: GraphSignature, objective: Objective) -> StepGraphs:
     """The steps of a model, in the form that its layout and its processes ask for."""
     if isinstance(model.shared, RehearsedParameters):
         return RehearsedGraphs(model, signature)

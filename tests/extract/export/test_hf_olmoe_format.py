@@ -20,7 +20,7 @@ from pangu_sigma.convert.import_olmoe import OlmoeImportSettings, import_olmoe
 from pangu_sigma.convert.olmoe_names import parts_of
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation.kv_cache_decoder import CachedDecoder
-from pangu_sigma.model.batch_planner import Planner
+from pangu_sigma.model.batch_planner import BatchPlanner
 from pangu_sigma.train.objective import Objective
 from pangu_sigma.train.step import GradientStep
 from pangu_sigma.trained_model import load_trained
@@ -125,7 +125,7 @@ def test_loss_auxiliary_loss_and_gradients_agree(theirs, ours, tokens):
     (loss + config.router_aux_loss_coef * pooled).backward()
 
     signature = ours.training_signature(BATCH)
-    planned = Planner(ours, signature, training=True)(tokens, np.zeros(BATCH, np.int32), np.arange(BATCH), 0)
+    planned = BatchPlanner(ours, signature, training=True)(tokens, np.zeros(BATCH, np.int32), np.arange(BATCH), 0)
     step = GradientStep(ours.net, signature, ours.layout, True, Objective())
     by_sample, auxiliary, _, by_expert, shared, _ = step(
         planned.fixed[0], Tensor(planned.labels), Tensor(planned.mask / np.float32(planned.mask.sum())),

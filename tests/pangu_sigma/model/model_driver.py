@@ -10,7 +10,7 @@ import numpy as np
 from mindspore import ParameterTuple, Tensor, nn, ops
 
 from pangu_sigma.config.model_section import ModelConfig
-from pangu_sigma.model.graph_inputs import FlatSignature, LayerSignature
+from pangu_sigma.model.graph_inputs import GraphSignature, LayerSignature
 from pangu_sigma.model.pangu import Logits, PanGuSigma, TrainingLoss
 from parallel.operator_layout import Layout
 from rre.dispatch.expert_dispatch import plan_by_expert, plan_in_blocks, plan_present
@@ -101,7 +101,7 @@ def make_tensors(config: ModelConfig, vocab: int, groups: Groups, seed: int = 0)
 class Step(nn.Cell):
     """Objective and gradients, as a training step computes them."""
 
-    def __init__(self, loss: TrainingLoss, signature: FlatSignature) -> None:
+    def __init__(self, loss: TrainingLoss, signature: GraphSignature) -> None:
         super().__init__(auto_prefix=False)
         self.loss = loss
         positions = tuple(8 + i for i in signature.differentiated) or None
@@ -139,8 +139,9 @@ class DrivenModel:
             )  # fmt: skip
             self.routers.append(ROUTERS[config.router].build(options))
         slots = groups.total if blocks is None else blocks
-        slot_table = (len(groups.names), vocab, config.hidden) if config.domain_parameters.embedding == "own" else None
-        self.signature = FlatSignature(
+        has_own = config.domain_parameters.embedding == "own"
+        domain_embedding_shape = (len(groups.names), vocab, config.hidden) if has_own else None
+        self.signature = GraphSignature(
             tuple(
                 LayerSignature(
                     p, slots, config.expert_network, self.learned,
@@ -148,7 +149,7 @@ class DrivenModel:
                 )  # fmt: skip
                 for p, router in zip(config.sparse_prefixes, self.routers, strict=True)
             ),
-            slot_table, batch, length, config.hidden, config.ffn,
+            domain_embedding_shape, batch, length, config.hidden, config.ffn,
         )  # fmt: skip
         self.net = PanGuSigma(config, vocab, self.routers, self.signature, layout, compute)
         shared = {name for name in tensors if not name.startswith("domains.")}
@@ -179,7 +180,7 @@ class DrivenModel:
     ) -> tuple[list[Tensor], list[tuple[np.ndarray, np.ndarray | None]]]:
         """The graph's variable inputs, and for every sparse layer the expert and the rows of each slot."""
         flat, slots = [], []
-        if self.signature.slot_table is not None:
+        if self.signature.domain_embedding_shape is not None:
             flat.append(Tensor(np.stack([self.tensors[f"domains.{d}.embedding.word"] for d in self.groups.names])))
         for router, layer_signature in zip(self.routers, self.signature.layers, strict=True):
             experts, rows = np.arange(self.groups.total), None
@@ -225,7 +226,7 @@ class DrivenModel:
         of_inputs, of_parameters = gradients if self.signature.differentiated else ((), gradients)
         named = {p.name: g.asnumpy() for p, g in zip(self.loss.trainable_params(), of_parameters, strict=True)}
         of_inputs = [g.asnumpy() for g in of_inputs]
-        if self.signature.slot_table is not None:
+        if self.signature.domain_embedding_shape is not None:
             table = of_inputs.pop(0)
             named |= {f"domains.{d}.embedding.word": table[i] for i, d in enumerate(self.groups.names)}
         objective, by_sample, auxiliary, counts = values

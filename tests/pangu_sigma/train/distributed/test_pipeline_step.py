@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import ParameterTuple, Tensor, ops
 
 from pangu_sigma.config import config_from_dict
-from pangu_sigma.model.batch_planner import Planner, fixed_inputs
+from pangu_sigma.model.batch_planner import BatchPlanner, fixed_inputs
 from pangu_sigma.model.build_model import build_model
 from pangu_sigma.model.pangu import TrainingLoss
 from pangu_sigma.model.pipeline_stages import stage_of
@@ -33,7 +33,7 @@ def test_micro_batches_of_one_graph_add_up():
     )  # fmt: skip
     model = build_model(config, VOCAB, 3, layout=WholeMesh(config.parallel.mesh))
     signature = model.training_signature(BATCH // MICRO)
-    planner = Planner(model, signature, training=True)
+    planner = BatchPlanner(model, signature, training=True)
     draw = np.random.default_rng(4)
     batches = []
     for number in range(MICRO):

@@ -44,7 +44,7 @@ def run_case(case: dict, processes, folder: Path | None = None) -> dict[str, np.
     from pangu_sigma.checkpoint import LazyTensor
     from pangu_sigma.data.mixture_sampler import Batch
     from pangu_sigma.model.build_model import build_model
-    from pangu_sigma.model.model import SLOTS
+    from pangu_sigma.model.model import DOMAIN_EMBEDDING
     from pangu_sigma.model.state_dict import tensor_parts
     from pangu_sigma.train.trainer import Trainer
     from tests.pangu_sigma.train.small_trainer import EOD, batch
@@ -63,7 +63,7 @@ def run_case(case: dict, processes, folder: Path | None = None) -> dict[str, np.
                 found[f"gradient {step} {name}"] = placed(tensor, model.shared.shapes[name], slices)
             for (layer_name, expert), tensors in gradients.experts.items():
                 for part, tensor in enumerate(tensors):
-                    if layer_name == SLOTS:
+                    if layer_name == DOMAIN_EMBEDDING:
                         found[f"gradient {step} {layer_name} {expert} {part}"] = tensor.asnumpy().copy()
                         continue
                     shard = shards[part]
