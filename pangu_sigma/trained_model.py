@@ -13,7 +13,7 @@ from pangu_sigma.checkpoint import Checkpoint, StoredTensors, resolve
 from pangu_sigma.checkpoint.float_types import as_float32
 from pangu_sigma.checkpoint.folder_layout import CHECKPOINTS
 from pangu_sigma.config import Config, config_from_dict
-from pangu_sigma.config.relocate import with_run_folder
+from pangu_sigma.config.load_config import with_run_folder
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
 from parallel.comm.processes import Processes

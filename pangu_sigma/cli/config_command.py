@@ -27,6 +27,8 @@ def config(
         raise UserError("no configuration is given: name a YAML file, or use --describe for a list of all keys")
     from pangu_sigma.config import load_config
     from pangu_sigma.config.config_text import json_text, yaml_text
+    from pangu_sigma.data.tokenizers.vocabulary_size import vocabulary_size
 
     effective = load_config(file, overrides or ())
-    typer.echo(json_text(effective) if as_json else yaml_text(effective))
+    to_text = json_text if as_json else yaml_text
+    typer.echo(to_text(effective, vocabulary_size(effective)))

@@ -66,7 +66,7 @@ def evaluate(
     if shots or shots_from is not None or max_tokens != 64 or stop:
         raise UserError("--shots, --shots-from, --max-tokens and --stop say how questions are asked: add --tasks FILE")
     if domain is not None:
-        from pangu_sigma.config.rules import INFERRED_DOMAIN
+        from pangu_sigma.config.data_section import INFERRED_DOMAIN
 
         if domain != INFERRED_DOMAIN:
             raise UserError(

@@ -8,7 +8,7 @@ from pangu_sigma.config.init_from import (
     with_vocabulary_size,
 )
 from pangu_sigma.config.load_config import config_from_dict, effective, load_config
-from pangu_sigma.config.parameter_counts import Counts, manifest, parameter_counts, vocabulary_size
+from pangu_sigma.config.parameter_counts import Counts, manifest, parameter_counts
 from pangu_sigma.config.resume_rules import changed_keys, check_resume
 from pangu_sigma.config.schema import Config
 from pangu_sigma.config.schema_versions import SCHEMA_VERSION
@@ -25,7 +25,6 @@ __all__ = [
     "load_config",
     "manifest",
     "parameter_counts",
-    "vocabulary_size",
     "with_start_of",
     "with_tokenizer_of",
     "with_vocabulary",

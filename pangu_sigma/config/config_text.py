@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 
 from pangu_sigma.config.key_descriptions import keys
-from pangu_sigma.config.parameter_counts import Counts, parameter_counts, vocabulary_size
+from pangu_sigma.config.parameter_counts import Counts, parameter_counts
 from pangu_sigma.config.schema import Config
 
 
-def json_text(config: Config) -> str:
+def json_text(config: Config, vocabulary: int) -> str:
     """JSON with `config`, `vocabulary` (rows of the word embedding) and `parameters` (see `Counts`)."""
-    rows = vocabulary_size(config)
-    parts = {"config": config.to_dict(), "vocabulary": rows, "parameters": parameter_counts(config, rows).to_dict()}
+    counts = parameter_counts(config, vocabulary).to_dict()
+    parts = {"config": config.to_dict(), "vocabulary": vocabulary, "parameters": counts}
     return json.dumps(parts, ensure_ascii=False, indent=2)
 
 
-def yaml_text(config: Config) -> str:
+def yaml_text(config: Config, vocabulary: int) -> str:
     """The configuration as YAML with the parameter counts as comments under it: the output is a configuration too."""
-    rows = vocabulary_size(config)
-    comments = "\n".join(f"# {line}" for line in _count_lines(parameter_counts(config, rows), rows))
+    counts = parameter_counts(config, vocabulary)
+    comments = "\n".join(f"# {line}" for line in _count_lines(counts, vocabulary))
     return f"{config.to_yaml()}\n{comments}"
 
 

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from pangu_sigma.config.section import ListOf, Section
+from pangu_sigma.config.section import ListOf, Section, Violations
 
 # A domain's name becomes a file name and a part of tensor names.
 DomainName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
 Text = Annotated[str, StringConstraints(min_length=1)]
+# A checkpoint stores a domain in a file of its name, beside files and folders that have these names.
+RESERVED_NAMES = frozenset(
+    {"shared", "manifest", "config", "tokenizer", "probe", "optimizer", "state", "trainer", "domains", "all", "none"}
+)
+# The command line takes it in a domain's place: the domain is to be inferred from the text.
+INFERRED_DOMAIN = "auto"
+# Large files of a checkpoint are numbered so.
+_SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}$")
+PANGU_ALPHA_VOCABULARY = 40000
 # `data.stream.path` of documents that come through standard input.
 STANDARD_INPUT = "-"
 
@@ -33,6 +43,31 @@ class DomainConfig(Section):
     experts: int = Field(4, ge=1, description="Size of the domain's expert group in every sparse layer.")
     weight: float = Field(1.0, ge=0, description="How often the domain is drawn, relative to the others.")
 
+    def violations(self, key: str) -> Violations:
+        """Broken rules of the domain, which stands at `key`."""
+        if self.name in RESERVED_NAMES:
+            yield (
+                f"{key}.name",
+                f"{key}.name = {self.name} is reserved for a file of the checkpoint: choose another name",
+            )
+        if self.name == INFERRED_DOMAIN:
+            yield (
+                f"{key}.name",
+                f"{key}.name = {self.name} is reserved: --domain {self.name} has a text's domain inferred; choose "
+                "another name",
+            )
+        if self.stars_field is not None and self.filters != "code":
+            yield (
+                f"{key}.stars_field",
+                f"{key}.stars_field is set, but only code is judged by its stars: set it to null, or {key}.filters to "
+                "code",
+            )
+        if _SHARD_NUMBER.search(self.name):
+            yield (
+                f"{key}.name",
+                f"{key}.name = {self.name} ends like a numbered file of the checkpoint: choose another name",
+            )
+
 
 class TokenizerConfig(Section):
     """Where the tokenizer comes from."""
@@ -43,6 +78,25 @@ class TokenizerConfig(Section):
     )
     path: Text | None = Field(None, description="The tokenizer's model file; null if and only if it is trained.")
     vocab_size: int = Field(4096, ge=64, description="Number of pieces of a trained tokenizer.")
+
+    @property
+    def known_size(self) -> int | None:
+        """Size of the vocabulary where no file has to be read for it, else None."""
+        return {"train": self.vocab_size, "pangu_alpha": PANGU_ALPHA_VOCABULARY}.get(self.kind)
+
+    def violations(self) -> Violations:
+        """Broken rules of the tokenizer section."""
+        if self.kind == "train" and self.path is not None:
+            yield (
+                "data.tokenizer.path",
+                "data.tokenizer.path is set, but data.tokenizer.kind is train: set the path to null, "
+                "or the kind to sentencepiece, pangu_alpha or huggingface",
+            )
+        if self.kind != "train" and self.path is None:
+            yield (
+                "data.tokenizer.path",
+                f"data.tokenizer.path is missing: data.tokenizer.kind = {self.kind} needs the tokenizer's model file",
+            )
 
 
 class StreamConfig(Section):

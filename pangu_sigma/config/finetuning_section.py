@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
 
 from pangu_sigma.config.data_section import DomainName, Text
-from pangu_sigma.config.section import ListOf, Section
+from pangu_sigma.config.section import ListOf, Section, Violations
 
 
 class ExamplesConfig(Section):
@@ -39,3 +41,19 @@ class AdaptConfig(Section):
     auxiliary_losses: bool = Field(
         False, description="Whether the routers' auxiliary losses (balance, importance, load, z) count too."
     )
+
+    def violations(self, domains: Sequence[str]) -> Violations:
+        """Broken rules of the examples of a model that has these domains."""
+        seen: set[str] = set()
+        for index, examples in enumerate(self.examples):
+            key = f"adapt.examples.{index}.name"
+            if examples.name not in domains:
+                yield key, f"{key} = {examples.name} is no domain of the model: it has {', '.join(domains)}"
+            if examples.name in seen:
+                yield key, f"{key} = {examples.name} is named twice: list all its files in one item"
+            seen.add(examples.name)
+        if not 0 < sum(examples.weight for examples in self.examples) < math.inf:
+            yield (
+                "adapt.examples",
+                "the weights of adapt.examples do not add up to a positive number: give at least one a positive weight",
+            )

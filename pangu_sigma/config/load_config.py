@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from os.path import abspath, expanduser, join
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from os.path import abspath, expanduser, join, relpath
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from pydantic import ValidationError
 
 from pangu_sigma.config.data_section import STANDARD_INPUT
 from pangu_sigma.config.overrides import apply_overrides
+from pangu_sigma.config.rules import violations
 from pangu_sigma.config.schema import Config
 from pangu_sigma.config.schema_versions import SCHEMA_VERSION, refuse_old_file, refuse_old_folder
-from pangu_sigma.config.validation_messages import problems_of, shown
+from pangu_sigma.config.validation_messages import Problem, problems_of, shown
 from pangu_sigma.config.yaml_text import parse_yaml
 from pangu_sigma.errors import UserError
 
@@ -75,7 +76,18 @@ def effective(config: Config) -> Config:
         values["schedule"]["decay_steps"] = train["steps"] - values["schedule"]["anneal_steps"]
     if train["phases"] and train["phases"][-1]["steps"] is None:
         train["phases"][-1]["steps"] = train["steps"] - sum(phase["steps"] for phase in train["phases"][:-1])
-    return Config.model_validate(values)
+    return _validated(values, "the effective configuration", lambda key: "the effective configuration")
+
+
+def with_run_folder(config: Config, run_dir: Path) -> dict[str, Any]:
+    """The configuration as a mapping, with `run_dir`; a cache that lay in the old run's folder lies in this one."""
+    values = config.to_dict()
+    old, cache = values["run"]["dir"], values["data"]["cache"]
+    values["run"]["dir"] = str(run_dir.resolve())
+    inside = relpath(cache, old)
+    if not inside.startswith(".."):
+        values["data"]["cache"] = join(values["run"]["dir"], inside)
+    return values
 
 
 def _absolute(path: str) -> str:
@@ -127,11 +139,20 @@ def _validated(values: dict[str, Any], source: str, blame: Callable[[str], str])
             f"reads schema_version {SCHEMA_VERSION}"
         )
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
     except ValidationError as error:
-        first, *others = problems_of(error)
-        more = ""
-        if others:
-            keys = ", ".join(dict.fromkeys(problem.key for problem in others))
-            more = f" ({len(others)} more problem{'s' if len(others) > 1 else ''}: {keys})"
-        raise UserError(f"{blame(first.key)}: {first.sentence}{more}") from error
+        raise _refusal(problems_of(error), blame) from error
+    problems = [Problem(key, sentence) for key, sentence in violations(config)]
+    if problems:
+        raise _refusal(problems, blame)
+    return config
+
+
+def _refusal(problems: Sequence[Problem], blame: Callable[[str], str]) -> UserError:
+    """The error that tells the first of the problems and names the keys of the others."""
+    first, *others = problems
+    more = ""
+    if others:
+        keys = ", ".join(dict.fromkeys(problem.key for problem in others))
+        more = f" ({len(others)} more problem{'s' if len(others) > 1 else ''}: {keys})"
+    return UserError(f"{blame(first.key)}: {first.sentence}{more}")

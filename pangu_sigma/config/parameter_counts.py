@@ -10,11 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from pangu_sigma.config.rules import PANGU_ALPHA_VOCABULARY
 from pangu_sigma.config.schema import Config
-from pangu_sigma.errors import UserError
 from rre.feed_forward_form import NetworkForm
 from rre.router_specs import LAYER
 
@@ -96,34 +93,6 @@ def layer_name_and_owner(name: str) -> tuple[str, str]:
 def is_expert(name: str) -> bool:
     """Whether a tensor's name is that of an expert group's weights, with the experts on the first axis."""
     return ".experts." in name
-
-
-def vocabulary_size(config: Config) -> int:
-    """Rows of the word embedding: model.vocab_size, or the tokenizer's size.
-
-    Raises UserError if a given SentencePiece model must be asked and cannot be read.
-    """
-    tokenizer = config.data.tokenizer
-    if config.model.vocab_size is not None:
-        return config.model.vocab_size
-    if tokenizer.kind == "train":
-        return tokenizer.vocab_size
-    if tokenizer.kind == "pangu_alpha":
-        return PANGU_ALPHA_VOCABULARY
-    path = Path(str(tokenizer.path))
-    if not path.is_file():
-        raise UserError(f"data.tokenizer.path = {path} does not exist: give the path of a SentencePiece model")
-    if tokenizer.kind == "huggingface":
-        from pangu_sigma.data.tokenizers.tokenizer_registry import read_model, tokenizer_class
-
-        model = read_model(path, tokenizer.kind)
-        return tokenizer_class(tokenizer.kind)(model, eod_id=0, origin=f"data.tokenizer.path = {path}").vocab_size
-    import sentencepiece
-
-    try:
-        return int(sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size())
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"data.tokenizer.path = {path} is not a SentencePiece model: give another file") from error
 
 
 def _shared(config: Config, vocab_size: int) -> Iterator[tuple[str, Shape]]:

@@ -1,103 +1,54 @@
-"""Rules between fields. Each yields (key, sentence) for what is wrong; all are checked before any device work."""
+"""Rules between sections of the configuration; `load_config` checks them all, before any device work."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator
 from os.path import abspath, expanduser
-from typing import TYPE_CHECKING
 
-from pangu_sigma.config.finetuning_rules import broken_adaptation_rules
 from pangu_sigma.config.mesh_rules import broken_mesh_rules
 from pangu_sigma.config.model_rules import broken_model_rules
 from pangu_sigma.config.phase_rules import broken_phase_rules, broken_stream_rules
-
-if TYPE_CHECKING:
-    from pangu_sigma.config.schema import Config
-
-Broken = Iterator[tuple[str, str]]
-
-# A checkpoint stores a domain in a file of its name, beside files and folders that have these names.
-RESERVED_NAMES = frozenset(
-    {"shared", "manifest", "config", "tokenizer", "probe", "optimizer", "state", "trainer", "domains", "all", "none"}
-)
-
-# The command line takes it in a domain's place: the domain is to be inferred from the text.
-INFERRED_DOMAIN = "auto"
-
-# Large files of a checkpoint are numbered so.
-_SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}$")
-
-PANGU_ALPHA_VOCABULARY = 40000
+from pangu_sigma.config.schema import Config
+from pangu_sigma.config.section import Violations
 
 
-class RulesBroken(ValueError):
-    """Carries all broken rules as (key, sentence) pairs through pydantic's own error."""
-
-    def __init__(self, broken: list[tuple[str, str]]) -> None:
-        super().__init__("; ".join(sentence for _, sentence in broken))
-        self.broken = broken
-
-
-def broken_rules(config: Config) -> list[tuple[str, str]]:
-    """All broken rules of a configuration whose single fields are right, as (key, sentence) pairs."""
-    checks = (broken_model_rules, _domains, _tokenizer, _data, _schedule, _train, _around, _experts)
-    checks += (broken_mesh_rules, broken_phase_rules, broken_stream_rules, broken_adaptation_rules)
-    return [problem for check in checks for problem in check(config)]
+def violations(config: Config) -> Violations:
+    """All broken rules of a configuration whose single fields are right, those inside one section included."""
+    checks = (broken_model_rules, _domains, _tokenizer, _data, _schedule, _train, _run, _experts)
+    checks += (broken_mesh_rules, broken_phase_rules, broken_stream_rules, _adapt)
+    for check in checks:
+        yield from check(config)
 
 
-def _domains(config: Config) -> Broken:
+def _domains(config: Config) -> Violations:
     seen: set[str] = set()
     for index, domain in enumerate(config.domains):
-        key = f"domains.{index}.name"
+        key = f"domains.{index}"
         if domain.name in seen:
-            yield key, f"{key} = {domain.name} is the name of an earlier domain: give every domain its own name"
+            yield (
+                f"{key}.name",
+                f"{key}.name = {domain.name} is the name of an earlier domain: give every domain its own name",
+            )
         seen.add(domain.name)
-        if domain.name in RESERVED_NAMES:
-            yield key, f"{key} = {domain.name} is reserved for a file of the checkpoint: choose another name"
-        if domain.name == INFERRED_DOMAIN:
-            yield (
-                key,
-                f"{key} = {domain.name} is reserved: --domain {domain.name} has a text's domain inferred; choose "
-                "another name",
-            )
-        if domain.stars_field is not None and domain.filters != "code":
-            yield (
-                f"domains.{index}.stars_field",
-                f"domains.{index}.stars_field is set, but only code is judged by its stars: set it to null, or "
-                f"domains.{index}.filters to code",
-            )
-        if _SHARD_NUMBER.search(domain.name):
-            yield key, f"{key} = {domain.name} ends like a numbered file of the checkpoint: choose another name"
+        yield from domain.violations(key)
     if not 0 < sum(domain.weight for domain in config.domains) < math.inf:
         yield (
             "domains",
             "the weights of the domains do not add up to a positive number: give at least one a positive weight",
         )
-    wanted = config.data.max_domains_per_batch
-    if wanted is not None and wanted > len(config.domains):
+    limit = config.data.max_domains_per_batch
+    if limit is not None and limit > len(config.domains):
         yield (
             "data.max_domains_per_batch",
-            f"data.max_domains_per_batch = {wanted} is more than the {len(config.domains)} domains there are: "
+            f"data.max_domains_per_batch = {limit} is more than the {len(config.domains)} domains there are: "
             f"set it to at most {len(config.domains)}",
         )
 
 
-def _tokenizer(config: Config) -> Broken:
+def _tokenizer(config: Config) -> Violations:
     tokenizer, model = config.data.tokenizer, config.model
-    if tokenizer.kind == "train" and tokenizer.path is not None:
-        yield (
-            "data.tokenizer.path",
-            "data.tokenizer.path is set, but data.tokenizer.kind is train: set the path to null, "
-            "or the kind to sentencepiece, pangu_alpha or huggingface",
-        )
-    if tokenizer.kind != "train" and tokenizer.path is None:
-        yield (
-            "data.tokenizer.path",
-            f"data.tokenizer.path is missing: data.tokenizer.kind = {tokenizer.kind} needs the tokenizer's model file",
-        )
-    known = {"train": tokenizer.vocab_size, "pangu_alpha": PANGU_ALPHA_VOCABULARY}.get(tokenizer.kind)
+    yield from tokenizer.violations()
+    known = tokenizer.known_size
     if known is not None and model.vocab_size is not None and model.vocab_size < known:
         yield (
             "model.vocab_size",
@@ -123,7 +74,7 @@ def _tokenizer(config: Config) -> Broken:
                 )
 
 
-def _data(config: Config) -> Broken:
+def _data(config: Config) -> Violations:
     data = config.data
     if data.sequence_length > config.model.positions:
         yield (
@@ -145,7 +96,7 @@ def _data(config: Config) -> Broken:
         )
 
 
-def _schedule(config: Config) -> Broken:
+def _schedule(config: Config) -> Violations:
     schedule, steps = config.schedule, config.train.steps
     if schedule.warmup_steps > steps:
         yield (
@@ -173,19 +124,9 @@ def _schedule(config: Config) -> Broken:
         )
 
 
-def _train(config: Config) -> Broken:
+def _train(config: Config) -> Violations:
     train = config.train
-    if train.batch_size % train.gradient_accumulation_steps:
-        yield (
-            "train.gradient_accumulation_steps",
-            f"train.gradient_accumulation_steps = {train.gradient_accumulation_steps} does not divide "
-            f"train.batch_size = {train.batch_size}: choose a batch that is a multiple of it",
-        )
-    if train.stop_at is not None and train.stop_at > train.steps:
-        yield (
-            "train.stop_at",
-            f"train.stop_at = {train.stop_at} is more than train.steps = {train.steps}: set it lower or to null",
-        )
+    yield from train.violations()
     if train.precision == "bfloat16" and config.run.device == "CPU":
         yield (
             "train.precision",
@@ -200,12 +141,12 @@ def _train(config: Config) -> Broken:
         )
 
 
-def _around(config: Config) -> Broken:
-    begin = config.run.init_from
-    if begin is not None and abspath(expanduser(begin)) == abspath(expanduser(config.run.dir)):
+def _run(config: Config) -> Violations:
+    init_from = config.run.init_from
+    if init_from is not None and abspath(expanduser(init_from)) == abspath(expanduser(config.run.dir)):
         yield (
             "run.init_from",
-            f"run.init_from = {begin} is the run's own folder: continue it with --resume, or choose "
+            f"run.init_from = {init_from} is the run's own folder: continue it with --resume, or choose "
             "another run.dir",
         )
     profile, steps = config.run.profile, config.train.steps
@@ -217,7 +158,7 @@ def _around(config: Config) -> Broken:
         )
 
 
-def _experts(config: Config) -> Broken:
+def _experts(config: Config) -> Violations:
     store = config.experts.store
     if store != "device" and config.model.router_spec.learned:
         yield (
@@ -225,3 +166,35 @@ def _experts(config: Config) -> Broken:
             f"experts.store = {store}, but a learned gate ({config.model.router_setting}) chooses "
             "among all experts inside the step: set experts.store to device",
         )
+
+
+def _adapt(config: Config) -> Violations:
+    if config.adapt is None:
+        return
+    yield from config.adapt.violations(config.domain_names)
+    if config.run.init_from is None:
+        yield (
+            "run.init_from",
+            "run.init_from is null, but adapt changes a trained model: run it with pangu-sigma "
+            f"{config.adapt.objective} MODEL FILE.yaml",
+        )
+    if config.adapt.heldout_fraction == 0 and config.evaluate.every:
+        yield (
+            "evaluate.every",
+            f"evaluate.every = {config.evaluate.every} needs held-out examples, but adapt.heldout_fraction is 0: "
+            "set evaluate.every to 0 or hold some examples out",
+        )
+    if config.data.stream is not None:
+        yield "data.stream", "data.stream has no use where adapt names the examples: set it to null"
+    drawn = {examples.name for examples in config.adapt.examples if examples.weight}
+    for index, phase in enumerate(config.train.phases):
+        key = f"train.phases.{index}"
+        for name, weight in (phase.weights or {}).items():
+            if weight and name not in drawn:
+                yield f"{key}.weights.{name}", f"{key}.weights draws {name}, which adapt.examples has no examples of"
+        if phase.shared == "regularised" or phase.replay:
+            yield (
+                key,
+                f"{key} is held near the previous model or replays text, which adapt does not do: leave shared "
+                "regularised and replay out",
+            )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from pangu_sigma.config import rules
 from pangu_sigma.config.data_section import DataConfig, DomainConfig
 from pangu_sigma.config.finetuning_section import AdaptConfig
 from pangu_sigma.config.model_section import ModelConfig
@@ -16,7 +15,7 @@ from pangu_sigma.config.training_sections import OptimizerConfig, ScheduleConfig
 
 
 class Config(Section):
-    """A complete, checked configuration; the cross-field rules of `rules.py` hold for every instance."""
+    """The whole configuration as data. `load_config` makes it and checks the rules between its keys (`rules.py`)."""
 
     schema_version: Literal[2] = Field(description="Version of this schema.")
     run: RunConfig = Field(description="Where a run lives and what it writes.")
@@ -33,13 +32,6 @@ class Config(Section):
     adapt: AdaptConfig | None = Field(
         None, description="What pangu-sigma sft and dpo fine-tune a model on; null trains on the domains' text."
     )
-
-    @model_validator(mode="after")
-    def _obeys_the_rules(self) -> Config:
-        broken = rules.broken_rules(self)
-        if broken:
-            raise rules.RulesBroken(broken)
-        return self
 
     @property
     def domain_names(self) -> tuple[str, ...]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Strict
 
 Item = TypeVar("Item")
+# Broken rules, each as the key path that it belongs to and a sentence: what is wrong and what to do.
+Violations = Iterator[tuple[str, str]]
 
 # YAML knows lists only; they are stored as tuples, because a frozen section must not hold anything that can be changed.
 ListOf = Annotated[tuple[Item, ...], Strict(False)]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from pangu_sigma.config.data_section import DomainName
-from pangu_sigma.config.section import ListOf, Section
+from pangu_sigma.config.section import ListOf, Section, Violations
 
 
 class OptimizerConfig(Section):
@@ -130,3 +130,17 @@ class TrainConfig(Section):
     phases: ListOf[PhaseConfig] = Field(
         (), description="Phases of the run, one after the other; an empty list trains everything throughout."
     )
+
+    def violations(self) -> Violations:
+        """Broken rules of the section, its phases apart."""
+        if self.batch_size % self.gradient_accumulation_steps:
+            yield (
+                "train.gradient_accumulation_steps",
+                f"train.gradient_accumulation_steps = {self.gradient_accumulation_steps} does not divide "
+                f"train.batch_size = {self.batch_size}: choose a batch that is a multiple of it",
+            )
+        if self.stop_at is not None and self.stop_at > self.steps:
+            yield (
+                "train.stop_at",
+                f"train.stop_at = {self.stop_at} is more than train.steps = {self.steps}: set it lower or to null",
+            )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from pangu_sigma.config.key_descriptions import allowed_at, field_at, keys, section_at
-from pangu_sigma.config.rules import RulesBroken
 from pangu_sigma.config.schema import Config
 from pangu_sigma.config.schema_versions import SCHEMA_VERSION, changed_name
 from pangu_sigma.config.section import Section
@@ -32,24 +31,19 @@ def problems_of(error: ValidationError, root: type[Section] = Config) -> list[Pr
         # A list with a wrong item is also reported as too short: only the innermost place is the user's mistake.
         if any(len(other) > len(place) and other[: len(place)] == place for other in places):
             continue
-        result.extend(_problems(item, place, root))
+        result.append(_problem(item, place, root))
     return result
 
 
-def _problems(item: Any, place: tuple[str | int, ...], root: type[Section]) -> Iterator[Problem]:
-    broken = item.get("ctx", {}).get("error")
-    if isinstance(broken, RulesBroken):
-        yield from (Problem(key, sentence) for key, sentence in broken.broken)
-        return
+def _problem(item: Any, place: tuple[str | int, ...], root: type[Section]) -> Problem:
     key = dotted(place)
     if item["type"] == "missing":
         meaning = getattr(field_at(place, root), "description", None)
         meant = f" ({meaning})" if meaning else ""
-        yield Problem(key, f"{key} is missing: set it to {allowed_at(place, root)}{meant}")
-    elif item["type"] == "extra_forbidden":
-        yield Problem(key, unknown_key(place, root))
-    else:
-        yield Problem(key, f"{key} = {shown(item['input'])} is not allowed: it must be {allowed_at(place, root)}")
+        return Problem(key, f"{key} is missing: set it to {allowed_at(place, root)}{meant}")
+    if item["type"] == "extra_forbidden":
+        return Problem(key, unknown_key(place, root))
+    return Problem(key, f"{key} = {shown(item['input'])} is not allowed: it must be {allowed_at(place, root)}")
 
 
 def unknown_key(place: Sequence[str | int], root: type[Section] = Config) -> str:

@@ -28,7 +28,7 @@ from pangu_sigma.checkpoint.run_config_file import CONFIG_BEFORE, DOMAIN_CHANGES
 from pangu_sigma.checkpoint.run_lock import locked_folder
 from pangu_sigma.config import Config
 from pangu_sigma.config.domain_edits import checked
-from pangu_sigma.config.relocate import with_run_folder
+from pangu_sigma.config.load_config import with_run_folder
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.monitor.result_files import write_text

@@ -10,7 +10,7 @@ from pangu_sigma.checkpoint.edited_checkpoint import ChangedCheckpoint, kept_fil
 from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.config import config_from_dict
 from pangu_sigma.config.finetuning_file import without_adaptation
-from pangu_sigma.config.relocate import with_run_folder
+from pangu_sigma.config.load_config import with_run_folder
 from pangu_sigma.domains.checkpoint_editor import EditedTensors, EditResult, check_router
 from pangu_sigma.domains.sibling_models import check_siblings, different_tensors, domain_names
 from pangu_sigma.errors import UserError

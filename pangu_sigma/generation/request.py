@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from pangu_sigma.config.rules import INFERRED_DOMAIN
+from pangu_sigma.config.data_section import INFERRED_DOMAIN
 from pangu_sigma.errors import UserError
 
 if TYPE_CHECKING:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from pangu_sigma.config import Config, config_from_dict, parameter_counts, vocabulary_size
+from pangu_sigma.config import Config, config_from_dict, parameter_counts
 from pangu_sigma.config.capacity_sizes import dispatch
+from pangu_sigma.data.tokenizers.vocabulary_size import vocabulary_size
 from pangu_sigma.errors import UserError
 from pangu_sigma.plan.hardware import GIB, PAPER_DEVICES, PAPER_TOKENS_PER_SECOND, Hardware
 from pangu_sigma.plan.memory_estimate import device_bytes, host_bytes

@@ -19,7 +19,8 @@ import mindspore as ms
 from mindspore import Tensor
 from mindspore.nn.utils import no_init_parameters
 
-from pangu_sigma.config import Config, load_config, vocabulary_size
+from pangu_sigma.config import Config, load_config
+from pangu_sigma.data.tokenizers.vocabulary_size import vocabulary_size
 from pangu_sigma.model.build_model import build_model
 from pangu_sigma.train.distributed.spmd_step import MeshedStep, meshed_step, parallel_context
 from parallel.dry.dry_process import start_semi_auto

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from pangu_sigma.config import Config, manifest, vocabulary_size
+from pangu_sigma.config import Config, manifest
 from pangu_sigma.config.capacity_sizes import activated_slots, samples_at_a_time
 from pangu_sigma.config.parameter_counts import is_expert, is_routing
+from pangu_sigma.data.tokenizers.vocabulary_size import vocabulary_size
 from pangu_sigma.model.pipeline_stages import stage_of
 from pangu_sigma.model.tensor_parallel_layout import computed_slices_of, spec_of, stored_slices_of
 from parallel.dry.compiled_graph import (

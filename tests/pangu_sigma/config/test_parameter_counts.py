@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pangu_sigma.config import config_from_dict, load_config, manifest, parameter_counts, vocabulary_size
-from pangu_sigma.errors import UserError
+from pangu_sigma.config import config_from_dict, load_config, manifest, parameter_counts
+from pangu_sigma.data.tokenizers.vocabulary_size import vocabulary_size
 from pangu_sigma.train.flops import flops_per_token
 from rre.feed_forward_form import NetworkForm
 
@@ -143,24 +143,3 @@ def test_a_hash_layer_has_one_table_of_its_own_which_is_no_parameter(small):
 def test_a_model_without_a_query_layer_has_no_query_table(small):
     shapes = manifest(small("model.query_layer=none"), 100)
     assert "embedding.query" not in shapes and "blocks.3.norm1.gamma" in shapes
-
-
-def test_the_vocabulary_is_the_tokenizers_unless_it_is_written(small, tmp_path):
-    assert vocabulary_size(small()) == 4096
-    assert vocabulary_size(small("model.vocab_size=5000")) == 5000
-    assert vocabulary_size(small("data.tokenizer={kind: pangu_alpha, path: x}")) == 40000
-    missing = small("data.tokenizer={kind: sentencepiece, path: /no/such.model}")
-    with pytest.raises(UserError, match=r"/no/such\.model does not exist"):
-        vocabulary_size(missing)
-    (tmp_path / "broken.model").write_bytes(b"no model")
-    with pytest.raises(UserError, match="is not a SentencePiece model"):
-        vocabulary_size(small(f"data.tokenizer={{kind: sentencepiece, path: {tmp_path}/broken.model}}"))
-
-
-def test_a_given_tokenizer_is_asked_for_its_size(small, tmp_path):
-    sentencepiece = pytest.importorskip("sentencepiece")
-    (tmp_path / "text.txt").write_text("\n".join(f"the word number {i} of {i * i}" for i in range(200)))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "m"), vocab_size=50, minloglevel=2
-    )
-    assert vocabulary_size(small(f"data.tokenizer={{kind: sentencepiece, path: {tmp_path}/m.model}}")) == 50

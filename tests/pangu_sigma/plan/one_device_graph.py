@@ -8,7 +8,8 @@ import sys
 import mindspore as ms
 from mindspore.nn.utils import no_init_parameters
 
-from pangu_sigma.config import load_config, vocabulary_size
+from pangu_sigma.config import load_config
+from pangu_sigma.data.tokenizers.vocabulary_size import vocabulary_size
 from pangu_sigma.model.build_model import build_model
 from pangu_sigma.train.objective import Objective
 from pangu_sigma.train.step import GradientStep

@@ -14,7 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pangu_sigma.cli import app
-from pangu_sigma.config import load_config, vocabulary_size
+from pangu_sigma.config import load_config
+from pangu_sigma.data.tokenizers.vocabulary_size import vocabulary_size
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.tensor_parallel_layout import stored_slices_of
 from pangu_sigma.plan.compile_plan import compile_graph, compile_plan, report

@@ -24,8 +24,9 @@ from mindspore import Tensor
 from mindspore.communication import init
 from mindspore.parallel._tensor import _load_tensor_by_layout
 
-from pangu_sigma.config import load_config, vocabulary_size
+from pangu_sigma.config import load_config
 from pangu_sigma.data.mixture_sampler import Batch
+from pangu_sigma.data.tokenizers.vocabulary_size import vocabulary_size
 from pangu_sigma.model.build_model import build_model, initialise_shared
 from pangu_sigma.model.initialization import initial_value
 from pangu_sigma.train.distributed.mesh_evaluation import Measurement
