@@ -15,7 +15,7 @@ import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder, TensorSpec, folder_layout
 from pangu_sigma.checkpoint.file_plan import PlannedFile, plan_tensor_files
-from pangu_sigma.checkpoint.float_types import FLOATS, converted
+from pangu_sigma.checkpoint.float_types import FLOAT_TYPES, convert_float
 from pangu_sigma.checkpoint.tensor_file import make_header, numpy_type, raw_bytes
 from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.config.finetuning_file import without_adaptation
@@ -42,8 +42,9 @@ class ExtractionPlan:
     fold: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype is not None and self.dtype not in FLOATS:
-            raise UserError(f"the type {self.dtype} is not one that weights can be stored in: use {', '.join(FLOATS)}")
+        if self.dtype is not None and self.dtype not in FLOAT_TYPES:
+            types = ", ".join(FLOAT_TYPES)
+            raise UserError(f"the type {self.dtype} is not one that weights can be stored in: use {types}")
         gates = [name for name in self.parent.names(domains=[], optimizer=False) if ".router." in name]
         if gates:
             raise UserError(
@@ -198,7 +199,7 @@ class ExtractionPlan:
     def stored_type(self, source: str) -> str:
         """The element type in which the parent's tensor `source` is stored in the sub-model."""
         own = self.parent.manifest.tensors[source].dtype
-        return self.dtype if self.dtype is not None and own in FLOATS else own
+        return self.dtype if self.dtype is not None and own in FLOAT_TYPES else own
 
     def _read(self, spec: TensorSpec) -> Iterator[memoryview]:
         source = self.sources[spec.name]
@@ -207,7 +208,7 @@ class ExtractionPlan:
             if own == spec.dtype:
                 yield piece
             else:
-                yield raw_bytes(converted(source, np.frombuffer(piece, numpy_type(own)), spec.dtype))
+                yield raw_bytes(convert_float(source, np.frombuffer(piece, numpy_type(own)), spec.dtype))
 
 
 def choose_domains(parent: Checkpoint, requested: Sequence[str]) -> tuple[str, ...]:

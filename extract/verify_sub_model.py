@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint
-from pangu_sigma.checkpoint.float_types import FLOATS
+from pangu_sigma.checkpoint.float_types import FLOAT_TYPES
 from pangu_sigma.errors import UserError
 from pangu_sigma.trained_model import Trained, trained_from
 
@@ -171,7 +171,7 @@ def compare_tensors(parent: Checkpoint, sub: Checkpoint, cut: ExtractionPlan) ->
         if name in different:
             continue
         entry, parent_entry = sub.manifest.tensors[name], parent.manifest.tensors[source]
-        if entry.dtype != parent_entry.dtype and parent_entry.dtype in FLOATS:
+        if entry.dtype != parent_entry.dtype and parent_entry.dtype in FLOAT_TYPES:
             continue
         compared += 1
         hashes = [piece.sha256 for piece in entry.slices], [piece.sha256 for piece in parent_entry.slices]

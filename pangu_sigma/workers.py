@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import NoReturn
 
 from pangu_sigma.checkpoint import Checkpoint, resolve
-from pangu_sigma.checkpoint.run_lock import locked_folder
+from pangu_sigma.checkpoint.folder_locks import lock_run_folder
 from pangu_sigma.config import Config
 from pangu_sigma.config.load_config import config_from_dict
 from pangu_sigma.errors import INTERRUPTED, USER_ERROR, UserError
@@ -115,7 +115,7 @@ def launch(words: Sequence[str], workers: int, folder: Path) -> int:
     Raises UserError naming the rank where one failed, and where another job of several processes has the folder.
     """
     command = [sys.executable, "-m", "pangu_sigma", *words, "--workers", str(workers)]
-    with locked_folder(folder, TAKEN), Launch(command, workers, folder) as job:
+    with lock_run_folder(folder, TAKEN), Launch(command, workers, folder) as job:
         ended = job.wait()
         if ended.failed is None:
             if any(ended.codes):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -12,9 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from extract.export.export_source import open_source
-from pangu_sigma.checkpoint.disk_space import Writing
+from pangu_sigma.checkpoint.atomic_folder import hidden_beside, remove_abandoned, working_folder
+from pangu_sigma.checkpoint.disk_space import DiskWrite
 from pangu_sigma.checkpoint.model_folder import check_output
-from pangu_sigma.checkpoint.retention import abandoned, held
 from pangu_sigma.errors import UserError
 
 # format -> (its module, the package that it needs, which is the name of its extra too). A module has TAKES (names of
@@ -86,21 +85,12 @@ def _writer(format_: str):
 def _named_last(final: Path, needed: int) -> Iterator[Path]:
     """A hidden folder beside `final`, which gets that name when all went well and goes away when not; what a killed
     process left goes first."""
-    writing = Writing(str(final), "written", final.parent, "choose another folder")
-    prefix = f".{final.name}.unfinished-"
-    hidden = final.with_name(f"{prefix}{os.getpid()}")
-    with writing.explained(needed):
+    disk_write = DiskWrite(str(final), "written", final.parent, "choose another folder")
+    hidden = hidden_beside(final)
+    with disk_write.explain_errors(needed):
         final.parent.mkdir(parents=True, exist_ok=True)
-        for left in final.parent.glob(f"{prefix}*"):
-            pid = left.name.removeprefix(prefix)
-            if pid.isdecimal() and left.is_dir() and abandoned(left, int(pid)):
-                shutil.rmtree(left)
-        writing.check_space([needed], 0)
-        hidden.mkdir()
-        with held(hidden):
-            try:
-                yield hidden
-                os.rename(hidden, final)
-            except BaseException:
-                shutil.rmtree(hidden, ignore_errors=True)
-                raise
+        remove_abandoned(final)
+        disk_write.check_space([needed], 0)
+        with working_folder(hidden):
+            yield hidden
+            os.rename(hidden, final)

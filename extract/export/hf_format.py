@@ -17,7 +17,7 @@ import numpy as np
 from extract.export.export_card import model_card
 from extract.export.export_source import ExportSource, check_pangu
 from extract.export.safetensors_shards import SAFETENSORS_DTYPES, TargetTensor, write_shards
-from pangu_sigma.checkpoint.float_types import FLOATS, converted
+from pangu_sigma.checkpoint.float_types import FLOAT_TYPES, convert_float
 from pangu_sigma.checkpoint.tensor_file import numpy_type
 from pangu_sigma.config.parameter_counts import is_routing
 from pangu_sigma.errors import UserError
@@ -38,8 +38,8 @@ _NORM = {"gamma": "weight", "beta": "bias"}
 def check(source: ExportSource, options: Options) -> None:
     """Raises UserError for options that mean nothing here."""
     check_pangu(source)
-    if options.dtype not in FLOATS:
-        raise UserError(f"'{options.dtype}' is no element type; choose {', '.join(FLOATS)}")
+    if options.dtype not in FLOAT_TYPES:
+        raise UserError(f"'{options.dtype}' is no element type; choose {', '.join(FLOAT_TYPES)}")
 
 
 def needed_bytes(source: ExportSource, options: Options) -> int:
@@ -99,10 +99,10 @@ def _target(source: ExportSource, dtype: str, full: str, domain: int | None, nam
 
     def read() -> Iterator[np.ndarray]:
         if turned:
-            yield converted(full, source.checkpoint.load([full])[full], dtype).T
+            yield convert_float(full, source.checkpoint.load([full])[full], dtype).T
             return
         for piece in source.checkpoint.pieces(full):
-            yield converted(full, np.frombuffer(piece, stored), dtype)
+            yield convert_float(full, np.frombuffer(piece, stored), dtype)
 
     return TargetTensor(
         to, SAFETENSORS_DTYPES["int32" if is_routing(name) else dtype], shape[::-1] if turned else shape, read

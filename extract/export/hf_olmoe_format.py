@@ -16,7 +16,7 @@ import numpy as np
 from extract.export.export_source import ExportSource
 from extract.export.hf_format import tokenizer_documents
 from extract.export.safetensors_shards import SAFETENSORS_DTYPES, TargetTensor, write_shards
-from pangu_sigma.checkpoint.float_types import FLOATS, converted
+from pangu_sigma.checkpoint.float_types import FLOAT_TYPES, convert_float
 from pangu_sigma.convert.olmoe_names import OlmoeTensor, parts_of, unlike_olmoe
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
@@ -31,8 +31,8 @@ _SMALL_FILES = 1 << 20
 
 def check(source: ExportSource, options: Options) -> None:
     """Raises UserError for options that mean nothing here, and for a model that is no OLMoE."""
-    if options.dtype not in FLOATS:
-        raise UserError(f"'{options.dtype}' is no element type; choose {', '.join(FLOATS)}")
+    if options.dtype not in FLOAT_TYPES:
+        raise UserError(f"'{options.dtype}' is no element type; choose {', '.join(FLOAT_TYPES)}")
     wrong = unlike_olmoe(source.config)
     if wrong:
         raise UserError(
@@ -92,7 +92,7 @@ def _target(experts: _ExpertTensors, dtype: str, full: str, part: OlmoeTensor) -
 
     def read() -> Iterator[np.ndarray]:
         array = experts.read(full)
-        array = converted(full, array if part.expert is None else array[part.expert], dtype)
+        array = convert_float(full, array if part.expert is None else array[part.expert], dtype)
         yield array.T if part.turned else array
 
     return TargetTensor(part.name, SAFETENSORS_DTYPES[dtype], shape[::-1] if part.turned else shape, read)

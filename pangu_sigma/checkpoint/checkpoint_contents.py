@@ -29,7 +29,7 @@ from pangu_sigma.checkpoint.tensor_file import TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contents:
+class CheckpointContents:
     """Everything of a checkpoint but the model's and the optimizer's tensors.
 
     coverage: sparse layer -> domain -> number of experts. probe: domain -> int32 [sequences, S + 1]. state: anything

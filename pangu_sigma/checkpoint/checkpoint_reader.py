@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pangu_sigma.checkpoint import folder_layout
-from pangu_sigma.checkpoint.checkpoint_error import CheckpointError
+from pangu_sigma.checkpoint.float_types import as_float32
 from pangu_sigma.checkpoint.manifest import (
     Fingerprints,
     Manifest,
@@ -35,6 +35,7 @@ from pangu_sigma.checkpoint.tensor_file import (
     read_tensor,
     stream_tensor,
 )
+from pangu_sigma.errors import CheckpointError
 
 
 class Checkpoint:
@@ -174,9 +175,7 @@ class Checkpoint:
             raise damaged(self.path / path, "its content is not what was written")
         return content
 
-    def verify(
-        self, files: Iterable[str] | None = None, *, progress: Callable[[int, int], None] | None = None
-    ) -> None:
+    def verify(self, files: Iterable[str] | None = None, *, progress: Callable[[int, int], None] | None = None) -> None:
         """Reads the given files (None: every file) and compares size and hash; `progress(bytes_done, bytes_total)`.
 
         Raises CheckpointError with the first damaged file's name.
@@ -247,6 +246,45 @@ class Checkpoint:
         if spec != TensorSpec(name, entry.dtype, piece.shape):
             raise damaged(path, f"tensor {name!r} in it is not as the manifest says")
         return spec, begin
+
+
+class StoredTensors(Mapping[str, np.ndarray]):
+    """Tensors of `checkpoint` by name, each read anew at every access: whoever goes through them holds one at a time.
+
+    `names` restricts them; by default all. `floats`: float16 and bfloat16 tensors come as float32. An access raises
+    CheckpointError for a damaged file.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, names: Collection[str] | None = None, floats: bool = False) -> None:
+        self._checkpoint = checkpoint
+        self._floats = floats
+        self._names = tuple(checkpoint.names() if names is None else names)
+        self._known = frozenset(self._names)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._known:
+            raise KeyError(name)
+        return self._converted(name, self._checkpoint.load([name])[name])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        return self._checkpoint.manifest.tensors[name].shape
+
+    def rows(self, name: str, rows: range) -> np.ndarray:
+        """These rows of a tensor's first axis; memory holds them alone, the whole tensor is hashed."""
+        return self._converted(name, self._checkpoint.load_rows(name, rows))
+
+    def _converted(self, name: str, array: np.ndarray) -> np.ndarray:
+        return as_float32(name, array) if self._floats else array
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def open_checkpoint(path: Path | str, messages: Iterable[str] = ()) -> Checkpoint:

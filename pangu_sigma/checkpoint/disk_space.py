@@ -7,14 +7,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pangu_sigma.checkpoint.checkpoint_error import CheckpointError
+from pangu_sigma.errors import CheckpointError
 
 _BLOCK = 4096
 _MANIFEST_BYTES_PER_TENSOR = 768
 
 
 @dataclass(frozen=True)
-class Writing:
+class DiskWrite:
     """What is being written, for sentences: "`what` was not `done`: …; free some space or `elsewhere` `ending`"."""
 
     what: str
@@ -35,7 +35,7 @@ class Writing:
         return needed
 
     @contextmanager
-    def explained(self, needed: int | None = None) -> Iterator[None]:
+    def explain_errors(self, needed: int | None = None) -> Iterator[None]:
         """Turns what the file system answers into a CheckpointError of one sentence."""
         try:
             yield

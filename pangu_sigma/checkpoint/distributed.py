@@ -1,9 +1,16 @@
-"""Saving a checkpoint from several processes: each writes its own parts of the tensors into the same files.
+"""Distributed checkpoint save: every process writes its own shards of the tensors into the same files.
 
-What comes of it is what one process would have written, byte for byte: the same files, tensors and hashes, whoever held
-what. Rank 0 lays out the files (hidden, as every save does), each process writes its parts at their places, files are
-hashed where they lie, each by one of the processes, and rank 0 writes the manifest and gives the folder its name. No
-process holds more than its own parts and a buffer.
+The result is what one process would have written, byte for byte: the same files, tensors and hashes, whichever rank had
+which shard. No process holds more than its own shards and a buffer. The stages, which `save_distributed` numbers:
+
+1. every rank computes the same plan of files from the tensors' names, types and full shapes;
+2. rank 0 removes what killed saves left, checks the disk's space and lays out the files under a hidden name, full size;
+3. each rank writes its shards at their offsets and syncs them;
+4. the files are hashed where they lie, each by one of the ranks;
+5. rank 0 links files that the previous checkpoint has already, writes the manifest and renames the folder;
+6. rank 0 deletes old checkpoints.
+
+A failure in a stage is raised on every rank at its end (`raise_on_all_ranks`), so no rank waits for one that gave up.
 """
 
 from __future__ import annotations
@@ -11,7 +18,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,15 +28,15 @@ from pathlib import Path
 import numpy as np
 
 from pangu_sigma.checkpoint import folder_layout
-from pangu_sigma.checkpoint.checkpoint_contents import Contents
-from pangu_sigma.checkpoint.checkpoint_error import CheckpointError
+from pangu_sigma.checkpoint.atomic_folder import working_folder
+from pangu_sigma.checkpoint.checkpoint_contents import CheckpointContents
 from pangu_sigma.checkpoint.checkpoint_reader import Checkpoint
-from pangu_sigma.checkpoint.disk_space import Writing
+from pangu_sigma.checkpoint.disk_space import DiskWrite
 from pangu_sigma.checkpoint.file_plan import PlannedFile, plan_tensor_files
 from pangu_sigma.checkpoint.folder_writer import FolderWriter
 from pangu_sigma.checkpoint.manifest import FileEntry
-from pangu_sigma.checkpoint.retention import held, prune, remove_stale
-from pangu_sigma.checkpoint.save_checkpoint import SaveResult, move_into_place, newest
+from pangu_sigma.checkpoint.retention import prune_checkpoints, remove_stale
+from pangu_sigma.checkpoint.save_checkpoint import SaveResult, move_into_place, open_previous
 from pangu_sigma.checkpoint.tensor_file import (
     LazyTensor,
     WrittenFile,
@@ -39,98 +45,111 @@ from pangu_sigma.checkpoint.tensor_file import (
     raw_bytes,
     spec_of,
 )
+from pangu_sigma.errors import CheckpointError
 from parallel.comm.processes import Processes
 
-_CHUNK = 8 << 20  # bytes written at once; the others hear from this process in between
+_CHUNK = 8 << 20  # bytes written at once; between two of them the watchdog gets this process's sign of life
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Values and where they begin in their tensor: one number for each of its axes."""
+class TensorShard:
+    """A box of a tensor: its values, and the offset at which they begin, one number for each of the tensor's axes."""
 
-    begin: tuple[int, ...]
+    offset: tuple[int, ...]
     data: np.ndarray | LazyTensor
 
 
 @dataclass(frozen=True)
-class TensorPart:
-    """A tensor of a checkpoint by its whole shape, and the pieces of it that this process writes."""
+class ShardedTensor:
+    """A tensor of a checkpoint by its full shape, and the shards of it that this process writes."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    pieces: tuple[Piece, ...] = ()
+    local_shards: tuple[TensorShard, ...] = ()
 
     @classmethod
-    def all_of(cls, array: np.ndarray, mine: bool) -> TensorPart:
-        """A tensor that one process writes: this one if it is `mine`."""
-        return cls(array.shape, array.dtype, (Piece((0,) * array.ndim, array),) if mine else ())
+    def unsharded(cls, array: np.ndarray, is_writer: bool) -> ShardedTensor:
+        """A tensor that one process writes as a whole: this one if it `is_writer`."""
+        return cls(array.shape, array.dtype, (TensorShard((0,) * array.ndim, array),) if is_writer else ())
 
 
-def save_together(
+def save_distributed(
     processes: Processes,
     run_dir: Path | str,
-    contents: Contents,
-    parts: Mapping[str, TensorPart],
+    contents: CheckpointContents,
+    tensors: Mapping[str, ShardedTensor],
     *,
     keep: int,
     max_shard_bytes: int = 4 << 30,
     progress: Callable[[int, int], None] | None = None,
 ) -> SaveResult:
-    """As `save_checkpoint`, called by all processes together, each with its `parts`; the rest counts from rank 0.
+    """As `save_checkpoint`, called by all processes together, each with its shards of `tensors`; the rest counts from
+    rank 0.
 
-    All parts together must be every tensor once. Raises CheckpointError on every process when it fails on any.
+    All ranks' shards together must be every tensor exactly once. Raises CheckpointError on every process when it fails
+    on any.
     """
     started = time.perf_counter()
     run_dir, step = Path(run_dir), contents.step
-    contents.check_names(parts)
-    first = processes.first
-    parts = {
-        **parts,
-        **{n: TensorPart.all_of(a, first) for n, a in contents.probe_arrays.items()},
+
+    # 1. The plan: the same on every rank, since names, types and full shapes are.
+    contents.check_names(tensors)
+    is_writer = processes.first
+    tensors = {
+        **tensors,
+        **{name: ShardedTensor.unsharded(array, is_writer) for name, array in contents.probe_arrays.items()},
     }
-    specs = [spec_of(name, LazyTensor(p.shape, p.dtype, lambda: None)) for name, p in parts.items()]
+    specs = [spec_of(name, LazyTensor(t.shape, t.dtype, lambda: None)) for name, t in tensors.items()]
     cells = contents.cells(specs)
-    tensor_files, small = plan_tensor_files(specs, max_shard_bytes), contents.small_files()
+    tensor_files, small_files = plan_tensor_files(specs, max_shard_bytes), contents.small_files()
 
     root = run_dir / folder_layout.CHECKPOINTS
-    save = Writing(f"step {step}", "saved", root, "choose another run.dir", " (the last checkpoint is whole)")
+    disk_write = DiskWrite(f"step {step}", "saved", root, "choose another run.dir", " (the last checkpoint is whole)")
     temporary = root / folder_layout.working_name("tmp", step, os.getpid())
     messages: list[str] = []
     previous: Checkpoint | None = None
     needed = None
     with ExitStack() as stack:
-        with agreed(processes), save.explained():
-            if first:
+        # 2. The files under a hidden name, at full size, so that every rank can write anywhere in them.
+        with raise_on_all_ranks(processes), disk_write.explain_errors():
+            if is_writer:
                 root.mkdir(parents=True, exist_ok=True)
                 messages += remove_stale(run_dir)
-                previous, said = newest(run_dir, step)
-                messages += said
-                needed = save.check_space((file.size for file in (*tensor_files, *small)), len(specs))
-                temporary.mkdir()
-                stack.enter_context(held(temporary))
-                stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+                previous, new_messages = open_previous(run_dir, step)
+                messages += new_messages
+                needed = disk_write.check_space((file.size for file in (*tensor_files, *small_files)), len(specs))
+                stack.enter_context(working_folder(temporary))
                 _lay_out(temporary, tensor_files)
         temporary = Path(processes.texts(str(temporary))[0])
-        with agreed(processes), save.explained(needed):
-            _write_parts(temporary, tensor_files, parts, progress, processes.mark)
-        with agreed(processes), save.explained():
-            mine = _hash_share(temporary, tensor_files, processes)
-        hashed = {path: entry for text in processes.texts(json.dumps(mine)) for path, entry in json.loads(text).items()}
+
+        # 3. The shards, each at its offsets.
+        with raise_on_all_ranks(processes), disk_write.explain_errors(needed):
+            _write_shards(temporary, tensor_files, tensors, progress, processes.mark)
+
+        # 4. The hashes: a file may hold several ranks' shards, so it is read back, by one rank, once all have written.
+        with raise_on_all_ranks(processes), disk_write.explain_errors():
+            own_hashes = _hash_share(temporary, tensor_files, processes)
+        hashes = {
+            path: entry for text in processes.texts(json.dumps(own_hashes)) for path, entry in json.loads(text).items()
+        }
+
         final, deleted, linked = root / folder_layout.step_name(step), [], 0
-        with agreed(processes), save.explained(needed):
-            if first:
+        with raise_on_all_ranks(processes), disk_write.explain_errors(needed):
+            if is_writer:
+                # 5. Links, small files, the manifest, the name.
                 with ThreadPoolExecutor(2) as threads:
                     writer = FolderWriter(temporary, lambda spec: (), threads, 0, None)
                     for file in tensor_files:
-                        writer.record(file, WrittenFile(**hashed[file.path]))
-                    for file in small:
+                        writer.record(file, WrittenFile(**hashes[file.path]))
+                    for file in small_files:
                         writer.write(file)
                     linked = _link_unchanged(temporary, writer.files, previous)
                     writer.finish(contents.manifest(cells, writer.files, writer.tensors))
                     final = move_into_place(temporary, final)
-                deleted, said = prune(run_dir, keep, final)
-                messages += said
-    written = sum(file.size for file in (*tensor_files, *small)) - linked
+                # 6. Retention.
+                deleted, new_messages = prune_checkpoints(run_dir, keep, final)
+                messages += new_messages
+    written = sum(file.size for file in (*tensor_files, *small_files)) - linked
     return SaveResult(
         path=final,
         bytes_written=written,
@@ -143,16 +162,19 @@ def save_together(
 
 
 @contextmanager
-def agreed(processes: Processes) -> Iterator[None]:
-    """What fails with a CheckpointError on one process fails on all, with the first one's sentence."""
-    sentence, here = "", None
+def raise_on_all_ranks(processes: Processes) -> Iterator[None]:
+    """Raise on every rank what fails with a CheckpointError on one; the others get the first failed rank's sentence.
+
+    Every rank must enter and leave it: its end is a collective.
+    """
+    sentence, own_error = "", None
     try:
         yield
     except CheckpointError as error:
-        sentence, here = str(error), error
+        sentence, own_error = str(error), error
     failures = [text for text in processes.texts(sentence) if text]
     if failures:
-        raise here or CheckpointError(failures[0])
+        raise own_error or CheckpointError(failures[0])
 
 
 def _lay_out(folder: Path, files: Sequence[PlannedFile]) -> None:
@@ -165,69 +187,74 @@ def _lay_out(folder: Path, files: Sequence[PlannedFile]) -> None:
             stream.truncate(file.size)
 
 
-def _write_parts(
+def _write_shards(
     folder: Path,
     files: Sequence[PlannedFile],
-    parts: Mapping[str, TensorPart],
+    tensors: Mapping[str, ShardedTensor],
     progress: Callable[[int, int], None] | None,
     mark: Callable[[], None],
 ) -> None:
-    """Write this process's parts at their places in the files, and sync them."""
-    total = sum(math.prod(p.data.shape) * part.dtype.itemsize for part in parts.values() for p in part.pieces)
+    """Write this process's shards at their offsets in the files, and sync them."""
+    total = sum(
+        math.prod(shard.data.shape) * tensor.dtype.itemsize
+        for tensor in tensors.values()
+        for shard in tensor.local_shards
+    )
     done = 0
     for file in files:
-        if not any(parts[spec.name].pieces for spec in file.specs):
+        if not any(tensors[spec.name].local_shards for spec in file.specs):
             continue
         with open(folder / file.path, "r+b", buffering=0) as stream:
-            at = len(make_header(file.specs))
+            tensor_offset = len(make_header(file.specs))
             for spec in file.specs:
-                part = parts[spec.name]
-                for piece in part.pieces:
-                    data = raw_bytes(piece.data.read() if isinstance(piece.data, LazyTensor) else piece.data)
-                    for place, size in _runs(part.shape, piece, part.dtype.itemsize):
+                tensor = tensors[spec.name]
+                for shard in tensor.local_shards:
+                    data = raw_bytes(shard.data.read() if isinstance(shard.data, LazyTensor) else shard.data)
+                    for run_offset, size in _contiguous_runs(tensor.shape, shard, tensor.dtype.itemsize):
+                        offset = tensor_offset + run_offset
                         for start in range(0, size, _CHUNK):
-                            _write_at(stream.fileno(), data[start : min(start + _CHUNK, size)], at + place + start)
+                            _write_at(stream.fileno(), data[start : min(start + _CHUNK, size)], offset + start)
                             mark()
                         data, done = data[size:], done + size
                         if progress is not None:
                             progress(done, total)
-                at += spec.nbytes
+                tensor_offset += spec.nbytes
             os.fsync(stream.fileno())
 
 
-def _runs(shape: tuple[int, ...], piece: Piece, itemsize: int) -> Iterator[tuple[int, int]]:
-    """Where each run of a piece's bytes, in C order, begins in its tensor, and how long it is."""
-    inner = piece.data.shape
-    # Axes from here on are whole, so one run holds all of them.
-    whole = len(shape)
-    while whole and inner[whole - 1] == shape[whole - 1]:
-        whole -= 1
-    outer = max(0, whole - 1)
+def _contiguous_runs(shape: tuple[int, ...], shard: TensorShard, itemsize: int) -> Iterator[tuple[int, int]]:
+    """(offset in the tensor, size) in bytes of each contiguous run of a shard's values, in C order."""
+    shard_shape = shard.data.shape
+    # Axes from this one on are complete in the shard, so one run covers all of them.
+    complete = len(shape)
+    while complete and shard_shape[complete - 1] == shape[complete - 1]:
+        complete -= 1
+    outer = max(0, complete - 1)
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    size = math.prod(inner[outer:]) * itemsize
-    first = sum(begin * stride for begin, stride in zip(piece.begin, strides, strict=True))
-    for index in np.ndindex(*inner[:outer]) if size else ():
-        at = first + sum(i * stride for i, stride in zip(index, strides[:outer], strict=True))
-        yield at * itemsize, size
+    size = math.prod(shard_shape[outer:]) * itemsize
+    first = sum(begin * stride for begin, stride in zip(shard.offset, strides, strict=True))
+    for index in np.ndindex(*shard_shape[:outer]) if size else ():
+        element = first + sum(i * stride for i, stride in zip(index, strides[:outer], strict=True))
+        yield element * itemsize, size
 
 
-def _write_at(handle: int, data: memoryview, place: int) -> int:
+def _write_at(handle: int, data: memoryview, offset: int) -> int:
     while data:
-        count = os.pwrite(handle, data, place)
-        data, place = data[count:], place + count
-    return place
+        count = os.pwrite(handle, data, offset)
+        data, offset = data[count:], offset + count
+    return offset
 
 
 def _hash_share(folder: Path, files: Sequence[PlannedFile], processes: Processes) -> dict[str, dict]:
     """Hash this process's share of the files, the large ones dealt out first: path -> what was written."""
-    found = {}
+    hashes = {}
     load = [0] * processes.size
     for file in sorted(files, key=lambda file: (-file.size, file.path)):
         rank = load.index(min(load))
         load[rank] += file.size
         if rank == processes.rank:
-            found[file.path] = vars(digests_of_tensor_file(folder / file.path, file.specs, processes.mark))
-    return found
+            hashes[file.path] = vars(digests_of_tensor_file(folder / file.path, file.specs, processes.mark))
+    return hashes
 
 
 def _link_unchanged(folder: Path, files: Mapping[str, FileEntry], previous: Checkpoint | None) -> int:

@@ -6,10 +6,8 @@ is streamed. All of it goes into a hidden folder that gets its name in one renam
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from pangu_sigma.checkpoint import folder_layout
+from pangu_sigma.checkpoint.atomic_folder import hidden_beside, remove_abandoned, working_folder
 from pangu_sigma.checkpoint.checkpoint_reader import Checkpoint, open_checkpoint
-from pangu_sigma.checkpoint.disk_space import Writing
+from pangu_sigma.checkpoint.disk_space import DiskWrite
 from pangu_sigma.checkpoint.file_plan import (
     PlannedFile,
     check_tensor_names,
@@ -30,13 +29,13 @@ from pangu_sigma.checkpoint.file_plan import (
 from pangu_sigma.checkpoint.folder_writer import FolderWriter, sync_folder, write_synced
 from pangu_sigma.checkpoint.manifest import Fingerprints, Manifest, coverage_cells, manifest_bytes
 from pangu_sigma.checkpoint.model_folder import TensorBytes, check_output
-from pangu_sigma.checkpoint.retention import abandoned, held, remove_stale
+from pangu_sigma.checkpoint.retention import remove_stale
 from pangu_sigma.checkpoint.save_checkpoint import move_into_place
 from pangu_sigma.checkpoint.tensor_file import TensorSpec, pieces, spec_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChangedCheckpoint:
+class EditedCheckpoint:
     """What a checkpoint made from another one will hold.
 
     kept: whole tensor files that stay (see `kept_files`). tensors and read: the new tensors, each an array or its bytes
@@ -88,58 +87,56 @@ def kept_files(checkpoint: Checkpoint, groups: Collection[str]) -> list[PlannedF
 
 
 def replace_checkpoint(
-    run_dir: Path, content: ChangedCheckpoint, progress: Callable[[int, int], None] | None = None
+    run_dir: Path, content: EditedCheckpoint, progress: Callable[[int, int], None] | None = None
 ) -> Checkpoint:
     """Puts `content` in the place of the run's checkpoint of the same step; every moment one of the two stands whole.
 
     The caller holds the run's lock. Raises CheckpointError when the disk is too small or fails: the old one stays.
     """
     root = run_dir / folder_layout.CHECKPOINTS
-    writing = Writing(f"the change of {run_dir}", "written", root, "use --out", " (the checkpoint is as it was)")
+    disk_write = DiskWrite(f"the change of {run_dir}", "written", root, "use --out", " (the checkpoint is as it was)")
     remove_stale(run_dir)
     temporary = root / folder_layout.working_name("tmp", content.step, os.getpid())
 
-    def place() -> Path:
+    def publish() -> Path:
         return move_into_place(temporary, root / folder_layout.step_name(content.step))
 
-    return open_checkpoint(_write(temporary, temporary, content, writing, place, progress))
+    return open_checkpoint(_write(temporary, temporary, content, disk_write, publish, progress))
 
 
-def write_changed_run(
-    out: Path | str, content: ChangedCheckpoint, progress: Callable[[int, int], None] | None = None
+def write_edited_run(
+    out: Path | str, content: EditedCheckpoint, progress: Callable[[int, int], None] | None = None
 ) -> Checkpoint:
     """Writes the new run folder `out` with one checkpoint and its `config.yaml`; `out` is not there or empty."""
-    final, temporary, writing = _new_folder(out)
+    final, temporary, disk_write = _new_folder(out)
     inside = Path(folder_layout.CHECKPOINTS) / folder_layout.step_name(content.step)
 
-    def place() -> Path:
+    def publish() -> Path:
         write_synced(temporary / folder_layout.CONFIG, content.config_text.encode())
         for folder in ((temporary / inside).parent, temporary):
             sync_folder(folder)
         return _rename(temporary, final) / inside
 
-    return open_checkpoint(_write(temporary, temporary / inside, content, writing, place, progress))
+    return open_checkpoint(_write(temporary, temporary / inside, content, disk_write, publish, progress))
 
 
-def write_changed_folder(
-    out: Path | str, content: ChangedCheckpoint, progress: Callable[[int, int], None] | None = None
+def write_edited_folder(
+    out: Path | str, content: EditedCheckpoint, progress: Callable[[int, int], None] | None = None
 ) -> Checkpoint:
     """Writes the folder `out` that is itself the checkpoint (a model folder); `out` is not there or empty."""
-    final, temporary, writing = _new_folder(out)
-    return open_checkpoint(_write(temporary, temporary, content, writing, lambda: _rename(temporary, final), progress))
+    final, temporary, disk_write = _new_folder(out)
+    return open_checkpoint(
+        _write(temporary, temporary, content, disk_write, lambda: _rename(temporary, final), progress)
+    )
 
 
-def _new_folder(out: Path | str) -> tuple[Path, Path, Writing]:
+def _new_folder(out: Path | str) -> tuple[Path, Path, DiskWrite]:
     final = check_output(out)
-    writing = Writing(str(final), "written", final.parent, "choose another folder")
-    hidden = f".{final.name}.unfinished-"
-    with writing.explained():
+    disk_write = DiskWrite(str(final), "written", final.parent, "choose another folder")
+    with disk_write.explain_errors():
         final.parent.mkdir(parents=True, exist_ok=True)
-        for path in final.parent.glob(f"{hidden}*"):
-            pid = path.name.removeprefix(hidden)
-            if pid.isdecimal() and path.is_dir() and abandoned(path, int(pid)):
-                shutil.rmtree(path)
-    return final, final.with_name(f"{hidden}{os.getpid()}"), writing
+        remove_abandoned(final)
+    return final, hidden_beside(final), disk_write
 
 
 def _rename(temporary: Path, final: Path) -> Path:
@@ -151,50 +148,43 @@ def _rename(temporary: Path, final: Path) -> Path:
 def _write(
     temporary: Path,
     folder: Path,
-    content: ChangedCheckpoint,
-    writing: Writing,
-    place: Callable[[], Path],
+    content: EditedCheckpoint,
+    disk_write: DiskWrite,
+    publish: Callable[[], Path],
     progress: Callable[[int, int], None] | None,
 ) -> Path:
-    """Fills `folder` (`temporary` or inside it), then calls `place`; whatever ends it leaves nothing behind."""
+    """Fill `folder` (`temporary` or inside it), then `publish` renames it; a failure leaves nothing."""
     folder_layout.check_domains(content.domains)
     specs = content.specs()
     check_tensor_names((spec.name for spec in specs), content.domains)
     cells = coverage_cells(content.coverage, content.domains, specs)
     new = content.new_files()
     given = probe_tensors(content.probe, content.domains)
-    needed = writing.check_space((file.size for file in new), len(specs))
+    needed = disk_write.check_space((file.size for file in new), len(specs))
     total = sum(file.size for file in (*new, *content.kept))
 
     def read(spec: TensorSpec):
-        found = given[spec.name] if spec.name in given else content.read(spec)
-        if not isinstance(found, np.ndarray):
-            return found
-        if spec_of(spec.name, found) != spec:
-            raise ValueError(f"tensor {spec.name!r} came as {found.dtype} {list(found.shape)}, not as {spec}")
-        return pieces(found)
+        values = given[spec.name] if spec.name in given else content.read(spec)
+        if not isinstance(values, np.ndarray):
+            return values
+        if spec_of(spec.name, values) != spec:
+            raise ValueError(f"tensor {spec.name!r} came as {values.dtype} {list(values.shape)}, not as {spec}")
+        return pieces(values)
 
-    with ThreadPoolExecutor(2) as threads, writing.explained(needed):
-        temporary.mkdir()
-        with held(temporary):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                writer = FolderWriter(folder, read, threads, total, progress)
-                writer.adopt(content.kept)
-                for file in new:
-                    writer.write(file)
-                manifest = Manifest(
-                    format_version=folder_layout.FORMAT_VERSION,
-                    step=content.step,
-                    domains=tuple(content.domains),
-                    fingerprints=content.fingerprints,
-                    coverage=cells,
-                    files=writer.files,
-                    tensors=dict(sorted(writer.tensors.items())),
-                )
-                writer.finish(manifest_bytes(manifest))
-                return place()
-            except BaseException:
-                with suppress(OSError):
-                    shutil.rmtree(temporary)
-                raise
+    with ThreadPoolExecutor(2) as threads, disk_write.explain_errors(needed), working_folder(temporary):
+        folder.mkdir(parents=True, exist_ok=True)
+        writer = FolderWriter(folder, read, threads, total, progress)
+        writer.adopt(content.kept)
+        for file in new:
+            writer.write(file)
+        manifest = Manifest(
+            format_version=folder_layout.FORMAT_VERSION,
+            step=content.step,
+            domains=tuple(content.domains),
+            fingerprints=content.fingerprints,
+            coverage=cells,
+            files=writer.files,
+            tensors=dict(sorted(writer.tensors.items())),
+        )
+        writer.finish(manifest_bytes(manifest))
+        return publish()

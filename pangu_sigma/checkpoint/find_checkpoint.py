@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from pangu_sigma.checkpoint import folder_layout
-from pangu_sigma.checkpoint.checkpoint_error import CheckpointError
 from pangu_sigma.checkpoint.checkpoint_reader import Checkpoint, open_checkpoint
 from pangu_sigma.checkpoint.retention import list_checkpoints, working_folders
+from pangu_sigma.errors import CheckpointError
 
 
 def find_latest(run_dir: Path | str) -> tuple[Checkpoint | None, list[str]]:

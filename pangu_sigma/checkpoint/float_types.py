@@ -1,11 +1,11 @@
-"""Between the element types that a model may be stored in."""
+"""Conversion between the float types that a model may be stored in: float32, float16, bfloat16."""
 
 import numpy as np
 
-from pangu_sigma.checkpoint.checkpoint_error import CheckpointError
 from pangu_sigma.checkpoint.tensor_file import BFLOAT16, spec_of
+from pangu_sigma.errors import CheckpointError
 
-FLOATS = ("float32", "float16", "bfloat16")
+FLOAT_TYPES = ("float32", "float16", "bfloat16")
 
 
 def as_float32(name: str, array: np.ndarray) -> np.ndarray:
@@ -16,12 +16,12 @@ def as_float32(name: str, array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32) if dtype == "float16" else array
 
 
-def converted(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
-    """A float tensor in another of `FLOATS`, rounded to the nearest (ties to even); whole numbers stay as they are.
+def convert_float(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
+    """A float tensor in another of `FLOAT_TYPES`, rounded to the nearest (ties to even); integers stay as they are.
 
     Raises CheckpointError, naming the tensor, for a value that the type cannot hold.
     """
-    if spec_of(name, array).dtype not in (*FLOATS,) or spec_of(name, array).dtype == dtype:
+    if spec_of(name, array).dtype not in (*FLOAT_TYPES,) or spec_of(name, array).dtype == dtype:
         return array
     exact = as_float32(name, array)
     if dtype == "float32":

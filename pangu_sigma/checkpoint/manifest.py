@@ -14,8 +14,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from pangu_sigma.checkpoint import folder_layout
-from pangu_sigma.checkpoint.checkpoint_error import CheckpointError
 from pangu_sigma.checkpoint.tensor_file import TensorSpec, count_bytes
+from pangu_sigma.errors import CheckpointError
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
@@ -24,11 +24,11 @@ _OPENING = b'{\n "sha256": "'
 _UNSIGNED = "0" * 64
 
 
-class _Part(BaseModel):
+class _ManifestModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class TensorSlice(_Part):
+class TensorSlice(_ManifestModel):
     """A piece of a tensor: the box [offset, offset + shape) of the full tensor, in one file, with its bytes' sha256."""
 
     file: str
@@ -37,7 +37,7 @@ class TensorSlice(_Part):
     sha256: Sha256
 
 
-class TensorEntry(_Part):
+class TensorEntry(_ManifestModel):
     """A tensor's element type, full shape, and the slices that make it up (one, unless several processes wrote it)."""
 
     dtype: str
@@ -45,7 +45,7 @@ class TensorEntry(_Part):
     slices: tuple[TensorSlice, ...] = Field(min_length=1)
 
 
-class FileEntry(_Part):
+class FileEntry(_ManifestModel):
     """A file's size and sha256; tensor files also tell where their header ends and its sha256."""
 
     bytes: Count
@@ -54,7 +54,7 @@ class FileEntry(_Part):
     header_sha256: Sha256 | None = None
 
 
-class CoverageCell(_Part):
+class CoverageCell(_ManifestModel):
     """One expert group: sparse layer (`blocks.6`), domain, number of experts, its tensors' names after the layer."""
 
     layer: str
@@ -63,14 +63,14 @@ class CoverageCell(_Part):
     tensors: tuple[str, ...] = Field(min_length=1)
 
 
-class Fingerprints(_Part):
+class Fingerprints(_ManifestModel):
     """What the run was trained with: the tokenizer's fingerprint and each domain's corpus fingerprint."""
 
     tokenizer: str
     corpora: dict[str, str]
 
 
-class Manifest(_Part):
+class Manifest(_ManifestModel):
     """Everything a checkpoint holds; validated: slices fill tensors, tensors fill files, groups fill layers."""
 
     format_version: Literal[1]

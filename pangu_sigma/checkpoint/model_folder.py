@@ -7,7 +7,6 @@ output, each synced to disk; then the manifest; then the folder gets its name in
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from pangu_sigma.checkpoint import folder_layout
-from pangu_sigma.checkpoint.checkpoint_error import CheckpointError
+from pangu_sigma.checkpoint.atomic_folder import hidden_beside, remove_abandoned, working_folder
 from pangu_sigma.checkpoint.checkpoint_reader import Checkpoint
-from pangu_sigma.checkpoint.disk_space import Writing
+from pangu_sigma.checkpoint.disk_space import DiskWrite
 from pangu_sigma.checkpoint.file_plan import (
     PlannedFile,
     check_tensor_names,
@@ -31,8 +30,8 @@ from pangu_sigma.checkpoint.file_plan import (
 )
 from pangu_sigma.checkpoint.folder_writer import FolderWriter, sync_folder
 from pangu_sigma.checkpoint.manifest import CoverageCell, Fingerprints, Manifest, coverage_cells, manifest_bytes
-from pangu_sigma.checkpoint.retention import abandoned, held
 from pangu_sigma.checkpoint.tensor_file import TensorSpec, pieces, spec_of
+from pangu_sigma.errors import CheckpointError
 
 CARD = "README.md"
 _DOCUMENT_BYTES = 1 << 20  # room for what `finish` adds
@@ -142,7 +141,7 @@ def check_space(out: Path | str, model: ModelFolder) -> int:
     """The bytes that the folder needs on the disk of `out`; CheckpointError when they are not free."""
     path = check_output(out)
     where = next(parent for parent in path.parents if parent.is_dir())
-    return _writing(path, where).check_space(
+    return _disk_write(path, where).check_space(
         [*(file.size for file in model.files), _DOCUMENT_BYTES], model.tensor_count
     )
 
@@ -164,32 +163,26 @@ def write_model_folder(
     or fails, and for a copied file that is damaged; ValueError for tensors that are not what `model` says.
     """
     final = check_output(out)
-    writing = _writing(final, final.parent)
-    with writing.explained():
+    disk_write = _disk_write(final, final.parent)
+    with disk_write.explain_errors():
         final.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(final)
+        remove_abandoned(final)
     needed = check_space(final, model)
-    temporary = final.with_name(f"{_hidden(final)}{os.getpid()}")
-    with ThreadPoolExecutor(2) as threads, writing.explained(needed):
-        temporary.mkdir()
-        with held(temporary):
-            try:
-                writer = FolderWriter(temporary, lambda spec: _pieces_of(model, spec), threads, model.bytes, progress)
-                writer.copy(model.copies)
-                for file in model.files:
-                    if file.copy is None:
-                        writer.write(file)
-                if finish is not None:
-                    written = Checkpoint(temporary, _manifest(model, writer))
-                    for name, text in finish(written).items():
-                        writer.write(plan_document(name, text))
-                manifest = _manifest(model, writer)
-                writer.finish(manifest_bytes(manifest))
-                os.rename(temporary, final)
-                sync_folder(final.parent)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
+    temporary = hidden_beside(final)
+    with ThreadPoolExecutor(2) as threads, disk_write.explain_errors(needed), working_folder(temporary):
+        writer = FolderWriter(temporary, lambda spec: _pieces_of(model, spec), threads, model.bytes, progress)
+        writer.copy(model.copies)
+        for file in model.files:
+            if file.copy is None:
+                writer.write(file)
+        if finish is not None:
+            written = Checkpoint(temporary, _manifest(model, writer))
+            for name, text in finish(written).items():
+                writer.write(plan_document(name, text))
+        manifest = _manifest(model, writer)
+        writer.finish(manifest_bytes(manifest))
+        os.rename(temporary, final)
+        sync_folder(final.parent)
     return Checkpoint(final, manifest)
 
 
@@ -217,16 +210,5 @@ def _pieces_of(model: ModelFolder, spec: TensorSpec) -> Iterator[bytes | memoryv
     yield from pieces(given)
 
 
-def _writing(final: Path, where: Path) -> Writing:
-    return Writing(str(final), "written", where, "choose another folder")
-
-
-def _hidden(final: Path) -> str:
-    return f".{final.name}.unfinished-"
-
-
-def _remove_stale(final: Path) -> None:
-    for path in final.parent.glob(f"{_hidden(final)}*"):
-        pid = path.name.removeprefix(_hidden(final))
-        if pid.isdecimal() and path.is_dir() and abandoned(path, int(pid)):
-            shutil.rmtree(path)
+def _disk_write(final: Path, where: Path) -> DiskWrite:
+    return DiskWrite(str(final), "written", where, "choose another folder")

@@ -1,4 +1,4 @@
-"""Saving a checkpoint, so that at every moment the folder that carries its name is whole.
+"""Checkpoint save by one process, atomic: at every moment the folder that carries a checkpoint's name is whole.
 
 Files go into a hidden folder, each synced to disk; then the manifest; then the folder gets its name in one rename. A
 process that dies on the way leaves a hidden folder, which nobody takes for a checkpoint and the next save removes.
@@ -16,14 +16,16 @@ from pathlib import Path
 import numpy as np
 
 from pangu_sigma.checkpoint import folder_layout
-from pangu_sigma.checkpoint.checkpoint_contents import Contents
-from pangu_sigma.checkpoint.checkpoint_error import CheckpointError
+from pangu_sigma.checkpoint.atomic_folder import working_folder
+from pangu_sigma.checkpoint.checkpoint_contents import CheckpointContents
 from pangu_sigma.checkpoint.checkpoint_reader import Checkpoint, open_checkpoint
-from pangu_sigma.checkpoint.disk_space import Writing
+from pangu_sigma.checkpoint.disk_space import DiskWrite
 from pangu_sigma.checkpoint.file_plan import find_unchanged, plan_tensor_files
+from pangu_sigma.checkpoint.folder_locks import lock_working_folder
 from pangu_sigma.checkpoint.folder_writer import FolderWriter, sync_folder
-from pangu_sigma.checkpoint.retention import discard, held, list_checkpoints, prune, remove_stale
+from pangu_sigma.checkpoint.retention import delete_checkpoint, list_checkpoints, prune_checkpoints, remove_stale
 from pangu_sigma.checkpoint.tensor_file import pieces, spec_of
+from pangu_sigma.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class SaveResult:
 
 def save_checkpoint(
     run_dir: Path | str,
-    contents: Contents,
+    contents: CheckpointContents,
     tensors: Mapping[str, np.ndarray],
     *,
     keep: int,
@@ -68,33 +70,25 @@ def save_checkpoint(
     planned = plan_tensor_files(specs, max_shard_bytes) + contents.small_files()
 
     root = run_dir / folder_layout.CHECKPOINTS
-    save = Writing(f"step {step}", "saved", root, "choose another run.dir", " (the last checkpoint is whole)")
-    with save.explained():
+    disk_write = DiskWrite(f"step {step}", "saved", root, "choose another run.dir", " (the last checkpoint is whole)")
+    with disk_write.explain_errors():
         root.mkdir(parents=True, exist_ok=True)
     messages = remove_stale(run_dir)
-    previous, said = newest(run_dir, step)
-    messages += said
+    previous, new_messages = open_previous(run_dir, step)
+    messages += new_messages
     temporary = root / folder_layout.working_name("tmp", step, os.getpid())
     with ThreadPoolExecutor(2) as threads:
         if previous is not None:
             find_unchanged(planned, everything, previous, threads)
-        needed = save.check_space((file.size for file in planned if file.link is None), len(specs))
-        with save.explained(needed):
-            temporary.mkdir()
-            with held(temporary):
-                try:
-                    total = sum(file.size for file in planned)
-                    writer = FolderWriter(
-                        temporary, lambda spec: pieces(everything[spec.name]), threads, total, progress
-                    )
-                    for file in planned:
-                        writer.write(file)
-                    writer.finish(contents.manifest(cells, writer.files, writer.tensors))
-                    final = move_into_place(temporary, root / folder_layout.step_name(step))
-                except BaseException:
-                    shutil.rmtree(temporary, ignore_errors=True)
-                    raise
-    deleted, said = prune(run_dir, keep, final)
+        needed = disk_write.check_space((file.size for file in planned if file.link is None), len(specs))
+        with disk_write.explain_errors(needed), working_folder(temporary):
+            total = sum(file.size for file in planned)
+            writer = FolderWriter(temporary, lambda spec: pieces(everything[spec.name]), threads, total, progress)
+            for file in planned:
+                writer.write(file)
+            writer.finish(contents.manifest(cells, writer.files, writer.tensors))
+            final = move_into_place(temporary, root / folder_layout.step_name(step))
+    deleted, new_messages = prune_checkpoints(run_dir, keep, final)
     if writer.links_refused:
         messages.append(f"{writer.links_refused} unchanged files were written again: {root} refused to link them")
     return SaveResult(
@@ -104,20 +98,20 @@ def save_checkpoint(
         links_refused=writer.links_refused,
         seconds=time.perf_counter() - started,
         deleted=tuple(deleted),
-        messages=tuple(messages + said),
+        messages=tuple(messages + new_messages),
     )
 
 
-def newest(run_dir: Path, step: int) -> tuple[Checkpoint | None, list[str]]:
+def open_previous(run_dir: Path, step: int) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint to link unchanged files from, and what is odd about the run's checkpoints."""
     checkpoints, _ = list_checkpoints(run_dir)
     messages = []
-    if later := [path.name for number, path in checkpoints if number > step]:
+    if later := [path.name for saved_step, path in checkpoints if saved_step > step]:
         messages.append(
             f"{run_dir} also holds checkpoints of later steps ({', '.join(later)}), from which a resume would go on: "
             "delete them if this is the run to keep"
         )
-    candidates = [path for number, path in checkpoints if number <= step] or [path for _, path in checkpoints]
+    candidates = [path for saved_step, path in checkpoints if saved_step <= step] or [path for _, path in checkpoints]
     if not candidates:
         return None, messages
     try:
@@ -129,14 +123,14 @@ def newest(run_dir: Path, step: int) -> tuple[Checkpoint | None, list[str]]:
 def move_into_place(temporary: Path, final: Path) -> Path:
     """Gives the finished folder its name; an older version of the same step steps aside first and goes afterwards."""
     if os.path.lexists(final) and not (final / folder_layout.MANIFEST).exists():
-        discard(final)
+        delete_checkpoint(final)
     if not os.path.lexists(final):
         os.rename(temporary, final)
         sync_folder(final.parent)
         return final
     _, step, _ = folder_layout.parse_folder(final)
     aside = final.with_name(folder_layout.working_name("replaced", step, os.getpid()))
-    with held(final):
+    with lock_working_folder(final):
         os.rename(final, aside)
         try:
             os.rename(temporary, final)
@@ -147,4 +141,3 @@ def move_into_place(temporary: Path, final: Path) -> Path:
         with suppress(OSError):  # the next save removes what stays, and says so
             shutil.rmtree(aside)
     return final
-

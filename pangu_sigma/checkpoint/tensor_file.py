@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pangu_sigma.checkpoint.checkpoint_error import CheckpointError
+from pangu_sigma.errors import CheckpointError
 
 # NumPy has no bfloat16: its raw bits travel as uint16 that carries this mark. Views keep the mark, arithmetic drops it.
 BFLOAT16 = np.dtype(np.uint16, metadata={"element": "bfloat16"})
@@ -194,9 +194,7 @@ def write_tensor_file(
     return WrittenFile(size, whole.hexdigest(), len(header), hashlib.sha256(header).hexdigest(), digests)
 
 
-def copy_file(
-    source: Path, target: Path, threads: Executor, advance: Callable[[int], None]
-) -> tuple[int, str]:
+def copy_file(source: Path, target: Path, threads: Executor, advance: Callable[[int], None]) -> tuple[int, str]:
     """Copies a file of a checkpoint to a new file, synced; returns (bytes, sha256) of what was read.
 
     Each byte is read once: it is hashed in `threads` while it is written and the next piece is read.

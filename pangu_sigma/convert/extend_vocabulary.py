@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder, TensorSpec, resolve
-from pangu_sigma.checkpoint.float_types import as_float32, converted
+from pangu_sigma.checkpoint.float_types import as_float32, convert_float
 from pangu_sigma.checkpoint.tensor_file import raw_bytes
 from pangu_sigma.config import Config, config_from_dict, effective
 from pangu_sigma.config.parameter_counts import is_routing, layer_name_and_owner, manifest
@@ -186,7 +186,7 @@ def _with_rows(tensor: np.ndarray, spec: TensorSpec, config: Config, initial: In
             fresh = np.broadcast_to(mean, (count, hidden))
         else:
             fresh = normal(rng, (count, hidden), config.model.init_std, config.model.init_cutoff)
-        yield raw_bytes(converted(spec.name, fresh, spec.dtype))
+        yield raw_bytes(convert_float(spec.name, fresh, spec.dtype))
 
 
 def _card(source: Checkpoint, old: Tokenizer, new: Tokenizer, old_rows: int, rows: int, initial: Initial) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder, TensorSpec
-from pangu_sigma.checkpoint.float_types import converted
+from pangu_sigma.checkpoint.float_types import convert_float
 from pangu_sigma.checkpoint.tensor_file import numpy_type
 from pangu_sigma.config import SCHEMA_VERSION, Config, config_from_dict, effective
 from pangu_sigma.config.parameter_counts import manifest, parameter_counts
@@ -224,7 +224,7 @@ def _dtype(folder: SafetensorsFolder, parts: list[OlmoeTensor]) -> str:
 
 
 def _part(folder: SafetensorsFolder, part: OlmoeTensor, dtype: str) -> np.ndarray:
-    array = converted(part.name, folder.read(part.name), dtype)
+    array = convert_float(part.name, folder.read(part.name), dtype)
     return array.T if part.turned else array
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, folder_layout, resolve
-from pangu_sigma.checkpoint.float_types import converted
+from pangu_sigma.checkpoint.float_types import convert_float
 from pangu_sigma.config import Config, domain_edits, manifest
 from pangu_sigma.config.parameter_counts import is_expert, is_routing
 from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditedTensors, EditResult, check_free
@@ -180,7 +180,7 @@ def _stored_type(source: Checkpoint, suffix: str) -> str:
 
 
 def _converted(name: str, dtype: str, make) -> np.ndarray:
-    return converted(name, make(), dtype)
+    return convert_float(name, make(), dtype)
 
 
 def fresh_moments(new: EditedTensors, source: Checkpoint, name: str, experts: int) -> None:

@@ -17,15 +17,15 @@ import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, Fingerprints, TensorSpec, folder_layout, remove_stale, resolve
 from pangu_sigma.checkpoint.edited_checkpoint import (
-    ChangedCheckpoint,
+    EditedCheckpoint,
     kept_files,
     replace_checkpoint,
-    write_changed_folder,
-    write_changed_run,
+    write_edited_folder,
+    write_edited_run,
 )
+from pangu_sigma.checkpoint.folder_locks import lock_run_folder
 from pangu_sigma.checkpoint.model_folder import TensorBytes, check_output
 from pangu_sigma.checkpoint.run_config_file import CONFIG_BEFORE, DOMAIN_CHANGES, config_digest, mend_config
-from pangu_sigma.checkpoint.run_lock import locked_folder
 from pangu_sigma.config import Config
 from pangu_sigma.config.domain_edits import checked
 from pangu_sigma.config.load_config import with_run_folder
@@ -103,7 +103,7 @@ class CheckpointEditor:
                 raise UserError(f"{self.path} is no run, whose checkpoint could be replaced: name a folder with --out")
             if not (run_dir / folder_layout.CONFIG).is_file() or Path(self.path).resolve() != run_dir.resolve():
                 raise UserError(f"{self.path} is one checkpoint: name its run {run_dir}, or a new folder with --out")
-            self._open.enter_context(locked_folder(run_dir))
+            self._open.enter_context(lock_run_folder(run_dir))
             remove_stale(run_dir)  # what a killed process was replacing comes back under its name
             checkpoint = resolve(self.path)  # nobody trains here any more, so this stays the last one
             mend_config(run_dir, checkpoint)
@@ -166,7 +166,7 @@ class CheckpointEditor:
         if self.out is None:
             before[CONFIG_BEFORE] = config_digest(self.run_dir)
         record = {"step": checkpoint.step, "change": what}
-        content = ChangedCheckpoint(
+        content = EditedCheckpoint(
             kept=kept_files(checkpoint, self.groups(keep, keep_shared)),
             tensors=new.specs,
             read=new.read,
@@ -189,9 +189,9 @@ class CheckpointEditor:
                 write_text(self.run_dir / folder_layout.CONFIG, config.to_yaml())
                 return EditResult(written, config, self.run_dir, lost_mesh)
             if self.run_dir is not None:
-                written = write_changed_run(self.out, content, advance)
+                written = write_edited_run(self.out, content, advance)
                 return EditResult(written, config, run_of(written), lost_mesh)
-            return EditResult(write_changed_folder(self.out, content, advance), config, None)
+            return EditResult(write_edited_folder(self.out, content, advance), config, None)
 
 
 def check_router(checkpoint: Checkpoint, config: Config) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, folder_layout
-from pangu_sigma.checkpoint.float_types import as_float32, converted
+from pangu_sigma.checkpoint.float_types import as_float32, convert_float
 from pangu_sigma.config import Config, domain_edits, manifest
 from pangu_sigma.domains.add_domain import NewDomain, fresh_moments, read_text
 from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditedTensors, EditResult, check_free
@@ -144,4 +144,4 @@ def _grown_gate(source: Checkpoint, config: Config, new_domain: NewDomain, name:
 
 
 def _converted(name: str, dtype: str, make) -> np.ndarray:
-    return converted(name, make(), dtype)
+    return convert_float(name, make(), dtype)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pangu_sigma.checkpoint import Checkpoint, Fingerprints, resolve
-from pangu_sigma.checkpoint.edited_checkpoint import ChangedCheckpoint, kept_files, write_changed_folder
+from pangu_sigma.checkpoint.edited_checkpoint import EditedCheckpoint, kept_files, write_edited_folder
 from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.config import config_from_dict
 from pangu_sigma.config.finetuning_file import without_adaptation
@@ -48,7 +48,7 @@ def merge_models(paths: Sequence[Path], out: Path) -> EditResult:
     if not sum(entry["weight"] for entry in values["domains"]):
         values["domains"] = [{**entry, "weight": 1.0} for entry in values["domains"]]
     merged = config_from_dict(values, source="the merged configuration")
-    content = ChangedCheckpoint(
+    content = EditedCheckpoint(
         kept=[
             *kept_files(first, ["shared"]),
             *(file for domain, model in owners.items() for file in kept_files(model, [f"domains/{domain}"])),
@@ -83,7 +83,7 @@ def merge_models(paths: Sequence[Path], out: Path) -> EditResult:
     )
     total = sum(file.size for file in (*content.kept, *content.new_files()))
     with sigterm_as_ctrl_c(), progress("merge", total, unit="B") as job:
-        written = write_changed_folder(out, content, lambda done, _: job.set(done))
+        written = write_edited_folder(out, content, lambda done, _: job.set(done))
     return EditResult(written, merged, None)
 
 

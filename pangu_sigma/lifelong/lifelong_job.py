@@ -14,7 +14,7 @@ from typing import Any
 
 from pangu_sigma import runtime
 from pangu_sigma.checkpoint import Checkpoint
-from pangu_sigma.checkpoint.run_lock import locked_folder
+from pangu_sigma.checkpoint.folder_locks import lock_run_folder
 from pangu_sigma.config import config_from_dict
 from pangu_sigma.config.resume_rules import changed_keys, flat_keys
 from pangu_sigma.data.corpus import Corpus, prepare_corpus
@@ -44,7 +44,7 @@ def run_lifelong(plan: Plan, say: Callable[[str], None] = print) -> Results:
     """
     for domain in plan.base.domains:
         expand_paths(domain.name, domain.data)  # text that is not there is found before a folder is made
-    with sigterm_as_ctrl_c(), locked_folder(plan.dir):
+    with sigterm_as_ctrl_c(), lock_run_folder(plan.dir):
         _check_plan(plan)
         measurement = _Measurement(plan)
         results = measurement.results([])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pangu_sigma.checkpoint import LazyTensor, StoredTensors, folder_layout
-from pangu_sigma.checkpoint.distributed import Piece, TensorPart
+from pangu_sigma.checkpoint.distributed import ShardedTensor, TensorShard
 from pangu_sigma.config.parameter_counts import is_routing, layer_name_and_owner
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.model import DOMAIN_EMBEDDING, Model
@@ -74,7 +74,7 @@ def model_tensors(model: Model, optimizer: Optimizer | None) -> dict[str, np.nda
     return tensors
 
 
-def tensor_parts(model: Model, optimizer: Optimizer | None) -> dict[str, TensorPart]:
+def tensor_parts(model: Model, optimizer: Optimizer | None) -> dict[str, ShardedTensor]:
     """All tensors of a checkpoint by name, each with the part of it that this process writes; without an optimizer
     those of the model alone.
 
@@ -93,32 +93,32 @@ def tensor_parts(model: Model, optimizer: Optimizer | None) -> dict[str, TensorP
             for begin, rows in _runs(model, domain) if shard.is_writer else ():
                 read = partial(store.read, kind, layer_name, name, rows)
                 values = LazyTensor((rows.stop - rows.start, *table.shape[1:]), table.dtype, read)
-                pieces.append(Piece((begin, *(axis.start for axis in shard.slices)), values))
+                pieces.append(TensorShard((begin, *(axis.start for axis in shard.slices)), values))
             shape = (groups.of(domain).stop - groups.of(domain).start, *shard.shape)
-            parts[_expert_tensor(domain, kind, layer_name, name)] = TensorPart(shape, table.dtype, tuple(pieces))
+            parts[_expert_tensor(domain, kind, layer_name, name)] = ShardedTensor(shape, table.dtype, tuple(pieces))
     for layer_name, steps in store.steps.items() if optimizer is not None else ():
         for domain in groups.names if layer_name != DOMAIN_EMBEDDING else ():
             runs = _runs(model, domain) if _counts_for_others(model) else ()
             size = groups.of(domain).stop - groups.of(domain).start
-            pieces = tuple(Piece((begin,), steps[rows]) for begin, rows in runs)
-            parts[f"domains.{domain}.optimizer.steps.{layer_name}"] = TensorPart((size,), steps.dtype, pieces)
+            pieces = tuple(TensorShard((begin,), steps[rows]) for begin, rows in runs)
+            parts[f"domains.{domain}.optimizer.steps.{layer_name}"] = ShardedTensor((size,), steps.dtype, pieces)
     return parts
 
 
-def _shared_parts(model: Model, optimizer: Optimizer | None) -> dict[str, TensorPart]:
+def _shared_parts(model: Model, optimizer: Optimizer | None) -> dict[str, ShardedTensor]:
     """What is not the experts': shared parameters and moments, routing tables, embedding slots."""
     store, groups, shared, processes = model.store, model.groups, model.shared, model.processes
     values = shared.values() | (optimizer.moments() if optimizer is not None else {})
     names = {name: name for name in shared.shapes}
     if optimizer is not None:
         names |= {f"optimizer.{kind}.{owner}": owner for owner in shared.trained for kind in "mv"}
-    parts: dict[str, TensorPart] = {}
+    parts: dict[str, ShardedTensor] = {}
     for turn, (name, owner) in enumerate(sorted(names.items())):
         holders = shared.storing_ranks(owner) or range(processes.size)
         mine = holders[turn % len(holders)] == processes.rank
         begin = tuple(axis.start for axis in shared.stored_slices(owner))
-        pieces = (Piece(begin, values[name]),) if mine else ()
-        parts[name] = TensorPart(shared.shapes[owner], np.dtype(np.float32), pieces)
+        pieces = (TensorShard(begin, values[name]),) if mine else ()
+        parts[name] = ShardedTensor(shared.shapes[owner], np.dtype(np.float32), pieces)
     common = {
         table_name(o, layer_name): table
         for layer_name, by_owner in model.tables.items()
@@ -134,24 +134,24 @@ def _shared_parts(model: Model, optimizer: Optimizer | None) -> dict[str, Tensor
             for domain_id, domain in enumerate(groups.names)
         }
     for turn, (name, array) in enumerate(sorted(common.items())):
-        parts[name] = TensorPart.all_of(array, turn % processes.size == processes.rank)
+        parts[name] = ShardedTensor.unsharded(array, turn % processes.size == processes.rank)
     return parts
 
 
-def _elsewhere(model: Model, optimizer: Optimizer | None) -> dict[str, TensorPart]:
+def _elsewhere(model: Model, optimizer: Optimizer | None) -> dict[str, ShardedTensor]:
     """The experts of other pipeline stages, of which this process writes nothing."""
-    parts: dict[str, TensorPart] = {}
+    parts: dict[str, ShardedTensor] = {}
     kinds = KINDS if optimizer is not None else KINDS[:1]
     for layer_name in model.config.model.sparse_prefixes:
         if layer_name in model.layer_names:
             continue
         for domain, size in zip(model.groups.names, model.groups.sizes, strict=True):
             for name, shard in model.expert_shards.items():
-                part = TensorPart((size, *shard.shape), np.dtype(np.float32), ())
+                part = ShardedTensor((size, *shard.shape), np.dtype(np.float32), ())
                 parts |= {_expert_tensor(domain, kind, layer_name, name): part for kind in kinds}
             if optimizer is not None:
                 name = f"domains.{domain}.optimizer.steps.{layer_name}"
-                parts[name] = TensorPart((size,), np.dtype(np.int64), ())
+                parts[name] = ShardedTensor((size,), np.dtype(np.int64), ())
     return parts
 
 

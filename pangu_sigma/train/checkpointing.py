@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pangu_sigma.checkpoint import Checkpoint, Contents, Fingerprints, SaveResult, StoredTensors, save_checkpoint
-from pangu_sigma.checkpoint.distributed import save_together
+from pangu_sigma.checkpoint import (
+    Checkpoint,
+    CheckpointContents,
+    Fingerprints,
+    SaveResult,
+    StoredTensors,
+    save_checkpoint,
+)
+from pangu_sigma.checkpoint.distributed import save_distributed
 from pangu_sigma.checkpoint.run_config_file import DOMAIN_CHANGES
 from pangu_sigma.config import Config
 from pangu_sigma.data.corpus import Corpus
@@ -28,9 +35,9 @@ if TYPE_CHECKING:
 
 def run_contents(
     step: int, config: Config, corpus: Corpus, probe: Mapping[str, np.ndarray], state: Mapping[str, object]
-) -> Contents:
+) -> CheckpointContents:
     """What a checkpoint of a run holds beside tensors."""
-    return Contents(
+    return CheckpointContents(
         step=step,
         domains=config.domain_names,
         coverage=config.coverage,
@@ -44,7 +51,7 @@ def run_contents(
 
 def write_checkpoint(
     folder: Path,
-    contents: Contents,
+    contents: CheckpointContents,
     model: Model,
     optimizer: Optimizer | None,
     keep: int,
@@ -55,7 +62,7 @@ def write_checkpoint(
         tensors = model_tensors(model, optimizer)
         return save_checkpoint(folder, contents, tensors, keep=keep, progress=progress)
     parts = tensor_parts(model, optimizer)
-    return save_together(model.processes, folder, contents, parts, keep=keep, progress=progress)
+    return save_distributed(model.processes, folder, contents, parts, keep=keep, progress=progress)
 
 
 @dataclass

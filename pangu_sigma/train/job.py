@@ -11,8 +11,8 @@ import numpy as np
 
 from pangu_sigma import runtime
 from pangu_sigma.checkpoint import Checkpoint, StoredTensors, find_latest, remove_stale
+from pangu_sigma.checkpoint.folder_locks import lock_run_folder
 from pangu_sigma.checkpoint.run_config_file import DOMAIN_CHANGES
-from pangu_sigma.checkpoint.run_lock import locked_folder
 from pangu_sigma.config import Config, parameter_counts, with_vocabulary
 from pangu_sigma.config.data_section import STANDARD_INPUT
 from pangu_sigma.data.growing_file import check_source
@@ -91,7 +91,7 @@ class Run:
             # Rank 0 comes to the meeting when the text is tokenised: it is there, and so is the last checkpoint.
             self._meet()
         else:
-            self._open.enter_context(locked_folder(self.dir))
+            self._open.enter_context(lock_run_folder(self.dir))
         self.messages = remove_stale(self.dir) if first else []
         checkpoint, said = last_checkpoint(self.dir, self.resume)
         self.messages += said

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pangu_sigma.checkpoint import Contents, Fingerprints, save_checkpoint
+from pangu_sigma.checkpoint import CheckpointContents, Fingerprints, save_checkpoint
 from pangu_sigma.config import Config, config_from_dict, manifest
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from rre.counted_random import generator
@@ -85,7 +85,7 @@ def save_model(run: Path, sizes: Mapping[str, int] = SIZES, *, probes: int = 2, 
         tokenizer.save(folder)
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
     draw = np.random.default_rng(1)
-    contents = Contents(
+    contents = CheckpointContents(
         step=8,
         domains=list(sizes),
         coverage={layer_name: dict(sizes) for layer_name in config.model.sparse_prefixes},

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 
 from extract.domain_files import list_domains
-from pangu_sigma.checkpoint import Contents, Fingerprints, save_checkpoint
+from pangu_sigma.checkpoint import CheckpointContents, Fingerprints, save_checkpoint
 
 
 def saved(folder):
@@ -17,7 +17,7 @@ def saved(folder):
         tensors[f"domains.{domain}.blocks.1.experts.up.weight"] = np.ones((experts, 4, 6), np.float32)
         tensors[f"domains.{domain}.blocks.1.routing"] = np.zeros(8, np.int32)
         tensors[f"domains.{domain}.optimizer.m.blocks.1.experts.up.weight"] = np.ones((experts, 4, 6), np.float32)
-    contents = Contents(
+    contents = CheckpointContents(
         step=1, domains=list(sizes), coverage={"blocks.1": sizes}, config_text="", tokenizer_files={}, probe={},
         state={}, fingerprints=Fingerprints(tokenizer="t", corpora={}),
     )  # fmt: skip

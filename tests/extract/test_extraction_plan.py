@@ -14,7 +14,7 @@ from safetensors import safe_open
 from extract.extraction_job import extract, plan
 from extract.quickstart_extraction import make_room
 from pangu_sigma.checkpoint import open_checkpoint, write_model_folder
-from pangu_sigma.checkpoint.float_types import as_float32, converted
+from pangu_sigma.checkpoint.float_types import as_float32, convert_float
 from pangu_sigma.cli.extract_command import parse_size
 from pangu_sigma.config import manifest
 from pangu_sigma.errors import UserError
@@ -156,7 +156,7 @@ def test_another_type_rounds_every_weight_and_leaves_tables_and_probes(parent, t
             assert array.tobytes() == before.tobytes()
         else:
             assert model.manifest.tensors[name].dtype == dtype
-            assert array.tobytes() == converted(name, before, dtype).tobytes()
+            assert array.tobytes() == convert_float(name, before, dtype).tobytes()
     size = sum(path.stat().st_size for path in (tmp_path / "poems").rglob("*.safetensors"))
     full = sum((parent / file).stat().st_size for file in ("shared.safetensors", "domains/poems.safetensors"))
     assert size < 0.65 * full

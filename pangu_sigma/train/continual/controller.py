@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from pangu_sigma.checkpoint.checkpoint_reader import open_checkpoint
-from pangu_sigma.checkpoint.distributed import agreed
+from pangu_sigma.checkpoint.distributed import raise_on_all_ranks
 from pangu_sigma.checkpoint.retention import list_checkpoints
 from pangu_sigma.config.phase_domains import old_domains
 from pangu_sigma.data.corpus import Corpus
@@ -103,7 +103,7 @@ class Holding:
         """Write the model of this moment beside the run; where it was just saved, its files serve."""
         saved = dict(list_checkpoints(self.run_dir)[0]).get(step)
         if saved is not None:
-            with agreed(self.processes):
+            with raise_on_all_ranks(self.processes):
                 if self.processes.first:
                     teacher_snapshot.link_previous(self.run_dir, open_checkpoint(saved))
             return
@@ -111,7 +111,7 @@ class Holding:
         state = {"origin": {"job": "previous model"}}
         contents = run_contents(step, self.trainer.config, self.corpus, {}, state)
         written = write_checkpoint(folder, contents, self.trainer.model, None, keep=1)
-        with agreed(self.processes):
+        with raise_on_all_ranks(self.processes):
             if self.processes.first:
                 teacher_snapshot.take_saved(self.run_dir, written.path)
 
@@ -135,7 +135,7 @@ class Holding:
 
             fisher = estimate_fisher(self.trainer.model, batches(), config.run.seed, rows)
         written = ""
-        with agreed(self.processes):
+        with raise_on_all_ranks(self.processes):
             if self.processes.first:
                 written = teacher_snapshot.write_fisher(self.run_dir, self.record.step, fisher)
         self.record = replace(self.record, fisher=self.processes.texts(written)[0])

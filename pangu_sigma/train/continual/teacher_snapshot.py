@@ -20,8 +20,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from pangu_sigma.checkpoint import Checkpoint, CheckpointError, folder_layout, open_checkpoint
-from pangu_sigma.checkpoint.disk_space import Writing
-from pangu_sigma.checkpoint.edited_checkpoint import ChangedCheckpoint, kept_files, write_changed_folder
+from pangu_sigma.checkpoint.disk_space import DiskWrite
+from pangu_sigma.checkpoint.edited_checkpoint import EditedCheckpoint, kept_files, write_edited_folder
 from pangu_sigma.checkpoint.folder_writer import sync_folder
 from pangu_sigma.checkpoint.tensor_file import digest_of_file, pieces, spec_of, write_tensor_file
 from pangu_sigma.errors import UserError
@@ -88,7 +88,7 @@ def take_saved(run_dir: Path, saved: Path) -> None:
 def link_previous(run_dir: Path, checkpoint: Checkpoint) -> Checkpoint:
     """Make the model of `checkpoint` the previous one of its step; its files are linked. Raises CheckpointError."""
     groups = ["shared", *(f"domains/{name}" for name in checkpoint.domains)]
-    content = ChangedCheckpoint(
+    content = EditedCheckpoint(
         kept=kept_files(checkpoint, groups),
         tensors=(),
         read=lambda spec: (),
@@ -101,7 +101,7 @@ def link_previous(run_dir: Path, checkpoint: Checkpoint) -> Checkpoint:
         step=checkpoint.step,
         probe=checkpoint.probe(),
     )
-    return write_changed_folder(_free_path(run_dir, checkpoint.step), content)
+    return write_edited_folder(_free_path(run_dir, checkpoint.step), content)
 
 
 def _free_path(run_dir: Path, step: int) -> Path:
@@ -129,8 +129,8 @@ def write_fisher(run_dir: Path, step: int, fisher: Mapping[str, np.ndarray]) -> 
     """Write the Fisher information by parameter name; returns the file's sha256. Raises CheckpointError."""
     path = fisher_path(run_dir, step)
     temporary = path.with_name(f".{path.name}.unfinished")
-    writing = Writing(f"the Fisher information of step {step}", "saved", run_dir, "choose another run.dir")
-    with writing.explained(), ThreadPoolExecutor(2) as threads:
+    disk_write = DiskWrite(f"the Fisher information of step {step}", "saved", run_dir, "choose another run.dir")
+    with disk_write.explain_errors(), ThreadPoolExecutor(2) as threads:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
         specs = [spec_of(name, array) for name, array in fisher.items()]

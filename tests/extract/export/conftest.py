@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pangu_sigma.checkpoint import Checkpoint, Contents, Fingerprints, open_checkpoint, save_checkpoint
+from pangu_sigma.checkpoint import Checkpoint, CheckpointContents, Fingerprints, open_checkpoint, save_checkpoint
 from pangu_sigma.config import Config, config_from_dict, effective
 from pangu_sigma.data.corpus_files import Source
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
@@ -99,7 +99,7 @@ def save_model(
     tokenizer.save(folder / "tokenizer")
     files = {path.name: path.read_bytes() for path in (folder / "tokenizer").iterdir()}
     layer_names = config.model.sparse_prefixes
-    contents = Contents(
+    contents = CheckpointContents(
         step=7, domains=groups.names,
         coverage={layer_name: dict(zip(groups.names, groups.sizes, strict=True)) for layer_name in layer_names},
         config_text=config.to_yaml(), tokenizer_files=files, probe={}, state={},

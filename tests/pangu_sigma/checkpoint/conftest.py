@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pangu_sigma.checkpoint import Contents, Fingerprints, SaveResult, save_checkpoint
+from pangu_sigma.checkpoint import CheckpointContents, Fingerprints, SaveResult, save_checkpoint
 from pangu_sigma.checkpoint.manifest import sign
 
 LAYERS = ("blocks.2", "query_layer")
@@ -52,7 +52,7 @@ def save_small(run: Path, step: int, tensors: dict[str, np.ndarray], **changes) 
         "state": {"step": step, "cursors": {"code": [3, 2**90]}, "loss_scale": 65536.0},
         "fingerprints": Fingerprints(tokenizer="t1", corpora={domain: f"{domain}-1" for domain in groups}),
     }
-    return save_checkpoint(run, Contents(**{**contents, **changes}), tensors, **how)
+    return save_checkpoint(run, CheckpointContents(**{**contents, **changes}), tensors, **how)
 
 
 def change_manifest(folder: Path, change: Callable[[dict], None]) -> None:

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pangu_sigma.checkpoint import Contents, Fingerprints, save_checkpoint
+from pangu_sigma.checkpoint import CheckpointContents, Fingerprints, save_checkpoint
 
 run, first = Path(sys.argv[1]), int(sys.argv[2])
 names = [f"blocks.{i}.feed_forward.up.weight" for i in range(8)]
 names += [f"domains.{domain}.blocks.9.experts.up.weight" for domain in ("code", "law")]
 for step in itertools.count(first):
     tensors = {name: np.full((4, 256, 256), step if "law" not in name else step // 2, np.float32) for name in names}
-    contents = Contents(
+    contents = CheckpointContents(
         step=step,
         domains=["code", "law"],
         coverage={"blocks.9": {"code": 4, "law": 4}},

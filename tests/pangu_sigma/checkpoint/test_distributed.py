@@ -12,15 +12,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pangu_sigma.checkpoint import CheckpointError, Contents, LazyTensor, StoredTensors, open_checkpoint
-from pangu_sigma.checkpoint import distributed as module
-from pangu_sigma.checkpoint.distributed import Piece, TensorPart, save_together
+from pangu_sigma.checkpoint import CheckpointContents, CheckpointError, LazyTensor, StoredTensors, open_checkpoint
+from pangu_sigma.checkpoint import distributed as distributed_save
+from pangu_sigma.checkpoint.distributed import ShardedTensor, TensorShard, save_distributed
 from parallel.comm.processes import Processes
 from parallel.mesh import Mesh
 
 
-class Meeting:
-    """Where the threads of a job meet."""
+class GatherBarrier:
+    """What the threads of a job gather through: a slot for each rank and a barrier."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -28,44 +28,46 @@ class Meeting:
         self.barrier = threading.Barrier(size, timeout=20)
 
 
-class Ranks(Processes):
+class ThreadRank(Processes):
     """A rank as a thread."""
 
-    def __init__(self, meeting: Meeting, rank: int) -> None:
-        super().__init__(Mesh(data=meeting.size), rank)
-        self.meeting = meeting
+    def __init__(self, gather_barrier: GatherBarrier, rank: int) -> None:
+        super().__init__(Mesh(data=gather_barrier.size), rank)
+        self.gather_barrier = gather_barrier
 
     def gather(self, values: np.ndarray) -> np.ndarray:
-        self.meeting.slots[self.rank] = values.copy()
-        self.meeting.barrier.wait()
-        found = np.stack(self.meeting.slots)
-        self.meeting.barrier.wait()
-        return found
+        self.gather_barrier.slots[self.rank] = values.copy()
+        self.gather_barrier.barrier.wait()
+        gathered = np.stack(self.gather_barrier.slots)
+        self.gather_barrier.barrier.wait()
+        return gathered
 
 
-def parts_of(tensors: dict[str, np.ndarray], rank: int, size: int) -> dict[str, TensorPart]:
-    """Domains' tensors are cut along their first axis as evenly as it goes, the others dealt out."""
-    parts = {}
+def shards_of(tensors: dict[str, np.ndarray], rank: int, size: int) -> dict[str, ShardedTensor]:
+    """Domains' tensors sharded along their first axis as evenly as it goes, the others dealt out whole."""
+    sharded = {}
     for turn, (name, array) in enumerate(sorted(tensors.items())):
         if name.startswith("domains."):
             begin, end = (len(array) * r // size for r in (rank, rank + 1))
-            mine = array[begin:end]
-            data = LazyTensor(mine.shape, mine.dtype, lambda mine=mine: mine)
-            pieces = (Piece((begin,) + (0,) * (array.ndim - 1), data),) if end > begin else ()
-            parts[name] = TensorPart(array.shape, array.dtype, pieces)
+            rows = array[begin:end]
+            data = LazyTensor(rows.shape, rows.dtype, lambda rows=rows: rows)
+            local_shards = (TensorShard((begin,) + (0,) * (array.ndim - 1), data),) if end > begin else ()
+            sharded[name] = ShardedTensor(array.shape, array.dtype, local_shards)
         else:
-            parts[name] = TensorPart.all_of(array, turn % size == rank)
-    return parts
+            sharded[name] = ShardedTensor.unsharded(array, turn % size == rank)
+    return sharded
 
 
-def save_by(size: int, run, step: int, tensors, rest: tuple[Contents, dict]) -> list:
-    """What `save_together` returned or raised on every rank."""
-    meeting = Meeting(size)
+def save_with_ranks(size: int, run, step: int, tensors, rest: tuple[CheckpointContents, dict]) -> list:
+    """What `save_distributed` returned or raised on every rank."""
+    gather_barrier = GatherBarrier(size)
     contents, how = replace(rest[0], step=step), rest[1]
 
     def work(rank: int):
         try:
-            return save_together(Ranks(meeting, rank), run, contents, parts_of(tensors, rank, size), **how)
+            return save_distributed(
+                ThreadRank(gather_barrier, rank), run, contents, shards_of(tensors, rank, size), **how
+            )
         except CheckpointError as error:
             return error
 
@@ -74,7 +76,7 @@ def save_by(size: int, run, step: int, tensors, rest: tuple[Contents, dict]) -> 
 
 
 @pytest.fixture
-def rest(save, monkeypatch) -> tuple[Contents, dict]:
+def rest(save, monkeypatch) -> tuple[CheckpointContents, dict]:
     """What a save takes beside tensors, as this folder's other tests have it."""
     caught: list = []
 
@@ -91,7 +93,7 @@ def rest(save, monkeypatch) -> tuple[Contents, dict]:
 def test_any_number_of_writers_writes_the_bytes_of_one(tmp_path, save, tensors, rest, size):
     rest[1]["max_shard_bytes"] = 3000
     alone = save(tmp_path / "alone", 7, tensors, max_shard_bytes=3000).path
-    results = save_by(size, tmp_path / "together", 7, tensors, rest)
+    results = save_with_ranks(size, tmp_path / "together", 7, tensors, rest)
     assert len({result.path for result in results}) == 1
     files = sorted(path.relative_to(alone) for path in alone.rglob("*") if path.is_file())
     assert files == sorted(p.relative_to(results[0].path) for p in results[0].path.rglob("*") if p.is_file())
@@ -100,9 +102,9 @@ def test_any_number_of_writers_writes_the_bytes_of_one(tmp_path, save, tensors, 
 
 
 def test_an_unchanged_file_is_the_previous_checkpoints(tmp_path, tensors, rest):
-    first = save_by(2, tmp_path, 7, tensors, rest)[0]
+    first = save_with_ranks(2, tmp_path, 7, tensors, rest)[0]
     changed = {**tensors, "domains.law.blocks.2.experts.up.bias": tensors["domains.law.blocks.2.experts.up.bias"] + 1}
-    second = save_by(2, tmp_path, 8, changed, rest)[0]
+    second = save_with_ranks(2, tmp_path, 8, changed, rest)[0]
     assert (second.path / "domains/code.safetensors").samefile(first.path / "domains/code.safetensors")
     assert not (second.path / "domains/law.safetensors").samefile(first.path / "domains/law.safetensors")
     assert second.bytes_linked > 0
@@ -113,7 +115,7 @@ def test_a_disk_that_is_full_for_one_writer_fails_all_and_leaves_the_last_checkp
     tmp_path, save, tensors, rest, monkeypatch
 ):
     kept = save(tmp_path, 6, tensors).path
-    write, writers = module._write_at, []
+    write, writers = distributed_save._write_at, []
 
     def full(handle, data, place):
         # The first thread that comes here writes on, every other one meets a full disk.
@@ -123,8 +125,8 @@ def test_a_disk_that_is_full_for_one_writer_fails_all_and_leaves_the_last_checkp
             raise OSError(28, "No space left on device")
         return write(handle, data, place)
 
-    monkeypatch.setattr(module, "_write_at", full)
-    results = save_by(3, tmp_path, 7, tensors, rest)
+    monkeypatch.setattr(distributed_save, "_write_at", full)
+    results = save_with_ranks(3, tmp_path, 7, tensors, rest)
     assert all(isinstance(result, CheckpointError) for result in results)
     assert all("step 7 was not saved" in str(result) and "No space left" in str(result) for result in results)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [kept.name]

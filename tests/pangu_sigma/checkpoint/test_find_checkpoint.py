@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pangu_sigma.checkpoint import CheckpointError, find_latest, open_checkpoint, remove_stale, resolve
-from pangu_sigma.checkpoint.retention import held
+from pangu_sigma.checkpoint.folder_locks import lock_working_folder
 from pangu_sigma.errors import UserError
 
 
@@ -81,7 +81,7 @@ def test_the_next_save_removes_what_a_dead_process_left(tmp_path, folder, dead, 
 
 def test_a_folder_that_a_living_process_works_on_stays(tmp_path, folder):
     left = leave(folder, f".tmp-step-00000008-{os.getppid()}")
-    with held(left):
+    with lock_working_folder(left):
         assert remove_stale(tmp_path) == [f"{left} stays: process {os.getppid()} is at work on it"]
     os.utime(left)
     assert "stays" in remove_stale(tmp_path)[0]  # it may be about to lock it

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pangu_sigma.checkpoint import BFLOAT16, CheckpointError
-from pangu_sigma.checkpoint.float_types import as_float32, converted
+from pangu_sigma.checkpoint.float_types import as_float32, convert_float
 
 
 def hard_values() -> np.ndarray:
@@ -20,7 +20,7 @@ def test_bfloat16_rounds_as_pytorch_does():
     torch = pytest.importorskip("torch")
     values = hard_values()
     values = values[~(np.isfinite(values) & (np.abs(values) > 3.38e38))]
-    ours = converted("w", values, "bfloat16")
+    ours = convert_float("w", values, "bfloat16")
     assert ours.dtype.metadata == BFLOAT16.metadata
     theirs = torch.from_numpy(values.copy()).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     real = ~np.isnan(values)
@@ -33,16 +33,16 @@ def test_back_to_float32_is_exact():
     np.testing.assert_array_equal(as_float32("w", half), half.astype(np.float32))
     bits = np.arange(1 << 16, dtype=np.uint16).view(BFLOAT16)
     np.testing.assert_array_equal(as_float32("w", bits).view(np.uint32) >> 16, bits.view(np.uint16))
-    assert converted("w", bits, "bfloat16") is bits
+    assert convert_float("w", bits, "bfloat16") is bits
 
 
 def test_whole_numbers_stay():
     table = np.arange(5, dtype=np.int32)
-    assert converted("t", table, "float16") is table and as_float32("t", table) is table
+    assert convert_float("t", table, "float16") is table and as_float32("t", table) is table
 
 
 @pytest.mark.parametrize("dtype, value", [("float16", 70000.0), ("bfloat16", 3.4e38)])
 def test_a_value_that_does_not_fit_is_refused_by_name(dtype, value):
     with pytest.raises(CheckpointError, match=f"'blocks.0.w' has the value .* which {dtype} cannot hold"):
-        converted("blocks.0.w", np.array([1.0, value], np.float32), dtype)
-    assert np.isinf(as_float32("w", converted("w", np.array([np.inf], np.float32), dtype))).all()
+        convert_float("blocks.0.w", np.array([1.0, value], np.float32), dtype)
+    assert np.isinf(as_float32("w", convert_float("w", np.array([np.inf], np.float32), dtype))).all()

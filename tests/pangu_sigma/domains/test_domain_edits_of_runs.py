@@ -12,7 +12,7 @@ import pytest
 
 from extract.extraction_job import extract, plan
 from pangu_sigma.checkpoint import find_latest, open_checkpoint
-from pangu_sigma.checkpoint.run_lock import locked_folder
+from pangu_sigma.checkpoint.folder_locks import lock_run_folder
 from pangu_sigma.config import load_config
 from pangu_sigma.config.domain_edits import Ahead
 from pangu_sigma.domains.add_domain import NewDomain, add_domain, add_model
@@ -343,7 +343,7 @@ def test_a_resume_with_the_old_configuration_says_where_the_new_one_is(copied_ru
 def test_a_run_that_trains_is_not_changed(copied_run):
     run = copied_run(STEP)
     before = digests(folder(run))
-    with locked_folder(run), pytest.raises(UserError, match="another process is training"):
+    with lock_run_folder(run), pytest.raises(UserError, match="another process is training"):
         remove_domain(run, "law")
     assert digests(folder(run)) == before
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from pangu_sigma.checkpoint import Contents, Fingerprints, StoredTensors, open_checkpoint, save_checkpoint
+from pangu_sigma.checkpoint import CheckpointContents, Fingerprints, StoredTensors, open_checkpoint, save_checkpoint
 from pangu_sigma.config import load_config
 from pangu_sigma.model.state_dict import model_tensors, restore_model
 from pangu_sigma.monitor.metrics_log import read_metrics
@@ -101,7 +101,7 @@ def test_a_roll_back_on_disk_is_that_in_memory(small_yaml, hosted, tmp_path):
 
 def saved(trainer, folder) -> dict[str, str]:
     """Save the trainer's state; the hashes of all tensors by name."""
-    contents = Contents(
+    contents = CheckpointContents(
         step=3, domains=list(EXPERTS), coverage={p: EXPERTS for p in trainer.config.model.sparse_prefixes},
         config_text=trainer.config.to_yaml(), tokenizer_files={"none": b"-"}, probe={}, state={},
         fingerprints=Fingerprints(tokenizer="-", corpora=dict.fromkeys(EXPERTS, "-")),

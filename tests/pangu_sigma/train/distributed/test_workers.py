@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from pangu_sigma.checkpoint import open_checkpoint
-from pangu_sigma.checkpoint.run_lock import locked_folder
+from pangu_sigma.checkpoint.folder_locks import lock_run_folder
 from pangu_sigma.errors import INTERRUPTED
 from parallel.comm.launch import free_port
 from tests.pangu_sigma.train.training_process import (
@@ -99,7 +99,7 @@ def test_a_mesh_that_does_not_fit_is_refused_before_anything_starts(small_yaml, 
 
 def test_a_folder_that_is_taken_or_cannot_be_written_is_refused_before_anything_starts(small_yaml, tmp_path):
     run = tmp_path / "run"
-    with locked_folder(run / "workers"):
+    with lock_run_folder(run / "workers"):
         done = command("train", small_yaml, f"run.dir={run}", "--workers", 2, cwd=tmp_path)
         assert_refused(done, "another job of several processes works in", str(run))
     assert [path.name for path in (run / "workers").iterdir()] == [".lock"]

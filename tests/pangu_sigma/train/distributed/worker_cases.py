@@ -98,9 +98,9 @@ def run_case(case: dict, processes, folder: Path | None = None) -> dict[str, np.
     experts = figures.get("experts", {"activated": 0, "touched": 0})
     found["touched"] = np.array([experts["activated"], experts["touched"]])
     for name, part in tensor_parts(trainer.model, trainer.optimizer).items():
-        for piece in part.pieces:
+        for piece in part.local_shards:
             data = piece.data.read() if isinstance(piece.data, LazyTensor) else piece.data
-            found[f"tensor {','.join(map(str, piece.begin))} {name}"] = data.copy()
+            found[f"tensor {','.join(map(str, piece.offset))} {name}"] = data.copy()
     if folder is not None:
         save(trainer.model, trainer.optimizer, folder)
     if "measured" in case:
@@ -189,11 +189,11 @@ def senders(processes) -> np.ndarray:
 
 def save(model, optimizer, folder: Path) -> None:
     """A checkpoint of step 1 in the folder, by however many processes the model has."""
-    from pangu_sigma.checkpoint import Contents, Fingerprints, save_checkpoint
-    from pangu_sigma.checkpoint.distributed import save_together
+    from pangu_sigma.checkpoint import CheckpointContents, Fingerprints, save_checkpoint
+    from pangu_sigma.checkpoint.distributed import save_distributed
     from pangu_sigma.model.state_dict import model_tensors, tensor_parts
 
-    contents = Contents(
+    contents = CheckpointContents(
         step=1,
         domains=list(model.groups.names),
         coverage={
@@ -209,7 +209,7 @@ def save(model, optimizer, folder: Path) -> None:
     if model.processes.size == 1:
         save_checkpoint(folder, contents, model_tensors(model, optimizer), **how)
     else:
-        save_together(model.processes, folder, contents, tensor_parts(model, optimizer), **how)
+        save_distributed(model.processes, folder, contents, tensor_parts(model, optimizer), **how)
 
 
 def save_again(case: dict, processes, source: Path, folder: Path) -> None:
