@@ -48,9 +48,11 @@ def exchange(device: str, count: int, folder: Path, seconds: float) -> Ended:
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("rank_*.json"))]
     if len(results) == count:
         return Ended(results)
-    said = [_last_words(log.read_text(encoding="utf-8", errors="replace")) for log in sorted(logs.glob("worker_*.log"))]
+    last_lines = [
+        _last_words(log.read_text(encoding="utf-8", errors="replace")) for log in sorted(logs.glob("worker_*.log"))
+    ]
     silent = f"{count - len(results)} of {count} did not answer"
-    return Ended(results, next(filter(None, said), "") or trouble or silent)
+    return Ended(results, next(filter(None, last_lines), "") or trouble or silent)
 
 
 def _ran(words: Sequence[str], folder: Path, seconds: float) -> str:
@@ -60,14 +62,14 @@ def _ran(words: Sequence[str], folder: Path, seconds: float) -> str:
         errors="replace", start_new_session=True,
     )  # fmt: skip
     try:
-        said, _ = process.communicate(timeout=seconds)
+        output, _ = process.communicate(timeout=seconds)
     except BaseException as error:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         if isinstance(error, subprocess.TimeoutExpired):
             return f"no answer within {seconds:.0f} s"
         raise
-    return "" if process.returncode == 0 else _last_words(said) or f"ended with code {process.returncode}"
+    return "" if process.returncode == 0 else _last_words(output) or f"ended with code {process.returncode}"
 
 
 def _environment() -> Mapping[str, str]:

@@ -40,13 +40,13 @@ def run(device: str) -> dict[str, object]:
         def __init__(self) -> None:
             super().__init__()
             self.exchange = GatheredExchange(Mesh(expert=size), rank, size)
-            self.wanted = Tensor(blocks)
+            self.expert_blocks = Tensor(blocks)
 
         def construct(self, x: Tensor) -> Tensor:
             arrived = self.exchange.to_experts(x)
             # This rank's expert is number 0 here; whatever goes elsewhere has another number.
-            mine = (self.exchange.choices(self.wanted) == 0).astype(ms.float32)
-            return self.exchange.to_tokens(arrived * mine * (rank + 2.0))
+            is_local = (self.exchange.choices(self.expert_blocks) == 0).astype(ms.float32)
+            return self.exchange.to_tokens(arrived * is_local * (rank + 2.0))
 
     class Permuted(nn.Cell):
         """Blocks to their ranks, and back."""
@@ -81,5 +81,5 @@ def run(device: str) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    found = run(sys.argv[1])
-    (Path(sys.argv[2]) / f"rank_{found['rank']}.json").write_text(json.dumps(found), encoding="utf-8")
+    result = run(sys.argv[1])
+    (Path(sys.argv[2]) / f"rank_{result['rank']}.json").write_text(json.dumps(result), encoding="utf-8")

@@ -54,5 +54,5 @@ def run(device: str, kernels: str, folder: Path) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    wanted = Path(sys.argv[3])
-    wanted.write_text(json.dumps(run(sys.argv[1], sys.argv[2], wanted.parent)), encoding="utf-8")
+    out = Path(sys.argv[3])
+    out.write_text(json.dumps(run(sys.argv[1], sys.argv[2], out.parent)), encoding="utf-8")

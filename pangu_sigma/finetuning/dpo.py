@@ -145,8 +145,8 @@ class PreferenceEvaluator:
 
     def batches(self, heldout: HeldoutPairs, limit: int | None) -> int:
         """Number of batches that one domain's pairs take."""
-        whole = -(-len(heldout) // self.pairs)
-        return whole if limit is None else min(whole, limit)
+        full_batches = -(-len(heldout) // self.pairs)
+        return full_batches if limit is None else min(full_batches, limit)
 
     def losses(
         self, heldout: Mapping[str, HeldoutPairs], limit: int | None, advance: Callable[[int], None] | None = None
@@ -154,18 +154,18 @@ class PreferenceEvaluator:
         """(loss, tokens of answers) by domain; `figures` then holds the means over all pairs."""
         reference = self.objective.reference
         self.frozen = self.frozen or Scorer(reference.model, 2 * self.pairs)
-        found, counted, sums = {}, {}, {}
+        losses, counted, sums = {}, {}, {}
         for name, pairs in heldout.items():
             domain = np.full(2 * self.pairs, self.names.index(name), np.int32)
             loss, tokens, seen = 0.0, 0, 0
-            for number in range(self.batches(pairs, limit)):
-                start = number * self.pairs
+            for batch_index in range(self.batches(pairs, limit)):
+                start = batch_index * self.pairs
                 rows, mask = pairs.batch(start, self.pairs)
                 there = min(self.pairs, len(pairs) - start)
-                mine = (self.scorer.losses(rows, domain) * mask).sum(axis=1, dtype=np.float64)
+                log_probabilities = (self.scorer.losses(rows, domain) * mask).sum(axis=1, dtype=np.float64)
                 theirs = self.frozen.losses(rows, reference.domain[domain])
                 theirs = (theirs * mask).sum(axis=1, dtype=np.float64)
-                reward = rewards(self.objective.beta, mine, theirs)[:there]
+                reward = rewards(self.objective.beta, log_probabilities, theirs)[:there]
                 loss += float(pair_losses(reward).sum())
                 tokens += int(mask.sum())
                 seen += there
@@ -174,6 +174,6 @@ class PreferenceEvaluator:
                     sums[figure] = (before[0] + value, before[1] + count)
                 if advance:
                     advance(1)
-            found[name], counted[name] = loss / max(1, seen), tokens
+            losses[name], counted[name] = loss / max(1, seen), tokens
         self.figures = {name: value / max(1.0, count) for name, (value, count) in sums.items()}
-        return found, counted
+        return losses, counted

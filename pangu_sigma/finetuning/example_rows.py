@@ -38,7 +38,7 @@ class PackedExamples:
         epoch = int(np.searchsorted(self._first, index, side="right")) - 1
         order, starts = self._epoch(epoch)
         row = index - self._first[epoch]
-        chosen = [self._sequences[number] for number in order[starts[row] : starts[row + 1]]]
+        chosen = [self._sequences[i] for i in order[starts[row] : starts[row + 1]]]
         return tuple(part[None] for part in packed_row(chosen, self.sequence_length, self._pad_id))
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -61,10 +61,10 @@ class PairedExamples:
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pair `index` (0, 1, 2 … without end): tokens [2, S + 1], mask [2, S], padding [2, S]; see `packed_row`."""
-        epoch, place = divmod(index, len(self._pairs))
+        epoch, index_in_epoch = divmod(index, len(self._pairs))
         if self._kept is None or self._kept[0] != epoch:
             self._kept = epoch, permutation(key64(self._seed, "examples", self.domain, epoch), len(self._pairs))
-        return pair_rows(self._pairs[self._kept[1][place]], self.sequence_length, self._pad_id)
+        return pair_rows(self._pairs[self._kept[1][index_in_epoch]], self.sequence_length, self._pad_id)
 
 
 def pair_rows(pair: Sequence[TokenSequence], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -84,7 +84,7 @@ class ExampleSampler(MixtureSampler):
     """Draws examples by domain weight; a sample is a packed row, or the two rows of a pair."""
 
     def _read(self, domain: np.ndarray, index: np.ndarray, sample: np.ndarray) -> Batch:
-        read = [self._streams[number].sample(int(place)) for number, place in zip(domain, index, strict=True)]
+        read = [self._streams[d].sample(int(i)) for d, i in zip(domain, index, strict=True)]
         tokens, mask, padding = (np.concatenate(parts) for parts in zip(*read, strict=True))
         rows = len(tokens) // len(domain)
         return Batch(tokens, domain.repeat(rows), sample.repeat(rows), self._step, mask, padding)
@@ -131,9 +131,9 @@ class HeldoutPairs:
         """
         tokens = np.full((2 * count, self.sequence_length + 1), self._pad_id, np.int32)
         masks = np.zeros((2 * count, self.sequence_length), np.float32)
-        for number in range(min(count, len(self) - start)):
-            mine = slice(2 * number, 2 * number + 2)
-            tokens[mine], masks[mine], _ = pair_rows(self._pairs[start + number], self.sequence_length, self._pad_id)
+        for pair in range(min(count, len(self) - start)):
+            rows = slice(2 * pair, 2 * pair + 2)
+            tokens[rows], masks[rows], _ = pair_rows(self._pairs[start + pair], self.sequence_length, self._pad_id)
         return tokens, masks
 
 

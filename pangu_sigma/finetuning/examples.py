@@ -51,12 +51,12 @@ class ExampleSet:
 
     def sentence(self) -> str:
         """The numbers for people."""
-        said = f"{self.name}: {len(self.train)} examples to learn from, {len(self.heldout)} held out"
+        message = f"{self.name}: {len(self.train)} examples to learn from, {len(self.heldout)} held out"
         if self.truncated:
-            said += f", {self.truncated} answers cut at the window's end"
+            message += f", {self.truncated} answers cut at the window's end"
         if self.dropped:
-            said += f", {self.dropped} left out because their prompt fills the window"
-        return said
+            message += f", {self.dropped} left out because their prompt fills the window"
+        return message
 
 
 def prompt_and_answers(template: str, prompt: str, answers: Sequence[str]) -> tuple[str, tuple[str, ...]]:
@@ -75,8 +75,8 @@ def read_lines(files: Sequence[Path], keys: Sequence[str]) -> Iterator[dict[str,
         lines = read_text_lines(file, str(file), "check that it exists and its rights")
         if not lines:
             raise UserError(f"{file} is empty; give one example a line, or leave the file out")
-        for number, line in enumerate(lines, 1):
-            yield _checked(line, f"{file}:{number}", keys)
+        for line_number, line in enumerate(lines, 1):
+            yield _checked(line, f"{file}:{line_number}", keys)
 
 
 def _checked(line: str, where: str, keys: Sequence[str]) -> dict[str, str]:
@@ -135,8 +135,8 @@ def load_examples(
     parts = (fingerprint_files(files), tokenizer.fingerprint, settings)
     return ExampleSet(
         name=name,
-        train=tuple(example for example, held in zip(kept, heldout, strict=True) if not held),
-        heldout=tuple(example for example, held in zip(kept, heldout, strict=True) if held),
+        train=tuple(example for example, is_heldout in zip(kept, heldout, strict=True) if not is_heldout),
+        heldout=tuple(example for example, is_heldout in zip(kept, heldout, strict=True) if is_heldout),
         truncated=truncated,
         dropped=dropped,
         fingerprint=hashlib.sha256("\n".join(parts).encode()).hexdigest(),
@@ -148,18 +148,18 @@ def _tokenised(
 ) -> tuple[TokenSequence, ...]:
     before, behind = prompt_and_answers(template, record[keys[0]], [record[key] for key in keys[1:]])
     prompt = tokenizer.encode(before)
-    found = []
+    sequences = []
     for text in behind:
-        whole = tokenizer.encode(before + text)
+        full_ids = tokenizer.encode(before + text)
         # A tokenizer may join letters across the border, but a model is asked with the prompt's own tokens.
-        answer = whole[len(prompt) :] if whole[: len(prompt)] == prompt else tokenizer.encode(text)
-        found.append(TokenSequence(np.array([*prompt, *answer, tokenizer.eod_id], np.int32), len(prompt)))
-    return tuple(found)
+        answer = full_ids[len(prompt) :] if full_ids[: len(prompt)] == prompt else tokenizer.encode(text)
+        sequences.append(TokenSequence(np.array([*prompt, *answer, tokenizer.eod_id], np.int32), len(prompt)))
+    return tuple(sequences)
 
 
 def _held_out(ranks: np.ndarray, fraction: float) -> np.ndarray:
     """Which examples are held out, bool [N]: equal ones together, and never all of them."""
-    held = ranks < np.uint64(min(fraction * 2.0**64, 2.0**64 - 2048))
-    if fraction and not held.any():
-        held = ranks == ranks.min()
-    return held & (ranks != ranks.max()) if held.all() else held
+    is_heldout = ranks < np.uint64(min(fraction * 2.0**64, 2.0**64 - 2048))
+    if fraction and not is_heldout.any():
+        is_heldout = ranks == ranks.min()
+    return is_heldout & (ranks != ranks.max()) if is_heldout.all() else is_heldout

@@ -83,14 +83,14 @@ class ExampleRecipe:
         from pangu_sigma.train.objective import Objective
         from pangu_sigma.train.trainer import micro_batch_rows
 
-        wanted = self.config.adapt
-        if wanted.objective == "sft":
-            return Objective(auxiliary=wanted.auxiliary_losses)
+        settings = self.config.adapt
+        if settings.objective == "sft":
+            return Objective(auxiliary=settings.auxiliary_losses)
 
         def load() -> Reference:
             return load_reference(self.frozen, self.config, micro_batch_rows(self.config, objective))
 
-        objective = Preference(wanted.beta, load, wanted.auxiliary_losses)
+        objective = Preference(settings.beta, load, settings.auxiliary_losses)
         return objective
 
     def evaluator(self, model: Model, objective: Objective) -> Evaluator | PreferenceEvaluator:
@@ -127,8 +127,8 @@ class ExampleRecipe:
     def probe(self, count: int) -> dict[str, np.ndarray]:
         """The adapted model's own probe: sequences of its domains' text, cut to this run's length."""
         length = self.config.data.sequence_length + 1
-        found = {name: rows[:count, :length] for name, rows in self.origin.probe().items()}
-        return {name: rows for name, rows in found.items() if rows.shape[0] and rows.shape[1] == length}
+        probe = {name: rows[:count, :length] for name, rows in self.origin.probe().items()}
+        return {name: rows for name, rows in probe.items() if rows.shape[0] and rows.shape[1] == length}
 
     def state(self) -> dict[str, object]:
         """See `Recipe`; dpo's reference by its path and hash."""
@@ -161,8 +161,8 @@ def _frozen(beginning: Beginning, named: Path) -> Checkpoint:
         return beginning.start
     kept = beginning.tokenizer_of.state[REFERENCE]
     for path in (Path(kept["path"]), named):
-        if path.exists() and (found := resolve(path)).sha256 == kept["sha256"]:
-            return found
+        if path.exists() and (copy := resolve(path)).sha256 == kept["sha256"]:
+            return copy
     raise UserError(
         f"the reference model of this run was {kept['path']}, which is gone or changed: put it back, or name a "
         "copy of it as MODEL"

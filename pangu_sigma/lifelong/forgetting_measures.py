@@ -37,7 +37,7 @@ def backward_transfer(losses: np.ndarray, learned: Sequence[int | None]) -> Meas
     Negative: later stages cost earlier domains. Source: Lopez-Paz and Ranzato, arXiv 1706.08840 (there for accuracies).
     """
     last = len(losses) - 1
-    return Measure.of({j: float(losses[at, j] - losses[last, j]) for j, at in _before(learned, last)})
+    return Measure.of({j: float(losses[learned_at, j] - losses[last, j]) for j, learned_at in _before(learned, last)})
 
 
 def forgetting(losses: np.ndarray, learned: Sequence[int | None]) -> Measure:
@@ -56,20 +56,22 @@ def forward_transfer(losses: np.ndarray, untrained: np.ndarray, learned: Sequenc
     untrained [J]: the losses -b of the model before any training, measured in the same way. Positive: what was learned
     before helps a domain that was never seen. Source: arXiv 1706.08840.
     """
-    later = ((j, at) for j, at in enumerate(learned) if at is not None and at > 0)
-    return Measure.of({j: float(untrained[j] - losses[at - 1, j]) for j, at in later})
+    later = ((j, learned_at) for j, learned_at in enumerate(learned) if learned_at is not None and learned_at > 0)
+    return Measure.of({j: float(untrained[j] - losses[learned_at - 1, j]) for j, learned_at in later})
 
 
 def learned_loss(losses: np.ndarray, learned: Sequence[int | None]) -> Measure:
     """Mean loss (nats per token, lower is better) of the domains right after the stage that brought them."""
-    return Measure.of({j: float(losses[at, j]) for j, at in enumerate(learned) if at is not None})
+    return Measure.of(
+        {j: float(losses[learned_at, j]) for j, learned_at in enumerate(learned) if learned_at is not None}
+    )
 
 
 def final_loss(losses: np.ndarray, learned: Sequence[int | None]) -> Measure:
     """Mean loss (nats per token, lower is better) after the last stage of the domains that were learned."""
-    return Measure.of({j: float(losses[-1, j]) for j, at in enumerate(learned) if at is not None})
+    return Measure.of({j: float(losses[-1, j]) for j, learned_at in enumerate(learned) if learned_at is not None})
 
 
 def _before(learned: Sequence[int | None], last: int) -> list[tuple[int, int]]:
     """(domain, stage in which it was learned) of all that were learned before the stage `last`."""
-    return [(j, at) for j, at in enumerate(learned) if at is not None and at < last]
+    return [(j, learned_at) for j, learned_at in enumerate(learned) if learned_at is not None and learned_at < last]

@@ -157,24 +157,24 @@ class _Measurement:
 def _check_plan(plan: Plan) -> None:
     """Compare with the plan that the folder holds, and keep the new one. Raises UserError for what was begun."""
     path = plan.dir / PLAN
-    stored, wanted = _read(path), plan.to_dict()
+    stored, planned = _read(path), plan.to_dict()
     if stored:
-        begun = [number for number, stage in enumerate(plan.stages) if plan.run_dir(stage).is_dir()]
-        _check_stages(plan, stored, wanted, max(begun, default=-1) + 1)
+        begun = [index for index, stage in enumerate(plan.stages) if plan.run_dir(stage).is_dir()]
+        _check_stages(plan, stored, planned, max(begun, default=-1) + 1)
         _check_base(plan, stored)
-    write_json(path, wanted)
+    write_json(path, planned)
 
 
-def _check_stages(plan: Plan, stored: Mapping[str, Any], wanted: Mapping[str, Any], begun: int) -> None:
+def _check_stages(plan: Plan, stored: Mapping[str, Any], planned: Mapping[str, Any], begun: int) -> None:
     folders = [f"{n + 1:02d}-{stage['name']}" for n, stage in enumerate(stored["stages"])]
     begun = max([begun, *(n + 1 for n, name in enumerate(folders) if (plan.dir / "stages" / name).is_dir())])
-    for number in range(begun):
-        old = stored["stages"][number] if number < len(stored["stages"]) else None
-        new = wanted["stages"][number] if number < len(wanted["stages"]) else None
+    for index in range(begun):
+        old = stored["stages"][index] if index < len(stored["stages"]) else None
+        new = planned["stages"][index] if index < len(planned["stages"]) else None
         if old != new:
             name = (old or new)["name"]
             raise UserError(
-                f"stage {number + 1} ({name}) of {plan.dir} was begun with other values: restore them, change only "
+                f"stage {index + 1} ({name}) of {plan.dir} was begun with other values: restore them, change only "
                 "stages that have not begun, or choose another run.dir"
             )
 
@@ -206,13 +206,13 @@ def _tokenizer(plan: Plan) -> tuple[Path | None, Tokenizer]:
 
     Returns its model file too, None where the configuration names a file itself.
     """
-    wanted, cache = plan.base.data.tokenizer, Path(plan.base.data.cache)
-    if wanted.kind != "train":
-        return None, build_tokenizer(wanted.kind, (), cache, wanted.path)
+    section, cache = plan.base.data.tokenizer, Path(plan.base.data.cache)
+    if section.kind != "train":
+        return None, build_tokenizer(section.kind, (), cache, section.path)
     folder = plan.dir / "tokenizer"
     if not (folder / "tokenizer.json").is_file():
         sources = [Source.of(domain) for domain in plan.base.domains]
-        build_tokenizer("train", sources, cache, None, wanted.vocab_size).save(folder)
+        build_tokenizer("train", sources, cache, None, section.vocab_size).save(folder)
     return folder / "tokenizer.model", load_tokenizer(folder)
 
 

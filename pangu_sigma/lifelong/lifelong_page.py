@@ -56,13 +56,13 @@ def _sections(results: Results) -> Iterator[tuple[str, str, str]]:
 
 def _properties(results: Results) -> str:
     rows = []
-    for found in results.properties:
-        css = {YES: "good", NO: "bad", UNKNOWN: "none"}.get(found.holds, "")
+    for result in results.properties:
+        css = {YES: "good", NO: "bad", UNKNOWN: "none"}.get(result.holds, "")
         rows.append(
             [
-                f"{cell(found.name)}{_note(found.question)}",
-                f'<td class="{css}"><strong>{cell(found.holds)}</strong></td>',
-                f'<td class="text">{cell(found.number)}{_note(found.rule)}</td>',
+                f"{cell(result.name)}{_note(result.question)}",
+                f'<td class="{css}"><strong>{cell(result.holds)}</strong></td>',
+                f'<td class="text">{cell(result.number)}{_note(result.rule)}</td>',
             ]
         )
     return table(["Property", "Holds", '<span class="text">Number</span>'], rows, "Lifelong-learning properties")
@@ -70,11 +70,11 @@ def _properties(results: Results) -> str:
 
 def _measures(results: Results) -> str:
     rows = []
-    for name, found in results.measures.items():
+    for name, result in results.measures.items():
         signed = name not in ("learned_loss", "final_loss")
-        each = [number(found.by_domain.get(j), sign=signed) for j in range(len(results.domains))]
+        each = [number(result.by_domain.get(j), sign=signed) for j in range(len(results.domains))]
         title = f"{name.replace('_', ' ').capitalize()}{_note(_MEANING[name])}"
-        rows.append([title, f"<strong>{number(found.mean, sign=signed)}</strong>", *each])
+        rows.append([title, f"<strong>{number(result.mean, sign=signed)}</strong>", *each])
     header = ["In nats per token", "Mean", *map(cell, results.domains)]
     return table(header, rows, "Backward transfer, forgetting, forward transfer")
 
@@ -101,9 +101,9 @@ def _costs(results: Results) -> str:
 def _learning(results: Results) -> str:
     rows = []
     for name, stage in zip(results.stages, results.learning, strict=True):
-        for domain, found in stage.items():
-            passes = "–" if found["passes"] is None else f"{found['passes']:.2f}"
-            rows.append([f"{cell(name)}: {cell(domain)}", passes, number(found["online_loss"])])
+        for domain, result in stage.items():
+            passes = "–" if result["passes"] is None else f"{result['passes']:.2f}"
+            rows.append([f"{cell(name)}: {cell(domain)}", passes, number(result["online_loss"])])
     note = "<p>Passes over the domain's training text so far; loss of each batch before the step that learns it.</p>"
     return note + table(["Stage and domain", "Passes", "Loss before learning"], rows, "Learning as the text comes")
 
@@ -114,14 +114,14 @@ def _note(text: str) -> str:
 
 def _policies(results: Results) -> str:
     """What the stages after the first do with what was learned before, in a few words."""
-    said = []
+    sentences = []
     for stage in results.plan["stages"][1:]:
         policy = stage["policy"]
         replay = f" with {100 * policy['replay']:.0f} % replay" if policy["replay"] else ""
-        held = {k: v for k, v in (policy["regularise"] or {}).items() if v and k in ("output", "l2", "ewc")}
-        by = f" ({', '.join(f'{key} {weight:g}' for key, weight in held.items())})" if held else ""
-        said.append(f"shared parameters {policy['shared']}{by}{replay}")
-    return ", ".join(dict.fromkeys(said)) or "one stage"
+        penalties = {k: v for k, v in (policy["regularise"] or {}).items() if v and k in ("output", "l2", "ewc")}
+        by = f" ({', '.join(f'{key} {weight:g}' for key, weight in penalties.items())})" if penalties else ""
+        sentences.append(f"shared parameters {policy['shared']}{by}{replay}")
+    return ", ".join(dict.fromkeys(sentences)) or "one stage"
 
 
 def _sparse(model: dict) -> bool:

@@ -65,7 +65,9 @@ class Results:
         if not self.rows:
             return {}
         done = len(self.rows)
-        learned = [at if at is not None and at < done else None for at in self.learned.values()]
+        learned = [
+            learned_at if learned_at is not None and learned_at < done else None for learned_at in self.learned.values()
+        ]
         untrained = np.array([self.untrained[name]["loss"] for name in self.domains])
         return {
             "backward_transfer": forgetting_measures.backward_transfer(self.losses, learned),
@@ -85,8 +87,8 @@ class Results:
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values for JSON."""
         named = {
-            name: {"mean": found.mean, "by_domain": {self.domains[j]: v for j, v in found.by_domain.items()}}
-            for name, found in self.measures.items()
+            name: {"mean": result.mean, "by_domain": {self.domains[j]: v for j, v in result.by_domain.items()}}
+            for name, result in self.measures.items()
         }
         return {
             "format_version": FORMAT_VERSION,
@@ -97,7 +99,7 @@ class Results:
             "stages": self.stages,
             "matrix": self.losses.tolist() if self.rows else [],
             "measures": named,
-            "properties": [vars(found) for found in self.properties],
+            "properties": [vars(result) for result in self.properties],
             "untrained": self.untrained,
             "rows": list(self.rows),
             "costs": list(self.costs),
@@ -111,11 +113,13 @@ class Results:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(["stage", "name", "domain", "learned", "how", "loss", "auto", "tokens"])
         for stage, (name, row) in enumerate(self.named_rows()):
-            for domain, at in self.learned.items():
-                found = row[domain]
-                seen = int(at is not None and at < stage)
-                auto = "" if found["auto"] is None else repr(found["auto"])
-                writer.writerow([stage, name, domain, seen, found["how"], repr(found["loss"]), auto, found["tokens"]])
+            for domain, learned_at in self.learned.items():
+                result = row[domain]
+                seen = int(learned_at is not None and learned_at < stage)
+                auto = "" if result["auto"] is None else repr(result["auto"])
+                writer.writerow(
+                    [stage, name, domain, seen, result["how"], repr(result["loss"]), auto, result["tokens"]]
+                )
         return out.getvalue()
 
     @property
@@ -138,9 +142,10 @@ def as_text(results: Results, folder: Path) -> str:
         parts += ["Lifelong-learning properties", properties_text(results), f"Page: {folder / 'report.html'}"]
     if not results.complete:
         stages = results.plan["stages"]
-        number = len(results.rows)
+        stage_index = len(results.rows)
         parts.append(
-            f"stopped in stage {number + 1} ({stages[number]['name']}) of {len(stages)}; the same command continues"
+            f"stopped in stage {stage_index + 1} ({stages[stage_index]['name']}) of {len(stages)}; "
+            "the same command continues"
         )
     return "\n\n".join(parts)
 
@@ -150,9 +155,9 @@ def matrix_text(results: Results) -> str:
     rows = []
     for stage, (name, row) in enumerate(results.named_rows()):
         cells = []
-        for domain, at in results.learned.items():
+        for domain, learned_at in results.learned.items():
             loss = number(row[domain]["loss"])
-            cells.append(f"{loss} " if at is not None and at < stage else f"({loss})")
+            cells.append(f"{loss} " if learned_at is not None and learned_at < stage else f"({loss})")
         rows.append([name, *cells])
     return text_table(["after stage \\ loss of", *results.domains], rows) + "\n(…) not learned yet"
 
@@ -160,10 +165,10 @@ def matrix_text(results: Results) -> str:
 def measures_text(results: Results) -> str:
     """The measures in nats per token, the mean and each domain's part."""
     rows = []
-    for name, found in results.measures.items():
+    for name, result in results.measures.items():
         signed = name not in ("learned_loss", "final_loss")
-        cells = [number(found.by_domain.get(j), sign=signed) for j in range(len(results.domains))]
-        rows.append([name.replace("_", " "), number(found.mean, sign=signed), *cells])
+        cells = [number(result.by_domain.get(j), sign=signed) for j in range(len(results.domains))]
+        rows.append([name.replace("_", " "), number(result.mean, sign=signed), *cells])
     return text_table(["nats per token", "mean", *results.domains], rows)
 
 
@@ -193,5 +198,5 @@ def costs_text(results: Results) -> str:
 
 def properties_text(results: Results) -> str:
     """The property table as aligned text."""
-    rows = [[found.name, found.holds, found.number] for found in results.properties]
+    rows = [[result.name, result.holds, result.number] for result in results.properties]
     return text_table(["property", "holds", "by what number"], rows, left=3)

@@ -60,10 +60,10 @@ def heat_map(panels: Sequence[Panel], columns: int = 1) -> str:
     width = max(panel.width for panel in panels) + 12
     height = max(panel.height for panel in panels) + 12
     rows = -(-len(panels) // columns)
-    said = "; ".join(filter(None, (printable(panel.title) for panel in panels))) or "Held-out loss after every stage"
+    title = "; ".join(filter(None, (printable(panel.title) for panel in panels))) or "Held-out loss after every stage"
     parts = [
         f'<svg class="lm" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width * columns} {height * rows}" '
-        f'width="{width * columns}" height="{height * rows}" role="img" aria-label="{escape(said)}">'
+        f'width="{width * columns}" height="{height * rows}" role="img" aria-label="{escape(title)}">'
         f"<style>{_STYLE}</style>"
     ]
     for index, panel in enumerate(panels):
@@ -80,17 +80,17 @@ def _panel(panel: Panel) -> str:
     parts = [f'<text class="lm-title" x="{LEFT}" y="18">{escape(printable(panel.title))}</text>'] if shift else []
     parts.append(f'<text class="lm-soft" x="{LEFT - 10}" y="{shift + TOP - 12}" text-anchor="end">after stage</text>')
     for column, name in enumerate(panel.learned):
-        at = LEFT + column * CELL + CELL / 2
-        where = f'x="{at}" y="{shift + TOP - 12}" text-anchor="middle"'
+        column_center = LEFT + column * CELL + CELL / 2
+        where = f'x="{column_center}" y="{shift + TOP - 12}" text-anchor="middle"'
         parts.append(f'<text class="lm-name" {where}>{_short(name)}</text>')
     for index, name in enumerate(panel.rows):
         top = shift + TOP + index * ROW
         css, middle = "lm-soft" if index == 0 else "lm-name", top + ROW / 2 + 4
         parts.append(f'<text class="{css}" x="{LEFT - 10}" y="{middle}" text-anchor="end">{_short(name)}</text>')
-        for column, at in enumerate(panel.learned.values()):
+        for column, learned_at in enumerate(panel.learned.values()):
             span = high[column] - low[column]
             heat = min(1.0, max(0.0, (losses[index, column] - low[column]) / span)) if span > 0 else 0.0
-            learned = None if at is None else at + 1  # rows begin with the untrained model
+            learned = None if learned_at is None else learned_at + 1  # rows begin with the untrained model
             parts.append(_cell(losses[:, column], index, learned, heat, LEFT + column * CELL, top))
     return "".join(parts)
 

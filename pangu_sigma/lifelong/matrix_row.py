@@ -43,18 +43,18 @@ class RowMeasurement:
         names = self.model.groups.names
         count = self._count(texts)
         if not self.by_domain:
-            number = names.index(name) if name in names else 0
+            domain_id = names.index(name) if name in names else 0
             text = UnknownText(1, 0, "uniform", 1, ())
-            for found in self.likelihood.sequences(texts, count, advance, [number]):
-                text.add(found)
+            for sequence in self.likelihood.sequences(texts, count, advance, [domain_id]):
+                text.add(sequence)
             result = text.result()
             return {"loss": result["given"], "how": ANY, "tokens": result["tokens"], "auto": None, "accuracy": {}}
         own = names.index(name) if name in names else None
         top = min(self.inference.top, len(names))
         after = accuracy_after(texts.sequence_length)
         text = UnknownText(len(names), own, self.inference.prior, top, after)
-        for found in self.likelihood.sequences(texts, count, advance):
-            text.add(found)
+        for sequence in self.likelihood.sequences(texts, count, advance):
+            text.add(sequence)
         result = text.result()
         return {
             "loss": result["auto"] if own is None else result["given"],

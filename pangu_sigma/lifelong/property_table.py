@@ -56,8 +56,8 @@ def _retention(domains: Sequence[str], forgetting: Measure) -> Property:
     worst = max(forgetting.by_domain, key=lambda j: forgetting.by_domain[j])
     most = forgetting.by_domain[worst]
     holds = YES if most <= TOLERANCE else PARTLY if forgetting.mean <= TOLERANCE else NO
-    said = f"forgetting {number(forgetting.mean, sign=True)} nats per token, most {number(most, sign=True)}"
-    return Property("Knowledge retention", question, holds, f"{said} ({domains[worst]})", rule)
+    evidence = f"forgetting {number(forgetting.mean, sign=True)} nats per token, most {number(most, sign=True)}"
+    return Property("Knowledge retention", question, holds, f"{evidence} ({domains[worst]})", rule)
 
 
 def _forward(transfer: Measure) -> Property:
@@ -72,27 +72,27 @@ def _backward(transfer: Measure) -> Property:
     return _transfer("Backward transfer", question, rule, transfer, "no domain was learned before the last stage")
 
 
-def _transfer(name: str, question: str, rule: str, found: Measure, none: str) -> Property:
-    if found.mean is None:
+def _transfer(name: str, question: str, rule: str, measured: Measure, none: str) -> Property:
+    if measured.mean is None:
         return Property(name, question, UNKNOWN, none, rule)
-    all_of_them = all(value > TOLERANCE for value in found.by_domain.values())
-    holds = NO if found.mean <= TOLERANCE else YES if all_of_them else PARTLY
-    return Property(name, question, holds, f"{number(found.mean, sign=True)} nats per token", rule)
+    all_of_them = all(value > TOLERANCE for value in measured.by_domain.values())
+    holds = NO if measured.mean <= TOLERANCE else YES if all_of_them else PARTLY
+    return Property(name, question, holds, f"{number(measured.mean, sign=True)} nats per token", rule)
 
 
 def _online(learning: Sequence[Mapping[str, Mapping[str, Any]]]) -> Property:
     question = "Does it learn from text that it meets once?"
     rule = "yes: every training text was met at most once; partly: some were; no: none"
-    passes = [found["passes"] for stage in learning for found in stage.values() if found["passes"] is not None]
-    losses = [found["online_loss"] for stage in learning for found in stage.values() if found["online_loss"]]
+    passes = [measured["passes"] for stage in learning for measured in stage.values() if measured["passes"] is not None]
+    losses = [measured["online_loss"] for stage in learning for measured in stage.values() if measured["online_loss"]]
     if not passes:
         return Property("Online learning", question, UNKNOWN, "the run does not tell what it has read", rule)
     once = [value <= 1.0 for value in passes]
     holds = YES if all(once) else PARTLY if any(once) else NO
-    said = f"{min(passes):.2f} to {max(passes):.2f} passes over a domain's text"
+    evidence = f"{min(passes):.2f} to {max(passes):.2f} passes over a domain's text"
     if losses:
-        said += f"; loss of text before learning from it {number(sum(losses) / len(losses))}"
-    return Property("Online learning", question, holds, said, rule)
+        evidence += f"; loss of text before learning from it {number(sum(losses) / len(losses))}"
+    return Property("Online learning", question, holds, evidence, rule)
 
 
 def _boundaries(last: Mapping[str, Mapping[str, Any]], by_domain: bool) -> Property:
@@ -107,8 +107,8 @@ def _boundaries(last: Mapping[str, Mapping[str, Any]], by_domain: bool) -> Prope
     after = list(own[0]["accuracy"])
     shares = {n: [row["accuracy"][n] for row in own if row["accuracy"][n] is not None] for n in after}
     right = ", ".join(f"{100 * sum(v) / len(v):.0f} % after {n}" for n, v in shares.items() if v)
-    said = f"domain inferred {number(cost, sign=True)} nats per token; right {right} tokens"
-    return Property(name, question, YES if cost <= BOUNDARY_TOLERANCE else NO, said, rule)
+    evidence = f"domain inferred {number(cost, sign=True)} nats per token; right {right} tokens"
+    return Property(name, question, YES if cost <= BOUNDARY_TOLERANCE else NO, evidence, rule)
 
 
 def _capacity(costs: Sequence[Mapping[str, Any]]) -> Property:
@@ -117,8 +117,8 @@ def _capacity(costs: Sequence[Mapping[str, Any]]) -> Property:
     first, last = costs[0]["parameters"], costs[-1]["parameters"]
     stored, active = last["total"] / first["total"], last["active"] / first["active"]
     holds = YES if stored <= 1.0 else PARTLY if active <= 1.0 else NO
-    said = (
+    evidence = (
         f"{compact(first['total'])} to {compact(last['total'])} parameters ({stored:.2f} ×), a token meets "
         f"{compact(first['active'])} to {compact(last['active'])} ({active:.2f} ×)"
     )
-    return Property("Fixed model capacity", question, holds, said, rule)
+    return Property("Fixed model capacity", question, holds, evidence, rule)

@@ -103,8 +103,10 @@ class Plan:
         """What `train.phases` says of the stage."""
         weights = {domain.name: domain.weight for domain in self.base.domains}
         policy = stage.policy
-        held = policy.regularise or {}
-        reaches_back = policy.replay or held.get("ewc") or (held.get("output") and held.get("through") == "old")
+        penalties = policy.regularise or {}
+        reaches_back = (
+            policy.replay or penalties.get("ewc") or (penalties.get("output") and penalties.get("through") == "old")
+        )
         return {
             "steps": stage.steps,
             "weights": {name: weights[name] for name in stage.domains},
@@ -154,33 +156,35 @@ def load_plan(path: str | Path, overrides: Iterable[str] = ()) -> Plan:
 
     Raises UserError with one sentence: file, key or stage, what was written and what to write instead.
     """
-    wanted = _read(Path(path))
+    stages_config = _read(Path(path))
     try:
-        base = load_config(wanted.base, [*wanted.changes, *overrides])
+        base = load_config(stages_config.base, [*stages_config.changes, *overrides])
     except UserError as error:
-        raise UserError(f"{path}: base = {wanted.base}: {error}") from error
-    plan = _plan(wanted, base, str(path))
+        raise UserError(f"{path}: base = {stages_config.base}: {error}") from error
+    plan = _plan(stages_config, base, str(path))
     for stage in plan.stages:
         # What cannot be configured is found now, not after the stages before it were trained.
         effective(plan.config(stage))
     return plan
 
 
-def _plan(wanted: LifelongConfig, base: Config, source: str) -> Plan:
+def _plan(stages_config: LifelongConfig, base: Config, source: str) -> Plan:
     if base.run.init_from is not None:
         raise UserError(f"{source}: run.init_from is set, but the stages begin with an untrained model: set it to null")
     if base.train.phases or base.train.stop_at is not None:
         key = "phases" if base.train.phases else "stop_at"
         raise UserError(f"{source}: train.{key} is set, but the stages say what is trained and when: leave it out")
-    grows = _grows(wanted, base, source)
+    grows = _grows(stages_config, base, source)
     stages: list[Stage] = []
     known: tuple[str, ...] = ()
-    for number, given in enumerate(wanted.stages):
-        where = f"{source}: stage {number + 1}"
+    for index, given in enumerate(stages_config.stages):
+        where = f"{source}: stage {index + 1}"
         for name in given.domains:
             if name not in base.domain_names:
                 there = ", ".join(base.domain_names)
-                raise UserError(f"{where} names the domain {name}, which {wanted.base} does not have: it has {there}")
+                raise UserError(
+                    f"{where} names the domain {name}, which {stages_config.base} does not have: it has {there}"
+                )
         if len(set(given.domains)) < len(given.domains):
             raise UserError(f"{where} names a domain twice: name each once")
         if not sum(domain.weight for domain in base.domains if domain.name in given.domains):
@@ -189,7 +193,7 @@ def _plan(wanted: LifelongConfig, base: Config, source: str) -> Plan:
         name = given.name or _free_name(_joined(given.domains), taken)
         if name in taken:
             raise UserError(f"{where} is called {name} like an earlier one: give it another name")
-        policy = _policy(number, given.policy, wanted.policy, grows, base.model.router, where)
+        policy = _policy(index, given.policy, stages_config.policy, grows, base.model.router, where)
         if policy.replay and not set(known) - set(given.domains):
             raise UserError(f"{where} replays {policy.replay:g} of earlier domains, but learns all of them itself: "
                             "set its policy.replay to 0")  # fmt: skip
@@ -201,28 +205,28 @@ def _plan(wanted: LifelongConfig, base: Config, source: str) -> Plan:
             raise UserError(f"{where} has policy.init = {policy.init}, but before it only {', '.join(known)} "
                             "are there: copy one of these, or take mean")  # fmt: skip
         new = tuple(domain for domain in given.domains if domain not in known)
-        if grows and base.model.router != "rre" and number and new and len(given.domains) > 1:
+        if grows and base.model.router != "rre" and index and new and len(given.domains) > 1:
             raise UserError(f"{where} learns several domains, and a gate grows by one at a time: split it")
-        stages.append(Stage(number, name, tuple(given.domains), new, known, given.steps, policy))
+        stages.append(Stage(index, name, tuple(given.domains), new, known, given.steps, policy))
         known += new
-    return Plan(base, wanted.inference, tuple(stages), grows)
+    return Plan(base, stages_config.inference, tuple(stages), grows)
 
 
-def _grows(wanted: LifelongConfig, base: Config, source: str) -> bool:
+def _grows(stages_config: LifelongConfig, base: Config, source: str) -> bool:
     router, sparse = base.model.router, bool(base.model.sparse_prefixes)
     own_groups = sparse and router == "rre"
-    if wanted.grows is None:
+    if stages_config.grows is None:
         return own_groups
-    if own_groups and not wanted.grows:
+    if own_groups and not stages_config.grows:
         raise UserError(f"{source}: grows = false, but with router rre experts come with their domain: leave it out")
-    if wanted.grows and not (sparse and base.model.router_spec.learned):
+    if stages_config.grows and not (sparse and base.model.router_spec.learned):
         what = f"the router {router}" if sparse else "a dense model"
         raise UserError(f"{source}: grows = true, but {what} has no groups to add: leave it out")
-    return wanted.grows
+    return stages_config.grows
 
 
-def _policy(number: int, own: PolicyConfig, common: PolicyConfig, grows: bool, router: str, where: str) -> Policy:
-    if number == 0:
+def _policy(index: int, own: PolicyConfig, common: PolicyConfig, grows: bool, router: str, where: str) -> Policy:
+    if index == 0:
         if any(value is not None for value in own.model_dump().values()):
             raise UserError(f"{where} is the first, and a policy is about what was learned before: leave it out")
         return Policy("train", 0.0, "random")
@@ -236,11 +240,11 @@ def _policy(number: int, own: PolicyConfig, common: PolicyConfig, grows: bool, r
         replay=chosen("replay", 0.0),
         init=chosen("init", "mean"),
     )
-    held = chosen("regularise", None)
+    penalties = chosen("regularise", None)
     if policy.shared == "regularised":
-        if held is None:
+        if penalties is None:
             raise UserError(f"{where} is regularised, and nothing says by what: set policy.regularise")
-        policy = replace(policy, regularise=held.model_dump(mode="json"))
+        policy = replace(policy, regularise=penalties.model_dump(mode="json"))
     elif own.regularise is not None:
         raise UserError(f"{where} has policy.regularise with shared parameters {policy.shared}: set policy.shared to "
                         "regularised, or leave it out")  # fmt: skip
@@ -261,8 +265,8 @@ def _joined(domains: Sequence[str]) -> str:
 
 def _free_name(name: str, taken: Sequence[str]) -> str:
     """`name`, or the first of name-2, name-3, … that no stage has."""
-    numbered = (f"{name}-{number}" for number in range(2, len(taken) + 3))
-    return next(found for found in (name, *numbered) if found not in taken)
+    numbered = (f"{name}-{index}" for index in range(2, len(taken) + 3))
+    return next(candidate for candidate in (name, *numbered) if candidate not in taken)
 
 
 def _read(path: Path) -> LifelongConfig:

@@ -103,8 +103,8 @@ def _add_domains(plan: Plan, stage: Stage, before: Path, run: Path) -> None:
     """The new domains' own groups come in; the first one makes the new run, the others change it where it lies."""
     from pangu_sigma.domains.add_domain import add_domain
 
-    for number, name in enumerate(stage.new):
-        add_domain(before if number == 0 else run, new_domain(plan, stage, name), out=run if number == 0 else None)
+    for index, name in enumerate(stage.new):
+        add_domain(before if index == 0 else run, new_domain(plan, stage, name), out=run if index == 0 else None)
     _plan(plan, stage, run)
 
 

@@ -218,15 +218,15 @@ def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the folder of a run that has begun to train") from None
     records = []
-    for number, line in enumerate(lines, start=1):
+    for line_number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
             if record["kind"] not in KINDS or type(record["step"]) is not int:
                 raise ValueError
         except (ValueError, TypeError, KeyError):
-            if number == len(lines):
+            if line_number == len(lines):
                 break
-            raise UserError(f"{path} is damaged: line {number} is no metrics record; remove that line") from None
+            raise UserError(f"{path} is damaged: line {line_number} is no metrics record; remove that line") from None
         records.append((line, record))
     return records
 

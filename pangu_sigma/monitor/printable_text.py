@@ -27,8 +27,8 @@ def duration(seconds: float) -> str:
     """Seconds as 4.2 s, 3:07, 2:05:09 or 3 d 04:10 (days, hours, minutes)."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
-    whole = round(seconds)
-    minutes, second = divmod(whole, 60)
+    total_seconds = round(seconds)
+    minutes, second = divmod(total_seconds, 60)
     hours, minute = divmod(minutes, 60)
     if hours >= 24:
         return f"{hours // 24} d {hours % 24:02d}:{minute:02d}"

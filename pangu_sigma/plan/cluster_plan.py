@@ -59,7 +59,7 @@ def plan(config: Config, hardware: Hardware, devices: int | None = None) -> dict
         raise UserError("model.sparse.dispatch is dropless, which no fixed memory can hold: set it to capacity")
     vocabulary = vocabulary_size(config)
     mesh = config.parallel.mesh
-    held, on_host = device_bytes(config, vocabulary), host_bytes(config, hardware)
+    on_device, on_host = device_bytes(config, vocabulary), host_bytes(config, hardware)
     seconds = step_seconds(config, vocabulary, hardware)
     tokens = config.train.batch_size * config.data.sequence_length
     sent = dispatch(config)
@@ -68,7 +68,7 @@ def plan(config: Config, hardware: Hardware, devices: int | None = None) -> dict
         "mesh": asdict(mesh),
         "parameters": parameter_counts(config, vocabulary).to_dict(),
         "assumptions": asdict(hardware),
-        "device": _against(held, hardware.device_gib),
+        "device": _against(on_device, hardware.device_gib),
         "host": _against({"experts and moments": on_host}, hardware.host_gib),
         "dispatch": None
         if sent is None
@@ -96,46 +96,46 @@ def _against(parts: dict[str, float], limit_gib: float) -> dict[str, Any]:
 
 def _placements(config: Config, vocabulary: int) -> dict[str, dict[str, float]]:
     """Bytes of the step's all-to-alls a device under this placement, and under the global one beside it."""
-    found = {}
+    by_placement = {}
     variants = {config.parallel.placement: config}
     if config.parallel.placement == "domain":
         # The same experts and the same domains in a step; only that any rank may read any of them.
-        wanted = config.data.max_domains_per_batch
-        everywhere = None if wanted is None else wanted * config.parallel.placement_groups
+        limit = config.data.max_domains_per_batch
+        everywhere = None if limit is None else limit * config.parallel.placement_groups
         variants["global"] = changed(
             config,
             {"parallel.placement": "global", "parallel.placement_groups": 1, "data.max_domains_per_batch": everywhere},
         )
     for name, variant in variants.items():
-        found[name] = {
+        by_placement[name] = {
             "exchange_ranks": variant.parallel.mesh.exchange_size,
             "all-to-all": step_bytes(variant, vocabulary)["all-to-all"],
             "all-reduce": sum(step_bytes(variant, vocabulary)[k] for k in ("tensor sums", "gradient sums")),
         }
-    return found
+    return by_placement
 
 
 def _advice(config: Config, vocabulary: int, hardware: Hardware, report: dict[str, Any]) -> list[str]:
     """Sentences: which change makes it fit, alone or with the ones before it."""
-    said = []
+    advice = []
     if not report["device"]["fits"]:
-        said += _device_advice(config, vocabulary, hardware, report["device"]["total"])
+        advice += _device_advice(config, vocabulary, hardware, report["device"]["total"])
     if not report["host"]["fits"]:
         hosts = -(-report["devices"] // hardware.devices_per_host)
         needed = -(-report["host"]["total"] * hosts // (hardware.host_gib * GIB))
-        said.append(
+        advice.append(
             f"a host needs {report['host']['total'] / GIB:,.1f} of {hardware.host_gib:,.0f} GiB: spread the experts "
             f"over {needed:,.0f} hosts (parallel.expert), give hosts more memory, or set experts.store=disk"
         )
     sent = report["dispatch"]
     sparse = config.model.sparse
     if sent is not None and sent["times_tokens"] > 2 * sparse.capacity_factor * config.experts_per_token:
-        said.append(
+        advice.append(
             f"{sent['times_tokens']:.1f} rows are reserved for each token, because any sample may be of any of "
             f"{sent['slots']} experts: use parallel.placement=domain with more groups, or a host store with a smaller "
             "data.max_domains_per_batch"
         )
-    return said
+    return advice
 
 
 def _device_advice(config: Config, vocabulary: int, hardware: Hardware, total: float) -> list[str]:

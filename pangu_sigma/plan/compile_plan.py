@@ -58,16 +58,16 @@ def compile_plan(config: Config, folder: Path | None = None, timeout: float = 36
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             raise PlanMismatch(f"the compiled graph is not the plan: {wrong[0]}{more}")
         reports.append(report(config, compiled))
-    found = reports[0]
+    first_stage = reports[0]
     if len(reports) > 1:
-        found = {
-            **found,
+        first_stage = {
+            **first_stage,
             "seconds": sum(r["seconds"] for r in reports),
             "total_seconds": sum(r["total_seconds"] for r in reports),
             "peak_bytes": max(r["peak_bytes"] for r in reports),
             "stages": reports,
         }
-    return found
+    return first_stage
 
 
 def compile_graph(config: Config, folder: Path, timeout: float = 3600.0, rank: int = 0) -> Compiled:
@@ -86,7 +86,7 @@ def compile_graph(config: Config, folder: Path, timeout: float = 3600.0, rank: i
         raise UserError(f"the graph was not compiled: {error}") from error
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     parameters = {name: tuple(shape) for name, shape in result["parameters"].items()}
-    inputs = {name: (number, tuple(shape)) for name, (number, shape) in result["expert_inputs"].items()}
+    inputs = {name: (position, tuple(shape)) for name, (position, shape) in result["expert_inputs"].items()}
     placed = {name: Placed.of(values) for name, values in result["placed"].items()}
     seconds = time.perf_counter() - started
     return Compiled(rank, text, parameters, inputs, placed, result["seconds"], seconds, result["peak_bytes"], update)
@@ -94,12 +94,12 @@ def compile_graph(config: Config, folder: Path, timeout: float = 3600.0, rank: i
 
 def report(config: Config, compiled: Compiled) -> dict[str, Any]:
     """What the compiled graph says, for people and scripts."""
-    found: Counter[tuple[Any, ...]] = Counter()
+    counts: Counter[tuple[Any, ...]] = Counter()
     for c in collectives(compiled.graph):
-        found[(c.kind, c.backward, c.ranks, c.bytes)] += 1
+        counts[(c.kind, c.backward, c.ranks, c.bytes)] += 1
     rows = [
         {"kind": kind, "backward": backward, "ranks": list(ranks), "bytes": size, "count": count}
-        for (kind, backward, ranks, size), count in sorted(found.items(), key=lambda item: (item[0][0], item[0][1:]))
+        for (kind, backward, ranks, size), count in sorted(counts.items(), key=lambda item: (item[0][0], item[0][1:]))
     ]
     mesh, layers = config.parallel.mesh, config.model.layers
     stage = mesh.coordinates(compiled.rank).stage

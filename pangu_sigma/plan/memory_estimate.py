@@ -28,14 +28,14 @@ def compute_bytes(config: Config) -> int:
 def device_bytes(config: Config, vocabulary: int) -> dict[str, float]:
     """Bytes of the fullest rank's device by what they are for."""
     stages = (stage_bytes(config, vocabulary, stage) for stage in range(config.parallel.mesh.pipeline))
-    return max(stages, key=lambda found: sum(found.values()))
+    return max(stages, key=lambda by_kind: sum(by_kind.values()))
 
 
 def stage_bytes(config: Config, vocabulary: int, stage: int) -> dict[str, float]:
     """Bytes of a device of one pipeline stage by what they are for."""
     mesh, low = config.parallel.mesh, compute_bytes(config)
     divided = config.parallel.optimizer_parallel
-    found = dict.fromkeys(("weights", "moments", "gradients", "compute copies", "activations"), 0.0)
+    by_kind = dict.fromkeys(("weights", "moments", "gradients", "compute copies", "activations"), 0.0)
     resident = config.experts.store == "device"
     layers = config.model.layers
     for name, shape in manifest(config, vocabulary).items():
@@ -46,16 +46,16 @@ def stage_bytes(config: Config, vocabulary: int, stage: int) -> dict[str, float]
         cut = num_shards_of(name, shape, mesh)
         values = math.prod(shape) / cut
         share = optimizer_num_shards(shape, spec_of(name, shape), mesh) if divided and not is_expert(name) else 1
-        found["weights"] += FLOAT32 * values / share
-        found["moments"] += MOMENTS * FLOAT32 * values / share
+        by_kind["weights"] += FLOAT32 * values / share
+        by_kind["moments"] += MOMENTS * FLOAT32 * values / share
         # Of a step of several micro-batches in one graph, gradients are added up whole before they are divided.
-        whole = values if share > 1 and mesh.pipeline > 1 else 0.0
-        found["gradients"] += FLOAT32 * (values / share + whole)
+        gathered = values if share > 1 and mesh.pipeline > 1 else 0.0
+        by_kind["gradients"] += FLOAT32 * (values / share + gathered)
         if low != FLOAT32 and is_matrix(name, shape):
-            found["compute copies"] += low * values
+            by_kind["compute copies"] += low * values
     if mesh.pipeline > 1 and stage == mesh.pipeline - 1 and config.model.head == "tied":
         # What the first stage sends of the word table.
-        found["weights"] += FLOAT32 * vocabulary * config.model.hidden / mesh.tensor
+        by_kind["weights"] += FLOAT32 * vocabulary * config.model.hidden / mesh.tensor
     _, sparse_layers = layers_of_stage(config, stage)
     if sparse_layers and not resident:
         per_slot = sum(
@@ -63,11 +63,11 @@ def stage_bytes(config: Config, vocabulary: int, stage: int) -> dict[str, float]
             for name, shape in config.model.expert_network.shapes(config.model.hidden, config.model.ffn).items()
         )
         local = activated_slots(config) / mesh.exchange_size * sparse_layers
-        found["weights"] += FLOAT32 * per_slot * local
-        found["gradients"] += FLOAT32 * per_slot * local
-        found["compute copies"] += (low if low != FLOAT32 else 0) * per_slot * local
-    found["activations"] = activation_bytes(config, vocabulary, stage)
-    return found
+        by_kind["weights"] += FLOAT32 * per_slot * local
+        by_kind["gradients"] += FLOAT32 * per_slot * local
+        by_kind["compute copies"] += (low if low != FLOAT32 else 0) * per_slot * local
+    by_kind["activations"] = activation_bytes(config, vocabulary, stage)
+    return by_kind
 
 
 def layers_of_stage(config: Config, stage: int) -> tuple[int, int]:
@@ -110,13 +110,13 @@ def activation_bytes(config: Config, vocabulary: int, stage: int = 0) -> float:
         sparse = dense - tokens * inside + beside + sent.rows * (2 * low * model.hidden + inside_expert)
     layers, sparse_layers = layers_of_stage(config, stage)
     if config.train.recompute:
-        held = kept * layers + max(dense, sparse if sparse_layers else 0.0)
+        kept_values = kept * layers + max(dense, sparse if sparse_layers else 0.0)
     else:
-        held = dense * (layers - sparse_layers) + sparse * sparse_layers
+        kept_values = dense * (layers - sparse_layers) + sparse * sparse_layers
     # One forward, one backward: the first stage of a pipeline holds as many micro-batches as there are stages.
-    held *= mesh.pipeline - stage
+    kept_values *= mesh.pipeline - stage
     logits = 2 * FLOAT32 * config.predictions * tokens * vocabulary / mesh.tensor
-    return held + (logits if stage == mesh.pipeline - 1 else 0)
+    return kept_values + (logits if stage == mesh.pipeline - 1 else 0)
 
 
 def host_bytes(config: Config, hardware: Hardware) -> float:

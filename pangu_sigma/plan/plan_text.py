@@ -41,11 +41,11 @@ def text(plan: dict[str, Any]) -> str:
 
 def _memory(plan: dict[str, Any]) -> str:
     rows = [["device", name, f"{size / GIB:,.2f}", ""] for name, size in plan["device"]["bytes"].items()]
-    for place in ("device", "host"):
-        held = plan[place]
-        if held["total"]:
-            verdict = "fits" if held["fits"] else "does not fit"
-            rows.append([place, "total", f"{held['total'] / GIB:,.2f}", f"{verdict} {held['limit'] / GIB:,.0f}"])
+    for location in ("device", "host"):
+        memory = plan[location]
+        if memory["total"]:
+            verdict = "fits" if memory["fits"] else "does not fit"
+            rows.append([location, "total", f"{memory['total'] / GIB:,.2f}", f"{verdict} {memory['limit'] / GIB:,.0f}"])
     return text_table(["GiB of one", "", "needed", "limit"], rows, left=2)
 
 
@@ -65,15 +65,20 @@ def _placements(plan: dict[str, Any]) -> str:
     if plan["dispatch"] is None:
         return ""
     rows = [
-        [name, str(found["exchange_ranks"]), f"{found['all-to-all'] / GIB:,.2f}", f"{found['all-reduce'] / GIB:,.2f}"]
-        for name, found in plan["placements"].items()
+        [
+            name,
+            str(figures["exchange_ranks"]),
+            f"{figures['all-to-all'] / GIB:,.2f}",
+            f"{figures['all-reduce'] / GIB:,.2f}",
+        ]
+        for name, figures in plan["placements"].items()
     ]
     return text_table(["placement", "ranks in an exchange", "all-to-all GiB", "all-reduce GiB"], rows)
 
 
-def _compiled(found: dict[str, Any]) -> str:
+def _compiled(figures: dict[str, Any]) -> str:
     """What MindSpore's pass made of the graph, or of every pipeline stage's."""
-    stages = found.get("stages", [found])
+    stages = figures.get("stages", [figures])
     tables = []
     for of_stage in stages:
         what = f"stage {of_stage['stage']}, rank {of_stage['rank']}: the graph of a whole step"
@@ -82,27 +87,29 @@ def _compiled(found: dict[str, Any]) -> str:
         tables.append(f"{what}:\n{_collectives(of_stage)}\n{_parts(of_stage)}")
     both = "; rows and their gradients go from stage to stage, micro-batch by micro-batch" if len(stages) > 1 else ""
     return (
-        f"compiled by MindSpore's semi-auto-parallel pass for {found['devices']} devices in {found['seconds']:.1f} s, "
-        f"{found['peak_bytes'] / GIB:.1f} GiB; " + "\n\n".join(tables) + "; every sparse layer has its exchanges, "
+        f"compiled by MindSpore's semi-auto-parallel pass for {figures['devices']} devices in "
+        f"{figures['seconds']:.1f} s, {figures['peak_bytes'] / GIB:.1f} GiB; "
+        + "\n\n".join(tables)
+        + "; every sparse layer has its exchanges, "
         f"inside its placement group{both}"
     )
 
 
-def _parts(found: dict[str, Any]) -> str:
-    cut = sum(p["shard"] != p["shape"] for p in found["parameters"].values())
+def _parts(figures: dict[str, Any]) -> str:
+    cut = sum(p["shard"] != p["shape"] for p in figures["parameters"].values())
     return (
-        f"{len(found['parameters'])} parameters as in the manifest, {cut} of them cut; {len(found['experts'])} expert "
-        "tensors come in cut as planned"
+        f"{len(figures['parameters'])} parameters as in the manifest, {cut} of them cut; "
+        f"{len(figures['experts'])} expert tensors come in cut as planned"
     )
 
 
-def _collectives(found: dict[str, Any]) -> str:
+def _collectives(figures: dict[str, Any]) -> str:
     rows = []
-    for row in found["collectives"]:
+    for row in figures["collectives"]:
         ranks = row["ranks"]
-        said = ", ".join(map(str, ranks[:4])) + (f", … {ranks[-1]}" if len(ranks) > 4 else "")
+        rank_list = ", ".join(map(str, ranks[:4])) + (f", … {ranks[-1]}" if len(ranks) > 4 else "")
         way = "backward" if row["backward"] else "forward"
-        rows.append([row["kind"], way, str(row["count"]), str(len(ranks)), f"{row['bytes'] / 2**20:,.2f}", said])
+        rows.append([row["kind"], way, str(row["count"]), str(len(ranks)), f"{row['bytes'] / 2**20:,.2f}", rank_list])
     return text_table(
-        ["collective", "", "times", "ranks", "MiB each", f"of rank {found['rank']}: ranks"], rows, left=2
+        ["collective", "", "times", "ranks", "MiB each", f"of rank {figures['rank']}: ranks"], rows, left=2
     )

@@ -34,7 +34,7 @@ def step_seconds(config: Config, vocabulary: int, hardware: Hardware) -> dict[st
     rate = hardware.peak_tflops * 1e12 * hardware.efficiency
     # While a pipeline fills and empties, pipeline - 1 of the accumulation's slots stand idle.
     bubble = 1 + (mesh.pipeline - 1) / config.train.gradient_accumulation_steps
-    found = {
+    seconds = {
         "products": step_flops(config, vocabulary) / mesh.size / rate * bubble,
         "all-to-all": sent["all-to-all"] / hardware.link(mesh.exchange_group(0)),
         "tensor sums": sent["tensor sums"] / hardware.link(mesh.tensor_group(0)),
@@ -48,5 +48,5 @@ def step_seconds(config: Config, vocabulary: int, hardware: Hardware) -> dict[st
             sent["host link"] / 2 / FLOAT32 / (config.train.gradient_accumulation_steps if mesh.pipeline == 1 else 1)
         )
         moved = values * FLOAT32 * (2 * (1 + MOMENTS) + 1) * min(hardware.devices_per_host, mesh.size)
-        found["host update"] = moved / (hardware.host_memory_gbps * 1e9)
-    return found
+        seconds["host update"] = moved / (hardware.host_memory_gbps * 1e9)
+    return seconds

@@ -58,8 +58,8 @@ def _row(domain: str, rows: list[int], top: float, cell: float, width: float, to
             f"{title if tooltips else ''}</rect>"
         )
         if cell >= 30:
-            at = left + (cell - gap) / 2
-            parts.append(f'<text class="value" x="{at:.1f}" y="{middle}" text-anchor="middle">{ratio:.2f}</text>')
+            center = left + (cell - gap) / 2
+            parts.append(f'<text class="value" x="{center:.1f}" y="{middle}" text-anchor="middle">{ratio:.2f}</text>')
     if ratios:
         note = _ratio(max(ratios))
         parts.append(f'<text class="name" x="{width - 2:.0f}" y="{middle}" text-anchor="end">{note}</text>')

@@ -52,10 +52,10 @@ def line_chart(lines: Sequence[Line], chart: Chart) -> str:
         f'<svg class="chart" viewBox="0 0 {chart.width} {chart.height}" role="img" aria-label="{_text(chart.label)}">'
     ]
     for value in y.ticks(5):
-        at = y(value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        offset = y(value)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{offset:.1f}" y2="{offset:.1f}"/>')
         parts.append(
-            f'<text class="tick" x="{LEFT - 6}" y="{at + 3.6:.1f}" text-anchor="end">{_text(number(value))}</text>'
+            f'<text class="tick" x="{LEFT - 6}" y="{offset + 3.6:.1f}" text-anchor="end">{_text(number(value))}</text>'
         )
     base = chart.height - BOTTOM
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{base}" y2="{base}"/>')
@@ -64,9 +64,9 @@ def line_chart(lines: Sequence[Line], chart: Chart) -> str:
     for value in x_ticks:
         parts.append(f'<text class="tick" x="{x(value):.1f}" y="{base + 16}" text-anchor="middle">{tick(value)}</text>')
     for name, value in levels:
-        at = y(value)
+        offset = y(value)
         parts.append(
-            f'<line class="level" x1="{LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}">'
+            f'<line class="level" x1="{LEFT}" x2="{right}" y1="{offset:.1f}" y2="{offset:.1f}">'
             f"<title>{_text(name)}: {_text(number(value))}</title></line>"
         )
     for line in lines:
@@ -171,14 +171,14 @@ def _end_labels(lines: Sequence[Line], y: _Scale, chart: Chart, right: int) -> l
     parts, free = [], -math.inf
     gap = 14.0
     overflow = len(ends) * gap - (chart.height - BOTTOM)
-    for at, line in sorted(ends, key=lambda end: end[0]):
+    for offset, line in sorted(ends, key=lambda end: end[0]):
         latest = chart.height - BOTTOM - gap * (len(ends) - 1 - len(parts)) + max(0.0, overflow)
-        free = max(free, min(at, latest))
+        free = max(free, min(offset, latest))
         name = printable(line.label)
         name = name if len(name) <= 15 else name[:14] + "…"
         parts.append(
             f'<text class="end {line.style}" x="{right + 7}" y="{free + 4:.1f}">{escape(name)}</text>'
-            f'<line class="lead {line.style}" x1="{right + 1}" y1="{at:.1f}" x2="{right + 5}" y2="{free:.1f}"/>'
+            f'<line class="lead {line.style}" x1="{right + 1}" y1="{offset:.1f}" x2="{right + 5}" y2="{free:.1f}"/>'
         )
         free += gap
     return parts

@@ -19,23 +19,23 @@ def routing_section(analysis: Mapping) -> str:
         _summary(analysis),
         _saturation(analysis),
     ]
-    for layer_name, found in layers.items():
-        parts.append(f'<p class="next">{cell(layer_name)}:</p><div class="maps">{"".join(_maps(found))}</div>')
-        parts.append(_favourites(found))
+    for layer_name, measures in layers.items():
+        parts.append(f'<p class="next">{cell(layer_name)}:</p><div class="maps">{"".join(_maps(measures))}</div>')
+        parts.append(_favourites(measures))
     return "".join(parts)
 
 
 def _summary(analysis: Mapping) -> str:
     rows = []
-    for layer_name, found in analysis["layers"].items():
-        drops = found["dropped_share"].values()
-        strongest = found["coactivation"][0]["share"] if found["coactivation"] else None
+    for layer_name, measures in analysis["layers"].items():
+        drops = measures["dropped_share"].values()
+        strongest = measures["coactivation"][0]["share"] if measures["coactivation"] else None
         rows.append(
             [
                 cell(layer_name),
-                number(sum(found["entropy"].values()) / len(found["entropy"])),
-                number(max(found["imbalance"].values()), 2),
-                number(found["vocabulary_specialisation"]),
+                number(sum(measures["entropy"].values()) / len(measures["entropy"])),
+                number(max(measures["imbalance"].values()), 2),
+                number(measures["vocabulary_specialisation"]),
                 number(strongest),
                 number(sum(drops) / len(drops)) if drops else "–",
             ]
@@ -51,8 +51,10 @@ def _saturation(analysis: Mapping) -> str:
     if len(analysis["steps"]) < 2:
         return "<p>Saturation compares checkpoints, and the run keeps one: checkpoint.keep says how many.</p>"
     lines = [
-        Line(layer_name, [(at["step"], at["all"]) for at in found["saturation"]], f"s{index % 8}", marks=True)
-        for index, (layer_name, found) in enumerate(analysis["layers"].items())
+        Line(
+            layer_name, [(point["step"], point["all"]) for point in measures["saturation"]], f"s{index % 8}", marks=True
+        )
+        for index, (layer_name, measures) in enumerate(analysis["layers"].items())
     ]
     chart = Chart("Router saturation over the steps", width=760, height=260, end_labels=len(lines) <= 8)
     return (
@@ -61,16 +63,16 @@ def _saturation(analysis: Mapping) -> str:
     )
 
 
-def _maps(found: Mapping) -> Iterator[str]:
-    specialisation = found["domain_specialisation"]
-    experts = len(found["load"])
+def _maps(measures: Mapping) -> Iterator[str]:
+    specialisation = measures["domain_specialisation"]
+    experts = len(measures["load"])
     if experts > DRAWN_EXPERTS:
         yield f"<p>{experts:,} experts: see domains.csv and coactivation.csv.</p>"
         return
     yield _heat("Share of each domain's tokens by expert", specialisation, [str(i) for i in range(experts)])
-    if found["coactivation"]:
+    if measures["coactivation"]:
         shares = [[0.0] * experts for _ in range(experts)]
-        for pair in found["coactivation"]:
+        for pair in measures["coactivation"]:
             shares[pair["expert"]][pair["other"]] = pair["share"]
         names = [str(i) for i in range(experts)]
         yield _heat("Co-activation: of a row's tokens, the share that takes the column's expert too",
@@ -86,9 +88,9 @@ def _heat(title: str, rows: Mapping[str, Sequence[float]], columns: Sequence[str
     return f'<div class="card"><h3>{title}</h3>{table(["", *columns], cells, title, "matrix")}</div>'
 
 
-def _favourites(found: Mapping) -> str:
+def _favourites(measures: Mapping) -> str:
     rows = []
-    for expert, tokens in enumerate(found["favourites"][:DRAWN_EXPERTS]):
+    for expert, tokens in enumerate(measures["favourites"][:DRAWN_EXPERTS]):
         named = ", ".join(f"{cell(t['token'])} ({t['share']:.0%} of {t['occurrences']})" for t in tokens[:NAMED_TOKENS])
         rows.append([str(expert), f'<td class="text">{named or "–"}</td>'])
     header = ["Expert", '<span class="text">Tokens of which it takes the largest share</span>']

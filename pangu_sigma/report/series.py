@@ -85,5 +85,5 @@ def dropped_by_layer(records: Sequence[Record]) -> dict[str, Points]:
 
 def _layer_order(layer: str) -> tuple[str, int]:
     """Blocks by number (blocks.2 before blocks.10), the query layer after them."""
-    name, _, number = layer.rpartition(".")
-    return (name, int(number)) if number.isdigit() else (layer, 0)
+    name, _, index = layer.rpartition(".")
+    return (name, int(index)) if index.isdigit() else (layer, 0)

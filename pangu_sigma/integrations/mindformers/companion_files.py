@@ -61,10 +61,10 @@ def write_companion(output: Path, text: Text) -> None:
 
 def find_companion(checkpoint: Path, run: Path | None) -> Path:
     """The companion folder of a checkpoint file: in `run`, or above the file. Raises UserError."""
-    places = [run] if run is not None else [checkpoint, *checkpoint.resolve().parents][:5]
-    for place in places:
-        if (place / FOLDER / CONFIG).is_file():
-            return place / FOLDER
+    candidates = [run] if run is not None else [checkpoint, *checkpoint.resolve().parents][:5]
+    for candidate in candidates:
+        if (candidate / FOLDER / CONFIG).is_file():
+            return candidate / FOLDER
     raise UserError(
         f"no folder {FOLDER} with configuration and tokenizer lies above {checkpoint}: give the run's output_dir with "
         "--run"

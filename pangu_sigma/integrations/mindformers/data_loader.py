@@ -83,5 +83,5 @@ class PanGuSigmaDataset(BaseDataset):
             raise UserError("train_dataset.data_loader is missing: name PanGuSigmaDataLoader there")
         cls.init_dataset_config(dataset_config)
         shard_id, num_shards = cls._generate_shard_info()
-        wanted = {"batch_size": dataset_config["batch_size"], "shard_id": shard_id, "num_shards": num_shards}
-        return build_dataset_loader(dataset_config["data_loader"], default_args=wanted)
+        settings = {"batch_size": dataset_config["batch_size"], "shard_id": shard_id, "num_shards": num_shards}
+        return build_dataset_loader(dataset_config["data_loader"], default_args=settings)

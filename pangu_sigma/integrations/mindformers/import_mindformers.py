@@ -112,17 +112,17 @@ def checkpoint_file(source: Path) -> Path:
     if not source.is_dir():
         raise UserError(f"{source} does not exist: give a {ENDING} file or the output_dir of a MindFormers run")
     # Data-parallel processes each write the whole model; the first one's is taken.
-    found = {
+    tensors = {
         (int(match[1]), int(match[2])): path
         for folder in (source / "checkpoint" / "rank_0", source / "rank_0", source)
         for path in folder.glob(f"*{ENDING}")
         if (match := _STEP.search(path.stem))
     }
-    if not found:
+    if not tensors:
         raise UserError(
             f"{source} holds no checkpoint of MindFormers (checkpoint/rank_0/*-EPOCH_STEP{ENDING}): give the file"
         )
-    return found[max(found)]
+    return tensors[max(tensors)]
 
 
 def check_file(file: Path, config: Config) -> None:
@@ -156,9 +156,9 @@ def opened(file: Path) -> Iterator:
 
 def _tensor(file: Path, tensors, spec: TensorSpec) -> np.ndarray:
     array = tensors.get_tensor(spec.name)
-    wanted = np.dtype(np.int32 if spec.dtype == "int32" else np.float32)
-    if array.dtype != wanted:
-        raise UserError(f"{file} holds {spec.name} as {array.dtype} where {wanted} is needed: save it in that type")
+    dtype = np.dtype(np.int32 if spec.dtype == "int32" else np.float32)
+    if array.dtype != dtype:
+        raise UserError(f"{file} holds {spec.name} as {array.dtype} where {dtype} is needed: save it in that type")
     return array
 
 

@@ -15,7 +15,7 @@ from pangu_sigma.config import Config
 from pangu_sigma.errors import UserError
 from pangu_sigma.integrations.mindformers.companion_files import write_settings
 from pangu_sigma.integrations.mindformers.import_mindformers import ENDING, check_file
-from pangu_sigma.integrations.mindformers.mindformers_settings import at, read_yaml, settings_of
+from pangu_sigma.integrations.mindformers.mindformers_settings import read_yaml, settings_of, value_at
 from pangu_sigma.monitor.result_files import write_text
 from pangu_sigma.signals import signals_held
 
@@ -79,7 +79,7 @@ def _check_load(values: dict[str, Any], source: str, config: Config) -> None:
 
     MindFormers itself leaves a parameter that is missing as it was drawn.
     """
-    path = at(values, "load_checkpoint", "")
+    path = value_at(values, "load_checkpoint", "")
     if not path:
         return
     if not Path(path).is_file() or Path(path).suffix != ENDING:
@@ -87,6 +87,6 @@ def _check_load(values: dict[str, Any], source: str, config: Config) -> None:
             f"{source}: load_checkpoint = {path} is no {ENDING} file: give what MindFormers or pangu-sigma export "
             "--format mindformers wrote"
         )
-    if at(values, "load_ckpt_format") != "safetensors":
-        raise UserError(f"{source}: load_ckpt_format is {at(values, 'load_ckpt_format')}: set it to safetensors")
+    if value_at(values, "load_ckpt_format") != "safetensors":
+        raise UserError(f"{source}: load_ckpt_format is {value_at(values, 'load_ckpt_format')}: set it to safetensors")
     check_file(Path(path), config)

@@ -82,7 +82,7 @@ class PanGuSigmaForCausalLM(PreTrainedModel):
         self.expert_tensors: dict[str, tuple[int | str, int]] = {
             name: (i // per_layer, i % per_layer // len(tensors)) for i, name in enumerate(names)
         }
-        self.expert_tensors |= {p.name: (DOMAIN_EMBEDDING, number) for number, p in enumerate(self.slot_tables)}
+        self.expert_tensors |= {p.name: (DOMAIN_EMBEDDING, domain_id) for domain_id, p in enumerate(self.slot_tables)}
         self.layout = built.layout
         self.loss = Objective(self)
         # The network holds the experts now; the store's tables go.
@@ -144,12 +144,12 @@ class Objective(nn.Cell):
 
     def group_weights(self, layer_index: int):
         flat = ()
-        for number in range(self.domains):
-            first = (layer_index * self.domains + number) * self.each
+        for domain_id in range(self.domains):
+            first = (layer_index * self.domains + domain_id) * self.each
             tensors = ()
             for i in range(self.each):
                 tensors = tensors + (self.unstack(self.experts[first + i]),)
-            for expert in range(self.sizes[number]):
+            for expert in range(self.sizes[domain_id]):
                 for i in range(self.each):
                     flat = flat + (tensors[i][expert],)
         return flat

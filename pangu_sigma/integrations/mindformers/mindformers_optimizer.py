@@ -77,8 +77,8 @@ class PanGuSigmaAdamW(Optimizer):
     def _decays(self) -> tuple[float, ...]:
         if self.dynamic_weight_decay:
             raise UserError("optimizer.weight_decay changes with the steps, which is not built: write one number")
-        found = self.weight_decay if self.is_group else [self.weight_decay] * len(self.parameters)
-        return tuple(float(d.asnumpy()) if isinstance(d, Tensor) else float(d) for d in found)
+        decays = self.weight_decay if self.is_group else [self.weight_decay] * len(self.parameters)
+        return tuple(float(d.asnumpy()) if isinstance(d, Tensor) else float(d) for d in decays)
 
     def bind(
         self, expert_tensors: dict[str, tuple[int, int]], sizes: tuple[int, ...], layer_names: tuple[str, ...]
@@ -86,7 +86,7 @@ class PanGuSigmaAdamW(Optimizer):
         """`expert_tensors`: parameter name -> (layer's index, domain); the index behind the sparse layers' is the
         slots'."""
         slots = len(layer_names)
-        offsets = [sum(sizes[:number]) for number in range(len(sizes))]
+        offsets = [sum(sizes[:index]) for index in range(len(sizes))]
         owners = [expert_tensors.get(p.name) for p in self.parameters]
         # Per parameter: its layer's index (-1: shared) and the range of its experts in that layer's `received`.
         self.layer_index = tuple(-1 if owner is None else owner[0] for owner in owners)

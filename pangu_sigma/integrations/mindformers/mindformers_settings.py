@@ -82,16 +82,18 @@ def read_yaml(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]
     return values
 
 
-def _no_section(place: list[str | int], text: str) -> dict[str, Any]:
-    raise UserError(f"the override '{text}' changes {'.'.join(map(str, place))}, which the file lacks: write it there")
+def _no_section(key_path: list[str | int], text: str) -> dict[str, Any]:
+    raise UserError(
+        f"the override '{text}' changes {'.'.join(map(str, key_path))}, which the file lacks: write it there"
+    )
 
 
-def at(values: Mapping[str, Any], path: str, default: Any = None) -> Any:
+def value_at(values: Mapping[str, Any], path: str, default: Any = None) -> Any:
     """The value at a dotted path; `default` where the path ends early or holds null."""
-    found: Any = values
+    value: Any = values
     for name in path.split("."):
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return default if found is None else found
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return default if value is None else value
 
 
 def settings_of(values: Mapping[str, Any], source: str) -> Config:
@@ -101,46 +103,47 @@ def settings_of(values: Mapping[str, Any], source: str) -> Config:
     silently, or sections that do not hold.
     """
     for path, name in CLASSES.items():
-        if at(values, path) != name:
-            raise UserError(f"{source}: {path} is {shown(at(values, path))}: set it to {name}")
-    for path, (wanted, why) in _FIXED.items():
-        if (found := at(values, path, _DEFAULTS.get(path, False))) != wanted:
-            raise UserError(f"{source}: {path} is {shown(found)}: set it to {shown(wanted)} ({why})")
+        if value_at(values, path) != name:
+            raise UserError(f"{source}: {path} is {shown(value_at(values, path))}: set it to {name}")
+    for path, (required, why) in _FIXED.items():
+        if (value := value_at(values, path, _DEFAULTS.get(path, False))) != required:
+            raise UserError(f"{source}: {path} is {shown(value)}: set it to {shown(required)} ({why})")
     _check_devices(values, source)
-    callbacks = [c.get("type") for c in at(values, "callbacks", []) if isinstance(c, Mapping)]
+    callbacks = [c.get("type") for c in value_at(values, "callbacks", []) if isinstance(c, Mapping)]
     if TABLE_CHECK not in callbacks:
         raise UserError(f"{source}: callbacks lacks '- type: {TABLE_CHECK}', which guards the routing tables: add it")
-    sections = at(values, f"model.model_config.{SECTIONS}")
-    other = at(values, f"train_dataset.data_loader.{SECTIONS}")
+    sections = value_at(values, f"model.model_config.{SECTIONS}")
+    other = value_at(values, f"train_dataset.data_loader.{SECTIONS}")
     if sections != other:
         raise UserError(
             f"{source}: train_dataset.data_loader.{SECTIONS} differs from model.model_config.{SECTIONS}: write one "
             f"with an anchor (&{SECTIONS}) and the other as its alias (*{SECTIONS})"
         )
-    steps = _number(values, "train_dataset.data_loader.steps", source, int)
-    batch = _number(values, "runner_config.batch_size", source, int) * _readers(values)
-    betas = at(values, "optimizer.betas", [0.9, 0.95])
+    steps = _checked_number(values, "train_dataset.data_loader.steps", source, int)
+    batch = _checked_number(values, "runner_config.batch_size", source, int) * _readers(values)
+    betas = value_at(values, "optimizer.betas", [0.9, 0.95])
     if not isinstance(betas, list) or len(betas) != 2:
         raise UserError(f"{source}: optimizer.betas is {shown(betas)}: write two numbers, for example [0.9, 0.95]")
     optimizer = {
-        "learning_rate": _number(values, "lr_schedule.learning_rate", source),
+        "learning_rate": _checked_number(values, "lr_schedule.learning_rate", source),
         "beta1": betas[0],
         "beta2": betas[1],
-        "epsilon": _number(values, "optimizer.eps", source, default=1e-8),
-        "expert_epsilon": _number(values, "optimizer.expert_eps", source, default=1e-8),
-        "weight_decay": _number(values, "optimizer.weight_decay", source, default=0.0),
-        "max_grad_norm": _number(values, "runner_wrapper.max_grad_norm", source, default=1.0),
+        "epsilon": _checked_number(values, "optimizer.eps", source, default=1e-8),
+        "expert_epsilon": _checked_number(values, "optimizer.expert_eps", source, default=1e-8),
+        "weight_decay": _checked_number(values, "optimizer.weight_decay", source, default=0.0),
+        "max_grad_norm": _checked_number(values, "runner_wrapper.max_grad_norm", source, default=1.0),
     }
     schedule = {
-        "kind": at(values, "lr_schedule.kind", "cosine"),
-        "warmup_steps": _number(values, "lr_schedule.warmup_steps", source, int, 0),
-        "min_lr_ratio": _number(values, "lr_schedule.min_lr_ratio", source, default=0.1),
+        "kind": value_at(values, "lr_schedule.kind", "cosine"),
+        "warmup_steps": _checked_number(values, "lr_schedule.warmup_steps", source, int, 0),
+        "min_lr_ratio": _checked_number(values, "lr_schedule.min_lr_ratio", source, default=0.1),
     }
-    total = _number(values, "lr_schedule.total_steps", source, int, -1)
+    total = _checked_number(values, "lr_schedule.total_steps", source, int, -1)
     if total != -1:
         schedule["decay_steps"] = total
     return _settings(
-        sections, at(values, "context.device_target", "CPU"), str(at(values, "output_dir", "./output")), source,
+        sections, value_at(values, "context.device_target", "CPU"),
+        str(value_at(values, "output_dir", "./output")), source,
         optimizer=optimizer, schedule=schedule, train={"steps": steps, "batch_size": batch},
     )  # fmt: skip
 
@@ -184,27 +187,29 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _number(values: Mapping[str, Any], path: str, source: str, kind: type = float, default: Any = None) -> Any:
-    found = at(values, path, default)
+def _checked_number(values: Mapping[str, Any], path: str, source: str, kind: type = float, default: Any = None) -> Any:
+    value = value_at(values, path, default)
     allowed = (int,) if kind is int else (int, float)
-    if isinstance(found, bool) or not isinstance(found, allowed):
+    if isinstance(value, bool) or not isinstance(value, allowed):
         hint = " (YAML 1.1, which MindFormers reads, takes 1e-4 for a text: write 1.0e-4)" if kind is float else ""
-        raise UserError(
-            f"{source}: {path} is {shown(found)}: write a {'whole ' if kind is int else ''}number{hint}"
-        )
-    return kind(found)
+        raise UserError(f"{source}: {path} is {shown(value)}: write a {'whole ' if kind is int else ''}number{hint}")
+    return kind(value)
 
 
 def _check_devices(values: Mapping[str, Any], source: str) -> None:
-    if at(values, "use_parallel", False) and at(values, "parallel.parallel_mode") not in (0, "data_parallel"):
+    if value_at(values, "use_parallel", False) and value_at(values, "parallel.parallel_mode") not in (
+        0,
+        "data_parallel",
+    ):
         raise UserError(
-            f"{source}: parallel.parallel_mode is {shown(at(values, 'parallel.parallel_mode'))}: set it to 0 (data "
-            "parallel), which is what several devices under MindFormers do here; experts are cut by pangu-sigma train"
+            f"{source}: parallel.parallel_mode is {shown(value_at(values, 'parallel.parallel_mode'))}: set it "
+            "to 0 (data parallel), which is what several devices under MindFormers do here; experts are "
+            "cut by pangu-sigma train"
         )
-    if at(values, "use_parallel", False) and at(values, "parallel.gradients_mean", False) is not True:
+    if value_at(values, "use_parallel", False) and value_at(values, "parallel.gradients_mean", False) is not True:
         raise UserError(f"{source}: parallel.gradients_mean is not true: set it, since each device's loss is a mean")
 
 
 def _readers(values: Mapping[str, Any]) -> int:
     """Processes that read batches of their own: what the launcher started."""
-    return int(os.environ.get("RANK_SIZE", "1")) if at(values, "use_parallel", False) else 1
+    return int(os.environ.get("RANK_SIZE", "1")) if value_at(values, "use_parallel", False) else 1
