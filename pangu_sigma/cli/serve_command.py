@@ -16,7 +16,10 @@ def serve(
         typer.Option(metavar="NAME", help="Offer this domain only; may be given several times. All if left out."),
     ] = None,
     host: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="Address to listen on; others than this machine's own reach out.")
+        str,
+        typer.Option(
+            metavar="ADDRESS", help="Address to listen on. Anything but 127.0.0.1 exposes the server to the network."
+        ),
     ] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(min=0, max=65535, metavar="N", help="Port to listen on; 0 takes a free one.")
@@ -43,7 +46,7 @@ def serve(
     ] = 30.0,
     warm_up: Annotated[
         bool,
-        typer.Option(help="Compile for every length at the start; otherwise the first text of each length waits."),
+        typer.Option(help="Compile all graphs at startup; otherwise the first text of each length waits."),
     ] = True,
     top: Annotated[
         int,
@@ -64,10 +67,10 @@ def serve(
     """
     from pangu_sigma.generation.inference_settings import Inference
     from pangu_sigma.serving.server import serve as run_server
-    from pangu_sigma.serving.server_settings import Limits, Settings
+    from pangu_sigma.serving.server_settings import ServerLimits, ServerSettings
 
-    limits = Limits(slots=slots, queue=queue, max_tokens=max_tokens, body_bytes=max_body, grace_seconds=grace)
-    settings = Settings(
+    limits = ServerLimits(slots=slots, queue=queue, max_tokens=max_tokens, body_bytes=max_body, grace_seconds=grace)
+    settings = ServerSettings(
         host=host,
         port=port,
         domains=tuple(domain or ()),
@@ -76,4 +79,4 @@ def serve(
         warm_up=warm_up,
         inference=Inference(top, prior.value, prior_texts),
     )
-    run_server(model, settings, say=typer.echo)
+    run_server(model, settings, announce=typer.echo)

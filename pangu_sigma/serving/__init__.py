@@ -1,1 +1,1 @@
-"""A model over HTTP in OpenAI's format: one thread owns the engine, an event loop speaks to the clients."""
+"""Serving: a model over HTTP in OpenAI's format. One thread owns the engine, an event loop talks to the clients."""

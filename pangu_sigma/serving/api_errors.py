@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients expect them: a status and `{"error": {"message", "type", "param", "code"}}`."""
+"""API errors in OpenAI's format: a status and `{"error": {"message", "type", "param", "code"}}`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """A refusal: HTTP `status`, a sentence, the request's field it concerns, and a code for programs."""
+    """Error response: HTTP `status`, a sentence, the request's field it concerns, and a code for programs."""
 
     def __init__(
         self,
@@ -49,12 +49,12 @@ class ApiError(Exception):
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """The client's mistake."""
+    """400: the client's mistake."""
     return ApiError(400, message, param, code)
 
 
 def busy(retry_after: int) -> ApiError:
-    """The queue is full; `retry_after` in seconds."""
+    """429: the queue is full; `retry_after` in seconds."""
     return ApiError(
         429,
         f"all slots and the queue are taken; try again in {retry_after} s",
@@ -64,27 +64,27 @@ def busy(retry_after: int) -> ApiError:
 
 
 def shutting_down() -> ApiError:
-    """The server drains: it finishes what runs and takes nothing new."""
+    """503: the server drains, it finishes what runs and admits nothing new."""
     return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Connection": "close"})
 
 
 def internal() -> ApiError:
-    """A fault of the server; its own log has the reason."""
+    """500: a fault of the server; its own log has the reason."""
     return ApiError(500, "the server met an internal error; its log says more", code="internal_error")
 
 
 def failed(message: str) -> ApiError:
-    """The model could not go on with this request; others are not concerned."""
+    """500: the model could not continue this request; others are not concerned."""
     # Clients try again after a 500 unless told otherwise, and the same request would fail in the same way.
     return ApiError(500, message, code="model_error", headers={"x-should-retry": "false"})
 
 
-def unknown_model(wanted: str, offered: Sequence[str]) -> ApiError:
-    """A model id that is no domain of the served model."""
-    near = get_close_matches(wanted[:200], offered, n=1, cutoff=0.0)
+def unknown_model(model: str, offered: Sequence[str]) -> ApiError:
+    """404: a model id that is no domain of the served model."""
+    near = get_close_matches(model[:200], offered, n=1, cutoff=0.0)
     return ApiError(
         404,
-        f"the model '{wanted[:80]}' does not exist; did you mean '{near[0]}'? GET /v1/models lists all",
+        f"the model '{model[:80]}' does not exist; did you mean '{near[0]}'? GET /v1/models lists all",
         param="model",
         code="model_not_found",
     )

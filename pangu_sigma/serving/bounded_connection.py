@@ -1,4 +1,4 @@
-"""A connection that its client cannot hold for nothing: uvicorn's protocol with bounds on both directions."""
+"""HTTP connection with timeouts: uvicorn's protocol, bounded while a head arrives and while a client reads nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from pangu_sigma.serving.server_settings import Limits
+from pangu_sigma.serving.server_settings import ServerLimits
 
 
 class BoundedConnection(H11Protocol):
@@ -15,11 +15,11 @@ class BoundedConnection(H11Protocol):
     head's first byte), and one that takes nothing of what is ready for it for `limits.stall_seconds`.
 
     uvicorn itself bounds only the pause after an answer (five seconds) and the head's bytes; the body's time and bytes
-    are the guard's business.
+    are bounded by `RequestGuard`.
     """
 
-    def __init__(self, limits: Limits, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
+    def __init__(self, limits: ServerLimits, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
         self._limits = limits
         self._head: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None

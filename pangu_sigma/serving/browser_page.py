@@ -1,4 +1,4 @@
-"""The page to try the model in a browser: one file, and a policy that lets it load nothing and speak to nobody else."""
+"""Browser page to try the model: one HTML file, with a content security policy that confines it to this server."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Page:
-    """The HTML and the headers it is sent with."""
+class BrowserPage:
+    """HTML of the page and the headers it is sent with."""
 
     html: str
     headers: dict[str, str]
 
 
-def load_page() -> Page:
+def load_page() -> BrowserPage:
     """Read the page from the package; its policy names the hash of every script and style in it."""
     html = resources.files("pangu_sigma.serving").joinpath("page", "index.html").read_text(encoding="utf-8")
     hashes: dict[str, list[str]] = {"script": [], "style": []}
@@ -37,4 +37,4 @@ def load_page() -> Page:
             "frame-ancestors 'none'",
         ]
     )
-    return Page(html, {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"})
+    return BrowserPage(html, {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"})

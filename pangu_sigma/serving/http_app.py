@@ -1,4 +1,7 @@
-"""The HTTP interface: OpenAI's paths, vLLM's tokenizer paths (for lm-evaluation-harness), health, metrics, page."""
+"""FastAPI application: OpenAI's paths, vLLM's tokenizer paths (for lm-evaluation-harness), health, metrics, page.
+
+Handlers that are plain functions run in FastAPI's worker threads, those that are coroutines on the event loop.
+"""
 
 from __future__ import annotations
 
@@ -11,77 +14,79 @@ from starlette.responses import Response
 from pangu_sigma.errors import UserError
 from pangu_sigma.serving.api_errors import ApiError, bad_request, internal
 from pangu_sigma.serving.browser_page import load_page
-from pangu_sigma.serving.openai_adapter import Desk
+from pangu_sigma.serving.openai_adapter import OpenAIAdapter
 from pangu_sigma.serving.openai_requests import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
-    explained,
+    validation_error,
 )
-from pangu_sigma.serving.request_guard import Guard
+from pangu_sigma.serving.request_guard import RequestGuard
 from pangu_sigma.serving.scheduler import Scheduler
-from pangu_sigma.serving.server_metrics import Metrics
-from pangu_sigma.serving.server_settings import Settings
-from pangu_sigma.serving.streamed_response import Answer
+from pangu_sigma.serving.server_metrics import ServerMetrics
+from pangu_sigma.serving.server_settings import ServerSettings
+from pangu_sigma.serving.streamed_response import OpenAIResponse
 from pangu_sigma.version import VERSION
 
 
-def create_app(scheduler: Scheduler, desk: Desk, metrics: Metrics, settings: Settings, created: int) -> FastAPI:
-    """The application. `created`: when the model was written, in seconds since 1970."""
+def create_app(
+    scheduler: Scheduler, adapter: OpenAIAdapter, metrics: ServerMetrics, settings: ServerSettings, created: int
+) -> FastAPI:
+    """Build the application. `created`: when the model was written, in seconds since 1970."""
     # Without the documentation pages: they load scripts from elsewhere. The description itself is at /openapi.json.
     app = FastAPI(title="PanGu-Σ", version=VERSION, docs_url=None, redoc_url=None)
-    _add_completions(app, scheduler, desk, metrics)
-    _add_models(app, desk, created)
-    _add_tokenizer(app, desk)
-    _add_surroundings(app, scheduler, metrics)
+    _add_completions(app, scheduler, adapter, metrics)
+    _add_models(app, adapter, created)
+    _add_tokenizer(app, adapter)
+    _add_service_paths(app, scheduler, metrics)
     _add_errors(app)
     paths = {route.path for route in app.routes}
 
-    def count(path: str, status: int) -> None:
-        known = "/v1/models" if path.startswith("/v1/models/") else path if path in paths else "other"
-        metrics.requests.labels(known, str(status)).inc()
+    def count_response(path: str, status: int) -> None:
+        label = "/v1/models" if path.startswith("/v1/models/") else path if path in paths else "other"
+        metrics.requests.labels(label, str(status)).inc()
 
-    app.add_middleware(Guard, settings=settings, count=count)
+    app.add_middleware(RequestGuard, settings=settings, on_response=count_response)
     return app
 
 
-def _add_completions(app: FastAPI, scheduler: Scheduler, desk: Desk, metrics: Metrics) -> None:
-    # Plain functions: FastAPI runs them in a thread, so that tokenising a long prompt holds nobody up.
+def _add_completions(app: FastAPI, scheduler: Scheduler, adapter: OpenAIAdapter, metrics: ServerMetrics) -> None:
+    # Plain functions, for FastAPI's worker threads: tokenising a long prompt must not block the event loop.
     @app.post("/v1/completions")
-    def completions(asked: CompletionRequest) -> Response:
+    def completions(body: CompletionRequest) -> Response:
         """Continue one or more prompts with one domain's experts."""
-        return Answer(desk.completion(asked), scheduler, metrics)
+        return OpenAIResponse(adapter.completion(body), scheduler, metrics)
 
     @app.post("/v1/chat/completions")
-    def chat_completions(asked: ChatRequest) -> Response:
-        """Continue a conversation, written down with a plain template."""
-        return Answer(desk.chat(asked), scheduler, metrics)
+    def chat_completions(body: ChatRequest) -> Response:
+        """Continue a conversation, which the plain chat template turns into a text."""
+        return OpenAIResponse(adapter.chat(body), scheduler, metrics)
 
 
-def _add_models(app: FastAPI, desk: Desk, created: int) -> None:
+def _add_models(app: FastAPI, adapter: OpenAIAdapter, created: int) -> None:
     def described(name: str) -> dict:
         return {
             "id": name,
             "object": "model",
             "created": created,
             "owned_by": "pangu-sigma",
-            "max_model_len": desk.window,  # as vLLM tells it
+            "max_model_len": adapter.window,  # vLLM's extension
         }
 
     @app.get("/v1/models")
     def models() -> dict:
         """Every domain is a model."""
-        return {"object": "list", "data": [described(name) for name in desk.domains]}
+        return {"object": "list", "data": [described(name) for name in adapter.domains]}
 
     @app.get("/v1/models/{name}")
     def model(name: str) -> dict:
         """One domain."""
-        return described(desk.check_model(name))
+        return described(adapter.check_model(name))
 
 
-def _add_tokenizer(app: FastAPI, desk: Desk) -> None:
-    tokenizer = desk.tokenizer
+def _add_tokenizer(app: FastAPI, adapter: OpenAIAdapter) -> None:
+    tokenizer = adapter.tokenizer
     end = tokenizer.piece(tokenizer.eod_id)
 
     @app.get("/tokenizer_info")
@@ -96,35 +101,35 @@ def _add_tokenizer(app: FastAPI, desk: Desk) -> None:
         }
 
     @app.post("/tokenize")
-    def tokenize(asked: TokenizeRequest) -> dict:
+    def tokenize(body: TokenizeRequest) -> dict:
         """Ids of a text; of the end-of-document token's name alone, that token: so clients ask for its id."""
-        if asked.model is not None:
-            desk.check_model(asked.model)
+        if body.model is not None:
+            adapter.check_model(body.model)
         try:
-            ids = [tokenizer.eod_id] if asked.prompt == end else tokenizer.encode(asked.prompt)
+            ids = [tokenizer.eod_id] if body.prompt == end else tokenizer.encode(body.prompt)
         except UserError as error:
             raise bad_request(str(error), "prompt") from None
-        if asked.add_special_tokens and asked.prompt != end:
+        if body.add_special_tokens and body.prompt != end:
             ids = [tokenizer.eod_id, *ids]
-        return {"tokens": ids, "count": len(ids), "max_model_len": desk.window}
+        return {"tokens": ids, "count": len(ids), "max_model_len": adapter.window}
 
     @app.post("/detokenize")
-    def detokenize(asked: DetokenizeRequest) -> dict:
+    def detokenize(body: DetokenizeRequest) -> dict:
         """Text of ids."""
-        if asked.model is not None:
-            desk.check_model(asked.model)
+        if body.model is not None:
+            adapter.check_model(body.model)
         try:
-            return {"prompt": tokenizer.decode(asked.tokens)}
+            return {"prompt": tokenizer.decode(body.tokens)}
         except ValueError as error:
             raise bad_request(str(error), "tokens") from None
 
 
-def _add_surroundings(app: FastAPI, scheduler: Scheduler, metrics: Metrics) -> None:
+def _add_service_paths(app: FastAPI, scheduler: Scheduler, metrics: ServerMetrics) -> None:
     page = load_page()
 
     @app.get("/health")
     def health() -> JSONResponse:
-        """Whether requests are taken, and how many run and wait."""
+        """Whether requests are admitted, and how many run and wait."""
         state = "failed" if scheduler.failed.done() else "draining" if scheduler.draining else "ok"
         body = {
             "status": state,
@@ -137,8 +142,8 @@ def _add_surroundings(app: FastAPI, scheduler: Scheduler, metrics: Metrics) -> N
 
     @app.get("/metrics")
     def prometheus() -> Response:
-        """For Prometheus."""
-        body, kind = metrics.page()
+        """Metrics in Prometheus' text format."""
+        body, kind = metrics.exposition()
         return Response(body, headers={"Content-Type": kind})
 
     @app.get("/", include_in_schema=False)
@@ -157,16 +162,17 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return explained(error).response()
+        return validation_error(error).response()
 
     @app.exception_handler(HTTPException)
     async def by_status(request: Request, error: HTTPException) -> Response:
-        said = {
+        messages = {
             400: "the body cannot be read as JSON",
             404: f"there is nothing at {request.url.path[:80]}; the interface begins at /v1",
             405: f"{request.method[:10]} is not allowed at {request.url.path[:80]}",
         }
-        return ApiError(error.status_code, said.get(error.status_code, error.detail), headers=error.headers).response()
+        message = messages.get(error.status_code, error.detail)
+        return ApiError(error.status_code, message, headers=error.headers).response()
 
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> Response:

@@ -1,4 +1,4 @@
-"""Requests of OpenAI's completions and chat API: which fields are read, refused, or without meaning here.
+"""Request bodies of OpenAI's completions and chat API, as pydantic models: fields read, refused, or ignored here.
 
 A field that would change the answer and is not supported is refused, so that nobody gets another answer than the one
 asked for; its neutral value (a penalty of 0, an empty list of tools) is accepted, since clients send it. Misspelled
@@ -19,11 +19,11 @@ from pangu_sigma.generation import Sampling
 from pangu_sigma.serving.api_errors import ApiError, bad_request
 from rre.counted_random import key64
 
-MOST_ALTERNATIVES = 20
-MOST_STOPS = 16
+MAX_ALTERNATIVES = 20
+MAX_STOPS = 16
 
 # They name the caller or steer OpenAI's own service; the text does not depend on them.
-WITHOUT_MEANING = frozenset(
+IGNORED_FIELDS = frozenset(
     [
         "user",
         "metadata",
@@ -36,7 +36,7 @@ WITHOUT_MEANING = frozenset(
     ]
 )
 # Field -> values that ask for nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
@@ -55,7 +55,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-class _Part(BaseModel):
+class _StrictModel(BaseModel):
+    """Base of all bodies and their parts: no unknown field, no conversion of types, null means the default."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
@@ -66,8 +68,8 @@ class _Part(BaseModel):
         return {name: value for name, value in values.items() if value is not None}
 
 
-class StreamOptions(_Part):
-    """Extras of a stream: token counts at its end, or in every chunk."""
+class StreamOptions(_StrictModel):
+    """Options of a stream: token counts at its end, or in every chunk."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -78,8 +80,8 @@ def _stop_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class _Asked(_Part):
-    """What both kinds of completion share."""
+class _SamplingRequest(_StrictModel):
+    """Fields that both kinds of completion share: sampling, stop conditions, streaming."""
 
     model: str
     temperature: float = Field(1.0, ge=0.0)
@@ -88,9 +90,9 @@ class _Asked(_Part):
     repetition_penalty: float = Field(1.0, gt=0.0)
     n: int = Field(1, ge=1)
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_stop_list)] = Field(
-        [], max_length=MOST_STOPS
+        [], max_length=MAX_STOPS
     )
-    stop_token_ids: list[int] = Field([], max_length=MOST_STOPS)
+    stop_token_ids: list[int] = Field([], max_length=MAX_STOPS)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -100,30 +102,30 @@ class _Asked(_Part):
     def _only_what_is_supported(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        kept = {}
+        supported = {}
         for name, value in values.items():
             if name in cls.model_fields:
-                kept[name] = value
-            elif name in NEUTRAL:
-                if value is not None and not any(value == neutral for neutral in NEUTRAL[name]):
+                supported[name] = value
+            elif name in NEUTRAL_VALUES:
+                if value is not None and not any(value == neutral for neutral in NEUTRAL_VALUES[name]):
                     raise _unsupported(name)
-            elif name not in WITHOUT_MEANING:
+            elif name not in IGNORED_FIELDS:
                 near = get_close_matches(name[:80], cls.model_fields, n=1, cutoff=0.0)[0]
                 raise bad_request(
                     f"Unrecognized request argument supplied: {name[:80]}; did you mean {near}?",
                     name[:80],
                     "unknown_parameter",
                 )
-        return kept
+        return supported
 
     @model_validator(mode="after")
-    def _options_only_with_streams(self) -> _Asked:
+    def _options_only_with_streams(self) -> _SamplingRequest:
         if "stream_options" in self.model_fields_set and not self.stream:
             raise bad_request("stream_options needs stream to be true", "stream_options")
         return self
 
     def sampling(self, max_tokens: int, choice: int, **more: Any) -> Sampling:
-        """The engine's settings of one of the `n` choices. Without a seed every request draws anew.
+        """Sampling parameters of one of the `n` choices. Without a seed every request draws anew.
 
         Choice 0 draws with the seed as it is, so that n never changes the first answer.
         """
@@ -150,19 +152,19 @@ Prompt = str | list[int]
 
 def _prompts(value: Any) -> list[Prompt]:
     """OpenAI's four forms (text, list of texts, ids, list of ids) as a list of texts or ids."""
-    if isinstance(value, str) or _are_ids(value):
+    if isinstance(value, str) or _is_id_list(value):
         return [value]
-    if isinstance(value, list) and value and all(isinstance(v, str) or _are_ids(v) for v in value):
+    if isinstance(value, list) and value and all(isinstance(v, str) or _is_id_list(v) for v in value):
         return value
     raise bad_request("prompt must be a text, a list of texts, a list of token ids, or a list of such lists", "prompt")
 
 
-def _are_ids(value: Any) -> bool:
+def _is_id_list(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(v) is int for v in value)
 
 
-class CompletionRequest(_Asked):
-    """POST /v1/completions."""
+class CompletionRequest(_SamplingRequest):
+    """Body of POST /v1/completions."""
 
     prompt: Annotated[
         list[Prompt], BeforeValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
@@ -170,7 +172,7 @@ class CompletionRequest(_Asked):
     max_tokens: int | None = Field(None, ge=0, description="16, or less where the window ends before.")
     best_of: int | None = None
     echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
+    logprobs: int | None = Field(None, ge=0, le=MAX_ALTERNATIVES)
 
     @model_validator(mode="after")
     def _consistent(self) -> CompletionRequest:
@@ -181,14 +183,14 @@ class CompletionRequest(_Asked):
         return self
 
 
-class TextPart(_Part):
-    """A piece of a message; only text is understood."""
+class TextPart(_StrictModel):
+    """A part of a message's content; only text is supported."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(_Part):
+class Message(_StrictModel):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -197,18 +199,18 @@ class Message(_Part):
 
     @property
     def text(self) -> str:
-        """The turn's text; pieces are joined as they are."""
+        """The turn's text; parts are joined as they are."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class ChatRequest(_Asked):
-    """POST /v1/chat/completions."""
+class ChatRequest(_SamplingRequest):
+    """Body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_ALTERNATIVES)
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
@@ -222,28 +224,28 @@ class ChatRequest(_Asked):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-class TokenizeRequest(_Part):
-    """POST /tokenize, as vLLM has it."""
+class TokenizeRequest(_StrictModel):
+    """Body of POST /tokenize, vLLM's extension."""
 
     model: str | None = None
     prompt: str
     add_special_tokens: bool = True
 
 
-class DetokenizeRequest(_Part):
-    """POST /detokenize, as vLLM has it."""
+class DetokenizeRequest(_StrictModel):
+    """Body of POST /detokenize, vLLM's extension."""
 
     model: str | None = None
     tokens: list[int]
 
 
-def explained(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong with a body, as OpenAI's clients expect it."""
+def validation_error(error: RequestValidationError) -> ApiError:
+    """The first validation error of a body, as OpenAI's clients expect it."""
     first = error.errors()[0]
     # Behind "body" stand the field's path and, in unions, names of the tried types.
     tried = ("list[", "function-")
-    where = [str(part) for part in first["loc"][1:] if part != "str" and not str(part).startswith(tried)]
-    param = ".".join(where)[:200] or None
+    path = [str(part) for part in first["loc"][1:] if part != "str" and not str(part).startswith(tried)]
+    param = ".".join(path)[:200] or None
     if first["type"] == "json_invalid":
         return bad_request(f"the body is no valid JSON: {first['ctx']['error']}")
     if param is None:

@@ -1,4 +1,4 @@
-"""What stands before every request: who may ask, how much may be sent, which headers go out. Pure ASGI."""
+"""Request guard: ASGI middleware that checks host, token and body size before the application sees a request."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pangu_sigma.serving.api_errors import ApiError
-from pangu_sigma.serving.server_settings import Limits, Settings
+from pangu_sigma.serving.server_settings import ServerLimits, ServerSettings
 
 # What shows nothing of the model: the page asks for the token itself, and probes have none.
 OPEN_PATHS = frozenset({"/", "/health", "/favicon.ico"})
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
-class Guard:
-    """Checks host, token and body of a request, then hands it on; `count` hears every answer's path and status."""
+class RequestGuard:
+    """Checks host, token and body of a request, then hands it on with the body already read.
 
-    def __init__(self, app: ASGIApp, settings: Settings, count: Callable[[str, int], None]) -> None:
+    `on_response(path, status)` is called for every answer. Runs on the event loop.
+    """
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings, on_response: Callable[[str, int], None]) -> None:
         self.app = app
         self.settings = settings
-        self.count = count
+        self.on_response = on_response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -32,16 +35,16 @@ class Guard:
                 await self.app(scope, receive, send)
             return  # no websockets here
 
-        async def answer(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers.setdefault("X-Content-Type-Options", "nosniff")
                 headers.setdefault("Cache-Control", "no-store")
-                self.count(scope["path"], message["status"])
+                self.on_response(scope["path"], message["status"])
             await send(message)
 
         headers = Headers(scope=scope)
-        posted = _Body(headers, receive, self.settings.limits) if scope["method"] == "POST" else None
+        posted = _BoundedBody(headers, receive, self.settings.limits) if scope["method"] == "POST" else None
         try:
             self._check_host(headers)
             self._check_token(scope["path"], headers)
@@ -49,11 +52,11 @@ class Guard:
         except ApiError as error:
             if posted:
                 await posted.discard()
-            await error.response()(scope, receive, answer)
+            await error.response()(scope, receive, send_with_headers)
             return
         except _ClientLeft:
             return
-        await self.app(scope, receive if body is None else _replay(body, receive), answer)
+        await self.app(scope, receive if body is None else _replay(body, receive), send_with_headers)
 
     def _check_host(self, headers: Headers) -> None:
         """Without a token, a server on the loopback address answers only to the machine's own names: a page in the
@@ -74,8 +77,8 @@ class Guard:
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
         # Headers are Latin-1; compare_digest takes bytes of any kind.
-        right = secrets.compare_digest(given.strip().encode("latin-1"), self.settings.token.encode("utf-8"))
-        if scheme.lower() != "bearer" or not right:
+        matches = secrets.compare_digest(given.strip().encode("latin-1"), self.settings.token.encode("utf-8"))
+        if scheme.lower() != "bearer" or not matches:
             raise ApiError(
                 401,
                 "a valid token is needed: send Authorization: Bearer TOKEN (api_key in OpenAI's client)",
@@ -84,25 +87,25 @@ class Guard:
             )
 
 
-class _Body:
-    """A request's body as it arrives: bounded in bytes and in time."""
+class _BoundedBody:
+    """Request body, read within bounds on its bytes and its time."""
 
     # How much of a refused body is still taken in. A client that is sending gets to read its answer only after that;
     # beyond, the connection is cut.
     DISCARDED = 8
 
-    def __init__(self, headers: Headers, receive: Receive, limits: Limits) -> None:
+    def __init__(self, headers: Headers, receive: Receive, limits: ServerLimits) -> None:
         self._headers = headers
         self._receive = receive
         self._limits = limits
-        self._taken = 0
-        self._whole = False
+        self._received = 0
+        self._complete = False
 
     async def read(self) -> bytes:
         """All of it. Raises ApiError where it is too large, too slow, or not declared as JSON."""
-        most, seconds = self._limits.body_bytes, self._limits.body_seconds
+        max_bytes, seconds = self._limits.body_bytes, self._limits.body_seconds
         declared = self._headers.get("content-length", "")
-        if declared.isdigit() and int(declared) > most:
+        if declared.isdigit() and int(declared) > max_bytes:
             raise self._too_large()
         # A page of another origin can send text/plain without asking first; JSON it cannot (there is no CORS here).
         if self._headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -110,12 +113,12 @@ class _Body:
         parts: list[bytes] = []
         try:
             async with asyncio.timeout(seconds):
-                while not self._whole:
+                while not self._complete:
                     parts.append(await self._next())
-                    if self._taken > most:
+                    if self._received > max_bytes:
                         raise self._too_large()
         except TimeoutError:
-            self._whole = True  # no more of it is waited for
+            self._complete = True  # no more of it is waited for
             raise ApiError(
                 408, f"the body did not arrive within {seconds:g} s", code="timeout", headers={"Connection": "close"}
             ) from None
@@ -127,7 +130,7 @@ class _Body:
             return
         with contextlib.suppress(TimeoutError, _ClientLeft):
             async with asyncio.timeout(self._limits.body_seconds):
-                while not self._whole and self._taken <= self.DISCARDED * self._limits.body_bytes:
+                while not self._complete and self._received <= self.DISCARDED * self._limits.body_bytes:
                     await self._next()
 
     async def _next(self) -> bytes:
@@ -135,8 +138,8 @@ class _Body:
         if message["type"] == "http.disconnect":
             raise _ClientLeft
         part = message.get("body", b"")
-        self._taken += len(part)
-        self._whole = not message.get("more_body", False)
+        self._received += len(part)
+        self._complete = not message.get("more_body", False)
         return part
 
     def _too_large(self) -> ApiError:
@@ -153,14 +156,14 @@ class _ClientLeft(Exception):
 def _replay(body: bytes, receive: Receive) -> Receive:
     sent = False
 
-    async def again() -> Message:
+    async def receive_again() -> Message:
         nonlocal sent
         if sent:
             return await receive()  # from now on: the client's leaving
         sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return again
+    return receive_again
 
 
 def _host_name(host: str) -> str:

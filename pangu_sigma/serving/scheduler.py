@@ -1,8 +1,22 @@
-"""The thread that owns model and engine, and the event loop's view of it.
+"""Request scheduler: the thread that owns model and engine, and the event loop's view of it.
 
-MindSpore is used by one thread only. The event loop hands commands over in a queue; what the engine says comes back
-through `call_soon_threadsafe`. All counting happens on the event loop, so that admission needs no locks; a slot counts
-as free when the engine's thread has said so.
+Two threads, and what each runs:
+
+- The event loop's thread (the main thread, `server._serve`): admission, counting, handles, and the observer. It never
+  touches the engine once it is built. All counting happens here, so that admission needs no locks.
+- The engine thread (started by `Scheduler.start`, its body is `_run_engine_thread`): builds the engine, then admits and
+  cancels requests and runs decoding steps. MindSpore is used by this thread only.
+
+The way of one request through both:
+
+1. event loop: `submit` counts the requests as open and puts an `_Add` into the command queue.
+2. engine thread: between two steps `_add` hands them to the engine; `_on_admitted` tells the event loop.
+3. engine thread: `engine.step` gives every active request a token; the events go to `_on_events`.
+4. event loop: `_on_events` puts each event into its request's handle and counts the finished ones.
+5. event loop: `close` of a handle with unfinished requests queues a `_Cancel`; they count as open until the engine
+   thread has freed their slots.
+
+Results of the engine thread reach the event loop through `call_soon_threadsafe` (`_call_on_event_loop`), in order.
 """
 
 from __future__ import annotations
@@ -16,15 +30,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation import Event, Request
 from pangu_sigma.serving.api_errors import bad_request, busy, failed, internal, shutting_down
-from pangu_sigma.serving.server_settings import Limits
+from pangu_sigma.serving.server_settings import ServerLimits
 
 
-class Engine(Protocol):
-    """What the scheduler asks of `pangu_sigma.generation.engine.Engine`."""
+class DecodingEngine(Protocol):
+    """Interface of the engine that the scheduler drives: `pangu_sigma.generation.engine.Engine`."""
 
+    tokenizer: Tokenizer
+    window: int
     active: int
     waiting: int
     idle: bool
@@ -36,8 +53,8 @@ class Engine(Protocol):
     def step(self) -> list[Event]: ...
 
 
-class Observer(Protocol):
-    """What the scheduler tells the metrics."""
+class SchedulerObserver(Protocol):
+    """Receiver of the scheduler's measurements, called on the event loop: `server_metrics.ServerMetrics`."""
 
     def state(self, active: int, waiting: int) -> None: ...
 
@@ -48,8 +65,11 @@ class Observer(Protocol):
     def failed(self, domain: str) -> None: ...
 
 
-class Ticket:
-    """One HTTP request: its engine requests by index, and their events as they come. Close it whatever happens."""
+class RequestHandle:
+    """Handle of one HTTP request's engine requests: their events as they come. Close it whatever happens.
+
+    Used on the event loop only.
+    """
 
     def __init__(self, scheduler: Scheduler, requests: Sequence[Request]) -> None:
         self.requests = tuple(requests)
@@ -70,28 +90,28 @@ class Ticket:
         return time.monotonic() - self._began
 
     @property
-    def more(self) -> bool:
-        """Whether events are still to come out of `next`."""
+    def has_more(self) -> bool:
+        """Whether events are still to come out of `next_events`."""
         return self._to_read > 0
 
-    async def next(self) -> list[tuple[int, Event]]:
-        """The (index, event) that have come since, at least one; cancelling it loses none.
+    async def next_events(self) -> list[tuple[int, Event]]:
+        """The (request index, event) that have come since the last call, at least one; cancelling it loses none.
 
         Raises ApiError if the server cannot go on, or the model not with this text.
         """
-        said = [await self._events.get()]
+        items = [await self._events.get()]
         while not self._events.empty():
-            said.append(self._events.get_nowait())
-        for one in said:
-            if isinstance(one, Exception):
-                raise one
-            if one[1].error is not None:
-                raise failed(one[1].error)
-            self._to_read -= one[1].finish is not None
-        return said
+            items.append(self._events.get_nowait())
+        for item in items:
+            if isinstance(item, Exception):
+                raise item
+            if item[1].error is not None:
+                raise failed(item[1].error)
+            self._to_read -= item[1].finish is not None
+        return items
 
     def close(self) -> None:
-        """Give back what still runs. Closing twice is no error."""
+        """Cancel the requests that still run. Closing twice is no error."""
         if not self.closed:
             self.closed = True
             self._scheduler._release(self)
@@ -104,58 +124,60 @@ class Ticket:
                 self._accepted.set_exception(error)
                 self._accepted.exception()  # a client that left does not come to read it
 
-    def _put(self, said: tuple[int, Event] | Exception) -> None:
+    def _put(self, item: tuple[int, Event] | Exception) -> None:
         if not self.closed:
-            self._events.put_nowait(said)
+            self._events.put_nowait(item)
 
 
 @dataclass(frozen=True)
 class _Add:
-    ticket: Ticket
+    handle: RequestHandle
 
 
 @dataclass(frozen=True)
 class _Cancel:
-    ticket: Ticket
+    handle: RequestHandle
 
 
 _STOP = None
 
 
 class Scheduler:
-    """Takes requests up to `limits.slots` + `limits.queue` and lets the engine's thread serve them together.
+    """Admits up to `limits.slots` + `limits.queue` requests and lets the engine thread decode them together.
 
-    `build` makes the engine, in that thread. `observer` hears what happens, on the event loop.
+    `build` makes the engine, in the engine thread. `observer` is called on the event loop. All public methods are for
+    the event loop's thread.
     """
 
-    def __init__(self, build: Callable[[], Engine], limits: Limits, observer: Observer) -> None:
+    def __init__(self, build: Callable[[], DecodingEngine], limits: ServerLimits, observer: SchedulerObserver) -> None:
         self.limits = limits
         self.draining = False
         self.active = self.waiting = 0
         self._build = build
         self._observer = observer
         self._commands: queue.SimpleQueue[_Add | _Cancel | None] = queue.SimpleQueue()
-        self._open = 0  # requests handed over whose end the engine's thread has not reported
-        self._tickets: set[Ticket] = set()
+        self._open = 0  # requests submitted whose end the engine thread has not reported
+        self._handles: set[RequestHandle] = set()
         self._nothing_open = asyncio.Event()
         self._nothing_open.set()
-        self._seconds = 1.0  # of an answer, smoothed
+        self._answer_seconds = 1.0  # smoothed
 
-    async def start(self) -> Engine:
-        """Build the engine and begin to serve; the engine is returned for its facts only. Raises what `build` raises.
+    async def start(self) -> DecodingEngine:
+        """Start the engine thread, which builds the engine and serves; the engine is returned for its constants only.
 
-        `failed` is a future that holds the exception if the engine's thread ends by one later.
+        Raises what `build` raises. `failed` is a future that holds the exception if the engine thread ends by one
+        later.
         """
         self._loop = asyncio.get_running_loop()
-        self._built: asyncio.Future[Engine] = self._loop.create_future()
+        self._built: asyncio.Future[DecodingEngine] = self._loop.create_future()
         self.failed: asyncio.Future[BaseException] = self._loop.create_future()
         # A daemon: a step or a compilation under way must not keep a process alive that was told to end.
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._run_engine_thread, name="engine", daemon=True)
         self._thread.start()
         return await self._built
 
-    def submit(self, requests: Sequence[Request]) -> Ticket:
-        """Hand requests over, all or none. Raises ApiError: 429 when they do not fit now, 503 while draining."""
+    def submit(self, requests: Sequence[Request]) -> RequestHandle:
+        """Submit requests, all or none. Raises ApiError: 429 when they do not fit now, 503 while draining."""
         if self.draining or self.failed.done():
             raise shutting_down()
         room = self.limits.slots + self.limits.queue
@@ -164,19 +186,19 @@ class Scheduler:
             raise bad_request(f"one request may ask for {most} answers (prompts × n), not {len(requests)}", "n")
         if self._open + len(requests) > room:
             raise busy(self._retry_after())
-        ticket = Ticket(self, requests)
-        self._count(len(requests))
-        self._tickets.add(ticket)
-        self._commands.put(_Add(ticket))
-        return ticket
+        handle = RequestHandle(self, requests)
+        self._change_open(len(requests))
+        self._handles.add(handle)
+        self._commands.put(_Add(handle))
+        return handle
 
     @property
     def open(self) -> int:
-        """Requests that were taken and have not ended."""
+        """Requests that were admitted and have not ended."""
         return self._open
 
     async def drain(self, seconds: float) -> bool:
-        """Take nothing new and wait until what runs has finished; whether it has within `seconds`."""
+        """Refuse new requests and wait until those that run have finished; whether they have within `seconds`."""
         self.draining = True
         try:
             await asyncio.wait_for(self._nothing_open.wait(), seconds)
@@ -185,25 +207,25 @@ class Scheduler:
         return True
 
     def abandon(self) -> None:
-        """End every answer under way with an error that says why."""
-        for ticket in list(self._tickets):
-            ticket._accept(shutting_down())
-            ticket._put(shutting_down())
+        """Fail every unfinished request with the error that the server is shutting down."""
+        for handle in list(self._handles):
+            handle._accept(shutting_down())
+            handle._put(shutting_down())
 
     async def stop(self, seconds: float = 5.0) -> None:
-        """End the engine's thread after its current step."""
+        """End the engine thread after its current step."""
         self.draining = True
         self._commands.put(_STOP)
         await asyncio.to_thread(self._thread.join, seconds)
 
-    # On the event loop.
+    # On the event loop's thread: called by handles, and by the engine thread through `_call_on_event_loop`.
 
-    def _release(self, ticket: Ticket) -> None:
-        self._tickets.discard(ticket)
-        if ticket.unfinished:
-            self._commands.put(_Cancel(ticket))
+    def _release(self, handle: RequestHandle) -> None:
+        self._handles.discard(handle)
+        if handle.unfinished:
+            self._commands.put(_Cancel(handle))
 
-    def _count(self, change: int) -> None:
+    def _change_open(self, change: int) -> None:
         self._open += change
         if self._open:
             self._nothing_open.clear()
@@ -211,61 +233,13 @@ class Scheduler:
             self._nothing_open.set()
 
     def _retry_after(self) -> int:
-        return min(60, max(1, math.ceil(self._seconds * (self._open + 1) / self.limits.slots)))
+        return min(60, max(1, math.ceil(self._answer_seconds * (self._open + 1) / self.limits.slots)))
 
-    def _finished(self, ticket: Ticket, count: int = 1) -> None:
-        ticket.unfinished -= count
-        self._count(-count)
+    def _end_requests(self, handle: RequestHandle, count: int = 1) -> None:
+        handle.unfinished -= count
+        self._change_open(-count)
 
-    def _took(self, ticket: Ticket, error: UserError | None) -> None:
-        if error is not None:
-            self._finished(ticket, ticket.unfinished)
-        ticket._accept(None if error is None else bad_request(str(error)))
-
-    def _said(self, events: list[tuple[Ticket, int, Event]], seconds: float) -> None:
-        self._observer.stepped(seconds, sum(event.token_id is not None for _, _, event in events))
-        for ticket, index, event in events:
-            ticket._put((index, event))
-            if event.error is not None:
-                self._finished(ticket)
-                self._observer.failed(ticket.requests[index].domain)
-            elif event.finish is not None:
-                self._finished(ticket)
-                took = ticket.age
-                self._seconds += 0.1 * (took - self._seconds)
-                self._observer.answered(took)
-
-    def _state(self, active: int, waiting: int) -> None:
-        self.active, self.waiting = active, waiting
-        self._observer.state(active, waiting)
-
-    def _broke(self, error: BaseException) -> None:
-        if not self.failed.done():
-            self.failed.set_result(error)
-        for ticket in list(self._tickets):
-            ticket._accept(internal())
-            ticket._put(internal())
-
-    # In the engine's thread.
-
-    def _tell(self, method: Callable[..., None], *arguments: object) -> None:
-        # The loop is closed only when the process ends without waiting for this thread.
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(method, *arguments)
-
-    def _work(self) -> None:
-        try:
-            engine = self._build()
-        except BaseException as error:  # whatever it is, the main thread ends the process with it
-            self._tell(self._settle, error)
-            return
-        self._tell(self._settle, engine)
-        try:
-            self._serve(engine)
-        except BaseException as error:
-            self._tell(self._broke, error)
-
-    def _settle(self, result: Engine | BaseException) -> None:
+    def _on_built(self, result: DecodingEngine | BaseException) -> None:
         if self._built.cancelled():
             return
         if isinstance(result, BaseException):
@@ -273,45 +247,95 @@ class Scheduler:
         else:
             self._built.set_result(result)
 
-    def _serve(self, engine: Engine) -> None:
-        owners: dict[int, tuple[Ticket, int]] = {}
+    def _on_admitted(self, handle: RequestHandle, error: UserError | None) -> None:
+        if error is not None:
+            self._end_requests(handle, handle.unfinished)
+        handle._accept(None if error is None else bad_request(str(error)))
+
+    def _on_events(self, events: list[tuple[RequestHandle, int, Event]], seconds: float) -> None:
+        self._observer.stepped(seconds, sum(event.token_id is not None for _, _, event in events))
+        for handle, index, event in events:
+            handle._put((index, event))
+            if event.error is not None:
+                self._end_requests(handle)
+                self._observer.failed(handle.requests[index].domain)
+            elif event.finish is not None:
+                self._end_requests(handle)
+                seconds_open = handle.age
+                self._answer_seconds += 0.1 * (seconds_open - self._answer_seconds)
+                self._observer.answered(seconds_open)
+
+    def _on_state(self, active: int, waiting: int) -> None:
+        self.active, self.waiting = active, waiting
+        self._observer.state(active, waiting)
+
+    def _on_engine_failure(self, error: BaseException) -> None:
+        if not self.failed.done():
+            self.failed.set_result(error)
+        for handle in list(self._handles):
+            handle._accept(internal())
+            handle._put(internal())
+
+    # On the engine thread.
+
+    def _call_on_event_loop(self, method: Callable[..., None], *arguments: object) -> None:
+        # The loop is closed only when the process ends without waiting for this thread.
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(method, *arguments)
+
+    def _run_engine_thread(self) -> None:
+        try:
+            engine = self._build()
+        except BaseException as error:  # whatever it is, the main thread ends the process with it
+            self._call_on_event_loop(self._on_built, error)
+            return
+        self._call_on_event_loop(self._on_built, engine)
+        try:
+            self._run_steps(engine)
+        except BaseException as error:
+            self._call_on_event_loop(self._on_engine_failure, error)
+
+    def _run_steps(self, engine: DecodingEngine) -> None:
+        owners: dict[int, tuple[RequestHandle, int]] = {}
         while True:
             while engine.idle or not self._commands.empty():
                 command = self._commands.get()
                 if command is _STOP:
                     return
                 if isinstance(command, _Add):
-                    self._add(engine, command.ticket, owners)
+                    self._add(engine, command.handle, owners)
                 else:
-                    self._cancel(engine, command.ticket, owners)
-                self._tell(self._state, engine.active, engine.waiting)
+                    self._cancel(engine, command.handle, owners)
+                self._call_on_event_loop(self._on_state, engine.active, engine.waiting)
             began = time.perf_counter()
             events = engine.step()
             seconds = time.perf_counter() - began
-            said = [(*owners[event.request_id], event) for event in events]
+            routed = [(*owners[event.request_id], event) for event in events]
             for event in events:
                 if event.finish is not None:
                     del owners[event.request_id]
-            self._tell(self._state, engine.active, engine.waiting)
-            self._tell(self._said, said, seconds)
+            self._call_on_event_loop(self._on_state, engine.active, engine.waiting)
+            self._call_on_event_loop(self._on_events, routed, seconds)
 
-    def _add(self, engine: Engine, ticket: Ticket, owners: dict[int, tuple[Ticket, int]]) -> None:
-        numbers: list[int] = []
+    def _add(self, engine: DecodingEngine, handle: RequestHandle, owners: dict[int, tuple[RequestHandle, int]]) -> None:
+        request_ids: list[int] = []
         try:
-            for request in ticket.requests:
-                numbers.append(engine.add(request))
+            for request in handle.requests:
+                request_ids.append(engine.add(request))
         except UserError as error:
-            for number in numbers:
-                engine.cancel(number)
-            self._tell(self._took, ticket, error)
+            for request_id in request_ids:
+                engine.cancel(request_id)
+            self._call_on_event_loop(self._on_admitted, handle, error)
             return
-        owners.update({number: (ticket, index) for index, number in enumerate(numbers)})
-        self._tell(self._took, ticket, None)
+        owners.update({request_id: (handle, index) for index, request_id in enumerate(request_ids)})
+        self._call_on_event_loop(self._on_admitted, handle, None)
 
-    def _cancel(self, engine: Engine, ticket: Ticket, owners: dict[int, tuple[Ticket, int]]) -> None:
-        numbers = [number for number, (owner, _) in owners.items() if owner is ticket]
-        for number in numbers:
-            engine.cancel(number)
-            del owners[number]
-        if numbers:
-            self._tell(self._finished, ticket, len(numbers))
+    def _cancel(
+        self, engine: DecodingEngine, handle: RequestHandle, owners: dict[int, tuple[RequestHandle, int]]
+    ) -> None:
+        request_ids = [request_id for request_id, (owner, _) in owners.items() if owner is handle]
+        for request_id in request_ids:
+            engine.cancel(request_id)
+            del owners[request_id]
+        if request_ids:
+            self._call_on_event_loop(self._end_requests, handle, len(request_ids))

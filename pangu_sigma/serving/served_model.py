@@ -1,4 +1,4 @@
-"""From a folder to an engine that is ready for every request: loaded, compiled, tried in every domain."""
+"""Served model: loads a folder's model, compiles its graphs and lets it write once in every domain, before serving."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.generation import AUTO, Request, Sampling
 from pangu_sigma.generation.inference_settings import Inference
 from pangu_sigma.monitor.progress import Job, progress
-from pangu_sigma.serving.scheduler import Engine
+from pangu_sigma.serving.scheduler import DecodingEngine
 
 
-class Starting:
-    """What the engine's thread tells while it starts. The event loop draws it, and gives the terminal back however the
-    start ends: use it as a context there."""
+class StartupProgress:
+    """Progress of the startup: reported by the engine thread, drawn on the event loop.
+
+    A context manager of the event loop's thread, so that the terminal is given back however the start ends. `warning`:
+    what is wrong with single domains, set by the engine thread before the engine is handed over.
+    """
 
     def __init__(self) -> None:
         self.warning = ""
@@ -27,7 +30,7 @@ class Starting:
         self._screen = contextlib.ExitStack()
         self._job: Job | None = None
 
-    def __enter__(self) -> Starting:
+    def __enter__(self) -> StartupProgress:
         return self
 
     def __exit__(
@@ -35,8 +38,8 @@ class Starting:
     ) -> None:
         self._screen.__exit__(kind, error, trace)
 
-    def compiled(self, done: int, total: int) -> None:
-        """From any thread: so many of all graphs are compiled."""
+    def on_compiled(self, done: int, total: int) -> None:
+        """Report `done` of `total` compiled graphs, from any thread."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._show, done, total)
 
@@ -48,7 +51,7 @@ class Starting:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model's folder, the domains of it that are offered, and how a prompt's domain is inferred."""
+    """A model to serve: its folder, the domains of it that are offered, and how a prompt's domain is inferred."""
 
     path: Path
     checkpoint: Checkpoint
@@ -65,10 +68,10 @@ class ServedModel:
         """When it was written, in seconds since 1970."""
         return int((self.checkpoint.path / "manifest.json").stat().st_mtime)
 
-    def engine(self, slots: int, warm_up: bool, starting: Starting) -> Engine:
-        """Load the model, compile, and let it write in every domain and all slots, for the engine's thread.
+    def engine(self, slots: int, warm_up: bool, startup: StartupProgress) -> DecodingEngine:
+        """Load the model, compile, and let it write in every domain and all slots. Runs on the engine thread.
 
-        A domain that cannot write is named in `starting.warning`; UserError if none can.
+        A domain that cannot write is named in `startup.warning`; UserError if none can.
         """
         from pangu_sigma.generation.engine import Engine
         from pangu_sigma.trained_model import trained_from
@@ -78,7 +81,7 @@ class ServedModel:
         if AUTO in self.offered:
             self.inference.apply(engine, self.domains)
         if warm_up:
-            engine.warm_up(starting.compiled)
+            engine.warm_up(startup.on_compiled)
         # One text a step is admitted: the first still writes when the last slot is taken.
         sampling = Sampling(max_tokens=slots + 2, temperature=0.0)
         domain_of = {
@@ -89,9 +92,9 @@ class ServedModel:
         prior = engine.unknown.prior
         while not engine.idle:
             errors |= {domain_of[event.request_id]: event.error for event in engine.step() if event.error}
-        engine.unknown.prior = prior  # nobody asked for these texts
-        errors.pop(AUTO, None)  # what is wrong is said of the domain
+        engine.unknown.prior = prior  # these texts are no evidence of what clients will send
+        errors.pop(AUTO, None)  # the domains have the errors of their own
         if errors.keys() >= set(self.domains):
             raise UserError(next(iter(errors.values())))
-        starting.warning = "; ".join(errors.values())
+        startup.warning = "; ".join(errors.values())
         return engine

@@ -1,4 +1,7 @@
-"""The server as a process: its socket, the model behind it, signals, draining, the end."""
+"""Server process: binds the socket, starts the engine thread, serves, drains on SIGTERM.
+
+`serve` runs the event loop in the thread that calls it; `Scheduler.start` adds the engine thread.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,11 @@ from pangu_sigma.generation import pick_domain
 from pangu_sigma.generation.inference_settings import Inference
 from pangu_sigma.serving.bounded_connection import BoundedConnection
 from pangu_sigma.serving.http_app import create_app
-from pangu_sigma.serving.openai_adapter import Desk
+from pangu_sigma.serving.openai_adapter import OpenAIAdapter
 from pangu_sigma.serving.scheduler import Scheduler
-from pangu_sigma.serving.served_model import ServedModel, Starting
-from pangu_sigma.serving.server_metrics import Metrics
-from pangu_sigma.serving.server_settings import TOKEN_VARIABLE, Limits, Settings
+from pangu_sigma.serving.served_model import ServedModel, StartupProgress
+from pangu_sigma.serving.server_metrics import ServerMetrics
+from pangu_sigma.serving.server_settings import TOKEN_VARIABLE, ServerLimits, ServerSettings
 from pangu_sigma.trained_model import stored_config
 
 # Connections at once, idle ones included; answers are bounded by slots and queue long before. Many systems give a
@@ -35,11 +38,11 @@ _BACKLOG = 1024
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def serve(path: str | Path, settings: Settings, say: Callable[[str], None] = print) -> None:
+def serve(path: str | Path, settings: ServerSettings, announce: Callable[[str], None] = print) -> None:
     """Serve the model of a run or checkpoint folder until SIGTERM or Ctrl-C, then drain and return.
 
-    `say` prints the one line that tells the address. Raises UserError for what the user can mend, before the model is
-    loaded where that is possible; a fault of the engine later ends the server with that exception.
+    `announce` gets the one line that names the address. Raises UserError for what the user can mend, before the model
+    is loaded where that is possible; a fault of the engine later ends the server with that exception.
     """
     if settings.token is not None and not settings.token.strip():
         raise UserError(f"the token is empty; give --token or {TOKEN_VARIABLE} a value, or neither")
@@ -47,7 +50,7 @@ def serve(path: str | Path, settings: Settings, say: Callable[[str], None] = pri
     names = [domain.name for domain in stored_config(checkpoint).domains]
     domains = [name for name in names if name in {pick_domain(names, d) for d in settings.domains or names}]
     _check_inference(settings, domains)
-    with contextlib.closing(_bound(settings)) as listening:
+    with contextlib.closing(_bind(settings)) as listening:
         if not settings.loopback and settings.token is None:
             print(
                 f"Warning: {settings.host} can be reached from other machines and no token is set: anybody there can "
@@ -55,10 +58,10 @@ def serve(path: str | Path, settings: Settings, say: Callable[[str], None] = pri
                 file=sys.stderr,
             )
         model = ServedModel(Path(path), checkpoint, tuple(domains), settings.inference)
-        asyncio.run(_serve(model, settings, listening, say))
+        asyncio.run(_serve(model, settings, listening, announce))
 
 
-def _check_inference(settings: Settings, domains: list[str]) -> None:
+def _check_inference(settings: ServerSettings, domains: list[str]) -> None:
     """Raises UserError, before the model is loaded, for an inference that these domains do not allow."""
     inference = settings.inference
     if inference != Inference() and len(domains) < 2:
@@ -70,15 +73,18 @@ def _check_inference(settings: Settings, domains: list[str]) -> None:
         raise UserError(f"--top {inference.top} is more than the {what} there are: set it lower")
 
 
-async def _serve(model: ServedModel, settings: Settings, listening: socket.socket, say: Callable[[str], None]) -> None:
+async def _serve(
+    model: ServedModel, settings: ServerSettings, listening: socket.socket, announce: Callable[[str], None]
+) -> None:
     limits = settings.limits
-    metrics = Metrics(model.offered, limits.slots)
+    metrics = ServerMetrics(model.offered, limits.slots)
     with _signals() as stop:
+        # 1. Start the engine thread, which loads and compiles, and wait for it or for a signal.
         print(f"Loading {model.path} …", file=sys.stderr, flush=True)
         stopped = asyncio.ensure_future(stop.wait())
         try:
-            with Starting() as starting:
-                scheduler = Scheduler(lambda: model.engine(limits.slots, settings.warm_up, starting), limits, metrics)
+            with StartupProgress() as startup:
+                scheduler = Scheduler(lambda: model.engine(limits.slots, settings.warm_up, startup), limits, metrics)
                 loading = asyncio.ensure_future(scheduler.start())
                 await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
                 if not loading.done():
@@ -86,20 +92,24 @@ async def _serve(model: ServedModel, settings: Settings, listening: socket.socke
                 engine = loading.result()
         except _InterruptedStart:
             _leave_now("Interrupted.")
-        if starting.warning:
-            print(f"Warning: {starting.warning}", file=sys.stderr, flush=True)
-        desk = Desk(model.offered, engine.tokenizer, engine.window, limits)
+        if startup.warning:
+            print(f"Warning: {startup.warning}", file=sys.stderr, flush=True)
+        # 2. Listen.
+        adapter = OpenAIAdapter(model.offered, engine.tokenizer, engine.window, limits)
         try:
-            # Not before now: whoever connects shall be answered. Another server may have bound the address meanwhile.
+            # Not before the engine is ready: whoever connects shall be answered. Another server may have bound the
+            # address meanwhile.
             listening.listen(_BACKLOG)
         except OSError as error:
             await scheduler.stop()
             raise _cannot_listen(settings, error) from error
-        server = _Server(create_app(scheduler, desk, metrics, settings, model.created), limits)
+        # 3. Serve until a signal comes, the engine fails or uvicorn ends by itself.
+        server = _Server(create_app(scheduler, adapter, metrics, settings, model.created), limits)
         running = asyncio.ensure_future(server.serve(sockets=[listening]))
         failed = asyncio.ensure_future(asyncio.shield(scheduler.failed))
-        say(_startup_line(model, settings, listening, engine.window))
+        announce(_startup_line(model, settings, listening, engine.window))
         await asyncio.wait({running, stopped, failed}, return_when=asyncio.FIRST_COMPLETED)
+        # 4. Drain, then end what still runs, uvicorn and the engine thread.
         if stopped.done() and not failed.done():
             await _drain(scheduler, stop, limits.grace_seconds)
         scheduler.abandon()
@@ -135,7 +145,7 @@ class _InterruptedStart(Exception):
 class _Server(uvicorn.Server):
     """uvicorn without its own handling of signals, which would close the socket at once and die by the signal."""
 
-    def __init__(self, app: Callable, limits: Limits) -> None:
+    def __init__(self, app: Callable, limits: ServerLimits) -> None:
         # On h11: the one implementation that is always there, so that every installation behaves alike.
         config = uvicorn.Config(
             app,
@@ -160,65 +170,65 @@ class _Server(uvicorn.Server):
 
 
 class _Stop:
-    """Set by the first SIGINT or SIGTERM, `again` by the second."""
+    """Stop event: set by the first SIGINT or SIGTERM, `again` by the second."""
 
     def __init__(self) -> None:
-        self._asked = asyncio.Event()
+        self._first = asyncio.Event()
         self.again = asyncio.Event()
 
     async def wait(self) -> None:
         """Until the first signal."""
-        await self._asked.wait()
+        await self._first.wait()
 
-    def ask(self) -> None:
-        """A signal came."""
-        (self.again if self._asked.is_set() else self._asked).set()
+    def on_signal(self) -> None:
+        """Take note of a signal."""
+        (self.again if self._first.is_set() else self._first).set()
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[_Stop]:
     stop = _Stop()
     loop = asyncio.get_running_loop()
-    for number in _SIGNALS:
-        loop.add_signal_handler(number, stop.ask)
+    for signal_number in _SIGNALS:
+        loop.add_signal_handler(signal_number, stop.on_signal)
     try:
         yield stop
     finally:
-        for number in _SIGNALS:
-            loop.remove_signal_handler(number)
+        for signal_number in _SIGNALS:
+            loop.remove_signal_handler(signal_number)
 
 
-def _bound(settings: Settings) -> socket.socket:
+def _bind(settings: ServerSettings) -> socket.socket:
     """A socket at the address. Raises UserError, before the model is loaded."""
     try:
-        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, where = found[0]
+        addresses = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = addresses[0]
         listening = socket.socket(family, kind, protocol)
     except OSError as error:
         raise UserError(f"the host '{settings.host}' is not known here ({error.strerror}); check --host") from error
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(where)
+        listening.bind(address)
     except OSError as error:
         listening.close()
         raise _cannot_listen(settings, error) from error
     return listening
 
 
-def _cannot_listen(settings: Settings, error: OSError) -> UserError:
+def _cannot_listen(settings: ServerSettings, error: OSError) -> UserError:
     address = f"{settings.host}:{settings.port}"
     return UserError(
         f"the server cannot listen on {address} ({error.strerror}); choose another --port, 0 for a free one"
     )
 
 
-def _leave_now(said: str) -> None:
+def _leave_now(message: str) -> None:
     """End the process while another thread is inside MindSpore, which an orderly end would wait for or tear down."""
-    print(said, file=sys.stderr, flush=True)
+    print(message, file=sys.stderr, flush=True)
     os._exit(INTERRUPTED)
 
 
-def _startup_line(model: ServedModel, settings: Settings, listening: socket.socket, window: int) -> str:
+def _startup_line(model: ServedModel, settings: ServerSettings, listening: socket.socket, window: int) -> str:
     host, port = settings.host, listening.getsockname()[1]
     base = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     slots = settings.limits.slots

@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus. Every server has a registry of its own."""
+"""Server metrics for Prometheus. Every server has a registry of its own."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ _STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2
 _BATCH = (1, 2, 4, 8, 16, 32, 64)
 
 
-class Metrics:
-    """Counters of requests and tokens per domain, gauges of slots and queue, histograms of times."""
+class ServerMetrics:
+    """Counters of requests and tokens per domain, gauges of slots and queue, histograms of times.
+
+    The `SchedulerObserver` of the server's scheduler; used on the event loop.
+    """
 
     def __init__(self, domains: Sequence[str], slots: int) -> None:
         self.registry = CollectorRegistry()
@@ -63,23 +66,23 @@ class Metrics:
             self.broken.labels(domain)
 
     def state(self, active: int, waiting: int) -> None:
-        """The engine's texts, by its own count."""
+        """Set how many texts hold a slot and how many wait, by the engine's own count."""
         self.active.set(active)
         self.waiting.set(waiting)
 
     def stepped(self, seconds: float, tokens: int) -> None:
-        """One decoding step has taken `seconds` and written `tokens`."""
+        """Count a decoding step that took `seconds` and wrote `tokens`."""
         self.step_seconds.observe(seconds)
         self.step_tokens.observe(tokens)
 
     def answered(self, seconds: float) -> None:
-        """One text is finished, `seconds` after it was asked for."""
+        """Count a finished text, `seconds` after it was submitted."""
         self.request_seconds.observe(seconds)
 
     def failed(self, domain: str) -> None:
-        """The model could not go on with a text."""
+        """Count a text that the model could not continue."""
         self.broken.labels(domain).inc()
 
-    def page(self) -> tuple[bytes, str]:
+    def exposition(self) -> tuple[bytes, str]:
         """Prometheus' text format and its content type."""
         return generate_latest(self.registry), CONTENT_TYPE_LATEST

@@ -1,4 +1,4 @@
-"""Where the server listens and what it bounds."""
+"""Server settings: address, token, offered domains, and limits on what clients may use."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ TOKEN_VARIABLE = "PANGU_SIGMA_TOKEN"
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What one client, or all of them, may ask for.
+class ServerLimits:
+    """Limits on what one client, or all of them, may use.
 
     slots: texts that are decoded together. queue: texts that may wait for a slot. max_tokens: most tokens of one answer
     (None: as many as the model's window holds). head_seconds: longest time a request's head may take to arrive;
@@ -33,10 +33,10 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """A server: `domains` restricts which domains are offered (empty: all); `token` is what clients must present.
+class ServerSettings:
+    """Settings of a server: `domains` that are offered (empty: all); `token` that clients must present (None: none).
 
-    warm_up: compile for every admitted length before the first client comes.
+    warm_up: compile all graphs at startup.
     inference: how the domain of a prompt to the model id `auto` is inferred.
     """
 
@@ -44,7 +44,7 @@ class Settings:
     port: int = 8000
     domains: tuple[str, ...] = ()
     token: str | None = None
-    limits: Limits = Limits()
+    limits: ServerLimits = ServerLimits()
     warm_up: bool = True
     inference: Inference = Inference()
 

@@ -1,4 +1,14 @@
-"""An answer on its way to the client: whole or streamed, and given up the moment the client leaves."""
+"""HTTP response of a completion: streamed as server-sent events or whole, and cancelled when the client disconnects.
+
+The way of one request, and the thread that runs each stage:
+
+1. event loop: `request_guard.RequestGuard` checks host, token and body.
+2. FastAPI's worker threads: `http_app` lets `openai_adapter.OpenAIAdapter` check the fields and tokenise the prompt.
+3. event loop: `OpenAIResponse` submits the requests to the scheduler, which admits all of them or none.
+4. engine thread (`scheduler.Scheduler`): the engine prefills the prompt and decodes, one step for all texts together.
+5. event loop: every step's events come back through a `RequestHandle`; a choice makes a chunk of each
+   (`openai_responses`), which is sent at once or collected for a whole body.
+"""
 
 from __future__ import annotations
 
@@ -10,106 +20,111 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from pangu_sigma.serving.api_errors import ApiError
-from pangu_sigma.serving.openai_adapter import Work
-from pangu_sigma.serving.response_bodies import Piece, Whole
-from pangu_sigma.serving.scheduler import Scheduler, Ticket
-from pangu_sigma.serving.server_metrics import Metrics
+from pangu_sigma.serving.openai_adapter import PreparedRequest
+from pangu_sigma.serving.openai_responses import Answer, Chunk
+from pangu_sigma.serving.scheduler import RequestHandle, Scheduler
+from pangu_sigma.serving.server_metrics import ServerMetrics
 
-# Seconds between two comments of a stream that has nothing to say, so that nobody on the way takes it for dead.
+# Seconds between two comments of a stream that has nothing to send, so that no proxy on the way takes it for dead.
 HEARTBEAT = 15.0
 
 
-class Answer(Response):
-    """Submits the work when it is called, so that no way out of it can leave a request in the engine."""
+class OpenAIResponse(Response):
+    """Starlette response that submits its requests when it is called: no way out of it leaves one in the engine.
 
-    def __init__(self, work: Work, scheduler: Scheduler, metrics: Metrics) -> None:
+    All of it runs on the event loop.
+    """
+
+    def __init__(self, prepared: PreparedRequest, scheduler: Scheduler, metrics: ServerMetrics) -> None:
         super().__init__()
-        self._work = work
+        self._prepared = prepared
         self._scheduler = scheduler
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            ticket = self._scheduler.submit(self._work.requests)
+            handle = self._scheduler.submit(self._prepared.requests)
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
-        talk = asyncio.create_task(self._talk(ticket, scope, receive, send))
-        leaves = asyncio.create_task(_disconnected(receive))
+        respond = asyncio.create_task(self._respond(handle, scope, receive, send))
+        disconnect = asyncio.create_task(_disconnected(receive))
         try:
-            await asyncio.wait({talk, leaves}, return_when=asyncio.FIRST_COMPLETED)
-            if talk.done():
-                talk.result()
+            await asyncio.wait({respond, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+            if respond.done():
+                respond.result()
             else:
                 self._metrics.left.inc()
         finally:
-            ticket.close()
-            talk.cancel()
-            leaves.cancel()
-            await asyncio.gather(talk, leaves, return_exceptions=True)
+            handle.close()
+            respond.cancel()
+            disconnect.cancel()
+            await asyncio.gather(respond, disconnect, return_exceptions=True)
 
-    async def _talk(self, ticket: Ticket, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _respond(self, handle: RequestHandle, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await ticket.accepted()
-            self._metrics.prompt_tokens.labels(self._work.domain).inc(self._work.usage.prompt)
-            if self._work.stream:
-                await self._stream(ticket, send)
+            await handle.accepted()
+            self._metrics.prompt_tokens.labels(self._prepared.domain).inc(self._prepared.usage.prompt)
+            if self._prepared.stream:
+                await self._stream(handle, send)
                 return
-            wholes = [Whole() for _ in self._work.choices]
-            while ticket.more:
-                for index, piece in await self._pieces(ticket):
-                    wholes[index].add(piece)
+            answers = [Answer() for _ in self._prepared.choices]
+            while handle.has_more:
+                for index, chunk in await self._next_chunks(handle):
+                    answers[index].add(chunk)
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
-        body = json.dumps(self._work.form.whole(wholes, self._work.usage), ensure_ascii=False, allow_nan=False)
-        await Response(body, media_type="application/json")(scope, receive, send)
+        body = self._prepared.response_format.full_body(answers, self._prepared.usage)
+        text = json.dumps(body, ensure_ascii=False, allow_nan=False)
+        await Response(text, media_type="application/json")(scope, receive, send)
 
-    async def _pieces(self, ticket: Ticket) -> list[tuple[int, Piece]]:
-        events = await ticket.next()
-        if self._work.usage.written == 0:
-            self._metrics.first_token_seconds.observe(ticket.age)
+    async def _next_chunks(self, handle: RequestHandle) -> list[tuple[int, Chunk]]:
+        events = await handle.next_events()
+        if self._prepared.usage.written == 0:
+            self._metrics.first_token_seconds.observe(handle.age)
         written = sum(event.token_id is not None for _, event in events)
-        self._work.usage.written += written
-        self._metrics.written_tokens.labels(self._work.domain).inc(written)
-        return [(index, self._work.choices[index].add(event)) for index, event in events]
+        self._prepared.usage.written += written
+        self._metrics.written_tokens.labels(self._prepared.domain).inc(written)
+        return [(index, self._prepared.choices[index].add(event)) for index, event in events]
 
-    async def _stream(self, ticket: Ticket, send: Send) -> None:
+    async def _stream(self, handle: RequestHandle, send: Send) -> None:
         """Server-sent events: a JSON object each, `[DONE]` at the end, an error object where it cannot go on."""
-        form, usage, options = self._work.form, self._work.usage, self._work.options
+        response_format, usage, options = self._prepared.response_format, self._prepared.usage, self._prepared.options
 
-        async def say(*payloads: dict[str, Any] | str) -> None:
+        async def send_events(*payloads: dict[str, Any] | str) -> None:
             texts = (p if isinstance(p, str) else json.dumps(p, ensure_ascii=False, allow_nan=False) for p in payloads)
             body = "".join(f"data: {text}\n\n" for text in texts).encode("utf-8")
             await send({"type": "http.response.body", "body": body, "more_body": True})
 
-        def chunk(body: dict[str, Any]) -> dict[str, Any]:
+        def with_usage(body: dict[str, Any]) -> dict[str, Any]:
             if options.continuous_usage_stats:
                 return {**body, "usage": usage.body()}
             return {**body, "usage": None} if options.include_usage else body
 
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        openings = [form.opening(index) for index in range(len(self._work.choices))]
+        openings = [response_format.opening_body(index) for index in range(len(self._prepared.choices))]
         if any(openings):
-            await say(*(chunk(opening) for opening in openings))
+            await send_events(*(with_usage(opening) for opening in openings))
         try:
-            while ticket.more:
+            while handle.has_more:
                 try:
                     async with asyncio.timeout(HEARTBEAT):
-                        pieces = await self._pieces(ticket)
+                        chunks = await self._next_chunks(handle)
                 except TimeoutError:
                     await send({"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
                     continue
-                # A token whose text is still held back says nothing, unless its log-probability does.
-                worth = [(i, p) for i, p in pieces if p.text or p.logprobs or p.finish]
-                if worth:
-                    await say(*(chunk(form.chunk(index, piece)) for index, piece in worth))
+                # A token whose text is still held back needs no event, unless its log-probability was asked for.
+                to_send = [(index, chunk) for index, chunk in chunks if chunk.text or chunk.logprobs or chunk.finish]
+                if to_send:
+                    bodies = (response_format.chunk_body(index, chunk) for index, chunk in to_send)
+                    await send_events(*(with_usage(body) for body in bodies))
             if options.include_usage:
-                await say(form.closing(usage))
-            await say("[DONE]")
+                await send_events(response_format.usage_body(usage))
+            await send_events("[DONE]")
         except ApiError as error:
-            await say(error.body())
+            await send_events(error.body())
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -11,9 +11,9 @@ from collections.abc import AsyncIterator
 import pytest
 
 from pangu_sigma.serving.server import _Server
-from pangu_sigma.serving.server_settings import Limits
+from pangu_sigma.serving.server_settings import ServerLimits
 
-LIMITS = Limits(head_seconds=0.5, stall_seconds=0.7)
+LIMITS = ServerLimits(head_seconds=0.5, stall_seconds=0.7)
 HEAD = b"GET / HTTP/1.1\r\nHost: x\r\n"
 LARGE = 64 << 20  # more than the system holds for a connection
 

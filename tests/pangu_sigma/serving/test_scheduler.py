@@ -16,8 +16,8 @@ from pangu_sigma.generation import Request, Sampling
 from pangu_sigma.generation.engine import Engine
 from pangu_sigma.serving.api_errors import ApiError
 from pangu_sigma.serving.scheduler import Scheduler
-from pangu_sigma.serving.server_metrics import Metrics
-from pangu_sigma.serving.server_settings import Limits
+from pangu_sigma.serving.server_metrics import ServerMetrics
+from pangu_sigma.serving.server_settings import ServerLimits
 from pangu_sigma.trained_model import stored_config, stored_tokenizer
 
 SLOTS, QUEUE, WINDOW = 2, 3, 64
@@ -84,10 +84,10 @@ def run(served_run, tokenizer, decoder):
     """Run a coroutine function with a started scheduler."""
 
     def run(steps) -> Scheduler:
-        async def whole() -> Scheduler:
-            limits = Limits(slots=SLOTS, queue=QUEUE)
+        async def with_scheduler() -> Scheduler:
+            limits = ServerLimits(slots=SLOTS, queue=QUEUE)
             model = FakeModel(tokenizer.vocab_size, FakeGroups(), stored_config(resolve(served_run)))
-            metrics = Metrics(("law",), SLOTS)
+            metrics = ServerMetrics(("law",), SLOTS)
             scheduler = Scheduler(lambda: Engine(model, tokenizer, SLOTS, decoder), limits, metrics)
             await scheduler.start()
             try:
@@ -97,25 +97,25 @@ def run(served_run, tokenizer, decoder):
                 await scheduler.stop()
             return scheduler
 
-        return asyncio.run(whole())
+        return asyncio.run(with_scheduler())
 
     return run
 
 
-def asked(count: int = 5, **more) -> Request:
+def a_request(count: int = 5, **more) -> Request:
     return Request((100,), "law", Sampling(max_tokens=count, temperature=0.0, **more))
 
 
 async def answer(scheduler: Scheduler, *requests: Request) -> list[list[int]]:
-    ticket = scheduler.submit(requests)
+    handle = scheduler.submit(requests)
     written: list[list[int]] = [[] for _ in requests]
     try:
-        await ticket.accepted()
-        while ticket.more:
-            for index, event in await ticket.next():
+        await handle.accepted()
+        while handle.has_more:
+            for index, event in await handle.next_events():
                 written[index].append(event.token_id)
     finally:
-        ticket.close()
+        handle.close()
     return written
 
 
@@ -124,9 +124,9 @@ async def until(condition) -> None:
         await asyncio.sleep(0.001)
 
 
-def test_events_reach_whoever_asked_and_only_one_thread_computes(run, decoder):
+def test_events_reach_their_client_and_only_one_thread_computes(run, decoder):
     async def steps(scheduler: Scheduler) -> None:
-        answers = await asyncio.gather(answer(scheduler, asked(3)), answer(scheduler, asked(4), asked(2)))
+        answers = await asyncio.gather(answer(scheduler, a_request(3)), answer(scheduler, a_request(4), a_request(2)))
         assert answers == [[[101, 102, 103]], [[101, 102, 103, 104], [101, 102]]]
         await until(lambda: (scheduler.open, scheduler.active, scheduler.waiting) == (0, 0, 0))
 
@@ -137,16 +137,16 @@ def test_events_reach_whoever_asked_and_only_one_thread_computes(run, decoder):
 def test_what_does_not_fit_is_turned_away_and_fits_later(run, decoder):
     async def steps(scheduler: Scheduler) -> None:
         decoder.gate.clear()
-        tickets = [scheduler.submit([asked()]) for _ in range(SLOTS + QUEUE)]
+        handles = [scheduler.submit([a_request()]) for _ in range(SLOTS + QUEUE)]
         with pytest.raises(ApiError) as refused:
-            scheduler.submit([asked()])
+            scheduler.submit([a_request()])
         assert refused.value.status == 429 and int(refused.value.headers["Retry-After"]) >= 1
-        tickets[-1].close()
+        handles[-1].close()
         decoder.gate.set()
         await until(lambda: scheduler.open < SLOTS + QUEUE)
-        assert await answer(scheduler, asked(1)) == [[101]]
-        for ticket in tickets:
-            ticket.close()
+        assert await answer(scheduler, a_request(1)) == [[101]]
+        for handle in handles:
+            handle.close()
         await until(lambda: scheduler.open == 0)
 
     run(steps)
@@ -155,9 +155,9 @@ def test_what_does_not_fit_is_turned_away_and_fits_later(run, decoder):
 def test_one_bad_request_takes_none_of_its_ticket(run):
     async def steps(scheduler: Scheduler) -> None:
         with pytest.raises(ApiError, match="stop ids has the id 1000000"):
-            await answer(scheduler, asked(), asked(stop_ids=(1_000_000,)))
+            await answer(scheduler, a_request(), a_request(stop_ids=(1_000_000,)))
         await until(lambda: (scheduler.open, scheduler.active, scheduler.waiting) == (0, 0, 0))
-        assert await answer(scheduler, asked(1)) == [[101]]
+        assert await answer(scheduler, a_request(1)) == [[101]]
 
     run(steps)
 
@@ -166,13 +166,13 @@ def test_closing_at_any_moment_frees_everything(run):
     async def steps(scheduler: Scheduler) -> None:
         for pause in range(40):
             await until(lambda: scheduler.open + 2 <= SLOTS + QUEUE)
-            ticket = scheduler.submit([asked(20), asked(20)])
+            handle = scheduler.submit([a_request(20), a_request(20)])
             for _ in range(pause % 8):
                 await asyncio.sleep(0)
             if pause % 2:
-                await ticket.accepted()
-            ticket.close()
-            ticket.close()
+                await handle.accepted()
+            handle.close()
+            handle.close()
         await until(lambda: (scheduler.open, scheduler.active, scheduler.waiting) == (0, 0, 0))
         assert await scheduler.drain(1)
 
@@ -183,17 +183,17 @@ def test_closing_at_any_moment_frees_everything(run):
 def test_a_fault_of_the_engine_reaches_every_client_and_ends_the_service(run, decoder, error):
     async def steps(scheduler: Scheduler) -> None:
         decoder.gate.clear()
-        clients = [asyncio.create_task(answer(scheduler, asked())) for _ in range(4)]
+        clients = [asyncio.create_task(answer(scheduler, a_request())) for _ in range(4)]
         await until(lambda: scheduler.active)
         decoder.error = error
         decoder.gate.set()
         for client in clients:
-            with pytest.raises(ApiError) as told:
+            with pytest.raises(ApiError) as raised:
                 await client
-            assert told.value.status == 500 and str(error) not in told.value.message
+            assert raised.value.status == 500 and str(error) not in raised.value.message
         assert await scheduler.failed is error
         with pytest.raises(ApiError):
-            scheduler.submit([asked()])
+            scheduler.submit([a_request()])
 
     run(steps)
 
@@ -201,11 +201,11 @@ def test_a_fault_of_the_engine_reaches_every_client_and_ends_the_service(run, de
 def test_draining_waits_for_what_runs(run, decoder):
     async def steps(scheduler: Scheduler) -> None:
         decoder.gate.clear()
-        client = asyncio.create_task(answer(scheduler, asked(2)))
+        client = asyncio.create_task(answer(scheduler, a_request(2)))
         await until(lambda: scheduler.open)
         assert not await scheduler.drain(0.05)
         with pytest.raises(ApiError, match="shutting down"):
-            scheduler.submit([asked()])
+            scheduler.submit([a_request()])
         decoder.gate.set()
         assert await scheduler.drain(5)
         assert await client == [[101, 102]]
