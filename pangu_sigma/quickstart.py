@@ -86,7 +86,7 @@ def write_samples(model, tokenizer, beginnings: Mapping[str, tuple[int, ...]]) -
     ]
     engine = Engine(model, tokenizer, slots=len(requests))
     with progress("sample", len(requests) * SAMPLE_TOKENS, unit="tokens") as job:
-        answers = complete(engine, requests, lambda *_: job.advance(1), go_on=True)
+        answers = complete(engine, requests, lambda *_: job.advance(1), keep_going=True)
         job.set(len(requests) * SAMPLE_TOKENS)
     return {
         domain: (tokenizer.decode(ids), answer.text if answer.error is None else f"({answer.error})")

@@ -74,10 +74,10 @@ def evaluate(
             )
         if workers is not None:
             raise UserError("--domain auto runs in one process: leave --workers out")
-        from pangu_sigma.evaluation.inferred_domains import evaluate_unknown, unknown_table
+        from pangu_sigma.evaluation.inferred_domains import evaluate_inferred_domains, inferred_domains_table
 
-        result = evaluate_unknown(model, batches=batches, top=top, prior=prior.value)
-        typer.echo(json.dumps(result, ensure_ascii=False, indent=2) if as_json else unknown_table(result))
+        result = evaluate_inferred_domains(model, batches=batches, top=top, prior=prior.value)
+        typer.echo(json.dumps(result, ensure_ascii=False, indent=2) if as_json else inferred_domains_table(result))
         return
     if top != 1 or prior is not Prior.uniform:
         raise UserError("--top and --prior say how a domain is inferred: add --domain auto")

@@ -86,15 +86,15 @@ def generate(
     prior_texts: PriorTexts = None,
 ) -> None:
     """Continue a text with one domain's experts. Only the text (or JSON) goes to standard output."""
+    from pangu_sigma.generation.domain_inference_settings import DomainInferenceSettings
     from pangu_sigma.generation.generate_job import run
-    from pangu_sigma.generation.inference_settings import Inference
-    from pangu_sigma.generation.prompts import Asked
+    from pangu_sigma.generation.prompts import PromptSource
 
-    inference = Inference(top, prior.value, prior_texts)
+    inference = DomainInferenceSettings(top, prior.value, prior_texts)
 
     run(
         model,
-        Asked(prompt=prompt, file=file, jsonl=jsonl),
+        PromptSource(prompt=prompt, file=file, jsonl=jsonl),
         domain=domain,
         settings={
             "max_tokens": max_tokens,
@@ -109,5 +109,5 @@ def generate(
         as_json=as_json,
         stream=stream,
         slots=slots,
-        inference=None if inference == Inference() else inference,
+        inference=None if inference == DomainInferenceSettings() else inference,
     )

@@ -65,7 +65,7 @@ def serve(
 
     A page to try it is at the same address.
     """
-    from pangu_sigma.generation.inference_settings import Inference
+    from pangu_sigma.generation.domain_inference_settings import DomainInferenceSettings
     from pangu_sigma.serving.server import serve as run_server
     from pangu_sigma.serving.server_settings import ServerLimits, ServerSettings
 
@@ -77,6 +77,6 @@ def serve(
         token=token,
         limits=limits,
         warm_up=warm_up,
-        inference=Inference(top, prior.value, prior_texts),
+        inference=DomainInferenceSettings(top, prior.value, prior_texts),
     )
     run_server(model, settings, announce=typer.echo)

@@ -1,4 +1,4 @@
-"""Continue texts: requests, the engine that serves many at once, and the model's two ways to give it logits."""
+"""Generation: requests, the engine with continuous batching, sampling, and decoding with a KV cache."""
 
 from pangu_sigma.generation.request import AUTO, Event, Request, Sampling, Score, pick_domain, prompt_ids
 

@@ -1,4 +1,4 @@
-"""The decoding step out of compiled CPU kernels, one for each layer and the head: what `graphs.StepGraph` computes.
+"""Decode step of compiled CPU kernels, one for each layer and the head: the same as `decode_graphs.DecodeStepGraph`.
 
 Legend: B rows of the batch (one token of one text each), L positions that a cache holds, H heads, W head width, V
 vocabulary.
@@ -8,24 +8,25 @@ from __future__ import annotations
 
 from mindspore import ParameterTuple, Tensor, nn, ops
 
-from pangu_sigma.generation.decode_graphs import EmbedGraph, own_tables
-from pangu_sigma.generation.inference_layers import Norm, Part
+from pangu_sigma.generation.decode_graphs import EmbeddingGraph, own_tables
+from pangu_sigma.generation.inference_layers import InferenceCell, InferenceLayerNorm
 from pangu_sigma.model.model import Model
 from parallel.ops.compiled_decoding import CompiledDecodeHead, CompiledDecodeLayer
 
 
 def has_compiled_step(model: Model) -> bool:
-    """Whether the kernels are there (`run.kernels`) and cover the model: PanGu's parts, table routers, no shared
+    """Whether compiled kernels are used (`run.kernels`) and cover the model: PanGu's parts, table routers, no shared
     expert."""
     config = model.config.model
     covered = config.has_pangu_parts and not model.learned and not config.sparse.shared_expert
     return model.layout.kernels is not None and covered
 
 
-class CompiledStepGraph(Part):
-    """`StepGraph` with a compiled kernel for each layer and the head (`run.kernels`): the same inputs and outputs.
+class CompiledDecodeStepGraph(InferenceCell):
+    """Decode step graph with a compiled kernel for each layer and the head (`run.kernels`): inputs and outputs are
+    `DecodeStepGraph`'s.
 
-    What stands in a cache from a row's position on does not matter, and no row's result depends on other rows.
+    What a cache holds from a row's position on does not matter, and no row's result depends on other rows.
     """
 
     def __init__(self, model: Model, rows: int) -> None:
@@ -39,9 +40,9 @@ class CompiledStepGraph(Part):
             self.queries = named["embedding.query"]
         self.tables = rows if own_tables(model) else 0
         self.words = None if self.tables else named["embedding.word"]
-        self.embed = EmbedGraph(model, self.tables)
+        self.embed = EmbeddingGraph(model, self.tables)
         self.positions = named["embedding.position"]
-        self.norm = Norm(named, "norm", config, layout)
+        self.norm = InferenceLayerNorm(named, "norm", config, layout)
         network = config.network.tensors
         self.weights = tuple(
             ParameterTuple(
@@ -49,11 +50,11 @@ class CompiledStepGraph(Part):
             )
             for prefix in prefixes
         )
-        sparse_indices = {prefix: n for n, prefix in enumerate(config.sparse_prefixes)}
+        sparse_index = {prefix: n for n, prefix in enumerate(config.sparse_prefixes)}
         size = len(network) * rows
         self.bounds = tuple(
-            (self.tables + sparse_indices[p] * size, self.tables + (sparse_indices[p] + 1) * size)
-            if p in sparse_indices
+            (self.tables + sparse_index[p] * size, self.tables + (sparse_index[p] + 1) * size)
+            if p in sparse_index
             else (0, 0)
             for p in prefixes
         )

@@ -1,4 +1,4 @@
-"""Requests run to their end: what came of each."""
+"""Completions: run requests on an engine to their end and collect the text of each."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Answer:
-    """What came of one request: `text` without the prompt, every token's event, why it ended; `error` says what made
-    it end before its time."""
+class Completion:
+    """Result of one request: `text` without the prompt, every token's event, why it ended; `error` is set where
+    it failed."""
 
     text: str = ""
     events: list[Event] = field(default_factory=list)
@@ -27,31 +27,31 @@ class Answer:
 def complete(
     engine: Engine,
     requests: Iterable[Request],
-    heard: Callable[[int, Event, Answer], None] | None = None,
-    go_on: bool = False,
-) -> list[Answer]:
-    """Run requests to their end and return their answers in order.
+    on_event: Callable[[int, Event, Completion], None] | None = None,
+    keep_going: bool = False,
+) -> list[Completion]:
+    """Run requests to their end and return their completions in order.
 
-    `heard(number, event, answer so far)` is told of every event. A request that fails ends all with UserError, or with
-    `go_on` only itself: then its answer has the error.
+    `on_event(index, event, completion so far)` is called for every event. A request that fails ends all with UserError,
+    or with `keep_going` only itself: then its completion has the error.
     """
-    answers: list[Answer] = []
-    number_of: dict[int, int] = {}
-    for number, request in enumerate(requests):
-        number_of[engine.add(request)] = number
-        answers.append(Answer())
+    completions: list[Completion] = []
+    index_of: dict[int, int] = {}
+    for index, request in enumerate(requests):
+        index_of[engine.add(request)] = index
+        completions.append(Completion())
     while not engine.idle:
         for event in engine.step():
-            number = number_of[event.request_id]
-            answer = answers[number]
-            answer.text += event.text
-            answer.finish, answer.error = event.finish, event.error
+            index = index_of[event.request_id]
+            completion = completions[index]
+            completion.text += event.text
+            completion.finish, completion.error = event.finish, event.error
             if event.error is None:
-                answer.events.append(event)
-            elif not go_on:
-                for left in number_of:
-                    engine.cancel(left)
+                completion.events.append(event)
+            elif not keep_going:
+                for request_id in index_of:
+                    engine.cancel(request_id)
                 raise UserError(event.error)
-            if heard:
-                heard(number, event, answer)
-    return answers
+            if on_event:
+                on_event(index, event, completion)
+    return completions

@@ -1,7 +1,7 @@
-"""The batch of one decoding step and its caches: in shared memory that the host writes, or on the device.
+"""Decode batch: the rows of one decoding step and their KV caches, in the host's memory or on the device.
 
-A batch holds `rows` texts with caches of `length` positions. Texts come in with `join`, out with `read` and `part` when
-they move to a batch of another size.
+A batch holds `rows` texts with caches of `length` positions. `join` puts a text's cache into a row; `read` and
+`row_cache` take it out when texts move to a batch of another size.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from pangu_sigma.generation.compiled_decode_step import CompiledStepGraph, has_compiled_step
+from pangu_sigma.generation.compiled_decode_step import CompiledDecodeStepGraph, has_compiled_step
 from pangu_sigma.generation.decode_graphs import (
-    EmbedGraph,
-    JoinGraph,
-    StepGraph,
-    StoredStepGraph,
+    CacheWriteGraph,
+    DecodeStepGraph,
+    DeviceDecodeStepGraph,
+    EmbeddingGraph,
     cache_precision,
 )
 from pangu_sigma.model.model import Model
 
 
-class Batch:
-    """What both kinds have in common; `flat` is what `StoredStepGraph` says."""
+class DecodeBatch:
+    """Base of both kinds. Legend: H heads, W head width, V vocabulary; `flat`: see `DeviceDecodeStepGraph`."""
 
     def __init__(self, model: Model, rows: int, length: int) -> None:
         self.rows, self.length = rows, length
@@ -34,7 +34,7 @@ class Batch:
     def step(self, tokens: np.ndarray, positions: np.ndarray, moving: Sequence[int], flat: list[Tensor]) -> np.ndarray:
         """Logits float32 [rows, V] after tokens int32 [rows] at positions [rows].
 
-        The rows `moving` take the token into their caches; the others' results and caches mean nothing new.
+        The rows `moving` append the token to their caches; the others keep their caches, and their logits are not read.
         """
         raise NotImplementedError
 
@@ -43,19 +43,19 @@ class Batch:
         raise NotImplementedError
 
     def clear(self, row: int) -> None:
-        """The row's text begins anew."""
+        """Empty the cache of a row."""
 
     def read(self) -> list[np.ndarray]:
         """Keys and values [rows * H, length, W] of every layer."""
         raise NotImplementedError
 
-    def part(self, cache: Sequence[np.ndarray], row: int, held: int) -> list[np.ndarray]:
-        """One row's first `held` positions of what `read` gave."""
-        return [whole[row * self.heads : (row + 1) * self.heads, :held] for whole in cache]
+    def row_cache(self, caches: Sequence[np.ndarray], row: int, length: int) -> list[np.ndarray]:
+        """One row's first `length` positions of the caches that `read` gave: [H, length, W] each."""
+        return [cache[row * self.heads : (row + 1) * self.heads, :length] for cache in caches]
 
 
-class SharedBatch(Batch):
-    """Caches in the host's memory, which a CPU's graph reads where it lies."""
+class HostDecodeBatch(DecodeBatch):
+    """Decode batch with caches in the host's memory, which a CPU's graph reads without copying."""
 
     def __init__(self, model: Model, rows: int, length: int) -> None:
         super().__init__(model, rows, length)
@@ -63,24 +63,26 @@ class SharedBatch(Batch):
         shape = (rows * self.heads, length, self.width)
         self._arrays = [np.zeros(shape, dtype) for _ in range(2 * model.config.model.layers)]
         self._tensors = [Tensor.from_numpy(array) for array in self._arrays]
-        self._graph = CompiledStepGraph(model, rows) if has_compiled_step(model) else StepGraph(model, rows, length)
+        self._graph = (
+            CompiledDecodeStepGraph(model, rows) if has_compiled_step(model) else DecodeStepGraph(model, rows, length)
+        )
 
     def step(self, tokens: np.ndarray, positions: np.ndarray, moving: Sequence[int], flat: list[Tensor]) -> np.ndarray:
         logits, *new = self._graph(Tensor(tokens), Tensor(positions), *self._tensors, *flat)
-        # Reading the logits waits for the whole step, so nobody reads the caches while they are written.
+        # Reading the logits waits for the whole step, so the graph no longer reads the caches when they are written.
         logits = logits.asnumpy()
         moving = np.asarray(moving)
-        at = positions[moving]
+        written = positions[moving]
         for array, rows in zip(self._arrays, new, strict=True):
             by_row = rows.asnumpy().reshape(self.rows, self.heads, self.width)
-            array.reshape(self.rows, self.heads, self.length, self.width)[moving, :, at] = by_row[moving]
+            array.reshape(self.rows, self.heads, self.length, self.width)[moving, :, written] = by_row[moving]
         return logits
 
     def join(self, row: int, cache: Iterable[np.ndarray]) -> None:
         for array, part in zip(self._arrays, cache, strict=True):
-            mine = array[row * self.heads : (row + 1) * self.heads]
-            mine[:, : part.shape[1]] = part
-            mine[:, part.shape[1] :] = 0
+            row_array = array[row * self.heads : (row + 1) * self.heads]
+            row_array[:, : part.shape[1]] = part
+            row_array[:, part.shape[1] :] = 0
 
     def clear(self, row: int) -> None:
         for array in self._arrays:
@@ -90,15 +92,15 @@ class SharedBatch(Batch):
         return self._arrays
 
 
-class DeviceBatch(Batch):
-    """Caches as parameters of the graph, which stay on the device and are written there."""
+class DeviceDecodeBatch(DecodeBatch):
+    """Decode batch with caches as parameters of the graph, which stay on the device and are written there."""
 
     def __init__(self, model: Model, rows: int, length: int) -> None:
         super().__init__(model, rows, length)
-        self._graph = StoredStepGraph(model, rows, length)
+        self._graph = DeviceDecodeStepGraph(model, rows, length)
         self._tables = self._graph.body.tables
-        self._embed = EmbedGraph(model, self._tables)
-        self._join = JoinGraph(model, self._graph)
+        self._embed = EmbeddingGraph(model, self._tables)
+        self._join = CacheWriteGraph(model, self._graph)
 
     def step(self, tokens: np.ndarray, positions: np.ndarray, moving: Sequence[int], flat: list[Tensor]) -> np.ndarray:
         # A row that does not move computes its last token again: the same keys and values in the same place.
@@ -108,9 +110,9 @@ class DeviceBatch(Batch):
     def join(self, row: int, cache: Iterable[np.ndarray]) -> None:
         new = []
         for part in cache:
-            whole = np.zeros((self.heads, self.length, self.width), part.dtype)
-            whole[:, : part.shape[1]] = part
-            new.append(Tensor(whole))
+            padded = np.zeros((self.heads, self.length, self.width), part.dtype)
+            padded[:, : part.shape[1]] = part
+            new.append(Tensor(padded))
         heads = np.arange(row * self.heads, (row + 1) * self.heads, dtype=np.int32)
         self._join(Tensor(heads), *new).asnumpy()
 

@@ -1,7 +1,7 @@
-"""The compiled graphs of generation: a prompt in one go, one token for every row of a batch, and joining the batch.
+"""Compiled graphs of generation: prefill of a prompt, decode step of a batch, write of a text's cache into a batch.
 
-The first two take their variable inputs flat, in this order: where each domain has its own embedding, the word table
-[V, D] of the prompt or of each row; then what each sparse layer takes, from the bottom up.
+Prefill and decode step take their variable inputs flat, in this order: where each domain has its own embedding, the
+word table [V, D] of the prompt or of each row; then what each sparse layer takes, from the bottom up.
 
 Legend: B rows of the batch (one token of one text each), C positions of a prompt, L positions that a cache holds,
 H heads, W head width, D hidden width, V vocabulary, N expert slots.
@@ -16,21 +16,21 @@ import numpy as np
 from mindspore import ParameterTuple, Tensor, nn, ops
 
 from pangu_sigma.generation.inference_layers import (
-    DenseFeedForward,
     ExpertPerRow,
-    Layer,
-    Part,
+    InferenceCell,
+    InferenceDenseFeedForward,
+    InferenceLayer,
     PlannedExperts,
-    norm,
+    inference_norm,
 )
 from pangu_sigma.generation.inference_mixture import top_layer_cells
 from pangu_sigma.generation.kv_cache_attention import (
     CacheMask,
-    GivenCache,
-    Here,
+    ParameterCacheAttention,
+    PositionOneHot,
     PromptAttention,
-    ReadCache,
-    StoredCache,
+    ReadOnlyCacheAttention,
+    ReturnedCacheAttention,
     causal_mask,
 )
 from pangu_sigma.model.build_model import COMPUTE_TYPES
@@ -38,11 +38,11 @@ from pangu_sigma.model.model import Model
 from parallel.ops.rotary import AnglesByRow
 
 
-class EmbedGraph(Part):
-    """tokens int32 [T], then the word tables where they are inputs -> the words' rows [T, D].
+class EmbeddingGraph(InferenceCell):
+    """Embedding lookup: tokens int32 [T], then the word tables where they are inputs -> the words' rows [T, D].
 
-    For `StoredStepGraph` it runs before as a graph of its own: one that writes to parameters would copy the word table
-    each time it is read, here and in the head.
+    Before `DeviceDecodeStepGraph` it runs as a graph of its own: one that writes to parameters would copy the word
+    table each time it is read, for the embedding and for the head.
     """
 
     def __init__(self, model: Model, tables: int) -> None:
@@ -67,9 +67,11 @@ class EmbedGraph(Part):
         return self.concat(rows)
 
 
-class Body(Part):
-    """words [T, D], positions [T] -> (logits [T, V], what the layers keep), through layers whose attention is `cores`
-    and whose sparse layers are `sparse`. With `last` int32 [n] only those rows get logits.
+class InferenceNetwork(InferenceCell):
+    """Layers and head: words [T, D], positions [T] -> (logits [T, V], new keys and values of every layer).
+
+    `cores`: the attention of each layer; `sparse`: the experts of each sparse layer. With `last` int32 [n] only those
+    rows get logits.
 
     `sizes`: number of flat inputs of each sparse layer. `tables`: number of word tables among them, 0 for the shared
     one.
@@ -97,17 +99,16 @@ class Body(Part):
             self.angles = AnglesByRow(layout, config.positions, config.heads, width, config.rope_theta)
         else:
             self.positions = named["embedding.position"]
-        backbone_norm = norm(named, "norm", config, layout)
-        layer_names = config.sparse_prefixes
+        backbone_norm = inference_norm(named, "norm", config, layout)
         ends = np.cumsum([tables, *sizes]).tolist()
-        bounds = {layer_name: (ends[i], ends[i + 1]) for i, layer_name in enumerate(layer_names)}
+        bounds = {prefix: (ends[i], ends[i + 1]) for i, prefix in enumerate(config.sparse_prefixes)}
         self.bounds = tuple(bounds.get(prefix, (0, 0)) for prefix in prefixes)
         top = top_layer_cells(config)
         self.layers = nn.CellList(
             [
-                (top.layer if prefix in sparse else Layer)(
+                (top.layer if prefix in sparse else InferenceLayer)(
                     named, prefix, core,
-                    sparse.get(prefix) or DenseFeedForward(
+                    sparse.get(prefix) or InferenceDenseFeedForward(
                         named, f"{prefix}.feed_forward", config.network, layout, compute
                     ),
                     config, layout, compute,
@@ -136,15 +137,15 @@ class Body(Part):
                 h = self.norm(h)
                 query_rows = self.take(self.queries, positions, 0)
             start, end = self.bounds[i]
-            h, mine = layer(h, query_rows, turns, contexts[i], flat[start:end])
-            kept = kept + mine
+            h, cached = layer(h, query_rows, turns, contexts[i], flat[start:end])
+            kept = kept + cached
         tables = (self.words,) if self.tables == 0 else flat[: self.tables]
         return self.head(h, last, tables), kept
 
 
-class PromptGraph(Part):
-    """One document of at most C tokens: tokens int32 [C], last int32 [1], flat -> (logits, then keys and values
-    [H, C, W] of every layer).
+class PrefillGraph(InferenceCell):
+    """Prefill of one document: tokens int32 [C], last int32 [1], flat -> (logits, then keys and values [H, C, W] of
+    every layer).
 
     Logits are float32 [1, V] after token number `last`, or with `every` [C, V] after each. Flat inputs of a sparse
     layer: for a table router the row numbers of N slots (dynamic length) and of the dropped, positions [C, 1] and the
@@ -161,24 +162,24 @@ class PromptGraph(Part):
             size += self.slots + 2
         width = config.hidden // config.heads
         cores = [PromptAttention(config.heads, width, layout, cache_precision(model)) for _ in range(config.layers)]
-        self.embed = EmbedGraph(model, int(own_tables(model)))
-        self.body = Body(model, cores, sparse, [size] * len(sparse), tables=int(own_tables(model)))
+        self.embed = EmbeddingGraph(model, int(own_tables(model)))
+        self.body = InferenceNetwork(model, cores, sparse, [size] * len(sparse), tables=int(own_tables(model)))
         self.mask = Tensor(causal_mask(config.heads, length))
         self.positions = Tensor(np.arange(length, dtype=np.int32))
         self.set_inputs(*self.placeholders(model))
 
     def placeholders(self, model: Model) -> list[Tensor]:
-        """Shapes for compiling."""
+        """Inputs of unknown content for compiling."""
         config = model.config.model
-        found = [Tensor(shape=[self.length], dtype=ms.int32), Tensor(shape=[1], dtype=ms.int32)]
+        inputs = [Tensor(shape=[self.length], dtype=ms.int32), Tensor(shape=[1], dtype=ms.int32)]
         if own_tables(model):
-            found.append(Tensor(shape=[model.vocab, config.hidden], dtype=ms.float32))
+            inputs.append(Tensor(shape=[model.vocab, config.hidden], dtype=ms.float32))
         for _ in config.sparse_prefixes:
             if not model.learned:
-                found += [Tensor(shape=[None], dtype=ms.int32) for _ in range(self.slots + 1)]
-                found.append(Tensor(shape=[self.length, 1], dtype=ms.int32))
-            found += _weight_placeholders(model, self.slots)
-        return found
+                inputs += [Tensor(shape=[None], dtype=ms.int32) for _ in range(self.slots + 1)]
+                inputs.append(Tensor(shape=[self.length, 1], dtype=ms.int32))
+            inputs += _weight_placeholders(model, self.slots)
+        return inputs
 
     def construct(self, tokens: Tensor, last: Tensor, *flat: Tensor):
         contexts = ((self.mask,),) * len(self.body.bounds)
@@ -187,8 +188,9 @@ class PromptGraph(Part):
         return (logits, *kept)
 
 
-class StoredStepGraph(Part):
-    """One token for each of B rows: words float32 [B, D] (of `EmbedGraph`), positions int32 [B], flat -> logits [B, V].
+class DeviceDecodeStepGraph(InferenceCell):
+    """Decode step with caches on the device: words float32 [B, D] (of `EmbeddingGraph`), positions int32 [B], flat ->
+    logits [B, V].
 
     Keys and values go into the caches, which are parameters of this graph, [B*H, L, W] for every layer; a row sees its
     cache up to its position. Flat inputs of a sparse layer: the tensors of each row's expert, or for a learned
@@ -200,10 +202,10 @@ class StoredStepGraph(Part):
         config, layout = model.config.model, model.layout
         width = config.hidden // config.heads
         self.caches = [
-            StoredCache(f"cache.{i}", rows, config.heads, length, width, layout, cache_precision(model))
+            ParameterCacheAttention(f"cache.{i}", rows, config.heads, length, width, layout, cache_precision(model))
             for i in range(config.layers)
         ]
-        self.body = Body(model, self.caches, *_step_layers(model, rows))
+        self.body = InferenceNetwork(model, self.caches, *_step_layers(model, rows))
         self.mask = CacheMask(rows, config.heads, length, layout)
         heads = np.arange(rows * config.heads, dtype=np.int32).reshape(-1, 1)
         self.heads = Tensor(heads)
@@ -211,52 +213,52 @@ class StoredStepGraph(Part):
         self.beside = layout(ops.Concat(1))
 
     def construct(self, words: Tensor, positions: Tensor, *flat: Tensor):
-        places = self.beside((self.heads, self.spread(positions.reshape(-1, 1)).reshape(-1, 1)))
-        contexts = ((places, self.mask(positions)),) * len(self.body.bounds)
+        indices = self.beside((self.heads, self.spread(positions.reshape(-1, 1)).reshape(-1, 1)))
+        contexts = ((indices, self.mask(positions)),) * len(self.body.bounds)
         logits, _ = self.body(words, positions, None, contexts, flat)
         return logits
 
 
-class StepGraph(Part):
-    """One token for each of B rows: tokens, positions int32 [B], then keys and values [B*H, L, W] of every layer, flat
+class DecodeStepGraph(InferenceCell):
+    """Decode step with caches as inputs: tokens, positions int32 [B], keys and values [B*H, L, W] of every layer, flat
     -> (logits float32 [B, V], then the new key and value of every row, [B*H, 1, W], of every layer).
 
-    A row sees its cache before its position, from where on it must be 0. Flat inputs as those of `StoredStepGraph`.
-    With `updated`, for export: what stands in the cache from a position on does not matter, and the whole caches with
-    the new rows come back instead.
+    A row sees its cache before its position, from where on it must be 0. Flat inputs are those of
+    `DeviceDecodeStepGraph`. With `updated`, for export: the cache may hold anything from the position on, and the
+    caches with the new rows written come back instead.
     """
 
     def __init__(self, model: Model, rows: int, length: int, updated: bool = False) -> None:
         super().__init__()
         config, layout = model.config.model, model.layout
         width = config.hidden // config.heads
-        form = GivenCache if updated else ReadCache
+        form = ReturnedCacheAttention if updated else ReadOnlyCacheAttention
         cores = [form(rows, config.heads, width, layout, cache_precision(model)) for _ in range(config.layers)]
-        self.body = Body(model, cores, *_step_layers(model, rows))
-        self.embed = EmbedGraph(model, self.body.tables)
+        self.body = InferenceNetwork(model, cores, *_step_layers(model, rows))
+        self.embed = EmbeddingGraph(model, self.body.tables)
         self.mask = CacheMask(rows, config.heads, length, layout)
-        self.here = Here(rows, config.heads, length, layout)
+        self.one_hot = PositionOneHot(rows, config.heads, length, layout)
         self.updated = updated
-        self.turned = (rows * config.heads, length, 1)
+        self.transposed = (rows * config.heads, length, 1)
 
     def construct(self, tokens: Tensor, positions: Tensor, *inputs: Tensor):
         layers = len(self.body.bounds)
         flat = inputs[2 * layers :]
-        here, mask = self.here(positions), self.mask(positions)
+        one_hot, mask = self.one_hot(positions), self.mask(positions)
         if self.updated:
-            here = here.reshape(self.turned)
+            one_hot = one_hot.reshape(self.transposed)
         contexts = ()
         for i in range(layers):
-            contexts = contexts + ((inputs[2 * i], inputs[2 * i + 1], here, mask),)
+            contexts = contexts + ((inputs[2 * i], inputs[2 * i + 1], one_hot, mask),)
         logits, kept = self.body(self.embed(tokens, *flat[: self.body.tables]), positions, None, contexts, flat)
         return (logits, *kept)
 
 
-class JoinGraph(Part):
-    """Write one text's caches into a row of a `StoredStepGraph`: heads int32 [H] (row * H …), then keys and values
-    [H, L, W] of every layer."""
+class CacheWriteGraph(InferenceCell):
+    """Write of one text's caches into a row of a `DeviceDecodeStepGraph`: heads int32 [H] (row * H …), then keys and
+    values [H, L, W] of every layer."""
 
-    def __init__(self, model: Model, step: StoredStepGraph) -> None:
+    def __init__(self, model: Model, step: DeviceDecodeStepGraph) -> None:
         super().__init__()
         self.caches = ParameterTuple(p for core in step.caches for p in (core.keys, core.values))
         self.write = model.layout(ops.ScatterUpdate())
@@ -270,7 +272,7 @@ class JoinGraph(Part):
 
 
 def cache_precision(model: Model) -> ms.dtype:
-    """What keys and values are kept in: the precision of attention's products."""
+    """Type of cached keys and values: the precision of attention's products."""
     if model.config.model.attention.dropout:
         return ms.float32
     return COMPUTE_TYPES[model.config.train.precision]
@@ -278,7 +280,7 @@ def cache_precision(model: Model) -> ms.dtype:
 
 def own_tables(model: Model) -> bool:
     """Whether every domain has a word table of its own, which is then an input of the graphs."""
-    return model.config.model.domain_parameters.embedding == "own"
+    return model.config.model.embedding_slots == "per_domain"
 
 
 def _sparse(model: Model, planned: type, slots: int) -> tuple[dict[str, nn.Cell], int]:
@@ -294,8 +296,9 @@ def _sparse(model: Model, planned: type, slots: int) -> tuple[dict[str, nn.Cell]
         else:
             cell = planned(config, slots, layout, compute)
         if config.sparse.shared_expert:
-            beside = DenseFeedForward(named, f"{layer_name}.shared_expert", config.expert_network, layout, compute)
-            cell = top.with_shared_expert(cell, beside, layout)
+            prefix = f"{layer_name}.shared_expert"
+            shared = InferenceDenseFeedForward(named, prefix, config.expert_network, layout, compute)
+            cell = top.with_shared_expert(cell, shared, layout)
         sparse[layer_name] = cell
     return sparse, len(config.expert_network.tensors) * total
 

@@ -1,6 +1,6 @@
-"""A text whose domain nobody tells, while it is written: which domains speak, and with what weight.
+"""Mixture of domains that write a text whose domain is inferred: which domains, and with what weight.
 
-The prompt gives P(domain | prompt) for every domain (`domains.inference`); the `top` best of them write together. Each
+The prompt gives P(domain | prompt) for every domain (`domain_inference`); the `top` best of them write together. Each
 token's probability is the mean of theirs, weighted by their posterior, which every written token moves on.
 """
 
@@ -15,57 +15,59 @@ from pangu_sigma.generation.domain_inference import auto_order, cached_prior, ne
 from pangu_sigma.generation.sampling import log_softmax
 
 
-class UnknownDomain:
-    """How the domain of an unknown text is inferred; shared by all texts of an engine.
+class DomainInference:
+    """Domain inference of an engine: the candidates, their prior, and how many of them write a text together.
 
-    among: numbers of the domains it may be. top: how many of them write a text together. prior: [len(among)], None
-    for a uniform one. updating: whether the prior follows the prompts, as a moving mean of their posteriors. Raises
-    UserError for a `top` that means nothing.
+    candidates: ids of the domains that a text may belong to. top: how many of them write a text together.
+    prior: [len(candidates)], None for a uniform one. updating: whether the prior follows the prompts, as a moving mean
+    of their posteriors. Raises UserError for a `top` that there are no domains for.
     """
 
     def __init__(
-        self, among: Sequence[int], top: int = 1, prior: np.ndarray | None = None, updating: bool = False
+        self, candidates: Sequence[int], top: int = 1, prior: np.ndarray | None = None, updating: bool = False
     ) -> None:
-        self.among = tuple(among)
-        if not 1 <= top <= len(self.among):
-            raise UserError(f"--top {top} is more than the {len(self.among)} domains there are: set it lower")
+        self.candidates = tuple(candidates)
+        if not 1 <= top <= len(self.candidates):
+            raise UserError(f"--top {top} is more than the {len(self.candidates)} domains there are: set it lower")
         self.top = top
-        self.prior = np.full(len(self.among), 1.0 / len(self.among)) if prior is None else np.asarray(prior, np.float64)
+        uniform = np.full(len(self.candidates), 1.0 / len(self.candidates))
+        self.prior = uniform if prior is None else np.asarray(prior, np.float64)
         self.updating = updating
 
-    def begin(self, log_likelihood: np.ndarray, able: np.ndarray | None = None) -> Mixture:
-        """The mixture that continues a prompt; log_likelihood [len(among), n]: of its tokens but the first.
+    def begin(self, log_likelihood: np.ndarray, able: np.ndarray | None = None) -> DomainMixture:
+        """The mixture that continues a prompt; log_likelihood [len(candidates), n]: of its tokens but the first.
 
-        able [len(among)]: which domains can write at all (None: every one), at least one. An updating prior learns from
-        the prompt. What the model itself writes later is no evidence of what will be asked.
+        able [len(candidates)]: which domains can write at all (None: every one), at least one. An updating prior learns
+        from the prompt. What the model itself writes later is no evidence of what will be asked.
         """
         posterior = posteriors(log_likelihood, self.prior if able is None else np.where(able, self.prior, 0.0))[:, -1]
         if self.updating:
             self.prior = next_prior(self.prior, posterior)
         order = auto_order(posterior[:, None], self.top if able is None else min(self.top, int(able.sum())))[:, 0]
-        return Mixture(tuple(self.among[place] for place in order), posterior[order])
+        return DomainMixture(tuple(self.candidates[index] for index in order), posterior[order])
 
     def rows(self, log_probabilities: np.ndarray, ids: Sequence[int]) -> np.ndarray:
         """Log probabilities float64 [n, V] after each of `ids` [n]: of the `top` best domains after each, mixed.
 
-        log_probabilities [len(among), n, V]: under every domain. The prior does not learn from it.
+        log_probabilities [len(candidates), n, V]: under every domain. The prior does not learn from it.
         """
         tokens = np.asarray(ids[1:], np.int64)
-        found = np.take_along_axis(log_probabilities[:, :-1], tokens[None, :, None], axis=2)[..., 0]
-        posterior = posteriors(found, self.prior)
+        log_likelihood = np.take_along_axis(log_probabilities[:, :-1], tokens[None, :, None], axis=2)[..., 0]
+        posterior = posteriors(log_likelihood, self.prior)
         order = auto_order(posterior, self.top)
-        rows = [
-            Mixture(tuple(order[:, at]), posterior[order[:, at], at]).mixed(list(log_probabilities[order[:, at], at]))
-            for at in range(len(ids))
-        ]
+        rows = []
+        for token in range(len(ids)):
+            best = order[:, token]
+            mixture = DomainMixture(tuple(best), posterior[best, token])
+            rows.append(mixture.mixed(list(log_probabilities[best, token])))
         return np.stack(rows)
 
     def cache(self, log_likelihoods: Sequence[np.ndarray]) -> None:
-        """Take the prior that some texts suggest, each [len(among), n]; see `cached_prior`."""
+        """Take the prior that some texts suggest, each [len(candidates), n]; see `cached_prior`."""
         self.prior = cached_prior(log_likelihoods)
 
 
-class Mixture:
+class DomainMixture:
     """The domains that write one text, best first, with their posterior weights (summing to 1)."""
 
     def __init__(self, members: tuple[int, ...], weights: np.ndarray) -> None:
@@ -82,8 +84,8 @@ class Mixture:
         best = terms.max(axis=0)
         return best + np.log(np.exp(terms - best).sum(axis=0))
 
-    def saw(self, token: int, logits: Sequence[np.ndarray]) -> None:
-        """The text goes on with `token`; logits as for `mixed`."""
+    def update(self, token: int, logits: Sequence[np.ndarray]) -> None:
+        """Update the posterior with the token that was written; logits as for `mixed`."""
         if len(self.members) > 1:
             self.log_weights = self.log_weights + log_softmax(np.stack(logits))[:, token]
             self._normalise()

@@ -1,9 +1,9 @@
-"""Continuous batching: requests join and leave between decoding steps, each in a slot of its own.
+"""Engine with continuous batching: requests join and leave between decoding steps, each in a slot of its own.
 
 What a request's answer depends on: its prompt, domain and sampling, and the model. What else is in the batch changes
-its logits by float32 rounding at most, and not at all where `cached` says so; its draws depend on (seed, number of the
-token) alone. Of the prompt only the text after its last end-of-document token is computed with: attention and positions
-restart there, so nothing before it can matter.
+its logits by float32 rounding at most, and not at all where `kv_cache_decoder` says so; its draws depend on (seed,
+index of the token) alone. Of the prompt only the text after its last end-of-document token is computed with: attention
+and positions restart there, so nothing before it can matter.
 
 A request whose logits are not finite ends with an error of its own; the others go on, since no row of a batch is
 computed from another.
@@ -24,14 +24,14 @@ import numpy as np
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation.domain_inference import token_log_probabilities
-from pangu_sigma.generation.domain_mixture import Mixture, UnknownDomain
+from pangu_sigma.generation.domain_mixture import DomainInference, DomainMixture
 from pangu_sigma.generation.request import AUTO, Event, Request, Score, pick_domain
-from pangu_sigma.generation.sampling import choose, likeliest, log_softmax
+from pangu_sigma.generation.sampling import likeliest, log_softmax, sample_token
 from pangu_sigma.generation.text_stream import TextStream
 
 
 class Decoder(Protocol):
-    """The model as the engine sees it: `slots` texts under way, each within one document of at most `window` tokens."""
+    """Interface of the model to the engine: logits for `slots` texts, each within one document of `window` tokens."""
 
     slots: int
     window: int
@@ -49,22 +49,22 @@ class Decoder(Protocol):
         """
 
     def end(self, slot: int) -> None:
-        """The slot's text is over; an empty slot is no error."""
+        """Free the slot; an empty slot is no error."""
 
     def warm_ups(self, scores: bool) -> list[Callable[[], None]]:
         """Calls that each compile one of the graphs that texts within the window can need, with `scores` also those of
-        `score`. They are for an idle decoder."""
+        `score`; to be called while no slot is in use."""
 
 
 @dataclass
-class _Answer:
-    """One request under way, in one slot, or in one for each domain that writes a text of unknown domain."""
+class _RequestState:
+    """State of one request, in one slot, or in one for each domain that writes a text whose domain is inferred."""
 
-    number: int
+    request_id: int
     request: Request
     stream: TextStream
     slots: tuple[int, ...] = ()
-    mixture: Mixture | None = None
+    mixture: DomainMixture | None = None
     seen: set[int] = field(default_factory=set)
     length: int = 0  # tokens of the document that the model has seen or is about to see
     written: int = 0
@@ -74,8 +74,8 @@ class _Answer:
 class Engine:
     """Serves requests on one model with `slots` texts at a time; others wait in order.
 
-    `decoder` is how logits are made: the cached one of `cached.py` unless another is given. The domain `AUTO` of a
-    request is inferred: the likeliest of all domains, unless `set_unknown` says otherwise.
+    `decoder` is how logits are made: `KvCacheDecoder` unless another is given. The domain `AUTO` of a
+    request is inferred: the likeliest of all domains, unless `set_domain_inference` says otherwise.
     """
 
     def __init__(self, model, tokenizer: Tokenizer, slots: int = 8, decoder: Decoder | None = None) -> None:
@@ -86,22 +86,22 @@ class Engine:
                 "cannot write text: use it with evaluate"
             )
         if decoder is None:
-            from pangu_sigma.generation.kv_cache_decoder import CachedDecoder
+            from pangu_sigma.generation.kv_cache_decoder import KvCacheDecoder
 
-            decoder = CachedDecoder(model, slots)
+            decoder = KvCacheDecoder(model, slots)
         self.tokenizer = tokenizer
         self.domains: tuple[str, ...] = model.groups.names
         self.vocab: int = model.vocab
         self.decoder = decoder
-        self.unknown = UnknownDomain(range(len(self.domains)))
-        self._numbers = 0
-        self._waiting: deque[_Answer] = deque()
-        self._slots: list[_Answer | None] = [None] * decoder.slots
+        self.domain_inference = DomainInference(range(len(self.domains)))
+        self._next_id = 0
+        self._waiting: deque[_RequestState] = deque()
+        self._slots: list[_RequestState | None] = [None] * decoder.slots
 
     @property
     def active(self) -> int:
         """Requests that hold a slot."""
-        return len({answer.number for answer in self._slots if answer is not None})
+        return len({state.request_id for state in self._slots if state is not None})
 
     @property
     def waiting(self) -> int:
@@ -110,7 +110,7 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to do."""
+        """Whether no request runs or waits."""
         return not self._waiting and self.active == 0
 
     @property
@@ -118,32 +118,34 @@ class Engine:
         """Longest document in tokens, prompt and answer together."""
         return self.decoder.window
 
-    def warm_up(self, heard: Callable[[int, int], None] = lambda done, total: None, scores: bool = True) -> None:
-        """Compile what any request can need that `check` admits, so that none waits for a compilation later.
+    def warm_up(self, on_progress: Callable[[int, int], None] = lambda done, total: None, scores: bool = True) -> None:
+        """Compile all graphs that requests which `check` admits can need, so that none waits for a compilation later.
 
-        How many graphs that is grows with the logarithms of window and slots. `heard(done, total)` is told of each,
-        and of 0 at the start. Without `scores`, requests with `echo` are left out. Raises ValueError while requests
-        are under way.
+        How many graphs that is grows with the logarithms of window and slots. `on_progress(done, total)` is called
+        after each, and with 0 at the start. Without `scores`, requests with `echo` are left out. Raises ValueError
+        while requests are under way.
         """
         if not self.idle:
             raise ValueError("the engine is at work; warm it up before the first request")
         graphs = self.decoder.warm_ups(scores)
-        heard(0, len(graphs))
+        on_progress(0, len(graphs))
         for done, compile_one in enumerate(graphs, 1):
             compile_one()
-            heard(done, len(graphs))
+            on_progress(done, len(graphs))
 
     def add(self, request: Request) -> int:
-        """Queue a request; return its number, which its events carry. Raises UserError for one that cannot run."""
+        """Queue a request; return its id, which its events carry. Raises UserError for one that cannot run."""
         self.check(request)
-        answer = _Answer(self._numbers, request, TextStream(self.tokenizer, request.prompt_ids, request.sampling.stop))
-        self._numbers += 1
-        self._waiting.append(answer)
-        return answer.number
+        state = _RequestState(
+            self._next_id, request, TextStream(self.tokenizer, request.prompt_ids, request.sampling.stop)
+        )
+        self._next_id += 1
+        self._waiting.append(state)
+        return state.request_id
 
     def check(self, request: Request) -> None:
         """Raise UserError for an unknown domain, an empty or too long prompt, or ids outside the vocabulary."""
-        if not self._infers(request):
+        if not self._is_inferred(request):
             pick_domain(self.domains, request.domain)
         if not request.prompt_ids:
             raise UserError("the prompt has no token; begin it with the end-of-document token, as a document begins")
@@ -160,196 +162,197 @@ class Engine:
             )
 
     def cancel(self, request_id: int) -> None:
-        """Forget a request: its slot is free at once and no event of it follows. An unknown number is no error."""
-        self._waiting = deque(answer for answer in self._waiting if answer.number != request_id)
-        for answer in self._slots:
-            if answer is not None and answer.number == request_id:
-                self._leave(answer)
+        """Forget a request: its slot is free at once and no event of it follows. An unknown id is no error."""
+        self._waiting = deque(state for state in self._waiting if state.request_id != request_id)
+        for state in self._slots:
+            if state is not None and state.request_id == request_id:
+                self._free_slots(state)
 
-    def set_unknown(self, unknown: UnknownDomain) -> None:
-        """How the domain `AUTO` is inferred from now on. A text that several domains write holds a slot for each.
+    def set_domain_inference(self, domain_inference: DomainInference) -> None:
+        """Set how the domain `AUTO` is inferred from now on. A text that several domains write holds a slot for each.
 
         Raises UserError for more domains together than there are slots.
         """
-        if unknown.top > self.decoder.slots:
+        if domain_inference.top > self.decoder.slots:
             raise UserError(
-                f"--top {unknown.top} needs a slot for each of the domains, and there are {self.decoder.slots}: set it "
-                "lower, or --slots higher"
+                f"--top {domain_inference.top} needs a slot for each of the domains, and there are "
+                f"{self.decoder.slots}: set it lower, or --slots higher"
             )
-        self.unknown = unknown
+        self.domain_inference = domain_inference
 
     def cache_prior(self, texts: Iterable[Sequence[int]]) -> None:
-        """Begin with the prior of domains that some texts suggest, each the ids of a prompt; no text: as it was."""
-        found = []
+        """Take the prior of domains that some texts suggest, each the ids of a prompt; without texts nothing
+        changes.
+        """
+        log_likelihoods = []
         for text in texts:
             *before, document = self._documents(tuple(text))
             ids, logits = self._evidence([*before, document[: self.window]])
-            found.append(np.stack([token_log_probabilities(rows[:-1], ids[1:]) for rows in logits]))
-        if found:
-            self.unknown.cache(found)
+            log_likelihoods.append(np.stack([token_log_probabilities(rows[:-1], ids[1:]) for rows in logits]))
+        if log_likelihoods:
+            self.domain_inference.cache(log_likelihoods)
 
     def step(self) -> list[Event]:
-        """Append one token to every active request, then admit one that waits. Returns what came of it, in order.
+        """Append one token to every active request, then admit one that waits. Returns their events, in order.
 
         One prompt a step is admitted, so that running texts wait for one prompt at most.
         """
-        events = self._continue()
+        events = self._decode()
         if self._waiting:
-            free = [slot for slot, answer in enumerate(self._slots) if answer is None]
-            needed = self.unknown.top if self._infers(self._waiting[0].request) else 1
+            free = [slot for slot, state in enumerate(self._slots) if state is None]
+            needed = self.domain_inference.top if self._is_inferred(self._waiting[0].request) else 1
             if len(free) >= needed:
                 events.append(self._admit(tuple(free[:needed])))
         return events
 
-    def _continue(self) -> list[Event]:
-        tokens = {slot: answer.last for slot, answer in enumerate(self._slots) if answer is not None}
+    def _decode(self) -> list[Event]:
+        tokens = {slot: state.last for slot, state in enumerate(self._slots) if state is not None}
         if not tokens:
             return []
         logits = self.decoder.step(tokens)
-        under_way = {answer.number: answer for answer in self._slots if answer is not None}
-        return [self._say(answer, [logits[slot] for slot in answer.slots]) for answer in under_way.values()]
+        active = {state.request_id: state for state in self._slots if state is not None}
+        return [self._choose_token(state, [logits[slot] for slot in state.slots]) for state in active.values()]
 
     def _admit(self, slots: tuple[int, ...]) -> Event:
-        answer = self._waiting.popleft()
-        request = answer.request
+        state = self._waiting.popleft()
+        request = state.request
         *before, document = self._documents(request.prompt_ids)
         scores: tuple[Score, ...] = ()
         if request.sampling.echo:
-            rows = self._rows(request, [*before, document])
+            rows = self._prompt_logits(request, [*before, document])
             if not np.isfinite(rows).all():
-                return _not_finite(answer)
+                return _not_finite(state)
             scores = _scores(request, rows)
-        members = self._members(answer, [*before, document])
+        members = self._writing_domains(state, [*before, document])
         if not members:
-            return _not_finite(answer)
+            return _not_finite(state)
         if request.sampling.max_tokens == 0:
-            return Event(answer.number, None, prompt_scores=scores, finish="length", domains=self._domains_of(answer))
-        answer.seen = set(request.prompt_ids)
-        answer.length = len(document)
-        answer.last = document[-1]
-        answer.slots = slots[: len(members)]
-        for slot in answer.slots:
-            self._slots[slot] = answer
+            return Event(state.request_id, None, prompt_scores=scores, finish="length", domains=self._domains_of(state))
+        state.seen = set(request.prompt_ids)
+        state.length = len(document)
+        state.last = document[-1]
+        state.slots = slots[: len(members)]
+        for slot in state.slots:
+            self._slots[slot] = state
         # The scores' last row is what a single token is chosen from; only a longer answer needs a cache.
-        if scores and request.sampling.max_tokens == 1 and answer.mixture is None:
-            return self._say(answer, [rows[-1]], scores)
+        if scores and request.sampling.max_tokens == 1 and state.mixture is None:
+            return self._choose_token(state, [rows[-1]], scores)
         # Copies, because a graph's next run may write where its last result lies.
         begun = [
-            self.decoder.begin(slot, document, domain).copy()
-            for slot, domain in zip(answer.slots, members, strict=True)
+            self.decoder.begin(slot, document, domain).copy() for slot, domain in zip(state.slots, members, strict=True)
         ]
-        return self._say(answer, begun, scores)
+        return self._choose_token(state, begun, scores)
 
-    def _infers(self, request: Request) -> bool:
+    def _is_inferred(self, request: Request) -> bool:
         """Whether the request's domain is inferred."""
         return request.domain == AUTO
 
-    def _members(self, answer: _Answer, documents: list[tuple[int, ...]]) -> tuple[int, ...]:
+    def _writing_domains(self, state: _RequestState, documents: list[tuple[int, ...]]) -> tuple[int, ...]:
         """Numbers of the domains that write the answer, none if none can; an inferred one gets its mixture."""
-        if not self._infers(answer.request):
-            return (self.domains.index(answer.request.domain),)
+        if not self._is_inferred(state.request):
+            return (self.domains.index(state.request.domain),)
         ids, logits = self._evidence(documents)
-        found, able = [], []
+        log_likelihoods, able = [], []
         for rows in logits:
             # A domain whose numbers are not finite writes nothing, so no text is its own.
             able.append(bool(np.isfinite(rows).all()))
-            found.append(token_log_probabilities(rows[:-1], ids[1:]) if able[-1] else np.zeros(ids.size - 1))
+            log_likelihoods.append(token_log_probabilities(rows[:-1], ids[1:]) if able[-1] else np.zeros(ids.size - 1))
         if not any(able):
             return ()
-        answer.mixture = self.unknown.begin(np.stack(found), np.array(able))
-        return answer.mixture.members
+        state.mixture = self.domain_inference.begin(np.stack(log_likelihoods), np.array(able))
+        return state.mixture.members
 
     def _evidence(self, documents: list[tuple[int, ...]]) -> tuple[np.ndarray, Iterator[np.ndarray]]:
         """Ids [n] of a prompt's last document and the one before it, whose end predicts its first token; and the logits
         [n, V] after each of them, under one domain after the other that the prompt may belong to."""
         looked_at = [ids for ids in documents[-2:-1] if len(ids) <= self.window] + documents[-1:]
         ids = np.array([token for document in looked_at for token in document], np.int64)
-        return ids, (self._scored(looked_at, domain) for domain in self.unknown.among)
+        return ids, (self._logits(looked_at, domain) for domain in self.domain_inference.candidates)
 
-    def _scored(self, documents: list[tuple[int, ...]], domain: int) -> np.ndarray:
+    def _logits(self, documents: list[tuple[int, ...]], domain: int) -> np.ndarray:
         """Logits [n, V] after each token of the documents, n being their tokens together."""
         # Copies, because a graph's next run may write where its last result lies.
         return np.concatenate([self.decoder.score(ids, domain).copy() for ids in documents])
 
-    def _rows(self, request: Request, documents: list[tuple[int, ...]]) -> np.ndarray:
+    def _prompt_logits(self, request: Request, documents: list[tuple[int, ...]]) -> np.ndarray:
         """Logits or log probabilities [n, V] after each of the prompt's tokens [n], for their scores."""
-        if not self._infers(request):
-            return self._scored(documents, self.domains.index(request.domain))
-        rows = [log_softmax(self._scored(documents, domain)) for domain in self.unknown.among]
-        return self.unknown.rows(np.stack(rows), request.prompt_ids)
+        if not self._is_inferred(request):
+            return self._logits(documents, self.domains.index(request.domain))
+        rows = [log_softmax(self._logits(documents, domain)) for domain in self.domain_inference.candidates]
+        return self.domain_inference.rows(np.stack(rows), request.prompt_ids)
 
-    def _domains_of(self, answer: _Answer) -> tuple[tuple[str, float], ...]:
+    def _domains_of(self, state: _RequestState) -> tuple[tuple[str, float], ...]:
         """(domain, posterior) of those that write an answer whose domain is inferred, best first.
 
         The domains that do not write keep the probability that they had after the prompt.
         """
-        if answer.mixture is None:
+        if state.mixture is None:
             return ()
-        mixture = answer.mixture
+        mixture = state.mixture
         shares = mixture.weights * mixture.probability.sum()
-        found = ((self.domains[n], float(share)) for n, share in zip(mixture.members, shares, strict=True))
-        return tuple(sorted(found, key=lambda item: -item[1]))
+        posterior = ((self.domains[n], float(share)) for n, share in zip(mixture.members, shares, strict=True))
+        return tuple(sorted(posterior, key=lambda item: -item[1]))
 
-    def _say(self, answer: _Answer, rows: list[np.ndarray], scores: tuple[Score, ...] = ()) -> Event:
+    def _choose_token(self, state: _RequestState, rows: list[np.ndarray], scores: tuple[Score, ...] = ()) -> Event:
         """Choose the answer's next token from the logits of its slots; a finished answer leaves them."""
-        sampling = answer.request.sampling
+        sampling = state.request.sampling
         if not all(np.isfinite(row).all() for row in rows):
-            self._leave(answer)
-            return _not_finite(answer)
-        logits = rows[0] if answer.mixture is None else answer.mixture.mixed(rows)
-        token = choose(logits, sampling, answer.written, answer.seen)
+            self._free_slots(state)
+            return _not_finite(state)
+        logits = rows[0] if state.mixture is None else state.mixture.mixed(rows)
+        token = sample_token(logits, sampling, state.written, state.seen)
         logprob, top = None, ()
         if sampling.logprobs is not None:
             logprobs = log_softmax(logits)
             logprob, top = float(logprobs[token]), likeliest(logprobs, sampling.logprobs)
         text, finish = "", None
-        if answer.mixture is not None:
-            answer.mixture.saw(token, rows)
-        answer.length = 1 if answer.last == self.tokenizer.eod_id else answer.length + 1
-        answer.written += 1
-        answer.last = token
-        answer.seen.add(token)
+        if state.mixture is not None:
+            state.mixture.update(token, rows)
+        state.length = 1 if state.last == self.tokenizer.eod_id else state.length + 1
+        state.written += 1
+        state.last = token
+        state.seen.add(token)
         if token == self.tokenizer.eod_id or token in sampling.stop_ids:
             finish = "stop"
         else:
-            text = answer.stream.push(token)
-            if answer.stream.stopped:
+            text = state.stream.push(token)
+            if state.stream.stopped:
                 finish = "stop"
-            elif answer.written == sampling.max_tokens or answer.length > self.window:
+            elif state.written == sampling.max_tokens or state.length > self.window:
                 finish = "length"
         if finish:
-            text += answer.stream.close()
-            if answer.stream.stopped:
+            text += state.stream.close()
+            if state.stream.stopped:
                 finish = "stop"
-            self._leave(answer)
-        return Event(answer.number, token, text, logprob, top, scores, finish, domains=self._domains_of(answer))
+            self._free_slots(state)
+        return Event(state.request_id, token, text, logprob, top, scores, finish, domains=self._domains_of(state))
 
-    def _leave(self, answer: _Answer) -> None:
-        for slot in answer.slots:
+    def _free_slots(self, state: _RequestState) -> None:
+        for slot in state.slots:
             self._slots[slot] = None
             self.decoder.end(slot)
 
     def _documents(self, ids: tuple[int, ...]) -> list[tuple[int, ...]]:
         """`ids` cut behind every end-of-document token but a last one."""
-        ends = [at + 1 for at, token in enumerate(ids[:-1]) if token == self.tokenizer.eod_id]
+        ends = [index + 1 for index, token in enumerate(ids[:-1]) if token == self.tokenizer.eod_id]
         return [ids[a:b] for a, b in pairwise([0, *ends, len(ids)])]
 
 
-def _not_finite(answer: _Answer) -> Event:
-    """The end of a request whose logits are no numbers."""
-    whose = "its domains" if answer.request.domain == AUTO else answer.request.domain
-    said = (
+def _not_finite(state: _RequestState) -> Event:
+    """The last event of a request whose logits are not finite."""
+    whose = "its domains" if state.request.domain == AUTO else state.request.domain
+    message = (
         f"the experts of {whose} compute numbers that are not finite for this text; the training of "
         "the model's weights diverged: take an earlier checkpoint"
     )
-    return Event(answer.number, None, finish="error", error=said)
+    return Event(state.request_id, None, finish="error", error=message)
 
 
 def _scores(request: Request, logits: np.ndarray) -> tuple[Score, ...]:
     """Scores of the prompt's tokens; logits [n, V] after each of them."""
-    ids, wanted = request.prompt_ids, request.sampling.logprobs or 0
+    ids, alternatives = request.prompt_ids, request.sampling.logprobs or 0
     scores = [Score(ids[0], None)]
     for row, token in zip(logits[:-1], ids[1:], strict=True):
         logprobs = log_softmax(row)
-        scores.append(Score(token, float(logprobs[token]), likeliest(logprobs, wanted)))
+        scores.append(Score(token, float(logprobs[token]), likeliest(logprobs, alternatives)))
     return tuple(scores)

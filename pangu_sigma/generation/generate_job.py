@@ -1,6 +1,6 @@
-"""Continuing texts on the command line: from the prompts to where text and figures go.
+"""Generate job of the command line: reads prompts, loads a model, runs its engine and prints text or JSON.
 
-Everything that can be wrong with what was asked is found before the model is loaded.
+Mistakes in the options and prompts are found before the model is loaded.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pangu_sigma.errors import UserError
-from pangu_sigma.generation.completion import Answer, complete
-from pangu_sigma.generation.inference_settings import Inference
-from pangu_sigma.generation.prompts import Asked, Prompt
+from pangu_sigma.generation.completion import Completion, complete
+from pangu_sigma.generation.domain_inference_settings import DomainInferenceSettings
+from pangu_sigma.generation.prompts import Prompt, PromptSource
 from pangu_sigma.generation.request import AUTO, Event, Request, Sampling, pick_domain, prompt_ids
 from pangu_sigma.monitor.printable_text import compact, printable_lines
 from pangu_sigma.signals import sigterm_as_ctrl_c
@@ -28,37 +28,39 @@ if TYPE_CHECKING:
 
 def run(
     path: Path,
-    asked: Asked,
+    source: PromptSource,
     domain: str | None,
     settings: Mapping[str, Any],
     as_json: bool = False,
     stream: bool = True,
     slots: int = 8,
-    inference: Inference | None = None,
+    inference: DomainInferenceSettings | None = None,
 ) -> None:
-    """The command: read the prompts, load the model of `path`, continue them, print. Raises UserError."""
-    as_json = as_json or asked.jsonl
+    """Run the command: read the prompts, load the model of `path`, continue them, print. Raises UserError."""
+    as_json = as_json or source.jsonl
     if settings.get("logprobs") is not None and not as_json:
         raise UserError("--logprobs needs --json or --jsonl, because plain text has no place for figures")
     Sampling(**settings)
-    prompts = asked.read()
+    prompts = source.read()
     if inference is not None and not any((prompt.domain or domain) == AUTO for prompt in prompts):
         raise UserError("--top, --prior and --prior-texts say how a domain is inferred: add --domain auto")
     # MindSpore turns a Ctrl-C that comes while it compiles into SIGTERM.
-    with sigterm_as_ctrl_c(), _piped():
-        _continue(path, prompts, asked, domain, settings, as_json, stream, slots, inference or Inference())
+    with sigterm_as_ctrl_c(), _PipedOutput():
+        _continue(
+            path, prompts, source, domain, settings, as_json, stream, slots, inference or DomainInferenceSettings()
+        )
 
 
 def _continue(
     path: Path,
     prompts: list[Prompt],
-    asked: Asked,
+    source: PromptSource,
     domain: str | None,
     settings: Mapping[str, Any],
     as_json: bool,
     stream: bool,
     slots: int,
-    inference: Inference,
+    inference: DomainInferenceSettings,
 ) -> None:
     from pangu_sigma.trained_model import load_trained
 
@@ -70,23 +72,23 @@ def _continue(
     engine = Engine(trained.model, trained.tokenizer, min(slots, len(requests)) * (inference.top if inferred else 1))
     if inferred:
         inference.apply(engine)
-    for number, request in enumerate(requests, 1):
+    for position, request in enumerate(requests, 1):
         try:
             engine.check(request)
         except UserError as error:
-            raise UserError(f"prompt {number}: {error}" if asked.jsonl else str(error)) from error
-    if asked.jsonl:
+            raise UserError(f"prompt {position}: {error}" if source.jsonl else str(error)) from error
+    if source.jsonl:
         _print_lines(engine, trained, prompts, requests)
     elif as_json:
-        answer = complete(engine, requests)[0]
-        print(_as_json(trained, prompts[0], requests[0], answer), flush=True)
+        completion = complete(engine, requests)[0]
+        print(_as_json(trained, prompts[0], requests[0], completion), flush=True)
     else:
         _print_text(engine, prompts[0], requests[0], stream)
 
 
 def _request(trained: Trained, prompt: Prompt, domain: str | None, settings: Mapping[str, Any]) -> Request:
-    names, wanted = trained.model.groups.names, prompt.domain or domain
-    chosen = wanted if wanted == AUTO else pick_domain(names, wanted)
+    names, name = trained.model.groups.names, prompt.domain or domain
+    chosen = name if name == AUTO else pick_domain(names, name)
     own = {} if prompt.seed is None else {"seed": prompt.seed}
     return Request(prompt_ids(trained.tokenizer, prompt.text), chosen, Sampling(**{**settings, **own}))
 
@@ -97,27 +99,27 @@ def _print_text(engine: Engine, prompt: Prompt, request: Request, stream: bool) 
     began = time.monotonic()
     first: float | None = None
 
-    def heard(_: int, event: Event, __: Answer) -> None:
+    def on_event(_: int, event: Event, __: Completion) -> None:
         nonlocal first
         first = first or time.monotonic()
         if stream and event.text:
-            _say(shown(event.text))
+            _write(shown(event.text))
 
     if stream:
-        _say(shown(prompt.text))
+        _write(shown(prompt.text))
     try:
-        answer = complete(engine, [request], heard)[0]
+        completion = complete(engine, [request], on_event)[0]
         if not stream:
-            _say(shown(prompt.text + answer.text))
+            _write(shown(prompt.text + completion.text))
     finally:
         # The prompt of the shell begins a line of its own, after an interruption too.
         if stream or first:
-            _say("\n")
-    written, after = len(answer.events), time.monotonic() - first
+            _write("\n")
+    written, after = len(completion.events), time.monotonic() - first
     rate = f", {compact((written - 1) / after)} tokens/s" if written > 1 else ""
-    if answer.events[-1].domains:
-        print(domains_text(answer.events[-1].domains), file=sys.stderr)
-    why = {"stop": "the text ended", "length": "max-tokens or the window's end was reached"}[answer.finish]
+    if completion.events[-1].domains:
+        print(domains_text(completion.events[-1].domains), file=sys.stderr)
+    why = {"stop": "the text ended", "length": "max-tokens or the window's end was reached"}[completion.finish]
     print(f"{written} tokens in {time.monotonic() - began:.1f} s{rate}; {why}", file=sys.stderr)
 
 
@@ -128,50 +130,50 @@ def _print_lines(engine: Engine, trained: Trained, prompts: list[Prompt], reques
     """
     from pangu_sigma.monitor.progress import progress
 
-    done: dict[int, Answer] = {}
+    done: dict[int, Completion] = {}
     printed = 0
     with progress("generate", len(prompts), unit="prompts") as job:
 
-        def heard(number: int, event: Event, answer: Answer) -> None:
+        def on_event(index: int, event: Event, completion: Completion) -> None:
             nonlocal printed
             if not event.finish:
                 return
-            done[number] = answer
+            done[index] = completion
             while printed in done:
-                _say(_as_json(trained, prompts[printed], requests[printed], done.pop(printed)) + "\n")
+                _write(_as_json(trained, prompts[printed], requests[printed], done.pop(printed)) + "\n")
                 printed += 1
             job.advance()
 
-        answers = complete(engine, requests, heard, go_on=True)
-    failed = {number: answer.error for number, answer in enumerate(answers, 1) if answer.error}
+        completions = complete(engine, requests, on_event, keep_going=True)
+    failed = {position: completion.error for position, completion in enumerate(completions, 1) if completion.error}
     if failed:
-        number, error = next(iter(failed.items()))
-        raise UserError(f"{len(failed)} of {len(answers)} prompts failed; prompt {number}: {error}")
+        position, error = next(iter(failed.items()))
+        raise UserError(f"{len(failed)} of {len(completions)} prompts failed; prompt {position}: {error}")
 
 
-def _as_json(trained: Trained, prompt: Prompt, request: Request, answer: Answer) -> str:
-    domains = answer.events[-1].domains if answer.events else ()  # none of a request that failed at once
-    found: dict[str, Any] = {
+def _as_json(trained: Trained, prompt: Prompt, request: Request, completion: Completion) -> str:
+    domains = completion.events[-1].domains if completion.events else ()  # none of a request that failed at once
+    record: dict[str, Any] = {
         "prompt": prompt.text,
         "domain": domains[0][0] if domains else request.domain,
         **({"domains": dict(domains)} if domains else {}),
-        "text": answer.text,
-        "finish": answer.finish,
-        "ids": [event.token_id for event in answer.events],
+        "text": completion.text,
+        "finish": completion.finish,
+        "ids": [event.token_id for event in completion.events],
     }
-    if answer.error:
-        found["error"] = answer.error
+    if completion.error:
+        record["error"] = completion.error
     if request.sampling.logprobs is not None:
         piece = trained.tokenizer.piece
-        found["logprobs"] = [
+        record["logprobs"] = [
             {
                 "token": piece(event.token_id),
                 "logprob": event.logprob,
                 "top": [{"id": i, "token": piece(i), "logprob": value} for i, value in event.top],
             }
-            for event in answer.events
+            for event in completion.events
         ]
-    return json.dumps(found, ensure_ascii=False)
+    return json.dumps(record, ensure_ascii=False)
 
 
 def domains_text(domains: Sequence[tuple[str, float]]) -> str:
@@ -184,14 +186,14 @@ def _terminal_text(text: str) -> str:
     return "\t".join(printable_lines(part) for part in text.split("\t"))
 
 
-def _say(text: str, out: TextIO | None = None) -> None:
+def _write(text: str, out: TextIO | None = None) -> None:
     out = out or sys.stdout
     out.write(text)
     out.flush()
 
 
-class _piped:
-    """Ends quietly when whoever reads standard output has gone (`| head`)."""
+class _PipedOutput:
+    """Context in which the command ends quietly when whoever reads standard output has gone (`| head`)."""
 
     def __enter__(self) -> None:
         # Text of any language goes out, whatever the locale says.

@@ -1,4 +1,4 @@
-"""Pieces of a layer for inference, on the very parameters of the network: no copies, so training changes show at once.
+"""Inference layers on the parameters of the training network: no copies, so an optimizer step shows at once.
 
 They compute what the cells of `pangu_sigma.model` and `rre` compute, without gradients and for few rows, where other
 forms are fast on CPU: there a native LayerNorm is one operator instead of eight, and a vector by a matrix runs at
@@ -26,21 +26,21 @@ from rre.experts import Experts
 from rre.feed_forward_form import NetworkForm
 from rre.routers.learned_gate import Gate
 
-Named = Mapping[str, Parameter]
+NamedParameters = Mapping[str, Parameter]
 
 
-class Part(nn.Cell):
-    """A cell that leaves the names of the parameters it shares with the network as they are."""
+class InferenceCell(nn.Cell):
+    """Base of inference cells: does not rename the parameters that it shares with the network."""
 
     def __init__(self) -> None:
         super().__init__(auto_prefix=False)
 
 
-class Affine(Part):
-    """x [T, in] @ w [in, out] + b [out], the network's weight and, if it has one, bias of this name; the product in
-    `compute` precision, else float32."""
+class InferenceLinear(InferenceCell):
+    """Linear layer: x [T, in] @ w [in, out] + b [out], with the network's weight of this name and its bias, if it has
+    one; the product in `compute` precision, else float32."""
 
-    def __init__(self, named: Named, name: str, layout: Layout, compute: ms.dtype) -> None:
+    def __init__(self, named: NamedParameters, name: str, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
         self.weight = named[f"{name}.weight"]
         self.has_bias = f"{name}.bias" in named
@@ -60,10 +60,10 @@ class Affine(Part):
         return self.add_bias(y, self.bias) if self.has_bias else y
 
 
-class Norm(Part):
+class InferenceLayerNorm(InferenceCell):
     """Layer normalisation of x_TD with the network's gamma and beta of this name."""
 
-    def __init__(self, named: Named, name: str, model: ModelConfig, layout: Layout) -> None:
+    def __init__(self, named: NamedParameters, name: str, model: ModelConfig, layout: Layout) -> None:
         super().__init__()
         self.gamma, self.beta = named[f"{name}.gamma"], named[f"{name}.beta"]
         self.norm = layout(ops.LayerNorm(1, 1, model.norm_epsilon), (1, 1), (1,), (1,))
@@ -72,10 +72,10 @@ class Norm(Part):
         return self.norm(x, self.gamma, self.beta)[0]
 
 
-class RootMeanSquareNorm(Part):
-    """Normalisation of x_TD by its root mean square with the network's gamma of this name."""
+class InferenceRmsNorm(InferenceCell):
+    """RMS normalisation of x_TD with the network's gamma of this name."""
 
-    def __init__(self, named: Named, name: str, model: ModelConfig, layout: Layout) -> None:
+    def __init__(self, named: NamedParameters, name: str, model: ModelConfig, layout: Layout) -> None:
         super().__init__()
         self.gamma = named[f"{name}.gamma"]
         self.norm = rms_norm(layout, model.norm_epsilon)
@@ -84,14 +84,14 @@ class RootMeanSquareNorm(Part):
         return self.norm(x, self.gamma)[0]
 
 
-def norm(named: Named, name: str, model: ModelConfig, layout: Layout) -> Part:
+def inference_norm(named: NamedParameters, name: str, model: ModelConfig, layout: Layout) -> InferenceCell:
     """The normalisation of the configuration, with the network's parameters of this name."""
-    kind = {"layernorm": Norm, "rmsnorm": RootMeanSquareNorm}[model.norm]
+    kind = {"layernorm": InferenceLayerNorm, "rmsnorm": InferenceRmsNorm}[model.norm]
     return kind(named, name, model, layout)
 
 
-class FeedForward(Part):
-    """x_TD and a network's tensors -> y_TD (see `NetworkForm`); the products in `compute` precision.
+class InferenceFeedForward(InferenceCell):
+    """Feed-forward network: x_TD and its tensors -> y_TD (see `NetworkForm`); the products in `compute` precision.
 
     Written out instead of made of cells: MindSpore visits every cell of a graph in Python at every call.
     """
@@ -123,26 +123,30 @@ class FeedForward(Part):
         return self.product(self.activation(self.product(x, weights[0]))[0], weights[1])
 
 
-class DenseFeedForward(Part):
-    """The network whose tensors begin with `prefix`, for every row; takes and ignores a sparse layer's inputs."""
+class InferenceDenseFeedForward(InferenceCell):
+    """Feed-forward network whose tensors begin with `prefix`, for every row; ignores the inputs of a sparse layer."""
 
-    def __init__(self, named: Named, prefix: str, form: NetworkForm, layout: Layout, compute: ms.dtype) -> None:
+    def __init__(
+        self, named: NamedParameters, prefix: str, form: NetworkForm, layout: Layout, compute: ms.dtype
+    ) -> None:
         super().__init__()
         self.weights = ParameterTuple(named[f"{prefix}.{name}"] for name in form.tensors)
-        self.feed_forward = FeedForward(form, layout, compute)
+        self.feed_forward = InferenceFeedForward(form, layout, compute)
 
     def construct(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         return self.feed_forward(x, self.weights)
 
 
-class ExpertPerRow(Part):
-    """A table-routed layer in a decoding step: row i goes through the expert whose tensors are the i-th inputs."""
+class ExpertPerRow(InferenceCell):
+    """Experts of a table-routed layer in a decode step: row i goes through the expert whose tensors are the i-th
+    inputs.
+    """
 
     def __init__(self, model: ModelConfig, rows: int, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
         self.rows = rows
         self.each = len(model.expert_network.tensors)
-        self.feed_forward = FeedForward(model.expert_network, layout, compute)
+        self.feed_forward = InferenceFeedForward(model.expert_network, layout, compute)
         self.split = layout(ops.Split(0, rows), (1, 1))
         self.concat = layout(ops.Concat(0))
 
@@ -156,9 +160,9 @@ class ExpertPerRow(Part):
         return self.concat(results)
 
 
-class PlannedExperts(Part):
-    """A table-routed layer over a prompt: `inputs` are the rows of N slots and of the dropped (none), the positions,
-    then the tensors of N networks, as training plans them."""
+class PlannedExperts(InferenceCell):
+    """Experts of a table-routed layer over a prompt: `inputs` are the rows of N slots and of the dropped (none), the
+    positions, then the tensors of N networks, as training plans them."""
 
     def __init__(self, model: ModelConfig, slots: int, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
@@ -173,8 +177,8 @@ class PlannedExperts(Part):
         return self.combine(results, rows, position, x)
 
 
-class GatedExperts(Part):
-    """A layer with a learned gate, the network's own, over all E experts, whose tensors are the inputs.
+class GatedExperts(InferenceCell):
+    """Experts of a layer with a learned gate, the network's own, over all E experts, whose tensors are the inputs.
 
     It chooses as in evaluation: without noise, and nothing is dropped. Compiled kernels, where they are, compute all
     experts in one operator of static shapes, which compiles in a moment whatever E is.
@@ -216,8 +220,8 @@ class GatedExperts(Part):
         return self.combine(results, rows, position, x), chosen[1]
 
 
-class WithSharedExpert(Part):
-    """A sparse layer's cell and the network that every row takes beside it: x, inputs -> the sum of both."""
+class WithSharedExpert(InferenceCell):
+    """Routed experts plus the shared expert that every row takes: x, inputs -> the sum of both."""
 
     def __init__(self, routed: nn.Cell, shared: nn.Cell, layout: Layout) -> None:
         super().__init__()
@@ -228,8 +232,8 @@ class WithSharedExpert(Part):
         return self.add(self.routed(x, inputs), self.shared(x, ()))
 
 
-class Layer(Part):
-    """One transformer layer around an attention `core`: h_TD -> (h_TD, what the core keeps).
+class InferenceLayer(InferenceCell):
+    """Transformer layer around an attention `core`: h_TD -> (h_TD, new keys and values).
 
     The core is called with this layer's queries (scaled), keys and values [T, D] and `context`, its own business;
     queries and keys are normalised and turned before, as the configuration says (`turns`: those of `AnglesByRow`). In
@@ -237,20 +241,20 @@ class Layer(Part):
     """
 
     def __init__(
-        self, named: Named, prefix: str, core: nn.Cell, feed_forward: nn.Cell, model: ModelConfig, layout: Layout,
-        compute: ms.dtype,
+        self, named: NamedParameters, prefix: str, core: nn.Cell, feed_forward: nn.Cell, model: ModelConfig,
+        layout: Layout, compute: ms.dtype,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.norm1 = norm(named, f"{prefix}.norm1", model, layout)
-        self.norm2 = norm(named, f"{prefix}.norm2", model, layout)
-        self.query = Affine(named, f"{prefix}.attention.query", layout, compute)
-        self.key = Affine(named, f"{prefix}.attention.key", layout, compute)
-        self.value = Affine(named, f"{prefix}.attention.value", layout, compute)
-        self.projection = Affine(named, f"{prefix}.attention.projection", layout, compute)
+        self.norm1 = inference_norm(named, f"{prefix}.norm1", model, layout)
+        self.norm2 = inference_norm(named, f"{prefix}.norm2", model, layout)
+        self.query = InferenceLinear(named, f"{prefix}.attention.query", layout, compute)
+        self.key = InferenceLinear(named, f"{prefix}.attention.key", layout, compute)
+        self.value = InferenceLinear(named, f"{prefix}.attention.value", layout, compute)
+        self.projection = InferenceLinear(named, f"{prefix}.attention.projection", layout, compute)
         self.normalises = model.attention.qk_norm
         if self.normalises:
-            self.query_norm = norm(named, f"{prefix}.attention.query_norm", model, layout)
-            self.key_norm = norm(named, f"{prefix}.attention.key_norm", model, layout)
+            self.query_norm = inference_norm(named, f"{prefix}.attention.query_norm", model, layout)
+            self.key_norm = inference_norm(named, f"{prefix}.attention.key_norm", model, layout)
         self.rotates = model.position == "rope"
         if self.rotates:
             self.turn = turn(layout, model.heads, model.hidden // model.heads)
@@ -277,7 +281,7 @@ class Layer(Part):
         return self.add(h, self.projection(y)), kept
 
 
-class OutputHead(Part):
+class OutputHead(InferenceCell):
     """Output matrix, tied or not: h_TD, rows `last` int32 [n] or None, word tables -> logits float32 [T, V] or [n, V].
 
     `norm` is the backbone's where no query layer stands between it and the head. Each row is taken under its own table

@@ -11,7 +11,13 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from pangu_sigma.config.model_section import ModelConfig
-from pangu_sigma.generation.inference_layers import GatedExperts, Layer, OutputHead, Part, WithSharedExpert
+from pangu_sigma.generation.inference_layers import (
+    GatedExperts,
+    InferenceCell,
+    InferenceLayer,
+    OutputHead,
+    WithSharedExpert,
+)
 from pangu_sigma.model.layers.mixture_head import MixedLogits
 from parallel.operator_layout import Layout
 from rre.every_expert_layer import RepeatRows, RowsByExpert
@@ -30,7 +36,7 @@ class EveryExpert(GatedExperts):
         return self.rows_by_expert(y, x.shape[0]), log_p_TE
 
 
-class EveryExpertWithShared(Part):
+class EveryExpertWithShared(InferenceCell):
     """`EveryExpert` and the network that every row takes beside each expert: its output is added to every expert's."""
 
     def __init__(self, routed: nn.Cell, shared: nn.Cell, layout: Layout) -> None:
@@ -44,8 +50,8 @@ class EveryExpertWithShared(Part):
         return self.add(y, self.repeat_rows(self.shared(x, ()), y.shape)), log_p_TE
 
 
-class InferenceMixtureLayer(Layer):
-    """A `Layer` whose experts stay unmixed: h_TD -> ((h + y_i of every expert [E * T, D], log p [T, E]), cache)."""
+class InferenceMixtureLayer(InferenceLayer):
+    """A `InferenceLayer` whose experts stay unmixed: h_TD -> ((h + y_i of every expert [E * T, D], log p [T, E]), cache)."""
 
     def __init__(self, *arguments) -> None:
         super().__init__(*arguments)
@@ -81,8 +87,8 @@ class TopLayerCells(NamedTuple):
     a shared expert, the layer around experts, and the head."""
 
     gated_experts: type[GatedExperts]
-    with_shared_expert: type[Part]
-    layer: type[Layer]
+    with_shared_expert: type[InferenceCell]
+    layer: type[InferenceLayer]
     head: type[OutputHead]
 
 
@@ -90,4 +96,4 @@ def top_layer_cells(model: ModelConfig) -> TopLayerCells:
     """The cells of a competitive mixture, or of every other model."""
     if model.is_competitive_mixture:
         return TopLayerCells(EveryExpert, EveryExpertWithShared, InferenceMixtureLayer, InferenceMixtureHead)
-    return TopLayerCells(GatedExperts, WithSharedExpert, Layer, OutputHead)
+    return TopLayerCells(GatedExperts, WithSharedExpert, InferenceLayer, OutputHead)

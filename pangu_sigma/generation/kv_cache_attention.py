@@ -1,4 +1,4 @@
-"""Attention over a prompt, and attention over a cache in forms that compute the same.
+"""KV-cache attention: over a prompt, and over a cache in three forms that compute the same.
 
 Legend: B rows of the batch (one token of one text each), C positions of a prompt, L positions that a cache holds,
 H heads, W head width. Everything is laid out head by head, [B*H, L, W], so that a row's query, key and value [B, D] are
@@ -11,55 +11,55 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, ops
 
-from pangu_sigma.generation.inference_layers import Part
+from pangu_sigma.generation.inference_layers import InferenceCell
 from pangu_sigma.model.layers.native_attention import MASKED_SCORE
 from parallel.operator_layout import Layout
 
-THREE = (1, 1, 1)
+THREE_AXES = (1, 1, 1)
 
 
-class Weighing(Part):
-    """Base of all forms: softmax(q k^T + mask) v over three axes, products in the precision of k and v, softmax in
-    float32."""
+class DotProductAttention(InferenceCell):
+    """Dot-product attention, base of all forms: softmax(q k^T + mask) v over three axes, products in the precision of k
+    and v, softmax in float32."""
 
     def __init__(self, layout: Layout, precision: ms.dtype) -> None:
         super().__init__()
         self.low = precision != ms.float32
         self.precision = precision
-        self.by_transposed = layout(ops.BatchMatMul(transpose_b=True), THREE, THREE)
-        self.product = layout(ops.BatchMatMul(), THREE, THREE)
-        self.softmax = layout(ops.Softmax(-1), THREE)
-        self.add = layout(ops.Add(), THREE, THREE)
-        self.cast = layout(ops.Cast(), THREE)
+        self.multiply_transposed = layout(ops.BatchMatMul(transpose_b=True), THREE_AXES, THREE_AXES)
+        self.multiply = layout(ops.BatchMatMul(), THREE_AXES, THREE_AXES)
+        self.softmax = layout(ops.Softmax(-1), THREE_AXES)
+        self.add = layout(ops.Add(), THREE_AXES, THREE_AXES)
+        self.cast = layout(ops.Cast(), THREE_AXES)
 
-    def weigh(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """q [N, Q, W], k and v [N, L, W], additive mask [N, Q, L] -> [N, Q, W]."""
-        return self.mix(self.softmax(self.add(self.scores(q, k), mask)), v)
+        return self.weighted_sum(self.softmax(self.add(self.scores(q, k), mask)), v)
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """q k^T, float32 [N, Q, L]."""
         if self.low:
-            return self.cast(self.by_transposed(self.lowered(q), k), ms.float32)
-        return self.by_transposed(q, k)
+            return self.cast(self.multiply_transposed(self.lowered(q), k), ms.float32)
+        return self.multiply_transposed(q, k)
 
-    def mix(self, p: Tensor, v: Tensor) -> Tensor:
+    def weighted_sum(self, p: Tensor, v: Tensor) -> Tensor:
         """p [N, Q, L] @ v, float32 [N, Q, W]."""
         if self.low:
-            return self.cast(self.product(self.lowered(p), v), ms.float32)
-        return self.product(p, v)
+            return self.cast(self.multiply(self.lowered(p), v), ms.float32)
+        return self.multiply(p, v)
 
     def lowered(self, x: Tensor) -> Tensor:
         """x in the precision of the products."""
         return self.cast(x, self.precision) if self.low else x
 
 
-class PromptAttention(Weighing):
+class PromptAttention(DotProductAttention):
     """Causal attention of one document over itself: q, k, v [C, D] -> (y [C, D], (k, v))."""
 
     def __init__(self, heads: int, width: int, layout: Layout, precision: ms.dtype) -> None:
         super().__init__(layout, precision)
         self.heads, self.width = heads, width
-        self.transpose = layout(ops.Transpose(), THREE)
+        self.transpose = layout(ops.Transpose(), THREE_AXES)
 
     def split(self, x: Tensor) -> Tensor:
         """x [C, D] of all heads -> [H, C, W]."""
@@ -68,7 +68,7 @@ class PromptAttention(Weighing):
     def construct(self, q: Tensor, k: Tensor, v: Tensor, context: tuple[Tensor, ...]):
         length = q.shape[0]
         heads_k, heads_v = self.lowered(self.split(k)), self.lowered(self.split(v))
-        y = self.weigh(self.split(q), heads_k, heads_v, context[0])
+        y = self.attend(self.split(q), heads_k, heads_v, context[0])
         y = self.transpose(y, (1, 0, 2)).reshape(length, self.heads * self.width)
         return y, (heads_k, heads_v)
 
@@ -79,32 +79,32 @@ def causal_mask(heads: int, length: int) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(mask, (heads, length, length)))
 
 
-class Here(Part):
-    """positions int32 [B] -> float32 [B*H, 1, L]: 1 at a row's position, else 0."""
+class PositionOneHot(InferenceCell):
+    """One-hot encoding of positions: int32 [B] -> float32 [B*H, 1, L], 1 at a row's position, else 0."""
 
     def __init__(self, rows: int, heads: int, length: int, layout: Layout) -> None:
         super().__init__()
         self.shape = (rows, heads, length)
         self.keys = Tensor(np.arange(length, dtype=np.int32).reshape(1, 1, length))
-        self.equal = layout(ops.Equal(), THREE, THREE)
-        self.cast = layout(ops.Cast(), THREE)
-        self.spread = layout(ops.BroadcastTo(self.shape), THREE)
+        self.equal = layout(ops.Equal(), THREE_AXES, THREE_AXES)
+        self.cast = layout(ops.Cast(), THREE_AXES)
+        self.spread = layout(ops.BroadcastTo(self.shape), THREE_AXES)
 
     def construct(self, positions: Tensor) -> Tensor:
-        here = self.spread(self.cast(self.equal(self.keys, positions.reshape(-1, 1, 1)), ms.float32))
-        return here.reshape(self.shape[0] * self.shape[1], 1, self.shape[2])
+        one_hot = self.spread(self.cast(self.equal(self.keys, positions.reshape(-1, 1, 1)), ms.float32))
+        return one_hot.reshape(self.shape[0] * self.shape[1], 1, self.shape[2])
 
 
-class CacheMask(Part):
-    """positions int32 [B] -> additive mask [B*H, 1, L] that shows keys up to a row's position, once per step."""
+class CacheMask(InferenceCell):
+    """Additive mask of a cache: positions int32 [B] -> [B*H, 1, L] that shows keys up to a row's position."""
 
     def __init__(self, rows: int, heads: int, length: int, layout: Layout) -> None:
         super().__init__()
         self.shape = (rows, heads, length)
         self.keys = Tensor(np.arange(length, dtype=np.int32).reshape(1, 1, length))
-        self.less_equal = layout(ops.LessEqual(), THREE, THREE)
-        self.cast = layout(ops.Cast(), THREE)
-        self.spread = layout(ops.BroadcastTo(self.shape), THREE)
+        self.less_equal = layout(ops.LessEqual(), THREE_AXES, THREE_AXES)
+        self.cast = layout(ops.Cast(), THREE_AXES)
+        self.spread = layout(ops.BroadcastTo(self.shape), THREE_AXES)
 
     def construct(self, positions: Tensor) -> Tensor:
         visible = self.cast(self.less_equal(self.keys, positions.reshape(-1, 1, 1)), ms.float32)
@@ -112,10 +112,10 @@ class CacheMask(Part):
         return mask.reshape(self.shape[0] * self.shape[1], 1, self.shape[2])
 
 
-class StoredCache(Weighing):
-    """A layer's cache as two parameters [B*H, L, W], written by the graph: q, k, v [B, D] -> (y [B, D], ()).
+class ParameterCacheAttention(DotProductAttention):
+    """Attention over a cache in two parameters [B*H, L, W], which the graph writes: q, k, v [B, D] -> (y [B, D], ()).
 
-    The form for accelerators, where the cache must stay on the device. `context`: places int32 [B*H, 2] to write to
+    The form for accelerators, where the cache must stay on the device. `context`: indices int32 [B*H, 2] to write to
     (row and head, position) and the mask of `CacheMask`.
     """
 
@@ -132,55 +132,56 @@ class StoredCache(Weighing):
         self.write = layout(ops.ScatterNdUpdate())
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, context: tuple[Tensor, ...]):
-        places, mask = context
-        keys = self.write(self.keys, places, self.lowered(k.reshape(self.flat)))
-        values = self.write(self.values, places, self.lowered(v.reshape(self.flat)))
-        return self.weigh(q.reshape(self.query_shape), keys, values, mask).reshape(self.out_shape), ()
+        indices, mask = context
+        keys = self.write(self.keys, indices, self.lowered(k.reshape(self.flat)))
+        values = self.write(self.values, indices, self.lowered(v.reshape(self.flat)))
+        return self.attend(q.reshape(self.query_shape), keys, values, mask).reshape(self.out_shape), ()
 
 
-class ReadCache(Weighing):
-    """A layer's cache as two inputs that are only read: q, k, v [B, D] -> (y [B, D], (k, v) [B*H, 1, W]).
+class ReadOnlyCacheAttention(DotProductAttention):
+    """Attention over a cache in two inputs that are only read: q, k, v [B, D] -> (y [B, D], (k, v) [B*H, 1, W]).
 
     The form for CPU, where the host writes the new rows into memory that it shares with the inputs; there an update
-    inside the graph copies the cache. `context`: keys, values [B*H, L, W], zero from a row's position on; `here`
-    float32 [B*H, 1, L], 1 at a row's position and else 0; the mask of `CacheMask`. So the score of the row's own key is
-    added where the cache gave 0, and its own value is mixed in by the weight that stands there.
+    inside the graph copies the cache. `context`: keys, values [B*H, L, W], zero from a row's position on; the
+    `PositionOneHot` [B*H, 1, L]; the mask of `CacheMask`. So the score of the row's own key is
+    added where the cache gave 0, and its own value is mixed in by the weight at its position.
     """
 
     def __init__(self, rows: int, heads: int, width: int, layout: Layout, precision: ms.dtype) -> None:
         super().__init__(layout, precision)
         self.shape = (rows * heads, 1, width)
         self.out_shape = (rows, heads * width)
-        self.spread = layout(ops.BatchMatMul(), THREE, THREE)
-        self.pick = layout(ops.BatchMatMul(transpose_b=True), THREE, THREE)
+        self.spread = layout(ops.BatchMatMul(), THREE_AXES, THREE_AXES)
+        self.pick = layout(ops.BatchMatMul(transpose_b=True), THREE_AXES, THREE_AXES)
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, context: tuple[Tensor, ...]):
-        keys, values, here, mask = context
+        keys, values, one_hot, mask = context
         q, k, v = q.reshape(self.shape), self.lowered(k.reshape(self.shape)), self.lowered(v.reshape(self.shape))
-        scores = self.add(self.scores(q, keys), self.spread(self.scores(q, k), here))
+        scores = self.add(self.scores(q, keys), self.spread(self.scores(q, k), one_hot))
         p = self.softmax(self.add(scores, mask))
-        y = self.add(self.mix(p, values), self.mix(self.pick(p, here), v))
+        y = self.add(self.weighted_sum(p, values), self.weighted_sum(self.pick(p, one_hot), v))
         return y.reshape(self.out_shape), (k, v)
 
 
-class GivenCache(Weighing):
-    """A layer's cache as input and output, for exported graphs: q, k, v [B, D] -> (y [B, D], (keys, values)).
+class ReturnedCacheAttention(DotProductAttention):
+    """Attention over a cache that is input and output, for exported graphs: q, k, v [B, D] -> (y [B, D], (keys,
+    values)).
 
-    `context`: keys, values [B*H, L, W], `here` float32 [B*H, L, 1] (1 at a row's position, else 0), the mask.
+    `context`: keys, values [B*H, L, W], one-hot positions float32 [B*H, L, 1], the mask.
     """
 
     def __init__(self, rows: int, heads: int, width: int, layout: Layout, precision: ms.dtype) -> None:
         super().__init__(layout, precision)
         self.shape = (rows * heads, 1, width)
         self.out_shape = (rows, heads * width)
-        self.mul = layout(ops.Mul(), THREE, THREE)
+        self.mul = layout(ops.Mul(), THREE_AXES, THREE_AXES)
 
-    def written(self, cache: Tensor, row: Tensor, here: Tensor) -> Tensor:
+    def write(self, cache: Tensor, row: Tensor, one_hot: Tensor) -> Tensor:
         """The cache [B*H, L, W] with `row` [B, D] at each row's own position."""
-        row, here = self.lowered(row.reshape(self.shape)), self.lowered(here)
-        return self.add(self.mul(cache, 1.0 - here), self.mul(row, here))
+        row, one_hot = self.lowered(row.reshape(self.shape)), self.lowered(one_hot)
+        return self.add(self.mul(cache, 1.0 - one_hot), self.mul(row, one_hot))
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, context: tuple[Tensor, ...]):
-        keys, values, here, mask = context
-        keys, values = self.written(keys, k, here), self.written(values, v, here)
-        return self.weigh(q.reshape(self.shape), keys, values, mask).reshape(self.out_shape), (keys, values)
+        keys, values, one_hot, mask = context
+        keys, values = self.write(keys, k, one_hot), self.write(values, v, one_hot)
+        return self.attend(q.reshape(self.shape), keys, values, mask).reshape(self.out_shape), (keys, values)

@@ -1,4 +1,4 @@
-"""Logits with a cache of keys and values: a prompt in one go, then one token a step for all texts together.
+"""KV-cache decoder: prefill of a prompt, then one token a step for all texts together.
 
 What is exact: a prompt is computed alone in a graph whose shape follows from its own length, and the compiled kernels
 compute every row of a decoding step by itself; so nothing depends on what else is in the batch, to the bit. Without
@@ -17,8 +17,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from pangu_sigma.generation.decode_batch import Batch, DeviceBatch, SharedBatch
-from pangu_sigma.generation.decode_graphs import PromptGraph, cache_precision, own_tables
+from pangu_sigma.generation.decode_batch import DecodeBatch, DeviceDecodeBatch, HostDecodeBatch
+from pangu_sigma.generation.decode_graphs import PrefillGraph, cache_precision, own_tables
 from pangu_sigma.model.model import Model
 from rre.dispatch.expert_dispatch import plan_by_expert
 
@@ -43,8 +43,8 @@ def buckets(smallest: int, largest: int) -> list[int]:
 
 
 @dataclass
-class _Text:
-    """One text under way: its last document's length so far and last token, its domain, its row in the batch."""
+class _Sequence:
+    """One text being decoded: length of its last document so far, last token, domain, row in the batch."""
 
     length: int
     last: int
@@ -52,7 +52,7 @@ class _Text:
     row: int = -1
 
 
-class CachedDecoder:
+class KvCacheDecoder:
     """Decodes up to `slots` texts of one model together.
 
     The batch grows and shrinks with the texts: rows are powers of two up to `slots`, cache positions powers of two
@@ -70,30 +70,32 @@ class CachedDecoder:
         self._cache_lengths = buckets(shortest_cache, self.window)
         self._layer_names = model.config.model.sparse_prefixes
         self._own_tables = own_tables(model)
-        self._prompts: dict[tuple[int, bool], PromptGraph] = {}
-        self._kind = DeviceBatch if (model.layout.native if on_device is None else on_device) else SharedBatch
-        self._batches: dict[tuple[int, int], Batch] = {}
-        self._batch: Batch | None = None
-        self._texts: dict[int, _Text] = {}
-        self._roomy = 0
+        self._prefill_graphs: dict[tuple[int, bool], PrefillGraph] = {}
+        self._batch_class = (
+            DeviceDecodeBatch if (model.layout.native if on_device is None else on_device) else HostDecodeBatch
+        )
+        self._batches: dict[tuple[int, int], DecodeBatch] = {}
+        self._batch: DecodeBatch | None = None
+        self._texts: dict[int, _Sequence] = {}
+        self._steps_with_room = 0
 
     def score(self, ids: Sequence[int], domain: int) -> np.ndarray:
         """Logits float32 [n, V] after each of `ids` [n], one document of at most `window` tokens."""
-        return self._prompt(ids, domain, every=True)[0]
+        return self._prefill(ids, domain, every=True)[0]
 
     def begin(self, slot: int, ids: Sequence[int], domain: int) -> np.ndarray:
         """Give `slot` to a text that begins with the document `ids`; logits float32 [V] after the last."""
         self._texts.pop(slot, None)
-        logits, cache = self._prompt(ids, domain, every=False)
-        text = _Text(len(ids), ids[-1], domain)
-        self._fit([*self._texts.values(), text])
+        logits, cache = self._prefill(ids, domain, every=False)
+        text = _Sequence(len(ids), ids[-1], domain)
+        self._resize_batch([*self._texts.values(), text])
         text.row = min(set(range(self._batch.rows)) - {other.row for other in self._texts.values()})
-        self._batch.join(text.row, [part[:, : len(ids)] for part in cache])
+        self._batch.join(text.row, [layer[:, : len(ids)] for layer in cache])
         self._texts[slot] = text
         return logits[0]
 
     def step(self, tokens: dict[int, int]) -> dict[int, np.ndarray]:
-        """Append a token to some slots (slot -> id); slot -> logits float32 [V] after it. Other slots stand still."""
+        """Append a token to some slots (slot -> id); slot -> logits float32 [V] after it. Other slots do not change."""
         for slot, token in tokens.items():
             text = self._texts[slot]
             # Attention and positions restart after a document's end, so the cache is simply empty again.
@@ -102,7 +104,7 @@ class CachedDecoder:
                 self._batch.clear(text.row)
             text.length += 1
             text.last = token
-        self._fit(list(self._texts.values()))
+        self._resize_batch(list(self._texts.values()))
         rows = self._batch.rows
         ids = np.full(rows, self.model.eod_id, np.int32)
         positions = np.zeros(rows, np.int32)
@@ -111,7 +113,7 @@ class CachedDecoder:
         for text in self._texts.values():
             ids[text.row], positions[text.row], domain[text.row] = text.last, text.length - 1, text.domain
             used.append(text.row)
-        # Rows without a text repeat the first one's inputs, whose weights are at hand.
+        # Rows without a text repeat the first one's inputs, so that no other weights are read.
         free = np.setdiff1d(np.arange(rows), used)
         ids[free], domain[free] = ids[used[0]], domain[used[0]]
         moving = [self._texts[slot].row for slot in tokens]
@@ -119,93 +121,91 @@ class CachedDecoder:
         return {slot: logits[self._texts[slot].row] for slot in tokens}
 
     def end(self, slot: int) -> None:
-        """The slot's text is over."""
+        """Free the slot."""
         self._texts.pop(slot, None)
 
     def warm_ups(self, scores: bool) -> list[Callable[[], None]]:
         """Calls that each compile, by running it, a graph that texts can need; with `scores` also those of `score`."""
-        found: list[Callable[[], None]] = []
+        graphs: list[Callable[[], None]] = []
         for size in buckets(SHORTEST_PROMPT, self.window):
             for every in (False, True) if scores else (False,):
-                found.append(partial(self._prompt, [self.model.eod_id] * size, 0, every))
+                graphs.append(partial(self._prefill, [self.model.eod_id] * size, 0, every))
         for rows in buckets(1, self.slots):
             for length in self._cache_lengths:
-                found.append(partial(self._warm_up_batch, rows, length))
-        return found
+                graphs.append(partial(self._warm_up_batch, rows, length))
+        return graphs
 
     def _warm_up_batch(self, rows: int, length: int) -> None:
-        batch = self._sized(rows, length)
+        batch = self._batch_of_size(rows, length)
         nothing = np.zeros((batch.heads, 0, batch.width), ms.dtype_to_nptype(cache_precision(self.model)))
         batch.join(0, [nothing] * (2 * self.model.config.model.layers))
         zeros = np.zeros(rows, np.int32)
         batch.step(zeros, zeros, [0], self._row_inputs(zeros, zeros))
 
-    def _sized(self, rows: int, length: int) -> Batch:
+    def _batch_of_size(self, rows: int, length: int) -> DecodeBatch:
         if (rows, length) not in self._batches:
-            self._batches[rows, length] = self._kind(self.model, rows, length)
+            self._batches[rows, length] = self._batch_class(self.model, rows, length)
         return self._batches[rows, length]
 
-    def _prompt(self, ids: Sequence[int], domain: int, every: bool) -> tuple[np.ndarray, list[np.ndarray]]:
+    def _prefill(self, ids: Sequence[int], domain: int, every: bool) -> tuple[np.ndarray, list[np.ndarray]]:
         """Logits after the last (or every) of `ids`, and keys and values [H, C, W] of every layer."""
         size = bucket(len(ids), SHORTEST_PROMPT, self.window)
-        if (size, every) not in self._prompts:
-            self._prompts[size, every] = PromptGraph(self.model, size, every)
-        graph = self._prompts[size, every]
+        if (size, every) not in self._prefill_graphs:
+            self._prefill_graphs[size, every] = PrefillGraph(self.model, size, every)
+        graph = self._prefill_graphs[size, every]
         # What stands behind the prompt is not seen by it; its keys and values are overwritten before they are seen.
         tokens = np.full(size, ids[-1], np.int32)
         tokens[: len(ids)] = ids
         last = np.array([len(ids) - 1], np.int32)
-        found = graph(Tensor(tokens), Tensor(last), *self._prompt_inputs(tokens, domain, graph.slots))
-        logits = found[0].asnumpy()
-        return logits[: len(ids)] if every else logits, [cache.asnumpy() for cache in found[1:]]
+        outputs = graph(Tensor(tokens), Tensor(last), *self._prefill_inputs(tokens, domain, graph.slots))
+        logits = outputs[0].asnumpy()
+        return logits[: len(ids)] if every else logits, [cache.asnumpy() for cache in outputs[1:]]
 
-    def _prompt_inputs(self, tokens: np.ndarray, domain: int, slots: int) -> list[Tensor]:
+    def _prefill_inputs(self, tokens: np.ndarray, domain: int, slots: int) -> list[Tensor]:
         model, store = self.model, self.model.store
-        found = store.fetch("embedding", [domain]) if self._own_tables else []
+        inputs = store.fetch("embedding", [domain]) if self._own_tables else []
         for layer_name, router in zip(self._layer_names, model.routers, strict=True):
             if router.learned:
-                found += store.fetch(layer_name, range(model.groups.total))
+                inputs += store.fetch(layer_name, range(model.groups.total))
                 continue
             ids = router.assign(tokens[None], np.array([domain]), 0, np.zeros(1, np.int64), False).expert_ids
             experts = np.unique(ids)
-            # A number that no expert has makes a slot without rows; it computes nothing, whoever's weights it is given.
-            nobody = np.full(slots - experts.size, model.groups.total)
-            plan = plan_by_expert(ids, np.concatenate([experts, nobody]))
-            found += [Tensor(rows) for rows in plan.rows]
-            found.append(Tensor(plan.position))
-            found += store.fetch(layer_name, np.concatenate([experts, np.full_like(nobody, experts[0])]))
-        return found
+            # An id that no expert has makes a slot without rows; it computes nothing, whatever weights it is given.
+            unused = np.full(slots - experts.size, model.groups.total)
+            plan = plan_by_expert(ids, np.concatenate([experts, unused]))
+            inputs += [Tensor(rows) for rows in plan.rows]
+            inputs.append(Tensor(plan.position))
+            inputs += store.fetch(layer_name, np.concatenate([experts, np.full_like(unused, experts[0])]))
+        return inputs
 
     def _row_inputs(self, ids: np.ndarray, domain: np.ndarray) -> list[Tensor]:
         model, store = self.model, self.model.store
-        found = store.fetch("embedding", domain) if self._own_tables else []
+        inputs = store.fetch("embedding", domain) if self._own_tables else []
         samples = np.zeros(ids.size, np.int64)
         for layer_name, router in zip(self._layer_names, model.routers, strict=True):
             if router.learned:
-                found += store.fetch(layer_name, range(model.groups.total))
+                inputs += store.fetch(layer_name, range(model.groups.total))
             else:
-                found += store.fetch(
-                    layer_name, router.assign(ids[:, None], domain, 0, samples, False).expert_ids[:, 0]
-                )
-        return found
+                inputs += store.fetch(layer_name, router.assign(ids[:, None], domain, 0, samples, False).expert_ids[:, 0])
+        return inputs
 
-    def _fit(self, texts: list[_Text]) -> None:
-        """Have a batch with room for `texts`, and not much more for long; texts move with their caches."""
+    def _resize_batch(self, texts: list[_Sequence]) -> None:
+        """Make the batch large enough for `texts`, and smaller after a while; texts move with their caches."""
         rows = bucket(len(texts), 1, self.slots)
         length = bucket(max(text.length for text in texts), self._cache_lengths[0], self.window)
-        now = self._batch
-        if now is not None:
-            roomy = rows < now.rows or length < now.length
-            self._roomy = self._roomy + 1 if roomy else 0
-            if rows <= now.rows and length <= now.length and self._roomy < PATIENCE:
+        current = self._batch
+        if current is not None:
+            roomy = rows < current.rows or length < current.length
+            self._steps_with_room = self._steps_with_room + 1 if roomy else 0
+            if rows <= current.rows and length <= current.length and self._steps_with_room < PATIENCE:
                 return
-            if self._roomy < PATIENCE:
-                rows, length = max(rows, now.rows), max(length, now.length)
-        self._roomy = 0
-        self._batch = self._sized(rows, length)
+            if self._steps_with_room < PATIENCE:
+                rows, length = max(rows, current.rows), max(length, current.length)
+        self._steps_with_room = 0
+        self._batch = self._batch_of_size(rows, length)
         moving = [text for text in texts if text.row >= 0]
         if moving:
-            held = now.read()
+            caches = current.read()
             for row, text in enumerate(moving):
-                self._batch.join(row, now.part(held, text.row, text.length))
+                self._batch.join(row, current.row_cache(caches, text.row, text.length))
                 text.row = row

@@ -1,4 +1,4 @@
-"""Where the prompts of the command line come from, and what is wrong with them."""
+"""Prompts of the command line: read from an option, a file or standard input, and checked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pangu_sigma.errors import UserError
 
 @dataclass(frozen=True)
 class Prompt:
-    """One text to continue; `domain` and `seed` where it brings its own."""
+    """One text to continue; `domain` and `seed` source it has its own."""
 
     text: str
     domain: str | None = None
@@ -21,8 +21,8 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Where prompts come from: `prompt` itself, `file` ("-" is standard input), or standard input if neither is given.
+class PromptSource:
+    """Source of prompts: `prompt` itself, `file` ("-" is standard input), or standard input if neither is given.
 
     With `jsonl`, every line is a prompt of its own.
     """
@@ -37,16 +37,16 @@ class Asked:
             if self.file is not None or self.jsonl:
                 raise UserError("--prompt cannot be given together with --file or --jsonl; leave one out")
             return [Prompt(self.prompt)]
-        text, name = self._text()
+        text, name = self._read()
         if self.jsonl:
-            prompts = list(_lines(text, name))
+            prompts = list(_parse_lines(text, name))
             if not prompts:
                 raise UserError(f'{name} holds no prompt; give one {{"prompt": TEXT}} a line')
             return prompts
         # Editors and `echo` end a text with a line end that is not meant to be continued behind.
         return [Prompt(text.removesuffix("\n").removesuffix("\r"))]
 
-    def _text(self) -> tuple[str, str]:
+    def _read(self) -> tuple[str, str]:
         standard = self.file is None or str(self.file) == "-"
         name = "standard input" if standard else str(self.file)
         if self.file is None and sys.stdin.isatty():
@@ -61,21 +61,21 @@ class Asked:
             raise UserError(f"{name} is not UTF-8 text at byte {error.start}; convert it") from error
 
 
-def _lines(text: str, name: str) -> Iterator[Prompt]:
-    for number, line in enumerate(text.split("\n"), 1):
+def _parse_lines(text: str, name: str) -> Iterator[Prompt]:
+    for line_number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        where = f"line {number} of {name}"
+        source = f"line {line_number} of {name}"
         try:
             value = json.loads(line)
         except ValueError as error:
-            raise UserError(f'{where} is not JSON ({error}); write {{"prompt": TEXT}}') from error
+            raise UserError(f'{source} is not JSON ({error}); write {{"prompt": TEXT}}') from error
         if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
-            raise UserError(f'{where} has no text under "prompt"; write {{"prompt": TEXT}}')
+            raise UserError(f'{source} has no text under "prompt"; write {{"prompt": TEXT}}')
         unknown = set(value) - {"prompt", "domain", "seed"}
         if unknown:
-            raise UserError(f'{where} has the unknown key "{min(unknown)}"; known are prompt, domain and seed')
+            raise UserError(f'{source} has the unknown key "{min(unknown)}"; known are prompt, domain and seed')
         domain, seed = value.get("domain"), value.get("seed")
         if not isinstance(domain, str | None) or not (seed is None or type(seed) is int):
-            raise UserError(f'{where}: "domain" must be text and "seed" a whole number')
+            raise UserError(f'{source}: "domain" must be text and "seed" a whole number')
         yield Prompt(value["prompt"], domain, seed)

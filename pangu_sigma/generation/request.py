@@ -1,4 +1,4 @@
-"""What is asked of the engine and what it answers; nothing here computes or imports MindSpore."""
+"""Requests to the engine, sampling parameters, and the events that it answers with; without MindSpore."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AUTO = INFERRED_DOMAIN  # the domain of a text that is to be inferred from it
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen, and when the text ends. Raises UserError for values that mean nothing.
+    """Sampling parameters of a request, and when its text ends. Raises UserError for values out of range.
 
     max_tokens: most tokens to write; 0 only scores the prompt (with `echo`).
     temperature: 0 takes the likeliest token (the lower id among equals); higher is freer.
@@ -31,7 +31,7 @@ class Sampling:
     multiplied where negative (arXiv 1909.05858, section 4.1); 1 changes nothing.
     stop: the text ends before the first of these strings. stop_ids: the text ends before one of these tokens, as it
     always does before an end-of-document token.
-    seed: draws depend on (seed, number of the token in the answer) alone.
+    seed: draws depend on (seed, index of the token in the answer) alone.
     logprobs: None, or how many of the likeliest alternatives every event names beside its own token's logarithm.
     echo: also score the prompt's tokens; the scores come with the first event.
     """
@@ -66,7 +66,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """Ids to continue with the experts of `domain`, or of those that it seems to belong to (`AUTO`).
+    """One request: ids to continue with the experts of `domain`, or of the inferred domains (`AUTO`).
 
     `prompt_ids` is all that the model sees; see `prompt_ids()`.
     """
@@ -78,7 +78,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Score:
-    """One prompt token: its log-probability (nats) after everything before it, None for the first; alternatives."""
+    """Score of one prompt token: its log-probability (nats) after everything before it, None for the first;
+    alternatives.
+    """
 
     token_id: int
     logprob: float | None
@@ -87,19 +89,18 @@ class Score:
 
 @dataclass(frozen=True)
 class Event:
-    """One step of one request; every token that was chosen gives exactly one event, in order.
+    """Event of one request in one step; every sampled token gives exactly one event, in order.
 
-    token_id: the token; None in the single event of a request with max_tokens 0, and in one that says an error. The
-    token that ended the text (end of document, one of `stop_ids`) is told too, and is no part of the text.
-    text: what can be said now. Bytes of an unfinished character and letters that may yet become a stop string wait for
-    a later event; the texts of all events joined are the answer.
-    logprob: natural logarithm of the token's probability under the model itself (before temperature, top-k, top-p and
-    repetition penalty), None unless `logprobs` was asked for; top: the likeliest (id, logprob), best first.
-    prompt_scores: with `echo`, in the first event: one for every prompt token; otherwise ().
-    finish: None while the text goes on; "stop" at an end-of-document token, a stop id or a stop string; "length" at
-    max_tokens or when the model's window is full; "error" when no token could be chosen (then token_id is None).
-    error: with finish "error", a sentence that says why.
-    domains: of a text whose domain is inferred, the (domain, posterior) of those that write it, best first.
+    token_id: the token; None in the single event of a request with max_tokens 0, and in one with an error. The token
+    that ended the text (end of document, one of `stop_ids`) has an event too, and is no part of the text. text: the
+    text that is certain now. Bytes of an unfinished character and letters that may yet become a stop string wait for a
+    later event; the texts of all events joined are the answer. logprob: natural logarithm of the token's probability
+    under the model itself (before temperature, top-k, top-p and repetition penalty), None unless `logprobs` was asked
+    for; top: the likeliest (id, logprob), best first. prompt_scores: with `echo`, in the first event: one for every
+    prompt token; otherwise (). finish: None while the text goes on; "stop" at an end-of-document token, a stop id or a
+    stop string; "length" at max_tokens or when the model's window is full; "error" when no token could be chosen (then
+    token_id is None). error: with finish "error", the reason in a sentence. domains: of a text whose domain is
+    inferred, the (domain, posterior) of those that write it, best first.
     """
 
     request_id: int
@@ -118,13 +119,13 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     return (tokenizer.eod_id, *tokenizer.encode(text))
 
 
-def pick_domain(names: Sequence[str], wanted: str | None) -> str:
+def pick_domain(names: Sequence[str], name: str | None) -> str:
     """The domain to write with; a model of one domain needs none named. Raises UserError."""
-    if wanted is None:
+    if name is None:
         if len(names) == 1:
             return names[0]
         raise UserError(f"the model has the domains {', '.join(names)}: choose one with --domain")
-    if wanted not in names:
-        near = get_close_matches(wanted, names, n=1, cutoff=0.0)
-        raise UserError(f"the model has no domain '{wanted}'; did you mean '{near[0]}'?")
-    return wanted
+    if name not in names:
+        near = get_close_matches(name, names, n=1, cutoff=0.0)
+        raise UserError(f"the model has no domain '{name}'; did you mean '{near[0]}'?")
+    return name

@@ -1,4 +1,4 @@
-"""From logits to a token: repetition penalty, temperature, top-k, top-p, a counted draw; and log-probabilities."""
+"""Sampling of a token from logits: repetition penalty, temperature, top-k, top-p, a counted draw; log-probabilities."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pangu_sigma.generation.request import Alternatives, Sampling
 from rre.counted_random import key64, uniform
 
 
-def choose(logits: np.ndarray, sampling: Sampling, number: int, seen: Collection[int]) -> int:
-    """The answer's token `number` (from 0) given logits float32 [V] and the ids `seen` so far, prompt included.
+def sample_token(logits: np.ndarray, sampling: Sampling, index: int, seen: Collection[int]) -> int:
+    """Sample the answer's token `index` (from 0) given logits float32 [V] and the ids `seen` so far, prompt included.
 
     Order of the rules: penalty, temperature, top-k, top-p. Ties at top-k's border are all kept; top-p keeps the
     likeliest until their sum reaches it, lower ids first among equals.
@@ -19,8 +19,10 @@ def choose(logits: np.ndarray, sampling: Sampling, number: int, seen: Collection
     scores = logits.astype(np.float64)
     if sampling.repetition_penalty != 1.0 and seen:
         ids = np.fromiter(seen, np.int64)
-        held = scores[ids]
-        scores[ids] = np.where(held > 0, held / sampling.repetition_penalty, held * sampling.repetition_penalty)
+        repeated = scores[ids]
+        scores[ids] = np.where(
+            repeated > 0, repeated / sampling.repetition_penalty, repeated * sampling.repetition_penalty
+        )
     if sampling.temperature == 0.0:
         return int(np.argmax(scores))
     scores = (scores - scores.max()) / sampling.temperature
@@ -34,7 +36,7 @@ def choose(logits: np.ndarray, sampling: Sampling, number: int, seen: Collection
         before = np.cumsum(p[order]) - p[order]
         p[order[before >= sampling.top_p]] = 0.0
         p /= p.sum()
-    drawn = uniform(key64(sampling.seed, "generate"), np.array([number]))[0]
+    drawn = uniform(key64(sampling.seed, "generate"), np.array([index]))[0]
     cumulative = np.cumsum(p)
     # The sum may end an ulp below 1; the draw is below 1, so scaling it keeps it inside.
     return int(np.searchsorted(cumulative, drawn * cumulative[-1], side="right"))

@@ -1,4 +1,4 @@
-"""From ids to text as it comes: unfinished characters wait, and a stop string ends the text before it."""
+"""Incremental detokenizer: unfinished characters wait, and a stop string ends the text before it."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ class TextStream:
         self._stop = stop
         # Decoding begins a few tokens back and is moved on, so that a long text is not decoded anew at every token.
         self._ids = list(prefix_ids[-LONGEST_UNFINISHED - 1 :])
-        self._said = self._clean(self._decode())
-        self._held = ""
+        self._decoded = self._clean(self._decode())
+        self._pending = ""
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        """Add a token; return the text that can be said now. Sets `stopped` when a stop string is complete."""
+        """Add a token; return the text that is certain now. Sets `stopped` when a stop string is complete."""
         self._ids.append(token_id)
-        whole = self._decode()
-        fresh = self._clean(whole)
-        self._held += fresh[len(self._said) :]
-        self._said = fresh
-        if fresh == whole and len(self._ids) > 16:
+        text = self._decode()
+        clean = self._clean(text)
+        self._pending += clean[len(self._decoded) :]
+        self._decoded = clean
+        if clean == text and len(self._ids) > 16:
             self._restart()
         return self._release(final=False)
 
@@ -39,29 +39,29 @@ class TextStream:
         """The end of the text: what was still held back, with bytes that never became a character."""
         if self.stopped:
             return ""
-        self._held += self._decode()[len(self._said) :]
+        self._pending += self._decode()[len(self._decoded) :]
         return self._release(final=True)
 
     def _release(self, final: bool) -> str:
-        found = [at for at in (self._held.find(text) for text in self._stop) if at >= 0]
-        if found:
-            said, self._held, self.stopped = self._held[: min(found)], "", True
-            return said
+        stops = [index for index in (self._pending.find(text) for text in self._stop) if index >= 0]
+        if stops:
+            text, self._pending, self.stopped = self._pending[: min(stops)], "", True
+            return text
         keep = 0 if final else self._possible_stop()
-        said, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return said
+        text, self._pending = self._pending[: len(self._pending) - keep], self._pending[len(self._pending) - keep :]
+        return text
 
     def _possible_stop(self) -> int:
-        """Length of the longest end of the held text with which a stop string could begin."""
+        """Length of the longest end of the pending text with which a stop string could begin."""
         longest = max((len(text) - 1 for text in self._stop), default=0)
-        for length in range(min(longest, len(self._held)), 0, -1):
-            if any(text.startswith(self._held[-length:]) for text in self._stop):
+        for length in range(min(longest, len(self._pending)), 0, -1):
+            if any(text.startswith(self._pending[-length:]) for text in self._stop):
                 return length
         return 0
 
     def _restart(self) -> None:
         self._ids = self._ids[-LONGEST_UNFINISHED - 1 :]
-        self._said = self._decode()
+        self._decoded = self._decode()
 
     def _decode(self) -> str:
         return self._tokenizer.decode(self._ids)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from pangu_sigma.data.packed_sequences import HeldoutSequences
-from pangu_sigma.evaluation.inferred_domains import DomainLikelihood, accuracy_after
-from pangu_sigma.generation.domain_inference import UnknownText
+from pangu_sigma.evaluation.inferred_domains import DomainLikelihood, InferredDomainLoss, accuracy_after
 from pangu_sigma.lifelong.lifelong_config import InferenceConfig
 from pangu_sigma.model.model import Model
 
@@ -44,7 +43,7 @@ class RowMeasurement:
         count = self._count(texts)
         if not self.by_domain:
             domain_id = names.index(name) if name in names else 0
-            text = UnknownText(1, 0, "uniform", 1, ())
+            text = InferredDomainLoss(1, 0, "uniform", 1, ())
             for sequence in self.likelihood.sequences(texts, count, advance, [domain_id]):
                 text.add(sequence)
             result = text.result()
@@ -52,7 +51,7 @@ class RowMeasurement:
         own = names.index(name) if name in names else None
         top = min(self.inference.top, len(names))
         after = accuracy_after(texts.sequence_length)
-        text = UnknownText(len(names), own, self.inference.prior, top, after)
+        text = InferredDomainLoss(len(names), own, self.inference.prior, top, after)
         for sequence in self.likelihood.sequences(texts, count, advance):
             text.add(sequence)
         result = text.result()

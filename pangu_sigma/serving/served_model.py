@@ -12,7 +12,7 @@ from types import TracebackType
 from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation import AUTO, Request, Sampling
-from pangu_sigma.generation.inference_settings import Inference
+from pangu_sigma.generation.domain_inference_settings import DomainInferenceSettings
 from pangu_sigma.monitor.progress import Job, progress
 from pangu_sigma.serving.scheduler import DecodingEngine
 
@@ -56,7 +56,7 @@ class ServedModel:
     path: Path
     checkpoint: Checkpoint
     domains: tuple[str, ...]
-    inference: Inference
+    inference: DomainInferenceSettings
 
     @property
     def offered(self) -> tuple[str, ...]:
@@ -89,10 +89,10 @@ class ServedModel:
             for _, domain in zip(range(max(slots, len(self.offered))), itertools.cycle(self.offered), strict=False)
         }
         errors: dict[str, str] = {}
-        prior = engine.unknown.prior
+        prior = engine.domain_inference.prior
         while not engine.idle:
             errors |= {domain_of[event.request_id]: event.error for event in engine.step() if event.error}
-        engine.unknown.prior = prior  # these texts are no evidence of what clients will send
+        engine.domain_inference.prior = prior  # these texts are no evidence of what clients will send
         errors.pop(AUTO, None)  # the domains have the errors of their own
         if errors.keys() >= set(self.domains):
             raise UserError(next(iter(errors.values())))

@@ -21,7 +21,7 @@ import uvicorn
 from pangu_sigma.checkpoint import resolve
 from pangu_sigma.errors import INTERRUPTED, UserError
 from pangu_sigma.generation import pick_domain
-from pangu_sigma.generation.inference_settings import Inference
+from pangu_sigma.generation.domain_inference_settings import DomainInferenceSettings
 from pangu_sigma.serving.bounded_connection import BoundedConnection
 from pangu_sigma.serving.http_app import create_app
 from pangu_sigma.serving.openai_adapter import OpenAIAdapter
@@ -64,7 +64,7 @@ def serve(path: str | Path, settings: ServerSettings, announce: Callable[[str], 
 def _check_inference(settings: ServerSettings, domains: list[str]) -> None:
     """Raises UserError, before the model is loaded, for an inference that these domains do not allow."""
     inference = settings.inference
-    if inference != Inference() and len(domains) < 2:
+    if inference != DomainInferenceSettings() and len(domains) < 2:
         raise UserError(
             "--top, --prior and --prior-texts are about the model id auto, which needs several domains: leave them out"
         )

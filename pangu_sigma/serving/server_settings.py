@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 
-from pangu_sigma.generation.inference_settings import Inference
+from pangu_sigma.generation.domain_inference_settings import DomainInferenceSettings
 
 TOKEN_VARIABLE = "PANGU_SIGMA_TOKEN"
 
@@ -46,7 +46,7 @@ class ServerSettings:
     token: str | None = None
     limits: ServerLimits = ServerLimits()
     warm_up: bool = True
-    inference: Inference = Inference()
+    inference: DomainInferenceSettings = DomainInferenceSettings()
 
     @property
     def loopback(self) -> bool:

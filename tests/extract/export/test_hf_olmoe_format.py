@@ -19,7 +19,7 @@ from pangu_sigma.checkpoint import open_checkpoint
 from pangu_sigma.convert.import_olmoe import OlmoeImportSettings, import_olmoe
 from pangu_sigma.convert.olmoe_names import parts_of
 from pangu_sigma.errors import UserError
-from pangu_sigma.generation.kv_cache_decoder import CachedDecoder
+from pangu_sigma.generation.kv_cache_decoder import KvCacheDecoder
 from pangu_sigma.model.batch_planner import BatchPlanner
 from pangu_sigma.train.objective import Objective
 from pangu_sigma.train.step import GradientStep
@@ -106,7 +106,7 @@ def test_greedy_text_is_equal(theirs, ours, tokens):
         torch.tensor([prompt], dtype=torch.long), max_new_tokens=WINDOW - 9, do_sample=False,
         attention_mask=torch.ones(1, 9, dtype=torch.long), eos_token_id=None,
     )[0, 9:].tolist()  # fmt: skip
-    decoder = CachedDecoder(ours, slots=1)
+    decoder = KvCacheDecoder(ours, slots=1)
     found = [int(decoder.begin(0, prompt, 0).argmax())]
     while len(found) < len(expected):
         found.append(int(decoder.step({0: found[-1]})[0].argmax()))

@@ -1,14 +1,16 @@
-"""Held-out text measured without its domain: the same losses where it is given, a whole table, refusals."""
+"""Held-out loss with the domain inferred: the same losses where it is given, a whole table, refusals."""
 
 from __future__ import annotations
 
 import json
+import math
 
+import numpy as np
 import pytest
 
 from pangu_sigma.errors import UserError
 from pangu_sigma.evaluation.domain_evaluation import evaluate
-from pangu_sigma.evaluation.inferred_domains import evaluate_unknown
+from pangu_sigma.evaluation.inferred_domains import InferredDomainLoss, evaluate_inferred_domains
 from tests.pangu_sigma.train import training_process
 
 DOMAINS = ["code", "law", "poems"]
@@ -23,7 +25,7 @@ def run(finished_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uniform(run):
-    return evaluate_unknown(run)
+    return evaluate_inferred_domains(run)
 
 
 def test_the_given_domains_losses_are_those_of_an_evaluation(run, uniform):
@@ -35,8 +37,8 @@ def test_the_given_domains_losses_are_those_of_an_evaluation(run, uniform):
 
 
 def test_other_priors_and_mixtures_are_other_measurements(run, uniform):
-    mixed = evaluate_unknown(run, top=3, prior="updating")
-    cached = evaluate_unknown(run, prior="cached")
+    mixed = evaluate_inferred_domains(run, top=3, prior="updating")
+    cached = evaluate_inferred_domains(run, prior="cached")
     for name, found in uniform["domains"].items():
         assert mixed["domains"][name]["auto"] != found["auto"]
         assert mixed["domains"][name]["given"] == found["given"]
@@ -45,7 +47,7 @@ def test_other_priors_and_mixtures_are_other_measurements(run, uniform):
 
 def test_more_domains_than_there_are_cannot_be_mixed(run):
     with pytest.raises(UserError, match="more than the 3 domains"):
-        evaluate_unknown(run, top=4)
+        evaluate_inferred_domains(run, top=4)
 
 
 def test_generate_takes_the_domain_it_inferred(run, tmp_path):
@@ -85,3 +87,16 @@ def test_the_command_prints_a_table_and_refuses_what_has_no_use(run, tmp_path):
     training_process.assert_refused(
         training_process.command("evaluate", run, "--top", 2, cwd=tmp_path), "add --domain auto"
     )
+
+
+def test_the_loss_of_inferred_domains_adds_up_sequence_by_sequence():
+    sure = np.log(np.array([[0.2] * 4, [0.6] * 4]))
+    text = InferredDomainLoss(2, own=1, kind="updating", top=1, after=(1, 4, 9))
+    text.add(sure)
+    assert text.prior[1] > 0.6
+    text.add(sure[:, :2])
+    result = text.result()
+    assert result["accuracy"] == {1: 1.0, 4: 1.0, 9: None} and result["tokens"] == 6
+    assert result["given"] == pytest.approx(-math.log(0.6))
+    # The first token of all meets a uniform prior, where the earlier domain speaks.
+    assert result["auto"] == pytest.approx(-(5 * math.log(0.6) + math.log(0.2)) / 6)

@@ -17,7 +17,7 @@ from pangu_sigma.config import config_from_dict
 from pangu_sigma.data.corpus_files import Source
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_training import train_tokenizer
-from pangu_sigma.generation.kv_cache_decoder import CachedDecoder
+from pangu_sigma.generation.kv_cache_decoder import KvCacheDecoder
 from pangu_sigma.model.build_model import build_model
 from pangu_sigma.model.model import Model
 from tests.oracles.recomputing_decoder import RecomputingDecoder
@@ -68,8 +68,8 @@ class Kind:
     """A model, its cached decoders (in shared memory, or as on an accelerator) and the one that recomputes."""
 
     model: Model
-    cached: CachedDecoder
-    on_device: CachedDecoder
+    cached: KvCacheDecoder
+    on_device: KvCacheDecoder
     plain: RecomputingDecoder
 
 
@@ -112,7 +112,7 @@ def _build(changes: dict, tokenizer: Tokenizer, shortest_cache: int) -> Kind:
     model = build_model(config, VOCAB, tokenizer.eod_id)
     return Kind(
         model,
-        CachedDecoder(model, SLOTS, shortest_cache),
-        CachedDecoder(model, SLOTS, shortest_cache, on_device=True),
+        KvCacheDecoder(model, SLOTS, shortest_cache),
+        KvCacheDecoder(model, SLOTS, shortest_cache, on_device=True),
         RecomputingDecoder(model),
     )

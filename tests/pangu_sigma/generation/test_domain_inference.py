@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from pangu_sigma.generation.domain_inference import (
-    UnknownText,
     auto_log_probabilities,
     cached_prior,
     next_prior,
@@ -61,16 +60,3 @@ def test_priors_follow_what_was_read():
     assert next_prior(np.array([0.5, 0.5]), np.array([1.0, 0.0])) == pytest.approx([0.65, 0.35])
     ends = [posteriors(LIKELIHOOD[:, i:], np.full(3, 1 / 3))[:, -1] for i in range(2)]
     assert cached_prior([LIKELIHOOD, LIKELIHOOD[:, 1:]]) == pytest.approx(np.mean(ends, axis=0))
-
-
-def test_a_text_is_measured_sequence_by_sequence():
-    sure = np.log(np.array([[0.2] * 4, [0.6] * 4]))
-    text = UnknownText(2, own=1, kind="updating", top=1, after=(1, 4, 9))
-    text.add(sure)
-    assert text.prior[1] > 0.6
-    text.add(sure[:, :2])
-    result = text.result()
-    assert result["accuracy"] == {1: 1.0, 4: 1.0, 9: None} and result["tokens"] == 6
-    assert result["given"] == pytest.approx(-math.log(0.6))
-    # The first token of all meets a uniform prior, where the earlier domain speaks.
-    assert result["auto"] == pytest.approx(-(5 * math.log(0.6) + math.log(0.2)) / 6)

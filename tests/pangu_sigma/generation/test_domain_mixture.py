@@ -1,4 +1,4 @@
-"""Texts whose domain nobody tells: written by the domain that evaluation infers, or by several, by Bayes' rule."""
+"""Texts whose domain is inferred: written by the domain that evaluation infers, or by several, by Bayes' rule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.generation import AUTO, Request, Sampling
 from pangu_sigma.generation.completion import complete
 from pangu_sigma.generation.domain_inference import auto_log_probabilities, posteriors, token_log_probabilities
-from pangu_sigma.generation.domain_mixture import Mixture, UnknownDomain
+from pangu_sigma.generation.domain_mixture import DomainInference, DomainMixture
 from pangu_sigma.generation.engine import Engine
 from pangu_sigma.generation.sampling import log_softmax
 from tests.pangu_sigma.generation.conftest import DOMAINS, SLOTS
@@ -22,11 +22,11 @@ NAMES = list(DOMAINS)
 
 @pytest.fixture
 def engine(kind, tokenizer):
-    """top, options of `UnknownDomain` -> an engine that infers so."""
+    """top, options of `DomainInference` -> an engine that infers so."""
 
     def build(top: int = 1, **options) -> Engine:
         found = Engine(kind("rre").model, tokenizer, decoder=kind("rre").cached)
-        found.set_unknown(UnknownDomain(range(3), top, **options))
+        found.set_domain_inference(DomainInference(range(3), top, **options))
         return found
 
     return build
@@ -106,9 +106,9 @@ def test_an_updating_prior_follows_the_prompts_and_no_other_does(engine):
     still, moving = engine(), engine(updating=True)
     for found in (still, moving):
         complete(found, [Request(PROMPT, AUTO, Sampling(2)), Request(PROMPT, AUTO, Sampling(2, echo=True))])
-    assert still.unknown.prior == pytest.approx([1 / 3] * 3)
-    assert moving.unknown.prior.sum() == pytest.approx(1.0)
-    assert np.ptp(moving.unknown.prior) > 0.01
+    assert still.domain_inference.prior == pytest.approx([1 / 3] * 3)
+    assert moving.domain_inference.prior.sum() == pytest.approx(1.0)
+    assert np.ptp(moving.domain_inference.prior) > 0.01
 
 
 def test_a_cached_prior_is_what_its_texts_suggest(engine, kind):
@@ -116,26 +116,26 @@ def test_a_cached_prior_is_what_its_texts_suggest(engine, kind):
     texts = [PROMPT, PROMPT[:3], (2, 2, 55, 60)]
     found.cache_prior(texts)
     ends = [posteriors(likelihood(kind, ids), np.full(3, 1 / 3))[:, -1] for ids in (PROMPT, PROMPT[:3], (2, 55, 60))]
-    assert found.unknown.prior == pytest.approx(np.mean(ends, axis=0), rel=1e-3)
+    assert found.domain_inference.prior == pytest.approx(np.mean(ends, axis=0), rel=1e-3)
 
 
 def test_only_domains_that_are_offered_are_inferred(kind, tokenizer):
     found = Engine(kind("rre").model, tokenizer, decoder=kind("rre").cached)
-    found.set_unknown(UnknownDomain([1, 2], 2))
+    found.set_domain_inference(DomainInference([1, 2], 2))
     answer = complete(found, [Request(PROMPT, AUTO, Sampling(3))])[0]
     assert {name for name, _ in answer.events[-1].domains} == {"law", "poems"}
 
 
 def test_what_cannot_be_mixed_is_refused(kind, tokenizer):
     with pytest.raises(UserError, match="more than the 3 domains"):
-        UnknownDomain(range(3), 4)
+        DomainInference(range(3), 4)
     found = Engine(kind("rre").model, tokenizer, decoder=kind("rre").plain)
     with pytest.raises(UserError, match="needs a slot for each"):
-        found.set_unknown(UnknownDomain(range(found.decoder.slots + 1), found.decoder.slots + 1))
+        found.set_domain_inference(DomainInference(range(found.decoder.slots + 1), found.decoder.slots + 1))
 
 
 def test_a_domain_that_cannot_write_is_left_out():
-    unknown = UnknownDomain(range(3), 2, updating=True)
+    unknown = DomainInference(range(3), 2, updating=True)
     found = np.log(np.array([[0.9, 0.9], [0.1, 0.1], [0.2, 0.2]]))
     mixture = unknown.begin(found, np.array([False, True, True]))
     assert mixture.members == (2, 1) and mixture.probability == pytest.approx([0.8, 0.2])
@@ -147,8 +147,8 @@ def test_a_mixture_is_the_weighted_mean_and_learns_from_each_token():
     draw = np.random.default_rng(0)
     logits = [draw.normal(size=6).astype(np.float32) * 3 for _ in range(2)]
     shares = np.exp(log_softmax(np.stack(logits)))
-    mixture = Mixture((0, 1), np.array([0.6, 0.2]))
+    mixture = DomainMixture((0, 1), np.array([0.6, 0.2]))
     np.testing.assert_allclose(np.exp(mixture.mixed(logits)), 0.75 * shares[0] + 0.25 * shares[1], rtol=1e-9)
-    mixture.saw(4, logits)
+    mixture.update(4, logits)
     expected = np.array([0.75 * shares[0, 4], 0.25 * shares[1, 4]])
     np.testing.assert_allclose(mixture.weights, expected / expected.sum(), rtol=1e-9)

@@ -168,8 +168,8 @@ def test_more_requests_than_slots_wait_in_order_and_a_cancelled_one_leaves_at_on
     engine.cancel(numbers[-1])
     engine.cancel(10**9)
     assert (engine.active, engine.waiting) == (SLOTS - 1, 1)
-    heard = {event.request_id for event in engine.step()}
-    assert numbers[SLOTS] in heard and numbers[1] not in heard
+    with_events = {event.request_id for event in engine.step()}
+    assert numbers[SLOTS] in with_events and numbers[1] not in with_events
     for number in numbers:
         engine.cancel(number)
     assert engine.idle and engine.step() == []
@@ -222,7 +222,7 @@ def test_only_the_request_whose_own_logits_are_no_numbers_fails(kind, tokenizer,
     requests = [Request((2, 40 + n), name, greedy) for n, name in enumerate(["code", "law", "poems", "law", "code"])]
     whole = complete(engine, requests)
     broken("rre", 3)  # the only expert of law
-    answers = complete(engine, requests, go_on=True)
+    answers = complete(engine, requests, keep_going=True)
     for request, answer, before in zip(requests, answers, whole, strict=True):
         if request.domain == "law":
             assert answer.finish == "error" and answer.text == "" and answer.events == []
@@ -231,7 +231,7 @@ def test_only_the_request_whose_own_logits_are_no_numbers_fails(kind, tokenizer,
             assert answer.error is None and answer.finish == before.finish and ids_of(answer) == ids_of(before)
     assert engine.idle
     for echo in (Sampling(0, echo=True), Sampling(3, echo=True)):
-        assert complete(engine, [Request((2, 50, 51), "law", echo)], go_on=True)[0].finish == "error"
+        assert complete(engine, [Request((2, 50, 51), "law", echo)], keep_going=True)[0].finish == "error"
     with pytest.raises(UserError, match="the experts of law compute numbers that are not finite"):
         complete(engine, requests)
     assert engine.idle
@@ -248,7 +248,7 @@ def test_a_text_fails_where_its_numbers_end_and_keeps_what_it_had(kind, tokenize
     experts = table(np.array([ids]), np.array([0]), 0, np.zeros(1, np.int64), False).expert_ids[:, 0]
     late = next(int(e) for e in (0, 1, 2) if e not in experts[:2] and e in experts[2:-1])
     broken("rre", late)
-    answers = complete(engine, requests, go_on=True)
+    answers = complete(engine, requests, keep_going=True)
     read = int(np.flatnonzero(experts == late)[0])  # the first token that the broken expert reads is its last
     assert answers[0].finish == "error" and ids_of(answers[0]) == ids[2 : read + 1]
     assert answers[1].error is None and ids_of(answers[1]) == ids_of(whole[1])
@@ -263,7 +263,7 @@ def test_a_learned_gate_goes_on_too(kind, tokenizer, broken, case):
     ]
     whole = complete(engine, requests)
     broken(case, 2)
-    answers = complete(engine, requests, go_on=True)
+    answers = complete(engine, requests, keep_going=True)
     for answer, before in zip(answers, whole, strict=True):
         # Whoever never met the broken expert writes on as before.
         assert ids_of(answer) == ids_of(before)[: len(ids_of(answer))]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from pangu_sigma.generation.decode_graphs import StepGraph
+from pangu_sigma.generation.decode_graphs import DecodeStepGraph
 from tests.pangu_sigma.generation.conftest import CASES, SLOTS, VOCAB, WINDOW
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -161,7 +161,7 @@ def test_the_form_for_export_takes_and_gives_whole_caches(kind):
     both = kind("rre")
     model = both.model
     rows, length, layers = 2, 8, model.config.model.layers
-    graph = StepGraph(model, rows, length, updated=True)
+    graph = DecodeStepGraph(model, rows, length, updated=True)
     texts = [some_ids(length, seed=n) for n in (21, 22)]
     expected = np.stack([both.plain.score(ids, n) for n, ids in enumerate(texts)], 1)
     heads, width = model.config.model.heads, model.config.model.hidden // model.config.model.heads

@@ -5,13 +5,13 @@ import pytest
 
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation import Sampling
-from pangu_sigma.generation.sampling import choose, likeliest, log_softmax
+from pangu_sigma.generation.sampling import likeliest, log_softmax, sample_token
 
 LOGITS = np.array([2.0, 1.0, 0.5, -1.0, -1.5, 0.0], np.float32)
 
 
 def frequencies(sampling: dict, seen=(), logits=LOGITS, draws: int = 4000) -> np.ndarray:
-    drawn = [choose(logits, Sampling(seed=7, **sampling), number, seen) for number in range(draws)]
+    drawn = [sample_token(logits, Sampling(seed=7, **sampling), index, seen) for index in range(draws)]
     return np.bincount(drawn, minlength=logits.size) / draws
 
 
@@ -41,13 +41,13 @@ def test_top_k_and_top_p_leave_the_likeliest():
 
 
 def test_greedy_takes_the_lower_id_among_equals():
-    assert choose(np.array([0.0, 3.0, 3.0], np.float32), Sampling(temperature=0.0), 0, ()) == 1
+    assert sample_token(np.array([0.0, 3.0, 3.0], np.float32), Sampling(temperature=0.0), 0, ()) == 1
 
 
 def test_the_penalty_divides_what_is_positive_and_multiplies_what_is_negative():
     expected = softmax([1.0, 1.0, 0.5, -2.0, -1.5, 0.0])
     assert close(frequencies({"temperature": 1.0, "repetition_penalty": 2.0}, seen={0, 3}), expected)
-    assert choose(LOGITS, Sampling(temperature=0.0, repetition_penalty=4.0), 0, {0}) == 1
+    assert sample_token(LOGITS, Sampling(temperature=0.0, repetition_penalty=4.0), 0, {0}) == 1
 
 
 def test_rules_agree_with_hugging_face():
@@ -71,9 +71,9 @@ def test_rules_agree_with_hugging_face():
 def test_draws_are_counted():
     sampling = Sampling(temperature=1.0, seed=3)
     wide = np.zeros(1000, np.float32)
-    drawn = [choose(wide, sampling, number, ()) for number in range(8)]
-    assert drawn == [choose(wide, sampling, number, ()) for number in range(8)] and len(set(drawn)) > 5
-    assert drawn != [choose(wide, Sampling(temperature=1.0, seed=4), number, ()) for number in range(8)]
+    drawn = [sample_token(wide, sampling, index, ()) for index in range(8)]
+    assert drawn == [sample_token(wide, sampling, index, ()) for index in range(8)] and len(set(drawn)) > 5
+    assert drawn != [sample_token(wide, Sampling(temperature=1.0, seed=4), index, ()) for index in range(8)]
 
 
 def test_log_probabilities_are_those_of_the_softmax_and_the_best_come_first():

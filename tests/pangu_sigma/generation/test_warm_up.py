@@ -8,7 +8,7 @@ import pytest
 from pangu_sigma.generation import Request, Sampling
 from pangu_sigma.generation.completion import complete
 from pangu_sigma.generation.engine import Engine
-from pangu_sigma.generation.kv_cache_decoder import CachedDecoder, bucket, buckets
+from pangu_sigma.generation.kv_cache_decoder import KvCacheDecoder, bucket, buckets
 from tests.pangu_sigma.generation.conftest import SLOTS, WINDOW
 
 
@@ -44,11 +44,11 @@ def every_length(engine: Engine, echo: bool) -> list[Request]:
 @pytest.mark.parametrize(("case", "on_device"), [("rre", False), ("slots", True)])
 def test_no_admitted_length_compiles_after_the_warm_up(kind, tokenizer, compiled, case, on_device):
     model = kind(case).model
-    engine = Engine(model, tokenizer, decoder=CachedDecoder(model, SLOTS, WINDOW // 2, on_device=on_device))
-    told: list[tuple[int, int]] = []
-    engine.warm_up(lambda done, total: told.append((done, total)))
+    engine = Engine(model, tokenizer, decoder=KvCacheDecoder(model, SLOTS, WINDOW // 2, on_device=on_device))
+    progress: list[tuple[int, int]] = []
+    engine.warm_up(lambda done, total: progress.append((done, total)))
     prompts, batches = len(buckets(16, WINDOW)) * 2, len(buckets(1, SLOTS)) * len(buckets(WINDOW // 2, WINDOW))
-    assert told == [(done, prompts + batches) for done in range(prompts + batches + 1)]
+    assert progress == [(done, prompts + batches) for done in range(prompts + batches + 1)]
     assert len(compiled) >= prompts + batches, "what the test counts is not what MindSpore does"
     compiled.clear()
     answers = complete(engine, every_length(engine, echo=True))
@@ -58,7 +58,7 @@ def test_no_admitted_length_compiles_after_the_warm_up(kind, tokenizer, compiled
 
 def test_a_warm_up_changes_no_answer(kind, tokenizer, compiled):
     model = kind("rre").model
-    warm = Engine(model, tokenizer, decoder=CachedDecoder(model, SLOTS, WINDOW // 2))
+    warm = Engine(model, tokenizer, decoder=KvCacheDecoder(model, SLOTS, WINDOW // 2))
     warm.warm_up(scores=False)
     cold = Engine(model, tokenizer, decoder=kind("rre").cached)
     requests = every_length(warm, echo=False)[::5]

@@ -1,4 +1,4 @@
-"""What the user wants of the domain `auto`: how it is inferred."""
+"""Settings of the domain `auto`: how the domain of a prompt is inferred."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ CACHED_TEXTS = 100  # texts that a cached prior is made of, DEMix's number
 
 
 @dataclass(frozen=True)
-class Inference:
-    """How the domain `auto` is inferred: `top` domains write together; prior: uniform, updating, or of `texts`.
+class DomainInferenceSettings:
+    """How the domain `auto` is inferred: `top` domains write together; prior: uniform, updating, or cached from
+    `texts`.
 
-    Raises UserError for what has no effect.
+    Raises UserError for settings that have no effect.
     """
 
     top: int = 1
@@ -39,11 +40,11 @@ class Inference:
             raise UserError(f"--prior-texts {self.texts} is neither .jsonl nor .txt: convert it")
 
     def apply(self, engine: Engine, offered: Sequence[str] = ()) -> None:
-        """Let the engine infer domains in this way, among the `offered` ones (all if empty)."""
-        from pangu_sigma.generation.domain_mixture import UnknownDomain
+        """Make the engine infer domains in this way, among the `offered` ones (all if empty)."""
+        from pangu_sigma.generation.domain_mixture import DomainInference
 
-        among = [number for number, name in enumerate(engine.domains) if not offered or name in offered]
-        engine.set_unknown(UnknownDomain(among, self.top, updating=self.prior == "updating"))
+        candidates = [domain for domain, name in enumerate(engine.domains) if not offered or name in offered]
+        engine.set_domain_inference(DomainInference(candidates, self.top, updating=self.prior == "updating"))
         if self.texts is not None:
             engine.cache_prior(self._read(engine))
 
