@@ -41,14 +41,16 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option(min=1, help="With --tasks: most tokens of a written answer.")] = 64,
     stop: Annotated[
         list[str] | None,
-        typer.Option(help="With --tasks: text that ends a written answer; may be given several times. A line's end."),
+        typer.Option(
+            help="With --tasks: text that ends a written answer; may be given several times. Default: newline."
+        ),
     ] = None,
     workers: Workers = None,
 ) -> None:
     """Measure held-out loss per domain, and every domain's text under every expert group.
 
-    With --domain auto nobody tells whose text it is: loss with the domain inferred beside the given one, and how often
-    the likeliest domain is the right one after 32, 64, 128 tokens.
+    With --domain auto the domain is inferred from the text: loss with the domain inferred beside the given one, and
+    how often the likeliest domain is the right one after 32, 64, 128 tokens.
 
     With --tasks the model answers questions: the likeliest of several choices, or the text that it writes.
     """
@@ -57,10 +59,10 @@ def evaluate(
             raise UserError("--batches, --top and --prior do not go with --tasks: leave them out")
         if workers is not None:
             raise UserError("--tasks runs in one process: leave --workers out")
-        from pangu_sigma.evaluation.task_evaluation import Asking, evaluate_tasks, tasks_table
+        from pangu_sigma.evaluation.task_evaluation import FewShotSettings, evaluate_tasks, tasks_table
 
-        asking = Asking(shots, shots_from, domain, max_tokens, tuple(stop or ("\n",)))
-        answered = evaluate_tasks(model, tasks, asking)
+        settings = FewShotSettings(shots, shots_from, domain, max_tokens, tuple(stop or ("\n",)))
+        answered = evaluate_tasks(model, tasks, settings)
         typer.echo(json.dumps(answered, ensure_ascii=False, indent=2) if as_json else tasks_table(answered))
         return
     if shots or shots_from is not None or max_tokens != 64 or stop:

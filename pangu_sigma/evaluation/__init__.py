@@ -1,1 +1,1 @@
-"""Evaluation of a trained model: held-out loss per domain, task files, and how it routes."""
+"""Evaluation of a trained model: held-out loss per domain, few-shot tasks, and routing analysis."""

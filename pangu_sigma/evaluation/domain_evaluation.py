@@ -1,4 +1,6 @@
-"""Held-out quality per domain, beside a unigram model's, and every domain's text under every expert group."""
+"""Evaluation per domain: held-out loss, a unigram model's beside it, and every domain's text under every expert
+group.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ class Evaluator:
     def __init__(self, model: Model, batch_size: int) -> None:
         self.model = model
         self.batch_size = batch_size
-        # What an evaluator tells beside losses, by name; losses are all there is to tell of text.
+        # Other measurements than losses, by name; of text there are none.
         self.figures: dict[str, float] = {}
         share = batch_size // model.processes.mesh.rows
         self.signature = model.evaluation_signature(share, domains=1)
@@ -46,31 +48,29 @@ class Evaluator:
 
     def batches(self, heldout: HeldoutSequences, limit: int | None) -> int:
         """Number of batches that `loss` takes."""
-        whole = -(-len(heldout) // self.batch_size)
-        return whole if limit is None else min(whole, limit)
+        batches = -(-len(heldout) // self.batch_size)
+        return batches if limit is None else min(batches, limit)
 
     def loss(
         self, heldout: HeldoutSequences, group: str, limit: int | None = None, advance: Advance | None = None
     ) -> tuple[float, int]:
         """(mean loss in nats per token, tokens) of at most `limit` batches under the experts of domain `group`."""
         sums = np.zeros(2)
-        for number in range(self.batches(heldout, limit)):
-            start = number * self.batch_size
+        for batch in range(self.batches(heldout, limit)):
+            start = batch * self.batch_size
             ids, mask = heldout.batch(start, self.batch_size)
             by_sample, _ = self.outputs(ids, mask, group, start)
-            mine = mask[self.planner.reads][self.planner.own]
-            sums += by_sample.asnumpy().astype(np.float64).sum(), mine.sum()
+            local_mask = mask[self.planner.reads][self.planner.own]
+            sums += by_sample.asnumpy().astype(np.float64).sum(), local_mask.sum()
             self.model.processes.mark()
             if advance:
                 advance(1)
         total, tokens = self.model.processes.total(sums)
         return float(total) / max(int(tokens), 1), int(tokens)
 
-    def outputs(
-        self, ids: np.ndarray, mask: np.ndarray, group: str, first: int
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def outputs(self, ids: np.ndarray, mask: np.ndarray, group: str, first: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Token ids [B, S + 1] and mask [B, S] of the sequences from number `first` on, under the experts of `group` ->
-        (loss sums by sample [B], what each sparse layer with a learned gate tells of its routing).
+        (loss sums by sample [B], for each sparse layer with a learned gate the counts or assignments of its routing).
 
         Of several processes each gives its own samples.
         """
@@ -114,7 +114,7 @@ def measure(
     limit: int | None = None,
     advance: Advance | None = None,
 ) -> dict:
-    """The whole measurement as JSON-able figures: step, losses, perplexity, unigram, matrix, tokens by domain.
+    """Measure every domain and group; JSON-able figures: step, losses, perplexity, unigram, matrix, tokens by domain.
 
     `limit` batches per text and group, None for all held-out text; `advance(1)` is called after each.
     """
@@ -164,7 +164,7 @@ def evaluate(path: Path, batches: int | None = None, workers: int = 1) -> dict |
     with TemporaryDirectory(prefix="pangu-sigma-") as scratch:
         tokenizer = stored_tokenizer(checkpoint)
         if not processes.first:
-            # The first one tokenises what is not there yet; then it comes to the meeting.
+            # The first one tokenises what is not there yet and connects after that.
             runtime.prepare(config.run.device)
             processes.connect()
         corpus = stored_corpus(checkpoint, config, tokenizer, Path(scratch))

@@ -13,7 +13,7 @@ from pangu_sigma.checkpoint.retention import list_checkpoints
 from pangu_sigma.errors import UserError
 from pangu_sigma.evaluation import routing_measures
 from pangu_sigma.evaluation.routing_analysis_files import write_tables
-from pangu_sigma.evaluation.routing_observer import Observation, Observer
+from pangu_sigma.evaluation.routing_observer import RoutingObservation, RoutingObserver
 from pangu_sigma.model.state_dict import restore_model, stored_tables
 from pangu_sigma.monitor.metrics_log import FILE_NAME, read_metrics
 from pangu_sigma.monitor.progress import progress
@@ -21,10 +21,10 @@ from pangu_sigma.monitor.result_files import write_json
 from pangu_sigma.trained_model import Trained, load_trained, stored_config, stored_weights
 
 RESULT = "analysis.json"
-FAVOURITES = 8  # token ids named for each expert
-LEAST_OCCURRENCES = 4  # of an id that is named
-WHOLE_COACTIVATION = 64  # experts up to which all pairs are kept
-PAIRS = 64  # pairs kept of a larger layer
+FAVOURITE_TOKENS = 8  # token ids named for each expert
+MIN_OCCURRENCES = 4  # of an id that is named
+ALL_PAIRS_UP_TO = 64  # experts up to which all pairs are kept
+MAX_PAIRS = 64  # pairs kept of a larger layer
 
 
 def analyze(run: Path, tokens: int) -> dict:
@@ -43,21 +43,22 @@ def analyze(run: Path, tokens: int) -> dict:
     with TemporaryDirectory(prefix="pangu-sigma-") as scratch:
         corpus = trained.corpus(Path(scratch))
         heldout = corpus.heldout_to_measure()
-        observer = Observer(model, model.config.evaluate.batch_size, tokens)
+        observer = RoutingObserver(model, model.config.evaluate.batch_size, tokens)
         total = len(checkpoints) * sum(observer.batches(text) for text in heldout.values())
-        observed: list[tuple[int, dict[str, Observation]]] = []
+        observed: list[tuple[int, dict[str, RoutingObservation]]] = []
         with progress("analyze", total, unit="batches") as job:
             for checkpoint in checkpoints:
-                take_weights(trained, checkpoint)
+                load_weights(trained, checkpoint)
                 observed.append((checkpoint.step, observer.observe(heldout, job.advance)))
     result = {
         "step": trained.checkpoint.step,
         "router": model.config.model.router,
         "steps": [step for step, _ in observed],
         "passed_over": passed_over,
-        "tokens": {name: len(found.token_ids) for name, found in observed[-1][1].items()},
+        "tokens": {name: len(routing.token_ids) for name, routing in observed[-1][1].items()},
         "layers": {
-            layer_name: layer(layer_name, observed, trained) for layer_name in model.config.model.sparse_prefixes
+            layer_name: measure_layer(layer_name, observed, trained)
+            for layer_name in model.config.model.sparse_prefixes
         },
     }
     write_json(run / RESULT, result)
@@ -69,12 +70,12 @@ def comparable(run: Path, trained: Trained) -> tuple[list[Checkpoint], list[str]
     """(the run's checkpoints with the last one's layers and expert groups, oldest first; a sentence for each other)."""
     last = trained.checkpoint
     kept, passed_over = [], []
-    wanted = _shape(trained.model.config)
+    expected = _shape(trained.model.config)
     for step, path in list_checkpoints(run)[0]:
         if path == last.path:
             continue
         checkpoint = open_checkpoint(path)
-        if _shape(stored_config(checkpoint)) == wanted:
+        if _shape(stored_config(checkpoint)) == expected:
             kept.append(checkpoint)
         else:
             passed_over.append(f"step {step} has other layers or expert groups than step {last.step}")
@@ -85,7 +86,7 @@ def _shape(config) -> tuple:
     return config.model, [(domain.name, domain.experts) for domain in config.domains]
 
 
-def take_weights(trained: Trained, checkpoint: Checkpoint) -> None:
+def load_weights(trained: Trained, checkpoint: Checkpoint) -> None:
     """Fill the model with a checkpoint's parameters and routing tables."""
     tensors = stored_weights(checkpoint)
     restore_model(trained.model, tensors)
@@ -96,13 +97,13 @@ def take_weights(trained: Trained, checkpoint: Checkpoint) -> None:
             router.tables = trained.model.tables[layer_name]
 
 
-def layer(layer_name: str, observed: list[tuple[int, dict[str, Observation]]], trained: Trained) -> dict:
+def measure_layer(layer_name: str, observed: list[tuple[int, dict[str, RoutingObservation]]], trained: Trained) -> dict:
     """All measures of one sparse layer; `observed` (step, domain -> observation) with the last checkpoint last."""
     model = trained.model
     final = observed[-1][1]
-    hits = {name: found.hits[layer_name] for name, found in final.items()}
+    hits = {name: routing.hits[layer_name] for name, routing in final.items()}
     together = np.concatenate(list(hits.values()))
-    ids = np.concatenate([found.token_ids for found in final.values()])
+    ids = np.concatenate([routing.token_ids for routing in final.values()])
     use = routing_measures.vocabulary_use(together, ids)
     return {
         "experts": {name: model.groups.of(name).stop - model.groups.of(name).start for name in model.groups.names},
@@ -110,14 +111,14 @@ def layer(layer_name: str, observed: list[tuple[int, dict[str, Observation]]], t
             {"step": step, **saturation_by_domain(layer_name, by_domain, final)} for step, by_domain in observed
         ],
         "load": routing_measures.load(together).tolist(),
-        "entropy": {name: routing_measures.entropy(reached(h, name, trained)) for name, h in hits.items()},
-        "imbalance": {name: routing_measures.imbalance(reached(h, name, trained)) for name, h in hits.items()},
+        "entropy": {name: routing_measures.entropy(reachable_load(h, name, trained)) for name, h in hits.items()},
+        "imbalance": {name: routing_measures.imbalance(reachable_load(h, name, trained)) for name, h in hits.items()},
         "domain_specialisation": {name: routing_measures.specialisation(h).tolist() for name, h in hits.items()},
         "vocabulary_specialisation": use.mean_largest,
         "favourites": [
             [
                 {"token": trained.tokenizer.piece(token), "id": token, "share": share, "occurrences": times}
-                for token, share, times in use.favourites(expert, FAVOURITES, LEAST_OCCURRENCES)
+                for token, share, times in use.favourites(expert, FAVOURITE_TOKENS, MIN_OCCURRENCES)
             ]
             for expert in range(together.shape[1])
         ],
@@ -127,19 +128,19 @@ def layer(layer_name: str, observed: list[tuple[int, dict[str, Observation]]], t
 
 
 def saturation_by_domain(
-    layer_name: str, earlier: Mapping[str, Observation], final: Mapping[str, Observation]
+    layer_name: str, earlier: Mapping[str, RoutingObservation], final: Mapping[str, RoutingObservation]
 ) -> dict[str, dict[str, float] | float]:
     """Saturation of one checkpoint: of all tokens, and by domain."""
     by_domain = {
         name: routing_measures.saturation(earlier[name].hits[layer_name], final[name].hits[layer_name])
         for name in final
     }
-    weights = [len(found.token_ids) for found in final.values()]
+    weights = [len(routing.token_ids) for routing in final.values()]
     return {"all": float(np.average(list(by_domain.values()), weights=weights)), "domains": by_domain}
 
 
-def reached(hits: np.ndarray, domain: str, trained: Trained) -> np.ndarray:
-    """Load of the experts that this domain's text can come to: its group, or all where a gate or one table decides."""
+def reachable_load(hits: np.ndarray, domain: str, trained: Trained) -> np.ndarray:
+    """Load of the experts that this domain's text can reach: its group, or all where a gate or one table decides."""
     shares = routing_measures.load(hits)
     model = trained.model
     return shares[model.groups.of(domain)] if set(model.tables.get(_any(model), ())) >= {domain} else shares
@@ -150,11 +151,13 @@ def _any(model) -> str:
 
 
 def coactivation(hits: np.ndarray) -> Iterator[dict[str, float | int]]:
-    """Pairs of different experts that share tokens, strongest first: all of a small layer, `PAIRS` of a large one."""
+    """Pairs of different experts that share tokens, strongest first: all of a small layer, `MAX_PAIRS` of a large
+    one.
+    """
     shares = routing_measures.coactivation(hits)
     np.fill_diagonal(shares, 0.0)
     order = np.argsort(-shares, axis=None, kind="stable")
-    for flat in order[: None if len(shares) <= WHOLE_COACTIVATION else PAIRS]:
+    for flat in order[: None if len(shares) <= ALL_PAIRS_UP_TO else MAX_PAIRS]:
         i, j = (int(n) for n in np.unravel_index(flat, shares.shape))
         if shares[i, j] == 0.0:
             return
@@ -163,9 +166,9 @@ def coactivation(hits: np.ndarray) -> Iterator[dict[str, float | int]]:
 
 def dropped(run: Path, layer_name: str) -> dict[str, float]:
     """Mean share of dropped rows by domain over the training records of a layer; evaluation drops nothing."""
-    found: dict[str, list[float]] = {}
+    shares_of: dict[str, list[float]] = {}
     for record in read_metrics(run) if (run / FILE_NAME).exists() else []:
         if record["kind"] == "train":
             for domain, share in record.get("dropped_share", {}).get(layer_name, {}).items():
-                found.setdefault(domain, []).append(share)
-    return {domain: float(np.mean(shares)) for domain, shares in found.items()}
+                shares_of.setdefault(domain, []).append(share)
+    return {domain: float(np.mean(shares)) for domain, shares in shares_of.items()}

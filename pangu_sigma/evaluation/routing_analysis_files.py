@@ -1,4 +1,4 @@
-"""The analysis as CSV files, one per measure, and as text for the terminal."""
+"""Tables of a routing analysis: CSV files, one per measure, and text for the terminal."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def write_tables(folder: Path, result: dict) -> None:
     _write(folder / "saturation.csv", ("layer", "step", "domain", "saturation"), _saturation(layers))
     _write(
         folder / "load.csv", ("layer", "expert", "share"),
-        ((layer_name, i, share) for layer_name, found in layers for i, share in enumerate(found["load"])),
+        ((layer_name, i, share) for layer_name, measures in layers for i, share in enumerate(measures["load"])),
     )  # fmt: skip
     _write(
         folder / "domains.csv", ("layer", "domain", "expert", "share"),
         (
             (layer_name, name, i, share)
-            for layer_name, found in layers
-            for name, shares in found["domain_specialisation"].items()
+            for layer_name, measures in layers
+            for name, shares in measures["domain_specialisation"].items()
             for i, share in enumerate(shares)
         ),
     )  # fmt: skip
@@ -33,8 +33,8 @@ def write_tables(folder: Path, result: dict) -> None:
         folder / "vocabulary.csv", ("layer", "expert", "token", "id", "share", "occurrences"),
         (
             (layer_name, i, *(token[key] for key in ("token", "id", "share", "occurrences")))
-            for layer_name, found in layers
-            for i, tokens in enumerate(found["favourites"])
+            for layer_name, measures in layers
+            for i, tokens in enumerate(measures["favourites"])
             for token in tokens
         ),
     )  # fmt: skip
@@ -42,18 +42,18 @@ def write_tables(folder: Path, result: dict) -> None:
         folder / "coactivation.csv", ("layer", "expert", "other", "share"),
         (
             (layer_name, pair["expert"], pair["other"], pair["share"])
-            for layer_name, found in layers
-            for pair in found["coactivation"]
+            for layer_name, measures in layers
+            for pair in measures["coactivation"]
         ),
     )  # fmt: skip
 
 
 def _saturation(layers: Iterable[tuple[str, dict]]) -> Iterator[tuple]:
-    for layer_name, found in layers:
-        for at in found["saturation"]:
-            yield layer_name, at["step"], "all", at["all"]
-            for name, value in at["domains"].items():
-                yield layer_name, at["step"], name, value
+    for layer_name, measures in layers:
+        for checkpoint in measures["saturation"]:
+            yield layer_name, checkpoint["step"], "all", checkpoint["all"]
+            for name, value in checkpoint["domains"].items():
+                yield layer_name, checkpoint["step"], name, value
 
 
 def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
@@ -67,17 +67,17 @@ def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
 def summary(result: dict) -> str:
     """One line per sparse layer: saturation of the first checkpoint, entropy, imbalance, specialisation, drops."""
     rows = []
-    for layer_name, found in result["layers"].items():
-        strongest = found["coactivation"][0]["share"] if found["coactivation"] else None
+    for layer_name, measures in result["layers"].items():
+        strongest = measures["coactivation"][0]["share"] if measures["coactivation"] else None
         rows.append(
             [
                 layer_name,
-                number(found["saturation"][0]["all"]),
-                number(_mean(found["entropy"])),
-                number(max(found["imbalance"].values()), 2),
-                number(found["vocabulary_specialisation"]),
+                number(measures["saturation"][0]["all"]),
+                number(_mean(measures["entropy"])),
+                number(max(measures["imbalance"].values()), 2),
+                number(measures["vocabulary_specialisation"]),
                 number(strongest),
-                number(_mean(found["dropped_share"])),
+                number(_mean(measures["dropped_share"])),
             ]
         )
     header = [

@@ -1,5 +1,5 @@
-"""What is measured of a layer's routing. Formulas as OLMoE's analysis has them (Muennighoff et al. 2024,
-arXiv 2409.02060, section 5).
+"""Measures of a layer's routing, by the formulas of OLMoE's analysis (Muennighoff et al. 2024, arXiv 2409.02060,
+section 5).
 
 Legend: T tokens, E experts of the layer, hits bool [T, E]: true where a token takes an expert.
 """
@@ -39,7 +39,9 @@ def specialisation(hits: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class VocabularyUse:
-    """Of every token id that occurs: `ids` [N] rising, `counts` [N], `shares` [N, E] of its occurrences by expert."""
+    """Vocabulary use: of every token id that occurs, `ids` [N] rising, `counts` [N], `shares` [N, E] of its occurrences
+    by expert.
+    """
 
     ids: np.ndarray
     counts: np.ndarray
@@ -50,19 +52,20 @@ class VocabularyUse:
         """Mean over occurrences of the largest share of the id: 1 where every id always meets the same expert."""
         return float(np.average(self.shares.max(axis=1), weights=self.counts)) if len(self.ids) else float("nan")
 
-    def favourites(self, expert: int, number: int, least: int) -> list[tuple[int, float, int]]:
-        """(id, share, occurrences) of the ids that this expert takes the most of, among ids that occur `least` times;
+    def favourites(self, expert: int, count: int, min_occurrences: int) -> list[tuple[int, float, int]]:
+        """(id, share, occurrences) of the ids that this expert takes the most of, among ids that occur
+        `min_occurrences` times;
         equal shares by falling occurrences."""
-        share = np.where(self.counts >= least, self.shares[:, expert], 0.0)
-        order = np.lexsort((self.ids, -self.counts, -share))[:number]
+        share = np.where(self.counts >= min_occurrences, self.shares[:, expert], 0.0)
+        order = np.lexsort((self.ids, -self.counts, -share))[:count]
         return [(int(self.ids[n]), float(share[n]), int(self.counts[n])) for n in order if share[n] > 0]
 
 
 def vocabulary_use(hits: np.ndarray, token_ids: np.ndarray) -> VocabularyUse:
     """The share of every token id's occurrences (`token_ids` [T]) that each expert takes."""
-    ids, place, counts = np.unique(token_ids, return_inverse=True, return_counts=True)
+    ids, index, counts = np.unique(token_ids, return_inverse=True, return_counts=True)
     taken = np.zeros((len(ids), hits.shape[1]), np.float64)
-    np.add.at(taken, place.reshape(-1), hits)
+    np.add.at(taken, index.reshape(-1), hits)
     return VocabularyUse(ids, counts, taken / np.maximum(counts, 1)[:, None])
 
 

@@ -1,4 +1,4 @@
-"""Asking a trained model the questions of task files: `pangu-sigma evaluate MODEL --tasks FILE`.
+"""Task evaluation, few-shot: a trained model answers the questions of task files (`evaluate MODEL --tasks FILE`).
 
 Choices are scored as lm-evaluation-harness does, so that the numbers are the same: the log-probability of the choice's
 tokens behind the question's, the tokens being those of the whole text behind the question's own. Short texts share the
@@ -27,8 +27,8 @@ SLOTS = 8
 
 
 @dataclass(frozen=True)
-class Asking:
-    """How questions are asked: `shots` solved ones in front, from `shots_file` or the task itself; the `domain` whose
+class FewShotSettings:
+    """Few-shot settings: `shots` solved questions in front, from `shots_file` or the task itself; the `domain` whose
     experts answer (or `auto`); `max_tokens` and `stop` strings of written answers.
     """
 
@@ -40,8 +40,8 @@ class Asking:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of one task: every question's scores, and its choices' likelihoods or what was written."""
+class TaskResult:
+    """Result of one task: every question's scores, and its choices' likelihoods or what was written."""
 
     task: Task
     scores: list[dict[str, float]]
@@ -62,64 +62,68 @@ class Outcome:
         }
 
 
-def evaluate_tasks(path: Path, files: Sequence[Path], asking: Asking = Asking()) -> dict:  # noqa: B008 - frozen
+def evaluate_tasks(
+    path: Path,
+    files: Sequence[Path],
+    settings: FewShotSettings = FewShotSettings(),  # noqa: B008 - frozen
+) -> dict:
     """Every task's scores with standard errors; whatever is wrong with the files is found before the model is loaded.
 
-    Returns {"step", "shots", "domain", "tasks": [see `Outcome.summary`]}. Raises UserError.
+    Returns {"step", "shots", "domain", "tasks": [see `TaskResult.summary`]}. Raises UserError.
     """
-    tasks, pools = read_all(files, asking)
+    tasks, pools = read_tasks(files, settings)
     trained = load_trained(path)
-    outcomes = ask_all(trained, tasks, pools, asking)
+    results = run_tasks(trained, tasks, pools, settings)
     return {
         "step": trained.checkpoint.step,
-        "shots": asking.shots,
-        "domain": asking.domain,
-        "tasks": [outcome.summary() for outcome in outcomes],
+        "shots": settings.shots,
+        "domain": settings.domain,
+        "tasks": [result.summary() for result in results],
     }
 
 
-def read_all(files: Sequence[Path], asking: Asking) -> tuple[list[Task], list[Sequence[Question]]]:
+def read_tasks(files: Sequence[Path], settings: FewShotSettings) -> tuple[list[Task], list[Sequence[Question]]]:
     """The tasks, and for each the questions that solved ones are taken from."""
     tasks = [read_task(file) for file in files]
-    pool = read_task(asking.shots_file).questions if asking.shots_file else None
-    pools = [task.questions if pool is None else pool for task in tasks]
-    for task, mine in zip(tasks, pools, strict=True):
+    shared = read_task(settings.shots_file).questions if settings.shots_file else None
+    pools = [task.questions if shared is None else shared for task in tasks]
+    for task, pool in zip(tasks, pools, strict=True):
         for question in task.questions:
-            context(question, mine, asking.shots)
+            context(question, pool, settings.shots)
     return tasks, pools
 
 
-def ask_all(
-    trained: Trained, tasks: Sequence[Task], pools: Sequence[Sequence[Question]], asking: Asking
-) -> list[Outcome]:
-    """Ask every question, behind a progress bar."""
+def run_tasks(
+    trained: Trained, tasks: Sequence[Task], pools: Sequence[Sequence[Question]], settings: FewShotSettings
+) -> list[TaskResult]:
+    """Run every task, behind a progress bar."""
     likelihood = engine = None
-    found = []
+    results = []
     for task, pool in zip(tasks, pools, strict=True):
-        texts = [context(question, pool, asking.shots) for question in task.questions]
-        domains = _domains(trained, task, texts, asking)
+        texts = [context(question, pool, settings.shots) for question in task.questions]
+        domains = _domains(trained, task, texts, settings)
         with progress(f"ask {task.name}", len(texts), unit="questions") as job:
             if task.multiple_choice:
                 likelihood = likelihood or ChoiceLikelihood(trained)
                 answered = likelihood(task.questions, texts, domains, job.advance)
                 scores = [choice_scores(q, choices) for q, choices in zip(task.questions, answered, strict=True)]
-                found.append(Outcome(task, scores, answered, [], likelihood.truncated))
+                results.append(TaskResult(task, scores, answered, [], likelihood.truncated))
             else:
                 engine = engine or _engine(trained)
-                written, truncated = write_answers(engine, texts, domains, asking, job.advance)
+                written, truncated = write_answers(engine, texts, domains, settings, job.advance)
                 scores = [exact_match(q, text) for q, text in zip(task.questions, written, strict=True)]
-                found.append(Outcome(task, scores, [], written, truncated))
-    return found
+                results.append(TaskResult(task, scores, [], written, truncated))
+    return results
 
 
-def _domains(trained: Trained, task: Task, texts: Sequence[str], asking: Asking) -> list[str]:
+def _domains(trained: Trained, task: Task, texts: Sequence[str], settings: FewShotSettings) -> list[str]:
     names = trained.model.groups.names
-    if asking.domain == AUTO and AUTO not in names:
+    if settings.domain == AUTO and AUTO not in names:
         from pangu_sigma.evaluation.inferred_domains import likeliest_domains
 
         guessed = likeliest_domains(trained.model, [prompt_ids(trained.tokenizer, text) for text in texts])
         return [question.domain or name for question, name in zip(task.questions, guessed, strict=True)]
-    return [pick_domain(names, question.domain or asking.domain) for question in task.questions]
+    return [pick_domain(names, question.domain or settings.domain) for question in task.questions]
 
 
 class ChoiceLikelihood:
@@ -146,21 +150,21 @@ class ChoiceLikelihood:
     ) -> list[list[Likelihood]]:
         """The likelihoods of every question's choices; `advance(questions)` is called as they are done."""
         self.truncated = 0
-        found: list[list[Likelihood]] = [[] for _ in questions]
+        likelihoods: list[list[Likelihood]] = [[] for _ in questions]
         for name in dict.fromkeys(domains):
-            mine = [number for number, domain in enumerate(domains) if domain == name]
+            indices = [index for index, domain in enumerate(domains) if domain == name]
             parts = [
-                (number, *self._cut(*encode_pair(self.tokenizer, texts[number], BEFORE_ANSWER + choice)))
-                for number in mine
-                for choice in questions[number].choices
+                (index, *self._truncate(*encode_pair(self.tokenizer, texts[index], BEFORE_ANSWER + choice)))
+                for index in indices
+                for choice in questions[index].choices
             ]
-            for (number, _, answer), logprob in zip(parts, self._logprobs(parts, name), strict=True):
-                found[number].append(Likelihood(logprob, len(answer)))
-                if len(found[number]) == len(questions[number].choices):
+            for (index, _, answer), logprob in zip(parts, self._logprobs(parts, name), strict=True):
+                likelihoods[index].append(Likelihood(logprob, len(answer)))
+                if len(likelihoods[index]) == len(questions[index].choices):
                     advance(1)
-        return found
+        return likelihoods
 
-    def _cut(self, before: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
+    def _truncate(self, before: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
         """The last S + 1 tokens of a longer text. Raises UserError where that leaves nothing of the question."""
         over = len(before) + len(answer) - self.scorer.length - 1
         if over <= 0:
@@ -183,13 +187,13 @@ class ChoiceLikelihood:
             for row, (a, b) in enumerate(zip(starts[first:-1], starts[first + 1 :], strict=True)):
                 if row == self.rows:
                     break
-                at = 0
+                start = 0
                 for _, before, answer in parts[a:b]:
-                    end = at + len(before) + len(answer)
-                    tokens[row, at:end] = before + answer
+                    end = start + len(before) + len(answer)
+                    tokens[row, start:end] = before + answer
                     # The loss of the token at position p stands at p - 1.
-                    spans.append((row, at + len(before) - 1, end - 1))
-                    at = end + 1
+                    spans.append((row, start + len(before) - 1, end - 1))
+                    start = end + 1
             losses = self.scorer.losses(tokens, domain).astype(np.float64)
             if not np.isfinite(losses).all():
                 raise UserError(
@@ -217,32 +221,33 @@ def _engine(trained: Trained):
 
 
 def write_answers(
-    engine, texts: Sequence[str], domains: Sequence[str], asking: Asking, advance: Advance
+    engine, texts: Sequence[str], domains: Sequence[str], settings: FewShotSettings, advance: Advance
 ) -> tuple[list[str], int]:
-    """What the model writes behind every text, its likeliest tokens, and how many texts lost their beginning to fit.
+    """Answers that the model writes behind every text, by greedy decoding, and how many texts lost their beginning to
+    fit.
 
     Raises UserError where max_tokens leave the question no room.
     """
     from pangu_sigma.generation.completion import complete
 
-    room = engine.window - asking.max_tokens
+    room = engine.window - settings.max_tokens
     if room < 1:
         raise UserError(
-            f"--max-tokens {asking.max_tokens} leaves no room for a question in the model's window of {engine.window}: "
-            "set it lower"
+            f"--max-tokens {settings.max_tokens} leaves no room for a question in the model's window of "
+            f"{engine.window}: set it lower"
         )
-    sampling = Sampling(max_tokens=asking.max_tokens, temperature=0.0, stop=asking.stop)
+    sampling = Sampling(max_tokens=settings.max_tokens, temperature=0.0, stop=settings.stop)
     requests, truncated = [], 0
     for text, domain in zip(texts, domains, strict=True):
         begin, *ids = prompt_ids(engine.tokenizer, text)
         truncated += len(ids) > room
         requests.append(Request((begin, *ids[-room:]), domain, sampling))
 
-    def heard(_, event, __) -> None:
+    def on_event(_, event, __) -> None:
         if event.finish:
             advance(1)
 
-    return [answer.text for answer in complete(engine, requests, heard)], truncated
+    return [completion.text for completion in complete(engine, requests, on_event)], truncated
 
 
 def tasks_table(result: dict) -> str:
@@ -254,6 +259,6 @@ def tasks_table(result: dict) -> str:
         for rule, score in task["scores"].items():
             error = "–" if score["stderr"] is None else f"± {100 * score['stderr']:.2f}"
             rows.append([task["task"], rule, f"{100 * score['value']:.2f}", error, f"{task['questions']:,}"])
-    cut = [f"{task['task']}: {task['truncated']} texts were cut to the window" for task in result["tasks"]]
-    cut = [line for line, task in zip(cut, result["tasks"], strict=True) if task["truncated"]]
-    return "\n".join([text_table(["task", "score", "%", "stderr", "questions"], rows, left=2), *cut])
+    truncated = [f"{task['task']}: {task['truncated']} texts were cut to the window" for task in result["tasks"]]
+    truncated = [line for line, task in zip(truncated, result["tasks"], strict=True) if task["truncated"]]
+    return "\n".join([text_table(["task", "score", "%", "stderr", "questions"], rows, left=2), *truncated])

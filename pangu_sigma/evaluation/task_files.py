@@ -56,35 +56,36 @@ def read_task(file: Path) -> Task:
     lines = read_text_lines(file, f"the task {file}", "name a .jsonl file")
     if not lines:
         raise UserError(f"the task {file} holds no question; write {CHOICES} or {ANSWER} a line")
-    questions = tuple(_question(line, f"{file}:{number}") for number, line in enumerate(lines, 1))
-    for number, question in enumerate(questions, 1):
+    questions = tuple(_question(line, f"{file}:{line_number}") for line_number, line in enumerate(lines, 1))
+    for line_number, question in enumerate(questions, 1):
         if bool(question.choices) != bool(questions[0].choices):
+            first = "choices" if questions[0].choices else "an answer"
             raise UserError(
-                f"{file}:{number}: the first question has {'choices' if questions[0].choices else 'an answer'} and "
-                "this one has not; give each kind a file of its own"
+                f"{file}:{line_number}: the first question has {first} and this one has not; give each kind a file of "
+                "its own"
             )
     return Task(file.stem, file, questions)
 
 
-def _question(line: str, where: str) -> Question:
-    record = json_object(line, where, f"{CHOICES} or {ANSWER}")
+def _question(line: str, source: str) -> Question:
+    record = json_object(line, source, f"{CHOICES} or {ANSWER}")
     if ("choices" in record) == ("answer" in record):
-        raise UserError(f"{where}: a question has either choices or an answer; write {CHOICES} or {ANSWER}")
+        raise UserError(f"{source}: a question has either choices or an answer; write {CHOICES} or {ANSWER}")
     text, domain = record.get("question"), record.get("domain")
     if not _is_text(text):
-        raise UserError(f"{where}: the field 'question' holds no text; write {CHOICES} or {ANSWER}")
+        raise UserError(f"{source}: the field 'question' holds no text; write {CHOICES} or {ANSWER}")
     if not (domain is None or _is_text(domain)):
-        raise UserError(f"{where}: the field 'domain' is no name; write a domain of the model or leave it out")
+        raise UserError(f"{source}: the field 'domain' is no name; write a domain of the model or leave it out")
     if "choices" in record:
         choices, gold = record["choices"], record.get("gold")
         if not isinstance(choices, list) or len(choices) < 2 or not all(map(_is_text, choices)):
-            raise UserError(f"{where}: the field 'choices' is no list of two or more texts; write {CHOICES}")
+            raise UserError(f"{source}: the field 'choices' is no list of two or more texts; write {CHOICES}")
         if type(gold) is not int or not 0 <= gold < len(choices):
-            raise UserError(f"{where}: the field 'gold' must be the right choice's index, 0 to {len(choices) - 1}")
+            raise UserError(f"{source}: the field 'gold' must be the right choice's index, 0 to {len(choices) - 1}")
         return Question(text, tuple(choices), gold, domain=domain)
     answers = record["answer"] if isinstance(record["answer"], list) else [record["answer"]]
     if not answers or not all(map(_is_text, answers)):
-        raise UserError(f"{where}: the field 'answer' is no text and no list of texts; write {ANSWER}")
+        raise UserError(f"{source}: the field 'answer' is no text and no list of texts; write {ANSWER}")
     return Question(text, answers=tuple(answers), domain=domain)
 
 

@@ -1,4 +1,4 @@
-"""From log-probabilities and written answers to scores with their standard errors; pure arithmetic."""
+"""Task scores: accuracy and exact match from log-probabilities and written answers, with standard errors."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from pangu_sigma.evaluation.task_files import Question
 
 @dataclass(frozen=True)
 class Likelihood:
-    """How likely the model finds one choice: log-probability (nats) of its tokens, and their number."""
+    """Likelihood of one choice: log-probability (nats) of its tokens, and their number."""
 
     logprob: float
     tokens: int
 
 
-def choice_scores(question: Question, found: Sequence[Likelihood]) -> dict[str, float]:
+def choice_scores(question: Question, likelihoods: Sequence[Likelihood]) -> dict[str, float]:
     """1 or 0 by rule: the likeliest choice, by raw log-probability, per character of the choice, and per token.
 
     The first of equals wins. Raw and per character are lm-evaluation-harness' acc and acc_norm.
     """
-    raw = np.array([choice.logprob for choice in found])
+    raw = np.array([choice.logprob for choice in likelihoods])
     characters = np.array([len(choice) for choice in question.choices], np.float64)
-    tokens = np.array([choice.tokens for choice in found], np.float64)
+    tokens = np.array([choice.tokens for choice in likelihoods], np.float64)
     by_rule = {"accuracy": raw, "accuracy_per_character": raw / characters, "accuracy_per_token": raw / tokens}
     return {rule: float(int(np.argmax(values)) == question.gold) for rule, values in by_rule.items()}
 

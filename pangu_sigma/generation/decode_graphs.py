@@ -280,7 +280,7 @@ def cache_precision(model: Model) -> ms.dtype:
 
 def own_tables(model: Model) -> bool:
     """Whether every domain has a word table of its own, which is then an input of the graphs."""
-    return model.config.model.embedding_slots == "per_domain"
+    return model.config.model.domain_parameters.embedding == "own"
 
 
 def _sparse(model: Model, planned: type, slots: int) -> tuple[dict[str, nn.Cell], int]:

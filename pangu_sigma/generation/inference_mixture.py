@@ -25,7 +25,7 @@ from rre.routers.learned_gate import Gate
 
 
 class EveryExpert(GatedExperts):
-    """x_TD -> (what every expert gives [E * T, D], expert by expert, log p [T, E])."""
+    """All experts of a layer: x_TD -> (every expert's output [E * T, D], expert by expert, log p [T, E])."""
 
     def __init__(self, gate: Gate, experts: int, model: ModelConfig, layout: Layout, compute: ms.dtype) -> None:
         super().__init__(gate, experts, model, layout, compute)
@@ -37,7 +37,7 @@ class EveryExpert(GatedExperts):
 
 
 class EveryExpertWithShared(InferenceCell):
-    """`EveryExpert` and the network that every row takes beside each expert: its output is added to every expert's."""
+    """`EveryExpert` plus the shared expert that every row takes: its output is added to every expert's."""
 
     def __init__(self, routed: nn.Cell, shared: nn.Cell, layout: Layout) -> None:
         super().__init__()
@@ -51,7 +51,8 @@ class EveryExpertWithShared(InferenceCell):
 
 
 class InferenceMixtureLayer(InferenceLayer):
-    """A `InferenceLayer` whose experts stay unmixed: h_TD -> ((h + y_i of every expert [E * T, D], log p [T, E]), cache)."""
+    """Transformer layer whose experts stay unmixed: h_TD -> ((h + y_i of every expert [E * T, D], log p [T, E]), new
+    keys and values)."""
 
     def __init__(self, *arguments) -> None:
         super().__init__(*arguments)
@@ -66,7 +67,7 @@ class InferenceMixtureLayer(InferenceLayer):
 
 
 class InferenceMixtureHead(OutputHead):
-    """(h of every expert [E * T, D], log p [T, E]) -> the mixture's log probabilities [T, V]."""
+    """Output head of a mixture: (h of every expert [E * T, D], log p [T, E]) -> log probabilities [T, V]."""
 
     def __init__(self, norm: nn.Cell | None, tables: int, layout: Layout) -> None:
         super().__init__(norm, tables, layout)
@@ -83,7 +84,7 @@ class InferenceMixtureHead(OutputHead):
 
 
 class TopLayerCells(NamedTuple):
-    """Classes of a model's inference cells that depend on its top layer: the experts under a learned gate, these beside
+    """Classes of the inference cells that depend on a model's top layer: the experts under a learned gate, these beside
     a shared expert, the layer around experts, and the head."""
 
     gated_experts: type[GatedExperts]

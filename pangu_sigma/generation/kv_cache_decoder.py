@@ -186,7 +186,8 @@ class KvCacheDecoder:
             if router.learned:
                 inputs += store.fetch(layer_name, range(model.groups.total))
             else:
-                inputs += store.fetch(layer_name, router.assign(ids[:, None], domain, 0, samples, False).expert_ids[:, 0])
+                assignment = router.assign(ids[:, None], domain, 0, samples, False)
+                inputs += store.fetch(layer_name, assignment.expert_ids[:, 0])
         return inputs
 
     def _resize_batch(self, texts: list[_Sequence]) -> None:

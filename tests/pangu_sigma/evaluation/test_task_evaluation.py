@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pangu_sigma.errors import UserError
-from pangu_sigma.evaluation.task_evaluation import Asking, ask_all, encode_pair, read_all
+from pangu_sigma.evaluation.task_evaluation import FewShotSettings, encode_pair, read_tasks, run_tasks
 from pangu_sigma.generation import prompt_ids
 from pangu_sigma.generation.sampling import log_softmax
 from pangu_sigma.trained_model import load_trained
@@ -42,18 +42,18 @@ def files(tmp_path_factory):
     return folder
 
 
-def asked(trained, files, **asking):
-    asking = Asking(**{"domain": "law", **asking})
-    tasks, pools = read_all([files / "court.jsonl"], asking)
-    return ask_all(trained, tasks, pools, asking)[0]
+def task_result(trained, files, **settings):
+    settings = FewShotSettings(**{"domain": "law", **settings})
+    tasks, pools = read_tasks([files / "court.jsonl"], settings)
+    return run_tasks(trained, tasks, pools, settings)[0]
 
 
 def test_every_choice_is_as_likely_as_the_model_finds_it_alone(trained, files):
     from tests.oracles.recomputing_decoder import RecomputingDecoder
 
-    outcome = asked(trained, files)
+    result = task_result(trained, files)
     decoder, domain = RecomputingDecoder(trained.model), trained.model.groups.names.index("law")
-    for question, found in zip(outcome.task.questions, outcome.likelihoods, strict=True):
+    for question, found in zip(result.task.questions, result.likelihoods, strict=True):
         for choice, likelihood in zip(question.choices, found, strict=True):
             before, ids = encode_pair(trained.tokenizer, question.text, f" {choice}")
             rows = log_softmax(decoder.score((*before, *ids), domain))[len(before) - 1 : -1]
@@ -62,20 +62,20 @@ def test_every_choice_is_as_likely_as_the_model_finds_it_alone(trained, files):
 
 
 def test_a_text_longer_than_the_window_loses_its_beginning_and_is_counted(trained, files):
-    outcome = asked(trained, files, shots=6)
-    assert outcome.truncated > 0 and len(outcome.scores) == 9
-    assert asked(trained, files).truncated == 0
+    result = task_result(trained, files, shots=6)
+    assert result.truncated > 0 and len(result.scores) == 9
+    assert task_result(trained, files).truncated == 0
 
 
 def test_questions_bring_their_domain_or_it_is_inferred(trained, files, tmp_path):
-    law, code = asked(trained, files), asked(trained, files, domain="code")
+    law, code = task_result(trained, files), task_result(trained, files, domain="code")
     assert [[c.logprob for c in q] for q in law.likelihoods] != [[c.logprob for c in q] for q in code.likelihoods]
     mixed = [{**q, "domain": "law" if i % 2 else "code"} for i, q in enumerate(questions(9))]
     write_jsonl(tmp_path / "court.jsonl", mixed)
-    for i, found in enumerate(asked(trained, tmp_path, domain=None).likelihoods):
+    for i, found in enumerate(task_result(trained, tmp_path, domain=None).likelihoods):
         expected = (law if i % 2 else code).likelihoods[i]
         assert [c.logprob for c in found] == pytest.approx([c.logprob for c in expected], abs=1e-5)
-    assert len(asked(trained, files, domain="auto").scores) == 9
+    assert len(task_result(trained, files, domain="auto").scores) == 9
 
 
 def test_the_inferred_domain_is_the_one_that_finds_the_text_likeliest(trained):
@@ -97,8 +97,8 @@ def test_the_inferred_domain_is_the_one_that_finds_the_text_likeliest(trained):
 
 def test_the_command_prints_scores_with_their_standard_errors(taught, files, tmp_path):
     tasks = ["--tasks", files / "court.jsonl", "--tasks", files / "short.jsonl"]
-    asking = ["--domain", "law", "--shots", 1, "--max-tokens", 8, "--json"]
-    done = command("evaluate", taught, *tasks, *asking, cwd=tmp_path)
+    options = ["--domain", "law", "--shots", 1, "--max-tokens", 8, "--json"]
+    done = command("evaluate", taught, *tasks, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     court, short = json.loads(done.stdout)["tasks"]
     assert court["kind"] == "multiple_choice" and court["questions"] == 9
@@ -112,7 +112,7 @@ def test_the_command_prints_scores_with_their_standard_errors(taught, files, tmp
 
 
 def test_an_answer_needs_room_for_its_question(trained, files):
-    asking = Asking(domain="law", max_tokens=48)
-    tasks, pools = read_all([files / "short.jsonl"], asking)
+    settings = FewShotSettings(domain="law", max_tokens=48)
+    tasks, pools = read_tasks([files / "short.jsonl"], settings)
     with pytest.raises(UserError, match="--max-tokens 48 leaves no room for a question in the model's window of 48"):
-        ask_all(trained, tasks, pools, asking)
+        run_tasks(trained, tasks, pools, settings)

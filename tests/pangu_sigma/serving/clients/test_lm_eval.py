@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from pangu_sigma.evaluation.task_evaluation import Asking, evaluate_tasks, write_answers
+from pangu_sigma.evaluation.task_evaluation import FewShotSettings, evaluate_tasks, write_answers
 from pangu_sigma.generation.sampling import log_softmax
 from pangu_sigma.trained_model import load_trained
 from tests.pangu_sigma.conftest import WORDS
@@ -46,10 +46,10 @@ def folder(served_run, questions, tmp_path_factory) -> Path:
     trained = load_trained(served_run)
     from pangu_sigma.generation.engine import Engine
 
-    asking = Asking(max_tokens=WRITTEN)
+    settings = FewShotSettings(max_tokens=WRITTEN)
     texts = [question["question"] for question in questions]
     engine = Engine(trained.model, trained.tokenizer, 4)
-    own, _ = write_answers(engine, texts, ["law"] * QUESTIONS, asking, lambda _: None)
+    own, _ = write_answers(engine, texts, ["law"] * QUESTIONS, settings, lambda _: None)
     own = [text if text.strip() else "nothing" for text in own]
     words = [
         {"question": text, "answer": answer.strip() if i % 2 else "verdict"}
@@ -141,9 +141,10 @@ def test_the_accuracy_is_the_models(results, questions, expected):
 
 
 def test_evaluates_own_scores_are_the_harness_scores(results, served_run, folder):
-    choices = Asking(domain="law"), Asking(domain="law", shots=SHOTS)
-    court, shots = (evaluate_tasks(served_run, [folder / "court.jsonl"], asking)["tasks"][0] for asking in choices)
-    words = evaluate_tasks(served_run, [folder / "words.jsonl"], Asking(domain="law", max_tokens=WRITTEN))["tasks"][0]
+    choices = FewShotSettings(domain="law"), FewShotSettings(domain="law", shots=SHOTS)
+    court, shots = (evaluate_tasks(served_run, [folder / "court.jsonl"], settings)["tasks"][0] for settings in choices)
+    written = FewShotSettings(domain="law", max_tokens=WRITTEN)
+    words = evaluate_tasks(served_run, [folder / "words.jsonl"], written)["tasks"][0]
     pairs = {"acc,none": "accuracy", "acc_norm,none": "accuracy_per_character"}
     for name, mine in (("court", court), ("shots", shots)):
         for theirs, rule in pairs.items():
