@@ -25,24 +25,29 @@ class BoundedConnection(H11Protocol):
         self._stall: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin the wait for the first head."""
         super().connection_made(transport)
         # No buffer beyond the system's: whatever cannot be handed to it at once is what the client does not take.
         transport.set_write_buffer_limits(high=0)
         self._bound_head()
 
     def data_received(self, data: bytes) -> None:
+        """Take data in; end or begin the wait for a head."""
         super().data_received(data)
         self._bound_head()
 
     def connection_lost(self, error: Exception | None) -> None:
+        """Cancel the timers."""
         self._cancel()
         super().connection_lost(error)
 
     def pause_writing(self) -> None:
+        """Begin the wait for a client that reads nothing."""
         super().pause_writing()
         self._stall = self.loop.call_later(self._limits.stall_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
+        """End that wait."""
         super().resume_writing()
         if self._stall is not None:
             self._stall.cancel()

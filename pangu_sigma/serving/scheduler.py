@@ -46,23 +46,30 @@ class DecodingEngine(Protocol):
     waiting: int
     idle: bool
 
-    def add(self, request: Request) -> int: ...
+    def add(self, request: Request) -> int:
+        """Queue a request and return its id. Raises UserError."""
 
-    def cancel(self, request_id: int) -> None: ...
+    def cancel(self, request_id: int) -> None:
+        """Forget a request."""
 
-    def step(self) -> list[Event]: ...
+    def step(self) -> list[Event]:
+        """Decode one token of every active request and admit one that waits."""
 
 
 class SchedulerObserver(Protocol):
     """Receiver of the scheduler's measurements, called on the event loop: `server_metrics.ServerMetrics`."""
 
-    def state(self, active: int, waiting: int) -> None: ...
+    def state(self, active: int, waiting: int) -> None:
+        """Requests that hold a slot and that wait, now."""
 
-    def stepped(self, seconds: float, tokens: int) -> None: ...
+    def stepped(self, seconds: float, tokens: int) -> None:
+        """A decoding step took `seconds` and wrote `tokens`."""
 
-    def answered(self, seconds: float) -> None: ...
+    def answered(self, seconds: float) -> None:
+        """A request finished, `seconds` after it was submitted."""
 
-    def failed(self, domain: str) -> None: ...
+    def failed(self, domain: str) -> None:
+        """The model could not continue a request."""
 
 
 class RequestHandle:

@@ -30,19 +30,19 @@ def uniform(run):
 
 def test_the_given_domains_losses_are_those_of_an_evaluation(run, uniform):
     losses = evaluate(run)["losses"]
-    assert {name: found["given"] for name, found in uniform["domains"].items()} == pytest.approx(losses, abs=1e-5)
+    assert {name: figures["given"] for name, figures in uniform["domains"].items()} == pytest.approx(losses, abs=1e-5)
     assert list(uniform["domains"]) == DOMAINS
-    for found in uniform["domains"].values():
-        assert list(found["accuracy"]) == [16] and 0.0 <= found["accuracy"][16] <= 1.0
+    for figures in uniform["domains"].values():
+        assert list(figures["accuracy"]) == [16] and 0.0 <= figures["accuracy"][16] <= 1.0
 
 
 def test_other_priors_and_mixtures_are_other_measurements(run, uniform):
     mixed = evaluate_inferred_domains(run, top=3, prior="updating")
     cached = evaluate_inferred_domains(run, prior="cached")
-    for name, found in uniform["domains"].items():
-        assert mixed["domains"][name]["auto"] != found["auto"]
-        assert mixed["domains"][name]["given"] == found["given"]
-        assert cached["domains"][name]["tokens"] < found["tokens"]
+    for name, figures in uniform["domains"].items():
+        assert mixed["domains"][name]["auto"] != figures["auto"]
+        assert mixed["domains"][name]["given"] == figures["given"]
+        assert cached["domains"][name]["tokens"] < figures["tokens"]
 
 
 def test_more_domains_than_there_are_cannot_be_mixed(run):
@@ -51,19 +51,19 @@ def test_more_domains_than_there_are_cannot_be_mixed(run):
 
 
 def test_generate_takes_the_domain_it_inferred(run, tmp_path):
-    asked = ["--prompt", "the court shall", "--max-tokens", 2, "--temperature", 0]
-    auto = training_process.command("generate", run, "--domain", "auto", *asked, "--json", cwd=tmp_path)
+    options = ["--prompt", "the court shall", "--max-tokens", 2, "--temperature", 0]
+    auto = training_process.command("generate", run, "--domain", "auto", *options, "--json", cwd=tmp_path)
     assert auto.returncode == 0, auto.stderr
-    found = json.loads(auto.stdout)
-    assert found["domain"] in DOMAINS and found.pop("domains").keys() == {found["domain"]}
-    given = training_process.command("generate", run, "--domain", found["domain"], *asked, "--json", cwd=tmp_path)
-    assert json.loads(given.stdout) == found
+    record = json.loads(auto.stdout)
+    assert record["domain"] in DOMAINS and record.pop("domains").keys() == {record["domain"]}
+    given = training_process.command("generate", run, "--domain", record["domain"], *options, "--json", cwd=tmp_path)
+    assert json.loads(given.stdout) == record
 
 
 def test_generate_mixes_domains_with_a_prior_of_texts_like_the_prompts(run, corpora, tmp_path):
     lines = "".join(json.dumps({"prompt": text}) + "\n" for text in ("the court", "moon and star", ""))
-    asked = ["--jsonl", "--max-tokens", 2, "--top", 3, "--prior", "cached", "--prior-texts", corpora / "poems.jsonl"]
-    done = training_process.command("generate", run, "--domain", "auto", *asked, cwd=tmp_path, input=lines)
+    options = ["--jsonl", "--max-tokens", 2, "--top", 3, "--prior", "cached", "--prior-texts", corpora / "poems.jsonl"]
+    done = training_process.command("generate", run, "--domain", "auto", *options, cwd=tmp_path, input=lines)
     assert done.returncode == 0, done.stderr
     for line in map(json.loads, done.stdout.splitlines()):
         assert set(line["domains"]) == set(DOMAINS) and sum(line["domains"].values()) == pytest.approx(1.0)

@@ -36,10 +36,10 @@ def analyze(run, *more: str) -> dict:
 
 
 def test_tables_are_saturated_from_the_first_step_and_a_domain_meets_its_own_group_alone(table_run):
-    found = analyze(table_run)
-    (layer,) = found["layers"].values()
-    assert {at["all"] for at in layer["saturation"]} == {1.0}
-    assert [at["step"] for at in layer["saturation"]] == found["steps"]
+    result = analyze(table_run)
+    (layer,) = result["layers"].values()
+    assert {checkpoint["all"] for checkpoint in layer["saturation"]} == {1.0}
+    assert [checkpoint["step"] for checkpoint in layer["saturation"]] == result["steps"]
     assert layer["vocabulary_specialisation"] < 1.0 or len(layer["domain_specialisation"]) == 1
     share = {name: np.array(values) for name, values in layer["domain_specialisation"].items()}
     assert share["code"][2:].sum() == share["law"][[0, 1, 3, 4]].sum() == share["poems"][:3].sum() == 0.0
@@ -61,14 +61,15 @@ def test_the_shares_of_a_table_are_what_its_tensor_says(table_run):
     tokens = ids[:, :-1].reshape(-1)[mask.reshape(-1) > 0][:256]
     (layer_name,) = tables
     expected = np.bincount(tables[layer_name]["code"][tokens], minlength=2) / len(tokens)
-    found = json.loads((table_run / "analysis.json").read_text())["layers"][layer_name]["domain_specialisation"]["code"]
-    np.testing.assert_allclose(found[:2], expected, atol=1e-12)
+    layers = json.loads((table_run / "analysis.json").read_text())["layers"]
+    specialisation = layers[layer_name]["domain_specialisation"]["code"]
+    np.testing.assert_allclose(specialisation[:2], expected, atol=1e-12)
 
 
 def test_a_learned_gate(gate_run):
-    found = analyze(gate_run)
-    (layer,) = found["layers"].values()
-    assert found["router"] == "olmoe" and found["steps"] == [6, 12]
+    result = analyze(gate_run)
+    (layer,) = result["layers"].values()
+    assert result["router"] == "olmoe" and result["steps"] == [6, 12]
     assert layer["saturation"][-1]["all"] == 1.0 and 0.0 <= layer["saturation"][0]["all"] <= 1.0
     for shares in layer["domain_specialisation"].values():
         assert np.sum(shares) == pytest.approx(2.0)
@@ -87,9 +88,9 @@ def test_tables_figures_and_report(gate_run):
 
 
 @pytest.mark.parametrize(
-    ("path", "said"), [("nowhere", "does not exist"), ("checkpoint", "name the folder of a run")]
+    ("path", "sentence"), [("nowhere", "does not exist"), ("checkpoint", "name the folder of a run")]
 )
-def test_what_is_no_run_is_refused(table_run, path, said):
+def test_what_is_no_run_is_refused(table_run, path, sentence):
     named = {"nowhere": table_run / "nowhere", "checkpoint": training_process.checkpoint(table_run, 12)}[path]
     done = training_process.command("analyze", named, cwd=table_run)
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr

@@ -26,15 +26,15 @@ def test_a_token_without_an_expert_at_the_end_does_not_count_towards_saturation(
 
 
 def test_coactivation_is_relative_to_the_row_s_expert():
-    found = routing_measures.coactivation(hits("110", "101", "100", "100"))
-    np.testing.assert_allclose(found, [[1, 1 / 4, 1 / 4], [1, 1, 0], [1, 0, 1]])
+    measured = routing_measures.coactivation(hits("110", "101", "100", "100"))
+    np.testing.assert_allclose(measured, [[1, 1 / 4, 1 / 4], [1, 1, 0], [1, 0, 1]])
     assert not routing_measures.coactivation(hits("100", "100"))[1].any()
 
 
 def test_specialisation_of_a_domain_sums_to_the_experts_of_a_token():
-    found = routing_measures.specialisation(hits("110", "101", "110", "110"))
-    np.testing.assert_allclose(found, [1.0, 0.75, 0.25])
-    assert found.sum() == 2.0
+    measured = routing_measures.specialisation(hits("110", "101", "110", "110"))
+    np.testing.assert_allclose(measured, [1.0, 0.75, 0.25])
+    assert measured.sum() == 2.0
 
 
 def test_vocabulary_use():

@@ -53,8 +53,8 @@ def test_every_choice_is_as_likely_as_the_model_finds_it_alone(trained, files):
 
     result = task_result(trained, files)
     decoder, domain = RecomputingDecoder(trained.model), trained.model.groups.names.index("law")
-    for question, found in zip(result.task.questions, result.likelihoods, strict=True):
-        for choice, likelihood in zip(question.choices, found, strict=True):
+    for question, likelihoods in zip(result.task.questions, result.likelihoods, strict=True):
+        for choice, likelihood in zip(question.choices, likelihoods, strict=True):
             before, ids = encode_pair(trained.tokenizer, question.text, f" {choice}")
             rows = log_softmax(decoder.score((*before, *ids), domain))[len(before) - 1 : -1]
             own = float(rows[np.arange(len(ids)), ids].sum())
@@ -72,9 +72,9 @@ def test_questions_bring_their_domain_or_it_is_inferred(trained, files, tmp_path
     assert [[c.logprob for c in q] for q in law.likelihoods] != [[c.logprob for c in q] for q in code.likelihoods]
     mixed = [{**q, "domain": "law" if i % 2 else "code"} for i, q in enumerate(questions(9))]
     write_jsonl(tmp_path / "court.jsonl", mixed)
-    for i, found in enumerate(task_result(trained, tmp_path, domain=None).likelihoods):
+    for i, likelihoods in enumerate(task_result(trained, tmp_path, domain=None).likelihoods):
         expected = (law if i % 2 else code).likelihoods[i]
-        assert [c.logprob for c in found] == pytest.approx([c.logprob for c in expected], abs=1e-5)
+        assert [c.logprob for c in likelihoods] == pytest.approx([c.logprob for c in expected], abs=1e-5)
     assert len(task_result(trained, files, domain="auto").scores) == 9
 
 
@@ -90,8 +90,8 @@ def test_the_inferred_domain_is_the_one_that_finds_the_text_likeliest(trained):
         last = text[-length - 1 :]
         row = np.full((1, length + 1), model.eod_id, np.int32)
         row[0, : len(last)] = last
-        found = plain._batch(row)[:, 0, : len(last) - 1].sum(axis=1)
-        expected.append(model.groups.names[int(found.argmax())])
+        log_likelihood = plain._batch(row)[:, 0, : len(last) - 1].sum(axis=1)
+        expected.append(model.groups.names[int(log_likelihood.argmax())])
     assert likeliest_domains(model, ids) == expected
 
 

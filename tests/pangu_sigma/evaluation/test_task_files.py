@@ -28,7 +28,7 @@ def test_both_kinds_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "lines, said",
+    "lines, sentence",
     [
         ([], "holds no question; write"),
         ([CHOICE, "\n", CHOICE], ":2: the line is empty; remove it"),
@@ -44,10 +44,10 @@ def test_both_kinds_are_read(tmp_path):
         ([{**ANSWER, "domain": 3}], ":1: the field 'domain' is no name"),
     ],
 )
-def test_a_line_that_is_no_question_is_named(tmp_path, lines, said):
-    with pytest.raises(UserError) as told:
+def test_a_line_that_is_no_question_is_named(tmp_path, lines, sentence):
+    with pytest.raises(UserError) as raised:
         task_of(tmp_path, *lines)
-    assert said in str(told.value)
+    assert sentence in str(raised.value)
 
 
 def test_solved_questions_come_in_order_without_the_question_itself():
@@ -61,9 +61,9 @@ def test_solved_questions_come_in_order_without_the_question_itself():
 
 def test_length_may_decide_between_choices():
     question = Question("?", ("ab", "abcdefgh", "abcd"), gold=1)
-    found = [Likelihood(-2.0, 1), Likelihood(-4.0, 2), Likelihood(-3.0, 3)]
+    likelihoods = [Likelihood(-2.0, 1), Likelihood(-4.0, 2), Likelihood(-3.0, 3)]
     # per character -1, -0.5, -0.75; per token -2, -2, -1
-    assert choice_scores(question, found) == {
+    assert choice_scores(question, likelihoods) == {
         "accuracy": 0.0, "accuracy_per_character": 1.0, "accuracy_per_token": 0.0,
     }  # fmt: skip
 

@@ -19,16 +19,16 @@ LIKELIHOOD = np.log(DRAW.uniform(0.1, 0.9, (3, 5)))
 
 def test_the_posterior_is_bayes_rule():
     prior = np.array([0.5, 0.2, 0.3])
-    found = posteriors(LIKELIHOOD, prior)
-    assert found.shape == (3, 6)
+    posterior = posteriors(LIKELIHOOD, prior)
+    assert posterior.shape == (3, 6)
     for t in range(6):
         products = [prior[g] * math.prod(math.exp(v) for v in LIKELIHOOD[g, :t]) for g in range(3)]
-        np.testing.assert_allclose(found[:, t], np.array(products) / sum(products), rtol=1e-12)
+        np.testing.assert_allclose(posterior[:, t], np.array(products) / sum(products), rtol=1e-12)
 
 
 def test_long_texts_do_not_underflow():
-    found = posteriors(np.stack([np.full(100_000, -9.0), np.full(100_000, -9.1)]), np.array([0.5, 0.5]))
-    assert found[:, -1] == pytest.approx([1.0, 0.0]) and np.isfinite(found).all()
+    posterior = posteriors(np.stack([np.full(100_000, -9.0), np.full(100_000, -9.1)]), np.array([0.5, 0.5]))
+    assert posterior[:, -1] == pytest.approx([1.0, 0.0]) and np.isfinite(posterior).all()
 
 
 def test_the_best_domain_speaks_alone_and_the_best_ones_mix_by_their_weight():
@@ -38,8 +38,8 @@ def test_the_best_domain_speaks_alone_and_the_best_ones_mix_by_their_weight():
         first, second = np.argsort(-posterior[:, t], kind="stable")[:2]
         assert alone[t] == pytest.approx(LIKELIHOOD[first, t])
         share = posterior[first, t] / (posterior[first, t] + posterior[second, t])
-        wanted = share * math.exp(LIKELIHOOD[first, t]) + (1 - share) * math.exp(LIKELIHOOD[second, t])
-        assert mixed[t] == pytest.approx(math.log(wanted))
+        expected = share * math.exp(LIKELIHOOD[first, t]) + (1 - share) * math.exp(LIKELIHOOD[second, t])
+        assert mixed[t] == pytest.approx(math.log(expected))
 
 
 def test_all_domains_mixed_are_the_text_under_the_prior():
@@ -52,8 +52,8 @@ def test_all_domains_mixed_are_the_text_under_the_prior():
 def test_log_probabilities_are_the_log_softmax():
     logits, labels = DRAW.normal(size=(2, 4, 7)).astype(np.float32) * 30, DRAW.integers(0, 7, (2, 4))
     shares = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum(-1, keepdims=True)
-    wanted = np.log([[shares[b, s, labels[b, s]] for s in range(4)] for b in range(2)])
-    np.testing.assert_allclose(token_log_probabilities(logits, labels), wanted, rtol=1e-10)
+    expected = np.log([[shares[b, s, labels[b, s]] for s in range(4)] for b in range(2)])
+    np.testing.assert_allclose(token_log_probabilities(logits, labels), expected, rtol=1e-10)
 
 
 def test_priors_follow_what_was_read():

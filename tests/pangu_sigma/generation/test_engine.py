@@ -45,8 +45,8 @@ def mixed(tokenizer) -> list[Request]:
 
 
 def test_the_text_with_a_cache_is_the_text_without_one(engine, plain, tokenizer):
-    for found, expected in zip(complete(engine, mixed(tokenizer)), complete(plain, mixed(tokenizer)), strict=True):
-        assert ids_of(found) == ids_of(expected) and found.text == expected.text and found.finish == expected.finish
+    for answer, expected in zip(complete(engine, mixed(tokenizer)), complete(plain, mixed(tokenizer)), strict=True):
+        assert ids_of(answer) == ids_of(expected) and answer.text == expected.text and answer.finish == expected.finish
 
 
 def test_a_text_does_not_depend_on_what_else_is_asked(engine, tokenizer):
@@ -121,8 +121,8 @@ def test_the_window_is_the_longest_document(engine, plain):
         answer = complete(one, [full])[0]
         assert len(answer.events) == 1 and answer.finish == "length"  # one more token can be said, none can be read
     half = Request(full.prompt_ids[:20], "code", Sampling(99, temperature=0.0))
-    found, expected = (complete(one, [half])[0] for one in (engine, plain))
-    assert len(found.events) == WINDOW - 20 + 1 and ids_of(found) == ids_of(expected)
+    answer, expected = (complete(one, [half])[0] for one in (engine, plain))
+    assert len(answer.events) == WINDOW - 20 + 1 and ids_of(answer) == ids_of(expected)
     with pytest.raises(UserError, match="33 tokens in one document, and the model's window has 32; shorten it"):
         engine.add(Request(tuple(range(3, 36)), "code"))
     # What lies before the last end of document is not seen, so it may be as long as it likes.
@@ -142,11 +142,11 @@ def test_log_probabilities_and_scores_of_the_prompt(engine, kind):
     rows = log_softmax(kind("rre").plain.score(text, 1))
     scored = [*first.prompt_scores[1:], *answer.events]
     assert len(scored) == len(text) - 1
-    for row, token, said in zip(rows, text[1:], scored, strict=False):
-        assert said.token_id == token and said.logprob == pytest.approx(row[token], abs=2e-5)
+    for row, token, score in zip(rows, text[1:], scored, strict=False):
+        assert score.token_id == token and score.logprob == pytest.approx(row[token], abs=2e-5)
         best = np.argsort(-row, kind="stable")[:3]
-        assert [i for i, _ in said.top] == best.tolist()
-        np.testing.assert_allclose([value for _, value in said.top], row[best], atol=2e-5)
+        assert [i for i, _ in score.top] == best.tolist()
+        np.testing.assert_allclose([value for _, value in score.top], row[best], atol=2e-5)
 
 
 def test_scoring_alone_writes_nothing(engine):
@@ -160,18 +160,18 @@ def test_scoring_alone_writes_nothing(engine):
 
 
 def test_more_requests_than_slots_wait_in_order_and_a_cancelled_one_leaves_at_once(engine):
-    numbers = [engine.add(Request((2, 40 + n), "code", Sampling(20, temperature=0.0))) for n in range(SLOTS + 2)]
+    request_ids = [engine.add(Request((2, 40 + n), "code", Sampling(20, temperature=0.0))) for n in range(SLOTS + 2)]
     for _ in range(SLOTS):
         engine.step()
     assert (engine.active, engine.waiting) == (SLOTS, 2)
-    engine.cancel(numbers[1])
-    engine.cancel(numbers[-1])
+    engine.cancel(request_ids[1])
+    engine.cancel(request_ids[-1])
     engine.cancel(10**9)
     assert (engine.active, engine.waiting) == (SLOTS - 1, 1)
     with_events = {event.request_id for event in engine.step()}
-    assert numbers[SLOTS] in with_events and numbers[1] not in with_events
-    for number in numbers:
-        engine.cancel(number)
+    assert request_ids[SLOTS] in with_events and request_ids[1] not in with_events
+    for request_id in request_ids:
+        engine.cancel(request_id)
     assert engine.idle and engine.step() == []
 
 
@@ -220,10 +220,10 @@ def test_only_the_request_whose_own_logits_are_no_numbers_fails(kind, tokenizer,
     engine = Engine(both.model, tokenizer, decoder=both.on_device if on_device else both.cached)
     greedy = Sampling(12, temperature=0.0)
     requests = [Request((2, 40 + n), name, greedy) for n, name in enumerate(["code", "law", "poems", "law", "code"])]
-    whole = complete(engine, requests)
+    undisturbed = complete(engine, requests)
     broken("rre", 3)  # the only expert of law
     answers = complete(engine, requests, keep_going=True)
-    for request, answer, before in zip(requests, answers, whole, strict=True):
+    for request, answer, before in zip(requests, answers, undisturbed, strict=True):
         if request.domain == "law":
             assert answer.finish == "error" and answer.text == "" and answer.events == []
             assert "the experts of law compute numbers that are not finite" in answer.error
@@ -242,16 +242,16 @@ def test_a_text_fails_where_its_numbers_end_and_keeps_what_it_had(kind, tokenize
     engine = Engine(both.model, tokenizer, decoder=both.cached)
     sampling = Sampling(20, temperature=3.0, seed=7)
     requests = [Request((2, 60), "code", sampling), Request((2, 61), "poems", sampling)]
-    whole = complete(engine, requests)
+    undisturbed = complete(engine, requests)
     table = both.model.routers[0].assign
-    ids = [2, 60, *ids_of(whole[0])]
+    ids = [2, 60, *ids_of(undisturbed[0])]
     experts = table(np.array([ids]), np.array([0]), 0, np.zeros(1, np.int64), False).expert_ids[:, 0]
-    late = next(int(e) for e in (0, 1, 2) if e not in experts[:2] and e in experts[2:-1])
-    broken("rre", late)
+    late_expert = next(int(e) for e in (0, 1, 2) if e not in experts[:2] and e in experts[2:-1])
+    broken("rre", late_expert)
     answers = complete(engine, requests, keep_going=True)
-    read = int(np.flatnonzero(experts == late)[0])  # the first token that the broken expert reads is its last
+    read = int(np.flatnonzero(experts == late_expert)[0])  # the first token that the broken expert reads is its last
     assert answers[0].finish == "error" and ids_of(answers[0]) == ids[2 : read + 1]
-    assert answers[1].error is None and ids_of(answers[1]) == ids_of(whole[1])
+    assert answers[1].error is None and ids_of(answers[1]) == ids_of(undisturbed[1])
 
 
 @pytest.mark.parametrize("case", ["switch", "olmoe"])
@@ -261,10 +261,10 @@ def test_a_learned_gate_goes_on_too(kind, tokenizer, broken, case):
     requests = [
         Request((2, *range(40 + n, 44 + 3 * n)), "law", Sampling(16, temperature=2.0, seed=n)) for n in range(6)
     ]
-    whole = complete(engine, requests)
+    undisturbed = complete(engine, requests)
     broken(case, 2)
     answers = complete(engine, requests, keep_going=True)
-    for answer, before in zip(answers, whole, strict=True):
+    for answer, before in zip(answers, undisturbed, strict=True):
         # Whoever never met the broken expert writes on as before.
         assert ids_of(answer) == ids_of(before)[: len(ids_of(answer))]
         assert (answer.finish == "error") == (len(ids_of(answer)) < len(ids_of(before)))

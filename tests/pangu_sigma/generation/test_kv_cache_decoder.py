@@ -37,10 +37,10 @@ def test_every_position_of_a_text_that_grows_token_by_token(kind, case, where):
     expected = both.plain.score(ids, 0)
     assert widest(expected) > 1.0
     np.testing.assert_allclose(both.cached.score(ids, 0), expected, **CLOSE)
-    found = [both.cached.begin(2, ids[:1], 0)]
-    found += [both.cached.step({2: token})[2] for token in ids[1:]]
+    logits = [both.cached.begin(2, ids[:1], 0)]
+    logits += [both.cached.step({2: token})[2] for token in ids[1:]]
     both.cached.end(2)
-    np.testing.assert_allclose(np.stack(found), expected, **CLOSE)
+    np.testing.assert_allclose(np.stack(logits), expected, **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -56,33 +56,33 @@ def test_texts_of_all_domains_join_stop_and_leave(kind, case, where, tokenizer):
         ids = texts[text][:length]
         for decoder in (both.cached, both.plain):
             decoder.end(slot)
-        found = both.cached.begin(slot, ids, text % 3)
-        np.testing.assert_allclose(found, both.plain.begin(slot, ids, text % 3), **CLOSE)
+        logits = both.cached.begin(slot, ids, text % 3)
+        np.testing.assert_allclose(logits, both.plain.begin(slot, ids, text % 3), **CLOSE)
 
     def step(**tokens: int) -> None:
         fed = {int(slot[1:]): token for slot, token in tokens.items()}
-        found, expected = both.cached.step(fed), both.plain.step(fed)
-        assert set(found) == set(fed)
+        logits, expected = both.cached.step(fed), both.plain.step(fed)
+        assert set(logits) == set(fed)
         for slot in fed:
-            np.testing.assert_allclose(found[slot], expected[slot], **CLOSE)
+            np.testing.assert_allclose(logits[slot], expected[slot], **CLOSE)
 
     begin(0, 0, 3)
     step(s0=texts[0][3])
     begin(1, 1, 7)
     begin(3, 2, 1)
-    for at in range(7, 12):  # text 1 passes its end of document
-        step(s0=texts[0][at], s1=texts[1][at], s3=texts[2][at])
+    for position in range(7, 12):  # text 1 passes its end of document
+        step(s0=texts[0][position], s1=texts[1][position], s3=texts[2][position])
     step(s3=texts[2][12])  # the others stand still
     step(s0=texts[0][12], s1=texts[1][12])
     both.cached.end(0)
     begin(0, 3, 10)
     begin(2, 4, 18)
-    for at in range(13, 16):
-        step(s0=texts[3][at], s1=texts[1][at], s2=texts[4][at], s3=texts[2][at])
+    for position in range(13, 16):
+        step(s0=texts[3][position], s1=texts[1][position], s2=texts[4][position], s3=texts[2][position])
     for slot in (0, 1, 2):
         both.cached.end(slot)
-    for at in range(16, 20):  # alone again, for a while in the wide batch
-        step(s3=texts[2][at])
+    for position in range(16, 20):  # alone again, for a while in the wide batch
+        step(s3=texts[2][position])
     for token in some_ids(9, seed=9):
         step(s3=token)
     both.cached.end(3)
@@ -106,10 +106,10 @@ def test_neighbours_change_no_bit_where_the_batch_has_the_same_size(kind, case):
     def beside(other: tuple[int, ...], domain: int) -> list[np.ndarray]:
         for slot in range(SLOTS):
             cached.end(slot)
-        found = [cached.begin(0, ids[:6], 0)]
+        logits = [cached.begin(0, ids[:6], 0)]
         cached.begin(1, other, domain)
-        found += [cached.step({0: token, 1: 5 + at})[0] for at, token in enumerate(ids[6:])]
-        return found
+        logits += [cached.step({0: token, 1: 5 + position})[0] for position, token in enumerate(ids[6:])]
+        return logits
 
     for one, two in zip(beside(some_ids(3, seed=4), 1), beside(some_ids(3, seed=5), 2), strict=True):
         np.testing.assert_array_equal(one, two)
@@ -126,12 +126,12 @@ def test_with_compiled_kernels_a_text_is_the_same_to_the_bit_alone_and_beside_an
     def beside(others: int) -> np.ndarray:
         for slot in range(others):  # they come first, so the text's place in the batch differs too
             both.cached.begin(slot, some_ids(2 + slot, seed=slot), slot % 3)
-        found = [both.cached.begin(3, ids[:6], 1)]
-        for at, token in enumerate(ids[6:]):
-            found.append(both.cached.step({3: token} | {slot: 5 + at for slot in range(others)})[3])
+        logits = [both.cached.begin(3, ids[:6], 1)]
+        for position, token in enumerate(ids[6:]):
+            logits.append(both.cached.step({3: token} | {slot: 5 + position for slot in range(others)})[3])
         for slot in range(SLOTS):
             both.cached.end(slot)
-        return np.stack(found)
+        return np.stack(logits)
 
     alone = beside(0)
     for others in (1, 3):
@@ -166,11 +166,11 @@ def test_the_form_for_export_takes_and_gives_whole_caches(kind):
     expected = np.stack([both.plain.score(ids, n) for n, ids in enumerate(texts)], 1)
     heads, width = model.config.model.heads, model.config.model.hidden // model.config.model.heads
     caches = [Tensor(np.full((rows * heads, length, width), 9.0, np.float32)) for _ in range(2 * layers)]
-    for at in range(length):
-        tokens = np.array([ids[at] for ids in texts], np.int32)
+    for position in range(length):
+        tokens = np.array([ids[position] for ids in texts], np.int32)
         weights = both.cached._row_inputs(tokens, np.arange(rows))
-        logits, *caches = graph(Tensor(tokens), Tensor(np.full(rows, at, np.int32)), *caches, *weights)
-        np.testing.assert_allclose(logits.asnumpy(), expected[at], **CLOSE)
+        logits, *caches = graph(Tensor(tokens), Tensor(np.full(rows, position, np.int32)), *caches, *weights)
+        np.testing.assert_allclose(logits.asnumpy(), expected[position], **CLOSE)
 
 
 def test_names_of_the_network_stay(kind):

@@ -20,9 +20,9 @@ def softmax(values) -> np.ndarray:
     return p / p.sum()
 
 
-def close(found: np.ndarray, expected: np.ndarray) -> bool:
+def close(logprobs: np.ndarray, expected: np.ndarray) -> bool:
     """Within five standard deviations of 4000 draws, and nothing drawn that cannot be."""
-    return bool((np.abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected) / 4000)).all())
+    return bool((np.abs(logprobs - expected) <= 5 * np.sqrt(expected * (1 - expected) / 4000)).all())
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
@@ -77,10 +77,10 @@ def test_draws_are_counted():
 
 
 def test_log_probabilities_are_those_of_the_softmax_and_the_best_come_first():
-    found = log_softmax(LOGITS)
-    np.testing.assert_allclose(np.exp(found), softmax(LOGITS), rtol=1e-12)
-    assert [i for i, _ in likeliest(found, 3)] == [0, 1, 2]
-    assert likeliest(found, 0) == () and len(likeliest(found, 99)) == 6
+    logprobs = log_softmax(LOGITS)
+    np.testing.assert_allclose(np.exp(logprobs), softmax(LOGITS), rtol=1e-12)
+    assert [i for i, _ in likeliest(logprobs, 3)] == [0, 1, 2]
+    assert likeliest(logprobs, 0) == () and len(likeliest(logprobs, 99)) == 6
     assert [i for i, _ in likeliest(np.zeros(5), 2)] == [0, 1]
 
 

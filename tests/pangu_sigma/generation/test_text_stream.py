@@ -9,7 +9,7 @@ SAME = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCh
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=60)
 
 
-def said(stream: TextStream, ids) -> list[str]:
+def pushed_texts(stream: TextStream, ids) -> list[str]:
     parts = []
     for token in ids:
         parts.append(stream.push(token))
@@ -21,7 +21,7 @@ def said(stream: TextStream, ids) -> list[str]:
 @SAME
 @given(prompt=TEXTS, answer=TEXTS)
 def test_pieces_joined_are_the_answer_and_never_half_a_character(tokenizer, prompt, answer):
-    parts = said(TextStream(tokenizer, (tokenizer.eod_id, *tokenizer.encode(prompt))), tokenizer.encode(answer))
+    parts = pushed_texts(TextStream(tokenizer, (tokenizer.eod_id, *tokenizer.encode(prompt))), tokenizer.encode(answer))
     assert "".join(parts) == answer
     assert "\N{REPLACEMENT CHARACTER}" in answer or not any("\N{REPLACEMENT CHARACTER}" in part for part in parts)
 
@@ -32,9 +32,9 @@ def test_the_text_ends_before_the_first_stop_string(tokenizer, answer, stop):
     stream = TextStream(tokenizer, (), tuple(stop))
     # One token a character, so that stop strings are cut everywhere.
     ids = [token for character in answer for token in tokenizer.encode(character)]
-    found = [at for at in (answer.find(text) for text in stop) if at >= 0]
-    joined = "".join(said(stream, ids))
-    if not found:
+    stops = [index for index in (answer.find(text) for text in stop) if index >= 0]
+    joined = "".join(pushed_texts(stream, ids))
+    if not stops:
         assert joined == answer and not stream.stopped
         return
     # The stop string that is complete first ends the text, before the earliest beginning among those complete then.
@@ -47,7 +47,7 @@ def test_the_text_ends_before_the_first_stop_string(tokenizer, answer, stop):
 @given(ids=st.lists(st.integers(3, 335), max_size=40))
 def test_any_tokens_at_all(tokenizer, ids):
     """Also bytes that are no character: what comes out is what decoding all at once gives."""
-    assert "".join(said(TextStream(tokenizer, ()), ids)) == tokenizer.decode(ids)
+    assert "".join(pushed_texts(TextStream(tokenizer, ()), ids)) == tokenizer.decode(ids)
 
 
 def test_text_that_cannot_become_a_stop_string_does_not_wait(tokenizer):

@@ -32,13 +32,13 @@ def compiled(monkeypatch) -> list[str]:
 
 def every_length(engine: Engine, echo: bool) -> list[Request]:
     """Prompts of every length that is admitted, in all domains; answers of one token and of as many as fit."""
-    found = []
+    requests = []
     for length in range(1, WINDOW + 1):
         domain = engine.domains[length % len(engine.domains)]
         for most in (1, WINDOW):
             sampling = Sampling(most, temperature=0.0, echo=echo and length % 2 == 0)
-            found.append(Request((2, *range(40, 39 + length)), domain, sampling))
-    return found
+            requests.append(Request((2, *range(40, 39 + length)), domain, sampling))
+    return requests
 
 
 @pytest.mark.parametrize(("case", "on_device"), [("rre", False), ("slots", True)])
@@ -62,16 +62,16 @@ def test_a_warm_up_changes_no_answer(kind, tokenizer, compiled):
     warm.warm_up(scores=False)
     cold = Engine(model, tokenizer, decoder=kind("rre").cached)
     requests = every_length(warm, echo=False)[::5]
-    for found, expected in zip(complete(warm, requests), complete(cold, requests), strict=True):
-        assert [e.token_id for e in found.events] == [e.token_id for e in expected.events]
+    for answer, expected in zip(complete(warm, requests), complete(cold, requests), strict=True):
+        assert [e.token_id for e in answer.events] == [e.token_id for e in expected.events]
 
 
 def test_an_engine_at_work_is_not_warmed_up(kind, tokenizer):
     engine = Engine(kind("rre").model, tokenizer, decoder=kind("rre").cached)
-    number = engine.add(Request((2, 40), "code"))
+    request_id = engine.add(Request((2, 40), "code"))
     with pytest.raises(ValueError, match="at work"):
         engine.warm_up()
-    engine.cancel(number)
+    engine.cancel(request_id)
 
 
 @pytest.mark.parametrize(("smallest", "largest"), [(1, 1), (1, 6), (1, 8), (16, 96), (128, 96), (128, 128)])

@@ -28,7 +28,7 @@ def server(served_run, tmp_path_factory) -> Iterator[Server]:
     """Slots and a queue that hold 100 clients."""
     server = Server(served_run, tmp_path_factory.mktemp("server"), "--slots", 8, "--queue", 120)
     yield server
-    assert server.stop() == 0, server.said()
+    assert server.stop() == 0, server.stderr_text()
 
 
 @pytest.fixture

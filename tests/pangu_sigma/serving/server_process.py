@@ -33,14 +33,14 @@ class Server:
                 env={**_environment(), **(environment or {})},
             )
         self.line = self.process.stdout.readline()
-        found = _ADDRESS.match(self.line)
-        if found is None:
+        match = _ADDRESS.match(self.line)
+        if match is None:
             self.process.kill()
             self.process.wait()
-            raise AssertionError(f"no address in {self.line!r}\n{self.said()}")
-        self.domains, self.url, self.page = found[1].split(", "), found[2], found[3]
+            raise AssertionError(f"no address in {self.line!r}\n{self.stderr_text()}")
+        self.domains, self.url, self.page = match[1].split(", "), match[2], match[3]
 
-    def said(self) -> str:
+    def stderr_text(self) -> str:
         """What the server wrote to stderr so far."""
         return self.log.read_text(encoding="utf-8")
 
@@ -51,9 +51,9 @@ class Server:
     def gauge(self, name: str, **options) -> float:
         """A number of /metrics by its full name (with labels, if it has some)."""
         with self.client(**options) as client:
-            found = re.search(rf"^{re.escape(name)} (\S+)$", client.get("/metrics").text, re.MULTILINE)
-        assert found, f"{name} is not in /metrics"
-        return float(found[1])
+            match = re.search(rf"^{re.escape(name)} (\S+)$", client.get("/metrics").text, re.MULTILINE)
+        assert match, f"{name} is not in /metrics"
+        return float(match[1])
 
     def wait_for(self, active: int, waiting: int, seconds: float = 20.0) -> None:
         """Until the engine's own count says so."""

@@ -25,9 +25,9 @@ async def app(scope, receive, send) -> None:
         await asyncio.sleep(float(scope["path"][1:]))
     length = str(len(body)).encode()
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
-    for at in range(0, len(body), 1 << 20):
-        last = at + (1 << 20) >= len(body)
-        await send({"type": "http.response.body", "body": body[at : at + (1 << 20)], "more_body": not last})
+    for start in range(0, len(body), 1 << 20):
+        last = start + (1 << 20) >= len(body)
+        await send({"type": "http.response.body", "body": body[start : start + (1 << 20)], "more_body": not last})
 
 
 @contextlib.asynccontextmanager
@@ -43,7 +43,7 @@ async def served() -> AsyncIterator[tuple[_Server, int]]:
 
 
 def run(steps) -> None:
-    async def whole() -> None:
+    async def connected() -> None:
         async with served() as (server, port):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             try:
@@ -51,7 +51,7 @@ def run(steps) -> None:
             finally:
                 writer.close()
 
-    asyncio.run(whole())
+    asyncio.run(connected())
 
 
 async def ended(reader: asyncio.StreamReader) -> float:
@@ -62,10 +62,10 @@ async def ended(reader: asyncio.StreamReader) -> float:
     return time.monotonic() - began
 
 
-@pytest.mark.parametrize("said", [b"", b"G", HEAD])
-def test_a_head_that_does_not_come_closes_the_connection(said):
+@pytest.mark.parametrize("sent", [b"", b"G", HEAD])
+def test_a_head_that_does_not_come_closes_the_connection(sent):
     async def steps(server, reader, writer):
-        writer.write(said)
+        writer.write(sent)
         assert 0.3 < await ended(reader) < 3
         while server.server_state.connections:
             await asyncio.sleep(0.01)

@@ -58,8 +58,8 @@ def test_auto_is_the_domain_that_it_tells(client):
     assert auto["choices"] == given["choices"] and auto["usage"] == given["usage"]
     pieces = streamed(client, "/v1/completions", model="auto", prompt="the court shall", **fields)
     assert "".join(piece["choices"][0]["text"] for piece in pieces) == auto["choices"][0]["text"]
-    told = [piece["choices"][0].get("domains") for piece in pieces]
-    assert told[-1] == {name: share} and not any(told[:-1])
+    domains = [piece["choices"][0].get("domains") for piece in pieces]
+    assert domains[-1] == {name: share} and not any(domains[:-1])
     body = {"model": "auto", "messages": [{"role": "user", "content": "moon"}], "max_tokens": 3}
     assert client.post("/v1/chat/completions", json=body).json()["choices"][0]["domains"]
 
@@ -86,17 +86,17 @@ def test_the_four_forms_of_a_prompt(client, tokenizer):
 
 def test_a_stream_joins_to_the_whole_answer(client):
     fields = dict(model="poems", prompt="rose \u00e9", max_tokens=40, seed=5, temperature=1.3, logprobs=1)
-    whole = complete(client, **fields)
+    full = complete(client, **fields)
     chunks = streamed(client, "/v1/completions", stream_options={"include_usage": True}, **fields)
     *pieces, last = chunks
-    assert last["choices"] == [] and last["usage"] == whole["usage"]
+    assert last["choices"] == [] and last["usage"] == full["usage"]
     assert all(piece["usage"] is None and piece["id"] == chunks[0]["id"] for piece in pieces)
     choices = [piece["choices"][0] for piece in pieces]
-    assert "".join(choice["text"] for choice in choices) == whole["choices"][0]["text"]
+    assert "".join(choice["text"] for choice in choices) == full["choices"][0]["text"]
     assert [c["finish_reason"] for c in choices[:-1]] == [None] * (len(choices) - 1)
-    assert choices[-1]["finish_reason"] == whole["choices"][0]["finish_reason"]
+    assert choices[-1]["finish_reason"] == full["choices"][0]["finish_reason"]
     joined = {name: sum((choice["logprobs"][name] for choice in choices), []) for name in choices[0]["logprobs"]}
-    own = whole["choices"][0]["logprobs"]
+    own = full["choices"][0]["logprobs"]
     assert joined["tokens"] == own["tokens"] and joined["text_offset"] == own["text_offset"]
     # Another number of texts under way rounds differently.
     np.testing.assert_allclose(joined["token_logprobs"], own["token_logprobs"], rtol=1e-5)
@@ -141,19 +141,19 @@ def test_a_text_is_scored_from_its_beginning_and_ids_as_they_are(client, tokeniz
 def test_the_end_of_document_counts_as_a_written_token(client, tokenizer):
     """Whoever asks for one token gets exactly one log-probability behind the prompt's, whatever the token is."""
     end = tokenizer.piece(tokenizer.eod_id)
-    found = set()
+    kinds = set()
     for seed in range(400):
         answer = complete(client, max_tokens=1, seed=seed, temperature=3.0, logprobs=0)
         (choice,) = answer["choices"]
         assert len(choice["logprobs"]["tokens"]) == 1 == answer["usage"]["completion_tokens"]
         if choice["logprobs"]["tokens"] == [end]:
             assert choice["finish_reason"] == "stop" and choice["text"] == ""
-            found.add("end")
+            kinds.add("end")
         else:
-            found.add("more")
-        if len(found) == 2:
+            kinds.add("more")
+        if len(kinds) == 2:
             return
-    pytest.fail(f"only {found} in 400 draws")
+    pytest.fail(f"only {kinds} in 400 draws")
 
 
 def test_several_answers_are_seeded_each(client):
@@ -171,10 +171,10 @@ def test_several_answers_are_seeded_each(client):
 
 
 def test_a_stop_string_ends_the_text_before_it(client):
-    whole = complete(client, max_tokens=30, seed=3, temperature=1.0)["choices"][0]["text"]
-    stop = next(whole[at : at + 2] for at in range(4, len(whole)) if whole.find(whole[at : at + 2]) >= 4)
+    full = complete(client, max_tokens=30, seed=3, temperature=1.0)["choices"][0]["text"]
+    stop = next(full[start : start + 2] for start in range(4, len(full)) if full.find(full[start : start + 2]) >= 4)
     cut = complete(client, max_tokens=30, seed=3, temperature=1.0, stop=stop)["choices"][0]
-    assert cut["text"] == whole[: whole.index(stop)] and cut["finish_reason"] == "stop"
+    assert cut["text"] == full[: full.index(stop)] and cut["finish_reason"] == "stop"
 
 
 def test_without_max_tokens_sixteen_are_written_at_most(client):
@@ -223,13 +223,13 @@ def test_texts_are_decoded_together_and_counted(client, server):
     names = [f'pangu_sigma_generated_tokens_total{{domain="{domain}"}}' for domain in server.domains[:3]]
     before = server.gauge("pangu_sigma_step_seconds_count"), [server.gauge(name) for name in names]
 
-    def ask(number: int) -> int:
-        fields = dict(model=server.domains[number % 3], max_tokens=60, seed=number, temperature=0.5)
+    def ask(index: int) -> int:
+        fields = dict(model=server.domains[index % 3], max_tokens=60, seed=index, temperature=0.5)
         return complete(client, **fields)["usage"]["completion_tokens"]
 
     with ThreadPoolExecutor(8) as pool:
         written = list(pool.map(ask, range(8)))
     steps = server.gauge("pangu_sigma_step_seconds_count") - before[0]
     assert max(written) - 1 <= steps < 0.6 * sum(written)
-    for number, (name, count) in enumerate(zip(names, before[1], strict=True)):
-        assert server.gauge(name) - count == sum(written[number::3])
+    for index, (name, count) in enumerate(zip(names, before[1], strict=True)):
+        assert server.gauge(name) - count == sum(written[index::3])

@@ -29,7 +29,7 @@ def strict(served_run, tmp_path_factory) -> Iterator[Server]:
     options = ["--slots", 1, "--queue", 2, "--max-tokens", 60, "--max-body", BODY_BYTES, "--domain", "law"]
     server = Server(served_run, tmp_path_factory.mktemp("strict"), *options, environment={"PANGU_SIGMA_TOKEN": TOKEN})
     yield server
-    assert server.stop() == 0, server.said()
+    assert server.stop() == 0, server.stderr_text()
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_a_large_body_is_refused(client, size, chunked):
     try:
         response = client.post(
             "/v1/completions",
-            content=iter([content[at : at + 1000] for at in range(0, size, 1000)]) if chunked else content,
+            content=iter([content[start : start + 1000] for start in range(0, size, 1000)]) if chunked else content,
             headers={"Content-Type": "application/json"},
         )
     except (httpx.WriteError, httpx.ReadError):
@@ -109,11 +109,11 @@ def test_a_full_queue_says_when_to_come_back(client):
         with ThreadPoolExecutor(6) as pool:
             answers = list(pool.map(ask, range(6)))
         assert {answer.status_code for answer in answers} <= {200, 429}
-        if late := [answer for answer in answers if answer.status_code == 429]:
+        if rejected := [answer for answer in answers if answer.status_code == 429]:
             break
     else:
         pytest.fail("six clients at once never filled one slot and a queue of two")
-    for answer in late:
+    for answer in rejected:
         refused(answer, 429, "try again", code="queue_full")
         assert 1 <= int(answer.headers["retry-after"]) <= 60
     assert sum(answer.status_code == 200 for answer in answers) >= 3

@@ -19,7 +19,7 @@ GREEDY = {"prompt": "the court", "max_tokens": 8, "temperature": 0}
 def half_broken(broken_run, tmp_path_factory) -> Iterator[Server]:
     server = Server(broken_run, tmp_path_factory.mktemp("half_broken"), "--slots", 4, "--no-warm-up")
     yield server
-    assert server.stop() == 0, server.said()
+    assert server.stop() == 0, server.stderr_text()
 
 
 @pytest.fixture
@@ -29,21 +29,21 @@ def client(half_broken) -> Iterator[httpx.Client]:
 
 
 def test_the_start_warns_of_the_domain_and_serves_the_others(half_broken):
-    assert f"Warning: {SAID}" in half_broken.said() and half_broken.domains == ["code", "law", "poems", "auto"]
+    assert f"Warning: {SAID}" in half_broken.stderr_text() and half_broken.domains == ["code", "law", "poems", "auto"]
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_the_request_gets_an_error_object_that_clients_do_not_try_again(client, path):
-    asked = {"prompt": "x"} if path.endswith("/v1/completions") else {"messages": [{"role": "user", "content": "x"}]}
-    answer = client.post(path, json={"model": "law", **asked})
+    fields = {"prompt": "x"} if path.endswith("/v1/completions") else {"messages": [{"role": "user", "content": "x"}]}
+    answer = client.post(path, json={"model": "law", **fields})
     assert answer.status_code == 500 and answer.headers["x-should-retry"] == "false"
     error = answer.json()["error"]
     assert error["message"].startswith(SAID) and (error["type"], error["code"]) == ("server_error", "model_error")
 
 
 def test_scores_of_a_prompt_that_are_no_numbers_are_an_error_too(client):
-    asked = {"model": "law", "prompt": "the court", "echo": True, "logprobs": 1, "max_tokens": 0}
-    assert client.post("/v1/completions", json=asked).json()["error"]["code"] == "model_error"
+    fields = {"model": "law", "prompt": "the court", "echo": True, "logprobs": 1, "max_tokens": 0}
+    assert client.post("/v1/completions", json=fields).json()["error"]["code"] == "model_error"
 
 
 def test_a_stream_ends_with_the_error(client):

@@ -129,10 +129,10 @@ def test_a_foreign_host_name_is_refused_on_loopback(client):
 
 
 def test_there_is_no_permission_for_other_origins(client):
-    asked = {"Origin": "https://elsewhere.example", "Access-Control-Request-Method": "POST"}
-    response = client.options("/v1/completions", headers=asked)
+    headers = {"Origin": "https://elsewhere.example", "Access-Control-Request-Method": "POST"}
+    response = client.options("/v1/completions", headers=headers)
     assert response.status_code == 405
-    answers = [response, client.get("/v1/models", headers=asked)]
+    answers = [response, client.get("/v1/models", headers=headers)]
     assert not any(name.startswith("access-control") for answer in answers for name in answer.headers)
 
 
@@ -142,4 +142,4 @@ def test_noise_on_the_socket_disturbs_nobody(server, client):
         with socket.create_connection(address) as connection:
             connection.sendall(noise)
     assert client.get("/health").json()["status"] == "ok"
-    assert "Traceback" not in server.said()
+    assert "Traceback" not in server.stderr_text()

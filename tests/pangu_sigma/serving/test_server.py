@@ -21,7 +21,7 @@ def test_the_line_names_domains_address_and_page(server):
         "window 96 tokens\n"
     )
     assert server.url.startswith("http://127.0.0.1:")
-    loading, compiled = server.said().splitlines()[:: len(server.said().splitlines()) - 1]
+    loading, compiled = server.stderr_text().splitlines()[:: len(server.stderr_text().splitlines()) - 1]
     # Prompts of 16, 32, 64 and 96 tokens, each with and without scores; 1, 2, 4 and 8 texts together.
     assert loading == f"Loading {server.model} …" and compiled.startswith("compile: 12/12 graphs in ")
 
@@ -70,8 +70,8 @@ def test_an_interruption_while_the_model_is_loaded(served_run, tmp_path):
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=20) in (130, 0)  # 0: it was ready already, and drained
-        said = log.read_text(encoding="utf-8")
-        assert "Traceback" not in said and (process.returncode == 0 or said.endswith("Interrupted.\n"))
+        stderr = log.read_text(encoding="utf-8")
+        assert "Traceback" not in stderr and (process.returncode == 0 or stderr.endswith("Interrupted.\n"))
 
 
 def test_sigterm_finishes_what_runs_and_takes_nothing_new(served_run, tmp_path):
@@ -87,13 +87,13 @@ def test_sigterm_finishes_what_runs_and_takes_nothing_new(served_run, tmp_path):
             while (health := other.get("/health")).status_code == 200:
                 assert time.monotonic() < deadline
             assert health.json()["status"] == "draining"
-            late = other.post("/v1/completions", json={**SLOW, "stream": False})
-            assert late.status_code == 503 and late.json()["error"]["code"] == "shutting_down"
+            refused_late = other.post("/v1/completions", json={**SLOW, "stream": False})
+            assert refused_late.status_code == 503 and refused_late.json()["error"]["code"] == "shutting_down"
             data = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
     ended = [c["finish_reason"] for chunk in data for c in chunk["choices"] if c["finish_reason"]]
     assert len(ended) == 16 and set(ended) <= {"stop", "length"}
     assert server.stop() == 0
-    assert "Draining: " in server.said()
+    assert "Draining: " in server.stderr_text()
 
 
 def test_answers_that_outlast_the_grace_are_ended_with_an_error(served_run, tmp_path):
@@ -108,7 +108,7 @@ def test_answers_that_outlast_the_grace_are_ended_with_an_error(served_run, tmp_
     assert json.loads(data[-1][6:])["error"]["code"] == "shutting_down"
     assert "[DONE]" not in data[-1]
     assert server.stop() == 0
-    assert "answers before they were whole" in server.said()
+    assert "answers before they were whole" in server.stderr_text()
 
 
 def test_a_second_signal_ends_at_once(served_run, tmp_path):
@@ -127,5 +127,5 @@ def test_beyond_loopback_without_a_token_is_warned_about(served_run, tmp_path):
     server = Server(served_run, tmp_path, "--host", "0.0.0.0")
     port = server.url.rsplit(":", 1)[1]
     assert httpx.get(f"http://127.0.0.1:{port}/v1/models", headers={"Host": "elsewhere.example"}).status_code == 200
-    assert "Warning: 0.0.0.0 can be reached from other machines and no token is set" in server.said()
+    assert "Warning: 0.0.0.0 can be reached from other machines and no token is set" in server.stderr_text()
     assert server.stop() == 0
