@@ -126,7 +126,7 @@ class Rotation:
 
 def every_expert_store(model):
     """The model's store in memory, extended by the dense update of an MoE whose experts are all ordinary parameters."""
-    from rre.adamw import AdamWHyper, decays, update_in_place
+    from rre.adamw import AdamWHyperparameters, has_weight_decay, update_in_place
 
     class EveryExpertStore(type(model.store)):
         """After `rest` every expert had one update of AdamW: by its gradient, or by zero where no token came.
@@ -151,7 +151,7 @@ def every_expert_store(model):
             self.touched[layer_name].add(expert)
             super().apply(layer_name, expert, *arguments, **named)
 
-        def rest(self, hyper: AdamWHyper) -> None:
+        def rest(self, hyper: AdamWHyperparameters) -> None:
             for layer_name, touched in self.touched.items():
                 bounds = [-1, *sorted(touched), self.experts[layer_name]]
                 for before, after in zip(bounds, bounds[1:], strict=False):
@@ -164,12 +164,13 @@ def every_expert_store(model):
                 self.steps[layer_name][untouched] += 1
                 touched.clear()
 
-        def _decay(self, layer_name: str, name: str, start: int, end: int, hyper: AdamWHyper) -> None:
+        def _decay(self, layer_name: str, name: str, start: int, end: int, hyper: AdamWHyperparameters) -> None:
             w, m, v = (self.table(layer_name, name, kind)[start:end].reshape(-1) for kind in ("weight", "m", "v"))
             step = int(self.steps[layer_name][start]) + 1
             gradient = self.zeros[: w.size]
             task = self._workers.submit(
-                _timed, update_in_place, w, m, v, gradient, hyper, step, 1.0, decays("." + name), self._kernels
+                _timed, update_in_place, w, m, v, gradient, hyper, step, 1.0, has_weight_decay("." + name),
+                self._kernels,
             )
             self._running.append((task, None))
 
@@ -217,7 +218,7 @@ def measure(work: Work) -> dict:
     from pangu_sigma.model.build_model import build_model
     from pangu_sigma.train.flops import flops_per_token
     from pangu_sigma.train.trainer import Trainer
-    from rre.adamw import AdamWHyper
+    from rre.adamw import AdamWHyperparameters
 
     started = time.perf_counter()
     model = build_model(config, work.vocabulary, EOD)
@@ -227,7 +228,7 @@ def measure(work: Work) -> dict:
     trainer = Trainer(model)
     store, tables = model.store, Path(work.folder) / "experts"
     optimizer = config.optimizer
-    hyper = AdamWHyper(
+    hyper = AdamWHyperparameters(
         optimizer.learning_rate, optimizer.beta1, optimizer.beta2, optimizer.expert_epsilon, optimizer.weight_decay
     )
     built = time.perf_counter() - started
@@ -237,9 +238,9 @@ def measure(work: Work) -> dict:
     with Prefetcher(Rotation(work), work.batch, config.data.prefetch, transform=trainer.plan) as reader:
         for step in range(work.warmup + work.steps):
             if step == work.warmup:
-                store.settle()
+                store.flush()
                 trainer.accounting.take()
-                store.traffic.take()
+                store.stats.take()
                 counts = {layer_name: steps.copy() for layer_name, steps in store.steps.items()}
             start = time.perf_counter()
             planned = next(reader)
@@ -249,7 +250,7 @@ def measure(work: Work) -> dict:
             if work.update_all:
                 store.rest(hyper)
             if step in (0, work.warmup - 1, work.warmup + work.steps - 1):
-                store.settle()
+                store.flush()
             if step == 0:
                 compiled = time.perf_counter() - start
             if step >= work.warmup:

@@ -42,9 +42,9 @@ class Stepper:
         self.done += 1
         return result.loss
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait for updates that are still under way."""
-        self.trainer.model.store.settle()
+        self.trainer.model.store.flush()
         self.trainer.model.net.trainable_params()[-1].asnumpy()
 
 
@@ -71,7 +71,7 @@ def timed(stepper: Stepper, count: int) -> tuple[list[float], list[float]]:
         start = time.perf_counter()
         losses.append(stepper.step())
         if number == count - 1:
-            stepper.settle()
+            stepper.flush()
         seconds.append(time.perf_counter() - start)
     return seconds, losses
 

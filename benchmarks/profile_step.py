@@ -31,7 +31,7 @@ def profile(config: Path, steps: int) -> tuple[Counter, Counter, float]:
     with stepper(config) as ours, tempfile.TemporaryDirectory() as folder:
         for _ in range(WARMUP):
             ours.step()
-        ours.settle()
+        ours.flush()
         watched = profiler.profile(
             activities=[profiler.ProfilerActivity.CPU],
             on_trace_ready=profiler.tensorboard_trace_handler(folder),
@@ -40,7 +40,7 @@ def profile(config: Path, steps: int) -> tuple[Counter, Counter, float]:
         start = time.perf_counter()
         for _ in range(steps):
             ours.step()
-        ours.settle()
+        ours.flush()
         seconds = time.perf_counter() - start
         watched.step()
         watched.stop()

@@ -37,14 +37,14 @@ def measure(name: str) -> float:
     from benchmarks.router_systems import DOMAINS, SYSTEMS
     from parallel.operator_layout import Layout
     from parallel.ops.compiled_kernels import library
-    from rre.dispatch.expert_dispatch import plan_present
-    from rre.router_specs import KINDS, LAYER
-    from rre.routers import ROUTERS, Groups, RouterOptions
+    from rre.dispatch.dispatch_plan import plan_present
+    from rre.router_specs import LAYER, ROUTER_SPECS
+    from rre.routers import ROUTERS, ExpertGroups, RouterOptions
     from rre.routing_tables import draw_table
 
     system = SYSTEMS[name]
-    kind = KINDS[system.router]
-    groups = Groups(DOMAINS, (system.experts,) * len(DOMAINS))
+    kind = ROUTER_SPECS[system.router]
+    groups = ExpertGroups(DOMAINS, (system.experts,) * len(DOMAINS))
     draw = np.random.default_rng(0)
     ids = draw.zipf(1.3, (SAMPLES, TOKENS // SAMPLES)).astype(np.int64) % 4096
     domain = np.arange(SAMPLES, dtype=np.int32) % len(DOMAINS)

@@ -22,7 +22,7 @@ BLOCK = 1 << 17  # elements of one block: with its scratch it stays in a core's 
 
 
 @dataclass(frozen=True)
-class AdamWHyper:
+class AdamWHyperparameters:
     """Hyper-parameters of one group of tensors; `learning_rate` is the step's, after schedule and factors."""
 
     learning_rate: float
@@ -31,7 +31,7 @@ class AdamWHyper:
     epsilon: float
     weight_decay: float
 
-    def corrected(self, step: int) -> tuple[float, float, float]:
+    def correct_bias(self, step: int) -> tuple[float, float, float]:
         """(lr', eps', decay') for a tensor's `step`-th update, counted from 1."""
         second = math.sqrt(1.0 - self.beta2**step)
         learning_rate = self.learning_rate * second / (1.0 - self.beta1**step)
@@ -39,14 +39,14 @@ class AdamWHyper:
         return learning_rate, self.epsilon * second, decay
 
 
-def decays(name: str) -> bool:
+def has_weight_decay(name: str) -> bool:
     """Whether a tensor of this name has weight decay: all but biases and the gains and shifts of norms."""
     return not name.endswith((".bias", ".gamma", ".beta"))
 
 
 def update_in_place(
-    weight: np.ndarray, m: np.ndarray, v: np.ndarray, gradient: np.ndarray, hyper: AdamWHyper, step: int, scale: float,
-    decayed: bool, kernels: HostKernels | None = None,
+    weight: np.ndarray, m: np.ndarray, v: np.ndarray, gradient: np.ndarray, hyper: AdamWHyperparameters, step: int,
+    scale: float, decayed: bool, kernels: HostKernels | None = None,
 ) -> None:  # fmt: skip
     """AdamW of one tensor on the host by gradient * `scale`, its `step`-th update; all arrays float32 of one shape.
 
@@ -54,7 +54,7 @@ def update_in_place(
     in the cache; NumPy lets other threads work meanwhile. The result does not depend on the block size. `kernels` does
     it in one pass.
     """
-    rate, epsilon, _ = hyper.corrected(step)
+    rate, epsilon, _ = hyper.correct_bias(step)
     kept = 1.0 - hyper.learning_rate * hyper.weight_decay
     first, second = (1.0 - hyper.beta1) * scale, math.sqrt(1.0 - hyper.beta2) * scale
     if kernels is not None:

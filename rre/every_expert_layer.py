@@ -48,7 +48,7 @@ class EveryExpertFeedForward(SparseFeedForward):
         self, x: Tensor, routing: tuple[Tensor, ...], weights: tuple[Tensor, ...]
     ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
         plan, weights_TE, auxiliary, counts = self.router(x, routing)
-        y = self.by_expert_rows(self.where_experts_are(x, plan, weights), x.shape[0])
+        y = self.by_expert_rows(self.compute_experts(x, plan, weights), x.shape[0])
         if self.has_shared_expert:
             y = self.add(y, self.repeat_rows(self.shared_expert(x), y.shape))
         return (y, weights_TE), auxiliary, counts

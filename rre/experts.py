@@ -6,14 +6,17 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from parallel.operator_layout import Layout
+from parallel.ops.compiled_kernels import CompiledFeedForward
 from parallel.ops.primitives import Linear, Product, activation
-from rre.feed_forward_form import NetworkForm
+from rre.dispatch.dispatch_plan import EXACT_ROWS
+from rre.dispatch.expert_dispatch import TokenCombine, TokenDispatch
+from rre.feed_forward_spec import FeedForwardSpec
 
 
-class Network(nn.Cell):
+class Expert(nn.Cell):
     """x [rows, D] and the tensors of one network in the order of its form -> [rows, D], of MindSpore's operators."""
 
-    def __init__(self, layout: Layout, form: NetworkForm, compute: ms.dtype) -> None:
+    def __init__(self, layout: Layout, form: FeedForwardSpec, compute: ms.dtype) -> None:
         super().__init__()
         self.form = form
         self.linear = Linear(layout, compute) if form.biases else Product(layout, compute)
@@ -38,13 +41,38 @@ class Experts(nn.Cell):
     leaves as it was: whoever takes gradients must not look at them.
     """
 
-    def __init__(self, layout: Layout, form: NetworkForm, compute: ms.dtype) -> None:
+    def __init__(self, layout: Layout, form: FeedForwardSpec, compute: ms.dtype) -> None:
         super().__init__()
         self.each = len(form.tensors)
-        self.network = Network(layout, form, compute)
+        self.network = Expert(layout, form, compute)
 
     def construct(self, rows: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         results = ()
         for slot in range(len(rows)):
             results = results + (self.network(rows[slot], weights[self.each * slot : self.each * (slot + 1)]),)
         return results
+
+
+class RaggedExperts(nn.Cell):
+    """x_TD, plan (rows of N slots and of the dropped, position [T, k]), N networks -> y [T*k, D] by choice."""
+
+    def __init__(self, layout: Layout, form: FeedForwardSpec, compute: ms.dtype) -> None:
+        super().__init__()
+        self.dispatch = TokenDispatch(layout)
+        self.experts = Experts(layout, form, compute)
+        self.combine = TokenCombine(layout)
+
+    def construct(self, x: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
+        rows, position = plan[:-1], plan[-1]
+        return self.combine(self.experts(self.dispatch(x, rows, position), weights), rows, position, x)
+
+
+class CompiledExperts(nn.Cell):
+    """The same function as one compiled kernel; its plan is (order [T*k], offsets [N + 1])."""
+
+    def __init__(self, kernels: str, form: FeedForwardSpec) -> None:
+        super().__init__()
+        self.experts = CompiledFeedForward(kernels, form.activation, EXACT_ROWS, len(form.tensors))
+
+    def construct(self, x: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
+        return self.experts(x, plan[0], plan[1], weights)[0]

@@ -12,16 +12,16 @@ from mindspore import Tensor, nn, ops
 from parallel.operator_layout import Layout
 from parallel.ops.grouped_matmul import grouped_product
 from parallel.ops.primitives import activation
-from rre.feed_forward_form import NetworkForm
+from rre.feed_forward_spec import FeedForwardSpec
 
 
-class GroupedNetworks(nn.Cell):
+class GroupedExperts(nn.Cell):
     """x_TD, plan (order [R], offsets [N + 1]), N networks -> y [R, D] by choice, 0 for a dropped one.
 
-    The plan is that of compiled networks (`expert_dispatch.DispatchPlan`). Products run in `compute` precision.
+    The plan is that of compiled networks (`dispatch_plan.DispatchPlan`). Products run in `compute` precision.
     """
 
-    def __init__(self, layout: Layout, form: NetworkForm, compute: ms.dtype) -> None:
+    def __init__(self, layout: Layout, form: FeedForwardSpec, compute: ms.dtype) -> None:
         super().__init__()
         self.form, self.compute = form, compute
         self.each = len(form.tensors)

@@ -8,7 +8,7 @@ LAYER = "shared"  # owner of a routing table that belongs to the layer and not t
 
 
 @dataclass(frozen=True)
-class RouterKind:
+class RouterSpec:
     """`learned`: a gate chooses inside the graph, among all experts of the layer. `tables`: who owns a routing table,
     the "domain" (over its group), the "layer" (over all experts), or nobody. `experts_per_token`: k where the
     configuration does not say, None for all of the layer; `fixed` if the router's definition leaves no choice.
@@ -28,17 +28,17 @@ class RouterKind:
     cut: bool = False
 
 
-KINDS = {
-    "rre": RouterKind(False, "domain", fixed=True, options=frozenset({"resample"}), cut=True),
-    "hash": RouterKind(False, "layer", fixed=True, cut=True),
-    "switch": RouterKind(True, fixed=True, options=frozenset({"jitter"}), keeps_scale=False, cut=True),
-    "gshard": RouterKind(True, experts_per_token=2, fixed=True, cut=True),
-    "glam": RouterKind(True, experts_per_token=2, fixed=True, cut=True),
-    "noisy_top_k": RouterKind(True, experts_per_token=4, cut=True),
-    "olmoe": RouterKind(
+ROUTER_SPECS = {
+    "rre": RouterSpec(False, "domain", fixed=True, options=frozenset({"resample"}), cut=True),
+    "hash": RouterSpec(False, "layer", fixed=True, cut=True),
+    "switch": RouterSpec(True, fixed=True, options=frozenset({"jitter"}), keeps_scale=False, cut=True),
+    "gshard": RouterSpec(True, experts_per_token=2, fixed=True, cut=True),
+    "glam": RouterSpec(True, experts_per_token=2, fixed=True, cut=True),
+    "noisy_top_k": RouterSpec(True, experts_per_token=4, cut=True),
+    "olmoe": RouterSpec(
         True, experts_per_token=8, options=frozenset({"renormalise", "balance"}), keeps_scale=False, cut=True
     ),
-    "expert_choice": RouterKind(True, experts_per_token=2, causal=False, keeps_scale=False),
+    "expert_choice": RouterSpec(True, experts_per_token=2, causal=False, keeps_scale=False),
     # Of no sparse layer: the gate of a top layer that is an adaptive mixture.
-    "every_expert": RouterKind(True, experts_per_token=None, fixed=True),
+    "every_expert": RouterSpec(True, experts_per_token=None, fixed=True),
 }

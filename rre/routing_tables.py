@@ -12,7 +12,7 @@ import numpy as np
 from rre.counted_random import generator
 
 
-def uniform_table(vocab: int, experts: int, rng: np.random.Generator) -> np.ndarray:
+def draw_uniform_table(vocab: int, experts: int, rng: np.random.Generator) -> np.ndarray:
     """Return int32 [vocab]: every expert gets the same number of vocabulary ids, give or take one.
 
     This is PanGu-Sigma's map (arXiv 2303.10845; random hash layers, arXiv 2106.04426 section 3).
@@ -23,7 +23,7 @@ def uniform_table(vocab: int, experts: int, rng: np.random.Generator) -> np.ndar
     return rng.permutation(table)
 
 
-def frequency_table(counts: np.ndarray, experts: int, rng: np.random.Generator) -> np.ndarray:
+def draw_frequency_table(counts: np.ndarray, experts: int, rng: np.random.Generator) -> np.ndarray:
     """Return int32 [vocab]: expected rows per expert are even in spite of Zipf.
 
     Greedy balance (arXiv 2106.04426 section 3): ids by falling `counts` [vocab] (occurrences in the domain's training
@@ -51,8 +51,8 @@ def draw_table(
     if kind == "frequency":
         if counts is None:
             raise ValueError("a frequency table needs the domain's token counts")
-        return frequency_table(counts, experts, rng)
-    return uniform_table(vocab, experts, rng)
+        return draw_frequency_table(counts, experts, rng)
+    return draw_uniform_table(vocab, experts, rng)
 
 
 def extend_table(

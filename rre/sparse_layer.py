@@ -7,37 +7,11 @@ from mindspore import Tensor, nn, ops
 
 from parallel.comm.exchange import LocalExchange
 from parallel.operator_layout import Layout
-from parallel.ops.compiled_kernels import CompiledCombine, CompiledFeedForward
-from rre.dispatch.capacity_dispatch import CapacityNetworks
-from rre.dispatch.expert_dispatch import EXACT_ROWS, Combine, Dispatch
-from rre.experts import Experts
-from rre.feed_forward_form import NetworkForm
-from rre.grouped_experts import GroupedNetworks
-
-
-class RaggedNetworks(nn.Cell):
-    """x_TD, plan (rows of N slots and of the dropped, position [T, k]), N networks -> y [T*k, D] by choice."""
-
-    def __init__(self, layout: Layout, form: NetworkForm, compute: ms.dtype) -> None:
-        super().__init__()
-        self.dispatch = Dispatch(layout)
-        self.experts = Experts(layout, form, compute)
-        self.combine = Combine(layout)
-
-    def construct(self, x: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
-        rows, position = plan[:-1], plan[-1]
-        return self.combine(self.experts(self.dispatch(x, rows, position), weights), rows, position, x)
-
-
-class CompiledNetworks(nn.Cell):
-    """The same function as one compiled kernel; its plan is (order [T*k], offsets [N + 1])."""
-
-    def __init__(self, kernels: str, form: NetworkForm) -> None:
-        super().__init__()
-        self.networks = CompiledFeedForward(kernels, form.activation, EXACT_ROWS, len(form.tensors))
-
-    def construct(self, x: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
-        return self.networks(x, plan[0], plan[1], weights)[0]
+from parallel.ops.compiled_kernels import CompiledCombine
+from rre.dispatch.capacity_dispatch import CapacityExperts
+from rre.experts import CompiledExperts, RaggedExperts
+from rre.feed_forward_spec import FeedForwardSpec
+from rre.grouped_experts import GroupedExperts
 
 
 class SparseFeedForward(nn.Cell):
@@ -55,7 +29,7 @@ class SparseFeedForward(nn.Cell):
         self,
         router: nn.Cell,
         layout: Layout,
-        form: NetworkForm,
+        form: FeedForwardSpec,
         compute: ms.dtype,
         exchange: LocalExchange | None = None,
         by_expert: bool = False,
@@ -71,13 +45,13 @@ class SparseFeedForward(nn.Cell):
         self.exchange = exchange or LocalExchange()
         self.has_kernels = bool(layout.kernels)
         if layout.spmd_mesh:
-            self.networks = CapacityNetworks(layout, form, compute, layout.spmd_mesh, chunks)
+            self.experts = CapacityExperts(layout, form, compute, layout.spmd_mesh, chunks)
         elif self.has_kernels:
-            self.networks = CompiledNetworks(layout.kernels, form)
+            self.experts = CompiledExperts(layout.kernels, form)
         elif layout.grouped:
-            self.networks = GroupedNetworks(layout, form, compute)
+            self.experts = GroupedExperts(layout, form, compute)
         else:
-            self.networks = RaggedNetworks(layout, form, compute)
+            self.experts = RaggedExperts(layout, form, compute)
         if self.has_kernels:
             self.weigh = CompiledCombine(layout.kernels)
         self.is_cut = layout.spmd_mesh is not None
@@ -99,10 +73,10 @@ class SparseFeedForward(nn.Cell):
     def routed(self, x: Tensor, plan: tuple[Tensor, ...], combine_weights, weights: tuple[Tensor, ...]) -> Tensor:
         """What the chosen experts give, added up for each token by its combine weights (None: each counts once)."""
         if self.by_expert:
-            y = self.where_experts_are(self.take(x, plan[0], 0), plan[1:], weights)
+            y = self.compute_experts(self.take(x, plan[0], 0), plan[1:], weights)
             y = self.mul(y, ops.BroadcastTo(y.shape)(combine_weights.reshape(-1, 1)))
             return self.add_up(y, plan[0], x.shape[0])
-        y = self.where_experts_are(x, plan, weights)
+        y = self.compute_experts(x, plan, weights)
         if combine_weights is not None and self.has_kernels:
             return self.weigh(y, combine_weights)
         if combine_weights is not None and self.is_cut:
@@ -114,6 +88,6 @@ class SparseFeedForward(nn.Cell):
             y = self.choice_sum(y.reshape(tokens, -1, hidden), 1)
         return y
 
-    def where_experts_are(self, x: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
+    def compute_experts(self, x: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
         """The networks on all rows that come here, and what they give back where the rows came from."""
-        return self.exchange.to_tokens(self.networks(self.exchange.to_experts(x), plan, weights))
+        return self.exchange.to_tokens(self.experts(self.exchange.to_experts(x), plan, weights))

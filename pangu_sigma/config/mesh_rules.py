@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pangu_sigma.config.capacity_sizes import activated_slots
 from pangu_sigma.errors import UserError
 from parallel.mesh import Mesh, mesh_problems
-from rre.router_specs import KINDS
+from rre.router_specs import ROUTER_SPECS
 
 if TYPE_CHECKING:
     from pangu_sigma.config.schema import Config
@@ -165,7 +165,7 @@ def _one_graph(config: Config, mesh: Mesh) -> Broken:
     if not config.model.sparse_prefixes:
         return
     if not model.router_spec.cut:
-        others = ", ".join(name for name, kind in KINDS.items() if kind.cut)
+        others = ", ".join(name for name, kind in ROUTER_SPECS.items() if kind.cut)
         advice = "leave it out" if model.is_mixture else f"choose one of {others}"
         yield (
             model.router_setting.partition(" ")[0],

@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from pangu_sigma.config.presets import PRESETS
 from pangu_sigma.config.section import Section
-from rre.feed_forward_form import NetworkForm
-from rre.router_specs import KINDS, RouterKind
+from rre.feed_forward_spec import FeedForwardSpec
+from rre.router_specs import ROUTER_SPECS, RouterSpec
 
 FeedForwardKind = Literal["mlp", "swiglu", "geglu"]
 # Gated kinds of a feed-forward network and the activation of their gate (Shazeer 2020, arXiv 2002.05202).
@@ -159,7 +159,7 @@ class ModelConfig(Section):
         return {**PRESETS.get(preset, {}), **values}
 
     @property
-    def network(self) -> NetworkForm:
+    def network(self) -> FeedForwardSpec:
         """What a dense layer's feed-forward network is made of."""
         return self._form(self.feed_forward)
 
@@ -169,12 +169,12 @@ class ModelConfig(Section):
         return self.sparse.feed_forward or self.feed_forward
 
     @property
-    def expert_network(self) -> NetworkForm:
+    def expert_network(self) -> FeedForwardSpec:
         """What an expert is made of, a shared expert too."""
         return self._form(self.expert_feed_forward)
 
-    def _form(self, kind: FeedForwardKind) -> NetworkForm:
-        return NetworkForm(self.activation, gated=kind in GATE_ACTIVATIONS, biases=self.biases)
+    def _form(self, kind: FeedForwardKind) -> FeedForwardSpec:
+        return FeedForwardSpec(self.activation, gated=kind in GATE_ACTIVATIONS, biases=self.biases)
 
     @property
     def residual_std(self) -> float:
@@ -233,9 +233,9 @@ class ModelConfig(Section):
         return "every_expert" if self.is_mixture else self.sparse.router
 
     @property
-    def router_spec(self) -> RouterKind:
+    def router_spec(self) -> RouterSpec:
         """What `router` is."""
-        return KINDS[self.router]
+        return ROUTER_SPECS[self.router]
 
     @property
     def router_setting(self) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pangu_sigma.config.schema import Config
-from rre.feed_forward_form import NetworkForm
+from rre.feed_forward_spec import FeedForwardSpec
 from rre.router_specs import LAYER
 
 Shape = tuple[int, ...]
@@ -120,7 +120,7 @@ def _norm(config: Config, name: str) -> Iterator[tuple[str, Shape]]:
         yield f"{name}.beta", (config.model.hidden,)
 
 
-def _network(config: Config, prefix: str, form: NetworkForm) -> Iterator[tuple[str, Shape]]:
+def _network(config: Config, prefix: str, form: FeedForwardSpec) -> Iterator[tuple[str, Shape]]:
     for name, shape in form.shapes(config.model.hidden, config.model.ffn).items():
         yield f"{prefix}.{name}", shape
 

@@ -32,7 +32,7 @@ class RoutingObserver:
         self.sparse_layers = model.config.model.sparse_prefixes
         for layer_name, router in zip(self.sparse_layers, model.routers, strict=True):
             if router.learned:
-                model.net.gate(layer_name).tells_choices = True
+                model.net.gate(layer_name).return_assignments = True
         self.evaluator = Evaluator(model, batch_size)
 
     def batches(self, heldout: HeldoutSequences) -> int:

@@ -21,9 +21,10 @@ from parallel.operator_layout import Layout
 from parallel.ops.compiled_kernels import CompiledCombine, CompiledFeedForward
 from parallel.ops.primitives import activation, rms_norm
 from parallel.ops.rotary import turn
-from rre.dispatch.expert_dispatch import Combine, Dispatch, plan_in_graph
+from rre.dispatch.dispatch_plan import build_plan_cell
+from rre.dispatch.expert_dispatch import TokenCombine, TokenDispatch
 from rre.experts import Experts
-from rre.feed_forward_form import NetworkForm
+from rre.feed_forward_spec import FeedForwardSpec
 from rre.routers.learned_gate import Gate
 
 NamedParameters = Mapping[str, Parameter]
@@ -91,12 +92,12 @@ def inference_norm(named: NamedParameters, name: str, model: ModelConfig, layout
 
 
 class InferenceFeedForward(InferenceCell):
-    """Feed-forward network: x_TD and its tensors -> y_TD (see `NetworkForm`); the products in `compute` precision.
+    """Feed-forward network: x_TD and its tensors -> y_TD (see `FeedForwardSpec`); the products in `compute` precision.
 
     Written out instead of made of cells: MindSpore visits every cell of a graph in Python at every call.
     """
 
-    def __init__(self, form: NetworkForm, layout: Layout, compute: ms.dtype) -> None:
+    def __init__(self, form: FeedForwardSpec, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
         self.form = form
         self.low = compute != ms.float32
@@ -127,7 +128,7 @@ class InferenceDenseFeedForward(InferenceCell):
     """Feed-forward network whose tensors begin with `prefix`, for every row; ignores the inputs of a sparse layer."""
 
     def __init__(
-        self, named: NamedParameters, prefix: str, form: NetworkForm, layout: Layout, compute: ms.dtype
+        self, named: NamedParameters, prefix: str, form: FeedForwardSpec, layout: Layout, compute: ms.dtype
     ) -> None:
         super().__init__()
         self.weights = ParameterTuple(named[f"{prefix}.{name}"] for name in form.tensors)
@@ -167,9 +168,9 @@ class PlannedExperts(InferenceCell):
     def __init__(self, model: ModelConfig, slots: int, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
         self.slots = slots
-        self.dispatch = Dispatch(layout)
+        self.dispatch = TokenDispatch(layout)
         self.experts = Experts(layout, model.expert_network, compute)
-        self.combine = Combine(layout)
+        self.combine = TokenCombine(layout)
 
     def construct(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         rows, position = inputs[: self.slots + 1], inputs[self.slots + 1]
@@ -188,14 +189,14 @@ class GatedExperts(InferenceCell):
         super().__init__()
         self.gate = gate
         self.has_kernels = bool(layout.kernels)
-        self.plan = plan_in_graph(experts, layout)
+        self.plan = build_plan_cell(experts, layout)
         if self.has_kernels:
             form = model.expert_network
             self.networks = CompiledFeedForward(layout.kernels, form.activation, tensors=len(form.tensors))
             self.weigh = CompiledCombine(layout.kernels)
-        self.dispatch = Dispatch(layout)
+        self.dispatch = TokenDispatch(layout)
         self.experts = Experts(layout, model.expert_network, compute)
-        self.combine = Combine(layout)
+        self.combine = TokenCombine(layout)
         self.mul = layout(ops.Mul(), (1, 1), (1, 1))
         self.choice_sum = layout(ops.ReduceSum(), (1, 1, 1))
 

@@ -20,7 +20,7 @@ from mindspore import Tensor
 from pangu_sigma.generation.decode_batch import DecodeBatch, DeviceDecodeBatch, HostDecodeBatch
 from pangu_sigma.generation.decode_graphs import PrefillGraph, cache_precision, own_tables
 from pangu_sigma.model.model import Model
-from rre.dispatch.expert_dispatch import plan_by_expert
+from rre.dispatch.dispatch_plan import plan_by_expert
 
 SHORTEST_PROMPT = 16
 SHORTEST_CACHE = 128

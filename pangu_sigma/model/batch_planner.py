@@ -19,7 +19,7 @@ from parallel.operator_layout import Layout
 from parallel.partition_spec import PartitionSpec
 from rre.counted_random import sample_keys
 from rre.dispatch.capacity_dispatch import CapacityPlan, plan_by_capacity
-from rre.dispatch.expert_dispatch import DROPPED, DispatchPlan, plan_by_expert, plan_in_blocks, plan_present
+from rre.dispatch.dispatch_plan import DROPPED, DispatchPlan, plan_by_expert, plan_in_blocks, plan_present
 from rre.routers import Router
 from rre.store import ExpertStore
 
@@ -70,17 +70,17 @@ class RoutedBatch:
 
     def flat(self, signature: GraphSignature, store: ExpertStore) -> list[Tensor]:
         """The variable inputs in the signature's order, with weights fetched from `store`."""
-        store.begin()
+        store.start_step()
         tensors: list[Tensor] = []
         if signature.domain_embedding_shape is not None:
-            tensors.append(store.whole("embedding", "word"))
+            tensors.append(store.full_table("embedding", "word"))
         for layer_signature, plan, noise in zip(signature.layers, self.plans, self.noise, strict=True):
-            if layer_signature.reserved is not None:
+            if layer_signature.capacity_spec is not None:
                 if plan is not None:
                     tensors += [Tensor(part) for part in plan.plan.inputs]
                 elif layer_signature.noise:
                     tensors.append(Tensor(noise))
-                for slots in layer_signature.reserved.by_chunk(signature.expert_part):
+                for slots in layer_signature.capacity_spec.by_chunk(signature.expert_part):
                     experts = signature.stored(slots if plan is None else plan.experts[slots])
                     fetched = store.fetch(layer_signature.name, experts)
                     per_slot = len(fetched) // slots.size
@@ -164,7 +164,7 @@ class BatchPlanner:
             np.add.at(dropped[layer], domain, lost[self.own].sum(axis=1))
             mine = ids.reshape(len(seen), -1)[self.own]
             load[layer] = np.bincount(mine[mine != DROPPED], minlength=total)
-            if layer_signature.reserved is not None:
+            if layer_signature.capacity_spec is not None:
                 plans.append(self._placed(ids, layer_signature, None if present is None else present[layer]))
                 noise.append(None)
                 continue
@@ -221,15 +221,15 @@ class BatchPlanner:
 
     def _placed(self, ids: np.ndarray, layer_signature: LayerSignature, present: np.ndarray | None) -> ReservedRowsPlan:
         """The reserved rows of expert `ids` [T, k]; a slot that nobody needs stands for some expert, without rows."""
-        reserved, total = layer_signature.reserved, self.model.groups.total
+        capacity_spec, total = layer_signature.capacity_spec, self.model.groups.total
         if layer_signature.slots == total:
             present = np.arange(total)
         elif present is None:
             present = np.unique(ids[ids >= 0])
-        slots = reserved.slots_of(present, total)
+        slots = capacity_spec.slots_of(present, total)
         of_expert = np.full(total + 1, DROPPED)
         of_expert[present] = slots
-        experts = reserved.idle_experts(total)
+        experts = capacity_spec.idle_experts(total)
         experts[slots] = present
         wanted = of_expert[ids]
         counts = np.bincount(wanted[wanted >= 0], minlength=layer_signature.slots)
@@ -238,9 +238,9 @@ class BatchPlanner:
             row = processes.mesh.row_rank(processes.rank)
             own, shards = wanted.reshape(self.reads.size, -1)[self.own].reshape(-1, ids.shape[1]), range(row, row + 1)
         if self.training and layer_signature.name in self.model.layer_names:
-            mine = reserved.by_chunk(self.signature.expert_part).reshape(-1)
+            mine = capacity_spec.by_chunk(self.signature.expert_part).reshape(-1)
             self.model.store.prefetch(layer_signature.name, self.signature.stored(experts[mine]))
-        return ReservedRowsPlan(experts, counts, plan_by_capacity(own, reserved, shards))
+        return ReservedRowsPlan(experts, counts, plan_by_capacity(own, capacity_spec, shards))
 
     def _keys(self, step: int, sample: np.ndarray) -> np.ndarray:
         model = self.model.config.model

@@ -23,7 +23,7 @@ from parallel.ops.compiled_kernels import HostKernels, library
 from parallel.ops.grouped_matmul import uses_grouped_product
 from parallel.partition_spec import slices_shape
 from rre.router_specs import LAYER
-from rre.routers import ROUTERS, Groups, RouterOptions
+from rre.routers import ROUTERS, ExpertGroups, RouterOptions
 from rre.routing_tables import draw_table
 from rre.store import DeviceStore, DiskStore, ExpertStore, HostStore
 from rre.store.disk_store import remove_tables
@@ -120,7 +120,7 @@ def _shared_parameters(built: Model) -> SharedParameters:
     return CutParameters(built.net, processes.mesh, processes.rank, divided)
 
 
-def _exchange(config: Config, processes: Processes, groups: Groups) -> GatheredExchange | None:
+def _exchange(config: Config, processes: Processes, groups: ExpertGroups) -> GatheredExchange | None:
     if processes.size == 1 or not config.model.sparse_prefixes or config.cut_over_devices:
         return None
     return GatheredExchange(processes.mesh, processes.rank, groups.total)
@@ -137,7 +137,7 @@ def routed_model(
 ) -> Model:
     """The model's groups, tables and routers, which plan batches; store and network are left None."""
     layout = layout or chosen_layout(config)
-    groups = Groups(config.domain_names, tuple(d.experts for d in config.domains))
+    groups = ExpertGroups(config.domain_names, tuple(d.experts for d in config.domains))
     layer_names = config.model.sparse_prefixes
     processes = processes or Processes()
     exchange = _exchange(config, processes, groups)
@@ -168,7 +168,7 @@ def routed_model(
 
 
 def _draw_tables(
-    config: Config, groups: Groups, layer_name: str, vocab: int, counts: Mapping[str, np.ndarray]
+    config: Config, groups: ExpertGroups, layer_name: str, vocab: int, counts: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """The new tables of one sparse layer by owner; none for a learned gate."""
     kind, seed = config.model.sparse.table, config.run.seed
@@ -185,7 +185,7 @@ def _draw_tables(
 
 
 def _router_options(
-    config: Config, groups: Groups, layout: Layout, layer: int, tables: Mapping[str, np.ndarray] | None,
+    config: Config, groups: ExpertGroups, layout: Layout, layer: int, tables: Mapping[str, np.ndarray] | None,
     exchange: GatheredExchange | None,
 ) -> RouterOptions:  # fmt: skip
     model, sparse = config.model, config.model.sparse

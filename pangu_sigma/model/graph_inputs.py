@@ -13,54 +13,54 @@ from mindspore import Tensor
 
 from parallel.operator_layout import Layout
 from parallel.partition_spec import PartitionSpec
-from rre.dispatch.capacity_dispatch import Reserved
-from rre.feed_forward_form import NetworkForm
+from rre.dispatch.capacity_dispatch import CapacitySpec
+from rre.feed_forward_spec import FeedForwardSpec
 
 
 @dataclass(frozen=True)
 class LayerSignature:
     """Inputs of one sparse layer: `slots` experts of `network`, and what its router takes from outside the graph.
 
-    `noise`: shape of a learned gate's noise, () = none. `reserved`: the static shapes of a graph that is cut over a
-    mesh, whose slots' weights come stacked; a learned gate's slots are the experts in their order.
+    `noise`: shape of a learned gate's noise, () = none. `capacity_spec`: the static shapes of a graph that is cut over
+    a mesh, whose slots' weights come stacked; a learned gate's slots are the experts in their order.
     """
 
     name: str
     slots: int
-    network: NetworkForm
+    network: FeedForwardSpec
     learned: bool
     noise: tuple[int, ...] = ()
     compiled: bool = False
-    reserved: Reserved | None = None
+    capacity_spec: CapacitySpec | None = None
 
     @property
     def chunks(self) -> int:
         """Parts of the slots whose exchanges do not wait for one another."""
-        return 1 if self.reserved is None else self.reserved.chunks
+        return 1 if self.capacity_spec is None else self.capacity_spec.chunks
 
     @property
     def routing(self) -> int:
         """Number of routing inputs: the plan of a table router, or the gate's noise.
 
         A plan is order and offsets for compiled networks, else rows of each slot and of the dropped plus positions; of
-        reserved rows it is `Reserved.plan_inputs`.
+        reserved rows it is `CapacitySpec.plan_inputs`.
         """
         if self.learned:
             return int(self.noise != ())
-        if self.reserved is not None:
+        if self.capacity_spec is not None:
             return self.chunks + 2
         return 2 if self.compiled else self.slots + 2
 
     def sharded_routing_inputs(self) -> list[tuple[tuple[int, ...], ms.dtype, PartitionSpec]]:
         """Full shape, type and partition spec of the routing inputs of a graph that is cut over a mesh."""
         if not self.learned:
-            return self.reserved.plan_inputs()
+            return self.capacity_spec.plan_inputs()
         return [(self.noise, ms.float32, ("rows", *(1,) * (len(self.noise) - 1)))] if self.noise else []
 
     @property
     def weights(self) -> int:
         """Number of weight inputs."""
-        return len(self.network.tensors) * (self.slots if self.reserved is None else self.chunks)
+        return len(self.network.tensors) * (self.slots if self.capacity_spec is None else self.chunks)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class GraphSignature:
             for layer_signature in self.layers
             for entry in (
                 *layer_signature.sharded_routing_inputs(),
-                *layer_signature.reserved.weight_inputs(layer_signature.network, self.hidden, self.ffn),
+                *layer_signature.capacity_spec.weight_inputs(layer_signature.network, self.hidden, self.ffn),
             )
         ]
 

@@ -15,9 +15,9 @@ from pangu_sigma.model.sharded_parameters import SharedParameters
 from parallel.comm.processes import Processes
 from parallel.operator_layout import Layout
 from parallel.partition_spec import Shard, full_slices, replicated_shard, shard_slices
-from rre.dispatch.capacity_dispatch import PARAMETER_SPECS, WEIGHT_SPECS, Reserved
-from rre.dispatch.expert_dispatch import EXACT_ROWS
-from rre.routers import Groups, Router
+from rre.dispatch.capacity_dispatch import PARAMETER_SPECS, WEIGHT_SPECS, CapacitySpec
+from rre.dispatch.dispatch_plan import EXACT_ROWS
+from rre.routers import ExpertGroups, Router
 from rre.store import ExpertStore
 
 DOMAIN_EMBEDDING = "embedding"  # the name under which a store keeps the per-domain word tables
@@ -35,7 +35,7 @@ class Model:
     config: Config
     vocab: int
     eod_id: int
-    groups: Groups
+    groups: ExpertGroups
     routers: tuple[Router, ...]
     tables: dict[str, dict[str, np.ndarray]]
     store: ExpertStore
@@ -118,11 +118,13 @@ class Model:
             slots = sent.slots * mesh.placement_groups
             length, chunks = config.data.sequence_length, config.parallel.expert_chunks
             choices = config.experts_per_token
-            reserved = Reserved(mesh, slots, rows or sent.rows_per_slot, batch * length, choices, chunks)
+            capacity_spec = CapacitySpec(mesh, slots, rows or sent.rows_per_slot, batch * length, choices, chunks)
             prefixes = config.model.sparse_prefixes
             form = config.model.expert_network
             noise = () if rows else self.routers[0].noise_shape(batch * length)
-            layers = tuple(LayerSignature(p, slots, form, self.learned, noise, reserved=reserved) for p in prefixes)
+            layers = tuple(
+                LayerSignature(p, slots, form, self.learned, noise, capacity_spec=capacity_spec) for p in prefixes
+            )
         part = None if self.processes.size == 1 else self.processes.mesh.coordinates(self.processes.rank).expert
         return GraphSignature(
             layers, None, batch, config.data.sequence_length, config.model.hidden, config.model.ffn,

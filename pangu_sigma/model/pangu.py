@@ -85,15 +85,15 @@ class PanGuSigma(nn.Cell):
         self.sparse_index_of_query = sparse_indices.get("query_layer", -1)
         # A competitive mixture's experts are all in the top layer, whose cells then carry the rows of each to the head.
         competitive = model.is_competitive_mixture
-        layer_form, feed_forward_form = TransformerLayer, SparseFeedForward
+        layer_form, feed_forward_spec = TransformerLayer, SparseFeedForward
         if competitive:
-            layer_form, feed_forward_form = MixtureLayer, EveryExpertFeedForward
+            layer_form, feed_forward_spec = MixtureLayer, EveryExpertFeedForward
 
         def layer(index: int, sparse_index: int) -> TransformerLayer:
             if sparse_index < 0:
                 return TransformerLayer(model, index, layout, compute, None)
             router = routers[sparse_index]
-            sparse = feed_forward_form(
+            sparse = feed_forward_spec(
                 router.cell(), layout, model.expert_network, compute, exchange, router.by_expert,
                 shared_expert(model, layout, compute), signature.layers[sparse_index].chunks,
             )  # fmt: skip

@@ -15,7 +15,7 @@ from pangu_sigma.config.parameter_counts import is_routing, layer_name_and_owner
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.model import DOMAIN_EMBEDDING, Model
 from rre.router_specs import LAYER
-from rre.store.expert_store import KINDS
+from rre.store.expert_store import STATE_TENSORS
 
 if TYPE_CHECKING:
     from pangu_sigma.train.optimizer import Optimizer
@@ -58,7 +58,7 @@ def model_tensors(model: Model, optimizer: Optimizer | None) -> dict[str, np.nda
     Experts that lie on disk come as tensors that are read when they are written.
     """
     store, groups = model.store, model.groups
-    store.settle()
+    store.flush()
     tensors: dict[str, np.ndarray | LazyTensor] = {**model.shared.values()}
     if optimizer is not None:
         tensors |= optimizer.moments()
@@ -82,7 +82,7 @@ def tensor_parts(model: Model, optimizer: Optimizer | None) -> dict[str, Sharded
     own parts of shared parameters, and its turn of what several of them have.
     """
     store, groups, shards = model.store, model.groups, model.expert_shards
-    store.settle()
+    store.flush()
     parts = _shared_parts(model, optimizer) | _elsewhere(model, optimizer)
     for kind, layer_name, name, table in store.tables():
         if layer_name == DOMAIN_EMBEDDING or (kind != "weight" and optimizer is None):
@@ -141,7 +141,7 @@ def _shared_parts(model: Model, optimizer: Optimizer | None) -> dict[str, Sharde
 def _elsewhere(model: Model, optimizer: Optimizer | None) -> dict[str, ShardedTensor]:
     """The experts of other pipeline stages, of which this process writes nothing."""
     parts: dict[str, ShardedTensor] = {}
-    kinds = KINDS if optimizer is not None else KINDS[:1]
+    kinds = STATE_TENSORS if optimizer is not None else STATE_TENSORS[:1]
     for layer_name in model.config.model.sparse_prefixes:
         if layer_name in model.layer_names:
             continue
@@ -185,7 +185,7 @@ def restore_model(model: Model, tensors: Mapping[str, np.ndarray], optimizer_sta
     tensor that is missing or has another shape: nothing stays uninitialised.
     """
     # Updates that are still under way would write over what is restored.
-    model.store.settle()
+    model.store.flush()
     for name in model.shared.local_names:
         model.shared.write(name, _checked(tensors, name, model.shared.shapes[name]))
         model.processes.mark()

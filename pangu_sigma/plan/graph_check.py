@@ -42,7 +42,7 @@ _ENTRY = {
     "down.bias": (("expert",), ("data", "tensor")),
 }
 _LAYER_NAME = re.compile(r"blocks-CellList/(\d+)-TransformerLayer|(query_layer)-TransformerLayer")
-_PRODUCTS = "networks-SlotNetworks/"
+_PRODUCTS = "experts-BatchedExperts/"
 WORDS = "embedding.word"
 # What the pipeline's pass adds micro-batches' gradients to (see `parallel.micro_batches`).
 SUMS = "accu_grads."

@@ -79,7 +79,7 @@ def layers_of_stage(config: Config, stage: int) -> tuple[int, int]:
 
 def expert_values(config: Config) -> int:
     """Trained values of one expert."""
-    return config.model.expert_network.values(config.model.hidden, config.model.ffn)
+    return config.model.expert_network.num_params(config.model.hidden, config.model.ffn)
 
 
 def activation_bytes(config: Config, vocabulary: int, stage: int = 0) -> float:

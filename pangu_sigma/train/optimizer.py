@@ -14,7 +14,7 @@ from pangu_sigma.config import Config
 from pangu_sigma.model.model import Model
 from pangu_sigma.train.continual.frozen_gate_columns import FrozenColumns
 from pangu_sigma.train.step import SharedUpdate
-from rre.adamw import AdamWHyper
+from rre.adamw import AdamWHyperparameters
 from rre.store import ExpertStore
 
 
@@ -72,13 +72,15 @@ class Optimizer:
         wanted = config.optimizer
         if gradients.shared:
             self.shared_steps += 1
-            hyper = AdamWHyper(learning_rate, wanted.beta1, wanted.beta2, wanted.epsilon, wanted.weight_decay)
-            rate, epsilon, decay = hyper.corrected(self.shared_steps)
+            hyper = AdamWHyperparameters(learning_rate, wanted.beta1, wanted.beta2, wanted.epsilon, wanted.weight_decay)
+            rate, epsilon, decay = hyper.correct_bias(self.shared_steps)
             values = (scale, rate, wanted.beta1, wanted.beta2, epsilon, decay)
             update = self.update_shared
             with frozen.kept(update.parameters, update.m, update.v) if frozen else nullcontext():
                 update(*(Tensor(v, ms.float32) for v in values), *gradients.shared)
-        hyper = AdamWHyper(learning_rate, wanted.beta1, wanted.beta2, wanted.expert_epsilon, wanted.weight_decay)
+        hyper = AdamWHyperparameters(
+            learning_rate, wanted.beta1, wanted.beta2, wanted.expert_epsilon, wanted.weight_decay
+        )
         for (layer_name, expert), tensors in gradients.experts.items():
             self.model.store.apply(layer_name, expert, tensors, hyper, scale)
 

@@ -24,7 +24,7 @@ def slot_gradients(
     [slots of this process, …].
     """
     found, tensors = {}, len(layer_signature.network.tensors)
-    for chunk, slots in enumerate(layer_signature.reserved.by_chunk(signature.expert_part)):
+    for chunk, slots in enumerate(layer_signature.capacity_spec.by_chunk(signature.expert_part)):
         of_chunk = stacked[chunk * tensors : (chunk + 1) * tensors]
         for i, slot in enumerate(slots.tolist()):
             if wanted[slot]:

@@ -14,7 +14,7 @@ from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.train.objective import Objective
 from parallel.operator_layout import Layout
 from parallel.ops.primitives import square_sums
-from rre.adamw import decays
+from rre.adamw import has_weight_decay
 
 FIXED_INPUTS = 8
 
@@ -74,7 +74,7 @@ class SharedUpdate(nn.Cell):
         self.parameters = ParameterTuple(parameters)
         self.m = ParameterTuple([self._moment(p, "m") for p in parameters])
         self.v = ParameterTuple([self._moment(p, "v") for p in parameters])
-        self.decayed = tuple(decays(p.name) for p in parameters)
+        self.decayed = tuple(has_weight_decay(p.name) for p in parameters)
         self.adamw = layout(ops.AdamWeightDecay())
         self.mul = layout(ops.Mul())
         self.done = Tensor(True)

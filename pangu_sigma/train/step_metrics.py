@@ -11,8 +11,8 @@ import numpy as np
 from pangu_sigma.model.batch_planner import RoutedBatch
 from pangu_sigma.train.objective import Measured
 from parallel.comm.processes import Processes
-from rre.routers import Groups
-from rre.store import Traffic
+from rre.routers import ExpertGroups
+from rre.store import StoreStats
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Figures:
 class Accounting:
     """Sums over the steps between two metrics records; `take` gives the record's figures and starts anew."""
 
-    def __init__(self, groups: Groups, layer_names: Sequence[str], flops_per_token: float) -> None:
+    def __init__(self, groups: ExpertGroups, layer_names: Sequence[str], flops_per_token: float) -> None:
         self.groups = groups
         self.layer_names = tuple(layer_names)
         self.flops_per_token = flops_per_token
@@ -172,7 +172,7 @@ class Accounting:
         return figures
 
 
-def store_figures(traffic: Traffic, steps: int) -> dict[str, float]:
+def store_figures(traffic: StoreStats, steps: int) -> dict[str, float]:
     """What the expert store did a step, by the names of the metrics log; the counters begin anew."""
     taken = traffic.take()
     fetched, hits = taken.pop("fetched"), taken.pop("hits")

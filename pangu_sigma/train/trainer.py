@@ -170,7 +170,7 @@ class Trainer:
 
     def store_figures(self) -> dict[str, float]:
         """What the expert stores of all processes did a step since the last record; call it before `take`."""
-        figures = store_figures(self.model.store.traffic, self.accounting.steps)
+        figures = store_figures(self.model.store.stats, self.accounting.steps)
         total = self.processes.total(np.array(list(figures.values())))
         found = dict(zip(figures, total.tolist(), strict=True))
         return found | {"prefetch_hit_rate": found["prefetch_hit_rate"] / self.processes.size}
@@ -256,7 +256,7 @@ class Trainer:
         for layer, layer_signature in enumerate(self.signature.layers):
             tensors = len(layer_signature.network.tensors)
             plan = batch.plans[layer]
-            if layer_signature.reserved is not None:
+            if layer_signature.capacity_spec is not None:
                 experts = np.arange(layer_signature.slots) if plan is None else plan.experts
                 rows = received[layer] if plan is None else plan.counts
                 trains = np.isin(owner[experts], list(phase.domains)) & (rows > 0)

@@ -25,8 +25,8 @@ from parallel.mesh import Mesh
 from parallel.operator_layout import Layout
 from parallel.ops.primitives import activation
 from parallel.partition_spec import PartitionSpec
-from rre.dispatch.expert_dispatch import DROPPED
-from rre.feed_forward_form import NetworkForm
+from rre.dispatch.dispatch_plan import DROPPED
+from rre.feed_forward_spec import FeedForwardSpec
 
 # How an activated expert's weights [N, …] enter a graph: no two ranks give the same values, so no gradient that leaves
 # needs a sum over ranks afterwards. What an operator wants whole is gathered inside the graph, and its gradient there
@@ -51,7 +51,7 @@ PARAMETER_SPECS: dict[str, PartitionSpec] = {
 
 
 @dataclass(frozen=True)
-class Reserved:
+class CapacitySpec:
     """The static shapes of a sparse layer: `slots` N of all groups, `rows` C, over `mesh`, in `chunks`."""
 
     mesh: Mesh
@@ -62,12 +62,12 @@ class Reserved:
     chunks: int = 1
 
     @property
-    def of_group(self) -> int:
+    def slots_per_group(self) -> int:
         """M."""
         return self.slots // self.mesh.placement_groups
 
     @property
-    def of_rank(self) -> int:
+    def slots_per_part(self) -> int:
         """Slots of one expert part."""
         return self.slots // self.mesh.expert
 
@@ -75,11 +75,11 @@ class Reserved:
         """Shape, type and cut of the graph's inputs: Q dispatch, combine, kept (see `CapacityPlan`)."""
         shards, cut = self.mesh.rows, ("rows", 1)
         choices = (shards, self.tokens * self.choices // shards)
-        dispatch = (shards, self.of_group // self.chunks * self.rows)
+        dispatch = (shards, self.slots_per_group // self.chunks * self.rows)
         return [*[(dispatch, ms.int32, cut)] * self.chunks, (choices, ms.int32, cut), (choices, ms.float32, cut)]
 
     def weight_inputs(
-        self, form: NetworkForm, hidden: int, ffn: int
+        self, form: FeedForwardSpec, hidden: int, ffn: int
     ) -> list[tuple[tuple[int, ...], ms.dtype, PartitionSpec]]:
         """The same of the weights: Q times each tensor of a network of this form, [N/Q, …]."""
         shapes = form.shapes(hidden, ffn).items()
@@ -99,16 +99,16 @@ class Reserved:
         found = np.empty(experts.size, np.int64)
         for p in np.unique(part):
             mine = np.flatnonzero(part == p)
-            if mine.size > self.of_rank:
-                raise ValueError(f"expert part {p} has {mine.size} experts with rows and {self.of_rank} slots")
-            found[mine] = p * self.of_rank + np.arange(mine.size)
+            if mine.size > self.slots_per_part:
+                raise ValueError(f"expert part {p} has {mine.size} experts with rows and {self.slots_per_part} slots")
+            found[mine] = p * self.slots_per_part + np.arange(mine.size)
         return found
 
     def idle_experts(self, total: int) -> np.ndarray:
         """For each slot an expert that its part owns, int [N]: it stands there when no rows ask for another."""
         groups, parts = self.mesh.placement_groups, self.mesh.exchange_size
         first = np.arange(groups)[:, None] * (total // groups) + np.arange(parts)
-        return np.repeat(first.reshape(-1), self.of_rank)
+        return np.repeat(first.reshape(-1), self.slots_per_part)
 
     def by_chunk(self, part: int | None = None) -> np.ndarray:
         """Slot numbers [Q, N/Q]: each chunk takes an equal run of every expert part's slots; or those [Q, N/(E Q)] of
@@ -117,7 +117,7 @@ class Reserved:
         return numbers.reshape(self.chunks, -1) if part is None else numbers[:, part]
 
 
-class NoRoom(ValueError):
+class CapacityExceeded(ValueError):
     """A slot is asked for more rows than it takes."""
 
 
@@ -140,20 +140,21 @@ class CapacityPlan:
         return (*self.dispatch, self.combine, self.kept)
 
 
-def plan_by_capacity(slot_ids: np.ndarray, reserved: Reserved, shards: range | None = None) -> CapacityPlan:
+def plan_by_capacity(slot_ids: np.ndarray, capacity_spec: CapacitySpec, shards: range | None = None) -> CapacityPlan:
     """Plan `slot_ids` [T, k] (DROPPED where a choice overflowed its expert) of `shards`, by default all row shards.
 
-    Raises ValueError if a shard wants a slot of another placement group, and NoRoom for more than C rows of a slot.
+    Raises ValueError if a shard wants a slot of another placement group, and
+    CapacityExceeded for more than C rows of a slot.
     """
     tokens, k = slot_ids.shape
-    mesh, capacity, of_group = reserved.mesh, reserved.rows, reserved.of_group
+    mesh, capacity, of_group = capacity_spec.mesh, capacity_spec.rows, capacity_spec.slots_per_group
     shards = range(mesh.rows) if shards is None else shards
     n = tokens // len(shards)
     dispatch = np.zeros((len(shards), of_group * capacity), np.int32)
     combine = np.zeros((len(shards), n * k), np.int32)
     by_shard = slot_ids.reshape(len(shards), n * k)
     # Where a slot of the group stands when chunks lie one behind the other.
-    by_chunk = np.arange(of_group).reshape(mesh.exchange_size, reserved.chunks, -1).swapaxes(0, 1)
+    by_chunk = np.arange(of_group).reshape(mesh.exchange_size, capacity_spec.chunks, -1).swapaxes(0, 1)
     position = np.argsort(by_chunk.reshape(-1))
     for line, (shard, ids) in enumerate(zip(shards, by_shard, strict=True)):
         first = shard // (mesh.rows // mesh.placement_groups) * of_group
@@ -165,19 +166,19 @@ def plan_by_capacity(slot_ids: np.ndarray, reserved: Reserved, shards: range | N
         ranked = local[order]
         rank = np.arange(ranked.size) - np.searchsorted(ranked, ranked, side="left")
         if rank.size and rank.max() >= capacity:
-            raise NoRoom(f"row shard {shard} has {rank.max() + 1} rows for a slot that takes {capacity}")
+            raise CapacityExceeded(f"row shard {shard} has {rank.max() + 1} rows for a slot that takes {capacity}")
         row = position[ranked] * capacity + rank
         choice = valid[order]
         dispatch[line, row] = choice // k
         combine[line, choice] = row
-    chunks = tuple(np.ascontiguousarray(part) for part in np.split(dispatch, reserved.chunks, axis=1))
+    chunks = tuple(np.ascontiguousarray(part) for part in np.split(dispatch, capacity_spec.chunks, axis=1))
     return CapacityPlan(chunks, combine, (by_shard != DROPPED).astype(np.float32))
 
 
-class SlotNetworks(nn.Cell):
+class BatchedExperts(nn.Cell):
     """rows [N, r, D] and the tensors of N networks of `form`, each [N, …] -> [N, r, D]."""
 
-    def __init__(self, layout: Layout, form: NetworkForm, compute: ms.dtype) -> None:
+    def __init__(self, layout: Layout, form: FeedForwardSpec, compute: ms.dtype) -> None:
         super().__init__()
         self.form, self.compute = form, compute
         outer, inner = ("expert", "data", 1), ("expert", "data", "tensor")
@@ -207,7 +208,7 @@ class SlotNetworks(nn.Cell):
         return self.down(self.activation(self.up(rows, low[0]))[0], low[1])
 
 
-class CapacityNetworks(nn.Cell):
+class CapacityExperts(nn.Cell):
     """x_TD, plan (Q dispatch, combine, kept), Q times the tensors of N/Q networks of `form`, each [N/Q, …]
     -> y [T*k, D] by choice, 0 for a dropped one.
 
@@ -215,7 +216,7 @@ class CapacityNetworks(nn.Cell):
     """
 
     def __init__(
-        self, layout: Layout, form: NetworkForm, compute: ms.dtype, mesh: Mesh, chunks: int = 1
+        self, layout: Layout, form: FeedForwardSpec, compute: ms.dtype, mesh: Mesh, chunks: int = 1
     ) -> None:
         super().__init__()
         self.compute, self.chunks, self.each = compute, chunks, len(form.tensors)
@@ -224,7 +225,7 @@ class CapacityNetworks(nn.Cell):
         self.low = layout(ops.Cast(), layout.residual_spec)
         self.take = layout(ops.Gather(1), shard, ("rows", 1))
         self.exchange = LayoutExchange(layout, compute, mesh)
-        self.networks = SlotNetworks(layout, form, compute)
+        self.experts = BatchedExperts(layout, form, compute)
         self.behind = layout(ops.Concat(1), *[shard] * chunks)
         self.full = layout(ops.Cast(), shard)
         self.keep = layout(ops.Mul(), shard, shard)
@@ -241,7 +242,7 @@ class CapacityNetworks(nn.Cell):
             # 1. Every shard lays its rows out by slot.  2. Rows to experts.  3. Every expert on the rows of all
             # sources.  4. Results to tokens.
             sent = self.exchange.to_experts(self.take(rows, dispatch[c], 1), of_group)
-            results = results + (self.exchange.to_tokens(self.networks(sent, mine), of_group),)
+            results = results + (self.exchange.to_tokens(self.experts(sent, mine), of_group),)
         # 5. Every choice takes its row.
         y = results[0] if self.chunks == 1 else self.behind(results)
         y = self.full(self.take(y, combine, 1), ms.float32)

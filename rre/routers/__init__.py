@@ -11,7 +11,7 @@ from rre.routers.gshard import GShardRouter
 from rre.routers.hash import HashRouter
 from rre.routers.noisy_top_k import NoisyTopKRouter
 from rre.routers.olmoe import OlmoeRouter
-from rre.routers.router import Assignment, Groups, Router, RouterOptions
+from rre.routers.router import Assignment, ExpertGroups, Router, RouterOptions
 from rre.routers.switch import SwitchRouter
 from rre.routers.table_router import TableRouter
 
@@ -27,4 +27,4 @@ ROUTERS: dict[str, type[Router]] = {
     "every_expert": EveryExpertRouter,
 }
 
-__all__ = ["ROUTERS", "Assignment", "Groups", "Router", "RouterOptions", "SwitchRouter", "TableRouter"]
+__all__ = ["ROUTERS", "Assignment", "ExpertGroups", "Router", "RouterOptions", "SwitchRouter", "TableRouter"]

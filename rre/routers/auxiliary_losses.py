@@ -44,7 +44,7 @@ class PooledMeans(nn.Cell):
     """hits [T, k, E], probabilities [T, E], another loss -> [2 E + 2]: f (a constant in the gradient), P, loss, 1.
 
     f_e is the mean number of a token's choices that fell on e (sum f = k). Added up over layers this is what
-    `PooledBalance` takes.
+    `PooledBalanceLoss` takes.
     """
 
     def __init__(self, layout: Layout, exchange: GatheredExchange | None = None) -> None:
@@ -61,7 +61,7 @@ class PooledMeans(nn.Cell):
         return self.concat((share, mean, other.reshape(1), one))
 
 
-class PooledBalance(nn.Cell):
+class PooledBalanceLoss(nn.Cell):
     """The sum over L layers of `PooledMeans` [2 E + 2] -> weight * E * sum_e f_e P_e, f and P their means over layers,
     plus the other losses' sum."""
 

@@ -42,6 +42,6 @@ class EveryExpertGate(Gate):
     def auxiliary(self, hits: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
         return Tensor(0.0, ms.float32)
 
-    def told(self, hits: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
+    def assignments(self, hits: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
         leader, _ = self.best(chosen[1])
         return self.sum(self.one_hot(leader.reshape(-1, 1), self.experts, self.on, self.off), 1)

@@ -8,7 +8,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
-from rre.dispatch.expert_dispatch import plan_in_graph
+from rre.dispatch.dispatch_plan import build_plan_cell
 from rre.routers.learned_gate import LearnedRouter
 
 
@@ -37,7 +37,7 @@ class ExpertChoiceGate(nn.Cell):
     """x_TD -> (plan, combine weights [M], 0, rows [B, E + 1]) with M = E * B * taken rows, expert by expert.
 
     The plan is the token of every row int32 [M], then the plan of those rows as if each were a token with one choice.
-    The last of `rows` counts the tokens that no expert took. With `tells_choices` it gives the hits [T, E] instead.
+    The last of `rows` counts the tokens that no expert took. With `return_assignments` it gives the hits [T, E].
     """
 
     def __init__(self, router: ExpertChoiceRouter) -> None:
@@ -56,8 +56,8 @@ class ExpertChoiceGate(nn.Cell):
         self.cast = layout(ops.Cast(), (1, 1))
         self.sum = layout(ops.ReduceSum(keep_dims=True), (1, 1))
         self.concat = layout(ops.Concat(1), (1, 1), (1, 1))
-        self.plan = plan_in_graph(self.experts, layout, options.exchange)
-        self.tells_choices = False
+        self.plan = build_plan_cell(self.experts, layout, options.exchange)
+        self.return_assignments = False
         self.one_hot = layout(ops.OneHot(), (1, 1), (), ())
         self.on, self.off = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
         self.add_hits = layout(ops.UnsortedSegmentSum(), (1, 1), (1,))
@@ -73,7 +73,7 @@ class ExpertChoiceGate(nn.Cell):
         each = ops.arange(0, self.experts, 1, dtype=ms.int32).reshape(-1, 1)
         owner = ops.BroadcastTo((self.experts, batch * self.taken))(each)
         plan = (tokens,) + self.plan(owner.reshape(-1, 1))
-        if self.tells_choices:
+        if self.return_assignments:
             hits = self.add_hits(self.one_hot(owner.reshape(-1), self.experts, self.on, self.off), tokens, x.shape[0])
             return plan, weights, Tensor(0.0, ms.float32), ops.stop_gradient(hits)
         times = self.add_up(ops.ones_like(weights), tokens, x.shape[0]).reshape(batch, self.length)

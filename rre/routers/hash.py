@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from rre.dispatch.expert_dispatch import drop_overflow
+from rre.dispatch.dispatch_plan import drop_overflow
 from rre.router_specs import LAYER
 from rre.routers.router import Assignment, RouterOptions
 from rre.routers.table_router import TableRouter

@@ -17,7 +17,7 @@ from mindspore.common.initializer import Normal, initializer
 
 from rre.counted_random import generator
 from rre.dispatch.capacity_in_graph import CapacityPlanInGraph
-from rre.dispatch.expert_dispatch import plan_in_graph
+from rre.dispatch.dispatch_plan import build_plan_cell
 from rre.routers.router import Router, RouterOptions
 
 
@@ -60,7 +60,7 @@ class LearnedRouter(Router):
 class Gate(nn.Cell):
     """x_TD, (noise,) or () -> (plan, combine weights [T, k], auxiliary loss, rows [B, E + 1]).
 
-    With `tells_choices` the last is the hits [T, E] instead, 1 where a token takes an expert (set it before compiling).
+    With `return_assignments`, set before compiling, the last is the hits [T, E], 1 where a token takes an expert.
     Room goes to first choices before second ones, then in token order (arXiv 2006.16668, algorithm 1); a choice
     without room takes the residual alone. Gates compute in float32. In a graph that is cut over a mesh each rank gates
     its own tokens, with a copy of the weight, and plans reserved rows (`rre.dispatch.capacity_dispatch`).
@@ -98,8 +98,8 @@ class Gate(nn.Cell):
             self.plan_all = CapacityPlanInGraph(*cut, self.group)
             self.room_for_all = Tensor(float(self.group), ms.float32)
         else:
-            self.plan = plan_in_graph(self.experts, layout, options.exchange)
-        self.tells_choices = False
+            self.plan = build_plan_cell(self.experts, layout, options.exchange)
+        self.return_assignments = False
         self.choices_of_token = Tensor(float(self.choices), ms.float32)
         self.on, self.off = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
         if self.capacity is not None:
@@ -138,13 +138,13 @@ class Gate(nn.Cell):
             plan = self.plan(self.select(has_room, ids, ops.fill(ms.int32, ids.shape, self.experts)))
         else:
             plan = self.plan(ids)
-        if self.tells_choices:
-            return plan, chosen[1], auxiliary, self.told(hits, chosen)
+        if self.return_assignments:
+            return plan, chosen[1], auxiliary, self.assignments(hits, chosen)
         lost = self.of_choices(self.overflow_sum(self.sub(wanted, kept), 1), self.choices_of_token)
         return plan, chosen[1], auxiliary, self.concat((kept, lost))
 
-    def told(self, hits: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
-        """The hits [T, E] of `tells_choices`."""
+    def assignments(self, hits: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
+        """The hits [T, E] of `return_assignments`."""
         return self.sum(hits, 1)
 
     def rows(self, hits: Tensor) -> Tensor:

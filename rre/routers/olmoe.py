@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mindspore import Tensor, nn, ops
 
-from rre.routers.auxiliary_losses import BalanceLoss, PooledBalance, PooledMeans, ZLoss
+from rre.routers.auxiliary_losses import BalanceLoss, PooledBalanceLoss, PooledMeans, ZLoss
 from rre.routers.learned_gate import Gate, LearnedRouter
 
 
@@ -20,7 +20,9 @@ class OlmoeRouter(LearnedRouter):
 
     def pool(self) -> nn.Cell | None:
         options = self.options
-        return PooledBalance(options.auxiliary_weight, options.groups.total, options.layout) if options.pooled else None
+        if not options.pooled:
+            return None
+        return PooledBalanceLoss(options.auxiliary_weight, options.groups.total, options.layout)
 
     def cell(self) -> nn.Cell:
         return OlmoeGate(self)

@@ -29,7 +29,7 @@ class Assignment:
 
 
 @dataclass(frozen=True)
-class Groups:
+class ExpertGroups:
     """The expert groups of a sparse layer: domain names and their experts' positions on the layer's expert axis."""
 
     names: tuple[str, ...]
@@ -64,7 +64,7 @@ class RouterOptions:
     and see other tokens.
     """
 
-    groups: Groups
+    groups: ExpertGroups
     hidden: int
     length: int
     layout: Layout

@@ -14,8 +14,8 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from rre.counted_random import key64, uniform
-from rre.dispatch.expert_dispatch import drop_overflow
-from rre.routers.router import Assignment, Groups, Router, RouterOptions
+from rre.dispatch.dispatch_plan import drop_overflow
+from rre.routers.router import Assignment, ExpertGroups, Router, RouterOptions
 
 
 class TableRouter(Router):
@@ -28,7 +28,7 @@ class TableRouter(Router):
 
     def __init__(
         self,
-        groups: Groups,
+        groups: ExpertGroups,
         tables: dict[str, np.ndarray],
         layer: int,
         seed: int = 0,
@@ -69,10 +69,10 @@ class TableRouter(Router):
         return Assignment(flat)
 
     def cell(self) -> nn.Cell:
-        return PlannedOutside()
+        return PrecomputedRouting()
 
 
-class PlannedOutside(nn.Cell):
+class PrecomputedRouting(nn.Cell):
     """Inside the graph a table router hands on its plan, which is all of `routing`."""
 
     def construct(self, x: Tensor, routing: tuple[Tensor, ...]):

@@ -28,13 +28,13 @@ from pathlib import Path
 import numpy as np
 
 from parallel.ops.compiled_kernels import HostKernels
-from rre.store.expert_store import KINDS, ExpertStore, Shapes
+from rre.store.expert_store import STATE_TENSORS, ExpertStore, Shapes
 
 PAGE = mmap.ALLOCATIONGRANULARITY
 WRITE_AND_WAIT = 1 | 2 | 4  # sync_file_range: wait for writes under way, write, wait
 FILL_BYTES = 64 << 20  # written past the maps before they are sent to the disk and leave the system's cache
 SUFFIX = ".table"
-Unit = tuple[str, int]
+ExpertKey = tuple[str, int]
 
 
 class StoreFull(Exception):
@@ -57,7 +57,7 @@ class DiskStore(ExpertStore):
         remove_tables(folder)
         self.resident_bytes = resident_bytes
         self.mapped_bytes = 0  # of the records that are resident now
-        self._whole = frozenset(in_memory)
+        self._in_memory = frozenset(in_memory)
         # Through ctypes, because mmap's own methods keep all other threads waiting.
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -67,14 +67,14 @@ class DiskStore(ExpertStore):
         self._files: dict[str, int] = {}
         self._record: dict[str, int] = {}
         # Resident records, the least recently used first; a record of a step under way is in `_pinned` too.
-        self._resident: OrderedDict[Unit, None] = OrderedDict()
-        self._pinned: set[Unit] = set()
-        self._dirty: set[Unit] = set()
-        self._awaited: Counter[Unit] = Counter()  # steps that are planned and have not fetched it yet
+        self._resident: OrderedDict[ExpertKey, None] = OrderedDict()
+        self._pinned: set[ExpertKey] = set()
+        self._dirty: set[ExpertKey] = set()
+        self._awaited: Counter[ExpertKey] = Counter()  # steps that are planned and have not fetched it yet
         self._filled = 0
         self._lock = threading.RLock()
         self._reader = ThreadPoolExecutor(1, "expert-prefetch")
-        self._reading: dict[Unit, Future] = {}
+        self._reading: dict[ExpertKey, Future] = {}
         try:
             super().__init__(shapes, experts, kernels)
         except BaseException:
@@ -83,19 +83,19 @@ class DiskStore(ExpertStore):
 
     def _make_tables(self) -> dict[str, dict[str, dict[str, np.ndarray]]]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        tables: dict[str, dict[str, dict[str, np.ndarray]]] = {kind: {} for kind in KINDS}
+        tables: dict[str, dict[str, dict[str, np.ndarray]]] = {kind: {} for kind in STATE_TENSORS}
         for layer_name, tensors in self.shapes.items():
             count = self.experts[layer_name]
             if self.in_memory(layer_name):
-                for kind in KINDS:
+                for kind in STATE_TENSORS:
                     tables[kind][layer_name] = {n: np.zeros((count, *s), np.float32) for n, s in tensors.items()}
                 continue
             sizes = {name: 4 * int(np.prod(shape)) for name, shape in tensors.items()}
-            record = -(-len(KINDS) * sum(sizes.values()) // PAGE) * PAGE
+            record = -(-len(STATE_TENSORS) * sum(sizes.values()) // PAGE) * PAGE
             self._record[layer_name] = record
             buffer = self._map(layer_name, max(1, count) * record)
             at = 0
-            for kind in KINDS:
+            for kind in STATE_TENSORS:
                 tables[kind][layer_name] = {}
                 for name, shape in tensors.items():
                     inner = np.empty(shape, np.float32).strides if shape else ()
@@ -117,7 +117,7 @@ class DiskStore(ExpertStore):
         return self._maps[layer_name]
 
     def in_memory(self, layer_name: str) -> bool:
-        return layer_name in self._whole
+        return layer_name in self._in_memory
 
     # --- coming and going
 
@@ -144,8 +144,8 @@ class DiskStore(ExpertStore):
                     del self._awaited[unit]
         return ready
 
-    def _hold(self, units: Sequence[Unit]) -> int:
-        """Bring records in and keep them until the next `begin`; return how many were in already."""
+    def _hold(self, units: Sequence[ExpertKey]) -> int:
+        """Bring records in and keep them until the next `start_step`; return how many were in already."""
         with self._lock:
             self._pinned.update(units)
         ready = 0
@@ -160,11 +160,11 @@ class DiskStore(ExpertStore):
                 self._resident.move_to_end(unit)
         return ready
 
-    def _bring_if_room(self, unit: Unit) -> None:
+    def _bring_if_room(self, unit: ExpertKey) -> None:
         with suppress(StoreFull):  # the step that fetches it brings it, and tells if it cannot
             self._bring(unit, for_step=False)
 
-    def _bring(self, unit: Unit, for_step: bool) -> None:
+    def _bring(self, unit: ExpertKey, for_step: bool) -> None:
         """Make room for a record and read it in."""
         layer_name, expert = unit
         size = self._record[layer_name]
@@ -174,7 +174,7 @@ class DiskStore(ExpertStore):
             self._make_room(size, for_step)
             self._resident[unit] = None
             self.mapped_bytes += size
-            self.traffic.add(bytes_read=size)
+            self.stats.add(bytes_read=size)
         self._advise(layer_name, expert * size, size, mmap.MADV_WILLNEED)
         # One byte of each page: the kernel has the record in memory when this returns.
         np.frombuffer(self._maps[layer_name], np.uint8, size, expert * size)[:: mmap.PAGESIZE].sum()
@@ -197,14 +197,14 @@ class DiskStore(ExpertStore):
                 )
             self._let_go(unit)
 
-    def _let_go(self, unit: Unit) -> None:
+    def _let_go(self, unit: ExpertKey) -> None:
         layer_name, expert = unit
         size = self._record[layer_name]
         start = expert * size
         if unit in self._dirty:
             self._write_back(layer_name, start, size)
             self._dirty.discard(unit)
-            self.traffic.add(bytes_written=size)
+            self.stats.add(bytes_written=size)
         self._advise(layer_name, start, size, mmap.MADV_DONTNEED)
         self._drop_cached(layer_name, start, size)
         del self._resident[unit]
@@ -226,8 +226,8 @@ class DiskStore(ExpertStore):
     def _path(self, layer_name: str) -> Path:
         return self.folder / f"{layer_name}{SUFFIX}"
 
-    def begin(self) -> None:
-        super().begin()
+    def start_step(self) -> None:
+        super().start_step()
         with self._lock:
             self._pinned.clear()
 
@@ -238,14 +238,14 @@ class DiskStore(ExpertStore):
                 self._hold([unit])  # an earlier micro-batch's expert may have gone meanwhile
             except StoreFull:
                 # All micro-batches together touch more than fits: what is updated may go.
-                self.begin()
+                self.start_step()
                 self._hold([unit])
             self._dirty.add(unit)
         super().apply(layer_name, expert, *arguments, **named)
 
     def release(self) -> None:
         """Write back and let go of everything, after tables were read or changed from outside a step."""
-        self.settle()
+        self.flush()
         with self._lock:
             self._pinned.clear()
             for unit in list(self._resident):

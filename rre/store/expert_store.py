@@ -20,15 +20,15 @@ from mindspore import Tensor
 
 from parallel.ops.compiled_kernels import HostKernels
 from parallel.partition_spec import Shard, full_slices
-from rre.adamw import AdamWHyper, decays, square_sum, update_in_place
+from rre.adamw import AdamWHyperparameters, has_weight_decay, square_sum, update_in_place
 from rre.counted_random import generator, normal
 
 Shapes = Mapping[str, tuple[int, ...]]
-KINDS = ("weight", "m", "v")
+STATE_TENSORS = ("weight", "m", "v")
 
 
 @dataclass
-class Traffic:
+class StoreStats:
     """What moved between store and step since the last `take`.
 
     fetched: experts handed to steps; hits: those of them that were ready when asked for; updated: experts that got an
@@ -80,7 +80,7 @@ class ExpertStore:
         self.shapes = {layer_name: dict(tensors) for layer_name, tensors in shapes.items()}
         self.experts = dict(experts)
         self.steps = {layer_name: np.zeros(count, np.int64) for layer_name, count in experts.items()}
-        self.traffic = Traffic()
+        self.stats = StoreStats()
         self._kernels = kernels
         self._tables = self._make_tables()
         self._bytes = {p: sum(4 * int(np.prod(s)) for s in tensors.values()) for p, tensors in self.shapes.items()}
@@ -112,7 +112,7 @@ class ExpertStore:
 
     def close(self) -> None:
         """Settle and give back threads and files."""
-        self.settle()
+        self.flush()
         self._workers.shutdown()
 
     # --- the tables
@@ -162,38 +162,39 @@ class ExpertStore:
 
     # --- a step
 
-    def begin(self) -> None:
+    def start_step(self) -> None:
         """A graph is about to run: updates so far stand, and what earlier graphs fetched may go."""
-        self.settle()
+        self.flush()
 
-    def whole(self, layer_name: str, name: str) -> Tensor:
+    def full_table(self, layer_name: str, name: str) -> Tensor:
         """One weight table as a tensor that shares its memory."""
-        self.settle()
+        self.flush()
         return self._view(layer_name, name, -1)
 
     def fetch(self, layer_name: str, experts: Sequence[int]) -> list[Tensor]:
         """Weights of `experts` (repeats allowed), flat: all tensors of the first, of the second, …; no copies."""
-        self.settle()
+        self.flush()
         wanted = np.unique(np.asarray(experts)).tolist()
         ready = self._make_ready(layer_name, wanted)
-        self.traffic.add(fetched=len(wanted), hits=ready, bytes_to_step=len(wanted) * self._bytes[layer_name])
+        self.stats.add(fetched=len(wanted), hits=ready, bytes_to_step=len(wanted) * self._bytes[layer_name])
         return [self._view(layer_name, name, int(e)) for e in experts for name in self.shapes[layer_name]]
 
     def apply(
-        self, layer_name: str, expert: int, gradients: Sequence[Tensor], hyper: AdamWHyper, scale: float = 1.0
+        self, layer_name: str, expert: int, gradients: Sequence[Tensor], hyper: AdamWHyperparameters, scale: float = 1.0
     ) -> None:
         """Update one expert by gradients * scale (in the order of `fetch`); nobody else's bits change.
 
-        Returns at once; `settle` waits.
+        Returns at once; `flush` waits.
         """
         self.steps[layer_name][expert] += 1
         step = int(self.steps[layer_name][expert])
-        self.traffic.add(updated=1, bytes_from_step=self._bytes[layer_name])
+        self.stats.add(updated=1, bytes_from_step=self._bytes[layer_name])
         for name, gradient in zip(self.shapes[layer_name], gradients, strict=True):
-            rows = (self._tables[kind][layer_name][name][expert] for kind in KINDS)
+            rows = (self._tables[kind][layer_name][name][expert] for kind in STATE_TENSORS)
             task = self._workers.submit(
-                _timed_update, *rows, gradient.asnumpy(), hyper, step, scale, decays("." + name), self._kernels
-            )
+                _timed_update, *rows, gradient.asnumpy(), hyper, step, scale, has_weight_decay("." + name),
+                self._kernels,
+            )  # fmt: skip
             self._running.append((task, gradient))
 
     def square_sums(self, gradients: Sequence[Tensor]) -> np.ndarray:
@@ -201,12 +202,12 @@ class ExpertStore:
         work = square_sum if self._kernels is None else self._kernels.square_sum
         return np.array(list(self._workers.map(work, (g.asnumpy() for g in gradients))), np.float64)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait until every update that was asked for stands in the tables."""
         running, self._running = self._running, []
         # All of them, before one that failed says so.
         wait([task for task, _ in running])
-        self.traffic.add(update_seconds=sum(task.result() for task, _ in running))
+        self.stats.add(update_seconds=sum(task.result() for task, _ in running))
 
     def _view(self, layer_name: str, name: str, expert: int) -> Tensor:
         key = (layer_name, name, expert)

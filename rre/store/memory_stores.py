@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rre.store.expert_store import KINDS, ExpertStore
+from rre.store.expert_store import STATE_TENSORS, ExpertStore
 
 
 class HostStore(ExpertStore):
@@ -16,7 +16,7 @@ class HostStore(ExpertStore):
                 layer_name: {name: np.zeros((self.experts[layer_name], *s), np.float32) for name, s in tensors.items()}
                 for layer_name, tensors in self.shapes.items()
             }
-            for kind in KINDS
+            for kind in STATE_TENSORS
         }
 
 

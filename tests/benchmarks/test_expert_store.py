@@ -6,10 +6,10 @@ from mindspore import Tensor
 
 from benchmarks.expert_store import cases, page
 from benchmarks.expert_store_work import Rotation, Work, every_expert_store
-from rre.adamw import AdamWHyper, update_in_place
+from rre.adamw import AdamWHyperparameters, update_in_place
 from rre.store import HostStore
 
-HYPER = AdamWHyper(learning_rate=1e-2, beta1=0.9, beta2=0.95, epsilon=1e-6, weight_decay=0.3)
+HYPER = AdamWHyperparameters(learning_rate=1e-2, beta1=0.9, beta2=0.95, epsilon=1e-6, weight_decay=0.3)
 SHAPES = {"blocks.1": {"up.weight": (3, 5), "up.bias": (5,)}}
 
 
@@ -37,7 +37,7 @@ def test_the_baseline_updates_every_expert_by_its_gradient_or_by_zero():
         for expert, mine in gradients.items():
             store.apply("blocks.1", expert, [Tensor(g) for g in mine], HYPER, 0.5)
         store.rest(HYPER)
-        store.settle()
+        store.flush()
         for expert in range(6):
             for at, (name, shape) in enumerate(SHAPES["blocks.1"].items()):
                 rows = [wanted[kind, name][expert] for kind in ("weight", "m", "v")]

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from rre.adamw import BLOCK, AdamWHyper, decays, square_sum, update_in_place
+from rre.adamw import BLOCK, AdamWHyperparameters, has_weight_decay, square_sum, update_in_place
 
 
 def test_corrected_terms_are_torchs_adamw():
     torch = pytest.importorskip("torch")
     draw = np.random.default_rng(0)
     start = draw.standard_normal(50)
-    hyper = AdamWHyper(learning_rate=3e-3, beta1=0.9, beta2=0.95, epsilon=1e-3, weight_decay=0.2)
+    hyper = AdamWHyperparameters(learning_rate=3e-3, beta1=0.9, beta2=0.95, epsilon=1e-3, weight_decay=0.2)
     theirs = torch.nn.Parameter(torch.tensor(start))
     optimizer = torch.optim.AdamW([theirs], lr=3e-3, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.2)
     w, m, v = start.copy(), np.zeros(50), np.zeros(50)
@@ -19,7 +19,7 @@ def test_corrected_terms_are_torchs_adamw():
         theirs.grad = torch.tensor(gradient)
         optimizer.step()
         # What the operator is documented to do, in float64.
-        rate, epsilon, decay = hyper.corrected(step)
+        rate, epsilon, decay = hyper.correct_bias(step)
         m = 0.9 * m + 0.1 * gradient
         v = 0.95 * v + 0.05 * gradient**2
         w = w - rate * (m / (np.sqrt(v) + epsilon) + decay * w)
@@ -27,7 +27,7 @@ def test_corrected_terms_are_torchs_adamw():
 
 
 def test_a_learning_rate_of_zero_changes_nothing():
-    assert AdamWHyper(0.0, 0.9, 0.95, 1e-8, 0.1).corrected(1)[::2] == (0.0, 0.0)
+    assert AdamWHyperparameters(0.0, 0.9, 0.95, 1e-8, 0.1).correct_bias(1)[::2] == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -39,16 +39,16 @@ def test_a_learning_rate_of_zero_changes_nothing():
     ],
 )  # fmt: skip
 def test_biases_and_norms_do_not_decay(name, expected):
-    assert decays(name) is expected
+    assert has_weight_decay(name) is expected
 
 
 @pytest.mark.parametrize("decayed", [True, False])
 def test_the_update_on_the_host_is_the_formula_also_across_blocks(decayed):
     draw = np.random.default_rng(2)
-    hyper = AdamWHyper(learning_rate=3e-3, beta1=0.9, beta2=0.95, epsilon=1e-3, weight_decay=0.2)
+    hyper = AdamWHyperparameters(learning_rate=3e-3, beta1=0.9, beta2=0.95, epsilon=1e-3, weight_decay=0.2)
     w, m, gradient = (draw.standard_normal(BLOCK + 7).astype(np.float32) for _ in range(3))
     v = m * m
-    rate, epsilon, decay = hyper.corrected(5)
+    rate, epsilon, decay = hyper.correct_bias(5)
     wanted_m = 0.9 * m.astype(np.float64) + 0.1 * 0.5 * gradient
     wanted_v = 0.95 * v.astype(np.float64) + 0.05 * (0.5 * gradient) ** 2
     wanted_w = w - rate * (wanted_m / (np.sqrt(wanted_v) + epsilon) + (decay * w if decayed else 0.0))

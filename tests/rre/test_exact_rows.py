@@ -6,21 +6,22 @@ import pytest
 from mindspore import Tensor, nn
 
 from parallel.operator_layout import Layout
-from rre.dispatch.expert_dispatch import EXACT_ROWS, Combine, Dispatch, plan_in_blocks
+from rre.dispatch.dispatch_plan import EXACT_ROWS, plan_in_blocks
+from rre.dispatch.expert_dispatch import TokenCombine, TokenDispatch
 from rre.experts import Experts
-from rre.feed_forward_form import NetworkForm
+from rre.feed_forward_spec import FeedForwardSpec
 
 HIDDEN, FFN, SLOTS, EXPERTS = 48, 100, 9, 7
-FORM = NetworkForm("fast_gelu")
+FORM = FeedForwardSpec("fast_gelu")
 
 
 class Sparse(nn.Cell):
-    """Dispatch, experts, combine of a graph with a fixed number of slots."""
+    """TokenDispatch, experts, combine of a graph with a fixed number of slots."""
 
     def __init__(self, tokens: int) -> None:
         super().__init__()
         layout = Layout()
-        self.dispatch, self.combine = Dispatch(layout), Combine(layout)
+        self.dispatch, self.combine = TokenDispatch(layout), TokenCombine(layout)
         self.experts = Experts(layout, FORM, ms.float32)
         real, whole = ms.float32, ms.int32
         weights = [Tensor(shape=list(s), dtype=real) for _ in range(SLOTS) for s in FORM.shapes(HIDDEN, FFN).values()]

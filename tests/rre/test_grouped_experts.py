@@ -9,13 +9,17 @@ from mindspore import Tensor, nn, ops
 
 from parallel.operator_layout import Layout
 from parallel.ops.grouped_matmul import uses_grouped_product
-from rre.dispatch.expert_dispatch import plan_by_expert
-from rre.feed_forward_form import NetworkForm
-from rre.grouped_experts import GroupedNetworks
-from rre.sparse_layer import RaggedNetworks
+from rre.dispatch.dispatch_plan import plan_by_expert
+from rre.experts import RaggedExperts
+from rre.feed_forward_spec import FeedForwardSpec
+from rre.grouped_experts import GroupedExperts
 
 T, D, F, N = 24, 8, 16, 4
-FORMS = [NetworkForm("fast_gelu"), NetworkForm("silu", gated=True, biases=False), NetworkForm("gelu", biases=False)]
+FORMS = [
+    FeedForwardSpec("fast_gelu"),
+    FeedForwardSpec("silu", gated=True, biases=False),
+    FeedForwardSpec("gelu", biases=False),
+]
 
 
 class Scored(nn.Cell):
@@ -41,8 +45,8 @@ def test_a_grouped_product_is_the_ragged_one(form):
     weights = [rng.standard_normal(s).astype(np.float32) for _ in range(N) for s in form.shapes(D, F).values()]
     found = []
     for cell, parts in (
-        (GroupedNetworks(Layout(grouped=True), form, ms.float32), (plan.order, plan.offsets)),
-        (RaggedNetworks(Layout(), form, ms.float32), (*plan.rows, plan.position)),
+        (GroupedExperts(Layout(grouped=True), form, ms.float32), (plan.order, plan.offsets)),
+        (RaggedExperts(Layout(), form, ms.float32), (*plan.rows, plan.position)),
     ):
         positions = (0, *range(2 + len(parts), 2 + len(parts) + len(weights)))
         graph = ops.value_and_grad(Scored(cell, len(parts)), positions, None, has_aux=True)

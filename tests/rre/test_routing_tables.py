@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rre.counted_random import generator, sample_keys
-from rre.routing_tables import draw_table, frequency_table, uniform_table
+from rre.routing_tables import draw_frequency_table, draw_table, draw_uniform_table
 
 VOCAB = 4096
 
@@ -18,7 +18,7 @@ def loads(table: np.ndarray, counts: np.ndarray, experts: int) -> np.ndarray:
 @settings(max_examples=60, deadline=None)
 @given(vocab=st.integers(1, 3000), experts=st.integers(1, 40), seed=st.integers(0, 2**40))
 def test_a_uniform_table_gives_every_expert_the_same_number_of_ids_give_or_take_one(vocab, experts, seed):
-    table = uniform_table(vocab, experts, np.random.default_rng(seed))
+    table = draw_uniform_table(vocab, experts, np.random.default_rng(seed))
     assert table.shape == (vocab,) and table.dtype == np.int32
     shares = np.bincount(table, minlength=experts)
     assert shares.size == experts and shares.max() - shares.min() <= 1
@@ -31,7 +31,7 @@ def test_a_uniform_table_gives_every_expert_the_same_number_of_ids_give_or_take_
 )  # fmt: skip
 def test_a_frequency_table_is_as_even_as_greedy_balance_promises(counts, experts, seed):
     counts = np.array(counts)
-    table = frequency_table(counts, experts, np.random.default_rng(seed))
+    table = draw_frequency_table(counts, experts, np.random.default_rng(seed))
     assert table.shape == counts.shape and table.dtype == np.int32
     assert table.min() >= 0 and table.max() < experts
     rows = loads(table, counts, experts)
@@ -40,7 +40,7 @@ def test_a_frequency_table_is_as_even_as_greedy_balance_promises(counts, experts
 
 
 def test_ids_that_never_occur_are_dealt_out_evenly():
-    table = frequency_table(np.zeros(1000, int), 7, np.random.default_rng(0))
+    table = draw_frequency_table(np.zeros(1000, int), 7, np.random.default_rng(0))
     shares = np.bincount(table)
     assert shares.max() - shares.min() <= 1
 

@@ -7,8 +7,8 @@ from mindspore import Tensor, nn, ops
 
 from parallel.operator_layout import Layout
 from parallel.ops.compiled_kernels import library
-from rre.dispatch.expert_dispatch import DROPPED, plan_by_expert
-from rre.feed_forward_form import NetworkForm
+from rre.dispatch.dispatch_plan import DROPPED, plan_by_expert
+from rre.feed_forward_spec import FeedForwardSpec
 from rre.sparse_layer import SparseFeedForward
 
 TOKENS, K, HIDDEN, FFN, EXPERTS = 10, 2, 6, 8, 3
@@ -24,7 +24,7 @@ class GivenPlan(nn.Cell):
 class Weighted(nn.Cell):
     def __init__(self, layout: Layout) -> None:
         super().__init__()
-        self.layer = SparseFeedForward(GivenPlan(), layout, NetworkForm("gelu"), ms.float32)
+        self.layer = SparseFeedForward(GivenPlan(), layout, FeedForwardSpec("gelu"), ms.float32)
 
     def construct(self, x, combine, slopes, *flat):
         plan, weights = flat[: -4 * EXPERTS], flat[-4 * EXPERTS :]

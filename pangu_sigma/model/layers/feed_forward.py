@@ -10,10 +10,10 @@ from pangu_sigma.model.layers.linear_and_norm import LinearCell
 from parallel.operator_layout import Layout
 from parallel.ops.compiled_kernels import CompiledFeedForward
 from parallel.ops.primitives import activation
-from rre.feed_forward_form import NetworkForm
+from rre.feed_forward_spec import FeedForwardSpec
 
 
-def feed_forward(model: ModelConfig, form: NetworkForm, layout: Layout, compute: ms.dtype) -> nn.Cell:
+def feed_forward(model: ModelConfig, form: FeedForwardSpec, layout: Layout, compute: ms.dtype) -> nn.Cell:
     """The network of `form` in the model's sizes, which every token takes."""
     return (GatedFeedForward if form.gated else MlpFeedForward)(model, form, layout, compute)
 
@@ -21,7 +21,7 @@ def feed_forward(model: ModelConfig, form: NetworkForm, layout: Layout, compute:
 class MlpFeedForward(nn.Cell):
     """x_TD -> y_TD: activation(x W_up + b_up) W_down + b_down, one network for every token; biases where there are."""
 
-    def __init__(self, model: ModelConfig, form: NetworkForm, layout: Layout, compute: ms.dtype) -> None:
+    def __init__(self, model: ModelConfig, form: FeedForwardSpec, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
         std, biases, residual_std = model.init_std, form.biases, model.residual_std
         self.up = LinearCell(model.hidden, model.ffn, layout, compute, std, biases, (1, "tensor"))
@@ -42,9 +42,9 @@ class MlpFeedForward(nn.Cell):
 
 
 class GatedFeedForward(nn.Cell):
-    """x_TD -> y_TD: (activation(x W_gate) * (x W_up)) W_down, one network for every token (see `NetworkForm`)."""
+    """x_TD -> y_TD: (activation(x W_gate) * (x W_up)) W_down, one network for every token (see `FeedForwardSpec`)."""
 
-    def __init__(self, model: ModelConfig, form: NetworkForm, layout: Layout, compute: ms.dtype) -> None:
+    def __init__(self, model: ModelConfig, form: FeedForwardSpec, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
         std, inner = model.init_std, ("rows", "tensor")
         self.gate = LinearCell(model.hidden, model.ffn, layout, compute, std, biases=False, cut=(1, "tensor"))

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 from mindspore import Parameter, Tensor
 
-from rre.routers import Groups
+from rre.routers import ExpertGroups
 
 # Parameters [D, E] of learned gates, one column for each expert of their layer.
 _BY_EXPERT = (".router.weight", ".router.noise_weight")
@@ -21,7 +21,7 @@ _BY_EXPERT = (".router.weight", ".router.noise_weight")
 class FrozenColumns:
     """The gates among `names` (the shared parameters in order) and the columns of the experts of untrained domains."""
 
-    def __init__(self, names: Sequence[str], groups: Groups, trained: frozenset[str]) -> None:
+    def __init__(self, names: Sequence[str], groups: ExpertGroups, trained: frozenset[str]) -> None:
         owner = np.repeat(groups.names, groups.sizes)
         self.columns = np.flatnonzero([name not in trained for name in owner])
         self.gates = [i for i, name in enumerate(names) if name.endswith(_BY_EXPERT)] if self.columns.size else []

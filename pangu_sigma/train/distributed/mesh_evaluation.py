@@ -17,7 +17,7 @@ from pangu_sigma.model.pangu import TrainingLoss
 from pangu_sigma.model.sharded_parameters import RehearsedParameters
 from pangu_sigma.train.distributed.spmd_step import InContext, MeshContext
 from pangu_sigma.train.distributed.step_cache import Rehearsal
-from rre.dispatch.capacity_dispatch import NoRoom
+from rre.dispatch.capacity_dispatch import CapacityExceeded
 
 Advance = Callable[[int], None]
 
@@ -151,7 +151,7 @@ class MeshEvaluator:
             reads = graph.planner.reads
             try:
                 planned = graph.planner(ids[reads], domain[reads], reads, 0, mask[reads], idle[reads])
-            except NoRoom:
+            except CapacityExceeded:
                 planned = None
             if not self.model.processes.any(planned is None):
                 return planned, graph

@@ -94,11 +94,11 @@ class StagedStep:
         """What this rank has of the activated experts of its stage, stacked as the graph takes them; the slots of a
         step are the same in all its micro-batches."""
         store, found = self.model.store, []
-        store.begin()
+        store.start_step()
         for layer_signature, plan in zip(self.signature.layers, batch.plans, strict=True):
             if layer_signature not in self.layers:
                 continue
-            for slots in layer_signature.reserved.by_chunk(self.signature.expert_part):
+            for slots in layer_signature.capacity_spec.by_chunk(self.signature.expert_part):
                 fetched = store.fetch(layer_signature.name, self.signature.stored(plan.experts[slots]))
                 tensors = len(layer_signature.network.tensors)
                 found += [np.stack([t.asnumpy() for t in fetched[i::tensors]]) for i in range(tensors)]

@@ -147,7 +147,7 @@ def expert_tensors(signature: GraphSignature) -> dict[str, tuple[int, ...]]:
     found = {}
     for layer_signature in signature.layers:
         tensors = tuple(layer_signature.network.tensors)
-        weights = layer_signature.reserved.weight_inputs(layer_signature.network, signature.hidden, signature.ffn)
+        weights = layer_signature.capacity_spec.weight_inputs(layer_signature.network, signature.hidden, signature.ffn)
         for number, (shape, _, _) in enumerate(weights):
             chunk, tensor = divmod(number, len(tensors))
             found[f"{layer_signature.name}.experts.{tensors[tensor]}/{chunk}"] = shape
@@ -161,5 +161,5 @@ def step_inputs(
     fixed = fixed_inputs(signature.batch, signature.length)
     of_one = [fixed[name] for name in READ]
     of_one.append(((signature.batch, domains), ms.float32, ("rows", 1)))
-    of_one += [entry for layer_signature in signature.layers for entry in layer_signature.reserved.plan_inputs()]
+    of_one += [entry for layer_signature in signature.layers for entry in layer_signature.capacity_spec.plan_inputs()]
     return [((micro_batches * shape[0], *shape[1:]), dtype, cut) for shape, dtype, cut in of_one]

@@ -26,13 +26,13 @@ from pangu_sigma.config import Config, config_from_dict, effective
 from pangu_sigma.data.corpus_files import Source
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_training import train_tokenizer
-from rre.routers import Groups
+from rre.routers import ExpertGroups
 from tests.oracles import pangu_numpy
 from tests.pangu_sigma.model.model_driver import make_tensors
 
 LENGTH = 24
-GROUPS = Groups(("code", "poems"), (3, 2))
-ONE = Groups(("code",), (2,))
+GROUPS = ExpertGroups(("code", "poems"), (3, 2))
+ONE = ExpertGroups(("code",), (2,))
 SPARSE_QUERY = {"layers": 2, "include_query_layer": True}
 SIZES = {"layers": 3, "hidden": 16, "heads": 2, "ffn": 24, "positions": LENGTH}
 # name -> (domains, what differs in the configuration)
@@ -66,7 +66,7 @@ class Stored:
     config: Config
     tensors: dict[str, np.ndarray]
     tokenizer: Tokenizer
-    groups: Groups
+    groups: ExpertGroups
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -93,7 +93,7 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 
 
 def save_model(
-    folder: Path, config: Config, tensors: dict[str, np.ndarray], tokenizer: Tokenizer, groups: Groups
+    folder: Path, config: Config, tensors: dict[str, np.ndarray], tokenizer: Tokenizer, groups: ExpertGroups
 ) -> Path:
     """A checkpoint of these tensors in the run `folder`."""
     tokenizer.save(folder / "tokenizer")
@@ -108,7 +108,7 @@ def save_model(
     return save_checkpoint(folder, contents, tensors, keep=1).path
 
 
-def make_config(tokenizer: Tokenizer, groups: Groups, changes: dict) -> Config:
+def make_config(tokenizer: Tokenizer, groups: ExpertGroups, changes: dict) -> Config:
     values = {
         "schema_version": 2,
         "run": {"dir": "unused"},

@@ -19,7 +19,7 @@ from extract.export.export_job import FORMATS, Options, export
 from extract.extraction_job import extract, plan
 from pangu_sigma.data.tokenizers.pangu_alpha_tokenizer import PanguAlphaTokenizer
 from pangu_sigma.errors import UserError
-from rre.routers import Groups
+from rre.routers import ExpertGroups
 from tests.extract.export.conftest import make_config, save_model
 from tests.pangu_sigma.model.model_driver import make_tensors
 from tests.pangu_sigma.train.training_process import ROOT, assert_refused, command
@@ -159,7 +159,7 @@ def test_a_cut_out_model_stored_in_few_bits_is_exported_as_stored(stored, tmp_pa
 
 
 def test_a_model_folded_to_a_dense_one_is_exported(tokenizer, tmp_path):
-    groups = Groups(("code", "poems"), (1, 2))
+    groups = ExpertGroups(("code", "poems"), (1, 2))
     config = make_config(tokenizer, groups, {"sparse": {"layers": 1}})
     tensors = make_tensors(config.model, tokenizer.vocab_size, groups)
     path = save_model(tmp_path / "run", config, tensors, tokenizer, groups)
@@ -179,7 +179,7 @@ def test_a_model_folded_to_a_dense_one_is_exported(tokenizer, tmp_path):
 @pytest.mark.skipif(not PANGU_MODEL.exists(), reason="PanGu-α's vocab.model is not there")
 def test_pangu_alphas_tokenizer_makes_the_same_ids_and_text(tmp_path):
     mine = PanguAlphaTokenizer(PANGU_MODEL.read_bytes())
-    groups = Groups(("code",), (1,))
+    groups = ExpertGroups(("code",), (1,))
     config = make_config(mine, groups, {"layers": 2})
     save = save_model(tmp_path / "run", config, make_tensors(config.model, mine.vocab_size, groups), mine, groups)
     export(save, tmp_path / "out", "hf")

@@ -10,7 +10,7 @@ import pytest
 from pangu_sigma.config import config_from_dict, load_config, manifest, parameter_counts
 from pangu_sigma.data.tokenizers.vocabulary_size import vocabulary_size
 from pangu_sigma.train.flops import flops_per_token
-from rre.feed_forward_form import NetworkForm
+from rre.feed_forward_spec import FeedForwardSpec
 
 ONE_FFN_13B = 2 * 5120 * 20480 + 20480 + 5120
 
@@ -55,7 +55,7 @@ def test_olmoe_1b_7b_has_6_9_billion_parameters_of_which_a_token_meets_1_3():
 def test_glams_largest_size_meets_its_published_count_with_gated_dense_layers_and_plain_experts():
     """64B/64E: 64 layers 8192 wide, 128 heads of 128, inner width 32768, 256,000 words, every second layer sparse."""
     widths, attention, words = (8192, 32768), 64 * 4 * 8192 * 128 * 128, 256_000 * 8192
-    plain, gated = (NetworkForm("gelu", gated=gated, biases=False).values(*widths) for gated in (False, True))
+    plain, gated = (FeedForwardSpec("gelu", gated=gated, biases=False).num_params(*widths) for gated in (False, True))
 
     def billions(dense: int, expert: int, experts: int) -> float:
         return round((words + attention + 32 * (dense + experts * expert)) / 1e9, 1)

@@ -12,11 +12,11 @@ import pytest
 
 from pangu_sigma.config.model_section import ModelConfig
 from parallel.ops.compiled_kernels import library
-from rre.routers import Groups
+from rre.routers import ExpertGroups
 from tests.pangu_sigma.model.model_driver import Batch, DrivenModel, make_batch, make_tensors
 
 VOCAB = 50
-GROUPS = Groups(("code", "law", "poems"), (3, 2, 1))
+GROUPS = ExpertGroups(("code", "law", "poems"), (3, 2, 1))
 SPARSE_QUERY = {"layers": 2, "include_query_layer": True}
 SIZES = {"layers": 3, "hidden": 16, "heads": 2, "ffn": 24, "positions": 256}
 

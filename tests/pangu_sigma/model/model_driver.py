@@ -13,9 +13,9 @@ from pangu_sigma.config.model_section import ModelConfig
 from pangu_sigma.model.graph_inputs import GraphSignature, LayerSignature
 from pangu_sigma.model.pangu import Logits, PanGuSigma, TrainingLoss
 from parallel.operator_layout import Layout
-from rre.dispatch.expert_dispatch import plan_by_expert, plan_in_blocks, plan_present
-from rre.feed_forward_form import NetworkForm
-from rre.routers import ROUTERS, Groups, RouterOptions
+from rre.dispatch.dispatch_plan import plan_by_expert, plan_in_blocks, plan_present
+from rre.feed_forward_spec import FeedForwardSpec
+from rre.routers import ROUTERS, ExpertGroups, RouterOptions
 from tests.oracles import pangu_numpy
 
 EOD = 3
@@ -44,7 +44,7 @@ def make_batch(seed: int, vocab: int, batch: int, length: int, domains: int) -> 
     )  # fmt: skip
 
 
-def make_tensors(config: ModelConfig, vocab: int, groups: Groups, seed: int = 0) -> dict[str, np.ndarray]:
+def make_tensors(config: ModelConfig, vocab: int, groups: ExpertGroups, seed: int = 0) -> dict[str, np.ndarray]:
     """Every tensor of the model, float32, large enough that each part of the function shows in the logits."""
     draw = np.random.default_rng(seed)
     hidden, ffn = config.hidden, config.ffn
@@ -70,7 +70,7 @@ def make_tensors(config: ModelConfig, vocab: int, groups: Groups, seed: int = 0)
         tensors[f"{norm}.gamma"] = normal((hidden,), 0.2, 1.0)
         if config.norm == "layernorm":
             tensors[f"{norm}.beta"] = normal((hidden,), 0.2)
-    def matrices_of(form: NetworkForm) -> dict[str, tuple[int, ...]]:
+    def matrices_of(form: FeedForwardSpec) -> dict[str, tuple[int, ...]]:
         found = {"up": (hidden, ffn), "down": (ffn, hidden)}
         return found | {"gate": (hidden, ffn)} if form.gated else found
 
@@ -116,7 +116,7 @@ class DrivenModel:
     slot per expert, as training has."""
 
     def __init__(
-        self, config: ModelConfig, groups: Groups, tensors: Mapping[str, np.ndarray], vocab: int, batch: int,
+        self, config: ModelConfig, groups: ExpertGroups, tensors: Mapping[str, np.ndarray], vocab: int, batch: int,
         length: int, *, blocks: int | None = None, jitter: bool = False, compute: ms.dtype = ms.float32,
         kernels: str | None = None,
     ) -> None:  # fmt: skip

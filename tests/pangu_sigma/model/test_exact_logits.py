@@ -7,16 +7,18 @@ import pytest
 
 from pangu_sigma.config.model_section import ModelConfig
 from parallel.ops.compiled_kernels import library
-from rre.dispatch.expert_dispatch import EXACT_ROWS
-from rre.routers import Groups
+from rre.dispatch.dispatch_plan import EXACT_ROWS
+from rre.routers import ExpertGroups
 from tests.pangu_sigma.model.model_driver import DrivenModel, make_batch, make_tensors
 
 VOCAB, BATCH, LENGTH = 60, 4, 128
-GROUPS = Groups(("code", "law", "poems"), (3, 2, 4))
+GROUPS = ExpertGroups(("code", "law", "poems"), (3, 2, 4))
 LAW = np.array([1, 0, 1, 2])
 
 
-def evaluated(config: ModelConfig, groups: Groups, tensors: dict[str, np.ndarray], kernels: str | None) -> DrivenModel:
+def evaluated(
+    config: ModelConfig, groups: ExpertGroups, tensors: dict[str, np.ndarray], kernels: str | None
+) -> DrivenModel:
     slots = groups.total if kernels else BATCH * LENGTH // EXACT_ROWS + groups.total
     return DrivenModel(config, groups, tensors, VOCAB, BATCH, LENGTH, blocks=slots, kernels=kernels)
 
@@ -34,7 +36,7 @@ def test_a_domains_logits_equal_those_of_a_model_with_its_experts_only(slots, ki
     only_law = {n: a for n, a in tensors.items() if not n.startswith("domains.") or n.startswith("domains.law.")}
     full, small = (
         evaluated(config, GROUPS, tensors, kernels),
-        evaluated(config, Groups(("law",), (2,)), only_law, kernels),
+        evaluated(config, ExpertGroups(("law",), (2,)), only_law, kernels),
     )
     mixed = dataclasses.replace(make_batch(1, VOCAB, BATCH, LENGTH, 3), domain=LAW)
     logits = full.logits(mixed)

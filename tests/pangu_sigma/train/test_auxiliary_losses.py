@@ -9,7 +9,7 @@ from mindspore import Tensor, nn
 
 from pangu_sigma.data.mixture_sampler import Batch
 from pangu_sigma.train.step import GradientStep
-from rre.router_specs import KINDS
+from rre.router_specs import ROUTER_SPECS
 from tests.pangu_sigma.train.small_trainer import batch, changed_names, small_trainer, tensors_now
 
 GATES = {
@@ -98,7 +98,7 @@ def plain():
 
 def test_every_gate_with_an_auxiliary_loss_is_here():
     without = {"expert_choice", "every_expert"}
-    assert {gate.split(",")[0] for gate in GATES} == {n for n, kind in KINDS.items() if kind.learned} - without
+    assert {gate.split(",")[0] for gate in GATES} == {n for n, kind in ROUTER_SPECS.items() if kind.learned} - without
 
 
 @pytest.mark.parametrize("gate", GATES)

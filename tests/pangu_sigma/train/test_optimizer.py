@@ -7,7 +7,7 @@ from mindspore import Parameter, Tensor
 from pangu_sigma.train.optimizer import Gradients
 from pangu_sigma.train.step import SharedUpdate
 from parallel.operator_layout import Layout
-from rre.adamw import AdamWHyper
+from rre.adamw import AdamWHyperparameters
 from rre.store import DeviceStore
 from tests.pangu_sigma.train.small_trainer import batch, small_trainer, tensors_now
 
@@ -34,7 +34,7 @@ def test_shared_parameters_are_updated_as_torchs_adamw_does():
         for parameter, value in zip(theirs, values, strict=True):
             parameter.grad = torch.tensor((scale * value).astype(np.float32))
         optimizer.step()
-        corrected, epsilon, decay = AdamWHyper(rate, 0.9, 0.95, 1e-6, 0.3).corrected(step)
+        corrected, epsilon, decay = AdamWHyperparameters(rate, 0.9, 0.95, 1e-6, 0.3).correct_bias(step)
         terms = [Tensor(np.float32(v)) for v in (scale, corrected, 0.9, 0.95, epsilon, decay)]
         update(*terms, *(Tensor(v.astype(np.float32)) for v in values))
         for mine, other in zip(ours, theirs, strict=True):

@@ -12,8 +12,8 @@ from mindspore.nn.utils import no_init_parameters
 from parallel.dry.dry_process import start_semi_auto
 from parallel.mesh import Mesh
 from parallel.operator_layout import MeshLayout
-from rre.dispatch.capacity_dispatch import CapacityNetworks
-from rre.feed_forward_form import NetworkForm
+from rre.dispatch.capacity_dispatch import CapacityExperts
+from rre.feed_forward_spec import FeedForwardSpec
 
 wanted = json.loads(sys.argv[1])
 mesh = Mesh(**wanted["mesh"])
@@ -32,7 +32,7 @@ class Loss(nn.Cell):
         for name, shape in shapes.items():
             setattr(self, name, Parameter(initializer("zeros", shape, ms.float32), name=name))
         self.product = layout(ops.MatMul(), ("rows", 1), (1, 1))
-        self.networks = CapacityNetworks(layout, NetworkForm("fast_gelu"), ms.float16, mesh)
+        self.networks = CapacityExperts(layout, FeedForwardSpec("fast_gelu"), ms.float16, mesh)
         self.mul = layout(ops.Mul(), ("rows", 1), ("rows", 1))
         self.sum = layout(ops.ReduceSum(), ("rows", 1))
 

@@ -27,8 +27,8 @@ from parallel.ops.compiled_kernels import (
 )
 from parallel.ops.primitives import LayerNorm, Linear, Product, RmsNorm, SquareSums, TiedCrossEntropy
 from parallel.ops.rotary import Turn, angles
-from rre.experts import Network
-from rre.feed_forward_form import NetworkForm
+from rre.experts import Expert
+from rre.feed_forward_spec import FeedForwardSpec
 
 LAYOUT = Layout()
 PATH = library()
@@ -181,9 +181,9 @@ def test_attention_inside_documents(batch, length, heads, width):
 class Naive(nn.Cell):
     """All networks on all rows, each row's own taken; choices without a network give zero."""
 
-    def __init__(self, form: NetworkForm, ids: np.ndarray, k: int) -> None:
+    def __init__(self, form: FeedForwardSpec, ids: np.ndarray, k: int) -> None:
         super().__init__()
-        self.network, self.take, self.each = Network(LAYOUT, form, ms.float32), ops.Gather(), len(form.tensors)
+        self.network, self.take, self.each = Expert(LAYOUT, form, ms.float32), ops.Gather(), len(form.tensors)
         self.token = Tensor((np.arange(ids.size) // k).astype(np.int32))
         self.mine = [Tensor((ids == n).astype(np.float32).reshape(-1, 1)) for n in range(ids.max() + 1)]
 
@@ -196,7 +196,7 @@ class Naive(nn.Cell):
 
 
 class Networks(nn.Cell):
-    def __init__(self, form: NetworkForm, order: Tensor, offsets: Tensor, exact: int = 0) -> None:
+    def __init__(self, form: FeedForwardSpec, order: Tensor, offsets: Tensor, exact: int = 0) -> None:
         super().__init__()
         self.networks = CompiledFeedForward(PATH, form.activation, exact, len(form.tensors))
         self.order, self.offsets = order, offsets
@@ -212,10 +212,10 @@ def planned(ids: np.ndarray, slots: int) -> tuple[Tensor, Tensor]:
 
 
 FORMS = {
-    "fast_gelu": NetworkForm("fast_gelu"),
-    "gelu": NetworkForm("gelu"),
-    "silu": NetworkForm("silu", biases=False),
-    "swiglu": NetworkForm("silu", gated=True, biases=False),
+    "fast_gelu": FeedForwardSpec("fast_gelu"),
+    "gelu": FeedForwardSpec("gelu"),
+    "silu": FeedForwardSpec("silu", biases=False),
+    "swiglu": FeedForwardSpec("silu", gated=True, biases=False),
 }
 
 

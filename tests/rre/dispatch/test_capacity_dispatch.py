@@ -9,10 +9,10 @@ from mindspore import Tensor, nn, ops
 
 from parallel.mesh import Mesh
 from parallel.operator_layout import Layout
-from rre.dispatch.capacity_dispatch import CapacityNetworks, Reserved, plan_by_capacity
-from rre.dispatch.expert_dispatch import drop_overflow, plan_by_expert
-from rre.feed_forward_form import NetworkForm
-from rre.sparse_layer import RaggedNetworks
+from rre.dispatch.capacity_dispatch import CapacityExperts, CapacitySpec, plan_by_capacity
+from rre.dispatch.dispatch_plan import drop_overflow, plan_by_expert
+from rre.experts import RaggedExperts
+from rre.feed_forward_spec import FeedForwardSpec
 
 T, D, F, N = 48, 8, 16, 8
 MESHES = [
@@ -56,11 +56,11 @@ def test_static_rows_give_the_ragged_result_and_gradients(mesh, k):
     stacked = [rng.standard_normal(s).astype(np.float32) for s in ((N, D, F), (N, F), (N, F, D), (N, D))]
     wanted = rng.standard_normal((T * k, D)).astype(np.float32)
 
-    plan = plan_by_capacity(ids, Reserved(mesh, N, capacity, T, k))
-    static = Scored(CapacityNetworks(Layout(), NetworkForm("fast_gelu"), ms.float32, mesh), 1)
+    plan = plan_by_capacity(ids, CapacitySpec(mesh, N, capacity, T, k))
+    static = Scored(CapacityExperts(Layout(), FeedForwardSpec("fast_gelu"), ms.float32, mesh), 1)
     static_plan = tuple(Tensor(a) for a in plan.inputs)
     rows = plan_by_expert(ids, np.arange(N))
-    ragged = Scored(RaggedNetworks(Layout(), NetworkForm("fast_gelu"), ms.float32), N)
+    ragged = Scored(RaggedExperts(Layout(), FeedForwardSpec("fast_gelu"), ms.float32), N)
     ragged_plan = tuple(Tensor(a) for a in (*rows.rows, rows.position))
 
     inputs = [Tensor(a) for a in (x, *stacked)]
@@ -81,25 +81,25 @@ def test_static_rows_give_the_ragged_result_and_gradients(mesh, k):
 def test_rows_outside_the_group_or_beyond_capacity_are_refused():
     mesh = Mesh(expert=2, placement="domain", placement_groups=2)
     ids = np.repeat([0, 2], 4).reshape(-1, 1)
-    assert plan_by_capacity(ids, Reserved(mesh, 4, 4, 8)).kept.all()
+    assert plan_by_capacity(ids, CapacitySpec(mesh, 4, 4, 8)).kept.all()
     with pytest.raises(ValueError, match="row shard 1 has tokens for experts outside its placement group"):
-        plan_by_capacity(np.zeros((8, 1), int), Reserved(mesh, 4, 8, 8))
+        plan_by_capacity(np.zeros((8, 1), int), CapacitySpec(mesh, 4, 8, 8))
     with pytest.raises(ValueError, match="row shard 0 has 4 rows for a slot that takes 3"):
-        plan_by_capacity(ids, Reserved(mesh, 4, 3, 8))
+        plan_by_capacity(ids, CapacitySpec(mesh, 4, 3, 8))
 
 
 def test_experts_lie_round_their_groups_parts_so_that_a_domain_keeps_all_busy():
     mesh = Mesh(expert=4, placement="domain", placement_groups=2)
-    reserved = Reserved(mesh, slots=8, rows=1, tokens=4)
+    capacity_spec = CapacitySpec(mesh, slots=8, rows=1, tokens=4)
     # Positions 0, 2, 4 and 6 of the first eight experts are the first part's; two of them have rows here.
-    assert reserved.slots_of(np.array([0, 1, 6, 7, 8, 13]), total=16).tolist() == [0, 2, 1, 3, 4, 6]
+    assert capacity_spec.slots_of(np.array([0, 1, 6, 7, 8, 13]), total=16).tolist() == [0, 2, 1, 3, 4, 6]
     with pytest.raises(ValueError, match="expert part 0 has 3 experts with rows and 2 slots"):
-        reserved.slots_of(np.array([0, 2, 4]), total=16)
-    chunked = Reserved(mesh, 8, 1, 4, chunks=2)
+        capacity_spec.slots_of(np.array([0, 2, 4]), total=16)
+    chunked = CapacitySpec(mesh, 8, 1, 4, chunks=2)
     assert chunked.by_chunk().tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert chunked.by_chunk(2).tolist() == [[4], [5]]
     # Every part holds the experts that its slots can stand for, whatever text comes.
     assert [list(mesh.interleaved_experts_of(rank, 16)) for rank in range(4)] == [
         [0, 2, 4, 6], [1, 3, 5, 7], [8, 10, 12, 14], [9, 11, 13, 15]
     ]  # fmt: skip
-    assert reserved.idle_experts(16).tolist() == [0, 0, 1, 1, 8, 8, 9, 9]
+    assert capacity_spec.idle_experts(16).tolist() == [0, 0, 1, 1, 8, 8, 9, 9]

@@ -8,16 +8,8 @@ from hypothesis import strategies as st
 from mindspore import Tensor, nn, ops
 
 from parallel.operator_layout import Layout
-from rre.dispatch.expert_dispatch import (
-    DROPPED,
-    Combine,
-    Dispatch,
-    DispatchPlan,
-    PlanInGraph,
-    drop_overflow,
-    plan_by_expert,
-    plan_in_blocks,
-)
+from rre.dispatch.dispatch_plan import DROPPED, DispatchPlan, PlanInGraph, drop_overflow, plan_by_expert, plan_in_blocks
+from rre.dispatch.expert_dispatch import TokenCombine, TokenDispatch
 
 LAYOUT = Layout()
 EXPERTS = 5
@@ -112,7 +104,7 @@ class There(nn.Cell):
 
     def __init__(self, slots: int) -> None:
         super().__init__()
-        self.dispatch, self.combine = Dispatch(LAYOUT), Combine(LAYOUT)
+        self.dispatch, self.combine = TokenDispatch(LAYOUT), TokenCombine(LAYOUT)
         self.slots = slots
 
     def construct(self, x, weights, scales, position, *rows):

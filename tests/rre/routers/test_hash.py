@@ -3,11 +3,11 @@
 import numpy as np
 
 from parallel.operator_layout import Layout
-from rre.dispatch.expert_dispatch import DROPPED
+from rre.dispatch.dispatch_plan import DROPPED
 from rre.router_specs import LAYER
-from rre.routers import ROUTERS, Groups, RouterOptions
+from rre.routers import ROUTERS, ExpertGroups, RouterOptions
 
-GROUPS = Groups(("code", "law"), (3, 2))
+GROUPS = ExpertGroups(("code", "law"), (3, 2))
 TABLE = np.array([4, 0, 3, 3, 1, 2], np.int32)
 TOKENS = np.array([[0, 1, 2, 3], [2, 3, 2, 5]])
 

@@ -14,15 +14,15 @@ from mindspore import ParameterTuple, Tensor, nn, ops
 from parallel.operator_layout import Layout
 from parallel.ops.compiled_kernels import library
 from rre.every_expert_layer import EveryExpertFeedForward
-from rre.feed_forward_form import NetworkForm
-from rre.router_specs import KINDS
-from rre.routers import ROUTERS, Groups, RouterOptions
+from rre.feed_forward_spec import FeedForwardSpec
+from rre.router_specs import ROUTER_SPECS
+from rre.routers import ROUTERS, ExpertGroups, RouterOptions
 from rre.sparse_layer import SparseFeedForward
 from tests.oracles import routers_numpy
 
 SAMPLES, LENGTH, HIDDEN, FFN = 2, 8, 6, 5
 TOKENS = SAMPLES * LENGTH
-GROUPS = Groups(("code", "law"), (3, 2))
+GROUPS = ExpertGroups(("code", "law"), (3, 2))
 EXPERTS = GROUPS.total
 BASE = RouterOptions(
     GROUPS, HIDDEN, LENGTH, Layout(), layer=1, seed=7, auxiliary_weight=0.4, z_loss_weight=0.05, importance_weight=0.3,
@@ -55,7 +55,7 @@ class Objective(nn.Cell):
         super().__init__()
         self.unmixed = router.options.log_weights
         layer = EveryExpertFeedForward if self.unmixed else SparseFeedForward
-        self.layer = layer(router.cell(), layout, NetworkForm("gelu"), ms.float32, by_expert=router.by_expert)
+        self.layer = layer(router.cell(), layout, FeedForwardSpec("gelu"), ms.float32, by_expert=router.by_expert)
 
     def construct(self, x, slopes, *flat):
         noise, weights = flat[: -4 * EXPERTS], flat[-4 * EXPERTS :]
@@ -260,8 +260,8 @@ def test_every_token_is_assigned_as_the_oracle_assigns_it_with_its_weights(made,
 
 
 def test_the_table_of_kinds_and_the_registry_name_the_same_routers():
-    assert set(KINDS) == set(ROUTERS)
-    for name, kind in KINDS.items():
+    assert set(ROUTER_SPECS) == set(ROUTERS)
+    for name, kind in ROUTER_SPECS.items():
         assert ROUTERS[name].learned == kind.learned
 
 

@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from rre.dispatch.expert_dispatch import DROPPED
-from rre.routers import Groups, TableRouter
+from rre.dispatch.dispatch_plan import DROPPED
+from rre.routers import ExpertGroups, TableRouter
 from rre.routing_tables import draw_table
 
 VOCAB, LENGTH = 200, 64
-GROUPS = Groups(("code", "law", "poems"), (4, 2, 5))
+GROUPS = ExpertGroups(("code", "law", "poems"), (4, 2, 5))
 TABLES = {
     name: draw_table("uniform", 1, "blocks.2", name, VOCAB, size, None)
     for name, size in zip(GROUPS.names, GROUPS.sizes, strict=True)

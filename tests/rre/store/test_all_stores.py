@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from rre.adamw import AdamWHyper
-from rre.feed_forward_form import NetworkForm
+from rre.adamw import AdamWHyperparameters
+from rre.feed_forward_spec import FeedForwardSpec
 from rre.store import DeviceStore, DiskStore, ExpertStore, HostStore
 from rre.store.disk_store import PAGE, StoreFull
 
 LAYER_NAMES = ("blocks.1", "query_layer")
-SHAPES = {layer_name: NetworkForm("fast_gelu").shapes(32, 48) for layer_name in LAYER_NAMES} | {
+SHAPES = {layer_name: FeedForwardSpec("fast_gelu").shapes(32, 48) for layer_name in LAYER_NAMES} | {
     "embedding": {"word": (10, 4)}
 }
 EXPERTS = {"blocks.1": 12, "query_layer": 12, "embedding": 3}
 RECORD = -(-3 * 4 * (2 * 32 * 48 + 32 + 48) // PAGE) * PAGE
 STD = {"up.weight": 0.02, "down.weight": 0.01, "word": 0.1}
-HYPER = AdamWHyper(learning_rate=1e-2, beta1=0.9, beta2=0.95, epsilon=1e-6, weight_decay=0.3)
+HYPER = AdamWHyperparameters(learning_rate=1e-2, beta1=0.9, beta2=0.95, epsilon=1e-6, weight_decay=0.3)
 
 
 def make(kind: str, folder, resident: int = 8 * RECORD) -> ExpertStore:
@@ -36,7 +36,7 @@ def train(store: ExpertStore, steps: int, seed: int = 0) -> None:
     for _ in range(steps):
         touched = {}
         for _ in range(int(draw.integers(1, 3))):
-            store.begin()
+            store.start_step()
             for layer_name in LAYER_NAMES:
                 chosen = np.unique(draw.integers(0, 12, 2))
                 store.prefetch(layer_name, chosen)
@@ -51,7 +51,7 @@ def train(store: ExpertStore, steps: int, seed: int = 0) -> None:
 
 
 def contents(store: ExpertStore) -> dict[tuple, bytes]:
-    store.settle()
+    store.flush()
     found = {
         (kind, layer_name, name): store.read(kind, layer_name, name, slice(0, EXPERTS[layer_name])).tobytes()
         for kind, layer_name, name, _ in store.tables()
@@ -71,15 +71,15 @@ def test_all_stores_hold_the_same_bits_after_training(tmp_path):
 
 def test_the_disk_store_keeps_to_its_bound_and_counts_what_it_moves(tmp_path):
     store = make("disk", tmp_path, resident=5 * RECORD)
-    store.traffic.take()
+    store.stats.take()
     draw, most = np.random.default_rng(1), 0
     for _ in range(20):
-        store.begin()
+        store.start_step()
         for layer_name in LAYER_NAMES:
             store.fetch(layer_name, draw.integers(0, 12, 2))
             most = max(most, store.mapped_bytes)
     assert 0 < most <= 5 * RECORD
-    moved = store.traffic.take()
+    moved = store.stats.take()
     assert moved["bytes_read"] % RECORD == 0 and 0 < moved["hits"] < moved["fetched"]
     assert moved["bytes_read"] == (moved["fetched"] - moved["hits"]) * RECORD
     store.close()
@@ -99,12 +99,12 @@ def test_what_was_let_go_is_on_the_disk(tmp_path):
 def test_a_prefetched_expert_is_a_hit(tmp_path):
     store = make("disk", tmp_path)
     store.release()
-    store.traffic.take()
+    store.stats.take()
     store.prefetch("blocks.1", [4])
     store._reader.submit(int).result()  # the one reading thread is done with what was asked before
-    store.begin()
+    store.start_step()
     store.fetch("blocks.1", [4, 5])
-    moved = store.traffic.take()
+    moved = store.stats.take()
     assert (moved["fetched"], moved["hits"]) == (2, 1)
     store.close()
 
@@ -116,18 +116,18 @@ def read_ahead(store: DiskStore, *experts: int) -> None:
 
 def test_reading_ahead_takes_no_room_from_what_an_earlier_step_waits_for(tmp_path):
     store = make("disk", tmp_path, resident=4 * RECORD)
-    store.begin()
+    store.start_step()
     store.fetch("blocks.1", [0, 1])
     read_ahead(store, 2, 3)
     read_ahead(store, 4, 5)  # no room: 0 and 1 are at work, 2 and 3 are awaited
-    store.begin()
-    store.traffic.take()
+    store.start_step()
+    store.stats.take()
     store.fetch("blocks.1", [2, 3])
-    assert store.traffic.take()["hits"] == 2
+    assert store.stats.take()["hits"] == 2
     read_ahead(store, 6, 7)  # 0 and 1 have served
-    store.begin()
+    store.start_step()
     store.fetch("blocks.1", [4, 5])
-    moved = store.traffic.take()
+    moved = store.stats.take()
     assert (moved["fetched"], moved["hits"]) == (2, 0) and store.mapped_bytes <= 4 * RECORD
     store.close()
 
@@ -137,7 +137,7 @@ def test_micro_batches_that_exceed_the_bound_together_are_updated_in_parts(tmp_p
     for store in stores.values():
         gradients = {}
         for first in range(0, 12, 3):
-            store.begin()
+            store.start_step()
             weights = store.fetch("blocks.1", range(first, first + 3))
             for at in range(3):
                 gradients[first + at] = [Tensor(t.asnumpy() * 0.5) for t in weights[4 * at : 4 * at + 4]]
@@ -158,7 +158,7 @@ def test_reading_ahead_beside_updates_changes_no_bit(tmp_path, resident):
         plans = [draw.choice(12, 3, replace=False) for _ in range(60)]
         store.prefetch("blocks.1", plans[0])
         for step, chosen in enumerate(plans):
-            store.begin()
+            store.start_step()
             weights = store.fetch("blocks.1", chosen)
             if step + 1 < len(plans):
                 store.prefetch("blocks.1", plans[step + 1])  # the reading thread lets go and reads while updates run
@@ -172,7 +172,7 @@ def test_reading_ahead_beside_updates_changes_no_bit(tmp_path, resident):
 
 def test_what_is_written_past_the_map_shows_in_it_and_the_other_way_round(tmp_path):
     store = make("disk", tmp_path)
-    store.begin()
+    store.start_step()
     seen = store.fetch("blocks.1", [4])[0]
     store.write("weight", "blocks.1", "up.weight", slice(3, 6), np.full((3, 32, 48), 7, np.float32))
     assert (seen.asnumpy() == 7).all() and (store.table("blocks.1", "up.weight")[3:6] == 7).all()
@@ -205,7 +205,7 @@ def test_the_working_copy_goes_with_the_store_and_a_killed_ones_with_the_next(tm
 
 def test_a_step_that_needs_more_than_the_bound_is_refused(tmp_path):
     store = make("disk", tmp_path, resident=3 * RECORD)
-    store.begin()
+    store.start_step()
     store.prefetch("blocks.1", range(6))  # reading ahead stops at the bound and says nothing
     with pytest.raises(StoreFull, match=r"experts\.resident_gib"):
         store.fetch("blocks.1", range(4))

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from rre.adamw import AdamWHyper
-from rre.feed_forward_form import NetworkForm
+from rre.adamw import AdamWHyperparameters
+from rre.feed_forward_spec import FeedForwardSpec
 from rre.store import DeviceStore
 
 LAYER_NAMES = ("blocks.1", "query_layer")
-SHAPES = {layer_name: NetworkForm("fast_gelu").shapes(8, 12) for layer_name in LAYER_NAMES}
+SHAPES = {layer_name: FeedForwardSpec("fast_gelu").shapes(8, 12) for layer_name in LAYER_NAMES}
 STD = {"up.weight": 0.02, "down.weight": 0.01}
-HYPER = AdamWHyper(learning_rate=1e-2, beta1=0.9, beta2=0.95, epsilon=1e-6, weight_decay=0.3)
+HYPER = AdamWHyperparameters(learning_rate=1e-2, beta1=0.9, beta2=0.95, epsilon=1e-6, weight_decay=0.3)
 
 
 def make_store(experts: int = 5, seed: int = 3) -> DeviceStore:
@@ -30,7 +30,7 @@ def apply(store: DeviceStore, expert: int, values: list[np.ndarray], scale: floa
 
 def snapshot(store: DeviceStore) -> dict[tuple, bytes]:
     """Bytes of every expert's every tensor and count."""
-    store.settle()
+    store.flush()
     found = {
         (kind, layer_name, name, expert): table[expert].tobytes()
         for kind, layer_name, name, table in store.tables()
@@ -62,7 +62,7 @@ def test_an_expert_is_updated_as_torchs_adamw_does():
         optimizer.step()
         apply(store, 2, values, scale)
         apply(store, 0, gradients(draw))  # a neighbour with its own count
-        store.settle()
+        store.flush()
         for name, parameter in theirs.items():
             np.testing.assert_allclose(
                 store.table("blocks.1", name)[2], parameter.detach().numpy(), rtol=1e-6, atol=1e-6, err_msg=name
@@ -103,12 +103,13 @@ def test_a_fetched_expert_is_the_table_also_twice_and_after_updates():
     fetched = store.fetch("blocks.1", [3, 1, 3])
     assert len(fetched) == 3 * len(names)
     apply(store, 3, gradients(np.random.default_rng(1)))
-    store.settle()
+    store.flush()
     for number, expert in enumerate([3, 1, 3]):
         for at, name in enumerate(names):
             found = fetched[number * len(names) + at].asnumpy()
             np.testing.assert_array_equal(found, store.table("blocks.1", name)[expert])
-    np.testing.assert_array_equal(store.whole("blocks.1", "up.weight").asnumpy(), store.table("blocks.1", "up.weight"))
+    full_table = store.full_table("blocks.1", "up.weight").asnumpy()
+    np.testing.assert_array_equal(full_table, store.table("blocks.1", "up.weight"))
 
 
 def test_an_experts_first_weights_do_not_depend_on_how_many_there_are():

@@ -82,9 +82,9 @@ def planned_step(trainer: Trainer, cell: PipelinedStep, rank: int) -> dict[str, 
     for parameter in cell.experts:
         layer_name, tensor = parameter.name.split(".experts.")
         tensor, chunk = tensor.split("/")
-        reserved = trainer.signature.layers[layers[layer_name]].reserved
+        capacity_spec = trainer.signature.layers[layers[layer_name]].capacity_spec
         shape = model.expert_shards[tensor].shape
-        experts = planned[0].plans[layers[layer_name]].experts[reserved.by_chunk()[int(chunk)]]
+        experts = planned[0].plans[layers[layer_name]].experts[capacity_spec.by_chunk()[int(chunk)]]
         whole = np.zeros((experts.size, *shape), np.float32)
         for slot, expert in enumerate(experts.tolist()) if tensor in std else ():
             rng = generator(model.config.run.seed, f"initial {layer_name} {tensor}", expert)

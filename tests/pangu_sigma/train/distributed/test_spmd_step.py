@@ -62,7 +62,7 @@ def trained(values, layout_of=None, steps=2):
         planned = trainer.planner(tokens, domain, np.arange(BATCH) + step * BATCH, step)
         results.append(trainer.step(step, [planned]))
         dropped += int(planned.dropped.sum())
-    model.store.settle()
+    model.store.flush()
     moments = {name: m for name, m in trainer.optimizer.moments().items() if name.startswith("optimizer.m.")}
     moments |= {
         f"{layer_name} {name}": table.copy() for kind, layer_name, name, table in model.store.tables() if kind == "m"

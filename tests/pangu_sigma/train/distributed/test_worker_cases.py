@@ -10,7 +10,7 @@ import pytest
 
 from pangu_sigma.checkpoint import open_checkpoint
 from parallel.comm.launch import Launch
-from rre.router_specs import KINDS
+from rre.router_specs import ROUTER_SPECS
 from tests.pangu_sigma.train.training_process import ROOT, UNSEEN
 
 SWITCH = {"router": "switch", "aux_loss_weight": 0.1, "dispatch": "capacity", "capacity_factor": 1.0, "jitter": 0.02}
@@ -197,7 +197,7 @@ def test_every_router_trains_in_two_processes_and_in_four():
         cases = [case for processes, several in JOBS.values() for case in several.values() if processes == size]
         models = [case["model"] for case in cases]
         routers = {model.get("sparse", {}).get("router", "rre") for model in models if "top_layer" not in model}
-        assert routers == set(KINDS) - {"every_expert"} and any("top_layer" in model for model in models)
+        assert routers == set(ROUTER_SPECS) - {"every_expert"} and any("top_layer" in model for model in models)
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ def run_case(case: dict, processes, folder: Path | None = None) -> dict[str, np.
         mine = Batch(whole.tokens[rows], whole.domain[rows], whole.sample[rows], whole.step)
         if step == case.get("poisoned") and (processes.size == 1 or processes.rank == processes.size - 1):
             # One weight of the last expert, which one process alone holds.
-            trainer.model.store.settle()
+            trainer.model.store.flush()
             trainer.model.store.table("blocks.0", "up.weight")[-1] = np.nan
         results.append(trainer.step(step, trainer.plan(mine)))
     if processes.mesh.placement_groups > 1:

@@ -12,7 +12,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class NetworkForm:
+class FeedForwardSpec:
     """activation(x W_up + b_up) W_down + b_down, or `gated`: (activation(x W_gate) * (x W_up)) W_down without `biases`,
     which is SwiGLU with silu and GEGLU with gelu (Shazeer 2020, arXiv 2002.05202, equation 6).
     """
@@ -39,6 +39,6 @@ class NetworkForm:
         """Names of the network's tensors in that order."""
         return tuple(self.shapes(1, 1))
 
-    def values(self, hidden: int, ffn: int) -> int:
+    def num_params(self, hidden: int, ffn: int) -> int:
         """Trained values of the network."""
         return sum(math.prod(shape) for shape in self.shapes(hidden, ffn).values())
