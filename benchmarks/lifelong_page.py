@@ -35,7 +35,7 @@ def page(record: dict) -> str:
     lines += ["## Loss of every domain at the end (right after it was learned)", "", domains_table(record), ""]
     if (entry := found.get(FROZEN)) is not None:
         lines += ["## What frozen shared parameters keep, and what they cost", "", frozen_text(record), ""]
-        lines += ["## Text whose domain nobody tells", "", inference_table(entry, domains), ""]
+        lines += ["## Inferring the domain of a text", "", inference_table(entry, domains), ""]
         lines += ["## Properties of RRE with shared parameters frozen", "", properties_table(entry), ""]
     lines += ["![Loss of every domain after every stage](lifelong.svg)", ""]
     lines += [sentence(record["machine"]), ""]

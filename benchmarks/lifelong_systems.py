@@ -16,7 +16,7 @@ SHARED = HERE.parent.parent / "shared" / "data" / "corpora"
 DOMAINS = ("code", "math_en", "drama_en", "poetry_zh")
 EXPERTS = 4  # of each domain, and of each domain's share of a gate's experts
 
-# About 3 M parameters that a token meets, in every system.
+# About 3 M active parameters per token, in every system.
 SIZES = [
     "model.layers=5", "model.hidden=192", "model.heads=4", "model.ffn=768", "model.positions=128",
     "data.sequence_length=128", "data.tokenizer.vocab_size=4096", "train.batch_size=16", "optimizer.learning_rate=2e-3",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DOMAINS = ("code", "math_en", "drama_en", "poetry_zh")
-INNER = 768  # feed-forward width that a token meets in every layer of every system
+INNER = 768  # active feed-forward width per token in every layer of every system
 SHARED = [
     "model.layers=4", "model.hidden=192", "model.heads=4", "model.positions=128", "model.query_layer=none",
     "data.sequence_length=128", "data.tokenizer.vocab_size=4096", "train.batch_size=16", "optimizer.learning_rate=2e-3",
@@ -17,8 +17,8 @@ SHARED = [
 class System:
     """One way to route: its title, its changes, how many experts a domain contributes and how many a token takes.
 
-    Every expert is INNER / k wide, so that a token meets the same number of parameters in each; every layer is sparse,
-    because an expert is as wide as a dense layer's network.
+    Every expert is INNER / k wide, so that each has the same number of active parameters per token; every layer
+    is sparse, because an expert is as wide as a dense layer's network.
     """
 
     title: str

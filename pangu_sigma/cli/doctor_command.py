@@ -19,7 +19,7 @@ def doctor(
     seconds: Annotated[float, typer.Option("--timeout", min=1.0, help="Seconds that a check may take.")] = 300.0,
     as_json: Json = False,
 ) -> None:
-    """Try out what a training would use here: versions, kernels, a step, an all-to-all; devices against the CPU.
+    """Check this machine: versions, kernels, a training step, an all-to-all; devices against the CPU.
 
     Ends with code 1 if a check failed. Without an NPU its rows are skipped.
     """

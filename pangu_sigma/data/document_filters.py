@@ -55,7 +55,7 @@ def word_shares(text: str) -> tuple[float, float]:
 def reason_to_drop(kind: str, text: str, ids: np.ndarray, stars: float | None) -> str | None:
     """The first of `REASONS` for which the rules of `kind` (a key of `RULES`) drop a document; None to keep it.
 
-    `ids` int32 [N]: its tokens; `stars` of its repository, None where nobody tells.
+    `ids` int32 [N]: its tokens; `stars` of its repository, None where unknown.
     """
     rules = RULES[kind]
     if "few_stars" in rules and stars is not None and stars < FEWEST_STARS:

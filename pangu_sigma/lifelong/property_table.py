@@ -96,7 +96,7 @@ def _online(learning: Sequence[Mapping[str, Mapping[str, Any]]]) -> Property:
 
 
 def _boundaries(last: Mapping[str, Mapping[str, Any]], by_domain: bool) -> Property:
-    name, question = "No task boundaries", "Can text be used whose domain nobody tells?"
+    name, question = "No task boundaries", "Can text be used whose domain is not given?"
     rule = f"yes: inferring the domain costs at most {BOUNDARY_TOLERANCE} nats per token; in training it is always told"
     if not by_domain:
         return Property(name, question, YES, "the model asks for no domain when it is used", rule)
@@ -113,12 +113,12 @@ def _boundaries(last: Mapping[str, Mapping[str, Any]], by_domain: bool) -> Prope
 
 def _capacity(costs: Sequence[Mapping[str, Any]]) -> Property:
     question = "Does the model stay as large as it was?"
-    rule = "yes: stored parameters stay; partly: only those that a token meets stay; no: both grow"
+    rule = "yes: stored parameters stay; partly: only the active ones per token stay; no: both grow"
     first, last = costs[0]["parameters"], costs[-1]["parameters"]
     stored, active = last["total"] / first["total"], last["active"] / first["active"]
     holds = YES if stored <= 1.0 else PARTLY if active <= 1.0 else NO
     evidence = (
-        f"{compact(first['total'])} to {compact(last['total'])} parameters ({stored:.2f} ×), a token meets "
+        f"{compact(first['total'])} to {compact(last['total'])} parameters ({stored:.2f} ×), active per token "
         f"{compact(first['active'])} to {compact(last['active'])} ({active:.2f} ×)"
     )
     return Property("Fixed model capacity", question, holds, evidence, rule)

@@ -16,7 +16,7 @@ def stage_cost(plan: Plan, stage: Stage, checkpoint: Checkpoint, before: Checkpo
 
     seconds: training steps only (saves and evaluations left out), by the mean speed of the records where a resumed run
     has lost some of them. tokens: labels trained on. parameters: total, shared, new (came in with the stage), trained
-    (those that may have changed), active (most that a token meets). bytes: model, model with optimizer state, and
+    (those that may have changed), active (most per token). bytes: model, model with optimizer state, and
     written anew (in files that the stage before does not have).
     """
     config = stored_config(checkpoint)
