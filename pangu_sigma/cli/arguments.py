@@ -26,7 +26,7 @@ PriorTexts = Annotated[
 
 
 class Prior(StrEnum):
-    """What is believed of an unknown text before its first token."""
+    """Prior probabilities of the domains where the domain of a text is inferred."""
 
     uniform = "uniform"
     updating = "updating"

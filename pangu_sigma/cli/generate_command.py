@@ -79,7 +79,7 @@ def generate(
     prior: Annotated[
         Prior,
         typer.Option(
-            help="With --domain auto, what is believed before a prompt: uniform, updating from prompt to prompt, or "
+            help="With --domain auto, prior of the domains: uniform, updating from prompt to prompt, or "
             "cached from --prior-texts."
         ),
     ] = Prior.uniform,

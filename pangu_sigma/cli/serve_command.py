@@ -55,7 +55,7 @@ def serve(
     prior: Annotated[
         Prior,
         typer.Option(
-            help="Model id auto, what is believed before a prompt: uniform, updating from prompt to prompt, or cached "
+            help="Model id auto, prior of the domains: uniform, updating from prompt to prompt, or cached "
             "from --prior-texts."
         ),
     ] = Prior.uniform,

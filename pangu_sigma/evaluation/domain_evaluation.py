@@ -26,7 +26,7 @@ Advance = Callable[[int], None]
 
 
 class Evaluator:
-    """Measures a model on held-out sequences, one domain's text and one expert group at a time.
+    """Evaluator of a model on held-out sequences, one domain's text and one expert group at a time.
 
     Nothing is dropped, routing follows the tables and rows are cut into fixed blocks, so the figures do not depend on
     what else the model stores. Several processes share every batch and measure together.

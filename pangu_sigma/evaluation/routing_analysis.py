@@ -1,4 +1,4 @@
-"""`pangu-sigma analyze RUN`: observe the routing of every checkpoint of a run, measure it, write tables and figures."""
+"""Routing analysis, `pangu-sigma analyze RUN`: measures the routing of every checkpoint of a run and writes tables."""
 
 from __future__ import annotations
 

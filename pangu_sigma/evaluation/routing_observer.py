@@ -21,7 +21,7 @@ class RoutingObservation:
 
 
 class RoutingObserver:
-    """Observes a model's routing in evaluation (nothing is dropped) on the first `tokens` of every domain's text.
+    """Observer of a model's routing in evaluation (nothing is dropped) on the first `tokens` of every domain's text.
 
     A model that is observed serves nothing else: its gates return assignments instead of counts.
     """

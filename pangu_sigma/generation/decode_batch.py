@@ -24,7 +24,7 @@ from pangu_sigma.model.model import Model
 
 
 class DecodeBatch:
-    """Base of both kinds. Legend: H heads, W head width, V vocabulary; `flat`: see `DeviceDecodeStepGraph`."""
+    """Base of both decode batches. Legend: H heads, W head width, V vocabulary; `flat`: see `DeviceDecodeStepGraph`."""
 
     def __init__(self, model: Model, rows: int, length: int) -> None:
         self.rows, self.length = rows, length

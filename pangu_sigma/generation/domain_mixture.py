@@ -68,7 +68,7 @@ class DomainInference:
 
 
 class DomainMixture:
-    """The domains that write one text, best first, with their posterior weights (summing to 1)."""
+    """Mixture of the domains that write one text, best first, with their posterior weights (summing to 1)."""
 
     def __init__(self, members: tuple[int, ...], weights: np.ndarray) -> None:
         self.members = members

@@ -72,7 +72,7 @@ class _RequestState:
 
 
 class Engine:
-    """Serves requests on one model with `slots` texts at a time; others wait in order.
+    """Continuous-batching engine: serves requests on one model, `slots` texts at a time; others wait in order.
 
     `decoder` is how logits are made: `KvCacheDecoder` unless another is given. The domain `AUTO` of a
     request is inferred: the likeliest of all domains, unless `set_domain_inference` says otherwise.
@@ -193,7 +193,7 @@ class Engine:
             self.domain_inference.cache(log_likelihoods)
 
     def step(self) -> list[Event]:
-        """Append one token to every active request, then admit one that waits. Returns their events, in order.
+        """Decode one token of every active request, then admit and prefill one that waits. Returns their events.
 
         One prompt a step is admitted, so that running texts wait for one prompt at most.
         """
@@ -217,24 +217,28 @@ class Engine:
         state = self._waiting.popleft()
         request = state.request
         *before, document = self._documents(request.prompt_ids)
+        # 1. With echo, score the prompt's tokens.
         scores: tuple[Score, ...] = ()
         if request.sampling.echo:
             rows = self._prompt_logits(request, [*before, document])
             if not np.isfinite(rows).all():
                 return _not_finite(state)
             scores = _scores(request, rows)
+        # 2. Find the domains that write, by inference where none is given.
         members = self._writing_domains(state, [*before, document])
         if not members:
             return _not_finite(state)
         if request.sampling.max_tokens == 0:
             return Event(state.request_id, None, prompt_scores=scores, finish="length", domains=self._domains_of(state))
+        # 3. Take a slot for each of them.
         state.seen = set(request.prompt_ids)
         state.length = len(document)
         state.last = document[-1]
         state.slots = slots[: len(members)]
         for slot in state.slots:
             self._slots[slot] = state
-        # The scores' last row is what a single token is chosen from; only a longer answer needs a cache.
+        # 4. Prefill each slot's cache and choose the first token. The scores' last row is what a single token is chosen
+        # from; only a longer answer needs a cache.
         if scores and request.sampling.max_tokens == 1 and state.mixture is None:
             return self._choose_token(state, [rows[-1]], scores)
         # Copies, because a graph's next run may write where its last result lies.

@@ -53,7 +53,7 @@ class _Sequence:
 
 
 class KvCacheDecoder:
-    """Decodes up to `slots` texts of one model together.
+    """Decoder with a KV cache: decodes up to `slots` texts of one model together.
 
     The batch grows and shrinks with the texts: rows are powers of two up to `slots`, cache positions powers of two
     times `shortest_cache` up to the window; each size is compiled when first needed (or by `warm_ups`) and kept. Expert

@@ -13,7 +13,7 @@ from pangu_sigma.errors import UserError
 
 @dataclass(frozen=True)
 class Prompt:
-    """One text to continue; `domain` and `seed` source it has its own."""
+    """One text to continue; `domain` and `seed` where it has its own."""
 
     text: str
     domain: str | None = None

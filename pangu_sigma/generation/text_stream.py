@@ -10,7 +10,8 @@ LONGEST_UNFINISHED = 3
 
 
 class TextStream:
-    """Decodes one answer token by token; what `push` and `close` return, joined, is the text before the stop string.
+    """Incremental detokenizer of one answer: what `push` and `close` return, joined, is the text before the stop
+    string.
 
     `prefix_ids` are tokens in front of the answer: some tokenizers write the first word of a text differently.
     """

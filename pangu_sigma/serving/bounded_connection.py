@@ -11,8 +11,10 @@ from pangu_sigma.serving.server_settings import ServerLimits
 
 
 class BoundedConnection(H11Protocol):
-    """Closes a connection whose next request's head is not whole `limits.head_seconds` after the connection (or the
-    head's first byte), and one that takes nothing of what is ready for it for `limits.stall_seconds`.
+    """HTTP/1.1 connection that is closed when it takes too long, in either direction.
+
+    Reading: the next request's head must be complete `limits.head_seconds` after the connection (or the head's first
+    byte). Writing: the client must not leave what is ready for it untouched for `limits.stall_seconds`.
 
     uvicorn itself bounds only the pause after an answer (five seconds) and the head's bytes; the body's time and bytes
     are bounded by `RequestGuard`.

@@ -19,7 +19,7 @@ LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class RequestGuard:
-    """Checks host, token and body of a request, then hands it on with the body already read.
+    """ASGI middleware that checks host, token and body of a request, then hands it on with the body already read.
 
     `on_response(path, status)` is called for every answer. Runs on the event loop.
     """

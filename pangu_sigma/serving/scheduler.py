@@ -138,11 +138,15 @@ class RequestHandle:
 
 @dataclass(frozen=True)
 class _Add:
+    """Command to the engine thread: admit a handle's requests."""
+
     handle: RequestHandle
 
 
 @dataclass(frozen=True)
 class _Cancel:
+    """Command to the engine thread: cancel a handle's unfinished requests."""
+
     handle: RequestHandle
 
 
@@ -150,7 +154,7 @@ _STOP = None
 
 
 class Scheduler:
-    """Admits up to `limits.slots` + `limits.queue` requests and lets the engine thread decode them together.
+    """Scheduler: admits up to `limits.slots` + `limits.queue` requests and lets the engine thread decode them together.
 
     `build` makes the engine, in the engine thread. `observer` is called on the event loop. All public methods are for
     the event loop's thread.
