@@ -2,8 +2,9 @@
 
 The way of one request, and the thread that runs each stage:
 
-1. event loop: `request_guard.RequestGuard` checks host, token and body.
-2. FastAPI's worker threads: `http_app` lets `openai_adapter.OpenAIAdapter` check the fields and tokenise the prompt.
+1. event loop: `request_guard.RequestGuard` checks host, token and body, FastAPI the fields (`openai_requests`).
+2. one of FastAPI's worker threads: `http_app` lets `openai_adapter.OpenAIAdapter` tokenise the prompt and make the
+   engine's requests of it.
 3. event loop: `OpenAIResponse` submits the requests to the scheduler, which admits all of them or none.
 4. engine thread (`scheduler.Scheduler`): the engine prefills the prompt and decodes, one step for all texts together.
 5. event loop: every step's events come back through a `RequestHandle`; a choice makes a chunk of each
