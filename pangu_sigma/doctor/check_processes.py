@@ -19,23 +19,23 @@ _SHOWN = 300  # characters of a process's last words
 
 
 @dataclass(frozen=True)
-class Ended:
+class ProcessResult:
     """How processes ended: their `results`, or why there are none."""
 
     results: list[dict[str, Any]]
     trouble: str = ""
 
 
-def step(device: str, kernels: str, folder: Path, seconds: float) -> Ended:
+def step(device: str, kernels: str, folder: Path, seconds: float) -> ProcessResult:
     """Two steps of the trainer on a device."""
     folder.mkdir()
     out = folder / "step.json"
     words = [sys.executable, "-m", "pangu_sigma.doctor.step_work", device, kernels, str(out)]
     trouble = _ran(words, folder, seconds)
-    return Ended([], trouble) if trouble else Ended([json.loads(out.read_text(encoding="utf-8"))])
+    return ProcessResult([], trouble) if trouble else ProcessResult([json.loads(out.read_text(encoding="utf-8"))])
 
 
-def exchange(device: str, count: int, folder: Path, seconds: float) -> Ended:
+def exchange(device: str, count: int, folder: Path, seconds: float) -> ProcessResult:
     """Rows there and back between `count` processes on devices of one kind."""
     folder.mkdir()
     logs = folder / "logs"
@@ -47,12 +47,12 @@ def exchange(device: str, count: int, folder: Path, seconds: float) -> Ended:
     trouble = _ran(words, folder, seconds)
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("rank_*.json"))]
     if len(results) == count:
-        return Ended(results)
+        return ProcessResult(results)
     last_lines = [
         _last_words(log.read_text(encoding="utf-8", errors="replace")) for log in sorted(logs.glob("worker_*.log"))
     ]
     silent = f"{count - len(results)} of {count} did not answer"
-    return Ended(results, next(filter(None, last_lines), "") or trouble or silent)
+    return ProcessResult(results, next(filter(None, last_lines), "") or trouble or silent)
 
 
 def _ran(words: Sequence[str], folder: Path, seconds: float) -> str:

@@ -32,9 +32,9 @@ def examine(count: int = 2, seconds: float = SECONDS, root: Path = Path("/")) ->
     ascend = look(root)
     with tempfile.TemporaryDirectory(prefix="pangu-sigma-doctor-") as scratch:
         folder = Path(scratch)
-        known: dict[str, check_processes.Ended] = {}
+        known: dict[str, check_processes.ProcessResult] = {}
 
-        def step(device: str, kernels: str) -> check_processes.Ended:
+        def step(device: str, kernels: str) -> check_processes.ProcessResult:
             # Several rows compare with the same two steps.
             name = f"{device}-{kernels}"
             if name not in known:
@@ -142,7 +142,7 @@ def devices(ascend: Ascend) -> Check:
     return failed("NPU visible", "no /dev/davinci*", "check npu-smi info; in a container pass --device=/dev/davinci0 …")
 
 
-def cpu_step(done: check_processes.Ended) -> Check:
+def cpu_step(done: check_processes.ProcessResult) -> Check:
     """Two steps of the trainer on the CPU, composed of MindSpore's operators."""
     name = "step on CPU"
     if done.trouble:
@@ -156,7 +156,7 @@ def cpu_step(done: check_processes.Ended) -> Check:
     return passed(name, f"loss {first:.4f}, then {second:.4f}; {times}")
 
 
-def compiled_step(step: Callable[[str, str], check_processes.Ended]) -> Check:
+def compiled_step(step: Callable[[str, str], check_processes.ProcessResult]) -> Check:
     """The compiled kernels' numbers against the composed ones'."""
     name = "compiled kernels against composed"
     if _library() is None:
@@ -167,7 +167,7 @@ def compiled_step(step: Callable[[str, str], check_processes.Ended]) -> Check:
     )  # fmt: skip
 
 
-def npu_step(step: Callable[[str, str], check_processes.Ended], ascend: Ascend) -> Check:
+def npu_step(step: Callable[[str, str], check_processes.ProcessResult], ascend: Ascend) -> Check:
     """A device's numbers against the CPU's."""
     name = "step on NPU, against the CPU's"
     if not ascend.devices:
@@ -179,7 +179,11 @@ def npu_step(step: Callable[[str, str], check_processes.Ended], ascend: Ascend) 
 
 
 def _compared(
-    name: str, reference: check_processes.Ended, other: check_processes.Ended, tolerance: float, advice: str
+    name: str,
+    reference: check_processes.ProcessResult,
+    other: check_processes.ProcessResult,
+    tolerance: float,
+    advice: str,
 ) -> Check:
     for done in (reference, other):
         if done.trouble:

@@ -17,7 +17,7 @@ from pangu_sigma.config import Config
 from pangu_sigma.config.capacity_sizes import activated_slots
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.pipeline_stages import stage_of
-from pangu_sigma.plan.graph_check import Compiled, problems, shared_of_stage
+from pangu_sigma.plan.graph_check import CompiledGraph, problems, shared_of_stage
 from parallel.dry.compiled_graph import collectives, last_graph
 from parallel.dry.dry_process import run_dry
 from parallel.dry.parameter_placement import Placed
@@ -70,7 +70,7 @@ def compile_plan(config: Config, folder: Path | None = None, timeout: float = 36
     return first_stage
 
 
-def compile_graph(config: Config, folder: Path, timeout: float = 3600.0, rank: int = 0) -> Compiled:
+def compile_graph(config: Config, folder: Path, timeout: float = 3600.0, rank: int = 0) -> CompiledGraph:
     """The graph of a rank, unchecked; everything about it stays under `folder`/rank_N."""
     mesh = config.parallel.mesh
     folder = folder / f"rank_{rank}"
@@ -89,10 +89,12 @@ def compile_graph(config: Config, folder: Path, timeout: float = 3600.0, rank: i
     inputs = {name: (position, tuple(shape)) for name, (position, shape) in result["expert_inputs"].items()}
     placed = {name: Placed.of(values) for name, values in result["placed"].items()}
     seconds = time.perf_counter() - started
-    return Compiled(rank, text, parameters, inputs, placed, result["seconds"], seconds, result["peak_bytes"], update)
+    return CompiledGraph(
+        rank, text, parameters, inputs, placed, result["seconds"], seconds, result["peak_bytes"], update
+    )
 
 
-def report(config: Config, compiled: Compiled) -> dict[str, Any]:
+def report(config: Config, compiled: CompiledGraph) -> dict[str, Any]:
     """What the compiled graph says, for people and scripts."""
     counts: Counter[tuple[Any, ...]] = Counter()
     for c in collectives(compiled.graph):

@@ -22,9 +22,9 @@ from parallel.dry.compiled_graph import (
     Operator,
     ancestors,
     collectives,
-    given,
-    held,
+    graph_inputs,
     operators,
+    parameter_shards,
 )
 from parallel.dry.parameter_placement import Placed
 from parallel.mesh import Mesh
@@ -49,7 +49,7 @@ SUMS = "accu_grads."
 
 
 @dataclass(frozen=True)
-class Compiled:
+class CompiledGraph:
     """The last graph of one rank, with what its process told: uncut shapes of the model's parameters and of its expert
     tensors (with their numbers among the graph's inputs; None where they are parameters of a graph of pipeline
     stages), where MindSpore says that the parts of each parameter are, seconds in the compiler and in all, peak memory
@@ -68,19 +68,19 @@ class Compiled:
     @cached_property
     def inputs(self) -> list[tuple[str, Shape]]:
         """Name in the graph and shape of the rank's part of every input."""
-        return given(self.graph)
+        return graph_inputs(self.graph)
 
     @cached_property
-    def held(self) -> dict[str, Shape]:
+    def parameter_shards(self) -> dict[str, Shape]:
         """Shape of the rank's part of every parameter."""
-        return held(self.graph)
+        return parameter_shards(self.graph)
 
     def expert_part(self, name: str) -> Shape:
         """Shape of the rank's part of an expert tensor; () where the graph dropped it."""
-        number, _ = self.expert_inputs[name]
-        if number is None:
-            return self.held.get(name, ())
-        return self.inputs[number][1] if number < len(self.inputs) else ()
+        input_index, _ = self.expert_inputs[name]
+        if input_index is None:
+            return self.parameter_shards.get(name, ())
+        return self.inputs[input_index][1] if input_index < len(self.inputs) else ()
 
     @cached_property
     def operators(self) -> list[Operator]:
@@ -95,13 +95,13 @@ class Compiled:
 
 def layer_name_of(scope: str) -> str | None:
     """The layer (`blocks.3`, `query_layer`) in whose cells an operator stands."""
-    found = _LAYER_NAME.search(scope)
-    if found is None:
+    match = _LAYER_NAME.search(scope)
+    if match is None:
         return None
-    return found[2] or f"blocks.{found[1]}"
+    return match[2] or f"blocks.{match[1]}"
 
 
-def problems(config: Config, compiled: Compiled) -> Iterator[str]:
+def problems(config: Config, compiled: CompiledGraph) -> Iterator[str]:
     """A sentence for everything in the graph that is not the plan's; the layers are named."""
     yield from _names(config, compiled)
     yield from _shards(config, compiled)
@@ -114,14 +114,14 @@ def problems(config: Config, compiled: Compiled) -> Iterator[str]:
     yield from _neighbours(config, compiled)
 
 
-def shared_of_stage(config: Config, compiled: Compiled) -> dict[str, Shape]:
+def shared_of_stage(config: Config, compiled: CompiledGraph) -> dict[str, Shape]:
     """Name and uncut shape of the shared parameters that the rank's pipeline stage trains."""
     mesh = config.parallel.mesh
     stage = mesh.coordinates(compiled.rank).stage
     return {n: s for n, s in compiled.parameters.items() if stage_of(n, config.model.layers, mesh) == stage}
 
 
-def _layer_names(config: Config, compiled: Compiled) -> list[str]:
+def _layer_names(config: Config, compiled: CompiledGraph) -> list[str]:
     """The sparse layers of the rank's pipeline stage."""
     mesh, layers = config.parallel.mesh, config.model.layers
     stage = mesh.coordinates(compiled.rank).stage
@@ -130,52 +130,55 @@ def _layer_names(config: Config, compiled: Compiled) -> list[str]:
     ]
 
 
-def _times(config: Config) -> int:
+def _micro_batches(config: Config) -> int:
     """Micro-batches in one graph."""
     return config.train.gradient_accumulation_steps if config.parallel.pipeline > 1 else 1
 
 
-def _names(config: Config, compiled: Compiled) -> Iterator[str]:
+def _names(config: Config, compiled: CompiledGraph) -> Iterator[str]:
     """Names and uncut shapes against the configuration's manifest."""
-    wanted = manifest(config, vocabulary_size(config))
-    shared = {n: s for n, s in wanted.items() if not n.startswith("domains.") and not is_routing(n)}
+    planned = manifest(config, vocabulary_size(config))
+    shared = {n: s for n, s in planned.items() if not n.startswith("domains.") and not is_routing(n)}
     for name in sorted(shared.keys() | compiled.parameters.keys()):
         ours, theirs = shared.get(name), compiled.parameters.get(name)
         if ours != theirs:
-            yield f"parameter {name} is {_said(theirs)} in the graph and {_said(ours)} in the configuration's manifest"
+            yield (
+                f"parameter {name} is {_shape_text(theirs)} in the graph and {_shape_text(ours)} in the "
+                "configuration's manifest"
+            )
     chunks = config.parallel.expert_chunks
     for layer_name in config.model.sparse_prefixes:
         for tensor in config.model.expert_network.tensors:
             end = f".{layer_name}.experts.{tensor}"
-            one = next(shape[1:] for name, shape in wanted.items() if is_expert(name) and name.endswith(end))
+            one = next(shape[1:] for name, shape in planned.items() if is_expert(name) and name.endswith(end))
             slots = activated_slots(config) * config.parallel.mesh.placement_groups
             for chunk in range(chunks):
                 name = f"{layer_name}.experts.{tensor}/{chunk}"
                 _, shape = compiled.expert_inputs.get(name, (0, None))
                 if shape != (slots // chunks, *one):
                     yield (
-                        f"{layer_name}: experts' {tensor} is {_said(shape)} in the graph and {slots // chunks} experts "
-                        f"of {one} in the plan"
+                        f"{layer_name}: experts' {tensor} is {_shape_text(shape)} in the graph and "
+                        f"{slots // chunks} experts of {one} in the plan"
                     )
 
 
-def _said(shape: Shape | None) -> str:
+def _shape_text(shape: Shape | None) -> str:
     return "missing" if shape is None else str(tuple(shape))
 
 
-def _shards(config: Config, compiled: Compiled) -> Iterator[str]:
+def _shards(config: Config, compiled: CompiledGraph) -> Iterator[str]:
     """Every shared parameter's part, and in a pipeline that there are no others than the stage's."""
-    mesh, parts = config.parallel.mesh, compiled.held
-    mine = shared_of_stage(config, compiled)
-    for name, shape in mine.items():
-        wanted = _held(config, name, shape, compiled.rank)
-        if parts.get(name) != wanted:
-            yield f"parameter {name} is cut to {_said(parts.get(name))}, not to {wanted}"
+    mesh, parts = config.parallel.mesh, compiled.parameter_shards
+    own = shared_of_stage(config, compiled)
+    for name, shape in own.items():
+        planned = _stored_shape(config, name, shape, compiled.rank)
+        if parts.get(name) != planned:
+            yield f"parameter {name} is cut to {_shape_text(parts.get(name))}, not to {planned}"
     if mesh.pipeline == 1:
         return
     stage = mesh.coordinates(compiled.rank).stage
     experts = {name for name in compiled.expert_inputs if stage_of(name, config.model.layers, mesh) == stage}
-    expected = {*mine, *experts}
+    expected = {*own, *experts}
     expected |= {f"{SUMS}{name}" for name in expected}
     if sends_words(config) and not config.parallel.optimizer_parallel and stage == mesh.pipeline - 1:
         expected.add(WORDS)
@@ -190,12 +193,12 @@ def sends_words(config: Config) -> bool:
     return config.parallel.pipeline > 1 and config.model.head == "tied"
 
 
-def _held(config: Config, name: str, shape: Shape, rank: int) -> Shape:
+def _stored_shape(config: Config, name: str, shape: Shape, rank: int) -> Shape:
     """Shape of what a rank holds of a shared parameter."""
     return slices_shape(stored_slices_of(name, shape, config.parallel.mesh, rank, config.parallel.optimizer_parallel))
 
 
-def _placed(config: Config, compiled: Compiled) -> Iterator[str]:
+def _placed(config: Config, compiled: CompiledGraph) -> Iterator[str]:
     """Which rank of the stage has which part of every shared parameter, by MindSpore's own statement."""
     mesh, seen = config.parallel.mesh, set()
     first = mesh.coordinates(compiled.rank).stage * mesh.stage_size
@@ -213,39 +216,41 @@ def _placed(config: Config, compiled: Compiled) -> Iterator[str]:
                 yield f"of parameter {name} rank {rank} has the part {_ranges(theirs)}, not {_ranges(ours)}"
                 break
         divided = config.parallel.optimizer_parallel and optimizer_num_shards(shape, cut, mesh) > 1
-        wanted = replica_ranks(cut, mesh, compiled.rank) if divided else ()
-        if placed.dividing != wanted:
-            yield f"the part of parameter {name} is divided among the ranks {placed.dividing}, not {wanted}"
+        planned = replica_ranks(cut, mesh, compiled.rank) if divided else ()
+        if placed.dividing != planned:
+            yield f"the part of parameter {name} is divided among the ranks {placed.dividing}, not {planned}"
 
 
 def _ranges(part: Slices) -> str:
     return f"[{', '.join(f'{axis.start}:{axis.stop}' for axis in part)}]"
 
 
-def _expert_cuts(config: Config, compiled: Compiled) -> Iterator[str]:
+def _expert_cuts(config: Config, compiled: CompiledGraph) -> Iterator[str]:
     """Every expert weight where it enters the graph and where it enters its product."""
     mesh = config.parallel.mesh
-    mine = _layer_names(config, compiled)
+    own = _layer_names(config, compiled)
     for name, (_, shape) in compiled.expert_inputs.items():
         layer_name, _, tensor = name.partition(".experts.")
-        if layer_name not in mine:
+        if layer_name not in own:
             continue
-        wanted = tuple(size // _ways(mesh, names) for size, names in zip(shape, _axes(config, tensor), strict=True))
+        planned = tuple(
+            size // _num_shards(mesh, names) for size, names in zip(shape, _axes(config, tensor), strict=True)
+        )
         part = compiled.expert_part(name)
-        if part != wanted:
-            yield f"{layer_name}: experts' {tensor} comes in cut to {_said(part)}, not to {wanted}"
+        if part != planned:
+            yield f"{layer_name}: experts' {tensor} comes in cut to {_shape_text(part)}, not to {planned}"
     hidden, inner = config.model.hidden, config.model.ffn // mesh.tensor
-    for layer_name in mine:
+    for layer_name in own:
         of_rank = activated_slots(config) // mesh.exchange_size // config.parallel.expert_chunks
-        found = {
+        actual = {
             operator.takes[1][1]
             for operator in compiled.operators
             if operator.kind == "BatchMatMul" and not operator.backward and _PRODUCTS in operator.scope
             and layer_name_of(operator.scope) == layer_name
         }  # fmt: skip
-        wanted = {(of_rank, hidden, inner), (of_rank, inner, hidden)}
-        if found != wanted:
-            yield f"{layer_name}: an expert's products take weights of {sorted(found)}, not of {sorted(wanted)}"
+        planned = {(of_rank, hidden, inner), (of_rank, inner, hidden)}
+        if actual != planned:
+            yield f"{layer_name}: an expert's products take weights of {sorted(actual)}, not of {sorted(planned)}"
 
 
 def _axes(config: Config, tensor: str) -> tuple[tuple[str, ...], ...]:
@@ -257,29 +262,29 @@ def _axes(config: Config, tensor: str) -> tuple[tuple[str, ...], ...]:
     return tuple(() if axis is None else (axis,) for axis in spec_of(f"experts.{tensor}", ()))
 
 
-def _ways(mesh: Mesh, names: tuple[str, ...]) -> int:
+def _num_shards(mesh: Mesh, names: tuple[str, ...]) -> int:
     ways = 1
     for name in names:
         ways *= getattr(mesh, name)
     return ways
 
 
-def _exchanges(config: Config, compiled: Compiled) -> Iterator[str]:
+def _exchanges(config: Config, compiled: CompiledGraph) -> Iterator[str]:
     """Two all-to-alls forward and two backward of every sparse layer (of every chunk), inside the placement's group."""
     mesh, chunks = config.parallel.mesh, config.parallel.expert_chunks
     group = mesh.exchange_group(compiled.rank)
-    expected = 2 * chunks * _times(config) if mesh.exchange_size > 1 else 0
+    expected = 2 * chunks * _micro_batches(config) if mesh.exchange_size > 1 else 0
     by_layer: dict[str | None, list[Collective]] = {}
     for c in compiled.collectives:
         if c.kind == "AlltoAll":
             by_layer.setdefault(layer_name_of(c.scope), []).append(c)
     for layer_name in _layer_names(config, compiled):
-        mine = by_layer.pop(layer_name, [])
+        own = by_layer.pop(layer_name, [])
         for way, backward in (("forward", False), ("backward", True)):
-            count = sum(c.backward == backward and not c.recomputed for c in mine)
+            count = sum(c.backward == backward and not c.recomputed for c in own)
             if count != expected:
                 yield f"{layer_name} has {count} AllToAll {way} instead of {expected}"
-        for c in mine:
+        for c in own:
             if len(c.ranks) > len(group):
                 yield (
                     f"{layer_name} exchanges rows between {len(c.ranks)} ranks, more than the {len(group)} of its "
@@ -291,7 +296,7 @@ def _exchanges(config: Config, compiled: Compiled) -> Iterator[str]:
         yield f"{layer_name or 'the graph'} has {len(others)} AllToAll that no sparse layer asks for"
 
 
-def _groups(config: Config, compiled: Compiled) -> Iterator[str]:
+def _groups(config: Config, compiled: CompiledGraph) -> Iterator[str]:
     """Every other collective is between ranks that share a tensor, a sample or a parameter."""
     mesh, rank = config.parallel.mesh, compiled.rank
     own = mesh.coordinates(rank)
@@ -311,13 +316,18 @@ def _groups(config: Config, compiled: Compiled) -> Iterator[str]:
             yield f"{where}: {c.kind} between ranks {c.ranks}, which share no part of a tensor in the plan"
 
 
-def _update(config: Config, compiled: Compiled) -> Iterator[str]:
+def _update(config: Config, compiled: CompiledGraph) -> Iterator[str]:
     """Each rank updates its own parts, once each, and speaks with nobody."""
-    parts = {name: compiled.held.get(name) for name in shared_of_stage(config, compiled)}
-    mine = {name: shape for name, shape in held(compiled.update).items() if not name.startswith("optimizer.")}
-    for name in sorted(parts.keys() | mine.keys()):
-        if mine.get(name) != parts.get(name):
-            yield f"the update of {name} works on {_said(mine.get(name))}, not on the rank's {_said(parts.get(name))}"
+    parts = {name: compiled.parameter_shards.get(name) for name in shared_of_stage(config, compiled)}
+    own = {
+        name: shape for name, shape in parameter_shards(compiled.update).items() if not name.startswith("optimizer.")
+    }
+    for name in sorted(parts.keys() | own.keys()):
+        if own.get(name) != parts.get(name):
+            yield (
+                f"the update of {name} works on {_shape_text(own.get(name))}, not on the rank's "
+                f"{_shape_text(parts.get(name))}"
+            )
     updates = sum(o.kind == "AdamWeightDecay" for o in operators(compiled.update))
     if updates != len(parts):
         yield f"{updates} of {len(parts)} shared parameters are updated"
@@ -325,7 +335,7 @@ def _update(config: Config, compiled: Compiled) -> Iterator[str]:
         yield f"the update of the shared parameters has a {c.kind} between ranks {c.ranks}"
 
 
-def _chunks(config: Config, compiled: Compiled) -> Iterator[str]:
+def _chunks(config: Config, compiled: CompiledGraph) -> Iterator[str]:
     """No chunk's rows wait for another chunk's experts."""
     chunks = config.parallel.expert_chunks
     if chunks == 1:
@@ -346,11 +356,11 @@ def _chunks(config: Config, compiled: Compiled) -> Iterator[str]:
         sent, returned = 0, []
         for c in compiled.collectives:
             if c.kind == "AlltoAll" and not c.backward and not c.recomputed and layer_name_of(c.scope) == layer_name:
-                mine = products.get(by_name[c.name].micro, set())
-                waits = frozenset(ancestors(by_name, c.name) & mine)
+                own = products.get(by_name[c.name].micro, set())
+                waits = frozenset(ancestors(by_name, c.name) & own)
                 sent += not waits
                 returned += [waits] if waits else []
-        chunks = config.parallel.expert_chunks * _times(config)
+        chunks = config.parallel.expert_chunks * _micro_batches(config)
         if sent != chunks:
             waiting = chunks - sent
             yield f"{layer_name}: {waiting} of {chunks} chunks of experts wait for another before their rows travel"
@@ -358,7 +368,7 @@ def _chunks(config: Config, compiled: Compiled) -> Iterator[str]:
             yield f"{layer_name}: rows come back from more experts than their own chunk's"
 
 
-def _neighbours(config: Config, compiled: Compiled) -> Iterator[str]:
+def _neighbours(config: Config, compiled: CompiledGraph) -> Iterator[str]:
     """A stage hands rows to the next one and gradients to the one before, micro-batch by micro-batch; a tied word table
     goes from the first stage to the last, and its gradient back, once a step, or under optimizer parallelism with
     every micro-batch."""
@@ -369,22 +379,22 @@ def _neighbours(config: Config, compiled: Compiled) -> Iterator[str]:
     cut = mesh.tensor if config.parallel.sequence_parallel else 1
     tokens = samples_at_a_time(config) * config.data.sequence_length
     rows = tokens // cut * config.model.hidden * BYTES["Float32"]
-    times, wanted = config.train.gradient_accumulation_steps, Counter()
+    times, planned = config.train.gradient_accumulation_steps, Counter()
     if stage < last:
-        wanted["Send", rank + mesh.stage_size, rows] += times
-        wanted["Receive", rank + mesh.stage_size, rows] += times
+        planned["Send", rank + mesh.stage_size, rows] += times
+        planned["Receive", rank + mesh.stage_size, rows] += times
     if stage > 0:
-        wanted["Receive", rank - mesh.stage_size, rows] += times
-        wanted["Send", rank - mesh.stage_size, rows] += times
+        planned["Receive", rank - mesh.stage_size, rows] += times
+        planned["Send", rank - mesh.stage_size, rows] += times
     if sends_words(config) and stage in (0, last):
         part = computed_slices_of(WORDS, compiled.parameters[WORDS], mesh, rank)
         words = math.prod(slices_shape(part)) * BYTES["Float32"]
         other = rank + (last if stage == 0 else -last) * mesh.stage_size
         again = times if config.parallel.optimizer_parallel else 1
-        wanted["Send", other, words] += again
-        wanted["Receive", other, words] += again
-    found = Counter((c.kind, c.ranks[0], c.bytes) for c in compiled.collectives if c.kind in POINT_TO_POINT)
-    for key in sorted(wanted.keys() | found.keys()):
-        if wanted[key] != found[key]:
+        planned["Send", other, words] += again
+        planned["Receive", other, words] += again
+    actual = Counter((c.kind, c.ranks[0], c.bytes) for c in compiled.collectives if c.kind in POINT_TO_POINT)
+    for key in sorted(planned.keys() | actual.keys()):
+        if planned[key] != actual[key]:
             kind, other, size = key
-            yield f"stage {stage} has {found[key]} {kind} of {size} bytes with rank {other} instead of {wanted[key]}"
+            yield f"stage {stage} has {actual[key]} {kind} of {size} bytes with rank {other} instead of {planned[key]}"

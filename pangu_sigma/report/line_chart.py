@@ -1,4 +1,4 @@
-"""Line charts as SVG text. Colours are CSS classes, so that one chart serves light and dark pages."""
+"""ChartLine charts as SVG text. Colours are CSS classes, so that one chart serves light and dark pages."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ LEFT, TOP, BOTTOM, RIGHT, LABELS = 50, 12, 24, 12, 118
 
 
 @dataclass(frozen=True)
-class Line:
+class ChartLine:
     """A curve: `style` holds CSS classes; `marks` draws its points with their values as tooltips."""
 
     label: str
@@ -36,7 +36,7 @@ class Chart:
     number: Callable[[float], str] | None = None
 
 
-def line_chart(lines: Sequence[Line], chart: Chart) -> str:
+def line_chart(lines: Sequence[ChartLine], chart: Chart) -> str:
     """SVG of the lines over steps. A value that is not finite breaks its line and shows as a cross at the top edge."""
     finite = [(x, y) for line in lines for x, y in line.points if _drawable(y, chart.log)]
     steps = [x for line in lines for x, _ in line.points]
@@ -137,7 +137,7 @@ def _value_scale(values: list[float], chart: Chart) -> _Scale:
     return _Scale(low - margin, high + margin, chart.height - BOTTOM, TOP)
 
 
-def _line(line: Line, x: _Scale, y: _Scale, log: bool, number: Callable[[float], str]) -> list[str]:
+def _line(line: ChartLine, x: _Scale, y: _Scale, log: bool, number: Callable[[float], str]) -> list[str]:
     parts, run, crosses = [], [], []
     runs = []
     for step, value in line.points:
@@ -165,7 +165,7 @@ def _line(line: Line, x: _Scale, y: _Scale, log: bool, number: Callable[[float],
     return parts
 
 
-def _end_labels(lines: Sequence[Line], y: _Scale, chart: Chart, right: int) -> list[str]:
+def _end_labels(lines: Sequence[ChartLine], y: _Scale, chart: Chart, right: int) -> list[str]:
     """Names beside the lines' ends, moved apart where they would overlap."""
     ends = [(y(p[-1]), line) for line in lines if (p := [b for _, b in line.points if _drawable(b, chart.log)])]
     parts, free = [], -math.inf

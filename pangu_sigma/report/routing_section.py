@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from pangu_sigma.monitor.text_tables import number
 from pangu_sigma.report.html_tables import cell, table
-from pangu_sigma.report.line_chart import Chart, Line, line_chart
+from pangu_sigma.report.line_chart import Chart, ChartLine, line_chart
 
 DRAWN_EXPERTS = 64  # a layer with more experts is in the CSV files alone
 NAMED_TOKENS = 5
@@ -51,7 +51,7 @@ def _saturation(analysis: Mapping) -> str:
     if len(analysis["steps"]) < 2:
         return "<p>Saturation compares checkpoints, and the run keeps one: checkpoint.keep says how many.</p>"
     lines = [
-        Line(
+        ChartLine(
             layer_name, [(point["step"], point["all"]) for point in measures["saturation"]], f"s{index % 8}", marks=True
         )
         for index, (layer_name, measures) in enumerate(analysis["layers"].items())

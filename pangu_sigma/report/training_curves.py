@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from pangu_sigma.report.html_tables import cell
-from pangu_sigma.report.line_chart import Chart, Line, line_chart
+from pangu_sigma.report.line_chart import Chart, ChartLine, line_chart
 from pangu_sigma.report.run_data import RunData
 from pangu_sigma.report.series import Points, dropped_by_layer, every, pick, smooth, thin
 
@@ -23,7 +23,7 @@ def loss_overview(run: RunData) -> str:
         style = f"s{index % COLOURS}" + (f" d{index // COLOURS % DASHES}" if index >= COLOURS else "")
         marks = len(run.domains) <= LABELLED and len(points) <= DRAWN_MARKS
         if points:
-            lines.append(Line(domain, points, style, marks))
+            lines.append(ChartLine(domain, points, style, marks))
     what = "Held-out loss" if held_out else "Training loss (smoothed)"
     label = f"{what} of {len(lines)} domains over the steps"
     few = len(lines) <= LABELLED
@@ -46,9 +46,12 @@ def domain_panels(run: RunData) -> str:
     for domain in run.domains:
         raw, validation = _training(run, domain), _validation(run, domain)
         level = [("unigram model", unigram[domain])] if domain in unigram else []
-        lines = [Line("training", every(smooth(raw)), "s0"), Line("held-out", validation, "s1", _few(validation))]
+        lines = [
+            ChartLine("training", every(smooth(raw)), "s0"),
+            ChartLine("held-out", validation, "s1", _few(validation)),
+        ]
         if len(raw) > 40:  # fewer are not smoothed
-            lines.insert(0, Line("training, each record", thin(raw), "s0 raw"))
+            lines.insert(0, ChartLine("training, each record", thin(raw), "s0 raw"))
         last = f", last held-out value {validation[-1][1]:.3f}" if validation else ""
         chart = Chart(f"Loss of domain {domain} over the steps{last}", levels=level)
         panels.append(f'<div class="card"><h3>{cell(domain)}</h3>{line_chart(lines, chart)}</div>')
@@ -79,8 +82,8 @@ def training_panels(run: RunData) -> str:
         if name == "gradient_norm" and _spread(points) > 30:
             title, chart = f"{title} (logarithmic)", Chart(chart.label, log=True)
         noisy = name in ("loss", "gradient_norm", "auxiliary_loss", "tokens_per_second") and len(points) > 40
-        lines = [Line(title, thin(points), "s0 raw" if noisy else "s0")]
-        lines += [Line(f"{title}, smoothed", every(smooth(points)), "s0")] if noisy else []
+        lines = [ChartLine(title, thin(points), "s0 raw" if noisy else "s0")]
+        lines += [ChartLine(f"{title}, smoothed", every(smooth(points)), "s0")] if noisy else []
         panels.append(f'<div class="card"><h3>{title}</h3>{line_chart(lines, chart)}</div>')
     return "".join(panels) + _dropped(run)
 
@@ -93,7 +96,7 @@ def _dropped(run: RunData) -> str:
     if not any(value for points in curves.values() for _, value in points):
         return f'<div class="card">{title}<p>No row was dropped.</p></div>'
     styles = [f"s{i % COLOURS}" + (f" d{i // COLOURS % DASHES}" if i >= COLOURS else "") for i in range(len(curves))]
-    lines = [Line(layer, every(smooth(p)), s) for (layer, p), s in zip(curves.items(), styles, strict=True)]
+    lines = [ChartLine(layer, every(smooth(p)), s) for (layer, p), s in zip(curves.items(), styles, strict=True)]
     chart = Chart("Dropped share of rows over the steps", from_zero=True, number=lambda v: f"{100 * v:.3g} %")
     return f'<div class="card">{title}{_legend(list(zip(curves, styles, strict=True)))}{line_chart(lines, chart)}</div>'
 

@@ -77,23 +77,23 @@ class Collective:
 
 def last_graph(folder: Path) -> str:
     """The text of the last graph that was saved under a rank's folder: forward and backward in one."""
-    found = sorted(folder.glob("*_backend_pass_*.ir"), key=lambda path: int(path.stem.rsplit("_", 1)[1]))
-    if not found:
+    files = sorted(folder.glob("*_backend_pass_*.ir"), key=lambda path: int(path.stem.rsplit("_", 1)[1]))
+    if not files:
         raise DryCompileError(f"{folder} holds no graph from the end of a compilation")
-    return found[-1].read_text(encoding="utf-8")
+    return files[-1].read_text(encoding="utf-8")
 
 
 def operators(graph: str) -> Iterator[Operator]:
     """Every operator of a graph's text, in its order."""
     lines = graph.splitlines()
-    for number, line in enumerate(lines):
+    for line_index, line in enumerate(lines):
         call = _CALL.match(line)
         if call is None:
             continue
         name, kind, reads, instance, rest = call.groups()
-        types = lines[number + 1] if number + 1 < len(lines) else ""
+        types = lines[line_index + 1] if line_index + 1 < len(lines) else ""
         before, _, after = types.partition(") -> (")
-        scope = _SCOPE.search(lines[number + 2]) if number + 2 < len(lines) else None
+        scope = _SCOPE.search(lines[line_index + 2]) if line_index + 2 < len(lines) else None
         ranks = (_PEER if kind in POINT_TO_POINT else _RANKS).search(rest)
         yield Operator(
             name=name,
@@ -115,7 +115,7 @@ def collectives(graph: str) -> list[Collective]:
     """Every collective of a graph, in its order; one of a gradient stands where its forward one does."""
     everything = list(operators(graph))
     scopes = {operator.number: operator.scope for operator in everything if operator.number and not operator.backward}
-    found = []
+    results = []
     for operator in everything:
         if operator.kind not in COLLECTIVES:
             continue
@@ -125,20 +125,20 @@ def collectives(graph: str) -> list[Collective]:
         moved = operator.gives if operator.kind == "Receive" else operator.takes
         size = sum(BYTES[kind] * math.prod(shape) for kind, shape in moved)
         scope = scopes.get(operator.forward, operator.scope) if operator.backward else operator.scope
-        found.append(
+        results.append(
             Collective(
                 operator.kind, operator.ranks, size, operator.backward, scope, operator.name, operator.recomputed
             )
         )
-    return found
+    return results
 
 
-def held(graph: str) -> dict[str, tuple[int, ...]]:
+def parameter_shards(graph: str) -> dict[str, tuple[int, ...]]:
     """Parameter name -> shape of the part that this rank holds."""
     return {key: _numbers(shape) for _, _, shape, key in _PARAMETER.findall(graph) if key}
 
 
-def given(graph: str) -> list[tuple[str, tuple[int, ...]]]:
+def graph_inputs(graph: str) -> list[tuple[str, tuple[int, ...]]]:
     """(name in the graph, shape of the part that this rank gives) of every input that is no parameter, in order."""
     return [(name, _numbers(shape)) for name, _, shape, key in _PARAMETER.findall(graph) if not key]
 
@@ -157,8 +157,8 @@ def ancestors(by_name: dict[str, Operator], name: str) -> set[str]:
 
 
 def _one(pattern: re.Pattern[str], text: str) -> str | None:
-    found = pattern.search(text)
-    return found[1] if found else None
+    match = pattern.search(text)
+    return match[1] if match else None
 
 
 def _tensors(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -63,8 +63,8 @@ def run_dry(
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
         if done.returncode < 0:
             raise DryCompileError(f"the compiler was ended by signal {-done.returncode}: give it more memory or time")
-        said = next((line for line in lines if re.match(r"\w*(Error|Exception|Interrupt)\b", line)), lines[-1])
-        raise DryCompileError(f"{said} (all of it: {folder / 'log.txt'})")
+        message = next((line for line in lines if re.match(r"\w*(Error|Exception|Interrupt)\b", line)), lines[-1])
+        raise DryCompileError(f"{message} (all of it: {folder / 'log.txt'})")
     return done.stdout
 
 
@@ -78,5 +78,5 @@ def start_semi_auto(dataset_strategy: str | tuple = "full_batch", save_to: str =
 
     ms.set_context(device_target="GPU", mode=ms.GRAPH_MODE, save_graphs=2, save_graphs_path=save_to)
     init("nccl")
-    wanted = {"parallel_mode": "semi_auto_parallel", "enable_alltoall": True, "dataset_strategy": dataset_strategy}
-    ms.set_auto_parallel_context(**(wanted | context))
+    settings = {"parallel_mode": "semi_auto_parallel", "enable_alltoall": True, "dataset_strategy": dataset_strategy}
+    ms.set_auto_parallel_context(**(settings | context))

@@ -26,19 +26,19 @@ class Placed:
         """From what `placements` gave, read from JSON."""
         return cls(*map(tuple, values))
 
-    def part(self, shape: Sequence[int], place: int) -> Slices:
-        """The part of a tensor of this `shape` that the stage's rank number `place` has before its holders divide it.
+    def part(self, shape: Sequence[int], stage_rank: int) -> Slices:
+        """The part of a tensor of this `shape` that the stage's rank `stage_rank` has before its holders divide it.
         Raises ValueError where an axis does not divide."""
-        found = []
+        slices = []
         for size, cut in zip(shape, self.cuts, strict=True):
-            ways, number = 1, 0
+            shards, index = 1, 0
             if cut >= 0:
-                ways = self.devices[len(self.devices) - 1 - cut]
-                number = place // math.prod(self.devices[len(self.devices) - cut :]) % ways
-            if size % ways:
-                raise ValueError(f"an axis of {size} is not divided by {ways}")
-            found.append(slice(number * size // ways, (number + 1) * size // ways))
-        return tuple(found)
+                shards = self.devices[len(self.devices) - 1 - cut]
+                index = stage_rank // math.prod(self.devices[len(self.devices) - cut :]) % shards
+            if size % shards:
+                raise ValueError(f"an axis of {size} is not divided by {shards}")
+            slices.append(slice(index * size // shards, (index + 1) * size // shards))
+        return tuple(slices)
 
 
 def placements(cell: Any) -> dict[str, tuple[Sequence[int], ...]]:
@@ -46,10 +46,10 @@ def placements(cell: Any) -> dict[str, tuple[Sequence[int], ...]]:
     from mindspore.communication import get_group_size, get_world_rank_from_group_rank
 
     groups: dict[str, tuple[int, ...]] = {"": ()}
-    found = {}
+    placed = {}
     for name, stated in cell.parameter_layout_dict.items():
         devices, cuts, group = stated[0], stated[1], stated[5]
         if group not in groups:
             groups[group] = tuple(get_world_rank_from_group_rank(group, i) for i in range(get_group_size(group)))
-        found[name] = (devices, cuts, groups[group])
-    return found
+        placed[name] = (devices, cuts, groups[group])
+    return placed

@@ -81,8 +81,8 @@ def make_standins(folder: Path) -> Path:
 def _wanted_symbols(shared_object: Path) -> dict[str, str | None]:
     """Symbol -> version (or None) that a shared object expects from elsewhere."""
     table = subprocess.run(["objdump", "-T", shared_object], capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"\*UND\*\s+\S+[^\S\n]+(?:\(?([\w.]+)\)?[^\S\n]+)?(\S+)$", table, re.MULTILINE)
-    return {symbol: version or None for version, symbol in found}
+    symbols = re.findall(r"\*UND\*\s+\S+[^\S\n]+(?:\(?([\w.]+)\)?[^\S\n]+)?(\S+)$", table, re.MULTILINE)
+    return {symbol: version or None for version, symbol in symbols}
 
 
 def _write(root: Path, symbols: dict[str, str | None]) -> None:
@@ -94,8 +94,8 @@ def _write(root: Path, symbols: dict[str, str | None]) -> None:
         owner = next((name for name, begin in LIBRARIES if re.match(begin, symbol)), None)
         if owner is not None:
             members[owner][symbol] = version
-    for name, mine in members.items():
-        _compile(lib / name, mine, root)
+    for name, exported in members.items():
+        _compile(lib / name, exported, root)
     for alias, target in ALIASES.items():
         os.symlink(target, lib / alias)
     nvcc = binaries / "nvcc"

@@ -35,8 +35,8 @@ class CompiledDecodeLayer(nn.Cell):
     def construct(
         self, h: Tensor, queries: Tensor, positions: Tensor, keys: Tensor, values: Tensor, weights: tuple
     ) -> tuple[Tensor, Tensor, Tensor]:
-        found = self.run(h, queries, positions, keys, values, self.settings, self.epsilon, *weights)
-        return found[0], found[1], found[2]
+        outputs = self.run(h, queries, positions, keys, values, self.settings, self.epsilon, *weights)
+        return outputs[0], outputs[1], outputs[2]
 
 
 class CompiledDecodeHead(nn.Cell):

@@ -38,11 +38,11 @@ class HostKernels:
 
     def __init__(self, path: str) -> None:
         self._library = ctypes.CDLL(path)
-        pointer, whole, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+        pointer, int64, float32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
         self._adamw = self._library.pangu_sigma_adamw
-        self._adamw.argtypes, self._adamw.restype = [pointer] * 4 + [whole] + [real] * 7, None
+        self._adamw.argtypes, self._adamw.restype = [pointer] * 4 + [int64] + [float32] * 7, None
         self._square_sum = self._library.pangu_sigma_square_sum
-        self._square_sum.argtypes, self._square_sum.restype = [pointer, whole], ctypes.c_double
+        self._square_sum.argtypes, self._square_sum.restype = [pointer, int64], ctypes.c_double
 
     def adamw(self, weight, m, v, gradient, beta1, beta2, first, second, rate, epsilon, kept) -> None:
         """m = beta1 m + first g; v = beta2 v + (second g)^2; w = kept w - rate m / (sqrt(v) + epsilon), in place."""
@@ -64,10 +64,10 @@ def kernel_times(path: str) -> dict[str, tuple[int, float]]:
     """Kernel name -> (calls, seconds) of the compiled kernels since this process began."""
     ask = ctypes.CDLL(path).pangu_sigma_kernel_time
     label, calls, spent = ctypes.c_char_p(), ctypes.c_int64(), ctypes.c_int64()
-    found: dict[str, tuple[int, float]] = {}
-    while ask(len(found), ctypes.byref(label), ctypes.byref(calls), ctypes.byref(spent)):
-        found[label.value.decode()] = (calls.value, spent.value * 1e-9)
-    return found
+    times: dict[str, tuple[int, float]] = {}
+    while ask(len(times), ctypes.byref(label), ctypes.byref(calls), ctypes.byref(spent)):
+        times[label.value.decode()] = (calls.value, spent.value * 1e-9)
+    return times
 
 
 def _kernel(path: str, name: str, shapes, types) -> ops.Custom:
@@ -256,8 +256,8 @@ class CompiledFeedForward(nn.Cell):
         return self.forward(x, order, offsets, settings, *weights)
 
     def bprop(self, x: Tensor, order: Tensor, offsets: Tensor, weights: tuple, out: tuple, dout: tuple):
-        found = self.backward(x, order, offsets, self.ragged, *weights, out[1], dout[0])
-        return found[0], order, offsets, found[1 : 1 + len(weights)]
+        gradients = self.backward(x, order, offsets, self.ragged, *weights, out[1], dout[0])
+        return gradients[0], order, offsets, gradients[1 : 1 + len(weights)]
 
 
 class CompiledCombine(nn.Cell):

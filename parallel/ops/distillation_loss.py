@@ -55,8 +55,8 @@ class TiedCrossEntropyAgainst(nn.Cell):
         picked = self.pick(p, 1, labels.reshape(-1, 1)).reshape(-1)
         # As in `TiedCrossEntropy`: a tiny addition keeps log finite and lets NaN through.
         losses = -self.log(picked + 1e-37)
-        apart = self.sum(self.mul(q, self.sub(previous, logits)), -1)
-        divergence = self.sub(self.add(apart, log_total), previous_log_total).reshape(-1)
+        cross_term = self.sum(self.mul(q, self.sub(previous, logits)), -1)
+        divergence = self.sub(self.add(cross_term, log_total), previous_log_total).reshape(-1)
         return losses, divergence, p, q
 
     def bprop(
@@ -65,9 +65,9 @@ class TiedCrossEntropyAgainst(nn.Cell):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         _, _, p, q = out
         to_label, to_previous = dout[0].reshape(-1, 1), dout[1].reshape(-1, 1)
-        apart = self.sub(self.mul(p, self.add(to_label, to_previous)), self.mul(q, to_previous))
+        dlogits = self.sub(self.mul(p, self.add(to_label, to_previous)), self.mul(q, to_previous))
         weight = self.product(to_label, ops.ones((1, h.shape[1]), ms.float32))
-        dh = self.sub(self.product(apart, table), self.mul(self.rows(table, labels, 0), weight))
+        dh = self.sub(self.product(dlogits, table), self.mul(self.rows(table, labels, 0), weight))
         by_label = self.sum_by_label(self.mul(h, weight), labels, table.shape[0])
-        dtable = self.sub(self.by_transposed(apart, h), by_label)
+        dtable = self.sub(self.by_transposed(dlogits, h), by_label)
         return dh, dtable, labels, ops.zeros_like(previous)

@@ -45,8 +45,8 @@ class ComposedGroupedProduct(nn.Cell):
         result, start = 0.0, 0
         for i in range(weights.shape[0]):
             inside = ops.logical_and(index >= start, index < ends[i])
-            mine = self.mul(rows, self.cast(inside, rows.dtype).reshape(-1, 1))
-            result = result + self.product(mine, weights[i])
+            expert_rows = self.mul(rows, self.cast(inside, rows.dtype).reshape(-1, 1))
+            result = result + self.product(expert_rows, weights[i])
             start = ends[i]
         return result
 

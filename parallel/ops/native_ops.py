@@ -53,9 +53,9 @@ class NativeLinear(nn.Cell):
 class NativeLookup(nn.Cell):
     """table_VD[ids_T]; `cut` says how V is cut: each rank looks up its own ids, and the rows are summed."""
 
-    def __init__(self, layout: Layout, cut: AxisSpec = 1) -> None:
+    def __init__(self, layout: Layout, vocabulary: AxisSpec = 1) -> None:
         super().__init__()
-        self.rows = layout(ops.Gather(), (cut, 1), ("rows",))
+        self.rows = layout(ops.Gather(), (vocabulary, 1), ("rows",))
 
     def construct(self, table: Tensor, ids: Tensor) -> Tensor:
         return self.rows(table, ids, 0)
@@ -70,16 +70,16 @@ class NativeCrossEntropy(nn.Cell):
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
-        whole, cut = ("rows", 1), ("rows", "tensor")
-        self.logits = layout(ops.MatMul(transpose_b=True), whole, ("tensor", 1))
-        self.largest = layout(ops.ReduceMax(keep_dims=True), cut)
-        self.below = layout(ops.Sub(), cut, whole)
-        self.exp = layout(ops.Exp(), cut)
-        self.sum = layout(ops.ReduceSum(keep_dims=True), cut)
-        self.log = layout(ops.Log(), whole)
-        self.one_hot = layout(ops.OneHot(), cut, (), ())
-        self.pick = layout(ops.Mul(), cut, cut)
-        self.minus = layout(ops.Sub(), whole, whole)
+        unsharded, sharded = ("rows", 1), ("rows", "tensor")
+        self.logits = layout(ops.MatMul(transpose_b=True), unsharded, ("tensor", 1))
+        self.largest = layout(ops.ReduceMax(keep_dims=True), sharded)
+        self.below = layout(ops.Sub(), sharded, unsharded)
+        self.exp = layout(ops.Exp(), sharded)
+        self.sum = layout(ops.ReduceSum(keep_dims=True), sharded)
+        self.log = layout(ops.Log(), unsharded)
+        self.one_hot = layout(ops.OneHot(), sharded, (), ())
+        self.pick = layout(ops.Mul(), sharded, sharded)
+        self.minus = layout(ops.Sub(), unsharded, unsharded)
         self.reshape = ops.Reshape()
         self.on, self.off = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
 

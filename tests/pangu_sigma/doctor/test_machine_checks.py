@@ -90,7 +90,7 @@ def test_a_driver_without_devices_is_a_container_that_was_not_given_any(machine)
     ("second", "status"), [(4.9, Status.passed), (5.1, Status.failed), (float("nan"), Status.failed)]
 )
 def test_a_step_that_does_not_lower_the_loss_fails(second, status):
-    done = check_processes.Ended([{"losses": [5.0, second], "norms": [1.0, 1.0], "seconds": [9.0, 0.1]}])
+    done = check_processes.ProcessResult([{"losses": [5.0, second], "norms": [1.0, 1.0], "seconds": [9.0, 0.1]}])
     assert machine_checks.cpu_step(done).status is status
 
 
@@ -98,13 +98,13 @@ def test_a_step_that_does_not_lower_the_loss_fails(second, status):
     ("loss", "status"), [(5.001, Status.passed), (5.1, Status.failed), (float("nan"), Status.failed)]
 )
 def test_a_device_with_other_numbers_than_the_cpu_fails(machine, loss, status):
-    def step(device: str, kernels: str) -> check_processes.Ended:
+    def step(device: str, kernels: str) -> check_processes.ProcessResult:
         losses = [5.0, 4.9] if device == "CPU" else [loss, 4.9]
-        return check_processes.Ended([{"losses": losses, "norms": [1.0, 1.0], "seconds": [9.0, 0.1]}])
+        return check_processes.ProcessResult([{"losses": losses, "norms": [1.0, 1.0], "seconds": [9.0, 0.1]}])
 
     assert machine_checks.npu_step(step, look(machine)).status is status
     broken = machine_checks.npu_step(
-        lambda device, kernels: check_processes.Ended([], "RuntimeError: no device"), look(machine)
+        lambda device, kernels: check_processes.ProcessResult([], "RuntimeError: no device"), look(machine)
     )
     assert broken.status is Status.failed and broken.found == "RuntimeError: no device"
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from pangu_sigma.report.expert_load_map import over_mean
-from pangu_sigma.report.line_chart import Chart, Line, line_chart, tick
+from pangu_sigma.report.line_chart import Chart, ChartLine, line_chart, tick
 from pangu_sigma.report.series import dropped_by_layer, every, expert_loads, smooth, thin
 
 
@@ -58,14 +58,14 @@ def test_axis_numbers():
     "values", [[1.0], [0.0], [2.0, 2.0], [1e-9, 1e9], [-3.0, 5.0], [math.nan], [math.inf, 1.0, -math.inf], [1e300, 1.0]]
 )
 def test_any_values_make_a_chart_within_its_frame(values, log):
-    svg = line_chart([Line("x", list(enumerate(values)), marks=True)], Chart("x", log=log, end_labels=True))
+    svg = line_chart([ChartLine("x", list(enumerate(values)), marks=True)], Chart("x", log=log, end_labels=True))
     assert svg.startswith("<svg") and svg.endswith("</svg>")
     numbers = [float(part.split('"')[0]) for name in (' cx="', ' cy="', ' y1="') for part in svg.split(name)[1:]]
     assert all(0 <= n <= 380 for n in numbers)
 
 
 def test_many_names_at_the_ends_do_not_overlap():
-    lines = [Line(f"d{i}", [(0, 5.0), (10, 3.0 + i / 1000)]) for i in range(8)]
+    lines = [ChartLine(f"d{i}", [(0, 5.0), (10, 3.0 + i / 1000)]) for i in range(8)]
     svg = line_chart(lines, Chart("x", end_labels=True))
     heights = sorted(float(part.split(' y="')[1].split('"')[0]) for part in svg.split('<text class="end')[1:])
     assert all(b - a >= 12 for a, b in zip(heights, heights[1:], strict=False)) and heights[-1] <= 216

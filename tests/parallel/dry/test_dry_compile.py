@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.dry.compiled_graph import collectives, held, last_graph
+from parallel.dry.compiled_graph import collectives, last_graph, parameter_shards
 from parallel.dry.dry_process import run_dry
 from parallel.dry.stand_in_libraries import DryCompileError
 from parallel.mesh import Mesh
@@ -37,7 +37,7 @@ def test_experts_are_cut_and_rows_travel_inside_their_group(folder, numbers):
     run_dry([str(LAYER), json.dumps({"mesh": numbers, **SIZES})], place, mesh.size)
     graph = last_graph(place / "graphs" / "rank_0")
     experts, inner = SIZES["slots"] // mesh.expert, SIZES["inner"] // mesh.tensor
-    parts = held(graph)
+    parts = parameter_shards(graph)
     assert parts["up"] == (experts, 32, inner) and parts["down"] == (experts, inner, 32)
     assert parts["up_bias"] == (experts, inner) and parts["down_bias"] == (experts, 32)
     exchanges = [c for c in collectives(graph) if c.kind == "AlltoAll"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pangu_sigma.config import load_config
-from parallel.dry.compiled_graph import collectives, held, last_graph
+from parallel.dry.compiled_graph import collectives, last_graph, parameter_shards
 from parallel.dry.dry_process import run_dry
 
 CONFIGS = Path(__file__).parents[4] / "configs"
@@ -61,7 +61,7 @@ def test_a_rank_of_a_stage_has_its_parts_of_its_own_layers(tmp_path, stage, over
         if name not in experts:
             assert found[f"moment optimizer.m.{name}"].shape == found[f"value {name}"].shape
     graph = last_graph(folder / "graphs" / f"rank_{rank}")
-    held_here = held(graph)
+    held_here = parameter_shards(graph)
     # What the graph has is what the rank holds, beside sums of gradients and a word table that is received.
     beside = {n for n in held_here if not n.startswith("accu_grads.")} - set(names)
     assert beside <= {"embedding.word"} and (stage == 1 or not beside)
@@ -88,7 +88,7 @@ def test_a_rank_has_its_parts_of_everything(tmp_path, name, rank, overrides):
     for graphs, travels in (("graphs", 4), ("frozen", 3), ("evaluation", 2)):
         graph = last_graph(folder / graphs / f"rank_{rank}")
         # Later graphs find the parts that the first one made, and exchange rows between the same ranks.
-        parts = {n: shape for n, shape in held(graph).items() if n in names}
+        parts = {n: shape for n, shape in parameter_shards(graph).items() if n in names}
         assert parts and all(shape == found[f"value {n}"].shape for n, shape in parts.items())
         exchanges = [c for c in collectives(graph) if c.kind == "AlltoAll"]
         assert len(exchanges) == travels and len({c.ranks for c in exchanges}) == 1
