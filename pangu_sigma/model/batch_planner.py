@@ -1,4 +1,5 @@
-"""From a batch to the graph's inputs: positions, segments and the routing of every sparse layer, all in NumPy.
+"""Batch planner: from a batch to a graph's inputs: positions, segments and the routing of every sparse layer, all in
+NumPy.
 
 This runs ahead of the step in the reading thread; only the tensors and the experts' weights are made by the step.
 """
@@ -26,7 +27,8 @@ from rre.store import ExpertStore
 
 @dataclass(frozen=True)
 class ReservedRowsPlan:
-    """A plan of reserved rows: `experts` [N] are the slots' owners, `counts` [N] the rows that they take."""
+    """Dispatch plan of a layer whose slots have reserved rows (capacity dispatch): `experts` [N] are the slots' owners,
+    `counts` [N] the rows that they take."""
 
     experts: np.ndarray
     counts: np.ndarray
@@ -35,7 +37,7 @@ class ReservedRowsPlan:
 
 @dataclass(frozen=True)
 class RoutedBatch:
-    """Everything a graph needs of one micro-batch of B samples and S positions.
+    """One micro-batch of B samples and S positions with its routing: everything a graph needs of it.
 
     `step`: the data's, which a skipped or rolled back optimizer step does not turn back.
     tokens, labels, positions, segments int32 [B, S]; mask float32 [B, S] (0 where a label does not count); domain and
@@ -97,7 +99,8 @@ class RoutedBatch:
 
 
 class BatchPlanner:
-    """Plans batches for one graph. `exact` cuts rows into fixed blocks (evaluation), else one slot per expert.
+    """Routes and packs batches for one graph. `exact` cuts rows into fixed blocks (evaluation), else one slot per
+    expert.
 
     Several processes cut a micro-batch into equal runs, one each. `reads`: the rows of it that this process looks at:
     its own, and where a table says outside the graph which expert a token goes to, also those of the processes whose
@@ -116,7 +119,8 @@ class BatchPlanner:
         if self.model.processes.size == 1:
             return np.arange(size), slice(None)
         if self.model.layout.spmd_mesh:
-            # The signature is of the whole batch. Whoever holds a slot must know all rows that may ask for it.
+            # The signature is of the global batch. Each rank needs the token ids of its placement group, to know which
+            # rows its experts will receive.
             size, row = size // mesh.rows, mesh.row_rank(rank)
             seen = range(row, row + 1) if self.model.learned else mesh.placement_rows(rank)
             first = row - seen.start
@@ -149,7 +153,7 @@ class BatchPlanner:
         mask = None if mask is None else mask[self.own]
         padding = None if padding is None else padding[self.own]
         inputs = seen[self.own]
-        held, total = self.model.local_experts, self.model.groups.total
+        local_experts, total = self.model.local_experts, self.model.groups.total
         positions, segments = positions_and_segments(inputs, self.model.eod_id)
         plans: list[DispatchPlan | None] = []
         noise: list[np.ndarray | None] = []
@@ -162,14 +166,15 @@ class BatchPlanner:
                 continue
             ids, lost = self._assigned(router, seen, owners, step, samples, filling)
             np.add.at(dropped[layer], domain, lost[self.own].sum(axis=1))
-            mine = ids.reshape(len(seen), -1)[self.own]
-            load[layer] = np.bincount(mine[mine != DROPPED], minlength=total)
+            own_ids = ids.reshape(len(seen), -1)[self.own]
+            load[layer] = np.bincount(own_ids[own_ids != DROPPED], minlength=total)
             if layer_signature.capacity_spec is not None:
                 plans.append(self._placed(ids, layer_signature, None if present is None else present[layer]))
                 noise.append(None)
                 continue
-            if len(held) < total:
-                ids = np.where((ids >= held.start) & (ids < held.stop), ids - held.start, DROPPED)
+            if len(local_experts) < total:
+                is_local = (ids >= local_experts.start) & (ids < local_experts.stop)
+                ids = np.where(is_local, ids - local_experts.start, DROPPED)
             if self.training and self.model.store.all_resident:
                 plans.append(plan_by_expert(ids, np.arange(layer_signature.slots)))
             elif self.training:
@@ -202,11 +207,11 @@ class BatchPlanner:
         self, tokens: np.ndarray, domain: np.ndarray, sample: np.ndarray, step: int, padding: np.ndarray | None = None
     ) -> list[np.ndarray]:
         """The experts of each sparse layer to which a table sends these rows, ascending."""
-        seen, found = np.ascontiguousarray(tokens[:, :-1]), []
+        seen, present = np.ascontiguousarray(tokens[:, :-1]), []
         for router in self.model.routers:
             ids, _ = self._assigned(router, seen, domain, step, sample, padding)
-            found.append(np.unique(ids[ids != DROPPED]))
-        return found
+            present.append(np.unique(ids[ids != DROPPED]))
+        return present
 
     def _assigned(
         self, router: Router, seen: np.ndarray, owners: np.ndarray, step: int, samples: np.ndarray,
@@ -231,15 +236,15 @@ class BatchPlanner:
         of_expert[present] = slots
         experts = capacity_spec.idle_experts(total)
         experts[slots] = present
-        wanted = of_expert[ids]
-        counts = np.bincount(wanted[wanted >= 0], minlength=layer_signature.slots)
-        own, shards, processes = wanted, None, self.model.processes
+        slot_ids = of_expert[ids]
+        counts = np.bincount(slot_ids[slot_ids >= 0], minlength=layer_signature.slots)
+        own, shards, processes = slot_ids, None, self.model.processes
         if processes.size > 1:
             row = processes.mesh.row_rank(processes.rank)
-            own, shards = wanted.reshape(self.reads.size, -1)[self.own].reshape(-1, ids.shape[1]), range(row, row + 1)
+            own, shards = slot_ids.reshape(self.reads.size, -1)[self.own].reshape(-1, ids.shape[1]), range(row, row + 1)
         if self.training and layer_signature.name in self.model.layer_names:
-            mine = capacity_spec.by_chunk(self.signature.expert_part).reshape(-1)
-            self.model.store.prefetch(layer_signature.name, self.signature.stored(experts[mine]))
+            local_slots = capacity_spec.by_chunk(self.signature.expert_part).reshape(-1)
+            self.model.store.prefetch(layer_signature.name, self.signature.stored(experts[local_slots]))
         return ReservedRowsPlan(experts, counts, plan_by_capacity(own, capacity_spec, shards))
 
     def _keys(self, step: int, sample: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Build a model from its configuration: routing tables, routers, expert store and the network itself."""
+"""Model builder: from a configuration to routing tables, routers, expert store and network."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def chosen_kernels(config: Config) -> str | None:
     """The path of the compiled CPU kernels if this run uses them: they compute in float32. Raises UserError."""
     if config.run.kernels == "composed" or config.run.device != "CPU":
         return None
-    found = library()
-    if config.run.kernels == "compiled" and (found is None or config.train.precision != "float32"):
+    path = library()
+    if config.run.kernels == "compiled" and (path is None or config.train.precision != "float32"):
         raise UserError(
             "run.kernels is compiled, which needs train.precision=float32 and an installation that built them with gcc;"
             " set run.kernels=auto"
         )
-    return found if config.train.precision == "float32" else None
+    return path if config.train.precision == "float32" else None
 
 
 def chosen_layout(config: Config) -> Layout:
@@ -149,8 +149,8 @@ def routed_model(
     model = config.model
     owned = [tables[layer_name] if model.router_spec.tables else None for layer_name in layer_names]
     routers = [
-        ROUTERS[model.router].build(_router_options(config, groups, layout, layer, mine, exchange))
-        for layer, mine in enumerate(owned)
+        ROUTERS[model.router].build(_router_options(config, groups, layout, layer, layer_tables, exchange))
+        for layer, layer_tables in enumerate(owned)
     ]
     return Model(
         config=config,
@@ -250,6 +250,6 @@ def _initialise_experts(built: Model) -> None:
     """Normal(init_std), matrices that end in the residual stream scaled by 1 / sqrt(2 L) (PanGu-alpha's own code)."""
     model, seed = built.config.model, built.config.run.seed
     std = {name: model.init_std for name in model.expert_network.tensors if name.endswith(".weight")}
-    held = dict.fromkeys(model.sparse_prefixes, built.local_experts)
+    local_experts = dict.fromkeys(model.sparse_prefixes, built.local_experts)
     std |= {"down.weight": model.residual_std, "word": model.init_std}
-    built.store.initialise(seed, std, held, model.init_cutoff, built.expert_shards)
+    built.store.initialise(seed, std, local_experts, model.init_cutoff, built.expert_shards)

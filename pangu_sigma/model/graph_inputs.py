@@ -1,4 +1,4 @@
-"""The order of the graph's variable inputs: embedding slots, then per sparse layer its routing and its experts.
+"""Order of a graph's inputs: domains' word embeddings, then per sparse layer its routing and its experts' weights.
 
 One graph takes all of them flat, because only flat inputs can be differentiated one by one and given dynamic lengths.
 """
@@ -19,7 +19,7 @@ from rre.feed_forward_spec import FeedForwardSpec
 
 @dataclass(frozen=True)
 class LayerSignature:
-    """Inputs of one sparse layer: `slots` experts of `network`, and what its router takes from outside the graph.
+    """Graph inputs of one sparse layer: `slots` experts of `network`, and what its router takes from outside the graph.
 
     `noise`: shape of a learned gate's noise, () = none. `capacity_spec`: the static shapes of a graph that is cut over
     a mesh, whose slots' weights come stacked; a learned gate's slots are the experts in their order.
@@ -65,7 +65,7 @@ class LayerSignature:
 
 @dataclass(frozen=True)
 class GraphSignature:
-    """All variable inputs of a graph over `batch` x `length` tokens.
+    """Signature of a graph over `batch` x `length` tokens: all its variable inputs, packed flat in one order.
 
     `num_exchange_ranks`: processes whose rows meet at this one's experts; the plan of a table router is of all their
     tokens. Of an SPMD graph: the `expert_part` whose slots this process fills, and its `local_experts` for them; None
@@ -90,12 +90,13 @@ class GraphSignature:
     @property
     def bounds(self) -> tuple[tuple[int, int, int], ...]:
         """Per sparse layer: where its routing starts, where its weights start, where they end in `flat`."""
-        found = []
-        at = 0 if self.domain_embedding_shape is None else 1
+        bounds = []
+        start = 0 if self.domain_embedding_shape is None else 1
         for layer_signature in self.layers:
-            found.append((at, at + layer_signature.routing, at + layer_signature.routing + layer_signature.weights))
-            at = found[-1][2]
-        return tuple(found)
+            weights_start = start + layer_signature.routing
+            bounds.append((start, weights_start, weights_start + layer_signature.weights))
+            start = bounds[-1][2]
+        return tuple(bounds)
 
     @property
     def differentiated(self) -> tuple[int, ...]:

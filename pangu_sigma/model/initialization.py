@@ -1,4 +1,4 @@
-"""How shared parameters begin; no framework is needed for it.
+"""Initialisation of shared parameters, in NumPy.
 
 Normal(init_std), matrices that end in the residual stream scaled by 1 / sqrt(2 L) (PanGu-alpha's own code). With
 `init_cutoff` values beyond so many standard deviations are drawn again, and without `init_scale_residual` no matrix

@@ -1,4 +1,5 @@
-"""A built model, what a process holds of it, and the inputs that its graphs take."""
+"""Built model of one process: network, expert store, routing tables, its share of the experts, and the signatures of
+its graphs."""
 
 from __future__ import annotations
 

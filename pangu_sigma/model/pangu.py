@@ -1,6 +1,6 @@
-"""PanGu-Sigma: PanGu-alpha's backbone whose top layers are sparse, in MindSpore cells.
+"""PanGu-Sigma's network: PanGu-alpha's backbone whose top layers are sparse, in MindSpore cells.
 
-Data flow: word + position embedding -> blocks -> backbone norm -> query layer -> tied head. Expert weights are inputs
+Data flow: word + position embedding -> blocks -> backbone norm -> query layer -> head. Expert weights are inputs
 (`flat`), because they live in an expert store; everything else is a parameter.
 
 Legend: B samples, S positions, T = B*S rows, D hidden width, V vocabulary, N expert slots of a sparse layer.
@@ -42,7 +42,8 @@ NAMES_WITHOUT_CELLS = {
 
 
 class Embedding(nn.Cell):
-    """The tables under the backbone, as parts; their parameters are called word, position and query."""
+    """Input embeddings: words, positions and the query layer's queries; their parameters are called word, position and
+    query."""
 
     def __init__(self, model: ModelConfig, vocab: int, layout: Layout) -> None:
         super().__init__()
@@ -57,7 +58,8 @@ class Embedding(nn.Cell):
 
 
 class PanGuSigma(nn.Cell):
-    """tokens, positions, segments int32 [B, S], domain int32 [B], dropout keys int32 [B], flat -> (h_TD, aux, counts).
+    """The network under the head: tokens, positions, segments int32 [B, S], domain int32 [B], dropout keys int32 [B],
+    flat -> (h_TD, aux, counts).
 
     `aux` is the sum of the sparse layers' auxiliary losses, `counts` the rows [B, E + 1] of each sparse layer with a
     learned gate (see `rre.routers.router.Router`). `flat` follows `GraphSignature`. `h` is for `head` alone: under a
@@ -117,8 +119,8 @@ class PanGuSigma(nn.Cell):
             self.head = MixtureHead(self.head, routers[0].choices, layout)
         for parameter in self.trainable_params():
             # A tensor's name does not tell which part's cell holds it, so a part can be exchanged under a checkpoint.
-            for held, plain in NAMES_WITHOUT_CELLS.items():
-                parameter.name = parameter.name.replace(held, plain)
+            for with_cell, plain in NAMES_WITHOUT_CELLS.items():
+                parameter.name = parameter.name.replace(with_cell, plain)
 
     def construct(
         self, tokens: Tensor, positions: Tensor, segments: Tensor, domain: Tensor, keys: Tensor, bounds: tuple,
@@ -128,35 +130,36 @@ class PanGuSigma(nn.Cell):
         flat_positions = positions.reshape(-1)
         h = self.embedding(tokens, flat_positions, domain, self.word_table(flat))
         h = self.embedding_dropout(h, keys)
-        turns = self.embedding.positions.turns(flat_positions)
+        cos_sin = self.embedding.positions.cos_sin(flat_positions)
         auxiliary = Tensor(0.0, ms.float32)
         counts = ()
         for i, block in enumerate(self.blocks):
             sparse_index = self.sparse_index_of_block[i]
             routing, weights = self.inputs_of(flat, bounds, sparse_index)
-            h, extra, rows = block(h, None, masks, turns, keys, routing, weights)
+            h, layer_auxiliary, rows = block(h, None, masks, cos_sin, keys, routing, weights)
             if sparse_index >= 0:
-                auxiliary = auxiliary + extra
+                auxiliary = auxiliary + layer_auxiliary
                 counts = counts + (rows,)
         h = self.norm(h)
         if self.has_query_layer:
             queries = self.embedding.queries(flat_positions)
             routing, weights = self.inputs_of(flat, bounds, self.sparse_index_of_query)
-            h, extra, rows = self.query_layer(h, queries, masks, turns, keys, routing, weights)
+            h, layer_auxiliary, rows = self.query_layer(h, queries, masks, cos_sin, keys, routing, weights)
             if self.sparse_index_of_query >= 0:
-                auxiliary = auxiliary + extra
+                auxiliary = auxiliary + layer_auxiliary
                 counts = counts + (rows,)
         if self.pools:
             auxiliary = self.pool(auxiliary)
         return h, auxiliary, counts
 
     def recompute_blocks(self) -> None:
-        """From now on the blocks' activations are computed again for the gradient instead of kept."""
+        """Activation recomputation: from now on the blocks' activations are computed again for the gradient."""
         for block in self.blocks:
             block.recompute()
 
     def set_stages(self, mesh: Mesh) -> None:
-        """From now on each layer belongs to its pipeline stage of `mesh`; tables to the first, head to the last."""
+        """Pipeline parallelism: from now on each layer belongs to its stage of `mesh`; tables to the first, head to the
+        last."""
         last = mesh.pipeline - 1
         self.embedding.pipeline_stage = 0
         for index, block in enumerate(self.blocks):
@@ -177,7 +180,7 @@ class PanGuSigma(nn.Cell):
         return None if self.untied or self.embedding.words.per_domain else self.embedding.words.word
 
     def gate(self, layer_name: str) -> nn.Cell:
-        """The router's part of a sparse layer, `blocks.{i}` or `query_layer`."""
+        """The gate of a sparse layer, `blocks.{i}` or `query_layer`."""
         layer = self.query_layer if layer_name == "query_layer" else self.blocks[int(layer_name.rsplit(".", 1)[-1])]
         return layer.feed_forward.router
 
@@ -199,7 +202,8 @@ class PanGuSigma(nn.Cell):
 
 
 class TrainingLoss(nn.Cell):
-    """The objective of one micro-batch: sum over tokens of weight * loss, plus `auxiliary_weight` * auxiliary loss.
+    """Training objective of one micro-batch: sum over tokens of weight * loss, plus `auxiliary_weight` * auxiliary
+    loss.
 
     labels int32 [B, S], weights float32 [B, S] (mask / tokens of the step * loss scale). Returns (objective, loss sums
     per sample [B] over tokens of positive weight, auxiliary loss, kept rows).
@@ -237,7 +241,8 @@ class TrainingLoss(nn.Cell):
 
 
 class TokenLosses(nn.Cell):
-    """tokens, labels, positions, segments [B, S], domain, keys [B], flat -> -log p(label) float32 [B, S], in nats."""
+    """Token losses: tokens, labels, positions, segments [B, S], domain, keys [B], flat -> -log p(label) float32 [B, S],
+    in nats."""
 
     def __init__(self, net: PanGuSigma, signature: GraphSignature | None = None) -> None:
         super().__init__(auto_prefix=False)
@@ -253,7 +258,7 @@ class TokenLosses(nn.Cell):
 
 
 class Logits(nn.Cell):
-    """tokens, positions, segments [B, S], domain, keys [B], flat -> logits float32 [B, S, V]."""
+    """Next-token logits: tokens, positions, segments [B, S], domain, keys [B], flat -> logits float32 [B, S, V]."""
 
     def __init__(self, net: PanGuSigma, signature: GraphSignature | None = None) -> None:
         super().__init__(auto_prefix=False)

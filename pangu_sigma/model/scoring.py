@@ -1,4 +1,4 @@
-"""A model that only reads: losses and logits of given token rows, as evaluation and generation compute them."""
+"""Scorer: token losses and logits of given rows, as evaluation and generation compute them, without gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _INPUTS = ("tokens", "positions", "segments", "domain", "keys")
 
 
 class Scorer:
-    """Evaluates rows of S + 1 tokens, `rows` at a time, which belong to at most `domains` domains.
+    """Forward passes for evaluation: scores rows of S + 1 tokens, `rows` at a time, which belong to at most `domains`
+    domains.
 
     Nothing is dropped, routing follows the tables and rows are cut into fixed blocks, so a row's figures do not depend
     on what stands in the others. A graph is compiled when it is first asked for.

@@ -1,4 +1,4 @@
-"""Between a live model and a checkpoint: which tensor has which name, in both directions."""
+"""State dict: a live model's tensors under their checkpoint names, and back into a model."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 def domain_tensors(model: Model, optimizer_state: bool) -> dict[str, np.ndarray]:
     """Every domain's tensors by checkpoint name; the arrays are views of the store's tables, nothing is copied."""
     store, groups = model.store, model.groups
-    found: dict[str, np.ndarray] = {}
+    tensors: dict[str, np.ndarray] = {}
     for kind, layer_name, name, table in store.tables():
         if kind != "weight" and not optimizer_state:
             continue
-        for number, domain in enumerate(groups.names):
+        for domain_id, domain in enumerate(groups.names):
             checkpoint_name = _expert_tensor(domain, kind, layer_name, name)
-            found[checkpoint_name] = table[number] if layer_name == DOMAIN_EMBEDDING else table[groups.of(domain)]
+            tensors[checkpoint_name] = table[domain_id] if layer_name == DOMAIN_EMBEDDING else table[groups.of(domain)]
     for layer_name, by_domain in model.tables.items():
         for domain, table in by_domain.items():
-            found[table_name(domain, layer_name)] = table
+            tensors[table_name(domain, layer_name)] = table
     if optimizer_state:
         for layer_name, steps in store.steps.items():
-            for number, domain in enumerate(groups.names):
-                mine = steps[number : number + 1] if layer_name == DOMAIN_EMBEDDING else steps[groups.of(domain)]
-                found[f"domains.{domain}.optimizer.steps.{layer_name}"] = mine
-    return found
+            for domain_id, domain in enumerate(groups.names):
+                rows = slice(domain_id, domain_id + 1) if layer_name == DOMAIN_EMBEDDING else groups.of(domain)
+                tensors[f"domains.{domain}.optimizer.steps.{layer_name}"] = steps[rows]
+    return tensors
 
 
 def table_name(owner: str, layer_name: str) -> str:
@@ -115,9 +115,9 @@ def _shared_parts(model: Model, optimizer: Optimizer | None) -> dict[str, Sharde
     parts: dict[str, ShardedTensor] = {}
     for turn, (name, owner) in enumerate(sorted(names.items())):
         holders = shared.storing_ranks(owner) or range(processes.size)
-        mine = holders[turn % len(holders)] == processes.rank
+        writes = holders[turn % len(holders)] == processes.rank
         begin = tuple(axis.start for axis in shared.stored_slices(owner))
-        pieces = (TensorShard(begin, values[name]),) if mine else ()
+        pieces = (TensorShard(begin, values[name]),) if writes else ()
         parts[name] = ShardedTensor(shared.shapes[owner], np.dtype(np.float32), pieces)
     common = {
         table_name(o, layer_name): table
@@ -155,17 +155,17 @@ def _elsewhere(model: Model, optimizer: Optimizer | None) -> dict[str, ShardedTe
     return parts
 
 
-def _held_of(model: Model, domain: str) -> tuple[range, slice]:
+def _local_experts_of(model: Model, domain: str) -> tuple[range, slice]:
     """A domain's experts that this process holds: positions in the domain's group, and rows of the store."""
-    group, held = model.groups.of(domain), model.local_experts
-    low, high = (bisect_left(held, bound) for bound in (group.start, group.stop))
-    mine = held[low:high]
-    return range(mine.start - group.start, mine.stop - group.start, mine.step), slice(low, high)
+    group, local_experts = model.groups.of(domain), model.local_experts
+    low, high = (bisect_left(local_experts, bound) for bound in (group.start, group.stop))
+    own = local_experts[low:high]
+    return range(own.start - group.start, own.stop - group.start, own.step), slice(low, high)
 
 
 def _runs(model: Model, domain: str) -> list[tuple[int, slice]]:
     """The same as runs of neighbours: where each begins in the group, and its rows of the store."""
-    inside, rows = _held_of(model, domain)
+    inside, rows = _local_experts_of(model, domain)
     if inside.step == 1:
         return [(inside.start, rows)] if inside else []
     return [(slot, slice(row, row + 1)) for slot, row in zip(inside, range(rows.start, rows.stop), strict=True)]
@@ -193,13 +193,13 @@ def restore_model(model: Model, tensors: Mapping[str, np.ndarray], optimizer_sta
     for kind, layer_name, name, table in store.tables():
         if kind != "weight" and not optimizer_state:
             continue
-        for number, domain in enumerate(groups.names):
+        for domain_id, domain in enumerate(groups.names):
             stored = _expert_tensor(domain, kind, layer_name, name)
             if layer_name == DOMAIN_EMBEDDING:
-                table[number][...] = _checked(tensors, stored, table[number].shape)
+                table[domain_id][...] = _checked(tensors, stored, table[domain_id].shape)
                 continue
             shard = model.expert_shards[name]
-            inside, rows = _held_of(model, domain)
+            inside, rows = _local_experts_of(model, domain)
             if inside:
                 values = _checked_rows(model, tensors, stored, shard.shape, inside)
                 store.write(kind, layer_name, name, rows, values[(slice(None), *shard.slices)])
@@ -209,12 +209,12 @@ def restore_model(model: Model, tensors: Mapping[str, np.ndarray], optimizer_sta
             table[...] = _checked(tensors, table_name(owner, layer_name), table.shape)
     if optimizer_state:
         for layer_name, steps in store.steps.items():
-            for number, domain in enumerate(groups.names):
+            for domain_id, domain in enumerate(groups.names):
                 stored = f"domains.{domain}.optimizer.steps.{layer_name}"
                 if layer_name == DOMAIN_EMBEDDING:
-                    steps[number : number + 1] = _checked(tensors, stored, (1,))
+                    steps[domain_id : domain_id + 1] = _checked(tensors, stored, (1,))
                     continue
-                inside, rows = _held_of(model, domain)
+                inside, rows = _local_experts_of(model, domain)
                 if inside:
                     steps[rows] = _checked_rows(model, tensors, stored, (), inside)
 
@@ -255,9 +255,9 @@ def _missing(name: str) -> UserError:
     return UserError(f"the checkpoint has no tensor {name}: use the configuration that it was saved with")
 
 
-def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    if tuple(found) != tuple(wanted):
+def _check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if tuple(shape) != tuple(expected):
         raise UserError(
-            f"the checkpoint's tensor {name} is {tuple(found)} where this configuration needs {tuple(wanted)}: "
+            f"the checkpoint's tensor {name} is {tuple(shape)} where this configuration needs {tuple(expected)}: "
             "use the configuration that it was saved with"
         )

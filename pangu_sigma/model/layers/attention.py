@@ -1,6 +1,8 @@
-"""Causal multi-head attention, cut into query chunks so that the masked half of the score matrix is not computed.
+"""Causal multi-head attention. On CPU it is computed in query chunks, so that the masked half of the score matrix is
+skipped.
 
-Legend: B samples, S positions, T = B*S rows, D hidden width, H heads, W = D/H head width, C query chunks.
+Legend: B samples, S positions, T = B*S rows, D hidden width, H heads, W = D/H head width, C query chunks; q queries of
+a chunk, k keys that they see.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ def chunk_count(length: int) -> int:
 
 
 class CausalMask(nn.Cell):
-    """segments [B, S] -> C additive masks [B, H, S/C, visible keys]: 0 where key <= query in one document.
+    """Additive attention masks of packed documents: segments [B, S] -> C masks [B, H, q, k], 0 where key <= query in
+    one document, `MASKED_SCORE` elsewhere.
 
     Built once per step and shared by all layers, at the full shape, because adding over equal shapes is several times
     as fast as a broadcast on CPU.
@@ -52,8 +55,8 @@ class CausalMask(nn.Cell):
             columns = ops.arange(end).reshape(1, 1, end)
             same = ops.equal(segments[:, start:end].reshape(batch, size, 1), segments[:, :end].reshape(batch, 1, end))
             visible = ops.logical_and(same, ops.less_equal(columns, rows))
-            mask = (ops.cast(visible, ms.float32) - 1.0) * (-MASKED_SCORE)
-            masks = masks + (ops.BroadcastTo((batch, self.heads, size, end))(mask.reshape(batch, 1, size, end)),)
+            mask_Bqk = (ops.cast(visible, ms.float32) - 1.0) * (-MASKED_SCORE)
+            masks = masks + (ops.BroadcastTo((batch, self.heads, size, end))(mask_Bqk.reshape(batch, 1, size, end)),)
         return masks
 
 
@@ -68,134 +71,146 @@ class ScaledDotProduct(nn.Cell):
         super().__init__()
         self.compute = compute
         four = (1, 1, 1, 1)
-        self.by_transposed = layout(ops.BatchMatMul(transpose_b=True), four, four)
-        self.product = layout(ops.BatchMatMul(), four, four)
-        self.transposed_by = layout(ops.BatchMatMul(transpose_a=True), four, four)
+        self.multiply_transposed = layout(ops.BatchMatMul(transpose_b=True), four, four)
+        self.multiply = layout(ops.BatchMatMul(), four, four)
+        self.transposed_multiply = layout(ops.BatchMatMul(transpose_a=True), four, four)
         self.softmax = layout(ops.Softmax(-1), four)
         self.add = layout(ops.Add(), four, four)
         self.mul = layout(ops.Mul(), four, four)
         self.row_sum = layout(ops.ReduceSum(keep_dims=True), four)
-        self.beside = layout(ops.Concat(-1), four)
-        self.below = layout(ops.Concat(2), four)
+        self.concat_columns = layout(ops.Concat(-1), four)
+        self.concat_positions = layout(ops.Concat(2), four)
         self.slice = layout(ops.Slice(), four)
         self.sum_all = layout(ops.AddN())
         self.cast = layout(ops.Cast(), four)
 
-    def part(self, x: Tensor, start: int, end: int) -> Tensor:
-        """Positions `start` to `end` of x [B, H, S, W]."""
-        batch, heads, _, width = x.shape
-        return self.slice(x, (0, 0, start, 0), (batch, heads, end - start, width))
+    def take_positions(self, x_BHSW: Tensor, start: int, end: int) -> Tensor:
+        """Positions `start` to `end` of x."""
+        batch, heads, _, width = x_BHSW.shape
+        return self.slice(x_BHSW, (0, 0, start, 0), (batch, heads, end - start, width))
 
-    def low(self, x: Tensor) -> Tensor:
+    def to_compute(self, x: Tensor) -> Tensor:
         """x in the precision of the products."""
         return x if self.compute == ms.float32 else self.cast(x, self.compute)
 
-    def full(self, x: Tensor) -> Tensor:
+    def to_float32(self, x: Tensor) -> Tensor:
         """x in float32."""
         return x if self.compute == ms.float32 else self.cast(x, ms.float32)
 
-    def construct(self, q: Tensor, k: Tensor, v: Tensor, masks: tuple[Tensor, ...]):
-        length = q.shape[2]
+    def construct(self, q_BHSW: Tensor, k_BHSW: Tensor, v_BHSW: Tensor, masks: tuple[Tensor, ...]):
+        length = q_BHSW.shape[2]
         size = length // len(masks)
-        q, k, v = self.low(q), self.low(k), self.low(v)
-        outs, kept = (), ()
+        q_BHSW, k_BHSW, v_BHSW = self.to_compute(q_BHSW), self.to_compute(k_BHSW), self.to_compute(v_BHSW)
+        chunks, probabilities = (), ()
         for c in range(len(masks)):
             end = (c + 1) * size
-            scores = self.full(self.by_transposed(self.part(q, c * size, end), self.part(k, 0, end)))
-            p = self.softmax(self.add(scores, masks[c]))
-            outs = outs + (self.full(self.product(self.low(p), self.part(v, 0, end))),)
-            kept = kept + (p,)
-        y = outs[0] if len(masks) == 1 else self.below(outs)
-        return y, kept
+            q_BHqW, k_BHkW = self.take_positions(q_BHSW, c * size, end), self.take_positions(k_BHSW, 0, end)
+            scores_BHqk = self.to_float32(self.multiply_transposed(q_BHqW, k_BHkW))
+            p_BHqk = self.softmax(self.add(scores_BHqk, masks[c]))
+            v_BHkW = self.take_positions(v_BHSW, 0, end)
+            chunks = chunks + (self.to_float32(self.multiply(self.to_compute(p_BHqk), v_BHkW)),)
+            probabilities = probabilities + (p_BHqk,)
+        y_BHSW = chunks[0] if len(masks) == 1 else self.concat_positions(chunks)
+        return y_BHSW, probabilities
 
-    def bprop(self, q: Tensor, k: Tensor, v: Tensor, masks: tuple[Tensor, ...], out, dout):
-        y, kept = out
-        dy = dout[0]
-        batch, heads, length, width = q.shape
+    def bprop(self, q_BHSW: Tensor, k_BHSW: Tensor, v_BHSW: Tensor, masks: tuple[Tensor, ...], out, dout):
+        y_BHSW, probabilities = out
+        dy_BHSW = dout[0]
+        batch, heads, length, width = q_BHSW.shape
         size = length // len(masks)
-        row_term = self.row_sum(self.mul(dy, y), -1)
-        dy_and_term = self.low(self.beside((dy, row_term)))
-        v_and_minus_one = self.low(self.beside((v, ops.fill(ms.float32, (batch, heads, length, 1), -1.0))))
-        q, k, dy = self.low(q), self.low(k), self.low(dy)
+        # 1. One column more than W: dO beside its row term, V beside -1; their product is dP - sum(dO * O).
+        row_term = self.row_sum(self.mul(dy_BHSW, y_BHSW), -1)
+        dy_and_term = self.to_compute(self.concat_columns((dy_BHSW, row_term)))
+        minus_one = ops.fill(ms.float32, (batch, heads, length, 1), -1.0)
+        v_and_minus_one = self.to_compute(self.concat_columns((v_BHSW, minus_one)))
+        q_BHSW, k_BHSW, dy_BHSW = self.to_compute(q_BHSW), self.to_compute(k_BHSW), self.to_compute(dy_BHSW)
         dq, dk, dv = (), (), ()
+        # 2. Each chunk's gradients; those of keys that it does not see are zero.
         for c in range(len(masks)):
-            end = (c + 1) * size
-            p = kept[c]
-            minus_term = self.part(v_and_minus_one, 0, end)
-            dp = self.full(self.by_transposed(self.part(dy_and_term, c * size, end), minus_term))
-            ds = self.low(self.mul(p, dp))
-            dq = dq + (self.full(self.product(ds, self.part(k, 0, end))),)
-            dk_part = self.full(self.transposed_by(ds, self.part(q, c * size, end)))
-            dv_part = self.full(self.transposed_by(self.low(p), self.part(dy, c * size, end)))
+            start, end = c * size, (c + 1) * size
+            p_BHqk = probabilities[c]
+            v_chunk = self.take_positions(v_and_minus_one, 0, end)
+            dp_BHqk = self.to_float32(
+                self.multiply_transposed(self.take_positions(dy_and_term, start, end), v_chunk)
+            )
+            ds_BHqk = self.to_compute(self.mul(p_BHqk, dp_BHqk))
+            dq = dq + (self.to_float32(self.multiply(ds_BHqk, self.take_positions(k_BHSW, 0, end))),)
+            q_BHqW, dy_BHqW = self.take_positions(q_BHSW, start, end), self.take_positions(dy_BHSW, start, end)
+            dk_BHkW = self.to_float32(self.transposed_multiply(ds_BHqk, q_BHqW))
+            dv_BHkW = self.to_float32(self.transposed_multiply(self.to_compute(p_BHqk), dy_BHqW))
             if end < length:
                 zeros = ops.fill(ms.float32, (batch, heads, length - end, width), 0.0)
-                dk_part, dv_part = self.below((dk_part, zeros)), self.below((dv_part, zeros))
-            dk, dv = dk + (dk_part,), dv + (dv_part,)
+                dk_BHkW, dv_BHkW = self.concat_positions((dk_BHkW, zeros)), self.concat_positions((dv_BHkW, zeros))
+            dk, dv = dk + (dk_BHkW,), dv + (dv_BHkW,)
+        # 3. Queries' chunks follow one another; keys and values add up what every chunk gave them.
         if len(masks) == 1:
             return dq[0], dk[0], dv[0], masks
-        return self.below(dq), self.sum_all(dk), self.sum_all(dv), masks
+        return self.concat_positions(dq), self.sum_all(dk), self.sum_all(dv), masks
 
 
-class DroppedDotProduct(nn.Cell):
-    """The same function with dropout on the probabilities, which the chunked gradient does not cover."""
+class DropoutDotProduct(nn.Cell):
+    """`ScaledDotProduct` with dropout on the probabilities, which the chunked gradient does not cover."""
 
     def __init__(self, layout: Layout, rate: float, layer: int) -> None:
         super().__init__()
         four = (1, 1, 1, 1)
-        self.by_transposed = layout(ops.BatchMatMul(transpose_b=True), four, four)
-        self.product = layout(ops.BatchMatMul(), four, four)
+        self.multiply_transposed = layout(ops.BatchMatMul(transpose_b=True), four, four)
+        self.multiply = layout(ops.BatchMatMul(), four, four)
         self.softmax = layout(ops.Softmax(-1), four)
-        self.below = layout(ops.Concat(2), four)
+        self.concat_positions = layout(ops.Concat(2), four)
         self.dropout = CountedDropout(rate, layer, "attention probabilities")
 
-    def construct(self, q: Tensor, k: Tensor, v: Tensor, masks: tuple[Tensor, ...], keys: Tensor):
-        length = q.shape[2]
+    def construct(
+        self, q_BHSW: Tensor, k_BHSW: Tensor, v_BHSW: Tensor, masks: tuple[Tensor, ...], keys: Tensor
+    ) -> Tensor:
+        length = q_BHSW.shape[2]
         size = length // len(masks)
-        outs = ()
+        chunks = ()
         for c in range(len(masks)):
             end = (c + 1) * size
-            p = self.softmax(self.by_transposed(q[:, :, c * size : end], k[:, :, :end]) + masks[c])
-            outs = outs + (self.product(self.dropout(p, keys + c), v[:, :, :end]),)
-        return outs[0] if len(masks) == 1 else self.below(outs)
+            scores_BHqk = self.multiply_transposed(q_BHSW[:, :, c * size : end], k_BHSW[:, :, :end])
+            p_BHqk = self.softmax(scores_BHqk + masks[c])
+            chunks = chunks + (self.multiply(self.dropout(p_BHqk, keys + c), v_BHSW[:, :, :end]),)
+        return chunks[0] if len(masks) == 1 else self.concat_positions(chunks)
 
 
 class ComposedAttention(nn.Cell):
-    """q, k, v [T, D] of all heads, masks of `CausalMask` -> y [T, D], of MindSpore's operators."""
+    """Attention of all heads, of MindSpore's operators: q, k, v [T, D], masks of `CausalMask` -> y [T, D]."""
 
     def __init__(self, hidden: int, heads: int, layout: Layout, compute: ms.dtype, dropout: float, layer: int) -> None:
         super().__init__()
         self.heads = heads
         self.width = hidden // heads
         self.rate = dropout
-        self.core = DroppedDotProduct(layout, dropout, layer) if dropout else ScaledDotProduct(layout, compute)
+        self.core = DropoutDotProduct(layout, dropout, layer) if dropout else ScaledDotProduct(layout, compute)
         self.transpose = layout(ops.Transpose(), (1, 1, 1, 1))
         self.scale = 1.0 / math.sqrt(self.width)
 
-    def split(self, x: Tensor, batch: int, length: int) -> Tensor:
+    def split_heads(self, x_TD: Tensor, batch: int, length: int) -> Tensor:
         """x [B*S, D] of all heads -> [B, H, S, W]."""
-        return self.transpose(x.reshape(batch, length, self.heads, self.width), (0, 2, 1, 3))
+        return self.transpose(x_TD.reshape(batch, length, self.heads, self.width), (0, 2, 1, 3))
 
-    def construct(self, q: Tensor, k: Tensor, v: Tensor, masks: tuple[Tensor, ...], keys: Tensor) -> Tensor:
+    def construct(self, q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, masks: tuple[Tensor, ...], keys: Tensor) -> Tensor:
         batch, length = masks[0].shape[0], masks[-1].shape[3]
-        q = self.split(q * self.scale, batch, length)
-        k = self.split(k, batch, length)
-        v = self.split(v, batch, length)
+        q_BHSW = self.split_heads(q_TD * self.scale, batch, length)
+        k_BHSW = self.split_heads(k_TD, batch, length)
+        v_BHSW = self.split_heads(v_TD, batch, length)
         if self.rate > 0.0:
-            y = self.core(q, k, v, masks, keys)
+            y_BHSW = self.core(q_BHSW, k_BHSW, v_BHSW, masks, keys)
         else:
-            y, _ = self.core(q, k, v, masks)
-        return self.transpose(y, (0, 2, 1, 3)).reshape(batch * length, self.heads * self.width)
+            y_BHSW, _ = self.core(q_BHSW, k_BHSW, v_BHSW, masks)
+        return self.transpose(y_BHSW, (0, 2, 1, 3)).reshape(batch * length, self.heads * self.width)
 
 
 class CompiledAttentionCore(nn.Cell):
-    """The same function as one compiled kernel, which needs no masks but the segments themselves."""
+    """`ComposedAttention` as one compiled CPU kernel, which needs no masks but the segments themselves."""
 
     def __init__(self, heads: int, kernels: str) -> None:
         super().__init__()
         self.core = CompiledAttention(kernels, heads)
 
-    def construct(self, q: Tensor, k: Tensor, v: Tensor, masks: tuple[Tensor, ...], keys: Tensor) -> Tensor:
-        return self.core(q, k, v, masks[0])[0]
+    def construct(self, q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, masks: tuple[Tensor, ...], keys: Tensor) -> Tensor:
+        return self.core(q_TD, k_TD, v_TD, masks[0])[0]
 
 
 class SegmentsAsMask(nn.Cell):
@@ -216,17 +231,18 @@ def is_native(layout: Layout, dropout: float) -> bool:
 
 
 def attention_mask(heads: int, layout: Layout, dropout: float, compute: ms.dtype = ms.float32) -> nn.Cell:
-    """The cell that turns segments [B, S] into what every layer's attention takes as `masks`."""
+    """The cell that makes the attention masks: segments int32 [B, S] -> what every layer's attention takes as
+    `masks`."""
     if is_native(layout, dropout):
         return NativeMask(layout, compute)
     return SegmentsAsMask() if is_compiled(layout, dropout) else CausalMask(heads)
 
 
 class Attention(nn.Cell):
-    """x_TD (and for the query layer its own query rows) -> y_TD.
+    """Multi-head self-attention of a layer: x_TD, and for the query layer its own query rows [T, D] -> y_TD.
 
-    Biases, the norms of projected queries and keys, and what turns both are the configuration's (`turns`: () or those
-    of `RotaryPositions`).
+    Biases, the norms of projected queries and keys (QK norm) and rotary position embeddings are the configuration's
+    (`cos_sin`: () or those of `RotaryPositions`).
     """
 
     def __init__(self, model: ModelConfig, layer: int, layout: Layout, compute: ms.dtype) -> None:
@@ -243,7 +259,7 @@ class Attention(nn.Cell):
             self.key_norm = NORMS[model.norm](hidden, model.norm_epsilon, layout)
         self.rotates = model.position == "rope"
         if self.rotates:
-            self.turn = turn(layout, heads, hidden // heads)
+            self.apply_rotary = turn(layout, heads, hidden // heads)
         if is_native(layout, dropout):
             self.core = NativeAttention(hidden, heads, layout, compute)
         elif is_compiled(layout, dropout):
@@ -251,10 +267,12 @@ class Attention(nn.Cell):
         else:
             self.core = ComposedAttention(hidden, heads, layout, compute, dropout, layer)
 
-    def construct(self, query_rows: Tensor, x: Tensor, masks: tuple[Tensor, ...], turns: tuple, keys: Tensor) -> Tensor:
-        q, k = self.query(query_rows), self.key(x)
+    def construct(
+        self, query_rows: Tensor, x_TD: Tensor, masks: tuple[Tensor, ...], cos_sin: tuple, keys: Tensor
+    ) -> Tensor:
+        q_TD, k_TD = self.query(query_rows), self.key(x_TD)
         if self.normalises:
-            q, k = self.query_norm(q), self.key_norm(k)
+            q_TD, k_TD = self.query_norm(q_TD), self.key_norm(k_TD)
         if self.rotates:
-            q, k = self.turn(q, turns), self.turn(k, turns)
-        return self.projection(self.core(q, k, self.value(x), masks, keys))
+            q_TD, k_TD = self.apply_rotary(q_TD, cos_sin), self.apply_rotary(k_TD, cos_sin)
+        return self.projection(self.core(q_TD, k_TD, self.value(x_TD), masks, keys))

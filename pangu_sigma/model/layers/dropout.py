@@ -17,7 +17,8 @@ FIRST, SECOND, GOLDEN = -2048144789, -1028477387, -1640531527
 
 
 class CountedUniform(nn.Cell):
-    """keys int32 [B] -> uniform float32 [B, count] in [0, 1), one stream per (key, layer, site)."""
+    """Counter-based uniform numbers: keys int32 [B] -> uniform float32 [B, count] in [0, 1), one stream per (key,
+    layer, site)."""
 
     def __init__(self, layer: int, site: str) -> None:
         super().__init__()
@@ -45,7 +46,8 @@ class CountedUniform(nn.Cell):
 
 
 class CountedDropout(nn.Cell):
-    """x with a leading axis of B samples (or B*S rows) -> x * keep / (1 - rate); the identity outside training."""
+    """Dropout: x with a leading axis of B samples (or B*S rows) -> x * keep / (1 - rate); the identity outside
+    training."""
 
     def __init__(self, rate: float, layer: int, site: str) -> None:
         super().__init__()
@@ -60,7 +62,8 @@ class CountedDropout(nn.Cell):
 
 
 class MaskedByKeys(nn.Cell):
-    """(x, keys) -> (x * keep / (1 - rate), keep / (1 - rate)); only the first has a gradient.
+    """Dropout with its own gradient: (x, keys) -> (x * keep / (1 - rate), keep / (1 - rate)); only the first has a
+    gradient.
 
     The gradient is written by hand because MindSpore's recomputation makes a cycle of the graph it derives itself.
     """

@@ -1,4 +1,7 @@
-"""The tables under the backbone: words, positions, and the query layer's next positions."""
+"""Embeddings: words, positions (learned or rotary), and the query layer's table of next positions.
+
+Legend: B samples, S positions, T = B*S rows, D hidden width, V vocabulary, P positions of a table.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ def _table(rows: int, model: ModelConfig, name: str) -> Parameter:
 
 
 class LearnedPositions(nn.Cell):
-    """words_TD, position ids [T] -> words + table row of each position (table [P, D])."""
+    """Learned position embedding: words_TD, position ids [T] -> words + table row of each position (table [P, D])."""
 
     def __init__(self, model: ModelConfig, layout: Layout) -> None:
         super().__init__()
@@ -28,13 +31,14 @@ class LearnedPositions(nn.Cell):
     def construct(self, words: Tensor, ids: Tensor) -> Tensor:
         return self.add(words, self.lookup(self.position, ids))
 
-    def turns(self, ids: Tensor) -> tuple[Tensor, ...]:
-        """What attention turns queries and keys by: nothing."""
+    def cos_sin(self, ids: Tensor) -> tuple[Tensor, ...]:
+        """What attention rotates queries and keys by: nothing."""
         return ()
 
 
 class RotaryPositions(nn.Cell):
-    """words_TD -> words as they are: positions enter in attention, by the `turns` of their ids [T]; no parameters."""
+    """Rotary position embedding (RoPE): words_TD -> words as they are; positions enter in attention, by `cos_sin`. No
+    parameters."""
 
     def __init__(self, model: ModelConfig, layout: Layout) -> None:
         super().__init__()
@@ -43,13 +47,14 @@ class RotaryPositions(nn.Cell):
     def construct(self, words: Tensor, ids: Tensor) -> Tensor:
         return words
 
-    def turns(self, ids: Tensor) -> tuple[Tensor, ...]:
-        """Cosines and sines of every row (see `parallel.ops.rotary`)."""
+    def cos_sin(self, ids: Tensor) -> tuple[Tensor, ...]:
+        """Cosines and sines of every row's angles, for position ids [T] (see `parallel.ops.rotary`)."""
         return ops.stop_gradient(self.angles(ids))
 
 
 class NextPositionQueries(nn.Cell):
-    """position ids [T] -> rows [T, D] of a table of its own [P, D]: at position n it asks for token n + 1."""
+    """Queries of PanGu-alpha's query layer: position ids [T] -> rows [T, D] of a table of its own [P, D]; at position n
+    it asks for token n + 1."""
 
     def __init__(self, model: ModelConfig, layout: Layout) -> None:
         super().__init__()
@@ -61,7 +66,7 @@ class NextPositionQueries(nn.Cell):
 
 
 class WordEmbedding(nn.Cell):
-    """tokens int32 [B, S], domain [B], table -> rows [B*S, D].
+    """Word embedding: tokens int32 [B, S], domain [B], table -> rows [T, D].
 
     `table` is the parameter `word` [V, D], or (`per_domain`) one table for each domain [domains, V, D], which comes as
     an input of the graph because it belongs to the domains and lives in the store.

@@ -1,4 +1,4 @@
-"""The feed-forward part of a dense layer, and what a shared expert is."""
+"""Dense feed-forward networks: two matrices (MLP) or gated by a third (SwiGLU, GEGLU); shared experts are these too."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rre.feed_forward_spec import FeedForwardSpec
 
 
 def feed_forward(model: ModelConfig, form: FeedForwardSpec, layout: Layout, compute: ms.dtype) -> nn.Cell:
-    """The network of `form` in the model's sizes, which every token takes."""
+    """A dense feed-forward network of `form` in the model's sizes: x_TD -> y_TD."""
     return (GatedFeedForward if form.gated else MlpFeedForward)(model, form, layout, compute)
 
 
 class MlpFeedForward(nn.Cell):
-    """x_TD -> y_TD: activation(x W_up + b_up) W_down + b_down, one network for every token; biases where there are."""
+    """MLP: x_TD -> y_TD, activation(x W_up + b_up) W_down + b_down, biases where there are."""
 
     def __init__(self, model: ModelConfig, form: FeedForwardSpec, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class MlpFeedForward(nn.Cell):
 
 
 class GatedFeedForward(nn.Cell):
-    """x_TD -> y_TD: (activation(x W_gate) * (x W_up)) W_down, one network for every token (see `FeedForwardSpec`)."""
+    """Gated MLP (SwiGLU, GEGLU): x_TD -> y_TD, (activation(x W_gate) * (x W_up)) W_down (see `FeedForwardSpec`)."""
 
     def __init__(self, model: ModelConfig, form: FeedForwardSpec, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
@@ -65,7 +65,8 @@ class GatedFeedForward(nn.Cell):
 
 
 def on_every_row(network: nn.Cell, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-    """y_TD of a compiled network that is one slot which takes every row: order and offsets are constants then."""
+    """y_TD of a compiled expert kernel as a dense network: one slot that takes every row, so order and offsets are
+    constants."""
     rows = x.shape[0]
     order, offsets = ops.arange(rows).astype(ms.int32), Tensor([0, rows], ms.int32)
     return network(x, order, offsets, weights)[0]

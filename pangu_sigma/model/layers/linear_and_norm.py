@@ -1,4 +1,4 @@
-"""A weight and a bias, and the normalisation that the backbone uses: the parameters behind the primitives."""
+"""Linear layer and normalisations as cells with parameters; their arithmetic is `parallel.ops.primitives`'."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from parallel.partition_spec import AxisSpec
 
 
 class LinearCell(nn.Cell):
-    """x [T, in] -> x @ weight [in, out] + bias [out] if it has `biases`; weight ~ Normal(std), bias 0. `cut` names the
-    mesh's axis that cuts the weight's rows, its columns, or neither."""
+    """Linear layer: x [T, in] -> x @ weight [in, out] + bias [out] if it has `biases`; weight ~ Normal(std), bias 0.
+    `cut` names the mesh's axis that cuts the weight's rows, its columns, or neither."""
 
     def __init__(
         self, inner: int, outer: int, layout: Layout, compute: ms.dtype, std: float, biases: bool = True,
@@ -46,7 +46,7 @@ class LayerNormCell(nn.Cell):
 
 
 class RmsNormCell(nn.Cell):
-    """Normalisation of x_TD by its root mean square, with a learned gamma [D], in float32."""
+    """RMSNorm: x_TD by its root mean square, with a learned gamma [D], in float32."""
 
     def __init__(self, hidden: int, epsilon: float, layout: Layout) -> None:
         super().__init__()

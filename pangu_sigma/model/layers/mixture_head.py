@@ -35,9 +35,9 @@ class MixtureLayer(TransformerLayer):
         self.repeat_rows = RepeatRows()
 
     def construct(
-        self, h: Tensor, query_rows, masks: tuple, turns: tuple, keys: Tensor, routing: tuple, weights: tuple
+        self, h: Tensor, query_rows, masks: tuple, cos_sin: tuple, keys: Tensor, routing: tuple, weights: tuple
     ):  # fmt: skip
-        h = self.attend(h, query_rows, masks, turns, keys)
+        h = self.attend(h, query_rows, masks, cos_sin, keys)
         outputs, auxiliary, counts = self.feed_forward(self.norm2(h), routing, weights)
         y, log_p_TE = outputs
         experts = y.shape[0] // h.shape[0]

@@ -1,4 +1,4 @@
-"""Causal attention of a device's own operators, cut over a mesh by samples and heads.
+"""Causal attention of a device's own operators, sharded over a mesh by samples and heads (tensor parallelism).
 
 Flash attention where the device has it and the compute type is one of its own (float16, bfloat16), else composed. Both
 with MindSpore's gradients.
@@ -17,7 +17,7 @@ from mindspore import Tensor, nn, ops
 from parallel.operator_layout import Layout
 
 MASKED_SCORE = -10000.0  # PanGu-alpha's value; its exponential is 0 in float32
-WHOLE_WINDOW = 2**31 - 1
+WHOLE_WINDOW = 2**31 - 1  # tokens before and after a query that flash attention looks at: all
 
 
 def uses_flash(layout: Layout, compute: ms.dtype) -> bool:
@@ -26,8 +26,9 @@ def uses_flash(layout: Layout, compute: ms.dtype) -> bool:
 
 
 class NativeMask(nn.Cell):
-    """segments int32 [B, S] -> (mask [B, 1, S, S],): for flash attention uint8, 1 where a key is hidden from a query;
-    else float32, added to the scores. A query sees the keys of its own document up to itself."""
+    """Attention mask of packed documents: segments int32 [B, S] -> (mask [B, 1, S, S],), for flash attention uint8, 1
+    where a key is hidden from a query; else float32, added to the scores. A query sees the keys of its own document up
+    to itself."""
 
     def __init__(self, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
@@ -45,8 +46,8 @@ class NativeMask(nn.Cell):
 
     def construct(self, segments: Tensor) -> tuple[Tensor, ...]:
         length = segments.shape[1]
-        places = np.arange(length, dtype=np.int32)
-        query, key = Tensor(places.reshape(1, length, 1)), Tensor(places.reshape(1, 1, length))
+        positions = np.arange(length, dtype=np.int32)
+        query, key = Tensor(positions.reshape(1, length, 1)), Tensor(positions.reshape(1, 1, length))
         hidden = self.either(self.other(self.queries(segments, 2), self.keys(segments, 1)), self.later(key, query))
         if self.flash:
             return (self.for_heads(self.cast(hidden, ms.uint8), 1),)
@@ -54,7 +55,7 @@ class NativeMask(nn.Cell):
 
 
 class NativeAttention(nn.Cell):
-    """q, k, v [T, D] of all heads, the mask of `NativeMask` -> softmax(q k^T / sqrt(W) + mask) v [T, D]."""
+    """Attention of all heads: q, k, v [T, D], the mask of `NativeMask` -> softmax(q k^T / sqrt(W) + mask) v [T, D]."""
 
     def __init__(self, hidden: int, heads: int, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
@@ -82,20 +83,22 @@ class NativeAttention(nn.Cell):
         self.product = layout(ops.BatchMatMul(), four, four)
         self.factor = Tensor(scale, ms.float32)
 
-    def by_head(self, x: Tensor, batch: int, length: int) -> Tensor:
+    def split_heads(self, x_TD: Tensor, batch: int, length: int) -> Tensor:
         """x [B*S, D] of all heads -> [B, H, S, W] in the precision of the products."""
-        x = self.reshape(self.low(x, self.compute), (batch, length, self.heads, self.width))
-        return self.split(x, (0, 2, 1, 3))
+        x_BSHW = self.reshape(self.low(x_TD, self.compute), (batch, length, self.heads, self.width))
+        return self.split(x_BSHW, (0, 2, 1, 3))
 
-    def construct(self, q: Tensor, k: Tensor, v: Tensor, masks: tuple[Tensor, ...], keys: Tensor) -> Tensor:
+    def construct(self, q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, masks: tuple[Tensor, ...], keys: Tensor) -> Tensor:
         mask = masks[0]
         batch, length = mask.shape[0], mask.shape[2]
-        q, k, v = self.by_head(q, batch, length), self.by_head(k, batch, length), self.by_head(v, batch, length)
+        q_BHSW = self.split_heads(q_TD, batch, length)
+        k_BHSW = self.split_heads(k_TD, batch, length)
+        v_BHSW = self.split_heads(v_TD, batch, length)
         if self.flash:
-            y = self.attention(q, k, v, None, None, None, mask, None)[3]
+            y_BHSW = self.attention(q_BHSW, k_BHSW, v_BHSW, None, None, None, mask, None)[3]
         else:
-            scores = self.scale(self.full_scores(self.scores(q, k), ms.float32), self.factor)
-            p = self.softmax(self.add_mask(scores, mask))
-            y = self.product(self.low_scores(p, self.compute), v)
-        y = self.reshape(self.join(y, (0, 2, 1, 3)), (batch * length, self.heads * self.width))
-        return self.full(y, ms.float32)
+            scores_BHSS = self.scale(self.full_scores(self.scores(q_BHSW, k_BHSW), ms.float32), self.factor)
+            p_BHSS = self.softmax(self.add_mask(scores_BHSS, mask))
+            y_BHSW = self.product(self.low_scores(p_BHSS, self.compute), v_BHSW)
+        y_TD = self.reshape(self.join(y_BHSW, (0, 2, 1, 3)), (batch * length, self.heads * self.width))
+        return self.full(y_TD, ms.float32)

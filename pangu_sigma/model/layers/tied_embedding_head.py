@@ -1,4 +1,8 @@
-"""Output heads: from hidden rows to token losses or logits."""
+"""Language-model heads: the tied embedding (the word embedding is the output matrix) and the untied one; from hidden
+rows to token losses or logits.
+
+Legend: B samples, S positions, T = B*S rows, D hidden width, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from parallel.ops.primitives import tied_cross_entropy
 
 
 class TiedHead(nn.Cell):
-    """The word embedding is the output matrix, without a bias.
+    """Tied embedding: the word embedding is the output matrix, without a bias.
 
     `table` is the one of all domains [V, D], or (`per_domain`) [domains, V, D], of which each sample takes its own.
     """
@@ -27,49 +31,52 @@ class TiedHead(nn.Cell):
         self.take = layout(ops.Gather(), (1, 1, 1), ())
         self.concat = layout(ops.Concat(0))
 
-    def construct(self, h: Tensor, labels: Tensor, domain: Tensor, table: Tensor) -> Tensor:
-        """h_TD, labels int32 [B, S] -> token losses float32 [B, S]."""
+    def construct(self, h_TD: Tensor, labels: Tensor, domain: Tensor, table: Tensor) -> Tensor:
+        """h_TD, labels int32 [B, S] -> token losses -log p(label) float32 [B, S], in nats."""
         batch, length = labels.shape
         if not self.per_domain:
-            losses = self.cross_entropy(h, table, labels.reshape(-1))[0]
-            return losses.reshape(batch, length)
+            losses_T = self.cross_entropy(h_TD, table, labels.reshape(-1))[0]
+            return losses_T.reshape(batch, length)
         by_sample = ()
         for b in range(batch):
-            rows = h[b * length : (b + 1) * length]
-            losses = self.cross_entropy(rows, self.take(table, domain[b], 0), labels[b])[0]
-            by_sample = by_sample + (losses.reshape(1, length),)
+            h_SD, table_VD = h_TD[b * length : (b + 1) * length], self.take(table, domain[b], 0)
+            losses_S = self.cross_entropy(h_SD, table_VD, labels[b])[0]
+            by_sample = by_sample + (losses_S.reshape(1, length),)
         return self.concat(by_sample)
 
-    def against(self, h: Tensor, labels: Tensor, domain: Tensor, table: Tensor, previous: Tensor):
-        """As the call, with another model's logits [B, S, V]: (token losses, KL(previous || now)) float32 [B, S]."""
+    def against(self, h_TD: Tensor, labels: Tensor, domain: Tensor, table: Tensor, previous: Tensor):
+        """As the call, with another model's logits `previous` [B, S, V] for distillation: (token losses,
+        KL(previous || this model)) float32 [B, S]."""
         batch, length = labels.shape
-        previous = previous.reshape(batch * length, -1)
+        previous_TV = previous.reshape(batch * length, -1)
         if not self.per_domain:
-            losses, apart, _, _ = self.cross_entropy_against(h, table, labels.reshape(-1), previous)
-            return losses.reshape(batch, length), apart.reshape(batch, length)
-        losses, divergence = (), ()
+            losses_T, divergence_T, _, _ = self.cross_entropy_against(h_TD, table, labels.reshape(-1), previous_TV)
+            return losses_T.reshape(batch, length), divergence_T.reshape(batch, length)
+        losses, divergences = (), ()
         for b in range(batch):
             rows = slice(b * length, (b + 1) * length)
-            own = self.take(table, domain[b], 0)
-            loss, apart, _, _ = self.cross_entropy_against(h[rows], own, labels[b], previous[rows])
-            losses = losses + (loss.reshape(1, length),)
-            divergence = divergence + (apart.reshape(1, length),)
-        return self.concat(losses), self.concat(divergence)
+            table_VD = self.take(table, domain[b], 0)
+            losses_S, divergence_S, _, _ = self.cross_entropy_against(
+                h_TD[rows], table_VD, labels[b], previous_TV[rows]
+            )
+            losses = losses + (losses_S.reshape(1, length),)
+            divergences = divergences + (divergence_S.reshape(1, length),)
+        return self.concat(losses), self.concat(divergences)
 
-    def logits(self, h: Tensor, batch: int, domain: Tensor, table: Tensor) -> Tensor:
-        """h_TD -> logits float32 [B, S, V]."""
-        length = h.shape[0] // batch
+    def logits(self, h_TD: Tensor, batch: int, domain: Tensor, table: Tensor) -> Tensor:
+        """h_TD of `batch` samples -> logits float32 [B, S, V]."""
+        length = h_TD.shape[0] // batch
         if not self.per_domain:
-            return self.product(h, table).reshape(batch, length, -1)
+            return self.product(h_TD, table).reshape(batch, length, -1)
         by_sample = ()
         for b in range(batch):
-            part = self.product(h[b * length : (b + 1) * length], self.take(table, domain[b], 0))
-            by_sample = by_sample + (part.reshape(1, length, -1),)
+            logits_SV = self.product(h_TD[b * length : (b + 1) * length], self.take(table, domain[b], 0))
+            by_sample = by_sample + (logits_SV.reshape(1, length, -1),)
         return self.concat(by_sample)
 
 
 class UntiedHead(nn.Cell):
-    """The output matrix is a table of its own [V, D], `word`, a row for every vocabulary id; without a bias.
+    """Untied head: the output matrix is a parameter of its own, `word` [V, D]; without a bias.
 
     It has `TiedHead`'s methods; the embedding's table, which they are given, does not matter.
     """
@@ -79,17 +86,17 @@ class UntiedHead(nn.Cell):
         self.word = Parameter(initializer(Normal(model.init_std), (vocab, model.hidden), ms.float32), name="word")
         self.tied = TiedHead(model, vocab, layout)
 
-    def construct(self, h: Tensor, labels: Tensor, domain: Tensor, table: Tensor) -> Tensor:
+    def construct(self, h_TD: Tensor, labels: Tensor, domain: Tensor, table: Tensor) -> Tensor:
         """h_TD, labels int32 [B, S] -> token losses float32 [B, S]."""
-        return self.tied(h, labels, domain, self.word)
+        return self.tied(h_TD, labels, domain, self.word)
 
-    def against(self, h: Tensor, labels: Tensor, domain: Tensor, table: Tensor, previous: Tensor):
+    def against(self, h_TD: Tensor, labels: Tensor, domain: Tensor, table: Tensor, previous: Tensor):
         """As `TiedHead.against`."""
-        return self.tied.against(h, labels, domain, self.word, previous)
+        return self.tied.against(h_TD, labels, domain, self.word, previous)
 
-    def logits(self, h: Tensor, batch: int, domain: Tensor, table: Tensor) -> Tensor:
+    def logits(self, h_TD: Tensor, batch: int, domain: Tensor, table: Tensor) -> Tensor:
         """h_TD -> logits float32 [B, S, V]."""
-        return self.tied.logits(h, batch, domain, self.word)
+        return self.tied.logits(h_TD, batch, domain, self.word)
 
 
 HEADS = {"tied": TiedHead, "untied": UntiedHead}  # by their names in the configuration

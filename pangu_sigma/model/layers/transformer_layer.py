@@ -1,5 +1,8 @@
-"""A transformer layer: pre-LN attention and feed-forward, dense or sparse; the query layer is one whose queries come
-from the next-position table."""
+"""Transformer layer: pre-norm attention and feed-forward, dense or sparse. The query layer is one whose queries come
+from the next-position table.
+
+Legend: T rows, D hidden width.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ from parallel.operator_layout import Layout
 
 
 def shared_expert(model: ModelConfig, layout: Layout, compute: ms.dtype) -> nn.Cell | None:
-    """The network that every token of a sparse layer takes beside its experts, where the configuration wants one."""
+    """The shared expert of a sparse layer, which every token takes beside its routed ones; None without one."""
     if not model.sparse.shared_expert:
         return None
     return feed_forward(model, model.expert_network, layout, compute)
 
 
 class TransformerLayer(nn.Cell):
-    """h_TD -> (h_TD, auxiliary loss, kept rows): h + Attn(LN1 h), then h + FFN(LN2 h).
+    """Pre-norm transformer layer: h_TD -> (h_TD, auxiliary loss, kept rows), h + Attn(LN1 h), then h + FFN(LN2 h).
 
     In the query layer the attention's queries are rows of the next-position table, without norm (`query_rows`).
     """
@@ -41,17 +44,17 @@ class TransformerLayer(nn.Cell):
         self.add = layout(ops.Add(), layout.residual_spec, layout.residual_spec)
 
     def construct(
-        self, h: Tensor, query_rows, masks: tuple, turns: tuple, keys: Tensor, routing: tuple, weights: tuple
+        self, h: Tensor, query_rows, masks: tuple, cos_sin: tuple, keys: Tensor, routing: tuple, weights: tuple
     ):  # fmt: skip
-        h = self.attend(h, query_rows, masks, turns, keys)
+        h = self.attend(h, query_rows, masks, cos_sin, keys)
         x = self.norm2(h)
         if self.is_sparse:
             y, auxiliary, counts = self.feed_forward(x, routing, weights)
             return self.add(h, self.feed_forward_dropout(y, keys)), auxiliary, counts
         return self.add(h, self.feed_forward_dropout(self.feed_forward(x), keys)), None, None
 
-    def attend(self, h: Tensor, query_rows, masks: tuple, turns: tuple, keys: Tensor) -> Tensor:
-        """h + Attn(LN1 h)."""
+    def attend(self, h: Tensor, query_rows, masks: tuple, cos_sin: tuple, keys: Tensor) -> Tensor:
+        """The attention sublayer: h + Attn(LN1 h)."""
         x = self.norm1(h)
         queries = x if query_rows is None else query_rows
-        return self.add(h, self.attention_dropout(self.attention(queries, x, masks, turns, keys), keys))
+        return self.add(h, self.attention_dropout(self.attention(queries, x, masks, cos_sin, keys), keys))
