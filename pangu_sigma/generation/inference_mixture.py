@@ -5,6 +5,7 @@ Legend: T rows, D hidden width, V vocabulary, E experts of the top layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import mindspore as ms
@@ -88,7 +89,7 @@ class TopLayerCells(NamedTuple):
     a shared expert, the layer around experts, and the head."""
 
     gated_experts: type[GatedExperts]
-    with_shared_expert: type[InferenceCell]
+    with_shared_expert: Callable[..., InferenceCell]
     layer: type[InferenceLayer]
     head: type[OutputHead]
 
