@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from pangu_sigma.config.schema import Config
+from pangu_sigma.config.schema import Config
 
 
 @dataclass(frozen=True)

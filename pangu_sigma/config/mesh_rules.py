@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
 from pangu_sigma.config.capacity_sizes import activated_slots
+from pangu_sigma.config.schema import Config
+from pangu_sigma.config.section import Violations
 from pangu_sigma.errors import UserError
-from parallel.mesh import Mesh, mesh_problems
+from parallel.mesh import Mesh
 from rre.router_specs import ROUTER_SPECS
 
-if TYPE_CHECKING:
-    from pangu_sigma.config.schema import Config
 
-Broken = Iterator[tuple[str, str]]
-
-
-def broken_mesh_rules(config: Config) -> Broken:
-    """(key, sentence) for every mesh that does not divide what it cuts, or that its device cannot run."""
+def mesh_violations(config: Config) -> Violations:
+    """Broken rules of a mesh that does not divide what it cuts, or that its device cannot run."""
     parallel = config.parallel
-    numbers = parallel.model_dump(include={"data", "expert", "tensor", "pipeline", "placement", "placement_groups"})
-    wrong = list(mesh_problems(**numbers))
-    if wrong:
-        yield from ((f"parallel.{field}", f"parallel.{sentence}") for field, sentence in wrong)
+    own = list(parallel.violations())
+    if own:
+        yield from own
         return
     yield from _device(config)
     yield from _experts(config, parallel.mesh)
@@ -41,7 +34,7 @@ def check_one_process(config: Config, instead: str) -> None:
         )
 
 
-def _device(config: Config) -> Broken:
+def _device(config: Config) -> Violations:
     parallel, device = config.parallel, config.run.device
     if parallel.emulate_mesh and (device != "CPU" or parallel.mesh.size == 1):
         yield (
@@ -82,7 +75,7 @@ def _device(config: Config) -> Broken:
         )
 
 
-def _experts(config: Config, mesh: Mesh) -> Broken:
+def _experts(config: Config, mesh: Mesh) -> Violations:
     if not config.model.sparse_prefixes:
         if mesh.expert > 1:
             yield (
@@ -123,7 +116,7 @@ def _experts(config: Config, mesh: Mesh) -> Broken:
         )
 
 
-def _widths(config: Config) -> Broken:
+def _widths(config: Config) -> Violations:
     model, parallel = config.model, config.parallel
     for name, width in (("heads", model.heads), ("ffn", model.ffn), ("vocab_size", model.vocab_size)):
         if width is not None and width % parallel.tensor:
@@ -151,7 +144,7 @@ def _widths(config: Config) -> Broken:
         )
 
 
-def _one_graph(config: Config, mesh: Mesh) -> Broken:
+def _one_graph(config: Config, mesh: Mesh) -> Violations:
     """What a graph that is cut over devices cannot hold."""
     model, parallel = config.model, config.parallel
     for key, rate in (("model.dropout", model.dropout), ("model.attention.dropout", model.attention.dropout)):
@@ -200,7 +193,7 @@ def _one_graph(config: Config, mesh: Mesh) -> Broken:
             )
 
 
-def _batch(config: Config, mesh: Mesh) -> Broken:
+def _batch(config: Config, mesh: Mesh) -> Violations:
     train = config.train
     micro = train.batch_size // train.gradient_accumulation_steps
     if micro % mesh.rows:

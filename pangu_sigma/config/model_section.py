@@ -7,73 +7,13 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from pangu_sigma.config.presets import PRESETS
-from pangu_sigma.config.section import Section
+from pangu_sigma.config.section import Section, Violations
+from pangu_sigma.config.sparse_section import FeedForwardKind, SparseConfig
 from rre.feed_forward_spec import FeedForwardSpec
 from rre.router_specs import ROUTER_SPECS, RouterSpec
 
-FeedForwardKind = Literal["mlp", "swiglu", "geglu"]
 # Gated kinds of a feed-forward network and the activation of their gate (Shazeer 2020, arXiv 2002.05202).
 GATE_ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu"}
-
-
-class SparseConfig(Section):
-    """Which layers are sparse, how a token finds its expert and how rows travel."""
-
-    pattern: Literal["top", "every_other", "every"] = Field(
-        "top", description="Which layers are sparse: the top ones, every second block (not the first), or all blocks."
-    )
-    layers: int = Field(
-        0, ge=0, description="With pattern top, how many of the top layers are sparse; 0 gives a dense PanGu-α."
-    )
-    include_query_layer: bool = Field(
-        False, description="Whether the query layer is sparse too; it then counts as one of the top layers."
-    )
-    router: Literal["rre", "hash", "switch", "gshard", "glam", "noisy_top_k", "olmoe", "expert_choice"] = Field(
-        "rre", description="How tokens and experts meet: rre and hash by fixed tables, all others by a learned gate."
-    )
-    top_k: int | None = Field(
-        None, ge=1, description="Experts per token of noisy_top_k, olmoe, expert_choice; null takes the router's own."
-    )
-    table: Literal["uniform", "frequency"] = Field(
-        "uniform",
-        description="How a routing table is drawn: equal numbers of vocabulary ids, or balanced by their frequency.",
-    )
-    resample: bool = Field(
-        False, description="Whether training draws a fresh expert for every occurrence instead of using the table."
-    )
-    dispatch: Literal["dropless", "capacity"] = Field(
-        "dropless", description="Whether every row reaches its expert, or only as many as an expert may take."
-    )
-    capacity_factor: float = Field(
-        1.25, gt=0, description="Rows an expert may take under capacity dispatch, as a multiple of an even share."
-    )
-    capacity_samples: int = Field(
-        1,
-        ge=1,
-        description="Samples that share an expert's room under a learned gate and capacity dispatch: GShard's group.",
-    )
-    aux_loss_weight: float = Field(
-        0.01, ge=0, description="Weight of the balance loss of switch, gshard, glam and olmoe."
-    )
-    balance: Literal["per_layer", "pooled"] = Field(
-        "per_layer",
-        description="Form of olmoe's balance loss: each layer's own, added up, or Hugging Face's, pooled over layers.",
-    )
-    z_loss_weight: float = Field(0.001, ge=0, description="Weight of the z-loss of olmoe.")
-    importance_loss_weight: float = Field(0.1, ge=0, description="Weight of the importance loss of noisy_top_k.")
-    load_loss_weight: float = Field(0.1, ge=0, description="Weight of the load loss of noisy_top_k.")
-    renormalise: bool = Field(
-        False, description="Whether olmoe divides a token's combine weights by their sum; OLMoE itself does not."
-    )
-    feed_forward: FeedForwardKind | None = Field(
-        None, description="Kind of every expert's network; null takes model.feed_forward, the dense layers'."
-    )
-    shared_expert: bool = Field(
-        False, description="Whether sparse layers have one more network, which every token takes beside its experts."
-    )
-    jitter: float = Field(
-        0.0, ge=0, lt=1, description="Half-width of the noise multiplied onto the gate's input of switch in training."
-    )
 
 
 class AttentionConfig(Section):
@@ -245,3 +185,147 @@ class ModelConfig(Section):
     def choices_of(self, experts: int) -> int:
         """k, a token's experts of a layer of so many: what `top_k` says, or the router's own, which may be all."""
         return self.sparse.top_k or self.router_spec.experts_per_token or experts
+
+    def violations(self) -> Violations:
+        """Broken rules of the section: a model that cannot be built, or an option without effect."""
+        for check in (_sizes, _parts, _networks, _top_layer, _sparse):
+            yield from check(self)
+
+
+def _sizes(model: ModelConfig) -> Violations:
+    if model.hidden % model.heads:
+        yield (
+            "model.heads",
+            f"model.heads = {model.heads} does not divide model.hidden = {model.hidden}: "
+            "choose a hidden size that is a multiple of the number of heads",
+        )
+    if model.blocks < 1:
+        yield (
+            "model.layers",
+            f"model.layers = {model.layers} leaves no block under the query layer: set it to at least 2, "
+            "or model.query_layer to none",
+        )
+
+
+def _parts(model: ModelConfig) -> Violations:
+    """Backbone parts that cannot be combined, and options of parts that are not there."""
+    if model.position == "rope" and model.query_layer != "none":
+        yield (
+            "model.query_layer",
+            "model.query_layer = next_position asks by learned positions, which model.position = rope does not have: "
+            "set model.query_layer to none, or model.position to learned",
+        )
+    if model.position == "rope" and model.hidden % model.heads == 0 and model.hidden // model.heads % 2:
+        yield (
+            "model.heads",
+            f"model.position = rope turns pairs of values, and a head has {model.hidden // model.heads} "
+            "(model.hidden / model.heads): choose sizes that make it even",
+        )
+    if model.position != "rope" and model.rope_theta != 10000.0:
+        yield (
+            "model.rope_theta",
+            f"model.rope_theta = {model.rope_theta:g} has no effect with model.position = {model.position}: leave it "
+            "out, or set model.position to rope",
+        )
+    if model.head == "untied" and model.domain_parameters.embedding == "own":
+        yield (
+            "model.head",
+            "model.head = untied is one table for all domains, but model.domain_parameters.embedding = own gives each "
+            "its own words: set model.head to tied, or model.domain_parameters.embedding to shared",
+        )
+
+
+def _networks(model: ModelConfig) -> Violations:
+    """Feed-forward networks of dense layers and of experts, which share activation and biases."""
+    written = {"model.feed_forward": model.feed_forward, "model.sparse.feed_forward": model.sparse.feed_forward}
+    gated = {key: kind for key, kind in written.items() if kind in GATE_ACTIVATIONS}
+    if len(set(gated.values())) > 1:
+        yield (
+            "model.sparse.feed_forward",
+            f"model.feed_forward = {model.feed_forward} and model.sparse.feed_forward = {model.sparse.feed_forward} "
+            "are gated by different activations, and a model has one: set them alike, or one of them to mlp",
+        )
+        return
+    for key, kind in gated.items():
+        activation = GATE_ACTIVATIONS[kind]
+        if model.activation != activation:
+            yield (
+                "model.activation",
+                f"model.activation = {model.activation}, but {key} = {kind} is gated by {activation} by definition: "
+                f"set model.activation to {activation}",
+            )
+        if model.biases:
+            yield (
+                "model.biases",
+                f"model.biases is true, but {key} = {kind} has none: set model.biases to false",
+            )
+
+
+def _top_layer(model: ModelConfig) -> Violations:
+    sparse = model.sparse
+    if not model.is_mixture:
+        if model.mixture_loss != "competitive":
+            yield (
+                "model.mixture_loss",
+                f"model.mixture_loss = {model.mixture_loss} has no effect without a mixture: leave it out, or set "
+                "model.top_layer to mixture",
+            )
+        return
+    if sparse.layers or sparse.include_query_layer or sparse.pattern != "top":
+        yield (
+            "model.top_layer",
+            "model.top_layer = mixture mixes what whole models would give, so the layer under the head "
+            f"({model.last_layer}) must be the only one with experts: leave model.sparse.layers, pattern and "
+            "include_query_layer out",
+        )
+    if sparse.router != "rre":
+        yield (
+            "model.sparse.router",
+            f"model.sparse.router = {sparse.router} has no effect on model.top_layer = mixture, whose gate is its own: "
+            "leave it out",
+        )
+    if sparse.dispatch == "capacity":
+        yield (
+            "model.sparse.dispatch",
+            "model.sparse.dispatch = capacity, but under model.top_layer = mixture every expert takes every row: set "
+            "it to dropless",
+        )
+
+
+def _sparse(model: ModelConfig) -> Violations:
+    sparse = model.sparse
+    if sparse.include_query_layer and model.query_layer == "none":
+        yield (
+            "model.sparse.include_query_layer",
+            "model.sparse.include_query_layer is true, but model.query_layer is none: set it to false",
+        )
+        return
+    if sparse.pattern != "top" and sparse.layers:
+        yield (
+            "model.sparse.layers",
+            f"model.sparse.layers = {sparse.layers} counts top layers, but model.sparse.pattern = {sparse.pattern} "
+            "says itself which layers are sparse: set model.sparse.layers to 0, or the pattern to top",
+        )
+    if sparse.pattern == "every_other" and model.blocks < 2:
+        yield (
+            "model.sparse.pattern",
+            f"model.sparse.pattern = every_other begins with the second block, but there are {model.blocks}: "
+            "set it to top or every, or raise model.layers",
+        )
+    if sparse.pattern == "top" and sparse.include_query_layer and sparse.layers == 0:
+        yield (
+            "model.sparse.include_query_layer",
+            "model.sparse.include_query_layer is true, but model.sparse.layers is 0: "
+            "the query layer counts as one of the sparse layers, so set model.sparse.layers to at least 1",
+        )
+    most = model.blocks + int(sparse.include_query_layer)
+    if sparse.layers > most:
+        counted = "the query layer included" if sparse.include_query_layer else "the query layer is dense"
+        if model.query_layer == "none":
+            counted = "there is no query layer"
+        yield (
+            "model.sparse.layers",
+            f"model.sparse.layers = {sparse.layers} is more than the {most} layers that can be sparse "
+            f"(model.layers = {model.layers}, {counted}): set it to at most {most}",
+        )
+    yield from sparse.violations(model.router_spec, model.is_mixture)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pangu_sigma.config.schema import Config
+from pangu_sigma.config.schema import Config
 
 
 def own_weights(config: Config, index: int) -> dict[str, float]:

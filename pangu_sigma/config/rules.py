@@ -5,19 +5,48 @@ from __future__ import annotations
 import math
 from os.path import abspath, expanduser
 
-from pangu_sigma.config.mesh_rules import broken_mesh_rules
-from pangu_sigma.config.model_rules import broken_model_rules
-from pangu_sigma.config.phase_rules import broken_phase_rules, broken_stream_rules
+from pangu_sigma.config.capacity_sizes import samples_at_a_time
+from pangu_sigma.config.mesh_rules import mesh_violations
+from pangu_sigma.config.phase_domains import old_domains
 from pangu_sigma.config.schema import Config
 from pangu_sigma.config.section import Violations
+from pangu_sigma.config.training_sections import PhaseConfig
 
 
 def violations(config: Config) -> Violations:
     """All broken rules of a configuration whose single fields are right, those inside one section included."""
-    checks = (broken_model_rules, _domains, _tokenizer, _data, _schedule, _train, _run, _experts)
-    checks += (broken_mesh_rules, broken_phase_rules, broken_stream_rules, _adapt)
-    for check in checks:
+    yield from config.model.violations()
+    checks = (_routing, _domains, _tokenizer, _data, _schedule, _train, _run, _experts)
+    for check in (*checks, mesh_violations, _phases, _stream, _adapt):
         yield from check(config)
+
+
+def _routing(config: Config) -> Violations:
+    """What a sparse layer's options ask of the batch and of the domains' experts."""
+    model, sparse = config.model, config.model.sparse
+    if sparse.include_query_layer and model.query_layer == "none":
+        return  # which layers are sparse is not known: the model's own rules say why
+    # How many samples a rank computes is not known of a mesh that cannot be.
+    is_mesh = not any(config.parallel.violations())
+    if sparse.capacity_samples > 1 and is_mesh and sparse.has_group_capacity(model.router_spec, model.is_mixture):
+        samples = samples_at_a_time(config)
+        if samples % sparse.capacity_samples:
+            yield (
+                "model.sparse.capacity_samples",
+                f"model.sparse.capacity_samples = {sparse.capacity_samples} does not divide the "
+                f"{samples} sequences that a rank computes at a time (train.batch_size / "
+                "train.gradient_accumulation_steps, among the ranks that read): choose a divisor",
+            )
+    experts = config.experts_in_layer
+    most = experts - 1 if model.router == "noisy_top_k" else experts
+    if model.sparse_prefixes and model.router_spec.learned and config.experts_per_token > most:
+        spare = ", one of which must be left unchosen" if most < experts else ""
+        yield (
+            "model.sparse.top_k",
+            f"model.sparse.top_k = {config.experts_per_token} (the {sparse.router_name(model.is_mixture)}'s own "
+            f"where nothing is written) is too many for the {experts} experts of a sparse layer{spare}: set it to at "
+            f"most {most}",
+        )
 
 
 def _domains(config: Config) -> Violations:
@@ -165,6 +194,137 @@ def _experts(config: Config) -> Violations:
             "experts.store",
             f"experts.store = {store}, but a learned gate ({config.model.router_setting}) chooses "
             "among all experts inside the step: set experts.store to device",
+        )
+
+
+def _phases(config: Config) -> Violations:
+    phases, model = config.train.phases, config.model
+    names = set(config.domain_names)
+    for index, phase in enumerate(phases):
+        key = f"train.phases.{index}"
+        if phase.steps is None and index < len(phases) - 1:
+            yield f"{key}.steps", f"{key}.steps is missing: only the last phase may leave it out"
+        for name in phase.weights or {}:
+            if name not in names:
+                yield f"{key}.weights.{name}", f"{key}.weights names the domain {name}, {_known(names)}"
+        yield from phase.weight_violations(key)
+        for name in phase.domains or ():
+            if name not in names:
+                yield f"{key}.domains", f"{key}.domains names the domain {name}, {_known(names)}"
+        frozen = phase.shared == "frozen"
+        if frozen and phase.domains == ():
+            yield key, f"{key} trains nothing: set shared to train or name domains whose experts train"
+        elif frozen and not model.sparse_prefixes and model.domain_parameters.embedding == "shared":
+            yield (
+                f"{key}.shared",
+                f"{key} trains nothing: a dense model has shared parameters only; set shared to train",
+            )
+        yield from _regularise(key, phase, config)
+        if phase.shared == "regularised" and config.cut_over_devices:
+            yield (
+                f"{key}.shared",
+                f"{key}.shared = regularised has no form that is cut over devices, and parallel describes "
+                f"{config.parallel.devices} of them: set its keys to 1, or {key}.shared to train",
+            )
+        if not set(phase.weights or ()) - names:
+            yield from _old_domains(key, config, index)
+    yield from config.train.phase_length_violations()
+
+
+def _regularise(key: str, phase: PhaseConfig, config: Config) -> Violations:
+    yield from phase.regularise_violations(key)
+    regularise = phase.regularise
+    if regularise is not None and regularise.through == "old":
+        has_own_experts = config.model.sparse_prefixes and config.model.router_spec.tables == "domain"
+        if not regularise.output:
+            yield (
+                f"{key}.regularise.through",
+                f"{key}.regularise.through = old says whose outputs are compared, and output is 0: give output a "
+                "weight above 0, or leave through out",
+            )
+        elif config.parallel.placement_groups > 1:
+            yield (
+                f"{key}.regularise.through",
+                f"{key}.regularise.through = old has the new text read by other domains' experts, whose rows do not "
+                "leave their placement group: set it to own, or parallel.placement to global",
+            )
+        elif not has_own_experts and config.model.domain_parameters.embedding == "shared":
+            yield (
+                f"{key}.regularise.through",
+                f"{key}.regularise.through = old has no effect on this model, in which no domain has experts of its "
+                "own (a dense one, or model.sparse.router other than rre): leave it out",
+            )
+
+
+def _old_domains(key: str, config: Config, index: int) -> Violations:
+    phase, names = config.train.phases[index], set(config.domain_names)
+    for name in phase.old or ():
+        if name not in names:
+            yield f"{key}.old", f"{key}.old names the domain {name}, {_known(names)}"
+            return
+    regularise = phase.regularise
+    through = regularise is not None and regularise.output > 0 and regularise.through == "old"
+    ewc = regularise is not None and regularise.ewc > 0
+    if not phase.replay and not ewc and not through:
+        if phase.old is not None:
+            yield (
+                f"{key}.old",
+                f"{key}.old has no effect without {key}.replay, {key}.regularise.ewc or through = old: leave it out",
+            )
+        return
+    why = f"{key}.regularise.ewc" if ewc else f"{key}.regularise.through = old"
+    why = f"{key}.replay = {phase.replay:g}" if phase.replay else why
+    if phase.replay and phase.weights is None:
+        yield (
+            f"{key}.weights",
+            f"{why} is a share beside what {key}.weights draws, which is null: name the new domains there",
+        )
+    elif not old_domains(config, index):
+        yield (
+            f"{key}.old",
+            f"{why} needs old domains, but no earlier phase draws another domain than {key} itself: name them in "
+            f"{key}.old",
+        )
+    elif (
+        phase.replay
+        and phase.shared == "frozen"
+        and not set(old_domains(config, index)) & set(names if phase.domains is None else phase.domains)
+    ):
+        yield (
+            f"{key}.replay",
+            f"{why} has no use where nothing of the old domains trains: set it to 0, or {key}.shared to train or "
+            "regularised",
+        )
+
+
+def _known(names: set[str]) -> str:
+    return f"which domains does not list: the known ones are {', '.join(sorted(names))}"
+
+
+def _stream(config: Config) -> Violations:
+    if config.data.stream is None:
+        return
+    stream, names = config.data.stream, set(config.domain_names)
+    if stream.domain is not None and stream.domain not in names:
+        yield "data.stream.domain", f"data.stream.domain names the domain {stream.domain}, {_known(names)}"
+    if config.data.max_domains_per_batch is not None:
+        yield (
+            "data.max_domains_per_batch",
+            f"data.max_domains_per_batch = {config.data.max_domains_per_batch}, but the documents of data.stream "
+            "come in their own order: set it to null",
+        )
+    for index, phase in enumerate(config.train.phases):
+        if phase.replay:
+            yield (
+                f"train.phases.{index}.replay",
+                f"train.phases.{index}.replay = {phase.replay:g}, but a run with data.stream draws nothing from the "
+                "domains' files: set it to 0",
+            )
+    if config.parallel.devices > 1:
+        yield (
+            "data.stream",
+            f"data.stream is read by one process, and parallel describes {config.parallel.devices} devices: leave "
+            "--workers out and set its keys to 1",
         )
 
 

@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from pangu_sigma.config.data_section import Text
-from pangu_sigma.config.section import Section
-from parallel.mesh import Mesh
+from pangu_sigma.config.section import Section, Violations
+from parallel.mesh import Mesh, mesh_problems
 
 
 class ProfileConfig(Section):
@@ -102,6 +102,11 @@ class ParallelConfig(Section):
     timeout: float = Field(
         600.0, gt=0, description="Seconds that a process waits for the others before the run is given up."
     )
+
+    def violations(self) -> Violations:
+        """Broken rules of the mesh itself."""
+        axes = self.model_dump(include={"data", "expert", "tensor", "pipeline", "placement", "placement_groups"})
+        yield from ((f"parallel.{field}", f"parallel.{sentence}") for field, sentence in mesh_problems(**axes))
 
     @property
     def devices(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -102,6 +103,36 @@ class PhaseConfig(Section):
         False, description="Whether the learning rate begins anew: warm-up, then a decay that ends with this phase."
     )
 
+    def weight_violations(self, key: str) -> Violations:
+        """Broken rules of the weights of the phase at `key`."""
+        weights = self.weights or {}
+        negative = [name for name, weight in weights.items() if weight < 0]
+        if negative:
+            name = f"{key}.weights.{negative[0]}"
+            yield name, f"{name} = {weights[negative[0]]} is negative: set it to 0 or more"
+        elif self.weights is not None and not 0 < sum(weights.values()) < math.inf:
+            yield (
+                f"{key}.weights",
+                f"{key}.weights do not add up to a positive number: give at least one domain a positive weight, or "
+                "write null",
+            )
+
+    def regularise_violations(self, key: str) -> Violations:
+        """Broken rules between `shared` and `regularise` of the phase at `key`."""
+        terms = self.regularise
+        if terms is not None and self.shared != "regularised":
+            yield (
+                f"{key}.regularise",
+                f"{key}.regularise has no effect, since {key}.shared = {self.shared}: set shared to regularised, or "
+                "leave regularise out",
+            )
+        elif self.shared == "regularised" and not (terms and (terms.output or terms.l2 or terms.ewc)):
+            yield (
+                f"{key}.regularise",
+                f"{key}.shared = regularised, but {key}.regularise says by what: give output, l2 or ewc a weight above "
+                "0",
+            )
+
 
 class TrainConfig(Section):
     """The loop: how many steps of which size, in which precision."""
@@ -144,3 +175,13 @@ class TrainConfig(Section):
                 "train.stop_at",
                 f"train.stop_at = {self.stop_at} is more than train.steps = {self.steps}: set it lower or to null",
             )
+
+    def phase_length_violations(self) -> Violations:
+        """Whether the phases' steps add up to the run's."""
+        total = sum(phase.steps or 0 for phase in self.phases)
+        open_end = bool(self.phases) and self.phases[-1].steps is None
+        if self.phases and (total >= self.steps if open_end else total != self.steps):
+            last = "the phases before the last take" if open_end else "the phases add up to"
+            more = "leave at least one step for the last phase"
+            more = more if open_end else "they must be equal, or leave out the last"
+            yield "train.phases", f"{last} {total} steps and train.steps is {self.steps}: {more}"

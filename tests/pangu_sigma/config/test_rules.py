@@ -196,6 +196,11 @@ BROKEN = [
     ("expert parts", ["parallel.expert=4", SPARSE], "parallel.expert = 4 does not divide the 6 experts"),
     ("groups of nothing", ["parallel.placement_groups=2"], "parallel.placement_groups = 2 has no effect"),
     (
+        "groups of nothing, whose capacity cannot be counted",
+        ["parallel.placement_groups=2", "model.sparse={router: switch, dispatch: capacity, capacity_samples: 2}"],
+        "parallel.placement_groups = 2 has no effect",
+    ),
+    (
         "groups that do not divide",
         ["parallel={expert: 2, placement: domain, placement_groups: 3}", SPARSE],
         "parallel.placement_groups = 3 does not divide expert = 2",
