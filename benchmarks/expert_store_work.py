@@ -239,7 +239,7 @@ def measure(work: Work) -> dict:
         for step in range(work.warmup + work.steps):
             if step == work.warmup:
                 store.flush()
-                trainer.accounting.take()
+                trainer.metrics.take_record()
                 store.stats.take()
                 counts = {layer_name: steps.copy() for layer_name, steps in store.steps.items()}
             start = time.perf_counter()
@@ -257,7 +257,7 @@ def measure(work: Work) -> dict:
                 seconds.append(time.perf_counter() - start)
             if tables.exists() and step % 10 == 9:
                 cached.append(cached_bytes(tables))
-        moved = trainer.store_figures()
+        moved = trainer.take_store_metrics()
         touched = sum(int((store.steps[layer_name] > counts[layer_name]).sum()) for layer_name in store.steps)
     found = {
         "work": asdict(work),

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM outside the training loop: neither is lost, and neither ends in a traceback."""
+"""Ctrl-C and SIGTERM: what they do while a job prepares, while a module loads, and while a run trains."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 
 @contextmanager
@@ -19,6 +20,44 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+class StopSignalListener:
+    """A context in which the first SIGINT or SIGTERM is only noted, so that the training loop can save and stop.
+
+    signal_name: "Ctrl-C" or "SIGTERM" once one came, else None. A second signal ends the program at once. The handler
+    runs in the main thread, between two bytecodes; listening in another thread does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._previous: dict[int, object] = {}
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether a signal came."""
+        return self.signal_name is not None
+
+    def __enter__(self) -> StopSignalListener:
+        if _may_handle():
+            for signal_number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[signal_number] = signal.signal(signal_number, self._on_signal)
+        return self
+
+    def reinstall(self) -> None:
+        """Listen again: MindSpore may leave a handler of its own behind, which turns Ctrl-C into SIGTERM."""
+        if not self.stop_requested and signal.SIGINT in self._previous:
+            signal.signal(signal.SIGINT, self._on_signal)
+
+    def __exit__(self, *exception: object) -> None:
+        for signal_number, handler in self._previous.items():
+            signal.signal(signal_number, handler)
+
+    def _on_signal(self, signal_number: int, frame: FrameType | None) -> None:
+        self.signal_name = "Ctrl-C" if signal_number == signal.SIGINT else "SIGTERM"
+        # From now on each signal does what it does to any Python program.
+        for caught in self._previous:
+            signal.signal(caught, signal.SIG_DFL if caught != signal.SIGINT else signal.default_int_handler)
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.monitor.result_files import write_text
 from pangu_sigma.signals import sigterm_as_ctrl_c
-from pangu_sigma.train.continual.teacher_snapshot import PREVIOUS
+from pangu_sigma.train.continual.teacher_snapshot import TEACHER_KEY
 from pangu_sigma.trained_model import run_of, stored_config
 
 
@@ -161,7 +161,7 @@ class CheckpointEditor:
         lost_mesh = config.parallel.mesh.size < self.config.parallel.mesh.size
         before = dict(checkpoint.state if state is None else state)
         # A phase under way that stays near a previous model takes the model of this moment for it.
-        before.pop(PREVIOUS, None)
+        before.pop(TEACHER_KEY, None)
         before |= extra_state or {}
         if self.out is None:
             before[CONFIG_BEFORE] = config_digest(self.run_dir)
@@ -181,6 +181,7 @@ class CheckpointEditor:
         )
         total = sum(file.size for file in (*content.kept, *content.new_files()))
         with progress(what, total, unit="B") as job:
+
             def advance(done: int, _: int) -> None:
                 job.set(done)
 

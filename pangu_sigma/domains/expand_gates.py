@@ -24,7 +24,7 @@ from pangu_sigma.domains.add_domain import NewDomain, fresh_moments, read_text
 from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditedTensors, EditResult, check_free
 from pangu_sigma.domains.new_domain_tensors import NewDomainTensors
 from pangu_sigma.errors import UserError
-from pangu_sigma.train.continual.teacher_snapshot import PREVIOUS, Record, identity, link_previous
+from pangu_sigma.train.continual.teacher_snapshot import TEACHER_KEY, TeacherSnapshot, hash_tensors, link_snapshot
 from rre.counted_random import generator
 
 # Parameters of gates with a column for each expert.
@@ -53,8 +53,8 @@ def expand_domain(path: Path, new_domain: NewDomain, ahead: domain_edits.Ahead) 
         _add_experts(new, source, config, new_domain, initial)
         _add_shared(new, source, config, new_domain)
         fresh_moments(new, source, new_domain.name, new_domain.experts)
-        kept = link_previous(subject.run_dir, source)
-        record = Record(len(phases) - 1, source.step, identity(kept))
+        kept = link_snapshot(subject.run_dir, source)
+        snapshot = TeacherSnapshot(len(phases) - 1, source.step, hash_tensors(kept))
         return subject.write(
             f"expand by {new_domain.name} ({new_domain.init})",
             domains=[*source.domains, new_domain.name],
@@ -67,7 +67,7 @@ def expand_domain(path: Path, new_domain: NewDomain, ahead: domain_edits.Ahead) 
             },
             corpora={**source.fingerprints.corpora, new_domain.name: store.corpus_fingerprint},
             probe={**source.probe(), **probe},
-            extra_state={PREVIOUS: record.state()},
+            extra_state={TEACHER_KEY: snapshot.state()},
         )
 
 

@@ -20,8 +20,8 @@ from pangu_sigma.model.graph_inputs import GraphSignature
 from pangu_sigma.model.model import Model
 from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.model.scoring import Scorer
-from pangu_sigma.train.continual.teacher import Reference
-from pangu_sigma.train.objective import Measured, Objective
+from pangu_sigma.train.continual.teacher import Teacher
+from pangu_sigma.train.objective import BatchLoss, TrainingObjective
 from parallel.operator_layout import Layout
 
 
@@ -87,19 +87,19 @@ def figures(reward: np.ndarray) -> dict[str, tuple[float, float]]:
     return {name: (value, pairs) for name, value in sums.items()}
 
 
-class Preference(Objective):
+class Preference(TrainingObjective):
     """Mean loss per pair against a frozen reference."""
 
     rows_per_sample = 2
 
-    def __init__(self, beta: float, reference: Callable[[], Reference], auxiliary: bool = False) -> None:
+    def __init__(self, beta: float, reference: Callable[[], Teacher], auxiliary: bool = False) -> None:
         super().__init__(auxiliary)
         self.beta = beta
         self._load = reference
-        self._reference: Reference | None = None
+        self._reference: Teacher | None = None
 
     @property
-    def reference(self) -> Reference:
+    def reference(self) -> Teacher:
         """The frozen model, loaded when it is first asked for."""
         if self._reference is None:
             self._reference = self._load()
@@ -121,16 +121,16 @@ class Preference(Objective):
         return (losses * batch.mask).sum(axis=1, dtype=np.float64).astype(np.float32)
 
     def inputs(
-        self, batch: RoutedBatch, prepared: np.ndarray, scale: float, total: float, parts: int
+        self, batch: RoutedBatch, prepared: np.ndarray, scale: float, total: float, micro_batches: int
     ) -> tuple[Tensor, ...]:
         weight = Tensor(scale / total, ms.float32)
-        return Tensor(batch.mask), self.auxiliary_weight(scale, parts), Tensor(prepared), weight
+        return Tensor(batch.mask), self.auxiliary_weight(scale, micro_batches), Tensor(prepared), weight
 
-    def measure(self, batch: RoutedBatch, prepared: np.ndarray, by_sample: np.ndarray) -> Measured:
+    def measure(self, batch: RoutedBatch, prepared: np.ndarray, by_sample: np.ndarray) -> BatchLoss:
         reward = rewards(self.beta, by_sample, prepared)
         losses = np.zeros(len(by_sample))
         losses[::2] = pair_losses(reward)
-        return Measured(losses, self.units(batch), figures(reward))
+        return BatchLoss(losses, self.units(batch), figures(reward))
 
 
 class PreferenceEvaluator:

@@ -9,9 +9,9 @@ from pangu_sigma.checkpoint import find_latest, resolve
 from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.config.finetuning_file import load_adaptation, run_dir_of
 from pangu_sigma.config.mesh_rules import check_one_process
-from pangu_sigma.finetuning.finetuning_task import ExampleRecipe
+from pangu_sigma.finetuning.finetuning_task import ExampleTask
 from pangu_sigma.signals import sigterm_as_ctrl_c
-from pangu_sigma.train.job import Run
+from pangu_sigma.train.job import TrainingRun
 from pangu_sigma.trained_model import stored_config
 
 
@@ -24,8 +24,8 @@ def adapt(model: Path, file: Path, objective: str, overrides: tuple[str, ...] = 
     base, start = _base(model, file, overrides, resume)
     config = load_adaptation(file, overrides, objective, base, start)
     check_one_process(config, "set parallel={}")
-    with sigterm_as_ctrl_c(), Run(config, resume, recipe=partial(ExampleRecipe, named=model)) as run:
-        run.loop()
+    with sigterm_as_ctrl_c(), TrainingRun(config, resume, make_task=partial(ExampleTask, named=model)) as run:
+        run.train()
     return Path(config.run.dir)
 
 

@@ -17,15 +17,15 @@ from pangu_sigma.finetuning.example_rows import ExampleSampler, HeldoutExamples,
 from pangu_sigma.finetuning.examples import ExampleSet, load_examples
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.train.schedule import phase_at
-from pangu_sigma.train.startup.starting_point import Beginning
+from pangu_sigma.train.startup.starting_point import StartingPoint
 from pangu_sigma.trained_model import stored_tokenizer
 
 if TYPE_CHECKING:
     from pangu_sigma.evaluation.domain_evaluation import Evaluator
     from pangu_sigma.finetuning.dpo import PreferenceEvaluator
     from pangu_sigma.model.model import Model
-    from pangu_sigma.train.continual.teacher import Reference
-    from pangu_sigma.train.objective import Objective
+    from pangu_sigma.train.continual.teacher import Teacher
+    from pangu_sigma.train.objective import TrainingObjective
 
 # Key of the trainer state that says which checkpoint is the frozen reference: {"path", "sha256"}.
 REFERENCE = "reference"
@@ -62,39 +62,39 @@ class ExampleCorpus:
         return {}
 
 
-class ExampleRecipe:
-    """A recipe of examples. Corpus fingerprints and probes are the adapted model's, whose domains' text they tell of.
+class ExampleTask:
+    """Fine-tuning on examples: SFT or DPO. Corpus fingerprints and probes are those of the adapted model.
 
     `named`: the model that the user named, where a run that resumes may find its reference. Raises UserError.
     """
 
-    def __init__(self, beginning: Beginning, named: Path) -> None:
-        self.config = beginning.config
+    def __init__(self, starting_point: StartingPoint, named: Path) -> None:
+        self.config = starting_point.config
         # Of a new run the adapted model's checkpoint, of one that resumes its own.
-        self.origin = beginning.tokenizer_of
-        self.frozen = _frozen(beginning, named) if self.config.adapt.objective == "dpo" else None
+        self.origin = starting_point.tokenizer_checkpoint
+        self.frozen = _frozen(starting_point, named) if self.config.adapt.objective == "dpo" else None
         self.corpus = _tokenised(self.config, self.origin)
         self.heldout = self.corpus.heldout()
 
-    def objective(self) -> Objective:
-        """See `Recipe`."""
+    def objective(self) -> TrainingObjective:
+        """See `TrainingTask`."""
         from pangu_sigma.finetuning.dpo import Preference
-        from pangu_sigma.train.continual.teacher import load_reference
-        from pangu_sigma.train.objective import Objective
+        from pangu_sigma.train.continual.teacher import load_teacher
+        from pangu_sigma.train.objective import TrainingObjective
         from pangu_sigma.train.trainer import micro_batch_rows
 
         settings = self.config.adapt
         if settings.objective == "sft":
-            return Objective(auxiliary=settings.auxiliary_losses)
+            return TrainingObjective(auxiliary=settings.auxiliary_losses)
 
-        def load() -> Reference:
-            return load_reference(self.frozen, self.config, micro_batch_rows(self.config, objective))
+        def load() -> Teacher:
+            return load_teacher(self.frozen, self.config, micro_batch_rows(self.config, objective))
 
         objective = Preference(settings.beta, load, settings.auxiliary_losses)
         return objective
 
-    def evaluator(self, model: Model, objective: Objective) -> Evaluator | PreferenceEvaluator:
-        """See `Recipe`."""
+    def evaluator(self, model: Model, objective: TrainingObjective) -> Evaluator | PreferenceEvaluator:
+        """See `TrainingTask`."""
         from pangu_sigma.evaluation.domain_evaluation import Evaluator
         from pangu_sigma.finetuning.dpo import Preference, PreferenceEvaluator
 
@@ -104,7 +104,7 @@ class ExampleRecipe:
         return Evaluator(model, size)
 
     def sampler(self, sizes: Sequence[int]) -> ExampleSampler:
-        """See `Recipe`; weights are the examples' own where a phase has none."""
+        """See `TrainingTask`; weights are the examples' own where a phase has none."""
         config = self.config
         own = {examples.name: examples.weight for examples in config.adapt.examples}
 
@@ -131,7 +131,7 @@ class ExampleRecipe:
         return {name: rows for name, rows in probe.items() if rows.shape[0] and rows.shape[1] == length}
 
     def state(self) -> dict[str, object]:
-        """See `Recipe`; dpo's reference by its path and hash."""
+        """See `TrainingTask`; dpo's reference by its path and hash."""
         if self.frozen is None:
             return {}
         return {REFERENCE: {"path": str(self.frozen.path), "sha256": self.frozen.sha256}}
@@ -155,11 +155,11 @@ def _tokenised(config: Config, origin: Checkpoint) -> ExampleCorpus:
     return ExampleCorpus(config, tokenizer, sets, dict(origin.fingerprints.corpora))
 
 
-def _frozen(beginning: Beginning, named: Path) -> Checkpoint:
+def _frozen(starting_point: StartingPoint, named: Path) -> Checkpoint:
     """The checkpoint of the reference: what the run began with, byte for byte. Raises UserError if it is gone."""
-    if beginning.start is not None:
-        return beginning.start
-    kept = beginning.tokenizer_of.state[REFERENCE]
+    if starting_point.initial_model is not None:
+        return starting_point.initial_model
+    kept = starting_point.tokenizer_checkpoint.state[REFERENCE]
     for path in (Path(kept["path"]), named):
         if path.exists() and (copy := resolve(path)).sha256 == kept["sha256"]:
             return copy

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,9 +15,6 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.model.model import DOMAIN_EMBEDDING, Model
 from rre.router_specs import LAYER
 from rre.store.expert_store import STATE_TENSORS
-
-if TYPE_CHECKING:
-    from pangu_sigma.train.optimizer import Optimizer
 
 
 def domain_tensors(model: Model, optimizer_state: bool) -> dict[str, np.ndarray]:
@@ -52,19 +48,21 @@ def _expert_tensor(domain: str, kind: str, layer_name: str, name: str) -> str:
     return f"{prefix}embedding.{name}" if layer_name == DOMAIN_EMBEDDING else f"{prefix}{layer_name}.experts.{name}"
 
 
-def model_tensors(model: Model, optimizer: Optimizer | None) -> dict[str, np.ndarray | LazyTensor]:
-    """All tensors of a checkpoint by name: shared, every domain's, and the moments if an optimizer is given.
+def model_tensors(model: Model, moments: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray | LazyTensor]:
+    """All tensors of a checkpoint by name: shared, every domain's, and the optimizer's `moments` of shared parameters.
+
+    `moments` None leaves all optimizer state out.
 
     Experts that lie on disk come as tensors that are read when they are written.
     """
     store, groups = model.store, model.groups
     store.flush()
     tensors: dict[str, np.ndarray | LazyTensor] = {**model.shared.values()}
-    if optimizer is not None:
-        tensors |= optimizer.moments()
-    tensors |= domain_tensors(model, optimizer is not None)
+    if moments is not None:
+        tensors |= moments
+    tensors |= domain_tensors(model, moments is not None)
     for kind, layer_name, name, table in store.tables():
-        if store.in_memory(layer_name) or (kind != "weight" and optimizer is None):
+        if store.in_memory(layer_name) or (kind != "weight" and moments is None):
             continue
         for domain in groups.names:
             rows = groups.of(domain)
@@ -74,8 +72,8 @@ def model_tensors(model: Model, optimizer: Optimizer | None) -> dict[str, np.nda
     return tensors
 
 
-def tensor_parts(model: Model, optimizer: Optimizer | None) -> dict[str, ShardedTensor]:
-    """All tensors of a checkpoint by name, each with the part of it that this process writes; without an optimizer
+def tensor_parts(model: Model, moments: Mapping[str, np.ndarray] | None) -> dict[str, ShardedTensor]:
+    """All tensors of a checkpoint by name, each with the part of it that this process writes; without `moments`
     those of the model alone.
 
     All processes' parts together are every tensor once: a process writes its own experts, unless it is a replica, its
@@ -83,9 +81,9 @@ def tensor_parts(model: Model, optimizer: Optimizer | None) -> dict[str, Sharded
     """
     store, groups, shards = model.store, model.groups, model.expert_shards
     store.flush()
-    parts = _shared_parts(model, optimizer) | _elsewhere(model, optimizer)
+    parts = _shared_parts(model, moments) | _elsewhere(model, moments)
     for kind, layer_name, name, table in store.tables():
-        if layer_name == DOMAIN_EMBEDDING or (kind != "weight" and optimizer is None):
+        if layer_name == DOMAIN_EMBEDDING or (kind != "weight" and moments is None):
             continue
         shard = shards[name]
         for domain in groups.names:
@@ -96,7 +94,7 @@ def tensor_parts(model: Model, optimizer: Optimizer | None) -> dict[str, Sharded
                 pieces.append(TensorShard((begin, *(axis.start for axis in shard.slices)), values))
             shape = (groups.of(domain).stop - groups.of(domain).start, *shard.shape)
             parts[_expert_tensor(domain, kind, layer_name, name)] = ShardedTensor(shape, table.dtype, tuple(pieces))
-    for layer_name, steps in store.steps.items() if optimizer is not None else ():
+    for layer_name, steps in store.steps.items() if moments is not None else ():
         for domain in groups.names if layer_name != DOMAIN_EMBEDDING else ():
             runs = _runs(model, domain) if _counts_for_others(model) else ()
             size = groups.of(domain).stop - groups.of(domain).start
@@ -105,12 +103,12 @@ def tensor_parts(model: Model, optimizer: Optimizer | None) -> dict[str, Sharded
     return parts
 
 
-def _shared_parts(model: Model, optimizer: Optimizer | None) -> dict[str, ShardedTensor]:
+def _shared_parts(model: Model, moments: Mapping[str, np.ndarray] | None) -> dict[str, ShardedTensor]:
     """What is not the experts': shared parameters and moments, routing tables, embedding slots."""
     store, groups, shared, processes = model.store, model.groups, model.shared, model.processes
-    values = shared.values() | (optimizer.moments() if optimizer is not None else {})
+    values = shared.values() | (moments or {})
     names = {name: name for name in shared.shapes}
-    if optimizer is not None:
+    if moments is not None:
         names |= {f"optimizer.{kind}.{owner}": owner for owner in shared.trained for kind in "mv"}
     parts: dict[str, ShardedTensor] = {}
     for turn, (name, owner) in enumerate(sorted(names.items())):
@@ -125,9 +123,9 @@ def _shared_parts(model: Model, optimizer: Optimizer | None) -> dict[str, Sharde
         for o, table in by_owner.items()
     }
     for kind, layer_name, name, table in store.tables():
-        if layer_name == DOMAIN_EMBEDDING and (kind == "weight" or optimizer is not None):
+        if layer_name == DOMAIN_EMBEDDING and (kind == "weight" or moments is not None):
             common |= {_expert_tensor(d, kind, layer_name, name): table[n] for n, d in enumerate(groups.names)}
-    if DOMAIN_EMBEDDING in store.steps and optimizer is not None:
+    if DOMAIN_EMBEDDING in store.steps and moments is not None:
         steps = store.steps[DOMAIN_EMBEDDING]
         common |= {
             f"domains.{domain}.optimizer.steps.{DOMAIN_EMBEDDING}": steps[domain_id : domain_id + 1]
@@ -138,10 +136,10 @@ def _shared_parts(model: Model, optimizer: Optimizer | None) -> dict[str, Sharde
     return parts
 
 
-def _elsewhere(model: Model, optimizer: Optimizer | None) -> dict[str, ShardedTensor]:
+def _elsewhere(model: Model, moments: Mapping[str, np.ndarray] | None) -> dict[str, ShardedTensor]:
     """The experts of other pipeline stages, of which this process writes nothing."""
     parts: dict[str, ShardedTensor] = {}
-    kinds = STATE_TENSORS if optimizer is not None else STATE_TENSORS[:1]
+    kinds = STATE_TENSORS if moments is not None else STATE_TENSORS[:1]
     for layer_name in model.config.model.sparse_prefixes:
         if layer_name in model.layer_names:
             continue
@@ -149,7 +147,7 @@ def _elsewhere(model: Model, optimizer: Optimizer | None) -> dict[str, ShardedTe
             for name, shard in model.expert_shards.items():
                 part = ShardedTensor((size, *shard.shape), np.dtype(np.float32), ())
                 parts |= {_expert_tensor(domain, kind, layer_name, name): part for kind in kinds}
-            if optimizer is not None:
+            if moments is not None:
                 name = f"domains.{domain}.optimizer.steps.{layer_name}"
                 parts[name] = ShardedTensor((size,), np.dtype(np.int64), ())
     return parts

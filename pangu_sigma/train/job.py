@@ -1,4 +1,8 @@
-"""The training job from configuration to finished run folder; here is what a run is made of before its first step."""
+"""Training job: from a configuration to a finished run folder.
+
+`TrainingRun` makes the parts of a run in the order in which they can fail cheaply: the user's files and configuration
+first, then the framework and the other processes, then the model and what computes. `TrainingLoop` does the steps.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +24,18 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.metrics_log import MetricsLog, NoMetrics
 from pangu_sigma.monitor.result_files import write_json, write_text
 from pangu_sigma.signals import sigterm_as_ctrl_c
-from pangu_sigma.train.startup.starting_point import Beginning, begun, last_checkpoint, resumed
-from pangu_sigma.train.startup.warnings import differences, placement
-from pangu_sigma.train.streaming_input import Stream
-from pangu_sigma.train.task import Recipe, TextRecipe
+from pangu_sigma.train.loop import HeldoutEvaluation, TrainingLoop
+from pangu_sigma.train.startup.starting_point import StartingPoint, find_run_checkpoint, resume_from, start_fresh
+from pangu_sigma.train.startup.warnings import describe_differences, describe_placement
+from pangu_sigma.train.streaming_input import StreamingInput
+from pangu_sigma.train.task import TextTask, TrainingTask
 from pangu_sigma.trained_model import stored_weights, weights_as_needed
 from pangu_sigma.workers import processes_of
 from parallel.comm.processes import Processes
 
 
 def train(config: Config, resume: bool = False) -> Path:
-    """Train as `config` says and return the run's folder; see `Run` for the parts.
+    """Train as `config` says and return the run's folder; see `TrainingRun` for the parts.
 
     Raises UserError for the user's mistakes and for training that cannot go on.
     """
@@ -41,17 +46,19 @@ def train(config: Config, resume: bool = False) -> Path:
     if config.data.stream is not None and find_latest(config.run.dir)[0] is None:
         # Before anything is made on disk.
         with sigterm_as_ctrl_c():
-            check_source(config.data.stream.path, STANDARD_INPUT, lambda said: print(said, file=sys.stderr))
-    with sigterm_as_ctrl_c(), Run(config, resume, processes_of(config, Path(config.run.dir))) as run:
-        run.loop()
+            check_source(config.data.stream.path, STANDARD_INPUT, lambda message: print(message, file=sys.stderr))
+    with sigterm_as_ctrl_c(), TrainingRun(config, resume, processes_of(config, Path(config.run.dir))) as run:
+        run.train()
         run.processes.leave()
     return Path(config.run.dir)
 
 
-class Run:
-    """One run over its folder, by a recipe; a context that prepares it and holds the folder's lock and the metrics.
+class TrainingRun:
+    """A run over its folder: a context that makes its parts and holds the folder's lock and metrics; `train` trains.
 
-    Several `processes` do it together, each in a `Run` of its own: rank 0 has the lock and the metrics.
+    make_task: makes the kind of training (text, SFT, DPO) of where the run starts from.
+
+    Several `processes` do it together, each in a `TrainingRun` of its own: rank 0 has the lock and the metrics.
     """
 
     def __init__(
@@ -59,16 +66,16 @@ class Run:
         config: Config,
         resume: bool,
         processes: Processes | None = None,
-        recipe: Callable[[Beginning], Recipe] = TextRecipe,
+        make_task: Callable[[StartingPoint], TrainingTask] = TextTask,
     ) -> None:
         self.processes = processes or Processes()
         self.dir = Path(config.run.dir)
         self.resume = resume
         self.config = config
-        self._recipe = recipe
+        self._make_task = make_task
         self._open = ExitStack()
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> TrainingRun:
         try:
             self._prepare()
         except BaseException:
@@ -79,37 +86,50 @@ class Run:
     def __exit__(self, *exception: object) -> None:
         self._open.close()
 
-    def loop(self) -> None:
+    def train(self) -> None:
         """Train to the end, to `train.stop_at` or to a signal; a checkpoint stands at the end in every case."""
-        from pangu_sigma.train.loop import Loop
-
-        Loop(self).train()
+        TrainingLoop(
+            self.trainer,
+            self.sampler,
+            self.stream,
+            self.controller,
+            self.checkpointer,
+            HeldoutEvaluation(self.evaluator, self.heldout, self.unigram),
+            self.metrics,
+        ).train(self.messages)
 
     def _prepare(self) -> None:
-        first = self.processes.first
-        if not first:
+        is_first = self.processes.first
+        # 1. The folder, under its lock, and its last checkpoint.
+        if not is_first:
             # Rank 0 comes to the meeting when the text is tokenised: it is there, and so is the last checkpoint.
-            self._meet()
+            self._connect()
         else:
             self._open.enter_context(lock_run_folder(self.dir))
-        self.messages = remove_stale(self.dir) if first else []
-        checkpoint, said = last_checkpoint(self.dir, self.resume)
-        self.messages += said
-        beginning = begun(self.config) if checkpoint is None else resumed(self.dir, self.config, checkpoint)
-        self.recipe = self._recipe(beginning)
-        self.corpus, self.heldout = self.recipe.corpus, self.recipe.heldout
-        self.messages += beginning.messages + self.corpus.messages()
+        self.messages = remove_stale(self.dir) if is_first else []
+        checkpoint, messages = find_run_checkpoint(self.dir, self.resume)
+        self.messages += messages
+        # 2. The configuration, settled with that of a checkpoint, and the text. Nothing of the framework is loaded yet.
+        if checkpoint is None:
+            starting_point = start_fresh(self.config)
+        else:
+            starting_point = resume_from(self.dir, self.config, checkpoint)
+        self.task = self._make_task(starting_point)
+        self.corpus, self.heldout = self.task.corpus, self.task.heldout
+        self.messages += starting_point.messages + self.corpus.messages()
         tokenizer = self.corpus.tokenizer
         if checkpoint is not None:
             checkpoint.check_fingerprints(tokenizer=tokenizer.fingerprint, corpora=self.corpus.fingerprints)
-        self.config = with_vocabulary(beginning.config, tokenizer.vocab_size)
-        if first:
+        self.config = with_vocabulary(starting_point.config, tokenizer.vocab_size)
+        # 3. The framework and the other processes.
+        if is_first:
             # Only now: whatever is wrong with the user's files shows before the framework is loaded.
-            self._meet()
-        self._build(checkpoint, beginning.start)
-        self.messages += differences(self.model, checkpoint)
-        self.messages += placement(self.config, self.model.groups.sizes, self.progress.step)
-        self.metrics = self._metrics(checkpoint) if first else NoMetrics()
+            self._connect()
+        # 4. The model, what computes with it, and what there is to say before the first step.
+        self._build(checkpoint, starting_point.initial_model)
+        self.messages += describe_differences(self.model, checkpoint)
+        self.messages += describe_placement(self.config, self.model.groups.sizes, self.progress.step)
+        self.metrics = self._open_metrics(checkpoint) if is_first else NoMetrics()
         if self.resume:
             self.messages.append(
                 f"resumed from {checkpoint.path.name} (step {checkpoint.step})"
@@ -123,29 +143,30 @@ class Run:
             )
         if self.stream is not None:
             self.messages += self.stream.messages
-        if first:
-            self._describe()
+        if is_first:
+            self._write_description()
 
-    def _meet(self) -> None:
+    def _connect(self) -> None:
         """Load the framework and meet the other processes."""
         runtime.prepare(self.config.run.device, self.dir / "mindspore")
         self.processes.connect()
 
-    def _build(self, checkpoint: Checkpoint | None, start: Checkpoint | None) -> None:
-        """Everything that computes, as it was in `checkpoint`, or with the weights of `start`, or new."""
+    def _build(self, checkpoint: Checkpoint | None, initial_model: Checkpoint | None) -> None:
+        """Make everything that computes: as it was in `checkpoint`, or with the weights of `initial_model`, or new."""
         from pangu_sigma.model.build_model import build_model, initialise_shared
         from pangu_sigma.model.state_dict import restore_model, stored_tables
-        from pangu_sigma.train.checkpointing import Saving
-        from pangu_sigma.train.continual.controller import Holding
-        from pangu_sigma.train.continual.teacher_snapshot import Record
+        from pangu_sigma.train.checkpointing import RunCheckpointer
+        from pangu_sigma.train.continual.controller import ContinualController
+        from pangu_sigma.train.continual.teacher_snapshot import TeacherSnapshot
         from pangu_sigma.train.trainer import Trainer
 
         tokenizer, vocab = self.corpus.tokenizer, self.config.model.vocab_size
         tensors: Mapping[str, np.ndarray] = {}
         if checkpoint:
             tensors = StoredTensors(checkpoint)
-        elif start:
-            tensors = stored_weights(start) if self.processes.size == 1 else weights_as_needed(start)
+        elif initial_model:
+            alone = self.processes.size == 1
+            tensors = stored_weights(initial_model) if alone else weights_as_needed(initial_model)
         self.model = build_model(
             self.config,
             vocab,
@@ -156,37 +177,39 @@ class Run:
             processes=self.processes,
         )
         self._open.callback(self.model.store.close)
-        objective = self.recipe.objective()
+        objective = self.task.objective()
+        # The trainer before the weights: it may shard the shared parameters, which then take this rank's shards.
         self.trainer = Trainer(self.model, objective)
-        if start:
+        if initial_model:
             restore_model(self.model, tensors)
         elif not tensors and self.model.shared.deferred_init:
             initialise_shared(self.model)
         self.unigram = self.corpus.unigram_losses()
-        self.evaluator = self.recipe.evaluator(self.model, objective)
-        self.stream = self._stream(checkpoint)
-        self.sampler = self.stream.sampler if self.stream else self.recipe.sampler(self.model.groups.sizes)
+        self.evaluator = self.task.evaluator(self.model, objective)
+        self.stream = self._open_stream(checkpoint)
+        self.sampler = self.stream.sampler if self.stream else self.task.sampler(self.model.groups.sizes)
         state = checkpoint.state if checkpoint else {}
-        self.holding = Holding(self.dir, self.trainer, self.corpus, Record.of(state))
-        changes = state.get(DOMAIN_CHANGES, [])
-        self.saving = Saving(self.dir, self.trainer, self.recipe, self.holding, changes)
-        self.progress = self.saving.progress
+        snapshot = TeacherSnapshot.from_state(state)
+        self.controller = ContinualController(self.dir, self.trainer, self.corpus, snapshot)
+        domain_changes = state.get(DOMAIN_CHANGES, [])
+        self.checkpointer = RunCheckpointer(self.dir, self.trainer, self.task, self.controller, domain_changes)
+        self.progress = self.checkpointer.progress
         if checkpoint:
-            self.saving.restore(checkpoint)
-            self.sampler.restore(state["sampler"], allow_new_domains=bool(changes))
+            self.checkpointer.restore(checkpoint)
+            self.sampler.restore(state["sampler"], allow_new_domains=bool(domain_changes))
 
-    def _stream(self, checkpoint: Checkpoint | None) -> Stream | None:
+    def _open_stream(self, checkpoint: Checkpoint | None) -> StreamingInput | None:
         if self.config.data.stream is None:
             return None
-        stream = Stream(self.config, self.corpus.tokenizer, resumed=checkpoint is not None or self.resume)
+        stream = StreamingInput(self.config, self.corpus.tokenizer, resumed=checkpoint is not None or self.resume)
         self._open.callback(stream.sampler.close)
         return stream
 
-    def _metrics(self, checkpoint: Checkpoint | None) -> MetricsLog:
+    def _open_metrics(self, checkpoint: Checkpoint | None) -> MetricsLog:
         step = None if not self.resume else (checkpoint.step if checkpoint else -1)
         return self._open.enter_context(MetricsLog(self.dir, self.config.run.tensorboard, step))
 
-    def _describe(self) -> None:
+    def _write_description(self) -> None:
         """Write the configuration and the parameter counts into the run's folder."""
         write_text(self.dir / "config.yaml", self.config.to_yaml())
         counts = parameter_counts(self.config, self.model.vocab)

@@ -11,30 +11,33 @@ SMALLEST = 1.0
 
 @dataclass
 class LossScale:
-    """Cut by `factor` after an overflow, grown by it after `window` clean steps; fixed at 1 outside float16."""
+    """Factor that the loss is multiplied with before the backward pass, so that small gradients survive float16.
+
+    Divided by `factor` after an overflow, multiplied by it after `window` clean steps; fixed at 1 outside float16.
+    """
 
     value: float
     window: int
     factor: float
     dynamic: bool
-    clean: int = 0
+    clean_steps: int = 0
 
     @classmethod
-    def of(cls, config: Config) -> LossScale:
+    def from_config(cls, config: Config) -> LossScale:
         """The scale that a new run of this configuration starts with."""
-        wanted = config.train.loss_scale
+        settings = config.train.loss_scale
         dynamic = config.train.precision == "float16"
-        return cls(wanted.initial if dynamic else 1.0, wanted.window, wanted.factor, dynamic)
+        return cls(settings.initial if dynamic else 1.0, settings.window, settings.factor, dynamic)
 
-    def good(self) -> None:
+    def record_success(self) -> None:
         """Note a step with finite gradients."""
-        self.clean += 1
-        if self.dynamic and self.clean >= self.window:
-            self.value, self.clean = self.value * self.factor, 0
+        self.clean_steps += 1
+        if self.dynamic and self.clean_steps >= self.window:
+            self.value, self.clean_steps = self.value * self.factor, 0
 
-    def overflow(self) -> bool:
+    def record_overflow(self) -> bool:
         """Note an overflow; True if a smaller scale can help, False if the scale is at its floor or fixed."""
-        self.clean = 0
+        self.clean_steps = 0
         if not self.dynamic or self.value <= SMALLEST:
             return False
         self.value = max(SMALLEST, self.value / self.factor)
@@ -42,8 +45,8 @@ class LossScale:
 
     def state(self) -> dict[str, float]:
         """What a checkpoint keeps."""
-        return {"value": self.value, "clean": self.clean}
+        return {"value": self.value, "clean": self.clean_steps}
 
     def restore(self, state: dict[str, float]) -> None:
         """Continue from `state()`."""
-        self.value, self.clean = float(state["value"]), int(state["clean"])
+        self.value, self.clean_steps = float(state["value"]), int(state["clean"])

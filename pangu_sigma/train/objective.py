@@ -1,6 +1,7 @@
-"""What a step minimises. The trainer knows batches, gradients and updates; an objective knows what the loss is.
+"""Training objective: the loss that a step minimises, its inputs and what it reports.
 
-An objective whose loss needs more than the batch (a frozen model's outputs, say) hands it to its cell as extra inputs.
+The trainer knows batches, gradients and updates; an objective knows what the loss is. One whose loss needs more than
+the batch (a teacher's outputs, say) hands it to its cell as extra inputs.
 """
 
 from __future__ import annotations
@@ -19,21 +20,23 @@ from parallel.operator_layout import Layout
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a micro-batch of B rows gave, for metrics: loss sums [B] and how many units (tokens, or pairs) each sums
-    over [B]; `figures`: name -> (sum, count) of whatever else the objective tells.
+class BatchLoss:
+    """Losses of a micro-batch of B rows, for metrics.
+
+    losses: sums [B]. units: tokens (or pairs) that each sums over, [B]. extra_metrics: name -> (sum, count) of whatever
+    else the objective reports.
     """
 
     losses: np.ndarray
     units: np.ndarray
-    figures: dict[str, tuple[float, float]] = field(default_factory=dict)
+    extra_metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
-class Objective:
+class TrainingObjective:
     """Mean loss per token whose label counts, plus the routers' auxiliary losses unless they are switched off.
 
     Subclasses change the loss: `cell` computes it, `prepare` makes what it needs beside the batch, once for each
-    micro-batch, and `inputs` hands that over.
+    micro-batch, and `inputs` hands that over. `auxiliary`: whether the routers' losses count.
     """
 
     rows_per_sample = 1
@@ -53,8 +56,8 @@ class Objective:
         """What the mean runs over, counted per row: float64 [B]; its sum over the step divides the loss."""
         return batch.mask.sum(axis=1, dtype=np.float64)
 
-    def beside(self, batches: Sequence[RoutedBatch], planner: BatchPlanner) -> list[RoutedBatch]:
-        """Further micro-batches of the step, which bring no units: what else the objective asks of the model."""
+    def extra_batches(self, batches: Sequence[RoutedBatch], planner: BatchPlanner) -> list[RoutedBatch]:
+        """Further micro-batches of the step, whose labels do not count: what else the objective asks of the model."""
         return []
 
     def prepare(self, batch: RoutedBatch) -> np.ndarray | None:
@@ -62,19 +65,19 @@ class Objective:
         return None
 
     def inputs(
-        self, batch: RoutedBatch, prepared: np.ndarray | None, scale: float, total: float, parts: int
+        self, batch: RoutedBatch, prepared: np.ndarray | None, scale: float, total: float, micro_batches: int
     ) -> tuple[Tensor, ...]:
-        """(weights [B, S], weight of the auxiliary losses, extra inputs …) of one of `parts` micro-batches.
+        """(weights [B, S], weight of the auxiliary losses, extra inputs …) of one of `micro_batches` micro-batches.
 
         scale: the loss scale; total: the units of the whole step.
         """
         weights = Tensor(batch.mask * np.float32(scale / total))
-        return weights, self.auxiliary_weight(scale, parts)
+        return weights, self.auxiliary_weight(scale, micro_batches)
 
-    def auxiliary_weight(self, scale: float, parts: int) -> Tensor:
-        """Weight of the auxiliary losses in one of `parts` micro-batches: their mean counts once."""
-        return Tensor(scale / parts if self.auxiliary else 0.0, ms.float32)
+    def auxiliary_weight(self, scale: float, micro_batches: int) -> Tensor:
+        """Weight of the auxiliary losses in one of `micro_batches`: their mean counts once."""
+        return Tensor(scale / micro_batches if self.auxiliary else 0.0, ms.float32)
 
-    def measure(self, batch: RoutedBatch, prepared: np.ndarray | None, by_sample: np.ndarray) -> Measured:
-        """The figures of a micro-batch from its rows' loss sums [B], which its cell gave."""
-        return Measured(by_sample, self.units(batch))
+    def measure(self, batch: RoutedBatch, prepared: np.ndarray | None, by_sample: np.ndarray) -> BatchLoss:
+        """The losses of a micro-batch from its rows' sums [B], which its cell gave."""
+        return BatchLoss(by_sample, self.units(batch))

@@ -12,7 +12,7 @@ from mindspore import Tensor, ops
 
 from pangu_sigma.config import Config
 from pangu_sigma.model.model import Model
-from pangu_sigma.train.continual.frozen_gate_columns import FrozenColumns
+from pangu_sigma.train.continual.frozen_gate_columns import FrozenGateColumns
 from pangu_sigma.train.step import SharedUpdate
 from rre.adamw import AdamWHyperparameters
 from rre.store import ExpertStore
@@ -65,7 +65,7 @@ class Optimizer:
         self.shared_steps = 0
 
     def apply(
-        self, gradients: Gradients, learning_rate: float, scale: float, frozen: FrozenColumns | None = None
+        self, gradients: Gradients, learning_rate: float, scale: float, frozen: FrozenGateColumns | None = None
     ) -> None:
         """One step with gradients * `scale` (clipping and loss scale); `frozen` columns of gates keep every bit."""
         config: Config = self.model.config
@@ -76,7 +76,7 @@ class Optimizer:
             rate, epsilon, decay = hyper.correct_bias(self.shared_steps)
             values = (scale, rate, wanted.beta1, wanted.beta2, epsilon, decay)
             update = self.update_shared
-            with frozen.kept(update.parameters, update.m, update.v) if frozen else nullcontext():
+            with frozen.restored(update.parameters, update.m, update.v) if frozen else nullcontext():
                 update(*(Tensor(v, ms.float32) for v in values), *gradients.shared)
         hyper = AdamWHyperparameters(
             learning_rate, wanted.beta1, wanted.beta2, wanted.expert_epsilon, wanted.weight_decay

@@ -1,4 +1,4 @@
-"""MindSpore's own profiler over the steps that the configuration names."""
+"""MindSpore's profiler over the steps that `run.profile` names."""
 
 from __future__ import annotations
 
@@ -10,36 +10,37 @@ from pangu_sigma.config.run_sections import ProfileConfig
 
 
 @contextmanager
-def profiled_steps(wanted: ProfileConfig | None, folder: Path, done: int) -> Iterator[Callable[[int], None]]:
+def profile_steps(settings: ProfileConfig | None, folder: Path, steps_done: int) -> Iterator[Callable[[int], None]]:
     """Yield a function to call after every step with the number of steps done.
 
-    Steps `start` … `start + steps - 1` (from 1) are watched; the operators' times go to `folder` as CSV and JSON.
+    Steps `start` … `start + steps - 1` (from 1) are profiled; the operators' times go to `folder` as CSV and JSON.
+    Without settings nothing is profiled and MindSpore's profiler is not loaded.
     """
-    if wanted is None:
+    if settings is None:
         yield lambda step: None
         return
     from mindspore import profiler
 
-    watched = profiler.profile(
+    session = profiler.profile(
         activities=[profiler.ProfilerActivity.CPU],
         on_trace_ready=profiler.tensorboard_trace_handler(str(folder)),
     )
     running = False
 
-    def after(step: int) -> None:
+    def on_step_done(step: int) -> None:
         nonlocal running
         if running:
-            watched.step()
-            if step >= wanted.start + wanted.steps - 1:
-                watched.stop()
+            session.step()
+            if step >= settings.start + settings.steps - 1:
+                session.stop()
                 running = False
-        elif wanted.start - 1 <= step < wanted.start + wanted.steps - 1:
-            watched.start()
+        elif settings.start - 1 <= step < settings.start + settings.steps - 1:
+            session.start()
             running = True
 
-    after(done)
+    on_step_done(steps_done)
     try:
-        yield after
+        yield on_step_done
     finally:
         if running:
-            watched.stop()
+            session.stop()

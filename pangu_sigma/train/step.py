@@ -11,7 +11,7 @@ from mindspore.common.initializer import initializer
 from pangu_sigma.model.batch_planner import graph_placeholders
 from pangu_sigma.model.graph_inputs import GraphSignature
 from pangu_sigma.model.pangu import PanGuSigma
-from pangu_sigma.train.objective import Objective
+from pangu_sigma.train.objective import TrainingObjective
 from parallel.operator_layout import Layout
 from parallel.ops.primitives import square_sums
 from rre.adamw import has_weight_decay
@@ -28,7 +28,12 @@ class GradientStep(nn.Cell):
     """
 
     def __init__(
-        self, net: PanGuSigma, signature: GraphSignature, layout: Layout, with_shared: bool, objective: Objective
+        self,
+        net: PanGuSigma,
+        signature: GraphSignature,
+        layout: Layout,
+        with_shared: bool,
+        objective: TrainingObjective,
     ) -> None:
         super().__init__(auto_prefix=False)
         # An attribute, so that set_train reaches the network: dropout and capacity depend on it.

@@ -1,4 +1,8 @@
-"""A run that learns from a stream: where its documents lie, and what it says while it waits for more."""
+"""Streaming input: documents that arrive while the run trains, in a growing file or on standard input.
+
+Standard input is copied to a file in the run's folder by a thread of its own (`Spool`) and read from there, so that a
+resumed run reads the same bytes. The reading thread of the training loop draws batches through `sampler`.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +22,19 @@ _IDLE_SECONDS = 2.0
 _QUIET_SECONDS = 60.0
 
 
-class Stream:
+class StreamingInput:
     """The stream of `config` (`data.stream`), read from its beginning until the sampler is restored.
 
-    `resumed`: what an earlier process received on standard input is learned first; else it goes. `messages`: what there
-    is to say before training begins.
+    resumed: what an earlier process received on standard input is learned first; else it is deleted.
+    messages: what the user should know before training begins. Raises UserError where the copy cannot be written.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, resumed: bool) -> None:
-        wanted = config.data.stream
+        settings = config.data.stream
         self.messages: list[str] = []
         self.spool: Spool | None = None
-        path = Path(wanted.path)
-        if wanted.path == STANDARD_INPUT:
+        path = Path(settings.path)
+        if settings.path == STANDARD_INPUT:
             path = Path(config.run.dir) / RECEIVED
             try:
                 if not resumed:
@@ -44,11 +48,17 @@ class Stream:
             if self.spool.cut:
                 self.messages.append(f"cut {self.spool.cut} bytes off {path}: a line whose rest never arrived")
         self.sampler = StreamSampler(
-            path, wanted, config.domain_names, tokenizer, config.data.sequence_length, config.run.seed, self._ended
+            path,
+            settings,
+            config.domain_names,
+            tokenizer,
+            config.data.sequence_length,
+            config.run.seed,
+            self._has_ended,
         )
-        self._said = 0.0
+        self._last_message_at = 0.0
 
-    def _ended(self) -> bool:
+    def _has_ended(self) -> bool:
         if self.spool is None:
             return False
         if self.spool.error is not None:
@@ -57,22 +67,26 @@ class Stream:
             )
         return self.spool.ended
 
-    def secure(self) -> None:
-        """What arrived so far survives a power cut: a checkpoint is about to name its bytes."""
+    def sync(self) -> None:
+        """Make what arrived so far survive a power cut: a checkpoint is about to name its bytes."""
         if self.spool is not None:
             self.spool.secure()
 
-    def idle_message(self) -> str | None:
+    def take_idle_message(self) -> str | None:
         """A sentence once the stream has been silent for a while, and not again for a minute."""
         since, now = self.sampler.waiting_since, time.monotonic()
-        if since is None or now - since < _IDLE_SECONDS or (self._said and now - self._said < _QUIET_SECONDS):
+        if (
+            since is None
+            or now - since < _IDLE_SECONDS
+            or (self._last_message_at and now - self._last_message_at < _QUIET_SECONDS)
+        ):
             return None
-        self._said = now
+        self._last_message_at = now
         read = f"{self.sampler.path} is read to byte {self.sampler.position}"
         return f"waiting for documents: {read}; Ctrl-C saves and ends"
 
     def close(self) -> None:
-        """Stop reading; a batch that waits gives up."""
+        """Stop reading; a thread that waits for a batch gives up."""
         self.sampler.stop()
         if self.spool is not None:
             self.spool.close()

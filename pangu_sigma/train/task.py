@@ -1,5 +1,7 @@
-"""What a run learns from, what its steps minimise, and what measures it: the domains' text, unless a job brings its
-own recipe."""
+"""Training task: what a run learns from, what its steps minimise and what evaluates it.
+
+The domains' text here; supervised fine-tuning and DPO bring tasks of their own (`pangu_sigma.finetuning`).
+"""
 
 from __future__ import annotations
 
@@ -14,26 +16,29 @@ from pangu_sigma.data.mixture_sampler import MixtureSampler
 from pangu_sigma.data.packed_sequences import HeldoutSequences, first_sequences
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.train.schedule import phase_at
-from pangu_sigma.train.startup.starting_point import Beginning
+from pangu_sigma.train.startup.starting_point import StartingPoint
 from pangu_sigma.trained_model import stored_tokenizer
 
 if TYPE_CHECKING:
     from pangu_sigma.evaluation.domain_evaluation import Evaluator
     from pangu_sigma.model.model import Model
-    from pangu_sigma.train.objective import Objective
+    from pangu_sigma.train.objective import TrainingObjective
 
 
-class Recipe(Protocol):
-    """Made of a run's `Beginning` before the framework is loaded, so that what is wrong with files shows at once."""
+class TrainingTask(Protocol):
+    """Interface of a kind of training: text, SFT or DPO.
+
+    Made of a `StartingPoint` before the framework is loaded, so that what is wrong with files shows at once.
+    """
 
     corpus: Corpus
     heldout: Mapping[str, HeldoutSequences]
 
-    def objective(self) -> Objective:
+    def objective(self) -> TrainingObjective:
         """What the steps minimise."""
 
-    def evaluator(self, model: Model, objective: Objective) -> Evaluator:
-        """What measures held-out text while training."""
+    def evaluator(self, model: Model, objective: TrainingObjective) -> Evaluator:
+        """What evaluates held-out text while training."""
 
     def sampler(self, sizes: Sequence[int]) -> MixtureSampler:
         """What the steps' batches are drawn from; `sizes`: experts of every group."""
@@ -46,13 +51,18 @@ class Recipe(Protocol):
         """What a checkpoint's state keeps beside what every run has."""
 
 
-class TextRecipe:
-    """The domains' text, tokenised with a checkpoint's tokenizer or the configured one; the mean loss of its tokens."""
+class TextTask:
+    """Language modelling on the domains' text: the mean loss per token.
 
-    def __init__(self, beginning: Beginning) -> None:
-        self.config = beginning.config
-        tokenizer = None if beginning.tokenizer_of is None else stored_tokenizer(beginning.tokenizer_of)
+    The text is tokenised with the starting point's tokenizer or the configured one. Raises UserError for the corpus.
+    """
+
+    def __init__(self, starting_point: StartingPoint) -> None:
+        self.config = starting_point.config
+        checkpoint = starting_point.tokenizer_checkpoint
+        tokenizer = None if checkpoint is None else stored_tokenizer(checkpoint)
         with ExitStack() as jobs:
+            # One progress bar at a time: that of the domain and stage under way.
             running: dict[tuple[str, str], object] = {}
 
             def advance(domain: str, stage: str, done: int, total: int) -> None:
@@ -66,14 +76,14 @@ class TextRecipe:
             self.corpus = prepare_corpus(self.config, tokenizer, progress=advance)
         self.heldout = self.corpus.heldout()
 
-    def objective(self) -> Objective:
-        """See `Recipe`."""
-        from pangu_sigma.train.objective import Objective
+    def objective(self) -> TrainingObjective:
+        """See `TrainingTask`."""
+        from pangu_sigma.train.objective import TrainingObjective
 
-        return Objective()
+        return TrainingObjective()
 
-    def evaluator(self, model: Model, objective: Objective) -> Evaluator:
-        """See `Recipe`."""
+    def evaluator(self, model: Model, objective: TrainingObjective) -> Evaluator:
+        """See `TrainingTask`."""
         from pangu_sigma.evaluation.domain_evaluation import Evaluator
         from pangu_sigma.train.distributed.mesh_evaluation import MeshEvaluator
 
@@ -82,22 +92,22 @@ class TextRecipe:
         return Evaluator(model, self.config.evaluate.batch_size)
 
     def sampler(self, sizes: Sequence[int]) -> MixtureSampler:
-        """See `Recipe`; where the run is placed, every placement group reads its own domains' text."""
+        """See `TrainingTask`; where the run is placed, every placement group reads its own domains' text."""
         config = self.config
-        placed = config.parallel.placement_groups > 1
+        has_placement = config.parallel.placement_groups > 1
         return MixtureSampler(
             self.corpus.training_streams(),
             lambda step: phase_at(config, step).weights,
             config.run.seed,
             config.data.max_domains_per_batch,
-            config.parallel.mesh.domains_of_groups(sizes) if placed else (),
+            config.parallel.mesh.domains_of_groups(sizes) if has_placement else (),
             config.train.gradient_accumulation_steps,
         )
 
     def probe(self, count: int) -> dict[str, np.ndarray]:
-        """See `Recipe`."""
+        """See `TrainingTask`."""
         return first_sequences(self.heldout, count)
 
     def state(self) -> dict[str, object]:
-        """See `Recipe`."""
+        """See `TrainingTask`."""
         return {}

@@ -1,4 +1,8 @@
-"""One optimizer step, and what can go wrong in it."""
+"""Trainer: the compiled graphs, optimizer and loss scale of a run, and the path of one optimizer step.
+
+Everything here runs in the training thread, except `Trainer.plan`, which runs in the thread that reads batches ahead,
+and what the expert store does in its own thread (`rre.store`): fetching and writing experts.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +19,41 @@ from pangu_sigma.data.mixture_sampler import Batch
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.batch_planner import BatchPlanner, RoutedBatch
 from pangu_sigma.model.model import DOMAIN_EMBEDDING, Model
-from pangu_sigma.train.continual.frozen_gate_columns import FrozenColumns
-from pangu_sigma.train.continual.weight_penalty import Distance
+from pangu_sigma.train.continual.frozen_gate_columns import FrozenGateColumns
+from pangu_sigma.train.continual.weight_penalty import WeightPenalty
 from pangu_sigma.train.distributed.gradient_all_reduce import gradient_reducer_of
 from pangu_sigma.train.distributed.pipeline_runner import StagedStep, staged_step
 from pangu_sigma.train.distributed.step_cache import step_graphs
 from pangu_sigma.train.flops import flops_per_token
 from pangu_sigma.train.loss_scale import LossScale
-from pangu_sigma.train.objective import Objective
+from pangu_sigma.train.objective import TrainingObjective
 from pangu_sigma.train.optimizer import Gradients, Optimizer
 from pangu_sigma.train.schedule import Phase, learning_rate, phase_at
 from pangu_sigma.train.slot_gradients import slot_gradients
-from pangu_sigma.train.step_metrics import Accounting, Figures, store_figures
+from pangu_sigma.train.step_metrics import BatchMetrics, MetricsAccumulator, take_store_metrics
 from rre.store.disk_store import StoreFull
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What one attempt at a step gave: `finite` False means that nothing was updated.
+class Regulariser:
+    """What a regularised phase adds to a step: an objective in place of the run's own, a penalty on the weights.
 
-    `overflow` True: float16 overflowed and a smaller loss scale may mend it. `loss` in nats per token, or in whatever
-    the run's objective counts; `tokens` of the whole batch that count.
+    None for either leaves it out.
+    """
+
+    objective: TrainingObjective | None = None
+    penalty: WeightPenalty | None = None
+
+
+NO_REGULARISER = Regulariser()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Outcome of one attempt at a step.
+
+    loss: in nats per token, or per whatever the run's objective counts. finite: False where nothing was updated.
+    overflow: float16 overflowed and a smaller loss scale may mend it. tokens: of the whole batch that count.
     """
 
     loss: float
@@ -46,31 +64,34 @@ class StepResult:
     tokens: int = 0
 
 
-def micro_batch_rows(config: Config, objective: Objective) -> int:
+def micro_batch_rows(config: Config, objective: TrainingObjective) -> int:
     """Rows that a graph of this run computes at a time."""
     return objective.rows_per_sample * config.train.batch_size // config.train.gradient_accumulation_steps
 
 
 class Trainer:
-    """Compiled steps, optimizer and loss scale of one run; `step` does one optimizer step.
+    """Trains `model` by an objective (None: the mean loss per token); `step` does one optimizer step.
 
-    Several processes each do their rows of every micro-batch and their experts; what they decide (norm, loss scale,
-    whether a step counts) follows from the same numbers everywhere.
+    micro_batch: rows of a micro-batch over all processes. signature: of this process's graph, whose rows are its own
+    share unless MindSpore shards the graph. pipeline: the runner of pipeline stages, None without.
+
+    Several processes each compute their rows of every micro-batch and their experts; what controls the step (loss,
+    norm, overflow) is gathered outside the graph, so that all decide alike.
     """
 
-    def __init__(self, model: Model, objective: Objective | None = None) -> None:
+    def __init__(self, model: Model, objective: TrainingObjective | None = None) -> None:
         self.model = model
         self.processes = model.processes
         self.config = model.config
-        self.objective = Objective() if objective is None else objective
+        self.objective = TrainingObjective() if objective is None else objective
         self.micro_batch = micro_batch_rows(self.config, self.objective)
-        # The graph that is cut over devices is of all ranks' rows, any other of this process's own.
+        # The graph that is sharded over devices is of all ranks' rows, any other of this process's own.
         rows = 1 if model.layout.spmd_mesh else self.processes.mesh.rows
         self.signature = model.training_signature(self.micro_batch // rows)
         self.planner = BatchPlanner(model, self.signature, training=True)
         if self.config.train.recompute:
             model.net.recompute_blocks()
-        # Before the optimizer, whose moments are of the parts that this leaves.
+        # Before the optimizer: compiling a sharded step leaves this rank its shards, and moments are of the same shape.
         self.stages: StagedStep | None = None
         if self.config.parallel.pipeline > 1:
             self.stages = staged_step(model, self.signature)
@@ -78,140 +99,167 @@ class Trainer:
             self._graphs = step_graphs(model, self.signature, self.objective)
         self.optimizer = Optimizer(model)
         self.reducer = gradient_reducer_of(model)
-        self.loss_scale = LossScale.of(self.config)
-        self.accounting = Accounting(
+        self.loss_scale = LossScale.from_config(self.config)
+        self.metrics = MetricsAccumulator(
             model.groups, self.config.model.sparse_prefixes, flops_per_token(self.config, model.vocab)
         )
-        self._plain = self.objective
-        self._distance: Distance | None = None
-        self._frozen: dict[frozenset[str], FrozenColumns] = {}
+        self._own_objective = self.objective
+        self._frozen: dict[frozenset[str], FrozenGateColumns] = {}
 
-    def hold(self, objective: Objective | None, distance: Distance | None) -> None:
-        """From now on minimise `objective` (None: the run's own) with the pull of `distance` (None: without one).
-
-        Raises UserError for another objective where the run's own is not the mean loss of all tokens.
-        """
-        if objective is not None and type(self._plain) is not Objective:
+    def check_objective(self, objective: TrainingObjective | None) -> None:
+        """Raises UserError where `objective` should replace a run's own that is not the mean token loss."""
+        if objective is not None and type(self._own_objective) is not TrainingObjective:
             raise UserError("regularise.output holds training on text: leave it out where another loss is trained")
-        wanted = self._plain if objective is None else objective
-        wanted.auxiliary = self._plain.auxiliary
-        if wanted is not self.objective:
+
+    def _set_objective(self, objective: TrainingObjective | None) -> None:
+        """Minimise `objective` from this step on, the run's own for None; another one needs other graphs."""
+        if objective is None:
+            objective = self._own_objective
+        if objective is not self.objective:
+            objective.auxiliary = self._own_objective.auxiliary
             self._graphs.clear()
-        self.objective, self._distance = wanted, distance
+            self.objective = objective
 
     @property
-    def reads(self) -> np.ndarray:
-        """The rows of a step's batch that this process looks at, micro-batch by micro-batch."""
+    def read_rows(self) -> np.ndarray:
+        """Indices of the rows of a step's batch that this process reads, micro-batch by micro-batch."""
         rows = self.objective.rows_per_sample * self.config.train.batch_size
         starts = np.arange(0, rows, self.micro_batch)
         return (starts[:, None] + self.planner.reads).reshape(-1)
 
     def plan(self, batch: Batch) -> list[RoutedBatch]:
-        """Cut the rows of a step's batch that `reads` names into planned micro-batches; runs in the reading thread."""
+        """Split the rows that `read_rows` names into planned micro-batches; runs in the reading thread."""
         size = self.planner.reads.size
-        runs = [slice(a, a + size) for a in range(0, batch.domain.size, size)]
+        micro_batches = [slice(start, start + size) for start in range(0, batch.domain.size, size)]
 
-        def of(run: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-            return batch.tokens[run], batch.domain[run], batch.sample[run], batch.step
+        def required(rows: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+            return batch.tokens[rows], batch.domain[rows], batch.sample[rows], batch.step
 
-        def cut(rows: np.ndarray | None, run: slice) -> np.ndarray | None:
-            return None if rows is None else rows[run]
+        def optional(array: np.ndarray | None, rows: slice) -> np.ndarray | None:
+            return None if array is None else array[rows]
 
         present = None
         if self.stages is not None:
             # All micro-batches of a step are in one graph, and share its slots.
-            found = [self.planner.present(*of(run), cut(batch.padding, run)) for run in runs]
-            present = [np.unique(np.concatenate(of_layer)) for of_layer in zip(*found, strict=True)]
-        return [self.planner(*of(run), cut(batch.mask, run), cut(batch.padding, run), present) for run in runs]
+            by_batch = [self.planner.present(*required(rows), optional(batch.padding, rows)) for rows in micro_batches]
+            present = [np.unique(np.concatenate(of_layer)) for of_layer in zip(*by_batch, strict=True)]
+        return [
+            self.planner(*required(rows), optional(batch.mask, rows), optional(batch.padding, rows), present)
+            for rows in micro_batches
+        ]
 
-    def step(self, step: int, batches: Sequence[RoutedBatch]) -> StepResult:
-        """Do optimizer step `step` (from 0) on the micro-batches of one batch.
+    def step(self, step: int, batches: Sequence[RoutedBatch], regulariser: Regulariser | None = None) -> StepResult:
+        """Do optimizer step `step` (from 0) on the micro-batches of one batch; all processes call it together.
 
-        Raises UserError where a step activates more experts than the store may hold.
+        A loss or gradient that is not finite updates nothing, and the result says so. Raises UserError where a step
+        activates more experts than the store may hold.
         """
         try:
-            return self._step(step, batches)
+            return self._step(step, batches, regulariser or NO_REGULARISER)
         except StoreFull as error:
             raise UserError(f"step {step + 1}: {error}") from error
 
-    def _step(self, step: int, batches: Sequence[RoutedBatch]) -> StepResult:
-        # By the data's step: text that a phase drew trains what that phase trains, also after skipped steps.
+    def _step(self, step: int, batches: Sequence[RoutedBatch], regulariser: Regulariser) -> StepResult:
+        # 1. What the step trains and how. By the data's step: text that a phase drew trains what that phase trains,
+        #    also after skipped steps, when the sampler is ahead of the optimizer.
         phase = phase_at(self.config, batches[0].step)
         rate = learning_rate(self.config, step)
         scale = self.loss_scale.value
+        self._set_objective(regulariser.objective)
+
+        # 2. Units (tokens, pairs) of the whole batch, which the loss is a mean over. Known before the graphs run, so
+        #    that micro-batches and processes only have to be summed.
         units = np.array([sum(float(self.objective.units(b).sum()) for b in batches)])
         total = float(self.reducer.total(units)[0])
+
+        # 3. Forward and backward: micro-batch by micro-batch, or all in one graph where it is a pipeline.
         if self.stages is not None:
             gradients, parts = self.stages.gradients(batches, phase, scale / total, self.reducer.reader_ranks)
         else:
-            gradients, parts = self._summed(batches, phase, scale, total)
+            gradients, parts = self._accumulate(batches, phase, scale, total)
+
+        # 4. Sum over processes: shared parameters over all, experts over their replicas.
         self.reducer.reduce_in_place(gradients, parts, phase)
-        loss = sum(float(figures.loss.sum()) for figures in parts) / total
-        frozen = self._frozen_columns(phase)
-        penalty = self._pull(gradients, scale) if self._distance is not None and phase.shared else None
+        loss = sum(float(metrics.loss.sum()) for metrics in parts) / total
+
+        # 5. What depends on the weights alone: the penalty, and gate columns of frozen experts. Before the norm, in
+        #    which the one counts and the others must not.
+        frozen = self._frozen_gate_columns(phase)
+        penalty = None
+        if regulariser.penalty is not None and phase.shared:
+            penalty = self._add_penalty(regulariser.penalty, gradients, scale)
         if frozen:
-            gradients.shared, gradients.shared_squares = frozen.without(gradients.shared), None
+            gradients.shared, gradients.shared_squares = frozen.mask_gradients(gradients.shared), None
+
+        # 6. Finite check and loss scale: every process has the same loss and norm, and so decides alike.
         norm = self.reducer.global_norm(gradients) / scale
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if not finite:
-            return StepResult(loss, norm, rate, False, self.loss_scale.overflow())
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return StepResult(loss, norm, rate, False, self.loss_scale.record_overflow())
+
+        # 7. Clip to the global norm and update: shared parameters in the graph, activated experts in their store.
         clip = min(1.0, self.config.optimizer.max_grad_norm / max(norm, 1e-38))
         self.optimizer.apply(gradients, rate, clip / scale, frozen)
-        self.loss_scale.good()
-        for figures in parts[: len(batches)]:
-            self.accounting.add_batch(figures)
-        for figures in parts[len(batches) :]:
-            self.accounting.add_figures(figures)
+        self.loss_scale.record_success()
+
+        # 8. Metrics. Extra micro-batches of the objective bring no tokens, only what the objective reports.
+        text, extra = parts[: len(batches)], parts[len(batches) :]
+        for metrics in text:
+            self.metrics.add_batch(metrics)
+        for metrics in extra:
+            self.metrics.add_extra_metrics(metrics)
         if penalty is not None:
-            self.accounting.add_figure("distance", penalty, 1.0)
-        self.accounting.add_step(self.reducer.num_updated_experts(parts, phase))
-        tokens = sum(int(figures.tokens.sum()) for figures in parts[: len(batches)])
-        return StepResult(loss, norm, rate, True, False, tokens)
+            self.metrics.add_extra_metric("distance", penalty, 1.0)
+        self.metrics.add_step(self.reducer.num_updated_experts(parts, phase))
+        return StepResult(loss, norm, rate, True, False, sum(int(metrics.tokens.sum()) for metrics in text))
 
-    def store_figures(self) -> dict[str, float]:
-        """What the expert stores of all processes did a step since the last record; call it before `take`."""
-        figures = store_figures(self.model.store.stats, self.accounting.steps)
-        total = self.processes.total(np.array(list(figures.values())))
-        found = dict(zip(figures, total.tolist(), strict=True))
-        return found | {"prefetch_hit_rate": found["prefetch_hit_rate"] / self.processes.size}
+    def take_store_metrics(self) -> dict[str, float]:
+        """What the expert stores of all processes did per step since the last record.
 
-    def _pull(self, gradients: Gradients, scale: float) -> float:
-        """Adds the pull towards the previous parameters, once a step; returns the penalty."""
-        changed, squares, penalty = self._distance(Tensor(scale, ms.float32), *gradients.shared)
-        gradients.shared = tuple(changed)
+        Call it before `metrics.take_record`, which sets the count of steps to 0.
+        """
+        own = take_store_metrics(self.model.store.stats, self.metrics.steps)
+        totals = self.processes.total(np.array(list(own.values())))
+        metrics = dict(zip(own, totals.tolist(), strict=True))
+        return metrics | {"prefetch_hit_rate": metrics["prefetch_hit_rate"] / self.processes.size}
+
+    @staticmethod
+    def _add_penalty(weight_penalty: WeightPenalty, gradients: Gradients, scale: float) -> float:
+        """Add the penalty's gradient to those of the shared parameters, once a step; returns the penalty."""
+        shared, squares, penalty = weight_penalty(Tensor(scale, ms.float32), *gradients.shared)
+        gradients.shared = tuple(shared)
         gradients.shared_squares = squares.asnumpy().astype(np.float64)
         return float(penalty.asnumpy())
 
-    def _frozen_columns(self, phase: Phase) -> FrozenColumns | None:
+    def _frozen_gate_columns(self, phase: Phase) -> FrozenGateColumns | None:
         if not phase.shared or not self.model.learned:
             return None
         if phase.domains not in self._frozen:
             names = [p.name for p in self.model.shared.trainable]
-            self._frozen[phase.domains] = FrozenColumns(names, self.model.groups, phase.domains)
+            self._frozen[phase.domains] = FrozenGateColumns(names, self.model.groups, phase.domains)
         return self._frozen[phase.domains]
 
-    def _summed(
+    def _accumulate(
         self, batches: Sequence[RoutedBatch], phase: Phase, scale: float, total: float
-    ) -> tuple[Gradients, list[Figures]]:
-        """The gradients of a step micro-batch by micro-batch, and the figures of each."""
+    ) -> tuple[Gradients, list[BatchMetrics]]:
+        """Gradients summed over the micro-batches of a step, and the metrics of each."""
         gradients: Gradients | None = None
         parts = []
-        for batch in (*batches, *self.objective.beside(batches, self.planner)):
-            part, figures = self._gradients(batch, phase, scale, total, len(batches))
-            parts.append(figures)
+        for batch in (*batches, *self.objective.extra_batches(batches, self.planner)):
+            of_batch, metrics = self._compute_gradients(batch, phase, scale, total, len(batches))
+            parts.append(metrics)
             if gradients is None:
-                gradients = part
+                gradients = of_batch
             else:
-                gradients.add(part)
+                gradients.add(of_batch)
         return gradients, parts
 
-    def _gradients(
-        self, batch: RoutedBatch, phase: Phase, scale: float, total: float, parts: int
-    ) -> tuple[Gradients, Figures]:
-        """The gradients of this process's rows and experts, and the figures of the whole micro-batch."""
+    def _compute_gradients(
+        self, batch: RoutedBatch, phase: Phase, scale: float, total: float, micro_batches: int
+    ) -> tuple[Gradients, BatchMetrics]:
+        """Forward and backward: gradients of this process's rows and experts, metrics of the whole micro-batch."""
         fixed = batch.fixed
         prepared = self.objective.prepare(batch)
-        weights, auxiliary_weight, *extra = self.objective.inputs(batch, prepared, scale, total, parts)
+        weights, auxiliary_weight, *extra = self.objective.inputs(batch, prepared, scale, total, micro_batches)
         # The network is shared with evaluation, so its mode is set per use.
         outputs = self._graphs(phase.shared, self.objective).set_train(True)(
             fixed[0],
@@ -223,18 +271,19 @@ class Trainer:
             *batch.flat(self.signature, self.model.store),
         )
         by_sample, auxiliary, counts, by_expert, shared, squares = outputs
-        measured = self.objective.measure(batch, prepared, by_sample.asnumpy())
-        rows = [c.asnumpy() for c in counts]
-        own = Figures.of(batch, len(self.model.groups.names), measured, rows, float(auxiliary.asnumpy()))
-        lines = own.by_rank(self.processes)
-        here = own.summed(lines[list(self.reducer.exchange_ranks)])
+        loss = self.objective.measure(batch, prepared, by_sample.asnumpy())
+        gate_rows = [c.asnumpy() for c in counts]
+        own = BatchMetrics.from_loss(batch, len(self.model.groups.names), loss, gate_rows, float(auxiliary.asnumpy()))
+        by_rank = own.gather(self.processes)
+        # An expert of this process has a gradient if any rank that sends rows here sent it one.
+        received = own.sum_ranks(by_rank[list(self.reducer.exchange_ranks)])
         gradients = Gradients()
         if phase.shared:
             gradients.shared = tuple(shared)
             gradients.shared_squares = squares.asnumpy().astype(np.float64)
         if by_expert:
-            gradients.experts = self._activated(batch, phase, by_expert, here.load)
-        return gradients, own.summed(lines[list(self.reducer.reader_ranks)])
+            gradients.experts = self._activated(batch, phase, by_expert, received.load)
+        return gradients, own.sum_ranks(by_rank[list(self.reducer.reader_ranks)])
 
     def _activated(
         self, batch: RoutedBatch, phase: Phase, by_expert: Sequence[Tensor], received: np.ndarray

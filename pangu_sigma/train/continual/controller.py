@@ -1,5 +1,9 @@
-"""What a phase brings beside the batch: when a regularised one begins, the previous model is kept with the run and put
-beside the trainer; when it is resumed, the kept one is."""
+"""Continual-learning controller: gives a regularised phase its teacher and the step its regulariser.
+
+When a phase with `regularise` begins, the model of that moment is kept with the run as the teacher snapshot, and the
+terms that keep the phase near it are made: distillation from its outputs, an L2 or EWC penalty on the weights. A run
+that is resumed within the phase opens the kept snapshot. Replay of old text is the sampler's: a phase's domain weights.
+"""
 
 from __future__ import annotations
 
@@ -11,132 +15,149 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.checkpoint.checkpoint_reader import open_checkpoint
 from pangu_sigma.checkpoint.distributed import raise_on_all_ranks
 from pangu_sigma.checkpoint.retention import list_checkpoints
 from pangu_sigma.config.phase_domains import old_domains
 from pangu_sigma.data.corpus import Corpus
-from pangu_sigma.train.checkpointing import run_contents, write_checkpoint
 from pangu_sigma.train.continual import teacher_snapshot
-from pangu_sigma.train.continual.distillation import RegularisedObjective
-from pangu_sigma.train.continual.teacher import load_reference
-from pangu_sigma.train.continual.teacher_snapshot import PREVIOUS, Record
-from pangu_sigma.train.continual.weight_penalty import Distance
+from pangu_sigma.train.continual.distillation import DistillationObjective
+from pangu_sigma.train.continual.teacher import load_teacher
+from pangu_sigma.train.continual.teacher_snapshot import TEACHER_KEY, TeacherSnapshot
+from pangu_sigma.train.continual.weight_penalty import WeightPenalty
+from pangu_sigma.train.run_contents import collect_contents, write_checkpoint
 from pangu_sigma.train.schedule import Phase
+from pangu_sigma.train.trainer import Regulariser, Trainer
 
 if TYPE_CHECKING:
     from pangu_sigma.monitor.progress import Job
-    from pangu_sigma.train.trainer import Trainer
 
 
-class Work(Protocol):
-    """Opens a progress bar for work under way: `bar.job` of the run's progress."""
+class JobOpener(Protocol):
+    """Opens a progress bar for a long job within the run: `TrainingProgress.job`."""
 
     def __call__(self, description: str, total: float | None, unit: str = ...) -> AbstractContextManager[Job]: ...
 
 
-class Holding:
-    """The previous model of the phase under way; `record` says which, None where the phase has none."""
+class ContinualController:
+    """Knows the phase under way, its teacher snapshot and its regulariser; both are None for a phase without.
 
-    def __init__(self, run_dir: Path, trainer: Trainer, corpus: Corpus, record: Record | None) -> None:
+    `snapshot`: the one that the resumed checkpoint names. All processes of a run call it together.
+    """
+
+    def __init__(self, run_dir: Path, trainer: Trainer, corpus: Corpus, snapshot: TeacherSnapshot | None) -> None:
         self.run_dir = run_dir
         self.trainer = trainer
         self.corpus = corpus
-        self.record = record
+        self.snapshot = snapshot
+        self.regulariser: Regulariser | None = None
         self.processes = trainer.processes
-        self._entered: int | None = None
+        self._phase_index: int | None = None
 
     def state(self) -> dict[str, object]:
-        """What a checkpoint keeps of it."""
-        return {} if self.record is None else {PREVIOUS: self.record.state()}
+        """What a checkpoint's state keeps of it."""
+        return {} if self.snapshot is None else {TEACHER_KEY: self.snapshot.state()}
 
-    def enter(self, phase: Phase, step: int, work: Work) -> str | None:
-        """The next step, after `step` done ones, belongs to `phase`; returns what there is to say, None for nothing.
+    def start_phase(self, phase: Phase, step: int, open_job: JobOpener) -> str | None:
+        """Prepare for a step of `phase`; does nothing within the phase under way.
 
-        Raises UserError where the previous model of a resumed phase is missing or another one.
+        step: optimizer steps done. Returns a message for the user, None for none. Raises UserError where the teacher
+        of a resumed phase is missing or another one, or the run's objective cannot be regularised by outputs.
         """
-        if phase.index == self._entered:
+        if phase.index == self._phase_index:
             return None
-        self._entered = phase.index
-        wanted = phase.regularise
-        if wanted is None:
-            self.record = None
-            self.trainer.hold(None, None)
+        self._phase_index = phase.index
+        if phase.regularise is None:
+            self.snapshot = self.regulariser = None
             return None
-        if self.record is not None and self.record.phase == phase.index:
-            kept = teacher_snapshot.open_previous(self.run_dir, self.record)
+        # 1. The teacher: the kept one of a resumed phase, else the model of this moment.
+        if self.snapshot is not None and self.snapshot.phase == phase.index:
+            teacher_model = teacher_snapshot.open_snapshot(self.run_dir, self.snapshot)
         else:
-            with work("keep the previous model", None):
-                self._keep(step)
-            kept = open_checkpoint(teacher_snapshot.model_path(self.run_dir, step))
-            self.record = Record(phase.index, step, teacher_snapshot.identity(kept))
-        fisher = self._fisher(phase, work) if wanted.ewc else None
-        config, model = self.trainer.config, self.trainer.model
-        objective = distance = None
-        if wanted.output:
-            # A gate that grew is asked without its new experts, whose domains it does not tell apart anyway.
-            grown = set(config.domain_names) - set(kept.domains) if model.learned else set()
-            stand_in = dict.fromkeys(grown, kept.domains[0])
-            # Every process has the whole frozen model: what it trains may be cut in another way.
-            rows = self.trainer.micro_batch // self.processes.mesh.rows
-            reference = load_reference(kept, config, rows, stand_in)
-            old = old_domains(config, phase.index) if wanted.through == "old" else ()
-            through = [config.domain_names.index(name) for name in old]
-            objective = RegularisedObjective(reference, wanted.output, through, config.run.seed)
-        if wanted.l2 or wanted.ewc:
-            names = kept.names(domains=[], optimizer=False)
-            distance = Distance(model.net.trainable_params(), kept.load(names), fisher, wanted, model.layout)
-        self.trainer.hold(objective, distance)
-        terms = [f"{name} {getattr(wanted, name):g}" for name in ("output", "l2", "ewc") if getattr(wanted, name)]
-        return f"phase {phase.index} stays near the model of step {self.record.step} ({kept.path}): {', '.join(terms)}"
+            with open_job("keep the previous model", None):
+                self._keep_model(step)
+            teacher_model = open_checkpoint(teacher_snapshot.snapshot_path(self.run_dir, step))
+            self.snapshot = TeacherSnapshot(phase.index, step, teacher_snapshot.hash_tensors(teacher_model))
+        # 2. The terms that the phase asks for.
+        terms = phase.regularise
+        fisher = self._load_or_estimate_fisher(phase, open_job) if terms.ewc else None
+        objective = self._distillation(phase, teacher_model) if terms.output else None
+        penalty = None
+        if terms.l2 or terms.ewc:
+            model, names = self.trainer.model, teacher_model.names(domains=[], optimizer=False)
+            parameters = model.net.trainable_params()
+            penalty = WeightPenalty(parameters, teacher_model.load(names), fisher, terms, model.layout)
+        self.trainer.check_objective(objective)
+        self.regulariser = Regulariser(objective, penalty)
+        names = [f"{name} {getattr(terms, name):g}" for name in ("output", "l2", "ewc") if getattr(terms, name)]
+        return (
+            f"phase {phase.index} stays near the model of step {self.snapshot.step} ({teacher_model.path}): "
+            f"{', '.join(names)}"
+        )
 
-    def clean(self) -> None:
-        """Delete previous models that neither this phase nor a checkpoint of the run names any more."""
+    def remove_unneeded_snapshots(self) -> None:
+        """Delete snapshots that neither this phase nor a checkpoint of the run names any more."""
         if not self.processes.first or not (self.run_dir / teacher_snapshot.FOLDER).is_dir():
             return
-        named = [self.record]
+        snapshots = [self.snapshot]
         for _, path in list_checkpoints(self.run_dir)[0]:
-            named.append(Record.of(open_checkpoint(path).state))
-        teacher_snapshot.remove_unneeded(self.run_dir, {record.step for record in named if record is not None})
+            snapshots.append(TeacherSnapshot.from_state(open_checkpoint(path).state))
+        needed_steps = {snapshot.step for snapshot in snapshots if snapshot is not None}
+        teacher_snapshot.remove_unneeded(self.run_dir, needed_steps)
 
-    def _keep(self, step: int) -> None:
-        """Write the model of this moment beside the run; where it was just saved, its files serve."""
+    def _distillation(self, phase: Phase, teacher_model: Checkpoint) -> DistillationObjective:
+        """The objective of a phase that stays near the outputs of `teacher_model`."""
+        terms, config, model = phase.regularise, self.trainer.config, self.trainer.model
+        # A gate that grew is asked without its new experts, whose domains it does not tell apart anyway.
+        new_domains = set(config.domain_names) - set(teacher_model.domains) if model.learned else set()
+        stand_in = dict.fromkeys(new_domains, teacher_model.domains[0])
+        # Every process has the whole teacher: what it trains may be sharded in another way.
+        rows = self.trainer.micro_batch // self.processes.mesh.rows
+        teacher = load_teacher(teacher_model, config, rows, stand_in)
+        names = old_domains(config, phase.index) if terms.through == "old" else ()
+        through = [config.domain_names.index(name) for name in names]
+        return DistillationObjective(teacher, terms.output, through, config.run.seed)
+
+    def _keep_model(self, step: int) -> None:
+        """Write the model of this moment as the teacher snapshot; where it was just saved, its files are linked."""
         saved = dict(list_checkpoints(self.run_dir)[0]).get(step)
         if saved is not None:
             with raise_on_all_ranks(self.processes):
                 if self.processes.first:
-                    teacher_snapshot.link_previous(self.run_dir, open_checkpoint(saved))
+                    teacher_snapshot.link_snapshot(self.run_dir, open_checkpoint(saved))
             return
         folder = teacher_snapshot.working_folder(self.run_dir, step)
         state = {"origin": {"job": "previous model"}}
-        contents = run_contents(step, self.trainer.config, self.corpus, {}, state)
+        contents = collect_contents(step, self.trainer.config, self.corpus, {}, state)
         written = write_checkpoint(folder, contents, self.trainer.model, None, keep=1)
         with raise_on_all_ranks(self.processes):
             if self.processes.first:
-                teacher_snapshot.take_saved(self.run_dir, written.path)
+                teacher_snapshot.publish_saved(self.run_dir, written.path)
 
-    def _fisher(self, phase: Phase, work: Work) -> dict[str, np.ndarray]:
+    def _load_or_estimate_fisher(self, phase: Phase, open_job: JobOpener) -> dict[str, np.ndarray]:
+        """The Fisher information of the shared parameters by name; estimated once a phase and kept with the run."""
         from pangu_sigma.train.continual.fisher import estimate_fisher
 
-        if self.record.fisher is not None:
-            return teacher_snapshot.read_fisher(self.run_dir, self.record)
+        if self.snapshot.fisher is not None:
+            return teacher_snapshot.read_fisher(self.run_dir, self.snapshot)
         config = self.trainer.config
         old = old_domains(config, phase.index)
         rows, count = self.trainer.micro_batch, phase.regularise.fisher_batches
         streams = {stream.domain: stream for stream in self.corpus.training_streams()}
-        with work("Fisher information", len(old) * count, unit="batches") as job:
+        with open_job("Fisher information", len(old) * count, unit="batches") as job:
 
             def batches() -> Iterator[tuple[str, np.ndarray]]:
                 for name in old:
-                    for number in range(count):
-                        first = number * rows
+                    for index in range(count):
+                        first = index * rows
                         yield name, np.stack([streams[name].sequence(first + row) for row in range(rows)])
                         job.advance()
 
             fisher = estimate_fisher(self.trainer.model, batches(), config.run.seed, rows)
-        written = ""
+        digest = ""
         with raise_on_all_ranks(self.processes):
             if self.processes.first:
-                written = teacher_snapshot.write_fisher(self.run_dir, self.record.step, fisher)
-        self.record = replace(self.record, fisher=self.processes.texts(written)[0])
+                digest = teacher_snapshot.write_fisher(self.run_dir, self.snapshot.step, fisher)
+        self.snapshot = replace(self.snapshot, fisher=self.processes.texts(digest)[0])
         return fisher

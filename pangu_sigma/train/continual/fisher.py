@@ -22,7 +22,7 @@ from rre.counted_random import key64, uniform
 
 
 class SharedGradient(nn.Cell):
-    """The gradients of the summed loss of a batch with respect to the shared parameters, as evaluation computes it."""
+    """Gradients of a batch's summed loss with respect to the shared parameters; the forward pass is evaluation's."""
 
     def __init__(self, scorer: Scorer) -> None:
         super().__init__(auto_prefix=False)
@@ -42,7 +42,7 @@ class SharedGradient(nn.Cell):
 def estimate_fisher(
     model: Model, batches: Iterable[tuple[str, np.ndarray]], seed: int, rows: int
 ) -> dict[str, np.ndarray]:
-    """Parameter name -> float32 of its shape, from batches of (domain, token ids int32 [rows, S + 1]).
+    """Diagonal Fisher information by parameter name, float32 of its shape, from batches of (domain, ids [rows, S + 1]).
 
     Processes that share the model are given the same batches, compute a part of the rows each and sum the gradients.
     """
@@ -51,17 +51,18 @@ def estimate_fisher(
     names = [p.name for p in model.net.trainable_params()]
     total = {p.name: np.zeros(p.shape, np.float64) for p in model.net.trainable_params()}
     tokens = 0
-    mine = scorer.planner.reads[scorer.planner.own]
-    weights = Tensor(np.ones((mine.size, scorer.length), np.float32))
-    for number, (domain, sequences) in enumerate(batches):
-        index = np.full(rows, model.groups.names.index(domain), np.int32)
-        labels = draw_labels(scorer.logits(sequences, index).asnumpy(), key64(seed, "Fisher labels", number), mine)
-        planned = scorer.plan(sequences, index)
+    own_rows = scorer.planner.reads[scorer.planner.own]
+    weights = Tensor(np.ones((own_rows.size, scorer.length), np.float32))
+    for index, (domain, sequences) in enumerate(batches):
+        domain_ids = np.full(rows, model.groups.names.index(domain), np.int32)
+        logits = scorer.logits(sequences, domain_ids).asnumpy()
+        labels = draw_labels(logits, key64(seed, "Fisher labels", index), own_rows)
+        planned = scorer.plan(sequences, domain_ids)
         fixed = planned.fixed
-        found = gradient.set_train(False)(
+        gradients = gradient.set_train(False)(
             fixed[0], Tensor(labels), weights, Tensor(0.0, ms.float32), *fixed[1:], *scorer.flat(planned)
         )
-        for name, tensor in zip(names, found, strict=True):
+        for name, tensor in zip(names, gradients, strict=True):
             total[name] += np.square(model.processes.sum_float32(tensor.asnumpy()), dtype=np.float64)
         tokens += rows * scorer.length
     return {name: (values / max(1, tokens)).astype(np.float32) for name, values in total.items()}
@@ -70,7 +71,7 @@ def estimate_fisher(
 def draw_labels(logits: np.ndarray, key: int, rows: np.ndarray) -> np.ndarray:
     """One label for each row of logits [B, S, V], drawn from its softmax by the counted stream `key`: int32 [B, S].
 
-    rows [B]: their numbers in the batch, by which they are counted.
+    rows [B]: their indices in the whole batch, so that a process draws for its rows what one alone would.
     """
     batch, length, vocab = logits.shape
     points = uniform(key, (rows[:, None] * length + np.arange(length)).reshape(-1)).reshape(batch, length)

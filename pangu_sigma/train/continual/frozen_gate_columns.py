@@ -1,4 +1,4 @@
-"""Columns of a learned gate whose experts do not train keep every bit while the rest of the gate trains.
+"""Frozen gate columns: those of a learned gate whose experts do not train keep every bit while the rest trains.
 
 An expert that a phase freezes would still change what it is given if its gate column moved: the column is frozen with
 it (Lifelong-MoE: Chen et al. 2023, arXiv 2305.12281, section 3.2).
@@ -18,8 +18,12 @@ from rre.routers import ExpertGroups
 _BY_EXPERT = (".router.weight", ".router.noise_weight")
 
 
-class FrozenColumns:
-    """The gates among `names` (the shared parameters in order) and the columns of the experts of untrained domains."""
+class FrozenGateColumns:
+    """The gates among `names` (the shared parameters in order) and the columns of the experts of untrained domains.
+
+    False where there is nothing to freeze. Columns must be masked before the global norm, so that they do not count in
+    clipping, and restored after the update, because weight decay and old moments would move them.
+    """
 
     def __init__(self, names: Sequence[str], groups: ExpertGroups, trained: frozenset[str]) -> None:
         owner = np.repeat(groups.names, groups.sizes)
@@ -29,8 +33,8 @@ class FrozenColumns:
     def __bool__(self) -> bool:
         return bool(self.gates)
 
-    def without(self, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The gradients with zeros in these columns."""
+    def mask_gradients(self, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The gradients with zeros in the frozen columns."""
         changed = list(gradients)
         for i in self.gates:
             array = gradients[i].asnumpy().copy()
@@ -39,9 +43,9 @@ class FrozenColumns:
         return tuple(changed)
 
     @contextmanager
-    def kept(self, *parts: Sequence[Parameter]) -> Iterator[None]:
-        """Whatever the block does to `parts` (parameters and moments in order), these columns are as before."""
-        gates = [part[i] for part in parts for i in self.gates]
+    def restored(self, *groups: Sequence[Parameter]) -> Iterator[None]:
+        """Set the frozen columns of `groups` (parameters, and moments in the same order) back when the block ends."""
+        gates = [group[i] for group in groups for i in self.gates]
         before = [gate.asnumpy()[:, self.columns].copy() for gate in gates]
         yield
         for gate, columns in zip(gates, before, strict=True):

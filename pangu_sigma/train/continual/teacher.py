@@ -1,4 +1,7 @@
-"""A frozen model beside the one that trains: its outputs on a step's batch enter the step's objective."""
+"""Frozen teacher beside the model that trains: its outputs on a step's batch enter the step's objective.
+
+The previous model of a regularised phase, or the reference model of DPO.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,14 @@ from pangu_sigma.model.scoring import Scorer
 from pangu_sigma.trained_model import trained_from
 
 
-class Reference:
-    """The frozen model on planned batches of `rows` samples of the run `config`; it plans them anew for itself.
+class Teacher:
+    """A frozen `model` that scores planned batches of `rows` samples of the run `config`.
 
-    It computes as evaluation does: no dropout, routing by its own tables, nothing dropped. `stand_in`: domain of the
-    run -> domain of the frozen model whose experts read its text, where the frozen model has none of that name.
-    Raises UserError unless it reads the run's vocabulary, sequence length and every domain.
+    It plans them anew for itself and computes as evaluation does: no dropout, routing by its own tables, nothing
+    dropped.
+
+    stand_in: domain of the run -> domain of the teacher whose experts read its text, where the teacher has none of that
+    name. Raises UserError unless it reads the run's vocabulary and every domain.
     """
 
     def __init__(self, model: Model, config: Config, rows: int, stand_in: Mapping[str, str] | None = None) -> None:
@@ -34,10 +39,10 @@ class Reference:
         if model.config.data.sequence_length != config.data.sequence_length:
             raise ValueError("the reference must be built with the run's sequence length")
         names = model.groups.names
-        own = [(stand_in or {}).get(name, name) for name in config.domain_names]
-        if missing := sorted(set(own) - set(names)):
+        teacher_names = [(stand_in or {}).get(name, name) for name in config.domain_names]
+        if missing := sorted(set(teacher_names) - set(names)):
             raise UserError(f"the reference model has no domain {missing[0]}: its domains are {', '.join(names)}")
-        self.domain = np.array([names.index(name) for name in own], np.int32)
+        self.domain = np.array([names.index(name) for name in teacher_names], np.int32)
         self.scorer = Scorer(model, rows, domains=min(rows, len(names)))
 
     def token_losses(self, batch: RoutedBatch) -> np.ndarray:
@@ -45,18 +50,18 @@ class Reference:
         return self.scorer.losses(batch.sequences, self.domain[batch.domain])
 
     def logits(self, batch: RoutedBatch) -> Tensor:
-        """The frozen model's logits at every position of the batch: float32 [B, S, V]."""
+        """The teacher's logits at every position of the batch: float32 [B, S, V]."""
         return self.scorer.logits(batch.sequences, self.domain[batch.domain])
 
 
-def load_reference(
+def load_teacher(
     checkpoint: Checkpoint, config: Config, rows: int, stand_in: Mapping[str, str] | None = None
-) -> Reference:
-    """The reference that a checkpoint holds, for the run `config`, whose device, precision and sequences it takes.
+) -> Teacher:
+    """The teacher that a checkpoint holds, for the run `config`, whose device, precision and sequence length it takes.
 
-    Raises UserError where it does not fit the run (see `Reference`) or has too few positions.
+    Raises UserError where it does not fit the run (see `Teacher`) or has too few positions.
     """
     trained = trained_from(
         checkpoint, config.run.device, config.train.precision, sequence_length=config.data.sequence_length
     )
-    return Reference(trained.model, config, rows, stand_in)
+    return Teacher(trained.model, config, rows, stand_in)

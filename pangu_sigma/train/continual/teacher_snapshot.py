@@ -1,9 +1,10 @@
-"""The previous model of a regularised phase, as it lies with the run.
+"""Teacher snapshot: the frozen model of a regularised phase, kept with the run.
 
-    run/previous/step-00000300/                     a model folder: the weights when the phase began, or before it grew
+    run/previous/step-00000300/                     a model folder: the weights when the phase
+                                                    began, or before the model grew
     run/previous/step-00000300.fisher.safetensors   the Fisher information of its shared parameters, for ewc
 
-A checkpoint's state names both with their hashes, so that a resumed phase stays near the same model or is refused.
+A checkpoint's state names both with their hashes, so that a resumed phase has the same teacher or is refused.
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ from pangu_sigma.checkpoint.tensor_file import digest_of_file, pieces, spec_of, 
 from pangu_sigma.errors import UserError
 
 FOLDER = "previous"
-# Key of the trainer state that names the previous model of the phase under way.
-PREVIOUS = "previous"
+# Key of the trainer state that names the teacher of the phase under way.
+TEACHER_KEY = "previous"
 
 
 @dataclass(frozen=True)
-class Record:
-    """Which previous model a phase has: `phase` its index, `step` the steps done when it began, `model` the hash of
-    its tensors (`identity`), `fisher` the sha256 of the Fisher information's file, None without one.
+class TeacherSnapshot:
+    """Identity of a phase's teacher, as a checkpoint's state keeps it.
+
+    phase: its index. step: optimizer steps done when it began. model: `hash_tensors` of the teacher. fisher: sha256 of
+    the Fisher information's file, None without one.
     """
 
     phase: int
@@ -47,14 +50,14 @@ class Record:
         return asdict(self)
 
     @classmethod
-    def of(cls, state: Mapping[str, object]) -> Record | None:
-        """The record in a checkpoint's state, None if it has none."""
-        kept = state.get(PREVIOUS)
-        return cls(**kept) if kept else None
+    def from_state(cls, state: Mapping[str, object]) -> TeacherSnapshot | None:
+        """The snapshot that a checkpoint's state names, None if it names none."""
+        fields = state.get(TEACHER_KEY)
+        return cls(**fields) if fields else None
 
 
-def identity(model: Checkpoint) -> str:
-    """A hash of all tensors of `model`, wherever it lies and whatever else its configuration says."""
+def hash_tensors(model: Checkpoint) -> str:
+    """SHA-256 over the names and hashes of the tensors of `model`, wherever it lies and however it is configured."""
     running = hashlib.sha256()
     for name in model.names(optimizer=False):
         for piece in model.manifest.tensors[name].slices:
@@ -62,8 +65,8 @@ def identity(model: Checkpoint) -> str:
     return running.hexdigest()
 
 
-def model_path(run_dir: Path, step: int) -> Path:
-    """Where the previous model of a phase that began at `step` lies."""
+def snapshot_path(run_dir: Path, step: int) -> Path:
+    """Where the teacher of a phase that began at `step` lies."""
     return run_dir / FOLDER / folder_layout.step_name(step)
 
 
@@ -73,20 +76,20 @@ def fisher_path(run_dir: Path, step: int) -> Path:
 
 
 def working_folder(run_dir: Path, step: int) -> Path:
-    """Where a previous model is saved before `take_saved` puts it into its place."""
+    """Where a teacher is saved before `publish_saved` moves it to `snapshot_path`."""
     return run_dir / FOLDER / f".{folder_layout.step_name(step)}"
 
 
-def take_saved(run_dir: Path, saved: Path) -> None:
-    """Make what was `saved` in the working folder the previous model; what a killed process left of it is replaced."""
+def publish_saved(run_dir: Path, saved: Path) -> None:
+    """Make what was `saved` in the working folder the snapshot of its step; what a killed process left is replaced."""
     step = folder_layout.parse_folder(saved)[1]
     os.rename(saved, _free_path(run_dir, step))
     shutil.rmtree(working_folder(run_dir, step))
     sync_folder(run_dir / FOLDER)
 
 
-def link_previous(run_dir: Path, checkpoint: Checkpoint) -> Checkpoint:
-    """Make the model of `checkpoint` the previous one of its step; its files are linked. Raises CheckpointError."""
+def link_snapshot(run_dir: Path, checkpoint: Checkpoint) -> Checkpoint:
+    """Make the model of `checkpoint` the snapshot of its step; its files are hard-linked. Raises CheckpointError."""
     groups = ["shared", *(f"domains/{name}" for name in checkpoint.domains)]
     content = EditedCheckpoint(
         kept=kept_files(checkpoint, groups),
@@ -105,24 +108,24 @@ def link_previous(run_dir: Path, checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _free_path(run_dir: Path, step: int) -> Path:
-    path = model_path(run_dir, step)
+    path = snapshot_path(run_dir, step)
     if path.exists():
         (path / folder_layout.MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path)
     return path
 
 
-def open_previous(run_dir: Path, record: Record) -> Checkpoint:
-    """The previous model that `record` names. Raises UserError where it is missing or another one."""
-    path = model_path(run_dir, record.step)
-    advice = f"restore {run_dir / FOLDER}, without which phase {record.phase} cannot go on"
+def open_snapshot(run_dir: Path, snapshot: TeacherSnapshot) -> Checkpoint:
+    """The teacher that `snapshot` names. Raises UserError where it is missing or another one."""
+    path = snapshot_path(run_dir, snapshot.step)
+    advice = f"restore {run_dir / FOLDER}, without which phase {snapshot.phase} cannot go on"
     try:
-        found = open_checkpoint(path)
+        model = open_checkpoint(path)
     except CheckpointError as error:
         raise UserError(f"the previous model {path} is missing or damaged ({error}); {advice}") from error
-    if identity(found) != record.model:
+    if hash_tensors(model) != snapshot.model:
         raise UserError(f"the previous model {path} is not the one that the checkpoint names; {advice}")
-    return found
+    return model
 
 
 def write_fisher(run_dir: Path, step: int, fisher: Mapping[str, np.ndarray]) -> str:
@@ -146,20 +149,22 @@ def write_fisher(run_dir: Path, step: int, fisher: Mapping[str, np.ndarray]) -> 
     return done.sha256
 
 
-def read_fisher(run_dir: Path, record: Record) -> dict[str, np.ndarray]:
-    """The Fisher information that `record` names. Raises UserError where it is missing or another one."""
-    path = fisher_path(run_dir, record.step)
+def read_fisher(run_dir: Path, snapshot: TeacherSnapshot) -> dict[str, np.ndarray]:
+    """The Fisher information that `snapshot` names: float32 by parameter name.
+
+    Raises UserError where it is missing or another one."""
+    path = fisher_path(run_dir, snapshot.step)
     try:
-        _, found = digest_of_file(path)
+        _, digest = digest_of_file(path)
     except CheckpointError as error:
         raise UserError(f"the Fisher information {path} cannot be read: restore it to resume") from error
-    if found != record.fisher:
+    if digest != snapshot.fisher:
         raise UserError(f"the Fisher information {path} is not what the checkpoint names: restore it to resume")
     return load_file(path)
 
 
-def remove_unneeded(run_dir: Path, steps: set[int]) -> None:
-    """Delete the previous models that no checkpoint of the run names any more; `steps` are those that are named."""
+def remove_unneeded(run_dir: Path, needed_steps: set[int]) -> None:
+    """Delete the snapshots of all other steps than `needed_steps`, and what killed processes left unfinished."""
     folder = run_dir / FOLDER
     if not folder.is_dir():
         return
@@ -167,7 +172,7 @@ def remove_unneeded(run_dir: Path, steps: set[int]) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for path in sorted(folder.glob("step-*")):
         parsed = folder_layout.parse_folder(path.with_name(path.name.split(".")[0]))
-        if parsed is None or parsed[1] in steps:
+        if parsed is None or parsed[1] in needed_steps:
             continue
         if path.is_dir():
             (path / folder_layout.MANIFEST).unlink(missing_ok=True)

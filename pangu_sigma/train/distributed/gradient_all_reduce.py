@@ -20,7 +20,7 @@ from mindspore import Tensor
 from pangu_sigma.model.model import DOMAIN_EMBEDDING, Model
 from pangu_sigma.train.optimizer import Gradients
 from pangu_sigma.train.schedule import Phase
-from pangu_sigma.train.step_metrics import Figures
+from pangu_sigma.train.step_metrics import BatchMetrics
 
 BUCKET_BYTES = 32 << 20  # of gradients that travel at once
 
@@ -40,7 +40,7 @@ class GradientReducer:
         self.reader_ranks: Sequence[int] = range(self.processes.size)
         self.replicas = mesh.replica_group(rank)
 
-    def reduce_in_place(self, gradients: Gradients, figures: Sequence[Figures], phase: Phase) -> None:
+    def reduce_in_place(self, gradients: Gradients, figures: Sequence[BatchMetrics], phase: Phase) -> None:
         """Make `gradients` those of the whole batch; `figures` are its micro-batches'."""
         if self.processes.size == 1:
             return
@@ -69,18 +69,18 @@ class GradientReducer:
         """The sum, over all rows of the batch, of values float64 that each process counted of its own."""
         return self.processes.gather(values)[list(self.reader_ranks)].sum(axis=0)
 
-    def num_updated_experts(self, figures: Sequence[Figures], phase: Phase) -> int:
+    def num_updated_experts(self, figures: Sequence[BatchMetrics], phase: Phase) -> int:
         """Experts, of all processes, that the step updates; domain embeddings included."""
         embeddings = len(self._domains_present(figures, phase)) if DOMAIN_EMBEDDING in self.model.store.experts else 0
         return embeddings + int(self._activated(figures, phase).sum())
 
-    def _activated(self, figures: Sequence[Figures], phase: Phase) -> np.ndarray:
+    def _activated(self, figures: Sequence[BatchMetrics], phase: Phase) -> np.ndarray:
         """Whether an expert received a row of the batch and trains, bool [layers, E]."""
         groups = self.model.groups
         trains = np.repeat([name in phase.domains for name in groups.names], groups.sizes)
         return (sum(of_batch.load for of_batch in figures) > 0) & trains
 
-    def _domains_present(self, figures: Sequence[Figures], phase: Phase) -> list[int]:
+    def _domains_present(self, figures: Sequence[BatchMetrics], phase: Phase) -> list[int]:
         """Ids of the domains with text in the batch that train."""
         names = self.model.groups.names
         tokens = sum(of_batch.tokens for of_batch in figures)
@@ -95,7 +95,7 @@ class GradientReducer:
         return tuple(sums)
 
     def _embeddings_all_reduced(
-        self, by_domain: dict[int, list[Tensor] | None], figures: Sequence[Figures], phase: Phase
+        self, by_domain: dict[int, list[Tensor] | None], figures: Sequence[BatchMetrics], phase: Phase
     ) -> dict[tuple[str, int], list[Tensor]]:
         shape = self.model.store.shapes[DOMAIN_EMBEDDING]["word"]
         sums = {}
@@ -106,7 +106,7 @@ class GradientReducer:
         return sums
 
     def _experts_reduced(
-        self, local: dict[tuple[str, int], list[Tensor]], figures: Sequence[Figures], phase: Phase
+        self, local: dict[tuple[str, int], list[Tensor]], figures: Sequence[BatchMetrics], phase: Phase
     ) -> dict[tuple[str, int], list[Tensor]]:
         """The sums of expert gradients over the data axis. Collectives are of all processes, so all expert parts take
         part: the i-th expert of every part travels if that of any part received a row."""
@@ -149,7 +149,7 @@ class SpmdGradientReducer(GradientReducer):
         self.weights = np.array([1.0 / (self.processes.size if ranks is None else len(ranks)) for ranks in ranks_of])
         self.expert_weights = [1.0 / shard.gradient_copies for shard in model.expert_shards.values()]
 
-    def reduce_in_place(self, gradients: Gradients, figures: Sequence[Figures], phase: Phase) -> None:
+    def reduce_in_place(self, gradients: Gradients, figures: Sequence[BatchMetrics], phase: Phase) -> None:
         """Nothing is left to do."""
 
     def global_norm(self, gradients: Gradients) -> float:

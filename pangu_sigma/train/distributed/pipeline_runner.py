@@ -21,11 +21,11 @@ from pangu_sigma.model.pipeline_stages import stage_of
 from pangu_sigma.model.sharded_parameters import RehearsedParameters
 from pangu_sigma.train.distributed.pipeline_step import WholeStep, step_inputs
 from pangu_sigma.train.distributed.spmd_step import InContext, MeshContext, meshed_step
-from pangu_sigma.train.objective import Measured
+from pangu_sigma.train.objective import BatchLoss
 from pangu_sigma.train.optimizer import Gradients
 from pangu_sigma.train.schedule import Phase
 from pangu_sigma.train.slot_gradients import slot_gradients
-from pangu_sigma.train.step_metrics import Figures
+from pangu_sigma.train.step_metrics import BatchMetrics
 from parallel.operator_layout import LOCAL_SLICES
 from parallel.partition_spec import shard_slices
 from rre.dispatch.capacity_dispatch import PARAMETER_SPECS
@@ -44,7 +44,7 @@ class StagedStep:
 
     def gradients(
         self, batches: Sequence[RoutedBatch], phase: Phase, weight: float, readers: Sequence[int]
-    ) -> tuple[Gradients, list[Figures]]:
+    ) -> tuple[Gradients, list[BatchMetrics]]:
         """The gradients of what this process holds, and the figures of every micro-batch: losses of the whole step are
         the first one's. `weight`: of each token that counts (loss scale by tokens of the step); `readers`: ranks that
         have read each row once."""
@@ -54,11 +54,11 @@ class StagedStep:
         parts = []
         for number, batch in enumerate(batches):
             none = np.zeros(len(batch.mask))
-            measured = Measured(none, batch.mask.sum(axis=1, dtype=np.float64))
-            own = Figures.of(batch, len(groups.names), measured, (), 0.0)
+            measured = BatchLoss(none, batch.mask.sum(axis=1, dtype=np.float64))
+            own = BatchMetrics.from_loss(batch, len(groups.names), measured, (), 0.0)
             if number == 0 and self.tells:
                 own = replace(own, loss=objective.asnumpy().astype(np.float64) / weight)
-            parts.append(own.summed(own.by_rank(self.processes)[list(readers)]))
+            parts.append(own.sum_ranks(own.gather(self.processes)[list(readers)]))
         found = Gradients()
         if phase.shared:
             found.shared, found.shared_squares = tuple(shared), squares.asnumpy().astype(np.float64)

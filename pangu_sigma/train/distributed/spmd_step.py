@@ -17,7 +17,7 @@ from pangu_sigma.model.batch_planner import fixed_inputs
 from pangu_sigma.model.graph_inputs import GraphSignature
 from pangu_sigma.model.model import Model
 from pangu_sigma.train.distributed.pipeline_step import PipelinedStep, expert_tensors, step_inputs
-from pangu_sigma.train.objective import Objective
+from pangu_sigma.train.objective import TrainingObjective
 from pangu_sigma.train.step import GradientStep, SharedUpdate
 from parallel.partition_spec import PartitionSpec
 
@@ -100,7 +100,11 @@ class InContext:
 
 
 def meshed_step(
-    model: Model, signature: GraphSignature, rank: int, with_shared: bool = True, objective: Objective | None = None
+    model: Model,
+    signature: GraphSignature,
+    rank: int,
+    with_shared: bool = True,
+    objective: TrainingObjective | None = None,
 ) -> MeshedStep:
     """The step of one rank; its parallel context must be set."""
     config, parallel = model.config, model.config.parallel
@@ -117,5 +121,5 @@ def meshed_step(
     first = len(fixed_inputs(signature.batch, signature.length))
     numbers = (first + i for _, begin, end in signature.bounds for i in range(begin, end))
     experts = {name: (number, shape) for number, (name, shape) in zip(numbers, shapes.items(), strict=True)}
-    cell = GradientStep(model.net, signature, model.layout, with_shared, objective or Objective())
+    cell = GradientStep(model.net, signature, model.layout, with_shared, objective or TrainingObjective())
     return MeshedStep(cell, model, experts)

@@ -12,7 +12,7 @@ from pangu_sigma.model.graph_inputs import GraphSignature
 from pangu_sigma.model.model import Model
 from pangu_sigma.model.sharded_parameters import CutParameters, RehearsedParameters
 from pangu_sigma.train.distributed.spmd_step import InContext, MeshContext, meshed_step
-from pangu_sigma.train.objective import Objective
+from pangu_sigma.train.objective import TrainingObjective
 from pangu_sigma.train.step import GradientStep
 from parallel.partition_spec import PartitionSpec, shard_slices, unshard
 
@@ -30,13 +30,13 @@ class StepGraphs:
         """Forget all: what they minimise has changed."""
         self._made.clear()
 
-    def __call__(self, with_shared: bool, objective: Objective) -> Step:
+    def __call__(self, with_shared: bool, objective: TrainingObjective) -> Step:
         """The step; its inputs and outputs are `GradientStep`'s, of this rank's parts."""
         if with_shared not in self._made:
             self._made[with_shared] = self._make(with_shared, objective)
         return self._made[with_shared]
 
-    def _make(self, with_shared: bool, objective: Objective) -> Step:
+    def _make(self, with_shared: bool, objective: TrainingObjective) -> Step:
         return GradientStep(self.model.net, self.signature, self.model.layout, with_shared, objective)
 
 
@@ -44,12 +44,12 @@ class CutGraphs(StepGraphs):
     """Steps that MindSpore cuts over devices. The one with shared gradients is compiled at once: from then on the
     model's shared parameters are this rank's parts."""
 
-    def __init__(self, model: Model, signature: GraphSignature, objective: Objective) -> None:
+    def __init__(self, model: Model, signature: GraphSignature, objective: TrainingObjective) -> None:
         super().__init__(model, signature)
         self.context = MeshContext(model, signature)
         self(True, objective)
 
-    def _make(self, with_shared: bool, objective: Objective) -> Step:
+    def _make(self, with_shared: bool, objective: TrainingObjective) -> Step:
         rank = self.model.processes.rank
         with self.context:
             step = meshed_step(self.model, self.signature, rank, with_shared, objective)
@@ -60,7 +60,7 @@ class CutGraphs(StepGraphs):
 class RehearsedGraphs(StepGraphs):
     """Steps of the same parts in and out, which every process computes whole of what all ranks give."""
 
-    def _make(self, with_shared: bool, objective: Objective) -> Step:
+    def _make(self, with_shared: bool, objective: TrainingObjective) -> Step:
         return RehearsedStep(super()._make(with_shared, objective), self.model, self.signature)
 
 
@@ -115,7 +115,7 @@ class RehearsedStep:
         return part(by_sample, ("rows",)), auxiliary, counts, by_expert, [Tensor(a) for a in mine], Tensor(squares)
 
 
-def step_graphs(model: Model, signature: GraphSignature, objective: Objective) -> StepGraphs:
+def step_graphs(model: Model, signature: GraphSignature, objective: TrainingObjective) -> StepGraphs:
     """The steps of a model, in the form that its layout and its processes ask for."""
     if isinstance(model.shared, RehearsedParameters):
         return RehearsedGraphs(model, signature)

@@ -1,5 +1,7 @@
-"""What a run begins with: its configuration and tokenizer, settled with those of a checkpoint whose state it continues
-or whose weights it takes over."""
+"""Where a run starts from: nothing, another model's weights, or its own last checkpoint.
+
+Its configuration and tokenizer are settled here with those of that checkpoint, before the framework is loaded.
+"""
 
 from __future__ import annotations
 
@@ -23,41 +25,67 @@ from pangu_sigma.trained_model import stored_config
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """The configuration to run with; `start`: the model whose weights a new run takes over; `tokenizer_of`: whose
-    tokenizer stays, None to take the configured one; `messages`: what is to be said of it.
+class StartingPoint:
+    """The settled configuration of a run and the checkpoints that it takes something from.
+
+    initial_model: whose weights a new run takes over. tokenizer_checkpoint: whose tokenizer stays, None to take the
+    configured one. messages: what the user should know of it.
     """
 
     config: Config
-    start: Checkpoint | None = None
-    tokenizer_of: Checkpoint | None = None
+    initial_model: Checkpoint | None = None
+    tokenizer_checkpoint: Checkpoint | None = None
     messages: list[str] = field(default_factory=list)
 
 
-def last_checkpoint(run_dir: Path, resume: bool) -> tuple[Checkpoint | None, list[str]]:
-    """The last complete checkpoint of a run's folder, and what is to be said of others. Raises UserError where there is
-    one and the run is not to be resumed."""
-    checkpoint, said = find_latest(run_dir)
+def find_run_checkpoint(run_dir: Path, resume: bool) -> tuple[Checkpoint | None, list[str]]:
+    """The last complete checkpoint of a run's folder, and messages about incomplete ones.
+
+    Raises UserError where there is one and the run is not to be resumed.
+    """
+    checkpoint, messages = find_latest(run_dir)
     if checkpoint is not None and not resume:
         raise UserError(f"{run_dir} already holds a run at step {checkpoint.step}: add --resume or set run.dir")
-    return checkpoint, said
+    return checkpoint, messages
 
 
-def refuse_early(config: Config, resume: bool) -> None:
-    """Raises UserError for what a run would refuse once its processes had started and met: text that is not there, a
-    folder that holds another run, a configuration that is not the run's."""
+def check_before_launch(config: Config, resume: bool) -> None:
+    """Refuse in the launching process what a run would refuse once its processes had started and met.
+
+    Raises UserError for text that is not there, a folder that holds another run, a configuration that is not the run's.
+    """
     for domain in config.domains if config.data.stream is None else ():
         expand_paths(domain.name, domain.data)
     run_dir = Path(config.run.dir)
-    checkpoint, _ = last_checkpoint(run_dir, resume)
+    checkpoint, _ = find_run_checkpoint(run_dir, resume)
     if checkpoint is None:
-        begun(config)
+        start_fresh(config)
     elif stale_config(run_dir, checkpoint) is None:  # else something is written first, which the run does
-        resumed(run_dir, config, checkpoint)
+        resume_from(run_dir, config, checkpoint)
 
 
-def resumed(run_dir: Path, config: Config, checkpoint: Checkpoint) -> Beginning:
-    """A run that goes on from its own checkpoint. Raises UserError for a configuration that is not the run's."""
+def start_fresh(config: Config) -> StartingPoint:
+    """The starting point of a new run, from another model's weights if `run.init_from` names one.
+
+    Raises UserError if they do not fit.
+    """
+    if config.run.init_from is None:
+        return StartingPoint(config)
+    initial_model = resolve(config.run.init_from)
+    stored = stored_config(initial_model)
+    check_start(stored, config)
+    message = (
+        f"begins with the weights, tables and tokenizer of {initial_model.path} (step {initial_model.step}); the "
+        "optimizer's state starts fresh"
+    )
+    return StartingPoint(with_tokenizer_of(config, stored), initial_model, initial_model, [message])
+
+
+def resume_from(run_dir: Path, config: Config, checkpoint: Checkpoint) -> StartingPoint:
+    """The starting point of a run that continues its own checkpoint.
+
+    Raises UserError for a configuration that is not the run's.
+    """
     stored = stored_config(checkpoint)
     messages, changed = [], checkpoint.state.get(DOMAIN_CHANGES)
     stale = stale_config(run_dir, checkpoint)
@@ -81,19 +109,5 @@ def resumed(run_dir: Path, config: Config, checkpoint: Checkpoint) -> Beginning:
     # Where the tokenizer gives the size, a changed tokenizer is refused with the corpus, by its name.
     check_resume(stored, with_vocabulary_size(config, stored.model.vocab_size))
     # The tokenizer that the first domains' mix gave stays when domains come and go.
-    kept = stored.run.init_from is not None or changed
-    return Beginning(config, tokenizer_of=checkpoint if kept else None, messages=messages)
-
-
-def begun(config: Config) -> Beginning:
-    """A new run, from another model's weights if `run.init_from` names one. Raises UserError if they do not fit."""
-    if config.run.init_from is None:
-        return Beginning(config)
-    start = resolve(config.run.init_from)
-    model = stored_config(start)
-    check_start(model, config)
-    said = (
-        f"begins with the weights, tables and tokenizer of {start.path} (step {start.step}); the optimizer's state "
-        "starts fresh"
-    )
-    return Beginning(with_tokenizer_of(config, model), start, start, [said])
+    keep_tokenizer = stored.run.init_from is not None or changed
+    return StartingPoint(config, tokenizer_checkpoint=checkpoint if keep_tokenizer else None, messages=messages)

@@ -21,7 +21,7 @@ from pangu_sigma.convert.olmoe_names import parts_of
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation.kv_cache_decoder import KvCacheDecoder
 from pangu_sigma.model.batch_planner import BatchPlanner
-from pangu_sigma.train.objective import Objective
+from pangu_sigma.train.objective import TrainingObjective
 from pangu_sigma.train.step import GradientStep
 from pangu_sigma.trained_model import load_trained
 from tests.oracles.recomputing_decoder import RecomputingDecoder
@@ -126,7 +126,7 @@ def test_loss_auxiliary_loss_and_gradients_agree(theirs, ours, tokens):
 
     signature = ours.training_signature(BATCH)
     planned = BatchPlanner(ours, signature, training=True)(tokens, np.zeros(BATCH, np.int32), np.arange(BATCH), 0)
-    step = GradientStep(ours.net, signature, ours.layout, True, Objective())
+    step = GradientStep(ours.net, signature, ours.layout, True, TrainingObjective())
     by_sample, auxiliary, _, by_expert, shared, _ = step(
         planned.fixed[0], Tensor(planned.labels), Tensor(planned.mask / np.float32(planned.mask.sum())),
         Tensor(1.0, ms.float32), *planned.fixed[1:], *planned.flat(signature, ours.store),

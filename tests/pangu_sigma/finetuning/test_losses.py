@@ -6,8 +6,8 @@ import pytest
 from pangu_sigma.data.mixture_sampler import Batch
 from pangu_sigma.finetuning.dpo import Preference
 from pangu_sigma.model.scoring import Scorer
-from pangu_sigma.train.continual.teacher import Reference
-from pangu_sigma.train.objective import Measured, Objective
+from pangu_sigma.train.continual.teacher import Teacher
+from pangu_sigma.train.objective import BatchLoss, TrainingObjective
 from pangu_sigma.train.trainer import Trainer
 from tests.pangu_sigma.train.small_trainer import LENGTH, batch, changed_names, small_config, small_model, tensors_now
 
@@ -29,7 +29,7 @@ def masked(domains) -> Batch:
     return Batch(drawn.tokens, drawn.domain, drawn.sample, 0, mask, padding)
 
 
-def trainer_of(objective: Objective, rows: int, model=WIDE, accumulation=1) -> Trainer:
+def trainer_of(objective: TrainingObjective, rows: int, model=WIDE, accumulation=1) -> Trainer:
     size = rows // objective.rows_per_sample
     train = {"batch_size": size, "gradient_accumulation_steps": accumulation}
     return Trainer(small_model(small_config(model, optimizer={"max_grad_norm": 1e9}, train=train)), objective)
@@ -53,20 +53,20 @@ def gradients(trainer: Trainer, drawn: Batch) -> tuple[float, dict[str, np.ndarr
     return result.loss, found
 
 
-class Weighted(Objective):
+class Weighted(TrainingObjective):
     """The sum of token losses times given weights: the gradient of any loss whose derivatives they are."""
 
     def __init__(self, weights: np.ndarray) -> None:
         super().__init__(auxiliary=False)
         self.given = weights.astype(np.float32)
 
-    def inputs(self, batch, prepared, scale, total, parts):
+    def inputs(self, batch, prepared, scale, total, micro_batches):
         from mindspore import Tensor
 
-        return Tensor(self.given), self.auxiliary_weight(scale, parts)
+        return Tensor(self.given), self.auxiliary_weight(scale, micro_batches)
 
     def measure(self, batch, prepared, by_sample):
-        return Measured(by_sample, self.units(batch))
+        return BatchLoss(by_sample, self.units(batch))
 
 
 def assert_same_gradients(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
@@ -77,7 +77,7 @@ def assert_same_gradients(one: dict[str, np.ndarray], other: dict[str, np.ndarra
 
 def test_sft_is_pytorchs_cross_entropy_of_the_answers_alone():
     drawn = masked([0, 1, 2, 0])
-    trainer = trainer_of(Objective(auxiliary=False), 4)
+    trainer = trainer_of(TrainingObjective(auxiliary=False), 4)
     logits = logits_of(trainer.model, drawn)
     labels = torch.tensor(np.where(drawn.mask > 0, drawn.tokens[:, 1:], -100)).long()
     expected = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]).double(), labels.reshape(-1))
@@ -91,7 +91,7 @@ def dpo():
     drawn = masked([0, 0, 1, 1, 2, 2])
     config = small_config(WIDE, run={"seed": 77})
     frozen = small_model(config)
-    objective = Preference(BETA, lambda: Reference(frozen, config, 2 * PAIRS))
+    objective = Preference(BETA, lambda: Teacher(frozen, config, 2 * PAIRS))
     trainer = trainer_of(objective, 2 * PAIRS)
     mask = torch.tensor(drawn.mask).double()
     theirs = (token_losses(logits_of(frozen, drawn), drawn) * mask).sum(1)
@@ -100,7 +100,7 @@ def dpo():
     expected = -torch.nn.functional.logsigmoid(reward[:, 0] - reward[:, 1]).mean()
     expected.backward()
     loss, found = gradients(trainer, drawn)
-    record, reward = trainer.accounting.take(), reward.detach().numpy()
+    record, reward = trainer.metrics.take_record(), reward.detach().numpy()
     return drawn, loss, found, record, float(expected.detach()), losses.grad.numpy(), reward
 
 
@@ -131,7 +131,7 @@ def test_accumulation_gives_dpo_the_gradients_of_the_whole_batch():
     def step(accumulation):
         config = small_config(WIDE, run={"seed": 77})
         frozen = small_model(config)
-        objective = Preference(BETA, lambda: Reference(frozen, config, 4 // accumulation))
+        objective = Preference(BETA, lambda: Teacher(frozen, config, 4 // accumulation))
         return gradients(trainer_of(objective, 4, accumulation=accumulation), drawn)
 
     (whole, mine), (parts, others) = step(1), step(2)
@@ -143,7 +143,7 @@ def test_at_its_beginning_dpos_loss_is_log_2():
     drawn = masked([0, 0, 1, 1])
     config = small_config(WIDE)
     frozen = small_model(config)
-    trainer = trainer_of(Preference(BETA, lambda: Reference(frozen, config, 4)), 4)
+    trainer = trainer_of(Preference(BETA, lambda: Teacher(frozen, config, 4)), 4)
     assert trainer.step(0, trainer.plan(drawn)).loss == pytest.approx(np.log(2), abs=1e-4)
 
 
@@ -152,6 +152,6 @@ def test_auxiliary_losses_are_off_unless_asked_for():
     without = {**GATED, "sparse": {**GATED["sparse"], "aux_loss_weight": 0.0, "z_loss_weight": 0.0}}
     tensors = {}
     for name, auxiliary, model in (("off", False, GATED), ("zero", True, without), ("on", True, GATED)):
-        _, tensors[name] = gradients(trainer_of(Objective(auxiliary), 4, model), drawn)
+        _, tensors[name] = gradients(trainer_of(TrainingObjective(auxiliary), 4, model), drawn)
     assert not changed_names(tensors["off"], tensors["zero"])
     assert "optimizer.m.blocks.0.router.weight" in changed_names(tensors["off"], tensors["on"])

@@ -12,7 +12,7 @@ from pangu_sigma.data.mixture_sampler import Batch
 from pangu_sigma.model.build_model import build_model
 from pangu_sigma.model.model import Model
 from pangu_sigma.model.state_dict import model_tensors
-from pangu_sigma.train.trainer import Trainer
+from pangu_sigma.train.trainer import Regulariser, Trainer
 
 VOCAB, LENGTH, EOD = 48, 16, 2
 EXPERTS = {"code": 2, "law": 1, "poems": 3}
@@ -61,8 +61,17 @@ def batch(step: int, domains: Sequence[int], ids: Sequence[int] = range(VOCAB)) 
 
 def tensors_now(trainer: Trainer) -> dict[str, np.ndarray]:
     """Copies of every tensor that a checkpoint would hold now."""
-    found = model_tensors(trainer.model, trainer.optimizer)
-    return {name: t.read() if isinstance(t, LazyTensor) else t.copy() for name, t in found.items()}
+    tensors = model_tensors(trainer.model, trainer.optimizer.moments())
+    return {name: t.read() if isinstance(t, LazyTensor) else t.copy() for name, t in tensors.items()}
+
+
+def first_step_gradients(
+    trainer: Trainer, drawn: Batch, regulariser: Regulariser | None = None
+) -> dict[str, np.ndarray]:
+    """Gradients of a trainer's first step by the name of their first moment, which is divided by 1 - beta1."""
+    trainer.step(0, trainer.plan(drawn), regulariser)
+    moments = {name: tensor for name, tensor in tensors_now(trainer).items() if ".m." in name}
+    return {name: moment / 0.1 for name, moment in moments.items()}
 
 
 def changed_names(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> set[str]:

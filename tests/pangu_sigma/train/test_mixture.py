@@ -23,7 +23,7 @@ def test_training_lowers_the_loss_that_evaluation_measures_and_generation_uses(l
     trainer = small_trainer({"top_layer": "mixture", "mixture_loss": loss, "sparse": {"layers": 0}})
     losses = [trainer.step(step, trainer.plan(text(step))).loss for step in range(STEPS)]
     assert losses[0] == pytest.approx(np.log(VOCAB), rel=0.05) and np.mean(losses[-3:]) < 0.75 * losses[0]
-    figures = trainer.accounting.take()
+    figures = trainer.metrics.take_record()
     (load,) = figures["expert_load"].values()
     assert [rows for by in load.values() for rows in by] == [STEPS * 4 * LENGTH] * 6
     assert figures["auxiliary_loss"] == 0.0

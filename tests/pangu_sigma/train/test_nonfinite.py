@@ -8,19 +8,19 @@ import pytest
 from pangu_sigma.checkpoint import open_checkpoint
 from pangu_sigma.config import load_config
 from pangu_sigma.monitor.metrics_log import read_metrics
-from pangu_sigma.train.job import Run
+from pangu_sigma.train.job import TrainingRun
 from pangu_sigma.train.nonfinite import TrainingError
 from tests.pangu_sigma.train.training_process import assert_refused, checkpoint, command
 
 POEMS = slice(3, 5)  # its experts among those of code, law and poems
 
 
-def resume_poisoned(small_yaml, folder, *changes: str) -> Run:
+def resume_poisoned(small_yaml, folder, *changes: str) -> TrainingRun:
     """Resume the run with weights for poems that overflow float32; a step draws two of the three domains."""
     config = load_config(small_yaml, [f"run.dir={folder}", "evaluate.every=0", "run.tensorboard=false", *changes])
-    with Run(config, resume=True) as run:
+    with TrainingRun(config, resume=True) as run:
         run.model.store.table("blocks.0", "up.weight")[POEMS] = 1e38
-        run.loop()
+        run.train()
     return run
 
 

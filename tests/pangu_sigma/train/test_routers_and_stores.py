@@ -56,7 +56,7 @@ def trained(case: tuple[str, str, str], tmp_path) -> tuple[dict[str, np.ndarray]
         assert trainer.step(step, trainer.plan(batch(step, [0, 1, 2, 0]))).finite
     found = tensors_now(trainer)
     trainer.model.store.close()
-    return found, trainer.accounting.take()
+    return found, trainer.metrics.take_record()
 
 
 # Two that nothing else covers are quick enough for every run of the tests; the others are long ones together.

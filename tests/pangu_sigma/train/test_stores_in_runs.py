@@ -10,7 +10,7 @@ from pangu_sigma.checkpoint import CheckpointContents, Fingerprints, StoredTenso
 from pangu_sigma.config import load_config
 from pangu_sigma.model.state_dict import model_tensors, restore_model
 from pangu_sigma.monitor.metrics_log import read_metrics
-from pangu_sigma.train.job import Run
+from pangu_sigma.train.job import TrainingRun
 from tests.pangu_sigma.train.small_trainer import EXPERTS, batch, small_trainer
 from tests.pangu_sigma.train.training_process import (
     assert_equal_checkpoints,
@@ -91,9 +91,9 @@ def test_a_roll_back_on_disk_is_that_in_memory(small_yaml, hosted, tmp_path):
             f"run.dir={folder}", "evaluate.every=0", "run.tensorboard=false", "train.nonfinite=rollback",
             "checkpoint.every=4", *changes,
         ])  # fmt: skip
-        with Run(config, resume=True) as run:
+        with TrainingRun(config, resume=True) as run:
             run.model.store.table("blocks.0", "up.weight")[3:5] = 1e38
-            run.loop()
+            run.train()
         assert any("rolled back to step 4" in r.get("message", "") for r in read_metrics(folder))
         ended.append(checkpoint(folder, STEPS))
     assert_equal_checkpoints(*ended)
@@ -106,7 +106,7 @@ def saved(trainer, folder) -> dict[str, str]:
         config_text=trainer.config.to_yaml(), tokenizer_files={"none": b"-"}, probe={}, state={},
         fingerprints=Fingerprints(tokenizer="-", corpora=dict.fromkeys(EXPERTS, "-")),
     )  # fmt: skip
-    result = save_checkpoint(folder, contents, model_tensors(trainer.model, trainer.optimizer), keep=1)
+    result = save_checkpoint(folder, contents, model_tensors(trainer.model, trainer.optimizer.moments()), keep=1)
     entries = open_checkpoint(result.path).manifest.tensors
     return {name: piece.sha256 for name, entry in entries.items() for piece in entry.slices}
 

@@ -53,7 +53,7 @@ def test_a_learned_gate_drops_what_overflows_and_the_share_is_a_metric():
     sparse = {"router": "switch", "dispatch": "capacity", "capacity_factor": 0.5}
     trainer = small_trainer({"sparse": sparse})
     trainer.step(0, trainer.plan(batch(5, [0, 1, 2, 0])))
-    figures = trainer.accounting.take()
+    figures = trainer.metrics.take_record()
     kept = sum(sum(rows) for rows in figures["expert_load"]["blocks.0"].values())
     shares = figures["dropped_share"]["blocks.0"]
     lost = sum(shares[name] * figures["tokens"][name] for name in shares)

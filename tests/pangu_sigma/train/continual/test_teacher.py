@@ -7,7 +7,7 @@ from pangu_sigma.data.mixture_sampler import Batch
 from pangu_sigma.errors import UserError
 from pangu_sigma.evaluation.domain_evaluation import Evaluator
 from pangu_sigma.generation.domain_inference import token_log_probabilities
-from pangu_sigma.train.continual.teacher import Reference
+from pangu_sigma.train.continual.teacher import Teacher
 from tests.pangu_sigma.train.small_trainer import (
     EXPERTS,
     batch,
@@ -28,7 +28,7 @@ def trainer():
 @pytest.fixture(scope="module")
 def reference():
     config = small_config()
-    return Reference(small_model(config), config, ROWS)
+    return Teacher(small_model(config), config, ROWS)
 
 
 class OneBatch:
@@ -71,7 +71,7 @@ def test_training_beside_it_changes_no_bit_of_it(trainer, reference):
 def test_a_stand_in_reads_the_text_of_a_domain_that_the_reference_lacks(trainer):
     config = small_config()
     names = list(EXPERTS)
-    as_law = Reference(small_model(config), config, ROWS, {"code": "law"})
+    as_law = Teacher(small_model(config), config, ROWS, {"code": "law"})
     tokens = batch(2, [0, 0, 1, 1])
     both = Batch(np.concatenate([tokens.tokens[:2]] * 2), np.array([0, 0, 1, 1], np.int32), tokens.sample, 0)
     (planned,) = trainer.plan(both)
@@ -82,6 +82,6 @@ def test_a_stand_in_reads_the_text_of_a_domain_that_the_reference_lacks(trainer)
 def test_a_reference_of_other_domains_or_another_vocabulary_is_refused():
     config = small_config()
     with pytest.raises(UserError, match="the reference model has no domain music: its domains are code, law, poems"):
-        Reference(small_model(config), config, ROWS, {"law": "music"})
+        Teacher(small_model(config), config, ROWS, {"law": "music"})
     with pytest.raises(UserError, match="has a vocabulary of 48 ids and the run one of 64"):
-        Reference(small_model(config), small_config({"vocab_size": 64}), ROWS)
+        Teacher(small_model(config), small_config({"vocab_size": 64}), ROWS)

@@ -31,7 +31,7 @@ from pangu_sigma.model.build_model import build_model, initialise_shared
 from pangu_sigma.model.initialization import initial_value
 from pangu_sigma.train.distributed.mesh_evaluation import Measurement
 from pangu_sigma.train.distributed.pipeline_step import PipelinedStep
-from pangu_sigma.train.objective import Objective
+from pangu_sigma.train.objective import TrainingObjective
 from pangu_sigma.train.trainer import Trainer
 from parallel.comm.processes import Processes
 from rre.counted_random import generator, normal
@@ -44,7 +44,7 @@ def main() -> None:
     model = build_model(config, vocabulary_size(config), 0, processes=Processes(config.parallel.mesh, rank))
     trainer = Trainer(model)
     staged = trainer.stages is not None
-    cell = trainer.stages.cell if staged else trainer._graphs(True, Objective()).cell
+    cell = trainer.stages.cell if staged else trainer._graphs(True, TrainingObjective()).cell
     layouts = cell.parameter_layout_dict
     initialise_shared(model)
     found = {}
@@ -60,7 +60,7 @@ def main() -> None:
         np.savez(sys.argv[2], **found)
         return
     ms.set_context(save_graphs_path="frozen")
-    trainer._graphs(False, Objective())
+    trainer._graphs(False, TrainingObjective())
     ms.set_context(save_graphs_path="evaluation")
     measured = Measurement(model, 2 * config.parallel.mesh.rows, 8)
     with measured.graph.context:
@@ -71,7 +71,7 @@ def main() -> None:
 def planned_step(trainer: Trainer, cell: PipelinedStep, rank: int) -> dict[str, np.ndarray]:
     """What a rank gives its stage's graph for a step."""
     stages, model = trainer.stages, trainer.model
-    rows, draw = trainer.reads, np.random.default_rng(1)
+    rows, draw = trainer.read_rows, np.random.default_rng(1)
     text = draw.integers(0, 512, (model.config.train.batch_size, model.config.data.sequence_length + 1))
     planned = trainer.plan(Batch(text[rows].astype(np.int32), np.zeros(rows.size, np.int32), rows.astype(np.int64), 0))
     inputs = stages._inputs(planned, 1.0)

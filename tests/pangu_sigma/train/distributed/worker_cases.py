@@ -71,33 +71,35 @@ def run_case(case: dict, processes, folder: Path | None = None) -> dict[str, np.
                     found[f"gradient {step} {layer_name} {model.local_experts[expert]} {part}"] = whole
         apply(gradients, rate, scale, *rest)
 
+    regulariser = None
     if "held" in case:
-        found |= hold(trainer, config, case["held"])
+        regulariser, fisher = make_regulariser(trainer, config, case["held"])
+        found |= fisher
     trainer.optimizer.apply = noted
     results = []
     for step in range(case["steps"]):
         whole = batch(step, case.get("drawn", {}).get(str(step), DOMAINS))
-        rows = trainer.reads
+        rows = trainer.read_rows
         mine = Batch(whole.tokens[rows], whole.domain[rows], whole.sample[rows], whole.step)
         if step == case.get("poisoned") and (processes.size == 1 or processes.rank == processes.size - 1):
             # One weight of the last expert, which one process alone holds.
             trainer.model.store.flush()
             trainer.model.store.table("blocks.0", "up.weight")[-1] = np.nan
-        results.append(trainer.step(step, trainer.plan(mine)))
+        results.append(trainer.step(step, trainer.plan(mine), regulariser))
     if processes.mesh.placement_groups > 1:
         found["read"] = mine.domain
         found["came_from"] = senders(processes)
     found["loss"] = np.array([r.loss for r in results])
     found["norm"] = np.array([r.gradient_norm for r in results])
     found["finite"] = np.array([r.finite for r in results])
-    figures = trainer.accounting.take()
+    figures = trainer.metrics.take_record()
     found["tokens"] = np.array([figures["tokens"][n] for n in sorted(figures["tokens"])])
     found["figures"] = np.array(list(figures["figures"].values()))
     loads = figures.get("expert_load", {}).values()
     found["load"] = np.array([v for by in loads for n in by.values() for v in n])
     experts = figures.get("experts", {"activated": 0, "touched": 0})
     found["touched"] = np.array([experts["activated"], experts["touched"]])
-    for name, part in tensor_parts(trainer.model, trainer.optimizer).items():
+    for name, part in tensor_parts(trainer.model, trainer.optimizer.moments()).items():
         for piece in part.local_shards:
             data = piece.data.read() if isinstance(piece.data, LazyTensor) else piece.data
             found[f"tensor {','.join(map(str, piece.offset))} {name}"] = data.copy()
@@ -151,15 +153,16 @@ def placed(tensor, shape, part) -> np.ndarray:
     return found
 
 
-def hold(trainer, config, wanted: dict) -> dict[str, np.ndarray]:
-    """Hold a trainer near a model of another seed, and by the Fisher information of two batches, which is returned."""
+def make_regulariser(trainer, config, strengths: dict) -> tuple:
+    """The regulariser with a teacher of another seed, and the Fisher information of two batches, which it uses."""
     from pangu_sigma.config import config_from_dict
     from pangu_sigma.config.training_sections import RegulariseConfig
     from pangu_sigma.model.build_model import build_model
-    from pangu_sigma.train.continual.distillation import RegularisedObjective
+    from pangu_sigma.train.continual.distillation import DistillationObjective
     from pangu_sigma.train.continual.fisher import estimate_fisher
-    from pangu_sigma.train.continual.teacher import Reference
-    from pangu_sigma.train.continual.weight_penalty import Distance
+    from pangu_sigma.train.continual.teacher import Teacher
+    from pangu_sigma.train.continual.weight_penalty import WeightPenalty
+    from pangu_sigma.train.trainer import Regulariser
     from tests.pangu_sigma.train.small_trainer import EOD, batch
 
     values = config.to_dict()
@@ -170,10 +173,10 @@ def hold(trainer, config, wanted: dict) -> dict[str, np.ndarray]:
     fisher = estimate_fisher(trainer.model, text, 3, rows)
     previous = {p.name: p.asnumpy() for p in other.net.trainable_params()}
     parameters = trainer.model.net.trainable_params()
-    distance = Distance(parameters, previous, fisher, RegulariseConfig(**wanted), trainer.model.layout)
-    reference = Reference(other, config, rows // mesh.rows)
-    trainer.hold(RegularisedObjective(reference, wanted["output"], [0, 2], 3), distance)
-    return {f"fisher {name}": values for name, values in fisher.items()}
+    penalty = WeightPenalty(parameters, previous, fisher, RegulariseConfig(**strengths), trainer.model.layout)
+    teacher = Teacher(other, config, rows // mesh.rows)
+    objective = DistillationObjective(teacher, strengths["output"], [0, 2], 3)
+    return Regulariser(objective, penalty), {f"fisher {name}": values for name, values in fisher.items()}
 
 
 def senders(processes) -> np.ndarray:
@@ -207,9 +210,9 @@ def save(model, optimizer, folder: Path) -> None:
     )
     how = {"keep": 2, "max_shard_bytes": 20_000}
     if model.processes.size == 1:
-        save_checkpoint(folder, contents, model_tensors(model, optimizer), **how)
+        save_checkpoint(folder, contents, model_tensors(model, optimizer.moments()), **how)
     else:
-        save_distributed(model.processes, folder, contents, tensor_parts(model, optimizer), **how)
+        save_distributed(model.processes, folder, contents, tensor_parts(model, optimizer.moments()), **how)
 
 
 def save_again(case: dict, processes, source: Path, folder: Path) -> None:
