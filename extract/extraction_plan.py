@@ -204,7 +204,7 @@ class ExtractionPlan:
     def _read(self, spec: TensorSpec) -> Iterator[memoryview]:
         source = self.sources[spec.name]
         own = self.parent.manifest.tensors[source].dtype
-        for piece in self.parent.pieces(source):
+        for piece in self.parent.byte_chunks(source):
             if own == spec.dtype:
                 yield piece
             else:

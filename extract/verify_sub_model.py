@@ -178,7 +178,7 @@ def compare_tensors(parent: Checkpoint, sub: Checkpoint, cut: ExtractionPlan) ->
         if len(hashes[0]) == len(hashes[1]):
             same = hashes[0] == hashes[1]
         else:
-            same = all(a == b for a, b in zip(sub.pieces(name), parent.pieces(source), strict=True))
+            same = all(a == b for a, b in zip(sub.byte_chunks(name), parent.byte_chunks(source), strict=True))
         if not same:
             different.append(name)
     return compared, different

@@ -101,7 +101,7 @@ def _target(source: ExportSource, dtype: str, full: str, domain: int | None, nam
         if turned:
             yield convert_float(full, source.checkpoint.load([full])[full], dtype).T
             return
-        for piece in source.checkpoint.pieces(full):
+        for piece in source.checkpoint.byte_chunks(full):
             yield convert_float(full, np.frombuffer(piece, stored), dtype)
 
     return TargetTensor(

@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds beside its tensors, whoever writes it: one process or several."""
+"""Checkpoint contents beside the tensors: coverage, configuration, tokenizer, probe, trainer state, fingerprints."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +30,7 @@ from pangu_sigma.checkpoint.tensor_file import TensorSpec
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointContents:
-    """Everything of a checkpoint but the model's and the optimizer's tensors.
+    """Everything of a checkpoint but the model's and the optimizer's tensors, for one writing process or several.
 
     coverage: sparse layer -> domain -> number of experts. probe: domain -> int32 [sequences, S + 1]. state: anything
     JSON holds. Raises ValueError, in its methods too, for what makes no whole checkpoint.
@@ -56,7 +56,7 @@ class CheckpointContents:
         return probe_tensors(self.probe, self.domains)
 
     def check_names(self, tensors: Iterable[str]) -> None:
-        """Tensors of a domain that is not listed and reserved names are refused."""
+        """Raise ValueError for a tensor of a domain that is not listed, and for a reserved name."""
         check_tensor_names(tensors, self.domains)
 
     def cells(self, specs: Sequence[TensorSpec]) -> tuple[CoverageCell, ...]:
@@ -73,7 +73,7 @@ class CheckpointContents:
     def manifest(
         self, cells: Sequence[CoverageCell], files: Mapping[str, FileEntry], tensors: Mapping[str, TensorEntry]
     ) -> bytes:
-        """The manifest of what was written."""
+        """The text of the manifest of what was written."""
         return manifest_bytes(
             Manifest(
                 format_version=folder_layout.FORMAT_VERSION,

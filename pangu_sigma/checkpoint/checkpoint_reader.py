@@ -1,4 +1,4 @@
-"""An opened checkpoint: what it holds, and its tensors, each checked against its hash as it is read."""
+"""Checkpoint reader: the manifest, files and tensors of a checkpoint folder, hashes checked as bytes are read."""
 
 import hashlib
 import json
@@ -25,11 +25,11 @@ from pangu_sigma.checkpoint.manifest import (
 )
 from pangu_sigma.checkpoint.tensor_file import (
     TensorSpec,
+    byte_chunks,
     damaged,
     digest_of_file,
     numpy_type,
     open_plain,
-    pieces,
     raw_bytes,
     read_header,
     read_tensor,
@@ -39,7 +39,7 @@ from pangu_sigma.errors import CheckpointError
 
 
 class Checkpoint:
-    """A checkpoint folder whose manifest is whole and whose files are present with the right sizes.
+    """An opened checkpoint: a folder whose manifest is complete and whose files are present with the right sizes.
 
     Contents are hashed when they are read, so that opening is fast and a domain can be read without touching another's
     file. `messages` says what was passed over in finding this one. Nothing is kept in memory.
@@ -112,12 +112,12 @@ class Checkpoint:
 
         Raises CheckpointError for a domain that the checkpoint does not have.
         """
-        wanted = self._known(domains)
+        included = self._known(domains)
         return sorted(
             name
             for name in self.manifest.tensors
             if folder_layout.group_of(name) != folder_layout.PROBE
-            and (shared if (domain := folder_layout.domain_of(name)) is None else domain in wanted)
+            and (shared if (domain := folder_layout.domain_of(name)) is None else domain in included)
             and (optimizer if folder_layout.is_optimizer(name) else parameters)
         )
 
@@ -126,7 +126,7 @@ class Checkpoint:
         return sorted({piece.file for name in names for piece in self._entry(name).slices})
 
     def load(self, names: Iterable[str] | None = None, *, verify: bool = True) -> dict[str, np.ndarray]:
-        """Reads the tensors `names` (None: all but the probe) into new arrays, two at a time.
+        """Reads the tensors `names` (None: all but the probe) into new arrays, two at a time in two threads of its own.
 
         With `verify`, raises CheckpointError naming the file when a tensor's bytes are not those that were saved.
         """
@@ -138,30 +138,30 @@ class Checkpoint:
         """These rows of a tensor's first axis as a new array; the others are hashed as they pass by."""
         entry = self._entry(name)
         spec = TensorSpec(name, entry.dtype, (len(rows), *entry.shape[1:]))
-        found = np.empty(spec.shape, numpy_type(entry.dtype))
-        into, size, at = raw_bytes(found), spec.nbytes // max(1, len(rows)), 0
-        for piece in self.pieces(name):
-            for number, row in enumerate(rows):
-                low = row * size
-                start, stop = max(at, low), min(at + len(piece), low + size)
+        array = np.empty(spec.shape, numpy_type(entry.dtype))
+        into, row_size, offset = raw_bytes(array), spec.nbytes // max(1, len(rows)), 0
+        for chunk in self.byte_chunks(name):
+            for index, row in enumerate(rows):
+                row_start = row * row_size
+                start, stop = max(offset, row_start), min(offset + len(chunk), row_start + row_size)
                 if start < stop:
-                    shift = number * size - low
-                    into[start + shift : stop + shift] = piece[start - at : stop - at]
-            at += len(piece)
-        return found
+                    shift = index * row_size - row_start
+                    into[start + shift : stop + shift] = chunk[start - offset : stop - offset]
+            offset += len(chunk)
+        return array
 
-    def pieces(self, name: str) -> Iterator[memoryview]:
-        """A tensor's bytes in C order, in pieces of whole elements; a piece is overwritten when the next is asked for.
+    def byte_chunks(self, name: str) -> Iterator[memoryview]:
+        """A tensor's bytes in C order, in chunks of whole elements; a chunk is overwritten when the next is asked for.
 
-        Memory holds a piece (a whole tensor where several processes wrote it). Raises CheckpointError naming the file,
-        after the last piece, when the bytes are not those that were saved.
+        Memory holds a chunk (a whole tensor where several processes wrote it). Raises CheckpointError naming the file,
+        after the last chunk, when the bytes are not those that were saved.
         """
         entry = self._entry(name)
         if len(entry.slices) > 1:
-            yield from pieces(self._read(name, True))
+            yield from byte_chunks(self._read(name, True))
             return
         piece = entry.slices[0]
-        spec, begin = self._place(name, entry, piece)
+        spec, begin = self._locate(name, entry, piece)
         yield from stream_tensor(self.path / piece.file, spec, begin, piece.sha256)
 
     def read_file(self, path: str) -> bytes:
@@ -233,10 +233,10 @@ class Checkpoint:
         return array
 
     def _read_slice(self, name: str, entry: TensorEntry, piece: TensorSlice, verify: bool) -> np.ndarray:
-        spec, begin = self._place(name, entry, piece)
+        spec, begin = self._locate(name, entry, piece)
         return read_tensor(self.path / piece.file, spec, begin, piece.sha256 if verify else None)
 
-    def _place(self, name: str, entry: TensorEntry, piece: TensorSlice) -> tuple[TensorSpec, int]:
+    def _locate(self, name: str, entry: TensorEntry, piece: TensorSlice) -> tuple[TensorSpec, int]:
         """A slice as its file's header describes it, and where its bytes begin in the file."""
         path = self.path / piece.file
         if piece.file not in self._headers:
@@ -249,7 +249,7 @@ class Checkpoint:
 
 
 class StoredTensors(Mapping[str, np.ndarray]):
-    """Tensors of `checkpoint` by name, each read anew at every access: whoever goes through them holds one at a time.
+    """Tensors of a checkpoint as a mapping: each is read, and its hash checked, at every access, so a loop holds one.
 
     `names` restricts them; by default all. `floats`: float16 and bfloat16 tensors come as float32. An access raises
     CheckpointError for a damaged file.
@@ -309,18 +309,18 @@ def open_checkpoint(path: Path | str, messages: Iterable[str] = ()) -> Checkpoin
 
 
 def _check_file(folder: Path, name: str, size: int | None) -> None:
-    place = folder
+    path = folder
     parts = name.split("/")
     for part in parts:
-        place = place / part
+        path = path / part
         try:
-            status = place.lstat()
+            status = path.lstat()
         except OSError as error:
             raise CheckpointError(
                 f"{folder / name} of the checkpoint is missing ({error.strerror}): restore it or use another checkpoint"
             ) from error
-        wanted = stat.S_ISREG if place == folder / name else stat.S_ISDIR
-        if not wanted(status.st_mode):
-            raise damaged(folder / name, f"{place.name} is a link or something else than a plain file or folder")
+        is_expected_kind = stat.S_ISREG if path == folder / name else stat.S_ISDIR
+        if not is_expected_kind(status.st_mode):
+            raise damaged(folder / name, f"{path.name} is a link or something else than a plain file or folder")
     if size is not None and status.st_size != size:
         raise damaged(folder / name, f"it has {status.st_size} bytes instead of {size}")

@@ -1,4 +1,4 @@
-"""Room on a disk, and what a file system answers, as sentences."""
+"""Disk space and file-system errors in plain sentences: a check before anything is written, and errors explained."""
 
 import errno
 import shutil
@@ -15,44 +15,44 @@ _MANIFEST_BYTES_PER_TENSOR = 768
 
 @dataclass(frozen=True)
 class DiskWrite:
-    """What is being written, for sentences: "`what` was not `done`: …; free some space or `elsewhere` `ending`"."""
+    """A write to disk, as errors describe it: "`what` was not `done`: …; free some space or `alternative``ending`"."""
 
     what: str
     done: str
-    where: Path
-    elsewhere: str
+    folder: Path
+    alternative: str
     ending: str = ""
 
     def check_space(self, sizes: Iterable[int], tensors: int) -> int:
         """The bytes that files of these sizes and a manifest of `tensors` tensors need; CheckpointError if not free."""
         needed = sum((size // _BLOCK + 2) * _BLOCK for size in sizes) + tensors * _MANIFEST_BYTES_PER_TENSOR
-        free = shutil.disk_usage(self.where).free
+        free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise CheckpointError(
                 f"{self.what} was not {self.done}: it needs {human_bytes(needed)}, and {human_bytes(free)} are free in "
-                f"{self.where}; free some space or {self.elsewhere}{self.ending}"
+                f"{self.folder}; free some space or {self.alternative}{self.ending}"
             )
         return needed
 
     @contextmanager
     def explain_errors(self, needed: int | None = None) -> Iterator[None]:
-        """Turns what the file system answers into a CheckpointError of one sentence."""
+        """Turn an OSError of the block into a CheckpointError of one sentence, which names the `needed` bytes."""
         try:
             yield
         except OSError as error:
             space = ""
             if needed is not None:
                 with suppress(OSError):
-                    free = human_bytes(shutil.disk_usage(self.where).free)
+                    free = human_bytes(shutil.disk_usage(self.folder).free)
                     space = f" (it needs {human_bytes(needed)}, {free} are free)"
             hints = {
                 errno.EFBIG: "raise the limit on file sizes (ulimit -f) or choose smaller shards",
-                errno.EACCES: f"make the folder writable or {self.elsewhere}",
-                errno.EROFS: f"{self.elsewhere} on a disk that can be written",
+                errno.EACCES: f"make the folder writable or {self.alternative}",
+                errno.EROFS: f"{self.alternative} on a disk that can be written",
             }
             raise CheckpointError(
-                f"{self.what} was not {self.done}: {error.filename or self.where}: {error.strerror}{space}; "
-                f"{hints.get(error.errno, f'free some space or {self.elsewhere}')}{self.ending}"
+                f"{self.what} was not {self.done}: {error.filename or self.folder}: {error.strerror}{space}; "
+                f"{hints.get(error.errno, f'free some space or {self.alternative}')}{self.ending}"
             ) from error
 
 

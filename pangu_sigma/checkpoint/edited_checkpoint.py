@@ -1,4 +1,4 @@
-"""A checkpoint made of another's files and a few new ones: domains come and go without touching any other's bytes.
+"""Checkpoint edit: another checkpoint's files and a few new ones; no byte of a domain that stays is touched.
 
 Files that stay are hard-linked (copied where the file system has no links) after their hashes were checked; what is new
 is streamed. All of it goes into a hidden folder that gets its name in one rename, as a save does.
@@ -31,15 +31,15 @@ from pangu_sigma.checkpoint.manifest import Fingerprints, Manifest, coverage_cel
 from pangu_sigma.checkpoint.model_folder import TensorBytes, check_output
 from pangu_sigma.checkpoint.retention import remove_stale
 from pangu_sigma.checkpoint.save_checkpoint import move_into_place
-from pangu_sigma.checkpoint.tensor_file import TensorSpec, pieces, spec_of
+from pangu_sigma.checkpoint.tensor_file import TensorSpec, byte_chunks, spec_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditedCheckpoint:
-    """What a checkpoint made from another one will hold.
+    """Contents of a checkpoint that is made from another one.
 
     kept: whole tensor files that stay (see `kept_files`). tensors and read: the new tensors, each an array or its bytes
-    in pieces when it is asked for. coverage: sparse layer -> domain -> number of experts. probe: domain -> int32 [n, S
+    in chunks when it is asked for. coverage: sparse layer -> domain -> number of experts. probe: domain -> int32 [n, S
     + 1]. state: anything JSON holds. Raises ValueError for what makes no whole checkpoint.
     """
 
@@ -169,7 +169,7 @@ def _write(
             return values
         if spec_of(spec.name, values) != spec:
             raise ValueError(f"tensor {spec.name!r} came as {values.dtype} {list(values.shape)}, not as {spec}")
-        return pieces(values)
+        return byte_chunks(values)
 
     with ThreadPoolExecutor(2) as threads, disk_write.explain_errors(needed), working_folder(temporary):
         folder.mkdir(parents=True, exist_ok=True)

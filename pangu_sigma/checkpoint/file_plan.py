@@ -1,4 +1,4 @@
-"""Which files a checkpoint consists of, and which of them the previous checkpoint has already."""
+"""File plan of a checkpoint: its files with their sizes, and which of them the previous checkpoint has already."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ from pangu_sigma.checkpoint.tensor_file import TensorSpec, digest_of, in_file_or
 
 @dataclass
 class PlannedFile:
-    """A file to be: a tensor file (`specs`), one with given `content`, or a `copy` of another folder's tensor file.
+    """A file of the plan: a tensor file (`specs`), one of given `content`, or a `copy` of another folder's tensor file.
 
     `known` holds those tensors' hashes that are known before writing; `link` is an equal file to link instead. A copy
     has its `entry` in that folder's manifest and the entries of the tensors that lie in it, `copied`.
@@ -35,7 +35,7 @@ class PlannedFile:
 
 
 def plan_tensor_files(specs: Iterable[TensorSpec], max_shard_bytes: int) -> list[PlannedFile]:
-    """Distributes tensors to files by the rule of `layout`."""
+    """Distributes tensors to files by the rule of `folder_layout`; returns them in the order of their paths' groups."""
     groups: dict[str, list[TensorSpec]] = {}
     for spec in sorted(specs, key=lambda spec: spec.name):
         groups.setdefault(folder_layout.group_of(spec.name), []).append(spec)
@@ -89,7 +89,7 @@ def find_unchanged(
 ) -> None:
     """Marks the files that `previous` holds with the same bytes.
 
-    A file's tensors are hashed, two at a time, until one differs; what was hashed is kept for the writing.
+    A file's tensors are hashed in `threads` until one differs; the hashes are kept for the writing.
     """
     for file in planned:
         entry = previous.manifest.files.get(file.path)
@@ -103,9 +103,7 @@ def find_unchanged(
             file.link, file.entry = previous.path / file.path, entry
 
 
-def _same_tensors(
-    file: PlannedFile, tensors: Mapping[str, np.ndarray], previous: Manifest, threads: Executor
-) -> bool:
+def _same_tensors(file: PlannedFile, tensors: Mapping[str, np.ndarray], previous: Manifest, threads: Executor) -> bool:
     before = {}
     for spec in file.specs:
         entry = previous.tensors.get(spec.name)

@@ -1,4 +1,4 @@
-"""From what a user names (a run or a checkpoint) to an opened checkpoint."""
+"""Finding a checkpoint: from the folder that a user names (a run's or a checkpoint's) to the opened checkpoint."""
 
 from pathlib import Path
 
@@ -41,8 +41,8 @@ def resolve(path: Path | str) -> Checkpoint:
     if path.is_dir() and not (path / folder_layout.MANIFEST).exists() and (path / folder_layout.CHECKPOINTS).is_dir():
         checkpoint, messages = find_latest(path)
         if checkpoint is None:
-            said = "".join(f"; {message}" for message in messages)
-            raise CheckpointError(f"the run {path} has no checkpoint yet: train it first{said}")
+            reasons = "".join(f"; {message}" for message in messages)
+            raise CheckpointError(f"the run {path} has no checkpoint yet: train it first{reasons}")
         return checkpoint
     if path.is_dir() and not (path / folder_layout.MANIFEST).exists() and folder_layout.parse_folder(path) is None:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Where everything lies in a run's checkpoint folders, and which file a tensor belongs to.
+"""Folder layout of a run's checkpoints: the files' names, and which file a tensor belongs to.
 
     run/checkpoints/step-00001200/
         shared.safetensors                    every tensor that belongs to no domain

@@ -1,4 +1,8 @@
-"""Fills a folder with a checkpoint's files: linked, copied or written, each synced to disk, the manifest last."""
+"""Checkpoint folder writer: each file is linked, copied or written and synced to disk, the manifest last.
+
+Threads: files are written in the caller's thread while the pool `threads` hashes what is written; copies run in threads
+of their own and report their progress through a queue, so that `progress` is called in the caller's thread alone.
+"""
 
 import errno
 import hashlib
@@ -32,7 +36,7 @@ _COPIERS = 3
 class FolderWriter:
     """Writes the planned files of one checkpoint and collects what its manifest says about them.
 
-    `read(spec)` gives a tensor's bytes in C order, piece by piece; a piece may be overwritten once the next is asked
+    `read(spec)` gives a tensor's bytes in C order, chunk by chunk; a chunk may be overwritten once the next is asked
     for. Raises OSError, and CheckpointError where a copied file is not what its manifest says.
     """
 
@@ -68,7 +72,7 @@ class FolderWriter:
         self._record_tensors(file)
 
     def record(self, file: PlannedFile, written: WrittenFile) -> None:
-        """Takes up a tensor file that was written in another way."""
+        """Take a tensor file into the manifest that was written in another way."""
         self._enter(file, written)
         self._record_tensors(file)
 
@@ -90,17 +94,17 @@ class FolderWriter:
     def copy(self, files: Sequence[PlannedFile]) -> None:
         """Copies other folders' files, a few at a time, hashing what was read while it is written."""
         stop = Event()
-        told: SimpleQueue[int | None] = SimpleQueue()
+        copied_bytes: SimpleQueue[int | None] = SimpleQueue()  # None: a copy has ended
 
         def advance(count: int) -> None:
             if stop.is_set():
                 raise CancelledError
-            told.put(count)
+            copied_bytes.put(count)
 
         def ended(job: Future) -> None:
             if not job.cancelled() and job.exception() is not None:
                 stop.set()
-            told.put(None)
+            copied_bytes.put(None)
 
         # Large files first, so that all threads end at about the same time.
         ordered = sorted(files, key=lambda file: -file.size)
@@ -114,7 +118,7 @@ class FolderWriter:
                     jobs[-1].add_done_callback(ended)
                 running = len(jobs)
                 while running:
-                    count = told.get()
+                    count = copied_bytes.get()
                     if count is None:
                         running -= 1
                     else:
@@ -136,8 +140,8 @@ class FolderWriter:
         """Links other folders' files after checking their hashes; copies those that the file system will not link."""
         hashes = self._threads.map(lambda file: digest_of_file(file.copy), files)
         copied = []
-        for file, found in zip(files, hashes, strict=True):
-            if found != (file.entry.bytes, file.entry.sha256):
+        for file, digest in zip(files, hashes, strict=True):
+            if digest != (file.entry.bytes, file.entry.sha256):
                 raise damaged(file.copy, "its content is not what was written")
             target = self.folder / file.path
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The manifest: what a checkpoint consists of, and the rules that make it whole.
+"""Checkpoint manifest (`manifest.json`): every file and tensor with its hash, and the rules that make them complete.
 
 The file begins with its own sha256, taken with that field zeroed, so that a changed byte of it is noticed too.
 """
@@ -25,11 +25,13 @@ _UNSIGNED = "0" * 64
 
 
 class _ManifestModel(BaseModel):
+    """Base of the manifest's records: frozen, strict, without unknown fields."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class TensorSlice(_ManifestModel):
-    """A piece of a tensor: the box [offset, offset + shape) of the full tensor, in one file, with its bytes' sha256."""
+    """A slice of a tensor: the box [offset, offset + shape) of the full tensor, in one file, with its bytes' sha256."""
 
     file: str
     offset: tuple[Count, ...]
@@ -82,7 +84,7 @@ class Manifest(_ManifestModel):
     tensors: dict[str, TensorEntry]
 
     @model_validator(mode="after")
-    def _whole(self) -> "Manifest":
+    def _check_complete(self) -> "Manifest":
         folder_layout.check_domains(self.domains)
         for path in self.files:
             if not folder_layout.is_safe_path(path) or path == folder_layout.MANIFEST:
@@ -142,7 +144,7 @@ def coverage_cells(
     Raises ValueError for a group without tensors, and for a tensor of a domain's layer that `coverage` does not name.
     """
     shapes = {spec.name: spec.shape for spec in specs}
-    found: dict[tuple[str, str], list[str]] = {
+    names_by_cell: dict[tuple[str, str], list[str]] = {
         (layer, domain): [] for layer, groups in coverage.items() for domain in groups
     }
     for name in sorted(shapes):
@@ -151,15 +153,15 @@ def coverage_cells(
             continue
         rest = name.removeprefix(f"domains.{domain}.")
         layer = rest.split(".experts.")[0].removesuffix(".routing")
-        if (layer, domain) not in found:
+        if (layer, domain) not in names_by_cell:
             raise ValueError(f"tensor {name!r}: the coverage does not name layer {layer!r} for domain {domain}")
-        found[layer, domain].append(rest.removeprefix(f"{layer}."))
-    for (layer, domain), tensors in found.items():
+        names_by_cell[layer, domain].append(rest.removeprefix(f"{layer}."))
+    for (layer, domain), tensors in names_by_cell.items():
         if not tensors:
             raise ValueError(f"domain {domain} has no tensors in sparse layer {layer}")
     cells = tuple(
         CoverageCell(layer=layer, domain=domain, experts=coverage[layer][domain], tensors=tuple(tensors))
-        for (layer, domain), tensors in found.items()
+        for (layer, domain), tensors in names_by_cell.items()
     )
     check_coverage(cells, domains, shapes)
     return cells

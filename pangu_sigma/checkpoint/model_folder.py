@@ -1,7 +1,7 @@
-"""A model folder: a checkpoint without optimizer state, which stands alone and is written as a stream.
+"""Model folder: a checkpoint without optimizer state, which stands alone and is written as a stream.
 
 Layout and manifest are a checkpoint's, so whatever opens a checkpoint opens a model folder. Tensors come one after the
-other, each in pieces, so memory holds a piece, whatever the model's size. Files go into a hidden folder beside the
+other, each in chunks, so memory holds a chunk, whatever the model's size. Files go into a hidden folder beside the
 output, each synced to disk; then the manifest; then the folder gets its name in one rename.
 """
 
@@ -30,7 +30,7 @@ from pangu_sigma.checkpoint.file_plan import (
 )
 from pangu_sigma.checkpoint.folder_writer import FolderWriter, sync_folder
 from pangu_sigma.checkpoint.manifest import CoverageCell, Fingerprints, Manifest, coverage_cells, manifest_bytes
-from pangu_sigma.checkpoint.tensor_file import TensorSpec, pieces, spec_of
+from pangu_sigma.checkpoint.tensor_file import TensorSpec, byte_chunks, spec_of
 from pangu_sigma.errors import CheckpointError
 
 CARD = "README.md"
@@ -41,10 +41,10 @@ TensorBytes = np.ndarray | Iterable[bytes | memoryview]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFolder:
-    """What a model folder will hold.
+    """Contents of a model folder.
 
     tensors: every tensor's name, type and shape; the `domains.{d}.` of a name says whose it is. read(spec) gives that
-    tensor: an array of its type and shape, or its bytes in C order in pieces (bytes-like; a piece may be overwritten
+    tensor: an array of its type and shape, or its bytes in C order in chunks (bytes-like; a chunk may be overwritten
     when the next is asked for). It is called once for each, in the order in which the files hold them.
     coverage: sparse layer -> domain -> number of experts; empty for a dense model. probe: domain -> int32 [n, S + 1].
     origin: where the model came from, anything that JSON holds. documents: further files by name, such as the model
@@ -170,7 +170,7 @@ def write_model_folder(
     needed = check_space(final, model)
     temporary = hidden_beside(final)
     with ThreadPoolExecutor(2) as threads, disk_write.explain_errors(needed), working_folder(temporary):
-        writer = FolderWriter(temporary, lambda spec: _pieces_of(model, spec), threads, model.bytes, progress)
+        writer = FolderWriter(temporary, lambda spec: _chunks_of(model, spec), threads, model.bytes, progress)
         writer.copy(model.copies)
         for file in model.files:
             if file.copy is None:
@@ -198,7 +198,7 @@ def _manifest(model: ModelFolder, writer: FolderWriter) -> Manifest:
     )
 
 
-def _pieces_of(model: ModelFolder, spec: TensorSpec) -> Iterator[bytes | memoryview]:
+def _chunks_of(model: ModelFolder, spec: TensorSpec) -> Iterator[bytes | memoryview]:
     given = model.probe_arrays.get(spec.name)
     if given is None:
         given = model.read(spec)
@@ -207,7 +207,7 @@ def _pieces_of(model: ModelFolder, spec: TensorSpec) -> Iterator[bytes | memoryv
         return
     if spec_of(spec.name, given) != spec:
         raise ValueError(f"tensor {spec.name!r} came as {given.dtype} {list(given.shape)}, not as {spec}")
-    yield from pieces(given)
+    yield from byte_chunks(given)
 
 
 def _disk_write(final: Path, where: Path) -> DiskWrite:

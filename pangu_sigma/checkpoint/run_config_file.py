@@ -1,4 +1,4 @@
-"""The `config.yaml` in a run's folder, which follows the run's last checkpoint, also when its domains change."""
+"""A run's `config.yaml`: kept equal to the configuration in its last checkpoint, also when its domains change."""
 
 from __future__ import annotations
 

@@ -24,13 +24,13 @@ from pangu_sigma.checkpoint.file_plan import find_unchanged, plan_tensor_files
 from pangu_sigma.checkpoint.folder_locks import lock_working_folder
 from pangu_sigma.checkpoint.folder_writer import FolderWriter, sync_folder
 from pangu_sigma.checkpoint.retention import delete_checkpoint, list_checkpoints, prune_checkpoints, remove_stale
-from pangu_sigma.checkpoint.tensor_file import pieces, spec_of
+from pangu_sigma.checkpoint.tensor_file import byte_chunks, spec_of
 from pangu_sigma.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class SaveResult:
-    """What a save did. `links_refused` counts unchanged files that had to be written because no link was possible."""
+    """Result of a save. `links_refused` counts unchanged files that had to be written because no link was possible."""
 
     path: Path
     bytes_written: int
@@ -83,7 +83,7 @@ def save_checkpoint(
         needed = disk_write.check_space((file.size for file in planned if file.link is None), len(specs))
         with disk_write.explain_errors(needed), working_folder(temporary):
             total = sum(file.size for file in planned)
-            writer = FolderWriter(temporary, lambda spec: pieces(everything[spec.name]), threads, total, progress)
+            writer = FolderWriter(temporary, lambda spec: byte_chunks(everything[spec.name]), threads, total, progress)
             for file in planned:
                 writer.write(file)
             writer.finish(contents.manifest(cells, writer.files, writer.tensors))

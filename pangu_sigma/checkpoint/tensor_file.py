@@ -1,4 +1,4 @@
-"""One safetensors file: written as a stream without a copy of its tensors, read tensor by tensor with its hash checked.
+"""Safetensors file: written as a stream without a copy of its tensors, read tensor by tensor with its hash checked.
 
 The format: 8 bytes header length (little endian), a JSON header padded with spaces to 8 bytes, the tensors' bytes. The
 same tensors always give the same bytes: widest elements first (so that every tensor is aligned), then by name, and
@@ -46,7 +46,7 @@ _MAX_HEADER = 100 << 20  # the safetensors library's own limit
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What is known of a tensor without its bytes; `dtype` is a name such as `float32`."""
+    """Name, element type (such as `float32`) and shape of a tensor, without its bytes."""
 
     name: str
     dtype: str
@@ -60,7 +60,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """What a tensor file was written as; `tensors` maps each tensor to the sha256 of its bytes."""
+    """Sizes and hashes of a written tensor file; `tensors` maps each tensor to the sha256 of its bytes."""
 
     bytes: int
     sha256: str
@@ -83,7 +83,7 @@ def numpy_type(dtype: str) -> np.dtype:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is read when its bytes are wanted, so that nobody holds all of a model at once."""
+    """A tensor whose values are read on demand, so that no process holds all of a model at once."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -108,8 +108,8 @@ def raw_bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def pieces(array: np.ndarray | LazyTensor) -> Iterator[memoryview]:
-    """The array's bytes in C order in pieces of a size that is good to hash and write, without a copy as above."""
+def byte_chunks(array: np.ndarray | LazyTensor) -> Iterator[memoryview]:
+    """The array's bytes in C order in chunks of a good size to hash and write; no copy, as in `raw_bytes`."""
     data = raw_bytes(array.read() if isinstance(array, LazyTensor) else array)
     for start in range(0, len(data), _CHUNK):
         yield data[start : start + _CHUNK]
@@ -159,14 +159,14 @@ def write_tensor_file(
     """
     specs = in_file_order(specs)
     header = make_header(specs)
-    whole = hashlib.sha256(header)
+    file_hash = hashlib.sha256(header)
     digests = dict(known)
     with open(path, "xb", buffering=0) as stream:
         write_all(stream, memoryview(header))
         advance(len(header))
         for spec in specs:
             own = None if spec.name in digests else hashlib.sha256()
-            hashes = [whole] if own is None else [whole, own]
+            hashes = [file_hash] if own is None else [file_hash, own]
             begin = stream.tell()
             for given in read(spec):
                 piece = memoryview(given).cast("B")
@@ -191,7 +191,7 @@ def write_tensor_file(
                 digests[spec.name] = own.hexdigest()
         size = stream.tell()
         os.fsync(stream.fileno())
-    return WrittenFile(size, whole.hexdigest(), len(header), hashlib.sha256(header).hexdigest(), digests)
+    return WrittenFile(size, file_hash.hexdigest(), len(header), hashlib.sha256(header).hexdigest(), digests)
 
 
 def copy_file(source: Path, target: Path, threads: Executor, advance: Callable[[int], None]) -> tuple[int, str]:
@@ -316,12 +316,12 @@ def digests_of_tensor_file(path: Path, specs: Iterable[TensorSpec], advance: Cal
     """
     ordered = in_file_order(specs)
     header = make_header(ordered)
-    whole, digests = hashlib.sha256(), {}
+    file_hash, digests = hashlib.sha256(), {}
     parts = [("", len(header)), *((spec.name, spec.nbytes) for spec in ordered)]
     running, size = hashlib.sha256(), 0
     name, left = parts.pop(0)
     for piece in file_pieces(path):
-        whole.update(piece)
+        file_hash.update(piece)
         size += len(piece)
         while piece:
             while not left and parts:
@@ -338,7 +338,7 @@ def digests_of_tensor_file(path: Path, specs: Iterable[TensorSpec], advance: Cal
     digests[name] = running.hexdigest()
     if left or parts:
         raise damaged(path, "it is shorter than what was written")
-    return WrittenFile(size, whole.hexdigest(), len(header), digests.pop(""), digests)
+    return WrittenFile(size, file_hash.hexdigest(), len(header), digests.pop(""), digests)
 
 
 def digest_of_file(path: Path) -> tuple[int, str]:

@@ -88,7 +88,7 @@ def extend_vocabulary(
 
     def read(spec: TensorSpec) -> np.ndarray | Iterator[memoryview]:
         if not _grows(spec.name) or rows == old_rows:
-            return source.pieces(spec.name)
+            return source.byte_chunks(spec.name)
         tensor = source.load([spec.name])[spec.name]
         if not is_routing(spec.name):
             return _with_rows(tensor, spec, config, initial)

@@ -88,7 +88,7 @@ def upcycle(
             return _new(config, spec)
         origin = origins[spec.name]
         if not is_expert(spec.name) and source.manifest.tensors[origin].dtype == "float32":
-            return source.pieces(origin)
+            return source.byte_chunks(origin)
         tensor = as_float32(origin, source.load([origin])[origin])
         if not is_expert(spec.name):
             return tensor

@@ -123,7 +123,7 @@ def add_model(
                 continue
             entry = sibling.manifest.tensors[tensor]
             target = f"domains.{name}.{tensor.removeprefix(f'domains.{domain}.')}"
-            new.add(target, entry.dtype, entry.shape, partial(sibling.pieces, tensor))
+            new.add(target, entry.dtype, entry.shape, partial(sibling.byte_chunks, tensor))
         sizes = {layer_name: groups[domain] for layer_name, groups in sibling.coverage.items()}
         fresh_moments(new, source, name, theirs["experts"])
         corpora, probe = dict(source.fingerprints.corpora), sibling.probe([domain])

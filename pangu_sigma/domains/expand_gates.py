@@ -113,7 +113,7 @@ def _add_shared(new: EditedTensors, source: Checkpoint, config: Config, new_doma
     for name in source.names(domains=[]):
         entry = source.manifest.tensors[name]
         if not name.endswith((_WEIGHT, _NOISE)):
-            new.add(name, entry.dtype, entry.shape, partial(source.pieces, name))
+            new.add(name, entry.dtype, entry.shape, partial(source.byte_chunks, name))
             continue
         shape = (entry.shape[0], entry.shape[1] + new_domain.experts)
         make = partial(_grown_gate, source, config, new_domain, name)

@@ -57,7 +57,7 @@ def rename_domain(path: Path, old: str, new: str, *, out: Path | None = None) ->
         for tensor in source.names(domains=[old], shared=False):
             entry = source.manifest.tensors[tensor]
             target = f"domains.{new}.{tensor.removeprefix(f'domains.{old}.')}"
-            tensors.add(target, entry.dtype, entry.shape, lambda tensor=tensor: source.pieces(tensor))
+            tensors.add(target, entry.dtype, entry.shape, lambda tensor=tensor: source.byte_chunks(tensor))
         domain_edits.rename_domain(subject.values, old, new)
         return subject.write(
             f"rename {old} to {new}",

@@ -43,7 +43,7 @@ def resize_domain(path: Path, name: str, experts: int, *, redraw: bool = False, 
         for tensor in source.names(domains=[name], shared=False):
             if tensor not in new.sources:
                 entry = source.manifest.tensors[tensor]
-                new.add(tensor, entry.dtype, entry.shape, lambda tensor=tensor: source.pieces(tensor))
+                new.add(tensor, entry.dtype, entry.shape, lambda tensor=tensor: source.byte_chunks(tensor))
         for entry in subject.values["domains"]:
             entry["experts"] = experts if entry["name"] == name else entry["experts"]
         return subject.write(

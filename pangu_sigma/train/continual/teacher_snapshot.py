@@ -24,7 +24,7 @@ from pangu_sigma.checkpoint import Checkpoint, CheckpointError, folder_layout, o
 from pangu_sigma.checkpoint.disk_space import DiskWrite
 from pangu_sigma.checkpoint.edited_checkpoint import EditedCheckpoint, kept_files, write_edited_folder
 from pangu_sigma.checkpoint.folder_writer import sync_folder
-from pangu_sigma.checkpoint.tensor_file import digest_of_file, pieces, spec_of, write_tensor_file
+from pangu_sigma.checkpoint.tensor_file import byte_chunks, digest_of_file, spec_of, write_tensor_file
 from pangu_sigma.errors import UserError
 
 FOLDER = "previous"
@@ -139,7 +139,7 @@ def write_fisher(run_dir: Path, step: int, fisher: Mapping[str, np.ndarray]) -> 
         specs = [spec_of(name, array) for name, array in fisher.items()]
         try:
             done = write_tensor_file(
-                temporary, specs, lambda spec: pieces(fisher[spec.name]), {}, threads, lambda count: None
+                temporary, specs, lambda spec: byte_chunks(fisher[spec.name]), {}, threads, lambda count: None
             )
             os.replace(temporary, path)
         except BaseException:

@@ -117,7 +117,7 @@ def test_saving_and_streaming_hold_no_copy_of_the_model(tmp_path, save):
         tracemalloc.reset_peak()
         checkpoint = open_checkpoint(path)
         for name in checkpoint.names():
-            assert sum(len(piece) for piece in checkpoint.pieces(name)) == one
+            assert sum(len(piece) for piece in checkpoint.byte_chunks(name)) == one
         assert tracemalloc.get_traced_memory()[1] < 1.5 * one
     finally:
         tracemalloc.stop()
