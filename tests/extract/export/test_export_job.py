@@ -109,14 +109,14 @@ def test_an_interruption_leaves_nothing(stored, tmp_path):
         "import sys, os, signal\n"
         # Whoever starts the tests in the background has it ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from extract.export import hf, exporting\n"
-        "whole = hf.write_shards\n"
+        "from extract.export import export_job, hf_format\n"
+        "write_shards = hf_format.write_shards\n"
         "def interrupted(*arguments):\n"
-        "    whole(*arguments)\n"
+        "    write_shards(*arguments)\n"
         "    assert list(os.scandir(sys.argv[2]))\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "hf.write_shards = interrupted\n"
-        "exporting.export(sys.argv[1], sys.argv[2] + '/out', 'hf')\n"
+        "hf_format.write_shards = interrupted\n"
+        "export_job.export(sys.argv[1], sys.argv[2] + '/out', 'hf')\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, stored("dense").path, tmp_path], cwd=ROOT, capture_output=True, text=True
