@@ -30,11 +30,12 @@ _PARAMETER = re.compile(r"^(%para\d+_\S+?): <(?:Ref\[)?Tensor\[(\w+)\]\]?, \(([\
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator of a graph: what it reads (`%12`, `%para3_x`), the types and shapes of the tensors it takes and
-    gives, where in the cells it stands, the ranks that it speaks with; `number`: MindSpore's own, and `forward`: that
-    of the operator whose gradient it is. Gradients of equal operators share one scope, so theirs names any of them.
-    Of what is sent to one rank alone, `ranks` is that rank. `micro`: the micro-batch in a graph of several.
-    `parameter`: the one that MindSpore names beside it."""
+    """Operator of a compiled graph: what it reads (`%12`, `%para3_x`), the types and shapes of
+    the tensors it takes and gives, where in the cells it stands, the ranks that it speaks with; `number`: MindSpore's
+    own, and `forward`: that of the operator whose gradient it is. Gradients of equal operators share one scope, so
+    theirs names any of them. Of what is sent to one rank alone, `ranks` is that rank. `micro`: the micro-batch in a
+    graph of several. `parameter`: the one that MindSpore names beside it.
+    """
 
     name: str
     kind: str
@@ -62,9 +63,10 @@ class Operator:
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective: its kind, the ranks that take part, the bytes that a rank puts in, and in which direction;
-    `recomputed`: a forward one that stands in the gradient a second time. Of a Send and a Receive, the other rank and
-    the bytes that go there or come from it."""
+    """Collective of a compiled graph: its kind, the ranks that take part, the bytes that a rank puts in,
+    and in which direction; `recomputed`: a forward one that stands in the gradient a second time. Of a Send and a
+    Receive, the other rank and the bytes that go there or come from it.
+    """
 
     kind: str
     ranks: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""A process that believes it is one rank of N devices: compile there, look at the graph here.
+"""Dry process: a process that believes it is one rank of N devices: compile there, look at the graph here.
 
 MindSpore reads its simulation level, rank and number of ranks from the environment when it is imported, so the compile
 has a process and a folder of its own.

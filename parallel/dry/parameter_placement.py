@@ -1,4 +1,6 @@
-"""Which device has which part of a parameter, as MindSpore's pass itself states it after a compile."""
+"""Placement of parameters: which device has which part of a parameter, as MindSpore's pass itself states it after a
+compile.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,11 @@ from parallel.partition_spec import Slices
 
 @dataclass(frozen=True)
 class Placed:
-    """`devices`: sizes of the matrix over which a stage's ranks are counted, the last axis fastest. `cuts`: of each
-    axis of the tensor the axis of `devices` that cuts it, counted from the last one backwards, -1 where it is whole.
-    `dividing`: the ranks that divide the compiling rank's part further among them, along the first axis, in their
-    order; () where none do."""
+    """Placement of one parameter on the devices of a stage. `devices`: sizes of the matrix over which a stage's ranks
+    are counted, the last axis fastest. `cuts`: of each axis of the tensor the axis of `devices` that cuts it, counted
+    from the last one backwards, -1 where it is whole. `dividing`: the ranks that divide the compiling rank's part
+    further among them, along the first axis, in their order; () where none do.
+    """
 
     devices: tuple[int, ...]
     cuts: tuple[int, ...]

@@ -1,4 +1,5 @@
-"""Compiled kernels for decoding on CPU (`kernels/decode.c`): one token for each of B texts, a layer at a time.
+"""Fused decode step: compiled kernels for decoding on CPU (`kernels/decode.c`): one token for each of B texts, a layer
+at a time.
 
 Inference only, float32. A row's result depends on that row alone, to the bit. Legend: B rows, D hidden, F inner width,
 H heads, W = D/H, L cache positions, V vocabulary.
@@ -13,8 +14,9 @@ from parallel.ops.compiled_kernels import ACTIVATIONS, _kernel
 
 
 class CompiledDecodeLayer(nn.Cell):
-    """h [B, D], queries [B, D], positions int32 [B], keys and values [B*H, L, W], 12 tensors of the layer, then 4 or
-    4 B of its networks -> (h [B, D], key and value [B*H, 1, W] of every row).
+    """Decode step of one transformer layer, compiled. h [B, D], queries [B, D], positions int32 [B], keys and
+    values [B*H, L, W], 12 tensors of the layer, then 4 or 4 B of its networks -> (h [B, D], key and value [B*H, 1, W]
+    of every row).
 
     The 12 are gamma, beta, then weight and bias of query, key, value and projection, gamma, beta; a network's 4 are
     weight and bias up and down. A row sees its cache before its position. With `from_queries` the attention's queries
@@ -40,7 +42,9 @@ class CompiledDecodeLayer(nn.Cell):
 
 
 class CompiledDecodeHead(nn.Cell):
-    """h [B, D], one word table [V, D] or one of each row -> logits [B, V]."""
+    """Output head of the decode step as a compiled kernel: h [B, D], one word table [V, D] or one of each row -> logits
+    [B, V].
+    """
 
     def __init__(self, path: str) -> None:
         super().__init__(auto_prefix=False)

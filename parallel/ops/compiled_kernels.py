@@ -75,7 +75,7 @@ def _kernel(path: str, name: str, shapes, types) -> ops.Custom:
 
 
 class CompiledLinear(nn.Cell):
-    """y_TN = x_TK @ w_KN + b_N."""
+    """Linear layer as a compiled kernel: y_TN = x_TK @ w_KN + b_N."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class CompiledLinear(nn.Cell):
 
 
 class CompiledProduct(nn.Cell):
-    """y_TN = x_TK @ w_KN."""
+    """Linear layer without bias as a compiled kernel: y_TN = x_TK @ w_KN."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -105,7 +105,9 @@ class CompiledProduct(nn.Cell):
 
 
 class CompiledRmsNorm(nn.Cell):
-    """x / sqrt(mean x^2 + epsilon) * gamma over the last axis of x_TD. Returns (y_TD, 1/rms_T)."""
+    """RMS norm as a compiled kernel: x / sqrt(mean x^2 + epsilon) * gamma over the last axis of x_TD. Returns (y_TD,
+    1/rms_T).
+    """
 
     def __init__(self, path: str, epsilon: float) -> None:
         super().__init__()
@@ -138,7 +140,9 @@ class CompiledRotation(nn.Cell):
 
 
 class CompiledLayerNorm(nn.Cell):
-    """(x - mean) / sqrt(var + epsilon) * gamma + beta over the last axis of x_TD. Returns (y_TD, mean_T, 1/std_T)."""
+    """Layer norm as a compiled kernel: (x - mean) / sqrt(var + epsilon) * gamma + beta over the last axis of x_TD.
+    Returns (y_TD, mean_T, 1/std_T).
+    """
 
     def __init__(self, path: str, epsilon: float) -> None:
         super().__init__()
@@ -160,7 +164,8 @@ class CompiledLayerNorm(nn.Cell):
 
 
 class CompiledAttention(nn.Cell):
-    """q, k, v [T, D] of all heads, segments int32 [B, S] -> (y [T, D], log sums [B, H, S]).
+    """Causal attention with segments, fused as a compiled kernel: q, k, v [T, D] of all heads, segments int32 [B, S] ->
+    (y [T, D], log sums [B, H, S]).
 
     softmax(q k^T / sqrt(D / H)) v over the keys of a query's own segment up to itself.
     """
@@ -185,7 +190,9 @@ class CompiledAttention(nn.Cell):
 
 
 class CompiledCrossEntropy(nn.Cell):
-    """As `primitives.TiedCrossEntropy`: h_TD, table_VD, labels_T -> (losses_T, probabilities_TV)."""
+    """Cross-entropy with a tied head, compiled. As `primitives.TiedCrossEntropy`: h_TD, table_VD, labels_T ->
+    (losses_T, probabilities_TV).
+    """
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -205,7 +212,9 @@ class CompiledCrossEntropy(nn.Cell):
 
 
 class CompiledSquareSums(nn.Cell):
-    """Tensors of the given shapes -> float32 [n], the sum of squares of each; without a gradient."""
+    """Sums of squares, for a global norm, as a compiled kernel. Tensors of the given shapes -> float32 [n], the sum of
+    squares of each; without a gradient.
+    """
 
     def __init__(self, path: str, shapes: Sequence[tuple[int, ...]]) -> None:
         super().__init__()
@@ -218,8 +227,8 @@ class CompiledSquareSums(nn.Cell):
 
 
 class CompiledFeedForward(nn.Cell):
-    """x_TD, order int32 [C], offsets int32 [N + 1], N networks -> (y_CD by choice, what the activation takes [C, F],
-    or [C, 2 F] of a gated network).
+    """Grouped feed-forward networks (experts) as a compiled kernel: x_TD, order int32 [C], offsets int32 [N + 1], N
+    networks -> (y_CD by choice, what the activation takes [C, F], or [C, 2 F] of a gated network).
 
     `tensors` 4: weight and bias up and down; 2: the weights alone; 3: gated, weights gate, up and down. Slot n works on
     the choices order[offsets[n]:offsets[n + 1]] (token * k + choice); results of choices behind the last slot are zero.
@@ -261,7 +270,9 @@ class CompiledFeedForward(nn.Cell):
 
 
 class CompiledCombine(nn.Cell):
-    """y_CD by choice, weights [T, k] -> sum over a token's choices of weight * row, [T, D]."""
+    """Combine of a sparse layer as a compiled kernel: y_CD by choice, weights [T, k] -> sum over a token's choices of
+    weight * row, [T, D].
+    """
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -276,7 +287,9 @@ class CompiledCombine(nn.Cell):
 
 
 class CompiledPlan(nn.Cell):
-    """Expert ids int32 [C], E for a dropped choice -> (order [C], offsets [E + 1]) for `CompiledFeedForward`."""
+    """Dispatch plan (counting sort of rows by expert), compiled: expert ids int32 [C], E for a dropped choice
+    -> (order [C], offsets [E + 1]) for `CompiledFeedForward`.
+    """
 
     def __init__(self, path: str, experts: int) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""Cross-entropy and the divergence from another model's distribution, over one set of logits, with their gradient.
+"""Distillation loss: cross-entropy and the divergence from another model's distribution, over one set of logits, with
+their gradient.
 
 Legend: T rows, D hidden width, V vocabulary.
 """
@@ -12,7 +13,8 @@ from parallel.operator_layout import Layout
 
 
 class TiedCrossEntropyAgainst(nn.Cell):
-    """h_TD, table_VD, labels_T, previous logits_TV -> (loss_T, divergence_T, probabilities_TV, previous ones_TV).
+    """Cross-entropy and KL divergence from a teacher, with a tied head: h_TD, table_VD, labels_T, previous logits_TV ->
+    (loss_T, divergence_T, probabilities_TV, previous ones_TV).
 
     With logits_TV = h_TD @ table_VD^T, p their softmax and q that of the previous logits: loss = -log p[label] and
     divergence = KL(q || p) = sum_v q_v (log q_v - log p_v), both in nats (Hinton et al. 2015, arXiv 1503.02531, at

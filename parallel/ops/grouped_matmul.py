@@ -1,4 +1,4 @@
-"""One product for many experts: every run of rows with a weight of its own.
+"""Grouped matrix product: one product for many experts: every run of rows with a weight of its own.
 
 Ascend has an operator for it (grouped matmul), which needs no shape that depends on the routing. MindSpore's
 semi-auto-parallel pass is not asked to cut it: under capacity every run is equally long, and a batched product of equal
@@ -18,8 +18,9 @@ from parallel.operator_layout import Layout
 
 
 class NativeGroupedProduct(nn.Cell):
-    """rows [R, K], weights [N, K, M], ends int64 [N] -> [R, M], by the device: rows up to `ends[0]` by the first
-    weight, and so on. What comes out behind the last end is not defined."""
+    """Grouped matrix product by the device's operator: rows [R, K], weights [N, K, M], ends int64 [N] -> [R, M], by the
+    device: rows up to `ends[0]` by the first weight, and so on. What comes out behind the last end is not defined.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,8 +32,9 @@ class NativeGroupedProduct(nn.Cell):
 
 
 class ComposedGroupedProduct(nn.Cell):
-    """The same of MindSpore's plain operators, with 0 behind the last end: N products over all rows, for devices that
-    lack the operator to be compared with one that has it."""
+    """Grouped matrix product composed of plain operators, with 0 behind the
+    last end: N products over all rows, for devices that lack the operator to be compared with one that has it.
+    """
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Primitives of a device whose fused operators are the fast form, with MindSpore's own gradients.
+"""Native operators: primitives of a device whose fused operators are the fast form, with MindSpore's own gradients.
 
 A graph that is cut over a mesh needs these: its pass places the collectives of an operator's gradient by the operator's
 layout, and knows nothing of a gradient that a cell writes itself.
@@ -16,7 +16,7 @@ from parallel.partition_spec import AxisSpec
 
 
 class NativeProduct(nn.Cell):
-    """y_TN = x_TK @ w_KN; the product runs in `compute` precision.
+    """Linear layer without bias by the device's operator: y_TN = x_TK @ w_KN; the product runs in `compute` precision.
 
     `inner` and `outer` say how K and N are cut. A cut K leaves a sum over the ranks behind the product.
     """
@@ -39,7 +39,9 @@ class NativeProduct(nn.Cell):
 
 
 class NativeLinear(nn.Cell):
-    """y_TN = x_TK @ w_KN + b_N: `NativeProduct` and a bias, which is added in float32."""
+    """Linear layer by the device's operator: y_TN = x_TK @ w_KN + b_N: `NativeProduct` and a bias, which is added in
+    float32.
+    """
 
     def __init__(self, layout: Layout, compute: ms.dtype, inner: AxisSpec = 1, outer: AxisSpec = 1) -> None:
         super().__init__()
@@ -51,7 +53,9 @@ class NativeLinear(nn.Cell):
 
 
 class NativeLookup(nn.Cell):
-    """table_VD[ids_T]; `cut` says how V is cut: each rank looks up its own ids, and the rows are summed."""
+    """Vocabulary-parallel embedding lookup by the device's operator: table_VD[ids_T]; `vocabulary` says how V is
+    sharded: each rank looks up its own ids, and the rows are summed.
+    """
 
     def __init__(self, layout: Layout, vocabulary: AxisSpec = 1) -> None:
         super().__init__()
@@ -62,7 +66,8 @@ class NativeLookup(nn.Cell):
 
 
 class NativeCrossEntropy(nn.Cell):
-    """Token losses of logits_TV = h_TD @ table_VD^T against labels_T, in float32; V is cut over the tensor axis.
+    """Vocabulary-parallel cross-entropy. Token losses of logits_TV = h_TD @ table_VD^T against labels_T, in float32; V
+    is cut over the tensor axis.
 
     log sum exp(l - max) - (l_label - max): no rank ever holds a whole row of logits (arXiv 1909.08053, section 3).
     Returns (loss_T,).

@@ -34,7 +34,7 @@ GELU_CUBIC = GELU_SLOPE * 0.044715
 
 
 class Product(nn.Cell):
-    """y_TN = x_TK @ w_KN, in `compute` precision."""
+    """Linear layer without bias: y_TN = x_TK @ w_KN, in `compute` precision."""
 
     def __init__(self, layout: Layout, compute: ms.dtype = ms.float32) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Product(nn.Cell):
 
 
 class Linear(Product):
-    """y_TN = x_TK @ w_KN + b_N; the product runs in `compute` precision, everything else in float32."""
+    """Linear layer: y_TN = x_TK @ w_KN + b_N; the product runs in `compute` precision, everything else in float32."""
 
     def __init__(self, layout: Layout, compute: ms.dtype = ms.float32) -> None:
         super().__init__(layout, compute)
@@ -89,7 +89,8 @@ class Linear(Product):
 
 
 class FastGelu(nn.Cell):
-    """x * sigmoid(slope x), elementwise, for any shape (Hendrycks and Gimpel 2016, arXiv 1606.08415, section 2).
+    """Sigmoid approximation of GELU: x * sigmoid(slope x), elementwise, for any shape (Hendrycks and Gimpel 2016, arXiv
+    1606.08415, section 2).
 
     The slope 1 makes it SiLU, of the same section. Returns (y, slope x, sigmoid(slope x)).
     """
@@ -114,7 +115,7 @@ class FastGelu(nn.Cell):
 
 
 class Gelu(nn.Cell):
-    """The tanh form of GELU (arXiv 1606.08415, equation in section 2), elementwise. Returns (y, x, gate).
+    """GELU in its tanh form (arXiv 1606.08415, equation in section 2), elementwise. Returns (y, x, gate).
 
     Written as x * sigmoid(2 u), the same as x * (1 + tanh(u)) / 2: the CPU's Tanh is off by 1e-4 around 5.
     """
@@ -139,7 +140,7 @@ class Gelu(nn.Cell):
 
 
 class LayerNorm(nn.Cell):
-    """(x - mean) / sqrt(var + epsilon) * gamma + beta over the last axis of x_TD (arXiv 1607.06450).
+    """Layer norm: (x - mean) / sqrt(var + epsilon) * gamma + beta over the last axis of x_TD (arXiv 1607.06450).
 
     Returns (y_TD, x - mean, 1/std_T1, outer product of 1/std and gamma_TD). Everything that would broadcast is a
     product with a row or a column instead, which on CPU takes a third of the time.
@@ -183,7 +184,7 @@ class LayerNorm(nn.Cell):
 
 
 class RmsNorm(nn.Cell):
-    """x / sqrt(mean x^2 + epsilon) * gamma over the last axis of x_TD (arXiv 1910.07467, equation 4).
+    """RMS norm: x / sqrt(mean x^2 + epsilon) * gamma over the last axis of x_TD (arXiv 1910.07467, equation 4).
 
     Returns (y_TD, 1/rms_T1, outer product of 1/rms and gamma_TD); composed as `LayerNorm` is.
     """
@@ -219,7 +220,8 @@ class RmsNorm(nn.Cell):
 
 
 class TiedCrossEntropy(nn.Cell):
-    """Token losses of logits_TV = h_TD @ table_VD^T against labels_T, in float32. Returns (loss_T, probabilities_TV).
+    """Cross-entropy with a tied head. Token losses of logits_TV = h_TD @ table_VD^T against labels_T, in float32.
+    Returns (loss_T, probabilities_TV).
 
     The gradient uses d loss/d logits = p - onehot without ever building the one-hot matrix: its part is a gather of
     table rows for h and a sum of rows of h by label for the table. A loss saturates at 85 nats, where the
@@ -256,7 +258,7 @@ class TiedCrossEntropy(nn.Cell):
 
 
 class EmbeddingLookup(nn.Cell):
-    """table_VD[ids_T]; the gradient sums rows by id."""
+    """Embedding lookup: table_VD[ids_T]; the gradient sums rows by id."""
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
@@ -271,7 +273,9 @@ class EmbeddingLookup(nn.Cell):
 
 
 class Native(nn.Cell):
-    """A fused operator of the device with MindSpore's own gradient; gives its outputs as a tuple, the result first."""
+    """Wrapper of a fused operator of the device with MindSpore's own gradient; gives its outputs as a
+    tuple, the result first.
+    """
 
     def __init__(self, operator: Primitive, outputs: int = 1) -> None:
         super().__init__()
@@ -284,7 +288,7 @@ class Native(nn.Cell):
 
 
 class SquareSums(nn.Cell):
-    """Tensors -> float32 [n], the sum of squares of each; without a gradient."""
+    """Sums of squares, for a global norm. Tensors -> float32 [n], the sum of squares of each; without a gradient."""
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
