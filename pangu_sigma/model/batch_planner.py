@@ -256,17 +256,17 @@ class BatchPlanner:
 
 def fixed_inputs(batch: int, length: int) -> dict[str, tuple[tuple[int, ...], ms.dtype, PartitionSpec]]:
     """Full shape, type and partition spec of the fixed inputs by name."""
-    whole, real = ms.int32, ms.float32
+    int32, float32 = ms.int32, ms.float32
     of_token, of_sample = ((batch, length), ("rows", 1)), ((batch,), ("rows",))
     return {
-        "tokens": (of_token[0], whole, of_token[1]),
-        "labels": (of_token[0], whole, of_token[1]),
-        "weights": (of_token[0], real, of_token[1]),
-        "auxiliary_weight": ((), real, ()),
-        "positions": (of_token[0], whole, of_token[1]),
-        "segments": (of_token[0], whole, of_token[1]),
-        "domain": (of_sample[0], whole, of_sample[1]),
-        "keys": (of_sample[0], whole, of_sample[1]),
+        "tokens": (of_token[0], int32, of_token[1]),
+        "labels": (of_token[0], int32, of_token[1]),
+        "weights": (of_token[0], float32, of_token[1]),
+        "auxiliary_weight": ((), float32, ()),
+        "positions": (of_token[0], int32, of_token[1]),
+        "segments": (of_token[0], int32, of_token[1]),
+        "domain": (of_sample[0], int32, of_sample[1]),
+        "keys": (of_sample[0], int32, of_sample[1]),
     }
 
 

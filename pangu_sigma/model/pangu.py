@@ -113,7 +113,7 @@ class PanGuSigma(nn.Cell):
         if self.has_query_layer:
             self.query_layer = layer(model.blocks, self.sparse_index_of_query)
         self.head = HEADS[model.head](model, vocab, layout)
-        self.handed_on = None
+        self.embedding_send = None
         self.untied = model.head == "untied"
         if competitive:
             self.head = MixtureHead(self.head, routers[0].choices, layout)
@@ -170,12 +170,13 @@ class PanGuSigma(nn.Cell):
         for cell in behind:
             cell.pipeline_stage = last
 
-    def hand_words_on(self, layout: Layout) -> None:
-        """From now on the last stage is sent the tied word table by the first with every micro-batch."""
-        self.handed_on = HandedOn(layout)
-        self.handed_on.pipeline_stage = 0
+    def send_tied_embedding(self, layout: Layout) -> None:
+        """Tied embedding under pipeline parallelism: from now on the first stage sends the word table to the last with
+        every micro-batch."""
+        self.embedding_send = HandedOn(layout)
+        self.embedding_send.pipeline_stage = 0
 
-    def head_words(self) -> Parameter | None:
+    def tied_embedding(self) -> Parameter | None:
         """The word table where the head shares it with the embedding."""
         return None if self.untied or self.embedding.words.per_domain else self.embedding.words.word
 
@@ -191,7 +192,7 @@ class PanGuSigma(nn.Cell):
     def output_table(self, flat: tuple[Tensor, ...], tokens: Tensor):
         """The word table where the head takes it."""
         table = self.word_table(flat)
-        return table if self.handed_on is None else self.handed_on(table, tokens)
+        return table if self.embedding_send is None else self.embedding_send(table, tokens)
 
     def inputs_of(self, flat: tuple[Tensor, ...], bounds: tuple, sparse_index: int):
         """(routing, weights) of a sparse layer by its number among `flat`; both empty for a dense layer, number -1."""

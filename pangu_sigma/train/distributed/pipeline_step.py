@@ -98,8 +98,8 @@ class PipelinedStep(nn.Cell):
     ) -> None:  # fmt: skip
         super().__init__(auto_prefix=False)
         net.set_stages(layout.mesh)
-        if optimizer_parallel and net.head_words() is not None:
-            net.hand_words_on(layout)
+        if optimizer_parallel and net.tied_embedding() is not None:
+            net.send_tied_embedding(layout)
         loss = PipelinedLoss(net, layout, signature)
         self.shared = ParameterTuple(
             [p for p in net.trainable_params() if stage_of(p.name, net.layers, layout.mesh) == stage]
@@ -108,7 +108,7 @@ class PipelinedStep(nn.Cell):
             [p for p in loss.experts if stage_of(p.name, net.layers, layout.mesh) == stage]
         )
         # The last stage owes the first one the gradient of the word table, if it was sent the parameter.
-        words = None if optimizer_parallel else net.head_words()
+        words = None if optimizer_parallel else net.tied_embedding()
         self.owes = words is not None and 0 < stage == layout.mesh.pipeline - 1
         # What the graph has of another stage: its value is received, its memory must be here.
         self.lent = ParameterTuple([words] if self.owes else [])

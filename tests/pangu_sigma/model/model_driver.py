@@ -71,8 +71,8 @@ def make_tensors(config: ModelConfig, vocab: int, groups: ExpertGroups, seed: in
         if config.norm == "layernorm":
             tensors[f"{norm}.beta"] = normal((hidden,), 0.2)
     def matrices_of(form: FeedForwardSpec) -> dict[str, tuple[int, ...]]:
-        found = {"up": (hidden, ffn), "down": (ffn, hidden)}
-        return found | {"gate": (hidden, ffn)} if form.gated else found
+        shapes = {"up": (hidden, ffn), "down": (ffn, hidden)}
+        return shapes | {"gate": (hidden, ffn)} if form.gated else shapes
 
     shapes = matrices_of(config.expert_network)
     for p in layers:
@@ -80,8 +80,8 @@ def make_tensors(config: ModelConfig, vocab: int, groups: ExpertGroups, seed: in
         sparse = p in config.sparse_prefixes
         if not sparse or config.sparse.shared_expert:
             kind = "shared_expert" if sparse else "feed_forward"
-            mine = shapes if sparse else matrices_of(config.network)
-            matrices |= {f"{p}.{kind}.{part}": shape for part, shape in mine.items()}
+            network_shapes = shapes if sparse else matrices_of(config.network)
+            matrices |= {f"{p}.{kind}.{part}": shape for part, shape in network_shapes.items()}
         if sparse and config.router_spec.learned:
             tensors[f"{p}.router.weight"] = normal((hidden, groups.total), 1.0)
         for name, shape in matrices.items():
@@ -171,7 +171,7 @@ class DrivenModel:
         self.logits_cell.set_inputs(shaped(rows, i32), *tail)
 
     def owner(self, expert: int) -> tuple[str, int]:
-        """Domain and number inside the group of a place on the expert axis."""
+        """Domain and index inside the group of a position on the expert axis."""
         domain = int(np.searchsorted(np.cumsum(self.groups.sizes), expert, side="right"))
         return self.groups.names[domain], expert - int(self.groups.offsets[domain])
 
@@ -196,9 +196,9 @@ class DrivenModel:
                 flat += [Tensor(part) for part in parts]
             elif layer_signature.noise:
                 flat.append(Tensor(noise[layer_signature.name]))
-            for domain, number in map(self.owner, experts):
+            for domain, index in map(self.owner, experts):
                 prefix = f"domains.{domain}.{layer_signature.name}.experts"
-                flat += [Tensor(self.tensors[f"{prefix}.{n}"][number]) for n in layer_signature.network.tensors]
+                flat += [Tensor(self.tensors[f"{prefix}.{n}"][index]) for n in layer_signature.network.tensors]
             slots.append((experts, rows))
         return flat, slots
 
@@ -233,13 +233,13 @@ class DrivenModel:
         counts = [c.asnumpy() for c in counts]
         for layer, (layer_signature, (experts, rows)) in enumerate(zip(self.signature.layers, slots, strict=True)):
             received = counts[layer].sum(axis=0)[:-1] if rows is None else rows
-            for (domain, number), some in zip(map(self.owner, experts), received, strict=True):
+            for (domain, index), some in zip(map(self.owner, experts), received, strict=True):
                 for tensor in layer_signature.network.tensors:
                     name = f"domains.{domain}.{layer_signature.name}.experts.{tensor}"
-                    whole = named.setdefault(name, np.zeros(self.tensors[name].shape, np.float32))
+                    group_gradient = named.setdefault(name, np.zeros(self.tensors[name].shape, np.float32))
                     gradient = of_inputs.pop(0)
                     if some > 0:  # without rows it is undefined, and nobody may look at it
-                        whole[number] += gradient
+                        group_gradient[index] += gradient
         return float(objective.asnumpy()), by_sample.asnumpy(), float(auxiliary.asnumpy()), counts, named
 
     def oracle(

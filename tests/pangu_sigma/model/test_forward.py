@@ -71,9 +71,9 @@ def test_a_learned_gate_reports_how_many_rows_of_each_sample_every_expert_took(d
     counts = model.train(batch, noise=noise)[3]
     expected = model.oracle(batch, True, noise).experts
     assert len(counts) == len(expected)
-    for found, chosen in zip(counts, expected.values(), strict=True):
-        np.testing.assert_array_equal(found[:, :-1], [np.bincount(c[c >= 0], minlength=GROUPS.total) for c in chosen])
-        np.testing.assert_array_equal(found[:, -1], (chosen < 0).sum(1))
+    for rows, chosen in zip(counts, expected.values(), strict=True):
+        np.testing.assert_array_equal(rows[:, :-1], [np.bincount(c[c >= 0], minlength=GROUPS.total) for c in chosen])
+        np.testing.assert_array_equal(rows[:, -1], (chosen < 0).sum(1))
 
 
 def test_switch_drops_what_overflows_in_training(driven, noise):

@@ -33,9 +33,9 @@ def test_every_tensor_gets_the_gradient_of_the_reference(driven, noise, case):
         assert np.isfinite(gradient).all(), name
         size = np.linalg.norm(gradient)
         direction = draw.standard_normal(gradient.shape)
-        found = float((gradient * direction).sum())
+        slope = float((gradient * direction).sum())
         expected = difference(model, batch, name, direction, noise)
-        assert abs(found - expected) <= 2e-5 * size + floor, (name, found, expected, size)
+        assert abs(slope - expected) <= 2e-5 * size + floor, (name, slope, expected, size)
         if "chunks" in case:
             continue
         entries = [int(np.abs(gradient).argmax()), *draw.integers(0, gradient.size, ENTRIES)]

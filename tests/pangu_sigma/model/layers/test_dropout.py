@@ -132,9 +132,9 @@ def test_a_samples_loss_under_dropout_does_not_depend_on_its_place_in_the_batch(
     shuffled = dataclasses.replace(
         batch, tokens=batch.tokens[order], labels=batch.labels[order], weights=batch.weights[order]
     )
-    here = dropping.train(batch, keys=KEYS[:4])[1]
-    there = dropping.train(shuffled, keys=KEYS[:4][order])[1]
-    np.testing.assert_allclose(there, here[order], rtol=1e-6)
+    losses = dropping.train(batch, keys=KEYS[:4])[1]
+    shuffled_losses = dropping.train(shuffled, keys=KEYS[:4][order])[1]
+    np.testing.assert_allclose(shuffled_losses, losses[order], rtol=1e-6)
 
 
 def test_gradients_under_dropout_are_those_of_the_dropped_model(dropping, batch):
@@ -149,10 +149,10 @@ def test_gradients_under_dropout_are_those_of_the_dropped_model(dropping, batch)
         value = parameters[name].asnumpy().copy()
         direction = draw.standard_normal(value.shape) + 3 * np.sign(gradients[name])
         direction = (direction / np.linalg.norm(direction)).astype(np.float32)
-        found = float((gradients[name] * direction).sum())
+        slope = float((gradients[name] * direction).sum())
         ends = []
         for sign in (1, -1):
             parameters[name].set_data(Tensor(value + np.float32(sign * 0.02) * direction))
             ends.append(dropping.train(batch, keys=KEYS[:4])[0])
         parameters[name].set_data(Tensor(value))
-        assert found == pytest.approx((ends[0] - ends[1]) / 0.04, rel=5e-3), name
+        assert slope == pytest.approx((ends[0] - ends[1]) / 0.04, rel=5e-3), name

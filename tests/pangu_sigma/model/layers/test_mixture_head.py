@@ -25,8 +25,8 @@ class Sums(nn.Cell):
     def construct(self, rows, scores, table, labels, domain, previous, slopes):
         h = (rows, ops.LogSoftmax(-1)(scores))
         losses = self.head(h, labels, domain, table)
-        again, apart = self.head.against(h, labels, domain, table, previous)
-        return (losses * slopes).sum() + (apart * slopes).sum(), losses, again, apart
+        losses_against, divergence = self.head.against(h, labels, domain, table, previous)
+        return (losses * slopes).sum() + (divergence * slopes).sum(), losses, losses_against, divergence
 
 
 def oracle(values: dict, labels: np.ndarray, domain: np.ndarray, previous: np.ndarray):
@@ -55,15 +55,15 @@ def test_a_mixture_of_likelihoods_its_divergence_and_every_gradient(slots):
     inputs = [Tensor(values[name].astype(np.float32)) for name in shapes]
     given = [Tensor(a.astype(t)) for a, t in
              ((labels, np.int32), (domain, np.int32), (previous, np.float32), (slopes, np.float32))]  # fmt: skip
-    (_, losses, again, apart), gradients = step(*inputs, *given)
+    (_, losses, losses_against, divergence), gradients = step(*inputs, *given)
     expected = oracle(values, labels, domain, previous)
-    for found in (losses, again):
-        np.testing.assert_allclose(found.asnumpy().reshape(-1), expected[0], rtol=1e-5)
-    np.testing.assert_allclose(apart.asnumpy().reshape(-1), expected[1], rtol=1e-4, atol=1e-6)
+    for token_losses in (losses, losses_against):
+        np.testing.assert_allclose(token_losses.asnumpy().reshape(-1), expected[0], rtol=1e-5)
+    np.testing.assert_allclose(divergence.asnumpy().reshape(-1), expected[1], rtol=1e-4, atol=1e-6)
 
     def objective(moved: dict) -> float:
-        losses, apart, _ = oracle(moved, labels, domain, previous)
-        return float(((losses + apart) * slopes.reshape(-1)).sum())
+        losses, divergence, _ = oracle(moved, labels, domain, previous)
+        return float(((losses + divergence) * slopes.reshape(-1)).sum())
 
     for name, gradient in zip(shapes, gradients, strict=True):
         for entry in list(np.ndindex(values[name].shape))[::7]:
@@ -92,8 +92,8 @@ def test_its_logits_are_log_probabilities_of_the_mixture_even_where_a_share_is_n
     table = draw.standard_normal((VOCAB, HIDDEN)).astype(np.float32)
     head = MixtureHead(TiedHead(ModelConfig(**CONFIG), VOCAB, Layout()), EXPERTS, Layout())
     shares = ops.LogSoftmax(-1)(Tensor(scores))
-    found = LogProbabilities(head, table)(Tensor(rows), shares, Tensor([0, 0])).asnumpy().reshape(TOKENS, VOCAB)
+    log_p = LogProbabilities(head, table)(Tensor(rows), shares, Tensor([0, 0])).asnumpy().reshape(TOKENS, VOCAB)
     given = {"rows": rows.astype(np.float64), "scores": scores.astype(np.float64), "table": table.astype(np.float64)}
     nothing = np.zeros((BATCH, LENGTH), int), np.zeros(2, int), np.zeros((BATCH, LENGTH, VOCAB))
-    np.testing.assert_allclose(found, oracle(given, *nothing)[2], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(np.exp(found).sum(1), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(log_p, oracle(given, *nothing)[2], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.exp(log_p).sum(1), 1.0, rtol=1e-5)

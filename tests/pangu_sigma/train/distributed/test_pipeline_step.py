@@ -71,7 +71,7 @@ def test_micro_batches_of_one_graph_add_up():
     whole = [Tensor(np.concatenate(parts)) for parts in zip(*columns, strict=True)]
     for handed_on in (False, True):
         if handed_on:
-            model.net.hand_words_on(model.layout)
+            model.net.send_tied_embedding(model.layout)
         value, gradients = ops.value_and_grad(MicroBatches(loss, MICRO).set_train(), None, trained)(*whole)
         np.testing.assert_allclose(value.asnumpy(), expected, rtol=1e-6)
         for parameter, found, wanted in zip(trained, gradients, sums, strict=True):
