@@ -1,4 +1,4 @@
-# Every target makes .venv and installs what it needs, if that is missing or older than pyproject.toml.
+# Every target makes .venv and installs what it needs, if that is missing or older than pyproject.toml or constraints.txt.
 # Python 3.11 or 3.12, make and a C compiler are enough: make quickstart
 
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
@@ -9,8 +9,10 @@ BIN := $(VENV)/bin
 KERNELS := $(wildcard parallel/ops/kernels/*.[ch])
 # More arguments for pytest: make test PYTEST="-k config"
 PYTEST ?=
+# Extras that bring in all others.
+ALL_EXTRAS := lint,test,clients
 
-.PHONY: help quickstart test test-slow clients lint bench wheel clean
+.PHONY: help quickstart test test-slow clients lint bench wheel constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -40,6 +42,19 @@ bench: $(VENV)/.installed-hf  ## speeds beside PyTorch, extraction beside cp, cl
 wheel: $(VENV)/.installed  ## a wheel in dist/
 	$(BIN)/pip wheel --no-deps --wheel-dir dist .
 
+# The old constraints.txt stays until the new one is complete. sed: torch's CPU build calls itself 2.13.0+cpu, which only
+# this build satisfies; 2.13.0 takes any. pip, setuptools and wheel belong to the environment, not to the project.
+constraints:  ## renew constraints.txt: the versions that pyproject.toml's pins bring along today
+	rm -rf build/constraints
+	$(PYTHON) -m venv build/constraints
+	build/constraints/bin/python -m pip install --quiet --no-compile --editable '.[$(ALL_EXTRAS)]'
+	{ echo "# Versions of all that the pins of pyproject.toml bring along, every extra included: what the tests run with."; \
+	  echo "# Made by \`make constraints\` with Python 3.11 on Linux; the Makefile's targets install with it."; \
+	  build/constraints/bin/python -m pip list --format=freeze --exclude pangu-sigma --exclude pip --exclude setuptools \
+	    --exclude wheel | sed 's/+.*//'; } > build/constraints.txt
+	mv build/constraints.txt constraints.txt
+	rm -rf build/constraints
+
 clean:  ## remove what the targets made, the environment included; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
@@ -48,10 +63,10 @@ $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 found: install one, or set PYTHON=/path/to/it"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml $(KERNELS) | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable .
+$(VENV)/.installed: pyproject.toml constraints.txt $(KERNELS) | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/.installed-%: pyproject.toml $(KERNELS) | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+$(VENV)/.installed-%: pyproject.toml constraints.txt $(KERNELS) | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	touch $@
