@@ -19,8 +19,8 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+from benchmarks.benchmark_server import Server, ServerFailed
 from benchmarks.record import add_output, machine, sentence, write_results
-from benchmarks.server import Server, ServerFailed
 from benchmarks.workload import FFN, HEADS, HIDDEN, LAYERS, LENGTH, VARIANTS, VOCABULARY, prepare
 from pangu_sigma.monitor.progress import progress
 

@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.lifelong_page import page, panels
+from benchmarks.lifelong_markdown import page, panels
 from benchmarks.lifelong_systems import DOMAINS, System, missing_text, prepare_text, systems, write_stages
 from benchmarks.record import add_output, machine, write_results
 from benchmarks.runs import Failed, Job, run_all

@@ -25,8 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.benchmark_server import Server, ServerFailed
 from benchmarks.record import add_output, loss_complaints, machine, sentence, write_results
-from benchmarks.server import Server, ServerFailed
 from benchmarks.workload import sampler
 from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.config.load_config import effective

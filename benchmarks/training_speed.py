@@ -22,8 +22,8 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+from benchmarks.benchmark_server import Server, ServerFailed
 from benchmarks.record import add_output, loss_complaints, machine, sentence, write_results
-from benchmarks.server import Server, ServerFailed
 from benchmarks.workload import (
     BATCH,
     FFN,

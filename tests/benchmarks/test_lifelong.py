@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks.lifelong import DOMAINS, EWC, OUTPUT, REPLAY, Run, collect, render
-from benchmarks.lifelong_page import frozen_text, inference_table, page, panels, systems_table
+from benchmarks.lifelong_markdown import frozen_text, inference_table, page, panels, systems_table
 from benchmarks.lifelong_systems import missing_text, systems, write_stages
 from pangu_sigma.config.parameter_counts import parameter_counts
 from pangu_sigma.lifelong.stage_plan import load_plan

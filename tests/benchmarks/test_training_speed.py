@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.server import Server, ServerFailed
+from benchmarks.benchmark_server import Server, ServerFailed
 from benchmarks.training_speed import OURS, complaints, summary, table
 from benchmarks.workload import BATCH, LENGTH, VARIANTS, VOCABULARY, configuration, global_tables
 
