@@ -97,9 +97,9 @@ class SharedUpdate(nn.Cell):
         done = self.done
         for i in range(len(gradients)):
             gradient = self.mul(gradients[i], scale)
-            wanted = decay if self.decayed[i] else self.no_decay
+            weight_decay = decay if self.decayed[i] else self.no_decay
             updated = self.adamw(
-                self.parameters[i], self.m[i], self.v[i], rate, beta1, beta2, epsilon, wanted, gradient
+                self.parameters[i], self.m[i], self.v[i], rate, beta1, beta2, epsilon, weight_decay, gradient
             )
             done = ops.depend(done, updated)
         return done

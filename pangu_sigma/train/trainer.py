@@ -18,18 +18,18 @@ from pangu_sigma.config import Config
 from pangu_sigma.data.mixture_sampler import Batch
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.batch_planner import BatchPlanner, RoutedBatch
-from pangu_sigma.model.model import DOMAIN_EMBEDDING, Model
+from pangu_sigma.model.model import Model
 from pangu_sigma.train.continual.frozen_gate_columns import FrozenGateColumns
 from pangu_sigma.train.continual.weight_penalty import WeightPenalty
 from pangu_sigma.train.distributed.gradient_all_reduce import gradient_reducer_of
 from pangu_sigma.train.distributed.pipeline_runner import StagedStep, staged_step
 from pangu_sigma.train.distributed.step_cache import step_graphs
 from pangu_sigma.train.flops import flops_per_token
+from pangu_sigma.train.gradients import Gradients, select_expert_gradients
 from pangu_sigma.train.loss_scale import LossScale
 from pangu_sigma.train.objective import TrainingObjective
-from pangu_sigma.train.optimizer import Gradients, Optimizer
+from pangu_sigma.train.optimizer import Optimizer
 from pangu_sigma.train.schedule import Phase, learning_rate, phase_at
-from pangu_sigma.train.slot_gradients import slot_gradients
 from pangu_sigma.train.step_metrics import BatchMetrics, MetricsAccumulator, take_store_metrics
 from rre.store.disk_store import StoreFull
 
@@ -282,42 +282,7 @@ class Trainer:
             gradients.shared = tuple(shared)
             gradients.shared_squares = squares.asnumpy().astype(np.float64)
         if by_expert:
-            gradients.experts = self._activated(batch, phase, by_expert, received.load)
+            gradients.experts = select_expert_gradients(
+                self.model, self.signature, batch, phase.domains, by_expert, received.load
+            )
         return gradients, own.sum_ranks(by_rank[list(self.reducer.reader_ranks)])
-
-    def _activated(
-        self, batch: RoutedBatch, phase: Phase, by_expert: Sequence[Tensor], received: np.ndarray
-    ) -> dict[tuple[str, int], list[Tensor]]:
-        """Gradients of experts held here that received a token and train, by (layer name, expert as the store counts).
-
-        `received` [layers, E]: rows that came here. The gradient of an expert without rows is a product over nothing,
-        whose memory MindSpore leaves as it was: it must not be looked at.
-        """
-        groups = self.model.groups
-        found: dict[tuple[str, int], list[Tensor]] = {}
-        at = 0
-        if self.signature.domain_embedding_shape is not None:
-            for number in np.unique(batch.domain):
-                if groups.names[number] in phase.domains:
-                    found[(DOMAIN_EMBEDDING, int(number))] = [by_expert[0][int(number)]]
-            at = 1
-        owner, first = np.repeat(groups.names, groups.sizes), self.model.local_experts.start
-        for layer, layer_signature in enumerate(self.signature.layers):
-            tensors = len(layer_signature.network.tensors)
-            plan = batch.plans[layer]
-            if layer_signature.capacity_spec is not None:
-                experts = np.arange(layer_signature.slots) if plan is None else plan.experts
-                rows = received[layer] if plan is None else plan.counts
-                trains = np.isin(owner[experts], list(phase.domains)) & (rows > 0)
-                stacked = by_expert[at : at + layer_signature.weights]
-                at += layer_signature.weights
-                found |= slot_gradients(self.signature, layer_signature, experts, trains, stacked)
-                continue
-            experts = range(layer_signature.slots) if plan is None else plan.experts.tolist()
-            filled = [True] * layer_signature.slots if plan is None else plan.counts > 0
-            for expert, has_rows in zip(experts, filled, strict=True):
-                number = first + expert
-                if has_rows and received[layer, number] > 0 and owner[number] in phase.domains:
-                    found[(layer_signature.name, expert)] = list(by_expert[at : at + tensors])
-                at += tensors
-        return found

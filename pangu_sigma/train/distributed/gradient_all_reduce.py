@@ -18,7 +18,7 @@ import numpy as np
 from mindspore import Tensor
 
 from pangu_sigma.model.model import DOMAIN_EMBEDDING, Model
-from pangu_sigma.train.optimizer import Gradients
+from pangu_sigma.train.gradients import Gradients
 from pangu_sigma.train.schedule import Phase
 from pangu_sigma.train.step_metrics import BatchMetrics
 
@@ -59,7 +59,7 @@ class GradientReducer:
 
     def global_norm(self, gradients: Gradients) -> float:
         """The global norm: shared parameters and domain embeddings count once, experts wherever they are."""
-        shared, by_layer = gradients.squares(self.model.store)
+        shared, by_layer = gradients.square_sums(self.model.store)
         replicated = float(shared.sum()) + by_layer.pop(DOMAIN_EMBEDDING, 0.0)
         # Replicas hold the same experts; the first of them counts them for all.
         local = sum(by_layer.values(), 0.0) if self.replicas[0] == self.processes.rank else 0.0
@@ -154,7 +154,7 @@ class SpmdGradientReducer(GradientReducer):
 
     def global_norm(self, gradients: Gradients) -> float:
         """The global norm: each shard of a shared parameter and of an expert counts once."""
-        shared, by_layer = gradients.squares(self.model.store, self.expert_weights)
+        shared, by_layer = gradients.square_sums(self.model.store, self.expert_weights)
         local = float((shared * self.weights[: shared.size]).sum()) + sum(by_layer.values(), 0.0)
         return _root(float(self.processes.total(np.array([local]))[0]))
 

@@ -21,10 +21,9 @@ from pangu_sigma.model.pipeline_stages import stage_of
 from pangu_sigma.model.sharded_parameters import RehearsedParameters
 from pangu_sigma.train.distributed.pipeline_step import WholeStep, step_inputs
 from pangu_sigma.train.distributed.spmd_step import InContext, MeshContext, meshed_step
+from pangu_sigma.train.gradients import Gradients, unstack_slot_gradients
 from pangu_sigma.train.objective import BatchLoss
-from pangu_sigma.train.optimizer import Gradients
 from pangu_sigma.train.schedule import Phase
-from pangu_sigma.train.slot_gradients import slot_gradients
 from pangu_sigma.train.step_metrics import BatchMetrics
 from parallel.operator_layout import LOCAL_SLICES
 from parallel.partition_spec import shard_slices
@@ -69,7 +68,7 @@ class StagedStep:
             trains = np.isin(owner[plans[0].experts], list(phase.domains)) & (sum(plan.counts for plan in plans) > 0)
             stacked = by_expert[at : at + layer_signature.weights]
             at += layer_signature.weights
-            found.experts |= slot_gradients(self.signature, layer_signature, plans[0].experts, trains, stacked)
+            found.experts |= unstack_slot_gradients(self.signature, layer_signature, plans[0].experts, trains, stacked)
         return found, parts
 
     def compute(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor
 
-from pangu_sigma.train.optimizer import Gradients
+from pangu_sigma.train.gradients import Gradients
 from pangu_sigma.train.step import SharedUpdate
 from parallel.operator_layout import Layout
 from rre.adamw import AdamWHyperparameters
@@ -42,7 +42,7 @@ def test_shared_parameters_are_updated_as_torchs_adamw_does():
 
 
 def norm(gradients: Gradients) -> float:
-    shared, by_layer = gradients.squares(DeviceStore({}, {}))
+    shared, by_layer = gradients.square_sums(DeviceStore({}, {}))
     return float(np.sqrt(shared.sum() + sum(by_layer.values())))
 
 
