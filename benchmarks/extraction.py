@@ -37,7 +37,7 @@ from pangu_sigma.checkpoint import (
     open_checkpoint,
     write_model_folder,
 )
-from pangu_sigma.config import Config, config_from_dict, manifest
+from pangu_sigma.config import Config, config_from_dict, tensor_shapes
 from pangu_sigma.convert.converted_folder import new_specs
 from pangu_sigma.monitor.progress import progress
 
@@ -99,7 +99,7 @@ def make_checkpoint(folder: Path, config: Config) -> Checkpoint:
             yield noise[begin : begin + min(PIECE, size - start) // 4].data.cast("B")
 
     model = ModelFolder(
-        tensors=new_specs(manifest(config, VOCABULARY)),
+        tensors=new_specs(tensor_shapes(config, VOCABULARY)),
         read=read,
         domains=list(config.domain_names),
         coverage=config.coverage,

@@ -55,7 +55,7 @@ def write_dense(folder: Path, hidden: int) -> Path:
     """A dense model with random weights."""
     from pangu_sigma.checkpoint import Fingerprints, ModelFolder, TensorSpec, write_model_folder
     from pangu_sigma.config import config_from_dict, effective
-    from pangu_sigma.config.parameter_counts import manifest
+    from pangu_sigma.config.parameter_counts import tensor_shapes
     from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_class, tokenizer_files
     from rre.counted_random import generator
 
@@ -64,7 +64,7 @@ def write_dense(folder: Path, hidden: int) -> Path:
     write_model_folder(
         folder,
         ModelFolder(
-            tensors=[TensorSpec(n, "float32", shape) for n, shape in manifest(config, 40000).items()],
+            tensors=[TensorSpec(n, "float32", shape) for n, shape in tensor_shapes(config, 40000).items()],
             read=lambda spec: generator(1, spec.name).standard_normal(spec.shape, np.float32),
             domains=config.domain_names,
             coverage={},

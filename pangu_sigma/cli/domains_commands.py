@@ -15,7 +15,7 @@ from pangu_sigma.cli.arguments import Json, ModelPath, NewModel, RunFolder
 from pangu_sigma.errors import UserError
 
 if TYPE_CHECKING:
-    from pangu_sigma.config.domain_edits import Ahead
+    from pangu_sigma.config.domain_edits import FollowUpTraining
     from pangu_sigma.domains.checkpoint_editor import EditResult
 
 domains_app = typer.Typer(
@@ -171,10 +171,10 @@ def add(
                     "leave it out"
                 )
 
-        def ahead_of(own: str) -> Ahead | None:
-            return _ahead(own, *plan)
+        def follow_up_of(own: str) -> FollowUpTraining | None:
+            return _follow_up(own, *plan)
 
-        done = add_model(run, model, domain, name=name, weight=weight, ahead_of=ahead_of, out=out)
+        done = add_model(run, model, domain, name=name, weight=weight, follow_up_of=follow_up_of, out=out)
         name = done.checkpoint.domains[-1]
     else:
         if name is None or not data:
@@ -182,7 +182,7 @@ def add(
         if domain is not None:
             raise UserError("--domain chooses a domain of --model: leave it out, or name the model")
         new_domain = NewDomain(name, tuple(data), experts, init, text_field, weight, filters.value, stars_field)
-        done = add_domain(run, new_domain, ahead=_ahead(name, *plan), out=out)
+        done = add_domain(run, new_domain, follow_up=_follow_up(name, *plan), out=out)
     _print_result(done, f"{name} added")
 
 
@@ -212,14 +212,14 @@ def expand(
     The other shared parameters train near the model as it was, unless --output, --l2 and --ewc are all 0. Models of
     router rre need no such thing: use add.
     """
-    from pangu_sigma.config.domain_edits import Ahead
+    from pangu_sigma.config.domain_edits import FollowUpTraining
     from pangu_sigma.domains.add_domain import NewDomain
     from pangu_sigma.domains.expand_gates import expand_domain
 
     penalties = {"output": output, "l2": l2, "ewc": ewc} if output or l2 or ewc else None
-    ahead = Ahead(name, steps, "train" if penalties is None else "regularised", replay, penalties)
+    follow_up = FollowUpTraining(name, steps, "train" if penalties is None else "regularised", replay, penalties)
     new_domain = NewDomain(name, tuple(data), experts, init, text_field, weight, filters.value, stars_field)
-    done = expand_domain(run, new_domain, ahead)
+    done = expand_domain(run, new_domain, follow_up)
     _print_result(done, f"{name} added")
 
 
@@ -313,12 +313,12 @@ def _held_by(
     return {**given, "through": through.value}
 
 
-def _ahead(
+def _follow_up(
     name: str, steps: int | None, shared: SharedTraining, replay: float, regularise: dict[str, float | str] | None
-) -> Ahead | None:
-    from pangu_sigma.config.domain_edits import Ahead
+) -> FollowUpTraining | None:
+    from pangu_sigma.config.domain_edits import FollowUpTraining
 
-    return None if steps is None else Ahead(name, steps, shared.value, replay, regularise)
+    return None if steps is None else FollowUpTraining(name, steps, shared.value, replay, regularise)
 
 
 def _print_result(done: EditResult, what: str) -> None:
@@ -330,7 +330,7 @@ def _print_result(done: EditResult, what: str) -> None:
         typer.echo("Its mesh does not hold these domains and is left out: name another to train on (parallel.*).")
     config = shlex.quote(str(done.run_dir / "config.yaml"))
     if train.steps > checkpoint.step:
-        typer.echo(f"{train.steps - checkpoint.step} steps lie ahead: pangu-sigma train {config} --resume")
+        typer.echo(f"{train.steps - checkpoint.step} steps lie follow_up: pangu-sigma train {config} --resume")
     elif done.config.schedule.kind == "constant":
         typer.echo(f"No step lies ahead; to train on: pangu-sigma train {config} train.steps=… --resume")
     else:

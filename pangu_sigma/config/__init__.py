@@ -1,14 +1,14 @@
 """The configuration of a run: schema, loading, rules between keys, parameter counts."""
 
 from pangu_sigma.config.init_from import (
-    check_start,
-    with_start_of,
+    check_init_from,
+    with_init_from_of,
     with_tokenizer_of,
     with_vocabulary,
     with_vocabulary_size,
 )
 from pangu_sigma.config.load_config import config_from_dict, effective, load_config
-from pangu_sigma.config.parameter_counts import Counts, manifest, parameter_counts
+from pangu_sigma.config.parameter_counts import ParameterCounts, parameter_counts, tensor_shapes
 from pangu_sigma.config.resume_rules import changed_keys, check_resume
 from pangu_sigma.config.schema import Config
 from pangu_sigma.config.schema_versions import SCHEMA_VERSION
@@ -16,16 +16,16 @@ from pangu_sigma.config.schema_versions import SCHEMA_VERSION
 __all__ = [
     "SCHEMA_VERSION",
     "Config",
-    "Counts",
+    "ParameterCounts",
     "changed_keys",
     "check_resume",
-    "check_start",
+    "check_init_from",
     "config_from_dict",
     "effective",
     "load_config",
-    "manifest",
+    "tensor_shapes",
     "parameter_counts",
-    "with_start_of",
+    "with_init_from_of",
     "with_tokenizer_of",
     "with_vocabulary",
     "with_vocabulary_size",

@@ -1,4 +1,4 @@
-"""What a rank reserves for a sparse layer under capacity dispatch: static shapes, by arithmetic alone.
+"""Sizes of the dispatch buffers that a rank reserves for a sparse layer under capacity dispatch, by arithmetic alone.
 
 The plan counts with these numbers and the graph that is cut over a mesh is built of them.
 """
@@ -12,8 +12,9 @@ from pangu_sigma.config.schema import Config
 
 
 @dataclass(frozen=True)
-class Dispatch:
-    """A sparse layer of one micro-batch on one row rank: expert slots of its exchange group, rows reserved in each.
+class DispatchBuffer:
+    """Dispatch buffer of a sparse layer, for one micro-batch on one rank that reads: expert slots of its exchange group
+    and the rows reserved in each.
 
     `tokens` T of the rank make `choices` T k rows that look for room.
     """
@@ -56,13 +57,14 @@ def activated_slots(config: Config) -> int:
     limit = min(config.data.max_domains_per_batch or len(sizes), samples)
     parts, most = mesh.exchange_size, 0
     for group in mesh.domains_of_groups(sizes):
-        asked = [[0] * len(group) for _ in range(parts)]
-        reached = 0
+        # Experts of each domain of the group that each part owns.
+        owned = [[0] * len(group) for _ in range(parts)]
+        first = 0
         for domain, size in enumerate(sizes[d] for d in group):
-            for place in range(reached, reached + size):
-                asked[place % parts][domain] += 1
-            reached += size
-        most = max(most, *(sum(sorted(of_part, reverse=True)[:limit]) for of_part in asked))
+            for expert in range(first, first + size):
+                owned[expert % parts][domain] += 1
+            first += size
+        most = max(most, *(sum(sorted(of_part, reverse=True)[:limit]) for of_part in owned))
     return most * parts
 
 
@@ -76,13 +78,13 @@ def rows_of_group(config: Config) -> int:
     return math.ceil(sparse.capacity_factor * config.experts_per_token * length / among)
 
 
-def dispatch(config: Config) -> Dispatch | None:
-    """What a rank reserves to send under capacity dispatch; None for a dense model. Dropless rows: one for a choice."""
+def dispatch_buffer(config: Config) -> DispatchBuffer | None:
+    """The dispatch buffer of a rank; None for a dense model. Dropless dispatch has one row for each choice."""
     if not config.model.sparse_prefixes:
         return None
     length, samples = config.data.sequence_length, samples_at_a_time(config)
     choices = samples * length * config.experts_per_token
     if config.model.sparse.dispatch == "dropless":
-        return Dispatch(1, choices, samples * length, choices)
+        return DispatchBuffer(1, choices, samples * length, choices)
     rows = samples // config.model.sparse.capacity_samples * rows_of_group(config)
-    return Dispatch(activated_slots(config), rows, samples * length, choices)
+    return DispatchBuffer(activated_slots(config), rows, samples * length, choices)

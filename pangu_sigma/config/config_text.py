@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 from pangu_sigma.config.key_descriptions import keys
-from pangu_sigma.config.parameter_counts import Counts, parameter_counts
+from pangu_sigma.config.parameter_counts import ParameterCounts, parameter_counts
 from pangu_sigma.config.schema import Config
 
 
 def json_text(config: Config, vocabulary: int) -> str:
-    """JSON with `config`, `vocabulary` (rows of the word embedding) and `parameters` (see `Counts`)."""
+    """JSON with `config`, `vocabulary` (rows of the word embedding) and `parameters` (see `ParameterCounts`)."""
     counts = parameter_counts(config, vocabulary).to_dict()
     parts = {"config": config.to_dict(), "vocabulary": vocabulary, "parameters": counts}
     return json.dumps(parts, ensure_ascii=False, indent=2)
@@ -29,14 +29,14 @@ def description() -> str:
     return "\n".join(paragraphs)
 
 
-def _count_lines(counts: Counts, rows: int) -> list[str]:
+def _count_lines(counts: ParameterCounts, rows: int) -> list[str]:
     width = len(f"{counts.total:,}")
     lines = [
         f"parameters with a vocabulary of {rows:,}:",
         f"  {counts.total:>{width},}  total",
         f"  {counts.shared:>{width},}  shared",
     ]
-    for name, number in counts.per_domain.items():
+    for name, parameters in counts.per_domain.items():
         activated = counts.activated_per_token[name]
-        lines.append(f"  {number:>{width},}  domain {name} ({activated:,} activated per token)")
+        lines.append(f"  {parameters:>{width},}  domain {name} ({activated:,} activated per token)")
     return [*lines, f"beside them {counts.routing_entries:,} entries of routing tables (integers, never trained)"]

@@ -127,7 +127,7 @@ class DataConfig(Section):
     deduplicate: bool = Field(True, description="Whether near-duplicate documents are removed before the split.")
     prefetch: int = Field(2, ge=0, description="Batches read ahead of the step; 0 reads each when it is needed.")
     max_domains_per_batch: int | None = Field(
-        None, ge=1, description="How many domains may meet in one optimizer step; null sets no limit."
+        None, ge=1, description="Most domains that one optimizer step mixes; null sets no limit."
     )
     stream: StreamConfig | None = Field(
         None, description="Source of documents to learn from as they arrive; null trains on the domains' files."

@@ -1,4 +1,4 @@
-"""The configuration of a run whose domains change: its domains, and what training does from here on.
+"""Edits of a run's configuration where its domains are added, removed or renamed: the domains and the plan of training.
 
 Steps that were done keep their phase, so that what the run was stands in its configuration; only what lies ahead
 changes.
@@ -20,8 +20,8 @@ from pangu_sigma.errors import UserError
 
 
 @dataclass(frozen=True)
-class Ahead:
-    """Training that follows the change, instead of what the plan had left: `steps` on the domain `name`.
+class FollowUpTraining:
+    """Training that follows an edit of the domains, in the place of the plan's remaining phases: `steps` on `name`.
 
     shared: what the shared parameters do: frozen, train, or regularised by what `regularise` (a `RegulariseConfig` as a
     mapping) says. replay: share of the samples (0 to below 1) that the other domains give, by their own weights. Raises
@@ -50,35 +50,36 @@ def checked(values: dict[str, Any], source: str) -> Config:
     except UserError:
         if values["parallel"] == {}:
             raise
-        found = config_from_dict({**values, "parallel": {}}, source)
+        config = config_from_dict({**values, "parallel": {}}, source)
     values["parallel"] = {}
-    return found
+    return config
 
 
-def add_domain(values: dict[str, Any], domain: dict[str, Any], step: int, ahead: Ahead | None) -> None:
+def add_domain(values: dict[str, Any], domain: dict[str, Any], step: int, follow_up: FollowUpTraining | None) -> None:
     """Adds `domain` (a `DomainConfig` as a mapping) to the configuration of a run that has done `step` steps."""
     values["domains"].append(domain)
-    if ahead is not None:
+    if follow_up is not None:
+        regularise = follow_up.regularise
         phase = {
-            "steps": ahead.steps,
-            "weights": {ahead.name: 1.0},
-            "shared": ahead.shared,
-            "domains": [ahead.name] if ahead.shared == "frozen" else None,
+            "steps": follow_up.steps,
+            "weights": {follow_up.name: 1.0},
+            "shared": follow_up.shared,
+            "domains": [follow_up.name] if follow_up.shared == "frozen" else None,
             "restart": True,
-            "replay": ahead.replay,
-            "old": [entry["name"] for entry in values["domains"] if entry["name"] != ahead.name]
-            if ahead.replay or _looks_back(ahead.regularise)
+            "replay": follow_up.replay,
+            "old": [entry["name"] for entry in values["domains"] if entry["name"] != follow_up.name]
+            if follow_up.replay or _looks_back(regularise)
             else None,
             # Every key of the section, so that the plan can be changed again.
-            "regularise": None if ahead.regularise is None else RegulariseConfig(**ahead.regularise).model_dump(),
+            "regularise": None if regularise is None else RegulariseConfig(**regularise).model_dump(),
         }
         done = phases_done(values["train"], step)
-        values["train"]["steps"] = step + ahead.steps
+        values["train"]["steps"] = step + follow_up.steps
         values["train"]["phases"] = [*done, phase]
     _mend(values, step)
 
 
-def replace_ahead(
+def replace_phases(
     values: dict[str, Any], phases: Sequence[Mapping[str, Any]], max_domains_per_batch: int | None
 ) -> None:
     """Makes `phases` the whole plan of a run, done ones included; `max_domains_per_batch` is cut to those there are."""

@@ -1,4 +1,4 @@
-"""An adaptation's file lies over the configuration of the model that it adapts."""
+"""Fine-tuning configuration: the file of an `sft` or `dpo` run, laid over its model's configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a new run can begin with another model's weights (`run.init_from`), and what it takes over from it."""
+"""Warm start from another model (`run.init_from`): whether its network fits, and what a run takes over from it."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ _FREE = re.compile(
 )
 
 
-def says_network(key: str) -> bool:
+def defines_network(key: str) -> bool:
     """Whether a key ("model.heads") says which function a model's tensors are. The size of the vocabulary does not: it
     is the tokenizer's unless it is written."""
     return key.startswith("model.") and not _FREE.fullmatch(key)
 
 
-def check_start(model: Config, wanted: Config) -> None:
-    """Raises UserError, which names every key, unless `wanted` describes the network of `model` with its domains."""
-    here, there = set(wanted.domain_names), set(model.domain_names)
-    where = f"run.init_from = {wanted.run.init_from}"
+def check_init_from(model: Config, config: Config) -> None:
+    """Raises UserError, which names every key, unless `config` describes the network of `model` with its domains."""
+    own, theirs = set(config.domain_names), set(model.domain_names)
+    prefix = f"run.init_from = {config.run.init_from}"
     for names, sentence in (
-        (here - there, "has no domain {}: leave it out, since a domain is added to the run that trains it"),
-        (there - here, "also has the domain {}: list it too, or cut the others out with pangu-sigma extract"),
+        (own - theirs, "has no domain {}: leave it out, since a domain is added to the run that trains it"),
+        (theirs - own, "also has the domain {}: list it too, or cut the others out with pangu-sigma extract"),
     ):
         if names:
-            raise UserError(f"{where} {sentence.format(', '.join(sorted(names)))}")
-    if model.domain_names != wanted.domain_names:
-        raise UserError(f"{where} has the domains {', '.join(model.domain_names)} in this order: list them likewise")
-    before, after = flat_keys(model), flat_keys(wanted)
-    compared = [key for key in {**before, **after} if says_network(key)]
+            raise UserError(f"{prefix} {sentence.format(', '.join(sorted(names)))}")
+    if model.domain_names != config.domain_names:
+        raise UserError(f"{prefix} has the domains {', '.join(model.domain_names)} in this order: list them likewise")
+    before, after = flat_keys(model), flat_keys(config)
+    compared = [key for key in {**before, **after} if defines_network(key)]
     compared += [f"domains.{name}.experts" for name in model.domain_names]
-    if wanted.model.vocab_size is not None:
+    if config.model.vocab_size is not None:
         compared.append("model.vocab_size")
     named = [
         f"{key} is {shown(before.get(key))} there and {shown(after.get(key))} here"
@@ -48,7 +48,7 @@ def check_start(model: Config, wanted: Config) -> None:
     ]
     if named:
         more = f"; and {len(named) - 5} more" if len(named) > 5 else ""
-        raise UserError(f"{where} is another model: {'; '.join(named[:5])}{more}; write what it has, or leave it out")
+        raise UserError(f"{prefix} is another model: {'; '.join(named[:5])}{more}; write what it has, or leave it out")
 
 
 def with_tokenizer_of(config: Config, model: Config) -> Config:
@@ -56,8 +56,8 @@ def with_tokenizer_of(config: Config, model: Config) -> Config:
     return _with(config, model, config.run.init_from)
 
 
-def with_start_of(config: Config, stored: Config) -> Config:
-    """`config` of a run that resumes, with what it took over when it began (`stored`, the run's own configuration)."""
+def with_init_from_of(config: Config, stored: Config) -> Config:
+    """`config` of a run that resumes, with what its `stored` configuration took over from the model of init_from."""
     return _with(config, stored, stored.run.init_from) if stored.run.init_from is not None else config
 
 
@@ -71,10 +71,10 @@ def _with(config: Config, model: Config, init_from: str | None) -> Config:
 
 def with_vocabulary(config: Config, tokenizer_size: int) -> Config:
     """The configuration with model.vocab_size filled in. Raises UserError if it is too small for the tokenizer."""
-    wanted = config.model.vocab_size
-    if wanted is not None and wanted < tokenizer_size:
+    rows = config.model.vocab_size
+    if rows is not None and rows < tokenizer_size:
         raise UserError(
-            f"model.vocab_size is {wanted}, but the tokenizer has {tokenizer_size} ids: raise it or leave it out"
+            f"model.vocab_size is {rows}, but the tokenizer has {tokenizer_size} ids: raise it or leave it out"
         )
     return with_vocabulary_size(config, tokenizer_size)
 

@@ -1,4 +1,4 @@
-"""What the schema knows of every key: what is allowed, its default, its meaning, for errors and `config --describe`."""
+"""Reference of every key of the schema: allowed values, default and meaning, for errors and `config --describe`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: 
 _PATTERN_TEXT = "of small letters, digits, '_' and '-', starting with a letter or digit, at most 64 long"
 
 
-class Key(NamedTuple):
+class KeyDescription(NamedTuple):
     """One key of the schema; `[]` in the path stands for an item of a list."""
 
     path: str
@@ -25,7 +25,7 @@ class Key(NamedTuple):
     description: str
 
 
-def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[Key]:
+def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[KeyDescription]:
     """Every key that holds a value, in the schema's order."""
     for name, field in section.model_fields.items():
         path = f"{prefix}{name}"
@@ -33,7 +33,7 @@ def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[Key]:
         if inner is not None:
             yield from keys(inner, f"{path}[]." if is_list else f"{path}.")
         else:
-            yield Key(path, allowed(field), _default(field), field.description or "")
+            yield KeyDescription(path, allowed(field), _default(field), field.description or "")
 
 
 def allowed(field: FieldInfo) -> str:

@@ -99,7 +99,7 @@ def _experts(config: Config, mesh: Mesh) -> Violations:
     stretches = [phase.weights or own for phase in config.train.phases] or [own]
     for weights in stretches if mesh.placement_groups > 1 else ():
         for group in mesh.domains_of_groups(sizes):
-            names = [config.domain_names[number] for number in group]
+            names = [config.domain_names[domain] for domain in group]
             if not any(weights.get(name, 0.0) for name in names):
                 yield (
                     "parallel.placement",
@@ -107,11 +107,11 @@ def _experts(config: Config, mesh: Mesh) -> Violations:
                     "these have no weight in a phase: give one of them some, or set placement to global",
                 )
                 return
-    wanted, fewest = config.data.max_domains_per_batch, min(len(group) for group in mesh.domains_of_groups(sizes))
-    if mesh.placement_groups > 1 and wanted is not None and wanted > fewest:
+    limit, fewest = config.data.max_domains_per_batch, min(len(group) for group in mesh.domains_of_groups(sizes))
+    if mesh.placement_groups > 1 and limit is not None and limit > fewest:
         yield (
             "data.max_domains_per_batch",
-            f"data.max_domains_per_batch = {wanted} counts per placement group, and one of them has {fewest} domains: "
+            f"data.max_domains_per_batch = {limit} counts per placement group, and one of them has {fewest} domains: "
             f"set it to at most {fewest}, or parallel.placement_groups lower",
         )
 
@@ -169,11 +169,11 @@ def _one_graph(config: Config, mesh: Mesh) -> Violations:
             "model.sparse.balance",
             "model.sparse.balance = pooled has no form that is cut over devices: set it to per_layer",
         )
-    for name, number in (("expert_chunks", parallel.expert_chunks), ("pipeline", parallel.pipeline)):
-        if model.router_spec.learned and number > 1:
+    for name, ways in (("expert_chunks", parallel.expert_chunks), ("pipeline", parallel.pipeline)):
+        if model.router_spec.learned and ways > 1:
             yield (
                 f"parallel.{name}",
-                f"parallel.{name} = {number} needs rows planned outside the graph, and a gate ({model.router}) "
+                f"parallel.{name} = {ways} needs rows planned outside the graph, and a gate ({model.router}) "
                 "plans them inside: set it to 1, or the router to rre or hash",
             )
     for name, width in (("hidden", model.hidden), ("ffn", model.ffn)):
@@ -184,12 +184,12 @@ def _one_graph(config: Config, mesh: Mesh) -> Violations:
                 f" over which every expert is cut: change one of them",
             )
     if parallel.expert_chunks > 1 and not model.router_spec.learned:
-        held = activated_slots(config) // mesh.exchange_size
-        if held % parallel.expert_chunks:
+        local_experts = activated_slots(config) // mesh.exchange_size
+        if local_experts % parallel.expert_chunks:
             yield (
                 "parallel.expert_chunks",
-                f"parallel.expert_chunks = {parallel.expert_chunks} does not divide the {held} experts that a rank "
-                f"computes: choose a divisor of {held}",
+                f"parallel.expert_chunks = {parallel.expert_chunks} does not divide the {local_experts} experts "
+                f"that a rank computes: choose a divisor of {local_experts}",
             )
 
 

@@ -21,17 +21,17 @@ class Override(NamedTuple):
     key: str
 
 
-def known_section(place: list[str | int], text: str) -> dict[str, Any]:
+def known_section(key_path: list[str | int], text: str) -> dict[str, Any]:
     """A section of our configuration that the file leaves out, to be made by the override `text`.
 
-    Raises UserError where `place` is none.
+    Raises UserError where `key_path` is none.
     """
     # `weights` of a phase is the one key whose value is a free mapping.
-    if section_at(place) is None and place[-1] != "weights":
-        raise UserError(f"override '{text}': {unknown_key(place)}")
-    if section_at(place) is not None and place[-1] in ("domains", "phases", "examples"):
+    if section_at(key_path) is None and key_path[-1] != "weights":
+        raise UserError(f"override '{text}': {unknown_key(key_path)}")
+    if section_at(key_path) is not None and key_path[-1] in ("domains", "phases", "examples"):
         raise UserError(
-            f"the override '{text}' changes an item of {place[-1]}, but there is no such list: write it in the file"
+            f"the override '{text}' changes an item of {key_path[-1]}, but there is no such list: write it in the file"
         )
     return {}
 
@@ -62,19 +62,19 @@ def _apply(
         value = parse_yaml(value_text)
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"the value of the override '{text}' is not YAML: put it in quotes") from error
-    place: list[str | int] = []
+    key_path: list[str | int] = []
     target: Any = values
     *parents, last = path.split(".")
     for name in parents:
         step = _step(target, name, text)
-        place.append(step)
+        key_path.append(step)
         if isinstance(target, dict) and target.get(step) is None:
-            target[step] = new_section(place, text)
+            target[step] = new_section(key_path, text)
         target = target[step]
     step = _step(target, last, text)
-    place.append(step)
+    key_path.append(step)
     target[step] = value
-    return Override(text, ".".join(map(str, place)))
+    return Override(text, ".".join(map(str, key_path)))
 
 
 def _step(target: Any, name: str, text: str) -> str | int:
@@ -97,12 +97,12 @@ def _step(target: Any, name: str, text: str) -> str | int:
 
 def emulation_overrides(overrides: Sequence[str]) -> list[str]:
     """The overrides that `train --emulate-mesh` stands for. Raises UserError where one of `overrides` differs."""
-    wanted = {"run.device": "CPU", "parallel.emulate_mesh": "true"}
+    implied = {"run.device": "CPU", "parallel.emulate_mesh": "true"}
     for override in overrides:
         key, _, value = override.partition("=")
-        if key in wanted and value.strip().lower() != wanted[key].lower():
-            raise UserError(f"--emulate-mesh sets {key}={wanted[key]}: leave out --emulate-mesh or {override}")
-    return [f"{key}={value}" for key, value in wanted.items()]
+        if key in implied and value.strip().lower() != implied[key].lower():
+            raise UserError(f"--emulate-mesh sets {key}={implied[key]}: leave out --emulate-mesh or {override}")
+    return [f"{key}={value}" for key, value in implied.items()]
 
 
 def stream_overrides(source: str | None, domain: str | None, domain_field: str | None) -> list[str]:

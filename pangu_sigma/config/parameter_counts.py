@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Counts:
+class ParameterCounts:
     """Numbers of trained values (floats). Routing tables are integers that never train, so they are no parameters."""
 
     total: int
@@ -42,7 +42,7 @@ class Counts:
         }
 
 
-def manifest(config: Config, vocab_size: int) -> dict[str, Shape]:
+def tensor_shapes(config: Config, vocab_size: int) -> dict[str, Shape]:
     """Every tensor of the model by its name in model and checkpoint, with its shape; shared tensors first.
 
     `domains.{d}.{layer}.routing` (`{layer}.routing` of a hash layer) are int32 tables; all others are trained floats.
@@ -54,8 +54,8 @@ def manifest(config: Config, vocab_size: int) -> dict[str, Shape]:
     return shapes
 
 
-def parameter_counts(config: Config, vocab_size: int) -> Counts:
-    """Counts that follow from `manifest`: total, shared, per domain, and activated per token of each domain."""
+def parameter_counts(config: Config, vocab_size: int) -> ParameterCounts:
+    """Counts that follow from `tensor_shapes`: total, shared, per domain, and activated per token of each domain."""
     shared = sum(math.prod(shape) for _, shape in _shared(config, vocab_size))
     per_domain: dict[str, int] = {}
     activated: dict[str, int] = {}
@@ -73,7 +73,7 @@ def parameter_counts(config: Config, vocab_size: int) -> Counts:
             if not is_routing(name)
         )
         routing += tables
-    return Counts(shared + sum(per_domain.values()), shared, per_domain, activated, routing)
+    return ParameterCounts(shared + sum(per_domain.values()), shared, per_domain, activated, routing)
 
 
 def is_routing(name: str) -> bool:

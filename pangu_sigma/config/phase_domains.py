@@ -1,4 +1,4 @@
-"""What a phase draws its samples from, and which of the domains are old to it."""
+"""Sampling weights of a phase with its replay, and which of the domains are old to it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def old_domains(config: Config, index: int) -> tuple[str, ...]:
     for earlier in range(index):
         seen |= {name for name, weight in own_weights(config, earlier).items() if weight}
         seen |= set(config.train.phases[earlier].old or ())
-    mine = {name for name, weight in own_weights(config, index).items() if weight}
-    return tuple(name for name in config.domain_names if name in seen - mine)
+    own = {name for name, weight in own_weights(config, index).items() if weight}
+    return tuple(name for name in config.domain_names if name in seen - own)
 
 
 def drawn_weights(config: Config, index: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What may change between a run and its resumption, and what may not."""
+"""Keys that `--resume` may change and keys that it may not, by comparison with the run's stored configuration."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _ALLOWED = re.compile(
 )
 
 
-class Changes(NamedTuple):
+class ChangedKeys(NamedTuple):
     """Keys in which two effective configurations differ, by whether a run may resume with the new value."""
 
     allowed: tuple[str, ...]
     refused: tuple[str, ...]
 
 
-def changed_keys(old: Config, new: Config) -> Changes:
+def changed_keys(old: Config, new: Config) -> ChangedKeys:
     """The keys in which two effective configurations differ; domains are named, not numbered (`domains.code.experts`).
 
     Allowed are keys that leave every step that both have as it was: run.* except seed and device, train.steps,
@@ -53,10 +53,10 @@ def changed_keys(old: Config, new: Config) -> Changes:
     # An anneal ends with the run: a longer one had other rates in its last steps.
     fixed = {"train.steps"} if old.schedule.anneal_steps or new.schedule.anneal_steps else set()
     allowed = tuple(key for key in changed if key not in fixed and (key in may_change or _ALLOWED.fullmatch(key)))
-    return Changes(allowed, tuple(key for key in changed if key not in allowed))
+    return ChangedKeys(allowed, tuple(key for key in changed if key not in allowed))
 
 
-def check_resume(old: Config, new: Config) -> Changes:
+def check_resume(old: Config, new: Config) -> ChangedKeys:
     """The changes, all of them allowed; raises UserError that names every refused key with its old and new value."""
     changes = changed_keys(old, new)
     if changes.refused:

@@ -75,7 +75,7 @@ class CheckpointConfig(Section):
 class ParallelConfig(Section):
     """The device mesh: data x expert x tensor x pipeline ranks (`parallel.mesh`)."""
 
-    data: int = Field(1, ge=1, description="Ways of data parallelism beside the expert axis, whose ranks read too.")
+    data: int = Field(1, ge=1, description="Data-parallel ranks beside the expert axis, whose ranks read samples too.")
     expert: int = Field(1, ge=1, description="Parts that the experts are cut into; each reads samples of its own.")
     tensor: int = Field(1, ge=1, description="Parts that heads, inner widths and the vocabulary are cut into; Ascend.")
     pipeline: int = Field(1, ge=1, description="Pipeline stages, each with an equal run of layers; Ascend.")

@@ -24,7 +24,7 @@ class OptimizerConfig(Section):
     )
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay; norms and biases have none.")
     max_grad_norm: float = Field(
-        1.0, gt=0, description="Largest global norm of the gradient; larger ones are scaled down."
+        1.0, gt=0, description="Largest global norm of the gradient; a larger gradient is scaled down to it."
     )
 
 
@@ -36,7 +36,9 @@ class ScheduleConfig(Section):
     decay_steps: int | None = Field(
         None, ge=1, description="Step at which the decay ends, the warm-up included; null takes all before the anneal."
     )
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="Where the decay ends, as a share of the peak.")
+    min_lr_ratio: float = Field(
+        0.1, ge=0, le=1, description="Learning rate at the decay's end, as a share of the peak."
+    )
     anneal_steps: int = Field(
         0, ge=0, description="Last steps of the run, over which the rate falls linearly to 0 from where it stands."
     )
@@ -51,7 +53,7 @@ class LossScaleConfig(Section):
 
 
 class RegulariseConfig(Section):
-    """What holds a phase near the previous model: the model as it stood when the phase began, or before it grew."""
+    """Regularisation of a phase towards the previous model: the model at the phase's first step, or before it grew."""
 
     output: float = Field(
         0.0, ge=0, description="Weight of KL(previous || now) of the next-token distributions, in nats per token."
@@ -76,7 +78,7 @@ def _trained(value: Any) -> Any:
 
 
 class PhaseConfig(Section):
-    """A stretch of steps with its own domain weights and its own trained parts."""
+    """Phase of training: a run of steps with its own sampling weights and its own trained parameters."""
 
     steps: int | None = Field(
         None, ge=1, description="Steps of this phase; null (the last phase only) takes what is left of train.steps."
@@ -88,7 +90,7 @@ class PhaseConfig(Section):
         "train", description="Whether the shared parameters train, keep every bit, or train near the previous model."
     )
     regularise: RegulariseConfig | None = Field(
-        None, description="With shared regularised, what holds the phase near the previous model."
+        None, description="With shared regularised, the terms that keep the phase near the previous model."
     )
     replay: float = Field(
         0.0, ge=0, lt=1, description="Share of the samples that old domains give, by their own weights, beside weights."
@@ -100,7 +102,7 @@ class PhaseConfig(Section):
         None, description="Names of the domains whose experts train; null trains all, an empty list none."
     )
     restart: bool = Field(
-        False, description="Whether the learning rate begins anew: warm-up, then a decay that ends with this phase."
+        False, description="Whether the learning rate restarts: warm-up, then a decay that ends with this phase."
     )
 
     def weight_violations(self, key: str) -> Violations:
@@ -140,7 +142,7 @@ class TrainConfig(Section):
     steps: int = Field(ge=1, description="Optimizer steps of the whole run.")
     batch_size: int = Field(ge=1, description="Sequences in an optimizer step.")
     gradient_accumulation_steps: int = Field(
-        1, ge=1, description="Parts a batch is computed in, one after the other; divides it."
+        1, ge=1, description="Micro-batches of an optimizer step, one after the other; divides batch_size."
     )
     stop_at: int | None = Field(
         None, ge=1, description="Step after which the run ends early, as if interrupted after a checkpoint."

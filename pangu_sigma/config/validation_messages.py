@@ -1,4 +1,4 @@
-"""Turns what is wrong with a configuration into sentences: where, what was written, what is allowed."""
+"""Error messages of a configuration: one sentence a problem, with the key, what was written and what is allowed."""
 
 from __future__ import annotations
 
@@ -24,48 +24,48 @@ class Problem(NamedTuple):
 
 def problems_of(error: ValidationError, root: type[Section] = Config) -> list[Problem]:
     """All problems of a failed validation of `root`, in the schema's order."""
-    found = error.errors(include_url=False)
-    places = [tuple(item["loc"]) for item in found]
+    items = error.errors(include_url=False)
+    paths = [tuple(item["loc"]) for item in items]
     result: list[Problem] = []
-    for item, place in zip(found, places, strict=True):
-        # A list with a wrong item is also reported as too short: only the innermost place is the user's mistake.
-        if any(len(other) > len(place) and other[: len(place)] == place for other in places):
+    for item, path in zip(items, paths, strict=True):
+        # A list with a wrong item is also reported as too short: only the innermost path is the user's mistake.
+        if any(len(other) > len(path) and other[: len(path)] == path for other in paths):
             continue
-        result.append(_problem(item, place, root))
+        result.append(_problem(item, path, root))
     return result
 
 
-def _problem(item: Any, place: tuple[str | int, ...], root: type[Section]) -> Problem:
-    key = dotted(place)
+def _problem(item: Any, path: tuple[str | int, ...], root: type[Section]) -> Problem:
+    key = dotted(path)
     if item["type"] == "missing":
-        meaning = getattr(field_at(place, root), "description", None)
+        meaning = getattr(field_at(path, root), "description", None)
         meant = f" ({meaning})" if meaning else ""
-        return Problem(key, f"{key} is missing: set it to {allowed_at(place, root)}{meant}")
+        return Problem(key, f"{key} is missing: set it to {allowed_at(path, root)}{meant}")
     if item["type"] == "extra_forbidden":
-        return Problem(key, unknown_key(place, root))
-    return Problem(key, f"{key} = {shown(item['input'])} is not allowed: it must be {allowed_at(place, root)}")
+        return Problem(key, unknown_key(path, root))
+    return Problem(key, f"{key} = {shown(item['input'])} is not allowed: it must be {allowed_at(path, root)}")
 
 
-def unknown_key(place: Sequence[str | int], root: type[Section] = Config) -> str:
+def unknown_key(path: Sequence[str | int], root: type[Section] = Config) -> str:
     """A sentence for a key that the schema does not have; names the nearest one that it has."""
-    *parents, wrong = place
-    new_name = changed_name(dotted(place)) if root is Config else None
+    *parents, wrong = path
+    new_name = changed_name(dotted(path)) if root is Config else None
     if new_name is not None:
-        return f"{dotted(place)} is not a known key: it is {new_name} since schema_version {SCHEMA_VERSION}"
+        return f"{dotted(path)} is not a known key: it is {new_name} since schema_version {SCHEMA_VERSION}"
     section = section_at(parents, root)
-    here = list(section.model_fields) if section is not None else []
+    known = list(section.model_fields) if section is not None else []
     prefix = dotted(parents) + "." if parents else ""
-    near = difflib.get_close_matches(str(wrong), here, n=1, cutoff=0.6)
-    near = near or [name for name in here if _initials(name) == wrong]
+    near = difflib.get_close_matches(str(wrong), known, n=1, cutoff=0.6)
+    near = near or [name for name in known if _initials(name) == wrong]
     if near:
-        return f"{dotted(place)} is not a known key: the nearest known key is {prefix}{near[0]}"
+        return f"{dotted(path)} is not a known key: the nearest known key is {prefix}{near[0]}"
     elsewhere = [key.path for key in keys(root) if key.path.rsplit(".", 1)[-1] == wrong]
     if elsewhere:
-        return f"{dotted(place)} is not a known key: the nearest known key is {elsewhere[0]}"
-    nearest = max(here, key=lambda name: difflib.SequenceMatcher(None, str(wrong), name).ratio())
+        return f"{dotted(path)} is not a known key: the nearest known key is {elsewhere[0]}"
+    nearest = max(known, key=lambda name: difflib.SequenceMatcher(None, str(wrong), name).ratio())
     return (
-        f"{dotted(place)} is not a known key: the nearest known key is {prefix}{nearest} "
-        f"(known here: {', '.join(here)})"
+        f"{dotted(path)} is not a known key: the nearest known key is {prefix}{nearest} "
+        f"(known here: {', '.join(known)})"
     )
 
 
@@ -74,9 +74,9 @@ def _initials(name: str) -> str:
     return "".join(word[0] for word in name.split("_"))
 
 
-def dotted(place: Sequence[str | int]) -> str:
+def dotted(path: Sequence[str | int]) -> str:
     """A key path as it is written in overrides: `domains.0.experts`."""
-    return ".".join(str(step) for step in place) or "the configuration"
+    return ".".join(str(step) for step in path) or "the configuration"
 
 
 def shown(value: Any) -> str:

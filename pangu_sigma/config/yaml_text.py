@@ -1,4 +1,4 @@
-"""YAML text in and out, by the rules of YAML 1.2's core schema, with duplicate keys refused.
+"""YAML reader and writer, by the rules of YAML 1.2's core schema, with duplicate keys refused.
 
 PyYAML's own loader follows YAML 1.1, where `1e-4` is a text, `no` is false and `010` is eight. A configuration must not
 depend on knowing that.

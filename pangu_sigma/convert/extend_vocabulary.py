@@ -17,7 +17,7 @@ from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder, Tensor
 from pangu_sigma.checkpoint.float_types import as_float32, convert_float
 from pangu_sigma.checkpoint.tensor_file import raw_bytes
 from pangu_sigma.config import Config, config_from_dict, effective
-from pangu_sigma.config.parameter_counts import is_routing, layer_name_and_owner, manifest
+from pangu_sigma.config.parameter_counts import is_routing, layer_name_and_owner, tensor_shapes
 from pangu_sigma.convert.conversion_coverage import check_coverage
 from pangu_sigma.convert.converted_folder import check_output, write_with_progress
 from pangu_sigma.convert.tokenizer_pieces import NORMAL, USER_DEFINED, known_pieces, read_pieces, replaced, with_pieces
@@ -77,7 +77,7 @@ def extend_vocabulary(
     rows = max(old_rows, new.vocab_size)
     config = _extended_config(old_config, out, new, rows)
     counts = _counts(config, new, rows) if _needs_counts(config) and rows > old_rows else {}
-    targets, names = manifest(config, rows), source.names(optimizer=False)
+    targets, names = tensor_shapes(config, rows), source.names(optimizer=False)
     entries = {name: source.manifest.tensors[name] for name in names}
     kept = [
         (name, name, (rows, *entry.shape[1:]) if _grows(name) else entry.shape) for name, entry in entries.items()

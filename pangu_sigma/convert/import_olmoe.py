@@ -17,7 +17,7 @@ from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder, Tensor
 from pangu_sigma.checkpoint.float_types import convert_float
 from pangu_sigma.checkpoint.tensor_file import numpy_type
 from pangu_sigma.config import SCHEMA_VERSION, Config, config_from_dict, effective
-from pangu_sigma.config.parameter_counts import manifest, parameter_counts
+from pangu_sigma.config.parameter_counts import parameter_counts, tensor_shapes
 from pangu_sigma.convert.conversion_coverage import check_coverage
 from pangu_sigma.convert.converted_folder import check_output, write_with_progress
 from pangu_sigma.convert.olmoe_names import OlmoeTensor, parts_of
@@ -63,7 +63,7 @@ def import_olmoe(source: Path, out: Path, settings: OlmoeImportSettings) -> Impo
     eod_id = settings.eod_id if settings.eod_id is not None else _eod(given, source)
     tokenizer = _tokenizer(source, settings, eod_id)
     config = _config(given, source, out, settings, tokenizer)
-    targets = manifest(config, config.model.vocab_size)
+    targets = tensor_shapes(config, config.model.vocab_size)
     origins = {name: parts_of(config, name) for name in targets}
     _check(folder, targets, origins)
     specs = [TensorSpec(name, _dtype(folder, origins[name]), shape) for name, shape in targets.items()]

@@ -15,7 +15,7 @@ import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder, TensorSpec
 from pangu_sigma.config import SCHEMA_VERSION, Config, config_from_dict, effective
-from pangu_sigma.config.parameter_counts import manifest, parameter_counts
+from pangu_sigma.config.parameter_counts import parameter_counts, tensor_shapes
 from pangu_sigma.config.presets import PRESETS
 from pangu_sigma.convert.conversion_coverage import check_coverage, listed
 from pangu_sigma.convert.converted_folder import check_output, new_specs, write_with_progress
@@ -99,7 +99,7 @@ def import_pangu_alpha(source: Path, out: Path, settings: PanguAlphaImportSettin
         # Copies of one shape are compared when they are read; others are two tensors for one place.
         distinct = same[:1] if len({part.shape for part in same}) == 1 else same
         assigned += [(part.target, part.name, part.shape) for part in distinct]
-    targets = manifest(config, config.model.vocab_size)
+    targets = tensor_shapes(config, config.model.vocab_size)
     check_coverage(str(source), targets, assigned, [*(name for _, name, _ in assigned), *unknown])
 
     def read(spec: TensorSpec) -> np.ndarray:

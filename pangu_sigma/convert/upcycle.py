@@ -20,7 +20,7 @@ from pangu_sigma.checkpoint.float_types import as_float32
 from pangu_sigma.checkpoint.folder_layout import domain_of
 from pangu_sigma.checkpoint.tensor_file import raw_bytes
 from pangu_sigma.config import Config, config_from_dict, effective, load_config
-from pangu_sigma.config.parameter_counts import is_expert, is_routing, manifest, parameter_counts
+from pangu_sigma.config.parameter_counts import is_expert, is_routing, parameter_counts, tensor_shapes
 from pangu_sigma.convert.conversion_coverage import check_coverage
 from pangu_sigma.convert.converted_folder import check_output, new_specs, write_with_progress
 from pangu_sigma.data.packed_sequences import first_sequences
@@ -69,7 +69,7 @@ def upcycle(
     old = stored_config(source)
     config = _fitted(load_config(config_file, overrides), old, str(config_file), source)
     counts, fingerprints, probe = _text(config, source) if config.model.sparse.table == "frequency" else ({}, {}, {})
-    targets = manifest(config, config.model.vocab_size)
+    targets = tensor_shapes(config, config.model.vocab_size)
     names = source.names(optimizer=False)
     shapes = {name: source.manifest.tensors[name].shape for name in names}
     origins = {name: _origin(name) for name in targets if not is_routing(name) and not _is_new(name)}

@@ -12,7 +12,7 @@ import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, folder_layout, resolve
 from pangu_sigma.checkpoint.float_types import convert_float
-from pangu_sigma.config import Config, domain_edits, manifest
+from pangu_sigma.config import Config, domain_edits, tensor_shapes
 from pangu_sigma.config.parameter_counts import is_expert, is_routing
 from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditedTensors, EditResult, check_free
 from pangu_sigma.domains.new_domain_tensors import NewDomainTensors
@@ -52,16 +52,21 @@ class NewDomain:
 
 
 def add_domain(
-    path: Path, new_domain: NewDomain, *, ahead: domain_edits.Ahead | None = None, out: Path | None = None
+    path: Path,
+    new_domain: NewDomain,
+    *,
+    follow_up: domain_edits.FollowUpTraining | None = None,
+    out: Path | None = None,
 ) -> EditResult:
     """Add a domain that begins as `wanted.init` says (see `domains.initial`); its text is tokenised and checked now.
 
-    ahead: training that follows, instead of what the run's plan had left. Raises UserError; nothing is changed then.
+    follow_up: training that follows, in the place of the plan's remaining phases. Raises UserError; nothing is changed
+    then.
     """
     with CheckpointEditor(path, out) as subject:
         source = subject.checkpoint
         check_free(source, new_domain.name)
-        config = _extend(subject, new_domain.entry(), ahead)
+        config = _extend(subject, new_domain.entry(), follow_up)
         initial = NewDomainTensors(source, subject.config, new_domain.name, new_domain.experts, new_domain.init)
         store, probe = read_text(subject, config)
         rows = None
@@ -69,7 +74,7 @@ def add_domain(
             rows = np.pad(np.array(store.token_counts), (0, config.model.vocab_size - store.token_counts.size))
         new = EditedTensors()
         prefix = f"domains.{new_domain.name}."
-        for name, shape in manifest(config, config.model.vocab_size).items():
+        for name, shape in tensor_shapes(config, config.model.vocab_size).items():
             if not name.startswith(prefix):
                 continue
             suffix = name.removeprefix(prefix)
@@ -97,12 +102,12 @@ def add_domain(
 
 def add_model(
     path: Path, model: Path, domain: str | None, *, name: str | None = None, weight: float = 1.0,
-    ahead_of: Any = None, out: Path | None = None,
+    follow_up_of: Any = None, out: Path | None = None,
 ) -> EditResult:  # fmt: skip
     """Add the domain `domain` (None: the only one) of the sibling `model` under `name` (None: its own).
 
     Experts, tables, and moments where it carries them, come in as they are; both models must have the same shared
-    parameters. `ahead_of(name)` gives the training that follows. Raises UserError; nothing is changed then.
+    parameters. `follow_up_of(name)` gives the training that follows. Raises UserError; nothing is changed then.
     """
     with CheckpointEditor(path, out) as subject:
         source, sibling = subject.checkpoint, resolve(model)
@@ -115,8 +120,8 @@ def add_model(
         check_free(source, name)
         check_siblings(source, sibling)
         theirs = next(entry for entry in stored_config(sibling).to_dict()["domains"] if entry["name"] == domain)
-        ahead = ahead_of(name) if ahead_of is not None else None
-        _extend(subject, {**theirs, "name": name, "weight": weight}, ahead)
+        follow_up = follow_up_of(name) if follow_up_of is not None else None
+        _extend(subject, {**theirs, "name": name, "weight": weight}, follow_up)
         new = EditedTensors()
         for tensor in sibling.names(domains=[domain], shared=False):
             if folder_layout.is_optimizer(tensor) and not subject.has_moments:
@@ -142,10 +147,10 @@ def add_model(
         )
 
 
-def _extend(subject: CheckpointEditor, entry: dict[str, Any], ahead: domain_edits.Ahead | None):
+def _extend(subject: CheckpointEditor, entry: dict[str, Any], follow_up: domain_edits.FollowUpTraining | None):
     """The configuration with the new domain, checked; `subject.values` holds it too."""
     values = subject.values
-    domain_edits.add_domain(values, entry, subject.checkpoint.step, ahead)
+    domain_edits.add_domain(values, entry, subject.checkpoint.step, follow_up)
     return domain_edits.checked(values, f"the new domain {entry['name']}")
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, folder_layout
 from pangu_sigma.checkpoint.float_types import as_float32, convert_float
-from pangu_sigma.config import Config, domain_edits, manifest
+from pangu_sigma.config import Config, domain_edits, tensor_shapes
 from pangu_sigma.domains.add_domain import NewDomain, fresh_moments, read_text
 from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditedTensors, EditResult, check_free
 from pangu_sigma.domains.new_domain_tensors import NewDomainTensors
@@ -32,18 +32,18 @@ _WEIGHT, _NOISE = ".router.weight", ".router.noise_weight"
 _BREAKS_TIES = 0.01
 
 
-def expand_domain(path: Path, new_domain: NewDomain, ahead: domain_edits.Ahead) -> EditResult:
-    """Add a domain to the run `path` of a learned gate, with experts and gate columns, and plan its training (`ahead`).
+def expand_domain(path: Path, new_domain: NewDomain, follow_up: domain_edits.FollowUpTraining) -> EditResult:
+    """Add a domain to the run `path` of a learned gate, with experts and gate columns, and plan its training.
 
-    Only the new domain's experts and columns train, and the other shared parameters as `ahead` says. No old domain's
-    file changes by a byte. Raises UserError; nothing is changed then.
+    Only the new domain's experts and columns train, and the other shared parameters as `follow_up` says. No old
+    domain's file changes by a byte. Raises UserError; nothing is changed then.
     """
     with CheckpointEditor(path, None, any_router=True) as subject:
         source = subject.checkpoint
         _check_gate(source, subject.config)
         check_free(source, new_domain.name)
         values = subject.values
-        domain_edits.add_domain(values, new_domain.entry(), source.step, ahead)
+        domain_edits.add_domain(values, new_domain.entry(), source.step, follow_up)
         phases = values["train"]["phases"]
         phases[-1]["domains"] = [new_domain.name]
         config = domain_edits.checked(values, f"the new domain {new_domain.name}")
@@ -90,7 +90,7 @@ def _add_experts(
     new: EditedTensors, source: Checkpoint, config: Config, new_domain: NewDomain, initial: NewDomainTensors
 ) -> None:
     prefix = f"domains.{new_domain.name}."
-    for name, shape in manifest(config, config.model.vocab_size).items():
+    for name, shape in tensor_shapes(config, config.model.vocab_size).items():
         if name.startswith(prefix):
             suffix = name.removeprefix(prefix)
             layer_name = suffix.split(".experts.")[0]

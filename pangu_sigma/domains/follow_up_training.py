@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pangu_sigma.config.domain_edits import replace_ahead
+from pangu_sigma.config.domain_edits import replace_phases
 from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditedTensors, EditResult
 
 
@@ -26,7 +26,7 @@ def plan_training(
     """
     with CheckpointEditor(path, out, any_router=True) as subject:
         source = subject.checkpoint
-        replace_ahead(subject.values, phases, max_domains_per_batch)
+        replace_phases(subject.values, phases, max_domains_per_batch)
         return subject.write(
             what,
             domains=source.domains,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.checkpoint.tensor_file import digest_of
-from pangu_sigma.config.init_from import says_network
+from pangu_sigma.config.init_from import defines_network
 from pangu_sigma.config.resume_rules import flat_keys
 from pangu_sigma.config.validation_messages import shown
 from pangu_sigma.errors import UserError
@@ -19,7 +19,7 @@ def check_siblings(one: Checkpoint, other: Checkpoint) -> None:
         raise UserError(f"{one.path} and {other.path} have different tokenizers: only models of one parent fit")
     keys, other_keys = flat_keys(stored_config(one)), flat_keys(stored_config(other))
     for key in {**keys, **other_keys}:
-        if says_network(key) and keys.get(key) != other_keys.get(key):
+        if defines_network(key) and keys.get(key) != other_keys.get(key):
             raise UserError(
                 f"{one.path} and {other.path} are different networks ({key} is {shown(keys.get(key))} and "
                 f"{shown(other_keys.get(key))}): only models of one parent fit"

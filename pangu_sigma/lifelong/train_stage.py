@@ -110,10 +110,10 @@ def _add_domains(plan: Plan, stage: Stage, before: Path, run: Path) -> None:
 
 def _expand(plan: Plan, stage: Stage, before: Path, run: Path) -> None:
     """The gates grow by the new domain's experts; the model as it was is kept with the run, which is held near it."""
-    from pangu_sigma.config.domain_edits import Ahead
+    from pangu_sigma.config.domain_edits import FollowUpTraining
     from pangu_sigma.domains.expand_gates import expand_domain
 
     _plan(plan, plan.stages[stage.number - 1], before, out=run)
     policy = stage.policy
-    ahead = Ahead(stage.new[0], stage.steps, policy.shared, policy.replay, policy.regularise)
-    expand_domain(run, new_domain(plan, stage, stage.new[0]), ahead)
+    follow_up = FollowUpTraining(stage.new[0], stage.steps, policy.shared, policy.replay, policy.regularise)
+    expand_domain(run, new_domain(plan, stage, stage.new[0]), follow_up)

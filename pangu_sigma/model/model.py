@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pangu_sigma.config import Config
-from pangu_sigma.config.capacity_sizes import dispatch
+from pangu_sigma.config.capacity_sizes import dispatch_buffer
 from pangu_sigma.model.graph_inputs import GraphSignature, LayerSignature
 from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.model.pipeline_stages import stage_of
@@ -114,7 +114,7 @@ class Model:
         """Variable inputs of a graph that is cut over a mesh: static shapes, stacked weights; without `rows` those of a
         training step."""
         config, mesh = self.config, self.layout.spmd_mesh
-        sent, layers = dispatch(config), ()
+        sent, layers = dispatch_buffer(config), ()
         if sent is not None:
             slots = sent.slots * mesh.placement_groups
             length, chunks = config.data.sequence_length, config.parallel.expert_chunks

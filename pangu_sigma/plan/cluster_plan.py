@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pangu_sigma.config import Config, config_from_dict, parameter_counts
-from pangu_sigma.config.capacity_sizes import dispatch
+from pangu_sigma.config.capacity_sizes import dispatch_buffer
 from pangu_sigma.data.tokenizers.vocabulary_size import vocabulary_size
 from pangu_sigma.errors import UserError
 from pangu_sigma.plan.hardware import GIB, PAPER_DEVICES, PAPER_TOKENS_PER_SECOND, Hardware
@@ -62,7 +62,7 @@ def plan(config: Config, hardware: Hardware, devices: int | None = None) -> dict
     on_device, on_host = device_bytes(config, vocabulary), host_bytes(config, hardware)
     seconds = step_seconds(config, vocabulary, hardware)
     tokens = config.train.batch_size * config.data.sequence_length
-    sent = dispatch(config)
+    sent = dispatch_buffer(config)
     report: dict[str, Any] = {
         "devices": mesh.size,
         "mesh": asdict(mesh),

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from pangu_sigma.config import Config, manifest
+from pangu_sigma.config import Config, tensor_shapes
 from pangu_sigma.config.capacity_sizes import activated_slots, samples_at_a_time
 from pangu_sigma.config.parameter_counts import is_expert, is_routing
 from pangu_sigma.data.tokenizers.vocabulary_size import vocabulary_size
@@ -137,7 +137,7 @@ def _micro_batches(config: Config) -> int:
 
 def _names(config: Config, compiled: CompiledGraph) -> Iterator[str]:
     """Names and uncut shapes against the configuration's manifest."""
-    planned = manifest(config, vocabulary_size(config))
+    planned = tensor_shapes(config, vocabulary_size(config))
     shared = {n: s for n, s in planned.items() if not n.startswith("domains.") and not is_routing(n)}
     for name in sorted(shared.keys() | compiled.parameters.keys()):
         ours, theirs = shared.get(name), compiled.parameters.get(name)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 
-from pangu_sigma.config import Config, manifest
-from pangu_sigma.config.capacity_sizes import activated_slots, dispatch, samples_at_a_time
+from pangu_sigma.config import Config, tensor_shapes
+from pangu_sigma.config.capacity_sizes import activated_slots, dispatch_buffer, samples_at_a_time
 from pangu_sigma.config.parameter_counts import is_expert, is_routing
 from pangu_sigma.model.pipeline_stages import stage_of
 from pangu_sigma.model.tensor_parallel_layout import is_matrix, num_shards_of, spec_of
@@ -38,7 +38,7 @@ def stage_bytes(config: Config, vocabulary: int, stage: int) -> dict[str, float]
     by_kind = dict.fromkeys(("weights", "moments", "gradients", "compute copies", "activations"), 0.0)
     resident = config.experts.store == "device"
     layers = config.model.layers
-    for name, shape in manifest(config, vocabulary).items():
+    for name, shape in tensor_shapes(config, vocabulary).items():
         if is_routing(name) or stage_of(name, layers, mesh) != stage:
             continue
         if is_expert(name) and not resident:
@@ -102,7 +102,7 @@ def activation_bytes(config: Config, vocabulary: int, stage: int = 0) -> float:
     again = 2 * FLOAT32 * (int(model.attention.qk_norm) + int(model.position == "rope"))
     dense = tokens * (outside + (4 * low + again) * model.hidden / mesh.tensor + inside)
     kept = tokens * FLOAT32 * model.hidden / rows_cut
-    sent, sparse = dispatch(config), dense
+    sent, sparse = dispatch_buffer(config), dense
     if sent is not None:
         # Rows in both places, and the inner values of what arrives, which is as many rows as left; a shared expert
         # stands where the dense network would.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pangu_sigma.config import Config, parameter_counts
-from pangu_sigma.config.capacity_sizes import dispatch
+from pangu_sigma.config.capacity_sizes import dispatch_buffer
 from pangu_sigma.plan.hardware import Hardware
 from pangu_sigma.plan.memory_estimate import FLOAT32, MOMENTS, expert_values
 from pangu_sigma.plan.traffic_estimate import host_link_bytes, step_bytes
@@ -19,7 +19,7 @@ def step_flops(config: Config, vocabulary: int) -> float:
     activated += (config.predictions - 1) * vocabulary * config.model.hidden
     model, length = config.model, config.data.sequence_length
     tokens = config.train.batch_size * length
-    sent = dispatch(config)
+    sent = dispatch_buffer(config)
     idle = 0.0
     if sent:
         idle = (sent.rows - sent.choices) / sent.tokens * len(model.sparse_prefixes) * expert_values(config)

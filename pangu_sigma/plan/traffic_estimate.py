@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from pangu_sigma.config import Config, manifest
-from pangu_sigma.config.capacity_sizes import activated_slots, dispatch, samples_at_a_time
+from pangu_sigma.config import Config, tensor_shapes
+from pangu_sigma.config.capacity_sizes import activated_slots, dispatch_buffer, samples_at_a_time
 from pangu_sigma.config.parameter_counts import is_expert, is_routing
 from pangu_sigma.model.tensor_parallel_layout import num_shards_of
 from pangu_sigma.plan.memory_estimate import FLOAT32, compute_bytes, expert_values
@@ -22,7 +22,7 @@ def all_to_all_bytes(config: Config) -> float:
     Recomputation repeats the one to the experts; what comes back from them no gradient asks for (the compiled graph of
     `plan --compile` shows it).
     """
-    sent, mesh = dispatch(config), config.parallel.mesh
+    sent, mesh = dispatch_buffer(config), config.parallel.mesh
     if sent is None or mesh.exchange_size == 1:
         return 0.0
     exchanges = EXCHANGES + (1 if config.train.recompute else 0)
@@ -38,7 +38,7 @@ def tensor_sum_bytes(config: Config) -> float:
     if mesh.tensor == 1:
         return 0.0
     tokens = samples_at_a_time(config) * config.data.sequence_length
-    sent = dispatch(config)
+    sent = dispatch_buffer(config)
     sparse = len(model.sparse_prefixes)
     beside = sparse if model.sparse.shared_expert else 0
     rows = tokens * (2 * model.layers - sparse + beside) + (sent.rows * sparse if sent else 0)
@@ -52,7 +52,7 @@ def gradient_sum_bytes(config: Config, vocabulary: int) -> float:
     """Bytes that a device sends to add up gradients over the ranks that hold the same parameters, once a step."""
     mesh = config.parallel.mesh
     total = 0.0
-    for name, shape in manifest(config, vocabulary).items():
+    for name, shape in tensor_shapes(config, vocabulary).items():
         ranks = mesh.data if is_expert(name) else mesh.rows
         if is_routing(name) or ranks == 1 or (is_expert(name) and config.experts.store != "device"):
             continue

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pangu_sigma.checkpoint import CheckpointContents, Fingerprints, save_checkpoint
-from pangu_sigma.config import Config, config_from_dict, manifest
+from pangu_sigma.config import Config, config_from_dict, tensor_shapes
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from rre.counted_random import generator
 from tests.pangu_sigma.altered_checkpoint import alter
@@ -64,7 +64,7 @@ def small_config(sizes: Mapping[str, int], **model) -> Config:
 def random_tensors(config: Config) -> dict[str, np.ndarray]:
     """Weights large enough that every expert matters for the logits, routing tables, and the experts' moments."""
     tensors = {}
-    for name, shape in manifest(config, VOCAB).items():
+    for name, shape in tensor_shapes(config, VOCAB).items():
         draw = generator(0, f"test {name}")
         if name.endswith(".routing"):
             owners = [d for d in config.domains if name.startswith(f"domains.{d.name}.")] or config.domains

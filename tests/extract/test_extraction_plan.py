@@ -16,7 +16,7 @@ from extract.quickstart_extraction import make_room
 from pangu_sigma.checkpoint import open_checkpoint, write_model_folder
 from pangu_sigma.checkpoint.float_types import as_float32, convert_float
 from pangu_sigma.cli.extract_command import parse_size
-from pangu_sigma.config import manifest
+from pangu_sigma.config import tensor_shapes
 from pangu_sigma.errors import UserError
 from pangu_sigma.trained_model import stored_config
 from tests.extract.conftest import VOCAB, save_model
@@ -39,7 +39,7 @@ def test_the_sub_model_is_the_parents_files_and_nothing_of_others(parent, tmp_pa
     for file in (tmp_path / "law").rglob("*.safetensors"):
         with safe_open(file, "np") as tensors:
             names |= set(tensors.keys())
-    assert names == set(manifest(stored_config(model), VOCAB)) | {"probe.law"}
+    assert names == set(tensor_shapes(stored_config(model), VOCAB)) | {"probe.law"}
     for path in (tmp_path / "law").rglob("*"):
         # Whoever gets a sub-model does not even learn the other domains' names.
         assert path.is_dir() or b"poems" not in path.read_bytes(), path
@@ -172,7 +172,7 @@ def test_files_keep_to_a_shard_size_and_lose_nothing(parent, tmp_path):
     assert len(files) > 5
     whole, shards = open_checkpoint(parent), everything(model)
     assert all(whole.load([name])[name].tobytes() == array.tobytes() for name, array in shards.items())
-    assert shards.keys() == set(manifest(stored_config(model), VOCAB))
+    assert shards.keys() == set(tensor_shapes(stored_config(model), VOCAB))
     one = cut(tmp_path / "poems", tmp_path / "again", "poems", max_shard_bytes=1 << 30)
     assert (tmp_path / "again" / "shared.safetensors").read_bytes() == (parent / "shared.safetensors").read_bytes()
     assert one.files(one.names()) == ["domains/poems.safetensors", "shared.safetensors"]
@@ -201,7 +201,7 @@ def test_folding_gives_the_tensors_of_an_ordinary_pangu_alpha(saved, tmp_path):
         and model.coverage == {}
     )
     found = everything(model)
-    assert {name: array.shape for name, array in found.items()} == manifest(config, VOCAB)
+    assert {name: array.shape for name, array in found.items()} == tensor_shapes(config, VOCAB)
     assert not any(name.startswith("domains.") for name in found)
     before = open_checkpoint(parent).load()
     up = before["domains.law.query_layer.experts.up.weight"]
@@ -225,7 +225,7 @@ def test_experts_of_another_kind_than_dense_layers_do_not_fold_but_can_be_cut_ou
     with pytest.raises(UserError, match="experts of kind mlp beside dense layers of kind geglu"):
         plan(parent, ["law"], fold=True)
     model = cut(parent, tmp_path / "law", "law")
-    assert model.load().keys() == set(manifest(stored_config(model), VOCAB))
+    assert model.load().keys() == set(tensor_shapes(stored_config(model), VOCAB))
 
 
 def test_a_dense_model_has_nothing_to_fold(tmp_path):
@@ -233,7 +233,7 @@ def test_a_dense_model_has_nothing_to_fold(tmp_path):
     with pytest.raises(UserError, match="no sparse layers to fold"):
         plan(parent, ["law"], fold=True)
     model = cut(parent, tmp_path / "law", "law")
-    assert model.load().keys() == set(manifest(stored_config(model), VOCAB))
+    assert model.load().keys() == set(tensor_shapes(stored_config(model), VOCAB))
 
 
 def test_a_sub_model_can_be_cut_again(parent, tmp_path):

@@ -9,7 +9,7 @@ import mindspore as ms
 import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, resolve
-from pangu_sigma.config import Config, check_start, with_tokenizer_of, with_vocabulary
+from pangu_sigma.config import Config, check_init_from, with_tokenizer_of, with_vocabulary
 from pangu_sigma.data.corpus import Corpus, prepare_corpus
 from pangu_sigma.model.batch_planner import RoutedBatch, graph_placeholders
 from pangu_sigma.model.build_model import routed_model
@@ -53,7 +53,7 @@ def open_text(config: Config) -> Text:
     start = resolve(config.run.init_from) if config.run.init_from else None
     if start is not None:
         model = stored_config(start)
-        check_start(model, config)
+        check_init_from(model, config)
         config = with_tokenizer_of(config, model)
     corpus = prepare_corpus(config, stored_tokenizer(start) if start else None)
     config = with_vocabulary(config, corpus.tokenizer.vocab_size)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder, TensorSpec
 from pangu_sigma.config import Config
-from pangu_sigma.config.parameter_counts import is_routing, manifest, parameter_counts
+from pangu_sigma.config.parameter_counts import is_routing, parameter_counts, tensor_shapes
 from pangu_sigma.convert.conversion_coverage import SkippedTensors, check_coverage
 from pangu_sigma.convert.converted_folder import check_output, new_specs, write_with_progress
 from pangu_sigma.errors import UserError
@@ -61,7 +61,7 @@ def import_mindformers(source: Path, out: Path, run: Path | None = None) -> Impo
     file = checkpoint_file(source)
     companion = read_companion(find_companion(file, run))
     config = _with_vocabulary(companion)
-    targets = manifest(config, config.model.vocab_size)
+    targets = tensor_shapes(config, config.model.vocab_size)
     groups = config.expert_groups
     with opened(file) as tensors:
         shapes = shapes_of(tensors)
@@ -130,7 +130,7 @@ def check_file(file: Path, config: Config) -> None:
     with opened(file) as tensors:
         shapes = shapes_of(tensors)
     words = shapes.get("embedding.word") or shapes.get(f"domains.{config.domain_names[0]}.embedding.word") or (0,)
-    check_tensors(file, shapes, manifest(config, config.model.vocab_size or words[0]))
+    check_tensors(file, shapes, tensor_shapes(config, config.model.vocab_size or words[0]))
 
 
 def shapes_of(tensors) -> dict[str, tuple[int, ...]]:

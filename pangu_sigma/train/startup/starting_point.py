@@ -13,9 +13,9 @@ from pangu_sigma.checkpoint.folder_layout import CONFIG
 from pangu_sigma.checkpoint.run_config_file import DOMAIN_CHANGES, mend_config, stale_config
 from pangu_sigma.config import (
     Config,
+    check_init_from,
     check_resume,
-    check_start,
-    with_start_of,
+    with_init_from_of,
     with_tokenizer_of,
     with_vocabulary_size,
 )
@@ -73,7 +73,7 @@ def start_fresh(config: Config) -> StartingPoint:
         return StartingPoint(config)
     initial_model = resolve(config.run.init_from)
     stored = stored_config(initial_model)
-    check_start(stored, config)
+    check_init_from(stored, config)
     message = (
         f"begins with the weights, tables and tokenizer of {initial_model.path} (step {initial_model.step}); the "
         "optimizer's state starts fresh"
@@ -94,7 +94,7 @@ def resume_from(run_dir: Path, config: Config, checkpoint: Checkpoint) -> Starti
         if config.to_yaml() == stale:
             config = stored
         messages.append(mend_config(run_dir, checkpoint))
-    config = with_start_of(config, stored)
+    config = with_init_from_of(config, stored)
     if changed and config.domain_names != stored.domain_names:
         raise UserError(
             f"pangu-sigma domains changed the domains of {run_dir} to {', '.join(stored.domain_names)}: "

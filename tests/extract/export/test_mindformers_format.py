@@ -7,7 +7,7 @@ from safetensors.numpy import load_file
 
 from extract.export.export_job import Options, export
 from pangu_sigma.checkpoint import open_checkpoint
-from pangu_sigma.config.parameter_counts import manifest
+from pangu_sigma.config.parameter_counts import tensor_shapes
 from pangu_sigma.errors import UserError
 from pangu_sigma.trained_model import stored_config
 
@@ -18,7 +18,7 @@ def test_every_tensor_goes_byte_for_byte(stored, tmp_path, case):
     said = export(checkpoint.path, tmp_path / "out", "mindformers")
     exported = load_file(tmp_path / "out" / "pangu_sigma.safetensors")
     config = stored_config(checkpoint)
-    assert set(exported) == set(manifest(config, config.model.vocab_size))
+    assert set(exported) == set(tensor_shapes(config, config.model.vocab_size))
     for name, tensor in checkpoint.load(checkpoint.names(optimizer=False)).items():
         assert exported[name].tobytes() == tensor.tobytes(), name
     assert str(checkpoint.path) in said[0] and "init_from" in said[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pangu_sigma.config import check_resume, check_start, with_start_of, with_tokenizer_of
+from pangu_sigma.config import check_init_from, check_resume, with_init_from_of, with_tokenizer_of
 from pangu_sigma.errors import UserError
 
 
@@ -23,7 +23,7 @@ def test_how_it_trains_may_differ(small, model):
         "model.dropout=0.1", "model.sparse.resample=true", "model.sparse.dispatch=capacity", "train.steps=99",
         "optimizer.learning_rate=1e-5", "run.seed=5", "domains.code.weight=9", "data.sequence_length=64",
     )  # fmt: skip
-    check_start(model, beginning(small, *changes))
+    check_init_from(model, beginning(small, *changes))
 
 
 def test_every_key_that_differs_is_named(small, model):
@@ -32,7 +32,7 @@ def test_every_key_that_differs_is_named(small, model):
         "model.vocab_size=5000",
     )  # fmt: skip
     with pytest.raises(UserError) as refusal:
-        check_start(model, wanted)
+        check_init_from(model, wanted)
     for key in ("model.hidden", "model.activation", "model.sparse.layers", "domains.docs.experts", "model.vocab_size"):
         assert f"{key} is " in str(refusal.value)
     assert "domains.docs.experts is 2 there and 3 here" in str(refusal.value)
@@ -44,11 +44,11 @@ def test_domains_must_be_the_folders(small, model):
     wanted = beginning(small).to_dict()
     added = {**wanted, "domains": [*wanted["domains"], {**wanted["domains"][0], "name": "law"}]}
     with pytest.raises(UserError, match="folder has no domain law: leave it out"):
-        check_start(model, config_from_dict(added))
+        check_init_from(model, config_from_dict(added))
     with pytest.raises(UserError, match="folder also has the domain docs: list it too, or cut"):
-        check_start(model, config_from_dict({**wanted, "domains": wanted["domains"][:1]}))
+        check_init_from(model, config_from_dict({**wanted, "domains": wanted["domains"][:1]}))
     with pytest.raises(UserError, match="has the domains code, docs in this order"):
-        check_start(model, config_from_dict({**wanted, "domains": wanted["domains"][::-1]}))
+        check_init_from(model, config_from_dict({**wanted, "domains": wanted["domains"][::-1]}))
 
 
 def test_the_tokenizer_section_is_the_folders(small, model):
@@ -59,10 +59,10 @@ def test_the_tokenizer_section_is_the_folders(small, model):
 
 def test_a_resumption_need_not_repeat_where_the_run_began(small, model):
     stored = with_tokenizer_of(beginning(small), model)
-    again = with_start_of(small("model.sparse.layers=1"), stored)
+    again = with_init_from_of(small("model.sparse.layers=1"), stored)
     assert again.run.init_from == stored.run.init_from
     check_resume(stored, again)
-    assert with_start_of(small(), small()) == small()
+    assert with_init_from_of(small(), small()) == small()
 
 
 def test_a_run_does_not_begin_with_itself(small):

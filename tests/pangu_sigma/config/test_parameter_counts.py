@@ -1,4 +1,4 @@
-"""Counts by arithmetic: the published sizes, and the manifest that they follow from."""
+"""Counts by arithmetic: the published sizes, and the tensor shapes that they follow from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pangu_sigma.config import config_from_dict, load_config, manifest, parameter_counts
+from pangu_sigma.config import config_from_dict, load_config, parameter_counts, tensor_shapes
 from pangu_sigma.data.tokenizers.vocabulary_size import vocabulary_size
 from pangu_sigma.train.flops import flops_per_token
 from rre.feed_forward_spec import FeedForwardSpec
@@ -67,7 +67,7 @@ def test_glams_largest_size_meets_its_published_count_with_gated_dense_layers_an
 def test_dense_layers_and_experts_may_be_of_different_kinds(small):
     glam = "model.sparse={pattern: every_other, router: glam, feed_forward: mlp, shared_expert: true}"
     config = small(glam, "model.feed_forward=geglu", "model.activation=gelu", "model.biases=false")
-    shapes = manifest(config, 100)
+    shapes = tensor_shapes(config, 100)
     assert shapes["blocks.0.feed_forward.gate.weight"] == shapes["blocks.1.shared_expert.up.weight"] == (128, 512)
     assert "domains.code.blocks.1.experts.up.weight" in shapes
     assert not any("gate.weight" in name for name in shapes if "expert" in name)
@@ -89,7 +89,7 @@ def test_the_other_presets_have_about_the_size_of_their_name(small, preset, bill
 
 
 def test_the_manifest_names_every_tensor_of_a_small_model(small):
-    names = manifest(small("model.layers=3", "model.sparse={layers: 2, include_query_layer: true}"), 100)
+    names = tensor_shapes(small("model.layers=3", "model.sparse={layers: 2, include_query_layer: true}"), 100)
     assert names["embedding.word"] == (100, 128)
     assert names["embedding.position"] == names["embedding.query"] == (256, 128)
     assert names["blocks.0.feed_forward.up.weight"] == (128, 512)
@@ -105,7 +105,7 @@ def test_the_manifest_names_every_tensor_of_a_small_model(small):
 
 def test_counts_are_the_sums_over_the_manifest_without_routing_tables(small):
     config = small("model.sparse.layers=2", "model.domain_parameters.embedding=own")
-    shapes, counts = manifest(config, 100), parameter_counts(config, 100)
+    shapes, counts = tensor_shapes(config, 100), parameter_counts(config, 100)
     floats = {name: math.prod(shape) for name, shape in shapes.items() if not name.endswith(".routing")}
     assert counts.total == sum(floats.values())
     assert counts.shared == sum(size for name, size in floats.items() if not name.startswith("domains."))
@@ -115,14 +115,14 @@ def test_counts_are_the_sums_over_the_manifest_without_routing_tables(small):
 
 
 def test_a_switch_layer_has_a_gate_over_all_experts_and_no_tables(small):
-    shapes = manifest(small("model.sparse={layers: 1, router: switch}"), 100)
+    shapes = tensor_shapes(small("model.sparse={layers: 1, router: switch}"), 100)
     assert shapes["blocks.2.router.weight"] == (128, 6)
     assert not any(name.endswith(".routing") for name in shapes)
 
 
 def test_a_token_meets_k_experts_the_gates_and_the_shared_expert(small):
     config = small("model.sparse={pattern: every_other, router: noisy_top_k, top_k: 3, shared_expert: true}")
-    shapes, counts = manifest(config, 100), parameter_counts(config, 100)
+    shapes, counts = tensor_shapes(config, 100), parameter_counts(config, 100)
     assert shapes["blocks.1.router.weight"] == shapes["blocks.1.router.noise_weight"] == (128, 6)
     assert shapes["blocks.1.shared_expert.up.weight"] == (128, 512)
     one = 2 * 128 * 512 + 512 + 128
@@ -134,12 +134,12 @@ def test_a_token_meets_k_experts_the_gates_and_the_shared_expert(small):
 
 def test_a_hash_layer_has_one_table_of_its_own_which_is_no_parameter(small):
     config = small("model.sparse={layers: 1, router: hash}")
-    shapes, counts = manifest(config, 100), parameter_counts(config, 100)
+    shapes, counts = tensor_shapes(config, 100), parameter_counts(config, 100)
     assert shapes["blocks.2.routing"] == (100,) and counts.routing_entries == 100
     assert [name for name in shapes if name.endswith(".routing")] == ["blocks.2.routing"]
     assert counts.total == sum(math.prod(s) for name, s in shapes.items() if name != "blocks.2.routing")
 
 
 def test_a_model_without_a_query_layer_has_no_query_table(small):
-    shapes = manifest(small("model.query_layer=none"), 100)
+    shapes = tensor_shapes(small("model.query_layer=none"), 100)
     assert "embedding.query" not in shapes and "blocks.3.norm1.gamma" in shapes

@@ -14,7 +14,7 @@ import yaml
 from pangu_sigma import runtime
 from pangu_sigma.checkpoint import Fingerprints, ModelFolder, TensorSpec, write_model_folder
 from pangu_sigma.config import config_from_dict, effective
-from pangu_sigma.config.parameter_counts import is_routing, layer_name_and_owner, manifest
+from pangu_sigma.config.parameter_counts import is_routing, layer_name_and_owner, tensor_shapes
 from pangu_sigma.convert.converted_folder import new_specs
 from pangu_sigma.data.corpus_files import Source
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ def random_model(out: Path, config, tokenizer: Tokenizer) -> Path:
     """A model folder with random weights and the tables of a new model."""
     from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_files
 
-    targets = manifest(config, config.model.vocab_size)
+    targets = tensor_shapes(config, config.model.vocab_size)
     groups = config.expert_groups
     experts = groups | {LAYER: sum(groups.values())}
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pangu_sigma.checkpoint import Checkpoint, find_latest, folder_layout
 from pangu_sigma.checkpoint.run_config_file import mend_config
-from pangu_sigma.config.domain_edits import Ahead
+from pangu_sigma.config.domain_edits import FollowUpTraining
 from pangu_sigma.domains.add_domain import NewDomain, add_domain, add_model
 from pangu_sigma.domains.expand_gates import expand_domain
 from pangu_sigma.domains.merge_models import merge_models
@@ -32,7 +32,7 @@ WRITES = {"os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "os.trunc
 def changes(text: str) -> dict[str, Callable[[Path], object]]:
     """Every change by name, of the run in a folder."""
     new = NewDomain("medicine", (text,), 2, "mean")
-    held = Ahead("medicine", 2, "regularised", regularise={"output": 1.0})
+    held = FollowUpTraining("medicine", 2, "regularised", regularise={"output": 1.0})
     return {
         "add": lambda run: add_domain(run, new),
         "add-out": lambda run: add_domain(run, new, out=run / "out"),

@@ -14,7 +14,7 @@ from extract.extraction_job import extract, plan
 from pangu_sigma.checkpoint import find_latest, open_checkpoint
 from pangu_sigma.checkpoint.folder_locks import lock_run_folder
 from pangu_sigma.config import load_config
-from pangu_sigma.config.domain_edits import Ahead
+from pangu_sigma.config.domain_edits import FollowUpTraining
 from pangu_sigma.domains.add_domain import NewDomain, add_domain, add_model
 from pangu_sigma.domains.checkpoint_editor import sampler_state
 from pangu_sigma.domains.list_domains import list_domains
@@ -94,7 +94,7 @@ def test_a_new_domain_begins_as_a_dense_models_networks(copied_run, small_yaml, 
     run, dense = copied_run(STEP), tmp_path / "dense"
     changes = ["model.sparse={layers: 0}", "train.steps=2", "train.phases=[]", "evaluate.every=0", f"run.dir={dense}"]
     train(load_config(small_yaml, changes))
-    add_domain(run, wanted(medicine, init=f"dense:{dense}"), ahead=Ahead("medicine", 1))
+    add_domain(run, wanted(medicine, init=f"dense:{dense}"), follow_up=FollowUpTraining("medicine", 1))
     networks, tensors = (open_checkpoint(path).load() for path in (folder(dense, 2), folder(run)))
     for name in ("up.weight", "up.bias", "down.weight", "down.bias"):
         experts = tensors[f"domains.medicine.blocks.0.experts.{name}"]
@@ -108,7 +108,7 @@ def test_a_new_domain_begins_as_a_dense_models_networks(copied_run, small_yaml, 
 
 def test_training_ahead_is_the_runs_plan(copied_run, medicine):
     run = copied_run(8)
-    add_domain(run, wanted(medicine), ahead=Ahead("medicine", 6, shared="frozen", replay=0.0))
+    add_domain(run, wanted(medicine), follow_up=FollowUpTraining("medicine", 6, shared="frozen", replay=0.0))
     train = load_config(run / "config.yaml").train
     assert train.steps == 14 and [phase.steps for phase in train.phases] == [4, 4, 6]
     last = train.phases[-1]
@@ -118,7 +118,7 @@ def test_training_ahead_is_the_runs_plan(copied_run, medicine):
 
 def test_replay_draws_the_others_by_their_weights(copied_run, medicine):
     run = copied_run(8)
-    add_domain(run, wanted(medicine), ahead=Ahead("medicine", 6, shared="train", replay=0.3))
+    add_domain(run, wanted(medicine), follow_up=FollowUpTraining("medicine", 6, shared="train", replay=0.3))
     config = load_config(run / "config.yaml")
     last = config.train.phases[-1]
     assert (last.weights, last.replay, last.old) == ({"medicine": 1.0}, 0.3, ("code", "law", "poems"))
@@ -155,7 +155,7 @@ def test_add_and_remove_give_the_checkpoint_back(copied_run, medicine):
     run = copied_run(STEP)
     before, files = open_checkpoint(folder(run)), digests(folder(run))
     state = before.state
-    add_domain(run, wanted(medicine), ahead=Ahead("medicine", 4, shared="frozen", replay=0.0))
+    add_domain(run, wanted(medicine), follow_up=FollowUpTraining("medicine", 4, shared="frozen", replay=0.0))
     remove_domain(run, "medicine")
     after = open_checkpoint(folder(run))
     assert tensor_digests(after) == tensor_digests(before) and after.coverage == before.coverage
@@ -260,7 +260,9 @@ MISTAKES: dict[str, Mistake] = {
     "a checkpoint, not the run": (lambda run, t: remove_domain(folder(run), "law"), "is one checkpoint"),
     "an output that is full": (lambda run, t: remove_domain(run, "law", out=run), "not empty"),
     "one model to merge": (lambda run, t: merge_models([run], run.parent / "merged"), "name at least two"),
-    "replay of the frozen": (lambda run, t: Ahead("medicine", 4, "frozen", 0.5), "no use with --shared frozen"),
+    "replay of the frozen": (
+        lambda run, t: FollowUpTraining("medicine", 4, "frozen", 0.5), "no use with --shared frozen",
+    ),
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from pangu_sigma.checkpoint import find_latest, open_checkpoint
 from pangu_sigma.config import load_config
-from pangu_sigma.config.domain_edits import Ahead
+from pangu_sigma.config.domain_edits import FollowUpTraining
 from pangu_sigma.domains.add_domain import NewDomain
 from pangu_sigma.domains.expand_gates import expand_domain
 from pangu_sigma.errors import UserError
@@ -45,8 +45,8 @@ def wanted(medicine: Path, **changes) -> NewDomain:
     return NewDomain(**{"name": "medicine", "data": (str(medicine),), "experts": NEW, "init": "mean", **changes})
 
 
-def ahead(**changes) -> Ahead:
-    return Ahead(**{"name": "medicine", "steps": 3, "shared": "regularised", "regularise": HELD, **changes})
+def follow_up(**changes) -> FollowUpTraining:
+    return FollowUpTraining(**{"name": "medicine", "steps": 3, "shared": "regularised", "regularise": HELD, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def expanded(gated, medicine, tmp_path_factory) -> tuple[dict, Path]:
     """(the tensors before, the run after it was expanded)."""
     run = shutil.copytree(gated, tmp_path_factory.mktemp("expanded") / "run")
     before = open_checkpoint(checkpoint(run, 4)).load()
-    expand_domain(run, wanted(medicine), ahead())
+    expand_domain(run, wanted(medicine), follow_up())
     return before, run
 
 
@@ -99,7 +99,7 @@ def test_new_experts_and_columns_begin_as_documented(expanded, run, medicine):
     standard = (new - old.mean(1, keepdims=True)) / np.maximum(old.std(1, keepdims=True), 0.02)
     assert new.shape == (16, NEW) and abs(standard.mean()) < 0.5 and 0.6 < standard.std() < 1.4
 
-    expand_domain(run, wanted(medicine, init="from:poems"), ahead())
+    expand_domain(run, wanted(medicine, init="from:poems"), follow_up())
     copied = open_checkpoint(checkpoint(run, 4)).load()
     own = copied[f"domains.poems.{up}"]
     np.testing.assert_array_equal(copied[f"domains.medicine.{up}"], own[[0, 1, 0]])
@@ -145,7 +145,7 @@ def test_a_grown_model_is_measured_like_any_other(learned):
 
 def test_a_model_grows_again(learned, medicine, tmp_path):
     run = shutil.copytree(learned, tmp_path / "run")
-    more = ahead(name="surgery", regularise={"output": 0.5, "ewc": 2.0, "fisher_batches": 1}, steps=2)
+    more = follow_up(name="surgery", regularise={"output": 0.5, "ewc": 2.0, "fisher_batches": 1}, steps=2)
     expand_domain(run, wanted(medicine, name="surgery", experts=1), more)
     train(load_config(run / "config.yaml", [f"run.dir={run}"]), resume=True)
     before, after = (open_checkpoint(path).load() for path in (checkpoint(learned, 7), checkpoint(run, 9)))
@@ -158,7 +158,7 @@ def test_a_model_grows_again(learned, medicine, tmp_path):
 
 
 def test_unregularised_growth_is_the_same_without_the_previous_outputs(run, medicine):
-    expand_domain(run, wanted(medicine), ahead(shared="train", regularise=None))
+    expand_domain(run, wanted(medicine), follow_up(shared="train", regularise=None))
     phase = load_config(run / "config.yaml").train.phases[-1]
     assert (phase.shared, phase.domains, phase.regularise) == ("train", ("medicine",), None)
 
@@ -175,7 +175,7 @@ def test_what_cannot_grow_is_refused_and_nothing_changes(gated, run, finished_ru
     before = digests(run)
     for path, domain, said in cases:
         with pytest.raises(UserError, match=re.escape(said)):
-            expand_domain(path, domain, ahead(name=domain.name))
+            expand_domain(path, domain, follow_up(name=domain.name))
     for name, digest in before.items():
         assert digests(run)[name] == digest
     assert not (run / "previous").exists()

@@ -10,7 +10,7 @@ import pytest
 from extract.extraction_plan import ExtractionPlan
 from extract.verify_sub_model import verify
 from pangu_sigma.checkpoint import Checkpoint, find_latest
-from pangu_sigma.config.domain_edits import Ahead
+from pangu_sigma.config.domain_edits import FollowUpTraining
 from pangu_sigma.domains.add_domain import NewDomain, add_domain
 from pangu_sigma.domains.list_domains import list_domains
 from pangu_sigma.domains.merge_models import merge_models
@@ -23,8 +23,8 @@ STEPS = 3
 
 def trained_with(parent: Path, name: str, text: Path, folder: Path) -> Path:
     """A run of the parent and a new domain, which trained `STEPS` steps with the shared parameters frozen."""
-    ahead = Ahead(name, STEPS, shared="frozen", replay=0.0)
-    add_domain(parent, NewDomain(name, (str(text),), experts=2, init="random"), ahead=ahead, out=folder / name)
+    follow_up = FollowUpTraining(name, STEPS, shared="frozen", replay=0.0)
+    add_domain(parent, NewDomain(name, (str(text),), experts=2, init="random"), follow_up=follow_up, out=folder / name)
     done = training_process.command("train", folder / name / "config.yaml", "--resume", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / name

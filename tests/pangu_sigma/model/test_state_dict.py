@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from pangu_sigma.config import manifest, parameter_counts
+from pangu_sigma.config import parameter_counts, tensor_shapes
 from pangu_sigma.config.parameter_counts import is_routing
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.state_dict import domain_tensors, model_tensors, restore_model, stored_tables
@@ -35,7 +35,7 @@ def model(request):
 def test_built_tensors_are_those_of_the_manifest(model):
     built = {p.name: tuple(p.shape) for p in model.net.get_parameters()}
     built |= {name: tensor.shape for name, tensor in domain_tensors(model, optimizer_state=False).items()}
-    assert built == manifest(model.config, VOCAB)
+    assert built == tensor_shapes(model.config, VOCAB)
 
 
 def test_built_parameters_are_as_many_as_counted(model):
@@ -52,7 +52,7 @@ def test_built_parameters_are_as_many_as_counted(model):
 
 def test_every_trained_tensor_has_moments_and_every_expert_a_count(model):
     tensors = model_tensors(model, Optimizer(model).moments())
-    trained = [name for name in manifest(model.config, VOCAB) if not is_routing(name)]
+    trained = [name for name in tensor_shapes(model.config, VOCAB) if not is_routing(name)]
     for name in trained:
         for moment in "mv":
             prefix = f"optimizer.{moment}."

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pangu_sigma.cli import app
-from pangu_sigma.config import load_config, manifest
+from pangu_sigma.config import load_config, tensor_shapes
 from pangu_sigma.config.capacity_sizes import activated_slots
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.tensor_parallel_layout import spec_of
@@ -66,7 +66,7 @@ def test_a_mesh_cuts_state_by_what_each_tensor_is_cut():
     axes = {"expert": 4, "tensor": 2, None: 1}
     expected = sum(
         8 * math.prod(shape) / math.prod(axes[a] for a in spec_of(name, shape))
-        for name, shape in manifest(config, 8192).items()
+        for name, shape in tensor_shapes(config, 8192).items()
         if not name.endswith(".routing")
     )
     assert cut == expected < whole / 4
@@ -74,7 +74,7 @@ def test_a_mesh_cuts_state_by_what_each_tensor_is_cut():
 
 def test_every_matrix_of_a_layer_is_cut():
     config = load_config(CONFIGS / "eight_devices_global.yaml")
-    for name, shape in manifest(config, 8192).items():
+    for name, shape in tensor_shapes(config, 8192).items():
         cut = spec_of(name, shape)
         assert len(cut) == len(shape)
         if len(shape) > 1 and name.endswith((".weight", ".word")):
@@ -169,7 +169,7 @@ def test_the_fullest_pipeline_stage_counts():
     words = 8192 * 512 // 2
     shared = {stage: 0 for stage in range(2)}
     experts = 0
-    for tensor, shape in manifest(config, vocabulary).items():
+    for tensor, shape in tensor_shapes(config, vocabulary).items():
         parts = [getattr(config.parallel.mesh, axis) if axis else 1 for axis in spec_of(tensor, shape)]
         held = math.prod(size // ways for size, ways in zip(shape, parts, strict=True))
         if "routing" in tensor:

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pangu_sigma.checkpoint import resolve
-from pangu_sigma.config.parameter_counts import manifest
+from pangu_sigma.config.parameter_counts import tensor_shapes
 from pangu_sigma.doctor.check_processes import MSRUN
 from pangu_sigma.errors import UserError
 from pangu_sigma.integrations.mindformers.import_mindformers import SKIPPED, checkpoint_file, import_mindformers
@@ -53,7 +53,7 @@ def test_its_checkpoint_comes_back_whole(both_trained, tmp_path):
     theirs = load_file(checkpoint_file(both_trained.formers))
     config = stored_config(model)
     tensors = model.load(model.names())
-    assert set(tensors) == set(manifest(config, config.model.vocab_size))
+    assert set(tensors) == set(tensor_shapes(config, config.model.vocab_size))
     for name, tensor in tensors.items():
         assert tensor.tobytes() == theirs[name].tobytes(), name
     assert model.step == STEPS and set(model.probe()) == {"code", "law", "poems"}
