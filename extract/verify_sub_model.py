@@ -17,7 +17,7 @@ import numpy as np
 from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.checkpoint.float_types import FLOAT_TYPES
 from pangu_sigma.errors import UserError
-from pangu_sigma.trained_model import Trained, trained_from
+from pangu_sigma.trained_model import TrainedModel, trained_from
 
 if TYPE_CHECKING:
     from extract.extraction_plan import ExtractionPlan
@@ -212,7 +212,7 @@ def _rank(rows: Sequence[tuple[str, np.ndarray]], index: int) -> int:
     return sum(rows[i][0] == rows[index][0] for i in range(index))
 
 
-def _logits_of(trained: Trained, domains: Sequence[str]) -> Callable[[np.ndarray, Sequence[str]], np.ndarray]:
+def _logits_of(trained: TrainedModel, domains: Sequence[str]) -> Callable[[np.ndarray, Sequence[str]], np.ndarray]:
     """(tokens int32 [B, S + 1], domain of each row) -> logits float32 [B, S, V]; batches may mix all `domains`."""
     from pangu_sigma.model.scoring import Scorer
 
@@ -221,7 +221,7 @@ def _logits_of(trained: Trained, domains: Sequence[str]) -> Callable[[np.ndarray
     return lambda tokens, owners: scorer.logits(tokens, [numbers[owner] for owner in owners]).asnumpy()
 
 
-def _loss(logits: np.ndarray, labels: np.ndarray, trained: Trained) -> float:
+def _loss(logits: np.ndarray, labels: np.ndarray, trained: TrainedModel) -> float:
     """Mean cross-entropy in nats of one sequence, float64; padding at its end does not count."""
     real = np.flatnonzero(labels != trained.tokenizer.pad_id)
     count = real[-1] + 1 if real.size else labels.size
@@ -232,7 +232,7 @@ def _loss(logits: np.ndarray, labels: np.ndarray, trained: Trained) -> float:
 
 
 def _experts_reached(
-    trained: Trained, probe: dict[str, np.ndarray], domains: Sequence[str]
+    trained: TrainedModel, probe: dict[str, np.ndarray], domains: Sequence[str]
 ) -> dict[str, dict[str, tuple[int, int]]]:
     groups = trained.model.groups
     sizes = dict(zip(groups.names, groups.sizes, strict=True))

@@ -1,4 +1,4 @@
-"""A trained model from a run or checkpoint folder, ready to evaluate or generate."""
+"""Trained model: built from a run, checkpoint or model folder, ready to evaluate or generate."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from parallel.comm.processes import Processes
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A model with the checkpoint that it came from; `run_dir` is None where the checkpoint stands alone."""
+class TrainedModel:
+    """Trained model with its tokenizer and its checkpoint; `run_dir` is None where the checkpoint stands alone."""
 
     model: object
     checkpoint: Checkpoint
@@ -90,7 +90,7 @@ def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     return load_tokenizer(checkpoint.path / "tokenizer")
 
 
-def load_trained(path: str | Path) -> Trained:
+def load_trained(path: str | Path) -> TrainedModel:
     """Build the model that a run folder (its last complete checkpoint), a checkpoint or a model folder holds.
 
     Raises UserError naming what is missing, damaged or changed.
@@ -104,7 +104,7 @@ def trained_from(
     precision: str | None = None,
     sequence_length: int | None = None,
     processes: Processes | None = None,
-) -> Trained:
+) -> TrainedModel:
     """Build the model of an opened checkpoint, on another device, in another precision or for sequences of another
     length (in tokens) than it was trained with. `processes` that have met build it together, each its own experts.
 
@@ -131,7 +131,7 @@ def trained_from(
         processes=processes,
     )  # fmt: skip
     restore_model(model, tensors)
-    return Trained(model, checkpoint, tokenizer, run_of(checkpoint))
+    return TrainedModel(model, checkpoint, tokenizer, run_of(checkpoint))
 
 
 def weights_as_needed(checkpoint: Checkpoint) -> StoredTensors:

@@ -1,4 +1,4 @@
-"""The processes of one command: started by --workers or msrun, met, and ended together with one sentence.
+"""Worker processes of one command: started by --workers or msrun, and ended together with one sentence.
 
 A command of several processes runs the same code in each of them. Who is who comes from the environment, which the
 launcher fills as msrun does; what they do together goes through `parallel.comm.processes`.
@@ -45,7 +45,7 @@ def _divides_experts(config: Config, parts: int) -> bool:
 
 
 def processes_of(config: Config, folder: Path) -> Processes:
-    """What this process is to the command that it does a part of; `folder` is where they keep watch.
+    """This process's rank and mesh among the processes of its command; the watchdog's files lie in `folder`.
 
     Raises UserError unless there are as many processes as `parallel` says.
     """
@@ -68,8 +68,8 @@ def processes_of(config: Config, folder: Path) -> Processes:
         )
     if started is None:
         return Processes()
-    told = os.environ.get(WATCHED)
-    files = Path(told) if told else folder / FOLDER
+    launcher_folder = os.environ.get(WATCHED)
+    files = Path(launcher_folder) if launcher_folder else folder / FOLDER
     try:
         watch = Watch(files, started.rank, size, config.parallel.timeout, quiet=end_with_launcher())
     except BlockingIOError:
@@ -124,16 +124,16 @@ def launch(words: Sequence[str], workers: int, folder: Path) -> int:
         rank, code = ended.failed, ended.codes[ended.failed]
         if code in (USER_ERROR, INTERRUPTED) and rank == 0:
             return code  # it said why on this terminal
-        said = _last_line(job.log(rank)) if rank else ""
+        last_line = _last_line(job.log(rank)) if rank else ""
         if code == USER_ERROR:
-            sentence = said.removeprefix("Error: ")
+            sentence = last_line.removeprefix("Error: ")
             named = sentence if sentence.startswith(f"rank {rank} ") else f"rank {rank}: {sentence}"
             raise UserError(f"{named} ({job.log(rank)})")
         if ended.asked is not None:
             return INTERRUPTED
-        told = f"; its log {job.log(rank)} ends: {said}" if said and code > 0 else ""
+        log_end = f"; its log {job.log(rank)} ends: {last_line}" if last_line and code > 0 else ""
         saved = "; what the training had saved is whole: continue with --resume" if words[0] == "train" else ""
-        raise UserError(f"rank {rank} of {workers} {ended.cause}, so all processes were stopped{saved}{told}")
+        raise UserError(f"rank {rank} of {workers} {ended.cause}, so all processes were stopped{saved}{log_end}")
 
 
 def _last_line(log: Path) -> str:

@@ -1,4 +1,4 @@
-"""The generated domain: sheets of arithmetic problems in words and symbols, each worked out step by step."""
+"""Arithmetic worksheets, the generated built-in domain: problems in words and symbols, worked out step by step."""
 
 from collections.abc import Callable, Iterator
 from random import Random
@@ -12,24 +12,23 @@ _CONTAINERS = ("boxes", "bags", "crates", "baskets", "shelves", "trays")
 def worksheets(seed: int) -> Iterator[str]:
     """Documents without end, a function of ``seed``: each a sheet of three to six problems with worked answers."""
     random = Random(seed)
-    number = 0
     while True:
-        number += 1
         problems = [random.choice(_PROBLEMS)(random) for _ in range(random.randint(3, 6))]
-        yield "\n\n".join(f"Problem {place}. {text}" for place, text in enumerate(problems, 1)) + "\n"
+        yield "\n\n".join(f"Problem {index}. {text}" for index, text in enumerate(problems, 1)) + "\n"
 
 
 def _long_addition(random: Random) -> str:
     size = random.randint(2, 5)
     a, b = random.randrange(10 ** (size - 1), 10**size), random.randrange(10, 10**size)
     lines = [f"Add {a} and {b}.", "Work from the right:"]
-    carry, place, left, right = 0, 1, a, b
+    carry, column, left, right = 0, 1, a, b
     while left or right:
         total = left % 10 + right % 10 + carry
         lines.append(
-            f"  column {place}: {left % 10} + {right % 10} + {carry} = {total}, write {total % 10}, carry {total // 10}"
+            f"  column {column}: {left % 10} + {right % 10} + {carry} = {total}, "
+            f"write {total % 10}, carry {total // 10}"
         )
-        carry, place, left, right = total // 10, place + 1, left // 10, right // 10
+        carry, column, left, right = total // 10, column + 1, left // 10, right // 10
     return "\n".join([*lines, f"Answer: {a} + {b} = {a + b}"])
 
 
@@ -53,11 +52,11 @@ def _division(random: Random) -> str:
 
 
 def _shopping(random: Random) -> str:
-    name, thing, place = random.choice(_NAMES), random.choice(_THINGS), random.choice(_PLACES)
+    name, thing, shop = random.choice(_NAMES), random.choice(_THINGS), random.choice(_PLACES)
     count, price = random.randrange(3, 30), random.randrange(2, 25)
     paid = (count * price // 50 + 1) * 50
     return (
-        f"At {place} {name} buys {count} {thing} for {price} each and pays with {paid}. How much change is due?\n"
+        f"At {shop} {name} buys {count} {thing} for {price} each and pays with {paid}. How much change is due?\n"
         f"The {thing} cost {count} * {price} = {count * price}.\nThe change is {paid} - {count * price} = "
         f"{paid - count * price}.\nAnswer: {paid - count * price}"
     )
@@ -102,19 +101,19 @@ def _fractions(random: Random) -> str:
 
 
 def _percentage(random: Random) -> str:
-    percent, whole = random.randrange(5, 96, 5), random.randrange(20, 1000, 20)
-    part = percent * whole // 100
+    percent, total = random.randrange(5, 96, 5), random.randrange(20, 1000, 20)
+    part = percent * total // 100
     name, thing = random.choice(_NAMES), random.choice(_THINGS)
     return (
-        f"{name} counts {whole} {thing}, and {percent} percent of them are red. How many are not red?\n"
-        f"Red: {whole} * {percent} / 100 = {whole * percent} / 100 = {part}\n"
-        f"Not red: {whole} - {part} = {whole - part}\nAnswer: {whole - part}"
+        f"{name} counts {total} {thing}, and {percent} percent of them are red. How many are not red?\n"
+        f"Red: {total} * {percent} / 100 = {total * percent} / 100 = {part}\n"
+        f"Not red: {total} - {part} = {total - part}\nAnswer: {total - part}"
     )
 
 
 def _sequence(random: Random) -> str:
     start, step, length = random.randrange(1, 60), random.randrange(2, 20), random.randrange(5, 10)
-    row = [start + step * place for place in range(length)]
+    row = [start + step * index for index in range(length)]
     return (
         f"Continue the sequence {', '.join(map(str, row[:4]))} up to {length} numbers and add them all.\n"
         f"Each number is {step} more than the one before: {', '.join(map(str, row))}\n"

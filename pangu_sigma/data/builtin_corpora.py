@@ -1,4 +1,4 @@
-"""Four real domains from what every machine with Python has, without a download: the quickstart's corpora.
+"""Built-in corpora, the quickstart's four domains: from what every machine with Python has, without a download.
 
 ``code``: Python's standard library without its comments' licences and docstrings. ``docs``: those docstrings and the
 language reference that ``help()`` prints. ``c_headers``: the C headers of Python, of NumPy and, where there are any, of
@@ -93,8 +93,8 @@ def _mixed(files: Iterable[Path], root: Path) -> list[Path]:
 
 def _library_files() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = (file for file in root.rglob("*.py") if _SKIPPED_FOLDERS.isdisjoint(file.relative_to(root).parts[:-1]))
-    return _mixed(found, root)
+    files = (file for file in root.rglob("*.py") if _SKIPPED_FOLDERS.isdisjoint(file.relative_to(root).parts[:-1]))
+    return _mixed(files, root)
 
 
 def _parsed_library() -> Iterator[tuple[str, ast.Module]]:

@@ -1,4 +1,4 @@
-"""All domains of a configuration, ready to read: tokenizer, token stores, unigram losses."""
+"""Corpus: all domains of a configuration, ready to read: tokenizer, token stores, packed sequences, unigram losses."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from pangu_sigma.config import Config
-from pangu_sigma.data.corpus_files import Source
-from pangu_sigma.data.document_filters import sentence
-from pangu_sigma.data.domain_store import DomainStore, prepare_domain
+from pangu_sigma.data.corpus_files import CorpusSource
+from pangu_sigma.data.document_filters import filter_summary
+from pangu_sigma.data.domain_store import DomainStore, prepare_domain, unigram_loss
 from pangu_sigma.data.packed_sequences import HeldoutSequences, PackedSequences
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_training import build_tokenizer
-from pangu_sigma.data.unigram_model import unigram_loss
 from pangu_sigma.errors import UserError
 
 Progress = Callable[[str, str, int, int], None]
@@ -30,10 +29,10 @@ class Corpus:
     stores: tuple[DomainStore, ...]
 
     def messages(self) -> list[str]:
-        """What should be said of the text before it is trained on."""
+        """Sentences about the text for the user, before it is trained on: what filters dropped."""
         kinds = {domain.name: domain.filters for domain in self.config.domains}
-        said = [sentence(s.name, sum(s.documents.values()), s.dropped, kinds[s.name]) for s in self.stores]
-        return [one for one in said if one is not None]
+        summaries = [filter_summary(s.name, sum(s.documents.values()), s.dropped, kinds[s.name]) for s in self.stores]
+        return [summary for summary in summaries if summary is not None]
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -53,13 +52,13 @@ class Corpus:
 
     def heldout_to_measure(self) -> dict[str, HeldoutSequences]:
         """`heldout()`, or UserError if there is none."""
-        found = self.heldout()
-        if not found:
+        heldout = self.heldout()
+        if not heldout:
             raise UserError(
                 "data.heldout_fraction is 0, so no text was kept from training to measure with: train a run that holds "
                 "some out"
             )
-        return found
+        return heldout
 
     def token_counts(self, size: int) -> dict[str, np.ndarray]:
         """How often every id of a vocabulary of `size` occurs in training text, by domain [size]; the tokenizer may use
@@ -76,11 +75,11 @@ def prepare_corpus(config: Config, tokenizer: Tokenizer | None = None, progress:
 
     Raises UserError for anything wrong with the configured files.
     """
-    sources = [Source.of(d) for d in config.domains]
+    sources = [CorpusSource.of(d) for d in config.domains]
     cache = Path(config.data.cache)
-    wanted = config.data.tokenizer
+    settings = config.data.tokenizer
     if tokenizer is None:
-        tokenizer = build_tokenizer(wanted.kind, sources, cache, wanted.path, wanted.vocab_size)
+        tokenizer = build_tokenizer(settings.kind, sources, cache, settings.path, settings.vocab_size)
     stores = tuple(
         prepare_domain(
             source,

@@ -25,10 +25,10 @@ _LINE_LIMIT = 16 * TEXT_DOCUMENT_CHARS  # no line is read in longer pieces: a fi
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a domain's text comes from: ``name`` of the domain, ``data`` paths or globs, ``text_field`` of JSONL,
+class CorpusSource:
+    """Corpus of a domain, as files: ``name`` of the domain, ``data`` paths or globs, ``text_field`` of JSONL,
     ``weight``, the domain's share when a tokenizer is trained from the mix, ``filters``, which documents are dropped (a
-    key of ``filters.RULES``), and ``stars_field`` of JSONL, where a repository's stars stand."""
+    key of ``document_filters.RULES``), and ``stars_field`` of JSONL, where a repository's stars stand."""
 
     name: str
     data: Sequence[str | Path]
@@ -38,11 +38,9 @@ class Source:
     stars_field: str | None = None
 
     @classmethod
-    def of(cls, domain: DomainConfig) -> Source:
-        """The source that a domain's configuration describes."""
-        return cls(
-            domain.name, domain.data, domain.text_field, domain.weight, domain.filters, domain.stars_field
-        )
+    def of(cls, domain: DomainConfig) -> CorpusSource:
+        """The corpus that a domain's configuration describes."""
+        return cls(domain.name, domain.data, domain.text_field, domain.weight, domain.filters, domain.stars_field)
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def expand_paths(name: str, data: Sequence[str | Path]) -> list[Path]:
 
     Raises UserError when an entry is missing, is a folder, matches nothing, or is neither ``.jsonl`` nor ``.txt``.
     """
-    found: dict[Path, None] = {}
+    files: dict[Path, None] = {}
     for entry in data:
         path = Path(os.path.expanduser(str(entry)))
         if path.is_dir():
@@ -79,10 +77,10 @@ def expand_paths(name: str, data: Sequence[str | Path]) -> list[Path]:
                 raise UserError(
                     f"domain '{name}': {match} is neither .jsonl nor .txt; convert it or narrow the pattern"
                 )
-            found[match.resolve()] = None
-    if not found:
+            files[match.resolve()] = None
+    if not files:
         raise UserError(f"domain '{name}' names no corpus file; list at least one path in domains.data")
-    return list(found)
+    return list(files)
 
 
 def fingerprint_files(files: Sequence[Path]) -> str:
@@ -125,26 +123,26 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
     pieces.
     """
     limit = _LINE_LIMIT if file.suffix.lower() == ".txt" else -1
-    number = 1
+    line_number = 1
     try:
         with open(file, encoding="utf-8-sig") as stream:
             while line := stream.readline(limit):
-                yield number, line
-                number += line.endswith("\n")
+                yield line_number, line
+                line_number += line.endswith("\n")
     except UnicodeDecodeError as error:
-        where = f"near line {number}"  # the decoder reads ahead in blocks, so the line is approximate
+        where = f"near line {line_number}"  # the decoder reads ahead in blocks, so the line is approximate
         raise UserError(f"{file}: {where} is not UTF-8 ({error.reason}); save the file as UTF-8") from error
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}); check that it exists and its rights") from error
 
 
 def _jsonl_documents(name: str, file: Path, text_field: str, stars_field: str | None) -> Iterator[Document]:
-    for number, line in _lines(file):
+    for line_number, line in _lines(file):
         if line.strip():
-            record = json_object(line, f"{file}:{number}", document_form(text_field))
-            text = text_of(record, f"{file}:{number}", text_field, f"set text_field of domain '{name}'")
-            stars = None if stars_field is None else _stars(record, f"{file}:{number}", stars_field, name)
-            yield Document(text, file, number, stars)
+            record = json_object(line, f"{file}:{line_number}", document_form(text_field))
+            text = text_of(record, f"{file}:{line_number}", text_field, f"set text_field of domain '{name}'")
+            stars = None if stars_field is None else _stars(record, f"{file}:{line_number}", stars_field, name)
+            yield Document(text, file, line_number, stars)
 
 
 def _stars(record: dict, where: str, field: str, name: str) -> float:
@@ -196,9 +194,9 @@ def _text_documents(file: Path) -> Iterator[Document]:
     pieces: list[str] = []
     size = 0
     first = 1
-    for number, line in _lines(file):
+    for line_number, line in _lines(file):
         if not pieces:
-            first = number
+            first = line_number
         pieces.append(line)
         size += len(line)
         blank = not line.strip()

@@ -1,4 +1,4 @@
-"""Exact and near duplicates of documents, found by MinHash signatures and banding (Broder 1997).
+"""Deduplication: exact and near duplicates of documents, found by MinHash signatures and banding (Broder 1997).
 
 A document is the set of its pieces of ``SHINGLE`` characters. One hash per piece, cut into ``BINS`` bins of which each
 keeps its minimum (one-permutation hashing), gives a signature; the share of equal entries estimates the Jaccard
@@ -73,7 +73,7 @@ def _densify(table: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Deduplicator:
-    """Tells, document after document, whether one like it has been kept before. Counts: ``exact`` and ``near``."""
+    """Deduplicator of documents in order: a duplicate of one kept before is dropped. Counts: ``exact`` and ``near``."""
 
     similarity: float = SIMILARITY
     exact: int = 0
@@ -89,7 +89,7 @@ class Deduplicator:
         keys = np.zeros(banded.shape[:2], dtype=np.uint64)
         for row in range(ROWS):
             keys = mix64(keys * np.uint64(_MULTIPLIER) + banded[:, :, row] + np.uint64(1))
-        return [self._keep_one(text, table[number], keys[number].tolist()) for number, text in enumerate(texts)]
+        return [self._keep_one(text, table[row], keys[row].tolist()) for row, text in enumerate(texts)]
 
     def _keep_one(self, text: str, signature: np.ndarray, keys: list[int]) -> bool:
         name = digest(text)
@@ -100,7 +100,7 @@ class Deduplicator:
         for band, key in zip(self._bands, keys, strict=True):
             candidates.update(band.get(key, ()))
         if candidates:
-            others = np.stack([self._kept[number] for number in sorted(candidates)])
+            others = np.stack([self._kept[index] for index in sorted(candidates)])
             if np.max(np.mean(others == signature, axis=1)) >= self.similarity:
                 self.near += 1
                 return False

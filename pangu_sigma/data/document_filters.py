@@ -1,4 +1,4 @@
-"""Documents that are better not learned from: long runs of the same tokens, and code that says little.
+"""Document filters: drop long runs of repeated tokens, and code that says little.
 
 The rules are OLMoE's (arXiv 2409.02060, section 2): a document with a run of 32 or more repeated n-grams, n from 1 to
 13 tokens, is dropped; of code also one whose most frequent word is more than 30 % of its words, or whose two most
@@ -71,8 +71,8 @@ def reason_to_drop(kind: str, text: str, ids: np.ndarray, stars: float | None) -
     return None
 
 
-def sentence(name: str, kept: int, dropped: dict[str, int], kind: str) -> str | None:
-    """What the rules of `kind` left of a domain, for people; None where there are no rules."""
+def filter_summary(name: str, kept: int, dropped: dict[str, int], kind: str) -> str | None:
+    """A sentence on what the rules of `kind` dropped and kept of a domain; None where there are no rules."""
     if not RULES[kind]:
         return None
     counts: Sequence[str] = [f"{dropped.get(reason, 0):,} {REASONS[reason]}" for reason in RULES[kind]]

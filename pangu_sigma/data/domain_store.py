@@ -1,5 +1,4 @@
-"""A domain's corpus made ready once: duplicates dropped, held-out documents set aside, both parts tokenised into
-stores.
+"""Token store of a domain, built once: duplicates dropped, held-out documents set aside, both parts tokenised.
 
 The result lies in a folder of the cache whose name carries the fingerprint of corpus, tokenizer and settings, so a
 changed corpus is noticed and made anew. ``store.json`` is written last and lists every file's sha256, which is
@@ -20,8 +19,8 @@ import numpy as np
 
 from pangu_sigma.data.corpus_files import (
     TEXT_DOCUMENT_CHARS,
+    CorpusSource,
     Document,
-    Source,
     expand_paths,
     fingerprint_files,
     iterate_documents,
@@ -29,7 +28,7 @@ from pangu_sigma.data.corpus_files import (
 )
 from pangu_sigma.data.deduplication import SIMILARITY, Deduplicator, digest
 from pangu_sigma.data.document_filters import REASONS, RULES, reason_to_drop
-from pangu_sigma.data.indexed_dataset import IndexedTokens, IndexedWriter
+from pangu_sigma.data.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
 
@@ -48,18 +47,18 @@ _FILES = ("train.bin", "train.idx", "heldout.bin", "heldout.idx", _COUNTS)
 
 @dataclass(frozen=True)
 class DomainStore:
-    """A tokenised domain.
+    """Tokenised text of a domain, on disk.
 
     ``train`` and ``heldout`` token stores; ``token_counts`` int64 [V] of the training part, end-of-document ids
     included; ``documents`` and ``tokens`` per part; ``dropped`` documents by reason (empty, exact, near, and
-    those of ``filters.REASONS`` that apply);
+    those of ``document_filters.REASONS`` that apply);
     ``fingerprint`` of all that decided the content, and of the corpus and the tokenizer alone, so that a difference
     can be named.
     """
 
     name: str
-    train: IndexedTokens
-    heldout: IndexedTokens
+    train: IndexedDataset
+    heldout: IndexedDataset
     token_counts: np.ndarray
     fingerprint: str
     corpus_fingerprint: str
@@ -80,7 +79,7 @@ class DomainStore:
 
 
 def prepare_domain(
-    source: Source,
+    source: CorpusSource,
     tokenizer: Tokenizer,
     cache_dir: str | Path,
     *,
@@ -93,8 +92,8 @@ def prepare_domain(
 
     A document is held out by a hash of its content, at least one unless the fraction is 0 (then none); duplicates are
     dropped before, so no held-out document resembles a training one. ``sequence_length`` S (tokens) only sets the least
-    size: S + 1 tokens. Raises UserError for unusable input (see ``sources``), a corpus too small to train on or to hold
-    anything out, a damaged cache (named), and a full disk.
+    size: S + 1 tokens. Raises UserError for unusable input (see ``corpus_files``), a corpus too small to train on or to
+    hold anything out, a damaged cache (named), and a full disk.
     """
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", source.name):
         raise UserError(f"the domain name '{source.name}' cannot name a folder; use letters, digits, '_', '-' and '.'")
@@ -174,16 +173,28 @@ def open_store(folder: str | Path, vocab_size: int) -> DomainStore:
             raise UserError(f"the token store {folder / name} has {size} bytes, not what {INFO_FILE} says; {advice}")
         if _sha256(folder / name) != files[name][1]:
             raise UserError(f"the token store {folder / name} is damaged (its sha256 differs); {advice}")
-    train, heldout = (IndexedTokens(folder / part) for part in _PARTS)
+    train, heldout = (IndexedDataset(folder / part) for part in _PARTS)
     counts = np.load(folder / _COUNTS, allow_pickle=False)
     if counts.shape != (vocab_size,):
         raise UserError(f"the token store {folder} is of a vocabulary of {counts.size}, not {vocab_size}; {advice}")
     return DomainStore(train=train, heldout=heldout, token_counts=counts, folder=folder, **described)
 
 
+def unigram_loss(token_counts: np.ndarray, heldout: IndexedDataset) -> float:
+    """Loss of the unigram model, which any language model must beat: mean negative log likelihood (nats per token) of
+    the held-out tokens under the training part's frequencies.
+
+    ``token_counts`` int64 [V]; one is added to every count, so that a token never seen has a probability.
+    """
+    vocabulary = len(token_counts)
+    log_p = np.log(token_counts + 1.0) - np.log(token_counts.sum() + vocabulary)
+    counts = heldout.counts(vocabulary)
+    return float(-(counts * log_p).sum() / counts.sum())
+
+
 def _build(
     folder: Path,
-    source: Source,
+    source: CorpusSource,
     files: Sequence[Path],
     tokenizer: Tokenizer,
     heldout_fraction: float,
@@ -193,7 +204,7 @@ def _build(
     """Write both parts and the counts; what is returned goes into ``store.json``."""
     parts, dropped = _assign(source, files, tokenizer, heldout_fraction, deduplicate, progress)
     writers = {
-        code: IndexedWriter(folder / part, tokenizer.vocab_size, tokenizer.eod_id)
+        code: IndexedDatasetBuilder(folder / part, tokenizer.vocab_size, tokenizer.eod_id)
         for code, part in zip((_TRAIN, _HELDOUT), _PARTS, strict=True)
     }
     done = 0
@@ -211,7 +222,7 @@ def _build(
         for writer in writers.values():
             writer.discard()
         raise
-    stores = {part: IndexedTokens(folder / part) for part in _PARTS}
+    stores = {part: IndexedDataset(folder / part) for part in _PARTS}
     np.save(folder / _COUNTS, stores["train"].counts(tokenizer.vocab_size), allow_pickle=False)
     return {
         "documents": {part: store.documents for part, store in stores.items()},
@@ -221,7 +232,7 @@ def _build(
 
 
 def _assign(
-    source: Source,
+    source: CorpusSource,
     files: Sequence[Path],
     tokenizer: Tokenizer,
     heldout_fraction: float,
@@ -246,15 +257,15 @@ def _assign(
             )
             ranks.append(rank)
         progress(source.name, "read", len(parts), 0)
-    found = np.array(parts, dtype=np.uint8)
+    assigned = np.array(parts, dtype=np.uint8)
     dropped = {**refused, "exact": finder.exact, "near": finder.near}
-    kept = np.flatnonzero(found != _DROP)
+    kept = np.flatnonzero(assigned != _DROP)
     if not len(kept):
         filtered = sum(refused.values()) - refused["empty"]
         why = f" but {filtered} documents that its filters drop" if filtered else ""
         raise UserError(f"domain '{source.name}' has no text in {_shown(files)}{why}; check domains.data")
     if not heldout_fraction:
-        return found, dropped
+        return assigned, dropped
     by_rank = kept[np.argsort(np.array(ranks, dtype=np.uint64)[kept], kind="stable")]
     if ranks[by_rank[0]] == ranks[by_rank[-1]]:
         raise UserError(
@@ -263,26 +274,26 @@ def _assign(
         )
     # Few documents may all fall on one side; equal ones (kept when nothing is deduplicated) must stay together.
     ranks_kept = np.array(ranks, dtype=np.uint64)
-    if not (found == _HELDOUT).any():
-        found[(found == _TRAIN) & (ranks_kept == ranks_kept[by_rank[0]])] = _HELDOUT
-    if not (found == _TRAIN).any():
-        found[(found == _HELDOUT) & (ranks_kept == ranks_kept[by_rank[-1]])] = _TRAIN
-    return found, dropped
+    if not (assigned == _HELDOUT).any():
+        assigned[(assigned == _TRAIN) & (ranks_kept == ranks_kept[by_rank[0]])] = _HELDOUT
+    if not (assigned == _TRAIN).any():
+        assigned[(assigned == _HELDOUT) & (ranks_kept == ranks_kept[by_rank[-1]])] = _TRAIN
+    return assigned, dropped
 
 
-def _reasons(source: Source, batch: Sequence[Document], tokenizer: Tokenizer) -> list[str | None]:
+def _reasons(source: CorpusSource, batch: Sequence[Document], tokenizer: Tokenizer) -> list[str | None]:
     """Why each document is not learned from, duplicates aside: it is empty, or a filter's reason; None to keep it."""
     reasons: list[str | None] = [None if document.text.strip() else "empty" for document in batch]
     if not RULES[source.filters]:
         return reasons
-    filled = [number for number, reason in enumerate(reasons) if reason is None]
-    ids = tokenizer.encode_batch([batch[number].text for number in filled])
-    for number, tokens in zip(filled, ids, strict=True):
-        reasons[number] = reason_to_drop(source.filters, batch[number].text, tokens, batch[number].stars)
+    filled = [index for index, reason in enumerate(reasons) if reason is None]
+    ids = tokenizer.encode_batch([batch[index].text for index in filled])
+    for index, tokens in zip(filled, ids, strict=True):
+        reasons[index] = reason_to_drop(source.filters, batch[index].text, tokens, batch[index].stars)
     return reasons
 
 
-def _batches(source: Source, files: Sequence[Path]) -> Iterator[list[Document]]:
+def _batches(source: CorpusSource, files: Sequence[Path]) -> Iterator[list[Document]]:
     batch: list[Document] = []
     size = 0
     for document in iterate_documents(source.name, files, source.text_field, source.stars_field):

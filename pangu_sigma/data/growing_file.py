@@ -1,6 +1,6 @@
-"""A file that others append to, read line by line as it grows; and standard input, kept in such a file.
+"""Growing file: read line by line while others append to it; and standard input, copied into such a file.
 
-Bytes are what counts: a reader says at which byte its next line begins, and another one goes on exactly there.
+Positions are byte offsets: a reader tells the offset of its next line, and another reader continues exactly there.
 """
 
 import fcntl
@@ -23,25 +23,25 @@ _COMPARED = 64 << 10  # bytes at the beginning and before the cursor that tell o
 
 
 @dataclass(frozen=True)
-class Line:
-    """A complete line: its 1-based ``number``, the byte where it ``begins``, where the next one does, its content."""
+class StreamLine:
+    """A complete line: its 1-based number, the byte offsets of its start and of the next line's, its content."""
 
-    number: int
-    begins: int
-    ends: int
+    line_number: int
+    start: int
+    end: int
     content: bytes
 
 
-class GrowingFile:
-    """The complete lines of ``path`` from byte ``begin`` on, which is the start of line ``number``.
+class GrowingFileReader:
+    """Reader of the complete lines of a growing file from byte ``offset`` on, which is the start of ``line_number``.
 
     A line is complete when its line end is there. Raises UserError where the file cannot be read or has shrunk.
     """
 
-    def __init__(self, path: Path, begin: int = 0, number: int = 1):
+    def __init__(self, path: Path, offset: int = 0, line_number: int = 1):
         self.path = path
-        self.begin = begin
-        self.number = number
+        self.offset = offset
+        self.line_number = line_number
         self._buffer = bytearray()
         self._searched = 0
         try:
@@ -49,7 +49,7 @@ class GrowingFile:
         except OSError as error:
             raise UserError(f"the stream {path} cannot be read ({error.strerror}): check data.stream.path") from error
 
-    def next_line(self) -> Line | None:
+    def next_line(self) -> StreamLine | None:
         """The next complete line, None while there is none."""
         while True:
             end = self._buffer.find(b"\n", self._searched)
@@ -58,35 +58,36 @@ class GrowingFile:
             self._searched = len(self._buffer)
             if not self._read_more():
                 return None
-        line = Line(self.number, self.begin, self.begin + end + 1, bytes(self._buffer[:end]))
+        line = StreamLine(self.line_number, self.offset, self.offset + end + 1, bytes(self._buffer[:end]))
         del self._buffer[: end + 1]
         self._searched = 0
-        self.begin, self.number = line.ends, line.number + 1
+        self.offset, self.line_number = line.end, line.line_number + 1
         return line
 
     def _read_more(self) -> bool:
         if len(self._buffer) > LONGEST_LINE:
             raise UserError(
-                f"{self.path}:{self.number}: the line has more than {LONGEST_LINE >> 20} MiB; a stream is one JSON "
-                "object a line"
+                f"{self.path}:{self.line_number}: the line has more than {LONGEST_LINE >> 20} MiB; a stream is one "
+                "JSON object a line"
             )
-        at = self.begin + len(self._buffer)
+        read_end = self.offset + len(self._buffer)
         size = os.fstat(self._file.fileno()).st_size
-        if size < at:
+        if size < read_end:
             raise UserError(
-                f"the stream {self.path} has shrunk to {size} bytes, and {at} were read already: append to it only"
+                f"the stream {self.path} has shrunk to {size} bytes, and {read_end} were read already: "
+                "append to it only"
             )
-        chunk = os.pread(self._file.fileno(), _CHUNK, at)
+        chunk = os.pread(self._file.fileno(), _CHUNK, read_end)
         self._buffer += chunk
         return bool(chunk)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()
 
 
 def digests_before(path: Path, end: int) -> dict[str, str]:
-    """What tells whether two files agree before byte ``end``: hashes of their first bytes and of the last before it.
+    """Hashes by which two files are compared before byte ``end``: of their first bytes and of the last before it.
 
     Raises UserError where the file is shorter or cannot be read.
     """
@@ -102,11 +103,12 @@ def digests_before(path: Path, end: int) -> dict[str, str]:
     return {"first": hashlib.sha256(first).hexdigest(), "last": hashlib.sha256(last).hexdigest()}
 
 
-class Spool:
-    """Standard input written to the file ``path`` as it arrives, so that a killed run loses no byte that it was given.
+class StandardInputSpool:
+    """Spool of standard input: its bytes are appended to the file ``path`` as they arrive, so a killed run loses none.
 
     An unfinished last line of an earlier process is cut off; ``cut`` tells how many bytes. ``ended`` is true once the
-    input has ended and stands in the file, its last line completed. A thread reads until then, or until ``close``.
+    input has ended and stands in the file, its last line completed.
+    The thread ``standard-input`` copies until then, or until ``close``; the file is read in the thread that samples.
     """
 
     def __init__(self, path: Path, descriptor: int = 0):
@@ -124,20 +126,21 @@ class Spool:
 
     def _cut_unfinished(self) -> int:
         size = self.path.stat().st_size
-        whole = size
+        complete = size  # bytes up to the end of the last complete line
         with open(self.path, "rb") as stream:
-            while whole:
-                start = max(0, whole - _CHUNK)
+            while complete:
+                start = max(0, complete - _CHUNK)
                 stream.seek(start)
-                found = stream.read(whole - start).rfind(b"\n")
-                if found >= 0:
-                    whole = start + found + 1
+                line_end = stream.read(complete - start).rfind(b"\n")
+                if line_end >= 0:
+                    complete = start + line_end + 1
                     break
-                whole = start
-        os.truncate(self.path, whole)
-        return size - whole
+                complete = start
+        os.truncate(self.path, complete)
+        return size - complete
 
     def _copy(self) -> None:
+        """What the thread runs."""
         last = b"\n"
         try:
             while not self._closed:
@@ -175,7 +178,7 @@ class Spool:
             self._file.close()
 
 
-def check_source(path: str, standard_input: str, say: Callable[[str], None]) -> None:
+def check_source(path: str, standard_input: str, notify: Callable[[str], None]) -> None:
     """Raises UserError, before anything is made, for a stream that is not there or holds nothing.
 
     Waits for the first byte of standard input.
@@ -184,7 +187,7 @@ def check_source(path: str, standard_input: str, say: Callable[[str], None]) -> 
         if sys.stdin is None or sys.stdin.isatty():
             raise UserError("standard input is a terminal: pipe documents into the command, one JSON object a line")
         if not select.select([0], [], [], 1.0)[0]:
-            say("waiting for the first document on standard input")
+            notify("waiting for the first document on standard input")
             select.select([0], [], [])
         if not _bytes_waiting(0):
             raise UserError("the stream on standard input is empty: pipe documents into it, one JSON object a line")

@@ -1,4 +1,4 @@
-"""Token store in Megatron-LM's memory-mapped format, which MindFormers reads and writes too.
+"""Indexed dataset: a token store in Megatron-LM's memory-mapped format, which MindFormers reads and writes too.
 
 ``NAME.bin`` holds the token ids of all documents end to end. ``NAME.idx`` holds, little-endian and without padding:
 ``b"MMIDIDX\\0\\0"``, version (uint64, 1), type code (uint8), number of sequences N (uint64), length of the document
@@ -36,8 +36,8 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
-class IndexedWriter:
-    """Write ``prefix.bin`` and ``prefix.idx``: under other names first, renamed by ``close``, the index last.
+class IndexedDatasetBuilder:
+    """Builder of ``prefix.bin`` and ``prefix.idx``: under other names first, renamed by ``close``, the index last.
 
     Use as a context manager: an exception inside removes the unfinished files.
     """
@@ -97,7 +97,7 @@ class IndexedWriter:
     def _temporary(self, suffix: str) -> str:
         return f"{self._prefix}{suffix}.tmp"
 
-    def __enter__(self) -> "IndexedWriter":
+    def __enter__(self) -> "IndexedDatasetBuilder":
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -113,9 +113,9 @@ def _flush(stream) -> None:
     stream.close()
 
 
-class IndexedTokens:
-    """Read a store; tokens stay on disk. ``lengths`` int64 [M] tokens per document, ``offsets`` int64 [M + 1] their
-    running sum, ``documents`` = M, ``tokens`` their number.
+class IndexedDataset:
+    """Reader of a store; tokens stay on disk. ``lengths`` int64 [M] tokens per document, ``offsets`` int64 [M + 1]
+    their running sum, ``documents`` = M, ``tokens`` their number.
 
     Raises UserError with the file's name when a file is missing, truncated or not in this format.
     """
@@ -141,11 +141,11 @@ class IndexedTokens:
         # An empty file cannot be mapped.
         self._ids = np.memmap(bin_path, dtype=self.dtype, mode="r") if size else np.empty(0, dtype=self.dtype)
 
-    def document(self, number: int) -> np.ndarray:
+    def document(self, index: int) -> np.ndarray:
         """Token ids int32 [n] of one document, its end-of-document id included. IndexError outside 0 … M - 1."""
-        if not 0 <= number < self.documents:
-            raise IndexError(f"{self.prefix} has {self.documents} documents, no number {number}")
-        return self.read(int(self.offsets[number]), int(self.lengths[number]))
+        if not 0 <= index < self.documents:
+            raise IndexError(f"{self.prefix} has {self.documents} documents, no number {index}")
+        return self.read(int(self.offsets[index]), int(self.lengths[index]))
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Token ids int32 [count] from position ``start`` on, in stored order. IndexError beyond the end."""

@@ -1,4 +1,4 @@
-"""The mixture sampler: which domain every sample of a step belongs to, and which of its sequences it is.
+"""Mixture sampler: which domain every sample of a step belongs to, and which of its sequences it is.
 
 Each draw is counted: a function of (seed, step, weights at that step). What is kept is only how many sequences each
 domain has given, so the state is a few integers, and any process can compute a whole step's plan and read its own
@@ -20,7 +20,7 @@ Weights = Callable[[int], Mapping[str, float]]  # step (from 0) → weight per d
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one step: ``tokens`` int32 [B, S+1], ``domain`` int32 [B] (place in the sampler's list), ``sample``
+    """Batch of one step: ``tokens`` int32 [B, S+1], ``domain`` int32 [B] (position in the sampler's list), ``sample``
     int64 [B] (number since the run's beginning, counted over all processes), and the 0-based ``step`` they are
     for. ``mask`` float32 [B, S]: 0 where a label does not count (None: all do); ``padding`` bool [B, S]: positions
     that only fill a row up (None: none).
@@ -35,7 +35,7 @@ class Batch:
 
 
 class MixtureSampler:
-    """Draws samples by domain weight from ``streams`` (their order gives the domain numbers).
+    """Sampler that draws by domain weight from ``streams`` (their order gives the domain numbers).
 
     ``weights`` maps a step to weights per domain name (they need not sum to 1), so phases are known ahead. In a batch
     of B, a domain of share p gets p·B samples rounded down or up, p·B on average (systematic sampling).
@@ -80,11 +80,11 @@ class MixtureSampler:
         """
         domain = self._draw(batch_size)
         index = np.empty(batch_size, dtype=np.int64)
-        for number in range(len(self._streams)):
-            where = np.flatnonzero(domain == number)
-            index[where] = self._cursors[number] + np.arange(len(where))
-        mine = np.arange(batch_size)[slice(None) if rows is None else rows]
-        batch = self._read(domain[mine], index[mine], self._sample + mine)
+        for domain_id in range(len(self._streams)):
+            where = np.flatnonzero(domain == domain_id)
+            index[where] = self._cursors[domain_id] + np.arange(len(where))
+        local_rows = np.arange(batch_size)[slice(None) if rows is None else rows]
+        batch = self._read(domain[local_rows], index[local_rows], self._sample + local_rows)
         # only now, so that a failed read leaves the state as it was
         self._cursors += np.bincount(domain, minlength=len(self._streams))
         self._sample += batch_size
@@ -94,8 +94,8 @@ class MixtureSampler:
     def _read(self, domain: np.ndarray, index: np.ndarray, sample: np.ndarray) -> Batch:
         """The sequences number ``index`` [B] of the domains ``domain`` [B]."""
         tokens = np.empty((len(domain), self._streams[0].sequence_length + 1), dtype=np.int32)
-        for row, (number, place) in enumerate(zip(domain, index, strict=True)):
-            tokens[row] = self._streams[number].sequence(int(place))
+        for row, (domain_id, sequence_index) in enumerate(zip(domain, index, strict=True)):
+            tokens[row] = self._streams[domain_id].sequence(int(sequence_index))
         return Batch(tokens, domain, sample, self._step)
 
     def state(self) -> dict:
@@ -153,10 +153,10 @@ class MixtureSampler:
             return self._deal(share, size)
         of_group = size // len(self._placement)
         by_group = []
-        for number, domains in enumerate(self._placement):
+        for group, domains in enumerate(self._placement):
             inside = np.zeros_like(share)
             inside[domains.start : domains.stop] = share[domains.start : domains.stop]
-            by_group.append(self._deal(inside, of_group, number).reshape(self._parts, -1))
+            by_group.append(self._deal(inside, of_group, group).reshape(self._parts, -1))
         return np.stack(by_group, axis=1).reshape(-1)
 
     def _deal(self, share: np.ndarray, size: int, *group: int) -> np.ndarray:
@@ -168,12 +168,12 @@ class MixtureSampler:
         # meet
         slots = size if self._limit is None else min(self._limit, size)
         points = (np.arange(slots) + offset) / slots * edges[-1]
-        place = np.searchsorted(edges, points, side="right")
+        interval = np.searchsorted(edges, points, side="right")
         # rounding may put the last point on the last edge: it belongs to the last domain that has a share
-        chosen = shuffled[np.minimum(place, np.flatnonzero(share[shuffled])[-1])]
+        chosen = shuffled[np.minimum(interval, np.flatnonzero(share[shuffled])[-1])]
         # 2. samples: dealt to the slots in turn, from a random slot on, in random order
-        turn = int(bits64(key64(self._seed, "turn", self._step, *group), np.zeros(1))[0] % np.uint64(slots))
-        dealt = chosen[(np.arange(size) + turn) % slots]
+        first_slot = int(bits64(key64(self._seed, "turn", self._step, *group), np.zeros(1))[0] % np.uint64(slots))
+        dealt = chosen[(np.arange(size) + first_slot) % slots]
         return dealt[permutation(key64(self._seed, "rows", self._step, *group), size)].astype(np.int32)
 
     def _shares(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Sequences of S + 1 tokens cut from a domain's documents, by number, without building anything beforehand.
+"""Packed sequences: S + 1 tokens each, cut from a domain's documents by index, without building anything beforehand.
 
 Training: each epoch strings all documents together in an order of its own, and the epochs follow each other as one
 endless stream. Sequence i is the tokens i·S … i·S + S of that stream: neighbours share one token, so each token is a
@@ -14,16 +14,16 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pangu_sigma.data.indexed_dataset import IndexedTokens
+from pangu_sigma.data.indexed_dataset import IndexedDataset
 from rre.counted_random import key64, permutation
 
 _ORDERS_KEPT = 2  # a sequence touches its epoch and perhaps the next
 
 
-class _Order:
-    """Documents of a store in a given order, read as one string of tokens."""
+class _DocumentOrder:
+    """Documents of a token store in a given order, read as one string of tokens."""
 
-    def __init__(self, store: IndexedTokens, documents: np.ndarray):
+    def __init__(self, store: IndexedDataset, documents: np.ndarray):
         self._store = store
         self._documents = documents
         self._starts = np.concatenate(([0], np.cumsum(store.lengths[documents])))
@@ -32,20 +32,20 @@ class _Order:
         """Tokens int32 [count] from position ``start`` of the string."""
         out = np.empty(count, dtype=np.int32)
         filled = 0
-        place = int(np.searchsorted(self._starts, start, side="right")) - 1
+        position = int(np.searchsorted(self._starts, start, side="right")) - 1
         while filled < count:
-            inside = start + filled - int(self._starts[place])
-            document = int(self._documents[place])
+            inside = start + filled - int(self._starts[position])
+            document = int(self._documents[position])
             take = min(count - filled, int(self._store.lengths[document]) - inside)
             begin = int(self._store.offsets[document]) + inside
             out[filled : filled + take] = self._store.read(begin, take)
             filled += take
-            place += 1
+            position += 1
         return out
 
 
 class PackedSequences:
-    """The endless training sequences of one domain.
+    """Training sequences of one domain, without end.
 
     The order of an epoch is a function of (seed, domain, epoch) alone. ``identity`` names what the numbering depends on
     (``DomainStore.identity``); a checkpoint keeps it and compares. Not for several threads at once.
@@ -54,7 +54,7 @@ class PackedSequences:
     def __init__(
         self,
         domain: str,
-        store: IndexedTokens,
+        store: IndexedDataset,
         sequence_length: int,
         seed: int,
         identity: Mapping[str, str] | None = None,
@@ -66,7 +66,7 @@ class PackedSequences:
         self.identity = {**(identity or {}), "sequence length": str(sequence_length), "seed": str(seed)}
         self._store = store
         self._seed = seed
-        self._orders: OrderedDict[int, _Order] = OrderedDict()
+        self._orders: OrderedDict[int, _DocumentOrder] = OrderedDict()
 
     def epoch(self, index: int) -> float:
         """How many passes over the domain the sequences before ``index`` make."""
@@ -86,10 +86,10 @@ class PackedSequences:
             epoch, start = epoch + 1, 0
         return out
 
-    def _order(self, epoch: int) -> _Order:
+    def _order(self, epoch: int) -> _DocumentOrder:
         if epoch not in self._orders:
             key = key64(self._seed, "order", self.domain, epoch)
-            self._orders[epoch] = _Order(self._store, permutation(key, self._store.documents))
+            self._orders[epoch] = _DocumentOrder(self._store, permutation(key, self._store.documents))
             while len(self._orders) > _ORDERS_KEPT:
                 self._orders.popitem(last=False)
         self._orders.move_to_end(epoch)
@@ -97,20 +97,20 @@ class PackedSequences:
 
 
 class HeldoutSequences:
-    """The held-out sequences of one domain: ``len()`` of them, every held-out token a label exactly once.
+    """Held-out sequences of one domain: ``len()`` of them, every held-out token a label exactly once.
 
     The documents come in a fixed mixed order that no seed changes, so the first few sequences are a fair sample and
     always the same.
     """
 
-    def __init__(self, store: IndexedTokens, sequence_length: int, eod_id: int, pad_id: int):
+    def __init__(self, store: IndexedDataset, sequence_length: int, eod_id: int, pad_id: int):
         if sequence_length < 1 or store.tokens < 1:
             raise ValueError(f"sequences of {sequence_length} from {store.tokens} held-out tokens cannot be packed")
         self.sequence_length = sequence_length
         self.tokens = store.tokens
         self._eod_id = eod_id
         self._pad_id = pad_id
-        self._order = _Order(store, permutation(key64("heldout"), store.documents))
+        self._order = _DocumentOrder(store, permutation(key64("heldout"), store.documents))
 
     def __len__(self) -> int:
         return -(-self.tokens // self.sequence_length)
@@ -143,7 +143,7 @@ def first_sequences(heldout: Mapping[str, HeldoutSequences], count: int) -> dict
     """The first `count` held-out sequences of every domain, int32 [n, S + 1], or all of fewer: the probe with which a
     checkpoint's model can be verified alone. Nothing where `count` is 0."""
     return {
-        name: np.stack([held.sequence(i)[0] for i in range(min(count, len(held)))])
-        for name, held in heldout.items()
+        name: np.stack([sequences.sequence(i)[0] for i in range(min(count, len(sequences)))])
+        for name, sequences in heldout.items()
         if count
     }

@@ -1,8 +1,8 @@
-"""Read batches ahead of the step in a thread.
+"""Prefetcher: reads batches ahead of the train step, in the thread ``data-prefetch``.
 
 Each batch carries the sampler's state that holds once it is used, so a checkpoint stores what the trainer consumed,
-however far the thread has read. Weights are a function of the step (``sampler.Weights``), so reading ahead across a
-change of phase is right.
+however far the thread has read. Weights are a function of the step (``mixture_sampler.Weights``), so reading ahead
+across a change of phase is right.
 """
 
 import queue
@@ -17,7 +17,7 @@ _POLL_SECONDS = 0.1  # how long a full queue may delay the thread's notice of cl
 
 
 class Prefetcher:
-    """Iterate over the sampler's batches without end; ``ahead`` of them are ready or being read (0: read when asked).
+    """Iterator over the sampler's batches without end; ``ahead`` of them are ready or being read (0: read when asked).
 
     ``transform`` is applied to each batch in the thread (positions, device copies). The sampler belongs to the
     prefetcher from here on. An error while reading is raised by ``next``, after the good batches before it. Use as a
@@ -106,6 +106,7 @@ class Prefetcher:
             return None, None, error
 
     def _read_ahead(self) -> None:
+        """What the thread runs: a full queue is looked at again and again, so that ``close`` is noticed."""
         while not self._closed.is_set():
             item = self._read()
             while not self._closed.is_set():

@@ -1,4 +1,4 @@
-"""Training sequences from an endless stream of documents, in the order in which they arrive.
+"""Stream sampler: training batches from an endless stream of documents, in the order in which they arrive.
 
 Every domain's documents are strung together; whenever S + 1 tokens of a domain are there, they are its next sequence
 (neighbours share one token, so that each token is a label once), and B sequences are a step's batch. So a batch depends
@@ -14,7 +14,7 @@ import numpy as np
 
 from pangu_sigma.config.data_section import StreamConfig
 from pangu_sigma.data.corpus_files import document_form, json_object, text_of
-from pangu_sigma.data.growing_file import GrowingFile, Line, digests_before
+from pangu_sigma.data.growing_file import GrowingFileReader, StreamLine, digests_before
 from pangu_sigma.data.mixture_sampler import Batch
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
@@ -25,11 +25,11 @@ _POLL_SECONDS = 0.05
 
 
 class StreamEnded(Exception):
-    """The source has ended and fewer sequences than a batch takes are left."""
+    """The stream has ended and fewer sequences than a batch takes are left."""
 
 
 class StreamSampler:
-    """Batches of the documents in ``path``; has the methods of ``MixtureSampler``.
+    """Sampler of batches from the documents of the growing file ``path``; has the methods of ``MixtureSampler``.
 
     ``domains``: names in the order of their numbers. ``ended()``: whether nothing more will be written to the file. A
     batch waits until it is full; ``waiting_since`` is the monotonic time since which it does, None while it does not.
@@ -58,9 +58,9 @@ class StreamSampler:
         self._step = 0
         self._sample = 0
         self._sequences = np.zeros(len(self.domains), np.int64)
-        self._file = GrowingFile(path)
+        self._file = GrowingFileReader(path)
         self._tails = {name: np.empty(0, np.int32) for name in self.domains}
-        self._line: Line | None = None  # the document whose sequences are being given
+        self._line: StreamLine | None = None  # the document whose sequences are being given
         self._given = 0  # sequences that it gave already
         self._ready: list[tuple[int, np.ndarray]] = []  # what it still has to give
 
@@ -72,8 +72,8 @@ class StreamSampler:
         domain = np.empty(batch_size, np.int32)
         for row in range(batch_size):
             domain[row], tokens[row] = self._next_sequence()
-        mine = np.arange(batch_size)[rows or slice(None)]
-        batch = Batch(tokens[mine], domain[mine], self._sample + mine, self._step)
+        local_rows = np.arange(batch_size)[rows or slice(None)]
+        batch = Batch(tokens[local_rows], domain[local_rows], self._sample + local_rows, self._step)
         self._sequences += np.bincount(domain, minlength=len(self.domains))
         self._sample += batch_size
         self._step += 1
@@ -87,7 +87,7 @@ class StreamSampler:
         self._given += 1
         return self._ready.pop(0)
 
-    def _wait_for_line(self) -> Line:
+    def _wait_for_line(self) -> StreamLine:
         while True:
             # Asked before looking: what was written until then is seen.
             over = self._ended()
@@ -101,7 +101,7 @@ class StreamSampler:
                 self.waiting_since = time.monotonic()
             self._stop.wait(_POLL_SECONDS)
 
-    def _open(self, line: Line, given: int = 0) -> None:
+    def _open(self, line: StreamLine, given: int = 0) -> None:
         """Take a document in: its sequences but the first ``given`` are ready, the rest is its domain's tail."""
         self._line, self._given, self._ready = line, given, []
         name, ids = self._read(line)
@@ -109,36 +109,36 @@ class StreamSampler:
             return
         string = np.concatenate([self._tails[name], ids, [self._tokenizer.eod_id]]).astype(np.int32)
         count = max(0, (len(string) - 1) // self._length)
-        number = self.domains.index(name)
+        domain_id = self.domains.index(name)
         starts = range(given * self._length, count * self._length, self._length)
-        self._ready = [(number, string[start : start + self._length + 1]) for start in starts]
+        self._ready = [(domain_id, string[start : start + self._length + 1]) for start in starts]
         self._before = self._tails
         self._tails = {**self._tails, name: string[count * self._length :]}
 
-    def _read(self, line: Line) -> tuple[str, np.ndarray]:
+    def _read(self, line: StreamLine) -> tuple[str, np.ndarray]:
         """(domain, token ids) of a line; no ids for one without text."""
         if not line.content.strip():
             return self.domains[0], np.empty(0, np.int32)
-        where, wanted = f"{self.path}:{line.number}", self._config
+        where, config = f"{self.path}:{line.line_number}", self._config
         try:
-            text = line.content.decode("utf-8-sig" if line.begins == 0 else "utf-8")
+            text = line.content.decode("utf-8-sig" if line.start == 0 else "utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: the line is not UTF-8 ({error.reason}); write it as UTF-8") from error
-        record = json_object(text, where, document_form(wanted.text_field))
-        name = wanted.domain
+        record = json_object(text, where, document_form(config.text_field))
+        name = config.domain
         if name is None:
-            if wanted.domain_field not in record:
+            if config.domain_field not in record:
                 raise UserError(
-                    f"{where}: the field '{wanted.domain_field}' is missing, which names the document's domain; set "
+                    f"{where}: the field '{config.domain_field}' is missing, which names the document's domain; set "
                     "data.stream.domain_field, or data.stream.domain for all documents"
                 )
-            name = record[wanted.domain_field]
+            name = record[config.domain_field]
         if name not in self.domains:
             raise UserError(
                 f"{where}: the domain {name!r} is not one of the run's ({', '.join(self.domains)}); correct the line, "
                 "or add the domain with pangu-sigma domains add"
             )
-        document = text_of(record, where, wanted.text_field, "set data.stream.text_field")
+        document = text_of(record, where, config.text_field, "set data.stream.text_field")
         ids = self._tokenizer.encode_batch([document])[0] if document.strip() else np.empty(0, np.int32)
         return name, ids
 
@@ -147,14 +147,14 @@ class StreamSampler:
     @property
     def position(self) -> int:
         """The byte up to which documents have been taken in."""
-        return self._file.begin
+        return self._file.offset
 
     def state(self) -> dict:
         """A JSON-able snapshot: the byte of the next document, or of the one whose sequences are being given and how
         many it gave; every domain's tokens that were left over before it, and how many sequences it has given.
         """
         line = self._line if self._ready else None
-        byte, number = (line.begins, line.number) if line else (self._file.begin, self._file.number)
+        byte, line_number = (line.start, line.line_number) if line else (self._file.offset, self._file.line_number)
         tails = self._before if line else self._tails
         return {
             "kind": STATE_KIND,
@@ -165,7 +165,7 @@ class StreamSampler:
             "sequence_length": self._length,
             "tokenizer": self._tokenizer.fingerprint,
             "byte": byte,
-            "line": number,
+            "line": line_number,
             "given": self._given if line else 0,
             "domains": {n: {"cursor": int(count)} for n, count in zip(self.domains, self._sequences, strict=True)},
             "tails": {name: tail.tolist() for name, tail in tails.items() if len(tail)},
@@ -182,9 +182,9 @@ class StreamSampler:
                 "the run has learned from its domains' files, not from a stream: begin a new run with run.init_from, "
                 "or resume without data.stream"
             )
-        for what, mine in (("seed", self._seed), ("sequence_length", self._length),
+        for what, current in (("seed", self._seed), ("sequence_length", self._length),
                            ("tokenizer", self._tokenizer.fingerprint)):  # fmt: skip
-            if state[what] != mine:
+            if state[what] != current:
                 raise UserError(f"the stream was read with another {what.replace('_', ' ')}: restore it to resume")
         byte = int(state["byte"])
         if digests_before(self.path, byte) != state["read"]:
@@ -198,7 +198,7 @@ class StreamSampler:
         kept = {name: np.array(tail, np.int32) for name, tail in state["tails"].items() if name in self.domains}
         self._tails = {name: kept.get(name, np.empty(0, np.int32)) for name in self.domains}
         self._file.close()
-        self._file = GrowingFile(self.path, byte, int(state["line"]))
+        self._file = GrowingFileReader(self.path, byte, int(state["line"]))
         self._ready = []
         if state["given"]:
             line = self._file.next_line()
@@ -207,9 +207,9 @@ class StreamSampler:
             self._open(line, int(state["given"]))
 
     def stop(self) -> None:
-        """Let a batch that waits give up; from any thread."""
+        """Make a batch that waits give up; may be called from any thread."""
         self._stop.set()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()

@@ -156,7 +156,7 @@ def _extend(subject: CheckpointEditor, entry: dict[str, Any], follow_up: domain_
 
 def read_text(subject: CheckpointEditor, config: Config) -> tuple[DomainStore, dict[str, np.ndarray]]:
     """(the new domain's token store, its probe): the text is read, tokenised and cached as training will want it."""
-    from pangu_sigma.data.corpus_files import Source
+    from pangu_sigma.data.corpus_files import CorpusSource
     from pangu_sigma.data.domain_store import prepare_domain
     from pangu_sigma.data.packed_sequences import HeldoutSequences
 
@@ -164,7 +164,7 @@ def read_text(subject: CheckpointEditor, config: Config) -> tuple[DomainStore, d
     tokenizer = stored_tokenizer(subject.checkpoint)
     with progress(f"tokenise {domain.name}", None, unit="documents") as job:
         store = prepare_domain(
-            Source.of(domain),
+            CorpusSource.of(domain),
             tokenizer,
             data.cache,
             heldout_fraction=data.heldout_fraction,

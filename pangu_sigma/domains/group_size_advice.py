@@ -69,7 +69,7 @@ def advise(path: str | Path, total: int | None = None) -> list[Advice]:
     from pangu_sigma.checkpoint import resolve
     from pangu_sigma.config import config_from_dict
     from pangu_sigma.config.load_config import with_run_folder
-    from pangu_sigma.data.unigram_model import unigram_loss
+    from pangu_sigma.data.domain_store import unigram_loss
     from pangu_sigma.domains.resize_domain import domain_store
     from pangu_sigma.trained_model import run_of, stored_config
 

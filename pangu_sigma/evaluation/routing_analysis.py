@@ -18,7 +18,7 @@ from pangu_sigma.model.state_dict import restore_model, stored_tables
 from pangu_sigma.monitor.metrics_log import FILE_NAME, read_metrics
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.monitor.result_files import write_json
-from pangu_sigma.trained_model import Trained, load_trained, stored_config, stored_weights
+from pangu_sigma.trained_model import TrainedModel, load_trained, stored_config, stored_weights
 
 RESULT = "analysis.json"
 FAVOURITE_TOKENS = 8  # token ids named for each expert
@@ -66,7 +66,7 @@ def analyze(run: Path, tokens: int) -> dict:
     return result
 
 
-def comparable(run: Path, trained: Trained) -> tuple[list[Checkpoint], list[str]]:
+def comparable(run: Path, trained: TrainedModel) -> tuple[list[Checkpoint], list[str]]:
     """(the run's checkpoints with the last one's layers and expert groups, oldest first; a sentence for each other)."""
     last = trained.checkpoint
     kept, passed_over = [], []
@@ -86,7 +86,7 @@ def _shape(config) -> tuple:
     return config.model, [(domain.name, domain.experts) for domain in config.domains]
 
 
-def load_weights(trained: Trained, checkpoint: Checkpoint) -> None:
+def load_weights(trained: TrainedModel, checkpoint: Checkpoint) -> None:
     """Fill the model with a checkpoint's parameters and routing tables."""
     tensors = stored_weights(checkpoint)
     restore_model(trained.model, tensors)
@@ -97,7 +97,9 @@ def load_weights(trained: Trained, checkpoint: Checkpoint) -> None:
             router.tables = trained.model.tables[layer_name]
 
 
-def measure_layer(layer_name: str, observed: list[tuple[int, dict[str, RoutingObservation]]], trained: Trained) -> dict:
+def measure_layer(
+    layer_name: str, observed: list[tuple[int, dict[str, RoutingObservation]]], trained: TrainedModel
+) -> dict:
     """All measures of one sparse layer; `observed` (step, domain -> observation) with the last checkpoint last."""
     model = trained.model
     final = observed[-1][1]
@@ -139,7 +141,7 @@ def saturation_by_domain(
     return {"all": float(np.average(list(by_domain.values()), weights=weights)), "domains": by_domain}
 
 
-def reachable_load(hits: np.ndarray, domain: str, trained: Trained) -> np.ndarray:
+def reachable_load(hits: np.ndarray, domain: str, trained: TrainedModel) -> np.ndarray:
     """Load of the experts that this domain's text can reach: its group, or all where a gate or one table decides."""
     shares = routing_measures.load(hits)
     model = trained.model

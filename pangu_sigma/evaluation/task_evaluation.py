@@ -20,7 +20,7 @@ from pangu_sigma.evaluation.task_files import BEFORE_ANSWER, Question, Task, con
 from pangu_sigma.evaluation.task_scores import Likelihood, choice_scores, exact_match, mean_with_error
 from pangu_sigma.generation.request import AUTO, Request, Sampling, pick_domain, prompt_ids
 from pangu_sigma.monitor.progress import progress
-from pangu_sigma.trained_model import Trained, load_trained
+from pangu_sigma.trained_model import TrainedModel, load_trained
 
 Advance = Callable[[int], None]
 SLOTS = 8
@@ -94,7 +94,7 @@ def read_tasks(files: Sequence[Path], settings: FewShotSettings) -> tuple[list[T
 
 
 def run_tasks(
-    trained: Trained, tasks: Sequence[Task], pools: Sequence[Sequence[Question]], settings: FewShotSettings
+    trained: TrainedModel, tasks: Sequence[Task], pools: Sequence[Sequence[Question]], settings: FewShotSettings
 ) -> list[TaskResult]:
     """Run every task, behind a progress bar."""
     likelihood = engine = None
@@ -116,7 +116,7 @@ def run_tasks(
     return results
 
 
-def _domains(trained: Trained, task: Task, texts: Sequence[str], settings: FewShotSettings) -> list[str]:
+def _domains(trained: TrainedModel, task: Task, texts: Sequence[str], settings: FewShotSettings) -> list[str]:
     names = trained.model.groups.names
     if settings.domain == AUTO and AUTO not in names:
         from pangu_sigma.evaluation.inferred_domains import likeliest_domains
@@ -131,7 +131,7 @@ class ChoiceLikelihood:
     call, the texts whose beginning was cut off because they are longer than the model's window.
     """
 
-    def __init__(self, trained: Trained) -> None:
+    def __init__(self, trained: TrainedModel) -> None:
         from pangu_sigma.model.scoring import Scorer
 
         model = trained.model.config.model
@@ -214,7 +214,7 @@ def encode_pair(tokenizer: Tokenizer, before: str, answer: str) -> tuple[list[in
     return ids, tokenizer.encode(stripped + answer)[len(ids) :] or tokenizer.encode(answer)
 
 
-def _engine(trained: Trained):
+def _engine(trained: TrainedModel):
     from pangu_sigma.generation.engine import Engine
 
     return Engine(trained.model, trained.tokenizer, SLOTS)

@@ -23,7 +23,7 @@ from pangu_sigma.signals import sigterm_as_ctrl_c
 
 if TYPE_CHECKING:
     from pangu_sigma.generation.engine import Engine
-    from pangu_sigma.trained_model import Trained
+    from pangu_sigma.trained_model import TrainedModel
 
 
 def run(
@@ -86,7 +86,7 @@ def _continue(
         _print_text(engine, prompts[0], requests[0], stream)
 
 
-def _request(trained: Trained, prompt: Prompt, domain: str | None, settings: Mapping[str, Any]) -> Request:
+def _request(trained: TrainedModel, prompt: Prompt, domain: str | None, settings: Mapping[str, Any]) -> Request:
     names, name = trained.model.groups.names, prompt.domain or domain
     chosen = name if name == AUTO else pick_domain(names, name)
     own = {} if prompt.seed is None else {"seed": prompt.seed}
@@ -123,7 +123,7 @@ def _print_text(engine: Engine, prompt: Prompt, request: Request, stream: bool) 
     print(f"{written} tokens in {time.monotonic() - began:.1f} s{rate}; {why}", file=sys.stderr)
 
 
-def _print_lines(engine: Engine, trained: Trained, prompts: list[Prompt], requests: list[Request]) -> None:
+def _print_lines(engine: Engine, trained: TrainedModel, prompts: list[Prompt], requests: list[Request]) -> None:
     """A JSON line for every prompt, in their order, as soon as those before it are printed.
 
     One that fails has its error in its line, and the command ends with the first of them.
@@ -151,7 +151,7 @@ def _print_lines(engine: Engine, trained: Trained, prompts: list[Prompt], reques
         raise UserError(f"{len(failed)} of {len(completions)} prompts failed; prompt {position}: {error}")
 
 
-def _as_json(trained: Trained, prompt: Prompt, request: Request, completion: Completion) -> str:
+def _as_json(trained: TrainedModel, prompt: Prompt, request: Request, completion: Completion) -> str:
     domains = completion.events[-1].domains if completion.events else ()  # none of a request that failed at once
     record: dict[str, Any] = {
         "prompt": prompt.text,

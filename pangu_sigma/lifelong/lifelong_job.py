@@ -18,7 +18,7 @@ from pangu_sigma.checkpoint.folder_locks import lock_run_folder
 from pangu_sigma.config import config_from_dict
 from pangu_sigma.config.resume_rules import changed_keys, flat_keys
 from pangu_sigma.data.corpus import Corpus, prepare_corpus
-from pangu_sigma.data.corpus_files import Source, expand_paths
+from pangu_sigma.data.corpus_files import CorpusSource, expand_paths
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_registry import load_tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_training import build_tokenizer
@@ -211,7 +211,7 @@ def _tokenizer(plan: Plan) -> tuple[Path | None, Tokenizer]:
         return None, build_tokenizer(section.kind, (), cache, section.path)
     folder = plan.dir / "tokenizer"
     if not (folder / "tokenizer.json").is_file():
-        sources = [Source.of(domain) for domain in plan.base.domains]
+        sources = [CorpusSource.of(domain) for domain in plan.base.domains]
         build_tokenizer("train", sources, cache, None, section.vocab_size).save(folder)
     return folder / "tokenizer.model", load_tokenizer(folder)
 

@@ -13,9 +13,9 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from pangu_sigma.data.position_ids import positions_and_segments
 from pangu_sigma.model.graph_inputs import GraphSignature, LayerSignature
 from pangu_sigma.model.model import Model
+from pangu_sigma.model.position_ids import positions_and_segments
 from parallel.operator_layout import Layout
 from parallel.partition_spec import PartitionSpec
 from rre.counted_random import sample_keys

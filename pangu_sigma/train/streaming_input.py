@@ -1,7 +1,7 @@
 """Streaming input: documents that arrive while the run trains, in a growing file or on standard input.
 
-Standard input is copied to a file in the run's folder by a thread of its own (`Spool`) and read from there, so that a
-resumed run reads the same bytes. The reading thread of the training loop draws batches through `sampler`.
+Standard input is copied to a file in the run's folder by a thread of its own (`StandardInputSpool`) and read there,
+so that a resumed run reads the same bytes. The reading thread of the training loop draws batches through `sampler`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pangu_sigma.config import Config
 from pangu_sigma.config.data_section import STANDARD_INPUT
-from pangu_sigma.data.growing_file import Spool
+from pangu_sigma.data.growing_file import StandardInputSpool
 from pangu_sigma.data.stream_sampler import StreamSampler
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
@@ -32,14 +32,14 @@ class StreamingInput:
     def __init__(self, config: Config, tokenizer: Tokenizer, resumed: bool) -> None:
         settings = config.data.stream
         self.messages: list[str] = []
-        self.spool: Spool | None = None
+        self.spool: StandardInputSpool | None = None
         path = Path(settings.path)
         if settings.path == STANDARD_INPUT:
             path = Path(config.run.dir) / RECEIVED
             try:
                 if not resumed:
                     path.unlink(missing_ok=True)
-                self.spool = Spool(path)
+                self.spool = StandardInputSpool(path)
             except OSError as error:
                 raise UserError(
                     f"{path}, which keeps standard input, cannot be written ({error.strerror}): free some space or set "

@@ -25,7 +25,7 @@ VOCAB = 384
 @functools.cache
 def small_tokenizer() -> Tokenizer:
     """A real tokenizer of VOCAB pieces, trained once."""
-    from pangu_sigma.data.corpus_files import Source
+    from pangu_sigma.data.corpus_files import CorpusSource
     from pangu_sigma.data.tokenizers.tokenizer_training import train_tokenizer
 
     draw = random.Random(0)
@@ -33,7 +33,7 @@ def small_tokenizer() -> Tokenizer:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text.txt"
         path.write_text("\n\n".join(" ".join(draw.choices(words, k=200)) for _ in range(20)))
-        return train_tokenizer([Source("text", [path])], VOCAB)
+        return train_tokenizer([CorpusSource("text", [path])], VOCAB)
 
 
 def small_config(sizes: Mapping[str, int], **model) -> Config:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from pangu_sigma.data.corpus_files import Source, expand_paths, fingerprint_files, iterate_documents
+from pangu_sigma.data.corpus_files import CorpusSource, expand_paths, fingerprint_files, iterate_documents
 from pangu_sigma.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_registry import load_tokenizer, read_model, tokenizer_class
@@ -36,7 +36,7 @@ _UNTRAINABLE = "\x00\u2581\u2585\u2047"  # SentencePiece's own signs: training s
 
 def build_tokenizer(
     kind: str,
-    sources: Sequence[Source],
+    sources: Sequence[CorpusSource],
     cache_dir: str | Path,
     path: str | Path | None = None,
     vocab_size: int = 4096,
@@ -70,8 +70,8 @@ def build_tokenizer(
     return load_tokenizer(folder)
 
 
-def train_tokenizer(sources: Sequence[Source], vocab_size: int) -> SentencePieceTokenizer:
-    """Train on the mix of ``sources``, weighted by ``Source.weight``: the same text gives the same bytes.
+def train_tokenizer(sources: Sequence[CorpusSource], vocab_size: int) -> SentencePieceTokenizer:
+    """Train on the mix of ``sources``, weighted by ``CorpusSource.weight``: the same text gives the same bytes.
 
     Ids: ``<pad>`` 0, ``<unk>`` 1 (never made), ``<eod>`` 2, then layout, bytes, merges, characters: ``vocab_size`` in
     all. Raises UserError when the vocabulary is too small to hold the bytes, or larger than the text can fill.
@@ -124,7 +124,7 @@ def train_tokenizer(sources: Sequence[Source], vocab_size: int) -> SentencePiece
     return SentencePieceTokenizer(model.getvalue())
 
 
-def _mixed_lines(sources: Sequence[Source]) -> Iterator[str]:
+def _mixed_lines(sources: Sequence[CorpusSource]) -> Iterator[str]:
     """Lines of the domains' documents, each document repeated (or left out) so that bytes follow the weights."""
     files = {source.name: expand_paths(source.name, source.data) for source in sources}
     size = {name: sum(file.stat().st_size for file in paths) for name, paths in files.items()}

@@ -14,8 +14,8 @@ from extract.export.export_job import Options, export
 from extract.export.export_source import open_source
 from extract.export.mindir_format import GRAPHS, shapes_of, side_by_side
 from extract.export.mindir_graphs import STATE, build_graph, fill
-from pangu_sigma.data.position_ids import positions_and_segments
 from pangu_sigma.errors import UserError
+from pangu_sigma.model.position_ids import positions_and_segments
 from pangu_sigma.trained_model import load_trained
 from tests.extract.export.conftest import LENGTH, domains_of, some_tokens
 from tests.oracles.recomputing_decoder import RecomputingDecoder

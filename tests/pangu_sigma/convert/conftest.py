@@ -16,7 +16,7 @@ from pangu_sigma.checkpoint import Fingerprints, ModelFolder, TensorSpec, write_
 from pangu_sigma.config import config_from_dict, effective
 from pangu_sigma.config.parameter_counts import is_routing, layer_name_and_owner, tensor_shapes
 from pangu_sigma.convert.converted_folder import new_specs
-from pangu_sigma.data.corpus_files import Source
+from pangu_sigma.data.corpus_files import CorpusSource
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_training import train_tokenizer
 from rre.counted_random import generator
@@ -45,7 +45,8 @@ def published() -> Path:
 @pytest.fixture(scope="session")
 def pieces(corpora) -> Tokenizer:
     """A trained SentencePiece tokenizer of 384 pieces."""
-    return train_tokenizer([Source(n, (str(corpora / f"{n}.jsonl"),), "text", 1.0) for n in ("code", "law")], VOCAB)
+    sources = [CorpusSource(n, (str(corpora / f"{n}.jsonl"),), "text", 1.0) for n in ("code", "law")]
+    return train_tokenizer(sources, VOCAB)
 
 
 @pytest.fixture(scope="session")

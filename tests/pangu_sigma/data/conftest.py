@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pangu_sigma.data.corpus_files import Source
-from pangu_sigma.data.indexed_dataset import IndexedTokens, IndexedWriter
+from pangu_sigma.data.corpus_files import CorpusSource
+from pangu_sigma.data.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from pangu_sigma.data.tokenizers.tokenizer_training import train_tokenizer
 
 
@@ -33,8 +33,8 @@ def code_texts() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def code_source(code_texts, tmp_path_factory) -> Source:
-    return Source("code", [write_jsonl(tmp_path_factory.mktemp("corpus") / "code.jsonl", code_texts)])
+def code_source(code_texts, tmp_path_factory) -> CorpusSource:
+    return CorpusSource("code", [write_jsonl(tmp_path_factory.mktemp("corpus") / "code.jsonl", code_texts)])
 
 
 @pytest.fixture(scope="session")
@@ -44,12 +44,12 @@ def tokenizer(code_source):
 
 @pytest.fixture
 def make_store(tmp_path):
-    """make_store(name, documents of ids without end, vocab_size=100, eod_id=99) → IndexedTokens"""
+    """make_store(name, documents of ids without end, vocab_size=100, eod_id=99) → IndexedDataset"""
 
-    def make(name: str, documents: list, vocab_size: int = 100, eod_id: int = 99) -> IndexedTokens:
-        with IndexedWriter(tmp_path / name, vocab_size, eod_id) as writer:
+    def make(name: str, documents: list, vocab_size: int = 100, eod_id: int = 99) -> IndexedDataset:
+        with IndexedDatasetBuilder(tmp_path / name, vocab_size, eod_id) as writer:
             for ids in documents:
                 writer.add(np.asarray(ids, dtype=np.int64))
-        return IndexedTokens(tmp_path / name)
+        return IndexedDataset(tmp_path / name)
 
     return make

@@ -10,7 +10,7 @@ from pangu_sigma.cli.domains_commands import Filters
 from pangu_sigma.config import config_from_dict
 from pangu_sigma.config.data_section import DomainConfig
 from pangu_sigma.data.corpus import Corpus
-from pangu_sigma.data.corpus_files import Source
+from pangu_sigma.data.corpus_files import CorpusSource
 from pangu_sigma.data.document_filters import (
     LONGEST_NGRAM,
     REPEATS,
@@ -103,7 +103,8 @@ def prepared(source, tokenizer, cache):
 
 
 def test_what_was_dropped_and_why_is_counted_said_and_kept_beside_the_store(written, tokenizer, tmp_path):
-    store = prepared(Source("code", [written], filters="code", stars_field="stars"), tokenizer, tmp_path / "cache")
+    source = CorpusSource("code", [written], filters="code", stars_field="stars")
+    store = prepared(source, tokenizer, tmp_path / "cache")
     counts = {"few_stars": 1, "one_word": 1, "two_words": 1, "repeated_ngrams": 1, "empty": 1, "exact": 1}
     assert {reason: store.dropped[reason] for reason in counts} == counts
     kept = sum(store.documents.values())
@@ -120,10 +121,10 @@ def test_what_was_dropped_and_why_is_counted_said_and_kept_beside_the_store(writ
 
 
 def test_filters_make_another_store_and_none_makes_the_old_one(written, tokenizer, tmp_path):
-    plain, text = (prepared(Source("code", [written], filters=f), tokenizer, tmp_path) for f in ("none", "text"))
+    plain, text = (prepared(CorpusSource("code", [written], filters=f), tokenizer, tmp_path) for f in ("none", "text"))
     assert plain.fingerprint != text.fingerprint
     assert set(plain.dropped) == {"empty", "exact", "near"} and text.dropped["repeated_ngrams"] == 1
-    assert prepared(Source("code", [written]), tokenizer, tmp_path).folder == plain.folder
+    assert prepared(CorpusSource("code", [written]), tokenizer, tmp_path).folder == plain.folder
 
 
 def test_configuration_and_command_line_know_every_filter():
@@ -134,6 +135,6 @@ def test_a_domain_of_which_nothing_is_left_is_told(tokenizer, tmp_path):
     path = tmp_path / "code.jsonl"
     path.write_text(json.dumps({"text": "a a a a", "stars": "many"}) + "\n")
     with pytest.raises(UserError, match="has no text in .*code.jsonl but 1 documents that its filters drop"):
-        prepared(Source("code", [path], filters="code"), tokenizer, tmp_path / "cache")
+        prepared(CorpusSource("code", [path], filters="code"), tokenizer, tmp_path / "cache")
     with pytest.raises(UserError, match="code.jsonl:1: the field 'stars' is no number; write the stars there"):
-        prepared(Source("code", [path], filters="code", stars_field="stars"), tokenizer, tmp_path / "cache")
+        prepared(CorpusSource("code", [path], filters="code", stars_field="stars"), tokenizer, tmp_path / "cache")

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from pangu_sigma.data.corpus_files import Source
+from pangu_sigma.data.corpus_files import CorpusSource
 from pangu_sigma.data.domain_store import open_store, prepare_domain
 from pangu_sigma.errors import UserError
 
@@ -25,7 +25,7 @@ def corpus(tmp_path):
     def make(texts, name="law"):
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-        return Source(name, [path])
+        return CorpusSource(name, [path])
 
     return make
 
@@ -102,7 +102,7 @@ def test_at_fraction_zero_every_document_is_trained_on(prepare, corpus, tokenize
 def test_a_single_long_text_file_is_split_into_both_parts(prepare, tmp_path, code_texts):
     book = tmp_path / "book.txt"
     book.write_text("\n\n".join(code_texts), encoding="utf-8")
-    store = prepare(Source("book", [book]))
+    store = prepare(CorpusSource("book", [book]))
     assert store.documents["train"] > store.documents["heldout"] >= 1
 
 
@@ -127,7 +127,7 @@ def test_unusable_settings_are_refused(prepare, corpus, code_texts):
         with pytest.raises(UserError, match="heldout_fraction"):
             prepare(corpus(code_texts), heldout_fraction=fraction)
     with pytest.raises(UserError, match="cannot name a folder"):
-        prepare(Source("../x", corpus(code_texts).data))
+        prepare(CorpusSource("../x", corpus(code_texts).data))
 
 
 @pytest.mark.parametrize("name", ["train.bin", "heldout.idx", "token_counts.npy", "store.json"])

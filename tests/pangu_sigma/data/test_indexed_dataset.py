@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pangu_sigma.data.indexed_dataset import IndexedTokens, IndexedWriter, token_dtype
+from pangu_sigma.data.indexed_dataset import IndexedDataset, IndexedDatasetBuilder, token_dtype
 from pangu_sigma.errors import UserError
 
 
@@ -31,19 +31,19 @@ def read_like_megatron(prefix):
 def test_a_reader_of_megatrons_format_finds_every_document(tmp_path_factory, documents, vocab_size):
     documents = [[token % vocab_size for token in ids] for ids in documents]
     prefix = tmp_path_factory.mktemp("store") / "x"
-    with IndexedWriter(prefix, vocab_size, eod_id=1) as writer:
+    with IndexedDatasetBuilder(prefix, vocab_size, eod_id=1) as writer:
         for ids in documents:
             writer.add(ids)
     expected = [[*ids, 1] for ids in documents]
     assert read_like_megatron(prefix) == expected
-    store = IndexedTokens(prefix)
+    store = IndexedDataset(prefix)
     assert [store.document(number).tolist() for number in range(store.documents)] == expected
     assert store.read(0, store.tokens).tolist() == sum(expected, [])
     assert store.counts(vocab_size).tolist() == np.bincount(sum(expected, []), minlength=vocab_size).tolist()
 
 
 def test_the_bytes_are_megatrons(tmp_path):
-    with IndexedWriter(tmp_path / "x", 300, eod_id=2) as writer:
+    with IndexedDatasetBuilder(tmp_path / "x", 300, eod_id=2) as writer:
         writer.add([257, 3])
         writer.add([])
     assert (tmp_path / "x.bin").read_bytes() == bytes([1, 1, 3, 0, 2, 0, 2, 0])
@@ -58,18 +58,18 @@ def test_the_bytes_are_megatrons(tmp_path):
 
 def test_wide_ids_are_cast_and_ids_that_do_not_fit_are_refused(tmp_path):
     assert (token_dtype(65_499), token_dtype(65_500)) == (np.dtype(np.uint16), np.dtype(np.int32))
-    with IndexedWriter(tmp_path / "x", 100, eod_id=2) as writer:
+    with IndexedDatasetBuilder(tmp_path / "x", 100, eod_id=2) as writer:
         writer.add(np.array([5, 6], dtype=np.int64))
         for bad in ([100], [-1], [2**40]):
             with pytest.raises(ValueError, match="outside the vocabulary of 100"):
                 writer.add(bad)
         with pytest.raises(ValueError, match="row of integers"):
             writer.add(np.array([0.5]))
-    assert IndexedTokens(tmp_path / "x").document(0).tolist() == [5, 6, 2]
+    assert IndexedDataset(tmp_path / "x").document(0).tolist() == [5, 6, 2]
 
 
 def test_an_unfinished_store_leaves_no_files(tmp_path):
-    with pytest.raises(RuntimeError), IndexedWriter(tmp_path / "x", 100, eod_id=2) as writer:
+    with pytest.raises(RuntimeError), IndexedDatasetBuilder(tmp_path / "x", 100, eod_id=2) as writer:
         writer.add([1])
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
@@ -84,7 +84,7 @@ def test_documents_of_several_sequences_are_read_whole(tmp_path):
         + struct.pack("<3q", 0, 4, 12)
         + struct.pack("<3q", 0, 2, 3)
     )
-    store = IndexedTokens(tmp_path / "x")
+    store = IndexedDataset(tmp_path / "x")
     assert [store.document(number).tolist() for number in range(2)] == [[0, 1, 2], [3, 4, 5]]
 
 
@@ -126,4 +126,4 @@ def test_a_damaged_store_is_refused_by_name(make_store, tmp_path, suffix, spoil,
     else:
         path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(UserError, match=message):
-        IndexedTokens(tmp_path / "x")
+        IndexedDataset(tmp_path / "x")

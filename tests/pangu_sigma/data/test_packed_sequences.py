@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pangu_sigma.data.domain_store import unigram_loss
 from pangu_sigma.data.packed_sequences import HeldoutSequences, PackedSequences
-from pangu_sigma.data.unigram_model import unigram_loss
 from rre.counted_random import bits64, key64, permutation, uniform
 
 
@@ -30,14 +30,14 @@ def test_uniform_numbers_are_uniform():
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(1, 12))
 def test_an_epoch_holds_every_token_once_and_continues_into_the_next(tmp_path_factory, lengths, sequence_length):
-    from pangu_sigma.data.indexed_dataset import IndexedTokens, IndexedWriter
+    from pangu_sigma.data.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
     prefix = tmp_path_factory.mktemp("store") / "x"
     documents = numbered(lengths)
-    with IndexedWriter(prefix, 100, 99) as writer:
+    with IndexedDatasetBuilder(prefix, 100, 99) as writer:
         for ids in documents:
             writer.add(ids)
-    store = IndexedTokens(prefix)
+    store = IndexedDataset(prefix)
     packed = PackedSequences("code", store, sequence_length, seed=1)
     count = -(-3 * store.tokens // sequence_length)
     rows = [packed.sequence(index) for index in range(count)]

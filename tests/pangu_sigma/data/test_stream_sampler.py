@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pangu_sigma.config.data_section import StreamConfig
-from pangu_sigma.data.growing_file import GrowingFile, Spool, digests_before
+from pangu_sigma.data.growing_file import GrowingFileReader, StandardInputSpool, digests_before
 from pangu_sigma.data.mixture_sampler import Batch
 from pangu_sigma.data.stream_sampler import StreamEnded, StreamSampler
 from pangu_sigma.errors import UserError
@@ -226,7 +226,7 @@ def test_a_new_domain_joins_and_a_removed_one_is_forgotten(sampler, content, tmp
 # --- standard input
 
 
-def received(spool: Spool, size: int) -> bytes:
+def received(spool: StandardInputSpool, size: int) -> bytes:
     deadline = time.monotonic() + 20
     while spool.path.stat().st_size < size and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -235,10 +235,10 @@ def received(spool: Spool, size: int) -> bytes:
 
 def test_standard_input_is_kept_and_its_last_line_completed(tmp_path):
     out, into = os.pipe()
-    spool = Spool(tmp_path / "kept" / "received.jsonl", out)
+    spool = StandardInputSpool(tmp_path / "kept" / "received.jsonl", out)
     os.write(into, b'{"text": "a"}\n{"te')
     assert received(spool, 18) == b'{"text": "a"}\n{"te' and not spool.ended
-    file = GrowingFile(spool.path)
+    file = GrowingFileReader(spool.path)
     assert file.next_line().content == b'{"text": "a"}' and file.next_line() is None
     os.write(into, b'xt": "b"}')
     os.close(into)
@@ -246,7 +246,7 @@ def test_standard_input_is_kept_and_its_last_line_completed(tmp_path):
     deadline = time.monotonic() + 20
     while not spool.ended and time.monotonic() < deadline:
         time.sleep(0.005)
-    assert spool.ended and file.next_line().begins == 14
+    assert spool.ended and file.next_line().start == 14
     spool.close()
     file.close()
     os.close(out)
@@ -256,7 +256,7 @@ def test_a_line_whose_rest_never_arrived_is_cut_off(tmp_path):
     path = tmp_path / "received.jsonl"
     path.write_bytes(b"one\ntwo\nthr")
     out, into = os.pipe()
-    spool = Spool(path, out)
+    spool = StandardInputSpool(path, out)
     assert spool.cut == 3
     os.write(into, b"three\n")
     assert received(spool, 14) == b"one\ntwo\nthree\n"

@@ -14,7 +14,7 @@ import pytest
 
 from pangu_sigma import runtime
 from pangu_sigma.config import config_from_dict
-from pangu_sigma.data.corpus_files import Source
+from pangu_sigma.data.corpus_files import CorpusSource
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_training import train_tokenizer
 from pangu_sigma.generation.kv_cache_decoder import KvCacheDecoder
@@ -78,7 +78,7 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
     text = " ".join(f"word{i} naïve façade return import" for i in range(300))
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
     path.write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
-    return train_tokenizer([Source("text", (str(path),))], VOCAB)
+    return train_tokenizer([CorpusSource("text", (str(path),))], VOCAB)
 
 
 @pytest.fixture(scope="session")

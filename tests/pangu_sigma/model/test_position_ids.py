@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pangu_sigma.data.position_ids import positions_and_segments
+from pangu_sigma.model.position_ids import positions_and_segments
 
 
 def test_positions_restart_after_the_end_which_belongs_to_the_document_before():
