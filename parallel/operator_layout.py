@@ -103,17 +103,3 @@ class MeshLayout(Layout):
         """MindSpore's own form of a partition spec: which device has which slices."""
         named = (mesh_axes_of(axis) for axis in spec)
         return self._devices(*(names if len(names) > 1 else (names[0] if names else "None") for names in named))
-
-
-class RehearsedLayout(MeshLayout):
-    """The same cells where no device is: a process computes the whole graph of a mesh, of whole tensors."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        Layout.__init__(self, "CPU")
-        self.mesh = mesh
-
-    def __call__(self, primitive: Any, *specs: PartitionSpec, out: PartitionSpec | None = None) -> Any:
-        return primitive
-
-    def local_shape(self, shape: Sequence[int], spec: PartitionSpec) -> list[int]:
-        return list(shape)

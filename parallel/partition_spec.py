@@ -7,7 +7,7 @@ order of `MESH_AXES`, and an axis that several names shard is sharded by the fir
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,6 +86,15 @@ class Shard:
     slices: Slices
     is_writer: bool = True
     gradient_copies: int = 1
+
+
+@dataclass(frozen=True)
+class StageTensor:
+    """A tensor of this full `shape` that the ranks of one pipeline `stage` have; `slices_of`: a rank's slices."""
+
+    shape: tuple[int, ...]
+    stage: int
+    slices_of: Callable[[int], Slices]
 
 
 def replicated_shard(mesh: Mesh, rank: int, shape: Sequence[int], spec: PartitionSpec) -> Shard:

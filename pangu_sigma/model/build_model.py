@@ -15,10 +15,12 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.model.initialization import initial_value
 from pangu_sigma.model.model import DOMAIN_EMBEDDING, Model
 from pangu_sigma.model.pangu import PanGuSigma
-from pangu_sigma.model.sharded_parameters import CutParameters, RehearsedParameters, SharedParameters
+from pangu_sigma.model.sharded_parameters import DeviceParameterStorage, ShardedParameters, SharedParameters
 from parallel.comm.exchange import GatheredExchange
 from parallel.comm.processes import Processes
-from parallel.operator_layout import Layout, MeshLayout, RehearsedLayout
+from parallel.emulation.emulated_mesh import EmulatedLayout, EmulatedMesh
+from parallel.emulation.emulated_parameters import EmulatedParameterStorage
+from parallel.operator_layout import Layout, MeshLayout
 from parallel.ops.compiled_kernels import HostKernels, library
 from parallel.ops.grouped_matmul import uses_grouped_product
 from parallel.partition_spec import slices_shape
@@ -49,7 +51,7 @@ def chosen_layout(config: Config) -> Layout:
     """The layout of this configuration's graphs: cut over the mesh on Ascend, one process's own else."""
     parallel = config.parallel
     if parallel.emulate_mesh:
-        return RehearsedLayout(parallel.mesh)
+        return EmulatedLayout(parallel.mesh)
     if config.cut_over_devices:
         return MeshLayout(parallel.mesh, config.run.device, parallel.sequence_parallel)
     return Layout(config.run.device, chosen_kernels(config), _grouped(config))
@@ -99,9 +101,9 @@ def build_model(
         built.store = _make_store(config, shapes, experts, kernels, inference, processes)
     compute = COMPUTE_TYPES[config.train.precision]
     exchange = _exchange(config, processes, groups)
-    cut = layout.spmd_mesh is not None and layout.native and processes.size > 1
-    # Whole values would be in the way of the parts that MindSpore makes, and may not fit a device.
-    with no_init_parameters() if cut else nullcontext():
+    on_devices = layout.spmd_mesh is not None and layout.native and processes.size > 1
+    # Full values would be in the way of the shards that MindSpore makes, and may not fit a device.
+    with no_init_parameters() if on_devices else nullcontext():
         built.net = PanGuSigma(model, vocab, built.routers, built.training_signature(1), layout, compute, exchange)
     built.shared = _shared_parameters(built)
     if initialise:
@@ -112,12 +114,14 @@ def build_model(
 
 
 def _shared_parameters(built: Model) -> SharedParameters:
-    layout, processes, divided = built.layout, built.processes, built.config.parallel.optimizer_parallel
-    if layout.spmd_mesh is None or processes.size == 1:
+    processes, mesh = built.processes, built.processes.mesh
+    if built.layout.spmd_mesh is None or processes.size == 1:
         return SharedParameters(built.net)
-    if layout.device == "CPU":
-        return RehearsedParameters(built.net, processes, divided)
-    return CutParameters(built.net, processes.mesh, processes.rank, divided)
+    if isinstance(built.layout, EmulatedLayout):
+        storage = EmulatedParameterStorage(EmulatedMesh(processes))
+    else:
+        storage = DeviceParameterStorage(mesh.coordinates(processes.rank).stage)
+    return ShardedParameters(built.net, mesh, processes.rank, built.config.parallel.optimizer_parallel, storage)
 
 
 def _exchange(config: Config, processes: Processes, groups: ExpertGroups) -> GatheredExchange | None:

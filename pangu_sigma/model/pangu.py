@@ -24,7 +24,7 @@ from pangu_sigma.model.layers.tied_embedding_head import HEADS
 from pangu_sigma.model.layers.transformer_layer import TransformerLayer, shared_expert
 from parallel.comm.exchange import GatheredExchange
 from parallel.mesh import Mesh
-from parallel.micro_batches import HandedOn
+from parallel.micro_batches import PerMicroBatchCopy
 from parallel.operator_layout import Layout
 from rre.every_expert_layer import EveryExpertFeedForward
 from rre.routers import Router
@@ -173,7 +173,7 @@ class PanGuSigma(nn.Cell):
     def send_tied_embedding(self, layout: Layout) -> None:
         """Tied embedding under pipeline parallelism: from now on the first stage sends the word table to the last with
         every micro-batch."""
-        self.embedding_send = HandedOn(layout)
+        self.embedding_send = PerMicroBatchCopy(layout)
         self.embedding_send.pipeline_stage = 0
 
     def tied_embedding(self) -> Parameter | None:

@@ -22,7 +22,7 @@ from mindspore.nn.utils import no_init_parameters
 from pangu_sigma.config import Config, load_config
 from pangu_sigma.data.tokenizers.vocabulary_size import vocabulary_size
 from pangu_sigma.model.build_model import build_model
-from pangu_sigma.train.distributed.spmd_step import MeshedStep, meshed_step, parallel_context
+from pangu_sigma.train.distributed.spmd_step import SpmdTrainStep, parallel_context, spmd_train_step
 from parallel.dry.dry_process import start_semi_auto
 from parallel.dry.parameter_placement import placements
 from parallel.operator_layout import MeshLayout
@@ -30,7 +30,7 @@ from parallel.operator_layout import MeshLayout
 
 def compile_step(config: Config) -> dict[str, object]:
     """Compile the step of one micro-batch, or a rank's stage of a whole step's pipeline; return its parameters and
-    expert tensors before they are cut (see `MeshedStep`)."""
+    full expert tensors (see `SpmdTrainStep`)."""
     layer_names, parallel = config.model.sparse_prefixes, config.parallel
     layout = MeshLayout(parallel.mesh, config.run.device, parallel.sequence_parallel)
     with no_init_parameters():
@@ -43,7 +43,7 @@ def compile_step(config: Config) -> dict[str, object]:
         start_semi_auto(**parallel_context(model, signature))
         if config.train.recompute:
             model.net.recompute_blocks()
-        step = meshed_step(model, signature, int(os.environ["RANK_ID"]))
+        step = spmd_train_step(model, signature, int(os.environ["RANK_ID"]))
     parameters = {p.name: p.shape for p in model.net.get_parameters()}
     started = time.perf_counter()
     step.compile()
@@ -58,7 +58,7 @@ def compile_step(config: Config) -> dict[str, object]:
     }
 
 
-def compile_update(step: MeshedStep) -> None:
+def compile_update(step: SpmdTrainStep) -> None:
     """Compile the update of the shared parameters, which have become this rank's parts."""
     ms.reset_auto_parallel_context()
     ms.set_context(save_graphs_path="update")

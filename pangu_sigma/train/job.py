@@ -138,7 +138,7 @@ class TrainingRun:
             )
         if self.config.parallel.emulate_mesh:
             self.messages.append(
-                f"rehearses {self.processes.size} devices: each of as many processes computes the whole graph, and its "
+                f"emulates {self.processes.size} devices: each of as many processes computes the whole graph, and its "
                 "speed says nothing about theirs"
             )
         if self.stream is not None:

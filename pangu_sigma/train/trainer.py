@@ -22,8 +22,8 @@ from pangu_sigma.model.model import Model
 from pangu_sigma.train.continual.frozen_gate_columns import FrozenGateColumns
 from pangu_sigma.train.continual.weight_penalty import WeightPenalty
 from pangu_sigma.train.distributed.gradient_all_reduce import gradient_reducer_of
-from pangu_sigma.train.distributed.pipeline_runner import StagedStep, staged_step
-from pangu_sigma.train.distributed.step_cache import step_graphs
+from pangu_sigma.train.distributed.pipeline_runner import PipelineRunner, pipeline_runner_of
+from pangu_sigma.train.distributed.step_cache import step_cache_of
 from pangu_sigma.train.flops import flops_per_token
 from pangu_sigma.train.gradients import Gradients, select_expert_gradients
 from pangu_sigma.train.loss_scale import LossScale
@@ -92,11 +92,11 @@ class Trainer:
         if self.config.train.recompute:
             model.net.recompute_blocks()
         # Before the optimizer: compiling a sharded step leaves this rank its shards, and moments are of the same shape.
-        self.stages: StagedStep | None = None
+        self.pipeline: PipelineRunner | None = None
         if self.config.parallel.pipeline > 1:
-            self.stages = staged_step(model, self.signature)
+            self.pipeline = pipeline_runner_of(model, self.signature)
         else:
-            self._graphs = step_graphs(model, self.signature, self.objective)
+            self._step_cache = step_cache_of(model, self.signature, self.objective)
         self.optimizer = Optimizer(model)
         self.reducer = gradient_reducer_of(model)
         self.loss_scale = LossScale.from_config(self.config)
@@ -117,7 +117,7 @@ class Trainer:
             objective = self._own_objective
         if objective is not self.objective:
             objective.auxiliary = self._own_objective.auxiliary
-            self._graphs.clear()
+            self._step_cache.clear()
             self.objective = objective
 
     @property
@@ -139,7 +139,7 @@ class Trainer:
             return None if array is None else array[rows]
 
         present = None
-        if self.stages is not None:
+        if self.pipeline is not None:
             # All micro-batches of a step are in one graph, and share its slots.
             by_batch = [self.planner.present(*required(rows), optional(batch.padding, rows)) for rows in micro_batches]
             present = [np.unique(np.concatenate(of_layer)) for of_layer in zip(*by_batch, strict=True)]
@@ -173,8 +173,8 @@ class Trainer:
         total = float(self.reducer.total(units)[0])
 
         # 3. Forward and backward: micro-batch by micro-batch, or all in one graph where it is a pipeline.
-        if self.stages is not None:
-            gradients, parts = self.stages.gradients(batches, phase, scale / total, self.reducer.reader_ranks)
+        if self.pipeline is not None:
+            gradients, parts = self.pipeline.gradients(batches, phase, scale / total, self.reducer.reader_ranks)
         else:
             gradients, parts = self._accumulate(batches, phase, scale, total)
 
@@ -261,7 +261,7 @@ class Trainer:
         prepared = self.objective.prepare(batch)
         weights, auxiliary_weight, *extra = self.objective.inputs(batch, prepared, scale, total, micro_batches)
         # The network is shared with evaluation, so its mode is set per use.
-        outputs = self._graphs(phase.shared, self.objective).set_train(True)(
+        outputs = self._step_cache(phase.shared, self.objective).set_train(True)(
             fixed[0],
             Tensor(batch.labels),
             weights,

@@ -1,8 +1,12 @@
-"""The gradients of a whole step in one graph that is cut into pipeline stages; a rank compiles its own stage of it.
+"""Pipeline-parallel train step: the gradients of a whole step in one graph, of which a rank compiles its own stage.
 
-What `GradientStep` takes one micro-batch at a time comes here for all of them. Activated experts are parameters of this
-graph, and not inputs: MindSpore's pipeline pass takes every input for a table of samples. The host sets them before a
-step and takes their gradients after it, as everywhere.
+What `GradientStep` takes one micro-batch at a time comes here for all of them:
+1. `MicroBatches` slices the inputs and sums the losses (`PipelinedLoss`) of the micro-batches;
+2. MindSpore's pipeline pass divides the graph at the stages of its cells, and sends rows between them;
+3. `AccumulatedGradients` takes the sums over all micro-batches out of the pass's buffers.
+
+Activated experts are parameters of this graph, and not inputs: the pass takes every input for a table of samples. The
+host sets them before a step and takes their gradients after it, as everywhere.
 """
 
 from __future__ import annotations
@@ -15,17 +19,17 @@ from pangu_sigma.model.batch_planner import fixed_inputs
 from pangu_sigma.model.graph_inputs import GraphSignature
 from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.model.pipeline_stages import stage_of
-from parallel.micro_batches import Accumulated, MicroBatches
+from parallel.micro_batches import AccumulatedGradients, MicroBatches
 from parallel.operator_layout import MeshLayout
 from parallel.ops.primitives import square_sums
 from parallel.partition_spec import PartitionSpec
 
-# Of the fixed inputs, what a graph without dropout, embeddings per domain and auxiliary losses looks at.
-READ = ("tokens", "labels", "weights", "positions", "segments")
+# Of the fixed inputs, those of a graph without dropout, embeddings per domain and auxiliary losses.
+FIXED_INPUTS = ("tokens", "labels", "weights", "positions", "segments")
 
 
 class PipelinedLoss(nn.Cell):
-    """The objective of one micro-batch, by domain: (READ inputs, domains, every sparse layer's plan) -> float32 [d].
+    """The objective of one micro-batch, by domain: (FIXED_INPUTS, domains, every sparse layer's plan) -> float32 [d].
 
     `domains` float32 [B, d] has a 1 where a sample's domain is. The sum over d is what trains: MindSpore's gradient of
     a vector is that of its sum.
@@ -59,9 +63,9 @@ class PipelinedLoss(nn.Cell):
         return self.sum(self.mul(by_sample, domains), 0)
 
 
-class WholeStep(nn.Cell):
-    """(inputs of `PipelinedLoss` for a whole step) -> (objective by domain [d], gradients of all experts and of all
-    shared parameters): what the stages compute together, in one process.
+class AllStages(nn.Cell):
+    """All stages in one process: (inputs of `PipelinedLoss` for a whole step) -> (objective by domain [d], gradients of
+    all experts and of all shared parameters).
 
     The parameters of the experts are the loss' own: `experts`.
     """
@@ -76,7 +80,7 @@ class WholeStep(nn.Cell):
         self.loss = MicroBatches(loss, micro_batches)
         self.value_and_grad = ops.value_and_grad(self.loss, None, everything)
         self.set_train()
-        inputs = step_inputs(signature, micro_batches, domains)
+        inputs = pipeline_inputs(signature, micro_batches, domains)
         self.set_inputs(*(Tensor(shape=list(shape), dtype=dtype) for shape, dtype, _ in inputs))
 
     def construct(self, *inputs: Tensor):
@@ -85,11 +89,12 @@ class WholeStep(nn.Cell):
         return objective, gradients[:end], gradients[end:]
 
 
-class PipelinedStep(nn.Cell):
-    """(inputs of `PipelinedLoss` for a whole step) -> (objective by domain [d], gradients of this stage's experts, of
-    its shared parameters, square sums of the latter [n]).
+class PipelineTrainStep(nn.Cell):
+    """One stage of the step: (inputs of `PipelinedLoss` for a whole step) -> (objective by domain [d], gradients of
+    this stage's experts, of its shared parameters, square sums of the latter [n]).
 
-    Each rank gives its rows of every micro-batch, one behind the other. The objective is the last stage's to know.
+    Each rank gives its rows of every micro-batch, one behind the other. The objective is known on the last
+    stage alone.
     """
 
     def __init__(
@@ -107,34 +112,35 @@ class PipelinedStep(nn.Cell):
         self.experts = ParameterTuple(
             [p for p in loss.experts if stage_of(p.name, net.layers, layout.mesh) == stage]
         )
-        # The last stage owes the first one the gradient of the word table, if it was sent the parameter.
+        # Tied embeddings: the last stage computes with the first one's word table. If the pass sends it as a parameter,
+        # the last stage must send its gradient back.
         words = None if optimizer_parallel else net.tied_embedding()
-        self.owes = words is not None and 0 < stage == layout.mesh.pipeline - 1
-        # What the graph has of another stage: its value is received, its memory must be here.
-        self.lent = ParameterTuple([words] if self.owes else [])
-        everything = ParameterTuple([*self.experts, *self.shared, *self.lent])
-        # An attribute, so that set_train reaches the network, and operators tell where they stand.
+        self.has_tied_copy = words is not None and 0 < stage == layout.mesh.pipeline - 1
+        # Parameters of another stage in this graph: their values are received, their memory must be here.
+        self.borrowed_parameters = ParameterTuple([words] if self.has_tied_copy else [])
+        everything = ParameterTuple([*self.experts, *self.shared, *self.borrowed_parameters])
+        # An attribute, so that set_train reaches the network, and operators' scopes name their layers.
         self.loss = MicroBatches(loss, micro_batches)
         self.value_and_grad = ops.value_and_grad(self.loss, None, everything)
-        self.accumulated = Accumulated(self.experts, optimizer_parallel) if len(self.experts) else None
-        self.accumulated_shared = Accumulated(self.shared, optimizer_parallel)
+        self.accumulated = AccumulatedGradients(self.experts, optimizer_parallel) if len(self.experts) else None
+        self.accumulated_shared = AccumulatedGradients(self.shared, optimizer_parallel)
         self.square_sums = square_sums(layout, [parameter.shape for parameter in self.shared])
         self.set_train()
-        inputs = step_inputs(signature, micro_batches, domains)
-        self.set_inputs(*(Tensor(shape=layout.local_shape(shape, cut), dtype=dtype) for shape, dtype, cut in inputs))
+        inputs = pipeline_inputs(signature, micro_batches, domains)
+        self.set_inputs(*(Tensor(shape=layout.local_shape(shape, spec), dtype=dtype) for shape, dtype, spec in inputs))
 
     @property
-    def made_here(self) -> tuple[Parameter, ...]:
-        """The parameters that hold nothing between steps, so that no checkpoint gives them values: experts of a step,
-        sums of gradients, what is lent."""
+    def transient_parameters(self) -> tuple[Parameter, ...]:
+        """The parameters without values between steps, which no checkpoint has: experts of a step, sums of gradients,
+        borrowed parameters."""
         sums = [] if self.accumulated is None else [*self.accumulated.buffers]
-        return (*self.experts, *sums, *self.accumulated_shared.buffers, *self.lent)
+        return (*self.experts, *sums, *self.accumulated_shared.buffers, *self.borrowed_parameters)
 
     def construct(self, *inputs: Tensor):
         objective, gradients = self.value_and_grad(*inputs)
         end = len(self.experts) + len(self.shared)
         experts, shared = gradients[: len(self.experts)], gradients[len(self.experts) : end]
-        if self.owes:
+        if self.has_tied_copy:
             objective = ops.depend(objective, gradients[end])
         if self.accumulated is not None:
             experts = self.accumulated(experts)
@@ -143,23 +149,23 @@ class PipelinedStep(nn.Cell):
 
 
 def expert_tensors(signature: GraphSignature) -> dict[str, tuple[int, ...]]:
-    """Name -> uncut shape [slots of a chunk, …] of every activated expert tensor, in the order of the flat inputs."""
-    found = {}
+    """Name -> full shape [slots of a chunk, …] of every activated expert tensor, in the order of the flat inputs."""
+    shapes = {}
     for layer_signature in signature.layers:
         tensors = tuple(layer_signature.network.tensors)
         weights = layer_signature.capacity_spec.weight_inputs(layer_signature.network, signature.hidden, signature.ffn)
-        for number, (shape, _, _) in enumerate(weights):
-            chunk, tensor = divmod(number, len(tensors))
-            found[f"{layer_signature.name}.experts.{tensors[tensor]}/{chunk}"] = shape
-    return found
+        for index, (shape, _, _) in enumerate(weights):
+            chunk, tensor = divmod(index, len(tensors))
+            shapes[f"{layer_signature.name}.experts.{tensors[tensor]}/{chunk}"] = shape
+    return shapes
 
 
-def step_inputs(
+def pipeline_inputs(
     signature: GraphSignature, micro_batches: int, domains: int
 ) -> list[tuple[tuple[int, ...], ms.dtype, PartitionSpec]]:
-    """Whole shape, type and cut of every input of the graph of a step; `signature` is of one micro-batch."""
+    """Full shape, type and partition spec of every input of the graph of a step; `signature` is of one micro-batch."""
     fixed = fixed_inputs(signature.batch, signature.length)
-    of_one = [fixed[name] for name in READ]
+    of_one = [fixed[name] for name in FIXED_INPUTS]
     of_one.append(((signature.batch, domains), ms.float32, ("rows", 1)))
     of_one += [entry for layer_signature in signature.layers for entry in layer_signature.capacity_spec.plan_inputs()]
-    return [((micro_batches * shape[0], *shape[1:]), dtype, cut) for shape, dtype, cut in of_one]
+    return [((micro_batches * shape[0], *shape[1:]), dtype, spec) for shape, dtype, spec in of_one]

@@ -1,4 +1,4 @@
-"""The step of a graph that is cut over a mesh: its cell, how its inputs are cut, and what MindSpore must be told first.
+"""SPMD train step: its cell, the partition specs of its inputs, and the parallel context that MindSpore compiles it in.
 
 `train` runs this on a mesh of devices and `pangu-sigma plan --compile` compiles it without one. No NPU has run it.
 """
@@ -16,7 +16,7 @@ from pangu_sigma.config import Config
 from pangu_sigma.model.batch_planner import fixed_inputs
 from pangu_sigma.model.graph_inputs import GraphSignature
 from pangu_sigma.model.model import Model
-from pangu_sigma.train.distributed.pipeline_step import PipelinedStep, expert_tensors, step_inputs
+from pangu_sigma.train.distributed.pipeline_step import PipelineTrainStep, expert_tensors, pipeline_inputs
 from pangu_sigma.train.objective import TrainingObjective
 from pangu_sigma.train.step import GradientStep, SharedUpdate
 from parallel.partition_spec import PartitionSpec
@@ -26,52 +26,53 @@ NESTED_CALLS = 100_000
 
 
 @dataclass(frozen=True)
-class MeshedStep:
-    """`cell`: the gradients of a micro-batch, or of a rank's stage of a whole step. `experts`: every expert tensor's
-    uncut shape, and its number among the cell's inputs (None where it is a parameter of the cell)."""
+class SpmdTrainStep:
+    """SPMD train step of one rank, to compile. `cell`: the gradients of a micro-batch, or of a rank's stage of a whole
+    step. `experts`: every expert tensor's index among the cell's inputs (None where it is a parameter of the cell) and
+    its full shape."""
 
-    cell: GradientStep | PipelinedStep
+    cell: GradientStep | PipelineTrainStep
     model: Model
     experts: dict[str, tuple[int | None, tuple[int, ...]]]
 
     def compile(self) -> None:
-        """Have MindSpore cut it; parameters are this rank's parts of themselves from now on."""
+        """Have MindSpore shard it; from now on the parameters are this rank's shards."""
         ms.set_recursion_limit(NESTED_CALLS)
         self.cell.compile(*self.cell.get_inputs())
 
     def update(self) -> SharedUpdate:
-        """The optimizer of the shared parameters that this rank trains, on its own parts of them: a graph without
+        """The optimizer of the shared parameters that this rank trains, on its own shards of them: a graph without
         communication. Call it when the step is compiled and the parallel context is reset."""
-        pipelined = isinstance(self.cell, PipelinedStep)
-        mine = self.cell.shared if pipelined else self.model.net.trainable_params()
+        pipelined = isinstance(self.cell, PipelineTrainStep)
+        local = self.cell.shared if pipelined else self.model.net.trainable_params()
         with no_init_parameters():
-            return SharedUpdate(mine, self.model.layout)
+            return SharedUpdate(local, self.model.layout)
 
 
-def cut_inputs(config: Config, signature: GraphSignature) -> list[tuple[tuple[int, ...], ms.dtype, PartitionSpec]]:
-    """Whole shape, type and cut of every input of the step's graph; `signature` is of one micro-batch."""
+def spmd_inputs(config: Config, signature: GraphSignature) -> list[tuple[tuple[int, ...], ms.dtype, PartitionSpec]]:
+    """Full shape, type and partition spec of every input of the step's graph; `signature` is of one micro-batch."""
     if config.parallel.pipeline > 1:
-        return step_inputs(signature, config.train.gradient_accumulation_steps, len(config.domains))
+        return pipeline_inputs(signature, config.train.gradient_accumulation_steps, len(config.domains))
     return [*fixed_inputs(signature.batch, signature.length).values(), *signature.sharded_inputs()]
 
 
 def parallel_context(model: Model, signature: GraphSignature) -> dict[str, Any]:
-    """What `mindspore.set_auto_parallel_context` must be told before the step is made."""
+    """Arguments of `mindspore.set_auto_parallel_context`, to be set before the step is made."""
     config, layout = model.config, model.layout
     parallel = config.parallel
     return {
         "parallel_mode": "semi_auto_parallel",
-        # Turns an axis that is cut elsewhere into an AllToAll.
+        # Turns an axis that is sharded over other ranks into an AllToAll.
         "enable_alltoall": True,
-        "dataset_strategy": tuple(layout.device_layout(cut) for _, _, cut in cut_inputs(config, signature)),
+        "dataset_strategy": tuple(layout.device_layout(spec) for _, _, spec in spmd_inputs(config, signature)),
         "enable_parallel_optimizer": parallel.optimizer_parallel,
         "gradients_mean": False,
         "pipeline_stages": parallel.pipeline,
     }
 
 
-class MeshContext:
-    """While it is entered, graphs of `signature` are cut over the model's mesh as they are compiled."""
+class CompileContext:
+    """While it is entered, graphs of `signature` are sharded over the model's mesh as they are compiled."""
 
     def __init__(self, model: Model, signature: GraphSignature) -> None:
         self.values = parallel_context(model, signature)
@@ -83,13 +84,13 @@ class MeshContext:
         ms.reset_auto_parallel_context()
 
 
-class InContext:
-    """A cell that is compiled and run in its context."""
+class CompileContextCell:
+    """A cell that is compiled and run in its compile context."""
 
-    def __init__(self, cell: nn.Cell, context: MeshContext) -> None:
+    def __init__(self, cell: nn.Cell, context: CompileContext) -> None:
         self.cell, self.context = cell, context
 
-    def set_train(self, mode: bool) -> InContext:
+    def set_train(self, mode: bool) -> CompileContextCell:
         """As the cell's own."""
         self.cell.set_train(mode)
         return self
@@ -99,27 +100,24 @@ class InContext:
             return self.cell(*inputs)
 
 
-def meshed_step(
-    model: Model,
-    signature: GraphSignature,
-    rank: int,
-    with_shared: bool = True,
+def spmd_train_step(
+    model: Model, signature: GraphSignature, rank: int, with_shared: bool = True,
     objective: TrainingObjective | None = None,
-) -> MeshedStep:
+) -> SpmdTrainStep:  # fmt: skip
     """The step of one rank; its parallel context must be set."""
     config, parallel = model.config, model.config.parallel
     shapes = expert_tensors(signature)
     if parallel.pipeline > 1:
         stage, domains = parallel.mesh.coordinates(rank).stage, len(config.domains)
-        # Experts and sums of gradients come to be, as parts, when the graph is cut.
+        # Experts and sums of gradients come to be, as shards, when the graph is compiled.
         with no_init_parameters():
-            cell = PipelinedStep(
+            cell = PipelineTrainStep(
                 model.net, signature, model.layout, config.train.gradient_accumulation_steps, stage,
                 parallel.optimizer_parallel, domains,
             )  # fmt: skip
-        return MeshedStep(cell, model, {name: (None, shape) for name, shape in shapes.items()})
+        return SpmdTrainStep(cell, model, {name: (None, shape) for name, shape in shapes.items()})
     first = len(fixed_inputs(signature.batch, signature.length))
-    numbers = (first + i for _, begin, end in signature.bounds for i in range(begin, end))
-    experts = {name: (number, shape) for number, (name, shape) in zip(numbers, shapes.items(), strict=True)}
+    indices = (first + i for _, begin, end in signature.bounds for i in range(begin, end))
+    experts = {name: (index, shape) for index, (name, shape) in zip(indices, shapes.items(), strict=True)}
     cell = GradientStep(model.net, signature, model.layout, with_shared, objective or TrainingObjective())
-    return MeshedStep(cell, model, experts)
+    return SpmdTrainStep(cell, model, experts)

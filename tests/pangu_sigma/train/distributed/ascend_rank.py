@@ -1,6 +1,6 @@
 """In the dry process: what `train` builds on one rank of a mesh of devices, up to where a device would compute.
 
-    python on_devices.py CONFIG.yaml RESULT.npz
+    python ascend_rank.py CONFIG.yaml RESULT.npz
 
 The trainer compiles its step, the shared parameters get their values, and the graphs of a phase that freezes them and
 of an evaluation are compiled beside it. RESULT holds for every shared parameter the rank's part of it (`value NAME`),
@@ -29,8 +29,8 @@ from pangu_sigma.data.mixture_sampler import Batch
 from pangu_sigma.data.tokenizers.vocabulary_size import vocabulary_size
 from pangu_sigma.model.build_model import build_model, initialise_shared
 from pangu_sigma.model.initialization import initial_value
-from pangu_sigma.train.distributed.mesh_evaluation import Measurement
-from pangu_sigma.train.distributed.pipeline_step import PipelinedStep
+from pangu_sigma.train.distributed.mesh_evaluation import EvaluationGraph
+from pangu_sigma.train.distributed.pipeline_step import PipelineTrainStep
 from pangu_sigma.train.objective import TrainingObjective
 from pangu_sigma.train.trainer import Trainer
 from parallel.comm.processes import Processes
@@ -43,8 +43,8 @@ def main() -> None:
     init("nccl")
     model = build_model(config, vocabulary_size(config), 0, processes=Processes(config.parallel.mesh, rank))
     trainer = Trainer(model)
-    staged = trainer.stages is not None
-    cell = trainer.stages.cell if staged else trainer._graphs(True, TrainingObjective()).cell
+    staged = trainer.pipeline is not None
+    cell = trainer.pipeline.pipeline.cell if staged else trainer._step_cache(True, TrainingObjective()).cell
     layouts = cell.parameter_layout_dict
     initialise_shared(model)
     found = {}
@@ -60,23 +60,23 @@ def main() -> None:
         np.savez(sys.argv[2], **found)
         return
     ms.set_context(save_graphs_path="frozen")
-    trainer._graphs(False, TrainingObjective())
+    trainer._step_cache(False, TrainingObjective())
     ms.set_context(save_graphs_path="evaluation")
-    measured = Measurement(model, 2 * config.parallel.mesh.rows, 8)
-    with measured.graph.context:
-        measured.cell.compile(*measured.cell.get_inputs())
+    evaluation = EvaluationGraph(model, 2 * config.parallel.mesh.rows, 8)
+    with evaluation.graph.context:
+        evaluation.cell.compile(*evaluation.cell.get_inputs())
     np.savez(sys.argv[2], **found)
 
 
-def planned_step(trainer: Trainer, cell: PipelinedStep, rank: int) -> dict[str, np.ndarray]:
+def planned_step(trainer: Trainer, cell: PipelineTrainStep, rank: int) -> dict[str, np.ndarray]:
     """What a rank gives its stage's graph for a step."""
-    stages, model = trainer.stages, trainer.model
+    runner, model = trainer.pipeline, trainer.model
     rows, draw = trainer.read_rows, np.random.default_rng(1)
     text = draw.integers(0, 512, (model.config.train.batch_size, model.config.data.sequence_length + 1))
     planned = trainer.plan(Batch(text[rows].astype(np.int32), np.zeros(rows.size, np.int32), rows.astype(np.int64), 0))
-    inputs = stages._inputs(planned, 1.0)
+    inputs = runner.local_inputs(planned, 1.0)
     found = {"inputs": np.array([a.shape == tuple(t.shape) for a, t in zip(inputs, cell.get_inputs(), strict=True)])}
-    stages.set_experts(stages._experts(planned[0]))
+    runner.pipeline.set_experts(runner.local_experts(planned[0]))
     layers = {layer_signature.name: layer for layer, layer_signature in enumerate(trainer.signature.layers)}
     std = {"up.weight": model.config.model.init_std, "down.weight": model.config.model.residual_std}
     for parameter in cell.experts:

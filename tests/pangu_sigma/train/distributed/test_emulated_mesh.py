@@ -84,7 +84,7 @@ LONG = {
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory) -> Path:
-    return run(tmp_path_factory.mktemp("rehearsed"), 4, FOUR)
+    return run(tmp_path_factory.mktemp("emulated"), 4, FOUR)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def staged_run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory) -> Path:
-    return run(tmp_path_factory.mktemp("rehearsed-long"), 4, LONG)
+    return run(tmp_path_factory.mktemp("emulated-long"), 4, LONG)
 
 
 def test_a_mesh_trains_as_one_process_does(four):
@@ -158,7 +158,7 @@ def evaluations(run: Path) -> list[dict]:
     return [{"step": line["step"], **line["losses"]} for line in lines if line["kind"] == "evaluate"]
 
 
-def test_a_rehearsed_run_measures_saves_and_goes_on_anywhere(small_yaml, tmp_path):
+def test_an_emulated_run_measures_saves_and_goes_on_anywhere(small_yaml, tmp_path):
     """On a mesh to step 6, then on in one process, as if there had been no mesh."""
     alone, cut = tmp_path / "alone", tmp_path / "cut"
     done = command("train", small_yaml, f"run.dir={alone}", *DIVIDED, cwd=tmp_path)
@@ -166,7 +166,7 @@ def test_a_rehearsed_run_measures_saves_and_goes_on_anywhere(small_yaml, tmp_pat
     words = ["train", small_yaml, f"run.dir={cut}", *DIVIDED, *HALVES]
     done = command(*words, "train.stop_at=6", "--emulate-mesh", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "rehearses 4 devices" in done.stderr
+    assert "emulates 4 devices" in done.stderr
     open_checkpoint(checkpoint(cut, 6)).verify()
     # One process measures it and cuts a domain out of it, without the mesh's graphs.
     done = command("evaluate", cut, "--batches", 1, "--json", cwd=tmp_path)
@@ -191,7 +191,7 @@ def trained(run: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_a_rehearsed_run_of_stages_saves_and_goes_on_anywhere(small_yaml, tmp_path):
+def test_an_emulated_run_of_stages_saves_and_goes_on_anywhere(small_yaml, tmp_path):
     """In two stages to step 4, without them to step 6, in other stages to the end, as if there had been none; the
     checkpoint is measured by one process."""
     alone, cut = tmp_path / "alone", tmp_path / "cut"
@@ -202,7 +202,7 @@ def test_a_rehearsed_run_of_stages_saves_and_goes_on_anywhere(small_yaml, tmp_pa
     stages = ["parallel.pipeline=2"]
     done = command(*words, *stages, "parallel.expert=2", "train.stop_at=4", "--emulate-mesh", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "rehearses 4 devices" in done.stderr
+    assert "emulates 4 devices" in done.stderr
     open_checkpoint(checkpoint(cut, 4)).verify()
     done = command(*words, "train.stop_at=6", "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -235,6 +235,6 @@ def test_a_rehearsed_run_of_stages_saves_and_goes_on_anywhere(small_yaml, tmp_pa
         (["parallel.expert=2", "--emulate-mesh", "--workers", 4], "parallel.workers = 4 is not the mesh's size 2"),
     ],
 )
-def test_what_cannot_be_rehearsed_is_refused(small_yaml, tmp_path, words, said):
+def test_what_cannot_be_emulated_is_refused(small_yaml, tmp_path, words, said):
     sizes = ["model.sparse.dispatch=capacity", "model.dropout=0", "model.attention.dropout=0", *EVEN]
     assert_refused(command("train", small_yaml, *sizes, *words, cwd=tmp_path), said)

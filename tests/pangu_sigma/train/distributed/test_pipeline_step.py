@@ -13,7 +13,7 @@ from pangu_sigma.model.batch_planner import BatchPlanner, fixed_inputs
 from pangu_sigma.model.build_model import build_model
 from pangu_sigma.model.pangu import TrainingLoss
 from pangu_sigma.model.pipeline_stages import stage_of
-from pangu_sigma.train.distributed.pipeline_step import READ, PipelinedLoss, expert_tensors, step_inputs
+from pangu_sigma.train.distributed.pipeline_step import FIXED_INPUTS, PipelinedLoss, expert_tensors, pipeline_inputs
 from parallel.mesh import Mesh
 from parallel.micro_batches import MicroBatches
 from parallel.operator_layout import LOCAL_SLICES
@@ -69,8 +69,8 @@ def test_micro_batches_of_one_graph_add_up():
         expected += one.asnumpy()
         sums = [a + g.asnumpy() for a, g in zip(sums, its, strict=True)]
     whole = [Tensor(np.concatenate(parts)) for parts in zip(*columns, strict=True)]
-    for handed_on in (False, True):
-        if handed_on:
+    for sent_per_micro_batch in (False, True):
+        if sent_per_micro_batch:
             model.net.send_tied_embedding(model.layout)
         value, gradients = ops.value_and_grad(MicroBatches(loss, MICRO).set_train(), None, trained)(*whole)
         np.testing.assert_allclose(value.asnumpy(), expected, rtol=1e-6)
@@ -78,9 +78,9 @@ def test_micro_batches_of_one_graph_add_up():
             np.testing.assert_allclose(found.asnumpy(), wanted, atol=1e-6, rtol=1e-4, err_msg=parameter.name)
         assert any(np.abs(g.asnumpy()).max() > 0 for g in gradients[-4:])
 
-    shapes = step_inputs(signature, MICRO, 4)
+    shapes = pipeline_inputs(signature, MICRO, 4)
     assert [s for s, _, _ in shapes] == [(MICRO * p.shape[0], *p.shape[1:]) for p in columns[0]]
-    assert {name: fixed_inputs(4, LENGTH)[name][1] for name in READ}["weights"] == ms.float32
+    assert {name: fixed_inputs(4, LENGTH)[name][1] for name in FIXED_INPUTS}["weights"] == ms.float32
 
 
 def test_a_process_that_trains_has_slices_stay():

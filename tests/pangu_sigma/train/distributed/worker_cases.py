@@ -142,7 +142,7 @@ def measured(model, one: str) -> np.ndarray:
     evaluator = kind(model, 8)
     losses, tokens = evaluator.losses(heldout)
     if kind is MeshEvaluator:
-        assert len(evaluator._made) == 2, "both graphs were wanted"
+        assert len(evaluator._graphs) == 2, "both graphs were wanted"
     return np.array([*losses.values(), *tokens.values()])
 
 
