@@ -23,7 +23,7 @@ BLOCK = 1 << 17  # elements of one block: with its scratch it stays in a core's 
 
 @dataclass(frozen=True)
 class AdamWHyperparameters:
-    """Hyper-parameters of one group of tensors; `learning_rate` is the step's, after schedule and factors."""
+    """AdamW hyperparameters of one group of tensors; `learning_rate` is the step's, after schedule and factors."""
 
     learning_rate: float
     beta1: float
@@ -32,7 +32,7 @@ class AdamWHyperparameters:
     weight_decay: float
 
     def correct_bias(self, step: int) -> tuple[float, float, float]:
-        """(lr', eps', decay') for a tensor's `step`-th update, counted from 1."""
+        """Fold the bias correction in: (lr', eps', decay') for a tensor's `step`-th update, counted from 1."""
         second = math.sqrt(1.0 - self.beta2**step)
         learning_rate = self.learning_rate * second / (1.0 - self.beta1**step)
         decay = self.weight_decay * self.learning_rate / learning_rate if learning_rate else 0.0
@@ -40,7 +40,7 @@ class AdamWHyperparameters:
 
 
 def has_weight_decay(name: str) -> bool:
-    """Whether a tensor of this name has weight decay: all but biases and the gains and shifts of norms."""
+    """Tell whether a tensor of this name has weight decay: all but biases and the gains and shifts of norms."""
     return not name.endswith((".bias", ".gamma", ".beta"))
 
 

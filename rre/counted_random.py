@@ -1,4 +1,4 @@
-"""Randomness that is counted, not kept: every draw is a function of what it is for, so nothing has to be restored.
+"""Counter-based random numbers: every draw is a function of what it is for, so no generator state has to be restored.
 
 A draw depends on (seed, purpose, step, sample, layer, …) alone; it survives a resume and does not change with the
 number of processes that share a batch. Whatever decides which text is read or which mask is used comes from integer

@@ -1,4 +1,7 @@
-"""The experts' computation: one feed-forward network per slot, on exactly the rows that the slot was given."""
+"""Dropless experts: one feed-forward network per slot, on exactly the rows that the slot was given.
+
+Legend: T tokens, K choices per token (top-k), R rows, N slots, D hidden width, F feed-forward width.
+"""
 
 from __future__ import annotations
 
@@ -14,65 +17,72 @@ from rre.feed_forward_spec import FeedForwardSpec
 
 
 class Expert(nn.Cell):
-    """x [rows, D] and the tensors of one network in the order of its form -> [rows, D], of MindSpore's operators."""
+    """Feed-forward network of one expert: x_RD and its tensors in the order of the spec -> y_RD."""
 
-    def __init__(self, layout: Layout, form: FeedForwardSpec, compute: ms.dtype) -> None:
+    def __init__(self, layout: Layout, spec: FeedForwardSpec, compute: ms.dtype) -> None:
         super().__init__()
-        self.form = form
-        self.linear = Linear(layout, compute) if form.biases else Product(layout, compute)
-        self.activation = activation(form.activation, layout)
+        self.spec = spec
+        self.linear = Linear(layout, compute) if spec.biases else Product(layout, compute)
+        self.activation = activation(spec.activation, layout)
         self.mul = layout(ops.Mul(), (1, 1), (1, 1))
 
-    def construct(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-        if self.form.gated:
-            gated = self.mul(self.activation(self.linear(x, weights[0]))[0], self.linear(x, weights[1]))
-            return self.linear(gated, weights[2])
-        if self.form.biases:
-            inner = self.activation(self.linear(x, weights[0], weights[1]))[0]
-            return self.linear(inner, weights[2], weights[3])
-        return self.linear(self.activation(self.linear(x, weights[0]))[0], weights[1])
+    def construct(self, x_RD: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+        if self.spec.gated:
+            gated_RF = self.mul(self.activation(self.linear(x_RD, weights[0]))[0], self.linear(x_RD, weights[1]))
+            return self.linear(gated_RF, weights[2])
+        if self.spec.biases:
+            inner_RF = self.activation(self.linear(x_RD, weights[0], weights[1]))[0]
+            return self.linear(inner_RF, weights[2], weights[3])
+        return self.linear(self.activation(self.linear(x_RD, weights[0]))[0], weights[1])
 
 
 class Experts(nn.Cell):
-    """N tensors x_i [rows_i, D] and the tensors of N networks -> N tensors [rows_i, D].
+    """Experts of N slots: N tensors x_i [rows_i, D] and the tensors of N experts -> N tensors [rows_i, D].
 
     Weights are inputs, not parameters: they live in an expert store, and the graph returns their gradients. Slots may
     share an expert. The weight gradients of a slot without rows are a product over nothing, whose memory MindSpore
     leaves as it was: whoever takes gradients must not look at them.
     """
 
-    def __init__(self, layout: Layout, form: FeedForwardSpec, compute: ms.dtype) -> None:
+    def __init__(self, layout: Layout, spec: FeedForwardSpec, compute: ms.dtype) -> None:
         super().__init__()
-        self.each = len(form.tensors)
-        self.network = Expert(layout, form, compute)
+        self.each = len(spec.tensors)
+        self.network = Expert(layout, spec, compute)
 
-    def construct(self, rows: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        results = ()
-        for slot in range(len(rows)):
-            results = results + (self.network(rows[slot], weights[self.each * slot : self.each * (slot + 1)]),)
-        return results
+    def construct(self, rows_RD: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        results_RD = ()
+        for slot in range(len(rows_RD)):
+            results_RD = results_RD + (self.network(rows_RD[slot], weights[self.each * slot : self.each * (slot + 1)]),)
+        return results_RD
 
 
 class RaggedExperts(nn.Cell):
-    """x_TD, plan (rows of N slots and of the dropped, position [T, k]), N networks -> y [T*k, D] by choice."""
+    """Dispatch, experts and combine over row lists of any length, in MindSpore operators.
 
-    def __init__(self, layout: Layout, form: FeedForwardSpec, compute: ms.dtype) -> None:
+    x_TD, plan (choice numbers of N slots and of the dropped, position [T, K]), tensors of N experts -> y_RD, a row per
+    choice.
+    """
+
+    def __init__(self, layout: Layout, spec: FeedForwardSpec, compute: ms.dtype) -> None:
         super().__init__()
         self.dispatch = TokenDispatch(layout)
-        self.experts = Experts(layout, form, compute)
+        self.experts = Experts(layout, spec, compute)
         self.combine = TokenCombine(layout)
 
-    def construct(self, x: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
-        rows, position = plan[:-1], plan[-1]
-        return self.combine(self.experts(self.dispatch(x, rows, position), weights), rows, position, x)
+    def construct(self, x_TD: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
+        rows, position_TK = plan[:-1], plan[-1]
+        return self.combine(self.experts(self.dispatch(x_TD, rows, position_TK), weights), rows, position_TK, x_TD)
 
 
 class CompiledExperts(nn.Cell):
-    """The same function as one compiled kernel; its plan is (order [T*k], offsets [N + 1])."""
+    """Dispatch, experts and combine as one compiled kernel: the function of `RaggedExperts`.
 
-    def __init__(self, kernels: str, form: FeedForwardSpec) -> None:
+    Its plan is (order [R], offsets [N + 1]) of `rre.dispatch.dispatch_plan`.
+    """
+
+    def __init__(self, kernels: str, spec: FeedForwardSpec) -> None:
         super().__init__()
-        self.experts = CompiledFeedForward(kernels, form.activation, EXACT_ROWS, len(form.tensors))
+        self.experts = CompiledFeedForward(kernels, spec.activation, EXACT_ROWS, len(spec.tensors))
 
-    def construct(self, x: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
-        return self.experts(x, plan[0], plan[1], weights)[0]
+    def construct(self, x_TD: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
+        return self.experts(x_TD, plan[0], plan[1], weights)[0]

@@ -1,4 +1,4 @@
-"""What a configuration must know of every router before any framework is loaded: one line per router."""
+"""Router specs: what a configuration must know of every router before any framework is loaded, one line per router."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ LAYER = "shared"  # owner of a routing table that belongs to the layer and not t
 
 @dataclass(frozen=True)
 class RouterSpec:
-    """`learned`: a gate chooses inside the graph, among all experts of the layer. `tables`: who owns a routing table,
+    """Properties of one kind of router.
+
+    `learned`: a gate chooses inside the graph, among all experts of the layer. `tables`: who owns a routing table,
     the "domain" (over its group), the "layer" (over all experts), or nobody. `experts_per_token`: k where the
     configuration does not say, None for all of the layer; `fixed` if the router's definition leaves no choice.
     `options`: keys of the configuration that only routers which name them obey. `causal`: whether a token's experts

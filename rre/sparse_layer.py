@@ -1,4 +1,7 @@
-"""The sparse layer: router -> dispatch -> experts -> combine, with the exchange at its two points."""
+"""Sparse (mixture-of-experts) feed-forward layer: route, dispatch, exchange, experts, exchange, combine.
+
+Legend: T tokens, D hidden width, E experts, K choices per token (top-k), R = T K rows (one per choice), B samples.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +18,21 @@ from rre.grouped_experts import GroupedExperts
 
 
 class SparseFeedForward(nn.Cell):
-    """x_TD -> (y_TD, auxiliary loss, rows); the feed-forward part of a sparse layer.
+    """Sparse (mixture-of-experts) feed-forward: x_TD -> (y_TD, auxiliary loss, rows [B, E + 1] of a learned gate).
 
-    `routing` is what the router of this layer takes from outside the graph (for table routers its whole plan) and
-    `weights` the tensors of N networks of `form` that the expert store fetched. A dropped token's y is zero: it takes
-    the residual alone. `by_expert`: the router's experts choose tokens. `shared_expert`: a network x_TD -> y_TD beside
-    the routed ones, which every token takes with weight 1. Under a mesh's layout rows go by capacity, in `chunks` of
-    the experts. `exchange`: where other processes hold other experts; plans and weights are then of the rows that come
-    here and of the experts that are held here.
+    `routing` is what the layer's router takes from outside the graph (for a table router its whole plan), `weights` the
+    tensors of N experts of `spec` as the expert store fetched them. A dropped token's y is zero: it takes the residual
+    alone. `by_expert`: the router's experts choose tokens. `shared_expert`: a network x_TD -> y_TD that every token
+    takes with weight 1 beside its routed experts. On a device mesh rows go by capacity, in `chunks` of the experts.
+    `exchange`: expert parallelism over processes; plans and weights are then those of the local experts, for the rows
+    of all processes that share them.
     """
 
     def __init__(
         self,
         router: nn.Cell,
         layout: Layout,
-        form: FeedForwardSpec,
+        spec: FeedForwardSpec,
         compute: ms.dtype,
         exchange: LocalExchange | None = None,
         by_expert: bool = False,
@@ -45,13 +48,13 @@ class SparseFeedForward(nn.Cell):
         self.exchange = exchange or LocalExchange()
         self.has_kernels = bool(layout.kernels)
         if layout.spmd_mesh:
-            self.experts = CapacityExperts(layout, form, compute, layout.spmd_mesh, chunks)
+            self.experts = CapacityExperts(layout, spec, compute, layout.spmd_mesh, chunks)
         elif self.has_kernels:
-            self.experts = CompiledExperts(layout.kernels, form)
+            self.experts = CompiledExperts(layout.kernels, spec)
         elif layout.grouped:
-            self.experts = GroupedExperts(layout, form, compute)
+            self.experts = GroupedExperts(layout, spec, compute)
         else:
-            self.experts = RaggedExperts(layout, form, compute)
+            self.experts = RaggedExperts(layout, spec, compute)
         if self.has_kernels:
             self.weigh = CompiledCombine(layout.kernels)
         self.is_cut = layout.spmd_mesh is not None
@@ -62,32 +65,44 @@ class SparseFeedForward(nn.Cell):
         self.add = layout(ops.Add(), layout.residual_spec, layout.residual_spec)
 
     def construct(
-        self, x: Tensor, routing: tuple[Tensor, ...], weights: tuple[Tensor, ...]
+        self, x_TD: Tensor, routing: tuple[Tensor, ...], weights: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        plan, combine_weights, auxiliary, counts = self.router(x, routing)
-        y = self.routed(x, plan, combine_weights, weights)
+        # 1. Route and 2. plan: which expert each choice goes to, with which weight, and where its row stands. A table
+        # router did both on the host; a learned gate does them here.
+        plan, combine_weights, auxiliary, rows_BE = self.router(x_TD, routing)
+        # 3. to 7.
+        y_TD = self.apply_experts(x_TD, plan, combine_weights, weights)
         if self.has_shared_expert:
-            y = self.add(y, self.shared_expert(x))
-        return y, auxiliary, counts
+            y_TD = self.add(y_TD, self.shared_expert(x_TD))
+        return y_TD, auxiliary, rows_BE
 
-    def routed(self, x: Tensor, plan: tuple[Tensor, ...], combine_weights, weights: tuple[Tensor, ...]) -> Tensor:
-        """What the chosen experts give, added up for each token by its combine weights (None: each counts once)."""
+    def apply_experts(self, x_TD: Tensor, plan: tuple[Tensor, ...], combine_weights, weights: tuple[Tensor, ...]):
+        """The routed experts' outputs y_TD, summed over a token's choices with `combine_weights` (None: 1 each)."""
+        tokens, hidden = x_TD.shape
         if self.by_expert:
-            y = self.compute_experts(self.take(x, plan[0], 0), plan[1:], weights)
-            y = self.mul(y, ops.BroadcastTo(y.shape)(combine_weights.reshape(-1, 1)))
-            return self.add_up(y, plan[0], x.shape[0])
-        y = self.compute_experts(x, plan, weights)
+            # The plan begins with the token of every row that an expert took.
+            rows_RD = self.take(x_TD, plan[0], 0)
+            y_RD = self.compute_experts(rows_RD, plan[1:], weights)
+            y_RD = self.mul(y_RD, ops.BroadcastTo(y_RD.shape)(combine_weights.reshape(-1, 1)))
+            return self.add_up(y_RD, plan[0], tokens)
+        y_RD = self.compute_experts(x_TD, plan, weights)
+        # 7. Combine: weigh each choice's result and add up those of a token.
         if combine_weights is not None and self.has_kernels:
-            return self.weigh(y, combine_weights)
+            return self.weigh(y_RD, combine_weights)
         if combine_weights is not None and self.is_cut:
-            y = self.mul(y, combine_weights.reshape(-1, 1))
+            y_RD = self.mul(y_RD, combine_weights.reshape(-1, 1))
         elif combine_weights is not None:
-            y = self.mul(y, ops.BroadcastTo(y.shape)(combine_weights.reshape(-1, 1)))
-        tokens, hidden = x.shape
-        if y.shape[0] > tokens:
-            y = self.choice_sum(y.reshape(tokens, -1, hidden), 1)
-        return y
+            y_RD = self.mul(y_RD, ops.BroadcastTo(y_RD.shape)(combine_weights.reshape(-1, 1)))
+        if y_RD.shape[0] > tokens:
+            y_RD = self.choice_sum(y_RD.reshape(tokens, -1, hidden), 1)
+        return y_RD
 
-    def compute_experts(self, x: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
-        """The networks on all rows that come here, and what they give back where the rows came from."""
-        return self.exchange.to_tokens(self.experts(self.exchange.to_experts(x), plan, weights))
+    def compute_experts(self, x_TD: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
+        """The experts' outputs y_RD, one row per choice, on the process that the tokens came from."""
+        # 4. Exchange to experts: the tokens of all processes that share these experts.
+        gathered_TD = self.exchange.to_experts(x_TD)
+        # 3. Dispatch rows to slots, 5. the experts' networks, rows back in the order of choices. On a device mesh the
+        # exchange (4 and 6) is an AllToAll inside, between dispatch and networks (`CapacityExperts`).
+        y_RD = self.experts(gathered_TD, plan, weights)
+        # 6. Exchange back: each process keeps the results of its own tokens.
+        return self.exchange.to_tokens(y_RD)

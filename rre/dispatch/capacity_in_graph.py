@@ -1,10 +1,11 @@
-"""The plan of reserved rows made inside the graph, where a learned gate chooses (see `rre.dispatch.capacity_dispatch`).
+"""Capacity plan inside the graph: token permutation with a fixed expert capacity, for learned gates on a mesh.
 
-An expert takes C0 rows of each dispatch group, so the row of a choice follows from the group, the expert and the number
-of the choice among the group's choices of that expert: nothing is sorted, and no shape depends on the routing.
+It is the in-graph counterpart of `rre.dispatch.capacity_dispatch.plan_by_capacity`. An expert has capacity C for each
+dispatch group, so the row of a choice follows from the group, the expert and the choice's rank among the group's
+choices of that expert: nothing is sorted, and no shape depends on the routing.
 
-Legend: T tokens of B groups of S, P row shards of b = B / P groups, E experts, k choices of a token, C0 rows that an
-expert takes of a group, C = b C0 of a shard.
+Legend: T tokens of G dispatch groups of S, P row shards of G / P groups, E experts, K choices per token (top-k),
+J = S K choices of a group, C capacity of an expert for one group, R = E C rows of a group.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from parallel.operator_layout import Layout
 
 
 class CapacityPlanInGraph(nn.Cell):
-    """Choices with room [T, k, E] (1 or 0) and their numbers from 1 [T, k, E] -> a plan, without a gradient.
+    """Capacity plan of a learned gate: hits and ranks (from 1) of choices that found room [T, K, E] -> a plan.
 
-    The plan is (dispatch [P, E C], combine [P, b S k], kept [P, b S k]), as `capacity_dispatch.CapacityPlan` has them.
-    Which token fills a row is a sum over a mask [B, S k, E C0]: factor * (S k)^2 values for each group of a rank. Row
-    numbers are whole numbers in float32, exact up to 2^24 rows of a shard.
+    The plan is (dispatch [P, G/P R], combine [P, G/P J], kept [P, G/P J]), as `capacity_dispatch.CapacityPlan` has
+    them, without a gradient. Which token fills a row is a sum over a mask [G, J, R]: factor * (S K)^2 values for each
+    group of a rank. Row numbers are whole numbers in float32, exact up to 2^24 rows of a shard.
     """
 
     def __init__(self, layout: Layout, mesh: Mesh, experts: int, group: int, rows_of_group: int) -> None:
@@ -44,30 +45,39 @@ class CapacityPlanInGraph(nn.Cell):
         self.by_expert = layout(ops.Transpose(), four)
         self.on, self.off = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
 
-    def construct(self, hits: Tensor, number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        hits, number = ops.stop_gradient(hits), ops.stop_gradient(number)
-        tokens, k = hits.shape[0], hits.shape[1]
-        groups, of_group = tokens // self.group, self.group * k
-        of_shard, taken = groups // self.shards, self.experts * self.rows
-        position = np.arange(groups, dtype=np.float32).reshape(-1, 1) % of_shard
+    def construct(self, hits_TKE: Tensor, rank_TKE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hits_TKE, rank_TKE = ops.stop_gradient(hits_TKE), ops.stop_gradient(rank_TKE)
+        tokens, num_choices = hits_TKE.shape[0], hits_TKE.shape[1]
+        groups, choices_per_group = tokens // self.group, self.group * num_choices
+        groups_per_shard, rows_per_group = groups // self.shards, self.experts * self.rows
+        group_in_shard_G1 = np.arange(groups, dtype=np.float32).reshape(-1, 1) % groups_per_shard
+        kept_GJ = self.of_choice(hits_TKE, 2).reshape(groups, choices_per_group)
 
-        kept = self.of_choice(hits, 2).reshape(groups, of_group)
-        # 1. Where a choice stands in its shard: its expert's rows, among them its group's, among them its own.
-        experts = Tensor(np.arange(self.experts, dtype=np.float32) * (of_shard * self.rows) - 1.0)
-        row = self.of_choice(self.only_hits(hits, self.add_expert(number, experts)), 2).reshape(groups, of_group)
-        combine = self.only_kept(self.add_group(row, Tensor(position * self.rows)), kept)
-        # 2. Which token stands in each of the group's rows; one that has no room is nowhere.
-        inside = Tensor(np.arange(self.experts, dtype=np.float32) * self.rows - 1.0)
-        row = self.of_choice(self.only_hits(hits, self.add_expert(number, inside)), 2).reshape(groups, of_group)
-        row = self.add(row, self.beyond(self.missing(self.on, kept), Tensor(float(taken), ms.float32)))
-        mask = self.mask(self.cast(row, ms.int32), taken, self.on, self.off)
-        numbers = Tensor((np.arange(of_group, dtype=np.float32) // k).reshape(-1, 1))
-        dispatch = self.add_group(self.token_sum(self.token(mask, numbers), 1), Tensor(position * self.group))
-        # 3. From rows by group to rows by expert.
-        dispatch = self.by_expert(dispatch.reshape(self.shards, of_shard, self.experts, self.rows), (0, 2, 1, 3))
-        shape = (self.shards, of_shard * of_group)
+        # 1. Combine: where a choice's row stands in its shard, which lays rows out expert by expert, for each expert
+        # group by group. Offsets are less by 1 because ranks count from 1.
+        offset_E = Tensor(np.arange(self.experts, dtype=np.float32) * (groups_per_shard * self.rows) - 1.0)
+        row_TKE = self.only_hits(hits_TKE, self.add_expert(rank_TKE, offset_E))
+        row_GJ = self.of_choice(row_TKE, 2).reshape(groups, choices_per_group)
+        combine_GJ = self.only_kept(self.add_group(row_GJ, Tensor(group_in_shard_G1 * self.rows)), kept_GJ)
+
+        # 2. Dispatch: which token fills each of the group's own rows. A dropped choice points behind the last row,
+        # where the one-hot mask has no column.
+        offset_E = Tensor(np.arange(self.experts, dtype=np.float32) * self.rows - 1.0)
+        row_TKE = self.only_hits(hits_TKE, self.add_expert(rank_TKE, offset_E))
+        row_GJ = self.of_choice(row_TKE, 2).reshape(groups, choices_per_group)
+        behind_last = Tensor(float(rows_per_group), ms.float32)
+        row_GJ = self.add(row_GJ, self.beyond(self.missing(self.on, kept_GJ), behind_last))
+        mask_GJR = self.mask(self.cast(row_GJ, ms.int32), rows_per_group, self.on, self.off)
+        token_J1 = Tensor((np.arange(choices_per_group, dtype=np.float32) // num_choices).reshape(-1, 1))
+        dispatch_GR = self.token_sum(self.token(mask_GJR, token_J1), 1)
+        dispatch_GR = self.add_group(dispatch_GR, Tensor(group_in_shard_G1 * self.group))
+
+        # 3. Transpose: from a shard's rows by group to its rows by expert.
+        by_group = (self.shards, groups_per_shard, self.experts, self.rows)
+        dispatch_PEGC = self.by_expert(dispatch_GR.reshape(by_group), (0, 2, 1, 3))
+        choices_of_shard = (self.shards, groups_per_shard * choices_per_group)
         return (
-            self.cast(dispatch.reshape(self.shards, -1), ms.int32),
-            self.cast(combine.reshape(shape), ms.int32),
-            kept.reshape(shape),
+            self.cast(dispatch_PEGC.reshape(self.shards, -1), ms.int32),
+            self.cast(combine_GJ.reshape(choices_of_shard), ms.int32),
+            kept_GJ.reshape(choices_of_shard),
         )

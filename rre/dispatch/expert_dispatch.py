@@ -3,7 +3,7 @@
 Dispatch gathers each slot's rows as `rre.dispatch.dispatch_plan` lists them; combine puts the results back in token
 order.
 
-Legend: T tokens, D hidden width, K choices per token (top-k), N slots, R rows of all slots.
+Legend: T tokens, D hidden width, K choices per token (top-k), N slots, R = T K rows (one per choice).
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from parallel.operator_layout import Layout
 
 
 class TokenDispatch(nn.Cell):
-    """x_TD, rows (N + 1 vectors), position [T, k] -> N tensors [rows_i, D]."""
+    """Token dispatch: x_TD, rows (N + 1 vectors of choice numbers), position [T, K] -> N tensors [rows_i, D].
+
+    The gradient is a gather by `position` and a sum over a token's choices.
+    """
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
@@ -23,30 +26,31 @@ class TokenDispatch(nn.Cell):
         self.zeros = layout(ops.ZerosLike(), (1, 1))
         self.choice_sum = layout(ops.ReduceSum(), (1, 1, 1))
 
-    def construct(self, x: Tensor, rows: tuple[Tensor, ...], position: Tensor) -> tuple[Tensor, ...]:
-        k = position.shape[1]
-        taken = ()
+    def construct(self, x_TD: Tensor, rows: tuple[Tensor, ...], position_TK: Tensor) -> tuple[Tensor, ...]:
+        num_choices = position_TK.shape[1]
+        rows_RD = ()
         for choices in rows[:-1]:
-            tokens = choices if k == 1 else choices // k
-            taken = taken + (self.take(x, tokens, 0),)
-        return taken
+            tokens = choices if num_choices == 1 else choices // num_choices
+            rows_RD = rows_RD + (self.take(x_TD, tokens, 0),)
+        return rows_RD
 
     def bprop(
-        self, x: Tensor, rows: tuple[Tensor, ...], position: Tensor, out: tuple[Tensor, ...], dout: tuple[Tensor, ...]
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-        k = position.shape[1]
-        dropped = self.zeros(self.take(x, rows[-1] if k == 1 else rows[-1] // k, 0))
-        back = self.take(self.concat(dout + (dropped,)), position.reshape(-1), 0)
-        if k > 1:
-            back = self.choice_sum(back.reshape(x.shape[0], k, x.shape[1]), 1)
+        self, x_TD: Tensor, rows: tuple[Tensor, ...], position_TK: Tensor, out: tuple[Tensor, ...],
+        drows_RD: tuple[Tensor, ...],
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:  # fmt: skip
+        num_choices = position_TK.shape[1]
+        dropped_RD = self.zeros(self.take(x_TD, rows[-1] if num_choices == 1 else rows[-1] // num_choices, 0))
+        dx_TD = self.take(self.concat(drows_RD + (dropped_RD,)), position_TK.reshape(-1), 0)
+        if num_choices > 1:
+            dx_TD = self.choice_sum(dx_TD.reshape(x_TD.shape[0], num_choices, x_TD.shape[1]), 1)
         # Whole-number inputs have no gradient; the graph drops what stands in their place.
-        return back, rows, position
+        return dx_TD, rows, position_TK
 
 
 class TokenCombine(nn.Cell):
-    """N tensors [rows_i, D], rows, position [T, k], x_TD -> y [T*k, D], choices of a token together.
+    """Token combine, the reverse of `TokenDispatch`: N tensors [rows_i, D], rows, position [T, K], x_TD -> y_RD.
 
-    Dropped rows are 0. The reverse of TokenDispatch; `x` only gives the dropped rows their width.
+    The K results of a token stand together; a dropped one is 0. `x_TD` only gives the dropped rows their width.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -56,17 +60,17 @@ class TokenCombine(nn.Cell):
         self.zeros = layout(ops.ZerosLike(), (1, 1))
 
     def construct(
-        self, results: tuple[Tensor, ...], rows: tuple[Tensor, ...], position: Tensor, x: Tensor
+        self, results_RD: tuple[Tensor, ...], rows: tuple[Tensor, ...], position_TK: Tensor, x_TD: Tensor
     ) -> Tensor:
-        k = position.shape[1]
-        dropped = self.zeros(self.take(x, rows[-1] if k == 1 else rows[-1] // k, 0))
-        return self.take(self.concat(results + (dropped,)), position.reshape(-1), 0)
+        num_choices = position_TK.shape[1]
+        dropped_RD = self.zeros(self.take(x_TD, rows[-1] if num_choices == 1 else rows[-1] // num_choices, 0))
+        return self.take(self.concat(results_RD + (dropped_RD,)), position_TK.reshape(-1), 0)
 
     def bprop(
-        self, results: tuple[Tensor, ...], rows: tuple[Tensor, ...], position: Tensor, x: Tensor, out: Tensor,
-        dout: Tensor,
+        self, results_RD: tuple[Tensor, ...], rows: tuple[Tensor, ...], position_TK: Tensor, x_TD: Tensor, out: Tensor,
+        dy_RD: Tensor,
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor, Tensor]:
-        back = ()
+        dresults_RD = ()
         for choices in rows[:-1]:
-            back = back + (self.take(dout, choices, 0),)
-        return back, rows, position, self.zeros(x)
+            dresults_RD = dresults_RD + (self.take(dy_RD, choices, 0),)
+        return dresults_RD, rows, position_TK, self.zeros(x_TD)

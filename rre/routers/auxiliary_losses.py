@@ -1,9 +1,9 @@
-"""Auxiliary losses of learned gates, as cells; each docstring says whose form it is.
+"""Auxiliary losses of learned gates (load balance, z-loss, variation), as cells; each docstring says whose form it is.
 
 They are of all tokens of a step, wherever they are: several processes average (or sum) what is linear in the tokens
 before anything is multiplied or squared.
 
-Legend: T tokens, E experts, k choices of a token.
+Legend: T tokens, E experts, K choices per token (top-k).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from parallel.operator_layout import Layout
 
 
 class BalanceLoss(nn.Cell):
-    """hits [T, n, E], probabilities [T, E] -> weight * E * sum_e f_e P_e.
+    """Load-balance loss: hits [T, K, E], probabilities [T, E] -> weight * E * sum_e f_e P_e.
 
-    f_e is the share of the T n choices that fell on e (divided by n, so that sum f = 1; a constant in the gradient),
+    f_e is the share of the T K choices that fell on e (divided by K, so that sum f = 1; a constant in the gradient),
     P_e the mean probability of e over the tokens. Even routing gives `weight`. Switch's form (arXiv 2101.03961,
-    equations 4 to 6) for n = 1.
+    equations 4 to 6) for K = 1.
     """
 
     def __init__(self, weight: float, experts: int, layout: Layout, exchange: GatheredExchange | None = None) -> None:
@@ -33,17 +33,19 @@ class BalanceLoss(nn.Cell):
         self.mul = layout(ops.Mul(), (1,), (1,))
         self.of_choices = layout(ops.Div(), (1,), ())
 
-    def construct(self, hits: Tensor, probabilities: Tensor) -> Tensor:
-        choices = Tensor(float(hits.shape[0] * hits.shape[1]), ms.float32)
-        share = self.exchange.mean(self.of_choices(self.count(hits, (0, 1)), choices))
-        mean = self.exchange.mean(self.mean(probabilities, 0))
-        return self.sum(self.mul(share, mean)) * self.factor
+    def construct(self, hits_TKE: Tensor, probs_TE: Tensor) -> Tensor:
+        choices = Tensor(float(hits_TKE.shape[0] * hits_TKE.shape[1]), ms.float32)
+        share_E = self.exchange.mean(self.of_choices(self.count(hits_TKE, (0, 1)), choices))
+        mean_E = self.exchange.mean(self.mean(probs_TE, 0))
+        return self.sum(self.mul(share_E, mean_E)) * self.factor
 
 
 class PooledMeans(nn.Cell):
-    """hits [T, k, E], probabilities [T, E], another loss -> [2 E + 2]: f (a constant in the gradient), P, loss, 1.
+    """One layer's part of a pooled balance loss: hits [T, K, E], probabilities [T, E], another loss -> [2 E + 2].
 
-    f_e is the mean number of a token's choices that fell on e (sum f = k). Added up over layers this is what
+    The values are f (a constant in the gradient), P, the other loss, 1.
+
+    f_e is the mean number of a token's choices that fell on e (sum f = K). Added up over layers this is what
     `PooledBalanceLoss` takes.
     """
 
@@ -54,16 +56,18 @@ class PooledMeans(nn.Cell):
         self.mean = layout(ops.ReduceMean(), (1, 1))
         self.concat = layout(ops.Concat(0))
 
-    def construct(self, hits: Tensor, probabilities: Tensor, other: Tensor) -> Tensor:
-        share = self.exchange.mean(self.count(hits, (0, 1)) / hits.shape[0])
-        mean = self.exchange.mean(self.mean(probabilities, 0))
+    def construct(self, hits_TKE: Tensor, probs_TE: Tensor, other: Tensor) -> Tensor:
+        share_E = self.exchange.mean(self.count(hits_TKE, (0, 1)) / hits_TKE.shape[0])
+        mean_E = self.exchange.mean(self.mean(probs_TE, 0))
         one = ops.ones((1,), ms.float32)
-        return self.concat((share, mean, other.reshape(1), one))
+        return self.concat((share_E, mean_E, other.reshape(1), one))
 
 
 class PooledBalanceLoss(nn.Cell):
-    """The sum over L layers of `PooledMeans` [2 E + 2] -> weight * E * sum_e f_e P_e, f and P their means over layers,
-    plus the other losses' sum."""
+    """Load-balance loss pooled over layers: the sum over L layers of `PooledMeans` -> weight * E * sum_e f_e P_e.
+
+    f and P are means over layers; the sum of the other losses is added.
+    """
 
     def __init__(self, weight: float, experts: int, layout: Layout) -> None:
         super().__init__()
@@ -79,7 +83,7 @@ class PooledBalanceLoss(nn.Cell):
 
 
 class ZLoss(nn.Cell):
-    """logits [T, E] -> weight * mean_t (logsumexp_e logits)^2 (ST-MoE, arXiv 2202.08906, equation 5)."""
+    """Router z-loss: logits [T, E] -> weight * mean_t (logsumexp_e logits)^2 (ST-MoE, arXiv 2202.08906, equation 5)."""
 
     def __init__(self, weight: float, layout: Layout, exchange: GatheredExchange | None = None) -> None:
         super().__init__()
@@ -94,14 +98,17 @@ class ZLoss(nn.Cell):
         self.mean = layout(ops.ReduceMean(), ("rows", 1))
         self.add = layout(ops.Add(), ("rows", 1), ("rows", 1))
 
-    def construct(self, logits: Tensor) -> Tensor:
-        largest = ops.stop_gradient(self.max(logits, -1))
-        pooled = self.add(self.log(self.sum(self.exp(self.sub(logits, largest)), -1)), largest)
-        return self.exchange.mean(self.mean(self.square(pooled)).reshape(1)).reshape(()) * self.weight
+    def construct(self, logits_TE: Tensor) -> Tensor:
+        largest_T1 = ops.stop_gradient(self.max(logits_TE, -1))
+        logsumexp_T1 = self.add(self.log(self.sum(self.exp(self.sub(logits_TE, largest_T1)), -1)), largest_T1)
+        return self.exchange.mean(self.mean(self.square(logsumexp_T1)).reshape(1)).reshape(()) * self.weight
 
 
 class VariationLoss(nn.Cell):
-    """values [E] -> weight * CV(values)^2: population variance over squared mean (arXiv 1701.06538, equation 7)."""
+    """Coefficient-of-variation loss: values [E] -> weight * CV(values)^2.
+
+    CV^2 is the population variance over the squared mean (arXiv 1701.06538, equation 7).
+    """
 
     def __init__(self, weight: float, layout: Layout, exchange: GatheredExchange | None = None) -> None:
         super().__init__()
@@ -113,9 +120,9 @@ class VariationLoss(nn.Cell):
         self.div = layout(ops.Div(), (1,), (1,))
         self.sum = layout(ops.ReduceSum(), (1,))
 
-    def construct(self, values: Tensor) -> Tensor:
-        values = self.exchange.total(values)
-        mean = self.mean(values)
-        variance = self.mean(self.square(self.sub(values, mean)))
+    def construct(self, values_E: Tensor) -> Tensor:
+        values_E = self.exchange.total(values_E)
+        mean = self.mean(values_E)
+        variance = self.mean(self.square(self.sub(values_E, mean)))
         # The small number is that of the authors' code: a layer in which nothing was routed has loss 0.
         return self.sum(self.div(variance, self.square(mean) + 1e-10)) * self.weight

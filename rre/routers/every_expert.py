@@ -24,8 +24,11 @@ class EveryExpertRouter(LearnedRouter):
 
 
 class EveryExpertGate(Gate):
-    """The gate inside the graph; see `Gate`. The combine weights [T, E] are p, or log p with `log_weights`. Where it is
-    asked for its choices it returns the expert with the largest p, because the choices themselves are always all."""
+    """Soft gate over all experts inside the graph; see `Gate`.
+
+    The combine weights [T, E] are p, or log p with `log_weights`. Where it is asked for its choices it returns the
+    expert with the largest p, because the choices themselves are always all.
+    """
 
     def __init__(self, router: EveryExpertRouter) -> None:
         super().__init__(router)
@@ -34,14 +37,14 @@ class EveryExpertGate(Gate):
         self.log_softmax = layout(ops.LogSoftmax(-1), (1, 1))
         self.best = layout(ops.ArgMaxWithValue(axis=-1), (1, 1))
 
-    def choose(self, x: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        logits = self.logits(x, self.weight)
-        ids = ops.BroadcastTo((x.shape[0], self.experts))(ops.arange(0, self.experts, 1, dtype=ms.int32))
-        return ids, self.log_softmax(logits) if self.log_weights else self.softmax(logits)
+    def choose(self, x_TD: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        logits_TE = self.logits(x_TD, self.weight)
+        ids_TE = ops.BroadcastTo((x_TD.shape[0], self.experts))(ops.arange(0, self.experts, 1, dtype=ms.int32))
+        return ids_TE, self.log_softmax(logits_TE) if self.log_weights else self.softmax(logits_TE)
 
-    def auxiliary(self, hits: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
+    def auxiliary(self, hits_TKE: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
         return Tensor(0.0, ms.float32)
 
-    def assignments(self, hits: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
-        leader, _ = self.best(chosen[1])
-        return self.sum(self.one_hot(leader.reshape(-1, 1), self.experts, self.on, self.off), 1)
+    def assignments(self, hits_TKE: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
+        best_T, _ = self.best(chosen[1])
+        return self.sum(self.one_hot(best_T.reshape(-1, 1), self.experts, self.on, self.off), 1)

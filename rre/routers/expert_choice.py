@@ -1,4 +1,4 @@
-"""Expert choice: every expert takes its best tokens (Zhou et al. 2022, arXiv 2202.09368, section 3.2)."""
+"""Expert-choice routing: every expert takes its best tokens (Zhou et al. 2022, arXiv 2202.09368, section 3.2)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from rre.routers.learned_gate import LearnedRouter
 
 
 class ExpertChoiceRouter(LearnedRouter):
-    """Of every sample's S tokens each expert takes the ceil(S k / E) with its largest probability (softmax over the
-    experts), which is also the combine weight; a token may have any number of experts, k on average.
+    """Expert-choice router: of every sample's S tokens each expert takes the ceil(S K / E) most probable ones.
+
+    The probability (softmax over the experts) is also the combine weight; a token may have any number of experts, K on
+    average.
 
     The set that an expert chooses from is one sample, in training and evaluation: it depends on no other sample and on
     no process. Load is even by construction and there is no auxiliary loss. It is not causal: whether a token is taken
@@ -25,7 +27,7 @@ class ExpertChoiceRouter(LearnedRouter):
 
     @property
     def taken(self) -> int:
-        """Tokens that an expert takes of a sample."""
+        """C, the tokens that an expert takes of a sample."""
         even = self.options.length * self.choices / self.options.groups.total
         return min(self.options.length, math.ceil(even))
 
@@ -34,9 +36,11 @@ class ExpertChoiceRouter(LearnedRouter):
 
 
 class ExpertChoiceGate(nn.Cell):
-    """x_TD -> (plan, combine weights [M], 0, rows [B, E + 1]) with M = E * B * taken rows, expert by expert.
+    """Expert-choice gate: x_TD -> (plan, combine weights [R], 0, rows [B, E + 1]), R = E B C rows, expert by expert.
 
-    The plan is the token of every row int32 [M], then the plan of those rows as if each were a token with one choice.
+    B samples of S tokens, of each of which an expert takes C.
+
+    The plan is the token of every row int32 [R], then the plan of those rows as if each were a token with one choice.
     The last of `rows` counts the tokens that no expert took. With `return_assignments` it gives the hits [T, E].
     """
 
@@ -62,21 +66,22 @@ class ExpertChoiceGate(nn.Cell):
         self.on, self.off = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
         self.add_hits = layout(ops.UnsortedSegmentSum(), (1, 1), (1,))
 
-    def construct(self, x: Tensor, routing: tuple[Tensor, ...]):
-        batch = x.shape[0] // self.length
-        probabilities = self.softmax(self.logits(x, self.weight))
-        by_expert = self.turn(probabilities.reshape(batch, self.length, self.experts), (2, 0, 1))
-        _, positions = self.top(ops.stop_gradient(by_expert), self.taken)
-        weights = self.take(by_expert, 2, positions).reshape(-1)
-        first = ops.arange(0, batch * self.length, self.length, dtype=ms.int32)
-        tokens = (positions + first.reshape(1, batch, 1)).reshape(-1)
-        each = ops.arange(0, self.experts, 1, dtype=ms.int32).reshape(-1, 1)
-        owner = ops.BroadcastTo((self.experts, batch * self.taken))(each)
-        plan = (tokens,) + self.plan(owner.reshape(-1, 1))
+    def construct(self, x_TD: Tensor, routing: tuple[Tensor, ...]):
+        batch = x_TD.shape[0] // self.length
+        probs_TE = self.softmax(self.logits(x_TD, self.weight))
+        probs_EBS = self.turn(probs_TE.reshape(batch, self.length, self.experts), (2, 0, 1))
+        _, positions_EBC = self.top(ops.stop_gradient(probs_EBS), self.taken)
+        weights_R = self.take(probs_EBS, 2, positions_EBC).reshape(-1)
+        first_B = ops.arange(0, batch * self.length, self.length, dtype=ms.int32)
+        tokens_R = (positions_EBC + first_B.reshape(1, batch, 1)).reshape(-1)
+        experts_E1 = ops.arange(0, self.experts, 1, dtype=ms.int32).reshape(-1, 1)
+        owner_ER = ops.BroadcastTo((self.experts, batch * self.taken))(experts_E1)
+        plan = (tokens_R,) + self.plan(owner_ER.reshape(-1, 1))
         if self.return_assignments:
-            hits = self.add_hits(self.one_hot(owner.reshape(-1), self.experts, self.on, self.off), tokens, x.shape[0])
-            return plan, weights, Tensor(0.0, ms.float32), ops.stop_gradient(hits)
-        times = self.add_up(ops.ones_like(weights), tokens, x.shape[0]).reshape(batch, self.length)
-        alone = self.sum(self.cast(times < 0.5, ms.float32), 1)
-        rows = ops.fill(ms.float32, (batch, self.experts), float(self.taken))
-        return plan, weights, Tensor(0.0, ms.float32), ops.stop_gradient(self.concat((rows, alone)))
+            hits_RE = self.one_hot(owner_ER.reshape(-1), self.experts, self.on, self.off)
+            hits_TE = self.add_hits(hits_RE, tokens_R, x_TD.shape[0])
+            return plan, weights_R, Tensor(0.0, ms.float32), ops.stop_gradient(hits_TE)
+        times_BS = self.add_up(ops.ones_like(weights_R), tokens_R, x_TD.shape[0]).reshape(batch, self.length)
+        untaken_B1 = self.sum(self.cast(times_BS < 0.5, ms.float32), 1)
+        rows_BE = ops.fill(ms.float32, (batch, self.experts), float(self.taken))
+        return plan, weights_R, Tensor(0.0, ms.float32), ops.stop_gradient(self.concat((rows_BE, untaken_B1)))

@@ -37,7 +37,7 @@ class GShardRouter(LearnedRouter):
 
 
 class GShardGate(Gate):
-    """The gate inside the graph; see `Gate`."""
+    """GShard top-2 gate inside the graph; see `Gate`."""
 
     def __init__(self, router: GShardRouter) -> None:
         super().__init__(router)
@@ -63,21 +63,21 @@ class GShardGate(Gate):
         self.expand = layout(ops.ExpandDims(), two)
         self.balance = BalanceLoss(router.options.auxiliary_weight, self.experts, layout, router.options.exchange)
 
-    def choose(self, x: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        probabilities = self.softmax(self.logits(x, self.weight))
-        first, g1 = self.best(probabilities)
-        first_hits = ops.stop_gradient(self.hit(first, self.experts, self.on, self.off))
+    def choose(self, x_TD: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        probs_TE = self.softmax(self.logits(x_TD, self.weight))
+        first_T, g1_T = self.best(probs_TE)
+        first_hits_TE = ops.stop_gradient(self.hit(first_T, self.experts, self.on, self.off))
         # Twice taken away, the first choice is below every other probability, zeros included.
-        second, rest = self.best(self.without(probabilities, self.twice_all(first_hits, self.two)))
-        both = self.add(g1, rest)
-        g1, g2 = self.div(g1, both), self.div(rest, both)
-        first, second = self.cast_ids(first, ms.int32), self.cast_ids(second, ms.int32)
+        second_T, rest_T = self.best(self.without(probs_TE, self.twice_all(first_hits_TE, self.two)))
+        both_T = self.add(g1_T, rest_T)
+        g1_T, g2_T = self.div(g1_T, both_T), self.div(rest_T, both_T)
+        first_T, second_T = self.cast_ids(first_T, ms.int32), self.cast_ids(second_T, ms.int32)
         if len(noise) > 0:
-            used = self.less(noise[0], self.twice(ops.stop_gradient(g2), self.two))
-            second = self.use(used, second, self.nobody(self.nothing(second, self.zero), self.none))
-        ids = self.pair((self.column(first, 1), self.column(second, 1)))
-        weights = self.pair((self.column(g1, 1), self.column(g2, 1)))
-        return ids, weights, probabilities, first_hits
+            used_T = self.less(noise[0], self.twice(ops.stop_gradient(g2_T), self.two))
+            second_T = self.use(used_T, second_T, self.nobody(self.nothing(second_T, self.zero), self.none))
+        ids_TK = self.pair((self.column(first_T, 1), self.column(second_T, 1)))
+        weights_TK = self.pair((self.column(g1_T, 1), self.column(g2_T, 1)))
+        return ids_TK, weights_TK, probs_TE, first_hits_TE
 
-    def auxiliary(self, hits: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
+    def auxiliary(self, hits_TKE: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
         return self.balance(self.expand(chosen[3], 1), chosen[2])

@@ -28,8 +28,8 @@ class HashRouter(TableRouter):
     def assign(
         self, token_ids: np.ndarray, domain: np.ndarray, step: int, samples: np.ndarray, training: bool
     ) -> Assignment:
-        flat = self.tables[LAYER][token_ids].astype(np.int64).reshape(-1, 1)
+        ids_TK = self.tables[LAYER][token_ids].astype(np.int64).reshape(-1, 1)
         if training and self.capacity_factor is not None:
             length, experts = token_ids.shape[1], self.groups.total
-            flat = drop_overflow(flat, length, np.full(experts, math.ceil(self.capacity_factor * length / experts)))
-        return Assignment(flat)
+            ids_TK = drop_overflow(ids_TK, length, np.full(experts, math.ceil(self.capacity_factor * length / experts)))
+        return Assignment(ids_TK)

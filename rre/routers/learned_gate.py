@@ -1,9 +1,10 @@
-"""What learned gates in which tokens choose experts share: choices, room, plan and counts.
+"""Learned gates (top-k routers): base classes of routers whose tokens choose among all experts of the layer.
 
-A gate of its own says how it chooses (`choose`) and what it adds to the loss (`auxiliary`).
+The base class applies expert capacity, plans the dispatch and counts rows; a gate says how it chooses (`choose`) and
+what it adds to the loss (`auxiliary`).
 
-Legend: T tokens of B samples of S, n samples of a dispatch group, D hidden width, E experts of the layer, k choices of
-a token.
+Legend: T tokens of B samples of S, n samples of a dispatch group, D hidden width, E experts of the layer, K choices per
+token (top-k).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rre.routers.router import Router, RouterOptions
 
 
 class LearnedRouter(Router):
-    """A router whose gate, weight [D, E], chooses among all experts of the layer, inside the graph."""
+    """Router with a learned gate: its weight [D, E] scores all experts of the layer, inside the graph."""
 
     learned = True
 
@@ -35,18 +36,20 @@ class LearnedRouter(Router):
 
     @property
     def choices(self) -> int:
-        """k."""
+        """K, the experts per token."""
         return self.options.top_k
 
     @property
     def group(self) -> int:
-        """Tokens that share an expert's room: n S."""
+        """Tokens of a dispatch group, for which an expert has one capacity: n S."""
         return self.options.capacity_samples * self.options.length
 
     @property
     def capacity(self) -> int | None:
-        """Rows that an expert takes of a group of n samples while training: ceil(factor * k n S / E); None = all.
-        Evaluation never drops."""
+        """Expert capacity of a dispatch group while training: ceil(factor * K n S / E) rows; None = dropless.
+
+        Evaluation never drops.
+        """
         if self.options.capacity_factor is None:
             return None
         even = self.choices * self.group / self.options.groups.total
@@ -58,11 +61,11 @@ class LearnedRouter(Router):
 
 
 class Gate(nn.Cell):
-    """x_TD, (noise,) or () -> (plan, combine weights [T, k], auxiliary loss, rows [B, E + 1]).
+    """Learned gate: x_TD, (noise,) or () -> (plan, combine weights [T, K], auxiliary loss, rows [B, E + 1]).
 
     With `return_assignments`, set before compiling, the last is the hits [T, E], 1 where a token takes an expert.
-    Room goes to first choices before second ones, then in token order (arXiv 2006.16668, algorithm 1); a choice
-    without room takes the residual alone. Gates compute in float32. In a graph that is cut over a mesh each rank gates
+    Capacity goes to first choices before second ones, then in token order (arXiv 2006.16668, algorithm 1); a choice
+    beyond it takes the residual alone. Gates compute in float32. In an SPMD graph over a mesh each rank gates
     its own tokens, with a copy of the weight, and plans reserved rows (`rre.dispatch.capacity_dispatch`).
     """
 
@@ -105,62 +108,66 @@ class Gate(nn.Cell):
         if self.capacity is not None:
             self.room = Tensor(float(self.capacity), ms.float32)
 
-    def choose(self, x: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """(expert ids int32 [T, k], E for a choice that is not made; combine weights [T, k]; what `auxiliary` needs).
+    def choose(self, x_TD: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Choose experts: (ids int32 [T, K], E for a choice that is not made; weights [T, K]; what `auxiliary` needs).
 
         Without noise it chooses as evaluation does.
         """
         raise NotImplementedError
 
-    def auxiliary(self, hits: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
-        """The weighted auxiliary loss of `hits` [T, k, E] (1 where a choice fell on an expert, before dropping)."""
+    def auxiliary(self, hits_TKE: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
+        """Compute the weighted auxiliary loss of `hits_TKE`, 1 where a choice fell on an expert, before dropping."""
         raise NotImplementedError
 
-    def construct(self, x: Tensor, routing: tuple[Tensor, ...]):
-        chosen = self.choose(x, routing)
-        ids = chosen[0]
-        hits = ops.stop_gradient(self.one_hot(ids, self.experts, self.on, self.off))
-        auxiliary = self.auxiliary(hits, chosen)
-        wanted = self.rows(hits)
-        kept = wanted
-        # Evaluation drops nothing, whatever training does.
+    def construct(self, x_TD: Tensor, routing: tuple[Tensor, ...]):
+        # 1. Route.
+        chosen = self.choose(x_TD, routing)
+        ids_TK = chosen[0]
+        hits_TKE = ops.stop_gradient(self.one_hot(ids_TK, self.experts, self.on, self.off))
+        auxiliary = self.auxiliary(hits_TKE, chosen)
+        routed_BE = self.rows(hits_TKE)
+        kept_BE = routed_BE
+        # 2. Apply the capacity and plan the dispatch. Evaluation drops nothing, whatever training does.
         if self.is_cut and self.training:
-            hits, number = self.with_room(hits, self.room)
-            kept = self.rows(hits)
-            plan = self.plan_by_capacity(hits, number)
+            hits_TKE, rank_TKE = self.with_room(hits_TKE, self.room)
+            kept_BE = self.rows(hits_TKE)
+            plan = self.plan_by_capacity(hits_TKE, rank_TKE)
         elif self.is_cut:
-            hits, number = self.with_room(hits, self.room_for_all)
-            plan = self.plan_all(hits, number)
+            hits_TKE, rank_TKE = self.with_room(hits_TKE, self.room_for_all)
+            plan = self.plan_all(hits_TKE, rank_TKE)
         elif self.training and self.capacity is not None:
-            hits, _ = self.with_room(hits, self.room)
-            kept = self.rows(hits)
-            has_room = self.greater(self.sum(hits, 2), self.off)
-            plan = self.plan(self.select(has_room, ids, ops.fill(ms.int32, ids.shape, self.experts)))
+            hits_TKE, _ = self.with_room(hits_TKE, self.room)
+            kept_BE = self.rows(hits_TKE)
+            has_room_TK = self.greater(self.sum(hits_TKE, 2), self.off)
+            plan = self.plan(self.select(has_room_TK, ids_TK, ops.fill(ms.int32, ids_TK.shape, self.experts)))
         else:
-            plan = self.plan(ids)
+            plan = self.plan(ids_TK)
+        # 3. Count rows and, per sample, the choices that were dropped, as a number of tokens.
         if self.return_assignments:
-            return plan, chosen[1], auxiliary, self.assignments(hits, chosen)
-        lost = self.of_choices(self.overflow_sum(self.sub(wanted, kept), 1), self.choices_of_token)
-        return plan, chosen[1], auxiliary, self.concat((kept, lost))
+            return plan, chosen[1], auxiliary, self.assignments(hits_TKE, chosen)
+        lost_B1 = self.of_choices(self.overflow_sum(self.sub(routed_BE, kept_BE), 1), self.choices_of_token)
+        return plan, chosen[1], auxiliary, self.concat((kept_BE, lost_B1))
 
-    def assignments(self, hits: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
-        """The hits [T, E] of `return_assignments`."""
-        return self.sum(hits, 1)
+    def assignments(self, hits_TKE: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
+        """Return the hits [T, E] that `return_assignments` asks for."""
+        return self.sum(hits_TKE, 1)
 
-    def rows(self, hits: Tensor) -> Tensor:
-        """Rows of every sample and expert [B, E]."""
-        return self.sum(hits.reshape(-1, self.length * self.choices, self.experts), 1)
+    def rows(self, hits_TKE: Tensor) -> Tensor:
+        """Count the rows of every sample and expert [B, E]."""
+        return self.sum(hits_TKE.reshape(-1, self.length * self.choices, self.experts), 1)
 
-    def with_room(self, hits: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
-        """`hits` [T, k, E] without the choices that found no `room` with their expert, and which of its group's choices
-        of the expert each was, counted from 1 [T, k, E]."""
-        ordered = hits.reshape(-1, self.group, self.choices, self.experts)
+    def with_room(self, hits_TKE: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply expert capacity `room`: `hits_TKE` without the choices beyond it, and each choice's rank [T, K, E].
+
+        The rank is among its group's choices of the expert, counted from 1.
+        """
+        ordered = hits_TKE.reshape(-1, self.group, self.choices, self.experts)
         if self.choices > 1:
             ordered = self.turn(ordered, (0, 2, 1, 3))
         ordered = ordered.reshape(-1, self.group * self.choices, self.experts)
-        number = self.cumulative(ordered, 1)
+        rank = self.cumulative(ordered, 1)
         if self.choices > 1:
-            number = self.turn(number.reshape(-1, self.choices, self.group, self.experts), (0, 2, 1, 3))
-        number = number.reshape(hits.shape)
-        has_room = self.less_equal(number, room)
-        return self.mul(hits, self.cast(has_room, ms.float32)), number
+            rank = self.turn(rank.reshape(-1, self.choices, self.group, self.experts), (0, 2, 1, 3))
+        rank = rank.reshape(hits_TKE.shape)
+        has_room_TKE = self.less_equal(rank, room)
+        return self.mul(hits_TKE, self.cast(has_room_TKE, ms.float32)), rank

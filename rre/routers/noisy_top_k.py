@@ -37,7 +37,7 @@ class NoisyTopKRouter(LearnedRouter):
 
 
 class NoisyTopKGate(Gate):
-    """The gate inside the graph; see `Gate`. Raises ValueError unless k is less than the number of experts."""
+    """Noisy top-k gate inside the graph; see `Gate`. Raises ValueError unless k is less than the number of experts."""
 
     def __init__(self, router: NoisyTopKRouter) -> None:
         super().__init__(router)
@@ -63,33 +63,34 @@ class NoisyTopKGate(Gate):
         self.importance = VariationLoss(options.importance_weight, layout, options.exchange)
         self.load = VariationLoss(options.load_weight, layout, options.exchange)
 
-    def choose(self, x: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        clean = self.logits(x, self.weight)
-        h = clean
+    def choose(self, x_TD: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        clean_TE = self.logits(x_TD, self.weight)
+        h_TE = clean_TE
         deviation = ()
         if len(noise) > 0:
-            deviation = (self.softplus(self.logits(x, self.noise_weight)),)
-            h = self.add(clean, self.product(noise[0], deviation[0]))
+            deviation = (self.softplus(self.logits(x_TD, self.noise_weight)),)
+            h_TE = self.add(clean_TE, self.product(noise[0], deviation[0]))
         # One more than is chosen: the first that is not.
-        _, order = self.top(ops.stop_gradient(h), self.choices + 1)
-        largest = self.take(h, 1, order)
-        tokens = x.shape[0]
-        ids = self.cut(order, (0, 0), (tokens, self.choices))
-        weights = self.softmax(self.cut(largest, (0, 0), (tokens, self.choices)))
-        return (ids, weights, clean, largest) + deviation
+        _, order_TK1 = self.top(ops.stop_gradient(h_TE), self.choices + 1)
+        largest_TK1 = self.take(h_TE, 1, order_TK1)
+        tokens = x_TD.shape[0]
+        ids_TK = self.cut(order_TK1, (0, 0), (tokens, self.choices))
+        weights_TK = self.softmax(self.cut(largest_TK1, (0, 0), (tokens, self.choices)))
+        return (ids_TK, weights_TK, clean_TE, largest_TK1) + deviation
 
-    def auxiliary(self, hits: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
-        weights, clean, largest = chosen[1], chosen[2], chosen[3]
-        gates = self.sum(self.mul(hits, self.expand(weights, 2)), 1)
-        importance = self.importance(self.total(gates, 0))
-        inside = self.sum(hits, 1)
+    def auxiliary(self, hits_TKE: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
+        weights_TK, clean_TE, largest_TK1 = chosen[1], chosen[2], chosen[3]
+        gates_TE = self.sum(self.mul(hits_TKE, self.expand(weights_TK, 2)), 1)
+        importance = self.importance(self.total(gates_TE, 0))
+        inside_TE = self.sum(hits_TKE, 1)
         if len(chosen) < 5:
-            return importance + self.load(self.total(inside, 0))
-        tokens = clean.shape[0]
-        last_in = self.cut(largest, (0, self.choices - 1), (tokens, 1))
-        first_out = self.cut(largest, (0, self.choices), (tokens, 1))
+            return importance + self.load(self.total(inside_TE, 0))
+        tokens = clean_TE.shape[0]
+        last_in_T1 = self.cut(largest_TK1, (0, self.choices - 1), (tokens, 1))
+        first_out_T1 = self.cut(largest_TK1, (0, self.choices), (tokens, 1))
         # The k-th largest without i: one further down where i itself is among the k.
-        threshold = self.add(self.product(inside, first_out), self.product(self.missing(self.on, inside), last_in))
-        z = self.div(self.sub(clean, threshold), chosen[4])
-        normal = self.times(self.plus(self.erf(self.times(z, self.root_half)), self.on), self.half)
-        return importance + self.load(self.total(normal, 0))
+        if_inside_TE = self.product(inside_TE, first_out_T1)
+        threshold_TE = self.add(if_inside_TE, self.product(self.missing(self.on, inside_TE), last_in_T1))
+        z_TE = self.div(self.sub(clean_TE, threshold_TE), chosen[4])
+        normal_TE = self.times(self.plus(self.erf(self.times(z_TE, self.root_half)), self.on), self.half)
+        return importance + self.load(self.total(normal_TE, 0))

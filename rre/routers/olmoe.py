@@ -29,7 +29,7 @@ class OlmoeRouter(LearnedRouter):
 
 
 class OlmoeGate(Gate):
-    """The gate inside the graph; see `Gate`."""
+    """OLMoE top-k gate inside the graph; see `Gate`."""
 
     def __init__(self, router: OlmoeRouter) -> None:
         super().__init__(router)
@@ -46,16 +46,16 @@ class OlmoeGate(Gate):
         self.balance = BalanceLoss(options.auxiliary_weight, self.experts, layout, options.exchange)
         self.z_loss = ZLoss(options.z_loss_weight, layout, options.exchange)
 
-    def choose(self, x: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        logits = self.logits(x, self.weight)
-        probabilities = self.softmax(logits)
-        _, ids = self.top(ops.stop_gradient(probabilities), self.choices)
-        weights = self.take(probabilities, 1, ids)
+    def choose(self, x_TD: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        logits_TE = self.logits(x_TD, self.weight)
+        probs_TE = self.softmax(logits_TE)
+        _, ids_TK = self.top(ops.stop_gradient(probs_TE), self.choices)
+        weights_TK = self.take(probs_TE, 1, ids_TK)
         if self.renormalise:
-            weights = self.div(weights, self.row_sum(weights, 1))
-        return ids, weights, probabilities, logits
+            weights_TK = self.div(weights_TK, self.row_sum(weights_TK, 1))
+        return ids_TK, weights_TK, probs_TE, logits_TE
 
-    def auxiliary(self, hits: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
+    def auxiliary(self, hits_TKE: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
         if self.pooled:
-            return self.means(hits, chosen[2], self.z_loss(chosen[3]))
-        return self.balance(hits, chosen[2]) + self.z_loss(chosen[3])
+            return self.means(hits_TKE, chosen[2], self.z_loss(chosen[3]))
+        return self.balance(hits_TKE, chosen[2]) + self.z_loss(chosen[3])

@@ -1,4 +1,4 @@
-"""What every router has in common: from tokens to an assignment, and where it is made.
+"""Router interface: from tokens to an expert assignment, and where it is made (host or graph).
 
 A router has a part on the host, which sees vocabulary ids, domains and the step, and a part inside the compiled graph,
 which sees hidden states. Table routers (RRE, hash layers) decide everything on the host; learned gates decide inside.
@@ -19,9 +19,9 @@ from parallel.operator_layout import Layout
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a router decided for T tokens.
+    """Expert assignment of T tokens, made on the host.
 
-    `expert_ids` int [T, k], DROPPED for a choice that overflowed. Combine weights are 1 and there is no loss to add:
+    `expert_ids` int [T, K], DROPPED for a choice that overflowed. Combine weights are 1 and there is no loss to add:
     a router that needs either decides inside the graph.
     """
 
@@ -30,7 +30,7 @@ class Assignment:
 
 @dataclass(frozen=True)
 class ExpertGroups:
-    """The expert groups of a sparse layer: domain names and their experts' positions on the layer's expert axis."""
+    """Expert groups of a sparse layer, one a domain: names and positions on the layer's expert axis."""
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
@@ -54,7 +54,7 @@ class ExpertGroups:
 
 @dataclass(frozen=True)
 class RouterOptions:
-    """What the router of sparse layer number `layer` is made of; every router takes what its definition names.
+    """Options of the router of sparse layer number `layer`; every router takes what its definition names.
 
     `length` S is the tokens of a sample, which is the dispatch group of a capacity; under a learned gate
     `capacity_samples` of them are one. `capacity_factor` None = dropless.
@@ -91,9 +91,9 @@ class Router:
     """Base of all routers of one sparse layer.
 
     `learned` says where the assignment is made: False -> `assign` on the host, True -> in the graph. `cell()` gives the
-    part inside the graph, called as `cell(x_TD, routing) -> (plan, combine weights [T, k] or None, auxiliary loss, rows
+    part inside the graph, called as `cell(x_TD, routing) -> (plan, combine weights [T, K] or None, auxiliary loss, rows
     [B, E + 1] where the gate is learned)`; a plan is what the networks of the layer take (`rre.sparse_layer`), rows are
-    what each expert took of each sample and, last, how many of its S tokens' choices found no room, divided by k.
+    what each expert took of each sample and, last, how many of its S tokens' choices found no room, divided by K.
     `by_expert`: experts choose tokens, and the plan begins with the rows that they took (see `ExpertChoiceRouter`).
     """
 
@@ -102,7 +102,7 @@ class Router:
 
     @classmethod
     def build(cls, options: RouterOptions) -> Router:
-        """The router of one layer."""
+        """Build the router of one layer."""
         raise NotImplementedError
 
     def assign(
@@ -112,17 +112,20 @@ class Router:
         raise NotImplementedError(f"{type(self).__name__} assigns inside the graph")
 
     def noise_shape(self, tokens: int) -> tuple[int, ...]:
-        """Shape of the noise that the gate takes for so many tokens while training; () = none."""
+        """Return the shape of the noise that the gate takes for so many tokens while training; () = none."""
         return ()
 
     def noise(self, step: int, samples: np.ndarray) -> np.ndarray:
-        """The noise float32 of B samples at `step`: a function of the seed, the step, each sample and the layer."""
+        """Draw the noise float32 of B samples: a function of the seed, the step, each sample and the layer."""
         raise NotImplementedError(f"{type(self).__name__} takes no noise")
 
     def pool(self) -> nn.Cell | None:
-        """What makes the sum over layers of their auxiliary values [n] the loss; None where the values are losses."""
+        """Build the cell that turns the sum over layers of their auxiliary values [n] into the loss.
+
+        None where the values are losses already.
+        """
         return None
 
     def cell(self) -> nn.Cell:
-        """The router's part inside the compiled graph."""
+        """Build the router's part inside the compiled graph."""
         raise NotImplementedError

@@ -32,7 +32,7 @@ class SwitchRouter(LearnedRouter):
 
 
 class SwitchGate(Gate):
-    """The gate inside the graph; see `Gate`."""
+    """Switch top-1 gate inside the graph; see `Gate`."""
 
     def __init__(self, router: SwitchRouter) -> None:
         super().__init__(router)
@@ -42,11 +42,11 @@ class SwitchGate(Gate):
         self.shake = layout(ops.Mul(), ("rows", 1), ("rows", 1))
         self.balance = BalanceLoss(router.options.auxiliary_weight, self.experts, layout, router.options.exchange)
 
-    def choose(self, x: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        gate_input = self.shake(x, noise[0]) if len(noise) > 0 else x
-        probabilities = self.softmax(self.logits(gate_input, self.weight))
-        chosen, probability = self.best(probabilities)
-        return self.cast_ids(chosen, ms.int32).reshape(-1, 1), probability.reshape(-1, 1), probabilities
+    def choose(self, x_TD: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        gate_input_TD = self.shake(x_TD, noise[0]) if len(noise) > 0 else x_TD
+        probs_TE = self.softmax(self.logits(gate_input_TD, self.weight))
+        best_T, prob_T = self.best(probs_TE)
+        return self.cast_ids(best_T, ms.int32).reshape(-1, 1), prob_T.reshape(-1, 1), probs_TE
 
-    def auxiliary(self, hits: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
-        return self.balance(hits, chosen[2])
+    def auxiliary(self, hits_TKE: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
+        return self.balance(hits_TKE, chosen[2])

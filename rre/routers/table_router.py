@@ -19,7 +19,7 @@ from rre.routers.router import Assignment, ExpertGroups, Router, RouterOptions
 
 
 class TableRouter(Router):
-    """RRE on the host: `tables` holds one int32 [vocab] per domain, experts numbered inside the group.
+    """Table router (RRE) on the host: `tables` holds one int32 [vocab] per domain, experts numbered inside the group.
 
     `resample` draws a fresh uniform expert per occurrence while training; evaluation always uses the table. With
     `capacity_factor` (None = dropless) an expert of a group of E_d takes ceil(factor * rows / E_d) rows of a dispatch
@@ -52,28 +52,28 @@ class TableRouter(Router):
         self, token_ids: np.ndarray, domain: np.ndarray, step: int, samples: np.ndarray, training: bool
     ) -> Assignment:
         batch, length = token_ids.shape
-        ids = np.empty((batch, length), dtype=np.int64)
+        ids_BS = np.empty((batch, length), dtype=np.int64)
         offsets = self.groups.offsets
         for b in range(batch):
             d = int(domain[b])
             if training and self.resample:
                 key = key64(self.seed, "resampled routing", step, int(samples[b]), self.layer)
-                inside = (uniform(key, np.arange(length)) * self.groups.sizes[d]).astype(np.int64)
+                inside_S = (uniform(key, np.arange(length)) * self.groups.sizes[d]).astype(np.int64)
             else:
-                inside = self.tables[self.groups.names[d]][token_ids[b]]
-            ids[b] = offsets[d] + inside
-        flat = ids.reshape(-1, 1)
+                inside_S = self.tables[self.groups.names[d]][token_ids[b]]
+            ids_BS[b] = offsets[d] + inside_S
+        ids_TK = ids_BS.reshape(-1, 1)
         if training and self.capacity_factor is not None:
             per_group = [math.ceil(self.capacity_factor * length / size) for size in self.groups.sizes]
-            flat = drop_overflow(flat, length, np.repeat(per_group, self.groups.sizes))
-        return Assignment(flat)
+            ids_TK = drop_overflow(ids_TK, length, np.repeat(per_group, self.groups.sizes))
+        return Assignment(ids_TK)
 
     def cell(self) -> nn.Cell:
         return PrecomputedRouting()
 
 
 class PrecomputedRouting(nn.Cell):
-    """Inside the graph a table router hands on its plan, which is all of `routing`."""
+    """Table router inside the graph: hands on the plan made on the host, which is all of `routing`."""
 
-    def construct(self, x: Tensor, routing: tuple[Tensor, ...]):
+    def construct(self, x_TD: Tensor, routing: tuple[Tensor, ...]):
         return routing, None, Tensor(0.0, ms.float32), Tensor([0.0], ms.float32)

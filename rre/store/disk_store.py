@@ -1,4 +1,4 @@
-"""A store whose tables are memory-mapped files, for models that exceed memory.
+"""Expert store on disk: tables are memory-mapped files, for models that exceed memory.
 
 All tensors of one expert, weights and moments, are one record of whole pages in its sparse layer's file, so that an
 expert comes and goes as one contiguous range. At most `resident_bytes` of records are mapped in: the least recently
@@ -42,7 +42,11 @@ class StoreFull(Exception):
 
 
 class DiskStore(ExpertStore):
-    """Tables as files under `folder`; `in_memory` names layers that stay in memory (tables that are no experts)."""
+    """Expert store on disk with an LRU cache of expert records in memory.
+
+    Tables are files under `folder`; at most `resident_bytes` of records are in memory, beside the layers that
+    `in_memory` names (tables that are no experts), which are there whole. Raises StoreFull if a step needs more.
+    """
 
     def __init__(
         self,
@@ -94,15 +98,15 @@ class DiskStore(ExpertStore):
             record = -(-len(STATE_TENSORS) * sum(sizes.values()) // PAGE) * PAGE
             self._record[layer_name] = record
             buffer = self._map(layer_name, max(1, count) * record)
-            at = 0
+            offset = 0
             for kind in STATE_TENSORS:
                 tables[kind][layer_name] = {}
                 for name, shape in tensors.items():
                     inner = np.empty(shape, np.float32).strides if shape else ()
                     tables[kind][layer_name][name] = np.ndarray(
-                        (count, *shape), np.float32, buffer, offset=at, strides=(record, *inner)
+                        (count, *shape), np.float32, buffer, offset=offset, strides=(record, *inner)
                     )
-                    at += sizes[name]
+                    offset += sizes[name]
         return tables
 
     def _map(self, layer_name: str, size: int) -> mmap.mmap:
@@ -119,60 +123,63 @@ class DiskStore(ExpertStore):
     def in_memory(self, layer_name: str) -> bool:
         return layer_name in self._in_memory
 
-    # --- coming and going
+    # --- the cache of records
 
     def prefetch(self, layer_name: str, experts: Sequence[int]) -> None:
-        """Begin to read what a planned step will fetch, as far as room is left by what other steps wait for."""
+        """Begin to read what a planned step will fetch, as far as memory is left by what other steps wait for.
+
+        The reading is done by the store's one reader thread.
+        """
         if self.in_memory(layer_name):
             return
         with self._lock:
             for expert in {int(e): None for e in experts}:
-                unit = (layer_name, expert)
-                self._awaited[unit] += 1
-                if unit not in self._resident and unit not in self._reading:
-                    self._reading[unit] = self._reader.submit(self._bring_if_room, unit)
+                key = (layer_name, expert)
+                self._awaited[key] += 1
+                if key not in self._resident and key not in self._reading:
+                    self._reading[key] = self._reader.submit(self._read_in_if_room, key)
 
     def _make_ready(self, layer_name: str, experts: Sequence[int]) -> int:
         if self.in_memory(layer_name):
             return len(experts)
-        units = [(layer_name, int(e)) for e in experts]
-        ready = self._hold(units)
+        keys = [(layer_name, int(e)) for e in experts]
+        ready = self._pin(keys)
         with self._lock:
-            for unit in units:
-                self._awaited[unit] -= 1
-                if self._awaited[unit] <= 0:
-                    del self._awaited[unit]
+            for key in keys:
+                self._awaited[key] -= 1
+                if self._awaited[key] <= 0:
+                    del self._awaited[key]
         return ready
 
-    def _hold(self, units: Sequence[ExpertKey]) -> int:
-        """Bring records in and keep them until the next `start_step`; return how many were in already."""
+    def _pin(self, keys: Sequence[ExpertKey]) -> int:
+        """Read records in and pin them until the next `start_step`; return how many were in memory already."""
         with self._lock:
-            self._pinned.update(units)
+            self._pinned.update(keys)
         ready = 0
-        for unit in units:
+        for key in keys:
             with self._lock:
-                reading = self._reading.pop(unit, None)
-                ready += unit in self._resident and (reading is None or reading.done())
+                reading = self._reading.pop(key, None)
+                ready += key in self._resident and (reading is None or reading.done())
             if reading is not None:
                 reading.result()
-            self._bring(unit, for_step=True)
+            self._read_in(key, for_step=True)
             with self._lock:
-                self._resident.move_to_end(unit)
+                self._resident.move_to_end(key)
         return ready
 
-    def _bring_if_room(self, unit: ExpertKey) -> None:
+    def _read_in_if_room(self, key: ExpertKey) -> None:
         with suppress(StoreFull):  # the step that fetches it brings it, and tells if it cannot
-            self._bring(unit, for_step=False)
+            self._read_in(key, for_step=False)
 
-    def _bring(self, unit: ExpertKey, for_step: bool) -> None:
-        """Make room for a record and read it in."""
-        layer_name, expert = unit
+    def _read_in(self, key: ExpertKey, for_step: bool) -> None:
+        """Read a record into memory, evicting others for it."""
+        layer_name, expert = key
         size = self._record[layer_name]
         with self._lock:
-            if unit in self._resident:
+            if key in self._resident:
                 return
             self._make_room(size, for_step)
-            self._resident[unit] = None
+            self._resident[key] = None
             self.mapped_bytes += size
             self.stats.add(bytes_read=size)
         self._advise(layer_name, expert * size, size, mmap.MADV_WILLNEED)
@@ -180,34 +187,34 @@ class DiskStore(ExpertStore):
         np.frombuffer(self._maps[layer_name], np.uint8, size, expert * size)[:: mmap.PAGESIZE].sum()
 
     def _make_room(self, size: int, for_step: bool) -> None:
-        """Let records go until `size` bytes fit; what planned steps wait for goes last, and only for a step.
+        """Evict records until `size` bytes fit; what planned steps wait for goes last, and only for a step.
 
         Raises StoreFull if all that is left belongs to the step under way.
         """
         while self.mapped_bytes + size > self.resident_bytes:
             free = (u for u in self._resident if u not in self._pinned)
-            unit = next((u for u in free if u not in self._awaited), None)
-            if unit is None and for_step:
+            key = next((u for u in free if u not in self._awaited), None)
+            if key is None and for_step:
                 # The one that was brought in last is needed last.
-                unit = next((u for u in reversed(self._resident) if u not in self._pinned), None)
-            if unit is None:
+                key = next((u for u in reversed(self._resident) if u not in self._pinned), None)
+            if key is None:
                 raise StoreFull(
                     f"a batch activates more than experts.resident_gib = {self.resident_bytes / 2**30:.3g} holds: "
                     "raise it, or lower data.max_domains_per_batch or the batch size"
                 )
-            self._let_go(unit)
+            self._evict(key)
 
-    def _let_go(self, unit: ExpertKey) -> None:
-        layer_name, expert = unit
+    def _evict(self, key: ExpertKey) -> None:
+        layer_name, expert = key
         size = self._record[layer_name]
         start = expert * size
-        if unit in self._dirty:
+        if key in self._dirty:
             self._write_back(layer_name, start, size)
-            self._dirty.discard(unit)
+            self._dirty.discard(key)
             self.stats.add(bytes_written=size)
         self._advise(layer_name, start, size, mmap.MADV_DONTNEED)
         self._drop_cached(layer_name, start, size)
-        del self._resident[unit]
+        del self._resident[key]
         self.mapped_bytes -= size
 
     def _advise(self, layer_name: str, start: int, size: int, advice: int) -> None:
@@ -233,23 +240,23 @@ class DiskStore(ExpertStore):
 
     def apply(self, layer_name: str, expert: int, *arguments: object, **named: object) -> None:
         if not self.in_memory(layer_name):
-            unit = (layer_name, expert)
+            key = (layer_name, expert)
             try:
-                self._hold([unit])  # an earlier micro-batch's expert may have gone meanwhile
+                self._pin([key])  # an earlier micro-batch's expert may have gone meanwhile
             except StoreFull:
                 # All micro-batches together touch more than fits: what is updated may go.
                 self.start_step()
-                self._hold([unit])
-            self._dirty.add(unit)
+                self._pin([key])
+            self._dirty.add(key)
         super().apply(layer_name, expert, *arguments, **named)
 
     def release(self) -> None:
-        """Write back and let go of everything, after tables were read or changed from outside a step."""
+        """Write back and evict everything, after tables were read or changed from outside a step."""
         self.flush()
         with self._lock:
             self._pinned.clear()
-            for unit in list(self._resident):
-                self._let_go(unit)
+            for key in list(self._resident):
+                self._evict(key)
             for layer_name, buffer in self._maps.items():
                 self._write_back(layer_name, 0, 0)
                 self._advise(layer_name, 0, len(buffer), mmap.MADV_DONTNEED)
@@ -259,9 +266,9 @@ class DiskStore(ExpertStore):
         if self.in_memory(layer_name):
             super().write(kind, layer_name, name, experts, values)
             return
-        for number, expert in enumerate(range(*experts.indices(self.experts[layer_name]))):
+        for row, expert in enumerate(range(*experts.indices(self.experts[layer_name]))):
             # Through the file, not the map: what fills the tables must not count as resident.
-            data = memoryview(np.ascontiguousarray(values[number], np.float32).reshape(-1)).cast("B")
+            data = memoryview(np.ascontiguousarray(values[row], np.float32).reshape(-1)).cast("B")
             start, done = self._offset(kind, layer_name, name, expert), 0
             while done < len(data):
                 done += os.pwrite(self._files[layer_name], data[done:], start + done)
@@ -282,16 +289,16 @@ class DiskStore(ExpertStore):
             return super().read(kind, layer_name, name, experts)
         table = self._tables[kind][layer_name][name]
         first, last, _ = experts.indices(table.shape[0])
-        found = np.empty((last - first, *table.shape[1:]), np.float32)
+        values = np.empty((last - first, *table.shape[1:]), np.float32)
         for expert in range(first, last):
             # Through the file, not the map: what is read for a checkpoint must not count as resident.
-            data = memoryview(found[expert - first].reshape(-1)).cast("B")
+            data = memoryview(values[expert - first].reshape(-1)).cast("B")
             start, done = self._offset(kind, layer_name, name, expert), 0
             while done < len(data):
                 done += os.preadv(self._files[layer_name], [data[done:]], start + done)
             if (layer_name, expert) not in self._resident:
                 self._drop_cached(layer_name, start, len(data))
-        return found
+        return values
 
     def close(self) -> None:
         self._reader.shutdown(cancel_futures=True)

@@ -1,4 +1,14 @@
-"""The expert store: expert weights, Adam moments and step counts outside the model's graph.
+"""Expert store: expert weights, Adam moments and step counts outside the model's graph.
+
+A training step goes through it in this order:
+
+1. `prefetch`, from the thread that plans batches: a store on disk begins to read what the step will fetch.
+2. `start_step`: waits for the last step's updates; what that step fetched may go.
+3. `fetch`: weights of the batch's experts as tensors that share the tables' memory, inputs of the graph.
+4. `apply`, once per expert that received a token: queues its AdamW update, one task per tensor, on the store's update
+   threads and returns at once. Each task alone writes its expert's weight, m and v.
+5. `flush`: waits for all queued updates and raises what one of them raised. Everything that hands out weights
+   (`start_step`, `fetch`, `full_table`) does so first; `tables`, `read` and `write` do not.
 
 A step fetches the experts that its batch needs, hands them to the graph as inputs, gets gradients back and applies
 them to exactly the experts that received a token. An expert that received none keeps every bit: weights, moments and
@@ -29,7 +39,7 @@ STATE_TENSORS = ("weight", "m", "v")
 
 @dataclass
 class StoreStats:
-    """What moved between store and step since the last `take`.
+    """Transfer counters of an expert store, since the last `take`.
 
     fetched: experts handed to steps; hits: those of them that were ready when asked for; updated: experts that got an
     update; bytes_to_step, bytes_from_step: weights handed out and gradients taken in; bytes_read, bytes_written:
@@ -47,23 +57,23 @@ class StoreStats:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def add(self, **counted: float) -> None:
-        """Add to figures by name; from any thread."""
+        """Add to counters by name; from any thread."""
         with self._lock:
             for name, value in counted.items():
                 setattr(self, name, getattr(self, name) + value)
 
     def take(self) -> dict[str, float]:
-        """The figures by name; then all are zero again."""
+        """Return the counters by name and set them to zero."""
         figures = [f for f in fields(self) if not f.name.startswith("_")]
         with self._lock:
-            found = {f.name: getattr(self, f.name) for f in figures}
+            counts = {f.name: getattr(self, f.name) for f in figures}
             for f in figures:
                 setattr(self, f.name, f.default)
-        return found
+        return counts
 
 
 class ExpertStore:
-    """Tables [experts, …] of float32 per (kind, layer name, tensor), kind being weight or one of the moments m and v.
+    """Expert store: float32 tables [experts, …] per (kind, layer name, tensor), kind being weight, m or v.
 
     `shapes`: layer name (or that of the embedding slots) -> tensor name -> shape of one expert's tensor. `experts`:
     layer name -> how many. `kernels`: compiled updates, else NumPy's. Tables are zero until `initialise` or until they
@@ -90,10 +100,10 @@ class ExpertStore:
         self._workers = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "expert-update")
         self._running: list[tuple[Future, Tensor]] = []
 
-    # --- what a subclass says
+    # --- what a subclass defines
 
     def _make_tables(self) -> dict[str, dict[str, dict[str, np.ndarray]]]:
-        """kind -> layer name -> tensor name -> float32 [experts, …]; one expert's tensor is contiguous."""
+        """Make tables: kind -> layer name -> tensor name -> float32 [experts, …], one expert's tensor contiguous."""
         raise NotImplementedError
 
     def _make_ready(self, layer_name: str, experts: Sequence[int]) -> int:
@@ -108,10 +118,10 @@ class ExpertStore:
         return True
 
     def release(self) -> None:
-        """Let go of all memory that can come back from elsewhere; between steps only."""
+        """Free all memory that can be read back from elsewhere; between steps only."""
 
     def close(self) -> None:
-        """Settle and give back threads and files."""
+        """Flush and give back threads and files."""
         self.flush()
         self._workers.shutdown()
 
@@ -121,25 +131,25 @@ class ExpertStore:
         self,
         seed: int,
         std: Mapping[str, float],
-        held: Mapping[str, range] | None = None,
+        local_experts: Mapping[str, range] | None = None,
         cutoff: float | None = None,
         shards: Mapping[str, Shard] | None = None,
     ) -> None:
         """Draw every weight table: Normal(std[tensor name]), cut off as `normal` says, or 0 where no std is given.
 
-        An expert's numbers depend on (seed, layer, expert) alone, not on how many others there are. `held`: layer name
-        -> numbers of the experts held here, where others hold more; `shards`: tensor name -> what is held of each
-        expert's tensor, where others hold the rest.
+        An expert's numbers depend on (seed, layer, expert) alone, not on how many others there are. `local_experts`:
+        layer name -> ids of the experts in this store, where other processes have more; `shards`: tensor name -> the
+        shard of each expert's tensor in this store, where others have the rest.
         """
-        held, shards = held or {}, shards or {}
+        local_experts, shards = local_experts or {}, shards or {}
         for layer_name, tensors in self.shapes.items():
-            for expert, number in enumerate(held.get(layer_name, range(self.experts[layer_name]))):
+            for row, expert_id in enumerate(local_experts.get(layer_name, range(self.experts[layer_name]))):
                 for name, shape in tensors.items():
                     if std.get(name):
                         shard = shards.get(name) or Shard(shape, full_slices(shape))
-                        rng = generator(seed, f"initial {layer_name} {name}", number)
+                        rng = generator(seed, f"initial {layer_name} {name}", expert_id)
                         drawn = normal(rng, (1, *shard.shape), std[name], cutoff)[0][shard.slices]
-                        self.write("weight", layer_name, name, slice(expert, expert + 1), drawn[None])
+                        self.write("weight", layer_name, name, slice(row, row + 1), drawn[None])
 
     def table(self, layer_name: str, name: str, kind: str = "weight") -> np.ndarray:
         """The table of one tensor, [experts, …]; `kind` is weight, m or v. Writing to it changes the store."""
@@ -163,20 +173,20 @@ class ExpertStore:
     # --- a step
 
     def start_step(self) -> None:
-        """A graph is about to run: updates so far stand, and what earlier graphs fetched may go."""
+        """Start a step: wait for the updates so far; what earlier steps fetched may leave memory."""
         self.flush()
 
     def full_table(self, layer_name: str, name: str) -> Tensor:
-        """One weight table as a tensor that shares its memory."""
+        """Return one weight table as a tensor that shares its memory, all updates in it."""
         self.flush()
         return self._view(layer_name, name, -1)
 
     def fetch(self, layer_name: str, experts: Sequence[int]) -> list[Tensor]:
-        """Weights of `experts` (repeats allowed), flat: all tensors of the first, of the second, …; no copies."""
+        """Return weights of `experts` (repeats allowed), flat: the tensors of the first, of the second, …."""
         self.flush()
-        wanted = np.unique(np.asarray(experts)).tolist()
-        ready = self._make_ready(layer_name, wanted)
-        self.stats.add(fetched=len(wanted), hits=ready, bytes_to_step=len(wanted) * self._bytes[layer_name])
+        distinct = np.unique(np.asarray(experts)).tolist()
+        ready = self._make_ready(layer_name, distinct)
+        self.stats.add(fetched=len(distinct), hits=ready, bytes_to_step=len(distinct) * self._bytes[layer_name])
         return [self._view(layer_name, name, int(e)) for e in experts for name in self.shapes[layer_name]]
 
     def apply(
@@ -203,9 +213,9 @@ class ExpertStore:
         return np.array(list(self._workers.map(work, (g.asnumpy() for g in gradients))), np.float64)
 
     def flush(self) -> None:
-        """Wait until every update that was asked for stands in the tables."""
+        """Wait for all queued updates; raise the first error among them."""
         running, self._running = self._running, []
-        # All of them, before one that failed says so.
+        # All end before an error of one is raised: no thread may still write while the caller handles it.
         wait([task for task, _ in running])
         self.stats.add(update_seconds=sum(task.result() for task, _ in running))
 

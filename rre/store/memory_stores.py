@@ -1,4 +1,4 @@
-"""Stores whose tables lie in memory: all experts in every step (device), or the activated ones only (host)."""
+"""Expert stores in memory: all experts in every step (device), or the activated ones only (host)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rre.store.expert_store import STATE_TENSORS, ExpertStore
 
 
 class HostStore(ExpertStore):
-    """Tables in host memory; a step takes the experts that its batch activates, which on CPU needs no copy."""
+    """Expert store in host memory; a step takes the experts that its batch activates, which on CPU needs no copy."""
 
     def _make_tables(self) -> dict[str, dict[str, dict[str, np.ndarray]]]:
         return {
@@ -21,6 +21,6 @@ class HostStore(ExpertStore):
 
 
 class DeviceStore(HostStore):
-    """All experts resident: every step's graph takes each of them, activated or not."""
+    """Expert store with all experts resident: every step's graph takes each of them, activated or not."""
 
     all_resident = True
