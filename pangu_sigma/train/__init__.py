@@ -1,1 +1,1 @@
-"""The training job: step, optimizer, schedule, loop."""
+"""Training. The path of one step is job -> loop -> trainer -> step -> optimizer."""

@@ -1,4 +1,4 @@
-"""Model FLOPs per token, for model FLOP/s."""
+"""Training FLOPs of one token, from which the metrics give model FLOP/s."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What changes over the steps by plan: the learning rate, and the phases of the run."""
+"""Schedules of a run: the learning rate of each optimizer step, and the phase that it belongs to."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def _planned(config: Config, step: int) -> float:
 
 @dataclass(frozen=True)
 class Phase:
-    """What holds at a step: domain weights, whether shared parameters train, and whose experts do.
+    """Training phase: domain weights, whether shared parameters train, and the domains whose experts do.
 
-    `start` is the phase's first step; `regularise` what holds it near the model of that step, None for nothing.
+    start: the phase's first step. regularise: what keeps it near the model of that step, None for nothing.
     """
 
     index: int

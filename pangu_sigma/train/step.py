@@ -1,4 +1,4 @@
-"""The compiled halves of a training step: gradients of one micro-batch, and the update of the shared parameters."""
+"""Train step: its two compiled cells, the gradients of one micro-batch and the update of the shared parameters."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What happens before a run's first step: where it starts from, what it warns of."""
+"""Before a run's first step: where it starts from, and what it warns of."""

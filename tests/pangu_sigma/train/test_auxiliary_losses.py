@@ -26,7 +26,7 @@ GATE = "blocks.0.router.weight"
 
 
 @dataclass(frozen=True)
-class Measured:
+class AuxiliaryLossStep:
     """Of one step: the objective with its auxiliary losses, the mean token loss and the auxiliary loss, all summed over
     micro-batches; `gradients` of the shared parameters by name, and `without` the auxiliary losses."""
 
@@ -37,7 +37,7 @@ class Measured:
     without: dict[str, np.ndarray]
 
 
-class Whole(nn.Cell):
+class ValueAndGradient(nn.Cell):
     """Everything that value and gradient of a step give."""
 
     def __init__(self, step: GradientStep) -> None:
@@ -52,29 +52,29 @@ def sparse(gate: str) -> dict:
     return {"router": gate.split(",")[0], **GATES[gate]}
 
 
-def measured(gate: str, drawn: Batch, **train) -> Measured:
+def run_step(gate: str, drawn: Batch, **train) -> AuxiliaryLossStep:
     trainer = small_trainer({**SHORT, "sparse": sparse(gate)}, train=train)
     step = GradientStep(trainer.model.net, trainer.signature, trainer.model.layout, True, trainer.objective)
-    whole = Whole(step).set_train()
+    graph = ValueAndGradient(step).set_train()
     names = [p.name for p in trainer.model.net.trainable_params()]
     batches = trainer.plan(drawn)
     total = sum(float(b.mask.sum()) for b in batches)
-    found = {"objective": 0.0, "loss": 0.0, "auxiliary": 0.0}
+    results = {"objective": 0.0, "loss": 0.0, "auxiliary": 0.0}
     gradients = {True: dict.fromkeys(names, 0.0), False: dict.fromkeys(names, 0.0)}
     for planned in batches:
         weights, share = trainer.objective.inputs(planned, None, 1.0, total, len(batches))
         for counts in (True, False):
-            (objective, by_sample, auxiliary, _), (_, shared) = whole(
+            (objective, by_sample, auxiliary, _), (_, shared) = graph(
                 planned.fixed[0], Tensor(planned.labels), weights, share if counts else share * 0.0,
                 *planned.fixed[1:], *planned.flat(trainer.signature, trainer.model.store),
             )  # fmt: skip
             for name, gradient in zip(names, shared, strict=True):
                 gradients[counts][name] = gradients[counts][name] + gradient.asnumpy().astype(np.float64)
             if counts:
-                found["objective"] += float(objective.asnumpy())
-                found["loss"] += float(by_sample.asnumpy().sum()) / total
-                found["auxiliary"] += float(auxiliary.asnumpy()) / len(batches)
-    return Measured(**found, gradients=gradients[True], without=gradients[False])
+                results["objective"] += float(objective.asnumpy())
+                results["loss"] += float(by_sample.asnumpy().sum()) / total
+                results["auxiliary"] += float(auxiliary.asnumpy()) / len(batches)
+    return AuxiliaryLossStep(**results, gradients=gradients[True], without=gradients[False])
 
 
 def twice(drawn: Batch) -> Batch:
@@ -86,12 +86,12 @@ def twice(drawn: Batch) -> Batch:
 @pytest.fixture(scope="module")
 def plain():
     """gate -> a step on a whole batch, made once."""
-    found: dict[str, Measured] = {}
+    steps: dict[str, AuxiliaryLossStep] = {}
 
-    def get(gate: str) -> Measured:
-        if gate not in found:
-            found[gate] = measured(gate, twice(batch(0, [0, 1])))
-        return found[gate]
+    def get(gate: str) -> AuxiliaryLossStep:
+        if gate not in steps:
+            steps[gate] = run_step(gate, twice(batch(0, [0, 1])))
+        return steps[gate]
 
     return get
 
@@ -104,30 +104,30 @@ def test_every_gate_with_an_auxiliary_loss_is_here():
 @pytest.mark.parametrize("gate", GATES)
 def test_the_objective_is_the_token_loss_and_the_auxiliary_loss_once(plain, gate):
     """What the auxiliary loss is, the oracles of `tests/rre/routers` and `tests/pangu_sigma/model` say."""
-    found = plain(gate)
-    assert found.auxiliary > 0.1
-    assert found.objective == pytest.approx(found.loss + found.auxiliary, rel=1e-6)
-    assert np.abs(found.gradients[GATE] - found.without[GATE]).max() > 1e-3
+    step = plain(gate)
+    assert step.auxiliary > 0.1
+    assert step.objective == pytest.approx(step.loss + step.auxiliary, rel=1e-6)
+    assert np.abs(step.gradients[GATE] - step.without[GATE]).max() > 1e-3
 
 
 @pytest.mark.parametrize("gate", GATES)
 def test_once_with_recomputed_activations_too(plain, gate):
-    whole, again = plain(gate), measured(gate, twice(batch(0, [0, 1])), recompute=True)
-    assert (again.objective, again.loss, again.auxiliary) == (whole.objective, whole.loss, whole.auxiliary)
-    for name, gradient in whole.gradients.items():
+    undivided, again = plain(gate), run_step(gate, twice(batch(0, [0, 1])), recompute=True)
+    assert (again.objective, again.loss, again.auxiliary) == (undivided.objective, undivided.loss, undivided.auxiliary)
+    for name, gradient in undivided.gradients.items():
         np.testing.assert_array_equal(again.gradients[name], gradient, err_msg=name)
 
 
 @pytest.mark.parametrize("gate", GATES)
 def test_once_over_micro_batches_too(plain, gate):
     """Of equal micro-batches, whose mean is the whole batch's auxiliary loss."""
-    whole, parts = plain(gate), measured(gate, twice(batch(0, [0, 1])), gradient_accumulation_steps=2)
-    assert parts.auxiliary == pytest.approx(whole.auxiliary, rel=1e-5)
-    assert parts.objective == pytest.approx(whole.objective, rel=1e-5)
-    for name, gradient in whole.gradients.items():
+    undivided, parts = plain(gate), run_step(gate, twice(batch(0, [0, 1])), gradient_accumulation_steps=2)
+    assert parts.auxiliary == pytest.approx(undivided.auxiliary, rel=1e-5)
+    assert parts.objective == pytest.approx(undivided.objective, rel=1e-5)
+    for name, gradient in undivided.gradients.items():
         np.testing.assert_allclose(parts.gradients[name], gradient, rtol=1e-3, atol=1e-6, err_msg=name)
     # What the auxiliary loss adds to the gate's gradient, which a second helping would double.
-    pull, pull_in_parts = (m.gradients[GATE] - m.without[GATE] for m in (whole, parts))
+    pull, pull_in_parts = (m.gradients[GATE] - m.without[GATE] for m in (undivided, parts))
     np.testing.assert_allclose(pull_in_parts, pull, atol=1e-3 * np.abs(pull).max())
 
 

@@ -19,9 +19,9 @@ def trained(store: str, tmp_path, train: dict | None = None, **sections) -> dict
     # Few ids of the vocabulary, so that some experts of an active domain get no token.
     for step, domains in enumerate(STEPS):
         assert trainer.step(step, trainer.plan(batch(step, domains, range(3, 9)))).finite
-    found = tensors_now(trainer)
+    tensors = tensors_now(trainer)
     trainer.model.store.close()
-    return found
+    return tensors
 
 
 VARIANTS = {
@@ -44,15 +44,15 @@ VARIANTS = {
 )
 def test_host_device_and_disk_give_the_same_weights_moments_and_counts(variant, tmp_path):
     sections, rtol, atol = VARIANTS[variant]
-    found = {store: trained(store, tmp_path, **sections) for store in ("device", "host", "disk")}
+    by_store = {store: trained(store, tmp_path, **sections) for store in ("device", "host", "disk")}
     for other in ("host", "disk"):
-        assert found[other].keys() == found["device"].keys()
-        for name, tensor in found["device"].items():
-            assert found[other][name].dtype == tensor.dtype and tensor.dtype != np.float16
-            np.testing.assert_allclose(found[other][name], tensor, rtol=rtol, atol=atol, err_msg=name)
+        assert by_store[other].keys() == by_store["device"].keys()
+        for name, tensor in by_store["device"].items():
+            assert by_store[other][name].dtype == tensor.dtype and tensor.dtype != np.float16
+            np.testing.assert_allclose(by_store[other][name], tensor, rtol=rtol, atol=atol, err_msg=name)
     # The two that take the activated experts only compute in the same graph: they agree to the bit.
-    assert all(np.array_equal(found["host"][name], tensor) for name, tensor in found["disk"].items())
-    counts = found["host"]["domains.law.optimizer.steps.blocks.0"]
+    assert all(np.array_equal(by_store["host"][name], tensor) for name, tensor in by_store["disk"].items())
+    counts = by_store["host"]["domains.law.optimizer.steps.blocks.0"]
     assert counts.tolist() == [sum(1 in domains for domains in STEPS)]
 
 

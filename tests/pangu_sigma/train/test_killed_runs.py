@@ -19,17 +19,17 @@ from tests.pangu_sigma.train.training_process import (
 def last_step(run) -> int:
     while True:
         try:
-            found, _ = find_latest(run)
+            latest, _ = find_latest(run)
         except CheckpointError:
             continue  # the run that goes on has put it out of the way meanwhile: there is a later one
-        return 0 if found is None else found.step
+        return 0 if latest is None else latest.step
 
 
-def assert_said_from_where(said: str, step: int) -> None:
+def assert_said_from_where(stderr: str, step: int) -> None:
     if step:
-        assert f"resumed from step-{step:08d} (step {step})" in said
+        assert f"resumed from step-{step:08d} (step {step})" in stderr
     else:
-        assert "no complete checkpoint to resume from: beginning at step 0" in said
+        assert "no complete checkpoint to resume from: beginning at step 0" in stderr
 
 
 def kill_once(arguments: list, run, log, draw: random.Random, moment: str) -> None:
@@ -41,11 +41,11 @@ def kill_once(arguments: list, run, log, draw: random.Random, moment: str) -> No
             time.sleep(draw.uniform(0.2, 4.0))
             return
         # Some steps on, so that the run gets ahead between two kills.
-        wanted = before + draw.randrange(4)
+        expected = before + draw.randrange(4)
         if moment == "saving":
-            caught = wait_until(lambda: bool(unfinished_saves(run)) and last_step(run) >= wanted, process)
+            caught = wait_until(lambda: bool(unfinished_saves(run)) and last_step(run) >= expected, process)
         else:
-            caught = wait_until(lambda: last_step(run) > wanted, process)
+            caught = wait_until(lambda: last_step(run) > expected, process)
             time.sleep(draw.uniform(0.0, 0.05))
         assert caught, log.read_text()
     finally:
@@ -65,10 +65,10 @@ def kill_often(small_yaml, folder, uninterrupted, steps: int, moments: list[str]
         kill_once(arguments, run, log, draw, moment)
         left = unfinished_saves(run)
         caught += bool(left)
-        said = log.read_text()
-        assert "Traceback" not in said and "Error" not in said
+        stderr = log.read_text()
+        assert "Traceback" not in stderr and "Error" not in stderr
         if moment != "starting":
-            assert_said_from_where(said, before)
+            assert_said_from_where(stderr, before)
     assert caught >= len(moments) / 4, f"only {caught} of {len(moments)} kills fell into a save"
 
     before = last_step(run)

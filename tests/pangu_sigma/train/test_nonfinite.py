@@ -61,9 +61,9 @@ def test_bad_steps_are_skipped_counted_kept_and_limited(small_yaml, copied_run):
 def test_a_roll_back_restores_the_last_checkpoint_and_goes_on_with_other_data(small_yaml, copied_run):
     folder = copied_run(4)
     run = resume_poisoned(small_yaml, folder, "train.nonfinite=rollback", "checkpoint.every=4")
-    told = [message for message in events(folder) if "rolled back" in message]
-    assert len(told) == 1 and told[0].endswith("the loss is nan; rolled back to step 4 (1 so far)")
-    failed = int(told[0].split()[1].rstrip(":"))
+    messages = [message for message in events(folder) if "rolled back" in message]
+    assert len(messages) == 1 and messages[0].endswith("the loss is nan; rolled back to step 4 (1 so far)")
+    failed = int(messages[0].split()[1].rstrip(":"))
     saved = state(folder, 12)
     assert saved["skipped"] == 1 and run.progress.step == 12
     assert saved["sampler"]["step"] == 12 + failed - 4  # from the failed step's batch on, nothing is read again

@@ -37,8 +37,10 @@ def test_shared_parameters_are_updated_as_torchs_adamw_does():
         corrected, epsilon, decay = AdamWHyperparameters(rate, 0.9, 0.95, 1e-6, 0.3).correct_bias(step)
         terms = [Tensor(np.float32(v)) for v in (scale, corrected, 0.9, 0.95, epsilon, decay)]
         update(*terms, *(Tensor(v.astype(np.float32)) for v in values))
-        for mine, other in zip(ours, theirs, strict=True):
-            np.testing.assert_allclose(mine.asnumpy(), other.detach().numpy(), rtol=1e-6, atol=1e-6, err_msg=mine.name)
+        for our_tensor, other in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(
+                our_tensor.asnumpy(), other.detach().numpy(), rtol=1e-6, atol=1e-6, err_msg=our_tensor.name
+            )
 
 
 def norm(gradients: Gradients) -> float:
@@ -95,9 +97,9 @@ def accumulated():
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_micro_batches_do_what_one_batch_does(accumulated, parts):
-    whole, tensors = accumulated[1]
+    unsplit, tensors = accumulated[1]
     results, others = accumulated[parts]
-    for one, other in zip(whole, results, strict=True):
+    for one, other in zip(unsplit, results, strict=True):
         assert other.loss == pytest.approx(one.loss, rel=1e-6)
         assert other.gradient_norm == pytest.approx(one.gradient_norm, rel=1e-5)
     # A key's bias moves all scores of a query alike, so its gradient is nothing but rounding: moments are compared on

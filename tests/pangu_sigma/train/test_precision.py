@@ -19,9 +19,9 @@ def learnable(step: int) -> Batch:
     domain = np.array([0, 1, 2, 2], np.int32)
     tokens = np.empty((4, LENGTH + 1), np.int32)
     tokens[:, 0] = draw.integers(0, VOCAB, 4)
-    for at in range(LENGTH):
-        follows = (tokens[:, at] * 5 + 7 * domain + 3) % VOCAB
-        tokens[:, at + 1] = np.where(draw.random(4) < 0.75, follows, draw.integers(0, VOCAB, 4))
+    for position in range(LENGTH):
+        follows = (tokens[:, position] * 5 + 7 * domain + 3) % VOCAB
+        tokens[:, position + 1] = np.where(draw.random(4) < 0.75, follows, draw.integers(0, VOCAB, 4))
     return Batch(tokens, domain, 4 * step + np.arange(4), step)
 
 
@@ -50,10 +50,10 @@ def test_overflows_cut_the_loss_scale_and_the_run_completes(small_yaml, tmp_path
     changes += ["train.precision=float16", "train.loss_scale.initial=1e36", "train.loss_scale.factor=1000"]
     train(load_config(small_yaml, [f"run.dir={run}", "evaluate.every=0", "run.tensorboard=false", *changes]))
     records = read_metrics(run)
-    told = [record["message"] for record in records if record["kind"] == "event"]
-    assert told[:2] == ["float16 overflow: loss scale 1e+33", "float16 overflow: loss scale 1e+30"]
+    messages = [record["message"] for record in records if record["kind"] == "event"]
+    assert messages[:2] == ["float16 overflow: loss scale 1e+33", "float16 overflow: loss scale 1e+30"]
     steps = [record for record in records if record["kind"] == "train"]
     assert [record["step"] for record in steps] == list(range(1, 13))
     assert all(np.isfinite(record["loss"]) and 0 < record["gradient_norm"] < 100 for record in steps)
     # An overflow is no fault of the run: it does not count against the budget.
-    assert steps[-1]["skipped_steps"] == 0 and steps[-1]["loss_scale"] == 1e36 / 1000 ** len(told)
+    assert steps[-1]["skipped_steps"] == 0 and steps[-1]["loss_scale"] == 1e36 / 1000 ** len(messages)

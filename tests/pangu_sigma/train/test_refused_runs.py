@@ -75,9 +75,9 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint_whole(small_yam
     done = command("train", small_yaml, f"run.dir={run}", "evaluate.every=0", "--resume", cwd=tmp_path,
                    preexec_fn=limit)  # fmt: skip
     assert_refused(done, "step 6 was not saved", "the last checkpoint is whole")
-    found, messages = find_latest(run)
-    assert found.step == 4 and messages == []
-    found.verify()
+    remaining, messages = find_latest(run)
+    assert remaining.step == 4 and messages == []
+    remaining.verify()
 
 
 @pytest.mark.parametrize("folder", ["file/run", "file", "/proc/sys/run", "/proc/self"])

@@ -54,9 +54,9 @@ def trained(case: tuple[str, str, str], tmp_path) -> tuple[dict[str, np.ndarray]
     trainer = small_trainer(given["model"], experts=given["experts"], run={"dir": str(tmp_path / case[2])})
     for step in range(3):
         assert trainer.step(step, trainer.plan(batch(step, [0, 1, 2, 0]))).finite
-    found = tensors_now(trainer)
+    tensors = tensors_now(trainer)
     trainer.model.store.close()
-    return found, trainer.metrics.take_record()
+    return tensors, trainer.metrics.take_record()
 
 
 # Two that nothing else covers are quick enough for every run of the tests; the others are long ones together.
@@ -67,7 +67,7 @@ ONCE = [pytest.param(r, d, marks=() if (r, d) in QUICK else pytest.mark.slow, id
 
 @pytest.mark.parametrize(("router", "dispatch"), ONCE)
 def test_every_store_trains_the_same_model_and_capacity_alone_drops(router, dispatch, tmp_path):
-    found, figures = trained((router, dispatch, "device"), tmp_path)
+    tensors, figures = trained((router, dispatch, "device"), tmp_path)
     (load,) = ([n for rows in by.values() for n in rows] for by in figures["expert_load"].values())
     (dropped,) = ([share for share in by.values()] for by in figures["dropped_share"].values())
     rows = 3 * 4 * LENGTH
@@ -80,7 +80,7 @@ def test_every_store_trains_the_same_model_and_capacity_alone_drops(router, disp
     elif dispatch == "dropless" and ROUTER_SPECS[router].experts_per_token == 1:
         assert sum(load) == rows
     for store in STORES[1:] if not ROUTER_SPECS[router].learned else ():
-        other, told = trained((router, dispatch, store), tmp_path)
-        assert told["expert_load"] == figures["expert_load"] and told["dropped_share"] == figures["dropped_share"]
-        for name, tensor in found.items():
+        other, record = trained((router, dispatch, store), tmp_path)
+        assert record["expert_load"] == figures["expert_load"] and record["dropped_share"] == figures["dropped_share"]
+        for name, tensor in tensors.items():
             np.testing.assert_allclose(other[name], tensor, rtol=1e-5, atol=1e-7, err_msg=name)

@@ -29,16 +29,16 @@ def test_a_constant_rate_stays():
 
 
 def test_the_cosine_follows_its_formula_and_then_stays_at_its_end():
-    found = rates(kind="cosine", warmup_steps=10, decay_steps=60)
-    wanted = [0.1 + 0.9 * (1 + math.cos(math.pi * done / 50)) / 2 for done in range(50)]
-    assert found[10:60] == pytest.approx(wanted)
-    assert found[60:] == pytest.approx([0.1] * 40)
+    curve = rates(kind="cosine", warmup_steps=10, decay_steps=60)
+    expected = [0.1 + 0.9 * (1 + math.cos(math.pi * done / 50)) / 2 for done in range(50)]
+    assert curve[10:60] == pytest.approx(expected)
+    assert curve[60:] == pytest.approx([0.1] * 40)
 
 
 def test_the_line_falls_by_equal_steps_to_its_end():
-    found = rates(kind="linear", warmup_steps=10, decay_steps=60)
-    assert found[10:60] == pytest.approx([1.0 - 0.9 * done / 50 for done in range(50)])
-    assert found[60:] == pytest.approx([0.1] * 40)
+    curve = rates(kind="linear", warmup_steps=10, decay_steps=60)
+    assert curve[10:60] == pytest.approx([1.0 - 0.9 * done / 50 for done in range(50)])
+    assert curve[60:] == pytest.approx([0.1] * 40)
 
 
 def test_a_decay_without_an_end_of_its_own_ends_with_the_run():
@@ -47,17 +47,17 @@ def test_a_decay_without_an_end_of_its_own_ends_with_the_run():
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
 def test_the_anneal_falls_by_equal_steps_from_where_the_plan_stands_to_nothing(kind):
-    found = rates(kind=kind, warmup_steps=10, anneal_steps=20)
+    curve = rates(kind=kind, warmup_steps=10, anneal_steps=20)
     # The decay before it ends where the anneal begins.
     start = 1.0 if kind == "constant" else 0.1
-    assert found[80:] == pytest.approx([start * (1 - step / 20) for step in range(20)])
-    assert found[79] == pytest.approx(start, rel=0.2)
-    assert found[10] == 1.0
+    assert curve[80:] == pytest.approx([start * (1 - step / 20) for step in range(20)])
+    assert curve[79] == pytest.approx(start, rel=0.2)
+    assert curve[10] == 1.0
 
 
 def test_an_anneal_that_interrupts_a_decay_begins_at_its_rate():
-    plain, found = (rates(kind="cosine", decay_steps=100, anneal_steps=n) for n in (0, 10))
-    assert found[:91] == plain[:91] and found[95] == pytest.approx(plain[90] / 2)
+    plain, curve = (rates(kind="cosine", decay_steps=100, anneal_steps=n) for n in (0, 10))
+    assert curve[:91] == plain[:91] and curve[95] == pytest.approx(plain[90] / 2)
 
 
 def test_a_warm_up_as_long_as_the_decay_divides_by_nothing():

@@ -49,15 +49,15 @@ def copied(run, step: int, folder):
 
 def test_a_run_on_disk_killed_midway_ends_with_the_bytes_of_the_uninterrupted_run(small_yaml, hosted, tmp_path):
     run = tmp_path / "run"
-    wanted = [*arguments(small_yaml, run), "checkpoint.every=4", *DISK]
-    process = started(*wanted, cwd=tmp_path, log=tmp_path / "log")
+    train_arguments = [*arguments(small_yaml, run), "checkpoint.every=4", *DISK]
+    process = started(*train_arguments, cwd=tmp_path, log=tmp_path / "log")
     try:
         assert wait_until(lambda: steps_logged(run) >= 6, process), (tmp_path / "log").read_text()
     finally:
         process.kill()
         process.wait()
     assert (run / "experts" / "blocks.0.table").stat().st_size == 5 * 2**14
-    done = command(*wanted, "--resume", cwd=tmp_path)
+    done = command(*train_arguments, "--resume", cwd=tmp_path)
     assert done.returncode == 0 and "resumed from" in done.stderr, done.stderr
     assert_equal_checkpoints(checkpoint(hosted, STEPS), checkpoint(run, STEPS))
     assert not (run / "experts").exists()
@@ -77,8 +77,8 @@ def test_a_run_goes_on_under_a_store_whose_graph_takes_all_experts(small_yaml, h
     )
     first, second = checkpoint(hosted, STEPS), checkpoint(run, STEPS)
     for file in first.rglob("*.safetensors"):
-        mine, other = load_file(file), load_file(second / file.relative_to(first))
-        for name, tensor in mine.items():
+        first_tensors, other = load_file(file), load_file(second / file.relative_to(first))
+        for name, tensor in first_tensors.items():
             np.testing.assert_allclose(other[name], tensor, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
@@ -137,8 +137,8 @@ def test_a_run_killed_often_and_moved_between_host_and_disk_ends_with_the_same_b
     run = tmp_path / "run"
     for number, step in enumerate((1, 3, 4, 6, 9)):
         changes = DISK if number % 2 == 0 else ["experts.store=host"]
-        wanted = [*arguments(small_yaml, run), "checkpoint.every=1", *changes, "--resume"]
-        process = started(*wanted, cwd=tmp_path, log=tmp_path / "log")
+        train_arguments = [*arguments(small_yaml, run), "checkpoint.every=1", *changes, "--resume"]
+        process = started(*train_arguments, cwd=tmp_path, log=tmp_path / "log")
         try:
             wait_until(lambda step=step: steps_logged(run) >= step, process)
         finally:

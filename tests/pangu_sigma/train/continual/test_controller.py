@@ -26,7 +26,7 @@ def trained(small_yaml, run: Path, *more: str, resume: bool = False) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(small_yaml, tmp_path_factory) -> Path:
+def uninterrupted(small_yaml, tmp_path_factory) -> Path:
     return trained(small_yaml, tmp_path_factory.mktemp("held") / "run")
 
 
@@ -39,29 +39,30 @@ def records(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_previous_model_is_the_one_that_the_phase_began_with(whole, small_yaml, tmp_path):
+def test_the_previous_model_is_the_one_that_the_phase_began_with(uninterrupted, small_yaml, tmp_path):
     first = trained(small_yaml, tmp_path / "run", "train.stop_at=4")
     here, kept = (
-        open_checkpoint(path) for path in (training_process.checkpoint(first, 4), whole / "previous/step-00000004")
+        open_checkpoint(path)
+        for path in (training_process.checkpoint(first, 4), uninterrupted / "previous/step-00000004")
     )
     names = here.names(optimizer=False)
     assert kept.names() == names
     for name in names:
         assert here.manifest.tensors[name].slices[0].sha256 == kept.manifest.tensors[name].slices[0].sha256
-    figures = {r["step"]: r["figures"] for r in records(whole) if r["kind"] == "train"}
+    figures = {r["step"]: r["figures"] for r in records(uninterrupted) if r["kind"] == "train"}
     assert all(not figures[step] for step in range(1, 5))
     # Both terms are 0 where the phase begins, and grow from there.
     assert abs(figures[5]["divergence"]) < 1e-3 and figures[5]["distance"] == 0.0
     assert figures[8]["divergence"] > abs(figures[5]["divergence"]) and figures[8]["distance"] > 0
-    assert any("phase 1 stays near the model of step 4" in r.get("message", "") for r in records(whole))
+    assert any("phase 1 stays near the model of step 4" in r.get("message", "") for r in records(uninterrupted))
 
 
-def test_a_phase_resumed_in_its_middle_ends_with_the_same_bytes(whole, stopped, small_yaml, tmp_path):
+def test_a_phase_resumed_in_its_middle_ends_with_the_same_bytes(uninterrupted, stopped, small_yaml, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(stopped, run)
     trained(small_yaml, run, resume=True)
     training_process.assert_equal_checkpoints(
-        training_process.checkpoint(whole, 8), training_process.checkpoint(run, 8)
+        training_process.checkpoint(uninterrupted, 8), training_process.checkpoint(run, 8)
     )
     state = open_checkpoint(training_process.checkpoint(run, 8)).state["previous"]
     assert (state["phase"], state["step"]) == (1, 4) and state["fisher"]
@@ -72,7 +73,7 @@ def test_a_previous_model_that_is_not_the_one_is_refused(stopped, small_yaml, tm
     run = tmp_path / "run"
     shutil.copytree(stopped, run)
     folder, fisher = run / "previous/step-00000004", run / "previous/step-00000004.fisher.safetensors"
-    said = "is not the one that the checkpoint names"
+    error = "is not the one that the checkpoint names"
     if what == "model":
         manifest = json.loads((folder / "manifest.json").read_text())
         state = run / "checkpoints/step-00000006"
@@ -81,16 +82,16 @@ def test_a_previous_model_that_is_not_the_one_is_refused(stopped, small_yaml, tm
         assert manifest
     elif what == "fisher":
         shutil.copy(folder / "shared.safetensors", fisher)
-        said = "is not what the checkpoint names"
+        error = "is not what the checkpoint names"
     elif what == "flipped":
         content = bytearray((folder / "shared.safetensors").read_bytes())
         content[-5] ^= 1
         (folder / "shared.safetensors").write_bytes(content)
-        said = "shared.safetensors is damaged"
+        error = "shared.safetensors is damaged"
     else:
         shutil.rmtree(folder)
-        said = "is missing or damaged"
-    with pytest.raises(UserError, match=said):
+        error = "is missing or damaged"
+    with pytest.raises(UserError, match=error):
         trained(small_yaml, run, resume=True)
     assert not training_process.checkpoint(run, 8).exists()
 
@@ -106,9 +107,9 @@ def test_the_old_domains_experts_keep_every_bit(small_yaml, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_previous_model_that_nobody_names_goes(whole, small_yaml, tmp_path):
+def test_a_previous_model_that_nobody_names_goes(uninterrupted, small_yaml, tmp_path):
     run = tmp_path / "run"
     phases = f"train.phases=[{{steps: 2, weights: {{code: 1}}}}, {OUTPUT_ALONE.replace('4', '2')}, {{steps: 2}}]"
     trained(small_yaml, run, "train.steps=6", phases, "checkpoint.every=2", "checkpoint.keep=1")
     assert not list((run / "previous").iterdir())
-    assert [path.name for path in (whole / "previous").iterdir() if path.is_dir()] == ["step-00000004"]
+    assert [path.name for path in (uninterrupted / "previous").iterdir() if path.is_dir()] == ["step-00000004"]

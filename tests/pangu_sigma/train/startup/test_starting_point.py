@@ -40,10 +40,12 @@ def continued(sub_model, tmp_path_factory):
 
 
 def test_a_run_begins_where_the_parent_ended(continued, parents_loss):
-    run, said = continued
+    run, messages = continued
     first = next(record for record in read_metrics(run) if record["kind"] == "evaluate")
     assert first["step"] == 0 and first["losses"] == {"code": parents_loss}
-    assert "begins with the weights, tables and tokenizer of" in said and "optimizer's state starts fresh" in said
+    assert (
+        "begins with the weights, tables and tokenizer of" in messages and "optimizer's state starts fresh" in messages
+    )
 
 
 def test_tables_and_tokenizer_are_the_folders_and_the_optimizer_is_new(continued, sub_model):
