@@ -77,7 +77,7 @@ ROUTERS = {
     "olmoe renormalised": {"router": "olmoe", "top_k": 3, "renormalise": True, "shared_expert": True},
 }
 MODELS = {case: {"sparse": {"layers": 2, **sparse}} for case, sparse in ROUTERS.items()}
-MODELS["mixture"] = {"top_layer": "mixture"}
+MODELS["mixture"] = {"top_layer": "mixture", "sparse": {}}
 
 
 @pytest.mark.parametrize("case", MODELS)
