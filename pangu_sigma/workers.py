@@ -20,8 +20,8 @@ from pangu_sigma.config.load_config import config_from_dict
 from pangu_sigma.errors import INTERRUPTED, USER_ERROR, UserError
 from pangu_sigma.trained_model import run_of, stored_config
 from parallel.comm.launch import WATCHED, Launch, end_with_launcher
-from parallel.comm.processes import Processes, Started
-from parallel.comm.watchdog import Watch
+from parallel.comm.processes import LaunchEnvironment, Processes
+from parallel.comm.watchdog import Watchdog
 
 FOLDER = "workers"  # in the run's folder: logs, and the files by which processes know of each other
 TAKEN = "another job of several processes works in"
@@ -50,7 +50,7 @@ def processes_of(config: Config, folder: Path) -> Processes:
     Raises UserError unless there are as many processes as `parallel` says.
     """
     try:
-        started = Started.here()
+        started = LaunchEnvironment.read()
     except ValueError as error:
         raise UserError(str(error)) from None
     mesh = config.parallel.mesh
@@ -71,7 +71,7 @@ def processes_of(config: Config, folder: Path) -> Processes:
     launcher_folder = os.environ.get(WATCHED)
     files = Path(launcher_folder) if launcher_folder else folder / FOLDER
     try:
-        watch = Watch(files, started.rank, size, config.parallel.timeout, quiet=end_with_launcher())
+        watch = Watchdog(files, started.rank, size, config.parallel.timeout, quiet=end_with_launcher())
     except BlockingIOError:
         raise UserError(f"{TAKEN} {files}: wait for it or set another run.dir") from None
     return Processes(mesh, started.rank, watch)
@@ -117,11 +117,11 @@ def launch(words: Sequence[str], workers: int, folder: Path) -> int:
     command = [sys.executable, "-m", "pangu_sigma", *words, "--workers", str(workers)]
     with lock_run_folder(folder, TAKEN), Launch(command, workers, folder) as job:
         ended = job.wait()
-        if ended.failed is None:
+        if ended.failed_rank is None:
             if any(ended.codes):
                 raise UserError(f"the processes lost each other: see {job.folder}; continue with --resume")
             return 0
-        rank, code = ended.failed, ended.codes[ended.failed]
+        rank, code = ended.failed_rank, ended.codes[ended.failed_rank]
         if code in (USER_ERROR, INTERRUPTED) and rank == 0:
             return code  # it said why on this terminal
         last_line = _last_line(job.log(rank)) if rank else ""
@@ -129,7 +129,7 @@ def launch(words: Sequence[str], workers: int, folder: Path) -> int:
             sentence = last_line.removeprefix("Error: ")
             named = sentence if sentence.startswith(f"rank {rank} ") else f"rank {rank}: {sentence}"
             raise UserError(f"{named} ({job.log(rank)})")
-        if ended.asked is not None:
+        if ended.received_signal is not None:
             return INTERRUPTED
         log_end = f"; its log {job.log(rank)} ends: {last_line}" if last_line and code > 0 else ""
         saved = "; what the training had saved is whole: continue with --resume" if words[0] == "train" else ""

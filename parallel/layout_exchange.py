@@ -1,7 +1,7 @@
-"""The exchange of a graph that is cut over devices: a change of layout, from which MindSpore inserts AllToAll.
+"""Exchange of an SPMD graph: a change of layout, from which MindSpore inserts AllToAll.
 
-Two operators that touch nothing stand side by side: the axis of source ranks is cut before and whole after, the axis of
-expert slots the other way round. On one device both are the identity.
+Two operators that touch nothing stand side by side: the axis of source ranks is sharded before and replicated after,
+the axis of expert slots the other way round. On one device both are the identity.
 
 Legend: P row shards = G placement groups x X expert parts x R data replicas; M slots of a group, N = G M of all, C rows
 that a shard reserves for a slot, D width.
@@ -23,7 +23,7 @@ class LayoutExchange(nn.Cell):
         super().__init__()
         self.shards, self.data = mesh.rows, mesh.data
         self.groups, self.parts = mesh.placement_groups, mesh.exchange_size
-        # [G, X, R, M, C, D] with its source axes cut, and [G, M, R, X, C, D] with its slots cut.
+        # [G, X, R, M, C, D] with its source axes sharded, and [G, M, R, X, C, D] with its slots sharded.
         by_source = by_slot = ("group", "exchange", "data", 1, 1, 1)
         self.slots_first = layout(ops.Transpose(), by_source)
         self.rows_arrive = layout(ops.Mul(), by_slot, ())

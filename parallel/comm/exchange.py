@@ -1,8 +1,8 @@
-"""The seam of expert parallelism: rows travel to their experts and back at exactly these two points.
+"""Exchange of expert parallelism: the two collectives that bring rows to their experts and results back.
 
 Three realisations. A process that owns every expert: the identity (`LocalExchange`). Several CPU processes: explicit
-collectives with their own gradients (`GatheredExchange`). A graph that MindSpore cuts: changes of layout between
-operators that touch nothing, from which it inserts AllToAll (`rre.dispatch.capacity_dispatch`).
+collectives with their own gradients (`GatheredExchange`). An SPMD graph: changes of layout between
+operators that touch nothing, from which MindSpore inserts AllToAll (`parallel.layout_exchange`).
 
 CPU processes have neither AllToAll nor collectives of a part of the processes. So rows are gathered from all, every
 process computes its own experts on those that want them, and the results, 0 wherever another process computes, are
@@ -48,10 +48,10 @@ class LocalExchange(nn.Cell):
         return self.to_experts(rows)
 
 
-class Gather(nn.Cell):
-    """x [n, …] of each process -> [X n, …] of the ranks whose rows meet, in their order; the gradient of `Reduce`."""
+class RowGather(nn.Cell):
+    """x [n, …] of each process -> [X n, …] of the ranks whose rows meet, in their order; gradient of `RowReduce`."""
 
-    def __init__(self, members: Members) -> None:
+    def __init__(self, members: GroupAllGather) -> None:
         super().__init__()
         self.gather, self.reduce = members, members.transposed()
 
@@ -62,10 +62,10 @@ class Gather(nn.Cell):
         return (self.reduce(dout),)
 
 
-class Reduce(nn.Cell):
+class RowReduce(nn.Cell):
     """x [X n, D] of each process -> [n, D], the sum over the ranks whose rows meet, of this rank's rows."""
 
-    def __init__(self, members: Members) -> None:
+    def __init__(self, members: GroupAllGather) -> None:
         super().__init__()
         self.gather, self.reduce = members, members.transposed()
 
@@ -76,7 +76,7 @@ class Reduce(nn.Cell):
         return (self.gather(dout),)
 
 
-class Members(nn.Cell):
+class GroupAllGather(nn.Cell):
     """x [n, …] -> [X n, …]: an AllGather over all processes, of which the group's parts are kept."""
 
     def __init__(self, mesh: Mesh, rank: int, first: int, parts: int) -> None:
@@ -84,16 +84,16 @@ class Members(nn.Cell):
         self.grid = (mesh.expert, mesh.data)
         self.rank, self.replica = rank, mesh.coordinates(rank).data
         self.first, self.parts = first, parts
-        self.whole = self.grid == (parts, 1)
+        self.is_all = self.grid == (parts, 1)
         self.all_gather = ops.AllGather()
 
-    def transposed(self) -> Contribution:
+    def transposed(self) -> GroupReduce:
         """The operation that carries gradients back."""
-        return Contribution(self)
+        return GroupReduce(self)
 
     def construct(self, x: Tensor) -> Tensor:
         every = self.all_gather(x)
-        if self.whole:
+        if self.is_all:
             return every
         shape = x.shape
         by_rank = every.reshape(self.grid + shape)
@@ -101,20 +101,20 @@ class Members(nn.Cell):
         return group.reshape((self.parts * shape[0],) + shape[1:])
 
 
-class Contribution(nn.Cell):
+class GroupReduce(nn.Cell):
     """x float32 [X n, D] -> [n, D]: an AllReduce over all processes, into which each adds for its own group alone."""
 
-    def __init__(self, members: Members) -> None:
+    def __init__(self, members: GroupAllGather) -> None:
         super().__init__()
         self.grid, self.rank, self.replica = members.grid, members.rank, members.replica
-        self.first, self.parts, self.whole = members.first, members.parts, members.whole
+        self.first, self.parts, self.is_all = members.first, members.parts, members.is_all
         self.all_reduce = ops.AllReduce()
         self.along_data, self.along_parts = ops.Concat(1), ops.Concat(0)
 
     def construct(self, x: Tensor) -> Tensor:
         rows, width = x.shape[0] // self.parts, x.shape[1]
         parts, replicas = self.grid
-        if not self.whole:
+        if not self.is_all:
             x = x.reshape(self.parts, 1, rows, width)
             before, after = self.replica, replicas - self.replica - 1
             if before > 0:
@@ -130,7 +130,7 @@ class Contribution(nn.Cell):
         return total[self.rank].reshape(rows, width)
 
 
-class Mean(nn.Cell):
+class ProcessMean(nn.Cell):
     """float32 values of each process -> their mean over all processes.
 
     For what every process computes from it alike and the job counts once, as an auxiliary loss: of that, a process's
@@ -161,10 +161,11 @@ class GatheredExchange(LocalExchange):
         local_experts = mesh.experts_of(rank, experts)
         self.first_expert, self.num_local_experts = local_experts.start, len(local_experts)
         start = mesh.placement_group(rank) * mesh.exchange_size
-        group, whole = Members(mesh, rank, start, mesh.exchange_size), Members(mesh, rank, 0, mesh.expert)
-        self.send, self.back, self.send_ids = Gather(group), Reduce(group), group
-        self.send_wide, self.back_wide, self.send_ids_wide = Gather(whole), Reduce(whole), whole
-        self.over_all, self.processes = Mean(mesh.size), mesh.size
+        group = GroupAllGather(mesh, rank, start, mesh.exchange_size)
+        expert_axis = GroupAllGather(mesh, rank, 0, mesh.expert)
+        self.send, self.back, self.send_ids = RowGather(group), RowReduce(group), group
+        self.send_wide, self.back_wide, self.send_ids_wide = RowGather(expert_axis), RowReduce(expert_axis), expert_axis
+        self.over_all, self.processes = ProcessMean(mesh.size), mesh.size
         self.select = ops.Select()
 
     def to_experts(self, rows: Tensor) -> Tensor:
@@ -175,9 +176,9 @@ class GatheredExchange(LocalExchange):
 
     def choices(self, expert_ids: Tensor) -> Tensor:
         every = self.send_ids(expert_ids) if self.training else self.send_ids_wide(expert_ids)
-        here = every - self.first_expert
-        inside = ops.logical_and(here >= 0, here < self.num_local_experts)
-        return self.select(inside, here, ops.fill(ms.int32, here.shape, self.num_local_experts))
+        local = every - self.first_expert
+        inside = ops.logical_and(local >= 0, local < self.num_local_experts)
+        return self.select(inside, local, ops.fill(ms.int32, local.shape, self.num_local_experts))
 
     def mean(self, values: Tensor) -> Tensor:
         return self.over_all(values)

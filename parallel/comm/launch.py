@@ -1,4 +1,4 @@
-"""Start the processes of a job on this machine, watch over them, and end them all together.
+"""Job launcher: starts the processes of a job on this machine, watches over them, and ends them all together.
 
 Each gets what msrun would tell it through its environment, so that it need not know who started it. A scheduler process
 brings them together (MindSpore's own); the port is a free one of the loopback interface.
@@ -33,18 +33,21 @@ RETRY_SECONDS = "1"
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a job ended: exit code of each rank (negative: the signal that killed it), the rank that failed first or
-    None, and the signal that asked this process to end the job, or None."""
+class JobResult:
+    """How a job ended.
+
+    `codes`: exit code of each rank, negative for the signal that killed it; `failed_rank`: the rank that failed first,
+    or None; `received_signal`: the signal by which this process was asked to end the job, or None.
+    """
 
     codes: tuple[int, ...]
-    failed: int | None
-    asked: int | None
+    failed_rank: int | None
+    received_signal: int | None
 
     @property
     def cause(self) -> str:
-        """What became of the rank that failed first."""
-        code = self.codes[self.failed]
+        """How the rank that failed first ended."""
+        code = self.codes[self.failed_rank]
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
@@ -58,7 +61,7 @@ class Launch:
         self.words, self.size, self.folder = list(words), size, folder
         self.workers: list[subprocess.Popen] = []
         self.scheduler: subprocess.Popen | None = None
-        self.asked: int | None = None
+        self.received_signal: int | None = None
         self._previous: dict[int, object] = {}
 
     def log(self, rank: int) -> Path:
@@ -66,8 +69,8 @@ class Launch:
         return self.folder / f"rank-{rank}.log"
 
     def __enter__(self) -> Launch:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self._previous[number] = signal.signal(number, self._pass_on)
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self._previous[signum] = signal.signal(signum, self._pass_on)
         try:
             self._start()
         except BaseException:
@@ -82,10 +85,10 @@ class Launch:
         for process in (*self.workers, self.scheduler):
             if process is not None:
                 process.wait()
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
 
-    def wait(self) -> Ended:
+    def wait(self) -> JobResult:
         """Wait until all have ended; where one fails, the others are ended too."""
         failed, deadline = None, None
         while any(worker.poll() is None for worker in self.workers):
@@ -101,7 +104,7 @@ class Launch:
         codes = tuple(worker.wait() for worker in self.workers)
         if failed is None:
             failed = self._first_failed()
-        return Ended(codes, failed, self.asked)
+        return JobResult(codes, failed, self.received_signal)
 
     def _first_failed(self) -> int | None:
         """A rank that failed of itself; one that stopped because another did only if there is no such rank."""
@@ -133,9 +136,9 @@ class Launch:
         # Threads that wait for work spin: where processes are more than processors, each keeps to one as well.
         share = max(1, len(processors) // self.size)
         for rank in range(self.size):
-            told = {**environment, "MS_ROLE": WORKER, "MS_NODE_ID": str(rank), "RANK_ID": str(rank)}
+            own = {**environment, "MS_ROLE": WORKER, "MS_NODE_ID": str(rank), "RANK_ID": str(rank)}
             # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
-            common = {"env": told, "stdin": subprocess.DEVNULL, "start_new_session": True}
+            common = {"env": own, "stdin": subprocess.DEVNULL, "start_new_session": True}
             if rank == 0:
                 worker = subprocess.Popen(self.words, **common)
             else:
@@ -145,15 +148,15 @@ class Launch:
             first = rank * share % len(processors)
             os.sched_setaffinity(worker.pid, processors[first : first + share])
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        again = self.asked is not None
-        self.asked = number
+    def _pass_on(self, signum: int, frame: FrameType | None) -> None:
+        again = self.received_signal is not None
+        self.received_signal = signum
         for worker in self.workers:
             if worker.poll() is None:
                 if again:
                     worker.kill()
                 else:
-                    worker.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+                    worker.send_signal(signal.SIGTERM if signum == signal.SIGHUP else signum)
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
-"""The processes of one job: which rank this one is, and how they tell each other numbers outside any graph.
+"""Process group of a job: which rank this process is, and collectives over values outside any graph.
 
 MindSpore's CPU backend has AllGather (of 32-bit numbers) and AllReduce (float32) over all processes, and nothing else:
 everything here is made of those, also where processes have devices of their own. A job of one process never comes near
@@ -13,44 +13,44 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parallel.comm.watchdog import Watch
+from parallel.comm.watchdog import Watchdog
 from parallel.mesh import Mesh
 
 WORKER, SCHEDULER = "MS_WORKER", "MS_SCHED"
 # Environment: seconds after which a collective, and the scheduler on a process, gives up. MindSpore's own choice, 30,
-# is less than a process may be busy; the watch tells who hangs.
+# is less than a process may be busy; the watchdog says who hangs.
 PATIENCE, WEEK = "MS_NODE_TIMEOUT", str(7 * 24 * 3600)
 
 
 @dataclass(frozen=True)
-class Started:
-    """What the launcher (`parallel.comm.launch` or msrun) told this process through its environment."""
+class LaunchEnvironment:
+    """Rank and size that the launcher (`parallel.comm.launch` or msrun) set in this process's environment."""
 
     rank: int
     size: int
 
     @classmethod
-    def here(cls, environment: Mapping[str, str] | None = None) -> Started | None:
+    def read(cls, environment: Mapping[str, str] | None = None) -> LaunchEnvironment | None:
         """None in a process that nobody started as one of several. Raises ValueError for half an environment."""
-        told = os.environ if environment is None else environment
-        if told.get("MS_ROLE") != WORKER:
+        variables = os.environ if environment is None else environment
+        if variables.get("MS_ROLE") != WORKER:
             return None
         try:
-            found = cls(int(told.get("MS_NODE_ID") or told["RANK_ID"]), int(told["MS_WORKER_NUM"]))
+            launched = cls(int(variables.get("MS_NODE_ID") or variables["RANK_ID"]), int(variables["MS_WORKER_NUM"]))
         except (KeyError, ValueError):
             raise ValueError(
                 "MS_ROLE is MS_WORKER, but MS_NODE_ID or MS_WORKER_NUM is no number: start the job with --workers or "
                 "msrun"
             ) from None
-        if not 0 <= found.rank < found.size:
-            raise ValueError(f"MS_NODE_ID = {found.rank} is no rank of MS_WORKER_NUM = {found.size} processes")
-        return found
+        if not 0 <= launched.rank < launched.size:
+            raise ValueError(f"MS_NODE_ID = {launched.rank} is no rank of MS_WORKER_NUM = {launched.size} processes")
+        return launched
 
 
 class Processes:
     """The ranks of a `mesh` as processes, seen from `rank`; alone every function gives back what it was given."""
 
-    def __init__(self, mesh: Mesh | None = None, rank: int = 0, watch: Watch | None = None) -> None:
+    def __init__(self, mesh: Mesh | None = None, rank: int = 0, watch: Watchdog | None = None) -> None:
         self.mesh = mesh or Mesh()
         self.rank = rank
         self.watch = watch
@@ -63,7 +63,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this process speaks for all: terminal, metrics, manifest."""
+        """Whether this process writes for all: terminal, metrics, manifest."""
         return self.rank == 0
 
     def connect(self) -> None:
@@ -115,9 +115,9 @@ class Processes:
         from mindspore import Tensor
 
         self.mark()
-        found = self._copied(self._all_reduce(Tensor.from_numpy(np.ascontiguousarray(values))))
+        total = self._copied(self._all_reduce(Tensor.from_numpy(np.ascontiguousarray(values))))
         self.mark()
-        return found
+        return total
 
     @staticmethod
     def _copied(tensor) -> np.ndarray:
@@ -128,9 +128,9 @@ class Processes:
         """The sum over all ranks of values as float64, in the order of the ranks: the same bits everywhere."""
         return self.gather(np.asarray(values, np.float64)).sum(axis=0)
 
-    def any(self, here: bool) -> bool:
-        """Whether it is so on any rank."""
-        return bool(self.gather(np.array([int(here)])).any())
+    def any(self, condition: bool) -> bool:
+        """Whether the condition holds on any rank."""
+        return bool(self.gather(np.array([int(condition)])).any())
 
     def texts(self, text: str) -> list[str]:
         """A text of every rank."""

@@ -1,9 +1,9 @@
-"""Every process of a job watches the others: one that died or hangs ends the job instead of leaving it waiting.
+"""Watchdog: every process of a job watches the others, so that one that died or hangs ends the job for all.
 
 A process holds a lock on a file of its own in a folder that all share, as long as it lives; the system lets go of it
 however the process ends. In the file stands how often the process has met the others, and the file is touched as long
-as the process runs at all, so that those who wait in vain can say for whom. A thread looks; MindSpore waits for others
-without keeping Python's lock.
+as the process runs at all, so that those who wait in vain can say for whom. A daemon thread of each process
+looks after the others, while the main thread computes: MindSpore waits in collectives without keeping Python's lock.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LOST = 75  # exit code of a process that stopped because another one did
 TIMED_OUT = 2
 
 
-class Watch:
+class Watchdog:
     """The watch of `rank` over all `size` ranks, by files in `folder`; `start` it when all have met.
 
     `timeout`: seconds without a mark after which this process gives up. `quiet`: somebody else tells of a lost rank.
@@ -59,7 +59,7 @@ class Watch:
 
     def start(self) -> None:
         """Look after the others from now on."""
-        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
         self._thread.start()
 
     def leave(self) -> None:
@@ -124,4 +124,3 @@ class Watch:
         sys.stdout.flush()
         # At once: MindSpore's own way out waits for processes that do not answer.
         os._exit(code)
-

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from parallel.comm.launch import free_port
-from parallel.comm.processes import Processes, Started
-from parallel.comm.watchdog import LOST, TIMED_OUT, Watch
+from parallel.comm.processes import LaunchEnvironment, Processes
+from parallel.comm.watchdog import LOST, TIMED_OUT, Watchdog
 
 ROOT = Path(__file__).parents[3]
 RANK = """
 import sys, time
 from pathlib import Path
-from parallel.comm.watchdog import Watch
+from parallel.comm.watchdog import Watchdog
 folder, rank, timeout = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-watch = Watch(folder, rank, 2, timeout)
+watch = Watchdog(folder, rank, 2, timeout)
 while not (folder / f"rank-{1 - rank}.alive").exists():
     time.sleep(0.01)
 time.sleep(0.3)
@@ -113,21 +113,22 @@ def test_a_rank_that_has_stopped_on_the_same_way_is_named(ranks):
 
 
 def test_a_second_job_does_not_watch_in_the_same_folder(tmp_path):
-    first = Watch(tmp_path, 0, 2, 60)
+    first = Watchdog(tmp_path, 0, 2, 60)
     with pytest.raises(BlockingIOError):
-        Watch(tmp_path, 0, 2, 60)
+        Watchdog(tmp_path, 0, 2, 60)
     first.close()
-    Watch(tmp_path, 0, 2, 60).close()
+    Watchdog(tmp_path, 0, 2, 60).close()
 
 
 def test_the_environment_says_which_rank_this_is():
-    assert Started.here({}) is None and Started.here({"MS_ROLE": "MS_SCHED"}) is None
+    assert LaunchEnvironment.read({}) is None and LaunchEnvironment.read({"MS_ROLE": "MS_SCHED"}) is None
     told = {"MS_ROLE": "MS_WORKER", "MS_NODE_ID": "1", "MS_WORKER_NUM": "2"}
-    assert Started.here(told) == Started(1, 2)
-    assert Started.here({"MS_ROLE": "MS_WORKER", "RANK_ID": "0", "MS_WORKER_NUM": "2"}) == Started(0, 2)
+    assert LaunchEnvironment.read(told) == LaunchEnvironment(1, 2)
+    by_rank_id = {"MS_ROLE": "MS_WORKER", "RANK_ID": "0", "MS_WORKER_NUM": "2"}
+    assert LaunchEnvironment.read(by_rank_id) == LaunchEnvironment(0, 2)
     for wrong in ({"MS_NODE_ID": "2"}, {"MS_NODE_ID": "first"}, {"MS_WORKER_NUM": ""}):
         with pytest.raises(ValueError, match="MS_"):
-            Started.here({**told, **wrong})
+            LaunchEnvironment.read({**told, **wrong})
 
 
 def test_a_process_that_is_alone_gets_back_what_it_gives():

@@ -247,14 +247,14 @@ def on(met, mesh: dict):
 def main(cases: Path, folder: Path) -> None:
     from pangu_sigma import runtime
     from parallel.comm.launch import WATCHED, end_with_launcher
-    from parallel.comm.processes import Processes, Started
-    from parallel.comm.watchdog import Watch
+    from parallel.comm.processes import LaunchEnvironment, Processes
+    from parallel.comm.watchdog import Watchdog
     from parallel.mesh import Mesh
 
     end_with_launcher()
     runtime.prepare("CPU")
-    started = Started.here()
-    watch = Watch(Path(os.environ[WATCHED]), started.rank, started.size, timeout=600, quiet=True)
+    started = LaunchEnvironment.read()
+    watch = Watchdog(Path(os.environ[WATCHED]), started.rank, started.size, timeout=600, quiet=True)
     met = Processes(Mesh(data=started.size), started.rank, watch)
     met.connect()
     alone: dict[str, dict[str, np.ndarray]] = {}  # one process's results do not depend on the mesh
