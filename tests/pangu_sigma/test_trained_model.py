@@ -1,5 +1,7 @@
 """From a run or checkpoint folder to the model that was trained."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -54,3 +56,9 @@ def test_a_changed_corpus_is_not_measured(trained, corpora):
             trained.corpus()
     finally:
         file.write_bytes(content)
+
+
+def test_a_folder_of_schema_version_1_is_refused_with_the_last_version_that_reads_it():
+    folder = SimpleNamespace(path="runs/old/checkpoints/step-00000006", config_text="schema_version: 1\nunknown: 1\n")
+    with pytest.raises(UserError, match=r"^runs/old/\S+/config.yaml: .* 0\.1\.0 is the last version of pangu-sigma"):
+        stored_config(folder)
