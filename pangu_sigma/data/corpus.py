@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pangu_sigma.config import Config
+from pangu_sigma.config.schema import Config
 from pangu_sigma.data.corpus_files import CorpusSource
 from pangu_sigma.data.document_filters import filter_summary
 from pangu_sigma.data.domain_store import DomainStore, prepare_domain, unigram_loss

@@ -3,8 +3,8 @@
 Threads. Everything here runs in the training thread, which is the main thread where the run was started from a command
 line. Beside it run: the reading thread of `Prefetcher`, which draws batches and plans them (`Trainer.plan`); the expert
 store's thread, which fetches and writes experts (`rre.store`); and with standard input as the source the thread that
-keeps it (`Spool`). Signal handlers (`StopSignalListener`) only set a flag, at which the loop looks between two steps.
-Checkpoints are written in the training thread.
+keeps it (`StandardInputSpool`). Signal handlers (`StopSignalListener`) only set a flag, at which the loop looks
+between two steps. Checkpoints are written in the training thread.
 
 Several processes run the same loop. Whether they stop or save is decided by all of them together, after the same step.
 """
