@@ -31,12 +31,12 @@ def apply(store: DeviceStore, expert: int, values: list[np.ndarray], scale: floa
 def snapshot(store: DeviceStore) -> dict[tuple, bytes]:
     """Bytes of every expert's every tensor and count."""
     store.flush()
-    found = {
+    contents = {
         (kind, layer_name, name, expert): table[expert].tobytes()
         for kind, layer_name, name, table in store.tables()
         for expert in range(len(table))
     }
-    return found | {
+    return contents | {
         ("steps", layer_name, "", expert): count.tobytes()
         for layer_name, steps in store.steps.items()
         for expert, count in enumerate(steps)
@@ -104,10 +104,10 @@ def test_a_fetched_expert_is_the_table_also_twice_and_after_updates():
     assert len(fetched) == 3 * len(names)
     apply(store, 3, gradients(np.random.default_rng(1)))
     store.flush()
-    for number, expert in enumerate([3, 1, 3]):
-        for at, name in enumerate(names):
-            found = fetched[number * len(names) + at].asnumpy()
-            np.testing.assert_array_equal(found, store.table("blocks.1", name)[expert])
+    for slot, expert in enumerate([3, 1, 3]):
+        for index, name in enumerate(names):
+            weight = fetched[slot * len(names) + index].asnumpy()
+            np.testing.assert_array_equal(weight, store.table("blocks.1", name)[expert])
     full_table = store.full_table("blocks.1", "up.weight").asnumpy()
     np.testing.assert_array_equal(full_table, store.table("blocks.1", "up.weight"))
 

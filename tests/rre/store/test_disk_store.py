@@ -1,4 +1,4 @@
-"""Host, device and disk stores hold the same numbers, whatever is activated, and the disk store keeps to its bound."""
+"""Disk store: the same bits as the host and device stores, within its bound of resident memory, without leftovers."""
 
 import resource
 
@@ -41,10 +41,10 @@ def train(store: ExpertStore, steps: int, seed: int = 0) -> None:
                 chosen = np.unique(draw.integers(0, 12, 2))
                 store.prefetch(layer_name, chosen)
                 weights = [t.asnumpy() for t in store.fetch(layer_name, chosen)]
-                for at, expert in enumerate(chosen):
-                    mine = weights[4 * at : 4 * at + 4]
+                for index, expert in enumerate(chosen):
+                    expert_weights = weights[4 * index : 4 * index + 4]
                     touched[layer_name, int(expert)] = [
-                        Tensor(w + draw.standard_normal(w.shape).astype("f4")) for w in mine
+                        Tensor(w + draw.standard_normal(w.shape).astype("f4")) for w in expert_weights
                     ]
         for (layer_name, expert), gradients in touched.items():
             store.apply(layer_name, expert, gradients, HYPER, 0.5)
@@ -52,21 +52,21 @@ def train(store: ExpertStore, steps: int, seed: int = 0) -> None:
 
 def contents(store: ExpertStore) -> dict[tuple, bytes]:
     store.flush()
-    found = {
+    tables = {
         (kind, layer_name, name): store.read(kind, layer_name, name, slice(0, EXPERTS[layer_name])).tobytes()
         for kind, layer_name, name, _ in store.tables()
     }
-    return found | {("steps", layer_name, ""): steps.tobytes() for layer_name, steps in store.steps.items()}
+    return tables | {("steps", layer_name, ""): steps.tobytes() for layer_name, steps in store.steps.items()}
 
 
 def test_all_stores_hold_the_same_bits_after_training(tmp_path):
-    found = {}
+    tables = {}
     for kind in ("host", "device", "disk"):
         store = make(kind, tmp_path)
         train(store, 30)
-        found[kind] = contents(store)
+        tables[kind] = contents(store)
         store.close()
-    assert found["host"] == found["device"] == found["disk"]
+    assert tables["host"] == tables["device"] == tables["disk"]
 
 
 def test_the_disk_store_keeps_to_its_bound_and_counts_what_it_moves(tmp_path):
@@ -139,10 +139,10 @@ def test_micro_batches_that_exceed_the_bound_together_are_updated_in_parts(tmp_p
         for first in range(0, 12, 3):
             store.start_step()
             weights = store.fetch("blocks.1", range(first, first + 3))
-            for at in range(3):
-                gradients[first + at] = [Tensor(t.asnumpy() * 0.5) for t in weights[4 * at : 4 * at + 4]]
-        for expert, mine in gradients.items():
-            store.apply("blocks.1", expert, mine, HYPER)
+            for index in range(3):
+                gradients[first + index] = [Tensor(t.asnumpy() * 0.5) for t in weights[4 * index : 4 * index + 4]]
+        for expert, expert_weights in gradients.items():
+            store.apply("blocks.1", expert, expert_weights, HYPER)
     assert stores["disk"].mapped_bytes <= 3 * RECORD
     assert contents(stores["disk"]) == contents(stores["host"])
     for store in stores.values():
@@ -151,7 +151,7 @@ def test_micro_batches_that_exceed_the_bound_together_are_updated_in_parts(tmp_p
 
 @pytest.mark.parametrize("resident", [3, 5, 8])
 def test_reading_ahead_beside_updates_changes_no_bit(tmp_path, resident):
-    found = []
+    tables = []
     for kind in ("disk", "host"):
         store = make(kind, tmp_path, resident=resident * RECORD)
         draw = np.random.default_rng(5)
@@ -163,11 +163,11 @@ def test_reading_ahead_beside_updates_changes_no_bit(tmp_path, resident):
             if step + 1 < len(plans):
                 store.prefetch("blocks.1", plans[step + 1])  # the reading thread lets go and reads while updates run
             gradients = [Tensor(np.sin(t.asnumpy() * 100)) for t in weights]
-            for at, expert in enumerate(chosen):
-                store.apply("blocks.1", int(expert), gradients[4 * at : 4 * at + 4], HYPER)
-        found.append(contents(store))
+            for index, expert in enumerate(chosen):
+                store.apply("blocks.1", int(expert), gradients[4 * index : 4 * index + 4], HYPER)
+        tables.append(contents(store))
         store.close()
-    assert found[0] == found[1]
+    assert tables[0] == tables[1]
 
 
 def test_what_is_written_past_the_map_shows_in_it_and_the_other_way_round(tmp_path):
