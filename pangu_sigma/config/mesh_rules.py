@@ -20,7 +20,7 @@ def mesh_violations(config: Config) -> Violations:
     yield from _device(config)
     yield from _experts(config, parallel.mesh)
     yield from _widths(config)
-    if config.cut_over_devices:
+    if config.sharded_over_devices:
         yield from _one_graph(config, parallel.mesh)
     yield from _batch(config, parallel.mesh)
 
@@ -65,7 +65,7 @@ def _device(config: Config) -> Violations:
             "device: set it to 1",
         )
     sparse = config.model.sparse
-    cut = config.cut_over_devices and config.model.sparse_prefixes
+    cut = config.sharded_over_devices and config.model.sparse_prefixes
     # A router that has no cut form at all is refused with that reason.
     if cut and config.model.router_spec.cut and sparse.dispatch == "dropless":
         yield (

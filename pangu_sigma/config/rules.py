@@ -220,7 +220,7 @@ def _phases(config: Config) -> Violations:
                 f"{key} trains nothing: a dense model has shared parameters only; set shared to train",
             )
         yield from _regularise(key, phase, config)
-        if phase.shared == "regularised" and config.cut_over_devices:
+        if phase.shared == "regularised" and config.sharded_over_devices:
             yield (
                 f"{key}.shared",
                 f"{key}.shared = regularised has no form that is cut over devices, and parallel describes "

@@ -44,7 +44,7 @@ class Config(Section):
         return {domain.name: domain.experts for domain in self.domains}
 
     @property
-    def cut_over_devices(self) -> bool:
+    def sharded_over_devices(self) -> bool:
         """Whether one graph is cut over a mesh of devices, which may be emulated; several CPU processes have each
         their own."""
         return self.parallel.emulate_mesh or (self.run.device == "Ascend" and self.parallel.devices > 1)

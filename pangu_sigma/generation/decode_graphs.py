@@ -35,7 +35,7 @@ from pangu_sigma.generation.kv_cache_attention import (
 )
 from pangu_sigma.model.build_model import COMPUTE_TYPES
 from pangu_sigma.model.model import Model
-from parallel.ops.rotary import AnglesByRow
+from parallel.ops.rotary import RotaryCosSin
 
 
 class EmbeddingGraph(InferenceCell):
@@ -96,7 +96,7 @@ class InferenceNetwork(InferenceCell):
         self.rotates = config.position == "rope"
         if self.rotates:
             width = config.hidden // config.heads
-            self.angles = AnglesByRow(layout, config.positions, config.heads, width, config.rope_theta)
+            self.angles = RotaryCosSin(layout, config.positions, config.heads, width, config.rope_theta)
         else:
             self.positions = named["embedding.position"]
         backbone_norm = inference_norm(named, "norm", config, layout)
@@ -125,9 +125,9 @@ class InferenceNetwork(InferenceCell):
         self.add = layout(ops.Add(), (1, 1), (1, 1))
 
     def construct(self, words: Tensor, positions: Tensor, last, contexts: tuple, flat: tuple[Tensor, ...]):
-        h, turns = words, ()
+        h, cos_sin = words, ()
         if self.rotates:
-            turns = self.angles(positions)
+            cos_sin = self.angles(positions)
         else:
             h = self.add(words, self.take(self.positions, positions, 0))
         kept = ()
@@ -137,7 +137,7 @@ class InferenceNetwork(InferenceCell):
                 h = self.norm(h)
                 query_rows = self.take(self.queries, positions, 0)
             start, end = self.bounds[i]
-            h, cached = layer(h, query_rows, turns, contexts[i], flat[start:end])
+            h, cached = layer(h, query_rows, cos_sin, contexts[i], flat[start:end])
             kept = kept + cached
         tables = (self.words,) if self.tables == 0 else flat[: self.tables]
         return self.head(h, last, tables), kept

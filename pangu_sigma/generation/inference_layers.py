@@ -20,7 +20,7 @@ from pangu_sigma.config.model_section import ModelConfig
 from parallel.operator_layout import Layout
 from parallel.ops.compiled_kernels import CompiledCombine, CompiledFeedForward
 from parallel.ops.primitives import activation, rms_norm
-from parallel.ops.rotary import turn
+from parallel.ops.rotary import rotary
 from rre.dispatch.dispatch_plan import build_plan_cell
 from rre.dispatch.expert_dispatch import TokenCombine, TokenDispatch
 from rre.experts import Experts
@@ -237,7 +237,7 @@ class InferenceLayer(InferenceCell):
     """Transformer layer around an attention `core`: h_TD -> (h_TD, new keys and values).
 
     The core is called with this layer's queries (scaled), keys and values [T, D] and `context`, its own business;
-    queries and keys are normalised and turned before, as the configuration says (`turns`: those of `AnglesByRow`). In
+    queries and keys are normalised and rotated before, as the configuration says (`cos_sin`: of `RotaryCosSin`). In
     the query layer the queries are made from `query_rows` [T, D] instead of h.
     """
 
@@ -258,26 +258,26 @@ class InferenceLayer(InferenceCell):
             self.key_norm = inference_norm(named, f"{prefix}.attention.key_norm", model, layout)
         self.rotates = model.position == "rope"
         if self.rotates:
-            self.turn = turn(layout, model.heads, model.hidden // model.heads)
+            self.apply_rotary = rotary(layout, model.heads, model.hidden // model.heads)
         self.core = core
         self.feed_forward = feed_forward
         self.scale = 1.0 / math.sqrt(model.hidden // model.heads)
         self.add = layout(ops.Add(), (1, 1), (1, 1))
 
     def construct(
-        self, h: Tensor, query_rows, turns: tuple, context: tuple[Tensor, ...], inputs: tuple[Tensor, ...]
+        self, h: Tensor, query_rows, cos_sin: tuple, context: tuple[Tensor, ...], inputs: tuple[Tensor, ...]
     ):  # fmt: skip
-        h, kept = self.attend(h, query_rows, turns, context)
+        h, kept = self.attend(h, query_rows, cos_sin, context)
         return self.add(h, self.feed_forward(self.norm2(h), inputs)), kept
 
-    def attend(self, h: Tensor, query_rows, turns: tuple, context: tuple[Tensor, ...]):
+    def attend(self, h: Tensor, query_rows, cos_sin: tuple, context: tuple[Tensor, ...]):
         """(h + the attention part's output, what the core keeps)."""
         x = self.norm1(h)
         q, k = self.query(x if query_rows is None else query_rows), self.key(x)
         if self.normalises:
             q, k = self.query_norm(q), self.key_norm(k)
         if self.rotates:
-            q, k = self.turn(q, turns), self.turn(k, turns)
+            q, k = self.apply_rotary(q, cos_sin), self.apply_rotary(k, cos_sin)
         y, kept = self.core(q * self.scale, k, self.value(x), context)
         return self.add(h, self.projection(y)), kept
 

@@ -60,9 +60,9 @@ class InferenceMixtureLayer(InferenceLayer):
         self.repeat_rows = RepeatRows()
 
     def construct(
-        self, h: Tensor, query_rows, turns: tuple, context: tuple[Tensor, ...], inputs: tuple[Tensor, ...]
+        self, h: Tensor, query_rows, cos_sin: tuple, context: tuple[Tensor, ...], inputs: tuple[Tensor, ...]
     ):  # fmt: skip
-        h, kept = self.attend(h, query_rows, turns, context)
+        h, kept = self.attend(h, query_rows, cos_sin, context)
         y, log_p_TE = self.feed_forward(self.norm2(h), inputs)
         return (self.add(self.repeat_rows(h, y.shape), y), log_p_TE), kept
 

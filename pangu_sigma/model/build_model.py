@@ -52,7 +52,7 @@ def chosen_layout(config: Config) -> Layout:
     parallel = config.parallel
     if parallel.emulate_mesh:
         return EmulatedLayout(parallel.mesh)
-    if config.cut_over_devices:
+    if config.sharded_over_devices:
         return MeshLayout(parallel.mesh, config.run.device, parallel.sequence_parallel)
     return Layout(config.run.device, chosen_kernels(config), _grouped(config))
 
@@ -125,7 +125,7 @@ def _shared_parameters(built: Model) -> SharedParameters:
 
 
 def _exchange(config: Config, processes: Processes, groups: ExpertGroups) -> GatheredExchange | None:
-    if processes.size == 1 or not config.model.sparse_prefixes or config.cut_over_devices:
+    if processes.size == 1 or not config.model.sparse_prefixes or config.sharded_over_devices:
         return None
     return GatheredExchange(processes.mesh, processes.rank, groups.total)
 

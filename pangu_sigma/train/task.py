@@ -87,7 +87,7 @@ class TextTask:
         from pangu_sigma.evaluation.domain_evaluation import Evaluator
         from pangu_sigma.train.distributed.mesh_evaluation import MeshEvaluator
 
-        if self.config.cut_over_devices:
+        if self.config.sharded_over_devices:
             return MeshEvaluator(model, self.config.evaluate.batch_size)
         return Evaluator(model, self.config.evaluate.batch_size)
 

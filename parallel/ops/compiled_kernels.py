@@ -124,19 +124,20 @@ class CompiledRmsNorm(nn.Cell):
         return self.backward(x, gamma, out[1], dout[0])
 
 
-class CompiledRotation(nn.Cell):
-    """x_TD, (cosines, sines) [T, W/2] -> x with the values i and i + W/2 of every head turned by the row's angle i."""
+class CompiledApplyRotary(nn.Cell):
+    """RoPE as a compiled kernel: x_TD, (cosines, sines) [T, W/2] -> x with the values i and i + W/2 of every head
+    rotated by the row's angle i."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
         self.there, self.back = Tensor([1], ms.int32), Tensor([-1], ms.int32)
         self.run = _kernel(path, "rotate", lambda x, c, s, way: x, lambda x, c, s, way: x)
 
-    def construct(self, x: Tensor, turns: tuple[Tensor, ...]) -> Tensor:
-        return self.run(x, turns[0], turns[1], self.there)
+    def construct(self, x: Tensor, cos_sin: tuple[Tensor, ...]) -> Tensor:
+        return self.run(x, cos_sin[0], cos_sin[1], self.there)
 
-    def bprop(self, x: Tensor, turns: tuple[Tensor, ...], out: Tensor, dout: Tensor):
-        return self.run(dout, turns[0], turns[1], self.back), turns
+    def bprop(self, x: Tensor, cos_sin: tuple[Tensor, ...], out: Tensor, dout: Tensor):
+        return self.run(dout, cos_sin[0], cos_sin[1], self.back), cos_sin
 
 
 class CompiledLayerNorm(nn.Cell):

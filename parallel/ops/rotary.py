@@ -1,7 +1,8 @@
-"""Rotary positions (RoFormer, Su et al. 2021, arXiv 2104.09864) in the halved form of Hugging Face's and OLMo's models.
+"""RoPE: rotary position embedding (RoFormer, Su et al. 2021, arXiv 2104.09864) in the halved form that Hugging Face's
+and OLMo's models have.
 
-In every head of width W, values i and i + W/2 are turned together by the angle position * theta^(-2i / W). A query
-turned by its position and a key turned by its own have a product that depends on the distance alone.
+In every head of width W, values i and i + W/2 are rotated together by the angle position * theta^(-2i / W). A query
+rotated by its position and a key rotated by its own have a product that depends on the distance alone.
 
 Legend: T rows, H heads, W head width, D = H W, P positions.
 """
@@ -12,17 +13,17 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from parallel.operator_layout import Layout
-from parallel.ops.compiled_kernels import CompiledRotation
+from parallel.ops.compiled_kernels import CompiledApplyRotary
 
 
-def angles(positions: int, width: int, theta: float) -> np.ndarray:
+def rotary_angles(positions: int, width: int, theta: float) -> np.ndarray:
     """Angles float32 [P, W/2] of every position, in float32 throughout, as models of this form were trained."""
     wavelengths = np.float32(theta) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
     return np.outer(np.arange(positions, dtype=np.float32), np.float32(1.0) / wavelengths)
 
 
-class Turn(nn.Cell):
-    """x_TD, (cosines, sines) of `AnglesByRow` -> x with every pair of values turned, of MindSpore's operators.
+class ApplyRotary(nn.Cell):
+    """RoPE composed of plain operators: x_TD, (cosines, sines) of `RotaryCosSin` -> x with every pair rotated.
 
     The pair's other value, with its sign, is a product with a fixed matrix [W, W]: slices of an axis are slow on CPU.
     """
@@ -40,18 +41,18 @@ class Turn(nn.Cell):
         self.mul = layout(ops.Mul(), (1, 1), (1, 1))
         self.add = layout(ops.Add(), (1, 1), (1, 1))
 
-    def construct(self, x: Tensor, turns: tuple[Tensor, ...]) -> Tensor:
+    def construct(self, x: Tensor, cos_sin: tuple[Tensor, ...]) -> Tensor:
         other = self.product(x.reshape(-1, self.width), self.other).reshape(x.shape)
-        return self.add(self.mul(x, turns[0]), self.mul(other, turns[1]))
+        return self.add(self.mul(x, cos_sin[0]), self.mul(other, cos_sin[1]))
 
-    def bprop(self, x: Tensor, turns: tuple[Tensor, ...], out: Tensor, dout: Tensor):
-        back = self.mul(dout, turns[1]).reshape(-1, self.width)
+    def bprop(self, x: Tensor, cos_sin: tuple[Tensor, ...], out: Tensor, dout: Tensor):
+        back = self.mul(dout, cos_sin[1]).reshape(-1, self.width)
         back = self.by_transposed(back, self.other).reshape(x.shape)
-        return self.add(self.mul(dout, turns[0]), back), turns
+        return self.add(self.mul(dout, cos_sin[0]), back), cos_sin
 
 
-class NativeTurn(nn.Cell):
-    """The same with MindSpore's own gradient, cut over a mesh by rows and heads; (cosines, sines) are [T, W]."""
+class NativeApplyRotary(nn.Cell):
+    """RoPE with MindSpore's own gradient, sharded over a mesh by rows and heads; (cosines, sines) are [T, W]."""
 
     def __init__(self, layout: Layout, heads: int, width: int) -> None:
         super().__init__()
@@ -65,21 +66,23 @@ class NativeTurn(nn.Cell):
         self.mul = layout(ops.Mul(), three, of_row)
         self.add = layout(ops.Add(), three, three)
 
-    def construct(self, x: Tensor, turns: tuple[Tensor, ...]) -> Tensor:
+    def construct(self, x: Tensor, cos_sin: tuple[Tensor, ...]) -> Tensor:
         y = self.reshape(x, (-1, self.heads, self.width))
         first, second = self.halves(y)
         other = self.beside((self.neg(second), first))
-        y = self.add(self.mul(y, self.for_heads(turns[0], 1)), self.mul(other, self.for_heads(turns[1], 1)))
+        y = self.add(self.mul(y, self.for_heads(cos_sin[0], 1)), self.mul(other, self.for_heads(cos_sin[1], 1)))
         return self.reshape(y, x.shape)
 
 
-class AnglesByRow(nn.Cell):
-    """position ids [T] -> (cosines, sines), made once per step for all layers: [T, D], or [T, W/2] where compiled, or
+class RotaryCosSin(nn.Cell):
+    """Cosines and sines of RoPE: position ids [T] -> (cosines, sines), made once per step for all layers.
+
+    Shapes: [T, D], or [T, W/2] where compiled, or
     [T, W] where native."""
 
     def __init__(self, layout: Layout, positions: int, heads: int, width: int, theta: float) -> None:
         super().__init__()
-        table = angles(positions, width, theta)
+        table = rotary_angles(positions, width, theta)
         if not layout.kernels:
             # At full shape, because multiplying equal shapes is several times as fast as a broadcast on CPU.
             table = np.tile(table, (1, 2))
@@ -95,8 +98,8 @@ class AnglesByRow(nn.Cell):
         return self.tile(cosines, (1, self.repeats)), self.tile(sines, (1, self.repeats))
 
 
-def turn(layout: Layout, heads: int, width: int) -> nn.Cell:
-    """The rotation in the device's fast form: (x_TD, turns of `AnglesByRow`) -> y_TD."""
+def rotary(layout: Layout, heads: int, width: int) -> nn.Cell:
+    """RoPE in the device's fast form: (x_TD, cos_sin of `RotaryCosSin`) -> y_TD."""
     if layout.native:
-        return NativeTurn(layout, heads, width)
-    return CompiledRotation(layout.kernels) if layout.kernels else Turn(layout, heads, width)
+        return NativeApplyRotary(layout, heads, width)
+    return CompiledApplyRotary(layout.kernels) if layout.kernels else ApplyRotary(layout, heads, width)

@@ -18,7 +18,7 @@ from pangu_sigma.model.layers.linear_and_norm import NORMS, LinearCell
 from pangu_sigma.model.layers.native_attention import MASKED_SCORE, NativeAttention, NativeMask
 from parallel.operator_layout import Layout
 from parallel.ops.compiled_kernels import CompiledAttention
-from parallel.ops.rotary import turn
+from parallel.ops.rotary import rotary
 
 SMALLEST_CHUNK = 64
 MOST_CHUNKS = 4
@@ -259,7 +259,7 @@ class Attention(nn.Cell):
             self.key_norm = NORMS[model.norm](hidden, model.norm_epsilon, layout)
         self.rotates = model.position == "rope"
         if self.rotates:
-            self.apply_rotary = turn(layout, heads, hidden // heads)
+            self.apply_rotary = rotary(layout, heads, hidden // heads)
         if is_native(layout, dropout):
             self.core = NativeAttention(hidden, heads, layout, compute)
         elif is_compiled(layout, dropout):

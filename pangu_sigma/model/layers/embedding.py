@@ -12,7 +12,7 @@ from mindspore.common.initializer import Normal, initializer
 from pangu_sigma.config.model_section import ModelConfig
 from parallel.operator_layout import Layout
 from parallel.ops.primitives import embedding_lookup
-from parallel.ops.rotary import AnglesByRow
+from parallel.ops.rotary import RotaryCosSin
 
 
 def _table(rows: int, model: ModelConfig, name: str) -> Parameter:
@@ -42,7 +42,7 @@ class RotaryPositions(nn.Cell):
 
     def __init__(self, model: ModelConfig, layout: Layout) -> None:
         super().__init__()
-        self.angles = AnglesByRow(layout, model.positions, model.heads, model.hidden // model.heads, model.rope_theta)
+        self.angles = RotaryCosSin(layout, model.positions, model.heads, model.hidden // model.heads, model.rope_theta)
 
     def construct(self, words: Tensor, ids: Tensor) -> Tensor:
         return words

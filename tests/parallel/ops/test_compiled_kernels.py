@@ -11,6 +11,7 @@ from mindspore import Tensor, nn, ops
 
 from parallel.operator_layout import Layout
 from parallel.ops.compiled_kernels import (
+    CompiledApplyRotary,
     CompiledAttention,
     CompiledCombine,
     CompiledCrossEntropy,
@@ -20,13 +21,12 @@ from parallel.ops.compiled_kernels import (
     CompiledPlan,
     CompiledProduct,
     CompiledRmsNorm,
-    CompiledRotation,
     CompiledSquareSums,
     HostKernels,
     library,
 )
 from parallel.ops.primitives import LayerNorm, Linear, Product, RmsNorm, SquareSums, TiedCrossEntropy
-from parallel.ops.rotary import Turn, angles
+from parallel.ops.rotary import ApplyRotary, rotary_angles
 from rre.experts import Expert
 from rre.feed_forward_spec import FeedForwardSpec
 
@@ -87,22 +87,22 @@ def test_normalisation_by_the_root_mean_square(tokens, hidden):
     assert_close(found, differentiated(RmsNorm(LAYOUT, 1e-5), slopes, inputs, 2))
 
 
-class Turned(nn.Cell):
-    def __init__(self, cell: nn.Cell, *turns: Tensor) -> None:
+class WithCosSin(nn.Cell):
+    def __init__(self, cell: nn.Cell, *cos_sin: Tensor) -> None:
         super().__init__()
-        self.cell, self.turns = cell, turns
+        self.cell, self.cos_sin = cell, cos_sin
 
     def construct(self, x):
-        return self.cell(x, self.turns)
+        return self.cell(x, self.cos_sin)
 
 
 @pytest.mark.parametrize("tokens, heads, width", [(1, 1, 2), (150, 3, 10), (70, 2, 64)])
 def test_the_rotation(tokens, heads, width):
-    half = angles(tokens, width, 100.0)
+    half = rotary_angles(tokens, width, 100.0)
     whole = np.tile(half, (1, 2 * heads))
     inputs, slopes = (normal(tokens, heads * width),), normal(tokens, heads * width)
-    compiled = Turned(CompiledRotation(PATH), Tensor(np.cos(half)), Tensor(np.sin(half)))
-    composed = Turned(Turn(LAYOUT, heads, width), Tensor(np.cos(whole)), Tensor(np.sin(whole)))
+    compiled = WithCosSin(CompiledApplyRotary(PATH), Tensor(np.cos(half)), Tensor(np.sin(half)))
+    composed = WithCosSin(ApplyRotary(LAYOUT, heads, width), Tensor(np.cos(whole)), Tensor(np.sin(whole)))
     found = []
     for cell in (compiled, composed):
         step = ops.value_and_grad(First(cell, False).set_train(), 1, has_aux=True)

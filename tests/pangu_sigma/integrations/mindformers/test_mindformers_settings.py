@@ -88,7 +88,8 @@ def test_the_command_says_a_mistake_without_importing_a_framework(tmp_path):
     done = training_process.command("mindformers", SHIPPED, "optimizer.type=AdamW", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("Error: ") and "Traceback" not in done.stderr
     code = (
-        "import sys; from pangu_sigma.integrations.mindformers import job, settings, importing\n"
+        "import sys; from pangu_sigma.integrations.mindformers import mindformers_job, import_mindformers\n"
+        "from pangu_sigma.integrations.mindformers import mindformers_settings as settings\n"
         f"settings.settings_of(settings.read_yaml({str(SHIPPED)!r}), 'file')\n"
         "sys.exit(sorted({'mindspore', 'mindformers'} & set(sys.modules)) or 0)"
     )

@@ -138,7 +138,7 @@ def measured(model, one: str) -> np.ndarray:
     from pangu_sigma.train.distributed.mesh_evaluation import MeshEvaluator
 
     heldout = {name: Repeated(number, name == one) for number, name in enumerate(model.groups.names)}
-    kind = MeshEvaluator if model.config.cut_over_devices else Evaluator
+    kind = MeshEvaluator if model.config.sharded_over_devices else Evaluator
     evaluator = kind(model, 8)
     losses, tokens = evaluator.losses(heldout)
     if kind is MeshEvaluator:
