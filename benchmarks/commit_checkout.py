@@ -110,7 +110,10 @@ def common_overrides(overrides: Mapping[str, str], checkouts: Sequence[Checkout]
     for checkout in checkouts:
         text = (checkout.folder / "configs/quickstart.yaml").read_text(encoding="utf-8")
         configs.append(yaml.safe_load(text))
-    return [f"{key}={value}" for key, value in overrides.items() if all(_has_key(config, key) for config in configs)]
+    common = [key for key in overrides if all(_has_key(config, key) for config in configs)]
+    if unknown := overrides.keys() - set(common):
+        print(f"left as it is, because one commit lacks it: {', '.join(sorted(unknown))}", file=sys.stderr)
+    return [f"{key}={overrides[key]}" for key in common]
 
 
 def _has_key(config: object, key: str) -> bool:

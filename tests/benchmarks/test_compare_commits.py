@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from benchmarks.commit_checkout import Checkout, common_overrides
 from benchmarks.commit_results import compare_folders, compare_json, compare_metrics, results_table
 from benchmarks.commit_speed import Speed, speeds_table
 
@@ -118,3 +119,14 @@ def test_speed_is_the_median_of_the_ratios_inside_a_round():
     assert (
         speeds_table([steady, slower]).splitlines()[-1] == "| decoding | 100 | 96 | 0.960 | 0.960 to 1.250 | SLOWER |"
     )
+
+
+def test_only_keys_that_both_commits_know_are_overridden_and_the_others_are_told(tmp_path, capsys):
+    checkouts = []
+    for name, key in (("old", "clip_norm"), ("new", "max_grad_norm")):
+        (tmp_path / name / "configs").mkdir(parents=True)
+        text = f"train: {{steps: 220}}\noptimizer: {{{key}: 1.0}}\n"
+        (tmp_path / name / "configs/quickstart.yaml").write_text(text, encoding="utf-8")
+        checkouts.append(Checkout(tmp_path / name, name, ()))
+    assert common_overrides({"train.steps": "20", "optimizer.clip_norm": "2"}, checkouts) == ["train.steps=20"]
+    assert "optimizer.clip_norm" in capsys.readouterr().err
