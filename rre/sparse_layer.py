@@ -18,14 +18,16 @@ from rre.grouped_experts import GroupedExperts
 
 
 class SparseFeedForward(nn.Cell):
-    """Sparse (mixture-of-experts) feed-forward: x_TD -> (y_TD, auxiliary loss, rows [B, E + 1] of a learned gate).
+    """Sparse (mixture-of-experts) feed-forward: x_TD -> (y_TD, auxiliary loss, rows [B, E + 1]).
 
-    `routing` is what the layer's router takes from outside the graph (for a table router its whole plan), `weights` the
-    tensors of N experts of `spec` as the expert store fetched them. A dropped token's y is zero: it takes the residual
-    alone. `by_expert`: the router's experts choose tokens. `shared_expert`: a network x_TD -> y_TD that every token
-    takes with weight 1 beside its routed experts. On a device mesh rows go by capacity, in `chunks` of the experts.
-    `exchange`: expert parallelism over processes; plans and weights are then those of the local experts, for the rows
-    of all processes that share them.
+    Rows are a learned gate's: tokens of each sample that each expert took and, last, that found no room. `routing` is
+    what the layer's router takes from outside the graph (for a table router its whole plan), `weights` the tensors of N
+    experts of `spec` as the expert store fetched them. A dropped token's y is zero: it passes through the residual
+    connection only. `expert_choice`: the router's experts choose tokens. `shared_expert`: a network x_TD -> y_TD that
+    every token takes with weight 1 beside its routed experts. In an SPMD graph experts have a fixed capacity, and
+    `chunks` divides them, so that one chunk's AllToAll can overlap another's products. `exchange`: expert parallelism
+    over processes; plans and weights are then those of the local experts, for the rows of all ranks of the
+    expert-parallel group.
     """
 
     def __init__(
@@ -35,13 +37,13 @@ class SparseFeedForward(nn.Cell):
         spec: FeedForwardSpec,
         compute: ms.dtype,
         exchange: LocalExchange | None = None,
-        by_expert: bool = False,
+        expert_choice: bool = False,
         shared_expert: nn.Cell | None = None,
         chunks: int = 1,
     ) -> None:
         super().__init__()
         self.router = router
-        self.by_expert = by_expert
+        self.is_expert_choice = expert_choice
         self.has_shared_expert = shared_expert is not None
         if shared_expert is not None:
             self.shared_expert = shared_expert
@@ -56,21 +58,20 @@ class SparseFeedForward(nn.Cell):
         else:
             self.experts = RaggedExperts(layout, spec, compute)
         if self.has_kernels:
-            self.weigh = CompiledCombine(layout.kernels)
-        self.is_cut = layout.spmd_mesh is not None
+            self.combine = CompiledCombine(layout.kernels)
+        self.is_spmd = layout.spmd_mesh is not None
         self.mul = layout(ops.Mul(), ("rows", 1), ("rows", 1))
         self.choice_sum = layout(ops.ReduceSum(), ("rows", 1, 1))
         self.take = layout(ops.Gather(), (1, 1), (1,))
-        self.add_up = layout(ops.UnsortedSegmentSum(), (1, 1), (1,))
+        self.scatter_add = layout(ops.UnsortedSegmentSum(), (1, 1), (1,))
         self.add = layout(ops.Add(), layout.residual_spec, layout.residual_spec)
 
     def construct(
         self, x_TD: Tensor, routing: tuple[Tensor, ...], weights: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # 1. Route and 2. plan: which expert each choice goes to, with which weight, and where its row stands. A table
-        # router did both on the host; a learned gate does them here.
+        # 1. Route: which expert each choice goes to, with which weight, and where its row stands. A table router did so
+        # on the host; a learned gate does it here.
         plan, combine_weights, auxiliary, rows_BE = self.router(x_TD, routing)
-        # 3. to 7.
         y_TD = self.apply_experts(x_TD, plan, combine_weights, weights)
         if self.has_shared_expert:
             y_TD = self.add(y_TD, self.shared_expert(x_TD))
@@ -79,17 +80,17 @@ class SparseFeedForward(nn.Cell):
     def apply_experts(self, x_TD: Tensor, plan: tuple[Tensor, ...], combine_weights, weights: tuple[Tensor, ...]):
         """The routed experts' outputs y_TD, summed over a token's choices with `combine_weights` (None: 1 each)."""
         tokens, hidden = x_TD.shape
-        if self.by_expert:
+        if self.is_expert_choice:
             # The plan begins with the token of every row that an expert took.
             rows_RD = self.take(x_TD, plan[0], 0)
             y_RD = self.compute_experts(rows_RD, plan[1:], weights)
             y_RD = self.mul(y_RD, ops.BroadcastTo(y_RD.shape)(combine_weights.reshape(-1, 1)))
-            return self.add_up(y_RD, plan[0], tokens)
+            return self.scatter_add(y_RD, plan[0], tokens)
         y_RD = self.compute_experts(x_TD, plan, weights)
-        # 7. Combine: weigh each choice's result and add up those of a token.
+        # 6. Combine: weigh each choice's result and add up those of a token.
         if combine_weights is not None and self.has_kernels:
-            return self.weigh(y_RD, combine_weights)
-        if combine_weights is not None and self.is_cut:
+            return self.combine(y_RD, combine_weights)
+        if combine_weights is not None and self.is_spmd:
             y_RD = self.mul(y_RD, combine_weights.reshape(-1, 1))
         elif combine_weights is not None:
             y_RD = self.mul(y_RD, ops.BroadcastTo(y_RD.shape)(combine_weights.reshape(-1, 1)))
@@ -99,10 +100,10 @@ class SparseFeedForward(nn.Cell):
 
     def compute_experts(self, x_TD: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
         """The experts' outputs y_RD, one row per choice, on the process that the tokens came from."""
-        # 4. Exchange to experts: the tokens of all processes that share these experts.
+        # 3. Exchange to experts: the tokens of all ranks of the expert-parallel group.
         gathered_TD = self.exchange.to_experts(x_TD)
-        # 3. Dispatch rows to slots, 5. the experts' networks, rows back in the order of choices. On a device mesh the
-        # exchange (4 and 6) is an AllToAll inside, between dispatch and networks (`CapacityExperts`).
+        # 2. Dispatch rows to slots and 4. the experts' networks, rows back in the order of choices. In an SPMD graph
+        # the exchange (3 and 5) is an AllToAll inside, between dispatch and networks (`CapacityExperts`).
         y_RD = self.experts(gathered_TD, plan, weights)
-        # 6. Exchange back: each process keeps the results of its own tokens.
+        # 5. Exchange back: each process keeps the results of its own tokens.
         return self.exchange.to_tokens(y_RD)

@@ -96,7 +96,7 @@ class PanGuSigma(nn.Cell):
                 return TransformerLayer(model, index, layout, compute, None)
             router = routers[sparse_index]
             sparse = feed_forward_spec(
-                router.cell(), layout, model.expert_network, compute, exchange, router.by_expert,
+                router.cell(), layout, model.expert_network, compute, exchange, router.expert_choice,
                 shared_expert(model, layout, compute), signature.layers[sparse_index].chunks,
             )  # fmt: skip
             return layer_form(model, index, layout, compute, sparse)

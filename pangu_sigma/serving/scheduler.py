@@ -1,4 +1,6 @@
-"""Request scheduler: the thread that owns model and engine, and the event loop's view of it.
+"""Request scheduler: admission, the engine thread, and the event loop's view of it.
+
+Which requests are decoded together is decided in `generation.engine.Engine.step`.
 
 Two threads, and what each runs:
 
@@ -7,7 +9,7 @@ Two threads, and what each runs:
 - The engine thread (started by `Scheduler.start`, its body is `_run_engine_thread`): builds the engine, then admits and
   cancels requests and runs decoding steps. MindSpore is used by this thread only.
 
-The way of one request through both:
+Life of a request:
 
 1. event loop: `submit` counts the requests as open and puts an `_Add` into the command queue.
 2. engine thread: between two steps `_add` hands them to the engine; `_on_admitted` tells the event loop.
@@ -38,7 +40,10 @@ from pangu_sigma.serving.server_settings import ServerLimits
 
 
 class DecodingEngine(Protocol):
-    """Interface of the engine that the scheduler drives: `pangu_sigma.generation.engine.Engine`."""
+    """Interface of the engine that the scheduler drives: `pangu_sigma.generation.engine.Engine`.
+
+    window: longest text in tokens. active, waiting: requests that hold a slot, that wait for one.
+    """
 
     tokenizer: Tokenizer
     window: int
@@ -50,7 +55,7 @@ class DecodingEngine(Protocol):
         """Queue a request and return its id. Raises UserError."""
 
     def cancel(self, request_id: int) -> None:
-        """Forget a request."""
+        """Cancel a request and free its slot."""
 
     def step(self) -> list[Event]:
         """Decode one token of every active request and admit one that waits."""
@@ -73,7 +78,8 @@ class SchedulerObserver(Protocol):
 
 
 class RequestHandle:
-    """Handle of one HTTP request's engine requests: their events as they come. Close it whatever happens.
+    """Handle of one HTTP request's engine requests (prompts × n texts): their events as they come. Close it in
+    `finally`.
 
     Used on the event loop only.
     """
@@ -104,7 +110,8 @@ class RequestHandle:
     async def next_events(self) -> list[tuple[int, Event]]:
         """The (request index, event) that have come since the last call, at least one; cancelling it loses none.
 
-        Raises ApiError if the server cannot go on, or the model not with this text.
+        Raises ApiError where the engine failed or the server shuts down, or where this text cannot be continued (logits
+        that are not finite).
         """
         items = [await self._events.get()]
         while not self._events.empty():
@@ -129,7 +136,8 @@ class RequestHandle:
                 self._accepted.set_result(None)
             else:
                 self._accepted.set_exception(error)
-                self._accepted.exception()  # a client that left does not come to read it
+                # Marks it retrieved: a client that left never reads it, and asyncio would log that.
+                self._accepted.exception()
 
     def _put(self, item: tuple[int, Event] | Exception) -> None:
         if not self.closed:
@@ -154,7 +162,8 @@ _STOP = None
 
 
 class Scheduler:
-    """Scheduler: admits up to `limits.slots` + `limits.queue` requests and lets the engine thread decode them together.
+    """Scheduler: admits up to `limits.slots` (decoded at once) + `limits.queue` (waiting) requests and lets the engine
+    thread decode them together.
 
     `build` makes the engine, in the engine thread. `observer` is called on the event loop. All public methods are for
     the event loop's thread.
@@ -171,7 +180,7 @@ class Scheduler:
         self._handles: set[RequestHandle] = set()
         self._nothing_open = asyncio.Event()
         self._nothing_open.set()
-        self._answer_seconds = 1.0  # smoothed
+        self._mean_request_seconds = 1.0  # moving average, for Retry-After
 
     async def start(self) -> DecodingEngine:
         """Start the engine thread, which builds the engine and serves; the engine is returned for its constants only.
@@ -182,7 +191,7 @@ class Scheduler:
         self._loop = asyncio.get_running_loop()
         self._built: asyncio.Future[DecodingEngine] = self._loop.create_future()
         self.failed: asyncio.Future[BaseException] = self._loop.create_future()
-        # A daemon: a step or a compilation under way must not keep a process alive that was told to end.
+        # A daemon: a step or a compilation under way must not block shutdown.
         self._thread = threading.Thread(target=self._run_engine_thread, name="engine", daemon=True)
         self._thread.start()
         return await self._built
@@ -209,7 +218,7 @@ class Scheduler:
         return self._open
 
     async def drain(self, seconds: float) -> bool:
-        """Refuse new requests and wait until those that run have finished; whether they have within `seconds`."""
+        """Refuse new requests and wait until those that run have finished. True if they did within `seconds`."""
         self.draining = True
         try:
             await asyncio.wait_for(self._nothing_open.wait(), seconds)
@@ -244,7 +253,7 @@ class Scheduler:
             self._nothing_open.set()
 
     def _retry_after(self) -> int:
-        return min(60, max(1, math.ceil(self._answer_seconds * (self._open + 1) / self.limits.slots)))
+        return min(60, max(1, math.ceil(self._mean_request_seconds * (self._open + 1) / self.limits.slots)))
 
     def _end_requests(self, handle: RequestHandle, count: int = 1) -> None:
         handle.unfinished -= count
@@ -273,7 +282,7 @@ class Scheduler:
             elif event.finish is not None:
                 self._end_requests(handle)
                 seconds_open = handle.age
-                self._answer_seconds += 0.1 * (seconds_open - self._answer_seconds)
+                self._mean_request_seconds += 0.1 * (seconds_open - self._mean_request_seconds)
                 self._observer.answered(seconds_open)
 
     def _on_state(self, active: int, waiting: int) -> None:
@@ -297,7 +306,7 @@ class Scheduler:
     def _run_engine_thread(self) -> None:
         try:
             engine = self._build()
-        except BaseException as error:  # whatever it is, the main thread ends the process with it
+        except BaseException as error:  # re-raised in the main thread
             self._call_on_event_loop(self._on_built, error)
             return
         self._call_on_event_loop(self._on_built, engine)
@@ -321,12 +330,12 @@ class Scheduler:
             began = time.perf_counter()
             events = engine.step()
             seconds = time.perf_counter() - began
-            routed = [(*owners[event.request_id], event) for event in events]
+            owned_events = [(*owners[event.request_id], event) for event in events]
             for event in events:
                 if event.finish is not None:
                     del owners[event.request_id]
             self._call_on_event_loop(self._on_state, engine.active, engine.waiting)
-            self._call_on_event_loop(self._on_events, routed, seconds)
+            self._call_on_event_loop(self._on_events, owned_events, seconds)
 
     def _add(self, engine: DecodingEngine, handle: RequestHandle, owners: dict[int, tuple[RequestHandle, int]]) -> None:
         request_ids: list[int] = []

@@ -1,6 +1,7 @@
 """AdamW over two kinds of weights: shared parameters on the device, activated experts in their store.
 
-Experts have their own epsilon and their own step counts; a step that does not activate one leaves it as it is.
+Experts have their own epsilon and their own step counts; a step that does not activate one leaves it as it is. The
+global norm is `distributed.gradient_all_reduce`'s; the trainer clips by the factor that it gives to `apply`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Trainer: the compiled graphs, optimizer and loss scale of a run, and the path of one optimizer step.
 
 Everything here runs in the training thread, except `Trainer.plan`, which runs in the thread that reads batches ahead,
-and what the expert store does in its own thread (`rre.store`): fetching and writing experts.
+and what the expert store (expert weights and their AdamW moments, in device or host memory or on disk) does in its
+own thread: fetching and writing experts (`rre.store`).
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class StepResult:
     """Outcome of one attempt at a step.
 
     loss: in nats per token, or per whatever the run's objective counts. finite: False where nothing was updated.
-    overflow: float16 overflowed and a smaller loss scale may mend it. tokens: of the whole batch that count.
+    overflow: float16 overflowed; retry with a smaller loss scale. tokens: label tokens of the whole batch that are not
+    masked.
     """
 
     loss: float
@@ -65,15 +67,15 @@ class StepResult:
 
 
 def micro_batch_rows(config: Config, objective: TrainingObjective) -> int:
-    """Rows that a graph of this run computes at a time."""
+    """Sequences that a graph of this run computes at a time."""
     return objective.rows_per_sample * config.train.batch_size // config.train.gradient_accumulation_steps
 
 
 class Trainer:
     """Trains `model` by an objective (None: the mean loss per token); `step` does one optimizer step.
 
-    micro_batch: rows of a micro-batch over all processes. signature: of this process's graph, whose rows are its own
-    share unless MindSpore shards the graph. pipeline: the runner of pipeline stages, None without.
+    micro_batch: sequences of a micro-batch over all processes. signature: of this process's graph, whose sequences are
+    its own share unless MindSpore shards the graph. pipeline: the runner of pipeline stages, None without.
 
     Several processes each compute their rows of every micro-batch and their experts; what controls the step (loss,
     norm, overflow) is gathered outside the graph, so that all decide alike.
@@ -85,18 +87,19 @@ class Trainer:
         self.config = model.config
         self.objective = TrainingObjective() if objective is None else objective
         self.micro_batch = micro_batch_rows(self.config, self.objective)
-        # The graph that is sharded over devices is of all ranks' rows, any other of this process's own.
-        rows = 1 if model.layout.spmd_mesh else self.processes.mesh.rows
-        self.signature = model.training_signature(self.micro_batch // rows)
+        # The graph that is sharded over devices is of all ranks' sequences, any other of this process's own.
+        num_data_ranks = 1 if model.layout.spmd_mesh else self.processes.mesh.rows
+        self.signature = model.training_signature(self.micro_batch // num_data_ranks)
         self.planner = BatchPlanner(model, self.signature, training=True)
         if self.config.train.recompute:
             model.net.recompute_blocks()
-        # Before the optimizer: compiling a sharded step leaves this rank its shards, and moments are of the same shape.
+        # Before the optimizer, whose moments have the shapes of the parameters: compiling a sharded step replaces those
+        # by this rank's shards.
         self.pipeline: PipelineRunner | None = None
         if self.config.parallel.pipeline > 1:
             self.pipeline = pipeline_runner_of(model, self.signature)
         else:
-            self._step_cache = step_cache_of(model, self.signature, self.objective)
+            self._compiled_steps = step_cache_of(model, self.signature, self.objective)
         self.optimizer = Optimizer(model)
         self.reducer = gradient_reducer_of(model)
         self.loss_scale = LossScale.from_config(self.config)
@@ -107,7 +110,7 @@ class Trainer:
         self._frozen: dict[frozenset[str], FrozenGateColumns] = {}
 
     def check_objective(self, objective: TrainingObjective | None) -> None:
-        """Raises UserError where `objective` should replace a run's own that is not the mean token loss."""
+        """Raises UserError where `objective` would replace a loss other than the mean token loss, as SFT's or DPO's."""
         if objective is not None and type(self._own_objective) is not TrainingObjective:
             raise UserError("regularise.output holds training on text: leave it out where another loss is trained")
 
@@ -117,12 +120,15 @@ class Trainer:
             objective = self._own_objective
         if objective is not self.objective:
             objective.auxiliary = self._own_objective.auxiliary
-            self._step_cache.clear()
+            self._compiled_steps.clear()
             self.objective = objective
 
     @property
     def read_rows(self) -> np.ndarray:
-        """Indices of the rows of a step's batch that this process reads, micro-batch by micro-batch."""
+        """Indices of the sequences of a step's batch that this process reads, micro-batch by micro-batch.
+
+        Its own, and those whose token ids it needs to know what its experts will receive (see `BatchPlanner.reads`).
+        """
         rows = self.objective.rows_per_sample * self.config.train.batch_size
         starts = np.arange(0, rows, self.micro_batch)
         return (starts[:, None] + self.planner.reads).reshape(-1)
@@ -140,7 +146,7 @@ class Trainer:
 
         present = None
         if self.pipeline is not None:
-            # All micro-batches of a step are in one graph, and share its slots.
+            # All micro-batches of a step are in one graph, whose slots hold the experts that any of them activates.
             by_batch = [self.planner.present(*required(rows), optional(batch.padding, rows)) for rows in micro_batches]
             present = [np.unique(np.concatenate(of_layer)) for of_layer in zip(*by_batch, strict=True)]
         return [
@@ -160,30 +166,32 @@ class Trainer:
             raise UserError(f"step {step + 1}: {error}") from error
 
     def _step(self, step: int, batches: Sequence[RoutedBatch], regulariser: Regulariser) -> StepResult:
-        # 1. What the step trains and how. By the data's step: text that a phase drew trains what that phase trains,
-        #    also after skipped steps, when the sampler is ahead of the optimizer.
+        # 1. What the step trains and how: the phase of the step that sampled this batch, which after skipped steps is
+        #    not the optimizer's.
         phase = phase_at(self.config, batches[0].step)
         rate = learning_rate(self.config, step)
         scale = self.loss_scale.value
         self._set_objective(regulariser.objective)
 
-        # 2. Units (tokens, pairs) of the whole batch, which the loss is a mean over. Known before the graphs run, so
-        #    that micro-batches and processes only have to be summed.
-        units = np.array([sum(float(self.objective.units(b).sum()) for b in batches)])
-        total = float(self.reducer.total(units)[0])
+        # 2. The loss's denominator: the tokens (pairs) of the whole batch. Known before the graphs run, so that
+        #    micro-batches and processes only have to be summed.
+        local_units = np.array([sum(float(self.objective.units(b).sum()) for b in batches)])
+        total_units = float(self.reducer.total(local_units)[0])
 
         # 3. Forward and backward: micro-batch by micro-batch, or all in one graph where it is a pipeline.
         if self.pipeline is not None:
-            gradients, parts = self.pipeline.gradients(batches, phase, scale / total, self.reducer.reader_ranks)
+            gradients, micro_batches = self.pipeline.gradients(
+                batches, phase, scale / total_units, self.reducer.reader_ranks
+            )
         else:
-            gradients, parts = self._accumulate(batches, phase, scale, total)
+            gradients, micro_batches = self._accumulate(batches, phase, scale, total_units)
 
-        # 4. Sum over processes: shared parameters over all, experts over their replicas.
-        self.reducer.reduce_in_place(gradients, parts, phase)
-        loss = sum(float(metrics.loss.sum()) for metrics in parts) / total
+        # 4. Sum over processes: shared (not expert) parameters over all, experts over their replicas.
+        self.reducer.reduce_in_place(gradients, micro_batches, phase)
+        loss = sum(float(metrics.loss.sum()) for metrics in micro_batches) / total_units
 
-        # 5. What depends on the weights alone: the penalty, and gate columns of frozen experts. Before the norm, in
-        #    which the one counts and the others must not.
+        # 5. What depends on the weights alone, before the norm: it includes the penalty's gradient and excludes those
+        #    of frozen experts' gate columns.
         frozen = self._frozen_gate_columns(phase)
         penalty = None
         if regulariser.penalty is not None and phase.shared:
@@ -201,15 +209,15 @@ class Trainer:
         self.optimizer.apply(gradients, rate, clip / scale, frozen)
         self.loss_scale.record_success()
 
-        # 8. Metrics. Extra micro-batches of the objective bring no tokens, only what the objective reports.
-        text, extra = parts[: len(batches)], parts[len(batches) :]
+        # 8. Metrics. Tokens of the objective's extra micro-batches are not training tokens; only its own figures count.
+        text, extra = micro_batches[: len(batches)], micro_batches[len(batches) :]
         for metrics in text:
             self.metrics.add_batch(metrics)
         for metrics in extra:
             self.metrics.add_extra_metrics(metrics)
         if penalty is not None:
             self.metrics.add_extra_metric("distance", penalty, 1.0)
-        self.metrics.add_step(self.reducer.num_updated_experts(parts, phase))
+        self.metrics.add_step(self.reducer.num_updated_experts(micro_batches, phase))
         return StepResult(loss, norm, rate, True, False, sum(int(metrics.tokens.sum()) for metrics in text))
 
     def take_store_metrics(self) -> dict[str, float]:
@@ -239,29 +247,29 @@ class Trainer:
         return self._frozen[phase.domains]
 
     def _accumulate(
-        self, batches: Sequence[RoutedBatch], phase: Phase, scale: float, total: float
+        self, batches: Sequence[RoutedBatch], phase: Phase, scale: float, total_units: float
     ) -> tuple[Gradients, list[BatchMetrics]]:
         """Gradients summed over the micro-batches of a step, and the metrics of each."""
         gradients: Gradients | None = None
-        parts = []
+        micro_batches = []
         for batch in (*batches, *self.objective.extra_batches(batches, self.planner)):
-            of_batch, metrics = self._compute_gradients(batch, phase, scale, total, len(batches))
-            parts.append(metrics)
+            of_batch, metrics = self._compute_gradients(batch, phase, scale, total_units, len(batches))
+            micro_batches.append(metrics)
             if gradients is None:
                 gradients = of_batch
             else:
                 gradients.add(of_batch)
-        return gradients, parts
+        return gradients, micro_batches
 
     def _compute_gradients(
-        self, batch: RoutedBatch, phase: Phase, scale: float, total: float, micro_batches: int
+        self, batch: RoutedBatch, phase: Phase, scale: float, total_units: float, micro_batches: int
     ) -> tuple[Gradients, BatchMetrics]:
         """Forward and backward: gradients of this process's rows and experts, metrics of the whole micro-batch."""
         fixed = batch.fixed
         prepared = self.objective.prepare(batch)
-        weights, auxiliary_weight, *extra = self.objective.inputs(batch, prepared, scale, total, micro_batches)
+        weights, auxiliary_weight, *extra = self.objective.inputs(batch, prepared, scale, total_units, micro_batches)
         # The network is shared with evaluation, so its mode is set per use.
-        outputs = self._step_cache(phase.shared, self.objective).set_train(True)(
+        outputs = self._compiled_steps(phase.shared, self.objective).set_train(True)(
             fixed[0],
             Tensor(batch.labels),
             weights,
@@ -270,19 +278,19 @@ class Trainer:
             *extra,
             *batch.flat(self.signature, self.model.store),
         )
-        by_sample, auxiliary, counts, by_expert, shared, squares = outputs
+        by_sample, auxiliary, counts, expert_gradients, shared, squares = outputs
         loss = self.objective.measure(batch, prepared, by_sample.asnumpy())
         gate_rows = [c.asnumpy() for c in counts]
         own = BatchMetrics.from_loss(batch, len(self.model.groups.names), loss, gate_rows, float(auxiliary.asnumpy()))
         by_rank = own.gather(self.processes)
-        # An expert of this process has a gradient if any rank that sends rows here sent it one.
+        # An expert of this process has a gradient if any rank that sends rows here sent it a row.
         received = own.sum_ranks(by_rank[list(self.reducer.exchange_ranks)])
         gradients = Gradients()
         if phase.shared:
             gradients.shared = tuple(shared)
             gradients.shared_squares = squares.asnumpy().astype(np.float64)
-        if by_expert:
+        if expert_gradients:
             gradients.experts = select_expert_gradients(
-                self.model, self.signature, batch, phase.domains, by_expert, received.load
+                self.model, self.signature, batch, phase.domains, expert_gradients, received.load
             )
         return gradients, own.sum_ranks(by_rank[list(self.reducer.reader_ranks)])

@@ -23,7 +23,7 @@ class ExpertChoiceRouter(LearnedRouter):
     depends on later ones, so a model of it cannot write text.
     """
 
-    by_expert = True
+    expert_choice = True
 
     @property
     def taken(self) -> int:

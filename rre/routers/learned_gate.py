@@ -93,8 +93,8 @@ class Gate(nn.Cell):
         self.concat = layout(ops.Concat(1), two, two)
         self.greater = layout(ops.Greater(), two, ())
         self.select = layout(ops.Select(), two, two, two)
-        self.is_cut = layout.spmd_mesh is not None
-        if self.is_cut:
+        self.is_spmd = layout.spmd_mesh is not None
+        if self.is_spmd:
             cut = (layout, layout.spmd_mesh, self.experts, self.group)
             self.plan_by_capacity = CapacityPlanInGraph(*cut, self.capacity)
             # A token chooses an expert at most once, so with room for all of a group's tokens nothing is dropped.
@@ -128,11 +128,11 @@ class Gate(nn.Cell):
         routed_BE = self.rows(hits_TKE)
         kept_BE = routed_BE
         # 2. Apply the capacity and plan the dispatch. Evaluation drops nothing, whatever training does.
-        if self.is_cut and self.training:
+        if self.is_spmd and self.training:
             hits_TKE, rank_TKE = self.with_room(hits_TKE, self.room)
             kept_BE = self.rows(hits_TKE)
             plan = self.plan_by_capacity(hits_TKE, rank_TKE)
-        elif self.is_cut:
+        elif self.is_spmd:
             hits_TKE, rank_TKE = self.with_room(hits_TKE, self.room_for_all)
             plan = self.plan_all(hits_TKE, rank_TKE)
         elif self.training and self.capacity is not None:

@@ -94,11 +94,11 @@ class Router:
     part inside the graph, called as `cell(x_TD, routing) -> (plan, combine weights [T, K] or None, auxiliary loss, rows
     [B, E + 1] where the gate is learned)`; a plan is what the networks of the layer take (`rre.sparse_layer`), rows are
     what each expert took of each sample and, last, how many of its S tokens' choices found no room, divided by K.
-    `by_expert`: experts choose tokens, and the plan begins with the rows that they took (see `ExpertChoiceRouter`).
+    `expert_choice`: experts choose tokens, and the plan begins with the rows that they took (see `ExpertChoiceRouter`).
     """
 
     learned = False
-    by_expert = False
+    expert_choice = False
 
     @classmethod
     def build(cls, options: RouterOptions) -> Router:

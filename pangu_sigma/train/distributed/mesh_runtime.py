@@ -14,7 +14,7 @@ from pangu_sigma.model.graph_inputs import GraphSignature
 from pangu_sigma.model.model import Model
 from pangu_sigma.model.pipeline_stages import stage_of
 from pangu_sigma.train.distributed.device_pipeline import DevicePipeline
-from pangu_sigma.train.distributed.pipeline_step import AllStages, pipeline_inputs
+from pangu_sigma.train.distributed.pipeline_step import UnpipelinedTrainStep, pipeline_inputs
 from pangu_sigma.train.distributed.spmd_step import CompileContext, CompileContextCell, spmd_train_step
 from pangu_sigma.train.objective import TrainingObjective
 from pangu_sigma.train.step import GradientStep
@@ -81,7 +81,7 @@ class EmulatedMeshRuntime:
         """The step of this rank's pipeline stage."""
         config, model = self.model.config, self.model
         micro_batches, domains = config.train.gradient_accumulation_steps, len(config.domains)
-        cell = AllStages(model.net, signature, model.layout, micro_batches, domains)
+        cell = UnpipelinedTrainStep(model.net, signature, model.layout, micro_batches, domains)
         experts = [(parameter, self._expert_tensor(parameter)) for parameter in cell.experts]
         shared = [model.shared.stage_tensor(name) for name in model.shared.trained]
         inputs = pipeline_inputs(signature, micro_batches, domains)

@@ -2,11 +2,12 @@
 
 What `GradientStep` takes one micro-batch at a time comes here for all of them:
 1. `MicroBatches` slices the inputs and sums the losses (`PipelinedLoss`) of the micro-batches;
-2. MindSpore's pipeline pass divides the graph at the stages of its cells, and sends rows between them;
+2. MindSpore's pipeline pass divides the graph at the stages of its cells, runs them 1F1B and sends activations and
+   their gradients between neighbours;
 3. `AccumulatedGradients` takes the sums over all micro-batches out of the pass's buffers.
 
-Activated experts are parameters of this graph, and not inputs: the pass takes every input for a table of samples. The
-host sets them before a step and takes their gradients after it, as everywhere.
+Activated experts are parameters of this graph, and not inputs: the pass treats every input as batch-major data. The
+host sets them before a step and takes their gradients after it.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ FIXED_INPUTS = ("tokens", "labels", "weights", "positions", "segments")
 
 
 class PipelinedLoss(nn.Cell):
-    """The objective of one micro-batch, by domain: (FIXED_INPUTS, domains, every sparse layer's plan) -> float32 [d].
+    """The objective of one micro-batch, by domain: (FIXED_INPUTS, one-hot domains, every sparse layer's plan) -> [d].
 
-    `domains` float32 [B, d] has a 1 where a sample's domain is. The sum over d is what trains: MindSpore's gradient of
+    `domain_one_hot` float32 [B, d]: the domain of each sample. The sum over d is what trains: MindSpore's gradient of
     a vector is that of its sum.
     """
 
@@ -48,39 +49,39 @@ class PipelinedLoss(nn.Cell):
         self.column = layout(ops.ExpandDims(), ("rows",))
 
     def construct(
-        self, tokens: Tensor, labels: Tensor, weights: Tensor, positions: Tensor, segments: Tensor, domains: Tensor,
-        *plans: Tensor,
+        self, tokens: Tensor, labels: Tensor, weights: Tensor, positions: Tensor, segments: Tensor,
+        domain_one_hot: Tensor, *plans: Tensor,
     ) -> Tensor:  # fmt: skip
         flat, experts = (), 0
-        for start, behind_plan, end in self.bounds:
+        for start, weights_start, end in self.bounds:
             first = start - experts
-            flat = flat + plans[first : first + behind_plan - start]
-            flat = flat + self.experts[experts : experts + end - behind_plan]
-            experts = experts + end - behind_plan
+            flat = flat + plans[first : first + weights_start - start]
+            flat = flat + self.experts[experts : experts + end - weights_start]
+            experts = experts + end - weights_start
         h, _, _ = self.net(tokens, positions, segments, None, None, self.bounds, *flat)
         losses = self.net.head(h, labels, None, self.net.output_table(flat, tokens))
         by_sample = self.column(self.sum(self.mul(losses, weights), 1), 1)
-        return self.sum(self.mul(by_sample, domains), 0)
+        return self.sum(self.mul(by_sample, domain_one_hot), 0)
 
 
-class AllStages(nn.Cell):
-    """All stages in one process: (inputs of `PipelinedLoss` for a whole step) -> (objective by domain [d], gradients of
-    all experts and of all shared parameters).
+class UnpipelinedTrainStep(nn.Cell):
+    """Train step of all pipeline stages in one process, which an emulated mesh runs: (inputs of `PipelinedLoss` for a
+    whole step) -> (objective by domain [d], gradients of all experts and of all shared parameters).
 
     The parameters of the experts are the loss' own: `experts`.
     """
 
     def __init__(
-        self, net: PanGuSigma, signature: GraphSignature, layout: MeshLayout, micro_batches: int, domains: int
+        self, net: PanGuSigma, signature: GraphSignature, layout: MeshLayout, micro_batches: int, num_domains: int
     ) -> None:
         super().__init__(auto_prefix=False)
         loss = PipelinedLoss(net, layout, signature)
         self.experts = loss.experts
-        everything = ParameterTuple([*loss.experts, *net.trainable_params()])
+        trained = ParameterTuple([*loss.experts, *net.trainable_params()])
         self.loss = MicroBatches(loss, micro_batches)
-        self.value_and_grad = ops.value_and_grad(self.loss, None, everything)
+        self.value_and_grad = ops.value_and_grad(self.loss, None, trained)
         self.set_train()
-        inputs = pipeline_inputs(signature, micro_batches, domains)
+        inputs = pipeline_inputs(signature, micro_batches, num_domains)
         self.set_inputs(*(Tensor(shape=list(shape), dtype=dtype) for shape, dtype, _ in inputs))
 
     def construct(self, *inputs: Tensor):
@@ -90,16 +91,16 @@ class AllStages(nn.Cell):
 
 
 class PipelineTrainStep(nn.Cell):
-    """One stage of the step: (inputs of `PipelinedLoss` for a whole step) -> (objective by domain [d], gradients of
-    this stage's experts, of its shared parameters, square sums of the latter [n]).
+    """Pipeline-parallel train step of one stage: (inputs of `PipelinedLoss` for a whole step) -> (objective by domain
+    [d], gradients of this stage's experts, of its shared parameters, squared norms of the latter [n]).
 
-    Each rank gives its rows of every micro-batch, one behind the other. The objective is known on the last
-    stage alone.
+    Inputs: this rank's sequences of all micro-batches, concatenated on axis 0. The objective is known on the last stage
+    alone.
     """
 
     def __init__(
         self, net: PanGuSigma, signature: GraphSignature, layout: MeshLayout, micro_batches: int, stage: int,
-        optimizer_parallel: bool, domains: int,
+        optimizer_parallel: bool, num_domains: int,
     ) -> None:  # fmt: skip
         super().__init__(auto_prefix=False)
         net.set_stages(layout.mesh)
@@ -114,19 +115,19 @@ class PipelineTrainStep(nn.Cell):
         )
         # Tied embeddings: the last stage computes with the first one's word table. If the pass sends it as a parameter,
         # the last stage must send its gradient back.
-        words = None if optimizer_parallel else net.tied_embedding()
-        self.has_tied_copy = words is not None and 0 < stage == layout.mesh.pipeline - 1
+        tied_embedding = None if optimizer_parallel else net.tied_embedding()
+        self.has_tied_copy = tied_embedding is not None and 0 < stage == layout.mesh.pipeline - 1
         # Parameters of another stage in this graph: their values are received, their memory must be here.
-        self.borrowed_parameters = ParameterTuple([words] if self.has_tied_copy else [])
-        everything = ParameterTuple([*self.experts, *self.shared, *self.borrowed_parameters])
+        self.borrowed_parameters = ParameterTuple([tied_embedding] if self.has_tied_copy else [])
+        trained = ParameterTuple([*self.experts, *self.shared, *self.borrowed_parameters])
         # An attribute, so that set_train reaches the network, and operators' scopes name their layers.
         self.loss = MicroBatches(loss, micro_batches)
-        self.value_and_grad = ops.value_and_grad(self.loss, None, everything)
+        self.value_and_grad = ops.value_and_grad(self.loss, None, trained)
         self.accumulated = AccumulatedGradients(self.experts, optimizer_parallel) if len(self.experts) else None
         self.accumulated_shared = AccumulatedGradients(self.shared, optimizer_parallel)
         self.square_sums = square_sums(layout, [parameter.shape for parameter in self.shared])
         self.set_train()
-        inputs = pipeline_inputs(signature, micro_batches, domains)
+        inputs = pipeline_inputs(signature, micro_batches, num_domains)
         self.set_inputs(*(Tensor(shape=layout.local_shape(shape, spec), dtype=dtype) for shape, dtype, spec in inputs))
 
     @property
@@ -141,6 +142,7 @@ class PipelineTrainStep(nn.Cell):
         end = len(self.experts) + len(self.shared)
         experts, shared = gradients[: len(self.experts)], gradients[len(self.experts) : end]
         if self.has_tied_copy:
+            # Keeps the Send of the tied embedding's gradient, which nothing else here reads, from being pruned.
             objective = ops.depend(objective, gradients[end])
         if self.accumulated is not None:
             experts = self.accumulated(experts)
@@ -161,11 +163,12 @@ def expert_tensors(signature: GraphSignature) -> dict[str, tuple[int, ...]]:
 
 
 def pipeline_inputs(
-    signature: GraphSignature, micro_batches: int, domains: int
+    signature: GraphSignature, micro_batches: int, num_domains: int
 ) -> list[tuple[tuple[int, ...], ms.dtype, PartitionSpec]]:
     """Full shape, type and partition spec of every input of the graph of a step; `signature` is of one micro-batch."""
     fixed = fixed_inputs(signature.batch, signature.length)
-    of_one = [fixed[name] for name in FIXED_INPUTS]
-    of_one.append(((signature.batch, domains), ms.float32, ("rows", 1)))
-    of_one += [entry for layer_signature in signature.layers for entry in layer_signature.capacity_spec.plan_inputs()]
-    return [((micro_batches * shape[0], *shape[1:]), dtype, spec) for shape, dtype, spec in of_one]
+    per_micro_batch = [fixed[name] for name in FIXED_INPUTS]
+    per_micro_batch.append(((signature.batch, num_domains), ms.float32, ("rows", 1)))
+    for layer_signature in signature.layers:
+        per_micro_batch += layer_signature.capacity_spec.plan_inputs()
+    return [((micro_batches * shape[0], *shape[1:]), dtype, spec) for shape, dtype, spec in per_micro_batch]

@@ -55,7 +55,9 @@ class Objective(nn.Cell):
         super().__init__()
         self.unmixed = router.options.log_weights
         layer = EveryExpertFeedForward if self.unmixed else SparseFeedForward
-        self.layer = layer(router.cell(), layout, FeedForwardSpec("gelu"), ms.float32, by_expert=router.by_expert)
+        self.layer = layer(
+            router.cell(), layout, FeedForwardSpec("gelu"), ms.float32, expert_choice=router.expert_choice
+        )
 
     def construct(self, x, slopes, *flat):
         noise, weights = flat[: -4 * EXPERTS], flat[-4 * EXPERTS :]
