@@ -113,8 +113,8 @@ def verify(
         before, after = theirs(tokens, owners), ours(tokens, stand_ins)
         for row in np.flatnonzero(counted):
             # A maximum would pass over a NaN that only one side has.
-            difference = np.abs(before[row] - after[row]).max()
-            difference = float(np.maximum(difference, difference))
+            row_difference = np.abs(before[row] - after[row]).max()
+            difference = float(np.maximum(difference, row_difference))
             largest = max(largest, float(np.abs(before[row]).max()))
             labels = tokens[row, 1:]
             losses[owners[row]].append((_loss(before[row], labels, full), _loss(after[row], labels, full)))
