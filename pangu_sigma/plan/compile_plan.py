@@ -118,7 +118,7 @@ def report(config: Config, compiled: CompiledGraph) -> dict[str, Any]:
             for kind in sorted({row["kind"] for row in rows})
         },
         "parameters": {
-            name: {"shape": list(shape), "shard": list(compiled.held.get(name, ()))}
+            name: {"shape": list(shape), "shard": list(compiled.parameter_shards.get(name, ()))}
             for name, shape in shared_of_stage(config, compiled).items()
         },
         "experts": {

@@ -71,7 +71,7 @@ def run_dry(
 def start_semi_auto(dataset_strategy: str | tuple = "full_batch", save_to: str = "graphs", **context: object) -> None:
     """In the dry process: semi-auto-parallel graph mode over all ranks, graphs saved under `save_to`.
 
-    `dataset_strategy`: of every input of the graph its cut, as numbers or as `MeshLayout.placed` states it.
+    `dataset_strategy`: of every input of the graph its cut, as numbers or as `MeshLayout.device_layout` states it.
     """
     import mindspore as ms
     from mindspore.communication import init

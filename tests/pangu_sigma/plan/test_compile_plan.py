@@ -146,7 +146,7 @@ def test_optimizer_parallelism_divides_what_is_planned(compiled, overrides, rank
             theirs = np.split(theirs, len(placed.dividing))[placed.dividing.index(rank)]
         ours = stored_slices_of(name, shape, mesh, rank, True)
         assert np.array_equal(theirs, whole[ours]), name
-        assert theirs.shape == graph.held[name], name
+        assert theirs.shape == graph.parameter_shards[name], name
         ways[name] = len(placed.dividing) or 1
     assert ways["embedding.word"] == ways["blocks.0.attention.query.weight"] == pieces
     # Of 63.5 and of 64 KiB; rows that the ranks do not divide; 2 KiB.
@@ -207,12 +207,14 @@ def test_pipeline_stages_hold_their_layers_and_hand_rows_on(compiled):
         assert {tuple(c["ranks"]) for c in exchanges(found)} == {(4 * stage, 4 * stage + 2)}
         assert sum(c["count"] for c in exchanges(found)) == 2 * (2 + 2)
         assert as_by_arithmetic(config, found)
-        held = sum(math.prod(shape) for name, shape in graph.held.items() if not name.startswith("accu_grads."))
+        shards = graph.parameter_shards.items()
+        held = sum(math.prod(shape) for name, shape in shards if not name.startswith("accu_grads."))
         assert 4 * held == stage_bytes(config, vocabulary_size(config), stage)["weights"]
     assert graphs[0].rank == 0 and graphs[1].rank == 4
-    assert "blocks.1.experts.up.weight/0" in graphs[0].held and "blocks.1.norm1.gamma" not in graphs[1].held
+    first, last = (graph.parameter_shards for graph in graphs)
+    assert "blocks.1.experts.up.weight/0" in first and "blocks.1.norm1.gamma" not in last
     # The word table of the last stage is the first one's, so that only the first updates it.
-    assert "embedding.word" in graphs[1].held and "embedding.word" not in report(config, graphs[1])["parameters"]
+    assert "embedding.word" in last and "embedding.word" not in report(config, graphs[1])["parameters"]
     rows = 2 * 512 * 512 * 4
     sent = Counter((c.kind, c.ranks, c.bytes) for c in graphs[0].collectives if c.kind in ("Send", "Receive"))
     assert sent == {
@@ -226,15 +228,16 @@ def test_pipeline_stages_divide_their_parameters(compiled, stage):
     config, graph = compiled("eight_devices_pipeline.yaml", *STAGES, *DIVIDED_STAGES, rank=4 * stage + 1)
     assert list(problems(config, graph)) == []
     words, weight = "embedding.word", ("query_layer" if stage else "blocks.0") + ".attention.key.weight"
-    assert graph.held.get(words) == (None if stage else (8192 // 2 // 2, 512))
+    assert graph.parameter_shards.get(words) == (None if stage else (8192 // 2 // 2, 512))
     assert graph.placed[weight].dividing == (4 * stage + 1, 4 * stage + 3)
     if stage == 0:
         # A buffer is of all that the rank computes with, the gradient that comes out of it of what the rank holds.
-        buffers = sum(math.prod(s) for n, s in graph.held.items() if n.startswith("accu_grads."))
-        pieces = sum(math.prod(graph.held[n]) for n, p in graph.placed.items() if p.dividing and n in graph.parameters)
+        shards = graph.parameter_shards
+        buffers = sum(math.prod(s) for n, s in shards.items() if n.startswith("accu_grads."))
+        pieces = sum(math.prod(shards[n]) for n, p in graph.placed.items() if p.dividing and n in graph.parameters)
         counted = stage_bytes(config, vocabulary_size(config), stage)
         assert counted["gradients"] == 4 * (buffers + pieces)
-        assert counted["weights"] == 4 * (sum(math.prod(s) for s in graph.held.values()) - buffers)
+        assert counted["weights"] == 4 * (sum(math.prod(s) for s in shards.values()) - buffers)
     # What is handed on is all of the tensor part, with both micro-batches, and so are its gradients.
     sent = [c for c in graph.collectives if c.kind == ("Receive" if stage else "Send") and c.bytes == 4096 * 512 * 4]
     assert len(sent) == 2
