@@ -12,7 +12,7 @@ from parallel.dry.compiled_graph import last_graph, operators
 from parallel.dry.dry_process import run_dry
 
 CONFIG = Path(__file__).parents[3] / "configs" / "eight_devices_domain.yaml"
-SCRIPT = Path(__file__).with_name("one_device.py")
+SCRIPT = Path(__file__).with_name("one_device_graph.py")
 ONE = (
     "parallel={}", "model.layers=3", "model.hidden=128", "model.heads=4", "model.ffn=256", "train.batch_size=4",
     "model.sparse.dispatch=dropless", "experts.store=device",
