@@ -44,7 +44,7 @@ def main() -> None:
     model = build_model(config, vocabulary_size(config), 0, processes=Processes(config.parallel.mesh, rank))
     trainer = Trainer(model)
     staged = trainer.pipeline is not None
-    cell = trainer.pipeline.pipeline.cell if staged else trainer._step_cache(True, TrainingObjective()).cell
+    cell = trainer.pipeline.pipeline.cell if staged else trainer._compiled_steps(True, TrainingObjective()).cell
     layouts = cell.parameter_layout_dict
     initialise_shared(model)
     found = {}
@@ -60,7 +60,7 @@ def main() -> None:
         np.savez(sys.argv[2], **found)
         return
     ms.set_context(save_graphs_path="frozen")
-    trainer._step_cache(False, TrainingObjective())
+    trainer._compiled_steps(False, TrainingObjective())
     ms.set_context(save_graphs_path="evaluation")
     evaluation = EvaluationGraph(model, 2 * config.parallel.mesh.rows, 8)
     with evaluation.graph.context:
