@@ -13,9 +13,7 @@ FAILED = 1
 
 
 def doctor(
-    count: Annotated[
-        int, typer.Option("--processes", min=2, max=64, help="Processes that meet in an all-to-all.")
-    ] = 2,
+    count: Annotated[int, typer.Option("--processes", min=2, max=64, help="Processes that meet in an all-to-all.")] = 2,
     seconds: Annotated[float, typer.Option("--timeout", min=1.0, help="Seconds that a check may take.")] = 300.0,
     as_json: Json = False,
 ) -> None:

@@ -51,7 +51,7 @@ def plan(
         float, typer.Option(min=0.001, help="GB/s of a host's memory while it updates experts.")
     ] = DEFAULT.host_memory_gbps,
 ) -> None:
-    """Tell what FILE.yaml needs of a cluster: memory, bytes and time of a step, and what to change.
+    """Estimate what FILE.yaml needs on a cluster: memory, bytes and time of a step, and what to change.
 
     With --compile, MindSpore's own pass also compiles the training graph for all devices, of which none is needed.
     """

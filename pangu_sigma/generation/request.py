@@ -92,15 +92,16 @@ class Event:
     """Event of one request in one step; every sampled token gives exactly one event, in order.
 
     token_id: the token; None in the single event of a request with max_tokens 0, and in one with an error. The token
-    that ended the text (end of document, one of `stop_ids`) has an event too, and is no part of the text. text: the
-    text that is certain now. Bytes of an unfinished character and letters that may yet become a stop string wait for a
-    later event; the texts of all events joined are the answer. logprob: natural logarithm of the token's probability
-    under the model itself (before temperature, top-k, top-p and repetition penalty), None unless `logprobs` was asked
-    for; top: the likeliest (id, logprob), best first. prompt_scores: with `echo`, in the first event: one for every
-    prompt token; otherwise (). finish: None while the text goes on; "stop" at an end-of-document token, a stop id or a
-    stop string; "length" at max_tokens or when the model's window is full; "error" when no token could be chosen (then
-    token_id is None). error: with finish "error", the reason in a sentence. domains: of a text whose domain is
-    inferred, the (domain, posterior) of those that write it, best first.
+    that ended the text (end of document, one of `stop_ids`) has an event too, and is no part of the text.
+    text: the text that is certain now. Bytes of an unfinished character and letters that may yet become a stop string
+    wait for a later event; the texts of all events joined are the answer.
+    logprob: natural logarithm of the token's probability under the model itself (before temperature, top-k, top-p and
+    repetition penalty), None unless `logprobs` was asked for; top: the likeliest (id, logprob), best first.
+    prompt_scores: with `echo`, in the first event: one for every prompt token; otherwise ().
+    finish: None while the text goes on; "stop" at an end-of-document token, a stop id or a stop string; "length" at
+    max_tokens or when the model's window is full; "error" when no token could be chosen (then token_id is None).
+    error: with finish "error", the reason in a sentence.
+    domains: of a text whose domain is inferred, the (domain, posterior) of those that write it, best first.
     """
 
     request_id: int

@@ -89,8 +89,8 @@ def test_what_the_disk_answers_is_a_sentence_and_a_bug_keeps_its_traceback():
     commands = typer.Typer(cls=type(typer.main.get_command(app)))
 
     @commands.command()
-    def write(number: int) -> None:
-        raise OSError(number, os.strerror(number), "runs/x")
+    def write(error_number: int) -> None:
+        raise OSError(error_number, os.strerror(error_number), "runs/x")
 
     @commands.command()
     def read() -> None: ...
@@ -101,7 +101,7 @@ def test_what_the_disk_answers_is_a_sentence_and_a_bug_keeps_its_traceback():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "sentence"),
     [
         (["train", QUICKSTART, "--stream", "-", "--domain", "code"], "data.stream is read by one process"),
         (["evaluate", "runs/x", "--tasks", "questions.jsonl"], "--tasks runs in one process"),
@@ -109,11 +109,11 @@ def test_what_the_disk_answers_is_a_sentence_and_a_bug_keeps_its_traceback():
     ],
     ids=lambda part: part if isinstance(part, str) else " ".join(map(os.path.basename, part)),
 )
-def test_what_several_processes_do_not_do_is_refused(arguments, said, tmp_path):
+def test_what_several_processes_do_not_do_is_refused(arguments, sentence, tmp_path):
     done = run(*arguments, "--workers", "2", cwd=tmp_path)
     assert done.returncode == 2 and not list(tmp_path.iterdir())
     assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
-    assert said in done.stderr and "leave --workers out" in done.stderr
+    assert sentence in done.stderr and "leave --workers out" in done.stderr
 
 
 def test_the_quickstart_refuses_a_mesh(tmp_path):

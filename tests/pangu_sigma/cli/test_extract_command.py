@@ -34,10 +34,10 @@ def refused(*words: object) -> str:
 def test_a_run_is_cut_verified_and_said(parent, tmp_path):
     done = ran(parent.parent.parent, "--domain", "poems", "--out", tmp_path / "poems")
     assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
-    assert said[0].startswith(f"{tmp_path / 'poems'}: poems, ")
-    assert said[1].startswith("Largest logit difference 0.0 over 2 probe sequences in batches that mix 3 domains; ")
-    assert said[-1].endswith(f"pangu-sigma train {tmp_path}/poems/config.yaml run.init_from={tmp_path}/poems")
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"{tmp_path / 'poems'}: poems, ")
+    assert lines[1].startswith("Largest logit difference 0.0 over 2 probe sequences in batches that mix 3 domains; ")
+    assert lines[-1].endswith(f"pangu-sigma train {tmp_path}/poems/config.yaml run.init_from={tmp_path}/poems")
     open_checkpoint(tmp_path / "poems").verify()
     assert [path.name for path in tmp_path.iterdir()] == ["poems"]
     # a second time into the same folder is a mistake
@@ -85,8 +85,8 @@ def test_mistakes_are_answered_with_one_sentence(parent, words, sentence):
     assert sentence in refused(parent, *words)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_leaves_nothing(parent, tmp_path, number):
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_leaves_nothing(parent, tmp_path, signal_number):
     out = tmp_path / "law"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = command(parent, "--domain", "law", "--out", out)
@@ -96,9 +96,9 @@ def test_an_interruption_leaves_nothing(parent, tmp_path, number):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(0.3)  # the copy is done, the verification is under way
-        process.send_signal(number)
-        said = process.stderr.read()
-    assert process.returncode == 130 and "Interrupted." in said and "Traceback" not in said
+        process.send_signal(signal_number)
+        stderr_text = process.stderr.read()
+    assert process.returncode == 130 and "Interrupted." in stderr_text and "Traceback" not in stderr_text
     assert not list(tmp_path.iterdir())
 
 

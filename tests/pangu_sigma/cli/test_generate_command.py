@@ -109,8 +109,8 @@ def test_a_reader_that_leaves_ends_it_without_a_word(finished_run, tmp_path):
     running = fed("generate", finished_run, "--domain", "law", "--jsonl", *SHORT, text=lines, cwd=tmp_path)
     assert json.loads(running.stdout.readline())["prompt"] == "the court 0"
     running.stdout.close()
-    said = running.stderr.read()
-    assert running.wait(timeout=120) == 0 and "Traceback" not in said and "BrokenPipe" not in said
+    stderr_text = running.stderr.read()
+    assert running.wait(timeout=120) == 0 and "Traceback" not in stderr_text and "BrokenPipe" not in stderr_text
 
 
 def test_ctrl_c_ends_it_cleanly(finished_run, tmp_path):
@@ -118,15 +118,15 @@ def test_ctrl_c_ends_it_cleanly(finished_run, tmp_path):
     running = fed("generate", finished_run, "--domain", "law", "--jsonl", *SHORT, text=lines, cwd=tmp_path)
     first = running.stdout.readline()
     running.send_signal(signal.SIGINT)
-    rest, said = running.stdout.read(), running.stderr.read()
+    rest, stderr_text = running.stdout.read(), running.stderr.read()
     assert running.wait(timeout=120) == 130
-    assert "Interrupted." in said and "Traceback" not in said
+    assert "Interrupted." in stderr_text and "Traceback" not in stderr_text
     assert all(json.loads(line) for line in (first + rest).splitlines())
 
 
 def test_the_help_does_not_load_the_framework():
-    found = (
+    program = (
         "import pangu_sigma.cli.generate_command, sys; print([m for m in ('mindspore', 'numpy') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", found], capture_output=True, text=True, cwd=training_process.ROOT)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=training_process.ROOT)
     assert done.stdout.strip() == "[]"

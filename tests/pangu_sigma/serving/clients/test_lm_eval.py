@@ -100,9 +100,9 @@ def results(server, folder) -> dict:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (samples,) = Path(folder / "out").rglob("samples_court_*.jsonl")
-    (whole,) = Path(folder / "out").rglob("results_*.json")
+    (results_file,) = Path(folder / "out").rglob("results_*.json")
     lines = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
-    return {"metrics": json.loads(whole.read_text(encoding="utf-8"))["results"], "samples": lines}
+    return {"metrics": json.loads(results_file.read_text(encoding="utf-8"))["results"], "samples": lines}
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +118,9 @@ def expected(served_run, questions) -> list[list[tuple[float, bool]]]:
 
     def one(question: str, choice: str) -> tuple[float, bool]:
         # The harness's own rule: a choice's tokens are those of the whole text behind the question's.
-        whole, before = trained.tokenizer.encode(f"{question} {choice}"), len(trained.tokenizer.encode(question))
-        logprobs = log_softmax(decoder.score(tuple(whole), domain))[before - 1 : -1]
-        ids = np.array(whole[before:])
+        token_ids, before = trained.tokenizer.encode(f"{question} {choice}"), len(trained.tokenizer.encode(question))
+        logprobs = log_softmax(decoder.score(tuple(token_ids), domain))[before - 1 : -1]
+        ids = np.array(token_ids[before:])
         return float(logprobs[np.arange(ids.size), ids].sum()), bool((logprobs.argmax(axis=1) == ids).all())
 
     return [[one(q["question"], choice) for choice in q["choices"]] for q in questions]
@@ -146,11 +146,11 @@ def test_evaluates_own_scores_are_the_harness_scores(results, served_run, folder
     written = FewShotSettings(domain="law", max_tokens=WRITTEN)
     words = evaluate_tasks(served_run, [folder / "words.jsonl"], written)["tasks"][0]
     pairs = {"acc,none": "accuracy", "acc_norm,none": "accuracy_per_character"}
-    for name, mine in (("court", court), ("shots", shots)):
+    for name, task_result in (("court", court), ("shots", shots)):
         for theirs, rule in pairs.items():
-            assert mine["scores"][rule]["value"] == pytest.approx(results["metrics"][name][theirs])
+            assert task_result["scores"][rule]["value"] == pytest.approx(results["metrics"][name][theirs])
             error = results["metrics"][name][theirs.replace(",", "_stderr,")]
-            assert mine["scores"][rule]["stderr"] == pytest.approx(error)
+            assert task_result["scores"][rule]["stderr"] == pytest.approx(error)
     theirs = results["metrics"]["words"]
     assert words["scores"]["exact_match"]["value"] == pytest.approx(theirs["exact_match,strip"])
     assert words["scores"]["exact_match"]["value"] >= 0.4

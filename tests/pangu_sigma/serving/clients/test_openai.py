@@ -41,10 +41,10 @@ def test_a_completion_with_log_probabilities(client):
 
 def test_a_streamed_completion(client):
     fields = dict(model="poems", prompt="rose", max_tokens=30, temperature=0.9, seed=4)
-    whole = client.completions.create(**fields)
+    full = client.completions.create(**fields)
     chunks = list(client.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
-    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == whole.choices[0].text
-    assert chunks[-1].usage == whole.usage and chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == full.choices[0].text
+    assert chunks[-1].usage == full.usage and chunks[-2].choices[0].finish_reason == full.choices[0].finish_reason
 
 
 def test_extensions_travel_in_the_extra_body(client):
@@ -56,9 +56,9 @@ def test_extensions_travel_in_the_extra_body(client):
 
 def test_a_chat_whole_and_streamed(client):
     fields = dict(model="law", messages=[{"role": "user", "content": "the court"}], max_completion_tokens=12, seed=2)
-    whole = client.chat.completions.create(**fields, logprobs=True, top_logprobs=2)
-    (choice,) = whole.choices
-    assert choice.message.role == "assistant" and len(choice.logprobs.content) == whole.usage.completion_tokens
+    full = client.chat.completions.create(**fields, logprobs=True, top_logprobs=2)
+    (choice,) = full.choices
+    assert choice.message.role == "assistant" and len(choice.logprobs.content) == full.usage.completion_tokens
     assert all(entry.logprob <= 0 and len(entry.top_logprobs) == 2 for entry in choice.logprobs.content)
     chunks = list(client.chat.completions.create(**fields, stream=True))
     assert chunks[0].choices[0].delta.role == "assistant"

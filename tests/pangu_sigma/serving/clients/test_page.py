@@ -20,9 +20,9 @@ SWITCHES = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backgr
 def installed_chromium(playwright) -> str | None:
     """A Chromium of this machine: named by CHROMIUM, on the path, or Playwright's own."""
     names = [os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome"]
-    found = next((path for name in names if name and (path := shutil.which(name))), None)
+    on_path = next((path for name in names if name and (path := shutil.which(name))), None)
     own = playwright.chromium.executable_path
-    return found or (own if Path(own).exists() else None)
+    return on_path or (own if Path(own).exists() else None)
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +68,9 @@ def test_type_and_watch_the_text_come(page, server, client):
     fields = {"model": "law", "prompt": "the court", "max_tokens": 24, "seed": 7, "temperature": 1}
     answer = client.post("/v1/completions", json=fields).json()
     assert page.locator("#text").text_content() == "the court" + answer["choices"][0]["text"]
-    said = page.locator("#rate").text_content()
+    rate_text = page.locator("#rate").text_content()
     written = answer["usage"]["completion_tokens"]
-    assert re.fullmatch(rf"{written} tokens?(, [\d.]+ tokens/s)? · (cut at the limit|ended by itself)", said)
+    assert re.fullmatch(rf"{written} tokens?(, [\d.]+ tokens/s)? · (cut at the limit|ended by itself)", rate_text)
     assert page.locator("#error").is_hidden()
 
 

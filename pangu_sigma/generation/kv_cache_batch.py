@@ -1,4 +1,4 @@
-"""Decode batch: the rows of one decoding step and their KV caches, in the host's memory or on the device.
+"""KV cache of a decode batch: the rows of one decoding step with their caches, in host memory or on the device.
 
 A batch holds `rows` texts with caches of `length` positions. `join` puts a text's cache into a row; `read` and
 `row_cache` take it out when texts move to a batch of another size.
