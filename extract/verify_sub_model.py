@@ -196,13 +196,13 @@ def mixed_batches(probe: dict[str, np.ndarray], kept: Sequence[str]) -> list[tup
     each = BATCH // 2 if foreign else BATCH
     batches = []
     for number, start in enumerate(range(0, len(sequences), each)):
-        rows = sequences[start : start + each]
-        rows = [rows[i % len(rows)] for i in range(each)]
-        counted = [i < len(rows) for i in range(each)]
+        own = sequences[start : start + each]
+        rows = [own[i % len(own)] for i in range(each)]
+        counted = [i < len(own) for i in range(each)]
         if foreign:
             others = [foreign[(number * each + i) % len(foreign)] for i in range(BATCH - each)]
             rows = [row for pair in zip(rows, others, strict=True) for row in pair]
-            counted = [flag for own in counted for flag in (own, False)]
+            counted = [flag for is_own in counted for flag in (is_own, False)]
         batches.append((np.stack([tokens for _, tokens in rows]), [domain for domain, _ in rows], np.array(counted)))
     return batches
 
