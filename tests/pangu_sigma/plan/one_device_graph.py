@@ -1,6 +1,6 @@
 """In the dry process: the training graph of one Ascend device, with its own operators, compiled without one.
 
-python one_device.py CONFIG.yaml [section.key=value …]
+python one_device_graph.py CONFIG.yaml [section.key=value …]
 """
 
 import sys
