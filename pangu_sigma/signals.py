@@ -71,14 +71,14 @@ def signals_held() -> Iterator[None]:
         return
     came: list[int] = []
     previous = {
-        number: signal.signal(number, lambda number, frame: came.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
+        signal_number: signal.signal(signal_number, lambda received, frame: came.append(received))
+        for signal_number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for signal_number, handler in previous.items():
+            signal.signal(signal_number, handler)
         if came:
             signal.raise_signal(came[0])
 

@@ -9,11 +9,11 @@ def test_it_ends_with_a_domain_that_was_cut_out_verified_and_writes(copied_run, 
     words = ("quickstart", small_yaml, f"run.dir={run}", "data.cache=null", "evaluate.batches=1")
     done = command(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
-    line = next(number for number, text in enumerate(said) if text.startswith("Largest logit difference"))
-    assert "difference 0.0 over 2 probe sequences in batches that mix 3 domains" in said[line]
-    assert f"run.init_from={run.relative_to(tmp_path)}/extracted/code" in said[line + 2]
-    assert "--- code: the same beginning ▸ and what the sub-model writes on" in said[line + 3 :]
+    lines = done.stdout.splitlines()
+    line = next(index for index, text in enumerate(lines) if text.startswith("Largest logit difference"))
+    assert "difference 0.0 over 2 probe sequences in batches that mix 3 domains" in lines[line]
+    assert f"run.init_from={run.relative_to(tmp_path)}/extracted/code" in lines[line + 2]
+    assert "--- code: the same beginning ▸ and what the sub-model writes on" in lines[line + 3 :]
     model = open_checkpoint(run / "extracted" / "code")
     model.verify()
     parent = open_checkpoint(checkpoint(run, 12))

@@ -21,10 +21,10 @@ def test_the_mask_is_pangu_alphas(row):
     length = len(row)
     seen = np.tril(np.ones((length, length), dtype=bool))
     expected = []
-    for place, token in enumerate(row):
-        expected.append(0 if place == 0 or row[place - 1] == 0 else expected[-1] + 1)
+    for index, token in enumerate(row):
+        expected.append(0 if index == 0 or row[index - 1] == 0 else expected[-1] + 1)
         if token == 0:
-            seen[place + 1 :, : place + 1] = False
+            seen[index + 1 :, : index + 1] = False
     positions, segments = positions_and_segments(np.array([row]), eod_id=0)
     assert positions[0].tolist() == expected
     same = segments[0][:, None] == segments[0][None, :]

@@ -59,9 +59,9 @@ def kill_often(small_yaml, folder, uninterrupted, steps: int, moments: list[str]
     run = folder / "run"
     arguments = ["train", small_yaml, f"run.dir={run}", "evaluate.every=0", "checkpoint.every=1", *changes, "--resume"]
     caught = 0
-    for number, moment in enumerate(moments):
+    for index, moment in enumerate(moments):
         before = last_step(run)
-        log = folder / f"log-{number}.txt"
+        log = folder / f"log-{index}.txt"
         kill_once(arguments, run, log, draw, moment)
         left = unfinished_saves(run)
         caught += bool(left)

@@ -62,8 +62,8 @@ def test_micro_batches_add_up_expert_by_expert():
     one, two = np.ones(3, np.float32), np.full(3, 2, np.float32)
     gradients = Gradients((Tensor(one),), {("blocks.0", 0): [Tensor(one)]}, shared_squares=np.array([3.0]))
     gradients.add(Gradients((Tensor(two),), {("blocks.0", 0): [Tensor(two)], ("blocks.0", 4): [Tensor(one)]}, 1.0))
-    found = {key: [t.asnumpy().tolist() for t in tensors] for key, tensors in gradients.experts.items()}
-    assert found == {("blocks.0", 0): [[3, 3, 3]], ("blocks.0", 4): [[1, 1, 1]]}
+    sums = {key: [t.asnumpy().tolist() for t in tensors] for key, tensors in gradients.experts.items()}
+    assert sums == {("blocks.0", 0): [[3, 3, 3]], ("blocks.0", 4): [[1, 1, 1]]}
     assert norm(gradients) == pytest.approx(np.sqrt(27 + 27 + 3))
 
 
@@ -87,12 +87,12 @@ def test_a_large_gradient_is_scaled_to_the_largest_norm(clipped):
 @pytest.fixture(scope="module")
 def accumulated():
     """accumulation -> (results of three steps, tensors after them), for 8 samples as 1 x 8, 2 x 4 and 4 x 2."""
-    found = {}
+    by_parts = {}
     for parts in (1, 2, 4):
         trainer = small_trainer(train={"batch_size": 8, "gradient_accumulation_steps": parts})
         results = [trainer.step(s, trainer.plan(batch(s, [0, 1, 2, 0, 2, 2, 1, 0]))) for s in range(3)]
-        found[parts] = results, tensors_now(trainer)
-    return found
+        by_parts[parts] = results, tensors_now(trainer)
+    return by_parts
 
 
 @pytest.mark.parametrize("parts", [2, 4])

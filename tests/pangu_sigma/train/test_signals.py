@@ -56,13 +56,13 @@ def test_ctrl_c_while_compiling_is_heard_after_the_first_step(small_yaml, tmp_pa
     assert checkpoint(run, 1).is_dir()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_a_signal_while_preparing_ends_the_program(small_yaml, tmp_path, number):
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_while_preparing_ends_the_program(small_yaml, tmp_path, signal_number):
     run, log = tmp_path / "run", tmp_path / "log.txt"
     process = started("train", small_yaml, f"run.dir={run}", cwd=tmp_path, log=log)
     try:
         assert wait_until((run / ".lock").exists, process)
-        process.send_signal(number)
+        process.send_signal(signal_number)
         assert process.wait(60) == 130, log.read_text()
     finally:
         process.kill()
@@ -74,8 +74,8 @@ def test_ctrl_c_is_heard_at_any_moment(small_yaml, tmp_path):
     """From the lock to the last step: it saved and says so, or there was nothing to save and it says that."""
     draw = random.Random(0)
     codes = []
-    for number in range(20):
-        run, log = tmp_path / f"run-{number}", tmp_path / f"log-{number}.txt"
+    for index in range(20):
+        run, log = tmp_path / f"run-{index}", tmp_path / f"log-{index}.txt"
         arguments = ["train", small_yaml, f"run.dir={run}", "data.cache=null", "train.steps=200"]
         process = started(*arguments, "evaluate.every=0", cwd=tmp_path, log=log)
         try:
@@ -85,11 +85,11 @@ def test_ctrl_c_is_heard_at_any_moment(small_yaml, tmp_path):
             codes.append(process.wait(180))
         finally:
             process.kill()
-        said = log.read_text()
-        saved = re.search(r"(?:Ctrl-C|SIGTERM): saved step (\d+); continue with --resume\n$", said)
-        assert "Traceback" not in said
+        stderr = log.read_text()
+        saved = re.search(r"(?:Ctrl-C|SIGTERM): saved step (\d+); continue with --resume\n$", stderr)
+        assert "Traceback" not in stderr
         if codes[-1] == 0:
-            assert checkpoint(run, int(saved[1]) if saved else 200).is_dir(), said
+            assert checkpoint(run, int(saved[1]) if saved else 200).is_dir(), stderr
         else:
-            assert codes[-1] == 130 and said.endswith("Interrupted.\n"), (codes[-1], said)
+            assert codes[-1] == 130 and stderr.endswith("Interrupted.\n"), (codes[-1], stderr)
     assert {0, 130} <= set(codes)

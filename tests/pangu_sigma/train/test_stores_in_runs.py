@@ -85,8 +85,8 @@ def test_a_run_goes_on_under_a_store_whose_graph_takes_all_experts(small_yaml, h
 @pytest.mark.slow
 def test_a_roll_back_on_disk_is_that_in_memory(small_yaml, hosted, tmp_path):
     ended = []
-    for number, changes in enumerate((["experts.store=host"], DISK)):
-        folder = copied(hosted, 4, tmp_path / str(number) / "run")
+    for index, changes in enumerate((["experts.store=host"], DISK)):
+        folder = copied(hosted, 4, tmp_path / str(index) / "run")
         config = load_config(small_yaml, [
             f"run.dir={folder}", "evaluate.every=0", "run.tensorboard=false", "train.nonfinite=rollback",
             "checkpoint.every=4", *changes,
@@ -123,20 +123,20 @@ def test_a_checkpoint_of_any_store_loads_under_any_other_and_is_saved_with_equal
     for step in range(3):
         trainer.step(step, trainer.plan(batch(step, [0, 0, 1, 2])))
     hashes = saved(trainer, tmp_path / "saved-0")
-    for number, store in enumerate(stores[1:]):
-        stored = StoredTensors(open_checkpoint(checkpoint(tmp_path / f"saved-{number}", 3)))
-        loaded = made(store, f"run-{number}")
+    for index, store in enumerate(stores[1:]):
+        stored = StoredTensors(open_checkpoint(checkpoint(tmp_path / f"saved-{index}", 3)))
+        loaded = made(store, f"run-{index}")
         restore_model(loaded.model, stored, optimizer_state=True)
         loaded.optimizer.restore(stored, 3)
-        assert saved(loaded, tmp_path / f"saved-{number + 1}") == hashes
+        assert saved(loaded, tmp_path / f"saved-{index + 1}") == hashes
         loaded.model.store.close()
 
 
 @pytest.mark.slow
 def test_a_run_killed_often_and_moved_between_host_and_disk_ends_with_the_same_bytes(small_yaml, hosted, tmp_path):
     run = tmp_path / "run"
-    for number, step in enumerate((1, 3, 4, 6, 9)):
-        changes = DISK if number % 2 == 0 else ["experts.store=host"]
+    for index, step in enumerate((1, 3, 4, 6, 9)):
+        changes = DISK if index % 2 == 0 else ["experts.store=host"]
         train_arguments = [*arguments(small_yaml, run), "checkpoint.every=1", *changes, "--resume"]
         process = started(*train_arguments, cwd=tmp_path, log=tmp_path / "log")
         try:

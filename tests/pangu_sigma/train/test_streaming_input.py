@@ -48,17 +48,15 @@ def uninterrupted(small_yaml, lines, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("stream")
     (folder / "all.jsonl").write_bytes(b"".join(lines))
     changes = [*CHANGES, "checkpoint.every_seconds=null"]
-    done = command(
-        "train", small_yaml, f"run.dir={folder / 'run'}", *changes, "--stream", "all.jsonl", cwd=folder
-    )
+    done = command("train", small_yaml, f"run.dir={folder / 'run'}", *changes, "--stream", "all.jsonl", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in (folder / "run" / "checkpoints").iterdir()] == [f"step-{STEPS:08d}"]
     return folder / "run"
 
 
 def last_step(run: Path) -> int:
-    found, _ = find_latest(run)
-    return 0 if found is None else found.step
+    latest, _ = find_latest(run)
+    return 0 if latest is None else latest.step
 
 
 def said_that(log: Path, what: str) -> Callable[[], bool]:
@@ -88,18 +86,18 @@ def test_a_growing_file_is_learned_as_it_grows_and_resumed_at_the_exact_byte(
     assert f"Ctrl-C: saved step {learned}; continue with --resume" in log.read_text()
     assert f"{source} is read to byte {first - 11}" in log.read_text()
 
-    for number in range(2):
-        said = tmp_path / f"killed-{number}.txt"
-        process = started(*arguments, "--resume", cwd=tmp_path, log=said)
-        before, at = last_step(run), source.stat().st_size
+    for index in range(2):
+        log = tmp_path / f"killed-{index}.txt"
+        process = started(*arguments, "--resume", cwd=tmp_path, log=log)
+        before, offset = last_step(run), source.stat().st_size
         try:
-            assert wait_until(said_that(said, "resumed from"), process), said.read_text()
+            assert wait_until(said_that(log, "resumed from"), process), log.read_text()
             while last_step(run) < before + 2:
-                assert process.poll() is None, said.read_text()
+                assert process.poll() is None, log.read_text()
                 # Slowly, and in pieces that end inside lines.
                 with open(source, "ab") as stream:
-                    stream.write(content[at : at + 20])
-                at += 20
+                    stream.write(content[offset : offset + 20])
+                offset += 20
                 time.sleep(0.05)
         finally:
             process.kill()
@@ -107,12 +105,12 @@ def test_a_growing_file_is_learned_as_it_grows_and_resumed_at_the_exact_byte(
         assert before < last_step(run) < STEPS
 
     # A line that cannot be used: what was learned before it is saved, and the line is named.
-    whole = source.read_bytes()
-    cut = whole.rfind(b"\n") + 1
-    source.write_bytes(whole[:cut] + b"{broken\n")
+    received = source.read_bytes()
+    cut = received.rfind(b"\n") + 1
+    source.write_bytes(received[:cut] + b"{broken\n")
     done = command(*arguments, "--resume", cwd=tmp_path)
-    number = whole.count(b"\n") + 1
-    assert_refused(done, f"grows.jsonl:{number}: the line is not valid JSON")
+    line_number = received.count(b"\n") + 1
+    assert_refused(done, f"grows.jsonl:{line_number}: the line is not valid JSON")
     assert "the stream cannot be read on: saved step" in done.stderr
 
     source.write_bytes(content)
@@ -171,12 +169,12 @@ REFUSED = {
 def test_a_stream_that_cannot_be_learned_from_is_one_sentence_and_nothing_on_disk(small_yaml, tmp_path, case):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "one.jsonl").write_text('{"text": "a"}\n')
-    options, said = REFUSED[case]
+    options, message = REFUSED[case]
     before = sorted(tmp_path.rglob("*"))
     done = command(
         "train", small_yaml, f"run.dir={tmp_path / 'run'}", *CHANGES, *options, cwd=tmp_path, stdin=subprocess.DEVNULL
     )
-    assert_refused(done, said)
+    assert_refused(done, message)
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -88,20 +88,20 @@ def assert_equal_checkpoints(first: Path, second: Path) -> None:
     files = sorted(path.relative_to(first) for path in first.rglob("*.safetensors"))
     assert files and files == sorted(path.relative_to(second) for path in second.rglob("*.safetensors"))
     for file in files:
-        mine, other = load_file(first / file), load_file(second / file)
-        assert mine.keys() == other.keys()
-        differing = [name for name in mine if mine[name].tobytes() != other[name].tobytes()]
+        tensors, other = load_file(first / file), load_file(second / file)
+        assert tensors.keys() == other.keys()
+        differing = [name for name in tensors if tensors[name].tobytes() != other[name].tobytes()]
         assert not differing, f"{file}: {differing}"
     assert json.loads((first / "state.json").read_text()) == json.loads((second / "state.json").read_text())
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
     """One sentence that holds all `parts`, exit code 2, no traceback."""
-    said = done.stderr.splitlines()
+    lines = done.stderr.splitlines()
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert said[-1].startswith("Error: ")
+    assert lines[-1].startswith("Error: ")
     for part in parts:
-        assert part in said[-1]
+        assert part in lines[-1]
 
 
 def _words(arguments: tuple[object, ...]) -> list[str]:

@@ -41,14 +41,14 @@ def records(run: Path) -> list[dict]:
 
 def test_the_previous_model_is_the_one_that_the_phase_began_with(uninterrupted, small_yaml, tmp_path):
     first = trained(small_yaml, tmp_path / "run", "train.stop_at=4")
-    here, kept = (
+    current, kept = (
         open_checkpoint(path)
         for path in (training_process.checkpoint(first, 4), uninterrupted / "previous/step-00000004")
     )
-    names = here.names(optimizer=False)
+    names = current.names(optimizer=False)
     assert kept.names() == names
     for name in names:
-        assert here.manifest.tensors[name].slices[0].sha256 == kept.manifest.tensors[name].slices[0].sha256
+        assert current.manifest.tensors[name].slices[0].sha256 == kept.manifest.tensors[name].slices[0].sha256
     figures = {r["step"]: r["figures"] for r in records(uninterrupted) if r["kind"] == "train"}
     assert all(not figures[step] for step in range(1, 5))
     # Both terms are 0 where the phase begins, and grow from there.

@@ -47,17 +47,17 @@ def main() -> None:
     cell = trainer.pipeline.pipeline.cell if staged else trainer._compiled_steps(True, TrainingObjective()).cell
     layouts = cell.parameter_layout_dict
     initialise_shared(model)
-    found = {}
+    results = {}
     for name, array in model.shared.values().items():
-        whole = initial_value(name, model.shared.shapes[name], config.run.seed, config.model)
-        loaded = _load_tensor_by_layout(Tensor(whole), layouts[name], rank) if name in layouts else whole
-        found[f"value {name}"] = array
-        found[f"loaded {name}"] = np.asarray(loaded)
+        full = initial_value(name, model.shared.shapes[name], config.run.seed, config.model)
+        loaded = _load_tensor_by_layout(Tensor(full), layouts[name], rank) if name in layouts else full
+        results[f"value {name}"] = array
+        results[f"loaded {name}"] = np.asarray(loaded)
     for name, array in trainer.optimizer.moments().items():
-        found[f"moment {name}"] = array
+        results[f"moment {name}"] = array
     if staged:
-        found |= planned_step(trainer, cell, rank)
-        np.savez(sys.argv[2], **found)
+        results |= planned_step(trainer, cell, rank)
+        np.savez(sys.argv[2], **results)
         return
     ms.set_context(save_graphs_path="frozen")
     trainer._compiled_steps(False, TrainingObjective())
@@ -65,7 +65,7 @@ def main() -> None:
     evaluation = EvaluationGraph(model, 2 * config.parallel.mesh.rows, 8)
     with evaluation.graph.context:
         evaluation.cell.compile(*evaluation.cell.get_inputs())
-    np.savez(sys.argv[2], **found)
+    np.savez(sys.argv[2], **results)
 
 
 def planned_step(trainer: Trainer, cell: PipelineTrainStep, rank: int) -> dict[str, np.ndarray]:
@@ -75,7 +75,7 @@ def planned_step(trainer: Trainer, cell: PipelineTrainStep, rank: int) -> dict[s
     text = draw.integers(0, 512, (model.config.train.batch_size, model.config.data.sequence_length + 1))
     planned = trainer.plan(Batch(text[rows].astype(np.int32), np.zeros(rows.size, np.int32), rows.astype(np.int64), 0))
     inputs = runner.local_inputs(planned, 1.0)
-    found = {"inputs": np.array([a.shape == tuple(t.shape) for a, t in zip(inputs, cell.get_inputs(), strict=True)])}
+    results = {"inputs": np.array([a.shape == tuple(t.shape) for a, t in zip(inputs, cell.get_inputs(), strict=True)])}
     runner.pipeline.set_experts(runner.local_experts(planned[0]))
     layers = {layer_signature.name: layer for layer, layer_signature in enumerate(trainer.signature.layers)}
     std = {"up.weight": model.config.model.init_std, "down.weight": model.config.model.residual_std}
@@ -85,18 +85,18 @@ def planned_step(trainer: Trainer, cell: PipelineTrainStep, rank: int) -> dict[s
         capacity_spec = trainer.signature.layers[layers[layer_name]].capacity_spec
         shape = model.expert_shards[tensor].shape
         experts = planned[0].plans[layers[layer_name]].experts[capacity_spec.by_chunk()[int(chunk)]]
-        whole = np.zeros((experts.size, *shape), np.float32)
+        full_experts = np.zeros((experts.size, *shape), np.float32)
         for slot, expert in enumerate(experts.tolist()) if tensor in std else ():
             rng = generator(model.config.run.seed, f"initial {layer_name} {tensor}", expert)
-            whole[slot] = normal(rng, (1, *shape), std[tensor], model.config.model.init_cutoff)[0]
-        found[f"value {parameter.name}"] = parameter.asnumpy()
+            full_experts[slot] = normal(rng, (1, *shape), std[tensor], model.config.model.init_cutoff)[0]
+        results[f"value {parameter.name}"] = parameter.asnumpy()
         stated = cell.parameter_layout_dict[parameter.name]
         # Where a product takes the slots by placement group, here one, the cut is stated with an axis of 1 before them.
-        full = [1] * (len(stated[1]) - whole.ndim) + list(whole.shape)
-        found[f"loaded {parameter.name}"] = np.asarray(
-            _load_tensor_by_layout(Tensor(whole), (*stated[:6], full, *stated[7:]), rank)
+        full = [1] * (len(stated[1]) - full_experts.ndim) + list(full_experts.shape)
+        results[f"loaded {parameter.name}"] = np.asarray(
+            _load_tensor_by_layout(Tensor(full_experts), (*stated[:6], full, *stated[7:]), rank)
         )
-    return found
+    return results
 
 
 if __name__ == "__main__":

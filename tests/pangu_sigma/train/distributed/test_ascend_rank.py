@@ -51,21 +51,21 @@ def test_a_rank_of_a_stage_has_its_parts_of_its_own_layers(tmp_path, stage, over
     name = "eight_devices_pipeline.yaml"
     mesh = load_config(CONFIGS / name, [*TINY, *STAGES, *overrides]).parallel.mesh
     rank = stage * mesh.stage_size + mesh.stage_size - 1
-    found, folder = built(tmp_path / "rank", name, rank, *STAGES, *overrides)
-    assert found["inputs"].all()
-    names = [key.removeprefix("value ") for key in found if key.startswith("value ")]
+    results, folder = built(tmp_path / "rank", name, rank, *STAGES, *overrides)
+    assert results["inputs"].all()
+    names = [key.removeprefix("value ") for key in results if key.startswith("value ")]
     experts = {n for n in names if ".experts." in n}
     assert len(experts) == 4 and len(names) > 20
     for name in names:
-        np.testing.assert_array_equal(found[f"value {name}"], found[f"loaded {name}"], err_msg=name)
+        np.testing.assert_array_equal(results[f"value {name}"], results[f"loaded {name}"], err_msg=name)
         if name not in experts:
-            assert found[f"moment optimizer.m.{name}"].shape == found[f"value {name}"].shape
+            assert results[f"moment optimizer.m.{name}"].shape == results[f"value {name}"].shape
     graph = last_graph(folder / "graphs" / f"rank_{rank}")
-    held_here = parameter_shards(graph)
+    shards = parameter_shards(graph)
     # What the graph has is what the rank holds, beside sums of gradients and a word table that is received.
-    beside = {n for n in held_here if not n.startswith("accu_grads.")} - set(names)
+    beside = {n for n in shards if not n.startswith("accu_grads.")} - set(names)
     assert beside <= {"embedding.word"} and (stage == 1 or not beside)
-    assert all(held_here[n] == found[f"value {n}"].shape for n in names)
+    assert all(shards[n] == results[f"value {n}"].shape for n in names)
 
 
 @pytest.mark.parametrize(
@@ -76,20 +76,20 @@ def test_a_rank_of_a_stage_has_its_parts_of_its_own_layers(tmp_path, stage, over
     ],
 )
 def test_a_rank_has_its_parts_of_everything(tmp_path, name, rank, overrides):
-    found, folder = built(tmp_path / "rank", name, rank, *overrides)
-    names = [key.removeprefix("value ") for key in found if key.startswith("value ")]
-    assert len(names) > 20 and any(found[f"value {n}"].shape[0] < 512 for n in names if n == "embedding.word")
+    results, folder = built(tmp_path / "rank", name, rank, *overrides)
+    names = [key.removeprefix("value ") for key in results if key.startswith("value ")]
+    assert len(names) > 20 and any(results[f"value {n}"].shape[0] < 512 for n in names if n == "embedding.word")
     for name in names:
         # MindSpore's own loader is the oracle of which part of a tensor a rank has.
-        np.testing.assert_array_equal(found[f"value {name}"], found[f"loaded {name}"], err_msg=name)
+        np.testing.assert_array_equal(results[f"value {name}"], results[f"loaded {name}"], err_msg=name)
         for kind in "mv":
-            assert found[f"moment optimizer.{kind}.{name}"].shape == found[f"value {name}"].shape
+            assert results[f"moment optimizer.{kind}.{name}"].shape == results[f"value {name}"].shape
     # With everything below frozen, nobody asks for the gradient of the rows that travelled to experts.
     for graphs, travels in (("graphs", 4), ("frozen", 3), ("evaluation", 2)):
         graph = last_graph(folder / graphs / f"rank_{rank}")
         # Later graphs find the parts that the first one made, and exchange rows between the same ranks.
         parts = {n: shape for n, shape in parameter_shards(graph).items() if n in names}
-        assert parts and all(shape == found[f"value {n}"].shape for n, shape in parts.items())
+        assert parts and all(shape == results[f"value {n}"].shape for n, shape in parts.items())
         exchanges = [c for c in collectives(graph) if c.kind == "AlltoAll"]
         assert len(exchanges) == travels and len({c.ranks for c in exchanges}) == 1
         assert all(len(c.ranks) == 2 for c in exchanges)

@@ -100,26 +100,26 @@ def long(tmp_path_factory) -> Path:
 def test_a_mesh_trains_as_one_process_does(four):
     assert_equals_one_process(four, "cut", grown=10)
     # Each of four ranks writes its quarter of the words, and of each moment of theirs.
-    for number, mine in enumerate(results(four, "cut")):
-        words = [name for name in mine if name.endswith(" embedding.word") or name.endswith(".embedding.word")]
-        assert len(words) == 3 + 2 and all(mine[w].shape[0] == 256 for w in words if w.startswith("tensor")), number
+    for rank, tensors in enumerate(results(four, "cut")):
+        words = [name for name in tensors if name.endswith(" embedding.word") or name.endswith(".embedding.word")]
+        assert len(words) == 3 + 2 and all(tensors[w].shape[0] == 256 for w in words if w.startswith("tensor")), rank
 
 
 def test_nothing_is_dropped_where_one_expert_gets_all_rows(four):
     """Text of one token alone asks a slot for more rows than the usual evaluation graph reserves."""
     alone = np.load(four / "cut-alone.npz")["measured"]
-    for mine in results(four, "cut"):
-        np.testing.assert_allclose(mine["measured"], alone, rtol=1e-5)
+    for tensors in results(four, "cut"):
+        np.testing.assert_allclose(tensors["measured"], alone, rtol=1e-5)
     assert (alone[3:] == 11 * 16).all()
 
 
 def test_pipeline_stages_train_as_one_process_does(staged_run):
     assert_equals_one_process(staged_run, "stages", grown=10)
     # Each writes its own stage's parameters, moments and experts; routing tables are everybody's.
-    for number, mine in enumerate(results(staged_run, "stages")):
-        of_layers = {name.split(" ", 2)[2] for name in mine if name.startswith("tensor") and "blocks." in name}
+    for rank, tensors in enumerate(results(staged_run, "stages")):
+        of_layers = {name.split(" ", 2)[2] for name in tensors if name.startswith("tensor") and "blocks." in name}
         written = {name.split("blocks.")[1][0] for name in of_layers if not name.endswith(".routing")}
-        assert written == {str(number)}
+        assert written == {str(rank)}
 
 
 @pytest.mark.parametrize(("folder", "case"), [("four", "cut"), ("staged_run", "stages")])
@@ -178,9 +178,9 @@ def test_an_emulated_run_measures_saves_and_goes_on_anywhere(small_yaml, tmp_pat
     done = command("train", small_yaml, f"run.dir={cut}", *DIVIDED, "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert_same_training(checkpoint(alone, 8), checkpoint(cut, 8))
-    mine, other = evaluations(cut), evaluations(alone)
-    assert [line["step"] for line in mine] == [line["step"] for line in other] == [0, 6, 8]
-    for line, expected in zip(mine, other, strict=True):
+    emulated, other = evaluations(cut), evaluations(alone)
+    assert [line["step"] for line in emulated] == [line["step"] for line in other] == [0, 6, 8]
+    for line, expected in zip(emulated, other, strict=True):
         assert line == pytest.approx(expected, rel=1e-4)
 
 
@@ -209,16 +209,16 @@ def test_an_emulated_run_of_stages_saves_and_goes_on_anywhere(small_yaml, tmp_pa
     done = command(*words, *stages, "parallel.tensor=2", "--emulate-mesh", "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert_same_training(checkpoint(alone, 8), checkpoint(cut, 8))
-    mine, other = trained(cut), trained(alone)
-    assert len(mine) == len(other) == 8
-    for line, expected in zip(mine, other, strict=True):
+    emulated, other = trained(cut), trained(alone)
+    assert len(emulated) == len(other) == 8
+    for line, expected in zip(emulated, other, strict=True):
         assert line == pytest.approx(expected, rel=1e-4)
     done = command("evaluate", cut, "--batches", 1, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--emulate-mesh"], "parallel makes a mesh of 1 on CPU"),
         (["--emulate-mesh", "parallel.expert=2", "run.device=Ascend"], "leave out --emulate-mesh or run.device=Ascend"),
@@ -235,6 +235,6 @@ def test_an_emulated_run_of_stages_saves_and_goes_on_anywhere(small_yaml, tmp_pa
         (["parallel.expert=2", "--emulate-mesh", "--workers", 4], "parallel.workers = 4 is not the mesh's size 2"),
     ],
 )
-def test_what_cannot_be_emulated_is_refused(small_yaml, tmp_path, words, said):
+def test_what_cannot_be_emulated_is_refused(small_yaml, tmp_path, words, message):
     sizes = ["model.sparse.dispatch=capacity", "model.dropout=0", "model.attention.dropout=0", *EVEN]
-    assert_refused(command("train", small_yaml, *sizes, *words, cwd=tmp_path), said)
+    assert_refused(command("train", small_yaml, *sizes, *words, cwd=tmp_path), message)

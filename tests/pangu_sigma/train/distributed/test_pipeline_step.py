@@ -36,9 +36,9 @@ def test_micro_batches_of_one_graph_add_up():
     planner = BatchPlanner(model, signature, training=True)
     draw = np.random.default_rng(4)
     batches = []
-    for number in range(MICRO):
+    for index in range(MICRO):
         tokens = draw.integers(0, VOCAB, (BATCH // MICRO, LENGTH + 1)).astype(np.int32)
-        batches.append(planner(tokens, np.arange(4), np.arange(4) + 4 * number, 0))
+        batches.append(planner(tokens, np.arange(4), np.arange(4) + 4 * index, 0))
     one_hot = np.eye(4, dtype=np.float32)
     columns = [
         [
@@ -57,25 +57,27 @@ def test_micro_batches_of_one_graph_add_up():
     trained = ParameterTuple([*model.net.trainable_params(), *loss.experts])
     alone = ops.value_and_grad(loss.set_train(), None, trained)
     # One micro-batch alone is a training loss' objective; each of its domains has one sample.
-    whole_loss = TrainingLoss(model.net, model.layout, signature).set_train()
+    training_loss = TrainingLoss(model.net, model.layout, signature).set_train()
     expected, sums = np.zeros(4), [0.0] * len(trained)
     for planned, parts in zip(batches, columns, strict=True):
         one, its = alone(*(Tensor(a) for a in parts))
-        _, by_sample, _, _ = whole_loss(
+        _, by_sample, _, _ = training_loss(
             *(Tensor(a) for a in (planned.tokens, planned.labels, parts[2])), Tensor(np.float32(0.0)),
             *planned.fixed[1:], *planned.flat(signature, model.store),
         )  # fmt: skip
         np.testing.assert_allclose(one.asnumpy(), by_sample.asnumpy() / 100, rtol=1e-6)
         expected += one.asnumpy()
         sums = [a + g.asnumpy() for a, g in zip(sums, its, strict=True)]
-    whole = [Tensor(np.concatenate(parts)) for parts in zip(*columns, strict=True)]
+    full_inputs = [Tensor(np.concatenate(parts)) for parts in zip(*columns, strict=True)]
     for sent_per_micro_batch in (False, True):
         if sent_per_micro_batch:
             model.net.send_tied_embedding(model.layout)
-        value, gradients = ops.value_and_grad(MicroBatches(loss, MICRO).set_train(), None, trained)(*whole)
+        value, gradients = ops.value_and_grad(MicroBatches(loss, MICRO).set_train(), None, trained)(*full_inputs)
         np.testing.assert_allclose(value.asnumpy(), expected, rtol=1e-6)
-        for parameter, found, wanted in zip(trained, gradients, sums, strict=True):
-            np.testing.assert_allclose(found.asnumpy(), wanted, atol=1e-6, rtol=1e-4, err_msg=parameter.name)
+        for parameter, gradient, expected_gradient in zip(trained, gradients, sums, strict=True):
+            np.testing.assert_allclose(
+                gradient.asnumpy(), expected_gradient, atol=1e-6, rtol=1e-4, err_msg=parameter.name
+            )
         assert any(np.abs(g.asnumpy()).max() > 0 for g in gradients[-4:])
 
     shapes = pipeline_inputs(signature, MICRO, 4)

@@ -78,17 +78,17 @@ def expected():
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: "-".join(f"{k}{v}" for k, v in m.items()))
 def test_a_step_that_is_cut_over_a_mesh_trains_as_one_process_does(expected, mesh):
     values = {**VALUES, "run": {**VALUES["run"], "device": "Ascend"}, "parallel": mesh}
-    found = trained(values, lambda config: WholeMesh(config.parallel.mesh))
-    assert found[3] == expected[3] > 0
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
-    np.testing.assert_allclose(found[1], expected[1], rtol=1e-4)
-    assert found[2].keys() == expected[2].keys()
+    sharded = trained(values, lambda config: WholeMesh(config.parallel.mesh))
+    assert sharded[3] == expected[3] > 0
+    np.testing.assert_allclose(sharded[0], expected[0], rtol=1e-5)
+    np.testing.assert_allclose(sharded[1], expected[1], rtol=1e-4)
+    assert sharded[2].keys() == expected[2].keys()
     for name, value in expected[2].items():
-        np.testing.assert_allclose(found[2][name], value, atol=1e-5, rtol=1e-3, err_msg=name)
+        np.testing.assert_allclose(sharded[2][name], value, atol=1e-5, rtol=1e-3, err_msg=name)
         if value.ndim > 1 and " " in name:
             # An expert that no row reached has no gradient at all, in either.
             idle = [not expert.any() for expert in value]
-            assert idle == [not expert.any() for expert in found[2][name]], name
+            assert idle == [not expert.any() for expert in sharded[2][name]], name
 
 
 def test_olmoes_parts_that_are_cut_over_a_mesh_train_as_in_one_process():
@@ -101,12 +101,12 @@ def test_olmoes_parts_that_are_cut_over_a_mesh_train_as_in_one_process():
     expected = trained(values)
     mesh = {"data": 2, "expert": 2, "tensor": 2, "expert_chunks": 2}
     cut = {**values, "run": {**VALUES["run"], "device": "Ascend"}, "parallel": mesh}
-    found = trained(cut, lambda config: WholeMesh(config.parallel.mesh))
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
-    np.testing.assert_allclose(found[1], expected[1], rtol=1e-4)
-    assert found[2].keys() == expected[2].keys() and any("gate.weight" in name for name in found[2])
+    sharded = trained(cut, lambda config: WholeMesh(config.parallel.mesh))
+    np.testing.assert_allclose(sharded[0], expected[0], rtol=1e-5)
+    np.testing.assert_allclose(sharded[1], expected[1], rtol=1e-4)
+    assert sharded[2].keys() == expected[2].keys() and any("gate.weight" in name for name in sharded[2])
     for name, value in expected[2].items():
-        np.testing.assert_allclose(found[2][name], value, atol=1e-5, rtol=1e-3, err_msg=name)
+        np.testing.assert_allclose(sharded[2][name], value, atol=1e-5, rtol=1e-3, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -119,17 +119,17 @@ def test_a_learned_gate_that_is_cut_over_a_mesh_trains_as_one_process_does(route
     expected = trained(values)
     mesh = {"data": 2, "expert": 2, "tensor": 2}
     cut = {**values, "run": {**VALUES["run"], "device": "Ascend"}, "parallel": mesh}
-    found = trained(cut, lambda config: WholeMesh(config.parallel.mesh))
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
-    np.testing.assert_allclose(found[1], expected[1], rtol=1e-4)
-    assert found[2].keys() == expected[2].keys()
-    assert any(name.endswith("router.weight") and value.any() for name, value in found[2].items())
+    sharded = trained(cut, lambda config: WholeMesh(config.parallel.mesh))
+    np.testing.assert_allclose(sharded[0], expected[0], rtol=1e-5)
+    np.testing.assert_allclose(sharded[1], expected[1], rtol=1e-4)
+    assert sharded[2].keys() == expected[2].keys()
+    assert any(name.endswith("router.weight") and value.any() for name, value in sharded[2].items())
     for name, value in expected[2].items():
-        np.testing.assert_allclose(found[2][name], value, atol=1e-5, rtol=1e-3, err_msg=name)
+        np.testing.assert_allclose(sharded[2][name], value, atol=1e-5, rtol=1e-3, err_msg=name)
 
 
 @pytest.mark.parametrize(
-    ("section", "changes", "said"),
+    ("section", "changes", "message"),
     [
         ("model", {"dropout": 0.1}, "model.dropout = 0.1 has no form that is cut over devices"),
         ("model", {"domain_parameters": {"embedding": "own"}}, "set it to shared"),
@@ -141,7 +141,7 @@ def test_a_learned_gate_that_is_cut_over_a_mesh_trains_as_one_process_does(route
         ("parallel", {"expert_chunks": 3}, "choose a divisor of 4"),
     ],
 )
-def test_what_cannot_be_cut_is_refused_with_the_reason(section, changes, said):
+def test_what_cannot_be_cut_is_refused_with_the_reason(section, changes, message):
     mesh = {"data": 2, "expert": 4, "tensor": 4}
     values = {**VALUES, "run": {**VALUES["run"], "device": "Ascend"}, "parallel": mesh}
     model = {**VALUES["model"]}
@@ -153,5 +153,5 @@ def test_what_cannot_be_cut_is_refused_with_the_reason(section, changes, said):
         values["parallel"] = {**values["parallel"], "expert_chunks": 2 if section == "chunked gate" else 1}
     else:
         values["parallel"] = {**values["parallel"], **changes}
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         config_from_dict({**values, "model": model})

@@ -64,41 +64,43 @@ def results(folder: Path, case: str) -> list[dict[str, np.ndarray]]:
 def assert_equals_one_process(folder: Path, case: str, grown: float = 1.0) -> None:
     """`grown`: how many times the rounding of the first few steps is allowed, after many."""
     ranks, alone = results(folder, case), dict(np.load(folder / f"{case}-alone.npz"))
-    for mine in ranks:
-        np.testing.assert_array_equal(mine["finite"], alone["finite"])
-        np.testing.assert_allclose(mine["loss"], alone["loss"], rtol=2e-6 * grown)
-        np.testing.assert_allclose(mine["norm"], alone["norm"], rtol=2e-5 * grown)
-        np.testing.assert_array_equal(mine["tokens"], alone["tokens"])
-        np.testing.assert_array_equal(mine["load"], alone["load"])
-        np.testing.assert_array_equal(mine["touched"], alone["touched"])
-        np.testing.assert_allclose(mine["figures"], alone["figures"], rtol=1e-4 * grown)
+    for tensors in ranks:
+        np.testing.assert_array_equal(tensors["finite"], alone["finite"])
+        np.testing.assert_allclose(tensors["loss"], alone["loss"], rtol=2e-6 * grown)
+        np.testing.assert_allclose(tensors["norm"], alone["norm"], rtol=2e-5 * grown)
+        np.testing.assert_array_equal(tensors["tokens"], alone["tokens"])
+        np.testing.assert_array_equal(tensors["load"], alone["load"])
+        np.testing.assert_array_equal(tensors["touched"], alone["touched"])
+        np.testing.assert_allclose(tensors["figures"], alone["figures"], rtol=1e-4 * grown)
     # Every gradient that one process has is on some rank, and equal wherever it is.
     seen: dict[str, np.ndarray] = {}
-    for mine in ranks:
-        for name in (n for n in mine if n.startswith("gradient")):
+    for tensors in ranks:
+        for name in (n for n in tensors if n.startswith("gradient")):
             scale = max(np.abs(alone[name]).max(), 1e-3)
-            there = ~np.isnan(mine[name])
+            there = ~np.isnan(tensors[name])
             seen[name] = seen.get(name, False) | there
             if name.endswith(UNSEEN):
                 continue
-            np.testing.assert_allclose(mine[name][there], alone[name][there], atol=2e-5 * grown * scale, err_msg=name)
+            np.testing.assert_allclose(
+                tensors[name][there], alone[name][there], atol=2e-5 * grown * scale, err_msg=name
+            )
     assert seen.keys() == {name for name in alone if name.startswith("gradient")}
     assert all(there.all() for there in seen.values())
     # The ranks' parts are every tensor once.
-    whole = {name.split(" ", 2)[2]: tensor for name, tensor in alone.items() if name.startswith("tensor")}
-    rows = dict.fromkeys(whole, 0)
-    for mine in ranks:
-        for label, part in mine.items():
+    full = {name.split(" ", 2)[2]: tensor for name, tensor in alone.items() if name.startswith("tensor")}
+    rows = dict.fromkeys(full, 0)
+    for tensors in ranks:
+        for label, part in tensors.items():
             if label.startswith("tensor"):
                 _, begin, name = label.split(" ", 2)
                 starts = map(int, filter(None, begin.split(",")))
-                expected = whole[name][tuple(slice(b, b + n) for b, n in zip(starts, part.shape, strict=True))]
+                expected = full[name][tuple(slice(b, b + n) for b, n in zip(starts, part.shape, strict=True))]
                 rows[name] += part.size
                 if name.endswith(UNSEEN):
                     continue
                 # Steps are as long as the learning rate whatever the gradient: where that is nearly 0 they may differ.
                 np.testing.assert_allclose(part, expected, atol=2e-5 * grown, rtol=1e-4, err_msg=name)
-    assert rows == {name: tensor.size for name, tensor in whole.items()}
+    assert rows == {name: tensor.size for name, tensor in full.items()}
 
 
 @pytest.mark.parametrize("case", ["switch", "slots"])
@@ -107,8 +109,8 @@ def test_two_processes_train_as_one(two, case):
 
 
 def test_a_number_that_is_not_finite_on_one_process_stops_the_step_on_all(two):
-    for mine in results(two, "switch"):
-        assert mine["finite"].tolist() == [True, True, True, False]
+    for tensors in results(two, "switch"):
+        assert tensors["finite"].tolist() == [True, True, True, False]
 
 
 MESHES = {
@@ -156,10 +158,10 @@ def of_matrix(matrix: dict[str, list[str]], *meshes: str, kernels: str = "auto")
 
 def placed(mesh: dict) -> dict:
     """Two placement groups: the first reads code alone and has its four experts, the second law and poems."""
-    apart = dict.fromkeys(map(str, range(20)), [0, 0, 0, 0, 1, 2, 2, 1])
+    domains_of_steps = dict.fromkeys(map(str, range(20)), [0, 0, 0, 0, 1, 2, 2, 1])
     return {
         "mesh": {**mesh, "placement": "domain", "placement_groups": 2}, "model": {**SHORT, "sparse": {}},
-        "drawn": apart, "steps": 20, "optimizer": {"learning_rate": 1e-3},
+        "drawn": domains_of_steps, "steps": 20, "optimizer": {"learning_rate": 1e-3},
     }  # fmt: skip
 
 
@@ -240,9 +242,11 @@ def test_the_fisher_information_of_several_processes_is_that_of_one(jobs):
     ranks, alone = results(jobs("mixed"), "held"), dict(np.load(jobs("mixed") / "held-alone.npz"))
     names = [name for name in alone if name.startswith("fisher ") and not name.endswith(UNSEEN)]
     assert names and all(alone[name].max() > 0 for name in names)
-    for mine in ranks:
+    for tensors in ranks:
         for name in names:
-            np.testing.assert_allclose(mine[name], alone[name], rtol=1e-3, atol=1e-5 * alone[name].max(), err_msg=name)
+            np.testing.assert_allclose(
+                tensors[name], alone[name], rtol=1e-3, atol=1e-5 * alone[name].max(), err_msg=name
+            )
 
 
 @pytest.mark.slow
@@ -252,10 +256,10 @@ def test_the_fisher_information_of_several_processes_is_that_of_one(jobs):
 def test_under_domain_placement_rows_stay_in_their_placement_group(jobs, job, groups):
     """Rows that are the number of the rank that sends them arrive from the own group's ranks alone."""
     ranks = results(jobs(job), "placed")
-    for rank, mine in enumerate(ranks):
+    for rank, tensors in enumerate(ranks):
         (group,) = [group for group in groups if rank in group]
-        came = set(mine["came_from"].tolist())
+        came = set(tensors["came_from"].tolist())
         assert rank in came and came <= group
         # Nor does it read text of another group's domains.
-        assert set(mine["read"].tolist()) <= ({0} if 0 in group else {1, 2})
-    assert set().union(*(set(mine["read"].tolist()) for mine in ranks)) == {0, 1, 2}
+        assert set(tensors["read"].tolist()) <= ({0} if 0 in group else {1, 2})
+    assert set().union(*(set(tensors["read"].tolist()) for tensors in ranks)) == {0, 1, 2}

@@ -45,9 +45,9 @@ def assert_same_training(first: Path, second: Path) -> None:
             state.get("previous", {}).pop(name, None)
     assert states[0] == states[1]
     for path in sorted(first.rglob("*.safetensors")):
-        mine, other = load_file(path), load_file(second / path.relative_to(first))
-        assert mine.keys() == other.keys()
-        for name, tensor in mine.items():
+        tensors, other = load_file(path), load_file(second / path.relative_to(first))
+        assert tensors.keys() == other.keys()
+        for name, tensor in tensors.items():
             if name.endswith(UNSEEN):
                 continue
             if tensor.dtype.kind == "f":
@@ -57,10 +57,10 @@ def assert_same_training(first: Path, second: Path) -> None:
 
 
 def children(pid: int) -> list[int]:
-    found = []
+    pids = []
     for task in Path(f"/proc/{pid}/task").iterdir():
-        found += [int(word) for word in (task / "children").read_text().split()]
-    return found
+        pids += [int(word) for word in (task / "children").read_text().split()]
+    return pids
 
 
 def alive(pid: int) -> bool:
@@ -213,20 +213,20 @@ def six_experts(small_yaml, tmp_path_factory) -> Callable[..., Path]:
 def test_a_run_goes_on_under_other_meshes_with_the_same_text_and_they_measure_the_same(six_experts):
     six_experts("alone", 12, 1)
     six_experts("moved", 4, 2)
-    said = six_experts("moved", 8, 4, "--resume")
-    assert "is of 2 processes (data 1 x expert 2), this run of 4 (data 2 x expert 2)" in said
-    said = six_experts("moved", 12, 1, "--resume")
-    assert "is of 4 processes (data 2 x expert 2), this run of 1" in said
+    stderr = six_experts("moved", 8, 4, "--resume")
+    assert "is of 2 processes (data 1 x expert 2), this run of 4 (data 2 x expert 2)" in stderr
+    stderr = six_experts("moved", 12, 1, "--resume")
+    assert "is of 4 processes (data 2 x expert 2), this run of 1" in stderr
     moved = six_experts.folder / "moved"
     assert_same_training(checkpoint(six_experts.folder / "alone", 12), checkpoint(moved, 12))
-    found = {}
+    evaluations = {}
     for workers in (1, 2, 4):
         done = command("evaluate", moved, "--json", "--batches", 2, "--workers", workers, cwd=moved)
         assert done.returncode == 0, done.stderr
-        found[workers] = json.loads(done.stdout)
-        assert found[workers]["tokens"] == found[1]["tokens"] and len(found[1]["matrix"]) == 3
-        for text, by_group in found[1]["matrix"].items():
-            assert found[workers]["matrix"][text] == pytest.approx(by_group, rel=1e-5)
+        evaluations[workers] = json.loads(done.stdout)
+        assert evaluations[workers]["tokens"] == evaluations[1]["tokens"] and len(evaluations[1]["matrix"]) == 3
+        for text, by_group in evaluations[1]["matrix"].items():
+            assert evaluations[workers]["matrix"][text] == pytest.approx(by_group, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -235,9 +235,9 @@ def test_a_phase_that_stays_near_the_previous_model_is_the_same_in_two_processes
     phases = f"[{{steps: 4, weights: {{code: 1}}}}, {{weights: {{law: 1}}, shared: regularised, regularise: {near}}}]"
     words = ["train", small_yaml, *LEAN, *SMALL_GRAPH, f"train.phases={phases}", "data.max_domains_per_batch=null"]
     for run, stop, workers in (("alone", 8, 1), ("two", 6, 2), ("two", 8, 1)):
-        mine = [f"run.dir={tmp_path / run}", f"train.stop_at={stop}", "--workers", workers]
+        options = [f"run.dir={tmp_path / run}", f"train.stop_at={stop}", "--workers", workers]
         more = ["--resume"] if (tmp_path / run).exists() else []
-        done = command(*words, *mine, *more, cwd=tmp_path)
+        done = command(*words, *options, *more, cwd=tmp_path)
         assert done.returncode == 0 and "phase 1 stays near the model of step 4" in done.stderr, done.stderr
     assert_same_training(checkpoint(tmp_path / "alone", 8), checkpoint(tmp_path / "two", 8))
     figures = []

@@ -51,7 +51,7 @@ def run_case(case: dict, processes, folder: Path | None = None) -> dict[str, np.
 
     config = case_config(case, processes)
     trainer = Trainer(build_model(config, config.model.vocab_size, EOD, processes=processes))
-    found: dict[str, np.ndarray] = {}
+    outputs: dict[str, np.ndarray] = {}
     model, apply = trainer.model, trainer.optimizer.apply
     shards = list(model.expert_shards.values())
 
@@ -60,55 +60,55 @@ def run_case(case: dict, processes, folder: Path | None = None) -> dict[str, np.
             for parameter, tensor in zip(model.shared.trainable, gradients.shared, strict=True):
                 name = parameter.name
                 slices = model.shared.stored_slices(name)
-                found[f"gradient {step} {name}"] = placed(tensor, model.shared.shapes[name], slices)
+                outputs[f"gradient {step} {name}"] = placed(tensor, model.shared.shapes[name], slices)
             for (layer_name, expert), tensors in gradients.experts.items():
                 for part, tensor in enumerate(tensors):
                     if layer_name == DOMAIN_EMBEDDING:
-                        found[f"gradient {step} {layer_name} {expert} {part}"] = tensor.asnumpy().copy()
+                        outputs[f"gradient {step} {layer_name} {expert} {part}"] = tensor.asnumpy().copy()
                         continue
                     shard = shards[part]
-                    whole = placed(tensor, shard.shape, shard.slices)
-                    found[f"gradient {step} {layer_name} {model.local_experts[expert]} {part}"] = whole
+                    full = placed(tensor, shard.shape, shard.slices)
+                    outputs[f"gradient {step} {layer_name} {model.local_experts[expert]} {part}"] = full
         apply(gradients, rate, scale, *rest)
 
     regulariser = None
     if "held" in case:
         regulariser, fisher = make_regulariser(trainer, config, case["held"])
-        found |= fisher
+        outputs |= fisher
     trainer.optimizer.apply = noted
     results = []
     for step in range(case["steps"]):
-        whole = batch(step, case.get("drawn", {}).get(str(step), DOMAINS))
+        drawn = batch(step, case.get("drawn", {}).get(str(step), DOMAINS))
         rows = trainer.read_rows
-        mine = Batch(whole.tokens[rows], whole.domain[rows], whole.sample[rows], whole.step)
+        local = Batch(drawn.tokens[rows], drawn.domain[rows], drawn.sample[rows], drawn.step)
         if step == case.get("poisoned") and (processes.size == 1 or processes.rank == processes.size - 1):
             # One weight of the last expert, which one process alone holds.
             trainer.model.store.flush()
             trainer.model.store.table("blocks.0", "up.weight")[-1] = np.nan
-        results.append(trainer.step(step, trainer.plan(mine), regulariser))
+        results.append(trainer.step(step, trainer.plan(local), regulariser))
     if processes.mesh.placement_groups > 1:
-        found["read"] = mine.domain
-        found["came_from"] = senders(processes)
-    found["loss"] = np.array([r.loss for r in results])
-    found["norm"] = np.array([r.gradient_norm for r in results])
-    found["finite"] = np.array([r.finite for r in results])
+        outputs["read"] = local.domain
+        outputs["came_from"] = senders(processes)
+    outputs["loss"] = np.array([r.loss for r in results])
+    outputs["norm"] = np.array([r.gradient_norm for r in results])
+    outputs["finite"] = np.array([r.finite for r in results])
     figures = trainer.metrics.take_record()
-    found["tokens"] = np.array([figures["tokens"][n] for n in sorted(figures["tokens"])])
-    found["figures"] = np.array(list(figures["figures"].values()))
+    outputs["tokens"] = np.array([figures["tokens"][n] for n in sorted(figures["tokens"])])
+    outputs["figures"] = np.array(list(figures["figures"].values()))
     loads = figures.get("expert_load", {}).values()
-    found["load"] = np.array([v for by in loads for n in by.values() for v in n])
+    outputs["load"] = np.array([v for by in loads for n in by.values() for v in n])
     experts = figures.get("experts", {"activated": 0, "touched": 0})
-    found["touched"] = np.array([experts["activated"], experts["touched"]])
+    outputs["touched"] = np.array([experts["activated"], experts["touched"]])
     for name, part in tensor_parts(trainer.model, trainer.optimizer.moments()).items():
         for piece in part.local_shards:
             data = piece.data.read() if isinstance(piece.data, LazyTensor) else piece.data
-            found[f"tensor {','.join(map(str, piece.offset))} {name}"] = data.copy()
+            outputs[f"tensor {','.join(map(str, piece.offset))} {name}"] = data.copy()
     if folder is not None:
         save(trainer.model, trainer.optimizer, folder)
     if "measured" in case:
-        found["measured"] = measured(trainer.model, case["measured"])
+        outputs["measured"] = measured(trainer.model, case["measured"])
     trainer.model.store.close()
-    return found
+    return outputs
 
 
 class Repeated:
@@ -126,9 +126,9 @@ class Repeated:
 
     def batch(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """As held-out sequences give it."""
-        found = self.ids[start : start + count]
+        sequences = self.ids[start : start + count]
         ids, mask = np.zeros((count, self.ids.shape[1]), np.int32), np.zeros((count, self.ids.shape[1] - 1), np.float32)
-        ids[: len(found)], mask[: len(found)] = found, 1.0
+        ids[: len(sequences)], mask[: len(sequences)] = sequences, 1.0
         return ids, mask
 
 
@@ -137,7 +137,7 @@ def measured(model, one: str) -> np.ndarray:
     from pangu_sigma.evaluation.domain_evaluation import Evaluator
     from pangu_sigma.train.distributed.mesh_evaluation import MeshEvaluator
 
-    heldout = {name: Repeated(number, name == one) for number, name in enumerate(model.groups.names)}
+    heldout = {name: Repeated(domain_id, name == one) for domain_id, name in enumerate(model.groups.names)}
     kind = MeshEvaluator if model.config.sharded_over_devices else Evaluator
     evaluator = kind(model, 8)
     losses, tokens = evaluator.losses(heldout)
@@ -148,9 +148,9 @@ def measured(model, one: str) -> np.ndarray:
 
 def placed(tensor, shape, part) -> np.ndarray:
     """A part of a tensor at its place in the whole one, which is NaN elsewhere."""
-    found = np.full(shape, np.nan, np.float32)
-    found[part] = tensor.asnumpy()
-    return found
+    full = np.full(shape, np.nan, np.float32)
+    full[part] = tensor.asnumpy()
+    return full
 
 
 def make_regulariser(trainer, config, strengths: dict) -> tuple:
@@ -262,8 +262,8 @@ def main(cases: Path, folder: Path) -> None:
         processes = on(met, case["mesh"])
         saved = folder / f"{name}-saved" if "saved_under" in case else None
         np.savez(folder / f"{name}-{started.rank}.npz", **run_case(case, processes, saved))
-        for number, mesh in enumerate(case.get("saved_under", ())):
-            save_again(case, on(met, mesh), saved, folder / f"{name}-saved-{number}")
+        for index, mesh in enumerate(case.get("saved_under", ())):
+            save_again(case, on(met, mesh), saved, folder / f"{name}-saved-{index}")
         if started.rank == 0 and saved is not None:
             save_again(case, Processes(), saved, folder / f"{name}-saved-alone")
         if started.rank == 0 and case.get("alone", True):
