@@ -20,7 +20,7 @@ class HasRoleAndText(Protocol):
 
     @property
     def text(self) -> str:
-        """What is said."""
+        """Its text."""
 
 
 @dataclass(frozen=True)

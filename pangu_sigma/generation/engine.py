@@ -252,7 +252,7 @@ class Engine:
         return request.domain == AUTO
 
     def _writing_domains(self, state: _RequestState, documents: list[tuple[int, ...]]) -> tuple[int, ...]:
-        """Numbers of the domains that write the answer, none if none can; an inferred one gets its mixture."""
+        """Indices of the domains that write the answer, none if none can; an inferred one gets its mixture."""
         if not self._is_inferred(state.request):
             return (self.domains.index(state.request.domain),)
         ids, logits = self._evidence(documents)
