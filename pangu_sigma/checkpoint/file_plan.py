@@ -35,7 +35,7 @@ class PlannedFile:
 
 
 def plan_tensor_files(specs: Iterable[TensorSpec], max_shard_bytes: int) -> list[PlannedFile]:
-    """Distributes tensors to files by the rule of `folder_layout`; returns them in the order of their paths' groups."""
+    """Distributes tensors to files by the rule of `folder_layout`; a group comes where its first tensor's name does."""
     groups: dict[str, list[TensorSpec]] = {}
     for spec in sorted(specs, key=lambda spec: spec.name):
         groups.setdefault(folder_layout.group_of(spec.name), []).append(spec)

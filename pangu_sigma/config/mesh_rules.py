@@ -169,11 +169,11 @@ def _one_graph(config: Config, mesh: Mesh) -> Violations:
             "model.sparse.balance",
             "model.sparse.balance = pooled has no form that is cut over devices: set it to per_layer",
         )
-    for name, ways in (("expert_chunks", parallel.expert_chunks), ("pipeline", parallel.pipeline)):
-        if model.router_spec.learned and ways > 1:
+    for name, parts in (("expert_chunks", parallel.expert_chunks), ("pipeline", parallel.pipeline)):
+        if model.router_spec.learned and parts > 1:
             yield (
                 f"parallel.{name}",
-                f"parallel.{name} = {ways} needs rows planned outside the graph, and a gate ({model.router}) "
+                f"parallel.{name} = {parts} needs rows planned outside the graph, and a gate ({model.router}) "
                 "plans them inside: set it to 1, or the router to rre or hash",
             )
     for name, width in (("hidden", model.hidden), ("ffn", model.ffn)):

@@ -1,4 +1,5 @@
-"""Rules between sections of the configuration; `load_config` checks them all, before any device work."""
+"""Rules between sections of the configuration, those of the mesh (`mesh_rules.py`) apart; `load_config` checks all of
+them, before any device work."""
 
 from __future__ import annotations
 

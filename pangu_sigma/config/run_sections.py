@@ -1,4 +1,4 @@
-"""The `run`, `evaluate`, `checkpoint` and `parallel` sections: what happens around the training loop."""
+"""The `run`, `experts`, `evaluate`, `checkpoint` and `parallel` sections: what happens around the training loop."""
 
 from __future__ import annotations
 

@@ -38,9 +38,9 @@ class SentencePieceModel(Tokenizer):
             if len(piece) > 1 and piece in text:
                 ids = []
                 parts = text.split(piece)
-                for index, part in enumerate(parts):
-                    left = piece[1:] if index else ""
-                    right = piece[:1] if index < len(parts) - 1 else ""
+                for part_index, part in enumerate(parts):
+                    left = piece[1:] if part_index else ""
+                    right = piece[:1] if part_index < len(parts) - 1 else ""
                     ids += self._encode_text(left + part + right)
                 return ids
         raise UserError(

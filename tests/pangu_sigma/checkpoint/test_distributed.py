@@ -117,13 +117,13 @@ def test_a_disk_that_is_full_for_one_writer_fails_all_and_leaves_the_last_checkp
     kept = save(tmp_path, 6, tensors).path
     write, writers = distributed_save._write_at, []
 
-    def full(handle, data, place):
+    def full(handle, data, offset):
         # The first thread that comes here writes on, every other one meets a full disk.
         if threading.get_ident() not in writers:
             writers.append(threading.get_ident())
         if threading.get_ident() != writers[0]:
             raise OSError(28, "No space left on device")
-        return write(handle, data, place)
+        return write(handle, data, offset)
 
     monkeypatch.setattr(distributed_save, "_write_at", full)
     results = save_with_ranks(3, tmp_path, 7, tensors, rest)

@@ -43,7 +43,7 @@ def test_what_is_neither_is_refused_with_a_sentence(tmp_path, folder):
     (tmp_path / "empty-run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "notes").mkdir()
     left = leave(folder, "step-00000008")
-    for path, said in {
+    for path, message in {
         tmp_path / "absent": "does not exist",
         folder / "config.yaml": "is not a folder",
         tmp_path / "empty-run": "has no checkpoint yet",
@@ -51,7 +51,7 @@ def test_what_is_neither_is_refused_with_a_sentence(tmp_path, folder):
         tmp_path / "checkpoints": "neither a run",
         left: "not a finished checkpoint",
     }.items():
-        with pytest.raises(UserError, match=said) as caught:
+        with pytest.raises(UserError, match=message) as caught:
             resolve(path)
         assert str(path) in str(caught.value)
     assert find_latest(tmp_path / "absent") == (None, [])
@@ -59,15 +59,15 @@ def test_what_is_neither_is_refused_with_a_sentence(tmp_path, folder):
 
 def test_unfinished_folders_are_passed_over_and_said_so(tmp_path, folder, dead):
     left = leave(folder, f".tmp-step-00000008-{dead}")
-    whole = leave(folder, f".tmp-step-00000009-{dead}", manifest=True)
+    complete = leave(folder, f".tmp-step-00000009-{dead}", manifest=True)
     trash = leave(folder, f".trash-step-00000006-{dead}", manifest=True)
     bare = leave(folder, "step-00000011")
     checkpoint, messages = find_latest(tmp_path)
     assert checkpoint.path == folder and list(checkpoint.messages) == messages
-    for path in (left, whole, trash, bare):
+    for path in (left, complete, trash, bare):
         assert sum(str(path) in message for message in messages) == 1
     removed = remove_stale(tmp_path)
-    assert len(removed) == 3 and not any(path.exists() for path in (left, whole, trash))
+    assert len(removed) == 3 and not any(path.exists() for path in (left, complete, trash))
     assert all(f"left by process {dead}" in message for message in removed)
     assert remove_stale(tmp_path) == []
 

@@ -52,9 +52,9 @@ CHANGES = {
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_manifest_that_is_not_whole_is_refused(folder, edit_manifest, what):
-    change, said = CHANGES[what]
+    change, message = CHANGES[what]
     edit_manifest(folder, change)
-    with pytest.raises(CheckpointError, match=said) as caught:
+    with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(folder)
     assert str(folder / "manifest.json") in str(caught.value)
 
@@ -97,10 +97,10 @@ def test_slices_of_several_writers_make_one_tensor(folder, tensors, edit_manifes
         del manifest["files"]["domains/law.safetensors"]
         manifest["tensors"][name]["slices"] = []
         for path, offset, part, more in parts:
-            held = {name: part, **more}
-            specs = sorted((spec_of(key, array) for key, array in held.items()), key=lambda spec: spec.name)
+            contents = {name: part, **more}
+            specs = sorted((spec_of(key, array) for key, array in contents.items()), key=lambda spec: spec.name)
             header = make_header(specs)
-            content = header + b"".join(bytes(raw_bytes(held[spec.name])) for spec in specs)
+            content = header + b"".join(bytes(raw_bytes(contents[spec.name])) for spec in specs)
             (folder / path).write_bytes(content)
             manifest["files"][path] = {
                 "bytes": len(content),
@@ -123,7 +123,7 @@ def test_slices_of_several_writers_make_one_tensor(folder, tensors, edit_manifes
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda t: t.pop("domains.law.query_layer.routing"), "other kinds of tensors"),
         (lambda t: [t.pop(k) for k in list(t) if k.startswith("domains.law.query_layer")], "no tensors in sparse"),
@@ -133,9 +133,9 @@ def test_slices_of_several_writers_make_one_tensor(folder, tensors, edit_manifes
         (lambda t: t.update({"probe.law": np.zeros(5, np.int32)}), "reserved"),
     ],
 )
-def test_tensors_that_leave_a_gap_are_not_saved(tmp_path, tensors, save, change, said):
+def test_tensors_that_leave_a_gap_are_not_saved(tmp_path, tensors, save, change, message):
     change(tensors)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         save(tmp_path, 1, tensors)
     assert not (tmp_path / "checkpoints").exists()
 

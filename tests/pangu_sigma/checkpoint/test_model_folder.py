@@ -87,16 +87,16 @@ def test_pieces_give_the_same_files_as_arrays(tmp_path):
 
 
 def test_every_tensor_is_asked_for_once_and_files_keep_to_the_shard_size(tmp_path):
-    asked = []
+    names_read = []
     _, arrays = small_model()
 
     def read(spec: TensorSpec) -> np.ndarray:
-        asked.append(spec.name)
+        names_read.append(spec.name)
         return arrays[spec.name]
 
     model, _ = small_model(read, max_shard_bytes=1700)
     write_model_folder(tmp_path / "model", model)
-    assert sorted(asked) == sorted(arrays)
+    assert sorted(names_read) == sorted(arrays)
     assert "domains/law-00001-of-00002.safetensors" in names(tmp_path / "model")
     written = [name for name in names(tmp_path / "model") if name != "manifest.json"]
     assert model.bytes == sum((tmp_path / "model" / name).stat().st_size for name in written)
@@ -178,8 +178,8 @@ def test_memory_holds_a_piece_of_a_large_tensor(tmp_path):
     spec = TensorSpec("embedding.word", "float32", (16 * MIB,))
 
     def read(_: TensorSpec):
-        for number in range(64):
-            yield np.full(MIB // 4, number, np.float32).tobytes()
+        for value in range(64):
+            yield np.full(MIB // 4, value, np.float32).tobytes()
 
     model, _ = small_model(read, tensors=[spec], coverage={}, domains=["law"])
     tracemalloc.start()

@@ -50,7 +50,7 @@ def test_examples_are_changed_by_their_domains_name(adapted):
 
 
 @pytest.mark.parametrize(
-    "override, said",
+    "override, message",
     [
         ("adapt.examples.code.name=docs", "adapt.examples.1.name = docs is named twice"),
         ("adapt.examples.code.name=law", "adapt.examples.0.name = law is no domain of the model: it has code, docs"),
@@ -61,15 +61,15 @@ def test_examples_are_changed_by_their_domains_name(adapted):
         ("adapt.objective=rlhf", "adapt.objective"),
     ],
 )
-def test_rules(adapted, override, said):
-    if said is None:
+def test_rules(adapted, override, message):
+    if message is None:
         assert adapted(override.strip()).evaluate.every == 2
         with pytest.raises(UserError, match="needs held-out examples, but adapt.heldout_fraction is 0"):
             adapted(override.strip(), "adapt.heldout_fraction=0")
     else:
-        with pytest.raises(UserError) as told:
+        with pytest.raises(UserError) as error:
             adapted(override)
-        assert said in str(told.value)
+        assert message in str(error.value)
 
 
 def test_the_runs_folder_is_known_before_the_rest(file, tmp_path):

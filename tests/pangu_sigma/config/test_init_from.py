@@ -27,12 +27,12 @@ def test_how_it_trains_may_differ(small, model):
 
 
 def test_every_key_that_differs_is_named(small, model):
-    wanted = beginning(
+    config = beginning(
         small, "model.hidden=1024", "model.activation=gelu", "model.sparse.layers=2", "domains.docs.experts=3",
         "model.vocab_size=5000",
     )  # fmt: skip
     with pytest.raises(UserError) as refusal:
-        check_init_from(model, wanted)
+        check_init_from(model, config)
     for key in ("model.hidden", "model.activation", "model.sparse.layers", "domains.docs.experts", "model.vocab_size"):
         assert f"{key} is " in str(refusal.value)
     assert "domains.docs.experts is 2 there and 3 here" in str(refusal.value)
@@ -41,14 +41,14 @@ def test_every_key_that_differs_is_named(small, model):
 def test_domains_must_be_the_folders(small, model):
     from pangu_sigma.config import config_from_dict
 
-    wanted = beginning(small).to_dict()
-    added = {**wanted, "domains": [*wanted["domains"], {**wanted["domains"][0], "name": "law"}]}
+    values = beginning(small).to_dict()
+    added = {**values, "domains": [*values["domains"], {**values["domains"][0], "name": "law"}]}
     with pytest.raises(UserError, match="folder has no domain law: leave it out"):
         check_init_from(model, config_from_dict(added))
     with pytest.raises(UserError, match="folder also has the domain docs: list it too, or cut"):
-        check_init_from(model, config_from_dict({**wanted, "domains": wanted["domains"][:1]}))
+        check_init_from(model, config_from_dict({**values, "domains": values["domains"][:1]}))
     with pytest.raises(UserError, match="has the domains code, docs in this order"):
-        check_init_from(model, config_from_dict({**wanted, "domains": wanted["domains"][::-1]}))
+        check_init_from(model, config_from_dict({**values, "domains": values["domains"][::-1]}))
 
 
 def test_the_tokenizer_section_is_the_folders(small, model):

@@ -68,7 +68,7 @@ def test_a_configuration_cannot_be_changed(small):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "is empty: copy one of the shipped configurations"),
         ("# only a comment\n", "is empty"),
@@ -92,12 +92,12 @@ def test_a_configuration_cannot_be_changed(small):
         ("\x00", "not valid YAML"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_refused_with_its_name(tmp_path, text, said):
+def test_a_file_that_is_no_configuration_is_refused_with_its_name(tmp_path, text, message):
     path = tmp_path / "wrong.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as error:
         load_config(path)
-    assert str(path) in str(error.value) and said in str(error.value) and "\n" not in str(error.value)
+    assert str(path) in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_file_of_version_1_is_refused_with_the_keys_that_changed(small_file):
@@ -127,8 +127,8 @@ def test_a_key_of_version_1_is_refused_with_its_new_name(small):
 
 def test_unreadable_files_are_refused(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"a: \xe4\n")
-    for name, said in {"none.yaml": "does not exist", "latin.yaml": "not UTF-8", ".": "cannot be read"}.items():
-        with pytest.raises(UserError, match=said):
+    for name, message in {"none.yaml": "does not exist", "latin.yaml": "not UTF-8", ".": "cannot be read"}.items():
+        with pytest.raises(UserError, match=message):
             load_config(tmp_path / name)
 
 

@@ -41,7 +41,7 @@ def test_an_override_of_an_anchor_changes_only_its_own_place(small_file):
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("train.steps", "write section.key=value"),
         ("=3", "write section.key=value"),
@@ -55,7 +55,7 @@ def test_an_override_of_an_anchor_changes_only_its_own_place(small_file):
         ("runn.x.y=3", "the nearest known key is run"),
     ],
 )
-def test_an_override_that_leads_nowhere_is_refused(small, override, said):
+def test_an_override_that_leads_nowhere_is_refused(small, override, message):
     with pytest.raises(UserError) as error:
         small(override)
-    assert override in str(error.value) and said in str(error.value)
+    assert override in str(error.value) and message in str(error.value)

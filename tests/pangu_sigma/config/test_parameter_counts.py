@@ -15,9 +15,9 @@ from rre.feed_forward_spec import FeedForwardSpec
 ONE_FFN_13B = 2 * 5120 * 20480 + 20480 + 5120
 
 
-def with_domains(config, number, experts):
+def with_domains(config, count, experts):
     values = config.to_dict()
-    values["domains"] = [{"name": f"d{i}", "data": ["x"], "experts": experts} for i in range(number)]
+    values["domains"] = [{"name": f"d{i}", "data": ["x"], "experts": experts} for i in range(count)]
     return config_from_dict(values)
 
 

@@ -325,11 +325,11 @@ FINE = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "said"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN])
-def test_a_broken_rule_is_one_sentence_that_names_the_key(small, overrides, said):
+@pytest.mark.parametrize(("overrides", "message"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN])
+def test_a_broken_rule_is_one_sentence_that_names_the_key(small, overrides, message):
     with pytest.raises(UserError) as error:
         small(*overrides)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("overrides", FINE, ids=" ".join)
@@ -349,8 +349,8 @@ def test_sparse_layers_are_the_top_ones(small):
 def test_a_pattern_says_which_blocks_are_sparse(small):
     assert small("model.sparse.pattern=every_other").model.sparse_prefixes == ("blocks.1",)
     assert small("model.sparse.pattern=every").model.sparse_prefixes == ("blocks.0", "blocks.1", "blocks.2")
-    whole = small("model.sparse={pattern: every, include_query_layer: true}").model
-    assert whole.sparse_prefixes == ("blocks.0", "blocks.1", "blocks.2", "query_layer")
+    with_query = small("model.sparse={pattern: every, include_query_layer: true}").model
+    assert with_query.sparse_prefixes == ("blocks.0", "blocks.1", "blocks.2", "query_layer")
     without = small("model.sparse.pattern=every_other", "model.query_layer=none").model
     assert without.sparse_prefixes == ("blocks.1", "blocks.3")
 

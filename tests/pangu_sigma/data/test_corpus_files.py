@@ -15,8 +15,8 @@ def test_globs_are_expanded_in_sorted_order_and_no_file_comes_twice(tmp_path):
         (tmp_path / name).write_text("")
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "d.txt").write_text("")
-    found = expand_paths("law", [tmp_path / "c.txt", str(tmp_path / "*.jsonl"), str(tmp_path / "**" / "*.txt")])
-    assert [file.name for file in found] == ["c.txt", "a.jsonl", "b.jsonl", "d.txt"]
+    files = expand_paths("law", [tmp_path / "c.txt", str(tmp_path / "*.jsonl"), str(tmp_path / "**" / "*.txt")])
+    assert [file.name for file in files] == ["c.txt", "a.jsonl", "b.jsonl", "d.txt"]
 
 
 def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path):
@@ -76,7 +76,7 @@ def test_a_short_text_file_is_one_document(tmp_path):
 
 
 def test_a_long_text_file_is_cut_at_blank_lines_without_losing_a_character(tmp_path):
-    text = "\n\n".join(f"Paragraph {number}. " + "word " * 60 for number in range(100)) + "\n"
+    text = "\n\n".join(f"Paragraph {index}. " + "word " * 60 for index in range(100)) + "\n"
     file = tmp_path / "book.txt"
     file.write_text(text)
     documents = read(file)

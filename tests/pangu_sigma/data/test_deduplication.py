@@ -40,8 +40,8 @@ def test_the_estimate_is_near_the_true_similarity(code_texts):
 def test_batches_and_repetition_change_nothing(code_texts):
     texts = code_texts[:40] + [changed(text, 0.02, 2) for text in code_texts[:40]] + code_texts[10:20]
     together = Deduplicator().keep(texts)
-    apart = Deduplicator()
-    assert [apart.keep([text])[0] for text in texts] == together
+    one_by_one = Deduplicator()
+    assert [one_by_one.keep([text])[0] for text in texts] == together
     assert Deduplicator().keep(texts) == together
 
 

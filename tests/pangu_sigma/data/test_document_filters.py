@@ -113,8 +113,8 @@ def test_what_was_dropped_and_why_is_counted_said_and_kept_beside_the_store(writ
     domain = {"name": "code", "data": [str(written)], "filters": "code", "stars_field": "stars"}
     values = {"schema_version": 2, "run": {"dir": "x"}, "model": {"preset": "tiny"}, "domains": [domain],
               "optimizer": {"learning_rate": 1.0}, "train": {"steps": 1, "batch_size": 1}}  # fmt: skip
-    (said,) = Corpus(config_from_dict(values), tokenizer, (store,)).messages()
-    assert said.startswith(
+    (message,) = Corpus(config_from_dict(values), tokenizer, (store,)).messages()
+    assert message.startswith(
         f"code: {kept} documents kept; dropped: 1 of a repository with fewer than 2 stars, 1 more than 30% one word, "
         "1 more than 50% two words, 1 32 or more repeated n-grams in a row, 1 empty, 1 exact duplicates"
     )

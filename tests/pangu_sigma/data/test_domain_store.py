@@ -31,7 +31,7 @@ def corpus(tmp_path):
 
 
 def texts_of(store, tokenizer):
-    rows = [store.document(number) for number in range(store.documents)]
+    rows = [store.document(index) for index in range(store.documents)]
     assert all(row[-1] == tokenizer.eod_id for row in rows)
     return [tokenizer.decode(row[:-1]) for row in rows]
 

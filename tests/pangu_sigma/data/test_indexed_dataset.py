@@ -37,7 +37,7 @@ def test_a_reader_of_megatrons_format_finds_every_document(tmp_path_factory, doc
     expected = [[*ids, 1] for ids in documents]
     assert read_like_megatron(prefix) == expected
     store = IndexedDataset(prefix)
-    assert [store.document(number).tolist() for number in range(store.documents)] == expected
+    assert [store.document(index).tolist() for index in range(store.documents)] == expected
     assert store.read(0, store.tokens).tolist() == sum(expected, [])
     assert store.counts(vocab_size).tolist() == np.bincount(sum(expected, []), minlength=vocab_size).tolist()
 
@@ -85,7 +85,7 @@ def test_documents_of_several_sequences_are_read_whole(tmp_path):
         + struct.pack("<3q", 0, 2, 3)
     )
     store = IndexedDataset(tmp_path / "x")
-    assert [store.document(number).tolist() for number in range(2)] == [[0, 1, 2], [3, 4, 5]]
+    assert [store.document(index).tolist() for index in range(2)] == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_reading_beyond_the_end_is_an_error(make_store):

@@ -19,12 +19,12 @@ def streams(make_store):
     """Three domains whose tokens tell where they come from: code 0–29, law 30–59, news 60–89."""
 
     def make(names=NAMES, seed=1, identity=None):
-        found = []
+        made = []
         for name in names:
-            place = NAMES.index(name) * 30
-            store = make_store(name, [np.arange(place + a, place + a + 5) for a in range(0, 25, 5)])
-            found.append(PackedSequences(name, store, 8, seed, identity or {"corpus": f"sha of {name}"}))
-        return found
+            first = NAMES.index(name) * 30
+            store = make_store(name, [np.arange(first + a, first + a + 5) for a in range(0, 25, 5)])
+            made.append(PackedSequences(name, store, 8, seed, identity or {"corpus": f"sha of {name}"}))
+        return made
 
     return make
 
@@ -59,12 +59,12 @@ def test_domains_come_by_weight_in_every_step_and_in_the_long_run(streams):
 
 def test_a_domains_sequences_come_in_order_and_none_is_left_out(streams):
     made = streams()
-    rows = {number: [] for number in range(3)}
+    rows = {domain_id: [] for domain_id in range(3)}
     for batch in collect(MixtureSampler(made, WEIGHTS, seed=1), 20):
         for tokens, domain in zip(batch.tokens, batch.domain, strict=True):
             rows[domain].append(tokens.tolist())
-    for number, stream in enumerate(made):
-        assert rows[number] == [stream.sequence(index).tolist() for index in range(len(rows[number]))]
+    for domain_id, stream in enumerate(made):
+        assert rows[domain_id] == [stream.sequence(index).tolist() for index in range(len(rows[domain_id]))]
 
 
 @pytest.mark.parametrize("limit", [1, 2])
@@ -83,9 +83,9 @@ def test_with_a_limit_any_two_domains_meet(streams):
 
 
 def test_several_processes_read_together_what_one_reads_alone(streams):
-    whole = collect(MixtureSampler(streams(), WEIGHTS, seed=1), 5)
+    alone = collect(MixtureSampler(streams(), WEIGHTS, seed=1), 5)
     halves = [collect(MixtureSampler(streams(), WEIGHTS, seed=1), 5, rows=rows) for rows in (slice(0, 2), slice(2, 6))]
-    for step, batch in enumerate(whole):
+    for step, batch in enumerate(alone):
         for field in ("tokens", "domain", "sample"):
             parts = np.concatenate([getattr(half[step], field) for half in halves])
             assert (parts == getattr(batch, field)).all()
@@ -103,13 +103,13 @@ def test_a_placement_group_reads_its_own_domains_in_its_run_of_every_part(stream
 
 
 def test_the_restored_state_continues_exactly(streams):
-    whole = collect(MixtureSampler(streams(), phases, seed=1), 9)
+    uninterrupted = collect(MixtureSampler(streams(), phases, seed=1), 9)
     first = MixtureSampler(streams(), phases, seed=1)
     collect(first, 4)
     state = json.loads(json.dumps(first.state()))
     second = MixtureSampler(streams(), phases, seed=1)
     second.restore(state)
-    for batch, expected in zip(collect(second, 5), whole[4:], strict=True):
+    for batch, expected in zip(collect(second, 5), uninterrupted[4:], strict=True):
         assert (batch.tokens == expected.tokens).all()
         assert (batch.domain == expected.domain).all()
         assert (batch.sample == expected.sample).all()

@@ -44,10 +44,10 @@ def test_an_epoch_holds_every_token_once_and_continues_into_the_next(tmp_path_fa
     for row, following in zip(rows[:-1], rows[1:], strict=True):
         assert row[-1] == following[0]
     stream = np.concatenate([row[:-1] for row in rows])[: 3 * store.tokens].reshape(3, store.tokens)
-    whole = sorted([*ids.tolist(), 99] for ids in documents)
+    epoch_documents = sorted([*ids.tolist(), 99] for ids in documents)
     for epoch in stream.tolist():
-        ends = [place + 1 for place, token in enumerate(epoch) if token == 99]
-        assert sorted(epoch[a:b] for a, b in zip([0, *ends], ends, strict=False)) == whole
+        ends = [position + 1 for position, token in enumerate(epoch) if token == 99]
+        assert sorted(epoch[a:b] for a, b in zip([0, *ends], ends, strict=False)) == epoch_documents
 
 
 def test_sequences_are_random_access_and_orders_differ_by_epoch_seed_and_domain(make_store):

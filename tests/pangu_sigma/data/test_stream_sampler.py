@@ -21,14 +21,14 @@ LENGTH, SIZE = 32, 3
 @pytest.fixture(scope="module")
 def documents(code_texts) -> list[dict]:
     """Short and long documents of both domains, one without text, one much longer than a batch."""
-    texts = [text[: 40 + 90 * (number % 5)] for number, text in enumerate(code_texts[:30])]
+    texts = [text[: 40 + 90 * (index % 5)] for index, text in enumerate(code_texts[:30])]
     texts[4], texts[7] = "", "\n".join(code_texts[30:45])
-    return [{"text": text, "domain": DOMAINS[number % 3 == 0]} for number, text in enumerate(texts)]
+    return [{"text": text, "domain": DOMAINS[index % 3 == 0]} for index, text in enumerate(texts)]
 
 
 @pytest.fixture(scope="module")
 def content(documents) -> bytes:
-    lines = [json.dumps(document, ensure_ascii=number % 2 == 0) for number, document in enumerate(documents)]
+    lines = [json.dumps(document, ensure_ascii=index % 2 == 0) for index, document in enumerate(documents)]
     return ("\n".join(lines[:9]) + "\n\n" + "\n".join(lines[9:]) + "\n").encode()
 
 
@@ -59,45 +59,46 @@ def all_batches(sampler: StreamSampler) -> list[Batch]:
 
 def expected(documents, tokenizer) -> list[tuple[int, list[int]]]:
     """The sequences in the order in which they are complete, written out plainly."""
-    strings, found = {name: [] for name in DOMAINS}, []
+    strings, sequences = {name: [] for name in DOMAINS}, []
     for document in documents:
         if document["text"]:
             string = strings[document["domain"]]
             string += [*tokenizer.encode(document["text"]), tokenizer.eod_id]
             while len(string) > LENGTH:
-                found.append((DOMAINS.index(document["domain"]), string[: LENGTH + 1]))
+                sequences.append((DOMAINS.index(document["domain"]), string[: LENGTH + 1]))
                 del string[:LENGTH]
-    return found
+    return sequences
 
 
-def assert_same(found: list[Batch], wanted: list[Batch]) -> None:
-    assert len(found) == len(wanted)
-    for mine, other in zip(found, wanted, strict=True):
-        assert mine.tokens.tobytes() == other.tokens.tobytes() and mine.domain.tobytes() == other.domain.tobytes()
-        assert mine.step == other.step and mine.sample.tolist() == other.sample.tolist()
+def assert_same(batches: list[Batch], expected_batches: list[Batch]) -> None:
+    assert len(batches) == len(expected_batches)
+    for batch, expected_batch in zip(batches, expected_batches, strict=True):
+        assert batch.tokens.tobytes() == expected_batch.tokens.tobytes()
+        assert batch.domain.tobytes() == expected_batch.domain.tobytes()
+        assert batch.step == expected_batch.step and batch.sample.tolist() == expected_batch.sample.tolist()
 
 
 def test_batches_are_the_documents_in_their_order(sampler, documents, content, tokenizer, tmp_path):
     (tmp_path / "stream.jsonl").write_bytes(content)
-    batches, wanted = all_batches(sampler()), expected(documents, tokenizer)
-    assert len(batches) == len(wanted) // SIZE > 10
+    batches, sequences = all_batches(sampler()), expected(documents, tokenizer)
+    assert len(batches) == len(sequences) // SIZE > 10
     rows = [(int(d), row.tolist()) for batch in batches for d, row in zip(batch.domain, batch.tokens, strict=True)]
-    assert rows == wanted[: len(rows)]
+    assert rows == sequences[: len(rows)]
     assert [batch.step for batch in batches] == list(range(len(batches)))
     assert batches[1].sample.tolist() == [3, 4, 5] and batches[0].tokens.dtype == np.int32
 
 
 def test_resuming_after_any_batch_goes_on_at_the_exact_byte(sampler, content, tmp_path):
     (tmp_path / "stream.jsonl").write_bytes(content)
-    whole = all_batches(sampler())
+    uninterrupted = all_batches(sampler())
     first = sampler()
     inside_a_document = 0
-    for done in range(len(whole)):
+    for done in range(len(uninterrupted)):
         state = json.loads(json.dumps(first.state()))
         inside_a_document += state["given"] > 0
         again = sampler()
         again.restore(state)
-        assert_same(all_batches(again), whole[done:])
+        assert_same(all_batches(again), uninterrupted[done:])
         first.next_batch(SIZE)
     assert inside_a_document > 3
 
@@ -105,25 +106,25 @@ def test_resuming_after_any_batch_goes_on_at_the_exact_byte(sampler, content, tm
 def test_when_bytes_arrive_makes_no_difference(sampler, content, tmp_path):
     path = tmp_path / "stream.jsonl"
     path.write_bytes(content)
-    whole = all_batches(sampler())
+    at_once = all_batches(sampler())
     path.write_bytes(b"")
     written = threading.Event()
 
     def write() -> None:
         draw = np.random.default_rng(0)
-        at = 0
-        while at < len(content):
+        offset = 0
+        while offset < len(content):
             # Pieces end inside lines, and inside characters.
             size = int(draw.integers(1, 900))
             with open(path, "ab") as stream:
-                stream.write(content[at : at + size])
-            at += size
+                stream.write(content[offset : offset + size])
+            offset += size
             time.sleep(0.002)
         written.set()
 
     growing = sampler(ended=written.is_set)
     threading.Thread(target=write).start()
-    assert_same(all_batches(growing), whole)
+    assert_same(all_batches(growing), at_once)
 
 
 def test_an_idle_stream_waits_until_it_is_stopped(sampler, content, tmp_path):
@@ -143,7 +144,7 @@ def test_an_idle_stream_waits_until_it_is_stopped(sampler, content, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "config", "said"),
+    ("line", "config", "message"),
     [
         ("{", {}, "stream.jsonl:3: the line is not valid JSON"),
         ("[]", {}, "stream.jsonl:3: the line is no JSON object"),
@@ -156,12 +157,12 @@ def test_an_idle_stream_waits_until_it_is_stopped(sampler, content, tmp_path):
         ('{"text": "\\ud800", "domain": "law"}', {}, "half a surrogate pair"),
     ],
 )
-def test_a_line_that_cannot_be_used_is_named(sampler, tmp_path, line, config, said):
+def test_a_line_that_cannot_be_used_is_named(sampler, tmp_path, line, config, message):
     good = json.dumps({"text": "def f(): pass", "domain": "law"})
     (tmp_path / "stream.jsonl").write_text(f"{good}\n\n{line}\n", encoding="utf-8")
     with pytest.raises(UserError) as error:
         sampler(**config).next_batch(SIZE)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_bytes_that_are_no_text_are_named(sampler, tmp_path):

@@ -84,7 +84,7 @@ def test_training_is_deterministic_and_follows_the_weights(tmp_path, code_source
 
 def test_a_small_vocabulary_on_thousands_of_characters_leaves_room_for_merges(tmp_path):
     file = tmp_path / "zh.txt"
-    file.write_text("".join(chr(0x4E00 + number) for number in range(5000)) + "明月光" * 500)
+    file.write_text("".join(chr(0x4E00 + index) for index in range(5000)) + "明月光" * 500)
     trained = train_tokenizer([CorpusSource("zh", [file])], 400)
     assert trained.vocab_size == 400
     assert len(trained.encode("明月光")) == 1
