@@ -18,8 +18,9 @@ from parallel.operator_layout import Layout
 
 
 class NativeGroupedProduct(nn.Cell):
-    """Grouped matrix product by the device's operator: rows [R, K], weights [N, K, M], ends int64 [N] -> [R, M], by the
-    device: rows up to `ends[0]` by the first weight, and so on. What comes out behind the last end is not defined.
+    """Grouped matrix product by the device's operator: rows [R, K], weights [N, K, M], ends int64 [N] -> [R, M].
+
+    Rows up to `ends[0]` by the first weight, and so on. What comes out behind the last end is not defined.
     """
 
     def __init__(self) -> None:

@@ -77,8 +77,8 @@ class NativeApplyRotary(nn.Cell):
 class RotaryCosSin(nn.Cell):
     """Cosines and sines of RoPE: position ids [T] -> (cosines, sines), made once per step for all layers.
 
-    Shapes: [T, D], or [T, W/2] where compiled, or
-    [T, W] where native."""
+    Shapes: [T, D], or [T, W/2] where compiled, or [T, W] where native.
+    """
 
     def __init__(self, layout: Layout, positions: int, heads: int, width: int, theta: float) -> None:
         super().__init__()

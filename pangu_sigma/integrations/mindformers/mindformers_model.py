@@ -42,7 +42,7 @@ class PanGuSigmaConfig(PretrainedConfig):
 
 
 class PanGuSigmaForCausalLM(PreTrainedModel):
-    """Columns of a planned batch (`planning.columns`) -> mean loss in nats per token.
+    """Columns of a planned batch (`batch_columns.columns`) -> mean loss in nats per token.
 
     Built from the run's text: its vocabulary, and for a new model its tables; `run.init_from` gives weights and tables
     of a model of ours. `expert_tensors`: name -> (sparse layer's number or DOMAIN_EMBEDDING, domain's number), for
