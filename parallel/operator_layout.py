@@ -26,9 +26,9 @@ class Layout:
     """Makes primitives for one device: no tensor is sharded, so a partition spec has no effect.
 
     `device` is "CPU" or "Ascend" and tells device-aware primitives which form to take; `kernels` is the path of the
-    compiled CPU kernels (`parallel.ops.compiled_kernels.library`), which compute in float32 alone; None to compose everything of
-    MindSpore's operators. `grouped`: a layer's experts are one grouped product. `residual_spec`: the partition spec of
-    the residual stream [T, D] between sublayers.
+    compiled CPU kernels (`parallel.ops.compiled_kernels.library`), which compute in float32 alone; None to compose
+    everything of MindSpore's operators. `grouped`: a layer's experts are one grouped product. `residual_spec`: the
+    partition spec of the residual stream [T, D] between sublayers.
     """
 
     residual_spec: PartitionSpec = ("rows", 1)

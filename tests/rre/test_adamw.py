@@ -53,8 +53,8 @@ def test_the_update_on_the_host_is_the_formula_also_across_blocks(decayed):
     wanted_v = 0.95 * v.astype(np.float64) + 0.05 * (0.5 * gradient) ** 2
     wanted_w = w - rate * (wanted_m / (np.sqrt(wanted_v) + epsilon) + (decay * w if decayed else 0.0))
     update_in_place(w, m, v, gradient, hyper, step=5, scale=0.5, decayed=decayed)
-    for found, wanted in ((w, wanted_w), (m, wanted_m), (v, wanted_v)):
-        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7)
+    for updated, expected in ((w, wanted_w), (m, wanted_m), (v, wanted_v)):
+        np.testing.assert_allclose(updated, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_a_square_sum_covers_every_block_and_tells_what_is_not_finite():

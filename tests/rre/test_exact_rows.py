@@ -16,18 +16,20 @@ FORM = FeedForwardSpec("fast_gelu")
 
 
 class Sparse(nn.Cell):
-    """TokenDispatch, experts, combine of a graph with a fixed number of slots."""
+    """Dispatch, experts and combine of a graph with a fixed number of slots."""
 
     def __init__(self, tokens: int) -> None:
         super().__init__()
         layout = Layout()
         self.dispatch, self.combine = TokenDispatch(layout), TokenCombine(layout)
         self.experts = Experts(layout, FORM, ms.float32)
-        real, whole = ms.float32, ms.int32
-        weights = [Tensor(shape=list(s), dtype=real) for _ in range(SLOTS) for s in FORM.shapes(HIDDEN, FFN).values()]
-        rows = [Tensor(shape=[None], dtype=whole) for _ in range(SLOTS + 1)]
+        float32, int32 = ms.float32, ms.int32
+        weights = [
+            Tensor(shape=list(s), dtype=float32) for _ in range(SLOTS) for s in FORM.shapes(HIDDEN, FFN).values()
+        ]
+        rows = [Tensor(shape=[None], dtype=int32) for _ in range(SLOTS + 1)]
         self.set_inputs(
-            Tensor(shape=[tokens, HIDDEN], dtype=real), Tensor(shape=[tokens, 1], dtype=whole), *rows, *weights
+            Tensor(shape=[tokens, HIDDEN], dtype=float32), Tensor(shape=[tokens, 1], dtype=int32), *rows, *weights
         )
 
     def construct(self, x, position, *flat):

@@ -22,16 +22,16 @@ FORMS = [
 ]
 
 
-class Scored(nn.Cell):
-    """x, wanted, plan and weights -> sum of wanted * y, y; as a caller that keeps dropped rows at 0 sees them."""
+class GroupedExpertsLoss(nn.Cell):
+    """x, slopes, plan and weights -> sum of slopes * y, y; as a caller that keeps dropped rows at 0 sees them."""
 
     def __init__(self, networks: nn.Cell, plan: int) -> None:
         super().__init__()
         self.networks, self.plan = networks, plan
 
-    def construct(self, x, wanted, *inputs):
+    def construct(self, x, slopes, *inputs):
         y = self.networks(x, inputs[: self.plan], inputs[self.plan :])
-        return (y * wanted).sum(), y
+        return (y * slopes).sum(), y
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(f.tensors))
@@ -41,24 +41,24 @@ def test_a_grouped_product_is_the_ragged_one(form):
     ids = rng.choice([0, 1, 3], T).reshape(-1, 1)
     ids[[2, 11]] = -1
     plan = plan_by_expert(ids, np.arange(N))
-    x, wanted = (rng.standard_normal((T, D)).astype(np.float32) for _ in range(2))
+    x, slopes = (rng.standard_normal((T, D)).astype(np.float32) for _ in range(2))
     weights = [rng.standard_normal(s).astype(np.float32) for _ in range(N) for s in form.shapes(D, F).values()]
-    found = []
+    results = []
     for cell, parts in (
         (GroupedExperts(Layout(grouped=True), form, ms.float32), (plan.order, plan.offsets)),
         (RaggedExperts(Layout(), form, ms.float32), (*plan.rows, plan.position)),
     ):
         positions = (0, *range(2 + len(parts), 2 + len(parts) + len(weights)))
-        graph = ops.value_and_grad(Scored(cell, len(parts)), positions, None, has_aux=True)
-        (_, y), gradients = graph(*(Tensor(a) for a in (x, wanted, *parts, *weights)))
-        found.append((y.asnumpy(), [g.asnumpy() for g in gradients]))
-    (y, mine), (expected, theirs) = found
+        graph = ops.value_and_grad(GroupedExpertsLoss(cell, len(parts)), positions, None, has_aux=True)
+        (_, y), gradients = graph(*(Tensor(a) for a in (x, slopes, *parts, *weights)))
+        results.append((y.asnumpy(), [g.asnumpy() for g in gradients]))
+    (y, ours), (expected, theirs) = results
     np.testing.assert_allclose(y, expected, atol=1e-5)
     assert not y[[2, 11]].any()
     idle = range(1 + 2 * len(form.tensors), 1 + 3 * len(form.tensors))
-    for number, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         # What the ragged form says of an idle expert is nobody's to read.
-        np.testing.assert_allclose(a, np.zeros_like(a) if number in idle else b, atol=1e-4, err_msg=str(number))
+        np.testing.assert_allclose(a, np.zeros_like(a) if index in idle else b, atol=1e-4, err_msg=str(index))
 
 
 def test_only_ascends_two_byte_types_have_the_operator():

@@ -21,7 +21,7 @@ class GivenPlan(nn.Cell):
         return routing[:-1], routing[-1], Tensor(0.0, ms.float32), Tensor([0.0], ms.float32)
 
 
-class Weighted(nn.Cell):
+class WeightedLayer(nn.Cell):
     def __init__(self, layout: Layout) -> None:
         super().__init__()
         self.layer = SparseFeedForward(GivenPlan(), layout, FeedForwardSpec("gelu"), ms.float32)
@@ -60,7 +60,7 @@ def test_two_weighted_experts_per_token_with_dropped_choices_and_their_gradients
     x, combine, slopes = normal(TOKENS, HIDDEN), normal(TOKENS, K), normal(TOKENS, HIDDEN)
     weights = [[normal(HIDDEN, FFN), normal(FFN), normal(FFN, HIDDEN), normal(HIDDEN)] for _ in range(EXPERTS)]
     plan = plan_by_expert(ids, np.arange(EXPERTS))
-    step = ops.value_and_grad(Weighted(layout), (0, 1), has_aux=True)
+    step = ops.value_and_grad(WeightedLayer(layout), (0, 1), has_aux=True)
     parts = (plan.order, plan.offsets) if layout.kernels else (*plan.rows, plan.position)
     flat = [Tensor(a) for a in (*parts, *(w for expert in weights for w in expert))]
     (_, y), (dx, dcombine) = step(*(Tensor(a) for a in (x, combine, slopes)), *flat)

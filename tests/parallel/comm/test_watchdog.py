@@ -122,13 +122,13 @@ def test_a_second_job_does_not_watch_in_the_same_folder(tmp_path):
 
 def test_the_environment_says_which_rank_this_is():
     assert LaunchEnvironment.read({}) is None and LaunchEnvironment.read({"MS_ROLE": "MS_SCHED"}) is None
-    told = {"MS_ROLE": "MS_WORKER", "MS_NODE_ID": "1", "MS_WORKER_NUM": "2"}
-    assert LaunchEnvironment.read(told) == LaunchEnvironment(1, 2)
+    variables = {"MS_ROLE": "MS_WORKER", "MS_NODE_ID": "1", "MS_WORKER_NUM": "2"}
+    assert LaunchEnvironment.read(variables) == LaunchEnvironment(1, 2)
     by_rank_id = {"MS_ROLE": "MS_WORKER", "RANK_ID": "0", "MS_WORKER_NUM": "2"}
     assert LaunchEnvironment.read(by_rank_id) == LaunchEnvironment(0, 2)
     for wrong in ({"MS_NODE_ID": "2"}, {"MS_NODE_ID": "first"}, {"MS_WORKER_NUM": ""}):
         with pytest.raises(ValueError, match="MS_"):
-            LaunchEnvironment.read({**told, **wrong})
+            LaunchEnvironment.read({**variables, **wrong})
 
 
 def test_a_process_that_is_alone_gets_back_what_it_gives():

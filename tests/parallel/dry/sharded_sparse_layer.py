@@ -15,9 +15,9 @@ from parallel.operator_layout import MeshLayout
 from rre.dispatch.capacity_dispatch import CapacityExperts
 from rre.feed_forward_spec import FeedForwardSpec
 
-wanted = json.loads(sys.argv[1])
-mesh = Mesh(**wanted["mesh"])
-slots, capacity, hidden, inner, tokens = (wanted[k] for k in ("slots", "capacity", "hidden", "inner", "tokens"))
+settings = json.loads(sys.argv[1])
+mesh = Mesh(**settings["mesh"])
+slots, capacity, hidden, inner, tokens = (settings[k] for k in ("slots", "capacity", "hidden", "inner", "tokens"))
 layout = MeshLayout(mesh)
 # MindSpore's pass lets each input be cut along one axis alone; parameters are cut as their operators say.
 start_semi_auto(tuple((mesh.rows, 1) for _ in range(4)))
@@ -42,7 +42,7 @@ class Loss(nn.Cell):
         return self.sum(self.mul(y, y), (0, 1))
 
 
-class Step(nn.Cell):
+class StepWithGradients(nn.Cell):
     def __init__(self, loss):
         super().__init__()
         self.both = ops.value_and_grad(loss, None, ms.ParameterTuple(loss.trainable_params()))
@@ -52,7 +52,7 @@ class Step(nn.Cell):
 
 
 with no_init_parameters():
-    step = Step(Loss())
+    step = StepWithGradients(Loss())
 step.set_train()
 rows, of_group = mesh.rows, slots // mesh.placement_groups
 # With a dataset strategy the inputs that a rank gives are its own parts.

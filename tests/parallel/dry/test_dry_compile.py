@@ -33,9 +33,9 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("numbers", MESHES, ids=lambda n: "-".join(f"{k}{v}" for k, v in n.items()))
 def test_experts_are_cut_and_rows_travel_inside_their_group(folder, numbers):
     mesh = Mesh(**numbers)
-    place = folder / "-".join(str(v) for v in numbers.values())
-    run_dry([str(LAYER), json.dumps({"mesh": numbers, **SIZES})], place, mesh.size)
-    graph = last_graph(place / "graphs" / "rank_0")
+    run_folder = folder / "-".join(str(v) for v in numbers.values())
+    run_dry([str(LAYER), json.dumps({"mesh": numbers, **SIZES})], run_folder, mesh.size)
+    graph = last_graph(run_folder / "graphs" / "rank_0")
     experts, inner = SIZES["slots"] // mesh.expert, SIZES["inner"] // mesh.tensor
     parts = parameter_shards(graph)
     assert parts["up"] == (experts, 32, inner) and parts["down"] == (experts, inner, 32)

@@ -54,37 +54,37 @@ class First(nn.Cell):
         return (y * slopes).sum(), y
 
 
-def differentiated(cell: nn.Cell, slopes: Tensor, inputs: tuple, wanted: int, takes_first: bool = True):
-    """The value and the gradients by the first `wanted` inputs."""
-    step = ops.value_and_grad(First(cell, takes_first).set_train(), tuple(range(1, wanted + 1)), has_aux=True)
+def differentiated(cell: nn.Cell, slopes: Tensor, inputs: tuple, num_gradients: int, takes_first: bool = True):
+    """The value and the gradients by the first `num_gradients` inputs."""
+    step = ops.value_and_grad(First(cell, takes_first).set_train(), tuple(range(1, num_gradients + 1)), has_aux=True)
     (_, y), gradients = step(slopes, *inputs)
     return [a.asnumpy() for a in (y, *gradients)]
 
 
-def assert_close(found, expected, tolerance: float = 2e-6) -> None:
-    for mine, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(mine, other, rtol=0, atol=tolerance * max(1.0, np.abs(other).max()))
+def assert_close(results, expected, tolerance: float = 2e-6) -> None:
+    for ours, other in zip(results, expected, strict=True):
+        np.testing.assert_allclose(ours, other, rtol=0, atol=tolerance * max(1.0, np.abs(other).max()))
 
 
 @pytest.mark.parametrize("tokens, inner, outer", [(1, 5, 3), (300, 70, 600), (513, 300, 64)])
 def test_the_affine_map(tokens, inner, outer):
     inputs = normal(tokens, inner), normal(inner, outer), normal(outer)
     slopes = normal(tokens, outer)
-    found = differentiated(CompiledLinear(PATH), slopes, inputs, 3, False)
-    assert_close(found, differentiated(Linear(LAYOUT), slopes, inputs, 3, False))
+    results = differentiated(CompiledLinear(PATH), slopes, inputs, 3, False)
+    assert_close(results, differentiated(Linear(LAYOUT), slopes, inputs, 3, False))
 
 
 def test_the_map_without_a_bias():
     inputs, slopes = (normal(300, 70), normal(70, 600)), normal(300, 600)
-    found = differentiated(CompiledProduct(PATH), slopes, inputs, 2, False)
-    assert_close(found, differentiated(Product(LAYOUT), slopes, inputs, 2, False))
+    results = differentiated(CompiledProduct(PATH), slopes, inputs, 2, False)
+    assert_close(results, differentiated(Product(LAYOUT), slopes, inputs, 2, False))
 
 
 @pytest.mark.parametrize("tokens, hidden", [(1, 7), (200, 96)])
 def test_normalisation_by_the_root_mean_square(tokens, hidden):
     inputs, slopes = (normal(tokens, hidden) * 3 + 1, normal(hidden)), normal(tokens, hidden)
-    found = differentiated(CompiledRmsNorm(PATH, 1e-5), slopes, inputs, 2)
-    assert_close(found, differentiated(RmsNorm(LAYOUT, 1e-5), slopes, inputs, 2))
+    results = differentiated(CompiledRmsNorm(PATH, 1e-5), slopes, inputs, 2)
+    assert_close(results, differentiated(RmsNorm(LAYOUT, 1e-5), slopes, inputs, 2))
 
 
 class WithCosSin(nn.Cell):
@@ -99,16 +99,16 @@ class WithCosSin(nn.Cell):
 @pytest.mark.parametrize("tokens, heads, width", [(1, 1, 2), (150, 3, 10), (70, 2, 64)])
 def test_the_rotation(tokens, heads, width):
     half = rotary_angles(tokens, width, 100.0)
-    whole = np.tile(half, (1, 2 * heads))
+    full = np.tile(half, (1, 2 * heads))
     inputs, slopes = (normal(tokens, heads * width),), normal(tokens, heads * width)
     compiled = WithCosSin(CompiledApplyRotary(PATH), Tensor(np.cos(half)), Tensor(np.sin(half)))
-    composed = WithCosSin(ApplyRotary(LAYOUT, heads, width), Tensor(np.cos(whole)), Tensor(np.sin(whole)))
-    found = []
+    composed = WithCosSin(ApplyRotary(LAYOUT, heads, width), Tensor(np.cos(full)), Tensor(np.sin(full)))
+    results = []
     for cell in (compiled, composed):
         step = ops.value_and_grad(First(cell, False).set_train(), 1, has_aux=True)
         (_, y), dx = step(slopes, *inputs)
-        found.append((y.asnumpy(), dx.asnumpy()))
-    assert_close(*found)
+        results.append((y.asnumpy(), dx.asnumpy()))
+    assert_close(*results)
 
 
 @pytest.mark.parametrize("k", [1, 8])
@@ -128,16 +128,16 @@ def test_the_weighted_sum_of_choices(k):
 @pytest.mark.parametrize("tokens, hidden", [(1, 7), (200, 96)])
 def test_layer_normalisation(tokens, hidden):
     inputs, slopes = (normal(tokens, hidden) * 3 + 1, normal(hidden), normal(hidden, seed=1)), normal(tokens, hidden)
-    found = differentiated(CompiledLayerNorm(PATH, 1e-5), slopes, inputs, 3)
-    assert_close(found, differentiated(LayerNorm(LAYOUT, 1e-5), slopes, inputs, 3))
+    results = differentiated(CompiledLayerNorm(PATH, 1e-5), slopes, inputs, 3)
+    assert_close(results, differentiated(LayerNorm(LAYOUT, 1e-5), slopes, inputs, 3))
 
 
 @pytest.mark.parametrize("tokens, vocab", [(3, 11), (530, 2100)])
 def test_cross_entropy(tokens, vocab):
     labels = Tensor(np.random.default_rng(0).integers(0, vocab, tokens).astype(np.int32))
     inputs, slopes = (normal(tokens, 24), normal(vocab, 24) * 0.3, labels), normal(tokens)
-    found = differentiated(CompiledCrossEntropy(PATH), slopes, inputs, 2)
-    assert_close(found, differentiated(TiedCrossEntropy(LAYOUT), slopes, inputs, 2), 5e-6)
+    results = differentiated(CompiledCrossEntropy(PATH), slopes, inputs, 2)
+    assert_close(results, differentiated(TiedCrossEntropy(LAYOUT), slopes, inputs, 2), 5e-6)
 
 
 def attended(q, k, v, segments, heads):
@@ -149,10 +149,10 @@ def attended(q, k, v, segments, heads):
         for i in range(length):
             seen = [b * length + j for j in range(i + 1) if segments[b, j] == segments[b, i]]
             for h in range(heads):
-                at = slice(h * width, (h + 1) * width)
-                scores = k[seen, at] @ q[b * length + i, at] / np.sqrt(width)
+                head = slice(h * width, (h + 1) * width)
+                scores = k[seen, head] @ q[b * length + i, head] / np.sqrt(width)
                 p = np.exp(scores - scores.max())
-                y[b * length + i, at] = p / p.sum() @ v[seen, at]
+                y[b * length + i, head] = p / p.sum() @ v[seen, head]
     return y
 
 
@@ -185,13 +185,13 @@ class Naive(nn.Cell):
         super().__init__()
         self.network, self.take, self.each = Expert(LAYOUT, form, ms.float32), ops.Gather(), len(form.tensors)
         self.token = Tensor((np.arange(ids.size) // k).astype(np.int32))
-        self.mine = [Tensor((ids == n).astype(np.float32).reshape(-1, 1)) for n in range(ids.max() + 1)]
+        self.own_rows = [Tensor((ids == n).astype(np.float32).reshape(-1, 1)) for n in range(ids.max() + 1)]
 
     def construct(self, x, *weights):
         rows = self.take(x, self.token, 0)
         y = 0.0
-        for n in range(len(self.mine)):
-            y = y + self.network(rows, weights[self.each * n : self.each * (n + 1)]) * self.mine[n]
+        for n in range(len(self.own_rows)):
+            y = y + self.network(rows, weights[self.each * n : self.each * (n + 1)]) * self.own_rows[n]
         return (y,)
 
 
@@ -227,9 +227,9 @@ def test_networks_on_their_own_rows(name, k):
     shapes = form.shapes(hidden, ffn).values()
     weights = [normal(*s, seed=10 * n + i) * 0.3 for n in range(slots) for i, s in enumerate(shapes)]
     x, slopes = normal(tokens, hidden), normal(tokens * k, hidden)
-    found = differentiated(Networks(form, *planned(ids, slots)), slopes, (x, *weights), 1 + len(weights))
-    assert_close(found, differentiated(Naive(form, ids, k), slopes, (x, *weights), 1 + len(weights)), 5e-6)
-    assert (found[0][ids < 0] == 0).all()
+    results = differentiated(Networks(form, *planned(ids, slots)), slopes, (x, *weights), 1 + len(weights))
+    assert_close(results, differentiated(Naive(form, ids, k), slopes, (x, *weights), 1 + len(weights)), 5e-6)
+    assert (results[0][ids < 0] == 0).all()
 
 
 @pytest.mark.parametrize("hidden, ffn, name", [(20, 36, "fast_gelu"), (512, 2048, "fast_gelu"), (256, 128, "swiglu")])
@@ -241,11 +241,11 @@ def test_an_exact_row_does_not_depend_on_the_others(hidden, ffn, name):
     results = []
     for _ in range(4):
         ids = draw.integers(0, 3, 200)
-        place = int(draw.integers(200))
+        position = int(draw.integers(200))
         moved = draw.standard_normal(x.shape).astype(np.float32)
-        moved[place], ids[place] = x[0], 1
+        moved[position], ids[position] = x[0], 1
         cell = Networks(FORMS[name], *planned(ids, 3), exact=64).set_train(False)
-        results.append(cell(Tensor(moved), *weights)[0].asnumpy()[place])
+        results.append(cell(Tensor(moved), *weights)[0].asnumpy()[position])
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
 
@@ -308,29 +308,29 @@ print(digest.hexdigest())
 
 
 def test_the_number_of_threads_changes_no_bit():
-    mine = os.sched_getaffinity(0)
+    own_cpus = os.sched_getaffinity(0)
     os.sched_setaffinity(0, range(os.cpu_count() or 1))  # a test process of several is bound to one processor
     cpus = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, mine)
+    os.sched_setaffinity(0, own_cpus)
     if len(cpus) < 2:
         pytest.skip("one processor only")
-    found = {
+    results = {
         subprocess.run([sys.executable, "-c", THREADS, use], capture_output=True, text=True, check=True).stdout
         for use in (f"{cpus[0]}", f"{cpus[0]},{cpus[1]}")
     }
-    assert len(found) == 1
+    assert len(results) == 1
 
 
 def test_square_sums_of_tensors_of_all_sizes():
     tensors = [normal(3), normal(700, 513), normal(8192, 33, 2), normal(1, 1)]
-    found = CompiledSquareSums(PATH, [t.shape for t in tensors])(*tensors).asnumpy()
+    results = CompiledSquareSums(PATH, [t.shape for t in tensors])(*tensors).asnumpy()
     exact = [float((t.asnumpy().astype(np.float64) ** 2).sum()) for t in tensors]
-    np.testing.assert_allclose(found, exact, rtol=2e-6)
-    np.testing.assert_allclose(found, SquareSums(LAYOUT)(*tensors).asnumpy(), rtol=1e-3)
+    np.testing.assert_allclose(results, exact, rtol=2e-6)
+    np.testing.assert_allclose(results, SquareSums(LAYOUT)(*tensors).asnumpy(), rtol=1e-3)
 
 
 def test_a_square_sum_that_is_not_finite_stays_visible():
     spoiled = np.ones(100_000, np.float32)
     spoiled[77_777] = np.nan
-    found = CompiledSquareSums(PATH, [(4,), (100_000,)])(normal(4), Tensor(spoiled)).asnumpy()
-    assert np.isfinite(found[0]) and np.isnan(found[1])
+    results = CompiledSquareSums(PATH, [(4,), (100_000,)])(normal(4), Tensor(spoiled)).asnumpy()
+    assert np.isfinite(results[0]) and np.isnan(results[1])

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is the reference")
 ROWS, HIDDEN, VOCAB = 7, 5, 11
 
 
-class Weighted(nn.Cell):
+class WeightedLosses(nn.Cell):
     """Both outputs, each entry with a weight of its own."""
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Weighted(nn.Cell):
 
 @pytest.fixture(scope="module")
 def compiled():
-    return ops.value_and_grad(Weighted(), (2, 3), has_aux=True)
+    return ops.value_and_grad(WeightedLosses(), (2, 3), has_aux=True)
 
 
 def drawn(spread: float):
@@ -56,8 +56,8 @@ def test_values_and_gradients_are_pytorchs(compiled, spread):
     np.testing.assert_allclose(losses.asnumpy(), expected.detach(), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(divergence.asnumpy(), kl.detach(), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(float(total.asnumpy()), float(objective), rtol=1e-5)
-    for found, reference in ((dh, h.grad), (dtable, table.grad)):
-        np.testing.assert_allclose(found.asnumpy(), reference, rtol=1e-4, atol=1e-5)
+    for gradient, reference in ((dh, h.grad), (dtable, table.grad)):
+        np.testing.assert_allclose(gradient.asnumpy(), reference, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_does_not_diverge_from_itself(compiled):

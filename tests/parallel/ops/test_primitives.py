@@ -24,7 +24,7 @@ LAYOUT = Layout()
 NATIVE = Layout("Ascend")  # its fused operators exist on CPU too, only slower
 
 
-class Weighted(nn.Cell):
+class WeightedOutput(nn.Cell):
     """sum(out * weights) of a primitive's result, so that every entry of its gradient is asked for."""
 
     def __init__(self, cell: nn.Cell, takes_first: bool) -> None:
@@ -39,9 +39,11 @@ class Weighted(nn.Cell):
         return (out * weights).sum(), out
 
 
-def value_and_gradients(cell: nn.Cell, inputs: Sequence[np.ndarray], weights: np.ndarray, wanted: tuple[int, ...]):
+def value_and_gradients(
+    cell: nn.Cell, inputs: Sequence[np.ndarray], weights: np.ndarray, differentiated: tuple[int, ...]
+):
     takes_first = not isinstance(cell, Linear | Product | EmbeddingLookup)
-    step = ops.value_and_grad(Weighted(cell, takes_first), tuple(i + 1 for i in wanted), has_aux=True)
+    step = ops.value_and_grad(WeightedOutput(cell, takes_first), tuple(i + 1 for i in differentiated), has_aux=True)
     (_, out), gradients = step(Tensor(weights), *(Tensor(a) for a in inputs))
     # Of a single input MindSpore hands the gradient over as it is.
     return out.asnumpy(), [g.asnumpy() for g in (gradients if isinstance(gradients, tuple) else (gradients,))]
@@ -63,12 +65,12 @@ def finite_differences(
     return gradient
 
 
-def check(cell: nn.Cell, reference, inputs, wanted, tolerance: float = 2e-6) -> None:
+def check(cell: nn.Cell, reference, inputs, differentiated, tolerance: float = 2e-6) -> None:
     expected = reference(*(a.astype(np.float64) if a.dtype == np.float32 else a for a in inputs))
     weights = np.random.default_rng(1).standard_normal(expected.shape).astype(np.float32)
-    out, gradients = value_and_gradients(cell, inputs, weights, wanted)
+    out, gradients = value_and_gradients(cell, inputs, weights, differentiated)
     np.testing.assert_allclose(out, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
-    for which, gradient in zip(wanted, gradients, strict=True):
+    for which, gradient in zip(differentiated, gradients, strict=True):
         wished = finite_differences(reference, inputs, weights, which)
         np.testing.assert_allclose(gradient, wished, rtol=tolerance, atol=tolerance * np.abs(wished).max())
 
@@ -117,7 +119,7 @@ def test_linear_over_a_number_of_rows_that_is_known_only_when_it_runs():
     class Gradient(nn.Cell):
         def __init__(self) -> None:
             super().__init__()
-            self.step = ops.value_and_grad(Weighted(Linear(LAYOUT), False), (1, 2, 3), has_aux=True)
+            self.step = ops.value_and_grad(WeightedOutput(Linear(LAYOUT), False), (1, 2, 3), has_aux=True)
 
         def construct(self, weights, x, w, b):
             return self.step(weights, x, w, b)

@@ -22,8 +22,8 @@ MESHES = [
 ]
 
 
-class Scored(nn.Cell):
-    """x, the stacked weights, plan, wanted -> sum of wanted * y; `slots` weights are taken apart where it is not 1."""
+class ExpertsLoss(nn.Cell):
+    """x, the stacked weights, plan, slopes -> sum of slopes * y; `slots` weights are taken apart where it is not 1."""
 
     def __init__(self, networks: nn.Cell, slots: int) -> None:
         super().__init__()
@@ -38,9 +38,9 @@ class Scored(nn.Cell):
             weights = weights + (up[e], up_bias[e], down[e], down_bias[e])
         return self.networks(x, plan, weights)
 
-    def construct(self, x, up, up_bias, down, down_bias, plan, wanted):
+    def construct(self, x, up, up_bias, down, down_bias, plan, slopes):
         y = self.result(x, up, up_bias, down, down_bias, plan)
-        return (y * wanted).sum(), y
+        return (y * slopes).sum(), y
 
 
 @pytest.mark.parametrize(("mesh", "k"), MESHES, ids=str)
@@ -54,13 +54,13 @@ def test_static_rows_give_the_ragged_result_and_gradients(mesh, k):
     assert (ids < 0).any()
     x = rng.standard_normal((T, D)).astype(np.float32)
     stacked = [rng.standard_normal(s).astype(np.float32) for s in ((N, D, F), (N, F), (N, F, D), (N, D))]
-    wanted = rng.standard_normal((T * k, D)).astype(np.float32)
+    slopes = rng.standard_normal((T * k, D)).astype(np.float32)
 
     plan = plan_by_capacity(ids, CapacitySpec(mesh, N, capacity, T, k))
-    static = Scored(CapacityExperts(Layout(), FeedForwardSpec("fast_gelu"), ms.float32, mesh), 1)
+    static = ExpertsLoss(CapacityExperts(Layout(), FeedForwardSpec("fast_gelu"), ms.float32, mesh), 1)
     static_plan = tuple(Tensor(a) for a in plan.inputs)
     rows = plan_by_expert(ids, np.arange(N))
-    ragged = Scored(RaggedExperts(Layout(), FeedForwardSpec("fast_gelu"), ms.float32), N)
+    ragged = ExpertsLoss(RaggedExperts(Layout(), FeedForwardSpec("fast_gelu"), ms.float32), N)
     ragged_plan = tuple(Tensor(a) for a in (*rows.rows, rows.position))
 
     inputs = [Tensor(a) for a in (x, *stacked)]
@@ -68,14 +68,14 @@ def test_static_rows_give_the_ragged_result_and_gradients(mesh, k):
     both = []
     for scored, its_plan in ((static, static_plan), (ragged, ragged_plan)):
         graph = ops.value_and_grad(scored, positions, None, has_aux=True)
-        (_, y), gradients = graph(*inputs, its_plan, Tensor(wanted))
+        (_, y), gradients = graph(*inputs, its_plan, Tensor(slopes))
         both.append((y, gradients))
-    (found, gradients), (expected, expected_gradients) = both
-    np.testing.assert_allclose(found.asnumpy(), expected.asnumpy(), atol=1e-5)
+    (y_static, gradients), (expected, expected_gradients) = both
+    np.testing.assert_allclose(y_static.asnumpy(), expected.asnumpy(), atol=1e-5)
     used = np.isin(np.arange(N), ids)
-    for mine, theirs in zip(gradients, expected_gradients, strict=True):
-        rows = slice(None) if mine.shape == x.shape else used
-        np.testing.assert_allclose(mine.asnumpy()[rows], theirs.asnumpy()[rows], atol=1e-4)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        rows = slice(None) if ours.shape == x.shape else used
+        np.testing.assert_allclose(ours.asnumpy()[rows], theirs.asnumpy()[rows], atol=1e-4)
 
 
 def test_rows_outside_the_group_or_beyond_capacity_are_refused():

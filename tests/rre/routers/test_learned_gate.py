@@ -47,7 +47,7 @@ CASES = {
 }
 
 
-class Objective(nn.Cell):
+class GateObjective(nn.Cell):
     """sum(y * slopes) + auxiliary loss, with y, the auxiliary loss and the rows beside it. Where the experts stay
     unmixed, their own losses are -(y_i * slopes), and y [T, 1] is the tokens' loss."""
 
@@ -71,9 +71,9 @@ class Objective(nn.Cell):
 
 
 class WithGradients(nn.Cell):
-    """`Objective` and its gradients by x and by the gate's parameters."""
+    """`GateObjective` and its gradients by x and by the gate's parameters."""
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: GateObjective) -> None:
         super().__init__(auto_prefix=False)
         self.objective = objective
         self.found = ops.value_and_grad(objective, 0, ParameterTuple(objective.trainable_params()), has_aux=True)
@@ -103,7 +103,7 @@ class Case:
 
         self.x, self.slopes = normal(TOKENS, HIDDEN), normal(TOKENS, HIDDEN)
         self.experts = [[normal(HIDDEN, FFN), normal(FFN), normal(FFN, HIDDEN), normal(HIDDEN)] for _ in range(EXPERTS)]
-        self.objective = Objective(self.router, layout)
+        self.objective = GateObjective(self.router, layout)
         self.gates = {p.name.rsplit(".", 1)[-1]: normal(*p.shape) for p in self.objective.trainable_params()}
         for parameter in self.objective.trainable_params():
             parameter.set_data(Tensor(self.gates[parameter.name.rsplit(".", 1)[-1]]))
@@ -159,12 +159,12 @@ def made(request):
     kernels = library() if request.param == "compiled" else None
     if request.param == "compiled" and kernels is None:
         pytest.skip("no compiled kernels in this installation")
-    found: dict[str, Case] = {}
+    cases: dict[str, Case] = {}
 
     def make(name: str) -> Case:
-        if name not in found:
-            found[name] = Case(name, kernels)
-        return found[name]
+        if name not in cases:
+            cases[name] = Case(name, kernels)
+        return cases[name]
 
     return make
 
@@ -173,19 +173,19 @@ def exact(case: Case) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     return case.x.astype(np.float64), {n: g.astype(np.float64) for n, g in case.gates.items()}
 
 
-def agree(case: Case, found, expected) -> None:
+def agree(case: Case, results, expected) -> None:
     """y, auxiliary loss and rows are the oracle's."""
-    y, auxiliary, rows = found
+    y, auxiliary, rows = results
     np.testing.assert_allclose(y.asnumpy(), expected[0], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(auxiliary.asnumpy(), expected[1], rtol=1e-5, atol=1e-7)
     _, _, kept, order = expected
     for sample in range(SAMPLES):
-        mine = range(sample * LENGTH, (sample + 1) * LENGTH)
-        taken = np.bincount([e for t in mine for e in kept[t]], minlength=EXPERTS)
+        tokens = range(sample * LENGTH, (sample + 1) * LENGTH)
+        taken = np.bincount([e for t in tokens for e in kept[t]], minlength=EXPERTS)
         np.testing.assert_array_equal(rows.asnumpy()[sample, :-1], taken)
-        lost = sum(len(order[t]) - len(kept[t]) for t in mine) / case.options.top_k
+        lost = sum(len(order[t]) - len(kept[t]) for t in tokens) / case.options.top_k
         if case.kind == "expert_choice":
-            lost = sum(not kept[t] for t in mine)
+            lost = sum(not kept[t] for t in tokens)
         np.testing.assert_allclose(rows.asnumpy()[sample, -1], lost, rtol=1e-6)
 
 
