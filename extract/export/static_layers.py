@@ -194,7 +194,7 @@ class StaticCachedAttention(nn.Cell):
         return x.reshape(self.batch, -1, self.heads, self.width).transpose(0, 2, 1, 3)
 
     def construct(self, queries: Tensor, x: Tensor, mask: Tensor, is_current, keys, values):
-        """mask [B, 1, n, S] is added to scores; with caches `here` [B, H, S, W] marks the new row's place."""
+        """mask [B, 1, n, S] is added to scores; with caches `is_current` [B, H, S, W] marks the new row's place."""
         q = self.split(self.query(queries) * self.scale)
         k, v = self.split(self.key(x)), self.split(self.value(x))
         if is_current is not None:
