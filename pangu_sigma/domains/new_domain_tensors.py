@@ -123,7 +123,7 @@ class NewDomainTensors:
         return np.ascontiguousarray(np.broadcast_to((total / count).astype(np.float32), shape))
 
     def _random(self, suffix: str, shape: tuple[int, ...]) -> np.ndarray:
-        # As `model.build` initialises: what ends in the residual stream is scaled by 1 / sqrt(2 L), biases are 0.
+        # As in `model.initialization`: what ends in the residual stream is scaled by 1 / sqrt(2 L), biases are 0.
         model = self.config.model
         if suffix.endswith(".bias"):
             return np.zeros(shape, np.float32)
