@@ -243,7 +243,7 @@ def _make_store(
 
 
 def initialise_shared(built: Model) -> None:
-    """Draw the shared parameters as `model.initialization` says: the same seed gives the same model on every machine."""
+    """Draw the shared parameters as `model.initialization` says: one seed gives one model on every machine."""
     for name in built.shared.local_names:
         shape = built.shared.shapes[name]
         built.shared.write(name, initial_value(name, shape, built.config.run.seed, built.config.model))

@@ -1,4 +1,4 @@
-"""Saves checkpoints one after another until it is killed; run by test_killed.py as a process of its own.
+"""Saves checkpoints one after another until it is killed; run by test_killed_saves.py as a process of its own.
 
     python saving_process.py RUN FIRST_STEP
 

@@ -29,8 +29,8 @@ def curve(precision: str) -> np.ndarray:
     """Loss of every step; a step that overflows is tried again on the next batch, as in a run."""
     trainer = small_trainer(train={"precision": precision})
     losses = []
-    for number in range(STEPS + 20):
-        result = trainer.step(len(losses), trainer.plan(learnable(number)))
+    for index in range(STEPS + 20):
+        result = trainer.step(len(losses), trainer.plan(learnable(index)))
         assert result.finite or result.overflow
         if result.finite:
             losses.append(result.loss)
