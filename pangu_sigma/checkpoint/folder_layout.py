@@ -2,7 +2,7 @@
 
     run/checkpoints/step-00001200/
         shared.safetensors                    every tensor that belongs to no domain
-        domains/{domain}.safetensors          a domain's experts, routing tables and embedding slot
+        domains/{domain}.safetensors          a domain's experts, routing tables and word embedding
         optimizer/shared.safetensors          the optimizer state, split in the same way
         optimizer/domains/{domain}.safetensors
         probe.safetensors                     held-out sequences per domain, `probe.{domain}` int32 [sequences, S + 1]

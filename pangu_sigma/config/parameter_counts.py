@@ -26,7 +26,7 @@ class ParameterCounts:
     shared: int
     per_domain: dict[str, int]
     activated_per_token: dict[str, int]
-    """What a token of the domain meets: shared parameters, the domain's embedding slot, k experts per sparse layer (k
+    """What a token of the domain meets: shared parameters, the domain's own word embedding, k experts per sparse layer (k
     on average where experts choose)."""
     routing_entries: int
     """Entries of all routing tables together (int32), beside the parameters."""
@@ -66,7 +66,7 @@ def parameter_counts(config: Config, vocab_size: int) -> ParameterCounts:
         tensors = dict(_domain(config, vocab_size, domain.name, domain.experts))
         tables = sum(math.prod(shape) for name, shape in tensors.items() if is_routing(name))
         per_domain[domain.name] = sum(math.prod(shape) for shape in tensors.values()) - tables
-        # k experts: expert tensors carry the group on their first axis, the embedding slot does not.
+        # k experts: expert tensors carry the group on their first axis, its word embedding does not.
         activated[domain.name] = shared + sum(
             chosen * math.prod(shape[1:]) if is_expert(name) else math.prod(shape)
             for name, shape in tensors.items()
