@@ -26,8 +26,8 @@ class ParameterCounts:
     shared: int
     per_domain: dict[str, int]
     activated_per_token: dict[str, int]
-    """What a token of the domain meets: shared parameters, the domain's own word embedding, k experts per sparse layer (k
-    on average where experts choose)."""
+    """Active parameters per token of the domain: shared ones, the domain's own word embedding, k experts per sparse
+    layer (k on average where experts choose)."""
     routing_entries: int
     """Entries of all routing tables together (int32), beside the parameters."""
 

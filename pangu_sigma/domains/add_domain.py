@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NewDomain:
-    """A domain to add: its item of the configuration's `domains`, and how its experts begin (`domains.initial`)."""
+    """A domain to add: its item of the configuration's `domains`, and how its experts begin (`new_domain_tensors`)."""
 
     name: str
     data: tuple[str, ...]
@@ -58,7 +58,7 @@ def add_domain(
     follow_up: domain_edits.FollowUpTraining | None = None,
     out: Path | None = None,
 ) -> EditResult:
-    """Add a domain that begins as `wanted.init` says (see `domains.initial`); its text is tokenised and checked now.
+    """Add a domain that begins as `wanted.init` says (see `new_domain_tensors`); its text is tokenised and checked now.
 
     follow_up: training that follows, in the place of the plan's remaining phases. Raises UserError; nothing is changed
     then.

@@ -26,9 +26,8 @@ class Results:
     """Everything measured so far.
 
     plan: `Plan.to_dict`. learned: domain -> number of the stage that learns it first. untrained and each of `rows` (one
-    per finished stage): domain -> {"loss", "how", "auto", "accuracy", "tokens"} (see `measuring`). costs and learning:
-    per finished stage, see `cost`. by_domain: whether a text is
-    read by the experts of its domain.
+    per finished stage): domain -> {"loss", "how", "auto", "accuracy", "tokens"} (see `matrix_row`). costs and
+    learning: per finished stage, see `stage_cost`. by_domain: whether a text is read by the experts of its domain.
     """
 
     plan: Mapping[str, Any]

@@ -1,7 +1,7 @@
 """`pangu-sigma import mindformers`: a checkpoint that MindFormers wrote becomes a model folder.
 
-MindFormers need not be installed. Names and shapes are ours already (see `model`). Every tensor of the model must be in
-the file, every tensor of the file is used or left behind by a named rule.
+MindFormers need not be installed. Names and shapes are ours already (see `mindformers_model`). Every tensor of the
+model must be in the file, every tensor of the file is used or left behind by a named rule.
 """
 
 from __future__ import annotations
