@@ -65,14 +65,14 @@ def python() -> Check:
 
 def mindspore() -> Check:
     """The installed MindSpore against the one that this version is made for."""
-    wanted = _pinned("mindspore")
+    pinned = _pinned("mindspore")
     try:
-        found = metadata.version("mindspore")
+        installed = metadata.version("mindspore")
     except metadata.PackageNotFoundError:
-        return failed("MindSpore", "not installed", f"pip install mindspore=={wanted or '2.9.0'}")
-    if wanted is not None and found != wanted:
-        return failed("MindSpore", f"{found}, made for {wanted}", f"pip install mindspore=={wanted}")
-    return passed("MindSpore", found)
+        return failed("MindSpore", "not installed", f"pip install mindspore=={pinned or '2.9.0'}")
+    if pinned is not None and installed != pinned:
+        return failed("MindSpore", f"{installed}, made for {pinned}", f"pip install mindspore=={pinned}")
+    return passed("MindSpore", installed)
 
 
 def _pinned(package: str) -> str | None:
@@ -86,9 +86,9 @@ def _pinned(package: str) -> str | None:
 
 def kernels() -> Check:
     """Whether the compiled CPU kernels are there and run."""
-    found = _library()
-    if found is not None:
-        return passed("compiled CPU kernels", Path(found).name)
+    library_path = _library()
+    if library_path is not None:
+        return passed("compiled CPU kernels", Path(library_path).name)
     return skipped(
         "compiled CPU kernels", "not built, or not for this processor: MindSpore's operators do the work, slower",
         "install gcc and install pangu-sigma again, if training on this machine's CPU is to be fast",
@@ -147,11 +147,11 @@ def cpu_step(done: check_processes.ProcessResult) -> Check:
     name = "step on CPU"
     if done.trouble:
         return failed(name, done.trouble, "install the pinned versions afresh: MindSpore cannot compute here")
-    found = done.results[0]
-    first, second = found["losses"]
+    result = done.results[0]
+    first, second = result["losses"]
     if not (math.isfinite(second) and second < first):
         return failed(name, f"loss {first:.4f}, then {second:.4f}", "an update must lower it: report this machine")
-    began, went_on = found["seconds"]
+    began, went_on = result["seconds"]
     times = f"{began:.1f} s with compiling, then {went_on:.3f} s"
     return passed(name, f"loss {first:.4f}, then {second:.4f}; {times}")
 
@@ -191,10 +191,10 @@ def _compared(
     a, b = reference.results[0], other.results[0]
     pairs = list(zip([*a["losses"], *a["norms"]], [*b["losses"], *b["norms"]], strict=True))
     worst = max(abs(x - y) / abs(x) if math.isfinite(y) else math.inf for x, y in pairs)
-    found = f"losses and gradient norms of two steps differ by {worst:.1e} at most, {tolerance:.0e} allowed"
+    difference = f"losses and gradient norms of two steps differ by {worst:.1e} at most, {tolerance:.0e} allowed"
     if worst > tolerance:
-        return failed(name, found, advice)
-    return passed(name, f"{found}; a step takes {b['seconds'][-1]:.3f} s")
+        return failed(name, difference, advice)
+    return passed(name, f"{difference}; a step takes {b['seconds'][-1]:.3f} s")
 
 
 def npu_exchange(ascend: Ascend, count: int, folder: Path, seconds: float) -> Check:

@@ -17,7 +17,7 @@ from pangu_sigma.model.model import DOMAIN_EMBEDDING
 class PanGuSigmaTrainOneStep(MFTrainOneStepCell):
     """`runner_wrapper`: columns of a planned batch -> (loss, overflow, loss scale, learning rate, gradient norm).
 
-    Overflow is told from the gradients themselves; MindFormers' stock wrapper asks a register that only an NPU has. A
+    Overflow is detected in the gradients themselves; MindFormers' stock wrapper asks a register that only an NPU has. A
     step that overflowed changes nothing. Over several devices gradients are averaged and received rows added up, so
     all agree which experts train.
     """
@@ -57,10 +57,10 @@ class PanGuSigmaTrainOneStep(MFTrainOneStepCell):
         tokens = self.sum(mask)
         values, gradients = self.value_and_grad(mask * (scale / tokens), scale, *columns)
         _, by_sample, _, rows = values
-        mine = self.received(columns, rows)
+        own_rows = self.received(columns, rows)
         # Cleaned before they are averaged: another process may have rows for an expert that has none here.
-        gradients = self.grad_reducer(self.of_touched(gradients, mine))
-        received = self.everywhere(mine)
+        gradients = self.grad_reducer(self.of_touched(gradients, own_rows))
+        received = self.everywhere(own_rows)
         squares = ()
         for gradient in gradients:
             squares = squares + (self.half_square(gradient),)
@@ -78,32 +78,32 @@ class PanGuSigmaTrainOneStep(MFTrainOneStepCell):
 
     def received(self, columns: tuple[Tensor, ...], rows: tuple[Tensor, ...]):
         """Rows that every expert received here, float32 [E] by sparse layer; samples of every domain last (slots)."""
-        found = ()
+        counts = ()
         start = FIXED
         for layer_index in range(len(self.routing)):
             start = start + self.routing[layer_index]
             if self.counted[layer_index]:
-                found = found + (ops.cast(columns[start], ms.float32),)
+                counts = counts + (ops.cast(columns[start], ms.float32),)
                 start = start + 1
             else:
-                found = found + (self.sum(rows[layer_index], 0)[:-1],)
+                counts = counts + (self.sum(rows[layer_index], 0)[:-1],)
         if self.has_slots:
-            mine = ops.cast(columns[5].reshape(-1, 1) == self.domain_ids.reshape(1, -1), ms.float32)
-            found = found + (self.sum(mine, 0),)
-        return found
+            one_hot = ops.cast(columns[5].reshape(-1, 1) == self.domain_ids.reshape(1, -1), ms.float32)
+            counts = counts + (self.sum(one_hot, 0),)
+        return counts
 
     def everywhere(self, counts: tuple[Tensor, ...]):
         """The counts of all processes together."""
         if self.add_up is None:
             return counts
-        found = ()
+        totals = ()
         for count in counts:
-            found = found + (self.add_up(count),)
-        return found
+            totals = totals + (self.add_up(count),)
+        return totals
 
     def of_touched(self, gradients: tuple[Tensor, ...], received: tuple[Tensor, ...]):
         """Gradients with 0 for experts without rows, whose products over nothing leave memory as it was."""
-        found = ()
+        masked = ()
         for i in range(len(gradients)):
             gradient = gradients[i]
             layer_index = self.optimizer.layer_index[i]
@@ -113,5 +113,5 @@ class PanGuSigmaTrainOneStep(MFTrainOneStepCell):
                 gradient = ops.select(
                     ops.broadcast_to(active, gradient.shape), gradient, ops.zeros_like(gradient)
                 )
-            found = found + (gradient,)
-        return found
+            masked = masked + (gradient,)
+        return masked
