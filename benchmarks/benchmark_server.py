@@ -59,6 +59,6 @@ class Server:
             answer = {"error": line.strip()}
         if not line or "error" in answer:
             self._complaints.seek(0)
-            said = self._complaints.read().strip().splitlines()[-5:]
-            raise ServerFailed(f"{self.name} failed: {answer.get('error') or ' / '.join(said) or 'it ended'}")
+            last_lines = self._complaints.read().strip().splitlines()[-5:]
+            raise ServerFailed(f"{self.name} failed: {answer.get('error') or ' / '.join(last_lines) or 'it ended'}")
         return answer

@@ -37,11 +37,11 @@ def commands(folder: Path) -> dict[str, list[str]]:
         "layers": LAYERS, "hidden": HIDDEN, "heads": HEADS, "ffn": FFN, "vocab": VOCABULARY, "positions": LENGTH,
     }  # fmt: skip
     options = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
-    found = {BASELINE: [sys.executable, str(HERE / "decoding_hf.py"), *options]}
+    systems = {BASELINE: [sys.executable, str(HERE / "decoding_hf.py"), *options]}
     for variant, name in OURS.items():
         config = prepare(VARIANTS[variant], folder / variant, batches=1).config
-        found[name] = [sys.executable, "-m", "benchmarks.decoding_ours", str(config)]
-    return found
+        systems[name] = [sys.executable, "-m", "benchmarks.decoding_ours", str(config)]
+    return systems
 
 
 def measure(folder: Path, rounds: int, prompt: int, tokens: int) -> dict:
@@ -78,8 +78,8 @@ def table(result: dict) -> str:
     ]
     for name, parameters in result["parameters"].items():
         for batch, speeds in result["tokens_per_second"].items():
-            found = ratios(speeds, name)
-            ratio = f"**{statistics.median(found):.2f}** ({min(found):.2f} to {max(found):.2f})"
+            in_rounds = ratios(speeds, name)
+            ratio = f"**{statistics.median(in_rounds):.2f}** ({min(in_rounds):.2f} to {max(in_rounds):.2f})"
             lines.append(
                 f"| {name} | {parameters / 1e6:.1f} M | {batch} | {statistics.median(speeds[name]):.0f} | "
                 f"{'1' if name == BASELINE else ratio} |"

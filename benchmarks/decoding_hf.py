@@ -37,7 +37,7 @@ def main() -> None:
         ids = torch.randint(3, given.vocab, (batch, prompt), generator=torch.Generator().manual_seed(turn))
         start = time.perf_counter()
         with torch.inference_mode():
-            found = model.generate(
+            token_ids = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=tokens,
@@ -46,7 +46,7 @@ def main() -> None:
                 top_k=0,
             )
         seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "tokens": batch * (found.shape[1] - prompt)}), flush=True)
+        print(json.dumps({"seconds": seconds, "tokens": batch * (token_ids.shape[1] - prompt)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -91,10 +91,10 @@ def run_case(work: Work, folder: Path, seconds: float) -> dict:
         shutil.rmtree(folder, ignore_errors=True)
     if done.returncode:
         return {"work": asdict(work), "impracticable": (done.stderr.strip().splitlines() or ["ended"])[-1]}
-    found = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout.splitlines()[-1])
     if torch:
-        return {"work": asdict(work), "median_seconds": statistics.median(found["seconds_per_step"]), **found}
-    return found
+        return {"work": asdict(work), "median_seconds": statistics.median(result["seconds_per_step"]), **result}
+    return result
 
 
 def torch_command(work: Work) -> list[str]:
@@ -126,7 +126,7 @@ def page(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def stored_table(found: dict) -> list[str]:
+def stored_table(results: dict) -> list[str]:
     one = STORED
     lines = [
         "## Step time over the number of stored experts",
@@ -139,9 +139,9 @@ def stored_table(found: dict) -> list[str]:
         "| stored experts | host, ms | against 16 | first step, s | device, ms | first step, s |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    base = found.get("host 16", {}).get("median_seconds")
+    base = results.get("host 16", {}).get("median_seconds")
     for n in STORED_EXPERTS:
-        host, device = found.get(f"host {n}"), found.get(f"device {n}")
+        host, device = results.get(f"host {n}"), results.get(f"device {n}")
         if host is None:
             continue
         row = [str(n)]
@@ -160,10 +160,10 @@ def stored_table(found: dict) -> list[str]:
     return lines
 
 
-def throughput_table(found: dict) -> list[str]:
+def throughput_table(results: dict) -> list[str]:
     one = MOE
     parameters = one.experts * one.sparse_layers * one.expert_parameters
-    met = next((f["parameters_per_token"] for f in found.values() if "parameters_per_token" in f), float("nan"))
+    met = next((f["parameters_per_token"] for f in results.values() if "parameters_per_token" in f), float("nan"))
     lines = [
         "## Throughput beside an MoE that updates every expert",
         "",
@@ -188,20 +188,20 @@ def throughput_table(found: dict) -> list[str]:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for tokens in MOE_TOKENS:
-        mine = found.get(f"stored {tokens}", {})
-        if "median_seconds" not in mine:
+        stored = results.get(f"stored {tokens}", {})
+        if "median_seconds" not in stored:
             continue
-        row = [f"{tokens:,}", f"{tokens / mine['median_seconds']:.0f}"]
+        row = [f"{tokens:,}", f"{tokens / stored['median_seconds']:.0f}"]
         for name in ("all updated", "gate", "torch"):
-            other = found.get(f"{name} {tokens}")
+            other = results.get(f"{name} {tokens}")
             if other is None:
                 row += ["not run", ""]
             elif "median_seconds" not in other:
                 row += [other["impracticable"], ""]
             else:
-                ratio = other["median_seconds"] / mine["median_seconds"]
+                ratio = other["median_seconds"] / stored["median_seconds"]
                 length = other["work"]["length"]
-                noted = "" if length == mine["work"]["length"] else f" (sequences of {length})"
+                noted = "" if length == stored["work"]["length"] else f" (sequences of {length})"
                 row += [f"{tokens / other['median_seconds']:.0f}{noted}", f"**{ratio:.1f}**"]
         lines.append("| " + " | ".join(row) + " |")
     share = PAPER_TOKENS * parameters / PAPER_EXPERT_PARAMETERS
@@ -217,9 +217,9 @@ def throughput_table(found: dict) -> list[str]:
     ]
 
 
-def disk_table(found: dict) -> list[str]:
+def disk_table(results: dict) -> list[str]:
     lines = ["## Tables beyond memory"]
-    for name, one in found.items():
+    for name, one in results.items():
         work = Work(**one["work"])
         if "median_seconds" not in one:
             return [*lines, "", f"{name}: {one['impracticable']}"]
@@ -240,9 +240,9 @@ def disk_table(found: dict) -> list[str]:
     return lines
 
 
-def killed_table(found: dict) -> list[str]:
+def killed_table(results: dict) -> list[str]:
     lines = ["## Killed and resumed"]
-    for one in found.values():
+    for one in results.values():
         work, most = Work(**one["work"]), one["most"]
         verdict = "equal byte for byte" if not one["differing"] else f"{len(one['differing'])} DIFFER"
         saves = "; ".join(
@@ -284,12 +284,12 @@ def arithmetic_table(results: dict) -> list[str]:
             active = work.experts * work.sparse_layers if work.store == "device" else work.activated
             weights = 4 * work.expert_parameters
             disk = work.store == "disk"
-            held = min(one["expert_parameters"] * 12, work.resident_gib * GIB if disk else float("inf"))
+            resident_bytes = min(one["expert_parameters"] * 12, work.resident_gib * GIB if disk else float("inf"))
             disk_bytes = 6 * weights * active if disk else 0
             lines.append(
                 f"| {part}: {name} | {weights * active / 1e6:.0f}, {moved['bytes_to_step'] / 1e6:.0f} | "
                 f"{moved['bytes_from_step'] / 1e6:.0f} | {disk_bytes / 1e6:.0f}, "
-                f"{(moved['bytes_read'] + moved['bytes_written']) / 1e6:.0f} | {held / GIB:.2f} | "
+                f"{(moved['bytes_read'] + moved['bytes_written']) / 1e6:.0f} | {resident_bytes / GIB:.2f} | "
                 f"{one['peak_resident_bytes'] / GIB:.2f} |"
             )
     return lines
@@ -322,9 +322,9 @@ def main() -> None:
     folder = (given.work / str(os.getpid())).absolute()
     with progress("measure", len(todo), "cases") as job:
         for part, name, work in todo:
-            found = killed(work, folder) if part == "killed" else run_case(work, folder, given.seconds)
-            found["work"]["folder"] = ""
-            results.setdefault(part, {})[name] = found
+            result = killed(work, folder) if part == "killed" else run_case(work, folder, given.seconds)
+            result["work"]["folder"] = ""
+            results.setdefault(part, {})[name] = result
             RESULTS.parent.mkdir(exist_ok=True)
             write_json(RESULTS, results)
             job.advance()

@@ -92,9 +92,9 @@ def killed(work: Work, folder: Path) -> dict:
     shutil.rmtree(folder, ignore_errors=True)
     path = write_run(work, folder)
     try:
-        whole = Watched(path, folder / "whole")
-        seconds = {"uninterrupted": whole.wait()}
-        wanted = hashes(folder / "whole", work.steps)
+        uninterrupted = Watched(path, folder / "whole")
+        seconds = {"uninterrupted": uninterrupted.wait()}
+        expected = hashes(folder / "whole", work.steps)
         whole_size = checkpoint_bytes(folder / "whole", work.steps)
         shutil.rmtree(folder / "whole")  # its hashes are what counts, and the disk has other things to hold
         first = Watched(path, folder / "run", f"checkpoint.every={SAVE_EVERY}")
@@ -102,21 +102,21 @@ def killed(work: Work, folder: Path) -> dict:
         table_bytes = sum(512 * p.stat().st_blocks for p in (folder / "run" / "experts").glob("*.table"))
         second = Watched(path, folder / "run", f"checkpoint.every={SAVE_EVERY}", "--resume")
         seconds["resumed"] = second.wait()
-        found = hashes(folder / "run", work.steps)
+        resumed = hashes(folder / "run", work.steps)
         saves = [
             record for line in (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
             if (record := json.loads(line))["kind"] == "checkpoint"
         ]  # fmt: skip
         return {
             "work": asdict(work),
-            "tensors": len(wanted),
-            "differing": sorted(name for name in wanted if found.get(name) != wanted[name]),
+            "tensors": len(expected),
+            "differing": sorted(name for name in expected if resumed.get(name) != expected[name]),
             "table_bytes": table_bytes,
             "checkpoint_bytes": whole_size,
             "saves": [{k: r[k] for k in ("step", "bytes_written", "bytes_linked", "seconds")} for r in saves],
             "seconds": seconds,
             "cap_bytes": int(CAP),
-            "most": {name: max(w.most[name] for w in (whole, first, second)) for name in whole.most},
+            "most": {name: max(w.most[name] for w in (uninterrupted, first, second)) for name in uninterrupted.most},
         }
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -128,8 +128,8 @@ def manifest(run: Path, step: int) -> dict:
 
 def hashes(run: Path, step: int) -> dict[str, str]:
     """Tensor name -> sha256 of its bytes, of a checkpoint's manifest."""
-    found = manifest(run, step)
-    return {name: entry["slices"][0]["sha256"] for name, entry in found["tensors"].items()}
+    entries = manifest(run, step)
+    return {name: entry["slices"][0]["sha256"] for name, entry in entries["tensors"].items()}
 
 
 def checkpoint_bytes(run: Path, step: int) -> int:

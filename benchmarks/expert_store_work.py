@@ -112,10 +112,10 @@ class Rotation:
             drawn = np.random.default_rng([7, self.step]).permutation(work.domains).tolist()
             self.left = [d for d in drawn if d not in self.last] + self.last
         self.last, self.left = self.left[:per], self.left[per:]
-        mine = np.array(self.last)
+        drawn_domains = np.array(self.last)
         draw = np.random.default_rng([8, self.step])
         tokens = draw.integers(3, work.vocabulary, (size, work.length + 1), dtype=np.int32)
-        domain = mine[np.arange(size) % mine.size].astype(np.int32)
+        domain = drawn_domains[np.arange(size) % drawn_domains.size].astype(np.int32)
         batch = Batch(tokens, domain, self.step * size + np.arange(size), self.step)
         self.step += 1
         return batch
@@ -196,8 +196,8 @@ def cached_bytes(folder: Path) -> int | None:
     files = sorted(folder.glob("*.table"))
     if not files or shutil.which("fincore") is None:
         return None
-    told = subprocess.run(["fincore", "--bytes", "--json", *map(str, files)], capture_output=True, text=True).stdout
-    return sum(int(entry["res"]) for entry in json.loads(told)["fincore"])
+    listing = subprocess.run(["fincore", "--bytes", "--json", *map(str, files)], capture_output=True, text=True).stdout
+    return sum(int(entry["res"]) for entry in json.loads(listing)["fincore"])
 
 
 def write_every_byte(store) -> None:
@@ -259,7 +259,7 @@ def measure(work: Work) -> dict:
                 cached.append(cached_bytes(tables))
         moved = trainer.take_store_metrics()
         touched = sum(int((store.steps[layer_name] > counts[layer_name]).sum()) for layer_name in store.steps)
-    found = {
+    measured = {
         "work": asdict(work),
         "experts_per_layer": work.experts,
         "expert_parameters": work.experts * work.sparse_layers * work.expert_parameters,
@@ -281,7 +281,7 @@ def measure(work: Work) -> dict:
         "most_mapped_bytes": getattr(store, "mapped_bytes", None),
     }
     store.close()
-    return found
+    return measured
 
 
 def main() -> None:

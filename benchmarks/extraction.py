@@ -143,9 +143,9 @@ def measure(parent: Checkpoint, keep: int, folder: Path, rounds: int) -> dict:
     record: dict = {"domains": keep, "bytes": sum(path.stat().st_size for path in sources), "rounds": []}
 
     def extraction() -> dict:
-        found = measured_process(folder, *words)
-        found["output"] = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-        return found
+        results = measured_process(folder, *words)
+        results["output"] = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        return results
 
     turns = {
         "extract": extraction,
@@ -155,28 +155,28 @@ def measure(parent: Checkpoint, keep: int, folder: Path, rounds: int) -> dict:
     names = list(turns)
     with progress(f"cut {keep}", rounds * len(turns), unit="turns") as job:
         for number in range(rounds):
-            found = {}
+            results = {}
             first = number % len(names)
             for name in names[first:] + names[:first]:
-                found[name] = turns[name]()
+                results[name] = turns[name]()
                 shutil.rmtree(out)
                 # what is still to be written of this turn must not slow the next one
                 subprocess.run(["sync", "-f", str(folder)], check=True)
                 job.advance()
-            record["rounds"].append(found)
+            record["rounds"].append(results)
     return record
 
 
 def summary(record: dict, imports: dict[str, float]) -> dict:
     """Medians and ratios over the rounds."""
     rounds = record["rounds"]
-    seconds = {name: statistics.median(found[name]["seconds"] for found in rounds) for name in rounds[0]}
+    seconds = {name: statistics.median(by_program[name]["seconds"] for by_program in rounds) for name in rounds[0]}
     ratios = {
-        name: statistics.median(found["extract"]["seconds"] / found[name]["seconds"] for found in rounds)
+        name: statistics.median(by_program["extract"]["seconds"] / by_program[name]["seconds"] for by_program in rounds)
         for name in seconds
         if name != "extract"
     }
-    cut = [found["extract"] for found in rounds]
+    cut = [by_program["extract"] for by_program in rounds]
     written = statistics.median(one["output"] for one in cut)
     read = statistics.median(one["read"] - imports["read"] for one in cut)
     return {

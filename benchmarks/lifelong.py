@@ -42,10 +42,10 @@ class Run:
     def result(self) -> dict | None:
         """The finished measurement; None while it is not."""
         try:
-            found = json.loads((self.folder / "lifelong.json").read_text(encoding="utf-8"))
+            measurement = json.loads((self.folder / "lifelong.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        return found if found["complete"] else None
+        return measurement if measurement["complete"] else None
 
     @property
     def log(self) -> Path:
@@ -71,21 +71,21 @@ def _tidy(folder: Path) -> None:
 
 def collect(runs: list[Run]) -> dict[str, dict]:
     """System -> {"title", "joint", "seeds": {seed: finished measurement}}, of those that have a finished one."""
-    found: dict[str, dict] = {}
+    by_system: dict[str, dict] = {}
     for run in runs:
         result = run.result
         if result is not None:
-            entry = found.setdefault(
+            entry = by_system.setdefault(
                 run.name, {"title": run.system.title, "joint": run.system.joint, "seeds": {}}
             )
             # The plan names this machine's folders.
             entry["seeds"][str(run.seed)] = {key: value for key, value in result.items() if key != "plan"}
-    return found
+    return by_system
 
 
 def render(runs: list[Run], given: argparse.Namespace) -> str:
     """Write tables, heat map and figures of what is finished; returns the page."""
-    found = collect(runs)
+    by_system = collect(runs)
     record = {
         "machine": machine("mindspore"),
         "steps": given.steps,
@@ -93,9 +93,9 @@ def render(runs: list[Run], given: argparse.Namespace) -> str:
         "jobs": given.jobs,
         "small": given.small,
         "runs": len(runs),
-        "finished": sum(len(entry["seeds"]) for entry in found.values()),
+        "finished": sum(len(entry["seeds"]) for entry in by_system.values()),
         "domains": list(DOMAINS),
-        "systems": found,
+        "systems": by_system,
     }
     written = page(record)
     write_results(given.out, "lifelong", record, written)

@@ -19,7 +19,7 @@ FROZEN, TRAINED = "rre_frozen", "rre_trained"
 
 def page(record: dict) -> str:
     """The whole record as Markdown."""
-    found, domains = record["systems"], record["domains"]
+    systems, domains = record["systems"], record["domains"]
     lines = [
         "# Four domains, one after another",
         "",
@@ -29,11 +29,11 @@ def page(record: dict) -> str:
     ]
     if record["small"]:
         lines += ["**A model this small only shows that everything runs: compare nothing.**", ""]
-    if not found:
+    if not systems:
         return "\n".join([*lines, "Nothing is finished yet.", ""])
     lines += [systems_table(record), "", _how(record), ""]
     lines += ["## Loss of every domain at the end (right after it was learned)", "", domains_table(record), ""]
-    if (entry := found.get(FROZEN)) is not None:
+    if (entry := systems.get(FROZEN)) is not None:
         lines += ["## What frozen shared parameters keep, and what they cost", "", frozen_text(record), ""]
         lines += ["## Inferring the domain of a text", "", inference_table(entry, domains), ""]
         lines += ["## Properties of RRE with shared parameters frozen", "", properties_table(entry), ""]
@@ -118,14 +118,14 @@ def inference_table(entry: dict, domains: Sequence[str]) -> str:
 def properties_table(entry: dict) -> str:
     """The property table of the first seed."""
     first = next(iter(entry["seeds"].values()))
-    rows = [[found["name"], found["holds"], found["number"]] for found in first["properties"]]
+    rows = [[result["name"], result["holds"], result["number"]] for result in first["properties"]]
     return markdown(["property", "holds", "by what number (first seed)"], rows)
 
 
 def panels(record: dict) -> list[Panel]:
     """A heat map's panel per system, mean over its seeds, all of one colour scale."""
-    found, domains = record["systems"], record["domains"]
-    matrices = {name: _mean_matrix(entry, domains) for name, entry in found.items()}
+    systems, domains = record["systems"], record["domains"]
+    matrices = {name: _mean_matrix(entry, domains) for name, entry in systems.items()}
     if not matrices:
         return []
     lowest = np.min([matrix.min(axis=0) for matrix in matrices.values()], axis=0)
@@ -133,9 +133,9 @@ def panels(record: dict) -> list[Panel]:
     return [
         Panel(
             matrix,
-            ["untrained", *next(iter(found[name]["seeds"].values()))["stages"]],
-            next(iter(found[name]["seeds"].values()))["learned"],
-            found[name]["title"],
+            ["untrained", *next(iter(systems[name]["seeds"].values()))["stages"]],
+            next(iter(systems[name]["seeds"].values()))["learned"],
+            systems[name]["title"],
             lowest,
             highest,
         )
@@ -145,8 +145,8 @@ def panels(record: dict) -> list[Panel]:
 
 def new_domains(seed: Seed) -> float:
     """Mean loss, right after learning, of the domains that came after the first stage."""
-    later = {name: at for name, at in seed["learned"].items() if at}
-    return statistics.mean(seed["matrix"][at][seed["domains"].index(name)] for name, at in later.items())
+    later = {name: row for name, row in seed["learned"].items() if row}
+    return statistics.mean(seed["matrix"][row][seed["domains"].index(name)] for name, row in later.items())
 
 
 def spread(values: Sequence[float]) -> str:

@@ -112,8 +112,8 @@ def commands(variant: Variant, folder: Path, batches: int) -> dict[str, list[str
     (folder / "sizes.json").write_text(json.dumps(variant.sizes), encoding="utf-8")
     torch = [sys.executable, str(HERE / "torch_olmoe.py"), "--sizes", str(folder / "sizes.json")]
     torch += ["--tokens", str(folder / "tokens.npy")]
-    found = {OURS: [sys.executable, "-m", "benchmarks.ours", str(folder / "config.yaml")]}
-    return found | {name: [*torch, "--form", form] for name, form in FORMS.items()}
+    systems = {OURS: [sys.executable, "-m", "benchmarks.ours", str(folder / "config.yaml")]}
+    return systems | {name: [*torch, "--form", form] for name, form in FORMS.items()}
 
 
 def measure(variant: Variant, folder: Path, rounds: int, steps: int) -> list[dict]:
@@ -124,7 +124,7 @@ def measure(variant: Variant, folder: Path, rounds: int, steps: int) -> list[dic
         return done[:rounds]
     launch = commands(variant, folder, WARMUP["ours"] + rounds * steps)
     # Without the half line of a killed process, behind which nothing could be read.
-    kept.write_text("".join(json.dumps(found) + "\n" for found in done), encoding="utf-8")
+    kept.write_text("".join(json.dumps(results) + "\n" for results in done), encoding="utf-8")
     with ExitStack() as running:
         turns = len(launch) * (1 + rounds - len(done))
         job = running.enter_context(progress(f"{variant.name}: measure", turns, "turns"))
@@ -137,28 +137,28 @@ def measure(variant: Variant, folder: Path, rounds: int, steps: int) -> list[dic
         for number in range(len(done), rounds):
             # Another system begins each round, so that none always runs on what the same neighbour left behind.
             turn = number % len(order)
-            found = {}
+            results = {}
             for name in order[turn:] + order[:turn]:
-                found[name] = servers[name].steps(steps) | {
+                results[name] = servers[name].steps(steps) | {
                     "first_loss": first[name], "parameters": servers[name].parameters,
                 }  # fmt: skip
                 job.advance()
             with open(kept, "a", encoding="utf-8") as file:
-                file.write(json.dumps(found) + "\n")
-            done.append(found)
+                file.write(json.dumps(results) + "\n")
+            done.append(results)
     return done
 
 
 def read_rounds(path: Path) -> list[dict]:
     """Rounds that were finished; a line that a killed process left half is none."""
-    found: list[dict] = []
+    finished_rounds: list[dict] = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                found.append(json.loads(line))
+                finished_rounds.append(json.loads(line))
             except ValueError:
                 break
-    return found
+    return finished_rounds
 
 
 def summary(variant: Variant, rounds: list[dict]) -> dict:
@@ -189,12 +189,12 @@ def summary(variant: Variant, rounds: list[dict]) -> dict:
 def complaints(result: dict) -> list[str]:
     """What speaks against the systems computing the same thing: nothing if sizes agree and losses begin near ln V and
     fall."""
-    found = []
+    sentences = []
     if len(set(result["parameters"].values())) != 1:
-        found.append(f"the systems have different numbers of parameters: {result['parameters']}")
+        sentences.append(f"the systems have different numbers of parameters: {result['parameters']}")
     for name, (first, last) in result["losses"].items():
-        found += loss_complaints(name, first, last, VOCABULARY)
-    return found
+        sentences += loss_complaints(name, first, last, VOCABULARY)
+    return sentences
 
 
 def table(results: list[dict]) -> str:
@@ -252,8 +252,8 @@ def main() -> None:
             results.append(summary(VARIANTS[name], rounds))
     except ServerFailed as failure:
         parser.exit(1, f"Error: {failure}\n")
-    found = machine("mindspore", "torch")
-    record = {"machine": found, "rounds": given.rounds, "steps": given.steps, "results": results}
+    machine_record = machine("mindspore", "torch")
+    record = {"machine": machine_record, "rounds": given.rounds, "steps": given.steps, "results": results}
     print(table(results))
     against = [complaint for result in results for complaint in complaints(result)]
     write_results(given.out, "olmoe_speed", record, page(record), against)

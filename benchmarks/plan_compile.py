@@ -32,15 +32,15 @@ GIB = 2**30
 def variants(name: str) -> dict[str, Any]:
     """The configuration by placement: its own, and global where it is domain."""
     config = load_config(ROOT / "configs" / f"{name}.yaml")
-    found = {config.parallel.placement: config}
+    by_placement = {config.parallel.placement: config}
     if config.parallel.placement == "domain":
-        wanted = config.data.max_domains_per_batch
-        everywhere = None if wanted is None else wanted * config.parallel.placement_groups
-        found["global"] = changed(
+        limit = config.data.max_domains_per_batch
+        everywhere = None if limit is None else limit * config.parallel.placement_groups
+        by_placement["global"] = changed(
             config,
             {"parallel.placement": "global", "parallel.placement_groups": 1, "data.max_domains_per_batch": everywhere},
         )
-    return found
+    return by_placement
 
 
 def measure(name: str) -> list[dict[str, Any]]:
@@ -48,22 +48,22 @@ def measure(name: str) -> list[dict[str, Any]]:
     rows = []
     for placement, config in variants(name).items():
         before = processor_seconds()
-        found = compile_plan(config)
-        exchanges = [c for c in found["collectives"] if c["kind"] == "AlltoAll"]
+        compiled = compile_plan(config)
+        exchanges = [c for c in compiled["collectives"] if c["kind"] == "AlltoAll"]
         rows.append(
             {
                 "configuration": name,
                 "placement": placement if config.model.sparse_prefixes else "",
-                "devices": found["devices"],
+                "devices": compiled["devices"],
                 "layers": config.model.layers,
-                "compile_seconds": found["seconds"],
-                "total_seconds": found["total_seconds"],
+                "compile_seconds": compiled["seconds"],
+                "total_seconds": compiled["total_seconds"],
                 "processor_seconds": processor_seconds() - before,
-                "peak_bytes": found["peak_bytes"],
-                "collectives": sum(c["count"] for c in found["collectives"]),
+                "peak_bytes": compiled["peak_bytes"],
+                "collectives": sum(c["count"] for c in compiled["collectives"]),
                 "exchanges": sum(c["count"] for c in exchanges),
                 "exchange_ranks": max((len(c["ranks"]) for c in exchanges), default=0),
-                "bytes": found["bytes"],
+                "bytes": compiled["bytes"],
             }
         )
         print(json.dumps(rows[-1]), flush=True)

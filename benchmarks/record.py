@@ -28,32 +28,32 @@ def machine(*packages: str, torch_python: str | None = None) -> dict[str, Any]:
     """Processor and versions, for the record; torch's from another interpreter, if given."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    found = {
+    record = {
         "cpu": model,
         "cores": sum(line.startswith("processor") for line in lines),
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
     }
     if torch_python is not None:
-        asked = [torch_python, "-c", "import torch; print(torch.__version__)"]
-        found["torch"] = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    return {**found, "date": datetime.now(UTC).date().isoformat()}
+        command = [torch_python, "-c", "import torch; print(torch.__version__)"]
+        record["torch"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return {**record, "date": datetime.now(UTC).date().isoformat()}
 
 
-def sentence(found: dict[str, Any]) -> str:
+def sentence(made_on: dict[str, Any]) -> str:
     """What `machine` found, as the end of a page says it."""
-    versions = [f"{name} {found[key]}" for key, name in _SPELLED.items() if key in found]
-    return f"{found['cores']} cores of {found['cpu']}, {', '.join(versions)}, {found['date']}."
+    versions = [f"{name} {made_on[key]}" for key, name in _SPELLED.items() if key in made_on]
+    return f"{made_on['cores']} cores of {made_on['cpu']}, {', '.join(versions)}, {made_on['date']}."
 
 
 def loss_complaints(name: str, first: float, last: float, vocabulary: int) -> list[str]:
     """What speaks against a system having trained: nothing if its loss begins near ln V and falls."""
-    found = []
+    complaints = []
     if abs(first - math.log(vocabulary)) > 0.5:
-        found.append(f"{name}: the first loss is {first:.2f}, far from ln {vocabulary}")
+        complaints.append(f"{name}: the first loss is {first:.2f}, far from ln {vocabulary}")
     if not last < first:
-        found.append(f"{name}: the loss does not fall ({first:.2f} to {last:.2f})")
-    return found
+        complaints.append(f"{name}: the loss does not fall ({first:.2f} to {last:.2f})")
+    return complaints
 
 
 def write_results(folder: Path, name: str, record: dict[str, Any], page: str, complaints: Iterable[str] = ()) -> None:

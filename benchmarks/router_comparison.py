@@ -110,22 +110,22 @@ def figures(folder: Path, steps: int) -> dict:
 
 def collect(work: Path, names: Sequence[str], seeds: int, steps: int) -> dict[str, dict[str, dict]]:
     """System -> seed -> figures, of what is finished."""
-    found: dict[str, dict[str, dict]] = {}
+    by_system: dict[str, dict[str, dict]] = {}
     for name in names:
         for seed in range(1, seeds + 1):
             folder = work / f"{name}-{seed}"
             if folder.is_dir() and losses(folder, steps) is not None:
-                found.setdefault(name, {})[str(seed)] = figures(folder, steps)
-    return found
+                by_system.setdefault(name, {})[str(seed)] = figures(folder, steps)
+    return by_system
 
 
 def routers_alone(names: Sequence[str]) -> dict[str, float]:
     """Milliseconds of one layer's routing of 2,048 tokens, measured in a process of its own."""
-    wanted = [name for name in names if SYSTEMS[name].router]
-    if not wanted:
+    routers = [name for name in names if SYSTEMS[name].router]
+    if not routers:
         return {}
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.router_time", *wanted], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "benchmarks.router_time", *routers], capture_output=True, text=True, check=True
     )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -193,8 +193,8 @@ def render(given: argparse.Namespace, work: Path, names: Sequence[str]) -> str:
     for name in systems:
         # The folders are not read: only sizes count.
         config = load_config(CONFIG, overrides(name, 1, given.steps, work / name, dict.fromkeys(DOMAINS, CONFIG)))
-        found = parameter_counts(config, 4096)
-        counts[name] = (found.total, max(found.activated_per_token.values()))
+        measured = parameter_counts(config, 4096)
+        counts[name] = (measured.total, max(measured.activated_per_token.values()))
     record = {
         "machine": machine("mindspore"),
         "steps": given.steps,
@@ -204,7 +204,7 @@ def render(given: argparse.Namespace, work: Path, names: Sequence[str]) -> str:
         "parameters": counts,
         "router_ms": routers_alone(list(systems)),
         "tokens_per_second": {
-            name: found for name in systems if (found := speed(work / f"{name}-speed")) is not None
+            name: measured for name in systems if (measured := speed(work / f"{name}-speed")) is not None
         },
     }
     written = page(record)

@@ -31,11 +31,11 @@ class System:
         """Changes of the configuration, beside SHARED and the domains."""
         if self.router is None:
             return ["model.sparse.layers=0", "model.sparse.table=uniform", f"model.ffn={INNER}"]
-        found = [
+        overrides = [
             "model.sparse.pattern=every", "model.sparse.layers=0", f"model.sparse.router={self.router}",
             f"model.ffn={INNER // self.top_k}", *self.more,
         ]  # fmt: skip
-        return found
+        return overrides
 
 
 TABLES = ("model.sparse.table=frequency",)

@@ -95,8 +95,8 @@ def main() -> None:
     given = parser.parse_args()
     from benchmarks.router_systems import SYSTEMS
 
-    wanted = given.routers or [name for name, system in SYSTEMS.items() if system.router]
-    print(json.dumps({name: measure(name) for name in wanted}))
+    names = given.routers or [name for name, system in SYSTEMS.items() if system.router]
+    print(json.dumps({name: measure(name) for name in names}))
 
 
 if __name__ == "__main__":

@@ -47,13 +47,13 @@ def run_all(jobs: Sequence[Job], at_once: int) -> None:
         try:
             while waiting or running:
                 while waiting and free:
-                    job, mine = waiting.popleft(), free.popleft()
-                    running.append((job, _start(job, mine), mine))
+                    job, own_processors = waiting.popleft(), free.popleft()
+                    running.append((job, _start(job, own_processors), own_processors))
                 time.sleep(0.5)
                 for entry in [entry for entry in running if entry[1].poll() is not None]:
                     running.remove(entry)
-                    job, _, mine = entry
-                    free.append(mine)
+                    job, _, own_processors = entry
+                    free.append(own_processors)
                     if not job.finished():
                         raise Failed(f"{job.name}: {last_line(job.log)} (all of it: {job.log})")
                     job.after()

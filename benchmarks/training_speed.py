@@ -50,12 +50,12 @@ def commands(work: Workload, torch_python: str) -> dict[str, list[str]]:
     variant = work.variant
     torch = [torch_python, str(HERE / "torch_pangu.py"), "--serve", "--tokens", str(work.tokens)]
     torch += ["--vocab", str(VOCABULARY)]
-    found = {OURS: [sys.executable, "-m", "benchmarks.ours", str(work.config)]}
+    systems = {OURS: [sys.executable, "-m", "benchmarks.ours", str(work.config)]}
     if not variant.sparse_layers:
-        return found | {"PyTorch": [*torch, "--variant", "dense"]}
+        return systems | {"PyTorch": [*torch, "--variant", "dense"]}
     torch += ["--variant", "sparse", "--sparse-layers", str(variant.sparse_layers), "--routing", str(work.routing)]
     torch += ["--experts", str(variant.experts)]
-    return found | {f"PyTorch {form}": [*torch, "--form", form] for form in ("loop", "bmm")}
+    return systems | {f"PyTorch {form}": [*torch, "--form", form] for form in ("loop", "bmm")}
 
 
 def measure(variant: Variant, folder: Path, torch_python: str, warmup: int, rounds: int, steps: int) -> dict:
@@ -183,8 +183,8 @@ def main() -> None:
             )
     except ServerFailed as failure:
         parser.exit(1, f"Error: {failure}\n")
-    found = machine("mindspore", torch_python=given.torch_python)
-    record = {"machine": found, "rounds": given.rounds, "steps": given.steps, "results": results}
+    machine_record = machine("mindspore", torch_python=given.torch_python)
+    record = {"machine": machine_record, "rounds": given.rounds, "steps": given.steps, "results": results}
     print(table(results))
     against = [complaint for result in results for complaint in complaints(result)]
     write_results(given.out, "training_speed", record, page(record), against)

@@ -86,13 +86,13 @@ def measure(dense: Path, config: Path, out: Path) -> dict[str, float]:
     # numpy's generators and the writer's threads too are there before
     open_checkpoint(dense)
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is held now
-    held, io = _status("VmRSS"), _io()
+    resident, io = _status("VmRSS"), _io()
     started = time.perf_counter()
     upcycle(dense, config, out)
     seconds = time.perf_counter() - started
     return {
         "seconds": seconds,
-        "memory": _status("VmHWM") - held,
+        "memory": _status("VmHWM") - resident,
         "read": _io()["rchar"] - io["rchar"],
         "written": _io()["wchar"] - io["wchar"],
     }
