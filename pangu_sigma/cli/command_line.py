@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import traceback
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -53,16 +55,20 @@ class _Commands(TyperGroup):
             raise typer.Exit(INTERRUPTED) from error
 
 
-# Without rich's markup and tracebacks: they cost a third of the help's time, and a mistake is one plain sentence.
-app = typer.Typer(
-    cls=_Commands,
-    name="pangu-sigma",
-    help="One language model for many text domains: train it, measure it, cut out a domain, use it.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+def _new_application() -> typer.Typer:
+    # Without rich's markup and tracebacks: they cost a third of the help's time, and a mistake is one plain sentence.
+    return typer.Typer(
+        cls=_Commands,
+        name="pangu-sigma",
+        help="One language model for many text domains: train it, measure it, cut out a domain, use it.",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+
+
+app = _new_application()
 
 
 def _print_version(requested: bool) -> None:
@@ -103,6 +109,31 @@ app.command(short_help="Build the quickstart's domains.")(corpora)
 app.command(short_help="Train a small model and show the result.")(quickstart)
 
 
+def application_for(words: Sequence[str]) -> typer.Typer:
+    """The application as the command line `words` needs it: every other command has its name and short help alone.
+
+    Making the options of all commands takes longer than anything else that a help text waits for.
+    """
+    named = next((word for word in words if not word.startswith("-")), None)
+    narrowed = _new_application()
+    narrowed.registered_callback = app.registered_callback
+    for command in app.registered_commands:
+        if command.callback.__name__ == named:
+            narrowed.registered_commands.append(command)
+        else:
+            narrowed.command(command.callback.__name__, short_help=command.short_help)(_without_options)
+    for group in app.registered_groups:
+        if group.name == named:
+            narrowed.registered_groups.append(group)
+        else:
+            narrowed.command(group.name, short_help=group.short_help)(_without_options)
+    return narrowed
+
+
+def _without_options() -> None:
+    """Stands for a command that is not called."""
+
+
 def main() -> None:
     """Entry point of the console script and of `python -m pangu_sigma`."""
     # Before anything imports MindSpore, whose C++ side otherwise logs over the terminal.
@@ -115,7 +146,7 @@ def main() -> None:
     elif role == "MS_WORKER":
         _run_worker()
     else:
-        app(prog_name="pangu-sigma")
+        application_for(sys.argv[1:])(prog_name="pangu-sigma")
 
 
 def _run_worker() -> None:
@@ -124,7 +155,7 @@ def _run_worker() -> None:
 
     code = 0
     try:
-        app(prog_name="pangu-sigma")
+        application_for(sys.argv[1:])(prog_name="pangu-sigma")
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException:
