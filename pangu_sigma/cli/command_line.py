@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sys
 import traceback
@@ -39,6 +40,7 @@ class _Commands(TyperGroup):
     """Ends a user's mistake with one sentence and code 2, an interruption with code 130; bugs keep their traceback."""
 
     def invoke(self, ctx: typer.Context) -> object:
+        gc.enable()
         try:
             return super().invoke(ctx)
         except UserError as error:
@@ -112,8 +114,10 @@ app.command(short_help="Train a small model and show the result.")(quickstart)
 def application_for(words: Sequence[str]) -> typer.Typer:
     """The application as the command line `words` needs it: every other command has its name and short help alone.
 
-    Making the options of all commands takes longer than anything else that a help text waits for.
+    Making the options of all commands takes longer than anything else that a help text waits for; looking for garbage
+    meanwhile, where there is none, a fifth of the rest. Collection begins again when the command does.
     """
+    gc.disable()
     named = next((word for word in words if not word.startswith("-")), None)
     narrowed = _new_application()
     narrowed.registered_callback = app.registered_callback

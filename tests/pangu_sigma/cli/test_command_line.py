@@ -49,11 +49,15 @@ def children_seconds() -> float:
     ids=lambda command: " ".join(command) or "-",
 )
 def test_help_comes_at_once(command):
-    # Processor time, not wall time: the promise must not depend on what else the machine does.
-    before = children_seconds()
-    done = run(*command, "--help")
-    assert done.returncode == 0 and done.stdout.startswith("Usage: pangu-sigma")
-    assert children_seconds() - before < 0.5
+    # Processor time, not wall time, and the least of a few runs: the promise must not depend on what else the machine
+    # does, and a process that shares its core with another one takes up to twice the time.
+    seconds = []
+    while not seconds or (min(seconds) >= 0.5 and len(seconds) < 5):
+        before = children_seconds()
+        done = run(*command, "--help")
+        seconds.append(children_seconds() - before)
+        assert done.returncode == 0 and done.stdout.startswith("Usage: pangu-sigma")
+    assert min(seconds) < 0.5
 
 
 def test_help_lists_every_command():
