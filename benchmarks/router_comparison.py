@@ -193,8 +193,8 @@ def render(given: argparse.Namespace, work: Path, names: Sequence[str]) -> str:
     for name in systems:
         # The folders are not read: only sizes count.
         config = load_config(CONFIG, overrides(name, 1, given.steps, work / name, dict.fromkeys(DOMAINS, CONFIG)))
-        measured = parameter_counts(config, 4096)
-        counts[name] = (measured.total, max(measured.activated_per_token.values()))
+        parameters = parameter_counts(config, 4096)
+        counts[name] = (parameters.total, max(parameters.activated_per_token.values()))
     record = {
         "machine": machine("mindspore"),
         "steps": given.steps,

@@ -30,21 +30,21 @@ def test_the_baseline_updates_every_expert_by_its_gradient_or_by_zero():
     draw = np.random.default_rng(0)
     for _, _, _, table in Model.store.tables():
         table[...] = draw.random(table.shape)
-    wanted = {(kind, name): table.copy() for kind, _, name, table in Model.store.tables()}
+    expected = {(kind, name): table.copy() for kind, _, name, table in Model.store.tables()}
     store = every_expert_store(Model)
     for step, touched in enumerate(([1, 4], [0], [], [5])):
         gradients = {e: [draw.standard_normal(s).astype("f4") for s in SHAPES["blocks.1"].values()] for e in touched}
-        for expert, mine in gradients.items():
-            store.apply("blocks.1", expert, [Tensor(g) for g in mine], HYPER, 0.5)
+        for expert, expert_gradients in gradients.items():
+            store.apply("blocks.1", expert, [Tensor(g) for g in expert_gradients], HYPER, 0.5)
         store.rest(HYPER)
         store.flush()
         for expert in range(6):
-            for at, (name, shape) in enumerate(SHAPES["blocks.1"].items()):
-                rows = [wanted[kind, name][expert] for kind in ("weight", "m", "v")]
-                gradient = gradients[expert][at] if expert in gradients else np.zeros(shape, np.float32)
+            for tensor_index, (name, shape) in enumerate(SHAPES["blocks.1"].items()):
+                rows = [expected[kind, name][expert] for kind in ("weight", "m", "v")]
+                gradient = gradients[expert][tensor_index] if expert in gradients else np.zeros(shape, np.float32)
                 update_in_place(*rows, gradient, HYPER, step + 1, 0.5, name.endswith("weight"))
     for kind, _, name, table in store.tables():
-        np.testing.assert_array_equal(table, wanted[kind, name])
+        np.testing.assert_array_equal(table, expected[kind, name])
     assert store.steps["blocks.1"].tolist() == [4] * 6
     store.close()
 

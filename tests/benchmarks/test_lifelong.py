@@ -97,10 +97,10 @@ def record() -> dict:
 
 
 def test_the_page_tells_forgetting_and_its_price(record):
-    said = page(record)
-    assert "4 of 6 runs are finished" in said
-    assert "Forgetting is exactly 0.000 on every earlier domain (6 figures of 2 runs)" in said
-    assert "their loss is 4.000, +1.000 against 3.000 where the shared parameters train on, which forgets 0.250" in said
+    text = page(record)
+    assert "4 of 6 runs are finished" in text
+    assert "Forgetting is exactly 0.000 on every earlier domain (6 figures of 2 runs)" in text
+    assert "their loss is 4.000, +1.000 against 3.000 where the shared parameters train on, which forgets 0.250" in text
     rows = systems_table(record).splitlines()[2:]
     assert rows[0].startswith("| RRE, frozen | 1.0k | 500 | 3.500 ± 0.000 | 0.000 ± 0.000 |") and "| – |" in rows[2]
     assert "| code | 50.0 % | – | 2.000 | 2.010 | +0.010 |" in inference_table(
@@ -130,9 +130,9 @@ def test_what_is_finished_can_be_drawn_at_any_time(tmp_path):
 
 
     (runs[0].folder / "lifelong.json").write_text(json.dumps(seed(LOSSES, list(DOMAINS), ORDER, forgetting=NOTHING)))
-    said = render(runs, given)
-    assert "1 of 2 runs are finished" in said and "compare nothing" in said
-    assert (tmp_path / "out" / "lifelong.md").read_text() == said
+    text = render(runs, given)
+    assert "1 of 2 runs are finished" in text and "compare nothing" in text
+    assert (tmp_path / "out" / "lifelong.md").read_text() == text
     assert ElementTree.parse(tmp_path / "out" / "lifelong.svg").getroot().tag.endswith("svg")
 
 

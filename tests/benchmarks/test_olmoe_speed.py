@@ -19,13 +19,13 @@ ROUND = round_of(**{"Hugging Face": 2.0, "PyTorch loop": 1.5, "PyTorch sorted bm
 
 
 def test_ratios_are_taken_inside_a_round_and_the_faster_plain_form_is_the_baseline():
-    found = summary(VARIANTS["fine"], [ROUND, ROUND])
-    assert found["ratios"] == {"Hugging Face": 2.0, "PyTorch loop": 1.5, "PyTorch sorted bmm": 4.0}
-    assert found["plain"] == "PyTorch loop" and found["medians"][OURS] == 4 * 512
-    assert "| 64 experts of 128, top 8 | Hugging Face | 1024 | **2.00** |" in table([found])
-    assert not complaints(found)
-    found["parameters"][OURS] = 6
-    assert len(complaints(found | {"losses": {OURS: (2.0, 3.0)}})) == 3
+    summed = summary(VARIANTS["fine"], [ROUND, ROUND])
+    assert summed["ratios"] == {"Hugging Face": 2.0, "PyTorch loop": 1.5, "PyTorch sorted bmm": 4.0}
+    assert summed["plain"] == "PyTorch loop" and summed["medians"][OURS] == 4 * 512
+    assert "| 64 experts of 128, top 8 | Hugging Face | 1024 | **2.00** |" in table([summed])
+    assert not complaints(summed)
+    summed["parameters"][OURS] = 6
+    assert len(complaints(summed | {"losses": {OURS: (2.0, 3.0)}})) == 3
 
 
 def test_finished_rounds_are_kept_and_a_half_written_one_is_measured_again(tmp_path):
@@ -57,9 +57,9 @@ def test_the_plain_forms_compute_what_hugging_faces_model_does():
         for form in ("loop", "bmm"):
             copy_weights(theirs, built[form][0])
         for form, (_, forward) in built.items():
-            found = torch.stack(forward(ids[:, :-1], ids[:, 1:]))
-            expected = found if form == "hf" else expected
-            assert torch.allclose(found, expected, atol=1e-4), form
+            summed = torch.stack(forward(ids[:, :-1], ids[:, 1:]))
+            expected = summed if form == "hf" else expected
+            assert torch.allclose(summed, expected, atol=1e-4), form
             assert sum(p.numel() for p in built[form][0].parameters()) == sum(p.numel() for p in theirs.parameters())
 
 
@@ -68,17 +68,17 @@ def copy_weights(theirs, plain) -> None:
     plain.words.weight.copy_(inner.embed_tokens.weight)
     plain.norm.weight.copy_(inner.norm.weight)
     plain.head.weight.copy_(theirs.lm_head.weight)
-    for layer, mine in zip(inner.layers, plain.layers, strict=True):
+    for layer, own in zip(inner.layers, plain.layers, strict=True):
         attention = layer.self_attn
         pairs = [
-            (mine.norm1, layer.input_layernorm), (mine.norm2, layer.post_attention_layernorm),
-            (mine.query, attention.q_proj), (mine.key, attention.k_proj), (mine.value, attention.v_proj),
-            (mine.out, attention.o_proj), (mine.query_norm, attention.q_norm), (mine.key_norm, attention.k_norm),
-            (mine.router, layer.mlp.gate),
+            (own.norm1, layer.input_layernorm), (own.norm2, layer.post_attention_layernorm),
+            (own.query, attention.q_proj), (own.key, attention.k_proj), (own.value, attention.v_proj),
+            (own.out, attention.o_proj), (own.query_norm, attention.q_norm), (own.key_norm, attention.k_norm),
+            (own.router, layer.mlp.gate),
         ]  # fmt: skip
         for to, source in pairs:
             to.weight.copy_(source.weight)
         for e, expert in enumerate(layer.mlp.experts):
-            mine.gate[e].copy_(expert.gate_proj.weight.T)
-            mine.up[e].copy_(expert.up_proj.weight.T)
-            mine.down[e].copy_(expert.down_proj.weight.T)
+            own.gate[e].copy_(expert.gate_proj.weight.T)
+            own.up[e].copy_(expert.up_proj.weight.T)
+            own.down[e].copy_(expert.down_proj.weight.T)

@@ -11,10 +11,10 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "plan_compile"
 
 
 def test_a_domain_placement_is_compared_with_the_global_one_of_the_same_experts():
-    found = variants("pangu_sigma_1085b")
-    assert [c.parallel.mesh.exchange_size for c in found.values()] == [8, 64]
+    by_placement = variants("pangu_sigma_1085b")
+    assert [c.parallel.mesh.exchange_size for c in by_placement.values()] == [8, 64]
     # One domain a step in each of 8 groups, or 8 domains a step anywhere.
-    assert [c.data.max_domains_per_batch for c in found.values()] == [1, 8]
+    assert [c.data.max_domains_per_batch for c in by_placement.values()] == [1, 8]
     assert list(variants("pangu_alpha_13b")) == ["global"]
 
 

@@ -170,8 +170,8 @@ def test_files_keep_to_a_shard_size_and_lose_nothing(parent, tmp_path):
     model = cut(parent, tmp_path / "poems", "poems", max_shard_bytes=8000)
     files = [path for path in (tmp_path / "poems").rglob("*.safetensors") if "probe" not in path.name]
     assert len(files) > 5
-    whole, shards = open_checkpoint(parent), everything(model)
-    assert all(whole.load([name])[name].tobytes() == array.tobytes() for name, array in shards.items())
+    parent_folder, shards = open_checkpoint(parent), everything(model)
+    assert all(parent_folder.load([name])[name].tobytes() == array.tobytes() for name, array in shards.items())
     assert shards.keys() == set(tensor_shapes(stored_config(model), VOCAB))
     one = cut(tmp_path / "poems", tmp_path / "again", "poems", max_shard_bytes=1 << 30)
     assert (tmp_path / "again" / "shared.safetensors").read_bytes() == (parent / "shared.safetensors").read_bytes()
@@ -200,13 +200,13 @@ def test_folding_gives_the_tensors_of_an_ordinary_pangu_alpha(saved, tmp_path):
         and config.model.domain_parameters.embedding == "shared"
         and model.coverage == {}
     )
-    found = everything(model)
-    assert {name: array.shape for name, array in found.items()} == tensor_shapes(config, VOCAB)
-    assert not any(name.startswith("domains.") for name in found)
+    tensors = everything(model)
+    assert {name: array.shape for name, array in tensors.items()} == tensor_shapes(config, VOCAB)
+    assert not any(name.startswith("domains.") for name in tensors)
     before = open_checkpoint(parent).load()
     up = before["domains.law.query_layer.experts.up.weight"]
-    np.testing.assert_array_equal(found["query_layer.feed_forward.up.weight"], up[0])
-    np.testing.assert_array_equal(found["embedding.word"], before["domains.law.embedding.word"])
+    np.testing.assert_array_equal(tensors["query_layer.feed_forward.up.weight"], up[0])
+    np.testing.assert_array_equal(tensors["embedding.word"], before["domains.law.embedding.word"])
 
 
 @pytest.mark.parametrize(

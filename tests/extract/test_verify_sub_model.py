@@ -28,12 +28,12 @@ def copied(folder: Path, to: Path) -> Path:
 
 
 def test_logits_are_equal_to_the_bit_beside_all_other_groups(poems):
-    found = poems.verification
-    assert found.largest_logit_difference == 0.0 == found.allowed_difference and found.holds
-    assert found.largest_logit > 0.5 and found.sequences == {"poems": 2} and found.domains_mixed == 3
-    assert found.different_tensors == () and found.tensors_compared == len(poems.cut.sources)
-    assert found.experts_reached == {"blocks.1": {"poems": (3, 3)}}
-    assert found.probe_losses["poems"][0] == found.probe_losses["poems"][1] > 1.0
+    result = poems.verification
+    assert result.largest_logit_difference == 0.0 == result.allowed_difference and result.holds
+    assert result.largest_logit > 0.5 and result.sequences == {"poems": 2} and result.domains_mixed == 3
+    assert result.different_tensors == () and result.tensors_compared == len(poems.cut.sources)
+    assert result.experts_reached == {"blocks.1": {"poems": (3, 3)}}
+    assert result.probe_losses["poems"][0] == result.probe_losses["poems"][1] > 1.0
 
 
 def test_the_folder_holds_what_was_found(poems):
@@ -48,8 +48,8 @@ def test_one_byte_of_an_own_expert_is_caught(poems, parent, tmp_path):
     folder = copied(poems.model.path, tmp_path / "poems")
     tensor = "domains.poems.blocks.1.experts.up.weight"
     flip_byte(folder, tensor)  # the sign and exponent of the first weight
-    found = verify(poems.cut.parent, open_checkpoint(folder), poems.cut)
-    assert found.largest_logit_difference > 0.0 and found.different_tensors == (tensor,) and not found.holds
+    result = verify(poems.cut.parent, open_checkpoint(folder), poems.cut)
+    assert result.largest_logit_difference > 0.0 and result.different_tensors == (tensor,) and not result.holds
 
 
 def test_the_lowest_bit_of_a_weight_is_caught_even_if_no_logit_moves(poems, tmp_path):
@@ -66,8 +66,8 @@ def test_a_foreign_expert_does_not_matter(poems, parent, tmp_path):
     flip_byte(changed, "domains.law.blocks.1.experts.down.bias")
     other = open_checkpoint(changed)
     assert other.sha256 != poems.cut.parent.sha256
-    found = verify(other, poems.model, ExtractionPlan(other, ("poems",)))
-    assert found.largest_logit_difference == 0.0 and found.holds
+    result = verify(other, poems.model, ExtractionPlan(other, ("poems",)))
+    assert result.largest_logit_difference == 0.0 and result.holds
 
 
 def test_a_sub_model_that_is_another_function_gets_no_name(parent, tmp_path, monkeypatch):
@@ -82,23 +82,23 @@ def test_a_sub_model_that_is_another_function_gets_no_name(parent, tmp_path, mon
 def test_several_domains_with_their_own_words_and_a_sparse_query_layer(tmp_path):
     sparse = {"layers": 2, "include_query_layer": True}
     parent = save_model(tmp_path / "run", domain_parameters={"embedding": "own"}, sparse=sparse)
-    found = extract(plan(parent, ["code", "poems"]), tmp_path / "two").verification
-    assert found.largest_logit_difference == 0.0 and found.sequences == {"code": 2, "poems": 2}
-    assert set(found.experts_reached) == {"blocks.1", "query_layer"}
+    result = extract(plan(parent, ["code", "poems"]), tmp_path / "two").verification
+    assert result.largest_logit_difference == 0.0 and result.sequences == {"code": 2, "poems": 2}
+    assert set(result.experts_reached) == {"blocks.1", "query_layer"}
 
 
 def test_half_precision_states_its_difference(parent, tmp_path):
-    found = extract(plan(parent, ["poems"], dtype="float16"), tmp_path / "half").verification
-    assert 0.0 < found.largest_logit_difference < 0.1 and found.allowed_difference is None and found.holds
-    assert found.tensors_compared == 1  # the routing table, which is kept
-    assert f"difference {found.largest_logit_difference:.3g}" in (tmp_path / "half" / "README.md").read_text()
+    result = extract(plan(parent, ["poems"], dtype="float16"), tmp_path / "half").verification
+    assert 0.0 < result.largest_logit_difference < 0.1 and result.allowed_difference is None and result.holds
+    assert result.tensors_compared == 1  # the routing table, which is kept
+    assert f"difference {result.largest_logit_difference:.3g}" in (tmp_path / "half" / "README.md").read_text()
 
 
 def test_a_folded_model_gives_the_same_logits_to_1e_6(parent, tmp_path):
     done = extract(plan(parent, ["law"], fold=True), tmp_path / "law")
-    found = done.verification
-    assert found.largest_logit_difference <= 1e-6 * max(1.0, found.largest_logit) == found.allowed_difference
-    assert found.different_tensors == () and found.holds
+    result = done.verification
+    assert result.largest_logit_difference <= 1e-6 * max(1.0, result.largest_logit) == result.allowed_difference
+    assert result.different_tensors == () and result.holds
 
 
 def test_without_a_probe_nothing_is_claimed(saved, tmp_path):

@@ -178,10 +178,12 @@ def test_a_model_folded_to_a_dense_one_is_exported(tokenizer, tmp_path):
 
 @pytest.mark.skipif(not PANGU_MODEL.exists(), reason="PanGu-α's vocab.model is not there")
 def test_pangu_alphas_tokenizer_makes_the_same_ids_and_text(tmp_path):
-    mine = PanguAlphaTokenizer(PANGU_MODEL.read_bytes())
+    tokenizer = PanguAlphaTokenizer(PANGU_MODEL.read_bytes())
     groups = ExpertGroups(("code",), (1,))
-    config = make_config(mine, groups, {"layers": 2})
-    save = save_model(tmp_path / "run", config, make_tensors(config.model, mine.vocab_size, groups), mine, groups)
+    config = make_config(tokenizer, groups, {"layers": 2})
+    save = save_model(
+        tmp_path / "run", config, make_tensors(config.model, tokenizer.vocab_size, groups), tokenizer, groups
+    )
     export(save, tmp_path / "out", "hf")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     texts = ["你好，今天天气不错。", "def f(x):\n    return x\n", "<eot> 和 <pad> 都是字", "", " a  b\n\n"]
@@ -190,9 +192,9 @@ def test_pangu_alphas_tokenizer_makes_the_same_ids_and_text(tmp_path):
             texts += [json.loads(next(file))["text"] for _ in range(50)]
     assert theirs.encode(texts[0], add_special_tokens=False) == [5772, 10, 465, 235, 464, 1123, 12]
     for text in texts:
-        ids = mine.encode(text)
+        ids = tokenizer.encode(text)
         assert theirs.encode(text, add_special_tokens=False) == ids
-        assert theirs.decode([9, *ids], skip_special_tokens=True) == mine.decode(ids)
+        assert theirs.decode([9, *ids], skip_special_tokens=True) == tokenizer.decode(ids)
     assert (theirs.eos_token_id, theirs.pad_token_id) == (9, 6)
     assert theirs(["你好", "今天天气不错"], padding=True).input_ids[0][0] == 6
 

@@ -58,14 +58,14 @@ def test_logits_agree_with_the_reference(exported, case, attention):
 def test_pieces_of_a_text_give_the_logits_of_the_whole(exported, case):
     source, _, model = exported(case)
     tokens, domains = some_tokens(source, 2, LENGTH), domains_of(source, 2)
-    whole = run(model, tokens, domains, use_cache=False)
-    assert whole.past_key_values is None
+    at_once = run(model, tokens, domains, use_cache=False)
+    assert at_once.past_key_values is None
     cache, parts = None, []
     for start, end in [(0, 7), (7, 8), (8, 9), (9, 17), *((i, i + 1) for i in range(17, LENGTH))]:
         output = run(model, tokens[:, start:end], domains, past_key_values=cache)
         cache = output.past_key_values
         parts.append(output.logits)
-    np.testing.assert_allclose(torch.cat(parts, 1).numpy(), whole.logits.numpy(), rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(torch.cat(parts, 1).numpy(), at_once.logits.numpy(), rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -78,8 +78,8 @@ def test_padding_changes_no_logits(exported, case, side):
     tokens = np.full((3, longest), source.tokenizer.pad_id)
     mask = np.zeros((3, longest), int)
     for b, row in enumerate(rows):
-        place = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
-        tokens[b, place], mask[b, place] = row, 1
+        text_slice = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
+        tokens[b, text_slice], mask[b, text_slice] = row, 1
     logits = run(model, tokens, domains, attention_mask=torch.tensor(mask)).logits
     for b, row in enumerate(rows):
         alone = run(model, row[None], domains[b : b + 1]).logits[0].numpy()
@@ -194,11 +194,11 @@ def test_other_element_types_are_rounded_as_torch_rounds(exported, tmp_path, dty
     source, _, model = exported("full_model")
     export(source.path, tmp_path / dtype, "hf", options=Options(dtype=dtype))
     low = AutoModelForCausalLM.from_pretrained(tmp_path / dtype, trust_remote_code=True, dtype="auto")
-    wanted = getattr(torch, dtype)
+    torch_dtype = getattr(torch, dtype)
     for name, tensor in model.state_dict().items():
-        expected = tensor.to(wanted) if tensor.is_floating_point() else tensor
+        expected = tensor.to(torch_dtype) if tensor.is_floating_point() else tensor
         assert torch.equal(low.state_dict()[name], expected), name
-    assert low.dtype == wanted
+    assert low.dtype == torch_dtype
     tokens, domains = some_tokens(source, 2, LENGTH), domains_of(source, 2)
     difference = run(low, tokens, domains).logits.float() - run(model, tokens, domains).logits
     assert difference.abs().max() < 0.5
@@ -247,12 +247,12 @@ def test_a_document_longer_than_the_positions_is_refused_and_several_documents_a
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_tokenizer_makes_the_same_ids_and_text(exported, text):
     source, out, _ = exported("dense")
-    mine, theirs = source.tokenizer, AutoTokenizer.from_pretrained(out, trust_remote_code=True)
-    ids = mine.encode(text)
+    ours, theirs = source.tokenizer, AutoTokenizer.from_pretrained(out, trust_remote_code=True)
+    ids = ours.encode(text)
     assert theirs.encode(text, add_special_tokens=False) == ids
-    assert theirs(text).input_ids == [mine.eod_id, *ids]
-    assert theirs.decode([mine.eod_id, *ids, mine.pad_id], skip_special_tokens=True) == mine.decode(ids) == text
-    assert theirs.decode([mine.eod_id, *ids]) == "<eod>" + text
+    assert theirs(text).input_ids == [ours.eod_id, *ids]
+    assert theirs.decode([ours.eod_id, *ids, ours.pad_id], skip_special_tokens=True) == ours.decode(ids) == text
+    assert theirs.decode([ours.eod_id, *ids]) == "<eod>" + text
     assert theirs.convert_tokens_to_ids(theirs.tokenize(text)) == ids
     assert theirs.convert_tokens_to_string(theirs.tokenize(text)) == text
 

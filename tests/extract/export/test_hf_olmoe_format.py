@@ -55,7 +55,7 @@ def theirs(tokenizer) -> OlmoeForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def wanted(tokenizer, tmp_path_factory) -> OlmoeImportSettings:
+def import_settings(tokenizer, tmp_path_factory) -> OlmoeImportSettings:
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save(folder)
     return OlmoeImportSettings(folder / "tokenizer.model", "sentencepiece")
@@ -70,8 +70,8 @@ def folder(theirs, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def imported(folder, wanted, tmp_path_factory):
-    return import_olmoe(folder, tmp_path_factory.mktemp("imported") / "model", wanted)
+def imported(folder, import_settings, tmp_path_factory):
+    return import_olmoe(folder, tmp_path_factory.mktemp("imported") / "model", import_settings)
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +96,8 @@ def test_logits_agree(theirs, ours, tokens):
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens[:1, :-1], dtype=torch.long)).logits.numpy()[0]
     assert np.abs(expected).max() > 1.5
-    found = RecomputingDecoder(ours).score(tokens[0, :-1].tolist(), 0)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    results = RecomputingDecoder(ours).score(tokens[0, :-1].tolist(), 0)
+    np.testing.assert_allclose(results, expected, rtol=0, atol=1e-4)
 
 
 def test_greedy_text_is_equal(theirs, ours, tokens):
@@ -107,11 +107,11 @@ def test_greedy_text_is_equal(theirs, ours, tokens):
         attention_mask=torch.ones(1, 9, dtype=torch.long), eos_token_id=None,
     )[0, 9:].tolist()  # fmt: skip
     decoder = KvCacheDecoder(ours, slots=1)
-    found = [int(decoder.begin(0, prompt, 0).argmax())]
-    while len(found) < len(expected):
-        found.append(int(decoder.step({0: found[-1]})[0].argmax()))
+    results = [int(decoder.begin(0, prompt, 0).argmax())]
+    while len(results) < len(expected):
+        results.append(int(decoder.step({0: results[-1]})[0].argmax()))
     assert ours.eod_id not in expected
-    assert found == expected
+    assert results == expected
 
 
 def test_loss_auxiliary_loss_and_gradients_agree(theirs, ours, tokens):
@@ -134,15 +134,15 @@ def test_loss_auxiliary_loss_and_gradients_agree(theirs, ours, tokens):
     assert by_sample.asnumpy().sum() / labels.numel() == pytest.approx(loss.item(), abs=1e-5)
     assert float(auxiliary.asnumpy()) == pytest.approx(config.router_aux_loss_coef * pooled.item(), abs=1e-5)
 
-    found = {p.name: g.asnumpy() for p, g in zip(ours.net.trainable_params(), shared, strict=True)}
+    results = {p.name: g.asnumpy() for p, g in zip(ours.net.trainable_params(), shared, strict=True)}
     flat = iter(by_expert)
     for layer_signature in signature.layers:
         for expert in range(layer_signature.slots):
             for name in layer_signature.network.tensors:
-                found[f"domains.general.{layer_signature.name}.experts.{name}", expert] = next(flat).asnumpy()
+                results[f"domains.general.{layer_signature.name}.experts.{name}", expert] = next(flat).asnumpy()
     named = dict(theirs.named_parameters())
     checked = set()
-    for key, gradient in found.items():
+    for key, gradient in results.items():
         tensor, expert = key if isinstance(key, tuple) else (key, None)
         part = next(p for p in parts_of(ours.config, tensor) if p.expert == expert)
         expected = named[part.name].grad.numpy()
@@ -154,11 +154,11 @@ def test_loss_auxiliary_loss_and_gradients_agree(theirs, ours, tokens):
 
 
 def tensor_bytes(folder) -> dict[str, tuple]:
-    found = {}
+    results = {}
     for file in folder.glob("*.safetensors"):
         for name, tensor in load_file(file).items():
-            found[name] = tensor.dtype, tuple(tensor.shape), tensor.contiguous().view(torch.uint8).numpy().tobytes()
-    return found
+            results[name] = tensor.dtype, tuple(tensor.shape), tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return results
 
 
 def test_weights_survive_the_round_trip_byte_for_byte(theirs, folder, imported, tmp_path):
@@ -173,15 +173,15 @@ def test_weights_survive_the_round_trip_byte_for_byte(theirs, folder, imported, 
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), theirs.parameters(), strict=True))
 
 
-def test_half_precision_keeps_its_bits(theirs, wanted, tmp_path):
+def test_half_precision_keeps_its_bits(theirs, import_settings, tmp_path):
     OlmoeForCausalLM(theirs.config).to(torch.bfloat16).save_pretrained(tmp_path / "in")
-    done = import_olmoe(tmp_path / "in", tmp_path / "model", wanted).checkpoint
+    done = import_olmoe(tmp_path / "in", tmp_path / "model", import_settings).checkpoint
     assert {entry.dtype for entry in done.manifest.tensors.values()} == {"bfloat16"}
     export(done.path, tmp_path / "out", "hf-olmoe", options=Options("bfloat16"))
     assert tensor_bytes(tmp_path / "out") == tensor_bytes(tmp_path / "in")
 
 
-def test_what_does_not_fit_is_an_error_with_the_list_and_nothing_is_written(folder, wanted, tmp_path):
+def test_what_does_not_fit_is_an_error_with_the_list_and_nothing_is_written(folder, import_settings, tmp_path):
     tensors = {}
     for file in folder.glob("*.safetensors"):
         tensors |= load_file(file)
@@ -193,14 +193,14 @@ def test_what_does_not_fit_is_an_error_with_the_list_and_nothing_is_written(fold
     changed |= {strange: tensors[missing].clone(), "lm_head.weight": tensors["lm_head.weight"][:-1].clone()}
     save_file(changed, broken / "model.safetensors")
     with pytest.raises(UserError) as error:
-        import_olmoe(broken, tmp_path / "out", wanted)
-    for said in (f"lacks what these tensors need: {missing}", strange, "lm_head.weight ["):
-        assert said in str(error.value)
+        import_olmoe(broken, tmp_path / "out", import_settings)
+    for message in (f"lacks what these tensors need: {missing}", strange, "lm_head.weight ["):
+        assert message in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"model_type": "llama"}, "a model of type llama"),
         ({"clip_qkv": 8.0}, "clip_qkv = 8.0"),
@@ -209,32 +209,32 @@ def test_what_does_not_fit_is_an_error_with_the_list_and_nothing_is_written(fold
         ({"eos_token_id": None}, "--eod-id"),
     ],
 )
-def test_an_architecture_that_this_is_not_is_refused(folder, wanted, tmp_path, change, said):
+def test_an_architecture_that_this_is_not_is_refused(folder, import_settings, tmp_path, change, message):
     values = json.loads((folder / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(values))
     for file in folder.glob("model*"):
         (tmp_path / file.name).symlink_to(file)
-    with pytest.raises(UserError, match=said):
-        import_olmoe(tmp_path, tmp_path / "out", wanted)
+    with pytest.raises(UserError, match=message):
+        import_olmoe(tmp_path, tmp_path / "out", import_settings)
 
 
-def test_a_damaged_folder_is_refused_by_the_files_name(folder, wanted, tmp_path):
+def test_a_damaged_folder_is_refused_by_the_files_name(folder, import_settings, tmp_path):
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(UserError, match="has neither model.safetensors nor"):
-        import_olmoe(tmp_path, tmp_path / "out", wanted)
+        import_olmoe(tmp_path, tmp_path / "out", import_settings)
     shards = sorted(folder.glob("*.safetensors"))
     for file in (*shards[1:], folder / "model.safetensors.index.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(UserError, match=shards[0].name):
-        import_olmoe(tmp_path, tmp_path / "out", wanted)
+        import_olmoe(tmp_path, tmp_path / "out", import_settings)
     (tmp_path / shards[0].name).write_bytes(shards[0].read_bytes()[:-1])
     with pytest.raises(UserError, match=f"{shards[0].name} is no whole safetensors file"):
-        import_olmoe(tmp_path, tmp_path / "out", wanted)
+        import_olmoe(tmp_path, tmp_path / "out", import_settings)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     index["weight_map"]["lm_head.weight"] = "../model.safetensors"
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"\.\./model.safetensors"):
-        import_olmoe(tmp_path, tmp_path / "out", wanted)
+        import_olmoe(tmp_path, tmp_path / "out", import_settings)
 
 
 def test_a_model_that_is_no_olmoe_is_not_handed_out_as_one(stored, imported, tmp_path):
@@ -262,15 +262,15 @@ def test_the_folders_own_tokenizer_comes_along(folder, tmp_path, tokenizer):
     (tmp_path / "config.json").write_text(json.dumps(values))
     library.save(str(tmp_path / "tokenizer.json"))
     done = import_olmoe(tmp_path, tmp_path / "model", OlmoeImportSettings())
-    found = load_trained_tokenizer(done)
-    assert (found.kind, found.eod_id, found.pad_id) == ("huggingface", 0, 1)
+    tokenizer = load_trained_tokenizer(done)
+    assert (tokenizer.kind, tokenizer.eod_id, tokenizer.pad_id) == ("huggingface", 0, 1)
     text = "the fox, <|endoftext|> <|padding|> dog\n\tnaïve 🙂"
-    ids = found.encode(text)
-    assert 0 not in ids and 1 not in ids and found.decode([*ids, 0]) == text
-    assert [list(row) for row in found.encode_batch([text, ""])] == [ids, []]
+    ids = tokenizer.encode(text)
+    assert 0 not in ids and 1 not in ids and tokenizer.decode([*ids, 0]) == text
+    assert [list(row) for row in tokenizer.encode_batch([text, ""])] == [ids, []]
     export(done.checkpoint.path, tmp_path / "out", "hf-olmoe")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert theirs("the fox").input_ids == found.encode("the fox") and theirs.eos_token_id == 0
+    assert theirs("the fox").input_ids == tokenizer.encode("the fox") and theirs.eos_token_id == 0
 
 
 def load_trained_tokenizer(done):

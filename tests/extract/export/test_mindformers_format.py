@@ -15,13 +15,13 @@ from pangu_sigma.trained_model import stored_config
 @pytest.mark.parametrize("case", ["dense", "full_model", "switch"])
 def test_every_tensor_goes_byte_for_byte(stored, tmp_path, case):
     checkpoint = open_checkpoint(stored(case).path)
-    said = export(checkpoint.path, tmp_path / "out", "mindformers")
+    result = export(checkpoint.path, tmp_path / "out", "mindformers")
     exported = load_file(tmp_path / "out" / "pangu_sigma.safetensors")
     config = stored_config(checkpoint)
     assert set(exported) == set(tensor_shapes(config, config.model.vocab_size))
     for name, tensor in checkpoint.load(checkpoint.names(optimizer=False)).items():
         assert exported[name].tobytes() == tensor.tobytes(), name
-    assert str(checkpoint.path) in said[0] and "init_from" in said[0]
+    assert str(checkpoint.path) in result[0] and "init_from" in result[0]
 
 
 def test_a_part_of_the_domains_and_other_types_are_refused(stored, tmp_path):

@@ -72,11 +72,11 @@ def test_a_window_and_single_tokens_after_it_give_the_models_logits(exported, ca
     logits, *state = call(graphs["prefill"], prompt, known, *given)
     for b, n in enumerate(known):
         np.testing.assert_allclose(logits[b, :n], expected[b, :n], rtol=TOLERANCE, atol=TOLERANCE)
-    for place in range(LENGTH - known.max()):
-        index = known + place
+    for offset in range(LENGTH - known.max()):
+        index = known + offset
         logits, *state = call(graphs["decode"], tokens[np.arange(BATCH), index][:, None], index, *state, *given)
         np.testing.assert_allclose(
-            logits[:, 0], expected[np.arange(BATCH), index], rtol=TOLERANCE, atol=TOLERANCE, err_msg=str(place)
+            logits[:, 0], expected[np.arange(BATCH), index], rtol=TOLERANCE, atol=TOLERANCE, err_msg=str(offset)
         )
 
 
@@ -97,8 +97,8 @@ def test_a_loaded_graph_is_the_exported_one_bit_for_bit(exported):
             state = {p.name: p for p in loaded[name].get_parameters() if p.name in graph.state}
             assert state.keys() == set(graph.state)
             for call_number in range(2 if state else 1):  # the second call reads what the first has written
-                mine, theirs = graph.cell(*inputs), loaded[name](*inputs)
-                for one, other in zip(as_tuple(mine), as_tuple(theirs), strict=True):
+                ours, theirs = graph.cell(*inputs), loaded[name](*inputs)
+                for one, other in zip(as_tuple(ours), as_tuple(theirs), strict=True):
                     assert one.asnumpy().tobytes() == other.asnumpy().tobytes(), (case, name, call_number)
             for parameter in graph.cell.get_parameters():
                 if parameter.name in state:
@@ -137,14 +137,16 @@ def test_the_deployed_signature_gives_the_models_logits(exported, case):
         (logits,) = call(graphs["prefill"], tokens, *ids, mask, positions, known - 1, known)
         np.testing.assert_allclose(logits, expected[rows, known - 1], rtol=TOLERANCE, atol=TOLERANCE)
         hand_over(graphs["prefill"], graphs["decode"])
-        for place in range(LENGTH - known.max()):
-            at = known + place
-            one = tuple(np.ascontiguousarray(i[:, rows, at][..., None]) for i in ids)
+        for offset in range(LENGTH - known.max()):
+            positions_now = known + offset
+            one = tuple(np.ascontiguousarray(i[:, rows, positions_now][..., None]) for i in ids)
             (logits,) = call(
-                graphs["decode"], tokens[rows, at][:, None], *one, mask[rows, at][:, None],
-                positions[rows, at][:, None], at, at + 1,
+                graphs["decode"], tokens[rows, positions_now][:, None], *one, mask[rows, positions_now][:, None],
+                positions[rows, positions_now][:, None], positions_now, positions_now + 1,
             )  # fmt: skip
-            np.testing.assert_allclose(logits, expected[rows, at], rtol=TOLERANCE, atol=TOLERANCE, err_msg=str(place))
+            np.testing.assert_allclose(
+                logits, expected[rows, positions_now], rtol=TOLERANCE, atol=TOLERANCE, err_msg=str(offset)
+            )
 
 
 def test_inputs_are_named_and_ordered_as_deployed(exported):
@@ -154,10 +156,12 @@ def test_inputs_are_named_and_ordered_as_deployed(exported):
         for graph in GRAPHS:
             file = ModelProto()
             file.ParseFromString((out / f"{graph}.mindir").read_bytes())
-            found = [each.name.rpartition(":")[2] for each in file.graph.input]  # the graph's name stands before it
+            input_names = [
+                each.name.rpartition(":")[2] for each in file.graph.input
+            ]  # the graph's name stands before it
             said = json.loads((out / "graphs.json").read_text())["graphs"][f"{graph}.mindir"]
-            assert list(said["inputs"]) == found and list(said["state"]) == list(STATE)
-            assert names.setdefault(case, found) == found  # the same for a window and for one token
+            assert list(said["inputs"]) == input_names and list(said["state"]) == list(STATE)
+            assert names.setdefault(case, input_names) == input_names  # the same for a window and for one token
     six = ["input_ids", "expert_ids", "attention_mask", "position_ids", "current_index", "batch_valid_length"]
     assert names == {"sub_model": six, "dense": [name for name in six if name != "expert_ids"]}
     described = json.loads((exported("sub_model", signature="sigma")[1] / "graphs.json").read_text())
@@ -183,8 +187,8 @@ def test_with_a_capacity_overflow_takes_the_residual_alone(exported, stored):
                 taken[expert] = taken.get(expert, 0) + 1
                 row[s] = expert if taken[expert] <= capacity else 99
     assert (dropped == 99).any()
-    whole = exported("no_query_layer", signature="sigma")[2]["prefill"]
-    expected = call(whole, tokens, dropped, mask, positions, everything - 1, everything)[0]
+    prefill = exported("no_query_layer", signature="sigma")[2]["prefill"]
+    expected = call(prefill, tokens, dropped, mask, positions, everything - 1, everything)[0]
     np.testing.assert_allclose(kept, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 

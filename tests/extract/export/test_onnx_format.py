@@ -41,10 +41,10 @@ class Runner:
         if "domain" in self.inputs:
             feed["domain"] = np.array([self.domains.index(domain) for domain in domains])
         names = [each.name for each in self.session.get_outputs()]
-        found = dict(zip(names, self.session.run(names, feed), strict=True))
-        logits = found.pop("logits")
+        outputs = dict(zip(names, self.session.run(names, feed), strict=True))
+        logits = outputs.pop("logits")
         renamed = {"documents": "past_documents", "following_document": "next_document"}
-        return logits, {renamed.get(n, n.replace("present", "past_key_values")): a for n, a in found.items()}
+        return logits, {renamed.get(n, n.replace("present", "past_key_values")): a for n, a in outputs.items()}
 
 
 @pytest.fixture(scope="module")

@@ -154,10 +154,10 @@ def cut_strategy(published: Path, layers: int):
     """MindSpore's message of a published strategy file, cut down to a model of `layers` layers."""
     from mindspore.train.node_strategy_pb2 import ParallelStrategyMap
 
-    whole = ParallelStrategyMap()
-    whole.ParseFromString(published.read_bytes())
-    kept = ParallelStrategyMap(current_stage=whole.current_stage)
-    for item in whole.parallel_layout_item:
+    strategies = ParallelStrategyMap()
+    strategies.ParseFromString(published.read_bytes())
+    kept = ParallelStrategyMap(current_stage=strategies.current_stage)
+    for item in strategies.parallel_layout_item:
         parts = item.param_name.split(".")
         if "blocks" not in parts or int(parts[parts.index("blocks") + 1]) < layers - 1:
             kept.parallel_layout_item.append(item)

@@ -81,20 +81,20 @@ def test_a_tensor_in_several_values_is_one_and_is_read_in_blocks(tmp_path):
     """MindSpore writes tensors of more than 512 MB in slices of the same tag, with the whole tensor's dims."""
     from mindspore.train.checkpoint_pb2 import Checkpoint
 
-    whole = np.random.default_rng(1).standard_normal((1000, 33), np.float32)
+    complete = np.random.default_rng(1).standard_normal((1000, 33), np.float32)
     with open(tmp_path / "sliced.ckpt", "wb") as out:
-        for part in np.array_split(whole.reshape(-1), 7):
+        for part in np.array_split(complete.reshape(-1), 7):
             message = Checkpoint()
             value = message.value.add(tag="w")
-            value.tensor.dims.extend(whole.shape)
+            value.tensor.dims.extend(complete.shape)
             value.tensor.tensor_type = "Float32"
             value.tensor.tensor_content = part.tobytes()
             out.write(message.SerializeToString())
     file = CkptFile(tmp_path / "sliced.ckpt")
-    np.testing.assert_array_equal(read(file, "w"), whole)
+    np.testing.assert_array_equal(read(file, "w"), complete)
     into = np.zeros((33, 1000), np.float32)
     file.fill("w", into.T)
-    np.testing.assert_array_equal(into, whole.T)
+    np.testing.assert_array_equal(into, complete.T)
 
 
 def test_memory_holds_the_tensor_asked_for_and_a_block(tmp_path):
@@ -112,7 +112,7 @@ def test_memory_holds_the_tensor_asked_for_and_a_block(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "holds no tensors"),
         (b"PK\x03\x04 a zip file of PyTorch", "no MindSpore checkpoint"),
@@ -120,24 +120,24 @@ def test_memory_holds_the_tensor_asked_for_and_a_block(tmp_path):
         ("Größe".encode() * 100, "no MindSpore checkpoint"),
     ],
 )
-def test_other_files_are_refused_by_name(tmp_path, content, said):
+def test_other_files_are_refused_by_name(tmp_path, content, message):
     (tmp_path / "other.ckpt").write_bytes(content)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         CkptFile(tmp_path / "other.ckpt")
     assert "other.ckpt" in str(error.value)
 
 
 def test_a_file_cut_off_anywhere_is_refused(tmp_path):
-    whole = write_ckpt(tmp_path / "w.ckpt", {"a": np.ones(3, np.float32), "b": np.ones((2, 2), np.float32)})
-    content = whole.read_bytes()
+    complete = write_ckpt(tmp_path / "w.ckpt", {"a": np.ones(3, np.float32), "b": np.ones((2, 2), np.float32)})
+    content = complete.read_bytes()
     first = len(write_ckpt(tmp_path / "a.ckpt", {"a": np.ones(3, np.float32)}).read_bytes())
     for size in range(1, len(content)):
-        whole.write_bytes(content[:size])
+        complete.write_bytes(content[:size])
         if size == first:  # a whole message: what is missing shows in the coverage
-            assert list(CkptFile(whole).tensors) == ["a"]
+            assert list(CkptFile(complete).tensors) == ["a"]
             continue
         with pytest.raises(UserError, match="w.ckpt"):
-            CkptFile(whole)
+            CkptFile(complete)
 
 
 def test_a_tensor_of_another_size_than_its_shape_is_refused(tmp_path):

@@ -16,7 +16,7 @@ def test_a_whole_conversion_passes():
 
 
 @pytest.mark.parametrize(
-    ("assigned", "sources", "said"),
+    ("assigned", "sources", "message"),
     [
         (WHOLE[:1], ["old.a"], "lacks what these tensors need: b"),
         (WHOLE, ["old.a", "old.b", "old.c"], "has tensors that the model does not: old.c"),
@@ -25,8 +25,8 @@ def test_a_whole_conversion_passes():
         ([("a", "old.a", (3, 2)), WHOLE[1]], ["old.a", "old.b"], r"shape: old.a \[3, 2\] where \[2, 3\] is needed"),
     ],
 )
-def test_each_fault_is_listed(assigned, sources, said):
-    with pytest.raises(UserError, match=said):
+def test_each_fault_is_listed(assigned, sources, message):
+    with pytest.raises(UserError, match=message):
         check_coverage("the source", TARGETS, assigned, sources)
 
 

@@ -253,12 +253,12 @@ def test_pangu_alphas_tokenizer_takes_words_and_refuses_what_jieba_splits(publis
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [(b"", "is empty"), (b"abc\nabc\n", "names pieces twice: abc"), (b"\xff\xfe", "is not UTF-8")],
 )
-def test_a_file_of_pieces_is_checked(sparse, tmp_path, content, said):
+def test_a_file_of_pieces_is_checked(sparse, tmp_path, content, message):
     (tmp_path / "pieces.txt").write_bytes(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         extend_vocabulary(sparse, tmp_path / "out", pieces=tmp_path / "pieces.txt")
     assert not (tmp_path / "out").exists()
 

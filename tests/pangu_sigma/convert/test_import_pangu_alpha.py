@@ -21,7 +21,7 @@ def tensors():
 
 
 @pytest.fixture
-def wanted(vocab_model):
+def import_settings(vocab_model):
     def make(**changes) -> PanguAlphaImportSettings:
         return PanguAlphaImportSettings(
             **{"tokenizer": vocab_model, "tokenizer_kind": "sentencepiece", "heads": HEADS, **changes}
@@ -37,8 +37,8 @@ def imported(tensors, vocab_model, tmp_path_factory):
     moments = {f"adam_{m}.{name}": array for m in "mv" for name, array in tensors.items()}
     counters = {"global_step": np.int32(7).reshape(()), "epoch_num": np.int32(1).reshape(())}
     source = pangu_alpha_files.write_ckpt(folder / "merged.ckpt", {**tensors, **moments, **counters})
-    wanted = PanguAlphaImportSettings(tokenizer=vocab_model, tokenizer_kind="sentencepiece", heads=HEADS)
-    return import_pangu_alpha(source, folder / "out", wanted)
+    import_settings = PanguAlphaImportSettings(tokenizer=vocab_model, tokenizer_kind="sentencepiece", heads=HEADS)
+    return import_pangu_alpha(source, folder / "out", import_settings)
 
 
 def assert_same_tensors(folder, tensors) -> None:
@@ -78,19 +78,19 @@ def test_the_configuration_says_everything(imported):
 
 
 @pytest.mark.parametrize("sharded", [True, False], ids=["optimizer sharded", "optimizer whole"])
-def test_shards_of_a_parallel_run_come_over_bit_for_bit(tensors, wanted, tmp_path, sharded):
+def test_shards_of_a_parallel_run_come_over_bit_for_bit(tensors, import_settings, tmp_path, sharded):
     strategy = pangu_alpha_files.small_strategy(tensors, data=4, models=2, sharded=sharded)
     source = pangu_alpha_files.write_shards(tmp_path / "shards", tensors, strategy)
-    assert_same_tensors(import_pangu_alpha(source, tmp_path / "out", wanted()).checkpoint.path, tensors)
+    assert_same_tensors(import_pangu_alpha(source, tmp_path / "out", import_settings()).checkpoint.path, tensors)
 
 
-def test_float16_weights_are_widened_exactly(tensors, wanted, tmp_path):
+def test_float16_weights_are_widened_exactly(tensors, import_settings, tmp_path):
     half = {name: array.astype(np.float16) for name, array in tensors.items()}
     source = pangu_alpha_files.write_ckpt(tmp_path / "half.ckpt", half)
-    assert_same_tensors(import_pangu_alpha(source, tmp_path / "out", wanted()).checkpoint.path, half)
+    assert_same_tensors(import_pangu_alpha(source, tmp_path / "out", import_settings()).checkpoint.path, half)
 
 
-def test_later_names_of_the_embeddings_are_known(tensors, wanted, tmp_path):
+def test_later_names_of_the_embeddings_are_known(tensors, import_settings, tmp_path):
     deeper = {
         name.replace("backbone.word_", "backbone.embedding.word_").replace(
             "backbone.position_", "backbone.embedding.position_"
@@ -99,7 +99,7 @@ def test_later_names_of_the_embeddings_are_known(tensors, wanted, tmp_path):
     }
     assert deeper.keys() != tensors.keys()
     source = pangu_alpha_files.write_ckpt(tmp_path / "deeper.ckpt", deeper)
-    assert_same_tensors(import_pangu_alpha(source, tmp_path / "out", wanted()).checkpoint.path, tensors)
+    assert_same_tensors(import_pangu_alpha(source, tmp_path / "out", import_settings()).checkpoint.path, tensors)
 
 
 # --- the published files
@@ -114,8 +114,8 @@ def published_import(published, tmp_path, strategy, layers, dtype=np.float32, **
     word = "backbone.word_embedding.embedding_table"
     tensors[word] = np.resize(tensors[word], (40000, 512))
     source = pangu_alpha_files.write_shards(tmp_path / "shards", tensors, strategy)
-    wanted = PanguAlphaImportSettings(tokenizer=published / "vocab.model", heads=8)
-    return import_pangu_alpha(source, tmp_path / "out", wanted), tensors
+    import_settings = PanguAlphaImportSettings(tokenizer=published / "vocab.model", heads=8)
+    return import_pangu_alpha(source, tmp_path / "out", import_settings), tensors
 
 
 def test_512_shards_cut_by_the_published_strategy(published, tmp_path):
@@ -139,11 +139,11 @@ def test_the_whole_published_strategy(published, tmp_path, size, layers):
     assert_same_tensors(done.checkpoint.path, tensors)
 
 
-def test_another_end_of_document_id_can_be_chosen(tensors, published, wanted, tmp_path):
+def test_another_end_of_document_id_can_be_chosen(tensors, published, import_settings, tmp_path):
     word = "backbone.word_embedding.embedding_table"
     large = {**tensors, word: np.resize(tensors[word], (40000, 16))}
     source = pangu_alpha_files.write_ckpt(tmp_path / "merged.ckpt", large)
-    later = wanted(tokenizer=published / "vocab.model", tokenizer_kind="pangu_alpha", eod_id=6)
+    later = import_settings(tokenizer=published / "vocab.model", tokenizer_kind="pangu_alpha", eod_id=6)
     done = import_pangu_alpha(source, tmp_path / "out", later)
     assert done.eod_id == stored_tokenizer(done.checkpoint).eod_id == 6
 
@@ -155,7 +155,7 @@ def test_published_sizes_know_their_heads():
 
 
 @pytest.mark.parametrize("layout", ["merged", "shards"])
-def test_memory_holds_one_tensor(wanted, tmp_path, layout):
+def test_memory_holds_one_tensor(import_settings, tmp_path, layout):
     tensors = pangu_alpha_files.make_alpha(layers=4, hidden=512, ffn=4096, vocab=384, positions=16)
     if layout == "merged":
         source = pangu_alpha_files.write_ckpt(tmp_path / "m.ckpt", tensors)
@@ -167,7 +167,7 @@ def test_memory_holds_one_tensor(wanted, tmp_path, layout):
     largest = max(array.nbytes for array in tensors.values())
     del tensors
     tracemalloc.start()
-    import_pangu_alpha(source, tmp_path / "out", wanted(heads=8))
+    import_pangu_alpha(source, tmp_path / "out", import_settings(heads=8))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < largest + (16 << 20) < total // 3
@@ -176,38 +176,42 @@ def test_memory_holds_one_tensor(wanted, tmp_path, layout):
 # --- what does not fit
 
 
-def refused(source, tmp_path, wanted, *parts: str) -> None:
+def refused(source, tmp_path, import_settings, *parts: str) -> None:
     with pytest.raises(UserError) as error:
-        import_pangu_alpha(source, tmp_path / "out", wanted)
+        import_pangu_alpha(source, tmp_path / "out", import_settings)
     for part in parts:
         assert part in str(error.value)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
-def test_missing_foreign_and_misshapen_tensors_are_listed(tensors, wanted, tmp_path):
+def test_missing_foreign_and_misshapen_tensors_are_listed(tensors, import_settings, tmp_path):
     wrong = dict(tensors)
     del wrong["backbone.blocks.1.attention.dense2.bias"]
     wrong["backbone.blocks.1.attention.gate.weight"] = np.ones((2, 2), np.float32)
     wrong["backbone.blocks.0.output.mapping.bias"] = np.ones(31, np.float32)
     refused(
-        pangu_alpha_files.write_ckpt(tmp_path / "m.ckpt", wrong), tmp_path, wanted(), "lacks",
+        pangu_alpha_files.write_ckpt(tmp_path / "m.ckpt", wrong), tmp_path, import_settings(), "lacks",
         "blocks.1.attention.key.bias", "backbone.blocks.1.attention.gate.weight",
         "backbone.blocks.0.output.mapping.bias [31] where [32] is needed",
     )  # fmt: skip
 
 
-def test_a_missing_block_is_noticed(tensors, wanted, tmp_path):
+def test_a_missing_block_is_noticed(tensors, import_settings, tmp_path):
     without = {name: array for name, array in tensors.items() if ".blocks.0." not in name}
     refused(
-        pangu_alpha_files.write_ckpt(tmp_path / "m.ckpt", without), tmp_path, wanted(), "lacks", "blocks.0.attention"
+        pangu_alpha_files.write_ckpt(tmp_path / "m.ckpt", without),
+        tmp_path,
+        import_settings(),
+        "lacks",
+        "blocks.0.attention",
     )
 
 
-def test_missing_embeddings_name_the_published_files(tensors, wanted, tmp_path):
+def test_missing_embeddings_name_the_published_files(tensors, import_settings, tmp_path):
     strategy = pangu_alpha_files.small_strategy(tensors, data=2, models=2)
     source = pangu_alpha_files.write_shards(tmp_path / "shards", tensors, strategy)
     (source / "word_embedding.npy").unlink()
-    refused(source, tmp_path, wanted(), "lacks embedding.word", "word_embedding.npy")
+    refused(source, tmp_path, import_settings(), "lacks embedding.word", "word_embedding.npy")
 
 
 @pytest.mark.parametrize(
@@ -222,15 +226,15 @@ def test_missing_embeddings_name_the_published_files(tensors, wanted, tmp_path):
         (lambda folder: (folder / "other_4.ckpt").write_bytes(b""), ("several sets",)),
     ],
 )
-def test_a_damaged_folder_of_shards_is_refused(tensors, wanted, tmp_path, damage, parts):
+def test_a_damaged_folder_of_shards_is_refused(tensors, import_settings, tmp_path, damage, parts):
     source = pangu_alpha_files.write_shards(
         tmp_path / "shards", tensors, pangu_alpha_files.small_strategy(tensors, data=2, models=2)
     )
     damage(source)
-    refused(source, tmp_path, wanted(), *parts)
+    refused(source, tmp_path, import_settings(), *parts)
 
 
-def test_replicas_that_differ_are_refused(tensors, wanted, tmp_path):
+def test_replicas_that_differ_are_refused(tensors, import_settings, tmp_path):
     source = pangu_alpha_files.write_shards(
         tmp_path / "shards", tensors, pangu_alpha_files.small_strategy(tensors, data=2, models=2)
     )
@@ -240,41 +244,41 @@ def test_replicas_that_differ_are_refused(tensors, wanted, tmp_path):
     changed[5] += 1
     assert beta.tobytes() in content
     shard.write_bytes(content.replace(beta.tobytes(), changed.tobytes()))
-    refused(source, tmp_path, wanted(), "filerted_0.ckpt and filerted_3.ckpt", "backbone.layernorm.beta")
+    refused(source, tmp_path, import_settings(), "filerted_0.ckpt and filerted_3.ckpt", "backbone.layernorm.beta")
 
 
-def test_a_shard_with_other_tensors_is_refused(tensors, wanted, tmp_path):
+def test_a_shard_with_other_tensors_is_refused(tensors, import_settings, tmp_path):
     source = pangu_alpha_files.write_shards(
         tmp_path / "shards", tensors, pangu_alpha_files.small_strategy(tensors, data=2, models=2)
     )
     with open(source / "filerted_2.ckpt", "ab") as file:
         file.write(pangu_alpha_files.ckpt_bytes("backbone.more", np.ones(2, np.float32)))
-    refused(source, tmp_path, wanted(), "filerted_2.ckpt holds other tensors", "backbone.more")
+    refused(source, tmp_path, import_settings(), "filerted_2.ckpt holds other tensors", "backbone.more")
 
 
-def test_embeddings_in_shards_and_files_must_be_the_same(tensors, wanted, tmp_path):
+def test_embeddings_in_shards_and_files_must_be_the_same(tensors, import_settings, tmp_path):
     strategy = pangu_alpha_files.small_strategy(tensors, data=2, models=2)
     source = pangu_alpha_files.write_shards(tmp_path / "shards", tensors, strategy, npy=())
     np.save(source / "word_embedding.npy", tensors["backbone.word_embedding.embedding_table"])
-    assert_same_tensors(import_pangu_alpha(source, tmp_path / "same", wanted()).checkpoint.path, tensors)
+    assert_same_tensors(import_pangu_alpha(source, tmp_path / "same", import_settings()).checkpoint.path, tensors)
     np.save(source / "word_embedding.npy", tensors["backbone.word_embedding.embedding_table"] + 1)
-    refused(source, tmp_path, wanted(), "word_embedding.embedding_table twice")
+    refused(source, tmp_path, import_settings(), "word_embedding.embedding_table twice")
 
 
-def test_unknown_heads_are_asked_for(tensors, wanted, tmp_path):
+def test_unknown_heads_are_asked_for(tensors, import_settings, tmp_path):
     source = pangu_alpha_files.write_ckpt(tmp_path / "m.ckpt", tensors)
-    refused(source, tmp_path, wanted(heads=None), "--heads")
-    refused(source, tmp_path, wanted(heads=3), "does not divide")
+    refused(source, tmp_path, import_settings(heads=None), "--heads")
+    refused(source, tmp_path, import_settings(heads=3), "does not divide")
 
 
-def test_a_tokenizer_with_more_pieces_than_rows_is_refused(tensors, wanted, tmp_path):
+def test_a_tokenizer_with_more_pieces_than_rows_is_refused(tensors, import_settings, tmp_path):
     word = "backbone.word_embedding.embedding_table"
     source = pangu_alpha_files.write_ckpt(tmp_path / "m.ckpt", {**tensors, word: tensors[word][:300]})
-    refused(source, tmp_path, wanted(), "384 pieces", "embeddings for 300")
+    refused(source, tmp_path, import_settings(), "384 pieces", "embeddings for 300")
 
 
-def test_a_full_output_folder_is_refused_before_anything_is_read(wanted, tmp_path):
+def test_a_full_output_folder_is_refused_before_anything_is_read(import_settings, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
-        import_pangu_alpha(tmp_path / "none.ckpt", tmp_path / "out", wanted())
+        import_pangu_alpha(tmp_path / "none.ckpt", tmp_path / "out", import_settings())

@@ -46,27 +46,27 @@ def test_slices_are_those_that_mindspore_cuts(devices, tensor_map, ways):
     import mindspore as ms
     from mindspore.parallel._tensor import _construct_tensor_layout_for_opt_shard, _load_tensor
 
-    whole = np.arange(16 * 24, dtype=np.float32).reshape(16, 24)
+    full_tensor = np.arange(16 * 24, dtype=np.float32).reshape(16, 24)
     layout = ShardedLayout(devices, tensor_map, ways)
-    size = tuple(full // cuts for full, cuts in zip(whole.shape, layout.cuts, strict=True))
+    size = tuple(full // cuts for full, cuts in zip(full_tensor.shape, layout.cuts, strict=True))
     free = [axis for axis in range(len(devices)) if len(devices) - 1 - axis not in tensor_map]
     equal = int(np.prod([devices[axis] for axis in free]))
     step = int(np.prod(devices[free[0] + 1 :])) if free and len(free) == 1 else 1
     shard = equal if ways < 0 else ways
     grid, axes, shape = _construct_tensor_layout_for_opt_shard(
-        list(devices), list(tensor_map), step if shard else 0, shard, list(whole.shape)
+        list(devices), list(tensor_map), step if shard else 0, shard, list(full_tensor.shape)
     )
-    assert layout.full_shape(size) == whole.shape
+    assert layout.full_shape(size) == full_tensor.shape
     for rank in range(int(np.prod(devices))):
-        theirs = _load_tensor(ms.Tensor(whole.reshape(shape)), grid, axes, rank_id=rank).reshape(size)
+        theirs = _load_tensor(ms.Tensor(full_tensor.reshape(shape)), grid, axes, rank_id=rank).reshape(size)
         box = tuple(slice(begin, end) for begin, end in layout.box(rank, size))
-        np.testing.assert_array_equal(whole[box], theirs)
+        np.testing.assert_array_equal(full_tensor[box], theirs)
 
 
 def test_other_files_are_refused_by_name(tmp_path):
-    for content, said in ((b"", "of no parameter"), (b"hello", "no MindSpore strategy file"), (b"\x08\x01", "of no")):
+    for content, reason in ((b"", "of no parameter"), (b"hello", "no MindSpore strategy file"), (b"\x08\x01", "of no")):
         (tmp_path / "strategy.ckpt").write_bytes(content)
-        with pytest.raises(UserError, match=said) as error:
+        with pytest.raises(UserError, match=reason) as error:
             read_strategy(tmp_path / "strategy.ckpt")
         assert "strategy.ckpt" in str(error.value)
     with pytest.raises(UserError, match="cannot be read"):

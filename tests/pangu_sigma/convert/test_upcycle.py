@@ -86,8 +86,10 @@ def test_a_router_whose_weights_add_up_to_one_keeps_the_function(dense, sparse_y
     assert done.same_function
     tokens = np.random.default_rng(3).integers(3, VOCAB, 16)
     # A competitive mixture's logits are log probabilities already.
-    found, expected = (np.log(softmax(logits(*of, tokens))) for of in ((done.checkpoint.path, "law"), (dense, "code")))
-    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+    log_probs, expected = (
+        np.log(softmax(logits(*of, tokens))) for of in ((done.checkpoint.path, "law"), (dense, "code"))
+    )
+    np.testing.assert_allclose(log_probs, expected, atol=1e-5, rtol=0)
 
 
 def test_a_new_gate_is_that_of_a_new_model(dense, sparse_yaml, tmp_path):
@@ -144,8 +146,8 @@ def test_an_imported_pangu_alpha_can_be_upcycled(vocab_model, corpora, tmp_path,
 
     tensors = pangu_alpha_files.make_alpha(layers=3, hidden=16, ffn=32, vocab=VOCAB, positions=16)
     source = pangu_alpha_files.write_ckpt(tmp_path / "alpha.ckpt", tensors)
-    wanted = PanguAlphaImportSettings(tokenizer=vocab_model, tokenizer_kind="sentencepiece", heads=2)
-    import_pangu_alpha(source, tmp_path / "dense", wanted)
+    import_settings = PanguAlphaImportSettings(tokenizer=vocab_model, tokenizer_kind="sentencepiece", heads=2)
+    import_pangu_alpha(source, tmp_path / "dense", import_settings)
     model = {"activation": "gelu", "sparse": {"layers": 1}}
     config = configuration(tmp_path / "run", vocab_model, corpora, model, GROUPS)
     (tmp_path / "sparse.yaml").write_text(config.to_yaml())
@@ -185,7 +187,7 @@ def refused(dense, file, tmp_path, *parts: str, **options) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"hidden": 32}, "model.hidden is 32 and the dense model's 16"),
         ({"ffn": 64}, "model.ffn is 64 and the dense model's 32"),
@@ -205,8 +207,8 @@ def refused(dense, file, tmp_path, *parts: str, **options) -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_sizes_that_differ_are_named(dense, sparse_yaml, tmp_path, change, said):
-    refused(dense, sparse_yaml(change), tmp_path, said)
+def test_sizes_that_differ_are_named(dense, sparse_yaml, tmp_path, change, message):
+    refused(dense, sparse_yaml(change), tmp_path, message)
 
 
 def test_all_sizes_that_differ_are_named_at_once(dense, sparse_yaml, tmp_path):

@@ -41,9 +41,9 @@ def test_a_machine_without_npus_works_and_says_why_rows_are_skipped(tmp_path):
         pytest.skip("this machine has NPUs")
     done = training_process.command("doctor", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout)
-    rows = {check["name"]: check for check in found["checks"]}
-    assert found["healthy"]
+    printed = json.loads(done.stdout)
+    rows = {check["name"]: check for check in printed["checks"]}
+    assert printed["healthy"]
     for name in ("Python", "MindSpore", "host memory", "step on CPU", "all-to-all, CPU processes"):
         assert rows[name]["status"] == "pass", rows[name]
     for name in ("CANN", "Ascend driver", "NPU visible", "step on NPU, against the CPU's", "all-to-all, NPUs"):
@@ -55,9 +55,9 @@ def test_a_machine_without_npus_works_and_says_why_rows_are_skipped(tmp_path):
 
 
 def test_what_cann_and_driver_leave_is_read(machine):
-    found = look(machine)
-    assert (found.devices, found.cann, found.driver) == ((0, 1), "9.0.0", "26.0.rc1")
-    assert [check(found).status for check in (machine_checks.cann, machine_checks.driver, machine_checks.devices)] == [
+    ascend = look(machine)
+    assert (ascend.devices, ascend.cann, ascend.driver) == ((0, 1), "9.0.0", "26.0.rc1")
+    assert [check(ascend).status for check in (machine_checks.cann, machine_checks.driver, machine_checks.devices)] == [
         Status.passed
     ] * 3
 
@@ -73,10 +73,10 @@ def test_a_toolkit_that_the_environment_names_comes_first(machine, monkeypatch, 
 def test_devices_without_software_fail_with_what_to_do(tmp_path, no_toolkit):
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / "davinci0").touch()
-    found = look(tmp_path)
-    for check in (machine_checks.cann(found), machine_checks.driver(found)):
+    ascend = look(tmp_path)
+    for check in (machine_checks.cann(ascend), machine_checks.driver(ascend)):
         assert check.status is Status.failed and check.advice
-    assert machine_checks.npu_exchange(found, 2, tmp_path, 1.0).found == "one Ascend device"
+    assert machine_checks.npu_exchange(ascend, 2, tmp_path, 1.0).found == "one Ascend device"
 
 
 def test_a_driver_without_devices_is_a_container_that_was_not_given_any(machine):
@@ -128,6 +128,6 @@ def test_a_process_that_hangs_is_ended_with_its_children(tmp_path):
 
 def test_the_table_says_what_to_do_and_the_verdict():
     rows = [passed("one", "fine"), failed("two", "broken", "mend it"), skipped("three", "not here")]
-    said = text(rows)
-    assert "two: mend it" in said and said.endswith("1 of 3 checks failed.") and "three: " not in said
+    table = text(rows)
+    assert "two: mend it" in table and table.endswith("1 of 3 checks failed.") and "three: " not in table
     assert not healthy(rows) and healthy([rows[0], rows[2]])

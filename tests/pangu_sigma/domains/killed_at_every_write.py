@@ -108,10 +108,10 @@ def find_complete(folder: Path) -> Checkpoint:
 
 def main(source: Path, scratch: Path, change: str, text: str) -> None:
     do = changes(text)[change]
-    whole = scratch / "whole"
-    shutil.copytree(source, whole)
-    assert in_child(lambda: do(whole))
-    wanted = family(result(whole, change))
+    uninterrupted = scratch / "whole"
+    shutil.copytree(source, uninterrupted)
+    assert in_child(lambda: do(uninterrupted))
+    after = family(result(uninterrupted, change))
     before = None if change in ("merge", "add-out") else family(result(source, change))
     counts = {"operations": 0, "old": 0, "new": 0}
     run = scratch / "killed"
@@ -120,23 +120,23 @@ def main(source: Path, scratch: Path, change: str, text: str) -> None:
         shutil.copytree(source, run)
         if in_child(lambda: do(run), lambda: die_at(counts["operations"], run)):
             break
-        found = result(run, change)
-        now = None if found is None else family(found)
-        assert now in (before, wanted), f"operation {counts['operations']}: neither the old nor the new family"
+        checkpoint = result(run, change)
+        now = None if checkpoint is None else family(checkpoint)
+        assert now in (before, after), f"operation {counts['operations']}: neither the old nor the new family"
         # The model that is left loads, and its files and configuration say the same.
-        is_new = now == wanted and now != before
+        is_new = now == after and now != before
         counts["new" if is_new else "old"] += 1
         if is_new and before is not None:
-            mend_config(run, found)
-            assert (run / folder_layout.CONFIG).read_text(encoding="utf-8") == found.config_text
-            assert stored_config(found).domain_names == found.domains
+            mend_config(run, checkpoint)
+            assert (run / folder_layout.CONFIG).read_text(encoding="utf-8") == checkpoint.config_text
+            assert stored_config(checkpoint).domain_names == checkpoint.domains
         elif not is_new:
             assert in_child(lambda: do(run))
-            assert family(result(run, change)) == wanted
+            assert family(result(run, change)) == after
             left = [path for path in run.rglob(".*") if path.name.startswith(_HIDDEN)]
             assert not left, left
         counts["operations"] += 1
-    assert family(result(run, change)) == wanted
+    assert family(result(run, change)) == after
     print(json.dumps(counts))
 
 

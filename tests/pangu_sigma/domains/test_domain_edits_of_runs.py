@@ -32,7 +32,7 @@ STEP = 12
 TABLE, UP = "blocks.0.routing", "blocks.0.experts.up.weight"
 
 
-def wanted(medicine, **changes) -> NewDomain:
+def new_domain(medicine, **changes) -> NewDomain:
     return NewDomain(**{"name": "medicine", "data": (str(medicine),), "experts": 3, **changes})
 
 
@@ -43,7 +43,7 @@ def folder(run, step: int = STEP):
 def test_adding_keeps_every_other_file(copied_run, medicine):
     run = copied_run(STEP)
     before, earlier = digests(folder(run)), digests(folder(run, 10))
-    done = add_domain(run, wanted(medicine))
+    done = add_domain(run, new_domain(medicine))
     after = digests(folder(run))
     own = {"domains/medicine.safetensors", "optimizer/domains/medicine.safetensors"}
     assert after.keys() - before.keys() == own and not before.keys() - after.keys()
@@ -52,11 +52,11 @@ def test_adding_keeps_every_other_file(copied_run, medicine):
     assert {name for name in before if before[name] != after[name]} == written
     assert digests(folder(run, 10)) == earlier
     assert done.checkpoint.domains == ("code", "law", "poems", "medicine")
-    found, messages = find_latest(run)
-    assert found.path == folder(run) and not messages and found.coverage["blocks.0"]["medicine"] == 3
-    found.verify()
-    assert load_config(run / "config.yaml") == stored_config(found)
-    assert set(found.probe()) == set(found.domains)
+    checkpoint, messages = find_latest(run)
+    assert checkpoint.path == folder(run) and not messages and checkpoint.coverage["blocks.0"]["medicine"] == 3
+    checkpoint.verify()
+    assert load_config(run / "config.yaml") == stored_config(checkpoint)
+    assert set(checkpoint.probe()) == set(checkpoint.domains)
 
 
 def test_a_new_domain_begins_as_it_was_asked(copied_run, medicine, tmp_path):
@@ -66,7 +66,7 @@ def test_a_new_domain_begins_as_it_was_asked(copied_run, medicine, tmp_path):
 
     def begun(init: str, experts: int = 3) -> dict[str, np.ndarray]:
         out = tmp_path / f"{init.partition(':')[0]}{experts}"
-        loaded = add_domain(run, wanted(medicine, init=init, experts=experts), out=out).checkpoint.load()
+        loaded = add_domain(run, new_domain(medicine, init=init, experts=experts), out=out).checkpoint.load()
         prefix = "domains.medicine."
         return {name.removeprefix(prefix): t for name, t in loaded.items() if name.startswith(prefix)}
 
@@ -94,7 +94,7 @@ def test_a_new_domain_begins_as_a_dense_models_networks(copied_run, small_yaml, 
     run, dense = copied_run(STEP), tmp_path / "dense"
     changes = ["model.sparse={layers: 0}", "train.steps=2", "train.phases=[]", "evaluate.every=0", f"run.dir={dense}"]
     train(load_config(small_yaml, changes))
-    add_domain(run, wanted(medicine, init=f"dense:{dense}"), follow_up=FollowUpTraining("medicine", 1))
+    add_domain(run, new_domain(medicine, init=f"dense:{dense}"), follow_up=FollowUpTraining("medicine", 1))
     networks, tensors = (open_checkpoint(path).load() for path in (folder(dense, 2), folder(run)))
     for name in ("up.weight", "up.bias", "down.weight", "down.bias"):
         experts = tensors[f"domains.medicine.blocks.0.experts.{name}"]
@@ -108,7 +108,7 @@ def test_a_new_domain_begins_as_a_dense_models_networks(copied_run, small_yaml, 
 
 def test_training_ahead_is_the_runs_plan(copied_run, medicine):
     run = copied_run(8)
-    add_domain(run, wanted(medicine), follow_up=FollowUpTraining("medicine", 6, shared="frozen", replay=0.0))
+    add_domain(run, new_domain(medicine), follow_up=FollowUpTraining("medicine", 6, shared="frozen", replay=0.0))
     train = load_config(run / "config.yaml").train
     assert train.steps == 14 and [phase.steps for phase in train.phases] == [4, 4, 6]
     last = train.phases[-1]
@@ -118,7 +118,7 @@ def test_training_ahead_is_the_runs_plan(copied_run, medicine):
 
 def test_replay_draws_the_others_by_their_weights(copied_run, medicine):
     run = copied_run(8)
-    add_domain(run, wanted(medicine), follow_up=FollowUpTraining("medicine", 6, shared="train", replay=0.3))
+    add_domain(run, new_domain(medicine), follow_up=FollowUpTraining("medicine", 6, shared="train", replay=0.3))
     config = load_config(run / "config.yaml")
     last = config.train.phases[-1]
     assert (last.weights, last.replay, last.old) == ({"medicine": 1.0}, 0.3, ("code", "law", "poems"))
@@ -155,7 +155,7 @@ def test_add_and_remove_give_the_checkpoint_back(copied_run, medicine):
     run = copied_run(STEP)
     before, files = open_checkpoint(folder(run)), digests(folder(run))
     state = before.state
-    add_domain(run, wanted(medicine), follow_up=FollowUpTraining("medicine", 4, shared="frozen", replay=0.0))
+    add_domain(run, new_domain(medicine), follow_up=FollowUpTraining("medicine", 4, shared="frozen", replay=0.0))
     remove_domain(run, "medicine")
     after = open_checkpoint(folder(run))
     assert tensor_digests(after) == tensor_digests(before) and after.coverage == before.coverage
@@ -206,7 +206,7 @@ def test_an_extracted_sub_model_comes_back_in(copied_run, tmp_path):
 
 def test_models_merge_from_one_parent(copied_run, medicine, tmp_path):
     run = copied_run(STEP)
-    one = add_domain(run, wanted(medicine, init="random"), out=tmp_path / "one")
+    one = add_domain(run, new_domain(medicine, init="random"), out=tmp_path / "one")
     remove_domain(run, "law", out=tmp_path / "two")
     done = merge_models([tmp_path / "two", one.checkpoint.path], tmp_path / "merged")
     assert done.checkpoint.domains == ("code", "poems", "law", "medicine")
@@ -219,18 +219,18 @@ def test_models_merge_from_one_parent(copied_run, medicine, tmp_path):
 def test_an_output_leaves_the_run_as_it_is(copied_run, medicine, tmp_path):
     run = copied_run(STEP)
     before = digests(run / "checkpoints")
-    done = add_domain(run, wanted(medicine), out=tmp_path / "new")
+    done = add_domain(run, new_domain(medicine), out=tmp_path / "new")
     assert digests(run / "checkpoints") == before and done.run_dir == tmp_path / "new"
-    found, _ = find_latest(tmp_path / "new")
-    assert found.step == STEP and "medicine" in found.domains
+    checkpoint, _ = find_latest(tmp_path / "new")
+    assert checkpoint.step == STEP and "medicine" in checkpoint.domains
     shared = "shared.safetensors"
-    assert (found.path / shared).stat().st_ino == (folder(run) / shared).stat().st_ino
+    assert (checkpoint.path / shared).stat().st_ino == (folder(run) / shared).stat().st_ino
     assert load_config(tmp_path / "new" / "config.yaml").run.dir == str(tmp_path / "new")
 
 
 def test_the_list_tells_experts_parameters_tokens_and_losses(copied_run, medicine):
     run = copied_run(STEP)
-    add_domain(run, wanted(medicine))
+    add_domain(run, new_domain(medicine))
     code, *_, new = list_domains(run)
     assert code.experts == {"blocks.0": 2} and code.parameters == 2 * (16 * 32 + 32 + 32 * 16 + 16)
     state = open_checkpoint(folder(run)).state["sampler"]["domains"]
@@ -242,16 +242,19 @@ def test_the_list_tells_experts_parameters_tokens_and_losses(copied_run, medicin
 
 Mistake = tuple[Callable, str]
 MISTAKES: dict[str, Mistake] = {
-    "a name that exists": (lambda run, t: add_domain(run, wanted(t, name="law")), "already has a domain law"),
-    "the name of inference": (lambda run, t: add_domain(run, wanted(t, name="auto")), "auto is reserved: --domain"),
+    "a name that exists": (lambda run, t: add_domain(run, new_domain(t, name="law")), "already has a domain law"),
+    "the name of inference": (lambda run, t: add_domain(run, new_domain(t, name="auto")), "auto is reserved: --domain"),
     "renamed to inference": (lambda run, t: rename_domain(run, "law", "auto"), "auto is reserved: --domain auto"),
-    "a bad name": (lambda run, t: add_domain(run, wanted(t, name="Two words")), "name"),
-    "text that is not there": (lambda run, t: add_domain(run, wanted(t, data=("no.jsonl",))), "does not exist"),
-    "a stranger's experts": (lambda run, t: add_domain(run, wanted(t, init="from:sport")), "no domain of"),
-    "fewer than are copied": (lambda run, t: add_domain(run, wanted(t, init="from:code", experts=1)), "at least 2"),
-    "an unknown beginning": (lambda run, t: add_domain(run, wanted(t, init="zero")), "write from:DOMAIN, mean"),
-    "dense without a model": (lambda run, t: add_domain(run, wanted(t, init="dense")), "write dense:MODEL"),
-    "a sparse model as dense": (lambda run, t: add_domain(run, wanted(t, init=f"dense:{run}")), "is no dense model"),
+    "a bad name": (lambda run, t: add_domain(run, new_domain(t, name="Two words")), "name"),
+    "text that is not there": (lambda run, t: add_domain(run, new_domain(t, data=("no.jsonl",))), "does not exist"),
+    "a stranger's experts": (lambda run, t: add_domain(run, new_domain(t, init="from:sport")), "no domain of"),
+    "fewer than are copied": (lambda run, t: add_domain(run, new_domain(t, init="from:code", experts=1)), "at least 2"),
+    "an unknown beginning": (lambda run, t: add_domain(run, new_domain(t, init="zero")), "write from:DOMAIN, mean"),
+    "dense without a model": (lambda run, t: add_domain(run, new_domain(t, init="dense")), "write dense:MODEL"),
+    "a sparse model as dense": (
+        lambda run, t: add_domain(run, new_domain(t, init=f"dense:{run}")),
+        "is no dense model",
+    ),
     "an unknown domain removed": (lambda run, t: remove_domain(run, "sport"), "it has code, law, poems"),
     "an unknown domain renamed": (lambda run, t: rename_domain(run, "sport", "games"), "it has code, law, poems"),
     "renamed to another's name": (lambda run, t: rename_domain(run, "law", "code"), "already has a domain code"),

@@ -41,7 +41,7 @@ def run(gated, tmp_path) -> Path:
     return shutil.copytree(gated, tmp_path / "run")
 
 
-def wanted(medicine: Path, **changes) -> NewDomain:
+def new_domain(medicine: Path, **changes) -> NewDomain:
     return NewDomain(**{"name": "medicine", "data": (str(medicine),), "experts": NEW, "init": "mean", **changes})
 
 
@@ -54,7 +54,7 @@ def expanded(gated, medicine, tmp_path_factory) -> tuple[dict, Path]:
     """(the tensors before, the run after it was expanded)."""
     run = shutil.copytree(gated, tmp_path_factory.mktemp("expanded") / "run")
     before = open_checkpoint(checkpoint(run, 4)).load()
-    expand_domain(run, wanted(medicine), follow_up())
+    expand_domain(run, new_domain(medicine), follow_up())
     return before, run
 
 
@@ -99,7 +99,7 @@ def test_new_experts_and_columns_begin_as_documented(expanded, run, medicine):
     standard = (new - old.mean(1, keepdims=True)) / np.maximum(old.std(1, keepdims=True), 0.02)
     assert new.shape == (16, NEW) and abs(standard.mean()) < 0.5 and 0.6 < standard.std() < 1.4
 
-    expand_domain(run, wanted(medicine, init="from:poems"), follow_up())
+    expand_domain(run, new_domain(medicine, init="from:poems"), follow_up())
     copied = open_checkpoint(checkpoint(run, 4)).load()
     own = copied[f"domains.poems.{up}"]
     np.testing.assert_array_equal(copied[f"domains.medicine.{up}"], own[[0, 1, 0]])
@@ -146,7 +146,7 @@ def test_a_grown_model_is_measured_like_any_other(learned):
 def test_a_model_grows_again(learned, medicine, tmp_path):
     run = shutil.copytree(learned, tmp_path / "run")
     more = follow_up(name="surgery", regularise={"output": 0.5, "ewc": 2.0, "fisher_batches": 1}, steps=2)
-    expand_domain(run, wanted(medicine, name="surgery", experts=1), more)
+    expand_domain(run, new_domain(medicine, name="surgery", experts=1), more)
     train(load_config(run / "config.yaml", [f"run.dir={run}"]), resume=True)
     before, after = (open_checkpoint(path).load() for path in (checkpoint(learned, 7), checkpoint(run, 9)))
     assert after[GATE].shape == (16, OLD + NEW + 1)
@@ -158,23 +158,23 @@ def test_a_model_grows_again(learned, medicine, tmp_path):
 
 
 def test_unregularised_growth_is_the_same_without_the_previous_outputs(run, medicine):
-    expand_domain(run, wanted(medicine), follow_up(shared="train", regularise=None))
+    expand_domain(run, new_domain(medicine), follow_up(shared="train", regularise=None))
     phase = load_config(run / "config.yaml").train.phases[-1]
     assert (phase.shared, phase.domains, phase.regularise) == ("train", ("medicine",), None)
 
 
 def test_what_cannot_grow_is_refused_and_nothing_changes(gated, run, finished_run, medicine, tmp_path):
     cases = [
-        (run, wanted(medicine, name="law"), "already has a domain law"),
-        (run, wanted(medicine, data=(str(tmp_path / "none.jsonl"),)), "does not exist"),
-        (run, wanted(medicine, init="from:opera"), "names no domain"),
-        (run, wanted(medicine, init="nothing"), "is not known: write from:DOMAIN"),
-        (finished_run, wanted(medicine), "has no gate to expand: use pangu-sigma domains add"),
-        (tmp_path / "none", wanted(medicine), "does not exist"),
+        (run, new_domain(medicine, name="law"), "already has a domain law"),
+        (run, new_domain(medicine, data=(str(tmp_path / "none.jsonl"),)), "does not exist"),
+        (run, new_domain(medicine, init="from:opera"), "names no domain"),
+        (run, new_domain(medicine, init="nothing"), "is not known: write from:DOMAIN"),
+        (finished_run, new_domain(medicine), "has no gate to expand: use pangu-sigma domains add"),
+        (tmp_path / "none", new_domain(medicine), "does not exist"),
     ]
     before = digests(run)
-    for path, domain, said in cases:
-        with pytest.raises(UserError, match=re.escape(said)):
+    for path, domain, message in cases:
+        with pytest.raises(UserError, match=re.escape(message)):
             expand_domain(path, domain, follow_up(name=domain.name))
     for name, digest in before.items():
         assert digests(run)[name] == digest

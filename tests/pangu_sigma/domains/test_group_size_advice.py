@@ -15,12 +15,12 @@ def facts(**sizes: int) -> dict[str, DomainFacts]:
 
 def test_experts_follow_the_square_root_of_the_text_and_what_is_left_of_the_loss():
     same = dict.fromkeys("abc", 6.0)
-    found = proposals(facts(a=2, b=2, c=2), {"a": 160_000, "b": 40_000, "c": 10_000}, {**same, "c": 3.0}, same, 13)
-    assert [round(a.claim / found[-1].claim, 6) for a in found] == [8.0, 4.0, 1.0]
-    assert [a.proposed for a in found] == [8, 4, 1]
-    assert found[0].tokens_per_parameter == pytest.approx(160_000 / 8 / 1000)
-    said = advice_text(found, "run")
-    assert "resize run --name a --experts 8" in said and "c would get fewer" in said
+    advices = proposals(facts(a=2, b=2, c=2), {"a": 160_000, "b": 40_000, "c": 10_000}, {**same, "c": 3.0}, same, 13)
+    assert [round(a.claim / advices[-1].claim, 6) for a in advices] == [8.0, 4.0, 1.0]
+    assert [a.proposed for a in advices] == [8, 4, 1]
+    assert advices[0].tokens_per_parameter == pytest.approx(160_000 / 8 / 1000)
+    text = advice_text(advices, "run")
+    assert "resize run --name a --experts 8" in text and "c would get fewer" in text
 
 
 @pytest.mark.parametrize("total", range(3, 30))
@@ -33,8 +33,8 @@ def test_all_are_dealt_out_and_nobody_goes_without(total):
 
 def test_a_run_is_advised_from_its_text_and_its_last_evaluation(copied_run):
     run = copied_run(12)
-    found = advise(run)
-    assert sum(a.proposed for a in found) == sum(a.experts for a in found) == 5
-    assert all(0 < a.left <= 1 and a.loss is not None and a.tokens > 0 for a in found)
+    advices = advise(run)
+    assert sum(a.proposed for a in advices) == sum(a.experts for a in advices) == 5
+    assert all(0 < a.left <= 1 and a.loss is not None and a.tokens > 0 for a in advices)
     with pytest.raises(UserError, match="set it higher"):
         advise(run, 2)

@@ -13,8 +13,10 @@ from pangu_sigma.config import load_config
 from pangu_sigma.domains.add_domain import add_domain
 from pangu_sigma.domains.remove_domain import remove_domain, rename_domain
 from pangu_sigma.train.job import train
-from tests.pangu_sigma.domains.test_expand_gates import gated  # noqa: F401 - the run of a learned gate
-from tests.pangu_sigma.domains.test_expand_gates import wanted as wanted_domain
+from tests.pangu_sigma.domains.test_expand_gates import (
+    gated,  # noqa: F401 - the run of a learned gate
+    new_domain,
+)
 from tests.pangu_sigma.train import training_process
 
 # The least number of file operations: the whole change was gone through. Each takes some tenths of a second.
@@ -35,7 +37,7 @@ def killed_everywhere(run, tmp_path, change: str, text) -> dict[str, int]:
 def test_a_killed_change_leaves_the_old_family_or_the_new_one(copied_run, medicine, tmp_path, change):
     run = copied_run(8)
     # The text is tokenised once, so that what is gone through is the change.
-    add_domain(run, wanted_domain(medicine, experts=2), out=tmp_path / "first")
+    add_domain(run, new_domain(medicine, experts=2), out=tmp_path / "first")
     (tmp_path / "scratch").mkdir()
     if change == "add-model":
         shutil.copytree(run, tmp_path / "scratch" / "sibling")
@@ -62,8 +64,8 @@ def test_a_change_killed_before_its_last_write_is_gone_on_from(copied_run):
     (run / "config.yaml").write_text(before)
     assert stale_config(run, find_latest(run)[0]) == before
     train(load_config(run / "config.yaml"), resume=True)
-    found, _ = find_latest(run)
-    assert (found.step, found.domains) == (12, ("code", "verse"))
-    assert (run / "config.yaml").read_text() == found.config_text
+    checkpoint, _ = find_latest(run)
+    assert (checkpoint.step, checkpoint.domains) == (12, ("code", "verse"))
+    assert (run / "config.yaml").read_text() == checkpoint.config_text
     events = [json.loads(line).get("message", "") for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert any("the process of 'rename poems to verse' ended before it was" in event for event in events)

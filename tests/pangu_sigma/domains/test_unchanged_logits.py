@@ -54,9 +54,11 @@ def with_verse(parent, folder, corpora) -> Path:
 
 def assert_same_function(larger: Checkpoint, smaller: Checkpoint) -> None:
     """The domains of `smaller` give the same logits, bit for bit, in batches that mix all domains of `larger`."""
-    found = verify(larger, smaller, ExtractionPlan(larger, smaller.domains))
-    assert found.largest_logit_difference == 0.0 < found.largest_logit and not found.different_tensors
-    assert found.domains_mixed == len(larger.domains)
+    verification = verify(larger, smaller, ExtractionPlan(larger, smaller.domains))
+    assert (
+        verification.largest_logit_difference == 0.0 < verification.largest_logit and not verification.different_tensors
+    )
+    assert verification.domains_mixed == len(larger.domains)
 
 
 def test_training_a_new_domain_leaves_the_others_logits(parent, with_medicine):

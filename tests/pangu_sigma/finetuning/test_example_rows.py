@@ -57,12 +57,12 @@ def test_a_pair_is_two_rows_of_its_domain():
     sampler = sampler_of({"law": examples}, ("code", "law"), "dpo", LENGTH, PAD, {"law": 1.0}, 1, None)
     drawn = sampler.next_batch(3)
     assert drawn.domain.tolist() == [1] * 6 and drawn.sample.tolist() == [0, 0, 1, 1, 2, 2]
-    whole = {tuple(map(lambda answer: tuple(answer.ids.tolist()), pair)) for pair in examples.train}
+    all_pairs = {tuple(map(lambda answer: tuple(answer.ids.tolist()), pair)) for pair in examples.train}
     rows = [
         tuple(row[: int((~padding).sum()) + 1].tolist())
         for row, padding in zip(drawn.tokens, drawn.padding, strict=True)
     ]
-    assert {(rows[0], rows[1]), (rows[2], rows[3]), (rows[4], rows[5])} <= whole
+    assert {(rows[0], rows[1]), (rows[2], rows[3]), (rows[4], rows[5])} <= all_pairs
     stream = PairedExamples(examples, LENGTH, PAD, 1)
     assert {stream.sample(i)[0].tobytes() for i in range(6)} == {stream.sample(i)[0].tobytes() for i in range(6, 12)}
 

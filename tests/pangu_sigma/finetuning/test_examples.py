@@ -22,19 +22,19 @@ def tokenizer(taught):
     return SentencePieceTokenizer((step / "tokenizer" / "tokenizer.model").read_bytes())
 
 
-def wanted(objective="sft", **changes) -> AdaptConfig:
+def finetuning_config(objective="sft", **changes) -> AdaptConfig:
     return AdaptConfig(objective=objective, examples=[{"name": "law", "data": ["x"]}], **changes)
 
 
 def load(path, tokenizer, adapt=None, window=WINDOW):
-    return load_examples("law", [str(path)], adapt or wanted(), tokenizer, window)
+    return load_examples("law", [str(path)], adapt or finetuning_config(), tokenizer, window)
 
 
 def test_a_prompt_is_tokenised_as_the_server_gives_it_to_the_model(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "one.jsonl", [{"prompt": "the court", "answer": "shall"}])
     ((example,),) = load(path, tokenizer).train
-    asked = tokenizer.encode(as_text([Message(role="user", content="the court")]))
-    assert example.ids[: example.prompt].tolist() == asked
+    prompt_ids = tokenizer.encode(as_text([Message(role="user", content="the court")]))
+    assert example.ids[: example.prompt].tolist() == prompt_ids
     assert tokenizer.decode(example.ids) == "User: the court\nAssistant: shall" and example.ids[-1] == tokenizer.eod_id
 
 
@@ -45,32 +45,36 @@ def test_plain_text_is_left_as_it_is():
 def test_too_long_examples_are_cut_or_left_out_and_counted(tmp_path, tokenizer):
     long = "court " * WINDOW
     records = [*answers("law", 5), {"prompt": "shall", "answer": long}, {"prompt": long, "answer": "judge"}]
-    examples = load(write_jsonl(tmp_path / "long.jsonl", records), tokenizer, wanted(heldout_fraction=0.0))
+    examples = load(write_jsonl(tmp_path / "long.jsonl", records), tokenizer, finetuning_config(heldout_fraction=0.0))
     assert examples.truncated == 1 and examples.dropped == 1 and len(examples.train) == 6
     assert len(examples.train[5][0].ids) == WINDOW + 1
-    said = "law: 6 examples to learn from, 0 held out, 1 answers cut at the window's end, 1 left out because"
-    assert examples.sentence().startswith(said)
+    sentence = "law: 6 examples to learn from, 0 held out, 1 answers cut at the window's end, 1 left out because"
+    assert examples.sentence().startswith(sentence)
     with pytest.raises(UserError, match="no prompt leaves room for an answer in 4 tokens; shorten them"):
         load(write_jsonl(tmp_path / "short.jsonl", answers("law", 2)), tokenizer, window=4)
 
 
 def test_what_is_held_out_depends_on_the_text_alone_and_never_is_all(tmp_path, tokenizer):
     records = answers("law", 30)
-    one = load(write_jsonl(tmp_path / "a.jsonl", records), tokenizer, wanted(heldout_fraction=0.3))
-    other = load(write_jsonl(tmp_path / "b.jsonl", reversed(records)), tokenizer, wanted(heldout_fraction=0.3))
+    one = load(write_jsonl(tmp_path / "a.jsonl", records), tokenizer, finetuning_config(heldout_fraction=0.3))
+    other = load(
+        write_jsonl(tmp_path / "b.jsonl", reversed(records)), tokenizer, finetuning_config(heldout_fraction=0.3)
+    )
 
     def texts(part):
         return {tuple(example[0].ids.tolist()) for example in part}
 
     assert texts(one.heldout) == texts(other.heldout) and not texts(one.heldout) & texts(one.train)
     for fraction in (0.001, 0.999):
-        few = load(write_jsonl(tmp_path / "c.jsonl", records[:3]), tokenizer, wanted(heldout_fraction=fraction))
+        few = load(
+            write_jsonl(tmp_path / "c.jsonl", records[:3]), tokenizer, finetuning_config(heldout_fraction=fraction)
+        )
         assert few.train and few.heldout
     assert one.fingerprint != other.fingerprint
 
 
 def test_a_pair_has_one_prompt_and_two_answers(tmp_path, tokenizer):
-    examples = load(write_jsonl(tmp_path / "pairs.jsonl", pairs("law", 8)), tokenizer, wanted("dpo"))
+    examples = load(write_jsonl(tmp_path / "pairs.jsonl", pairs("law", 8)), tokenizer, finetuning_config("dpo"))
     for chosen, rejected in (*examples.train, *examples.heldout):
         np.testing.assert_array_equal(chosen.ids[: chosen.prompt], rejected.ids[: rejected.prompt])
 

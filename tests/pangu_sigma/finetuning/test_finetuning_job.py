@@ -53,12 +53,12 @@ def test_dpo_prefers_the_chosen_answers_and_resumes_to_the_same_bytes(taught, ad
         adapt(moved, file, "dpo", (f"run.dir={parts}", *no_dropout), resume=True)
     finally:
         moved.rename(taught)
-    mine, other = checkpoint(whole, 4), checkpoint(parts, 4)
-    for path, reference in ((mine, taught), (other, moved)):
+    own, other = checkpoint(whole, 4), checkpoint(parts, 4)
+    for path, reference in ((own, taught), (other, moved)):
         state = json.loads((path / "state.json").read_text())
         assert state["reference"].pop("path") == str(checkpoint(reference, 2))
         (path / "state.json").write_text(json.dumps(state))
-    assert_equal_checkpoints(mine, other)
+    assert_equal_checkpoints(own, other)
 
 
 def test_a_sub_model_learns_with_its_shared_parameters_frozen_and_its_parents_domains_keep_every_bit(

@@ -49,8 +49,8 @@ def logits_of(model, drawn: Batch):
 def gradients(trainer: Trainer, drawn: Batch) -> tuple[float, dict[str, np.ndarray]]:
     """Loss of one step, and its gradients as first moments, which are proportional to them."""
     result = trainer.step(0, trainer.plan(drawn))
-    found = {name: tensor for name, tensor in tensors_now(trainer).items() if "optimizer.m." in name}
-    return result.loss, found
+    moments = {name: tensor for name, tensor in tensors_now(trainer).items() if "optimizer.m." in name}
+    return result.loss, moments
 
 
 class Weighted(TrainingObjective):
@@ -99,9 +99,9 @@ def dpo():
     reward = BETA * (theirs - (losses * mask).sum(1)).reshape(-1, 2)
     expected = -torch.nn.functional.logsigmoid(reward[:, 0] - reward[:, 1]).mean()
     expected.backward()
-    loss, found = gradients(trainer, drawn)
+    loss, moments = gradients(trainer, drawn)
     record, reward = trainer.metrics.take_record(), reward.detach().numpy()
-    return drawn, loss, found, record, float(expected.detach()), losses.grad.numpy(), reward
+    return drawn, loss, moments, record, float(expected.detach()), losses.grad.numpy(), reward
 
 
 def test_dpo_is_pytorchs_loss_of_the_same_logits(dpo):
@@ -111,9 +111,9 @@ def test_dpo_is_pytorchs_loss_of_the_same_logits(dpo):
 
 
 def test_dpos_gradients_are_those_of_pytorchs_derivatives(dpo):
-    drawn, _, found, _, _, derivatives, _ = dpo
+    drawn, _, moments, _, _, derivatives, _ = dpo
     _, expected = gradients(trainer_of(Weighted(derivatives), 2 * PAIRS), drawn)
-    assert_same_gradients(found, expected)
+    assert_same_gradients(moments, expected)
 
 
 def test_dpo_tells_rewards_margins_and_accuracy(dpo):
@@ -134,9 +134,9 @@ def test_accumulation_gives_dpo_the_gradients_of_the_whole_batch():
         objective = Preference(BETA, lambda: Teacher(frozen, config, 4 // accumulation))
         return gradients(trainer_of(objective, 4, accumulation=accumulation), drawn)
 
-    (whole, mine), (parts, others) = step(1), step(2)
+    (whole, own), (parts, others) = step(1), step(2)
     assert parts == pytest.approx(whole, rel=1e-5)
-    assert_same_gradients(mine, others)
+    assert_same_gradients(own, others)
 
 
 def test_at_its_beginning_dpos_loss_is_log_2():

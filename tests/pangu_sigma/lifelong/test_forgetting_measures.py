@@ -24,15 +24,15 @@ IN_ORDER = [0, 1, 2]
 
 
 def test_backward_transfer_is_the_change_since_a_domain_was_learned():
-    found = backward_transfer(LOSSES, IN_ORDER)
-    assert found.by_domain == {0: -0.25, 1: -0.75} and found.mean == -0.5
+    measure = backward_transfer(LOSSES, IN_ORDER)
+    assert measure.by_domain == {0: -0.25, 1: -0.75} and measure.mean == -0.5
 
 
 def test_forgetting_is_measured_from_the_best_that_ever_was():
     better = LOSSES.copy()
     better[1, 0] = 1.5  # domain 0 profited from stage 1, and lost it again
-    found = forgetting(better, IN_ORDER)
-    assert found.by_domain == {0: 0.75, 1: 0.75} and found.mean == 0.75
+    measure = forgetting(better, IN_ORDER)
+    assert measure.by_domain == {0: 0.75, 1: 0.75} and measure.mean == 0.75
     assert backward_transfer(better, IN_ORDER).by_domain[0] == -0.25
 
 
@@ -47,8 +47,8 @@ def test_nothing_changed_is_exactly_nothing_forgotten():
 
 
 def test_forward_transfer_is_the_gain_before_a_domain_is_learned():
-    found = forward_transfer(LOSSES, UNTRAINED, IN_ORDER)
-    assert found.by_domain == {1: 3.0, 2: 1.5} and found.mean == 2.25
+    measure = forward_transfer(LOSSES, UNTRAINED, IN_ORDER)
+    assert measure.by_domain == {1: 3.0, 2: 1.5} and measure.mean == 2.25
 
 
 def test_what_was_learned_and_what_is_left_of_it():
@@ -58,8 +58,8 @@ def test_what_was_learned_and_what_is_left_of_it():
 
 def test_one_stage_alone_has_nothing_before_or_after_it():
     joint = np.array([[2.0, 3.0]])
-    for found in (backward_transfer(joint, [0, 0]), forgetting(joint, [0, 0])):
-        assert found.mean is None and found.by_domain == {}
+    for measure in (backward_transfer(joint, [0, 0]), forgetting(joint, [0, 0])):
+        assert measure.mean is None and measure.by_domain == {}
     assert forward_transfer(joint, np.array([8.0, 8.0]), [0, 0]).mean is None
     assert final_loss(joint, [0, 0]).mean == 2.5
 

@@ -49,14 +49,18 @@ def again(run: Path, *overrides: str):
 
 
 def test_what_frozen_stages_did_not_learn_is_exactly_what_it_was(finished_stages):
-    found = results(finished_stages)
-    matrix = {name: [row[name]["loss"] for row in found["rows"]] for name in DOMAINS}
-    assert found["complete"] and found["domains"] == DOMAINS and found["stages"] == ["code", "law+poems", "code-2"]
+    measured = results(finished_stages)
+    matrix = {name: [row[name]["loss"] for row in measured["rows"]] for name in DOMAINS}
+    assert (
+        measured["complete"]
+        and measured["domains"] == DOMAINS
+        and measured["stages"] == ["code", "law+poems", "code-2"]
+    )
     assert matrix["code"][0] == matrix["code"][1] != matrix["code"][2]
     assert matrix["law"][1] == matrix["law"][2] and matrix["poems"][1] == matrix["poems"][2]
-    assert [[row[name]["how"] for name in DOMAINS] for row in found["rows"]] == [
+    assert [[row[name]["how"] for name in DOMAINS] for row in measured["rows"]] == [
         ["own", "auto", "auto"], ["own"] * 3, ["own"] * 3]  # fmt: skip
-    forgetting = found["measures"]["forgetting"]["by_domain"]
+    forgetting = measured["measures"]["forgetting"]["by_domain"]
     assert forgetting["law"] == 0.0 == forgetting["poems"] and forgetting["code"] < 0
     after, before = (find_latest(stage(finished_stages, name))[0] for name in ("03-code-2", "02-law+poems"))
     own = before.names(domains=["law", "poems"])
@@ -64,9 +68,9 @@ def test_what_frozen_stages_did_not_learn_is_exactly_what_it_was(finished_stages
 
 
 def test_a_row_is_what_evaluate_finds(copied):
-    found, last = results(copied), stage(copied, "03-code-2")
+    measured, last = results(copied), stage(copied, "03-code-2")
     losses = evaluate(last, batches=4)["losses"]
-    assert {name: found["rows"][-1][name]["loss"] for name in DOMAINS} == pytest.approx(losses, abs=1e-5)
+    assert {name: measured["rows"][-1][name]["loss"] for name in DOMAINS} == pytest.approx(losses, abs=1e-5)
 
 
 def test_costs_tell_what_came_in(finished_stages):
@@ -91,22 +95,22 @@ def test_a_text_is_read_on_where_the_stage_before_left_it(finished_stages):
 
 
 def test_everything_is_written_in_every_form(finished_stages):
-    found = results(finished_stages)
+    measured = results(finished_stages)
     with open(finished_stages / "matrix.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4 * 3
     for row in rows:
-        where = found["untrained"] if row["stage"] == "0" else found["rows"][int(row["stage"]) - 1]
+        where = measured["untrained"] if row["stage"] == "0" else measured["rows"][int(row["stage"]) - 1]
         assert float(row["loss"]) == where[row["domain"]]["loss"]
     svg = ElementTree.parse(finished_stages / "matrix.svg").getroot()
     assert svg.tag.endswith("svg") and "+0.000" in "".join(svg.itertext())
     page = (finished_stages / "report.html").read_text(encoding="utf-8")
     HTMLParser().feed(page)
-    said = (finished_stages.parent / "said.txt").read_text(encoding="utf-8")
-    assert len(found["properties"]) == 6
-    for line in found["properties"]:
-        assert line["name"] in page and line["number"] in said
-    assert str(finished_stages / "report.html") in said
+    output = (finished_stages.parent / "said.txt").read_text(encoding="utf-8")
+    assert len(measured["properties"]) == 6
+    for line in measured["properties"]:
+        assert line["name"] in page and line["number"] in output
+    assert str(finished_stages / "report.html") in output
 
 
 def test_a_finished_measurement_is_not_repeated(copied):
@@ -116,17 +120,17 @@ def test_a_finished_measurement_is_not_repeated(copied):
 
 
 def test_what_was_interrupted_goes_on_to_the_same_figures(copied):
-    whole = results(copied)
+    uninterrupted = results(copied)
     # As a kill leaves it that came when the second stage was being measured, or the third one prepared.
     shutil.rmtree(stage(copied, "03-code-2"))
     (stage(copied, "02-law+poems") / "measured.json").unlink()
     (copied / "lifelong.json").unlink()
     (copied / "stages" / ".03-code-2.preparing").mkdir()
     trained = [digests(stage(copied, name) / "checkpoints") for name in ("01-code", "02-law+poems")]
-    said = []
-    found = run_lifelong(load_plan(copied.parent / "stages.yaml"), say=said.append)
-    assert said == ["Stage 3 of 3: code-2"]
-    assert found.complete and results(copied)["rows"] == whole["rows"]
+    output = []
+    measured = run_lifelong(load_plan(copied.parent / "stages.yaml"), say=output.append)
+    assert output == ["Stage 3 of 3: code-2"]
+    assert measured.complete and results(copied)["rows"] == uninterrupted["rows"]
     assert [digests(stage(copied, name) / "checkpoints") for name in ("01-code", "02-law+poems")] == trained
     assert not list((copied / "stages").glob(".*"))
 
@@ -146,8 +150,8 @@ def test_a_stage_that_was_begun_does_not_change_and_a_new_one_may_come(copied, b
         again(copied, "optimizer.learning_rate=0.1")
     assert digests(copied) == before
     write_stages(copied.parent, base_yaml, stages=[*STAGES, {"domains": ["law"], "steps": 1}])
-    found = again(copied)
-    assert found.stages[-1] == "law" and len(found.rows) == 4 and found.learned["law"] == 1
+    measured = again(copied)
+    assert measured.stages[-1] == "law" and len(measured.rows) == 4 and measured.learned["law"] == 1
 
 
 def test_text_that_is_not_there_leaves_no_folder(stages_yaml, tmp_path):
@@ -160,9 +164,9 @@ def test_text_that_is_not_there_leaves_no_folder(stages_yaml, tmp_path):
 @pytest.mark.slow
 def test_a_dense_model_learns_and_forgets_with_replay(stages_yaml, tmp_path):
     path = stages_yaml(stages=[STAGES[0], {"domains": ["poems"], "steps": 2}], policy={"replay": 0.25})
-    found = run_lifelong(load_plan(path, ["model.sparse.layers=0", "model.sparse.resample=false"]), say=str)
-    assert found.complete and {row["how"] for row in found.rows[-1].values()} == {"any"}
-    assert found.costs[1]["parameters"]["new"] == 0 and found.measures["backward_transfer"].by_domain[0] != 0.0
+    measured = run_lifelong(load_plan(path, ["model.sparse.layers=0", "model.sparse.resample=false"]), say=str)
+    assert measured.complete and {row["how"] for row in measured.rows[-1].values()} == {"any"}
+    assert measured.costs[1]["parameters"]["new"] == 0 and measured.measures["backward_transfer"].by_domain[0] != 0.0
     read = find_latest(stage(tmp_path / "run", "02-poems"))[0].state["sampler"]["domains"]
     assert read["poems"]["cursor"] == 6 and read["code"]["cursor"] == 24 + 2 and read["law"]["cursor"] == 0
 
@@ -175,8 +179,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(finished_stages, base_yaml, t
     training_process.wait_until(lambda: second.is_dir() and training_process.steps_logged(second) >= 7, running)
     running.send_signal(signal.SIGINT)
     assert running.wait(120) == 0
-    said = (tmp_path / "log").read_text()
-    assert "stopped in stage 2 (law+poems) of 3; the same command continues" in said
+    output = (tmp_path / "log").read_text()
+    assert "stopped in stage 2 (law+poems) of 3; the same command continues" in output
     partly = results(tmp_path / "run")
     assert not partly["complete"] and len(partly["rows"]) == 1
     done = training_process.command("lifelong", path, "--json", cwd=tmp_path)

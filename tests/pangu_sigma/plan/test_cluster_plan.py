@@ -33,34 +33,34 @@ def test_every_shipped_cluster_configuration_fits(name):
 
 
 def test_the_papers_model_by_hand():
-    found = made("pangu_sigma_1085b.yaml")
-    assert found["devices"] == 512
-    assert round(found["parameters"]["total"] / 1e9) == 1085
+    plan_record = made("pangu_sigma_1085b.yaml")
+    assert plan_record["devices"] == 512
+    assert round(plan_record["parameters"]["total"] / 1e9) == 1085
     # 10 experts of 8 layers on each of 8 ranks of a host that share them over the tensor axis, with two moments.
-    assert found["host"]["total"] == 12 * 10 * 8 * EXPERT
+    assert plan_record["host"]["total"] == 12 * 10 * 8 * EXPERT
     # One domain's 16 experts, ceil(1.25 * 1024 / 16) = 80 rows of each of 4 samples.
-    assert found["dispatch"] == {"slots": 16, "rows": 16 * 80 * 4, "tokens": 4096, "times_tokens": 1.25}
+    assert plan_record["dispatch"] == {"slots": 16, "rows": 16 * 80 * 4, "tokens": 4096, "times_tokens": 1.25}
     # 8 layers, 2 micro-batches, 2 exchanges forward, 1 again in the recomputation, 2 backward, 7 of 8 rows leave.
-    assert found["step"]["bytes_per_device"]["all-to-all"] == 8 * 2 * 5 * 5120 * 5120 * 2 * 7 / 8
-    assert found["step"]["bytes_per_device"]["host link"] == 2 * (2 * 4) * 8 * 2 * EXPERT / 8
-    assert found["placements"]["domain"]["exchange_ranks"] == 8
-    assert found["placements"]["global"]["exchange_ranks"] == 64
+    assert plan_record["step"]["bytes_per_device"]["all-to-all"] == 8 * 2 * 5 * 5120 * 5120 * 2 * 7 / 8
+    assert plan_record["step"]["bytes_per_device"]["host link"] == 2 * (2 * 4) * 8 * 2 * EXPERT / 8
+    assert plan_record["placements"]["domain"]["exchange_ranks"] == 8
+    assert plan_record["placements"]["global"]["exchange_ranks"] == 64
     # Read anywhere, a sample may be of 8 times as many domains, and a domain's 16 experts lie on 16 of 64 ranks: where
     # the 8 domains of a step meet on the same ones, each of those computes 8 experts instead of 2.
-    ratio = found["placements"]["global"]["all-to-all"] / found["placements"]["domain"]["all-to-all"]
+    ratio = plan_record["placements"]["global"]["all-to-all"] / plan_record["placements"]["domain"]["all-to-all"]
     assert ratio == pytest.approx(8 * 4 * (63 / 64) / (7 / 8))
 
 
 def test_state_without_any_cut_is_sixteen_bytes_a_parameter():
-    found = made("eight_devices_dense.yaml", "parallel={}", "train.precision=float32")
-    held = found["device"]["bytes"]
-    total = found["parameters"]["total"]
+    plan_record = made("eight_devices_dense.yaml", "parallel={}", "train.precision=float32")
+    held = plan_record["device"]["bytes"]
+    total = plan_record["parameters"]["total"]
     assert (held["weights"], held["moments"], held["gradients"]) == (4 * total, 8 * total, 4 * total)
-    assert held["compute copies"] == 0 and not any(found["step"]["bytes_per_device"].values())
+    assert held["compute copies"] == 0 and not any(plan_record["step"]["bytes_per_device"].values())
 
 
 def test_a_mesh_cuts_state_by_what_each_tensor_is_cut():
-    whole = made("eight_devices_global.yaml", "parallel={}")["device"]["bytes"]["moments"]
+    moments = made("eight_devices_global.yaml", "parallel={}")["device"]["bytes"]["moments"]
     cut = made("eight_devices_global.yaml")["device"]["bytes"]["moments"]
     config = load_config(CONFIGS / "eight_devices_global.yaml")
     axes = {"expert": 4, "tensor": 2, None: 1}
@@ -69,7 +69,7 @@ def test_a_mesh_cuts_state_by_what_each_tensor_is_cut():
         for name, shape in tensor_shapes(config, 8192).items()
         if not name.endswith(".routing")
     )
-    assert cut == expected < whole / 4
+    assert cut == expected < moments / 4
 
 
 def test_every_matrix_of_a_layer_is_cut():
@@ -92,17 +92,17 @@ def test_every_matrix_of_a_layer_is_cut():
 def test_advice_followed_fits(name, overrides, limit):
     before = made(name, *overrides, device_gib=limit)
     assert not before["device"]["fits"]
-    said = before["advice"][0]
-    changes = said.split(": set ")[1].split(" for ")[0].split()
+    advice = before["advice"][0]
+    changes = advice.split(": set ")[1].split(" for ")[0].split()
     after = made(name, *overrides, *changes, device_gib=limit)
-    assert after["device"]["fits"] and f"{after['device']['total'] / GIB:,.1f} GiB" in said
+    assert after["device"]["fits"] and f"{after['device']['total'] / GIB:,.1f} GiB" in advice
 
 
 def test_what_cannot_fit_is_said():
-    found = made("pangu_sigma_1085b.yaml", device_gib=1, host_gib=64)
-    assert not found["fits"]
-    assert "use more devices" in found["advice"][0]
-    assert "187.5 of 64 GiB: spread the experts over 188 hosts" in found["advice"][1]
+    plan_record = made("pangu_sigma_1085b.yaml", device_gib=1, host_gib=64)
+    assert not plan_record["fits"]
+    assert "use more devices" in plan_record["advice"][0]
+    assert "187.5 of 64 GiB: spread the experts over 188 hosts" in plan_record["advice"][1]
 
 
 def test_other_numbers_of_devices_change_the_data_axis():
@@ -123,8 +123,8 @@ def test_the_command_prints_text_and_json():
     file = str(CONFIGS / "pangu_sigma_1085b.yaml")
     shown = CliRunner().invoke(app, ["plan", file])
     assert shown.exit_code == 0 and "69,905 tokens/s" in shown.stdout and "no NPU has run this yet" in shown.stdout
-    found = json.loads(CliRunner().invoke(app, ["plan", file, "--json", "--device-gib", "8"]).stdout)
-    assert found["assumptions"]["device_gib"] == 8 and found["fits"] is False
+    plan_record = json.loads(CliRunner().invoke(app, ["plan", file, "--json", "--device-gib", "8"]).stdout)
+    assert plan_record["assumptions"]["device_gib"] == 8 and plan_record["fits"] is False
     refused = CliRunner().invoke(app, ["plan", file, "parallel.expert=48"])
     assert refused.exit_code == 2 and "parallel.placement_groups" not in refused.stderr
     assert "parallel.expert = 48 does not divide the 640 experts" in refused.stderr

@@ -52,50 +52,50 @@ pytestmark = pytest.mark.skipif(not (shutil.which("gcc") and shutil.which("objdu
 def compiled(tmp_path_factory):
     """(configuration, its compiled graph) by name of the configuration and overrides, each compiled once."""
     folder = tmp_path_factory.mktemp("compiled")
-    found = {}
+    graphs = {}
 
     def ask(name, *overrides, rank=0):
-        asked = (name, overrides, rank)
-        if asked not in found:
+        key = (name, overrides, rank)
+        if key not in graphs:
             config = load_config(CONFIGS / name, overrides)
-            found[asked] = (config, compile_graph(config, folder / str(len(found)), rank=rank))
-        return found[asked]
+            graphs[key] = (config, compile_graph(config, folder / str(len(graphs)), rank=rank))
+        return graphs[key]
 
     return ask
 
 
-def as_by_arithmetic(config, found):
+def as_by_arithmetic(config, result):
     """Whether the exchanges move what the plan counts, which leaves out the rows that stay at home."""
     away = 1 - 1 / config.parallel.mesh.exchange_size
     graphs = config.train.gradient_accumulation_steps if config.parallel.pipeline == 1 else 1
-    sent = sum(c["bytes"] * c["count"] for c in exchanges(found)) * away * graphs
+    sent = sum(c["bytes"] * c["count"] for c in exchanges(result)) * away * graphs
     return sent == all_to_all_bytes(config)
 
 
-def exchanges(found):
-    return [c for c in found["collectives"] if c["kind"] == "AlltoAll"]
+def exchanges(result):
+    return [c for c in result["collectives"] if c["kind"] == "AlltoAll"]
 
 
 def test_a_dense_model_on_eight_devices(compiled):
     config, graph = compiled("eight_devices_dense.yaml", *SHALLOW)
     assert list(problems(config, graph)) == []
-    found = report(config, graph)
-    assert exchanges(found) == [] and found["experts"] == {}
-    assert found["parameters"]["embedding.word"] == {"shape": [8192, 512], "shard": [4096, 512]}
-    assert found["parameters"]["blocks.0.feed_forward.down.weight"]["shard"] == [1024, 512]
+    result = report(config, graph)
+    assert exchanges(result) == [] and result["experts"] == {}
+    assert result["parameters"]["embedding.word"] == {"shape": [8192, 512], "shard": [4096, 512]}
+    assert result["parameters"]["blocks.0.feed_forward.down.weight"]["shard"] == [1024, 512]
 
 
 def test_global_placement_on_eight_devices(compiled):
     config, graph = compiled("eight_devices_global.yaml", *SHALLOW)
     assert list(problems(config, graph)) == []
-    found = report(config, graph)
-    assert {tuple(c["ranks"]) for c in exchanges(found)} == {(0, 2, 4, 6)}
+    result = report(config, graph)
+    assert {tuple(c["ranks"]) for c in exchanges(result)} == {(0, 2, 4, 6)}
     # Two sparse layers; any sample may be of any domain, so 16 experts x 160 rows x 4 samples of 512 float16 travel.
-    assert [(c["count"], c["backward"], c["bytes"]) for c in exchanges(found)] == [
+    assert [(c["count"], c["backward"], c["bytes"]) for c in exchanges(result)] == [
         (4, False, 16 * 160 * 4 * 512 * 2), (4, True, 16 * 160 * 4 * 512 * 2),
     ]  # fmt: skip
-    assert as_by_arithmetic(config, found)
-    assert found["experts"]["blocks.1.experts.up.weight/0"] == {"shape": [16, 512, 2048], "shard": [4, 512, 1024]}
+    assert as_by_arithmetic(config, result)
+    assert result["experts"]["blocks.1.experts.up.weight/0"] == {"shape": [16, 512, 2048], "shard": [4, 512, 1024]}
 
 
 def test_the_command_compiles_domain_placement_and_keeps_the_graphs(tmp_path):
@@ -104,8 +104,8 @@ def test_the_command_compiles_domain_placement_and_keeps_the_graphs(tmp_path):
     command = ["plan", file, *SHALLOW, "--compile", "--json", "--graphs", str(kept)]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)["compiled"]
-    assert {tuple(c["ranks"]) for c in exchanges(found)} == {(0, 2)} and found["devices"] == 8
+    result = json.loads(done.stdout)["compiled"]
+    assert {tuple(c["ranks"]) for c in exchanges(result)} == {(0, 2)} and result["devices"] == 8
     assert sorted(path.name for path in kept.iterdir()) == ["rank_0", "standins"]
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 2 and "exists already" in again.stderr
@@ -114,18 +114,18 @@ def test_the_command_compiles_domain_placement_and_keeps_the_graphs(tmp_path):
 def test_every_option_on_64_devices(compiled):
     config, graph = compiled("eight_devices_domain.yaml", *OPTIONS)
     assert list(problems(config, graph)) == []
-    found = report(config, graph)
+    result = report(config, graph)
     assert config.parallel.mesh.size == 64
     # Two parts of each of two layers: twice forward, to the experts again in the recomputation, twice backward.
-    assert sum(c["count"] for c in exchanges(found)) == 2 * 2 * (2 + 1 + 2)
-    assert {tuple(c["ranks"]) for c in exchanges(found)} == {(0, 8)}
-    assert as_by_arithmetic(config, found)
-    kinds = {(c["kind"], tuple(c["ranks"])) for c in found["collectives"]}
+    assert sum(c["count"] for c in exchanges(result)) == 2 * 2 * (2 + 1 + 2)
+    assert {tuple(c["ranks"]) for c in exchanges(result)} == {(0, 8)}
+    assert as_by_arithmetic(config, result)
+    kinds = {(c["kind"], tuple(c["ranks"])) for c in result["collectives"]}
     # Sums of the residual stream are scattered over the tensor ranks, and its parts gathered.
     assert {("ReduceScatter", (0, 1, 2, 3)), ("AllGather", (0, 1, 2, 3))} <= kinds
     shared = tuple(range(0, 64, 4))
     assert {("ReduceScatter", shared), ("AllGather", shared)} <= kinds
-    assert found["parameters"]["blocks.0.attention.query.weight"]["shard"] == [512 // 16, 512 // 4]
+    assert result["parameters"]["blocks.0.attention.query.weight"]["shard"] == [512 // 16, 512 // 4]
 
 
 @pytest.mark.parametrize(
@@ -168,8 +168,8 @@ def test_parts_with_another_rank_or_undivided_are_caught(compiled):
     ]
     fewer = dataclasses.replace(graph.placed["embedding.word"], dividing=(0, 4))
     divided = dataclasses.replace(graph, placed={**graph.placed, "embedding.word": fewer})
-    said = list(problems(config, divided))
-    assert len(said) == 1 and "embedding.word is divided among the ranks (0, 4), not (0, 4, 8," in said[0]
+    messages = list(problems(config, divided))
+    assert len(messages) == 1 and "embedding.word is divided among the ranks (0, 4), not (0, 4, 8," in messages[0]
     whole = load_config(CONFIGS / "eight_devices_domain.yaml", (*OPTIONS, "parallel.optimizer_parallel=false"))
     assert "parameter embedding.word is cut to (128, 512), not to (2048, 512)" in list(problems(whole, graph))
 
@@ -181,9 +181,9 @@ def test_learned_gates_on_eight_devices(compiled, router):
     gate = (f"model.sparse.router={router}", "experts.store=device", "model.sparse.jitter=0.01")
     config, graph = compiled("eight_devices_global.yaml", *SHALLOW, *gate[: 3 if router == "switch" else 2])
     assert list(problems(config, graph)) == []
-    found = report(config, graph)
-    assert found["parameters"]["blocks.1.router.weight"] == {"shape": [512, 16], "shard": [512, 16]}
-    assert {tuple(c["ranks"]) for c in exchanges(found)} == {(0, 2, 4, 6)} and as_by_arithmetic(config, found)
+    result = report(config, graph)
+    assert result["parameters"]["blocks.1.router.weight"] == {"shape": [512, 16], "shard": [512, 16]}
+    assert {tuple(c["ranks"]) for c in exchanges(result)} == {(0, 2, 4, 6)} and as_by_arithmetic(config, result)
     products = [o for o in graph.operators if o.kind == "MatMul" and "router" in o.scope and not o.backward]
     assert products and all(kind == "Float32" for o in products for kind, _ in o.takes)
 
@@ -191,9 +191,9 @@ def test_learned_gates_on_eight_devices(compiled, router):
 def test_olmoes_parts_on_sixteen_devices(compiled):
     config, graph = compiled("eight_devices_domain.yaml", *SHALLOW, *OLMOE)
     assert list(problems(config, graph)) == []
-    found = report(config, graph)
-    assert found["experts"]["blocks.2.experts.gate.weight/1"]["shard"] == [2, 256, 1024]
-    assert found["parameters"]["head.word"]["shard"] == [4096, 512]
+    result = report(config, graph)
+    assert result["experts"]["blocks.2.experts.gate.weight/1"]["shard"] == [2, 256, 1024]
+    assert result["parameters"]["head.word"]["shard"] == [4096, 512]
 
 
 def test_pipeline_stages_hold_their_layers_and_hand_rows_on(compiled):
@@ -203,10 +203,10 @@ def test_pipeline_stages_hold_their_layers_and_hand_rows_on(compiled):
         assert list(problems(config, graph)) == []
         graphs.append(graph)
         # One sparse layer each, with two micro-batches; exchanges inside the stage.
-        found = report(config, graph)
-        assert {tuple(c["ranks"]) for c in exchanges(found)} == {(4 * stage, 4 * stage + 2)}
-        assert sum(c["count"] for c in exchanges(found)) == 2 * (2 + 2)
-        assert as_by_arithmetic(config, found)
+        result = report(config, graph)
+        assert {tuple(c["ranks"]) for c in exchanges(result)} == {(4 * stage, 4 * stage + 2)}
+        assert sum(c["count"] for c in exchanges(result)) == 2 * (2 + 2)
+        assert as_by_arithmetic(config, result)
         shards = graph.parameter_shards.items()
         held = sum(math.prod(shape) for name, shape in shards if not name.startswith("accu_grads."))
         assert 4 * held == stage_bytes(config, vocabulary_size(config), stage)["weights"]
@@ -256,34 +256,34 @@ def test_pipeline_stages_divide_their_parameters(compiled, stage):
 def test_a_stage_that_does_not_hand_its_rows_on_is_caught(compiled):
     config, graph = compiled("eight_devices_pipeline.yaml", *STAGES)
     elsewhere = dataclasses.replace(graph, graph=graph.graph.replace("dest_rank: I64(4)", "dest_rank: I64(5)"))
-    said = list(problems(config, elsewhere))
-    assert "stage 0 has 0 Send of 2097152 bytes with rank 4 instead of 2" in said
-    assert "stage 0 has 2 Send of 2097152 bytes with rank 5 instead of 0" in said
+    messages = list(problems(config, elsewhere))
+    assert "stage 0 has 0 Send of 2097152 bytes with rank 4 instead of 2" in messages
+    assert "stage 0 has 2 Send of 2097152 bytes with rank 5 instead of 0" in messages
 
 
 def test_a_stage_with_anothers_layers_is_caught(compiled):
     _, graph = compiled("eight_devices_pipeline.yaml", *STAGES)
     last = dataclasses.replace(graph, rank=4)
-    said = list(problems(compiled("eight_devices_pipeline.yaml", *STAGES)[0], last))
-    assert "stage 1 holds blocks.0.norm1.gamma, which is another stage's" in said
-    assert "stage 1 lacks query_layer.norm1.gamma" in said
+    messages = list(problems(compiled("eight_devices_pipeline.yaml", *STAGES)[0], last))
+    assert "stage 1 holds blocks.0.norm1.gamma, which is another stage's" in messages
+    assert "stage 1 lacks query_layer.norm1.gamma" in messages
 
 
 def test_a_plan_of_another_placement_is_caught_by_layer(compiled):
     _, graph = compiled("eight_devices_global.yaml", *SHALLOW)
     host = ("experts.store=device",)
     domain = load_config(CONFIGS / "eight_devices_domain.yaml", (*SHALLOW, *host))
-    said = list(problems(domain, graph))
-    assert "blocks.1 exchanges rows between 4 ranks, more than the 2 of its placement group" in said
+    messages = list(problems(domain, graph))
+    assert "blocks.1 exchanges rows between 4 ranks, more than the 2 of its placement group" in messages
 
 
 def test_an_expert_that_is_not_cut_as_planned_is_caught_by_layer(compiled):
     _, graph = compiled("eight_devices_global.yaml", *SHALLOW)
     other = load_config(CONFIGS / "eight_devices_global.yaml", (*SHALLOW, "parallel.tensor=1", "parallel.data=2"))
-    said = list(problems(other, graph))
-    assert "blocks.1: experts' up.weight/0 comes in cut to (4, 512, 1024), not to (4, 256, 2048)" in said
-    assert any(s.startswith("blocks.1: an expert's products take weights of") for s in said)
-    assert "parameter embedding.word is cut to (4096, 512), not to (8192, 512)" in said
+    messages = list(problems(other, graph))
+    assert "blocks.1: experts' up.weight/0 comes in cut to (4, 512, 1024), not to (4, 256, 2048)" in messages
+    assert any(s.startswith("blocks.1: an expert's products take weights of") for s in messages)
+    assert "parameter embedding.word is cut to (4096, 512), not to (8192, 512)" in messages
 
 
 def test_a_missing_exchange_is_caught_by_layer(compiled):
@@ -318,12 +318,12 @@ def test_a_chunk_that_waits_for_another_is_caught(compiled):
 
 
 def test_what_cannot_be_compiled_is_said(tmp_path):
-    for name, override, said in (
+    for name, override, messages in (
         ("eight_devices_dense.yaml", "parallel={}", "needs more than one device"),
         ("quickstart.yaml", "parallel={data: 2, workers: 2}", "set run.device=Ascend"),
     ):
         config = load_config(CONFIGS / name, (override,))
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=messages):
             compile_plan(config)
     command = ["plan", str(CONFIGS / "eight_devices_dense.yaml"), "--graphs", str(tmp_path / "kept")]
     alone = CliRunner().invoke(app, command)
@@ -332,8 +332,8 @@ def test_what_cannot_be_compiled_is_said(tmp_path):
 
 @pytest.mark.slow
 def test_the_papers_model_on_512_devices(tmp_path):
-    found = compile_plan(load_config(CONFIGS / "pangu_sigma_1085b.yaml"), tmp_path / "graphs")
-    assert found["devices"] == 512 and found["peak_bytes"] < 8 * 2**30 and found["total_seconds"] < 300
-    assert {tuple(c["ranks"]) for c in exchanges(found)} == {tuple(range(0, 64, 8))}
-    up = found["experts"]["blocks.31.experts.up.weight/0"]
+    result = compile_plan(load_config(CONFIGS / "pangu_sigma_1085b.yaml"), tmp_path / "graphs")
+    assert result["devices"] == 512 and result["peak_bytes"] < 8 * 2**30 and result["total_seconds"] < 300
+    assert {tuple(c["ranks"]) for c in exchanges(result)} == {tuple(range(0, 64, 8))}
+    up = result["experts"]["blocks.31.experts.up.weight/0"]
     assert up["shape"] == [8 * 16, 5120, 20480] and up["shard"] == [2, 5120, 2560]

@@ -28,12 +28,12 @@ def kinds(folder, *overrides):
 
 
 def test_flash_attention_and_grouped_products_are_in_the_graph(tmp_path):
-    found = kinds(tmp_path / "grouped")
-    assert found["FlashAttentionScore"] == found["FlashAttentionScoreGrad"] == 3
+    graph_kinds = kinds(tmp_path / "grouped")
+    assert graph_kinds["FlashAttentionScore"] == graph_kinds["FlashAttentionScoreGrad"] == 3
     # Two products of each of two sparse layers, and of each the gradients of rows and of weights.
-    assert found["GroupedMatmul"] == 2 * 2 * 3
+    assert graph_kinds["GroupedMatmul"] == 2 * 2 * 3
 
 
 def test_without_them_the_products_are_the_experts_own(tmp_path):
-    found = kinds(tmp_path / "ragged", "experts.grouped_matmul=false")
-    assert found["GroupedMatmul"] == 0 and found["FlashAttentionScore"] == 3
+    graph_kinds = kinds(tmp_path / "ragged", "experts.grouped_matmul=false")
+    assert graph_kinds["GroupedMatmul"] == 0 and graph_kinds["FlashAttentionScore"] == 3

@@ -77,7 +77,7 @@ def test_our_export_holds_what_its_network_does(both_trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda t: t.pop("blocks.0.norm1.gamma"), "lacks what these tensors need: blocks.0.norm1.gamma"),
         (lambda t: t.update(other=np.zeros(1, np.float32)), "has tensors that the model does not: other"),
@@ -87,13 +87,13 @@ def test_our_export_holds_what_its_network_does(both_trained, tmp_path):
     ],
     ids=["missing", "foreign", "shape", "table", "type"],
 )
-def test_a_checkpoint_that_is_not_whole_is_refused_by_name(both_trained, tmp_path, change, said):
+def test_a_checkpoint_that_is_not_whole_is_refused_by_name(both_trained, tmp_path, change, message):
     tensors = load_file(checkpoint_file(both_trained.formers))
     change(tensors)
     save_file(tensors, tmp_path / "changed.safetensors")
     with pytest.raises(UserError) as caught:
         import_mindformers(tmp_path / "changed.safetensors", tmp_path / "model", both_trained.formers)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert not (tmp_path / "model").exists()
 
 
@@ -119,16 +119,18 @@ def test_our_model_goes_on_there_and_foreign_tables_are_refused(both_trained, tm
     )
     assert done.returncode == 0, done.stderr
     sections = "model.model_config.pangu_sigma.run"
-    wanted = [f"callbacks.3.path={tmp_path}/losses.jsonl", "train_dataset.data_loader.steps=4"]
+    overrides = [f"callbacks.3.path={tmp_path}/losses.jsonl", "train_dataset.data_loader.steps=4"]
     load = f"load_checkpoint={tmp_path}/export/pangu_sigma.safetensors"
     start = f"{sections}.init_from={both_trained.ours}"
     for number, given in enumerate([[load, start], [start]]):
-        done = run_formers(both_trained.file, tmp_path, *wanted, *given, f"output_dir={tmp_path}/{number}")
+        done = run_formers(both_trained.file, tmp_path, *overrides, *given, f"output_dir={tmp_path}/{number}")
         assert done.returncode == 0, done.stderr[-4000:]
     losses = json_lines(tmp_path / "losses.jsonl")
     assert losses[:4] == losses[4:]
     assert losses[0] < both_trained.formers_losses[0] - 0.05
-    done = run_formers(both_trained.file, tmp_path, *wanted, load, f"{sections}.seed=7", f"output_dir={tmp_path}/other")
+    done = run_formers(
+        both_trained.file, tmp_path, *overrides, load, f"{sections}.seed=7", f"output_dir={tmp_path}/other"
+    )
     assert done.returncode != 0 and "brought another routing table" in done.stderr
 
 

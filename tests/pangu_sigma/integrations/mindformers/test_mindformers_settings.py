@@ -41,7 +41,7 @@ def test_our_sections_are_changed_by_their_own_name_for_model_and_data_alike():
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ("optimiser.eps=1.0e-6", "changes optimiser, which the file lacks"),
         ("optimizer.type=AdamW", "optimizer.type is \"AdamW\": set it to PanGuSigmaAdamW"),
@@ -59,10 +59,10 @@ def test_our_sections_are_changed_by_their_own_name_for_model_and_data_alike():
         ("train_dataset.data_loader.steps=many", "write a whole number"),
     ],
 )
-def test_a_mistake_is_one_sentence_that_names_the_key(change, said):
+def test_a_mistake_is_one_sentence_that_names_the_key(change, message):
     with pytest.raises(UserError) as caught:
         settings_of(read_yaml(SHIPPED, [change]), "file")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_sections_that_differ_between_model_and_data_are_refused():
@@ -73,14 +73,14 @@ def test_sections_that_differ_between_model_and_data_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [("a: [", "is not valid YAML"), ("- 1", "not a mapping"), (None, "does not exist")],
     ids=["broken", "list", "missing"],
 )
-def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, said):
+def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, message):
     if text is not None:
         (tmp_path / "file.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         read_yaml(tmp_path / "file.yaml")
 
 
@@ -99,9 +99,9 @@ def test_the_command_says_a_mistake_without_importing_a_framework(tmp_path):
 
 def test_a_checkpoint_to_load_must_be_there(formers, tmp_path):
     (tmp_path / "half.safetensors").write_bytes(b"no tensors")
-    for path, said in (("gone.safetensors", "is no .safetensors file"), ("half.safetensors", "cannot be read")):
+    for path, message in (("gone.safetensors", "is no .safetensors file"), ("half.safetensors", "cannot be read")):
         done = training_process.command("mindformers", SHIPPED, f"load_checkpoint={tmp_path / path}", cwd=tmp_path)
-        assert done.returncode == 2 and said in done.stderr, done.stderr
+        assert done.returncode == 2 and message in done.stderr, done.stderr
 
 
 def test_a_folder_with_another_trainings_checkpoints_is_refused(tmp_path):
