@@ -262,15 +262,15 @@ def test_the_folders_own_tokenizer_comes_along(folder, tmp_path, tokenizer):
     (tmp_path / "config.json").write_text(json.dumps(values))
     library.save(str(tmp_path / "tokenizer.json"))
     done = import_olmoe(tmp_path, tmp_path / "model", OlmoeImportSettings())
-    tokenizer = load_trained_tokenizer(done)
-    assert (tokenizer.kind, tokenizer.eod_id, tokenizer.pad_id) == ("huggingface", 0, 1)
+    loaded = load_trained_tokenizer(done)
+    assert (loaded.kind, loaded.eod_id, loaded.pad_id) == ("huggingface", 0, 1)
     text = "the fox, <|endoftext|> <|padding|> dog\n\tnaïve 🙂"
-    ids = tokenizer.encode(text)
-    assert 0 not in ids and 1 not in ids and tokenizer.decode([*ids, 0]) == text
-    assert [list(row) for row in tokenizer.encode_batch([text, ""])] == [ids, []]
+    ids = loaded.encode(text)
+    assert 0 not in ids and 1 not in ids and loaded.decode([*ids, 0]) == text
+    assert [list(row) for row in loaded.encode_batch([text, ""])] == [ids, []]
     export(done.checkpoint.path, tmp_path / "out", "hf-olmoe")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert theirs("the fox").input_ids == tokenizer.encode("the fox") and theirs.eos_token_id == 0
+    assert theirs("the fox").input_ids == loaded.encode("the fox") and theirs.eos_token_id == 0
 
 
 def load_trained_tokenizer(done):
