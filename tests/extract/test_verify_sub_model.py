@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from extract import verify_sub_model
 from extract.extraction_job import extract, plan
 from extract.extraction_plan import ExtractionPlan
 from extract.verify_sub_model import VerificationError, compare_tensors, mixed_batches, verify
@@ -58,6 +59,28 @@ def test_the_lowest_bit_of_a_weight_is_caught_even_if_no_logit_moves(poems, tmp_
     flip_byte(folder, tensor, index=0)
     _, different = compare_tensors(poems.cut.parent, open_checkpoint(folder), poems.cut)
     assert different == [tensor]
+
+
+def test_a_difference_in_the_first_sequence_alone_is_caught(poems, monkeypatch):
+    logits_of, models = verify_sub_model._logits_of, []
+
+    def sub_model_moved_once(trained, domains):
+        logits, batches = logits_of(trained, domains), []
+        models.append(trained)
+        is_sub_model = len(models) == 1
+
+        def moved(tokens, owners):
+            values = logits(tokens, owners).copy()
+            if is_sub_model and not batches:
+                values[0, 0, 0] += 1.0
+            batches.append(owners)
+            return values
+
+        return moved
+
+    monkeypatch.setattr(verify_sub_model, "_logits_of", sub_model_moved_once)
+    result = verify(poems.cut.parent, poems.model, poems.cut)
+    assert result.largest_logit_difference == pytest.approx(1.0) and not result.holds
 
 
 def test_a_foreign_expert_does_not_matter(poems, parent, tmp_path):
