@@ -15,7 +15,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -224,7 +224,7 @@ def measure(work: Work) -> dict:
     model = build_model(config, work.vocabulary, EOD)
     write_every_byte(model.store)
     if work.update_all:
-        model.store = every_expert_store(model)
+        model = replace(model, store=every_expert_store(model))
     trainer = Trainer(model)
     store, tables = model.store, Path(work.folder) / "experts"
     optimizer = config.optimizer

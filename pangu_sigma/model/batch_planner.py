@@ -6,7 +6,7 @@ This runs ahead of the step in the reading thread; only the tensors and the expe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mindspore as ms
@@ -14,7 +14,7 @@ import numpy as np
 from mindspore import Tensor
 
 from pangu_sigma.model.graph_inputs import GraphSignature, LayerSignature
-from pangu_sigma.model.model import Model
+from pangu_sigma.model.model_structure import ModelStructure
 from pangu_sigma.model.position_ids import positions_and_segments
 from parallel.operator_layout import Layout
 from parallel.partition_spec import PartitionSpec
@@ -104,13 +104,21 @@ class BatchPlanner:
 
     Several processes cut a micro-batch into equal runs, one each. `reads`: the rows of it that this process looks at:
     its own, and where a table says outside the graph which expert a token goes to, also those of the processes whose
-    rows may come to its experts. `own`: its own among them.
+    rows may come to its experts. `own`: its own among them. `prefetch`: told, layer by layer, the experts that a
+    training step will fetch, as this process's store counts them.
     """
 
-    def __init__(self, model: Model, signature: GraphSignature, training: bool) -> None:
+    def __init__(
+        self,
+        model: ModelStructure,
+        signature: GraphSignature,
+        training: bool,
+        prefetch: Callable[[str, Sequence[int]], None] = lambda layer_name, experts: None,
+    ) -> None:
         self.model = model
         self.signature = signature
         self.training = training
+        self.prefetch = prefetch
         self.seed = model.config.run.seed
         self.reads, self.own = self._rows()
 
@@ -175,11 +183,11 @@ class BatchPlanner:
             if len(local_experts) < total:
                 is_local = (ids >= local_experts.start) & (ids < local_experts.stop)
                 ids = np.where(is_local, ids - local_experts.start, DROPPED)
-            if self.training and self.model.store.all_resident:
+            if self.training and self.model.all_resident:
                 plans.append(plan_by_expert(ids, np.arange(layer_signature.slots)))
             elif self.training:
                 plans.append(plan_present(ids, layer_signature.slots))
-                self.model.store.prefetch(layer_signature.name, plans[-1].experts)
+                self.prefetch(layer_signature.name, plans[-1].experts)
             else:
                 plans.append(
                     plan_present(ids, layer_signature.slots)
@@ -244,7 +252,7 @@ class BatchPlanner:
             own, shards = slot_ids.reshape(self.reads.size, -1)[self.own].reshape(-1, ids.shape[1]), range(row, row + 1)
         if self.training and layer_signature.name in self.model.layer_names:
             local_slots = capacity_spec.by_chunk(self.signature.expert_part).reshape(-1)
-            self.model.store.prefetch(layer_signature.name, self.signature.stored(experts[local_slots]))
+            self.prefetch(layer_signature.name, self.signature.stored(experts[local_slots]))
         return ReservedRowsPlan(experts, counts, plan_by_capacity(own, capacity_spec, shards))
 
     def _keys(self, step: int, sample: np.ndarray) -> np.ndarray:

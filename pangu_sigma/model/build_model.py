@@ -14,6 +14,7 @@ from pangu_sigma.config import Config
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.initialization import initial_value
 from pangu_sigma.model.model import DOMAIN_EMBEDDING, Model
+from pangu_sigma.model.model_structure import ModelStructure
 from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.model.sharded_parameters import DeviceParameterStorage, ShardedParameters, SharedParameters
 from parallel.comm.exchange import GatheredExchange
@@ -31,6 +32,7 @@ from rre.store import DeviceStore, DiskStore, ExpertStore, HostStore
 from rre.store.disk_store import remove_tables
 from rre.store.expert_store import Shapes
 
+STORES = {"device": DeviceStore, "host": HostStore, "disk": DiskStore}
 COMPUTE_TYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
 
 
@@ -75,37 +77,23 @@ def build_model(
     initialise: bool = True,
     inference: bool = False,
     layout: Layout | None = None,
-    with_store: bool = True,
     processes: Processes | None = None,
 ) -> Model:
-    """Build the network of `config` for `vocab` ids.
+    """Build the model of `config` for `vocab` ids; see `build_structure` for `tables`, `token_counts` and `layout`.
 
-    Routing tables are drawn here for a new model (`token_counts` [V] per domain serve the `frequency` rule) and given
-    for one from a checkpoint. With `initialise` False all weights are zero: something else will fill them. Those of a
-    graph that is cut over devices come to be when it is compiled; call `initialise_shared` then. A model for
-    `inference` keeps its experts in host memory, wherever training has them. `layout`: another than the
-    configuration's own. Without a store (`with_store` False) the model has a graph, but no experts. `processes` that
-    share it cut its experts.
+    With `initialise` False all weights are zero: something else will fill them. Those of a graph that is cut over
+    devices come to be when it is compiled; call `initialise_shared` then. A model for `inference` keeps its experts in
+    host memory, wherever training has them. `processes` that share it cut its experts.
     """
-    built = routed_model(config, vocab, eod_id, tables, token_counts, layout, processes)
-    model, layout, groups, processes = config.model, built.layout, built.groups, built.processes
-    layer_names = built.layer_names
-    parts = {name: slices_shape(shard.slices) for name, shard in built.expert_shards.items()} if layer_names else {}
-    shapes = dict.fromkeys(layer_names, parts)
-    experts = dict.fromkeys(layer_names, len(built.local_experts) if layer_names else 0)
-    if model.domain_parameters.embedding == "own":
-        shapes[DOMAIN_EMBEDDING] = {"word": (vocab, model.hidden)}
-        experts[DOMAIN_EMBEDDING] = len(groups.names)
-    kernels = HostKernels(layout.kernels) if layout.kernels else None
-    if with_store:
-        built.store = _make_store(config, shapes, experts, kernels, inference, processes)
-    compute = COMPUTE_TYPES[config.train.precision]
-    exchange = _exchange(config, processes, groups)
-    on_devices = layout.spmd_mesh is not None and layout.native and processes.size > 1
+    store_kind = "host" if inference else config.experts.store
+    all_resident = STORES[store_kind].all_resident
+    structure = build_structure(config, vocab, eod_id, tables, token_counts, layout, processes, all_resident)
+    store = _make_store(structure, store_kind, clear_folder=not inference)
+    on_devices = structure.layout.spmd_mesh is not None and structure.layout.native and structure.processes.size > 1
     # Full values would be in the way of the shards that MindSpore makes, and may not fit a device.
     with no_init_parameters() if on_devices else nullcontext():
-        built.net = PanGuSigma(model, vocab, built.routers, built.training_signature(1), layout, compute, exchange)
-    built.shared = _shared_parameters(built)
+        net = build_network(structure)
+    built = Model(**vars(structure), store=store, net=net, shared=_shared_parameters(structure, net))
     if initialise:
         _initialise_experts(built)
         if not built.shared.deferred_init:
@@ -113,24 +101,7 @@ def build_model(
     return built
 
 
-def _shared_parameters(built: Model) -> SharedParameters:
-    processes, mesh = built.processes, built.processes.mesh
-    if built.layout.spmd_mesh is None or processes.size == 1:
-        return SharedParameters(built.net)
-    if isinstance(built.layout, EmulatedLayout):
-        storage = EmulatedParameterStorage(EmulatedMesh(processes))
-    else:
-        storage = DeviceParameterStorage(mesh.coordinates(processes.rank).stage)
-    return ShardedParameters(built.net, mesh, processes.rank, built.config.parallel.optimizer_parallel, storage)
-
-
-def _exchange(config: Config, processes: Processes, groups: ExpertGroups) -> GatheredExchange | None:
-    if processes.size == 1 or not config.model.sparse_prefixes or config.sharded_over_devices:
-        return None
-    return GatheredExchange(processes.mesh, processes.rank, groups.total)
-
-
-def routed_model(
+def build_structure(
     config: Config,
     vocab: int,
     eod_id: int,
@@ -138,37 +109,70 @@ def routed_model(
     token_counts: Mapping[str, np.ndarray] | None = None,
     layout: Layout | None = None,
     processes: Processes | None = None,
-) -> Model:
-    """The model's groups, tables and routers, which plan batches; store and network are left None."""
+    all_resident: bool = True,
+) -> ModelStructure:
+    """The model's groups, tables and routers, which plan batches.
+
+    Routing tables are drawn here for a new model (`token_counts` [V] per domain serve the `frequency` rule) and given
+    for one from a checkpoint. `layout`: another than the configuration's own. `all_resident`: as of `ModelStructure`.
+    """
     layout = layout or chosen_layout(config)
     groups = ExpertGroups(config.domain_names, tuple(d.experts for d in config.domains))
     layer_names = config.model.sparse_prefixes
     processes = processes or Processes()
-    exchange = _exchange(config, processes, groups)
     if tables is None:
         tables = {
             layer_name: _draw_tables(config, groups, layer_name, vocab, token_counts or {})
             for layer_name in layer_names
         }
-    model = config.model
+    model, exchange = config.model, _exchange(config, processes, groups)
     owned = [tables[layer_name] if model.router_spec.tables else None for layer_name in layer_names]
     routers = [
         ROUTERS[model.router].build(_router_options(config, groups, layout, layer, layer_tables, exchange))
         for layer, layer_tables in enumerate(owned)
     ]
-    return Model(
+    return ModelStructure(
         config=config,
         vocab=vocab,
         eod_id=eod_id,
         groups=groups,
         routers=tuple(routers),
         tables={layer_name: dict(by_owner) for layer_name, by_owner in tables.items() if by_owner},
-        store=None,
-        net=None,
-        shared=None,
         layout=layout,
         processes=processes,
+        all_resident=all_resident,
     )
+
+
+def build_network(structure: ModelStructure) -> PanGuSigma:
+    """The network of a structure, its shared parameters not initialised."""
+    config = structure.config
+    return PanGuSigma(
+        config.model,
+        structure.vocab,
+        structure.routers,
+        structure.training_signature(1),
+        structure.layout,
+        COMPUTE_TYPES[config.train.precision],
+        _exchange(config, structure.processes, structure.groups),
+    )
+
+
+def _shared_parameters(structure: ModelStructure, net: PanGuSigma) -> SharedParameters:
+    processes, mesh = structure.processes, structure.processes.mesh
+    if structure.layout.spmd_mesh is None or processes.size == 1:
+        return SharedParameters(net)
+    if isinstance(structure.layout, EmulatedLayout):
+        storage = EmulatedParameterStorage(EmulatedMesh(processes))
+    else:
+        storage = DeviceParameterStorage(mesh.coordinates(processes.rank).stage)
+    return ShardedParameters(net, mesh, processes.rank, structure.config.parallel.optimizer_parallel, storage)
+
+
+def _exchange(config: Config, processes: Processes, groups: ExpertGroups) -> GatheredExchange | None:
+    if processes.size == 1 or not config.model.sparse_prefixes or config.sharded_over_devices:
+        return None
+    return GatheredExchange(processes.mesh, processes.rank, groups.total)
 
 
 def _draw_tables(
@@ -218,18 +222,26 @@ def _router_options(
     )
 
 
-def _make_store(
-    config: Config, shapes: Mapping[str, Shapes], experts: Mapping[str, int], kernels: HostKernels | None,
-    inference: bool, processes: Processes,
-) -> ExpertStore:  # fmt: skip
-    kind = "host" if inference else config.experts.store
+def _make_store(structure: ModelStructure, kind: str, clear_folder: bool) -> ExpertStore:
+    """The store of this process's experts and of the domains' own embeddings, all zero.
+
+    `clear_folder`: remove what an earlier start of the run left in its folder.
+    """
+    config, layer_names, processes = structure.config, structure.layer_names, structure.processes
+    stored = {name: slices_shape(shard.slices) for name, shard in structure.expert_shards.items()}
+    shapes: dict[str, Shapes] = dict.fromkeys(layer_names, stored)
+    experts = dict.fromkeys(layer_names, len(structure.local_experts))
+    if config.model.domain_parameters.embedding == "own":
+        shapes[DOMAIN_EMBEDDING] = {"word": (structure.vocab, config.model.hidden)}
+        experts[DOMAIN_EMBEDDING] = len(structure.groups.names)
+    kernels = HostKernels(structure.layout.kernels) if structure.layout.kernels else None
     folder = Path(config.run.dir) / "experts"
-    if not inference and processes.first:
-        # Of an earlier start of this run with another store or mesh, which was killed.
+    if clear_folder and processes.first:
+        # That start had perhaps another store or mesh, and was killed.
         for left in (*folder.glob("rank-*"), folder):
             remove_tables(left)
     if kind != "disk":
-        return (DeviceStore if kind == "device" else HostStore)(shapes, experts, kernels)
+        return STORES[kind](shapes, experts, kernels)
     bound = int(config.experts.resident_gib * 2**30) // processes.size
     if processes.size > 1:
         processes.barrier()  # what is removed is gone

@@ -21,7 +21,7 @@ from mindspore.nn.utils import no_init_parameters
 
 from pangu_sigma.config import Config, load_config
 from pangu_sigma.data.tokenizers.vocabulary_size import vocabulary_size
-from pangu_sigma.model.build_model import build_model
+from pangu_sigma.model.build_model import build_network, build_structure
 from pangu_sigma.train.distributed.spmd_step import SpmdTrainStep, parallel_context, spmd_train_step
 from parallel.dry.dry_process import start_semi_auto
 from parallel.dry.parameter_placement import placements
@@ -34,17 +34,16 @@ def compile_step(config: Config) -> dict[str, object]:
     layer_names, parallel = config.model.sparse_prefixes, config.parallel
     layout = MeshLayout(parallel.mesh, config.run.device, parallel.sequence_parallel)
     with no_init_parameters():
-        # Tables are no part of the graph, and neither are experts.
-        model = build_model(
-            config, vocabulary_size(config), 0, tables={layer_name: {} for layer_name in layer_names}, initialise=False,
-            layout=layout, with_store=False,
-        )  # fmt: skip
+        # Tables are no part of the graph.
+        tables = {layer_name: {} for layer_name in layer_names}
+        model = build_structure(config, vocabulary_size(config), 0, tables, layout=layout)
+        net = build_network(model)
         signature = model.training_signature(config.train.batch_size // config.train.gradient_accumulation_steps)
         start_semi_auto(**parallel_context(model, signature))
         if config.train.recompute:
-            model.net.recompute_blocks()
-        step = spmd_train_step(model, signature, int(os.environ["RANK_ID"]))
-    parameters = {p.name: p.shape for p in model.net.get_parameters()}
+            net.recompute_blocks()
+        step = spmd_train_step(model, net, signature, int(os.environ["RANK_ID"]))
+    parameters = {p.name: p.shape for p in net.get_parameters()}
     started = time.perf_counter()
     step.compile()
     placed = placements(step.cell)

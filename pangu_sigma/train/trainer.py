@@ -90,7 +90,7 @@ class Trainer:
         # The graph that is sharded over devices is of all ranks' sequences, any other of this process's own.
         num_data_ranks = 1 if model.layout.spmd_mesh else self.processes.mesh.rows
         self.signature = model.training_signature(self.micro_batch // num_data_ranks)
-        self.planner = BatchPlanner(model, self.signature, training=True)
+        self.planner = BatchPlanner(model, self.signature, training=True, prefetch=model.store.prefetch)
         if self.config.train.recompute:
             model.net.recompute_blocks()
         # Before the optimizer, whose moments have the shapes of the parameters: compiling a sharded step replaces those

@@ -12,9 +12,9 @@ from pangu_sigma.checkpoint import Checkpoint, resolve
 from pangu_sigma.config import Config, check_init_from, with_tokenizer_of, with_vocabulary
 from pangu_sigma.data.corpus import Corpus, prepare_corpus
 from pangu_sigma.model.batch_planner import RoutedBatch, graph_placeholders
-from pangu_sigma.model.build_model import routed_model
+from pangu_sigma.model.build_model import build_structure
 from pangu_sigma.model.graph_inputs import GraphSignature, LayerSignature
-from pangu_sigma.model.model import Model
+from pangu_sigma.model.model_structure import ModelStructure
 from pangu_sigma.model.state_dict import stored_tables
 from pangu_sigma.trained_model import stored_config, stored_tokenizer, stored_weights
 
@@ -42,12 +42,6 @@ class Text:
         return self.corpus.token_counts(self.config.model.vocab_size)
 
 
-class AllResident:
-    """In place of an expert store: MindFormers keeps every expert in the network, so every step takes all of them."""
-
-    all_resident = True
-
-
 def open_text(config: Config) -> Text:
     """Tokenizer and token stores of `config`, made or found as our own trainer does. Raises UserError."""
     start = resolve(config.run.init_from) if config.run.init_from else None
@@ -60,14 +54,10 @@ def open_text(config: Config) -> Text:
     return Text(config, corpus, start, stored_weights(start) if start else None)
 
 
-def routing_of(text: Text) -> Model:
-    """Groups, tables and routers without a network: what planning a batch needs."""
-    config = text.config
-    model = routed_model(
-        config, config.model.vocab_size, text.corpus.tokenizer.eod_id, text.tables, text.token_counts
-    )
-    model.store = AllResident()
-    return model
+def structure_of(text: Text) -> ModelStructure:
+    """What planning a batch needs; every step takes all experts, which MindFormers keeps in the network."""
+    vocab, eod_id = text.config.model.vocab_size, text.corpus.tokenizer.eod_id
+    return build_structure(text.config, vocab, eod_id, text.tables, text.token_counts)
 
 
 def columns(signature: GraphSignature) -> list[str]:

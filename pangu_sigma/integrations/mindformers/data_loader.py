@@ -15,7 +15,7 @@ from mindspore.dataset import GeneratorDataset
 
 from pangu_sigma.data.mixture_sampler import MixtureSampler
 from pangu_sigma.errors import UserError
-from pangu_sigma.integrations.mindformers.batch_columns import columns, open_text, routing_of, row
+from pangu_sigma.integrations.mindformers.batch_columns import columns, open_text, row, structure_of
 from pangu_sigma.integrations.mindformers.companion_files import write_companion
 from pangu_sigma.integrations.mindformers.mindformers_settings import model_settings
 from pangu_sigma.model.batch_planner import BatchPlanner
@@ -29,7 +29,7 @@ class PlannedBatches:
         text = open_text(model_settings(sections, context.get_context("device_target"), get_output_root_path()))
         if get_real_rank() == 0:
             write_companion(Path(get_output_root_path()), text)
-        model = routing_of(text)
+        model = structure_of(text)
         self.tables = model.tables
         self.steps = steps
         self.signature = model.training_signature(batch_size)

@@ -22,7 +22,7 @@ class DevicePipeline:
             raise RuntimeError(f"a process of a pipeline stage needs {LOCAL_SLICES} in its environment")
         context = CompileContext(model, signature)
         with context:
-            step = spmd_train_step(model, signature, model.processes.rank)
+            step = spmd_train_step(model, model.net, signature, model.processes.rank)
             step.compile()
         self.cell = step.cell
         for parameter in self.cell.transient_parameters:

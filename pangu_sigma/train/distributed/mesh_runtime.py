@@ -35,9 +35,9 @@ class DeviceMeshRuntime:
 
     def gradient_step(self, signature: GraphSignature, with_shared: bool, objective: TrainingObjective) -> Step:
         """A `GradientStep` of this rank's shards, compiled at once."""
-        context = CompileContext(self.model, signature)
+        context, model = CompileContext(self.model, signature), self.model
         with context:
-            step = spmd_train_step(self.model, signature, self.model.processes.rank, with_shared, objective)
+            step = spmd_train_step(model, model.net, signature, model.processes.rank, with_shared, objective)
             step.compile()
         return CompileContextCell(step.cell, context)
 

@@ -15,10 +15,12 @@ from mindspore.nn.utils import no_init_parameters
 from pangu_sigma.config import Config
 from pangu_sigma.model.batch_planner import fixed_inputs
 from pangu_sigma.model.graph_inputs import GraphSignature
-from pangu_sigma.model.model import Model
+from pangu_sigma.model.model_structure import ModelStructure
+from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.train.distributed.pipeline_step import PipelineTrainStep, expert_tensors, pipeline_inputs
 from pangu_sigma.train.objective import TrainingObjective
 from pangu_sigma.train.step import GradientStep, SharedUpdate
+from parallel.operator_layout import MeshLayout
 from parallel.partition_spec import PartitionSpec
 
 # A loop over tensors becomes calls inside calls: of several hundred parameters, more than MindSpore's own limit.
@@ -32,7 +34,8 @@ class SpmdTrainStep:
     its full shape."""
 
     cell: GradientStep | PipelineTrainStep
-    model: Model
+    net: PanGuSigma
+    layout: MeshLayout
     experts: dict[str, tuple[int | None, tuple[int, ...]]]
 
     def compile(self) -> None:
@@ -44,9 +47,9 @@ class SpmdTrainStep:
         """The optimizer of the shared parameters that this rank trains, on its own shards of them: a graph without
         communication. Call it when the step is compiled and the parallel context is reset."""
         pipelined = isinstance(self.cell, PipelineTrainStep)
-        local = self.cell.shared if pipelined else self.model.net.trainable_params()
+        local = self.cell.shared if pipelined else self.net.trainable_params()
         with no_init_parameters():
-            return SharedUpdate(local, self.model.layout)
+            return SharedUpdate(local, self.layout)
 
 
 def spmd_inputs(config: Config, signature: GraphSignature) -> list[tuple[tuple[int, ...], ms.dtype, PartitionSpec]]:
@@ -56,7 +59,7 @@ def spmd_inputs(config: Config, signature: GraphSignature) -> list[tuple[tuple[i
     return [*fixed_inputs(signature.batch, signature.length).values(), *signature.sharded_inputs()]
 
 
-def parallel_context(model: Model, signature: GraphSignature) -> dict[str, Any]:
+def parallel_context(model: ModelStructure, signature: GraphSignature) -> dict[str, Any]:
     """Arguments of `mindspore.set_auto_parallel_context`, to be set before the step is made."""
     config, layout = model.config, model.layout
     parallel = config.parallel
@@ -74,7 +77,7 @@ def parallel_context(model: Model, signature: GraphSignature) -> dict[str, Any]:
 class CompileContext:
     """While it is entered, graphs of `signature` are sharded over the model's mesh as they are compiled."""
 
-    def __init__(self, model: Model, signature: GraphSignature) -> None:
+    def __init__(self, model: ModelStructure, signature: GraphSignature) -> None:
         self.values = parallel_context(model, signature)
 
     def __enter__(self) -> None:
@@ -101,23 +104,23 @@ class CompileContextCell:
 
 
 def spmd_train_step(
-    model: Model, signature: GraphSignature, rank: int, with_shared: bool = True,
+    model: ModelStructure, net: PanGuSigma, signature: GraphSignature, rank: int, with_shared: bool = True,
     objective: TrainingObjective | None = None,
 ) -> SpmdTrainStep:  # fmt: skip
     """The step of one rank; its parallel context must be set."""
-    config, parallel = model.config, model.config.parallel
+    config, parallel, layout = model.config, model.config.parallel, model.layout
     shapes = expert_tensors(signature)
     if parallel.pipeline > 1:
         stage, domains = parallel.mesh.coordinates(rank).stage, len(config.domains)
         # Experts and sums of gradients come to be, as shards, when the graph is compiled.
         with no_init_parameters():
             cell = PipelineTrainStep(
-                model.net, signature, model.layout, config.train.gradient_accumulation_steps, stage,
+                net, signature, layout, config.train.gradient_accumulation_steps, stage,
                 parallel.optimizer_parallel, domains,
             )  # fmt: skip
-        return SpmdTrainStep(cell, model, {name: (None, shape) for name, shape in shapes.items()})
+        return SpmdTrainStep(cell, net, layout, {name: (None, shape) for name, shape in shapes.items()})
     first = len(fixed_inputs(signature.batch, signature.length))
     indices = (first + i for _, begin, end in signature.bounds for i in range(begin, end))
     experts = {name: (index, shape) for index, (name, shape) in zip(indices, shapes.items(), strict=True)}
-    cell = GradientStep(model.net, signature, model.layout, with_shared, objective or TrainingObjective())
-    return SpmdTrainStep(cell, model, experts)
+    cell = GradientStep(net, signature, layout, with_shared, objective or TrainingObjective())
+    return SpmdTrainStep(cell, net, layout, experts)
