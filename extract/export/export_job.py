@@ -16,14 +16,15 @@ from pangu_sigma.checkpoint.disk_space import DiskWrite
 from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.errors import UserError
 
-# format -> (its module, the package that it needs, which is the name of its extra too). A module has TAKES (names of
-# options), check(source, options), needed_bytes(source, options) and write(source, folder, options) -> what to say.
-FORMATS: dict[str, tuple[str, str | None]] = {
-    "hf": ("extract.export.hf_format", None),
-    "hf-olmoe": ("extract.export.hf_olmoe_format", None),
-    "mindir": ("extract.export.mindir_format", None),
-    "onnx": ("extract.export.onnx_format", "onnx"),
-    "mindformers": ("extract.export.mindformers_format", None),
+# format -> (its module, the packages that it needs, which an extra of the format's name brings). A module has TAKES
+# (names of options), check(source, options), needed_bytes(source, options) and write(source, folder, options) -> what
+# to say.
+FORMATS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "hf": ("extract.export.hf_format", ()),
+    "hf-olmoe": ("extract.export.hf_olmoe_format", ()),
+    "mindir": ("extract.export.mindir_format", ()),
+    "onnx": ("extract.export.onnx_format", ("onnx", "torch", "transformers")),
+    "mindformers": ("extract.export.mindformers_format", ()),
 }
 
 
@@ -75,9 +76,10 @@ def _check_taken(format_: str, taken: Collection[str], options: Options) -> None
 def _writer(format_: str):
     if format_ not in FORMATS:
         raise UserError(f"'{format_}' is no format to export to; choose {', '.join(FORMATS)}")
-    module, package = FORMATS[format_]
-    if package is not None and find_spec(package) is None:
-        raise UserError(f"exporting to {format_} needs the package {package}: pip install 'pangu-sigma[{package}]'")
+    module, packages = FORMATS[format_]
+    for package in packages:
+        if find_spec(package) is None:
+            raise UserError(f"exporting to {format_} needs the package {package}: pip install 'pangu-sigma[{format_}]'")
     return import_module(module)
 
 

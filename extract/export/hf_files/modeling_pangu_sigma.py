@@ -26,6 +26,21 @@ from .configuration_pangu_sigma import PanGuSigmaConfig
 MASKED_SCORE = -10000.0  # PanGu-α's value: its exponential is 0 in float32, and rows without any key stay finite
 
 
+def rows_by_number(numbers, count, of):
+    """`of(n, rows)` [N, …] for the rows that have number n, put together in the order of `numbers` [T].
+
+    `rows` is an index of the first axis. In a graph that is traced all `count` numbers may occur, whatever its example.
+    """
+    if count == 1:
+        return of(0, slice(None))
+    occurring = range(count) if torch.jit.is_tracing() else numbers.unique().tolist()
+    if len(occurring) == 1:
+        return of(occurring[0], slice(None))
+    rows = [(numbers == n).nonzero().squeeze(1) for n in occurring]
+    parts = torch.cat([of(n, mine) for n, mine in zip(occurring, rows, strict=True)])
+    return parts.index_put((torch.cat(rows),), parts)
+
+
 def _activate(kind, x):
     """FastGELU x * sigmoid(1.702 x), or GELU's tanh form."""
     if kind == "fast_gelu":
@@ -47,12 +62,12 @@ class PanGuSigmaAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.projection = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def split(self, x):
-        return x.view(*x.shape[:2], self.heads, self.width).transpose(1, 2)
-
     def forward(self, queries, x, mask, cache, cache_position, output_attentions):
-        """queries, x [B, S, D], additive mask [B, 1, S, K] -> (y [B, S, D], probabilities [B, H, S, K] or None)."""
-        q, k, v = self.split(self.query(queries)), self.split(self.key(x)), self.split(self.value(x))
+        """queries, x [T, D], additive mask [B, 1, S, K] -> (y [T, D], probabilities [B, H, S, K] or None)."""
+        q, k, v = (
+            part(rows).view(mask.shape[0], -1, self.heads, self.width).transpose(1, 2)
+            for part, rows in ((self.query, queries), (self.key, x), (self.value, x))
+        )
         if cache is not None:
             k, v = cache.update(k, v, self.layer, {"cache_position": cache_position})
         probabilities = None
@@ -62,7 +77,7 @@ class PanGuSigmaAttention(nn.Module):
             y = probabilities @ v
         else:
             y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        y = self.projection(y.transpose(1, 2).flatten(2))
+        y = self.projection(y.transpose(1, 2).reshape(x.shape))
         return y, probabilities if output_attentions else None
 
 
@@ -93,47 +108,44 @@ class PanGuSigmaExpertGroup(nn.Module):
         if config.router == "rre":
             self.register_buffer("routing", torch.arange(config.vocab_size, dtype=torch.int32) % experts)
 
-    def forward(self, x, numbers):
-        """Rows x [N, D], the expert of each [N] -> [N, D]."""
-        y = torch.zeros_like(x)
-        for e in numbers.unique().tolist():
-            rows = (numbers == e).nonzero().flatten()
-            inner = _activate(self.activation, torch.addmm(self.up_bias[e], x[rows], self.up_weight[e]))
-            y = y.index_copy(0, rows, torch.addmm(self.down_bias[e], inner, self.down_weight[e]))
-        return y
+    def forward(self, x, expert):
+        """Rows x [N, D] of one expert -> [N, D]."""
+        inner = _activate(self.activation, torch.addmm(self.up_bias[expert], x, self.up_weight[expert]))
+        return torch.addmm(self.down_bias[expert], inner, self.down_weight[expert])
 
 
 class PanGuSigmaSparseFeedForward(nn.Module):
-    """A layer of experts. Nothing is ever dropped."""
+    """A layer of experts, numbered through all groups. Nothing is ever dropped."""
 
     def __init__(self, config):
         super().__init__()
         self.groups = nn.ModuleList(PanGuSigmaExpertGroup(config, experts) for experts in config.experts)
+        self.places = [(group, expert) for group, experts in enumerate(config.experts) for expert in range(experts)]
+        self.first = [self.places.index((group, 0)) for group in range(len(config.experts))]
         self.learned = config.router == "switch"
         if self.learned:
             self.router = nn.Linear(config.hidden_size, sum(config.experts), bias=False)
 
     def forward(self, x, tokens, domain):
-        rows = x.reshape(-1, x.shape[-1])
+        """Rows x [T, D], the token and the domain of each [T] -> [T, D]."""
         if self.learned:
             # The gate's probabilities in float32, as the paper has them.
-            probabilities = torch.softmax(functional.linear(rows.float(), self.router.weight.float()), -1)
-            weight, chosen = probabilities.max(-1)
-            y, first = torch.zeros_like(rows), 0
-            for group in self.groups:
-                experts = group.up_bias.shape[0]
-                mine = ((chosen >= first) & (chosen < first + experts)).nonzero().flatten()
-                y = y.index_copy(0, mine, group(rows[mine], chosen[mine] - first))
-                first += experts
-            return (y * weight[:, None].to(y.dtype)).view_as(x)
-        y = torch.zeros_like(x)
-        for d in domain.unique().tolist():
-            samples = (domain == d).nonzero().flatten()
-            group = self.groups[d]
-            numbers = group.routing[tokens[samples]].flatten()
-            part = group(x[samples].flatten(0, 1), numbers)
-            y = y.index_copy(0, samples, part.view(len(samples), *x.shape[1:]))
-        return y
+            probabilities = torch.softmax(functional.linear(x.float(), self.router.weight.float()), -1)
+            weight, numbers = probabilities.max(-1)
+            return self.experts(x, numbers) * weight[:, None].to(x.dtype)
+        numbers = rows_by_number(
+            domain, len(self.groups), lambda d, rows: self.groups[d].routing[tokens[rows]] + self.first[d]
+        )
+        return self.experts(x, numbers)
+
+    def experts(self, x, numbers):
+        """Rows x [T, D], the expert of each [T] -> [T, D]."""
+
+        def compute(number, rows):
+            group, expert = self.places[number]
+            return self.groups[group](x[rows], expert)
+
+        return rows_by_number(numbers, len(self.places), compute)
 
 
 class PanGuSigmaLayer(nn.Module):
@@ -148,6 +160,7 @@ class PanGuSigmaLayer(nn.Module):
         self.feed_forward = PanGuSigmaSparseFeedForward(config) if sparse else PanGuSigmaFeedForward(config)
 
     def forward(self, h, queries, mask, tokens, domain, cache, cache_position, output_attentions):
+        """Rows h [T, D]; queries [T, D] or None: the layer's own -> (h [T, D], probabilities or None)."""
         x = self.norm1(h)
         queries = x if queries is None else queries
         y, attention = self.attention(queries, x, mask, cache, cache_position, output_attentions)
@@ -202,38 +215,48 @@ class PanGuSigmaModel(PanGuSigmaPreTrainedModel):
             raise NotImplementedError("each domain has a word embedding of its own: set model.words[i]")
         self.words[0] = value
 
-    def embed(self, tokens, domain):
-        """tokens [B, S] -> [B, S, D] by the table of each sample's domain."""
-        if len(self.words) == 1:
-            return self.words[0](tokens)
-        return torch.stack([self.words[d](row) for row, d in zip(tokens, domain.tolist(), strict=True)])
-
-    def documents(self, tokens, real, cache, past, cache_position):
-        """Positions inside documents [B, S], and document marks of new tokens [B, S] and of all keys [B, K].
-
-        A mark counts the documents of a row from 1, and is 0 for padding and for places of a cache that are not filled
-        yet. What the next call must know (marks so far; mark and position of the token to come) lies in the cache as
-        one more layer, so that it is reordered, repeated and cropped together with keys and values.
-        """
-        layer = self.config.num_hidden_layers
-        mark, position = 1, 0
-        if past > 0:
-            state = cache.layers[layer].values[:, 0, past - 1]
-            mark, position = state[:, :1], state[:, 1:]
-        real = real.long()
+    def documents(self, tokens, real, first):
+        """tokens and real (0 for padding) [B, S], document of each row's first token [B, 1] or a number -> document
+        of every token, and of the one that follows it [B, S]. They count from 1 in a row; padding has 0."""
         ended = real * (tokens == self.config.eos_token_id)
-        counted = position + real.cumsum(1)  # tokens up to here and including it
-        begun = (ended * counted).cummax(1).values  # how many of them belong to documents that have ended
-        marks = mark + ended.cumsum(1)
-        following = torch.stack([marks, counted - begun], -1)
-        # What holds before a token is what held after the one before it.
-        first = torch.stack([torch.zeros_like(marks[:, :1]) + mark, torch.zeros_like(marks[:, :1]) + position], -1)
-        before = torch.cat([first, following[:, :-1]], 1) * real[..., None]
-        own, positions = before.unbind(-1)
-        if cache is None:
-            return positions, own, own
-        keys, _ = cache.update(before[:, None], following[:, None], layer, {"cache_position": cache_position})
-        return positions, own, keys[:, 0, :, 0]
+        following = first + ended.cumsum(1)
+        return (following - ended) * real, following
+
+    def positions_and_visible(self, own, of_keys, cache_position):
+        """Documents of new tokens [B, S] and of all keys [B, K], places of the new ones among these [S] -> positions
+        [B, S], and the keys that each sees [B, S, K]: those of its document up to itself, which its position counts."""
+        places = torch.arange(of_keys.shape[1], device=own.device)
+        visible = (of_keys[:, None, :] == own[:, :, None]) & (of_keys[:, None, :] > 0)
+        visible = visible & (places[None, :] <= cache_position[:, None])
+        return (visible.sum(-1) - 1).clamp(min=0), visible
+
+    def run(self, tokens, domain, positions, visible, cache, cache_position, output_attentions=False):
+        """tokens [B, S], domain numbers [B], positions [B, S], visible [B, S, K] -> rows [T, D] that each layer takes
+        and the last one gives; attention probabilities of the layers."""
+        domain = domain[:, None].expand_as(tokens).flatten()
+        tokens, positions = tokens.flatten(), positions.flatten()
+        h = rows_by_number(domain, len(self.words), lambda d, rows: self.words[d](tokens[rows]))
+        h = h + self.positions(positions)
+        mask = torch.zeros(visible.shape, dtype=h.dtype, device=h.device).masked_fill(~visible, MASKED_SCORE)[:, None]
+        states, attentions = (), ()
+        layers = [(block, None) for block in self.blocks]
+        if self.config.query_layer:
+            layers.append((self.query_layer, self.next_positions(positions)))
+        for layer, queries in layers:
+            if queries is not None:
+                h = self.norm(h)
+            states += (h,)
+            h, attention = layer(h, queries, mask, tokens, domain, cache, cache_position, output_attentions)
+            attentions += (attention,)
+        return (*states, h if self.config.query_layer else self.norm(h)), attentions
+
+    def logits(self, h, domain):
+        """h [B, S, D] -> [B, S, V] by the word table of each sample."""
+        numbers, tables = domain, self.words
+        if len(tables) > 1 and not torch.jit.is_tracing():
+            # A product for each sample: another number of rows may be rounded otherwise.
+            numbers, tables = torch.arange(len(domain), device=domain.device), [self.words[d] for d in domain.tolist()]
+        return rows_by_number(numbers, len(tables), lambda n, rows: functional.linear(h[rows], tables[n].weight))
 
     def domain_numbers(self, domain, batch, device):
         """A domain's name or number, or one for each sample -> int64 [B]. ValueError for one that is not there."""
@@ -282,35 +305,27 @@ class PanGuSigmaModel(PanGuSigmaPreTrainedModel):
         past = 0 if cache is None else int(cache.get_seq_length())
         if cache_position is None:
             cache_position = torch.arange(past, past + length, device=device)
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -length:] != 0
+        real = torch.ones_like(input_ids) if attention_mask is None else (attention_mask[:, -length:] != 0).long()
         domain = self.domain_numbers(domain, batch, device)
-        positions, own, of_keys = self.documents(input_ids, real, cache, past, cache_position)
+        # The documents of cached tokens, and of what follows each, lie in the cache as one more layer, so that they are
+        # reordered, repeated and cropped together with keys and values; 0 stands in places that are not filled yet.
+        layer = self.config.num_hidden_layers
+        first = cache.layers[layer].values[:, 0, past - 1] if past > 0 else 1
+        own, following = self.documents(input_ids, real, first)
+        of_keys = own
+        if cache is not None:
+            marks = own[:, None, :, None], following[:, None, :, None]
+            of_keys = cache.update(*marks, layer, {"cache_position": cache_position})[0][:, 0, :, 0]
+        positions, visible = self.positions_and_visible(own, of_keys, cache_position)
         most = self.config.max_position_embeddings
         if past + length > most and int(positions.max()) >= most:
             raise ValueError(f"a document is longer than the model's {most} positions; shorten the text")
-
-        h = self.embed(input_ids, domain) + self.positions(positions)
-        visible = (of_keys[:, None, :] == own[:, :, None]) & (of_keys[:, None, :] > 0)
-        places = torch.arange(of_keys.shape[1], device=device)
-        visible = visible & (places[None, :] <= cache_position[:, None])
-        mask = torch.zeros(visible.shape, dtype=h.dtype, device=device).masked_fill(~visible, MASKED_SCORE)[:, None]
-
-        states, attentions = (), ()
-        layers = [(block, None) for block in self.blocks]
-        if self.config.query_layer:
-            layers.append((self.query_layer, self.next_positions(positions)))
-        for layer, queries in layers:
-            if queries is not None:
-                h = self.norm(h)
-            states += (h,)
-            h, attention = layer(h, queries, mask, input_ids, domain, cache, cache_position, output_attentions)
-            attentions += (attention,)
-        if not self.config.query_layer:
-            h = self.norm(h)
+        states, attentions = self.run(input_ids, domain, positions, visible, cache, cache_position, output_attentions)
+        states = tuple(h.view(batch, length, -1) for h in states)
         output = BaseModelOutputWithPast(
-            last_hidden_state=h,
+            last_hidden_state=states[-1],
             past_key_values=cache,
-            hidden_states=(*states, h) if output_hidden_states else None,
+            hidden_states=states if output_hidden_states else None,
             attentions=attentions if output_attentions else None,
         )
         return output if return_dict else output.to_tuple()
@@ -378,6 +393,7 @@ class PanGuSigmaForCausalLM(PanGuSigmaPreTrainedModel, GenerationMixin):
         if inputs_embeds is not None:
             raise ValueError("experts and document ends follow from token ids: give input_ids, not inputs_embeds")
         return_dict = self.config.use_return_dict if return_dict is None else return_dict
+        domain = self.model.domain_numbers(domain, len(input_ids), input_ids.device)
         output = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -391,12 +407,7 @@ class PanGuSigmaForCausalLM(PanGuSigmaPreTrainedModel, GenerationMixin):
         )
         h = output.last_hidden_state
         h = h[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else h[:, logits_to_keep]
-        words = self.model.words
-        if len(words) == 1:
-            logits = functional.linear(h, words[0].weight)
-        else:
-            numbers = self.model.domain_numbers(domain, len(h), h.device).tolist()
-            logits = torch.stack([functional.linear(r, words[d].weight) for r, d in zip(h, numbers, strict=True)])
+        logits = self.model.logits(h, domain)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)

@@ -74,9 +74,10 @@ def test_what_no_format_can_express_is_refused(stored, tmp_path, case, reason, f
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_package_is_named_with_its_extra(stored, tmp_path, monkeypatch):
-    monkeypatch.setattr(export_job, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs the package onnx: pip install 'pangu-sigma\[onnx\]'"):
+@pytest.mark.parametrize("missing", ["onnx", "torch", "transformers"])
+def test_a_missing_package_is_named_with_its_extra(stored, tmp_path, monkeypatch, missing):
+    monkeypatch.setattr(export_job, "find_spec", lambda name: None if name == missing else name)
+    with pytest.raises(UserError, match=rf"needs the package {missing}: pip install 'pangu-sigma\[onnx\]'"):
         export(stored("dense").path, tmp_path / "out", "onnx")
 
 

@@ -106,6 +106,14 @@ def test_a_chosen_domain_goes_alone_and_is_written_with_its_tokenizer(stored, tm
     assert (tmp_path / "poems" / "tokenizer" / "tokenizer.model").read_bytes() == source.tokenizer.model
 
 
+def test_a_gate_ignores_the_domain_that_it_is_given(exported):
+    """The input is there for every model of several domains, so that a program need not ask for the router."""
+    source, _, run = exported("switch")
+    assert "domain" in run.inputs
+    tokens = some_tokens(source, 2, LENGTH)
+    assert (run(tokens, ["code", "code"])[0] == run(tokens, ["poems", "code"])[0]).all()
+
+
 def test_weights_lie_beside_the_graph(exported):
     source, out, _ = exported("full_model")
     numbers = sum(tensor.size for tensor in source.tensors.values())
