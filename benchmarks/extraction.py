@@ -32,7 +32,7 @@ from benchmarks.record import add_output, machine, sentence, write_results
 from pangu_sigma.checkpoint import (
     Checkpoint,
     Fingerprints,
-    ModelFolder,
+    StreamedCheckpoint,
     TensorSpec,
     open_checkpoint,
     write_model_folder,
@@ -98,13 +98,14 @@ def make_checkpoint(folder: Path, config: Config) -> Checkpoint:
             begin = int(rng.integers(0, noise.size - PIECE // 4))
             yield noise[begin : begin + min(PIECE, size - start) // 4].data.cast("B")
 
-    model = ModelFolder(
+    model = StreamedCheckpoint(
         tensors=new_specs(tensor_shapes(config, VOCABULARY)),
         read=read,
         domains=list(config.domain_names),
         coverage=config.coverage,
         config_text=config.to_yaml(),
         tokenizer_files={"tokenizer.model": rng.bytes(600_000)},
+        state={},
         fingerprints=Fingerprints(tokenizer="random", corpora={}),
         probe={name: rng.integers(0, VOCABULARY, (2, 1025), dtype=np.int32) for name in config.domain_names},
     )

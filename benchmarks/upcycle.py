@@ -53,7 +53,7 @@ def configuration(folder: Path, hidden: int, domains: int, sparse: bool) -> dict
 
 def write_dense(folder: Path, hidden: int) -> Path:
     """A dense model with random weights."""
-    from pangu_sigma.checkpoint import Fingerprints, ModelFolder, TensorSpec, write_model_folder
+    from pangu_sigma.checkpoint import Fingerprints, StreamedCheckpoint, TensorSpec, write_model_folder
     from pangu_sigma.config import config_from_dict, effective
     from pangu_sigma.config.parameter_counts import tensor_shapes
     from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_class, tokenizer_files
@@ -63,13 +63,14 @@ def write_dense(folder: Path, hidden: int) -> Path:
     tokenizer = tokenizer_class("pangu_alpha")(TOKENIZER.read_bytes())
     write_model_folder(
         folder,
-        ModelFolder(
+        StreamedCheckpoint(
             tensors=[TensorSpec(n, "float32", shape) for n, shape in tensor_shapes(config, 40000).items()],
             read=lambda spec: generator(1, spec.name).standard_normal(spec.shape, np.float32),
             domains=config.domain_names,
             coverage={},
             config_text=config.to_yaml(),
             tokenizer_files=tokenizer_files(tokenizer),
+            state={},
             fingerprints=Fingerprints(tokenizer=tokenizer.fingerprint, corpora={}),
         ),
     )

@@ -12,7 +12,8 @@ from extract.extraction_plan import ExtractionPlan, choose_domains
 from extract.sub_model_card import measured, model_card
 from extract.verify_sub_model import Verification, raise_if_different, verify
 from pangu_sigma.checkpoint import Checkpoint, resolve, write_model_folder
-from pangu_sigma.checkpoint.model_folder import CARD, check_output, check_space
+from pangu_sigma.checkpoint.model_folder import CARD, check_output, output_write
+from pangu_sigma.checkpoint.streamed_checkpoint import DOCUMENT_BYTES
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.signals import sigterm_as_ctrl_c
@@ -50,7 +51,7 @@ def plan(
         path = check_output(out)
         if path.is_relative_to(parent.path.resolve()):
             raise UserError(f"{out} lies inside {parent.path}, which it is cut out of: choose another folder")
-        check_space(out, cut.folder())
+        cut.folder().check_space(output_write(path), DOCUMENT_BYTES)
     return cut
 
 

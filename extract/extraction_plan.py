@@ -13,9 +13,10 @@ from functools import cached_property
 
 import numpy as np
 
-from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder, TensorSpec, folder_layout
+from pangu_sigma.checkpoint import Checkpoint, Fingerprints, StreamedCheckpoint, TensorSpec, folder_layout
 from pangu_sigma.checkpoint.file_plan import PlannedFile, plan_tensor_files
 from pangu_sigma.checkpoint.float_types import FLOAT_TYPES, convert_float
+from pangu_sigma.checkpoint.streamed_checkpoint import plan_taken
 from pangu_sigma.checkpoint.tensor_file import make_header, numpy_type, raw_bytes
 from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.config.finetuning_file import without_adaptation
@@ -126,16 +127,16 @@ class ExtractionPlan:
             values["model"]["sparse"] = {}
         return config_from_dict(values, source=f"the configuration of {self.parent.path} without the other domains")
 
-    def folder(self) -> ModelFolder:
+    def folder(self) -> StreamedCheckpoint:
         """Everything that the sub-model's folder holds, but the documents that a verification adds."""
         parent = self.parent
         fingerprints = parent.fingerprints
-        copies, specs = self._files()
+        taken, specs = self._files()
         coverage = {} if self.fold else {
             layer_name: {domain: groups[domain] for domain in self.domains}
             for layer_name, groups in parent.coverage.items()
         }  # fmt: skip
-        return ModelFolder(
+        return StreamedCheckpoint(
             tensors=specs,
             read=self._read,
             domains=self.domains,
@@ -148,14 +149,16 @@ class ExtractionPlan:
             ),
             step=parent.step,
             probe=parent.probe(self.domains),
-            origin={
-                "job": "extract",
-                # Not the other domains' names: whoever gets a sub-model need not learn who else there is.
-                "parent": {"sha256": parent.sha256, "step": parent.step, "domains": len(parent.domains)},
-                "dtype": self.dtype,
-                "folded": self.fold,
+            state={
+                "origin": {
+                    "job": "extract",
+                    # Not the other domains' names: whoever gets a sub-model need not learn who else there is.
+                    "parent": {"sha256": parent.sha256, "step": parent.step, "domains": len(parent.domains)},
+                    "dtype": self.dtype,
+                    "folded": self.fold,
+                }
             },
-            copies=copies,
+            taken=taken,
             max_shard_bytes=self.max_shard_bytes or _LARGEST_SHARD,
         )
 
@@ -164,20 +167,20 @@ class ExtractionPlan:
         groups: dict[str, dict[str, str]] = {}
         for name, source in self.sources.items():
             groups.setdefault(folder_layout.group_of(name), {})[name] = source
-        copies: list[PlannedFile] = []
+        unchanged: list[str] = []
         streamed: list[TensorSpec] = []
-        for members in groups.values():
+        for group, members in groups.items():
             specs = [self._spec(name, source) for name, source in members.items()]
             if self._unchanged(members, specs):
-                copies += [_copy(self.parent, path) for path in self.parent.files(members)]
+                unchanged.append(group)
             else:
                 streamed += specs
-        return copies, streamed
+        return plan_taken(self.parent, unchanged), streamed
 
     def _unchanged(self, members: dict[str, str], specs: Sequence[TensorSpec]) -> bool:
-        manifest = self.parent.manifest
+        manifest, tensors_by_file = self.parent.manifest, self.parent.tensors_by_file
         files = self.parent.files(members.values())
-        inside = {name for name, entry in manifest.tensors.items() for piece in entry.slices if piece.file in files}
+        inside = {name for file in files for name in tensors_by_file[file]}
         if inside != set(members) or any(name != source for name, source in members.items()):
             return False
         if any(spec.dtype != manifest.tensors[spec.name].dtype for spec in specs):
@@ -187,8 +190,7 @@ class ExtractionPlan:
         planned = plan_tensor_files(specs, self.max_shard_bytes)
         return [file.path for file in planned] == files and all(
             len(make_header(file.specs)) == manifest.files[file.path].header_bytes
-            and {spec.name for spec in file.specs}
-            == {name for name, entry in manifest.tensors.items() for piece in entry.slices if piece.file == file.path}
+            and {spec.name for spec in file.specs} == tensors_by_file[file.path].keys()
             for file in planned
         )
 
@@ -221,16 +223,6 @@ def choose_domains(parent: Checkpoint, requested: Sequence[str]) -> tuple[str, .
                 f"(It has {len(parent.domains)}: {', '.join(parent.domains[:10])}{', …' * (len(parent.domains) > 10)})"
             )
     return tuple(name for name in parent.domains if name in requested)
-
-
-def _copy(parent: Checkpoint, path: str) -> PlannedFile:
-    entry = parent.manifest.files[path]
-    copied = {
-        name: tensor
-        for name, tensor in parent.manifest.tensors.items()
-        if any(piece.file == path for piece in tensor.slices)
-    }
-    return PlannedFile(path, entry.bytes, entry=entry, copy=parent.path / path, copied=copied)
 
 
 def _folded(name: str) -> str | None:

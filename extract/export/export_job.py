@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 from extract.export.export_source import open_source
-from pangu_sigma.checkpoint.atomic_folder import hidden_beside, remove_abandoned, working_folder
-from pangu_sigma.checkpoint.disk_space import DiskWrite
-from pangu_sigma.checkpoint.model_folder import check_output
+from pangu_sigma.checkpoint.atomic_folder import atomic_folder
+from pangu_sigma.checkpoint.model_folder import check_output, output_write
 from pangu_sigma.errors import UserError
 
 # format -> (its module, the packages that it needs, which an extra of the format's name brings). A module has TAKES
@@ -62,7 +59,9 @@ def export(
     options = options or Options()
     _check_taken(format_, writer.TAKES, options)
     writer.check(source, options)
-    with _named_last(final, writer.needed_bytes(source, options)) as folder:
+    disk_write = output_write(final)
+    with disk_write.explain_errors(), atomic_folder(final) as folder:
+        disk_write.check_space([writer.needed_bytes(source, options)], 0)
         return writer.write(source, folder, options)
 
 
@@ -81,18 +80,3 @@ def _writer(format_: str):
         if find_spec(package) is None:
             raise UserError(f"exporting to {format_} needs the package {package}: pip install 'pangu-sigma[{format_}]'")
     return import_module(module)
-
-
-@contextmanager
-def _named_last(final: Path, needed: int) -> Iterator[Path]:
-    """A hidden folder beside `final`, which gets that name when all went well and goes away when not; what a killed
-    process left goes first."""
-    disk_write = DiskWrite(str(final), "written", final.parent, "choose another folder")
-    hidden = hidden_beside(final)
-    with disk_write.explain_errors(needed):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(final)
-        disk_write.check_space([needed], 0)
-        with working_folder(hidden):
-            yield hidden
-            os.rename(hidden, final)

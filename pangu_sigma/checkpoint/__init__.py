@@ -4,9 +4,10 @@ from pangu_sigma.checkpoint.checkpoint_contents import CheckpointContents
 from pangu_sigma.checkpoint.checkpoint_reader import Checkpoint, StoredTensors, open_checkpoint
 from pangu_sigma.checkpoint.find_checkpoint import find_latest, resolve
 from pangu_sigma.checkpoint.manifest import Fingerprints
-from pangu_sigma.checkpoint.model_folder import ModelFolder, write_model_folder
+from pangu_sigma.checkpoint.model_folder import write_model_folder
 from pangu_sigma.checkpoint.retention import remove_stale
 from pangu_sigma.checkpoint.save_checkpoint import SaveResult, save_checkpoint
+from pangu_sigma.checkpoint.streamed_checkpoint import StreamedCheckpoint
 from pangu_sigma.checkpoint.tensor_file import BFLOAT16, LazyTensor, TensorSpec
 from pangu_sigma.errors import CheckpointError
 
@@ -17,9 +18,9 @@ __all__ = [
     "CheckpointContents",
     "Fingerprints",
     "LazyTensor",
-    "ModelFolder",
     "SaveResult",
     "StoredTensors",
+    "StreamedCheckpoint",
     "TensorSpec",
     "find_latest",
     "open_checkpoint",

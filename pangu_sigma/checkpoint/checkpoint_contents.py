@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +23,6 @@ from pangu_sigma.checkpoint.manifest import (
     Manifest,
     TensorEntry,
     coverage_cells,
-    manifest_bytes,
 )
 from pangu_sigma.checkpoint.tensor_file import TensorSpec
 
@@ -32,16 +31,17 @@ from pangu_sigma.checkpoint.tensor_file import TensorSpec
 class CheckpointContents:
     """Everything of a checkpoint but the model's and the optimizer's tensors, for one writing process or several.
 
-    coverage: sparse layer -> domain -> number of experts. probe: domain -> int32 [sequences, S + 1]. state: anything
-    JSON holds. Raises ValueError, in its methods too, for what makes no whole checkpoint.
+    coverage: sparse layer -> domain -> number of experts; empty for a dense model. probe: domain -> int32 [sequences,
+    S + 1]. state: the trainer's, or where a model folder came from; anything that JSON holds. Raises ValueError, in its
+    methods too, for what makes no whole checkpoint.
     """
 
-    step: int
+    step: int = 0
     domains: Sequence[str]
     coverage: Mapping[str, Mapping[str, int]]
     config_text: str
     tokenizer_files: Mapping[str, bytes]
-    probe: Mapping[str, np.ndarray]
+    probe: Mapping[str, np.ndarray] = field(default_factory=dict)
     state: Mapping[str, Any]
     fingerprints: Fingerprints
 
@@ -72,16 +72,14 @@ class CheckpointContents:
 
     def manifest(
         self, cells: Sequence[CoverageCell], files: Mapping[str, FileEntry], tensors: Mapping[str, TensorEntry]
-    ) -> bytes:
-        """The text of the manifest of what was written."""
-        return manifest_bytes(
-            Manifest(
-                format_version=folder_layout.FORMAT_VERSION,
-                step=self.step,
-                domains=tuple(self.domains),
-                fingerprints=self.fingerprints,
-                coverage=tuple(cells),
-                files=dict(files),
-                tensors=dict(sorted(tensors.items())),
-            )
+    ) -> Manifest:
+        """The manifest of what was written."""
+        return Manifest(
+            format_version=folder_layout.FORMAT_VERSION,
+            step=self.step,
+            domains=tuple(self.domains),
+            fingerprints=self.fingerprints,
+            coverage=tuple(cells),
+            files=dict(files),
+            tensors=dict(sorted(tensors.items())),
         )

@@ -80,6 +80,15 @@ class Checkpoint:
         return layers
 
     @cached_property
+    def tensors_by_file(self) -> dict[str, dict[str, TensorEntry]]:
+        """File -> the tensors that lie in it, or a slice of them does: name -> entry in the manifest."""
+        files: dict[str, dict[str, TensorEntry]] = {}
+        for name, entry in self.manifest.tensors.items():
+            for piece in entry.slices:
+                files.setdefault(piece.file, {})[name] = entry
+        return files
+
+    @cached_property
     def config_text(self) -> str:
         """The effective configuration as YAML text."""
         return self.read_file(folder_layout.CONFIG).decode()

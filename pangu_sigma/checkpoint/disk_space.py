@@ -13,38 +13,41 @@ _BLOCK = 4096
 _MANIFEST_BYTES_PER_TENSOR = 768
 
 
-@dataclass(frozen=True)
+@dataclass
 class DiskWrite:
-    """A write to disk, as errors describe it: "`what` was not `done`: …; free some space or `alternative``ending`"."""
+    """A write to disk, as errors describe it: "`what` was not `done`: …; free some space or `alternative``ending`".
+
+    needed: bytes that it takes, once `check_space` knows them.
+    """
 
     what: str
     done: str
     folder: Path
     alternative: str
     ending: str = ""
+    needed: int | None = None
 
-    def check_space(self, sizes: Iterable[int], tensors: int) -> int:
-        """The bytes that files of these sizes and a manifest of `tensors` tensors need; CheckpointError if not free."""
-        needed = sum((size // _BLOCK + 2) * _BLOCK for size in sizes) + tensors * _MANIFEST_BYTES_PER_TENSOR
+    def check_space(self, sizes: Iterable[int], tensors: int) -> None:
+        """CheckpointError unless files of these sizes and a manifest of `tensors` tensors fit on the disk."""
+        self.needed = sum((size // _BLOCK + 2) * _BLOCK for size in sizes) + tensors * _MANIFEST_BYTES_PER_TENSOR
         free = shutil.disk_usage(self.folder).free
-        if needed > free:
+        if self.needed > free:
             raise CheckpointError(
-                f"{self.what} was not {self.done}: it needs {human_bytes(needed)}, and {human_bytes(free)} are free in "
-                f"{self.folder}; free some space or {self.alternative}{self.ending}"
+                f"{self.what} was not {self.done}: it needs {human_bytes(self.needed)}, and {human_bytes(free)} are "
+                f"free in {self.folder}; free some space or {self.alternative}{self.ending}"
             )
-        return needed
 
     @contextmanager
-    def explain_errors(self, needed: int | None = None) -> Iterator[None]:
-        """Turn an OSError of the block into a CheckpointError of one sentence, which names the `needed` bytes."""
+    def explain_errors(self) -> Iterator[None]:
+        """Turn an OSError of the block into a CheckpointError of one sentence, which names the bytes needed."""
         try:
             yield
         except OSError as error:
             space = ""
-            if needed is not None:
+            if self.needed is not None:
                 with suppress(OSError):
                     free = human_bytes(shutil.disk_usage(self.folder).free)
-                    space = f" (it needs {human_bytes(needed)}, {free} are free)"
+                    space = f" (it needs {human_bytes(self.needed)}, {free} are free)"
             hints = {
                 errno.EFBIG: "raise the limit on file sizes (ulimit -f) or choose smaller shards",
                 errno.EACCES: f"make the folder writable or {self.alternative}",

@@ -27,16 +27,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pangu_sigma.checkpoint import folder_layout
-from pangu_sigma.checkpoint.atomic_folder import working_folder
+from pangu_sigma.checkpoint.atomic_folder import atomic_folder
 from pangu_sigma.checkpoint.checkpoint_contents import CheckpointContents
 from pangu_sigma.checkpoint.checkpoint_reader import Checkpoint
-from pangu_sigma.checkpoint.disk_space import DiskWrite
 from pangu_sigma.checkpoint.file_plan import PlannedFile, plan_tensor_files
 from pangu_sigma.checkpoint.folder_writer import FolderWriter
 from pangu_sigma.checkpoint.manifest import FileEntry
 from pangu_sigma.checkpoint.retention import prune_checkpoints, remove_stale
-from pangu_sigma.checkpoint.save_checkpoint import SaveResult, move_into_place, open_previous
+from pangu_sigma.checkpoint.save_checkpoint import SaveResult, move_into_place, open_previous, step_folder
 from pangu_sigma.checkpoint.tensor_file import (
     LazyTensor,
     WrittenFile,
@@ -103,49 +101,45 @@ def save_distributed(
     cells = contents.cells(specs)
     tensor_files, small_files = plan_tensor_files(specs, max_shard_bytes), contents.small_files()
 
-    root = run_dir / folder_layout.CHECKPOINTS
-    disk_write = DiskWrite(f"step {step}", "saved", root, "choose another run.dir", " (the last checkpoint is whole)")
-    temporary = root / folder_layout.working_name("tmp", step, os.getpid())
+    final, disk_write = step_folder(run_dir, step)
+    folder = final  # of rank 0; the others are told the hidden one
     messages: list[str] = []
     previous: Checkpoint | None = None
-    needed = None
     with ExitStack() as stack:
         # 2. The files under a hidden name, at full size, so that every rank can write anywhere in them.
         with raise_on_all_ranks(processes), disk_write.explain_errors():
             if is_writer:
-                root.mkdir(parents=True, exist_ok=True)
                 messages += remove_stale(run_dir)
                 previous, new_messages = open_previous(run_dir, step)
                 messages += new_messages
-                needed = disk_write.check_space((file.size for file in (*tensor_files, *small_files)), len(specs))
-                stack.enter_context(working_folder(temporary))
-                _lay_out(temporary, tensor_files)
-        temporary = Path(processes.texts(str(temporary))[0])
+                folder = stack.enter_context(atomic_folder(final, move_into_place))
+                disk_write.check_space((file.size for file in (*tensor_files, *small_files)), len(specs))
+                _lay_out(folder, tensor_files)
+        folder = Path(processes.texts(str(folder))[0])
 
         # 3. The shards, each at its offsets.
-        with raise_on_all_ranks(processes), disk_write.explain_errors(needed):
-            _write_shards(temporary, tensor_files, tensors, progress, processes.mark)
+        with raise_on_all_ranks(processes), disk_write.explain_errors():
+            _write_shards(folder, tensor_files, tensors, progress, processes.mark)
 
         # 4. The hashes: a file may hold several ranks' shards, so it is read back, by one rank, once all have written.
         with raise_on_all_ranks(processes), disk_write.explain_errors():
-            own_hashes = _hash_share(temporary, tensor_files, processes)
+            own_hashes = _hash_share(folder, tensor_files, processes)
         hashes = {
             path: entry for text in processes.texts(json.dumps(own_hashes)) for path, entry in json.loads(text).items()
         }
 
-        final, deleted, linked = root / folder_layout.step_name(step), [], 0
-        with raise_on_all_ranks(processes), disk_write.explain_errors(needed):
+        deleted, linked = [], 0
+        with raise_on_all_ranks(processes), disk_write.explain_errors():
             if is_writer:
                 # 5. Links, small files, the manifest, the name.
-                with ThreadPoolExecutor(2) as threads:
-                    writer = FolderWriter(temporary, lambda spec: (), threads, 0, None)
+                with stack.pop_all(), ThreadPoolExecutor(2) as threads:
+                    writer = FolderWriter(folder, lambda spec: (), threads, 0, None)
                     for file in tensor_files:
                         writer.record(file, WrittenFile(**hashes[file.path]))
                     for file in small_files:
                         writer.write(file)
-                    linked = _link_unchanged(temporary, writer.files, previous)
+                    linked = _link_unchanged(folder, writer.files, previous)
                     writer.finish(contents.manifest(cells, writer.files, writer.tensors))
-                    final = move_into_place(temporary, final)
                 # 6. Retention.
                 deleted, new_messages = prune_checkpoints(run_dir, keep, final)
                 messages += new_messages

@@ -14,8 +14,9 @@ from queue import SimpleQueue
 from threading import Event
 
 from pangu_sigma.checkpoint import folder_layout
+from pangu_sigma.checkpoint.atomic_folder import sync_folder
 from pangu_sigma.checkpoint.file_plan import PlannedFile
-from pangu_sigma.checkpoint.manifest import FileEntry, TensorEntry, TensorSlice
+from pangu_sigma.checkpoint.manifest import FileEntry, Manifest, TensorEntry, TensorSlice, manifest_bytes
 from pangu_sigma.checkpoint.tensor_file import (
     TensorSpec,
     WrittenFile,
@@ -158,12 +159,12 @@ class FolderWriter:
             raise damaged(file.copy, "its content is not what was written")
         # The whole file's hash holds, so those of its header and tensors, taken from the same bytes, hold too.
 
-    def finish(self, manifest: bytes) -> None:
+    def finish(self, manifest: Manifest) -> None:
         """Syncs the folders, then writes the manifest and syncs once more."""
         folders = {self.folder / parent for path in self.files for parent in Path(path).parents}
         for folder in sorted(folders, reverse=True):
             sync_folder(folder)
-        write_synced(self.folder / folder_layout.MANIFEST, manifest)
+        write_synced(self.folder / folder_layout.MANIFEST, manifest_bytes(manifest))
         sync_folder(self.folder)
 
     def _link(self, file: PlannedFile, target: Path) -> bool:
@@ -202,12 +203,3 @@ def write_synced(path: Path, content: bytes) -> str:
         write_all(stream, memoryview(content))
         os.fsync(stream.fileno())
     return hashlib.sha256(content).hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -60,7 +60,7 @@ def remove_stale(run_dir: Path | str) -> list[str]:
                 os.rename(path, final)
                 messages.append(f"{final} is back: the process that was replacing it ended before it was done")
             else:
-                _delete(path)
+                delete_folder(path)
                 verb = {"tmp": "saving", "trash": "deleting", "replaced": "replacing"}[kind]
                 messages.append(f"removed {path}, left by process {pid}, which ended while {verb} step {step}")
         except OSError as error:
@@ -74,7 +74,7 @@ def delete_checkpoint(folder: Path) -> None:
     trash = folder.with_name(folder_layout.working_name("trash", step, os.getpid()))
     with lock_working_folder(folder):
         os.rename(folder, trash)
-        _delete(trash)
+        delete_folder(trash)
 
 
 def prune_checkpoints(run_dir: Path, keep: int, newest: Path) -> tuple[list[Path], list[str]]:
@@ -91,8 +91,9 @@ def prune_checkpoints(run_dir: Path, keep: int, newest: Path) -> tuple[list[Path
     return deleted, messages
 
 
-def _delete(folder: Path) -> None:
-    # the manifest goes first: whatever a kill leaves then, also under a name given by hand, is no checkpoint
+def delete_folder(folder: Path) -> None:
+    """Delete a folder so that whatever a kill leaves, also under a name given by hand, is no checkpoint: its manifest
+    goes first. Raises OSError."""
     (folder / folder_layout.MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder)
 

@@ -7,23 +7,23 @@ process that dies on the way leaves a hidden folder, which nobody takes for a ch
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
 from pangu_sigma.checkpoint import folder_layout
-from pangu_sigma.checkpoint.atomic_folder import working_folder
+from pangu_sigma.checkpoint.atomic_folder import atomic_folder, rename_synced, sync_folder
 from pangu_sigma.checkpoint.checkpoint_contents import CheckpointContents
 from pangu_sigma.checkpoint.checkpoint_reader import Checkpoint, open_checkpoint
 from pangu_sigma.checkpoint.disk_space import DiskWrite
-from pangu_sigma.checkpoint.file_plan import find_unchanged, plan_tensor_files
+from pangu_sigma.checkpoint.file_plan import find_unchanged
 from pangu_sigma.checkpoint.folder_locks import lock_working_folder
-from pangu_sigma.checkpoint.folder_writer import FolderWriter, sync_folder
 from pangu_sigma.checkpoint.retention import delete_checkpoint, list_checkpoints, prune_checkpoints, remove_stale
+from pangu_sigma.checkpoint.streamed_checkpoint import Progress, StreamedCheckpoint
 from pangu_sigma.checkpoint.tensor_file import byte_chunks, spec_of
 from pangu_sigma.errors import CheckpointError
 
@@ -48,7 +48,7 @@ def save_checkpoint(
     *,
     keep: int,
     max_shard_bytes: int = 4 << 30,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> SaveResult:
     """Saves `run_dir/checkpoints/step-…`, then deletes all but the `keep` newest checkpoints.
 
@@ -60,37 +60,29 @@ def save_checkpoint(
     behind), ValueError for arguments that make no whole checkpoint.
     """
     started = time.perf_counter()
-    run_dir, step = Path(run_dir), contents.step
+    run_dir = Path(run_dir)
     if keep < 1 or max_shard_bytes < 1:
         raise ValueError(f"{keep=} and {max_shard_bytes=} must be at least 1")
-    contents.check_names(tensors)
-    everything = {**tensors, **contents.probe_arrays}
-    specs = [spec_of(name, array) for name, array in everything.items()]
-    cells = contents.cells(specs)
-    planned = plan_tensor_files(specs, max_shard_bytes) + contents.small_files()
-
-    root = run_dir / folder_layout.CHECKPOINTS
-    disk_write = DiskWrite(f"step {step}", "saved", root, "choose another run.dir", " (the last checkpoint is whole)")
-    with disk_write.explain_errors():
-        root.mkdir(parents=True, exist_ok=True)
+    content = StreamedCheckpoint(
+        **{item.name: getattr(contents, item.name) for item in fields(contents)},
+        tensors=[spec_of(name, array) for name, array in tensors.items()],
+        read=lambda spec: byte_chunks(tensors[spec.name]),
+        max_shard_bytes=max_shard_bytes,
+    )
     messages = remove_stale(run_dir)
-    previous, new_messages = open_previous(run_dir, step)
+    previous, new_messages = open_previous(run_dir, content.step)
     messages += new_messages
-    temporary = root / folder_layout.working_name("tmp", step, os.getpid())
-    with ThreadPoolExecutor(2) as threads:
-        if previous is not None:
-            find_unchanged(planned, everything, previous, threads)
-        needed = disk_write.check_space((file.size for file in planned if file.link is None), len(specs))
-        with disk_write.explain_errors(needed), working_folder(temporary):
-            total = sum(file.size for file in planned)
-            writer = FolderWriter(temporary, lambda spec: byte_chunks(everything[spec.name]), threads, total, progress)
-            for file in planned:
-                writer.write(file)
-            writer.finish(contents.manifest(cells, writer.files, writer.tensors))
-            final = move_into_place(temporary, root / folder_layout.step_name(step))
+    if previous is not None:
+        with ThreadPoolExecutor(2) as threads:
+            find_unchanged(content.new_files, {**tensors, **content.probe_arrays}, previous, threads)
+    final, disk_write = step_folder(run_dir, content.step)
+    with disk_write.explain_errors(), atomic_folder(final, move_into_place) as folder:
+        _, writer = content.write_into(folder, disk_write, progress)
     deleted, new_messages = prune_checkpoints(run_dir, keep, final)
     if writer.links_refused:
-        messages.append(f"{writer.links_refused} unchanged files were written again: {root} refused to link them")
+        messages.append(
+            f"{writer.links_refused} unchanged files were written again: {final.parent} refused to link them"
+        )
     return SaveResult(
         path=final,
         bytes_written=writer.bytes_written,
@@ -100,6 +92,28 @@ def save_checkpoint(
         deleted=tuple(deleted),
         messages=tuple(messages + new_messages),
     )
+
+
+def replace_checkpoint(run_dir: Path, content: StreamedCheckpoint, progress: Progress | None = None) -> Checkpoint:
+    """Puts `content` in the place of the run's checkpoint of the same step; every moment one of the two stands whole.
+
+    The caller holds the run's lock. Raises CheckpointError when the disk is too small or fails: the old one stays.
+    """
+    final = run_dir / folder_layout.CHECKPOINTS / folder_layout.step_name(content.step)
+    disk_write = DiskWrite(
+        f"the change of {run_dir}", "written", final.parent, "use --out", " (the checkpoint is as it was)"
+    )
+    remove_stale(run_dir)
+    with disk_write.explain_errors(), atomic_folder(final, move_into_place) as folder:
+        manifest, _ = content.write_into(folder, disk_write, progress)
+    return Checkpoint(final, manifest)
+
+
+def step_folder(run_dir: Path, step: int) -> tuple[Path, DiskWrite]:
+    """The folder of a run's checkpoint, and how errors of saving it read."""
+    final = run_dir / folder_layout.CHECKPOINTS / folder_layout.step_name(step)
+    ending = " (the last checkpoint is whole)"
+    return final, DiskWrite(f"step {step}", "saved", final.parent, "choose another run.dir", ending)
 
 
 def open_previous(run_dir: Path, step: int) -> tuple[Checkpoint | None, list[str]]:
@@ -120,24 +134,22 @@ def open_previous(run_dir: Path, step: int) -> tuple[Checkpoint | None, list[str
         return None, [*messages, f"every file is written anew, since the last checkpoint cannot be linked to: {error}"]
 
 
-def move_into_place(temporary: Path, final: Path) -> Path:
+def move_into_place(folder: Path, final: Path) -> None:
     """Gives the finished folder its name; an older version of the same step steps aside first and goes afterwards."""
     if os.path.lexists(final) and not (final / folder_layout.MANIFEST).exists():
         delete_checkpoint(final)
     if not os.path.lexists(final):
-        os.rename(temporary, final)
-        sync_folder(final.parent)
-        return final
+        rename_synced(folder, final)
+        return
     _, step, _ = folder_layout.parse_folder(final)
     aside = final.with_name(folder_layout.working_name("replaced", step, os.getpid()))
     with lock_working_folder(final):
         os.rename(final, aside)
         try:
-            os.rename(temporary, final)
+            os.rename(folder, final)
         except BaseException:
             os.rename(aside, final)
             raise
         sync_folder(final.parent)
         with suppress(OSError):  # the next save removes what stays, and says so
             shutil.rmtree(aside)
-    return final

@@ -13,13 +13,14 @@ from typing import Literal
 
 import numpy as np
 
-from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder, TensorSpec, resolve
+from pangu_sigma.checkpoint import Checkpoint, Fingerprints, TensorSpec, resolve
 from pangu_sigma.checkpoint.float_types import as_float32, convert_float
+from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.checkpoint.tensor_file import raw_bytes
 from pangu_sigma.config import Config, config_from_dict, effective
 from pangu_sigma.config.parameter_counts import is_routing, layer_name_and_owner, tensor_shapes
 from pangu_sigma.convert.conversion_coverage import check_coverage
-from pangu_sigma.convert.converted_folder import check_output, write_with_progress
+from pangu_sigma.convert.converted_folder import write_converted
 from pangu_sigma.convert.tokenizer_pieces import NORMAL, USER_DEFINED, known_pieces, read_pieces, replaced, with_pieces
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_files
@@ -79,9 +80,7 @@ def extend_vocabulary(
     counts = _counts(config, new, rows) if _needs_counts(config) and rows > old_rows else {}
     targets, names = tensor_shapes(config, rows), source.names(optimizer=False)
     entries = {name: source.manifest.tensors[name] for name in names}
-    kept = [
-        (name, name, (rows, *entry.shape[1:]) if _grows(name) else entry.shape) for name, entry in entries.items()
-    ]
+    kept = [(name, name, (rows, *entry.shape[1:]) if _grows(name) else entry.shape) for name, entry in entries.items()]
     check_coverage(f"the model {source.path}", targets, kept, names)
     experts = config.expert_groups
     experts[LAYER] = sum(experts.values())
@@ -98,28 +97,25 @@ def extend_vocabulary(
             counts.get(owner),
         )  # fmt: skip
 
-    written = write_with_progress(
+    written = write_converted(
         out,
-        ModelFolder(
-            tensors=[TensorSpec(name, entries[name].dtype, shape) for name, shape in targets.items()],
-            read=read,
-            domains=source.domains,
-            coverage=source.coverage,
-            config_text=config.to_yaml(),
-            tokenizer_files=tokenizer_files(new),
-            fingerprints=Fingerprints(tokenizer=new.fingerprint, corpora=source.fingerprints.corpora),
-            step=source.step,
-            probe=source.probe(),
-            origin={
-                "job": "vocab extend",
-                "source": source.path.name,
-                "sha256": source.sha256,
-                "old_rows": old_rows,
-                "initial": initial,
-            },
-            documents={"README.md": _card(source, old, new, old_rows, rows, initial)},
-        ),
+        config,
         "extend",
+        origin={
+            "job": "vocab extend",
+            "source": source.path.name,
+            "sha256": source.sha256,
+            "old_rows": old_rows,
+            "initial": initial,
+        },
+        card=_card(source, old, new, old_rows, rows, initial),
+        tensors=[TensorSpec(name, entries[name].dtype, shape) for name, shape in targets.items()],
+        read=read,
+        coverage=source.coverage,
+        tokenizer_files=tokenizer_files(new),
+        fingerprints=Fingerprints(tokenizer=new.fingerprint, corpora=source.fingerprints.corpora),
+        step=source.step,
+        probe=source.probe(),
     )
     return ExtendedModel(written, old.vocab_size, new.vocab_size, old_rows, rows, skipped)
 

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder, TensorSpec
+from pangu_sigma.checkpoint import Checkpoint, Fingerprints, TensorSpec
 from pangu_sigma.checkpoint.float_types import convert_float
+from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.checkpoint.tensor_file import numpy_type
 from pangu_sigma.config import SCHEMA_VERSION, Config, config_from_dict, effective
 from pangu_sigma.config.parameter_counts import parameter_counts, tensor_shapes
 from pangu_sigma.convert.conversion_coverage import check_coverage
-from pangu_sigma.convert.converted_folder import check_output, write_with_progress
+from pangu_sigma.convert.converted_folder import write_converted
 from pangu_sigma.convert.olmoe_names import OlmoeTensor, parts_of
 from pangu_sigma.convert.safetensors_folder import SafetensorsFolder, open_folder
 from pangu_sigma.errors import UserError
@@ -79,20 +80,16 @@ def import_olmoe(source: Path, out: Path, settings: OlmoeImportSettings) -> Impo
     from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_files
 
     counts = parameter_counts(config, config.model.vocab_size)
-    written = write_with_progress(
+    written = write_converted(
         out,
-        ModelFolder(
-            tensors=specs,
-            read=read,
-            domains=config.domain_names,
-            coverage=config.coverage,
-            config_text=config.to_yaml(),
-            tokenizer_files=tokenizer_files(tokenizer),
-            fingerprints=Fingerprints(tokenizer=tokenizer.fingerprint, corpora={}),
-            origin={"job": "import hf", "source": source.name, "architecture": "OlmoeForCausalLM", "eod_id": eod_id},
-            documents={"README.md": _card(source, config, eod_id, counts.total)},
-        ),
+        config,
         "import",
+        origin={"job": "import hf", "source": source.name, "architecture": "OlmoeForCausalLM", "eod_id": eod_id},
+        card=_card(source, config, eod_id, counts.total),
+        tensors=specs,
+        read=read,
+        tokenizer_files=tokenizer_files(tokenizer),
+        fingerprints=Fingerprints(tokenizer=tokenizer.fingerprint, corpora={}),
     )
     return ImportedOlmoe(written, config, eod_id, counts.total, len(folder.tensors))
 

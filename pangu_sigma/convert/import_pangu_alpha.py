@@ -13,14 +13,17 @@ from pathlib import Path
 
 import numpy as np
 
-from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder, TensorSpec
+from pangu_sigma.checkpoint import Checkpoint, Fingerprints, TensorSpec
+from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.config import SCHEMA_VERSION, Config, config_from_dict, effective
 from pangu_sigma.config.parameter_counts import parameter_counts, tensor_shapes
 from pangu_sigma.config.presets import PRESETS
 from pangu_sigma.convert.conversion_coverage import check_coverage, listed
-from pangu_sigma.convert.converted_folder import check_output, new_specs, write_with_progress
+from pangu_sigma.convert.converted_folder import write_converted
 from pangu_sigma.convert.pangu_alpha_names import SKIPPED, target_of
 from pangu_sigma.convert.pangu_alpha_source import Tensors, open_source
+from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
+from pangu_sigma.data.tokenizers.tokenizer_registry import read_model, tokenizer_class, tokenizer_files
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
 
@@ -112,25 +115,20 @@ def import_pangu_alpha(source: Path, out: Path, settings: PanguAlphaImportSettin
 
     counts = parameter_counts(config, config.model.vocab_size)
     transposed = sum(same[0].transposed for same in by_target.values())
-    written = write_with_progress(
+    written = write_converted(
         out,
-        ModelFolder(
-            tensors=new_specs(targets),
-            read=read,
-            domains=[settings.domain],
-            coverage={},
-            config_text=config.to_yaml(),
-            tokenizer_files=tokenizer.files,
-            fingerprints=Fingerprints(tokenizer=tokenizer.fingerprint, corpora={}),
-            origin={
-                "job": "import pangu-alpha",
-                "source": source.name,
-                "eod_id": tokenizer.eod_id,
-                "skipped": skipped,
-            },
-            documents={"README.md": _card(source, config, tokenizer.eod_id, counts.total, skipped)},
-        ),
+        config,
         "import",
+        origin={
+            "job": "import pangu-alpha",
+            "source": source.name,
+            "eod_id": tokenizer.eod_id,
+            "skipped": skipped,
+        },
+        card=_card(source, config, tokenizer.eod_id, counts.total, skipped),
+        read=read,
+        tokenizer_files=tokenizer_files(tokenizer),
+        fingerprints=Fingerprints(tokenizer=tokenizer.fingerprint, corpora={}),
     )
     return ImportedPanguAlpha(written, config, tokenizer.eod_id, counts.total, transposed, skipped)
 
@@ -153,27 +151,16 @@ def _sort(sources: Sequence[Tensors]) -> tuple[list[_SourceRows], dict[str, list
     return parts, skipped, unknown
 
 
-@dataclass(frozen=True)
-class _ImportedTokenizer:
-    files: Mapping[str, bytes]
-    fingerprint: str
-    eod_id: int
-    vocab_size: int
-
-
-def _tokenizer(settings: PanguAlphaImportSettings) -> _ImportedTokenizer:
-    from pangu_sigma.data.tokenizers.tokenizer_registry import read_model, tokenizer_class, tokenizer_files
-
+def _tokenizer(settings: PanguAlphaImportSettings) -> Tokenizer:
     kind = tokenizer_class(settings.tokenizer_kind)
     try:
         model = read_model(settings.tokenizer, settings.tokenizer_kind)
     except UserError as error:
         raise UserError(f"--tokenizer {settings.tokenizer} cannot be read: give the path of vocab.model") from error
     try:
-        tokenizer = kind(model, eod_id=settings.eod_id, origin=str(settings.tokenizer))
+        return kind(model, eod_id=settings.eod_id, origin=str(settings.tokenizer))
     except ValueError as error:
         raise UserError(f"--eod-id {settings.eod_id} is no id of the tokenizer: leave it out or correct it") from error
-    return _ImportedTokenizer(tokenizer_files(tokenizer), tokenizer.fingerprint, tokenizer.eod_id, tokenizer.vocab_size)
 
 
 def _config(

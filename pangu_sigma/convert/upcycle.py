@@ -15,14 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder, TensorSpec, resolve
+from pangu_sigma.checkpoint import Checkpoint, Fingerprints, TensorSpec, resolve
 from pangu_sigma.checkpoint.float_types import as_float32
 from pangu_sigma.checkpoint.folder_layout import domain_of
+from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.checkpoint.tensor_file import raw_bytes
 from pangu_sigma.config import Config, config_from_dict, effective, load_config
 from pangu_sigma.config.parameter_counts import is_expert, is_routing, parameter_counts, tensor_shapes
 from pangu_sigma.convert.conversion_coverage import check_coverage
-from pangu_sigma.convert.converted_folder import check_output, new_specs, write_with_progress
+from pangu_sigma.convert.converted_folder import write_converted
 from pangu_sigma.data.packed_sequences import first_sequences
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.initialization import initial_value
@@ -95,27 +96,22 @@ def upcycle(
         spread = noise * float(tensor.std()) if spec.name.endswith(".weight") else 0.0
         return _experts(tensor, spec, config.run.seed, spread)
 
-    written = write_with_progress(
+    written = write_converted(
         out,
-        ModelFolder(
-            tensors=new_specs(targets),
-            read=read,
-            domains=config.domain_names,
-            coverage=config.coverage,
-            config_text=config.to_yaml(),
-            tokenizer_files=source.tokenizer_files(),
-            fingerprints=Fingerprints(tokenizer=source.fingerprints.tokenizer, corpora=fingerprints),
-            probe=probe or {name: p for name, p in source.probe().items() if name in config.domain_names},
-            origin={
-                "job": "upcycle",
-                "source": source.path.name,
-                "sha256": source.sha256,
-                "step": source.step,
-                "noise": noise,
-            },
-            documents={"README.md": _card(source, config, noise)},
-        ),
+        config,
         "upcycle",
+        origin={
+            "job": "upcycle",
+            "source": source.path.name,
+            "sha256": source.sha256,
+            "step": source.step,
+            "noise": noise,
+        },
+        card=_card(source, config, noise),
+        read=read,
+        tokenizer_files=source.tokenizer_files(),
+        fingerprints=Fingerprints(tokenizer=source.fingerprints.tokenizer, corpora=fingerprints),
+        probe=probe or {name: p for name, p in source.probe().items() if name in config.domain_names},
     )
     return UpcycledModel(
         written,

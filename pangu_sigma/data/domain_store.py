@@ -10,13 +10,13 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from pangu_sigma.checkpoint.atomic_folder import atomic_folder, rename_unless_there
 from pangu_sigma.data.corpus_files import (
     TEXT_DOCUMENT_CHARS,
     CorpusSource,
@@ -117,7 +117,6 @@ def prepare_domain(
     fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     folder = Path(cache_dir) / f"{source.name}-{fingerprint[:16]}"
     if not folder.exists():
-        fresh = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
         info = {
             "format_version": FORMAT_VERSION,
             "name": source.name,
@@ -127,21 +126,17 @@ def prepare_domain(
             "settings": settings,
         }
         try:
-            shutil.rmtree(fresh, ignore_errors=True)
-            fresh.mkdir(parents=True)
-            info |= _build(fresh, source, files, tokenizer, heldout_fraction, deduplicate, progress or _quiet)
-            if stat_files(files) != before:
-                raise UserError(f"a file of domain '{source.name}' changed while it was read; start again")
-            _write_info(fresh, info)
-            _publish(fresh, folder)
+            with atomic_folder(folder, rename_unless_there) as fresh:
+                info |= _build(fresh, source, files, tokenizer, heldout_fraction, deduplicate, progress or _quiet)
+                if stat_files(files) != before:
+                    raise UserError(f"a file of domain '{source.name}' changed while it was read; start again")
+                _write_info(fresh, info)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(
                     f"the disk is full while tokenising into {folder}; free space or set data.cache"
                 ) from error
             raise
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
     store = open_store(folder, tokenizer.vocab_size)
     if store.tokens["train"] < sequence_length + 1:
         raise UserError(
@@ -313,15 +308,6 @@ def _write_info(folder: Path, info: dict) -> None:
         stream.write("\n")
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _publish(fresh: Path, folder: Path) -> None:
-    try:
-        fresh.rename(folder)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
-        # another process made the same store meanwhile: theirs is as good
 
 
 def _size(path: Path) -> int | None:

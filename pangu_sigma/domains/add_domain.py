@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, folder_layout, resolve
-from pangu_sigma.checkpoint.float_types import convert_float
 from pangu_sigma.config import Config, domain_edits, tensor_shapes
 from pangu_sigma.config.parameter_counts import is_expert, is_routing
-from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditedTensors, EditResult, check_free
+from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditedTensors, EditResult, check_free, check_known
 from pangu_sigma.domains.new_domain_tensors import NewDomainTensors
 from pangu_sigma.domains.sibling_models import check_siblings
 from pangu_sigma.errors import UserError
@@ -83,20 +82,14 @@ def add_domain(
                 continue
             layer_name = suffix.split(".experts.")[0] if is_expert(name) else None
             dtype = _stored_type(source, suffix)
-            make = partial(_converted, name, dtype, partial(initial.tensor, suffix, shape, layer_name, rows))
-            new.add(name, dtype, shape, make)
+            new.add_converted(name, dtype, shape, partial(initial.tensor, suffix, shape, layer_name, rows))
         fresh_moments(new, source, new_domain.name, new_domain.experts)
         return subject.write(
             f"add {new_domain.name} ({new_domain.init})",
-            domains=[*source.domains, new_domain.name],
-            keep=source.domains,
-            new=new,
-            coverage={
-                layer_name: {**groups, new_domain.name: new_domain.experts}
-                for layer_name, groups in source.coverage.items()
-            },
-            corpora={**source.fingerprints.corpora, new_domain.name: store.corpus_fingerprint},
-            probe={**source.probe(), **probe},
+            new,
+            experts={new_domain.name: dict.fromkeys(source.coverage, new_domain.experts)},
+            corpora={new_domain.name: store.corpus_fingerprint},
+            probe=probe,
         )
 
 
@@ -114,8 +107,7 @@ def add_model(
         if domain is None and len(sibling.domains) > 1:
             raise UserError(f"{sibling.path} has the domains {', '.join(sibling.domains)}: choose one with --domain")
         domain = domain if domain is not None else sibling.domains[0]
-        if domain not in sibling.domains:
-            raise UserError(f"{sibling.path} has no domain {domain}: it has {', '.join(sibling.domains)}")
+        check_known(sibling, domain)
         name = name if name is not None else domain
         check_free(source, name)
         check_siblings(source, sibling)
@@ -126,24 +118,15 @@ def add_model(
         for tensor in sibling.names(domains=[domain], shared=False):
             if folder_layout.is_optimizer(tensor) and not subject.has_moments:
                 continue
-            entry = sibling.manifest.tensors[tensor]
-            target = f"domains.{name}.{tensor.removeprefix(f'domains.{domain}.')}"
-            new.add(target, entry.dtype, entry.shape, partial(sibling.byte_chunks, tensor))
-        sizes = {layer_name: groups[domain] for layer_name, groups in sibling.coverage.items()}
+            new.copy(sibling, tensor, f"domains.{name}.{tensor.removeprefix(f'domains.{domain}.')}")
         fresh_moments(new, source, name, theirs["experts"])
-        corpora, probe = dict(source.fingerprints.corpora), sibling.probe([domain])
-        if domain in sibling.fingerprints.corpora:
-            corpora[name] = sibling.fingerprints.corpora[domain]
+        corpora, probe = sibling.fingerprints.corpora, sibling.probe([domain])
         return subject.write(
             f"add {name} from {sibling.path.name}",
-            domains=[*source.domains, name],
-            keep=source.domains,
-            new=new,
-            coverage={
-                layer_name: {**groups, name: sizes[layer_name]} for layer_name, groups in source.coverage.items()
-            },
-            corpora=corpora,
-            probe={**source.probe(), **({name: probe[domain]} if domain in probe else {})},
+            new,
+            experts={name: {layer_name: groups[domain] for layer_name, groups in sibling.coverage.items()}},
+            corpora={name: corpora[domain]} if domain in corpora else None,
+            probe={name: probe[domain]} if probe else None,
         )
 
 
@@ -184,10 +167,6 @@ def _stored_type(source: Checkpoint, suffix: str) -> str:
     return source.manifest.tensors[f"domains.{source.domains[0]}.{suffix}"].dtype
 
 
-def _converted(name: str, dtype: str, make) -> np.ndarray:
-    return convert_float(name, make(), dtype)
-
-
 def fresh_moments(new: EditedTensors, source: Checkpoint, name: str, experts: int) -> None:
     """Zero moments and step counts for what `new` does not bring itself, where the model carries its optimizer."""
     model = f"domains.{source.domains[0]}."
@@ -197,8 +176,4 @@ def fresh_moments(new: EditedTensors, source: Checkpoint, name: str, experts: in
         grouped = ".experts." in tensor or (".optimizer.steps." in tensor and not tensor.endswith(".steps.embedding"))
         shape = (experts, *entry.shape[1:]) if grouped else entry.shape
         if target not in new.sources:
-            new.add(target, entry.dtype, shape, partial(_zeros, shape, entry.dtype))
-
-
-def _zeros(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    return np.zeros(shape, np.dtype(dtype))
+            new.add(target, entry.dtype, shape, partial(np.zeros, shape, np.dtype(entry.dtype)))

@@ -9,23 +9,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pangu_sigma.checkpoint import Checkpoint, Fingerprints, TensorSpec, folder_layout, remove_stale, resolve
-from pangu_sigma.checkpoint.edited_checkpoint import (
-    EditedCheckpoint,
-    kept_files,
-    replace_checkpoint,
-    write_edited_folder,
-    write_edited_run,
+from pangu_sigma.checkpoint import (
+    Checkpoint,
+    Fingerprints,
+    StreamedCheckpoint,
+    TensorSpec,
+    folder_layout,
+    remove_stale,
+    resolve,
+    write_model_folder,
 )
+from pangu_sigma.checkpoint.float_types import convert_float
 from pangu_sigma.checkpoint.folder_locks import lock_run_folder
-from pangu_sigma.checkpoint.model_folder import TensorBytes, check_output
+from pangu_sigma.checkpoint.model_folder import check_output, write_run_folder
 from pangu_sigma.checkpoint.run_config_file import CONFIG_BEFORE, DOMAIN_CHANGES, config_digest, mend_config
+from pangu_sigma.checkpoint.save_checkpoint import replace_checkpoint
+from pangu_sigma.checkpoint.streamed_checkpoint import TensorBytes, plan_taken
 from pangu_sigma.config import Config
 from pangu_sigma.config.domain_edits import checked
 from pangu_sigma.config.load_config import with_run_folder
@@ -59,6 +64,15 @@ class EditedTensors:
     def add(self, name: str, dtype: str, shape: Sequence[int], read: Callable[[], TensorBytes]) -> None:
         """One more tensor; `read` is called once, when it is written."""
         self.sources[name] = (TensorSpec(name, dtype, tuple(shape)), read)
+
+    def add_converted(self, name: str, dtype: str, shape: Sequence[int], make: Callable[[], np.ndarray]) -> None:
+        """One more tensor that `make` gives as float32, stored as `dtype`."""
+        self.add(name, dtype, shape, lambda: convert_float(name, make(), dtype))
+
+    def copy(self, source: Checkpoint, name: str, target: str | None = None) -> None:
+        """The tensor `name` of a checkpoint as it is, under the name `target` (None: its own)."""
+        entry = source.manifest.tensors[name]
+        self.add(target or name, entry.dtype, entry.shape, partial(source.byte_chunks, name))
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -133,54 +147,60 @@ class CheckpointEditor:
         """Whether the model carries its optimizer's state."""
         return any(folder_layout.is_optimizer(name) for name in self.checkpoint.manifest.tensors)
 
-    def groups(self, domains: Sequence[str], shared: bool = True) -> list[str]:
-        """The file groups of the shared parameters and of `domains`, optimizer state included."""
-        own = [*(["shared"] if shared else []), *(f"domains/{name}" for name in domains)]
-        return own + [f"optimizer/{group}" for group in own]
-
     def write(
         self,
-        what: str,
+        change: str,
+        new: EditedTensors | None = None,
         *,
-        domains: Sequence[str],
-        keep: Sequence[str],
-        new: EditedTensors,
-        coverage: Mapping[str, Mapping[str, int]],
-        corpora: Mapping[str, str],
-        probe: Mapping[str, np.ndarray],
-        state: Mapping[str, Any] | None = None,
+        domains: Mapping[str, str] | None = None,
+        experts: Mapping[str, Mapping[str, int]] | None = None,
+        corpora: Mapping[str, str] | None = None,
+        probe: Mapping[str, np.ndarray] | None = None,
         extra_state: Mapping[str, Any] | None = None,
-        keep_shared: bool = True,
     ) -> EditResult:
-        """Write the changed model: files of the domains `keep` stay, `new` ones are added; `what` tells the change.
+        """Write the changed model; `change` goes into its history. `self.values` is its configuration.
 
-        `keep_shared` False: the shared tensors are among the new ones too.
+        new: tensors that are made; a domain of which there is one, or the shared parameters, must all be there, every
+        other one's files stay. domains: name after the change -> before it, of the domains that stay (None: all, as
+        they are). experts: domain -> sparse layer -> experts, of a domain that is new or has another number now.
+        corpora and probe: of the new ones.
         """
-        checkpoint = self.checkpoint
-        config = checked(self.values, f"the configuration of {checkpoint.path} after the change")
+        source, new = self.checkpoint, new or EditedTensors()
+        config = checked(self.values, f"the configuration of {source.path} after the change")
         lost_mesh = config.parallel.mesh.size < self.config.parallel.mesh.size
-        before = dict(checkpoint.state if state is None else state)
+        domains = {name: name for name in source.domains} if domains is None else domains
+        experts = experts or {}
+        names = list(dict.fromkeys([*domains, *experts]))
+        state = sampler_state(source.state, domains)
         # A phase under way that stays near a previous model takes the model of this moment for it.
-        before.pop(TEACHER_KEY, None)
-        before |= extra_state or {}
+        state.pop(TEACHER_KEY, None)
+        state |= extra_state or {}
         if self.out is None:
-            before[CONFIG_BEFORE] = config_digest(self.run_dir)
-        record = {"step": checkpoint.step, "change": what}
-        content = EditedCheckpoint(
-            kept=kept_files(checkpoint, self.groups(keep, keep_shared)),
+            state[CONFIG_BEFORE] = config_digest(self.run_dir)
+        state[DOMAIN_CHANGES] = [*state.pop(DOMAIN_CHANGES, []), {"step": source.step, "change": change}]
+        corpora = {**{name: source.fingerprints.corpora.get(was) for name, was in domains.items()}, **(corpora or {})}
+        old_probe = source.probe()
+        content = StreamedCheckpoint(
+            taken=plan_taken(source, self._kept_groups(new, domains)),
+            link=True,
             tensors=new.specs,
             read=new.read,
-            domains=domains,
-            coverage=coverage,
+            domains=names,
+            coverage={
+                layer_name: {n: experts[n][layer_name] if n in experts else groups[domains[n]] for n in names}
+                for layer_name, groups in source.coverage.items()
+            },
             config_text=config.to_yaml(),
-            state={**before, DOMAIN_CHANGES: [*before.get(DOMAIN_CHANGES, []), record]},
-            tokenizer_files=checkpoint.tokenizer_files(),
-            fingerprints=Fingerprints(tokenizer=checkpoint.fingerprints.tokenizer, corpora=dict(corpora)),
-            step=checkpoint.step,
-            probe=probe,
+            state=state,
+            tokenizer_files=source.tokenizer_files(),
+            fingerprints=Fingerprints(
+                tokenizer=source.fingerprints.tokenizer,
+                corpora={name: text for name, text in corpora.items() if text is not None},
+            ),
+            step=source.step,
+            probe={**{name: old_probe[was] for name, was in domains.items() if was in old_probe}, **(probe or {})},
         )
-        total = sum(file.size for file in (*content.kept, *content.new_files()))
-        with progress(what, total, unit="B") as job:
+        with progress(change, content.bytes, unit="B") as job:
 
             def advance(done: int, _: int) -> None:
                 job.set(done)
@@ -190,9 +210,16 @@ class CheckpointEditor:
                 write_text(self.run_dir / folder_layout.CONFIG, config.to_yaml())
                 return EditResult(written, config, self.run_dir, lost_mesh)
             if self.run_dir is not None:
-                written = write_edited_run(self.out, content, advance)
+                written = write_run_folder(self.out, content, advance)
                 return EditResult(written, config, run_of(written), lost_mesh)
-            return EditResult(write_edited_folder(self.out, content, advance), config, None)
+            return EditResult(write_model_folder(self.out, content, progress=advance), config, None)
+
+    def _kept_groups(self, new: EditedTensors, domains: Mapping[str, str]) -> list[str]:
+        """The file groups of whatever keeps its name and has no new tensor, optimizer state included."""
+        rewritten = {folder_layout.domain_of(name) for name in new.sources}
+        kept = [] if None in rewritten else ["shared"]
+        kept += [f"domains/{name}" for name, was in domains.items() if name == was and name not in rewritten]
+        return kept + [f"optimizer/{group}" for group in kept]
 
 
 def check_router(checkpoint: Checkpoint, config: Config) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, folder_layout
-from pangu_sigma.checkpoint.float_types import as_float32, convert_float
+from pangu_sigma.checkpoint.float_types import as_float32
 from pangu_sigma.config import Config, domain_edits, tensor_shapes
 from pangu_sigma.domains.add_domain import NewDomain, fresh_moments, read_text
 from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditedTensors, EditResult, check_free
@@ -57,16 +57,10 @@ def expand_domain(path: Path, new_domain: NewDomain, follow_up: domain_edits.Fol
         snapshot = TeacherSnapshot(len(phases) - 1, source.step, hash_tensors(kept))
         return subject.write(
             f"expand by {new_domain.name} ({new_domain.init})",
-            domains=[*source.domains, new_domain.name],
-            keep=source.domains,
-            keep_shared=False,
-            new=new,
-            coverage={
-                layer_name: {**groups, new_domain.name: new_domain.experts}
-                for layer_name, groups in source.coverage.items()
-            },
-            corpora={**source.fingerprints.corpora, new_domain.name: store.corpus_fingerprint},
-            probe={**source.probe(), **probe},
+            new,
+            experts={new_domain.name: dict.fromkeys(source.coverage, new_domain.experts)},
+            corpora={new_domain.name: store.corpus_fingerprint},
+            probe=probe,
             extra_state={TEACHER_KEY: snapshot.state()},
         )
 
@@ -95,8 +89,7 @@ def _add_experts(
             suffix = name.removeprefix(prefix)
             layer_name = suffix.split(".experts.")[0]
             dtype = source.manifest.tensors[f"domains.{source.domains[0]}.{suffix}"].dtype
-            make = partial(_converted, name, dtype, partial(_expert_tensor, initial, suffix, shape, layer_name))
-            new.add(name, dtype, shape, make)
+            new.add_converted(name, dtype, shape, partial(_expert_tensor, initial, suffix, shape, layer_name))
 
 
 def _expert_tensor(initial: NewDomainTensors, suffix: str, shape: tuple[int, ...], layer_name: str) -> np.ndarray:
@@ -113,11 +106,10 @@ def _add_shared(new: EditedTensors, source: Checkpoint, config: Config, new_doma
     for name in source.names(domains=[]):
         entry = source.manifest.tensors[name]
         if not name.endswith((_WEIGHT, _NOISE)):
-            new.add(name, entry.dtype, entry.shape, partial(source.byte_chunks, name))
+            new.copy(source, name)
             continue
         shape = (entry.shape[0], entry.shape[1] + new_domain.experts)
-        make = partial(_grown_gate, source, config, new_domain, name)
-        new.add(name, entry.dtype, shape, partial(_converted, name, entry.dtype, make))
+        new.add_converted(name, entry.dtype, shape, partial(_grown_gate, source, config, new_domain, name))
 
 
 def _grown_gate(source: Checkpoint, config: Config, new_domain: NewDomain, name: str) -> np.ndarray:
@@ -141,7 +133,3 @@ def _grown_gate(source: Checkpoint, config: Config, new_domain: NewDomain, name:
         else:
             columns = old.mean(1, keepdims=True) + drawn
     return np.concatenate([old, columns.astype(np.float32)], 1)
-
-
-def _converted(name: str, dtype: str, make) -> np.ndarray:
-    return convert_float(name, make(), dtype)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pangu_sigma.config.domain_edits import replace_phases
-from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditedTensors, EditResult
+from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditResult
 
 
 def plan_training(
@@ -25,14 +25,5 @@ def plan_training(
     nothing is changed then.
     """
     with CheckpointEditor(path, out, any_router=True) as subject:
-        source = subject.checkpoint
         replace_phases(subject.values, phases, max_domains_per_batch)
-        return subject.write(
-            what,
-            domains=source.domains,
-            keep=source.domains,
-            new=EditedTensors(),
-            coverage=source.coverage,
-            corpora=source.fingerprints.corpora,
-            probe=source.probe(),
-        )
+        return subject.write(what)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pangu_sigma.checkpoint import Checkpoint, Fingerprints, resolve
-from pangu_sigma.checkpoint.edited_checkpoint import EditedCheckpoint, kept_files, write_edited_folder
+from pangu_sigma.checkpoint import Checkpoint, Fingerprints, StreamedCheckpoint, resolve, write_model_folder
 from pangu_sigma.checkpoint.model_folder import check_output
+from pangu_sigma.checkpoint.streamed_checkpoint import plan_taken
 from pangu_sigma.config import config_from_dict
 from pangu_sigma.config.finetuning_file import without_adaptation
 from pangu_sigma.config.load_config import with_run_folder
-from pangu_sigma.domains.checkpoint_editor import EditedTensors, EditResult, check_router
+from pangu_sigma.domains.checkpoint_editor import EditResult, check_router
 from pangu_sigma.domains.sibling_models import check_siblings, different_tensors, domain_names
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
@@ -48,13 +48,12 @@ def merge_models(paths: Sequence[Path], out: Path) -> EditResult:
     if not sum(entry["weight"] for entry in values["domains"]):
         values["domains"] = [{**entry, "weight": 1.0} for entry in values["domains"]]
     merged = config_from_dict(values, source="the merged configuration")
-    content = EditedCheckpoint(
-        kept=[
-            *kept_files(first, ["shared"]),
-            *(file for domain, model in owners.items() for file in kept_files(model, [f"domains/{domain}"])),
+    content = StreamedCheckpoint(
+        taken=[
+            *plan_taken(first, ["shared"]),
+            *(file for domain, model in owners.items() for file in plan_taken(model, [f"domains/{domain}"])),
         ],
-        tensors=(),
-        read=EditedTensors().read,
+        link=True,
         domains=list(owners),
         coverage={
             layer_name: {domain: model.coverage[layer_name][domain] for domain, model in owners.items()}
@@ -77,13 +76,10 @@ def merge_models(paths: Sequence[Path], out: Path) -> EditResult:
             },
         ),
         step=max(model.step for model in models),
-        probe={
-            domain: sequences for domain, model in owners.items() for sequences in model.probe([domain]).values()
-        },
+        probe={domain: sequences for domain, model in owners.items() for sequences in model.probe([domain]).values()},
     )
-    total = sum(file.size for file in (*content.kept, *content.new_files()))
-    with sigterm_as_ctrl_c(), progress("merge", total, unit="B") as job:
-        written = write_edited_folder(out, content, lambda done, _: job.set(done))
+    with sigterm_as_ctrl_c(), progress("merge", content.bytes, unit="B") as job:
+        written = write_model_folder(out, content, progress=lambda done, _: job.set(done))
     return EditResult(written, merged, None)
 
 

@@ -42,19 +42,10 @@ def resize_domain(path: Path, name: str, experts: int, *, redraw: bool = False, 
             _grow(new, source, subject.config, name, layer_name, groups[name], experts, counts, redraw)
         for tensor in source.names(domains=[name], shared=False):
             if tensor not in new.sources:
-                entry = source.manifest.tensors[tensor]
-                new.add(tensor, entry.dtype, entry.shape, lambda tensor=tensor: source.byte_chunks(tensor))
+                new.copy(source, tensor)
         for entry in subject.values["domains"]:
             entry["experts"] = experts if entry["name"] == name else entry["experts"]
-        return subject.write(
-            f"resize {name}",
-            domains=source.domains,
-            keep=[domain for domain in source.domains if domain != name],
-            new=new,
-            coverage={layer_name: {**groups, name: experts} for layer_name, groups in source.coverage.items()},
-            corpora=source.fingerprints.corpora,
-            probe=source.probe(),
-        )
+        return subject.write(f"resize {name}", new, experts={name: dict.fromkeys(source.coverage, experts)})
 
 
 def token_counts(config: Config, checkpoint: Checkpoint, name: str) -> np.ndarray:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pangu_sigma.errors import UserError
+from pangu_sigma.monitor.result_files import atomic_file
 
 FILE_NAME = "metrics.jsonl"
 KINDS = ("train", "evaluate", "checkpoint", "event")
@@ -235,12 +236,10 @@ def _cut_after(path: Path, step: int) -> int:
     """Keep only records up to `step`; the file is replaced in one rename. Returns the number of lines dropped."""
     total = len(path.read_bytes().splitlines())
     kept = [line for line, record in _read_lines(path) if record["step"] <= step]
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
         file.writelines(line + b"\n" for line in kept)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
     return total - len(kept)
 
 

@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pangu_sigma.errors import UserError
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` by a temporary file and a rename, so that a reader never sees half of it.
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, to whose name what the block writes there is renamed; a failure leaves nothing.
 
-    Raises UserError where it cannot be written; what stood there before still does then.
+    A reader never sees half of it; what stood there before still does after a failure. Raises OSError.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException:
         with suppress(OSError):
             temporary.unlink()
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all. Raises UserError where it cannot be written."""
+    try:
+        with atomic_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror}): free some space, or make its folder one that can be written"
         ) from error

@@ -7,9 +7,7 @@ like words. Digits stand alone, so that numbers are read digit by digit.
 
 import hashlib
 import io
-import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from pangu_sigma.checkpoint.atomic_folder import atomic_folder, rename_unless_there
 from pangu_sigma.data.corpus_files import CorpusSource, expand_paths, fingerprint_files, iterate_documents
 from pangu_sigma.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
@@ -59,14 +58,8 @@ def build_tokenizer(
     folder = Path(cache_dir) / f"tokenizer-{key}"
     if not folder.exists():
         tokenizer = train_tokenizer(sources, vocab_size)
-        fresh = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
-        tokenizer.save(fresh)
-        try:
-            fresh.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-            shutil.rmtree(fresh)  # another process trained the same one meanwhile
+        with atomic_folder(folder, rename_unless_there) as fresh:
+            tokenizer.save(fresh)
     return load_tokenizer(folder)
 
 

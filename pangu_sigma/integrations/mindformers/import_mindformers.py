@@ -15,13 +15,15 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from pangu_sigma.checkpoint import Checkpoint, Fingerprints, ModelFolder, TensorSpec
-from pangu_sigma.config import Config
+from pangu_sigma.checkpoint import Checkpoint, Fingerprints, TensorSpec
+from pangu_sigma.checkpoint.model_folder import check_output
+from pangu_sigma.config import Config, with_vocabulary
 from pangu_sigma.config.parameter_counts import is_routing, parameter_counts, tensor_shapes
 from pangu_sigma.convert.conversion_coverage import SkippedTensors, check_coverage
-from pangu_sigma.convert.converted_folder import check_output, new_specs, write_with_progress
+from pangu_sigma.convert.converted_folder import write_converted
+from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_files
 from pangu_sigma.errors import UserError
-from pangu_sigma.integrations.mindformers.companion_files import Companion, find_companion, read_companion
+from pangu_sigma.integrations.mindformers.companion_files import find_companion, read_companion
 from rre.router_specs import LAYER
 
 SKIPPED = SkippedTensors(
@@ -60,7 +62,7 @@ def import_mindformers(source: Path, out: Path, run: Path | None = None) -> Impo
     out = check_output(out)
     file = checkpoint_file(source)
     companion = read_companion(find_companion(file, run))
-    config = _with_vocabulary(companion)
+    config = with_vocabulary(companion.config, companion.tokenizer.vocab_size)
     targets = tensor_shapes(config, config.model.vocab_size)
     groups = config.expert_groups
     with opened(file) as tensors:
@@ -76,22 +78,17 @@ def import_mindformers(source: Path, out: Path, run: Path | None = None) -> Impo
             return array
 
         counts = parameter_counts(config, config.model.vocab_size)
-        written = write_with_progress(
+        written = write_converted(
             out,
-            ModelFolder(
-                tensors=new_specs(targets),
-                read=read,
-                domains=config.domain_names,
-                coverage=config.coverage,
-                config_text=config.to_yaml(),
-                tokenizer_files=_tokenizer_files(companion),
-                fingerprints=Fingerprints(tokenizer=companion.tokenizer.fingerprint, corpora=companion.corpora),
-                step=step,
-                probe=companion.probe,
-                origin={"job": "import mindformers", "source": file.name, "step": step},
-                documents={"README.md": _card(file, config, step, counts.total)},
-            ),
+            config,
             "import",
+            origin={"job": "import mindformers", "source": file.name, "step": step},
+            card=_card(file, config, step, counts.total),
+            read=read,
+            tokenizer_files=tokenizer_files(companion.tokenizer),
+            fingerprints=Fingerprints(tokenizer=companion.tokenizer.fingerprint, corpora=companion.corpora),
+            step=step,
+            probe=companion.probe,
         )
     by_rule = {rule: sum(1 for r in skipped.values() if r == rule) for rule in dict.fromkeys(skipped.values())}
     return ImportedMindFormersRun(written, config, file, counts.total, by_rule)
@@ -170,18 +167,6 @@ def _check_table(file: Path, name: str, table: np.ndarray, groups: dict[str, int
             f"{file} is damaged: routing table {name} leads to experts outside its group of {experts}; give a whole "
             "checkpoint"
         )
-
-
-def _with_vocabulary(companion: Companion) -> Config:
-    from pangu_sigma.config import with_vocabulary
-
-    return with_vocabulary(companion.config, companion.tokenizer.vocab_size)
-
-
-def _tokenizer_files(companion: Companion) -> dict[str, bytes]:
-    from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_files
-
-    return tokenizer_files(companion.tokenizer)
 
 
 def _card(file: Path, config: Config, step: int, parameters: int) -> str:

@@ -10,7 +10,6 @@ A checkpoint's state names both with their hashes, so that a resumed phase has t
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +19,21 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from pangu_sigma.checkpoint import Checkpoint, CheckpointError, folder_layout, open_checkpoint
+from pangu_sigma.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    StreamedCheckpoint,
+    folder_layout,
+    open_checkpoint,
+    write_model_folder,
+)
+from pangu_sigma.checkpoint.atomic_folder import rename_synced, sync_folder
 from pangu_sigma.checkpoint.disk_space import DiskWrite
-from pangu_sigma.checkpoint.edited_checkpoint import EditedCheckpoint, kept_files, write_edited_folder
-from pangu_sigma.checkpoint.folder_writer import sync_folder
+from pangu_sigma.checkpoint.retention import delete_folder
+from pangu_sigma.checkpoint.streamed_checkpoint import plan_taken
 from pangu_sigma.checkpoint.tensor_file import byte_chunks, digest_of_file, spec_of, write_tensor_file
 from pangu_sigma.errors import UserError
+from pangu_sigma.monitor.result_files import atomic_file
 
 FOLDER = "previous"
 # Key of the trainer state that names the teacher of the phase under way.
@@ -83,18 +91,16 @@ def working_folder(run_dir: Path, step: int) -> Path:
 def publish_saved(run_dir: Path, saved: Path) -> None:
     """Make what was `saved` in the working folder the snapshot of its step; what a killed process left is replaced."""
     step = folder_layout.parse_folder(saved)[1]
-    os.rename(saved, _free_path(run_dir, step))
+    rename_synced(saved, _free_path(run_dir, step))
     shutil.rmtree(working_folder(run_dir, step))
-    sync_folder(run_dir / FOLDER)
 
 
 def link_snapshot(run_dir: Path, checkpoint: Checkpoint) -> Checkpoint:
     """Make the model of `checkpoint` the snapshot of its step; its files are hard-linked. Raises CheckpointError."""
     groups = ["shared", *(f"domains/{name}" for name in checkpoint.domains)]
-    content = EditedCheckpoint(
-        kept=kept_files(checkpoint, groups),
-        tensors=(),
-        read=lambda spec: (),
+    content = StreamedCheckpoint(
+        taken=plan_taken(checkpoint, groups),
+        link=True,
         domains=list(checkpoint.domains),
         coverage=checkpoint.coverage,
         config_text=checkpoint.config_text,
@@ -104,14 +110,13 @@ def link_snapshot(run_dir: Path, checkpoint: Checkpoint) -> Checkpoint:
         step=checkpoint.step,
         probe=checkpoint.probe(),
     )
-    return write_edited_folder(_free_path(run_dir, checkpoint.step), content)
+    return write_model_folder(_free_path(run_dir, checkpoint.step), content)
 
 
 def _free_path(run_dir: Path, step: int) -> Path:
     path = snapshot_path(run_dir, step)
     if path.exists():
-        (path / folder_layout.MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(path)
+        delete_folder(path)
     return path
 
 
@@ -131,20 +136,14 @@ def open_snapshot(run_dir: Path, snapshot: TeacherSnapshot) -> Checkpoint:
 def write_fisher(run_dir: Path, step: int, fisher: Mapping[str, np.ndarray]) -> str:
     """Write the Fisher information by parameter name; returns the file's sha256. Raises CheckpointError."""
     path = fisher_path(run_dir, step)
-    temporary = path.with_name(f".{path.name}.unfinished")
     disk_write = DiskWrite(f"the Fisher information of step {step}", "saved", run_dir, "choose another run.dir")
     with disk_write.explain_errors(), ThreadPoolExecutor(2) as threads:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)
         specs = [spec_of(name, array) for name, array in fisher.items()]
-        try:
+        with atomic_file(path) as temporary:
             done = write_tensor_file(
                 temporary, specs, lambda spec: byte_chunks(fisher[spec.name]), {}, threads, lambda count: None
             )
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
         sync_folder(path.parent)
     return done.sha256
 
@@ -168,14 +167,11 @@ def remove_unneeded(run_dir: Path, needed_steps: set[int]) -> None:
     folder = run_dir / FOLDER
     if not folder.is_dir():
         return
-    for path in folder.glob(".step-*"):  # left by killed processes: nobody else writes here while the run is locked
+    for path in folder.glob(".*step-*"):  # left by killed processes: nobody else writes here while the run is locked
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for path in sorted(folder.glob("step-*")):
         parsed = folder_layout.parse_folder(path.with_name(path.name.split(".")[0]))
         if parsed is None or parsed[1] in needed_steps:
             continue
-        if path.is_dir():
-            (path / folder_layout.MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        delete = delete_folder if path.is_dir() else Path.unlink
+        delete(path)

@@ -129,7 +129,7 @@ def test_an_interruption_leaves_nothing(stored, tmp_path):
 def test_what_a_killed_export_left_goes_with_the_next(stored, tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    left = tmp_path / f".out.unfinished-{gone.pid}"
+    left = tmp_path / f".tmp-out-{gone.pid}"
     left.mkdir()
     (left / "config.json").write_text("{}")
     export(stored("dense").path, tmp_path / "out", "hf")

@@ -92,7 +92,7 @@ def test_an_interruption_leaves_nothing(parent, tmp_path, signal_number):
     words = command(parent, "--domain", "law", "--out", out)
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment) as process:
         deadline = time.monotonic() + 60
-        while not list(tmp_path.glob(".law.unfinished-*/shared.safetensors")):
+        while not list(tmp_path.glob(".tmp-law-*/shared.safetensors")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(0.3)  # the copy is done, the verification is under way
@@ -106,7 +106,7 @@ def test_a_kill_leaves_nothing_that_looks_whole(tmp_path):
     parent = save_model(tmp_path / "run")
     words = command(parent, "--domain", "law", "--out", tmp_path / "out" / "law")
     with subprocess.Popen(words, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
-        while not list(tmp_path.glob("out/.law.unfinished-*/tokenizer")):
+        while not list(tmp_path.glob("out/.tmp-law-*/tokenizer")):
             assert process.poll() is None
         process.kill()
     assert not (tmp_path / "out" / "law").exists() and not list(tmp_path.rglob("out/**/manifest.json"))

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pangu_sigma import runtime
-from pangu_sigma.checkpoint import Fingerprints, ModelFolder, TensorSpec, write_model_folder
+from pangu_sigma.checkpoint import Fingerprints, StreamedCheckpoint, TensorSpec, write_model_folder
 from pangu_sigma.config import config_from_dict, effective
 from pangu_sigma.config.parameter_counts import is_routing, layer_name_and_owner, tensor_shapes
 from pangu_sigma.convert.converted_folder import new_specs
@@ -96,13 +96,14 @@ def random_model(out: Path, config, tokenizer: Tokenizer) -> Path:
 
     write_model_folder(
         out,
-        ModelFolder(
+        StreamedCheckpoint(
             tensors=new_specs(targets),
             read=read,
             domains=config.domain_names,
             coverage=config.coverage,
             config_text=config.to_yaml(),
             tokenizer_files=tokenizer_files(tokenizer),
+            state={},
             fingerprints=Fingerprints(tokenizer=tokenizer.fingerprint, corpora={}),
             probe={name: np.arange(34, dtype=np.int32).reshape(2, 17) for name in groups},
             step=7,

@@ -48,7 +48,7 @@ def changes(text: str) -> dict[str, Callable[[Path], object]]:
 def die_at(operation: int, run: Path) -> None:
     """Kill this process just before its file operation of this number that concerns the run; count from 0."""
     count = 0
-    prefixes = tuple(str(run / name) for name in ("checkpoints", "previous", "out", ".out", "config", ".config"))
+    prefixes = tuple(str(run / name) for name in ("checkpoints", "previous", "out", ".tmp-out", "config", ".config"))
 
     def audit(event: str, arguments: tuple) -> None:
         nonlocal count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -331,7 +332,7 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(copied_run, monkeypatch)
     def killed(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pangu_sigma.checkpoint.edited_checkpoint.move_into_place", killed)
+    monkeypatch.setattr(sys.modules["pangu_sigma.checkpoint.save_checkpoint"], "move_into_place", killed)
     with pytest.raises(KeyboardInterrupt):
         remove_domain(run, "law")
     assert digests(folder(run)) == before and not list((run / "checkpoints").glob(".tmp*"))
