@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import StringConstraints
 
-from pangu_sigma.config.section import ListOf, Section, Violations
+from pangu_sigma.config.section import Field, ListOf, Section, Violations
 
 # A domain's name becomes a file name and a part of tensor names.
 DomainName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
@@ -25,10 +25,10 @@ PANGU_ALPHA_VOCABULARY = 40000
 STANDARD_INPUT = "-"
 
 
-class DomainConfig(Section):
+class DomainConfig(Section, resume="fixed", init_from="free"):
     """One domain: its name, its texts, the size of its expert group and how often it is drawn."""
 
-    name: DomainName = Field(description="Name of the domain; files and tensors are named after it.")
+    name: DomainName = Field(init_from="equal", description="Name of the domain; files and tensors are named after it.")
     data: ListOf[Text] = Field(
         min_length=1, description="Files of the domain, or globs of them: .jsonl (one object a line) or .txt."
     )
@@ -40,7 +40,9 @@ class DomainConfig(Section):
     stars_field: Text | None = Field(
         None, description="With filters code, key of a repository's stars in a .jsonl line; under two, it is dropped."
     )
-    experts: int = Field(4, ge=1, description="Size of the domain's expert group in every sparse layer.")
+    experts: int = Field(
+        4, ge=1, init_from="equal", description="Size of the domain's expert group in every sparse layer."
+    )
     weight: float = Field(1.0, ge=0, description="How often the domain is drawn, relative to the others.")
 
     def violations(self, key: str) -> Violations:
@@ -69,7 +71,7 @@ class DomainConfig(Section):
             )
 
 
-class TokenizerConfig(Section):
+class TokenizerConfig(Section, resume="fixed", init_from="taken over"):
     """Where the tokenizer comes from."""
 
     kind: Literal["train", "sentencepiece", "pangu_alpha", "huggingface"] = Field(
@@ -99,10 +101,10 @@ class TokenizerConfig(Section):
             )
 
 
-class StreamConfig(Section):
+class StreamConfig(Section, resume="fixed", init_from="free"):
     """An endless source of documents that training learns from as they arrive, instead of the domains' files."""
 
-    path: Text = Field(description="A growing .jsonl file, or - for standard input.")
+    path: Text = Field(resume="free", description="A growing .jsonl file, or - for standard input.")
     domain: DomainName | None = Field(
         None, description="Domain of every document; null takes the one that the document's domain_field names."
     )
@@ -110,13 +112,13 @@ class StreamConfig(Section):
     text_field: Text = Field("text", description="Key of the text in a line.")
 
 
-class DataConfig(Section):
+class DataConfig(Section, resume="fixed", init_from="free"):
     """How texts become sequences."""
 
-    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig, description="Where the tokenizer comes from.")
+    tokenizer: TokenizerConfig = TokenizerConfig()
     sequence_length: int = Field(128, ge=2, description="Tokens in a sequence.")
     cache: Text | None = Field(
-        None, description="Folder of the tokenised domains; null takes the folder 'data' in run.dir."
+        None, resume="free", description="Folder of the tokenised domains; null takes the folder 'data' in run.dir."
     )
     heldout_fraction: float = Field(
         0.05,
@@ -125,7 +127,9 @@ class DataConfig(Section):
         description="Share of a domain's documents kept from training for evaluation, at least one; 0 keeps none.",
     )
     deduplicate: bool = Field(True, description="Whether near-duplicate documents are removed before the split.")
-    prefetch: int = Field(2, ge=0, description="Batches read ahead of the step; 0 reads each when it is needed.")
+    prefetch: int = Field(
+        2, ge=0, resume="free", description="Batches read ahead of the step; 0 reads each when it is needed."
+    )
     max_domains_per_batch: int | None = Field(
         None, ge=1, description="Most domains that one optimizer step mixes; null sets no limit."
     )

@@ -15,7 +15,7 @@ from pangu_sigma.config.finetuning_file import without_adaptation
 from pangu_sigma.config.load_config import config_from_dict
 from pangu_sigma.config.phase_domains import old_domains
 from pangu_sigma.config.schema import Config
-from pangu_sigma.config.training_sections import RegulariseConfig
+from pangu_sigma.config.training_sections import PhaseConfig, RegulariseConfig
 from pangu_sigma.errors import UserError
 
 
@@ -140,7 +140,7 @@ def rename_domain(values: dict[str, Any], old: str, new: str) -> None:
 
 def phases_done(train: dict[str, Any], step: int) -> list[dict[str, Any]]:
     """The phases of the steps before `step`, the last one cut there; one that trains everything if none is set."""
-    phases = train["phases"] or [{"steps": train["steps"], "weights": None, "shared": "train", "domains": None}]
+    phases = train["phases"] or [PhaseConfig(steps=train["steps"]).model_dump(mode="json")]
     done, start = [], 0
     for index, phase in enumerate(phases):
         # A checkpoint may lie behind the end of the plan, which the last phase then covers.

@@ -6,13 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import Field
-
 from pangu_sigma.config.data_section import DomainName, Text
-from pangu_sigma.config.section import ListOf, Section, Violations
+from pangu_sigma.config.section import Field, ListOf, Section, Violations
 
 
-class ExamplesConfig(Section):
+class ExamplesConfig(Section, resume="fixed", init_from="free"):
     """The examples of one domain; they train with the domain's experts."""
 
     name: DomainName = Field(description="Domain of the model that the examples belong to.")
@@ -22,7 +20,7 @@ class ExamplesConfig(Section):
     weight: float = Field(1.0, ge=0, description="How often the domain's examples are drawn, relative to the others'.")
 
 
-class AdaptConfig(Section):
+class AdaptConfig(Section, resume="fixed", init_from="free"):
     """Fine-tuning of the model that run.init_from names."""
 
     objective: Literal["sft", "dpo"] = Field(

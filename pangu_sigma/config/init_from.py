@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import re
-
+from pangu_sigma.config.differences import Difference, differences, joined
 from pangu_sigma.config.load_config import config_from_dict
-from pangu_sigma.config.resume_rules import flat_keys
 from pangu_sigma.config.schema import Config
 from pangu_sigma.config.validation_messages import shown
 from pangu_sigma.errors import UserError
 
-# Keys of the model section that say how it trains or was first drawn, not which function its tensors are.
-_FREE = re.compile(
-    r"model\.(preset|vocab_size|dropout|init_std|init_cutoff|init_scale_residual|attention\.dropout)"
-    r"|model\.sparse\.(table|resample|dispatch|capacity_factor|capacity_samples|jitter|balance)"
-    r"|model\.sparse\.(aux|z|importance|load)_loss_weight"
-)
 
-
-def defines_network(key: str) -> bool:
-    """Whether a key ("model.heads") says which function a model's tensors are. The size of the vocabulary does not: it
-    is the tokenizer's unless it is written."""
-    return key.startswith("model.") and not _FREE.fullmatch(key)
+def network_differences(model: Config, other: Config) -> list[Difference]:
+    """The keys of the network in which two models differ, which may have different domains. The size of the vocabulary
+    is none: it is the tokenizer's unless it is written."""
+    changes = differences(model, other)
+    return [change for change in changes if change.init_from == "equal" and change.key.startswith("model.")]
 
 
 def check_init_from(model: Config, config: Config) -> None:
@@ -36,19 +28,14 @@ def check_init_from(model: Config, config: Config) -> None:
             raise UserError(f"{prefix} {sentence.format(', '.join(sorted(names)))}")
     if model.domain_names != config.domain_names:
         raise UserError(f"{prefix} has the domains {', '.join(model.domain_names)} in this order: list them likewise")
-    before, after = flat_keys(model), flat_keys(config)
-    compared = [key for key in {**before, **after} if defines_network(key)]
-    compared += [f"domains.{name}.experts" for name in model.domain_names]
-    if config.model.vocab_size is not None:
-        compared.append("model.vocab_size")
-    named = [
-        f"{key} is {shown(before.get(key))} there and {shown(after.get(key))} here"
-        for key in compared
-        if before.get(key) != after.get(key)
+    wrong = [
+        f"{change.key} is {shown(change.before)} there and {shown(change.after)} here"
+        for change in differences(model, config)
+        if change.init_from == "equal"
+        or (change.init_from == "equal if written" and change.after is not None)
     ]
-    if named:
-        more = f"; and {len(named) - 5} more" if len(named) > 5 else ""
-        raise UserError(f"{prefix} is another model: {'; '.join(named[:5])}{more}; write what it has, or leave it out")
+    if wrong:
+        raise UserError(f"{prefix} is another model: {joined(wrong)}; write what it has, or leave it out")
 
 
 def with_tokenizer_of(config: Config, model: Config) -> Config:

@@ -13,27 +13,37 @@ from pangu_sigma.config.schema import Config
 from pangu_sigma.config.section import Section
 
 _PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_BOUNDS = {"ge": "of at least", "gt": "greater than", "le": "at most", "lt": "less than"}
 _PATTERN_TEXT = "of small letters, digits, '_' and '-', starting with a letter or digit, at most 64 long"
 
 
 class KeyDescription(NamedTuple):
-    """One key of the schema; `[]` in the path stands for an item of a list."""
+    """One key of the schema; `[]` in the path stands for an item of a list. resume, init_from: keys of
+    `section.RESUME` and `section.INIT_FROM`."""
 
     path: str
     allowed: str
     default: str
     description: str
+    resume: str
+    init_from: str
 
 
 def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[KeyDescription]:
     """Every key that holds a value, in the schema's order."""
     for name, field in section.model_fields.items():
         path = f"{prefix}{name}"
-        inner, is_list = _inner_section(field.annotation)
+        inner, is_list = inner_section(field)
         if inner is not None:
             yield from keys(inner, f"{path}[]." if is_list else f"{path}.")
         else:
-            yield KeyDescription(path, allowed(field), _default(field), field.description or "")
+            yield KeyDescription(path, allowed(field), _default(field), meaning(field), *section.decisions_of(name))
+
+
+def meaning(field: FieldInfo) -> str:
+    """What a field is for: its description, or the first sentences of its section."""
+    inner, _ = inner_section(field)
+    return field.description or (inner.__doc__ if inner else "")
 
 
 def allowed(field: FieldInfo) -> str:
@@ -41,30 +51,20 @@ def allowed(field: FieldInfo) -> str:
     return _allowed(field.annotation, field.metadata)
 
 
-def field_at(path: Sequence[str | int], root: type[Section] = Config) -> FieldInfo | None:
-    """The field of `root` at a key path, or None where it leads to no field of its own (an item, a mapping's key)."""
-    section: type[Section] | None = root
-    field: FieldInfo | None = None
-    for step in path:
-        if isinstance(step, int):
-            continue
-        if section is None or step not in section.model_fields:
-            return None
-        field = section.model_fields[step]
-        section, _ = _inner_section(field.annotation)
-    return None if path and isinstance(path[-1], int) else field
-
-
 def section_at(path: Sequence[str | int], root: type[Section] = Config) -> type[Section] | None:
     """The section of `root` that a key path leads to, or None."""
     section: type[Section] | None = root
     for step in path:
-        if isinstance(step, int):
-            continue
-        if section is None or step not in section.model_fields:
-            return None
-        section, _ = _inner_section(section.model_fields[step].annotation)
+        if not isinstance(step, int):
+            field = section.model_fields.get(step) if section is not None else None
+            section = inner_section(field)[0] if field is not None else None
     return section
+
+
+def field_at(path: Sequence[str | int], root: type[Section] = Config) -> FieldInfo | None:
+    """The field of `root` at a key path, or None where it leads to no field of its own (an item, a mapping's key)."""
+    section = section_at(path[:-1], root) if path else None
+    return section.model_fields.get(path[-1]) if section is not None else None
 
 
 def allowed_at(path: Sequence[str | int], root: type[Section] = Config) -> str:
@@ -72,67 +72,47 @@ def allowed_at(path: Sequence[str | int], root: type[Section] = Config) -> str:
     field = field_at(path, root)
     if field is not None:
         return allowed(field)
-    inside = path[-1] if path else None
-    parent = field_at(path[:-1], root) if path else None
-    if parent is None:
-        return "a value of the schema"
-    annotation = _without_null(parent.annotation)
-    arguments = get_args(annotation)
-    if isinstance(inside, int) and get_origin(annotation) is tuple:
-        return _allowed(arguments[0], [])
-    return _allowed(arguments[-1], []) if arguments else "a value of the schema"
+    parent = field_at(path[:-1], root)
+    arguments = get_args(_without_null(parent.annotation)) if parent is not None else ()
+    return _allowed(arguments[0 if isinstance(path[-1], int) else -1], []) if arguments else "a value of the schema"
+
+
+def inner_section(field: FieldInfo) -> tuple[type[Section] | None, bool]:
+    """The section inside a field and whether it is an item of a list."""
+    bare = _without_null(field.annotation)
+    is_list = get_origin(bare) is tuple
+    bare = _without_null(get_args(bare)[0]) if is_list else bare
+    return (bare, is_list) if isinstance(bare, type) and issubclass(bare, Section) else (None, is_list)
 
 
 def _without_null(annotation: Any) -> Any:
     if get_origin(annotation) in (Union, types.UnionType):
-        rest = [argument for argument in get_args(annotation) if argument is not type(None)]
-        return _without_null(rest[0])
-    if hasattr(annotation, "__metadata__"):
-        return _without_null(get_args(annotation)[0])
-    return annotation
-
-
-def _inner_section(annotation: Any) -> tuple[type[Section] | None, bool]:
-    """The section inside an annotation and whether it is an item of a list."""
-    bare = _without_null(annotation)
-    if get_origin(bare) is tuple:
-        inner, _ = _inner_section(get_args(bare)[0])
-        return inner, True
-    return (bare, False) if isinstance(bare, type) and issubclass(bare, Section) else (None, False)
+        return _without_null(next(argument for argument in get_args(annotation) if argument is not type(None)))
+    return _without_null(get_args(annotation)[0]) if hasattr(annotation, "__metadata__") else annotation
 
 
 def _allowed(annotation: Any, metadata: Sequence[Any]) -> str:
-    if get_origin(annotation) in (Union, types.UnionType):
-        first, *_ = (argument for argument in get_args(annotation) if argument is not type(None))
-        return f"{_allowed(first, metadata)}, or null"
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return f"{_allowed(next(argument for argument in arguments if argument is not type(None)), metadata)}, or null"
     if hasattr(annotation, "__metadata__"):
-        inner, *extra = get_args(annotation)
-        return _allowed(inner, [*metadata, *extra])
-    if get_origin(annotation) is Literal:
-        choices = [json.dumps(choice).strip('"') for choice in get_args(annotation)]
-        return choices[0] if len(choices) == 1 else f"{', '.join(choices[:-1])} or {choices[-1]}"
-    if get_origin(annotation) is tuple:
+        return _allowed(arguments[0], [*metadata, *arguments[1:]])
+    if origin is Literal:
+        *choices, last = [json.dumps(choice).strip('"') for choice in arguments]
+        return f"{', '.join(choices)} or {last}" if choices else last
+    if origin is tuple:
         at_least = " of at least one item" if _bound(metadata, "min_length") else ""
-        return f"a list{at_least}, each {_allowed(get_args(annotation)[0], [])}"
-    if get_origin(annotation) is dict:
-        return f"a mapping, each value {_allowed(get_args(annotation)[1], [])}"
+        return f"a list{at_least}, each {_allowed(arguments[0], [])}"
+    if origin is dict:
+        return f"a mapping, each value {_allowed(arguments[1], [])}"
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return f"a mapping with the keys {', '.join(annotation.model_fields)}"
     return _PLAIN.get(annotation, "a value") + _range(metadata)
 
 
 def _range(metadata: Sequence[Any]) -> str:
-    low, above = _bound(metadata, "ge"), _bound(metadata, "gt")
-    high, below = _bound(metadata, "le"), _bound(metadata, "lt")
-    parts = []
-    if low is not None:
-        parts.append(f"of at least {low}")
-    if above is not None:
-        parts.append(f"greater than {above}")
-    if high is not None:
-        parts.append(f"at most {high}")
-    if below is not None:
-        parts.append(f"less than {below}")
+    bounds = {words: _bound(metadata, name) for name, words in _BOUNDS.items()}
+    parts = [f"{words} {bound}" for words, bound in bounds.items() if bound is not None]
     if _bound(metadata, "pattern") is not None:
         parts.append(_PATTERN_TEXT)
     elif _bound(metadata, "min_length") is not None:
@@ -141,11 +121,7 @@ def _range(metadata: Sequence[Any]) -> str:
 
 
 def _bound(metadata: Sequence[Any], name: str) -> Any:
-    for item in metadata:
-        value = getattr(item, name, None)
-        if value is not None:
-            return value
-    return None
+    return next((value for item in metadata if (value := getattr(item, name, None)) is not None), None)
 
 
 def _default(field: FieldInfo) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from pangu_sigma.config.presets import PRESETS
-from pangu_sigma.config.section import Section, Violations
+from pangu_sigma.config.section import Field, Section, Violations
 from pangu_sigma.config.sparse_section import FeedForwardKind, SparseConfig
 from rre.feed_forward_spec import FeedForwardSpec
 from rre.router_specs import ROUTER_SPECS, RouterSpec
@@ -16,16 +16,18 @@ from rre.router_specs import ROUTER_SPECS, RouterSpec
 GATE_ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu"}
 
 
-class AttentionConfig(Section):
+class AttentionConfig(Section, resume="fixed", init_from="equal"):
     """Options of the attention part."""
 
     qk_norm: bool = Field(
         False, description="Whether the projected queries and keys are normalised, each over its whole width."
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of attention weights dropped while training.")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, init_from="free", description="Share of attention weights dropped while training."
+    )
 
 
-class DomainParametersConfig(Section):
+class DomainParametersConfig(Section, resume="fixed", init_from="equal"):
     """Parameters that are shared by all domains, or one set for each, beside the experts."""
 
     embedding: Literal["shared", "own"] = Field(
@@ -33,14 +35,17 @@ class DomainParametersConfig(Section):
     )
 
 
-class ModelConfig(Section):
+class ModelConfig(Section, resume="fixed", init_from="equal"):
     """Size and parts of the network; `preset` gives defaults for the sizes, explicit keys override it."""
 
     preset: Literal["tiny", "350M", "2.6B", "13B", "200B"] | None = Field(
-        None, description="A named size that fills in the sizes that are not written."
+        None, resume="free", init_from="free", description="A named size that fills in the sizes that are not written."
     )
     vocab_size: int | None = Field(
-        None, ge=1, description="Rows of the word embedding; null takes the tokenizer's size."
+        None,
+        ge=1,
+        init_from="equal if written",
+        description="Rows of the word embedding; null takes the tokenizer's size.",
     )
     layers: int = Field(ge=1, description="Number of transformer layers, the query layer included.")
     hidden: int = Field(ge=1, description="Width of the residual stream.")
@@ -66,19 +71,25 @@ class ModelConfig(Section):
     query_layer: Literal["next_position", "none"] = Field(
         "next_position", description="PanGu-α's top layer, whose queries are a table of next positions, or none."
     )
-    attention: AttentionConfig = Field(default_factory=AttentionConfig, description="Options of the attention part.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of residual values dropped while training.")
-    init_std: float = Field(0.02, gt=0, description="Standard deviation of the normal initialisation.")
+    attention: AttentionConfig = AttentionConfig()
+    dropout: float = Field(
+        0.0, ge=0, lt=1, init_from="free", description="Share of residual values dropped while training."
+    )
+    init_std: float = Field(
+        0.02, gt=0, init_from="free", description="Standard deviation of the normal initialisation."
+    )
     init_cutoff: float | None = Field(
-        None, gt=0, description="Standard deviations beyond which an initial value is drawn again; null keeps all."
+        None,
+        gt=0,
+        init_from="free",
+        description="Standard deviations beyond which an initial value is drawn again; null keeps all.",
     )
     init_scale_residual: bool = Field(
-        True, description="Whether matrices that end in the residual stream begin smaller, by 1 / sqrt(2 layers)."
+        True,
+        init_from="free",
+        description="Whether matrices that end in the residual stream begin smaller, by 1 / sqrt(2 layers).",
     )
-    domain_parameters: DomainParametersConfig = Field(
-        default_factory=DomainParametersConfig,
-        description="What each domain has of its own beside its experts.",
-    )
+    domain_parameters: DomainParametersConfig = DomainParametersConfig()
     top_layer: Literal["mixture"] | None = Field(
         None,
         description="Top layer of a kind of its own: mixture mixes what every expert predicts (Jacobs et al. 1991).",
@@ -87,7 +98,7 @@ class ModelConfig(Section):
         "competitive",
         description="Loss of a mixture: of each expert's own likelihood, mixed, or of the blended output's.",
     )
-    sparse: SparseConfig = Field(default_factory=SparseConfig, description="The sparse layers.")
+    sparse: SparseConfig = SparseConfig()
 
     @model_validator(mode="before")
     @classmethod

@@ -4,38 +4,38 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
-
 from pangu_sigma.config.data_section import Text
-from pangu_sigma.config.section import Section, Violations
+from pangu_sigma.config.section import Field, Section, Violations
 from parallel.mesh import Mesh, mesh_problems
 
 
-class ProfileConfig(Section):
+class ProfileConfig(Section, resume="free", init_from="free"):
     """Which steps MindSpore's profiler watches."""
 
     start: int = Field(ge=1, description="First profiled step (steps count from 1).")
     steps: int = Field(ge=1, description="Number of profiled steps.")
 
 
-class RunConfig(Section):
+class RunConfig(Section, resume="free", init_from="free"):
     """Where a run lives and what it writes."""
 
     dir: Text = Field(description="The run's folder: checkpoints, metrics.jsonl, TensorBoard files, report.")
     init_from: Text | None = Field(
         None, description="Run, checkpoint or model folder whose weights, tables and tokenizer a new run begins with."
     )
-    seed: int = Field(1234, ge=0, le=2**31 - 1, description="Seed of every random draw.")
-    device: Literal["CPU", "Ascend"] = Field("CPU", description="Where the run computes.")
+    seed: int = Field(1234, ge=0, le=2**31 - 1, resume="fixed", description="Seed of every random draw.")
+    device: Literal["CPU", "Ascend"] = Field("CPU", resume="fixed", description="Where the run computes.")
     kernels: Literal["auto", "compiled", "composed"] = Field(
-        "auto", description="CPU kernels: compiled ones if installed, or composed of MindSpore's operators."
+        "auto",
+        resume="rounding",
+        description="CPU kernels: compiled ones if installed, or composed of MindSpore's operators.",
     )
     log_every: int = Field(10, ge=1, description="Steps between two lines of metrics.jsonl.")
     tensorboard: bool = Field(True, description="Whether TensorBoard files are written too.")
     profile: ProfileConfig | None = Field(None, description="Steps to profile; null profiles none.")
 
 
-class ExpertsConfig(Section):
+class ExpertsConfig(Section, resume="rounding", init_from="free"):
     """Where experts and their optimizer state live while training."""
 
     store: Literal["device", "host", "disk"] = Field(
@@ -43,7 +43,7 @@ class ExpertsConfig(Section):
         description="All experts in every step, or tables in host memory or files of which a step takes its own.",
     )
     resident_gib: float = Field(
-        4.0, gt=0, description="With store disk, GiB of experts and their moments in memory at a time."
+        4.0, gt=0, resume="free", description="With store disk, GiB of experts and their moments in memory at a time."
     )
     grouped_matmul: bool = Field(
         True,
@@ -51,7 +51,7 @@ class ExpertsConfig(Section):
     )
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(Section, resume="free", init_from="free"):
     """Held-out loss while training."""
 
     every: int = Field(0, ge=0, description="Steps between two evaluations; 0 never evaluates.")
@@ -59,7 +59,7 @@ class EvaluateConfig(Section):
     batch_size: int = Field(8, ge=1, description="Sequences in an evaluation batch.")
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(Section, resume="free", init_from="free"):
     """When the run's state is saved and how long it is kept."""
 
     every: int = Field(0, ge=0, description="Steps between two checkpoints; 0 saves at the end of the run only.")
@@ -72,7 +72,7 @@ class CheckpointConfig(Section):
     )
 
 
-class ParallelConfig(Section):
+class ParallelConfig(Section, resume="rounding", init_from="free"):
     """The device mesh: data x expert x tensor x pipeline ranks (`parallel.mesh`)."""
 
     data: int = Field(1, ge=1, description="Data-parallel ranks beside the expert axis, whose ranks read samples too.")
@@ -80,10 +80,15 @@ class ParallelConfig(Section):
     tensor: int = Field(1, ge=1, description="Parts that heads, inner widths and the vocabulary are cut into; Ascend.")
     pipeline: int = Field(1, ge=1, description="Pipeline stages, each with an equal run of layers; Ascend.")
     placement: Literal["global", "domain"] = Field(
-        "global", description="Whether rows travel between all expert parts, or inside a placement group of domains."
+        "global",
+        resume="fixed",
+        description="Whether rows travel between all expert parts, or inside a placement group of domains.",
     )
     placement_groups: int = Field(
-        1, ge=1, description="Under placement domain, runs of domains whose experts and readers sit together."
+        1,
+        ge=1,
+        resume="fixed",
+        description="Under placement domain, runs of domains whose experts and readers sit together.",
     )
     optimizer_parallel: bool = Field(
         False, description="Whether shared weights and moments are cut over the ranks that read samples; Ascend."
@@ -100,7 +105,10 @@ class ParallelConfig(Section):
         description="On CPU, whether processes emulate the devices of an Ascend mesh, each computing the whole graph.",
     )
     timeout: float = Field(
-        600.0, gt=0, description="Seconds that a process waits for the others before the run is given up."
+        600.0,
+        gt=0,
+        resume="free",
+        description="Seconds that a process waits for the others before the run is given up.",
     )
 
     def violations(self) -> Violations:

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
-
 from pangu_sigma.config.data_section import DataConfig, DomainConfig
 from pangu_sigma.config.finetuning_section import AdaptConfig
 from pangu_sigma.config.model_section import ModelConfig
 from pangu_sigma.config.run_sections import CheckpointConfig, EvaluateConfig, ExpertsConfig, ParallelConfig, RunConfig
-from pangu_sigma.config.section import ListOf, Section
+from pangu_sigma.config.section import Field, ListOf, Section
 from pangu_sigma.config.training_sections import OptimizerConfig, ScheduleConfig, TrainConfig
 
 
-class Config(Section):
+class Config(Section, resume="fixed", init_from="free"):
     """The whole configuration as data. `load_config` makes it and checks the rules between its keys (`rules.py`)."""
 
     schema_version: Literal[2] = Field(description="Version of this schema.")
-    run: RunConfig = Field(description="Where a run lives and what it writes.")
-    model: ModelConfig = Field(description="Size and parts of the network.")
-    domains: ListOf[DomainConfig] = Field(min_length=1, description="The domains, in the order of their ids.")
-    data: DataConfig = Field(default_factory=DataConfig, description="How texts become sequences.")
-    optimizer: OptimizerConfig = Field(description="AdamW and its numbers.")
-    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="Learning rate over the steps.")
-    train: TrainConfig = Field(description="The training loop.")
-    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="Held-out loss while training.")
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="When the state is saved.")
-    experts: ExpertsConfig = Field(default_factory=ExpertsConfig, description="Where the experts live.")
-    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="The device mesh.")
+    run: RunConfig
+    model: ModelConfig
+    domains: ListOf[DomainConfig] = Field(
+        min_length=1, init_from="equal", description="The domains, in the order of their ids."
+    )
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    experts: ExpertsConfig = ExpertsConfig()
+    parallel: ParallelConfig = ParallelConfig()
     adapt: AdaptConfig | None = Field(
         None, description="What pangu-sigma sft and dpo fine-tune a model on; null trains on the domains' text."
     )

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
-
-from pangu_sigma.config.section import Section, Violations
+from pangu_sigma.config.section import Field, Section, Violations
 from rre.router_specs import RouterSpec
 
 FeedForwardKind = Literal["mlp", "swiglu", "geglu"]
 
 
-class SparseConfig(Section):
+class SparseConfig(Section, resume="fixed", init_from="equal"):
     """Which layers are sparse, how a token finds its expert and how rows travel."""
 
     pattern: Literal["top", "every_other", "every"] = Field(
@@ -32,32 +30,44 @@ class SparseConfig(Section):
     )
     table: Literal["uniform", "frequency"] = Field(
         "uniform",
+        init_from="free",
         description="How a routing table is drawn: equal numbers of vocabulary ids, or balanced by their frequency.",
     )
     resample: bool = Field(
-        False, description="Whether training draws a fresh expert for every occurrence instead of using the table."
+        False,
+        init_from="free",
+        description="Whether training draws a fresh expert for every occurrence instead of using the table.",
     )
     dispatch: Literal["dropless", "capacity"] = Field(
-        "dropless", description="Whether every row reaches its expert, or only as many as an expert may take."
+        "dropless",
+        init_from="free",
+        description="Whether every row reaches its expert, or only as many as an expert may take.",
     )
     capacity_factor: float = Field(
-        1.25, gt=0, description="Rows an expert may take under capacity dispatch, as a multiple of an even share."
+        1.25,
+        gt=0,
+        init_from="free",
+        description="Rows an expert may take under capacity dispatch, as a multiple of an even share.",
     )
     capacity_samples: int = Field(
         1,
         ge=1,
+        init_from="free",
         description="Samples that share an expert's room under a learned gate and capacity dispatch: GShard's group.",
     )
     aux_loss_weight: float = Field(
-        0.01, ge=0, description="Weight of the balance loss of switch, gshard, glam and olmoe."
+        0.01, ge=0, init_from="free", description="Weight of the balance loss of switch, gshard, glam and olmoe."
     )
     balance: Literal["per_layer", "pooled"] = Field(
         "per_layer",
+        init_from="free",
         description="Form of olmoe's balance loss: each layer's own, added up, or Hugging Face's, pooled over layers.",
     )
-    z_loss_weight: float = Field(0.001, ge=0, description="Weight of the z-loss of olmoe.")
-    importance_loss_weight: float = Field(0.1, ge=0, description="Weight of the importance loss of noisy_top_k.")
-    load_loss_weight: float = Field(0.1, ge=0, description="Weight of the load loss of noisy_top_k.")
+    z_loss_weight: float = Field(0.001, ge=0, init_from="free", description="Weight of the z-loss of olmoe.")
+    importance_loss_weight: float = Field(
+        0.1, ge=0, init_from="free", description="Weight of the importance loss of noisy_top_k."
+    )
+    load_loss_weight: float = Field(0.1, ge=0, init_from="free", description="Weight of the load loss of noisy_top_k.")
     renormalise: bool = Field(
         False, description="Whether olmoe divides a token's combine weights by their sum; OLMoE itself does not."
     )
@@ -68,7 +78,11 @@ class SparseConfig(Section):
         False, description="Whether sparse layers have one more network, which every token takes beside its experts."
     )
     jitter: float = Field(
-        0.0, ge=0, lt=1, description="Half-width of the noise multiplied onto the gate's input of switch in training."
+        0.0,
+        ge=0,
+        lt=1,
+        init_from="free",
+        description="Half-width of the noise multiplied onto the gate's input of switch in training.",
     )
 
     def router_name(self, is_mixture: bool) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 
 from pangu_sigma.config.data_section import DomainName
-from pangu_sigma.config.section import ListOf, Section, Violations
+from pangu_sigma.config.section import Field, ListOf, Section, Violations
 
 
-class OptimizerConfig(Section):
+class OptimizerConfig(Section, resume="fixed", init_from="free"):
     """AdamW with decoupled decay (none on norms and biases) and its own epsilon for experts."""
 
     name: Literal["adamw"] = Field("adamw", description="The optimizer.")
@@ -28,23 +28,29 @@ class OptimizerConfig(Section):
     )
 
 
-class ScheduleConfig(Section):
+class ScheduleConfig(Section, resume="fixed", init_from="free"):
     """Learning rate over the steps: linear warm-up, then a decay to `min_lr_ratio` of the peak."""
 
     kind: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape of the decay after the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear growth from zero to the peak.")
     decay_steps: int | None = Field(
-        None, ge=1, description="Step at which the decay ends, the warm-up included; null takes all before the anneal."
+        None,
+        ge=1,
+        resume="schedule",
+        description="Step at which the decay ends, the warm-up included; null takes all before the anneal.",
     )
     min_lr_ratio: float = Field(
         0.1, ge=0, le=1, description="Learning rate at the decay's end, as a share of the peak."
     )
     anneal_steps: int = Field(
-        0, ge=0, description="Last steps of the run, over which the rate falls linearly to 0 from where it stands."
+        0,
+        ge=0,
+        resume="schedule",
+        description="Last steps of the run, over which the rate falls linearly to 0 from where it stands.",
     )
 
 
-class LossScaleConfig(Section):
+class LossScaleConfig(Section, resume="fixed", init_from="free"):
     """Dynamic loss scale of float16 training; without effect in the other precisions."""
 
     initial: float = Field(65536.0, gt=0, description="Loss scale of the first step.")
@@ -52,7 +58,7 @@ class LossScaleConfig(Section):
     factor: float = Field(2.0, gt=1, description="Factor of growth, and of the cut after an overflow.")
 
 
-class RegulariseConfig(Section):
+class RegulariseConfig(Section, resume="ahead", init_from="free"):
     """Regularisation of a phase towards the previous model: the model at the phase's first step, or before it grew."""
 
     output: float = Field(
@@ -77,7 +83,7 @@ def _trained(value: Any) -> Any:
     return {True: "train", False: "frozen"}[value] if isinstance(value, bool) else value
 
 
-class PhaseConfig(Section):
+class PhaseConfig(Section, resume="ahead", init_from="free"):
     """Phase of training: a run of steps with its own sampling weights and its own trained parameters."""
 
     steps: int | None = Field(
@@ -136,32 +142,42 @@ class PhaseConfig(Section):
             )
 
 
-class TrainConfig(Section):
+class TrainConfig(Section, resume="fixed", init_from="free"):
     """The loop: how many steps of which size, in which precision."""
 
-    steps: int = Field(ge=1, description="Optimizer steps of the whole run.")
+    steps: int = Field(ge=1, resume="schedule", description="Optimizer steps of the whole run.")
     batch_size: int = Field(ge=1, description="Sequences in an optimizer step.")
     gradient_accumulation_steps: int = Field(
-        1, ge=1, description="Micro-batches of an optimizer step, one after the other; divides batch_size."
+        1,
+        ge=1,
+        resume="rounding",
+        description="Micro-batches of an optimizer step, one after the other; divides batch_size.",
     )
     stop_at: int | None = Field(
-        None, ge=1, description="Step after which the run ends early, as if interrupted after a checkpoint."
+        None,
+        ge=1,
+        resume="free",
+        description="Step after which the run ends early, as if interrupted after a checkpoint.",
     )
     precision: Literal["float32", "float16", "bfloat16"] = Field(
         "float32", description="Type of the computation; parameters and moments are float32. bfloat16: Ascend only."
     )
-    loss_scale: LossScaleConfig = Field(
-        default_factory=LossScaleConfig, description="Dynamic loss scale of float16 training."
-    )
+    loss_scale: LossScaleConfig = LossScaleConfig()
     nonfinite: Literal["raise", "skip", "rollback"] = Field(
-        "raise", description="On a non-finite loss or gradient: stop, skip the step, or return to the last checkpoint."
+        "raise",
+        resume="free",
+        description="On a non-finite loss or gradient: stop, skip the step, or return to the last checkpoint.",
     )
-    skip_budget: int = Field(10, ge=0, description="How often a run may skip or roll back before it stops.")
+    skip_budget: int = Field(
+        10, ge=0, resume="free", description="How often a run may skip or roll back before it stops."
+    )
     recompute: bool = Field(
-        False, description="Whether activations are computed again for the gradient instead of kept."
+        False, resume="free", description="Whether activations are computed again for the gradient instead of kept."
     )
     phases: ListOf[PhaseConfig] = Field(
-        (), description="Phases of the run, one after the other; an empty list trains everything throughout."
+        (),
+        resume="ahead",
+        description="Phases of the run, one after the other; an empty list trains everything throughout.",
     )
 
     def violations(self) -> Violations:

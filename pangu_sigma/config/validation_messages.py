@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from pangu_sigma.config.key_descriptions import allowed_at, field_at, keys, section_at
+from pangu_sigma.config.key_descriptions import allowed_at, field_at, keys, meaning, section_at
 from pangu_sigma.config.schema import Config
 from pangu_sigma.config.schema_versions import SCHEMA_VERSION, changed_name
 from pangu_sigma.config.section import Section
@@ -38,8 +38,8 @@ def problems_of(error: ValidationError, root: type[Section] = Config) -> list[Pr
 def _problem(item: Any, path: tuple[str | int, ...], root: type[Section]) -> Problem:
     key = dotted(path)
     if item["type"] == "missing":
-        meaning = getattr(field_at(path, root), "description", None)
-        meant = f" ({meaning})" if meaning else ""
+        field = field_at(path, root)
+        meant = f" ({meaning(field)})" if field is not None else ""
         return Problem(key, f"{key} is missing: set it to {allowed_at(path, root)}{meant}")
     if item["type"] == "extra_forbidden":
         return Problem(key, unknown_key(path, root))

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.checkpoint.tensor_file import digest_of
-from pangu_sigma.config.init_from import defines_network
-from pangu_sigma.config.resume_rules import flat_keys
+from pangu_sigma.config.init_from import network_differences
 from pangu_sigma.config.validation_messages import shown
 from pangu_sigma.errors import UserError
 from pangu_sigma.trained_model import stored_config
@@ -17,13 +16,11 @@ def check_siblings(one: Checkpoint, other: Checkpoint) -> None:
     """Raises UserError, naming what differs, unless both have one network, tokenizer and shared parameters."""
     if one.fingerprints.tokenizer != other.fingerprints.tokenizer:
         raise UserError(f"{one.path} and {other.path} have different tokenizers: only models of one parent fit")
-    keys, other_keys = flat_keys(stored_config(one)), flat_keys(stored_config(other))
-    for key in {**keys, **other_keys}:
-        if defines_network(key) and keys.get(key) != other_keys.get(key):
-            raise UserError(
-                f"{one.path} and {other.path} are different networks ({key} is {shown(keys.get(key))} and "
-                f"{shown(other_keys.get(key))}): only models of one parent fit"
-            )
+    for change in network_differences(stored_config(one), stored_config(other)):
+        raise UserError(
+            f"{one.path} and {other.path} are different networks ({change.key} is {shown(change.before)} and "
+            f"{shown(change.after)}): only models of one parent fit"
+        )
     names = one.names(domains=[], optimizer=False)
     if different := different_tensors(one, other, {name: name for name in names}):
         raise UserError(

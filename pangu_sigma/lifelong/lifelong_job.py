@@ -16,7 +16,8 @@ from pangu_sigma import runtime
 from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.checkpoint.folder_locks import lock_run_folder
 from pangu_sigma.config import config_from_dict
-from pangu_sigma.config.resume_rules import changed_keys, flat_keys
+from pangu_sigma.config.differences import joined
+from pangu_sigma.config.resume_rules import changed_keys
 from pangu_sigma.data.corpus import Corpus, prepare_corpus
 from pangu_sigma.data.corpus_files import CorpusSource, expand_paths
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
@@ -181,23 +182,17 @@ def _check_stages(plan: Plan, stored: Mapping[str, Any], planned: Mapping[str, A
 
 def _check_base(plan: Plan, stored: Mapping[str, Any]) -> None:
     old = config_from_dict(stored["base"], source=f"{plan.dir / PLAN}")
-    refused = changed_keys(old, plan.base).refused
+    refused = changed_keys(old, plan.base, step=0).refused
     if plan.grows:
         # More domains may come; those there are stay what they were.
         names, now = old.domain_names, plan.base.domain_names
-        new = [name for name in now if name not in names]
         if set(names) <= set(now):
-            refused = [
-                key for key in refused if key != "domains" and not any(key.startswith(f"domains.{n}.") for n in new)
-            ]
-    refused = [key for key in refused if key != "schedule.decay_steps"]
+            new = tuple(f"domains.{name}." for name in now if name not in names)
+            refused = [change for change in refused if change.key != "domains" and not change.key.startswith(new)]
     if refused:
-        before, after = flat_keys(old), flat_keys(plan.base)
-        key = refused[0]
-        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
         raise UserError(
-            f"the stages of {plan.dir} cannot go on with other values: {key} was {before.get(key)} and is "
-            f"{after.get(key)}{more}; restore it or choose another run.dir"
+            f"the stages of {plan.dir} cannot go on with other values: {joined(refused)}; restore them or choose "
+            "another run.dir"
         )
 
 

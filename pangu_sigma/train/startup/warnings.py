@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.config import Config
-from pangu_sigma.train.schedule import phase_at
+from pangu_sigma.config.resume_rules import changed_keys
+from pangu_sigma.train.schedule import learning_rate, phase_at
 from pangu_sigma.trained_model import stored_config
 
 if TYPE_CHECKING:
@@ -14,10 +15,7 @@ if TYPE_CHECKING:
 
 
 def describe_differences(model: Model, checkpoint: Checkpoint | None) -> list[str]:
-    """A sentence for each of kernels, expert store and mesh that is another than under the run's checkpoint.
-
-    With any of them the resumed run computes the same up to the last digits only.
-    """
+    """Whether the compiled kernels are missing, and what keeps a resumed run from being the one without a break."""
     from parallel.ops.compiled_kernels import library
 
     config, kernels = model.config, model.kernels
@@ -26,25 +24,29 @@ def describe_differences(model: Model, checkpoint: Checkpoint | None) -> list[st
         messages.append("no compiled kernels in this installation: the run is slower; install again with gcc there")
     if checkpoint is None:
         return messages
-    stored = stored_config(checkpoint)
+    differences = not_bit_equal(stored_config(checkpoint), config, checkpoint.step)
     stored_kernels = checkpoint.state.get("kernels", kernels)
     if stored_kernels != kernels:
-        messages.append(
-            f"the checkpoint is of {stored_kernels} kernels, this run of {kernels} ones: last digits may differ"
-        )
-    stored_store, store = stored.experts.store, config.experts.store
-    if (stored_store == "device") != (store == "device"):
-        messages.append(
-            f"the checkpoint is of a run with experts.store = {stored_store}, this one has {store}: last digits may "
-            "differ"
-        )
-    stored_mesh, mesh = stored.parallel.mesh, config.parallel.mesh
-    if stored_mesh != mesh:
-        messages.append(
-            f"the checkpoint is of {stored_mesh.size} processes ({stored_mesh.axes}), this run of {mesh.size} "
-            f"({mesh.axes}): last digits may differ"
-        )
+        differences.append(f"kernels were {stored_kernels} and are {kernels}")
+    if differences:
+        messages.append(f"no longer bit-equal to the run without a break: {'; '.join(differences)}")
     return messages
+
+
+def not_bit_equal(stored: Config, config: Config, step: int) -> list[str]:
+    """What makes the run with `config` another one than if it had done its first `step` steps with it too, as far as a
+    configuration tells: "train.gradient_accumulation_steps was 2 and is 4"."""
+    allowed = changed_keys(stored, config, step).allowed
+    # Which kernels computed is known. Host and disk tables compute alike; the device store has all experts in the graph.
+    alike = "device" not in (stored.experts.store, config.experts.store)
+    known = ("run.kernels", "experts.store") if alike else ("run.kernels",)
+    changes = [change for change in allowed if change.resume == "rounding" and change.key not in known]
+    planned = [change for change in allowed if change.resume == "schedule"]
+    # The last phase ends where the run does.
+    planned = planned or [change for change in allowed if change.resume == "ahead"]
+    if planned and any(learning_rate(stored, done) != learning_rate(config, done) for done in range(step)):
+        changes += planned
+    return [str(change) for change in changes]
 
 
 def describe_placement(config: Config, sizes: tuple[int, ...], step: int) -> list[str]:

@@ -61,7 +61,7 @@ def test_a_resumption_need_not_repeat_where_the_run_began(small, model):
     stored = with_tokenizer_of(beginning(small), model)
     again = with_init_from_of(small("model.sparse.layers=1"), stored)
     assert again.run.init_from == stored.run.init_from
-    check_resume(stored, again)
+    check_resume(stored, again, 4)
     assert with_init_from_of(small(), small()) == small()
 
 

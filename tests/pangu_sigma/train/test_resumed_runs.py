@@ -44,6 +44,31 @@ def test_the_profiler_writes_into_the_runs_folder(resumed):
     assert list((resumed[0].parent / "cwd").iterdir()) == []
 
 
+# Keys that change no result, as their fields say.
+FREE = [
+    "train.recompute=true", "data.prefetch=0", "evaluate.every=0", "checkpoint.every=3", "checkpoint.keep=9",
+    "run.log_every=2", "run.tensorboard=false", "train.nonfinite=skip", "train.skip_budget=3",
+]  # fmt: skip
+
+
+def test_keys_that_change_no_result_leave_every_byte(finished_run, small_yaml, copied_run, tmp_path):
+    run = copied_run(4)
+    done = command("train", small_yaml, f"run.dir={run}", "data.cache=null", *FREE, "--resume", cwd=tmp_path)
+    assert done.returncode == 0 and "bit-equal" not in done.stderr, done.stderr
+    assert_equal_checkpoints(checkpoint(finished_run, N), checkpoint(run, N))
+
+
+def test_a_resume_with_other_rounding_and_a_longer_schedule_says_so(small_yaml, copied_run, tmp_path):
+    run = copied_run(4)
+    done = command("train", small_yaml, f"run.dir={run}", "data.cache=null", "train.gradient_accumulation_steps=1",
+                   "train.steps=20", "train.stop_at=6", "--resume", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (
+        "no longer bit-equal to the run without a break: train.gradient_accumulation_steps was 2 and is 1; "
+        "train.steps was 12 and is 20"
+    ) in " ".join(done.stderr.split())
+
+
 def test_without_a_checkpoint_a_resume_begins_at_step_0_and_says_so(small_yaml, tmp_path):
     done = command("train", small_yaml, f"run.dir={tmp_path / 'run'}", "evaluate.every=0", "train.stop_at=1",
                    "model.dropout=0", "model.attention.dropout=0", "--resume", cwd=tmp_path)  # fmt: skip
