@@ -12,7 +12,7 @@ PYTEST ?=
 # Extras that bring in all others.
 ALL_EXTRAS := lint,test,clients
 
-.PHONY: help quickstart test test-slow clients lint bench wheel constraints clean
+.PHONY: help quickstart test test-slow clients lint reference bench wheel constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -32,6 +32,9 @@ clients: $(VENV)/.installed-test $(VENV)/.installed-clients  ## foreign clients 
 
 lint: $(VENV)/.installed-lint  ## ruff's checks
 	$(BIN)/ruff check .
+
+reference: $(VENV)/.installed  ## renew docs/configuration.md and the quickstart's comments, which the schema gives
+	$(BIN)/python docs/reference.py
 
 bench: $(VENV)/.installed-hf  ## speeds beside PyTorch, extraction beside cp, cluster configurations compiled
 	$(BIN)/python -m benchmarks.training_speed

@@ -7,6 +7,7 @@ import json
 from pangu_sigma.config.key_descriptions import keys
 from pangu_sigma.config.parameter_counts import ParameterCounts, parameter_counts
 from pangu_sigma.config.schema import Config
+from pangu_sigma.config.section import INIT_FROM, RESUME
 
 
 def json_text(config: Config, vocabulary: int) -> str:
@@ -24,9 +25,20 @@ def yaml_text(config: Config, vocabulary: int) -> str:
 
 
 def description() -> str:
-    """Every key with its meaning, what is allowed and its default, one paragraph a key."""
-    paragraphs = (f"{key.path}\n    {key.description}\n    {key.allowed}; default: {key.default}" for key in keys())
-    return "\n".join(paragraphs)
+    """The reference of all keys as Markdown: meaning, what is allowed, default, what `--resume` and `init_from` may."""
+    lines = ["# Keys of the configuration", "", "`pangu-sigma config --describe` prints this page."]
+    lines += ["", "What `--resume` may do with a key of the run's configuration:", ""]
+    lines += [f"- {decision}: {meaning}" for decision, meaning in RESUME.items()]
+    lines += ["", "What a new run may do with a key whose `run.init_from` names a model:", ""]
+    lines += [f"- {decision}: {meaning}" for decision, meaning in INIT_FROM.items()]
+    chapter = ""
+    for key in keys():
+        if chapter != (chapter := key.path.partition(".")[0].removesuffix("[]")):
+            lines += ["", f"## {chapter}", ""]
+        default = "required" if key.default == "required" else f"default {key.default}"
+        lines.append(f"- `{key.path}`: {key.description}")
+        lines.append(f"  {key.allowed}; {default}; `--resume`: {key.resume}; `init_from`: {key.init_from}")
+    return "\n".join(lines)
 
 
 def _count_lines(counts: ParameterCounts, rows: int) -> list[str]:

@@ -31,8 +31,7 @@ def check_init_from(model: Config, config: Config) -> None:
     wrong = [
         f"{change.key} is {shown(change.before)} there and {shown(change.after)} here"
         for change in differences(model, config)
-        if change.init_from == "equal"
-        or (change.init_from == "equal if written" and change.after is not None)
+        if change.init_from == "equal" or (change.init_from == "equal if written" and change.after is not None)
     ]
     if wrong:
         raise UserError(f"{prefix} is another model: {joined(wrong)}; write what it has, or leave it out")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
 from pangu_sigma.config.schema import Config
 from pangu_sigma.config.section import Section
@@ -37,7 +38,7 @@ def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[KeyDescr
         if inner is not None:
             yield from keys(inner, f"{path}[]." if is_list else f"{path}.")
         else:
-            yield KeyDescription(path, allowed(field), _default(field), meaning(field), *section.decisions_of(name))
+            yield KeyDescription(path, allowed(field), default_of(field), meaning(field), *section.decisions_of(name))
 
 
 def meaning(field: FieldInfo) -> str:
@@ -124,8 +125,8 @@ def _bound(metadata: Sequence[Any], name: str) -> Any:
     return next((value for item in metadata if (value := getattr(item, name, None)) is not None), None)
 
 
-def _default(field: FieldInfo) -> str:
+def default_of(field: FieldInfo) -> str:
+    """The default of a field as YAML, or "required"."""
     if field.is_required():
         return "required"
-    value = field.get_default(call_default_factory=True)
-    return json.dumps(list(value) if isinstance(value, tuple) else value).strip('"')
+    return json.dumps(to_jsonable_python(field.get_default())).strip('"')

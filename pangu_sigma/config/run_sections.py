@@ -17,7 +17,7 @@ class ProfileConfig(Section, resume="free", init_from="free"):
 
 
 class RunConfig(Section, resume="free", init_from="free"):
-    """Where a run lives and what it writes."""
+    """Where the run lives and what it writes."""
 
     dir: Text = Field(description="The run's folder: checkpoints, metrics.jsonl, TensorBoard files, report.")
     init_from: Text | None = Field(
@@ -73,7 +73,7 @@ class CheckpointConfig(Section, resume="free", init_from="free"):
 
 
 class ParallelConfig(Section, resume="rounding", init_from="free"):
-    """The device mesh: data x expert x tensor x pipeline ranks (`parallel.mesh`)."""
+    """The device mesh: data x expert x tensor x pipeline ranks; with all of them 1, one process trains alone."""
 
     data: int = Field(1, ge=1, description="Data-parallel ranks beside the expert axis, whose ranks read samples too.")
     expert: int = Field(1, ge=1, description="Parts that the experts are cut into; each reads samples of its own.")

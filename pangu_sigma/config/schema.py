@@ -19,7 +19,9 @@ class Config(Section, resume="fixed", init_from="free"):
     run: RunConfig
     model: ModelConfig
     domains: ListOf[DomainConfig] = Field(
-        min_length=1, init_from="equal", description="The domains, in the order of their ids."
+        min_length=1,
+        init_from="equal",
+        description="The domains, in the order of their ids; each is a distribution of text with its own experts.",
     )
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig
@@ -30,7 +32,9 @@ class Config(Section, resume="fixed", init_from="free"):
     experts: ExpertsConfig = ExpertsConfig()
     parallel: ParallelConfig = ParallelConfig()
     adapt: AdaptConfig | None = Field(
-        None, description="What pangu-sigma sft and dpo fine-tune a model on; null trains on the domains' text."
+        None,
+        description="What pangu-sigma sft and dpo fine-tune a model on, as configs/sft.yaml and configs/dpo.yaml show; "
+        "null trains on the domains' text.",
     )
 
     @property

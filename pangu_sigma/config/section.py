@@ -19,23 +19,23 @@ Violations = Iterator[tuple[str, str]]
 # YAML knows lists only; they are stored as tuples, because a frozen section must not hold anything that can be changed.
 ListOf = Annotated[tuple[Item, ...], Strict(False)]
 
-# What `--resume` may do with a key -> how the reference says it.
+# What `--resume` may do with a key.
 RESUME = MappingProxyType(
     {
-        "free": "may change: no result depends on it",
-        "rounding": "may change: the run is then no longer bit-equal to one without a break, and says so",
-        "schedule": "may change: the run says so if steps already done had other learning rates",
-        "ahead": "may change, and grow, for steps that are not done yet",
-        "fixed": "fixed",
+        "free": "it may change, and no result depends on it",
+        "rounding": "it may change, and the run says that it is no longer bit-equal to the run without a break",
+        "schedule": "it may change, and the run says the same if steps already done had other learning rates",
+        "ahead": "it may change for steps that are not done yet: phases are added, changed, made longer",
+        "fixed": "it keeps its value: another one is refused by its name",
     }
 )
-# What a run that begins with another model (`run.init_from`) may do with a key -> how the reference says it.
+# What a new run may do with a key whose `run.init_from` names a model.
 INIT_FROM = MappingProxyType(
     {
-        "free": "free",
-        "equal": "as in the model",
-        "equal if written": "as in the model, or null",
-        "taken over": "the model's stays",
+        "free": "it is the new run's own",
+        "equal": "it says what the model's tensors are: another value is refused by its name",
+        "equal if written": "so too, and null takes the model's value",
+        "taken over": "the model's value takes its place",
     }
 )
 

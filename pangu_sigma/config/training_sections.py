@@ -177,7 +177,8 @@ class TrainConfig(Section, resume="fixed", init_from="free"):
     phases: ListOf[PhaseConfig] = Field(
         (),
         resume="ahead",
-        description="Phases of the run, one after the other; an empty list trains everything throughout.",
+        description="Phases of the run, one after the other, as configs/two_stage.yaml shows; an empty list trains "
+        "everything throughout.",
     )
 
     def violations(self) -> Violations:

@@ -37,7 +37,7 @@ def not_bit_equal(stored: Config, config: Config, step: int) -> list[str]:
     """What makes the run with `config` another one than if it had done its first `step` steps with it too, as far as a
     configuration tells: "train.gradient_accumulation_steps was 2 and is 4"."""
     allowed = changed_keys(stored, config, step).allowed
-    # Which kernels computed is known. Host and disk tables compute alike; the device store has all experts in the graph.
+    # Which kernels computed is known. Host and disk compute alike; the device store has all experts in the graph.
     alike = "device" not in (stored.experts.store, config.experts.store)
     known = ("run.kernels", "experts.store") if alike else ("run.kernels",)
     changes = [change for change in allowed if change.resume == "rounding" and change.key not in known]

@@ -147,7 +147,7 @@ def test_config_prints_json_with_overrides():
 
 
 def test_config_describes_every_key():
-    assert "train.stop_at\n    Step after which the run ends early" in run("config", "--describe").stdout
+    assert "`train.stop_at`: Step after which the run ends early" in run("config", "--describe").stdout
 
 
 def test_an_interruption_is_said_and_has_its_own_code(tmp_path):
