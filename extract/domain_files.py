@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pangu_sigma.checkpoint import Checkpoint, resolve
-from pangu_sigma.config.parameter_counts import is_routing
+from pangu_sigma.tensor_names import is_routing
 
 
 @dataclass(frozen=True)

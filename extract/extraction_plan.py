@@ -20,8 +20,8 @@ from pangu_sigma.checkpoint.streamed_checkpoint import plan_taken
 from pangu_sigma.checkpoint.tensor_file import make_header, numpy_type, raw_bytes
 from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.config.finetuning_file import without_adaptation
-from pangu_sigma.config.parameter_counts import is_routing
 from pangu_sigma.errors import UserError
+from pangu_sigma.tensor_names import dense_name, is_expert, is_gate, is_routing, parse_name
 from pangu_sigma.trained_model import stored_config
 
 _LARGEST_SHARD = 4 << 30
@@ -46,14 +46,13 @@ class ExtractionPlan:
         if self.dtype is not None and self.dtype not in FLOAT_TYPES:
             types = ", ".join(FLOAT_TYPES)
             raise UserError(f"the type {self.dtype} is not one that weights can be stored in: use {types}")
-        gates = [name for name in self.parent.names(domains=[], optimizer=False) if ".router." in name]
-        if gates:
+        shared = self.parent.names(domains=[], optimizer=False)
+        if gates := [name for name in shared if is_gate(name)]:
             raise UserError(
                 f"{self.parent.path} routes by a learned gate over the experts of all domains ({gates[0]}), which "
                 "sends any token to any of them: no part of it is the same function alone; cut a model of router rre"
             )
-        tables = [name for name in self.parent.names(domains=[], optimizer=False) if is_routing(name)]
-        if tables:
+        if tables := [name for name in shared if is_routing(name)]:
             raise UserError(
                 f"{self.parent.path} routes by one table over the experts of all domains ({tables[0]}), so no part of "
                 "it is the same function alone; cut a model of router rre"
@@ -70,8 +69,8 @@ class ExtractionPlan:
         sizes = {layer_name: groups[self.domains[0]] for layer_name, groups in self.parent.coverage.items()}
         if not sizes:
             raise UserError(f"{self.parent.path} has no sparse layers to fold: leave out --fold")
-        beside = [name for name in self.parent.names(domains=[], optimizer=False) if ".shared_expert." in name]
-        if beside:
+        shared = self.parent.names(domains=[], optimizer=False)
+        if beside := [name for name in shared if parse_name(name).module == "shared_expert"]:
             raise UserError(
                 f"{self.parent.path} has a shared expert beside the routed ones ({beside[0]}), and the two are no "
                 "single dense layer: leave out --fold"
@@ -101,7 +100,8 @@ class ExtractionPlan:
         names = self.parent.names(domains=self.domains, optimizer=False)
         if not self.fold:
             return {name: name for name in names}
-        return {folded: name for name in names if (folded := _folded(name)) is not None}
+        # No routing tables, since every token goes one way.
+        return {dense_name(name): name for name in names if not is_routing(name)}
 
     @cached_property
     def config(self) -> Config:
@@ -196,7 +196,7 @@ class ExtractionPlan:
 
     def _spec(self, name: str, source: str) -> TensorSpec:
         shape = self.parent.manifest.tensors[source].shape
-        return TensorSpec(name, self.stored_type(source), shape[1:] if self.fold and ".experts." in source else shape)
+        return TensorSpec(name, self.stored_type(source), shape[1:] if self.fold and is_expert(source) else shape)
 
     def stored_type(self, source: str) -> str:
         """The element type in which the parent's tensor `source` is stored in the sub-model."""
@@ -223,12 +223,3 @@ def choose_domains(parent: Checkpoint, requested: Sequence[str]) -> tuple[str, .
                 f"(It has {len(parent.domains)}: {', '.join(parent.domains[:10])}{', …' * (len(parent.domains) > 10)})"
             )
     return tuple(name for name in parent.domains if name in requested)
-
-
-def _folded(name: str) -> str | None:
-    """The name of a domain's tensor in the dense model; a routing table has none, since every token goes one way."""
-    domain = folder_layout.domain_of(name)
-    if domain is None:
-        return name
-    rest = name.removeprefix(f"domains.{domain}.")
-    return None if is_routing(rest) else rest.replace(".experts.", ".feed_forward.")

@@ -12,10 +12,10 @@ from extract.verify_sub_model import Verification
 from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.checkpoint.disk_space import human_bytes
 from pangu_sigma.config import parameter_counts
-from pangu_sigma.config.parameter_counts import is_routing
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.printable_text import printable
 from pangu_sigma.monitor.text_tables import number, perplexity
+from pangu_sigma.tensor_names import is_routing
 from pangu_sigma.trained_model import run_of
 from pangu_sigma.version import VERSION
 

@@ -11,6 +11,7 @@ from pangu_sigma.checkpoint import Checkpoint, resolve
 from pangu_sigma.config import Config
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
+from pangu_sigma.tensor_names import TensorName, parse_name
 from pangu_sigma.trained_model import stored_config, stored_tokenizer
 
 
@@ -43,14 +44,11 @@ class ExportSource:
         """A tensor's shape by the manifest."""
         return self.checkpoint.manifest.tensors[name].shape
 
-    def by_owner(self) -> Iterator[tuple[str, int | None, str]]:
-        """(full name, number of the chosen domain or None, name without `domains.{domain}.`) of every tensor."""
+    def by_owner(self) -> Iterator[tuple[str, int | None, TensorName]]:
+        """(name, number of the chosen domain or None, the name taken apart) of every tensor."""
         for name in self.names:
-            if name.startswith("domains."):
-                _, domain, rest = name.split(".", 2)
-                yield name, self.domains.index(domain), rest
-            else:
-                yield name, None, name
+            parsed = parse_name(name)
+            yield name, None if parsed.domain is None else self.domains.index(parsed.domain), parsed
 
 
 def open_source(model: str | Path, domains: Sequence[str] | None = None) -> ExportSource:

@@ -19,9 +19,9 @@ from extract.export.export_source import ExportSource, check_pangu
 from extract.export.safetensors_shards import SAFETENSORS_DTYPES, TargetTensor, write_shards
 from pangu_sigma.checkpoint.float_types import FLOAT_TYPES, convert_float
 from pangu_sigma.checkpoint.tensor_file import numpy_type
-from pangu_sigma.config.parameter_counts import is_routing
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
+from pangu_sigma.tensor_names import GATE, TensorName, is_routing
 from pangu_sigma.version import VERSION
 
 if TYPE_CHECKING:
@@ -67,32 +67,29 @@ def targets(source: ExportSource, dtype: str) -> list[TargetTensor]:
     return [_target(source, dtype, *owned) for owned in source.by_owner()]
 
 
-def hf_name(domain: int | None, name: str) -> tuple[str, bool]:
-    """(name in the modelling file, whether it is stored turned) of our tensor `name` (without `domains.{domain}.`).
+def hf_name(domain: int | None, name: TensorName) -> tuple[str, bool]:
+    """(name in the modelling file, whether it is stored turned) of our tensor `name` of the chosen domain `domain`.
 
     Our matrices are [in, out]; nn.Linear's are [out, in]. Experts stay [experts, in, out]. ValueError for a name that
     the modelling file does not know: no tensor is left out.
     """
-    prefix, _, last = name.rpartition(".")
-    if prefix == "embedding":
-        table = _TABLES[last]
-        return f"model.{f'words.{domain}' if domain is not None else table}.weight", False
+    module, tensor = name.module, name.tensor
+    if module == "embedding":
+        return f"model.{_TABLES[tensor] if domain is None else f'words.{domain}'}.weight", False
     if domain is not None:
-        layer, _, part = name.partition(".experts.")
-        if part:
-            return f"model.{layer}.feed_forward.groups.{domain}.{part.replace('.', '_')}", False
-        if last == "routing":
-            return f"model.{prefix}.feed_forward.groups.{domain}.routing", False
-    elif last in _NORM:
-        return f"model.{prefix}.{_NORM[last]}", False
-    elif prefix.endswith(".router"):
-        return f"model.{prefix.removesuffix('router')}feed_forward.router.weight", True
-    elif last in ("weight", "bias") and (".attention." in name or ".feed_forward." in name):
-        return f"model.{name}", last == "weight"
+        group = f"model.{name.layer}.feed_forward.groups.{domain}"
+        if module in ("experts", "routing"):
+            return f"{group}.{tensor.replace('.', '_') or module}", False
+    elif tensor in _NORM:
+        return f"model.{f'{name.layer}.' if name.layer else ''}{module}.{_NORM[tensor]}", False
+    elif name.part == GATE:
+        return f"model.{name.layer}.feed_forward.router.weight", True
+    elif module in ("attention", "feed_forward") and tensor.endswith(("weight", "bias")):
+        return f"model.{name}", tensor.endswith("weight")
     raise ValueError(f"the exported model has no place for tensor {name}")
 
 
-def _target(source: ExportSource, dtype: str, full: str, domain: int | None, name: str) -> TargetTensor:
+def _target(source: ExportSource, dtype: str, full: str, domain: int | None, name: TensorName) -> TargetTensor:
     to, turned = hf_name(domain, name)
     shape = source.shape(full)
     stored = numpy_type(source.checkpoint.manifest.tensors[full].dtype)
@@ -105,7 +102,7 @@ def _target(source: ExportSource, dtype: str, full: str, domain: int | None, nam
             yield convert_float(full, np.frombuffer(piece, stored), dtype)
 
     return TargetTensor(
-        to, SAFETENSORS_DTYPES["int32" if is_routing(name) else dtype], shape[::-1] if turned else shape, read
+        to, SAFETENSORS_DTYPES["int32" if is_routing(full) else dtype], shape[::-1] if turned else shape, read
     )
 
 

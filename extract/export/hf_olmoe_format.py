@@ -66,7 +66,7 @@ def targets(source: ExportSource, dtype: str) -> list[TargetTensor]:
     experts = _ExpertTensors(source)
     return [
         _target(experts, dtype, full, part)
-        for full, _, _ in source.by_owner()
+        for full in source.names
         for part in parts_of(source.config, full)
     ]
 

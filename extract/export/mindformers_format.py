@@ -15,9 +15,9 @@ import numpy as np
 from extract.export.export_source import ExportSource, check_pangu
 from extract.export.safetensors_shards import TargetTensor, write_shards
 from pangu_sigma.checkpoint.float_types import as_float32
-from pangu_sigma.config.parameter_counts import is_routing
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
+from pangu_sigma.tensor_names import is_routing
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -18,9 +18,9 @@ from extract.export.export_guides import mindir_guide
 from extract.export.export_source import ExportSource, check_pangu
 from pangu_sigma import runtime
 from pangu_sigma.checkpoint.float_types import as_float32
-from pangu_sigma.config.parameter_counts import is_routing
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
+from pangu_sigma.tensor_names import GATE, is_routing, table_name, tensor_name
 
 if TYPE_CHECKING:
     from extract.export.export_job import Options
@@ -133,23 +133,25 @@ def side_by_side(source: ExportSource, options: Options) -> dict[str, Callable[[
     """Parameter name -> how to read it: the shared tensors, and the chosen domains' experts, tables and word embeddings
     one after the other on the first axis. A table's numbers count the layer's experts."""
     weights_by_expert: dict[str, list[tuple[int, Callable[[], np.ndarray]]]] = {}
-    for full, domain, name in source.by_owner():
-        read = partial(_as_parameter, source, full, name, domain)
-        name = name.removeprefix("embedding.").replace(".router.weight", ".feed_forward.router")
-        layer, _, part = name.partition(".experts.")
-        if part:
-            name = f"{layer}.feed_forward.experts.{part.replace('.', '_')}"
-        elif is_routing(name):
+    for full, domain, parsed in source.by_owner():
+        read, name = partial(_as_parameter, source, full, domain), str(parsed._replace(domain=None))
+        if parsed.module == "embedding":
+            name = parsed.tensor
+        elif parsed.part == GATE:
+            name = tensor_name(parsed.layer, "feed_forward", "router")
+        elif parsed.module == "experts":
+            name = tensor_name(parsed.layer, "feed_forward", "experts", parsed.tensor.replace(".", "_"))
+        elif is_routing(full):
             if options.signature == "sigma":
                 continue  # made outside, from expert_ids.npy
-            name = f"{name.removesuffix('routing')}feed_forward.routing"
+            name = tensor_name(parsed.layer, "feed_forward", "routing")
         # Names come sorted, domains not in the model's order.
         weights_by_expert.setdefault(name, []).append((domain or 0, read))
     return {name: partial(_joined, parts) for name, parts in weights_by_expert.items()}
 
 
-def _as_parameter(source: ExportSource, full: str, name: str, domain: int | None) -> np.ndarray:
-    array = as_float32(full, source.checkpoint.load([full])[full])
+def _as_parameter(source: ExportSource, name: str, domain: int | None) -> np.ndarray:
+    array = as_float32(name, source.checkpoint.load([name])[name])
     if is_routing(name):
         return (array + sum(source.experts[:domain])).astype(np.int32)[None]
     return array
@@ -164,7 +166,7 @@ def expert_numbers(source: ExportSource) -> np.ndarray:
     """int32 [sparse layers, domains, V]: `expert_ids[n, b, s] = numbers[n, domain of sample b, input_ids[b, s]]`."""
     tables = []
     for layer_name in source.config.model.sparse_prefixes:
-        names = [f"domains.{domain}.{layer_name}.routing" for domain in source.domains]
+        names = [table_name(layer_name, domain) for domain in source.domains]
         first = np.cumsum([0, *source.experts[:-1]]).astype(np.int32)
         loaded = source.checkpoint.load(names)
         tables.append(np.stack([loaded[name] + f for name, f in zip(names, first, strict=True)]))

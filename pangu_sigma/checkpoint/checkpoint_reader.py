@@ -36,6 +36,7 @@ from pangu_sigma.checkpoint.tensor_file import (
     stream_tensor,
 )
 from pangu_sigma.errors import CheckpointError
+from pangu_sigma.tensor_names import PROBE, parse_name, probe_name
 
 
 class Checkpoint:
@@ -106,7 +107,7 @@ class Checkpoint:
 
     def probe(self, domains: Collection[str] | None = None) -> dict[str, np.ndarray]:
         """Held-out sequences of `domains` (None: all), domain → int32 [sequences, S + 1]; without any: absent."""
-        names = {domain: f"{folder_layout.PROBE}.{domain}" for domain in self._known(domains)}
+        names = {domain: probe_name(domain) for domain in self._known(domains)}
         return {domain: self._read(name, True) for domain, name in names.items() if name in self.manifest.tensors}
 
     def names(
@@ -125,9 +126,9 @@ class Checkpoint:
         return sorted(
             name
             for name in self.manifest.tensors
-            if folder_layout.group_of(name) != folder_layout.PROBE
-            and (shared if (domain := folder_layout.domain_of(name)) is None else domain in included)
-            and (optimizer if folder_layout.is_optimizer(name) else parameters)
+            if (parsed := parse_name(name)).module != PROBE
+            and (shared if parsed.domain is None else parsed.domain in included)
+            and (optimizer if parsed.is_optimizer else parameters)
         )
 
     def files(self, names: Iterable[str]) -> list[str]:

@@ -13,6 +13,7 @@ from pangu_sigma.checkpoint import folder_layout
 from pangu_sigma.checkpoint.checkpoint_reader import Checkpoint
 from pangu_sigma.checkpoint.manifest import FileEntry, Manifest, TensorEntry
 from pangu_sigma.checkpoint.tensor_file import TensorSpec, digest_of, in_file_order, make_header
+from pangu_sigma.tensor_names import PROBE, parse_name, probe_name
 
 
 @dataclass
@@ -69,10 +70,10 @@ def plan_tokenizer(files: Mapping[str, bytes]) -> list[PlannedFile]:
 def check_tensor_names(names: Iterable[str], domains: Sequence[str]) -> None:
     """Raises ValueError for a tensor of a domain that is not listed, and for a reserved name."""
     for name in names:
-        domain = folder_layout.domain_of(name)
+        domain = parse_name(name).domain
         if domain is not None and domain not in domains:
             raise ValueError(f"tensor {name!r} belongs to {domain!r}, which is not among the domains {list(domains)}")
-        if name.startswith(f"{folder_layout.PROBE}.") or name == "__metadata__":
+        if parse_name(name).module == PROBE or name == "__metadata__":
             raise ValueError(f"the tensor name {name!r} is reserved")
 
 
@@ -81,7 +82,7 @@ def probe_tensors(probe: Mapping[str, np.ndarray], domains: Sequence[str]) -> di
     for domain, sequences in probe.items():
         if domain not in domains or sequences.dtype != np.int32 or sequences.ndim != 2:
             raise ValueError(f"the probe of {domain!r} must be int32 [sequences, S + 1] of one of the domains")
-    return {f"{folder_layout.PROBE}.{domain}": sequences for domain, sequences in probe.items()}
+    return {probe_name(domain): sequences for domain, sequences in probe.items()}
 
 
 def find_unchanged(

@@ -17,13 +17,14 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
+from pangu_sigma.tensor_names import PROBE, parse_name
+
 FORMAT_VERSION = 1
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
 STATE = "state.json"
 TOKENIZER = "tokenizer"
-PROBE = "probe"
 ENDING = ".safetensors"
 
 _NUMBERED = re.compile(r"-\d{5}-of-\d{5}$")
@@ -44,24 +45,13 @@ def check_domains(domains: Sequence[str]) -> None:
         raise ValueError(f"domain names must differ by more than upper and lower case: {', '.join(domains)}")
 
 
-def domain_of(name: str) -> str | None:
-    """The domain that the tensor `name` belongs to; None for shared tensors."""
-    parts = name.split(".", 2)
-    return parts[1] if len(parts) == 3 and parts[0] == "domains" else None
-
-
-def is_optimizer(name: str) -> bool:
-    """Whether `name` is optimizer state (`optimizer.…` or `domains.{domain}.optimizer.…`)."""
-    return name.startswith("optimizer.") or ".optimizer." in name
-
-
 def group_of(name: str) -> str:
     """The group (file path without shard number and ending) that the tensor `name` belongs to."""
-    if name.startswith(f"{PROBE}."):
+    parsed = parse_name(name)
+    if parsed.module == PROBE:
         return PROBE
-    domain = domain_of(name)
-    group = "shared" if domain is None else f"domains/{domain}"
-    return f"optimizer/{group}" if is_optimizer(name) else group
+    group = "shared" if parsed.domain is None else f"domains/{parsed.domain}"
+    return f"optimizer/{group}" if parsed.is_optimizer else group
 
 
 def group_of_file(path: str) -> str | None:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pangu_sigma.checkpoint import folder_layout
 from pangu_sigma.checkpoint.tensor_file import TensorSpec, count_bytes
 from pangu_sigma.errors import CheckpointError
+from pangu_sigma.tensor_names import DOMAIN_EMBEDDING, is_expert, parse_name, tensor_name
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
@@ -99,7 +100,7 @@ class Manifest(_ManifestModel):
         return self
 
     def _check_tensor(self, name: str, entry: TensorEntry) -> None:
-        domain = folder_layout.domain_of(name)
+        domain = parse_name(name).domain
         if domain is not None and domain not in self.domains:
             raise ValueError(f"tensor {name!r} belongs to no domain of the checkpoint")
         for piece in entry.slices:
@@ -148,14 +149,13 @@ def coverage_cells(
         (layer, domain): [] for layer, groups in coverage.items() for domain in groups
     }
     for name in sorted(shapes):
-        domain = folder_layout.domain_of(name)
-        if domain is None or folder_layout.is_optimizer(name) or not (".experts." in name or name.endswith(".routing")):
+        parsed = parse_name(name)
+        layer, domain = parsed.layer, parsed.domain
+        if domain is None or parsed.is_optimizer or parsed.module == DOMAIN_EMBEDDING:
             continue
-        rest = name.removeprefix(f"domains.{domain}.")
-        layer = rest.split(".experts.")[0].removesuffix(".routing")
         if (layer, domain) not in names_by_cell:
             raise ValueError(f"tensor {name!r}: the coverage does not name layer {layer!r} for domain {domain}")
-        names_by_cell[layer, domain].append(rest.removeprefix(f"{layer}."))
+        names_by_cell[layer, domain].append(parsed.part)
     for (layer, domain), tensors in names_by_cell.items():
         if not tensors:
             raise ValueError(f"domain {domain} has no tensors in sparse layer {layer}")
@@ -180,13 +180,13 @@ def check_coverage(
         seen.add((cell.layer, cell.domain))
         if kinds.setdefault(cell.layer, frozenset(cell.tensors)) != frozenset(cell.tensors):
             raise ValueError(f"{where} has other kinds of tensors than its neighbours")
-        if not any(tensor.startswith("experts.") for tensor in cell.tensors):
+        if not any(is_expert(tensor) for tensor in cell.tensors):
             raise ValueError(f"{where} has no experts")
         for tensor in cell.tensors:
-            name = f"domains.{cell.domain}.{cell.layer}.{tensor}"
+            name = tensor_name(cell.layer, tensor, domain=cell.domain)
             if name not in shapes:
                 raise ValueError(f"{where} lacks tensor {name!r}")
-            if tensor.startswith("experts.") and shapes[name][:1] != (cell.experts,):
+            if is_expert(tensor) and shapes[name][:1] != (cell.experts,):
                 shape = list(shapes[name])
                 raise ValueError(f"tensor {name!r} has shape {shape}, but {where} has {cell.experts} experts")
     missing = [(layer, domain) for layer in kinds for domain in domains if (layer, domain) not in seen]

@@ -9,6 +9,7 @@ from pydantic import model_validator
 from pangu_sigma.config.presets import PRESETS
 from pangu_sigma.config.section import Field, Section, Violations
 from pangu_sigma.config.sparse_section import FeedForwardKind, SparseConfig
+from pangu_sigma.tensor_names import QUERY_LAYER, block_name
 from rre.feed_forward_spec import FeedForwardSpec
 from rre.router_specs import ROUTER_SPECS, RouterSpec
 
@@ -149,24 +150,23 @@ class ModelConfig(Section, resume="fixed", init_from="equal"):
         return self.layers - 1 if self.query_layer == "next_position" else self.layers
 
     @property
-    def last_layer(self) -> str:
-        """Name prefix of the layer under the head."""
-        return "query_layer" if self.query_layer == "next_position" else f"blocks.{self.blocks - 1}"
+    def layer_names(self) -> tuple[str, ...]:
+        """Names of all layers from bottom to top: the blocks, and the query layer if there is one."""
+        return (*map(block_name, range(self.blocks)), *[QUERY_LAYER] * (self.layers - self.blocks))
 
     @property
     def sparse_prefixes(self) -> tuple[str, ...]:
-        """Name prefixes of the layers that hold experts, from bottom to top: the sparse ones, `blocks.{i}` and
-        `query_layer` if it is sparse, or the one top layer that is a mixture."""
+        """Names of the layers that hold experts, from bottom to top: the sparse ones, or the one top layer that is a
+        mixture."""
         if self.is_mixture:
-            return (self.last_layer,)
+            return self.layer_names[-1:]
         blocks_sparse = self.sparse.layers - int(self.sparse.include_query_layer)
         chosen = {
             "top": range(self.blocks - blocks_sparse, self.blocks),
             "every_other": range(1, self.blocks, 2),
             "every": range(self.blocks),
         }
-        prefixes = tuple(f"blocks.{i}" for i in chosen[self.sparse.pattern])
-        return (*prefixes, "query_layer") if self.sparse.include_query_layer else prefixes
+        return (*map(block_name, chosen[self.sparse.pattern]), *[QUERY_LAYER] * self.sparse.include_query_layer)
 
     @property
     def is_mixture(self) -> bool:
@@ -286,7 +286,7 @@ def _top_layer(model: ModelConfig) -> Violations:
         yield (
             "model.top_layer",
             "model.top_layer = mixture mixes what whole models would give, so the layer under the head "
-            f"({model.last_layer}) must be the only one with experts: leave model.sparse.layers, pattern and "
+            f"({model.layer_names[-1]}) must be the only one with experts: leave model.sparse.layers, pattern and "
             "include_query_layer out",
         )
     if sparse.router != "rre":

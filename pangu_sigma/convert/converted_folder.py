@@ -9,9 +9,9 @@ from typing import Any
 from pangu_sigma.checkpoint import Checkpoint, StreamedCheckpoint, TensorSpec, write_model_folder
 from pangu_sigma.checkpoint.model_folder import CARD
 from pangu_sigma.config import Config, tensor_shapes
-from pangu_sigma.config.parameter_counts import is_routing
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.signals import sigterm_as_ctrl_c
+from pangu_sigma.tensor_names import is_routing
 
 
 def write_converted(

@@ -18,13 +18,14 @@ from pangu_sigma.checkpoint.float_types import as_float32, convert_float
 from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.checkpoint.tensor_file import raw_bytes
 from pangu_sigma.config import Config, config_from_dict, effective
-from pangu_sigma.config.parameter_counts import is_routing, layer_name_and_owner, tensor_shapes
+from pangu_sigma.config.parameter_counts import tensor_shapes
 from pangu_sigma.convert.conversion_coverage import check_coverage
 from pangu_sigma.convert.converted_folder import write_converted
 from pangu_sigma.convert.tokenizer_pieces import NORMAL, USER_DEFINED, known_pieces, read_pieces, replaced, with_pieces
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_files
 from pangu_sigma.errors import UserError
+from pangu_sigma.tensor_names import OUTPUT_WORDS, WORDS, is_routing, parse_name
 from pangu_sigma.trained_model import stored_config, stored_tokenizer
 from rre.counted_random import generator, normal
 from rre.router_specs import LAYER
@@ -91,7 +92,7 @@ def extend_vocabulary(
         tensor = source.load([spec.name])[spec.name]
         if not is_routing(spec.name):
             return _with_rows(tensor, spec, config, initial)
-        layer_name, owner = layer_name_and_owner(spec.name)
+        layer_name, owner = parse_name(spec.name).layer, parse_name(spec.name).owner
         return extend_table(
             config.model.sparse.table, config.run.seed, layer_name, owner, tensor, rows, experts[owner],
             counts.get(owner),
@@ -166,7 +167,7 @@ def _counts(config: Config, tokenizer: Tokenizer, rows: int) -> Mapping[str, np.
 
 def _grows(name: str) -> bool:
     """Whether a tensor has one entry or row for every vocabulary id."""
-    return is_routing(name) or name.endswith(("embedding.word", "head.word"))
+    return is_routing(name) or parse_name(name).part in (WORDS, OUTPUT_WORDS)
 
 
 def _with_rows(tensor: np.ndarray, spec: TensorSpec, config: Config, initial: Initial) -> Iterator[memoryview]:

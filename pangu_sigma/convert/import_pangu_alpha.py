@@ -26,6 +26,7 @@ from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_registry import read_model, tokenizer_class, tokenizer_files
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
+from pangu_sigma.tensor_names import POSITIONS, QUERY_LAYER, WORDS, parse_name, tensor_name
 
 
 @dataclass(frozen=True)
@@ -167,13 +168,13 @@ def _config(
     shapes: Mapping[str, tuple[int, ...]], source: str, out: Path, settings: PanguAlphaImportSettings, pieces: int
 ) -> Config:
     """The model's configuration: its sizes from the weights, the rest as PanGu-α was trained."""
-    word = _needed(shapes, "embedding.word", source)
-    up = _needed(shapes, "query_layer.feed_forward.up.weight", source)
-    positions = _needed(shapes, "embedding.position", source)
+    word = _needed(shapes, WORDS, source)
+    up = _needed(shapes, tensor_name(QUERY_LAYER, "feed_forward", "up.weight"), source)
+    positions = _needed(shapes, POSITIONS, source)
     if not len(word) == len(up) == len(positions) == 2:
         raise UserError(f"{source} has tables that are no matrices: give PanGu-α's own checkpoint")
     vocab, hidden = word
-    blocks = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
+    blocks = len({layer for name in shapes if (layer := parse_name(name).layer)} - {QUERY_LAYER})
     if pieces > vocab:
         raise UserError(
             f"the tokenizer has {pieces} pieces, and {source} has embeddings for {vocab}: give the tokenizer that the "

@@ -9,26 +9,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from operator import attrgetter
 
-from pangu_sigma.checkpoint.folder_layout import domain_of
 from pangu_sigma.config import Config
-from pangu_sigma.config.parameter_counts import is_expert
+from pangu_sigma.tensor_names import GATE, OUTPUT_WORDS, WORDS, block_index, parse_name, tensor_name
 
 _TABLES = {
-    "embedding.word": "model.embed_tokens.weight",
-    "head.word": "lm_head.weight",
-    "norm.gamma": "model.norm.weight",
+    WORDS: "model.embed_tokens.weight",
+    OUTPUT_WORDS: "lm_head.weight",
+    tensor_name("norm", "gamma"): "model.norm.weight",
 }
 _IN_LAYER = {
-    "norm1.gamma": ("input_layernorm", False),
-    "norm2.gamma": ("post_attention_layernorm", False),
-    "attention.query.weight": ("self_attn.q_proj", True),
-    "attention.key.weight": ("self_attn.k_proj", True),
-    "attention.value.weight": ("self_attn.v_proj", True),
-    "attention.projection.weight": ("self_attn.o_proj", True),
-    "attention.query_norm.gamma": ("self_attn.q_norm", False),
-    "attention.key_norm.gamma": ("self_attn.k_norm", False),
-    "router.weight": ("mlp.gate", True),
+    tensor_name("norm1", "gamma"): ("input_layernorm", False),
+    tensor_name("norm2", "gamma"): ("post_attention_layernorm", False),
+    tensor_name("attention", "query", "weight"): ("self_attn.q_proj", True),
+    tensor_name("attention", "key", "weight"): ("self_attn.k_proj", True),
+    tensor_name("attention", "value", "weight"): ("self_attn.v_proj", True),
+    tensor_name("attention", "projection", "weight"): ("self_attn.o_proj", True),
+    tensor_name("attention", "query_norm", "gamma"): ("self_attn.q_norm", False),
+    tensor_name("attention", "key_norm", "gamma"): ("self_attn.k_norm", False),
+    GATE: ("mlp.gate", True),
 }
+_OF_EXPERT = {tensor_name(matrix, "weight"): f"{matrix}_proj" for matrix in ("gate", "up", "down")}
 # model.sparse apart: what a configuration must say so that its function is OlmoeForCausalLM's.
 NEEDED = {
     "norm": "rmsnorm", "position": "rope", "feed_forward": "swiglu", "activation": "silu", "biases": False,
@@ -71,17 +71,14 @@ def parts_of(config: Config, tensor: str) -> list[OlmoeTensor]:
     """
     if tensor in _TABLES:
         return [OlmoeTensor(_TABLES[tensor], False)]
-    domain = domain_of(tensor)
-    local_name = tensor if domain is None else tensor.removeprefix(f"domains.{domain}.")
-    kind, _, rest = local_name.partition(".")
-    index, _, part = rest.partition(".")
+    parsed = parse_name(tensor)
+    index = block_index(parsed.layer)
     layer = f"model.layers.{index}"
-    if kind == "blocks" and part in _IN_LAYER:
-        name, turned = _IN_LAYER[part]
+    if index is not None and parsed.part in _IN_LAYER:
+        name, turned = _IN_LAYER[parsed.part]
         return [OlmoeTensor(f"{layer}.{name}.weight", turned)]
-    matrix = part.removeprefix("experts.").removesuffix(".weight")
-    if kind != "blocks" or not is_expert(tensor) or matrix not in ("gate", "up", "down"):
+    if index is None or parsed.module != "experts" or parsed.tensor not in _OF_EXPERT:
         raise ValueError(f"OlmoeForCausalLM has no place for tensor {tensor}")
-    first = sum(d.experts for d in config.domains[: config.domain_names.index(domain)])
-    own = next(d.experts for d in config.domains if d.name == domain)
-    return [OlmoeTensor(f"{layer}.mlp.experts.{first + e}.{matrix}_proj.weight", True, e) for e in range(own)]
+    first = sum(d.experts for d in config.domains[: config.domain_names.index(parsed.domain)])
+    own, matrix = config.expert_groups[parsed.domain], _OF_EXPERT[parsed.tensor]
+    return [OlmoeTensor(f"{layer}.mlp.experts.{first + e}.{matrix}.weight", True, e) for e in range(own)]

@@ -11,25 +11,26 @@ import re
 from typing import NamedTuple
 
 from pangu_sigma.convert.conversion_coverage import SkippedTensors
+from pangu_sigma.tensor_names import POSITIONS, QUERIES, QUERY_LAYER, WORDS, block_name, tensor_name
 
 _TOP = {
-    "word_embedding.embedding_table": "embedding.word",
-    "position_embedding.embedding_table": "embedding.position",
-    "embedding.word_embedding.embedding_table": "embedding.word",
-    "embedding.position_embedding.embedding_table": "embedding.position",
-    "top_query_embedding.embedding_table": "embedding.query",
-    "layernorm.gamma": "norm.gamma",
-    "layernorm.beta": "norm.beta",
+    "word_embedding.embedding_table": WORDS,
+    "position_embedding.embedding_table": POSITIONS,
+    "embedding.word_embedding.embedding_table": WORDS,
+    "embedding.position_embedding.embedding_table": POSITIONS,
+    "top_query_embedding.embedding_table": QUERIES,
+    "layernorm.gamma": tensor_name("norm", "gamma"),
+    "layernorm.beta": tensor_name("norm", "beta"),
 }
 _PARTS = {
     "layernorm1": "norm1",
     "layernorm2": "norm2",
-    "attention.dense1": "attention.query",
-    "attention.dense2": "attention.key",
-    "attention.dense3": "attention.value",
-    "attention.projection": "attention.projection",
-    "output.mapping": "feed_forward.up",
-    "output.projection": "feed_forward.down",
+    "attention.dense1": tensor_name("attention", "query"),
+    "attention.dense2": tensor_name("attention", "key"),
+    "attention.dense3": tensor_name("attention", "value"),
+    "attention.projection": tensor_name("attention", "projection"),
+    "output.mapping": tensor_name("feed_forward", "up"),
+    "output.projection": tensor_name("feed_forward", "down"),
 }
 _OUT_IN = ("attention.dense1", "attention.dense2", "attention.dense3")
 _LAYER = re.compile(
@@ -72,6 +73,6 @@ def target_of(name: str) -> PanguAlphaTarget | None:
     match = _LAYER.fullmatch(name)
     if match is None or match["part"] not in _PARTS:
         return None
-    layer = "query_layer" if match["block"] is None else f"blocks.{int(match['block'])}"
+    layer_name = QUERY_LAYER if match["block"] is None else block_name(int(match["block"]))
     transposed = match["part"] in _OUT_IN and match["kind"] == "weight"
-    return PanguAlphaTarget(f"{layer}.{_PARTS[match['part']]}.{match['kind']}", transposed)
+    return PanguAlphaTarget(tensor_name(layer_name, _PARTS[match["part"]], match["kind"]), transposed)

@@ -17,16 +17,16 @@ import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, Fingerprints, TensorSpec, resolve
 from pangu_sigma.checkpoint.float_types import as_float32
-from pangu_sigma.checkpoint.folder_layout import domain_of
 from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.checkpoint.tensor_file import raw_bytes
 from pangu_sigma.config import Config, config_from_dict, effective, load_config
-from pangu_sigma.config.parameter_counts import is_expert, is_routing, parameter_counts, tensor_shapes
+from pangu_sigma.config.parameter_counts import parameter_counts, tensor_shapes
 from pangu_sigma.convert.conversion_coverage import check_coverage
 from pangu_sigma.convert.converted_folder import write_converted
 from pangu_sigma.data.packed_sequences import first_sequences
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.initialization import initial_value
+from pangu_sigma.tensor_names import dense_name, is_expert, is_routing, parse_name, tensor_name
 from pangu_sigma.trained_model import stored_config, stored_tokenizer
 from rre.counted_random import generator
 from rre.router_specs import LAYER
@@ -73,7 +73,7 @@ def upcycle(
     targets = tensor_shapes(config, config.model.vocab_size)
     names = source.names(optimizer=False)
     shapes = {name: source.manifest.tensors[name].shape for name in names}
-    origins = {name: _origin(name) for name in targets if not is_routing(name) and not _is_new(name)}
+    origins = {name: dense_name(name) for name in targets if not is_routing(name) and not _is_new(name)}
     assigned = []
     for name, origin in origins.items():
         if origin in shapes:
@@ -93,7 +93,7 @@ def upcycle(
         tensor = as_float32(origin, source.load([origin])[origin])
         if not is_expert(spec.name):
             return tensor
-        spread = noise * float(tensor.std()) if spec.name.endswith(".weight") else 0.0
+        spread = noise * float(tensor.std()) if tensor.ndim == 2 else 0.0
         return _experts(tensor, spec, config.run.seed, spread)
 
     written = write_converted(
@@ -178,33 +178,23 @@ def _text(config: Config, source: Checkpoint) -> tuple[dict[str, np.ndarray], di
 
 def _is_new(name: str) -> bool:
     """Whether a tensor is of a part that a dense model does not have: a gate, or a shared expert."""
-    return ".router." in name or ".shared_expert." in name
+    return parse_name(name).module in ("router", "shared_expert")
 
 
 def _new(config: Config, spec: TensorSpec) -> np.ndarray:
     """A new part's tensor; a shared expert gives zero until it trains, so that it changes no logit."""
-    if spec.name.endswith(".shared_expert.down.weight"):
+    if parse_name(spec.name).part == tensor_name("shared_expert", "down.weight"):
         return np.zeros(spec.shape, np.float32)
     return initial_value(spec.name, spec.shape, config.run.seed, config.model)
 
 
 def _table(config: Config, spec: TensorSpec, counts: dict[str, np.ndarray]) -> np.ndarray:
     """A new routing table: of a domain over its group, or of a hash layer over all experts."""
-    kind, seed, name = config.model.sparse.table, config.run.seed, spec.name.removesuffix(".routing")
-    groups = config.expert_groups
-    if domain_of(spec.name) is None:
-        together = sum(counts.values()) if counts else None
-        return draw_table(kind, seed, name, LAYER, spec.shape[0], sum(groups.values()), together)
-    _, domain, layer_name = name.split(".", 2)
-    return draw_table(kind, seed, layer_name, domain, spec.shape[0], groups[domain], counts.get(domain))
-
-
-def _origin(name: str) -> str:
-    """The dense model's tensor from which a sparse model's tensor starts."""
-    domain = domain_of(name)
-    if domain is None:
-        return name
-    return name.removeprefix(f"domains.{domain}.").replace(".experts.", ".feed_forward.")
+    owner, sizes = parse_name(spec.name).owner, config.expert_groups
+    sizes[LAYER] = sum(sizes.values())
+    rows = sum(counts.values()) if owner == LAYER and counts else counts.get(owner)
+    kind, seed, layer_name = config.model.sparse.table, config.run.seed, parse_name(spec.name).layer
+    return draw_table(kind, seed, layer_name, owner, spec.shape[0], sizes[owner], rows)
 
 
 def _experts(tensor: np.ndarray, spec: TensorSpec, seed: int, spread: float) -> Iterator[memoryview]:

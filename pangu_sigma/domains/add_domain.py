@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pangu_sigma.checkpoint import Checkpoint, folder_layout, resolve
+from pangu_sigma.checkpoint import Checkpoint, resolve
 from pangu_sigma.config import Config, domain_edits, tensor_shapes
-from pangu_sigma.config.parameter_counts import is_expert, is_routing
 from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditedTensors, EditResult, check_free, check_known
 from pangu_sigma.domains.new_domain_tensors import NewDomainTensors
 from pangu_sigma.domains.sibling_models import check_siblings
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
+from pangu_sigma.tensor_names import is_routing, of_domain, parse_name
 from pangu_sigma.trained_model import stored_config, stored_tokenizer
 
 if TYPE_CHECKING:
@@ -72,17 +72,14 @@ def add_domain(
         if config.model.sparse.table == "frequency":
             rows = np.pad(np.array(store.token_counts), (0, config.model.vocab_size - store.token_counts.size))
         new = EditedTensors()
-        prefix = f"domains.{new_domain.name}."
         for name, shape in tensor_shapes(config, config.model.vocab_size).items():
-            if not name.startswith(prefix):
+            parsed = parse_name(name)
+            if parsed.domain != new_domain.name:
                 continue
-            suffix = name.removeprefix(prefix)
             if is_routing(name):
-                new.add(name, "int32", shape, partial(initial.table, suffix.removesuffix(".routing"), rows))
+                new.add(name, "int32", shape, partial(initial.table, parsed.layer, rows))
                 continue
-            layer_name = suffix.split(".experts.")[0] if is_expert(name) else None
-            dtype = _stored_type(source, suffix)
-            new.add_converted(name, dtype, shape, partial(initial.tensor, suffix, shape, layer_name, rows))
+            new.add_converted(name, stored_type(source, name), shape, partial(initial.tensor, name, shape, rows))
         fresh_moments(new, source, new_domain.name, new_domain.experts)
         return subject.write(
             f"add {new_domain.name} ({new_domain.init})",
@@ -116,9 +113,8 @@ def add_model(
         _extend(subject, {**theirs, "name": name, "weight": weight}, follow_up)
         new = EditedTensors()
         for tensor in sibling.names(domains=[domain], shared=False):
-            if folder_layout.is_optimizer(tensor) and not subject.has_moments:
-                continue
-            new.copy(sibling, tensor, f"domains.{name}.{tensor.removeprefix(f'domains.{domain}.')}")
+            if subject.has_moments or not parse_name(tensor).is_optimizer:
+                new.copy(sibling, tensor, of_domain(tensor, name))
         fresh_moments(new, source, name, theirs["experts"])
         corpora, probe = sibling.fingerprints.corpora, sibling.probe([domain])
         return subject.write(
@@ -162,18 +158,16 @@ def read_text(subject: CheckpointEditor, config: Config) -> tuple[DomainStore, d
     return store, {domain.name: np.stack([heldout.sequence(i)[0] for i in range(count)])} if count else {}
 
 
-def _stored_type(source: Checkpoint, suffix: str) -> str:
+def stored_type(source: Checkpoint, name: str) -> str:
     """The type in which the model stores this tensor of its domains."""
-    return source.manifest.tensors[f"domains.{source.domains[0]}.{suffix}"].dtype
+    return source.manifest.tensors[of_domain(name, source.domains[0])].dtype
 
 
 def fresh_moments(new: EditedTensors, source: Checkpoint, name: str, experts: int) -> None:
     """Zero moments and step counts for what `new` does not bring itself, where the model carries its optimizer."""
-    model = f"domains.{source.domains[0]}."
     for tensor in source.names(domains=[source.domains[0]], shared=False, parameters=False):
-        target = f"domains.{name}.{tensor.removeprefix(model)}"
-        entry = source.manifest.tensors[tensor]
-        grouped = ".experts." in tensor or (".optimizer.steps." in tensor and not tensor.endswith(".steps.embedding"))
-        shape = (experts, *entry.shape[1:]) if grouped else entry.shape
+        target, entry = of_domain(tensor, name), source.manifest.tensors[tensor]
+        # What is of a layer has the group on its first axis; the word table's moments and step count have not.
+        shape = (experts, *entry.shape[1:]) if parse_name(tensor).layer else entry.shape
         if target not in new.sources:
             new.add(target, entry.dtype, shape, partial(np.zeros, shape, np.dtype(entry.dtype)))

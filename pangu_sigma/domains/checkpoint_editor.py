@@ -38,6 +38,7 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.monitor.result_files import write_text
 from pangu_sigma.signals import sigterm_as_ctrl_c
+from pangu_sigma.tensor_names import parse_name
 from pangu_sigma.train.continual.teacher_snapshot import TEACHER_KEY
 from pangu_sigma.trained_model import run_of, stored_config
 
@@ -145,7 +146,7 @@ class CheckpointEditor:
     @property
     def has_moments(self) -> bool:
         """Whether the model carries its optimizer's state."""
-        return any(folder_layout.is_optimizer(name) for name in self.checkpoint.manifest.tensors)
+        return any(parse_name(name).is_optimizer for name in self.checkpoint.manifest.tensors)
 
     def write(
         self,
@@ -216,7 +217,7 @@ class CheckpointEditor:
 
     def _kept_groups(self, new: EditedTensors, domains: Mapping[str, str]) -> list[str]:
         """The file groups of whatever keeps its name and has no new tensor, optimizer state included."""
-        rewritten = {folder_layout.domain_of(name) for name in new.sources}
+        rewritten = {parse_name(name).domain for name in new.sources}
         kept = [] if None in rewritten else ["shared"]
         kept += [f"domains/{name}" for name, was in domains.items() if name == was and name not in rewritten]
         return kept + [f"optimizer/{group}" for group in kept]

@@ -17,18 +17,17 @@ from pathlib import Path
 
 import numpy as np
 
-from pangu_sigma.checkpoint import Checkpoint, folder_layout
+from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.checkpoint.float_types import as_float32
 from pangu_sigma.config import Config, domain_edits, tensor_shapes
-from pangu_sigma.domains.add_domain import NewDomain, fresh_moments, read_text
+from pangu_sigma.domains.add_domain import NewDomain, fresh_moments, read_text, stored_type
 from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditedTensors, EditResult, check_free
 from pangu_sigma.domains.new_domain_tensors import NewDomainTensors
 from pangu_sigma.errors import UserError
+from pangu_sigma.tensor_names import GATE_NOISE, is_gate, of_domain, parse_name
 from pangu_sigma.train.continual.teacher_snapshot import TEACHER_KEY, TeacherSnapshot, hash_tensors, link_snapshot
 from rre.counted_random import generator
 
-# Parameters of gates with a column for each expert.
-_WEIGHT, _NOISE = ".router.weight", ".router.noise_weight"
 _BREAKS_TIES = 0.01
 
 
@@ -83,41 +82,37 @@ def _check_gate(source: Checkpoint, config: Config) -> None:
 def _add_experts(
     new: EditedTensors, source: Checkpoint, config: Config, new_domain: NewDomain, initial: NewDomainTensors
 ) -> None:
-    prefix = f"domains.{new_domain.name}."
     for name, shape in tensor_shapes(config, config.model.vocab_size).items():
-        if name.startswith(prefix):
-            suffix = name.removeprefix(prefix)
-            layer_name = suffix.split(".experts.")[0]
-            dtype = source.manifest.tensors[f"domains.{source.domains[0]}.{suffix}"].dtype
-            new.add_converted(name, dtype, shape, partial(_expert_tensor, initial, suffix, shape, layer_name))
+        if parse_name(name).domain == new_domain.name:
+            new.add_converted(name, stored_type(source, name), shape, partial(_expert_tensor, initial, name, shape))
 
 
-def _expert_tensor(initial: NewDomainTensors, suffix: str, shape: tuple[int, ...], layer_name: str) -> np.ndarray:
+def _expert_tensor(initial: NewDomainTensors, name: str, shape: tuple[int, ...]) -> np.ndarray:
     kind, _, of = initial.text.partition(":")
     if kind != "from":
-        return initial.tensor(suffix, shape, layer_name, None)
-    name = f"domains.{of}.{suffix}"
-    own = as_float32(name, initial.source.load([name])[name])
+        return initial.tensor(name, shape, None)
+    origin = of_domain(name, of)
+    own = as_float32(origin, initial.source.load([origin])[origin])
     return own[np.arange(shape[0]) % len(own)]
 
 
 def _add_shared(new: EditedTensors, source: Checkpoint, config: Config, new_domain: NewDomain) -> None:
     """The shared tensors and their moments as they are, the gates' with more columns."""
     for name in source.names(domains=[]):
-        entry = source.manifest.tensors[name]
-        if not name.endswith((_WEIGHT, _NOISE)):
+        if not is_gate(name):
             new.copy(source, name)
             continue
+        entry = source.manifest.tensors[name]
         shape = (entry.shape[0], entry.shape[1] + new_domain.experts)
         new.add_converted(name, entry.dtype, shape, partial(_grown_gate, source, config, new_domain, name))
 
 
 def _grown_gate(source: Checkpoint, config: Config, new_domain: NewDomain, name: str) -> np.ndarray:
     old = as_float32(name, source.load([name])[name])
-    shape = (old.shape[0], new_domain.experts)
-    if folder_layout.is_optimizer(name):
+    shape, parsed = (old.shape[0], new_domain.experts), parse_name(name)
+    if parsed.is_optimizer:
         columns = np.zeros(shape, np.float32)
-    elif name.endswith(_NOISE):
+    elif parsed.part == GATE_NOISE:
         columns = np.repeat(old.mean(1, keepdims=True), new_domain.experts, 1)
     else:
         rng = generator(config.run.seed, f"gate columns {new_domain.name} {name}")
@@ -125,8 +120,7 @@ def _grown_gate(source: Checkpoint, config: Config, new_domain: NewDomain, name:
         drawn = rng.standard_normal(shape, np.float32) * spread
         kind, _, of = new_domain.init.partition(":")
         if kind == "from":
-            layer_name = name.removesuffix(_WEIGHT)
-            sizes = list(source.coverage[layer_name].values())
+            sizes = list(source.coverage[parsed.layer].values())
             domain_id = source.domains.index(of)
             first = sum(sizes[:domain_id])
             columns = old[:, first + np.arange(new_domain.experts) % sizes[domain_id]] + _BREAKS_TIES * drawn

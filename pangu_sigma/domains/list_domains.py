@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pangu_sigma.checkpoint import Checkpoint, folder_layout, resolve
+from pangu_sigma.checkpoint import Checkpoint, resolve
 from pangu_sigma.checkpoint.run_config_file import DOMAIN_CHANGES
-from pangu_sigma.config.parameter_counts import is_routing
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.metrics_log import read_metrics
+from pangu_sigma.tensor_names import is_routing, parse_name
 from pangu_sigma.trained_model import run_of, stored_config
 
 
@@ -48,7 +48,7 @@ def list_domains(path: str | Path) -> list[DomainFacts]:
     facts = []
     for name in checkpoint.domains:
         tensors = checkpoint.names(domains=[name], shared=False)
-        own = [tensor for tensor in tensors if not folder_layout.is_optimizer(tensor)]
+        own = [tensor for tensor in tensors if not parse_name(tensor).is_optimizer]
         entries = checkpoint.manifest.tensors
         cursor = cursors.get(name, {"cursor": 0} if cursors else None)
         facts.append(

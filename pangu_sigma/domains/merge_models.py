@@ -12,7 +12,7 @@ from pangu_sigma.config import config_from_dict
 from pangu_sigma.config.finetuning_file import without_adaptation
 from pangu_sigma.config.load_config import with_run_folder
 from pangu_sigma.domains.checkpoint_editor import EditResult, check_router
-from pangu_sigma.domains.sibling_models import check_siblings, different_tensors, domain_names
+from pangu_sigma.domains.sibling_models import check_siblings, different_tensors
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.signals import sigterm_as_ctrl_c
@@ -87,9 +87,8 @@ def _check_same(domain: str, owner: Checkpoint, model: Checkpoint) -> None:
     """Raises UserError unless a domain that two models have is the same in both."""
     if owner is model:
         return
-    names = domain_names(owner, domain, optimizer=False)
-    full = {f"domains.{domain}.{name}": f"domains.{domain}.{name}" for name in names}
-    if set(names) != set(domain_names(model, domain, optimizer=False)) or different_tensors(owner, model, full):
+    names, others = (m.names(domains=[domain], shared=False, optimizer=False) for m in (owner, model))
+    if names != others or different_tensors(owner, model, names):
         raise UserError(
             f"{owner.path} and {model.path} both have a domain {domain}, and not the same one: remove or rename it in "
             "one of them with pangu-sigma domains"

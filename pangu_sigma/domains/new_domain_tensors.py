@@ -15,11 +15,11 @@ import numpy as np
 from pangu_sigma.checkpoint import Checkpoint, resolve
 from pangu_sigma.checkpoint.float_types import as_float32
 from pangu_sigma.config import Config
-from pangu_sigma.config.parameter_counts import is_expert
 from pangu_sigma.domains.split_tables import origins_of_copies, split_table
 from pangu_sigma.errors import UserError
+from pangu_sigma.model.initialization import initial_value
+from pangu_sigma.tensor_names import dense_name, is_expert, of_domain, parse_name, table_name
 from pangu_sigma.trained_model import stored_config
-from rre.counted_random import generator, normal
 from rre.routing_tables import draw_table
 
 # What a dense model must share with this one for its feed-forward networks to be experts here.
@@ -83,30 +83,29 @@ class NewDomainTensors:
         if kind != "from":
             return draw_table(self.config.model.sparse.table, seed, layer_name, self.name, vocab, self.experts, rows)
         old = self.source.coverage[layer_name][of]
-        table = self._load(f"domains.{of}.{layer_name}.routing")
+        table = self._load(table_name(layer_name, of))
         counted = np.ones(vocab) if rows is None else rows
         return split_table(seed, f"{layer_name} {self.name}", table, self._origins(table, old, counted), old, counted)
 
-    def tensor(
-        self, suffix: str, shape: tuple[int, ...], layer_name: str | None, rows: np.ndarray | None
-    ) -> np.ndarray:
-        """One weight of the domain: `suffix` is its name after `domains.{name}.`; place None for the embedding slot."""
+    def tensor(self, name: str, shape: tuple[int, ...], rows: np.ndarray | None) -> np.ndarray:
+        """One weight of the domain: an expert group's or the word embedding."""
         kind, _, of = self.text.partition(":")
         if kind == "from":
-            own = self._load(f"domains.{of}.{suffix}")
-            if layer_name is None:
+            own = self._load(of_domain(name, of))
+            if not is_expert(name):
                 return own
-            table = self._load(f"domains.{of}.{layer_name}.routing")
+            table = self._load(table_name(parse_name(name).layer, of))
             counted = np.ones(table.size) if rows is None else rows
             return np.concatenate([own, own[self._origins(table, len(own), counted)]])
         if kind == "mean":
-            return self._mean(suffix, shape, layer_name is not None)
+            return self._mean(name, shape)
         if kind == "dense":
             dense = resolve(of)
-            name = suffix.replace(".experts.", ".feed_forward.")
-            tensor = as_float32(name, dense.load([name])[name])
+            origin = dense_name(name)
+            tensor = as_float32(origin, dense.load([origin])[origin])
             return np.ascontiguousarray(np.broadcast_to(tensor, shape))
-        return self._random(suffix, shape)
+        stream = f"{self.name} {of_domain(name, None)}"
+        return initial_value(name, shape, self.config.run.seed, self.config.model, stream)
 
     def _origins(self, table: np.ndarray, old: int, rows: np.ndarray) -> list[int]:
         return origins_of_copies(table, old, self.experts, rows)
@@ -114,19 +113,11 @@ class NewDomainTensors:
     def _load(self, name: str) -> np.ndarray:
         return as_float32(name, self.source.load([name])[name])
 
-    def _mean(self, suffix: str, shape: tuple[int, ...], grouped: bool) -> np.ndarray:
+    def _mean(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        grouped = is_expert(name)
         total, count = np.zeros(shape[1:] if grouped else shape, np.float64), 0
         for domain in self.source.domains:
-            tensor = self._load(f"domains.{domain}.{suffix}")
+            tensor = self._load(of_domain(name, domain))
             total += tensor.sum(0, dtype=np.float64) if grouped else tensor
             count += len(tensor) if grouped else 1
         return np.ascontiguousarray(np.broadcast_to((total / count).astype(np.float32), shape))
-
-    def _random(self, suffix: str, shape: tuple[int, ...]) -> np.ndarray:
-        # As in `model.initialization`: what ends in the residual stream is scaled by 1 / sqrt(2 L), biases are 0.
-        model = self.config.model
-        if suffix.endswith(".bias"):
-            return np.zeros(shape, np.float32)
-        into_residual = is_expert(f".{suffix}") and suffix.endswith("down.weight")
-        rng = generator(self.config.run.seed, f"initial {self.name} {suffix}")
-        return normal(rng, shape, model.residual_std if into_residual else model.init_std, model.init_cutoff)

@@ -13,6 +13,7 @@ from pangu_sigma.domains.checkpoint_editor import (
     check_known,
 )
 from pangu_sigma.errors import UserError
+from pangu_sigma.tensor_names import of_domain
 
 
 def remove_domain(path: Path, name: str, *, out: Path | None = None) -> EditResult:
@@ -41,7 +42,7 @@ def rename_domain(path: Path, old: str, new: str, *, out: Path | None = None) ->
             raise UserError(f"domain {old} has this name already: choose another one")
         tensors = EditedTensors()
         for tensor in source.names(domains=[old], shared=False):
-            tensors.copy(source, tensor, f"domains.{new}.{tensor.removeprefix(f'domains.{old}.')}")
+            tensors.copy(source, tensor, of_domain(tensor, new))
         domain_edits.rename_domain(subject.values, old, new)
         domains = {new if domain == old else domain: domain for domain in source.domains}
         return subject.write(f"rename {old} to {new}", tensors, domains=domains)

@@ -9,10 +9,10 @@ import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.config import Config, config_from_dict
-from pangu_sigma.config.parameter_counts import is_expert, is_routing
 from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditedTensors, EditResult, check_known
 from pangu_sigma.domains.split_tables import origins_of_copies, split_table
 from pangu_sigma.errors import UserError
+from pangu_sigma.tensor_names import parse_name, table_name
 from rre.routing_tables import draw_table
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _grow(
     counts: np.ndarray | None, redraw: bool,
 ) -> None:  # fmt: skip
     """Adds one sparse layer's tensors of the grown group."""
-    routing = f"domains.{name}.{layer_name}.routing"
+    routing = table_name(layer_name, name)
     table = source.load([routing])[routing]
     rows = np.ones(table.size) if counts is None else counts
     origins = origins_of_copies(table, old, experts, rows)
@@ -87,10 +87,9 @@ def _grow(
         grown = split_table(config.run.seed, f"{layer_name} {name} {old} {experts}", table, origins, old, rows)
     for tensor in source.names(domains=[name], shared=False):
         entry = source.manifest.tensors[tensor]
-        steps = tensor == f"domains.{name}.optimizer.steps.{layer_name}"
-        if is_routing(tensor) and tensor == routing:
+        if tensor == routing:
             new.add(tensor, entry.dtype, entry.shape, lambda: grown)
-        elif steps or (is_expert(tensor) and f".{layer_name}.experts." in tensor):
+        elif parse_name(tensor).layer == layer_name:
 
             def copied(tensor: str = tensor) -> np.ndarray:
                 array = source.load([tensor])[tensor]

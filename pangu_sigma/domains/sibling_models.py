@@ -22,7 +22,7 @@ def check_siblings(one: Checkpoint, other: Checkpoint) -> None:
             f"{shown(change.after)}): only models of one parent fit"
         )
     names = one.names(domains=[], optimizer=False)
-    if different := different_tensors(one, other, {name: name for name in names}):
+    if different := different_tensors(one, other, names):
         raise UserError(
             f"{one.path} and {other.path} differ in {len(different)} of {len(names)} shared parameters ({different[0]} "
             "first), so a domain of one would be another function in the other: train both with shared parameters "
@@ -30,21 +30,15 @@ def check_siblings(one: Checkpoint, other: Checkpoint) -> None:
         )
 
 
-def different_tensors(one: Checkpoint, other: Checkpoint, names: dict[str, str]) -> list[str]:
-    """Names of `one` whose bytes, type or shape are not those of `other`'s tensor of the name that they map to."""
-    return [name for name, other_name in names.items() if not _equal(one, other, name, other_name)]
+def different_tensors(one: Checkpoint, other: Checkpoint, names: Sequence[str]) -> list[str]:
+    """Those of the tensors `names` of `one` whose bytes, type or shape are not `other`'s."""
+    return [name for name in names if not _equal(one, other, name)]
 
 
-def domain_names(checkpoint: Checkpoint, domain: str, optimizer: bool) -> Sequence[str]:
-    """The tensors of one domain, after `domains.{domain}.`."""
-    names = checkpoint.names(domains=[domain], shared=False, optimizer=optimizer)
-    return [name.removeprefix(f"domains.{domain}.") for name in names]
-
-
-def _equal(one: Checkpoint, other: Checkpoint, name: str, other_name: str) -> bool:
-    entry, other_entry = one.manifest.tensors[name], other.manifest.tensors.get(other_name)
+def _equal(one: Checkpoint, other: Checkpoint, name: str) -> bool:
+    entry, other_entry = one.manifest.tensors[name], other.manifest.tensors.get(name)
     if other_entry is None or (entry.dtype, entry.shape) != (other_entry.dtype, other_entry.shape):
         return False
     if len(entry.slices) == len(other_entry.slices) == 1:
         return entry.slices[0].sha256 == other_entry.slices[0].sha256
-    return digest_of(one.load([name])[name]) == digest_of(other.load([other_name])[other_name])
+    return digest_of(one.load([name])[name]) == digest_of(other.load([name])[name])

@@ -13,10 +13,11 @@ from mindspore.nn.utils import no_init_parameters
 from pangu_sigma.config import Config
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.initialization import initial_value
-from pangu_sigma.model.model import DOMAIN_EMBEDDING, Model
+from pangu_sigma.model.model import Model
 from pangu_sigma.model.model_structure import ModelStructure
 from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.model.sharded_parameters import DeviceParameterStorage, ShardedParameters, SharedParameters
+from pangu_sigma.tensor_names import DOMAIN_EMBEDDING
 from parallel.comm.exchange import GatheredExchange
 from parallel.comm.processes import Processes
 from parallel.emulation.emulated_mesh import EmulatedLayout, EmulatedMesh
@@ -265,7 +266,7 @@ def initialise_shared(built: Model) -> None:
 def _initialise_experts(built: Model) -> None:
     """Normal(init_std), matrices that end in the residual stream scaled by 1 / sqrt(2 L) (PanGu-alpha's own code)."""
     model, seed = built.config.model, built.config.run.seed
-    std = {name: model.init_std for name in model.expert_network.tensors if name.endswith(".weight")}
+    std = {name: model.init_std for name, shape in model.expert_network.shapes(1, 1).items() if len(shape) == 2}
     local_experts = dict.fromkeys(model.sparse_prefixes, built.local_experts)
     std |= {"down.weight": model.residual_std, "word": model.init_std}
     built.store.initialise(seed, std, local_experts, model.init_cutoff, built.expert_shards)

@@ -10,17 +10,21 @@ from __future__ import annotations
 import numpy as np
 
 from pangu_sigma.config.model_section import ModelConfig
+from pangu_sigma.tensor_names import GATE_NOISE, parse_name
 from rre.counted_random import generator, normal
 
-_INTO_RESIDUAL = ("attention.projection.weight", "feed_forward.down.weight", "shared_expert.down.weight")
+_INTO_RESIDUAL = ("projection.weight", "down.weight")
 
 
-def initial_value(name: str, shape: tuple[int, ...], seed: int, model: ModelConfig) -> np.ndarray:
-    """The initial value of the shared parameter `name`, float32 of its shape: a function of (seed, name)."""
+def initial_value(
+    name: str, shape: tuple[int, ...], seed: int, model: ModelConfig, stream: str | None = None
+) -> np.ndarray:
+    """The initial value of the parameter `name`, float32 of its shape: a function of (seed, `stream`, or name)."""
+    parsed = parse_name(name)
     # A noisy gate begins with the same noise for every expert (Shazeer et al. 2017, appendix A).
-    if name.endswith((".bias", ".beta", ".noise_weight")):
+    if parsed.tensor.endswith(("bias", "beta")) or parsed.part == GATE_NOISE:
         return np.zeros(shape, np.float32)
-    if name.endswith(".gamma"):
+    if parsed.tensor.endswith("gamma"):
         return np.ones(shape, np.float32)
-    std = model.residual_std if name.endswith(_INTO_RESIDUAL) else model.init_std
-    return normal(generator(seed, f"initial {name}"), shape, std, model.init_cutoff)
+    std = model.residual_std if parsed.tensor in _INTO_RESIDUAL else model.init_std
+    return normal(generator(seed, f"initial {stream or name}"), shape, std, model.init_cutoff)

@@ -9,8 +9,6 @@ from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.model.sharded_parameters import SharedParameters
 from rre.store import ExpertStore
 
-DOMAIN_EMBEDDING = "embedding"  # the name under which a store keeps the per-domain word tables
-
 
 @dataclass(frozen=True)
 class Model(ModelStructure):

@@ -45,7 +45,7 @@ class ModelStructure:
         """The sparse layers whose experts this process holds: those of its pipeline stage."""
         mesh, model = self.processes.mesh, self.config.model
         stage = mesh.coordinates(self.processes.rank).stage
-        return tuple(p for p in model.sparse_prefixes if stage_of(f"{p}.", model.layers, mesh) == stage)
+        return tuple(p for p in model.sparse_prefixes if stage_of(p, model.layers, mesh) == stage)
 
     @property
     def local_experts(self) -> range:

@@ -22,6 +22,7 @@ from pangu_sigma.model.layers.linear_and_norm import NORMS
 from pangu_sigma.model.layers.mixture_head import MixtureHead, MixtureLayer, MixtureNorm
 from pangu_sigma.model.layers.tied_embedding_head import HEADS
 from pangu_sigma.model.layers.transformer_layer import TransformerLayer, shared_expert
+from pangu_sigma.tensor_names import QUERY_LAYER, block_index, block_name, name_without_cells
 from parallel.comm.exchange import GatheredExchange
 from parallel.mesh import Mesh
 from parallel.micro_batches import PerMicroBatchCopy
@@ -29,16 +30,6 @@ from parallel.operator_layout import Layout
 from rre.every_expert_layer import EveryExpertFeedForward
 from rre.routers import Router
 from rre.sparse_layer import SparseFeedForward
-
-NAMES_WITHOUT_CELLS = {
-    "feed_forward.router.": "router.",
-    "feed_forward.shared_expert.": "shared_expert.",
-    "head.expert_head.": "head.",
-    "norm.row_norm.": "norm.",
-    "embedding.words.": "embedding.",
-    "embedding.positions.": "embedding.",
-    "embedding.queries.": "embedding.",
-}
 
 
 class Embedding(nn.Cell):
@@ -83,8 +74,8 @@ class PanGuSigma(nn.Cell):
         self.embedding_dropout = CountedDropout(model.dropout, -1, "embedding")
         self.mask = attention_mask(model.heads, layout, model.attention.dropout, compute)
         sparse_indices = {layer_name: index for index, layer_name in enumerate(model.sparse_prefixes)}
-        self.sparse_index_of_block = tuple(sparse_indices.get(f"blocks.{i}", -1) for i in range(model.blocks))
-        self.sparse_index_of_query = sparse_indices.get("query_layer", -1)
+        self.sparse_index_of_block = tuple(sparse_indices.get(block_name(i), -1) for i in range(model.blocks))
+        self.sparse_index_of_query = sparse_indices.get(QUERY_LAYER, -1)
         # A competitive mixture's experts are all in the top layer, whose cells then carry the rows of each to the head.
         competitive = model.is_competitive_mixture
         layer_form, feed_forward_spec = TransformerLayer, SparseFeedForward
@@ -118,9 +109,7 @@ class PanGuSigma(nn.Cell):
         if competitive:
             self.head = MixtureHead(self.head, routers[0].choices, layout)
         for parameter in self.trainable_params():
-            # A tensor's name does not tell which part's cell holds it, so a part can be exchanged under a checkpoint.
-            for with_cell, plain in NAMES_WITHOUT_CELLS.items():
-                parameter.name = parameter.name.replace(with_cell, plain)
+            parameter.name = name_without_cells(parameter.name)
 
     def construct(
         self, tokens: Tensor, positions: Tensor, segments: Tensor, domain: Tensor, keys: Tensor, bounds: tuple,
@@ -181,8 +170,9 @@ class PanGuSigma(nn.Cell):
         return None if self.untied or self.embedding.words.per_domain else self.embedding.words.word
 
     def gate(self, layer_name: str) -> nn.Cell:
-        """The gate of a sparse layer, `blocks.{i}` or `query_layer`."""
-        layer = self.query_layer if layer_name == "query_layer" else self.blocks[int(layer_name.rsplit(".", 1)[-1])]
+        """The gate of a sparse layer."""
+        index = block_index(layer_name)
+        layer = self.query_layer if index is None else self.blocks[index]
         return layer.feed_forward.router
 
     def word_table(self, flat: tuple[Tensor, ...]):

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
-
+from pangu_sigma.tensor_names import POSITIONS, WORDS, block_index, parse_name
 from parallel.mesh import Mesh
-
-_LAYER = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
-_FIRST = ("embedding.word", "embedding.position")
 
 
 def stage_of(name: str, layers: int, mesh: Mesh) -> int:
-    """The stage of the tensor of this name in a model of so many `layers`, the query layer included.
+    """The stage of the tensor or layer of this name in a model of so many `layers`, the query layer included.
 
     A tied word table is the first stage's; the last one is sent it once a step, and sends its gradient back.
     """
-    layer = _LAYER.search(name)
-    if layer is not None:
-        return mesh.stage_of(int(layer[1]), layers)
-    return 0 if name.endswith(_FIRST) else mesh.pipeline - 1
+    parsed = parse_name(name)
+    index = block_index(parsed.layer)
+    if index is not None:
+        return mesh.stage_of(index, layers)
+    return 0 if parsed.part in (WORDS, POSITIONS) else mesh.pipeline - 1

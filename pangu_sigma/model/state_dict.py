@@ -3,49 +3,55 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import numpy as np
 
-from pangu_sigma.checkpoint import LazyTensor, StoredTensors, folder_layout
+from pangu_sigma.checkpoint import LazyTensor, StoredTensors
 from pangu_sigma.checkpoint.distributed import ShardedTensor, TensorShard
-from pangu_sigma.config.parameter_counts import is_routing, layer_name_and_owner
 from pangu_sigma.errors import UserError
-from pangu_sigma.model.model import DOMAIN_EMBEDDING, Model
-from rre.router_specs import LAYER
+from pangu_sigma.model.model import Model
+from pangu_sigma.tensor_names import DOMAIN_EMBEDDING, expert_name, parse_name, steps_name, table_name, tensor_name
+from parallel.partition_spec import Shard
 from rre.store.expert_store import STATE_TENSORS
 
 
 def domain_tensors(model: Model, optimizer_state: bool) -> dict[str, np.ndarray]:
     """Every domain's tensors by checkpoint name; the arrays are views of the store's tables, nothing is copied."""
-    store, groups = model.store, model.groups
-    tensors: dict[str, np.ndarray] = {}
-    for kind, layer_name, name, table in store.tables():
-        if kind != "weight" and not optimizer_state:
-            continue
-        for domain_id, domain in enumerate(groups.names):
-            checkpoint_name = _expert_tensor(domain, kind, layer_name, name)
-            tensors[checkpoint_name] = table[domain_id] if layer_name == DOMAIN_EMBEDDING else table[groups.of(domain)]
-    for layer_name, by_domain in model.tables.items():
-        for domain, table in by_domain.items():
-            tensors[table_name(domain, layer_name)] = table
-    if optimizer_state:
-        for layer_name, steps in store.steps.items():
-            for domain_id, domain in enumerate(groups.names):
-                rows = slice(domain_id, domain_id + 1) if layer_name == DOMAIN_EMBEDDING else groups.of(domain)
-                tensors[f"domains.{domain}.optimizer.steps.{layer_name}"] = steps[rows]
+    tensors = _common_tensors(model, optimizer_state)
+    for _, name_of, table, _ in _expert_tables(model, optimizer_state):
+        tensors |= {name_of(domain): table[model.groups.of(domain)] for domain in model.groups.names}
     return tensors
 
 
-def table_name(owner: str, layer_name: str) -> str:
-    """The checkpoint's name of a routing table of one sparse layer, which belongs to a domain or to the layer."""
-    return f"{layer_name}.routing" if owner == LAYER else f"domains.{owner}.{layer_name}.routing"
+def _expert_tables(
+    model: Model, optimizer_state: bool, embedding: bool = False
+) -> Iterator[tuple[tuple[str, str, str] | None, Callable[[str], str], np.ndarray, Shard | None]]:
+    """(what the store calls it, domain -> checkpoint name, table, shard of an expert's tensor) of every tensor of the
+    experts, or of the domains' word embeddings, which have no shard; the store has no name for update counts."""
+    shards = model.expert_shards
+    for kind, layer_name, tensor, table in model.store.tables():
+        if (layer_name == DOMAIN_EMBEDDING) == embedding and (kind == "weight" or optimizer_state):
+            name_of = partial(expert_name, layer_name, tensor, state=kind)
+            yield (kind, layer_name, tensor), name_of, table, shards.get(tensor)
+    for layer_name, steps in model.store.steps.items() if optimizer_state else ():
+        if (layer_name == DOMAIN_EMBEDDING) == embedding:
+            yield None, partial(steps_name, layer_name), steps, Shard((), (), _counts_for_others(model))
 
 
-def _expert_tensor(domain: str, kind: str, layer_name: str, name: str) -> str:
-    prefix = f"domains.{domain}." + ("" if kind == "weight" else f"optimizer.{kind}.")
-    return f"{prefix}embedding.{name}" if layer_name == DOMAIN_EMBEDDING else f"{prefix}{layer_name}.experts.{name}"
+def _common_tensors(model: Model, optimizer_state: bool) -> dict[str, np.ndarray]:
+    """Views of what every process has whole: routing tables, the domains' word embeddings."""
+    tensors = {
+        table_name(layer_name, owner): table
+        for layer_name, by_owner in model.tables.items()
+        for owner, table in by_owner.items()
+    }
+    for stored, name_of, table, _ in _expert_tables(model, optimizer_state, embedding=True):
+        # An embedding has no axis of experts, its update count has one of length 1.
+        rows = [table[i] if stored else table[i : i + 1] for i in range(len(table))]
+        tensors |= dict(zip(map(name_of, model.groups.names), rows, strict=True))
+    return tensors
 
 
 def model_tensors(model: Model, moments: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray | LazyTensor]:
@@ -61,14 +67,11 @@ def model_tensors(model: Model, moments: Mapping[str, np.ndarray] | None) -> dic
     if moments is not None:
         tensors |= moments
     tensors |= domain_tensors(model, moments is not None)
-    for kind, layer_name, name, table in store.tables():
-        if store.in_memory(layer_name) or (kind != "weight" and moments is None):
-            continue
-        for domain in groups.names:
+    for stored, name_of, table, _ in _expert_tables(model, moments is not None):
+        for domain in groups.names if stored and not store.in_memory(stored[1]) else ():
             rows = groups.of(domain)
-            read = partial(store.read, kind, layer_name, name, rows)
             shape = (rows.stop - rows.start, *table.shape[1:])
-            tensors[_expert_tensor(domain, kind, layer_name, name)] = LazyTensor(shape, table.dtype, read)
+            tensors[name_of(domain)] = LazyTensor(shape, table.dtype, partial(store.read, *stored, rows))
     return tensors
 
 
@@ -79,37 +82,28 @@ def tensor_parts(model: Model, moments: Mapping[str, np.ndarray] | None) -> dict
     All processes' parts together are every tensor once: a process writes its own experts, unless it is a replica, its
     own parts of shared parameters, and its turn of what several of them have.
     """
-    store, groups, shards = model.store, model.groups, model.expert_shards
+    store, groups = model.store, model.groups
     store.flush()
     parts = _shared_parts(model, moments) | _elsewhere(model, moments)
-    for kind, layer_name, name, table in store.tables():
-        if layer_name == DOMAIN_EMBEDDING or (kind != "weight" and moments is None):
-            continue
-        shard = shards[name]
-        for domain in groups.names:
+    for stored, name_of, table, shard in _expert_tables(model, moments is not None):
+        for domain, size in zip(groups.names, groups.sizes, strict=True):
             pieces = []
             for begin, rows in _runs(model, domain) if shard.is_writer else ():
-                read = partial(store.read, kind, layer_name, name, rows)
-                values = LazyTensor((rows.stop - rows.start, *table.shape[1:]), table.dtype, read)
+                values = table[rows]
+                if stored:
+                    values = LazyTensor(values.shape, table.dtype, partial(store.read, *stored, rows))
                 pieces.append(TensorShard((begin, *(axis.start for axis in shard.slices)), values))
-            shape = (groups.of(domain).stop - groups.of(domain).start, *shard.shape)
-            parts[_expert_tensor(domain, kind, layer_name, name)] = ShardedTensor(shape, table.dtype, tuple(pieces))
-    for layer_name, steps in store.steps.items() if moments is not None else ():
-        for domain in groups.names if layer_name != DOMAIN_EMBEDDING else ():
-            runs = _runs(model, domain) if _counts_for_others(model) else ()
-            size = groups.of(domain).stop - groups.of(domain).start
-            pieces = tuple(TensorShard((begin,), steps[rows]) for begin, rows in runs)
-            parts[f"domains.{domain}.optimizer.steps.{layer_name}"] = ShardedTensor((size,), steps.dtype, pieces)
+            parts[name_of(domain)] = ShardedTensor((size, *shard.shape), table.dtype, tuple(pieces))
     return parts
 
 
 def _shared_parts(model: Model, moments: Mapping[str, np.ndarray] | None) -> dict[str, ShardedTensor]:
     """What is not the experts': shared parameters and moments, routing tables, embedding slots."""
-    store, groups, shared, processes = model.store, model.groups, model.shared, model.processes
+    shared, processes = model.shared, model.processes
     values = shared.values() | (moments or {})
     names = {name: name for name in shared.shapes}
     if moments is not None:
-        names |= {f"optimizer.{kind}.{owner}": owner for owner in shared.trained for kind in "mv"}
+        names |= {tensor_name(owner, state=moment): owner for owner in shared.trained for moment in "mv"}
     parts: dict[str, ShardedTensor] = {}
     for turn, (name, owner) in enumerate(sorted(names.items())):
         holders = shared.storing_ranks(owner) or range(processes.size)
@@ -117,20 +111,7 @@ def _shared_parts(model: Model, moments: Mapping[str, np.ndarray] | None) -> dic
         begin = tuple(axis.start for axis in shared.stored_slices(owner))
         pieces = (TensorShard(begin, values[name]),) if writes else ()
         parts[name] = ShardedTensor(shared.shapes[owner], np.dtype(np.float32), pieces)
-    common = {
-        table_name(o, layer_name): table
-        for layer_name, by_owner in model.tables.items()
-        for o, table in by_owner.items()
-    }
-    for kind, layer_name, name, table in store.tables():
-        if layer_name == DOMAIN_EMBEDDING and (kind == "weight" or moments is not None):
-            common |= {_expert_tensor(d, kind, layer_name, name): table[n] for n, d in enumerate(groups.names)}
-    if DOMAIN_EMBEDDING in store.steps and moments is not None:
-        steps = store.steps[DOMAIN_EMBEDDING]
-        common |= {
-            f"domains.{domain}.optimizer.steps.{DOMAIN_EMBEDDING}": steps[domain_id : domain_id + 1]
-            for domain_id, domain in enumerate(groups.names)
-        }
+    common = _common_tensors(model, moments is not None)
     for turn, (name, array) in enumerate(sorted(common.items())):
         parts[name] = ShardedTensor.unsharded(array, turn % processes.size == processes.rank)
     return parts
@@ -146,10 +127,9 @@ def _elsewhere(model: Model, moments: Mapping[str, np.ndarray] | None) -> dict[s
         for domain, size in zip(model.groups.names, model.groups.sizes, strict=True):
             for name, shard in model.expert_shards.items():
                 part = ShardedTensor((size, *shard.shape), np.dtype(np.float32), ())
-                parts |= {_expert_tensor(domain, kind, layer_name, name): part for kind in kinds}
+                parts |= {expert_name(layer_name, name, domain, kind): part for kind in kinds}
             if moments is not None:
-                name = f"domains.{domain}.optimizer.steps.{layer_name}"
-                parts[name] = ShardedTensor((size,), np.dtype(np.int64), ())
+                parts[steps_name(layer_name, domain)] = ShardedTensor((size,), np.dtype(np.int64), ())
     return parts
 
 
@@ -187,41 +167,26 @@ def restore_model(model: Model, tensors: Mapping[str, np.ndarray], optimizer_sta
     for name in model.shared.local_names:
         model.shared.write(name, _checked(tensors, name, model.shared.shapes[name]))
         model.processes.mark()
-    store, groups = model.store, model.groups
-    for kind, layer_name, name, table in store.tables():
-        if kind != "weight" and not optimizer_state:
-            continue
-        for domain_id, domain in enumerate(groups.names):
-            stored = _expert_tensor(domain, kind, layer_name, name)
-            if layer_name == DOMAIN_EMBEDDING:
-                table[domain_id][...] = _checked(tensors, stored, table[domain_id].shape)
-                continue
-            shard = model.expert_shards[name]
+    for name, array in _common_tensors(model, optimizer_state).items():
+        array[...] = _checked(tensors, name, array.shape)
+        model.processes.mark()
+    for stored, name_of, table, shard in _expert_tables(model, optimizer_state):
+        for domain in model.groups.names:
             inside, rows = _local_experts_of(model, domain)
             if inside:
-                values = _checked_rows(model, tensors, stored, shard.shape, inside)
-                store.write(kind, layer_name, name, rows, values[(slice(None), *shard.slices)])
+                values = _checked_rows(model, tensors, name_of(domain), shard.shape, inside)
+                if stored:
+                    model.store.write(*stored, rows, values[(slice(None), *shard.slices)])
+                else:
+                    table[rows] = values
             model.processes.mark()
-    for layer_name, by_owner in model.tables.items():
-        for owner, table in by_owner.items():
-            table[...] = _checked(tensors, table_name(owner, layer_name), table.shape)
-    if optimizer_state:
-        for layer_name, steps in store.steps.items():
-            for domain_id, domain in enumerate(groups.names):
-                stored = f"domains.{domain}.optimizer.steps.{layer_name}"
-                if layer_name == DOMAIN_EMBEDDING:
-                    steps[domain_id : domain_id + 1] = _checked(tensors, stored, (1,))
-                    continue
-                inside, rows = _local_experts_of(model, domain)
-                if inside:
-                    steps[rows] = _checked_rows(model, tensors, stored, (), inside)
 
 
 def _checked_rows(
     model: Model, tensors: Mapping[str, np.ndarray], name: str, inner: tuple[int, ...], rows: range
 ) -> np.ndarray:
     """These rows of a domain's tensor, of whose experts each has the shape `inner`."""
-    group = model.groups.of(folder_layout.domain_of(name))
+    group = model.groups.of(parse_name(name).domain)
     shape = (group.stop - group.start, *inner)
     if not isinstance(tensors, StoredTensors) or len(rows) == shape[0]:
         return _checked(tensors, name, shape)[rows.start : rows.stop : rows.step]
@@ -235,9 +200,8 @@ def stored_tables(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.n
     """The routing tables of a checkpoint: sparse layer -> owner -> int32 [V]."""
     tables: dict[str, dict[str, np.ndarray]] = {}
     for name in tensors:
-        if is_routing(name):
-            layer_name, owner = layer_name_and_owner(name)
-            tables.setdefault(layer_name, {})[owner] = tensors[name]
+        if (parsed := parse_name(name)).module == "routing":
+            tables.setdefault(parsed.layer, {})[parsed.owner] = tensors[name]
     return tables
 
 

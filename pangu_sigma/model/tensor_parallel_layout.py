@@ -7,37 +7,38 @@ from __future__ import annotations
 
 import math
 
-from pangu_sigma.config.parameter_counts import Shape, is_expert
+from pangu_sigma.config.parameter_counts import Shape
+from pangu_sigma.tensor_names import is_expert, is_routing, parse_name, tensor_name
 from parallel.mesh import Mesh
 from parallel.optimizer_sharding import optimizer_num_shards, optimizer_shard_of, replica_ranks
 from parallel.partition_spec import Slices, shard_slices
 
-# The mesh axis that shards each axis of a tensor, by the end of the tensor's name; all others are replicated.
-_ATTENTION = {".weight": (None, "tensor"), ".bias": ("tensor",)}
-_DENSE = ("feed_forward", "shared_expert")
+# The mesh axis that shards each axis of a tensor, by its module and its name in there; all others are replicated.
+_NETWORK = {
+    "gate.weight": (None, "tensor"),
+    "up.weight": (None, "tensor"),
+    "up.bias": ("tensor",),
+    "down.weight": ("tensor", None),
+    "down.bias": (None,),
+}
 _SPECS = {
-    "embedding.word": ("tensor", None),
-    **{f"attention.{part}{end}": spec for part in ("query", "key", "value") for end, spec in _ATTENTION.items()},
-    "attention.projection.weight": ("tensor", None),
-    "head.word": ("tensor", None),
-    **{f"{part}.gate.weight": (None, "tensor") for part in _DENSE},
-    **{f"{part}.up.weight": (None, "tensor") for part in _DENSE},
-    **{f"{part}.up.bias": ("tensor",) for part in _DENSE},
-    **{f"{part}.down.weight": ("tensor", None) for part in _DENSE},
-    "experts.gate.weight": ("expert", None, "tensor"),
-    "experts.up.weight": ("expert", None, "tensor"),
-    "experts.up.bias": ("expert", "tensor"),
-    "experts.down.weight": ("expert", "tensor", None),
-    "experts.down.bias": ("expert", None),
+    "embedding": {"word": ("tensor", None)},
+    "head": {"word": ("tensor", None)},
+    "attention": {
+        **{tensor_name(part, "weight"): (None, "tensor") for part in ("query", "key", "value")},
+        **{tensor_name(part, "bias"): ("tensor",) for part in ("query", "key", "value")},
+        "projection.weight": ("tensor", None),
+    },
+    "feed_forward": _NETWORK,
+    "shared_expert": _NETWORK,
+    "experts": {name: ("expert", *spec) for name, spec in _NETWORK.items()},
 }
 
 
 def spec_of(name: str, shape: Shape) -> tuple[str | None, ...]:
     """The mesh axis that shards each axis of the tensor of this name, None where none does."""
-    for end, spec in _SPECS.items():
-        if name.endswith(end):
-            return spec
-    return (None,) * len(shape)
+    parsed = parse_name(name)
+    return _SPECS.get(parsed.module, {}).get(parsed.tensor, (None,) * len(shape))
 
 
 def num_shards_of(name: str, shape: Shape, mesh: Mesh) -> int:
@@ -73,4 +74,4 @@ def storing_ranks_of(name: str, shape: Shape, mesh: Mesh, rank: int, optimizer_p
 
 def is_matrix(name: str, shape: Shape) -> bool:
     """Whether the tensor enters a matrix product: it then has a copy in the compute type too."""
-    return len(shape) == (3 if is_expert(name) else 2) and ".routing" not in name
+    return len(shape) == (3 if is_expert(name) else 2) and not is_routing(name)

@@ -11,10 +11,10 @@ from functools import cached_property
 
 from pangu_sigma.config import Config, tensor_shapes
 from pangu_sigma.config.capacity_sizes import activated_slots, samples_at_a_time
-from pangu_sigma.config.parameter_counts import is_expert, is_routing
 from pangu_sigma.data.tokenizers.vocabulary_size import vocabulary_size
 from pangu_sigma.model.pipeline_stages import stage_of
 from pangu_sigma.model.tensor_parallel_layout import computed_slices_of, spec_of, stored_slices_of
+from pangu_sigma.tensor_names import WORDS, block_name, chunk_name, expert_name, is_routing, parse_name
 from parallel.dry.compiled_graph import (
     BYTES,
     POINT_TO_POINT,
@@ -43,7 +43,6 @@ _ENTRY = {
 }
 _LAYER_NAME = re.compile(r"blocks-CellList/(\d+)-TransformerLayer|(query_layer)-TransformerLayer")
 _PRODUCTS = "experts-BatchedExperts/"
-WORDS = "embedding.word"
 # What the pipeline's pass adds micro-batches' gradients to (see `parallel.micro_batches`).
 SUMS = "accu_grads."
 
@@ -98,7 +97,7 @@ def layer_name_of(scope: str) -> str | None:
     match = _LAYER_NAME.search(scope)
     if match is None:
         return None
-    return match[2] or f"blocks.{match[1]}"
+    return match[2] or block_name(int(match[1]))
 
 
 def problems(config: Config, compiled: CompiledGraph) -> Iterator[str]:
@@ -125,9 +124,7 @@ def _layer_names(config: Config, compiled: CompiledGraph) -> list[str]:
     """The sparse layers of the rank's pipeline stage."""
     mesh, layers = config.parallel.mesh, config.model.layers
     stage = mesh.coordinates(compiled.rank).stage
-    return [
-        layer_name for layer_name in config.model.sparse_prefixes if stage_of(f"{layer_name}.", layers, mesh) == stage
-    ]
+    return [layer_name for layer_name in config.model.sparse_prefixes if stage_of(layer_name, layers, mesh) == stage]
 
 
 def _micro_batches(config: Config) -> int:
@@ -138,7 +135,7 @@ def _micro_batches(config: Config) -> int:
 def _names(config: Config, compiled: CompiledGraph) -> Iterator[str]:
     """Names and uncut shapes against the configuration's manifest."""
     planned = tensor_shapes(config, vocabulary_size(config))
-    shared = {n: s for n, s in planned.items() if not n.startswith("domains.") and not is_routing(n)}
+    shared = {n: s for n, s in planned.items() if parse_name(n).domain is None and not is_routing(n)}
     for name in sorted(shared.keys() | compiled.parameters.keys()):
         ours, theirs = shared.get(name), compiled.parameters.get(name)
         if ours != theirs:
@@ -149,12 +146,10 @@ def _names(config: Config, compiled: CompiledGraph) -> Iterator[str]:
     chunks = config.parallel.expert_chunks
     for layer_name in config.model.sparse_prefixes:
         for tensor in config.model.expert_network.tensors:
-            end = f".{layer_name}.experts.{tensor}"
-            one = next(shape[1:] for name, shape in planned.items() if is_expert(name) and name.endswith(end))
+            one = planned[expert_name(layer_name, tensor, config.domain_names[0])][1:]
             slots = activated_slots(config) * config.parallel.mesh.placement_groups
             for chunk in range(chunks):
-                name = f"{layer_name}.experts.{tensor}/{chunk}"
-                _, shape = compiled.expert_inputs.get(name, (0, None))
+                _, shape = compiled.expert_inputs.get(chunk_name(layer_name, tensor, chunk), (0, None))
                 if shape != (slots // chunks, *one):
                     yield (
                         f"{layer_name}: experts' {tensor} is {_shape_text(shape)} in the graph and "
@@ -230,15 +225,15 @@ def _expert_cuts(config: Config, compiled: CompiledGraph) -> Iterator[str]:
     mesh = config.parallel.mesh
     own = _layer_names(config, compiled)
     for name, (_, shape) in compiled.expert_inputs.items():
-        layer_name, _, tensor = name.partition(".experts.")
+        layer_name = parse_name(name).layer
         if layer_name not in own:
             continue
         planned = tuple(
-            size // _num_shards(mesh, names) for size, names in zip(shape, _axes(config, tensor), strict=True)
+            size // _num_shards(mesh, names) for size, names in zip(shape, _axes(config, name), strict=True)
         )
         part = compiled.expert_part(name)
         if part != planned:
-            yield f"{layer_name}: experts' {tensor} comes in cut to {_shape_text(part)}, not to {planned}"
+            yield f"{name} comes in cut to {_shape_text(part)}, not to {planned}"
     hidden, inner = config.model.hidden, config.model.ffn // mesh.tensor
     for layer_name in own:
         of_rank = activated_slots(config) // mesh.exchange_size // config.parallel.expert_chunks
@@ -253,13 +248,12 @@ def _expert_cuts(config: Config, compiled: CompiledGraph) -> Iterator[str]:
             yield f"{layer_name}: an expert's products take weights of {sorted(actual)}, not of {sorted(planned)}"
 
 
-def _axes(config: Config, tensor: str) -> tuple[tuple[str, ...], ...]:
+def _axes(config: Config, name: str) -> tuple[tuple[str, ...], ...]:
     """Which mesh axes cut which axis of an expert tensor where it enters the graph: as an input finer than its product
     wants it, as a parameter (in pipeline stages, where MindSpore looks at the product alone) just so."""
-    tensor = tensor.split("/")[0]
     if config.parallel.pipeline == 1:
-        return _ENTRY[tensor]
-    return tuple(() if axis is None else (axis,) for axis in spec_of(f"experts.{tensor}", ()))
+        return _ENTRY[parse_name(name).tensor]
+    return tuple(() if axis is None else (axis,) for axis in spec_of(name, ()))
 
 
 def _num_shards(mesh: Mesh, names: tuple[str, ...]) -> int:
@@ -320,7 +314,9 @@ def _update(config: Config, compiled: CompiledGraph) -> Iterator[str]:
     """Each rank updates its own parts, once each, and speaks with nobody."""
     parts = {name: compiled.parameter_shards.get(name) for name in shared_of_stage(config, compiled)}
     own = {
-        name: shape for name, shape in parameter_shards(compiled.update).items() if not name.startswith("optimizer.")
+        name: shape
+        for name, shape in parameter_shards(compiled.update).items()
+        if not parse_name(name).is_optimizer
     }
     for name in sorted(parts.keys() | own.keys()):
         if own.get(name) != parts.get(name):

@@ -10,10 +10,10 @@ import math
 
 from pangu_sigma.config import Config, tensor_shapes
 from pangu_sigma.config.capacity_sizes import activated_slots, dispatch_buffer, samples_at_a_time
-from pangu_sigma.config.parameter_counts import is_expert, is_routing
 from pangu_sigma.model.pipeline_stages import stage_of
 from pangu_sigma.model.tensor_parallel_layout import is_matrix, num_shards_of, spec_of
 from pangu_sigma.plan.hardware import Hardware
+from pangu_sigma.tensor_names import is_expert, is_routing, tensor_name
 from parallel.optimizer_sharding import optimizer_num_shards
 
 FLOAT32 = 4
@@ -59,7 +59,7 @@ def stage_bytes(config: Config, vocabulary: int, stage: int) -> dict[str, float]
     _, sparse_layers = layers_of_stage(config, stage)
     if sparse_layers and not resident:
         per_slot = sum(
-            math.prod(shape) / (mesh.tensor if "tensor" in spec_of(f"experts.{name}", shape) else 1)
+            math.prod(shape) / (mesh.tensor if "tensor" in spec_of(tensor_name("experts", name), shape) else 1)
             for name, shape in config.model.expert_network.shapes(config.model.hidden, config.model.ffn).items()
         )
         local = activated_slots(config) / mesh.exchange_size * sparse_layers
@@ -73,7 +73,7 @@ def stage_bytes(config: Config, vocabulary: int, stage: int) -> dict[str, float]
 def layers_of_stage(config: Config, stage: int) -> tuple[int, int]:
     """(layers, sparse ones among them) of a pipeline stage."""
     mesh, layers = config.parallel.mesh, config.model.layers
-    sparse = sum(stage_of(f"{layer_name}.", layers, mesh) == stage for layer_name in config.model.sparse_prefixes)
+    sparse = sum(stage_of(layer_name, layers, mesh) == stage for layer_name in config.model.sparse_prefixes)
     return layers // mesh.pipeline, sparse
 
 

@@ -6,9 +6,9 @@ import math
 
 from pangu_sigma.config import Config, tensor_shapes
 from pangu_sigma.config.capacity_sizes import activated_slots, dispatch_buffer, samples_at_a_time
-from pangu_sigma.config.parameter_counts import is_expert, is_routing
 from pangu_sigma.model.tensor_parallel_layout import num_shards_of
 from pangu_sigma.plan.memory_estimate import FLOAT32, compute_bytes, expert_values
+from pangu_sigma.tensor_names import is_expert, is_routing
 
 # Rows go to experts and back, and their gradients the same way.
 EXCHANGES = 4

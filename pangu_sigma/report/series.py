@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from pangu_sigma.report.run_data import Record
+from pangu_sigma.tensor_names import block_index
 
 Points = list[tuple[int, float]]
 
@@ -83,7 +84,7 @@ def dropped_by_layer(records: Sequence[Record]) -> dict[str, Points]:
     return {layer: curves[layer] for layer in sorted(curves, key=_layer_order)}
 
 
-def _layer_order(layer: str) -> tuple[str, int]:
-    """Blocks by number (blocks.2 before blocks.10), the query layer after them."""
-    name, _, index = layer.rpartition(".")
-    return (name, int(index)) if index.isdigit() else (layer, 0)
+def _layer_order(layer: str) -> float:
+    """Blocks by number (the 2nd before the 10th), the query layer after them."""
+    index = block_index(layer)
+    return math.inf if index is None else index

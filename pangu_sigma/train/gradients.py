@@ -15,7 +15,8 @@ from mindspore import Tensor, ops
 
 from pangu_sigma.model.batch_planner import RoutedBatch
 from pangu_sigma.model.graph_inputs import GraphSignature, LayerSignature
-from pangu_sigma.model.model import DOMAIN_EMBEDDING, Model
+from pangu_sigma.model.model import Model
+from pangu_sigma.tensor_names import DOMAIN_EMBEDDING
 from rre.store import ExpertStore
 
 # (layer name, expert as this process's store counts) -> gradients of the expert's tensors.

@@ -11,6 +11,7 @@ from mindspore.common.initializer import initializer
 from pangu_sigma.model.batch_planner import graph_placeholders
 from pangu_sigma.model.graph_inputs import GraphSignature
 from pangu_sigma.model.pangu import PanGuSigma
+from pangu_sigma.tensor_names import tensor_name
 from pangu_sigma.train.objective import TrainingObjective
 from parallel.operator_layout import Layout
 from parallel.ops.primitives import square_sums
@@ -88,7 +89,7 @@ class SharedUpdate(nn.Cell):
     @staticmethod
     def _moment(parameter: Parameter, kind: str) -> Parameter:
         zeros = initializer("zeros", parameter.shape, ms.float32)
-        return Parameter(zeros, name=f"optimizer.{kind}.{parameter.name}", requires_grad=False)
+        return Parameter(zeros, name=tensor_name(parameter.name, state=kind), requires_grad=False)
 
     def construct(
         self, scale: Tensor, rate: Tensor, beta1: Tensor, beta2: Tensor, epsilon: Tensor, decay: Tensor,

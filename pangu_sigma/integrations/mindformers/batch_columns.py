@@ -16,6 +16,7 @@ from pangu_sigma.model.build_model import build_structure
 from pangu_sigma.model.graph_inputs import GraphSignature, LayerSignature
 from pangu_sigma.model.model_structure import ModelStructure
 from pangu_sigma.model.state_dict import stored_tables
+from pangu_sigma.tensor_names import tensor_name
 from pangu_sigma.trained_model import stored_config, stored_tokenizer, stored_weights
 
 # Every planned batch begins with these columns; the routing of each sparse layer follows.
@@ -97,6 +98,6 @@ def placeholders(signature: GraphSignature) -> list[ms.Tensor]:
 
 def _layer_columns(layer_signature: LayerSignature) -> Iterator[str]:
     routing = layer_signature.routing
-    yield from (f"{layer_signature.name}.routing.{i}" for i in range(routing))
+    yield from (tensor_name(layer_signature.name, "routing", str(i)) for i in range(routing))
     if not layer_signature.learned:
-        yield f"{layer_signature.name}.counts"
+        yield tensor_name(layer_signature.name, "counts")

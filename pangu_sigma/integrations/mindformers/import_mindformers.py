@@ -18,13 +18,13 @@ from safetensors import SafetensorError, safe_open
 from pangu_sigma.checkpoint import Checkpoint, Fingerprints, TensorSpec
 from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.config import Config, with_vocabulary
-from pangu_sigma.config.parameter_counts import is_routing, parameter_counts, tensor_shapes
+from pangu_sigma.config.parameter_counts import parameter_counts, tensor_shapes
 from pangu_sigma.convert.conversion_coverage import SkippedTensors, check_coverage
 from pangu_sigma.convert.converted_folder import write_converted
 from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_files
 from pangu_sigma.errors import UserError
 from pangu_sigma.integrations.mindformers.companion_files import find_companion, read_companion
-from rre.router_specs import LAYER
+from pangu_sigma.tensor_names import WORDS, is_routing, parse_name, tensor_name
 
 SKIPPED = SkippedTensors(
     {
@@ -126,7 +126,7 @@ def check_file(file: Path, config: Config) -> None:
     """Raises UserError unless the checkpoint holds every tensor of the model of `config`, of whatever vocabulary."""
     with opened(file) as tensors:
         shapes = shapes_of(tensors)
-    words = shapes.get("embedding.word") or shapes.get(f"domains.{config.domain_names[0]}.embedding.word") or (0,)
+    words = shapes.get(WORDS) or shapes.get(tensor_name(WORDS, domain=config.domain_names[0])) or (0,)
     check_tensors(file, shapes, tensor_shapes(config, config.model.vocab_size or words[0]))
 
 
@@ -160,8 +160,7 @@ def _tensor(file: Path, tensors, spec: TensorSpec) -> np.ndarray:
 
 
 def _check_table(file: Path, name: str, table: np.ndarray, groups: dict[str, int]) -> None:
-    owner = name.split(".")[1] if name.startswith("domains.") else LAYER
-    experts = groups.get(owner, sum(groups.values()))
+    experts = groups.get(parse_name(name).owner, sum(groups.values()))
     if table.size and (table.min() < 0 or table.max() >= experts):
         raise UserError(
             f"{file} is damaged: routing table {name} leads to experts outside its group of {experts}; give a whole "

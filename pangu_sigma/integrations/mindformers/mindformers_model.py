@@ -20,9 +20,10 @@ from pangu_sigma.integrations.mindformers.batch_columns import FIXED_COLUMNS, op
 from pangu_sigma.integrations.mindformers.mindformers_settings import model_settings
 from pangu_sigma.model.build_model import build_model
 from pangu_sigma.model.graph_inputs import GraphSignature
-from pangu_sigma.model.model import DOMAIN_EMBEDDING, Model
+from pangu_sigma.model.model import Model
 from pangu_sigma.model.pangu import TrainingLoss
 from pangu_sigma.model.state_dict import model_tensors, restore_model
+from pangu_sigma.tensor_names import DOMAIN_EMBEDDING, WORDS, expert_name, is_routing, parse_name
 
 FIXED = len(FIXED_COLUMNS)
 
@@ -70,11 +71,11 @@ class PanGuSigmaForCausalLM(PreTrainedModel):
         self.domains, self.layer_names = built.groups.names, tuple(s.name for s in self.signature.layers)
         self.sizes = built.groups.sizes
         parameters = {name: _parameter(name, tensor) for name, tensor in _domain_tensors(built).items()}
-        self.tables = ParameterTuple([p for name, p in parameters.items() if name.endswith(".routing")])
-        self.slot_tables = ParameterTuple([p for name, p in parameters.items() if name.endswith(".embedding.word")])
+        self.tables = ParameterTuple([p for name, p in parameters.items() if is_routing(name)])
+        self.slot_tables = ParameterTuple([p for name, p in parameters.items() if parse_name(name).part == WORDS])
         tensors = text.config.model.expert_network.tensors
         names = [
-            f"domains.{domain}.{layer_name}.experts.{tensor}"
+            expert_name(layer_name, tensor, domain)
             for layer_name in self.layer_names for domain in self.domains for tensor in tensors
         ]  # fmt: skip
         self.experts = ParameterTuple([parameters[name] for name in names])
@@ -170,4 +171,4 @@ def _domain_tensors(built: Model) -> dict[str, np.ndarray]:
 
 
 def _parameter(name: str, tensor: np.ndarray) -> Parameter:
-    return Parameter(Tensor(np.ascontiguousarray(tensor)), name=name, requires_grad=not name.endswith(".routing"))
+    return Parameter(Tensor(np.ascontiguousarray(tensor)), name=name, requires_grad=not is_routing(name))

@@ -15,7 +15,7 @@ from mindspore.nn.learning_rate_schedule import LearningRateSchedule
 from mindspore.nn.optim.optimizer import Optimizer
 
 from pangu_sigma.errors import UserError
-from pangu_sigma.model.model import DOMAIN_EMBEDDING
+from pangu_sigma.tensor_names import DOMAIN_EMBEDDING
 
 KINDS = ("cosine", "linear", "constant")
 

@@ -14,7 +14,7 @@ from mindspore.train import Callback
 from pangu_sigma.errors import UserError
 from pangu_sigma.integrations.mindformers.data_loader import PlannedBatches
 from pangu_sigma.integrations.mindformers.mindformers_model import PanGuSigmaForCausalLM
-from pangu_sigma.model.state_dict import table_name
+from pangu_sigma.tensor_names import table_name
 
 
 class PanGuSigmaTableCheck(Callback):
@@ -28,7 +28,7 @@ class PanGuSigmaTableCheck(Callback):
         if not isinstance(network, PanGuSigmaForCausalLM) or not isinstance(batches, PlannedBatches):
             raise UserError("PanGuSigmaTableCheck needs PanGuSigmaForCausalLM and PanGuSigmaDataLoader in the YAML")
         planned = {
-            table_name(owner, layer_name): table
+            table_name(layer_name, owner): table
             for layer_name, by_owner in batches.tables.items() for owner, table in by_owner.items()
         }  # fmt: skip
         for table in network.tables:

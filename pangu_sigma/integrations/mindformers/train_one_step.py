@@ -11,7 +11,7 @@ from mindspore import ParameterTuple, Tensor, ops
 from pangu_sigma.errors import UserError
 from pangu_sigma.integrations.mindformers.mindformers_model import FIXED, PanGuSigmaForCausalLM
 from pangu_sigma.integrations.mindformers.mindformers_optimizer import PanGuSigmaAdamW
-from pangu_sigma.model.model import DOMAIN_EMBEDDING
+from pangu_sigma.tensor_names import DOMAIN_EMBEDDING
 
 
 class PanGuSigmaTrainOneStep(MFTrainOneStepCell):

@@ -12,10 +12,8 @@ from contextlib import contextmanager
 import numpy as np
 from mindspore import Parameter, Tensor
 
+from pangu_sigma.tensor_names import is_gate
 from rre.routers import ExpertGroups
-
-# Parameters [D, E] of learned gates, one column for each expert of their layer.
-_BY_EXPERT = (".router.weight", ".router.noise_weight")
 
 
 class FrozenGateColumns:
@@ -28,7 +26,7 @@ class FrozenGateColumns:
     def __init__(self, names: Sequence[str], groups: ExpertGroups, trained: frozenset[str]) -> None:
         owner = np.repeat(groups.names, groups.sizes)
         self.columns = np.flatnonzero([name not in trained for name in owner])
-        self.gates = [i for i, name in enumerate(names) if name.endswith(_BY_EXPERT)] if self.columns.size else []
+        self.gates = [i for i, name in enumerate(names) if is_gate(name)] if self.columns.size else []
 
     def __bool__(self) -> bool:
         return bool(self.gates)

@@ -13,6 +13,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from pangu_sigma.config.training_sections import RegulariseConfig
+from pangu_sigma.tensor_names import tensor_name
 from parallel.operator_layout import Layout
 
 
@@ -72,4 +73,4 @@ class WeightPenalty(nn.Cell):
 
 
 def _constant(kind: str, parameter: Parameter, value: np.ndarray) -> Parameter:
-    return Parameter(Tensor(value), name=f"{kind}.{parameter.name}", requires_grad=False)
+    return Parameter(Tensor(value), name=tensor_name(kind, parameter.name), requires_grad=False)

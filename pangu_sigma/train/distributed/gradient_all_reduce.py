@@ -17,7 +17,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from mindspore import Tensor
 
-from pangu_sigma.model.model import DOMAIN_EMBEDDING, Model
+from pangu_sigma.model.model import Model
+from pangu_sigma.tensor_names import DOMAIN_EMBEDDING
 from pangu_sigma.train.gradients import Gradients
 from pangu_sigma.train.schedule import Phase
 from pangu_sigma.train.step_metrics import BatchMetrics

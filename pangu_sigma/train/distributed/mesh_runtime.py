@@ -13,6 +13,7 @@ from pangu_sigma.model.batch_planner import fixed_inputs
 from pangu_sigma.model.graph_inputs import GraphSignature
 from pangu_sigma.model.model import Model
 from pangu_sigma.model.pipeline_stages import stage_of
+from pangu_sigma.tensor_names import parse_name
 from pangu_sigma.train.distributed.device_pipeline import DevicePipeline
 from pangu_sigma.train.distributed.pipeline_step import UnpipelinedTrainStep, pipeline_inputs
 from pangu_sigma.train.distributed.spmd_step import CompileContext, CompileContextCell, spmd_train_step
@@ -93,7 +94,7 @@ class EmulatedMeshRuntime:
 
     def _expert_tensor(self, parameter: Parameter) -> StageTensor:
         mesh, shape = self.mesh.mesh, tuple(parameter.shape)
-        spec = PARAMETER_SPECS[parameter.name.split(".experts.")[1].split("/")[0]]
+        spec = PARAMETER_SPECS[parse_name(parameter.name).tensor]
         stage = stage_of(parameter.name, self.model.config.model.layers, mesh)
         return StageTensor(shape, stage, lambda rank: shard_slices(mesh, rank, shape, spec))
 

@@ -20,6 +20,7 @@ from pangu_sigma.model.batch_planner import fixed_inputs
 from pangu_sigma.model.graph_inputs import GraphSignature
 from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.model.pipeline_stages import stage_of
+from pangu_sigma.tensor_names import chunk_name
 from parallel.micro_batches import AccumulatedGradients, MicroBatches
 from parallel.operator_layout import MeshLayout
 from parallel.ops.primitives import square_sums
@@ -158,7 +159,7 @@ def expert_tensors(signature: GraphSignature) -> dict[str, tuple[int, ...]]:
         weights = layer_signature.capacity_spec.weight_inputs(layer_signature.network, signature.hidden, signature.ffn)
         for index, (shape, _, _) in enumerate(weights):
             chunk, tensor = divmod(index, len(tensors))
-            shapes[f"{layer_signature.name}.experts.{tensors[tensor]}/{chunk}"] = shape
+            shapes[chunk_name(layer_signature.name, tensors[tensor], chunk)] = shape
     return shapes
 
 

@@ -13,12 +13,12 @@ import yaml
 
 from pangu_sigma import runtime
 from pangu_sigma.checkpoint import Fingerprints, StreamedCheckpoint, TensorSpec, write_model_folder
-from pangu_sigma.config import config_from_dict, effective
-from pangu_sigma.config.parameter_counts import is_routing, layer_name_and_owner, tensor_shapes
+from pangu_sigma.config import config_from_dict, effective, tensor_shapes
 from pangu_sigma.convert.converted_folder import new_specs
 from pangu_sigma.data.corpus_files import CorpusSource
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_training import train_tokenizer
+from pangu_sigma.tensor_names import is_routing, parse_name
 from rre.counted_random import generator
 from rre.router_specs import LAYER
 from rre.routing_tables import draw_table
@@ -87,7 +87,7 @@ def random_model(out: Path, config, tokenizer: Tokenizer) -> Path:
 
     def read(spec: TensorSpec) -> np.ndarray:
         if is_routing(spec.name):
-            layer_name, owner = layer_name_and_owner(spec.name)
+            layer_name, owner = parse_name(spec.name).layer, parse_name(spec.name).owner
             counts = np.arange(spec.shape[0])[::-1] ** 2
             table = config.model.sparse.table
             return draw_table(table, 7, layer_name, owner, spec.shape[0], experts[owner], counts)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from pangu_sigma.config import parameter_counts, tensor_shapes
-from pangu_sigma.config.parameter_counts import is_routing
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.state_dict import domain_tensors, model_tensors, restore_model, stored_tables
+from pangu_sigma.tensor_names import is_routing
 from pangu_sigma.train.optimizer import Optimizer
 from tests.pangu_sigma.train.small_trainer import VOCAB, small_config, small_model
 

@@ -281,7 +281,7 @@ def test_an_expert_that_is_not_cut_as_planned_is_caught_by_layer(compiled):
     _, graph = compiled("eight_devices_global.yaml", *SHALLOW)
     other = load_config(CONFIGS / "eight_devices_global.yaml", (*SHALLOW, "parallel.tensor=1", "parallel.data=2"))
     messages = list(problems(other, graph))
-    assert "blocks.1: experts' up.weight/0 comes in cut to (4, 512, 1024), not to (4, 256, 2048)" in messages
+    assert "blocks.1.experts.up.weight/0 comes in cut to (4, 512, 1024), not to (4, 256, 2048)" in messages
     assert any(s.startswith("blocks.1: an expert's products take weights of") for s in messages)
     assert "parameter embedding.word is cut to (4096, 512), not to (8192, 512)" in messages
 

@@ -44,8 +44,8 @@ def run_case(case: dict, processes, folder: Path | None = None) -> dict[str, np.
     from pangu_sigma.checkpoint import LazyTensor
     from pangu_sigma.data.mixture_sampler import Batch
     from pangu_sigma.model.build_model import build_model
-    from pangu_sigma.model.model import DOMAIN_EMBEDDING
     from pangu_sigma.model.state_dict import tensor_parts
+    from pangu_sigma.tensor_names import DOMAIN_EMBEDDING
     from pangu_sigma.train.trainer import Trainer
     from tests.pangu_sigma.train.small_trainer import EOD, batch
 
