@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extract.export.export_card import model_card
+from extract.export.export_guides import network_line
 from extract.export.export_source import ExportSource, check_pangu
 from extract.export.safetensors_shards import SAFETENSORS_DTYPES, TargetTensor, write_shards
 from pangu_sigma.checkpoint.float_types import FLOAT_TYPES, convert_float
@@ -56,7 +56,7 @@ def write(source: ExportSource, folder: Path, options: Options) -> list[str]:
         (folder / name).write_bytes(content)
     _write_json(folder / "config.json", configuration(source, options.dtype))
     _write_json(folder / "generation_config.json", _generation(source))
-    (folder / "README.md").write_text(model_card(source), encoding="utf-8")
+    (folder / "README.md").write_text(_card(source), encoding="utf-8")
     with progress("export", sum(t.nbytes for t in tensors), unit="B") as job:
         write_shards(folder, "model", tensors, options.max_shard_bytes, job.advance)
     return []
@@ -194,3 +194,40 @@ def _tokenizer(source: ExportSource) -> dict:
 
 def _write_json(path: Path, values: dict) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _card(source: ExportSource) -> str:
+    """README.md in the form of a model card."""
+    return _CARD.format(
+        domains=", ".join(source.domains),
+        network=network_line(source),
+        step=source.checkpoint.step,
+        fingerprint=source.tokenizer.fingerprint[:12],
+        domain_argument=f', domain="{source.domains[0]}"' if len(source.domains) > 1 else "",
+        positions=source.config.model.positions,
+    )
+
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# PanGu-Σ: {domains}
+
+{network}. Trained for {step:,} steps; its tokenizer's
+fingerprint is {fingerprint}….
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
+inputs = tokenizer("…", return_tensors="pt")
+ids = model.generate(**inputs, max_new_tokens=64{domain_argument})
+print(tokenizer.decode(ids[0], skip_special_tokens=True))
+```
+
+The tokenizer puts the end-of-document token first, because every document begins after one. Positions and attention
+restart after each. At most {positions:,} tokens a document.
+"""

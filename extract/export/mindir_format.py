@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extract.export.export_guides import mindir_guide
 from extract.export.export_source import ExportSource, check_pangu
+from extract.export.mindir_guide import mindir_guide
 from pangu_sigma import runtime
 from pangu_sigma.checkpoint.float_types import as_float32
 from pangu_sigma.errors import UserError

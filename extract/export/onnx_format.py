@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extract.export.export_guides import onnx_guide
+from extract.export.export_guides import guide
 from extract.export.export_source import ExportSource, check_pangu
 from extract.export.hf_format import configuration, targets
 from extract.export.safetensors_shards import TargetTensor
@@ -79,7 +79,9 @@ def write(source: ExportSource, folder: Path, options: Options) -> list[str]:
     _write_weights(folder, model.graph, parameters, targets(source, options.dtype))
     (folder / FILE).write_bytes(model.SerializeToString())
     source.tokenizer.save(folder / "tokenizer")
-    (folder / "README.md").write_text(onnx_guide(source), encoding="utf-8")
+    domain = ', "domain": np.zeros(1, np.int64)' if "domain" in inputs else ""
+    program = _PROGRAM.replace("{domain}", domain).replace("{window}", str(source.config.data.sequence_length))
+    (folder / "README.md").write_text(guide(source, "ONNX", _FILES, program), encoding="utf-8")
     return []
 
 
@@ -154,3 +156,36 @@ _MEANINGS = {
     "documents": "the document of every token so far, from 1; 0 for padding",
     "following_document": "the document of the token to come",
 }
+
+_FILES = """
+| file | what |
+| --- | --- |
+| `model.onnx`, `model.onnx.data` | one graph for any batch and length, with caches; its weights |
+| `tokenizer/` | SentencePiece's model and its reserved ids |"""
+
+_PROGRAM = """import numpy as np
+import onnxruntime
+import sentencepiece
+
+session = onnxruntime.InferenceSession("model.onnx")
+facts = session.get_modelmeta().custom_metadata_map
+pieces = sentencepiece.SentencePieceProcessor(model_file="tokenizer/tokenizer.model")
+eod = int(facts["eod_id"])
+state = {"past_documents": np.zeros((1, 0), np.int64), "next_document": np.ones(1, np.int64)}
+for each in session.get_inputs():
+    if each.name.startswith("past_key_values"):
+        state[each.name] = np.zeros((1, each.shape[1], 0, each.shape[3]), np.float32)
+
+ids = [eod, *pieces.encode("Once upon a time")]
+new = ids
+while len(ids) < {window}:
+    feed = {"input_ids": np.array([new]), "attention_mask": np.ones((1, len(ids)), np.int64), **state{domain}}
+    found = dict(zip([each.name for each in session.get_outputs()], session.run(None, feed)))
+    new = [int(found.pop("logits")[0, -1].argmax())]
+    ids = ids + new
+    if new[0] == eod:
+        break
+    state = {"past_documents": found.pop("documents"), "next_document": found.pop("following_document")}
+    state |= {name.replace("present", "past_key_values"): cache for name, cache in found.items()}
+print(pieces.decode([i for i in ids if i != eod]))
+"""
