@@ -40,13 +40,13 @@ from pathlib import Path
 from benchmarks.commit_checkout import Checkout, CommandFailed, add_checkout, common_overrides
 from benchmarks.commit_results import Comparison, compare_folders, compare_json, compare_metrics, results_table
 from benchmarks.commit_speed import measure_speeds, speeds_table
+from extract.export.export_formats import FORMATS as EXPORT_FORMATS
 from pangu_sigma.monitor.progress import progress
 
 DOMAIN = "code"
 PROMPT = "def "
 RUN, EXTRACTION = "run", "extraction"
-# Formats that are exported where the package which writes them is installed.
-FORMATS = {"hf": None, "mindir": None, "onnx": "onnx"}
+FORMATS = ("hf", "mindir", "onnx")  # exported where the packages that write them are installed
 
 
 def training_overrides(steps: int) -> dict[str, str]:
@@ -70,8 +70,8 @@ def jobs(steps: int, checkouts: Sequence[Checkout]) -> dict[str, list[str]]:
         "extract": ["extract", RUN, "--domain", DOMAIN, "--out", EXTRACTION],
         "generate": generate,
     }
-    for name, package in FORMATS.items():
-        if package is None or importlib.util.find_spec(package):
+    for name in FORMATS:
+        if all(map(importlib.util.find_spec, EXPORT_FORMATS[name].packages)):
             commands[f"export-{name}"] = ["export", EXTRACTION, "--format", name, "--out", f"export-{name}"]
     return commands
 

@@ -2,43 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import fields
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+from extract.export.export_formats import FORMATS, Options
 from extract.export.export_source import open_source
 from pangu_sigma.checkpoint.atomic_folder import atomic_folder
+from pangu_sigma.checkpoint.float_types import FLOAT_TYPES
 from pangu_sigma.checkpoint.model_folder import check_output, output_write
 from pangu_sigma.errors import UserError
 
-# format -> (its module, the packages that it needs, which an extra of the format's name brings). A module has TAKES
-# (names of options), check(source, options), needed_bytes(source, options) and write(source, folder, options) -> what
-# to say.
-FORMATS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "hf": ("extract.export.hf_format", ()),
-    "hf-olmoe": ("extract.export.hf_olmoe_format", ()),
-    "mindir": ("extract.export.mindir_format", ()),
-    "onnx": ("extract.export.onnx_format", ("onnx", "torch", "transformers")),
-    "mindformers": ("extract.export.mindformers_format", ()),
-}
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the formats can be told.
-
-    dtype: of floating tensors. max_shard_bytes (hf, hf-olmoe): largest file. batch_size, signature, capacity_factor
-    (mindir): samples of the fixed graphs, the inputs they take, and rows that an expert may take of a sample's window
-    as a multiple of an even share (None: all).
-    """
-
-    dtype: str = "float32"
-    max_shard_bytes: int = 4 << 30
-    batch_size: int = 1
-    signature: str = "plain"
-    capacity_factor: float | None = None
+_SMALL_FILES = 16 << 20  # everything but weights and tokenizer
 
 
 def export(
@@ -57,26 +34,31 @@ def export(
     final = check_output(out)
     source = open_source(model, domains)
     options = options or Options()
-    _check_taken(format_, writer.TAKES, options)
+    _check_options(format_, options)
     writer.check(source, options)
     disk_write = output_write(final)
+    needed = writer.weight_bytes(source, options) + len(source.tokenizer.model) + _SMALL_FILES
     with disk_write.explain_errors(), atomic_folder(final) as folder:
-        disk_write.check_space([writer.needed_bytes(source, options)], 0)
+        disk_write.check_space([needed], 0)
         return writer.write(source, folder, options)
 
 
-def _check_taken(format_: str, taken: Collection[str], options: Options) -> None:
+def _check_options(format_: str, options: Options) -> None:
+    spec = FORMATS[format_]
     for field in fields(options):
-        if field.name not in taken and getattr(options, field.name) != field.default:
+        if field.name not in ("dtype", *spec.options) and getattr(options, field.name) != field.default:
             flag = field.name.replace("_bytes", "_size").replace("_", "-")
             raise UserError(f"--{flag} means nothing to the format {format_}; leave it out")
+    if options.dtype not in FLOAT_TYPES:
+        raise UserError(f"'{options.dtype}' is no element type; choose {', '.join(FLOAT_TYPES)}")
+    if spec.float32_only and options.dtype != "float32":
+        raise UserError(f"{format_} is written in float32: leave --dtype out; {spec.float32_only}")
 
 
 def _writer(format_: str):
     if format_ not in FORMATS:
         raise UserError(f"'{format_}' is no format to export to; choose {', '.join(FORMATS)}")
-    module, packages = FORMATS[format_]
-    for package in packages:
+    for package in FORMATS[format_].packages:
         if find_spec(package) is None:
             raise UserError(f"exporting to {format_} needs the package {package}: pip install 'pangu-sigma[{format_}]'")
-    return import_module(module)
+    return import_module(f"{__package__}.{FORMATS[format_].module}")

@@ -10,56 +10,52 @@ import json
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from extract.export.export_formats import Options
 from extract.export.export_guides import network_line
 from extract.export.export_source import ExportSource, check_pangu
-from extract.export.safetensors_shards import SAFETENSORS_DTYPES, TargetTensor, write_shards
-from pangu_sigma.checkpoint.float_types import FLOAT_TYPES, convert_float
+from extract.export.safetensors_shards import SAFETENSORS_DTYPES, TargetTensor, total_bytes, write_shards
+from pangu_sigma.checkpoint.float_types import convert_float
 from pangu_sigma.checkpoint.tensor_file import numpy_type
-from pangu_sigma.errors import UserError
-from pangu_sigma.monitor.progress import progress
 from pangu_sigma.tensor_names import GATE, TensorName, is_routing
 from pangu_sigma.version import VERSION
 
-if TYPE_CHECKING:
-    from extract.export.export_job import Options
-
-TAKES = ("dtype", "max_shard_bytes")
 CODE = ("configuration_pangu_sigma.py", "modeling_pangu_sigma.py")
 _TOKENIZER_CODE = "tokenization_pangu_sigma.py"
-_SMALL_FILES = 1 << 20
 _TABLES = {"word": "words.0", "position": "positions", "query": "next_positions"}
 _NORM = {"gamma": "weight", "beta": "bias"}
 
 
 def check(source: ExportSource, options: Options) -> None:
-    """Raises UserError for options that mean nothing here."""
+    """Raises UserError for a model of other parts."""
     check_pangu(source)
-    if options.dtype not in FLOAT_TYPES:
-        raise UserError(f"'{options.dtype}' is no element type; choose {', '.join(FLOAT_TYPES)}")
 
 
-def needed_bytes(source: ExportSource, options: Options) -> int:
-    """Bytes that the folder will take."""
-    return sum(t.nbytes for t in targets(source, options.dtype)) + len(source.tokenizer.model) + _SMALL_FILES
+def weight_bytes(source: ExportSource, options: Options) -> int:
+    """Bytes of the tensors."""
+    return total_bytes(targets(source, options.dtype))
 
 
 def write(source: ExportSource, folder: Path, options: Options) -> list[str]:
     """Write the folder; returns what there is to say. Raises UserError, OSError."""
-    tensors = targets(source, options.dtype)
     for name in CODE:
         (folder / name).write_bytes(_code(name))
-    for name, content in tokenizer_documents(source).items():
-        (folder / name).write_bytes(content)
-    _write_json(folder / "config.json", configuration(source, options.dtype))
-    _write_json(folder / "generation_config.json", _generation(source))
     (folder / "README.md").write_text(_card(source), encoding="utf-8")
-    with progress("export", sum(t.nbytes for t in tensors), unit="B") as job:
-        write_shards(folder, "model", tensors, options.max_shard_bytes, job.advance)
+    write_folder(source, folder, configuration(source, options.dtype))
+    write_shards(folder, "model", targets(source, options.dtype), options.max_shard_bytes)
     return []
+
+
+def write_folder(source: ExportSource, folder: Path, settings: dict) -> None:
+    """What every folder for transformers has beside tensors: `settings` as its configuration, the ids that generating
+    needs, and the tokenizer."""
+    generation = {name: settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for name, values in (("config.json", settings), ("generation_config.json", generation)):
+        (folder / name).write_bytes(_json(values))
+    for name, content in _tokenizer_files(source).items():
+        (folder / name).write_bytes(content)
 
 
 def targets(source: ExportSource, dtype: str) -> list[TargetTensor]:
@@ -148,9 +144,9 @@ def _code(name: str) -> bytes:
     return files("extract.export").joinpath("hf_files", name).read_bytes()
 
 
-def tokenizer_documents(source: ExportSource) -> dict[str, bytes]:
-    """The files that AutoTokenizer needs, by name: the tokenizer's own, settings, and where it is ours its code."""
-    settings = json.dumps(_tokenizer(source), indent=2, ensure_ascii=False).encode() + b"\n"
+def _tokenizer_files(source: ExportSource) -> dict[str, bytes]:
+    """What AutoTokenizer needs, by name: the tokenizer's own, settings, and where it is ours its code."""
+    settings = _json(_tokenizer(source))
     if source.tokenizer.kind == "huggingface":
         return {"tokenizer.json": source.tokenizer.model, "tokenizer_config.json": settings}
     return {
@@ -158,11 +154,6 @@ def tokenizer_documents(source: ExportSource) -> dict[str, bytes]:
         "tokenizer_config.json": settings,
         _TOKENIZER_CODE: _code(_TOKENIZER_CODE),
     }
-
-
-def _generation(source: ExportSource) -> dict:
-    tokenizer = source.tokenizer
-    return {"bos_token_id": tokenizer.eod_id, "eos_token_id": tokenizer.eod_id, "pad_token_id": tokenizer.pad_id}
 
 
 def _tokenizer(source: ExportSource) -> dict:
@@ -192,8 +183,8 @@ def _tokenizer(source: ExportSource) -> dict:
     return settings
 
 
-def _write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _json(values: dict) -> bytes:
+    return json.dumps(values, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
 def _card(source: ExportSource) -> str:

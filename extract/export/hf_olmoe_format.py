@@ -6,33 +6,24 @@ a tensor of its own there and files are in the order of names, so memory holds o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from extract.export.export_formats import Options
 from extract.export.export_source import ExportSource
-from extract.export.hf_format import tokenizer_documents
-from extract.export.safetensors_shards import SAFETENSORS_DTYPES, TargetTensor, write_shards
-from pangu_sigma.checkpoint.float_types import FLOAT_TYPES, convert_float
+from extract.export.hf_format import write_folder
+from extract.export.safetensors_shards import SAFETENSORS_DTYPES, TargetTensor, total_bytes, write_shards
+from pangu_sigma.checkpoint.float_types import convert_float
 from pangu_sigma.convert.olmoe_names import OlmoeTensor, parts_of, unlike_olmoe
 from pangu_sigma.errors import UserError
-from pangu_sigma.monitor.progress import progress
 
-if TYPE_CHECKING:
-    from extract.export.export_job import Options
-
-TAKES = ("dtype", "max_shard_bytes")
 EXPERT_MATRICES = 3
-_SMALL_FILES = 1 << 20
 
 
 def check(source: ExportSource, options: Options) -> None:
-    """Raises UserError for options that mean nothing here, and for a model that is no OLMoE."""
-    if options.dtype not in FLOAT_TYPES:
-        raise UserError(f"'{options.dtype}' is no element type; choose {', '.join(FLOAT_TYPES)}")
+    """Raises UserError for a model that is no OLMoE."""
     wrong = unlike_olmoe(source.config)
     if wrong:
         raise UserError(
@@ -40,21 +31,15 @@ def check(source: ExportSource, options: Options) -> None:
         )
 
 
-def needed_bytes(source: ExportSource, options: Options) -> int:
-    """Bytes that the folder will take."""
-    return sum(t.nbytes for t in targets(source, options.dtype)) + len(source.tokenizer.model) + _SMALL_FILES
+def weight_bytes(source: ExportSource, options: Options) -> int:
+    """Bytes of the tensors."""
+    return total_bytes(targets(source, options.dtype))
 
 
 def write(source: ExportSource, folder: Path, options: Options) -> list[str]:
     """Write the folder; returns what there is to say. Raises UserError, OSError."""
-    tensors = targets(source, options.dtype)
-    for name, text in tokenizer_documents(source).items():
-        (folder / name).write_bytes(text)
-    documents = {"config.json": configuration(source, options.dtype), "generation_config.json": _ids(source)}
-    for name, values in documents.items():
-        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    with progress("export", sum(t.nbytes for t in tensors), unit="B") as job:
-        write_shards(folder, "model", tensors, options.max_shard_bytes, job.advance)
+    write_folder(source, folder, configuration(source, options.dtype))
+    write_shards(folder, "model", targets(source, options.dtype), options.max_shard_bytes)
     sparse = source.config.model.sparse
     if sparse.balance == "pooled" and not sparse.z_loss_weight:
         return []
@@ -127,9 +112,7 @@ def configuration(source: ExportSource, dtype: str) -> dict:
         "output_router_logits": False,
         "tie_word_embeddings": model.head == "tied",
         "use_cache": True,
-        **_ids(source),
+        "bos_token_id": None,
+        "eos_token_id": source.tokenizer.eod_id,
+        "pad_token_id": source.tokenizer.pad_id,
     }
-
-
-def _ids(source: ExportSource) -> dict:
-    return {"bos_token_id": None, "eos_token_id": source.tokenizer.eod_id, "pad_token_id": source.tokenizer.pad_id}

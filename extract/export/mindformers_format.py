@@ -7,48 +7,38 @@ they are.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 
+from extract.export.export_formats import Options
 from extract.export.export_source import ExportSource, check_pangu
-from extract.export.safetensors_shards import TargetTensor, write_shards
+from extract.export.safetensors_shards import TargetTensor, total_bytes, write_shards
 from pangu_sigma.checkpoint.float_types import as_float32
 from pangu_sigma.errors import UserError
-from pangu_sigma.monitor.progress import progress
 from pangu_sigma.tensor_names import is_routing
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from extract.export.export_job import Options
-
-TAKES = ("dtype",)
 STEM = "pangu_sigma"
-_SMALL_FILES = 1 << 16
 
 
 def check(source: ExportSource, options: Options) -> None:
     """Raises UserError for what MindFormers' network of this model does not hold."""
     check_pangu(source)
-    if options.dtype != "float32":
-        raise UserError(f"MindFormers trains from float32 weights, not {options.dtype}: leave --dtype out")
     if source.domains != source.config.domain_names:
         raise UserError("MindFormers trains whole models: cut domains out with pangu-sigma extract, and export that")
 
 
-def needed_bytes(source: ExportSource, options: Options) -> int:
-    """Bytes that the folder will take."""
-    return sum(target.nbytes for target in targets(source)) + _SMALL_FILES
+def weight_bytes(source: ExportSource, options: Options) -> int:
+    """Bytes of the tensors."""
+    return total_bytes(targets(source))
 
 
 def write(source: ExportSource, folder: Path, options: Options) -> list[str]:
     """Write the folder; returns what there is to say. Raises OSError."""
-    tensors = targets(source)
-    with progress("export", sum(t.nbytes for t in tensors), unit="B") as job:
-        # One file: what MindFormers loads on one device.
-        write_shards(folder, STEM, tensors, sum(t.nbytes for t in tensors) + 1, job.advance)
+    # One file: what MindFormers loads on one device.
+    write_shards(folder, STEM, targets(source), math.inf)
     model = str(source.checkpoint.path.resolve())
     text = (
         f"# {source.checkpoint.path.name} for MindFormers\n\n```yaml\n"

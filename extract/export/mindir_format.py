@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from extract.export.export_formats import Options
 from extract.export.export_source import ExportSource, check_pangu
 from extract.export.mindir_guide import mindir_guide
 from pangu_sigma import runtime
@@ -23,12 +24,9 @@ from pangu_sigma.monitor.progress import progress
 from pangu_sigma.tensor_names import GATE, is_routing, table_name, tensor_name
 
 if TYPE_CHECKING:
-    from extract.export.export_job import Options
     from extract.export.static_layers import StaticShapes
 
-TAKES = ("dtype", "batch_size", "signature", "capacity_factor")
 SIGNATURES = ("plain", "sigma")
-_SMALL_FILES = 16 << 20
 GRAPHS = ("prefill", "decode")
 
 
@@ -36,11 +34,6 @@ def check(source: ExportSource, options: Options) -> None:
     """Raises UserError for what these graphs cannot be."""
     check_pangu(source)
     model = source.config.model
-    if options.dtype != "float32":
-        raise UserError(
-            "a MINDIR is written in float32, which is what this machine computes: leave --dtype out; MindSpore Lite's "
-            "converter lowers it for its device (--fp16=on)"
-        )
     if options.signature not in SIGNATURES:
         raise UserError(f"'{options.signature}' is no signature; choose {', '.join(SIGNATURES)}")
     if options.capacity_factor is not None and (options.capacity_factor <= 0 or options.signature != "sigma"):
@@ -60,12 +53,12 @@ def check(source: ExportSource, options: Options) -> None:
         raise UserError("the model has fewer positions than its window; this checkpoint's config.yaml is not whole")
 
 
-def needed_bytes(source: ExportSource, options: Options) -> int:
-    """Bytes that the folder will take: each graph holds all weights."""
+def weight_bytes(source: ExportSource, options: Options) -> int:
+    """Bytes of the graphs, each of which holds all weights."""
     numbers = sum(math.prod(source.shape(name)) for name in source.names)
     if options.signature == "sigma":
         numbers += 2 * math.prod(shapes_of(source, options).cache)
-    return len(GRAPHS) * 4 * numbers + len(source.tokenizer.model) + _SMALL_FILES
+    return len(GRAPHS) * 4 * numbers
 
 
 def write(source: ExportSource, folder: Path, options: Options) -> list[str]:

@@ -100,9 +100,7 @@ def mindir_guide(
     source: ExportSource, signature: str, batch: int, graphs: list[str], state: list[str], table: bool
 ) -> str:
     """Markdown for the folder of a MINDIR export. `graphs`: the files; `table`: whether expert_ids.npy is there."""
-    files = _FILES.format(
-        batch="one sample" if batch == 1 else f"{batch} samples", table=_SIGMA_TABLE if table else ""
-    )
+    files = _FILES.format(batch="one sample" if batch == 1 else f"{batch} samples", table=_SIGMA_TABLE if table else "")
     if signature == "sigma":
         files += "\n" + _SIGMA_STATE.format(state=", ".join(f"`{name}`" for name in state))
         program = _SIGMA.replace("{experts}", _SIGMA_EXPERTS if table else "").replace("{decode}", graphs[1])

@@ -15,43 +15,35 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from extract.export.export_formats import Options
 from extract.export.export_guides import guide
 from extract.export.export_source import ExportSource, check_pangu
 from extract.export.hf_format import configuration, targets
-from extract.export.safetensors_shards import TargetTensor
+from extract.export.safetensors_shards import TargetTensor, total_bytes
 from pangu_sigma.checkpoint.tensor_file import raw_bytes, write_all
-from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
 
 if TYPE_CHECKING:
     import onnx
 
-    from extract.export.export_job import Options
     from extract.export.onnx_graph import Values
 
-TAKES = ("dtype",)
 FILE = "model.onnx"
 _DATA = f"{FILE}.data"
-_SMALL_FILES = 4 << 20
 _PER_TENSOR = 8192
 _ALIGNED = 4096  # runtimes map external tensors into memory where they begin at a page
 
 
 def check(source: ExportSource, options: Options) -> None:
-    """Raises UserError for options that mean nothing here."""
+    """Raises UserError for a model of other parts."""
     check_pangu(source)
-    if options.dtype != "float32":
-        raise UserError(
-            "an ONNX file is written in float32: leave --dtype out; onnxruntime's own tools convert it to float16"
-        )
 
 
-def needed_bytes(source: ExportSource, options: Options) -> int:
-    """Bytes that the folder will take."""
+def weight_bytes(source: ExportSource, options: Options) -> int:
+    """Bytes of the data file, and about those of the graph, which grows with the experts."""
     tensors = targets(source, options.dtype)
     experts = sum(source.experts) * len(source.config.model.sparse_prefixes)
-    pages = (len(tensors) + 4 * experts) * _PER_TENSOR
-    return sum(t.nbytes for t in tensors) + pages + len(source.tokenizer.model) + _SMALL_FILES
+    return total_bytes(tensors) + (len(tensors) + 4 * experts) * _PER_TENSOR
 
 
 def write(source: ExportSource, folder: Path, options: Options) -> list[str]:
@@ -117,7 +109,7 @@ def _write_weights(
     """The parameters, types by name, become initializers with their numbers in the data file. ValueError for a tensor
     that the graph has no place for, or a parameter without numbers."""
     with (
-        progress("export", sum(t.nbytes for t in tensors), unit="B") as job,
+        progress("export", total_bytes(tensors), unit="B") as job,
         open(folder / _DATA, "xb", buffering=0) as stream,
     ):
         for tensor in tensors:

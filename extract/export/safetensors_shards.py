@@ -13,6 +13,7 @@ import numpy as np
 
 from pangu_sigma.checkpoint.folder_layout import cut_into_shards
 from pangu_sigma.checkpoint.tensor_file import raw_bytes, write_all
+from pangu_sigma.monitor.progress import progress
 
 # our names of element types -> safetensors'
 SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32"}
@@ -35,24 +36,29 @@ class TargetTensor:
         return math.prod(self.shape) * _BYTES[self.kind]
 
 
-def write_shards(
-    folder: Path, stem: str, targets: Sequence[TargetTensor], max_bytes: int, advance: Callable[[int], None]
-) -> None:
+def total_bytes(targets: Iterable[TargetTensor]) -> int:
+    """Bytes of the elements of all."""
+    return sum(target.nbytes for target in targets)
+
+
+def write_shards(folder: Path, stem: str, targets: Sequence[TargetTensor], max_bytes: float) -> None:
     """Write `stem.safetensors`, or numbered shards of at most `max_bytes` with `stem.safetensors.index.json`.
 
-    A tensor larger than a shard gets a file of its own. `advance(bytes)` follows the writing. Raises OSError.
+    A tensor larger than a shard gets a file of its own. Raises OSError.
     """
     by_name = {target.name: target for target in targets}
     shards = cut_into_shards([(t.name, t.nbytes) for t in targets], max_bytes)
     file_of: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = f"{stem}.safetensors"
-        if len(shards) > 1:
-            file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(folder / file, [by_name[name] for name in names], advance)
-        file_of |= dict.fromkeys(names, file)
+    total = total_bytes(targets)
+    with progress("export", total, unit="B") as job:
+        for number, names in enumerate(shards, 1):
+            file = f"{stem}.safetensors"
+            if len(shards) > 1:
+                file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+            _write_shard(folder / file, [by_name[name] for name in names], job.advance)
+            file_of |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(t.nbytes for t in targets)}, "weight_map": file_of}
+        index = {"metadata": {"total_size": total}, "weight_map": file_of}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from extract.export.export_formats import FORMATS, Options, takers
 from pangu_sigma.cli.arguments import ModelPath
 from pangu_sigma.cli.extract_command import parse_size
 
@@ -18,7 +19,7 @@ def export(
         typer.Option(
             "--format",
             metavar="FORMAT",
-            help="hf (Hugging Face), hf-olmoe (OlmoeForCausalLM), mindir (MindSpore), onnx or mindformers.",
+            help="For whom: " + ", ".join(f"{name} ({spec.program})" for name, spec in FORMATS.items()) + ".",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write to: new or empty.")],
@@ -31,28 +32,36 @@ def export(
     dtype: Annotated[
         str,
         typer.Option(
-            metavar="TYPE", help="Type of the weights: float32; hf and hf-olmoe also float16 or bfloat16."
+            metavar="TYPE",
+            help="Type of the weights: float32; "
+            + ", ".join(name for name, spec in FORMATS.items() if spec.float32_only is None)
+            + " also float16 or bfloat16.",
         ),
     ] = "float32",
     max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="hf, hf-olmoe: largest file of weights, e.g. 500MB or 4GiB.")
+        str,
+        typer.Option(metavar="SIZE", help=f"{takers('max_shard_bytes')}: largest file of weights, e.g. 500MB or 4GiB."),
     ] = "4GiB",
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="mindir: samples of the fixed graphs.")] = 1,
+    batch_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help=f"{takers('batch_size')}: samples of the fixed graphs.")
+    ] = 1,
     signature: Annotated[
         str,
-        typer.Option(metavar="NAME", help="mindir: inputs of the graphs, plain or sigma (Huawei's deployed PanGu-Σ)."),
+        typer.Option(
+            metavar="NAME",
+            help=f"{takers('signature')}: inputs of the graphs, plain or sigma (Huawei's deployed PanGu-Σ).",
+        ),
     ] = "plain",
     capacity_factor: Annotated[
         float | None,
         typer.Option(
             metavar="FACTOR",
-            help="mindir, sigma: rows an expert may take of a window, as a multiple of an even share; others take the "
-            "residual alone. Left out, nothing is dropped.",
+            help=f"{takers('capacity_factor')}, sigma: rows an expert may take of a window, as a multiple of an even "
+            "share; others take the residual alone. Left out, nothing is dropped.",
         ),
     ] = None,
 ) -> None:
     """Export a model to another program's format, with its tokenizer."""
-    from extract.export.export_job import Options
     from extract.export.export_job import export as write
 
     options = Options(dtype, parse_size(max_shard_size), batch_size, signature, capacity_factor)

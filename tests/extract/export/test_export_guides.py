@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from extract.export.export_job import Options, export
+from extract.export.export_formats import Options
+from extract.export.export_job import export
 from tests.extract.export.conftest import LENGTH
 
 PROMPT = "Once upon a time"

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from extract.export import export_job
-from extract.export.export_job import FORMATS, Options, export
+from extract.export.export_formats import FORMATS, Options
+from extract.export.export_job import export
 from extract.extraction_job import extract, plan
 from pangu_sigma.data.tokenizers.pangu_alpha_tokenizer import PanguAlphaTokenizer
 from pangu_sigma.errors import UserError
@@ -213,3 +215,11 @@ def test_real_text_comes_back_from_the_exported_tokenizer(stored, tmp_path):
         ids = source.tokenizer.encode(text)
         assert theirs.encode(text, add_special_tokens=False) == ids
         assert theirs.decode(ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_written_by_its_file_and_described(name):
+    module = import_module(f"extract.export.{FORMATS[name].module}")
+    assert all(callable(getattr(module, part)) for part in ("check", "weight_bytes", "write"))
+    assert set(FORMATS[name].options) <= {field.name for field in dataclasses.fields(Options)}
+    assert f"`{name}`" in (ROOT / "docs" / "export.md").read_text(encoding="utf-8")

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipeline
 
-from extract.export.export_job import Options, export
+from extract.export.export_formats import Options
+from extract.export.export_job import export
 from pangu_sigma.generation.request import prompt_ids
 from pangu_sigma.trained_model import load_trained
 from tests.extract.export.conftest import CASES, LENGTH, TEXTS, domains_of, some_tokens

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import OlmoeConfig, OlmoeForCausalLM
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
-from extract.export.export_job import Options, export
+from extract.export.export_formats import Options
+from extract.export.export_job import export
 from pangu_sigma import runtime
 from pangu_sigma.checkpoint import open_checkpoint
 from pangu_sigma.convert.import_olmoe import OlmoeImportSettings, import_olmoe

@@ -10,7 +10,8 @@ import pytest
 from mindspore import Tensor, nn
 from mindspore.train.mind_ir_pb2 import ModelProto
 
-from extract.export.export_job import Options, export
+from extract.export.export_formats import Options
+from extract.export.export_job import export
 from extract.export.export_source import open_source
 from extract.export.mindir_format import GRAPHS, shapes_of, side_by_side
 from extract.export.mindir_graphs import STATE, build_graph, fill

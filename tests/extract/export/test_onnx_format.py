@@ -9,7 +9,8 @@ import onnx
 import onnxruntime
 import pytest
 
-from extract.export.export_job import Options, export
+from extract.export.export_formats import Options
+from extract.export.export_job import export
 from pangu_sigma.errors import UserError
 from tests.extract.export.conftest import CASES, LENGTH, domains_of, some_tokens
 
