@@ -16,9 +16,9 @@ from pangu_sigma import runtime
 from pangu_sigma.checkpoint import resolve
 from pangu_sigma.data.packed_sequences import HeldoutSequences
 from pangu_sigma.errors import UserError
-from pangu_sigma.model.batch_planner import BatchPlanner, graph_placeholders
+from pangu_sigma.model.batch_planner import BatchPlanner
+from pangu_sigma.model.forward_pass import ForwardPass, WeightedLoss
 from pangu_sigma.model.model import Model
-from pangu_sigma.model.pangu import TrainingLoss
 from pangu_sigma.trained_model import run_of, stored_corpus, stored_tokenizer, trained_from
 from rre.store.disk_store import StoreFull
 
@@ -37,14 +37,11 @@ class Evaluator:
         self.batch_size = batch_size
         # Other measurements than losses, by name; of text there are none.
         self.figures: dict[str, float] = {}
-        share = batch_size // model.processes.mesh.rows
-        self.signature = model.evaluation_signature(share, domains=1)
-        self.planner = BatchPlanner(model, self.signature, training=False)
-        self.graph = TrainingLoss(model.net, model.layout, self.signature)
+        self.inputs = model.evaluation_inputs(batch_size // model.processes.mesh.rows, domains=1)
+        self.planner = BatchPlanner(model, self.inputs, training=False)
+        self.graph = ForwardPass(model.net, self.inputs, WeightedLoss(model.net.head, model.layout))
         self.graph.set_train(False)
-        self.graph.set_inputs(
-            *graph_placeholders(share, self.signature.length).values(), *self.signature.placeholders()
-        )
+        self.graph.set_inputs(*self.inputs.placeholders())
 
     def batches(self, heldout: HeldoutSequences, limit: int | None) -> int:
         """Number of batches that `loss` takes."""
@@ -79,14 +76,11 @@ class Evaluator:
         reads = self.planner.reads
         domain = np.full(reads.size, self.model.groups.names.index(group), np.int32)
         planned = self.planner(ids[reads], domain, first + reads, 0, mask[reads])
-        fixed = planned.fixed
         try:
-            experts = planned.flat(self.signature, self.model.store)
+            inputs = self.inputs.pack(planned, self.model.store)
         except StoreFull as error:
             raise UserError(f"evaluating {group}: {error}") from error
-        _, by_sample, _, counts = self.graph(
-            fixed[0], Tensor(planned.labels), Tensor(planned.mask), Tensor(np.float32(0.0)), *fixed[1:], *experts
-        )
+        _, by_sample, _, counts = self.graph(*inputs)
         return by_sample, counts
 
     def losses(

@@ -15,54 +15,38 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from pangu_sigma.finetuning.example_rows import HeldoutPairs
-from pangu_sigma.model.batch_planner import RoutedBatch
-from pangu_sigma.model.graph_inputs import GraphSignature
+from pangu_sigma.model.forward_pass import HeadOutput
+from pangu_sigma.model.graph_inputs import GraphInputs
 from pangu_sigma.model.model import Model
-from pangu_sigma.model.pangu import PanGuSigma
+from pangu_sigma.model.routed_batch import RoutedBatch
 from pangu_sigma.model.scoring import Scorer
 from pangu_sigma.train.continual.teacher import Teacher
 from pangu_sigma.train.objective import BatchLoss, TrainingObjective
 from parallel.operator_layout import Layout
 
 
-class PreferenceLoss(nn.Cell):
-    """The objective of one micro-batch of pairs; inputs and outputs as of `TrainingLoss`, with two extra inputs.
+class PreferenceLoss(HeadOutput):
+    """Sum of the pairs' losses; the sums per sample are -log p of the answers.
 
-    `weights` [B, S] is 1 where a label counts. Extra: `reference` float32 [B], -log p_ref of every row's answer, and
-    `pair_weight`, by which the sum over the pairs is multiplied. The sums per sample are -log p of the answers.
+    Weights [B, S] are 1 where a label counts. Extra inputs: `reference` float32 [B], -log p_ref of every row's answer,
+    and `pair_weight`, by which the sum is multiplied.
     """
 
-    def __init__(self, net: PanGuSigma, layout: Layout, signature: GraphSignature, beta: float) -> None:
-        super().__init__(auto_prefix=False)
-        self.net = net
-        self.bounds = signature.bounds
+    is_loss = True
+
+    def __init__(self, head: nn.Cell, layout: Layout, beta: float) -> None:
+        super().__init__(head)
         self.sum = layout(ops.ReduceSum(), (1, 1))
         self.mul = layout(ops.Mul(), (1, 1), (1, 1))
         self.product = layout(ops.MatMul(), (1, 1), (1, 1))
         self.softplus = layout(ops.Softplus(), (1, 1))
-        self.total = layout(ops.ReduceSum(), (1, 1))
         self.difference = Tensor(np.array([[beta], [-beta]], np.float32))
 
-    def construct(
-        self,
-        tokens: Tensor,
-        labels: Tensor,
-        weights: Tensor,
-        auxiliary_weight: Tensor,
-        positions: Tensor,
-        segments: Tensor,
-        domain: Tensor,
-        keys: Tensor,
-        reference: Tensor,
-        pair_weight: Tensor,
-        *flat: Tensor,
-    ):
-        h, auxiliary, counts = self.net(tokens, positions, segments, domain, keys, self.bounds, *flat)
-        losses = self.net.head(h, labels, domain, self.net.word_table(flat))
-        by_sample = self.sum(self.mul(losses, weights), 1)
+    def construct(self, h, labels: Tensor, domain: Tensor, table: Tensor, weights: Tensor, extra: tuple):
+        reference, pair_weight = extra
+        by_sample = self.sum(self.mul(self.head(h, labels, domain, table), weights), 1)
         margin = self.product((reference - by_sample).reshape(-1, 2), self.difference)
-        objective = self.total(self.softplus(-margin)) * pair_weight + auxiliary * auxiliary_weight
-        return objective, ops.stop_gradient(by_sample), ops.stop_gradient(auxiliary), counts
+        return self.sum(self.softplus(-margin)) * pair_weight, by_sample
 
 
 def rewards(beta: float, by_row: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -105,11 +89,11 @@ class Preference(TrainingObjective):
             self._reference = self._load()
         return self._reference
 
-    def cell(self, net: PanGuSigma, layout: Layout, signature: GraphSignature) -> nn.Cell:
-        return PreferenceLoss(net, layout, signature, self.beta)
+    def loss(self, head: nn.Cell, layout: Layout) -> HeadOutput:
+        return PreferenceLoss(head, layout, self.beta)
 
-    def extra_placeholders(self, signature: GraphSignature) -> tuple[Tensor, ...]:
-        return Tensor(shape=[signature.batch], dtype=ms.float32), Tensor(shape=[], dtype=ms.float32)
+    def extra_placeholders(self, inputs: GraphInputs) -> tuple[Tensor, ...]:
+        return Tensor(shape=[inputs.batch], dtype=ms.float32), Tensor(shape=[], dtype=ms.float32)
 
     def units(self, batch: RoutedBatch) -> np.ndarray:
         """A pair counts in its first row."""
@@ -122,9 +106,9 @@ class Preference(TrainingObjective):
 
     def inputs(
         self, batch: RoutedBatch, prepared: np.ndarray, scale: float, total: float, micro_batches: int
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[np.ndarray, float, *tuple[Tensor, ...]]:
         weight = Tensor(scale / total, ms.float32)
-        return Tensor(batch.mask), self.auxiliary_weight(scale, micro_batches), Tensor(prepared), weight
+        return batch.mask, self.auxiliary_weight(scale, micro_batches), Tensor(prepared), weight
 
     def measure(self, batch: RoutedBatch, prepared: np.ndarray, by_sample: np.ndarray) -> BatchLoss:
         reward = rewards(self.beta, by_sample, prepared)

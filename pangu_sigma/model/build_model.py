@@ -152,10 +152,10 @@ def build_network(structure: ModelStructure) -> PanGuSigma:
         config.model,
         structure.vocab,
         structure.routers,
-        structure.training_signature(1),
         structure.layout,
         COMPUTE_TYPES[config.train.precision],
         _exchange(config, structure.processes, structure.groups),
+        config.parallel.expert_chunks if structure.layout.spmd_mesh else 1,
     )
 
 

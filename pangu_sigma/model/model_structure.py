@@ -1,4 +1,4 @@
-"""Structure of a model in one process: routers and routing tables, its share of the experts, its graphs' signatures.
+"""Structure of a model in one process: routers and routing tables, its share of the experts, its graphs' inputs.
 
 What planning a batch needs; the weights are `Model`'s.
 """
@@ -11,7 +11,7 @@ import numpy as np
 
 from pangu_sigma.config import Config
 from pangu_sigma.config.capacity_sizes import dispatch_buffer
-from pangu_sigma.model.graph_inputs import GraphSignature, LayerSignature
+from pangu_sigma.model.graph_inputs import GraphInputs, LayerInputs
 from pangu_sigma.model.pipeline_stages import stage_of
 from parallel.comm.processes import Processes
 from parallel.operator_layout import Layout
@@ -89,24 +89,24 @@ class ModelStructure:
         """Whether the routers are learned gates."""
         return any(router.learned for router in self.routers)
 
-    def training_signature(self, batch: int) -> GraphSignature:
-        """Variable inputs of a training graph: a slot for each expert, or for as many as a micro-batch can activate."""
+    def training_inputs(self, batch: int) -> GraphInputs:
+        """Inputs of a training graph: a slot for each expert, or for as many as a micro-batch can activate."""
         if self.layout.spmd_mesh:
-            return self._spmd_signature(batch)
+            return self._spmd_inputs(batch)
         slots = len(self.local_experts)
         if not self.all_resident:
             come = batch * self.num_exchange_ranks(training=True)
             limit = self.config.data.max_domains_per_batch or len(self.groups.names)
             slots = min(slots, self._activated_at_most(come, min(limit, come)))
-        return self._signature(batch, slots, training=True)
+        return self._inputs(batch, slots, training=True)
 
-    def mesh_evaluation_signature(self, batch: int, rows: int) -> GraphSignature:
-        """Variable inputs of an evaluation graph that is cut over a mesh, of whose slots each takes so many `rows` of a
+    def mesh_evaluation_inputs(self, batch: int, rows: int) -> GraphInputs:
+        """Inputs of an evaluation graph that is cut over a mesh, of whose slots each takes so many `rows` of a
         shard."""
-        return self._spmd_signature(batch, rows)
+        return self._spmd_inputs(batch, rows)
 
-    def _spmd_signature(self, batch: int, rows: int | None = None) -> GraphSignature:
-        """Variable inputs of a graph that is cut over a mesh: static shapes, stacked weights; without `rows` those of a
+    def _spmd_inputs(self, batch: int, rows: int | None = None) -> GraphInputs:
+        """Inputs of a graph that is cut over a mesh: static shapes, stacked weights; without `rows` those of a
         training step."""
         config, mesh = self.config, self.layout.spmd_mesh
         sent, layers = dispatch_buffer(config), ()
@@ -119,11 +119,11 @@ class ModelStructure:
             form = config.model.expert_network
             noise = () if rows else self.routers[0].noise_shape(batch * length)
             layers = tuple(
-                LayerSignature(p, slots, form, self.learned, noise, capacity_spec=capacity_spec) for p in prefixes
+                LayerInputs(p, slots, form, not self.learned, noise, capacity_spec=capacity_spec) for p in prefixes
             )
         part = None if self.processes.size == 1 else self.processes.mesh.coordinates(self.processes.rank).expert
-        return GraphSignature(
-            layers, None, batch, config.data.sequence_length, config.model.hidden, config.model.ffn,
+        return GraphInputs(
+            layers, (), batch, config.data.sequence_length, config.model.hidden, config.model.ffn,
             expert_part=part, local_experts=self.local_experts,
         )  # fmt: skip
 
@@ -137,36 +137,35 @@ class ModelStructure:
         """Experts of a sparse layer that `batch` samples of at most so many domains can activate."""
         return min(self.reachable_experts(domains), batch * self.config.data.sequence_length)
 
-    def evaluation_signature(self, batch: int, domains: int) -> GraphSignature:
-        """Variable inputs of an evaluation graph whose batches mix at most `domains` domains: slots of fixed blocks."""
+    def evaluation_inputs(self, batch: int, domains: int) -> GraphInputs:
+        """Inputs of an evaluation graph whose batches mix at most `domains` domains: slots of fixed blocks."""
         if self.learned:
-            return self._signature(batch, len(self.local_experts))
+            return self._inputs(batch, len(self.local_experts))
         come = batch * self.num_exchange_ranks(training=False)
         activated = min(len(self.local_experts), self._activated_at_most(come, domains))
         if self.layout.rows_by_slot:
-            return self._signature(batch, activated)
+            return self._inputs(batch, activated)
         # Every expert may end in one block that is not full.
         full = come * self.config.data.sequence_length // EXACT_ROWS
-        return self._signature(batch, full + activated)
+        return self._inputs(batch, full + activated)
 
-    def _signature(self, batch: int, slots: int, training: bool = False) -> GraphSignature:
+    def _inputs(self, batch: int, slots: int, training: bool = False) -> GraphInputs:
         model = self.config.model
         tokens = batch * self.config.data.sequence_length
         layers = tuple(
-            LayerSignature(
+            LayerInputs(
                 layer_name,
                 slots,
                 model.expert_network,
-                router.learned,
+                not router.learned,
                 router.noise_shape(tokens) if training else (),
                 self.layout.rows_by_slot,
             )  # fmt: skip
             for layer_name, router in zip(model.sparse_prefixes, self.routers, strict=True)
         )
-        domain_embedding_shape = None
-        if model.domain_parameters.embedding == "own":
-            domain_embedding_shape = (len(self.groups.names), self.vocab, model.hidden)
-        return GraphSignature(
-            layers, domain_embedding_shape, batch, self.config.data.sequence_length, model.hidden, model.ffn,
-            self.num_exchange_ranks(training),
+        own_tables = model.domain_parameters.embedding == "own"
+        word_tables = ((len(self.groups.names), self.vocab, model.hidden),) if own_tables else ()
+        return GraphInputs(
+            layers, word_tables, batch, self.config.data.sequence_length, model.hidden, model.ffn,
+            self.num_exchange_ranks(training), local_experts=self.local_experts,
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """PanGu-Sigma's network: PanGu-alpha's backbone whose top layers are sparse, in MindSpore cells.
 
-Data flow: word + position embedding -> blocks -> backbone norm -> query layer -> head. Expert weights are inputs
-(`flat`), because they live in an expert store; everything else is a parameter.
+Data flow: word + position embedding -> blocks -> backbone norm -> query layer; the head follows in `forward_pass`.
+Expert weights are inputs, because they live in an expert store; everything else is a parameter.
 
 Legend: B samples, S positions, T = B*S rows, D hidden width, V vocabulary, N expert slots of a sparse layer.
 """
@@ -14,7 +14,6 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from pangu_sigma.config.model_section import ModelConfig
-from pangu_sigma.model.graph_inputs import GraphSignature
 from pangu_sigma.model.layers.attention import attention_mask
 from pangu_sigma.model.layers.dropout import CountedDropout
 from pangu_sigma.model.layers.embedding import POSITIONS, QUERY_LAYERS, WordEmbedding
@@ -50,11 +49,12 @@ class Embedding(nn.Cell):
 
 class PanGuSigma(nn.Cell):
     """The network under the head: tokens, positions, segments int32 [B, S], domain int32 [B], dropout keys int32 [B],
-    flat -> (h_TD, aux, counts).
+    word tables and sparse layers' inputs -> (h_TD, aux, counts).
 
+    `tables`: of domains that have their own, else empty; `sparse_inputs`: (routing, weights) of every sparse layer.
     `aux` is the sum of the sparse layers' auxiliary losses, `counts` the rows [B, E + 1] of each sparse layer with a
-    learned gate (see `rre.routers.router.Router`). `flat` follows `GraphSignature`. `h` is for `head` alone: under a
-    top layer that is a competitive mixture it is the pair that `layers.mixture_head` describes.
+    learned gate (see `rre.routers.router.Router`). `h` is for `head` alone: under a top layer that is a competitive
+    mixture it is the pair that `layers.mixture_head` describes. `exchange` and `chunks` are `SparseFeedForward`'s.
     """
 
     def __init__(
@@ -62,13 +62,12 @@ class PanGuSigma(nn.Cell):
         model: ModelConfig,
         vocab: int,
         routers: Sequence[Router],
-        signature: GraphSignature,
         layout: Layout,
         compute: ms.dtype = ms.float32,
         exchange: GatheredExchange | None = None,
+        chunks: int = 1,
     ) -> None:
         super().__init__()
-        self.bounds = signature.bounds
         self.layers = model.layers
         self.embedding = Embedding(model, vocab, layout)
         self.embedding_dropout = CountedDropout(model.dropout, -1, "embedding")
@@ -88,7 +87,7 @@ class PanGuSigma(nn.Cell):
             router = routers[sparse_index]
             sparse = feed_forward_spec(
                 router.cell(), layout, model.expert_network, compute, exchange, router.expert_choice,
-                shared_expert(model, layout, compute), signature.layers[sparse_index].chunks,
+                shared_expert(model, layout, compute), chunks,
             )  # fmt: skip
             return layer_form(model, index, layout, compute, sparse)
 
@@ -112,19 +111,19 @@ class PanGuSigma(nn.Cell):
             parameter.name = name_without_cells(parameter.name)
 
     def construct(
-        self, tokens: Tensor, positions: Tensor, segments: Tensor, domain: Tensor, keys: Tensor, bounds: tuple,
-        *flat: Tensor,
+        self, tokens: Tensor, positions: Tensor, segments: Tensor, domain: Tensor, keys: Tensor, tables: tuple,
+        sparse_inputs: tuple,
     ):  # fmt: skip
         masks = ops.stop_gradient(self.mask(segments))
         flat_positions = positions.reshape(-1)
-        h = self.embedding(tokens, flat_positions, domain, self.word_table(flat))
+        h = self.embedding(tokens, flat_positions, domain, self.word_table(tables))
         h = self.embedding_dropout(h, keys)
         cos_sin = self.embedding.positions.cos_sin(flat_positions)
         auxiliary = Tensor(0.0, ms.float32)
         counts = ()
         for i, block in enumerate(self.blocks):
             sparse_index = self.sparse_index_of_block[i]
-            routing, weights = self.inputs_of(flat, bounds, sparse_index)
+            routing, weights = self.inputs_of(sparse_inputs, sparse_index)
             h, layer_auxiliary, rows = block(h, None, masks, cos_sin, keys, routing, weights)
             if sparse_index >= 0:
                 auxiliary = auxiliary + layer_auxiliary
@@ -132,7 +131,7 @@ class PanGuSigma(nn.Cell):
         h = self.norm(h)
         if self.has_query_layer:
             queries = self.embedding.queries(flat_positions)
-            routing, weights = self.inputs_of(flat, bounds, self.sparse_index_of_query)
+            routing, weights = self.inputs_of(sparse_inputs, self.sparse_index_of_query)
             h, layer_auxiliary, rows = self.query_layer(h, queries, masks, cos_sin, keys, routing, weights)
             if self.sparse_index_of_query >= 0:
                 auxiliary = auxiliary + layer_auxiliary
@@ -175,89 +174,17 @@ class PanGuSigma(nn.Cell):
         layer = self.query_layer if index is None else self.blocks[index]
         return layer.feed_forward.router
 
-    def word_table(self, flat: tuple[Tensor, ...]):
+    def word_table(self, tables: tuple[Tensor, ...]):
         """The word table [V, D], or the domains' tables [domains, V, D] where each has its own."""
-        return flat[0] if self.embedding.words.per_domain else self.embedding.words.word
+        return tables[0] if self.embedding.words.per_domain else self.embedding.words.word
 
-    def output_table(self, flat: tuple[Tensor, ...], tokens: Tensor):
+    def output_table(self, tables: tuple[Tensor, ...], tokens: Tensor):
         """The word table where the head takes it."""
-        table = self.word_table(flat)
+        table = self.word_table(tables)
         return table if self.embedding_send is None else self.embedding_send(table, tokens)
 
-    def inputs_of(self, flat: tuple[Tensor, ...], bounds: tuple, sparse_index: int):
-        """(routing, weights) of a sparse layer by its number among `flat`; both empty for a dense layer, number -1."""
+    def inputs_of(self, sparse_inputs: tuple, sparse_index: int):
+        """(routing, weights) of a sparse layer by its number; both empty for a dense layer, number -1."""
         if sparse_index < 0:
             return (), ()
-        a, b, c = bounds[sparse_index]
-        return flat[a:b], flat[b:c]
-
-
-class TrainingLoss(nn.Cell):
-    """Training objective of one micro-batch: sum over tokens of weight * loss, plus `auxiliary_weight` * auxiliary
-    loss.
-
-    labels int32 [B, S], weights float32 [B, S] (mask / tokens of the step * loss scale). Returns (objective, loss sums
-    per sample [B] over tokens of positive weight, auxiliary loss, kept rows).
-    """
-
-    def __init__(self, net: PanGuSigma, layout: Layout, signature: GraphSignature | None = None) -> None:
-        super().__init__(auto_prefix=False)
-        self.net = net
-        self.bounds = net.bounds if signature is None else signature.bounds
-        by_row = ("rows", 1)
-        self.sum = layout(ops.ReduceSum(), by_row)
-        self.mul = layout(ops.Mul(), by_row, by_row)
-        self.greater = layout(ops.Greater(), by_row, ())
-        self.cast = layout(ops.Cast(), by_row)
-        self.zero = Tensor(0.0, ms.float32)
-
-    def construct(
-        self,
-        tokens: Tensor,
-        labels: Tensor,
-        weights: Tensor,
-        auxiliary_weight: Tensor,
-        positions: Tensor,
-        segments: Tensor,
-        domain: Tensor,
-        keys: Tensor,
-        *flat: Tensor,
-    ):
-        h, auxiliary, counts = self.net(tokens, positions, segments, domain, keys, self.bounds, *flat)
-        losses = self.net.head(h, labels, domain, self.net.output_table(flat, tokens))
-        objective = self.sum(self.mul(losses, weights)) + auxiliary * auxiliary_weight
-        mask = self.cast(self.greater(weights, self.zero), ms.float32)
-        by_sample = self.sum(self.mul(ops.stop_gradient(losses), mask), 1)
-        return objective, by_sample, ops.stop_gradient(auxiliary), counts
-
-
-class TokenLosses(nn.Cell):
-    """Token losses: tokens, labels, positions, segments [B, S], domain, keys [B], flat -> -log p(label) float32 [B, S],
-    in nats."""
-
-    def __init__(self, net: PanGuSigma, signature: GraphSignature | None = None) -> None:
-        super().__init__(auto_prefix=False)
-        self.net = net
-        self.bounds = net.bounds if signature is None else signature.bounds
-
-    def construct(
-        self, tokens: Tensor, labels: Tensor, positions: Tensor, segments: Tensor, domain: Tensor, keys: Tensor,
-        *flat: Tensor,
-    ):  # fmt: skip
-        h, _, _ = self.net(tokens, positions, segments, domain, keys, self.bounds, *flat)
-        return self.net.head(h, labels, domain, self.net.word_table(flat))
-
-
-class Logits(nn.Cell):
-    """Next-token logits: tokens, positions, segments [B, S], domain, keys [B], flat -> logits float32 [B, S, V]."""
-
-    def __init__(self, net: PanGuSigma, signature: GraphSignature | None = None) -> None:
-        super().__init__(auto_prefix=False)
-        self.net = net
-        self.bounds = net.bounds if signature is None else signature.bounds
-
-    def construct(
-        self, tokens: Tensor, positions: Tensor, segments: Tensor, domain: Tensor, keys: Tensor, *flat: Tensor
-    ):
-        h, _, _ = self.net(tokens, positions, segments, domain, keys, self.bounds, *flat)
-        return self.net.head.logits(h, tokens.shape[0], domain, self.net.word_table(flat))
+        return sparse_inputs[sparse_index]

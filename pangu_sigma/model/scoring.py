@@ -8,12 +8,11 @@ import numpy as np
 from mindspore import Tensor
 
 from pangu_sigma.errors import UserError
-from pangu_sigma.model.batch_planner import BatchPlanner, RoutedBatch, graph_placeholders
+from pangu_sigma.model.batch_planner import BatchPlanner
+from pangu_sigma.model.forward_pass import ForwardPass, HeadOutput, Logits, TokenLosses
 from pangu_sigma.model.model import Model
-from pangu_sigma.model.pangu import Logits, TokenLosses
+from pangu_sigma.model.routed_batch import RoutedBatch
 from rre.store.disk_store import StoreFull
-
-_INPUTS = ("tokens", "positions", "segments", "domain", "keys")
 
 
 class Scorer:
@@ -28,15 +27,14 @@ class Scorer:
 
     def __init__(self, model: Model, rows: int, domains: int = 1) -> None:
         self.model, self.rows = model, rows
-        self.signature = model.evaluation_signature(rows // model.processes.mesh.rows, domains)
-        self.planner = BatchPlanner(model, self.signature, training=False)
-        self._losses: TokenLosses | None = None
-        self._logits: Logits | None = None
+        self.inputs = model.evaluation_inputs(rows // model.processes.mesh.rows, domains)
+        self.planner = BatchPlanner(model, self.inputs, training=False)
+        self._graphs: dict[type[HeadOutput], ForwardPass] = {}
 
     @property
     def length(self) -> int:
         """S."""
-        return self.signature.length
+        return self.inputs.length
 
     def losses(self, tokens: np.ndarray, domain: Sequence[int] | np.ndarray) -> np.ndarray:
         """-log p of every token but the first, given those before it in its document: float32 [b, S], in nats.
@@ -44,36 +42,28 @@ class Scorer:
         tokens int32 [B, S + 1], domain [B] as the model numbers its domains, B = `rows`; b of them are this process's,
         all where it is alone. Raises UserError where the batch activates more experts than memory may hold.
         """
-        if self._losses is None:
-            self._losses = TokenLosses(self.model.net, self.signature)
-            self._compile(self._losses, (*_INPUTS[:1], "labels", *_INPUTS[1:]))
-        planned = self.plan(tokens, domain)
-        fixed = planned.fixed
-        # The network may be shared with a training step, so its mode is set per use.
-        self._losses.set_train(False)
-        return self._losses(fixed[0], Tensor(planned.labels), *fixed[1:], *self.flat(planned)).asnumpy()
+        return self._run(TokenLosses, self.plan(tokens, domain)).asnumpy()
 
     def logits(self, tokens: np.ndarray, domain: Sequence[int] | np.ndarray) -> Tensor:
         """Logits after every token but the last: float32 [b, S, V]; arguments and errors as of `losses`."""
-        if self._logits is None:
-            self._logits = Logits(self.model.net, self.signature)
-            self._compile(self._logits, _INPUTS)
-        planned = self.plan(tokens, domain)
-        self._logits.set_train(False)
-        return self._logits(*planned.fixed, *self.flat(planned))
+        return self._run(Logits, self.plan(tokens, domain))
 
-    def _compile(self, graph, names: Sequence[str]) -> None:
-        placeholders = graph_placeholders(self.signature.batch, self.length)
-        graph.set_inputs(*(placeholders[name] for name in names), *self.signature.placeholders())
+    def _run(self, output: type[HeadOutput], planned: RoutedBatch) -> Tensor:
+        if output not in self._graphs:
+            net = self.model.net
+            self._graphs[output] = ForwardPass(net, self.inputs, output(net.head))
+            self._graphs[output].set_inputs(*self.inputs.placeholders())
+        # The network may be shared with a training step, so its mode is set per use.
+        return self._graphs[output].set_train(False)(*self.pack(planned))
 
     def plan(self, tokens: np.ndarray, domain: Sequence[int] | np.ndarray) -> RoutedBatch:
         """The inputs of token rows int32 [B, S + 1] of `domain` [B]."""
         reads = self.planner.reads
         return self.planner(tokens[reads], np.asarray(domain, np.int32)[reads], reads, 0)
 
-    def flat(self, planned: RoutedBatch) -> list[Tensor]:
-        """The variable inputs of a graph of this signature. Raises UserError as `losses` does."""
+    def pack(self, planned: RoutedBatch) -> list[Tensor]:
+        """The inputs of a graph for a planned batch. Raises UserError as `losses` does."""
         try:
-            return planned.flat(self.signature, self.model.store)
+            return self.inputs.pack(planned, self.model.store)
         except StoreFull as error:
             raise UserError(f"a batch of {self.rows} sequences: {error}") from error

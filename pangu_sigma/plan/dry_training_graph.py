@@ -38,11 +38,11 @@ def compile_step(config: Config) -> dict[str, object]:
         tables = {layer_name: {} for layer_name in layer_names}
         model = build_structure(config, vocabulary_size(config), 0, tables, layout=layout)
         net = build_network(model)
-        signature = model.training_signature(config.train.batch_size // config.train.gradient_accumulation_steps)
-        start_semi_auto(**parallel_context(model, signature))
+        inputs = model.training_inputs(config.train.batch_size // config.train.gradient_accumulation_steps)
+        start_semi_auto(**parallel_context(model, inputs))
         if config.train.recompute:
             net.recompute_blocks()
-        step = spmd_train_step(model, net, signature, int(os.environ["RANK_ID"]))
+        step = spmd_train_step(model, net, inputs, int(os.environ["RANK_ID"]))
     parameters = {p.name: p.shape for p in net.get_parameters()}
     started = time.perf_counter()
     step.compile()

@@ -1,8 +1,7 @@
 """Gradients of an optimizer step: of shared parameters and of the experts that received a token.
 
-A graph gives the gradients of all its expert inputs, in the order of the inputs. Here they are matched with the experts
-whose weights those inputs were; an expert without tokens, or of a domain that does not train, gets no gradient at all,
-so that the optimizer does not touch it.
+A graph gives the gradients of all its expert inputs; `GraphInputs` knows whose weights those inputs were. An expert
+without tokens, or of a domain that does not train, gets no gradient at all, so that the optimizer does not touch it.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from mindspore import Tensor, ops
 
-from pangu_sigma.model.batch_planner import RoutedBatch
-from pangu_sigma.model.graph_inputs import GraphSignature, LayerSignature
-from pangu_sigma.model.model import Model
-from pangu_sigma.tensor_names import DOMAIN_EMBEDDING
+from pangu_sigma.model.graph_inputs import GraphInputs
+from pangu_sigma.model.routed_batch import RoutedBatch
+from rre.routers import ExpertGroups
 from rre.store import ExpertStore
 
 # (layer name, expert as this process's store counts) -> gradients of the expert's tensors.
@@ -65,8 +63,8 @@ class Gradients:
 
 
 def select_expert_gradients(
-    model: Model,
-    signature: GraphSignature,
+    groups: ExpertGroups,
+    inputs: GraphInputs,
     batch: RoutedBatch,
     trained_domains: Collection[str],
     input_gradients: Sequence[Tensor],
@@ -75,60 +73,13 @@ def select_expert_gradients(
     """The gradients of this process's experts, and of domain embeddings, that received a token and train.
 
     input_gradients: of the graph's differentiated inputs, in order. received [layers, E]: rows that came to each
-    expert, from whatever rank. The gradient of an expert without rows is a product over nothing, whose memory MindSpore
-    leaves as it was: it must not be looked at.
+    expert, from whatever rank.
     """
-    groups = model.groups
-    gradients: ExpertGradients = {}
-    offset = 0  # of the layer's first input
-    # 1. The per-domain word embeddings are one input, stacked by domain.
-    if signature.domain_embedding_shape is not None:
-        for domain_id in np.unique(batch.domain):
-            if groups.names[domain_id] in trained_domains:
-                gradients[(DOMAIN_EMBEDDING, int(domain_id))] = [input_gradients[0][int(domain_id)]]
-        offset = 1
-    owner, first = np.repeat(groups.names, groups.sizes), model.local_experts.start
-    for layer, layer_signature in enumerate(signature.layers):
-        num_tensors = len(layer_signature.network.tensors)
-        plan = batch.plans[layer]  # None where a learned gate routes inside the graph
-        # 2. A layer with fixed slots takes its experts stacked.
-        if layer_signature.capacity_spec is not None:
-            experts = np.arange(layer_signature.slots) if plan is None else plan.experts
-            rows = received[layer] if plan is None else plan.counts
-            is_trained = np.isin(owner[experts], list(trained_domains)) & (rows > 0)
-            stacked = input_gradients[offset : offset + layer_signature.weights]
-            offset += layer_signature.weights
-            gradients |= unstack_slot_gradients(signature, layer_signature, experts, is_trained, stacked)
-            continue
-        # 3. Any other layer takes each expert's tensors as inputs of their own, one expert behind the other.
-        experts = range(layer_signature.slots) if plan is None else plan.experts.tolist()
-        is_filled = [True] * layer_signature.slots if plan is None else plan.counts > 0
-        for expert, has_rows in zip(experts, is_filled, strict=True):
-            global_expert = first + expert
-            if has_rows and received[layer, global_expert] > 0 and owner[global_expert] in trained_domains:
-                gradients[(layer_signature.name, expert)] = list(input_gradients[offset : offset + num_tensors])
-            offset += num_tensors
-    return gradients
+    domains = [d for d in np.unique(batch.domain) if groups.names[d] in trained_domains] if inputs.word_tables else ()
+    trains = trained_experts(groups, trained_domains) & (received > 0)
+    return inputs.expert_gradients(input_gradients, batch.plans, trains, domains)
 
 
-def unstack_slot_gradients(
-    signature: GraphSignature,
-    layer_signature: LayerSignature,
-    experts: np.ndarray,
-    is_trained: np.ndarray,
-    stacked: Sequence[Tensor],
-) -> ExpertGradients:
-    """The gradients of the experts in those slots of this process that train, from a layer's stacked gradients.
-
-    experts [N]: who is in each slot of the layer. is_trained: bool [N]. stacked: chunk by chunk the gradient of each
-    tensor, [slots of this process, …].
-    """
-    gradients: ExpertGradients = {}
-    num_tensors = len(layer_signature.network.tensors)
-    for chunk, slots in enumerate(layer_signature.capacity_spec.by_chunk(signature.expert_part)):
-        of_chunk = stacked[chunk * num_tensors : (chunk + 1) * num_tensors]
-        for i, slot in enumerate(slots.tolist()):
-            if is_trained[slot]:
-                expert = int(signature.stored(experts[slot]))
-                gradients[(layer_signature.name, expert)] = [tensor[i] for tensor in of_chunk]
-    return gradients
+def trained_experts(groups: ExpertGroups, trained_domains: Collection[str]) -> np.ndarray:
+    """Whether an expert's domain trains, by its position on a layer's expert axis: bool [E]."""
+    return np.repeat([name in trained_domains for name in groups.names], groups.sizes)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
-from pangu_sigma.model.batch_planner import BatchPlanner, RoutedBatch
-from pangu_sigma.model.graph_inputs import GraphSignature
-from pangu_sigma.model.pangu import PanGuSigma, TrainingLoss
+from pangu_sigma.model.batch_planner import BatchPlanner
+from pangu_sigma.model.forward_pass import HeadOutput, WeightedLoss
+from pangu_sigma.model.graph_inputs import GraphInputs
+from pangu_sigma.model.routed_batch import RoutedBatch
 from parallel.operator_layout import Layout
 
 
@@ -35,7 +35,7 @@ class BatchLoss:
 class TrainingObjective:
     """Mean loss per token whose label counts, plus the routers' auxiliary losses unless they are switched off.
 
-    Subclasses change the loss: `cell` computes it, `prepare` makes what it needs beside the batch, once for each
+    Subclasses change the loss: `loss` computes it, `prepare` makes what it needs beside the batch, once for each
     micro-batch, and `inputs` hands that over. `auxiliary`: whether the routers' losses count.
     """
 
@@ -44,11 +44,11 @@ class TrainingObjective:
     def __init__(self, auxiliary: bool = True) -> None:
         self.auxiliary = auxiliary
 
-    def cell(self, net: PanGuSigma, layout: Layout, signature: GraphSignature) -> nn.Cell:
-        """A cell of `TrainingLoss`' inputs (the extra ones between `keys` and `flat`) and outputs."""
-        return TrainingLoss(net, layout, signature)
+    def loss(self, head: nn.Cell, layout: Layout) -> HeadOutput:
+        """What computes the loss of a micro-batch from the network's hidden rows and the extra inputs."""
+        return WeightedLoss(head, layout)
 
-    def extra_placeholders(self, signature: GraphSignature) -> tuple[Tensor, ...]:
+    def extra_placeholders(self, inputs: GraphInputs) -> tuple[Tensor, ...]:
         """Shapes of the extra inputs."""
         return ()
 
@@ -66,17 +66,16 @@ class TrainingObjective:
 
     def inputs(
         self, batch: RoutedBatch, prepared: np.ndarray | None, scale: float, total: float, micro_batches: int
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[np.ndarray, float, *tuple[Tensor, ...]]:
         """(weights [B, S], weight of the auxiliary losses, extra inputs …) of one of `micro_batches` micro-batches.
 
         scale: the loss scale; total: the units of the whole step.
         """
-        weights = Tensor(batch.mask * np.float32(scale / total))
-        return weights, self.auxiliary_weight(scale, micro_batches)
+        return batch.mask * np.float32(scale / total), self.auxiliary_weight(scale, micro_batches)
 
-    def auxiliary_weight(self, scale: float, micro_batches: int) -> Tensor:
+    def auxiliary_weight(self, scale: float, micro_batches: int) -> float:
         """Weight of the auxiliary losses in one of `micro_batches`: their mean counts once."""
-        return Tensor(scale / micro_batches if self.auxiliary else 0.0, ms.float32)
+        return scale / micro_batches if self.auxiliary else 0.0
 
     def measure(self, batch: RoutedBatch, prepared: np.ndarray | None, by_sample: np.ndarray) -> BatchLoss:
         """The losses of a micro-batch from its rows' sums [B], which its cell gave."""

@@ -8,8 +8,8 @@ import mindspore as ms
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
-from pangu_sigma.model.batch_planner import graph_placeholders
-from pangu_sigma.model.graph_inputs import GraphSignature
+from pangu_sigma.model.forward_pass import ForwardPass
+from pangu_sigma.model.graph_inputs import GraphInputs
 from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.tensor_names import tensor_name
 from pangu_sigma.train.objective import TrainingObjective
@@ -17,11 +17,9 @@ from parallel.operator_layout import Layout
 from parallel.ops.primitives import square_sums
 from rre.adamw import has_weight_decay
 
-FIXED_INPUTS = 8
-
 
 class GradientStep(nn.Cell):
-    """Loss and gradients of one micro-batch; inputs and loss are the objective's (`pangu_sigma.train.objective`).
+    """Loss and gradients of one micro-batch; the inputs are `GraphInputs.pack`'s, the loss is the objective's.
 
     Returns (loss sums per sample [B], auxiliary loss, rows [B, E + 1] of learned gates, gradients of the activated
     expert tensors, gradients of the shared parameters, their square sums [n]). `with_shared` False spares the shared
@@ -31,31 +29,25 @@ class GradientStep(nn.Cell):
     def __init__(
         self,
         net: PanGuSigma,
-        signature: GraphSignature,
+        inputs: GraphInputs,
         layout: Layout,
         with_shared: bool,
         objective: TrainingObjective,
     ) -> None:
         super().__init__(auto_prefix=False)
         # An attribute, so that set_train reaches the network: dropout and capacity depend on it.
-        self.loss = objective.cell(net, layout, signature)
-        extra = objective.extra_placeholders(signature)
-        self.with_experts = len(signature.differentiated) > 0
+        self.loss = ForwardPass(net, inputs, objective.loss(net.head, layout))
+        positions = inputs.differentiated
+        self.with_experts = len(positions) > 0
         # MindSpore hands out the gradient of a single input bare, not as a tuple of one.
-        self.single = len(signature.differentiated) == 1
+        self.single = len(positions) == 1
         self.with_shared = with_shared
-        first = FIXED_INPUTS + len(extra)
-        positions = tuple(first + i for i in signature.differentiated) if self.with_experts else None
         shared = ParameterTuple(net.trainable_params()) if with_shared else None
-        self.value_and_grad = ops.value_and_grad(self.loss, positions, shared, has_aux=True)
+        self.value_and_grad = ops.value_and_grad(self.loss, positions or None, shared, has_aux=True)
         if with_shared:
             self.square_sums = square_sums(layout, [parameter.shape for parameter in shared])
         self.set_train()
-        self.set_inputs(
-            *graph_placeholders(signature.batch, signature.length, layout).values(),
-            *extra,
-            *signature.placeholders(layout),
-        )
+        self.set_inputs(*inputs.placeholders(layout), *objective.extra_placeholders(inputs))
 
     def construct(self, *inputs: Tensor):
         values, gradients = self.value_and_grad(*inputs)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pangu_sigma.model.batch_planner import RoutedBatch
+from pangu_sigma.model.routed_batch import RoutedBatch
 from pangu_sigma.train.objective import BatchLoss
 from parallel.comm.processes import Processes
 from rre.routers import ExpertGroups

@@ -18,8 +18,9 @@ from mindspore import Tensor
 from pangu_sigma.config import Config
 from pangu_sigma.data.mixture_sampler import Batch
 from pangu_sigma.errors import UserError
-from pangu_sigma.model.batch_planner import BatchPlanner, RoutedBatch
+from pangu_sigma.model.batch_planner import BatchPlanner
 from pangu_sigma.model.model import Model
+from pangu_sigma.model.routed_batch import RoutedBatch
 from pangu_sigma.train.continual.frozen_gate_columns import FrozenGateColumns
 from pangu_sigma.train.continual.weight_penalty import WeightPenalty
 from pangu_sigma.train.distributed.gradient_all_reduce import gradient_reducer_of
@@ -74,8 +75,8 @@ def micro_batch_rows(config: Config, objective: TrainingObjective) -> int:
 class Trainer:
     """Trains `model` by an objective (None: the mean loss per token); `step` does one optimizer step.
 
-    micro_batch: sequences of a micro-batch over all processes. signature: of this process's graph, whose sequences are
-    its own share unless MindSpore shards the graph. pipeline: the runner of pipeline stages, None without.
+    micro_batch: sequences of a micro-batch over all processes. inputs: of this process's graph, whose sequences are its
+    own share unless MindSpore shards the graph. pipeline: the runner of pipeline stages, None without.
 
     Several processes each compute their rows of every micro-batch and their experts; what controls the step (loss,
     norm, overflow) is gathered outside the graph, so that all decide alike.
@@ -89,17 +90,17 @@ class Trainer:
         self.micro_batch = micro_batch_rows(self.config, self.objective)
         # The graph that is sharded over devices is of all ranks' sequences, any other of this process's own.
         num_data_ranks = 1 if model.layout.spmd_mesh else self.processes.mesh.rows
-        self.signature = model.training_signature(self.micro_batch // num_data_ranks)
-        self.planner = BatchPlanner(model, self.signature, training=True, prefetch=model.store.prefetch)
+        self.inputs = model.training_inputs(self.micro_batch // num_data_ranks)
+        self.planner = BatchPlanner(model, self.inputs, training=True, prefetch=model.store.prefetch)
         if self.config.train.recompute:
             model.net.recompute_blocks()
         # Before the optimizer, whose moments have the shapes of the parameters: compiling a sharded step replaces those
         # by this rank's shards.
         self.pipeline: PipelineRunner | None = None
         if self.config.parallel.pipeline > 1:
-            self.pipeline = pipeline_runner_of(model, self.signature)
+            self.pipeline = pipeline_runner_of(model, self.inputs)
         else:
-            self._compiled_steps = step_cache_of(model, self.signature, self.objective)
+            self._compiled_steps = step_cache_of(model, self.inputs, self.objective)
         self.optimizer = Optimizer(model)
         self.reducer = gradient_reducer_of(model)
         self.loss_scale = LossScale.from_config(self.config)
@@ -265,18 +266,11 @@ class Trainer:
         self, batch: RoutedBatch, phase: Phase, scale: float, total_units: float, micro_batches: int
     ) -> tuple[Gradients, BatchMetrics]:
         """Forward and backward: gradients of this process's rows and experts, metrics of the whole micro-batch."""
-        fixed = batch.fixed
         prepared = self.objective.prepare(batch)
-        weights, auxiliary_weight, *extra = self.objective.inputs(batch, prepared, scale, total_units, micro_batches)
+        of_loss = self.objective.inputs(batch, prepared, scale, total_units, micro_batches)
         # The network is shared with evaluation, so its mode is set per use.
         outputs = self._compiled_steps(phase.shared, self.objective).set_train(True)(
-            fixed[0],
-            Tensor(batch.labels),
-            weights,
-            auxiliary_weight,
-            *fixed[1:],
-            *extra,
-            *batch.flat(self.signature, self.model.store),
+            *self.inputs.pack(batch, self.model.store, *of_loss)
         )
         by_sample, auxiliary, counts, expert_gradients, shared, squares = outputs
         loss = self.objective.measure(batch, prepared, by_sample.asnumpy())
@@ -291,6 +285,6 @@ class Trainer:
             gradients.shared_squares = squares.asnumpy().astype(np.float64)
         if expert_gradients:
             gradients.experts = select_expert_gradients(
-                self.model, self.signature, batch, phase.domains, expert_gradients, received.load
+                self.model.groups, self.inputs, batch, phase.domains, expert_gradients, received.load
             )
         return gradients, own.sum_ranks(by_rank[list(self.reducer.reader_ranks)])

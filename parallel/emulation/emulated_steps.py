@@ -20,12 +20,13 @@ from parallel.partition_spec import PartitionSpec, StageTensor
 class EmulatedStep:
     """SPMD step of an emulated mesh: a rank gives its shards of the inputs and gets its shards of the outputs.
 
-    `inputs`: (full shape, partition spec) of each input, a scalar the same on every rank; `shard_outputs`: from the
-    full outputs to a rank's own, None where every rank gets all of them.
+    `inputs`: full shape, type and partition spec of each input, a scalar the same on every rank; `shard_outputs`: from
+    the full outputs to a rank's own, None where every rank gets all of them.
     """
 
     def __init__(
-        self, step: nn.Cell, storage: EmulatedParameterStorage, inputs: Sequence[tuple[tuple[int, ...], PartitionSpec]],
+        self, step: nn.Cell, storage: EmulatedParameterStorage,
+        inputs: Sequence[tuple[tuple[int, ...], ms.dtype, PartitionSpec]],
         shard_outputs: Callable[..., tuple] | None = None,
     ) -> None:  # fmt: skip
         self.step, self.storage, self.mesh = step, storage, storage.mesh
@@ -40,7 +41,7 @@ class EmulatedStep:
         self.storage.gather_in_place()
         full = [
             Tensor(self.mesh.gather_input(tensor.asnumpy(), shape, spec)) if shape else tensor
-            for tensor, (shape, spec) in zip(shards, self.inputs, strict=True)
+            for tensor, (shape, _, spec) in zip(shards, self.inputs, strict=True)
         ]
         outputs = self.step(*full)
         return outputs if self.shard_outputs is None else self.shard_outputs(*outputs)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
+from mindspore import Tensor
 
 from pangu_sigma.checkpoint import Checkpoint, resolve
 from pangu_sigma.config import Config, check_init_from, with_tokenizer_of, with_vocabulary
 from pangu_sigma.data.corpus import Corpus, prepare_corpus
-from pangu_sigma.model.batch_planner import RoutedBatch, graph_placeholders
 from pangu_sigma.model.build_model import build_structure
-from pangu_sigma.model.graph_inputs import GraphSignature, LayerSignature
+from pangu_sigma.model.graph_inputs import BATCH_INPUTS, GraphInputs, fixed_arrays, placeholders
 from pangu_sigma.model.model_structure import ModelStructure
+from pangu_sigma.model.routed_batch import RoutedBatch
 from pangu_sigma.model.state_dict import stored_tables
 from pangu_sigma.tensor_names import tensor_name
 from pangu_sigma.trained_model import stored_config, stored_tokenizer, stored_weights
 
-# Every planned batch begins with these columns; the routing of each sparse layer follows.
-FIXED_COLUMNS = ("tokens", "labels", "mask", "positions", "segments", "domain", "keys")
+NUM_FIXED = len(BATCH_INPUTS)
 
 
 @dataclass(frozen=True)
@@ -61,43 +60,27 @@ def structure_of(text: Text) -> ModelStructure:
     return build_structure(text.config, vocab, eod_id, text.tables, text.token_counts)
 
 
-def columns(signature: GraphSignature) -> list[str]:
-    """Names of the columns of a planned batch, in order."""
-    return [*FIXED_COLUMNS, *(name for layer_signature in signature.layers for name in _layer_columns(layer_signature))]
+def columns(inputs: GraphInputs) -> list[str]:
+    """Names of the columns of a planned batch, in order: `BATCH_INPUTS` (the mask as weights), the routing of every
+    sparse layer, and the rows of each expert by layer where a table routes."""
+    routing = [tensor_name("routing", str(i)) for i in range(len(inputs.routing_specs()))]
+    return [*BATCH_INPUTS, *routing, *(tensor_name(layer.name, "counts") for layer in inputs.layers if layer.planned)]
 
 
-def row(batch: RoutedBatch, signature: GraphSignature) -> tuple[np.ndarray, ...]:
+def row(batch: RoutedBatch, inputs: GraphInputs) -> tuple[np.ndarray, ...]:
     """A planned batch as its columns."""
-    arrays = [batch.tokens, batch.labels, batch.mask, batch.positions, batch.segments, batch.domain, batch.keys]
-    for layer_signature, plan, noise in zip(signature.layers, batch.plans, batch.noise, strict=True):
-        if plan is None:
-            arrays += [noise] if layer_signature.noise else []
-        else:
-            parts = (plan.order, plan.offsets) if layer_signature.compiled else (*plan.rows, plan.position)
-            arrays += [*parts, plan.counts.astype(np.int32)]
-    return tuple(arrays)
+    counts = [plan.counts.astype(np.int32) for plan in batch.plans if plan is not None]
+    return (*fixed_arrays(batch).values(), *inputs.routing_arrays(batch), *counts)
 
 
-def placeholders(signature: GraphSignature) -> list[ms.Tensor]:
+def column_placeholders(inputs: GraphInputs) -> list[Tensor]:
     """Shapes of the columns for compiling; row vectors of composed kernels have dynamic lengths."""
-    fixed = graph_placeholders(signature.batch, signature.length)
-    tensors = [fixed["weights" if name == "mask" else name] for name in FIXED_COLUMNS]
-    tokens = signature.batch * signature.length
-    for layer_signature in signature.layers:
-        if layer_signature.learned:
-            tensors += [ms.Tensor(shape=list(layer_signature.noise), dtype=ms.float32)] if layer_signature.noise else []
-            continue
-        if layer_signature.compiled:
-            tensors += [ms.Tensor(shape=[n], dtype=ms.int32) for n in (tokens, layer_signature.slots + 1)]
-        else:
-            tensors += [ms.Tensor(shape=[None], dtype=ms.int32) for _ in range(layer_signature.slots + 1)]
-            tensors.append(ms.Tensor(shape=[tokens, 1], dtype=ms.int32))
-        tensors.append(ms.Tensor(shape=[layer_signature.slots], dtype=ms.int32))
-    return tensors
+    fixed = inputs.fixed_specs()
+    counts = [((layer.slots,), ms.int32, ()) for layer in inputs.layers if layer.planned]
+    return placeholders([*(fixed[name] for name in BATCH_INPUTS), *inputs.routing_specs(), *counts])
 
 
-def _layer_columns(layer_signature: LayerSignature) -> Iterator[str]:
-    routing = layer_signature.routing
-    yield from (tensor_name(layer_signature.name, "routing", str(i)) for i in range(routing))
-    if not layer_signature.learned:
-        yield tensor_name(layer_signature.name, "counts")
+def split_columns(columns: tuple, num_routing: int) -> tuple:
+    """In a graph: columns -> (`BATCH_INPUTS`, routing inputs, counts)."""
+    end = NUM_FIXED + num_routing
+    return columns[:NUM_FIXED], columns[NUM_FIXED:end], columns[end:]

@@ -32,8 +32,8 @@ class PlannedBatches:
         model = structure_of(text)
         self.tables = model.tables
         self.steps = steps
-        self.signature = model.training_signature(batch_size)
-        self._planner = BatchPlanner(model, self.signature, training=True)
+        self.inputs = model.training_inputs(batch_size)
+        self._planner = BatchPlanner(model, self.inputs, training=True)
         self._batch_size = batch_size * shards
         self._rows = slice(shard * batch_size, (shard + 1) * batch_size)
         config = text.config
@@ -53,7 +53,7 @@ class PlannedBatches:
             planned = self._planner(
                 batch.tokens, batch.domain, batch.sample, batch.step, batch.mask, batch.padding
             )
-            yield row(planned, self.signature)
+            yield row(planned, self.inputs)
 
 
 class PanGuSigmaDataLoader:
@@ -68,7 +68,7 @@ class PanGuSigmaDataLoader:
         batches = PlannedBatches(pangu_sigma, steps, batch_size, shard_id or 0, num_shards or 1)
         return GeneratorDataset(
             batches,
-            column_names=columns(batches.signature),
+            column_names=columns(batches.inputs),
             shuffle=False,
             num_parallel_workers=1,
             python_multiprocessing=False,

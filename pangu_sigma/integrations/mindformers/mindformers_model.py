@@ -16,16 +16,14 @@ from mindformers.tools.utils import get_output_root_path
 from mindspore import Parameter, ParameterTuple, Tensor, context, nn, ops
 
 from pangu_sigma.errors import UserError
-from pangu_sigma.integrations.mindformers.batch_columns import FIXED_COLUMNS, open_text, placeholders
+from pangu_sigma.integrations.mindformers.batch_columns import column_placeholders, open_text, split_columns
 from pangu_sigma.integrations.mindformers.mindformers_settings import model_settings
 from pangu_sigma.model.build_model import build_model
-from pangu_sigma.model.graph_inputs import GraphSignature
+from pangu_sigma.model.forward_pass import ForwardPass, WeightedLoss
+from pangu_sigma.model.graph_inputs import WEIGHTS, layer_inputs, with_weights
 from pangu_sigma.model.model import Model
-from pangu_sigma.model.pangu import TrainingLoss
 from pangu_sigma.model.state_dict import model_tensors, restore_model
 from pangu_sigma.tensor_names import DOMAIN_EMBEDDING, WORDS, expert_name, is_routing, parse_name
-
-FIXED = len(FIXED_COLUMNS)
 
 
 class PanGuSigmaConfig(PretrainedConfig):
@@ -66,9 +64,9 @@ class PanGuSigmaForCausalLM(PreTrainedModel):
         )  # fmt: skip
         if text.weights is not None:
             restore_model(built, text.weights)
-        self.signature = built.training_signature(batch)
+        self.inputs = built.training_inputs(batch)
         self.net = built.net
-        self.domains, self.layer_names = built.groups.names, tuple(s.name for s in self.signature.layers)
+        self.domains, self.layer_names = built.groups.names, tuple(s.name for s in self.inputs.layers)
         self.sizes = built.groups.sizes
         parameters = {name: _parameter(name, tensor) for name, tensor in _domain_tensors(built).items()}
         self.tables = ParameterTuple([p for name, p in parameters.items() if is_routing(name)])
@@ -91,13 +89,13 @@ class PanGuSigmaForCausalLM(PreTrainedModel):
         self.load_checkpoint(config)
 
     def construct(self, *columns: Tensor) -> Tensor:
-        tokens = ops.ReduceSum()(columns[2])
-        _, by_sample, _, _ = self.loss(columns[2] / tokens, Tensor(0.0, ms.float32), *columns)
+        tokens = ops.ReduceSum()(columns[WEIGHTS])
+        _, by_sample, _, _ = self.loss(columns[WEIGHTS] / tokens, Tensor(0.0, ms.float32), *columns)
         return ops.ReduceSum()(by_sample) / tokens
 
     def placeholders(self) -> list[Tensor]:
         """Shapes of the columns, for compiling."""
-        return placeholders(self.signature)
+        return column_placeholders(self.inputs)
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -118,30 +116,30 @@ class Objective(nn.Cell):
 
     def __init__(self, model: PanGuSigmaForCausalLM) -> None:
         super().__init__(auto_prefix=False)
-        signature: GraphSignature = model.signature
-        self.loss = TrainingLoss(model.net, model.layout, signature)
-        self.routing = tuple(layer_signature.routing for layer_signature in signature.layers)
-        self.counted = tuple(not layer_signature.learned for layer_signature in signature.layers)
+        inputs = model.inputs
+        self.loss = ForwardPass(model.net, inputs, WeightedLoss(model.net.head, model.layout))
+        self.num_routing = len(inputs.routing_specs())
+        self.bounds = inputs.separate_bounds
         self.domains = len(model.domains)
         self.sizes = model.sizes
         self.experts = model.experts
-        self.each = len(signature.layers[0].network.tensors) if signature.layers else 0
+        self.each = len(inputs.layers[0].network.tensors) if inputs.layers else 0
         self.slot_tables = model.slot_tables
-        self.has_slots = signature.domain_embedding_shape is not None
+        self.has_slots = len(inputs.word_tables) > 0
         self.unstack = ops.Unstack(0)
         self.stack = ops.Stack(0)
 
     def construct(self, weights: Tensor, auxiliary_weight: Tensor, *columns: Tensor):
-        tokens, labels, _, positions, segments, domain, keys = columns[:FIXED]
+        fixed, all_routing, _ = split_columns(columns, self.num_routing)
+        all_weights = ()
+        for layer_index in range(len(self.bounds)):
+            all_weights = all_weights + self.group_weights(layer_index)
         flat = ()
         if self.has_slots:
             flat = flat + (self.stack(self.slot_tables),)
-        start = FIXED
-        for layer_index in range(len(self.routing)):
-            end = start + self.routing[layer_index]
-            flat = flat + columns[start:end] + self.group_weights(layer_index)
-            start = end + 1 if self.counted[layer_index] else end
-        return self.loss(tokens, labels, weights, auxiliary_weight, positions, segments, domain, keys, *flat)
+        for routing, expert_weights in layer_inputs(all_routing, all_weights, self.bounds):
+            flat = flat + routing + expert_weights
+        return self.loss(*with_weights(fixed, weights, auxiliary_weight), *flat)
 
     def group_weights(self, layer_index: int):
         flat = ()

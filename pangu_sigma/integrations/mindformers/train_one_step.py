@@ -9,8 +9,10 @@ from mindformers.wrapper import MFTrainOneStepCell
 from mindspore import ParameterTuple, Tensor, ops
 
 from pangu_sigma.errors import UserError
-from pangu_sigma.integrations.mindformers.mindformers_model import FIXED, PanGuSigmaForCausalLM
+from pangu_sigma.integrations.mindformers.batch_columns import split_columns
+from pangu_sigma.integrations.mindformers.mindformers_model import PanGuSigmaForCausalLM
 from pangu_sigma.integrations.mindformers.mindformers_optimizer import PanGuSigmaAdamW
+from pangu_sigma.model.graph_inputs import DOMAIN, WEIGHTS
 from pangu_sigma.tensor_names import DOMAIN_EMBEDDING
 
 
@@ -39,9 +41,9 @@ class PanGuSigmaTrainOneStep(MFTrainOneStepCell):
         optimizer.bind(owners, model.sizes, model.layer_names)
         self.objective = model.loss
         self.limit = float(max_grad_norm) if use_clip_grad else float("inf")
-        self.routing = tuple(layer_signature.routing for layer_signature in model.signature.layers)
-        self.counted = tuple(not layer_signature.learned for layer_signature in model.signature.layers)
-        self.has_slots = model.signature.domain_embedding_shape is not None
+        self.num_routing = len(model.inputs.routing_specs())
+        self.is_planned = any(layer.planned for layer in model.inputs.layers)
+        self.has_slots = len(model.inputs.word_tables) > 0
         self.domain_ids = Tensor(list(range(len(model.domains))), ms.int32)
         self.trained = ParameterTuple(optimizer.parameters)
         self.value_and_grad = ops.value_and_grad(self.objective, None, self.trained, has_aux=True)
@@ -53,7 +55,7 @@ class PanGuSigmaTrainOneStep(MFTrainOneStepCell):
 
     def construct(self, *columns: Tensor):
         scale = self.scale_sense
-        mask = columns[2]
+        mask = columns[WEIGHTS]
         tokens = self.sum(mask)
         values, gradients = self.value_and_grad(mask * (scale / tokens), scale, *columns)
         _, by_sample, _, rows = values
@@ -79,16 +81,14 @@ class PanGuSigmaTrainOneStep(MFTrainOneStepCell):
     def received(self, columns: tuple[Tensor, ...], rows: tuple[Tensor, ...]):
         """Rows that every expert received here, float32 [E] by sparse layer; samples of every domain last (slots)."""
         counts = ()
-        start = FIXED
-        for layer_index in range(len(self.routing)):
-            start = start + self.routing[layer_index]
-            if self.counted[layer_index]:
-                counts = counts + (ops.cast(columns[start], ms.float32),)
-                start = start + 1
-            else:
-                counts = counts + (self.sum(rows[layer_index], 0)[:-1],)
+        if self.is_planned:
+            for of_layer in split_columns(columns, self.num_routing)[2]:
+                counts = counts + (ops.cast(of_layer, ms.float32),)
+        else:
+            for of_layer in rows:
+                counts = counts + (self.sum(of_layer, 0)[:-1],)
         if self.has_slots:
-            one_hot = ops.cast(columns[5].reshape(-1, 1) == self.domain_ids.reshape(1, -1), ms.float32)
+            one_hot = ops.cast(columns[DOMAIN].reshape(-1, 1) == self.domain_ids.reshape(1, -1), ms.float32)
             counts = counts + (self.sum(one_hot, 0),)
         return counts
 

@@ -17,44 +17,28 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from pangu_sigma.model.batch_planner import BatchPlanner, RoutedBatch
-from pangu_sigma.model.graph_inputs import GraphSignature
-from pangu_sigma.model.pangu import PanGuSigma, TrainingLoss
+from pangu_sigma.model.batch_planner import BatchPlanner
+from pangu_sigma.model.forward_pass import HeadOutput, WeightedLoss
+from pangu_sigma.model.graph_inputs import GraphInputs
+from pangu_sigma.model.routed_batch import RoutedBatch
 from pangu_sigma.train.continual.teacher import Teacher
 from pangu_sigma.train.objective import BatchLoss, TrainingObjective
 from parallel.operator_layout import Layout
 from rre.counted_random import key64, uniform
 
 
-class DistillationLoss(TrainingLoss):
-    """`TrainingLoss` with two more inputs: the teacher's logits [B, S, V] and weights [B, S] of the divergence.
+class DistillationLoss(WeightedLoss):
+    """Token losses by their weights plus divergences by theirs; the sums [2, B] are of both.
 
-    The sums [2, B] in its outputs are of the losses and of the divergences.
+    Extra inputs: the teacher's logits [B, S, V] and weights [B, S] of the divergence.
     """
 
-    def construct(
-        self,
-        tokens: Tensor,
-        labels: Tensor,
-        weights: Tensor,
-        auxiliary_weight: Tensor,
-        positions: Tensor,
-        segments: Tensor,
-        domain: Tensor,
-        keys: Tensor,
-        teacher_logits: Tensor,
-        divergence_weights: Tensor,
-        *flat: Tensor,
-    ):
-        h, auxiliary, counts = self.net(tokens, positions, segments, domain, keys, self.bounds, *flat)
-        losses, divergences = self.net.head.against(h, labels, domain, self.net.word_table(flat), teacher_logits)
+    def construct(self, h, labels: Tensor, domain: Tensor, table: Tensor, weights: Tensor, extra: tuple):
+        teacher_logits, divergence_weights = extra
+        losses, divergences = self.head.against(h, labels, domain, table, teacher_logits)
         objective = self.sum(self.mul(losses, weights)) + self.sum(self.mul(divergences, divergence_weights))
-        objective = objective + auxiliary * auxiliary_weight
-        sums = (
-            self.sum(self.mul(losses, ops.cast(ops.greater(weights, 0.0), ms.float32)), 1),
-            self.sum(self.mul(divergences, ops.cast(ops.greater(divergence_weights, 0.0), ms.float32)), 1),
-        )
-        return objective, ops.stop_gradient(ops.stack(sums)), ops.stop_gradient(auxiliary), counts
+        sums = self.sum_counted(losses, weights), self.sum_counted(divergences, divergence_weights)
+        return objective, ops.stack(sums)
 
 
 @dataclass(frozen=True)
@@ -82,11 +66,11 @@ class DistillationObjective(TrainingObjective):
         self.seed = seed
         self._zero_logits: Tensor | None = None
 
-    def cell(self, net: PanGuSigma, layout: Layout, signature: GraphSignature) -> nn.Cell:
-        return DistillationLoss(net, layout, signature)
+    def loss(self, head: nn.Cell, layout: Layout) -> HeadOutput:
+        return DistillationLoss(head, layout)
 
-    def extra_placeholders(self, signature: GraphSignature) -> tuple[Tensor, ...]:
-        shape = [signature.batch, signature.length]
+    def extra_placeholders(self, inputs: GraphInputs) -> tuple[Tensor, ...]:
+        shape = [inputs.batch, inputs.length]
         logits = [*shape, self.teacher.model.vocab]
         return Tensor(shape=logits, dtype=ms.float32), Tensor(shape=shape, dtype=ms.float32)
 
@@ -118,10 +102,10 @@ class DistillationObjective(TrainingObjective):
 
     def inputs(
         self, batch: RoutedBatch, prepared: Tensor, scale: float, total: float, micro_batches: int
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[np.ndarray, float, *tuple[Tensor, ...]]:
         weights, auxiliary = super().inputs(batch, prepared, scale, total, micro_batches)
         if isinstance(batch, OldDomainBatch):
-            auxiliary = Tensor(0.0, ms.float32)
+            auxiliary = 0.0
         return weights, auxiliary, prepared, Tensor(self._compared(batch) * np.float32(self.output * scale / total))
 
     def _compared(self, batch: RoutedBatch) -> np.ndarray:

@@ -9,14 +9,13 @@ batch's summed gradient, divided by its tokens, already has F_i as its mean: a b
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
-import mindspore as ms
 import numpy as np
 from mindspore import ParameterTuple, Tensor, nn, ops
 
-from pangu_sigma.model.batch_planner import graph_placeholders
+from pangu_sigma.model.forward_pass import ForwardPass, WeightedLoss
 from pangu_sigma.model.model import Model
-from pangu_sigma.model.pangu import TrainingLoss
 from pangu_sigma.model.scoring import Scorer
 from rre.counted_random import key64, uniform
 
@@ -27,12 +26,10 @@ class SharedGradient(nn.Cell):
     def __init__(self, scorer: Scorer) -> None:
         super().__init__(auto_prefix=False)
         net = scorer.model.net
-        self.loss = TrainingLoss(net, scorer.model.layout, scorer.signature)
+        self.loss = ForwardPass(net, scorer.inputs, WeightedLoss(net.head, scorer.model.layout))
         self.value_and_grad = ops.value_and_grad(self.loss, None, ParameterTuple(net.trainable_params()), has_aux=True)
         self.set_train(False)
-        self.set_inputs(
-            *graph_placeholders(scorer.signature.batch, scorer.length).values(), *scorer.signature.placeholders()
-        )
+        self.set_inputs(*scorer.inputs.placeholders())
 
     def construct(self, *inputs: Tensor):
         _, gradients = self.value_and_grad(*inputs)
@@ -52,16 +49,12 @@ def estimate_fisher(
     total = {p.name: np.zeros(p.shape, np.float64) for p in model.net.trainable_params()}
     tokens = 0
     own_rows = scorer.planner.reads[scorer.planner.own]
-    weights = Tensor(np.ones((own_rows.size, scorer.length), np.float32))
     for index, (domain, sequences) in enumerate(batches):
         domain_ids = np.full(rows, model.groups.names.index(domain), np.int32)
         logits = scorer.logits(sequences, domain_ids).asnumpy()
         labels = draw_labels(logits, key64(seed, "Fisher labels", index), own_rows)
-        planned = scorer.plan(sequences, domain_ids)
-        fixed = planned.fixed
-        gradients = gradient.set_train(False)(
-            fixed[0], Tensor(labels), weights, Tensor(0.0, ms.float32), *fixed[1:], *scorer.flat(planned)
-        )
+        planned = replace(scorer.plan(sequences, domain_ids), labels=labels)
+        gradients = gradient.set_train(False)(*scorer.pack(planned))
         for name, tensor in zip(names, gradients, strict=True):
             total[name] += np.square(model.processes.sum_float32(tensor.asnumpy()), dtype=np.float64)
         tokens += rows * scorer.length

@@ -13,8 +13,8 @@ from mindspore import Tensor
 from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.config import Config
 from pangu_sigma.errors import UserError
-from pangu_sigma.model.batch_planner import RoutedBatch
 from pangu_sigma.model.model import Model
+from pangu_sigma.model.routed_batch import RoutedBatch
 from pangu_sigma.model.scoring import Scorer
 from pangu_sigma.trained_model import trained_from
 

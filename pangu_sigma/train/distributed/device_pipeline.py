@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from mindspore import Tensor
 
-from pangu_sigma.model.graph_inputs import GraphSignature
+from pangu_sigma.model.graph_inputs import GraphInputs
 from pangu_sigma.model.model import Model
 from pangu_sigma.train.distributed.spmd_step import CompileContext, CompileContextCell, spmd_train_step
 from parallel.operator_layout import LOCAL_SLICES
@@ -17,12 +17,12 @@ from parallel.operator_layout import LOCAL_SLICES
 class DevicePipeline:
     """This rank's stage; MindSpore shards and compiles it when this is made."""
 
-    def __init__(self, model: Model, signature: GraphSignature) -> None:
+    def __init__(self, model: Model, inputs: GraphInputs) -> None:
         if any(os.environ.get(name) != value for name, value in LOCAL_SLICES.items()):
             raise RuntimeError(f"a process of a pipeline stage needs {LOCAL_SLICES} in its environment")
-        context = CompileContext(model, signature)
+        context = CompileContext(model, inputs)
         with context:
-            step = spmd_train_step(model, model.net, signature, model.processes.rank)
+            step = spmd_train_step(model, model.net, inputs, model.processes.rank)
             step.compile()
         self.cell = step.cell
         for parameter in self.cell.transient_parameters:

@@ -19,7 +19,7 @@ from mindspore import Tensor
 
 from pangu_sigma.model.model import Model
 from pangu_sigma.tensor_names import DOMAIN_EMBEDDING
-from pangu_sigma.train.gradients import Gradients
+from pangu_sigma.train.gradients import Gradients, trained_experts
 from pangu_sigma.train.schedule import Phase
 from pangu_sigma.train.step_metrics import BatchMetrics
 
@@ -77,9 +77,7 @@ class GradientReducer:
 
     def _activated(self, figures: Sequence[BatchMetrics], phase: Phase) -> np.ndarray:
         """Whether an expert received a row of the batch and trains, bool [layers, E]."""
-        groups = self.model.groups
-        trains = np.repeat([name in phase.domains for name in groups.names], groups.sizes)
-        return (sum(of_batch.load for of_batch in figures) > 0) & trains
+        return (sum(of_batch.load for of_batch in figures) > 0) & trained_experts(self.model.groups, phase.domains)
 
     def _domains_present(self, figures: Sequence[BatchMetrics], phase: Phase) -> list[int]:
         """Ids of the domains with text in the batch that train."""

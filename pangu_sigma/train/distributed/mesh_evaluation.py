@@ -10,10 +10,11 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from pangu_sigma.data.packed_sequences import HeldoutSequences
-from pangu_sigma.model.batch_planner import BatchPlanner, RoutedBatch, graph_placeholders
-from pangu_sigma.model.graph_inputs import GraphSignature
+from pangu_sigma.model.batch_planner import BatchPlanner
+from pangu_sigma.model.forward_pass import ForwardPass, WeightedLoss
+from pangu_sigma.model.graph_inputs import GraphInputs
 from pangu_sigma.model.model import Model
-from pangu_sigma.model.pangu import TrainingLoss
+from pangu_sigma.model.routed_batch import RoutedBatch
 from pangu_sigma.train.distributed.mesh_runtime import mesh_runtime_of
 from rre.dispatch.capacity_dispatch import CapacityExceeded
 
@@ -29,17 +30,16 @@ class LossByGroup(nn.Cell):
     As scalars, because MindSpore shards every other output of an evaluation over all devices, however the rows were.
     """
 
-    def __init__(self, model: Model, signature: GraphSignature) -> None:
+    def __init__(self, model: Model, inputs: GraphInputs) -> None:
         super().__init__(auto_prefix=False)
         layout, groups = model.layout, model.processes.mesh.placement_groups
-        self.loss = TrainingLoss(model.net, layout, signature)
-        reads = np.repeat(np.eye(groups, dtype=np.float32), signature.batch // groups, axis=1)
+        self.loss = ForwardPass(model.net, inputs, WeightedLoss(model.net.head, layout))
+        reads = np.repeat(np.eye(groups, dtype=np.float32), inputs.batch // groups, axis=1)
         self.reads = [Tensor(of_group) for of_group in reads]
         self.mul = layout(ops.Mul(), ("rows",), ("rows",))
         self.sum = layout(ops.ReduceSum(), ("rows",))
         self.set_train(False)
-        inputs = graph_placeholders(signature.batch, signature.length, layout).values()
-        self.set_inputs(*inputs, *signature.placeholders(layout))
+        self.set_inputs(*inputs.placeholders(layout))
 
     def construct(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         _, by_sample, _, _ = self.loss(*inputs)
@@ -53,17 +53,13 @@ class EvaluationGraph:
     """An evaluation graph whose slots take so many `rows` of a shard: a planned batch -> loss sums by group [G]."""
 
     def __init__(self, model: Model, batch: int, rows: int) -> None:
-        self.model, self.signature = model, model.mesh_evaluation_signature(batch, rows)
-        self.planner = BatchPlanner(model, self.signature, training=False)
-        self.cell = LossByGroup(model, self.signature)
-        self.graph = mesh_runtime_of(model).evaluation(self.signature, self.cell)
+        self.model, self.inputs = model, model.mesh_evaluation_inputs(batch, rows)
+        self.planner = BatchPlanner(model, self.inputs, training=False)
+        self.cell = LossByGroup(model, self.inputs)
+        self.graph = mesh_runtime_of(model).evaluation(self.inputs, self.cell)
 
     def __call__(self, planned: RoutedBatch) -> np.ndarray:
-        fixed = planned.fixed
-        inputs = [
-            fixed[0], Tensor(planned.labels), Tensor(planned.mask), Tensor(np.float32(0.0)), *fixed[1:],
-            *planned.flat(self.signature, self.model.store),
-        ]  # fmt: skip
+        inputs = self.inputs.pack(planned, self.model.store)
         # The network is shared with the training step, so its mode is set per use.
         self.graph.set_train(False)
         return np.array([float(of_group.asnumpy()) for of_group in self.graph(*inputs)])

@@ -14,11 +14,11 @@ from typing import Protocol
 import numpy as np
 from mindspore import Tensor
 
-from pangu_sigma.model.batch_planner import RoutedBatch
-from pangu_sigma.model.graph_inputs import GraphSignature
+from pangu_sigma.model.graph_inputs import GraphInputs
 from pangu_sigma.model.model import Model
+from pangu_sigma.model.routed_batch import ReservedRowsPlan, RoutedBatch
 from pangu_sigma.train.distributed.mesh_runtime import mesh_runtime_of
-from pangu_sigma.train.gradients import Gradients, unstack_slot_gradients
+from pangu_sigma.train.gradients import ExpertGradients, Gradients, trained_experts
 from pangu_sigma.train.objective import BatchLoss
 from pangu_sigma.train.schedule import Phase
 from pangu_sigma.train.step_metrics import BatchMetrics
@@ -35,12 +35,12 @@ class Pipeline(Protocol):
 
 
 class PipelineRunner:
-    """Runs a step over a pipeline; `signature` is of one micro-batch. All processes call it together."""
+    """Runs a step over a pipeline; `inputs` are of one micro-batch. All processes call it together."""
 
-    def __init__(self, model: Model, signature: GraphSignature, pipeline: Pipeline) -> None:
-        self.model, self.signature, self.pipeline = model, signature, pipeline
+    def __init__(self, model: Model, inputs: GraphInputs, pipeline: Pipeline) -> None:
+        self.model, self.inputs, self.pipeline = model, inputs, pipeline
         self.processes = model.processes
-        self.layers = [layer for layer in signature.layers if layer.name in model.layer_names]
+        self.stage_inputs = inputs.of_layers(model.layer_names)
         mesh = self.processes.mesh
         # Every rank of the last stage has the sums over all rows; the first of them reports.
         self.reports_loss = self.processes.rank == (mesh.pipeline - 1) * mesh.stage_size
@@ -53,8 +53,8 @@ class PipelineRunner:
         that together have read each row once."""
         weight = float(np.float32(weight))  # as the graph has it
         # 1. to 3.
-        inputs, experts = self.local_inputs(batches, weight), self.local_experts(batches[0])
-        objective, by_expert, shared, squares = self.pipeline(inputs, experts)
+        rows = self.inputs.pack_pipeline(batches, weight, len(self.model.groups.names))
+        objective, by_expert, shared, squares = self.pipeline(rows, self.local_experts(batches[0]))
         figures = self._figures(batches, objective, weight, reader_ranks)
         # 4. Gradients.
         gradients = Gradients()
@@ -63,31 +63,18 @@ class PipelineRunner:
         gradients.experts = self._expert_gradients(batches, phase, by_expert)
         return gradients, figures
 
-    def local_inputs(self, batches: Sequence[RoutedBatch], weight: float) -> list[np.ndarray]:
-        """This rank's rows of every micro-batch, one behind the other."""
-        domains = np.eye(len(self.model.groups.names), dtype=np.float32)
-        of_each = [
-            (
-                b.tokens, b.labels, b.mask * np.float32(weight), b.positions, b.segments, domains[b.domain],
-                *(array for plan in b.plans for array in plan.plan.inputs),
-            )
-            for b in batches
-        ]  # fmt: skip
-        return [np.concatenate(parts) for parts in zip(*of_each, strict=True)]
-
     def local_experts(self, batch: RoutedBatch) -> list[np.ndarray]:
         """This rank's shards of the activated experts of its stage, stacked as the graph takes them; the slots of a
         step are the same in all its micro-batches."""
-        store, stacked = self.model.store, []
+        store = self.model.store
         store.start_step()
-        for layer_signature, plan in zip(self.signature.layers, batch.plans, strict=True):
-            if layer_signature not in self.layers:
-                continue
-            for slots in layer_signature.capacity_spec.by_chunk(self.signature.expert_part):
-                fetched = store.fetch(layer_signature.name, self.signature.stored(plan.experts[slots]))
-                tensors = len(layer_signature.network.tensors)
-                stacked += [np.stack([t.asnumpy() for t in fetched[i::tensors]]) for i in range(tensors)]
-        return stacked
+        by_layer = zip(self.stage_inputs.layers, self._stage_plans(batch), strict=True)
+        return [array for layer, plan in by_layer for array in self.stage_inputs.stacked_weights(layer, plan, store)]
+
+    def _stage_plans(self, batch: RoutedBatch) -> list[ReservedRowsPlan]:
+        """The plans of this stage's sparse layers."""
+        by_layer = zip(self.inputs.layers, batch.plans, strict=True)
+        return [plan for layer, plan in by_layer if layer in self.stage_inputs.layers]
 
     def _figures(
         self, batches: Sequence[RoutedBatch], objective: Tensor, weight: float, reader_ranks: Sequence[int]
@@ -104,21 +91,14 @@ class PipelineRunner:
 
     def _expert_gradients(
         self, batches: Sequence[RoutedBatch], phase: Phase, by_expert: Sequence[Tensor]
-    ) -> dict[tuple[str, int], list[Tensor]]:
+    ) -> ExpertGradients:
         """Gradients of the experts of this stage that received a row and train."""
-        groups = self.model.groups
-        gradients, owner, offset = {}, np.repeat(groups.names, groups.sizes), 0
-        layers = {layer_signature.name: layer for layer, layer_signature in enumerate(self.signature.layers)}
-        for layer_signature in self.layers:
-            plans = [batch.plans[layers[layer_signature.name]] for batch in batches]
-            experts = plans[0].experts
-            trains = np.isin(owner[experts], list(phase.domains)) & (sum(plan.counts for plan in plans) > 0)
-            stacked = by_expert[offset : offset + layer_signature.weights]
-            offset += layer_signature.weights
-            gradients |= unstack_slot_gradients(self.signature, layer_signature, experts, trains, stacked)
-        return gradients
+        by_layer = zip(*(self._stage_plans(batch) for batch in batches), strict=True)
+        plans = [replace(plans[0], counts=sum(plan.counts for plan in plans)) for plans in by_layer]
+        trains = np.tile(trained_experts(self.model.groups, phase.domains), (len(plans), 1))
+        return self.stage_inputs.expert_gradients(by_expert, plans, trains)
 
 
-def pipeline_runner_of(model: Model, signature: GraphSignature) -> PipelineRunner:
+def pipeline_runner_of(model: Model, inputs: GraphInputs) -> PipelineRunner:
     """The runner of a model with pipeline stages."""
-    return PipelineRunner(model, signature, mesh_runtime_of(model).pipeline(signature))
+    return PipelineRunner(model, inputs, mesh_runtime_of(model).pipeline(inputs))

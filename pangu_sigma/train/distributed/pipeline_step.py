@@ -16,35 +16,30 @@ import mindspore as ms
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
-from pangu_sigma.model.batch_planner import fixed_inputs
-from pangu_sigma.model.graph_inputs import GraphSignature
+from pangu_sigma.model.graph_inputs import GraphInputs, layer_inputs, placeholders
 from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.model.pipeline_stages import stage_of
-from pangu_sigma.tensor_names import chunk_name
 from parallel.micro_batches import AccumulatedGradients, MicroBatches
 from parallel.operator_layout import MeshLayout
 from parallel.ops.primitives import square_sums
-from parallel.partition_spec import PartitionSpec
-
-# Of the fixed inputs, those of a graph without dropout, embeddings per domain and auxiliary losses.
-FIXED_INPUTS = ("tokens", "labels", "weights", "positions", "segments")
 
 
 class PipelinedLoss(nn.Cell):
-    """The objective of one micro-batch, by domain: (FIXED_INPUTS, one-hot domains, every sparse layer's plan) -> [d].
+    """The objective of one micro-batch, by domain: (tokens, labels, weights, positions, segments, one-hot
+    domains, every sparse layer's plan) -> [d].
 
     `domain_one_hot` float32 [B, d]: the domain of each sample. The sum over d is what trains: MindSpore's gradient of
     a vector is that of its sum.
     """
 
-    def __init__(self, net: PanGuSigma, layout: MeshLayout, signature: GraphSignature) -> None:
+    def __init__(self, net: PanGuSigma, layout: MeshLayout, inputs: GraphInputs) -> None:
         super().__init__(auto_prefix=False)
         self.net = net
-        weights = expert_tensors(signature).items()
+        weights = inputs.expert_tensors().items()
         self.experts = ParameterTuple(
-            [Parameter(initializer("zeros", s, ms.float32), name=n, parallel_optimizer=False) for n, s in weights]
+            [Parameter(initializer("zeros", s, ms.float32), name=n, parallel_optimizer=False) for n, (_, s) in weights]
         )
-        self.bounds = signature.bounds
+        self.bounds = inputs.separate_bounds
         by_row = ("rows", 1)
         self.mul, self.sum = layout(ops.Mul(), by_row, by_row), layout(ops.ReduceSum(), by_row)
         self.column = layout(ops.ExpandDims(), ("rows",))
@@ -53,14 +48,9 @@ class PipelinedLoss(nn.Cell):
         self, tokens: Tensor, labels: Tensor, weights: Tensor, positions: Tensor, segments: Tensor,
         domain_one_hot: Tensor, *plans: Tensor,
     ) -> Tensor:  # fmt: skip
-        flat, experts = (), 0
-        for start, weights_start, end in self.bounds:
-            first = start - experts
-            flat = flat + plans[first : first + weights_start - start]
-            flat = flat + self.experts[experts : experts + end - weights_start]
-            experts = experts + end - weights_start
-        h, _, _ = self.net(tokens, positions, segments, None, None, self.bounds, *flat)
-        losses = self.net.head(h, labels, None, self.net.output_table(flat, tokens))
+        sparse_inputs = layer_inputs(plans, self.experts, self.bounds)
+        h, _, _ = self.net(tokens, positions, segments, None, None, (), sparse_inputs)
+        losses = self.net.head(h, labels, None, self.net.output_table((), tokens))
         by_sample = self.column(self.sum(self.mul(losses, weights), 1), 1)
         return self.sum(self.mul(by_sample, domain_one_hot), 0)
 
@@ -73,17 +63,16 @@ class UnpipelinedTrainStep(nn.Cell):
     """
 
     def __init__(
-        self, net: PanGuSigma, signature: GraphSignature, layout: MeshLayout, micro_batches: int, num_domains: int
+        self, net: PanGuSigma, inputs: GraphInputs, layout: MeshLayout, micro_batches: int, num_domains: int
     ) -> None:
         super().__init__(auto_prefix=False)
-        loss = PipelinedLoss(net, layout, signature)
+        loss = PipelinedLoss(net, layout, inputs)
         self.experts = loss.experts
         trained = ParameterTuple([*loss.experts, *net.trainable_params()])
         self.loss = MicroBatches(loss, micro_batches)
         self.value_and_grad = ops.value_and_grad(self.loss, None, trained)
         self.set_train()
-        inputs = pipeline_inputs(signature, micro_batches, num_domains)
-        self.set_inputs(*(Tensor(shape=list(shape), dtype=dtype) for shape, dtype, _ in inputs))
+        self.set_inputs(*placeholders(inputs.pipeline_specs(micro_batches, num_domains)))
 
     def construct(self, *inputs: Tensor):
         objective, gradients = self.value_and_grad(*inputs)
@@ -100,14 +89,14 @@ class PipelineTrainStep(nn.Cell):
     """
 
     def __init__(
-        self, net: PanGuSigma, signature: GraphSignature, layout: MeshLayout, micro_batches: int, stage: int,
+        self, net: PanGuSigma, inputs: GraphInputs, layout: MeshLayout, micro_batches: int, stage: int,
         optimizer_parallel: bool, num_domains: int,
     ) -> None:  # fmt: skip
         super().__init__(auto_prefix=False)
         net.set_stages(layout.mesh)
         if optimizer_parallel and net.tied_embedding() is not None:
             net.send_tied_embedding(layout)
-        loss = PipelinedLoss(net, layout, signature)
+        loss = PipelinedLoss(net, layout, inputs)
         self.shared = ParameterTuple(
             [p for p in net.trainable_params() if stage_of(p.name, net.layers, layout.mesh) == stage]
         )
@@ -128,8 +117,7 @@ class PipelineTrainStep(nn.Cell):
         self.accumulated_shared = AccumulatedGradients(self.shared, optimizer_parallel)
         self.square_sums = square_sums(layout, [parameter.shape for parameter in self.shared])
         self.set_train()
-        inputs = pipeline_inputs(signature, micro_batches, num_domains)
-        self.set_inputs(*(Tensor(shape=layout.local_shape(shape, spec), dtype=dtype) for shape, dtype, spec in inputs))
+        self.set_inputs(*placeholders(inputs.pipeline_specs(micro_batches, num_domains), layout))
 
     @property
     def transient_parameters(self) -> tuple[Parameter, ...]:
@@ -149,27 +137,3 @@ class PipelineTrainStep(nn.Cell):
             experts = self.accumulated(experts)
         shared = self.accumulated_shared(shared)
         return objective, experts, shared, self.square_sums(*shared)
-
-
-def expert_tensors(signature: GraphSignature) -> dict[str, tuple[int, ...]]:
-    """Name -> full shape [slots of a chunk, …] of every activated expert tensor, in the order of the flat inputs."""
-    shapes = {}
-    for layer_signature in signature.layers:
-        tensors = tuple(layer_signature.network.tensors)
-        weights = layer_signature.capacity_spec.weight_inputs(layer_signature.network, signature.hidden, signature.ffn)
-        for index, (shape, _, _) in enumerate(weights):
-            chunk, tensor = divmod(index, len(tensors))
-            shapes[chunk_name(layer_signature.name, tensors[tensor], chunk)] = shape
-    return shapes
-
-
-def pipeline_inputs(
-    signature: GraphSignature, micro_batches: int, num_domains: int
-) -> list[tuple[tuple[int, ...], ms.dtype, PartitionSpec]]:
-    """Full shape, type and partition spec of every input of the graph of a step; `signature` is of one micro-batch."""
-    fixed = fixed_inputs(signature.batch, signature.length)
-    per_micro_batch = [fixed[name] for name in FIXED_INPUTS]
-    per_micro_batch.append(((signature.batch, num_domains), ms.float32, ("rows", 1)))
-    for layer_signature in signature.layers:
-        per_micro_batch += layer_signature.capacity_spec.plan_inputs()
-    return [((micro_batches * shape[0], *shape[1:]), dtype, spec) for shape, dtype, spec in per_micro_batch]

@@ -12,16 +12,13 @@ import mindspore as ms
 from mindspore import Tensor, nn
 from mindspore.nn.utils import no_init_parameters
 
-from pangu_sigma.config import Config
-from pangu_sigma.model.batch_planner import fixed_inputs
-from pangu_sigma.model.graph_inputs import GraphSignature
+from pangu_sigma.model.graph_inputs import GraphInputs
 from pangu_sigma.model.model_structure import ModelStructure
 from pangu_sigma.model.pangu import PanGuSigma
-from pangu_sigma.train.distributed.pipeline_step import PipelineTrainStep, expert_tensors, pipeline_inputs
+from pangu_sigma.train.distributed.pipeline_step import PipelineTrainStep
 from pangu_sigma.train.objective import TrainingObjective
 from pangu_sigma.train.step import GradientStep, SharedUpdate
 from parallel.operator_layout import MeshLayout
-from parallel.partition_spec import PartitionSpec
 
 # A loop over tensors becomes calls inside calls: of several hundred parameters, more than MindSpore's own limit.
 NESTED_CALLS = 100_000
@@ -52,22 +49,19 @@ class SpmdTrainStep:
             return SharedUpdate(local, self.layout)
 
 
-def spmd_inputs(config: Config, signature: GraphSignature) -> list[tuple[tuple[int, ...], ms.dtype, PartitionSpec]]:
-    """Full shape, type and partition spec of every input of the step's graph; `signature` is of one micro-batch."""
-    if config.parallel.pipeline > 1:
-        return pipeline_inputs(signature, config.train.gradient_accumulation_steps, len(config.domains))
-    return [*fixed_inputs(signature.batch, signature.length).values(), *signature.sharded_inputs()]
 
-
-def parallel_context(model: ModelStructure, signature: GraphSignature) -> dict[str, Any]:
+def parallel_context(model: ModelStructure, inputs: GraphInputs) -> dict[str, Any]:
     """Arguments of `mindspore.set_auto_parallel_context`, to be set before the step is made."""
-    config, layout = model.config, model.layout
-    parallel = config.parallel
+    config, layout, parallel = model.config, model.layout, model.config.parallel
+    if parallel.pipeline > 1:
+        specs = inputs.pipeline_specs(config.train.gradient_accumulation_steps, len(config.domains))
+    else:
+        specs = inputs.specs()
     return {
         "parallel_mode": "semi_auto_parallel",
         # Turns an axis that is sharded over other ranks into an AllToAll.
         "enable_alltoall": True,
-        "dataset_strategy": tuple(layout.device_layout(spec) for _, _, spec in spmd_inputs(config, signature)),
+        "dataset_strategy": tuple(layout.device_layout(spec) for _, _, spec in specs),
         "enable_parallel_optimizer": parallel.optimizer_parallel,
         "gradients_mean": False,
         "pipeline_stages": parallel.pipeline,
@@ -75,10 +69,10 @@ def parallel_context(model: ModelStructure, signature: GraphSignature) -> dict[s
 
 
 class CompileContext:
-    """While it is entered, graphs of `signature` are sharded over the model's mesh as they are compiled."""
+    """While it is entered, graphs of `inputs` are sharded over the model's mesh as they are compiled."""
 
-    def __init__(self, model: ModelStructure, signature: GraphSignature) -> None:
-        self.values = parallel_context(model, signature)
+    def __init__(self, model: ModelStructure, inputs: GraphInputs) -> None:
+        self.values = parallel_context(model, inputs)
 
     def __enter__(self) -> None:
         ms.set_auto_parallel_context(**self.values)
@@ -104,23 +98,20 @@ class CompileContextCell:
 
 
 def spmd_train_step(
-    model: ModelStructure, net: PanGuSigma, signature: GraphSignature, rank: int, with_shared: bool = True,
+    model: ModelStructure, net: PanGuSigma, inputs: GraphInputs, rank: int, with_shared: bool = True,
     objective: TrainingObjective | None = None,
 ) -> SpmdTrainStep:  # fmt: skip
     """The step of one rank; its parallel context must be set."""
     config, parallel, layout = model.config, model.config.parallel, model.layout
-    shapes = expert_tensors(signature)
+    experts = inputs.expert_tensors()
     if parallel.pipeline > 1:
         stage, domains = parallel.mesh.coordinates(rank).stage, len(config.domains)
         # Experts and sums of gradients come to be, as shards, when the graph is compiled.
         with no_init_parameters():
             cell = PipelineTrainStep(
-                net, signature, layout, config.train.gradient_accumulation_steps, stage,
+                net, inputs, layout, config.train.gradient_accumulation_steps, stage,
                 parallel.optimizer_parallel, domains,
             )  # fmt: skip
-        return SpmdTrainStep(cell, net, layout, {name: (None, shape) for name, shape in shapes.items()})
-    first = len(fixed_inputs(signature.batch, signature.length))
-    indices = (first + i for _, begin, end in signature.bounds for i in range(begin, end))
-    experts = {name: (index, shape) for index, (name, shape) in zip(indices, shapes.items(), strict=True)}
-    cell = GradientStep(net, signature, layout, with_shared, objective or TrainingObjective())
+        return SpmdTrainStep(cell, net, layout, {name: (None, shape) for name, (_, shape) in experts.items()})
+    cell = GradientStep(net, inputs, layout, with_shared, objective or TrainingObjective())
     return SpmdTrainStep(cell, net, layout, experts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pangu_sigma.model.graph_inputs import GraphSignature
+from pangu_sigma.model.graph_inputs import GraphInputs
 from pangu_sigma.model.model import Model
 from pangu_sigma.model.sharded_parameters import ShardedParameters
 from pangu_sigma.train.distributed.mesh_runtime import Step, mesh_runtime_of
@@ -33,14 +33,14 @@ class StepCache:
         return self._steps[with_shared]
 
 
-def step_cache_of(model: Model, signature: GraphSignature, objective: TrainingObjective) -> StepCache:
+def step_cache_of(model: Model, inputs: GraphInputs, objective: TrainingObjective) -> StepCache:
     """The steps of a model: of one process's own graph, or of a mesh's."""
     if not isinstance(model.shared, ShardedParameters):
         return StepCache(
-            lambda with_shared, minimised: GradientStep(model.net, signature, model.layout, with_shared, minimised)
+            lambda with_shared, minimised: GradientStep(model.net, inputs, model.layout, with_shared, minimised)
         )
     runtime = mesh_runtime_of(model)
-    steps = StepCache(lambda with_shared, minimised: runtime.gradient_step(signature, with_shared, minimised))
+    steps = StepCache(lambda with_shared, minimised: runtime.gradient_step(inputs, with_shared, minimised))
     if model.shared.deferred_init:
         # From the compilation of this one on, the model's shared parameters are this rank's shards.
         steps(True, objective)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 
-import mindspore as ms
 import numpy as np
 import pytest
 import torch
-from mindspore import Tensor
 from safetensors.torch import load_file, save_file
 from transformers import OlmoeConfig, OlmoeForCausalLM
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
@@ -125,22 +123,20 @@ def test_loss_auxiliary_loss_and_gradients_agree(theirs, ours, tokens):
     pooled = load_balancing_loss_func(out.router_logits, config.num_experts, config.num_experts_per_tok)
     (loss + config.router_aux_loss_coef * pooled).backward()
 
-    signature = ours.training_signature(BATCH)
-    planned = BatchPlanner(ours, signature, training=True)(tokens, np.zeros(BATCH, np.int32), np.arange(BATCH), 0)
-    step = GradientStep(ours.net, signature, ours.layout, True, TrainingObjective())
+    inputs = ours.training_inputs(BATCH)
+    planned = BatchPlanner(ours, inputs, training=True)(tokens, np.zeros(BATCH, np.int32), np.arange(BATCH), 0)
+    step = GradientStep(ours.net, inputs, ours.layout, True, TrainingObjective())
     by_sample, auxiliary, _, by_expert, shared, _ = step(
-        planned.fixed[0], Tensor(planned.labels), Tensor(planned.mask / np.float32(planned.mask.sum())),
-        Tensor(1.0, ms.float32), *planned.fixed[1:], *planned.flat(signature, ours.store),
-    )  # fmt: skip
+        *inputs.pack(planned, ours.store, planned.mask / np.float32(planned.mask.sum()), 1.0)
+    )
     assert by_sample.asnumpy().sum() / labels.numel() == pytest.approx(loss.item(), abs=1e-5)
     assert float(auxiliary.asnumpy()) == pytest.approx(config.router_aux_loss_coef * pooled.item(), abs=1e-5)
 
     results = {p.name: g.asnumpy() for p, g in zip(ours.net.trainable_params(), shared, strict=True)}
-    flat = iter(by_expert)
-    for layer_signature in signature.layers:
-        for expert in range(layer_signature.slots):
-            for name in layer_signature.network.tensors:
-                results[f"domains.general.{layer_signature.name}.experts.{name}", expert] = next(flat).asnumpy()
+    trains = np.ones((len(inputs.layers), ours.groups.total), bool)
+    for (layer_name, expert), tensors in inputs.expert_gradients(by_expert, planned.plans, trains).items():
+        for name, tensor in zip(inputs.layers[0].network.tensors, tensors, strict=True):
+            results[f"domains.general.{layer_name}.experts.{name}", expert] = tensor.asnumpy()
     named = dict(theirs.named_parameters())
     checked = set()
     for key, gradient in results.items():

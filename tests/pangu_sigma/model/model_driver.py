@@ -10,8 +10,9 @@ import numpy as np
 from mindspore import ParameterTuple, Tensor, nn, ops
 
 from pangu_sigma.config.model_section import ModelConfig
-from pangu_sigma.model.graph_inputs import GraphSignature, LayerSignature
-from pangu_sigma.model.pangu import Logits, PanGuSigma, TrainingLoss
+from pangu_sigma.model.forward_pass import ForwardPass, Logits, WeightedLoss
+from pangu_sigma.model.graph_inputs import GraphInputs, LayerInputs
+from pangu_sigma.model.pangu import PanGuSigma
 from parallel.operator_layout import Layout
 from rre.dispatch.dispatch_plan import plan_by_expert, plan_in_blocks, plan_present
 from rre.feed_forward_spec import FeedForwardSpec
@@ -101,11 +102,11 @@ def make_tensors(config: ModelConfig, vocab: int, groups: ExpertGroups, seed: in
 class Step(nn.Cell):
     """Objective and gradients, as a training step computes them."""
 
-    def __init__(self, loss: TrainingLoss, signature: GraphSignature) -> None:
+    def __init__(self, loss: ForwardPass, inputs: GraphInputs) -> None:
         super().__init__(auto_prefix=False)
         self.loss = loss
-        positions = tuple(8 + i for i in signature.differentiated) or None
-        self.gradient = ops.value_and_grad(loss, positions, ParameterTuple(loss.trainable_params()), has_aux=True)
+        parameters = ParameterTuple(loss.trainable_params())
+        self.gradient = ops.value_and_grad(loss, inputs.differentiated or None, parameters, has_aux=True)
 
     def construct(self, *inputs):
         return self.gradient(*inputs)
@@ -140,35 +141,28 @@ class DrivenModel:
             self.routers.append(ROUTERS[config.router].build(options))
         slots = groups.total if blocks is None else blocks
         has_own = config.domain_parameters.embedding == "own"
-        domain_embedding_shape = (len(groups.names), vocab, config.hidden) if has_own else None
-        self.signature = GraphSignature(
+        word_tables = ((len(groups.names), vocab, config.hidden),) if has_own else ()
+        self.inputs = GraphInputs(
             tuple(
-                LayerSignature(
-                    p, slots, config.expert_network, self.learned,
+                LayerInputs(
+                    p, slots, config.expert_network, not self.learned,
                     router.noise_shape(batch * length) if jitter else (), bool(kernels),
                 )  # fmt: skip
                 for p, router in zip(config.sparse_prefixes, self.routers, strict=True)
             ),
-            domain_embedding_shape, batch, length, config.hidden, config.ffn,
+            word_tables, batch, length, config.hidden, config.ffn,
         )  # fmt: skip
-        self.net = PanGuSigma(config, vocab, self.routers, self.signature, layout, compute)
+        self.net = PanGuSigma(config, vocab, self.routers, layout, compute)
         shared = {name for name in tensors if not name.startswith("domains.")}
         assert {p.name for p in self.net.get_parameters()} == shared
         for parameter in self.net.get_parameters():
             assert parameter.shape == tensors[parameter.name].shape, parameter.name
             parameter.set_data(Tensor(tensors[parameter.name]))
-        self.loss = TrainingLoss(self.net, layout)
-        self.step = Step(self.loss, self.signature)
-        self.logits_cell = Logits(self.net)
-        rows, one, i32, f32 = [batch, length], [batch], ms.int32, ms.float32
-        flat = self.signature.placeholders()
-
-        def shaped(shape: list[int], dtype: ms.dtype) -> Tensor:
-            return Tensor(shape=shape, dtype=dtype)
-
-        tail = [shaped(rows, i32), shaped(rows, i32), shaped(one, i32), shaped(one, i32), *flat]
-        self.step.set_inputs(shaped(rows, i32), shaped(rows, i32), shaped(rows, f32), shaped([], f32), *tail)
-        self.logits_cell.set_inputs(shaped(rows, i32), *tail)
+        self.loss = ForwardPass(self.net, self.inputs, WeightedLoss(self.net.head, layout))
+        self.step = Step(self.loss, self.inputs)
+        self.logits_cell = ForwardPass(self.net, self.inputs, Logits(self.net.head))
+        for graph in (self.step, self.logits_cell):
+            graph.set_inputs(*self.inputs.placeholders())
 
     def owner(self, expert: int) -> tuple[str, int]:
         """Domain and index inside the group of a position on the expert axis."""
@@ -180,39 +174,41 @@ class DrivenModel:
     ) -> tuple[list[Tensor], list[tuple[np.ndarray, np.ndarray | None]]]:
         """The graph's variable inputs, and for every sparse layer the expert and the rows of each slot."""
         flat, slots = [], []
-        if self.signature.domain_embedding_shape is not None:
+        if self.inputs.word_tables:
             flat.append(Tensor(np.stack([self.tensors[f"domains.{d}.embedding.word"] for d in self.groups.names])))
-        for router, layer_signature in zip(self.routers, self.signature.layers, strict=True):
+        for router, layer_inputs in zip(self.routers, self.inputs.layers, strict=True):
             experts, rows = np.arange(self.groups.total), None
             if not self.learned:
                 ids = router.assign(batch.tokens, batch.domain, step, batch.samples, training).expert_ids
                 if self.blocks is None:
                     plan = plan_by_expert(ids, experts)
                 else:
-                    make_plan = plan_present if layer_signature.compiled else plan_in_blocks
+                    make_plan = plan_present if layer_inputs.compiled else plan_in_blocks
                     plan = make_plan(ids, self.blocks)
                 experts, rows = plan.experts, plan.counts
-                parts = (plan.order, plan.offsets) if layer_signature.compiled else (*plan.rows, plan.position)
+                parts = (plan.order, plan.offsets) if layer_inputs.compiled else (*plan.rows, plan.position)
                 flat += [Tensor(part) for part in parts]
-            elif layer_signature.noise:
-                flat.append(Tensor(noise[layer_signature.name]))
+            elif layer_inputs.noise:
+                flat.append(Tensor(noise[layer_inputs.name]))
             for domain, index in map(self.owner, experts):
-                prefix = f"domains.{domain}.{layer_signature.name}.experts"
-                flat += [Tensor(self.tensors[f"{prefix}.{n}"][index]) for n in layer_signature.network.tensors]
+                prefix = f"domains.{domain}.{layer_inputs.name}.experts"
+                flat += [Tensor(self.tensors[f"{prefix}.{n}"][index]) for n in layer_inputs.network.tensors]
             slots.append((experts, rows))
         return flat, slots
 
-    def common(self, batch: Batch, keys: Sequence[int] | None = None) -> list[Tensor]:
-        """Positions, documents, domains and dropout keys."""
+    def fixed(self, batch: Batch, keys: Sequence[int] | None = None, scale: float = 1.0) -> list[Tensor]:
+        """The fixed inputs: tokens, labels, weights, weight of the auxiliary loss, positions, documents, domains and
+        dropout keys."""
         positions, documents = pangu_numpy.document_starts(batch.tokens, EOD)
         keys = np.zeros(len(batch.domain)) if keys is None else np.asarray(keys)
-        return [Tensor(np.ascontiguousarray(a, np.int32)) for a in (positions, documents, batch.domain, keys)]
+        others = [Tensor(np.ascontiguousarray(a, np.int32)) for a in (positions, documents, batch.domain, keys)]
+        return [Tensor(batch.tokens), Tensor(batch.labels), Tensor(batch.weights), Tensor(scale, ms.float32), *others]
 
     def logits(self, batch: Batch, noise: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
         """Evaluation logits [B,S,V]."""
         self.logits_cell.set_train(False)
         flat, _ = self.flat(batch, False, noise=noise)
-        return self.logits_cell(Tensor(batch.tokens), *self.common(batch), *flat).asnumpy()
+        return self.logits_cell(*self.fixed(batch), *flat).asnumpy()
 
     def train(
         self, batch: Batch, step: int = 0, keys: Sequence[int] | None = None, scale: float = 1.0,
@@ -221,21 +217,20 @@ class DrivenModel:
         """(objective, loss sums [B], auxiliary loss, rows per expert of each layer, gradients by tensor name)."""
         self.step.set_train()
         flat, slots = self.flat(batch, True, step, noise)
-        inputs = [Tensor(batch.tokens), Tensor(batch.labels), Tensor(batch.weights), Tensor(scale, ms.float32)]
-        values, gradients = self.step(*inputs, *self.common(batch, keys), *flat)
-        of_inputs, of_parameters = gradients if self.signature.differentiated else ((), gradients)
+        values, gradients = self.step(*self.fixed(batch, keys, scale), *flat)
+        of_inputs, of_parameters = gradients if self.inputs.differentiated else ((), gradients)
         named = {p.name: g.asnumpy() for p, g in zip(self.loss.trainable_params(), of_parameters, strict=True)}
         of_inputs = [g.asnumpy() for g in of_inputs]
-        if self.signature.domain_embedding_shape is not None:
+        if self.inputs.word_tables:
             table = of_inputs.pop(0)
             named |= {f"domains.{d}.embedding.word": table[i] for i, d in enumerate(self.groups.names)}
         objective, by_sample, auxiliary, counts = values
         counts = [c.asnumpy() for c in counts]
-        for layer, (layer_signature, (experts, rows)) in enumerate(zip(self.signature.layers, slots, strict=True)):
+        for layer, (layer_inputs, (experts, rows)) in enumerate(zip(self.inputs.layers, slots, strict=True)):
             received = counts[layer].sum(axis=0)[:-1] if rows is None else rows
             for (domain, index), some in zip(map(self.owner, experts), received, strict=True):
-                for tensor in layer_signature.network.tensors:
-                    name = f"domains.{domain}.{layer_signature.name}.experts.{tensor}"
+                for tensor in layer_inputs.network.tensors:
+                    name = f"domains.{domain}.{layer_inputs.name}.experts.{tensor}"
                     group_gradient = named.setdefault(name, np.zeros(self.tensors[name].shape, np.float32))
                     gradient = of_inputs.pop(0)
                     if some > 0:  # without rows it is undefined, and nobody may look at it

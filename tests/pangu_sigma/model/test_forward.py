@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from pangu_sigma.model.graph_inputs import split_inputs
 from pangu_sigma.model.layers.attention import chunk_count
 from tests.pangu_sigma.model.conftest import CASES, GROUPS, VOCAB
 from tests.pangu_sigma.model.model_driver import EOD, make_batch
@@ -88,8 +89,8 @@ def test_all_tokens_may_go_to_one_expert_and_none_is_dropped(driven):
         batch, tokens=np.full_like(batch.tokens, 7), domain=np.zeros(4, int), labels=batch.labels % VOCAB
     )
     flat, _ = model.flat(one, True)
-    start, _, _ = model.signature.bounds[0]
-    sizes = [r.shape[0] for r in flat[start : start + GROUPS.total + 1]]
+    _, ((routing, _), *_), _ = split_inputs(tuple(flat), model.inputs.bounds)
+    sizes = [rows.shape[0] for rows in routing[:-1]]
     assert sorted(sizes) == [0] * GROUPS.total + [4 * 32]
     np.testing.assert_allclose(model.logits(one), model.oracle(one).logits, rtol=TOLERANCE, atol=TOLERANCE)
     objective = model.train(one)[0]

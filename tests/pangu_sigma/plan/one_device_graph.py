@@ -20,7 +20,7 @@ with no_init_parameters():
     layer_names = config.model.sparse_prefixes
     model = build_model(config, vocabulary_size(config), 0, tables={p: {} for p in layer_names}, initialise=False)
     step = GradientStep(
-        model.net, model.training_signature(config.train.batch_size), model.layout, True, TrainingObjective()
+        model.net, model.training_inputs(config.train.batch_size), model.layout, True, TrainingObjective()
     )
 ms.set_recursion_limit(100_000)
 step.compile(*step.get_inputs())

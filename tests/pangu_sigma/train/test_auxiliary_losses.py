@@ -54,7 +54,7 @@ def sparse(gate: str) -> dict:
 
 def run_step(gate: str, drawn: Batch, **train) -> AuxiliaryLossStep:
     trainer = small_trainer({**SHORT, "sparse": sparse(gate)}, train=train)
-    step = GradientStep(trainer.model.net, trainer.signature, trainer.model.layout, True, trainer.objective)
+    step = GradientStep(trainer.model.net, trainer.inputs, trainer.model.layout, True, trainer.objective)
     graph = ValueAndGradient(step).set_train()
     names = [p.name for p in trainer.model.net.trainable_params()]
     batches = trainer.plan(drawn)
@@ -65,9 +65,8 @@ def run_step(gate: str, drawn: Batch, **train) -> AuxiliaryLossStep:
         weights, share = trainer.objective.inputs(planned, None, 1.0, total, len(batches))
         for counts in (True, False):
             (objective, by_sample, auxiliary, _), (_, shared) = graph(
-                planned.fixed[0], Tensor(planned.labels), weights, share if counts else share * 0.0,
-                *planned.fixed[1:], *planned.flat(trainer.signature, trainer.model.store),
-            )  # fmt: skip
+                *trainer.inputs.pack(planned, trainer.model.store, weights, share if counts else 0.0)
+            )
             for name, gradient in zip(names, shared, strict=True):
                 gradients[counts][name] = gradients[counts][name] + gradient.asnumpy().astype(np.float64)
             if counts:

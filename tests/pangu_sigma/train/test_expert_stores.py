@@ -60,7 +60,7 @@ def test_a_host_stores_graph_has_as_many_slots_as_a_micro_batch_can_activate(tmp
     slots = {}
     for limit, store in ((1, "host"), (2, "host"), (None, "host"), (1, "device")):
         trainer = small_trainer(experts={"store": store}, data={"max_domains_per_batch": limit})
-        slots[limit, store] = trainer.signature.layers[0].slots
+        slots[limit, store] = trainer.inputs.layers[0].slots
     assert slots == {(1, "host"): 3, (2, "host"): 5, (None, "host"): 6, (1, "device"): 6}
 
 

@@ -1,9 +1,9 @@
 """The Fisher information: its labels are the model's own draws, its value the expected squared gradient."""
 
-import mindspore as ms
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from mindspore import Tensor
 
 from pangu_sigma.model.scoring import Scorer
 from pangu_sigma.train.continual.fisher import SharedGradient, draw_labels, estimate_fisher
@@ -48,9 +48,7 @@ def exact_fisher(model, sequence: np.ndarray, name: str) -> np.ndarray:
         weights[0, t] = 1.0
         for label in range(p.shape[1]):
             labels = np.full((1, LENGTH), label, np.int32)
-            fixed = planned.fixed
-            gradients = graph(fixed[0], Tensor(labels), Tensor(weights), Tensor(0.0, ms.float32), *fixed[1:],
-                              *scorer.flat(planned))  # fmt: skip
+            gradients = graph(*scorer.pack(replace(planned, labels=labels, mask=weights)))
             total = total + p[t, label] * gradients[index].asnumpy().astype(np.float64) ** 2
     return total / LENGTH
 

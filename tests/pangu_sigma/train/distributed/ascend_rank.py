@@ -74,15 +74,15 @@ def planned_step(trainer: Trainer, cell: PipelineTrainStep, rank: int) -> dict[s
     rows, draw = trainer.read_rows, np.random.default_rng(1)
     text = draw.integers(0, 512, (model.config.train.batch_size, model.config.data.sequence_length + 1))
     planned = trainer.plan(Batch(text[rows].astype(np.int32), np.zeros(rows.size, np.int32), rows.astype(np.int64), 0))
-    inputs = runner.local_inputs(planned, 1.0)
+    inputs = trainer.inputs.pack_pipeline(planned, 1.0, len(model.groups.names))
     results = {"inputs": np.array([a.shape == tuple(t.shape) for a, t in zip(inputs, cell.get_inputs(), strict=True)])}
     runner.pipeline.set_experts(runner.local_experts(planned[0]))
-    layers = {layer_signature.name: layer for layer, layer_signature in enumerate(trainer.signature.layers)}
+    layers = {layer.name: index for index, layer in enumerate(trainer.inputs.layers)}
     std = {"up.weight": model.config.model.init_std, "down.weight": model.config.model.residual_std}
     for parameter in cell.experts:
         layer_name, tensor = parameter.name.split(".experts.")
         tensor, chunk = tensor.split("/")
-        capacity_spec = trainer.signature.layers[layers[layer_name]].capacity_spec
+        capacity_spec = trainer.inputs.layers[layers[layer_name]].capacity_spec
         shape = model.expert_shards[tensor].shape
         experts = planned[0].plans[layers[layer_name]].experts[capacity_spec.by_chunk()[int(chunk)]]
         full_experts = np.zeros((experts.size, *shape), np.float32)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 
-import mindspore as ms
 import numpy as np
 from mindspore import ParameterTuple, Tensor, ops
 
 from pangu_sigma.config import config_from_dict
-from pangu_sigma.model.batch_planner import BatchPlanner, fixed_inputs
+from pangu_sigma.model.batch_planner import BatchPlanner
 from pangu_sigma.model.build_model import build_model
-from pangu_sigma.model.pangu import TrainingLoss
+from pangu_sigma.model.forward_pass import ForwardPass, WeightedLoss
 from pangu_sigma.model.pipeline_stages import stage_of
-from pangu_sigma.train.distributed.pipeline_step import FIXED_INPUTS, PipelinedLoss, expert_tensors, pipeline_inputs
+from pangu_sigma.train.distributed.pipeline_step import PipelinedLoss
 from parallel.mesh import Mesh
 from parallel.micro_batches import MicroBatches
 from parallel.operator_layout import LOCAL_SLICES
@@ -32,43 +31,36 @@ def test_micro_batches_of_one_graph_add_up():
         }
     )  # fmt: skip
     model = build_model(config, VOCAB, 3, layout=WholeMesh(config.parallel.mesh))
-    signature = model.training_signature(BATCH // MICRO)
-    planner = BatchPlanner(model, signature, training=True)
+    inputs = model.training_inputs(BATCH // MICRO)
+    planner = BatchPlanner(model, inputs, training=True)
     draw = np.random.default_rng(4)
     batches = []
     for index in range(MICRO):
         tokens = draw.integers(0, VOCAB, (BATCH // MICRO, LENGTH + 1)).astype(np.int32)
         batches.append(planner(tokens, np.arange(4), np.arange(4) + 4 * index, 0))
-    one_hot = np.eye(4, dtype=np.float32)
-    columns = [
-        [
-            b.tokens, b.labels, b.mask / np.float32(100), b.positions, b.segments, one_hot[b.domain],
-            *(a for p in b.plans for a in p.plan.inputs),
-        ]
-        for b in batches
-    ]  # fmt: skip
-    weights = [t for b in batches[:1] for t in b.flat(signature, model.store) if len(t.shape) > 1 and t.shape[0] == 16]
+    token_weight = np.float32(1) / np.float32(100)
+    columns = [inputs.pack_pipeline([b], token_weight, 4) for b in batches]
+    packed = inputs.pack(batches[0], model.store)
+    weights = [packed[i] for i in inputs.differentiated]
 
     model.net.set_stages(config.parallel.mesh)
-    loss = PipelinedLoss(model.net, model.layout, signature)
-    assert [p.shape for p in loss.experts] == [w.shape for w in weights] == list(expert_tensors(signature).values())
+    loss = PipelinedLoss(model.net, model.layout, inputs)
+    assert [p.shape for p in loss.experts] == [w.shape for w in weights]
+    assert {p.name: p.shape for p in loss.experts} == {name: s for name, (_, s) in inputs.expert_tensors().items()}
     for parameter, weight in zip(loss.experts, weights, strict=True):
         parameter.set_data(weight)
     trained = ParameterTuple([*model.net.trainable_params(), *loss.experts])
     alone = ops.value_and_grad(loss.set_train(), None, trained)
     # One micro-batch alone is a training loss' objective; each of its domains has one sample.
-    training_loss = TrainingLoss(model.net, model.layout, signature).set_train()
+    training_loss = ForwardPass(model.net, inputs, WeightedLoss(model.net.head, model.layout)).set_train()
     expected, sums = np.zeros(4), [0.0] * len(trained)
     for planned, parts in zip(batches, columns, strict=True):
         one, its = alone(*(Tensor(a) for a in parts))
-        _, by_sample, _, _ = training_loss(
-            *(Tensor(a) for a in (planned.tokens, planned.labels, parts[2])), Tensor(np.float32(0.0)),
-            *planned.fixed[1:], *planned.flat(signature, model.store),
-        )  # fmt: skip
+        _, by_sample, _, _ = training_loss(*inputs.pack(planned, model.store))
         np.testing.assert_allclose(one.asnumpy(), by_sample.asnumpy() / 100, rtol=1e-6)
         expected += one.asnumpy()
         sums = [a + g.asnumpy() for a, g in zip(sums, its, strict=True)]
-    full_inputs = [Tensor(np.concatenate(parts)) for parts in zip(*columns, strict=True)]
+    full_inputs = [Tensor(array) for array in inputs.pack_pipeline(batches, token_weight, 4)]
     for sent_per_micro_batch in (False, True):
         if sent_per_micro_batch:
             model.net.send_tied_embedding(model.layout)
@@ -80,9 +72,8 @@ def test_micro_batches_of_one_graph_add_up():
             )
         assert any(np.abs(g.asnumpy()).max() > 0 for g in gradients[-4:])
 
-    shapes = pipeline_inputs(signature, MICRO, 4)
-    assert [s for s, _, _ in shapes] == [(MICRO * p.shape[0], *p.shape[1:]) for p in columns[0]]
-    assert {name: fixed_inputs(4, LENGTH)[name][1] for name in FIXED_INPUTS}["weights"] == ms.float32
+    packed = [(t.shape, t.dtype) for t in full_inputs]
+    assert [(shape, dtype) for shape, dtype, _ in inputs.pipeline_specs(MICRO, 4)] == packed
 
 
 def test_a_process_that_trains_has_slices_stay():
