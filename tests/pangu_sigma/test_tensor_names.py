@@ -64,7 +64,6 @@ NAME = re.compile(
 FOREIGN = {
     "extract/export/hf_files": "exported files stand alone",
     "extract/export/hf_format.py": "names in the exported PyTorch file",
-    "extract/export/onnx_format.py": "the graph's own copy of the layers",
     "extract/export/static_layers.py": "the graph's own copy of the layers",
     "pangu_sigma/generation/": "decoding's own copy of the layers",
     "pangu_sigma/convert/olmoe_names.py": "names in Hugging Face's OLMoE",
