@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from extract.extraction_plan import choose_domains
 from pangu_sigma.checkpoint import Checkpoint, resolve
 from pangu_sigma.config import Config
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
@@ -55,7 +56,7 @@ def open_source(model: str | Path, domains: Sequence[str] | None = None) -> Expo
     """Open what a user names. Raises UserError: no whole model, unknown domain, a gate that cannot be cut."""
     checkpoint = resolve(model)
     config = stored_config(checkpoint)
-    chosen = _chosen(config.domain_names, domains)
+    chosen = choose_domains(checkpoint, domains or checkpoint.domains)
     if config.model.sparse_prefixes and config.model.router != "rre" and chosen != config.domain_names:
         raise UserError(
             f"the model's gate ({config.model.router_setting}) chooses among the experts of all domains, so it cannot "
@@ -84,15 +85,3 @@ def check_pangu(source: ExportSource) -> None:
             f"{path} has a shared expert (model.sparse.shared_expert), which no export format has yet: "
             "export a model without one"
         )
-
-
-def _chosen(names: tuple[str, ...], requested: Sequence[str] | None) -> tuple[str, ...]:
-    if not requested:
-        return names
-    for name in requested:
-        if name not in names:
-            from difflib import get_close_matches
-
-            near = get_close_matches(name, names, n=1, cutoff=0.0)
-            raise UserError(f"the model has no domain '{name}'; did you mean '{near[0]}'?")
-    return tuple(name for name in names if name in requested)

@@ -114,10 +114,8 @@ app.command(short_help="Train a small model and show the result.")(quickstart)
 def application_for(words: Sequence[str]) -> typer.Typer:
     """The application as the command line `words` needs it: every other command has its name and short help alone.
 
-    Making the options of all commands takes longer than anything else that a help text waits for; looking for garbage
-    meanwhile, where there is none, a fifth of the rest. Collection begins again when the command does.
+    Making the options of all commands takes longer than anything else that a help text waits for.
     """
-    gc.disable()
     named = next((word for word in words if not word.startswith("-")), None)
     narrowed = _new_application()
     narrowed.registered_callback = app.registered_callback
@@ -150,7 +148,13 @@ def main() -> None:
     elif role == "MS_WORKER":
         _run_worker()
     else:
-        application_for(sys.argv[1:])(prog_name="pangu-sigma")
+        _run()
+
+
+def _run() -> None:
+    # Looking for garbage, where there is none, takes a fifth of a help text's time; `_Commands` begins it again.
+    gc.disable()
+    application_for(sys.argv[1:])(prog_name="pangu-sigma")
 
 
 def _run_worker() -> None:
@@ -159,7 +163,7 @@ def _run_worker() -> None:
 
     code = 0
     try:
-        application_for(sys.argv[1:])(prog_name="pangu-sigma")
+        _run()
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException:

@@ -198,12 +198,12 @@ def _build(
 ) -> dict[str, dict[str, int]]:
     """Write both parts and the counts; what is returned goes into ``store.json``."""
     parts, dropped = _assign(source, files, tokenizer, heldout_fraction, deduplicate, progress)
-    writers = {
-        code: IndexedDatasetBuilder(folder / part, tokenizer.vocab_size, tokenizer.eod_id)
-        for code, part in zip((_TRAIN, _HELDOUT), _PARTS, strict=True)
-    }
     done = 0
-    try:
+    with (
+        IndexedDatasetBuilder(folder / _PARTS[0], tokenizer.vocab_size, tokenizer.eod_id) as train,
+        IndexedDatasetBuilder(folder / _PARTS[1], tokenizer.vocab_size, tokenizer.eod_id) as heldout,
+    ):
+        writers = {_TRAIN: train, _HELDOUT: heldout}
         for batch in _batches(source, files):
             chosen = parts[done : done + len(batch)].tolist()
             kept = [(part, document.text) for part, document in zip(chosen, batch, strict=True) if part != _DROP]
@@ -211,12 +211,6 @@ def _build(
                 writers[part].add(ids)
             done += len(batch)
             progress(source.name, "tokenise", done, len(parts))
-        for writer in writers.values():
-            writer.close()
-    except BaseException:
-        for writer in writers.values():
-            writer.discard()
-        raise
     stores = {part: IndexedDataset(folder / part) for part in _PARTS}
     np.save(folder / _COUNTS, stores["train"].counts(tokenizer.vocab_size), allow_pickle=False)
     return {

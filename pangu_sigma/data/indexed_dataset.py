@@ -37,10 +37,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class IndexedDatasetBuilder:
-    """Builder of ``prefix.bin`` and ``prefix.idx``: under other names first, renamed by ``close``, the index last.
-
-    Use as a context manager: an exception inside removes the unfinished files.
-    """
+    """Builder of ``prefix.bin`` and ``prefix.idx``, the index last: without it there is no dataset."""
 
     def __init__(self, prefix: str | Path, vocab_size: int, eod_id: int):
         if not 0 <= eod_id < vocab_size:
@@ -50,7 +47,7 @@ class IndexedDatasetBuilder:
         self._eod_id = eod_id
         self.dtype = token_dtype(vocab_size)
         self._lengths: list[int] = []
-        self._bin = open(self._temporary(".bin"), "wb")  # noqa: SIM115 - closed by close() or discard()
+        self._bin = open(f"{prefix}.bin", "wb")  # noqa: SIM115 - closed by close()
 
     def add(self, ids: Iterable[int] | np.ndarray) -> None:
         """Append one document [n] without its end: the end-of-document id is added. ValueError when an id does not
@@ -73,29 +70,18 @@ class IndexedDatasetBuilder:
         self._lengths.append(stored.size)
 
     def close(self) -> None:
-        """Write the index and give both files their names."""
+        """Write the index."""
         _flush(self._bin)
         lengths = np.asarray(self._lengths, dtype=np.int32)
         pointers = np.zeros(len(lengths), dtype=np.int64)
         np.cumsum(lengths[:-1].astype(np.int64) * self.dtype.itemsize, out=pointers[1:])
         code = next(code for code, kind in TYPE_CODES.items() if np.dtype(kind) == self.dtype)
-        with open(self._temporary(".idx"), "wb") as index:
+        with open(f"{self._prefix}.idx", "wb") as index:
             index.write(_HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1))
             index.write(lengths.astype("<i4").tobytes())
             index.write(pointers.astype("<i8").tobytes())
             index.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
             _flush(index)
-        os.replace(self._temporary(".bin"), f"{self._prefix}.bin")
-        os.replace(self._temporary(".idx"), f"{self._prefix}.idx")
-
-    def discard(self) -> None:
-        """Remove the unfinished files."""
-        self._bin.close()
-        for suffix in (".bin", ".idx"):
-            Path(self._temporary(suffix)).unlink(missing_ok=True)
-
-    def _temporary(self, suffix: str) -> str:
-        return f"{self._prefix}{suffix}.tmp"
 
     def __enter__(self) -> "IndexedDatasetBuilder":
         return self
@@ -104,7 +90,7 @@ class IndexedDatasetBuilder:
         if kind is None:
             self.close()
         else:
-            self.discard()
+            self._bin.close()
 
 
 def _flush(stream) -> None:

@@ -135,27 +135,16 @@ def _extend(subject: CheckpointEditor, entry: dict[str, Any], follow_up: domain_
 
 def read_text(subject: CheckpointEditor, config: Config) -> tuple[DomainStore, dict[str, np.ndarray]]:
     """(the new domain's token store, its probe): the text is read, tokenised and cached as training will want it."""
-    from pangu_sigma.data.corpus_files import CorpusSource
-    from pangu_sigma.data.domain_store import prepare_domain
-    from pangu_sigma.data.packed_sequences import HeldoutSequences
+    from pangu_sigma.data.corpus import domain_store
+    from pangu_sigma.data.packed_sequences import HeldoutSequences, first_sequences
 
-    domain, data = config.domains[-1], config.data
-    tokenizer = stored_tokenizer(subject.checkpoint)
+    domain, tokenizer = config.domains[-1], stored_tokenizer(subject.checkpoint)
     with progress(f"tokenise {domain.name}", None, unit="documents") as job:
-        store = prepare_domain(
-            CorpusSource.of(domain),
-            tokenizer,
-            data.cache,
-            heldout_fraction=data.heldout_fraction,
-            sequence_length=data.sequence_length,
-            deduplicate=data.deduplicate,
-            progress=lambda _name, _stage, done, _total: job.set(done),
-        )
+        store = domain_store(config, domain, tokenizer, lambda _name, _stage, done, _total: job.set(done))
     if not store.heldout.tokens:
         return store, {}
-    heldout = HeldoutSequences(store.heldout, data.sequence_length, tokenizer.eod_id, tokenizer.pad_id)
-    count = min(config.checkpoint.probe_sequences, len(heldout))
-    return store, {domain.name: np.stack([heldout.sequence(i)[0] for i in range(count)])} if count else {}
+    heldout = HeldoutSequences(store.heldout, config.data.sequence_length, tokenizer.eod_id, tokenizer.pad_id)
+    return store, first_sequences({domain.name: heldout}, config.checkpoint.probe_sequences)
 
 
 def stored_type(source: Checkpoint, name: str) -> str:

@@ -96,21 +96,18 @@ class CheckpointEditor:
         self.path = path
         self.out = out
         self.any_router = any_router
-        self._open = ExitStack()
 
     def __enter__(self) -> CheckpointEditor:
-        self._open.enter_context(sigterm_as_ctrl_c())
-        try:
-            self._prepare()
-        except BaseException:
-            self._open.close()
-            raise
+        with ExitStack() as stack:
+            stack.enter_context(sigterm_as_ctrl_c())
+            self._prepare(stack)
+            self._open = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._open.close()
 
-    def _prepare(self) -> None:
+    def _prepare(self, stack: ExitStack) -> None:
         checkpoint = resolve(self.path)
         if self.out is None:
             run_dir = run_of(checkpoint)
@@ -118,7 +115,7 @@ class CheckpointEditor:
                 raise UserError(f"{self.path} is no run, whose checkpoint could be replaced: name a folder with --out")
             if not (run_dir / folder_layout.CONFIG).is_file() or Path(self.path).resolve() != run_dir.resolve():
                 raise UserError(f"{self.path} is one checkpoint: name its run {run_dir}, or a new folder with --out")
-            self._open.enter_context(lock_run_folder(run_dir))
+            stack.enter_context(lock_run_folder(run_dir))
             remove_stale(run_dir)  # what a killed process was replacing comes back under its name
             checkpoint = resolve(self.path)  # nobody trains here any more, so this stays the last one
             mend_config(run_dir, checkpoint)

@@ -56,19 +56,11 @@ def token_counts(config: Config, checkpoint: Checkpoint, name: str) -> np.ndarra
 
 def domain_store(config: Config, checkpoint: Checkpoint, name: str) -> DomainStore:
     """The tokenised text of one domain, from the cache or made there. Raises UserError where the text is not."""
-    from pangu_sigma.data.corpus_files import CorpusSource
-    from pangu_sigma.data.domain_store import prepare_domain
+    from pangu_sigma.data.corpus import domain_store as open_store
     from pangu_sigma.trained_model import stored_tokenizer
 
     domain = next(entry for entry in config.domains if entry.name == name)
-    return prepare_domain(
-        CorpusSource.of(domain),
-        stored_tokenizer(checkpoint),
-        config.data.cache,
-        heldout_fraction=config.data.heldout_fraction,
-        sequence_length=config.data.sequence_length,
-        deduplicate=config.data.deduplicate,
-    )
+    return open_store(config, domain, stored_tokenizer(checkpoint))
 
 
 def _grow(

@@ -7,36 +7,27 @@ from collections.abc import Iterator
 from pangu_sigma.lifelong.lifelong_results import Results
 from pangu_sigma.lifelong.loss_heat_map import heat_map
 from pangu_sigma.lifelong.property_table import NO, UNKNOWN, YES
-from pangu_sigma.monitor.printable_text import compact, duration
 from pangu_sigma.monitor.text_tables import number
+from pangu_sigma.report.html_page import html_page
 from pangu_sigma.report.html_tables import cell, table
-from pangu_sigma.report.style_sheet import STYLE
 
 _MEANING = {
-    "backward_transfer": "quality at the end against right after learning; below 0: later stages cost it",
+    "backward transfer": "quality at the end against right after learning; below 0: later stages cost it",
     "forgetting": "best quality of any earlier stage against the end; above 0: something was lost",
-    "forward_transfer": "quality just before its stage against the untrained model",
-    "learned_loss": "loss right after learning, lower is better",
-    "final_loss": "loss at the end, lower is better",
+    "forward transfer": "quality just before its stage against the untrained model",
+    "learned loss": "loss right after learning, lower is better",
+    "final loss": "loss at the end, lower is better",
 }
 
 
 def render(results: Results, name: str) -> str:
     """The page as text; `name` is the measurement's. Whatever comes from files is escaped."""
-    sections = list(_sections(results))
-    links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections)
-    body = "".join(f'<section id="{key}"><h2>{title}</h2>{content}</section>' for key, title, content in sections)
     planned = len(results.plan["stages"])
     state = f"{planned} stages" if results.complete else f"{len(results.rows)} of {planned} stages so far"
     model = results.plan["base"]["model"]
     router = model["sparse"]["router"] if results.costs and _sparse(model) else "dense"
     line = f"{state} · {len(results.domains)} domains · {router} · {cell(_policies(results))}"
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{cell(name)} – lifelong learning</title><style>{STYLE}</style></head>\n"
-        f"<body><main><header><h1>{cell(name)}</h1><p>{line}</p><nav>{links}</nav></header>\n{body}</main></body></html>\n"
-    )
+    return html_page(name, "lifelong learning", f"<p>{line}</p>", _sections(results))
 
 
 def _sections(results: Results) -> Iterator[tuple[str, str, str]]:
@@ -69,30 +60,16 @@ def _properties(results: Results) -> str:
 
 
 def _measures(results: Results) -> str:
-    rows = []
-    for name, result in results.measures.items():
-        signed = name not in ("learned_loss", "final_loss")
-        each = [number(result.by_domain.get(j), sign=signed) for j in range(len(results.domains))]
-        title = f"{name.replace('_', ' ').capitalize()}{_note(_MEANING[name])}"
-        rows.append([title, f"<strong>{number(result.mean, sign=signed)}</strong>", *each])
+    rows = [
+        [f"{name.capitalize()}{_note(_MEANING[name])}", f"<strong>{mean}</strong>", *each]
+        for name, mean, *each in results.measure_rows()
+    ]
     header = ["In nats per token", "Mean", *map(cell, results.domains)]
     return table(header, rows, "Backward transfer, forgetting, forward transfer")
 
 
 def _costs(results: Results) -> str:
-    rows = []
-    for name, cost in zip(results.stages, results.costs, strict=True):
-        parameters, sizes, seconds = cost["parameters"], cost["bytes"], cost["seconds"]
-        rows.append(
-            [
-                cell(name),
-                f"{cost['steps']:,}",
-                compact(cost["tokens"]),
-                "–" if seconds is None else duration(seconds),
-                *(compact(parameters[key]) for key in ("total", "new", "trained", "active")),
-                *(f"{compact(sizes[key])}B" for key in ("model", "with_optimizer", "written")),
-            ]
-        )
+    rows = [[cell(name), *figures] for name, *figures in results.cost_rows(with_moments=True)]
     header = ["Stage", "Steps", "Tokens", "Time", "Parameters", "New", "Trained", "A token meets"]
     header += ["Model", "With moments", "Written anew"]
     return table(header, rows, "Cost of every stage")

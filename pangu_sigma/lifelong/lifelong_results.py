@@ -121,6 +121,28 @@ class Results:
                 )
         return out.getvalue()
 
+    def measure_rows(self) -> list[list[str]]:
+        """Every measure's name, mean and part of each domain, as text."""
+        rows = []
+        for name, result in self.measures.items():
+            signed = name not in ("learned_loss", "final_loss")
+            each = [number(result.by_domain.get(j), sign=signed) for j in range(len(self.domains))]
+            rows.append([name.replace("_", " "), number(result.mean, sign=signed), *each])
+        return rows
+
+    def cost_rows(self, with_moments: bool) -> list[list[str]]:
+        """Every finished stage's name and what it cost, as text: steps, tokens, time, parameters (in all, new, trained,
+        active), bytes of the model, `with_moments` of it and its moments, and written anew."""
+        rows = []
+        for name, cost in zip(self.stages, self.costs, strict=True):
+            seconds = cost["seconds"]
+            time = "–" if seconds is None else duration(seconds)
+            parameters = [compact(cost["parameters"][key]) for key in ("total", "new", "trained", "active")]
+            sizes = ("model", *(("with_optimizer",) if with_moments else ()), "written")
+            stored = [f"{compact(cost['bytes'][key])}B" for key in sizes]
+            rows.append([name, f"{cost['steps']:,}", compact(cost["tokens"]), time, *parameters, *stored])
+        return rows
+
     @property
     def panel(self) -> Panel:
         """The matrix for `heat_map`."""
@@ -163,36 +185,13 @@ def matrix_text(results: Results) -> str:
 
 def measures_text(results: Results) -> str:
     """The measures in nats per token, the mean and each domain's part."""
-    rows = []
-    for name, result in results.measures.items():
-        signed = name not in ("learned_loss", "final_loss")
-        cells = [number(result.by_domain.get(j), sign=signed) for j in range(len(results.domains))]
-        rows.append([name.replace("_", " "), number(result.mean, sign=signed), *cells])
-    return text_table(["nats per token", "mean", *results.domains], rows)
+    return text_table(["nats per token", "mean", *results.domains], results.measure_rows())
 
 
 def costs_text(results: Results) -> str:
     """What every stage cost."""
-    rows = []
-    for name, cost in zip(results.stages, results.costs, strict=True):
-        parameters, sizes = cost["parameters"], cost["bytes"]
-        seconds = cost["seconds"]
-        rows.append(
-            [
-                name,
-                f"{cost['steps']:,}",
-                compact(cost["tokens"]),
-                "–" if seconds is None else duration(seconds),
-                compact(parameters["total"]),
-                compact(parameters["new"]),
-                compact(parameters["trained"]),
-                compact(parameters["active"]),
-                f"{compact(sizes['model'])}B",
-                f"{compact(sizes['written'])}B",
-            ]
-        )
     header = ["stage", "steps", "tokens", "time", "parameters", "new", "trained", "active", "model", "written"]
-    return text_table(header, rows)
+    return text_table(header, results.cost_rows(with_moments=False))
 
 
 def properties_text(results: Results) -> str:

@@ -11,14 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from pangu_sigma.config import Config, config_from_dict, load_config
-from pangu_sigma.config.load_config import effective
+from pangu_sigma.config.load_config import effective, read_values
 from pangu_sigma.config.schema_versions import refuse_old_file
 from pangu_sigma.config.validation_messages import problems_of
-from pangu_sigma.config.yaml_text import parse_yaml
 from pangu_sigma.errors import UserError
 from pangu_sigma.lifelong.lifelong_config import InferenceConfig, LifelongConfig, PolicyConfig
 
@@ -270,16 +268,7 @@ def _free_name(name: str, taken: Sequence[str]) -> str:
 
 
 def _read(path: Path) -> LifelongConfig:
-    try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give the path of a YAML file with stages") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): give a YAML file with stages") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid YAML ({' '.join(str(error).split())}): mend it") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no mapping: start it with 'schema_version: 2', 'base:' and 'stages:'")
+    values = read_values(path)
     refuse_old_file(values, str(path))
     if "model" in values and "base" not in values:
         raise UserError(f"{path} is the configuration of one run: write a file with 'base: {path}' and 'stages:'")

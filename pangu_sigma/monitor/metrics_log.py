@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +37,72 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
     return [restore_numbers(r) for i, r in enumerate(records) if last.get((r["kind"], r["step"]), i) == i]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainRecord:
+    """One training record, written every `run.log_every` steps.
+
+    `loss`, `losses` (nats per token or in what the run's objective counts, by domain), `tokens` (by domain),
+    `expert_load` (layer → domain → rows per expert), `dropped_share` (layer → domain → share of rows, 0..1) and
+    `seconds` cover the steps since the previous record, so that tokens may be summed over records. `skipped_steps`
+    counts from the run's beginning. `experts` (stored in all sparse layers; activated and touched, i.e. updated, in a
+    step) and `store` (bytes_to_step, bytes_from_step, bytes_read, bytes_written, update_seconds, all a step;
+    prefetch_hit_rate, 0..1) tell what the expert store did. `figures`: means that the objective tells beside its loss,
+    by name.
+    """
+
+    loss: float
+    losses: Mapping[str, float]
+    tokens: Mapping[str, int]
+    learning_rate: float
+    gradient_norm: float
+    loss_scale: float | None = None
+    tokens_per_second: float
+    flops_per_second: float
+    skipped_steps: int = 0
+    expert_load: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
+    dropped_share: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    auxiliary_loss: float | None = None
+    experts: Mapping[str, float] = field(default_factory=dict)
+    store: Mapping[str, float] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
+    seconds: float
+
+
 class NoMetrics:
-    """Takes records and writes none: the log of a process for which another one speaks."""
+    """Makes records and writes none: the log of a process for which another one speaks."""
 
-    def train(self, step: int, **figures: object) -> None:
-        """As `MetricsLog.train`."""
+    def train(self, step: int, **record: Any) -> None:
+        """A `TrainRecord`."""
+        self.write({"kind": "train", "step": step, **vars(TrainRecord(**record))})
 
-    def evaluate(self, step: int, **figures: object) -> None:
-        """As `MetricsLog.evaluate`."""
+    def evaluate(
+        self,
+        step: int,
+        *,
+        losses: Mapping[str, float],
+        unigram: Mapping[str, float],
+        tokens: Mapping[str, int],
+        figures: Mapping[str, float] | None = None,
+    ) -> None:
+        """Held-out loss and the unigram model's loss (nats per token) and the number of held-out tokens, by domain;
+        `figures`: means that the evaluator tells beside the loss, by name.
+        """
+        record = {"kind": "evaluate", "step": step, "losses": losses, "unigram": unigram, "tokens": tokens}
+        self.write({**record, "figures": figures} if figures else record)
 
-    def checkpoint(self, step: int, **figures: object) -> None:
-        """As `MetricsLog.checkpoint`."""
+    def checkpoint(self, step: int, *, path: Path | str, **figures: float) -> None:
+        """A finished save: bytes_written anew, bytes_linked from the previous checkpoint, and its seconds."""
+        self.write({"kind": "checkpoint", "step": step, "path": str(path), **figures})
 
     def event(self, step: int, message: str) -> None:
-        """As `MetricsLog.event`."""
+        """Anything worth a sentence: a resume, a skipped step, a new phase."""
+        self.write({"kind": "event", "step": step, "message": message})
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Take one record."""
 
 
-class MetricsLog:
+class MetricsLog(NoMetrics):
     """Writes a run's records; a context manager that closes its files.
 
     `run_dir` is made if needed. `tensorboard` also writes scalars to `run_dir/tensorboard/`. `resume_step` is None for
@@ -78,92 +128,6 @@ class MetricsLog:
         if tensorboard:
             self._writer = _tensorboard_writer(self.path.parent / "tensorboard", resume_step)
         self._descriptor: int | None = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-
-    def train(
-        self,
-        step: int,
-        *,
-        loss: float,
-        losses: Mapping[str, float],
-        tokens: Mapping[str, int],
-        learning_rate: float,
-        gradient_norm: float,
-        tokens_per_second: float,
-        flops_per_second: float,
-        seconds: float,
-        loss_scale: float | None = None,
-        skipped_steps: int = 0,
-        expert_load: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
-        dropped_share: Mapping[str, Mapping[str, float]] | None = None,
-        auxiliary_loss: float | None = None,
-        experts: Mapping[str, float] | None = None,
-        store: Mapping[str, float] | None = None,
-        figures: Mapping[str, float] | None = None,
-    ) -> None:
-        """One training record, written every `run.log_every` steps.
-
-        `loss`, `losses` (nats per token or in what the run's objective counts, by domain), `tokens` (by domain),
-        `expert_load` (layer → domain → rows per expert), `dropped_share` (layer → domain → share of rows, 0..1) and
-        `seconds` cover the steps since the previous record, so that tokens may be summed over records. `skipped_steps`
-        counts from the run's beginning. `experts` (stored in all sparse layers; activated and touched, i.e. updated, in
-        a step) and `store` (bytes_to_step, bytes_from_step, bytes_read, bytes_written, update_seconds, all a step;
-        prefetch_hit_rate, 0..1) tell what the expert store did. `figures`: means that the objective tells beside its
-        loss, by name.
-        """
-        self.write(
-            {
-                "kind": "train",
-                "step": step,
-                "loss": loss,
-                "losses": losses,
-                "tokens": tokens,
-                "learning_rate": learning_rate,
-                "gradient_norm": gradient_norm,
-                "loss_scale": loss_scale,
-                "tokens_per_second": tokens_per_second,
-                "flops_per_second": flops_per_second,
-                "skipped_steps": skipped_steps,
-                "expert_load": expert_load or {},
-                "dropped_share": dropped_share or {},
-                "auxiliary_loss": auxiliary_loss,
-                "experts": experts or {},
-                "store": store or {},
-                "figures": figures or {},
-                "seconds": seconds,
-            }
-        )
-
-    def evaluate(
-        self,
-        step: int,
-        *,
-        losses: Mapping[str, float],
-        unigram: Mapping[str, float],
-        tokens: Mapping[str, int],
-        figures: Mapping[str, float] | None = None,
-    ) -> None:
-        """Held-out loss and the unigram model's loss (nats per token) and the number of held-out tokens, by domain;
-        `figures`: means that the evaluator tells beside the loss, by name.
-        """
-        record = {"kind": "evaluate", "step": step, "losses": losses, "unigram": unigram, "tokens": tokens}
-        self.write({**record, "figures": figures} if figures else record)
-
-    def checkpoint(self, step: int, *, path: Path | str, bytes_written: int, bytes_linked: int, seconds: float) -> None:
-        """A finished save: bytes written anew, bytes hard-linked from the previous checkpoint, and its duration."""
-        self.write(
-            {
-                "kind": "checkpoint",
-                "step": step,
-                "path": str(path),
-                "bytes_written": bytes_written,
-                "bytes_linked": bytes_linked,
-                "seconds": seconds,
-            }
-        )
-
-    def event(self, step: int, message: str) -> None:
-        """Anything worth a sentence: a resume, a skipped step, a new phase."""
-        self.write({"kind": "event", "step": step, "message": message})
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record; `kind` and `step` are required. NumPy scalars and arrays are accepted as values.

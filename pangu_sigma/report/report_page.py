@@ -9,11 +9,11 @@ from pangu_sigma.monitor.result_files import write_text
 from pangu_sigma.monitor.text_tables import number
 from pangu_sigma.report import html_tables as tables
 from pangu_sigma.report.expert_load_map import SMALL_MAP_CELLS, load_map
+from pangu_sigma.report.html_page import html_page
 from pangu_sigma.report.html_tables import cell
 from pangu_sigma.report.routing_section import routing_section
 from pangu_sigma.report.run_data import RunData, load_run
 from pangu_sigma.report.series import expert_loads
-from pangu_sigma.report.style_sheet import STYLE
 from pangu_sigma.report.training_curves import domain_panels, loss_overview, training_panels
 
 FILE_NAME = "report.html"
@@ -33,16 +33,8 @@ def write_report(run_dir: Path | str) -> Path:
 
 def render(run: RunData) -> str:
     """The page as text. Whatever comes from files is escaped."""
-    sections = list(_sections(run))
-    links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections)
-    body = "".join(f'<section id="{key}"><h2>{title}</h2>{content}</section>' for key, title, content in sections)
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{cell(run.name)} – training report</title><style>{STYLE}</style></head>\n"
-        f"<body><main><header><h1>{cell(run.name)}</h1><p>{_config_line(run)}</p>{_tiles(run)}<nav>{links}</nav></header>\n"
-        f"{body}{_configuration(run)}</main></body></html>\n"
-    )
+    header = f"<p>{_config_line(run)}</p>{_tiles(run)}"
+    return html_page(run.name, "training report", header, _sections(run), _configuration(run))
 
 
 def _sections(run: RunData) -> Iterator[tuple[str, str, str]]:

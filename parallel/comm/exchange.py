@@ -48,32 +48,19 @@ class LocalExchange(nn.Cell):
         return self.to_experts(rows)
 
 
-class RowGather(nn.Cell):
-    """x [n, …] of each process -> [X n, …] of the ranks whose rows meet, in their order; gradient of `RowReduce`."""
+class RowTransfer(nn.Cell):
+    """One direction of the exchange, x [n, …] -> [X n, …] of the ranks whose rows meet, in their order, or back as
+    their sum; `backward`, the other direction, carries the gradient."""
 
-    def __init__(self, members: GroupAllGather) -> None:
+    def __init__(self, forward: nn.Cell, backward: nn.Cell) -> None:
         super().__init__()
-        self.gather, self.reduce = members, members.transposed()
+        self.forward, self.backward = forward, backward
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.gather(x)
+        return self.forward(x)
 
     def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
-        return (self.reduce(dout),)
-
-
-class RowReduce(nn.Cell):
-    """x [X n, D] of each process -> [n, D], the sum over the ranks whose rows meet, of this rank's rows."""
-
-    def __init__(self, members: GroupAllGather) -> None:
-        super().__init__()
-        self.gather, self.reduce = members, members.transposed()
-
-    def construct(self, x: Tensor) -> Tensor:
-        return self.reduce(x)
-
-    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
-        return (self.gather(dout),)
+        return (self.backward(dout),)
 
 
 class GroupAllGather(nn.Cell):
@@ -86,10 +73,6 @@ class GroupAllGather(nn.Cell):
         self.first, self.parts = first, parts
         self.is_all = self.grid == (parts, 1)
         self.all_gather = ops.AllGather()
-
-    def transposed(self) -> GroupReduce:
-        """The operation that carries gradients back."""
-        return GroupReduce(self)
 
     def construct(self, x: Tensor) -> Tensor:
         every = self.all_gather(x)
@@ -163,8 +146,10 @@ class GatheredExchange(LocalExchange):
         start = mesh.placement_group(rank) * mesh.exchange_size
         group = GroupAllGather(mesh, rank, start, mesh.exchange_size)
         expert_axis = GroupAllGather(mesh, rank, 0, mesh.expert)
-        self.send, self.back, self.send_ids = RowGather(group), RowReduce(group), group
-        self.send_wide, self.back_wide, self.send_ids_wide = RowGather(expert_axis), RowReduce(expert_axis), expert_axis
+        self.send, self.back = RowTransfer(group, GroupReduce(group)), RowTransfer(GroupReduce(group), group)
+        wide_sum = GroupReduce(expert_axis)
+        self.send_wide, self.back_wide = RowTransfer(expert_axis, wide_sum), RowTransfer(wide_sum, expert_axis)
+        self.send_ids, self.send_ids_wide = group, expert_axis
         self.over_all, self.processes = ProcessMean(mesh.size), mesh.size
         self.select = ops.Select()
 
