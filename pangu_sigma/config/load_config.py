@@ -94,18 +94,18 @@ def _absolute(path: str) -> str:
     return abspath(expanduser(path))
 
 
-def read_values(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds, not yet checked against the schema. Raises UserError."""
+def read_values(
+    path: Path, what: str = "a YAML configuration", parse: Callable[[str], Any] = parse_yaml
+) -> dict[str, Any]:
+    """The mapping that a YAML file holds, not yet checked. `what`: what the file should be. Raises UserError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        values = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give the path of a YAML configuration") from None
+        raise UserError(f"{path} does not exist: give the path of {what}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: save it as UTF-8") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): give the path of a YAML configuration") from error
-    try:
-        values = parse_yaml(text)
+        raise UserError(f"{path} cannot be read ({error.strerror}): give the path of {what}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path}{_where(error)}: {_what(error)}") from error
     except (ValueError, RecursionError) as error:
@@ -113,9 +113,7 @@ def read_values(path: Path) -> dict[str, Any]:
     if values is None:
         raise UserError(f"{path} is empty: copy one of the shipped configurations and change it")
     if not isinstance(values, dict):
-        raise UserError(
-            f"{path} holds {shown(values)}, not a mapping of sections: start it with 'schema_version: {SCHEMA_VERSION}'"
-        )
+        raise UserError(f"{path} holds {shown(values)}, not a mapping of sections: write {what}")
     return values
 
 

@@ -268,7 +268,7 @@ def _free_name(name: str, taken: Sequence[str]) -> str:
 
 
 def _read(path: Path) -> LifelongConfig:
-    values = read_values(path)
+    values = read_values(path, "a YAML file with 'schema_version: 2', 'base:' and 'stages:'")
     refuse_old_file(values, str(path))
     if "model" in values and "base" not in values:
         raise UserError(f"{path} is the configuration of one run: write a file with 'base: {path}' and 'stages:'")

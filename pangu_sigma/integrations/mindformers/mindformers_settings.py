@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from pangu_sigma.config import SCHEMA_VERSION, Config, config_from_dict
-from pangu_sigma.config.load_config import effective
+from pangu_sigma.config.load_config import effective, read_values
 from pangu_sigma.config.overrides import apply_overrides
 from pangu_sigma.config.validation_messages import shown
 from pangu_sigma.errors import UserError
@@ -66,16 +66,7 @@ def read_yaml(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]
     path = Path(path)
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"{path} does not end in .yaml: give a MindFormers configuration")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give the path of a MindFormers configuration") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): give the path of a MindFormers configuration") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML ({' '.join(str(error).split())}): mend it") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds {shown(values)}, not a mapping: give a MindFormers configuration")
+    values = read_values(path, "a MindFormers configuration", yaml.safe_load)
     # Our sections by their own name. A YAML alias is one object in two places, so the data loader gets them too.
     longer = [f"model.model_config.{text}" if text.startswith(f"{SECTIONS}.") else text for text in overrides]
     apply_overrides(values, longer, _no_section)

@@ -74,7 +74,7 @@ def test_sections_that_differ_between_model_and_data_are_refused():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "is not valid YAML"), ("- 1", "not a mapping"), (None, "does not exist")],
+    [("a: [", "not valid YAML"), ("- 1", "not a mapping"), (None, "does not exist")],
     ids=["broken", "list", "missing"],
 )
 def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, message):
