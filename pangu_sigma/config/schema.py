@@ -10,6 +10,7 @@ from pangu_sigma.config.model_section import ModelConfig
 from pangu_sigma.config.run_sections import CheckpointConfig, EvaluateConfig, ExpertsConfig, ParallelConfig, RunConfig
 from pangu_sigma.config.section import Field, ListOf, Section
 from pangu_sigma.config.training_sections import OptimizerConfig, ScheduleConfig, TrainConfig
+from pangu_sigma.config.yaml_text import dump_yaml
 
 
 class Config(Section, resume="fixed", init_from="free"):
@@ -79,6 +80,4 @@ class Config(Section, resume="fixed", init_from="free"):
 
     def to_yaml(self) -> str:
         """The configuration as YAML text, which `load_config` reads back to an equal configuration."""
-        from pangu_sigma.config.yaml_text import dump_yaml
-
         return dump_yaml(self.to_dict())

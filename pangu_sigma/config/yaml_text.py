@@ -33,15 +33,6 @@ class _Loader(yaml.SafeLoader):
             mapping[key_node.value] = self.construct_object(value_node, deep=True)
         return mapping
 
-    def construct_plain_int(self, node: yaml.ScalarNode) -> int:
-        return int(node.value)
-
-    def construct_plain_float(self, node: yaml.ScalarNode) -> float:
-        return float(node.value.replace(".inf", "inf").replace(".nan", "nan"))
-
-    def construct_map(self, node: yaml.Node) -> dict[str, Any]:
-        return self.construct_mapping(node, deep=True)
-
 
 _Loader.add_implicit_resolver(_TAG + "null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 _Loader.add_implicit_resolver(_TAG + "bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
@@ -51,9 +42,11 @@ _Loader.add_implicit_resolver(
     re.compile(r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$"),
     list("-+.0123456789"),
 )
-_Loader.add_constructor(_TAG + "int", _Loader.construct_plain_int)
-_Loader.add_constructor(_TAG + "float", _Loader.construct_plain_float)
-_Loader.add_constructor(_TAG + "map", _Loader.construct_map)
+_Loader.add_constructor(_TAG + "int", lambda loader, node: int(node.value))
+_Loader.add_constructor(
+    _TAG + "float", lambda loader, node: float(node.value.replace(".inf", "inf").replace(".nan", "nan"))
+)
+_Loader.add_constructor(_TAG + "map", _Loader.construct_mapping)
 
 
 class _Dumper(yaml.SafeDumper):
