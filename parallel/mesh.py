@@ -22,26 +22,24 @@ PLACEMENTS = ("global", "domain")
 
 def mesh_problems(
     data: int, expert: int, tensor: int, pipeline: int, placement: str, placement_groups: int
-) -> Iterator[tuple[str, str]]:
-    """(field, sentence) for what is wrong with a mesh's numbers among themselves."""
+) -> Iterator[str]:
+    """What is wrong with a mesh's numbers among themselves, sentences that begin with the field."""
     sizes = {"data": data, "expert": expert, "tensor": tensor, "pipeline": pipeline}
     for name, ranks in {**sizes, "placement_groups": placement_groups}.items():
         if ranks < 1:
-            yield name, f"{name} = {ranks} is no number of ranks: set it to at least 1"
+            yield f"{name} = {ranks} is no number of ranks: set it to at least 1"
             return
     if placement not in PLACEMENTS:
-        yield "placement", f"placement = {placement} is unknown: set it to {' or '.join(PLACEMENTS)}"
+        yield f"placement = {placement} is unknown: set it to {' or '.join(PLACEMENTS)}"
     elif placement == "global" and placement_groups != 1:
         yield (
-            "placement_groups",
             f"placement_groups = {placement_groups} has no effect under placement = global: set it to 1, or placement "
-            "to domain",
+            "to domain"
         )
     elif expert % placement_groups:
         yield (
-            "placement_groups",
             f"placement_groups = {placement_groups} does not divide expert = {expert}: every placement group needs "
-            f"equally many ranks, so choose a divisor of {expert}",
+            f"equally many ranks, so choose a divisor of {expert}"
         )
 
 
@@ -73,7 +71,7 @@ class Mesh:
     placement_groups: int = 1
 
     def __post_init__(self) -> None:
-        for _, sentence in mesh_problems(**vars(self)):
+        for sentence in mesh_problems(**vars(self)):
             raise ValueError(sentence)
 
     # --- sizes
@@ -172,14 +170,13 @@ class Mesh:
 
     # --- experts and domains
 
-    def expert_problems(self, sizes: Sequence[int], names: Sequence[str] | None = None) -> Iterator[tuple[str, str]]:
-        """(field, sentence) for expert groups of these `sizes` (one per domain) that the mesh cannot divide."""
+    def expert_problems(self, sizes: Sequence[int], names: Sequence[str] | None = None) -> Iterator[str]:
+        """Sentences as above for expert groups of these `sizes` (one per domain) that the mesh cannot divide."""
         total = sum(sizes)
         if total % self.expert:
             yield (
-                "expert",
                 f"expert = {self.expert} does not divide the {total} experts of a sparse layer: choose a divisor of "
-                f"{total}, or change the domains' experts",
+                f"{total}, or change the domains' experts"
             )
             return
         share, reached = total // self.placement_groups, 0
@@ -187,9 +184,8 @@ class Mesh:
             if reached // share != (reached + size - 1) // share:
                 name = names[domain] if names else str(domain)
                 yield (
-                    "placement_groups",
                     f"placement_groups = {self.placement_groups} cuts the domain {name} in two (a group has {share} of "
-                    f"{total} experts): choose another number, or change the domains' order or experts",
+                    f"{total} experts): choose another number, or change the domains' order or experts"
                 )
                 return
             reached += size
@@ -197,7 +193,7 @@ class Mesh:
     def experts_of(self, rank: int, experts: int) -> range:
         """Indices on a sparse layer's axis of `experts` of those that a rank holds (of each, its own tensor shard)."""
         if experts % self.expert:
-            raise ValueError(next(self.expert_problems([experts]))[1])
+            raise ValueError(next(self.expert_problems([experts])))
         share = experts // self.expert
         start = self.coordinates(rank).expert * share
         return range(start, start + share)
@@ -212,7 +208,7 @@ class Mesh:
 
     def domains_of_groups(self, sizes: Sequence[int]) -> tuple[range, ...]:
         """Domain ids of each placement group, for expert groups of these `sizes`. Raises ValueError."""
-        for _, sentence in self.expert_problems(sizes):
+        for sentence in self.expert_problems(sizes):
             raise ValueError(sentence)
         share = sum(sizes) // self.placement_groups
         groups, start, reached = [], 0, 0

@@ -28,58 +28,48 @@ STANDARD_INPUT = "-"
 class DomainConfig(Section, resume="fixed", init_from="free"):
     """One domain: its name, its texts, the size of its expert group and how often it is drawn."""
 
-    name: DomainName = Field(init_from="equal", description="Name of the domain; files and tensors are named after it.")
-    data: ListOf[Text] = Field(
-        min_length=1, description="Files of the domain, or globs of them: .jsonl (one object a line) or .txt."
-    )
-    text_field: Text = Field("text", description="Key of the text in a line of a .jsonl file.")
-    filters: Literal["none", "text", "code"] = Field(
-        "none",
-        description="Documents to drop: text: endless repetition; code: also where one or two words are most of it.",
-    )
-    stars_field: Text | None = Field(
-        None, description="With filters code, key of a repository's stars in a .jsonl line; under two, it is dropped."
-    )
-    experts: int = Field(
-        4, ge=1, init_from="equal", description="Size of the domain's expert group in every sparse layer."
-    )
-    weight: float = Field(1.0, ge=0, description="How often the domain is drawn, relative to the others.")
+    name: DomainName = Field(init_from="equal")
+    """Name of the domain; files and tensors are named after it."""
+    data: ListOf[Text] = Field(min_length=1)
+    """Files of the domain, or globs of them: .jsonl (one object a line) or .txt."""
+    text_field: Text = "text"
+    """Key of the text in a line of a .jsonl file."""
+    filters: Literal["none", "text", "code"] = "none"
+    """Documents to drop: text: endless repetition; code: also where one or two words are most of it."""
+    stars_field: Text | None = None
+    """With filters code, key of a repository's stars in a .jsonl line; under two, it is dropped."""
+    experts: int = Field(4, ge=1, init_from="equal")
+    """Size of the domain's expert group in every sparse layer."""
+    weight: float = Field(1.0, ge=0)
+    """How often the domain is drawn, relative to the others."""
 
     def violations(self, key: str) -> Violations:
         """Broken rules of the domain, which stands at `key`."""
         if self.name in RESERVED_NAMES:
-            yield (
-                f"{key}.name",
-                f"{key}.name = {self.name} is reserved for a file of the checkpoint: choose another name",
-            )
+            yield f"{key}.name = {self.name} is reserved for a file of the checkpoint: choose another name"
         if self.name == INFERRED_DOMAIN:
             yield (
-                f"{key}.name",
                 f"{key}.name = {self.name} is reserved: --domain {self.name} has a text's domain inferred; choose "
-                "another name",
+                "another name"
             )
         if self.stars_field is not None and self.filters != "code":
             yield (
-                f"{key}.stars_field",
                 f"{key}.stars_field is set, but only code is judged by its stars: set it to null, or {key}.filters to "
-                "code",
+                "code"
             )
         if _SHARD_NUMBER.search(self.name):
-            yield (
-                f"{key}.name",
-                f"{key}.name = {self.name} ends like a numbered file of the checkpoint: choose another name",
-            )
+            yield f"{key}.name = {self.name} ends like a numbered file of the checkpoint: choose another name"
 
 
 class TokenizerConfig(Section, resume="fixed", init_from="taken over"):
     """Where the tokenizer comes from."""
 
-    kind: Literal["train", "sentencepiece", "pangu_alpha", "huggingface"] = Field(
-        "train",
-        description="Train one from the domains' mix, or load a file: SentencePiece's, PanGu-α's, a tokenizer.json.",
-    )
-    path: Text | None = Field(None, description="The tokenizer's model file; null if and only if it is trained.")
-    vocab_size: int = Field(4096, ge=64, description="Number of pieces of a trained tokenizer.")
+    kind: Literal["train", "sentencepiece", "pangu_alpha", "huggingface"] = "train"
+    """Train one from the domains' mix, or load a file: SentencePiece's, PanGu-α's, a tokenizer.json."""
+    path: Text | None = None
+    """The tokenizer's model file; null if and only if it is trained."""
+    vocab_size: int = Field(4096, ge=64)
+    """Number of pieces of a trained tokenizer."""
 
     @property
     def known_size(self) -> int | None:
@@ -90,49 +80,41 @@ class TokenizerConfig(Section, resume="fixed", init_from="taken over"):
         """Broken rules of the tokenizer section."""
         if self.kind == "train" and self.path is not None:
             yield (
-                "data.tokenizer.path",
-                "data.tokenizer.path is set, but data.tokenizer.kind is train: set the path to null, "
-                "or the kind to sentencepiece, pangu_alpha or huggingface",
+                "data.tokenizer.path is set, but data.tokenizer.kind is train: set the path to null, or the kind to "
+                "sentencepiece, pangu_alpha or huggingface"
             )
         if self.kind != "train" and self.path is None:
-            yield (
-                "data.tokenizer.path",
-                f"data.tokenizer.path is missing: data.tokenizer.kind = {self.kind} needs the tokenizer's model file",
-            )
+            yield f"data.tokenizer.path is missing: data.tokenizer.kind = {self.kind} needs the tokenizer's model file"
 
 
 class StreamConfig(Section, resume="fixed", init_from="free"):
     """An endless source of documents that training learns from as they arrive, instead of the domains' files."""
 
-    path: Text = Field(resume="free", description="A growing .jsonl file, or - for standard input.")
-    domain: DomainName | None = Field(
-        None, description="Domain of every document; null takes the one that the document's domain_field names."
-    )
-    domain_field: Text = Field("domain", description="Key of the domain's name in a line, where domain is null.")
-    text_field: Text = Field("text", description="Key of the text in a line.")
+    path: Text = Field(resume="free")
+    """A growing .jsonl file, or - for standard input."""
+    domain: DomainName | None = None
+    """Domain of every document; null takes the one that the document's domain_field names."""
+    domain_field: Text = "domain"
+    """Key of the domain's name in a line, where domain is null."""
+    text_field: Text = "text"
+    """Key of the text in a line."""
 
 
 class DataConfig(Section, resume="fixed", init_from="free"):
     """How texts become sequences."""
 
     tokenizer: TokenizerConfig = TokenizerConfig()
-    sequence_length: int = Field(128, ge=2, description="Tokens in a sequence.")
-    cache: Text | None = Field(
-        None, resume="free", description="Folder of the tokenised domains; null takes the folder 'data' in run.dir."
-    )
-    heldout_fraction: float = Field(
-        0.05,
-        ge=0,
-        lt=1,
-        description="Share of a domain's documents kept from training for evaluation, at least one; 0 keeps none.",
-    )
-    deduplicate: bool = Field(True, description="Whether near-duplicate documents are removed before the split.")
-    prefetch: int = Field(
-        2, ge=0, resume="free", description="Batches read ahead of the step; 0 reads each when it is needed."
-    )
-    max_domains_per_batch: int | None = Field(
-        None, ge=1, description="Most domains that one optimizer step mixes; null sets no limit."
-    )
-    stream: StreamConfig | None = Field(
-        None, description="Source of documents to learn from as they arrive; null trains on the domains' files."
-    )
+    sequence_length: int = Field(128, ge=2)
+    """Tokens in a sequence."""
+    cache: Text | None = Field(None, resume="free")
+    """Folder of the tokenised domains; null takes the folder 'data' in run.dir."""
+    heldout_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share of a domain's documents kept from training for evaluation, at least one; 0 keeps none."""
+    deduplicate: bool = True
+    """Whether near-duplicate documents are removed before the split."""
+    prefetch: int = Field(2, ge=0, resume="free")
+    """Batches read ahead of the step; 0 reads each when it is needed."""
+    max_domains_per_batch: int | None = Field(None, ge=1)
+    """Most domains that one optimizer step mixes; null sets no limit."""
+    stream: StreamConfig | None = None
+    """Source of documents to learn from as they arrive; null trains on the domains' files."""

@@ -13,32 +13,29 @@ from pangu_sigma.config.section import Field, ListOf, Section, Violations
 class ExamplesConfig(Section, resume="fixed", init_from="free"):
     """The examples of one domain; they train with the domain's experts."""
 
-    name: DomainName = Field(description="Domain of the model that the examples belong to.")
-    data: ListOf[Text] = Field(
-        min_length=1, description="Files of examples, or globs of them: .jsonl, one object a line."
-    )
-    weight: float = Field(1.0, ge=0, description="How often the domain's examples are drawn, relative to the others'.")
+    name: DomainName
+    """Domain of the model that the examples belong to."""
+    data: ListOf[Text] = Field(min_length=1)
+    """Files of examples, or globs of them: .jsonl, one object a line."""
+    weight: float = Field(1.0, ge=0)
+    """How often the domain's examples are drawn, relative to the others'."""
 
 
 class AdaptConfig(Section, resume="fixed", init_from="free"):
     """Fine-tuning of the model that run.init_from names."""
 
-    objective: Literal["sft", "dpo"] = Field(
-        description="sft: loss on the answer to a prompt. dpo: the chosen answer before the rejected one."
-    )
-    examples: ListOf[ExamplesConfig] = Field(min_length=1, description="The examples, domain by domain.")
-    template: Literal["chat", "plain"] = Field(
-        "chat", description="Chat: as the server writes a conversation. Plain: the answer right behind the prompt."
-    )
-    heldout_fraction: float = Field(
-        0.05, ge=0, lt=1, description="Share of a domain's examples kept from training for evaluation."
-    )
-    beta: float = Field(
-        0.1, gt=0, description="With dpo, how strongly the model is held to the reference: larger stays nearer."
-    )
-    auxiliary_losses: bool = Field(
-        False, description="Whether the routers' auxiliary losses (balance, importance, load, z) count too."
-    )
+    objective: Literal["sft", "dpo"]
+    """sft: loss on the answer to a prompt. dpo: the chosen answer before the rejected one."""
+    examples: ListOf[ExamplesConfig] = Field(min_length=1)
+    """The examples, domain by domain."""
+    template: Literal["chat", "plain"] = "chat"
+    """Chat: as the server writes a conversation. Plain: the answer right behind the prompt."""
+    heldout_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share of a domain's examples kept from training for evaluation."""
+    beta: float = Field(0.1, gt=0)
+    """With dpo, how strongly the model is held to the reference: larger stays nearer."""
+    auxiliary_losses: bool = False
+    """Whether the routers' auxiliary losses (balance, importance, load, z) count too."""
 
     def violations(self, domains: Sequence[str]) -> Violations:
         """Broken rules of the examples of a model that has these domains."""
@@ -46,12 +43,12 @@ class AdaptConfig(Section, resume="fixed", init_from="free"):
         for index, examples in enumerate(self.examples):
             key = f"adapt.examples.{index}.name"
             if examples.name not in domains:
-                yield key, f"{key} = {examples.name} is no domain of the model: it has {', '.join(domains)}"
+                yield f"{key} = {examples.name} is no domain of the model: it has {', '.join(domains)}"
             if examples.name in seen:
-                yield key, f"{key} = {examples.name} is named twice: list all its files in one item"
+                yield f"{key} = {examples.name} is named twice: list all its files in one item"
             seen.add(examples.name)
         if not 0 < sum(examples.weight for examples in self.examples) < math.inf:
             yield (
-                "adapt.examples",
-                "the weights of adapt.examples do not add up to a positive number: give at least one a positive weight",
+                "adapt.examples have weights that do not add up to a positive number: give at least one a positive "
+                "weight"
             )

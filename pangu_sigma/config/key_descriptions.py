@@ -44,7 +44,7 @@ def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[KeyDescr
 def meaning(field: FieldInfo) -> str:
     """What a field is for: its description, or the first sentences of its section."""
     inner, _ = inner_section(field)
-    return field.description or (inner.__doc__ if inner else "")
+    return " ".join((field.description or (inner.__doc__ if inner else "")).split())
 
 
 def allowed(field: FieldInfo) -> str:

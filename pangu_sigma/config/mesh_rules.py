@@ -93,7 +93,7 @@ def _experts(config: Config, mesh: Mesh) -> Violations:
     sizes = [domain.experts for domain in config.domains]
     wrong = list(mesh.expert_problems(sizes, config.domain_names))
     if wrong:
-        yield from ((f"parallel.{field}", f"parallel.{sentence}") for field, sentence in wrong)
+        yield from (f"parallel.{sentence}" for sentence in wrong)
         return
     own = {domain.name: domain.weight for domain in config.domains}
     stretches = [phase.weights or own for phase in config.train.phases] or [own]

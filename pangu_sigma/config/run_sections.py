@@ -12,109 +12,100 @@ from parallel.mesh import Mesh, mesh_problems
 class ProfileConfig(Section, resume="free", init_from="free"):
     """Which steps MindSpore's profiler watches."""
 
-    start: int = Field(ge=1, description="First profiled step (steps count from 1).")
-    steps: int = Field(ge=1, description="Number of profiled steps.")
+    start: int = Field(ge=1)
+    """First profiled step (steps count from 1)."""
+    steps: int = Field(ge=1)
+    """Number of profiled steps."""
 
 
 class RunConfig(Section, resume="free", init_from="free"):
     """Where the run lives and what it writes."""
 
-    dir: Text = Field(description="The run's folder: checkpoints, metrics.jsonl, TensorBoard files, report.")
-    init_from: Text | None = Field(
-        None, description="Run, checkpoint or model folder whose weights, tables and tokenizer a new run begins with."
-    )
-    seed: int = Field(1234, ge=0, le=2**31 - 1, resume="fixed", description="Seed of every random draw.")
-    device: Literal["CPU", "Ascend"] = Field("CPU", resume="fixed", description="Where the run computes.")
-    kernels: Literal["auto", "compiled", "composed"] = Field(
-        "auto",
-        resume="rounding",
-        description="CPU kernels: compiled ones if installed, or composed of MindSpore's operators.",
-    )
-    log_every: int = Field(10, ge=1, description="Steps between two lines of metrics.jsonl.")
-    tensorboard: bool = Field(True, description="Whether TensorBoard files are written too.")
-    profile: ProfileConfig | None = Field(None, description="Steps to profile; null profiles none.")
+    dir: Text
+    """The run's folder: checkpoints, metrics.jsonl, TensorBoard files, report."""
+    init_from: Text | None = None
+    """Run, checkpoint or model folder whose weights, tables and tokenizer a new run begins with."""
+    seed: int = Field(1234, ge=0, le=2**31 - 1, resume="fixed")
+    """Seed of every random draw."""
+    device: Literal["CPU", "Ascend"] = Field("CPU", resume="fixed")
+    """Where the run computes."""
+    kernels: Literal["auto", "compiled", "composed"] = Field("auto", resume="rounding")
+    """CPU kernels: compiled ones if installed, or composed of MindSpore's operators."""
+    log_every: int = Field(10, ge=1)
+    """Steps between two lines of metrics.jsonl."""
+    tensorboard: bool = True
+    """Whether TensorBoard files are written too."""
+    profile: ProfileConfig | None = None
+    """Steps to profile; null profiles none."""
 
 
 class ExpertsConfig(Section, resume="rounding", init_from="free"):
     """Where experts and their optimizer state live while training."""
 
-    store: Literal["device", "host", "disk"] = Field(
-        "device",
-        description="All experts in every step, or tables in host memory or files of which a step takes its own.",
-    )
-    resident_gib: float = Field(
-        4.0, gt=0, resume="free", description="With store disk, GiB of experts and their moments in memory at a time."
-    )
-    grouped_matmul: bool = Field(
-        True,
-        description="Whether a single Ascend device takes a layer's experts as one grouped product; float16, bfloat16.",
-    )
+    store: Literal["device", "host", "disk"] = "device"
+    """All experts in every step, or tables in host memory or files of which a step takes its own."""
+    resident_gib: float = Field(4.0, gt=0, resume="free")
+    """With store disk, GiB of experts and their moments in memory at a time."""
+    grouped_matmul: bool = True
+    """Whether a single Ascend device takes a layer's experts as one grouped product; float16, bfloat16."""
 
 
 class EvaluateConfig(Section, resume="free", init_from="free"):
     """Held-out loss while training."""
 
-    every: int = Field(0, ge=0, description="Steps between two evaluations; 0 never evaluates.")
-    batches: int = Field(8, ge=1, description="Batches of held-out text per domain.")
-    batch_size: int = Field(8, ge=1, description="Sequences in an evaluation batch.")
+    every: int = Field(0, ge=0)
+    """Steps between two evaluations; 0 never evaluates."""
+    batches: int = Field(8, ge=1)
+    """Batches of held-out text per domain."""
+    batch_size: int = Field(8, ge=1)
+    """Sequences in an evaluation batch."""
 
 
 class CheckpointConfig(Section, resume="free", init_from="free"):
     """When the run's state is saved and how long it is kept."""
 
-    every: int = Field(0, ge=0, description="Steps between two checkpoints; 0 saves at the end of the run only.")
-    every_seconds: float | None = Field(
-        None, gt=0, description="Seconds between two checkpoints, whatever the steps; null sets no time."
-    )
-    keep: int = Field(3, ge=1, description="Number of newest checkpoints that are kept.")
-    probe_sequences: int = Field(
-        2, ge=0, description="Held-out sequences per domain that travel in a checkpoint, to verify a model alone."
-    )
+    every: int = Field(0, ge=0)
+    """Steps between two checkpoints; 0 saves at the end of the run only."""
+    every_seconds: float | None = Field(None, gt=0)
+    """Seconds between two checkpoints, whatever the steps; null sets no time."""
+    keep: int = Field(3, ge=1)
+    """Number of newest checkpoints that are kept."""
+    probe_sequences: int = Field(2, ge=0)
+    """Held-out sequences per domain that travel in a checkpoint, to verify a model alone."""
 
 
 class ParallelConfig(Section, resume="rounding", init_from="free"):
     """The device mesh: data x expert x tensor x pipeline ranks; with all of them 1, one process trains alone."""
 
-    data: int = Field(1, ge=1, description="Data-parallel ranks beside the expert axis, whose ranks read samples too.")
-    expert: int = Field(1, ge=1, description="Parts that the experts are cut into; each reads samples of its own.")
-    tensor: int = Field(1, ge=1, description="Parts that heads, inner widths and the vocabulary are cut into; Ascend.")
-    pipeline: int = Field(1, ge=1, description="Pipeline stages, each with an equal run of layers; Ascend.")
-    placement: Literal["global", "domain"] = Field(
-        "global",
-        resume="fixed",
-        description="Whether rows travel between all expert parts, or inside a placement group of domains.",
-    )
-    placement_groups: int = Field(
-        1,
-        ge=1,
-        resume="fixed",
-        description="Under placement domain, runs of domains whose experts and readers sit together.",
-    )
-    optimizer_parallel: bool = Field(
-        False, description="Whether shared weights and moments are cut over the ranks that read samples; Ascend."
-    )
-    sequence_parallel: bool = Field(
-        False, description="Whether rows outside attention and feed-forward are cut over the tensor axis; Ascend."
-    )
-    expert_chunks: int = Field(
-        1, ge=1, description="Parts of a rank's experts, each exchanging rows while another computes; Ascend."
-    )
-    workers: int = Field(1, ge=1, description="Processes of a run on CPU.")
-    emulate_mesh: bool = Field(
-        False,
-        description="On CPU, whether processes emulate the devices of an Ascend mesh, each computing the whole graph.",
-    )
-    timeout: float = Field(
-        600.0,
-        gt=0,
-        resume="free",
-        description="Seconds that a process waits for the others before the run is given up.",
-    )
+    data: int = Field(1, ge=1)
+    """Data-parallel ranks beside the expert axis, whose ranks read samples too."""
+    expert: int = Field(1, ge=1)
+    """Parts that the experts are cut into; each reads samples of its own."""
+    tensor: int = Field(1, ge=1)
+    """Parts that heads, inner widths and the vocabulary are cut into; Ascend."""
+    pipeline: int = Field(1, ge=1)
+    """Pipeline stages, each with an equal run of layers; Ascend."""
+    placement: Literal["global", "domain"] = Field("global", resume="fixed")
+    """Whether rows travel between all expert parts, or inside a placement group of domains."""
+    placement_groups: int = Field(1, ge=1, resume="fixed")
+    """Under placement domain, runs of domains whose experts and readers sit together."""
+    optimizer_parallel: bool = False
+    """Whether shared weights and moments are cut over the ranks that read samples; Ascend."""
+    sequence_parallel: bool = False
+    """Whether rows outside attention and feed-forward are cut over the tensor axis; Ascend."""
+    expert_chunks: int = Field(1, ge=1)
+    """Parts of a rank's experts, each exchanging rows while another computes; Ascend."""
+    workers: int = Field(1, ge=1)
+    """Processes of a run on CPU."""
+    emulate_mesh: bool = False
+    """On CPU, whether processes emulate the devices of an Ascend mesh, each computing the whole graph."""
+    timeout: float = Field(600.0, gt=0, resume="free")
+    """Seconds that a process waits for the others before the run is given up."""
 
     def violations(self) -> Violations:
         """Broken rules of the mesh itself."""
         axes = self.model_dump(include={"data", "expert", "tensor", "pipeline", "placement", "placement_groups"})
-        yield from ((f"parallel.{field}", f"parallel.{sentence}") for field, sentence in mesh_problems(**axes))
+        yield from (f"parallel.{sentence}" for sentence in mesh_problems(**axes))
 
     @property
     def devices(self) -> int:

@@ -16,14 +16,12 @@ from pangu_sigma.config.yaml_text import dump_yaml
 class Config(Section, resume="fixed", init_from="free"):
     """The whole configuration as data. `load_config` makes it and checks the rules between its keys (`rules.py`)."""
 
-    schema_version: Literal[2] = Field(description="Version of this schema.")
+    schema_version: Literal[2]
+    """Version of this schema."""
     run: RunConfig
     model: ModelConfig
-    domains: ListOf[DomainConfig] = Field(
-        min_length=1,
-        init_from="equal",
-        description="The domains, in the order of their ids; each is a distribution of text with its own experts.",
-    )
+    domains: ListOf[DomainConfig] = Field(min_length=1, init_from="equal")
+    """The domains, in the order of their ids; each is a distribution of text with its own experts."""
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
@@ -32,11 +30,9 @@ class Config(Section, resume="fixed", init_from="free"):
     checkpoint: CheckpointConfig = CheckpointConfig()
     experts: ExpertsConfig = ExpertsConfig()
     parallel: ParallelConfig = ParallelConfig()
-    adapt: AdaptConfig | None = Field(
-        None,
-        description="What pangu-sigma sft and dpo fine-tune a model on, as configs/sft.yaml and configs/dpo.yaml show; "
-        "null trains on the domains' text.",
-    )
+    adapt: AdaptConfig | None = None
+    """What pangu-sigma sft and dpo fine-tune a model on, as configs/sft.yaml and configs/dpo.yaml show; null trains on
+    the domains' text."""
 
     @property
     def domain_names(self) -> tuple[str, ...]:

@@ -13,8 +13,8 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Strict
 
 Item = TypeVar("Item")
-# Broken rules, each as the key path that it belongs to and a sentence: what is wrong and what to do.
-Violations = Iterator[tuple[str, str]]
+# Broken rules, each a sentence that begins with the key that it belongs to: what is wrong and what to do.
+Violations = Iterator[str]
 
 # YAML knows lists only; they are stored as tuples, because a frozen section must not hold anything that can be changed.
 ListOf = Annotated[tuple[Item, ...], Strict(False)]
@@ -49,7 +49,8 @@ class Section(BaseModel):
     """One section of the configuration: frozen, strict (but a whole number is fine for a float), no extra keys."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, protected_namespaces=()
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, protected_namespaces=(),
+        use_attribute_docstrings=True,
     )
     decisions: ClassVar[dict[str, str | None]] = {}
 

@@ -14,68 +14,63 @@ from pangu_sigma.config.section import Field, ListOf, Section, Violations
 class OptimizerConfig(Section, resume="fixed", init_from="free"):
     """AdamW with decoupled decay (none on norms and biases) and its own epsilon for experts."""
 
-    name: Literal["adamw"] = Field("adamw", description="The optimizer.")
-    learning_rate: float = Field(gt=0, description="Peak learning rate, reached after the warm-up.")
-    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
-    beta2: float = Field(0.95, ge=0, lt=1, description="Decay of the second moment.")
-    epsilon: float = Field(1e-8, gt=0, description="Number added to the root of the second moment, shared parameters.")
-    expert_epsilon: float = Field(
-        1e-8, gt=0, description="The same for experts, whose gradients are smaller; the paper uses 1e-20."
-    )
-    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay; norms and biases have none.")
-    max_grad_norm: float = Field(
-        1.0, gt=0, description="Largest global norm of the gradient; a larger gradient is scaled down to it."
-    )
+    name: Literal["adamw"] = "adamw"
+    """The optimizer."""
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate, reached after the warm-up."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    epsilon: float = Field(1e-8, gt=0)
+    """Number added to the root of the second moment, shared parameters."""
+    expert_epsilon: float = Field(1e-8, gt=0)
+    """The same for experts, whose gradients are smaller; the paper uses 1e-20."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled weight decay; norms and biases have none."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Largest global norm of the gradient; a larger gradient is scaled down to it."""
 
 
 class ScheduleConfig(Section, resume="fixed", init_from="free"):
     """Learning rate over the steps: linear warm-up, then a decay to `min_lr_ratio` of the peak."""
 
-    kind: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape of the decay after the warm-up.")
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear growth from zero to the peak.")
-    decay_steps: int | None = Field(
-        None,
-        ge=1,
-        resume="schedule",
-        description="Step at which the decay ends, the warm-up included; null takes all before the anneal.",
-    )
-    min_lr_ratio: float = Field(
-        0.1, ge=0, le=1, description="Learning rate at the decay's end, as a share of the peak."
-    )
-    anneal_steps: int = Field(
-        0,
-        ge=0,
-        resume="schedule",
-        description="Last steps of the run, over which the rate falls linearly to 0 from where it stands.",
-    )
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear growth from zero to the peak."""
+    decay_steps: int | None = Field(None, ge=1, resume="schedule")
+    """Step at which the decay ends, the warm-up included; null takes all before the anneal."""
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """Learning rate at the decay's end, as a share of the peak."""
+    anneal_steps: int = Field(0, ge=0, resume="schedule")
+    """Last steps of the run, over which the rate falls linearly to 0 from where it stands."""
 
 
 class LossScaleConfig(Section, resume="fixed", init_from="free"):
     """Dynamic loss scale of float16 training; without effect in the other precisions."""
 
-    initial: float = Field(65536.0, gt=0, description="Loss scale of the first step.")
-    window: int = Field(1000, ge=1, description="Steps without overflow after which the scale grows.")
-    factor: float = Field(2.0, gt=1, description="Factor of growth, and of the cut after an overflow.")
+    initial: float = Field(65536.0, gt=0)
+    """Loss scale of the first step."""
+    window: int = Field(1000, ge=1)
+    """Steps without overflow after which the scale grows."""
+    factor: float = Field(2.0, gt=1)
+    """Factor of growth, and of the cut after an overflow."""
 
 
 class RegulariseConfig(Section, resume="ahead", init_from="free"):
     """Regularisation of a phase towards the previous model: the model at the phase's first step, or before it grew."""
 
-    output: float = Field(
-        0.0, ge=0, description="Weight of KL(previous || now) of the next-token distributions, in nats per token."
-    )
-    through: Literal["own", "old"] = Field(
-        "own", description="Whose experts output compares on the new text: the text's own domain's, or an old domain's."
-    )
-    l2: float = Field(
-        0.0, ge=0, description="Weight of half the squared distance of the shared parameters to the previous ones."
-    )
-    ewc: float = Field(
-        0.0, ge=0, description="The same, each parameter weighed by its Fisher information on the old domains' text."
-    )
-    fisher_batches: int = Field(
-        32, ge=1, description="With ewc, batches of each old domain's text that the Fisher information is estimated on."
-    )
+    output: float = Field(0.0, ge=0)
+    """Weight of KL(previous || now) of the next-token distributions, in nats per token."""
+    through: Literal["own", "old"] = "own"
+    """Whose experts output compares on the new text: the text's own domain's, or an old domain's."""
+    l2: float = Field(0.0, ge=0)
+    """Weight of half the squared distance of the shared parameters to the previous ones."""
+    ewc: float = Field(0.0, ge=0)
+    """The same, each parameter weighed by its Fisher information on the old domains' text."""
+    fisher_batches: int = Field(32, ge=1)
+    """With ewc, batches of each old domain's text that the Fisher information is estimated on."""
 
 
 def _trained(value: Any) -> Any:
@@ -86,30 +81,22 @@ def _trained(value: Any) -> Any:
 class PhaseConfig(Section, resume="ahead", init_from="free"):
     """Phase of training: a run of steps with its own sampling weights and its own trained parameters."""
 
-    steps: int | None = Field(
-        None, ge=1, description="Steps of this phase; null (the last phase only) takes what is left of train.steps."
-    )
-    weights: dict[str, float] | None = Field(
-        None, description="Weight of every domain drawn in this phase (others: 0); null takes the domains' own."
-    )
-    shared: Annotated[Literal["train", "frozen", "regularised"], BeforeValidator(_trained)] = Field(
-        "train", description="Whether the shared parameters train, keep every bit, or train near the previous model."
-    )
-    regularise: RegulariseConfig | None = Field(
-        None, description="With shared regularised, the terms that keep the phase near the previous model."
-    )
-    replay: float = Field(
-        0.0, ge=0, lt=1, description="Share of the samples that old domains give, by their own weights, beside weights."
-    )
-    old: ListOf[DomainName] | None = Field(
-        None, description="The old domains, of replay and ewc; null: those that earlier phases drew and weights do not."
-    )
-    domains: ListOf[DomainName] | None = Field(
-        None, description="Names of the domains whose experts train; null trains all, an empty list none."
-    )
-    restart: bool = Field(
-        False, description="Whether the learning rate restarts: warm-up, then a decay that ends with this phase."
-    )
+    steps: int | None = Field(None, ge=1)
+    """Steps of this phase; null (the last phase only) takes what is left of train.steps."""
+    weights: dict[str, float] | None = None
+    """Weight of every domain drawn in this phase (others: 0); null takes the domains' own."""
+    shared: Annotated[Literal["train", "frozen", "regularised"], BeforeValidator(_trained)] = "train"
+    """Whether the shared parameters train, keep every bit, or train near the previous model."""
+    regularise: RegulariseConfig | None = None
+    """With shared regularised, the terms that keep the phase near the previous model."""
+    replay: float = Field(0.0, ge=0, lt=1)
+    """Share of the samples that old domains give, by their own weights, beside weights."""
+    old: ListOf[DomainName] | None = None
+    """The old domains, of replay and ewc; null: those that earlier phases drew and weights do not."""
+    domains: ListOf[DomainName] | None = None
+    """Names of the domains whose experts train; null trains all, an empty list none."""
+    restart: bool = False
+    """Whether the learning rate restarts: warm-up, then a decay that ends with this phase."""
 
     def weight_violations(self, key: str) -> Violations:
         """Broken rules of the weights of the phase at `key`."""
@@ -117,12 +104,11 @@ class PhaseConfig(Section, resume="ahead", init_from="free"):
         negative = [name for name, weight in weights.items() if weight < 0]
         if negative:
             name = f"{key}.weights.{negative[0]}"
-            yield name, f"{name} = {weights[negative[0]]} is negative: set it to 0 or more"
+            yield f"{name} = {weights[negative[0]]} is negative: set it to 0 or more"
         elif self.weights is not None and not 0 < sum(weights.values()) < math.inf:
             yield (
-                f"{key}.weights",
                 f"{key}.weights do not add up to a positive number: give at least one domain a positive weight, or "
-                "write null",
+                "write null"
             )
 
     def regularise_violations(self, key: str) -> Violations:
@@ -130,70 +116,49 @@ class PhaseConfig(Section, resume="ahead", init_from="free"):
         terms = self.regularise
         if terms is not None and self.shared != "regularised":
             yield (
-                f"{key}.regularise",
                 f"{key}.regularise has no effect, since {key}.shared = {self.shared}: set shared to regularised, or "
-                "leave regularise out",
+                "leave regularise out"
             )
         elif self.shared == "regularised" and not (terms and (terms.output or terms.l2 or terms.ewc)):
             yield (
-                f"{key}.regularise",
-                f"{key}.shared = regularised, but {key}.regularise says by what: give output, l2 or ewc a weight above "
-                "0",
+                f"{key}.regularise says by what where {key}.shared = regularised: give output, l2 or ewc a weight "
+                "above 0"
             )
 
 
 class TrainConfig(Section, resume="fixed", init_from="free"):
     """The loop: how many steps of which size, in which precision."""
 
-    steps: int = Field(ge=1, resume="schedule", description="Optimizer steps of the whole run.")
-    batch_size: int = Field(ge=1, description="Sequences in an optimizer step.")
-    gradient_accumulation_steps: int = Field(
-        1,
-        ge=1,
-        resume="rounding",
-        description="Micro-batches of an optimizer step, one after the other; divides batch_size.",
-    )
-    stop_at: int | None = Field(
-        None,
-        ge=1,
-        resume="free",
-        description="Step after which the run ends early, as if interrupted after a checkpoint.",
-    )
-    precision: Literal["float32", "float16", "bfloat16"] = Field(
-        "float32", description="Type of the computation; parameters and moments are float32. bfloat16: Ascend only."
-    )
+    steps: int = Field(ge=1, resume="schedule")
+    """Optimizer steps of the whole run."""
+    batch_size: int = Field(ge=1)
+    """Sequences in an optimizer step."""
+    gradient_accumulation_steps: int = Field(1, ge=1, resume="rounding")
+    """Micro-batches of an optimizer step, one after the other; divides batch_size."""
+    stop_at: int | None = Field(None, ge=1, resume="free")
+    """Step after which the run ends early, as if interrupted after a checkpoint."""
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Type of the computation; parameters and moments are float32. bfloat16: Ascend only."""
     loss_scale: LossScaleConfig = LossScaleConfig()
-    nonfinite: Literal["raise", "skip", "rollback"] = Field(
-        "raise",
-        resume="free",
-        description="On a non-finite loss or gradient: stop, skip the step, or return to the last checkpoint.",
-    )
-    skip_budget: int = Field(
-        10, ge=0, resume="free", description="How often a run may skip or roll back before it stops."
-    )
-    recompute: bool = Field(
-        False, resume="free", description="Whether activations are computed again for the gradient instead of kept."
-    )
-    phases: ListOf[PhaseConfig] = Field(
-        (),
-        resume="ahead",
-        description="Phases of the run, one after the other, as configs/two_stage.yaml shows; an empty list trains "
-        "everything throughout.",
-    )
+    nonfinite: Literal["raise", "skip", "rollback"] = Field("raise", resume="free")
+    """On a non-finite loss or gradient: stop, skip the step, or return to the last checkpoint."""
+    skip_budget: int = Field(10, ge=0, resume="free")
+    """How often a run may skip or roll back before it stops."""
+    recompute: bool = Field(False, resume="free")
+    """Whether activations are computed again for the gradient instead of kept."""
+    phases: ListOf[PhaseConfig] = Field((), resume="ahead")
+    """Phases of the run, one after the other, as configs/two_stage.yaml shows; an empty list trains everything
+    throughout."""
 
     def violations(self) -> Violations:
         """Broken rules of the section, its phases apart."""
         if self.batch_size % self.gradient_accumulation_steps:
             yield (
-                "train.gradient_accumulation_steps",
                 f"train.gradient_accumulation_steps = {self.gradient_accumulation_steps} does not divide "
-                f"train.batch_size = {self.batch_size}: choose a batch that is a multiple of it",
+                f"train.batch_size = {self.batch_size}: choose a batch that is a multiple of it"
             )
         if self.stop_at is not None and self.stop_at > self.steps:
-            yield (
-                "train.stop_at",
-                f"train.stop_at = {self.stop_at} is more than train.steps = {self.steps}: set it lower or to null",
-            )
+            yield f"train.stop_at = {self.stop_at} is more than train.steps = {self.steps}: set it lower or to null"
 
     def phase_length_violations(self) -> Violations:
         """Whether the phases' steps add up to the run's."""
@@ -203,4 +168,4 @@ class TrainConfig(Section, resume="fixed", init_from="free"):
             last = "the phases before the last take" if open_end else "the phases add up to"
             more = "leave at least one step for the last phase"
             more = more if open_end else "they must be equal, or leave out the last"
-            yield "train.phases", f"{last} {total} steps and train.steps is {self.steps}: {more}"
+            yield f"train.phases: {last} {total} steps and train.steps is {self.steps}: {more}"

@@ -17,59 +17,54 @@ StageName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_+-]*$", 
 class PolicyConfig(Section):
     """How a stage treats what was learned before it; null takes the default, or, in a stage, the sequence's policy."""
 
-    shared: Literal["frozen", "train", "regularised"] | None = Field(
-        None,
-        description="Whether the shared parameters keep every bit, train, or train near the previous model; null: "
-        "frozen where domains have groups of their own (router rre), train elsewhere.",
-    )
-    regularise: RegulariseConfig | None = Field(
-        None, description="With shared regularised, what holds a stage near the previous model, as in a phase."
-    )
-    replay: float | None = Field(
-        None, ge=0, lt=1, description="Share of a stage's samples that the domains of earlier stages give; 0 if null."
-    )
-    init: Text | None = Field(
-        None,
-        description="How a new domain's experts begin, as in `domains add`: mean (if null), from:DOMAIN, dense:MODEL, "
-        "random.",
-    )
+    shared: Literal["frozen", "train", "regularised"] | None = None
+    """Whether the shared parameters keep every bit, train, or train near the previous model; null: frozen where domains
+    have groups of their own (router rre), train elsewhere."""
+    regularise: RegulariseConfig | None = None
+    """With shared regularised, what holds a stage near the previous model, as in a phase."""
+    replay: float | None = Field(None, ge=0, lt=1)
+    """Share of a stage's samples that the domains of earlier stages give; 0 if null."""
+    init: Text | None = None
+    """How a new domain's experts begin, as in `domains add`: mean (if null), from:DOMAIN, dense:MODEL, random."""
 
 
 class StageConfig(Section):
     """One stretch of learning."""
 
-    name: StageName | None = Field(None, description="Name of the stage; null joins the names of its domains.")
-    domains: ListOf[DomainName] = Field(
-        min_length=1, description="Domains that the stage learns; those it is the first to name come in with it."
-    )
-    steps: int = Field(ge=1, description="Optimizer steps of the stage.")
-    policy: PolicyConfig = Field(default_factory=PolicyConfig, description="This stage's own policy, key by key.")
+    name: StageName | None = None
+    """Name of the stage; null joins the names of its domains."""
+    domains: ListOf[DomainName] = Field(min_length=1)
+    """Domains that the stage learns; those it is the first to name come in with it."""
+    steps: int = Field(ge=1)
+    """Optimizer steps of the stage."""
+    policy: PolicyConfig = PolicyConfig()
+    """This stage's own policy, key by key."""
 
 
 class InferenceConfig(Section):
     """How text without an expert group of its own is measured: its domain is inferred among those there are."""
 
-    top: int = Field(1, ge=1, description="How many of the likeliest domains are mixed; fewer where fewer exist.")
-    prior: Literal["uniform", "updating"] = Field(
-        "uniform", description="What is believed before a sequence: every domain alike, or what the last ones taught."
-    )
+    top: int = Field(1, ge=1)
+    """How many of the likeliest domains are mixed; fewer where fewer exist."""
+    prior: Literal["uniform", "updating"] = "uniform"
+    """What is believed before a sequence: every domain alike, or what the last ones taught."""
 
 
 class LifelongConfig(Section):
     """A sequence of stages over the configuration `base`, all of whose domains are measured after every stage."""
 
-    schema_version: Literal[2] = Field(description="Version of this schema.")
-    base: Text = Field(
-        description="Configuration file of the model, its data and all domains; its train.steps give way to the stages'"
-    )
-    changes: ListOf[Text] = Field((), description="Changes of it, section.key=value, as on the command line.")
-    grows: bool | None = Field(
-        None,
-        description="Whether a domain's experts come in with the stage that names it first; null: with router rre "
-        "only. A learned gate grows new columns, and freezes the old ones with their experts (Lifelong-MoE).",
-    )
-    policy: PolicyConfig = Field(default_factory=PolicyConfig, description="From the second stage on, for all stages.")
-    inference: InferenceConfig = Field(
-        default_factory=InferenceConfig, description="How a domain is inferred where none is given."
-    )
-    stages: ListOf[StageConfig] = Field(min_length=1, description="The stages, one after the other.")
+    schema_version: Literal[2]
+    """Version of this schema."""
+    base: Text
+    """Configuration file of the model, its data and all domains; its train.steps give way to the stages'"""
+    changes: ListOf[Text] = ()
+    """Changes of it, section.key=value, as on the command line."""
+    grows: bool | None = None
+    """Whether a domain's experts come in with the stage that names it first; null: with router rre only. A learned gate
+    grows new columns, and freezes the old ones with their experts (Lifelong-MoE)."""
+    policy: PolicyConfig = PolicyConfig()
+    """From the second stage on, for all stages."""
+    inference: InferenceConfig = InferenceConfig()
+    """How a domain is inferred where none is given."""
+    stages: ListOf[StageConfig] = Field(min_length=1)
+    """The stages, one after the other."""
