@@ -25,6 +25,7 @@ from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.config.load_config import effective
 from pangu_sigma.data.mixture_sampler import Batch
 from pangu_sigma.data.prefetcher import Prefetcher
+from pangu_sigma.train.schedule import scheduled_step
 
 EOD = 2
 
@@ -239,12 +240,11 @@ def measure(work: Work) -> dict:
         for step in range(work.warmup + work.steps):
             if step == work.warmup:
                 store.flush()
-                trainer.metrics.take_record()
-                store.stats.take()
+                trainer.take_record()
                 counts = {layer_name: steps.copy() for layer_name, steps in store.steps.items()}
             start = time.perf_counter()
             planned = next(reader)
-            result = trainer.step(step, planned)
+            result = trainer.step(scheduled_step(config, step), planned)
             if not result.finite:
                 raise RuntimeError(f"step {step}: the loss is {result.loss}")
             if work.update_all:
@@ -257,7 +257,7 @@ def measure(work: Work) -> dict:
                 seconds.append(time.perf_counter() - start)
             if tables.exists() and step % 10 == 9:
                 cached.append(cached_bytes(tables))
-        moved = trainer.take_store_metrics()
+        moved = trainer.take_record()["store"]
         touched = sum(int((store.steps[layer_name] > counts[layer_name]).sum()) for layer_name in store.steps)
     measured = {
         "work": asdict(work),

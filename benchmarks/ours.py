@@ -24,12 +24,14 @@ from pangu_sigma import runtime
 from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.data.corpus import prepare_corpus
 from pangu_sigma.data.prefetcher import Prefetcher
+from pangu_sigma.train.schedule import scheduled_step
 
 
 class Stepper:
     """One run's model, trainer and reader; `step` does an optimizer step on the next batch."""
 
     def __init__(self, config: Config, reader: Prefetcher, trainer) -> None:
+        self.config = config
         self.reader = reader
         self.trainer = trainer
         self.done = 0
@@ -38,7 +40,7 @@ class Stepper:
 
     def step(self) -> float:
         """Do one optimizer step; return its loss in nats per token, before the update."""
-        result = self.trainer.step(self.done, next(self.reader))
+        result = self.trainer.step(scheduled_step(self.config, self.done), next(self.reader))
         self.done += 1
         return result.loss
 

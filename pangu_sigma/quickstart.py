@@ -34,19 +34,19 @@ def quickstart(config: Config) -> Finished | None:
     """
     from pangu_sigma.evaluation.domain_evaluation import measure_with_progress
     from pangu_sigma.report import write_report
-    from pangu_sigma.train.job import TrainingRun
+    from pangu_sigma.train.job import open_run
 
     if config.data.heldout_fraction == 0:
         raise UserError("the quickstart measures on held-out text, and data.heldout_fraction is 0: hold some out")
     check_one_process(config, "run it with `pangu-sigma train … --workers`, or set parallel={}")
     folder = Path(config.run.dir)
-    with TrainingRun(config, resume=(folder / "checkpoints").is_dir()) as run:
-        run.train()
-        if run.progress.step < config.train.steps:
-            print(f"stopped at step {run.progress.step} of {config.train.steps}; the same command continues")
+    with open_run(config, resume=(folder / "checkpoints").is_dir()) as run:
+        step = run.train().step
+        if step < config.train.steps:
+            print(f"stopped at step {step} of {config.train.steps}; the same command continues")
             return None
-        limit = config.evaluate.batches
-        result = measure_with_progress(run.evaluator, run.heldout, run.unigram, run.progress.step, limit)
+        measured, limit = run.evaluation, config.evaluate.batches
+        result = measure_with_progress(measured.evaluator, measured.sequences, measured.unigram, step, limit)
         write_json(folder / "evaluation.json", result)
         beginnings = _beginnings(run)
         samples = write_samples(run.model, run.corpus.tokenizer, beginnings)
@@ -68,7 +68,8 @@ def _beginnings(run) -> dict[str, tuple[int, ...]]:
     # left to write in.
     tokens = min(PROMPT_TOKENS, run.config.data.sequence_length // 2)
     return {
-        domain: tuple(int(i) for i in heldout.sequence(0)[0][: tokens + 1]) for domain, heldout in run.heldout.items()
+        domain: tuple(int(i) for i in heldout.sequence(0)[0][: tokens + 1])
+        for domain, heldout in run.evaluation.sequences.items()
     }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import yaml
@@ -18,12 +20,15 @@ from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
 from parallel.comm.processes import Processes
 
+if TYPE_CHECKING:
+    from pangu_sigma.model.model import Model
+
 
 @dataclass(frozen=True)
 class TrainedModel:
     """Trained model with its tokenizer and its checkpoint; `run_dir` is None where the checkpoint stands alone."""
 
-    model: object
+    model: Model
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     run_dir: Path | None
@@ -123,8 +128,7 @@ def trained_from(
     from pangu_sigma.model.state_dict import restore_model, stored_tables
 
     tokenizer = stored_tokenizer(checkpoint)
-    together = processes is not None and processes.size > 1
-    tensors = weights_as_needed(checkpoint) if together else stored_weights(checkpoint)
+    tensors = stored_weights(checkpoint, alone=processes is None or processes.size == 1)
     tables = stored_tables(tensors) or None
     model = build_model(
         config, config.model.vocab_size, tokenizer.eod_id, tables=tables, initialise=False, inference=True,
@@ -134,12 +138,12 @@ def trained_from(
     return TrainedModel(model, checkpoint, tokenizer, run_of(checkpoint))
 
 
-def weights_as_needed(checkpoint: Checkpoint) -> StoredTensors:
-    """As `stored_weights`, each tensor read when it is asked for: for processes that take a part each."""
-    return StoredTensors(checkpoint, checkpoint.names(optimizer=False), floats=True)
+def stored_weights(checkpoint: Checkpoint, alone: bool = True) -> Mapping[str, np.ndarray]:
+    """All parameters (as float32) and routing tables of a checkpoint, without optimizer state, hash-checked.
 
-
-def stored_weights(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """All parameters (as float32) and routing tables of a checkpoint, without optimizer state, hash-checked."""
-    stored = checkpoint.load(checkpoint.names(optimizer=False))
-    return {name: as_float32(name, array) for name, array in stored.items()}
+    A process that is not `alone` takes a part of them: each tensor is read when it is asked for.
+    """
+    names = checkpoint.names(optimizer=False)
+    if not alone:
+        return StoredTensors(checkpoint, names, floats=True)
+    return {name: as_float32(name, array) for name, array in checkpoint.load(names).items()}

@@ -5,8 +5,10 @@ domain has given, so the state is a few integers, and any process can compute a 
 slice of it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -32,6 +34,11 @@ class Batch:
     step: int
     mask: np.ndarray | None = None
     padding: np.ndarray | None = None
+
+    def rows(self, selection: slice | np.ndarray) -> Batch:
+        """Some of its samples."""
+        arrays = {name: value[selection] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return replace(self, **arrays)
 
 
 class MixtureSampler:

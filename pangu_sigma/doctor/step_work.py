@@ -15,6 +15,7 @@ import numpy as np
 from pangu_sigma import runtime
 from pangu_sigma.config import SCHEMA_VERSION, config_from_dict, effective
 from pangu_sigma.data.mixture_sampler import Batch
+from pangu_sigma.train.schedule import scheduled_step
 from rre.counted_random import generator
 
 VOCABULARY, EOD = 256, 2
@@ -45,7 +46,8 @@ def run(device: str, kernels: str, folder: Path) -> dict[str, object]:
     for step in range(STEPS):
         began = time.perf_counter()
         # The same batch again, so that a sound update shows as a lower loss.
-        result = trainer.step(step, trainer.plan(Batch(rows, np.array([0, 1, 0, 1], np.int32), np.arange(4), step)))
+        planned = trainer.plan(Batch(rows, np.array([0, 1, 0, 1], np.int32), np.arange(4), step))
+        result = trainer.step(scheduled_step(config, step), planned)
         losses.append(result.loss)
         norms.append(result.gradient_norm)
         seconds.append(time.perf_counter() - began)

@@ -11,7 +11,7 @@ from pangu_sigma.config.finetuning_file import load_adaptation, run_dir_of
 from pangu_sigma.config.mesh_rules import check_one_process
 from pangu_sigma.finetuning.finetuning_task import ExampleTask
 from pangu_sigma.signals import sigterm_as_ctrl_c
-from pangu_sigma.train.job import TrainingRun
+from pangu_sigma.train.job import open_run
 from pangu_sigma.trained_model import stored_config
 
 
@@ -24,7 +24,7 @@ def adapt(model: Path, file: Path, objective: str, overrides: tuple[str, ...] = 
     base, start = _base(model, file, overrides, resume)
     config = load_adaptation(file, overrides, objective, base, start)
     check_one_process(config, "set parallel={}")
-    with sigterm_as_ctrl_c(), TrainingRun(config, resume, make_task=partial(ExampleTask, named=model)) as run:
+    with sigterm_as_ctrl_c(), open_run(config, resume, make_task=partial(ExampleTask, named=model)) as run:
         run.train()
     return Path(config.run.dir)
 

@@ -16,7 +16,7 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.finetuning.example_rows import ExampleSampler, HeldoutExamples, HeldoutPairs, sampler_of
 from pangu_sigma.finetuning.examples import ExampleSet, load_examples
 from pangu_sigma.monitor.progress import progress
-from pangu_sigma.train.schedule import phase_at
+from pangu_sigma.train.schedule import phase_index
 from pangu_sigma.train.startup.starting_point import StartingPoint
 from pangu_sigma.trained_model import stored_tokenizer
 
@@ -110,7 +110,7 @@ class ExampleTask:
 
         def weights(step: int) -> dict[str, float]:
             phases = config.train.phases
-            written = phases[phase_at(config, step).index].weights if phases else None
+            written = phases[phase_index(config, step)].weights if phases else None
             return own if written is None else dict(written)
 
         return sampler_of(

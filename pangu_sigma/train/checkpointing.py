@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pangu_sigma.checkpoint import Checkpoint, SaveResult, StoredTensors
+from pangu_sigma.checkpoint import Checkpoint, SaveResult, StoredTensors, find_latest
 from pangu_sigma.checkpoint.run_config_file import DOMAIN_CHANGES
-from pangu_sigma.model.state_dict import restore_model
 from pangu_sigma.train.run_contents import collect_contents, write_checkpoint
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from pangu_sigma.train.trainer import Trainer
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunProgress:
     """How far a run is: optimizer steps done, steps skipped because something was not finite, tokens learned from.
 
@@ -32,7 +31,7 @@ class RunProgress:
 
 
 class RunCheckpointer:
-    """Saves the run in `run_dir` and restores it; has its progress.
+    """Saves the run in `run_dir` and restores it.
 
     saved_step: step of the run's last checkpoint, -1 before the first.
     domain_changes: what `pangu-sigma domains` did to the run; every later checkpoint keeps the list.
@@ -54,47 +53,48 @@ class RunCheckpointer:
         self.controller = controller
         self.domain_changes = domain_changes
         self.config = trainer.config
-        self.progress = RunProgress()
         self.saved_step = -1
         self._saved_at = time.monotonic()
 
-    @property
-    def is_overdue(self) -> bool:
+    def is_overdue(self, step: int) -> bool:
         """Whether checkpoint.every_seconds have passed since the last checkpoint, and a step has been done since."""
         seconds = self.config.checkpoint.every_seconds
         time_passed = seconds is not None and time.monotonic() - self._saved_at >= seconds
-        return time_passed and self.saved_step != self.progress.step
+        return time_passed and self.saved_step != step
 
-    def save(self, sampler_state: dict, progress: Callable[[int, int], None]) -> SaveResult:
-        """Write the checkpoint of this moment; `sampler_state`: after the last batch that was used."""
+    def save(self, progress: RunProgress, sampler_state: dict, on_bytes: Callable[[int, int], None]) -> SaveResult:
+        """Write the checkpoint of this moment.
+
+        sampler_state: after the last batch that was used. on_bytes: is told the bytes written and all there are.
+        """
         settings, trainer = self.config.checkpoint, self.trainer
         probe = self.task.probe(settings.probe_sequences)
-        state = self._collect_state(sampler_state)
-        contents = collect_contents(self.progress.step, self.config, self.task.corpus, probe, state)
-        moments = trainer.optimizer.moments()
-        result = write_checkpoint(self.run_dir, contents, trainer.model, moments, settings.keep, progress)
-        self.saved_step, self._saved_at = self.progress.step, time.monotonic()
+        state = self._collect_state(progress, sampler_state)
+        contents = collect_contents(progress.step, self.config, self.task.corpus, probe, state)
+        result = write_checkpoint(self.run_dir, contents, trainer.model, trainer.moments(), settings.keep, on_bytes)
+        self.saved_step, self._saved_at = progress.step, time.monotonic()
         return result
 
-    def _collect_state(self, sampler_state: dict) -> dict[str, object]:
+    def _collect_state(self, progress: RunProgress, sampler_state: dict) -> dict[str, object]:
         changes = {DOMAIN_CHANGES: self.domain_changes} if self.domain_changes else {}
         return {
             "sampler": sampler_state,
-            "loss_scale": self.trainer.loss_scale.state(),
-            "shared_steps": self.trainer.optimizer.shared_steps,
-            "kernels": self.trainer.model.kernels,
-            "skipped": self.progress.skipped,
-            "tokens": self.progress.tokens,
+            **self.trainer.state(),
+            "skipped": progress.skipped,
+            "tokens": progress.tokens,
             **changes,
             **self.controller.state(),
             **self.task.state(),
         }
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Set parameters, moments, loss scale and progress to those of the checkpoint."""
-        tensors, state = StoredTensors(checkpoint), checkpoint.state
-        restore_model(self.trainer.model, tensors, optimizer_state=True)
-        self.trainer.optimizer.restore(tensors, int(state["shared_steps"]))
-        self.trainer.loss_scale.restore(state["loss_scale"])
-        self.progress.step = self.saved_step = checkpoint.step
-        self.progress.skipped, self.progress.tokens = int(state["skipped"]), int(state["tokens"])
+    def restore(self, checkpoint: Checkpoint) -> RunProgress:
+        """Set parameters, moments and loss scale to those of the checkpoint; returns how far the run was."""
+        state = checkpoint.state
+        self.trainer.restore(StoredTensors(checkpoint), state)
+        self.saved_step = checkpoint.step
+        return RunProgress(checkpoint.step, int(state["skipped"]), int(state["tokens"]))
+
+    def restore_latest(self) -> RunProgress | None:
+        """Return to the last checkpoint of the run's folder; None where there is none."""
+        checkpoint, _ = find_latest(self.run_dir)
+        return None if checkpoint is None else self.restore(checkpoint)

@@ -1,14 +1,14 @@
 """Training job: from a configuration to a finished run folder.
 
-`TrainingRun` makes the parts of a run in the order in which they can fail cheaply: the user's files and configuration
-first, then the framework and the other processes, then the model and what computes. `TrainingLoop` does the steps.
+`open_run` makes the parts of a run in the order in which they can fail cheaply: the user's files and configuration
+first, then the framework and the other processes, then the model and what computes. `TrainingRun.train` does the steps.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,18 +24,18 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.metrics_log import MetricsLog, NoMetrics
 from pangu_sigma.monitor.result_files import write_json, write_text
 from pangu_sigma.signals import sigterm_as_ctrl_c
-from pangu_sigma.train.loop import HeldoutEvaluation, TrainingLoop
+from pangu_sigma.train.loop import HeldoutEvaluation, TrainingRun
 from pangu_sigma.train.startup.starting_point import StartingPoint, find_run_checkpoint, resume_from, start_fresh
 from pangu_sigma.train.startup.warnings import describe_differences, describe_placement
 from pangu_sigma.train.streaming_input import StreamingInput
 from pangu_sigma.train.task import TextTask, TrainingTask
-from pangu_sigma.trained_model import stored_weights, weights_as_needed
+from pangu_sigma.trained_model import stored_weights
 from pangu_sigma.workers import processes_of
 from parallel.comm.processes import Processes
 
 
 def train(config: Config, resume: bool = False) -> Path:
-    """Train as `config` says and return the run's folder; see `TrainingRun` for the parts.
+    """Train as `config` says and return the run's folder.
 
     Raises UserError for the user's mistakes and for training that cannot go on.
     """
@@ -43,174 +43,146 @@ def train(config: Config, resume: bool = False) -> Path:
         raise UserError(
             f"adapt fine-tunes a trained model: run it with pangu-sigma {config.adapt.objective} MODEL FILE.yaml"
         )
-    if config.data.stream is not None and find_latest(config.run.dir)[0] is None:
+    run_dir = Path(config.run.dir)
+    if config.data.stream is not None and find_latest(run_dir)[0] is None:
         # Before anything is made on disk.
         with sigterm_as_ctrl_c():
             check_source(config.data.stream.path, STANDARD_INPUT, lambda message: print(message, file=sys.stderr))
-    with sigterm_as_ctrl_c(), TrainingRun(config, resume, processes_of(config, Path(config.run.dir))) as run:
+    processes = processes_of(config, run_dir)
+    with sigterm_as_ctrl_c(), open_run(config, resume, processes) as run:
         run.train()
-        run.processes.leave()
-    return Path(config.run.dir)
+        processes.leave()
+    return run_dir
 
 
-class TrainingRun:
-    """A run over its folder: a context that makes its parts and holds the folder's lock and metrics; `train` trains.
+@contextmanager
+def open_run(
+    config: Config,
+    resume: bool,
+    processes: Processes | None = None,
+    make_task: Callable[[StartingPoint], TrainingTask] = TextTask,
+) -> Iterator[TrainingRun]:
+    """Prepare a run over its folder.
 
     make_task: makes the kind of training (text, SFT, DPO) of where the run starts from.
 
-    Several `processes` do it together, each in a `TrainingRun` of its own: rank 0 has the lock and the metrics.
+    Several `processes` open it together: rank 0 has the lock and the metrics.
     """
-
-    def __init__(
-        self,
-        config: Config,
-        resume: bool,
-        processes: Processes | None = None,
-        make_task: Callable[[StartingPoint], TrainingTask] = TextTask,
-    ) -> None:
-        self.processes = processes or Processes()
-        self.dir = Path(config.run.dir)
-        self.resume = resume
-        self.config = config
-        self._make_task = make_task
-        self._open = ExitStack()
-
-    def __enter__(self) -> TrainingRun:
-        try:
-            self._prepare()
-        except BaseException:
-            self._open.close()
-            raise
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._open.close()
-
-    def train(self) -> None:
-        """Train to the end, to `train.stop_at` or to a signal; a checkpoint stands at the end in every case."""
-        TrainingLoop(
-            self.trainer,
-            self.sampler,
-            self.stream,
-            self.controller,
-            self.checkpointer,
-            HeldoutEvaluation(self.evaluator, self.heldout, self.unigram),
-            self.metrics,
-        ).train(self.messages)
-
-    def _prepare(self) -> None:
-        is_first = self.processes.first
+    processes = processes or Processes()
+    run_dir, is_first = Path(config.run.dir), processes.first
+    with ExitStack() as resources:
         # 1. The folder, under its lock, and its last checkpoint.
-        if not is_first:
+        if is_first:
+            resources.enter_context(lock_run_folder(run_dir))
+        else:
             # Rank 0 comes to the meeting when the text is tokenised: it is there, and so is the last checkpoint.
-            self._connect()
-        else:
-            self._open.enter_context(lock_run_folder(self.dir))
-        self.messages = remove_stale(self.dir) if is_first else []
-        checkpoint, messages = find_run_checkpoint(self.dir, self.resume)
-        self.messages += messages
+            _connect(config, processes)
+        messages = remove_stale(run_dir) if is_first else []
+        checkpoint, messages_of_search = find_run_checkpoint(run_dir, resume)
+        messages += messages_of_search
         # 2. The configuration, settled with that of a checkpoint, and the text. Nothing of the framework is loaded yet.
-        if checkpoint is None:
-            starting_point = start_fresh(self.config)
-        else:
-            starting_point = resume_from(self.dir, self.config, checkpoint)
-        self.task = self._make_task(starting_point)
-        self.corpus, self.heldout = self.task.corpus, self.task.heldout
-        self.messages += starting_point.messages + self.corpus.messages()
-        tokenizer = self.corpus.tokenizer
+        start = start_fresh(config) if checkpoint is None else resume_from(run_dir, config, checkpoint)
+        task = make_task(start)
+        tokenizer = task.corpus.tokenizer
+        messages += start.messages + task.corpus.messages()
         if checkpoint is not None:
-            checkpoint.check_fingerprints(tokenizer=tokenizer.fingerprint, corpora=self.corpus.fingerprints)
-        self.config = with_vocabulary(starting_point.config, tokenizer.vocab_size)
+            checkpoint.check_fingerprints(tokenizer=tokenizer.fingerprint, corpora=task.corpus.fingerprints)
+        config = with_vocabulary(start.config, tokenizer.vocab_size)
         # 3. The framework and the other processes.
         if is_first:
             # Only now: whatever is wrong with the user's files shows before the framework is loaded.
-            self._connect()
+            _connect(config, processes)
         # 4. The model, what computes with it, and what there is to say before the first step.
-        self._build(checkpoint, starting_point.initial_model)
-        self.messages += describe_differences(self.model, checkpoint)
-        self.messages += describe_placement(self.config, self.model.groups.sizes, self.progress.step)
-        self.metrics = self._open_metrics(checkpoint) if is_first else NoMetrics()
-        if self.resume:
-            self.messages.append(
-                f"resumed from {checkpoint.path.name} (step {checkpoint.step})"
-                if checkpoint
-                else "no complete checkpoint to resume from: beginning at step 0"
-            )
-        if self.config.parallel.emulate_mesh:
-            self.messages.append(
-                f"emulates {self.processes.size} devices: each of as many processes computes the whole graph, and its "
-                "speed says nothing about theirs"
-            )
-        if self.stream is not None:
-            self.messages += self.stream.messages
+        run = _build(config, processes, task, checkpoint, start.initial_model, resume, messages, resources)
         if is_first:
-            self._write_description()
+            write_text(run_dir / "config.yaml", config.to_yaml())
+            counts = parameter_counts(config, run.model.vocab)
+            write_json(run_dir / "summary.json", {"parameters": counts.to_dict(), "vocabulary": run.model.vocab})
+        yield run
 
-    def _connect(self) -> None:
-        """Load the framework and meet the other processes."""
-        runtime.prepare(self.config.run.device, self.dir / "mindspore")
-        self.processes.connect()
 
-    def _build(self, checkpoint: Checkpoint | None, initial_model: Checkpoint | None) -> None:
-        """Make everything that computes: as it was in `checkpoint`, or with the weights of `initial_model`, or new."""
-        from pangu_sigma.model.build_model import build_model, initialise_shared
-        from pangu_sigma.model.state_dict import restore_model, stored_tables
-        from pangu_sigma.train.checkpointing import RunCheckpointer
-        from pangu_sigma.train.continual.controller import ContinualController
-        from pangu_sigma.train.continual.teacher_snapshot import TeacherSnapshot
-        from pangu_sigma.train.trainer import Trainer
+def _connect(config: Config, processes: Processes) -> None:
+    """Load the framework and meet the other processes."""
+    runtime.prepare(config.run.device, Path(config.run.dir) / "mindspore")
+    processes.connect()
 
-        tokenizer, vocab = self.corpus.tokenizer, self.config.model.vocab_size
-        tensors: Mapping[str, np.ndarray] = {}
-        if checkpoint:
-            tensors = StoredTensors(checkpoint)
-        elif initial_model:
-            alone = self.processes.size == 1
-            tensors = stored_weights(initial_model) if alone else weights_as_needed(initial_model)
-        self.model = build_model(
-            self.config,
-            vocab,
-            tokenizer.eod_id,
-            tables=stored_tables(tensors) or None,
-            token_counts=self.corpus.token_counts(vocab),
-            initialise=not tensors,
-            processes=self.processes,
+
+def _build(
+    config: Config, processes: Processes, task: TrainingTask, checkpoint: Checkpoint | None,
+    initial_model: Checkpoint | None, resume: bool, messages: list[str], resources: ExitStack,
+) -> TrainingRun:  # fmt: skip
+    """Make everything that computes: as it was in `checkpoint`, or with the weights of `initial_model`, or new.
+
+    `resources`: closes what must be closed when the run is over.
+    """
+    from pangu_sigma.model.build_model import build_model, initialise_shared
+    from pangu_sigma.model.state_dict import restore_model, stored_tables
+    from pangu_sigma.train.checkpointing import RunCheckpointer, RunProgress
+    from pangu_sigma.train.continual.controller import ContinualController
+    from pangu_sigma.train.continual.teacher_snapshot import TeacherSnapshot
+    from pangu_sigma.train.distributed.distributed_trainer import distributed_trainer
+
+    # 1. The model and its trainer.
+    run_dir, corpus, vocab = Path(config.run.dir), task.corpus, config.model.vocab_size
+    tensors: Mapping[str, np.ndarray] = {}
+    if checkpoint:
+        tensors = StoredTensors(checkpoint)
+    elif initial_model:
+        tensors = stored_weights(initial_model, alone=processes.size == 1)
+    model = build_model(
+        config,
+        vocab,
+        corpus.tokenizer.eod_id,
+        tables=stored_tables(tensors) or None,
+        token_counts=corpus.token_counts(vocab),
+        initialise=not tensors,
+        processes=processes,
+    )
+    resources.callback(model.store.close)
+    objective = task.objective()
+    # The trainer before the weights: it may shard the shared parameters, which then take this rank's shards.
+    trainer = distributed_trainer(model, objective)
+    if initial_model:
+        restore_model(model, tensors)
+    elif not tensors and model.shared.deferred_init:
+        initialise_shared(model)
+    # 2. What the run reads and is measured on.
+    evaluation = HeldoutEvaluation(task.evaluator(model, objective), task.heldout, corpus.unigram_losses())
+    stream = None
+    if config.data.stream is not None:
+        stream = StreamingInput(config, corpus.tokenizer, resumed=checkpoint is not None or resume)
+        resources.callback(stream.sampler.close)
+    sampler = stream.sampler if stream else task.sampler(model.groups.sizes)
+    # 3. What it keeps, and where it was.
+    state = checkpoint.state if checkpoint else {}
+    controller = ContinualController(run_dir, model, objective, corpus, TeacherSnapshot.from_state(state))
+    domain_changes = state.get(DOMAIN_CHANGES, [])
+    checkpointer = RunCheckpointer(run_dir, trainer, task, controller, domain_changes)
+    progress = RunProgress()
+    if checkpoint:
+        progress = checkpointer.restore(checkpoint)
+        sampler.restore(state["sampler"], allow_new_domains=bool(domain_changes))
+    metrics: MetricsLog | NoMetrics = NoMetrics()
+    if processes.first:
+        resumed_step = None if not resume else (checkpoint.step if checkpoint else -1)
+        metrics = resources.enter_context(MetricsLog(run_dir, config.run.tensorboard, resumed_step))
+    # 4. What there is to say before the first step.
+    messages = messages + describe_differences(model, checkpoint)
+    messages += describe_placement(config, model.groups.sizes, progress.step)
+    if resume:
+        messages.append(
+            f"resumed from {checkpoint.path.name} (step {checkpoint.step})"
+            if checkpoint
+            else "no complete checkpoint to resume from: beginning at step 0"
         )
-        self._open.callback(self.model.store.close)
-        objective = self.task.objective()
-        # The trainer before the weights: it may shard the shared parameters, which then take this rank's shards.
-        self.trainer = Trainer(self.model, objective)
-        if initial_model:
-            restore_model(self.model, tensors)
-        elif not tensors and self.model.shared.deferred_init:
-            initialise_shared(self.model)
-        self.unigram = self.corpus.unigram_losses()
-        self.evaluator = self.task.evaluator(self.model, objective)
-        self.stream = self._open_stream(checkpoint)
-        self.sampler = self.stream.sampler if self.stream else self.task.sampler(self.model.groups.sizes)
-        state = checkpoint.state if checkpoint else {}
-        snapshot = TeacherSnapshot.from_state(state)
-        self.controller = ContinualController(self.dir, self.trainer, self.corpus, snapshot)
-        domain_changes = state.get(DOMAIN_CHANGES, [])
-        self.checkpointer = RunCheckpointer(self.dir, self.trainer, self.task, self.controller, domain_changes)
-        self.progress = self.checkpointer.progress
-        if checkpoint:
-            self.checkpointer.restore(checkpoint)
-            self.sampler.restore(state["sampler"], allow_new_domains=bool(domain_changes))
-
-    def _open_stream(self, checkpoint: Checkpoint | None) -> StreamingInput | None:
-        if self.config.data.stream is None:
-            return None
-        stream = StreamingInput(self.config, self.corpus.tokenizer, resumed=checkpoint is not None or self.resume)
-        self._open.callback(stream.sampler.close)
-        return stream
-
-    def _open_metrics(self, checkpoint: Checkpoint | None) -> MetricsLog:
-        step = None if not self.resume else (checkpoint.step if checkpoint else -1)
-        return self._open.enter_context(MetricsLog(self.dir, self.config.run.tensorboard, step))
-
-    def _write_description(self) -> None:
-        """Write the configuration and the parameter counts into the run's folder."""
-        write_text(self.dir / "config.yaml", self.config.to_yaml())
-        counts = parameter_counts(self.config, self.model.vocab)
-        write_json(self.dir / "summary.json", {"parameters": counts.to_dict(), "vocabulary": self.model.vocab})
+    if config.parallel.emulate_mesh:
+        messages.append(
+            f"emulates {processes.size} devices: each of as many processes computes the whole graph, and its "
+            "speed says nothing about theirs"
+        )
+    if stream is not None:
+        messages += stream.messages
+    return TrainingRun(
+        config, processes, corpus, model, trainer, controller, checkpointer, evaluation, sampler, stream, metrics,
+        progress, messages,
+    )  # fmt: skip

@@ -14,7 +14,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pangu_sigma.data.prefetcher import Prefetcher
@@ -22,19 +23,23 @@ from pangu_sigma.data.stream_sampler import StreamEnded
 from pangu_sigma.monitor.progress import TrainingProgress
 from pangu_sigma.monitor.text_tables import evaluation_line
 from pangu_sigma.signals import StopSignalListener
-from pangu_sigma.train.nonfinite import NonfiniteHandler
+from pangu_sigma.train.nonfinite import handle_nonfinite
 from pangu_sigma.train.profiling import profile_steps
-from pangu_sigma.train.schedule import phase_at
+from pangu_sigma.train.schedule import scheduled_step
 
 if TYPE_CHECKING:
+    from pangu_sigma.config import Config
+    from pangu_sigma.data.corpus import Corpus
     from pangu_sigma.data.mixture_sampler import MixtureSampler
     from pangu_sigma.data.packed_sequences import HeldoutSequences
     from pangu_sigma.evaluation.domain_evaluation import Evaluator
+    from pangu_sigma.model.model import Model
     from pangu_sigma.monitor.metrics_log import MetricsLog, NoMetrics
-    from pangu_sigma.train.checkpointing import RunCheckpointer
+    from pangu_sigma.train.checkpointing import RunCheckpointer, RunProgress
     from pangu_sigma.train.continual.controller import ContinualController
     from pangu_sigma.train.streaming_input import StreamingInput
     from pangu_sigma.train.trainer import Trainer
+    from parallel.comm.processes import Processes
 
 # How soon a signal, an idle stream or an overdue checkpoint is noticed while waiting for documents.
 _POLL_SECONDS = 0.2
@@ -50,54 +55,38 @@ class HeldoutEvaluation:
     unigram: Mapping[str, float]
 
 
-class TrainingLoop:
-    """The loop of a prepared run; `train` goes through it once.
+@dataclass
+class TrainingRun:
+    """A prepared run over its folder, with all that its steps need.
 
-    `stream`: where text arrives while the run trains, None for a prepared corpus; `sampler` is then the stream's.
+    controller: gives each step the regulariser of its phase. stream: where text arrives while the run trains, None for
+    a prepared corpus; `sampler` is then the stream's. progress: how far the run is. messages: what the user should know
+    before the first step.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        sampler: MixtureSampler,
-        stream: StreamingInput | None,
-        controller: ContinualController,
-        checkpointer: RunCheckpointer,
-        evaluation: HeldoutEvaluation,
-        metrics: MetricsLog | NoMetrics,
-    ) -> None:
-        self.trainer = trainer
-        self.sampler = sampler
-        self.stream = stream
-        self.controller = controller
-        self.checkpointer = checkpointer
-        self.evaluation = evaluation
-        self.metrics = metrics
-        self.config = trainer.config
-        self.processes = trainer.processes
-        self.run_dir = checkpointer.run_dir
-        self.progress = checkpointer.progress
-        self.nonfinite = NonfiniteHandler(self.run_dir, trainer, checkpointer)
+    config: Config
+    processes: Processes
+    corpus: Corpus
+    model: Model
+    trainer: Trainer
+    controller: ContinualController
+    checkpointer: RunCheckpointer
+    evaluation: HeldoutEvaluation
+    sampler: MixtureSampler
+    stream: StreamingInput | None
+    metrics: MetricsLog | NoMetrics
+    progress: RunProgress
+    messages: list[str]
 
-    def train(self, messages: list[str]) -> None:
-        """Train to the end, to `train.stop_at` or to a signal; a checkpoint stands at the end in every case.
-
-        `messages`: what the user should know before the first step.
-        """
-        total = self.config.train.steps
+    def train(self) -> RunProgress:
+        """Train to the end, to `train.stop_at` or to a signal, and say how far the run is; a checkpoint stands there in
+        every case."""
         with (
-            self._open_reader() as self.reader,
-            StopSignalListener() as self.signals,
-            TrainingProgress(total, self.progress.step) as self.bar,
+            self._open_reader() as reader,
+            StopSignalListener() as signals,
+            TrainingProgress(self.config.train.steps, self.progress.step) as bar,
         ):
-            for message in messages:
-                self._report(message)
-            if self.progress.step == 0 and self.config.evaluate.every:
-                self._evaluate()
-            self._run_steps(min(total, self.config.train.stop_at or total))
-            if self.checkpointer.saved_step != self.progress.step:
-                self._save()
-            self._report_end()
+            return TrainingLoop(**vars(self), reader=reader, signals=signals, bar=bar).run()
 
     @contextmanager
     def _open_reader(self) -> Iterator[Prefetcher]:
@@ -113,11 +102,33 @@ class TrainingLoop:
                 if self.stream is not None:
                     self.stream.close()  # or the reader would be waited for
 
+
+@dataclass
+class TrainingLoop(TrainingRun):
+    """A run under way: `reader` gives its planned batches."""
+
+    reader: Prefetcher
+    signals: StopSignalListener
+    bar: TrainingProgress
+
+    def run(self) -> RunProgress:
+        """See `TrainingRun.train`."""
+        for message in self.messages:
+            self._report(message)
+        if self.progress.step == 0 and self.config.evaluate.every:
+            self._evaluate()
+        total = self.config.train.steps
+        self._run_steps(min(total, self.config.train.stop_at or total))
+        if self.checkpointer.saved_step != self.progress.step:
+            self._save()
+        self._report_end()
+        return self.progress
+
     def _run_steps(self, end: int) -> None:
         """Train until step `end` is done, a signal comes or a stream gives nothing more."""
         evaluate_every, save_every = self.config.evaluate.every, self.config.checkpoint.every
         profile = self.config.run.profile if self.processes.first else None
-        with profile_steps(profile, self.run_dir / "profile", self.progress.step) as on_step_done:
+        with profile_steps(profile, Path(self.config.run.dir) / "profile", self.progress.step) as on_step_done:
             # A signal may have come to one process alone: all stop after the same step.
             while self.progress.step < end and not self.processes.any(self.signals.stop_requested):
                 self.signals.reinstall()
@@ -129,7 +140,7 @@ class TrainingLoop:
                 if evaluate_every and (step % evaluate_every == 0 or step == self.config.train.steps):
                     self._evaluate()
                 is_save_step = save_every and step % save_every == 0 and step != self.checkpointer.saved_step
-                if is_save_step or self.processes.any(self.checkpointer.is_overdue):
+                if is_save_step or self.processes.any(self.checkpointer.is_overdue(step)):
                     self._save()
 
     def _wait_for_batch(self) -> bool:
@@ -141,39 +152,38 @@ class TrainingLoop:
             message = self.stream.take_idle_message()
             if message:
                 self._report(message)
-            if self.checkpointer.is_overdue:
+            if self.checkpointer.is_overdue(self.progress.step):
                 self._save()
         return self.reader.failure is None
 
     def _run_step(self) -> None:
         """One optimizer step on the next batch, and its record in the metrics; a bad step changes no parameter."""
         planned = next(self.reader)
-        step = self.progress.step
-        # The batch's own step decides the phase: after skipped steps the sampler is ahead of the optimizer.
-        message = self.controller.start_phase(phase_at(self.config, planned[0].step), step, self.bar.job)
+        step = scheduled_step(self.config, self.progress.step, planned[0].step)
+        message = self.controller.start_phase(step.phase, step.index, self.bar.job)
         if message:
             self._report(message)
         result = self.trainer.step(step, planned, self.controller.regulariser)
         if result.overflow:
             # An overflow of float16 is expected: the step is tried on the next batch with a smaller loss scale.
-            self.metrics.event(step, f"float16 overflow: loss scale {self.trainer.loss_scale.value:g}")
+            self.metrics.event(step.index, f"float16 overflow: loss scale {result.loss_scale:g}")
             return
         if not result.finite:
-            self._report(self.nonfinite.handle(result))
+            settings, roll_back = self.config.train, self.checkpointer.restore_latest
+            self.progress, message = handle_nonfinite(settings, result, self.progress, roll_back)
+            self._report(message)
             return
-        self.progress.step += 1
-        self.progress.tokens += result.tokens
-        metrics = self.trainer.metrics
-        self.bar.update(self.progress.step, result.loss, metrics.tokens_per_second)
-        if self.progress.step % self.config.run.log_every == 0 or self.progress.step == self.config.train.steps:
+        done = step.index + 1
+        self.progress = replace(self.progress, step=done, tokens=self.progress.tokens + result.tokens)
+        self.bar.update(done, result.loss, self.trainer.tokens_per_second)
+        if done % self.config.run.log_every == 0 or done == self.config.train.steps:
             self.metrics.train(
-                self.progress.step,
-                learning_rate=result.learning_rate,
+                done,
+                learning_rate=step.learning_rate,
                 gradient_norm=result.gradient_norm,
-                loss_scale=self.trainer.loss_scale.value if self.trainer.loss_scale.dynamic else None,
+                loss_scale=result.loss_scale,
                 skipped_steps=self.progress.skipped,
-                store=self.trainer.take_store_metrics(),
-                **metrics.take_record(),
+                **self.trainer.take_record(),
             )
 
     def _evaluate(self) -> None:
@@ -192,7 +202,9 @@ class TrainingLoop:
         if self.stream is not None:
             self.stream.sync()
         with self.bar.job("save", None, unit="B") as job:
-            result = self.checkpointer.save(self.reader.state(), lambda done, total: job.set(done))
+            result = self.checkpointer.save(
+                self.progress, self.reader.state(), lambda done, total: job.set(done)
+            )
         self.metrics.checkpoint(
             self.progress.step,
             path=result.path,

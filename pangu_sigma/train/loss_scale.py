@@ -29,6 +29,11 @@ class LossScale:
         dynamic = config.train.precision == "float16"
         return cls(settings.initial if dynamic else 1.0, settings.window, settings.factor, dynamic)
 
+    @property
+    def dynamic_value(self) -> float | None:
+        """The value where it changes, None where it is fixed."""
+        return self.value if self.dynamic else None
+
     def record_success(self) -> None:
         """Note a step with finite gradients."""
         self.clean_steps += 1

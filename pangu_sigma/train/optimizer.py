@@ -1,7 +1,7 @@
 """AdamW over two kinds of weights: shared parameters on the device, activated experts in their store.
 
 Experts have their own epsilon and their own step counts; a step that does not activate one leaves it as it is. The
-global norm is `distributed.gradient_all_reduce`'s; the trainer clips by the factor that it gives to `apply`.
+global norm is `gradient_reducer`'s; the trainer clips by the factor that it gives to `apply`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mindspore import Tensor
 
 from pangu_sigma.config import Config
 from pangu_sigma.model.model import Model
-from pangu_sigma.train.continual.frozen_gate_columns import FrozenGateColumns
+from pangu_sigma.train.frozen_gate_columns import FrozenGateColumns
 from pangu_sigma.train.gradients import Gradients
 from pangu_sigma.train.step import SharedUpdate
 from rre.adamw import AdamWHyperparameters

@@ -1,4 +1,4 @@
-"""Schedules of a run: the learning rate of each optimizer step, and the phase that it belongs to."""
+"""Schedules of a run: learning rate and phase of each optimizer step, weights of the domains in each batch."""
 
 from __future__ import annotations
 
@@ -49,27 +49,58 @@ def _planned(config: Config, step: int) -> float:
 
 @dataclass(frozen=True)
 class Phase:
-    """Training phase: domain weights, whether shared parameters train, and the domains whose experts do.
+    """Training phase: whether shared parameters train, and the domains whose experts do.
 
-    start: the phase's first step. regularise: what keeps it near the model of that step, None for nothing.
+    regularise: what keeps it near the model of its first step, None for nothing.
     """
 
     index: int
-    weights: dict[str, float]
     shared: bool
     domains: frozenset[str]
-    start: int = 0
     regularise: RegulariseConfig | None = None
+
+
+@dataclass(frozen=True)
+class ScheduledStep:
+    """What is settled of an optimizer step before it is computed; `index` steps have been done."""
+
+    index: int
+    phase: Phase
+    learning_rate: float
+
+
+def scheduled_step(config: Config, index: int, batch_step: int | None = None) -> ScheduledStep:
+    """Optimizer step `index`, counted from 0, on the batch that was sampled for step `batch_step`, None for the same.
+
+    After skipped steps the sampler is ahead of the optimizer: the batch's own step decides the phase.
+    """
+    phase = phase_at(config, index if batch_step is None else batch_step)
+    return ScheduledStep(index, phase, learning_rate(config, index))
 
 
 def phase_at(config: Config, step: int) -> Phase:
     """The phase of optimizer step `step`, counted from 0; a run without phases trains everything throughout."""
     everyone = frozenset(config.domain_names)
-    start = 0
-    for index, phase in enumerate(config.train.phases):
-        if step < start + phase.steps or index == len(config.train.phases) - 1:
-            trained = everyone if phase.domains is None else frozenset(phase.domains)
-            weights = drawn_weights(config, index)
-            return Phase(index, weights, phase.shared != "frozen", trained, start, phase.regularise)
-        start += phase.steps
-    return Phase(0, {domain.name: domain.weight for domain in config.domains}, True, everyone)
+    if not config.train.phases:
+        return Phase(0, True, everyone)
+    index = phase_index(config, step)
+    phase = config.train.phases[index]
+    trained = everyone if phase.domains is None else frozenset(phase.domains)
+    return Phase(index, phase.shared != "frozen", trained, phase.regularise)
+
+
+def domain_weights(config: Config, step: int) -> dict[str, float]:
+    """The weights by which the domains of step `step`'s batch are drawn, replay included."""
+    if not config.train.phases:
+        return {domain.name: domain.weight for domain in config.domains}
+    return drawn_weights(config, phase_index(config, step))
+
+
+def phase_index(config: Config, step: int) -> int:
+    """Which of the run's phases, of which there are some, a step is in; the last one takes what is left."""
+    end = 0
+    for index, phase in enumerate(config.train.phases[:-1]):
+        end += phase.steps
+        if step < end:
+            return index
+    return len(config.train.phases) - 1

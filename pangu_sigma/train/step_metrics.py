@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from pangu_sigma.model.routed_batch import RoutedBatch
+from pangu_sigma.train.gradients import trained_experts
 from pangu_sigma.train.objective import BatchLoss
 from parallel.comm.processes import Processes
 from rre.routers import ExpertGroups
@@ -84,6 +85,17 @@ class BatchMetrics:
         )  # fmt: skip
 
 
+def updated_experts(metrics: Sequence[BatchMetrics], groups: ExpertGroups, trained: Collection[str]) -> np.ndarray:
+    """Whether an expert received a row of a step's micro-batches and is of a `trained` domain, bool [layers, E]."""
+    return (sum(of_batch.load for of_batch in metrics) > 0) & trained_experts(groups, trained)
+
+
+def updated_domains(metrics: Sequence[BatchMetrics], groups: ExpertGroups, trained: Collection[str]) -> list[int]:
+    """Ids of the `trained` domains with text in a step's micro-batches."""
+    tokens = sum(of_batch.tokens for of_batch in metrics)
+    return [domain_id for domain_id in np.flatnonzero(tokens).tolist() if groups.names[domain_id] in trained]
+
+
 class MetricsAccumulator:
     """Sums of metrics over the steps between two records; `take_record` gives them and sets everything to zero.
 
@@ -94,9 +106,10 @@ class MetricsAccumulator:
         self.groups = groups
         self.layer_names = tuple(layer_names)
         self.flops_per_token = flops_per_token
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Forget what was added."""
         domains = len(self.groups.names)
         self.loss = np.zeros(domains)
         self.units = np.zeros(domains)
@@ -179,7 +192,7 @@ class MetricsAccumulator:
                 "touched": self.touched / max(1, self.steps),
             }
             record["auxiliary_loss"] = self.auxiliary / max(1, self.batches)
-        self._clear()
+        self.clear()
         return record
 
 

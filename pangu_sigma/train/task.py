@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ from pangu_sigma.data.corpus import Corpus, prepare_corpus
 from pangu_sigma.data.mixture_sampler import MixtureSampler
 from pangu_sigma.data.packed_sequences import HeldoutSequences, first_sequences
 from pangu_sigma.monitor.progress import progress
-from pangu_sigma.train.schedule import phase_at
+from pangu_sigma.train.schedule import domain_weights
 from pangu_sigma.train.startup.starting_point import StartingPoint
 from pangu_sigma.trained_model import stored_tokenizer
 
@@ -97,7 +98,7 @@ class TextTask:
         has_placement = config.parallel.placement_groups > 1
         return MixtureSampler(
             self.corpus.training_streams(),
-            lambda step: phase_at(config, step).weights,
+            partial(domain_weights, config),
             config.run.seed,
             config.data.max_domains_per_batch,
             config.parallel.mesh.domains_of_groups(sizes) if has_placement else (),

@@ -14,15 +14,15 @@ CORPORA = ROOT.parent / "shared" / "data" / "corpora"
 @pytest.mark.slow
 @pytest.mark.skipif(not CORPORA.is_dir(), reason="the corpora are not beside the repository")
 def test_four_domains_trains(tmp_path):
-    from pangu_sigma.train.job import TrainingRun
+    from pangu_sigma.train.job import open_run
 
     build(tmp_path / "corpora")
     overrides = [f"domains.code.data=[{tmp_path}/corpora/code.jsonl]", f"run.dir={tmp_path}/run"]
     overrides += [f"domains.{n}.data=[{CORPORA}/{n}.jsonl]" for n in ("math_en", "drama_en", "poetry_zh")]
     overrides += ["train.stop_at=20", "evaluate.every=20"]
     config = load_config(ROOT / "benchmarks" / "four_domains.yaml", overrides)
-    with TrainingRun(config, resume=False) as run:
-        start = run.evaluator.losses(run.heldout, 2)[0]
+    with open_run(config, resume=False) as run:
+        start = run.evaluation.evaluator.losses(run.evaluation.sequences, 2)[0]
         run.train()
-        after = run.evaluator.losses(run.heldout, 2)[0]
+        after = run.evaluation.evaluator.losses(run.evaluation.sequences, 2)[0]
     assert all(after[name] < start[name] - 0.5 for name in start)

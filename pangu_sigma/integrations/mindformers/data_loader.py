@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pangu_sigma.integrations.mindformers.batch_columns import columns, open_tex
 from pangu_sigma.integrations.mindformers.companion_files import write_companion
 from pangu_sigma.integrations.mindformers.mindformers_settings import model_settings
 from pangu_sigma.model.batch_planner import BatchPlanner
-from pangu_sigma.train.schedule import phase_at
+from pangu_sigma.train.schedule import domain_weights
 
 
 class PlannedBatches:
@@ -39,7 +40,7 @@ class PlannedBatches:
         config = text.config
         self._sampler = MixtureSampler(
             text.corpus.training_streams(),
-            lambda step: phase_at(config, step).weights,
+            partial(domain_weights, config),
             config.run.seed,
             config.data.max_domains_per_batch,
         )

@@ -21,14 +21,17 @@ from pangu_sigma.checkpoint.distributed import raise_on_all_ranks
 from pangu_sigma.checkpoint.retention import list_checkpoints
 from pangu_sigma.config.phase_domains import old_domains
 from pangu_sigma.data.corpus import Corpus
+from pangu_sigma.errors import UserError
+from pangu_sigma.model.model import Model
 from pangu_sigma.train.continual import teacher_snapshot
 from pangu_sigma.train.continual.distillation import DistillationObjective
 from pangu_sigma.train.continual.teacher import load_teacher
 from pangu_sigma.train.continual.teacher_snapshot import TEACHER_KEY, TeacherSnapshot
 from pangu_sigma.train.continual.weight_penalty import WeightPenalty
+from pangu_sigma.train.objective import TrainingObjective
 from pangu_sigma.train.run_contents import collect_contents, write_checkpoint
 from pangu_sigma.train.schedule import Phase
-from pangu_sigma.train.trainer import Regulariser, Trainer
+from pangu_sigma.train.trainer import NO_REGULARISER, Regulariser, micro_batch_rows
 
 if TYPE_CHECKING:
     from pangu_sigma.monitor.progress import Job
@@ -41,18 +44,28 @@ class JobOpener(Protocol):
 
 
 class ContinualController:
-    """Knows the phase under way, its teacher snapshot and its regulariser; both are None for a phase without.
+    """Knows the phase under way, its teacher snapshot (None for a phase without) and its regulariser.
 
-    `snapshot`: the one that the resumed checkpoint names. All processes of a run call it together.
+    `objective`: the run's own. `snapshot`: the one that the resumed checkpoint names. All processes of a run call it
+    together.
     """
 
-    def __init__(self, run_dir: Path, trainer: Trainer, corpus: Corpus, snapshot: TeacherSnapshot | None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        model: Model,
+        objective: TrainingObjective,
+        corpus: Corpus,
+        snapshot: TeacherSnapshot | None,
+    ) -> None:
         self.run_dir = run_dir
-        self.trainer = trainer
+        self.model = model
+        self.objective = objective
         self.corpus = corpus
         self.snapshot = snapshot
-        self.regulariser: Regulariser | None = None
-        self.processes = trainer.processes
+        self.regulariser = NO_REGULARISER
+        self.config, self.processes = model.config, model.processes
+        self.micro_batch = micro_batch_rows(self.config, objective)
         self._phase_index: int | None = None
 
     def state(self) -> dict[str, object]:
@@ -69,7 +82,7 @@ class ContinualController:
             return None
         self._phase_index = phase.index
         if phase.regularise is None:
-            self.snapshot = self.regulariser = None
+            self.snapshot, self.regulariser = None, NO_REGULARISER
             return None
         # 1. The teacher: the kept one of a resumed phase, else the model of this moment.
         if self.snapshot is not None and self.snapshot.phase == phase.index:
@@ -85,10 +98,8 @@ class ContinualController:
         objective = self._distillation(phase, teacher_model) if terms.output else None
         penalty = None
         if terms.l2 or terms.ewc:
-            model, names = self.trainer.model, teacher_model.names(domains=[], optimizer=False)
-            parameters = model.net.trainable_params()
-            penalty = WeightPenalty(parameters, teacher_model.load(names), fisher, terms, model.layout)
-        self.trainer.check_objective(objective)
+            parameters, names = self.model.net.trainable_params(), teacher_model.names(domains=[], optimizer=False)
+            penalty = WeightPenalty(parameters, teacher_model.load(names), fisher, terms, self.model.layout)
         self.regulariser = Regulariser(objective, penalty)
         names = [f"{name} {getattr(terms, name):g}" for name in ("output", "l2", "ewc") if getattr(terms, name)]
         return (
@@ -107,17 +118,19 @@ class ContinualController:
         teacher_snapshot.remove_unneeded(self.run_dir, needed_steps)
 
     def _distillation(self, phase: Phase, teacher_model: Checkpoint) -> DistillationObjective:
-        """The objective of a phase that stays near the outputs of `teacher_model`."""
-        terms, config, model = phase.regularise, self.trainer.config, self.trainer.model
+        """The objective of a phase that stays near the outputs of `teacher_model`, with the run's auxiliary losses."""
+        if type(self.objective) is not TrainingObjective:
+            raise UserError("regularise.output holds training on text: leave it out where another loss is trained")
+        terms, config = phase.regularise, self.config
         # A gate that grew is asked without its new experts, whose domains it does not tell apart anyway.
-        new_domains = set(config.domain_names) - set(teacher_model.domains) if model.learned else set()
+        new_domains = set(config.domain_names) - set(teacher_model.domains) if self.model.learned else set()
         stand_in = dict.fromkeys(new_domains, teacher_model.domains[0])
         # Every process has the whole teacher: what it trains may be sharded in another way.
-        rows = self.trainer.micro_batch // self.processes.mesh.rows
+        rows = self.micro_batch // self.processes.mesh.rows
         teacher = load_teacher(teacher_model, config, rows, stand_in)
         names = old_domains(config, phase.index) if terms.through == "old" else ()
         through = [config.domain_names.index(name) for name in names]
-        return DistillationObjective(teacher, terms.output, through, config.run.seed)
+        return DistillationObjective(teacher, terms.output, through, config.run.seed, self.objective.auxiliary)
 
     def _keep_model(self, step: int) -> None:
         """Write the model of this moment as the teacher snapshot; where it was just saved, its files are linked."""
@@ -129,8 +142,8 @@ class ContinualController:
             return
         folder = teacher_snapshot.working_folder(self.run_dir, step)
         state = {"origin": {"job": "previous model"}}
-        contents = collect_contents(step, self.trainer.config, self.corpus, {}, state)
-        written = write_checkpoint(folder, contents, self.trainer.model, None, keep=1)
+        contents = collect_contents(step, self.config, self.corpus, {}, state)
+        written = write_checkpoint(folder, contents, self.model, None, keep=1)
         with raise_on_all_ranks(self.processes):
             if self.processes.first:
                 teacher_snapshot.publish_saved(self.run_dir, written.path)
@@ -141,9 +154,8 @@ class ContinualController:
 
         if self.snapshot.fisher is not None:
             return teacher_snapshot.read_fisher(self.run_dir, self.snapshot)
-        config = self.trainer.config
-        old = old_domains(config, phase.index)
-        rows, count = self.trainer.micro_batch, phase.regularise.fisher_batches
+        old = old_domains(self.config, phase.index)
+        rows, count = self.micro_batch, phase.regularise.fisher_batches
         streams = {stream.domain: stream for stream in self.corpus.training_streams()}
         with open_job("Fisher information", len(old) * count, unit="batches") as job:
 
@@ -154,7 +166,7 @@ class ContinualController:
                         yield name, np.stack([streams[name].sequence(first + row) for row in range(rows)])
                         job.advance()
 
-            fisher = estimate_fisher(self.trainer.model, batches(), config.run.seed, rows)
+            fisher = estimate_fisher(self.model, batches(), self.config.run.seed, rows)
         digest = ""
         with raise_on_all_ranks(self.processes):
             if self.processes.first:

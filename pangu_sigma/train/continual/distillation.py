@@ -58,8 +58,10 @@ class DistillationObjective(TrainingObjective):
     step, micro-batch). Without any, samples are compared under their own.
     """
 
-    def __init__(self, teacher: Teacher, output: float, through: Sequence[int] = (), seed: int = 0) -> None:
-        super().__init__()
+    def __init__(
+        self, teacher: Teacher, output: float, through: Sequence[int] = (), seed: int = 0, auxiliary: bool = True
+    ) -> None:
+        super().__init__(auxiliary)
         self.teacher = teacher
         self.output = output
         self.through = tuple(through)

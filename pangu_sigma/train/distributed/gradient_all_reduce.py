@@ -5,13 +5,12 @@
 3. Experts: rows have come to their experts already, so the gradients of an expert part lack only those of its replicas
    along the data axis, which saw other rows. They are summed over these replicas.
 
-In an SPMD graph MindSpore does all of this inside the graph; here only the norm is left. Collectives run outside any
+In an SPMD graph MindSpore does all of this inside the graph; only the norm is left. Collectives run outside any
 graph, on the main thread of every process.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -19,32 +18,38 @@ from mindspore import Tensor
 
 from pangu_sigma.model.model import Model
 from pangu_sigma.tensor_names import DOMAIN_EMBEDDING
-from pangu_sigma.train.gradients import Gradients, trained_experts
+from pangu_sigma.train.gradient_reducer import GradientReducer, root
+from pangu_sigma.train.gradients import Gradients
 from pangu_sigma.train.schedule import Phase
-from pangu_sigma.train.step_metrics import BatchMetrics
+from pangu_sigma.train.step_metrics import BatchMetrics, updated_domains, updated_experts
 
 BUCKET_BYTES = 32 << 20  # of gradients that travel at once
 
 
-class GradientReducer:
-    """Sums gradients over the processes of a model; one process alone changes nothing. All call its methods together.
+class AllReducer(GradientReducer):
+    """Sums over the processes of a model. All call its methods together.
 
     `exchange_ranks`: the ranks whose rows came to this process's experts; `reader_ranks`: ranks that together have read
     each row of the batch once.
     """
 
     def __init__(self, model: Model) -> None:
-        self.model, self.processes = model, model.processes
-        mesh, rank = self.processes.mesh, self.processes.rank
-        self.mesh = mesh
-        self.exchange_ranks: Sequence[int] = mesh.exchange_group(rank)
+        super().__init__(model)
+        self.processes, self.mesh = model.processes, model.processes.mesh
+        rank = self.processes.rank
+        self.exchange_ranks: Sequence[int] = self.mesh.exchange_group(rank)
         self.reader_ranks: Sequence[int] = range(self.processes.size)
-        self.replicas = mesh.replica_group(rank)
+        self.replicas = self.mesh.replica_group(rank)
 
-    def reduce_in_place(self, gradients: Gradients, figures: Sequence[BatchMetrics], phase: Phase) -> None:
-        """Make `gradients` those of the whole batch; `figures` are its micro-batches'."""
-        if self.processes.size == 1:
-            return
+    def total(self, value: float) -> float:
+        return float(self.processes.gather(np.array([value]))[list(self.reader_ranks)].sum(axis=0)[0])
+
+    def sum_metrics(self, own: BatchMetrics) -> tuple[BatchMetrics, BatchMetrics]:
+        by_rank = own.gather(self.processes)
+        received = own.sum_ranks(by_rank[list(self.exchange_ranks)])
+        return received, own.sum_ranks(by_rank[list(self.reader_ranks)])
+
+    def reduce_in_place(self, gradients: Gradients, metrics: Sequence[BatchMetrics], phase: Phase) -> None:
         # 1. Shared parameters.
         if gradients.shared:
             gradients.shared = self._all_reduced(gradients.shared)
@@ -53,37 +58,18 @@ class GradientReducer:
         domains = range(len(self.model.groups.names))
         by_domain = {domain_id: gradients.experts.pop((DOMAIN_EMBEDDING, domain_id), None) for domain_id in domains}
         if DOMAIN_EMBEDDING in self.model.store.experts:
-            gradients.experts |= self._embeddings_all_reduced(by_domain, figures, phase)
+            gradients.experts |= self._embeddings_all_reduced(by_domain, metrics, phase)
         # 3. Experts.
         if self.mesh.data > 1:
-            gradients.experts = self._experts_reduced(gradients.experts, figures, phase)
+            gradients.experts = self._experts_reduced(gradients.experts, metrics, phase)
 
     def global_norm(self, gradients: Gradients) -> float:
-        """The global norm: shared parameters and domain embeddings count once, experts wherever they are."""
+        """Shared parameters and domain embeddings count once, experts wherever they are."""
         shared, by_layer = gradients.square_sums(self.model.store)
         replicated = float(shared.sum()) + by_layer.pop(DOMAIN_EMBEDDING, 0.0)
         # Replicas hold the same experts; the first of them counts them for all.
         local = sum(by_layer.values(), 0.0) if self.replicas[0] == self.processes.rank else 0.0
-        return _root(replicated + float(self.processes.total(np.array([local]))[0]))
-
-    def total(self, values: np.ndarray) -> np.ndarray:
-        """The sum, over all rows of the batch, of values float64 that each process counted of its own."""
-        return self.processes.gather(values)[list(self.reader_ranks)].sum(axis=0)
-
-    def num_updated_experts(self, figures: Sequence[BatchMetrics], phase: Phase) -> int:
-        """Experts, of all processes, that the step updates; domain embeddings included."""
-        embeddings = len(self._domains_present(figures, phase)) if DOMAIN_EMBEDDING in self.model.store.experts else 0
-        return embeddings + int(self._activated(figures, phase).sum())
-
-    def _activated(self, figures: Sequence[BatchMetrics], phase: Phase) -> np.ndarray:
-        """Whether an expert received a row of the batch and trains, bool [layers, E]."""
-        return (sum(of_batch.load for of_batch in figures) > 0) & trained_experts(self.model.groups, phase.domains)
-
-    def _domains_present(self, figures: Sequence[BatchMetrics], phase: Phase) -> list[int]:
-        """Ids of the domains with text in the batch that train."""
-        names = self.model.groups.names
-        tokens = sum(of_batch.tokens for of_batch in figures)
-        return [domain_id for domain_id in np.flatnonzero(tokens).tolist() if names[domain_id] in phase.domains]
+        return root(replicated + float(self.processes.total(np.array([local]))[0]))
 
     def _all_reduced(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The sums over all processes of some tensors."""
@@ -94,22 +80,22 @@ class GradientReducer:
         return tuple(sums)
 
     def _embeddings_all_reduced(
-        self, by_domain: dict[int, list[Tensor] | None], figures: Sequence[BatchMetrics], phase: Phase
+        self, by_domain: dict[int, list[Tensor] | None], metrics: Sequence[BatchMetrics], phase: Phase
     ) -> dict[tuple[str, int], list[Tensor]]:
         shape = self.model.store.shapes[DOMAIN_EMBEDDING]["word"]
         sums = {}
-        for domain_id in self._domains_present(figures, phase):
+        for domain_id in updated_domains(metrics, self.model.groups, phase.domains):
             local = by_domain[domain_id]
             values = local[0].asnumpy() if local else np.zeros(shape, np.float32)
             sums[(DOMAIN_EMBEDDING, domain_id)] = [Tensor.from_numpy(self.processes.sum_float32(values))]
         return sums
 
     def _experts_reduced(
-        self, local: dict[tuple[str, int], list[Tensor]], figures: Sequence[BatchMetrics], phase: Phase
+        self, local: dict[tuple[str, int], list[Tensor]], metrics: Sequence[BatchMetrics], phase: Phase
     ) -> dict[tuple[str, int], list[Tensor]]:
         """The sums of expert gradients over the data axis. Collectives are of all processes, so all expert parts take
         part: the i-th expert of every part travels if that of any part received a row."""
-        activated, experts = self._activated(figures, phase), self.model.local_experts
+        activated, experts = updated_experts(metrics, self.model.groups, phase.domains), self.model.local_experts
         sums = {key: tensors for key, tensors in local.items() if key[0] == DOMAIN_EMBEDDING}
         for layer, layer_name in enumerate(self.model.config.model.sparse_prefixes):
             shapes = list(self.model.store.shapes[layer_name].values())
@@ -133,7 +119,7 @@ class GradientReducer:
         return sums
 
 
-class SpmdGradientReducer(GradientReducer):
+class SpmdReducer(AllReducer):
     """The same of an SPMD graph, which sums over ranks itself and leaves a rank its shards of the sums."""
 
     def __init__(self, model: Model) -> None:
@@ -148,24 +134,14 @@ class SpmdGradientReducer(GradientReducer):
         self.weights = np.array([1.0 / (self.processes.size if ranks is None else len(ranks)) for ranks in ranks_of])
         self.expert_weights = [1.0 / shard.gradient_copies for shard in model.expert_shards.values()]
 
-    def reduce_in_place(self, gradients: Gradients, figures: Sequence[BatchMetrics], phase: Phase) -> None:
+    def reduce_in_place(self, gradients: Gradients, metrics: Sequence[BatchMetrics], phase: Phase) -> None:
         """Nothing is left to do."""
 
     def global_norm(self, gradients: Gradients) -> float:
-        """The global norm: each shard of a shared parameter and of an expert counts once."""
+        """Each shard of a shared parameter and of an expert counts once."""
         shared, by_layer = gradients.square_sums(self.model.store, self.expert_weights)
         local = float((shared * self.weights[: shared.size]).sum()) + sum(by_layer.values(), 0.0)
-        return _root(float(self.processes.total(np.array([local]))[0]))
-
-
-def gradient_reducer_of(model: Model) -> GradientReducer:
-    """The reducer that this model's graphs need."""
-    spmd = model.layout.spmd_mesh is not None and model.processes.size > 1
-    return (SpmdGradientReducer if spmd else GradientReducer)(model)
-
-
-def _root(squares: float) -> float:
-    return math.sqrt(squares) if squares >= 0 else math.nan
+        return root(float(self.processes.total(np.array([local]))[0]))
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -99,7 +99,7 @@ class MeshEvaluator:
             most = [self.batches(heldout[name], limit) if name else 0 for name in by_group]
             for index in range(max(most)):
                 now = [name if index < count else None for name, count in zip(by_group, most, strict=True)]
-                self._measure(heldout, now, index, sums)
+                self._add_losses(heldout, now, index, sums)
                 self.model.processes.mark()
                 if advance:
                     advance(sum(name is not None for name in now))
@@ -111,7 +111,7 @@ class MeshEvaluator:
         by_group = [[names[domain_id] for domain_id in group if names[domain_id] in heldout] for group in self.domains]
         return list(zip_longest(*by_group))
 
-    def _measure(
+    def _add_losses(
         self, heldout: Mapping[str, HeldoutSequences], now: list[str | None], index: int, sums: dict[str, np.ndarray]
     ) -> None:
         """Add batch `index` of each group's text to its `sums` (losses, tokens)."""

@@ -5,7 +5,7 @@ What the two take and give is the same; which one a model needs is chosen here a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from mindspore import Parameter, Tensor, nn
 
@@ -16,6 +16,7 @@ from pangu_sigma.tensor_names import parse_name
 from pangu_sigma.train.distributed.device_pipeline import DevicePipeline
 from pangu_sigma.train.distributed.pipeline_step import UnpipelinedTrainStep
 from pangu_sigma.train.distributed.spmd_step import CompileContext, CompileContextCell, spmd_train_step
+from pangu_sigma.train.gradient_accumulation import Step
 from pangu_sigma.train.objective import TrainingObjective
 from pangu_sigma.train.step import GradientStep
 from parallel.emulation.emulated_mesh import square_sums_of
@@ -23,8 +24,6 @@ from parallel.emulation.emulated_parameters import EmulatedParameterStorage
 from parallel.emulation.emulated_steps import EmulatedPipeline, EmulatedStep
 from parallel.partition_spec import StageTensor, shard_slices
 from rre.dispatch.capacity_dispatch import PARAMETER_SPECS
-
-Step = Callable[..., tuple]
 
 
 class DeviceMeshRuntime:

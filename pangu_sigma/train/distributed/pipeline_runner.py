@@ -17,9 +17,9 @@ from mindspore import Tensor
 from pangu_sigma.model.graph_inputs import GraphInputs
 from pangu_sigma.model.model import Model
 from pangu_sigma.model.routed_batch import ReservedRowsPlan, RoutedBatch
-from pangu_sigma.train.distributed.mesh_runtime import mesh_runtime_of
+from pangu_sigma.train.gradient_reducer import GradientReducer
 from pangu_sigma.train.gradients import ExpertGradients, Gradients, trained_experts
-from pangu_sigma.train.objective import BatchLoss
+from pangu_sigma.train.objective import BatchLoss, TrainingObjective
 from pangu_sigma.train.schedule import Phase
 from pangu_sigma.train.step_metrics import BatchMetrics
 
@@ -35,33 +35,34 @@ class Pipeline(Protocol):
 
 
 class PipelineRunner:
-    """Runs a step over a pipeline; `inputs` are of one micro-batch. All processes call it together."""
+    """`ForwardBackward` over a pipeline; `inputs` are of one micro-batch. All processes call it together."""
 
-    def __init__(self, model: Model, inputs: GraphInputs, pipeline: Pipeline) -> None:
-        self.model, self.inputs, self.pipeline = model, inputs, pipeline
+    one_graph = True
+
+    def __init__(self, model: Model, reducer: GradientReducer, inputs: GraphInputs, pipeline: Pipeline) -> None:
+        self.model, self.reducer, self.inputs, self.pipeline = model, reducer, inputs, pipeline
         self.processes = model.processes
         self.stage_inputs = inputs.of_layers(model.layer_names)
         mesh = self.processes.mesh
         # Every rank of the last stage has the sums over all rows; the first of them reports.
         self.reports_loss = self.processes.rank == (mesh.pipeline - 1) * mesh.stage_size
 
-    def gradients(
-        self, batches: Sequence[RoutedBatch], phase: Phase, weight: float, reader_ranks: Sequence[int]
+    def __call__(
+        self, batches: Sequence[RoutedBatch], phase: Phase, objective: TrainingObjective, scale: float, total: float
     ) -> tuple[Gradients, list[BatchMetrics]]:
-        """The gradients of what this process stores, and the figures of every micro-batch: losses of the whole step are
-        the first one's. `weight`: of each token that counts (loss scale by tokens of the step); `reader_ranks`: ranks
-        that together have read each row once."""
-        weight = float(np.float32(weight))  # as the graph has it
+        """See `ForwardBackward`; losses of the whole step are the first micro-batch's. The graph's own objective is the
+        mean loss per token."""
+        weight = float(np.float32(scale / total))  # as the graph has it
         # 1. to 3.
         rows = self.inputs.pack_pipeline(batches, weight, len(self.model.groups.names))
-        objective, by_expert, shared, squares = self.pipeline(rows, self.local_experts(batches[0]))
-        figures = self._figures(batches, objective, weight, reader_ranks)
+        by_domain, by_expert, shared, squares = self.pipeline(rows, self.local_experts(batches[0]))
+        metrics = self._metrics(batches, by_domain, weight)
         # 4. Gradients.
         gradients = Gradients()
         if phase.shared:
             gradients.shared, gradients.shared_squares = tuple(shared), squares.asnumpy().astype(np.float64)
         gradients.experts = self._expert_gradients(batches, phase, by_expert)
-        return gradients, figures
+        return gradients, metrics
 
     def local_experts(self, batch: RoutedBatch) -> list[np.ndarray]:
         """This rank's shards of the activated experts of its stage, stacked as the graph takes them; the slots of a
@@ -76,18 +77,16 @@ class PipelineRunner:
         by_layer = zip(self.inputs.layers, batch.plans, strict=True)
         return [plan for layer, plan in by_layer if layer in self.stage_inputs.layers]
 
-    def _figures(
-        self, batches: Sequence[RoutedBatch], objective: Tensor, weight: float, reader_ranks: Sequence[int]
-    ) -> list[BatchMetrics]:
-        figures = []
+    def _metrics(self, batches: Sequence[RoutedBatch], objective: Tensor, weight: float) -> list[BatchMetrics]:
+        of_each = []
         for index, batch in enumerate(batches):
             no_losses = np.zeros(len(batch.mask))
             measured = BatchLoss(no_losses, batch.mask.sum(axis=1, dtype=np.float64))
             own = BatchMetrics.from_loss(batch, len(self.model.groups.names), measured, (), 0.0)
             if index == 0 and self.reports_loss:
                 own = replace(own, loss=objective.asnumpy().astype(np.float64) / weight)
-            figures.append(own.sum_ranks(own.gather(self.processes)[list(reader_ranks)]))
-        return figures
+            of_each.append(self.reducer.sum_metrics(own)[1])
+        return of_each
 
     def _expert_gradients(
         self, batches: Sequence[RoutedBatch], phase: Phase, by_expert: Sequence[Tensor]
@@ -98,7 +97,3 @@ class PipelineRunner:
         trains = np.tile(trained_experts(self.model.groups, phase.domains), (len(plans), 1))
         return self.stage_inputs.expert_gradients(by_expert, plans, trains)
 
-
-def pipeline_runner_of(model: Model, inputs: GraphInputs) -> PipelineRunner:
-    """The runner of a model with pipeline stages."""
-    return PipelineRunner(model, inputs, mesh_runtime_of(model).pipeline(inputs))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.config import Config
 from pangu_sigma.config.resume_rules import changed_keys
-from pangu_sigma.train.schedule import learning_rate, phase_at
+from pangu_sigma.train.schedule import domain_weights, learning_rate
 from pangu_sigma.trained_model import stored_config
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def describe_placement(config: Config, sizes: tuple[int, ...], step: int) -> lis
     """
     if config.parallel.placement_groups == 1:
         return []
-    names, weights = config.domain_names, phase_at(config, step).weights
+    names, weights = config.domain_names, domain_weights(config, step)
     groups = config.parallel.mesh.domains_of_groups(sizes)
     total, messages = sum(weights.values()), []
     for index, domains in enumerate(groups):

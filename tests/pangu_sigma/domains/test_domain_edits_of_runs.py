@@ -24,7 +24,7 @@ from pangu_sigma.domains.remove_domain import remove_domain, rename_domain
 from pangu_sigma.domains.resize_domain import resize_domain
 from pangu_sigma.errors import UserError
 from pangu_sigma.train.job import train
-from pangu_sigma.train.schedule import phase_at
+from pangu_sigma.train.schedule import domain_weights
 from pangu_sigma.trained_model import stored_config
 from tests.pangu_sigma.domains.conftest import digests, tensor_digests
 from tests.pangu_sigma.train import training_process
@@ -123,7 +123,7 @@ def test_replay_draws_the_others_by_their_weights(copied_run, medicine):
     config = load_config(run / "config.yaml")
     last = config.train.phases[-1]
     assert (last.weights, last.replay, last.old) == ({"medicine": 1.0}, 0.3, ("code", "law", "poems"))
-    assert phase_at(config, 9).weights == pytest.approx({"medicine": 0.7, "code": 0.1, "law": 0.1, "poems": 0.1})
+    assert domain_weights(config, 9) == pytest.approx({"medicine": 0.7, "code": 0.1, "law": 0.1, "poems": 0.1})
     assert last.shared == "train" and last.domains is None
 
 

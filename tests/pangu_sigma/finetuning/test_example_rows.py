@@ -13,6 +13,7 @@ from pangu_sigma.finetuning.example_rows import (
 from pangu_sigma.finetuning.examples import ExampleSet
 from pangu_sigma.model.scoring import Scorer
 from pangu_sigma.train.objective import TrainingObjective
+from pangu_sigma.train.schedule import scheduled_step
 from pangu_sigma.train.trainer import Trainer
 from tests.pangu_sigma.train.small_trainer import EOD, LENGTH, VOCAB, small_config, small_model
 
@@ -86,8 +87,8 @@ def test_padding_trains_no_expert():
     trainer = Trainer(small_model(small_config(train={"batch_size": 1})), TrainingObjective(auxiliary=False))
     (planned,) = trainer.plan(Batch(tokens, np.array([0], np.int32), np.array([0]), 0, mask, padding))
     assert sum(plan.counts.sum() for plan in planned.plans) == 4 and planned.dropped.sum() == 0
-    trainer.step(0, [planned])
-    record = trainer.metrics.take_record()
+    trainer.step(scheduled_step(trainer.config, 0), [planned])
+    record = trainer.take_record()
     assert sum(sum(rows) for rows in record["expert_load"]["blocks.0"].values()) == 4
     assert record["tokens"] == {"code": 3} and record["dropped_share"]["blocks.0"] == {"code": 0.0}
 

@@ -9,7 +9,15 @@ from pangu_sigma.model.scoring import Scorer
 from pangu_sigma.train.continual.teacher import Teacher
 from pangu_sigma.train.objective import BatchLoss, TrainingObjective
 from pangu_sigma.train.trainer import Trainer
-from tests.pangu_sigma.train.small_trainer import LENGTH, batch, changed_names, small_config, small_model, tensors_now
+from tests.pangu_sigma.train.small_trainer import (
+    LENGTH,
+    batch,
+    changed_names,
+    small_config,
+    small_model,
+    step_on,
+    tensors_now,
+)
 
 torch = pytest.importorskip("torch")
 PAIRS, BETA = 3, 0.2
@@ -48,7 +56,7 @@ def logits_of(model, drawn: Batch):
 
 def gradients(trainer: Trainer, drawn: Batch) -> tuple[float, dict[str, np.ndarray]]:
     """Loss of one step, and its gradients as first moments, which are proportional to them."""
-    result = trainer.step(0, trainer.plan(drawn))
+    result = step_on(trainer, 0, drawn)
     moments = {name: tensor for name, tensor in tensors_now(trainer).items() if "optimizer.m." in name}
     return result.loss, moments
 
@@ -100,7 +108,7 @@ def dpo():
     expected = -torch.nn.functional.logsigmoid(reward[:, 0] - reward[:, 1]).mean()
     expected.backward()
     loss, moments = gradients(trainer, drawn)
-    record, reward = trainer.metrics.take_record(), reward.detach().numpy()
+    record, reward = trainer.take_record(), reward.detach().numpy()
     return drawn, loss, moments, record, float(expected.detach()), losses.grad.numpy(), reward
 
 
@@ -144,7 +152,7 @@ def test_at_its_beginning_dpos_loss_is_log_2():
     config = small_config(WIDE)
     frozen = small_model(config)
     trainer = trainer_of(Preference(BETA, lambda: Teacher(frozen, config, 4)), 4)
-    assert trainer.step(0, trainer.plan(drawn)).loss == pytest.approx(np.log(2), abs=1e-4)
+    assert step_on(trainer, 0, drawn).loss == pytest.approx(np.log(2), abs=1e-4)
 
 
 def test_auxiliary_losses_are_off_unless_asked_for():

@@ -12,7 +12,8 @@ from pangu_sigma.data.mixture_sampler import Batch
 from pangu_sigma.model.build_model import build_model
 from pangu_sigma.model.model import Model
 from pangu_sigma.model.state_dict import model_tensors
-from pangu_sigma.train.trainer import Regulariser, Trainer
+from pangu_sigma.train.schedule import scheduled_step
+from pangu_sigma.train.trainer import NO_REGULARISER, Regulariser, StepResult, Trainer
 
 VOCAB, LENGTH, EOD = 48, 16, 2
 EXPERTS = {"code": 2, "law": 1, "poems": 3}
@@ -59,6 +60,11 @@ def batch(step: int, domains: Sequence[int], ids: Sequence[int] = range(VOCAB)) 
     return Batch(tokens, np.array(domains, np.int32), step * size + np.arange(size), step)
 
 
+def step_on(trainer: Trainer, index: int, drawn: Batch, regulariser: Regulariser = NO_REGULARISER) -> StepResult:
+    """Optimizer step `index` on a batch."""
+    return trainer.step(scheduled_step(trainer.config, index), trainer.plan(drawn), regulariser)
+
+
 def tensors_now(trainer: Trainer) -> dict[str, np.ndarray]:
     """Copies of every tensor that a checkpoint would hold now."""
     tensors = model_tensors(trainer.model, trainer.optimizer.moments())
@@ -66,10 +72,10 @@ def tensors_now(trainer: Trainer) -> dict[str, np.ndarray]:
 
 
 def first_step_gradients(
-    trainer: Trainer, drawn: Batch, regulariser: Regulariser | None = None
+    trainer: Trainer, drawn: Batch, regulariser: Regulariser = NO_REGULARISER
 ) -> dict[str, np.ndarray]:
     """Gradients of a trainer's first step by the name of their first moment, which is divided by 1 - beta1."""
-    trainer.step(0, trainer.plan(drawn), regulariser)
+    step_on(trainer, 0, drawn, regulariser)
     moments = {name: tensor for name, tensor in tensors_now(trainer).items() if ".m." in name}
     return {name: moment / 0.1 for name, moment in moments.items()}
 

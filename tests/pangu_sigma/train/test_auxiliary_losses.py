@@ -10,7 +10,7 @@ from mindspore import Tensor, nn
 from pangu_sigma.data.mixture_sampler import Batch
 from pangu_sigma.train.step import GradientStep
 from rre.router_specs import ROUTER_SPECS
-from tests.pangu_sigma.train.small_trainer import batch, changed_names, small_trainer, tensors_now
+from tests.pangu_sigma.train.small_trainer import batch, changed_names, small_trainer, step_on, tensors_now
 
 GATES = {
     "switch": {"jitter": 0.1, "aux_loss_weight": 0.5, "dispatch": "capacity", "capacity_factor": 0.8},
@@ -137,7 +137,7 @@ def test_recomputation_changes_no_bit_of_trained_gates_in_several_layers():
             {"layers": 2, "query_layer": "none", "sparse": {"layers": 2, **sparse("olmoe")}},
             train={"recompute": recompute},
         )
-        steps = [trainer.step(step, trainer.plan(batch(step, [0, 1, 2, 0]))) for step in range(2)]
+        steps = [step_on(trainer, step, batch(step, [0, 1, 2, 0])) for step in range(2)]
         results.append((steps, tensors_now(trainer)))
     assert results[0][0] == results[1][0]
     assert not changed_names(results[0][1], results[1][1])

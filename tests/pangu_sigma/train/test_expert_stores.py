@@ -5,7 +5,7 @@ import pytest
 
 from pangu_sigma.config import config_from_dict
 from pangu_sigma.errors import UserError
-from tests.pangu_sigma.train.small_trainer import batch, small_config, small_trainer, tensors_now
+from tests.pangu_sigma.train.small_trainer import batch, small_config, small_trainer, step_on, tensors_now
 
 # The three domains have 2, 1 and 3 experts; micro-batches of a step activate different ones.
 STEPS = [[0, 0, 1, 1], [2, 2, 0, 1], [1, 1, 1, 1], [0, 2, 2, 2], [2, 2, 0, 0], [0, 1, 0, 2]]
@@ -18,7 +18,7 @@ def trained(store: str, tmp_path, train: dict | None = None, **sections) -> dict
     )  # fmt: skip
     # Few ids of the vocabulary, so that some experts of an active domain get no token.
     for step, domains in enumerate(STEPS):
-        assert trainer.step(step, trainer.plan(batch(step, domains, range(3, 9)))).finite
+        assert step_on(trainer, step, batch(step, domains, range(3, 9))).finite
     tensors = tensors_now(trainer)
     trainer.model.store.close()
     return tensors
@@ -67,7 +67,7 @@ def test_a_host_stores_graph_has_as_many_slots_as_a_micro_batch_can_activate(tmp
 def test_a_step_that_activates_more_than_may_be_resident_says_what_to_change(tmp_path):
     trainer = small_trainer(experts={"store": "disk", "resident_gib": 1e-5}, run={"dir": str(tmp_path)})
     with pytest.raises(UserError, match=r"step 1: .*experts\.resident_gib.*data\.max_domains_per_batch"):
-        trainer.step(0, trainer.plan(batch(0, [0, 1, 2, 0])))
+        step_on(trainer, 0, batch(0, [0, 1, 2, 0]))
     trainer.model.store.close()
 
 

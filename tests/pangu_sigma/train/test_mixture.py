@@ -5,7 +5,7 @@ import pytest
 
 from pangu_sigma.model.scoring import Scorer
 from tests.oracles.recomputing_decoder import RecomputingDecoder
-from tests.pangu_sigma.train.small_trainer import LENGTH, VOCAB, batch, small_trainer
+from tests.pangu_sigma.train.small_trainer import LENGTH, VOCAB, batch, small_trainer, step_on
 
 STEPS = 30
 
@@ -21,9 +21,9 @@ def text(step: int):
 @pytest.mark.parametrize("loss", ["competitive", "cooperative"])
 def test_training_lowers_the_loss_that_evaluation_measures_and_generation_uses(loss):
     trainer = small_trainer({"top_layer": "mixture", "mixture_loss": loss, "sparse": {"layers": 0}})
-    losses = [trainer.step(step, trainer.plan(text(step))).loss for step in range(STEPS)]
+    losses = [step_on(trainer, step, text(step)).loss for step in range(STEPS)]
     assert losses[0] == pytest.approx(np.log(VOCAB), rel=0.05) and np.mean(losses[-3:]) < 0.75 * losses[0]
-    figures = trainer.metrics.take_record()
+    figures = trainer.take_record()
     (load,) = figures["expert_load"].values()
     assert [rows for by in load.values() for rows in by] == [STEPS * 4 * LENGTH] * 6
     assert figures["auxiliary_loss"] == 0.0
@@ -37,4 +37,4 @@ def test_training_lowers_the_loss_that_evaluation_measures_and_generation_uses(l
     np.testing.assert_allclose(-log_p[np.arange(LENGTH), ids[1:]], measured[0], rtol=1e-4, atol=1e-5)
     if loss == "competitive":
         np.testing.assert_allclose(logits, log_p, atol=1e-5)  # they are the mixture's log probabilities already
-    assert trainer.step(STEPS, trainer.plan(unseen)).loss == pytest.approx(measured.mean(), rel=1e-5)
+    assert step_on(trainer, STEPS, unseen).loss == pytest.approx(measured.mean(), rel=1e-5)

@@ -8,20 +8,21 @@ import pytest
 from pangu_sigma.checkpoint import open_checkpoint
 from pangu_sigma.config import load_config
 from pangu_sigma.monitor.metrics_log import read_metrics
-from pangu_sigma.train.job import TrainingRun
+from pangu_sigma.train.checkpointing import RunProgress
+from pangu_sigma.train.job import open_run
 from pangu_sigma.train.nonfinite import TrainingError
+from rre.store import ExpertStore
 from tests.pangu_sigma.train.training_process import assert_refused, checkpoint, command
 
 POEMS = slice(3, 5)  # its experts among those of code, law and poems
 
 
-def resume_poisoned(small_yaml, folder, *changes: str) -> TrainingRun:
+def resume_poisoned(small_yaml, folder, *changes: str) -> tuple[RunProgress, ExpertStore]:
     """Resume the run with weights for poems that overflow float32; a step draws two of the three domains."""
     config = load_config(small_yaml, [f"run.dir={folder}", "evaluate.every=0", "run.tensorboard=false", *changes])
-    with TrainingRun(config, resume=True) as run:
+    with open_run(config, resume=True) as run:
         run.model.store.table("blocks.0", "up.weight")[POEMS] = 1e38
-        run.train()
-    return run
+        return run.train(), run.model.store
 
 
 def events(run) -> list[str]:
@@ -60,14 +61,14 @@ def test_bad_steps_are_skipped_counted_kept_and_limited(small_yaml, copied_run):
 
 def test_a_roll_back_restores_the_last_checkpoint_and_goes_on_with_other_data(small_yaml, copied_run):
     folder = copied_run(4)
-    run = resume_poisoned(small_yaml, folder, "train.nonfinite=rollback", "checkpoint.every=4")
+    progress, store = resume_poisoned(small_yaml, folder, "train.nonfinite=rollback", "checkpoint.every=4")
     messages = [message for message in events(folder) if "rolled back" in message]
     assert len(messages) == 1 and messages[0].endswith("the loss is nan; rolled back to step 4 (1 so far)")
     failed = int(messages[0].split()[1].rstrip(":"))
     saved = state(folder, 12)
-    assert saved["skipped"] == 1 and run.progress.step == 12
+    assert saved["skipped"] == 1 and progress.step == 12
     assert saved["sampler"]["step"] == 12 + failed - 4  # from the failed step's batch on, nothing is read again
-    assert np.abs(run.model.store.table("blocks.0", "up.weight")).max() < 10
+    assert np.abs(store.table("blocks.0", "up.weight")).max() < 10
 
 
 @pytest.mark.slow

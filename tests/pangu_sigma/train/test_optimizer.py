@@ -9,7 +9,7 @@ from pangu_sigma.train.step import SharedUpdate
 from parallel.operator_layout import Layout
 from rre.adamw import AdamWHyperparameters
 from rre.store import DeviceStore
-from tests.pangu_sigma.train.small_trainer import batch, small_trainer, tensors_now
+from tests.pangu_sigma.train.small_trainer import batch, small_trainer, step_on, tensors_now
 
 MOMENTS = ("optimizer.m.", "optimizer.v.")
 SHAPES = {"embedding.word": (7, 5), "blocks.0.norm1.gamma": (5,), "blocks.0.attention.query.bias": (5,)}
@@ -73,7 +73,7 @@ def test_micro_batches_add_up_expert_by_expert():
 def clipped(request):
     """(result of a step clipped to a norm of 0.01, moments after it): the first moment is 0.1 x the gradient."""
     trainer = small_trainer(request.param, optimizer={"max_grad_norm": 0.01})
-    result = trainer.step(0, trainer.plan(batch(0, [0, 1, 2, 0])))
+    result = step_on(trainer, 0, batch(0, [0, 1, 2, 0]))
     return result, {n: t for n, t in tensors_now(trainer).items() if "optimizer.m." in n}
 
 
@@ -90,7 +90,7 @@ def accumulated():
     by_parts = {}
     for parts in (1, 2, 4):
         trainer = small_trainer(train={"batch_size": 8, "gradient_accumulation_steps": parts})
-        results = [trainer.step(s, trainer.plan(batch(s, [0, 1, 2, 0, 2, 2, 1, 0]))) for s in range(3)]
+        results = [step_on(trainer, s, batch(s, [0, 1, 2, 0, 2, 2, 1, 0])) for s in range(3)]
         by_parts[parts] = results, tensors_now(trainer)
     return by_parts
 

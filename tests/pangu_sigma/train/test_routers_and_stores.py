@@ -5,7 +5,7 @@ import pytest
 
 from pangu_sigma.errors import UserError
 from rre.router_specs import ROUTER_SPECS
-from tests.pangu_sigma.train.small_trainer import LENGTH, batch, small_config, small_trainer, tensors_now
+from tests.pangu_sigma.train.small_trainer import LENGTH, batch, small_config, small_trainer, step_on, tensors_now
 
 STORES = ("device", "host", "disk")
 DISPATCHES = ("dropless", "capacity")
@@ -53,10 +53,10 @@ def trained(case: tuple[str, str, str], tmp_path) -> tuple[dict[str, np.ndarray]
     given = sections(*case)
     trainer = small_trainer(given["model"], experts=given["experts"], run={"dir": str(tmp_path / case[2])})
     for step in range(3):
-        assert trainer.step(step, trainer.plan(batch(step, [0, 1, 2, 0]))).finite
+        assert step_on(trainer, step, batch(step, [0, 1, 2, 0])).finite
     tensors = tensors_now(trainer)
     trainer.model.store.close()
-    return tensors, trainer.metrics.take_record()
+    return tensors, trainer.take_record()
 
 
 # Two that nothing else covers are quick enough for every run of the tests; the others are long ones together.

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from pangu_sigma.train.schedule import learning_rate, phase_at
+from pangu_sigma.train.schedule import domain_weights, learning_rate, phase_at, scheduled_step
 from tests.pangu_sigma.train.small_trainer import small_config
 
 PEAK = 1e-2
@@ -67,7 +67,7 @@ def test_a_warm_up_as_long_as_the_decay_divides_by_nothing():
 def test_a_run_without_phases_trains_everything_by_the_domains_weights():
     phase = phase_at(small_config(), 50)
     assert phase.shared and phase.domains == {"code", "law", "poems"}
-    assert phase.weights == {"code": 1.0, "law": 1.0, "poems": 1.0}
+    assert domain_weights(small_config(), 50) == {"code": 1.0, "law": 1.0, "poems": 1.0}
 
 
 def test_phases_follow_one_another_and_the_last_takes_what_is_left():
@@ -79,10 +79,18 @@ def test_phases_follow_one_another_and_the_last_takes_what_is_left():
     config = small_config(train={"phases": phases})
     assert [phase_at(config, step).index for step in (0, 9, 10, 29, 30, 99)] == [0, 0, 1, 1, 2, 2]
     first, second, third = (phase_at(config, step) for step in (0, 10, 30))
-    assert (first.weights, first.shared, first.domains) == ({"code": 2.0}, True, {"code"})
+    assert (first.shared, first.domains) == (True, {"code"})
     assert (second.shared, second.domains) == (False, {"law", "poems"})
     assert (third.shared, third.domains) == (True, {"code", "law", "poems"})
-    assert second.weights == third.weights == {"code": 1.0, "law": 1.0, "poems": 1.0}
+    assert domain_weights(config, 9) == {"code": 2.0}
+    assert domain_weights(config, 10) == domain_weights(config, 30) == {"code": 1.0, "law": 1.0, "poems": 1.0}
+
+
+def test_after_skipped_steps_the_batchs_step_decides_the_phase_and_the_optimizers_the_rate():
+    config = small_config(train={"phases": [{"steps": 10}, {}]}, schedule={"kind": "linear", "warmup_steps": 20})
+    step = scheduled_step(config, 8, batch_step=11)
+    assert (step.index, step.phase.index, step.learning_rate) == (8, 1, learning_rate(config, 8))
+    assert scheduled_step(config, 8).phase.index == 0
 
 
 def test_batches_read_ahead_of_the_end_belong_to_the_last_phase():

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from pangu_sigma.monitor.metrics_log import read_metrics
-from tests.pangu_sigma.train.small_trainer import batch, small_trainer
+from tests.pangu_sigma.train.small_trainer import batch, small_trainer, step_on
 
 TOKENS = 4 * 16
 DOMAINS = {"code": 2, "law": 1, "poems": 2}
@@ -87,8 +87,8 @@ def test_nothing_is_dropped_into_the_current_folder(finished_run):
 )
 def test_loads_and_drops_add_up_to_the_tokens(sparse, shares):
     trainer = small_trainer({"sparse": sparse})
-    trainer.step(0, trainer.plan(batch(0, [0, 1, 1, 0])))
-    figures = trainer.metrics.take_record()
+    step_on(trainer, 0, batch(0, [0, 1, 1, 0]))
+    figures = trainer.take_record()
     load, dropped = figures["expert_load"]["blocks.0"], figures["dropped_share"]["blocks.0"]
     assert figures["tokens"] == {"code": 32, "law": 32}
     if sparse["router"] == "switch":
@@ -100,4 +100,4 @@ def test_loads_and_drops_add_up_to_the_tokens(sparse, shares):
         for domain, tokens in figures["tokens"].items():
             assert sum(load[domain]) + round(dropped[domain] * tokens) == tokens
     assert all(dropped[domain] >= share for domain, share in shares.items())
-    assert trainer.metrics.take_record()["tokens"] == {}
+    assert trainer.take_record()["tokens"] == {}

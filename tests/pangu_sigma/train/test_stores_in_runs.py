@@ -10,8 +10,8 @@ from pangu_sigma.checkpoint import CheckpointContents, Fingerprints, StoredTenso
 from pangu_sigma.config import load_config
 from pangu_sigma.model.state_dict import model_tensors, restore_model
 from pangu_sigma.monitor.metrics_log import read_metrics
-from pangu_sigma.train.job import TrainingRun
-from tests.pangu_sigma.train.small_trainer import EXPERTS, batch, small_trainer
+from pangu_sigma.train.job import open_run
+from tests.pangu_sigma.train.small_trainer import EXPERTS, batch, small_trainer, step_on
 from tests.pangu_sigma.train.training_process import (
     assert_equal_checkpoints,
     checkpoint,
@@ -91,7 +91,7 @@ def test_a_roll_back_on_disk_is_that_in_memory(small_yaml, hosted, tmp_path):
             f"run.dir={folder}", "evaluate.every=0", "run.tensorboard=false", "train.nonfinite=rollback",
             "checkpoint.every=4", *changes,
         ])  # fmt: skip
-        with TrainingRun(config, resume=True) as run:
+        with open_run(config, resume=True) as run:
             run.model.store.table("blocks.0", "up.weight")[3:5] = 1e38
             run.train()
         assert any("rolled back to step 4" in r.get("message", "") for r in read_metrics(folder))
@@ -121,7 +121,7 @@ def test_a_checkpoint_of_any_store_loads_under_any_other_and_is_saved_with_equal
     stores = ("device", "host", "disk", "device")
     trainer = made(stores[0], "first-run")
     for step in range(3):
-        trainer.step(step, trainer.plan(batch(step, [0, 0, 1, 2])))
+        step_on(trainer, step, batch(step, [0, 0, 1, 2]))
     hashes = saved(trainer, tmp_path / "saved-0")
     for index, store in enumerate(stores[1:]):
         stored = StoredTensors(open_checkpoint(checkpoint(tmp_path / f"saved-{index}", 3)))

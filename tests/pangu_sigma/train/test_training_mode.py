@@ -3,7 +3,8 @@
 import numpy as np
 
 from pangu_sigma.evaluation.domain_evaluation import Evaluator
-from tests.pangu_sigma.train.small_trainer import LENGTH, batch, small_trainer
+from pangu_sigma.train.schedule import scheduled_step
+from tests.pangu_sigma.train.small_trainer import LENGTH, batch, small_trainer, step_on
 
 
 class OneSequence:
@@ -27,9 +28,9 @@ def first_losses(model: dict) -> list[float]:
     planned = trainer.plan(batch(5, [0, 0, 0, 0]))
     return [
         evaluator.loss(OneSequence(), "code")[0],
-        trainer.step(0, planned).loss,
+        trainer.step(scheduled_step(trainer.config, 0), planned).loss,
         evaluator.loss(OneSequence(), "code")[0],
-        trainer.step(1, planned).loss,
+        trainer.step(scheduled_step(trainer.config, 1), planned).loss,
     ]
 
 
@@ -52,8 +53,8 @@ def test_attention_dropout_acts_in_training_alone():
 def test_a_learned_gate_drops_what_overflows_and_the_share_is_a_metric():
     sparse = {"router": "switch", "dispatch": "capacity", "capacity_factor": 0.5}
     trainer = small_trainer({"sparse": sparse})
-    trainer.step(0, trainer.plan(batch(5, [0, 1, 2, 0])))
-    figures = trainer.metrics.take_record()
+    step_on(trainer, 0, batch(5, [0, 1, 2, 0]))
+    figures = trainer.take_record()
     kept = sum(sum(rows) for rows in figures["expert_load"]["blocks.0"].values())
     shares = figures["dropped_share"]["blocks.0"]
     lost = sum(shares[name] * figures["tokens"][name] for name in shares)

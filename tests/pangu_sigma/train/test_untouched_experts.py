@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from tests.pangu_sigma.train.small_trainer import batch, changed_names, small_trainer, tensors_now
+from pangu_sigma.train.schedule import scheduled_step
+from tests.pangu_sigma.train.small_trainer import batch, changed_names, small_trainer, step_on, tensors_now
 from tests.pangu_sigma.train.training_process import checkpoint
 
 CODE, LAW, POEMS = 0, 1, 2
@@ -26,14 +27,14 @@ def warm():
     """A trainer after three steps on everything, so that all parts have moments, which must not drift."""
     trainer = small_trainer(train={"phases": PHASES})
     for step in range(3):
-        assert trainer.step(step, trainer.plan(batch(step, [CODE, LAW, POEMS, CODE]))).finite
+        assert step_on(trainer, step, batch(step, [CODE, LAW, POEMS, CODE])).finite
     return trainer
 
 
 def owners_of_changes(trainer, steps, domains) -> set[str]:
     before = tensors_now(trainer)
     for step in steps:
-        assert trainer.step(step, trainer.plan(batch(step, domains))).finite
+        assert step_on(trainer, step, batch(step, domains)).finite
     return {owner(name) for name in changed_names(before, tensors_now(trainer))}
 
 
@@ -83,7 +84,7 @@ def test_an_expert_whose_tokens_do_not_occur_keeps_every_bit(warm):
 
 def test_another_domains_embedding_slot_keeps_every_bit():
     trainer = small_trainer({"domain_parameters": {"embedding": "own"}})
-    trainer.step(0, trainer.plan(batch(0, [CODE, LAW, POEMS, CODE])))
+    step_on(trainer, 0, batch(0, [CODE, LAW, POEMS, CODE]))
     assert owners_of_changes(trainer, (1, 2), [LAW] * 4) == {"shared", "law"}
     assert trainer.model.store.steps["embedding"].tolist() == [1, 3, 1]
 
@@ -94,7 +95,7 @@ def test_dropped_rows_give_no_gradient():
     # One expert takes ceil(0.2 * 16) = 4 rows of each sample, the other twelve take the residual.
     assert planned[0].plans[0].counts.tolist() == [0, 0, 16, 0, 0, 0] and planned[0].dropped.tolist() == [[0, 48, 0]]
     before = tensors_now(trainer)
-    trainer.step(0, planned)
+    trainer.step(scheduled_step(trainer.config, 0), planned)
     assert {owner(name) for name in changed_names(before, tensors_now(trainer))} == {"shared", "law"}
 
 

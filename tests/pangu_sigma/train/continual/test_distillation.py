@@ -1,16 +1,21 @@
 """Distillation from a frozen teacher: the objective's value and gradient, the pass under an old domain's experts."""
 
+import gc
+
 import numpy as np
 import pytest
 from mindspore import Tensor
 
+from pangu_sigma.config.training_sections import RegulariseConfig
 from pangu_sigma.data.mixture_sampler import Batch
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.scoring import Scorer
+from pangu_sigma.train.continual.controller import ContinualController
 from pangu_sigma.train.continual.distillation import DistillationObjective
 from pangu_sigma.train.continual.teacher import Teacher
 from pangu_sigma.train.objective import TrainingObjective
-from pangu_sigma.train.trainer import Regulariser, Trainer
+from pangu_sigma.train.schedule import Phase, scheduled_step
+from pangu_sigma.train.trainer import Regulariser
 from tests.pangu_sigma.train.small_trainer import (
     EXPERTS,
     LENGTH,
@@ -19,6 +24,7 @@ from tests.pangu_sigma.train.small_trainer import (
     small_config,
     small_model,
     small_trainer,
+    step_on,
     tensors_now,
 )
 
@@ -58,8 +64,8 @@ def test_the_objectives_gradient_is_that_of_loss_and_divergence(other):
     parameter = next(p for p in trainer.model.net.trainable_params() if p.name == "query_layer.feed_forward.up.weight")
     start = parameter.asnumpy().copy()
     loss, kl = objective()
-    outcome = trainer.step(0, [planned], Regulariser(DistillationObjective(other, 0.7)))
-    record = trainer.metrics.take_record()
+    outcome = trainer.step(scheduled_step(trainer.config, 0), [planned], Regulariser(DistillationObjective(other, 0.7)))
+    record = trainer.take_record()
     assert outcome.loss == pytest.approx(loss, rel=1e-5)
     assert record["figures"]["divergence"] == pytest.approx(kl, rel=1e-5) and kl > 0.01
     gradient = tensors_now(trainer)[f"optimizer.m.{parameter.name}"] / 0.1
@@ -115,8 +121,8 @@ def test_slots_of_their_own_have_the_same_divergence(other):
     log_p, log_q = (torch.log_softmax(torch.tensor(x, dtype=torch.float64), -1)
                     for x in (now, teacher.logits(planned).asnumpy()))  # fmt: skip
     expected = torch.nn.functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1).mean()
-    trainer.step(0, [planned], Regulariser(DistillationObjective(teacher, 0.5)))
-    assert trainer.metrics.take_record()["figures"]["divergence"] == pytest.approx(float(expected), rel=1e-4)
+    trainer.step(scheduled_step(trainer.config, 0), [planned], Regulariser(DistillationObjective(teacher, 0.5)))
+    assert trainer.take_record()["figures"]["divergence"] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_new_text_is_compared_under_an_old_domains_experts(other):
@@ -128,12 +134,12 @@ def test_new_text_is_compared_under_an_old_domains_experts(other):
         (planned,) = trainer.plan(drawn)
         logits = [Scorer(model, 4).logits(planned.sequences, [law] * 4).asnumpy().copy()
                   for model in (trainer.model, other.model)]  # fmt: skip
-        outcome = trainer.step(0, [planned], Regulariser(objective))
+        outcome = trainer.step(scheduled_step(trainer.config, 0), [planned], Regulariser(objective))
         if objective is None:
             expected_loss, plain = outcome.loss, tensors_now(trainer)
     log_p, log_q = (torch.log_softmax(torch.tensor(x, dtype=torch.float64), -1) for x in logits)
     kl = torch.nn.functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1).mean()
-    record = trainer.metrics.take_record()
+    record = trainer.take_record()
     assert outcome.loss == pytest.approx(expected_loss, rel=1e-5) and record["tokens"] == {"poems": 4 * LENGTH}
     assert record["figures"]["divergence"] == pytest.approx(float(kl), rel=1e-4)
     distilled = tensors_now(trainer)
@@ -159,10 +165,26 @@ def test_an_old_domain_is_drawn_for_every_micro_batch_the_same_way(other):
     assert set(drawn) == {0, 1}
 
 
-def test_another_objective_than_the_mean_token_loss_is_not_distilled(other):
+def test_another_objective_than_the_mean_token_loss_is_not_distilled(other, tmp_path):
     class Another(TrainingObjective):
         pass
 
-    trainer = Trainer(small_model(small_config()), Another())
+    phase = Phase(0, True, frozenset(EXPERTS), RegulariseConfig(output=1.0))
+    controller = ContinualController(tmp_path, small_model(small_config()), Another(), None, None)
     with pytest.raises(UserError, match=r"regularise\.output holds training on text"):
-        trainer.check_objective(DistillationObjective(other, 1.0))
+        controller._distillation(phase, None)
+
+
+def test_a_phase_without_its_own_objective_returns_to_the_graphs_of_the_runs(other):
+    """Graphs are kept by objective: a distilled step leaves those of the run's own, and its own go with its phase."""
+    drawn = batch(0, [0, 1, 2, 0])
+    trainer = small_trainer()
+    objective = DistillationObjective(other, 0.7)
+    accumulation = trainer.forward_backward
+    own = accumulation.compiled_step(True, trainer.objective)
+    step_on(trainer, 0, drawn, Regulariser(objective))
+    assert accumulation.compiled_step(True, objective) is not own
+    assert accumulation.compiled_step(True, trainer.objective) is own
+    del objective
+    gc.collect()
+    assert list(accumulation._steps) == [trainer.objective]

@@ -7,7 +7,7 @@ from mindspore import Parameter, Tensor
 
 from pangu_sigma.config.training_sections import RegulariseConfig
 from pangu_sigma.train.continual.weight_penalty import WeightPenalty
-from pangu_sigma.train.trainer import Regulariser
+from pangu_sigma.train.trainer import NO_REGULARISER, Regulariser
 from parallel.operator_layout import Layout
 from tests.pangu_sigma.train.small_trainer import batch, first_step_gradients, small_trainer
 
@@ -47,7 +47,8 @@ def test_the_penalty_enters_a_step_once_whatever_the_accumulation():
     of_step = {}
     for parts in (1, 2):
         for strength in (None, 0.5):
-            trainer, regulariser = small_trainer(optimizer=LINEAR, train={"gradient_accumulation_steps": parts}), None
+            trainer = small_trainer(optimizer=LINEAR, train={"gradient_accumulation_steps": parts})
+            regulariser = NO_REGULARISER
             if strength:
                 parameters = trainer.model.net.trainable_params()
                 zeros = {p.name: np.zeros(p.shape, np.float32) for p in parameters}
@@ -56,7 +57,7 @@ def test_the_penalty_enters_a_step_once_whatever_the_accumulation():
             else:
                 start = {p.name: p.asnumpy().copy() for p in trainer.model.net.trainable_params()}
             of_step[parts, strength] = first_step_gradients(trainer, drawn, regulariser)
-            extra_metrics = trainer.metrics.take_record()["figures"]
+            extra_metrics = trainer.take_record()["figures"]
             assert ("distance" in extra_metrics) == bool(strength)
     for parts in (1, 2):
         for name, theta in start.items():

@@ -29,9 +29,9 @@ from pangu_sigma.data.mixture_sampler import Batch
 from pangu_sigma.data.tokenizers.vocabulary_size import vocabulary_size
 from pangu_sigma.model.build_model import build_model, initialise_shared
 from pangu_sigma.model.initialization import initial_value
+from pangu_sigma.train.distributed.distributed_trainer import distributed_trainer
 from pangu_sigma.train.distributed.mesh_evaluation import EvaluationGraph
 from pangu_sigma.train.distributed.pipeline_step import PipelineTrainStep
-from pangu_sigma.train.objective import TrainingObjective
 from pangu_sigma.train.trainer import Trainer
 from parallel.comm.processes import Processes
 from rre.counted_random import generator, normal
@@ -42,9 +42,12 @@ def main() -> None:
     ms.set_context(device_target="GPU", mode=ms.GRAPH_MODE, save_graphs=2, save_graphs_path="graphs")
     init("nccl")
     model = build_model(config, vocabulary_size(config), 0, processes=Processes(config.parallel.mesh, rank))
-    trainer = Trainer(model)
-    staged = trainer.pipeline is not None
-    cell = trainer.pipeline.pipeline.cell if staged else trainer._compiled_steps(True, TrainingObjective()).cell
+    trainer = distributed_trainer(model)
+    staged = trainer.forward_backward.one_graph
+    if staged:
+        cell = trainer.forward_backward.pipeline.cell
+    else:
+        cell = trainer.forward_backward.compiled_step(True, trainer.objective).cell
     layouts = cell.parameter_layout_dict
     initialise_shared(model)
     results = {}
@@ -60,7 +63,7 @@ def main() -> None:
         np.savez(sys.argv[2], **results)
         return
     ms.set_context(save_graphs_path="frozen")
-    trainer._compiled_steps(False, TrainingObjective())
+    trainer.forward_backward.compiled_step(False, trainer.objective)
     ms.set_context(save_graphs_path="evaluation")
     evaluation = EvaluationGraph(model, 2 * config.parallel.mesh.rows, 8)
     with evaluation.graph.context:
@@ -70,7 +73,7 @@ def main() -> None:
 
 def planned_step(trainer: Trainer, cell: PipelineTrainStep, rank: int) -> dict[str, np.ndarray]:
     """What a rank gives its stage's graph for a step."""
-    runner, model = trainer.pipeline, trainer.model
+    runner, model = trainer.forward_backward, trainer.model
     rows, draw = trainer.read_rows, np.random.default_rng(1)
     text = draw.integers(0, 512, (model.config.train.batch_size, model.config.data.sequence_length + 1))
     planned = trainer.plan(Batch(text[rows].astype(np.int32), np.zeros(rows.size, np.int32), rows.astype(np.int64), 0))

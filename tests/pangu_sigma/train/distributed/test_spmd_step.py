@@ -12,6 +12,7 @@ import pytest
 from pangu_sigma.config import config_from_dict
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.build_model import build_model
+from pangu_sigma.train.schedule import scheduled_step
 from pangu_sigma.train.trainer import Trainer
 from parallel.operator_layout import Layout, MeshLayout
 
@@ -60,7 +61,7 @@ def trained(values, layout_of=None, steps=2):
         # The first half of the ranks reads the first two domains, as domain placement asks.
         domain = np.array([0, 0, 1, 0, 2, 3, 2, 2])
         planned = trainer.planner(tokens, domain, np.arange(BATCH) + step * BATCH, step)
-        results.append(trainer.step(step, [planned]))
+        results.append(trainer.step(scheduled_step(trainer.config, step), [planned]))
         dropped += int(planned.dropped.sum())
     model.store.flush()
     moments = {name: m for name, m in trainer.optimizer.moments().items() if name.startswith("optimizer.m.")}

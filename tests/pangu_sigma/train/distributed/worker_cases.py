@@ -42,15 +42,15 @@ def case_config(case: dict, processes):
 def run_case(case: dict, processes, folder: Path | None = None) -> dict[str, np.ndarray]:
     """Train the case's steps on `processes` and collect what this one has; save it in `folder` if there is one."""
     from pangu_sigma.checkpoint import LazyTensor
-    from pangu_sigma.data.mixture_sampler import Batch
     from pangu_sigma.model.build_model import build_model
     from pangu_sigma.model.state_dict import tensor_parts
     from pangu_sigma.tensor_names import DOMAIN_EMBEDDING
-    from pangu_sigma.train.trainer import Trainer
-    from tests.pangu_sigma.train.small_trainer import EOD, batch
+    from pangu_sigma.train.distributed.distributed_trainer import distributed_trainer
+    from pangu_sigma.train.trainer import NO_REGULARISER
+    from tests.pangu_sigma.train.small_trainer import EOD, batch, step_on
 
     config = case_config(case, processes)
-    trainer = Trainer(build_model(config, config.model.vocab_size, EOD, processes=processes))
+    trainer = distributed_trainer(build_model(config, config.model.vocab_size, EOD, processes=processes))
     outputs: dict[str, np.ndarray] = {}
     model, apply = trainer.model, trainer.optimizer.apply
     shards = list(model.expert_shards.values())
@@ -71,7 +71,7 @@ def run_case(case: dict, processes, folder: Path | None = None) -> dict[str, np.
                     outputs[f"gradient {step} {layer_name} {model.local_experts[expert]} {part}"] = full
         apply(gradients, rate, scale, *rest)
 
-    regulariser = None
+    regulariser = NO_REGULARISER
     if "held" in case:
         regulariser, fisher = make_regulariser(trainer, config, case["held"])
         outputs |= fisher
@@ -79,20 +79,19 @@ def run_case(case: dict, processes, folder: Path | None = None) -> dict[str, np.
     results = []
     for step in range(case["steps"]):
         drawn = batch(step, case.get("drawn", {}).get(str(step), DOMAINS))
-        rows = trainer.read_rows
-        local = Batch(drawn.tokens[rows], drawn.domain[rows], drawn.sample[rows], drawn.step)
+        local = drawn.rows(trainer.read_rows)
         if step == case.get("poisoned") and (processes.size == 1 or processes.rank == processes.size - 1):
             # One weight of the last expert, which one process alone holds.
             trainer.model.store.flush()
             trainer.model.store.table("blocks.0", "up.weight")[-1] = np.nan
-        results.append(trainer.step(step, trainer.plan(local), regulariser))
+        results.append(step_on(trainer, step, local, regulariser))
     if processes.mesh.placement_groups > 1:
         outputs["read"] = local.domain
         outputs["came_from"] = senders(processes)
     outputs["loss"] = np.array([r.loss for r in results])
     outputs["norm"] = np.array([r.gradient_norm for r in results])
     outputs["finite"] = np.array([r.finite for r in results])
-    figures = trainer.metrics.take_record()
+    figures = trainer.take_record()
     outputs["tokens"] = np.array([figures["tokens"][n] for n in sorted(figures["tokens"])])
     outputs["figures"] = np.array(list(figures["figures"].values()))
     loads = figures.get("expert_load", {}).values()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.pangu_sigma.train.small_trainer import EXPERTS, batch, changed_names, small_trainer, tensors_now
+from tests.pangu_sigma.train.small_trainer import EXPERTS, batch, changed_names, small_trainer, step_on, tensors_now
 
 
 @pytest.mark.parametrize("router", ["switch", "noisy_top_k"])
@@ -13,7 +13,7 @@ def test_the_gate_columns_of_frozen_experts_keep_every_bit(router):
     before = tensors_now(trainer)
     old = EXPERTS["code"] + EXPERTS["law"]
     for step in range(3):
-        trainer.step(step, trainer.plan(batch(step, [2, 2, 2, 2])))
+        step_on(trainer, step, batch(step, [2, 2, 2, 2]))
     after = tensors_now(trainer)
     gates = [name for name in after if ".router." in name]
     assert len(gates) == (3 if router == "switch" else 6)

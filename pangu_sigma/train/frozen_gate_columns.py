@@ -12,24 +12,31 @@ from contextlib import contextmanager
 import numpy as np
 from mindspore import Parameter, Tensor
 
+from pangu_sigma.model.model import Model
 from pangu_sigma.tensor_names import is_gate
+from pangu_sigma.train.gradients import trained_experts
+from pangu_sigma.train.schedule import Phase
 from rre.routers import ExpertGroups
 
 
 class FrozenGateColumns:
     """The gates among `names` (the shared parameters in order) and the columns of the experts of untrained domains.
 
-    False where there is nothing to freeze. Columns must be masked before the global norm, so that they do not count in
-    clipping, and restored after the update, because weight decay and old moments would move them.
+    Columns must be masked before the global norm, so that they do not count in clipping, and restored after the update,
+    because weight decay and old moments would move them.
     """
 
     def __init__(self, names: Sequence[str], groups: ExpertGroups, trained: frozenset[str]) -> None:
-        owner = np.repeat(groups.names, groups.sizes)
-        self.columns = np.flatnonzero([name not in trained for name in owner])
+        self.columns = np.flatnonzero(~trained_experts(groups, trained))
         self.gates = [i for i, name in enumerate(names) if is_gate(name)] if self.columns.size else []
 
-    def __bool__(self) -> bool:
-        return bool(self.gates)
+    @classmethod
+    def of_step(cls, model: Model, phase: Phase) -> FrozenGateColumns | None:
+        """The columns that a step of `phase` leaves as they are; None where none does."""
+        if not (model.learned and phase.shared) or phase.domains.issuperset(model.groups.names):
+            return None
+        frozen = cls([p.name for p in model.shared.trainable], model.groups, phase.domains)
+        return frozen if frozen.gates else None
 
     def mask_gradients(self, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The gradients with zeros in the frozen columns."""
