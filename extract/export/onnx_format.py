@@ -55,7 +55,7 @@ def write(source: ExportSource, folder: Path, options: Options) -> list[str]:
     inputs, outputs = interface(source)
     model = traced(configuration(source, options.dtype), inputs, outputs)
     model.producer_name = "pangu-sigma"
-    parameters = {value.name: value.type.tensor_type for value in model.graph.input if value.name not in inputs}
+    parameters = {v.name: v.type.tensor_type.elem_type for v in model.graph.input if v.name not in inputs}
     # Written anew: an input stays even if nothing depends on it, as of the domains where a gate chooses the experts.
     for described, values in ((model.graph.input, inputs), (model.graph.output, outputs)):
         del described[:]
@@ -104,7 +104,7 @@ def interface(source: ExportSource) -> tuple[Values, Values]:
 
 
 def _write_weights(
-    folder: Path, graph: onnx.GraphProto, parameters: dict[str, onnx.TypeProto.Tensor], tensors: Sequence[TargetTensor]
+    folder: Path, graph: onnx.GraphProto, parameters: dict[str, int], tensors: Sequence[TargetTensor]
 ) -> None:
     """The parameters, types by name, become initializers with their numbers in the data file. ValueError for a tensor
     that the graph has no place for, or a parameter without numbers."""
@@ -119,16 +119,14 @@ def _write_weights(
                 write_all(stream, data)
                 job.advance(len(data))
             # Experts are one tensor in the checkpoint and one each in the graph.
-            names = [tensor.name]
+            names, shape = [tensor.name], tensor.shape
             if tensor.name not in parameters:
-                names = [f"{tensor.name}.{expert}" for expert in range(tensor.shape[0])]
+                names, shape = [f"{tensor.name}.{expert}" for expert in range(shape[0])], shape[1:]
             length = tensor.nbytes // len(names)
             for number, name in enumerate(names):
                 if name not in parameters:
                     raise ValueError(f"the graph has no place for {name}")
-                kind = parameters.pop(name)
-                initializer = graph.initializer.add(name=name, data_type=kind.elem_type)
-                initializer.dims.extend(axis.dim_value for axis in kind.shape.dim)
+                initializer = graph.initializer.add(name=name, data_type=parameters.pop(name), dims=shape)
                 initializer.data_location = initializer.EXTERNAL
                 where = {"location": _DATA, "offset": begin + number * length, "length": length}
                 for key, value in where.items():

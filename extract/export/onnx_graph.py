@@ -17,6 +17,8 @@ from extract.export.hf_files.modeling_pangu_sigma import PanGuSigmaExpertGroup, 
 OPSET = 17  # the first with LayerNormalization; every runtime of the last years has it
 # The graph's inputs or outputs: NumPy type and shape by name; a free axis has a name instead of a length.
 Values = Mapping[str, tuple[type, Sequence[int | str]]]
+# Lengths that no operator of the graph knows: short, because the exporter copies the parameters that it sees.
+_UNSEEN = {"vocab_size": 8, "intermediate_size": 8, "max_position_embeddings": 8}
 _SIZES = {"batch": 2, "length": 3, "past": 2, "total": 5}  # of the example; every axis stays free
 
 
@@ -50,13 +52,14 @@ class CachedModel(nn.Module):
 
 
 def traced(settings: Mapping[str, object], inputs: Values, outputs: Values) -> onnx.ModelProto:
-    """The graph of the model with these settings (its config.json); its parameters and those of `inputs` that it needs
-    are its inputs.
+    """The graph of the model with these settings (its config.json); its parameters, whose shapes mean nothing, and
+    those of `inputs` that it needs are its inputs.
 
     Every expert's matrices are parameters of their own, with its number in the group behind the stacked ones' name.
     """
     with torch.device("meta"):
-        network = PanGuSigmaModel(PanGuSigmaConfig(**settings, attn_implementation="eager")).eval()
+        config = PanGuSigmaConfig(**{**settings, **_UNSEEN}, attn_implementation="eager")
+        network = PanGuSigmaModel(config).eval()
     for group in (module for module in network.modules() if isinstance(module, PanGuSigmaExpertGroup)):
         for name, stacked in list(group.named_parameters()):
             delattr(group, name)
