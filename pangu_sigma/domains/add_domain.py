@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, resolve
-from pangu_sigma.config import Config, domain_edits, tensor_shapes
+from pangu_sigma.config import Config, domain_edits
 from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditedTensors, EditResult, check_free, check_known
 from pangu_sigma.domains.new_domain_tensors import NewDomainTensors
 from pangu_sigma.domains.sibling_models import check_siblings
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
-from pangu_sigma.tensor_names import is_routing, of_domain, parse_name
+from pangu_sigma.tensor_names import of_domain, parse_name
 from pangu_sigma.trained_model import stored_config, stored_tokenizer
 
 if TYPE_CHECKING:
@@ -72,14 +72,7 @@ def add_domain(
         if config.model.sparse.table == "frequency":
             rows = np.pad(np.array(store.token_counts), (0, config.model.vocab_size - store.token_counts.size))
         new = EditedTensors()
-        for name, shape in tensor_shapes(config, config.model.vocab_size).items():
-            parsed = parse_name(name)
-            if parsed.domain != new_domain.name:
-                continue
-            if is_routing(name):
-                new.add(name, "int32", shape, partial(initial.table, parsed.layer, rows))
-                continue
-            new.add_converted(name, stored_type(source, name), shape, partial(initial.tensor, name, shape, rows))
+        initial.add_to(new, config, rows)
         fresh_moments(new, source, new_domain.name, new_domain.experts)
         return subject.write(
             f"add {new_domain.name} ({new_domain.init})",
@@ -145,11 +138,6 @@ def read_text(subject: CheckpointEditor, config: Config) -> tuple[DomainStore, d
         return store, {}
     heldout = HeldoutSequences(store.heldout, config.data.sequence_length, tokenizer.eod_id, tokenizer.pad_id)
     return store, first_sequences({domain.name: heldout}, config.checkpoint.probe_sequences)
-
-
-def stored_type(source: Checkpoint, name: str) -> str:
-    """The type in which the model stores this tensor of its domains."""
-    return source.manifest.tensors[of_domain(name, source.domains[0])].dtype
 
 
 def fresh_moments(new: EditedTensors, source: Checkpoint, name: str, experts: int) -> None:

@@ -19,12 +19,12 @@ import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.checkpoint.float_types import as_float32
-from pangu_sigma.config import Config, domain_edits, tensor_shapes
-from pangu_sigma.domains.add_domain import NewDomain, fresh_moments, read_text, stored_type
+from pangu_sigma.config import Config, domain_edits
+from pangu_sigma.domains.add_domain import NewDomain, fresh_moments, read_text
 from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditedTensors, EditResult, check_free
 from pangu_sigma.domains.new_domain_tensors import NewDomainTensors
 from pangu_sigma.errors import UserError
-from pangu_sigma.tensor_names import GATE_NOISE, is_gate, of_domain, parse_name
+from pangu_sigma.tensor_names import GATE_NOISE, is_gate, parse_name
 from pangu_sigma.train.continual.teacher_snapshot import TEACHER_KEY, TeacherSnapshot, hash_tensors, link_snapshot
 from rre.counted_random import generator
 
@@ -49,7 +49,7 @@ def expand_domain(path: Path, new_domain: NewDomain, follow_up: domain_edits.Fol
         initial = NewDomainTensors(source, subject.config, new_domain.name, new_domain.experts, new_domain.init)
         store, probe = read_text(subject, config)
         new = EditedTensors()
-        _add_experts(new, source, config, new_domain, initial)
+        initial.add_to(new, config)
         _add_shared(new, source, config, new_domain)
         fresh_moments(new, source, new_domain.name, new_domain.experts)
         kept = link_snapshot(subject.run_dir, source)
@@ -77,23 +77,6 @@ def _check_gate(source: Checkpoint, config: Config) -> None:
             f"{source.path} has model.domain_parameters.embedding = own, and before it grows no table reads the "
             "new text: expand models of one shared word embedding"
         )
-
-
-def _add_experts(
-    new: EditedTensors, source: Checkpoint, config: Config, new_domain: NewDomain, initial: NewDomainTensors
-) -> None:
-    for name, shape in tensor_shapes(config, config.model.vocab_size).items():
-        if parse_name(name).domain == new_domain.name:
-            new.add_converted(name, stored_type(source, name), shape, partial(_expert_tensor, initial, name, shape))
-
-
-def _expert_tensor(initial: NewDomainTensors, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    kind, _, of = initial.text.partition(":")
-    if kind != "from":
-        return initial.tensor(name, shape, None)
-    origin = of_domain(name, of)
-    own = as_float32(origin, initial.source.load([origin])[origin])
-    return own[np.arange(shape[0]) % len(own)]
 
 
 def _add_shared(new: EditedTensors, source: Checkpoint, config: Config, new_domain: NewDomain) -> None:

@@ -1,6 +1,7 @@
 """How a new domain's experts, routing tables and embedding slot begin.
 
-`from:DOMAIN`: as that domain's, its routing included, so that the new domain is the same function until it trains.
+`from:DOMAIN`: as that domain's, its routing included, so that the new domain is the same function until it trains (in
+a model of learned gates, which have no tables: as that domain's experts in turn).
 `mean`: every expert is the mean of all experts of its layer. `dense:MODEL`: every expert is the feed-forward network
 of its layer in a dense model of the same shape (the one that was upcycled). `random`: drawn as for a new model. All but
 the first draw tables of their own.
@@ -9,16 +10,18 @@ the first draw tables of their own.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, resolve
 from pangu_sigma.checkpoint.float_types import as_float32
-from pangu_sigma.config import Config
+from pangu_sigma.config import Config, tensor_shapes
+from pangu_sigma.domains.checkpoint_editor import EditedTensors
 from pangu_sigma.domains.split_tables import origins_of_copies, split_table
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.initialization import initial_value
-from pangu_sigma.tensor_names import dense_name, is_expert, of_domain, parse_name, table_name
+from pangu_sigma.tensor_names import dense_name, is_expert, is_routing, of_domain, parse_name, table_name
 from pangu_sigma.trained_model import stored_config
 from rre.routing_tables import draw_table
 
@@ -76,6 +79,19 @@ class NewDomainTensors:
                     f"{getattr(own, key)} here; name another, or mean"
                 )
 
+    def add_to(self, new: EditedTensors, config: Config, rows: np.ndarray | None = None) -> None:
+        """Add all tensors of the domain in the model of `config`, in the types in which the others' are stored; rows
+        [V]: the ids' occurrences, for the frequency rule."""
+        for name, shape in tensor_shapes(config, config.model.vocab_size).items():
+            parsed = parse_name(name)
+            if parsed.domain != self.name:
+                continue
+            if is_routing(name):
+                new.add(name, "int32", shape, partial(self.table, parsed.layer, rows))
+            else:
+                dtype = self.source.manifest.tensors[of_domain(name, self.source.domains[0])].dtype
+                new.add_converted(name, dtype, shape, partial(self.tensor, name, shape, rows))
+
     def table(self, layer_name: str, rows: np.ndarray | None) -> np.ndarray:
         """The routing table int32 [V] of one sparse layer; rows [V]: the ids' occurrences, for the frequency rule."""
         kind, _, of = self.text.partition(":")
@@ -94,7 +110,10 @@ class NewDomainTensors:
             own = self._load(of_domain(name, of))
             if not is_expert(name):
                 return own
-            table = self._load(table_name(parse_name(name).layer, of))
+            routing = table_name(parse_name(name).layer, of)
+            if routing not in self.source.manifest.tensors:
+                return own[np.arange(self.experts) % len(own)]
+            table = self._load(routing)
             counted = np.ones(table.size) if rows is None else rows
             return np.concatenate([own, own[self._origins(table, len(own), counted)]])
         if kind == "mean":
