@@ -33,7 +33,7 @@ clients: $(VENV)/.installed-test $(VENV)/.installed-clients  ## foreign clients 
 lint: $(VENV)/.installed-lint  ## ruff's checks
 	$(BIN)/ruff check .
 
-reference: $(VENV)/.installed  ## renew docs/configuration.md and the quickstart's comments, which the schema gives
+reference: $(VENV)/.installed  ## renew docs/configuration.md, the tables of docs/routers.md and the quickstart's comments
 	$(BIN)/python docs/reference.py
 
 bench: $(VENV)/.installed-hf  ## speeds beside PyTorch, extraction beside cp, cluster configurations compiled

@@ -38,27 +38,25 @@ def measure(name: str) -> float:
     from parallel.operator_layout import Layout
     from parallel.ops.compiled_kernels import library
     from rre.dispatch.dispatch_plan import plan_present
-    from rre.router_specs import LAYER, ROUTER_SPECS
-    from rre.routers import ROUTERS, ExpertGroups, RouterOptions
-    from rre.routing_tables import draw_table
+    from rre.router_specs import ROUTER_SPECS
+    from rre.routers import ExpertGroups, RouterOptions, build_router
+    from rre.routing_tables import draw_owned_table
 
     system = SYSTEMS[name]
-    kind = ROUTER_SPECS[system.router]
+    spec = ROUTER_SPECS[system.router]
     groups = ExpertGroups(DOMAINS, (system.experts,) * len(DOMAINS))
     draw = np.random.default_rng(0)
     ids = draw.zipf(1.3, (SAMPLES, TOKENS // SAMPLES)).astype(np.int64) % 4096
     domain = np.arange(SAMPLES, dtype=np.int32) % len(DOMAINS)
-    tables = None
-    if kind.tables == "domain":
-        tables = {n: draw_table("uniform", 1, "blocks.0", n, 4096, system.experts, None) for n in DOMAINS}
-    elif kind.tables == "layer":
-        tables = {LAYER: draw_table("uniform", 1, "blocks.0", LAYER, 4096, groups.total, None)}
+    experts = dict.fromkeys(DOMAINS, system.experts)
+    owners = spec.table_owners(DOMAINS)
+    tables = {owner: draw_owned_table("uniform", 1, "blocks.0", owner, 4096, experts, {}) for owner in owners}
     capacity = 1.25 if "model.sparse.dispatch=capacity" in system.more else None
-    router = ROUTERS[system.router].build(
-        RouterOptions(groups, 192, TOKENS // SAMPLES, Layout("CPU", library()), top_k=system.top_k, tables=tables,
+    router = build_router(
+        RouterOptions(spec, groups, 192, TOKENS // SAMPLES, Layout("CPU", library()), top_k=system.top_k, tables=tables,
                       capacity_factor=capacity)
     )  # fmt: skip
-    if not kind.learned:
+    if not spec.learned:
         return milliseconds(
             lambda: plan_present(router.assign(ids, domain, 0, np.arange(SAMPLES), True).expert_ids, groups.total)
         )

@@ -1,12 +1,14 @@
-"""Renews what is made from the configuration's schema: docs/configuration.md, and configs/quickstart.yaml around its
-values. `make reference` runs it; a test holds both files against it.
+"""Renews what is made from the configuration's schema and the routers' specs: docs/configuration.md, the tables of
+docs/routers.md, and configs/quickstart.yaml around its values. `make reference` runs it; a test holds the files against
+it.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,15 @@ from pangu_sigma.config.config_text import description
 from pangu_sigma.config.key_descriptions import allowed, default_of, inner_section, meaning
 from pangu_sigma.config.section import Section
 from pangu_sigma.config.yaml_text import parse_yaml
+from rre.router_specs import MIXTURE_GATE, ROUTER_SPECS, RouterSpec
 
 ROOT = Path(__file__).parents[1]
-QUICKSTART = ROOT / "configs/quickstart.yaml"
+QUICKSTART, ROUTERS = ROOT / "configs/quickstart.yaml", ROOT / "docs/routers.md"
+FORMULAS = ("router", "chooses", "combine weights", "auxiliary loss", "from")
+SUPPORT = (
+    "router", "dispatch `capacity`", "store `host`, `disk`", "a graph cut over devices", "generation",
+    "`extract`, `domains add`", "export",
+)  # fmt: skip
 
 
 def made_files() -> dict[Path, str]:
@@ -25,7 +33,11 @@ def made_files() -> dict[Path, str]:
     text = QUICKSTART.read_text(encoding="utf-8")
     header, _, _ = text.partition("\n\n# Version")
     lines = "\n".join(written(Config, parse_yaml(text), ""))
-    return {QUICKSTART: f"{header}\n{lines}\n", ROOT / "docs/configuration.md": description() + "\n"}
+    return {
+        QUICKSTART: f"{header}\n{lines}\n",
+        ROOT / "docs/configuration.md": description() + "\n",
+        ROUTERS: with_router_tables(ROUTERS.read_text(encoding="utf-8")),
+    }
 
 
 def written(section: type[Section], values: dict[str, Any], indent: str) -> Iterator[str]:
@@ -62,6 +74,36 @@ def plain(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(plain, value))}]"
     return value if isinstance(value, str) and parse_yaml(value) == value else json.dumps(value, ensure_ascii=False)
+
+
+def with_router_tables(page: str) -> str:
+    """The page with the tables between its markers as the specs say."""
+    specs = {**ROUTER_SPECS, "model.top_layer: mixture": MIXTURE_GATE}
+    tables = {
+        "formulas": table(FORMULAS, (formula(spec) for spec in ROUTER_SPECS.values())),
+        "support": table(SUPPORT, (support(name, spec) for name, spec in specs.items())),
+    }
+    return re.sub(r"(<!-- (\w+): .*? -->\n).*?(?=<!-- end -->)", lambda m: m[1] + tables[m[2]], page, flags=re.DOTALL)
+
+
+def formula(spec: RouterSpec) -> Sequence[str]:
+    """A router's row of the table of formulas."""
+    return f"`{spec.name}`", spec.chooses, spec.combine_weights, spec.auxiliary_loss, spec.source
+
+
+def support(name: str, spec: RouterSpec) -> Sequence[str]:
+    """A router's row of the table of what works with what."""
+    has = (spec.has_capacity, not spec.needs_all_experts, spec.has_mesh_form, spec.causal, spec.separates_domains)
+    cells = ["yes" if holds else "no" for holds in has]
+    without = [f"`{option.name}: {value}`" for option in spec.options for value in option.not_on_mesh]
+    if without:
+        cells[2] += f" (not {', '.join(without)})"
+    return f"`{name}`", *cells, ", ".join(f"`{name}`" for name in sorted(spec.exports)) or "no"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ("---",) * len(head), *rows))
 
 
 if __name__ == "__main__":

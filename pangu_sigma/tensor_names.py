@@ -16,15 +16,13 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from rre.router_specs import LAYER
+from rre.router_specs import LAYER, GateWeight, RouterSpec
 
 WORDS = "embedding.word"
 POSITIONS = "embedding.position"
 QUERIES = "embedding.query"
 OUTPUT_WORDS = "head.word"
-# A learned gate, and a noisy one's noise: [D, E], in a sparse layer.
-GATE = "router.weight"
-GATE_NOISE = "router.noise_weight"
+GATE = "router.weight"  # [D, E], of a learned gate in a sparse layer
 QUERY_LAYER = "query_layer"
 PROBE = "probe"
 # Stores keep the domains' own word tables beside the experts' tensors, under this name instead of a layer's.
@@ -155,8 +153,13 @@ def is_expert(name: str) -> bool:
 
 
 def is_gate(name: str) -> bool:
-    """Whether it is a weight or moment of a learned gate, with all experts of the layer on the last axis."""
-    return parse_name(name).part in (GATE, GATE_NOISE)
+    """Whether it is a weight or moment of a learned gate."""
+    return parse_name(name).module == "router"
+
+
+def gate_weight(name: str, spec: RouterSpec) -> GateWeight | None:
+    """What it is of the weights of a learned gate; None where it is of no gate."""
+    return spec.gate_weight(parse_name(name).tensor) if is_gate(name) else None
 
 
 def name_without_cells(name: str) -> str:

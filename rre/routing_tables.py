@@ -6,10 +6,12 @@ A table is drawn once, when its domain is created, is a tensor of the checkpoint
 from __future__ import annotations
 
 import heapq
+from collections.abc import Mapping
 
 import numpy as np
 
 from rre.counted_random import generator
+from rre.router_specs import LAYER
 
 
 def draw_uniform_table(vocab: int, experts: int, rng: np.random.Generator) -> np.ndarray:
@@ -53,6 +55,17 @@ def draw_table(
             raise ValueError("a frequency table needs the domain's token counts")
         return draw_frequency_table(counts, experts, rng)
     return draw_uniform_table(vocab, experts, rng)
+
+
+def draw_owned_table(
+    kind: str, seed: int, layer_name: str, owner: str, vocab: int, groups: Mapping[str, int],
+    counts: Mapping[str, np.ndarray],
+) -> np.ndarray:  # fmt: skip
+    """`draw_table` for a domain over its group or, with LAYER as its owner, for a layer over all `groups` together."""
+    if owner == LAYER:
+        together = sum(counts.values()) if counts else None
+        return draw_table(kind, seed, layer_name, LAYER, vocab, sum(groups.values()), together)
+    return draw_table(kind, seed, layer_name, owner, vocab, groups[owner], counts.get(owner))
 
 
 def extend_table(

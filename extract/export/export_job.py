@@ -9,11 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from extract.export.export_formats import FORMATS, Options
-from extract.export.export_source import open_source
+from extract.export.export_source import ExportSource, open_source
 from pangu_sigma.checkpoint.atomic_folder import atomic_folder
 from pangu_sigma.checkpoint.float_types import FLOAT_TYPES
 from pangu_sigma.checkpoint.model_folder import check_output, output_write
 from pangu_sigma.errors import UserError
+from rre.router_specs import ROUTER_SPECS
 
 _SMALL_FILES = 16 << 20  # everything but weights and tokenizer
 
@@ -36,6 +37,7 @@ def export(
     options = options or Options()
     _check_options(format_, options)
     writer.check(source, options)
+    _check_router(format_, source)
     disk_write = output_write(final)
     needed = writer.weight_bytes(source, options) + len(source.tokenizer.model) + _SMALL_FILES
     with disk_write.explain_errors(), atomic_folder(final) as folder:
@@ -53,6 +55,16 @@ def _check_options(format_: str, options: Options) -> None:
         raise UserError(f"'{options.dtype}' is no element type; choose {', '.join(FLOAT_TYPES)}")
     if spec.float32_only and options.dtype != "float32":
         raise UserError(f"{format_} is written in float32: leave --dtype out; {spec.float32_only}")
+
+
+def _check_router(format_: str, source: ExportSource) -> None:
+    model = source.config.model
+    if model.sparse_prefixes and format_ not in model.router_spec.exports:
+        known = [name for name, spec in ROUTER_SPECS.items() if format_ in spec.exports]
+        raise UserError(
+            f"{source.checkpoint.path} routes by {model.router_setting}, which --format {format_} does not have yet: "
+            f"export a model of router {' or '.join(known)}"
+        )
 
 
 def _writer(format_: str):

@@ -57,7 +57,7 @@ def open_source(model: str | Path, domains: Sequence[str] | None = None) -> Expo
     checkpoint = resolve(model)
     config = stored_config(checkpoint)
     chosen = choose_domains(checkpoint, domains or checkpoint.domains)
-    if config.model.sparse_prefixes and config.model.router != "rre" and chosen != config.domain_names:
+    if config.model.sparse_prefixes and not config.model.separates_domains and chosen != config.domain_names:
         raise UserError(
             f"the model's gate ({config.model.router_setting}) chooses among the experts of all domains, so it cannot "
             "be exported with some of them; leave --domain out"
@@ -74,13 +74,7 @@ def check_pangu(source: ExportSource) -> None:
             "biases, head, activation and attention.qk_norm): export an OLMoE with --format hf-olmoe; no format has "
             "others yet"
         )
-    sparse = model.sparse
-    if model.sparse_prefixes and model.router not in ("rre", "switch"):
-        raise UserError(
-            f"{path} routes by {model.router_setting}, which no export format has yet: "
-            "export a model of router rre or switch"
-        )
-    if model.sparse_prefixes and sparse.shared_expert:
+    if model.sparse_prefixes and model.sparse.shared_expert:
         raise UserError(
             f"{path} has a shared expert (model.sparse.shared_expert), which no export format has yet: "
             "export a model without one"

@@ -16,7 +16,7 @@ from extract.export.export_source import ExportSource
 from extract.export.hf_format import write_folder
 from extract.export.safetensors_shards import SAFETENSORS_DTYPES, TargetTensor, total_bytes, write_shards
 from pangu_sigma.checkpoint.float_types import convert_float
-from pangu_sigma.convert.olmoe_names import OlmoeTensor, parts_of, unlike_olmoe
+from pangu_sigma.convert.olmoe_names import MODEL_TYPE, OlmoeTensor, parts_of, unlike_olmoe
 from pangu_sigma.errors import UserError
 
 EXPERT_MATRICES = 3
@@ -88,7 +88,7 @@ def configuration(source: ExportSource, dtype: str) -> dict:
     model = source.config.model
     return {
         "architectures": ["OlmoeForCausalLM"],
-        "model_type": "olmoe",
+        "model_type": MODEL_TYPE,
         "dtype": dtype,
         "vocab_size": source.vocab,
         "hidden_size": model.hidden,

@@ -39,7 +39,7 @@ def check(source: ExportSource, options: Options) -> None:
     if options.capacity_factor is not None and (options.capacity_factor <= 0 or options.signature != "sigma"):
         raise UserError("--capacity-factor is a number above 0 and belongs to --signature sigma; leave it out")
     if options.signature == "sigma":
-        if model.sparse_prefixes and model.router != "rre":
+        if model.sparse_prefixes and model.router_spec.learned:
             raise UserError(
                 "the sigma signature takes expert ids from outside, and a learned gate makes them inside; leave "
                 "--signature out"
@@ -112,7 +112,7 @@ def shapes_of(source: ExportSource, options: Options) -> StaticShapes:
         eod_id=source.tokenizer.eod_id,
         query_layer=model.query_layer == "next_position",
         sparse=model.sparse_prefixes,
-        router=model.router,
+        learned=model.router_spec.learned,
         experts=source.experts,
         per_domain_words=model.domain_parameters.embedding == "own",
         activation=model.activation,

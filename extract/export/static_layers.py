@@ -41,7 +41,7 @@ class StaticShapes:
     eod_id: int
     query_layer: bool
     sparse: tuple[str, ...]
-    router: str
+    learned: bool
     experts: tuple[int, ...]
     per_domain_words: bool
     activation: str
@@ -134,7 +134,7 @@ class StaticSparseLayer(nn.Cell):
     def __init__(self, shapes: StaticShapes, layout: Layout, window: bool, given_ids: bool) -> None:
         super().__init__()
         self.experts = ExpertBank(shapes, layout)
-        self.learned, self.given_ids = shapes.router == "switch", given_ids
+        self.learned, self.given_ids = shapes.learned, given_ids
         self.vocab, self.window = shapes.vocab, window
         # Copying the weights of T experts costs less than computing T rows with each of E.
         self.few = not window and shapes.batch <= sum(shapes.experts)

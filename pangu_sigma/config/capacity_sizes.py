@@ -49,7 +49,7 @@ def activated_slots(config: Config) -> int:
     """
     mesh = config.parallel.mesh
     sizes = [domain.experts for domain in config.domains]
-    by_domain = config.model.router_spec.tables == "domain"
+    by_domain = config.model.router_spec.separates_domains
     if config.experts.store == "device" or not by_domain:
         return sum(sizes) // mesh.placement_groups
     together = config.train.gradient_accumulation_steps if mesh.pipeline > 1 else 1
@@ -74,7 +74,7 @@ def rows_of_group(config: Config) -> int:
     layer else."""
     sparse, length = config.model.sparse, config.data.sequence_length * config.model.sparse.capacity_samples
     sizes = [domain.experts for domain in config.domains]
-    among = min(sizes) if config.model.router_spec.tables == "domain" else sum(sizes)
+    among = min(sizes) if config.model.router_spec.separates_domains else sum(sizes)
     return math.ceil(sparse.capacity_factor * config.experts_per_token * length / among)
 
 

@@ -67,7 +67,7 @@ def _device(config: Config) -> Violations:
     sparse = config.model.sparse
     cut = config.sharded_over_devices and config.model.sparse_prefixes
     # A router that has no cut form at all is refused with that reason.
-    if cut and config.model.router_spec.cut and sparse.dispatch == "dropless":
+    if cut and config.model.router_spec.has_mesh_form and sparse.dispatch == "dropless":
         yield (
             "model.sparse.dispatch",
             "model.sparse.dispatch = dropless has rows of changing number, but a graph that is cut over devices needs "
@@ -84,7 +84,7 @@ def _experts(config: Config, mesh: Mesh) -> Violations:
                 f"{mesh.data * mesh.expert}",
             )
         return
-    if mesh.placement_groups > 1 and config.model.router_spec.tables != "domain":
+    if mesh.placement_groups > 1 and not config.model.router_spec.separates_domains:
         yield (
             "parallel.placement",
             f"parallel.placement = domain keeps a domain's rows at its own experts, but {config.model.router_setting} "
@@ -157,18 +157,18 @@ def _one_graph(config: Config, mesh: Mesh) -> Violations:
         )
     if not config.model.sparse_prefixes:
         return
-    if not model.router_spec.cut:
-        others = ", ".join(name for name, kind in ROUTER_SPECS.items() if kind.cut)
+    if not model.router_spec.has_mesh_form:
+        others = ", ".join(name for name, spec in ROUTER_SPECS.items() if spec.has_mesh_form)
         advice = "leave it out" if model.is_mixture else f"choose one of {others}"
         yield (
             model.router_setting.partition(" ")[0],
             f"{model.router_setting} has no form that is cut over devices: {advice}",
         )
-    if model.router == "olmoe" and model.sparse.balance == "pooled":
-        yield (
-            "model.sparse.balance",
-            "model.sparse.balance = pooled has no form that is cut over devices: set it to per_layer",
-        )
+    for option in model.router_spec.options:
+        value = model.router_options[option.name]
+        if value in option.not_on_mesh:
+            key = f"model.sparse.{option.name}"
+            yield key, f"{key} = {value} has no form that is cut over devices: set it to {option.default}"
     for name, parts in (("expert_chunks", parallel.expert_chunks), ("pipeline", parallel.pipeline)):
         if model.router_spec.learned and parts > 1:
             yield (

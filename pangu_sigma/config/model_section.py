@@ -11,7 +11,7 @@ from pangu_sigma.config.section import Field, Section, Violations
 from pangu_sigma.config.sparse_section import FeedForwardKind, SparseConfig
 from pangu_sigma.tensor_names import QUERY_LAYER, block_name
 from rre.feed_forward_spec import FeedForwardSpec
-from rre.router_specs import ROUTER_SPECS, RouterSpec
+from rre.router_specs import MIXTURE_GATE, ROUTER_SPECS, RouterSpec
 
 # Gated kinds of a feed-forward network and the activation of their gate (Shazeer 2020, arXiv 2002.05202).
 GATE_ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu"}
@@ -181,12 +181,22 @@ class ModelConfig(Section, resume="fixed", init_from="equal"):
     @property
     def router(self) -> str:
         """Name of the router of the layers that hold experts: the sparse layers' or that of a mixture's gate."""
-        return "every_expert" if self.is_mixture else self.sparse.router
+        return self.router_spec.name
 
     @property
     def router_spec(self) -> RouterSpec:
         """What `router` is."""
-        return ROUTER_SPECS[self.router]
+        return MIXTURE_GATE if self.is_mixture else ROUTER_SPECS[self.sparse.router]
+
+    @property
+    def router_options(self) -> dict[str, bool | float | str]:
+        """Values of the options that the router has."""
+        return {option.name: getattr(self.sparse, option.name) for option in self.router_spec.options}
+
+    @property
+    def separates_domains(self) -> bool:
+        """Whether every domain has experts of its own, to which no gate or table sends another domain's tokens."""
+        return bool(self.sparse_prefixes) and self.router_spec.separates_domains
 
     @property
     def router_setting(self) -> str:
@@ -289,7 +299,7 @@ def _top_layer(model: ModelConfig) -> Violations:
             f"({model.layer_names[-1]}) must be the only one with experts: leave model.sparse.layers, pattern and "
             "include_query_layer out",
         )
-    if sparse.router != "rre":
+    if sparse.router != SparseConfig().router:
         yield (
             "model.sparse.router",
             f"model.sparse.router = {sparse.router} has no effect on model.top_layer = mixture, whose gate is its own: "

@@ -117,11 +117,8 @@ def _layer(config: Config, layer_name: str, vocab_size: int) -> Iterator[tuple[s
         yield from _network(config, layer_name, "feed_forward", model.network)
         return
     sparse = model.sparse
-    gate = (hidden, config.experts_in_layer)
-    if model.router_spec.learned:
-        yield tensor_name(layer_name, tensor_names.GATE), gate
-    if model.router == "noisy_top_k":
-        yield tensor_name(layer_name, tensor_names.GATE_NOISE), gate
+    for weight in model.router_spec.gate_weights:
+        yield tensor_name(layer_name, "router", weight.name), weight.shape(hidden, config.experts_in_layer)
     if sparse.shared_expert:
         yield from _network(config, layer_name, "shared_expert", model.expert_network)
     if model.router_spec.tables == "layer":
@@ -135,5 +132,5 @@ def _domain(config: Config, vocab_size: int, name: str, experts: int) -> Iterato
     for layer_name in config.model.sparse_prefixes:
         for tensor, shape in config.model.expert_network.shapes(hidden, ffn).items():
             yield expert_name(layer_name, tensor, name), (experts, *shape)
-        if config.model.router_spec.tables == "domain":
+        if config.model.router_spec.separates_domains:
             yield table_name(layer_name, name), (vocab_size,)

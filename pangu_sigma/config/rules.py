@@ -29,7 +29,7 @@ def _routing(config: Config) -> Violations:
         return  # which layers are sparse is not known: the model's own rules say why
     # How many samples a rank computes is not known of a mesh that cannot be.
     is_mesh = not any(config.parallel.violations())
-    if sparse.capacity_samples > 1 and is_mesh and sparse.has_group_capacity(model.router_spec, model.is_mixture):
+    if sparse.capacity_samples > 1 and is_mesh and sparse.has_group_capacity(model.router_spec):
         samples = samples_at_a_time(config)
         if samples % sparse.capacity_samples:
             yield (
@@ -39,7 +39,7 @@ def _routing(config: Config) -> Violations:
                 "train.gradient_accumulation_steps, among the ranks that read): choose a divisor",
             )
     experts = config.experts_in_layer
-    most = experts - 1 if model.router == "noisy_top_k" else experts
+    most = experts - int(model.router_spec.needs_unchosen_expert)
     if model.sparse_prefixes and model.router_spec.learned and config.experts_per_token > most:
         spare = ", one of which must be left unchosen" if most < experts else ""
         yield (
@@ -190,7 +190,7 @@ def _run(config: Config) -> Violations:
 
 def _experts(config: Config) -> Violations:
     store = config.experts.store
-    if store != "device" and config.model.router_spec.learned:
+    if store != "device" and config.model.router_spec.needs_all_experts:
         yield (
             "experts.store",
             f"experts.store = {store}, but a learned gate ({config.model.router_setting}) chooses "
@@ -236,7 +236,6 @@ def _regularise(key: str, phase: PhaseConfig, config: Config) -> Violations:
     yield from phase.regularise_violations(key)
     regularise = phase.regularise
     if regularise is not None and regularise.through == "old":
-        has_own_experts = config.model.sparse_prefixes and config.model.router_spec.tables == "domain"
         if not regularise.output:
             yield (
                 f"{key}.regularise.through",
@@ -249,7 +248,7 @@ def _regularise(key: str, phase: PhaseConfig, config: Config) -> Violations:
                 f"{key}.regularise.through = old has the new text read by other domains' experts, whose rows do not "
                 "leave their placement group: set it to own, or parallel.placement to global",
             )
-        elif not has_own_experts and config.model.domain_parameters.embedding == "shared":
+        elif not config.model.separates_domains and config.model.domain_parameters.embedding == "shared":
             yield (
                 f"{key}.regularise.through",
                 f"{key}.regularise.through = old has no effect on this model, in which no domain has experts of its "

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import create_model
 
 from pangu_sigma.config.section import Field, Section, Violations
-from rre.router_specs import RouterSpec
+from rre.router_specs import ROUTER_OPTIONS, ROUTER_SPECS, RouterOption, RouterSpec, routers_with
 
 FeedForwardKind = Literal["mlp", "swiglu", "geglu"]
+RouterName = Literal[tuple(ROUTER_SPECS)]
+_BY_TABLE = [name for name, spec in ROUTER_SPECS.items() if not spec.learned]
+_OF_ANY_K = [name for name, spec in ROUTER_SPECS.items() if not spec.fixed]
 
 
-class SparseConfig(Section, resume="fixed", init_from="equal"):
-    """Which layers are sparse, how a token finds its expert and how rows travel."""
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+class SparseKeys(Section):
+    """Keys of `model.sparse` in their order; those without a value here are options of routers, which
+    `rre.router_specs` defines."""
 
     pattern: Literal["top", "every_other", "every"] = Field(
         "top", description="Which layers are sparse: the top ones, every second block (not the first), or all blocks."
@@ -22,22 +33,19 @@ class SparseConfig(Section, resume="fixed", init_from="equal"):
     include_query_layer: bool = Field(
         False, description="Whether the query layer is sparse too; it then counts as one of the top layers."
     )
-    router: Literal["rre", "hash", "switch", "gshard", "glam", "noisy_top_k", "olmoe", "expert_choice"] = Field(
-        "rre", description="How tokens and experts meet: rre and hash by fixed tables, all others by a learned gate."
+    router: RouterName = Field(
+        next(iter(ROUTER_SPECS)),
+        description=f"How tokens and experts meet: {_listed(_BY_TABLE)} by fixed tables, all others by a learned gate.",
     )
     top_k: int | None = Field(
-        None, ge=1, description="Experts per token of noisy_top_k, olmoe, expert_choice; null takes the router's own."
+        None, ge=1, description=f"Experts per token of {', '.join(_OF_ANY_K)}; null takes the router's own."
     )
     table: Literal["uniform", "frequency"] = Field(
         "uniform",
         init_from="free",
         description="How a routing table is drawn: equal numbers of vocabulary ids, or balanced by their frequency.",
     )
-    resample: bool = Field(
-        False,
-        init_from="free",
-        description="Whether training draws a fresh expert for every occurrence instead of using the table.",
-    )
+    resample: bool
     dispatch: Literal["dropless", "capacity"] = Field(
         "dropless",
         init_from="free",
@@ -55,86 +63,76 @@ class SparseConfig(Section, resume="fixed", init_from="equal"):
         init_from="free",
         description="Samples that share an expert's room under a learned gate and capacity dispatch: GShard's group.",
     )
-    aux_loss_weight: float = Field(
-        0.01, ge=0, init_from="free", description="Weight of the balance loss of switch, gshard, glam and olmoe."
-    )
-    balance: Literal["per_layer", "pooled"] = Field(
-        "per_layer",
-        init_from="free",
-        description="Form of olmoe's balance loss: each layer's own, added up, or Hugging Face's, pooled over layers.",
-    )
-    z_loss_weight: float = Field(0.001, ge=0, init_from="free", description="Weight of the z-loss of olmoe.")
-    importance_loss_weight: float = Field(
-        0.1, ge=0, init_from="free", description="Weight of the importance loss of noisy_top_k."
-    )
-    load_loss_weight: float = Field(0.1, ge=0, init_from="free", description="Weight of the load loss of noisy_top_k.")
-    renormalise: bool = Field(
-        False, description="Whether olmoe divides a token's combine weights by their sum; OLMoE itself does not."
-    )
+    aux_loss_weight: float
+    balance: str
+    z_loss_weight: float
+    importance_loss_weight: float
+    load_loss_weight: float
+    renormalise: bool
     feed_forward: FeedForwardKind | None = Field(
         None, description="Kind of every expert's network; null takes model.feed_forward, the dense layers'."
     )
     shared_expert: bool = Field(
         False, description="Whether sparse layers have one more network, which every token takes beside its experts."
     )
-    jitter: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        init_from="free",
-        description="Half-width of the noise multiplied onto the gate's input of switch in training.",
-    )
+    jitter: float
 
     def router_name(self, is_mixture: bool) -> str:
         """The router as sentences call it."""
         return "mixture (model.top_layer)" if is_mixture else f"router {self.router}"
 
-    def has_group_capacity(self, spec: RouterSpec, is_mixture: bool) -> bool:
-        """Whether samples may share an expert's capacity: under a learned gate that chooses for each token."""
-        return spec.learned and spec.causal and not is_mixture and self.dispatch == "capacity"
+    def has_group_capacity(self, spec: RouterSpec) -> bool:
+        """Whether samples may share an expert's capacity: under a learned gate whose experts can run out of room."""
+        return spec.learned and spec.has_capacity and self.dispatch == "capacity"
 
     def violations(self, spec: RouterSpec, is_mixture: bool) -> Violations:
         """Options without effect on the router that `spec` describes, or on the gate of a mixture."""
         router = self.router_name(is_mixture)
-        if self.resample and "resample" not in spec.options:
-            yield (
-                "model.sparse.resample",
-                f"model.sparse.resample is true, but the {router} has no table of a domain to draw from: "
-                "set it to false or the router to rre",
-            )
-        if self.jitter > 0 and "jitter" not in spec.options:
-            yield (
-                "model.sparse.jitter",
-                f"model.sparse.jitter = {self.jitter} has no effect on the {router}: set it to 0, or the "
-                "router to switch",
-            )
-        if self.renormalise and "renormalise" not in spec.options:
-            yield (
-                "model.sparse.renormalise",
-                f"model.sparse.renormalise is true, but has no effect on the {router}: set it to false, or "
-                "the router to olmoe",
-            )
-        if self.balance != "per_layer" and "balance" not in spec.options:
-            yield (
-                "model.sparse.balance",
-                f"model.sparse.balance = {self.balance} has no effect on the {router}: set it to "
-                "per_layer, or the router to olmoe",
-            )
+        for name, option in ROUTER_OPTIONS.items():
+            value = getattr(self, name)
+            if option not in spec.options and value != option.default and not option.weighs_loss:
+                written = "is true, but" if value is True else f"= {value}"
+                default = str(option.default).lower().removesuffix(".0")
+                yield (
+                    f"model.sparse.{name}",
+                    f"model.sparse.{name} {written} {option.no_effect.format(router=router)}: set it to {default}, or "
+                    f"the router to {' or '.join(routers_with(name))}",
+                )
         if spec.fixed and self.top_k not in (None, spec.experts_per_token):
             yield (
                 "model.sparse.top_k",
                 f"model.sparse.top_k = {self.top_k}, but the {router} takes "
                 f"{spec.experts_per_token or 'all experts'} by definition: leave it out",
             )
-        if not spec.causal and self.dispatch == "capacity":
+        if spec.experts_choose and self.dispatch == "capacity":
             yield (
                 "model.sparse.dispatch",
                 f"model.sparse.dispatch = capacity, but with the {router} every expert takes a fixed number "
                 "of tokens anyway: set it to dropless",
             )
-        if self.capacity_samples > 1 and not self.has_group_capacity(spec, is_mixture):
+        if self.capacity_samples > 1 and not self.has_group_capacity(spec):
             yield (
                 "model.sparse.capacity_samples",
                 f"model.sparse.capacity_samples = {self.capacity_samples} acts on the learned gates that have a "
                 "capacity: leave it out, or set such a router and model.sparse.dispatch to capacity",
             )
+
+
+def _field(option: RouterOption) -> tuple[Any, Any]:
+    """Type and field of a router's option."""
+    description = option.description.format(routers=_listed(routers_with(option.name)))
+    kind = Literal[option.choices] if option.choices else type(option.default)
+    init_from = "equal" if option.defines_network else "free"
+    return kind, Field(
+        option.default, ge=option.at_least, lt=option.below, init_from=init_from, description=description
+    )
+
+
+SparseConfig = create_model(
+    "SparseConfig",
+    __base__=SparseKeys,
+    __cls_kwargs__={"resume": "fixed", "init_from": "equal"},
+    __module__=__name__,
+    __doc__="Which layers are sparse, how a token finds its expert and how rows travel.",
+    **{name: _field(option) for name, option in ROUTER_OPTIONS.items()},
+)

@@ -21,9 +21,10 @@ from pangu_sigma.config import SCHEMA_VERSION, Config, config_from_dict, effecti
 from pangu_sigma.config.parameter_counts import parameter_counts, tensor_shapes
 from pangu_sigma.convert.conversion_coverage import check_coverage
 from pangu_sigma.convert.converted_folder import write_converted
-from pangu_sigma.convert.olmoe_names import OlmoeTensor, parts_of
+from pangu_sigma.convert.olmoe_names import MODEL_TYPE, OlmoeTensor, parts_of
 from pangu_sigma.convert.safetensors_folder import SafetensorsFolder, open_folder
 from pangu_sigma.errors import UserError
+from rre.router_specs import OLMOE
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def _architecture(source: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not there: give the folder that save_pretrained wrote") from error
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path} cannot be read as JSON: fetch the folder again") from error
-    if kind != "olmoe":
+    if kind != MODEL_TYPE:
         raise UserError(f"{path} is a model of type {kind}: only olmoe (OlmoeForCausalLM) is taken over")
     heads = given.get("num_attention_heads")
     ours = {
@@ -172,7 +173,7 @@ def _config(given: dict[str, Any], source: Path, out: Path, settings: OlmoeImpor
             "init_scale_residual": False,
             "sparse": {
                 "pattern": "every",
-                "router": "olmoe",
+                "router": OLMOE.name,
                 "top_k": given.get("num_experts_per_tok", 8),
                 "renormalise": bool(given.get("norm_topk_prob", False)),
                 "aux_loss_weight": given.get("router_aux_loss_coef", 0.01),

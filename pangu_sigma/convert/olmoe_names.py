@@ -11,7 +11,9 @@ from operator import attrgetter
 
 from pangu_sigma.config import Config
 from pangu_sigma.tensor_names import GATE, OUTPUT_WORDS, WORDS, block_index, parse_name, tensor_name
+from rre.router_specs import OLMOE
 
+MODEL_TYPE = "olmoe"  # in Hugging Face's config.json
 _TABLES = {
     WORDS: "model.embed_tokens.weight",
     OUTPUT_WORDS: "lm_head.weight",
@@ -54,7 +56,7 @@ def unlike_olmoe(config: Config) -> list[str]:
         wrong.append(f"model.sparse.feed_forward is {model.expert_feed_forward}")
     if not model.attention.qk_norm:
         wrong.append("model.attention.qk_norm is false")
-    if model.router != "olmoe":
+    if model.router_spec is not OLMOE:
         wrong.append(model.router_setting.replace(" = ", " is "))
     if len(model.sparse_prefixes) != model.layers:
         wrong.append(f"{len(model.sparse_prefixes)} of {model.layers} layers are sparse")

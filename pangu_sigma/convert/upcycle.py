@@ -29,8 +29,7 @@ from pangu_sigma.model.initialization import initial_value
 from pangu_sigma.tensor_names import dense_name, is_expert, is_routing, parse_name, tensor_name
 from pangu_sigma.trained_model import stored_config, stored_tokenizer
 from rre.counted_random import generator
-from rre.router_specs import LAYER
-from rre.routing_tables import draw_table
+from rre.routing_tables import draw_owned_table
 
 # What must be the same on both sides for a tensor to fit and the function to stay.
 _AGREE = (
@@ -53,7 +52,8 @@ class UpcycledModel:
     def same_function(self) -> bool:
         """Whether the sparse model begins as the dense one's function (without noise)."""
         model = self.config.model
-        return model.router_spec.keeps_scale or (model.router == "olmoe" and model.sparse.renormalise)
+        spec, options = model.router_spec, model.router_options
+        return spec.keeps_scale or any(options[option.name] for option in spec.options if option.unit_scale)
 
 
 def upcycle(
@@ -190,11 +190,8 @@ def _new(config: Config, spec: TensorSpec) -> np.ndarray:
 
 def _table(config: Config, spec: TensorSpec, counts: dict[str, np.ndarray]) -> np.ndarray:
     """A new routing table: of a domain over its group, or of a hash layer over all experts."""
-    owner, sizes = parse_name(spec.name).owner, config.expert_groups
-    sizes[LAYER] = sum(sizes.values())
-    rows = sum(counts.values()) if owner == LAYER and counts else counts.get(owner)
-    kind, seed, layer_name = config.model.sparse.table, config.run.seed, parse_name(spec.name).layer
-    return draw_table(kind, seed, layer_name, owner, spec.shape[0], sizes[owner], rows)
+    kind, seed, parsed = config.model.sparse.table, config.run.seed, parse_name(spec.name)
+    return draw_owned_table(kind, seed, parsed.layer, parsed.owner, spec.shape[0], config.expert_groups, counts)
 
 
 def _experts(tensor: np.ndarray, spec: TensorSpec, seed: int, spread: float) -> Iterator[memoryview]:

@@ -224,7 +224,7 @@ def check_router(checkpoint: Checkpoint, config: Config) -> None:
     """Raises UserError unless the domains of a model are independent of one another."""
     if not checkpoint.coverage:
         raise UserError(f"{checkpoint.path} has no sparse layers, where a domain has experts: upcycle it first")
-    if config.model.router != "rre":
+    if not config.model.router_spec.separates_domains:
         raise UserError(
             f"{checkpoint.path} routes by {config.model.router_setting}, which couples the domains, so none "
             "can come or go without the others: use a model of router rre"

@@ -7,7 +7,8 @@ which is kept with the run.
 How new columns begin, per input row of the gate: as draws of a normal distribution with the mean and standard deviation
 of the row's old columns (at least `model.init_std`), so that new experts are chosen about as often as old ones; with
 `from:DOMAIN` as that domain's columns, in turn, plus a hundredth of such a draw, which breaks ties with the originals.
-Columns of a noisy gate's noise begin as the mean of the old ones. Experts begin as `domains.initial` says.
+Columns of a tensor that begins as a constant (a noisy gate's noise) begin as the mean of the old ones. Experts begin as
+`domains.initial` says.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pangu_sigma.domains.add_domain import NewDomain, fresh_moments, read_text
 from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditedTensors, EditResult, check_free
 from pangu_sigma.domains.new_domain_tensors import NewDomainTensors
 from pangu_sigma.errors import UserError
-from pangu_sigma.tensor_names import GATE_NOISE, is_gate, parse_name
+from pangu_sigma.tensor_names import gate_weight, parse_name
 from pangu_sigma.train.continual.teacher_snapshot import TEACHER_KEY, TeacherSnapshot, hash_tensors, link_snapshot
 from rre.counted_random import generator
 
@@ -68,9 +69,10 @@ def _check_gate(source: Checkpoint, config: Config) -> None:
     if not source.coverage:
         raise UserError(f"{source.path} has no sparse layers, whose gates could grow: upcycle it first")
     if not config.model.router_spec.learned:
+        adds = config.model.router_spec.separates_domains
         raise UserError(
             f"{source.path} routes by {config.model.router_setting}, which has no gate to expand: "
-            + ("use pangu-sigma domains add" if config.model.router == "rre" else "expand a model with a learned gate")
+            + ("use pangu-sigma domains add" if adds else "expand a model with a learned gate")
         )
     if config.model.domain_parameters.embedding != "shared":
         raise UserError(
@@ -82,31 +84,32 @@ def _check_gate(source: Checkpoint, config: Config) -> None:
 def _add_shared(new: EditedTensors, source: Checkpoint, config: Config, new_domain: NewDomain) -> None:
     """The shared tensors and their moments as they are, the gates' with more columns."""
     for name in source.names(domains=[]):
-        if not is_gate(name):
+        weight = gate_weight(name, config.model.router_spec)
+        if weight is None or not weight.by_expert:
             new.copy(source, name)
             continue
         entry = source.manifest.tensors[name]
-        shape = (entry.shape[0], entry.shape[1] + new_domain.experts)
+        shape = (*entry.shape[:-1], entry.shape[-1] + new_domain.experts)
         new.add_converted(name, entry.dtype, shape, partial(_grown_gate, source, config, new_domain, name))
 
 
 def _grown_gate(source: Checkpoint, config: Config, new_domain: NewDomain, name: str) -> np.ndarray:
     old = as_float32(name, source.load([name])[name])
-    shape, parsed = (old.shape[0], new_domain.experts), parse_name(name)
+    shape, parsed = (*old.shape[:-1], new_domain.experts), parse_name(name)
     if parsed.is_optimizer:
         columns = np.zeros(shape, np.float32)
-    elif parsed.part == GATE_NOISE:
-        columns = np.repeat(old.mean(1, keepdims=True), new_domain.experts, 1)
+    elif gate_weight(name, config.model.router_spec).initial is not None:
+        columns = np.broadcast_to(old.mean(-1, keepdims=True), shape)
     else:
         rng = generator(config.run.seed, f"gate columns {new_domain.name} {name}")
-        spread = np.maximum(old.std(1, keepdims=True), config.model.init_std)
+        spread = np.maximum(old.std(-1, keepdims=True), config.model.init_std)
         drawn = rng.standard_normal(shape, np.float32) * spread
         kind, _, of = new_domain.init.partition(":")
         if kind == "from":
             sizes = list(source.coverage[parsed.layer].values())
             domain_id = source.domains.index(of)
             first = sum(sizes[:domain_id])
-            columns = old[:, first + np.arange(new_domain.experts) % sizes[domain_id]] + _BREAKS_TIES * drawn
+            columns = old[..., first + np.arange(new_domain.experts) % sizes[domain_id]] + _BREAKS_TIES * drawn
         else:
-            columns = old.mean(1, keepdims=True) + drawn
-    return np.concatenate([old, columns.astype(np.float32)], 1)
+            columns = old.mean(-1, keepdims=True) + drawn
+    return np.concatenate([old, columns.astype(np.float32)], -1)

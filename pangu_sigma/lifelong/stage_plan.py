@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from pangu_sigma.config import Config, config_from_dict, load_config
 from pangu_sigma.config.load_config import effective, read_values
+from pangu_sigma.config.model_section import ModelConfig
 from pangu_sigma.config.schema_versions import refuse_old_file
 from pangu_sigma.config.validation_messages import problems_of
 from pangu_sigma.errors import UserError
@@ -69,7 +70,7 @@ class Plan:
     @property
     def by_domain(self) -> bool:
         """Whether a text is read by the experts of its domain, so that a domain must be given or inferred."""
-        return bool(self.base.model.sparse_prefixes) and self.base.model.router == "rre"
+        return self.base.model.separates_domains
 
     @property
     def learned(self) -> dict[str, int | None]:
@@ -191,7 +192,7 @@ def _plan(stages_config: LifelongConfig, base: Config, source: str) -> Plan:
         name = given.name or _free_name(_joined(given.domains), taken)
         if name in taken:
             raise UserError(f"{where} is called {name} like an earlier one: give it another name")
-        policy = _policy(index, given.policy, stages_config.policy, grows, base.model.router, where)
+        policy = _policy(index, given.policy, stages_config.policy, grows, base.model, where)
         if policy.replay and not set(known) - set(given.domains):
             raise UserError(f"{where} replays {policy.replay:g} of earlier domains, but learns all of them itself: "
                             "set its policy.replay to 0")  # fmt: skip
@@ -203,7 +204,7 @@ def _plan(stages_config: LifelongConfig, base: Config, source: str) -> Plan:
             raise UserError(f"{where} has policy.init = {policy.init}, but before it only {', '.join(known)} "
                             "are there: copy one of these, or take mean")  # fmt: skip
         new = tuple(domain for domain in given.domains if domain not in known)
-        if grows and base.model.router != "rre" and index and new and len(given.domains) > 1:
+        if grows and not base.model.separates_domains and index and new and len(given.domains) > 1:
             raise UserError(f"{where} learns several domains, and a gate grows by one at a time: split it")
         stages.append(Stage(index, name, tuple(given.domains), new, known, given.steps, policy))
         known += new
@@ -211,19 +212,20 @@ def _plan(stages_config: LifelongConfig, base: Config, source: str) -> Plan:
 
 
 def _grows(stages_config: LifelongConfig, base: Config, source: str) -> bool:
-    router, sparse = base.model.router, bool(base.model.sparse_prefixes)
-    own_groups = sparse and router == "rre"
+    model, own_groups = base.model, base.model.separates_domains
     if stages_config.grows is None:
         return own_groups
     if own_groups and not stages_config.grows:
-        raise UserError(f"{source}: grows = false, but with router rre experts come with their domain: leave it out")
-    if stages_config.grows and not (sparse and base.model.router_spec.learned):
-        what = f"the router {router}" if sparse else "a dense model"
+        raise UserError(
+            f"{source}: grows = false, but with router {model.router} experts come with their domain: leave it out"
+        )
+    if stages_config.grows and not (model.sparse_prefixes and model.router_spec.learned):
+        what = f"the router {model.router}" if model.sparse_prefixes else "a dense model"
         raise UserError(f"{source}: grows = true, but {what} has no groups to add: leave it out")
     return stages_config.grows
 
 
-def _policy(index: int, own: PolicyConfig, common: PolicyConfig, grows: bool, router: str, where: str) -> Policy:
+def _policy(index: int, own: PolicyConfig, common: PolicyConfig, grows: bool, model: ModelConfig, where: str) -> Policy:
     if index == 0:
         if any(value is not None for value in own.model_dump().values()):
             raise UserError(f"{where} is the first, and a policy is about what was learned before: leave it out")
@@ -234,7 +236,7 @@ def _policy(index: int, own: PolicyConfig, common: PolicyConfig, grows: bool, ro
         return next((value for value in values if value is not None), default)
 
     policy = Policy(
-        shared=chosen("shared", "frozen" if grows and router == "rre" else "train"),
+        shared=chosen("shared", "frozen" if grows and model.separates_domains else "train"),
         replay=chosen("replay", 0.0),
         init=chosen("init", "mean"),
     )

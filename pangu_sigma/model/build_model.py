@@ -26,9 +26,8 @@ from parallel.operator_layout import Layout, MeshLayout
 from parallel.ops.compiled_kernels import HostKernels, library
 from parallel.ops.grouped_matmul import uses_grouped_product
 from parallel.partition_spec import slices_shape
-from rre.router_specs import LAYER
-from rre.routers import ROUTERS, ExpertGroups, RouterOptions
-from rre.routing_tables import draw_table
+from rre.routers import ExpertGroups, RouterOptions, build_router
+from rre.routing_tables import draw_owned_table
 from rre.store import DeviceStore, DiskStore, ExpertStore, HostStore
 from rre.store.disk_store import remove_tables
 from rre.store.expert_store import Shapes
@@ -123,13 +122,13 @@ def build_structure(
     processes = processes or Processes()
     if tables is None:
         tables = {
-            layer_name: _draw_tables(config, groups, layer_name, vocab, token_counts or {})
+            layer_name: _draw_tables(config, layer_name, vocab, token_counts or {})
             for layer_name in layer_names
         }
     model, exchange = config.model, _exchange(config, processes, groups)
     owned = [tables[layer_name] if model.router_spec.tables else None for layer_name in layer_names]
     routers = [
-        ROUTERS[model.router].build(_router_options(config, groups, layout, layer, layer_tables, exchange))
+        build_router(_router_options(config, groups, layout, layer, layer_tables, exchange))
         for layer, layer_tables in enumerate(owned)
     ]
     return ModelStructure(
@@ -177,20 +176,14 @@ def _exchange(config: Config, processes: Processes, groups: ExpertGroups) -> Gat
 
 
 def _draw_tables(
-    config: Config, groups: ExpertGroups, layer_name: str, vocab: int, counts: Mapping[str, np.ndarray]
+    config: Config, layer_name: str, vocab: int, counts: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """The new tables of one sparse layer by owner; none for a learned gate."""
-    kind, seed = config.model.sparse.table, config.run.seed
-    owners = config.model.router_spec.tables
-    if owners == "domain":
-        return {
-            name: draw_table(kind, seed, layer_name, name, vocab, size, counts.get(name))
-            for name, size in zip(groups.names, groups.sizes, strict=True)
-        }
-    if owners == "layer":
-        together = sum(counts.values()) if counts else None
-        return {LAYER: draw_table(kind, seed, layer_name, LAYER, vocab, groups.total, together)}
-    return {}
+    kind, seed, experts = config.model.sparse.table, config.run.seed, config.expert_groups
+    return {
+        owner: draw_owned_table(kind, seed, layer_name, owner, vocab, experts, counts)
+        for owner in config.model.router_spec.table_owners(experts)
+    }
 
 
 def _router_options(
@@ -199,6 +192,7 @@ def _router_options(
 ) -> RouterOptions:  # fmt: skip
     model, sparse = config.model, config.model.sparse
     return RouterOptions(
+        spec=model.router_spec,
         groups=groups,
         hidden=model.hidden,
         length=config.data.sequence_length,
@@ -208,14 +202,7 @@ def _router_options(
         top_k=config.experts_per_token,
         capacity_factor=sparse.capacity_factor if sparse.dispatch == "capacity" else None,
         capacity_samples=sparse.capacity_samples,
-        auxiliary_weight=sparse.aux_loss_weight,
-        z_loss_weight=sparse.z_loss_weight,
-        importance_weight=sparse.importance_loss_weight,
-        load_weight=sparse.load_loss_weight,
-        renormalise=sparse.renormalise,
-        pooled=sparse.balance == "pooled",
-        jitter=sparse.jitter,
-        resample=sparse.resample,
+        settings=model.router_options,
         tables=tables,
         init_std=model.init_std,
         log_weights=model.is_competitive_mixture,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from pangu_sigma.config.model_section import ModelConfig
-from pangu_sigma.tensor_names import GATE_NOISE, parse_name
+from pangu_sigma.tensor_names import gate_weight, parse_name
 from rre.counted_random import generator, normal
 
 _INTO_RESIDUAL = ("projection.weight", "down.weight")
@@ -20,9 +20,10 @@ def initial_value(
     name: str, shape: tuple[int, ...], seed: int, model: ModelConfig, stream: str | None = None
 ) -> np.ndarray:
     """The initial value of the parameter `name`, float32 of its shape: a function of (seed, `stream`, or name)."""
-    parsed = parse_name(name)
-    # A noisy gate begins with the same noise for every expert (Shazeer et al. 2017, appendix A).
-    if parsed.tensor.endswith(("bias", "beta")) or parsed.part == GATE_NOISE:
+    parsed, gate = parse_name(name), gate_weight(name, model.router_spec)
+    if gate is not None and gate.initial is not None:
+        return np.full(shape, gate.initial, np.float32)
+    if parsed.tensor.endswith(("bias", "beta")):
         return np.zeros(shape, np.float32)
     if parsed.tensor.endswith("gamma"):
         return np.ones(shape, np.float32)

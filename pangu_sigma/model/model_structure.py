@@ -129,7 +129,7 @@ class ModelStructure:
 
     def reachable_experts(self, domains: int) -> int:
         """Experts of a sparse layer that texts of at most so many domains can come to."""
-        if self.config.model.router_spec.tables == "domain":
+        if self.config.model.router_spec.separates_domains:
             return sum(sorted(self.groups.sizes, reverse=True)[:domains])
         return self.groups.total
 

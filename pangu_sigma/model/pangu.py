@@ -86,7 +86,7 @@ class PanGuSigma(nn.Cell):
                 return TransformerLayer(model, index, layout, compute, None)
             router = routers[sparse_index]
             sparse = feed_forward_spec(
-                router.cell(), layout, model.expert_network, compute, exchange, router.expert_choice,
+                router.cell(), layout, model.expert_network, compute, exchange, model.router_spec.experts_choose,
                 shared_expert(model, layout, compute), chunks,
             )  # fmt: skip
             return layer_form(model, index, layout, compute, sparse)

@@ -13,29 +13,35 @@ import numpy as np
 from mindspore import Parameter, Tensor
 
 from pangu_sigma.model.model import Model
-from pangu_sigma.tensor_names import is_gate
+from pangu_sigma.tensor_names import gate_weight
 from pangu_sigma.train.gradients import trained_experts
 from pangu_sigma.train.schedule import Phase
+from rre.router_specs import RouterSpec
 from rre.routers import ExpertGroups
 
 
 class FrozenGateColumns:
-    """The gates among `names` (the shared parameters in order) and the columns of the experts of untrained domains.
+    """The gates' tensors among `names` (the shared parameters in order) that have a column for each expert, and the
+    columns of the experts of untrained domains.
 
     Columns must be masked before the global norm, so that they do not count in clipping, and restored after the update,
     because weight decay and old moments would move them.
     """
 
-    def __init__(self, names: Sequence[str], groups: ExpertGroups, trained: frozenset[str]) -> None:
+    def __init__(
+        self, spec: RouterSpec, names: Sequence[str], groups: ExpertGroups, trained: frozenset[str]
+    ) -> None:
         self.columns = np.flatnonzero(~trained_experts(groups, trained))
-        self.gates = [i for i, name in enumerate(names) if is_gate(name)] if self.columns.size else []
+        weights = [gate_weight(name, spec) for name in names] if self.columns.size else []
+        self.gates = [i for i, weight in enumerate(weights) if weight is not None and weight.by_expert]
 
     @classmethod
     def of_step(cls, model: Model, phase: Phase) -> FrozenGateColumns | None:
         """The columns that a step of `phase` leaves as they are; None where none does."""
         if not (model.learned and phase.shared) or phase.domains.issuperset(model.groups.names):
             return None
-        frozen = cls([p.name for p in model.shared.trainable], model.groups, phase.domains)
+        names = [p.name for p in model.shared.trainable]
+        frozen = cls(model.config.model.router_spec, names, model.groups, phase.domains)
         return frozen if frozen.gates else None
 
     def mask_gradients(self, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -43,7 +49,7 @@ class FrozenGateColumns:
         changed = list(gradients)
         for i in self.gates:
             array = gradients[i].asnumpy().copy()
-            array[:, self.columns] = 0.0
+            array[..., self.columns] = 0.0
             changed[i] = Tensor(array)
         return tuple(changed)
 
@@ -51,9 +57,9 @@ class FrozenGateColumns:
     def restored(self, *groups: Sequence[Parameter]) -> Iterator[None]:
         """Set the frozen columns of `groups` (parameters, and moments in the same order) back when the block ends."""
         gates = [group[i] for group in groups for i in self.gates]
-        before = [gate.asnumpy()[:, self.columns].copy() for gate in gates]
+        before = [gate.asnumpy()[..., self.columns].copy() for gate in gates]
         yield
         for gate, columns in zip(gates, before, strict=True):
             array = gate.asnumpy().copy()
-            array[:, self.columns] = columns
+            array[..., self.columns] = columns
             gate.set_data(Tensor(array))

@@ -15,10 +15,6 @@ from rre.routers.learned_gate import Gate, LearnedRouter
 class EveryExpertRouter(LearnedRouter):
     """Router of `EveryExpertGate`: k is E, nothing is dropped, and there is no auxiliary loss."""
 
-    @property
-    def choices(self) -> int:
-        return self.options.groups.total
-
     def cell(self) -> nn.Cell:
         return EveryExpertGate(self)
 

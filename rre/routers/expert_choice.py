@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 
 import mindspore as ms
-from mindspore import Parameter, Tensor, nn, ops
-from mindspore.common.initializer import Normal, initializer
+from mindspore import Tensor, nn, ops
 
 from rre.dispatch.dispatch_plan import build_plan_cell
-from rre.routers.learned_gate import LearnedRouter
+from rre.routers.learned_gate import LearnedRouter, add_gate_weights
 
 
 class ExpertChoiceRouter(LearnedRouter):
@@ -22,8 +21,6 @@ class ExpertChoiceRouter(LearnedRouter):
     no process. Load is even by construction and there is no auxiliary loss. It is not causal: whether a token is taken
     depends on later ones, so a model of it cannot write text.
     """
-
-    expert_choice = True
 
     @property
     def taken(self) -> int:
@@ -49,8 +46,7 @@ class ExpertChoiceGate(nn.Cell):
         options = router.options
         layout = options.layout
         self.experts, self.length, self.taken = options.groups.total, options.length, router.taken
-        shape = (options.hidden, self.experts)
-        self.weight = Parameter(initializer(Normal(options.init_std), shape), name="weight")
+        add_gate_weights(self, options)
         self.logits = layout(ops.MatMul(), (1, 1), (1, 1))
         self.softmax = layout(ops.Softmax(-1), (1, 1))
         self.turn = layout(ops.Transpose(), (1, 1, 1))

@@ -22,8 +22,6 @@ class GShardRouter(LearnedRouter):
     later codes, in which a weight means what it means in Switch. f counts first choices alone: no division by k.
     """
 
-    choices = 2
-
     def noise_shape(self, tokens: int) -> tuple[int, ...]:
         return (tokens,)
 
@@ -41,7 +39,7 @@ class GShardGate(Gate):
 
     def __init__(self, router: GShardRouter) -> None:
         super().__init__(router)
-        layout = router.options.layout
+        options, layout = router.options, router.options.layout
         one, two = ("rows",), ("rows", 1)
         self.best = layout(ops.ArgMaxWithValue(axis=-1), two)
         self.hit = layout(ops.OneHot(), two, (), ())
@@ -61,7 +59,7 @@ class GShardGate(Gate):
         self.zero = Tensor(0, ms.int32)
         self.two = Tensor(2.0, ms.float32)
         self.expand = layout(ops.ExpandDims(), two)
-        self.balance = BalanceLoss(router.options.auxiliary_weight, self.experts, layout, router.options.exchange)
+        self.balance = BalanceLoss(options.setting("aux_loss_weight"), self.experts, layout, options.exchange)
 
     def choose(self, x_TD: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         probs_TE = self.softmax(self.logits(x_TD, self.weight))

@@ -8,7 +8,7 @@ import numpy as np
 
 from rre.dispatch.dispatch_plan import drop_overflow
 from rre.router_specs import LAYER
-from rre.routers.router import Assignment, RouterOptions
+from rre.routers.router import Assignment
 from rre.routers.table_router import TableRouter
 
 
@@ -19,17 +19,12 @@ class HashRouter(TableRouter):
     With `capacity_factor` an expert takes ceil(factor * S / E) rows of a sample while training.
     """
 
-    @classmethod
-    def build(cls, options: RouterOptions) -> HashRouter:
-        return cls(
-            options.groups, options.tables, options.layer, options.seed, capacity_factor=options.capacity_factor
-        )
-
     def assign(
         self, token_ids: np.ndarray, domain: np.ndarray, step: int, samples: np.ndarray, training: bool
     ) -> Assignment:
         ids_TK = self.tables[LAYER][token_ids].astype(np.int64).reshape(-1, 1)
-        if training and self.capacity_factor is not None:
-            length, experts = token_ids.shape[1], self.groups.total
-            ids_TK = drop_overflow(ids_TK, length, np.full(experts, math.ceil(self.capacity_factor * length / experts)))
+        factor = self.options.capacity_factor
+        if training and factor is not None:
+            length, experts = token_ids.shape[1], self.options.groups.total
+            ids_TK = drop_overflow(ids_TK, length, np.full(experts, math.ceil(factor * length / experts)))
         return Assignment(ids_TK)

@@ -14,7 +14,7 @@ import math
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
-from mindspore.common.initializer import Normal, initializer
+from mindspore.common.initializer import Constant, Normal, initializer
 
 from rre.counted_random import generator
 from rre.dispatch.capacity_in_graph import CapacityPlanInGraph
@@ -24,15 +24,6 @@ from rre.routers.router import Router, RouterOptions
 
 class LearnedRouter(Router):
     """Router with a learned gate: its weight [D, E] scores all experts of the layer, inside the graph."""
-
-    learned = True
-
-    def __init__(self, options: RouterOptions) -> None:
-        self.options = options
-
-    @classmethod
-    def build(cls, options: RouterOptions) -> LearnedRouter:
-        return cls(options)
 
     @property
     def choices(self) -> int:
@@ -60,6 +51,14 @@ class LearnedRouter(Router):
         return [generator(self.options.seed, purpose, step, int(n), self.options.layer) for n in samples]
 
 
+def add_gate_weights(gate: nn.Cell, options: RouterOptions) -> None:
+    """Give a gate the parameters that its spec names, each as the attribute of its name."""
+    for weight in options.spec.gate_weights:
+        values = Normal(options.init_std) if weight.initial is None else Constant(weight.initial)
+        shape = weight.shape(options.hidden, options.groups.total)
+        setattr(gate, weight.name, Parameter(initializer(values, shape), name=weight.name))
+
+
 class Gate(nn.Cell):
     """Learned gate: x_TD, (noise,) or () -> (plan, combine weights [T, K], auxiliary loss, rows [B, E + 1]).
 
@@ -75,8 +74,7 @@ class Gate(nn.Cell):
         layout = options.layout
         self.experts, self.choices, self.length = options.groups.total, router.choices, options.length
         self.capacity, self.group = router.capacity, router.group
-        shape = (options.hidden, self.experts)
-        self.weight = Parameter(initializer(Normal(options.init_std), shape), name="weight")
+        add_gate_weights(self, options)
         two, three, four = (("rows", *(1,) * n) for n in (1, 2, 3))
         self.logits = layout(ops.MatMul(), two, (1, 1))
         self.softmax = layout(ops.Softmax(-1), two)

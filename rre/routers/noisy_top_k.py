@@ -6,8 +6,7 @@ import math
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
-from mindspore.common.initializer import initializer
+from mindspore import Tensor, nn, ops
 
 from rre.routers.auxiliary_losses import VariationLoss
 from rre.routers.learned_gate import Gate, LearnedRouter
@@ -44,7 +43,6 @@ class NoisyTopKGate(Gate):
         options, layout = router.options, router.options.layout
         if self.choices >= self.experts:
             raise ValueError(f"noisy top-{self.choices} needs more than {self.experts} experts")
-        self.noise_weight = Parameter(initializer("zeros", self.weight.shape), name="noise_weight")
         two = ("rows", 1)
         self.top = layout(ops.TopK(sorted=True), two)
         self.take = layout(ops.GatherD(), two, two)
@@ -60,8 +58,8 @@ class NoisyTopKGate(Gate):
         self.times = layout(ops.Mul(), two, ())
         self.plus = layout(ops.Add(), two, ())
         self.root_half, self.half = Tensor(math.sqrt(0.5), ms.float32), Tensor(0.5, ms.float32)
-        self.importance = VariationLoss(options.importance_weight, layout, options.exchange)
-        self.load = VariationLoss(options.load_weight, layout, options.exchange)
+        self.importance = VariationLoss(options.setting("importance_loss_weight"), layout, options.exchange)
+        self.load = VariationLoss(options.setting("load_loss_weight"), layout, options.exchange)
 
     def choose(self, x_TD: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         clean_TE = self.logits(x_TD, self.weight)

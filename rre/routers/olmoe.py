@@ -18,11 +18,16 @@ class OlmoeRouter(LearnedRouter):
     are means over all layers before they are multiplied.
     """
 
+    @property
+    def pooled(self) -> bool:
+        """Whether the balance loss is of all layers together."""
+        return self.options.setting("balance") == "pooled"
+
     def pool(self) -> nn.Cell | None:
         options = self.options
-        if not options.pooled:
+        if not self.pooled:
             return None
-        return PooledBalanceLoss(options.auxiliary_weight, options.groups.total, options.layout)
+        return PooledBalanceLoss(options.setting("aux_loss_weight"), options.groups.total, options.layout)
 
     def cell(self) -> nn.Cell:
         return OlmoeGate(self)
@@ -34,17 +39,17 @@ class OlmoeGate(Gate):
     def __init__(self, router: OlmoeRouter) -> None:
         super().__init__(router)
         options, layout = router.options, router.options.layout
-        self.renormalise = options.renormalise
+        self.renormalise = options.setting("renormalise")
         two = ("rows", 1)
         self.top = layout(ops.TopK(sorted=True), two)
         self.take = layout(ops.GatherD(), two, two)
         self.div = layout(ops.Div(), two, two)
         self.row_sum = layout(ops.ReduceSum(keep_dims=True), two)
-        self.pooled = options.pooled
+        self.pooled = router.pooled
         if self.pooled:
             self.means = PooledMeans(layout, options.exchange)
-        self.balance = BalanceLoss(options.auxiliary_weight, self.experts, layout, options.exchange)
-        self.z_loss = ZLoss(options.z_loss_weight, layout, options.exchange)
+        self.balance = BalanceLoss(options.setting("aux_loss_weight"), self.experts, layout, options.exchange)
+        self.z_loss = ZLoss(options.setting("z_loss_weight"), layout, options.exchange)
 
     def choose(self, x_TD: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         logits_TE = self.logits(x_TD, self.weight)

@@ -8,13 +8,14 @@ Both hand on the same small structure, so dispatch and experts do not know which
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from mindspore import nn
 
 from parallel.comm.exchange import GatheredExchange
 from parallel.operator_layout import Layout
+from rre.router_specs import RouterSpec
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,16 @@ class ExpertGroups:
 
 @dataclass(frozen=True)
 class RouterOptions:
-    """Options of the router of sparse layer number `layer`; every router takes what its definition names.
+    """What the router of sparse layer number `layer` is made from.
 
     `length` S is the tokens of a sample, which is the dispatch group of a capacity; under a learned gate
-    `capacity_samples` of them are one. `capacity_factor` None = dropless.
-    `top_k`: experts per token. `pooled`: the balance loss is over all layers together. `tables`: the layer's
-    routing tables by owner. The weights are those of the losses. `log_weights`: the combine weights
-    of `every_expert` are log p. `exchange`: where other processes hold other experts
-    and see other tokens.
+    `capacity_samples` of them are one. `capacity_factor` None = dropless. `top_k`: experts per token. `settings`:
+    values of the options that the spec names. `tables`: the layer's routing tables by owner. `log_weights`: the
+    combine weights of a mixture's gate are log p. `exchange`: where other processes hold other experts and see other
+    tokens.
     """
 
+    spec: RouterSpec
     groups: ExpertGroups
     hidden: int
     length: int
@@ -73,18 +74,15 @@ class RouterOptions:
     top_k: int = 1
     capacity_factor: float | None = None
     capacity_samples: int = 1
-    auxiliary_weight: float = 0.01
-    z_loss_weight: float = 0.0
-    importance_weight: float = 0.0
-    load_weight: float = 0.0
-    renormalise: bool = False
-    pooled: bool = False
-    jitter: float = 0.0
-    resample: bool = False
+    settings: Mapping[str, bool | float | str] = field(default_factory=dict)
     tables: Mapping[str, np.ndarray] | None = None
     init_std: float = 0.02
     log_weights: bool = False
     exchange: GatheredExchange | None = None
+
+    def setting(self, name: str):
+        """Value of an option of the router: as set, or its default."""
+        return self.settings.get(name, self.spec.option(name).default)
 
 
 class Router:
@@ -94,16 +92,16 @@ class Router:
     part inside the graph, called as `cell(x_TD, routing) -> (plan, combine weights [T, K] or None, auxiliary loss, rows
     [B, E + 1] where the gate is learned)`; a plan is what the networks of the layer take (`rre.sparse_layer`), rows are
     what each expert took of each sample and, last, how many of its S tokens' choices found no room, divided by K.
-    `expert_choice`: experts choose tokens, and the plan begins with the rows that they took (see `ExpertChoiceRouter`).
+    Where experts choose tokens, the plan begins with the rows that they took (see `ExpertChoiceRouter`).
     """
 
-    learned = False
-    expert_choice = False
+    def __init__(self, options: RouterOptions) -> None:
+        self.options = options
 
-    @classmethod
-    def build(cls, options: RouterOptions) -> Router:
-        """Build the router of one layer."""
-        raise NotImplementedError
+    @property
+    def learned(self) -> bool:
+        """Whether a gate inside the graph makes the assignment."""
+        return self.options.spec.learned
 
     def assign(
         self, token_ids: np.ndarray, domain: np.ndarray, step: int, samples: np.ndarray, training: bool

@@ -19,11 +19,11 @@ class SwitchRouter(LearnedRouter):
     """
 
     def noise_shape(self, tokens: int) -> tuple[int, ...]:
-        return (tokens, self.options.hidden) if self.options.jitter > 0 else ()
+        return (tokens, self.options.hidden) if self.options.setting("jitter") > 0 else ()
 
     def noise(self, step: int, samples: np.ndarray) -> np.ndarray:
         """float32 [T, D], uniform in 1 - jitter … 1 + jitter."""
-        half, shape = self.options.jitter, (self.options.length, self.options.hidden)
+        half, shape = self.options.setting("jitter"), (self.options.length, self.options.hidden)
         rows = [draw.uniform(1 - half, 1 + half, shape) for draw in self.generators("jitter", step, samples)]
         return np.concatenate(rows).astype(np.float32)
 
@@ -36,11 +36,11 @@ class SwitchGate(Gate):
 
     def __init__(self, router: SwitchRouter) -> None:
         super().__init__(router)
-        layout = router.options.layout
+        options, layout = router.options, router.options.layout
         self.best = layout(ops.ArgMaxWithValue(axis=-1), ("rows", 1))
         self.cast_ids = layout(ops.Cast(), ("rows",))
         self.shake = layout(ops.Mul(), ("rows", 1), ("rows", 1))
-        self.balance = BalanceLoss(router.options.auxiliary_weight, self.experts, layout, router.options.exchange)
+        self.balance = BalanceLoss(options.setting("aux_loss_weight"), self.experts, layout, options.exchange)
 
     def choose(self, x_TD: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         gate_input_TD = self.shake(x_TD, noise[0]) if len(noise) > 0 else x_TD

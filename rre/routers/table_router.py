@@ -15,7 +15,7 @@ from mindspore import Tensor, nn
 
 from rre.counted_random import key64, uniform
 from rre.dispatch.dispatch_plan import drop_overflow
-from rre.routers.router import Assignment, ExpertGroups, Router, RouterOptions
+from rre.routers.router import Assignment, Router, RouterOptions
 
 
 class TableRouter(Router):
@@ -26,46 +26,30 @@ class TableRouter(Router):
     group, which is one sample: the capacity depends on the sample alone, never on stored experts or processes.
     """
 
-    def __init__(
-        self,
-        groups: ExpertGroups,
-        tables: dict[str, np.ndarray],
-        layer: int,
-        seed: int = 0,
-        resample: bool = False,
-        capacity_factor: float | None = None,
-    ) -> None:
-        self.groups = groups
-        self.tables = tables
-        self.layer = layer
-        self.seed = seed
-        self.resample = resample
-        self.capacity_factor = capacity_factor
-
-    @classmethod
-    def build(cls, options: RouterOptions) -> TableRouter:
-        return cls(
-            options.groups, options.tables, options.layer, options.seed, options.resample, options.capacity_factor
-        )
+    def __init__(self, options: RouterOptions) -> None:
+        super().__init__(options)
+        self.tables = options.tables
 
     def assign(
         self, token_ids: np.ndarray, domain: np.ndarray, step: int, samples: np.ndarray, training: bool
     ) -> Assignment:
         batch, length = token_ids.shape
+        options, groups = self.options, self.options.groups
+        resample = training and options.setting("resample")
         ids_BS = np.empty((batch, length), dtype=np.int64)
-        offsets = self.groups.offsets
+        offsets = groups.offsets
         for b in range(batch):
             d = int(domain[b])
-            if training and self.resample:
-                key = key64(self.seed, "resampled routing", step, int(samples[b]), self.layer)
-                inside_S = (uniform(key, np.arange(length)) * self.groups.sizes[d]).astype(np.int64)
+            if resample:
+                key = key64(options.seed, "resampled routing", step, int(samples[b]), options.layer)
+                inside_S = (uniform(key, np.arange(length)) * groups.sizes[d]).astype(np.int64)
             else:
-                inside_S = self.tables[self.groups.names[d]][token_ids[b]]
+                inside_S = self.tables[groups.names[d]][token_ids[b]]
             ids_BS[b] = offsets[d] + inside_S
         ids_TK = ids_BS.reshape(-1, 1)
-        if training and self.capacity_factor is not None:
-            per_group = [math.ceil(self.capacity_factor * length / size) for size in self.groups.sizes]
-            ids_TK = drop_overflow(ids_TK, length, np.repeat(per_group, self.groups.sizes))
+        if training and options.capacity_factor is not None:
+            per_group = [math.ceil(options.capacity_factor * length / size) for size in groups.sizes]
+            ids_TK = drop_overflow(ids_TK, length, np.repeat(per_group, groups.sizes))
         return Assignment(ids_TK)
 
     def cell(self) -> nn.Cell:

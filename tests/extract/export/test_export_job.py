@@ -71,7 +71,7 @@ def test_a_gate_over_all_domains_cannot_be_exported_in_part(stored, tmp_path):
 @pytest.mark.parametrize("form", ["hf", "onnx", "mindir", "mindformers"])
 @pytest.mark.parametrize(("case", "reason"), [("olmoe", "sparse.router = olmoe"), ("shared_expert", "shared expert")])
 def test_what_no_format_can_express_is_refused(stored, tmp_path, case, reason, form):
-    with pytest.raises(UserError, match=f"{reason}.*no export format has yet"):
+    with pytest.raises(UserError, match=f"{reason}.*(no export format has|does not have) yet"):
         export(stored(case).path, tmp_path / "out", form)
     assert not (tmp_path / "out").exists()
 

@@ -16,7 +16,7 @@ from pangu_sigma.model.pangu import PanGuSigma
 from parallel.operator_layout import Layout
 from rre.dispatch.dispatch_plan import plan_by_expert, plan_in_blocks, plan_present
 from rre.feed_forward_spec import FeedForwardSpec
-from rre.routers import ROUTERS, ExpertGroups, RouterOptions
+from rre.routers import ExpertGroups, RouterOptions, build_router
 from tests.oracles import pangu_numpy
 
 EOD = 3
@@ -132,13 +132,11 @@ class DrivenModel:
             if not self.learned:
                 tables = {d: tensors[f"domains.{d}.{prefix}.routing"] for d in groups.names}
             options = RouterOptions(
-                groups, config.hidden, length, layout, index, 7, config.choices_of(groups.total),
-                capacity_factor=factor, auxiliary_weight=config.sparse.aux_loss_weight,
-                z_loss_weight=config.sparse.z_loss_weight, renormalise=config.sparse.renormalise,
-                pooled=config.sparse.balance == "pooled", jitter=config.sparse.jitter,
-                log_weights=config.is_competitive_mixture, resample=config.sparse.resample, tables=tables,
+                config.router_spec, groups, config.hidden, length, layout, index, 7, config.choices_of(groups.total),
+                capacity_factor=factor, settings=config.router_options, log_weights=config.is_competitive_mixture,
+                tables=tables,
             )  # fmt: skip
-            self.routers.append(ROUTERS[config.router].build(options))
+            self.routers.append(build_router(options))
         slots = groups.total if blocks is None else blocks
         has_own = config.domain_parameters.embedding == "own"
         word_tables = ((len(groups.names), vocab, config.hidden),) if has_own else ()

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from pangu_sigma.errors import UserError
-from rre.router_specs import ROUTER_SPECS
+from rre.router_specs import MIXTURE_GATE, ROUTER_SPECS
 from tests.pangu_sigma.train.small_trainer import LENGTH, batch, small_config, small_trainer, step_on, tensors_now
 
 STORES = ("device", "host", "disk")
 DISPATCHES = ("dropless", "capacity")
-ALL = [(router, dispatch, store) for router in ROUTER_SPECS for dispatch in DISPATCHES for store in STORES]
+SPECS = {**ROUTER_SPECS, MIXTURE_GATE.name: MIXTURE_GATE}
+ALL = [(router, dispatch, store) for router in SPECS for dispatch in DISPATCHES for store in STORES]
 MORE = {"noisy_top_k": {"top_k": 2}, "olmoe": {"top_k": 2}}
 # One layer is the whole model: graphs take seconds to compile.
 SHORT = {"layers": 1, "query_layer": "none"}
@@ -21,7 +22,7 @@ def refusal(router: str, dispatch: str, store: str) -> str | None:
         return "every expert takes a fixed number of tokens"
     if dispatch == "capacity" and router == "every_expert":
         return "every expert takes every row"
-    if store != "device" and ROUTER_SPECS[router].learned:
+    if store != "device" and SPECS[router].learned:
         return "set experts.store to device"
     return None
 
@@ -77,9 +78,9 @@ def test_every_store_trains_the_same_model_and_capacity_alone_drops(router, disp
         assert (max(dropped) > 0.1) == (dispatch == "capacity")
     if router == "every_expert":
         assert load == [rows] * 6
-    elif dispatch == "dropless" and ROUTER_SPECS[router].experts_per_token == 1:
+    elif dispatch == "dropless" and SPECS[router].experts_per_token == 1:
         assert sum(load) == rows
-    for store in STORES[1:] if not ROUTER_SPECS[router].learned else ():
+    for store in STORES[1:] if not SPECS[router].learned else ():
         other, record = trained((router, dispatch, store), tmp_path)
         assert record["expert_load"] == figures["expert_load"] and record["dropped_share"] == figures["dropped_share"]
         for name, tensor in tensors.items():

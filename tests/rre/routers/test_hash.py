@@ -4,8 +4,8 @@ import numpy as np
 
 from parallel.operator_layout import Layout
 from rre.dispatch.dispatch_plan import DROPPED
-from rre.router_specs import LAYER
-from rre.routers import ROUTERS, ExpertGroups, RouterOptions
+from rre.router_specs import LAYER, ROUTER_SPECS
+from rre.routers import ExpertGroups, RouterOptions, build_router
 
 GROUPS = ExpertGroups(("code", "law"), (3, 2))
 TABLE = np.array([4, 0, 3, 3, 1, 2], np.int32)
@@ -13,8 +13,8 @@ TOKENS = np.array([[0, 1, 2, 3], [2, 3, 2, 5]])
 
 
 def assigned(training: bool, factor: float | None = None) -> np.ndarray:
-    options = RouterOptions(GROUPS, 8, 4, Layout(), tables={LAYER: TABLE}, capacity_factor=factor)
-    router = ROUTERS["hash"].build(options)
+    spec = ROUTER_SPECS["hash"]
+    router = build_router(RouterOptions(spec, GROUPS, 8, 4, Layout(), tables={LAYER: TABLE}, capacity_factor=factor))
     return router.assign(TOKENS, np.array([0, 1]), 3, np.array([7, 8]), training).expert_ids.reshape(TOKENS.shape)
 
 

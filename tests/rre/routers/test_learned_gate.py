@@ -15,8 +15,8 @@ from parallel.operator_layout import Layout
 from parallel.ops.compiled_kernels import library
 from rre.every_expert_layer import EveryExpertFeedForward
 from rre.feed_forward_spec import FeedForwardSpec
-from rre.router_specs import ROUTER_SPECS
-from rre.routers import ROUTERS, ExpertGroups, RouterOptions
+from rre.router_specs import MIXTURE_GATE, ROUTER_OPTIONS, ROUTER_SPECS
+from rre.routers import ExpertGroups, RouterOptions, build_router
 from rre.sparse_layer import SparseFeedForward
 from tests.oracles import routers_numpy
 
@@ -24,11 +24,9 @@ SAMPLES, LENGTH, HIDDEN, FFN = 2, 8, 6, 5
 TOKENS = SAMPLES * LENGTH
 GROUPS = ExpertGroups(("code", "law"), (3, 2))
 EXPERTS = GROUPS.total
-BASE = RouterOptions(
-    GROUPS, HIDDEN, LENGTH, Layout(), layer=1, seed=7, auxiliary_weight=0.4, z_loss_weight=0.05, importance_weight=0.3,
-    load_weight=0.2,
-)  # fmt: skip
-# case -> (router, what differs in its options). Capacity acts in training alone.
+SPECS = {**ROUTER_SPECS, MIXTURE_GATE.name: MIXTURE_GATE}
+WEIGHTS = {"aux_loss_weight": 0.4, "z_loss_weight": 0.05, "importance_loss_weight": 0.3, "load_loss_weight": 0.2}
+# case -> (router, what differs in its options and settings). Capacity acts in training alone.
 CASES = {
     "switch": ("switch", {"jitter": 0.1}),
     "switch capacity": ("switch", {"jitter": 0.1, "capacity_factor": 1.0}),
@@ -47,6 +45,12 @@ CASES = {
 }
 
 
+def options_of(kind: str, seed: int = 7, layer: int = 1, layout: Layout | None = None, **changes) -> RouterOptions:
+    settings = WEIGHTS | {name: changes.pop(name) for name in tuple(changes) if name in ROUTER_OPTIONS}
+    base = RouterOptions(SPECS[kind], GROUPS, HIDDEN, LENGTH, layout or Layout(), layer, seed, settings=settings)
+    return dataclasses.replace(base, **changes)
+
+
 class GateObjective(nn.Cell):
     """sum(y * slopes) + auxiliary loss, with y, the auxiliary loss and the rows beside it. Where the experts stay
     unmixed, their own losses are -(y_i * slopes), and y [T, 1] is the tokens' loss."""
@@ -56,8 +60,9 @@ class GateObjective(nn.Cell):
         self.unmixed = router.options.log_weights
         layer = EveryExpertFeedForward if self.unmixed else SparseFeedForward
         self.layer = layer(
-            router.cell(), layout, FeedForwardSpec("gelu"), ms.float32, expert_choice=router.expert_choice
-        )
+            router.cell(), layout, FeedForwardSpec("gelu"), ms.float32,
+            expert_choice=router.options.spec.experts_choose,
+        )  # fmt: skip
 
     def construct(self, x, slopes, *flat):
         noise, weights = flat[: -4 * EXPERTS], flat[-4 * EXPERTS :]
@@ -94,8 +99,8 @@ class Case:
     def __init__(self, name: str, kernels: str | None = None) -> None:
         self.kind, changes = CASES[name]
         layout = Layout(kernels=kernels)
-        self.options = dataclasses.replace(BASE, layout=layout, **changes)
-        self.router = ROUTERS[self.kind].build(self.options)
+        self.options = options_of(self.kind, layout=layout, **changes)
+        self.router = build_router(self.options)
         draw = np.random.default_rng(3)
 
         def normal(*shape: int) -> np.ndarray:
@@ -117,16 +122,17 @@ class Case:
 
     def route(self, x, gates, noise) -> routers_numpy.Routed:
         o, g, n = self.options, gates["weight"], (noise[0].astype(np.float64) if noise else None)
+        balance, k = o.settings["aux_loss_weight"], o.top_k
         if self.kind == "switch":
-            return routers_numpy.switch(x, g, o.auxiliary_weight, n)
+            return routers_numpy.switch(x, g, balance, n)
         if self.kind in ("gshard", "glam"):
-            return routers_numpy.gshard(x, g, o.auxiliary_weight, n)
+            return routers_numpy.gshard(x, g, balance, n)
         if self.kind == "noisy_top_k":
             return routers_numpy.noisy_top_k(
-                x, g, gates["noise_weight"], o.top_k, o.importance_weight, o.load_weight, n
+                x, g, gates["noise_weight"], k, WEIGHTS["importance_loss_weight"], WEIGHTS["load_loss_weight"], n
             )
         if self.kind == "olmoe":
-            return routers_numpy.olmoe(x, g, o.top_k, o.auxiliary_weight, o.z_loss_weight, o.renormalise)
+            return routers_numpy.olmoe(x, g, k, balance, WEIGHTS["z_loss_weight"], o.setting("renormalise"))
         if self.kind == "every_expert":
             return routers_numpy.adaptive_mixture(x, g)
         return routers_numpy.expert_choice(x, g, 4, LENGTH)  # ceil(8 tokens * 2 / 5 experts)
@@ -261,27 +267,21 @@ def test_every_token_is_assigned_as_the_oracle_assigns_it_with_its_weights(made,
         np.testing.assert_allclose(weights[t][used], expected.weights[t, order], rtol=1e-4)
 
 
-def test_the_table_of_kinds_and_the_registry_name_the_same_routers():
-    assert set(ROUTER_SPECS) == set(ROUTERS)
-    for name, kind in ROUTER_SPECS.items():
-        assert ROUTERS[name].learned == kind.learned
-
-
 @pytest.mark.parametrize("kind", ["switch", "gshard", "noisy_top_k"])
 def test_noise_follows_seed_step_sample_and_layer_alone(kind):
-    options = dataclasses.replace(BASE, top_k=2, jitter=0.1)
-    drawn = partial(ROUTERS[kind].build(options).noise, 4)
+    options = {"top_k": 2, **({"jitter": 0.1} if kind == "switch" else {})}
+    drawn = partial(build_router(options_of(kind, **options)).noise, 4)
     both = drawn(np.array([11, 12]))
     np.testing.assert_array_equal(np.concatenate([drawn(np.array([n])) for n in (11, 12)]), both)
     others = [
-        ROUTERS[kind].build(options).noise(5, np.array([11, 12])),
+        build_router(options_of(kind, **options)).noise(5, np.array([11, 12])),
         drawn(np.array([13, 12])),
-        ROUTERS[kind].build(dataclasses.replace(options, seed=8)).noise(4, np.array([11, 12])),
-        ROUTERS[kind].build(dataclasses.replace(options, layer=0)).noise(4, np.array([11, 12])),
+        build_router(options_of(kind, seed=8, **options)).noise(4, np.array([11, 12])),
+        build_router(options_of(kind, layer=0, **options)).noise(4, np.array([11, 12])),
     ]
     assert all((other[:LENGTH] != both[:LENGTH]).any() for other in others)
 
 
 def test_a_noisy_gate_needs_an_expert_that_is_not_chosen():
     with pytest.raises(ValueError, match="needs more than 5 experts"):
-        ROUTERS["noisy_top_k"].build(dataclasses.replace(BASE, top_k=5)).cell()
+        build_router(options_of("noisy_top_k", top_k=5)).cell()

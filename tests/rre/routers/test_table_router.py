@@ -5,8 +5,11 @@ import math
 import numpy as np
 import pytest
 
+from parallel.operator_layout import Layout
 from rre.dispatch.dispatch_plan import DROPPED
-from rre.routers import ExpertGroups, TableRouter
+from rre.router_specs import ROUTER_SPECS
+from rre.routers import ExpertGroups, RouterOptions, build_router
+from rre.routers.table_router import TableRouter
 from rre.routing_tables import draw_table
 
 VOCAB, LENGTH = 200, 64
@@ -20,8 +23,12 @@ DOMAIN = np.array([2, 0, 1, 1, 2, 0])
 SAMPLES = np.array([11, 5, 8, 3, 21, 0])
 
 
-def router(**options) -> TableRouter:
-    return TableRouter(GROUPS, TABLES, 2, seed=4, **options)
+def router(tables=TABLES, layer: int = 2, seed: int = 4, resample: bool = False, **options) -> TableRouter:
+    settings = {"resample": resample}
+    spec, layout = ROUTER_SPECS["rre"], Layout()
+    return build_router(
+        RouterOptions(spec, GROUPS, 8, LENGTH, layout, layer, seed, settings=settings, tables=tables, **options)
+    )
 
 
 def assign(of: TableRouter, which=slice(None), step: int = 3, training: bool = True) -> np.ndarray:
@@ -61,7 +68,7 @@ def test_capacity_is_per_sample_and_domain_whatever_else_is_in_the_batch(factor)
 def test_capacity_takes_the_earlier_tokens_and_evaluation_drops_none():
     same = TABLES["law"].copy()
     same[:] = 1
-    one = TableRouter(GROUPS, TABLES | {"law": same}, 2, capacity_factor=1.0)
+    one = router(TABLES | {"law": same}, capacity_factor=1.0)
     ids = one.assign(TOKENS[2:3], DOMAIN[2:3], 0, SAMPLES[2:3], True).expert_ids.reshape(-1)
     np.testing.assert_array_equal(ids, [5] * (LENGTH // 2) + [DROPPED] * (LENGTH // 2))
     assert (one.assign(TOKENS[2:3], DOMAIN[2:3], 0, SAMPLES[2:3], False).expert_ids == 5).all()
@@ -75,8 +82,8 @@ def test_resampling_is_counted_by_step_and_sample_and_independent_of_the_place_i
     np.testing.assert_array_equal(assign(resampling, order), ids[order])
     np.testing.assert_array_equal(assign(resampling, [4])[0], ids[4])
     assert not np.array_equal(assign(resampling, step=4), ids)
-    assert not np.array_equal(assign(TableRouter(GROUPS, TABLES, 3, 4, True)), ids)
-    assert not np.array_equal(assign(TableRouter(GROUPS, TABLES, 2, 5, True)), ids)
+    assert not np.array_equal(assign(router(layer=3, resample=True)), ids)
+    assert not np.array_equal(assign(router(seed=5, resample=True)), ids)
 
 
 def test_resampling_draws_every_occurrence_uniformly_from_the_domains_group():
