@@ -196,7 +196,7 @@ def test_an_unknown_key_names_the_nearest_known_one(small, override, nearest):
         ("domains.code.experts=0", "a whole number of at least 1"),
         ("domains.code.name=Code", "a text of small letters"),
         ("domains.code.name=../x", "a text of small letters"),
-        ("evaluate=null", "a mapping with the keys every, batches, batch_size"),
+        ("evaluate=null", "a mapping with the keys every"),
         ("train.phases=[{weights: {code: x}}]", "a number"),
         ("run.seed=-1", "at least 0 and at most 2147483647"),
     ],
