@@ -69,6 +69,16 @@ def test_a_resume_with_other_rounding_and_a_longer_schedule_says_so(small_yaml, 
     ) in " ".join(done.stderr.split())
 
 
+@pytest.mark.slow
+def test_with_other_phases_ahead_it_is_the_run_that_always_had_them(small_yaml, copied_run, tmp_path):
+    phases = "[{steps: 4, weights: {code: 1.0}}, {steps: 2}, {weights: {law: 1.0}, shared: frozen, restart: true}]"
+    run, arguments = copied_run(4), ["train", small_yaml, "data.cache=null", f"train.phases={phases}"]
+    done = command(*arguments, f"run.dir={run}", "--resume", cwd=tmp_path)
+    assert done.returncode == 0 and "bit-equal" not in done.stderr, done.stderr
+    assert command(*arguments, f"run.dir={tmp_path / 'whole'}", cwd=tmp_path).returncode == 0
+    assert_equal_checkpoints(checkpoint(tmp_path / "whole", N), checkpoint(run, N))
+
+
 def test_without_a_checkpoint_a_resume_begins_at_step_0_and_says_so(small_yaml, tmp_path):
     done = command("train", small_yaml, f"run.dir={tmp_path / 'run'}", "evaluate.every=0", "train.stop_at=1",
                    "model.dropout=0", "model.attention.dropout=0", "--resume", cwd=tmp_path)  # fmt: skip
