@@ -38,40 +38,35 @@ def _device(config: Config) -> Violations:
     parallel, device = config.parallel, config.run.device
     if parallel.emulate_mesh and (device != "CPU" or parallel.mesh.size == 1):
         yield (
-            "parallel.emulate_mesh",
             "parallel.emulate_mesh = true (--emulate-mesh) emulates a mesh of several devices with CPU processes, but "
             f"parallel makes a mesh of {parallel.mesh.size} on {device}: set parallel.data, expert, tensor or "
-            "pipeline, and run.device to CPU, or leave emulate_mesh out",
+            "pipeline, and run.device to CPU, or leave emulate_mesh out"
         )
     if device == "CPU":
         cut = ("tensor", "sequence_parallel", "optimizer_parallel", "pipeline")
         for name in () if parallel.emulate_mesh else cut:
             if getattr(parallel, name) > 1 or getattr(parallel, name) is True:
                 yield (
-                    f"parallel.{name}",
                     f"parallel.{name} = {str(getattr(parallel, name)).lower()} needs run.device = Ascend: processes on "
-                    "CPU know the data and expert axes only, unless parallel.emulate_mesh is true",
+                    "CPU know the data and expert axes only, unless parallel.emulate_mesh is true"
                 )
         if parallel.workers not in (1, parallel.mesh.size):
             yield (
-                "parallel.workers",
                 f"parallel.workers = {parallel.workers} is not the mesh's size {parallel.mesh.size} "
-                f"({parallel.mesh.axes}): change one of them, or leave --workers and parallel.workers out",
+                f"({parallel.mesh.axes}): change one of them, or leave --workers and parallel.workers out"
             )
     elif parallel.workers != 1:
         yield (
-            "parallel.workers",
             f"parallel.workers = {parallel.workers} is for run.device = CPU; on Ascend msrun starts one process a "
-            "device: set it to 1",
+            "device: set it to 1"
         )
     sparse = config.model.sparse
     cut = config.sharded_over_devices and config.model.sparse_prefixes
     # A router that has no cut form at all is refused with that reason.
     if cut and config.model.router_spec.has_mesh_form and sparse.dispatch == "dropless":
         yield (
-            "model.sparse.dispatch",
             "model.sparse.dispatch = dropless has rows of changing number, but a graph that is cut over devices needs "
-            "fixed shapes: set it to capacity",
+            "fixed shapes: set it to capacity"
         )
 
 
@@ -79,16 +74,14 @@ def _experts(config: Config, mesh: Mesh) -> Violations:
     if not config.model.sparse_prefixes:
         if mesh.expert > 1:
             yield (
-                "parallel.expert",
                 f"parallel.expert = {mesh.expert}, but the model has no sparse layer: set it to 1 and parallel.data to "
-                f"{mesh.data * mesh.expert}",
+                f"{mesh.data * mesh.expert}"
             )
         return
     if mesh.placement_groups > 1 and not config.model.router_spec.separates_domains:
         yield (
-            "parallel.placement",
             f"parallel.placement = domain keeps a domain's rows at its own experts, but {config.model.router_setting} "
-            "sends them to all: set placement to global, or the router to rre",
+            "sends them to all: set placement to global, or the router to rre"
         )
     sizes = [domain.experts for domain in config.domains]
     wrong = list(mesh.expert_problems(sizes, config.domain_names))
@@ -102,17 +95,15 @@ def _experts(config: Config, mesh: Mesh) -> Violations:
             names = [config.domain_names[domain] for domain in group]
             if not any(weights.get(name, 0.0) for name in names):
                 yield (
-                    "parallel.placement",
                     f"parallel.placement = domain leaves the ranks that read {', '.join(names)} without text, because "
-                    "these have no weight in a phase: give one of them some, or set placement to global",
+                    "these have no weight in a phase: give one of them some, or set placement to global"
                 )
                 return
     limit, fewest = config.data.max_domains_per_batch, min(len(group) for group in mesh.domains_of_groups(sizes))
     if mesh.placement_groups > 1 and limit is not None and limit > fewest:
         yield (
-            "data.max_domains_per_batch",
             f"data.max_domains_per_batch = {limit} counts per placement group, and one of them has {fewest} domains: "
-            f"set it to at most {fewest}, or parallel.placement_groups lower",
+            f"set it to at most {fewest}, or parallel.placement_groups lower"
         )
 
 
@@ -121,26 +112,20 @@ def _widths(config: Config) -> Violations:
     for name, width in (("heads", model.heads), ("ffn", model.ffn), ("vocab_size", model.vocab_size)):
         if width is not None and width % parallel.tensor:
             yield (
-                "parallel.tensor",
                 f"parallel.tensor = {parallel.tensor} does not divide model.{name} = {width}: choose a divisor, or "
-                f"change model.{name}",
+                f"change model.{name}"
             )
     if model.layers % parallel.pipeline:
-        yield (
-            "parallel.pipeline",
-            f"parallel.pipeline = {parallel.pipeline} does not divide model.layers = {model.layers}: choose a divisor",
-        )
+        yield f"parallel.pipeline = {parallel.pipeline} does not divide model.layers = {model.layers}: choose a divisor"
     if parallel.sequence_parallel and parallel.tensor == 1:
         yield (
-            "parallel.sequence_parallel",
-            "parallel.sequence_parallel is true, but parallel.tensor is 1 and there is nothing to cut rows over: "
-            "set it to false",
+            "parallel.sequence_parallel is true, but parallel.tensor is 1 and there is nothing to cut rows over: set "
+            "it to false"
         )
     if parallel.sequence_parallel and config.data.sequence_length % parallel.tensor:
         yield (
-            "parallel.sequence_parallel",
             f"parallel.sequence_parallel cuts data.sequence_length = {config.data.sequence_length} into "
-            f"parallel.tensor = {parallel.tensor} parts: choose a length that is a multiple of it",
+            f"parallel.tensor = {parallel.tensor} parts: choose a length that is a multiple of it"
         )
 
 
@@ -149,47 +134,38 @@ def _one_graph(config: Config, mesh: Mesh) -> Violations:
     model, parallel = config.model, config.parallel
     for key, rate in (("model.dropout", model.dropout), ("model.attention.dropout", model.attention.dropout)):
         if rate > 0:
-            yield key, f"{key} = {rate} has no form that is cut over devices: set it to 0"
+            yield f"{key} = {rate} has no form that is cut over devices: set it to 0"
     if model.domain_parameters.embedding == "own":
-        yield (
-            "model.domain_parameters.embedding",
-            "model.domain_parameters.embedding = own has no form that is cut over devices: set it to shared",
-        )
+        yield "model.domain_parameters.embedding = own has no form that is cut over devices: set it to shared"
     if not config.model.sparse_prefixes:
         return
     if not model.router_spec.has_mesh_form:
         others = ", ".join(name for name, spec in ROUTER_SPECS.items() if spec.has_mesh_form)
         advice = "leave it out" if model.is_mixture else f"choose one of {others}"
-        yield (
-            model.router_setting.partition(" ")[0],
-            f"{model.router_setting} has no form that is cut over devices: {advice}",
-        )
+        yield f"{model.router_setting} has no form that is cut over devices: {advice}"
     for option in model.router_spec.options:
         value = model.router_options[option.name]
         if value in option.not_on_mesh:
             key = f"model.sparse.{option.name}"
-            yield key, f"{key} = {value} has no form that is cut over devices: set it to {option.default}"
+            yield f"{key} = {value} has no form that is cut over devices: set it to {option.default}"
     for name, parts in (("expert_chunks", parallel.expert_chunks), ("pipeline", parallel.pipeline)):
         if model.router_spec.learned and parts > 1:
             yield (
-                f"parallel.{name}",
-                f"parallel.{name} = {parts} needs rows planned outside the graph, and a gate ({model.router}) "
-                "plans them inside: set it to 1, or the router to rre or hash",
+                f"parallel.{name} = {parts} needs rows planned outside the graph, and a gate ({model.router}) plans "
+                "them inside: set it to 1, or the router to rre or hash"
             )
     for name, width in (("hidden", model.hidden), ("ffn", model.ffn)):
         if width % (mesh.data * mesh.tensor):
             yield (
-                f"model.{name}",
-                f"model.{name} = {width} is not divided by parallel.data x parallel.tensor = {mesh.data * mesh.tensor},"
-                f" over which every expert is cut: change one of them",
+                f"model.{name} = {width} is not divided by parallel.data x parallel.tensor = "
+                f"{mesh.data * mesh.tensor}, over which every expert is cut: change one of them"
             )
     if parallel.expert_chunks > 1 and not model.router_spec.learned:
         local_experts = activated_slots(config) // mesh.exchange_size
         if local_experts % parallel.expert_chunks:
             yield (
-                "parallel.expert_chunks",
-                f"parallel.expert_chunks = {parallel.expert_chunks} does not divide the {local_experts} experts "
-                f"that a rank computes: choose a divisor of {local_experts}",
+                f"parallel.expert_chunks = {parallel.expert_chunks} does not divide the {local_experts} experts that a "
+                f"rank computes: choose a divisor of {local_experts}"
             )
 
 
@@ -198,28 +174,23 @@ def _batch(config: Config, mesh: Mesh) -> Violations:
     micro = train.batch_size // train.gradient_accumulation_steps
     if micro % mesh.rows:
         yield (
-            "train.batch_size",
             f"train.batch_size = {train.batch_size} in train.gradient_accumulation_steps = "
             f"{train.gradient_accumulation_steps} parts gives {micro} sequences at a time, which the {mesh.rows} ranks "
-            "that read (parallel.data x parallel.expert) do not divide: choose a batch that is a multiple of both",
+            "that read (parallel.data x parallel.expert) do not divide: choose a batch that is a multiple of both"
         )
     measures = config.evaluate.every > 0 or config.run.device == "CPU"
     if measures and config.evaluate.batch_size % mesh.rows:
         yield (
-            "evaluate.batch_size",
             f"evaluate.batch_size = {config.evaluate.batch_size} is not divided by the {mesh.rows} ranks that read "
-            "(parallel.data x parallel.expert): choose a multiple of it",
+            "(parallel.data x parallel.expert): choose a multiple of it"
         )
     if mesh.pipeline > 1 and config.evaluate.every > 0:
         yield (
-            "evaluate.every",
             f"evaluate.every = {config.evaluate.every} measures between steps, for which pipeline stages have no "
-            "graph: set it to 0, and measure checkpoints with pangu-sigma evaluate",
+            "graph: set it to 0, and measure checkpoints with pangu-sigma evaluate"
         )
     if mesh.pipeline > 1 and train.gradient_accumulation_steps < mesh.pipeline:
         yield (
-            "train.gradient_accumulation_steps",
-            f"train.gradient_accumulation_steps = {train.gradient_accumulation_steps} keeps "
-            f"{mesh.pipeline} pipeline stages waiting for one another: set it to at least "
-            f"parallel.pipeline = {mesh.pipeline}",
+            f"train.gradient_accumulation_steps = {train.gradient_accumulation_steps} keeps {mesh.pipeline} pipeline "
+            f"stages waiting for one another: set it to at least parallel.pipeline = {mesh.pipeline}"
         )

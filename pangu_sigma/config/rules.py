@@ -33,20 +33,18 @@ def _routing(config: Config) -> Violations:
         samples = samples_at_a_time(config)
         if samples % sparse.capacity_samples:
             yield (
-                "model.sparse.capacity_samples",
-                f"model.sparse.capacity_samples = {sparse.capacity_samples} does not divide the "
-                f"{samples} sequences that a rank computes at a time (train.batch_size / "
-                "train.gradient_accumulation_steps, among the ranks that read): choose a divisor",
+                f"model.sparse.capacity_samples = {sparse.capacity_samples} does not divide the {samples} sequences "
+                "that a rank computes at a time (train.batch_size / train.gradient_accumulation_steps, among the ranks "
+                "that read): choose a divisor"
             )
     experts = config.experts_in_layer
     most = experts - int(model.router_spec.needs_unchosen_expert)
     if model.sparse_prefixes and model.router_spec.learned and config.experts_per_token > most:
         spare = ", one of which must be left unchosen" if most < experts else ""
         yield (
-            "model.sparse.top_k",
-            f"model.sparse.top_k = {config.experts_per_token} (the {sparse.router_name(model.is_mixture)}'s own "
-            f"where nothing is written) is too many for the {experts} experts of a sparse layer{spare}: set it to at "
-            f"most {most}",
+            f"model.sparse.top_k = {config.experts_per_token} (the {sparse.router_name(model.is_mixture)}'s own where "
+            f"nothing is written) is too many for the {experts} experts of a sparse layer{spare}: set it to at most "
+            f"{most}"
         )
 
 
@@ -55,23 +53,16 @@ def _domains(config: Config) -> Violations:
     for index, domain in enumerate(config.domains):
         key = f"domains.{index}"
         if domain.name in seen:
-            yield (
-                f"{key}.name",
-                f"{key}.name = {domain.name} is the name of an earlier domain: give every domain its own name",
-            )
+            yield f"{key}.name = {domain.name} is the name of an earlier domain: give every domain its own name"
         seen.add(domain.name)
         yield from domain.violations(key)
     if not 0 < sum(domain.weight for domain in config.domains) < math.inf:
-        yield (
-            "domains",
-            "the weights of the domains do not add up to a positive number: give at least one a positive weight",
-        )
+        yield "domains have weights that do not add up to a positive number: give at least one a positive weight"
     limit = config.data.max_domains_per_batch
     if limit is not None and limit > len(config.domains):
         yield (
-            "data.max_domains_per_batch",
-            f"data.max_domains_per_batch = {limit} is more than the {len(config.domains)} domains there are: "
-            f"set it to at most {len(config.domains)}",
+            f"data.max_domains_per_batch = {limit} is more than the {len(config.domains)} domains there are: set it to "
+            f"at most {len(config.domains)}"
         )
 
 
@@ -81,26 +72,23 @@ def _tokenizer(config: Config) -> Violations:
     known = tokenizer.known_size
     if known is not None and model.vocab_size is not None and model.vocab_size < known:
         yield (
-            "model.vocab_size",
-            f"model.vocab_size = {model.vocab_size} is less than the tokenizer's {known} pieces: "
-            f"set it to at least {known}, or to null for the tokenizer's size",
+            f"model.vocab_size = {model.vocab_size} is less than the tokenizer's {known} pieces: set it to at least "
+            f"{known}, or to null for the tokenizer's size"
         )
     rows = model.vocab_size or known
     owners = model.router_spec.tables if model.sparse_prefixes else None
     experts = config.experts_in_layer
     if rows is not None and owners == "layer" and experts > rows:
         yield (
-            "domains",
-            f"the domains have {experts} experts together, more than the {rows} vocabulary ids that the table of a "
-            "hash layer can spread: make the expert groups smaller",
+            f"domains have {experts} experts together, more than the {rows} vocabulary ids that the table of a hash "
+            "layer can spread: make the expert groups smaller"
         )
     if rows is not None and owners == "domain":
         for index, domain in enumerate(config.domains):
             if domain.experts > rows:
                 yield (
-                    f"domains.{index}.experts",
                     f"domains.{index}.experts = {domain.experts} is more than the {rows} vocabulary ids that a routing "
-                    "table can spread: make the expert group smaller",
+                    "table can spread: make the expert group smaller"
                 )
 
 
@@ -108,21 +96,18 @@ def _data(config: Config) -> Violations:
     data = config.data
     if data.sequence_length > config.model.positions:
         yield (
-            "data.sequence_length",
             f"data.sequence_length = {data.sequence_length} is more than model.positions = {config.model.positions}: "
-            "shorten the sequences or give the model more positions",
+            "shorten the sequences or give the model more positions"
         )
     if data.heldout_fraction == 0 and config.evaluate.every and config.adapt is None:
         yield (
-            "evaluate.every",
-            f"evaluate.every = {config.evaluate.every} needs held-out text, but data.heldout_fraction is 0: "
-            "set evaluate.every to 0 or hold some text out",
+            f"evaluate.every = {config.evaluate.every} needs held-out text, but data.heldout_fraction is 0: set "
+            "evaluate.every to 0 or hold some text out"
         )
     if data.heldout_fraction == 0 and config.checkpoint.probe_sequences and config.adapt is None:
         yield (
-            "checkpoint.probe_sequences",
             f"checkpoint.probe_sequences = {config.checkpoint.probe_sequences} needs held-out text, but "
-            "data.heldout_fraction is 0: set checkpoint.probe_sequences to 0 or hold some text out",
+            "data.heldout_fraction is 0: set checkpoint.probe_sequences to 0 or hold some text out"
         )
 
 
@@ -130,27 +115,23 @@ def _schedule(config: Config) -> Violations:
     schedule, steps = config.schedule, config.train.steps
     if schedule.warmup_steps > steps:
         yield (
-            "schedule.warmup_steps",
-            f"schedule.warmup_steps = {schedule.warmup_steps} is more than train.steps = {steps}: "
-            "shorten the warm-up or train longer",
+            f"schedule.warmup_steps = {schedule.warmup_steps} is more than train.steps = {steps}: shorten the warm-up "
+            "or train longer"
         )
     elif schedule.decay_steps is not None and schedule.warmup_steps > schedule.decay_steps:
         yield (
-            "schedule.decay_steps",
             f"schedule.decay_steps = {schedule.decay_steps} is less than schedule.warmup_steps = "
-            f"{schedule.warmup_steps}: it counts the warm-up too, so set it to at least {schedule.warmup_steps}",
+            f"{schedule.warmup_steps}: it counts the warm-up too, so set it to at least {schedule.warmup_steps}"
         )
     elif schedule.warmup_steps + schedule.anneal_steps > steps:
         yield (
-            "schedule.anneal_steps",
             f"schedule.anneal_steps = {schedule.anneal_steps} and schedule.warmup_steps = {schedule.warmup_steps} are "
-            f"more than train.steps = {steps}: shorten them or train longer",
+            f"more than train.steps = {steps}: shorten them or train longer"
         )
     if schedule.anneal_steps and any(phase.restart for phase in config.train.phases):
         yield (
-            "schedule.anneal_steps",
             "schedule.anneal_steps ends one schedule over the whole run, but a phase restarts it "
-            "(train.phases.*.restart): set schedule.anneal_steps to 0, or no phase to restart",
+            "(train.phases.*.restart): set schedule.anneal_steps to 0, or no phase to restart"
         )
 
 
@@ -159,15 +140,13 @@ def _train(config: Config) -> Violations:
     yield from train.violations()
     if train.precision == "bfloat16" and config.run.device == "CPU":
         yield (
-            "train.precision",
-            "train.precision = bfloat16 does not run on run.device = CPU, which has no bfloat16 matrix product: "
-            "use float32 or float16, or run on Ascend",
+            "train.precision = bfloat16 does not run on run.device = CPU, which has no bfloat16 matrix product: use "
+            "float32 or float16, or run on Ascend"
         )
     if train.nonfinite == "rollback" and config.checkpoint.every == 0:
         yield (
-            "train.nonfinite",
-            "train.nonfinite = rollback needs checkpoints to return to, but checkpoint.every is 0: "
-            "set checkpoint.every to a number of steps",
+            "train.nonfinite = rollback needs checkpoints to return to, but checkpoint.every is 0: set "
+            "checkpoint.every to a number of steps"
         )
 
 
@@ -175,16 +154,13 @@ def _run(config: Config) -> Violations:
     init_from = config.run.init_from
     if init_from is not None and abspath(expanduser(init_from)) == abspath(expanduser(config.run.dir)):
         yield (
-            "run.init_from",
-            f"run.init_from = {init_from} is the run's own folder: continue it with --resume, or choose "
-            "another run.dir",
+            f"run.init_from = {init_from} is the run's own folder: continue it with --resume, or choose another run.dir"
         )
     profile, steps = config.run.profile, config.train.steps
     if profile is not None and profile.start + profile.steps - 1 > steps:
         yield (
-            "run.profile",
-            f"run.profile ends at step {profile.start + profile.steps - 1}, after train.steps = {steps}: "
-            "profile earlier or fewer steps",
+            f"run.profile ends at step {profile.start + profile.steps - 1}, after train.steps = {steps}: profile "
+            "earlier or fewer steps"
         )
 
 
@@ -192,9 +168,8 @@ def _experts(config: Config) -> Violations:
     store = config.experts.store
     if store != "device" and config.model.router_spec.needs_all_experts:
         yield (
-            "experts.store",
-            f"experts.store = {store}, but a learned gate ({config.model.router_setting}) chooses "
-            "among all experts inside the step: set experts.store to device",
+            f"experts.store = {store}, but a learned gate ({config.model.router_setting}) chooses among all experts "
+            "inside the step: set experts.store to device"
         )
 
 
@@ -204,28 +179,24 @@ def _phases(config: Config) -> Violations:
     for index, phase in enumerate(phases):
         key = f"train.phases.{index}"
         if phase.steps is None and index < len(phases) - 1:
-            yield f"{key}.steps", f"{key}.steps is missing: only the last phase may leave it out"
+            yield f"{key}.steps is missing: only the last phase may leave it out"
         for name in phase.weights or {}:
             if name not in names:
-                yield f"{key}.weights.{name}", f"{key}.weights names the domain {name}, {_known(names)}"
+                yield f"{key}.weights.{name} names a domain {_known(names)}"
         yield from phase.weight_violations(key)
         for name in phase.domains or ():
             if name not in names:
-                yield f"{key}.domains", f"{key}.domains names the domain {name}, {_known(names)}"
+                yield f"{key}.domains names the domain {name}, {_known(names)}"
         frozen = phase.shared == "frozen"
         if frozen and phase.domains == ():
-            yield key, f"{key} trains nothing: set shared to train or name domains whose experts train"
+            yield f"{key} trains nothing: set shared to train or name domains whose experts train"
         elif frozen and not model.sparse_prefixes and model.domain_parameters.embedding == "shared":
-            yield (
-                f"{key}.shared",
-                f"{key} trains nothing: a dense model has shared parameters only; set shared to train",
-            )
+            yield f"{key}.shared = frozen trains nothing: a dense model has shared parameters only; set shared to train"
         yield from _regularise(key, phase, config)
         if phase.shared == "regularised" and config.sharded_over_devices:
             yield (
-                f"{key}.shared",
                 f"{key}.shared = regularised has no form that is cut over devices, and parallel describes "
-                f"{config.parallel.devices} of them: set its keys to 1, or {key}.shared to train",
+                f"{config.parallel.devices} of them: set its keys to 1, or {key}.shared to train"
             )
         if not set(phase.weights or ()) - names:
             yield from _old_domains(key, config, index)
@@ -238,21 +209,18 @@ def _regularise(key: str, phase: PhaseConfig, config: Config) -> Violations:
     if regularise is not None and regularise.through == "old":
         if not regularise.output:
             yield (
-                f"{key}.regularise.through",
                 f"{key}.regularise.through = old says whose outputs are compared, and output is 0: give output a "
-                "weight above 0, or leave through out",
+                "weight above 0, or leave through out"
             )
         elif config.parallel.placement_groups > 1:
             yield (
-                f"{key}.regularise.through",
                 f"{key}.regularise.through = old has the new text read by other domains' experts, whose rows do not "
-                "leave their placement group: set it to own, or parallel.placement to global",
+                "leave their placement group: set it to own, or parallel.placement to global"
             )
         elif not config.model.separates_domains and config.model.domain_parameters.embedding == "shared":
             yield (
-                f"{key}.regularise.through",
                 f"{key}.regularise.through = old has no effect on this model, in which no domain has experts of its "
-                "own (a dense one, or model.sparse.router other than rre): leave it out",
+                "own (a dense one, or model.sparse.router other than rre): leave it out"
             )
 
 
@@ -260,30 +228,23 @@ def _old_domains(key: str, config: Config, index: int) -> Violations:
     phase, names = config.train.phases[index], set(config.domain_names)
     for name in phase.old or ():
         if name not in names:
-            yield f"{key}.old", f"{key}.old names the domain {name}, {_known(names)}"
+            yield f"{key}.old names the domain {name}, {_known(names)}"
             return
     regularise = phase.regularise
     through = regularise is not None and regularise.output > 0 and regularise.through == "old"
     ewc = regularise is not None and regularise.ewc > 0
     if not phase.replay and not ewc and not through:
         if phase.old is not None:
-            yield (
-                f"{key}.old",
-                f"{key}.old has no effect without {key}.replay, {key}.regularise.ewc or through = old: leave it out",
-            )
+            yield f"{key}.old has no effect without {key}.replay, {key}.regularise.ewc or through = old: leave it out"
         return
     why = f"{key}.regularise.ewc" if ewc else f"{key}.regularise.through = old"
     why = f"{key}.replay = {phase.replay:g}" if phase.replay else why
     if phase.replay and phase.weights is None:
-        yield (
-            f"{key}.weights",
-            f"{why} is a share beside what {key}.weights draws, which is null: name the new domains there",
-        )
+        yield f"{key}.weights is null, and {why} is a share beside what it draws: name the new domains there"
     elif not old_domains(config, index):
         yield (
-            f"{key}.old",
-            f"{why} needs old domains, but no earlier phase draws another domain than {key} itself: name them in "
-            f"{key}.old",
+            f"{key}.old names none: {why} needs old domains, but no earlier phase draws another domain than {key} "
+            "itself"
         )
     elif (
         phase.replay
@@ -291,9 +252,8 @@ def _old_domains(key: str, config: Config, index: int) -> Violations:
         and not set(old_domains(config, index)) & set(names if phase.domains is None else phase.domains)
     ):
         yield (
-            f"{key}.replay",
-            f"{why} has no use where nothing of the old domains trains: set it to 0, or {key}.shared to train or "
-            "regularised",
+            f"{key}.replay = {phase.replay:g} has no use where nothing of the old domains trains: set it to 0, or "
+            f"{key}.shared to train or regularised"
         )
 
 
@@ -306,25 +266,22 @@ def _stream(config: Config) -> Violations:
         return
     stream, names = config.data.stream, set(config.domain_names)
     if stream.domain is not None and stream.domain not in names:
-        yield "data.stream.domain", f"data.stream.domain names the domain {stream.domain}, {_known(names)}"
+        yield f"data.stream.domain names the domain {stream.domain}, {_known(names)}"
     if config.data.max_domains_per_batch is not None:
         yield (
-            "data.max_domains_per_batch",
-            f"data.max_domains_per_batch = {config.data.max_domains_per_batch}, but the documents of data.stream "
-            "come in their own order: set it to null",
+            f"data.max_domains_per_batch = {config.data.max_domains_per_batch}, but the documents of data.stream come "
+            "in their own order: set it to null"
         )
     for index, phase in enumerate(config.train.phases):
         if phase.replay:
             yield (
-                f"train.phases.{index}.replay",
                 f"train.phases.{index}.replay = {phase.replay:g}, but a run with data.stream draws nothing from the "
-                "domains' files: set it to 0",
+                "domains' files: set it to 0"
             )
     if config.parallel.devices > 1:
         yield (
-            "data.stream",
             f"data.stream is read by one process, and parallel describes {config.parallel.devices} devices: leave "
-            "--workers out and set its keys to 1",
+            "--workers out and set its keys to 1"
         )
 
 
@@ -334,27 +291,24 @@ def _adapt(config: Config) -> Violations:
     yield from config.adapt.violations(config.domain_names)
     if config.run.init_from is None:
         yield (
-            "run.init_from",
             "run.init_from is null, but adapt changes a trained model: run it with pangu-sigma "
-            f"{config.adapt.objective} MODEL FILE.yaml",
+            f"{config.adapt.objective} MODEL FILE.yaml"
         )
     if config.adapt.heldout_fraction == 0 and config.evaluate.every:
         yield (
-            "evaluate.every",
-            f"evaluate.every = {config.evaluate.every} needs held-out examples, but adapt.heldout_fraction is 0: "
-            "set evaluate.every to 0 or hold some examples out",
+            f"evaluate.every = {config.evaluate.every} needs held-out examples, but adapt.heldout_fraction is 0: set "
+            "evaluate.every to 0 or hold some examples out"
         )
     if config.data.stream is not None:
-        yield "data.stream", "data.stream has no use where adapt names the examples: set it to null"
+        yield "data.stream has no use where adapt names the examples: set it to null"
     drawn = {examples.name for examples in config.adapt.examples if examples.weight}
     for index, phase in enumerate(config.train.phases):
         key = f"train.phases.{index}"
         for name, weight in (phase.weights or {}).items():
             if weight and name not in drawn:
-                yield f"{key}.weights.{name}", f"{key}.weights draws {name}, which adapt.examples has no examples of"
+                yield f"{key}.weights.{name} draws {name}, which adapt.examples has no examples of"
         if phase.shared == "regularised" or phase.replay:
             yield (
-                key,
                 f"{key} is held near the previous model or replays text, which adapt does not do: leave shared "
-                "regularised and replay out",
+                "regularised and replay out"
             )

@@ -24,15 +24,12 @@ class SparseKeys(Section):
     """Keys of `model.sparse` in their order; those without a value here are options of routers, which
     `rre.router_specs` defines."""
 
-    pattern: Literal["top", "every_other", "every"] = Field(
-        "top", description="Which layers are sparse: the top ones, every second block (not the first), or all blocks."
-    )
-    layers: int = Field(
-        0, ge=0, description="With pattern top, how many of the top layers are sparse; 0 gives a dense PanGu-α."
-    )
-    include_query_layer: bool = Field(
-        False, description="Whether the query layer is sparse too; it then counts as one of the top layers."
-    )
+    pattern: Literal["top", "every_other", "every"] = "top"
+    """Which layers are sparse: the top ones, every second block (not the first), or all blocks."""
+    layers: int = Field(0, ge=0)
+    """With pattern top, how many of the top layers are sparse; 0 gives a dense PanGu-α."""
+    include_query_layer: bool = False
+    """Whether the query layer is sparse too; it then counts as one of the top layers."""
     router: RouterName = Field(
         next(iter(ROUTER_SPECS)),
         description=f"How tokens and experts meet: {_listed(_BY_TABLE)} by fixed tables, all others by a learned gate.",
@@ -40,41 +37,25 @@ class SparseKeys(Section):
     top_k: int | None = Field(
         None, ge=1, description=f"Experts per token of {', '.join(_OF_ANY_K)}; null takes the router's own."
     )
-    table: Literal["uniform", "frequency"] = Field(
-        "uniform",
-        init_from="free",
-        description="How a routing table is drawn: equal numbers of vocabulary ids, or balanced by their frequency.",
-    )
+    table: Literal["uniform", "frequency"] = Field("uniform", init_from="free")
+    """How a routing table is drawn: equal numbers of vocabulary ids, or balanced by their frequency."""
     resample: bool
-    dispatch: Literal["dropless", "capacity"] = Field(
-        "dropless",
-        init_from="free",
-        description="Whether every row reaches its expert, or only as many as an expert may take.",
-    )
-    capacity_factor: float = Field(
-        1.25,
-        gt=0,
-        init_from="free",
-        description="Rows an expert may take under capacity dispatch, as a multiple of an even share.",
-    )
-    capacity_samples: int = Field(
-        1,
-        ge=1,
-        init_from="free",
-        description="Samples that share an expert's room under a learned gate and capacity dispatch: GShard's group.",
-    )
+    dispatch: Literal["dropless", "capacity"] = Field("dropless", init_from="free")
+    """Whether every row reaches its expert, or only as many as an expert may take."""
+    capacity_factor: float = Field(1.25, gt=0, init_from="free")
+    """Rows an expert may take under capacity dispatch, as a multiple of an even share."""
+    capacity_samples: int = Field(1, ge=1, init_from="free")
+    """Samples that share an expert's room under a learned gate and capacity dispatch: GShard's group."""
     aux_loss_weight: float
     balance: str
     z_loss_weight: float
     importance_loss_weight: float
     load_loss_weight: float
     renormalise: bool
-    feed_forward: FeedForwardKind | None = Field(
-        None, description="Kind of every expert's network; null takes model.feed_forward, the dense layers'."
-    )
-    shared_expert: bool = Field(
-        False, description="Whether sparse layers have one more network, which every token takes beside its experts."
-    )
+    feed_forward: FeedForwardKind | None = None
+    """Kind of every expert's network; null takes model.feed_forward, the dense layers'."""
+    shared_expert: bool = False
+    """Whether sparse layers have one more network, which every token takes beside its experts."""
     jitter: float
 
     def router_name(self, is_mixture: bool) -> str:
@@ -94,27 +75,23 @@ class SparseKeys(Section):
                 written = "is true, but" if value is True else f"= {value}"
                 default = str(option.default).lower().removesuffix(".0")
                 yield (
-                    f"model.sparse.{name}",
                     f"model.sparse.{name} {written} {option.no_effect.format(router=router)}: set it to {default}, or "
-                    f"the router to {' or '.join(routers_with(name))}",
+                    f"the router to {' or '.join(routers_with(name))}"
                 )
         if spec.fixed and self.top_k not in (None, spec.experts_per_token):
             yield (
-                "model.sparse.top_k",
-                f"model.sparse.top_k = {self.top_k}, but the {router} takes "
-                f"{spec.experts_per_token or 'all experts'} by definition: leave it out",
+                f"model.sparse.top_k = {self.top_k}, but the {router} takes {spec.experts_per_token or 'all experts'} "
+                "by definition: leave it out"
             )
         if spec.experts_choose and self.dispatch == "capacity":
             yield (
-                "model.sparse.dispatch",
-                f"model.sparse.dispatch = capacity, but with the {router} every expert takes a fixed number "
-                "of tokens anyway: set it to dropless",
+                f"model.sparse.dispatch = capacity, but with the {router} every expert takes a fixed number of tokens "
+                "anyway: set it to dropless"
             )
         if self.capacity_samples > 1 and not self.has_group_capacity(spec):
             yield (
-                "model.sparse.capacity_samples",
                 f"model.sparse.capacity_samples = {self.capacity_samples} acts on the learned gates that have a "
-                "capacity: leave it out, or set such a router and model.sparse.dispatch to capacity",
+                "capacity: leave it out, or set such a router and model.sparse.dispatch to capacity"
             )
 
 

@@ -95,7 +95,7 @@ BROKEN = [
     ("name of inference", ["domains.1.name=auto"], "domains.1.name = auto is reserved: --domain auto has"),
     ("name of a numbered file", ["domains.1.name=x-00001-of-00002"], "ends like a numbered file"),
     ("infinite weight", ["domains.0.weight=1e308", "domains.1.weight=1e308"], "do not add up to a positive number"),
-    ("no weight", ["domains.0.weight=0", "domains.1.weight=0"], "weights of the domains do not add up"),
+    ("no weight", ["domains.0.weight=0", "domains.1.weight=0"], "domains have weights that do not add up"),
     ("domains per step", ["data.max_domains_per_batch=3"], "more than the 2 domains there are"),
     ("path of a trained tokenizer", ["data.tokenizer.path=x"], "data.tokenizer.kind is train"),
     ("no path of a given one", ["data.tokenizer.kind=sentencepiece"], "needs the tokenizer's model file"),
@@ -132,7 +132,7 @@ BROKEN = [
     ("regularised by nothing", ["train.phases=[{shared: regularised}]"], "give output, l2 or ewc a weight above 0"),
     ("regularise without effect", ["train.phases=[{regularise: {l2: 1}}]"], "train.phases.0.regularise has no effect"),
     ("replay of nobody", ["train.phases=[{weights: {code: 1}, replay: 0.1}]"], "no earlier phase draws another domain"),
-    ("replay beside everything", ["train.phases=[{steps: 5}, {replay: 0.1}]"], "train.phases.1.weights draws"),
+    ("replay beside everything", ["train.phases=[{steps: 5}, {replay: 0.1}]"], "train.phases.1.weights is null"),
     (
         "replay that trains nothing",
         [SPARSE, "train.phases=[{weights: {code: 1}, domains: [code], old: [docs], replay: 0.1, shared: frozen}]"],

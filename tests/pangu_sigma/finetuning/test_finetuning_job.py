@@ -116,7 +116,7 @@ def test_mistakes_are_told_in_a_sentence(taught, adaptation_file, tmp_path):
     refused("is another model: model.ffn is 32 there and 64 here", "model.ffn=64")
     refused("this job runs in one process: set parallel={}", "parallel={data: 2}")
     refused("adapt.betta is not a known key: the nearest known key is adapt.beta", "adapt.betta=1")
-    refused("train.phases.0.weights draws poems", "train.phases=[{weights: {poems: 1}}]")
+    refused("train.phases.0.weights.poems draws poems", "train.phases=[{weights: {poems: 1}}]")
     refused("evaluate.every = 2 needs held-out examples", "adapt.heldout_fraction=0")
     values = yaml.safe_load(sft.read_text())
     (tmp_path / "dpo.yaml").write_text(yaml.safe_dump({**values, "adapt": {**values["adapt"], "objective": "dpo"}}))
