@@ -100,8 +100,9 @@ def block_name(index: int) -> str:
 
 
 def block_index(layer_name: str | None) -> int | None:
-    """The number of a layer; None for the query layer, and outside of layers."""
-    return None if layer_name in (None, QUERY_LAYER) else int(layer_name.removeprefix("blocks."))
+    """The number of a block; None for the query layer, and whatever else is no block's name."""
+    prefix, _, index = (layer_name or "").partition(".")
+    return int(index) if prefix == "blocks" and index.isdecimal() else None
 
 
 def expert_name(layer_name: str, tensor: str, domain: str | None = None, state: str = WEIGHT) -> str:

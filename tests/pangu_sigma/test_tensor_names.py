@@ -110,7 +110,7 @@ def test_a_domain_may_be_called_as_a_part_of_a_name(domain):
 
 def test_layers_have_numbers_but_the_query_layer():
     assert [block_index(block_name(i)) for i in (0, 12)] == [0, 12]
-    assert block_index(QUERY_LAYER) is block_index(None) is None
+    assert [block_index(name) for name in (QUERY_LAYER, None, "", "blocks", "blocks.", "blocks.x")] == [None] * 6
     assert parse_name("blocks.12").layer == "blocks.12"
 
 
