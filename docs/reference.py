@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from extract.export.export_formats import FORMATS
 from pangu_sigma.config import Config
 from pangu_sigma.config.config_text import description
 from pangu_sigma.config.key_descriptions import allowed, default_of, inner_section, meaning
@@ -98,7 +99,8 @@ def support(name: str, spec: RouterSpec) -> Sequence[str]:
     without = [f"`{option.name}: {value}`" for option in spec.options for value in option.not_on_mesh]
     if without:
         cells[2] += f" (not {', '.join(without)})"
-    return f"`{name}`", *cells, ", ".join(f"`{name}`" for name in sorted(spec.exports)) or "no"
+    formats = sorted(name for name, format_ in FORMATS.items() if format_.network in spec.exports)
+    return f"`{name}`", *cells, ", ".join(f"`{name}`" for name in formats) or "no"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -70,7 +70,7 @@ class RouterSpec:
     `experts_choose`: each expert takes a fixed number of tokens, not each token its experts. `extra_weights`: what a
     learned gate trains beside its `weight`. `keeps_scale`: whether a token's combine weights add up to 1, so that equal
     experts are one network. `has_capacity`: whether an expert can run out of room. `has_mesh_form`: whether it has a
-    form in a graph that is cut over devices. `exports`: formats that know it. `chooses`, `combine_weights`,
+    form in a graph that is cut over devices. `exports`: exported networks that know it. `chooses`, `combine_weights`,
     `auxiliary_loss` and `source` are its row in docs/routers.md.
     """
 
@@ -86,7 +86,7 @@ class RouterSpec:
     keeps_scale: bool = True
     has_capacity: bool = True
     has_mesh_form: bool = True
-    exports: frozenset[str] = frozenset()
+    exports: tuple[str, ...] = ()
     chooses: str = ""
     combine_weights: str = "1"
     auxiliary_loss: str = "none"
@@ -135,11 +135,9 @@ def _loss_weight(name: str, default: float, loss: str) -> RouterOption:
 
 
 _BALANCE_LOSS = _loss_weight("aux_loss_weight", 0.01, "balance loss")
-# Formats that write PanGu-α's parts: a table inside the group, or Switch's gate.
-_PANGU_FORMATS = frozenset({"hf", "onnx", "mindir", "mindformers"})
 
 RRE = RouterSpec(
-    "rre", "rre.routers.table_router:TableRouter", tables="domain", fixed=True, exports=_PANGU_FORMATS,
+    "rre", "rre.routers.table_router:TableRouter", tables="domain", fixed=True, exports=("PanGu-Σ",),
     options=(
         RouterOption(
             "resample", False, "Whether training draws a fresh expert for every occurrence instead of using the table.",
@@ -154,7 +152,7 @@ HASH = RouterSpec(
     chooses="one fixed table over all experts", source="2106.04426",
 )  # fmt: skip
 SWITCH = RouterSpec(
-    "switch", "rre.routers.switch:SwitchRouter", fixed=True, keeps_scale=False, exports=_PANGU_FORMATS,
+    "switch", "rre.routers.switch:SwitchRouter", fixed=True, keeps_scale=False, exports=("PanGu-Σ",),
     options=(
         _BALANCE_LOSS,
         RouterOption(
@@ -187,7 +185,7 @@ NOISY_TOP_K = RouterSpec(
     auxiliary_loss="`importance_loss_weight` · CV(Σ gates)² + `load_loss_weight` · CV(load)²", source="1701.06538",
 )  # fmt: skip
 OLMOE = RouterSpec(
-    "olmoe", "rre.routers.olmoe:OlmoeRouter", experts_per_token=8, keeps_scale=False, exports=frozenset({"hf-olmoe"}),
+    "olmoe", "rre.routers.olmoe:OlmoeRouter", experts_per_token=8, keeps_scale=False, exports=("OLMoE",),
     options=(
         _BALANCE_LOSS,
         RouterOption(

@@ -11,13 +11,14 @@ class ExportFormat:
 
     module: in this folder, with check(source, options), which raises UserError for a model that it cannot hold;
     weight_bytes(source, options); and write(source, folder, options) -> sentences for the user. program: who runs it.
-    options: fields of `Options` that mean something to it, `dtype` apart. float32_only: what to do instead, where it
-    has no other element type. packages: what writing needs beside our own dependencies; the extra of its name brings
-    them.
+    network: whose parts it writes; routers' specs say which networks know them. options: fields of `Options` that mean
+    something to it, `dtype` apart. float32_only: what to do instead, where it has no other element type. packages:
+    what writing needs beside our own dependencies; the extra of its name brings them.
     """
 
     module: str
     program: str
+    network: str = "PanGu-Σ"
     options: tuple[str, ...] = ()
     float32_only: str | None = None
     packages: tuple[str, ...] = ()
@@ -40,10 +41,10 @@ class Options:
 
 
 FORMATS = {
-    "hf": ExportFormat("hf_format", "Hugging Face", ("max_shard_bytes",)),
-    "hf-olmoe": ExportFormat("hf_olmoe_format", "OlmoeForCausalLM", ("max_shard_bytes",)),
+    "hf": ExportFormat("hf_format", "Hugging Face", options=("max_shard_bytes",)),
+    "hf-olmoe": ExportFormat("hf_olmoe_format", "OlmoeForCausalLM", "OLMoE", ("max_shard_bytes",)),
     "mindir": ExportFormat(
-        "mindir_format", "MindSpore", ("batch_size", "signature", "capacity_factor"),
+        "mindir_format", "MindSpore", options=("batch_size", "signature", "capacity_factor"),
         float32_only="MindSpore Lite's converter lowers it for its device (--fp16=on)",
     ),
     "onnx": ExportFormat(

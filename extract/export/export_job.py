@@ -58,9 +58,9 @@ def _check_options(format_: str, options: Options) -> None:
 
 
 def _check_router(format_: str, source: ExportSource) -> None:
-    model = source.config.model
-    if model.sparse_prefixes and format_ not in model.router_spec.exports:
-        known = [name for name, spec in ROUTER_SPECS.items() if format_ in spec.exports]
+    model, network = source.config.model, FORMATS[format_].network
+    if model.sparse_prefixes and network not in model.router_spec.exports:
+        known = [name for name, spec in ROUTER_SPECS.items() if network in spec.exports]
         raise UserError(
             f"{source.checkpoint.path} routes by {model.router_setting}, which --format {format_} does not have yet: "
             f"export a model of router {' or '.join(known)}"
