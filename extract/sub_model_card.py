@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pangu_sigma.checkpoint.disk_space import human_bytes
 from pangu_sigma.config import parameter_counts
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.printable_text import printable
+from pangu_sigma.monitor.result_files import read_json
 from pangu_sigma.monitor.text_tables import number, perplexity
 from pangu_sigma.tensor_names import is_routing
 from pangu_sigma.trained_model import run_of
@@ -45,12 +45,11 @@ def measured(checkpoint: Checkpoint) -> HeldoutQuality | None:
 
 
 def _from_evaluation(path: Path, step: int) -> HeldoutQuality | None:
-    if not path.is_file():
-        return None
+    result = read_json(path)
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        return HeldoutQuality(step, result["losses"], result["unigram"]) if result["step"] == step else None
-    except (ValueError, KeyError, TypeError) as error:
+        of_step = result is not None and result["step"] == step
+        return HeldoutQuality(step, result["losses"], result["unigram"]) if of_step else None
+    except KeyError as error:
         raise UserError(f"{path} is damaged: delete it, or make it anew with pangu-sigma evaluate") from error
 
 

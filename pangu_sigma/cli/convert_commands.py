@@ -93,8 +93,9 @@ def import_pangu_alpha(
     from pangu_sigma.convert import import_pangu_alpha
 
     settings = import_pangu_alpha.PanguAlphaImportSettings(
-        tokenizer, tokenizer_kind.value, eod_id, heads, activation.value, strategy, domain, tuple(data or ())
-    )
+        tokenizer=tokenizer, tokenizer_kind=tokenizer_kind.value, eod_id=eod_id, domain=domain, data=tuple(data or ()),
+        heads=heads, activation=activation.value, strategy=strategy,
+    )  # fmt: skip
     done = import_pangu_alpha.import_pangu_alpha(source, out, settings)
     model = done.config.model
     typer.echo(
@@ -152,7 +153,9 @@ def import_hf(
     """
     from pangu_sigma.convert.import_olmoe import OlmoeImportSettings, import_olmoe
 
-    settings = OlmoeImportSettings(tokenizer, tokenizer_kind.value, eod_id, domain, tuple(data or ()))
+    settings = OlmoeImportSettings(
+        tokenizer=tokenizer, tokenizer_kind=tokenizer_kind.value, eod_id=eod_id, domain=domain, data=tuple(data or ())
+    )
     done = import_olmoe(source, out, settings)
     model = done.config.model
     typer.echo(

@@ -88,10 +88,10 @@ def parse_size(text: str) -> int:
 
 
 def _list(model: Path, as_json: bool) -> None:
-    from extract.domain_files import list_domains
+    from pangu_sigma.domains.list_domains import list_files
     from pangu_sigma.monitor.text_tables import text_table
 
-    listings = list_domains(model)
+    listings = list_files(model)
     if as_json:
         typer.echo(json.dumps([asdict(listing) for listing in listings], ensure_ascii=False, indent=2))
         return

@@ -17,29 +17,21 @@ from pangu_sigma.checkpoint import Checkpoint, Fingerprints, TensorSpec
 from pangu_sigma.checkpoint.float_types import convert_float
 from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.checkpoint.tensor_file import numpy_type
-from pangu_sigma.config import SCHEMA_VERSION, Config, config_from_dict, effective
+from pangu_sigma.config import Config
 from pangu_sigma.config.parameter_counts import parameter_counts, tensor_shapes
 from pangu_sigma.convert.conversion_coverage import check_coverage
-from pangu_sigma.convert.converted_folder import write_converted
+from pangu_sigma.convert.converted_folder import ImportSettings, imported_config, write_converted
 from pangu_sigma.convert.olmoe_names import MODEL_TYPE, OlmoeTensor, parts_of
 from pangu_sigma.convert.safetensors_folder import SafetensorsFolder, open_folder
 from pangu_sigma.errors import UserError
 from rre.router_specs import OLMOE
 
 
-@dataclass(frozen=True)
-class OlmoeImportSettings:
-    """What an import cannot read off the folder.
+@dataclass(frozen=True, kw_only=True)
+class OlmoeImportSettings(ImportSettings):
+    """tokenizer: None takes the folder's own tokenizer.json. eod_id: None takes config.json's eos_token_id."""
 
-    `tokenizer`: None takes the folder's own tokenizer.json; else a file of `tokenizer_kind`. `eod_id`: None takes
-    config.json's eos_token_id. `data`: texts of the one domain, for a later evaluation; they need not exist yet.
-    """
-
-    tokenizer: Path | None = None
     tokenizer_kind: str = "huggingface"
-    eod_id: int | None = None
-    domain: str = "general"
-    data: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -143,7 +135,6 @@ def _tokenizer(source: Path, settings: OlmoeImportSettings, eod_id: int):
 
 def _config(given: dict[str, Any], source: Path, out: Path, settings: OlmoeImportSettings, tokenizer) -> Config:
     """Our configuration of the same function; defaults of absent keys are transformers' own."""
-    file = "tokenizer.model"
     if tokenizer.vocab_size > given["vocab_size"]:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids, and {source} has embeddings for {given['vocab_size']}: "
@@ -184,21 +175,7 @@ def _config(given: dict[str, Any], source: Path, out: Path, settings: OlmoeImpor
         experts = given.get("num_experts", 64)
     except KeyError as error:
         raise UserError(f"{source}/config.json lacks {error.args[0]}: fetch the folder again") from error
-    data = list(settings.data) or [str(out / f"{settings.domain}.jsonl")]
-    values = {
-        "schema_version": SCHEMA_VERSION,
-        "run": {"dir": str(out)},
-        "model": model,
-        "domains": [{"name": settings.domain, "data": data, "experts": experts}],
-        "data": {
-            "tokenizer": {"kind": tokenizer.kind, "path": str(out / "tokenizer" / file)},
-            "sequence_length": positions,
-        },
-        # Nothing trains here; a training that starts from the folder brings its own.
-        "optimizer": {"learning_rate": 4e-5},
-        "train": {"steps": 1, "batch_size": 1},
-    }
-    return effective(config_from_dict(values, source=f"the model of {source}"))
+    return imported_config(model, str(source), out, settings, learning_rate=4e-5, experts=experts)
 
 
 def _check(

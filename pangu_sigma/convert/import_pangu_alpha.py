@@ -15,11 +15,11 @@ import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, Fingerprints, TensorSpec
 from pangu_sigma.checkpoint.model_folder import check_output
-from pangu_sigma.config import SCHEMA_VERSION, Config, config_from_dict, effective
+from pangu_sigma.config import Config
 from pangu_sigma.config.parameter_counts import parameter_counts, tensor_shapes
 from pangu_sigma.config.presets import PRESETS
 from pangu_sigma.convert.conversion_coverage import check_coverage, listed
-from pangu_sigma.convert.converted_folder import write_converted
+from pangu_sigma.convert.converted_folder import ImportSettings, imported_config, write_converted
 from pangu_sigma.convert.pangu_alpha_names import SKIPPED, target_of
 from pangu_sigma.convert.pangu_alpha_source import Tensors, open_source
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
@@ -29,22 +29,15 @@ from pangu_sigma.monitor.progress import progress
 from pangu_sigma.tensor_names import POSITIONS, QUERY_LAYER, WORDS, parse_name, tensor_name
 
 
-@dataclass(frozen=True)
-class PanguAlphaImportSettings:
-    """What an import cannot read off the weights.
-
-    `heads`: None takes the published number for the model's size. `eod_id`: None takes what the tokenizer names
-    (PanGu-α's: <eot>, 9). `data`: texts of the one domain, for a later evaluation; they need not exist yet.
-    """
+@dataclass(frozen=True, kw_only=True)
+class PanguAlphaImportSettings(ImportSettings):
+    """heads: None takes the published number for the model's size. eod_id: None takes the tokenizer's <eot>, 9."""
 
     tokenizer: Path
     tokenizer_kind: str = "pangu_alpha"
-    eod_id: int | None = None
     heads: int | None = None
     activation: str = "gelu"
     strategy: Path | None = None
-    domain: str = "general"
-    data: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -181,32 +174,16 @@ def _config(
             "model was trained with"
         )
     heads = settings.heads or _published_heads(blocks + 1, hidden)
-    tokenizer = {"kind": settings.tokenizer_kind, "path": str(out / "tokenizer" / "tokenizer.model")}
-    config = {
-        "schema_version": SCHEMA_VERSION,
-        "run": {"dir": str(out)},
-        "model": {
-            "vocab_size": vocab,
-            "layers": blocks + 1,
-            "hidden": hidden,
-            "heads": heads,
-            "ffn": up[1],
-            "positions": positions[0],
-            "activation": settings.activation,
-        },
-        "domains": [
-            {
-                "name": settings.domain,
-                "data": list(settings.data) or [str(out / f"{settings.domain}.jsonl")],
-                "experts": 1,
-            }
-        ],
-        "data": {"tokenizer": tokenizer, "sequence_length": positions[0]},
-        # Nothing trains here; a training that starts from the folder brings its own.
-        "optimizer": {"learning_rate": 5e-5},
-        "train": {"steps": 1, "batch_size": 1},
+    model = {
+        "vocab_size": vocab,
+        "layers": blocks + 1,
+        "hidden": hidden,
+        "heads": heads,
+        "ffn": up[1],
+        "positions": positions[0],
+        "activation": settings.activation,
     }
-    return effective(config_from_dict(config, source=f"the model of {source}"))
+    return imported_config(model, source, out, settings, learning_rate=5e-5)
 
 
 def _needed(shapes: Mapping[str, tuple[int, ...]], name: str, source: str) -> tuple[int, ...]:

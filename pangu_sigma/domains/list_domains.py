@@ -12,13 +12,25 @@ from pangu_sigma.checkpoint import Checkpoint, resolve
 from pangu_sigma.checkpoint.run_config_file import DOMAIN_CHANGES
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.metrics_log import read_metrics
-from pangu_sigma.tensor_names import is_routing, parse_name
+from pangu_sigma.tensor_names import is_routing
 from pangu_sigma.trained_model import run_of, stored_config
 
 
 @dataclass(frozen=True)
+class DomainListing:
+    """One domain of a checkpoint: experts by sparse layer, its own parameters (tables do not count), bytes, files, all
+    without optimizer state."""
+
+    name: str
+    experts: dict[str, int]
+    parameters: int
+    bytes: int
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class DomainFacts:
-    """One domain: experts by sparse layer, its own parameters (tables do not count), bytes without and with moments.
+    """One domain, as `DomainListing` has it, and bytes with moments.
 
     tokens: that it gave to training, None where the model does not say. loss: the last held-out loss (nats per token)
     at `loss_step`, or the last training loss where nothing was held out (`loss_kind` evaluate or train); None before
@@ -47,17 +59,15 @@ def list_domains(path: str | Path) -> list[DomainFacts]:
     losses = _losses(checkpoint)
     facts = []
     for name in checkpoint.domains:
-        tensors = checkpoint.names(domains=[name], shared=False)
-        own = [tensor for tensor in tensors if not parse_name(tensor).is_optimizer]
-        entries = checkpoint.manifest.tensors
+        listing, tensors = _listing(checkpoint, name), checkpoint.names(domains=[name], shared=False)
         cursor = cursors.get(name, {"cursor": 0} if cursors else None)
         facts.append(
             DomainFacts(
                 name=name,
-                experts={layer_name: groups[name] for layer_name, groups in checkpoint.coverage.items()},
-                parameters=sum(math.prod(entries[t].shape) for t in own if not is_routing(t)),
-                bytes=_bytes(checkpoint, own),
-                bytes_with_optimizer=_bytes(checkpoint, tensors),
+                experts=listing.experts,
+                parameters=listing.parameters,
+                bytes=listing.bytes,
+                bytes_with_optimizer=_bytes(checkpoint, checkpoint.files(tensors)),
                 tokens=int(cursor["cursor"]) * length if cursor is not None else None,
                 **losses.get(name, {"loss": None, "loss_step": None, "loss_kind": None}),
             )
@@ -65,8 +75,26 @@ def list_domains(path: str | Path) -> list[DomainFacts]:
     return facts
 
 
-def _bytes(checkpoint: Checkpoint, tensors: list[str]) -> int:
-    return sum(checkpoint.manifest.files[file].bytes for file in checkpoint.files(tensors))
+def list_files(path: str | Path) -> list[DomainListing]:
+    """What each domain owns, in the model's order; nothing but the manifest is read. Raises as `list_domains`."""
+    checkpoint = resolve(path)
+    return [_listing(checkpoint, domain) for domain in checkpoint.domains]
+
+
+def _listing(checkpoint: Checkpoint, domain: str) -> DomainListing:
+    names = checkpoint.names(domains=[domain], shared=False, optimizer=False)
+    files, tensors = checkpoint.files(names), checkpoint.manifest.tensors
+    return DomainListing(
+        name=domain,
+        experts={layer: groups[domain] for layer, groups in checkpoint.coverage.items() if domain in groups},
+        parameters=sum(math.prod(tensors[name].shape) for name in names if not is_routing(name)),
+        bytes=_bytes(checkpoint, files),
+        files=tuple(files),
+    )
+
+
+def _bytes(checkpoint: Checkpoint, files: list[str]) -> int:
+    return sum(checkpoint.manifest.files[file].bytes for file in files)
 
 
 def _losses(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:

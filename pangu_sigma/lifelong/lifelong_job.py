@@ -7,7 +7,6 @@ What lies in the folder `run.dir`: `plan.json`; `tokenizer/`, fixed before the f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from pangu_sigma.lifelong.stage_cost import learning, stage_cost
 from pangu_sigma.lifelong.stage_plan import Plan, Stage
 from pangu_sigma.lifelong.train_stage import finished, train_stage
 from pangu_sigma.monitor.progress import progress
-from pangu_sigma.monitor.result_files import write_json, write_text
+from pangu_sigma.monitor.result_files import read_json, write_json, write_text
 from pangu_sigma.signals import sigterm_as_ctrl_c
 
 PLAN, MEASURED, UNTRAINED = "plan.json", "measured.json", "untrained.json"
@@ -91,7 +90,7 @@ class _Measurement:
             learned=plan.learned,
             by_domain=plan.by_domain,
             untrained=self.untrained,
-            rows=[_read(plan.run_dir(stage) / MEASURED)["row"] for stage in done],
+            rows=[read_json(plan.run_dir(stage) / MEASURED)["row"] for stage in done],
             costs=[
                 stage_cost(plan, stage, checkpoints[n], checkpoints[n - 1] if n else None)
                 for n, stage in enumerate(done)
@@ -103,7 +102,7 @@ class _Measurement:
         """Measure a finished stage, unless it was with the same model, text and settings."""
         path = self.plan.run_dir(stage) / MEASURED
         of = {"checkpoint": checkpoint.sha256, **self._settings()}
-        if _read(path).get("of") != of:
+        if (read_json(path) or {}).get("of") != of:
             from pangu_sigma.trained_model import trained_from
 
             row = self._row(trained_from(checkpoint).model, f"measure {stage.name}")
@@ -118,10 +117,10 @@ class _Measurement:
         config["model"]["vocab_size"] = config["model"]["vocab_size"] or self.corpus.tokenizer.vocab_size
         of = {"model": config["model"], "seed": config["run"]["seed"], "domains": list(plan.domains_after(stage))}
         of |= {"experts": [entry["experts"] for entry in config["domains"]], **self._settings()}
-        if _read(path).get("of") != of:
+        if (read_json(path) or {}).get("of") != of:
             model = self._build(config)
             write_json(path, {"of": of, "row": self._row(model, "measure untrained")})
-        return _read(path)["row"]
+        return read_json(path)["row"]
 
     def _build(self, values: Mapping[str, Any]):
         config = config_from_dict(values)
@@ -158,7 +157,7 @@ class _Measurement:
 def _check_plan(plan: Plan) -> None:
     """Compare with the plan that the folder holds, and keep the new one. Raises UserError for what was begun."""
     path = plan.dir / PLAN
-    stored, planned = _read(path), plan.to_dict()
+    stored, planned = read_json(path), plan.to_dict()
     if stored:
         begun = [index for index, stage in enumerate(plan.stages) if plan.run_dir(stage).is_dir()]
         _check_stages(plan, stored, planned, max(begun, default=-1) + 1)
@@ -222,16 +221,3 @@ def _corpus(plan: Plan, tokenizer: Tokenizer) -> Corpus:
         corpus = prepare_corpus(plan.base, tokenizer, progress=advance)
         job.set(len(corpus.stores))
         return corpus
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON document that an earlier start wrote; empty where there is none. Raises UserError for a damaged one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): delete it, and it is made again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: delete it, and it is made again")
-    return value

@@ -8,7 +8,7 @@ from html import escape
 
 import numpy as np
 
-from pangu_sigma.monitor.printable_text import printable
+from pangu_sigma.monitor.printable_text import printable, shortened
 from pangu_sigma.monitor.text_tables import number
 
 CELL, ROW, TOP, LEFT, TITLE = 96, 44, 34, 116, 30
@@ -112,5 +112,4 @@ def _cell(losses: np.ndarray, row: int, learned: int | None, heat: float, left: 
 
 
 def _short(name: str) -> str:
-    name = printable(name)
-    return escape(name if len(name) <= 15 else name[:14] + "…")
+    return escape(shortened(name, 15))

@@ -8,6 +8,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "�" for c in text)
 
 
+def shortened(text: str, most: int) -> str:
+    """The text as `printable`, with … for what is beyond `most` characters."""
+    text = printable(text)
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def printable_lines(text: str) -> str:
     """Like `printable`, but line breaks stay."""
     return "\n".join(printable(line) for line in text.expandtabs().split("\n"))

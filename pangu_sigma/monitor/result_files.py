@@ -43,3 +43,17 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON document the same way."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object of a JSON document that was written before; None where there is none. Raises UserError for a damaged
+    one."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and make it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged (not a JSON object): delete it and make it again")
+    return value

@@ -237,15 +237,17 @@ def _expert_cuts(config: Config, compiled: CompiledGraph) -> Iterator[str]:
     hidden, inner = config.model.hidden, config.model.ffn // mesh.tensor
     for layer_name in own:
         of_rank = activated_slots(config) // mesh.exchange_size // config.parallel.expert_chunks
-        actual = {
-            operator.takes[1][1]
-            for operator in compiled.operators
-            if operator.kind == "BatchMatMul" and not operator.backward and _PRODUCTS in operator.scope
-            and layer_name_of(operator.scope) == layer_name
-        }  # fmt: skip
+        actual = {operator.takes[1][1] for operator in _expert_products(compiled, layer_name)}
         planned = {(of_rank, hidden, inner), (of_rank, inner, hidden)}
         if actual != planned:
             yield f"{layer_name}: an expert's products take weights of {sorted(actual)}, not of {sorted(planned)}"
+
+
+def _expert_products(compiled: CompiledGraph, layer_name: str) -> Iterator[Operator]:
+    """The matrix products of a layer's experts in the forward pass."""
+    for o in compiled.operators:
+        if o.kind == "BatchMatMul" and not o.backward and _PRODUCTS in o.scope and layer_name_of(o.scope) == layer_name:
+            yield o
 
 
 def _axes(config: Config, name: str) -> tuple[tuple[str, ...], ...]:
@@ -341,14 +343,8 @@ def _chunks(config: Config, compiled: CompiledGraph) -> Iterator[str]:
     for layer_name in _layer_names(config, compiled):
         # Of one micro-batch: a later one may wait for an earlier one.
         products: dict[str | None, set[str]] = {}
-        for o in compiled.operators:
-            if (
-                o.kind == "BatchMatMul"
-                and not o.backward
-                and _PRODUCTS in o.scope
-                and layer_name_of(o.scope) == layer_name
-            ):
-                products.setdefault(o.micro, set()).add(o.name)
+        for o in _expert_products(compiled, layer_name):
+            products.setdefault(o.micro, set()).add(o.name)
         sent, returned = 0, []
         for c in compiled.collectives:
             if c.kind == "AlltoAll" and not c.backward and not c.recomputed and layer_name_of(c.scope) == layer_name:
@@ -376,12 +372,10 @@ def _neighbours(config: Config, compiled: CompiledGraph) -> Iterator[str]:
     tokens = samples_at_a_time(config) * config.data.sequence_length
     rows = tokens // cut * config.model.hidden * BYTES["Float32"]
     times, planned = config.train.gradient_accumulation_steps, Counter()
-    if stage < last:
-        planned["Send", rank + mesh.stage_size, rows] += times
-        planned["Receive", rank + mesh.stage_size, rows] += times
-    if stage > 0:
-        planned["Receive", rank - mesh.stage_size, rows] += times
-        planned["Send", rank - mesh.stage_size, rows] += times
+    for neighbour in (rank + mesh.stage_size, rank - mesh.stage_size):
+        if 0 <= neighbour < mesh.size:
+            planned["Send", neighbour, rows] += times
+            planned["Receive", neighbour, rows] += times
     if sends_words(config) and stage in (0, last):
         part = computed_slices_of(WORDS, compiled.parameters[WORDS], mesh, rank)
         words = math.prod(slices_shape(part)) * BYTES["Float32"]

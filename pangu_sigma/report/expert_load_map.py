@@ -3,7 +3,7 @@
 import math
 from html import escape
 
-from pangu_sigma.monitor.printable_text import printable
+from pangu_sigma.monitor.printable_text import printable, shortened
 
 ROW = 24
 LABEL = 118
@@ -39,8 +39,7 @@ def over_mean(rows: list[int]) -> list[float]:
 
 
 def _row(domain: str, rows: list[int], top: float, cell: float, width: float, tooltips: bool) -> str:
-    name = printable(domain)
-    short = name if len(name) <= 16 else name[:15] + "…"
+    name, short = printable(domain), shortened(domain, 16)
     middle = top + ROW / 2 + 3
     parts = [f'<text class="name" x="{LABEL - 8}" y="{middle}" text-anchor="end">{escape(short)}</text>']
     ratios = over_mean(rows)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from pangu_sigma.monitor.printable_text import compact, printable
+from pangu_sigma.monitor.printable_text import compact, printable, shortened
 from pangu_sigma.report.series import Points
 
 # px of the viewBox around the plot
@@ -174,10 +174,9 @@ def _end_labels(lines: Sequence[ChartLine], y: _Scale, chart: Chart, right: int)
     for offset, line in sorted(ends, key=lambda end: end[0]):
         latest = chart.height - BOTTOM - gap * (len(ends) - 1 - len(parts)) + max(0.0, overflow)
         free = max(free, min(offset, latest))
-        name = printable(line.label)
-        name = name if len(name) <= 15 else name[:14] + "…"
+        name = escape(shortened(line.label, 15))
         parts.append(
-            f'<text class="end {line.style}" x="{right + 7}" y="{free + 4:.1f}">{escape(name)}</text>'
+            f'<text class="end {line.style}" x="{right + 7}" y="{free + 4:.1f}">{name}</text>'
             f'<line class="lead {line.style}" x1="{right + 1}" y1="{offset:.1f}" x2="{right + 5}" y2="{free:.1f}"/>'
         )
         free += gap

@@ -1,6 +1,5 @@
 """Everything the report shows, read from a run's folder and checked."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import Any
 
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.metrics_log import FILE_NAME, read_metrics, restore_numbers
+from pangu_sigma.monitor.result_files import read_json
 
 Record = dict[str, Any]
 
@@ -84,7 +84,9 @@ def load_run(run_dir: Path) -> RunData:
         )
     config_text, config = _read_config(run_dir / "config.yaml")
     final_path = run_dir / "evaluation.json"
-    final = _read_json(final_path)
+    final, summary, analysis = (
+        restore_numbers(read_json(path)) for path in (final_path, run_dir / "summary.json", run_dir / "analysis.json")
+    )
     source = str(run_dir / FILE_NAME)
     return RunData(
         name=run_dir.resolve().name,
@@ -93,23 +95,11 @@ def load_run(run_dir: Path) -> RunData:
         checkpoints=[r for r in records if r["kind"] == "checkpoint"],
         events=[r for r in records if r["kind"] == "event"],
         final=None if final is None else _evaluation(final, str(final_path)),
-        summary=_read_json(run_dir / "summary.json") or {},
+        summary=summary or {},
         config=config,
         config_text=config_text,
-        analysis=_read_json(run_dir / "analysis.json"),
+        analysis=analysis,
     )
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and make it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged (not a JSON object): delete it and make it again")
-    return restore_numbers(value)
 
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:

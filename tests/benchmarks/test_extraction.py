@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks.extraction import benchmark_config, make_checkpoint, measure, measured_process, summary, table
-from extract.domain_files import list_domains
+from pangu_sigma.domains.list_domains import list_files
 
 
 def test_ratios_are_taken_inside_a_round_and_imports_are_no_bytes_of_the_model():
@@ -19,7 +19,7 @@ def test_ratios_are_taken_inside_a_round_and_imports_are_no_bytes_of_the_model()
 
 def test_one_domain_costs_its_own_bytes_and_no_others(tmp_path: Path):
     parent = make_checkpoint(tmp_path / "checkpoint", benchmark_config(domains=6, ffn=64))
-    assert len(list_domains(parent.path)) == 6
+    assert len(list_files(parent.path)) == 6
     (tmp_path / "work").mkdir()
     imports = measured_process(tmp_path / "work")
     result = summary(measure(parent, 2, tmp_path / "work", rounds=1), imports)

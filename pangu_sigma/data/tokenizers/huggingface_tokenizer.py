@@ -63,11 +63,6 @@ class HuggingFaceTokenizer(Tokenizer):
 
     kind = "huggingface"
 
-    def __init__(
-        self, model: bytes, eod_id: int | None = None, pad_id: int | None = None, origin: str = "the given model"
-    ):
-        super().__init__(model, eod_id, pad_id, origin)
-
     def _open(self, model: bytes, origin: str) -> _Vocabulary:
         return _Vocabulary(model, origin)
 

@@ -29,7 +29,9 @@ class Tokenizer(ABC):
 
     kind: str
 
-    def __init__(self, model: bytes, eod_id: int | None, pad_id: int | None, origin: str = "the given model"):
+    def __init__(
+        self, model: bytes, eod_id: int | None = None, pad_id: int | None = None, origin: str = "the given model"
+    ):
         self.model = model
         self._pieces = self._open(model, origin)
         self.vocab_size: int = self._pieces.get_piece_size()

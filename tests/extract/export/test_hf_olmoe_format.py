@@ -57,7 +57,7 @@ def theirs(tokenizer) -> OlmoeForCausalLM:
 def import_settings(tokenizer, tmp_path_factory) -> OlmoeImportSettings:
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save(folder)
-    return OlmoeImportSettings(folder / "tokenizer.model", "sentencepiece")
+    return OlmoeImportSettings(tokenizer=folder / "tokenizer.model", tokenizer_kind="sentencepiece")
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import sys
 
 import numpy as np
 
-from extract.domain_files import list_domains
 from pangu_sigma.checkpoint import CheckpointContents, Fingerprints, save_checkpoint
+from pangu_sigma.domains.list_domains import list_files
 
 
 def saved(folder):
@@ -26,7 +26,7 @@ def saved(folder):
 
 def test_every_domain_is_listed_with_its_own_experts_parameters_and_files(tmp_path):
     saved(tmp_path)
-    code, math = list_domains(tmp_path)
+    code, math = list_files(tmp_path)
     assert (code.name, code.experts, code.parameters) == ("code", {"blocks.1": 2}, 2 * 4 * 6)
     assert (math.name, math.experts, math.parameters) == ("math", {"blocks.1": 3}, 3 * 4 * 6)
     assert code.files == ("domains/code.safetensors",)
