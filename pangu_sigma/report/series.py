@@ -1,10 +1,10 @@
 """Curves made of records: picked, smoothed and thinned until they are small enough to draw."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 from pangu_sigma.report.run_data import Record
-from pangu_sigma.tensor_names import block_index
 
 Points = list[tuple[int, float]]
 
@@ -84,7 +84,7 @@ def dropped_by_layer(records: Sequence[Record]) -> dict[str, Points]:
     return {layer: curves[layer] for layer in sorted(curves, key=_layer_order)}
 
 
-def _layer_order(layer: str) -> float:
-    """Blocks by number (the 2nd before the 10th), the query layer after them."""
-    index = block_index(layer)
-    return math.inf if index is None else index
+def _layer_order(layer: str) -> tuple[float, str]:
+    """Blocks by number (the 2nd before the 10th), the query layer after them; a file may hold any name."""
+    number = re.search(r"\d+", layer)
+    return (int(number[0]) if number else math.inf, layer)
