@@ -99,16 +99,13 @@ def _data(config: Config) -> Violations:
             f"data.sequence_length = {data.sequence_length} is more than model.positions = {config.model.positions}: "
             "shorten the sequences or give the model more positions"
         )
-    if data.heldout_fraction == 0 and config.evaluate.every and config.adapt is None:
-        yield (
-            f"evaluate.every = {config.evaluate.every} needs held-out text, but data.heldout_fraction is 0: set "
-            "evaluate.every to 0 or hold some text out"
-        )
-    if data.heldout_fraction == 0 and config.checkpoint.probe_sequences and config.adapt is None:
-        yield (
-            f"checkpoint.probe_sequences = {config.checkpoint.probe_sequences} needs held-out text, but "
-            "data.heldout_fraction is 0: set checkpoint.probe_sequences to 0 or hold some text out"
-        )
+    uses = {"evaluate.every": config.evaluate.every, "checkpoint.probe_sequences": config.checkpoint.probe_sequences}
+    for key, number in uses.items():
+        if number and data.heldout_fraction == 0 and config.adapt is None:
+            yield (
+                f"{key} = {number} needs held-out text, but data.heldout_fraction is 0: set {key} to 0 or hold some "
+                "text out"
+            )
 
 
 def _schedule(config: Config) -> Violations:
