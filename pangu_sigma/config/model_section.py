@@ -216,15 +216,13 @@ class ModelConfig(Section, resume="fixed", init_from="equal"):
 def _sizes(model: ModelConfig) -> Violations:
     if model.hidden % model.heads:
         yield (
-            "model.heads",
-            f"model.heads = {model.heads} does not divide model.hidden = {model.hidden}: "
-            "choose a hidden size that is a multiple of the number of heads",
+            f"model.heads = {model.heads} does not divide model.hidden = {model.hidden}: choose a hidden size that is "
+            "a multiple of the number of heads"
         )
     if model.blocks < 1:
         yield (
-            "model.layers",
-            f"model.layers = {model.layers} leaves no block under the query layer: set it to at least 2, "
-            "or model.query_layer to none",
+            f"model.layers = {model.layers} leaves no block under the query layer: set it to at least 2, or "
+            "model.query_layer to none"
         )
 
 
@@ -262,24 +260,19 @@ def _networks(model: ModelConfig) -> Violations:
     gated = {key: kind for key, kind in written.items() if kind in GATE_ACTIVATIONS}
     if len(set(gated.values())) > 1:
         yield (
-            "model.sparse.feed_forward",
-            f"model.feed_forward = {model.feed_forward} and model.sparse.feed_forward = {model.sparse.feed_forward} "
-            "are gated by different activations, and a model has one: set them alike, or one of them to mlp",
+            f"model.sparse.feed_forward = {model.sparse.feed_forward} and model.feed_forward = {model.feed_forward} "
+            "are gated by different activations, and a model has one: set them alike, or one of them to mlp"
         )
         return
     for key, kind in gated.items():
         activation = GATE_ACTIVATIONS[kind]
         if model.activation != activation:
             yield (
-                "model.activation",
                 f"model.activation = {model.activation}, but {key} = {kind} is gated by {activation} by definition: "
-                f"set model.activation to {activation}",
+                f"set model.activation to {activation}"
             )
         if model.biases:
-            yield (
-                "model.biases",
-                f"model.biases is true, but {key} = {kind} has none: set model.biases to false",
-            )
+            yield f"model.biases is true, but {key} = {kind} has none: set model.biases to false"
 
 
 def _top_layer(model: ModelConfig) -> Violations:
@@ -287,29 +280,25 @@ def _top_layer(model: ModelConfig) -> Violations:
     if not model.is_mixture:
         if model.mixture_loss != "competitive":
             yield (
-                "model.mixture_loss",
                 f"model.mixture_loss = {model.mixture_loss} has no effect without a mixture: leave it out, or set "
-                "model.top_layer to mixture",
+                "model.top_layer to mixture"
             )
         return
     if sparse.layers or sparse.include_query_layer or sparse.pattern != "top":
         yield (
-            "model.top_layer",
             "model.top_layer = mixture mixes what whole models would give, so the layer under the head "
             f"({model.layer_names[-1]}) must be the only one with experts: leave model.sparse.layers, pattern and "
-            "include_query_layer out",
+            "include_query_layer out"
         )
     if sparse.router != SparseConfig().router:
         yield (
-            "model.sparse.router",
             f"model.sparse.router = {sparse.router} has no effect on model.top_layer = mixture, whose gate is its own: "
-            "leave it out",
+            "leave it out"
         )
     if sparse.dispatch == "capacity":
         yield (
-            "model.sparse.dispatch",
             "model.sparse.dispatch = capacity, but under model.top_layer = mixture every expert takes every row: set "
-            "it to dropless",
+            "it to dropless"
         )
 
 
@@ -323,21 +312,18 @@ def _sparse(model: ModelConfig) -> Violations:
         return
     if sparse.pattern != "top" and sparse.layers:
         yield (
-            "model.sparse.layers",
             f"model.sparse.layers = {sparse.layers} counts top layers, but model.sparse.pattern = {sparse.pattern} "
-            "says itself which layers are sparse: set model.sparse.layers to 0, or the pattern to top",
+            "says itself which layers are sparse: set model.sparse.layers to 0, or the pattern to top"
         )
     if sparse.pattern == "every_other" and model.blocks < 2:
         yield (
-            "model.sparse.pattern",
-            f"model.sparse.pattern = every_other begins with the second block, but there are {model.blocks}: "
-            "set it to top or every, or raise model.layers",
+            f"model.sparse.pattern = every_other begins with the second block, but there are {model.blocks}: set it to "
+            "top or every, or raise model.layers"
         )
     if sparse.pattern == "top" and sparse.include_query_layer and sparse.layers == 0:
         yield (
-            "model.sparse.include_query_layer",
-            "model.sparse.include_query_layer is true, but model.sparse.layers is 0: "
-            "the query layer counts as one of the sparse layers, so set model.sparse.layers to at least 1",
+            "model.sparse.include_query_layer is true, but model.sparse.layers is 0: the query layer counts as one of "
+            "the sparse layers, so set model.sparse.layers to at least 1"
         )
     most = model.blocks + int(sparse.include_query_layer)
     if sparse.layers > most:
@@ -345,8 +331,7 @@ def _sparse(model: ModelConfig) -> Violations:
         if model.query_layer == "none":
             counted = "there is no query layer"
         yield (
-            "model.sparse.layers",
-            f"model.sparse.layers = {sparse.layers} is more than the {most} layers that can be sparse "
-            f"(model.layers = {model.layers}, {counted}): set it to at most {most}",
+            f"model.sparse.layers = {sparse.layers} is more than the {most} layers that can be sparse (model.layers = "
+            f"{model.layers}, {counted}): set it to at most {most}"
         )
     yield from sparse.violations(model.router_spec, model.is_mixture)
