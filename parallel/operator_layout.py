@@ -8,7 +8,8 @@ process and a mesh.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 from parallel.mesh import Mesh
 from parallel.partition_spec import MESH_AXES, AxisSpec, PartitionSpec, mesh_axes_of, mesh_axis_sizes, num_shards
@@ -32,11 +33,24 @@ class Layout:
     """
 
     residual_spec: PartitionSpec = ("rows", 1)
+    few_rows = False
 
     def __init__(self, device: str = "CPU", kernels: str | None = None, grouped: bool = False) -> None:
         self.device = device
         self.kernels = kernels if device == "CPU" else None
         self.grouped = grouped
+
+    def for_few_rows(self) -> Self:
+        """The same layout for graphs of few rows and without gradients, as decoding's: there a native LayerNorm is one
+        operator instead of eight, and a plain product runs at the speed at which memory gives the matrix."""
+        layout = copy(self)
+        layout.few_rows = True
+        return layout
+
+    @property
+    def product_kernels(self) -> str | None:
+        """The compiled kernels of linear layers and dense feed-forward networks; None to compose them."""
+        return None if self.few_rows else self.kernels
 
     @property
     def rows_by_slot(self) -> bool:

@@ -74,15 +74,34 @@ class RaggedExperts(nn.Cell):
         return self.combine(self.experts(self.dispatch(x_TD, rows, position_TK), weights), rows, position_TK, x_TD)
 
 
+class ExpertPerRow(nn.Cell):
+    """Experts of a decode step: row i goes through the i-th expert alone, so what it gives depends on no other row.
+
+    x_TD, no plan, tensors of T experts -> y_TD, T being `rows`.
+    """
+
+    def __init__(self, layout: Layout, spec: FeedForwardSpec, compute: ms.dtype, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.experts = Experts(layout, spec, compute)
+        self.split = layout(ops.Split(0, rows), (1, 1))
+        self.concat = layout(ops.Concat(0))
+
+    def construct(self, x_TD: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
+        if self.rows == 1:
+            return self.experts((x_TD,), weights)[0]
+        return self.concat(self.experts(self.split(x_TD), weights))
+
+
 class CompiledExperts(nn.Cell):
     """Dispatch, experts and combine as one compiled kernel: the function of `RaggedExperts`.
 
-    Its plan is (order [R], offsets [N + 1]) of `rre.dispatch.dispatch_plan`.
+    Its plan is (order [R], offsets [N + 1]) of `rre.dispatch.dispatch_plan`. `exact_rows`: see `CompiledFeedForward`.
     """
 
-    def __init__(self, kernels: str, spec: FeedForwardSpec) -> None:
+    def __init__(self, kernels: str, spec: FeedForwardSpec, exact_rows: int = EXACT_ROWS) -> None:
         super().__init__()
-        self.experts = CompiledFeedForward(kernels, spec.activation, EXACT_ROWS, len(spec.tensors))
+        self.experts = CompiledFeedForward(kernels, spec.activation, exact_rows, len(spec.tensors))
 
     def construct(self, x_TD: Tensor, plan: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
         return self.experts(x_TD, plan[0], plan[1], weights)[0]

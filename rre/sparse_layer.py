@@ -27,7 +27,7 @@ class SparseFeedForward(nn.Cell):
     every token takes with weight 1 beside its routed experts. In an SPMD graph experts have a fixed capacity, and
     `chunks` divides them, so that one chunk's AllToAll can overlap another's products. `exchange`: expert parallelism
     over processes; plans and weights are then those of the local experts, for the rows of all ranks of the
-    expert-parallel group.
+    expert-parallel group. `experts`: a cell x_TD, plan, weights -> y_RD in place of the one that suits training here.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class SparseFeedForward(nn.Cell):
         expert_choice: bool = False,
         shared_expert: nn.Cell | None = None,
         chunks: int = 1,
+        experts: nn.Cell | None = None,
     ) -> None:
         super().__init__()
         self.router = router
@@ -49,7 +50,9 @@ class SparseFeedForward(nn.Cell):
             self.shared_expert = shared_expert
         self.exchange = exchange or LocalExchange()
         self.has_kernels = bool(layout.kernels)
-        if layout.spmd_mesh:
+        if experts is not None:
+            self.experts = experts
+        elif layout.spmd_mesh:
             self.experts = CapacityExperts(layout, spec, compute, layout.spmd_mesh, chunks)
         elif self.has_kernels:
             self.experts = CompiledExperts(layout.kernels, spec)

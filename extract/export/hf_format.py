@@ -124,7 +124,7 @@ def configuration(source: ExportSource, dtype: str) -> dict:
         "activation_function": model.activation,
         "layer_norm_epsilon": model.norm_epsilon,
         "initializer_range": model.init_std,
-        "query_layer": model.query_layer == "next_position",
+        "query_layer": model.has_query_layer,
         "sparse_layers": list(model.sparse_prefixes),
         "router": model.router,
         "domains": list(source.domains),

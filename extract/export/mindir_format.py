@@ -19,6 +19,7 @@ from extract.export.export_source import ExportSource, check_pangu
 from extract.export.mindir_guide import mindir_guide
 from pangu_sigma import runtime
 from pangu_sigma.checkpoint.float_types import as_float32
+from pangu_sigma.config.model_section import DomainParametersConfig
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.tensor_names import GATE, is_routing, table_name, tensor_name
@@ -83,7 +84,7 @@ def write(source: ExportSource, folder: Path, options: Options) -> list[str]:
             description[_file_of(folder, name)] = described
             job.advance(1)
     source.tokenizer.save(folder / "tokenizer")
-    if options.signature == "sigma" and shapes.sparse:
+    if options.signature == "sigma" and shapes.model.sparse_prefixes:
         np.save(folder / "expert_ids.npy", expert_numbers(source))
     _write_description(source, shapes, options, description, folder)
     table = (folder / "expert_ids.npy").exists()
@@ -100,24 +101,16 @@ def shapes_of(source: ExportSource, options: Options) -> StaticShapes:
     capacity = window
     if options.capacity_factor is not None and model.sparse_prefixes:
         capacity = min(window, math.ceil(options.capacity_factor * window / sum(source.experts)))
+    if len(source.domains) == 1:
+        # The only domain's own words are as good as shared ones.
+        model = model.model_copy(update={"domain_parameters": DomainParametersConfig()})
     return StaticShapes(
-        layers=model.layers,
-        hidden=model.hidden,
-        heads=model.heads,
-        ffn=model.ffn,
-        positions=model.positions,
+        model=model,
         vocab=source.vocab,
         window=window,
         batch=options.batch_size,
         eod_id=source.tokenizer.eod_id,
-        query_layer=model.query_layer == "next_position",
-        sparse=model.sparse_prefixes,
-        learned=model.router_spec.learned,
         experts=source.experts,
-        per_domain_words=model.domain_parameters.embedding == "own",
-        activation=model.activation,
-        norm=model.norm,
-        epsilon=model.norm_epsilon,
         capacity=capacity,
     )
 
@@ -191,10 +184,10 @@ def _write_description(
         "meanings": {name: meaning for name, meaning in MEANINGS.items() if name in used},
         "domains": list(source.domains),
         "experts": list(source.experts),
-        "sparse_layers": list(shapes.sparse),
+        "sparse_layers": list(shapes.model.sparse_prefixes),
         "window": shapes.window,
         "batch": shapes.batch,
-        "capacity": shapes.capacity if options.signature == "sigma" and shapes.sparse else None,
+        "capacity": shapes.capacity if options.signature == "sigma" and shapes.model.sparse_prefixes else None,
         "eod_id": source.tokenizer.eod_id,
         "pad_id": source.tokenizer.pad_id,
         "vocab_size": source.vocab,

@@ -18,7 +18,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from extract.export.static_layers import MASKED_SCORE, StaticBackbone, StaticShapes
+from extract.export.static_layers import StaticBackbone, StaticShapes
+from pangu_sigma.model.layers.native_attention import MASKED_SCORE
 
 
 class Prefill(nn.Cell):
@@ -51,7 +52,7 @@ class Prefill(nn.Cell):
         of_tokens = None
         if domain is not None:
             of_tokens = ops.BroadcastTo((batch, length))(domain.reshape(batch, 1)).reshape(-1)
-        elif self.shapes.sparse:
+        elif self.shapes.model.sparse_prefixes:
             of_tokens = ops.zeros_like(input_ids.reshape(-1))
         h, keys, values = self.backbone(
             input_ids.reshape(-1), positions.reshape(-1), mask, of_tokens, None, None, None, None
@@ -96,10 +97,7 @@ class Decode(nn.Cell):
 
 def spread(is_current: Tensor, shapes: StaticShapes) -> Tensor:
     """[B, S] -> the full shape of a layer's cache, [B, H, S, W]."""
-    width = shapes.hidden // shapes.heads
-    return ops.BroadcastTo((shapes.batch, shapes.heads, shapes.window, width))(
-        is_current.reshape(shapes.batch, 1, shapes.window, 1)
-    )
+    return ops.BroadcastTo(shapes.cache[1:])(is_current.reshape(shapes.batch, 1, shapes.window, 1))
 
 
 class Caches(nn.Cell):
@@ -118,81 +116,46 @@ class Caches(nn.Cell):
         return ops.depend(result, self.assign(self.values, values))
 
 
-class SigmaWindow(nn.Cell):
-    """The deployed signature over a window: input_ids int32 [B, S], expert_ids int32 [N, B, S] (absent without sparse
-    layers), attention_mask float32 [B, S, S] (1: visible), position_ids int32 [B, S], current_index and
-    batch_valid_length int32 [B] -> logits [B, V] after the token at `current_index`. The whole caches are written anew.
+class Sigma(nn.Cell):
+    """The deployed signature, over a `window` or for one token: input_ids int32 [B, n], expert_ids int32 [N, B, n]
+    (absent without sparse layers), attention_mask float32 [B, n, S] (1: visible), position_ids int32 [B, n],
+    current_index and batch_valid_length (tokens with the current one) int32 [B] -> logits [B, V] after the token at
+    `current_index`. A window writes the whole caches anew, a token its own keys and values.
     """
 
-    def __init__(self, shapes: StaticShapes) -> None:
+    def __init__(self, shapes: StaticShapes, window: bool) -> None:
         super().__init__()
-        self.shapes = shapes
-        self.backbone = StaticBackbone(shapes, window=True, given_ids=True)
+        self.shapes, self.is_window = shapes, window
+        self.backbone = StaticBackbone(shapes, window, given_ids=True)
         self.caches = Caches(shapes)
         self.window_positions = Tensor(np.arange(shapes.window, dtype=np.int32)[None])
 
     def run(self, input_ids, expert_ids, attention_mask, position_ids, current_index, batch_valid_length):
         batch, length = self.shapes.batch, self.shapes.window
-        known = ops.cast(self.window_positions < batch_valid_length.reshape(batch, 1), ms.float32).reshape(
-            batch, 1, length
-        )
-        mask = ((attention_mask * known - 1.0) * (-MASKED_SCORE)).reshape(batch, 1, length, length)
+        known = ops.cast(self.window_positions < batch_valid_length.reshape(batch, 1), ms.float32)
+        mask = (attention_mask * known.reshape(batch, 1, length) - 1.0) * (-MASKED_SCORE)
+        mask = mask.reshape(batch, 1, -1, length)
+        is_current, keys, values = None, None, None
+        if not self.is_window:
+            is_current = spread(ops.equal(self.window_positions, current_index.reshape(batch, 1)), self.shapes)
+            keys, values = self.caches.keys, self.caches.values
         h, keys, values = self.backbone(
-            input_ids.reshape(-1), position_ids.reshape(-1), mask, None, None, None, None, expert_ids
+            input_ids.reshape(-1), position_ids.reshape(-1), mask, None, is_current, keys, values, expert_ids
         )
-        first = Tensor(np.arange(batch, dtype=np.int32) * length)
-        h = ops.Gather()(h, current_index + first, 0)
+        if self.is_window:
+            first = Tensor(np.arange(batch, dtype=np.int32) * length)
+            h = ops.Gather()(h, current_index + first, 0)
         return self.caches.write(self.backbone.logits(h, None).reshape(batch, -1), keys, values)
 
 
-class SigmaWindowSparse(SigmaWindow):
+class SigmaSparse(Sigma):
     """Six inputs."""
 
     def construct(self, input_ids, expert_ids, attention_mask, position_ids, current_index, batch_valid_length):
         return self.run(input_ids, expert_ids, attention_mask, position_ids, current_index, batch_valid_length)
 
 
-class SigmaWindowDense(SigmaWindow):
-    """Five inputs."""
-
-    def construct(self, input_ids, attention_mask, position_ids, current_index, batch_valid_length):
-        return self.run(input_ids, None, attention_mask, position_ids, current_index, batch_valid_length)
-
-
-class SigmaToken(nn.Cell):
-    """The deployed signature for one token: input_ids [B, 1], expert_ids [N, B, 1], attention_mask [B, 1, S],
-    position_ids [B, 1], current_index (where the token stands), batch_valid_length (tokens with it) [B] -> logits
-    [B, V]. The token's keys and values are written into the caches."""
-
-    def __init__(self, shapes: StaticShapes) -> None:
-        super().__init__()
-        self.shapes = shapes
-        self.backbone = StaticBackbone(shapes, window=False, given_ids=True)
-        self.caches = Caches(shapes)
-        self.window_positions = Tensor(np.arange(shapes.window, dtype=np.int32)[None])
-
-    def run(self, input_ids, expert_ids, attention_mask, position_ids, current_index, batch_valid_length):
-        batch, length = self.shapes.batch, self.shapes.window
-        is_current = ops.equal(self.window_positions, current_index.reshape(batch, 1))
-        known = ops.cast(self.window_positions < batch_valid_length.reshape(batch, 1), ms.float32).reshape(
-            batch, 1, length
-        )
-        mask = ((attention_mask * known - 1.0) * (-MASKED_SCORE)).reshape(batch, 1, 1, length)
-        h, keys, values = self.backbone(
-            input_ids.reshape(-1), position_ids.reshape(-1), mask, None, spread(is_current, self.shapes),
-            self.caches.keys, self.caches.values, expert_ids,
-        )  # fmt: skip
-        return self.caches.write(self.backbone.logits(h, None).reshape(batch, -1), keys, values)
-
-
-class SigmaTokenSparse(SigmaToken):
-    """Six inputs."""
-
-    def construct(self, input_ids, expert_ids, attention_mask, position_ids, current_index, batch_valid_length):
-        return self.run(input_ids, expert_ids, attention_mask, position_ids, current_index, batch_valid_length)
-
-
-class SigmaTokenDense(SigmaToken):
+class SigmaDense(Sigma):
     """Five inputs."""
 
     def construct(self, input_ids, attention_mask, position_ids, current_index, batch_valid_length):
@@ -211,6 +174,9 @@ def fill(graph: nn.Cell, tensors: Mapping[str, Callable[[], np.ndarray]]) -> Non
             raise ValueError(f"{name} is {array.shape}, not {parameter.shape}")
         parameter.set_data(Tensor(array))
 
+
+# Cells that do not show in the names of parameters in a MINDIR.
+CELLS_OUTSIDE_NAMES = ("embedding.words.", "embedding.positions.", "embedding.queries.")
 
 # Parameters that are state and no weights, by their names in a MINDIR.
 STATE = ("caches.keys", "caches.values")
@@ -250,6 +216,10 @@ def build_graph(shapes: StaticShapes, signature: str, name: str) -> ExportedGrap
     """The graph `prefill` or `decode` of a signature, `plain` or `sigma`; weights are zero."""
     graph = (_plain if signature == "plain" else _sigma)(shapes, name)
     graph.cell.set_train(False)
+    for path, parameter in graph.cell.parameters_and_names():
+        for cells in CELLS_OUTSIDE_NAMES:
+            path = path.replace(cells, "")
+        parameter.name = path
     return graph
 
 
@@ -269,15 +239,13 @@ def _plain(shapes: StaticShapes, name: str) -> ExportedGraph:
 def _sigma(shapes: StaticShapes, name: str) -> ExportedGraph:
     batch, length = shapes.batch, shapes.window if name == "prefill" else 1
     inputs = {"input_ids": _int_input(batch, length)}
-    if shapes.sparse:
-        inputs["expert_ids"] = _int_input(len(shapes.sparse), batch, length)
+    sparse = len(shapes.model.sparse_prefixes)
+    if sparse:
+        inputs["expert_ids"] = _int_input(sparse, batch, length)
     inputs |= {"attention_mask": _float_input(batch, length, shapes.window), "position_ids": _int_input(batch, length)}
     inputs |= {"current_index": _int_input(batch), "batch_valid_length": _int_input(batch)}
-    if name == "prefill":
-        cell = SigmaWindowSparse if shapes.sparse else SigmaWindowDense
-    else:
-        cell = SigmaTokenSparse if shapes.sparse else SigmaTokenDense
-    return ExportedGraph(cell(shapes), inputs, ["logits"], STATE)
+    cell = (SigmaSparse if sparse else SigmaDense)(shapes, window=name == "prefill")
+    return ExportedGraph(cell, inputs, ["logits"], STATE)
 
 
 def _int_input(*size: int) -> Tensor:

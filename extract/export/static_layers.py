@@ -1,4 +1,5 @@
-"""The model's layers as fixed MindSpore graphs that hold their experts, over a window or over one token after it.
+"""The network as a fixed MindSpore graph that holds its experts, over a window or over one token after it:
+`pangu_sigma.model.backbone` with an attention core and sparse layers of static shapes.
 
 Every shape is static, which is what converters for devices take. Training's dispatch has as many rows as each expert
 was given; here routing is written without such shapes: over a window either every expert computes every row and a mask
@@ -6,7 +7,7 @@ picks (exact), or rows travel through a one-hot tensor of a fixed capacity, as i
 -> cumulative sum -> less than the capacity -> one-hot; combine weight 1); single tokens gather their experts' weights.
 
 Legend: B samples, S positions of the window, T rows (B*S or B), D hidden width, H heads, W = D/H, F inner width,
-V vocabulary, L layers, N sparse layers, E experts of a layer, C capacity.
+V vocabulary, L layers, E experts of a layer, C capacity.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from dataclasses import dataclass
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
+from mindspore.nn.utils import no_init_parameters
 
-from pangu_sigma.model.layers.linear_and_norm import NORMS, LinearCell
+from pangu_sigma.config.model_section import ModelConfig
+from pangu_sigma.model.backbone import Backbone, output_head, transformer_layers
 from parallel.operator_layout import Layout
 from parallel.ops.primitives import activation
-
-MASKED_SCORE = -10000.0
 
 
 @dataclass(frozen=True)
@@ -30,23 +31,12 @@ class StaticShapes:
     """Everything that the graphs' shapes follow from. `capacity`: rows an expert takes of a sample's window where ids
     come from outside; as large as the window, nothing is dropped."""
 
-    layers: int
-    hidden: int
-    heads: int
-    ffn: int
-    positions: int
+    model: ModelConfig
     vocab: int
     window: int
     batch: int
     eod_id: int
-    query_layer: bool
-    sparse: tuple[str, ...]
-    learned: bool
     experts: tuple[int, ...]
-    per_domain_words: bool
-    activation: str
-    norm: str
-    epsilon: float
     capacity: int
 
     @property
@@ -55,15 +45,11 @@ class StaticShapes:
         return len(self.experts)
 
     @property
-    def prefixes(self) -> tuple[str, ...]:
-        """Layers from bottom to top by name."""
-        blocks = tuple(f"blocks.{i}" for i in range(self.layers - int(self.query_layer)))
-        return (*blocks, "query_layer") if self.query_layer else blocks
-
-    @property
     def cache(self) -> tuple[int, int, int, int, int]:
         """Shape of the keys of all layers, and of the values: [L, B, H, S, W]."""
-        return (self.layers, self.batch, self.heads, self.window, self.hidden // self.heads)
+        model = self.model
+        return (model.layers, self.batch, model.heads, self.window, model.hidden // model.heads)
+
 
 
 class ExpertBank(nn.Cell):
@@ -72,15 +58,11 @@ class ExpertBank(nn.Cell):
     def __init__(self, shapes: StaticShapes, layout: Layout) -> None:
         super().__init__()
         self.count, self.batch, self.capacity = sum(shapes.experts), shapes.batch, shapes.capacity
-        sizes = {
-            "up_weight": (shapes.hidden, shapes.ffn),
-            "up_bias": (shapes.ffn,),
-            "down_weight": (shapes.ffn, shapes.hidden),
-            "down_bias": (shapes.hidden,),
-        }
-        for name, size in sizes.items():
+        network = shapes.model.expert_network
+        for tensor, size in network.shapes(shapes.model.hidden, shapes.model.ffn).items():
+            name = tensor.replace(".", "_")
             setattr(self, name, Parameter(Tensor(np.zeros((self.count, *size), np.float32)), name=name))
-        self.activation = activation(shapes.activation, layout)
+        self.activation = activation(network.activation, layout)
         self.product = ops.BatchMatMul()
         self.one_hot = ops.OneHot()
         self.on, self.off = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
@@ -129,32 +111,35 @@ class ExpertBank(nn.Cell):
 
 
 class StaticSparseLayer(nn.Cell):
-    """A sparse layer's feed-forward part: expert ids from outside, from its table, or from its gate."""
+    """A sparse layer's feed-forward part: expert ids from outside, from its table, or from its gate.
+
+    x_TD, routing (tokens and domain int32 [T], expert ids [T] if they come from outside), no weights -> (y_TD, None,
+    None).
+    """
 
     def __init__(self, shapes: StaticShapes, layout: Layout, window: bool, given_ids: bool) -> None:
         super().__init__()
         self.experts = ExpertBank(shapes, layout)
-        self.learned, self.given_ids = shapes.learned, given_ids
+        self.learned, self.given_ids = shapes.model.router_spec.learned, given_ids
         self.vocab, self.window = shapes.vocab, window
         # Copying the weights of T experts costs less than computing T rows with each of E.
         self.few = not window and shapes.batch <= sum(shapes.experts)
         if self.learned:
-            gate = np.zeros((shapes.hidden, sum(shapes.experts)), np.float32)
+            gate = np.zeros((shapes.model.hidden, sum(shapes.experts)), np.float32)
             self.router = Parameter(Tensor(gate), name="router")
         elif not given_ids:
             table = np.zeros((shapes.domains, shapes.vocab), np.int32)
             self.routing = Parameter(Tensor(table), name="routing", requires_grad=False)
 
-    def construct(self, x: Tensor, tokens: Tensor, domain, given) -> Tensor:
-        """x_TD, tokens and domain int32 [T], expert ids [T] if they come from outside -> y_TD."""
+    def construct(self, x: Tensor, routing: tuple, weights: tuple):
+        tokens, domain, ids = routing
         if self.learned:
             probabilities = ops.Softmax(-1)(ops.MatMul()(x, self.router))
             ids, weight = ops.ArgMaxWithValue(axis=-1)(probabilities)
-            y = self.computed(x, ops.cast(ids, ms.int32))
-            return y * weight.reshape(-1, 1)
-        if given is not None:
-            return self.computed(x, given)
-        return self.computed(x, ops.Gather()(self.routing.reshape(-1), domain * self.vocab + tokens, 0))
+            return self.computed(x, ops.cast(ids, ms.int32)) * weight.reshape(-1, 1), None, None
+        if ids is None:
+            ids = ops.Gather()(self.routing.reshape(-1), domain * self.vocab + tokens, 0)
+        return self.computed(x, ids), None, None
 
     def computed(self, x: Tensor, ids: Tensor) -> Tensor:
         if self.few:
@@ -164,27 +149,16 @@ class StaticSparseLayer(nn.Cell):
         return self.experts.by_masking(x, ids)
 
 
-class StaticDenseLayer(nn.Cell):
-    """A dense layer's feed-forward part."""
+class StaticAttention(nn.Cell):
+    """Attention core (see `Attention`): q, k, v [T, D] -> (y_TD, (keys, values) [B, H, S, W] with the new rows).
 
-    def __init__(self, shapes: StaticShapes, layout: Layout) -> None:
+    `context`: mask [B, 1, n, S], added to scores; then, with caches, `is_current` [B, H, S, W], which marks the new
+    row's place, and the cached keys and values; else None three times.
+    """
+
+    def __init__(self, shapes: StaticShapes) -> None:
         super().__init__()
-        self.up = LinearCell(shapes.hidden, shapes.ffn, layout, ms.float32, 0.0)
-        self.down = LinearCell(shapes.ffn, shapes.hidden, layout, ms.float32, 0.0)
-        self.activation = activation(shapes.activation, layout)
-
-    def construct(self, x: Tensor, tokens: Tensor, domain, given) -> Tensor:
-        return self.down(self.activation(self.up(x))[0])
-
-
-class StaticCachedAttention(nn.Cell):
-    """queries, x [T, D] -> (y_TD, keys, values [B, H, S, W] with the new rows in their places)."""
-
-    def __init__(self, shapes: StaticShapes, layout: Layout) -> None:
-        super().__init__()
-        self.batch, self.heads, self.width = shapes.batch, shapes.heads, shapes.hidden // shapes.heads
-        for part in ("query", "key", "value", "projection"):
-            setattr(self, part, LinearCell(shapes.hidden, shapes.hidden, layout, ms.float32, 0.0))
+        _, self.batch, self.heads, _, self.width = shapes.cache
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.product = ops.BatchMatMul()
         self.softmax = ops.Softmax(-1)
@@ -193,93 +167,53 @@ class StaticCachedAttention(nn.Cell):
     def split(self, x: Tensor) -> Tensor:
         return x.reshape(self.batch, -1, self.heads, self.width).transpose(0, 2, 1, 3)
 
-    def construct(self, queries: Tensor, x: Tensor, mask: Tensor, is_current, keys, values):
-        """mask [B, 1, n, S] is added to scores; with caches `is_current` [B, H, S, W] marks the new row's place."""
-        q = self.split(self.query(queries) * self.scale)
-        k, v = self.split(self.key(x)), self.split(self.value(x))
+    def construct(self, q: Tensor, k: Tensor, v: Tensor, context: tuple, keys: Tensor):
+        mask, is_current, cached_keys, cached_values = context
+        q_BHnW, k_BHSW, v_BHSW = self.split(q * self.scale), self.split(k), self.split(v)
         if is_current is not None:
-            broadcast = ops.BroadcastTo(keys.shape)
-            k, v = ops.select(is_current, broadcast(k), keys), ops.select(is_current, broadcast(v), values)
-        p = self.softmax(self.scores(q, k) + mask)
-        y = self.product(p, v).transpose(0, 2, 1, 3).reshape(x.shape)
-        return self.projection(y), k, v
+            broadcast = ops.BroadcastTo(cached_keys.shape)
+            k_BHSW = ops.select(is_current, broadcast(k_BHSW), cached_keys)
+            v_BHSW = ops.select(is_current, broadcast(v_BHSW), cached_values)
+        p = self.softmax(self.scores(q_BHnW, k_BHSW) + mask)
+        return self.product(p, v_BHSW).transpose(0, 2, 1, 3).reshape(q.shape), (k_BHSW, v_BHSW)
 
 
-class StaticLayer(nn.Cell):
-    """A transformer layer with its caches."""
-
-    def __init__(self, shapes: StaticShapes, layout: Layout, sparse: bool, window: bool, given_ids: bool) -> None:
-        super().__init__()
-        self.norm1 = NORMS[shapes.norm](shapes.hidden, shapes.epsilon, layout)
-        self.attention = StaticCachedAttention(shapes, layout)
-        self.norm2 = NORMS[shapes.norm](shapes.hidden, shapes.epsilon, layout)
-        self.feed_forward = (
-            StaticSparseLayer(shapes, layout, window, given_ids) if sparse else StaticDenseLayer(shapes, layout)
-        )
-
-    def construct(self, h: Tensor, queries, mask: Tensor, is_current, keys, values, tokens: Tensor, domain, given):
-        x = self.norm1(h)
-        y, k, v = self.attention(x if queries is None else queries, x, mask, is_current, keys, values)
-        h = h + y
-        return h + self.feed_forward(self.norm2(h), tokens, domain, given), k, v
-
-
-class StaticBackbone(nn.Cell):
-    """Everything between token ids and hidden rows, `window` rows per sample or one. The domains' experts, tables and
-    word embeddings lie one after the other in their parameters."""
+class StaticBackbone(Backbone):
+    """Token ids to logits, `window` rows per sample or one. The domains' experts, tables and word embeddings lie one
+    after the other in their parameters."""
 
     def __init__(self, shapes: StaticShapes, window: bool, given_ids: bool) -> None:
-        super().__init__()
-        layout = Layout()
-        self.shapes, self.window = shapes, window
-        slots = shapes.domains if shapes.per_domain_words else 1
-
-        def table(name: str, rows: int) -> Parameter:
-            return Parameter(Tensor(np.zeros((rows, shapes.hidden), np.float32)), name=name)
-
-        self.word = table("word", slots * shapes.vocab)
-        self.position = table("position", shapes.positions)
-        self.sparse_index_of = tuple(
-            shapes.sparse.index(prefix) if prefix in shapes.sparse else -1 for prefix in shapes.prefixes
-        )
-        layers = [StaticLayer(shapes, layout, index >= 0, window, given_ids) for index in self.sparse_index_of]
-        self.blocks = nn.CellList(layers[:-1] if shapes.query_layer else layers)
-        self.norm = NORMS[shapes.norm](shapes.hidden, shapes.epsilon, layout)
-        if shapes.query_layer:
-            self.query = table("query", shapes.positions)
-            self.query_layer = layers[-1]
-        self.take = ops.Gather()
+        layout, model = Layout(), shapes.model
+        # Their values come from files.
+        with no_init_parameters():
+            sparse = [StaticSparseLayer(shapes, layout, window, given_ids) for _ in model.sparse_prefixes]
+            cores = [StaticAttention(shapes) for _ in range(model.layers)]
+            layers = transformer_layers(model, layout, ms.float32, sparse, cores)
+            super().__init__(model, shapes.vocab, layout, layers, output_head(model, shapes.vocab, layout, 0))
+        self.batch, self.table_shape = shapes.batch, (shapes.domains, shapes.vocab, model.hidden)
+        if self.embedding.words.per_domain:
+            tables = np.zeros((shapes.domains * shapes.vocab, model.hidden), np.float32)
+            self.word = Parameter(Tensor(tables), name="word")
+        self.no_dropout = Tensor([0], ms.int32)
 
     def construct(self, tokens: Tensor, positions: Tensor, mask: Tensor, domain, is_current, keys, values, expert_ids):
-        """tokens, positions, domain [T], mask [B, 1, n, S]; -> (h_TD, keys, values as lists of L tensors)."""
-        words = tokens
-        if self.shapes.per_domain_words and self.shapes.domains > 1:
-            words = tokens + domain * self.shapes.vocab
-        h = self.take(self.word, words, 0) + self.take(self.position, positions, 0)
-        new_keys, new_values = (), ()
-        for i, block in enumerate(self.blocks):
-            k_old, v_old = (None, None) if is_current is None else (keys[i], values[i])
-            h, k, v = block(h, None, mask, is_current, k_old, v_old, tokens, domain, self.of_layer(expert_ids, i))
-            new_keys, new_values = (*new_keys, k), (*new_values, v)
-        h = self.norm(h)
-        if self.shapes.query_layer:
-            i = self.shapes.layers - 1
-            k_old, v_old = (None, None) if is_current is None else (keys[i], values[i])
-            queries = self.take(self.query, positions, 0)
-            given = self.of_layer(expert_ids, i)
-            h, k, v = self.query_layer(h, queries, mask, is_current, k_old, v_old, tokens, domain, given)
-            new_keys, new_values = (*new_keys, k), (*new_values, v)
-        return h, ops.stack(new_keys), ops.stack(new_values)
+        """tokens, positions, domain [T], mask [B, 1, n, S]; -> (h_TD, keys, values [L, B, H, S, W])."""
+        caches, sparse_inputs = (), ()
+        for i in range(self.layers):
+            caches = (*caches, *((None, None) if is_current is None else (keys[i], values[i])))
+            index = self.sparse_index_of[i]
+            if index >= 0:
+                ids = None if expert_ids is None else expert_ids[index].reshape(-1)
+                sparse_inputs = (*sparse_inputs, ((tokens, domain, ids), ()))
+        h = self.embedding(tokens.reshape(-1, 1), positions, domain, self.word_table())
+        h, kept, _, _ = self.through_layers(h, positions, (mask, is_current), caches, self.no_dropout, sparse_inputs)
+        return h, ops.stack(kept[0::2]), ops.stack(kept[1::2])
 
-    def of_layer(self, expert_ids, layer: int):
-        if expert_ids is None or self.sparse_index_of[layer] < 0:
-            return None
-        return expert_ids[self.sparse_index_of[layer]].reshape(-1)
+    def word_table(self) -> Tensor:
+        """The word table [V, D], or the domains' [domains, V, D] where there are several."""
+        words = self.embedding.words
+        return self.word.reshape(self.table_shape) if words.per_domain else words.word
 
     def logits(self, h: Tensor, domain) -> Tensor:
         """h [B * n, D] -> [B, n, V] by the word table of each sample (`domain` [B])."""
-        batch, hidden = self.shapes.batch, self.shapes.hidden
-        if not self.shapes.per_domain_words or self.shapes.domains == 1:
-            return ops.MatMul(transpose_b=True)(h, self.word).reshape(batch, -1, self.shapes.vocab)
-        tables = self.take(self.word.reshape(self.shapes.domains, -1, hidden), domain, 0)
-        return ops.BatchMatMul(transpose_b=True)(h.reshape(batch, -1, hidden), tables)
+        return self.head.logits(h, self.batch, domain, self.word_table())

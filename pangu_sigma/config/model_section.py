@@ -6,15 +6,21 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
+from pangu_sigma.config.backbone_parts import (
+    FEED_FORWARD_KINDS,
+    HEAD_SPECS,
+    NORM_SPECS,
+    POSITION_SPECS,
+    HeadSpec,
+    NormSpec,
+    PositionSpec,
+)
 from pangu_sigma.config.presets import PRESETS
 from pangu_sigma.config.section import Field, Section, Violations
-from pangu_sigma.config.sparse_section import FeedForwardKind, SparseConfig
+from pangu_sigma.config.sparse_section import SparseConfig
 from pangu_sigma.tensor_names import QUERY_LAYER, block_name
 from rre.feed_forward_spec import FeedForwardSpec
 from rre.router_specs import MIXTURE_GATE, ROUTER_SPECS, RouterSpec
-
-# Gated kinds of a feed-forward network and the activation of their gate (Shazeer 2020, arXiv 2002.05202).
-GATE_ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu"}
 
 
 class AttentionConfig(Section, resume="fixed", init_from="equal"):
@@ -56,17 +62,17 @@ class ModelConfig(Section, resume="fixed", init_from="equal"):
     activation: Literal["fast_gelu", "gelu", "silu"] = Field(
         "fast_gelu", description="Activation inside the feed-forward network; swiglu's is silu, geglu's gelu."
     )
-    norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="Kind of normalisation.")
+    norm: Literal[tuple(NORM_SPECS)] = Field("layernorm", description="Kind of normalisation.")
     norm_epsilon: float = Field(1e-5, gt=0, description="Number added to the variance inside a normalisation.")
-    position: Literal["learned", "rope"] = Field(
+    position: Literal[tuple(POSITION_SPECS)] = Field(
         "learned", description="How positions enter the model: a learned table, or rotations of queries and keys."
     )
     rope_theta: float = Field(10000.0, gt=1, description="Base of the wavelengths of rope.")
-    feed_forward: FeedForwardKind = Field(
+    feed_forward: Literal[tuple(FEED_FORWARD_KINDS)] = Field(
         "mlp", description="Kind of feed-forward network: two matrices, or gated by a third, with silu or gelu."
     )
     biases: bool = Field(True, description="Whether the matrices of attention and feed-forward networks have biases.")
-    head: Literal["tied", "untied"] = Field(
+    head: Literal[tuple(HEAD_SPECS)] = Field(
         "tied", description="Output head: tied uses the word embedding, untied has a table of its own."
     )
     query_layer: Literal["next_position", "none"] = Field(
@@ -116,8 +122,8 @@ class ModelConfig(Section, resume="fixed", init_from="equal"):
         return self._form(self.feed_forward)
 
     @property
-    def expert_feed_forward(self) -> FeedForwardKind:
-        """Kind of network of experts and shared experts."""
+    def expert_feed_forward(self) -> str:
+        """Name of the kind of network of experts and shared experts."""
         return self.sparse.feed_forward or self.feed_forward
 
     @property
@@ -125,8 +131,23 @@ class ModelConfig(Section, resume="fixed", init_from="equal"):
         """What an expert is made of, a shared expert too."""
         return self._form(self.expert_feed_forward)
 
-    def _form(self, kind: FeedForwardKind) -> FeedForwardSpec:
-        return FeedForwardSpec(self.activation, gated=kind in GATE_ACTIVATIONS, biases=self.biases)
+    def _form(self, kind: str) -> FeedForwardSpec:
+        return FeedForwardSpec(self.activation, FEED_FORWARD_KINDS[kind].gate is not None, self.biases)
+
+    @property
+    def norm_spec(self) -> NormSpec:
+        """What `norm` is."""
+        return NORM_SPECS[self.norm]
+
+    @property
+    def position_spec(self) -> PositionSpec:
+        """What `position` is."""
+        return POSITION_SPECS[self.position]
+
+    @property
+    def head_spec(self) -> HeadSpec:
+        """What `head` is."""
+        return HEAD_SPECS[self.head]
 
     @property
     def residual_std(self) -> float:
@@ -136,18 +157,20 @@ class ModelConfig(Section, resume="fixed", init_from="equal"):
     @property
     def has_pangu_parts(self) -> bool:
         """Whether every part is one that PanGu-α has, with or without its query layer."""
-        return (
-            (self.norm, self.position, self.feed_forward, self.head) == ("layernorm", "learned", "mlp", "tied")
-            and self.expert_feed_forward == "mlp"
-            and self.biases
-            and not self.attention.qk_norm
-            and self.activation != "silu"
-        )
+        networks = (FEED_FORWARD_KINDS[kind] for kind in (self.feed_forward, self.expert_feed_forward))
+        parts = (self.norm_spec, self.position_spec, self.head_spec, *networks)
+        has_options = self.biases and not self.attention.qk_norm and self.activation != "silu"
+        return has_options and all(part.in_pangu for part in parts)
+
+    @property
+    def has_query_layer(self) -> bool:
+        """Whether the top layer is a query layer."""
+        return self.query_layer != "none"
 
     @property
     def blocks(self) -> int:
         """Number of ordinary transformer blocks under the query layer (all layers if there is no query layer)."""
-        return self.layers - 1 if self.query_layer == "next_position" else self.layers
+        return self.layers - int(self.has_query_layer)
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -228,36 +251,37 @@ def _sizes(model: ModelConfig) -> Violations:
 
 def _parts(model: ModelConfig) -> Violations:
     """Backbone parts that cannot be combined, and options of parts that are not there."""
-    if model.position == "rope" and model.query_layer != "none":
+    position = model.position_spec
+    if model.has_query_layer and not position.has_table:
         yield (
             "model.query_layer",
-            "model.query_layer = next_position asks by learned positions, which model.position = rope does not have: "
-            "set model.query_layer to none, or model.position to learned",
+            f"model.query_layer = {model.query_layer} asks by learned positions, which model.position = "
+            f"{model.position} does not have: set model.query_layer to none, or model.position to learned",
         )
-    if model.position == "rope" and model.hidden % model.heads == 0 and model.hidden // model.heads % 2:
+    if position.rotates and model.hidden % model.heads == 0 and model.hidden // model.heads % 2:
         yield (
             "model.heads",
-            f"model.position = rope turns pairs of values, and a head has {model.hidden // model.heads} "
+            f"model.position = {model.position} turns pairs of values, and a head has {model.hidden // model.heads} "
             "(model.hidden / model.heads): choose sizes that make it even",
         )
-    if model.position != "rope" and model.rope_theta != 10000.0:
+    if not position.rotates and model.rope_theta != 10000.0:
         yield (
             "model.rope_theta",
             f"model.rope_theta = {model.rope_theta:g} has no effect with model.position = {model.position}: leave it "
             "out, or set model.position to rope",
         )
-    if model.head == "untied" and model.domain_parameters.embedding == "own":
+    if not model.head_spec.tied and model.domain_parameters.embedding == "own":
         yield (
             "model.head",
-            "model.head = untied is one table for all domains, but model.domain_parameters.embedding = own gives each "
-            "its own words: set model.head to tied, or model.domain_parameters.embedding to shared",
+            f"model.head = {model.head} is one table for all domains, but model.domain_parameters.embedding = own "
+            "gives each its own words: set model.head to tied, or model.domain_parameters.embedding to shared",
         )
 
 
 def _networks(model: ModelConfig) -> Violations:
     """Feed-forward networks of dense layers and of experts, which share activation and biases."""
     written = {"model.feed_forward": model.feed_forward, "model.sparse.feed_forward": model.sparse.feed_forward}
-    gated = {key: kind for key, kind in written.items() if kind in GATE_ACTIVATIONS}
+    gated = {key: kind for key, kind in written.items() if kind and FEED_FORWARD_KINDS[kind].gate}
     if len(set(gated.values())) > 1:
         yield (
             f"model.sparse.feed_forward = {model.sparse.feed_forward} and model.feed_forward = {model.feed_forward} "
@@ -265,7 +289,7 @@ def _networks(model: ModelConfig) -> Violations:
         )
         return
     for key, kind in gated.items():
-        activation = GATE_ACTIVATIONS[kind]
+        activation = FEED_FORWARD_KINDS[kind].gate
         if model.activation != activation:
             yield (
                 f"model.activation = {model.activation}, but {key} = {kind} is gated by {activation} by definition: "
@@ -304,7 +328,7 @@ def _top_layer(model: ModelConfig) -> Violations:
 
 def _sparse(model: ModelConfig) -> Violations:
     sparse = model.sparse
-    if sparse.include_query_layer and model.query_layer == "none":
+    if sparse.include_query_layer and not model.has_query_layer:
         yield (
             "model.sparse.include_query_layer",
             "model.sparse.include_query_layer is true, but model.query_layer is none: set it to false",
@@ -328,7 +352,7 @@ def _sparse(model: ModelConfig) -> Violations:
     most = model.blocks + int(sparse.include_query_layer)
     if sparse.layers > most:
         counted = "the query layer included" if sparse.include_query_layer else "the query layer is dense"
-        if model.query_layer == "none":
+        if not model.has_query_layer:
             counted = "there is no query layer"
         yield (
             f"model.sparse.layers = {sparse.layers} is more than the {most} layers that can be sparse (model.layers = "

@@ -77,23 +77,22 @@ def _shared(config: Config, vocab_size: int) -> Iterator[tuple[str, Shape]]:
     hidden = model.hidden
     if model.domain_parameters.embedding == "shared":
         yield tensor_names.WORDS, (vocab_size, hidden)
-    if model.position == "learned":
+    if model.position_spec.has_table:
         yield tensor_names.POSITIONS, (model.positions, hidden)
-    if tensor_names.QUERY_LAYER in model.layer_names:
+    if model.has_query_layer:
         yield tensor_names.QUERIES, (model.positions, hidden)
     for layer_name in model.layer_names[: model.blocks]:
         yield from _layer(config, layer_name, vocab_size)
     yield from _norm(config, "norm")
     for layer_name in model.layer_names[model.blocks :]:
         yield from _layer(config, layer_name, vocab_size)
-    if model.head == "untied":
+    if not model.head_spec.tied:
         yield tensor_names.OUTPUT_WORDS, (vocab_size, hidden)
 
 
 def _norm(config: Config, *path: str) -> Iterator[tuple[str, Shape]]:
-    yield tensor_name(*path, "gamma"), (config.model.hidden,)
-    if config.model.norm == "layernorm":
-        yield tensor_name(*path, "beta"), (config.model.hidden,)
+    for tensor in config.model.norm_spec.tensors:
+        yield tensor_name(*path, tensor), (config.model.hidden,)
 
 
 def _network(config: Config, layer_name: str, module: str, form: FeedForwardSpec) -> Iterator[tuple[str, Shape]]:

@@ -25,7 +25,7 @@ def violations(config: Config) -> Violations:
 def _routing(config: Config) -> Violations:
     """What a sparse layer's options ask of the batch and of the domains' experts."""
     model, sparse = config.model, config.model.sparse
-    if sparse.include_query_layer and model.query_layer == "none":
+    if sparse.include_query_layer and not model.has_query_layer:
         return  # which layers are sparse is not known: the model's own rules say why
     # How many samples a rank computes is not known of a mesh that cannot be.
     is_mesh = not any(config.parallel.violations())

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from pydantic import create_model
 
+from pangu_sigma.config.backbone_parts import FEED_FORWARD_KINDS
 from pangu_sigma.config.section import Field, Section, Violations
 from rre.router_specs import ROUTER_OPTIONS, ROUTER_SPECS, RouterOption, RouterSpec, routers_with
 
-FeedForwardKind = Literal["mlp", "swiglu", "geglu"]
 RouterName = Literal[tuple(ROUTER_SPECS)]
 _BY_TABLE = [name for name, spec in ROUTER_SPECS.items() if not spec.learned]
 _OF_ANY_K = [name for name, spec in ROUTER_SPECS.items() if not spec.fixed]
@@ -52,7 +52,7 @@ class SparseKeys(Section):
     importance_loss_weight: float
     load_loss_weight: float
     renormalise: bool
-    feed_forward: FeedForwardKind | None = None
+    feed_forward: Literal[tuple(FEED_FORWARD_KINDS)] | None = None
     """Kind of every expert's network; null takes model.feed_forward, the dense layers'."""
     shared_expert: bool = False
     """Whether sparse layers have one more network, which every token takes beside its experts."""

@@ -1,4 +1,4 @@
-"""KV-cache attention: over a prompt, and over a cache in three forms that compute the same.
+"""Attention cores (see `Attention`) with a KV cache: over a prompt, and over a cache in two forms that compute alike.
 
 Legend: B rows of the batch (one token of one text each), C positions of a prompt, L positions that a cache holds,
 H heads, W head width. Everything is laid out head by head, [B*H, L, W], so that a row's query, key and value [B, D] are
@@ -7,23 +7,27 @@ H heads, W head width. Everything is laid out head by head, [B*H, L, W], so that
 
 from __future__ import annotations
 
+import math
+
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, ops
+from mindspore import Parameter, Tensor, nn, ops
 
-from pangu_sigma.generation.inference_layers import InferenceCell
+from pangu_sigma.config.model_section import ModelConfig
 from pangu_sigma.model.layers.native_attention import MASKED_SCORE
 from parallel.operator_layout import Layout
 
 THREE_AXES = (1, 1, 1)
 
 
-class DotProductAttention(InferenceCell):
+class DotProductAttention(nn.Cell):
     """Dot-product attention, base of all forms: softmax(q k^T + mask) v over three axes, products in the precision of k
-    and v, softmax in float32."""
+    and v, softmax in float32. `scale` is for the queries."""
 
-    def __init__(self, layout: Layout, precision: ms.dtype) -> None:
+    def __init__(self, model: ModelConfig, layout: Layout, precision: ms.dtype) -> None:
         super().__init__()
+        self.heads, self.width = model.heads, model.hidden // model.heads
+        self.scale = 1.0 / math.sqrt(self.width)
         self.low = precision != ms.float32
         self.precision = precision
         self.multiply_transposed = layout(ops.BatchMatMul(transpose_b=True), THREE_AXES, THREE_AXES)
@@ -54,21 +58,23 @@ class DotProductAttention(InferenceCell):
 
 
 class PromptAttention(DotProductAttention):
-    """Causal attention of one document over itself: q, k, v [C, D] -> (y [C, D], (k, v))."""
+    """Causal attention of one document over itself: q, k, v [C, D] -> (y [C, D], (k, v)).
 
-    def __init__(self, heads: int, width: int, layout: Layout, precision: ms.dtype) -> None:
-        super().__init__(layout, precision)
-        self.heads, self.width = heads, width
+    `context`: (`causal_mask`,).
+    """
+
+    def __init__(self, model: ModelConfig, layout: Layout, precision: ms.dtype) -> None:
+        super().__init__(model, layout, precision)
         self.transpose = layout(ops.Transpose(), THREE_AXES)
 
     def split(self, x: Tensor) -> Tensor:
         """x [C, D] of all heads -> [H, C, W]."""
         return self.transpose(x.reshape(-1, self.heads, self.width), (1, 0, 2))
 
-    def construct(self, q: Tensor, k: Tensor, v: Tensor, context: tuple[Tensor, ...]):
+    def construct(self, q: Tensor, k: Tensor, v: Tensor, context: tuple[Tensor, ...], keys: Tensor):
         length = q.shape[0]
         heads_k, heads_v = self.lowered(self.split(k)), self.lowered(self.split(v))
-        y = self.attend(self.split(q), heads_k, heads_v, context[0])
+        y = self.attend(self.split(q * self.scale), heads_k, heads_v, context[0])
         y = self.transpose(y, (1, 0, 2)).reshape(length, self.heads * self.width)
         return y, (heads_k, heads_v)
 
@@ -79,7 +85,7 @@ def causal_mask(heads: int, length: int) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(mask, (heads, length, length)))
 
 
-class PositionOneHot(InferenceCell):
+class PositionOneHot(nn.Cell):
     """One-hot encoding of positions: int32 [B] -> float32 [B*H, 1, L], 1 at a row's position, else 0."""
 
     def __init__(self, rows: int, heads: int, length: int, layout: Layout) -> None:
@@ -95,7 +101,7 @@ class PositionOneHot(InferenceCell):
         return one_hot.reshape(self.shape[0] * self.shape[1], 1, self.shape[2])
 
 
-class CacheMask(InferenceCell):
+class CacheMask(nn.Cell):
     """Additive mask of a cache: positions int32 [B] -> [B*H, 1, L] that shows keys up to a row's position."""
 
     def __init__(self, rows: int, heads: int, length: int, layout: Layout) -> None:
@@ -119,69 +125,46 @@ class ParameterCacheAttention(DotProductAttention):
     (row and head, position) and the mask of `CacheMask`.
     """
 
-    def __init__(
-        self, name: str, rows: int, heads: int, length: int, width: int, layout: Layout, precision: ms.dtype
-    ) -> None:
-        super().__init__(layout, precision)
-        shape = (rows * heads, length, width)
-        self.keys = Parameter(ms.ops.zeros(shape, precision), name=f"{name}.keys", requires_grad=False)
-        self.values = Parameter(ms.ops.zeros(shape, precision), name=f"{name}.values", requires_grad=False)
-        self.flat = (rows * heads, width)
-        self.query_shape = (rows * heads, 1, width)
-        self.out_shape = (rows, heads * width)
+    def __init__(self, model: ModelConfig, rows: int, length: int, layout: Layout, precision: ms.dtype) -> None:
+        super().__init__(model, layout, precision)
+        heads = rows * self.heads
+        shape = (heads, length, self.width)
+        self.keys = Parameter(ms.ops.zeros(shape, precision), name="keys", requires_grad=False)
+        self.values = Parameter(ms.ops.zeros(shape, precision), name="values", requires_grad=False)
+        self.flat = (heads, self.width)
+        self.query_shape = (heads, 1, self.width)
+        self.out_shape = (rows, model.hidden)
         self.write = layout(ops.ScatterNdUpdate())
 
-    def construct(self, q: Tensor, k: Tensor, v: Tensor, context: tuple[Tensor, ...]):
+    def construct(self, q: Tensor, k: Tensor, v: Tensor, context: tuple[Tensor, ...], keys: Tensor):
         indices, mask = context
+        q = (q * self.scale).reshape(self.query_shape)
         keys = self.write(self.keys, indices, self.lowered(k.reshape(self.flat)))
         values = self.write(self.values, indices, self.lowered(v.reshape(self.flat)))
-        return self.attend(q.reshape(self.query_shape), keys, values, mask).reshape(self.out_shape), ()
+        return self.attend(q, keys, values, mask).reshape(self.out_shape), ()
 
 
 class ReadOnlyCacheAttention(DotProductAttention):
     """Attention over a cache in two inputs that are only read: q, k, v [B, D] -> (y [B, D], (k, v) [B*H, 1, W]).
 
     The form for CPU, where the host writes the new rows into memory that it shares with the inputs; there an update
-    inside the graph copies the cache. `context`: keys, values [B*H, L, W], zero from a row's position on; the
-    `PositionOneHot` [B*H, 1, L]; the mask of `CacheMask`. So the score of the row's own key is
+    inside the graph copies the cache. `context`: the `PositionOneHot` [B*H, 1, L]; the mask of `CacheMask`; keys,
+    values [B*H, L, W], zero from a row's position on. So the score of the row's own key is
     added where the cache gave 0, and its own value is mixed in by the weight at its position.
     """
 
-    def __init__(self, rows: int, heads: int, width: int, layout: Layout, precision: ms.dtype) -> None:
-        super().__init__(layout, precision)
-        self.shape = (rows * heads, 1, width)
-        self.out_shape = (rows, heads * width)
+    def __init__(self, model: ModelConfig, rows: int, layout: Layout, precision: ms.dtype) -> None:
+        super().__init__(model, layout, precision)
+        self.shape = (rows * self.heads, 1, self.width)
+        self.out_shape = (rows, model.hidden)
         self.spread = layout(ops.BatchMatMul(), THREE_AXES, THREE_AXES)
         self.pick = layout(ops.BatchMatMul(transpose_b=True), THREE_AXES, THREE_AXES)
 
-    def construct(self, q: Tensor, k: Tensor, v: Tensor, context: tuple[Tensor, ...]):
-        keys, values, one_hot, mask = context
-        q, k, v = q.reshape(self.shape), self.lowered(k.reshape(self.shape)), self.lowered(v.reshape(self.shape))
-        scores = self.add(self.scores(q, keys), self.spread(self.scores(q, k), one_hot))
+    def construct(self, q: Tensor, k: Tensor, v: Tensor, context: tuple[Tensor, ...], keys: Tensor):
+        one_hot, mask, cached_keys, cached_values = context
+        q = (q * self.scale).reshape(self.shape)
+        k, v = self.lowered(k.reshape(self.shape)), self.lowered(v.reshape(self.shape))
+        scores = self.add(self.scores(q, cached_keys), self.spread(self.scores(q, k), one_hot))
         p = self.softmax(self.add(scores, mask))
-        y = self.add(self.weighted_sum(p, values), self.weighted_sum(self.pick(p, one_hot), v))
+        y = self.add(self.weighted_sum(p, cached_values), self.weighted_sum(self.pick(p, one_hot), v))
         return y.reshape(self.out_shape), (k, v)
-
-
-class ReturnedCacheAttention(DotProductAttention):
-    """Attention over a cache that is input and output, for exported graphs: q, k, v [B, D] -> (y [B, D], (keys,
-    values)).
-
-    `context`: keys, values [B*H, L, W], one-hot positions float32 [B*H, L, 1], the mask.
-    """
-
-    def __init__(self, rows: int, heads: int, width: int, layout: Layout, precision: ms.dtype) -> None:
-        super().__init__(layout, precision)
-        self.shape = (rows * heads, 1, width)
-        self.out_shape = (rows, heads * width)
-        self.mul = layout(ops.Mul(), THREE_AXES, THREE_AXES)
-
-    def write(self, cache: Tensor, row: Tensor, one_hot: Tensor) -> Tensor:
-        """The cache [B*H, L, W] with `row` [B, D] at each row's own position."""
-        row, one_hot = self.lowered(row.reshape(self.shape)), self.lowered(one_hot)
-        return self.add(self.mul(cache, 1.0 - one_hot), self.mul(row, one_hot))
-
-    def construct(self, q: Tensor, k: Tensor, v: Tensor, context: tuple[Tensor, ...]):
-        keys, values, one_hot, mask = context
-        keys, values = self.write(keys, k, one_hot), self.write(values, v, one_hot)
-        return self.attend(q.reshape(self.shape), keys, values, mask).reshape(self.out_shape), (keys, values)

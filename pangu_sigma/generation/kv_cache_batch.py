@@ -12,12 +12,11 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from pangu_sigma.generation.compiled_decode_step import CompiledDecodeStepGraph, has_compiled_step
 from pangu_sigma.generation.decode_graphs import (
     CacheWriteGraph,
     DecodeStepGraph,
     DeviceDecodeStepGraph,
-    EmbeddingGraph,
+    WordLookupGraph,
     cache_precision,
 )
 from pangu_sigma.model.model import Model
@@ -63,9 +62,7 @@ class HostDecodeBatch(DecodeBatch):
         shape = (rows * self.heads, length, self.width)
         self._arrays = [np.zeros(shape, dtype) for _ in range(2 * model.config.model.layers)]
         self._tensors = [Tensor.from_numpy(array) for array in self._arrays]
-        self._graph = (
-            CompiledDecodeStepGraph(model, rows) if has_compiled_step(model) else DecodeStepGraph(model, rows, length)
-        )
+        self._graph = DecodeStepGraph(model, rows, length)
 
     def step(self, tokens: np.ndarray, positions: np.ndarray, moving: Sequence[int], flat: list[Tensor]) -> np.ndarray:
         logits, *new = self._graph(Tensor(tokens), Tensor(positions), *self._tensors, *flat)
@@ -98,13 +95,12 @@ class DeviceDecodeBatch(DecodeBatch):
     def __init__(self, model: Model, rows: int, length: int) -> None:
         super().__init__(model, rows, length)
         self._graph = DeviceDecodeStepGraph(model, rows, length)
-        self._tables = self._graph.body.tables
-        self._embed = EmbeddingGraph(model, self._tables)
+        self._look_up = WordLookupGraph(model, rows)
         self._join = CacheWriteGraph(model, self._graph)
 
     def step(self, tokens: np.ndarray, positions: np.ndarray, moving: Sequence[int], flat: list[Tensor]) -> np.ndarray:
         # A row that does not move computes its last token again: the same keys and values in the same place.
-        words = self._embed(Tensor(tokens), *flat[: self._tables])
+        words = self._look_up(Tensor(tokens), *flat[: self._look_up.tables])
         return self._graph(words, Tensor(positions), *flat).asnumpy()
 
     def join(self, row: int, cache: Iterable[np.ndarray]) -> None:

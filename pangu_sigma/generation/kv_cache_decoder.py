@@ -17,7 +17,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from pangu_sigma.generation.decode_graphs import PrefillGraph, cache_precision, own_tables
+from pangu_sigma.generation.decode_graphs import PrefillGraph, cache_precision
+from pangu_sigma.generation.inference_network import own_tables
 from pangu_sigma.generation.kv_cache_batch import DecodeBatch, DeviceDecodeBatch, HostDecodeBatch
 from pangu_sigma.model.model import Model
 from rre.dispatch.dispatch_plan import plan_by_expert

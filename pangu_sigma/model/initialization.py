@@ -23,9 +23,8 @@ def initial_value(
     parsed, gate = parse_name(name), gate_weight(name, model.router_spec)
     if gate is not None and gate.initial is not None:
         return np.full(shape, gate.initial, np.float32)
-    if parsed.tensor.endswith(("bias", "beta")):
-        return np.zeros(shape, np.float32)
-    if parsed.tensor.endswith("gamma"):
-        return np.ones(shape, np.float32)
+    for tensor, value in {"bias": 0.0, **model.norm_spec.tensors}.items():
+        if parsed.tensor.endswith(tensor):
+            return np.full(shape, value, np.float32)
     std = model.residual_std if parsed.tensor in _INTO_RESIDUAL else model.init_std
     return normal(generator(seed, f"initial {stream or name}"), shape, std, model.init_cutoff)

@@ -273,18 +273,14 @@ class EmbeddingLookup(nn.Cell):
 
 
 class Native(nn.Cell):
-    """Wrapper of a fused operator of the device with MindSpore's own gradient; gives its outputs as a
-    tuple, the result first.
-    """
+    """Wrapper of a fused operator of the device with MindSpore's own gradient; gives its only output as a tuple."""
 
-    def __init__(self, operator: Primitive, outputs: int = 1) -> None:
+    def __init__(self, operator: Primitive) -> None:
         super().__init__()
         self.operator = operator
-        self.outputs = outputs
 
-    def construct(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        out = self.operator(*inputs)
-        return (out,) if self.outputs == 1 else out
+    def construct(self, *inputs: Tensor) -> tuple[Tensor]:
+        return (self.operator(*inputs),)
 
 
 class SquareSums(nn.Cell):
@@ -311,17 +307,17 @@ def activation(name: str, layout: Layout, *cuts: PartitionSpec) -> nn.Cell:
     return {"fast_gelu": FastGelu, "gelu": Gelu}[name](layout)
 
 
-def layer_norm(layout: Layout, epsilon: float) -> nn.Cell:
+def layer_norm(layout: Layout, epsilon: float) -> nn.Cell | Primitive:
     """Layer normalisation in the device's fast form: (x_TD, gamma, beta) -> (y_TD, whatever its gradient keeps)."""
-    if layout.native:
-        return Native(layout(ops.LayerNorm(1, 1, epsilon), layout.residual_spec, (1,), (1,)), outputs=3)
+    if layout.native or layout.few_rows:
+        return layout(ops.LayerNorm(1, 1, epsilon), layout.residual_spec, (1,), (1,))
     return CompiledLayerNorm(layout.kernels, epsilon) if layout.kernels else LayerNorm(layout, epsilon)
 
 
-def rms_norm(layout: Layout, epsilon: float) -> nn.Cell:
+def rms_norm(layout: Layout, epsilon: float) -> nn.Cell | Primitive:
     """RMS normalisation in the device's fast form: (x_TD, gamma) -> (y_TD, whatever its gradient keeps)."""
     if layout.native:
-        return Native(layout(ops.RmsNorm(epsilon), layout.residual_spec, (1,)), outputs=2)
+        return layout(ops.RmsNorm(epsilon), layout.residual_spec, (1,))
     return CompiledRmsNorm(layout.kernels, epsilon) if layout.kernels else RmsNorm(layout, epsilon)
 
 
@@ -332,13 +328,11 @@ def linear(
 
     `inner` cuts K over a mesh, `outer` N.
     """
-    if not biases and layout.native:
-        return NativeProduct(layout, compute, inner, outer)
-    if not biases:
-        return CompiledProduct(layout.kernels) if layout.kernels else Product(layout, compute)
     if layout.native:
-        return NativeLinear(layout, compute, inner, outer)
-    return CompiledLinear(layout.kernels) if layout.kernels else Linear(layout, compute)
+        return (NativeLinear if biases else NativeProduct)(layout, compute, inner, outer)
+    if layout.product_kernels:
+        return (CompiledLinear if biases else CompiledProduct)(layout.kernels)
+    return (Linear if biases else Product)(layout, compute)
 
 
 def embedding_lookup(layout: Layout, cut: AxisSpec = 1) -> nn.Cell:

@@ -62,7 +62,8 @@ def add_gate_weights(gate: nn.Cell, options: RouterOptions) -> None:
 class Gate(nn.Cell):
     """Learned gate: x_TD, (noise,) or () -> (plan, combine weights [T, K], auxiliary loss, rows [B, E + 1]).
 
-    With `return_assignments`, set before compiling, the last is the hits [T, E], 1 where a token takes an expert.
+    With `return_assignments`, set before compiling, the last is the hits [T, E], 1 where a token takes an expert. With
+    `routes_only` loss and rows are None: tokens of generation make no whole samples.
     Capacity goes to first choices before second ones, then in token order (arXiv 2006.16668, algorithm 1); a choice
     beyond it takes the residual alone. Gates compute in float32. In an SPMD graph over a mesh each rank gates
     its own tokens, with a copy of the weight, and plans reserved rows (`rre.dispatch.capacity_dispatch`).
@@ -100,7 +101,7 @@ class Gate(nn.Cell):
             self.room_for_all = Tensor(float(self.group), ms.float32)
         else:
             self.plan = build_plan_cell(self.experts, layout, options.exchange)
-        self.return_assignments = False
+        self.return_assignments, self.routes_only = False, False
         self.choices_of_token = Tensor(float(self.choices), ms.float32)
         self.on, self.off = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
         if self.capacity is not None:
@@ -121,6 +122,8 @@ class Gate(nn.Cell):
         # 1. Route.
         chosen = self.choose(x_TD, routing)
         ids_TK = chosen[0]
+        if self.routes_only:
+            return self.plan(ids_TK), chosen[1], None, None
         hits_TKE = ops.stop_gradient(self.one_hot(ids_TK, self.experts, self.on, self.off))
         auxiliary = self.auxiliary(hits_TKE, chosen)
         routed_BE = self.rows(hits_TKE)

@@ -14,7 +14,7 @@ from mindspore import Tensor, nn, ops
 
 from pangu_sigma.config.model_section import ModelConfig
 from pangu_sigma.model.layers.dropout import CountedDropout
-from pangu_sigma.model.layers.linear_and_norm import NORMS, LinearCell
+from pangu_sigma.model.layers.linear_and_norm import LinearCell, norm
 from pangu_sigma.model.layers.native_attention import MASKED_SCORE, NativeAttention, NativeMask
 from parallel.operator_layout import Layout
 from parallel.ops.compiled_kernels import CompiledAttention
@@ -175,7 +175,7 @@ class DropoutDotProduct(nn.Cell):
 
 
 class ComposedAttention(nn.Cell):
-    """Attention of all heads, of MindSpore's operators: q, k, v [T, D], masks of `CausalMask` -> y [T, D]."""
+    """Attention core of MindSpore's operators: q, k, v [T, D] of all heads, masks of `CausalMask` -> (y [T, D], ())."""
 
     def __init__(self, hidden: int, heads: int, layout: Layout, compute: ms.dtype, dropout: float, layer: int) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class ComposedAttention(nn.Cell):
         """x [B*S, D] of all heads -> [B, H, S, W]."""
         return self.transpose(x_TD.reshape(batch, length, self.heads, self.width), (0, 2, 1, 3))
 
-    def construct(self, q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, masks: tuple[Tensor, ...], keys: Tensor) -> Tensor:
+    def construct(self, q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, masks: tuple[Tensor, ...], keys: Tensor):
         batch, length = masks[0].shape[0], masks[-1].shape[3]
         q_BHSW = self.split_heads(q_TD * self.scale, batch, length)
         k_BHSW = self.split_heads(k_TD, batch, length)
@@ -199,7 +199,7 @@ class ComposedAttention(nn.Cell):
             y_BHSW = self.core(q_BHSW, k_BHSW, v_BHSW, masks, keys)
         else:
             y_BHSW, _ = self.core(q_BHSW, k_BHSW, v_BHSW, masks)
-        return self.transpose(y_BHSW, (0, 2, 1, 3)).reshape(batch * length, self.heads * self.width)
+        return self.transpose(y_BHSW, (0, 2, 1, 3)).reshape(batch * length, self.heads * self.width), ()
 
 
 class CompiledAttentionCore(nn.Cell):
@@ -209,8 +209,8 @@ class CompiledAttentionCore(nn.Cell):
         super().__init__()
         self.core = CompiledAttention(kernels, heads)
 
-    def construct(self, q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, masks: tuple[Tensor, ...], keys: Tensor) -> Tensor:
-        return self.core(q_TD, k_TD, v_TD, masks[0])[0]
+    def construct(self, q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, masks: tuple[Tensor, ...], keys: Tensor):
+        return self.core(q_TD, k_TD, v_TD, masks[0])[0], ()
 
 
 class SegmentsAsMask(nn.Cell):
@@ -238,16 +238,30 @@ def attention_mask(heads: int, layout: Layout, dropout: float, compute: ms.dtype
     return SegmentsAsMask() if is_compiled(layout, dropout) else CausalMask(heads)
 
 
-class Attention(nn.Cell):
-    """Multi-head self-attention of a layer: x_TD, and for the query layer its own query rows [T, D] -> y_TD.
+def training_core(model: ModelConfig, layer: int, layout: Layout, compute: ms.dtype) -> nn.Cell:
+    """The attention core of training and evaluation, over whole sequences (see `Attention`)."""
+    hidden, heads, dropout = model.hidden, model.heads, model.attention.dropout
+    if is_native(layout, dropout):
+        return NativeAttention(hidden, heads, layout, compute)
+    if is_compiled(layout, dropout):
+        return CompiledAttentionCore(heads, layout.kernels)
+    return ComposedAttention(hidden, heads, layout, compute, dropout, layer)
 
+
+class Attention(nn.Cell):
+    """Multi-head self-attention of a layer: x_TD, and for the query layer its own query rows [T, D] -> (y_TD, what the
+    core keeps).
+
+    Between the projections stands a `core`: q, k, v [T, D] of all heads, `context`, dropout keys -> (softmax(q k^T /
+    sqrt(W)) v [T, D], new keys and values for a cache). What it sees is its own business, and so is `context`: the
+    masks of `attention_mask` for training's, a cache for decoding's (`pangu_sigma.generation.kv_cache_attention`).
     Biases, the norms of projected queries and keys (QK norm) and rotary position embeddings are the configuration's
     (`cos_sin`: () or those of `RotaryPositions`).
     """
 
-    def __init__(self, model: ModelConfig, layer: int, layout: Layout, compute: ms.dtype) -> None:
+    def __init__(self, model: ModelConfig, layer: int, layout: Layout, compute: ms.dtype, core: nn.Cell | None) -> None:
         super().__init__()
-        hidden, heads, dropout = model.hidden, model.heads, model.attention.dropout
+        hidden = model.hidden
         by_heads = (1, "tensor")
         self.query = LinearCell(hidden, hidden, layout, compute, model.init_std, model.biases, by_heads)
         self.key = LinearCell(hidden, hidden, layout, compute, model.init_std, model.biases, by_heads)
@@ -255,24 +269,17 @@ class Attention(nn.Cell):
         self.projection = LinearCell(hidden, hidden, layout, compute, model.residual_std, model.biases, ("tensor", 1))
         self.normalises = model.attention.qk_norm
         if self.normalises:
-            self.query_norm = NORMS[model.norm](hidden, model.norm_epsilon, layout)
-            self.key_norm = NORMS[model.norm](hidden, model.norm_epsilon, layout)
-        self.rotates = model.position == "rope"
+            self.query_norm, self.key_norm = norm(model, layout), norm(model, layout)
+        self.rotates = model.position_spec.rotates
         if self.rotates:
-            self.apply_rotary = rotary(layout, heads, hidden // heads)
-        if is_native(layout, dropout):
-            self.core = NativeAttention(hidden, heads, layout, compute)
-        elif is_compiled(layout, dropout):
-            self.core = CompiledAttentionCore(heads, layout.kernels)
-        else:
-            self.core = ComposedAttention(hidden, heads, layout, compute, dropout, layer)
+            self.apply_rotary = rotary(layout, model.heads, hidden // model.heads)
+        self.core = core or training_core(model, layer, layout, compute)
 
-    def construct(
-        self, query_rows: Tensor, x_TD: Tensor, masks: tuple[Tensor, ...], cos_sin: tuple, keys: Tensor
-    ) -> Tensor:
+    def construct(self, query_rows: Tensor, x_TD: Tensor, cos_sin: tuple, context: tuple, keys: Tensor):
         q_TD, k_TD = self.query(query_rows), self.key(x_TD)
         if self.normalises:
             q_TD, k_TD = self.query_norm(q_TD), self.key_norm(k_TD)
         if self.rotates:
             q_TD, k_TD = self.apply_rotary(q_TD, cos_sin), self.apply_rotary(k_TD, cos_sin)
-        return self.projection(self.core(q_TD, k_TD, self.value(x_TD), masks, keys))
+        y_TD, kept = self.core(q_TD, k_TD, self.value(x_TD), context, keys)
+        return self.projection(y_TD), kept

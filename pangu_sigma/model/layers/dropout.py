@@ -51,11 +51,12 @@ class CountedDropout(nn.Cell):
 
     def __init__(self, rate: float, layer: int, site: str) -> None:
         super().__init__()
-        self.rate = rate
-        self.masked = MaskedByKeys(rate, layer, site)
+        self.drops = rate > 0.0
+        if self.drops:
+            self.masked = MaskedByKeys(rate, layer, site)
 
     def construct(self, x: Tensor, keys: Tensor) -> Tensor:
-        if self.rate == 0.0 or not self.training:
+        if not self.drops or not self.training:
             return x
         y, _ = self.masked(x, keys)
         return y

@@ -69,7 +69,8 @@ class WordEmbedding(nn.Cell):
     """Word embedding: tokens int32 [B, S], domain [B], table -> rows [T, D].
 
     `table` is the parameter `word` [V, D], or (`per_domain`) one table for each domain [domains, V, D], which comes as
-    an input of the graph because it belongs to the domains and lives in the store.
+    an input of the graph because it belongs to the domains and lives in the store; in place of it and of `domain` there
+    may be a tuple of every sample's table.
     """
 
     def __init__(self, model: ModelConfig, vocab: int, layout: Layout) -> None:
@@ -79,14 +80,18 @@ class WordEmbedding(nn.Cell):
         if not self.per_domain:
             self.word = _table(vocab, model, "word")
         self.lookup = embedding_lookup(layout, "tensor")
+        self.concat = layout(ops.Concat(0))
 
-    def construct(self, tokens: Tensor, domain: Tensor, table: Tensor) -> Tensor:
+    def construct(self, tokens: Tensor, domain: Tensor | None, table) -> Tensor:
         if not self.per_domain:
             return self.lookup(table, tokens.reshape(-1))
+        if domain is None:
+            rows = ()
+            for i, of_sample in enumerate(table):
+                rows = rows + (self.lookup(of_sample, tokens[i]),)
+            return self.concat(rows)
         ids = (tokens + domain.reshape(-1, 1) * self.vocab).reshape(-1)
         return self.lookup(table.reshape(-1, table.shape[-1]), ids)
 
 
-# Position embeddings and query layers by their names in the configuration.
-POSITIONS = {"learned": LearnedPositions, "rope": RotaryPositions}
-QUERY_LAYERS = {"next_position": NextPositionQueries}
+POSITIONS = {"learned": LearnedPositions, "rope": RotaryPositions}  # by their names in the configuration

@@ -27,7 +27,7 @@ class MlpFeedForward(nn.Cell):
         self.up = LinearCell(model.hidden, model.ffn, layout, compute, std, biases, (1, "tensor"))
         self.down = LinearCell(model.ffn, model.hidden, layout, compute, residual_std, biases, ("tensor", 1))
         self.has_biases = form.biases
-        self.uses_kernels = bool(layout.kernels)
+        self.uses_kernels = bool(layout.product_kernels)
         if self.uses_kernels:
             self.network = CompiledFeedForward(layout.kernels, form.activation, tensors=len(form.tensors))
         else:
@@ -51,7 +51,7 @@ class GatedFeedForward(nn.Cell):
         self.up = LinearCell(model.hidden, model.ffn, layout, compute, std, biases=False, cut=(1, "tensor"))
         down_std = model.residual_std
         self.down = LinearCell(model.ffn, model.hidden, layout, compute, down_std, biases=False, cut=("tensor", 1))
-        self.uses_kernels = bool(layout.kernels)
+        self.uses_kernels = bool(layout.product_kernels)
         if self.uses_kernels:
             self.network = CompiledFeedForward(layout.kernels, form.activation, tensors=len(form.tensors))
         else:

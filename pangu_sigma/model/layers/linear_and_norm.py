@@ -6,6 +6,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn
 from mindspore.common.initializer import Normal, initializer
 
+from pangu_sigma.config.model_section import ModelConfig
 from parallel.operator_layout import Layout
 from parallel.ops.primitives import layer_norm, linear, rms_norm
 from parallel.partition_spec import AxisSpec
@@ -35,11 +36,11 @@ class LinearCell(nn.Cell):
 class LayerNormCell(nn.Cell):
     """Layer normalisation of x_TD with learned gamma and beta [D], in float32."""
 
-    def __init__(self, hidden: int, epsilon: float, layout: Layout) -> None:
+    def __init__(self, model: ModelConfig, layout: Layout) -> None:
         super().__init__()
-        self.gamma = Parameter(initializer("ones", (hidden,), ms.float32), name="gamma")
-        self.beta = Parameter(initializer("zeros", (hidden,), ms.float32), name="beta")
-        self.norm = layer_norm(layout, epsilon)
+        self.gamma = Parameter(initializer("ones", (model.hidden,), ms.float32), name="gamma")
+        self.beta = Parameter(initializer("zeros", (model.hidden,), ms.float32), name="beta")
+        self.norm = layer_norm(layout, model.norm_epsilon)
 
     def construct(self, x: Tensor) -> Tensor:
         return self.norm(x, self.gamma, self.beta)[0]
@@ -48,13 +49,15 @@ class LayerNormCell(nn.Cell):
 class RmsNormCell(nn.Cell):
     """RMSNorm: x_TD by its root mean square, with a learned gamma [D], in float32."""
 
-    def __init__(self, hidden: int, epsilon: float, layout: Layout) -> None:
+    def __init__(self, model: ModelConfig, layout: Layout) -> None:
         super().__init__()
-        self.gamma = Parameter(initializer("ones", (hidden,), ms.float32), name="gamma")
-        self.norm = rms_norm(layout, epsilon)
+        self.gamma = Parameter(initializer("ones", (model.hidden,), ms.float32), name="gamma")
+        self.norm = rms_norm(layout, model.norm_epsilon)
 
     def construct(self, x: Tensor) -> Tensor:
         return self.norm(x, self.gamma)[0]
 
 
-NORMS = {"layernorm": LayerNormCell, "rmsnorm": RmsNormCell}  # by their names in the configuration
+def norm(model: ModelConfig, layout: Layout) -> nn.Cell:
+    """The normalisation of the configuration."""
+    return {"layernorm": LayerNormCell, "rmsnorm": RmsNormCell}[model.norm](model, layout)

@@ -12,37 +12,29 @@ Legend: B samples, S positions, T = B*S rows, D hidden width, V vocabulary, E ex
 
 from __future__ import annotations
 
-import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from pangu_sigma.config.model_section import ModelConfig
 from pangu_sigma.model.layers.transformer_layer import TransformerLayer
 from parallel.operator_layout import Layout
-from rre.every_expert_layer import EveryExpertFeedForward, RepeatRows
+from rre.every_expert_layer import RepeatRows
 
 
 class MixtureLayer(TransformerLayer):
-    """h_TD -> ((h + y_i of every expert [E * T, D], log p [T, E]), auxiliary loss, kept rows).
+    """`TransformerLayer` that gives (h + y_i of every expert [E * T, D], log p [T, E]) in place of h_TD.
 
     `sparse` is an `EveryExpertFeedForward`; h is the residual stream after attention, y_i expert i's output. All
     experts of a token are under the same dropout.
     """
 
-    def __init__(
-        self, model: ModelConfig, layer: int, layout: Layout, compute: ms.dtype, sparse: EveryExpertFeedForward
-    ) -> None:
-        super().__init__(model, layer, layout, compute, sparse)
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
         self.repeat_rows = RepeatRows()
 
-    def construct(
-        self, h: Tensor, query_rows, masks: tuple, cos_sin: tuple, keys: Tensor, routing: tuple, weights: tuple
-    ):  # fmt: skip
-        h = self.attend(h, query_rows, masks, cos_sin, keys)
-        outputs, auxiliary, counts = self.feed_forward(self.norm2(h), routing, weights)
-        y, log_p_TE = outputs
-        experts = y.shape[0] // h.shape[0]
-        y = self.feed_forward_dropout(y, ops.tile(keys, (experts,)))
-        return (self.add(self.repeat_rows(h, y.shape), y), log_p_TE), auxiliary, counts
+    def add_feed_forward(self, h: Tensor, y: tuple[Tensor, Tensor], keys: Tensor):
+        outputs, log_p_TE = y
+        experts = outputs.shape[0] // h.shape[0]
+        outputs = self.feed_forward_dropout(outputs, ops.tile(keys, (experts,)))
+        return self.add(self.repeat_rows(h, outputs.shape), outputs), log_p_TE
 
 
 class MixtureNorm(nn.Cell):
@@ -124,6 +116,7 @@ class MixtureHead(nn.Cell):
         self.mul = layout(ops.Mul(), (1, 1), (1, 1))
         self.sum = layout(ops.ReduceSum(), (1, 1))
         self.take = layout(ops.GatherD(), (1, 1), (1, 1))
+        self.rows = ops.Gather()
 
     def construct(self, h: tuple[Tensor, Tensor], labels: Tensor, domain: Tensor, table: Tensor) -> Tensor:
         """labels int32 [B, S] -> -log sum_i p_i likelihood_i of every token, float32 [B, S]."""
@@ -144,6 +137,12 @@ class MixtureHead(nn.Cell):
         divergence = self.sum(self.mul(self.exp(previous_TV), self.sub(previous_TV, log_q_TV)), 1)
         losses = -self.take(log_q_TV, 1, labels.reshape(-1, 1))
         return losses.reshape(labels.shape), divergence.reshape(labels.shape)
+
+    def select(self, h: tuple[Tensor, Tensor], tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What belongs to some of the T tokens, by their numbers int32 [n]."""
+        rows, log_p_TE = h
+        rows_ETD = rows.reshape(self.experts, -1, rows.shape[1])
+        return self.rows(rows_ETD, tokens, 1).reshape(-1, rows.shape[1]), self.rows(log_p_TE, tokens, 0)
 
     def logits(self, h: tuple[Tensor, Tensor], batch: int, domain: Tensor, table: Tensor) -> Tensor:
         """The logarithms of the mixture's probabilities, float32 [B, S, V]."""

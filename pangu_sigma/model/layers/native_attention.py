@@ -55,7 +55,8 @@ class NativeMask(nn.Cell):
 
 
 class NativeAttention(nn.Cell):
-    """Attention of all heads: q, k, v [T, D], the mask of `NativeMask` -> softmax(q k^T / sqrt(W) + mask) v [T, D]."""
+    """Attention core of all heads: q, k, v [T, D], the mask of `NativeMask` -> (softmax(q k^T / sqrt(W) + mask) v
+    [T, D], ())."""
 
     def __init__(self, hidden: int, heads: int, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
@@ -88,7 +89,7 @@ class NativeAttention(nn.Cell):
         x_BSHW = self.reshape(self.low(x_TD, self.compute), (batch, length, self.heads, self.width))
         return self.split(x_BSHW, (0, 2, 1, 3))
 
-    def construct(self, q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, masks: tuple[Tensor, ...], keys: Tensor) -> Tensor:
+    def construct(self, q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, masks: tuple[Tensor, ...], keys: Tensor):
         mask = masks[0]
         batch, length = mask.shape[0], mask.shape[2]
         q_BHSW = self.split_heads(q_TD, batch, length)
@@ -101,4 +102,4 @@ class NativeAttention(nn.Cell):
             p_BHSS = self.softmax(self.add_mask(scores_BHSS, mask))
             y_BHSW = self.product(self.low_scores(p_BHSS, self.compute), v_BHSW)
         y_TD = self.reshape(self.join(y_BHSW, (0, 2, 1, 3)), (batch * length, self.heads * self.width))
-        return self.full(y_TD, ms.float32)
+        return self.full(y_TD, ms.float32), ()

@@ -19,7 +19,8 @@ from parallel.ops.primitives import tied_cross_entropy
 class TiedHead(nn.Cell):
     """Tied embedding: the word embedding is the output matrix, without a bias.
 
-    `table` is the one of all domains [V, D], or (`per_domain`) [domains, V, D], of which each sample takes its own.
+    `table` is the one of all domains [V, D], or (`per_domain`) [domains, V, D], of which each sample takes its own; in
+    place of these and of `domain` there may be a tuple of every sample's table.
     """
 
     def __init__(self, model: ModelConfig, vocab: int, layout: Layout) -> None:
@@ -30,6 +31,11 @@ class TiedHead(nn.Cell):
         self.product = layout(ops.MatMul(transpose_b=True), (1, 1), (1, 1))
         self.take = layout(ops.Gather(), (1, 1, 1), ())
         self.concat = layout(ops.Concat(0))
+        self.rows = layout(ops.Gather(), (1, 1), (1,))
+
+    def table_of(self, table, domain: Tensor | None, sample: int) -> Tensor:
+        """The word table [V, D] of a sample where domains have their own."""
+        return table[sample] if domain is None else self.take(table, domain[sample], 0)
 
     def construct(self, h_TD: Tensor, labels: Tensor, domain: Tensor, table: Tensor) -> Tensor:
         """h_TD, labels int32 [B, S] -> token losses -log p(label) float32 [B, S], in nats."""
@@ -39,7 +45,7 @@ class TiedHead(nn.Cell):
             return losses_T.reshape(batch, length)
         by_sample = ()
         for b in range(batch):
-            h_SD, table_VD = h_TD[b * length : (b + 1) * length], self.take(table, domain[b], 0)
+            h_SD, table_VD = h_TD[b * length : (b + 1) * length], self.table_of(table, domain, b)
             losses_S = self.cross_entropy(h_SD, table_VD, labels[b])[0]
             by_sample = by_sample + (losses_S.reshape(1, length),)
         return self.concat(by_sample)
@@ -55,7 +61,7 @@ class TiedHead(nn.Cell):
         losses, divergences = (), ()
         for b in range(batch):
             rows = slice(b * length, (b + 1) * length)
-            table_VD = self.take(table, domain[b], 0)
+            table_VD = self.table_of(table, domain, b)
             losses_S, divergence_S, _, _ = self.cross_entropy_against(
                 h_TD[rows], table_VD, labels[b], previous_TV[rows]
             )
@@ -63,14 +69,18 @@ class TiedHead(nn.Cell):
             divergences = divergences + (divergence_S.reshape(1, length),)
         return self.concat(losses), self.concat(divergences)
 
-    def logits(self, h_TD: Tensor, batch: int, domain: Tensor, table: Tensor) -> Tensor:
+    def select(self, h_TD: Tensor, tokens: Tensor) -> Tensor:
+        """The rows of some of the T tokens, by their numbers int32 [n]."""
+        return self.rows(h_TD, tokens, 0)
+
+    def logits(self, h_TD: Tensor, batch: int, domain: Tensor | None, table) -> Tensor:
         """h_TD of `batch` samples -> logits float32 [B, S, V]."""
         length = h_TD.shape[0] // batch
         if not self.per_domain:
             return self.product(h_TD, table).reshape(batch, length, -1)
         by_sample = ()
         for b in range(batch):
-            logits_SV = self.product(h_TD[b * length : (b + 1) * length], self.take(table, domain[b], 0))
+            logits_SV = self.product(h_TD[b * length : (b + 1) * length], self.table_of(table, domain, b))
             by_sample = by_sample + (logits_SV.reshape(1, length, -1),)
         return self.concat(by_sample)
 
@@ -94,7 +104,11 @@ class UntiedHead(nn.Cell):
         """As `TiedHead.against`."""
         return self.tied.against(h_TD, labels, domain, self.word, previous)
 
-    def logits(self, h_TD: Tensor, batch: int, domain: Tensor, table: Tensor) -> Tensor:
+    def select(self, h_TD: Tensor, tokens: Tensor) -> Tensor:
+        """As `TiedHead.select`."""
+        return self.tied.select(h_TD, tokens)
+
+    def logits(self, h_TD: Tensor, batch: int, domain: Tensor | None, table) -> Tensor:
         """h_TD -> logits float32 [B, S, V]."""
         return self.tied.logits(h_TD, batch, domain, self.word)
 

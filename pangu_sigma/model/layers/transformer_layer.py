@@ -13,7 +13,7 @@ from pangu_sigma.config.model_section import ModelConfig
 from pangu_sigma.model.layers.attention import Attention
 from pangu_sigma.model.layers.dropout import CountedDropout
 from pangu_sigma.model.layers.feed_forward import feed_forward
-from pangu_sigma.model.layers.linear_and_norm import NORMS
+from pangu_sigma.model.layers.linear_and_norm import norm
 from parallel.operator_layout import Layout
 
 
@@ -25,18 +25,23 @@ def shared_expert(model: ModelConfig, layout: Layout, compute: ms.dtype) -> nn.C
 
 
 class TransformerLayer(nn.Cell):
-    """Pre-norm transformer layer: h_TD -> (h_TD, auxiliary loss, kept rows), h + Attn(LN1 h), then h + FFN(LN2 h).
+    """Pre-norm transformer layer: h_TD -> (h_TD, new keys and values, auxiliary loss, kept rows), h + Attn(LN1 h), then
+    h + FFN(LN2 h).
 
-    In the query layer the attention's queries are rows of the next-position table, without norm (`query_rows`).
+    `core`: what stands between attention's projections (see `Attention`), which gets the layer's `context`; None is
+    training's. `sparse`: the layer's experts (`rre.sparse_layer`); without them it is dense, has neither loss nor rows,
+    and ignores `routing` and `weights`. In the query layer the attention's queries are rows of the next-position table,
+    without norm (`query_rows`).
     """
 
     def __init__(
-        self, model: ModelConfig, layer: int, layout: Layout, compute: ms.dtype, sparse: nn.Cell | None
-    ) -> None:
+        self, model: ModelConfig, layer: int, layout: Layout, compute: ms.dtype, sparse: nn.Cell | None,
+        core: nn.Cell | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.norm1 = NORMS[model.norm](model.hidden, model.norm_epsilon, layout)
-        self.attention = Attention(model, layer, layout, compute)
-        self.norm2 = NORMS[model.norm](model.hidden, model.norm_epsilon, layout)
+        self.norm1 = norm(model, layout)
+        self.attention = Attention(model, layer, layout, compute, core)
+        self.norm2 = norm(model, layout)
         self.is_sparse = sparse is not None
         self.feed_forward = sparse or feed_forward(model, model.network, layout, compute)
         self.attention_dropout = CountedDropout(model.dropout, layer, "attention")
@@ -44,17 +49,17 @@ class TransformerLayer(nn.Cell):
         self.add = layout(ops.Add(), layout.residual_spec, layout.residual_spec)
 
     def construct(
-        self, h: Tensor, query_rows, masks: tuple, cos_sin: tuple, keys: Tensor, routing: tuple, weights: tuple
+        self, h: Tensor, query_rows, cos_sin: tuple, context: tuple, keys: Tensor, routing: tuple, weights: tuple
     ):  # fmt: skip
-        h = self.attend(h, query_rows, masks, cos_sin, keys)
+        x = self.norm1(h)
+        y, kept = self.attention(x if query_rows is None else query_rows, x, cos_sin, context, keys)
+        h = self.add(h, self.attention_dropout(y, keys))
         x = self.norm2(h)
         if self.is_sparse:
             y, auxiliary, counts = self.feed_forward(x, routing, weights)
-            return self.add(h, self.feed_forward_dropout(y, keys)), auxiliary, counts
-        return self.add(h, self.feed_forward_dropout(self.feed_forward(x), keys)), None, None
+            return self.add_feed_forward(h, y, keys), kept, auxiliary, counts
+        return self.add_feed_forward(h, self.feed_forward(x), keys), kept, None, None
 
-    def attend(self, h: Tensor, query_rows, masks: tuple, cos_sin: tuple, keys: Tensor) -> Tensor:
-        """The attention sublayer: h + Attn(LN1 h)."""
-        x = self.norm1(h)
-        queries = x if query_rows is None else query_rows
-        return self.add(h, self.attention_dropout(self.attention(queries, x, masks, cos_sin, keys), keys))
+    def add_feed_forward(self, h: Tensor, y: Tensor, keys: Tensor):
+        """h + y under dropout."""
+        return self.add(h, self.feed_forward_dropout(y, keys))

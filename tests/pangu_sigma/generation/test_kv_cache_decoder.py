@@ -4,9 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from mindspore import Tensor
 
-from pangu_sigma.generation.decode_graphs import DecodeStepGraph
 from tests.pangu_sigma.generation.conftest import CASES, SLOTS, VOCAB, WINDOW
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -154,23 +152,6 @@ def test_trained_weights_show_at_once(kind):
         weight[:] = kept
     assert widest(changed - before) > 1e-3
     np.testing.assert_array_equal(both.cached.score(ids, 0), before)
-
-
-def test_the_form_for_export_takes_and_gives_whole_caches(kind):
-    """Cache in, cache out, whatever stands behind a row's position: the logits are the same."""
-    both = kind("rre")
-    model = both.model
-    rows, length, layers = 2, 8, model.config.model.layers
-    graph = DecodeStepGraph(model, rows, length, updated=True)
-    texts = [some_ids(length, seed=n) for n in (21, 22)]
-    expected = np.stack([both.plain.score(ids, n) for n, ids in enumerate(texts)], 1)
-    heads, width = model.config.model.heads, model.config.model.hidden // model.config.model.heads
-    caches = [Tensor(np.full((rows * heads, length, width), 9.0, np.float32)) for _ in range(2 * layers)]
-    for position in range(length):
-        tokens = np.array([ids[position] for ids in texts], np.int32)
-        weights = both.cached._row_inputs(tokens, np.arange(rows))
-        logits, *caches = graph(Tensor(tokens), Tensor(np.full(rows, position, np.int32)), *caches, *weights)
-        np.testing.assert_allclose(logits.asnumpy(), expected[position], **CLOSE)
 
 
 def test_names_of_the_network_stay(kind):
