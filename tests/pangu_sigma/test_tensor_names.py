@@ -64,8 +64,6 @@ NAME = re.compile(
 FOREIGN = {
     "extract/export/hf_files": "exported files stand alone",
     "extract/export/hf_format.py": "names in the exported PyTorch file",
-    "extract/export/static_layers.py": "the graph's own copy of the layers",
-    "pangu_sigma/generation/": "decoding's own copy of the layers",
     "pangu_sigma/convert/olmoe_names.py": "names in Hugging Face's OLMoE",
     "pangu_sigma/convert/pangu_alpha_names.py": "names in PanGu-α",
     "pangu_sigma/lifelong/lifelong_job.py": "keys of a domain in the configuration",
@@ -135,7 +133,8 @@ def text_of(node: ast.AST) -> str | None:
 
 
 def name_building(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and text of every string, but docstrings, that is a piece of a tensor's name, and of every split at dots."""
+    """Line and text of every string, but docstrings, that is a piece of a tensor's name, of every comparison with a
+    layer's and of every split at dots."""
     docstrings = (node.value for node in ast.walk(tree) if isinstance(node, ast.Expr))
     inside = {id(value) for value in docstrings if isinstance(value, ast.Constant)}
     inside |= {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
@@ -143,6 +142,8 @@ def name_building(tree: ast.AST) -> Iterator[tuple[int, str]]:
         text = text_of(node)
         if text is not None and id(node) not in inside and " " not in text and NAME.search(text):
             yield node.lineno, text
+        elif isinstance(node, ast.Compare) and QUERY_LAYER in map(text_of, (node.left, *node.comparators)):
+            yield node.lineno, ast.unparse(node)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
             splits = node.func.attr in ("split", "rsplit", "partition", "rpartition")
             if splits and text_of(node.args[0]) == "." and ast.unparse(node.func.value) not in KEYS:
@@ -155,6 +156,7 @@ def name_building(tree: ast.AST) -> Iterator[tuple[int, str]]:
         'f"blocks.{i}"', 'name.split(".")', 'name.removeprefix(f"domains.{domain}.")', '".experts." in name',
         'name.endswith(".routing")', 'f"{layer}.attention.{part}.weight"', 'named["embedding.word"]',
         'f"optimizer.{kind}.{name}"', 'name.startswith("domains.")', 'f"{name}.gamma"', '".router." in name',
+        'layer == "query_layer"',
     ],
 )  # fmt: skip
 def test_building_and_splitting_is_seen(code):
