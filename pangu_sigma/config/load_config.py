@@ -140,8 +140,7 @@ def _validated(values: dict[str, Any], source: str, blame: Callable[[str], str])
         config = Config.model_validate(values)
     except ValidationError as error:
         raise _refusal(problems_of(error), blame) from error
-    sentences = [rule if isinstance(rule, str) else rule[1] for rule in violations(config)]
-    problems = [Problem(sentence.split(" ", 1)[0].rstrip(":"), sentence) for sentence in sentences]
+    problems = [Problem(sentence.split(" ", 1)[0].rstrip(":"), sentence) for sentence in violations(config)]
     if problems:
         raise _refusal(problems, blame)
     return config

@@ -26,85 +26,68 @@ from rre.router_specs import MIXTURE_GATE, ROUTER_SPECS, RouterSpec
 class AttentionConfig(Section, resume="fixed", init_from="equal"):
     """Options of the attention part."""
 
-    qk_norm: bool = Field(
-        False, description="Whether the projected queries and keys are normalised, each over its whole width."
-    )
-    dropout: float = Field(
-        0.0, ge=0, lt=1, init_from="free", description="Share of attention weights dropped while training."
-    )
+    qk_norm: bool = False
+    """Whether the projected queries and keys are normalised, each over its whole width."""
+    dropout: float = Field(0.0, ge=0, lt=1, init_from="free")
+    """Share of attention weights dropped while training."""
 
 
 class DomainParametersConfig(Section, resume="fixed", init_from="equal"):
     """Parameters that are shared by all domains, or one set for each, beside the experts."""
 
-    embedding: Literal["shared", "own"] = Field(
-        "shared", description="One word embedding for all domains, or one of its own for each."
-    )
+    embedding: Literal["shared", "own"] = "shared"
+    """One word embedding for all domains, or one of its own for each."""
 
 
 class ModelConfig(Section, resume="fixed", init_from="equal"):
     """Size and parts of the network; `preset` gives defaults for the sizes, explicit keys override it."""
 
-    preset: Literal["tiny", "350M", "2.6B", "13B", "200B"] | None = Field(
-        None, resume="free", init_from="free", description="A named size that fills in the sizes that are not written."
-    )
-    vocab_size: int | None = Field(
-        None,
-        ge=1,
-        init_from="equal if written",
-        description="Rows of the word embedding; null takes the tokenizer's size.",
-    )
-    layers: int = Field(ge=1, description="Number of transformer layers, the query layer included.")
-    hidden: int = Field(ge=1, description="Width of the residual stream.")
-    heads: int = Field(ge=1, description="Number of attention heads; divides hidden.")
-    ffn: int = Field(ge=1, description="Inner width of the feed-forward network and of every expert.")
-    positions: int = Field(ge=1, description="Longest sequence in tokens: the rows of learned position tables.")
-    activation: Literal["fast_gelu", "gelu", "silu"] = Field(
-        "fast_gelu", description="Activation inside the feed-forward network; swiglu's is silu, geglu's gelu."
-    )
-    norm: Literal[tuple(NORM_SPECS)] = Field("layernorm", description="Kind of normalisation.")
-    norm_epsilon: float = Field(1e-5, gt=0, description="Number added to the variance inside a normalisation.")
-    position: Literal[tuple(POSITION_SPECS)] = Field(
-        "learned", description="How positions enter the model: a learned table, or rotations of queries and keys."
-    )
-    rope_theta: float = Field(10000.0, gt=1, description="Base of the wavelengths of rope.")
-    feed_forward: Literal[tuple(FEED_FORWARD_KINDS)] = Field(
-        "mlp", description="Kind of feed-forward network: two matrices, or gated by a third, with silu or gelu."
-    )
-    biases: bool = Field(True, description="Whether the matrices of attention and feed-forward networks have biases.")
-    head: Literal[tuple(HEAD_SPECS)] = Field(
-        "tied", description="Output head: tied uses the word embedding, untied has a table of its own."
-    )
-    query_layer: Literal["next_position", "none"] = Field(
-        "next_position", description="PanGu-α's top layer, whose queries are a table of next positions, or none."
-    )
+    preset: Literal["tiny", "350M", "2.6B", "13B", "200B"] | None = Field(None, resume="free", init_from="free")
+    """A named size that fills in the sizes that are not written."""
+    vocab_size: int | None = Field(None, ge=1, init_from="equal if written")
+    """Rows of the word embedding; null takes the tokenizer's size."""
+    layers: int = Field(ge=1)
+    """Number of transformer layers, the query layer included."""
+    hidden: int = Field(ge=1)
+    """Width of the residual stream."""
+    heads: int = Field(ge=1)
+    """Number of attention heads; divides hidden."""
+    ffn: int = Field(ge=1)
+    """Inner width of the feed-forward network and of every expert."""
+    positions: int = Field(ge=1)
+    """Longest sequence in tokens: the rows of learned position tables."""
+    activation: Literal["fast_gelu", "gelu", "silu"] = "fast_gelu"
+    """Activation inside the feed-forward network; swiglu's is silu, geglu's gelu."""
+    norm: Literal[tuple(NORM_SPECS)] = "layernorm"
+    """Kind of normalisation."""
+    norm_epsilon: float = Field(1e-5, gt=0)
+    """Number added to the variance inside a normalisation."""
+    position: Literal[tuple(POSITION_SPECS)] = "learned"
+    """How positions enter the model: a learned table, or rotations of queries and keys."""
+    rope_theta: float = Field(10000.0, gt=1)
+    """Base of the wavelengths of rope."""
+    feed_forward: Literal[tuple(FEED_FORWARD_KINDS)] = "mlp"
+    """Kind of feed-forward network: two matrices, or gated by a third, with silu or gelu."""
+    biases: bool = True
+    """Whether the matrices of attention and feed-forward networks have biases."""
+    head: Literal[tuple(HEAD_SPECS)] = "tied"
+    """Output head: tied uses the word embedding, untied has a table of its own."""
+    query_layer: Literal["next_position", "none"] = "next_position"
+    """PanGu-α's top layer, whose queries are a table of next positions, or none."""
     attention: AttentionConfig = AttentionConfig()
-    dropout: float = Field(
-        0.0, ge=0, lt=1, init_from="free", description="Share of residual values dropped while training."
-    )
-    init_std: float = Field(
-        0.02, gt=0, init_from="free", description="Standard deviation of the normal initialisation."
-    )
-    init_cutoff: float | None = Field(
-        None,
-        gt=0,
-        init_from="free",
-        description="Standard deviations beyond which an initial value is drawn again; null keeps all.",
-    )
-    init_scale_residual: bool = Field(
-        True,
-        init_from="free",
-        description="Whether matrices that end in the residual stream begin smaller, by 1 / sqrt(2 layers).",
-    )
+    dropout: float = Field(0.0, ge=0, lt=1, init_from="free")
+    """Share of residual values dropped while training."""
+    init_std: float = Field(0.02, gt=0, init_from="free")
+    """Standard deviation of the normal initialisation."""
+    init_cutoff: float | None = Field(None, gt=0, init_from="free")
+    """Standard deviations beyond which an initial value is drawn again; null keeps all."""
+    init_scale_residual: bool = Field(True, init_from="free")
+    """Whether matrices that end in the residual stream begin smaller, by 1 / sqrt(2 layers)."""
     domain_parameters: DomainParametersConfig = DomainParametersConfig()
-    top_layer: Literal["mixture"] | None = Field(
-        None,
-        description="Top layer of a kind of its own: mixture mixes what every expert predicts (Jacobs et al. 1991).",
-    )
-    mixture_loss: Literal["competitive", "cooperative"] = Field(
-        "competitive",
-        description="Loss of a mixture: of each expert's own likelihood, mixed, or of the blended output's.",
-    )
+    top_layer: Literal["mixture"] | None = None
+    """Top layer of a kind of its own: mixture mixes what every expert predicts (Jacobs et al. 1991)."""
+    mixture_loss: Literal["competitive", "cooperative"] = "competitive"
+    """Loss of a mixture: of each expert's own likelihood, mixed, or of the blended output's."""
     sparse: SparseConfig = SparseConfig()
 
     @model_validator(mode="before")
@@ -254,27 +237,23 @@ def _parts(model: ModelConfig) -> Violations:
     position = model.position_spec
     if model.has_query_layer and not position.has_table:
         yield (
-            "model.query_layer",
             f"model.query_layer = {model.query_layer} asks by learned positions, which model.position = "
-            f"{model.position} does not have: set model.query_layer to none, or model.position to learned",
+            f"{model.position} does not have: set model.query_layer to none, or model.position to learned"
         )
     if position.rotates and model.hidden % model.heads == 0 and model.hidden // model.heads % 2:
         yield (
-            "model.heads",
-            f"model.position = {model.position} turns pairs of values, and a head has {model.hidden // model.heads} "
-            "(model.hidden / model.heads): choose sizes that make it even",
+            f"model.heads = {model.heads} gives a head {model.hidden // model.heads} values (of model.hidden), and "
+            f"model.position = {model.position} turns pairs of them: choose sizes that make it even"
         )
     if not position.rotates and model.rope_theta != 10000.0:
         yield (
-            "model.rope_theta",
             f"model.rope_theta = {model.rope_theta:g} has no effect with model.position = {model.position}: leave it "
-            "out, or set model.position to rope",
+            "out, or set model.position to rope"
         )
     if not model.head_spec.tied and model.domain_parameters.embedding == "own":
         yield (
-            "model.head",
             f"model.head = {model.head} is one table for all domains, but model.domain_parameters.embedding = own "
-            "gives each its own words: set model.head to tied, or model.domain_parameters.embedding to shared",
+            "gives each its own words: set model.head to tied, or model.domain_parameters.embedding to shared"
         )
 
 
@@ -329,10 +308,7 @@ def _top_layer(model: ModelConfig) -> Violations:
 def _sparse(model: ModelConfig) -> Violations:
     sparse = model.sparse
     if sparse.include_query_layer and not model.has_query_layer:
-        yield (
-            "model.sparse.include_query_layer",
-            "model.sparse.include_query_layer is true, but model.query_layer is none: set it to false",
-        )
+        yield "model.sparse.include_query_layer is true, but model.query_layer is none: set it to false"
         return
     if sparse.pattern != "top" and sparse.layers:
         yield (

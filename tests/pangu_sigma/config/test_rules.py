@@ -251,7 +251,7 @@ BROKEN = [
         "model.sparse.dispatch = dropless has rows of changing number",
     ),
     ("queries of positions without a table", ["model.position=rope"], "set model.query_layer to none"),
-    ("odd heads cannot turn", [*ROPE, "model.hidden=60", "model.heads=4"], "a head has 15"),
+    ("odd heads cannot turn", [*ROPE, "model.hidden=60", "model.heads=4"], "gives a head 15 values"),
     ("the wavelengths of no rotation", ["model.rope_theta=500000"], "model.rope_theta = 500000 has no effect"),
     ("a gate that is no GEGLU's", ["model.feed_forward=geglu", "model.biases=false"], "is gated by gelu by definition"),
     (
