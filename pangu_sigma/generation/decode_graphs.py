@@ -45,7 +45,7 @@ class PrefillGraph(InferenceNetwork):
         layers = inference_layers(model, cores, lambda: RaggedExperts(layout, config.expert_network, compute))
         inputs = inference_inputs(model, 1, length, slots, planned=not model.learned)
         super().__init__(model, layers, inputs)
-        self.length, self.every, self.slots = length, every, slots
+        self.every = every
         self.causal = Tensor(causal_mask(config.heads, length))
         self.positions = Tensor(np.arange(length, dtype=np.int32))
         own_inputs = (Tensor(shape=[length], dtype=ms.int32), Tensor(shape=[1], dtype=ms.int32))
@@ -64,10 +64,9 @@ class WordLookupGraph(nn.Cell):
     table each time it is read, for the embedding and for the head.
     """
 
-    def __init__(self, model: Model, rows: int) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__(auto_prefix=False)
         self.words = model.net.embedding.words
-        self.tables = rows if self.words.per_domain else 0
 
     def construct(self, tokens: Tensor, *tables: Tensor) -> Tensor:
         return self.words(tokens.reshape(-1, 1), None, tables if self.words.per_domain else self.words.word)

@@ -46,6 +46,7 @@ class InferenceNetwork(Backbone):
         with no_init_parameters():
             head = head or output_head(config, model.vocab, layout, model.groups.total)
             super().__init__(config, model.vocab, layout, layers, head)
+        self.graph_inputs = inputs
         self.samples, self.bounds = inputs.batch, inputs.bounds
         self.no_dropout = Tensor([0], ms.int32)
         share_parameters(self, model.net)
@@ -63,7 +64,7 @@ class InferenceNetwork(Backbone):
     def word_table(self, flat: tuple[Tensor, ...]):
         """The word table [V, D], or the tuple of each text's."""
         words = self.embedding.words
-        return flat[: self.samples] if words.per_domain else words.word
+        return split_inputs(flat, self.bounds)[0] if words.per_domain else words.word
 
 
 def inference_layers(model: Model, cores: Sequence[nn.Cell], table_experts: Callable[[], nn.Cell]) -> list[nn.Cell]:

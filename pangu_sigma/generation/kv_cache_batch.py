@@ -19,6 +19,7 @@ from pangu_sigma.generation.decode_graphs import (
     WordLookupGraph,
     cache_precision,
 )
+from pangu_sigma.model.graph_inputs import GraphInputs, split_inputs
 from pangu_sigma.model.model import Model
 
 
@@ -29,6 +30,11 @@ class DecodeBatch:
         self.rows, self.length = rows, length
         self.heads = model.config.model.heads
         self.width = model.config.model.hidden // self.heads
+
+    @property
+    def graph_inputs(self) -> GraphInputs:
+        """The flat inputs of a step."""
+        return self._graph.graph_inputs
 
     def step(self, tokens: np.ndarray, positions: np.ndarray, moving: Sequence[int], flat: list[Tensor]) -> np.ndarray:
         """Logits float32 [rows, V] after tokens int32 [rows] at positions [rows].
@@ -95,12 +101,12 @@ class DeviceDecodeBatch(DecodeBatch):
     def __init__(self, model: Model, rows: int, length: int) -> None:
         super().__init__(model, rows, length)
         self._graph = DeviceDecodeStepGraph(model, rows, length)
-        self._look_up = WordLookupGraph(model, rows)
+        self._look_up = WordLookupGraph(model)
         self._join = CacheWriteGraph(model, self._graph)
 
     def step(self, tokens: np.ndarray, positions: np.ndarray, moving: Sequence[int], flat: list[Tensor]) -> np.ndarray:
         # A row that does not move computes its last token again: the same keys and values in the same place.
-        words = self._look_up(Tensor(tokens), *flat[: self._look_up.tables])
+        words = self._look_up(Tensor(tokens), *split_inputs(tuple(flat), self.graph_inputs.bounds)[0])
         return self._graph(words, Tensor(positions), *flat).asnumpy()
 
     def join(self, row: int, cache: Iterable[np.ndarray]) -> None:

@@ -18,10 +18,11 @@ import numpy as np
 from mindspore import Tensor
 
 from pangu_sigma.generation.decode_graphs import PrefillGraph, cache_precision
-from pangu_sigma.generation.inference_network import own_tables
 from pangu_sigma.generation.kv_cache_batch import DecodeBatch, DeviceDecodeBatch, HostDecodeBatch
+from pangu_sigma.model.graph_inputs import GraphInputs
 from pangu_sigma.model.model import Model
-from rre.dispatch.dispatch_plan import plan_by_expert
+from pangu_sigma.tensor_names import DOMAIN_EMBEDDING
+from rre.dispatch.dispatch_plan import plan_present
 
 SHORTEST_PROMPT = 16
 SHORTEST_CACHE = 128
@@ -69,8 +70,6 @@ class KvCacheDecoder:
         self.slots = slots
         self.window = model.config.data.sequence_length
         self._cache_lengths = buckets(shortest_cache, self.window)
-        self._layer_names = model.config.model.sparse_prefixes
-        self._own_tables = own_tables(model)
         self._prefill_graphs: dict[tuple[int, bool], PrefillGraph] = {}
         self._batch_class = (
             DeviceDecodeBatch if (model.layout.native if on_device is None else on_device) else HostDecodeBatch
@@ -118,7 +117,7 @@ class KvCacheDecoder:
         free = np.setdiff1d(np.arange(rows), used)
         ids[free], domain[free] = ids[used[0]], domain[used[0]]
         moving = [self._texts[slot].row for slot in tokens]
-        logits = self._batch.step(ids, positions, moving, self._row_inputs(ids, domain))
+        logits = self._batch.step(ids, positions, moving, self._row_inputs(ids, domain, self._batch.graph_inputs))
         return {slot: logits[self._texts[slot].row] for slot in tokens}
 
     def end(self, slot: int) -> None:
@@ -141,7 +140,7 @@ class KvCacheDecoder:
         nothing = np.zeros((batch.heads, 0, batch.width), ms.dtype_to_nptype(cache_precision(self.model)))
         batch.join(0, [nothing] * (2 * self.model.config.model.layers))
         zeros = np.zeros(rows, np.int32)
-        batch.step(zeros, zeros, [0], self._row_inputs(zeros, zeros))
+        batch.step(zeros, zeros, [0], self._row_inputs(zeros, zeros, batch.graph_inputs))
 
     def _batch_of_size(self, rows: int, length: int) -> DecodeBatch:
         if (rows, length) not in self._batches:
@@ -158,38 +157,35 @@ class KvCacheDecoder:
         tokens = np.full(size, ids[-1], np.int32)
         tokens[: len(ids)] = ids
         last = np.array([len(ids) - 1], np.int32)
-        outputs = graph(Tensor(tokens), Tensor(last), *self._prefill_inputs(tokens, domain, graph.slots))
+        flat = self._prefill_inputs(tokens, np.array([domain]), graph.graph_inputs)
+        outputs = graph(Tensor(tokens), Tensor(last), *flat)
         logits = outputs[0].asnumpy()
         return logits[: len(ids)] if every else logits, [cache.asnumpy() for cache in outputs[1:]]
 
-    def _prefill_inputs(self, tokens: np.ndarray, domain: int, slots: int) -> list[Tensor]:
-        model, store = self.model, self.model.store
-        inputs = store.fetch("embedding", [domain]) if self._own_tables else []
-        for layer_name, router in zip(self._layer_names, model.routers, strict=True):
-            if router.learned:
-                inputs += store.fetch(layer_name, range(model.groups.total))
-                continue
-            ids = router.assign(tokens[None], np.array([domain]), 0, np.zeros(1, np.int64), False).expert_ids
-            experts = np.unique(ids)
-            # An id that no expert has makes a slot without rows; it computes nothing, whatever weights it is given.
-            unused = np.full(slots - experts.size, model.groups.total)
-            plan = plan_by_expert(ids, np.concatenate([experts, unused]))
-            inputs += [Tensor(rows) for rows in plan.rows]
-            inputs.append(Tensor(plan.position))
-            inputs += store.fetch(layer_name, np.concatenate([experts, np.full_like(unused, experts[0])]))
-        return inputs
+    def _prefill_inputs(self, tokens: np.ndarray, domain: np.ndarray, inputs: GraphInputs) -> list[Tensor]:
+        ids = self._experts(tokens[None], domain)
+        plans = [i if i is None else plan_present(i, layer.slots) for i, layer in zip(ids, inputs.layers, strict=True)]
+        by_layer = list(zip(inputs.layers, plans, strict=True))
+        routing = [layer.routing_arrays(plan, None) for layer, plan in by_layer]
+        return self._pack(inputs, domain, routing, [layer.experts(plan) for layer, plan in by_layer])
 
-    def _row_inputs(self, ids: np.ndarray, domain: np.ndarray) -> list[Tensor]:
-        model, store = self.model, self.model.store
-        inputs = store.fetch("embedding", domain) if self._own_tables else []
-        samples = np.zeros(ids.size, np.int64)
-        for layer_name, router in zip(self._layer_names, model.routers, strict=True):
-            if router.learned:
-                inputs += store.fetch(layer_name, range(model.groups.total))
-            else:
-                assignment = router.assign(ids[:, None], domain, 0, samples, False)
-                inputs += store.fetch(layer_name, assignment.expert_ids[:, 0])
-        return inputs
+    def _row_inputs(self, tokens: np.ndarray, domain: np.ndarray, inputs: GraphInputs) -> list[Tensor]:
+        ids = self._experts(tokens[:, None], domain)
+        experts = [layer.experts(None) if i is None else i[:, 0] for i, layer in zip(ids, inputs.layers, strict=True)]
+        return self._pack(inputs, domain, [()] * len(experts), experts)
+
+    def _experts(self, tokens: np.ndarray, domain: np.ndarray) -> list[np.ndarray | None]:
+        """The experts [T, 1] of tokens [B, S] in each layer that a table routes, None in others."""
+        samples = np.zeros(len(domain), np.int64)
+        return [
+            None if router.learned else router.assign(tokens, domain, 0, samples, False).expert_ids
+            for router in self.model.routers
+        ]
+
+    def _pack(self, inputs: GraphInputs, domain: np.ndarray, routing: list, experts: list[np.ndarray]) -> list[Tensor]:
+        store = self.model.store
+        tables = store.fetch(DOMAIN_EMBEDDING, domain) if inputs.word_tables else []
+        return inputs.pack_flat(store, tables, routing, experts)
 
     def _resize_batch(self, texts: list[_Sequence]) -> None:
         """Make the batch large enough for `texts`, and smaller after a while; texts move with their caches."""

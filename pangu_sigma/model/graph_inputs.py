@@ -13,7 +13,7 @@ Inside a graph `split_inputs` and `layer_inputs` group them again, by bounds tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -79,6 +79,10 @@ class LayerInputs:
             return [*plan.plan.inputs]
         return [plan.order, plan.offsets] if self.compiled else [*plan.rows, plan.position]
 
+    def experts(self, plan: Plan) -> np.ndarray:
+        """The expert in each slot, int [slots]."""
+        return np.arange(self.slots) if plan is None else plan.experts
+
     def weight_specs(self, hidden: int, ffn: int) -> list[InputSpec]:
         """Of the weights: the tensors of the first slot's expert, of the second's, …; or stacked, chunk by chunk."""
         if self.capacity_spec is not None:
@@ -96,7 +100,8 @@ class LayerInputs:
 class GraphInputs:
     """All inputs of a graph over `batch` x `length` tokens of a model `hidden` wide, whose experts are `ffn` wide.
 
-    `word_tables`: shapes of the word tables that are inputs: one [domains, V, D] where domains have their own.
+    `word_tables`: shapes of the word tables that are inputs where domains have their own: one [domains, V, D], or in
+    decoding one [V, D] of each sample.
     `num_exchange_ranks`: processes whose rows meet at this one's experts; the plan of a table router is of all their
     tokens. `local_experts`: the experts of a layer that the store of this process holds, None for all. Of an SPMD
     graph: the `expert_part` whose slots this process fills, None where it fills all.
@@ -217,21 +222,33 @@ class GraphInputs:
         fixed["auxiliary_weight"] = np.array(auxiliary_weight, np.float32)
         tensors = [Tensor(fixed[name]) for name in self.fixed_specs()]
         store.start_step()
-        if self.word_tables:
-            tensors.append(store.full_table(DOMAIN_EMBEDDING, "word"))
-        for layer, plan, noise in zip(self.layers, batch.plans, batch.noise, strict=True):
-            tensors += [Tensor(array) for array in layer.routing_arrays(plan, noise)]
-            if layer.capacity_spec is None:
-                tensors += store.fetch(layer.name, range(layer.slots) if plan is None else plan.experts)
-            else:
-                tensors += [Tensor(array) for array in self.stacked_weights(layer, plan, store)]
-        return [*tensors, *extra]
+        tables = [store.full_table(DOMAIN_EMBEDDING, "word")] if self.word_tables else []
+        routing = [layer.routing_arrays(*of_layer) for layer, *of_layer in self._by_layer(batch.plans, batch.noise)]
+        experts = [layer.experts(plan) for layer, plan in self._by_layer(batch.plans)]
+        return [*tensors, *self.pack_flat(store, tables, routing, experts), *extra]
 
-    def stacked_weights(self, layer: LayerInputs, plan: Plan, store: ExpertStore) -> list[np.ndarray]:
-        """A layer's weights of a graph that is cut over a mesh, this process's slots."""
+    def pack_flat(
+        self, store: ExpertStore, tables: Sequence[Tensor], routing: Sequence[Sequence[np.ndarray]],
+        experts: Sequence[np.ndarray],
+    ) -> list[Tensor]:  # fmt: skip
+        """The flat inputs: word tables, then of each layer its routing and the weights of the experts in its slots."""
+        tensors = [*tables]
+        for layer, arrays, of_slots in self._by_layer(routing, experts):
+            tensors += [Tensor(array) for array in arrays]
+            if layer.capacity_spec is None:
+                tensors += store.fetch(layer.name, of_slots)
+            else:
+                tensors += [Tensor(array) for array in self.stacked_weights(layer, of_slots, store)]
+        return tensors
+
+    def _by_layer(self, *of_layers: Sequence) -> Iterator[tuple]:
+        return zip(self.layers, *of_layers, strict=True)
+
+    def stacked_weights(self, layer: LayerInputs, experts: np.ndarray, store: ExpertStore) -> list[np.ndarray]:
+        """A layer's weights of a graph that is cut over a mesh: of the `experts` in the slots of this process."""
         stacked, tensors = [], len(layer.network.tensors)
         for slots in layer.slots_by_input(self.expert_part):
-            fetched = store.fetch(layer.name, self.stored(slots if plan is None else plan.experts[slots]))
+            fetched = store.fetch(layer.name, self.stored(experts[slots]))
             stacked += [np.stack([t.asnumpy() for t in fetched[i::tensors]]) for i in range(tensors)]
         return stacked
 
@@ -253,11 +270,11 @@ class GraphInputs:
         """
         by_expert = {(DOMAIN_EMBEDDING, int(domain)): [gradients[0][int(domain)]] for domain in domains}
         gradients = gradients[len(self.word_tables) :]
-        for index, (layer, plan) in enumerate(zip(self.layers, plans, strict=True)):
+        for index, (layer, plan) in enumerate(self._by_layer(plans)):
             _, _, start, end = self.separate_bounds[index]
             of_layer, tensors = gradients[start:end], len(layer.network.tensors)
             is_stacked = layer.capacity_spec is not None
-            experts = np.arange(layer.slots) if plan is None else plan.experts
+            experts = layer.experts(plan)
             if not is_stacked and self.local_experts is not None:
                 experts = self.local_experts.start + experts  # such a plan counts as the store does
             takes = trains[index, experts] & (True if plan is None else plan.counts > 0)
@@ -293,7 +310,7 @@ class GraphInputs:
 
     def routing_arrays(self, batch: RoutedBatch) -> list[np.ndarray]:
         """The routing inputs of all layers for a batch."""
-        by_layer = zip(self.layers, batch.plans, batch.noise, strict=True)
+        by_layer = self._by_layer(batch.plans, batch.noise)
         return [array for layer, plan, noise in by_layer for array in layer.routing_arrays(plan, noise)]
 
 

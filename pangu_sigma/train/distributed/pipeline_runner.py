@@ -70,7 +70,10 @@ class PipelineRunner:
         store = self.model.store
         store.start_step()
         by_layer = zip(self.stage_inputs.layers, self._stage_plans(batch), strict=True)
-        return [array for layer, plan in by_layer for array in self.stage_inputs.stacked_weights(layer, plan, store)]
+        return [
+            array for layer, plan in by_layer
+            for array in self.stage_inputs.stacked_weights(layer, plan.experts, store)
+        ]  # fmt: skip
 
     def _stage_plans(self, batch: RoutedBatch) -> list[ReservedRowsPlan]:
         """The plans of this stage's sparse layers."""
