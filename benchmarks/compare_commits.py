@@ -12,7 +12,8 @@ and generates a text. Compared are
 
 - all numbers of metrics.jsonl (losses, gradient norms, expert loads, ...) except times, speeds and file sizes,
 - all tensors of checkpoint (optimizer state included) and extraction: name, type, shape, bytes,
-- the exported weights byte for byte (of MINDIR, whose bytes change with every export: parameters and operators),
+- the exported weights byte for byte (of MINDIR, whose bytes change with every export: parameters and operators; of
+  ONNX, whose operators depend on how the graph is made: what it computes for a text),
 - the generated token ids and their log-probabilities.
 
 Text files (README.md, config.yaml, manifest.json, ...) may differ, because they hold key names and hashes of such

@@ -71,6 +71,37 @@ def test_a_key_of_another_name_is_noted_and_a_tokenizer_that_differs_is_not_pass
     assert differences(rows) == {"run: tokenizer.model": ("bytes differ",)}
 
 
+def write_onnx(folder: Path, weight: np.ndarray, operator: str) -> Path:
+    helper = pytest.importorskip("onnx", reason="onnx is not installed").helper
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    logits = helper.make_tensor_value_info("logits", 1, ["length", 2])
+    ids = helper.make_tensor_value_info("input_ids", 7, ["batch", "length"])
+    nodes = [
+        helper.make_node("Gather", ["weight", "input_ids"], ["rows"]),
+        helper.make_node(operator, ["rows", "axis"] if operator == "Squeeze" else ["rows", "shape"], ["logits"]),
+    ]
+    constants = {"weight": weight, "axis": np.array([0]), "shape": np.array([-1, 2])}
+    tensors = [
+        helper.make_tensor(name, 1 if name == "weight" else 7, a.shape, a.ravel()) for name, a in constants.items()
+    ]
+    graph = helper.make_graph(nodes, "graph", [ids], [logits], tensors)
+    folder.mkdir()
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    return folder
+
+
+def test_a_graph_of_other_operators_is_compared_by_what_it_computes(tmp_path):
+    weight = np.arange(32, dtype=np.float32).reshape(16, 2)
+    old = write_onnx(tmp_path / "a", weight, "Squeeze")
+    assert differences(compare_folders("onnx", old, write_onnx(tmp_path / "b", weight, "Reshape"))) == {}
+    weight[3, 1] = np.nextafter(weight[3, 1], np.float32(99))
+    ((name, (difference,)),) = differences(
+        compare_folders("onnx", old, write_onnx(tmp_path / "c", weight, "Reshape"))
+    ).items()
+    assert name == "onnx: model.onnx" and difference.startswith("output logits: ")
+
+
 def test_a_file_that_one_commit_did_not_write_is_a_difference(tmp_path):
     old, new = (write_checkpoint(tmp_path / name, WEIGHT) for name in "ab")
     (new / "tokenizer.model").unlink()
