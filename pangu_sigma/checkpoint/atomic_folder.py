@@ -34,23 +34,31 @@ def rename_synced(folder: Path, final: Path) -> None:
 def rename_unless_there(folder: Path, final: Path) -> None:
     """As `rename_synced`; what another process put under that name meanwhile stays, as good as this."""
     try:
-        rename_synced(folder, final)
+        os.rename(folder, final)
     except OSError:
         if not final.is_dir():
             raise
         shutil.rmtree(folder)
+    else:
+        sync_folder(final.parent)
 
 
 @contextmanager
-def atomic_folder(final: Path, publish: Callable[[Path, Path], None] = rename_synced) -> Iterator[Path]:
+def atomic_folder(
+    final: Path, publish: Callable[[Path, Path], None] = rename_synced, shared: bool = False
+) -> Iterator[Path]:
     """Write the folder `final`: the block fills a hidden folder beside it, to which `publish` gives the name.
+
+    shared: processes of several machines may write `final` at once; neither a lock nor a process's number tells of
+    another machine's, so the hidden name has the machine's.
 
     Parents are made, what killed writers of `final` left is removed. Whatever ends the block early, Ctrl-C too, removes
     the hidden folder. Raises OSError.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(final)
-    hidden = final.with_name(f"{_hidden_prefix(final)}{os.getpid()}")
+    prefix = f".tmp-{final.name}-{os.uname().nodename}-" if shared else f".tmp-{final.name}-"
+    _remove_abandoned(final.parent, prefix)
+    hidden = final.with_name(f"{prefix}{os.getpid()}")
     hidden.mkdir()
     with lock_working_folder(hidden):
         try:
@@ -61,13 +69,9 @@ def atomic_folder(final: Path, publish: Callable[[Path, Path], None] = rename_sy
             raise
 
 
-def _remove_abandoned(final: Path) -> None:
-    prefix = _hidden_prefix(final)
-    for path in final.parent.glob(f"{glob.escape(prefix)}*"):
+def _remove_abandoned(folder: Path, prefix: str) -> None:
+    """What cannot be removed stays: another process may be removing it just now, or it is another user's."""
+    for path in folder.glob(f"{glob.escape(prefix)}*"):
         pid = path.name.removeprefix(prefix)
         if pid.isdecimal() and path.is_dir() and is_abandoned(path, int(pid)):
-            shutil.rmtree(path)
-
-
-def _hidden_prefix(final: Path) -> str:
-    return f".tmp-{final.name}-"
+            shutil.rmtree(path, ignore_errors=True)

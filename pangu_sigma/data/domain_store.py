@@ -126,7 +126,7 @@ def prepare_domain(
             "settings": settings,
         }
         try:
-            with atomic_folder(folder, rename_unless_there) as fresh:
+            with atomic_folder(folder, rename_unless_there, shared=True) as fresh:
                 info |= _build(fresh, source, files, tokenizer, heldout_fraction, deduplicate, progress or _quiet)
                 if stat_files(files) != before:
                     raise UserError(f"a file of domain '{source.name}' changed while it was read; start again")

@@ -58,7 +58,7 @@ def build_tokenizer(
     folder = Path(cache_dir) / f"tokenizer-{key}"
     if not folder.exists():
         tokenizer = train_tokenizer(sources, vocab_size)
-        with atomic_folder(folder, rename_unless_there) as fresh:
+        with atomic_folder(folder, rename_unless_there, shared=True) as fresh:
             tokenizer.save(fresh)
     return load_tokenizer(folder)
 
