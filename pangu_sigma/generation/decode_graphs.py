@@ -1,6 +1,6 @@
 """Compiled graphs of generation: prefill of a prompt, decode step of a batch, write of a text's cache into a batch.
 
-All but the last are the network (`inference_network`) with other attention cores and experts.
+Prefill and decode step are the network (`inference_network`) with other attention cores and experts.
 
 Legend: B rows of the batch (one token of one text each), C positions of a prompt, L positions that a cache holds,
 H heads, W head width, D hidden width, V vocabulary, N expert slots.
@@ -119,8 +119,9 @@ class DecodeStepGraph(InferenceNetwork):
             layers, head = step_layers(model, rows, cores), None
         super().__init__(model, layers, step_inputs(model, rows), head)
         self.is_fused = is_fused
-        self.mask = CacheMask(rows, config.heads, length, layout)
-        self.one_hot = PositionOneHot(rows, config.heads, length, layout)
+        if not is_fused:
+            self.mask = CacheMask(rows, config.heads, length, layout)
+            self.one_hot = PositionOneHot(rows, config.heads, length, layout)
 
     def construct(self, tokens: Tensor, positions: Tensor, *inputs: Tensor):
         caches, flat = inputs[: 2 * self.layers], inputs[2 * self.layers :]

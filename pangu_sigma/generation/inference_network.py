@@ -51,6 +51,12 @@ class InferenceNetwork(Backbone):
         self.no_dropout = Tensor([0], ms.int32)
         share_parameters(self, model.net)
 
+    @nn.Cell.compile_phase.setter
+    def compile_phase(self, phase: str) -> None:
+        """MindSpore sets it at every call, in every cell of the graph one after the other; it seldom changes."""
+        if phase != self._compile_phase:
+            nn.Cell.compile_phase.fset(self, phase)
+
     def outputs(self, h: Tensor, positions: Tensor, last, context: tuple, caches: tuple, flat: tuple[Tensor, ...]):
         """Embedded rows h_TD, position ids [T] -> (logits float32 [T, V], or of the rows `last` int32 [n] alone, new
         keys and values of all layers)."""

@@ -176,7 +176,7 @@ class GraphInputs:
             bounds.append((routing_start, routing_end, weights_start, weights_end))
         return tuple(bounds)
 
-    @property
+    @cached_property
     def bounds(self) -> tuple[int, tuple[LayerBounds, ...], int]:
         """What `split_inputs` takes: (number of word tables, bounds of each layer among the flat inputs, their end)."""
         first = len(self.word_tables)

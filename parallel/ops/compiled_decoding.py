@@ -14,9 +14,9 @@ from parallel.ops.compiled_kernels import ACTIVATIONS, _kernel
 
 
 class CompiledDecodeLayer(nn.Cell):
-    """Decode step of one transformer layer, compiled. h [B, D], queries [B, D], positions int32 [B], keys and
-    values [B*H, L, W], 12 tensors of the layer, then 4 or 4 B of its networks -> (h [B, D], key and value [B*H, 1, W]
-    of every row).
+    """Base of a decode step's transformer layer as one compiled kernel, `run`: h [B, D], queries [B, D], positions
+    int32 [B], keys and values [B*H, L, W], `settings`, `epsilon`, 12 tensors of the layer, then 4 or 4 B of its
+    networks -> (h [B, D], key and value [B*H, 1, W] of every row).
 
     The 12 are gamma, beta, then weight and bias of query, key, value and projection, gamma, beta; a network's 4 are
     weight and bias up and down. A row sees its cache before its position. With `from_queries` the attention's queries
@@ -34,21 +34,11 @@ class CompiledDecodeLayer(nn.Cell):
 
         self.run = _kernel(path, "decode_layer", shapes, lambda h, *_: (h, h, h, h))
 
-    def construct(
-        self, h: Tensor, queries: Tensor, positions: Tensor, keys: Tensor, values: Tensor, weights: tuple
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        outputs = self.run(h, queries, positions, keys, values, self.settings, self.epsilon, *weights)
-        return outputs[0], outputs[1], outputs[2]
-
 
 class CompiledDecodeHead(nn.Cell):
-    """Output head of the decode step as a compiled kernel: h [B, D], one word table [V, D] or one of each row -> logits
-    [B, V].
-    """
+    """Base of a decode step's output head as a compiled kernel, `run`: h [B, D], one word table [V, D] or one of each
+    row -> logits [B, V]."""
 
     def __init__(self, path: str) -> None:
         super().__init__(auto_prefix=False)
         self.run = _kernel(path, "decode_head", lambda h, *tables: [h[0], tables[0][0]], lambda h, *_: h)
-
-    def construct(self, h: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
-        return self.run(h, *tables)
