@@ -41,7 +41,7 @@ def _settings(section: Section, prefix: str = "") -> Iterator[tuple[str, tuple[A
     for name, field in type(section).model_fields.items():
         value, path = getattr(section, name), f"{prefix}{name}"
         inner, is_list = inner_section(field)
-        is_named = inner is not None and "name" in inner.model_fields
+        is_named = is_list and inner is not None and "name" in inner.model_fields
         if isinstance(value, Section):
             yield from _settings(value, f"{path}.")
         elif inner is not None and is_list:

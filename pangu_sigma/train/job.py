@@ -48,10 +48,11 @@ def train(config: Config, resume: bool = False) -> Path:
         # Before anything is made on disk.
         with sigterm_as_ctrl_c():
             check_source(config.data.stream.path, STANDARD_INPUT, lambda message: print(message, file=sys.stderr))
-    processes = processes_of(config, run_dir)
-    with sigterm_as_ctrl_c(), open_run(config, resume, processes) as run:
-        run.train()
-        processes.leave()
+    with sigterm_as_ctrl_c():
+        processes = processes_of(config, run_dir)
+        with open_run(config, resume, processes) as run:
+            run.train()
+            processes.leave()
     return run_dir
 
 

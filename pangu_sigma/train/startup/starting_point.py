@@ -107,7 +107,9 @@ def resume_from(run_dir: Path, config: Config, checkpoint: Checkpoint) -> Starti
             f"run.init_from={run_dir}"
         )
     # Where the tokenizer gives the size, a changed tokenizer is refused with the corpus, by its name.
-    check_resume(stored, with_vocabulary_size(config, stored.model.vocab_size), checkpoint.step)
+    # After skipped steps more batches are drawn than steps are done.
+    drawn = max(checkpoint.step, checkpoint.state["sampler"].get("step", 0))
+    check_resume(stored, with_vocabulary_size(config, stored.model.vocab_size), drawn)
     # The tokenizer that the first domains' mix gave stays when domains come and go.
     keep_tokenizer = stored.run.init_from is not None or changed
     return StartingPoint(config, tokenizer_checkpoint=checkpoint if keep_tokenizer else None, messages=messages)

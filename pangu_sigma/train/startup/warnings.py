@@ -46,7 +46,13 @@ def not_bit_equal(stored: Config, config: Config, step: int) -> list[str]:
     planned = planned or [change for change in allowed if change.resume == "ahead"]
     if planned and any(learning_rate(stored, done) != learning_rate(config, done) for done in range(step)):
         changes += planned
-    return [str(change) for change in changes]
+    sentences = [str(change) for change in changes]
+    model, has_losses = config.model, config.adapt is None or config.adapt.auxiliary_losses
+    is_weighed = any(option.weighs_loss and model.router_options[option.name] for option in model.router_spec.options)
+    accumulates = any(change.key == "train.gradient_accumulation_steps" for change in changes)
+    if accumulates and model.sparse_prefixes and has_losses and is_weighed:
+        sentences.append("the gates' losses are those of each micro-batch, and so are others from here on")
+    return sentences
 
 
 def describe_placement(config: Config, sizes: tuple[int, ...], step: int) -> list[str]:

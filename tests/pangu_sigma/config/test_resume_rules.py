@@ -38,6 +38,11 @@ def test_every_key_has_a_decision():
         assert key.resume in RESUME and key.init_from in INIT_FROM, key.path
 
 
+def test_a_key_of_a_section_that_has_a_name_is_named_once(small):
+    changes = changed_keys(small(), small("optimizer.learning_rate=0.1"), STEP)
+    assert [change.key for change in changes.refused] == ["optimizer.learning_rate"]
+
+
 def test_the_same_configuration_has_no_changes(small):
     assert changed_keys(small(), small(), STEP) == ((), ())
 

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from extract.extraction_job import extract, plan
-from pangu_sigma.checkpoint import find_latest, open_checkpoint
+from pangu_sigma.checkpoint import Checkpoint, find_latest, open_checkpoint
+from pangu_sigma.config import load_config
 from pangu_sigma.errors import UserError
 from pangu_sigma.evaluation.domain_evaluation import evaluate
 from pangu_sigma.monitor.metrics_log import read_metrics
+from pangu_sigma.train.startup.starting_point import resume_from
 from pangu_sigma.trained_model import stored_config, stored_tokenizer
-from tests.pangu_sigma.train.training_process import assert_refused, command
+from tests.pangu_sigma.train.training_process import assert_refused, checkpoint, command
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,20 @@ def test_text_that_is_not_here_is_named_and_a_lost_cache_is_no_loss(sub_model, f
         cache.with_name("away").rename(cache)
         if not text.exists():
             text.with_suffix(".away").rename(text)
+
+
+def test_a_phase_whose_batches_are_drawn_is_done_though_steps_were_skipped(finished_run):
+    class AfterSkippedSteps(Checkpoint):
+        @property
+        def state(self):
+            state = super().state
+            return state | {"sampler": state["sampler"] | {"step": self.step + 2}}
+
+    whole = open_checkpoint(checkpoint(finished_run, 4))
+    changed = load_config(finished_run / "config.yaml", ["train.phases=[{steps: 5}, {shared: frozen}]"])
+    assert resume_from(finished_run, changed, whole).config.train.phases
+    with pytest.raises(UserError, match=r"train\.phases"):
+        resume_from(finished_run, changed, AfterSkippedSteps(whole.path, whole.manifest))
 
 
 def test_it_writes(sub_model, tmp_path):

@@ -24,6 +24,15 @@ def test_rounding_is_named_with_both_values(named):
     assert named([], ["run.kernels=composed", "train.recompute=true", "evaluate.every=2"]) == []
 
 
+def test_gates_whose_losses_are_those_of_a_micro_batch_are_named(named):
+    gate = ["model.layers=2", "model.sparse.layers=1", "model.sparse.router=switch"]
+    fewer = [*gate, "train.gradient_accumulation_steps=2"]
+    assert [s for s in named(gate, fewer) if "gates' losses" in s]
+    unweighed = "model.sparse.aux_loss_weight=0"
+    assert not [s for s in named([*gate, unweighed], [*fewer, unweighed]) if "gates' losses" in s]
+    assert not [s for s in named(gate, [*gate, "train.steps=20"]) if "gates' losses" in s]
+
+
 def test_host_and_disk_compute_alike(named):
     assert named(["experts.store=host"], ["experts.store=disk"]) == []
     assert named([], ["experts.store=disk"]) == ['experts.store was "device" and is "disk"']
