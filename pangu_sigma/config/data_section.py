@@ -39,7 +39,7 @@ class DomainConfig(Section, resume="fixed", init_from="free"):
     stars_field: Text | None = None
     """With filters code, key of a repository's stars in a .jsonl line; under two, it is dropped."""
     experts: int = Field(4, ge=1, init_from="equal")
-    """Size of the domain's expert group in every sparse layer."""
+    """Size of the domain's expert group in every sparse layer; groups may differ in size."""
     weight: float = Field(1.0, ge=0)
     """How often the domain is drawn, relative to the others."""
 
@@ -117,4 +117,5 @@ class DataConfig(Section, resume="fixed", init_from="free"):
     max_domains_per_batch: int | None = Field(None, ge=1)
     """Most domains that one optimizer step mixes; null sets no limit."""
     stream: StreamConfig | None = None
-    """Source of documents to learn from as they arrive; null trains on the domains' files."""
+    """Source of documents to learn from as they arrive; null trains on the domains' files.
+    `pangu-sigma train FILE.yaml --stream SOURCE` sets it."""

@@ -94,9 +94,10 @@ def _absolute(path: str) -> str:
     return abspath(expanduser(path))
 
 
-def read_values(
-    path: Path, what: str = "a YAML configuration", parse: Callable[[str], Any] = parse_yaml
-) -> dict[str, Any]:
+_CONFIGURATION = f"a YAML configuration that starts with 'schema_version: {SCHEMA_VERSION}'"
+
+
+def read_values(path: Path, what: str = _CONFIGURATION, parse: Callable[[str], Any] = parse_yaml) -> dict[str, Any]:
     """The mapping that a YAML file holds, not yet checked. `what`: what the file should be. Raises UserError."""
     try:
         values = parse(path.read_text(encoding="utf-8"))

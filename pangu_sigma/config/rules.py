@@ -241,7 +241,7 @@ def _old_domains(key: str, config: Config, index: int) -> Violations:
     elif not old_domains(config, index):
         yield (
             f"{key}.old names none: {why} needs old domains, but no earlier phase draws another domain than {key} "
-            "itself"
+            "itself: name them there"
         )
     elif (
         phase.replay

@@ -36,7 +36,7 @@ class RunConfig(Section, resume="free", init_from="free"):
     tensorboard: bool = True
     """Whether TensorBoard files are written too."""
     profile: ProfileConfig | None = None
-    """Steps to profile; null profiles none."""
+    """Steps to profile with MindSpore's profiler, e.g. {start: 20, steps: 3}; null profiles none."""
 
 
 class ExpertsConfig(Section, resume="rounding", init_from="free"):
@@ -75,7 +75,8 @@ class CheckpointConfig(Section, resume="free", init_from="free"):
 
 
 class ParallelConfig(Section, resume="rounding", init_from="free"):
-    """The device mesh: data x expert x tensor x pipeline ranks; with all of them 1, one process trains alone."""
+    """The device mesh: data x expert x tensor x pipeline ranks; with all of them 1, one process trains alone.
+    `pangu-sigma plan` tells what a larger mesh needs."""
 
     data: int = Field(1, ge=1)
     """Data-parallel ranks beside the expert axis, whose ranks read samples too."""

@@ -40,11 +40,10 @@ def write_converted(
 class ImportSettings:
     """What an import cannot read off its source.
 
-    tokenizer: a file of `tokenizer_kind`. eod_id: None takes what the source or the tokenizer names. data: texts of the
-    model's one domain, for a later evaluation; they need not exist yet.
+    tokenizer_kind: of the source's tokenizer. eod_id: None takes what the source or the tokenizer names. data: texts of
+    the model's one domain, for a later evaluation; they need not exist yet.
     """
 
-    tokenizer: Path | None = None
     tokenizer_kind: str
     eod_id: int | None = None
     domain: str = "general"

@@ -31,6 +31,7 @@ from rre.router_specs import OLMOE
 class OlmoeImportSettings(ImportSettings):
     """tokenizer: None takes the folder's own tokenizer.json. eod_id: None takes config.json's eos_token_id."""
 
+    tokenizer: Path | None = None
     tokenizer_kind: str = "huggingface"
 
 

@@ -56,10 +56,11 @@ def train_stage(plan: Plan, stage: Stage, tokenizer: Path | None) -> Checkpoint 
 def _stored(plan: Plan, folder: Path) -> Config:
     """The configuration that the stage's run has, with what may change from start to start as it is now."""
     values, now = load_config(folder / "config.yaml").to_dict(), plan.base.to_dict()
-    values["run"] |= {"dir": str(folder), **{key: now["run"][key] for key in ("log_every", "tensorboard")}}
+    values["run"] |= {"dir": str(folder), **{key: now["run"][key] for key in ("kernels", "log_every", "tensorboard")}}
     values["data"] |= {key: now["data"][key] for key in ("cache", "prefetch")}
-    values["evaluate"] = now["evaluate"]
-    values["checkpoint"] |= {key: now["checkpoint"][key] for key in ("every", "keep")}
+    values["train"] |= {key: now["train"][key] for key in ("gradient_accumulation_steps", "recompute")}
+    values["evaluate"], values["experts"] = now["evaluate"], now["experts"]
+    values["checkpoint"] |= {key: now["checkpoint"][key] for key in ("every", "keep", "probe_sequences")}
     return config_from_dict(values, source=f"{folder}/config.yaml")
 
 

@@ -53,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and make it again") from None
+        raise UserError(f"{path} is damaged ({error}): delete it, and it is made again") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged (not a JSON object): delete it and make it again")
+        raise UserError(f"{path} is damaged (not a JSON object): delete it, and it is made again")
     return value
