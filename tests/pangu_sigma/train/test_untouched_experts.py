@@ -60,7 +60,9 @@ def test_without_any_domain_only_shared_parameters_train(warm):
 
 def test_after_skipped_steps_a_batch_still_trains_what_its_own_phase_trains(warm):
     before = tensors_now(warm)
-    warm.step(4, warm.plan(batch(7, [CODE, LAW, POEMS, LAW])))  # step 4's phase trains code, the batch's trains law
+    warm.step(
+        scheduled_step(warm.config, 4, 7), warm.plan(batch(7, [CODE, LAW, POEMS, LAW]))
+    )  # step 4's phase trains code, the batch's trains law
     assert {owner(name) for name in changed_names(before, tensors_now(warm))} == {"law"}
 
 
@@ -70,7 +72,7 @@ def test_an_expert_whose_tokens_do_not_occur_keeps_every_bit(warm):
     before = tensors_now(warm)
     ids = np.flatnonzero(table != idle)
     for step in (10, 11):
-        warm.step(step, warm.plan(batch(step, [POEMS, POEMS, CODE, POEMS], ids)))
+        warm.step(scheduled_step(warm.config, step), warm.plan(batch(step, [POEMS, POEMS, CODE, POEMS], ids)))
     after = tensors_now(warm)
     names = [name for name in after if name.startswith("domains.poems.") and "routing" not in name]
     assert len(names) == 3 * 4 + 1
@@ -107,4 +109,3 @@ def test_a_runs_untouched_domain_is_one_file_on_disk(finished_run):
         assert first.read_bytes() != later.read_bytes()
     code = [(checkpoint(finished_run, s) / "domains/code.safetensors").read_bytes() for s in (2, 4)]
     assert code[0] != code[1]
-
