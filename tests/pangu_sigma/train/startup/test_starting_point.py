@@ -108,7 +108,8 @@ def test_a_phase_whose_batches_are_drawn_is_done_though_steps_were_skipped(finis
             return state | {"sampler": state["sampler"] | {"step": self.step + 2}}
 
     whole = open_checkpoint(checkpoint(finished_run, 4))
-    changed = load_config(finished_run / "config.yaml", ["train.phases=[{steps: 5}, {shared: frozen}]"])
+    phases = "train.phases=[{steps: 4, weights: {code: 1}}, {steps: 1}, {shared: frozen}]"
+    changed = load_config(finished_run / "config.yaml", [phases])
     assert resume_from(finished_run, changed, whole).config.train.phases
     with pytest.raises(UserError, match=r"train\.phases"):
         resume_from(finished_run, changed, AfterSkippedSteps(whole.path, whole.manifest))
