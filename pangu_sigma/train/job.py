@@ -23,7 +23,7 @@ from pangu_sigma.data.growing_file import check_source
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.metrics_log import MetricsLog, NoMetrics
 from pangu_sigma.monitor.result_files import write_json, write_text
-from pangu_sigma.signals import sigterm_as_ctrl_c
+from pangu_sigma.signals import signals_held, sigterm_as_ctrl_c
 from pangu_sigma.train.loop import HeldoutEvaluation, TrainingRun
 from pangu_sigma.train.startup.starting_point import StartingPoint, find_run_checkpoint, resume_from, start_fresh
 from pangu_sigma.train.startup.warnings import describe_differences, describe_placement
@@ -116,12 +116,14 @@ def _build(
 
     `resources`: closes what must be closed when the run is over.
     """
-    from pangu_sigma.model.build_model import build_model, initialise_shared
-    from pangu_sigma.model.state_dict import restore_model, stored_tables
-    from pangu_sigma.train.checkpointing import RunCheckpointer, RunProgress
-    from pangu_sigma.train.continual.controller import ContinualController
-    from pangu_sigma.train.continual.teacher_snapshot import TeacherSnapshot
-    from pangu_sigma.train.distributed.distributed_trainer import distributed_trainer
+    # Python ends a program that is interrupted while it makes a dataclass by the signal itself, whatever catches it.
+    with signals_held():
+        from pangu_sigma.model.build_model import build_model, initialise_shared
+        from pangu_sigma.model.state_dict import restore_model, stored_tables
+        from pangu_sigma.train.checkpointing import RunCheckpointer, RunProgress
+        from pangu_sigma.train.continual.controller import ContinualController
+        from pangu_sigma.train.continual.teacher_snapshot import TeacherSnapshot
+        from pangu_sigma.train.distributed.distributed_trainer import distributed_trainer
 
     # 1. The model and its trainer.
     run_dir, corpus, vocab = Path(config.run.dir), task.corpus, config.model.vocab_size
