@@ -94,7 +94,9 @@ def open_run(
             # Only now: whatever is wrong with the user's files shows before the framework is loaded.
             _connect(config, processes)
         # 4. The model, what computes with it, and what there is to say before the first step.
-        run = _build(config, processes, task, checkpoint, start.initial_model, resume, messages, resources)
+        # MindSpore's C++ calls Python here, and ends the program by abort() where that is interrupted.
+        with signals_held():
+            run = _build(config, processes, task, checkpoint, start.initial_model, resume, messages, resources)
         if is_first:
             write_text(run_dir / "config.yaml", config.to_yaml())
             counts = parameter_counts(config, run.model.vocab)
