@@ -94,7 +94,8 @@ def open_run(
             # Only now: whatever is wrong with the user's files shows before the framework is loaded.
             _connect(config, processes)
         # 4. The model, what computes with it, and what there is to say before the first step.
-        # MindSpore's C++ calls Python here, and ends the program by abort() where that is interrupted.
+        # MindSpore's C++ calls Python here, and ends the program by abort() where that is interrupted; Python itself
+        # ends it by the signal where a module that loads makes a dataclass.
         with signals_held():
             run = _build(config, processes, task, checkpoint, start.initial_model, resume, messages, resources)
         if is_first:
@@ -118,14 +119,12 @@ def _build(
 
     `resources`: closes what must be closed when the run is over.
     """
-    # Python ends a program that is interrupted while it makes a dataclass by the signal itself, whatever catches it.
-    with signals_held():
-        from pangu_sigma.model.build_model import build_model, initialise_shared
-        from pangu_sigma.model.state_dict import restore_model, stored_tables
-        from pangu_sigma.train.checkpointing import RunCheckpointer, RunProgress
-        from pangu_sigma.train.continual.controller import ContinualController
-        from pangu_sigma.train.continual.teacher_snapshot import TeacherSnapshot
-        from pangu_sigma.train.distributed.distributed_trainer import distributed_trainer
+    from pangu_sigma.model.build_model import build_model, initialise_shared
+    from pangu_sigma.model.state_dict import restore_model, stored_tables
+    from pangu_sigma.train.checkpointing import RunCheckpointer, RunProgress
+    from pangu_sigma.train.continual.controller import ContinualController
+    from pangu_sigma.train.continual.teacher_snapshot import TeacherSnapshot
+    from pangu_sigma.train.distributed.distributed_trainer import distributed_trainer
 
     # 1. The model and its trainer.
     run_dir, corpus, vocab = Path(config.run.dir), task.corpus, config.model.vocab_size
