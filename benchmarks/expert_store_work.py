@@ -25,7 +25,7 @@ from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.config.load_config import effective
 from pangu_sigma.data.mixture_sampler import Batch
 from pangu_sigma.data.prefetcher import Prefetcher
-from pangu_sigma.train.schedule import scheduled_step
+from pangu_sigma.training.schedule import scheduled_step
 
 EOD = 2
 
@@ -217,8 +217,8 @@ def measure(work: Work) -> dict:
     config = work.config()
     runtime.prepare("CPU", Path(work.folder) / "mindspore")
     from pangu_sigma.model.build_model import build_model
-    from pangu_sigma.train.flops import flops_per_token
-    from pangu_sigma.train.trainer import Trainer
+    from pangu_sigma.training.flops import flops_per_token
+    from pangu_sigma.training.trainer import Trainer
     from rre.adamw import AdamWHyperparameters
 
     started = time.perf_counter()

@@ -24,7 +24,7 @@ from pangu_sigma import runtime
 from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.data.corpus import prepare_corpus
 from pangu_sigma.data.prefetcher import Prefetcher
-from pangu_sigma.train.schedule import scheduled_step
+from pangu_sigma.training.schedule import scheduled_step
 
 
 class Stepper:
@@ -52,11 +52,11 @@ class Stepper:
 
 @contextmanager
 def stepper(path: Path) -> Iterator[Stepper]:
-    """A `Stepper` for the configuration file `path`, as `pangu_sigma.train.job` builds one."""
+    """A `Stepper` for the configuration file `path`, as `pangu_sigma.training.job` builds one."""
     config = config_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
     runtime.prepare(config.run.device, Path(config.run.dir) / "mindspore")
     from pangu_sigma.model.build_model import build_model
-    from pangu_sigma.train.trainer import Trainer
+    from pangu_sigma.training.trainer import Trainer
 
     corpus = prepare_corpus(config)
     trainer = Trainer(build_model(config, config.model.vocab_size, corpus.tokenizer.eod_id))

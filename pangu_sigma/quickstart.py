@@ -34,7 +34,7 @@ def quickstart(config: Config) -> Finished | None:
     """
     from pangu_sigma.evaluation.domain_evaluation import measure_with_progress
     from pangu_sigma.report import write_report
-    from pangu_sigma.train.job import open_run
+    from pangu_sigma.training.job import open_run
 
     if config.data.heldout_fraction == 0:
         raise UserError("the quickstart measures on held-out text, and data.heldout_fraction is 0: hold some out")

@@ -42,12 +42,12 @@ def train(
 
         config = with_workers(config, workers or config.parallel.workers)
         if config.parallel.workers > 1 and not is_worker():
-            from pangu_sigma.train.startup.starting_point import check_before_launch
+            from pangu_sigma.training.startup.starting_point import check_before_launch
 
             check_before_launch(config, resume)
             words = ["train", str(file), *overrides, *(["--resume"] if resume else [])]
             raise typer.Exit(launch(words, config.parallel.workers, Path(config.run.dir) / FOLDER))
-    from pangu_sigma.train.job import train as run_training
+    from pangu_sigma.training.job import train as run_training
 
     run_training(config, resume=resume)
 

@@ -15,7 +15,7 @@ import numpy as np
 from pangu_sigma import runtime
 from pangu_sigma.config import SCHEMA_VERSION, config_from_dict, effective
 from pangu_sigma.data.mixture_sampler import Batch
-from pangu_sigma.train.schedule import scheduled_step
+from pangu_sigma.training.schedule import scheduled_step
 from rre.counted_random import generator
 
 VOCABULARY, EOD = 256, 2
@@ -37,7 +37,7 @@ def run(device: str, kernels: str, folder: Path) -> dict[str, object]:
     )
     runtime.prepare(config.run.device, folder / "mindspore")
     from pangu_sigma.model.build_model import build_model
-    from pangu_sigma.train.trainer import Trainer
+    from pangu_sigma.training.trainer import Trainer
 
     model = build_model(config, VOCABULARY, EOD)
     trainer = Trainer(model)

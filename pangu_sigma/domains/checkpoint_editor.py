@@ -39,8 +39,8 @@ from pangu_sigma.monitor.progress import progress
 from pangu_sigma.monitor.result_files import write_text
 from pangu_sigma.signals import sigterm_as_ctrl_c
 from pangu_sigma.tensor_names import parse_name
-from pangu_sigma.train.continual.teacher_snapshot import TEACHER_KEY
 from pangu_sigma.trained_model import run_of, stored_config
+from pangu_sigma.training.continual.teacher_snapshot import TEACHER_KEY
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditedTensor
 from pangu_sigma.domains.new_domain_tensors import NewDomainTensors
 from pangu_sigma.errors import UserError
 from pangu_sigma.tensor_names import gate_weight, parse_name
-from pangu_sigma.train.continual.teacher_snapshot import TEACHER_KEY, TeacherSnapshot, hash_tensors, link_snapshot
+from pangu_sigma.training.continual.teacher_snapshot import TEACHER_KEY, TeacherSnapshot, hash_tensors, link_snapshot
 from rre.counted_random import generator
 
 _BREAKS_TIES = 0.01

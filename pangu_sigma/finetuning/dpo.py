@@ -20,8 +20,8 @@ from pangu_sigma.model.graph_inputs import GraphInputs
 from pangu_sigma.model.model import Model
 from pangu_sigma.model.routed_batch import RoutedBatch
 from pangu_sigma.model.scoring import Scorer
-from pangu_sigma.train.continual.teacher import Teacher
-from pangu_sigma.train.objective import BatchLoss, TrainingObjective
+from pangu_sigma.training.continual.teacher import Teacher
+from pangu_sigma.training.objective import BatchLoss, TrainingObjective
 from parallel.operator_layout import Layout
 
 

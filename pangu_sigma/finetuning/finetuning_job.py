@@ -11,8 +11,8 @@ from pangu_sigma.config.finetuning_file import load_adaptation, run_dir_of
 from pangu_sigma.config.mesh_rules import check_one_process
 from pangu_sigma.finetuning.finetuning_task import ExampleTask
 from pangu_sigma.signals import sigterm_as_ctrl_c
-from pangu_sigma.train.job import open_run
 from pangu_sigma.trained_model import stored_config
+from pangu_sigma.training.job import open_run
 
 
 def adapt(model: Path, file: Path, objective: str, overrides: tuple[str, ...] = (), resume: bool = False) -> Path:

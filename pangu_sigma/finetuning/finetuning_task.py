@@ -16,16 +16,16 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.finetuning.example_rows import ExampleSampler, HeldoutExamples, HeldoutPairs, sampler_of
 from pangu_sigma.finetuning.examples import ExampleSet, load_examples
 from pangu_sigma.monitor.progress import progress
-from pangu_sigma.train.schedule import phase_index
-from pangu_sigma.train.startup.starting_point import StartingPoint
 from pangu_sigma.trained_model import stored_tokenizer
+from pangu_sigma.training.schedule import phase_index
+from pangu_sigma.training.startup.starting_point import StartingPoint
 
 if TYPE_CHECKING:
     from pangu_sigma.evaluation.domain_evaluation import Evaluator
     from pangu_sigma.finetuning.dpo import PreferenceEvaluator
     from pangu_sigma.model.model import Model
-    from pangu_sigma.train.continual.teacher import Teacher
-    from pangu_sigma.train.objective import TrainingObjective
+    from pangu_sigma.training.continual.teacher import Teacher
+    from pangu_sigma.training.objective import TrainingObjective
 
 # Key of the trainer state that says which checkpoint is the frozen reference: {"path", "sha256"}.
 REFERENCE = "reference"
@@ -79,9 +79,9 @@ class ExampleTask:
     def objective(self) -> TrainingObjective:
         """See `TrainingTask`."""
         from pangu_sigma.finetuning.dpo import Preference
-        from pangu_sigma.train.continual.teacher import load_teacher
-        from pangu_sigma.train.objective import TrainingObjective
-        from pangu_sigma.train.trainer import micro_batch_rows
+        from pangu_sigma.training.continual.teacher import load_teacher
+        from pangu_sigma.training.objective import TrainingObjective
+        from pangu_sigma.training.trainer import micro_batch_rows
 
         settings = self.config.adapt
         if settings.objective == "sft":

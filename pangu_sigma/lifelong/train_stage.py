@@ -46,7 +46,7 @@ def train_stage(plan: Plan, stage: Stage, tokenizer: Path | None) -> Checkpoint 
         if not folder.is_dir():
             _prepare(plan, stage, folder)
         config = _stored(plan, folder)
-    from pangu_sigma.train.job import train
+    from pangu_sigma.training.job import train
 
     # A first stage that was killed before its first checkpoint begins anew, its metrics too.
     train(config, resume=folder.is_dir())

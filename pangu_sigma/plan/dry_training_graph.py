@@ -22,7 +22,7 @@ from mindspore.nn.utils import no_init_parameters
 from pangu_sigma.config import Config, load_config
 from pangu_sigma.data.tokenizers.vocabulary_size import vocabulary_size
 from pangu_sigma.model.build_model import build_network, build_structure
-from pangu_sigma.train.distributed.spmd_step import SpmdTrainStep, parallel_context, spmd_train_step
+from pangu_sigma.training.distributed.spmd_step import SpmdTrainStep, parallel_context, spmd_train_step
 from parallel.dry.dry_process import start_semi_auto
 from parallel.dry.parameter_placement import placements
 from parallel.operator_layout import MeshLayout

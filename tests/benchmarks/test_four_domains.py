@@ -14,7 +14,7 @@ CORPORA = ROOT.parent / "shared" / "data" / "corpora"
 @pytest.mark.slow
 @pytest.mark.skipif(not CORPORA.is_dir(), reason="the corpora are not beside the repository")
 def test_four_domains_trains(tmp_path):
-    from pangu_sigma.train.job import open_run
+    from pangu_sigma.training.job import open_run
 
     build(tmp_path / "corpora")
     overrides = [f"domains.code.data=[{tmp_path}/corpora/code.jsonl]", f"run.dir={tmp_path}/run"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.pangu_sigma.train import training_process
+from tests.pangu_sigma.training import training_process
 
 WORDS = {
     "code": "def return if else for in range print self class import value list dict none true yield",

@@ -1,7 +1,7 @@
 """The quickstart's end: figures, samples, and one domain cut out and shown to be the same function."""
 
 from pangu_sigma.checkpoint import open_checkpoint
-from tests.pangu_sigma.train.training_process import checkpoint, command
+from tests.pangu_sigma.training.training_process import checkpoint, command
 
 
 def test_it_ends_with_a_domain_that_was_cut_out_verified_and_writes(copied_run, small_yaml, tmp_path):

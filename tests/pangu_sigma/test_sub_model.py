@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.pangu_sigma.serving.server_process import Server
-from tests.pangu_sigma.train.training_process import command
+from tests.pangu_sigma.training.training_process import command
 
 GREEDY = {"prompt": "the court", "max_tokens": 6, "temperature": 0}
 WORDS = ("--prompt", GREEDY["prompt"], "--max-tokens", GREEDY["max_tokens"], "--temperature", GREEDY["temperature"])

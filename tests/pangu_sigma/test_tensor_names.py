@@ -28,9 +28,9 @@ from pangu_sigma.tensor_names import (
     table_name,
     tensor_name,
 )
-from pangu_sigma.train.optimizer import Optimizer
+from pangu_sigma.training.optimizer import Optimizer
 from rre.router_specs import LAYER
-from tests.pangu_sigma.train.small_trainer import small_config, small_model
+from tests.pangu_sigma.training.small_trainer import small_config, small_model
 
 OLMOE = {
     "query_layer": "none",

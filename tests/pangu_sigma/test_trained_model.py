@@ -8,7 +8,7 @@ import pytest
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.state_dict import model_tensors
 from pangu_sigma.trained_model import load_trained, stored_config
-from tests.pangu_sigma.train.training_process import checkpoint
+from tests.pangu_sigma.training.training_process import checkpoint
 
 
 @pytest.fixture(scope="module")

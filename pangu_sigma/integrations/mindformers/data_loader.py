@@ -20,7 +20,7 @@ from pangu_sigma.integrations.mindformers.batch_columns import columns, open_tex
 from pangu_sigma.integrations.mindformers.companion_files import write_companion
 from pangu_sigma.integrations.mindformers.mindformers_settings import model_settings
 from pangu_sigma.model.batch_planner import BatchPlanner
-from pangu_sigma.train.schedule import domain_weights
+from pangu_sigma.training.schedule import domain_weights
 
 
 class PlannedBatches:

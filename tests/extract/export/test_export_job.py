@@ -24,7 +24,7 @@ from pangu_sigma.errors import UserError
 from rre.routers import ExpertGroups
 from tests.extract.export.conftest import make_config, save_model
 from tests.pangu_sigma.model.model_driver import make_tensors
-from tests.pangu_sigma.train.training_process import ROOT, assert_refused, command
+from tests.pangu_sigma.training.training_process import ROOT, assert_refused, command
 
 PANGU_MODEL = ROOT.parent / "shared" / "data" / "pangu_alpha" / "vocab.model"
 POEMS = ROOT.parent / "shared" / "data" / "corpora" / "poetry_zh.jsonl"

@@ -20,9 +20,9 @@ from pangu_sigma.convert.olmoe_names import parts_of
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation.kv_cache_decoder import KvCacheDecoder
 from pangu_sigma.model.batch_planner import BatchPlanner
-from pangu_sigma.train.objective import TrainingObjective
-from pangu_sigma.train.step import GradientStep
 from pangu_sigma.trained_model import load_trained
+from pangu_sigma.training.objective import TrainingObjective
+from pangu_sigma.training.step import GradientStep
 from tests.oracles.recomputing_decoder import RecomputingDecoder
 
 WINDOW, BATCH = 32, 3

@@ -1,6 +1,6 @@
 """Several writers of one checkpoint: the bytes of one, nothing left behind when one of them fails.
 
-The ranks are threads here that hand each other arrays in memory; `tests/pangu_sigma/train` does it with processes.
+The ranks are threads here that hand each other arrays in memory; `tests/pangu_sigma/training` does it with processes.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ import numpy as np
 
 from pangu_sigma.checkpoint import open_checkpoint
 from tests.pangu_sigma.convert import pangu_alpha_files
-from tests.pangu_sigma.train.training_process import assert_refused, command
+from tests.pangu_sigma.training.training_process import assert_refused, command
 
 
 def test_import_says_what_it_took_and_what_it_left_behind(vocab_model, tmp_path):

@@ -14,8 +14,8 @@ from pangu_sigma.generation import Request, Sampling, prompt_ids
 from pangu_sigma.generation.completion import complete
 from pangu_sigma.generation.engine import Engine
 from pangu_sigma.trained_model import load_trained
-from tests.pangu_sigma.train import training_process
-from tests.pangu_sigma.train.training_process import assert_refused, command, fed
+from tests.pangu_sigma.training import training_process
+from tests.pangu_sigma.training.training_process import assert_refused, command, fed
 
 SHORT = ("--max-tokens", "5", "--seed", "3")
 

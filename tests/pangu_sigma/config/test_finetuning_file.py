@@ -80,7 +80,7 @@ def test_the_runs_folder_is_known_before_the_rest(file, tmp_path):
 
 
 def test_training_on_text_refuses_an_adaptation(adapted, tmp_path):
-    from pangu_sigma.train.job import train
+    from pangu_sigma.training.job import train
 
     path = tmp_path / "adapted.yaml"
     path.write_text(adapted().to_yaml(), encoding="utf-8")

@@ -9,7 +9,7 @@ import pytest
 
 from pangu_sigma.config import config_from_dict, load_config, parameter_counts, tensor_shapes
 from pangu_sigma.data.tokenizers.vocabulary_size import vocabulary_size
-from pangu_sigma.train.flops import flops_per_token
+from pangu_sigma.training.flops import flops_per_token
 from rre.feed_forward_spec import FeedForwardSpec
 
 ONE_FFN_13B = 2 * 5120 * 20480 + 20480 + 5120

@@ -12,7 +12,7 @@ from pangu_sigma.doctor import check_processes, machine_checks
 from pangu_sigma.doctor.ascend_software import look
 from pangu_sigma.doctor.check_results import Status, failed, healthy, passed, skipped
 from pangu_sigma.doctor.check_table import text
-from tests.pangu_sigma.train import training_process
+from tests.pangu_sigma.training import training_process
 
 
 @pytest.fixture

@@ -23,11 +23,11 @@ from pangu_sigma.domains.merge_models import merge_models
 from pangu_sigma.domains.remove_domain import remove_domain, rename_domain
 from pangu_sigma.domains.resize_domain import resize_domain
 from pangu_sigma.errors import UserError
-from pangu_sigma.train.job import train
-from pangu_sigma.train.schedule import domain_weights
 from pangu_sigma.trained_model import stored_config
+from pangu_sigma.training.job import train
+from pangu_sigma.training.schedule import domain_weights
 from tests.pangu_sigma.domains.conftest import digests, tensor_digests
-from tests.pangu_sigma.train import training_process
+from tests.pangu_sigma.training import training_process
 
 STEP = 12
 TABLE, UP = "blocks.0.routing", "blocks.0.experts.up.weight"

@@ -17,9 +17,9 @@ from pangu_sigma.domains.add_domain import NewDomain
 from pangu_sigma.domains.expand_gates import expand_domain
 from pangu_sigma.errors import UserError
 from pangu_sigma.evaluation.domain_evaluation import evaluate
-from pangu_sigma.train.job import train
+from pangu_sigma.training.job import train
 from tests.pangu_sigma.domains.conftest import digests, tensor_digests
-from tests.pangu_sigma.train.training_process import checkpoint
+from tests.pangu_sigma.training.training_process import checkpoint
 
 GATED = ["model.sparse={layers: 1, router: switch}", "train.steps=4", "train.phases=[]", "evaluate.every=0",
          "checkpoint.every=0", "data.max_domains_per_batch=null"]  # fmt: skip

@@ -12,12 +12,12 @@ from pangu_sigma.checkpoint.run_config_file import stale_config
 from pangu_sigma.config import load_config
 from pangu_sigma.domains.add_domain import add_domain
 from pangu_sigma.domains.remove_domain import remove_domain, rename_domain
-from pangu_sigma.train.job import train
+from pangu_sigma.training.job import train
 from tests.pangu_sigma.domains.test_expand_gates import (
     gated,  # noqa: F401 - the run of a learned gate
     new_domain,
 )
-from tests.pangu_sigma.train import training_process
+from tests.pangu_sigma.training import training_process
 
 # The least number of file operations: the whole change was gone through. Each takes some tenths of a second.
 CHANGES = {"add": 30, "add-out": 30, "add-model": 30, "rename": 20, "resize": 20, "merge": 10}

@@ -16,7 +16,7 @@ from pangu_sigma.domains.list_domains import list_domains
 from pangu_sigma.domains.merge_models import merge_models
 from pangu_sigma.domains.remove_domain import remove_domain
 from tests.pangu_sigma.domains.conftest import tensor_digests
-from tests.pangu_sigma.train import training_process
+from tests.pangu_sigma.training import training_process
 
 STEPS = 3
 

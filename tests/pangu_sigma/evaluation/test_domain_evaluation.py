@@ -10,7 +10,7 @@ import pytest
 from pangu_sigma.errors import UserError
 from pangu_sigma.evaluation.domain_evaluation import evaluate
 from pangu_sigma.monitor.metrics_log import read_metrics
-from tests.pangu_sigma.train.training_process import assert_refused, checkpoint, command
+from tests.pangu_sigma.training.training_process import assert_refused, checkpoint, command
 
 DOMAINS = ["code", "law", "poems"]
 

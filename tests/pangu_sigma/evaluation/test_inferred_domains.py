@@ -11,7 +11,7 @@ import pytest
 from pangu_sigma.errors import UserError
 from pangu_sigma.evaluation.domain_evaluation import evaluate
 from pangu_sigma.evaluation.inferred_domains import InferredDomainLoss, evaluate_inferred_domains
-from tests.pangu_sigma.train import training_process
+from tests.pangu_sigma.training import training_process
 
 DOMAINS = ["code", "law", "poems"]
 

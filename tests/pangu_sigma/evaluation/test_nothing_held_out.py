@@ -10,7 +10,7 @@ from pangu_sigma.domains.add_domain import NewDomain, add_domain
 from pangu_sigma.domains.group_size_advice import advise
 from pangu_sigma.report import write_report
 from tests.pangu_sigma.conftest import EXPERTS
-from tests.pangu_sigma.train.training_process import assert_refused, checkpoint, command
+from tests.pangu_sigma.training.training_process import assert_refused, checkpoint, command
 
 NOTHING = ["data.heldout_fraction=0", "evaluate.every=0", "checkpoint.probe_sequences=0"]
 

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.pangu_sigma.train import training_process
+from tests.pangu_sigma.training import training_process
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pangu_sigma.generation.sampling import log_softmax
 from pangu_sigma.trained_model import load_trained
 from tests.pangu_sigma.conftest import WORDS
 from tests.pangu_sigma.finetuning.conftest import write_jsonl
-from tests.pangu_sigma.train.training_process import assert_refused, command
+from tests.pangu_sigma.training.training_process import assert_refused, command
 
 
 def questions(count: int) -> list[dict]:

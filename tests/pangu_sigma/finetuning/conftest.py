@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.pangu_sigma.conftest import WORDS
-from tests.pangu_sigma.train.training_process import trained_two_steps
+from tests.pangu_sigma.training.training_process import trained_two_steps
 
 LENGTH = 48
 BASE = {

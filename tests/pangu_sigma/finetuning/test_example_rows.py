@@ -12,10 +12,10 @@ from pangu_sigma.finetuning.example_rows import (
 )
 from pangu_sigma.finetuning.examples import ExampleSet
 from pangu_sigma.model.scoring import Scorer
-from pangu_sigma.train.objective import TrainingObjective
-from pangu_sigma.train.schedule import scheduled_step
-from pangu_sigma.train.trainer import Trainer
-from tests.pangu_sigma.train.small_trainer import EOD, LENGTH, VOCAB, small_config, small_model
+from pangu_sigma.training.objective import TrainingObjective
+from pangu_sigma.training.schedule import scheduled_step
+from pangu_sigma.training.trainer import Trainer
+from tests.pangu_sigma.training.small_trainer import EOD, LENGTH, VOCAB, small_config, small_model
 
 PAD = 0
 

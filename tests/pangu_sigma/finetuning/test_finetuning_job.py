@@ -13,10 +13,10 @@ from pangu_sigma.evaluation.domain_evaluation import evaluate
 from pangu_sigma.finetuning.finetuning_job import adapt
 from pangu_sigma.monitor.metrics_log import read_metrics
 from pangu_sigma.report import write_report
-from pangu_sigma.train.job import train
 from pangu_sigma.trained_model import stored_config
+from pangu_sigma.training.job import train
 from tests.pangu_sigma.finetuning.conftest import BASE, LENGTH, answers, write_jsonl
-from tests.pangu_sigma.train.training_process import assert_equal_checkpoints, assert_refused, checkpoint, command
+from tests.pangu_sigma.training.training_process import assert_equal_checkpoints, assert_refused, checkpoint, command
 
 
 def evaluations(run) -> list[dict]:

@@ -6,10 +6,10 @@ import pytest
 from pangu_sigma.data.mixture_sampler import Batch
 from pangu_sigma.finetuning.dpo import Preference
 from pangu_sigma.model.scoring import Scorer
-from pangu_sigma.train.continual.teacher import Teacher
-from pangu_sigma.train.objective import BatchLoss, TrainingObjective
-from pangu_sigma.train.trainer import Trainer
-from tests.pangu_sigma.train.small_trainer import (
+from pangu_sigma.training.continual.teacher import Teacher
+from pangu_sigma.training.objective import BatchLoss, TrainingObjective
+from pangu_sigma.training.trainer import Trainer
+from tests.pangu_sigma.training.small_trainer import (
     LENGTH,
     batch,
     changed_names,

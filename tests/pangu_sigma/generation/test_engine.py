@@ -12,7 +12,7 @@ from pangu_sigma.generation.completion import complete
 from pangu_sigma.generation.engine import Engine
 from pangu_sigma.generation.sampling import log_softmax
 from tests.pangu_sigma.generation.conftest import DOMAINS, SLOTS, VOCAB, WINDOW
-from tests.pangu_sigma.train.small_trainer import small_config, small_model
+from tests.pangu_sigma.training.small_trainer import small_config, small_model
 
 
 @pytest.fixture(scope="module")

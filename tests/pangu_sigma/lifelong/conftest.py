@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.pangu_sigma.conftest import EXPERTS, SMALL_RUN
-from tests.pangu_sigma.train import training_process
+from tests.pangu_sigma.training import training_process
 
 # A domain, two at once, and the first one again.
 STAGES = [

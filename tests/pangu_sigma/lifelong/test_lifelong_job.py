@@ -20,7 +20,7 @@ from pangu_sigma.lifelong.lifelong_job import run_lifelong
 from pangu_sigma.lifelong.stage_plan import load_plan
 from tests.pangu_sigma.domains.conftest import digests, tensor_digests
 from tests.pangu_sigma.lifelong.conftest import STAGES, write_stages
-from tests.pangu_sigma.train import training_process
+from tests.pangu_sigma.training import training_process
 
 DOMAINS = ["code", "law", "poems"]
 

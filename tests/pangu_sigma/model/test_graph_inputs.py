@@ -28,8 +28,8 @@ from pangu_sigma.model.routed_batch import RoutedBatch
 from pangu_sigma.tensor_names import DOMAIN_EMBEDDING
 from rre.dispatch.dispatch_plan import plan_by_expert
 from rre.router_specs import ROUTER_SPECS
-from tests.pangu_sigma.train.distributed.test_spmd_step import MESHES, VALUES, WholeMesh
-from tests.pangu_sigma.train.small_trainer import batch, small_config, small_model
+from tests.pangu_sigma.training.distributed.test_spmd_step import MESHES, VALUES, WholeMesh
+from tests.pangu_sigma.training.small_trainer import batch, small_config, small_model
 
 SPARSE = {"layers": 2, "include_query_layer": True}
 CASES: dict[str, tuple[Mapping, Mapping]] = {

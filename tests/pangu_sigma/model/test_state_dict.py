@@ -9,8 +9,8 @@ from pangu_sigma.config import parameter_counts, tensor_shapes
 from pangu_sigma.errors import UserError
 from pangu_sigma.model.state_dict import domain_tensors, model_tensors, restore_model, stored_tables
 from pangu_sigma.tensor_names import is_routing
-from pangu_sigma.train.optimizer import Optimizer
-from tests.pangu_sigma.train.small_trainer import VOCAB, small_config, small_model
+from pangu_sigma.training.optimizer import Optimizer
+from tests.pangu_sigma.training.small_trainer import VOCAB, small_config, small_model
 
 CASES = {
     "dense": {"sparse": {"layers": 0}},

@@ -11,8 +11,8 @@ from mindspore.nn.utils import no_init_parameters
 from pangu_sigma.config import load_config
 from pangu_sigma.data.tokenizers.vocabulary_size import vocabulary_size
 from pangu_sigma.model.build_model import build_model
-from pangu_sigma.train.objective import TrainingObjective
-from pangu_sigma.train.step import GradientStep
+from pangu_sigma.training.objective import TrainingObjective
+from pangu_sigma.training.step import GradientStep
 
 config = load_config(sys.argv[1], sys.argv[2:])
 ms.set_context(device_target="GPU", mode=ms.GRAPH_MODE, save_graphs=2, save_graphs_path="graphs")

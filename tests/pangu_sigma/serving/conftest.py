@@ -13,7 +13,7 @@ import pytest
 from pangu_sigma.checkpoint import open_checkpoint
 from tests.pangu_sigma.altered_checkpoint import alter
 from tests.pangu_sigma.serving.server_process import Server
-from tests.pangu_sigma.train.training_process import trained_two_steps
+from tests.pangu_sigma.training.training_process import trained_two_steps
 
 WINDOW = 96
 

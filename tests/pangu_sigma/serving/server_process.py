@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.pangu_sigma.train.training_process import _environment
+from tests.pangu_sigma.training.training_process import _environment
 
 _ADDRESS = re.compile(r"Serving (.+) of .+ at (http://\S+)/v1 \(page: (\S+)\)")
 

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests.pangu_sigma.serving.server_process import Server
-from tests.pangu_sigma.train.training_process import assert_refused, command
+from tests.pangu_sigma.training.training_process import assert_refused, command
 
 SAID = "the experts of law compute numbers that are not finite"
 GREEDY = {"prompt": "the court", "max_tokens": 8, "temperature": 0}

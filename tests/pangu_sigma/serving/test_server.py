@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.pangu_sigma.serving.server_process import Server
-from tests.pangu_sigma.train.training_process import assert_refused, command, started, wait_until
+from tests.pangu_sigma.training.training_process import assert_refused, command, started, wait_until
 
 SLOW = {"model": "law", "prompt": "the court", "max_tokens": 80, "temperature": 0, "stream": True}
 

@@ -15,7 +15,7 @@ import yaml
 
 from pangu_sigma.integrations.mindformers.mindformers_settings import read_yaml, settings_of
 from tests.pangu_sigma.conftest import EXPERTS
-from tests.pangu_sigma.train import training_process
+from tests.pangu_sigma.training import training_process
 
 STEPS = 20
 SHIPPED = training_process.ROOT / "configs" / "mindformers" / "pretrain_pangu_sigma_small.yaml"

@@ -20,7 +20,7 @@ from pangu_sigma.integrations.mindformers.import_mindformers import SKIPPED, che
 from pangu_sigma.trained_model import stored_config
 from parallel.comm.launch import free_port
 from tests.pangu_sigma.integrations.mindformers.conftest import STEPS, json_lines, run_formers
-from tests.pangu_sigma.train import training_process
+from tests.pangu_sigma.training import training_process
 
 
 def test_the_losses_are_our_own_trainers(both_trained):

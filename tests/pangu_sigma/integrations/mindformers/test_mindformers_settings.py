@@ -11,7 +11,7 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.integrations.mindformers import mindformers_job
 from pangu_sigma.integrations.mindformers.mindformers_settings import read_yaml, settings_of
 from tests.pangu_sigma.integrations.mindformers.conftest import SHIPPED
-from tests.pangu_sigma.train import training_process
+from tests.pangu_sigma.training import training_process
 
 FILES = sorted(SHIPPED.parent.glob("*.yaml"))
 OURS = "model.model_config.pangu_sigma"
