@@ -101,7 +101,7 @@ class DeviceDecodeStepGraph(InferenceNetwork):
 
 class DecodeStepGraph(InferenceNetwork):
     """Decode step with caches as inputs: tokens, positions int32 [B], keys and values [B*H, L, W] of every layer, flat
-    -> (logits float32 [B, V], then the new key and value of every row, [B*H, 1, W], of every layer).
+    -> (logits float32 [B, V], the rows' new keys and values layer after layer [2 * layers * B*H, 1, W]).
 
     A row sees its cache before its position, from where on it must be 0. Flat inputs are those of
     `DeviceDecodeStepGraph`. Layers and head are fused where kernels cover them.
@@ -119,6 +119,8 @@ class DecodeStepGraph(InferenceNetwork):
             layers, head = step_layers(model, rows, cores), None
         super().__init__(model, layers, step_inputs(model, rows), head)
         self.is_fused = is_fused
+        # Every output that the host reads costs as much as a small layer.
+        self.join = layout(ops.Concat(0))
         if not is_fused:
             self.mask = CacheMask(rows, config.heads, length, layout)
             self.one_hot = PositionOneHot(rows, config.heads, length, layout)
@@ -128,7 +130,7 @@ class DecodeStepGraph(InferenceNetwork):
         h = self.embedding(tokens.reshape(-1, 1), positions, None, self.word_table(flat))
         context = (positions,) if self.is_fused else (self.one_hot(positions), self.mask(positions))
         logits, kept = self.outputs(h, positions, None, context, caches, flat)
-        return (logits, *kept)
+        return logits, self.join(kept)
 
 
 class CacheWriteGraph(nn.Cell):

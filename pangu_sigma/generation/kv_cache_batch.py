@@ -65,34 +65,34 @@ class HostDecodeBatch(DecodeBatch):
     def __init__(self, model: Model, rows: int, length: int) -> None:
         super().__init__(model, rows, length)
         dtype = ms.dtype_to_nptype(cache_precision(model))
-        shape = (rows * self.heads, length, self.width)
-        self._arrays = [np.zeros(shape, dtype) for _ in range(2 * model.config.model.layers)]
-        self._tensors = [Tensor.from_numpy(array) for array in self._arrays]
+        self._caches = np.zeros((2 * model.config.model.layers, rows * self.heads, length, self.width), dtype)
+        self._tensors = [Tensor.from_numpy(cache) for cache in self._caches]
         self._graph = DecodeStepGraph(model, rows, length)
 
     def step(self, tokens: np.ndarray, positions: np.ndarray, moving: Sequence[int], flat: list[Tensor]) -> np.ndarray:
-        logits, *new = self._graph(Tensor(tokens), Tensor(positions), *self._tensors, *flat)
+        logits, new = self._graph(Tensor(tokens), Tensor(positions), *self._tensors, *flat)
         # Reading the logits waits for the whole step, so the graph no longer reads the caches when they are written.
         logits = logits.asnumpy()
         moving = np.asarray(moving)
-        written = positions[moving]
-        for array, rows in zip(self._arrays, new, strict=True):
-            by_row = rows.asnumpy().reshape(self.rows, self.heads, self.width)
-            array.reshape(self.rows, self.heads, self.length, self.width)[moving, :, written] = by_row[moving]
+        caches = self._caches.reshape(-1, self.rows, self.heads, self.length, self.width)
+        new_by_row = new.asnumpy().reshape(-1, self.rows, self.heads, self.width).swapaxes(0, 1)
+        caches[:, moving, :, positions[moving]] = new_by_row[moving]
         return logits
 
     def join(self, row: int, cache: Iterable[np.ndarray]) -> None:
-        for array, part in zip(self._arrays, cache, strict=True):
-            row_array = array[row * self.heads : (row + 1) * self.heads]
-            row_array[:, : part.shape[1]] = part
-            row_array[:, part.shape[1] :] = 0
+        for row_cache, part in zip(self._row(row), cache, strict=True):
+            row_cache[:, : part.shape[1]] = part
+            row_cache[:, part.shape[1] :] = 0
 
     def clear(self, row: int) -> None:
-        for array in self._arrays:
-            array[row * self.heads : (row + 1) * self.heads] = 0
+        self._row(row)[:] = 0
 
     def read(self) -> list[np.ndarray]:
-        return self._arrays
+        return list(self._caches)
+
+    def _row(self, row: int) -> np.ndarray:
+        """A row's keys and values [2 * layers, H, length, W]."""
+        return self._caches[:, row * self.heads : (row + 1) * self.heads]
 
 
 class DeviceDecodeBatch(DecodeBatch):
