@@ -62,7 +62,7 @@ class StopSignalListener:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Deliver SIGINT and SIGTERM only when the block has ended.
+    """Deliver SIGINT and SIGTERM only when the block has ended; a second one ends the program at once.
 
     A C++ module that is interrupted while it loads reports a failed import instead of the interruption.
     """
@@ -70,15 +70,21 @@ def signals_held() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    previous = {
-        signal_number: signal.signal(signal_number, lambda received, frame: came.append(received))
-        for signal_number in (signal.SIGINT, signal.SIGTERM)
-    }
+
+    def note(received: int, frame: FrameType | None) -> None:
+        came.append(received)
+        # An exception would come up in the middle of C++, which aborts.
+        for caught in previous:
+            signal.signal(caught, signal.SIG_DFL)
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in previous:
+        signal.signal(number, note)
     try:
         yield
     finally:
-        for signal_number, handler in previous.items():
-            signal.signal(signal_number, handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         if came:
             signal.raise_signal(came[0])
 
