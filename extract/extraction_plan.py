@@ -23,6 +23,7 @@ from pangu_sigma.config.finetuning_file import without_adaptation
 from pangu_sigma.errors import UserError
 from pangu_sigma.tensor_names import dense_name, is_expert, is_gate, is_routing, parse_name
 from pangu_sigma.trained_model import stored_config
+from rre.router_specs import routers_that
 
 _LARGEST_SHARD = 4 << 30
 
@@ -47,15 +48,16 @@ class ExtractionPlan:
             types = ", ".join(FLOAT_TYPES)
             raise UserError(f"the type {self.dtype} is not one that weights can be stored in: use {types}")
         shared = self.parent.names(domains=[], optimizer=False)
+        separate = f"router {routers_that(lambda spec: spec.separates_domains)}"
         if gates := [name for name in shared if is_gate(name)]:
             raise UserError(
                 f"{self.parent.path} routes by a learned gate over the experts of all domains ({gates[0]}), which "
-                "sends any token to any of them: no part of it is the same function alone; cut a model of router rre"
+                f"sends any token to any of them: no part of it is the same function alone; cut a model of {separate}"
             )
         if tables := [name for name in shared if is_routing(name)]:
             raise UserError(
                 f"{self.parent.path} routes by one table over the experts of all domains ({tables[0]}), so no part of "
-                "it is the same function alone; cut a model of router rre"
+                f"it is the same function alone; cut a model of {separate}"
             )
         if self.fold:
             self._check_foldable()

@@ -6,7 +6,7 @@ its spec here and its class in a file of `rre/routers/`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 LAYER = "shared"  # owner of a routing table that belongs to the layer and not to a domain
@@ -221,6 +221,11 @@ ROUTER_SPECS = {
     spec.name: spec for spec in (RRE, HASH, SWITCH, GSHARD, GLAM, NOISY_TOP_K, OLMOE, EXPERT_CHOICE)
 }  # fmt: skip
 ROUTER_OPTIONS = {option.name: option for spec in ROUTER_SPECS.values() for option in spec.options}
+
+
+def routers_that(condition: Callable[[RouterSpec], bool]) -> str:
+    """Names of the routers with a property, as a sentence lists them: `rre or hash`."""
+    return " or ".join(name for name, spec in ROUTER_SPECS.items() if condition(spec))
 
 
 def routers_with(option: str) -> list[str]:

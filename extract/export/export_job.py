@@ -10,10 +10,10 @@ from pathlib import Path
 
 from extract.export.export_formats import FORMATS, Options
 from extract.export.export_source import ExportSource, open_source
-from pangu_sigma.checkpoint.atomic_folder import atomic_folder
 from pangu_sigma.checkpoint.float_types import FLOAT_TYPES
 from pangu_sigma.checkpoint.model_folder import check_output, output_write
 from pangu_sigma.errors import UserError
+from parallel.comm.atomic_folder import atomic_folder
 from rre.router_specs import ROUTER_SPECS
 
 _SMALL_FILES = 16 << 20  # everything but weights and tokenizer

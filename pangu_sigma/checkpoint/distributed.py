@@ -27,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 
-from pangu_sigma.checkpoint.atomic_folder import atomic_folder
 from pangu_sigma.checkpoint.checkpoint_contents import CheckpointContents
 from pangu_sigma.checkpoint.checkpoint_reader import Checkpoint
 from pangu_sigma.checkpoint.file_plan import PlannedFile, plan_tensor_files
@@ -44,6 +43,7 @@ from pangu_sigma.checkpoint.tensor_file import (
     spec_of,
 )
 from pangu_sigma.errors import CheckpointError
+from parallel.comm.atomic_folder import atomic_folder
 from parallel.comm.processes import Processes
 
 _CHUNK = 8 << 20  # bytes written at once; between two of them the watchdog gets this process's sign of life

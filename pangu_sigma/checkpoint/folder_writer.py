@@ -14,7 +14,6 @@ from queue import SimpleQueue
 from threading import Event
 
 from pangu_sigma.checkpoint import folder_layout
-from pangu_sigma.checkpoint.atomic_folder import sync_folder
 from pangu_sigma.checkpoint.file_plan import PlannedFile
 from pangu_sigma.checkpoint.manifest import FileEntry, Manifest, TensorEntry, TensorSlice, manifest_bytes
 from pangu_sigma.checkpoint.tensor_file import (
@@ -26,6 +25,7 @@ from pangu_sigma.checkpoint.tensor_file import (
     write_all,
     write_tensor_file,
 )
+from parallel.comm.atomic_folder import sync_folder
 
 # what file systems answer that have no hard links, or no more of them for this file
 _NO_LINK = {errno.EPERM, errno.EACCES, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP}

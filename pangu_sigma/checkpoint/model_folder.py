@@ -8,12 +8,13 @@ import os
 from pathlib import Path
 
 from pangu_sigma.checkpoint import folder_layout
-from pangu_sigma.checkpoint.atomic_folder import atomic_folder, sync_folder
 from pangu_sigma.checkpoint.checkpoint_reader import Checkpoint
 from pangu_sigma.checkpoint.disk_space import DiskWrite
 from pangu_sigma.checkpoint.folder_writer import write_synced
 from pangu_sigma.checkpoint.streamed_checkpoint import Finish, Progress, StreamedCheckpoint
 from pangu_sigma.errors import CheckpointError
+from pangu_sigma.tensor_names import parse_name
+from parallel.comm.atomic_folder import atomic_folder, sync_folder
 
 CARD = "README.md"
 
@@ -38,13 +39,18 @@ def output_write(path: Path) -> DiskWrite:
 
 
 def write_model_folder(
-    out: Path | str, content: StreamedCheckpoint, *, finish: Finish | None = None, progress: Progress | None = None
-) -> Checkpoint:
+    out: Path | str, content: StreamedCheckpoint, *, finish: Finish | None = None, progress: Progress | None = None,
+    moments: bool = False,
+) -> Checkpoint:  # fmt: skip
     """Writes the folder `out`; `finish` may verify the written model before it has its name: what it raises ends it.
 
+    moments: the optimizer's state may come along, as where a whole checkpoint is edited.
     Raises CheckpointError when `out` is there and not empty, when the disk is too small (before anything is written)
-    or fails, and for a taken file that is damaged; ValueError for tensors that are not what `content` says.
+    or fails, and for a taken file that is damaged; ValueError for tensors that are not what `content` says, and for
+    moments otherwise.
     """
+    if not moments and (states := [spec.name for spec in content.specs if parse_name(spec.name).is_optimizer]):
+        raise ValueError(f"a model folder holds no optimizer state: {states[0]!r}")
     final = check_output(out)
     disk_write = output_write(final)
     with disk_write.explain_errors(), atomic_folder(final) as folder:

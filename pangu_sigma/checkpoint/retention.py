@@ -1,7 +1,7 @@
 """Checkpoint retention: a run's checkpoints, deleting the old ones, and cleaning up after killed processes.
 
 Beside finished checkpoints there are hidden folders: being written (`tmp`), being replaced (`replaced`), being deleted
-(`trash`). Whoever works on one holds a lock on it (`folder_locks`).
+(`trash`). Whoever works on one holds a lock on it (`atomic_folder`).
 """
 
 import os
@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from pangu_sigma.checkpoint import folder_layout
-from pangu_sigma.checkpoint.folder_locks import is_abandoned, lock_working_folder
+from parallel.comm.atomic_folder import is_abandoned, lock_working_folder
 
 
 def working_folders(run_dir: Path) -> list[tuple[str, int, int, Path]]:

@@ -16,16 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from pangu_sigma.checkpoint import folder_layout
-from pangu_sigma.checkpoint.atomic_folder import atomic_folder, rename_synced, sync_folder
 from pangu_sigma.checkpoint.checkpoint_contents import CheckpointContents
 from pangu_sigma.checkpoint.checkpoint_reader import Checkpoint, open_checkpoint
 from pangu_sigma.checkpoint.disk_space import DiskWrite
 from pangu_sigma.checkpoint.file_plan import find_unchanged
-from pangu_sigma.checkpoint.folder_locks import lock_working_folder
 from pangu_sigma.checkpoint.retention import delete_checkpoint, list_checkpoints, prune_checkpoints, remove_stale
 from pangu_sigma.checkpoint.streamed_checkpoint import Progress, StreamedCheckpoint
 from pangu_sigma.checkpoint.tensor_file import byte_chunks, spec_of
 from pangu_sigma.errors import CheckpointError
+from parallel.comm.atomic_folder import atomic_folder, lock_working_folder, rename_synced, sync_folder
 
 
 @dataclass(frozen=True)

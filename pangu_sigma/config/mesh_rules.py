@@ -7,7 +7,7 @@ from pangu_sigma.config.schema import Config
 from pangu_sigma.config.section import Violations
 from pangu_sigma.errors import UserError
 from parallel.mesh import Mesh
-from rre.router_specs import ROUTER_SPECS
+from rre.router_specs import ROUTER_SPECS, routers_that
 
 
 def mesh_violations(config: Config) -> Violations:
@@ -152,7 +152,7 @@ def _one_graph(config: Config, mesh: Mesh) -> Violations:
         if model.router_spec.learned and parts > 1:
             yield (
                 f"parallel.{name} = {parts} needs rows planned outside the graph, and a gate ({model.router}) plans "
-                "them inside: set it to 1, or the router to rre or hash"
+                f"them inside: set it to 1, or the router to {routers_that(lambda spec: not spec.learned)}"
             )
     for name, width in (("hidden", model.hidden), ("ffn", model.ffn)):
         if width % (mesh.data * mesh.tensor):

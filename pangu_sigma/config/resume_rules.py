@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pangu_sigma.config.differences import Difference, differences, joined
 from pangu_sigma.config.domain_edits import phases_done
 from pangu_sigma.config.schema import Config
+from pangu_sigma.config.section import Section
 from pangu_sigma.errors import UserError
 
 
@@ -41,6 +42,16 @@ def check_resume(old: Config, new: Config, step: int) -> ChangedKeys:
             f"a run cannot resume with other values: {joined(changes.refused)}; restore them or choose another run.dir"
         )
     return changes
+
+
+def with_changeable_keys(stored: Config, now: Config) -> dict[str, Any]:
+    """The stored configuration as a mapping, with what may change whatever was done as it is in `now`."""
+    values, new = stored.to_dict(), now.to_dict()
+    for name, section in stored:
+        for key in section.model_fields if isinstance(section, Section) else ():
+            if section.decisions_of(key)[0] in ("free", "rounding"):
+                values[name][key] = new[name][key]
+    return values
 
 
 def _decays_to_the_end(config: Config) -> bool:

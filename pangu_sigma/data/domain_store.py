@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from pangu_sigma.checkpoint.atomic_folder import atomic_folder, rename_unless_there
 from pangu_sigma.data.corpus_files import (
     TEXT_DOCUMENT_CHARS,
     CorpusSource,
@@ -31,6 +30,7 @@ from pangu_sigma.data.document_filters import REASONS, RULES, reason_to_drop
 from pangu_sigma.data.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
+from parallel.comm.atomic_folder import atomic_folder, rename_unless_there
 
 FORMAT_VERSION = 1
 INFO_FILE = "store.json"

@@ -41,6 +41,7 @@ from pangu_sigma.signals import sigterm_as_ctrl_c
 from pangu_sigma.tensor_names import parse_name
 from pangu_sigma.trained_model import run_of, stored_config
 from pangu_sigma.training.continual.teacher_snapshot import TEACHER_KEY
+from rre.router_specs import routers_that
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ class CheckpointEditor:
             if self.run_dir is not None:
                 written = write_run_folder(self.out, content, advance)
                 return EditResult(written, config, run_of(written), lost_mesh)
-            return EditResult(write_model_folder(self.out, content, progress=advance), config, None)
+            return EditResult(write_model_folder(self.out, content, progress=advance, moments=True), config, None)
 
     def _kept_groups(self, new: EditedTensors, domains: Mapping[str, str]) -> list[str]:
         """The file groups of whatever keeps its name and has no new tensor, optimizer state included."""
@@ -227,7 +228,7 @@ def check_router(checkpoint: Checkpoint, config: Config) -> None:
     if not config.model.router_spec.separates_domains:
         raise UserError(
             f"{checkpoint.path} routes by {config.model.router_setting}, which couples the domains, so none "
-            "can come or go without the others: use a model of router rre"
+            f"can come or go without the others: use a model of router {routers_that(lambda s: s.separates_domains)}"
         )
 
 

@@ -6,15 +6,16 @@ folder's name only when its domains and its plan stand in it, so that whatever h
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pangu_sigma.checkpoint import Checkpoint, find_latest
 from pangu_sigma.config import Config, config_from_dict, load_config
 from pangu_sigma.config.load_config import effective
+from pangu_sigma.config.resume_rules import with_changeable_keys
 from pangu_sigma.errors import UserError
 from pangu_sigma.lifelong.stage_plan import Plan, Stage
+from parallel.comm.atomic_folder import atomic_folder
 
 if TYPE_CHECKING:
     from pangu_sigma.domains.add_domain import NewDomain
@@ -55,32 +56,24 @@ def train_stage(plan: Plan, stage: Stage, tokenizer: Path | None) -> Checkpoint 
 
 def _stored(plan: Plan, folder: Path) -> Config:
     """The configuration that the stage's run has, with what may change from start to start as it is now."""
-    values, now = load_config(folder / "config.yaml").to_dict(), plan.base.to_dict()
-    values["run"] |= {"dir": str(folder), **{key: now["run"][key] for key in ("kernels", "log_every", "tensorboard")}}
-    values["data"] |= {key: now["data"][key] for key in ("cache", "prefetch")}
-    values["train"] |= {key: now["train"][key] for key in ("gradient_accumulation_steps", "recompute")}
-    values["evaluate"], values["experts"] = now["evaluate"], now["experts"]
-    values["checkpoint"] |= {key: now["checkpoint"][key] for key in ("every", "keep", "probe_sequences")}
+    values = with_changeable_keys(load_config(folder / "config.yaml"), plan.base)
+    values["run"]["dir"] = str(folder)
     return config_from_dict(values, source=f"{folder}/config.yaml")
 
 
 def _prepare(plan: Plan, stage: Stage, folder: Path) -> None:
     """Make the stage's run from the one before it: domains that are new come in, and the plan becomes the stage's."""
-    unfinished = folder.with_name(f".{folder.name}.preparing")
-    shutil.rmtree(unfinished, ignore_errors=True)
     before = plan.run_dir(plan.stages[stage.number - 1])
     try:
-        if not (plan.grows and stage.new):
-            _plan(plan, stage, before, out=unfinished)
-        elif plan.by_domain:
-            _add_domains(plan, stage, before, unfinished)
-        else:
-            _expand(plan, stage, before, unfinished)
-        unfinished.rename(folder)
+        with atomic_folder(folder) as unfinished:
+            if not (plan.grows and stage.new):
+                _plan(plan, stage, before, out=unfinished)
+            elif plan.by_domain:
+                _add_domains(plan, stage, before, unfinished)
+            else:
+                _expand(plan, stage, before, unfinished)
     except UserError as error:
         raise UserError(f"stage {stage.number + 1} ({stage.name}) cannot begin: {error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _plan(plan: Plan, stage: Stage, run: Path, out: Path | None = None) -> None:

@@ -133,6 +133,10 @@ class BatchPlanner:
             filled=np.full(len(own_tokens), own_tokens.shape[1]) if padding is None else (~padding).sum(axis=1),
         )
 
+    def gather(self, own_rows: np.ndarray) -> np.ndarray:
+        """The rows [B, …] of a micro-batch from each process's own; all processes call it together."""
+        return self.model.processes.gather(own_rows).reshape(-1, *own_rows.shape[1:])
+
     def present(
         self, tokens: np.ndarray, domain: np.ndarray, sample: np.ndarray, step: int, padding: np.ndarray | None = None
     ) -> list[np.ndarray]:

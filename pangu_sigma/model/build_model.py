@@ -93,6 +93,8 @@ def build_model(
     # Full values would be in the way of the shards that MindSpore makes, and may not fit a device.
     with no_init_parameters() if on_devices else nullcontext():
         net = build_network(structure)
+    if config.train.recompute and not inference:
+        net.recompute_blocks()
     built = Model(**vars(structure), store=store, net=net, shared=_shared_parameters(structure, net))
     if initialise:
         _initialise_experts(built)

@@ -350,6 +350,13 @@ def layer_inputs(routing: tuple, weights: tuple, bounds: tuple) -> tuple:
     return layers
 
 
+def split_pipeline_inputs(flat: tuple, experts: tuple, bounds: tuple) -> tuple:
+    """A pipeline's inputs of a micro-batch -> (`PIPELINE_INPUTS`, domains one-hot float32 [B, d], (routing, weights) of
+    every sparse layer); `experts`: all weights; `bounds` of `GraphInputs.separate_bounds`."""
+    end = len(PIPELINE_INPUTS)
+    return flat[:end], flat[end], layer_inputs(flat[end + 1 :], experts, bounds)
+
+
 def with_weights(batch_inputs: tuple, weights: Tensor, auxiliary_weight: Tensor) -> tuple:
     """`BATCH_INPUTS` of a batch -> the fixed inputs, with these weights."""
     return batch_inputs[:WEIGHTS] + (weights, auxiliary_weight) + batch_inputs[WEIGHTS + 1 :]

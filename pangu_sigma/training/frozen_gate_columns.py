@@ -36,8 +36,8 @@ class FrozenGateColumns:
         self.gates = [i for i, weight in enumerate(weights) if weight is not None and weight.by_expert]
 
     @classmethod
-    def of_step(cls, model: Model, phase: Phase) -> FrozenGateColumns | None:
-        """The columns that a step of `phase` leaves as they are; None where none does."""
+    def of_phase(cls, model: Model, phase: Phase) -> FrozenGateColumns | None:
+        """The columns that `phase` leaves as they are; None where there are none."""
         if not (model.learned and phase.shared) or phase.domains.issuperset(model.groups.names):
             return None
         names = [p.name for p in model.shared.trainable]

@@ -47,6 +47,26 @@ def _planned(config: Config, step: int) -> float:
     return peak * (schedule.min_lr_ratio + (1.0 - schedule.min_lr_ratio) * left)
 
 
+def same_rates(one: Config, other: Config, steps: int) -> bool:
+    """Whether the first `steps` steps have the same learning rates: asked at both ends of every stretch in which each
+    configuration has one formula, and beside its begin, since two such curves that meet there are one."""
+    begins = _formula_begins(one) | _formula_begins(other)
+    asked = {steps - 1, *(begin + offset for begin in begins for offset in (-1, 0, 1))}
+    return all(learning_rate(one, step) == learning_rate(other, step) for step in asked if 0 <= step < steps)
+
+
+def _formula_begins(config: Config) -> set[int]:
+    """Steps from which on the learning rate has another formula: warm-up, decay, its end, all anew, the anneal."""
+    schedule, begin = config.schedule, 0
+    last = config.train.steps - schedule.anneal_steps
+    decays = [(0, last if schedule.decay_steps is None else schedule.decay_steps)]
+    for phase in config.train.phases:
+        decays += [(begin, phase.steps)] if phase.restart else []
+        begin += phase.steps
+    ends = {start + length for start, steps in decays for length in (0, schedule.warmup_steps, steps)}
+    return {last, *ends}
+
+
 @dataclass(frozen=True)
 class Phase:
     """Training phase: whether shared parameters train, and the domains whose experts do.

@@ -32,7 +32,7 @@ from pangu_sigma.training.gradient_reducer import GradientReducer
 from pangu_sigma.training.loss_scale import LossScale
 from pangu_sigma.training.objective import TrainingObjective
 from pangu_sigma.training.optimizer import Optimizer
-from pangu_sigma.training.schedule import ScheduledStep
+from pangu_sigma.training.schedule import Phase, ScheduledStep
 from pangu_sigma.training.step_metrics import MetricsAccumulator, take_store_metrics, updated_domains, updated_experts
 from rre.store.disk_store import StoreFull
 
@@ -107,13 +107,12 @@ class Trainer:
         self.inputs = model.training_inputs(self.micro_batch // num_data_ranks)
         self.planner = BatchPlanner(model, self.inputs, training=True, prefetch=model.store.prefetch)
         self.reducer = reducer or GradientReducer(model)
-        if self.config.train.recompute:
-            model.net.recompute_blocks()
         # Before the optimizer, whose moments have the shapes of the parameters: compiling a sharded step replaces those
         # by this rank's shards.
         make = make_forward_backward or partial(GradientAccumulation, model, self.reducer)
         self.forward_backward = make(self.inputs, self.planner)
         self.optimizer = Optimizer(model)
+        self._frozen: tuple[Phase | None, FrozenGateColumns | None] = (None, None)  # of the phase under way
         self.loss_scale = LossScale.from_config(self.config)
         self.metrics = MetricsAccumulator(
             model.groups, self.config.model.sparse_prefixes, flops_per_token(self.config, model.vocab)
@@ -174,7 +173,9 @@ class Trainer:
             shared, squares, value = regulariser.penalty(Tensor(scale, ms.float32), *gradients.shared)
             gradients.shared, gradients.shared_squares = tuple(shared), squares.asnumpy().astype(np.float64)
             penalty = float(value.asnumpy())
-        frozen = FrozenGateColumns.of_step(self.model, phase)
+        if self._frozen[0] != phase:
+            self._frozen = phase, FrozenGateColumns.of_phase(self.model, phase)
+        frozen = self._frozen[1]
         if frozen is not None:
             gradients.shared, gradients.shared_squares = frozen.mask_gradients(gradients.shared), None
 

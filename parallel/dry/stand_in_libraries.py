@@ -12,8 +12,9 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
+
+from parallel.comm.atomic_folder import atomic_folder, rename_unless_there
 
 # (file that the wheel asks for, how its symbols begin); the first match counts.
 LIBRARIES = (
@@ -66,15 +67,8 @@ def make_standins(folder: Path) -> Path:
     symbols: dict[str, str | None] = {}
     for part in ASKING:
         symbols.update(_wanted_symbols(plugin / part))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as made:
-        half = Path(made) / "half"
-        _write(half, symbols)
-        try:
-            half.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
+    with atomic_folder(folder, rename_unless_there, shared=True) as unfinished:
+        _write(unfinished, symbols)
     return folder
 
 
@@ -87,7 +81,7 @@ def _wanted_symbols(shared_object: Path) -> dict[str, str | None]:
 
 def _write(root: Path, symbols: dict[str, str | None]) -> None:
     lib, binaries = root / "lib64", root / "bin"
-    lib.mkdir(parents=True)
+    lib.mkdir()
     binaries.mkdir()
     members: dict[str, dict[str, str | None]] = {name: {} for name, _ in LIBRARIES}
     for symbol, version in symbols.items():

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from pangu_sigma.checkpoint.atomic_folder import atomic_folder, rename_unless_there
 from pangu_sigma.data.corpus_files import CorpusSource, expand_paths, fingerprint_files, iterate_documents
 from pangu_sigma.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_registry import load_tokenizer, read_model, tokenizer_class
 from pangu_sigma.errors import UserError
+from parallel.comm.atomic_folder import atomic_folder, rename_unless_there
 from rre.counted_random import key64, uniform
 
 TRAINING_BYTES = 10_000_000  # about this much text of the mix decides the pieces

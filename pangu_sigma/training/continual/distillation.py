@@ -84,8 +84,7 @@ class DistillationObjective(TrainingObjective):
     def _plan_under_old_domain(self, index: int, batch: RoutedBatch, planner: BatchPlanner) -> OldDomainBatch:
         point = uniform(key64(self.seed, "old domain", batch.step), np.array([index]))[0]
         # Under the old domain's experts rows of other processes come here than under their own.
-        by_rank, reads = planner.model.processes.gather(batch.sequences), planner.reads
-        sequences = by_rank.reshape(-1, by_rank.shape[-1])
+        sequences, reads = planner.gather(batch.sequences), planner.reads
         domain = np.full(reads.size, self.through[int(point * len(self.through))], np.int32)
         # The rows' numbers, which routers that resample draw by, are counted from the step's first.
         samples = (batch.step * 1_000_003 + index) * len(sequences) + reads

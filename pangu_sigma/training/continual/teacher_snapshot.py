@@ -27,13 +27,13 @@ from pangu_sigma.checkpoint import (
     open_checkpoint,
     write_model_folder,
 )
-from pangu_sigma.checkpoint.atomic_folder import rename_synced, sync_folder
 from pangu_sigma.checkpoint.disk_space import DiskWrite
 from pangu_sigma.checkpoint.retention import delete_folder
 from pangu_sigma.checkpoint.streamed_checkpoint import plan_taken
 from pangu_sigma.checkpoint.tensor_file import byte_chunks, digest_of_file, spec_of, write_tensor_file
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.result_files import atomic_file
+from parallel.comm.atomic_folder import rename_synced, sync_folder
 
 FOLDER = "previous"
 # Key of the trainer state that names the teacher of the phase under way.

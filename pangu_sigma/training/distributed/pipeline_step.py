@@ -16,7 +16,7 @@ import mindspore as ms
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
-from pangu_sigma.model.graph_inputs import GraphInputs, layer_inputs, placeholders
+from pangu_sigma.model.graph_inputs import GraphInputs, placeholders, split_pipeline_inputs
 from pangu_sigma.model.pangu import PanGuSigma
 from pangu_sigma.model.pipeline_stages import stage_of
 from parallel.micro_batches import AccumulatedGradients, MicroBatches
@@ -25,11 +25,9 @@ from parallel.ops.primitives import square_sums
 
 
 class PipelinedLoss(nn.Cell):
-    """The objective of one micro-batch, by domain: (tokens, labels, weights, positions, segments, one-hot
-    domains, every sparse layer's plan) -> [d].
+    """The objective of one micro-batch, by domain: inputs as of `GraphInputs.pipeline_specs` -> [d].
 
-    `domain_one_hot` float32 [B, d]: the domain of each sample. The sum over d is what trains: MindSpore's gradient of
-    a vector is that of its sum.
+    The sum over d is what trains: MindSpore's gradient of a vector is that of its sum.
     """
 
     def __init__(self, net: PanGuSigma, layout: MeshLayout, inputs: GraphInputs) -> None:
@@ -44,11 +42,9 @@ class PipelinedLoss(nn.Cell):
         self.mul, self.sum = layout(ops.Mul(), by_row, by_row), layout(ops.ReduceSum(), by_row)
         self.column = layout(ops.ExpandDims(), ("rows",))
 
-    def construct(
-        self, tokens: Tensor, labels: Tensor, weights: Tensor, positions: Tensor, segments: Tensor,
-        domain_one_hot: Tensor, *plans: Tensor,
-    ) -> Tensor:  # fmt: skip
-        sparse_inputs = layer_inputs(plans, self.experts, self.bounds)
+    def construct(self, *inputs: Tensor) -> Tensor:
+        fixed, domain_one_hot, sparse_inputs = split_pipeline_inputs(inputs, self.experts, self.bounds)
+        tokens, labels, weights, positions, segments = fixed
         h, _, _ = self.net(tokens, positions, segments, None, None, (), sparse_inputs)
         losses = self.net.head(h, labels, None, self.net.output_table((), tokens))
         by_sample = self.column(self.sum(self.mul(losses, weights), 1), 1)

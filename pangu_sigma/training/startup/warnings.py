@@ -8,7 +8,7 @@ from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.config import Config
 from pangu_sigma.config.resume_rules import changed_keys
 from pangu_sigma.trained_model import stored_config
-from pangu_sigma.training.schedule import domain_weights, learning_rate
+from pangu_sigma.training.schedule import domain_weights, same_rates
 
 if TYPE_CHECKING:
     from pangu_sigma.model.model import Model
@@ -44,7 +44,7 @@ def not_bit_equal(stored: Config, config: Config, step: int) -> list[str]:
     planned = [change for change in allowed if change.resume == "schedule"]
     # The last phase ends where the run does.
     planned = planned or [change for change in allowed if change.resume == "ahead"]
-    if planned and any(learning_rate(stored, done) != learning_rate(config, done) for done in range(step)):
+    if planned and not same_rates(stored, config, step):
         changes += planned
     sentences = [str(change) for change in changes]
     model, has_losses = config.model, config.adapt is None or config.adapt.auxiliary_losses

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pangu_sigma.checkpoint import CheckpointError, find_latest, open_checkpoint, remove_stale, resolve
-from pangu_sigma.checkpoint.folder_locks import lock_working_folder
 from pangu_sigma.errors import UserError
+from parallel.comm.atomic_folder import lock_working_folder
 
 
 @pytest.fixture

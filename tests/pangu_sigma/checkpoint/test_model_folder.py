@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,13 @@ def test_a_tensor_of_another_size_is_refused(tmp_path, given):
     with pytest.raises(ValueError, match=r"tensor 'embedding.word' came"):
         write_model_folder(tmp_path / "model", small_model(read)[0])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_optimizer_state_is_refused(tmp_path):
+    model, arrays = small_model()
+    moment = TensorSpec("optimizer.m.embedding.word", "float32", (2,))
+    with pytest.raises(ValueError, match="no optimizer state"):
+        write_model_folder(tmp_path / "model", replace(model, tensors=[*model.tensors, moment]))
 
 
 def test_foreign_domains_missing_groups_and_taken_names_are_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import signal
 from html.parser import HTMLParser
@@ -125,7 +126,7 @@ def test_what_was_interrupted_goes_on_to_the_same_figures(copied):
     shutil.rmtree(stage(copied, "03-code-2"))
     (stage(copied, "02-law+poems") / "measured.json").unlink()
     (copied / "lifelong.json").unlink()
-    (copied / "stages" / ".03-code-2.preparing").mkdir()
+    (copied / "stages" / f".tmp-03-code-2-{os.getpid()}").mkdir()
     trained = [digests(stage(copied, name) / "checkpoints") for name in ("01-code", "02-law+poems")]
     output = []
     measured = run_lifelong(load_plan(copied.parent / "stages.yaml"), say=output.append)

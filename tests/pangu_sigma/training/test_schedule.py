@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from pangu_sigma.training.schedule import domain_weights, learning_rate, phase_at, scheduled_step
+from pangu_sigma.training.schedule import domain_weights, learning_rate, phase_at, same_rates, scheduled_step
 from tests.pangu_sigma.training.small_trainer import small_config
 
 PEAK = 1e-2
@@ -106,3 +106,19 @@ def test_a_phase_that_restarts_has_the_whole_schedule_in_its_own_steps():
         for step in range(40)
     ]
     assert [learning_rate(config, 40 + step) for step in range(60)] == [learning_rate(alone, s) for s in range(60)]
+
+
+def test_two_schedules_are_compared_as_if_every_step_were():
+    schedules = [
+        {"schedule": {"kind": kind, "warmup_steps": warmup, "anneal_steps": anneal}, "train": {"steps": steps}}
+        for kind, warmup, anneal, steps in (
+            ("cosine", 3, 0, 20), ("cosine", 3, 0, 30), ("linear", 3, 0, 20), ("linear", 3, 5, 20),
+            ("constant", 3, 0, 20), ("constant", 3, 0, 30), ("constant", 3, 4, 20), ("constant", 0, 0, 20),
+        )
+    ]  # fmt: skip
+    configs = [small_config(**schedule) for schedule in schedules]
+    for one in configs:
+        for other in configs:
+            for steps in range(20):
+                alike = all(learning_rate(one, step) == learning_rate(other, step) for step in range(steps))
+                assert same_rates(one, other, steps) == alike

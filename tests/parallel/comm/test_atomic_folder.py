@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pangu_sigma.checkpoint import atomic_folder as module
-from pangu_sigma.checkpoint.atomic_folder import atomic_folder, rename_unless_there
+from parallel.comm import atomic_folder as module
+from parallel.comm.atomic_folder import atomic_folder, rename_unless_there
 
 WRITERS, ROUNDS = 4, 10
 
@@ -63,6 +63,15 @@ def test_a_folder_that_another_machine_writes_stays(tmp_path, dead_pid):
     here = leave_behind(tmp_path / "store", dead_pid)
     write(tmp_path / "store")
     assert (elsewhere / "inner" / "part").exists() and not here.exists()
+
+
+def test_what_a_killed_process_of_an_earlier_version_left_is_removed(tmp_path, dead_pid):
+    left, living = (tmp_path / f".store.unfinished-{pid}" for pid in (dead_pid, os.getppid()))
+    for folder in (left, living):
+        folder.mkdir()
+    with atomic_folder(tmp_path / "store"):
+        pass
+    assert not left.exists() and living.exists()
 
 
 def test_what_cannot_be_removed_is_in_nobodys_way(tmp_path, dead_pid, monkeypatch):

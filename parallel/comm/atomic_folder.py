@@ -1,19 +1,22 @@
 """Atomic folder: written under a hidden name, locked, and renamed when it is complete; a failure leaves nothing behind.
 
 A process that is killed on the way leaves a hidden folder, which nobody takes for the finished one and which the next
-writer of the same folder removes.
+writer of the same folder removes. The lock is flock's: the system drops it when its process ends, however it ends.
 """
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pangu_sigma.checkpoint.folder_locks import is_abandoned, lock_working_folder
+# Between making a folder and locking it, its owner is told from a dead process of the same number by the folder's age.
+_MAX_SECONDS_BEFORE_LOCK = 60.0
 
 
 def sync_folder(folder: Path) -> None:
@@ -58,6 +61,8 @@ def atomic_folder(
     final.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".tmp-{final.name}-{os.uname().nodename}-" if shared else f".tmp-{final.name}-"
     _remove_abandoned(final.parent, prefix)
+    if not shared:
+        _remove_abandoned(final.parent, f".{final.name}.unfinished-")  # so versions before 0.2.0 called theirs
     hidden = final.with_name(f"{prefix}{os.getpid()}")
     hidden.mkdir()
     with lock_working_folder(hidden):
@@ -75,3 +80,49 @@ def _remove_abandoned(folder: Path, prefix: str) -> None:
         pid = path.name.removeprefix(prefix)
         if pid.isdecimal() and path.is_dir() and is_abandoned(path, int(pid)):
             shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def lock_working_folder(folder: Path) -> Iterator[None]:
+    """Lock on an existing folder that is being written, replaced or deleted (it may be renamed meanwhile).
+
+    While it lasts, `is_abandoned` is false in every process.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        # A file system without locks refuses: the process number in the folder's name is what remains.
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def is_abandoned(folder: Path, pid: int) -> bool:
+    """Whether no process works any more on `folder`, which process `pid` made and locked."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return False
+    try:
+        locks = True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            locks = False
+        if pid == os.getpid() or not _exists(pid):
+            return True
+        return locks and time.time() - os.fstat(handle).st_mtime > _MAX_SECONDS_BEFORE_LOCK
+    finally:
+        os.close(handle)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        with suppress(PermissionError):
+            os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
