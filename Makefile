@@ -10,9 +10,9 @@ KERNELS := $(wildcard parallel/ops/kernels/*.[ch])
 # More arguments for pytest: make test PYTEST="-k config"
 PYTEST ?=
 # Extras that bring in all others.
-ALL_EXTRAS := lint,test,clients
+ALL_EXTRAS := lint,test,clients,docs
 
-.PHONY: help quickstart test test-slow clients lint reference bench wheel constraints clean
+.PHONY: help quickstart test test-slow clients lint docs reference bench wheel constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -32,6 +32,9 @@ clients: $(VENV)/.installed-test $(VENV)/.installed-clients  ## foreign clients 
 
 lint: $(VENV)/.installed-lint  ## ruff's checks
 	$(BIN)/ruff check .
+
+docs: $(VENV)/.installed-docs  ## the pages as a site in site/, every link checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 reference: $(VENV)/.installed  ## renew docs/configuration.md, the tables of docs/routers.md and the quickstart's comments
 	$(BIN)/python docs/reference.py
@@ -59,7 +62,7 @@ constraints:  ## renew constraints.txt: the versions that pyproject.toml's pins 
 	rm -rf build/constraints
 
 clean:  ## remove what the targets made, the environment included; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # Stamps: an extra is installed only for the targets that need it, so that quickstart does not wait for PyTorch.
 $(VENV)/bin/python:

@@ -1,1 +1,1 @@
-"""Where the README's numbers come from: one command each."""
+"""Where the numbers of docs/benchmarks.md come from: one command each."""
