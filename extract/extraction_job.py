@@ -14,6 +14,7 @@ from extract.verify_sub_model import Verification, raise_if_different, verify
 from pangu_sigma.checkpoint import Checkpoint, resolve, write_model_folder
 from pangu_sigma.checkpoint.model_folder import CARD, check_output, output_write
 from pangu_sigma.checkpoint.streamed_checkpoint import DOCUMENT_BYTES
+from pangu_sigma.config import parameter_counts
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.signals import sigterm_as_ctrl_c
@@ -29,6 +30,34 @@ class Extraction:
     cut: ExtractionPlan
     bytes_written: int
     verification: Verification | None
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @property
+    def path(self) -> Path:
+        """The sub-model's folder."""
+        return self.model.path
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains that it has."""
+        return self.cut.domains
+
+    @property
+    def num_parameters(self) -> int:
+        """Its trained values."""
+        return parameter_counts(self.cut.config, self.cut.config.model.vocab_size).total
+
+    def to_dict(self) -> dict[str, object]:
+        """Path, domains, parameters, bytes and the verification as plain values for JSON."""
+        return {
+            "path": str(self.path),
+            "domains": list(self.domains),
+            "parameters": self.num_parameters,
+            "bytes": self.bytes_written,
+            "verification": self.verification and self.verification.to_dict(),
+        }
 
 
 def plan(

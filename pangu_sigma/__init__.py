@@ -1,5 +1,99 @@
-"""PanGu-Σ on MindSpore: the language model and every job on it."""
+"""PanGu-Σ on MindSpore: one language model for many text domains. `import pangu_sigma as ps`; see docs/python.md.
 
+Nothing heavy is imported before a name of it is used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from pangu_sigma.errors import UserError
 from pangu_sigma.version import VERSION as __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from extract.export.export_job import Export
+    from extract.extraction_job import Extraction
+    from pangu_sigma.api import (
+        add_domain,
+        add_domain_of_model,
+        dpo,
+        evaluate,
+        export,
+        extract,
+        list_domains,
+        load,
+        load_config,
+        merge_models,
+        read_metrics,
+        remove_domain,
+        rename_domain,
+        resize_domain,
+        serve,
+        sft,
+        train,
+        write_report,
+    )
+    from pangu_sigma.config import Config
+    from pangu_sigma.domains.checkpoint_editor import EditResult
+    from pangu_sigma.domains.list_domains import DomainFacts
+    from pangu_sigma.evaluation.evaluation_result import DomainEvaluation
+    from pangu_sigma.generation.completion import Completion
+    from pangu_sigma.language_model import LanguageModel
+    from pangu_sigma.serving.model_server import ModelServer
+    from pangu_sigma.training.training_result import TrainingResult
+
+__all__ = [
+    "Completion",
+    "Config",
+    "DomainEvaluation",
+    "DomainFacts",
+    "EditResult",
+    "Export",
+    "Extraction",
+    "LanguageModel",
+    "ModelServer",
+    "TrainingResult",
+    "UserError",
+    "__version__",
+    "add_domain",
+    "add_domain_of_model",
+    "dpo",
+    "evaluate",
+    "export",
+    "extract",
+    "list_domains",
+    "load",
+    "load_config",
+    "merge_models",
+    "read_metrics",
+    "remove_domain",
+    "rename_domain",
+    "resize_domain",
+    "serve",
+    "sft",
+    "train",
+    "write_report",
+]
+
+# Names that are not in `api`, by their module.
+_CLASSES = {
+    "Completion": "pangu_sigma.generation.completion",
+    "Config": "pangu_sigma.config",
+    "DomainEvaluation": "pangu_sigma.evaluation.evaluation_result",
+    "DomainFacts": "pangu_sigma.domains.list_domains",
+    "EditResult": "pangu_sigma.domains.checkpoint_editor",
+    "Export": "extract.export.export_job",
+    "Extraction": "extract.extraction_job",
+    "LanguageModel": "pangu_sigma.language_model",
+    "ModelServer": "pangu_sigma.serving.model_server",
+    "TrainingResult": "pangu_sigma.training.training_result",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'pangu_sigma' has no attribute '{name}'")
+    return getattr(import_module(_CLASSES.get(name, "pangu_sigma.api")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -3,7 +3,7 @@
 USER_ERROR, INTERRUPTED = 2, 130  # of a process that ends by a user's mistake, or by Ctrl-C
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake that the user can mend; the message is one sentence that says what is wrong, where, and what to do."""
 
 

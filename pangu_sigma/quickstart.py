@@ -47,14 +47,14 @@ def quickstart(config: Config) -> Finished | None:
             return None
         measured, limit = run.evaluation, config.evaluate.batches
         result = measure_with_progress(measured.evaluator, measured.sequences, measured.unigram, step, limit)
-        write_json(folder / "evaluation.json", result)
+        write_json(folder / "evaluation.json", result.to_dict())
         beginnings = _beginnings(run)
         samples = write_samples(run.model, run.corpus.tokenizer, beginnings)
     before = next((r["losses"] for r in read_metrics(folder) if r["kind"] == "evaluate" and r["step"] == 0), None)
     print("\nHeld-out loss in nats per token\n")
-    print(quality_table(result["unigram"], result["losses"], before, result["tokens"]))
+    print(quality_table(result.unigram, result.losses, before, result.tokens))
     print("\nLoss of a domain's text (row) under a domain's experts (column)\n")
-    print(matrix_table(result["matrix"]))
+    print(matrix_table(result.matrix))
     for domain, (prompt, text) in samples.items():
         print(f"\n--- {domain}: a held-out beginning ▸ and what the model writes on\n")
         print(printable_lines(f"{prompt}▸{text}"))

@@ -12,7 +12,7 @@ from types import FrameType
 @contextmanager
 def sigterm_as_ctrl_c() -> Iterator[None]:
     """Let SIGTERM raise KeyboardInterrupt, so that it ends a preparation as Ctrl-C does: cleaned up and said."""
-    if not _may_handle():
+    if not may_handle_signals():
         yield
         return
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -39,7 +39,7 @@ class StopSignalListener:
         return self.signal_name is not None
 
     def __enter__(self) -> StopSignalListener:
-        if _may_handle():
+        if may_handle_signals():
             for signal_number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[signal_number] = signal.signal(signal_number, self._on_signal)
         return self
@@ -66,7 +66,7 @@ def signals_held() -> Iterator[None]:
 
     A C++ module that is interrupted while it loads reports a failed import instead of the interruption.
     """
-    if not _may_handle():
+    if not may_handle_signals():
         yield
         return
     came: list[int] = []
@@ -89,6 +89,6 @@ def signals_held() -> Iterator[None]:
             signal.raise_signal(came[0])
 
 
-def _may_handle() -> bool:
-    # Python delivers signals to the main thread only; elsewhere the embedding program decides.
+def may_handle_signals() -> bool:
+    """Whether this thread may handle signals: the main thread; in others the program that they belong to decides."""
     return threading.current_thread() is threading.main_thread()

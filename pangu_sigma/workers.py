@@ -14,15 +14,19 @@ from tempfile import TemporaryDirectory
 from typing import NoReturn
 
 from pangu_sigma.checkpoint import Checkpoint, resolve
+from pangu_sigma.checkpoint.folder_layout import CONFIG
 from pangu_sigma.checkpoint.folder_locks import lock_run_folder
 from pangu_sigma.config import Config
 from pangu_sigma.config.load_config import config_from_dict
 from pangu_sigma.errors import INTERRUPTED, USER_ERROR, UserError
+from pangu_sigma.monitor.progress import is_progress_shown
+from pangu_sigma.monitor.result_files import write_text
 from pangu_sigma.trained_model import run_of, stored_config
 from parallel.comm.launch import WATCHED, Launch, end_with_launcher
 from parallel.comm.processes import LaunchEnvironment, Processes
 from parallel.comm.watchdog import Watchdog
 
+_ERROR = "error.txt"  # in the folder of a launch: the sentence by which rank 0 ended
 FOLDER = "workers"  # in the run's folder: logs, and the files by which processes know of each other
 TAKEN = "another job of several processes works in"
 
@@ -60,7 +64,7 @@ def processes_of(config: Config, folder: Path) -> Processes:
         if started is None:
             how = f"start {mesh.size} processes with msrun (docs/cluster.md), or emulate the mesh with --emulate-mesh"
             if config.run.device == "CPU":
-                how = f"add --workers {mesh.size}, or start as many with msrun"
+                how = f"set parallel.workers={mesh.size} (--workers {mesh.size}), or start as many with msrun"
             raise UserError(f"parallel makes {counted}: {how}")
         raise UserError(
             f"{size} processes were started, but parallel makes {counted}: start {mesh.size}, or change parallel.data "
@@ -82,7 +86,7 @@ def is_worker() -> bool:
     return os.environ.get("MS_ROLE") == "MS_WORKER"
 
 
-def launch_on_model(words: Sequence[str], workers: int, model: Path) -> int:
+def launch_on_model(words: Sequence[str], workers: int, model: Path) -> str:
     """`launch` for a job on a run, whose folder takes the logs, or on a model that stands alone."""
     checkpoint = resolve(model)
     with_workers_for(checkpoint, workers)  # a mesh that does not divide the model shows before anything is started
@@ -109,31 +113,48 @@ def with_workers_for(checkpoint: Checkpoint, workers: int) -> Config:
     return with_workers(config_from_dict(values, str(checkpoint.path)), workers)
 
 
-def launch(words: Sequence[str], workers: int, folder: Path) -> int:
-    """Run `pangu-sigma WORDS --workers N` in N processes; their logs go to `folder`. Returns the exit code.
+def launch(words: Sequence[str], workers: int, folder: Path, config: Config | None = None) -> str:
+    """Run `pangu-sigma WORDS --workers N` in N processes; returns what the first one wrote to standard output.
 
-    Raises UserError naming the rank where one failed, and where another job of several processes has the folder.
+    Logs go to `folder`, and so does `config`, whose file then follows the first of the words. Raises UserError with
+    what rank 0 ended by or naming another rank that failed, and where another job of several processes has the folder;
+    KeyboardInterrupt where it was interrupted.
     """
-    command = [sys.executable, "-m", "pangu_sigma", *words, "--workers", str(workers)]
-    with lock_run_folder(folder, TAKEN), Launch(command, workers, folder) as job:
-        ended = job.wait()
+    first, *others = words
+    written = [] if config is None else [str(folder / CONFIG)]
+    command = [sys.executable, "-m", "pangu_sigma", first, *written, *others, "--workers", str(workers)]
+    with lock_run_folder(folder, TAKEN):
+        (folder / _ERROR).unlink(missing_ok=True)
+        if config is not None:
+            write_text(folder / CONFIG, config.to_yaml())
+        with Launch(command, workers, folder, quiet=not is_progress_shown()) as job:
+            ended = job.wait()
         if ended.failed_rank is None:
             if any(ended.codes):
                 raise UserError(f"the processes lost each other: see {job.folder}; continue with --resume")
-            return 0
+            return job.results.read_text(encoding="utf-8")
         rank, code = ended.failed_rank, ended.codes[ended.failed_rank]
-        if code in (USER_ERROR, INTERRUPTED) and rank == 0:
-            return code  # it said why on this terminal
-        last_line = _last_line(job.log(rank)) if rank else ""
         if code == USER_ERROR:
-            sentence = last_line.removeprefix("Error: ")
+            sentence = _last_line(job.log(rank) if rank else folder / _ERROR).removeprefix("Error: ")
+            if rank == 0:
+                raise UserError(sentence)
             named = sentence if sentence.startswith(f"rank {rank} ") else f"rank {rank}: {sentence}"
             raise UserError(f"{named} ({job.log(rank)})")
-        if ended.received_signal is not None:
-            return INTERRUPTED
+        if ended.received_signal is not None or (rank == 0 and code == INTERRUPTED):
+            raise KeyboardInterrupt
+        last_line = _last_line(job.log(rank)) if rank or job.quiet else ""
         log_end = f"; its log {job.log(rank)} ends: {last_line}" if last_line and code > 0 else ""
-        saved = "; what the training had saved is whole: continue with --resume" if words[0] == "train" else ""
+        saved = "; what the training had saved is whole: continue with --resume" if first == "train" else ""
         raise UserError(f"rank {rank} of {workers} {ended.cause}, so all processes were stopped{saved}{log_end}")
+
+
+def leave_to_launcher(sentence: str) -> bool:
+    """Leave the sentence by which this process ends to whoever launched it; False unless it is rank 0 of a `launch`."""
+    folder = os.environ.get(WATCHED)
+    if folder is None or os.environ.get("RANK_ID") != "0":
+        return False
+    write_text(Path(folder) / _ERROR, sentence)
+    return True
 
 
 def _last_line(log: Path) -> str:

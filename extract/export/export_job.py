@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,14 +19,26 @@ from rre.router_specs import ROUTER_SPECS
 _SMALL_FILES = 16 << 20  # everything but weights and tokenizer
 
 
+@dataclass(frozen=True)
+class Export:
+    """A model that was written for another program: its folder, and sentences on what its user should know."""
+
+    path: Path
+    format: str
+    messages: tuple[str, ...]
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
 def export(
     model: str | Path,
     out: str | Path,
     format_: str,
     domains: Sequence[str] | None = None,
     options: Options | None = None,
-) -> list[str]:
-    """Write the model of a run, checkpoint or model folder to the new folder `out`; returns what there is to say.
+) -> Export:
+    """Write the model of a run, checkpoint or model folder to the new folder `out`.
 
     `domains`: whose experts go along, None for all. Raises UserError for a mistake, before anything is written where
     that can be known.
@@ -42,7 +54,8 @@ def export(
     needed = writer.weight_bytes(source, options) + len(source.tokenizer.model) + _SMALL_FILES
     with disk_write.explain_errors(), atomic_folder(final) as folder:
         disk_write.check_space([needed], 0)
-        return writer.write(source, folder, options)
+        messages = writer.write(source, folder, options)
+    return Export(Path(out), format_, tuple(messages))
 
 
 def _check_options(format_: str, options: Options) -> None:

@@ -224,6 +224,8 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
                 "use the newer program that wrote it"
             )
         return Manifest.model_validate_json(_without_hash(text))
+    except CheckpointError:
+        raise
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -44,17 +44,26 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
+            _say(f"Error: {' '.join(str(error).split())}")
             raise typer.Exit(USER_ERROR) from error
         except OSError as error:
             if error.errno not in _DISK_ERRORS:
                 raise
-            path = error.filename or "a file"
-            typer.echo(f"Error: {path}: {error.strerror}: mend that, or name another place", err=True)
+            _say(f"Error: {error.filename or 'a file'}: {error.strerror}: mend that, or name another place")
             raise typer.Exit(USER_ERROR) from error
         except KeyboardInterrupt as error:
-            typer.echo("Interrupted.", err=True)
+            _say("Interrupted.")
             raise typer.Exit(INTERRUPTED) from error
+
+
+def _say(sentence: str) -> None:
+    """Say by what the command ends; of several processes of one command, whoever started them says it."""
+    if os.environ.get("MS_ROLE") == "MS_WORKER":
+        from pangu_sigma.workers import leave_to_launcher
+
+        if leave_to_launcher(sentence):
+            return
+    typer.echo(sentence, err=True)
 
 
 def _new_application() -> typer.Typer:

@@ -154,11 +154,15 @@ def add(
     Without --steps the run's plan stays as it is: steps ahead draw the new domain by its --weight, unless their phase
     names its own weights. No other domain's file changes by a byte.
     """
+    from pangu_sigma.config.domain_edits import plan_follow_up
     from pangu_sigma.domains.add_domain import NewDomain, add_domain, add_model
 
-    if steps is None and (shared is not SharedTraining.frozen or replay or output or l2 or ewc):
-        raise UserError("--shared, --output, --l2, --ewc and --replay say how it trains: say for how long with --steps")
-    plan = (steps, shared, replay, _held_by(shared, output, l2, ewc, through))
+    regularise = {"output": output, "l2": l2, "ewc": ewc, "through": through.value}
+
+    def follow_up_of(own: str) -> FollowUpTraining | None:
+        return plan_follow_up(own, steps, shared.value, replay, regularise)
+
+    follow_up_of(name or "")  # what has no effect is refused first
     if model is not None:
         if data:
             raise UserError(
@@ -170,10 +174,6 @@ def add(
                     f"--{option.replace('_', '-')} says how a new domain is made, but --model brings one that is: "
                     "leave it out"
                 )
-
-        def follow_up_of(own: str) -> FollowUpTraining | None:
-            return _follow_up(own, *plan)
-
         done = add_model(run, model, domain, name=name, weight=weight, follow_up_of=follow_up_of, out=out)
         name = done.checkpoint.domains[-1]
     else:
@@ -182,7 +182,7 @@ def add(
         if domain is not None:
             raise UserError("--domain chooses a domain of --model: leave it out, or name the model")
         new_domain = NewDomain(name, tuple(data), experts, init, text_field, weight, filters.value, stars_field)
-        done = add_domain(run, new_domain, follow_up=_follow_up(name, *plan), out=out)
+        done = add_domain(run, new_domain, follow_up=follow_up_of(name), out=out)
     _print_result(done, f"{name} added")
 
 
@@ -298,27 +298,6 @@ def merge(
     from pangu_sigma.domains.merge_models import merge_models
 
     _print_result(merge_models(models, out), f"{len(models)} models merged")
-
-
-def _held_by(
-    shared: SharedTraining, output: float, l2: float, ewc: float, through: ComparedDomains
-) -> dict[str, float | str] | None:
-    given = {"output": output, "l2": l2, "ewc": ewc}
-    if shared is not SharedTraining.regularised:
-        if any(given.values()):
-            raise UserError("--output, --l2 and --ewc hold the shared parameters: add --shared regularised")
-        return None
-    if not any(given.values()):
-        raise UserError("--shared regularised needs to know by what: give --output, --l2 or --ewc a weight above 0")
-    return {**given, "through": through.value}
-
-
-def _follow_up(
-    name: str, steps: int | None, shared: SharedTraining, replay: float, regularise: dict[str, float | str] | None
-) -> FollowUpTraining | None:
-    from pangu_sigma.config.domain_edits import FollowUpTraining
-
-    return None if steps is None else FollowUpTraining(name, steps, shared.value, replay, regularise)
 
 
 def _print_result(done: EditResult, what: str) -> None:

@@ -83,25 +83,18 @@ def evaluate(
         return
     if top != 1 or prior is not Prior.uniform:
         raise UserError("--top and --prior say how a domain is inferred: add --domain auto")
-    if workers is not None and workers > 1:
-        from pangu_sigma.workers import is_worker, launch_on_model
-
-        if not is_worker():
-            limit = ["--batches", str(batches)] if batches else []
-            words = ["evaluate", str(model), *(["--json"] if as_json else []), *limit]
-            raise typer.Exit(launch_on_model(words, workers, model))
-    from pangu_sigma.evaluation.domain_evaluation import evaluate as measure
+    from pangu_sigma.evaluation.evaluation_job import evaluate as measure
 
     result = measure(model, batches, workers or 1)
     if result is None:
         return  # another process says it
     if as_json:
-        typer.echo(json.dumps(result, ensure_ascii=False, indent=2))
+        typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, indent=2))
         return
     from pangu_sigma.monitor.text_tables import matrix_table, quality_table
 
-    typer.echo(quality_table(result["unigram"], result["losses"]))
-    typer.echo("\n" + matrix_table(result["matrix"]))
+    typer.echo(quality_table(result.unigram, result.losses))
+    typer.echo("\n" + matrix_table(result.matrix))
 
 
 def analyze(

@@ -9,7 +9,6 @@ import typer
 
 from extract.export.export_formats import FORMATS, Options, takers
 from pangu_sigma.cli.arguments import ModelPath
-from pangu_sigma.cli.extract_command import parse_size
 
 
 def export(
@@ -63,8 +62,9 @@ def export(
 ) -> None:
     """Export a model to another program's format, with its tokenizer."""
     from extract.export.export_job import export as write
+    from pangu_sigma.checkpoint.file_size import parse_size
 
     options = Options(dtype, parse_size(max_shard_size), batch_size, signature, capacity_factor)
-    for sentence in write(model, out, format_, domain, options):
+    for sentence in write(model, out, format_, domain, options).messages:
         typer.echo(sentence)
     typer.echo(out)

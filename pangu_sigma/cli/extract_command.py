@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,10 +14,6 @@ from pangu_sigma.errors import UserError
 
 if TYPE_CHECKING:
     from extract.extraction_plan import ExtractionPlan
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
 
 def extract(
     model: ModelPath,
@@ -62,6 +57,7 @@ def extract(
         raise UserError("--out is missing: name a folder for the sub-model, or use --dry-run")
     from extract.extraction_job import extract as run
     from extract.extraction_job import plan
+    from pangu_sigma.checkpoint.file_size import parse_size
 
     shard = parse_size(max_shard_size) if max_shard_size is not None else None
     cut = plan(model, domain, out, dtype=dtype, max_shard_bytes=shard, fold=fold)
@@ -69,22 +65,12 @@ def extract(
         _print_plan(cut, as_json)
         return
     extracted = run(cut, out, check=check)
-    from extract.extraction_summary import summary, summary_text
+    if as_json:
+        typer.echo(json.dumps(extracted.to_dict(), ensure_ascii=False, indent=2))
+    else:
+        from extract.extraction_summary import summary_text
 
-    typer.echo(
-        json.dumps(summary(extracted), ensure_ascii=False, indent=2) if as_json else summary_text(extracted, out)
-    )
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `500MB`, `4GiB`, `1000000`. Raises UserError."""
-    parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", text.strip().upper())
-    size = 0
-    if parts is not None and not (parts[3] and not parts[2]):
-        size = int(float(parts[1]) * (_BINARY if parts[3] else _UNITS)[parts[2]])
-    if size < 1:
-        raise UserError(f"--max-shard-size {text} is no size: write it like 500MB, 4GiB or 1000000")
-    return size
+        typer.echo(summary_text(extracted, out))
 
 
 def _list(model: Path, as_json: bool) -> None:

@@ -37,16 +37,10 @@ def train(
     config = load_config(file, [*overrides, *stream_overrides(stream, domain, domain_field)])
     if emulate_mesh:
         workers = workers or config.parallel.mesh.size
-    if workers is not None or config.parallel.workers > 1:
-        from pangu_sigma.workers import FOLDER, is_worker, launch, with_workers
+    if workers is not None:
+        from pangu_sigma.workers import with_workers
 
-        config = with_workers(config, workers or config.parallel.workers)
-        if config.parallel.workers > 1 and not is_worker():
-            from pangu_sigma.training.startup.starting_point import check_before_launch
-
-            check_before_launch(config, resume)
-            words = ["train", str(file), *overrides, *(["--resume"] if resume else [])]
-            raise typer.Exit(launch(words, config.parallel.workers, Path(config.run.dir) / FOLDER))
+        config = with_workers(config, workers)
     from pangu_sigma.training.job import train as run_training
 
     run_training(config, resume=resume)

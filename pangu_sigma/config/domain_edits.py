@@ -42,6 +42,25 @@ class FollowUpTraining:
             )
 
 
+def plan_follow_up(
+    name: str, steps: int | None, shared: str, replay: float, regularise: Mapping[str, Any] | None
+) -> FollowUpTraining | None:
+    """The training that follows an edit, None without `steps`. Raises UserError for settings that have no effect."""
+    weights = {} if regularise is None else dict(regularise)
+    is_held = any(weights.get(term) for term in ("output", "l2", "ewc"))
+    if steps is None:
+        if shared != "frozen" or replay or is_held:
+            raise UserError(
+                "--shared, --output, --l2, --ewc and --replay say how it trains: say for how long with --steps"
+            )
+        return None
+    if is_held and shared != "regularised":
+        raise UserError("--output, --l2 and --ewc hold the shared parameters: add --shared regularised")
+    if not is_held and shared == "regularised":
+        raise UserError("--shared regularised needs to know by what: give --output, --l2 or --ewc a weight above 0")
+    return FollowUpTraining(name, steps, shared, replay, weights if is_held else None)
+
+
 def checked(values: dict[str, Any], source: str) -> Config:
     """The changed configuration. A mesh that does not hold the changed domains is left out of `values`: whoever trains
     on names another. Raises UserError for whatever else is wrong."""

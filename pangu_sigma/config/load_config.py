@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from pangu_sigma.config.data_section import STANDARD_INPUT
-from pangu_sigma.config.overrides import apply_overrides
+from pangu_sigma.config.overrides import apply_overrides, override_texts, plain_values
 from pangu_sigma.config.rules import violations
 from pangu_sigma.config.schema import Config
 from pangu_sigma.config.schema_versions import SCHEMA_VERSION, refuse_old_file, refuse_old_folder
@@ -20,9 +20,12 @@ from pangu_sigma.config.validation_messages import Problem, problems_of, shown
 from pangu_sigma.config.yaml_text import parse_yaml
 from pangu_sigma.errors import UserError
 
+Overrides = Mapping[str, Any] | Iterable[str]
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """The effective configuration of a YAML file with `section.key=value` overrides applied.
+
+def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Overrides = ()) -> Config:
+    """The effective configuration of a YAML file, or of the mapping that such a file holds, with overrides applied:
+    `{"train.steps": 100, "domains.code.experts": 8}`, or texts as on the command line, `["train.steps=100"]`.
 
     Effective means: nothing is left to be looked up. Presets are filled in, relative paths (taken from the current
     folder) are absolute, and what null took from another key is written out: data.cache, schedule.decay_steps, the
@@ -30,13 +33,17 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
     Raises UserError with one sentence: file (or override), key, what was written and what is allowed.
     """
-    return load_values(read_values(Path(path)), str(path), overrides)
+    if isinstance(source, Config):
+        source = source.to_dict()
+    if isinstance(source, Mapping):
+        return load_values(plain_values(source, "the configuration"), "the configuration", overrides)
+    return load_values(read_values(Path(source)), str(source), overrides)
 
 
-def load_values(values: dict[str, Any], source: str, overrides: Iterable[str] = ()) -> Config:
+def load_values(values: dict[str, Any], source: str, overrides: Overrides = ()) -> Config:
     """`load_config` of the mapping that the file `source` holds; the overrides change it."""
     refuse_old_file(values, source)
-    applied = apply_overrides(values, overrides)
+    applied = apply_overrides(values, override_texts(overrides))
 
     def blame(key: str) -> str:
         for override in reversed(applied):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike, fspath
 from typing import Any, NamedTuple
 
 import yaml
@@ -12,6 +13,39 @@ from pangu_sigma.config.key_descriptions import section_at
 from pangu_sigma.config.validation_messages import unknown_key
 from pangu_sigma.config.yaml_text import parse_yaml
 from pangu_sigma.errors import UserError
+
+
+def override_texts(overrides: Mapping[str, Any] | Iterable[str]) -> list[str]:
+    """Overrides as the command line has them, `section.key=value`, of such texts or of a mapping from keys to Python
+    values: numbers (NumPy's too), texts, paths, None, lists and mappings of them. Raises UserError."""
+    if isinstance(overrides, str):
+        raise UserError(f"the overrides are one text, '{overrides}': give a mapping, {{'train.steps': 100}}, or a list")
+    if not isinstance(overrides, Mapping):
+        return list(overrides)
+    return [f"{key}={_json(value, f'the override of {key}')}" for key, value in overrides.items()]
+
+
+def plain_values(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """A configuration that was made in Python, as a YAML file would give it; not yet checked. Raises UserError."""
+    return json.loads(_json(dict(values), source))
+
+
+def _json(value: Any, source: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, default=_plain_value)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{source} holds what no configuration can hold ({error}): give numbers, texts, lists and mappings"
+        ) from error
+
+
+def _plain_value(value: Any) -> Any:
+    """What JSON has in the place of a path, an array or scalar of NumPy."""
+    if isinstance(value, PathLike):
+        return fspath(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(repr(value))
 
 
 class Override(NamedTuple):

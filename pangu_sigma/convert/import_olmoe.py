@@ -130,6 +130,8 @@ def _tokenizer(source: Path, settings: OlmoeImportSettings, eod_id: int):
         raise UserError(f"the tokenizer {path} cannot be read: give --tokenizer, and its --tokenizer-kind") from error
     try:
         return tokenizer_class(settings.tokenizer_kind)(model, eod_id=eod_id, origin=str(path))
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"the end-of-document id {eod_id} is no id of the tokenizer {path}: give --eod-id") from error
 

@@ -153,6 +153,8 @@ def _tokenizer(settings: PanguAlphaImportSettings) -> Tokenizer:
         raise UserError(f"--tokenizer {settings.tokenizer} cannot be read: give the path of vocab.model") from error
     try:
         return kind(model, eod_id=settings.eod_id, origin=str(settings.tokenizer))
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"--eod-id {settings.eod_id} is no id of the tokenizer: leave it out or correct it") from error
 

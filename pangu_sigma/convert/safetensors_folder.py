@@ -100,6 +100,8 @@ def _header(path: Path) -> dict[str, StoredTensor]:
             if not 2 <= length <= min(_MAX_HEADER, size - 8):
                 raise damaged
             entries = json.loads(stream.read(length))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): fetch the folder again") from error
     except ValueError as error:
@@ -117,6 +119,8 @@ def _header(path: Path) -> dict[str, StoredTensor]:
             if min(shape, default=1) < 0 or begin < 0 or end - begin != expected or 8 + length + end > size:
                 raise damaged
             tensors[name] = StoredTensor(path, dtype, shape, 8 + length + begin)
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise damaged from error
     return tensors

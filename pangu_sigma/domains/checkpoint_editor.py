@@ -46,7 +46,7 @@ from rre.router_specs import routers_that
 
 @dataclass(frozen=True)
 class EditResult:
-    """A change that stands: the checkpoint, its configuration, and whether it lies in a run that can go on.
+    """A change that stands: the checkpoint, its configuration, and the run that it lies in, None where it stands alone.
 
     lost_mesh: whether the model's mesh does not hold the changed domains, so that its configuration names none.
     """
@@ -55,6 +55,24 @@ class EditResult:
     config: Config
     run_dir: Path | None
     lost_mesh: bool = False
+
+    def __fspath__(self) -> str:
+        return str(self.run_dir or self.checkpoint.path)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains that the model has now."""
+        return self.checkpoint.domains
+
+    @property
+    def config_file(self) -> Path:
+        """The configuration's file, by which training goes on with `resume`."""
+        return Path(self) / folder_layout.CONFIG
+
+    @property
+    def steps_ahead(self) -> int:
+        """Steps that the plan has left."""
+        return self.config.train.steps - self.checkpoint.step
 
 
 @dataclass

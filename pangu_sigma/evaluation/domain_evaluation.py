@@ -16,6 +16,7 @@ from pangu_sigma import runtime
 from pangu_sigma.checkpoint import resolve
 from pangu_sigma.data.packed_sequences import HeldoutSequences
 from pangu_sigma.errors import UserError
+from pangu_sigma.evaluation.evaluation_result import DomainEvaluation
 from pangu_sigma.model.batch_planner import BatchPlanner
 from pangu_sigma.model.forward_pass import ForwardPass, WeightedLoss
 from pangu_sigma.model.model import Model
@@ -107,8 +108,8 @@ def measure(
     step: int,
     limit: int | None = None,
     advance: Advance | None = None,
-) -> dict:
-    """Measure every domain and group; JSON-able figures: step, losses, perplexity, unigram, matrix, tokens by domain.
+) -> DomainEvaluation:
+    """Measure every domain and group.
 
     `limit` batches per text and group, None for all held-out text; `advance(1)` is called after each.
     """
@@ -118,14 +119,14 @@ def measure(
         name: evaluator.batches(sequences, limit) * evaluator.batch_size * sequences.sequence_length
         for name, sequences in heldout.items()
     }
-    return {
-        "step": step,
-        "losses": losses,
-        "perplexity": {name: math.exp(min(loss, 700.0)) for name, loss in losses.items()},
-        "unigram": dict(unigram),
-        "matrix": matrix,
-        "tokens": {name: min(sequences.tokens, most[name]) for name, sequences in heldout.items()},
-    }
+    return DomainEvaluation(
+        step=step,
+        losses=losses,
+        perplexity={name: math.exp(min(loss, 700.0)) for name, loss in losses.items()},
+        unigram=dict(unigram),
+        matrix=matrix,
+        tokens={name: min(sequences.tokens, most[name]) for name, sequences in heldout.items()},
+    )
 
 
 def measure_with_progress(
@@ -134,7 +135,7 @@ def measure_with_progress(
     unigram: Mapping[str, float],
     step: int,
     limit: int | None = None,
-) -> dict:
+) -> DomainEvaluation:
     """`measure` behind a progress bar."""
     from pangu_sigma.monitor.progress import progress
 
@@ -143,12 +144,8 @@ def measure_with_progress(
         return measure(evaluator, heldout, unigram, step, limit, job.advance)
 
 
-def evaluate(path: Path, batches: int | None = None, workers: int = 1) -> dict | None:
-    """Measure a run's, checkpoint's or model folder's model on its domains' held-out text; a run keeps the result.
-
-    `batches` per domain and group, None for all held-out text. One of several `workers` measures with the others, and
-    None comes back from all but the first. Raises UserError for anything wrong with `path`.
-    """
+def measure_checkpoint(path: Path, batches: int | None, workers: int) -> DomainEvaluation | None:
+    """`evaluate` in this process, which is one of `workers`; None in all but the first."""
     from pangu_sigma.monitor.result_files import write_json
     from pangu_sigma.workers import processes_of, with_workers_for
 
@@ -172,5 +169,5 @@ def evaluate(path: Path, batches: int | None = None, workers: int = 1) -> dict |
     if not processes.first:
         return None
     if run_dir is not None:
-        write_json(run_dir / "evaluation.json", result)
+        write_json(run_dir / "evaluation.json", result.to_dict())
     return result

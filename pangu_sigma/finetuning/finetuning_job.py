@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,10 +14,13 @@ from pangu_sigma.finetuning.finetuning_task import ExampleTask
 from pangu_sigma.signals import sigterm_as_ctrl_c
 from pangu_sigma.trained_model import stored_config
 from pangu_sigma.training.job import open_run
+from pangu_sigma.training.training_result import TrainingResult
 
 
-def adapt(model: Path, file: Path, objective: str, overrides: tuple[str, ...] = (), resume: bool = False) -> Path:
-    """Fine-tune `model` (a run, checkpoint or model folder) as the YAML `file` says; return the new run's folder.
+def adapt(
+    model: Path, file: Path, objective: str, overrides: Sequence[str] = (), resume: bool = False
+) -> TrainingResult:
+    """Fine-tune `model` (a run, checkpoint or model folder) as the YAML `file` says.
 
     `objective`: sft or dpo. A run that resumes takes what it is from its own checkpoint; `model` then only has to be
     there where it is the frozen reference. Raises UserError.
@@ -26,10 +30,10 @@ def adapt(model: Path, file: Path, objective: str, overrides: tuple[str, ...] = 
     check_one_process(config, "set parallel={}")
     with sigterm_as_ctrl_c(), open_run(config, resume, make_task=partial(ExampleTask, named=model)) as run:
         run.train()
-    return Path(config.run.dir)
+    return TrainingResult.of(config.run.dir)
 
 
-def _base(model: Path, file: Path, overrides: tuple[str, ...], resume: bool) -> tuple[Config, str]:
+def _base(model: Path, file: Path, overrides: Sequence[str], resume: bool) -> tuple[Config, str]:
     """The configuration that the file lies over, and the path of the model to begin with."""
     folder = run_dir_of(file, overrides)
     if resume and folder is not None:

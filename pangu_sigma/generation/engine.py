@@ -23,11 +23,16 @@ import numpy as np
 
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
-from pangu_sigma.generation.domain_inference import token_log_probabilities
+from pangu_sigma.generation.domain_inference import posteriors, token_log_probabilities
 from pangu_sigma.generation.domain_mixture import DomainInference, DomainMixture
 from pangu_sigma.generation.request import AUTO, Event, Request, Score, pick_domain
 from pangu_sigma.generation.sampling import likeliest, log_softmax, sample_token
 from pangu_sigma.generation.text_stream import TextStream
+
+_NOT_FINITE = (
+    "the experts of {} compute numbers that are not finite for this text; the training of the model's weights "
+    "diverged: take an earlier checkpoint"
+)
 
 
 class Decoder(Protocol):
@@ -255,16 +260,33 @@ class Engine:
         """Indices of the domains that write the answer, none if none can; an inferred one gets its mixture."""
         if not self._is_inferred(state.request):
             return (self.domains.index(state.request.domain),)
+        log_likelihoods, able = self._log_likelihoods(documents)
+        if not able.any():
+            return ()
+        state.mixture = self.domain_inference.begin(log_likelihoods, able)
+        return state.mixture.members
+
+    def domain_probabilities(self, ids: Sequence[int]) -> dict[str, float]:
+        """P(domain | text) of the domains that a text may belong to, all equally likely before; of its last document
+        the end within the window counts. Raises UserError where no domain's numbers are finite."""
+        *before, document = self._documents(tuple(ids))
+        log_likelihoods, able = self._log_likelihoods([*before, document[-self.window :]])
+        if not able.any():
+            raise UserError(_NOT_FINITE.format("all domains"))
+        candidates = self.domain_inference.candidates
+        shares = posteriors(log_likelihoods, able / able.sum())[:, -1]
+        return {self.domains[domain]: float(share) for domain, share in zip(candidates, shares, strict=True)}
+
+    def _log_likelihoods(self, documents: list[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
+        """Log-likelihood [G, n - 1] of every token of the `_evidence` but the first under each candidate's experts, and
+        whether that one's numbers are finite [G]."""
         ids, logits = self._evidence(documents)
         log_likelihoods, able = [], []
         for rows in logits:
             # A domain whose numbers are not finite writes nothing, so no text is its own.
             able.append(bool(np.isfinite(rows).all()))
             log_likelihoods.append(token_log_probabilities(rows[:-1], ids[1:]) if able[-1] else np.zeros(ids.size - 1))
-        if not any(able):
-            return ()
-        state.mixture = self.domain_inference.begin(np.stack(log_likelihoods), np.array(able))
-        return state.mixture.members
+        return np.stack(log_likelihoods), np.array(able)
 
     def _evidence(self, documents: list[tuple[int, ...]]) -> tuple[np.ndarray, Iterator[np.ndarray]]:
         """Ids [n] of a prompt's last document and the one before it, whose end predicts its first token; and the logits
@@ -345,11 +367,7 @@ class Engine:
 def _not_finite(state: _RequestState) -> Event:
     """The last event of a request whose logits are not finite."""
     whose = "its domains" if state.request.domain == AUTO else state.request.domain
-    message = (
-        f"the experts of {whose} compute numbers that are not finite for this text; the training of "
-        "the model's weights diverged: take an earlier checkpoint"
-    )
-    return Event(state.request_id, None, finish="error", error=message)
+    return Event(state.request_id, None, finish="error", error=_NOT_FINITE.format(whose))
 
 
 def _scores(request: Request, logits: np.ndarray) -> tuple[Score, ...]:

@@ -1,9 +1,12 @@
-"""Progress of long jobs on stderr: a bar on a terminal, plain lines now and then anywhere else.
+"""Progress of long jobs on stderr: a bar on a terminal, one in the page of a notebook, plain lines now and then
+anywhere else; and nothing at all where the caller's `progress_shown` says so.
 
 Results belong on stdout; nothing here writes there. Only one of these objects may be open at a time; a job within a
 training run is opened by `TrainingProgress.job`, which draws under the run's bar.
 """
 
+import html
+import logging
 import math
 import os
 import sys
@@ -11,11 +14,37 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TextIO
 
 from pangu_sigma.monitor.printable_text import compact, duration, printable, printable_lines
 
 Clock = Callable[[], float]
+
+# Of a thread, not of the process: a job that is shown may run beside one that is not.
+_shown: ContextVar[bool] = ContextVar("whether progress is shown", default=True)
+
+
+def is_progress_shown() -> bool:
+    """Whether jobs of this thread show their progress and messages."""
+    return _shown.get()
+
+
+@contextmanager
+def progress_shown(shown: bool) -> Iterator[None]:
+    """Show what jobs within the block tell of their progress, or hide it; messages then go to the logger `pangu_sigma`
+    as information."""
+    before = _shown.set(shown)
+    try:
+        yield
+    finally:
+        _shown.reset(before)
+
+
+def report(message: str) -> None:
+    """Say one thing outside of any job: a line on stderr, or where progress is hidden, of the logger."""
+    screen = PlainLines(sys.stderr, time.monotonic) if _shown.get() else Hidden()
+    screen.say(message)
 
 
 class Pace:
@@ -177,6 +206,78 @@ class Bars:
         self._progress.stop()
 
 
+class NotebookBars:
+    """In a notebook: one output under the cell, drawn anew while jobs go on; the last lines stand above the bars."""
+
+    LEAST_GAP, LINES = 0.2, 20
+
+    def __init__(self, clock: Clock) -> None:
+        from IPython.display import display
+
+        self._clock, self._drawn = clock, -math.inf
+        self._jobs: list[Job] = []
+        self._lines: deque[str] = deque(maxlen=self.LINES)
+        self._output = display(self, display_id=True)
+
+    def watch(self, job: Job, last_line: bool = False) -> Callable[[], None]:
+        """Draw a bar for the job (which shows its last state anyway); returns what takes it away."""
+        self._jobs.append(job)
+        job.on_change(lambda _: self._draw())
+
+        def remove() -> None:
+            self._jobs.remove(job)
+            self._draw(at_once=True)
+
+        return remove
+
+    def say(self, message: str) -> None:
+        """Print a line above the bars."""
+        self._lines.append(printable_lines(message))
+        self._draw(at_once=True)
+
+    def close(self) -> None:
+        """Draw the last state."""
+        self._draw(at_once=True)
+
+    def _draw(self, at_once: bool = False) -> None:
+        now = self._clock()
+        if at_once or now - self._drawn >= self.LEAST_GAP:
+            self._drawn = now
+            self._output.update(self)
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        lines = list(self._lines)
+        bars = [
+            f"<div><progress value='{job.done}' max='{job.total}'></progress> {html.escape(job.line())}</div>"
+            if job.total
+            else f"<div>{html.escape(job.line())}</div>"
+            for job in self._jobs
+        ]
+        text = html.escape("\n".join(lines))
+        return {
+            "text/plain": "\n".join([*lines, *(job.line() for job in self._jobs)]),
+            "text/html": (f"<pre style='margin:0'>{text}</pre>" if text else "") + "".join(bars),
+        }
+
+
+class Hidden:
+    """Where nobody asked for progress: messages go to the logger, bars nowhere."""
+
+    def watch(self, job: Job, last_line: bool = False) -> Callable[[], None]:
+        """Nothing is drawn."""
+        return lambda: None
+
+    def say(self, message: str) -> None:
+        """Log the message."""
+        logging.getLogger("pangu_sigma").info("%s", message)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+Screen = Bars | NotebookBars | PlainLines | Hidden
+
+
 class TrainingProgress:
     """The one bar of a training run: step, loss, tokens per second, remaining time. A context manager.
 
@@ -189,7 +290,7 @@ class TrainingProgress:
     ) -> None:
         self._file, self._clock = file, clock
         self._job = Job("training", total_steps, "steps", start_step, clock)
-        self._screen: Bars | PlainLines | None = None
+        self._screen: Screen | None = None
 
     def __enter__(self) -> "TrainingProgress":
         self._screen = _screen(self._file, self._clock)
@@ -248,8 +349,18 @@ def progress(
         screen.close()
 
 
-def _screen(file: TextIO | None, clock: Clock) -> Bars | PlainLines:
+def _screen(file: TextIO | None, clock: Clock) -> Screen:
+    if file is None:
+        if not _shown.get():
+            return Hidden()
+        if _in_notebook():
+            return NotebookBars(clock)
+        file = sys.stderr
     # Asked of the file itself: rich would take FORCE_COLOR for a terminal and draw bars into a log.
-    file = file if file is not None else sys.stderr
     interactive = file.isatty() and os.environ.get("TERM") not in (None, "", "dumb", "unknown")
     return Bars(file) if interactive else PlainLines(file, clock)
+
+
+def _in_notebook() -> bool:
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and type(ipython.get_ipython()).__name__ == "ZMQInteractiveShell"

@@ -22,6 +22,7 @@ from pangu_sigma.checkpoint import resolve
 from pangu_sigma.errors import INTERRUPTED, UserError
 from pangu_sigma.generation import pick_domain
 from pangu_sigma.generation.domain_inference_settings import DomainInferenceSettings
+from pangu_sigma.monitor.progress import report
 from pangu_sigma.serving.bounded_connection import BoundedConnection
 from pangu_sigma.serving.http_app import create_app
 from pangu_sigma.serving.openai_adapter import OpenAIAdapter
@@ -29,6 +30,7 @@ from pangu_sigma.serving.scheduler import Scheduler
 from pangu_sigma.serving.served_model import ServedModel, StartupProgress
 from pangu_sigma.serving.server_metrics import ServerMetrics
 from pangu_sigma.serving.server_settings import TOKEN_VARIABLE, ServerLimits, ServerSettings
+from pangu_sigma.signals import may_handle_signals
 from pangu_sigma.trained_model import stored_config
 
 # Connections at once, idle ones included; answers are bounded by slots and queue long before. Many systems give a
@@ -38,11 +40,19 @@ _BACKLOG = 1024
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def serve(path: str | Path, settings: ServerSettings, announce: Callable[[str], None] = print) -> None:
+def serve(
+    path: str | Path,
+    settings: ServerSettings,
+    announce: Callable[[str], None],
+    on_start: Callable[[Callable[[], None]], None] = lambda request_stop: None,
+    on_ready: Callable[[str], None] = lambda url: None,
+) -> None:
     """Serve the model of a run or checkpoint folder until SIGTERM or Ctrl-C, then drain and return.
 
-    `announce` gets the one line that names the address. Raises UserError for what the user can mend, before the model
-    is loaded where that is possible; a fault of the engine later ends the server with that exception.
+    `announce` gets the one line that names the address. `on_start` gets a function that stops as a signal does, from
+    any thread; off the main thread, where no signal comes, nothing else does. `on_ready` gets the URL. Raises
+    UserError for what the user can mend, before the model is loaded where that is possible; a fault of the engine
+    later ends the server with that exception.
     """
     if settings.token is not None and not settings.token.strip():
         raise UserError(f"the token is empty; give --token or {TOKEN_VARIABLE} a value, or neither")
@@ -52,13 +62,12 @@ def serve(path: str | Path, settings: ServerSettings, announce: Callable[[str], 
     _check_inference(settings, domains)
     with contextlib.closing(_bind(settings)) as listening:
         if not settings.loopback and settings.token is None:
-            print(
+            report(
                 f"Warning: {settings.host} can be reached from other machines and no token is set: anybody there can "
-                f"use the model; set {TOKEN_VARIABLE} to ask for one",
-                file=sys.stderr,
+                f"use the model; set {TOKEN_VARIABLE} to ask for one"
             )
         model = ServedModel(Path(path), checkpoint, tuple(domains), settings.inference)
-        asyncio.run(_serve(model, settings, listening, announce))
+        asyncio.run(_serve(model, settings, listening, announce, on_start, on_ready))
 
 
 def _check_inference(settings: ServerSettings, domains: list[str]) -> None:
@@ -74,13 +83,16 @@ def _check_inference(settings: ServerSettings, domains: list[str]) -> None:
 
 
 async def _serve(
-    model: ServedModel, settings: ServerSettings, listening: socket.socket, announce: Callable[[str], None]
-) -> None:
+    model: ServedModel, settings: ServerSettings, listening: socket.socket, announce: Callable[[str], None],
+    on_start: Callable[[Callable[[], None]], None], on_ready: Callable[[str], None],
+) -> None:  # fmt: skip
     limits = settings.limits
     metrics = ServerMetrics(model.offered, limits.slots)
+    loop = asyncio.get_running_loop()
     with _signals() as stop:
+        on_start(lambda: None if loop.is_closed() else loop.call_soon_threadsafe(stop.on_signal))
         # 1. Start the engine thread, which loads and compiles, and wait for it or for a signal.
-        print(f"Loading {model.path} …", file=sys.stderr, flush=True)
+        report(f"Loading {model.path} …")
         stopped = asyncio.ensure_future(stop.wait())
         try:
             with StartupProgress() as startup:
@@ -91,9 +103,11 @@ async def _serve(
                     raise _InterruptedStart
                 engine = loading.result()
         except _InterruptedStart:
-            _leave_now("Interrupted.")
+            if stop.by_signal:
+                _leave_now("Interrupted.")
+            return  # the engine thread is a daemon
         if startup.warning:
-            print(f"Warning: {startup.warning}", file=sys.stderr, flush=True)
+            report(f"Warning: {startup.warning}")
         # 2. Listen.
         adapter = OpenAIAdapter(model.offered, engine.tokenizer, engine.window, limits)
         try:
@@ -108,6 +122,7 @@ async def _serve(
         running = asyncio.ensure_future(server.serve(sockets=[listening]))
         failed = asyncio.ensure_future(asyncio.shield(scheduler.failed))
         announce(_startup_line(model, settings, listening, engine.window))
+        on_ready(_url(settings, listening))
         await asyncio.wait({running, stopped, failed}, return_when=asyncio.FIRST_COMPLETED)
         # 4. Drain, then end what still runs, uvicorn and the engine thread.
         if stopped.done() and not failed.done():
@@ -124,16 +139,12 @@ async def _serve(
 async def _drain(scheduler: Scheduler, stop: _Stop, seconds: float) -> None:
     """Let running answers finish, for `seconds` at most or until a second signal."""
     if scheduler.open:
-        print(
-            f"Draining: {scheduler.open} answers still run, {seconds:g} s at most; Ctrl-C again ends them",
-            file=sys.stderr,
-            flush=True,
-        )
+        report(f"Draining: {scheduler.open} answers still run, {seconds:g} s at most; Ctrl-C again ends them")
     drained = asyncio.ensure_future(scheduler.drain(seconds))
     again = asyncio.ensure_future(stop.again.wait())
     await asyncio.wait({drained, again}, return_when=asyncio.FIRST_COMPLETED)
     if not (drained.done() and drained.result()):
-        print(f"Ended {scheduler.open} answers before they were whole", file=sys.stderr, flush=True)
+        report(f"Ended {scheduler.open} answers before they were whole")
     drained.cancel()
     again.cancel()
 
@@ -170,9 +181,10 @@ class _Server(uvicorn.Server):
 
 
 class _Stop:
-    """Stop event: set by the first SIGINT or SIGTERM, `again` by the second."""
+    """Stop event: set by the first SIGINT or SIGTERM, `again` by the second. by_signal: whether signals come here."""
 
-    def __init__(self) -> None:
+    def __init__(self, by_signal: bool) -> None:
+        self.by_signal = by_signal
         self._first = asyncio.Event()
         self.again = asyncio.Event()
 
@@ -187,14 +199,15 @@ class _Stop:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[_Stop]:
-    stop = _Stop()
+    stop = _Stop(by_signal=may_handle_signals())
     loop = asyncio.get_running_loop()
-    for signal_number in _SIGNALS:
+    numbers = _SIGNALS if stop.by_signal else ()
+    for signal_number in numbers:
         loop.add_signal_handler(signal_number, stop.on_signal)
     try:
         yield stop
     finally:
-        for signal_number in _SIGNALS:
+        for signal_number in numbers:
             loop.remove_signal_handler(signal_number)
 
 
@@ -228,9 +241,13 @@ def _leave_now(message: str) -> None:
     os._exit(INTERRUPTED)
 
 
-def _startup_line(model: ServedModel, settings: ServerSettings, listening: socket.socket, window: int) -> str:
+def _url(settings: ServerSettings, listening: socket.socket) -> str:
     host, port = settings.host, listening.getsockname()[1]
-    base = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _startup_line(model: ServedModel, settings: ServerSettings, listening: socket.socket, window: int) -> str:
+    base = _url(settings, listening)
     slots = settings.limits.slots
     return (
         f"Serving {', '.join(model.offered)} of {model.path} at {base}/v1 (page: {base}/), "

@@ -6,7 +6,6 @@ first, then the framework and the other processes, then the model and what compu
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,20 +21,28 @@ from pangu_sigma.config.data_section import STANDARD_INPUT
 from pangu_sigma.data.growing_file import check_source
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.metrics_log import MetricsLog, NoMetrics
+from pangu_sigma.monitor.progress import report
 from pangu_sigma.monitor.result_files import write_json, write_text
 from pangu_sigma.signals import signals_held, sigterm_as_ctrl_c
 from pangu_sigma.trained_model import stored_weights
 from pangu_sigma.training.loop import HeldoutEvaluation, TrainingRun
-from pangu_sigma.training.startup.starting_point import StartingPoint, find_run_checkpoint, resume_from, start_fresh
+from pangu_sigma.training.startup.starting_point import (
+    StartingPoint,
+    check_before_launch,
+    find_run_checkpoint,
+    resume_from,
+    start_fresh,
+)
 from pangu_sigma.training.startup.warnings import describe_differences, describe_placement
 from pangu_sigma.training.streaming_input import StreamingInput
 from pangu_sigma.training.task import TextTask, TrainingTask
-from pangu_sigma.workers import processes_of
+from pangu_sigma.training.training_result import TrainingResult
+from pangu_sigma.workers import FOLDER, is_worker, launch, processes_of, with_workers
 from parallel.comm.processes import Processes
 
 
-def train(config: Config, resume: bool = False) -> Path:
-    """Train as `config` says and return the run's folder.
+def train(config: Config, resume: bool = False) -> TrainingResult:
+    """Train as `config` says: here, or with `parallel.workers` above 1 in as many processes of this machine.
 
     Raises UserError for the user's mistakes and for training that cannot go on.
     """
@@ -44,16 +51,21 @@ def train(config: Config, resume: bool = False) -> Path:
             f"adapt fine-tunes a trained model: run it with pangu-sigma {config.adapt.objective} MODEL FILE.yaml"
         )
     run_dir = Path(config.run.dir)
+    if config.parallel.workers > 1 and not is_worker():
+        config = with_workers(config, config.parallel.workers)
+        check_before_launch(config, resume)
+        launch(["train", *(["--resume"] if resume else [])], config.parallel.workers, run_dir / FOLDER, config)
+        return TrainingResult.of(run_dir)
     if config.data.stream is not None and find_latest(run_dir)[0] is None:
         # Before anything is made on disk.
         with sigterm_as_ctrl_c():
-            check_source(config.data.stream.path, STANDARD_INPUT, lambda message: print(message, file=sys.stderr))
+            check_source(config.data.stream.path, STANDARD_INPUT, report)
     with sigterm_as_ctrl_c():
         processes = processes_of(config, run_dir)
         with open_run(config, resume, processes) as run:
             run.train()
             processes.leave()
-    return run_dir
+    return TrainingResult.of(run_dir)
 
 
 @contextmanager

@@ -12,8 +12,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -54,23 +56,30 @@ class JobResult:
 class Launch:
     """The processes `words` (a command), `size` times; a context that leaves none behind.
 
-    Rank 0 has this process's terminal; what the others say goes to `folder`/rank-N.log.
+    Rank 0 has this process's terminal for its messages, unless `quiet`, and its results (standard output) go to
+    `results`; what the others say goes to `folder`/rank-N.log.
     """
 
-    def __init__(self, words: Sequence[str], size: int, folder: Path) -> None:
-        self.words, self.size, self.folder = list(words), size, folder
+    def __init__(self, words: Sequence[str], size: int, folder: Path, quiet: bool = False) -> None:
+        self.words, self.size, self.folder, self.quiet = list(words), size, folder, quiet
         self.workers: list[subprocess.Popen] = []
         self.scheduler: subprocess.Popen | None = None
         self.received_signal: int | None = None
         self._previous: dict[int, object] = {}
 
     def log(self, rank: int) -> Path:
-        """The log of a rank other than 0."""
+        """The log of a rank other than 0, or where all are quiet, of any."""
         return self.folder / f"rank-{rank}.log"
 
+    @property
+    def results(self) -> Path:
+        """The file of what rank 0 writes to standard output."""
+        return self.folder / "rank-0.out"
+
     def __enter__(self) -> Launch:
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self._previous[signum] = signal.signal(signum, self._pass_on)
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
+            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                self._previous[signum] = signal.signal(signum, self._pass_on)
         try:
             self._start()
         except BaseException:
@@ -139,11 +148,10 @@ class Launch:
             own = {**environment, "MS_ROLE": WORKER, "MS_NODE_ID": str(rank), "RANK_ID": str(rank)}
             # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
             common = {"env": own, "stdin": subprocess.DEVNULL, "start_new_session": True}
-            if rank == 0:
-                worker = subprocess.Popen(self.words, **common)
-            else:
-                with open(self.log(rank), "wb") as log:
-                    worker = subprocess.Popen(self.words, stdout=log, stderr=log, **common)
+            with ExitStack() as files:
+                errors = None if rank == 0 and not self.quiet else files.enter_context(open(self.log(rank), "wb"))
+                results = files.enter_context(open(self.results, "wb")) if rank == 0 else errors
+                worker = subprocess.Popen(self.words, stdout=results, stderr=errors, **common)
             self.workers.append(worker)
             first = rank * share % len(processors)
             os.sched_setaffinity(worker.pid, processors[first : first + share])

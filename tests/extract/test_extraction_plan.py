@@ -14,8 +14,8 @@ from safetensors import safe_open
 from extract.extraction_job import extract, plan
 from extract.quickstart_extraction import make_room
 from pangu_sigma.checkpoint import open_checkpoint, write_model_folder
+from pangu_sigma.checkpoint.file_size import parse_size
 from pangu_sigma.checkpoint.float_types import as_float32, convert_float
-from pangu_sigma.cli.extract_command import parse_size
 from pangu_sigma.config import tensor_shapes
 from pangu_sigma.errors import UserError
 from pangu_sigma.trained_model import stored_config

@@ -82,6 +82,8 @@ def read_companion(folder: Path) -> Companion:
         corpora = json.loads(path.read_text(encoding="utf-8"))["corpora"]
         path = folder / PROBE
         probe = load_file(path)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, SafetensorError) as error:
         raise UserError(f"{path} is missing or damaged: starting the MindFormers training writes it anew") from error
     return Companion(config, load_tokenizer(folder / TOKENIZER), corpora, probe)

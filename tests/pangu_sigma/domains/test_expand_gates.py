@@ -16,7 +16,7 @@ from pangu_sigma.config.domain_edits import FollowUpTraining
 from pangu_sigma.domains.add_domain import NewDomain
 from pangu_sigma.domains.expand_gates import expand_domain
 from pangu_sigma.errors import UserError
-from pangu_sigma.evaluation.domain_evaluation import evaluate
+from pangu_sigma.evaluation.evaluation_job import evaluate
 from pangu_sigma.training.job import train
 from tests.pangu_sigma.domains.conftest import digests, tensor_digests
 from tests.pangu_sigma.training.training_process import checkpoint
@@ -138,9 +138,9 @@ def test_old_experts_and_columns_keep_every_bit_while_the_new_ones_learn(expande
 
 def test_a_grown_model_is_measured_like_any_other(learned):
     result = evaluate(learned, 1)
-    assert set(result["losses"]) == {"code", "law", "poems", "medicine"}
+    assert set(result.losses) == {"code", "law", "poems", "medicine"}
     # A learned gate does not ask for the domain.
-    assert len({round(loss, 6) for loss in result["matrix"]["code"].values()}) == 1
+    assert len({round(loss, 6) for loss in result.matrix["code"].values()}) == 1
 
 
 def test_a_model_grows_again(learned, medicine, tmp_path):

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from pangu_sigma.errors import UserError
-from pangu_sigma.evaluation.domain_evaluation import evaluate
+from pangu_sigma.evaluation.evaluation_job import evaluate
 from pangu_sigma.monitor.metrics_log import read_metrics
 from tests.pangu_sigma.training.training_process import assert_refused, checkpoint, command
 
@@ -44,9 +44,9 @@ def test_the_result_stands_in_the_runs_folder(printed, finished_run):
 
 def test_a_checkpoint_can_be_measured_alone(printed, copied_run):
     result = evaluate(checkpoint(copied_run(12), 2))
-    assert result["step"] == 2
-    assert all(result["losses"][d] > printed["losses"][d] for d in DOMAINS)
-    assert result["unigram"] == printed["unigram"]
+    assert result.step == 2
+    assert all(result.losses[d] > printed["losses"][d] for d in DOMAINS)
+    assert result.unigram == printed["unigram"]
 
 
 def test_a_run_that_was_moved_is_measured_where_it_is(printed, finished_run, tmp_path):
@@ -54,7 +54,7 @@ def test_a_run_that_was_moved_is_measured_where_it_is(printed, finished_run, tmp
     shutil.copytree(finished_run, moved)
     finished_run.rename(away)  # as if the run had been moved
     try:
-        assert evaluate(moved)["matrix"] == printed["matrix"]
+        assert evaluate(moved).matrix == printed["matrix"]
         assert not finished_run.exists()
     finally:
         away.rename(finished_run)
@@ -62,7 +62,7 @@ def test_a_run_that_was_moved_is_measured_where_it_is(printed, finished_run, tmp
 
 def test_a_limit_on_batches_counts_its_tokens(copied_run):
     result = evaluate(copied_run(2), batches=1)
-    assert all(0 < tokens <= 4 * 16 for tokens in result["tokens"].values())
+    assert all(0 < tokens <= 4 * 16 for tokens in result.tokens.values())
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):

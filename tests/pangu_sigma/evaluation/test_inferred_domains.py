@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pangu_sigma.errors import UserError
-from pangu_sigma.evaluation.domain_evaluation import evaluate
+from pangu_sigma.evaluation.evaluation_job import evaluate
 from pangu_sigma.evaluation.inferred_domains import InferredDomainLoss, evaluate_inferred_domains
 from tests.pangu_sigma.training import training_process
 
@@ -29,7 +29,7 @@ def uniform(run):
 
 
 def test_the_given_domains_losses_are_those_of_an_evaluation(run, uniform):
-    losses = evaluate(run)["losses"]
+    losses = evaluate(run).losses
     assert {name: figures["given"] for name, figures in uniform["domains"].items()} == pytest.approx(losses, abs=1e-5)
     assert list(uniform["domains"]) == DOMAINS
     for figures in uniform["domains"].values():

@@ -9,7 +9,7 @@ from extract.extraction_job import extract, plan
 from pangu_sigma.checkpoint import open_checkpoint
 from pangu_sigma.config import load_config
 from pangu_sigma.errors import UserError
-from pangu_sigma.evaluation.domain_evaluation import evaluate
+from pangu_sigma.evaluation.evaluation_job import evaluate
 from pangu_sigma.finetuning.finetuning_job import adapt
 from pangu_sigma.monitor.metrics_log import read_metrics
 from pangu_sigma.report import write_report
@@ -73,7 +73,7 @@ def test_a_sub_model_learns_with_its_shared_parameters_frozen_and_its_parents_do
     changed = {name for name in names if old[name].tobytes() != new[name].tobytes()}
     assert changed and all(name.startswith("domains.law.blocks.0.experts.") for name in changed)
     # What it was trained on is still what it is measured on, and a domain can be cut out.
-    assert set(evaluate(run)["losses"]) == {"code", "law", "poems"}
+    assert set(evaluate(run).losses) == {"code", "law", "poems"}
     out = tmp_path / "law"
     sub = extract(plan(run, ["law"], out), out).model
     assert stored_config(sub).adapt is None

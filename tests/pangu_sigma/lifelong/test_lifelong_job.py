@@ -16,7 +16,7 @@ import yaml
 
 from pangu_sigma.checkpoint import find_latest
 from pangu_sigma.errors import UserError
-from pangu_sigma.evaluation.domain_evaluation import evaluate
+from pangu_sigma.evaluation.evaluation_job import evaluate
 from pangu_sigma.lifelong.lifelong_job import run_lifelong
 from pangu_sigma.lifelong.stage_plan import load_plan
 from tests.pangu_sigma.domains.conftest import digests, tensor_digests
@@ -70,7 +70,7 @@ def test_what_frozen_stages_did_not_learn_is_exactly_what_it_was(finished_stages
 
 def test_a_row_is_what_evaluate_finds(copied):
     measured, last = results(copied), stage(copied, "03-code-2")
-    losses = evaluate(last, batches=4)["losses"]
+    losses = evaluate(last, batches=4).losses
     assert {name: measured["rows"][-1][name]["loss"] for name in DOMAINS} == pytest.approx(losses, abs=1e-5)
 
 

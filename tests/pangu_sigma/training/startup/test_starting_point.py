@@ -9,7 +9,7 @@ from extract.extraction_job import extract, plan
 from pangu_sigma.checkpoint import Checkpoint, find_latest, open_checkpoint
 from pangu_sigma.config import load_config
 from pangu_sigma.errors import UserError
-from pangu_sigma.evaluation.domain_evaluation import evaluate
+from pangu_sigma.evaluation.evaluation_job import evaluate
 from pangu_sigma.monitor.metrics_log import read_metrics
 from pangu_sigma.trained_model import stored_config, stored_tokenizer
 from pangu_sigma.training.startup.starting_point import resume_from
@@ -82,14 +82,14 @@ def test_another_models_configuration_is_refused_before_anything_is_trained(sub_
 
 
 def test_it_is_measured_alone_as_in_its_parent(sub_model, parents_loss):
-    assert evaluate(sub_model)["losses"] == {"code": parents_loss}
+    assert evaluate(sub_model).losses == {"code": parents_loss}
 
 
 def test_text_that_is_not_here_is_named_and_a_lost_cache_is_no_loss(sub_model, finished_run, corpora, parents_loss):
     text, cache = corpora / "code.jsonl", finished_run / "data"
     cache.rename(cache.with_name("away"))
     try:
-        assert evaluate(sub_model)["losses"] == {"code": parents_loss}
+        assert evaluate(sub_model).losses == {"code": parents_loss}
         assert not cache.exists()  # nothing is written into another run's folder
         text.rename(text.with_suffix(".away"))
         with pytest.raises(UserError, match=r"of domain code that is not here: put .*code.jsonl back"):

@@ -1,0 +1,24 @@
+"""Evaluation of a trained model per domain, in one process or several."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pangu_sigma.evaluation.evaluation_result import DomainEvaluation
+from pangu_sigma.workers import is_worker, launch_on_model
+
+
+def evaluate(path: str | Path, batches: int | None = None, workers: int = 1) -> DomainEvaluation | None:
+    """Measure a run's, checkpoint's or model folder's model on its domains' held-out text; a run keeps the result.
+
+    batches: per domain and group, None for all held-out text. workers: processes of this machine that share the work;
+    None comes back in all of them but the first. Raises UserError for anything wrong with `path`.
+    """
+    path = Path(path)
+    if workers > 1 and not is_worker():
+        limit = [] if batches is None else ["--batches", str(batches)]
+        return DomainEvaluation(**json.loads(launch_on_model(["evaluate", str(path), "--json", *limit], workers, path)))
+    from pangu_sigma.evaluation.domain_evaluation import measure_checkpoint
+
+    return measure_checkpoint(path, batches, workers)

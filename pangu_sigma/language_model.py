@@ -1,0 +1,294 @@
+"""A trained model in memory: writes text, scores it and infers its domain."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from threading import RLock
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from pangu_sigma import runtime
+from pangu_sigma.config import Config, ParameterCounts, parameter_counts
+from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
+from pangu_sigma.errors import UserError
+from pangu_sigma.generation.completion import Completion
+from pangu_sigma.generation.request import AUTO, Event, Request, Sampling, pick_domain, prompt_ids
+
+if TYPE_CHECKING:
+    from pangu_sigma.evaluation.domain_evaluation import Evaluator
+    from pangu_sigma.generation.engine import Engine
+    from pangu_sigma.model.scoring import Scorer
+    from pangu_sigma.trained_model import TrainedModel
+
+
+class LanguageModel:
+    """A trained model; `pangu_sigma.load` makes it of a folder.
+
+    `domain` in its methods is one of `domains`; a model of one domain needs none named, and generation also takes
+    "auto", which infers it from the prompt. Several threads may use a model; they take turns. Graphs are compiled when
+    they are first needed, so the first call of each method takes seconds.
+    """
+
+    def __init__(self, trained: TrainedModel, slots: int = 8) -> None:
+        self._trained = trained
+        self._slots = slots
+        self._turn = RLock()
+        self._scorers: dict[int, Scorer] = {}
+        # Events of requests that run beside each other, until whoever asked takes them.
+        self._events: dict[int, deque[Event]] = {}
+
+    def __repr__(self) -> str:
+        return f"LanguageModel({str(self.path)!r}, domains={self.domains}, num_parameters={self.num_parameters:,})"
+
+    @property
+    def path(self) -> Path:
+        """The folder of the checkpoint that was loaded."""
+        return self._trained.checkpoint.path
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that the model has been trained for."""
+        return self._trained.checkpoint.step
+
+    @property
+    def config(self) -> Config:
+        """The effective configuration of the model as it is loaded; read-only, its attributes are the YAML's keys."""
+        return self._trained.model.config
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The names of the domains, in the order of their ids."""
+        return self._trained.model.groups.names
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """`encode(text)` to ids and `decode(ids)` to text; `eod_id` ends, and begins, every document."""
+        return self._trained.tokenizer
+
+    @cached_property
+    def parameter_counts(self) -> ParameterCounts:
+        """Trained values: in all, shared, of each domain, and active for a token of each domain."""
+        return parameter_counts(self.config, self._trained.model.vocab)
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained values of the model, those of all domains' experts included; routing tables do not count."""
+        return self.parameter_counts.total
+
+    @overload
+    def generate(
+        self, prompt: str, domain: str | None = None, *, max_tokens: int = 64, temperature: float = 0.8,
+        top_k: int = 40, top_p: float = 1.0, repetition_penalty: float = 1.0, stop: str | Sequence[str] = (),
+        seed: int = 0,
+    ) -> str: ...  # fmt: skip
+
+    @overload
+    def generate(
+        self, prompt: Sequence[str], domain: str | None = None, *, max_tokens: int = 64, temperature: float = 0.8,
+        top_k: int = 40, top_p: float = 1.0, repetition_penalty: float = 1.0, stop: str | Sequence[str] = (),
+        seed: int = 0,
+    ) -> list[str]: ...  # fmt: skip
+
+    def generate(
+        self, prompt: str | Sequence[str], domain: str | None = None, *, max_tokens: int = 64,
+        temperature: float = 0.8, top_k: int = 40, top_p: float = 1.0, repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] = (), seed: int = 0,
+    ) -> str | list[str]:  # fmt: skip
+        """Continue a prompt, or several together; returns what comes after each, without the prompt.
+
+        max_tokens: most tokens to write. temperature: 0 takes the likeliest token, higher is freer. top_k: draw among
+        this many likeliest tokens, 0 among all. top_p: draw among the likeliest that hold this share of the
+        probability. repetition_penalty: above 1 makes tokens unlikely that the text holds already. stop: texts that end
+        the answer, and are no part of it. seed: the same seed gives the same text. Raises UserError.
+        """
+        completions = self.complete(
+            [prompt] if isinstance(prompt, str) else prompt, domain, max_tokens=max_tokens, temperature=temperature,
+            top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, stop=stop, seed=seed,
+        )  # fmt: skip
+        texts = [completion.text for completion in completions]
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def complete(
+        self, prompts: Sequence[str], domain: str | None = None, *, logprobs: int | None = None, **sampling: Any
+    ) -> list[Completion]:
+        """Continue prompts as `generate` does (`sampling`: its options), and tell more: of every one the text, why it
+        ended (`finish`: stop or length) and an event for each token with its id, and with `logprobs` its
+        log-probability and so many alternatives."""
+        running = [self._begin(prompt, domain, {**sampling, "logprobs": logprobs}) for prompt in prompts]
+        completions = []
+        try:
+            for request_id in running:
+                events = list(self._take(request_id))
+                text = "".join(event.text for event in events)
+                completions.append(Completion(text, events, events[-1].finish))
+        finally:
+            for request_id in running:
+                self._forget(request_id)
+        return completions
+
+    def stream(
+        self, prompt: str, domain: str | None = None, *, max_tokens: int = 64, temperature: float = 0.8,
+        top_k: int = 40, top_p: float = 1.0, repetition_penalty: float = 1.0, stop: str | Sequence[str] = (),
+        seed: int = 0,
+    ) -> Iterator[str]:  # fmt: skip
+        """Continue a prompt and yield its text in pieces as it comes; joined, they are what `generate` returns.
+
+        Raises UserError at once for a request that cannot run.
+        """
+        request_id = self._begin(
+            prompt, domain, {
+                "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+                "repetition_penalty": repetition_penalty, "stop": stop, "seed": seed,
+            },
+        )  # fmt: skip
+
+        def pieces() -> Iterator[str]:
+            try:
+                for event in self._take(request_id):
+                    if event.text:
+                        yield event.text
+            finally:
+                self._forget(request_id)
+
+        return pieces()
+
+    @overload
+    def loss(self, text: str, domain: str | None = None) -> float: ...
+
+    @overload
+    def loss(self, text: Sequence[str], domain: str | None = None) -> list[float]: ...
+
+    def loss(self, text: str | Sequence[str], domain: str | None = None) -> float | list[float]:
+        """Mean cross-entropy of a text's tokens, or of several texts', under the domain's experts, in nats per token.
+
+        A text is one document: its first token is predicted from the end-of-document token, its end is not predicted. A
+        longer one than `data.sequence_length` is measured in pieces of so many tokens, each seen alone, as `evaluate`
+        measures held-out text. Raises UserError.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        group = pick_domain(self.domains, domain)
+        with self._turn:
+            runtime.prepare(self.config.run.device)
+            losses = self._losses([prompt_ids(self.tokenizer, one) for one in texts], group)
+        return losses[0] if isinstance(text, str) else losses
+
+    def logits(
+        self, ids: Sequence[int] | Sequence[Sequence[int]] | np.ndarray, domain: str | None = None
+    ) -> np.ndarray:
+        """Logits after every token: float32 [n, V] of ids [n], or [B, n, V] of ids [B, n]; n is at most
+        `data.sequence_length`, V `config.model.vocab_size`.
+
+        The ids are taken as they are: begin them with `tokenizer.eod_id`, as every document begins. Raises UserError.
+        """
+        tokens = np.asarray(ids)
+        if tokens.ndim not in (1, 2) or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+            raise UserError(f"ids are given as {tokens.dtype}{list(tokens.shape)}: give integers [n] or [B, n]")
+        vocab, length = self._trained.model.vocab, self.config.data.sequence_length
+        if tokens.min() < 0 or tokens.max() >= vocab:
+            wrong = tokens[(tokens < 0) | (tokens >= vocab)][0]
+            raise UserError(f"the id {wrong} is outside the vocabulary: ids are 0 to {vocab - 1}")
+        if tokens.shape[-1] > length:
+            raise UserError(f"{tokens.shape[-1]} ids are more than data.sequence_length = {length}: give fewer")
+        group = self.domains.index(pick_domain(self.domains, domain))
+        rows = np.full((len(tokens) if tokens.ndim == 2 else 1, length + 1), self.tokenizer.pad_id, np.int32)
+        rows[:, : tokens.shape[-1]] = tokens
+        with self._turn:
+            runtime.prepare(self.config.run.device)
+            logits = self._logits(rows, group)[:, : tokens.shape[-1]]
+        return logits if tokens.ndim == 2 else logits[0]
+
+    def infer_domain(self, text: str) -> str:
+        """The domain that a text most likely belongs to. Raises UserError."""
+        probabilities = self.domain_probabilities(text)
+        return max(probabilities, key=probabilities.__getitem__)
+
+    def domain_probabilities(self, text: str) -> dict[str, float]:
+        """P(domain | text) of every domain, all being equally likely before; of a long text its last window counts."""
+        with self._turn:
+            runtime.prepare(self.config.run.device)
+            return self._engine.domain_probabilities(prompt_ids(self.tokenizer, text))
+
+    @cached_property
+    def _engine(self) -> Engine:
+        from pangu_sigma.generation.engine import Engine
+
+        return Engine(self._trained.model, self.tokenizer, self._slots)
+
+    @cached_property
+    def _evaluator(self) -> Evaluator:
+        from pangu_sigma.evaluation.domain_evaluation import Evaluator
+
+        return Evaluator(self._trained.model, self.config.evaluate.batch_size)
+
+    def _begin(self, prompt: str, domain: str | None, sampling: dict[str, Any]) -> int:
+        """Queue a prompt; the id of its events."""
+        stop = sampling.get("stop", ())
+        sampling = {"top_k": 40, **sampling, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+        name = AUTO if domain == AUTO else pick_domain(self.domains, domain)
+        request = Request(prompt_ids(self.tokenizer, prompt), name, Sampling(**sampling))
+        with self._turn:
+            runtime.prepare(self.config.run.device)
+            request_id = self._engine.add(request)
+            self._events[request_id] = deque()
+        return request_id
+
+    def _take(self, request_id: int) -> Iterator[Event]:
+        """The events of a request to its last one, decoding where none waits. Raises UserError where it failed."""
+        while True:
+            with self._turn:
+                waiting = self._events[request_id]
+                if not waiting:
+                    runtime.prepare(self.config.run.device)
+                while not waiting:
+                    for event in self._engine.step():
+                        self._events[event.request_id].append(event)
+                event = waiting.popleft()
+            if event.error is not None:
+                raise UserError(event.error)
+            yield event
+            if event.finish:
+                return
+
+    def _forget(self, request_id: int) -> None:
+        with self._turn:
+            self._engine.cancel(request_id)
+            self._events.pop(request_id, None)
+
+    def _losses(self, texts: Sequence[Sequence[int]], group: str) -> list[float]:
+        """Mean loss of each text of ids but its first, in rows and batches as evaluation cuts them."""
+        length, size = self.config.data.sequence_length, self.config.evaluate.batch_size
+        pieces: list[tuple[int, Sequence[int]]] = []
+        for index, ids in enumerate(texts):
+            if len(ids) < 2:
+                raise UserError("the text is empty, and has no token to measure: give some text")
+            pieces += [(index, ids[start : start + length + 1]) for start in range(0, len(ids) - 1, length)]
+        sums = np.zeros(len(texts))
+        for start in range(0, len(pieces), size):
+            batch = pieces[start : start + size]
+            tokens = np.full((size, length + 1), self.tokenizer.pad_id, np.int32)
+            mask = np.zeros((size, length), np.float32)
+            for row, (_, ids) in enumerate(batch):
+                tokens[row, : len(ids)], mask[row, : len(ids) - 1] = ids, 1.0
+            by_row, _ = self._evaluator.outputs(tokens, mask, group, start)
+            np.add.at(sums, [index for index, _ in batch], by_row.asnumpy()[: len(batch)].astype(np.float64))
+        return [float(total) / (len(ids) - 1) for total, ids in zip(sums, texts, strict=True)]
+
+    def _logits(self, rows: np.ndarray, group: int) -> np.ndarray:
+        """Logits float32 [B, S, V] of token rows int32 [B, S + 1]: one row alone, several as evaluation's batches."""
+        from pangu_sigma.model.scoring import Scorer
+
+        size = 1 if len(rows) == 1 else self.config.evaluate.batch_size
+        if size not in self._scorers:
+            self._scorers[size] = Scorer(self._trained.model, size)
+        scorer, logits = self._scorers[size], []
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
+            filled = np.full((size, rows.shape[1]), self.tokenizer.pad_id, np.int32)
+            filled[: len(batch)] = batch
+            # A copy, because a graph's next run may write where its last result lies.
+            logits.append(scorer.logits(filled, [group] * size).asnumpy()[: len(batch)].copy())
+        return np.concatenate(logits)

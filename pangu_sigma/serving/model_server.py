@@ -1,0 +1,85 @@
+"""A server in a thread of the program that asks for it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextvars import copy_context
+from pathlib import Path
+
+from pangu_sigma.monitor.progress import report
+from pangu_sigma.serving.server_settings import ServerSettings
+from pangu_sigma.signals import sigterm_as_ctrl_c
+
+
+class ModelServer:
+    """HTTP server of a model, with a thread of its own; a context manager that stops it.
+
+    url: where it answers, with http:// and the port; None before it is ready.
+    """
+
+    def __init__(self, model: Path, settings: ServerSettings) -> None:
+        self.model = model
+        self.settings = settings
+        self.url: str | None = None
+        self._thread: threading.Thread | None = None
+        self._request_stop: Callable[[], None] = lambda: None
+        self._settled = threading.Event()  # ready, or ended before
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> ModelServer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def start(self) -> ModelServer:
+        """Load the model and return when clients can come. Raises UserError for what keeps it from that."""
+        # What the caller's thread shows of progress, this one shows.
+        context = copy_context()
+        self._thread = threading.Thread(target=lambda: context.run(self._serve), name="server", daemon=True)
+        self._thread.start()
+        try:
+            self._settled.wait()
+        except BaseException:
+            self.stop()
+            raise
+        if self._error is not None:
+            self.stop()
+        return self
+
+    def run(self) -> None:
+        """Serve until Ctrl-C or SIGTERM comes to the main thread, or another thread calls `stop`."""
+        with sigterm_as_ctrl_c():
+            try:
+                self.start()
+                self._thread.join()
+            except KeyboardInterrupt:
+                pass
+            self.stop()
+
+    def stop(self) -> None:
+        """Let the answers under way end, and stop. Raises the error by which the server ended, if it did."""
+        self._request_stop()
+        if self._thread is not None:
+            self._thread.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _serve(self) -> None:
+        from pangu_sigma.serving.server import serve
+
+        try:
+            serve(self.model, self.settings, report, self._on_start, self._on_ready)
+        except BaseException as error:  # raised where the server was asked for
+            self._error = error
+        finally:
+            self._settled.set()
+
+    def _on_start(self, request_stop: Callable[[], None]) -> None:
+        self._request_stop = request_stop
+
+    def _on_ready(self, url: str) -> None:
+        self.url = url
+        self._settled.set()
