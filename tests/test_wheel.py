@@ -51,5 +51,6 @@ def test_a_wheel_in_a_clean_environment_trains_and_lists_its_domains(tmp_path):
     run(command, "train", ROOT / "configs/quickstart.yaml", "run.dir=run", "train.steps=2", "train.batch_size=4",
         "schedule.warmup_steps=1", "evaluate.every=0")  # fmt: skip
     assert "domains/code.safetensors" in run(python, "-m", "extract", "run")
+    assert "report.html" in run(command, "report", "run")  # its templates and style sheets do too
     run(command, "export", "run", "--format", "hf", "--out", "hf")  # its modelling files travel in the wheel
     assert (tmp_path / "hf/modeling_pangu_sigma.py").is_file()

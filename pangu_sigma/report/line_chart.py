@@ -1,30 +1,47 @@
-"""ChartLine charts as SVG text. Colours are CSS classes, so that one chart serves light and dark pages."""
+"""Curves over the steps of a run, drawn by matplotlib."""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
+from itertools import cycle, islice, pairwise, product
+from typing import TYPE_CHECKING
 
-from pangu_sigma.monitor.printable_text import compact, printable, shortened
-from pangu_sigma.report.series import Points
+from pangu_sigma.monitor.printable_text import compact, shortened
+from pangu_sigma.report.series import Points, every
+from pangu_sigma.report.svg_figure import Picture, colour, draw_svg
 
-# px of the viewBox around the plot
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# px round the plot; LABELS: at the right where the lines' names stand there
 LEFT, TOP, BOTTOM, RIGHT, LABELS = 50, 12, 24, 12, 118
+LABEL_HEIGHT = 14
+DASHES = ("", "7 4", "2 4", "9 3 2 3", "14 4")
+STEPS = (1, 2, 2.5, 5, 10)  # what the distance of ticks begins with
+TABLE_ROWS = 12
+DRAWN_MARKS = 60  # a curve with more points is drawn without marks
+LARGEST = 1e300  # an axis of larger values would overflow
 
 
 @dataclass(frozen=True)
 class ChartLine:
-    """A curve: `style` holds CSS classes; `marks` draws its points with their values as tooltips."""
+    """A curve: `style` as `line_styles` gives it (colour, dashes); `marks` draws its points, a `faint`
+    one lies behind the next, which is the same smoothed."""
 
     label: str
     points: Points
-    style: str = "s0"
+    style: tuple[str, str] = ("s0", "")
     marks: bool = False
+    faint: bool = False
 
 
 @dataclass(frozen=True)
 class Chart:
-    """How a chart looks: `levels` are dashed horizontal lines (label, value); `log` gives a logarithmic axis."""
+    """How a chart looks, in px: `levels` are dashed horizontal lines (label, value); `log` gives a logarithmic axis;
+    `end_labels` writes the names at the lines' ends."""
 
     label: str
     width: int = 380
@@ -36,156 +53,109 @@ class Chart:
     number: Callable[[float], str] | None = None
 
 
-def line_chart(lines: Sequence[ChartLine], chart: Chart) -> str:
-    """SVG of the lines over steps. A value that is not finite breaks its line and shows as a cross at the top edge."""
-    finite = [(x, y) for line in lines for x, y in line.points if _drawable(y, chart.log)]
-    steps = [x for line in lines for x, _ in line.points]
-    levels = [(name, v) for name, v in chart.levels if _drawable(v, chart.log)]
-    values = [y for _, y in finite] + [v for _, v in levels]
-    if not steps:
-        return '<p class="none">No values.</p>'
+def line_styles(count: int) -> list[tuple[str, str]]:
+    """(colour, dashes) of `count` lines: eight colours, then the same dashed."""
+    return list(islice(cycle((f"s{i}", dashes) for dashes, i in product(DASHES, range(8))), count))
+
+
+def line_chart(lines: Sequence[ChartLine], chart: Chart) -> Picture:
+    """The lines over steps, and their values at some steps. A value that is not finite breaks its line and shows as a
+    cross at the top edge, and in the table."""
     number = chart.number or tick
-    right = chart.width - (LABELS if chart.end_labels else RIGHT)
-    x = _Scale(min(steps), max(steps), LEFT, right)
-    y = _value_scale(values or [1.0], chart)
-    parts = [
-        f'<svg class="chart" viewBox="0 0 {chart.width} {chart.height}" role="img" aria-label="{_text(chart.label)}">'
+    shown = [line for line in lines if line.points]
+    svg = draw_svg(chart.label, chart.width, chart.height, lambda figure: _draw(figure, shown, chart, number))
+    # A faint line is what was recorded; its smoothed curve, which comes next, adds nothing to the table.
+    named = [line for before, line in pairwise([None, *shown]) if before is None or not before.faint]
+    rows = [
+        [f"{step:,}", *("–" if value is None else number(value) for value in values)]
+        for step, values in _table([line.points for line in named])
     ]
-    for value in y.ticks(5):
-        offset = y(value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{offset:.1f}" y2="{offset:.1f}"/>')
-        parts.append(
-            f'<text class="tick" x="{LEFT - 6}" y="{offset + 3.6:.1f}" text-anchor="end">{_text(number(value))}</text>'
-        )
-    base = chart.height - BOTTOM
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{base}" y2="{base}"/>')
-    one = min(steps) == max(steps)
-    x_ticks = steps[:1] if one else [v for v in x.ticks(max(2, (right - LEFT) // 70)) if v == int(v)]
-    for value in x_ticks:
-        parts.append(f'<text class="tick" x="{x(value):.1f}" y="{base + 16}" text-anchor="middle">{tick(value)}</text>')
-    for name, value in levels:
-        offset = y(value)
-        parts.append(
-            f'<line class="level" x1="{LEFT}" x2="{right}" y1="{offset:.1f}" y2="{offset:.1f}">'
-            f"<title>{_text(name)}: {_text(number(value))}</title></line>"
-        )
-    for line in lines:
-        parts.extend(_line(line, x, y, chart.log, number))
-    if chart.end_labels:
-        parts.extend(_end_labels(lines, y, chart, right))
-    return "".join(parts) + "</svg>"
+    return Picture(svg, ["Step", *(line.label for line in named)], rows)
 
 
 def tick(value: float) -> str:
     """A short number for an axis: 0, 0.25, 3, 1.5k, 20M, 3e-4."""
-    if value == 0:
-        return "0"
-    if abs(value) >= 1000:
+    if abs(value) >= 1000 or not math.isfinite(value):
         return compact(value).replace(".0", "")
-    if abs(value) < 0.01:
+    if 0 < abs(value) < 0.01:
         mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa.replace('.0', '')}e{int(exponent)}"
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     return f"{value:.4g}"
 
 
-class _Scale:
-    """A linear map of values onto pixels; one value alone sits in the middle."""
+def _draw(figure: Figure, lines: Sequence[ChartLine], chart: Chart, number: Callable[[float], str]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-    def __init__(self, low: float, high: float, start: float, end: float) -> None:
-        if high == low:
-            margin = abs(low) / 2 or 1.0
-            low, high = low - margin, high + margin
-        self.low, self.high, self._start, self._end = low, high, start, end
-
-    def __call__(self, value: float) -> float:
-        return self._start + (value - self.low) / (self.high - self.low) * (self._end - self._start)
-
-    def ticks(self, count: int) -> list[float]:
-        rough = (self.high - self.low) / max(1, count)
-        power = 10.0 ** math.floor(math.log10(rough))
-        step = next((power * m for m in (1, 2, 2.5, 5) if power * m >= rough * 0.999), power * 10)
-        first = math.ceil(self.low / step - 1e-9)
-        return [round(i * step, 12) for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
-
-
-class _LogScale(_Scale):
-    """A logarithmic map; ticks at powers of ten, or at 1, 2, 5 of each if there are few powers."""
-
-    def __init__(self, low: float, high: float, start: float, end: float) -> None:
-        super().__init__(math.log10(low), math.log10(high), start, end)
-
-    def __call__(self, value: float) -> float:
-        return super().__call__(math.log10(value))
-
-    def ticks(self, count: int) -> list[float]:
-        powers = range(math.floor(self.low), math.ceil(self.high) + 1)
-        for factors in ((1, 2, 5), (1,)):
-            values = [f * 10.0**p for p in powers for f in factors]
-            values = [v for v in values if self.low - 1e-9 <= math.log10(v) <= self.high + 1e-9]
-            if len(values) <= count + 2:
-                return values
-        return values[:: math.ceil(len(values) / count)]
+    width, height = chart.width, chart.height
+    plot = width - LEFT - (LABELS if chart.end_labels else RIGHT)
+    axes = figure.add_axes((LEFT / width, BOTTOM / height, plot / width, (height - BOTTOM - TOP) / height))
+    for line in lines:
+        _draw_line(axes, line, chart.log)
+    for _, value in chart.levels:
+        axes.axhline(value, color=colour("faint"), linewidth=1.5, dashes=(5, 4))
+    values = [y for line in lines for _, y in line.points if _drawable(y, chart.log)]
+    axes.xaxis.set_major_locator(MaxNLocator(max(2, plot // 70), steps=STEPS, integer=True))
+    if chart.log and values:
+        axes.set_yscale("log")
+        decades = math.log10(max(values) / min(values))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,), numticks=7))
+        axes.set_ylim(min(values) / 1.3, max(values) * 1.3)
+        axes.minorticks_off()
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
+        if chart.from_zero:
+            axes.set_ylim(0, max(values, default=0) * 1.05 or 1)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+    if chart.end_labels:
+        _write_end_labels(axes, lines, chart)
 
 
-def _value_scale(values: list[float], chart: Chart) -> _Scale:
-    low, high = min(values), max(values)
-    if chart.log:
-        return _LogScale(low / 1.3, high * 1.3, chart.height - BOTTOM, TOP)
-    if chart.from_zero:
-        return _Scale(0.0, high * 1.05 or 1.0, chart.height - BOTTOM, TOP)
-    margin = (high - low) * 0.06
-    return _Scale(low - margin, high + margin, chart.height - BOTTOM, TOP)
+def _draw_line(axes: Axes, line: ChartLine, log: bool) -> None:
+    drawable = [_drawable(y, log) for _, y in line.points]
+    steps = [x for x, _ in line.points]
+    values = [y if good else math.nan for (_, y), good in zip(line.points, drawable, strict=True)]
+    # A point without neighbours would be no line.
+    around = [False, *drawable, False]
+    marks = line.marks and len(values) <= DRAWN_MARKS
+    marked = [i for i, good in enumerate(drawable) if good and (marks or not (around[i] or around[i + 2]))]
+    name, dashes = line.style
+    style = {"color": colour(name), "marker": "o", "markersize": 6, "markeredgewidth": 0, "markevery": marked}
+    if dashes:
+        style["dashes"] = [float(length) for length in dashes.split()]
+    axes.plot(steps, values, linewidth=1 if line.faint else 2, alpha=0.3 if line.faint else 1, **style)
+    for step, _ in every([point for point, good in zip(line.points, drawable, strict=True) if not good], DRAWN_MARKS):
+        where = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "center"}
+        axes.text(step, 1, "×", color=colour("bad"), weight="bold", **where)
 
 
-def _line(line: ChartLine, x: _Scale, y: _Scale, log: bool, number: Callable[[float], str]) -> list[str]:
-    parts, run, crosses = [], [], []
-    runs = []
-    for step, value in line.points:
-        if _drawable(value, log):
-            run.append((step, value))
-            continue
-        crosses.append((step, value))
-        if run:
-            runs.append(run)
-        run = []
-    runs += [run] if run else []
-    name = _text(line.label)
-    for run in runs:
-        if len(run) > 1:
-            path = "M" + "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in run)
-            parts.append(
-                f'<path class="line {line.style}" d="{path}"><title>{name}: {number(run[-1][1])}</title></path>'
-            )
-        for a, b in run if line.marks or len(run) == 1 else ():
-            title = f"<title>{name}, step {a:,}: {number(b)}</title>"
-            parts.append(f'<circle class="mark {line.style}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="3">{title}</circle>')
-    for step, value in crosses:
-        title = f"<title>{name}, step {step:,}: {value}</title>"
-        parts.append(f'<text class="cross" x="{x(step):.1f}" y="{TOP + 2}" text-anchor="middle">×{title}</text>')
-    return parts
-
-
-def _end_labels(lines: Sequence[ChartLine], y: _Scale, chart: Chart, right: int) -> list[str]:
+def _write_end_labels(axes: Axes, lines: Sequence[ChartLine], chart: Chart) -> None:
     """Names beside the lines' ends, moved apart where they would overlap."""
-    ends = [(y(p[-1]), line) for line in lines if (p := [b for _, b in line.points if _drawable(b, chart.log)])]
-    parts, free = [], -math.inf
-    gap = 14.0
-    overflow = len(ends) * gap - (chart.height - BOTTOM)
-    for offset, line in sorted(ends, key=lambda end: end[0]):
-        latest = chart.height - BOTTOM - gap * (len(ends) - 1 - len(parts)) + max(0.0, overflow)
-        free = max(free, min(offset, latest))
-        name = escape(shortened(line.label, 15))
-        parts.append(
-            f'<text class="end {line.style}" x="{right + 7}" y="{free + 4:.1f}">{name}</text>'
-            f'<line class="lead {line.style}" x1="{right + 1}" y1="{offset:.1f}" x2="{right + 5}" y2="{free:.1f}"/>'
-        )
-        free += gap
-    return parts
+    axes.autoscale_view()
+    ends = [(line, ends[-1]) for line in lines if (ends := [p for p in line.points if _drawable(p[1], chart.log)])]
+    ends = sorted(((axes.transData.transform(point)[1], line, point) for line, point in ends), key=lambda end: -end[0])
+    free = chart.height - LABEL_HEIGHT / 2
+    for index, (height, line, point) in enumerate(ends):
+        lowest = BOTTOM + LABEL_HEIGHT * (len(ends) - 1 - index)
+        free = min(free, max(height, lowest))
+        name = colour(line.style[0])
+        axes.annotate(
+            shortened(line.label, 15), point, (chart.width - LABELS + 9, free), textcoords="figure pixels", color=name,
+            va="center", arrowprops={"arrowstyle": "-", "color": name, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3},
+        )  # fmt: skip
+        free -= LABEL_HEIGHT
+
+
+def _table(curves: Sequence[Points]) -> list[tuple[int, list[float | None]]]:
+    """(step, value of each curve) at about TABLE_ROWS steps, and where something is not finite."""
+    by_step: dict[int, list[float | None]] = {}
+    for column, points in enumerate(curves):
+        for step, value in points:
+            by_step.setdefault(step, [None] * len(curves))[column] = value
+    kept = {step for step, _ in every(sorted((step, 0.0) for step in by_step), TABLE_ROWS)}
+    broken = [s for s, row in by_step.items() if any(v is not None and not math.isfinite(v) for v in row)]
+    return [(step, by_step[step]) for step in sorted(kept | set(broken[:TABLE_ROWS]))]
 
 
 def _drawable(value: float, log: bool) -> bool:
-    return math.isfinite(value) and (value > 0 or not log)
-
-
-def _text(text: str) -> str:
-    return escape(printable(text))
+    return math.isfinite(value) and abs(value) < LARGEST and (value > 0 or not log)

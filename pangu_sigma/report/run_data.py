@@ -1,27 +1,43 @@
 """Everything the report shows, read from a run's folder and checked."""
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, FiniteFloat, ValidationError
+
 from pangu_sigma.errors import UserError
-from pangu_sigma.monitor.metrics_log import FILE_NAME, read_metrics, restore_numbers
+from pangu_sigma.monitor.metrics_log import FILE_NAME, KINDS, read_metrics, restore_numbers
+from pangu_sigma.monitor.printable_text import printable
 from pangu_sigma.monitor.result_files import read_json
 
 Record = dict[str, Any]
+Numbers = dict[str, float]
 
 
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(BaseModel, strict=True, frozen=True):
     """Held-out results of one step: losses in nats per token by domain; `matrix`: text domain → expert group → loss."""
 
-    step: int
-    losses: dict[str, float]
-    unigram: dict[str, float]
-    tokens: dict[str, int]
-    matrix: dict[str, dict[str, float]] = field(default_factory=dict)
+    step: int = 0
+    losses: Numbers = {}
+    unigram: Numbers = {}
+    tokens: Numbers = {}
+    matrix: dict[str, Numbers] = {}
+
+    @property
+    def gains(self) -> dict[str, float]:
+        """How far each domain's loss lies under the unigram model's, in nats per token: positive is better."""
+        return {name: self.unigram[name] - loss for name, loss in self.losses.items() if name in self.unigram}
+
+
+class TrainTables(BaseModel, strict=True):
+    """What a training record holds by name, as `TrainRecord` has it."""
+
+    losses: Numbers = {}
+    tokens: Numbers = {}
+    expert_load: dict[str, dict[str, list[FiniteFloat]]] = {}
+    dropped_share: dict[str, Numbers] = {}
 
 
 @dataclass(frozen=True)
@@ -43,10 +59,18 @@ class RunData:
     def domains(self) -> list[str]:
         """Domain names: those of the configuration first, then others in the order in which they appear."""
         names = [d["name"] for d in self.config.get("domains") or [] if isinstance(d, dict) and "name" in d]
-        for losses in [*(r.get("losses", {}) for r in self.train), *(e.losses for e in self.evaluations)]:
+        for losses in [*(r["losses"] for r in self.train), *(e.losses for e in self.evaluations)]:
             names.extend(losses)
         names.extend(self.final.losses if self.final else ())
         return list(dict.fromkeys(map(str, names)))
+
+    @property
+    def trained_tokens(self) -> Counter[str]:
+        """Tokens that each domain gave to training."""
+        total: Counter[str] = Counter()
+        for record in self.train:
+            total.update(record["tokens"])
+        return total
 
     @property
     def last_step(self) -> int:
@@ -87,14 +111,15 @@ def load_run(run_dir: Path) -> RunData:
     final, summary, analysis = (
         restore_numbers(read_json(path)) for path in (final_path, run_dir / "summary.json", run_dir / "analysis.json")
     )
-    source = str(run_dir / FILE_NAME)
+    train, evaluations, checkpoints, events = ([r for r in records if r["kind"] == kind] for kind in KINDS)
+    where = f"{run_dir / FILE_NAME}, {{kind}} record of step {{step}}"
     return RunData(
         name=run_dir.resolve().name,
-        train=[_checked_train(r, source) for r in records if r["kind"] == "train"],
-        evaluations=[_evaluation(r, source) for r in records if r["kind"] == "evaluate"],
-        checkpoints=[r for r in records if r["kind"] == "checkpoint"],
-        events=[r for r in records if r["kind"] == "event"],
-        final=None if final is None else _evaluation(final, str(final_path)),
+        train=[{**r, **vars(_checked(TrainTables, r, where))} for r in train],
+        evaluations=[_checked(Evaluation, r, where) for r in evaluations],
+        checkpoints=checkpoints,
+        events=events,
+        final=None if final is None else _checked(Evaluation, final, str(final_path)),
         summary=summary or {},
         config=config,
         config_text=config_text,
@@ -115,43 +140,10 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     return text, value if isinstance(value, dict) else {}
 
 
-def _checked_train(record: Record, source: str) -> Record:
-    where = f"{source}, train record of step {record['step']}"
-    _numbers(record, "losses", where)
-    _numbers(record, "tokens", where)
-    for name in ("expert_load", "dropped_share"):
-        if not _is_table(record.get(name, {}), list if name == "expert_load" else None):
-            raise UserError(f"{where}: {name} is damaged; remove that line")
-    return record
-
-
-def _evaluation(record: Mapping[str, Any], source: str) -> Evaluation:
-    step = record.get("step", 0)
-    if type(step) is not int:
-        raise UserError(f"{source}: step is not a whole number; delete the file and evaluate again")
-    where = f"{source}, evaluation of step {step}"
-    matrix = record.get("matrix") or {}
-    if not _is_table(matrix, None):
-        raise UserError(f"{where}: matrix is not a table of numbers; evaluate again")
-    parts = {name: _numbers(record, name, where) for name in ("losses", "unigram", "tokens")}
-    return Evaluation(step=step, matrix=matrix, **parts)
-
-
-def _numbers(record: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
-    value = record.get(name) or {}
-    if not isinstance(value, dict) or not all(map(_is_number, value.values())):
-        raise UserError(f"{where}: {name} is not a number per domain; remove that record")
-    return value
-
-
-def _is_table(value: Any, cell: type | None) -> bool:
-    if not isinstance(value, dict) or not all(isinstance(row, dict) for row in value.values()):
-        return False
-    cells = [c for row in value.values() for c in row.values()]
-    if cell is list:
-        return all(isinstance(c, list) and all(_is_number(n) and math.isfinite(n) for n in c) for c in cells)
-    return all(map(_is_number, cells))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _checked(model: type[BaseModel], record: Record, where: str) -> Any:
+    """A record's fields as `model` has them. Raises UserError naming the first one that is damaged."""
+    try:
+        return model.model_validate({key: value for key, value in record.items() if value is not None})
+    except ValidationError as error:
+        field = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(f"{where.format(**record)}: {printable(field)} is damaged; remove that record") from None

@@ -1,4 +1,4 @@
-"""Curves made of records: picked, smoothed and thinned until they are small enough to draw."""
+"""Curves made of records: picked, smoothed, and thinned where they are smooth already."""
 
 import math
 import re
@@ -28,24 +28,6 @@ def smooth(points: Points, span: float | None = None) -> Points:
         total, weight = total * keep + y, weight * keep + 1
         smoothed.append((x, total / weight))
     return smoothed
-
-
-def thin(points: Points, limit: int = 400) -> Points:
-    """At most about `limit` points: of each stretch the lowest, the highest, and one that is not finite, if any.
-
-    Extremes survive, which is what one looks for in a long curve; the ends do too.
-    """
-    if len(points) <= limit:
-        return points
-    size = math.ceil(len(points) / (limit / 2))
-    kept = {0, len(points) - 1}
-    for start in range(0, len(points), size):
-        stretch = range(start, min(start + size, len(points)))
-        finite = [i for i in stretch if math.isfinite(points[i][1])]
-        if finite:
-            kept |= {min(finite, key=lambda i: points[i][1]), max(finite, key=lambda i: points[i][1])}
-        kept |= set([i for i in stretch if not math.isfinite(points[i][1])][:1])
-    return [points[i] for i in sorted(kept)]
 
 
 def every(points: Points, limit: int = 240) -> Points:

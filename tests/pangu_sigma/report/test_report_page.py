@@ -17,6 +17,7 @@ from pangu_sigma.report import write_report
 
 HOSTILE = "<script>alert(1)</script>\"'&\x1b[31m"
 VOID = {"meta"}
+DRAWN = {"path", "circle", "rect", "line", "use"}
 
 
 class Page(HTMLParser):
@@ -24,7 +25,7 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.text, self.charts = [], [], [], []
+        self.open, self.tags, self.text, self.charts, self.styles = [], [], [], [], []
         self.feed(text)
         self.close()
         assert self.open == []
@@ -37,10 +38,11 @@ class Page(HTMLParser):
         if tag == "svg":
             assert names.get("aria-hidden") or (names["role"] == "img" and names["aria-label"])
             self.charts.append(names.get("aria-label"))
+        self.styles.append(names.get("style") or "")
         assert not {"src", "onload", "onclick"} & set(names)
         assert names.get("href", "#").startswith("#")
         for value in names.values():
-            assert "nan" not in re.split(r"[^a-z]+", value or "") or tag not in {"path", "circle", "rect", "line"}
+            assert "nan" not in re.split(r"[^a-z]+", value or "") or tag not in DRAWN
 
     def handle_startendtag(self, tag, attributes):
         self.handle_starttag(tag, attributes)
@@ -154,7 +156,7 @@ def test_one_record(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"kind":"train","step":10,"loss":5.0,"losses":{"code":5.0}}\n')
     page = read(tmp_path)
     assert page.has("5.000") and not page.has("Quality per domain")
-    assert "circle" in page.tags and "path" not in page.tags
+    assert "use" in page.tags  # a point, which is no line
 
 
 @pytest.mark.parametrize(
@@ -178,7 +180,7 @@ def test_forty_domains(tmp_path):
     write_evaluation(folder, domains)
     page = read(folder)
     assert all(any(label and f"Loss of domain {d} " in label for label in page.charts) for d in domains)
-    assert page.tags.count("tr") == 2 * 41 + 2 + 2
+    assert page.tags.count("figure") == 1 + 40 + 2 + 5
 
 
 def test_a_run_without_evaluation(tmp_path):
@@ -189,7 +191,7 @@ def test_a_run_without_evaluation(tmp_path):
 def test_values_that_are_not_finite_break_the_curve_and_are_shown(tmp_path):
     page = read(run(tmp_path / "a", ["code"], nan_at=30))
     assert page.has("×")
-    assert page.has("code, step 30: nan")
+    assert page.has("nan") and page.has("inf")  # in the tables of values
 
 
 def test_a_long_run_stays_small_and_keeps_its_spike(tmp_path):
@@ -201,6 +203,39 @@ def test_a_long_run_stays_small_and_keeps_its_spike(tmp_path):
     path = write_report(tmp_path)
     assert path.stat().st_size < 150_000
     assert ">40</text>" in path.read_text("utf-8")  # the axis reaches up to the spike
+
+
+def test_colours_are_those_of_the_style_sheet_alone(tmp_path):
+    """One picture serves light and dark pages."""
+    page = read(run(tmp_path / "a", ["code", "docs"]))
+    drawn = [style for style in page.styles if "stroke:" in style or "fill:" in style]
+    assert len(drawn) > 50 and not [style for style in drawn if "#" in style]
+    assert any("var(--s0)" in style for style in drawn) and any("var(--ink)" in style for style in drawn)
+
+
+def test_every_picture_is_a_table_too_and_scrolls_by_keyboard(tmp_path):
+    text = write_report(run(tmp_path / "a", ["code"])).read_text("utf-8")
+    assert text.count("<figure") == text.count("<summary>Values") > 5
+    assert text.count('class="scroll"') == text.count('class="scroll" tabindex="0" role="region" aria-label="')
+
+
+def test_drawing_leaves_matplotlib_as_it_was(tmp_path):
+    import matplotlib
+
+    matplotlib.rcParams["font.size"] = before = 17.0
+    try:
+        first = write_report(run(tmp_path / "a", ["code"])).read_bytes()
+        assert matplotlib.rcParams["font.size"] == before
+    finally:
+        matplotlib.rcdefaults()
+    assert write_report(tmp_path / "a").read_bytes() == first  # nor do a user's settings show
+
+
+@pytest.mark.parametrize("name", ["$x^2$", "$\\frac", "数学", "a-->b", 'style="fill: #2a78d6"'])
+def test_any_name_is_text_in_every_picture(tmp_path, name, recwarn):
+    page = read(run(tmp_path / "a", [name, "docs"]))
+    assert page.text.count(name) > 3
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
 def test_results_of_a_later_step_count(tmp_path):

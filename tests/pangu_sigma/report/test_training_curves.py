@@ -1,12 +1,13 @@
-"""Smoothing, thinning, and loads say what their docstrings promise."""
+"""Smoothing, thinning, loads and charts say what their docstrings promise."""
 
 import math
+import re
 
 import pytest
 
 from pangu_sigma.report.expert_load_map import over_mean
 from pangu_sigma.report.line_chart import Chart, ChartLine, line_chart, tick
-from pangu_sigma.report.series import dropped_by_layer, every, expert_loads, smooth, thin
+from pangu_sigma.report.series import dropped_by_layer, every, expert_loads, smooth
 
 
 def test_smoothing_keeps_a_constant_and_the_first_value():
@@ -20,15 +21,11 @@ def test_a_short_curve_is_not_smoothed_and_gaps_are_left_out():
     assert smooth([(1, 4.0), (2, math.nan), (3, 2.0)]) == [(1, 4.0), (3, 2.0)]
 
 
-def test_thinning_keeps_ends_extremes_and_gaps():
+def test_thinning_keeps_both_ends():
     points = [(i, math.sin(i / 50)) for i in range(10_000)]
-    points[4321], points[6000] = (4321, 99.0), (6000, math.nan)
-    kept = thin(points, 200)
-    assert len(kept) <= 310 and kept == sorted(kept)
-    assert {points[0], points[-1], points[4321]} <= set(kept)
-    assert any(math.isnan(v) for _, v in kept)
-    assert every(points, 100)[-1] == points[-1] and len(every(points, 100)) <= 102
-    assert thin(points[:10]) == points[:10] and every([]) == []
+    kept = every(points, 100)
+    assert kept[0] == points[0] and kept[-1] == points[-1] and len(kept) <= 102
+    assert every([]) == []
 
 
 def test_loads_sum_the_last_quarter_and_follow_a_changed_group():
@@ -58,14 +55,23 @@ def test_axis_numbers():
     "values", [[1.0], [0.0], [2.0, 2.0], [1e-9, 1e9], [-3.0, 5.0], [math.nan], [math.inf, 1.0, -math.inf], [1e300, 1.0]]
 )
 def test_any_values_make_a_chart_within_its_frame(values, log):
-    svg = line_chart([ChartLine("x", list(enumerate(values)), marks=True)], Chart("x", log=log, end_labels=True))
-    assert svg.startswith("<svg") and svg.endswith("</svg>")
-    numbers = [float(part.split('"')[0]) for name in (' cx="', ' cy="', ' y1="') for part in svg.split(name)[1:]]
-    assert all(0 <= n <= 380 for n in numbers)
+    chart = line_chart([ChartLine("x", list(enumerate(values)), marks=True)], Chart("x", log=log, end_labels=True))
+    assert chart.svg.startswith("<svg") and chart.svg.endswith("</svg>")
+    assert len(chart.rows) == len(values)
+    paths = re.findall(r' d="(M [^"]*)" clip-path', chart.svg)
+    numbers = [float(n) for path in paths for n in re.findall(r"-?[\d.]+", path)]
+    assert numbers and all(-1 <= n <= 380 for n in numbers)
 
 
 def test_many_names_at_the_ends_do_not_overlap():
     lines = [ChartLine(f"d{i}", [(0, 5.0), (10, 3.0 + i / 1000)]) for i in range(8)]
-    svg = line_chart(lines, Chart("x", end_labels=True))
-    heights = sorted(float(part.split(' y="')[1].split('"')[0]) for part in svg.split('<text class="end')[1:])
-    assert all(b - a >= 12 for a, b in zip(heights, heights[1:], strict=False)) and heights[-1] <= 216
+    svg = line_chart(lines, Chart("x", end_labels=True)).svg
+    heights = sorted(float(y) for y in re.findall(r' y="([\d.]+)"[^>]*>d\d<', svg))
+    assert len(heights) == 8 and heights[-1] <= 216
+    assert all(b - a >= 12 for a, b in zip(heights, heights[1:], strict=False))
+
+
+def test_a_value_that_is_not_finite_stands_in_the_table():
+    points = [(step, math.nan if step == 333 else 1.0) for step in range(1000)]
+    rows = line_chart([ChartLine("x", points)], Chart("x")).rows
+    assert ["333", "nan"] in rows and len(rows) < 16
