@@ -80,7 +80,7 @@ class ExtractionPlan:
         model = stored_config(self.parent).model
         if model.expert_network != model.network:
             raise UserError(
-                f"{self.parent.path} has experts of kind {model.expert_feed_forward} beside dense layers of kind "
+                f"{self.parent.path} has experts of kind {model.expert_kind.name} beside dense layers of kind "
                 f"{model.feed_forward}, and a dense model has one kind: leave out --fold"
             )
         larger = [f"{layer_name} has {size}" for layer_name, size in sizes.items() if size != 1]

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+# Exported networks: those whose parts an export format writes.
+PANGU_NETWORK, OLMOE_NETWORK = "PanGu-Σ", "OLMoE"
 LAYER = "shared"  # owner of a routing table that belongs to the layer and not to a domain
 
 
@@ -137,7 +139,7 @@ def _loss_weight(name: str, default: float, loss: str) -> RouterOption:
 _BALANCE_LOSS = _loss_weight("aux_loss_weight", 0.01, "balance loss")
 
 RRE = RouterSpec(
-    "rre", "rre.routers.table_router:TableRouter", tables="domain", fixed=True, exports=("PanGu-Σ",),
+    "rre", "rre.routers.table_router:TableRouter", tables="domain", fixed=True, exports=(PANGU_NETWORK,),
     options=(
         RouterOption(
             "resample", False, "Whether training draws a fresh expert for every occurrence instead of using the table.",
@@ -152,7 +154,7 @@ HASH = RouterSpec(
     chooses="one fixed table over all experts", source="2106.04426",
 )  # fmt: skip
 SWITCH = RouterSpec(
-    "switch", "rre.routers.switch:SwitchRouter", fixed=True, keeps_scale=False, exports=("PanGu-Σ",),
+    "switch", "rre.routers.switch:SwitchRouter", fixed=True, keeps_scale=False, exports=(PANGU_NETWORK,),
     options=(
         _BALANCE_LOSS,
         RouterOption(
@@ -185,7 +187,7 @@ NOISY_TOP_K = RouterSpec(
     auxiliary_loss="`importance_loss_weight` · CV(Σ gates)² + `load_loss_weight` · CV(load)²", source="1701.06538",
 )  # fmt: skip
 OLMOE = RouterSpec(
-    "olmoe", "rre.routers.olmoe:OlmoeRouter", experts_per_token=8, keeps_scale=False, exports=("OLMoE",),
+    "olmoe", "rre.routers.olmoe:OlmoeRouter", experts_per_token=8, keeps_scale=False, exports=(OLMOE_NETWORK,),
     options=(
         _BALANCE_LOSS,
         RouterOption(

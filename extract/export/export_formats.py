@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rre.router_specs import OLMOE_NETWORK, PANGU_NETWORK
+
 
 @dataclass(frozen=True)
 class ExportFormat:
     """A format: its file, and what is checked and told of it for it.
 
-    module: in this folder, with check(source, options), which raises UserError for a model that it cannot hold;
-    weight_bytes(source, options); and write(source, folder, options) -> sentences for the user. program: who runs it.
-    network: whose parts it writes; routers' specs say which networks know them. options: fields of `Options` that mean
-    something to it, `dtype` apart. float32_only: what to do instead, where it has no other element type. packages:
-    what writing needs beside our own dependencies; the extra of its name brings them.
+    module: in this folder, with weight_bytes(source, options); write(source, folder, options) -> sentences for the
+    user; and, if a model of parts that its network knows may still be none for it, check(source, options), which raises
+    UserError. program: who runs it. network: whose parts it writes; specs of parts and routers say which networks know
+    them. options: fields of `Options` that mean something to it, `dtype` apart. float32_only: what to do instead, where
+    it has no other element type. packages: what writing needs beside our own dependencies; the extra of its name brings
+    them.
     """
 
     module: str
     program: str
-    network: str = "PanGu-Σ"
+    network: str = PANGU_NETWORK
     options: tuple[str, ...] = ()
     float32_only: str | None = None
     packages: tuple[str, ...] = ()
@@ -42,7 +45,7 @@ class Options:
 
 FORMATS = {
     "hf": ExportFormat("hf_format", "Hugging Face", options=("max_shard_bytes",)),
-    "hf-olmoe": ExportFormat("hf_olmoe_format", "OlmoeForCausalLM", "OLMoE", ("max_shard_bytes",)),
+    "hf-olmoe": ExportFormat("hf_olmoe_format", "OlmoeForCausalLM", OLMOE_NETWORK, ("max_shard_bytes",)),
     "mindir": ExportFormat(
         "mindir_format", "MindSpore", options=("batch_size", "signature", "capacity_factor"),
         float32_only="MindSpore Lite's converter lowers it for its device (--fp16=on)",

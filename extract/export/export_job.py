@@ -48,8 +48,9 @@ def export(
     source = open_source(model, domains)
     options = options or Options()
     _check_options(format_, options)
-    writer.check(source, options)
-    _check_router(format_, source)
+    _check_parts(format_, source)
+    if hasattr(writer, "check"):
+        writer.check(source, options)
     disk_write = output_write(final)
     needed = writer.weight_bytes(source, options) + len(source.tokenizer.model) + _SMALL_FILES
     with disk_write.explain_errors(), atomic_folder(final) as folder:
@@ -70,8 +71,15 @@ def _check_options(format_: str, options: Options) -> None:
         raise UserError(f"{format_} is written in float32: leave --dtype out; {spec.float32_only}")
 
 
-def _check_router(format_: str, source: ExportSource) -> None:
+def _check_parts(format_: str, source: ExportSource) -> None:
     model, network = source.config.model, FORMATS[format_].network
+    unlike = model.parts_unlike(network)
+    if unlike:
+        others = [name for name, other in FORMATS.items() if not model.parts_unlike(other.network)]
+        raise UserError(
+            f"{source.checkpoint.path} has parts that --format {format_} does not have yet ({'; '.join(unlike)}): "
+            + (f"export it with --format {' or '.join(others)}" if others else "no format has them all")
+        )
     if model.sparse_prefixes and network not in model.router_spec.exports:
         known = [name for name, spec in ROUTER_SPECS.items() if network in spec.exports]
         raise UserError(

@@ -63,19 +63,3 @@ def open_source(model: str | Path, domains: Sequence[str] | None = None) -> Expo
             "be exported with some of them; leave --domain out"
         )
     return ExportSource(checkpoint, config, stored_tokenizer(checkpoint), chosen)
-
-
-def check_pangu(source: ExportSource) -> None:
-    """Raises UserError for a model that is not of PanGu-α's parts, which is what most formats write."""
-    model, path = source.config.model, source.checkpoint.path
-    if not model.has_pangu_parts:
-        raise UserError(
-            f"{path} has parts that PanGu-α does not have (of model.norm, position, feed_forward, sparse.feed_forward, "
-            "biases, head, activation and attention.qk_norm): export an OLMoE with --format hf-olmoe; no format has "
-            "others yet"
-        )
-    if model.sparse_prefixes and model.sparse.shared_expert:
-        raise UserError(
-            f"{path} has a shared expert (model.sparse.shared_expert), which no export format has yet: "
-            "export a model without one"
-        )

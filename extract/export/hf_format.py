@@ -15,7 +15,7 @@ import numpy as np
 
 from extract.export.export_formats import Options
 from extract.export.export_guides import network_line
-from extract.export.export_source import ExportSource, check_pangu
+from extract.export.export_source import ExportSource
 from extract.export.safetensors_shards import SAFETENSORS_DTYPES, TargetTensor, total_bytes, write_shards
 from pangu_sigma.checkpoint.float_types import convert_float
 from pangu_sigma.checkpoint.tensor_file import numpy_type
@@ -26,11 +26,6 @@ CODE = ("configuration_pangu_sigma.py", "modeling_pangu_sigma.py")
 _TOKENIZER_CODE = "tokenization_pangu_sigma.py"
 _TABLES = {"word": "words.0", "position": "positions", "query": "next_positions"}
 _NORM = {"gamma": "weight", "beta": "bias"}
-
-
-def check(source: ExportSource, options: Options) -> None:
-    """Raises UserError for a model of other parts."""
-    check_pangu(source)
 
 
 def weight_bytes(source: ExportSource, options: Options) -> int:

@@ -16,18 +16,25 @@ from extract.export.export_source import ExportSource
 from extract.export.hf_format import write_folder
 from extract.export.safetensors_shards import SAFETENSORS_DTYPES, TargetTensor, total_bytes, write_shards
 from pangu_sigma.checkpoint.float_types import convert_float
-from pangu_sigma.convert.olmoe_names import MODEL_TYPE, OlmoeTensor, parts_of, unlike_olmoe
+from pangu_sigma.convert.olmoe_names import MODEL_TYPE, OlmoeTensor, parts_of
 from pangu_sigma.errors import UserError
 
 EXPERT_MATRICES = 3
 
 
 def check(source: ExportSource, options: Options) -> None:
-    """Raises UserError for a model that is no OLMoE."""
-    wrong = unlike_olmoe(source.config)
+    """Raises UserError for a model of an OLMoE's parts that is none."""
+    model = source.config.model
+    wrong = []
+    if model.has_query_layer:
+        wrong.append(f"model.query_layer is {model.query_layer}")
+    if model.domain_parameters.embedding != "shared":
+        wrong.append(f"model.domain_parameters.embedding is {model.domain_parameters.embedding}")
+    if len(model.sparse_prefixes) != model.layers:
+        wrong.append(f"{len(model.sparse_prefixes)} of {model.layers} layers are sparse")
     if wrong:
         raise UserError(
-            f"{source.checkpoint.path} is no OlmoeForCausalLM ({'; '.join(wrong)}): export it with --format hf"
+            f"{source.checkpoint.path} is no OlmoeForCausalLM ({'; '.join(wrong)}), and no other format has its parts"
         )
 
 
@@ -96,7 +103,7 @@ def configuration(source: ExportSource, dtype: str) -> dict:
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
         "num_key_value_heads": model.heads,
-        "hidden_act": "silu",
+        "hidden_act": model.activation,
         "max_position_embeddings": model.positions,
         "initializer_range": model.init_std,
         "rms_norm_eps": model.norm_epsilon,
@@ -110,7 +117,7 @@ def configuration(source: ExportSource, dtype: str) -> dict:
         "norm_topk_prob": model.sparse.renormalise,
         "router_aux_loss_coef": model.sparse.aux_loss_weight,
         "output_router_logits": False,
-        "tie_word_embeddings": model.head == "tied",
+        "tie_word_embeddings": model.head_spec.is_tied,
         "use_cache": True,
         "bos_token_id": None,
         "eos_token_id": source.tokenizer.eod_id,

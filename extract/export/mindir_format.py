@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from extract.export.export_formats import Options
-from extract.export.export_source import ExportSource, check_pangu
+from extract.export.export_source import ExportSource
 from extract.export.mindir_guide import mindir_guide
 from pangu_sigma import runtime
 from pangu_sigma.checkpoint.float_types import as_float32
@@ -33,7 +33,6 @@ GRAPHS = ("prefill", "decode")
 
 def check(source: ExportSource, options: Options) -> None:
     """Raises UserError for what these graphs cannot be."""
-    check_pangu(source)
     model = source.config.model
     if options.signature not in SIGNATURES:
         raise UserError(f"'{options.signature}' is no signature; choose {', '.join(SIGNATURES)}")

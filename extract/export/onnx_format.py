@@ -17,7 +17,7 @@ import numpy as np
 
 from extract.export.export_formats import Options
 from extract.export.export_guides import guide
-from extract.export.export_source import ExportSource, check_pangu
+from extract.export.export_source import ExportSource
 from extract.export.hf_format import configuration, targets
 from extract.export.safetensors_shards import TargetTensor, total_bytes
 from pangu_sigma.checkpoint.tensor_file import raw_bytes, write_all
@@ -32,11 +32,6 @@ FILE = "model.onnx"
 _DATA = f"{FILE}.data"
 _PER_TENSOR = 8192
 _ALIGNED = 4096  # runtimes map external tensors into memory where they begin at a page
-
-
-def check(source: ExportSource, options: Options) -> None:
-    """Raises UserError for a model of other parts."""
-    check_pangu(source)
 
 
 def weight_bytes(source: ExportSource, options: Options) -> int:

@@ -81,7 +81,8 @@ def _experts(config: Config, mesh: Mesh) -> Violations:
     if mesh.placement_groups > 1 and not config.model.router_spec.separates_domains:
         yield (
             f"parallel.placement = domain keeps a domain's rows at its own experts, but {config.model.router_setting} "
-            "sends them to all: set placement to global, or the router to rre"
+            "sends them to all: set placement to global, or the router to "
+            f"{routers_that(lambda spec: spec.separates_domains)}"
         )
     sizes = [domain.experts for domain in config.domains]
     wrong = list(mesh.expert_problems(sizes, config.domain_names))

@@ -6,30 +6,24 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from pangu_sigma.config.backbone_parts import (
+from pangu_sigma.config.parts.attention_options import AttentionConfig
+from pangu_sigma.config.parts.feed_forward_kinds import (
+    ACTIVATION_SPECS,
+    BIASES,
     FEED_FORWARD_KINDS,
-    HEAD_SPECS,
-    NORM_SPECS,
-    POSITION_SPECS,
-    HeadSpec,
-    NormSpec,
-    PositionSpec,
+    SHARED_EXPERT,
+    FeedForwardKind,
 )
+from pangu_sigma.config.parts.head_specs import HEAD_SPECS, HeadSpec
+from pangu_sigma.config.parts.norm_specs import NORM_SPECS, NormSpec
+from pangu_sigma.config.parts.part_spec import PartSpec, names_with
+from pangu_sigma.config.parts.position_specs import POSITION_SPECS, PositionSpec
 from pangu_sigma.config.presets import PRESETS
 from pangu_sigma.config.section import Field, Section, Violations
 from pangu_sigma.config.sparse_section import SparseConfig
 from pangu_sigma.tensor_names import QUERY_LAYER, block_name
 from rre.feed_forward_spec import FeedForwardSpec
 from rre.router_specs import MIXTURE_GATE, ROUTER_SPECS, RouterSpec
-
-
-class AttentionConfig(Section, resume="fixed", init_from="equal"):
-    """Options of the attention part."""
-
-    qk_norm: bool = False
-    """Whether the projected queries and keys are normalised, each over its whole width."""
-    dropout: float = Field(0.0, ge=0, lt=1, init_from="free")
-    """Share of attention weights dropped while training."""
 
 
 class DomainParametersConfig(Section, resume="fixed", init_from="equal"):
@@ -56,21 +50,21 @@ class ModelConfig(Section, resume="fixed", init_from="equal"):
     """Inner width of the feed-forward network and of every expert."""
     positions: int = Field(ge=1)
     """Longest sequence in tokens: the rows of learned position tables."""
-    activation: Literal["fast_gelu", "gelu", "silu"] = "fast_gelu"
+    activation: Literal[tuple(ACTIVATION_SPECS)] = next(iter(ACTIVATION_SPECS))
     """Activation inside the feed-forward network; swiglu's is silu, geglu's gelu."""
-    norm: Literal[tuple(NORM_SPECS)] = "layernorm"
+    norm: Literal[tuple(NORM_SPECS)] = next(iter(NORM_SPECS))
     """Kind of normalisation."""
     norm_epsilon: float = Field(1e-5, gt=0)
     """Number added to the variance inside a normalisation."""
-    position: Literal[tuple(POSITION_SPECS)] = "learned"
+    position: Literal[tuple(POSITION_SPECS)] = next(iter(POSITION_SPECS))
     """How positions enter the model: a learned table, or rotations of queries and keys."""
     rope_theta: float = Field(10000.0, gt=1)
     """Base of the wavelengths of rope."""
-    feed_forward: Literal[tuple(FEED_FORWARD_KINDS)] = "mlp"
+    feed_forward: Literal[tuple(FEED_FORWARD_KINDS)] = next(iter(FEED_FORWARD_KINDS))
     """Kind of feed-forward network: two matrices, or gated by a third, with silu or gelu."""
     biases: bool = True
     """Whether the matrices of attention and feed-forward networks have biases."""
-    head: Literal[tuple(HEAD_SPECS)] = "tied"
+    head: Literal[tuple(HEAD_SPECS)] = next(iter(HEAD_SPECS))
     """Output head: tied uses the word embedding, untied has a table of its own."""
     query_layer: Literal["next_position", "none"] = "next_position"
     """PanGu-α's top layer, whose queries are a table of next positions, or none."""
@@ -100,22 +94,24 @@ class ModelConfig(Section, resume="fixed", init_from="equal"):
         return {**PRESETS.get(preset, {}), **values}
 
     @property
-    def network(self) -> FeedForwardSpec:
-        """What a dense layer's feed-forward network is made of."""
-        return self._form(self.feed_forward)
+    def feed_forward_kind(self) -> FeedForwardKind:
+        """What a dense layer's network is."""
+        return FEED_FORWARD_KINDS[self.feed_forward]
 
     @property
-    def expert_feed_forward(self) -> str:
-        """Name of the kind of network of experts and shared experts."""
-        return self.sparse.feed_forward or self.feed_forward
+    def expert_kind(self) -> FeedForwardKind:
+        """What the network of an expert is, a shared expert too."""
+        return FEED_FORWARD_KINDS[self.sparse.feed_forward or self.feed_forward]
+
+    @property
+    def network(self) -> FeedForwardSpec:
+        """What a dense layer's feed-forward network is made of."""
+        return self.feed_forward_kind.form(self.activation, self.biases)
 
     @property
     def expert_network(self) -> FeedForwardSpec:
         """What an expert is made of, a shared expert too."""
-        return self._form(self.expert_feed_forward)
-
-    def _form(self, kind: str) -> FeedForwardSpec:
-        return FeedForwardSpec(self.activation, FEED_FORWARD_KINDS[kind].gate is not None, self.biases)
+        return self.expert_kind.form(self.activation, self.biases)
 
     @property
     def norm_spec(self) -> NormSpec:
@@ -138,12 +134,23 @@ class ModelConfig(Section, resume="fixed", init_from="equal"):
         return self.init_std / (2.0 * self.layers) ** 0.5 if self.init_scale_residual else self.init_std
 
     @property
-    def has_pangu_parts(self) -> bool:
-        """Whether every part is one that PanGu-α has, with or without its query layer."""
-        networks = (FEED_FORWARD_KINDS[kind] for kind in (self.feed_forward, self.expert_feed_forward))
-        parts = (self.norm_spec, self.position_spec, self.head_spec, *networks)
-        has_options = self.biases and not self.attention.qk_norm and self.activation != "silu"
-        return has_options and all(part.in_pangu for part in parts)
+    def parts(self) -> dict[str, PartSpec]:
+        """What the keys choose that name a part of the backbone."""
+        return {
+            "model.norm": self.norm_spec,
+            "model.position": self.position_spec,
+            "model.feed_forward": self.feed_forward_kind,
+            "model.sparse.feed_forward": self.expert_kind,
+            "model.activation": ACTIVATION_SPECS[self.activation],
+            "model.biases": BIASES[self.biases],
+            "model.head": self.head_spec,
+            "model.attention.qk_norm": self.attention.qk_norm_spec,
+            "model.sparse.shared_expert": SHARED_EXPERT[self.sparse.shared_expert],
+        }
+
+    def parts_unlike(self, network: str) -> list[str]:
+        """The parts that an exported network does not have, as `key is value`."""
+        return [f"{key} is {part.name}" for key, part in self.parts.items() if network not in part.exports]
 
     @property
     def has_query_layer(self) -> bool:
@@ -238,7 +245,8 @@ def _parts(model: ModelConfig) -> Violations:
     if model.has_query_layer and not position.has_table:
         yield (
             f"model.query_layer = {model.query_layer} asks by learned positions, which model.position = "
-            f"{model.position} does not have: set model.query_layer to none, or model.position to learned"
+            f"{model.position} does not have: set model.query_layer to none, or model.position to "
+            f"{names_with(POSITION_SPECS, 'has_table')}"
         )
     if position.rotates and model.hidden % model.heads == 0 and model.hidden // model.heads % 2:
         yield (
@@ -248,34 +256,37 @@ def _parts(model: ModelConfig) -> Violations:
     if not position.rotates and model.rope_theta != 10000.0:
         yield (
             f"model.rope_theta = {model.rope_theta:g} has no effect with model.position = {model.position}: leave it "
-            "out, or set model.position to rope"
+            f"out, or set model.position to {names_with(POSITION_SPECS, 'rotates')}"
         )
-    if not model.head_spec.tied and model.domain_parameters.embedding == "own":
+    if not model.head_spec.is_tied and model.domain_parameters.embedding == "own":
         yield (
             f"model.head = {model.head} is one table for all domains, but model.domain_parameters.embedding = own "
-            "gives each its own words: set model.head to tied, or model.domain_parameters.embedding to shared"
+            f"gives each its own words: set model.head to {names_with(HEAD_SPECS, 'is_tied')}, or "
+            "model.domain_parameters.embedding to shared"
         )
 
 
 def _networks(model: ModelConfig) -> Violations:
     """Feed-forward networks of dense layers and of experts, which share activation and biases."""
-    written = {"model.feed_forward": model.feed_forward, "model.sparse.feed_forward": model.sparse.feed_forward}
-    gated = {key: kind for key, kind in written.items() if kind and FEED_FORWARD_KINDS[kind].gate}
-    if len(set(gated.values())) > 1:
+    written = {"model.feed_forward": model.feed_forward_kind}
+    if model.sparse.feed_forward:
+        written["model.sparse.feed_forward"] = model.expert_kind
+    gated = {key: kind for key, kind in written.items() if kind.gate}
+    if len({kind.gate for kind in gated.values()}) > 1:
         yield (
             f"model.sparse.feed_forward = {model.sparse.feed_forward} and model.feed_forward = {model.feed_forward} "
-            "are gated by different activations, and a model has one: set them alike, or one of them to mlp"
+            "are gated by different activations, and a model has one: set them alike, or one of them to "
+            f"{names_with(FEED_FORWARD_KINDS, 'gateless')}"
         )
         return
     for key, kind in gated.items():
-        activation = FEED_FORWARD_KINDS[kind].gate
-        if model.activation != activation:
+        if model.activation != kind.gate:
             yield (
-                f"model.activation = {model.activation}, but {key} = {kind} is gated by {activation} by definition: "
-                f"set model.activation to {activation}"
+                f"model.activation = {model.activation}, but {key} = {kind.name} is gated by {kind.gate} by "
+                f"definition: set model.activation to {kind.gate}"
             )
         if model.biases:
-            yield f"model.biases is true, but {key} = {kind} has none: set model.biases to false"
+            yield f"model.biases is true, but {key} = {kind.name} has none: set model.biases to false"
 
 
 def _top_layer(model: ModelConfig) -> Violations:

@@ -86,7 +86,7 @@ def _shared(config: Config, vocab_size: int) -> Iterator[tuple[str, Shape]]:
     yield from _norm(config, "norm")
     for layer_name in model.layer_names[model.blocks :]:
         yield from _layer(config, layer_name, vocab_size)
-    if not model.head_spec.tied:
+    if not model.head_spec.is_tied:
         yield tensor_names.OUTPUT_WORDS, (vocab_size, hidden)
 
 
@@ -109,9 +109,8 @@ def _layer(config: Config, layer_name: str, vocab_size: int) -> Iterator[tuple[s
         yield tensor_name(layer_name, "attention", part, "weight"), (hidden, hidden)
         if model.biases:
             yield tensor_name(layer_name, "attention", part, "bias"), (hidden,)
-    if model.attention.qk_norm:
-        yield from _norm(config, layer_name, "attention", "query_norm")
-        yield from _norm(config, layer_name, "attention", "key_norm")
+    for norm in model.attention.qk_norm_spec.norms:
+        yield from _norm(config, layer_name, "attention", norm)
     if layer_name not in model.sparse_prefixes:
         yield from _network(config, layer_name, "feed_forward", model.network)
         return

@@ -12,6 +12,7 @@ from pangu_sigma.config.phase_domains import old_domains
 from pangu_sigma.config.schema import Config
 from pangu_sigma.config.section import Violations
 from pangu_sigma.config.training_sections import PhaseConfig
+from rre.router_specs import routers_that
 
 
 def violations(config: Config) -> Violations:
@@ -80,8 +81,8 @@ def _tokenizer(config: Config) -> Violations:
     experts = config.experts_in_layer
     if rows is not None and owners == "layer" and experts > rows:
         yield (
-            f"domains have {experts} experts together, more than the {rows} vocabulary ids that the table of a hash "
-            "layer can spread: make the expert groups smaller"
+            f"domains have {experts} experts together, more than the {rows} vocabulary ids that the table of a "
+            f"{model.router} layer can spread: make the expert groups smaller"
         )
     if rows is not None and owners == "domain":
         for index, domain in enumerate(config.domains):
@@ -217,7 +218,8 @@ def _regularise(key: str, phase: PhaseConfig, config: Config) -> Violations:
         elif not config.model.separates_domains and config.model.domain_parameters.embedding == "shared":
             yield (
                 f"{key}.regularise.through = old has no effect on this model, in which no domain has experts of its "
-                "own (a dense one, or model.sparse.router other than rre): leave it out"
+                "own (a dense one, or model.sparse.router other than "
+                f"{routers_that(lambda spec: spec.separates_domains)}): leave it out"
             )
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import create_model
 
-from pangu_sigma.config.backbone_parts import FEED_FORWARD_KINDS
+from pangu_sigma.config.parts.feed_forward_kinds import FEED_FORWARD_KINDS
 from pangu_sigma.config.section import Field, Section, Violations
 from rre.router_specs import ROUTER_OPTIONS, ROUTER_SPECS, RouterOption, RouterSpec, routers_with
 

@@ -19,6 +19,10 @@ from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.checkpoint.tensor_file import numpy_type
 from pangu_sigma.config import Config
 from pangu_sigma.config.parameter_counts import parameter_counts, tensor_shapes
+from pangu_sigma.config.parts.feed_forward_kinds import SILU, SWIGLU
+from pangu_sigma.config.parts.head_specs import TIED, UNTIED
+from pangu_sigma.config.parts.norm_specs import RMS_NORM
+from pangu_sigma.config.parts.position_specs import ROPE
 from pangu_sigma.convert.conversion_coverage import check_coverage
 from pangu_sigma.convert.converted_folder import ImportSettings, imported_config, write_converted
 from pangu_sigma.convert.olmoe_names import MODEL_TYPE, OlmoeTensor, parts_of
@@ -152,14 +156,14 @@ def _config(given: dict[str, Any], source: Path, out: Path, settings: OlmoeImpor
             "heads": given["num_attention_heads"],
             "ffn": given["intermediate_size"],
             "positions": positions,
-            "activation": "silu",
-            "norm": "rmsnorm",
+            "activation": SILU.name,
+            "norm": RMS_NORM.name,
             "norm_epsilon": given.get("rms_norm_eps", 1e-5),
-            "position": "rope",
+            "position": ROPE.name,
             "rope_theta": float(given.get("rope_theta", 10000.0)),
-            "feed_forward": "swiglu",
+            "feed_forward": SWIGLU.name,
             "biases": False,
-            "head": "tied" if given.get("tie_word_embeddings", False) else "untied",
+            "head": (TIED if given.get("tie_word_embeddings", False) else UNTIED).name,
             "query_layer": "none",
             "attention": {"qk_norm": True},
             "init_std": given.get("initializer_range", 0.02),

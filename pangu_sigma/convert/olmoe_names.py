@@ -7,11 +7,9 @@ tensors stand alone there and as one tensor [experts, in, out] here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from operator import attrgetter
 
 from pangu_sigma.config import Config
 from pangu_sigma.tensor_names import GATE, OUTPUT_WORDS, WORDS, block_index, parse_name, tensor_name
-from rre.router_specs import OLMOE
 
 MODEL_TYPE = "olmoe"  # in Hugging Face's config.json
 _TABLES = {
@@ -31,11 +29,6 @@ _IN_LAYER = {
     GATE: ("mlp.gate", True),
 }
 _OF_EXPERT = {tensor_name(matrix, "weight"): f"{matrix}_proj" for matrix in ("gate", "up", "down")}
-# model.sparse apart: what a configuration must say so that its function is OlmoeForCausalLM's.
-NEEDED = {
-    "norm": "rmsnorm", "position": "rope", "feed_forward": "swiglu", "activation": "silu", "biases": False,
-    "query_layer": "none", "domain_parameters.embedding": "shared",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,24 +38,6 @@ class OlmoeTensor:
     name: str
     turned: bool
     expert: int | None = None
-
-
-def unlike_olmoe(config: Config) -> list[str]:
-    """What in a configuration is not OlmoeForCausalLM's, as `key is value` sentences."""
-    model, sparse = config.model, config.model.sparse
-    own = {key: attrgetter(key)(model) for key in NEEDED}
-    wrong = [f"model.{key} is {own[key]}" for key, value in NEEDED.items() if own[key] != value]
-    if model.expert_feed_forward != "swiglu":
-        wrong.append(f"model.sparse.feed_forward is {model.expert_feed_forward}")
-    if not model.attention.qk_norm:
-        wrong.append("model.attention.qk_norm is false")
-    if model.router_spec is not OLMOE:
-        wrong.append(model.router_setting.replace(" = ", " is "))
-    if len(model.sparse_prefixes) != model.layers:
-        wrong.append(f"{len(model.sparse_prefixes)} of {model.layers} layers are sparse")
-    if sparse.shared_expert:
-        wrong.append("model.sparse.shared_expert is true")
-    return wrong
 
 
 def parts_of(config: Config, tensor: str) -> list[OlmoeTensor]:

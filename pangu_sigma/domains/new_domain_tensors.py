@@ -67,10 +67,10 @@ class NewDomainTensors:
         before, own = stored_config(dense).model, self.config.model
         if before.sparse_prefixes or before.domain_parameters.embedding != "shared":
             raise UserError(f"--init {self.text} is no dense model with one word embedding: name another, or mean")
-        if before.feed_forward != own.expert_feed_forward:
+        if before.feed_forward_kind != own.expert_kind:
             raise UserError(
                 f"--init {self.text} is a model of {before.feed_forward} networks, and this model's experts are "
-                f"{own.expert_feed_forward}: name another, or mean"
+                f"{own.expert_kind.name}: name another, or mean"
             )
         for key in _SAME_SHAPE:
             if getattr(before, key) != getattr(own, key):

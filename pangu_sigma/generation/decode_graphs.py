@@ -152,7 +152,7 @@ class CacheWriteGraph(nn.Cell):
 
 def cache_precision(model: Model) -> ms.dtype:
     """Type of cached keys and values: the precision of attention's products."""
-    if model.config.model.attention.dropout:
+    if model.config.model.attention.composed_only:
         return ms.float32
     return COMPUTE_TYPES[model.config.train.precision]
 

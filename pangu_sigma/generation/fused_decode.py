@@ -14,10 +14,8 @@ from parallel.ops.compiled_decoding import CompiledDecodeHead, CompiledDecodeLay
 
 
 def has_fused_decode(model: Model) -> bool:
-    """Whether compiled kernels are used (`run.kernels`) and cover the model: PanGu's parts, table routers, no shared
-    expert."""
-    config = model.config.model
-    covered = config.has_pangu_parts and not model.learned and not config.sparse.shared_expert
+    """Whether compiled kernels are used (`run.kernels`) and cover the model: its parts, and table routers."""
+    covered = all(part.in_fused_decode for part in model.config.model.parts.values()) and not model.learned
     return model.layout.kernels is not None and covered
 
 

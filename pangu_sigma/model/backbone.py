@@ -15,10 +15,8 @@ from mindspore import Tensor, nn
 
 from pangu_sigma.config.model_section import ModelConfig
 from pangu_sigma.model.layers.dropout import CountedDropout
-from pangu_sigma.model.layers.embedding import POSITIONS, NextPositionQueries, WordEmbedding
-from pangu_sigma.model.layers.linear_and_norm import norm
+from pangu_sigma.model.layers.embedding import NextPositionQueries, WordEmbedding
 from pangu_sigma.model.layers.mixture_head import MixtureHead, MixtureLayer, MixtureNorm
-from pangu_sigma.model.layers.tied_embedding_head import HEADS
 from pangu_sigma.model.layers.transformer_layer import TransformerLayer, shared_expert
 from pangu_sigma.tensor_names import block_index
 from parallel.comm.exchange import GatheredExchange
@@ -35,7 +33,7 @@ class Embedding(nn.Cell):
     def __init__(self, model: ModelConfig, vocab: int, layout: Layout) -> None:
         super().__init__()
         self.words = WordEmbedding(model, vocab, layout)
-        self.positions = POSITIONS[model.position](model, layout)
+        self.positions = model.position_spec.build(model, layout)
         if model.has_query_layer:
             self.queries = NextPositionQueries(model, layout)
 
@@ -60,7 +58,7 @@ class Backbone(nn.Cell):
         sparse_indices = {layer_name: index for index, layer_name in enumerate(model.sparse_prefixes)}
         self.sparse_index_of = tuple(sparse_indices.get(layer_name, -1) for layer_name in model.layer_names)
         self.blocks = nn.CellList(layers[: model.blocks], auto_prefix=False)
-        self.norm = norm(model, layout)
+        self.norm = model.norm_spec.build(model, layout)
         self.has_query_layer = model.has_query_layer
         if self.has_query_layer:
             self.query_layer = layers[-1]
@@ -138,5 +136,5 @@ def sparse_feed_forward(
 
 def output_head(model: ModelConfig, vocab: int, layout: Layout, experts: int) -> nn.Cell:
     """The head of the configuration; of a competitive mixture of so many `experts`, for each of them."""
-    head = HEADS[model.head](model, vocab, layout)
+    head = model.head_spec.build(model, vocab, layout)
     return MixtureHead(head, experts, layout) if model.is_competitive_mixture else head

@@ -48,13 +48,13 @@ class PanGuSigma(Backbone):
         layers = transformer_layers(model, layout, compute, sparse)
         head = output_head(model, vocab, layout, routers[0].options.groups.total if model.is_mixture else 0)
         super().__init__(model, vocab, layout, layers, head)
-        self.mask = attention_mask(model.heads, layout, model.attention.dropout, compute)
+        self.mask = attention_mask(model, layout, compute)
         pool = routers[0].pool() if routers else None
         self.pools = pool is not None
         if self.pools:
             self.pool = pool
         self.embedding_send = None
-        self.is_tied = model.head_spec.tied
+        self.is_tied = model.head_spec.is_tied
         for name, parameter in self.parameters_and_names():
             parameter.name = name_without_cells(name)
 

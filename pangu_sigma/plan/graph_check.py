@@ -185,7 +185,7 @@ def _shards(config: Config, compiled: CompiledGraph) -> Iterator[str]:
 
 def sends_words(config: Config) -> bool:
     """Whether the first stage's word table is the last one's output matrix."""
-    return config.parallel.pipeline > 1 and config.model.head_spec.tied
+    return config.parallel.pipeline > 1 and config.model.head_spec.is_tied
 
 
 def _stored_shape(config: Config, name: str, shape: Shape, rank: int) -> Shape:

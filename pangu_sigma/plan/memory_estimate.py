@@ -53,7 +53,7 @@ def stage_bytes(config: Config, vocabulary: int, stage: int) -> dict[str, float]
         by_kind["gradients"] += FLOAT32 * (values / share + gathered)
         if low != FLOAT32 and is_matrix(name, shape):
             by_kind["compute copies"] += low * values
-    if mesh.pipeline > 1 and stage == mesh.pipeline - 1 and config.model.head_spec.tied:
+    if mesh.pipeline > 1 and stage == mesh.pipeline - 1 and config.model.head_spec.is_tied:
         # What the first stage sends of the word table.
         by_kind["weights"] += FLOAT32 * vocabulary * config.model.hidden / mesh.tensor
     _, sparse_layers = layers_of_stage(config, stage)
@@ -99,7 +99,7 @@ def activation_bytes(config: Config, vocabulary: int, stage: int = 0) -> float:
         ((2 if form.gated else 1) * FLOAT32 + low) * model.ffn / mesh.tensor
         for form in (model.network, model.expert_network)
     )
-    again = 2 * FLOAT32 * (int(model.attention.qk_norm) + int(model.position_spec.rotates))
+    again = FLOAT32 * (len(model.attention.qk_norm_spec.norms) + 2 * int(model.position_spec.rotates))
     dense = tokens * (outside + (4 * low + again) * model.hidden / mesh.tensor + inside)
     kept = tokens * FLOAT32 * model.hidden / rows_cut
     sent, sparse = dispatch_buffer(config), dense

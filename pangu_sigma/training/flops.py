@@ -17,7 +17,7 @@ def flops_per_token(config: Config, vocab: int) -> float:
     activated = sum(counts.activated_per_token.values()) / len(counts.activated_per_token)
     tables = int(model.position_spec.has_table) + int(model.has_query_layer)
     looked_up = model.positions * model.hidden * tables
-    if not model.head_spec.tied:
+    if not model.head_spec.is_tied:
         looked_up += vocab * model.hidden
     activated += (config.predictions - 1) * vocab * model.hidden
     attention = 12 * model.layers * model.hidden * config.data.sequence_length

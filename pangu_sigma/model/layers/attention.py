@@ -14,7 +14,7 @@ from mindspore import Tensor, nn, ops
 
 from pangu_sigma.config.model_section import ModelConfig
 from pangu_sigma.model.layers.dropout import CountedDropout
-from pangu_sigma.model.layers.linear_and_norm import LinearCell, norm
+from pangu_sigma.model.layers.linear import LinearCell
 from pangu_sigma.model.layers.native_attention import MASKED_SCORE, NativeAttention, NativeMask
 from parallel.operator_layout import Layout
 from parallel.ops.compiled_kernels import CompiledAttention
@@ -220,32 +220,31 @@ class SegmentsAsMask(nn.Cell):
         return (segments,)
 
 
-def is_compiled(layout: Layout, dropout: float) -> bool:
-    """Whether attention runs as a compiled kernel, which knows no dropout on the probabilities."""
-    return bool(layout.kernels) and dropout == 0.0
+def is_compiled(model: ModelConfig, layout: Layout) -> bool:
+    """Whether attention runs as a compiled kernel."""
+    return bool(layout.kernels) and not model.attention.composed_only
 
 
-def is_native(layout: Layout, dropout: float) -> bool:
+def is_native(model: ModelConfig, layout: Layout) -> bool:
     """Whether attention runs as the device's own operators with their own gradients."""
-    return layout.native and dropout == 0.0
+    return layout.native and not model.attention.composed_only
 
 
-def attention_mask(heads: int, layout: Layout, dropout: float, compute: ms.dtype = ms.float32) -> nn.Cell:
+def attention_mask(model: ModelConfig, layout: Layout, compute: ms.dtype) -> nn.Cell:
     """The cell that makes the attention masks: segments int32 [B, S] -> what every layer's attention takes as
     `masks`."""
-    if is_native(layout, dropout):
+    if is_native(model, layout):
         return NativeMask(layout, compute)
-    return SegmentsAsMask() if is_compiled(layout, dropout) else CausalMask(heads)
+    return SegmentsAsMask() if is_compiled(model, layout) else CausalMask(model.heads)
 
 
 def training_core(model: ModelConfig, layer: int, layout: Layout, compute: ms.dtype) -> nn.Cell:
     """The attention core of training and evaluation, over whole sequences (see `Attention`)."""
-    hidden, heads, dropout = model.hidden, model.heads, model.attention.dropout
-    if is_native(layout, dropout):
-        return NativeAttention(hidden, heads, layout, compute)
-    if is_compiled(layout, dropout):
-        return CompiledAttentionCore(heads, layout.kernels)
-    return ComposedAttention(hidden, heads, layout, compute, dropout, layer)
+    if is_native(model, layout):
+        return NativeAttention(model.hidden, model.heads, layout, compute)
+    if is_compiled(model, layout):
+        return CompiledAttentionCore(model.heads, layout.kernels)
+    return ComposedAttention(model.hidden, model.heads, layout, compute, model.attention.dropout, layer)
 
 
 class Attention(nn.Cell):
@@ -269,7 +268,7 @@ class Attention(nn.Cell):
         self.projection = LinearCell(hidden, hidden, layout, compute, model.residual_std, model.biases, ("tensor", 1))
         self.normalises = model.attention.qk_norm
         if self.normalises:
-            self.query_norm, self.key_norm = norm(model, layout), norm(model, layout)
+            self.query_norm, self.key_norm = (model.norm_spec.build(model, layout) for _ in range(2))
         self.rotates = model.position_spec.rotates
         if self.rotates:
             self.apply_rotary = rotary(layout, model.heads, hidden // model.heads)

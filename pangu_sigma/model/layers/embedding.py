@@ -1,4 +1,4 @@
-"""Embeddings: words, positions (learned or rotary), and the query layer's table of next positions.
+"""Embeddings: words, and the query layer's table of next positions.
 
 Legend: B samples, S positions, T = B*S rows, D hidden width, V vocabulary, P positions of a table.
 """
@@ -12,44 +12,11 @@ from mindspore.common.initializer import Normal, initializer
 from pangu_sigma.config.model_section import ModelConfig
 from parallel.operator_layout import Layout
 from parallel.ops.primitives import embedding_lookup
-from parallel.ops.rotary import RotaryCosSin
 
 
-def _table(rows: int, model: ModelConfig, name: str) -> Parameter:
+def embedding_table(rows: int, model: ModelConfig, name: str) -> Parameter:
+    """A trained table [rows, D]."""
     return Parameter(initializer(Normal(model.init_std), (rows, model.hidden), ms.float32), name=name)
-
-
-class LearnedPositions(nn.Cell):
-    """Learned position embedding: words_TD, position ids [T] -> words + table row of each position (table [P, D])."""
-
-    def __init__(self, model: ModelConfig, layout: Layout) -> None:
-        super().__init__()
-        self.position = _table(model.positions, model, "position")
-        self.lookup = embedding_lookup(layout)
-        self.add = layout(ops.Add(), layout.residual_spec, layout.residual_spec)
-
-    def construct(self, words: Tensor, ids: Tensor) -> Tensor:
-        return self.add(words, self.lookup(self.position, ids))
-
-    def cos_sin(self, ids: Tensor) -> tuple[Tensor, ...]:
-        """What attention rotates queries and keys by: nothing."""
-        return ()
-
-
-class RotaryPositions(nn.Cell):
-    """Rotary position embedding (RoPE): words_TD -> words as they are; positions enter in attention, by `cos_sin`. No
-    parameters."""
-
-    def __init__(self, model: ModelConfig, layout: Layout) -> None:
-        super().__init__()
-        self.angles = RotaryCosSin(layout, model.positions, model.heads, model.hidden // model.heads, model.rope_theta)
-
-    def construct(self, words: Tensor, ids: Tensor) -> Tensor:
-        return words
-
-    def cos_sin(self, ids: Tensor) -> tuple[Tensor, ...]:
-        """Cosines and sines of every row's angles, for position ids [T] (see `parallel.ops.rotary`)."""
-        return ops.stop_gradient(self.angles(ids))
 
 
 class NextPositionQueries(nn.Cell):
@@ -58,7 +25,7 @@ class NextPositionQueries(nn.Cell):
 
     def __init__(self, model: ModelConfig, layout: Layout) -> None:
         super().__init__()
-        self.query = _table(model.positions, model, "query")
+        self.query = embedding_table(model.positions, model, "query")
         self.lookup = embedding_lookup(layout)
 
     def construct(self, ids: Tensor) -> Tensor:
@@ -78,7 +45,7 @@ class WordEmbedding(nn.Cell):
         self.per_domain = model.domain_parameters.embedding == "own"
         self.vocab = vocab
         if not self.per_domain:
-            self.word = _table(vocab, model, "word")
+            self.word = embedding_table(vocab, model, "word")
         self.lookup = embedding_lookup(layout, "tensor")
         self.concat = layout(ops.Concat(0))
 
@@ -92,6 +59,3 @@ class WordEmbedding(nn.Cell):
             return self.concat(rows)
         ids = (tokens + domain.reshape(-1, 1) * self.vocab).reshape(-1)
         return self.lookup(table.reshape(-1, table.shape[-1]), ids)
-
-
-POSITIONS = {"learned": LearnedPositions, "rope": RotaryPositions}  # by their names in the configuration

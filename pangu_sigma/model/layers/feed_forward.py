@@ -1,4 +1,5 @@
-"""Dense feed-forward networks: two matrices (MLP) or gated by a third (SwiGLU, GEGLU); shared experts are these too."""
+"""Dense feed-forward networks (`config.parts.feed_forward_kinds`), which shared experts are too: two matrices (MLP) or
+gated by a third (SwiGLU, GEGLU)."""
 
 from __future__ import annotations
 
@@ -6,16 +7,11 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from pangu_sigma.config.model_section import ModelConfig
-from pangu_sigma.model.layers.linear_and_norm import LinearCell
+from pangu_sigma.model.layers.linear import LinearCell
 from parallel.operator_layout import Layout
 from parallel.ops.compiled_kernels import CompiledFeedForward
 from parallel.ops.primitives import activation
 from rre.feed_forward_spec import FeedForwardSpec
-
-
-def feed_forward(model: ModelConfig, form: FeedForwardSpec, layout: Layout, compute: ms.dtype) -> nn.Cell:
-    """A dense feed-forward network of `form` in the model's sizes: x_TD -> y_TD."""
-    return (GatedFeedForward if form.gated else MlpFeedForward)(model, form, layout, compute)
 
 
 class MlpFeedForward(nn.Cell):

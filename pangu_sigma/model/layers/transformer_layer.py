@@ -12,8 +12,6 @@ from mindspore import Tensor, nn, ops
 from pangu_sigma.config.model_section import ModelConfig
 from pangu_sigma.model.layers.attention import Attention
 from pangu_sigma.model.layers.dropout import CountedDropout
-from pangu_sigma.model.layers.feed_forward import feed_forward
-from pangu_sigma.model.layers.linear_and_norm import norm
 from parallel.operator_layout import Layout
 
 
@@ -21,7 +19,7 @@ def shared_expert(model: ModelConfig, layout: Layout, compute: ms.dtype) -> nn.C
     """The shared expert of a sparse layer, which every token takes beside its routed ones; None without one."""
     if not model.sparse.shared_expert:
         return None
-    return feed_forward(model, model.expert_network, layout, compute)
+    return model.expert_kind.build(model, model.expert_network, layout, compute)
 
 
 class TransformerLayer(nn.Cell):
@@ -39,11 +37,11 @@ class TransformerLayer(nn.Cell):
         core: nn.Cell | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.norm1 = norm(model, layout)
+        self.norm1 = model.norm_spec.build(model, layout)
         self.attention = Attention(model, layer, layout, compute, core)
-        self.norm2 = norm(model, layout)
+        self.norm2 = model.norm_spec.build(model, layout)
         self.is_sparse = sparse is not None
-        self.feed_forward = sparse or feed_forward(model, model.network, layout, compute)
+        self.feed_forward = sparse or model.feed_forward_kind.build(model, model.network, layout, compute)
         self.attention_dropout = CountedDropout(model.dropout, layer, "attention")
         self.feed_forward_dropout = CountedDropout(model.dropout, layer, "feed-forward")
         self.add = layout(ops.Add(), layout.residual_spec, layout.residual_spec)

@@ -5,8 +5,8 @@ import pytest
 from mindspore import Parameter, Tensor, nn, ops
 
 from pangu_sigma.config.model_section import ModelConfig
+from pangu_sigma.model.layers.heads import TiedHead
 from pangu_sigma.model.layers.mixture_head import MixtureHead
-from pangu_sigma.model.layers.tied_embedding_head import TiedHead
 from parallel.operator_layout import Layout
 from tests.oracles.routers_numpy import competitive_loss, softmax
 

@@ -1,16 +1,15 @@
-"""Language-model heads: the tied embedding (the word embedding is the output matrix) and the untied one; from hidden
-rows to token losses or logits.
+"""Language-model heads (`config.parts.head_specs`): tied (the word embedding is the output matrix) and untied; from
+hidden rows to token losses or logits.
 
 Legend: B samples, S positions, T = B*S rows, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
 
-import mindspore as ms
-from mindspore import Parameter, Tensor, nn, ops
-from mindspore.common.initializer import Normal, initializer
+from mindspore import Tensor, nn, ops
 
 from pangu_sigma.config.model_section import ModelConfig
+from pangu_sigma.model.layers.embedding import embedding_table
 from parallel.operator_layout import Layout
 from parallel.ops.distillation_loss import TiedCrossEntropyAgainst
 from parallel.ops.primitives import tied_cross_entropy
@@ -93,7 +92,7 @@ class UntiedHead(nn.Cell):
 
     def __init__(self, model: ModelConfig, vocab: int, layout: Layout) -> None:
         super().__init__()
-        self.word = Parameter(initializer(Normal(model.init_std), (vocab, model.hidden), ms.float32), name="word")
+        self.word = embedding_table(vocab, model, "word")
         self.tied = TiedHead(model, vocab, layout)
 
     def construct(self, h_TD: Tensor, labels: Tensor, domain: Tensor, table: Tensor) -> Tensor:
@@ -111,6 +110,3 @@ class UntiedHead(nn.Cell):
     def logits(self, h_TD: Tensor, batch: int, domain: Tensor | None, table) -> Tensor:
         """h_TD -> logits float32 [B, S, V]."""
         return self.tied.logits(h_TD, batch, domain, self.word)
-
-
-HEADS = {"tied": TiedHead, "untied": UntiedHead}  # by their names in the configuration
