@@ -17,7 +17,8 @@ def config(
     as_json: Json = False,
     describe: Annotated[bool, typer.Option("--describe", help="Explain every key instead.")] = False,
 ) -> None:
-    """Print the effective configuration with parameter counts, or explain every key."""
+    """Print the whole configuration, what FILE.yaml leaves out filled in and marked, with parameter counts; or explain
+    every key."""
     if describe:
         from pangu_sigma.config.config_text import description
 
@@ -25,10 +26,11 @@ def config(
         return
     if file is None:
         raise UserError("no configuration is given: name a YAML file, or use --describe for a list of all keys")
-    from pangu_sigma.config import load_config
     from pangu_sigma.config.config_text import json_text, yaml_text
+    from pangu_sigma.config.load_config import load_values, read_values
     from pangu_sigma.data.tokenizers.vocabulary_size import vocabulary_size
 
-    effective = load_config(file, overrides or ())
-    to_text = json_text if as_json else yaml_text
-    typer.echo(to_text(effective, vocabulary_size(effective)))
+    written = read_values(file)
+    effective = load_values(written, str(file), overrides or ())  # puts the overrides into what is written
+    vocabulary = vocabulary_size(effective)
+    typer.echo(json_text(effective, vocabulary) if as_json else yaml_text(effective, vocabulary, written))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import StringConstraints
+from pydantic import BeforeValidator, StringConstraints
 
 from pangu_sigma.config.section import Field, ListOf, Section, Violations
 
@@ -25,13 +25,27 @@ PANGU_ALPHA_VOCABULARY = 40000
 STANDARD_INPUT = "-"
 
 
+# Files or globs; one may be written without a list.
+Paths = Annotated[ListOf[Text], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+
+
+def _sequence_length(written: Any) -> int:
+    """As long as the model's positions, where the batch is left to us too; else what files that write it mean."""
+    return min(written.model.positions, 1024 if written.train.batch_size is None else 128)
+
+
+def _vocabulary(written: Any) -> int:
+    """As many pieces as a preset's word embedding has rows, under the same condition."""
+    return (written.train.batch_size is None and written.model.vocab_size) or 4096
+
+
 class DomainConfig(Section, resume="fixed", init_from="free"):
     """One domain: its name, its texts, the size of its expert group and how often it is drawn."""
 
     name: DomainName = Field(init_from="equal")
     """Name of the domain; files and tensors are named after it."""
-    data: ListOf[Text] = Field(min_length=1)
-    """Files of the domain, or globs of them: .jsonl (one object a line) or .txt."""
+    data: Paths = Field(min_length=1)
+    """Files of the domain, or globs of them: .jsonl (one object a line) or .txt; one may stand alone."""
     text_field: Text = "text"
     """Key of the text in a line of a .jsonl file."""
     filters: Literal["none", "text", "code"] = "none"
@@ -68,8 +82,8 @@ class TokenizerConfig(Section, resume="fixed", init_from="taken over"):
     """Train one from the domains' mix, or load a file: SentencePiece's, PanGu-α's, a tokenizer.json."""
     path: Text | None = None
     """The tokenizer's model file; null if and only if it is trained."""
-    vocab_size: int = Field(4096, ge=64)
-    """Number of pieces of a trained tokenizer."""
+    vocab_size: int | None = Field(None, ge=64, fill=_vocabulary)
+    """Pieces of a trained tokenizer; null: model.vocab_size or 4096, under a written batch_size 4096."""
 
     @property
     def known_size(self) -> int | None:
@@ -104,8 +118,8 @@ class DataConfig(Section, resume="fixed", init_from="free"):
     """How texts become sequences."""
 
     tokenizer: TokenizerConfig = TokenizerConfig()
-    sequence_length: int = Field(128, ge=2)
-    """Tokens in a sequence."""
+    sequence_length: int | None = Field(None, ge=2, fill=_sequence_length)
+    """Tokens in a sequence; null: model.positions up to 1024, or 128 under a written train.batch_size."""
     cache: Text | None = Field(None, resume="free")
     """Folder of the tokenised domains; null takes the folder 'data' in run.dir."""
     heldout_fraction: float = Field(0.05, ge=0, lt=1)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from pangu_sigma.config.data_section import DomainName, Text
+from pangu_sigma.config.data_section import DomainName, Paths
 from pangu_sigma.config.section import Field, ListOf, Section, Violations
 
 
@@ -15,7 +15,7 @@ class ExamplesConfig(Section, resume="fixed", init_from="free"):
 
     name: DomainName
     """Domain of the model that the examples belong to."""
-    data: ListOf[Text] = Field(min_length=1)
+    data: Paths = Field(min_length=1)
     """Files of examples, or globs of them: .jsonl, one object a line."""
     weight: float = Field(1.0, ge=0)
     """How often the domain's examples are drawn, relative to the others'."""

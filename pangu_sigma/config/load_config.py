@@ -27,9 +27,9 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Over
     """The effective configuration of a YAML file, or of the mapping that such a file holds, with overrides applied:
     `{"train.steps": 100, "domains.code.experts": 8}`, or texts as on the command line, `["train.steps=100"]`.
 
-    Effective means: nothing is left to be looked up. Presets are filled in, relative paths (taken from the current
-    folder) are absolute, and what null took from another key is written out: data.cache, schedule.decay_steps, the
-    last phase's steps.
+    Effective means: nothing is left to be looked up. Presets and defaults that follow other keys are filled in (`fill`
+    of their fields), relative paths (taken from the current folder) are absolute, and what null took from another key
+    is written out: data.cache, schedule.decay_steps, the last phase's steps.
 
     Raises UserError with one sentence: file (or override), key, what was written and what is allowed.
     """
@@ -148,6 +148,7 @@ def _validated(values: dict[str, Any], source: str, blame: Callable[[str], str])
         config = Config.model_validate(values)
     except ValidationError as error:
         raise _refusal(problems_of(error), blame) from error
+    config = config.filled(config)
     problems = [Problem(sentence.split(" ", 1)[0].rstrip(":"), sentence) for sentence in violations(config)]
     if problems:
         raise _refusal(problems, blame)

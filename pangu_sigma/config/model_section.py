@@ -37,7 +37,7 @@ class ModelConfig(Section, resume="fixed", init_from="equal"):
     """Size and parts of the network; `preset` gives defaults for the sizes, explicit keys override it."""
 
     preset: Literal["tiny", "350M", "2.6B", "13B", "200B"] | None = Field(None, resume="free", init_from="free")
-    """A named size that fills in the sizes that are not written."""
+    """A named size that fills in the sizes that are not written, and how many top layers are sparse."""
     vocab_size: int | None = Field(None, ge=1, init_from="equal if written")
     """Rows of the word embedding; null takes the tokenizer's size."""
     layers: int = Field(ge=1)
@@ -91,7 +91,17 @@ class ModelConfig(Section, resume="fixed", init_from="equal"):
         if not isinstance(preset, str):
             return values
         # An unknown name passes through: the field's own check names the known ones.
-        return {**PRESETS.get(preset, {}), **values}
+        sizes = dict(PRESETS.get(preset, {}))
+        layers, sparse = sizes.pop("sparse_layers", None), values.get("sparse", {})
+        # A pattern or a top layer of a kind of its own says itself which layers hold experts.
+        counts = isinstance(sparse, dict) and sparse.get("pattern", "top") == "top" and values.get("top_layer") is None
+        if counts and layers is not None:
+            written = values.get("layers")
+            # A model that is written shorter has a dense layer left all the same.
+            most = max(0, written - 1) if isinstance(written, int) else layers
+            sizes["sparse"] = {"layers": min(layers, most), **sparse}
+            values = {name: value for name, value in values.items() if name != "sparse"}
+        return {**sizes, **values}
 
     @property
     def feed_forward_kind(self) -> FeedForwardKind:

@@ -8,6 +8,7 @@ from pangu_sigma.config.differences import Difference, differences, joined
 from pangu_sigma.config.domain_edits import phases_done
 from pangu_sigma.config.schema import Config
 from pangu_sigma.config.section import Section
+from pangu_sigma.config.training_sections import own_warmup
 from pangu_sigma.errors import UserError
 
 
@@ -21,13 +22,13 @@ class ChangedKeys(NamedTuple):
 def changed_keys(old: Config, new: Config, step: int) -> ChangedKeys:
     """The keys in which two effective configurations differ, where a run has done `step` steps with the first.
 
-    Each field says what may change. Phases may ahead of `step`. The end of a decay that follows train.steps, which an
-    effective configuration writes out, is no key that anybody changed.
+    Each field says what may change. Phases may ahead of `step`. Ends of a decay and of a warm-up that follow
+    train.steps, which effective configurations write out, are no keys that anybody changed.
     """
     phases_stay = phases_done(old.to_dict()["train"], step) == phases_done(new.to_dict()["train"], step)
     fixed = ("fixed",) if phases_stay else ("fixed", "ahead")
-    follows = _decays_to_the_end(old) and _decays_to_the_end(new)
-    changes = [change for change in differences(old, new) if not (follows and change.key == "schedule.decay_steps")]
+    followed = _followed(old) & _followed(new)
+    changes = [change for change in differences(old, new) if change.key not in followed]
     return ChangedKeys(
         tuple(change for change in changes if change.resume not in fixed),
         tuple(change for change in changes if change.resume in fixed),
@@ -54,5 +55,8 @@ def with_changeable_keys(stored: Config, now: Config) -> dict[str, Any]:
     return values
 
 
-def _decays_to_the_end(config: Config) -> bool:
-    return config.schedule.decay_steps == config.train.steps - config.schedule.anneal_steps
+def _followed(config: Config) -> set[str]:
+    """The keys of the schedule whose values are those that follow from train.steps."""
+    schedule, steps = config.schedule, config.train.steps
+    values = {"decay_steps": steps - schedule.anneal_steps, "warmup_steps": own_warmup(steps, schedule)}
+    return {f"schedule.{name}" for name, value in values.items() if getattr(schedule, name) == value}

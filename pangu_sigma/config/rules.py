@@ -23,6 +23,16 @@ def violations(config: Config) -> Violations:
         yield from check(config)
 
 
+def warnings(config: Config) -> Violations:
+    """What holds but is seldom meant."""
+    model = config.model
+    if not model.sparse_prefixes and model.domain_parameters.embedding == "shared" and config.adapt is None:
+        yield (
+            f"no domain ({', '.join(config.domain_names)}) owns anything: the model has no sparse layer, so none can "
+            "be cut out or added; set model.sparse.layers to the number of top layers that shall hold experts"
+        )
+
+
 def _routing(config: Config) -> Violations:
     """What a sparse layer's options ask of the batch and of the domains' experts."""
     model, sparse = config.model, config.model.sparse

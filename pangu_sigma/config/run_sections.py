@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pangu_sigma.config.data_section import Text
 from pangu_sigma.config.section import Field, Section, Violations
@@ -50,11 +50,19 @@ class ExpertsConfig(Section, resume="rounding", init_from="free"):
     """Whether a single Ascend device takes a layer's experts as one grouped product; float16, bfloat16."""
 
 
+def _evaluation_interval(written: Any) -> int:
+    """None where no text is held out, and on a mesh, where a file says that it shall be measured between steps."""
+    text = written.data if written.adapt is None else written.adapt
+    if text.heldout_fraction == 0 or written.parallel.devices > 1:
+        return 0
+    return max(10, min(written.train.steps // 10, 1000))
+
+
 class EvaluateConfig(Section, resume="free", init_from="free"):
     """Held-out loss while training."""
 
-    every: int = Field(0, ge=0)
-    """Steps between two evaluations; 0 never evaluates."""
+    every: int | None = Field(None, ge=0, fill=_evaluation_interval)
+    """Steps between two evaluations, 0 for none; null: train.steps / 10 (10 to 1000), none on a mesh."""
     batches: int = Field(8, ge=1)
     """Batches of held-out text per domain."""
     batch_size: int = Field(8, ge=1)
@@ -64,8 +72,8 @@ class EvaluateConfig(Section, resume="free", init_from="free"):
 class CheckpointConfig(Section, resume="free", init_from="free"):
     """When the run's state is saved and how long it is kept."""
 
-    every: int = Field(0, ge=0)
-    """Steps between two checkpoints; 0 saves at the end of the run only."""
+    every: int | None = Field(None, ge=0, fill=lambda written: max(100, min(written.train.steps // 10, 1000)))
+    """Steps between two checkpoints, 0: at the end only; null: train.steps / 10, but 100 to 1000."""
     every_seconds: float | None = Field(None, gt=0)
     """Seconds between two checkpoints, whatever the steps; null sets no time."""
     keep: int = Field(3, ge=1)

@@ -23,7 +23,7 @@ class Config(Section, resume="fixed", init_from="free"):
     domains: ListOf[DomainConfig] = Field(min_length=1, init_from="equal")
     """The domains, in the order of their ids; each is a distribution of text with its own experts."""
     data: DataConfig = DataConfig()
-    optimizer: OptimizerConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -5,9 +5,9 @@ What `--resume` and `run.init_from` may do with a key stands at its field, or at
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Strict
@@ -40,9 +40,16 @@ INIT_FROM = MappingProxyType(
 )
 
 
-def Field(*args: Any, resume: str | None = None, init_from: str | None = None, **options: Any) -> Any:
-    """pydantic's `Field` with the key of RESUME and of INIT_FROM that holds for it; None: its section's."""
-    return pydantic.Field(*args, **options, json_schema_extra={"resume": resume, "init_from": init_from})
+def Field(
+    *args: Any, resume: str | None = None, init_from: str | None = None, fill: Callable[[Any], Any] | None = None,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """pydantic's `Field` with the key of RESUME and of INIT_FROM that holds for it; None: its section's.
+
+    fill: what the key's null stands for, made of the configuration as it is written (nulls of other keys included).
+    """
+    extra = {"resume": resume, "init_from": init_from, "fill": fill}
+    return pydantic.Field(*args, **options, json_schema_extra=extra)
 
 
 class Section(BaseModel):
@@ -63,3 +70,14 @@ class Section(BaseModel):
         """The key of RESUME and that of INIT_FROM for the section's key `name`: its field's own, or the section's."""
         own = cls.model_fields[name].json_schema_extra or {}
         return tuple(own.get(kind) or decision for kind, decision in cls.decisions.items())
+
+    def filled(self, written: Any) -> Self:
+        """The section with what its nulls stand for in the configuration `written`, as `fill` of their fields says."""
+        changes = {}
+        for name, field in type(self).model_fields.items():
+            value, fill = getattr(self, name), (field.json_schema_extra or {}).get("fill")
+            if value is None and fill is not None:
+                changes[name] = fill(written)
+            elif isinstance(value, Section) and (inner := value.filled(written)) is not value:
+                changes[name] = inner
+        return self.model_copy(update=changes) if changes else self

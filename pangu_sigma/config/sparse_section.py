@@ -27,7 +27,7 @@ class SparseKeys(Section):
     pattern: Literal["top", "every_other", "every"] = "top"
     """Which layers are sparse: the top ones, every second block (not the first), or all blocks."""
     layers: int = Field(0, ge=0)
-    """With pattern top, how many of the top layers are sparse; 0 gives a dense PanGu-α."""
+    """With pattern top, how many of the top layers are sparse; 0 gives a dense PanGu-α; a preset has its own."""
     include_query_layer: bool = False
     """Whether the query layer is sparse too; it then counts as one of the top layers."""
     router: RouterName = Field(

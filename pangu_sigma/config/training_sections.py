@@ -11,13 +11,37 @@ from pangu_sigma.config.data_section import DomainName
 from pangu_sigma.config.section import Field, ListOf, Section, Violations
 
 
+def _learning_rate(written: Any) -> float:
+    """0.38 / model.hidden to two digits: 3e-3 at a width of 128, 7.4e-5 at 5120, near GPT-3's table (arXiv
+    2005.14165, table 2.1) at widths between; a tenth of it to fine-tune a trained model."""
+    return float(f"{(0.038 if written.adapt else 0.38) / written.model.hidden:.1e}")
+
+
+def _warmup_steps(written: Any) -> int:
+    """Steps of warm-up before a learning rate that nobody wrote; whoever writes one writes its warm-up."""
+    return 0 if written.optimizer.learning_rate else own_warmup(written.train.steps, written.schedule)
+
+
+def own_warmup(steps: int, schedule: ScheduleConfig) -> int:
+    """Steps of warm-up that a run of `steps` gives itself: a twentieth, but not into the anneal or past the decay."""
+    return max(0, min(steps // 20, 2000, steps - schedule.anneal_steps, schedule.decay_steps or steps))
+
+
+def _batch_size(written: Any) -> int:
+    """16 sequences up to a width of 1024, more beyond, made a multiple of all that divides a batch."""
+    unit = written.train.gradient_accumulation_steps * written.parallel.data * written.parallel.expert
+    unit *= written.model.sparse.capacity_samples
+    size = 2 ** int(math.log2(max(16.0, written.model.hidden / 64)))
+    return math.ceil(size / unit) * unit
+
+
 class OptimizerConfig(Section, resume="fixed", init_from="free"):
     """AdamW with decoupled decay (none on norms and biases) and its own epsilon for experts."""
 
     name: Literal["adamw"] = "adamw"
     """The optimizer."""
-    learning_rate: float = Field(gt=0)
-    """Peak learning rate, reached after the warm-up."""
+    learning_rate: float | None = Field(None, gt=0, fill=_learning_rate)
+    """Peak learning rate, reached after the warm-up; null: 0.38 / model.hidden, to fine-tune a tenth."""
     beta1: float = Field(0.9, ge=0, lt=1)
     """Decay of the first moment."""
     beta2: float = Field(0.95, ge=0, lt=1)
@@ -37,8 +61,8 @@ class ScheduleConfig(Section, resume="fixed", init_from="free"):
 
     kind: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay after the warm-up."""
-    warmup_steps: int = Field(0, ge=0)
-    """Steps of linear growth from zero to the peak."""
+    warmup_steps: int | None = Field(None, ge=0, fill=_warmup_steps)
+    """Steps of linear growth from zero; null: train.steps / 20, or 0 under a learning_rate that is written."""
     decay_steps: int | None = Field(None, ge=1, resume="schedule")
     """Step at which the decay ends, the warm-up included; null takes all before the anneal."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
@@ -131,8 +155,8 @@ class TrainConfig(Section, resume="fixed", init_from="free"):
 
     steps: int = Field(ge=1, resume="schedule")
     """Optimizer steps of the whole run."""
-    batch_size: int = Field(ge=1)
-    """Sequences in an optimizer step."""
+    batch_size: int | None = Field(None, ge=1, fill=_batch_size)
+    """Sequences in an optimizer step; null: 16, or model.hidden / 64 where that is more (a power of 2)."""
     gradient_accumulation_steps: int = Field(1, ge=1, resume="rounding")
     """Micro-batches of an optimizer step, one after the other; divides batch_size."""
     stop_at: int | None = Field(None, ge=1, resume="free")

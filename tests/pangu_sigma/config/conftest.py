@@ -12,7 +12,7 @@ from pangu_sigma.config import Config, load_config
 SMALLEST = """\
 schema_version: 2
 run: {dir: runs/small}
-model: {preset: tiny}
+model: {preset: tiny, sparse: {layers: 0}}
 domains:
   - {name: code, data: [code.jsonl]}
   - {name: docs, data: [docs.jsonl], experts: 2, weight: 3}

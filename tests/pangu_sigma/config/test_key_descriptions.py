@@ -26,7 +26,7 @@ def test_every_key_says_what_is_allowed_and_its_default():
 
 
 def test_the_printed_configuration_is_a_configuration_with_counts_as_comments(small, small_file):
-    text = yaml_text(small("model.sparse.layers=1"), 4096)
+    text = yaml_text(small("model.sparse.layers=1"), 4096, {})
     small_file.write_text(text, encoding="utf-8")
     assert load_config(small_file) == small_file_config(small, text)
     assert "activated per token" in text and "routing tables" in text

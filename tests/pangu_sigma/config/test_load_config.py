@@ -191,7 +191,7 @@ def test_an_unknown_key_names_the_nearest_known_one(small, override, nearest):
         ("run.device=GPU", "CPU or Ascend"),
         ("domains=[]", "a list of at least one item"),
         ("domains.code.data=[]", "a list of at least one item"),
-        ("domains.code.data=a.txt", "a list of at least one item"),
+        ("domains.code.data=7", "a list of at least one item"),
         ("domains.code.data=[1]", "a text that is not empty"),
         ("domains.code.experts=0", "a whole number of at least 1"),
         ("domains.code.name=Code", "a text of small letters"),

@@ -117,7 +117,7 @@ BROKEN = [
     ("accumulation", ["train.gradient_accumulation_steps=3"], "does not divide train.batch_size = 4"),
     ("stop after the end", ["train.stop_at=11"], "more than train.steps = 10"),
     ("bfloat16 on CPU", ["train.precision=bfloat16"], "does not run on run.device = CPU"),
-    ("rollback to nothing", ["train.nonfinite=rollback"], "checkpoint.every is 0"),
+    ("rollback to nothing", ["train.nonfinite=rollback", "checkpoint.every=0"], "checkpoint.every is 0"),
     ("profile after the end", ["run.profile={start: 9, steps: 3}"], "ends at step 11, after train.steps = 10"),
     ("phases too short", ["train.phases=[{steps: 4}, {steps: 5}]"], "add up to 9 steps and train.steps is 10"),
     ("phases too long", ["train.phases=[{steps: 10}, {}]"], "leave at least one step for the last phase"),
