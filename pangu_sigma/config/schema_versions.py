@@ -20,6 +20,11 @@ CHANGED_KEYS = (
     ("model.sparse.mixture_loss", "model.mixture_loss"),
     ("parallel.rehearse", "parallel.emulate_mesh"),
 )
+# What version 2 takes for keys that a file leaves out, where version 1 took something else.
+CHANGED_DEFAULTS = (
+    "a preset has sparse layers unless model.sparse.layers is 0, and evaluate.every and checkpoint.every follow "
+    "train.steps unless they are 0"
+)
 # The last version of pangu-sigma that reads folders whose configuration has schema version 1.
 _LAST_READER = "0.1.0"
 
@@ -30,7 +35,7 @@ def refuse_old_file(values: Mapping[str, Any], source: str) -> None:
         changes = ", ".join(f"{before} -> {after}" for before, after in CHANGED_KEYS)
         raise UserError(
             f"{source}: schema_version = 1 cannot be read: set it to {SCHEMA_VERSION} and rename the keys that changed "
-            f"({changes})"
+            f"({changes}); of what is left out, {CHANGED_DEFAULTS}"
         )
 
 

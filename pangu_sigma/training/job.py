@@ -18,6 +18,7 @@ from pangu_sigma.checkpoint.folder_locks import lock_run_folder
 from pangu_sigma.checkpoint.run_config_file import DOMAIN_CHANGES
 from pangu_sigma.config import Config, parameter_counts, with_vocabulary
 from pangu_sigma.config.data_section import STANDARD_INPUT
+from pangu_sigma.config.rules import warnings
 from pangu_sigma.data.growing_file import check_source
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.metrics_log import MetricsLog, NoMetrics
@@ -183,7 +184,7 @@ def _build(
         resumed_step = None if not resume else (checkpoint.step if checkpoint else -1)
         metrics = resources.enter_context(MetricsLog(run_dir, config.run.tensorboard, resumed_step))
     # 4. What there is to say before the first step.
-    messages = messages + describe_differences(model, checkpoint)
+    messages = [*messages, *warnings(config), *describe_differences(model, checkpoint)]
     messages += describe_placement(config, model.groups.sizes, progress.step)
     if resume:
         messages.append(
