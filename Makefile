@@ -36,7 +36,7 @@ lint: $(VENV)/.installed-lint  ## ruff's checks
 docs: $(VENV)/.installed-docs  ## the pages as a site in site/, every link checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-reference: $(VENV)/.installed  ## renew docs/configuration.md, the tables of docs/routers.md and the quickstart's comments
+reference: $(VENV)/.installed  ## renew docs/configuration.md and the tables of docs/routers.md
 	$(BIN)/python docs/reference.py
 
 bench: $(VENV)/.installed-hf  ## speeds beside PyTorch, extraction beside cp, cluster configurations compiled

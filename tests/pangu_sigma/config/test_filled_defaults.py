@@ -1,0 +1,89 @@
+"""Defaults that follow from other keys: eight lines are enough, and files that say more mean what they meant."""
+
+from __future__ import annotations
+
+import pytest
+
+from pangu_sigma.config import config_from_dict, load_config
+from pangu_sigma.config.config_text import yaml_text
+from pangu_sigma.config.load_config import read_values
+from pangu_sigma.config.rules import warnings
+
+EIGHT_LINES = """\
+schema_version: 2
+run: {dir: runs/mine}
+model: {preset: tiny}
+domains:
+  - {name: code, data: [build/quickstart/code.jsonl]}
+  - {name: docs, data: build/quickstart/docs.jsonl}
+train: {steps: 200}
+"""
+
+
+@pytest.fixture
+def eight(tmp_path):
+    """Loads the eight lines with the given overrides."""
+    path = tmp_path / "eight.yaml"
+    path.write_text(EIGHT_LINES, encoding="utf-8")
+    return lambda *overrides: load_config(path, overrides)
+
+
+def test_eight_lines_are_a_configuration_with_experts_and_a_schedule(eight):
+    config = eight()
+    assert config.coverage == {"blocks.1": {"code": 4, "docs": 4}, "blocks.2": {"code": 4, "docs": 4}}
+    assert config.optimizer.learning_rate == 0.003 and config.schedule.warmup_steps == 10
+    assert (config.train.batch_size, config.data.sequence_length, config.data.tokenizer.vocab_size) == (16, 256, 4096)
+    assert (config.evaluate.every, config.checkpoint.every) == (20, 100)
+    assert config_from_dict(config.to_dict()) == config
+    assert not list(warnings(config))
+
+
+def test_larger_models_take_smaller_rates_longer_sequences_and_larger_batches(eight):
+    config = eight("model.preset=13B", "train.steps=100000")
+    assert config.optimizer.learning_rate == 7.4e-5 and config.schedule.warmup_steps == 2000
+    assert (config.train.batch_size, config.data.sequence_length, config.data.tokenizer.vocab_size) == (64, 1024, 40000)
+    assert config.model.sparse.layers == 8  # as PanGu-Σ
+    assert (config.evaluate.every, config.checkpoint.every) == (1000, 1000)
+
+
+def test_a_batch_is_a_multiple_of_what_divides_it(eight):
+    assert eight("train.gradient_accumulation_steps=3", "parallel.data=2", "parallel.workers=2").train.batch_size == 18
+
+
+def test_files_that_write_batch_and_learning_rate_keep_their_numbers(eight):
+    config = eight("train.batch_size=4", "optimizer.learning_rate=1e-3", "model.preset=350M")
+    assert config.data.sequence_length == 128 and config.schedule.warmup_steps == 0
+    assert config.data.tokenizer.vocab_size == 4096
+
+
+def test_a_warm_up_ends_before_the_anneal_and_the_decay(eight):
+    assert eight("train.steps=100", "schedule.anneal_steps=98").schedule.warmup_steps == 2
+    assert eight("train.steps=100", "schedule.decay_steps=3").schedule.warmup_steps == 3
+
+
+def test_nothing_is_measured_without_held_out_text_or_between_stages(eight):
+    assert eight("data.heldout_fraction=0", "checkpoint.probe_sequences=0").evaluate.every == 0
+    mesh = eight("parallel={pipeline: 2}", "run.device=Ascend", "train.gradient_accumulation_steps=2",
+                 "model.sparse.dispatch=capacity")  # fmt: skip
+    assert mesh.evaluate.every == 0
+
+
+def test_a_preset_leaves_other_layouts_of_experts_alone(eight):
+    assert eight("model.sparse.layers=1").model.sparse.layers == 1
+    assert eight("model.sparse.pattern=every").model.sparse.layers == 0
+    assert eight("model.top_layer=mixture").model.sparse.layers == 0
+    assert eight("model.layers=2").model.sparse.layers == 1
+
+
+def test_a_domain_that_owns_nothing_is_a_warning(eight):
+    (warning,) = warnings(eight("model.sparse.layers=0"))
+    assert "(code, docs)" in warning and "model.sparse.layers" in warning
+
+
+def test_what_is_left_out_is_marked(eight, tmp_path):
+    config = eight("run.seed=7")
+    written = {**read_values(tmp_path / "eight.yaml"), "run": {"dir": "runs/mine", "seed": 7}}
+    lines = yaml_text(config, 4096, written).splitlines()
+    assert {"  seed: 7", "  preset: tiny", "  layers: 4  # filled in", "  batch_size: 16  # filled in"} < set(lines)
+    assert {"  experts: 4  # default", "  device: CPU  # default", "  phases: []  # default"} < set(lines)
+    assert not [line for line in lines if line.startswith(("  steps", "  dir", "- name")) and "#" in line]
