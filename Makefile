@@ -30,8 +30,9 @@ test-slow: $(VENV)/.installed-test  ## the long variants
 
 clients: $(VENV)/.installed-test $(VENV)/.installed-clients  ## foreign clients that the server is tested with, else skipped
 
-lint: $(VENV)/.installed-lint  ## ruff's checks
+lint: $(VENV)/.installed-lint  ## ruff's checks, and the types of what import pangu_sigma gives
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 docs: $(VENV)/.installed-docs  ## the pages as a site in site/, every link checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

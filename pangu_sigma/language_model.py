@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
 import numpy as np
 
@@ -23,6 +23,30 @@ if TYPE_CHECKING:
     from pangu_sigma.generation.engine import Engine
     from pangu_sigma.model.scoring import Scorer
     from pangu_sigma.trained_model import TrainedModel
+
+
+Texts = list[str] | tuple[str, ...]
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Options of writing, each a keyword of `generate`, `stream` and `complete`."""
+
+    max_tokens: int
+    """Most tokens to write; 64 if left out."""
+    temperature: float
+    """0 takes the likeliest token, higher is freer; 0.8 if left out."""
+    top_k: int
+    """Draw among this many likeliest tokens, 0 among all; 40 if left out."""
+    top_p: float
+    """Draw among the likeliest tokens that together hold this share of the probability; 1 if left out."""
+    repetition_penalty: float
+    """Above 1 makes tokens unlikely that the text holds already; 1 if left out."""
+    stop: str | Texts
+    """Texts that end the answer, and are no part of it."""
+    seed: int
+    """The same seed gives the same text; 0 if left out."""
+    logprobs: int
+    """With `complete`: alternatives to tell of every token, and its own log-probability."""
 
 
 class LanguageModel:
@@ -81,46 +105,50 @@ class LanguageModel:
 
     @overload
     def generate(
-        self, prompt: str, domain: str | None = None, *, max_tokens: int = 64, temperature: float = 0.8,
-        top_k: int = 40, top_p: float = 1.0, repetition_penalty: float = 1.0, stop: str | Sequence[str] = (),
-        seed: int = 0,
-    ) -> str: ...  # fmt: skip
+        self, prompt: str, domain: str | None = None, **options: Unpack[SamplingOptions]
+    ) -> str: ...
 
     @overload
     def generate(
-        self, prompt: Sequence[str], domain: str | None = None, *, max_tokens: int = 64, temperature: float = 0.8,
-        top_k: int = 40, top_p: float = 1.0, repetition_penalty: float = 1.0, stop: str | Sequence[str] = (),
-        seed: int = 0,
-    ) -> list[str]: ...  # fmt: skip
+        self, prompt: Texts, domain: str | None = None, **options: Unpack[SamplingOptions]
+    ) -> list[str]: ...
 
     def generate(
-        self, prompt: str | Sequence[str], domain: str | None = None, *, max_tokens: int = 64,
-        temperature: float = 0.8, top_k: int = 40, top_p: float = 1.0, repetition_penalty: float = 1.0,
-        stop: str | Sequence[str] = (), seed: int = 0,
-    ) -> str | list[str]:  # fmt: skip
+        self, prompt: str | Texts, domain: str | None = None, **options: Unpack[SamplingOptions]
+    ) -> str | list[str]:
         """Continue a prompt, or several together; returns what comes after each, without the prompt.
 
-        max_tokens: most tokens to write. temperature: 0 takes the likeliest token, higher is freer. top_k: draw among
-        this many likeliest tokens, 0 among all. top_p: draw among the likeliest that hold this share of the
-        probability. repetition_penalty: above 1 makes tokens unlikely that the text holds already. stop: texts that end
-        the answer, and are no part of it. seed: the same seed gives the same text. Raises UserError.
+        options: `max_tokens=64`, `temperature=0.8`, `top_k=40`, …: see `SamplingOptions`. Raises UserError.
         """
-        completions = self.complete(
-            [prompt] if isinstance(prompt, str) else prompt, domain, max_tokens=max_tokens, temperature=temperature,
-            top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, stop=stop, seed=seed,
-        )  # fmt: skip
-        texts = [completion.text for completion in completions]
-        return texts[0] if isinstance(prompt, str) else texts
+        if isinstance(prompt, str):
+            return "".join(self.stream(prompt, domain, **options))
+        return [completion.text for completion in self.complete(prompt, domain, **options)]
+
+    def stream(self, prompt: str, domain: str | None = None, **options: Unpack[SamplingOptions]) -> Iterator[str]:
+        """Continue a prompt and yield its text in pieces as it comes; joined, they are what `generate` returns.
+
+        Raises UserError at once for a request that cannot run.
+        """
+        request_id = self._begin(prompt, domain, options)
+
+        def pieces() -> Iterator[str]:
+            try:
+                yield from (event.text for event in self._take(request_id) if event.text)
+            finally:
+                self._forget(request_id)
+
+        return pieces()
 
     def complete(
-        self, prompts: Sequence[str], domain: str | None = None, *, logprobs: int | None = None, **sampling: Any
+        self, prompts: Texts, domain: str | None = None, **options: Unpack[SamplingOptions]
     ) -> list[Completion]:
-        """Continue prompts as `generate` does (`sampling`: its options), and tell more: of every one the text, why it
-        ended (`finish`: stop or length) and an event for each token with its id, and with `logprobs` its
-        log-probability and so many alternatives."""
-        running = [self._begin(prompt, domain, {**sampling, "logprobs": logprobs}) for prompt in prompts]
+        """Continue prompts as `generate` does, and tell more: of every one the text, why it ended (`finish`: stop or
+        length) and an event for each token with its id, and with `logprobs=n` its log-probability and n alternatives.
+        """
+        running: list[int] = []
         completions = []
         try:
+            running += (self._begin(prompt, domain, options) for prompt in prompts)
             for request_id in running:
                 events = list(self._take(request_id))
                 text = "".join(event.text for event in events)
@@ -130,39 +158,13 @@ class LanguageModel:
                 self._forget(request_id)
         return completions
 
-    def stream(
-        self, prompt: str, domain: str | None = None, *, max_tokens: int = 64, temperature: float = 0.8,
-        top_k: int = 40, top_p: float = 1.0, repetition_penalty: float = 1.0, stop: str | Sequence[str] = (),
-        seed: int = 0,
-    ) -> Iterator[str]:  # fmt: skip
-        """Continue a prompt and yield its text in pieces as it comes; joined, they are what `generate` returns.
-
-        Raises UserError at once for a request that cannot run.
-        """
-        request_id = self._begin(
-            prompt, domain, {
-                "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
-                "repetition_penalty": repetition_penalty, "stop": stop, "seed": seed,
-            },
-        )  # fmt: skip
-
-        def pieces() -> Iterator[str]:
-            try:
-                for event in self._take(request_id):
-                    if event.text:
-                        yield event.text
-            finally:
-                self._forget(request_id)
-
-        return pieces()
-
     @overload
     def loss(self, text: str, domain: str | None = None) -> float: ...
 
     @overload
-    def loss(self, text: Sequence[str], domain: str | None = None) -> list[float]: ...
+    def loss(self, text: Texts, domain: str | None = None) -> list[float]: ...
 
-    def loss(self, text: str | Sequence[str], domain: str | None = None) -> float | list[float]:
+    def loss(self, text: str | Texts, domain: str | None = None) -> float | list[float]:
         """Mean cross-entropy of a text's tokens, or of several texts', under the domain's experts, in nats per token.
 
         A text is one document: its first token is predicted from the end-of-document token, its end is not predicted. A
@@ -224,12 +226,12 @@ class LanguageModel:
 
         return Evaluator(self._trained.model, self.config.evaluate.batch_size)
 
-    def _begin(self, prompt: str, domain: str | None, sampling: dict[str, Any]) -> int:
+    def _begin(self, prompt: str, domain: str | None, options: SamplingOptions) -> int:
         """Queue a prompt; the id of its events."""
-        stop = sampling.get("stop", ())
-        sampling = {"top_k": 40, **sampling, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+        stop = options.get("stop", ())
+        settings: dict[str, Any] = {"top_k": 40, **options, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
         name = AUTO if domain == AUTO else pick_domain(self.domains, domain)
-        request = Request(prompt_ids(self.tokenizer, prompt), name, Sampling(**sampling))
+        request = Request(prompt_ids(self.tokenizer, prompt), name, Sampling(**settings))
         with self._turn:
             runtime.prepare(self.config.run.device)
             request_id = self._engine.add(request)

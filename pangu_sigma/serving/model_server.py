@@ -37,7 +37,7 @@ class ModelServer:
         """Load the model and return when clients can come. Raises UserError for what keeps it from that."""
         # What the caller's thread shows of progress, this one shows.
         context = copy_context()
-        self._thread = threading.Thread(target=lambda: context.run(self._serve), name="server", daemon=True)
+        self._thread = threading.Thread(target=context.run, args=(self._serve,), name="server", daemon=True)
         self._thread.start()
         try:
             self._settled.wait()
@@ -53,7 +53,7 @@ class ModelServer:
         with sigterm_as_ctrl_c():
             try:
                 self.start()
-                self._thread.join()
+                self._join()
             except KeyboardInterrupt:
                 pass
             self.stop()
@@ -61,11 +61,14 @@ class ModelServer:
     def stop(self) -> None:
         """Let the answers under way end, and stop. Raises the error by which the server ended, if it did."""
         self._request_stop()
-        if self._thread is not None:
-            self._thread.join()
+        self._join()
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
 
     def _serve(self) -> None:
         from pangu_sigma.serving.server import serve
