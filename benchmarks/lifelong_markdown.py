@@ -110,8 +110,8 @@ def inference_table(entry: dict, domains: Sequence[str]) -> str:
         shares = [_mean([row["accuracy"][n] for row in last if row["accuracy"][n] is not None]) for n in after]
         given, auto = (statistics.mean(row[key] for row in last) for key in ("loss", "auto"))
         cells = ["–" if math.isnan(share) else f"{100 * share:.1f} %" for share in shares]
-        rows.append([name, *cells, f"{given:.3f}", f"{auto:.3f}", f"{auto - given:+.3f}"])
-    header = ["domain", *(f"right after {n} tokens" for n in after), "loss, domain given", "inferred", "difference"]
+        rows.append([name, *cells, f"{given:.3f}", f"{auto:.3f}", f"{given - auto:+.3f}"])
+    header = ["domain", *(f"right after {n} tokens" for n in after), "loss, domain given", "inferred", "gain"]
     return markdown(header, rows)
 
 

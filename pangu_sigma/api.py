@@ -104,8 +104,8 @@ def evaluate(
 ) -> DomainEvaluation:
     """Measure held-out loss per domain, and every domain's text under every expert group; a run keeps the result.
 
-    batches: per text and group, all held-out text if left out. workers: processes that share the work. Raises
-    UserError.
+    batches: per text and group, 0 for all; what `evaluate.batches` says if left out. workers: processes that share the
+    work. Raises UserError.
     """
     from pangu_sigma.evaluation.evaluation_job import evaluate
 

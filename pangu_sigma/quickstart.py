@@ -45,8 +45,8 @@ def quickstart(config: Config) -> Finished | None:
         if step < config.train.steps:
             print(f"stopped at step {step} of {config.train.steps}; the same command continues")
             return None
-        measured, limit = run.evaluation, config.evaluate.batches
-        result = measure_with_progress(measured.evaluator, measured.sequences, measured.unigram, step, limit)
+        measured = run.evaluation
+        result = measure_with_progress(measured.evaluator, measured.sequences, measured.unigram, step)
         write_json(folder / "evaluation.json", result.to_dict())
         beginnings = _beginnings(run)
         samples = write_samples(run.model, run.corpus.tokenizer, beginnings)

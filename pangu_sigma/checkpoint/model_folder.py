@@ -5,6 +5,7 @@ Ctrl-C too, leaves nothing behind; what a killed process left goes with the next
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from pangu_sigma.checkpoint import folder_layout
@@ -58,14 +59,22 @@ def write_model_folder(
     return Checkpoint(final, manifest)
 
 
-def write_run_folder(out: Path | str, content: StreamedCheckpoint, progress: Progress | None = None) -> Checkpoint:
-    """Writes the new run folder `out` with one checkpoint and its `config.yaml`. Raises as `write_model_folder`."""
+def write_run_folder(
+    out: Path | str,
+    content: StreamedCheckpoint,
+    progress: Progress | None = None,
+    add: Callable[[Path], None] | None = None,
+) -> Checkpoint:
+    """Writes the new run folder `out` with one checkpoint and its `config.yaml`; `add` puts more into the folder before
+    it has its name. Raises as `write_model_folder`, and what `add` raises."""
     final = check_output(out)
     disk_write = output_write(final)
     inside = Path(folder_layout.CHECKPOINTS) / folder_layout.step_name(content.step)
     with disk_write.explain_errors(), atomic_folder(final) as folder:
         manifest, _ = content.write_into(folder / inside, disk_write, progress)
         write_synced(folder / folder_layout.CONFIG, content.config_text.encode())
+        if add is not None:
+            add(folder)
         sync_folder(folder / folder_layout.CHECKPOINTS)
         sync_folder(folder)
     return Checkpoint(final / inside, manifest)

@@ -16,7 +16,8 @@ def evaluate(
     model: ModelPath,
     as_json: Json = False,
     batches: Annotated[
-        int | None, typer.Option(min=1, help="Batches per text and expert group; all held-out text if left out.")
+        int | None,
+        typer.Option(min=0, help="Batches per text and expert group, 0 for all; evaluate.batches if left out."),
     ] = None,
     domain: Annotated[
         str | None,

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pangu_sigma.config.data_section import Text
 from pangu_sigma.config.section import Field, Section, Violations
+from pangu_sigma.errors import UserError
 from parallel.mesh import Mesh, mesh_problems
 
 
@@ -64,9 +65,15 @@ class EvaluateConfig(Section, resume="free", init_from="free"):
     every: int | None = Field(None, ge=0, fill=_evaluation_interval)
     """Steps between two evaluations, 0 for none; null: train.steps / 10 (10 to 1000), none on a mesh."""
     batches: int = Field(8, ge=1)
-    """Batches of held-out text per domain."""
+    """Batches of held-out text per domain, while training and by `pangu-sigma evaluate`."""
     batch_size: int = Field(8, ge=1)
     """Sequences in an evaluation batch."""
+
+    def batch_limit(self, asked: int | None) -> int | None:
+        """Batches of each text to measure, None for all: those `asked` for, 0 for all, or `batches` where none are."""
+        if asked is not None and asked < 0:
+            raise UserError(f"batches is {asked}: give a number of batches of each text, or 0 for all of them")
+        return (self.batches if asked is None else asked) or None
 
 
 class CheckpointConfig(Section, resume="free", init_from="free"):

@@ -1,7 +1,8 @@
 """What every change of a model's domains has in common: the model that is changed, and where the result goes.
 
 A run is changed in place: its last checkpoint is replaced by one of the same step that has the change, in one rename,
-and `config.yaml` in the run's folder follows. With an output the run stays as it is.
+and `config.yaml` in the run's folder follows. With an output the run stays as it is, and the new one begins with its
+metrics.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from pangu_sigma.config import Config
 from pangu_sigma.config.domain_edits import checked
 from pangu_sigma.config.load_config import with_run_folder
 from pangu_sigma.errors import UserError
+from pangu_sigma.monitor.metrics_log import copy_metrics
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.monitor.result_files import write_text
 from pangu_sigma.signals import sigterm_as_ctrl_c
@@ -227,7 +229,8 @@ class CheckpointEditor:
                 write_text(self.run_dir / folder_layout.CONFIG, config.to_yaml())
                 return EditResult(written, config, self.run_dir, lost_mesh)
             if self.run_dir is not None:
-                written = write_run_folder(self.out, content, advance)
+                add = partial(copy_metrics, self.run_dir, step=source.step)
+                written = write_run_folder(self.out, content, advance, add)
                 return EditResult(written, config, run_of(written), lost_mesh)
             return EditResult(write_model_folder(self.out, content, progress=advance, moments=True), config, None)
 

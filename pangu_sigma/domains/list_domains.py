@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,29 +105,32 @@ def _losses(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     try:
         records = read_metrics(run_dir)
     except UserError:
-        return {}  # a run without metrics, such as one that a change wrote with --out
-    since = _since(checkpoint.state)
+        return {}  # a run without metrics, such as one that was begun by hand
+    changes = checkpoint.state.get(DOMAIN_CHANGES, [])
     last_losses: dict[str, dict[str, Any]] = {}
     for kind in ("train", "evaluate"):
         for record in records:
             if record["kind"] != kind or record["step"] > checkpoint.step:
                 continue
-            for name, loss in record["losses"].items():
-                # A name may have belonged to another domain before; nothing is told of a domain without text.
-                if record["step"] > since.get(name, -1) and math.isfinite(loss):
+            for recorded, loss in record["losses"].items():
+                name = _name_now(recorded, record["step"], changes)
+                # Nothing is told of a domain without text.
+                if name is not None and math.isfinite(loss):
                     last_losses[name] = {"loss": loss, "loss_step": record["step"], "loss_kind": kind}
     return last_losses
 
 
-def _since(state: Mapping[str, Any]) -> dict[str, int]:
-    """Domain -> the step at which it got its name."""
-    since = {}
-    for change in state.get(DOMAIN_CHANGES, []):
-        words = change["change"].split()
-        if words[0] == "add":
-            since[words[1]] = change["step"]
-        elif words[0] == "expand":
-            since[words[2]] = change["step"]
-        elif words[0] == "rename":
-            since[words[3]] = change["step"]
-    return since
+def _name_now(name: str, step: int, changes: Sequence[Mapping[str, Any]]) -> str | None:
+    """What the domain is called now that was called `name` when a record of `step` was written; None if it is gone.
+
+    changes: the run's, in order; those of the record's step came after it.
+    """
+    for change in changes:
+        kind, *words = change["change"].split()
+        if change["step"] < step:
+            continue
+        if kind == "rename" and words[0] == name:
+            name = words[2]
+        elif (kind in ("remove", "add") and words[0] == name) or (kind == "expand" and words[1] == name):
+            return None
+    return name

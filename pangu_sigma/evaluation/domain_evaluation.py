@@ -134,11 +134,12 @@ def measure_with_progress(
     heldout: Mapping[str, HeldoutSequences],
     unigram: Mapping[str, float],
     step: int,
-    limit: int | None = None,
+    batches: int | None = None,
 ) -> DomainEvaluation:
-    """`measure` behind a progress bar."""
+    """`measure` behind a progress bar; `batches` of each text as `EvaluateConfig.batch_limit` takes them."""
     from pangu_sigma.monitor.progress import progress
 
+    limit = evaluator.model.config.evaluate.batch_limit(batches)
     per_group = sum(evaluator.batches(sequences, limit) for sequences in heldout.values())
     with progress("evaluate", per_group * len(evaluator.model.groups.names), unit="batches") as job:
         return measure(evaluator, heldout, unigram, step, limit, job.advance)

@@ -12,8 +12,8 @@ from pangu_sigma.workers import is_worker, launch_on_model
 def evaluate(path: str | Path, batches: int | None = None, workers: int = 1) -> DomainEvaluation | None:
     """Measure a run's, checkpoint's or model folder's model on its domains' held-out text; a run keeps the result.
 
-    batches: per domain and group, None for all held-out text. workers: processes of this machine that share the work;
-    None comes back in all of them but the first. Raises UserError for anything wrong with `path`.
+    batches: per text and group, 0 for all; what `evaluate.batches` says if left out. workers: processes of this machine
+    that share the work; None comes back in all of them but the first. Raises UserError for anything wrong with `path`.
     """
     path = Path(path)
     if workers > 1 and not is_worker():

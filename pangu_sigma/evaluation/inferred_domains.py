@@ -153,7 +153,8 @@ def evaluate_inferred_domains(
     text.
 
     The prior `cached` comes from the first sequences of each domain's text, at most a hundred and at most half of them,
-    which are not measured then. Returns {"step", "prior", "top", "domains": {name: see `InferredDomainLoss.result`}}.
+    which are not measured then. `batches` of each text, as `EvaluateConfig.batch_limit` takes them. Returns
+    {"step", "prior", "top", "domains": {name: see `InferredDomainLoss.result`}}.
     """
     trained = load_trained(path)
     model = trained.model
@@ -167,7 +168,8 @@ def evaluate_inferred_domains(
     with TemporaryDirectory(prefix="pangu-sigma-") as scratch:
         heldout = trained.corpus(Path(scratch)).heldout_to_measure()
         counts = {name: -(-len(texts) // size) for name, texts in heldout.items()}
-        counts = {name: count if batches is None else min(count, batches) for name, count in counts.items()}
+        limit = model.config.evaluate.batch_limit(batches)
+        counts = {name: count if limit is None else min(count, limit) for name, count in counts.items()}
         with progress("evaluate", sum(counts.values()), unit="batches") as job:
             for domain, name in enumerate(names):
                 sequences = likelihood.sequences(heldout[name], counts[name], job.advance)
@@ -195,6 +197,6 @@ def inferred_domains_table(result: dict) -> str:
     rows = []
     for name, figures in domains.items():
         shares = ["–" if figures["accuracy"][n] is None else f"{100 * figures['accuracy'][n]:.1f} %" for n in after]
-        difference = number(figures["auto"] - figures["given"], sign=True)
-        rows.append([name, number(figures["given"]), number(figures["auto"]), difference, *shares])
-    return text_table(["domain", "given", "auto", "difference", *(f"right after {n}" for n in after)], rows)
+        gain = number(figures["given"] - figures["auto"], sign=True)
+        rows.append([name, number(figures["given"]), number(figures["auto"]), gain, *shares])
+    return text_table(["domain", "given", "auto", "gain", *(f"right after {n}" for n in after)], rows)

@@ -107,7 +107,7 @@ def _boundaries(last: Mapping[str, Mapping[str, Any]], by_domain: bool) -> Prope
     after = list(own[0]["accuracy"])
     shares = {n: [row["accuracy"][n] for row in own if row["accuracy"][n] is not None] for n in after}
     right = ", ".join(f"{100 * sum(v) / len(v):.0f} % after {n}" for n, v in shares.items() if v)
-    evidence = f"domain inferred {number(cost, sign=True)} nats per token; right {right} tokens"
+    evidence = f"inferring the domain costs {number(cost)} nats per token; right {right} tokens"
     return Property(name, question, YES if cost <= BOUNDARY_TOLERANCE else NO, evidence, rule)
 
 

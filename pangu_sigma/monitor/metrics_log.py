@@ -37,6 +37,15 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
     return [restore_numbers(r) for i, r in enumerate(records) if last.get((r["kind"], r["step"]), i) == i]
 
 
+def copy_metrics(run_dir: Path, target: Path, step: int) -> None:
+    """Copy a run's records up to `step` into the folder of a run that continues it; nothing where it has none.
+
+    Raises UserError as `read_metrics`, and OSError.
+    """
+    if (run_dir / FILE_NAME).exists():
+        _write_until(step, run_dir / FILE_NAME, target / FILE_NAME)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainRecord:
     """One training record, written every `run.log_every` steps.
@@ -124,7 +133,7 @@ class MetricsLog(NoMetrics):
                 raise UserError(
                     f"{self.path} already holds a run's metrics: use --resume to go on with it or another run.dir"
                 )
-            self.dropped_lines = _cut_after(self.path, resume_step)
+            self.dropped_lines = _write_until(resume_step, self.path, self.path)
         if tensorboard:
             self._writer = _tensorboard_writer(self.path.parent / "tensorboard", resume_step)
         self._descriptor: int | None = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -196,11 +205,11 @@ def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     return records
 
 
-def _cut_after(path: Path, step: int) -> int:
-    """Keep only records up to `step`; the file is replaced in one rename. Returns the number of lines dropped."""
-    total = len(path.read_bytes().splitlines())
-    kept = [line for line, record in _read_lines(path) if record["step"] <= step]
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+def _write_until(step: int, source: Path, target: Path) -> int:
+    """Write the records of `source` up to `step` to `target` in one rename. Returns the number of lines left out."""
+    total = len(source.read_bytes().splitlines())
+    kept = [line for line, record in _read_lines(source) if record["step"] <= step]
+    with atomic_file(target) as temporary, open(temporary, "wb") as file:
         file.writelines(line + b"\n" for line in kept)
         file.flush()
         os.fsync(file.fileno())

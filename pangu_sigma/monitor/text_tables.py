@@ -67,13 +67,13 @@ def evaluation_line(
 ) -> str:
     """Validation by domain for one line above the progress bar, continued on indented lines where `width` is full.
 
-    With `unigram` the distance to the unigram model stands in brackets (negative is better), all in nats per token.
+    With `unigram` the gain on the unigram model stands in brackets (positive is better), all in nats per token.
     """
     lines = [f"step {step} validation:"]
     for domain, loss in losses.items():
         part = f" {printable(domain)} {number(loss)}"
         if unigram and domain in unigram:
-            part += f" ({number(loss - unigram[domain], 2, sign=True)})"
+            part += f" ({number(unigram[domain] - loss, 2, sign=True)})"
         if cell_len(lines[-1]) + cell_len(part) > width:
             lines.append("   ")
         lines[-1] += part + ","

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,7 +18,8 @@ from rre.store import StoreStats
 
 @dataclass(frozen=True)
 class BatchMetrics:
-    """Metrics of one micro-batch by domain d, sparse layer l and expert e, all float64 and exact where they count.
+    """Metrics of a micro-batch, or the sums of several, by domain d, sparse layer l and expert e, all float64 and exact
+    where they count.
 
     loss, units: loss sums and the units that they sum over [d]. tokens: whose label counts [d]. rows: filled ones [d].
     load: rows at experts [l, e]. dropped: rows dropped [l, d]. extra_metrics: what else the objective reports,
@@ -65,6 +66,23 @@ class BatchMetrics:
             auxiliary=auxiliary,
         )
 
+    @classmethod
+    def zeros(cls, domains: int, layers: int, experts: int) -> BatchMetrics:
+        """Metrics of no batch."""
+        by_domain, load, dropped = np.zeros(domains), np.zeros((layers, experts)), np.zeros((layers, domains))
+        return cls(by_domain, by_domain, by_domain, by_domain, load, dropped, {}, 0.0)
+
+    def __add__(self, other: BatchMetrics) -> BatchMetrics:
+        """The metrics of both together."""
+        sums = (mine + others for mine, others in zip(self._arrays()[:6], other._arrays()[:6], strict=True))
+        both = BatchMetrics(*sums, self.extra_metrics, self.auxiliary + other.auxiliary)
+        return both.with_extra_metrics(other.extra_metrics)
+
+    def with_extra_metrics(self, extra_metrics: Mapping[str, np.ndarray]) -> BatchMetrics:
+        """The same with more of some extra metrics."""
+        both = {name: self.extra_metrics.get(name, 0.0) + value for name, value in extra_metrics.items()}
+        return replace(self, extra_metrics=self.extra_metrics | both)
+
     def gather(self, processes: Processes) -> np.ndarray:
         """Every process's metrics of its part of the micro-batch, a flat line each; all processes call it together."""
         return processes.gather(np.concatenate([array.reshape(-1) for array in self._arrays()]))
@@ -110,15 +128,7 @@ class MetricsAccumulator:
 
     def clear(self) -> None:
         """Forget what was added."""
-        domains = len(self.groups.names)
-        self.loss = np.zeros(domains)
-        self.units = np.zeros(domains)
-        self.tokens = np.zeros(domains, np.int64)
-        self.rows = np.zeros(domains, np.int64)
-        self.extra_metrics: dict[str, tuple[float, float]] = {}
-        self.load = np.zeros((len(self.layer_names), self.groups.total), np.int64)
-        self.dropped = np.zeros((len(self.layer_names), domains))
-        self.auxiliary = 0.0
+        self.sums = BatchMetrics.zeros(len(self.groups.names), len(self.layer_names), self.groups.total)
         self.batches = 0
         self.steps = 0
         self.activated = 0
@@ -127,26 +137,13 @@ class MetricsAccumulator:
 
     def add_batch(self, metrics: BatchMetrics) -> None:
         """Add a micro-batch."""
-        self.loss += metrics.loss
-        self.units += metrics.units
-        self.tokens += metrics.tokens.astype(np.int64)
-        self.rows += metrics.rows.astype(self.rows.dtype)
-        self.add_extra_metrics(metrics)
-        self.load += metrics.load.astype(np.int64)
-        self.dropped += metrics.dropped
+        self.sums += metrics
         self.activated += int((metrics.load > 0).sum())
-        self.auxiliary += metrics.auxiliary
         self.batches += 1
 
-    def add_extra_metrics(self, metrics: BatchMetrics) -> None:
-        """Add what the objective reports beside its losses."""
-        for name, value in metrics.extra_metrics.items():
-            self.add_extra_metric(name, float(value[0]), float(value[1]))
-
-    def add_extra_metric(self, name: str, value: float, count: float) -> None:
-        """Add to a metric whose record is the sum of values by the sum of counts."""
-        sums = self.extra_metrics.get(name, (0.0, 0.0))
-        self.extra_metrics[name] = (sums[0] + value, sums[1] + count)
+    def add_extra_metrics(self, extra_metrics: Mapping[str, np.ndarray]) -> None:
+        """Add metrics, name -> [sum, count], whose records are their sums by their counts."""
+        self.sums = self.sums.with_extra_metrics(extra_metrics)
 
     def add_step(self, touched: int) -> None:
         """Count one finished optimizer step, which updated `touched` experts (embedding slots included)."""
@@ -156,34 +153,35 @@ class MetricsAccumulator:
     @property
     def mean_loss(self) -> float:
         """Mean loss so far, in nats per token (or per pair: whatever the objective counts)."""
-        return float(self.loss.sum() / max(1.0, self.units.sum()))
+        return float(self.sums.loss.sum() / max(1.0, self.sums.units.sum()))
 
     @property
     def tokens_per_second(self) -> float:
         """Tokens of text (a token whose label does not count included) per second since the last record."""
-        return float(self.rows.sum() / max(1e-9, time.monotonic() - self.started))
+        return float(self.sums.rows.sum() / max(1e-9, time.monotonic() - self.started))
 
     def take_record(self) -> dict[str, object]:
         """The metrics since the last record, by their names in the metrics log; then everything is zero again."""
-        names, groups = self.groups.names, self.groups
-        seen = [i for i, units in enumerate(self.units) if units]
+        sums, names, groups = self.sums, self.groups.names, self.groups
+        seen = np.flatnonzero(sums.units).tolist()
         speed = self.tokens_per_second
         record: dict[str, object] = {
             "loss": self.mean_loss,
-            "losses": {names[i]: float(self.loss[i] / self.units[i]) for i in seen},
-            "tokens": {names[i]: int(self.tokens[i]) for i in seen},
+            "losses": {names[i]: float(sums.loss[i] / sums.units[i]) for i in seen},
+            "tokens": {names[i]: int(sums.tokens[i]) for i in seen},
             "tokens_per_second": speed,
             "flops_per_second": speed * self.flops_per_token,
             "seconds": time.monotonic() - self.started,
-            "figures": {name: value / max(1.0, count) for name, (value, count) in self.extra_metrics.items()},
+            "figures": {name: float(value / max(1.0, count)) for name, (value, count) in sums.extra_metrics.items()},
         }
         if self.layer_names:
+            load = sums.load.astype(np.int64)
             record["expert_load"] = {
-                layer_name: {name: self.load[layer][groups.of(name)].tolist() for name in names}
+                layer_name: {name: load[layer][groups.of(name)].tolist() for name in names}
                 for layer, layer_name in enumerate(self.layer_names)
             }
             record["dropped_share"] = {
-                layer_name: {names[i]: float(self.dropped[layer, i] / self.rows[i]) for i in seen}
+                layer_name: {names[i]: float(sums.dropped[layer, i] / sums.rows[i]) for i in seen}
                 for layer, layer_name in enumerate(self.layer_names)
             }
             record["experts"] = {
@@ -191,7 +189,7 @@ class MetricsAccumulator:
                 "activated": self.activated / max(1, self.steps),
                 "touched": self.touched / max(1, self.steps),
             }
-            record["auxiliary_loss"] = self.auxiliary / max(1, self.batches)
+            record["auxiliary_loss"] = sums.auxiliary / max(1, self.batches)
         self.clear()
         return record
 

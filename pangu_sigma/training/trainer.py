@@ -195,9 +195,9 @@ class Trainer:
         for metrics in text:
             self.metrics.add_batch(metrics)
         for metrics in extra:
-            self.metrics.add_extra_metrics(metrics)
+            self.metrics.add_extra_metrics(metrics.extra_metrics)
         if penalty is not None:
-            self.metrics.add_extra_metric("distance", penalty, 1.0)
+            self.metrics.add_extra_metrics({"distance": np.array([penalty, 1.0])})
         groups, embeddings = self.model.groups, 0
         if DOMAIN_EMBEDDING in self.model.store.experts:
             embeddings = len(updated_domains(micro_batches, groups, phase.domains))

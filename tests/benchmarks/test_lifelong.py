@@ -103,7 +103,7 @@ def test_the_page_tells_forgetting_and_its_price(record):
     assert "their loss is 4.000, +1.000 against 3.000 where the shared parameters train on, which forgets 0.250" in text
     rows = systems_table(record).splitlines()[2:]
     assert rows[0].startswith("| RRE, frozen | 1.0k | 500 | 3.500 ± 0.000 | 0.000 ± 0.000 |") and "| – |" in rows[2]
-    assert "| code | 50.0 % | – | 2.000 | 2.010 | +0.010 |" in inference_table(
+    assert "| code | 50.0 % | – | 2.000 | 2.010 | -0.010 |" in inference_table(
         record["systems"]["rre_frozen"], list(DOMAINS)
     )
 

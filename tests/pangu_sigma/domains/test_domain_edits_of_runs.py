@@ -23,6 +23,8 @@ from pangu_sigma.domains.merge_models import merge_models
 from pangu_sigma.domains.remove_domain import remove_domain, rename_domain
 from pangu_sigma.domains.resize_domain import resize_domain
 from pangu_sigma.errors import UserError
+from pangu_sigma.monitor.metrics_log import read_metrics
+from pangu_sigma.report import write_report
 from pangu_sigma.trained_model import stored_config
 from pangu_sigma.training.job import train
 from pangu_sigma.training.schedule import domain_weights
@@ -227,6 +229,27 @@ def test_an_output_leaves_the_run_as_it_is(copied_run, medicine, tmp_path):
     shared = "shared.safetensors"
     assert (checkpoint.path / shared).stat().st_ino == (folder(run) / shared).stat().st_ino
     assert load_config(tmp_path / "new" / "config.yaml").run.dir == str(tmp_path / "new")
+
+
+def test_an_output_has_the_runs_metrics_up_to_its_step(copied_run, medicine, tmp_path):
+    """It can be drawn and listed at once, and its curves go on where the run's were."""
+    run, out = copied_run(12), tmp_path / "new"
+    add_domain(folder(run, 8), new_domain(medicine), out=out)
+    records = [record for record in read_metrics(run) if record["step"] <= 8]
+    assert read_metrics(out) == records and records[-1]["step"] == 8
+    assert "medicine" in write_report(out).read_text(encoding="utf-8")
+    before = [facts.loss for facts in list_domains(folder(run, 8))]
+    assert [facts.loss for facts in list_domains(out)] == [*before, None] and None not in before
+
+
+def test_a_renamed_domain_keeps_its_loss_and_a_new_one_of_its_name_has_none(copied_run, medicine):
+    run = copied_run(STEP)
+    losses = {facts.name: facts.loss for facts in list_domains(run)}
+    rename_domain(run, "poems", "verse")
+    rename_domain(run, "verse", "lines")
+    add_domain(run, new_domain(medicine, name="poems"))
+    assert {facts.name: facts.loss for facts in list_domains(run)} == {
+        "code": losses["code"], "law": losses["law"], "lines": losses["poems"], "poems": None}  # fmt: skip
 
 
 def test_the_list_tells_experts_parameters_tokens_and_losses(copied_run, medicine):

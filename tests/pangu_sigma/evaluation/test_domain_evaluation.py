@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from pangu_sigma.config.run_sections import EvaluateConfig
 from pangu_sigma.errors import UserError
 from pangu_sigma.evaluation.evaluation_job import evaluate
 from pangu_sigma.monitor.metrics_log import read_metrics
@@ -63,6 +64,13 @@ def test_a_run_that_was_moved_is_measured_where_it_is(printed, finished_run, tmp
 def test_a_limit_on_batches_counts_its_tokens(copied_run):
     result = evaluate(copied_run(2), batches=1)
     assert all(0 < tokens <= 4 * 16 for tokens in result.tokens.values())
+
+
+@pytest.mark.parametrize(("asked", "limit"), [(None, 5), (0, None), (3, 3)])
+def test_without_a_number_the_configurations_batches_are_measured(asked, limit):
+    assert EvaluateConfig(batches=5).batch_limit(asked) == limit
+    with pytest.raises(UserError, match="batches is -1: give"):
+        EvaluateConfig().batch_limit(-1)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):

@@ -61,7 +61,7 @@ def test_columns_stay_in_line_with_wide_characters_and_hostile_names():
 
 def test_evaluation_line_is_one_line_for_few_domains_and_wraps_for_many():
     assert evaluation_line(20, {"code": 2.0, "docs": 3.5}, {"code": 6.25}) == (
-        "step 20 validation: code 2.000 (-4.25), docs 3.500"
+        "step 20 validation: code 2.000 (+4.25), docs 3.500"
     )
     lines = evaluation_line(20, {f"domain_{i}": 2.0 for i in range(40)}).splitlines()
     assert len(lines) > 5 and max(map(len, lines)) <= 100 + 1
