@@ -81,6 +81,13 @@ def test_every_page_is_reached_from_the_readme():
     assert [str(page.relative_to(ROOT)) for page in PAGES if page not in reached] == []
 
 
+def test_every_page_of_the_docs_has_its_place_in_the_sites_menu():
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    named = set(re.findall(r"- ([\w/]+\.md)$", menu, re.M))
+    missing = {str(page.relative_to(ROOT)).removeprefix("docs/") for page in PAGES} - named
+    assert not missing, f"add them to nav in mkdocs.yml: {sorted(missing)}"
+
+
 @pages
 def test_commands_and_options_that_a_page_names_exist(page):
     wrong = []

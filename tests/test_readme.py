@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from pangu_sigma.config import load_config
 
 ROOT = Path(__file__).parents[1]
 MOST_WORDS = 1800
@@ -23,9 +26,9 @@ JOB_PAGES = (
 OTHER_PAGES = ("serving", "cluster", "mindformers")
 
 
-def blocks(page: str) -> list[str]:
-    """The shell blocks of a page."""
-    return re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+def blocks(page: str, language: str = "sh") -> list[str]:
+    """The blocks of a language on a page."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
 def lines(page: str) -> list[str]:
@@ -67,6 +70,19 @@ def test_every_command_of_the_readme_runs(folder):
     assert len(lines("README.md")) >= 3
     for line in lines("README.md"):
         run(folder, line, *(SHORT if line.startswith("pangu-sigma train ") else ()))
+
+
+def test_the_configuration_of_the_readme_is_complete():
+    (text,) = blocks("README.md", "yaml")
+    config = load_config(yaml.safe_load(text))
+    assert [domain.name for domain in config.domains] == ["letters", "recipes"] and config.model.sparse.layers
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs(folder):
+    (program,) = blocks("README.md", "python")
+    (folder / "readme.py").write_text(program.replace('"train.steps": 200', '"train.steps": 40'), encoding="utf-8")
+    run(folder, "python readme.py")
 
 
 def test_every_command_of_the_first_steps_runs(folder):
