@@ -88,6 +88,25 @@ class Linear(Product):
         return self.column_sum(dout, 0)
 
 
+class InferenceLinear(nn.Cell):
+    """Linear layer without a gradient: x_TK, w_KN and, with `biases`, b_N -> y_TN; as `Linear`, in a third of its
+    compilation."""
+
+    def __init__(self, layout: Layout, compute: ms.dtype, biases: bool) -> None:
+        super().__init__()
+        self.compute, self.biases = compute, biases
+        self.product = layout(ops.MatMul(), (1, 1), (1, 1))
+        self.cast = layout(ops.Cast(), (1, 1))
+        self.add_bias = layout(ops.BiasAdd(), (1, 1), (1,))
+
+    def construct(self, x: Tensor, w: Tensor, *b: Tensor) -> Tensor:
+        if self.compute == ms.float32:
+            y = self.product(x, w)
+        else:
+            y = self.cast(self.product(self.cast(x, self.compute), self.cast(w, self.compute)), ms.float32)
+        return self.add_bias(y, b[0]) if self.biases else y
+
+
 class FastGelu(nn.Cell):
     """Sigmoid approximation of GELU: x * sigmoid(slope x), elementwise, for any shape (Hendrycks and Gimpel 2016, arXiv
     1606.08415, section 2).
@@ -330,6 +349,8 @@ def linear(
     """
     if layout.native:
         return (NativeLinear if biases else NativeProduct)(layout, compute, inner, outer)
+    if layout.few_rows:
+        return InferenceLinear(layout, compute, biases)
     if layout.product_kernels:
         return (CompiledLinear if biases else CompiledProduct)(layout.kernels)
     return (Linear if biases else Product)(layout, compute)
@@ -337,7 +358,7 @@ def linear(
 
 def embedding_lookup(layout: Layout, cut: AxisSpec = 1) -> nn.Cell:
     """Rows of a table by number in the device's fast form: (table_VD, ids_T) -> y_TD; `cut` cuts V over a mesh."""
-    return NativeLookup(layout, cut) if layout.native else EmbeddingLookup(layout)
+    return NativeLookup(layout, cut) if layout.native or layout.few_rows else EmbeddingLookup(layout)
 
 
 def tied_cross_entropy(layout: Layout) -> nn.Cell:
