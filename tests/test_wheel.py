@@ -18,7 +18,7 @@ def test_a_wheel_in_a_clean_environment_trains_and_lists_its_domains(tmp_path):
     # Built from a copy, because building writes into the tree.
     tree = tmp_path / "tree"
     tree.mkdir()
-    for name in (*PACKAGES, "pyproject.toml", "README.md", "LICENSE"):
+    for name in (*PACKAGES, "configs", "pyproject.toml", "README.md", "LICENSE"):
         source = ROOT / name
         shutil.copytree(source, tree / name) if source.is_dir() else shutil.copy(source, tree / name)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(tree)]
@@ -48,7 +48,8 @@ def test_a_wheel_in_a_clean_environment_trains_and_lists_its_domains(tmp_path):
     )
     command = environment / "bin/pangu-sigma"
     run(command, "corpora", "--out", "build/quickstart")
-    run(command, "train", ROOT / "configs/quickstart.yaml", "run.dir=run", "train.steps=2", "train.batch_size=4",
+    assert "configs/lifelong/quickstart.yaml" in run(command, "config", "--list")
+    run(command, "train", "configs/quickstart.yaml", "run.dir=run", "train.steps=2", "train.batch_size=4",
         "schedule.warmup_steps=1", "evaluate.every=0")  # fmt: skip
     assert "domains/code.safetensors" in run(python, "-m", "extract", "run")
     assert "report.html" in run(command, "report", "run")  # its templates and style sheets do too

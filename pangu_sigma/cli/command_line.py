@@ -22,6 +22,7 @@ from pangu_sigma.cli.export_command import export
 from pangu_sigma.cli.extract_command import extract
 from pangu_sigma.cli.finetuning_commands import dpo, sft
 from pangu_sigma.cli.generate_command import generate
+from pangu_sigma.cli.init_command import init
 from pangu_sigma.cli.plan_command import plan
 from pangu_sigma.cli.quickstart_commands import corpora, quickstart
 from pangu_sigma.cli.serve_command import serve
@@ -97,6 +98,7 @@ def _root(
     pass
 
 
+app.command(short_help="Write a configuration for your own text.")(init)
 app.command(short_help="Train a model.")(train)
 app.command(short_help="Train with MindFormers' Trainer.")(mindformers)
 app.command(short_help="Print or explain a configuration.")(config)

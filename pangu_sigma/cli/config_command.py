@@ -16,6 +16,7 @@ def config(
     overrides: Overrides = None,
     as_json: Json = False,
     describe: Annotated[bool, typer.Option("--describe", help="Explain every key instead.")] = False,
+    listing: Annotated[bool, typer.Option("--list", help="List the configurations that are installed.")] = False,
 ) -> None:
     """Print the whole configuration, what FILE.yaml leaves out filled in and marked, with parameter counts; or explain
     every key."""
@@ -24,8 +25,15 @@ def config(
 
         typer.echo(description())
         return
+    if listing:
+        from pangu_sigma.config.shipped_files import listing as installed
+
+        typer.echo(installed())
+        return
     if file is None:
-        raise UserError("no configuration is given: name a YAML file, or use --describe for a list of all keys")
+        raise UserError(
+            "no configuration is given: name a YAML file, or use --list for installed ones, --describe for all keys"
+        )
     from pangu_sigma.config.config_text import json_text, yaml_text
     from pangu_sigma.config.load_config import load_values, read_values
     from pangu_sigma.data.tokenizers.vocabulary_size import vocabulary_size

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pangu_sigma.cli.arguments import ModelPath, NewModel
+from pangu_sigma.cli.next_steps import say_next
 
 OneDomain = Annotated[str, typer.Option(help="Name of the model's one domain.")]
 ItsTexts = Annotated[
@@ -106,6 +107,7 @@ def import_pangu_alpha(
     typer.echo(f"every parameter was assigned once ({done.transposed} transposed), every tensor of the source used")
     for line in import_pangu_alpha.skipped_lines(done.skipped):
         typer.echo(line)
+    say_next("model", out, done.config.domain_names)
 
 
 @import_app.command("mindformers", short_help="Import a checkpoint of a MindFormers training.")
@@ -129,6 +131,7 @@ def import_mindformers(
     typer.echo(f"{done.checkpoint.path}: {done.parameters:,} parameters of {done.file.name}, each assigned once")
     for line in import_mindformers.SKIPPED.lines(done.skipped):
         typer.echo(line)
+    say_next("model", out, done.checkpoint.domains)
 
 
 @import_app.command("hf", short_help="Import an OLMoE in Hugging Face's format.")
@@ -164,6 +167,7 @@ def import_hf(
         f"{done.config.experts_per_token} for a token, vocabulary {model.vocab_size}, end-of-document id {done.eod_id}"
     )
     typer.echo(f"all {done.tensors} tensors of the source were used, every parameter was assigned once")
+    say_next("model", out, done.config.domain_names)
 
 
 def upcycle(
@@ -198,6 +202,7 @@ def upcycle(
             f"the router {done.config.model.sparse.router} scales what experts give, so the model begins as another "
             "function than the dense one: train it before use"
         )
+    say_next("start", out)
 
 
 @vocab_app.command("extend", short_help="Add pieces to the tokenizer, rows to the embeddings.")
@@ -234,3 +239,4 @@ def extend(
         typer.echo(f"{len(done.skipped)} given pieces were there already and keep their ids")
     if spare > 0:
         typer.echo(f"{spare} new ids took rows that the embeddings had without a piece; they keep their bytes")
+    say_next("start", out)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pangu_sigma.cli.arguments import Json, ModelPath, NewModel, RunFolder
+from pangu_sigma.cli.next_steps import say_next
 from pangu_sigma.errors import UserError
 
 if TYPE_CHECKING:
@@ -304,6 +305,7 @@ def _print_result(done: EditResult, what: str) -> None:
     checkpoint, train = done.checkpoint, done.config.train
     typer.echo(f"{what}: {checkpoint.path} (step {checkpoint.step}) has the domains {', '.join(checkpoint.domains)}")
     if done.run_dir is None:
+        say_next("model", checkpoint.path, checkpoint.domains)
         return
     if done.lost_mesh:
         typer.echo("Its mesh does not hold these domains and is left out: name another to train on (parallel.*).")
@@ -316,3 +318,4 @@ def _print_result(done: EditResult, what: str) -> None:
         # The learning rate has come to its planned end, which a resumed run cannot move.
         start = shlex.quote(f"run.init_from={done.run_dir}")
         typer.echo(f"No step lies ahead; to train on in a new run: pangu-sigma train {config} {start} run.dir=…")
+    say_next("changed run", done.run_dir, checkpoint.domains)

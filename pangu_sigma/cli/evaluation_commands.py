@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pangu_sigma.cli.arguments import Json, ModelPath, Overrides, Prior, RunFolder, Workers
+from pangu_sigma.cli.next_steps import say_next
 from pangu_sigma.errors import UserError
 
 
@@ -96,6 +97,7 @@ def evaluate(
 
     typer.echo(quality_table(result.unigram, result.losses))
     typer.echo("\n" + matrix_table(result.matrix))
+    say_next("evaluation", model, list(result.losses))
 
 
 def analyze(

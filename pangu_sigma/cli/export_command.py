@@ -9,6 +9,7 @@ import typer
 
 from extract.export.export_formats import FORMATS, Options, takers
 from pangu_sigma.cli.arguments import ModelPath
+from pangu_sigma.cli.next_steps import say_next
 
 
 def export(
@@ -68,3 +69,4 @@ def export(
     for sentence in write(model, out, format_, domain, options).messages:
         typer.echo(sentence)
     typer.echo(out)
+    say_next("export", out)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pangu_sigma.cli.arguments import Json, ModelPath
+from pangu_sigma.cli.next_steps import say_next
 from pangu_sigma.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def extract(
         from extract.extraction_summary import summary_text
 
         typer.echo(summary_text(extracted, out))
+        say_next("model", out, cut.domains)
 
 
 def _list(model: Path, as_json: bool) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from pangu_sigma.cli.next_steps import say_next
+
 Model = Annotated[
     Path, typer.Argument(metavar="MODEL", help="Model to adapt: a run's folder, a checkpoint or a model folder.")
 ]
@@ -22,9 +24,7 @@ def sft(model: Model, file: File, overrides: Overrides = None, resume: Resume = 
 
     Model, domains and tokenizer are MODEL's; FILE.yaml names the examples of each domain and says how to train.
     """
-    from pangu_sigma.finetuning.finetuning_job import adapt
-
-    adapt(model, file, "sft", tuple(overrides or ()), resume)
+    _adapt("sft", model, file, overrides, resume)
 
 
 def dpo(model: Model, file: File, overrides: Overrides = None, resume: Resume = False) -> None:
@@ -32,6 +32,12 @@ def dpo(model: Model, file: File, overrides: Overrides = None, resume: Resume = 
 
     MODEL is the beginning and, frozen, the reference; FILE.yaml names the pairs of each domain and says how to train.
     """
+    _adapt("dpo", model, file, overrides, resume)
+
+
+def _adapt(objective: str, model: Path, file: Path, overrides: list[str] | None, resume: bool) -> None:
     from pangu_sigma.finetuning.finetuning_job import adapt
 
-    adapt(model, file, "dpo", tuple(overrides or ()), resume)
+    result = adapt(model, file, objective, tuple(overrides or ()), resume)
+    if result.finished:
+        say_next("adapted run", result, list(result.losses))

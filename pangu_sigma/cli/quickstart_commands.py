@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pangu_sigma.cli.arguments import ConfigFile, Overrides
+from pangu_sigma.cli.next_steps import say_next
 
 
 def corpora(out: Annotated[Path, typer.Option(help="Folder to write to, one .jsonl file per domain.")]) -> None:
@@ -16,6 +17,7 @@ def corpora(out: Annotated[Path, typer.Option(help="Folder to write to, one .jso
 
     for path in build(out).values():
         typer.echo(path)
+    say_next("quickstart corpora" if out.resolve() == Path("build/quickstart").resolve() else "corpora", out)
 
 
 def quickstart(
@@ -33,3 +35,4 @@ def quickstart(
         from extract.quickstart_extraction import cut_out_and_show
 
         cut_out_and_show(finished, config.run.device)
+        say_next("run", finished.folder, config.domain_names)

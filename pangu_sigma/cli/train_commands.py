@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pangu_sigma.cli.arguments import ConfigFile, Overrides, Workers
+from pangu_sigma.cli.next_steps import say_next
 
 
 def train(
@@ -43,7 +44,11 @@ def train(
         config = with_workers(config, workers)
     from pangu_sigma.training.job import train as run_training
 
-    run_training(config, resume=resume)
+    result = run_training(config, resume=resume)
+    from pangu_sigma.workers import is_worker
+
+    if not is_worker():  # else the process that started them says it
+        say_next("run" if result.finished else "unfinished run", result, config.domain_names)
 
 
 def mindformers(

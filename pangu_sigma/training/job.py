@@ -104,6 +104,10 @@ def open_run(
         config = with_vocabulary(start.config, tokenizer.vocab_size)
         # 3. The framework and the other processes.
         if is_first:
+            from pangu_sigma.plan.run_summary import run_summary
+
+            for line in run_summary(config, config.model.vocab_size, checkpoint.step if checkpoint else 0):
+                report(line)
             # Only now: whatever is wrong with the user's files shows before the framework is loaded.
             _connect(config, processes)
         # 4. The model, what computes with it, and what there is to say before the first step.

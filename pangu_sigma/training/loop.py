@@ -115,6 +115,8 @@ class TrainingLoop(TrainingRun):
         """See `TrainingRun.train`."""
         for message in self.messages:
             self._report(message)
+        if self.progress.step < self.config.train.steps:
+            self.bar.say("compiling: the first step and the first evaluation wait for MindSpore, a minute or less")
         if self.progress.step == 0 and self.config.evaluate.every:
             self._evaluate()
         total = self.config.train.steps

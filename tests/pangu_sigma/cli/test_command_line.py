@@ -20,8 +20,9 @@ from pangu_sigma.cli import app
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = [
-    "train", "mindformers", "config", "evaluate", "analyze", "sft", "dpo", "generate", "plan", "doctor", "extract",
-    "export", "import", "upcycle", "domains", "vocab", "serve", "lifelong", "report", "corpora", "quickstart",
+    "init", "train", "mindformers", "config", "evaluate", "analyze", "sft", "dpo", "generate", "plan", "doctor",
+    "extract", "export", "import", "upcycle", "domains", "vocab", "serve", "lifelong", "report", "corpora",
+    "quickstart",
 ]  # fmt: skip
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
 

@@ -1,0 +1,51 @@
+"""What a command says at its end: where its result lies, and the commands that come next."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+# What a command made -> what sentences call it, and the commands for it. {path}: where it lies; {domain}: one of its
+# domains; {choose}: how a command chooses that domain, nothing where there is no other.
+_GENERATE = 'generate {path}{choose} --prompt "…"'
+_EXTRACT = "extract {path} --domain {domain} --out models/{domain}"
+_TRAIN_ON = "train {path}/config.yaml run.init_from={path} run.dir=runs/{name}"
+_NEXT = {
+    "run": ("model", (_GENERATE, "evaluate {path}", _EXTRACT)),
+    "unfinished run": ("run", ("train {path}/config.yaml --resume",)),
+    "adapted run": ("model", (_GENERATE, "evaluate {path}", "serve {path}")),
+    "changed run": ("run", ("domains list {path}", "evaluate {path}")),
+    "evaluation": ("run", (_EXTRACT, "report {path}")),
+    "model": ("model", (_GENERATE, "serve {path}", _TRAIN_ON)),
+    "start": ("model", (_TRAIN_ON, _GENERATE)),
+    "export": ("export", ()),
+    "quickstart corpora": ("text", ("train configs/quickstart.yaml", "quickstart")),
+    "corpora": ("text", ("init runs/first {path}/code.jsonl {path}/docs.jsonl",)),
+    "configuration": ("configuration", ("config {path}", "train {path}")),
+}
+
+
+def next_steps(kind: str, path: str | os.PathLike[str], domains: Sequence[str] = ()) -> str:
+    """The lines for something of a `kind` (a key of `_NEXT`) at `path`, which has these domains."""
+    noun, commands = _NEXT[kind]
+    place = shlex.quote(_shortened(Path(path)))
+    domain = domains[0] if domains else "NAME"
+    choose = "" if len(domains) == 1 else f" --domain {domain}"
+    words = {"path": place, "domain": domain, "choose": choose, "name": shlex.quote(Path(path).name)}
+    lines = [f"  pangu-sigma {command.format(**words)}" for command in commands]
+    return "\n".join([f"The {noun} is in {place}." + (" Next:" if lines else ""), *lines])
+
+
+def say_next(kind: str, path: str | os.PathLike[str], domains: Sequence[str] = ()) -> None:
+    """Print `next_steps` on stderr: stdout is for results, which scripts read."""
+    from pangu_sigma.monitor.progress import report
+
+    report(next_steps(kind, path, domains))
+
+
+def _shortened(path: Path) -> str:
+    """The path from the current folder where it lies in it."""
+    path, here = path.absolute(), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) and path != here else str(path)

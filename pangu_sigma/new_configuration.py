@@ -1,0 +1,166 @@
+"""A configuration for a user's own files, with everything assumed that they do not say: `pangu-sigma init`."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from pangu_sigma.config import SCHEMA_VERSION, Config
+from pangu_sigma.config.data_section import INFERRED_DOMAIN, RESERVED_NAMES, DomainName
+from pangu_sigma.config.load_config import load_values
+from pangu_sigma.config.yaml_text import dump_yaml
+from pangu_sigma.data.corpus import Corpus, prepare_corpus
+from pangu_sigma.errors import UserError
+
+FILE = "train.yaml"
+PRESET = "tiny"
+EPOCHS = 4  # how often a run sees the text, within these steps
+FEWEST_STEPS, MOST_STEPS = 100, 2000
+_VOCABULARIES = (4096, 2048, 1024, 512, 320)
+_KINDS = (".jsonl", ".txt")
+_HEADER = (
+    "# Made by `pangu-sigma init`. Keys that are not written have defaults that fit the model:\n"
+    "# `pangu-sigma config` of this file shows them, `pangu-sigma config --describe` explains every key.\n"
+)
+
+
+@dataclass(frozen=True)
+class NewConfiguration:
+    """A configuration that was written to `path`: its effective form, and by domain documents and tokens."""
+
+    path: Path
+    config: Config
+    documents: dict[str, int]
+    tokens: dict[str, int]
+
+
+def write_configuration(folder: Path, data: Sequence[Path]) -> NewConfiguration:
+    """Write `folder`/train.yaml, whose run lives in `folder` too, for a domain of each file or folder of `data`.
+
+    The text is tokenised into the folder, where the run finds it. Raises UserError for what is there already, and for
+    text that cannot be trained on.
+    """
+    path = folder / FILE
+    if path.exists():
+        raise UserError(f"{path} exists already: edit it, remove it, or name another folder")
+    domains = [{"name": name, **_text_of(source)} for name, source in _named(data).items()]
+    values = {
+        "schema_version": SCHEMA_VERSION,
+        "run": {"dir": str(folder.absolute())},
+        "model": {"preset": PRESET},
+        "domains": domains,
+        "train": {"steps": FEWEST_STEPS},
+    }
+    corpus = _prepared(values)
+    train_tokens = {store.name: store.tokens["train"] for store in corpus.stores}
+    longest, fewest = load_values(dict(values), str(path)).data.sequence_length, min(train_tokens.values())
+    if fewest <= longest:
+        values["data"] = {**values.get("data", {}), "sequence_length": 2 ** int(math.log2(max(2, fewest - 1)))}
+    config = load_values(dict(values), str(path))
+    steps = EPOCHS * sum(train_tokens.values()) / (config.train.batch_size * config.data.sequence_length)
+    values["train"] = {"steps": max(FEWEST_STEPS, min(math.ceil(steps / 10) * 10, MOST_STEPS))}
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(_HEADER + dump_yaml(values), encoding="utf-8")
+    return NewConfiguration(
+        path,
+        load_values(dict(values), str(path)),
+        {store.name: sum(store.documents.values()) for store in corpus.stores},
+        {store.name: sum(store.tokens.values()) for store in corpus.stores},
+    )
+
+
+def _named(data: Sequence[Path]) -> dict[str, Path]:
+    """Domain -> its file or folder. A name is the file's, with its folder's in front where two are alike."""
+    for path in data:
+        if not path.exists():
+            raise UserError(f"{path} does not exist: name files (.txt, .jsonl) or folders of them")
+    if len({path.resolve() for path in data}) < len(data):
+        raise UserError("a file or folder is named twice: name each once, one domain each")
+    names = [_name(path) for path in data]
+    counts = Counter(names)
+    names = [
+        _name(path.resolve().parent) + "_" + name if counts[name] > 1 else name
+        for path, name in zip(data, names, strict=True)
+    ]
+    for path, name in zip(data, names, strict=True):
+        others = [str(other) for other, its in zip(data, names, strict=True) if its == name and other != path]
+        if others:
+            raise UserError(
+                f"{path} and {others[0]} would both be the domain {name}: rename one, or put both into one folder, "
+                "which is one domain"
+            )
+    return dict(zip(names, data, strict=True))
+
+
+def _name(path: Path) -> str:
+    """A valid domain name made from a file's or folder's name."""
+    stem = path.name if path.is_dir() else path.stem
+    name = re.sub(r"[^a-z0-9_-]+", "_", (stem or path.resolve().name).lower()).strip("_-")[:48]
+    try:
+        TypeAdapter(DomainName).validate_python(name)
+    except ValidationError:
+        name = "domain"
+    return f"{name}_text" if name in {*RESERVED_NAMES, INFERRED_DOMAIN} else name
+
+
+def _text_of(source: Path) -> dict[str, object]:
+    """`data` and `text_field` of a domain whose text is a file, or all that lies in a folder."""
+    files = sorted(file for file in source.rglob("*") if file.suffix.lower() in _KINDS) if source.is_dir() else [source]
+    if not files:
+        raise UserError(f"{source} holds no .txt and no .jsonl file: convert its text to one of them")
+    patterns = [str(source.absolute())]
+    if source.is_dir():
+        suffixes = sorted({file.suffix for file in files})
+        patterns = [f"{escape(str(source.absolute()))}/**/*{suffix}" for suffix in suffixes]
+    fields = set()
+    for file in files:
+        if file.suffix.lower() not in _KINDS:
+            raise UserError(f"{file} is neither .txt nor .jsonl: convert it to one of them")
+        with open(file, "rb") as stream:
+            if b"\0" in stream.read(1 << 16):
+                raise UserError(f"{file} is no text but binary data: name a text file in UTF-8")
+        if not source.is_dir() and not file.stat().st_size:
+            raise UserError(f"{file} is empty: put text into it, or leave it out")
+        if file.suffix.lower() == ".jsonl":
+            fields.add(_text_field(file))
+    if len(fields) > 1:
+        keys = ", ".join(sorted(fields))
+        raise UserError(f"{source} has files with the text under different keys ({keys}): make a folder for each")
+    field = next(iter(fields), "text")
+    return {"data": patterns} | ({} if field == "text" else {"text_field": field})
+
+
+def _text_field(file: Path) -> str:
+    """Key of the text in a .jsonl file: text where there is one, else the longest string of the first line."""
+    with open(file, encoding="utf-8-sig", errors="replace") as stream:
+        line = next((line for line in stream if line.strip()), "")
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return "text"  # reading it says what is wrong
+    items = record.items() if isinstance(record, dict) else ()
+    lengths = {key: len(value) for key, value in items if isinstance(value, str)}
+    return "text" if "text" in lengths or not lengths else max(lengths, key=lengths.__getitem__)
+
+
+def _prepared(values: dict) -> Corpus:
+    """The tokenised text, with as large a vocabulary as it can fill, which is written into `values` if it is not the
+    default. Sequences of any length fit: how long they may be is seen from the text."""
+    for size in _VOCABULARIES:
+        if size != _VOCABULARIES[0]:
+            values["data"] = {"tokenizer": {"vocab_size": size}}
+        config = load_values({**values, "data": {**values.get("data", {}), "sequence_length": 2}}, FILE)
+        try:
+            return prepare_corpus(config)
+        except UserError as error:
+            if "more than this text can fill" not in str(error) or size == _VOCABULARIES[-1]:
+                raise
+    raise AssertionError("the last vocabulary returns or raises")
