@@ -37,7 +37,9 @@ def test_a_run_is_cut_verified_and_said(parent, tmp_path):
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"{tmp_path / 'poems'}: poems, ")
     assert lines[1].startswith("Largest logit difference 0.0 over 2 probe sequences in batches that mix 3 domains; ")
-    assert lines[-1].endswith(f"pangu-sigma train {tmp_path}/poems/config.yaml run.init_from={tmp_path}/poems")
+    # What comes next is no result: it stands on stderr.
+    assert f"The model is in {tmp_path}/poems. Next:" in done.stderr
+    assert f"pangu-sigma train {tmp_path}/poems/config.yaml run.init_from={tmp_path}/poems run.dir=" in done.stderr
     open_checkpoint(tmp_path / "poems").verify()
     assert [path.name for path in tmp_path.iterdir()] == ["poems"]
     # a second time into the same folder is a mistake
