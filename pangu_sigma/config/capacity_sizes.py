@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from pangu_sigma.config.schema import Config
 
@@ -57,14 +58,11 @@ def activated_slots(config: Config) -> int:
     limit = min(config.data.max_domains_per_batch or len(sizes), samples)
     parts, most = mesh.exchange_size, 0
     for group in mesh.domains_of_groups(sizes):
-        # Experts of each domain of the group that each part owns.
-        owned = [[0] * len(group) for _ in range(parts)]
-        first = 0
-        for domain, size in enumerate(sizes[d] for d in group):
-            for expert in range(first, first + size):
-                owned[expert % parts][domain] += 1
-            first += size
-        most = max(most, *(sum(sorted(of_part, reverse=True)[:limit]) for of_part in owned))
+        bounds = [*pairwise(accumulate((sizes[domain] for domain in group), initial=0))]
+        for part in range(parts):
+            # Experts of each domain of the group that the part owns.
+            owned = [len(range(first + (part - first) % parts, end, parts)) for first, end in bounds]
+            most = max(most, sum(sorted(owned, reverse=True)[:limit]))
     return most * parts
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pangu_sigma.config.capacity_sizes import activated_slots
 from pangu_sigma.config.schema import Config
-from pangu_sigma.config.section import Violations
+from pangu_sigma.config.section import Violations, divides
 from pangu_sigma.errors import UserError
 from parallel.mesh import Mesh
 from rre.router_specs import ROUTER_SPECS, routers_that
@@ -111,44 +111,40 @@ def _experts(config: Config, mesh: Mesh) -> Violations:
 def _widths(config: Config) -> Violations:
     model, parallel = config.model, config.parallel
     for name, width in (("heads", model.heads), ("ffn", model.ffn), ("vocab_size", model.vocab_size)):
-        if width is not None and width % parallel.tensor:
-            yield (
-                f"parallel.tensor = {parallel.tensor} does not divide model.{name} = {width}: choose a divisor, or "
-                f"change model.{name}"
-            )
-    if model.layers % parallel.pipeline:
-        yield f"parallel.pipeline = {parallel.pipeline} does not divide model.layers = {model.layers}: choose a divisor"
+        if width is not None:
+            yield from divides("parallel.tensor", parallel.tensor, f"model.{name} = {width}", width)
+    yield from divides("parallel.pipeline", parallel.pipeline, f"model.layers = {model.layers}", model.layers)
     if parallel.sequence_parallel and parallel.tensor == 1:
         yield (
             "parallel.sequence_parallel is true, but parallel.tensor is 1 and there is nothing to cut rows over: set "
             "it to false"
         )
-    if parallel.sequence_parallel and config.data.sequence_length % parallel.tensor:
-        yield (
-            f"parallel.sequence_parallel cuts data.sequence_length = {config.data.sequence_length} into "
-            f"parallel.tensor = {parallel.tensor} parts: choose a length that is a multiple of it"
-        )
+    length = config.data.sequence_length
+    if parallel.sequence_parallel:
+        what = f"data.sequence_length = {length}, which parallel.sequence_parallel cuts"
+        yield from divides("parallel.tensor", parallel.tensor, what, length)
 
 
 def _one_graph(config: Config, mesh: Mesh) -> Violations:
     """What a graph that is cut over devices cannot hold."""
     model, parallel = config.model, config.parallel
-    for key, rate in (("model.dropout", model.dropout), ("model.attention.dropout", model.attention.dropout)):
-        if rate > 0:
-            yield f"{key} = {rate} has no form that is cut over devices: set it to 0"
-    if model.domain_parameters.embedding == "own":
-        yield "model.domain_parameters.embedding = own has no form that is cut over devices: set it to shared"
+    settings = {
+        "model.dropout": (model.dropout, 0),
+        "model.attention.dropout": (model.attention.dropout, 0),
+        "model.domain_parameters.embedding": (model.domain_parameters.embedding, "shared"),
+    }
+    for option in model.router_spec.options if model.sparse_prefixes else ():
+        if model.router_options[option.name] in option.not_on_mesh:
+            settings[f"model.sparse.{option.name}"] = model.router_options[option.name], option.default
+    for key, (value, default) in settings.items():
+        if value != default:
+            yield f"{key} = {value} has no form that is cut over devices: set it to {default}"
     if not config.model.sparse_prefixes:
         return
     if not model.router_spec.has_mesh_form:
         others = ", ".join(name for name, spec in ROUTER_SPECS.items() if spec.has_mesh_form)
         advice = "leave it out" if model.is_mixture else f"choose one of {others}"
         yield f"{model.router_setting} has no form that is cut over devices: {advice}"
-    for option in model.router_spec.options:
-        value = model.router_options[option.name]
-        if value in option.not_on_mesh:
-            key = f"model.sparse.{option.name}"
-            yield f"{key} = {value} has no form that is cut over devices: set it to {option.default}"
     for name, parts in (("expert_chunks", parallel.expert_chunks), ("pipeline", parallel.pipeline)):
         if model.router_spec.learned and parts > 1:
             yield (
@@ -163,11 +159,8 @@ def _one_graph(config: Config, mesh: Mesh) -> Violations:
             )
     if parallel.expert_chunks > 1 and not model.router_spec.learned:
         local_experts = activated_slots(config) // mesh.exchange_size
-        if local_experts % parallel.expert_chunks:
-            yield (
-                f"parallel.expert_chunks = {parallel.expert_chunks} does not divide the {local_experts} experts that a "
-                f"rank computes: choose a divisor of {local_experts}"
-            )
+        what = f"the {local_experts} experts that a rank computes"
+        yield from divides("parallel.expert_chunks", parallel.expert_chunks, what, local_experts)
 
 
 def _batch(config: Config, mesh: Mesh) -> Violations:

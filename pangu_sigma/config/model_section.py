@@ -19,7 +19,7 @@ from pangu_sigma.config.parts.norm_specs import NORM_SPECS, NormSpec
 from pangu_sigma.config.parts.part_spec import PartSpec, names_with
 from pangu_sigma.config.parts.position_specs import POSITION_SPECS, PositionSpec
 from pangu_sigma.config.presets import PRESETS
-from pangu_sigma.config.section import Field, Section, Violations
+from pangu_sigma.config.section import Field, Section, Violations, at_most, divides
 from pangu_sigma.config.sparse_section import SparseConfig
 from pangu_sigma.tensor_names import QUERY_LAYER, block_name
 from rre.feed_forward_spec import FeedForwardSpec
@@ -237,11 +237,7 @@ class ModelConfig(Section, resume="fixed", init_from="equal"):
 
 
 def _sizes(model: ModelConfig) -> Violations:
-    if model.hidden % model.heads:
-        yield (
-            f"model.heads = {model.heads} does not divide model.hidden = {model.hidden}: choose a hidden size that is "
-            "a multiple of the number of heads"
-        )
+    yield from divides("model.heads", model.heads, f"model.hidden = {model.hidden}", model.hidden)
     if model.blocks < 1:
         yield (
             f"model.layers = {model.layers} leaves no block under the query layer: set it to at least 2, or "
@@ -347,12 +343,7 @@ def _sparse(model: ModelConfig) -> Violations:
             "the sparse layers, so set model.sparse.layers to at least 1"
         )
     most = model.blocks + int(sparse.include_query_layer)
-    if sparse.layers > most:
-        counted = "the query layer included" if sparse.include_query_layer else "the query layer is dense"
-        if not model.has_query_layer:
-            counted = "there is no query layer"
-        yield (
-            f"model.sparse.layers = {sparse.layers} is more than the {most} layers that can be sparse (model.layers = "
-            f"{model.layers}, {counted}): set it to at most {most}"
-        )
+    counted = "the query layer included" if sparse.include_query_layer else "the query layer is dense"
+    counted = f"model.layers = {model.layers}, {counted if model.has_query_layer else 'there is no query layer'}"
+    yield from at_most("model.sparse.layers", sparse.layers, f"the {most} layers that can be sparse ({counted})", most)
     yield from sparse.violations(model.router_spec, model.is_mixture)

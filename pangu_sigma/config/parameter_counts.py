@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 
 from pangu_sigma import tensor_names
@@ -36,13 +36,7 @@ class ParameterCounts:
 
     def to_dict(self) -> dict[str, object]:
         """The counts as plain values for JSON."""
-        return {
-            "total": self.total,
-            "shared": self.shared,
-            "per_domain": dict(self.per_domain),
-            "activated_per_token": dict(self.activated_per_token),
-            "routing_entries": self.routing_entries,
-        }
+        return asdict(self)
 
 
 def tensor_shapes(config: Config, vocab_size: int) -> dict[str, Shape]:

@@ -4,13 +4,14 @@ them, before any device work."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from os.path import abspath, expanduser
 
 from pangu_sigma.config.capacity_sizes import samples_at_a_time
 from pangu_sigma.config.mesh_rules import mesh_violations
 from pangu_sigma.config.phase_domains import old_domains
 from pangu_sigma.config.schema import Config
-from pangu_sigma.config.section import Violations
+from pangu_sigma.config.section import Violations, at_most, divides
 from pangu_sigma.config.training_sections import PhaseConfig
 from rre.router_specs import routers_that
 
@@ -42,12 +43,9 @@ def _routing(config: Config) -> Violations:
     is_mesh = not any(config.parallel.violations())
     if sparse.capacity_samples > 1 and is_mesh and sparse.has_group_capacity(model.router_spec):
         samples = samples_at_a_time(config)
-        if samples % sparse.capacity_samples:
-            yield (
-                f"model.sparse.capacity_samples = {sparse.capacity_samples} does not divide the {samples} sequences "
-                "that a rank computes at a time (train.batch_size / train.gradient_accumulation_steps, among the ranks "
-                "that read): choose a divisor"
-            )
+        what = f"the {samples} sequences that a rank computes at a time (train.batch_size / "
+        what += "train.gradient_accumulation_steps, among the ranks that read)"
+        yield from divides("model.sparse.capacity_samples", sparse.capacity_samples, what, samples)
     experts = config.experts_in_layer
     most = experts - int(model.router_spec.needs_unchosen_expert)
     if model.sparse_prefixes and model.router_spec.learned and config.experts_per_token > most:
@@ -69,12 +67,8 @@ def _domains(config: Config) -> Violations:
         yield from domain.violations(key)
     if not 0 < sum(domain.weight for domain in config.domains) < math.inf:
         yield "domains have weights that do not add up to a positive number: give at least one a positive weight"
-    limit = config.data.max_domains_per_batch
-    if limit is not None and limit > len(config.domains):
-        yield (
-            f"data.max_domains_per_batch = {limit} is more than the {len(config.domains)} domains there are: set it to "
-            f"at most {len(config.domains)}"
-        )
+    limit, count = config.data.max_domains_per_batch, len(config.domains)
+    yield from at_most("data.max_domains_per_batch", limit, f"the {count} domains there are", count)
 
 
 def _tokenizer(config: Config) -> Violations:
@@ -87,29 +81,22 @@ def _tokenizer(config: Config) -> Violations:
             f"{known}, or to null for the tokenizer's size"
         )
     rows = model.vocab_size or known
-    owners = model.router_spec.tables if model.sparse_prefixes else None
+    owners = model.router_spec.tables if model.sparse_prefixes and rows else None
     experts = config.experts_in_layer
-    if rows is not None and owners == "layer" and experts > rows:
+    if owners == "layer" and experts > rows:
         yield (
             f"domains have {experts} experts together, more than the {rows} vocabulary ids that the table of a "
             f"{model.router} layer can spread: make the expert groups smaller"
         )
-    if rows is not None and owners == "domain":
-        for index, domain in enumerate(config.domains):
-            if domain.experts > rows:
-                yield (
-                    f"domains.{index}.experts = {domain.experts} is more than the {rows} vocabulary ids that a routing "
-                    "table can spread: make the expert group smaller"
-                )
+    what = f"the {rows} vocabulary ids that a routing table can spread"
+    for index, domain in enumerate(config.domains if owners == "domain" else ()):
+        yield from at_most(f"domains.{index}.experts", domain.experts, what, rows)
 
 
 def _data(config: Config) -> Violations:
     data = config.data
-    if data.sequence_length > config.model.positions:
-        yield (
-            f"data.sequence_length = {data.sequence_length} is more than model.positions = {config.model.positions}: "
-            "shorten the sequences or give the model more positions"
-        )
+    positions = config.model.positions
+    yield from at_most("data.sequence_length", data.sequence_length, f"model.positions = {positions}", positions)
     uses = {"evaluate.every": config.evaluate.every, "checkpoint.probe_sequences": config.checkpoint.probe_sequences}
     for key, number in uses.items():
         if number and data.heldout_fraction == 0 and config.adapt is None:
@@ -121,12 +108,10 @@ def _data(config: Config) -> Violations:
 
 def _schedule(config: Config) -> Violations:
     schedule, steps = config.schedule, config.train.steps
+    yield from at_most("schedule.warmup_steps", schedule.warmup_steps, f"train.steps = {steps}", steps)
     if schedule.warmup_steps > steps:
-        yield (
-            f"schedule.warmup_steps = {schedule.warmup_steps} is more than train.steps = {steps}: shorten the warm-up "
-            "or train longer"
-        )
-    elif schedule.decay_steps is not None and schedule.warmup_steps > schedule.decay_steps:
+        return
+    if schedule.decay_steps is not None and schedule.warmup_steps > schedule.decay_steps:
         yield (
             f"schedule.decay_steps = {schedule.decay_steps} is less than schedule.warmup_steps = "
             f"{schedule.warmup_steps}: it counts the warm-up too, so set it to at least {schedule.warmup_steps}"
@@ -189,12 +174,9 @@ def _phases(config: Config) -> Violations:
         if phase.steps is None and index < len(phases) - 1:
             yield f"{key}.steps is missing: only the last phase may leave it out"
         for name in phase.weights or {}:
-            if name not in names:
-                yield f"{key}.weights.{name} names a domain {_known(names)}"
+            yield from _unknown(f"{key}.weights.{name}", [name], names)
         yield from phase.weight_violations(key)
-        for name in phase.domains or ():
-            if name not in names:
-                yield f"{key}.domains names the domain {name}, {_known(names)}"
+        yield from _unknown(f"{key}.domains", phase.domains, names)
         frozen = phase.shared == "frozen"
         if frozen and phase.domains == ():
             yield f"{key} trains nothing: set shared to train or name domains whose experts train"
@@ -235,10 +217,10 @@ def _regularise(key: str, phase: PhaseConfig, config: Config) -> Violations:
 
 def _old_domains(key: str, config: Config, index: int) -> Violations:
     phase, names = config.train.phases[index], set(config.domain_names)
-    for name in phase.old or ():
-        if name not in names:
-            yield f"{key}.old names the domain {name}, {_known(names)}"
-            return
+    unknown = [*_unknown(f"{key}.old", phase.old, names)]
+    if unknown:
+        yield unknown[0]
+        return
     regularise = phase.regularise
     through = regularise is not None and regularise.output > 0 and regularise.through == "old"
     ewc = regularise is not None and regularise.ewc > 0
@@ -266,16 +248,19 @@ def _old_domains(key: str, config: Config, index: int) -> Violations:
         )
 
 
-def _known(names: set[str]) -> str:
-    return f"which domains does not list: the known ones are {', '.join(sorted(names))}"
+def _unknown(key: str, named: Iterable[str] | None, names: set[str]) -> Violations:
+    """A sentence for each domain that is `named` at `key` and not one of the configuration's `names`."""
+    known = ", ".join(sorted(names))
+    for name in named or ():
+        if name not in names:
+            yield f"{key} names the domain {name}, which domains does not list: the known ones are {known}"
 
 
 def _stream(config: Config) -> Violations:
     if config.data.stream is None:
         return
-    stream, names = config.data.stream, set(config.domain_names)
-    if stream.domain is not None and stream.domain not in names:
-        yield f"data.stream.domain names the domain {stream.domain}, {_known(names)}"
+    domain = config.data.stream.domain
+    yield from _unknown("data.stream.domain", domain and [domain], set(config.domain_names))
     if config.data.max_domains_per_batch is not None:
         yield (
             f"data.max_domains_per_batch = {config.data.max_domains_per_batch}, but the documents of data.stream come "

@@ -40,6 +40,18 @@ INIT_FROM = MappingProxyType(
 )
 
 
+def at_most(key: str, value: float | None, what: str, limit: float) -> Violations:
+    """The sentence of a value that is more than `limit`, which is `what`; none for null."""
+    if value is not None and value > limit:
+        yield f"{key} = {value} is more than {what}: set it to at most {limit}"
+
+
+def divides(key: str, value: int, what: str, number: int) -> Violations:
+    """The sentence of a value that does not divide a `number`, which is `what`."""
+    if number % value:
+        yield f"{key} = {value} does not divide {what}: choose a divisor of {number}, or change that"
+
+
 def Field(
     *args: Any, resume: str | None = None, init_from: str | None = None, fill: Callable[[Any], Any] | None = None,
     **options: Any,

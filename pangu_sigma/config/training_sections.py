@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from pangu_sigma.config.data_section import DomainName
-from pangu_sigma.config.section import Field, ListOf, Section, Violations
+from pangu_sigma.config.section import Field, ListOf, Section, Violations, at_most, divides
 
 
 def _learning_rate(written: Any) -> float:
@@ -176,13 +176,9 @@ class TrainConfig(Section, resume="fixed", init_from="free"):
 
     def violations(self) -> Violations:
         """Broken rules of the section, its phases apart."""
-        if self.batch_size % self.gradient_accumulation_steps:
-            yield (
-                f"train.gradient_accumulation_steps = {self.gradient_accumulation_steps} does not divide "
-                f"train.batch_size = {self.batch_size}: choose a batch that is a multiple of it"
-            )
-        if self.stop_at is not None and self.stop_at > self.steps:
-            yield f"train.stop_at = {self.stop_at} is more than train.steps = {self.steps}: set it lower or to null"
+        parts, batch = self.gradient_accumulation_steps, self.batch_size
+        yield from divides("train.gradient_accumulation_steps", parts, f"train.batch_size = {batch}", batch)
+        yield from at_most("train.stop_at", self.stop_at, f"train.steps = {self.steps}", self.steps)
 
     def phase_length_violations(self) -> Violations:
         """Whether the phases' steps add up to the run's."""

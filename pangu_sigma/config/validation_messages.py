@@ -56,17 +56,13 @@ def unknown_key(path: Sequence[str | int], root: type[Section] = Config) -> str:
     known = list(section.model_fields) if section is not None else []
     prefix = dotted(parents) + "." if parents else ""
     near = difflib.get_close_matches(str(wrong), known, n=1, cutoff=0.6)
-    near = near or [name for name in known if _initials(name) == wrong]
+    near = [prefix + name for name in near or known if near or _initials(name) == wrong]
+    near += [key.path for key in keys(root) if key.path.rsplit(".", 1)[-1] == wrong]
+    sentence = f"{dotted(path)} is not a known key: the nearest known key is"
     if near:
-        return f"{dotted(path)} is not a known key: the nearest known key is {prefix}{near[0]}"
-    elsewhere = [key.path for key in keys(root) if key.path.rsplit(".", 1)[-1] == wrong]
-    if elsewhere:
-        return f"{dotted(path)} is not a known key: the nearest known key is {elsewhere[0]}"
+        return f"{sentence} {near[0]}"
     nearest = max(known, key=lambda name: difflib.SequenceMatcher(None, str(wrong), name).ratio())
-    return (
-        f"{dotted(path)} is not a known key: the nearest known key is {prefix}{nearest} "
-        f"(known here: {', '.join(known)})"
-    )
+    return f"{sentence} {prefix}{nearest} (known here: {', '.join(known)})"
 
 
 def _initials(name: str) -> str:

@@ -19,7 +19,6 @@ from pangu_sigma.model.layers.embedding import NextPositionQueries, WordEmbeddin
 from pangu_sigma.model.layers.mixture_head import MixtureHead, MixtureLayer, MixtureNorm
 from pangu_sigma.model.layers.transformer_layer import TransformerLayer, shared_expert
 from pangu_sigma.tensor_names import block_index
-from parallel.comm.exchange import GatheredExchange
 from parallel.operator_layout import Layout
 from rre.every_expert_layer import EveryExpertFeedForward
 from rre.routers import Router
@@ -123,13 +122,13 @@ def transformer_layers(
 
 
 def sparse_feed_forward(
-    model: ModelConfig, router: Router, layout: Layout, compute: ms.dtype, exchange: GatheredExchange | None = None,
-    chunks: int = 1, experts: nn.Cell | None = None,
+    model: ModelConfig, router: Router, layout: Layout, compute: ms.dtype, chunks: int = 1,
+    experts: nn.Cell | None = None,
 ) -> SparseFeedForward:  # fmt: skip
     """The feed-forward part of a sparse layer (see `SparseFeedForward`)."""
     form = EveryExpertFeedForward if model.is_competitive_mixture else SparseFeedForward
     return form(
-        router.cell(), layout, model.expert_network, compute, exchange, model.router_spec.experts_choose,
+        router.cell(), layout, model.expert_network, compute, router.options.exchange, model.router_spec.experts_choose,
         shared_expert(model, layout, compute), chunks, experts,
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import mindspore as ms
@@ -56,16 +57,10 @@ def chosen_layout(config: Config) -> Layout:
         return EmulatedLayout(parallel.mesh)
     if config.sharded_over_devices:
         return MeshLayout(parallel.mesh, config.run.device, parallel.sequence_parallel)
-    return Layout(config.run.device, chosen_kernels(config), _grouped(config))
-
-
-def _grouped(config: Config) -> bool:
-    """Whether the experts of a layer are one grouped product: rows are planned by a table, before the graph runs."""
-    return (
-        config.experts.grouped_matmul
-        and uses_grouped_product(config.run.device, COMPUTE_TYPES[config.train.precision])
-        and not config.model.router_spec.learned
-    )
+    # The experts of a layer are one grouped product where rows are planned by a table, before the graph runs.
+    grouped = config.experts.grouped_matmul and not config.model.router_spec.learned
+    grouped = grouped and uses_grouped_product(config.run.device, COMPUTE_TYPES[config.train.precision])
+    return Layout(config.run.device, chosen_kernels(config), grouped)
 
 
 def build_model(
@@ -122,28 +117,40 @@ def build_structure(
     groups = ExpertGroups(config.domain_names, tuple(d.experts for d in config.domains))
     layer_names = config.model.sparse_prefixes
     processes = processes or Processes()
+    model, sparse, exchange = config.model, config.model.sparse, None
     if tables is None:
         tables = {
-            layer_name: _draw_tables(config, layer_name, vocab, token_counts or {})
+            layer_name: {
+                owner: draw_owned_table(
+                    sparse.table, config.run.seed, layer_name, owner, vocab, config.expert_groups, token_counts or {}
+                )
+                for owner in model.router_spec.table_owners(config.expert_groups)
+            }
             for layer_name in layer_names
         }
-    model, exchange = config.model, _exchange(config, processes, groups)
-    owned = [tables[layer_name] if model.router_spec.tables else None for layer_name in layer_names]
-    routers = [
-        build_router(_router_options(config, groups, layout, layer, layer_tables, exchange))
-        for layer, layer_tables in enumerate(owned)
-    ]
-    return ModelStructure(
-        config=config,
-        vocab=vocab,
-        eod_id=eod_id,
+    if processes.size > 1 and layer_names and not config.sharded_over_devices:
+        exchange = GatheredExchange(processes.mesh, processes.rank, groups.total)
+    options = RouterOptions(
+        spec=model.router_spec,
         groups=groups,
-        routers=tuple(routers),
-        tables={layer_name: dict(by_owner) for layer_name, by_owner in tables.items() if by_owner},
+        hidden=model.hidden,
+        length=config.data.sequence_length,
         layout=layout,
-        processes=processes,
-        all_resident=all_resident,
+        seed=config.run.seed,
+        top_k=config.experts_per_token,
+        capacity_factor=sparse.capacity_factor if sparse.dispatch == "capacity" else None,
+        capacity_samples=sparse.capacity_samples,
+        settings=model.router_options,
+        init_std=model.init_std,
+        log_weights=model.is_competitive_mixture,
+        exchange=exchange,
     )
+    routers = tuple(
+        build_router(replace(options, layer=layer, tables=tables[layer_name] if model.router_spec.tables else None))
+        for layer, layer_name in enumerate(layer_names)
+    )
+    drawn = {layer_name: dict(by_owner) for layer_name, by_owner in tables.items() if by_owner}
+    return ModelStructure(config, vocab, eod_id, groups, routers, drawn, layout, processes, all_resident)
 
 
 def build_network(structure: ModelStructure) -> PanGuSigma:
@@ -155,7 +162,6 @@ def build_network(structure: ModelStructure) -> PanGuSigma:
         structure.routers,
         structure.layout,
         COMPUTE_TYPES[config.train.precision],
-        _exchange(config, structure.processes, structure.groups),
         config.parallel.expert_chunks if structure.layout.spmd_mesh else 1,
     )
 
@@ -169,47 +175,6 @@ def _shared_parameters(structure: ModelStructure, net: PanGuSigma) -> SharedPara
     else:
         storage = DeviceParameterStorage(mesh.coordinates(processes.rank).stage)
     return ShardedParameters(net, mesh, processes.rank, structure.config.parallel.optimizer_parallel, storage)
-
-
-def _exchange(config: Config, processes: Processes, groups: ExpertGroups) -> GatheredExchange | None:
-    if processes.size == 1 or not config.model.sparse_prefixes or config.sharded_over_devices:
-        return None
-    return GatheredExchange(processes.mesh, processes.rank, groups.total)
-
-
-def _draw_tables(
-    config: Config, layer_name: str, vocab: int, counts: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """The new tables of one sparse layer by owner; none for a learned gate."""
-    kind, seed, experts = config.model.sparse.table, config.run.seed, config.expert_groups
-    return {
-        owner: draw_owned_table(kind, seed, layer_name, owner, vocab, experts, counts)
-        for owner in config.model.router_spec.table_owners(experts)
-    }
-
-
-def _router_options(
-    config: Config, groups: ExpertGroups, layout: Layout, layer: int, tables: Mapping[str, np.ndarray] | None,
-    exchange: GatheredExchange | None,
-) -> RouterOptions:  # fmt: skip
-    model, sparse = config.model, config.model.sparse
-    return RouterOptions(
-        spec=model.router_spec,
-        groups=groups,
-        hidden=model.hidden,
-        length=config.data.sequence_length,
-        layout=layout,
-        layer=layer,
-        seed=config.run.seed,
-        top_k=config.experts_per_token,
-        capacity_factor=sparse.capacity_factor if sparse.dispatch == "capacity" else None,
-        capacity_samples=sparse.capacity_samples,
-        settings=model.router_options,
-        tables=tables,
-        init_std=model.init_std,
-        log_weights=model.is_competitive_mixture,
-        exchange=exchange,
-    )
 
 
 def _make_store(structure: ModelStructure, kind: str, clear_folder: bool) -> ExpertStore:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 import mindspore as ms
 import numpy as np
@@ -121,20 +122,17 @@ class GraphInputs:
 
     def fixed_specs(self) -> dict[str, InputSpec]:
         """Of the fixed inputs by name; `ForwardPass.construct` names them in this order."""
-        of_token, of_sample = ((self.batch, self.length), ("rows", 1)), ((self.batch,), ("rows",))
-
-        def spec(shape_and_cut: tuple, dtype: ms.dtype) -> InputSpec:
-            return shape_and_cut[0], dtype, shape_and_cut[1]
-
+        of_token = (self.batch, self.length), ms.int32, ("rows", 1)
+        of_sample = (self.batch,), ms.int32, ("rows",)
         return {
-            "tokens": spec(of_token, ms.int32),
-            "labels": spec(of_token, ms.int32),
-            "weights": spec(of_token, ms.float32),
+            "tokens": of_token,
+            "labels": of_token,
+            "weights": (of_token[0], ms.float32, of_token[2]),
             "auxiliary_weight": ((), ms.float32, ()),
-            "positions": spec(of_token, ms.int32),
-            "segments": spec(of_token, ms.int32),
-            "domain": spec(of_sample, ms.int32),
-            "keys": spec(of_sample, ms.int32),
+            "positions": of_token,
+            "segments": of_token,
+            "domain": of_sample,
+            "keys": of_sample,
         }
 
     def routing_specs(self) -> list[InputSpec]:
@@ -168,13 +166,10 @@ class GraphInputs:
     @cached_property
     def separate_bounds(self) -> tuple[LayerBounds, ...]:
         """Bounds of each layer among the routing inputs of all layers, and among the weights of all layers."""
-        bounds, routing_end, weights_end = [], 0, 0
-        for layer in self.layers:
-            routing_start, weights_start = routing_end, weights_end
-            routing_end += len(layer.routing_specs(0))
-            weights_end += len(layer.network.tensors) * len(layer.slots_by_input(self.expert_part))
-            bounds.append((routing_start, routing_end, weights_start, weights_end))
-        return tuple(bounds)
+        routing = accumulate((len(layer.routing_specs(0)) for layer in self.layers), initial=0)
+        runs = (len(layer.network.tensors) * len(layer.slots_by_input(self.expert_part)) for layer in self.layers)
+        pairs = zip(pairwise(routing), pairwise(accumulate(runs, initial=0)), strict=True)
+        return tuple((*of_routing, *of_weights) for of_routing, of_weights in pairs)
 
     @cached_property
     def bounds(self) -> tuple[int, tuple[LayerBounds, ...], int]:

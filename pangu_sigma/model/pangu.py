@@ -17,7 +17,6 @@ from pangu_sigma.config.model_section import ModelConfig
 from pangu_sigma.model.backbone import Backbone, output_head, sparse_feed_forward, transformer_layers
 from pangu_sigma.model.layers.attention import attention_mask
 from pangu_sigma.tensor_names import name_without_cells
-from parallel.comm.exchange import GatheredExchange
 from parallel.mesh import Mesh
 from parallel.micro_batches import PerMicroBatchCopy
 from parallel.operator_layout import Layout
@@ -30,7 +29,7 @@ class PanGuSigma(Backbone):
 
     `tables`: of domains that have their own, else empty; `sparse_inputs`: (routing, weights) of every sparse layer.
     `aux` is the sum of the sparse layers' auxiliary losses, `counts` the rows [B, E + 1] of each sparse layer with a
-    learned gate (see `rre.routers.router.Router`). `h` is for `head` alone. `exchange` and `chunks` are
+    learned gate (see `rre.routers.router.Router`). `h` is for `head` alone. `chunks` are
     `SparseFeedForward`'s.
     """
 
@@ -41,10 +40,9 @@ class PanGuSigma(Backbone):
         routers: Sequence[Router],
         layout: Layout,
         compute: ms.dtype = ms.float32,
-        exchange: GatheredExchange | None = None,
         chunks: int = 1,
     ) -> None:
-        sparse = [sparse_feed_forward(model, router, layout, compute, exchange, chunks) for router in routers]
+        sparse = [sparse_feed_forward(model, router, layout, compute, chunks) for router in routers]
         layers = transformer_layers(model, layout, compute, sparse)
         head = output_head(model, vocab, layout, routers[0].options.groups.total if model.is_mixture else 0)
         super().__init__(model, vocab, layout, layers, head)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from operator import attrgetter
 from typing import Any
 
 from pangu_sigma.config import Config, config_from_dict, parameter_counts
@@ -15,17 +16,13 @@ from pangu_sigma.plan.time_estimate import step_flops, step_seconds
 from pangu_sigma.plan.traffic_estimate import step_bytes
 
 # Tried in this order where a device's memory does not suffice: the cheapest first.
-REMEDIES: tuple[dict[str, Any], ...] = (
-    {"parallel.optimizer_parallel": True},
-    {"train.recompute": True},
-    {"parallel.sequence_parallel": True},
-    {"experts.store": "host"},
-    {"train.gradient_accumulation_steps": 2},
-    {"train.gradient_accumulation_steps": 4},
-    {"train.gradient_accumulation_steps": 8},
-    {"parallel.tensor": 2},
-    {"parallel.tensor": 4},
-    {"parallel.tensor": 8},
+REMEDIES: tuple[tuple[str, Any], ...] = (
+    ("parallel.optimizer_parallel", True),
+    ("train.recompute", True),
+    ("parallel.sequence_parallel", True),
+    ("experts.store", "host"),
+    *(("train.gradient_accumulation_steps", parts) for parts in (2, 4, 8)),
+    *(("parallel.tensor", parts) for parts in (2, 4, 8)),
 )
 
 
@@ -107,10 +104,11 @@ def _placements(config: Config, vocabulary: int) -> dict[str, dict[str, float]]:
             {"parallel.placement": "global", "parallel.placement_groups": 1, "data.max_domains_per_batch": everywhere},
         )
     for name, variant in variants.items():
+        sent = step_bytes(variant, vocabulary)
         by_placement[name] = {
             "exchange_ranks": variant.parallel.mesh.exchange_size,
-            "all-to-all": step_bytes(variant, vocabulary)["all-to-all"],
-            "all-reduce": sum(step_bytes(variant, vocabulary)[k] for k in ("tensor sums", "gradient sums")),
+            "all-to-all": sent["all-to-all"],
+            "all-reduce": sent["tensor sums"] + sent["gradient sums"],
         }
     return by_placement
 
@@ -142,13 +140,12 @@ def _device_advice(config: Config, vocabulary: int, hardware: Hardware, total: f
     best, taken = total, {}
     limit = hardware.device_gib * GIB
     current = config
-    for remedy in REMEDIES:
-        key, value = next(iter(remedy.items()))
-        old = current.to_dict()[key.split(".")[0]][key.split(".")[1]]
-        if old == value or (isinstance(value, int) and not isinstance(value, bool) and old >= value):
+    for key, value in REMEDIES:
+        old = attrgetter(key)(current)
+        if old == value or (type(value) is int and old >= value):
             continue
         try:
-            tried = changed(current, remedy)
+            tried = changed(current, {key: value})
         except UserError:
             continue  # this layout does not divide: another remedy
         now = sum(device_bytes(tried, vocabulary).values())

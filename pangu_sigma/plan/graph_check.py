@@ -102,15 +102,8 @@ def layer_name_of(scope: str) -> str | None:
 
 def problems(config: Config, compiled: CompiledGraph) -> Iterator[str]:
     """A sentence for everything in the graph that is not the plan's; the layers are named."""
-    yield from _names(config, compiled)
-    yield from _shards(config, compiled)
-    yield from _placed(config, compiled)
-    yield from _expert_cuts(config, compiled)
-    yield from _exchanges(config, compiled)
-    yield from _groups(config, compiled)
-    yield from _update(config, compiled)
-    yield from _chunks(config, compiled)
-    yield from _neighbours(config, compiled)
+    for check in (_names, _shards, _placed, _expert_cuts, _exchanges, _groups, _update, _chunks, _neighbours):
+        yield from check(config, compiled)
 
 
 def shared_of_stage(config: Config, compiled: CompiledGraph) -> dict[str, Shape]:
@@ -136,13 +129,8 @@ def _names(config: Config, compiled: CompiledGraph) -> Iterator[str]:
     """Names and uncut shapes against the configuration's manifest."""
     planned = tensor_shapes(config, vocabulary_size(config))
     shared = {n: s for n, s in planned.items() if parse_name(n).domain is None and not is_routing(n)}
-    for name in sorted(shared.keys() | compiled.parameters.keys()):
-        ours, theirs = shared.get(name), compiled.parameters.get(name)
-        if ours != theirs:
-            yield (
-                f"parameter {name} is {_shape_text(theirs)} in the graph and {_shape_text(ours)} in the "
-                "configuration's manifest"
-            )
+    for name, ours, theirs in _unequal(shared, compiled.parameters):
+        yield f"parameter {name} is {theirs} in the graph and {ours} in the configuration's manifest"
     chunks = config.parallel.expert_chunks
     for layer_name in config.model.sparse_prefixes:
         for tensor in config.model.expert_network.tensors:
@@ -157,6 +145,13 @@ def _names(config: Config, compiled: CompiledGraph) -> Iterator[str]:
                     )
 
 
+def _unequal(planned: dict[str, Shape], actual: dict[str, Shape]) -> Iterator[tuple[str, str, str]]:
+    """(name, planned, actual) as texts, where a tensor does not have the shape that it should have."""
+    for name in sorted(planned.keys() | actual.keys()):
+        if planned.get(name) != actual.get(name):
+            yield name, _shape_text(planned.get(name)), _shape_text(actual.get(name))
+
+
 def _shape_text(shape: Shape | None) -> str:
     return "missing" if shape is None else str(tuple(shape))
 
@@ -165,10 +160,9 @@ def _shards(config: Config, compiled: CompiledGraph) -> Iterator[str]:
     """Every shared parameter's part, and in a pipeline that there are no others than the stage's."""
     mesh, parts = config.parallel.mesh, compiled.parameter_shards
     own = shared_of_stage(config, compiled)
-    for name, shape in own.items():
-        planned = _stored_shape(config, name, shape, compiled.rank)
-        if parts.get(name) != planned:
-            yield f"parameter {name} is cut to {_shape_text(parts.get(name))}, not to {planned}"
+    planned = {name: _stored_shape(config, name, shape, compiled.rank) for name, shape in own.items()}
+    for name, ours, theirs in _unequal(planned, {name: parts[name] for name in own if name in parts}):
+        yield f"parameter {name} is cut to {theirs}, not to {ours}"
     if mesh.pipeline == 1:
         return
     stage = mesh.coordinates(compiled.rank).stage
@@ -259,10 +253,7 @@ def _axes(config: Config, name: str) -> tuple[tuple[str, ...], ...]:
 
 
 def _num_shards(mesh: Mesh, names: tuple[str, ...]) -> int:
-    ways = 1
-    for name in names:
-        ways *= getattr(mesh, name)
-    return ways
+    return math.prod(getattr(mesh, name) for name in names)
 
 
 def _exchanges(config: Config, compiled: CompiledGraph) -> Iterator[str]:
@@ -315,17 +306,9 @@ def _groups(config: Config, compiled: CompiledGraph) -> Iterator[str]:
 def _update(config: Config, compiled: CompiledGraph) -> Iterator[str]:
     """Each rank updates its own parts, once each, and speaks with nobody."""
     parts = {name: compiled.parameter_shards.get(name) for name in shared_of_stage(config, compiled)}
-    own = {
-        name: shape
-        for name, shape in parameter_shards(compiled.update).items()
-        if not parse_name(name).is_optimizer
-    }
-    for name in sorted(parts.keys() | own.keys()):
-        if own.get(name) != parts.get(name):
-            yield (
-                f"the update of {name} works on {_shape_text(own.get(name))}, not on the rank's "
-                f"{_shape_text(parts.get(name))}"
-            )
+    own = {n: shape for n, shape in parameter_shards(compiled.update).items() if not parse_name(n).is_optimizer}
+    for name, ours, theirs in _unequal(parts, own):
+        yield f"the update of {name} works on {theirs}, not on the rank's {ours}"
     updates = sum(o.kind == "AdamWeightDecay" for o in operators(compiled.update))
     if updates != len(parts):
         yield f"{updates} of {len(parts)} shared parameters are updated"

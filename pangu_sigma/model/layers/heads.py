@@ -32,41 +32,48 @@ class TiedHead(nn.Cell):
         self.concat = layout(ops.Concat(0))
         self.rows = layout(ops.Gather(), (1, 1), (1,))
 
-    def table_of(self, table, domain: Tensor | None, sample: int) -> Tensor:
-        """The word table [V, D] of a sample where domains have their own."""
-        return table[sample] if domain is None else self.take(table, domain[sample], 0)
+    def matrices(self, table, domain: Tensor | None, batch: int) -> tuple[Tensor, ...]:
+        """The output matrix [V, D] of all samples, or where domains have their own that of each."""
+        if not self.per_domain:
+            return (table,)
+        if domain is None:
+            return table
+        by_sample = ()
+        for b in range(batch):
+            by_sample = by_sample + (self.take(table, domain[b], 0),)
+        return by_sample
+
+    def split(self, rows: Tensor, batch: int) -> tuple[Tensor, ...]:
+        """Rows [T, …] as `matrices` are of them: all, or of each sample."""
+        if not self.per_domain:
+            return (rows,)
+        length, by_sample = rows.shape[0] // batch, ()
+        for b in range(batch):
+            by_sample = by_sample + (rows[b * length : (b + 1) * length],)
+        return by_sample
+
+    def join(self, parts: tuple[Tensor, ...]) -> Tensor:
+        """What `split` took apart."""
+        return self.concat(parts) if self.per_domain else parts[0]
 
     def construct(self, h_TD: Tensor, labels: Tensor, domain: Tensor, table: Tensor) -> Tensor:
         """h_TD, labels int32 [B, S] -> token losses -log p(label) float32 [B, S], in nats."""
-        batch, length = labels.shape
-        if not self.per_domain:
-            losses_T = self.cross_entropy(h_TD, table, labels.reshape(-1))[0]
-            return losses_T.reshape(batch, length)
-        by_sample = ()
-        for b in range(batch):
-            h_SD, table_VD = h_TD[b * length : (b + 1) * length], self.table_of(table, domain, b)
-            losses_S = self.cross_entropy(h_SD, table_VD, labels[b])[0]
-            by_sample = by_sample + (losses_S.reshape(1, length),)
-        return self.concat(by_sample)
+        batch, losses = labels.shape[0], ()
+        h, labels_of = self.split(h_TD, batch), self.split(labels.reshape(-1), batch)
+        for i, matrix in enumerate(self.matrices(table, domain, batch)):
+            losses = losses + (self.cross_entropy(h[i], matrix, labels_of[i])[0],)
+        return self.join(losses).reshape(labels.shape)
 
     def against(self, h_TD: Tensor, labels: Tensor, domain: Tensor, table: Tensor, previous: Tensor):
         """As the call, with another model's logits `previous` [B, S, V] for distillation: (token losses,
         KL(previous || this model)) float32 [B, S]."""
-        batch, length = labels.shape
-        previous_TV = previous.reshape(batch * length, -1)
-        if not self.per_domain:
-            losses_T, divergence_T, _, _ = self.cross_entropy_against(h_TD, table, labels.reshape(-1), previous_TV)
-            return losses_T.reshape(batch, length), divergence_T.reshape(batch, length)
-        losses, divergences = (), ()
-        for b in range(batch):
-            rows = slice(b * length, (b + 1) * length)
-            table_VD = self.table_of(table, domain, b)
-            losses_S, divergence_S, _, _ = self.cross_entropy_against(
-                h_TD[rows], table_VD, labels[b], previous_TV[rows]
-            )
-            losses = losses + (losses_S.reshape(1, length),)
-            divergences = divergences + (divergence_S.reshape(1, length),)
-        return self.concat(losses), self.concat(divergences)
+        batch, losses, divergences = labels.shape[0], (), ()
+        h, labels_of = self.split(h_TD, batch), self.split(labels.reshape(-1), batch)
+        previous_of = self.split(previous.reshape(h_TD.shape[0], -1), batch)
+        for i, matrix in enumerate(self.matrices(table, domain, batch)):
+            of_part = self.cross_entropy_against(h[i], matrix, labels_of[i], previous_of[i])
+            losses, divergences = losses + (of_part[0],), divergences + (of_part[1],)
+        return self.join(losses).reshape(labels.shape), self.join(divergences).reshape(labels.shape)
 
     def select(self, h_TD: Tensor, tokens: Tensor) -> Tensor:
         """The rows of some of the T tokens, by their numbers int32 [n]."""
@@ -74,39 +81,20 @@ class TiedHead(nn.Cell):
 
     def logits(self, h_TD: Tensor, batch: int, domain: Tensor | None, table) -> Tensor:
         """h_TD of `batch` samples -> logits float32 [B, S, V]."""
-        length = h_TD.shape[0] // batch
-        if not self.per_domain:
-            return self.product(h_TD, table).reshape(batch, length, -1)
-        by_sample = ()
-        for b in range(batch):
-            logits_SV = self.product(h_TD[b * length : (b + 1) * length], self.table_of(table, domain, b))
-            by_sample = by_sample + (logits_SV.reshape(1, length, -1),)
-        return self.concat(by_sample)
+        h, logits = self.split(h_TD, batch), ()
+        for i, matrix in enumerate(self.matrices(table, domain, batch)):
+            logits = logits + (self.product(h[i], matrix),)
+        return self.join(logits).reshape(batch, h_TD.shape[0] // batch, -1)
 
 
-class UntiedHead(nn.Cell):
-    """Untied head: the output matrix is a parameter of its own, `word` [V, D]; without a bias.
-
-    It has `TiedHead`'s methods; the embedding's table, which they are given, does not matter.
-    """
+class UntiedHead(TiedHead):
+    """Untied head: the output matrix is a parameter of its own, `word` [V, D]; without a bias. The embedding's table,
+    which it is given, does not matter."""
 
     def __init__(self, model: ModelConfig, vocab: int, layout: Layout) -> None:
-        super().__init__()
+        super().__init__(model, vocab, layout)
         self.word = embedding_table(vocab, model, "word")
-        self.tied = TiedHead(model, vocab, layout)
 
-    def construct(self, h_TD: Tensor, labels: Tensor, domain: Tensor, table: Tensor) -> Tensor:
-        """h_TD, labels int32 [B, S] -> token losses float32 [B, S]."""
-        return self.tied(h_TD, labels, domain, self.word)
-
-    def against(self, h_TD: Tensor, labels: Tensor, domain: Tensor, table: Tensor, previous: Tensor):
-        """As `TiedHead.against`."""
-        return self.tied.against(h_TD, labels, domain, self.word, previous)
-
-    def select(self, h_TD: Tensor, tokens: Tensor) -> Tensor:
-        """As `TiedHead.select`."""
-        return self.tied.select(h_TD, tokens)
-
-    def logits(self, h_TD: Tensor, batch: int, domain: Tensor | None, table) -> Tensor:
-        """h_TD -> logits float32 [B, S, V]."""
-        return self.tied.logits(h_TD, batch, domain, self.word)
+    def matrices(self, table, domain: Tensor | None, batch: int) -> tuple[Tensor, ...]:
+        """The one output matrix [V, D]."""
+        return (self.word,)
