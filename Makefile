@@ -37,7 +37,7 @@ lint: $(VENV)/.installed-lint  ## ruff's checks, and the types of what import pa
 docs: $(VENV)/.installed-docs  ## the pages as a site in site/, every link checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-reference: $(VENV)/.installed  ## renew docs/configuration.md and the tables of docs/routers.md
+reference: $(VENV)/.installed  ## renew docs/configuration.md
 	$(BIN)/python docs/reference.py
 
 bench: $(VENV)/.installed-hf  ## speeds beside PyTorch, extraction beside cp, cluster configurations compiled

@@ -1,42 +1,38 @@
-"""Renews what is made from the configuration's schema and the routers' specs: docs/configuration.md and the tables of
-docs/routers.md. `make reference` runs it; a test holds the files against it.
+"""Renews docs/configuration.md, which is made from the configuration's schema and the routers' specs. `make reference`
+runs it; a test holds the page against it.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from extract.export.export_formats import FORMATS
 from pangu_sigma.config.config_text import description
 from rre.router_specs import MIXTURE_GATE, ROUTER_SPECS, RouterSpec
 
-ROOT = Path(__file__).parents[1]
-ROUTERS = ROOT / "docs/routers.md"
+PAGE = Path(__file__).with_name("configuration.md")
 FORMULAS = ("router", "chooses", "combine weights", "auxiliary loss", "from")
 SUPPORT = (
     "router", "dispatch `capacity`", "store `host`, `disk`", "a graph cut over devices", "generation",
-    "`extract`, `domains add`", "export",
+    "`extract`, `domains add`", "export as",
 )  # fmt: skip
 
 
 def made_files() -> dict[Path, str]:
     """The content of every file that is made."""
-    return {
-        ROOT / "docs/configuration.md": description() + "\n",
-        ROUTERS: with_router_tables(ROUTERS.read_text(encoding="utf-8")),
-    }
+    return {PAGE: f"{description()}\n\n{router_tables()}"}
 
 
-def with_router_tables(page: str) -> str:
-    """The page with the tables between its markers as the specs say."""
+def router_tables() -> str:
+    """The chapter of routers as their specs say."""
     specs = {**ROUTER_SPECS, "model.top_layer: mixture": MIXTURE_GATE}
-    tables = {
-        "formulas": table(FORMULAS, (formula(spec) for spec in ROUTER_SPECS.values())),
-        "support": table(SUPPORT, (support(name, spec) for name, spec in specs.items())),
-    }
-    return re.sub(r"(<!-- (\w+): .*? -->\n).*?(?=<!-- end -->)", lambda m: m[1] + tables[m[2]], page, flags=re.DOTALL)
+    return (
+        "## routers\n\nWhat `model.sparse.router` may be; [routers.md](routers.md#formulas) explains the letters.\n\n"
+        f"{table(FORMULAS, (formula(spec) for spec in ROUTER_SPECS.values()))}\n"
+        "What they work with, beside dropless dispatch, the store `device` and several CPU processes, which all do; "
+        "[routers.md](routers.md#what-works-with-what) says why not, [export.md](export.md) which formats write which "
+        f"network:\n\n{table(SUPPORT, (support(name, spec) for name, spec in specs.items()))}"
+    )
 
 
 def formula(spec: RouterSpec) -> Sequence[str]:
@@ -51,8 +47,7 @@ def support(name: str, spec: RouterSpec) -> Sequence[str]:
     without = [f"`{option.name}: {value}`" for option in spec.options for value in option.not_on_mesh]
     if without:
         cells[2] += f" (not {', '.join(without)})"
-    formats = sorted(name for name, format_ in FORMATS.items() if format_.network in spec.exports)
-    return f"`{name}`", *cells, ", ".join(f"`{name}`" for name in formats) or "no"
+    return f"`{name}`", *cells, ", ".join(spec.exports) or "no"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -73,7 +73,7 @@ class RouterSpec:
     learned gate trains beside its `weight`. `keeps_scale`: whether a token's combine weights add up to 1, so that equal
     experts are one network. `has_capacity`: whether an expert can run out of room. `has_mesh_form`: whether it has a
     form in a graph that is cut over devices. `exports`: exported networks that know it. `chooses`, `combine_weights`,
-    `auxiliary_loss` and `source` are its row in docs/routers.md.
+    `auxiliary_loss` and `source` are its row in docs/configuration.md.
     """
 
     name: str

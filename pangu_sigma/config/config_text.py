@@ -16,7 +16,7 @@ from pangu_sigma.config.section import INIT_FROM, RESUME, Section
 from pangu_sigma.config.yaml_text import parse_yaml
 
 _INTRODUCTION = (
-    "`pangu-sigma config --describe` prints this page. A file needs `schema_version`, `run.dir`, a size of the model",
+    "`pangu-sigma config --describe` prints these keys. A file needs `schema_version`, `run.dir`, a size of the model",
     "(`model.preset`, or `layers`, `hidden`, `heads`, `ffn` and `positions`), a name and files for each domain, and",
     "`train.steps`; every other key has a default. Where the default is null and the text says \"null: …\", the value",
     "follows from other keys: `pangu-sigma config FILE.yaml` shows the whole configuration with what was filled in.",
