@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
 from pangu_sigma.config.data_section import DomainName, Paths
-from pangu_sigma.config.section import Field, ListOf, Section, Violations
+from pangu_sigma.config.section import Field, ListOf, Section, Violations, positive_sum
 
 
 class ExamplesConfig(Section, resume="fixed", init_from="free"):
@@ -47,8 +46,4 @@ class AdaptConfig(Section, resume="fixed", init_from="free"):
             if examples.name in seen:
                 yield f"{key} = {examples.name} is named twice: list all its files in one item"
             seen.add(examples.name)
-        if not 0 < sum(examples.weight for examples in self.examples) < math.inf:
-            yield (
-                "adapt.examples have weights that do not add up to a positive number: give at least one a positive "
-                "weight"
-            )
+        yield from positive_sum("adapt.examples have weights that", (examples.weight for examples in self.examples))

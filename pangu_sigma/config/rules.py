@@ -3,7 +3,6 @@ them, before any device work."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from os.path import abspath, expanduser
 
@@ -11,7 +10,7 @@ from pangu_sigma.config.capacity_sizes import samples_at_a_time
 from pangu_sigma.config.mesh_rules import mesh_violations
 from pangu_sigma.config.phase_domains import old_domains
 from pangu_sigma.config.schema import Config
-from pangu_sigma.config.section import Violations, at_most, divides
+from pangu_sigma.config.section import Violations, at_most, divides, positive_sum
 from pangu_sigma.config.training_sections import PhaseConfig
 from rre.router_specs import routers_that
 
@@ -65,8 +64,7 @@ def _domains(config: Config) -> Violations:
             yield f"{key}.name = {domain.name} is the name of an earlier domain: give every domain its own name"
         seen.add(domain.name)
         yield from domain.violations(key)
-    if not 0 < sum(domain.weight for domain in config.domains) < math.inf:
-        yield "domains have weights that do not add up to a positive number: give at least one a positive weight"
+    yield from positive_sum("domains have weights that", (domain.weight for domain in config.domains))
     limit, count = config.data.max_domains_per_batch, len(config.domains)
     yield from at_most("data.max_domains_per_batch", limit, f"the {count} domains there are", count)
 

@@ -5,7 +5,8 @@ What `--resume` and `run.init_from` may do with a key stands at its field, or at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
@@ -44,6 +45,12 @@ def at_most(key: str, value: float | None, what: str, limit: float) -> Violation
     """The sentence of a value that is more than `limit`, which is `what`; none for null."""
     if value is not None and value > limit:
         yield f"{key} = {value} is more than {what}: set it to at most {limit}"
+
+
+def positive_sum(subject: str, weights: Iterable[float]) -> Violations:
+    """The sentence of weights, each 0 or more, by which nothing can be drawn; `subject`: how it begins."""
+    if not 0 < sum(weights) < math.inf:
+        yield f"{subject} do not add up to a positive number: give at least one domain a positive weight"
 
 
 def divides(key: str, value: int, what: str, number: int) -> Violations:

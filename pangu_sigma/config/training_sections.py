@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from pangu_sigma.config.data_section import DomainName
-from pangu_sigma.config.section import Field, ListOf, Section, Violations, at_most, divides
+from pangu_sigma.config.section import Field, ListOf, Section, Violations, at_most, divides, positive_sum
 
 
 def _learning_rate(written: Any) -> float:
@@ -129,11 +129,8 @@ class PhaseConfig(Section, resume="ahead", init_from="free"):
         if negative:
             name = f"{key}.weights.{negative[0]}"
             yield f"{name} = {weights[negative[0]]} is negative: set it to 0 or more"
-        elif self.weights is not None and not 0 < sum(weights.values()) < math.inf:
-            yield (
-                f"{key}.weights do not add up to a positive number: give at least one domain a positive weight, or "
-                "write null"
-            )
+        elif self.weights is not None:
+            yield from positive_sum(f"{key}.weights", weights.values())
 
     def regularise_violations(self, key: str) -> Violations:
         """Broken rules between `shared` and `regularise` of the phase at `key`."""

@@ -32,9 +32,9 @@ GELU = PartSpec("gelu", exports=(PANGU_NETWORK,), in_fused_decode=True)
 SILU = PartSpec("silu", exports=(OLMOE_NETWORK,))
 ACTIVATION_SPECS = by_name(FAST_GELU, GELU, SILU)
 
-MLP = FeedForwardKind("mlp", "feed_forward:MlpFeedForward", exports=(PANGU_NETWORK,), in_fused_decode=True)
-SWIGLU = FeedForwardKind("swiglu", "feed_forward:GatedFeedForward", exports=(OLMOE_NETWORK,), gate=SILU.name)
-GEGLU = FeedForwardKind("geglu", "feed_forward:GatedFeedForward", gate=GELU.name)
+MLP = FeedForwardKind("mlp", "feed_forward:DenseFeedForward", exports=(PANGU_NETWORK,), in_fused_decode=True)
+SWIGLU = FeedForwardKind("swiglu", "feed_forward:DenseFeedForward", exports=(OLMOE_NETWORK,), gate=SILU.name)
+GEGLU = FeedForwardKind("geglu", "feed_forward:DenseFeedForward", gate=GELU.name)
 FEED_FORWARD_KINDS = by_name(MLP, SWIGLU, GEGLU)
 
 # Of the keys that say yes or no.

@@ -14,39 +14,18 @@ from parallel.ops.primitives import activation
 from rre.feed_forward_spec import FeedForwardSpec
 
 
-class MlpFeedForward(nn.Cell):
-    """MLP: x_TD -> y_TD, activation(x W_up + b_up) W_down + b_down, biases where there are."""
+class DenseFeedForward(nn.Cell):
+    """Feed-forward network of `form`: x_TD -> y_TD, activation(x W_up + b_up) W_down + b_down with biases where there
+    are, or gated (SwiGLU, GEGLU) (activation(x W_gate) * (x W_up)) W_down (see `FeedForwardSpec`)."""
 
     def __init__(self, model: ModelConfig, form: FeedForwardSpec, layout: Layout, compute: ms.dtype) -> None:
         super().__init__()
-        std, biases, residual_std = model.init_std, form.biases, model.residual_std
-        self.up = LinearCell(model.hidden, model.ffn, layout, compute, std, biases, (1, "tensor"))
-        self.down = LinearCell(model.ffn, model.hidden, layout, compute, residual_std, biases, ("tensor", 1))
-        self.has_biases = form.biases
-        self.uses_kernels = bool(layout.product_kernels)
-        if self.uses_kernels:
-            self.network = CompiledFeedForward(layout.kernels, form.activation, tensors=len(form.tensors))
-        else:
-            self.activation = activation(form.activation, layout, ("rows", "tensor"))
-
-    def construct(self, x: Tensor) -> Tensor:
-        if self.uses_kernels:
-            if self.has_biases:
-                return on_every_row(self.network, x, (self.up.weight, self.up.bias, self.down.weight, self.down.bias))
-            return on_every_row(self.network, x, (self.up.weight, self.down.weight))
-        return self.down(self.activation(self.up(x))[0])
-
-
-class GatedFeedForward(nn.Cell):
-    """Gated MLP (SwiGLU, GEGLU): x_TD -> y_TD, (activation(x W_gate) * (x W_up)) W_down (see `FeedForwardSpec`)."""
-
-    def __init__(self, model: ModelConfig, form: FeedForwardSpec, layout: Layout, compute: ms.dtype) -> None:
-        super().__init__()
-        std, inner = model.init_std, ("rows", "tensor")
-        self.gate = LinearCell(model.hidden, model.ffn, layout, compute, std, biases=False, cut=(1, "tensor"))
-        self.up = LinearCell(model.hidden, model.ffn, layout, compute, std, biases=False, cut=(1, "tensor"))
-        down_std = model.residual_std
-        self.down = LinearCell(model.ffn, model.hidden, layout, compute, down_std, biases=False, cut=("tensor", 1))
+        inner, into_inner = ("rows", "tensor"), (model.hidden, model.ffn, layout, compute, model.init_std, form.biases)
+        self.is_gated, self.has_biases = form.gated, form.biases
+        if form.gated:
+            self.gate = LinearCell(*into_inner, (1, "tensor"))
+        self.up = LinearCell(*into_inner, (1, "tensor"))
+        self.down = LinearCell(model.ffn, model.hidden, layout, compute, model.residual_std, form.biases, ("tensor", 1))
         self.uses_kernels = bool(layout.product_kernels)
         if self.uses_kernels:
             self.network = CompiledFeedForward(layout.kernels, form.activation, tensors=len(form.tensors))
@@ -55,9 +34,15 @@ class GatedFeedForward(nn.Cell):
             self.mul = layout(ops.Mul(), inner, inner)
 
     def construct(self, x: Tensor) -> Tensor:
-        if self.uses_kernels:
+        if self.uses_kernels and self.is_gated:
             return on_every_row(self.network, x, (self.gate.weight, self.up.weight, self.down.weight))
-        return self.down(self.mul(self.activation(self.gate(x))[0], self.up(x)))
+        if self.uses_kernels and self.has_biases:
+            return on_every_row(self.network, x, (self.up.weight, self.up.bias, self.down.weight, self.down.bias))
+        if self.uses_kernels:
+            return on_every_row(self.network, x, (self.up.weight, self.down.weight))
+        if self.is_gated:
+            return self.down(self.mul(self.activation(self.gate(x))[0], self.up(x)))
+        return self.down(self.activation(self.up(x))[0])
 
 
 def on_every_row(network: nn.Cell, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
