@@ -47,10 +47,7 @@ class PanGuSigma(Backbone):
         head = output_head(model, vocab, layout, routers[0].options.groups.total if model.is_mixture else 0)
         super().__init__(model, vocab, layout, layers, head)
         self.mask = attention_mask(model, layout, compute)
-        pool = routers[0].pool() if routers else None
-        self.pools = pool is not None
-        if self.pools:
-            self.pool = pool
+        self.pool = routers[0].pool() if routers else None
         self.embedding_send = None
         self.is_tied = model.head_spec.is_tied
         for name, parameter in self.parameters_and_names():
@@ -64,7 +61,7 @@ class PanGuSigma(Backbone):
         positions = positions.reshape(-1)
         h = self.embedding(tokens, positions, domain, self.word_table(tables))
         h, _, auxiliary, counts = self.through_layers(h, positions, masks, (), keys, sparse_inputs)
-        if self.pools:
+        if self.pool is not None:
             auxiliary = self.pool(auxiliary)
         return h, auxiliary, counts
 
