@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pangu_sigma.cli.arguments import ModelPath, Prior, PriorTexts
+from pangu_sigma.errors import UserError
 
 
 def generate(
@@ -86,28 +87,33 @@ def generate(
     prior_texts: PriorTexts = None,
 ) -> None:
     """Continue a text with one domain's experts. Only the text (or JSON) goes to standard output."""
+    from pangu_sigma.cli.generate_output import PipedOutput, print_lines, print_object, print_text
     from pangu_sigma.generation.domain_inference_settings import DomainInferenceSettings
-    from pangu_sigma.generation.generate_job import run
+    from pangu_sigma.generation.generate_job import prepare_generation
     from pangu_sigma.generation.prompts import PromptSource
+    from pangu_sigma.signals import sigterm_as_ctrl_c
 
+    if logprobs is not None and not (as_json or jsonl):
+        raise UserError("--logprobs needs --json or --jsonl, because plain text has no place for figures")
     inference = DomainInferenceSettings(top, prior.value, prior_texts)
-
-    run(
-        model,
-        PromptSource(prompt=prompt, file=file, jsonl=jsonl),
-        domain=domain,
-        settings={
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "repetition_penalty": repetition_penalty,
-            "stop": tuple(stop or ()),
-            "seed": seed,
-            "logprobs": logprobs,
-        },
-        as_json=as_json,
-        stream=stream,
-        slots=slots,
-        inference=None if inference == DomainInferenceSettings() else inference,
-    )
+    settings = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": tuple(stop or ()),
+        "seed": seed,
+        "logprobs": logprobs,
+    }
+    prompts = PromptSource(prompt=prompt, file=file, jsonl=jsonl).read()
+    # MindSpore turns a Ctrl-C that comes while it compiles into SIGTERM.
+    with sigterm_as_ctrl_c(), PipedOutput():
+        own = None if inference == DomainInferenceSettings() else inference
+        job = prepare_generation(model, prompts, domain, settings, slots, own, numbered=jsonl)
+        if jsonl:
+            print_lines(job)
+        elif as_json:
+            print_object(job)
+        else:
+            print_text(job, stream)
