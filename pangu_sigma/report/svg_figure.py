@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FILES = resources.files("pangu_sigma.report")
+_PALETTE = (_FILES / "palette.css").read_text(encoding="utf-8")
+# Colours of the light page -> the variables that stand for them and for the dark page's.
+_VARIABLES = {value: name for name, value in re.findall(r"--(\w+): (#\w{6});", _PALETTE.partition("@media")[0])}
 # Settings of matplotlib that are colours of the style sheet.
 _COLOURS = {
     "text.color": "ink", "axes.edgecolor": "rule", "grid.color": "grid", "xtick.color": "faint", "ytick.color": "faint",
@@ -27,8 +30,8 @@ _COLOURS = {
 
 
 def colour(name: str) -> str:
-    """The colour `--name` of the light page, for which the picture's reader gets the variable."""
-    return _palette()[name]
+    """The colour `--name` of the light page, in whose place the picture has the variable."""
+    return next(value for value, variable in _VARIABLES.items() if variable == name)
 
 
 @dataclass(frozen=True)
@@ -67,13 +70,11 @@ def draw_svg(
         figure.savefig(buffer, format="svg")
     text = re.search(r"<svg[^>]*>(.*)</svg>", buffer.getvalue(), re.DOTALL)[1]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|\n\s*|<!--.*?-->", "", text, flags=re.DOTALL)
-    variables = {value: f"var(--{name})" for name, value in _palette().items()}
-    text = re.sub(r"<[^>]+>", lambda tag: _tidy(tag[0], variables), text)
+    text = re.sub(r"<[^>]+>", lambda tag: _tidy(tag[0]), text)
     head = '<svg class="{}" viewBox="0 0 {:g} {:g}" width="{:g}" height="{:g}" role="img" aria-label="{}"'
     head = Markup(head).format(css, width, height, width, height, printable(label))
     if alone:
-        palette = (_FILES / "palette.css").read_text(encoding="utf-8")
-        return head + Markup(f' xmlns="http://www.w3.org/2000/svg"><style>{palette}</style>{text}</svg>\n')
+        return head + Markup(f' xmlns="http://www.w3.org/2000/svg"><style>{_PALETTE}</style>{text}</svg>\n')
     return head + Markup(f">{text}</svg>")
 
 
@@ -86,14 +87,9 @@ def pixel_axes(figure: Figure) -> Axes:
     return axes
 
 
-def _palette() -> dict[str, str]:
-    light, _ = (_FILES / "palette.css").read_text(encoding="utf-8").split("@media", 1)
-    return dict(re.findall(r"--(\w+): (#\w{6});", light))
-
-
-def _tidy(tag: str, variables: Mapping[str, str]) -> str:
+def _tidy(tag: str) -> str:
     """A tag of matplotlib's SVG with the page's colours and font, hundredths of pixels, and no ids of groups."""
-    tag = re.sub(r"#[0-9a-f]{6}", lambda match: variables.get(match[0], match[0]), tag)
+    tag = re.sub(r"#[0-9a-f]{6}", lambda match: f"var(--{_VARIABLES[match[0]]})", tag)
     tag = re.sub(r"-?\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}", tag)
     tag = re.sub(r"(font: [^;'\"]*px) [^;\"]*", r"\1 var(--font)", tag)
     return re.sub(r'^<g id="[^"]*"', "<g", tag).replace("xlink:href", "href")
