@@ -97,7 +97,8 @@ def evaluate(
 
     typer.echo(quality_table(result.unigram, result.losses))
     typer.echo("\n" + matrix_table(result.matrix))
-    say_next("evaluation", model, list(result.losses))
+    if (model / "checkpoints").is_dir():  # a run's, of which there are pictures
+        say_next("evaluation", model, list(result.losses))
 
 
 def analyze(
@@ -152,4 +153,6 @@ def report(run: RunFolder) -> None:
     """Draw a run's curves and expert load as one HTML file and print its path."""
     from pangu_sigma.report import write_report
 
-    typer.echo(write_report(run))
+    page = write_report(run)
+    typer.echo(page)
+    say_next("report", page)

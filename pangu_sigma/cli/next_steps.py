@@ -7,20 +7,24 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-# What a command made -> what sentences call it, and the commands for it. {path}: where it lies; {domain}: one of its
-# domains; {choose}: how a command chooses that domain, nothing where there is no other.
+# What a command made -> what sentences call it, and the commands for it. {path}: where it lies; {folder}: the folder
+# around it; {name}: its own name; {domain}: one of its domains; {choose}: how a command chooses that domain, nothing
+# where there is no other.
 _GENERATE = 'generate {path}{choose} --prompt "…"'
 _EXTRACT = "extract {path} --domain {domain} --out models/{domain}"
 _TRAIN_ON = "train {path}/config.yaml run.init_from={path} run.dir=runs/{name}"
 _NEXT = {
     "run": ("model", (_GENERATE, "evaluate {path}", _EXTRACT)),
     "unfinished run": ("run", ("train {path}/config.yaml --resume",)),
+    "stopped run": ("run", ("train {path}/config.yaml train.stop_at=null --resume",)),
     "adapted run": ("model", (_GENERATE, "evaluate {path}", "serve {path}")),
     "changed run": ("run", ("domains list {path}", "evaluate {path}")),
     "evaluation": ("run", (_EXTRACT, "report {path}")),
     "model": ("model", (_GENERATE, "serve {path}", _TRAIN_ON)),
     "start": ("model", (_TRAIN_ON, _GENERATE)),
     "export": ("export", ()),
+    "report": ("report", ("extract {folder} --list", "serve {folder}")),
+    "mindformers run": ("run", ("import mindformers {path} --out models/{name}",)),
     "quickstart corpora": ("text", ("train configs/quickstart.yaml", "quickstart")),
     "corpora": ("text", ("init runs/first {path}/code.jsonl {path}/docs.jsonl",)),
     "configuration": ("configuration", ("config {path}", "train {path}")),
@@ -33,7 +37,8 @@ def next_steps(kind: str, path: str | os.PathLike[str], domains: Sequence[str] =
     place = shlex.quote(_shortened(Path(path)))
     domain = domains[0] if domains else "NAME"
     choose = "" if len(domains) == 1 else f" --domain {domain}"
-    words = {"path": place, "domain": domain, "choose": choose, "name": shlex.quote(Path(path).name)}
+    folder, name = shlex.quote(_shortened(Path(path).parent)), shlex.quote(Path(path).name)
+    words = {"path": place, "folder": folder, "name": name, "domain": domain, "choose": choose}
     lines = [f"  pangu-sigma {command.format(**words)}" for command in commands]
     return "\n".join([f"The {noun} is in {place}." + (" Next:" if lines else ""), *lines])
 

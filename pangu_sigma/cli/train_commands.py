@@ -48,7 +48,8 @@ def train(
     from pangu_sigma.workers import is_worker
 
     if not is_worker():  # else the process that started them says it
-        say_next("run" if result.finished else "unfinished run", result, config.domain_names)
+        unfinished = "stopped run" if config.train.stop_at else "unfinished run"
+        say_next("run" if result.finished else unfinished, result, config.domain_names)
 
 
 def mindformers(
@@ -58,4 +59,6 @@ def mindformers(
     """Train the model of a MindFormers YAML (configs/mindformers) with MindFormers' own Trainer."""
     from pangu_sigma.integrations.mindformers.mindformers_job import train as run_trainer
 
-    typer.echo(run_trainer(file, overrides or ()))
+    output = run_trainer(file, overrides or ())
+    typer.echo(output)
+    say_next("mindformers run", output)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from pangu_sigma.config import config_from_dict, load_config
+from pangu_sigma.config import check_resume, config_from_dict, load_config
 from pangu_sigma.config.config_text import yaml_text
 from pangu_sigma.config.load_config import read_values
 from pangu_sigma.config.rules import warnings
+from pangu_sigma.errors import UserError
 
 EIGHT_LINES = """\
 schema_version: 2
@@ -87,3 +88,20 @@ def test_what_is_left_out_is_marked(eight, tmp_path):
     assert {"  seed: 7", "  preset: tiny", "  layers: 4  # filled in", "  batch_size: 16  # filled in"} < set(lines)
     assert {"  experts: 4  # default", "  device: CPU  # default", "  phases: []  # default"} < set(lines)
     assert not [line for line in lines if line.startswith(("  steps", "  dir", "- name")) and "#" in line]
+
+
+def test_a_run_may_grow_though_its_warm_up_and_intervals_follow_its_steps(eight):
+    changes = check_resume(eight(), eight("train.steps=400"), 100).allowed
+    assert {change.key for change in changes} == {"train.steps", "evaluate.every"}
+
+
+def test_fine_tuning_takes_a_tenth_of_the_rate(eight):
+    adapt = "adapt={objective: sft, examples: [{name: code, data: x.jsonl}]}"
+    assert eight(adapt, "run.init_from=runs/other").optimizer.learning_rate == 0.0003
+
+
+def test_a_file_of_version_1_is_told_of_changed_defaults(tmp_path):
+    path = tmp_path / "old.yaml"
+    path.write_text("schema_version: 1\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"a preset has sparse layers unless .* follow train\.steps unless they are 0"):
+        load_config(path)
