@@ -58,7 +58,7 @@ def measure(name: str) -> float:
     )  # fmt: skip
     if not spec.learned:
         return milliseconds(
-            lambda: plan_present(router.assign(ids, domain, 0, np.arange(SAMPLES), True).expert_ids, groups.total)
+            lambda: plan_present(router.assign(ids, domain, 0, np.arange(SAMPLES), True), groups.total)
         )
 
     class Whole(nn.Cell):

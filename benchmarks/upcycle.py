@@ -56,7 +56,7 @@ def write_dense(folder: Path, hidden: int) -> Path:
     from pangu_sigma.checkpoint import Fingerprints, StreamedCheckpoint, TensorSpec, write_model_folder
     from pangu_sigma.config import config_from_dict, effective
     from pangu_sigma.config.parameter_counts import tensor_shapes
-    from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_class, tokenizer_files
+    from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_class
     from rre.counted_random import generator
 
     config = effective(config_from_dict(configuration(folder, hidden, 1, sparse=False)))
@@ -69,7 +69,7 @@ def write_dense(folder: Path, hidden: int) -> Path:
             domains=config.domain_names,
             coverage={},
             config_text=config.to_yaml(),
-            tokenizer_files=tokenizer_files(tokenizer),
+            tokenizer_files=tokenizer.files(),
             state={},
             fingerprints=Fingerprints(tokenizer=tokenizer.fingerprint, corpora={}),
         ),

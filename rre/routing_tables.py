@@ -32,17 +32,7 @@ def draw_frequency_table(counts: np.ndarray, experts: int, rng: np.random.Genera
     text), each to the expert with the fewest rows so far; ids that never occur are dealt out evenly. Ties are broken
     by `rng`, so tables of different layers differ.
     """
-    counts = np.asarray(counts, dtype=np.int64)
-    order = rng.permutation(counts.size)
-    order = order[np.argsort(-counts[order], kind="stable")]
-    table = np.empty(counts.size, dtype=np.int32)
-    heap = [(0, 0, int(tie), expert) for expert, tie in enumerate(rng.permutation(experts))]
-    heapq.heapify(heap)
-    for token in order:
-        rows, ids, _, expert = heap[0]
-        table[token] = expert
-        heapq.heapreplace(heap, (rows + int(counts[token]), ids + 1, int(rng.integers(1 << 30)), expert))
-    return table
+    return _deal(np.zeros(0, np.int32), np.asarray(counts, np.int64), experts, rng)
 
 
 def draw_table(
@@ -84,18 +74,24 @@ def extend_table(
     take one. `frequency`: new ids by falling `counts` [vocab] (occurrences of every id, the old ones too), each to the
     expert with the fewest rows so far. Ties, and which new id comes first, are drawn for this layer, domain and size.
     """
-    old = table.size
-    rng = generator(seed, f"extended routing table {layer_name} {domain}", old)
+    rng = generator(seed, f"extended routing table {layer_name} {domain}", table.size)
     if kind == "frequency" and counts is None:
         raise ValueError("a frequency table needs the domain's token counts")
     rows = np.zeros(vocab, np.int64) if kind == "uniform" else np.asarray(counts, np.int64)
+    return _deal(table, rows, experts, rng)
+
+
+def _deal(table: np.ndarray, rows: np.ndarray, experts: int, rng: np.random.Generator) -> np.ndarray:
+    """`table` [old vocab] and behind it the other ids of `rows` [vocab], dealt out by falling rows: each to the expert
+    with the fewest of them so far, of equals the one with the fewest ids."""
+    old = table.size
     ids_of, rows_of = np.bincount(table, minlength=experts), np.zeros(experts, np.int64)
     np.add.at(rows_of, table, rows[:old])
-    order = old + rng.permutation(vocab - old)
+    order = old + rng.permutation(rows.size - old)
     order = order[np.argsort(-rows[order], kind="stable")]
     heap = [(int(rows_of[e]), int(ids_of[e]), int(tie), e) for e, tie in enumerate(rng.permutation(experts))]
     heapq.heapify(heap)
-    extended = np.concatenate([table, np.empty(vocab - old, np.int32)])
+    extended = np.concatenate([table, np.empty(rows.size - old, np.int32)])
     for token in order:
         load, ids, _, expert = heap[0]
         extended[token] = expert

@@ -16,7 +16,7 @@ import numpy as np
 from extract.export.export_formats import Options
 from extract.export.export_guides import network_line
 from extract.export.export_source import ExportSource
-from extract.export.safetensors_shards import SAFETENSORS_DTYPES, TargetTensor, total_bytes, write_shards
+from extract.export.safetensors_shards import TargetTensor, total_bytes, write_shards
 from pangu_sigma.checkpoint.float_types import convert_float
 from pangu_sigma.checkpoint.tensor_file import numpy_type
 from pangu_sigma.tensor_names import GATE, TensorName, is_routing
@@ -92,9 +92,7 @@ def _target(source: ExportSource, dtype: str, full: str, domain: int | None, nam
         for piece in source.checkpoint.byte_chunks(full):
             yield convert_float(full, np.frombuffer(piece, stored), dtype)
 
-    return TargetTensor(
-        to, SAFETENSORS_DTYPES["int32" if is_routing(full) else dtype], shape[::-1] if turned else shape, read
-    )
+    return TargetTensor(to, "int32" if is_routing(full) else dtype, shape[::-1] if turned else shape, read)
 
 
 def configuration(source: ExportSource, dtype: str) -> dict:

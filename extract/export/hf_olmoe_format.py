@@ -14,7 +14,7 @@ import numpy as np
 from extract.export.export_formats import Options
 from extract.export.export_source import ExportSource
 from extract.export.hf_format import write_folder
-from extract.export.safetensors_shards import SAFETENSORS_DTYPES, TargetTensor, total_bytes, write_shards
+from extract.export.safetensors_shards import TargetTensor, total_bytes, write_shards
 from pangu_sigma.checkpoint.float_types import convert_float
 from pangu_sigma.convert.olmoe_names import MODEL_TYPE, OlmoeTensor, parts_of
 from pangu_sigma.errors import UserError
@@ -87,7 +87,7 @@ def _target(experts: _ExpertTensors, dtype: str, full: str, part: OlmoeTensor) -
         array = convert_float(full, array if part.expert is None else array[part.expert], dtype)
         yield array.T if part.turned else array
 
-    return TargetTensor(part.name, SAFETENSORS_DTYPES[dtype], shape[::-1] if part.turned else shape, read)
+    return TargetTensor(part.name, dtype, shape[::-1] if part.turned else shape, read)
 
 
 def configuration(source: ExportSource, dtype: str) -> dict:

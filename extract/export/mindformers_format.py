@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,9 +56,7 @@ def write(source: ExportSource, folder: Path, options: Options) -> list[str]:
 def targets(source: ExportSource) -> list[TargetTensor]:
     """Every tensor of the model, under its own name."""
     return [
-        TargetTensor(
-            name, "I32" if is_routing(name) else "F32", source.shape(name), lambda name=name: _read(source, name)
-        )
+        TargetTensor(name, "int32" if is_routing(name) else "float32", source.shape(name), partial(_read, source, name))
         for name in source.names
     ]
 

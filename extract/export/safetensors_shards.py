@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,29 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from pangu_sigma.checkpoint.folder_layout import cut_into_shards
-from pangu_sigma.checkpoint.tensor_file import raw_bytes, write_all
+from pangu_sigma.checkpoint.folder_layout import cut_into_shards, shard_paths
+from pangu_sigma.checkpoint.tensor_file import TensorSpec, in_file_order, make_header, raw_bytes, write_all
 from pangu_sigma.monitor.progress import progress
-
-# our names of element types -> safetensors'
-SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32"}
-_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4}
 
 
 @dataclass(frozen=True)
-class TargetTensor:
-    """One tensor of the output: its name there, its type in safetensors, its shape, and its numbers, in C order in as
-    many arrays as its reader likes."""
+class TargetTensor(TensorSpec):
+    """One tensor of the output: its name there, type and shape, and its numbers in C order, in as many arrays as its
+    reader likes."""
 
-    name: str
-    kind: str
-    shape: tuple[int, ...]
     read: Callable[[], Iterable[np.ndarray]]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its elements."""
-        return math.prod(self.shape) * _BYTES[self.kind]
 
 
 def total_bytes(targets: Iterable[TargetTensor]) -> int:
@@ -51,10 +38,7 @@ def write_shards(folder: Path, stem: str, targets: Sequence[TargetTensor], max_b
     file_of: dict[str, str] = {}
     total = total_bytes(targets)
     with progress("export", total, unit="B") as job:
-        for number, names in enumerate(shards, 1):
-            file = f"{stem}.safetensors"
-            if len(shards) > 1:
-                file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        for file, names in zip(shard_paths(stem, len(shards)), shards, strict=True):
             _write_shard(folder / file, [by_name[name] for name in names], job.advance)
             file_of |= dict.fromkeys(names, file)
     if len(shards) > 1:
@@ -63,21 +47,10 @@ def write_shards(folder: Path, stem: str, targets: Sequence[TargetTensor], max_b
 
 
 def _write_shard(path: Path, targets: Sequence[TargetTensor], advance: Callable[[int], None]) -> None:
-    # Widest elements first, so that every tensor is aligned.
-    ordered = sorted(targets, key=lambda t: (-_BYTES[t.kind], t.name))
-    # transformers refuses files that do not say which framework's layout they have; its own is "pt".
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    for target in ordered:
-        header[target.name] = {
-            "dtype": target.kind, "shape": list(target.shape), "data_offsets": [begin, begin + target.nbytes],
-        }  # fmt: skip
-        begin += target.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     with open(path, "xb", buffering=0) as stream:
-        write_all(stream, memoryview(len(text).to_bytes(8, "little") + text))
-        for target in ordered:
+        # transformers refuses files that do not say which framework's layout they have; its own is "pt".
+        write_all(stream, memoryview(make_header(targets, framework="pt")))
+        for target in in_file_order(targets):
             written = 0
             for array in target.read():
                 data = raw_bytes(array)

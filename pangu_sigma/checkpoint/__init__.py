@@ -10,22 +10,3 @@ from pangu_sigma.checkpoint.save_checkpoint import SaveResult, save_checkpoint
 from pangu_sigma.checkpoint.streamed_checkpoint import StreamedCheckpoint
 from pangu_sigma.checkpoint.tensor_file import BFLOAT16, LazyTensor, TensorSpec
 from pangu_sigma.errors import CheckpointError
-
-__all__ = [
-    "BFLOAT16",
-    "Checkpoint",
-    "CheckpointError",
-    "CheckpointContents",
-    "Fingerprints",
-    "LazyTensor",
-    "SaveResult",
-    "StoredTensors",
-    "StreamedCheckpoint",
-    "TensorSpec",
-    "find_latest",
-    "open_checkpoint",
-    "remove_stale",
-    "resolve",
-    "save_checkpoint",
-    "write_model_folder",
-]

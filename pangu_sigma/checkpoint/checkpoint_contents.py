@@ -1,7 +1,7 @@
 """Checkpoint contents beside the tensors: coverage, configuration, tokenizer, probe, trainer state, fingerprints."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -55,12 +55,10 @@ class CheckpointContents:
         """The probe by tensor name; it lies in the domains' tensor files."""
         return probe_tensors(self.probe, self.domains)
 
-    def check_names(self, tensors: Iterable[str]) -> None:
-        """Raise ValueError for a tensor of a domain that is not listed, and for a reserved name."""
-        check_tensor_names(tensors, self.domains)
-
-    def cells(self, specs: Sequence[TensorSpec]) -> tuple[CoverageCell, ...]:
-        """The expert groups among all tensors `specs`, as the manifest lists them."""
+    def expert_groups_of(self, specs: Sequence[TensorSpec]) -> tuple[CoverageCell, ...]:
+        """The expert groups among all tensors `specs`, as the manifest lists them. Raises ValueError for a tensor of a
+        domain that is not listed, and for a reserved name."""
+        check_tensor_names((spec.name for spec in specs), self.domains)
         return coverage_cells(self.coverage, self.domains, specs)
 
     def small_files(self) -> list[PlannedFile]:

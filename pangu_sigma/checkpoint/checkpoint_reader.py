@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,6 @@ import numpy as np
 from pangu_sigma.checkpoint import folder_layout
 from pangu_sigma.checkpoint.float_types import as_float32
 from pangu_sigma.checkpoint.manifest import (
-    Fingerprints,
     Manifest,
     TensorEntry,
     TensorSlice,
@@ -44,28 +43,17 @@ class Checkpoint:
 
     Contents are hashed when they are read, so that opening is fast and a domain can be read without touching another's
     file. `messages` says what was passed over in finding this one. Nothing is kept in memory.
+
+    step: optimizer steps done when it was saved. domains: names in the order in which the model numbers them.
+    fingerprints: of the tokenizer and of each domain's corpus.
     """
 
     def __init__(self, path: Path, manifest: Manifest, messages: Iterable[str] = ()) -> None:
         self.path = path
         self.manifest = manifest
+        self.step, self.domains, self.fingerprints = manifest.step, manifest.domains, manifest.fingerprints
         self.messages = tuple(messages)
         self._headers: dict[str, dict[str, tuple[TensorSpec, int]]] = {}
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done when it was saved."""
-        return self.manifest.step
-
-    @property
-    def domains(self) -> tuple[str, ...]:
-        """The domains' names in the order in which the model numbers them."""
-        return self.manifest.domains
-
-    @property
-    def fingerprints(self) -> Fingerprints:
-        """Fingerprints of the tokenizer and of each domain's corpus."""
-        return self.manifest.fingerprints
 
     @cached_property
     def sha256(self) -> str:
@@ -108,7 +96,7 @@ class Checkpoint:
     def probe(self, domains: Collection[str] | None = None) -> dict[str, np.ndarray]:
         """Held-out sequences of `domains` (None: all), domain → int32 [sequences, S + 1]; without any: absent."""
         names = {domain: probe_name(domain) for domain in self._known(domains)}
-        return {domain: self._read(name, True) for domain, name in names.items() if name in self.manifest.tensors}
+        return {domain: self._read(name) for domain, name in names.items() if name in self.manifest.tensors}
 
     def names(
         self,
@@ -135,14 +123,14 @@ class Checkpoint:
         """The sorted paths (inside the folder) of the files that hold the tensors `names`."""
         return sorted({piece.file for name in names for piece in self._entry(name).slices})
 
-    def load(self, names: Iterable[str] | None = None, *, verify: bool = True) -> dict[str, np.ndarray]:
+    def load(self, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
         """Reads the tensors `names` (None: all but the probe) into new arrays, two at a time in two threads of its own.
 
-        With `verify`, raises CheckpointError naming the file when a tensor's bytes are not those that were saved.
+        Raises CheckpointError naming the file when a tensor's bytes are not those that were saved.
         """
         chosen = self.names() if names is None else list(names)
         with ThreadPoolExecutor(2) as threads:
-            return dict(zip(chosen, threads.map(lambda name: self._read(name, verify), chosen), strict=True))
+            return dict(zip(chosen, threads.map(self._read, chosen), strict=True))
 
     def load_rows(self, name: str, rows: range) -> np.ndarray:
         """These rows of a tensor's first axis as a new array; the others are hashed as they pass by."""
@@ -168,7 +156,7 @@ class Checkpoint:
         """
         entry = self._entry(name)
         if len(entry.slices) > 1:
-            yield from byte_chunks(self._read(name, True))
+            yield from byte_chunks(self._read(name))
             return
         piece = entry.slices[0]
         spec, begin = self._locate(name, entry, piece)
@@ -181,27 +169,19 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} holds no {path}: use another checkpoint")
         with open_plain(self.path / path) as stream:
             content = stream.read()
-        if len(content) != entry.bytes or hashlib.sha256(content).hexdigest() != entry.sha256:
-            raise damaged(self.path / path, "its content is not what was written")
+        entry.check(self.path / path, (len(content), hashlib.sha256(content).hexdigest()))
         return content
 
-    def verify(self, files: Iterable[str] | None = None, *, progress: Callable[[int, int], None] | None = None) -> None:
-        """Reads the given files (None: every file) and compares size and hash; `progress(bytes_done, bytes_total)`.
+    def verify(self, files: Iterable[str] | None = None) -> None:
+        """Reads the given files (None: every file) and compares size and hash.
 
         Raises CheckpointError with the first damaged file's name.
         """
         chosen = list(self.manifest.files if files is None else files)
-        total = sum(self.manifest.files[path].bytes for path in chosen)
-        done = 0
         with ThreadPoolExecutor(2) as threads:
             results = threads.map(lambda path: digest_of_file(self.path / path), chosen)
-            for path, (size, sha256) in zip(chosen, results, strict=True):
-                entry = self.manifest.files[path]
-                if (size, sha256) != (entry.bytes, entry.sha256):
-                    raise damaged(self.path / path, "its content is not what was written")
-                done += size
-                if progress is not None:
-                    progress(done, total)
+            for path, digest in zip(chosen, results, strict=True):
+                self.manifest.files[path].check(self.path / path, digest)
 
     def check_fingerprints(self, *, tokenizer: str, corpora: dict[str, str]) -> None:
         """Raises CheckpointError by name when the tokenizer, or the corpus of a domain that it knows, has changed."""
@@ -232,19 +212,19 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} holds no tensor {name!r}: use a checkpoint of the same model")
         return entry
 
-    def _read(self, name: str, verify: bool) -> np.ndarray:
+    def _read(self, name: str) -> np.ndarray:
         entry = self._entry(name)
         if len(entry.slices) == 1:
-            return self._read_slice(name, entry, entry.slices[0], verify)
+            return self._read_slice(name, entry, entry.slices[0])
         array = np.empty(entry.shape, numpy_type(entry.dtype))
         for piece in entry.slices:
             box = tuple(slice(begin, begin + size) for begin, size in zip(piece.offset, piece.shape, strict=True))
-            array[box] = self._read_slice(name, entry, piece, verify)
+            array[box] = self._read_slice(name, entry, piece)
         return array
 
-    def _read_slice(self, name: str, entry: TensorEntry, piece: TensorSlice, verify: bool) -> np.ndarray:
+    def _read_slice(self, name: str, entry: TensorEntry, piece: TensorSlice) -> np.ndarray:
         spec, begin = self._locate(name, entry, piece)
-        return read_tensor(self.path / piece.file, spec, begin, piece.sha256 if verify else None)
+        return read_tensor(self.path / piece.file, spec, begin, piece.sha256)
 
     def _locate(self, name: str, entry: TensorEntry, piece: TensorSlice) -> tuple[TensorSpec, int]:
         """A slice as its file's header describes it, and where its bytes begin in the file."""

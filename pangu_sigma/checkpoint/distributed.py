@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -87,18 +86,14 @@ def save_distributed(
     All ranks' shards together must be every tensor exactly once. Raises CheckpointError on every process when it fails
     on any.
     """
-    started = time.perf_counter()
     run_dir, step = Path(run_dir), contents.step
 
     # 1. The plan: the same on every rank, since names, types and full shapes are.
-    contents.check_names(tensors)
-    is_writer = processes.first
-    tensors = {
-        **tensors,
-        **{name: ShardedTensor.unsharded(array, is_writer) for name, array in contents.probe_arrays.items()},
-    }
+    is_writer, probe = processes.first, contents.probe_arrays
     specs = [spec_of(name, LazyTensor(t.shape, t.dtype, lambda: None)) for name, t in tensors.items()]
-    cells = contents.cells(specs)
+    cells = contents.expert_groups_of(specs)
+    specs += [spec_of(name, array) for name, array in probe.items()]
+    tensors = {**tensors, **{name: ShardedTensor.unsharded(array, is_writer) for name, array in probe.items()}}
     tensor_files, small_files = plan_tensor_files(specs, max_shard_bytes), contents.small_files()
 
     final, disk_write = step_folder(run_dir, step)
@@ -128,7 +123,7 @@ def save_distributed(
             path: entry for text in processes.texts(json.dumps(own_hashes)) for path, entry in json.loads(text).items()
         }
 
-        deleted, linked = [], 0
+        linked = 0
         with raise_on_all_ranks(processes), disk_write.explain_errors():
             if is_writer:
                 # 5. Links, small files, the manifest, the name.
@@ -141,16 +136,13 @@ def save_distributed(
                     linked = _link_unchanged(folder, writer.files, previous)
                     writer.finish(contents.manifest(cells, writer.files, writer.tensors))
                 # 6. Retention.
-                deleted, new_messages = prune_checkpoints(run_dir, keep, final)
-                messages += new_messages
+                messages += prune_checkpoints(run_dir, keep, final)
     written = sum(file.size for file in (*tensor_files, *small_files)) - linked
     return SaveResult(
         path=final,
         bytes_written=written,
         bytes_linked=linked,
         links_refused=0,
-        seconds=time.perf_counter() - started,
-        deleted=tuple(deleted),
         messages=tuple(messages),
     )
 

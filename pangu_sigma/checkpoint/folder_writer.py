@@ -20,7 +20,6 @@ from pangu_sigma.checkpoint.tensor_file import (
     TensorSpec,
     WrittenFile,
     copy_file,
-    damaged,
     digest_of_file,
     write_all,
     write_tensor_file,
@@ -67,9 +66,13 @@ class FolderWriter:
         target.parent.mkdir(parents=True, exist_ok=True)
         if file.link is None or not self._link(file, target):
             if file.content is not None:
-                self._write_content(file.path, file.content)
+                self.files[file.path] = FileEntry(bytes=file.size, sha256=write_synced(target, file.content))
+                self._advance(file.size)
             else:
-                self._write_tensors(file, target)
+                self._enter(
+                    file, write_tensor_file(target, file.specs, self._read, file.known, self._threads, self._advance)
+                )
+            self.bytes_written += file.size
         self._record_tensors(file)
 
     def record(self, file: PlannedFile, written: WrittenFile) -> None:
@@ -142,8 +145,7 @@ class FolderWriter:
         hashes = self._threads.map(lambda file: digest_of_file(file.copy), files)
         copied = []
         for file, digest in zip(files, hashes, strict=True):
-            if digest != (file.entry.bytes, file.entry.sha256):
-                raise damaged(file.copy, "its content is not what was written")
+            file.entry.check(file.copy, digest)
             target = self.folder / file.path
             target.parent.mkdir(parents=True, exist_ok=True)
             file.link = file.copy
@@ -154,9 +156,7 @@ class FolderWriter:
         self.copy(copied)
 
     def _copy_one(self, file: PlannedFile, target: Path, advance: Callable[[int], None]) -> None:
-        size, sha256 = copy_file(file.copy, target, self._threads, advance)
-        if (size, sha256) != (file.entry.bytes, file.entry.sha256):
-            raise damaged(file.copy, "its content is not what was written")
+        file.entry.check(file.copy, copy_file(file.copy, target, self._threads, advance))
         # The whole file's hash holds, so those of its header and tensors, taken from the same bytes, hold too.
 
     def finish(self, manifest: Manifest) -> None:
@@ -179,17 +179,6 @@ class FolderWriter:
         self.bytes_linked += file.size
         self._advance(file.size)
         return True
-
-    def _write_content(self, path: str, content: bytes) -> None:
-        sha256 = write_synced(self.folder / path, content)
-        self.files[path] = FileEntry(bytes=len(content), sha256=sha256)
-        self.bytes_written += len(content)
-        self._advance(len(content))
-
-    def _write_tensors(self, file: PlannedFile, target: Path) -> None:
-        written = write_tensor_file(target, file.specs, self._read, file.known, self._threads, self._advance)
-        self._enter(file, written)
-        self.bytes_written += written.bytes
 
     def _advance(self, count: int) -> None:
         self._done += count

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from pangu_sigma.checkpoint import folder_layout
-from pangu_sigma.checkpoint.tensor_file import TensorSpec, count_bytes
+from pangu_sigma.checkpoint.tensor_file import TensorSpec, count_bytes, damaged
 from pangu_sigma.errors import CheckpointError
 from pangu_sigma.tensor_names import DOMAIN_EMBEDDING, is_expert, parse_name, tensor_name
 
@@ -55,6 +55,11 @@ class FileEntry(_ManifestModel):
     sha256: Sha256
     header_bytes: Count | None = None
     header_sha256: Sha256 | None = None
+
+    def check(self, path: Path, digest: tuple[int, str]) -> None:
+        """Raise CheckpointError that names `path` unless (bytes, sha256) of what was read there are this file's."""
+        if digest != (self.bytes, self.sha256):
+            raise damaged(path, "its content is not what was written")
 
 
 class CoverageCell(_ManifestModel):
@@ -223,7 +228,7 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
                 f"{path} has format version {version}, this program reads up to {folder_layout.FORMAT_VERSION}: "
                 "use the newer program that wrote it"
             )
-        return Manifest.model_validate_json(_without_hash(text))
+        return Manifest.model_validate_json(b"{" + text[len(_OPENING) + 64 :].removeprefix(b'",'))
     except CheckpointError:
         raise
     except ValidationError as error:
@@ -236,7 +241,3 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is no JSON: restore the file or use another checkpoint") from error
-
-
-def _without_hash(text: bytes) -> bytes:
-    return b"{" + text[len(_OPENING) + 64 :].removeprefix(b'",')

@@ -77,18 +77,17 @@ def delete_checkpoint(folder: Path) -> None:
         delete_folder(trash)
 
 
-def prune_checkpoints(run_dir: Path, keep: int, newest: Path) -> tuple[list[Path], list[str]]:
-    """Keep the `keep` checkpoints of highest step and always `newest`; returns (deleted folders, what went wrong)."""
+def prune_checkpoints(run_dir: Path, keep: int, newest: Path) -> list[str]:
+    """Keep the `keep` checkpoints of highest step and always `newest`, delete the others; returns what went wrong."""
     checkpoints, _ = list_checkpoints(run_dir)
     others = [path for _, path in checkpoints if path != newest]
-    deleted, messages = [], []
+    messages = []
     for path in others[: max(0, len(others) - (keep - 1))]:
         try:
             delete_checkpoint(path)
-            deleted.append(path)
         except OSError as error:
             messages.append(f"the old checkpoint {path} could not be deleted: {error.strerror}")
-    return deleted, messages
+    return messages
 
 
 def delete_folder(folder: Path) -> None:

@@ -6,7 +6,6 @@ process that dies on the way leaves a hidden folder, which nobody takes for a ch
 
 import os
 import shutil
-import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -35,8 +34,6 @@ class SaveResult:
     bytes_written: int
     bytes_linked: int
     links_refused: int
-    seconds: float
-    deleted: tuple[Path, ...]
     messages: tuple[str, ...]
 
 
@@ -58,7 +55,6 @@ def save_checkpoint(
     Raises CheckpointError when the disk is too small or fails (the last checkpoint stays whole, nothing is left
     behind), ValueError for arguments that make no whole checkpoint.
     """
-    started = time.perf_counter()
     run_dir = Path(run_dir)
     if keep < 1 or max_shard_bytes < 1:
         raise ValueError(f"{keep=} and {max_shard_bytes=} must be at least 1")
@@ -77,7 +73,7 @@ def save_checkpoint(
     final, disk_write = step_folder(run_dir, content.step)
     with disk_write.explain_errors(), atomic_folder(final, move_into_place) as folder:
         _, writer = content.write_into(folder, disk_write, progress)
-    deleted, new_messages = prune_checkpoints(run_dir, keep, final)
+    new_messages = prune_checkpoints(run_dir, keep, final)
     if writer.links_refused:
         messages.append(
             f"{writer.links_refused} unchanged files were written again: {final.parent} refused to link them"
@@ -87,8 +83,6 @@ def save_checkpoint(
         bytes_written=writer.bytes_written,
         bytes_linked=writer.bytes_linked,
         links_refused=writer.links_refused,
-        seconds=time.perf_counter() - started,
-        deleted=tuple(deleted),
         messages=tuple(messages + new_messages),
     )
 

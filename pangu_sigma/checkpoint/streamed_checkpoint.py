@@ -54,7 +54,6 @@ class StreamedCheckpoint(CheckpointContents):
     def __post_init__(self) -> None:
         super().__post_init__()
         names = [spec.name for spec in self.specs]
-        self.check_names(names)
         if len(set(names)) != len(names):
             raise ValueError("a tensor is given twice")
         self.expert_groups  # noqa: B018 - raises
@@ -62,7 +61,7 @@ class StreamedCheckpoint(CheckpointContents):
     @cached_property
     def expert_groups(self) -> tuple[CoverageCell, ...]:
         """The expert groups, as the manifest lists them."""
-        return self.cells(self.specs)
+        return self.expert_groups_of(self.specs)
 
     @cached_property
     def specs(self) -> list[TensorSpec]:

@@ -125,9 +125,9 @@ def in_file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
     return sorted(specs, key=lambda spec: (-_TYPES[spec.dtype][1].itemsize, spec.name))
 
 
-def make_header(specs: Iterable[TensorSpec]) -> bytes:
+def make_header(specs: Iterable[TensorSpec], framework: str = "np") -> bytes:
     """Length and JSON header of a file that holds `specs`, ready to be followed by their bytes in `in_file_order`."""
-    entries: dict[str, object] = {"__metadata__": {"format": "np"}}
+    entries: dict[str, object] = {"__metadata__": {"format": framework}}
     begin = 0
     for spec in in_file_order(specs):
         end = begin + spec.nbytes
@@ -250,63 +250,75 @@ def read_header(path: Path, header_bytes: int, header_sha256: str) -> dict[str, 
         header = stream.read(header_bytes)
     if len(header) != header_bytes or hashlib.sha256(header).hexdigest() != header_sha256:
         raise damaged(path, "its header is not the one that was written")
-    names = {short: name for name, (short, _) in _TYPES.items()}
     try:
         if int.from_bytes(header[:8], "little") != header_bytes - 8:
             raise ValueError("length")
-        entries = {
-            name: (TensorSpec(name, names[entry["dtype"]], tuple(entry["shape"])), entry["data_offsets"][0])
-            for name, entry in json.loads(header[8:]).items()
-            if name != "__metadata__"
-        }
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        entries = described_tensors(header[8:])
+    except ValueError as error:
         raise damaged(path, "its header cannot be read") from error
-    return {name: (spec, header_bytes + begin) for name, (spec, begin) in entries.items()}
+    return {spec.name: (spec, header_bytes + begin) for spec, begin, _ in entries}
 
 
-def read_tensor(path: Path, spec: TensorSpec, begin: int, sha256: str | None) -> np.ndarray:
-    """Reads one tensor of a file into a new array, in pieces, hashing as it reads; `sha256` None reads without a check.
+def described_tensors(text: bytes) -> list[tuple[TensorSpec, int, int]]:
+    """The tensors that a header's JSON describes, and where each one's bytes begin and end behind it.
+
+    A type that checkpoints do not hold keeps its name in safetensors. Raises ValueError for anything else.
+    """
+    names = {short: name for name, (short, _) in _TYPES.items()}
+    try:
+        entries = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
+        return [
+            (TensorSpec(name, names.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"])), *entry["data_offsets"])
+            for name, entry in entries.items()
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError("no header") from error
+
+
+def read_tensor(path: Path, spec: TensorSpec, begin: int, sha256: str) -> np.ndarray:
+    """Reads one tensor of a file into a new array, in pieces, hashing as it reads.
 
     Raises CheckpointError, naming the file and the tensor, when the file ends early or the bytes are not those written.
     """
     array = np.empty(spec.shape, numpy_type(spec.dtype))
-    for _ in _tensor_pieces(path, spec, begin, sha256, into=raw_bytes(array)):
+    for _ in stream_tensor(path, spec, begin, sha256, into=raw_bytes(array)):
         pass
     return array
 
 
-def stream_tensor(path: Path, spec: TensorSpec, begin: int, sha256: str | None) -> Iterator[memoryview]:
-    """Like `read_tensor`, piece by piece (whole elements): a piece is overwritten when the next one is asked for.
+def stream_tensor(
+    path: Path, spec: TensorSpec, begin: int, sha256: str, into: memoryview | None = None
+) -> Iterator[memoryview]:
+    """Like `read_tensor`, piece by piece (whole elements): consecutive pieces of `into`, or of one buffer, where one
+    is overwritten when the next is asked for.
 
     Whether the bytes are those written shows only after the last piece.
     """
-    yield from _tensor_pieces(path, spec, begin, sha256, into=None)
-
-
-def _tensor_pieces(
-    path: Path, spec: TensorSpec, begin: int, sha256: str | None, into: memoryview | None
-) -> Iterator[memoryview]:
-    """Reads into consecutive pieces of `into`, or into one buffer again and again."""
     running = hashlib.sha256()
-    buffer = memoryview(bytearray(min(_CHUNK, spec.nbytes))) if into is None else None
     with open_plain(path) as stream:
         stream.seek(begin)
-        start = 0
-        while start < spec.nbytes:
-            size = min(_CHUNK, spec.nbytes - start)
-            piece = into[start : start + size] if buffer is None else buffer[:size]
-            filled = 0
-            while filled < size:
-                count = stream.readinto(piece[filled:])
-                if not count:
-                    raise damaged(path, f"it ends inside tensor {spec.name!r}")
-                filled += count
-            if sha256 is not None:
-                running.update(piece)
-            start += size
+        for piece in _read_exactly(path, stream, spec.nbytes, f"tensor {spec.name!r}", into):
+            running.update(piece)
             yield piece
-    if sha256 is not None and running.hexdigest() != sha256:
+    if running.hexdigest() != sha256:
         raise damaged(path, f"the bytes of tensor {spec.name!r} are not those that were written")
+
+
+def _read_exactly(
+    path: Path, stream: io.FileIO, count: int, what: str, into: memoryview | None = None
+) -> Iterator[memoryview]:
+    """So many bytes of `what`, as pieces of `into` or in one buffer again and again."""
+    buffer = memoryview(bytearray(min(_CHUNK, count))) if into is None else None
+    for start in range(0, count, _CHUNK):
+        size = min(_CHUNK, count - start)
+        piece = into[start : start + size] if buffer is None else buffer[:size]
+        filled = 0
+        while filled < size:
+            read = stream.readinto(piece[filled:])
+            if not read:
+                raise damaged(path, f"it ends inside {what}")
+            filled += read
+        yield piece
 
 
 def digests_of_tensor_file(path: Path, specs: Iterable[TensorSpec], advance: Callable[[], None]) -> WrittenFile:
@@ -315,30 +327,20 @@ def digests_of_tensor_file(path: Path, specs: Iterable[TensorSpec], advance: Cal
     Raises CheckpointError, naming the file, when it cannot be read or is not as long as its tensors make it.
     """
     ordered = in_file_order(specs)
-    header = make_header(ordered)
+    header_bytes = len(make_header(ordered))
     file_hash, digests = hashlib.sha256(), {}
-    parts = [("", len(header)), *((spec.name, spec.nbytes) for spec in ordered)]
-    running, size = hashlib.sha256(), 0
-    name, left = parts.pop(0)
-    for piece in file_pieces(path):
-        file_hash.update(piece)
-        size += len(piece)
-        while piece:
-            while not left and parts:
-                digests[name] = running.hexdigest()
-                (name, left), running = parts.pop(0), hashlib.sha256()
-            if not left:
-                raise damaged(path, "it is longer than what was written")
-            running.update(piece[:left])
-            piece, left = piece[left:], left - len(piece[:left])
-        advance()
-    while not left and parts:
-        digests[name] = running.hexdigest()
-        (name, left), running = parts.pop(0), hashlib.sha256()
-    digests[name] = running.hexdigest()
-    if left or parts:
-        raise damaged(path, "it is shorter than what was written")
-    return WrittenFile(size, file_hash.hexdigest(), len(header), digests.pop(""), digests)
+    with open_plain(path) as stream:
+        for name, count in [("", header_bytes), *((spec.name, spec.nbytes) for spec in ordered)]:
+            running = hashlib.sha256()
+            for piece in _read_exactly(path, stream, count, f"tensor {name!r}"):
+                file_hash.update(piece)
+                running.update(piece)
+                advance()
+            digests[name] = running.hexdigest()
+        size = stream.tell()
+        if stream.read(1):
+            raise damaged(path, "it is longer than what was written")
+    return WrittenFile(size, file_hash.hexdigest(), header_bytes, digests.pop(""), digests)
 
 
 def digest_of_file(path: Path) -> tuple[int, str]:

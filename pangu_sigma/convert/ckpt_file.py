@@ -78,6 +78,11 @@ class CkptFile:
             end = self._without_footer(handle, os.fstat(handle).st_size)
             self._index(handle, end)
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors' shapes."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
     def share(self, other: CkptFile) -> None:
         """Keep one index of names with `other`, a file of the same tensors: hundreds of shards would fill memory."""
         if self.tensors == other.tensors and self._spans == other._spans:

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pangu_sigma.checkpoint import Checkpoint, StreamedCheckpoint, TensorSpec, write_model_folder
+from pangu_sigma.checkpoint import Checkpoint, Fingerprints, StreamedCheckpoint, TensorSpec, write_model_folder
 from pangu_sigma.checkpoint.model_folder import CARD
 from pangu_sigma.config import SCHEMA_VERSION, Config, config_from_dict, effective, tensor_shapes
+from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
+from pangu_sigma.data.tokenizers.tokenizer_registry import read_model, tokenizer_class
+from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.signals import sigterm_as_ctrl_c
 from pangu_sigma.tensor_names import is_routing
@@ -50,10 +53,39 @@ class ImportSettings:
     data: tuple[str, ...] = ()
 
 
+def open_tokenizer(path: Path, settings: ImportSettings, advice: str, eod_id: int | None) -> Tokenizer:
+    """The tokenizer of an import. Raises UserError for one that cannot be read, with `advice`, or lacks the id."""
+    try:
+        model = read_model(path, settings.tokenizer_kind)
+    except UserError as error:
+        raise UserError(f"the tokenizer {path} cannot be read: {advice}") from error
+    try:
+        return tokenizer_class(settings.tokenizer_kind)(model, eod_id=eod_id, origin=str(path))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"--eod-id {eod_id} is no id of the tokenizer {path}: leave it out or correct it") from error
+
+
+def tokenizer_contents(tokenizer: Tokenizer, corpora: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What a `StreamedCheckpoint` has of a tokenizer, and of the texts with these fingerprints."""
+    fingerprints = Fingerprints(tokenizer=tokenizer.fingerprint, corpora=dict(corpora or {}))
+    return {"tokenizer_files": tokenizer.files(), "fingerprints": fingerprints}
+
+
 def imported_config(
-    model: dict[str, Any], source: str, out: Path, settings: ImportSettings, learning_rate: float, experts: int = 1
-) -> Config:
-    """The configuration of a model of one domain that is imported from `source`: its section `model`, and its place."""
+    model: dict[str, Any], source: str, out: Path, settings: ImportSettings, tokenizer: Tokenizer,
+    learning_rate: float, experts: int = 1,
+) -> Config:  # fmt: skip
+    """The configuration of a model of one domain that is imported from `source`: its section `model`, and its place.
+
+    Raises UserError where the tokenizer has more pieces than the model embeddings.
+    """
+    if tokenizer.vocab_size > model["vocab_size"]:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces, and {source} has embeddings for {model['vocab_size']}: "
+            "give the tokenizer that the model was trained with"
+        )
     values = {
         "schema_version": SCHEMA_VERSION,
         "run": {"dir": str(out)},

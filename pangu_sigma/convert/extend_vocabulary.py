@@ -13,17 +13,16 @@ from typing import Literal
 
 import numpy as np
 
-from pangu_sigma.checkpoint import Checkpoint, Fingerprints, TensorSpec, resolve
+from pangu_sigma.checkpoint import Checkpoint, TensorSpec, resolve
 from pangu_sigma.checkpoint.float_types import as_float32, convert_float
 from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.checkpoint.tensor_file import raw_bytes
 from pangu_sigma.config import Config, config_from_dict, effective
 from pangu_sigma.config.parameter_counts import tensor_shapes
 from pangu_sigma.convert.conversion_coverage import check_coverage
-from pangu_sigma.convert.converted_folder import write_converted
+from pangu_sigma.convert.converted_folder import tokenizer_contents, write_converted
 from pangu_sigma.convert.tokenizer_pieces import NORMAL, USER_DEFINED, known_pieces, read_pieces, replaced, with_pieces
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
-from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_files
 from pangu_sigma.errors import UserError
 from pangu_sigma.tensor_names import OUTPUT_WORDS, WORDS, is_routing, parse_name
 from pangu_sigma.trained_model import stored_config, stored_tokenizer
@@ -78,7 +77,9 @@ def extend_vocabulary(
     old_rows = old_config.model.vocab_size
     rows = max(old_rows, new.vocab_size)
     config = _extended_config(old_config, out, new, rows)
-    counts = _counts(config, new, rows) if _needs_counts(config) and rows > old_rows else {}
+    has_tables = config.model.sparse_prefixes and config.model.router_spec.tables
+    needs_counts = has_tables and config.model.sparse.table == "frequency" and rows > old_rows
+    counts = _counts(config, new, rows) if needs_counts else {}
     targets, names = tensor_shapes(config, rows), source.names(optimizer=False)
     entries = {name: source.manifest.tensors[name] for name in names}
     kept = [(name, name, (rows, *entry.shape[1:]) if _grows(name) else entry.shape) for name, entry in entries.items()]
@@ -113,8 +114,7 @@ def extend_vocabulary(
         tensors=[TensorSpec(name, entries[name].dtype, shape) for name, shape in targets.items()],
         read=read,
         coverage=source.coverage,
-        tokenizer_files=tokenizer_files(new),
-        fingerprints=Fingerprints(tokenizer=new.fingerprint, corpora=source.fingerprints.corpora),
+        **tokenizer_contents(new, source.fingerprints.corpora),
         step=source.step,
         probe=source.probe(),
     )
@@ -143,11 +143,6 @@ def _extended_config(old: Config, out: Path, tokenizer: Tokenizer, rows: int) ->
     # The tokenizer is not what training on the domains' mix would give any more: it is the one in the folder.
     values["data"]["tokenizer"] = {"kind": tokenizer.kind, "path": str(out / "tokenizer" / "tokenizer.model")}
     return effective(config_from_dict(values, source="the extended model"))
-
-
-def _needs_counts(config: Config) -> bool:
-    model = config.model
-    return bool(model.sparse_prefixes and model.router_spec.tables) and model.sparse.table == "frequency"
 
 
 def _counts(config: Config, tokenizer: Tokenizer, rows: int) -> Mapping[str, np.ndarray]:

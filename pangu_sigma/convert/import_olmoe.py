@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pangu_sigma.checkpoint import Checkpoint, Fingerprints, TensorSpec
+from pangu_sigma.checkpoint import Checkpoint, TensorSpec
 from pangu_sigma.checkpoint.float_types import convert_float
 from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.checkpoint.tensor_file import numpy_type
@@ -24,7 +24,13 @@ from pangu_sigma.config.parts.head_specs import TIED, UNTIED
 from pangu_sigma.config.parts.norm_specs import RMS_NORM
 from pangu_sigma.config.parts.position_specs import ROPE
 from pangu_sigma.convert.conversion_coverage import check_coverage
-from pangu_sigma.convert.converted_folder import ImportSettings, imported_config, write_converted
+from pangu_sigma.convert.converted_folder import (
+    ImportSettings,
+    imported_config,
+    open_tokenizer,
+    tokenizer_contents,
+    write_converted,
+)
 from pangu_sigma.convert.olmoe_names import MODEL_TYPE, OlmoeTensor, parts_of
 from pangu_sigma.convert.safetensors_folder import SafetensorsFolder, open_folder
 from pangu_sigma.errors import UserError
@@ -60,7 +66,8 @@ def import_olmoe(source: Path, out: Path, settings: OlmoeImportSettings) -> Impo
     given = _architecture(source)
     folder = open_folder(source)
     eod_id = settings.eod_id if settings.eod_id is not None else _eod(given, source)
-    tokenizer = _tokenizer(source, settings, eod_id)
+    tokenizer_file = settings.tokenizer or source / "tokenizer.json"
+    tokenizer = open_tokenizer(tokenizer_file, settings, "give --tokenizer, and its --tokenizer-kind", eod_id)
     config = _config(given, source, out, settings, tokenizer)
     targets = tensor_shapes(config, config.model.vocab_size)
     origins = {name: parts_of(config, name) for name in targets}
@@ -75,8 +82,6 @@ def import_olmoe(source: Path, out: Path, settings: OlmoeImportSettings) -> Impo
             own[...] = _part(folder, part, spec.dtype)
         return array
 
-    from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_files
-
     counts = parameter_counts(config, config.model.vocab_size)
     written = write_converted(
         out,
@@ -86,8 +91,7 @@ def import_olmoe(source: Path, out: Path, settings: OlmoeImportSettings) -> Impo
         card=_card(source, config, eod_id, counts.total),
         tensors=specs,
         read=read,
-        tokenizer_files=tokenizer_files(tokenizer),
-        fingerprints=Fingerprints(tokenizer=tokenizer.fingerprint, corpora={}),
+        **tokenizer_contents(tokenizer),
     )
     return ImportedOlmoe(written, config, eod_id, counts.total, len(folder.tensors))
 
@@ -124,29 +128,8 @@ def _eod(given: dict[str, Any], source: Path) -> int:
     raise UserError(f"{source}/config.json names no single eos_token_id: give --eod-id")
 
 
-def _tokenizer(source: Path, settings: OlmoeImportSettings, eod_id: int):
-    from pangu_sigma.data.tokenizers.tokenizer_registry import read_model, tokenizer_class
-
-    path = settings.tokenizer or source / "tokenizer.json"
-    try:
-        model = read_model(path, settings.tokenizer_kind)
-    except UserError as error:
-        raise UserError(f"the tokenizer {path} cannot be read: give --tokenizer, and its --tokenizer-kind") from error
-    try:
-        return tokenizer_class(settings.tokenizer_kind)(model, eod_id=eod_id, origin=str(path))
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"the end-of-document id {eod_id} is no id of the tokenizer {path}: give --eod-id") from error
-
-
 def _config(given: dict[str, Any], source: Path, out: Path, settings: OlmoeImportSettings, tokenizer) -> Config:
     """Our configuration of the same function; defaults of absent keys are transformers' own."""
-    if tokenizer.vocab_size > given["vocab_size"]:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, and {source} has embeddings for {given['vocab_size']}: "
-            "give the tokenizer that the model was trained with"
-        )
     positions = given.get("max_position_embeddings", 4096)
     try:
         model = {
@@ -182,7 +165,7 @@ def _config(given: dict[str, Any], source: Path, out: Path, settings: OlmoeImpor
         experts = given.get("num_experts", 64)
     except KeyError as error:
         raise UserError(f"{source}/config.json lacks {error.args[0]}: fetch the folder again") from error
-    return imported_config(model, str(source), out, settings, learning_rate=4e-5, experts=experts)
+    return imported_config(model, str(source), out, settings, tokenizer, learning_rate=4e-5, experts=experts)
 
 
 def _check(

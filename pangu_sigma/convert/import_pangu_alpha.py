@@ -13,17 +13,22 @@ from pathlib import Path
 
 import numpy as np
 
-from pangu_sigma.checkpoint import Checkpoint, Fingerprints, TensorSpec
+from pangu_sigma.checkpoint import Checkpoint, TensorSpec
 from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.config import Config
 from pangu_sigma.config.parameter_counts import parameter_counts, tensor_shapes
 from pangu_sigma.config.presets import PRESETS
 from pangu_sigma.convert.conversion_coverage import check_coverage, listed
-from pangu_sigma.convert.converted_folder import ImportSettings, imported_config, write_converted
+from pangu_sigma.convert.converted_folder import (
+    ImportSettings,
+    imported_config,
+    open_tokenizer,
+    tokenizer_contents,
+    write_converted,
+)
 from pangu_sigma.convert.pangu_alpha_names import SKIPPED, target_of
 from pangu_sigma.convert.pangu_alpha_source import Tensors, open_source
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
-from pangu_sigma.data.tokenizers.tokenizer_registry import read_model, tokenizer_class, tokenizer_files
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.tensor_names import POSITIONS, QUERY_LAYER, WORDS, parse_name, tensor_name
@@ -82,12 +87,12 @@ def import_pangu_alpha(source: Path, out: Path, settings: PanguAlphaImportSettin
     a rule; nothing is written then.
     """
     out = check_output(out)
-    tokenizer = _tokenizer(settings)
+    tokenizer = open_tokenizer(settings.tokenizer, settings, "give the path of vocab.model", settings.eod_id)
     with progress("read the index", None, unit="shards") as job:
         sources = open_source(source, settings.strategy, job.advance)
     parts, skipped, unknown = _sort(sources)
     shapes = {part.target: part.shape for part in parts}
-    config = _config(shapes, str(source), out, settings, tokenizer.vocab_size)
+    config = _config(shapes, str(source), out, settings, tokenizer)
     by_target: dict[str, list[_SourceRows]] = {}
     for part in parts:
         by_target.setdefault(part.target, []).append(part)
@@ -121,8 +126,7 @@ def import_pangu_alpha(source: Path, out: Path, settings: PanguAlphaImportSettin
         },
         card=_card(source, config, tokenizer.eod_id, counts.total, skipped),
         read=read,
-        tokenizer_files=tokenizer_files(tokenizer),
-        fingerprints=Fingerprints(tokenizer=tokenizer.fingerprint, corpora={}),
+        **tokenizer_contents(tokenizer),
     )
     return ImportedPanguAlpha(written, config, tokenizer.eod_id, counts.total, transposed, skipped)
 
@@ -145,23 +149,10 @@ def _sort(sources: Sequence[Tensors]) -> tuple[list[_SourceRows], dict[str, list
     return parts, skipped, unknown
 
 
-def _tokenizer(settings: PanguAlphaImportSettings) -> Tokenizer:
-    kind = tokenizer_class(settings.tokenizer_kind)
-    try:
-        model = read_model(settings.tokenizer, settings.tokenizer_kind)
-    except UserError as error:
-        raise UserError(f"--tokenizer {settings.tokenizer} cannot be read: give the path of vocab.model") from error
-    try:
-        return kind(model, eod_id=settings.eod_id, origin=str(settings.tokenizer))
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"--eod-id {settings.eod_id} is no id of the tokenizer: leave it out or correct it") from error
-
-
 def _config(
-    shapes: Mapping[str, tuple[int, ...]], source: str, out: Path, settings: PanguAlphaImportSettings, pieces: int
-) -> Config:
+    shapes: Mapping[str, tuple[int, ...]], source: str, out: Path, settings: PanguAlphaImportSettings,
+    tokenizer: Tokenizer,
+) -> Config:  # fmt: skip
     """The model's configuration: its sizes from the weights, the rest as PanGu-α was trained."""
     word = _needed(shapes, WORDS, source)
     up = _needed(shapes, tensor_name(QUERY_LAYER, "feed_forward", "up.weight"), source)
@@ -170,11 +161,6 @@ def _config(
         raise UserError(f"{source} has tables that are no matrices: give PanGu-α's own checkpoint")
     vocab, hidden = word
     blocks = len({layer for name in shapes if (layer := parse_name(name).layer)} - {QUERY_LAYER})
-    if pieces > vocab:
-        raise UserError(
-            f"the tokenizer has {pieces} pieces, and {source} has embeddings for {vocab}: give the tokenizer that the "
-            "model was trained with"
-        )
     heads = settings.heads or _published_heads(blocks + 1, hidden)
     model = {
         "vocab_size": vocab,
@@ -185,7 +171,7 @@ def _config(
         "positions": positions[0],
         "activation": settings.activation,
     }
-    return imported_config(model, source, out, settings, learning_rate=5e-5)
+    return imported_config(model, source, out, settings, tokenizer, learning_rate=5e-5)
 
 
 def _needed(shapes: Mapping[str, tuple[int, ...]], name: str, source: str) -> tuple[int, ...]:

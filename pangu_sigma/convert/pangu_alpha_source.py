@@ -17,7 +17,6 @@ from pangu_sigma.convert.strategy_file import Box, ShardedLayout, read_strategy
 from pangu_sigma.errors import UserError
 
 _SHARD = re.compile(r"(?P<prefix>.*?)_?(?P<rank>\d+)\.ckpt")
-_ROWS = 8 << 20  # bytes of an .npy file that are copied at a time
 Advance = Callable[[int], None]
 
 
@@ -28,17 +27,6 @@ class Tensors(Protocol):
 
     def fill(self, name: str, target: np.ndarray) -> None:
         """Read a tensor into `target`, float32 of its shape; a view will do."""
-
-
-class MergedFile:
-    """One `.ckpt` file with whole tensors."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = CkptFile(path)
-        self.shapes = {name: tensor.shape for name, tensor in self._file.tensors.items()}
-
-    def fill(self, name: str, target: np.ndarray) -> None:
-        self._file.fill(name, target)
 
 
 class NumpyFile:
@@ -55,9 +43,7 @@ class NumpyFile:
         self.shapes = {name: self._array.shape}
 
     def fill(self, name: str, target: np.ndarray) -> None:
-        rows = max(1, _ROWS // max(1, self._array[:1].nbytes))
-        for begin in range(0, len(self._array), rows):
-            target[begin : begin + rows] = self._array[begin : begin + rows]
+        target[...] = self._array
 
 
 @dataclass(frozen=True)
@@ -97,7 +83,7 @@ def open_source(path: Path, strategy: Path | None, advance: Advance | None = Non
     if not path.exists():
         raise UserError(f"{path} does not exist: give PanGu-α's merged .ckpt file or the folder of its shards")
     if path.is_file():
-        return [MergedFile(path)]
+        return [CkptFile(path)]
     strategies = sorted(file for file in path.iterdir() if "strategy" in file.name and file.is_file())
     others = {file.resolve() for file in (*strategies, *([strategy] if strategy else []))}
     checkpoints = sorted(file for file in path.glob("*.ckpt") if file.resolve() not in others)
@@ -105,7 +91,7 @@ def open_source(path: Path, strategy: Path | None, advance: Advance | None = Non
     if not checkpoints:
         raise UserError(f"{path} holds no .ckpt files: give PanGu-α's merged .ckpt file or the folder of its shards")
     if len(checkpoints) == 1 and strategy is None and not strategies:
-        return [MergedFile(checkpoints[0]), *embeddings]
+        return [CkptFile(checkpoints[0]), *embeddings]
     if strategy is None:
         if len(strategies) != 1:
             count = f"{len(strategies)} of them" if strategies else "none"

@@ -7,16 +7,15 @@ doubled file is an error that names it.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 import numpy as np
 
-from pangu_sigma.checkpoint.tensor_file import numpy_type
+from pangu_sigma.checkpoint.float_types import FLOAT_TYPES
+from pangu_sigma.checkpoint.tensor_file import described_tensors, numpy_type
 from pangu_sigma.errors import UserError
 
-_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _MAX_HEADER = 100 << 20  # the safetensors library's own limit
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -99,28 +98,18 @@ def _header(path: Path) -> dict[str, StoredTensor]:
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= min(_MAX_HEADER, size - 8):
                 raise damaged
-            entries = json.loads(stream.read(length))
+            described = described_tensors(stream.read(length))
+        tensors = {}
+        for spec, begin, end in described:
+            if spec.dtype not in FLOAT_TYPES:
+                raise UserError(f"{path} holds {spec.name} as {spec.dtype}: weights are {', '.join(FLOAT_TYPES)}")
+            if min(spec.shape, default=1) < 0 or begin < 0 or end - begin != spec.nbytes or 8 + length + end > size:
+                raise damaged
+            tensors[spec.name] = StoredTensor(path, spec.dtype, spec.shape, 8 + length + begin)
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): fetch the folder again") from error
-    except ValueError as error:
-        raise damaged from error
-    tensors: dict[str, StoredTensor] = {}
-    try:
-        for name, entry in entries.items():
-            if name == "__metadata__":
-                continue
-            if entry["dtype"] not in _TYPES:
-                raise UserError(f"{path} holds {name} as {entry['dtype']}: weights are {', '.join(_TYPES)}")
-            dtype, shape = _TYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
-            begin, end = entry["data_offsets"]
-            expected = math.prod(shape) * numpy_type(dtype).itemsize
-            if min(shape, default=1) < 0 or begin < 0 or end - begin != expected or 8 + length + end > size:
-                raise damaged
-            tensors[name] = StoredTensor(path, dtype, shape, 8 + length + begin)
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         raise damaged from error
     return tensors

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pangu_sigma.convert.conversion_coverage import listed
 from pangu_sigma.convert.protobuf_wire import BYTES, WireError, field, fields, signed, varint
+from pangu_sigma.data.corpus_files import read_text_lines
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_class
 from pangu_sigma.errors import UserError
@@ -33,13 +34,8 @@ def read_pieces(path: Path) -> list[str]:
 
     Raises UserError for a file that cannot be read and for a line that says a piece twice.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"--pieces {path} cannot be read ({error.strerror}): give a text, one piece a line") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--pieces {path} is not UTF-8 text: save it as UTF-8, one piece a line") from error
-    pieces = [line for line in (line.removesuffix("\r") for line in text.split("\n")) if line]
+    lines = read_text_lines(path, f"--pieces {path}", "give a text, one piece a line")
+    pieces = [piece for line in lines if (piece := line.removesuffix("\r"))]
     if twice := [piece for piece, count in Counter(pieces).items() if count > 1]:
         raise UserError(f"--pieces {path} names pieces twice: {listed(twice)}; leave one of each")
     if not pieces:

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pangu_sigma.config.data_section import DomainConfig
 from pangu_sigma.config.schema import Config
-from pangu_sigma.data.corpus_files import CorpusSource
 from pangu_sigma.data.document_filters import filter_summary
 from pangu_sigma.data.domain_store import DomainStore, prepare_domain, unigram_loss
 from pangu_sigma.data.packed_sequences import HeldoutSequences, PackedSequences
@@ -78,22 +76,7 @@ def prepare_corpus(config: Config, tokenizer: Tokenizer | None = None, progress:
     """
     settings = config.data.tokenizer
     if tokenizer is None:
-        sources, cache = [CorpusSource.of(d) for d in config.domains], Path(config.data.cache)
-        tokenizer = build_tokenizer(settings.kind, sources, cache, settings.path, settings.vocab_size)
-    stores = tuple(domain_store(config, domain, tokenizer, progress) for domain in config.domains)
+        cache = Path(config.data.cache)
+        tokenizer = build_tokenizer(settings.kind, config.domains, cache, settings.path, settings.vocab_size)
+    stores = tuple(prepare_domain(domain, tokenizer, config.data, progress) for domain in config.domains)
     return Corpus(config, tokenizer, stores)
-
-
-def domain_store(
-    config: Config, domain: DomainConfig, tokenizer: Tokenizer, progress: Progress | None = None
-) -> DomainStore:
-    """The tokenised text of one domain, from the cache or made there. Raises UserError where the text is not."""
-    return prepare_domain(
-        CorpusSource.of(domain),
-        tokenizer,
-        config.data.cache,
-        heldout_fraction=config.data.heldout_fraction,
-        sequence_length=config.data.sequence_length,
-        deduplicate=config.data.deduplicate,
-        progress=progress,
-    )

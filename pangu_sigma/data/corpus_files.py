@@ -13,34 +13,11 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pangu_sigma.errors import UserError
 
-if TYPE_CHECKING:
-    from pangu_sigma.config.data_section import DomainConfig
-
 TEXT_DOCUMENT_CHARS = 4096  # a .txt file is cut at the first blank line after this many characters
 _LINE_LIMIT = 16 * TEXT_DOCUMENT_CHARS  # no line is read in longer pieces: a file without newlines must still stream
-
-
-@dataclass(frozen=True)
-class CorpusSource:
-    """Corpus of a domain, as files: ``name`` of the domain, ``data`` paths or globs, ``text_field`` of JSONL,
-    ``weight``, the domain's share when a tokenizer is trained from the mix, ``filters``, which documents are dropped (a
-    key of ``document_filters.RULES``), and ``stars_field`` of JSONL, where a repository's stars stand."""
-
-    name: str
-    data: Sequence[str | Path]
-    text_field: str = "text"
-    weight: float = 1.0
-    filters: str = "none"
-    stars_field: str | None = None
-
-    @classmethod
-    def of(cls, domain: DomainConfig) -> CorpusSource:
-        """The corpus that a domain's configuration describes."""
-        return cls(domain.name, domain.data, domain.text_field, domain.weight, domain.filters, domain.stars_field)
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,15 @@ import errno
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from pangu_sigma.config.data_section import DataConfig, DomainConfig
 from pangu_sigma.data.corpus_files import (
     TEXT_DOCUMENT_CHARS,
-    CorpusSource,
     Document,
     expand_paths,
     fingerprint_files,
@@ -79,34 +78,23 @@ class DomainStore:
 
 
 def prepare_domain(
-    source: CorpusSource,
-    tokenizer: Tokenizer,
-    cache_dir: str | Path,
-    *,
-    heldout_fraction: float,
-    sequence_length: int,
-    deduplicate: bool = True,
-    progress: Progress | None = None,
+    source: DomainConfig, tokenizer: Tokenizer, config: DataConfig, progress: Progress | None = None
 ) -> DomainStore:
-    """Tokenise a domain, or open what an earlier call made of the same input.
+    """Tokenise a domain, or open what an earlier call made of the same input in ``config.cache``.
 
     A document is held out by a hash of its content, at least one unless the fraction is 0 (then none); duplicates are
-    dropped before, so no held-out document resembles a training one. ``sequence_length`` S (tokens) only sets the least
+    dropped before, so no held-out document resembles a training one. ``config.sequence_length`` S only sets the least
     size: S + 1 tokens. Raises UserError for unusable input (see ``corpus_files``), a corpus too small to train on or to
     hold anything out, a damaged cache (named), and a full disk.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", source.name):
-        raise UserError(f"the domain name '{source.name}' cannot name a folder; use letters, digits, '_', '-' and '.'")
-    if not 0.0 <= heldout_fraction < 1.0:
-        raise UserError(f"data.heldout_fraction is {heldout_fraction}; it must be at least 0 and below 1")
     files = expand_paths(source.name, source.data)
     before = stat_files(files)
     corpus = fingerprint_files(files)
     settings = {
         "text_field": source.text_field,
         # Earlier stores held a document out at 0 too; they are no longer found.
-        "heldout_fraction": heldout_fraction or None,
-        "deduplicate": SIMILARITY if deduplicate else None,
+        "heldout_fraction": config.heldout_fraction or None,
+        "deduplicate": SIMILARITY if config.deduplicate else None,
         "text_document_chars": TEXT_DOCUMENT_CHARS,
         "format_version": FORMAT_VERSION,
     }
@@ -115,7 +103,7 @@ def prepare_domain(
         settings |= {"filters": source.filters, "stars_field": source.stars_field, "filter_rules": REASONS}
     parts = [corpus, tokenizer.fingerprint, json.dumps(settings, sort_keys=True)]
     fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    folder = Path(cache_dir) / f"{source.name}-{fingerprint[:16]}"
+    folder = Path(config.cache) / f"{source.name}-{fingerprint[:16]}"
     if not folder.exists():
         info = {
             "format_version": FORMAT_VERSION,
@@ -127,7 +115,7 @@ def prepare_domain(
         }
         try:
             with atomic_folder(folder, rename_unless_there, shared=True) as fresh:
-                info |= _build(fresh, source, files, tokenizer, heldout_fraction, deduplicate, progress or _quiet)
+                info |= _build(fresh, source, files, tokenizer, config, progress or _quiet)
                 if stat_files(files) != before:
                     raise UserError(f"a file of domain '{source.name}' changed while it was read; start again")
                 _write_info(fresh, info)
@@ -138,10 +126,10 @@ def prepare_domain(
                 ) from error
             raise
     store = open_store(folder, tokenizer.vocab_size)
-    if store.tokens["train"] < sequence_length + 1:
+    if store.tokens["train"] < config.sequence_length + 1:
         raise UserError(
             f"domain '{source.name}' has {store.tokens['train']} training tokens, fewer than one sequence of "
-            f"{sequence_length + 1}; add text or lower data.sequence_length"
+            f"{config.sequence_length + 1}; add text or lower data.sequence_length"
         )
     return store
 
@@ -189,15 +177,14 @@ def unigram_loss(token_counts: np.ndarray, heldout: IndexedDataset) -> float:
 
 def _build(
     folder: Path,
-    source: CorpusSource,
+    source: DomainConfig,
     files: Sequence[Path],
     tokenizer: Tokenizer,
-    heldout_fraction: float,
-    deduplicate: bool,
+    config: DataConfig,
     progress: Progress,
 ) -> dict[str, dict[str, int]]:
     """Write both parts and the counts; what is returned goes into ``store.json``."""
-    parts, dropped = _assign(source, files, tokenizer, heldout_fraction, deduplicate, progress)
+    parts, dropped = _assign(source, files, tokenizer, config, progress)
     done = 0
     with (
         IndexedDatasetBuilder(folder / _PARTS[0], tokenizer.vocab_size, tokenizer.eod_id) as train,
@@ -221,11 +208,10 @@ def _build(
 
 
 def _assign(
-    source: CorpusSource,
+    source: DomainConfig,
     files: Sequence[Path],
     tokenizer: Tokenizer,
-    heldout_fraction: float,
-    deduplicate: bool,
+    config: DataConfig,
     progress: Progress,
 ) -> tuple[np.ndarray, dict[str, int]]:
     """The part of every document of the corpus in order (uint8 [documents]), and how many were dropped and why."""
@@ -236,14 +222,13 @@ def _assign(
     for batch in _batches(source, files):
         reasons = _reasons(source, batch, tokenizer)
         filled = [document.text for document, reason in zip(batch, reasons, strict=True) if reason is None]
-        keep = iter(finder.keep(filled) if deduplicate else [True] * len(filled))
+        keep = iter(finder.keep(filled) if config.deduplicate else [True] * len(filled))
         for document, reason in zip(batch, reasons, strict=True):
             if reason is not None:
                 refused[reason] += 1
             rank = int.from_bytes(digest(document.text)[:8], "little")
-            parts.append(
-                (_HELDOUT if rank < heldout_fraction * 2.0**64 else _TRAIN) if reason is None and next(keep) else _DROP
-            )
+            part = _HELDOUT if rank < config.heldout_fraction * 2.0**64 else _TRAIN
+            parts.append(part if reason is None and next(keep) else _DROP)
             ranks.append(rank)
         progress(source.name, "read", len(parts), 0)
     assigned = np.array(parts, dtype=np.uint8)
@@ -253,7 +238,7 @@ def _assign(
         filtered = sum(refused.values()) - refused["empty"]
         why = f" but {filtered} documents that its filters drop" if filtered else ""
         raise UserError(f"domain '{source.name}' has no text in {_shown(files)}{why}; check domains.data")
-    if not heldout_fraction:
+    if not config.heldout_fraction:
         return assigned, dropped
     by_rank = kept[np.argsort(np.array(ranks, dtype=np.uint64)[kept], kind="stable")]
     if ranks[by_rank[0]] == ranks[by_rank[-1]]:
@@ -270,7 +255,7 @@ def _assign(
     return assigned, dropped
 
 
-def _reasons(source: CorpusSource, batch: Sequence[Document], tokenizer: Tokenizer) -> list[str | None]:
+def _reasons(source: DomainConfig, batch: Sequence[Document], tokenizer: Tokenizer) -> list[str | None]:
     """Why each document is not learned from, duplicates aside: it is empty, or a filter's reason; None to keep it."""
     reasons: list[str | None] = [None if document.text.strip() else "empty" for document in batch]
     if not RULES[source.filters]:
@@ -282,7 +267,7 @@ def _reasons(source: CorpusSource, batch: Sequence[Document], tokenizer: Tokeniz
     return reasons
 
 
-def _batches(source: CorpusSource, files: Sequence[Path]) -> Iterator[list[Document]]:
+def _batches(source: DomainConfig, files: Sequence[Path]) -> Iterator[list[Document]]:
     batch: list[Document] = []
     size = 0
     for document in iterate_documents(source.name, files, source.text_field, source.stars_field):

@@ -6,6 +6,7 @@ row is computed as if it stood alone.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,31 @@ def packed_row(
         mask[start + sequence.prompt - 1 : end - 1] = 1.0
         start = end
     return tokens, mask, np.arange(length) >= start - 1
+
+
+class HeldoutRows(ABC):
+    """Held-out samples of `rows_per_sample` rows each, `len()` of them, as evaluators read them."""
+
+    def __init__(self, sequence_length: int, pad_id: int, rows_per_sample: int = 1) -> None:
+        self.sequence_length, self.pad_id, self.rows_per_sample = sequence_length, pad_id, rows_per_sample
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of a sample, and the mask float32 of their labels."""
+
+    def batch(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Samples `start` … as int32 [count A, S + 1] and masks float32 [count A, S], A a sample's rows; beyond the end
+        all padding, mask 0."""
+        rows = self.rows_per_sample
+        tokens = np.full((rows * count, self.sequence_length + 1), self.pad_id, np.int32)
+        masks = np.zeros((rows * count, self.sequence_length), np.float32)
+        for index in range(min(count, len(self) - start)):
+            of_sample = slice(rows * index, rows * (index + 1))
+            tokens[of_sample], masks[of_sample] = self.sequence(start + index)
+        return tokens, masks
 
 
 def pack_in_order(lengths: np.ndarray, room: int) -> np.ndarray:

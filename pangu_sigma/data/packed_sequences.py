@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from pangu_sigma.data.indexed_dataset import IndexedDataset
+from pangu_sigma.data.packed_rows import HeldoutRows
 from rre.counted_random import key64, permutation
 
 _ORDERS_KEPT = 2  # a sequence touches its epoch and perhaps the next
@@ -68,10 +69,6 @@ class PackedSequences:
         self._seed = seed
         self._orders: OrderedDict[int, _DocumentOrder] = OrderedDict()
 
-    def epoch(self, index: int) -> float:
-        """How many passes over the domain the sequences before ``index`` make."""
-        return index * self.sequence_length / self._store.tokens
-
     def sequence(self, index: int) -> np.ndarray:
         """Sequence ``index`` (0, 1, 2 … without end): int32 [S + 1]."""
         if index < 0:
@@ -96,7 +93,7 @@ class PackedSequences:
         return self._orders[epoch]
 
 
-class HeldoutSequences:
+class HeldoutSequences(HeldoutRows):
     """Held-out sequences of one domain: ``len()`` of them, every held-out token a label exactly once.
 
     The documents come in a fixed mixed order that no seed changes, so the first few sequences are a fair sample and
@@ -106,10 +103,9 @@ class HeldoutSequences:
     def __init__(self, store: IndexedDataset, sequence_length: int, eod_id: int, pad_id: int):
         if sequence_length < 1 or store.tokens < 1:
             raise ValueError(f"sequences of {sequence_length} from {store.tokens} held-out tokens cannot be packed")
-        self.sequence_length = sequence_length
+        super().__init__(sequence_length, pad_id)
         self.tokens = store.tokens
         self._eod_id = eod_id
-        self._pad_id = pad_id
         self._order = _DocumentOrder(store, permutation(key64("heldout"), store.documents))
 
     def __len__(self) -> int:
@@ -122,21 +118,11 @@ class HeldoutSequences:
         # the stream is one end-of-document token, then the documents: its position p is token p - 1
         start = index * self.sequence_length
         labels = min(self.sequence_length, self.tokens - start)
-        out = np.full(self.sequence_length + 1, self._pad_id, dtype=np.int32)
+        out = np.full(self.sequence_length + 1, self.pad_id, dtype=np.int32)
         out[0] = self._eod_id if start == 0 else self._order.read(start - 1, 1)[0]
         out[1 : labels + 1] = self._order.read(start, labels)
         mask = (np.arange(self.sequence_length) < labels).astype(np.float32)
         return out, mask
-
-    def batch(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sequences ``start`` … as int32 [count, S + 1] and masks float32 [count, S]; beyond the end all padding,
-        mask 0.
-        """
-        tokens = np.full((count, self.sequence_length + 1), self._pad_id, dtype=np.int32)
-        masks = np.zeros((count, self.sequence_length), dtype=np.float32)
-        for row in range(min(count, len(self) - start)):
-            tokens[row], masks[row] = self.sequence(start + row)
-        return tokens, masks
 
 
 def first_sequences(heldout: Mapping[str, HeldoutSequences], count: int) -> dict[str, np.ndarray]:

@@ -39,15 +39,9 @@ class NewDomain:
 
     def entry(self) -> dict[str, Any]:
         """Its item of the configuration's `domains`."""
-        return {
-            "name": self.name,
-            "data": [abspath(expanduser(pattern)) for pattern in self.data],
-            "text_field": self.text_field,
-            "filters": self.filters,
-            "stars_field": self.stars_field,
-            "experts": self.experts,
-            "weight": self.weight,
-        }
+        entry = {**vars(self), "data": [abspath(expanduser(pattern)) for pattern in self.data]}
+        del entry["init"]
+        return entry
 
 
 def add_domain(
@@ -66,21 +60,25 @@ def add_domain(
         source = subject.checkpoint
         check_free(source, new_domain.name)
         config = _extend(subject, new_domain.entry(), follow_up)
-        initial = NewDomainTensors(source, subject.config, new_domain.name, new_domain.experts, new_domain.init)
-        store, probe = read_text(subject, config)
-        rows = None
-        if config.model.sparse.table == "frequency":
-            rows = np.pad(np.array(store.token_counts), (0, config.model.vocab_size - store.token_counts.size))
-        new = EditedTensors()
-        initial.add_to(new, config, rows)
-        fresh_moments(new, source, new_domain.name, new_domain.experts)
-        return subject.write(
-            f"add {new_domain.name} ({new_domain.init})",
-            new,
-            experts={new_domain.name: dict.fromkeys(source.coverage, new_domain.experts)},
-            corpora={new_domain.name: store.corpus_fingerprint},
-            probe=probe,
-        )
+        new, of_domain_alone = make_group(subject, config, new_domain)
+        return subject.write(f"add {new_domain.name} ({new_domain.init})", new, **of_domain_alone)
+
+
+def make_group(
+    subject: CheckpointEditor, config: Config, new_domain: NewDomain
+) -> tuple[EditedTensors, dict[str, Any]]:
+    """The new domain's tensors, and what else `CheckpointEditor.write` is told of it; its text is read for it."""
+    source, name, experts = subject.checkpoint, new_domain.name, new_domain.experts
+    initial = NewDomainTensors(source, subject.config, name, experts, new_domain.init)
+    store, probe = read_text(subject, config)
+    rows = None
+    if config.model.sparse.table == "frequency":
+        rows = np.pad(np.array(store.token_counts), (0, config.model.vocab_size - store.token_counts.size))
+    new = EditedTensors()
+    initial.add_to(new, config, rows)
+    fresh_moments(new, source, name, experts)
+    coverage = {name: dict.fromkeys(source.coverage, experts)}
+    return new, {"experts": coverage, "corpora": {name: store.corpus_fingerprint}, "probe": probe}
 
 
 def add_model(
@@ -128,12 +126,12 @@ def _extend(subject: CheckpointEditor, entry: dict[str, Any], follow_up: domain_
 
 def read_text(subject: CheckpointEditor, config: Config) -> tuple[DomainStore, dict[str, np.ndarray]]:
     """(the new domain's token store, its probe): the text is read, tokenised and cached as training will want it."""
-    from pangu_sigma.data.corpus import domain_store
+    from pangu_sigma.data.domain_store import prepare_domain
     from pangu_sigma.data.packed_sequences import HeldoutSequences, first_sequences
 
     domain, tokenizer = config.domains[-1], stored_tokenizer(subject.checkpoint)
     with progress(f"tokenise {domain.name}", None, unit="documents") as job:
-        store = domain_store(config, domain, tokenizer, lambda _name, _stage, done, _total: job.set(done))
+        store = prepare_domain(domain, tokenizer, config.data, lambda _name, _stage, done, _total: job.set(done))
     if not store.heldout.tokens:
         return store, {}
     heldout = HeldoutSequences(store.heldout, config.data.sequence_length, tokenizer.eod_id, tokenizer.pad_id)

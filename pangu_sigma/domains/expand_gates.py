@@ -13,6 +13,7 @@ Columns of a tensor that begins as a constant (a noisy gate's noise) begin as th
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -21,9 +22,8 @@ import numpy as np
 from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.checkpoint.float_types import as_float32
 from pangu_sigma.config import Config, domain_edits
-from pangu_sigma.domains.add_domain import NewDomain, fresh_moments, read_text
+from pangu_sigma.domains.add_domain import NewDomain, make_group
 from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditedTensors, EditResult, check_free
-from pangu_sigma.domains.new_domain_tensors import NewDomainTensors
 from pangu_sigma.errors import UserError
 from pangu_sigma.tensor_names import gate_weight, parse_name
 from pangu_sigma.training.continual.teacher_snapshot import TEACHER_KEY, TeacherSnapshot, hash_tensors, link_snapshot
@@ -47,21 +47,15 @@ def expand_domain(path: Path, new_domain: NewDomain, follow_up: domain_edits.Fol
         phases = values["train"]["phases"]
         phases[-1]["domains"] = [new_domain.name]
         config = domain_edits.checked(values, f"the new domain {new_domain.name}")
-        initial = NewDomainTensors(source, subject.config, new_domain.name, new_domain.experts, new_domain.init)
-        store, probe = read_text(subject, config)
-        new = EditedTensors()
-        initial.add_to(new, config)
+        new, of_domain_alone = make_group(subject, config, new_domain)
         _add_shared(new, source, config, new_domain)
-        fresh_moments(new, source, new_domain.name, new_domain.experts)
         kept = link_snapshot(subject.run_dir, source)
         snapshot = TeacherSnapshot(len(phases) - 1, source.step, hash_tensors(kept))
         return subject.write(
             f"expand by {new_domain.name} ({new_domain.init})",
             new,
-            experts={new_domain.name: dict.fromkeys(source.coverage, new_domain.experts)},
-            corpora={new_domain.name: store.corpus_fingerprint},
-            probe=probe,
-            extra_state={TEACHER_KEY: snapshot.state()},
+            **of_domain_alone,
+            extra_state={TEACHER_KEY: asdict(snapshot)},
         )
 
 

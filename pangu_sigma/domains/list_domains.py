@@ -29,18 +29,14 @@ class DomainListing:
 
 
 @dataclass(frozen=True)
-class DomainFacts:
-    """One domain, as `DomainListing` has it, and bytes with moments.
+class DomainFacts(DomainListing):
+    """One domain, its bytes with moments too.
 
     tokens: that it gave to training, None where the model does not say. loss: the last held-out loss (nats per token)
     at `loss_step`, or the last training loss where nothing was held out (`loss_kind` evaluate or train); None before
     the first.
     """
 
-    name: str
-    experts: dict[str, int]
-    parameters: int
-    bytes: int
     bytes_with_optimizer: int
     tokens: int | None
     loss: float | None
@@ -63,10 +59,7 @@ def list_domains(path: str | Path) -> list[DomainFacts]:
         cursor = cursors.get(name, {"cursor": 0} if cursors else None)
         facts.append(
             DomainFacts(
-                name=name,
-                experts=listing.experts,
-                parameters=listing.parameters,
-                bytes=listing.bytes,
+                **vars(listing),
                 bytes_with_optimizer=_bytes(checkpoint, checkpoint.files(tensors)),
                 tokens=int(cursor["cursor"]) * length if cursor is not None else None,
                 **losses.get(name, {"loss": None, "loss_step": None, "loss_kind": None}),

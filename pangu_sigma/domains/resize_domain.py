@@ -56,11 +56,11 @@ def token_counts(config: Config, checkpoint: Checkpoint, name: str) -> np.ndarra
 
 def domain_store(config: Config, checkpoint: Checkpoint, name: str) -> DomainStore:
     """The tokenised text of one domain, from the cache or made there. Raises UserError where the text is not."""
-    from pangu_sigma.data.corpus import domain_store as open_store
+    from pangu_sigma.data.domain_store import prepare_domain
     from pangu_sigma.trained_model import stored_tokenizer
 
     domain = next(entry for entry in config.domains if entry.name == name)
-    return open_store(config, domain, stored_tokenizer(checkpoint))
+    return prepare_domain(domain, stored_tokenizer(checkpoint), config.data)
 
 
 def _grow(

@@ -101,34 +101,6 @@ class Evaluator:
         }
 
 
-def measure(
-    evaluator: Evaluator,
-    heldout: Mapping[str, HeldoutSequences],
-    unigram: Mapping[str, float],
-    step: int,
-    limit: int | None = None,
-    advance: Advance | None = None,
-) -> DomainEvaluation:
-    """Measure every domain and group.
-
-    `limit` batches per text and group, None for all held-out text; `advance(1)` is called after each.
-    """
-    matrix = evaluator.matrix(heldout, limit, advance)
-    losses = {name: matrix[name][name] for name in heldout}
-    most = {
-        name: evaluator.batches(sequences, limit) * evaluator.batch_size * sequences.sequence_length
-        for name, sequences in heldout.items()
-    }
-    return DomainEvaluation(
-        step=step,
-        losses=losses,
-        perplexity={name: math.exp(min(loss, 700.0)) for name, loss in losses.items()},
-        unigram=dict(unigram),
-        matrix=matrix,
-        tokens={name: min(sequences.tokens, most[name]) for name, sequences in heldout.items()},
-    )
-
-
 def measure_with_progress(
     evaluator: Evaluator,
     heldout: Mapping[str, HeldoutSequences],
@@ -136,13 +108,26 @@ def measure_with_progress(
     step: int,
     batches: int | None = None,
 ) -> DomainEvaluation:
-    """`measure` behind a progress bar; `batches` of each text as `EvaluateConfig.batch_limit` takes them."""
+    """Measure every domain and group behind a progress bar; `batches` of each text as `EvaluateConfig.batch_limit` has
+    them."""
     from pangu_sigma.monitor.progress import progress
 
     limit = evaluator.model.config.evaluate.batch_limit(batches)
-    per_group = sum(evaluator.batches(sequences, limit) for sequences in heldout.values())
-    with progress("evaluate", per_group * len(evaluator.model.groups.names), unit="batches") as job:
-        return measure(evaluator, heldout, unigram, step, limit, job.advance)
+    counts = {name: evaluator.batches(sequences, limit) for name, sequences in heldout.items()}
+    with progress("evaluate", sum(counts.values()) * len(evaluator.model.groups.names), unit="batches") as job:
+        matrix = evaluator.matrix(heldout, limit, job.advance)
+    losses = {name: matrix[name][name] for name in heldout}
+    return DomainEvaluation(
+        step=step,
+        losses=losses,
+        perplexity={name: math.exp(min(loss, 700.0)) for name, loss in losses.items()},
+        unigram=dict(unigram),
+        matrix=matrix,
+        tokens={
+            name: min(sequences.tokens, counts[name] * evaluator.batch_size * sequences.sequence_length)
+            for name, sequences in heldout.items()
+        },
+    )
 
 
 def measure_checkpoint(path: Path, batches: int | None, workers: int) -> DomainEvaluation | None:

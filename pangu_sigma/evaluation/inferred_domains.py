@@ -103,20 +103,16 @@ class DomainLikelihood:
 
         groups: indices of the domains whose experts compute, all of them if None.
         """
+        groups = range(len(self.model.groups.names)) if groups is None else groups
         for batch in range(batches):
             tokens, mask = heldout.batch(batch * self.batch_size, self.batch_size)
-            log_likelihood = self._batch(tokens, groups)
+            losses = [self.scorer.losses(tokens, np.full(self.batch_size, group, np.int32)) for group in groups]
+            log_likelihood = -np.stack(losses).astype(np.float64)
             advance(1)
             for row in range(self.batch_size):
                 count = int(mask[row].sum())
                 if count:
                     yield log_likelihood[:, row, :count]
-
-    def _batch(self, tokens: np.ndarray, groups: Sequence[int] | None = None) -> np.ndarray:
-        """float64 [G, B, S]; tokens int32 [B, S + 1]."""
-        groups = range(len(self.model.groups.names)) if groups is None else groups
-        losses = [self.scorer.losses(tokens, np.full(self.batch_size, group, np.int32)) for group in groups]
-        return -np.stack(losses).astype(np.float64)
 
 
 def likeliest_domains(model: Model, texts: Sequence[Sequence[int]]) -> list[str]:

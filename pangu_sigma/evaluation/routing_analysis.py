@@ -145,11 +145,8 @@ def reachable_load(hits: np.ndarray, domain: str, trained: TrainedModel) -> np.n
     """Load of the experts that this domain's text can reach: its group, or all where a gate or one table decides."""
     shares = routing_measures.load(hits)
     model = trained.model
-    return shares[model.groups.of(domain)] if set(model.tables.get(_any(model), ())) >= {domain} else shares
-
-
-def _any(model) -> str:
-    return model.config.model.sparse_prefixes[0]
+    separate = model.config.model.router_spec.separates_domains
+    return shares[model.groups.of(domain)] if separate else shares
 
 
 def coactivation(hits: np.ndarray) -> Iterator[dict[str, float | int]]:

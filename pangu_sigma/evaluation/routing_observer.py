@@ -73,7 +73,7 @@ class RoutingObserver:
         by_layer = []
         for router in self.model.routers:
             samples = np.arange(first, first + len(ids))
-            chosen = router.assign(ids[:, :-1], domain, 0, samples, training=False).expert_ids
+            chosen = router.assign(ids[:, :-1], domain, 0, samples, training=False)
             hits = np.zeros((len(chosen), groups.total), bool)
             np.put_along_axis(hits, chosen, True, axis=1)
             by_layer.append(hits)

@@ -109,7 +109,9 @@ def run_tasks(
                 scores = [choice_scores(q, choices) for q, choices in zip(task.questions, answered, strict=True)]
                 results.append(TaskResult(task, scores, answered, [], likelihood.truncated))
             else:
-                engine = engine or _engine(trained)
+                from pangu_sigma.generation.engine import Engine
+
+                engine = engine or Engine(trained.model, trained.tokenizer, SLOTS)
                 written, truncated = write_answers(engine, texts, domains, settings, job.advance)
                 scores = [exact_match(q, text) for q, text in zip(task.questions, written, strict=True)]
                 results.append(TaskResult(task, scores, [], written, truncated))
@@ -212,12 +214,6 @@ def encode_pair(tokenizer: Tokenizer, before: str, answer: str) -> tuple[list[in
     answer = before[len(stripped) :] + answer
     ids = tokenizer.encode(stripped)
     return ids, tokenizer.encode(stripped + answer)[len(ids) :] or tokenizer.encode(answer)
-
-
-def _engine(trained: TrainedModel):
-    from pangu_sigma.generation.engine import Engine
-
-    return Engine(trained.model, trained.tokenizer, SLOTS)
 
 
 def write_answers(

@@ -14,7 +14,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from pangu_sigma.finetuning.example_rows import HeldoutPairs
+from pangu_sigma.finetuning.example_rows import HeldoutExamples
 from pangu_sigma.model.forward_pass import HeadOutput
 from pangu_sigma.model.graph_inputs import GraphInputs
 from pangu_sigma.model.model import Model
@@ -127,13 +127,13 @@ class PreferenceEvaluator:
         self.frozen: Scorer | None = None
         self.figures: dict[str, float] = {}
 
-    def batches(self, heldout: HeldoutPairs, limit: int | None) -> int:
+    def batches(self, heldout: HeldoutExamples, limit: int | None) -> int:
         """Number of batches that one domain's pairs take."""
         full_batches = -(-len(heldout) // self.pairs)
         return full_batches if limit is None else min(full_batches, limit)
 
     def losses(
-        self, heldout: Mapping[str, HeldoutPairs], limit: int | None, advance: Callable[[int], None] | None = None
+        self, heldout: Mapping[str, HeldoutExamples], limit: int | None, advance: Callable[[int], None] | None = None
     ) -> tuple[dict[str, float], dict[str, int]]:
         """(loss, tokens of answers) by domain; `figures` then holds the means over all pairs."""
         reference = self.objective.reference

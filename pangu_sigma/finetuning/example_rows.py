@@ -6,71 +6,59 @@ row is computed as if it stood alone. Only labels of answers count.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from pangu_sigma.data.mixture_sampler import Batch, MixtureSampler, Weights
-from pangu_sigma.data.packed_rows import TokenSequence, pack_in_order, packed_row
-from pangu_sigma.finetuning.examples import ExampleSet
+from pangu_sigma.data.mixture_sampler import Batch, MixtureSampler
+from pangu_sigma.data.packed_rows import HeldoutRows, pack_in_order, packed_row
+from pangu_sigma.finetuning.examples import Answers, ExampleSet
 from rre.counted_random import key64, permutation
 
 
-class PackedExamples:
-    """The endless rows of one domain's sft examples, in an order that is drawn anew for each epoch."""
-
-    rows = 1
+class ExampleStream:
+    """The endless samples of one domain's examples, in an order that is drawn anew for each epoch: packed rows of sft,
+    the two rows of each pair of dpo."""
 
     def __init__(self, examples: ExampleSet, length: int, pad_id: int, seed: int) -> None:
         self.domain, self.sequence_length = examples.name, length
         self.identity = {"example file": examples.fingerprint, "seed": str(seed)}
-        self._sequences = [answers[0] for answers in examples.train]
-        self._lengths = np.array([len(sequence.ids) for sequence in self._sequences], np.int64)
-        self._pad_id, self._seed = pad_id, seed
-        self._first = [0]  # the first row of every epoch that was packed so far
-        self._kept: tuple[int, np.ndarray, np.ndarray] | None = None  # an epoch, its order and where its rows begin
+        self._examples, self._pad_id, self._seed = examples.train, pad_id, seed
+        self._first = [0]  # the first sample of every epoch that was begun so far
+        self._kept: tuple[int, list[Answers], np.ndarray] | None = None  # an epoch, its examples, where samples begin
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Row `index` (0, 1, 2 … without end): tokens [1, S + 1], mask [1, S], padding [1, S]; see `packed_row`."""
+        """Sample `index` (0, 1, 2 … without end): tokens [A, S + 1], mask [A, S], padding [A, S]; see `sample_rows`."""
         while self._first[-1] <= index:
             _, starts = self._epoch(len(self._first) - 1)
             self._first.append(self._first[-1] + len(starts) - 1)
         epoch = int(np.searchsorted(self._first, index, side="right")) - 1
-        order, starts = self._epoch(epoch)
-        row = index - self._first[epoch]
-        chosen = [self._sequences[i] for i in order[starts[row] : starts[row + 1]]]
-        return tuple(part[None] for part in packed_row(chosen, self.sequence_length, self._pad_id))
+        examples, starts = self._epoch(epoch)
+        start, end = starts[index - self._first[epoch] :][:2]
+        return sample_rows(examples[start:end], self.sequence_length, self._pad_id)
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _epoch(self, epoch: int) -> tuple[list[Answers], np.ndarray]:
         if self._kept is None or self._kept[0] != epoch:
-            order = permutation(key64(self._seed, "examples", self.domain, epoch), len(self._sequences))
-            self._kept = epoch, order, pack_in_order(self._lengths[order], self.sequence_length + 1)
+            order = permutation(key64(self._seed, "examples", self.domain, epoch), len(self._examples))
+            examples = [self._examples[i] for i in order]
+            self._kept = epoch, examples, _sample_starts(examples, self.sequence_length)
         return self._kept[1:]
 
 
-class PairedExamples:
-    """The endless pairs of one domain's dpo examples: two rows each, the chosen answer's first."""
-
-    rows = 2
-
-    def __init__(self, examples: ExampleSet, length: int, pad_id: int, seed: int) -> None:
-        self.domain, self.sequence_length = examples.name, length
-        self.identity = {"example file": examples.fingerprint, "seed": str(seed)}
-        self._pairs, self._pad_id, self._seed = examples.train, pad_id, seed
-        self._kept: tuple[int, np.ndarray] | None = None  # an epoch and its order
-
-    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pair `index` (0, 1, 2 … without end): tokens [2, S + 1], mask [2, S], padding [2, S]; see `packed_row`."""
-        epoch, index_in_epoch = divmod(index, len(self._pairs))
-        if self._kept is None or self._kept[0] != epoch:
-            self._kept = epoch, permutation(key64(self._seed, "examples", self.domain, epoch), len(self._pairs))
-        return pair_rows(self._pairs[self._kept[1][index_in_epoch]], self.sequence_length, self._pad_id)
-
-
-def pair_rows(pair: Sequence[TokenSequence], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A pair's tokens [2, S + 1], mask [2, S], padding [2, S]."""
-    rows = [packed_row([sequence], length, pad_id) for sequence in pair]
+def sample_rows(
+    examples: Sequence[Answers], length: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rows of a sample, one for each of an example's A answers, the chosen one first: tokens [A, S + 1], mask [A,
+    S], padding [A, S]; see `packed_row`."""
+    rows = [packed_row(sequences, length, pad_id) for sequences in zip(*examples, strict=True)]
     return tuple(np.stack(parts) for parts in zip(*rows, strict=True))
+
+
+def _sample_starts(examples: Sequence[Answers], length: int) -> np.ndarray:
+    """The example that each sample begins with, and N last: a pair is a sample, single answers are packed into rows."""
+    if examples and len(examples[0]) > 1:
+        return np.arange(len(examples) + 1)
+    return pack_in_order(np.array([len(answers[0].ids) for answers in examples], np.int64), length + 1)
 
 
 class NoExamples:
@@ -90,66 +78,18 @@ class ExampleSampler(MixtureSampler):
         return Batch(tokens, domain.repeat(rows), sample.repeat(rows), self._step, mask, padding)
 
 
-class HeldoutExamples:
-    """Held-out rows of one domain, as the evaluator reads held-out text: `tokens` labels that count in all of them."""
+class HeldoutExamples(HeldoutRows):
+    """Held-out samples of one domain, as evaluators read held-out text: `tokens` labels that count in all of them."""
 
     def __init__(self, examples: ExampleSet, length: int, pad_id: int) -> None:
-        sequences = [answers[0] for answers in examples.heldout]
-        starts = pack_in_order(np.array([len(sequence.ids) for sequence in sequences], np.int64), length + 1)
-        self.sequence_length, self._pad_id = length, pad_id
-        self._rows = [sequences[a:b] for a, b in zip(starts, starts[1:], strict=False)]
-        self.tokens = int(sum(self.sequence(row)[1].sum() for row in range(len(self))))
+        super().__init__(length, pad_id, rows_per_sample=len(examples.heldout[0]))
+        starts = _sample_starts(examples.heldout, length)
+        self._samples = [examples.heldout[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+        self.tokens = int(sum(self.sequence(index)[1].sum() for index in range(len(self))))
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._samples)
 
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row int32 [S + 1] and the mask float32 [S] of its labels."""
-        return packed_row(self._rows[index], self.sequence_length, self._pad_id)[:2]
-
-    def batch(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows `start` … as int32 [count, S + 1] and masks float32 [count, S]; beyond the end all padding, mask 0."""
-        tokens = np.full((count, self.sequence_length + 1), self._pad_id, np.int32)
-        masks = np.zeros((count, self.sequence_length), np.float32)
-        for row in range(min(count, len(self) - start)):
-            tokens[row], masks[row] = self.sequence(start + row)
-        return tokens, masks
-
-
-class HeldoutPairs:
-    """Held-out pairs of one domain."""
-
-    def __init__(self, examples: ExampleSet, length: int, pad_id: int) -> None:
-        self.sequence_length, self._pairs, self._pad_id = length, examples.heldout, pad_id
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def batch(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Pairs `start` … as rows int32 [2 count, S + 1] and masks float32 [2 count, S], the chosen answer's first;
-        beyond the end all padding, mask 0.
-        """
-        tokens = np.full((2 * count, self.sequence_length + 1), self._pad_id, np.int32)
-        masks = np.zeros((2 * count, self.sequence_length), np.float32)
-        for pair in range(min(count, len(self) - start)):
-            rows = slice(2 * pair, 2 * pair + 2)
-            tokens[rows], masks[rows], _ = pair_rows(self._pairs[start + pair], self.sequence_length, self._pad_id)
-        return tokens, masks
-
-
-def sampler_of(
-    sets: Mapping[str, ExampleSet],
-    domains: Sequence[str],
-    objective: str,
-    length: int,
-    pad_id: int,
-    weights: Weights | Mapping[str, float],
-    seed: int,
-    max_domains_per_batch: int | None,
-) -> ExampleSampler:
-    """The sampler over all of the model's domains, in their order; those without examples are never drawn."""
-    stream = {"sft": PackedExamples, "dpo": PairedExamples}[objective]
-    streams = [
-        stream(sets[name], length, pad_id, seed) if name in sets else NoExamples(name, length) for name in domains
-    ]
-    return ExampleSampler(streams, weights, seed, max_domains_per_batch)
+        """Rows int32 [A, S + 1] of a sample and the masks float32 [A, S] of their labels."""
+        return sample_rows(self._samples[index], self.sequence_length, self.pad_id)[:2]

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pangu_sigma.config.finetuning_section import AdaptConfig
-from pangu_sigma.data.chat_template import ChatTurn, as_text
+from pangu_sigma.data.chat_template import as_text
 from pangu_sigma.data.corpus_files import (
     expand_paths,
     fingerprint_files,
@@ -34,6 +34,9 @@ ANSWERS = {"sft": ("answer",), "dpo": ("chosen", "rejected")}
 _BATCH = 1024
 
 
+Answers = tuple[TokenSequence, ...]  # of one prompt: the better one first
+
+
 @dataclass(frozen=True)
 class ExampleSet:
     """One domain's examples: each a tuple of sequences, one per answer.
@@ -43,8 +46,8 @@ class ExampleSet:
     """
 
     name: str
-    train: tuple[tuple[TokenSequence, ...], ...]
-    heldout: tuple[tuple[TokenSequence, ...], ...]
+    train: tuple[Answers, ...]
+    heldout: tuple[Answers, ...]
     truncated: int
     dropped: int
     fingerprint: str
@@ -66,7 +69,7 @@ def prompt_and_answers(template: str, prompt: str, answers: Sequence[str]) -> tu
     """
     if template == "plain":
         return prompt, tuple(answers)
-    return as_text([ChatTurn("user", prompt)]), tuple(f" {answer}" for answer in answers)
+    return as_text([("user", prompt)]), tuple(f" {answer}" for answer in answers)
 
 
 def read_lines(files: Sequence[Path], keys: Sequence[str]) -> Iterator[dict[str, str]]:
@@ -111,7 +114,7 @@ def load_examples(
     keys = ("prompt", *ANSWERS[adapt.objective])
     records = list(read_lines(files, keys))
     limit = sequence_length + 1
-    kept: list[tuple[TokenSequence, ...]] = []
+    kept: list[Answers] = []
     ranks: list[int] = []
     truncated = dropped = 0
     for start in range(0, len(records), _BATCH):
@@ -143,9 +146,7 @@ def load_examples(
     )
 
 
-def _tokenised(
-    record: dict[str, str], keys: Sequence[str], template: str, tokenizer: Tokenizer
-) -> tuple[TokenSequence, ...]:
+def _tokenised(record: dict[str, str], keys: Sequence[str], template: str, tokenizer: Tokenizer) -> Answers:
     before, behind = prompt_and_answers(template, record[keys[0]], [record[key] for key in keys[1:]])
     prompt = tokenizer.encode(before)
     sequences = []

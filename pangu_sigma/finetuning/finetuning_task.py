@@ -13,12 +13,13 @@ from pangu_sigma.checkpoint import Checkpoint, resolve
 from pangu_sigma.config import Config
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
-from pangu_sigma.finetuning.example_rows import ExampleSampler, HeldoutExamples, HeldoutPairs, sampler_of
+from pangu_sigma.finetuning.example_rows import ExampleSampler, ExampleStream, HeldoutExamples, NoExamples
 from pangu_sigma.finetuning.examples import ExampleSet, load_examples
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.trained_model import stored_tokenizer
 from pangu_sigma.training.schedule import phase_index
 from pangu_sigma.training.startup.starting_point import StartingPoint
+from pangu_sigma.training.task import TrainingTask
 
 if TYPE_CHECKING:
     from pangu_sigma.evaluation.domain_evaluation import Evaluator
@@ -47,11 +48,11 @@ class ExampleCorpus:
         """What became of the examples, domain by domain."""
         return [examples.sentence() for examples in self.sets.values()]
 
-    def heldout(self) -> dict[str, HeldoutExamples | HeldoutPairs]:
+    def heldout(self) -> dict[str, HeldoutExamples]:
         """Held-out examples by domain; domains without any are left out."""
-        kind = {"sft": HeldoutExamples, "dpo": HeldoutPairs}[self.config.adapt.objective]
         length, pad_id = self.config.data.sequence_length, self.tokenizer.pad_id
-        return {name: kind(examples, length, pad_id) for name, examples in self.sets.items() if examples.heldout}
+        sets = {name: examples for name, examples in self.sets.items() if examples.heldout}
+        return {name: HeldoutExamples(examples, length, pad_id) for name, examples in sets.items()}
 
     def token_counts(self, size: int) -> dict[str, np.ndarray]:
         """None: the adapted model brings its routing tables."""
@@ -62,7 +63,7 @@ class ExampleCorpus:
         return {}
 
 
-class ExampleTask:
+class ExampleTask(TrainingTask):
     """Fine-tuning on examples: SFT or DPO. Corpus fingerprints and probes are those of the adapted model.
 
     `named`: the model that the user named, where a run that resumes may find its reference. Raises UserError.
@@ -95,13 +96,11 @@ class ExampleTask:
 
     def evaluator(self, model: Model, objective: TrainingObjective) -> Evaluator | PreferenceEvaluator:
         """See `TrainingTask`."""
-        from pangu_sigma.evaluation.domain_evaluation import Evaluator
         from pangu_sigma.finetuning.dpo import Preference, PreferenceEvaluator
 
-        size = self.config.evaluate.batch_size
         if isinstance(objective, Preference):
-            return PreferenceEvaluator(model, objective, size)
-        return Evaluator(model, size)
+            return PreferenceEvaluator(model, objective, self.config.evaluate.batch_size)
+        return super().evaluator(model, objective)
 
     def sampler(self, sizes: Sequence[int]) -> ExampleSampler:
         """See `TrainingTask`; weights are the examples' own where a phase has none."""
@@ -113,16 +112,12 @@ class ExampleTask:
             written = phases[phase_index(config, step)].weights if phases else None
             return own if written is None else dict(written)
 
-        return sampler_of(
-            self.corpus.sets,
-            config.domain_names,
-            config.adapt.objective,
-            config.data.sequence_length,
-            self.corpus.tokenizer.pad_id,
-            weights,
-            config.run.seed,
-            config.data.max_domains_per_batch,
-        )
+        sets, length, pad_id = self.corpus.sets, config.data.sequence_length, self.corpus.tokenizer.pad_id
+        streams = [
+            ExampleStream(sets[name], length, pad_id, config.run.seed) if name in sets else NoExamples(name, length)
+            for name in config.domain_names
+        ]
+        return ExampleSampler(streams, weights, config.run.seed, config.data.max_domains_per_batch)
 
     def probe(self, count: int) -> dict[str, np.ndarray]:
         """The adapted model's own probe: sequences of its domains' text, cut to this run's length."""

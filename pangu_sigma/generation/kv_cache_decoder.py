@@ -178,7 +178,7 @@ class KvCacheDecoder:
         """The experts [T, 1] of tokens [B, S] in each layer that a table routes, None in others."""
         samples = np.zeros(len(domain), np.int64)
         return [
-            None if router.learned else router.assign(tokens, domain, 0, samples, False).expert_ids
+            None if router.learned else router.assign(tokens, domain, 0, samples, False)
             for router in self.model.routers
         ]
 

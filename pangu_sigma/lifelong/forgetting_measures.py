@@ -12,7 +12,7 @@ Shapes: I stages, J domains.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,10 +25,12 @@ class Measure:
     mean: float | None
     by_domain: dict[int, float]
 
-    @classmethod
-    def of(cls, by_domain: dict[int, float]) -> Measure:
-        """The plain mean of some values."""
-        return cls(float(np.mean(list(by_domain.values()))) if by_domain else None, by_domain)
+
+def _over_domains(learned: Sequence[int | None], stages: range, value: Callable[[int, int], float]) -> Measure:
+    """The plain mean of value(domain, stage that learned it) over the domains that one of `stages` learned first."""
+    pairs = ((j, learned_at) for j, learned_at in enumerate(learned) if learned_at in stages)
+    by_domain = {j: float(value(j, learned_at)) for j, learned_at in pairs}
+    return Measure(float(np.mean(list(by_domain.values()))) if by_domain else None, by_domain)
 
 
 def backward_transfer(losses: np.ndarray, learned: Sequence[int | None]) -> Measure:
@@ -37,7 +39,7 @@ def backward_transfer(losses: np.ndarray, learned: Sequence[int | None]) -> Meas
     Negative: later stages cost earlier domains. Source: Lopez-Paz and Ranzato, arXiv 1706.08840 (there for accuracies).
     """
     last = len(losses) - 1
-    return Measure.of({j: float(losses[learned_at, j] - losses[last, j]) for j, learned_at in _before(learned, last)})
+    return _over_domains(learned, range(last), lambda j, learned_at: losses[learned_at, j] - losses[last, j])
 
 
 def forgetting(losses: np.ndarray, learned: Sequence[int | None]) -> Measure:
@@ -47,7 +49,7 @@ def forgetting(losses: np.ndarray, learned: Sequence[int | None]) -> Measure:
     al., arXiv 1801.10112 (there for accuracies).
     """
     last = len(losses) - 1
-    return Measure.of({j: float(losses[last, j] - losses[:last, j].min()) for j, _ in _before(learned, last)})
+    return _over_domains(learned, range(last), lambda j, _: losses[last, j] - losses[:last, j].min())
 
 
 def forward_transfer(losses: np.ndarray, untrained: np.ndarray, learned: Sequence[int | None]) -> Measure:
@@ -56,22 +58,15 @@ def forward_transfer(losses: np.ndarray, untrained: np.ndarray, learned: Sequenc
     untrained [J]: the losses -b of the model before any training, measured in the same way. Positive: what was learned
     before helps a domain that was never seen. Source: arXiv 1706.08840.
     """
-    later = ((j, learned_at) for j, learned_at in enumerate(learned) if learned_at is not None and learned_at > 0)
-    return Measure.of({j: float(untrained[j] - losses[learned_at - 1, j]) for j, learned_at in later})
+    later = range(1, len(losses))
+    return _over_domains(learned, later, lambda j, learned_at: untrained[j] - losses[learned_at - 1, j])
 
 
 def learned_loss(losses: np.ndarray, learned: Sequence[int | None]) -> Measure:
     """Mean loss (nats per token, lower is better) of the domains right after the stage that brought them."""
-    return Measure.of(
-        {j: float(losses[learned_at, j]) for j, learned_at in enumerate(learned) if learned_at is not None}
-    )
+    return _over_domains(learned, range(len(losses)), lambda j, learned_at: losses[learned_at, j])
 
 
 def final_loss(losses: np.ndarray, learned: Sequence[int | None]) -> Measure:
     """Mean loss (nats per token, lower is better) after the last stage of the domains that were learned."""
-    return Measure.of({j: float(losses[-1, j]) for j, learned_at in enumerate(learned) if learned_at is not None})
-
-
-def _before(learned: Sequence[int | None], last: int) -> list[tuple[int, int]]:
-    """(domain, stage in which it was learned) of all that were learned before the stage `last`."""
-    return [(j, learned_at) for j, learned_at in enumerate(learned) if learned_at is not None and learned_at < last]
+    return _over_domains(learned, range(len(losses)), lambda j, _: losses[-1, j])

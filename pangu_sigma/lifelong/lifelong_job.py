@@ -17,8 +17,7 @@ from pangu_sigma.checkpoint.folder_locks import lock_run_folder
 from pangu_sigma.config import config_from_dict
 from pangu_sigma.config.differences import joined
 from pangu_sigma.config.resume_rules import changed_keys
-from pangu_sigma.data.corpus import Corpus, prepare_corpus
-from pangu_sigma.data.corpus_files import CorpusSource, expand_paths
+from pangu_sigma.data.corpus_files import expand_paths
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_registry import load_tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_training import build_tokenizer
@@ -32,6 +31,7 @@ from pangu_sigma.lifelong.train_stage import finished, train_stage
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.monitor.result_files import read_json, write_json, write_text
 from pangu_sigma.signals import sigterm_as_ctrl_c
+from pangu_sigma.training.task import prepare_with_progress
 
 PLAN, MEASURED, UNTRAINED = "plan.json", "measured.json", "untrained.json"
 RESULTS, TABLE, MAP, PAGE = "lifelong.json", "matrix.csv", "matrix.svg", "report.html"
@@ -76,7 +76,7 @@ class _Measurement:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.tokenizer_path, tokenizer = _tokenizer(plan)
-        self.corpus = _corpus(plan, tokenizer)
+        self.corpus = prepare_with_progress(plan.base, tokenizer)
         self.heldout = self.corpus.heldout()
         self.untrained = self._untrained()
 
@@ -205,19 +205,5 @@ def _tokenizer(plan: Plan) -> tuple[Path | None, Tokenizer]:
         return None, build_tokenizer(section.kind, (), cache, section.path)
     folder = plan.dir / "tokenizer"
     if not (folder / "tokenizer.json").is_file():
-        sources = [CorpusSource.of(domain) for domain in plan.base.domains]
-        build_tokenizer("train", sources, cache, None, section.vocab_size).save(folder)
+        build_tokenizer("train", plan.base.domains, cache, None, section.vocab_size).save(folder)
     return folder / "tokenizer.model", load_tokenizer(folder)
-
-
-def _corpus(plan: Plan, tokenizer: Tokenizer) -> Corpus:
-    with progress("read the text of all domains", len(plan.base.domains), unit="domains") as job:
-        done: set[str] = set()
-
-        def advance(domain: str, *_: object) -> None:
-            done.add(domain)
-            job.set(len(done) - 1)
-
-        corpus = prepare_corpus(plan.base, tokenizer, progress=advance)
-        job.set(len(corpus.stores))
-        return corpus

@@ -159,8 +159,13 @@ def as_text(results: Results, folder: Path) -> str:
     """Everything for the terminal; `folder` is the measurement's."""
     parts = ["Held-out loss in nats per token", matrix_text(results)]
     if results.rows:
-        parts += ["Transfer and forgetting", measures_text(results), "What every stage cost", costs_text(results)]
-        parts += ["Lifelong-learning properties", properties_text(results), f"Page: {folder / 'report.html'}"]
+        measures = text_table(["nats per token", "mean", *results.domains], results.measure_rows())
+        header = ["stage", "steps", "tokens", "time", "parameters", "new", "trained", "active", "model", "written"]
+        costs = text_table(header, results.cost_rows(with_moments=False))
+        holds = [[result.name, result.holds, result.number] for result in results.properties]
+        properties_text = text_table(["property", "holds", "by what number"], holds, left=3)
+        parts += ["Transfer and forgetting", measures, "What every stage cost", costs]
+        parts += ["Lifelong-learning properties", properties_text, f"Page: {folder / 'report.html'}"]
     if not results.complete:
         stages = results.plan["stages"]
         stage_index = len(results.rows)
@@ -181,20 +186,3 @@ def matrix_text(results: Results) -> str:
             cells.append(f"{loss} " if learned_at is not None and learned_at < stage else f"({loss})")
         rows.append([name, *cells])
     return text_table(["after stage \\ loss of", *results.domains], rows) + "\n(…) not learned yet"
-
-
-def measures_text(results: Results) -> str:
-    """The measures in nats per token, the mean and each domain's part."""
-    return text_table(["nats per token", "mean", *results.domains], results.measure_rows())
-
-
-def costs_text(results: Results) -> str:
-    """What every stage cost."""
-    header = ["stage", "steps", "tokens", "time", "parameters", "new", "trained", "active", "model", "written"]
-    return text_table(header, results.cost_rows(with_moments=False))
-
-
-def properties_text(results: Results) -> str:
-    """The property table as aligned text."""
-    rows = [[result.name, result.holds, result.number] for result in results.properties]
-    return text_table(["property", "holds", "by what number"], rows, left=3)

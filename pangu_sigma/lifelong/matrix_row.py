@@ -40,26 +40,20 @@ class RowMeasurement:
 
     def _domain(self, name: str, texts: HeldoutSequences, advance: Callable[[int], None]) -> dict:
         names = self.model.groups.names
-        count = self._count(texts)
+        own, read_by = names.index(name) if name in names else None, range(len(names))
+        after, how = accuracy_after(texts.sequence_length), AUTO if own is None else OWN
         if not self.by_domain:
-            domain_id = names.index(name) if name in names else 0
-            text = InferredDomainLoss(1, 0, "uniform", 1, ())
-            for sequence in self.likelihood.sequences(texts, count, advance, [domain_id]):
-                text.add(sequence)
-            result = text.result()
-            return {"loss": result["given"], "how": ANY, "tokens": result["tokens"], "auto": None, "accuracy": {}}
-        own = names.index(name) if name in names else None
-        top = min(self.inference.top, len(names))
-        after = accuracy_after(texts.sequence_length)
-        text = InferredDomainLoss(len(names), own, self.inference.prior, top, after)
-        for sequence in self.likelihood.sequences(texts, count, advance):
+            read_by, own, after, how = [own or 0], 0, (), ANY
+        top = min(self.inference.top, len(read_by))
+        text = InferredDomainLoss(len(read_by), own, self.inference.prior, top, after)
+        for sequence in self.likelihood.sequences(texts, self._count(texts), advance, read_by):
             text.add(sequence)
         result = text.result()
         return {
             "loss": result["auto"] if own is None else result["given"],
-            "how": AUTO if own is None else OWN,
+            "how": how,
             "tokens": result["tokens"],
-            "auto": result["auto"],
+            "auto": result["auto"] if self.by_domain else None,
             "accuracy": {str(n): share for n, share in result["accuracy"].items()},
         }
 

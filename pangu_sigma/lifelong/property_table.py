@@ -40,12 +40,18 @@ def properties(
     """The six properties; `last` is the matrix' last row, the rest as in `Results`."""
     return [
         _retention(domains, measures["forgetting"]),
-        _forward(measures["forward_transfer"]),
-        _backward(measures["backward_transfer"]),
+        _transfer(
+            "Forward transfer", "Does what was learned help a domain before its first step?",
+            measures["forward_transfer"], "no domain came after the first stage",
+        ),
+        _transfer(
+            "Backward transfer", "Do later stages improve earlier domains?",
+            measures["backward_transfer"], "no domain was learned before the last stage", "; no: 0 or below",
+        ),
         _online(learning),
         _boundaries(last, by_domain),
         _capacity(costs),
-    ]
+    ]  # fmt: skip
 
 
 def _retention(domains: Sequence[str], forgetting: Measure) -> Property:
@@ -60,19 +66,8 @@ def _retention(domains: Sequence[str], forgetting: Measure) -> Property:
     return Property("Knowledge retention", question, holds, f"{evidence} ({domains[worst]})", rule)
 
 
-def _forward(transfer: Measure) -> Property:
-    question = "Does what was learned help a domain before its first step?"
-    rule = "yes: above 0 on the mean and for every domain; partly: on the mean"
-    return _transfer("Forward transfer", question, rule, transfer, "no domain came after the first stage")
-
-
-def _backward(transfer: Measure) -> Property:
-    question = "Do later stages improve earlier domains?"
-    rule = "yes: above 0 on the mean and for every domain; partly: on the mean; no: 0 or below"
-    return _transfer("Backward transfer", question, rule, transfer, "no domain was learned before the last stage")
-
-
-def _transfer(name: str, question: str, rule: str, measured: Measure, none: str) -> Property:
+def _transfer(name: str, question: str, measured: Measure, none: str, further_rule: str = "") -> Property:
+    rule = f"yes: above 0 on the mean and for every domain; partly: on the mean{further_rule}"
     if measured.mean is None:
         return Property(name, question, UNKNOWN, none, rule)
     all_of_them = all(value > TOLERANCE for value in measured.by_domain.values())

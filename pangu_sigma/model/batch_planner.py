@@ -152,7 +152,7 @@ class BatchPlanner:
         filling: np.ndarray | None,
     ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
         """A table router's experts of all rows that are `seen`, [T, k], and where text was dropped, bool [R, S]."""
-        ids = router.assign(seen, owners, step, samples, self.training).expert_ids
+        ids = router.assign(seen, owners, step, samples, self.training)
         lost = (ids == DROPPED).any(axis=1).reshape(seen.shape)
         if filling is None:
             return ids, lost

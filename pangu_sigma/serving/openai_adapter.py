@@ -92,7 +92,7 @@ class OpenAIAdapter:
         """Prepare POST /v1/chat/completions. Raises ApiError."""
         domain = self.check_model(body.model)
         self._check_count(body.n)
-        ids = self._ids(chat_template.as_text(body.messages))
+        ids = self._ids(chat_template.as_text([(message.role, message.text) for message in body.messages]))
         max_tokens = self._max_tokens(ids, body.limit, default=None)
         body = body.model_copy(update={"stop": [*body.stop, *chat_template.STOPS]})
         alternatives = (body.top_logprobs or 0) if body.logprobs else None

@@ -69,23 +69,21 @@ class RunCheckpointer:
         """
         settings, trainer = self.config.checkpoint, self.trainer
         probe = self.task.probe(settings.probe_sequences)
-        state = self._collect_state(progress, sampler_state)
-        contents = collect_contents(progress.step, self.config, self.task.corpus, probe, state)
-        result = write_checkpoint(self.run_dir, contents, trainer.model, trainer.moments(), settings.keep, on_bytes)
-        self.saved_step, self._saved_at = progress.step, time.monotonic()
-        return result
-
-    def _collect_state(self, progress: RunProgress, sampler_state: dict) -> dict[str, object]:
         changes = {DOMAIN_CHANGES: self.domain_changes} if self.domain_changes else {}
-        return {
+        state = {
             "sampler": sampler_state,
-            **self.trainer.state(),
+            **trainer.state(),
             "skipped": progress.skipped,
             "tokens": progress.tokens,
             **changes,
             **self.controller.state(),
             **self.task.state(),
         }
+        contents = collect_contents(progress.step, self.config, self.task.corpus, probe, state)
+        moments = trainer.optimizer.moments()
+        result = write_checkpoint(self.run_dir, contents, trainer.model, moments, settings.keep, on_bytes)
+        self.saved_step, self._saved_at = progress.step, time.monotonic()
+        return result
 
     def restore(self, checkpoint: Checkpoint) -> RunProgress:
         """Set parameters, moments and loss scale to those of the checkpoint; returns how far the run was."""

@@ -14,7 +14,7 @@ from pangu_sigma.model.graph_inputs import GraphInputs
 from pangu_sigma.model.model import Model
 from pangu_sigma.model.routed_batch import RoutedBatch
 from pangu_sigma.training.gradient_reducer import GradientReducer
-from pangu_sigma.training.gradients import Gradients, select_expert_gradients
+from pangu_sigma.training.gradients import Gradients, trained_experts
 from pangu_sigma.training.objective import TrainingObjective
 from pangu_sigma.training.schedule import Phase
 from pangu_sigma.training.step import GradientStep
@@ -102,7 +102,9 @@ class GradientAccumulation:
         if phase.shared:
             gradients.shared, gradients.shared_squares = tuple(shared), squares.asnumpy().astype(np.float64)
         if expert_gradients:
-            gradients.experts = select_expert_gradients(
-                self.model.groups, self.inputs, batch, phase.domains, expert_gradients, received.load
-            )
+            groups = self.model.groups
+            trains = trained_experts(groups, phase.domains) & (received.load > 0)
+            owners = np.unique(batch.domain) if self.inputs.word_tables else ()
+            own_tables = [domain_id for domain_id in owners if groups.names[domain_id] in phase.domains]
+            gradients.experts = self.inputs.expert_gradients(expert_gradients, batch.plans, trains, own_tables)
         return gradients, of_all

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from mindspore import Tensor, ops
 
-from pangu_sigma.model.graph_inputs import GraphInputs
-from pangu_sigma.model.routed_batch import RoutedBatch
 from rre.routers import ExpertGroups
 from rre.store import ExpertStore
 
@@ -60,24 +58,6 @@ class Gradients:
         if tensor_weights is not None:
             sums = {name: array.reshape(-1, len(tensor_weights)) * tensor_weights for name, array in sums.items()}
         return shared, {layer_name: float(array.sum()) for layer_name, array in sums.items()}
-
-
-def select_expert_gradients(
-    groups: ExpertGroups,
-    inputs: GraphInputs,
-    batch: RoutedBatch,
-    trained_domains: Collection[str],
-    input_gradients: Sequence[Tensor],
-    received: np.ndarray,
-) -> ExpertGradients:
-    """The gradients of this process's experts, and of domain embeddings, that received a token and train.
-
-    input_gradients: of the graph's differentiated inputs, in order. received [layers, E]: rows that came to each
-    expert, from whatever rank.
-    """
-    domains = [d for d in np.unique(batch.domain) if groups.names[d] in trained_domains] if inputs.word_tables else ()
-    trains = trained_experts(groups, trained_domains) & (received > 0)
-    return inputs.expert_gradients(input_gradients, batch.plans, trains, domains)
 
 
 def trained_experts(groups: ExpertGroups, trained_domains: Collection[str]) -> np.ndarray:

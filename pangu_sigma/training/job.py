@@ -36,7 +36,7 @@ from pangu_sigma.training.startup.starting_point import (
 )
 from pangu_sigma.training.startup.warnings import describe_differences, describe_placement
 from pangu_sigma.training.streaming_input import StreamingInput
-from pangu_sigma.training.task import TextTask, TrainingTask
+from pangu_sigma.training.task import TrainingTask
 from pangu_sigma.training.training_result import TrainingResult
 from pangu_sigma.workers import FOLDER, is_worker, launch, processes_of, with_workers
 from parallel.comm.processes import Processes
@@ -74,7 +74,7 @@ def open_run(
     config: Config,
     resume: bool,
     processes: Processes | None = None,
-    make_task: Callable[[StartingPoint], TrainingTask] = TextTask,
+    make_task: Callable[[StartingPoint], TrainingTask] = TrainingTask,
 ) -> Iterator[TrainingRun]:
     """Prepare a run over its folder.
 

@@ -177,7 +177,7 @@ class TrainingLoop(TrainingRun):
             return
         done = step.index + 1
         self.progress = replace(self.progress, step=done, tokens=self.progress.tokens + result.tokens)
-        self.bar.update(done, result.loss, self.trainer.tokens_per_second)
+        self.bar.update(done, result.loss, self.trainer.metrics.tokens_per_second)
         if done % self.config.run.log_every == 0 or done == self.config.train.steps:
             self.metrics.train(
                 done,

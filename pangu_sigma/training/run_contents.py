@@ -15,7 +15,6 @@ from pangu_sigma.checkpoint import CheckpointContents, Fingerprints, SaveResult,
 from pangu_sigma.checkpoint.distributed import save_distributed
 from pangu_sigma.config import Config
 from pangu_sigma.data.corpus import Corpus
-from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_files
 from pangu_sigma.model.model import Model
 from pangu_sigma.model.state_dict import model_tensors, tensor_parts
 
@@ -32,7 +31,7 @@ def collect_contents(
         domains=config.domain_names,
         coverage=config.coverage,
         config_text=config.to_yaml(),
-        tokenizer_files=tokenizer_files(corpus.tokenizer),
+        tokenizer_files=corpus.tokenizer.files(),
         probe=probe,
         state=state,
         fingerprints=Fingerprints(tokenizer=corpus.tokenizer.fingerprint, corpora=corpus.fingerprints),

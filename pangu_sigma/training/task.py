@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pangu_sigma.config import Config
 from pangu_sigma.data.corpus import Corpus, prepare_corpus
 from pangu_sigma.data.mixture_sampler import MixtureSampler
-from pangu_sigma.data.packed_sequences import HeldoutSequences, first_sequences
+from pangu_sigma.data.packed_rows import HeldoutRows
+from pangu_sigma.data.packed_sequences import first_sequences
+from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.trained_model import stored_tokenizer
 from pangu_sigma.training.schedule import domain_weights
@@ -26,65 +29,47 @@ if TYPE_CHECKING:
     from pangu_sigma.training.objective import TrainingObjective
 
 
-class TrainingTask(Protocol):
-    """Interface of a kind of training: text, SFT or DPO.
+def prepare_with_progress(config: Config, tokenizer: Tokenizer | None) -> Corpus:
+    """`prepare_corpus` behind progress bars, one at a time: that of the domain and stage under way."""
+    with ExitStack() as jobs:
+        running: dict[tuple[str, str], object] = {}
 
-    Made of a `StartingPoint` before the framework is loaded, so that what is wrong with files shows at once.
+        def advance(domain: str, stage: str, done: int, total: int) -> None:
+            key = (domain, stage)
+            if key not in running:
+                jobs.close()
+                running.clear()
+                running[key] = jobs.enter_context(progress(f"{stage} {domain}", total or None, unit="documents"))
+            running[key].set(done)
+
+        return prepare_corpus(config, tokenizer, progress=advance)
+
+
+class TrainingTask:
+    """A kind of training: here language modelling on the domains' text; SFT and DPO change what they do otherwise.
+
+    Made before the framework is loaded, so that what is wrong with files shows at once. The text is tokenised with the
+    starting point's tokenizer or the configured one. Raises UserError for the corpus.
     """
 
     corpus: Corpus
-    heldout: Mapping[str, HeldoutSequences]
-
-    def objective(self) -> TrainingObjective:
-        """What the steps minimise."""
-
-    def evaluator(self, model: Model, objective: TrainingObjective) -> Evaluator:
-        """What evaluates held-out text while training."""
-
-    def sampler(self, sizes: Sequence[int]) -> MixtureSampler:
-        """What the steps' batches are drawn from; `sizes`: experts of every group."""
-
-    def probe(self, count: int) -> dict[str, np.ndarray]:
-        """At most `count` held-out sequences of every domain, int32 [n, S + 1]: with them a checkpoint's model can be
-        verified alone."""
-
-    def state(self) -> dict[str, object]:
-        """What a checkpoint's state keeps beside what every run has."""
-
-
-class TextTask:
-    """Language modelling on the domains' text: the mean loss per token.
-
-    The text is tokenised with the starting point's tokenizer or the configured one. Raises UserError for the corpus.
-    """
+    heldout: Mapping[str, HeldoutRows]
 
     def __init__(self, starting_point: StartingPoint) -> None:
         self.config = starting_point.config
         checkpoint = starting_point.tokenizer_checkpoint
         tokenizer = None if checkpoint is None else stored_tokenizer(checkpoint)
-        with ExitStack() as jobs:
-            # One progress bar at a time: that of the domain and stage under way.
-            running: dict[tuple[str, str], object] = {}
-
-            def advance(domain: str, stage: str, done: int, total: int) -> None:
-                key = (domain, stage)
-                if key not in running:
-                    jobs.close()
-                    running.clear()
-                    running[key] = jobs.enter_context(progress(f"{stage} {domain}", total or None, unit="documents"))
-                running[key].set(done)
-
-            self.corpus = prepare_corpus(self.config, tokenizer, progress=advance)
+        self.corpus = prepare_with_progress(self.config, tokenizer)
         self.heldout = self.corpus.heldout()
 
     def objective(self) -> TrainingObjective:
-        """See `TrainingTask`."""
+        """What the steps minimise: the mean loss per token."""
         from pangu_sigma.training.objective import TrainingObjective
 
         return TrainingObjective()
 
     def evaluator(self, model: Model, objective: TrainingObjective) -> Evaluator:
-        """See `TrainingTask`."""
+        """What evaluates held-out text while training."""
         from pangu_sigma.evaluation.domain_evaluation import Evaluator
         from pangu_sigma.training.distributed.mesh_evaluation import MeshEvaluator
 
@@ -93,7 +78,8 @@ class TextTask:
         return Evaluator(model, self.config.evaluate.batch_size)
 
     def sampler(self, sizes: Sequence[int]) -> MixtureSampler:
-        """See `TrainingTask`; where the run is placed, every placement group reads its own domains' text."""
+        """What the steps' batches are drawn from; `sizes`: experts of every group. Where the run is placed, every
+        placement group reads its own domains' text."""
         config = self.config
         has_placement = config.parallel.placement_groups > 1
         return MixtureSampler(
@@ -106,9 +92,10 @@ class TextTask:
         )
 
     def probe(self, count: int) -> dict[str, np.ndarray]:
-        """See `TrainingTask`."""
+        """At most `count` held-out sequences of every domain, int32 [n, S + 1]: with them a checkpoint's model can be
+        verified alone."""
         return first_sequences(self.heldout, count)
 
     def state(self) -> dict[str, object]:
-        """See `TrainingTask`."""
+        """What a checkpoint's state keeps beside what every run has."""
         return {}

@@ -205,11 +205,6 @@ class Trainer:
         tokens = sum(int(metrics.tokens.sum()) for metrics in text)
         return StepResult(loss, norm, True, False, self.loss_scale.dynamic_value, tokens)
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Speed since the last record."""
-        return self.metrics.tokens_per_second
-
     def take_record(self) -> dict[str, object]:
         """Metrics since the last record, what the expert stores of all processes did per step among them (`store`).
 
@@ -220,10 +215,6 @@ class Trainer:
         store = dict(zip(own, totals.tolist(), strict=True))
         store["prefetch_hit_rate"] /= self.processes.size
         return {"store": store, **self.metrics.take_record()}
-
-    def moments(self) -> dict[str, np.ndarray]:
-        """The optimizer's moments of the shared parameters by checkpoint name, as float32 arrays."""
-        return self.optimizer.moments()
 
     def state(self) -> dict[str, object]:
         """What a checkpoint keeps of it beside tensors."""

@@ -89,27 +89,17 @@ class GroupReduce(nn.Cell):
 
     def __init__(self, members: GroupAllGather) -> None:
         super().__init__()
-        self.grid, self.rank, self.replica = members.grid, members.rank, members.replica
-        self.first, self.parts, self.is_all = members.first, members.parts, members.is_all
+        self.size, self.rank = members.grid[0] * members.grid[1], members.rank
+        self.parts, self.is_all = members.parts, members.is_all
         self.all_reduce = ops.AllReduce()
-        self.along_data, self.along_parts = ops.Concat(1), ops.Concat(0)
+        above, after = members.grid[0] - members.first - members.parts, members.grid[1] - members.replica - 1
+        self.pad = ops.Pad(((members.first, above), (members.replica, after), (0, 0), (0, 0)))
 
     def construct(self, x: Tensor) -> Tensor:
         rows, width = x.shape[0] // self.parts, x.shape[1]
-        parts, replicas = self.grid
         if not self.is_all:
-            x = x.reshape(self.parts, 1, rows, width)
-            before, after = self.replica, replicas - self.replica - 1
-            if before > 0:
-                x = self.along_data((ops.zeros((self.parts, before, rows, width), ms.float32), x))
-            if after > 0:
-                x = self.along_data((x, ops.zeros((self.parts, after, rows, width), ms.float32)))
-            below, above = self.first, parts - self.first - self.parts
-            if below > 0:
-                x = self.along_parts((ops.zeros((below, replicas, rows, width), ms.float32), x))
-            if above > 0:
-                x = self.along_parts((x, ops.zeros((above, replicas, rows, width), ms.float32)))
-        total = self.all_reduce(x.reshape(parts * replicas, rows * width))
+            x = self.pad(x.reshape(self.parts, 1, rows, width))
+        total = self.all_reduce(x.reshape(self.size, rows * width))
         return total[self.rank].reshape(rows, width)
 
 

@@ -288,8 +288,8 @@ class CompiledCombine(nn.Cell):
 
 
 class CompiledPlan(nn.Cell):
-    """Dispatch plan (counting sort of rows by expert), compiled: expert ids int32 [C], E for a dropped choice
-    -> (order [C], offsets [E + 1]) for `CompiledFeedForward`.
+    """Dispatch plan (counting sort of rows by expert), compiled: expert ids int32 [T, k], E for a dropped
+    choice -> (order [C], offsets [E + 1]) of the C = T k choices, for `CompiledFeedForward`.
     """
 
     def __init__(self, path: str, experts: int) -> None:
@@ -297,4 +297,4 @@ class CompiledPlan(nn.Cell):
         self.sort = _kernel(path, "plan", lambda ids: (ids, [experts + 1]), lambda ids: (ids, ids))
 
     def construct(self, expert_ids: Tensor) -> tuple[Tensor, Tensor]:
-        return self.sort(expert_ids)
+        return self.sort(expert_ids.reshape(-1))

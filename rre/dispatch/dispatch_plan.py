@@ -176,20 +176,6 @@ class PlanInGraph(nn.Cell):
         return rows + (position_R.reshape(tokens, num_choices),)
 
 
-class CompiledPlanInGraph(nn.Cell):
-    """Dispatch plan in the graph for compiled experts: expert ids int32 [T, K] -> (order [R], offsets [E + 1]).
-
-    A sort by one compiled operator; shapes are static.
-    """
-
-    def __init__(self, experts: int, kernels: str) -> None:
-        super().__init__()
-        self.plan = CompiledPlan(kernels, experts)
-
-    def construct(self, expert_ids_TK: Tensor) -> tuple[Tensor, ...]:
-        return self.plan(expert_ids_TK.reshape(-1))
-
-
 class ExchangedPlanInGraph(nn.Cell):
     """Dispatch plan in the graph under expert parallelism: plans the choices of all processes for local experts."""
 
@@ -207,8 +193,6 @@ def build_plan_cell(experts: int, layout: Layout, exchange: GatheredExchange | N
     `experts` is their number in the layer; `exchange` knows how many of them are local.
     """
     num_local_experts = experts if exchange is None else exchange.num_local_experts
-    if layout.kernels:
-        plan = CompiledPlanInGraph(num_local_experts, layout.kernels)
-    else:
-        plan = PlanInGraph(num_local_experts, layout)
+    kernels = layout.kernels
+    plan = CompiledPlan(kernels, num_local_experts) if kernels else PlanInGraph(num_local_experts, layout)
     return plan if exchange is None else ExchangedPlanInGraph(exchange, plan)

@@ -1,6 +1,4 @@
 """Routers of sparse layers: one file for each, found by its spec (`rre.router_specs`)."""
 
 from rre.routers.build_router import build_router
-from rre.routers.router import Assignment, ExpertGroups, Router, RouterOptions
-
-__all__ = ["Assignment", "ExpertGroups", "Router", "RouterOptions", "build_router"]
+from rre.routers.router import ExpertGroups, Router, RouterOptions

@@ -8,7 +8,6 @@ import numpy as np
 
 from rre.dispatch.dispatch_plan import drop_overflow
 from rre.router_specs import LAYER
-from rre.routers.router import Assignment
 from rre.routers.table_router import TableRouter
 
 
@@ -21,10 +20,10 @@ class HashRouter(TableRouter):
 
     def assign(
         self, token_ids: np.ndarray, domain: np.ndarray, step: int, samples: np.ndarray, training: bool
-    ) -> Assignment:
+    ) -> np.ndarray:
         ids_TK = self.tables[LAYER][token_ids].astype(np.int64).reshape(-1, 1)
         factor = self.options.capacity_factor
         if training and factor is not None:
             length, experts = token_ids.shape[1], self.options.groups.total
             ids_TK = drop_overflow(ids_TK, length, np.full(experts, math.ceil(factor * length / experts)))
-        return Assignment(ids_TK)
+        return ids_TK

@@ -1,4 +1,4 @@
-"""Router interface: from tokens to an expert assignment, and where it is made (host or graph).
+"""Router interface: from tokens to their experts, and where it is made (host or graph).
 
 A router has a part on the host, which sees vocabulary ids, domains and the step, and a part inside the compiled graph,
 which sees hidden states. Table routers (RRE, hash layers) decide everything on the host; learned gates decide inside.
@@ -16,17 +16,6 @@ from mindspore import nn
 from parallel.comm.exchange import GatheredExchange
 from parallel.operator_layout import Layout
 from rre.router_specs import RouterSpec
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """Expert assignment of T tokens, made on the host.
-
-    `expert_ids` int [T, K], DROPPED for a choice that overflowed. Combine weights are 1 and there is no loss to add:
-    a router that needs either decides inside the graph.
-    """
-
-    expert_ids: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -105,8 +94,11 @@ class Router:
 
     def assign(
         self, token_ids: np.ndarray, domain: np.ndarray, step: int, samples: np.ndarray, training: bool
-    ) -> Assignment:
-        """Assign `token_ids` [B, S] of `domain` [B] at `step`; `samples` [B] are global sample numbers."""
+    ) -> np.ndarray:
+        """Assign `token_ids` [B, S] of `domain` [B] at `step`; `samples` [B] are global sample numbers.
+
+        Returns expert ids int [T, K], DROPPED for a choice that overflowed. Combine weights are 1 and there is no loss
+        to add: a router that needs either decides inside the graph."""
         raise NotImplementedError(f"{type(self).__name__} assigns inside the graph")
 
     def noise_shape(self, tokens: int) -> tuple[int, ...]:

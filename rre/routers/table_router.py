@@ -15,7 +15,7 @@ from mindspore import Tensor, nn
 
 from rre.counted_random import key64, uniform
 from rre.dispatch.dispatch_plan import drop_overflow
-from rre.routers.router import Assignment, Router, RouterOptions
+from rre.routers.router import Router, RouterOptions
 
 
 class TableRouter(Router):
@@ -32,7 +32,7 @@ class TableRouter(Router):
 
     def assign(
         self, token_ids: np.ndarray, domain: np.ndarray, step: int, samples: np.ndarray, training: bool
-    ) -> Assignment:
+    ) -> np.ndarray:
         batch, length = token_ids.shape
         options, groups = self.options, self.options.groups
         resample = training and options.setting("resample")
@@ -50,7 +50,7 @@ class TableRouter(Router):
         if training and options.capacity_factor is not None:
             per_group = [math.ceil(options.capacity_factor * length / size) for size in groups.sizes]
             ids_TK = drop_overflow(ids_TK, length, np.repeat(per_group, groups.sizes))
-        return Assignment(ids_TK)
+        return ids_TK
 
     def cell(self) -> nn.Cell:
         return PrecomputedRouting()

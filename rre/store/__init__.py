@@ -3,5 +3,3 @@
 from rre.store.disk_store import DiskStore
 from rre.store.expert_store import ExpertStore, StoreStats
 from rre.store.memory_stores import DeviceStore, HostStore
-
-__all__ = ["DeviceStore", "DiskStore", "ExpertStore", "HostStore", "StoreStats"]

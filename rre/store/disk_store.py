@@ -87,13 +87,11 @@ class DiskStore(ExpertStore):
 
     def _make_tables(self) -> dict[str, dict[str, dict[str, np.ndarray]]]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        tables: dict[str, dict[str, dict[str, np.ndarray]]] = {kind: {} for kind in STATE_TENSORS}
+        tables = super()._make_tables()
         for layer_name, tensors in self.shapes.items():
-            count = self.experts[layer_name]
             if self.in_memory(layer_name):
-                for kind in STATE_TENSORS:
-                    tables[kind][layer_name] = {n: np.zeros((count, *s), np.float32) for n, s in tensors.items()}
                 continue
+            count = self.experts[layer_name]
             sizes = {name: 4 * int(np.prod(shape)) for name, shape in tensors.items()}
             record = -(-len(STATE_TENSORS) * sum(sizes.values()) // PAGE) * PAGE
             self._record[layer_name] = record
@@ -249,18 +247,6 @@ class DiskStore(ExpertStore):
                 self._pin([key])
             self._dirty.add(key)
         super().apply(layer_name, expert, *arguments, **named)
-
-    def release(self) -> None:
-        """Write back and evict everything, after tables were read or changed from outside a step."""
-        self.flush()
-        with self._lock:
-            self._pinned.clear()
-            for key in list(self._resident):
-                self._evict(key)
-            for layer_name, buffer in self._maps.items():
-                self._write_back(layer_name, 0, 0)
-                self._advise(layer_name, 0, len(buffer), mmap.MADV_DONTNEED)
-                self._drop_cached(layer_name, 0, 0)
 
     def write(self, kind: str, layer_name: str, name: str, experts: slice, values: np.ndarray) -> None:
         if self.in_memory(layer_name):

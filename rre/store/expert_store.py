@@ -77,7 +77,7 @@ class ExpertStore:
 
     `shapes`: layer name (or that of the embedding slots) -> tensor name -> shape of one expert's tensor. `experts`:
     layer name -> how many. `kernels`: compiled updates, else NumPy's. Tables are zero until `initialise` or until they
-    are written to. A subclass makes the tables and says when an expert is ready. A process of several holds some of a
+    are written to. A subclass may keep tables elsewhere. A process of several holds some of a
     layer's experts, which it counts from 0, and in a graph that is cut over devices a part of each of their tensors.
     """
 
@@ -100,11 +100,18 @@ class ExpertStore:
         self._workers = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "expert-update")
         self._running: list[tuple[Future, Tensor]] = []
 
-    # --- what a subclass defines
+    # --- what a subclass changes
 
     def _make_tables(self) -> dict[str, dict[str, dict[str, np.ndarray]]]:
         """Make tables: kind -> layer name -> tensor name -> float32 [experts, …], one expert's tensor contiguous."""
-        raise NotImplementedError
+        return {
+            kind: {
+                layer_name: {name: np.zeros((self.experts[layer_name], *s), np.float32) for name, s in tensors.items()}
+                for layer_name, tensors in self.shapes.items()
+                if self.in_memory(layer_name)
+            }
+            for kind in STATE_TENSORS
+        }
 
     def _make_ready(self, layer_name: str, experts: Sequence[int]) -> int:
         """Bring experts into memory; return how many were there already."""
@@ -116,9 +123,6 @@ class ExpertStore:
     def in_memory(self, layer_name: str) -> bool:
         """Whether a layer's tables lie in memory as a whole."""
         return True
-
-    def release(self) -> None:
-        """Free all memory that can be read back from elsewhere; between steps only."""
 
     def close(self) -> None:
         """Flush and give back threads and files."""

@@ -25,15 +25,15 @@ VOCAB = 384
 @functools.cache
 def small_tokenizer() -> Tokenizer:
     """A real tokenizer of VOCAB pieces, trained once."""
-    from pangu_sigma.data.corpus_files import CorpusSource
     from pangu_sigma.data.tokenizers.tokenizer_training import train_tokenizer
+    from tests.text_domain import text_domain
 
     draw = random.Random(0)
     words = ["def", "return", "the", "court", "shall", "party", "moon", "rose", "night", "love", "import", "clause"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text.txt"
         path.write_text("\n\n".join(" ".join(draw.choices(words, k=200)) for _ in range(20)))
-        return train_tokenizer([CorpusSource("text", [path])], VOCAB)
+        return train_tokenizer([text_domain("text", [path])], VOCAB)
 
 
 def small_config(sizes: Mapping[str, int], **model) -> Config:

@@ -45,17 +45,11 @@ class _Vocabulary:
     def unk_id(self) -> int:
         return -1
 
-    def eos_id(self) -> int:
-        return -1
-
-    def bos_id(self) -> int:
-        return -1
+    eos_id = bos_id = unk_id
 
     def pad_id(self) -> int:
-        for piece in ("<|padding|>", "<pad>", "[PAD]"):
-            if self.library.token_to_id(piece) is not None:
-                return self.library.token_to_id(piece)
-        return -1
+        ids = (self.piece_to_id(piece) for piece in ("<|padding|>", "<pad>", "[PAD]"))
+        return next((index for index in ids if index >= 0), -1)
 
 
 class HuggingFaceTokenizer(Tokenizer):

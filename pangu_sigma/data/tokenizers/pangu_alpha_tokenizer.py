@@ -7,6 +7,7 @@ no byte fallback and normalises (NFKC), so a text is not always recovered exactl
 
 import logging
 from collections.abc import Iterable
+from functools import cached_property
 
 import jieba
 
@@ -24,13 +25,11 @@ class PanguAlphaTokenizer(SentencePieceModel):
 
     kind = "pangu_alpha"
 
-    def __init__(
-        self, model: bytes, eod_id: int | None = None, pad_id: int | None = None, origin: str = "the given model"
-    ):
+    @cached_property
+    def _jieba(self) -> jieba.Tokenizer:
         # An instance of its own: jieba's module-wide one may have got a user's dictionary, which changes the ids.
         jieba.setLogLevel(logging.WARNING)
-        self._jieba = jieba.Tokenizer()
-        super().__init__(model, eod_id, pad_id, origin)
+        return jieba.Tokenizer()
 
     def encode(self, text: str) -> list[int]:
         refuse_surrogates(text)
@@ -38,7 +37,7 @@ class PanguAlphaTokenizer(SentencePieceModel):
         return self._encode_text(" ".join(words))
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._decode_ids(ids).translate(_TO_TEXT)
+        return super().decode(ids).translate(_TO_TEXT)
 
     def _rules(self) -> str:
         return f"jieba {jieba.__version__}"

@@ -1,6 +1,7 @@
 """SentencePiece tokenizer: a ``.model`` file, given or trained; also the base of those that put rules around one."""
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 import numpy as np
 import sentencepiece
@@ -16,9 +17,16 @@ class SentencePieceModel(Tokenizer):
     """Tokenizer on a SentencePiece model: encoding and decoding that keep the reserved ids out of the text."""
 
     def _open(self, model: bytes, origin: str) -> sentencepiece.SentencePieceProcessor:
-        return _processor(model, origin)
+        try:
+            pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+            size = pieces.get_piece_size()
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"{origin} is no SentencePiece model; give the path of a .model file") from error
+        if size == 0:
+            raise UserError(f"{origin} is no SentencePiece model; give the path of a .model file")
+        return pieces
 
-    def _decode_ids(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """SentencePiece's decoding, without the reserved ids (user-defined ones would come out as text)."""
         kept = [int(index) for index in ids if index not in self._reserved]
         for index in kept:
@@ -57,12 +65,10 @@ class SentencePieceTokenizer(SentencePieceModel):
 
     kind = "sentencepiece"
 
-    def __init__(
-        self, model: bytes, eod_id: int | None = None, pad_id: int | None = None, origin: str = "the given model"
-    ):
-        super().__init__(model, eod_id, pad_id, origin)
+    @cached_property
+    def _space_bytes(self) -> list[int] | None:
         ids = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode("utf-8")]
-        self._space_bytes = ids if all(self._pieces.is_byte(index) for index in ids) else None
+        return ids if all(self._pieces.is_byte(index) for index in ids) else None
 
     def encode(self, text: str) -> list[int]:
         refuse_surrogates(text)
@@ -90,17 +96,3 @@ class SentencePieceTokenizer(SentencePieceModel):
             rows[index] if index in rows else np.asarray(self.encode(text), dtype=np.int32)
             for index, text in enumerate(texts)
         ]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self._decode_ids(ids)
-
-
-def _processor(model: bytes, origin: str) -> sentencepiece.SentencePieceProcessor:
-    try:
-        pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        size = pieces.get_piece_size()
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"{origin} is no SentencePiece model; give the path of a .model file") from error
-    if size == 0:
-        raise UserError(f"{origin} is no SentencePiece model; give the path of a .model file")
-    return pieces

@@ -57,10 +57,8 @@ class Tokenizer(ABC):
         """The vocabulary entry of one id, as the model file spells it."""
         return self._pieces.id_to_piece(self._check("id", token_id))
 
-    def save(self, folder: str | Path) -> None:
-        """Write ``tokenizer.model`` and ``tokenizer.json`` into ``folder``; ``load_tokenizer`` reads them."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+    def files(self) -> dict[str, bytes]:
+        """``tokenizer.model`` and ``tokenizer.json``, which ``load_tokenizer`` reads."""
         info = {
             "format_version": FORMAT_VERSION,
             "kind": self.kind,
@@ -69,8 +67,13 @@ class Tokenizer(ABC):
             "vocab_size": self.vocab_size,
             "fingerprint": self.fingerprint,
         }
-        (folder / MODEL_FILE).write_bytes(self.model)
-        (folder / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        return {INFO_FILE: (json.dumps(info, indent=2) + "\n").encode(), MODEL_FILE: self.model}
+
+    def save(self, folder: str | Path) -> None:
+        """Write the files into ``folder``."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            (Path(folder) / name).write_bytes(content)
 
     @abstractmethod
     def _open(self, model: bytes, origin: str):

@@ -3,7 +3,6 @@
 import json
 import os
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from pangu_sigma.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from pangu_sigma.data.tokenizers.tokenizer import FORMAT_VERSION, INFO_FILE, MODEL_FILE, Tokenizer
@@ -64,10 +63,3 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             f"{folder / MODEL_FILE} is not the tokenizer that {info_path} describes; restore the original file"
         )
     return tokenizer
-
-
-def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """The tokenizer's files by name, as a checkpoint keeps them."""
-    with TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from pangu_sigma.data.corpus_files import CorpusSource, expand_paths, fingerprint_files, iterate_documents
+from pangu_sigma.config.data_section import DomainConfig
+from pangu_sigma.data.corpus_files import expand_paths, fingerprint_files, iterate_documents
 from pangu_sigma.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_registry import load_tokenizer, read_model, tokenizer_class
@@ -35,21 +36,19 @@ _UNTRAINABLE = "\x00\u2581\u2585\u2047"  # SentencePiece's own signs: training s
 
 def build_tokenizer(
     kind: str,
-    sources: Sequence[CorpusSource],
+    sources: Sequence[DomainConfig],
     cache_dir: str | Path,
     path: str | Path | None = None,
     vocab_size: int = 4096,
-    eod_id: int | None = None,
-    pad_id: int | None = None,
 ) -> Tokenizer:
     """The tokenizer of a configuration's ``data.tokenizer``.
 
-    ``sentencepiece`` and ``pangu_alpha`` read ``path``; ``eod_id`` and ``pad_id`` default to what the model names.
+    ``sentencepiece`` and ``pangu_alpha`` read ``path``.
     ``train`` trains on ``sources`` and keeps the result under ``cache_dir`` by the contents of the corpora, so that it
     is trained once and again when a corpus changes. UserError for an unknown kind and an unusable model or corpus.
     """
     if kind != "train":
-        return tokenizer_class(kind)(read_model(path, kind), eod_id, pad_id, str(path))
+        return tokenizer_class(kind)(read_model(path, kind), origin=str(path))
     settings = [_RECIPE, sentencepiece.__version__, str(vocab_size)]
     for source in sources:
         files = fingerprint_files(expand_paths(source.name, source.data))
@@ -63,8 +62,8 @@ def build_tokenizer(
     return load_tokenizer(folder)
 
 
-def train_tokenizer(sources: Sequence[CorpusSource], vocab_size: int) -> SentencePieceTokenizer:
-    """Train on the mix of ``sources``, weighted by ``CorpusSource.weight``: the same text gives the same bytes.
+def train_tokenizer(sources: Sequence[DomainConfig], vocab_size: int) -> SentencePieceTokenizer:
+    """Train on the mix of ``sources``, weighted by their ``weight``: the same text gives the same bytes.
 
     Ids: ``<pad>`` 0, ``<unk>`` 1 (never made), ``<eod>`` 2, then layout, bytes, merges, characters: ``vocab_size`` in
     all. Raises UserError when the vocabulary is too small to hold the bytes, or larger than the text can fill.
@@ -117,7 +116,7 @@ def train_tokenizer(sources: Sequence[CorpusSource], vocab_size: int) -> Sentenc
     return SentencePieceTokenizer(model.getvalue())
 
 
-def _mixed_lines(sources: Sequence[CorpusSource]) -> Iterator[str]:
+def _mixed_lines(sources: Sequence[DomainConfig]) -> Iterator[str]:
     """Lines of the domains' documents, each document repeated (or left out) so that bytes follow the weights."""
     files = {source.name: expand_paths(source.name, source.data) for source in sources}
     size = {name: sum(file.stat().st_size for file in paths) for name, paths in files.items()}

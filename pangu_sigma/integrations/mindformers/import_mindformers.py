@@ -21,7 +21,6 @@ from pangu_sigma.config import Config, with_vocabulary
 from pangu_sigma.config.parameter_counts import parameter_counts, tensor_shapes
 from pangu_sigma.convert.conversion_coverage import SkippedTensors, check_coverage
 from pangu_sigma.convert.converted_folder import write_converted
-from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_files
 from pangu_sigma.errors import UserError
 from pangu_sigma.integrations.mindformers.companion_files import find_companion, read_companion
 from pangu_sigma.tensor_names import WORDS, is_routing, parse_name, tensor_name
@@ -85,7 +84,7 @@ def import_mindformers(source: Path, out: Path, run: Path | None = None) -> Impo
             origin={"job": "import mindformers", "source": file.name, "step": step},
             card=_card(file, config, step, counts.total),
             read=read,
-            tokenizer_files=tokenizer_files(companion.tokenizer),
+            tokenizer_files=companion.tokenizer.files(),
             fingerprints=Fingerprints(tokenizer=companion.tokenizer.fingerprint, corpora=companion.corpora),
             step=step,
             probe=companion.probe,

@@ -7,11 +7,11 @@ that is resumed within the phase opens the kept snapshot. Replay of old text is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -37,10 +37,8 @@ if TYPE_CHECKING:
     from pangu_sigma.monitor.progress import Job
 
 
-class JobOpener(Protocol):
-    """Opens a progress bar for a long job within the run: `TrainingProgress.job`."""
-
-    def __call__(self, description: str, total: float | None, unit: str = ...) -> AbstractContextManager[Job]: ...
+# Opens a progress bar for a long job within the run: `TrainingProgress.job`.
+JobOpener = Callable[..., AbstractContextManager["Job"]]
 
 
 class ContinualController:
@@ -70,7 +68,7 @@ class ContinualController:
 
     def state(self) -> dict[str, object]:
         """What a checkpoint's state keeps of it."""
-        return {} if self.snapshot is None else {TEACHER_KEY: self.snapshot.state()}
+        return {} if self.snapshot is None else {TEACHER_KEY: asdict(self.snapshot)}
 
     def start_phase(self, phase: Phase, step: int, open_job: JobOpener) -> str | None:
         """Prepare for a step of `phase`; does nothing within the phase under way.

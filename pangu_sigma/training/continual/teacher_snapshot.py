@@ -13,7 +13,7 @@ import hashlib
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -52,10 +52,6 @@ class TeacherSnapshot:
     step: int
     model: str
     fisher: str | None = None
-
-    def state(self) -> dict[str, object]:
-        """What a checkpoint keeps."""
-        return asdict(self)
 
     @classmethod
     def from_state(cls, state: Mapping[str, object]) -> TeacherSnapshot | None:

@@ -7,9 +7,8 @@ are known on the last stage alone; all processes read them from one of its ranks
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 from mindspore import Tensor
@@ -23,15 +22,11 @@ from pangu_sigma.training.objective import BatchLoss, TrainingObjective
 from pangu_sigma.training.schedule import Phase
 from pangu_sigma.training.step_metrics import BatchMetrics
 
-
-class Pipeline(Protocol):
-    """One rank's stage: on a device (`device_pipeline`) or emulated (`parallel.emulation.emulated_steps`)."""
-
-    def __call__(
-        self, inputs: Sequence[np.ndarray], experts: Sequence[np.ndarray]
-    ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor], Tensor]:
-        """Inputs and experts of this rank -> objective by domain, gradients of the experts and of the shared
-        parameters, square sums of the latter: `PipelineTrainStep`'s outputs, of this rank's shards."""
+# One rank's stage, on a device (`device_pipeline`) or emulated (`parallel.emulation.emulated_steps`): its inputs and
+# experts -> `PipelineTrainStep`'s outputs, of this rank's shards.
+Pipeline = Callable[
+    [Sequence[np.ndarray], Sequence[np.ndarray]], tuple[Tensor, Sequence[Tensor], Sequence[Tensor], Tensor]
+]
 
 
 class PipelineRunner:

@@ -23,12 +23,12 @@ import pytest
 
 from pangu_sigma.checkpoint import Checkpoint, CheckpointContents, Fingerprints, open_checkpoint, save_checkpoint
 from pangu_sigma.config import Config, config_from_dict, effective
-from pangu_sigma.data.corpus_files import CorpusSource
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_training import train_tokenizer
 from rre.routers import ExpertGroups
 from tests.oracles import pangu_numpy
 from tests.pangu_sigma.model.model_driver import make_tensors
+from tests.text_domain import text_domain
 
 LENGTH = 24
 GROUPS = ExpertGroups(("code", "poems"), (3, 2))
@@ -89,7 +89,7 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
     """A trained one, with byte fallback."""
     folder = tmp_path_factory.mktemp("text")
     (folder / "text.txt").write_text("\n".join(TEXTS[:2]) * 20, encoding="utf-8")
-    return train_tokenizer([CorpusSource("text", [folder / "text.txt"])], 352)
+    return train_tokenizer([text_domain("text", [folder / "text.txt"])], 352)
 
 
 def save_model(

@@ -98,9 +98,8 @@ def test_nothing_is_linked_to_a_damaged_checkpoint(tmp_path, tensors, save):
 
 def test_the_newest_are_kept(tmp_path, make, save):
     for step in (1, 2, 3, 10):
-        result = save(tmp_path, step, make(step), keep=2)
+        save(tmp_path, step, make(step), keep=2)
     assert steps(tmp_path) == ["step-00000003", "step-00000010"]
-    assert [path.name for path in result.deleted] == ["step-00000002"]
     save(tmp_path, 11, make(11), keep=1)
     assert steps(tmp_path) == ["step-00000011"]
     find_latest(tmp_path)[0].verify()

@@ -15,13 +15,13 @@ from pangu_sigma import runtime
 from pangu_sigma.checkpoint import Fingerprints, StreamedCheckpoint, TensorSpec, write_model_folder
 from pangu_sigma.config import config_from_dict, effective, tensor_shapes
 from pangu_sigma.convert.converted_folder import new_specs
-from pangu_sigma.data.corpus_files import CorpusSource
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_training import train_tokenizer
 from pangu_sigma.tensor_names import is_routing, parse_name
 from rre.counted_random import generator
 from rre.router_specs import LAYER
 from rre.routing_tables import draw_table
+from tests.text_domain import text_domain
 
 SIZES = {"layers": 3, "hidden": 16, "heads": 2, "ffn": 32, "positions": 16}
 VOCAB = 384
@@ -45,7 +45,7 @@ def published() -> Path:
 @pytest.fixture(scope="session")
 def pieces(corpora) -> Tokenizer:
     """A trained SentencePiece tokenizer of 384 pieces."""
-    sources = [CorpusSource(n, (str(corpora / f"{n}.jsonl"),), "text", 1.0) for n in ("code", "law")]
+    sources = [text_domain(n, (str(corpora / f"{n}.jsonl"),), "text") for n in ("code", "law")]
     return train_tokenizer(sources, VOCAB)
 
 
@@ -79,8 +79,7 @@ def configuration(folder: Path, tokenizer: Path, corpora: Path, model: dict | No
 
 def random_model(out: Path, config, tokenizer: Tokenizer) -> Path:
     """A model folder with random weights and the tables of a new model."""
-    from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_files
-
+    
     targets = tensor_shapes(config, config.model.vocab_size)
     groups = config.expert_groups
     experts = groups | {LAYER: sum(groups.values())}
@@ -102,7 +101,7 @@ def random_model(out: Path, config, tokenizer: Tokenizer) -> Path:
             domains=config.domain_names,
             coverage=config.coverage,
             config_text=config.to_yaml(),
-            tokenizer_files=tokenizer_files(tokenizer),
+            tokenizer_files=tokenizer.files(),
             state={},
             fingerprints=Fingerprints(tokenizer=tokenizer.fingerprint, corpora={}),
             probe={name: np.arange(34, dtype=np.int32).reshape(2, 17) for name in groups},

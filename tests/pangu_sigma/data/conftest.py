@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pangu_sigma.data.corpus_files import CorpusSource
+from pangu_sigma.config.data_section import DomainConfig
 from pangu_sigma.data.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from pangu_sigma.data.tokenizers.tokenizer_training import train_tokenizer
+from tests.text_domain import text_domain
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
@@ -33,8 +34,8 @@ def code_texts() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def code_source(code_texts, tmp_path_factory) -> CorpusSource:
-    return CorpusSource("code", [write_jsonl(tmp_path_factory.mktemp("corpus") / "code.jsonl", code_texts)])
+def code_source(code_texts, tmp_path_factory) -> DomainConfig:
+    return text_domain("code", [write_jsonl(tmp_path_factory.mktemp("corpus") / "code.jsonl", code_texts)])
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,8 @@ import pytest
 
 from pangu_sigma.cli.domains_commands import Filters
 from pangu_sigma.config import config_from_dict
-from pangu_sigma.config.data_section import DomainConfig
+from pangu_sigma.config.data_section import DataConfig, DomainConfig
 from pangu_sigma.data.corpus import Corpus
-from pangu_sigma.data.corpus_files import CorpusSource
 from pangu_sigma.data.document_filters import (
     LONGEST_NGRAM,
     REPEATS,
@@ -21,6 +20,7 @@ from pangu_sigma.data.document_filters import (
 )
 from pangu_sigma.data.domain_store import prepare_domain
 from pangu_sigma.errors import UserError
+from tests.text_domain import text_domain
 
 NO_WORDS = "x"
 
@@ -99,11 +99,12 @@ def written(tmp_path, code_texts):
 
 
 def prepared(source, tokenizer, cache):
-    return prepare_domain(source, tokenizer, cache, heldout_fraction=0.1, sequence_length=16)
+    config = DataConfig(cache=str(cache), heldout_fraction=0.1, sequence_length=16)
+    return prepare_domain(source, tokenizer, config)
 
 
 def test_what_was_dropped_and_why_is_counted_said_and_kept_beside_the_store(written, tokenizer, tmp_path):
-    source = CorpusSource("code", [written], filters="code", stars_field="stars")
+    source = text_domain("code", [written], filters="code", stars_field="stars")
     store = prepared(source, tokenizer, tmp_path / "cache")
     counts = {"few_stars": 1, "one_word": 1, "two_words": 1, "repeated_ngrams": 1, "empty": 1, "exact": 1}
     assert {reason: store.dropped[reason] for reason in counts} == counts
@@ -121,10 +122,10 @@ def test_what_was_dropped_and_why_is_counted_said_and_kept_beside_the_store(writ
 
 
 def test_filters_make_another_store_and_none_makes_the_old_one(written, tokenizer, tmp_path):
-    plain, text = (prepared(CorpusSource("code", [written], filters=f), tokenizer, tmp_path) for f in ("none", "text"))
+    plain, text = (prepared(text_domain("code", [written], filters=f), tokenizer, tmp_path) for f in ("none", "text"))
     assert plain.fingerprint != text.fingerprint
     assert set(plain.dropped) == {"empty", "exact", "near"} and text.dropped["repeated_ngrams"] == 1
-    assert prepared(CorpusSource("code", [written]), tokenizer, tmp_path).folder == plain.folder
+    assert prepared(text_domain("code", [written]), tokenizer, tmp_path).folder == plain.folder
 
 
 def test_configuration_and_command_line_know_every_filter():
@@ -135,6 +136,6 @@ def test_a_domain_of_which_nothing_is_left_is_told(tokenizer, tmp_path):
     path = tmp_path / "code.jsonl"
     path.write_text(json.dumps({"text": "a a a a", "stars": "many"}) + "\n")
     with pytest.raises(UserError, match="has no text in .*code.jsonl but 1 documents that its filters drop"):
-        prepared(CorpusSource("code", [path], filters="code"), tokenizer, tmp_path / "cache")
+        prepared(text_domain("code", [path], filters="code"), tokenizer, tmp_path / "cache")
     with pytest.raises(UserError, match="code.jsonl:1: the field 'stars' is no number; write the stars there"):
-        prepared(CorpusSource("code", [path], filters="code", stars_field="stars"), tokenizer, tmp_path / "cache")
+        prepared(text_domain("code", [path], filters="code", stars_field="stars"), tokenizer, tmp_path / "cache")

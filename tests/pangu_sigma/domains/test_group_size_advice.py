@@ -10,7 +10,8 @@ from pangu_sigma.errors import UserError
 
 
 def facts(**sizes: int) -> dict[str, DomainFacts]:
-    return {name: DomainFacts(name, {"blocks.0": n}, 1000 * n, 0, 0, 0, None, None, None) for name, n in sizes.items()}
+    rest = (0, (), 0, 0, None, None, None)
+    return {name: DomainFacts(name, {"blocks.0": n}, 1000 * n, *rest) for name, n in sizes.items()}
 
 
 def test_experts_follow_the_square_root_of_the_text_and_what_is_left_of_the_loss():

@@ -80,18 +80,19 @@ def test_questions_bring_their_domain_or_it_is_inferred(trained, files, tmp_path
 
 def test_the_inferred_domain_is_the_one_that_finds_the_text_likeliest(trained):
     """As the posterior of evaluation's token log probabilities has it, one text at a time."""
-    from pangu_sigma.evaluation.inferred_domains import DomainLikelihood, likeliest_domains
+    from pangu_sigma.evaluation.inferred_domains import likeliest_domains
+    from pangu_sigma.model.scoring import Scorer
 
     texts = ["def return if else for in range", "court clause judge appeal", "moon night", "silver dream " * 30]
     ids = [prompt_ids(trained.tokenizer, text) for text in texts]
-    model, plain, expected = trained.model, DomainLikelihood(trained.model, 1), []
+    model, plain, expected = trained.model, Scorer(trained.model, 1), []
     length = model.config.data.sequence_length
     for text in ids:
         last = text[-length - 1 :]
         row = np.full((1, length + 1), model.eod_id, np.int32)
         row[0, : len(last)] = last
-        log_likelihood = plain._batch(row)[:, 0, : len(last) - 1].sum(axis=1)
-        expected.append(model.groups.names[int(log_likelihood.argmax())])
+        losses = [plain.losses(row, np.full(1, group, np.int32))[0] for group in range(len(model.groups.names))]
+        expected.append(model.groups.names[int(np.argmin([loss[: len(last) - 1].sum() for loss in losses]))])
     assert likeliest_domains(model, ids) == expected
 
 

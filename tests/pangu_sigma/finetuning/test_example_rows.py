@@ -5,10 +5,10 @@ import pytest
 
 from pangu_sigma.data.packed_rows import TokenSequence, packed_row
 from pangu_sigma.finetuning.example_rows import (
+    ExampleSampler,
+    ExampleStream,
     HeldoutExamples,
-    PackedExamples,
-    PairedExamples,
-    sampler_of,
+    NoExamples,
 )
 from pangu_sigma.finetuning.examples import ExampleSet
 from pangu_sigma.model.scoring import Scorer
@@ -36,7 +36,7 @@ def example_set(count: int, answers: int = 1, name: str = "code") -> ExampleSet:
 
 def test_every_example_comes_once_an_epoch_in_another_order():
     examples = example_set(23)
-    stream = PackedExamples(examples, LENGTH, PAD, seed=1)
+    stream = ExampleStream(examples, LENGTH, PAD, seed=1)
     seen, index, orders = [], 0, []
     for _ in range(2):
         order = []
@@ -50,12 +50,13 @@ def test_every_example_comes_once_an_epoch_in_another_order():
     expected = sorted(tuple(answers[0].ids.tolist()) for answers in examples.train)
     assert seen == [expected, expected] and orders[0] != orders[1]
     # Any row can be read without those before it, as a resumed run does.
-    np.testing.assert_array_equal(PackedExamples(examples, LENGTH, PAD, 1).sample(index - 1)[0], tokens)
+    np.testing.assert_array_equal(ExampleStream(examples, LENGTH, PAD, 1).sample(index - 1)[0], tokens)
 
 
 def test_a_pair_is_two_rows_of_its_domain():
     examples = example_set(9, answers=2, name="law")
-    sampler = sampler_of({"law": examples}, ("code", "law"), "dpo", LENGTH, PAD, {"law": 1.0}, 1, None)
+    streams = [NoExamples("code", LENGTH), ExampleStream(examples, LENGTH, PAD, 1)]
+    sampler = ExampleSampler(streams, {"law": 1.0}, 1)
     drawn = sampler.next_batch(3)
     assert drawn.domain.tolist() == [1] * 6 and drawn.sample.tolist() == [0, 0, 1, 1, 2, 2]
     all_pairs = {tuple(map(lambda answer: tuple(answer.ids.tolist()), pair)) for pair in examples.train}
@@ -64,7 +65,7 @@ def test_a_pair_is_two_rows_of_its_domain():
         for row, padding in zip(drawn.tokens, drawn.padding, strict=True)
     ]
     assert {(rows[0], rows[1]), (rows[2], rows[3]), (rows[4], rows[5])} <= all_pairs
-    stream = PairedExamples(examples, LENGTH, PAD, 1)
+    stream = ExampleStream(examples, LENGTH, PAD, 1)
     assert {stream.sample(i)[0].tobytes() for i in range(6)} == {stream.sample(i)[0].tobytes() for i in range(6, 12)}
 
 

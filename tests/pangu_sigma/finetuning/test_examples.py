@@ -10,7 +10,6 @@ from pangu_sigma.data.chat_template import as_text
 from pangu_sigma.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from pangu_sigma.errors import UserError
 from pangu_sigma.finetuning.examples import load_examples, prompt_and_answers
-from pangu_sigma.serving.openai_requests import Message
 from tests.pangu_sigma.finetuning.conftest import answers, pairs, write_jsonl
 
 WINDOW = 64
@@ -33,7 +32,7 @@ def load(path, tokenizer, adapt=None, window=WINDOW):
 def test_a_prompt_is_tokenised_as_the_server_gives_it_to_the_model(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "one.jsonl", [{"prompt": "the court", "answer": "shall"}])
     ((example,),) = load(path, tokenizer).train
-    prompt_ids = tokenizer.encode(as_text([Message(role="user", content="the court")]))
+    prompt_ids = tokenizer.encode(as_text([("user", "the court")]))
     assert example.ids[: example.prompt].tolist() == prompt_ids
     assert tokenizer.decode(example.ids) == "User: the court\nAssistant: shall" and example.ids[-1] == tokenizer.eod_id
 

@@ -14,13 +14,13 @@ import pytest
 
 from pangu_sigma import runtime
 from pangu_sigma.config import config_from_dict
-from pangu_sigma.data.corpus_files import CorpusSource
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_training import train_tokenizer
 from pangu_sigma.generation.kv_cache_decoder import KvCacheDecoder
 from pangu_sigma.model.build_model import build_model
 from pangu_sigma.model.model import Model
 from tests.oracles.recomputing_decoder import RecomputingDecoder
+from tests.text_domain import text_domain
 
 WINDOW, SLOTS, VOCAB = 32, 4, 336
 DOMAINS = {"code": 3, "law": 1, "poems": 2}
@@ -78,7 +78,7 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
     text = " ".join(f"word{i} naïve façade return import" for i in range(300))
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
     path.write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
-    return train_tokenizer([CorpusSource("text", (str(path),))], VOCAB)
+    return train_tokenizer([text_domain("text", (str(path),))], VOCAB)
 
 
 @pytest.fixture(scope="session")

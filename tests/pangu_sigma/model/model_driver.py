@@ -177,7 +177,7 @@ class DrivenModel:
         for router, layer_inputs in zip(self.routers, self.inputs.layers, strict=True):
             experts, rows = np.arange(self.groups.total), None
             if not self.learned:
-                ids = router.assign(batch.tokens, batch.domain, step, batch.samples, training).expert_ids
+                ids = router.assign(batch.tokens, batch.domain, step, batch.samples, training)
                 if self.blocks is None:
                     plan = plan_by_expert(ids, experts)
                 else:

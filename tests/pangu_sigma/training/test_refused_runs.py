@@ -6,9 +6,9 @@ import shutil
 import pytest
 
 from pangu_sigma.checkpoint import find_latest
-from pangu_sigma.data.corpus_files import CorpusSource
 from pangu_sigma.data.tokenizers.tokenizer_training import train_tokenizer
 from tests.pangu_sigma.training.training_process import assert_refused, checkpoint, command
+from tests.text_domain import text_domain
 
 
 def test_a_changed_corpus_is_refused_by_name(small_yaml, copied_run, corpora, tmp_path):
@@ -30,7 +30,7 @@ def test_a_changed_tokenizer_is_refused(small_yaml, copied_run, tmp_path):
     text.write_text("quite other words, which stand in another text, are learned here as pieces\n" * 20)
     (tokenizer,) = run.glob("data/tokenizer-*")
     shutil.rmtree(tokenizer)
-    train_tokenizer([CorpusSource("other", [str(text)], "text", 1.0)], 330).save(tokenizer)
+    train_tokenizer([text_domain("other", [str(text)], "text")], 330).save(tokenizer)
     done = command("train", small_yaml, f"run.dir={run}", "data.cache=null", "--resume", cwd=tmp_path)
     assert_refused(done, "the tokenizer is not the one", "restore it, or start a new run")
 

@@ -15,7 +15,7 @@ TOKENS = np.array([[0, 1, 2, 3], [2, 3, 2, 5]])
 def assigned(training: bool, factor: float | None = None) -> np.ndarray:
     spec = ROUTER_SPECS["hash"]
     router = build_router(RouterOptions(spec, GROUPS, 8, 4, Layout(), tables={LAYER: TABLE}, capacity_factor=factor))
-    return router.assign(TOKENS, np.array([0, 1]), 3, np.array([7, 8]), training).expert_ids.reshape(TOKENS.shape)
+    return router.assign(TOKENS, np.array([0, 1]), 3, np.array([7, 8]), training).reshape(TOKENS.shape)
 
 
 def test_the_expert_is_the_tables_entry_in_training_and_evaluation_for_every_domain():

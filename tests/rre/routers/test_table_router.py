@@ -32,7 +32,7 @@ def router(tables=TABLES, layer: int = 2, seed: int = 4, resample: bool = False,
 
 
 def assign(of: TableRouter, which=slice(None), step: int = 3, training: bool = True) -> np.ndarray:
-    ids = of.assign(TOKENS[which], DOMAIN[which], step, SAMPLES[which], training).expert_ids
+    ids = of.assign(TOKENS[which], DOMAIN[which], step, SAMPLES[which], training)
     assert ids.shape == (TOKENS[which].size, 1)
     return ids.reshape(-1, LENGTH)
 
@@ -69,9 +69,9 @@ def test_capacity_takes_the_earlier_tokens_and_evaluation_drops_none():
     same = TABLES["law"].copy()
     same[:] = 1
     one = router(TABLES | {"law": same}, capacity_factor=1.0)
-    ids = one.assign(TOKENS[2:3], DOMAIN[2:3], 0, SAMPLES[2:3], True).expert_ids.reshape(-1)
+    ids = one.assign(TOKENS[2:3], DOMAIN[2:3], 0, SAMPLES[2:3], True).reshape(-1)
     np.testing.assert_array_equal(ids, [5] * (LENGTH // 2) + [DROPPED] * (LENGTH // 2))
-    assert (one.assign(TOKENS[2:3], DOMAIN[2:3], 0, SAMPLES[2:3], False).expert_ids == 5).all()
+    assert (one.assign(TOKENS[2:3], DOMAIN[2:3], 0, SAMPLES[2:3], False) == 5).all()
 
 
 def test_resampling_is_counted_by_step_and_sample_and_independent_of_the_place_in_the_batch():

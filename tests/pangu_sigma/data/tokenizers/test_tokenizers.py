@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pangu_sigma.data.corpus_files import CorpusSource
 from pangu_sigma.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from pangu_sigma.data.tokenizers.tokenizer_registry import load_tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_training import build_tokenizer, train_tokenizer
 from pangu_sigma.errors import UserError
+from tests.text_domain import text_domain
 
 # beside the repository; absent elsewhere
 PANGU_MODEL = Path(__file__).parents[5] / "shared" / "data" / "pangu_alpha" / "vocab.model"
@@ -76,7 +76,7 @@ def test_training_is_deterministic_and_follows_the_weights(tmp_path, code_source
     sums.write_text("\n".join(f"sum of {a} plus {b} equals {a + b}" for a in range(60) for b in range(60)))
 
     def average_length(weight):
-        mixed = train_tokenizer([code_source, CorpusSource("sums", [sums], weight=weight)], 400)
+        mixed = train_tokenizer([code_source, text_domain("sums", [sums], weight=weight)], 400)
         return len(mixed.encode("sum of 17 plus 4 equals 21"))
 
     assert average_length(50.0) < average_length(0.0)
@@ -85,7 +85,7 @@ def test_training_is_deterministic_and_follows_the_weights(tmp_path, code_source
 def test_a_small_vocabulary_on_thousands_of_characters_leaves_room_for_merges(tmp_path):
     file = tmp_path / "zh.txt"
     file.write_text("".join(chr(0x4E00 + index) for index in range(5000)) + "明月光" * 500)
-    trained = train_tokenizer([CorpusSource("zh", [file])], 400)
+    trained = train_tokenizer([text_domain("zh", [file])], 400)
     assert trained.vocab_size == 400
     assert len(trained.encode("明月光")) == 1
     assert trained.decode(trained.encode("鼎龍")) == "鼎龍"
@@ -97,11 +97,11 @@ def test_a_vocabulary_that_cannot_be_is_refused_with_what_would_be_right(tmp_pat
     with pytest.raises(UserError, match="needs 320 or more"):
         train_tokenizer([code_source], 100)
     with pytest.raises(UserError, match=r"set it to \d+ or less"):
-        train_tokenizer([CorpusSource("small", [small])], 4096)
+        train_tokenizer([text_domain("small", [small])], 4096)
     small.write_text("\n \n")
     small.write_text("")
     with pytest.raises(UserError, match="hold no text"):
-        train_tokenizer([CorpusSource("small", [small])], 512)
+        train_tokenizer([text_domain("small", [small])], 512)
 
 
 def test_a_saved_tokenizer_is_the_same_and_a_changed_one_is_refused_by_name(tmp_path, tokenizer):
@@ -133,7 +133,7 @@ def test_a_saved_tokenizer_is_the_same_and_a_changed_one_is_refused_by_name(tmp_
 def test_a_trained_tokenizer_is_cached_until_the_corpus_changes(tmp_path, code_source):
     corpus = tmp_path / "code.jsonl"
     shutil.copy(code_source.data[0], corpus)
-    source = CorpusSource("code", [corpus])
+    source = text_domain("code", [corpus])
     first = build_tokenizer("train", [source], tmp_path / "cache", vocab_size=400)
     (folder,) = (tmp_path / "cache").iterdir()
     made = (folder / "tokenizer.model").stat().st_mtime_ns
