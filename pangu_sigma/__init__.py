@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         evaluate,
         export,
         extract,
+        init_config,
         list_domains,
         load,
         load_config,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from pangu_sigma.evaluation.evaluation_result import DomainEvaluation
     from pangu_sigma.generation.completion import Completion
     from pangu_sigma.language_model import LanguageModel
+    from pangu_sigma.new_configuration import NewConfiguration
     from pangu_sigma.serving.model_server import ModelServer
     from pangu_sigma.training.training_result import TrainingResult
 
@@ -51,6 +53,7 @@ __all__ = [
     "Extraction",
     "LanguageModel",
     "ModelServer",
+    "NewConfiguration",
     "TrainingResult",
     "UserError",
     "__version__",
@@ -60,6 +63,7 @@ __all__ = [
     "evaluate",
     "export",
     "extract",
+    "init_config",
     "list_domains",
     "load",
     "load_config",
@@ -85,6 +89,7 @@ _CLASSES = {
     "Extraction": "extract.extraction_job",
     "LanguageModel": "pangu_sigma.language_model",
     "ModelServer": "pangu_sigma.serving.model_server",
+    "NewConfiguration": "pangu_sigma.new_configuration",
     "TrainingResult": "pangu_sigma.training.training_result",
 }
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pangu_sigma.domains.list_domains import DomainFacts
     from pangu_sigma.evaluation.evaluation_result import DomainEvaluation
     from pangu_sigma.language_model import LanguageModel
+    from pangu_sigma.new_configuration import NewConfiguration
     from pangu_sigma.serving.model_server import ModelServer
     from pangu_sigma.training.training_result import TrainingResult
 
@@ -38,6 +39,17 @@ def load_config(source: PathLike | Mapping[str, Any] | Config, overrides: Overri
     from pangu_sigma.config import load_config
 
     return load_config(os.fspath(source) if isinstance(source, os.PathLike) else source, overrides)
+
+
+def init_config(folder: PathLike, data: Sequence[PathLike], *, progress: bool = False) -> NewConfiguration:
+    """Write the configuration `folder`/train.yaml for your own text, as `pangu-sigma init` does; `train` takes it.
+
+    data: one domain each: a .txt or .jsonl file, or a folder of them. Raises UserError.
+    """
+    from pangu_sigma.new_configuration import write_configuration
+
+    with progress_shown(progress):
+        return write_configuration(Path(folder), [Path(source) for source in data])
 
 
 def train(

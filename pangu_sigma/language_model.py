@@ -189,7 +189,7 @@ class LanguageModel:
         tokens = np.asarray(ids)
         if tokens.ndim not in (1, 2) or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
             raise UserError(f"ids are given as {tokens.dtype}{list(tokens.shape)}: give integers [n] or [B, n]")
-        vocab, length = self._trained.model.vocab, self.config.data.sequence_length
+        vocab, length = self._trained.model.vocab, self._length
         if tokens.min() < 0 or tokens.max() >= vocab:
             wrong = tokens[(tokens < 0) | (tokens >= vocab)][0]
             raise UserError(f"the id {wrong} is outside the vocabulary: ids are 0 to {vocab - 1}")
@@ -214,6 +214,18 @@ class LanguageModel:
             runtime.prepare(self.config.run.device)
             return self._engine.domain_probabilities(prompt_ids(self.tokenizer, text))
 
+    @property
+    def _length(self) -> int:
+        length = self.config.data.sequence_length
+        assert length is not None  # filled in when the run began
+        return length
+
+    @property
+    def _batch_size(self) -> int:
+        size = self.config.evaluate.batch_size
+        assert size is not None
+        return size
+
     @cached_property
     def _engine(self) -> Engine:
         from pangu_sigma.generation.engine import Engine
@@ -224,7 +236,7 @@ class LanguageModel:
     def _evaluator(self) -> Evaluator:
         from pangu_sigma.evaluation.domain_evaluation import Evaluator
 
-        return Evaluator(self._trained.model, self.config.evaluate.batch_size)
+        return Evaluator(self._trained.model, self._batch_size)
 
     def _begin(self, prompt: str, domain: str | None, options: SamplingOptions) -> int:
         """Queue a prompt; the id of its events."""
@@ -262,7 +274,7 @@ class LanguageModel:
 
     def _losses(self, texts: Sequence[Sequence[int]], group: str) -> list[float]:
         """Mean loss of each text of ids but its first, in rows and batches as evaluation cuts them."""
-        length, size = self.config.data.sequence_length, self.config.evaluate.batch_size
+        length, size = self._length, self._batch_size
         pieces: list[tuple[int, Sequence[int]]] = []
         for index, ids in enumerate(texts):
             if len(ids) < 2:
@@ -283,7 +295,7 @@ class LanguageModel:
         """Logits float32 [B, S, V] of token rows int32 [B, S + 1]: one row alone, several as evaluation's batches."""
         from pangu_sigma.model.scoring import Scorer
 
-        size = 1 if len(rows) == 1 else self.config.evaluate.batch_size
+        size = 1 if len(rows) == 1 else self._batch_size
         if size not in self._scorers:
             self._scorers[size] = Scorer(self._trained.model, size)
         scorer, logits = self._scorers[size], []

@@ -41,6 +41,9 @@ class NewConfiguration:
     documents: dict[str, int]
     tokens: dict[str, int]
 
+    def __fspath__(self) -> str:
+        return str(self.path)
+
 
 def write_configuration(folder: Path, data: Sequence[Path]) -> NewConfiguration:
     """Write `folder`/train.yaml, whose run lives in `folder` too, for a domain of each file or folder of `data`.

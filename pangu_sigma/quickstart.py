@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pangu_sigma.config import Config
 from pangu_sigma.config.mesh_rules import check_one_process
 from pangu_sigma.errors import UserError
+from pangu_sigma.evaluation.evaluation_result import DomainEvaluation
 from pangu_sigma.monitor.metrics_log import read_metrics
-from pangu_sigma.monitor.printable_text import printable_lines
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.monitor.result_files import write_json
-from pangu_sigma.monitor.text_tables import matrix_table, quality_table
 
 PROMPT_TOKENS = 16
 SAMPLE_TOKENS = 48
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A quickstart that came to its end: the run's folder, and domain -> ids of a held-out beginning."""
+class Quickstart:
+    """What a quickstart came to.
+
+    step, steps: done and planned; where they differ, it was interrupted and there is nothing else. before: held-out
+    losses of the untrained model, in nats per token. beginnings: domain -> ids of a held-out beginning. samples: domain
+    -> (its beginning, the model's continuation). report: the HTML file.
+    """
 
     folder: Path
-    beginnings: dict[str, tuple[int, ...]]
+    step: int
+    steps: int
+    evaluation: DomainEvaluation | None = None
+    before: dict[str, float] | None = None
+    beginnings: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    samples: dict[str, tuple[str, str]] = field(default_factory=dict)
+    report: Path | None = None
 
 
-def quickstart(config: Config) -> Finished | None:
-    """Run the whole job in one process and print what came of it; a run that was interrupted continues.
-
-    Returns None if it was interrupted again.
-    """
+def quickstart(config: Config) -> Quickstart:
+    """Run the whole job in one process; a run that was interrupted continues. Raises UserError."""
     from pangu_sigma.evaluation.domain_evaluation import measure_with_progress
     from pangu_sigma.report import write_report
     from pangu_sigma.training.job import open_run
@@ -39,28 +46,18 @@ def quickstart(config: Config) -> Finished | None:
     if config.data.heldout_fraction == 0:
         raise UserError("the quickstart measures on held-out text, and data.heldout_fraction is 0: hold some out")
     check_one_process(config, "run it with `pangu-sigma train … --workers`, or set parallel={}")
-    folder = Path(config.run.dir)
+    folder, steps = Path(config.run.dir), config.train.steps
     with open_run(config, resume=(folder / "checkpoints").is_dir()) as run:
         step = run.train().step
-        if step < config.train.steps:
-            print(f"stopped at step {step} of {config.train.steps}; the same command continues")
-            return None
+        if step < steps:
+            return Quickstart(folder, step, steps)
         measured = run.evaluation
         result = measure_with_progress(measured.evaluator, measured.sequences, measured.unigram, step)
         write_json(folder / "evaluation.json", result.to_dict())
         beginnings = _beginnings(run)
         samples = write_samples(run.model, run.corpus.tokenizer, beginnings)
     before = next((r["losses"] for r in read_metrics(folder) if r["kind"] == "evaluate" and r["step"] == 0), None)
-    print("\nHeld-out loss in nats per token\n")
-    print(quality_table(result.unigram, result.losses, before, result.tokens))
-    print("\nLoss of a domain's text (row) under a domain's experts (column)\n")
-    print(matrix_table(result.matrix))
-    for domain, (prompt, text) in samples.items():
-        print(f"\n--- {domain}: a held-out beginning ▸ and what the model writes on\n")
-        print(printable_lines(f"{prompt}▸{text}"))
-    print(f"\nReport: {write_report(folder)}")
-    print(f"Run:    {folder}")
-    return Finished(folder, beginnings)
+    return Quickstart(folder, step, steps, result, before, beginnings, samples, write_report(folder))
 
 
 def _beginnings(run) -> dict[str, tuple[int, ...]]:

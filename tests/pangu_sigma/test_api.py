@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -76,6 +77,11 @@ def test_overrides_are_python_values(small_yaml, tmp_path):
         ps.load_config(small_yaml, {"train.steps": object()})
     with pytest.raises(ps.UserError, match="give a mapping"):
         ps.load_config(small_yaml, "train.steps=9")
+
+
+def test_a_configuration_for_ones_own_text_is_written(corpora, tmp_path):
+    made = ps.init_config(tmp_path / "mine", [corpora / "code.jsonl", corpora / "law.jsonl"])
+    assert ps.load_config(made).domain_names == ("code", "law") and made.documents == {"code": 80, "law": 80}
 
 
 def live(small_yaml: Path, folder: Path, verify: bool = True) -> None:
@@ -269,3 +275,10 @@ def test_several_processes_train_and_evaluate_for_one_call(small_yaml, tmp_path,
     with pytest.raises(ps.UserError, match="set parallel.workers=2"):
         ps.train(small_yaml, {**FAST, "run.dir": tmp_path / "other", "parallel.data": 2})
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_page_names_what_there_is(model):
+    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
+    assert {name for name in re.findall(r"\bps\.(\w+)", page) if not hasattr(ps, name)} == set()
+    assert {name for name in re.findall(r"(?<![\w.])model\.(\w+)", page) if not hasattr(model, name)} == set()
+    assert set(ps.__all__) - {"__version__"} <= set(re.findall(r"\w+", page))

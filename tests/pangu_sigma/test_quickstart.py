@@ -12,8 +12,8 @@ def test_it_ends_with_a_domain_that_was_cut_out_verified_and_writes(copied_run, 
     lines = done.stdout.splitlines()
     line = next(index for index, text in enumerate(lines) if text.startswith("Largest logit difference"))
     assert "difference 0.0 over 2 probe sequences in batches that mix 3 domains" in lines[line]
-    assert f"run.init_from={run.relative_to(tmp_path)}/extracted/code" in lines[line + 2]
-    assert "--- code: the same beginning ▸ and what the sub-model writes on" in lines[line + 3 :]
+    assert lines[line - 1].startswith(f"{run.relative_to(tmp_path)}/extracted/code: code, ")
+    assert "--- code: the same beginning ▸ and what the sub-model writes on" in lines[line + 1 :]
     model = open_checkpoint(run / "extracted" / "code")
     model.verify()
     parent = open_checkpoint(checkpoint(run, 12))
