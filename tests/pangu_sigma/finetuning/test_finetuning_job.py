@@ -66,7 +66,7 @@ def test_a_sub_model_learns_with_its_shared_parameters_frozen_and_its_parents_do
 ):
     file = adaptation_file("sft")
     phases = 'train.phases=[{shared: false, domains: [law]}]'
-    run = adapt(taught, file, "sft", (f"run.dir={tmp_path / 'run'}", "adapt.examples.code.weight=0", phases))
+    run = adapt(taught, file, "sft", (f"run.dir={tmp_path / 'run'}", "adapt.examples.code.weight=0", phases)).run_dir
     before, after = (open_checkpoint(checkpoint(path, step)) for path, step in ((taught, 2), (run, 4)))
     names = before.names(optimizer=False)
     old, new = before.load(names), after.load(names)
@@ -81,7 +81,7 @@ def test_a_sub_model_learns_with_its_shared_parameters_frozen_and_its_parents_do
     examples = [{"name": "law", "data": [str(tmp_path / "law.jsonl")]}]
     values = {**BASE, "adapt": {"template": "plain", "examples": examples}}
     (tmp_path / "sub.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    again = adapt(out, tmp_path / "sub.yaml", "sft", (f"run.dir={tmp_path / 'again'}", "train.stop_at=1"))
+    again = adapt(out, tmp_path / "sub.yaml", "sft", (f"run.dir={tmp_path / 'again'}", "train.stop_at=1")).run_dir
     assert checkpoint(again, 1).is_dir()
 
 
@@ -96,7 +96,7 @@ def test_models_of_other_routers_adapt(small_yaml, adaptation_file, tmp_path, ro
         parts += ["head=untied", "query_layer=none", "attention.qk_norm=true", "sparse.top_k=2"]
         gate += [f"model.{part}" for part in parts]
     model = train(load_config(small_yaml, [f"run.dir={tmp_path / 'model'}", *size, *gate, "evaluate.every=0"]))
-    run = adapt(model, adaptation_file(objective), objective, (f"run.dir={tmp_path / 'run'}",))
+    run = adapt(model, adaptation_file(objective), objective, (f"run.dir={tmp_path / 'run'}",)).run_dir
     # Of what it learns from: four steps on random words say nothing of other words.
     losses = [record["loss"] for record in read_metrics(run) if record["kind"] == "train"]
     assert len(losses) == 4 and losses[-1] < losses[0]
