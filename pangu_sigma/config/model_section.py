@@ -145,17 +145,20 @@ class ModelConfig(Section, resume="fixed", init_from="equal"):
 
     @property
     def parts(self) -> dict[str, PartSpec]:
-        """What the keys choose that name a part of the backbone."""
+        """What the keys choose that name a part of the backbone; those of sparse layers only where there are any."""
+        sparse = {
+            "model.sparse.feed_forward": self.expert_kind,
+            "model.sparse.shared_expert": SHARED_EXPERT[self.sparse.shared_expert],
+        }
         return {
             "model.norm": self.norm_spec,
             "model.position": self.position_spec,
             "model.feed_forward": self.feed_forward_kind,
-            "model.sparse.feed_forward": self.expert_kind,
             "model.activation": ACTIVATION_SPECS[self.activation],
             "model.biases": BIASES[self.biases],
             "model.head": self.head_spec,
             "model.attention.qk_norm": self.attention.qk_norm_spec,
-            "model.sparse.shared_expert": SHARED_EXPERT[self.sparse.shared_expert],
+            **(sparse if self.sparse_prefixes else {}),
         }
 
     def parts_unlike(self, network: str) -> list[str]:

@@ -41,6 +41,11 @@ def test_no_file_but_the_specs_holds_a_parts_name():
     assert named == []
 
 
+def test_a_dense_model_has_no_parts_of_sparse_layers():
+    dense, sparse = (ModelConfig(**SIZES, sparse={"layers": layers, "shared_expert": True}) for layers in (0, 1))
+    assert dense.parts.keys() == sparse.parts.keys() - {"model.sparse.shared_expert", "model.sparse.feed_forward"}
+
+
 @pytest.mark.parametrize("name", NORM_SPECS)
 def test_a_norm_has_the_tensors_and_first_values_of_its_spec(name):
     config = ModelConfig(**SIZES, norm=name)
