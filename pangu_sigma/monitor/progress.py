@@ -42,9 +42,13 @@ def progress_shown(shown: bool) -> Iterator[None]:
 
 
 def report(message: str) -> None:
-    """Say one thing outside of any job: a line on stderr, or where progress is hidden, of the logger."""
-    screen = PlainLines(sys.stderr, time.monotonic) if _shown.get() else Hidden()
-    screen.say(message)
+    """Say one thing outside of any job: a line on stderr, under the cell of a notebook, or where progress is hidden, of
+    the logger."""
+    if not _shown.get():
+        Hidden().say(message)
+    else:
+        # A notebook paints what comes on stderr as if something were wrong.
+        PlainLines(sys.stdout if _in_notebook() else sys.stderr, time.monotonic).say(message)
 
 
 class Pace:
