@@ -1,5 +1,6 @@
 """The README is short, and the commands of the pages run as they stand, in order, in a folder of their own."""
 
+import json
 import os
 import re
 import shlex
@@ -32,18 +33,25 @@ def blocks(page: str, language: str = "sh") -> list[str]:
 
 
 def lines(page: str) -> list[str]:
-    """Lines of a page's shell blocks without their comments; make targets are the suite's own business."""
+    """Lines of a page's shell blocks without their comments. Make targets are the suite's own business, a server does
+    not end."""
     found = [line.split("#")[0].strip() for block in blocks(page) for line in block.splitlines()]
-    return [line for line in found if line and not line.startswith("make ")]
+    return [line for line in found if line and not line.startswith(("make ", "pangu-sigma serve "))]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with the configurations and pages, as a user has them after a clone, and the quickstart's text."""
+    """A folder with the configurations and pages, as a user has them after a clone, the quickstart's text, and a text
+    file and a folder of the user's own."""
     folder = tmp_path_factory.mktemp("readme")
     for name in ("configs", "docs"):
         shutil.copytree(ROOT / name, folder / name)
     run(folder, "pangu-sigma corpora --out build/quickstart")
+    (folder / "recipes").mkdir()
+    for name, file in (("docs", "letters.txt"), ("arithmetic", "recipes/sums.txt")):
+        documents = (folder / f"build/quickstart/{name}.jsonl").read_text(encoding="utf-8").splitlines()[:200]
+        text = "\n\n".join(json.loads(document)["text"] for document in documents)
+        (folder / file).write_text(text, encoding="utf-8")
     return folder
 
 
