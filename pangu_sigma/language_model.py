@@ -129,9 +129,11 @@ class LanguageModel:
 
         Raises UserError at once for a request that cannot run.
         """
-        request_id = self._begin(prompt, domain, options)
+        request = self._request(prompt, domain, options)
 
         def pieces() -> Iterator[str]:
+            # Only now: a stream that nobody reads holds no slot.
+            request_id = self._begin(request)
             try:
                 yield from (event.text for event in self._take(request_id) if event.text)
             finally:
@@ -148,7 +150,7 @@ class LanguageModel:
         running: list[int] = []
         completions = []
         try:
-            running += (self._begin(prompt, domain, options) for prompt in prompts)
+            running += (self._begin(self._request(prompt, domain, options)) for prompt in prompts)
             for request_id in running:
                 events = list(self._take(request_id))
                 text = "".join(event.text for event in events)
@@ -238,14 +240,20 @@ class LanguageModel:
 
         return Evaluator(self._trained.model, self._batch_size)
 
-    def _begin(self, prompt: str, domain: str | None, options: SamplingOptions) -> int:
-        """Queue a prompt; the id of its events."""
+    def _request(self, prompt: str, domain: str | None, options: SamplingOptions) -> Request:
+        """A request that can run. Raises UserError."""
         stop = options.get("stop", ())
         settings: dict[str, Any] = {"top_k": 40, **options, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
         name = AUTO if domain == AUTO else pick_domain(self.domains, domain)
         request = Request(prompt_ids(self.tokenizer, prompt), name, Sampling(**settings))
         with self._turn:
             runtime.prepare(self.config.run.device)
+            self._engine.check(request)
+        return request
+
+    def _begin(self, request: Request) -> int:
+        """Queue a request; the id of its events."""
+        with self._turn:
             request_id = self._engine.add(request)
             self._events[request_id] = deque()
         return request_id

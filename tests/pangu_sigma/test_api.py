@@ -167,12 +167,14 @@ def test_the_pieces_of_a_stream_are_the_generated_text(model):
 
 def test_streams_run_beside_each_other_and_may_be_left(model):
     whole = model.generate("def return", domain="code", **GREEDY)
+    unread = [model.stream("class", domain="code", **GREEDY) for _ in range(20)]  # holds nothing
     stream = model.stream("def return", domain="code", **GREEDY)
     begun = next(stream, "")
     other = model.stream("the court", domain="law", **GREEDY)
     next(other, "")
     other.close()
     assert model.generate("def return", domain="code", **GREEDY) == whole == begun + "".join(stream)
+    assert model._engine.idle and len(unread) == 20
 
 
 def test_logits_and_losses_are_those_of_evaluation_and_of_decoding(model, finished_run):
