@@ -24,7 +24,10 @@ class ModelServer:
         self.url: str | None = None
         self._thread: threading.Thread | None = None
         self._request_stop: Callable[[], None] = lambda: None
+        self._stopping = threading.Event()
         self._settled = threading.Event()  # ready, or ended before
+        # Not Thread.join: a Ctrl-C that interrupts it marks the thread as ended.
+        self._ended = threading.Event()
         self._error: BaseException | None = None
 
     def __enter__(self) -> ModelServer:
@@ -56,10 +59,17 @@ class ModelServer:
                 self._join()
             except KeyboardInterrupt:
                 pass
-            self.stop()
+            try:
+                self.stop()
+            except KeyboardInterrupt:
+                self.stop()
 
     def stop(self) -> None:
-        """Let the answers under way end, and stop. Raises the error by which the server ended, if it did."""
+        """Let the answers under way end, and stop; asked again meanwhile, end them at once.
+
+        A start under way is given up. Raises the error by which the server ended, if it did.
+        """
+        self._stopping.set()
         self._request_stop()
         self._join()
         error, self._error = self._error, None
@@ -68,7 +78,7 @@ class ModelServer:
 
     def _join(self) -> None:
         if self._thread is not None:
-            self._thread.join()
+            self._ended.wait()
 
     def _serve(self) -> None:
         from pangu_sigma.serving.server import serve
@@ -78,10 +88,13 @@ class ModelServer:
         except BaseException as error:  # raised where the server was asked for
             self._error = error
         finally:
+            self._ended.set()
             self._settled.set()
 
     def _on_start(self, request_stop: Callable[[], None]) -> None:
         self._request_stop = request_stop
+        if self._stopping.is_set():
+            request_stop()
 
     def _on_ready(self, url: str) -> None:
         self.url = url

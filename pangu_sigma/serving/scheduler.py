@@ -29,6 +29,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -192,7 +193,9 @@ class Scheduler:
         self._built: asyncio.Future[DecodingEngine] = self._loop.create_future()
         self.failed: asyncio.Future[BaseException] = self._loop.create_future()
         # A daemon: a step or a compilation under way must not block shutdown.
-        self._thread = threading.Thread(target=self._run_engine_thread, name="engine", daemon=True)
+        # In this thread's context, so that it shows, or hides, progress as this one does.
+        body = (self._run_engine_thread,)
+        self._thread = threading.Thread(target=copy_context().run, args=body, name="engine", daemon=True)
         self._thread.start()
         return await self._built
 
@@ -232,8 +235,8 @@ class Scheduler:
             handle._accept(shutting_down())
             handle._put(shutting_down())
 
-    async def stop(self, seconds: float = 5.0) -> None:
-        """End the engine thread after its current step."""
+    async def stop(self, seconds: float | None = 5.0) -> None:
+        """End the engine thread after its current step, and wait so many seconds for that (None: till it is over)."""
         self.draining = True
         self._commands.put(_STOP)
         await asyncio.to_thread(self._thread.join, seconds)

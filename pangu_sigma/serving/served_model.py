@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,7 @@ class StartupProgress:
 
     def __init__(self) -> None:
         self.warning = ""
+        self._given_up = threading.Event()
         self._loop = asyncio.get_running_loop()
         self._screen = contextlib.ExitStack()
         self._job: Job | None = None
@@ -38,8 +40,18 @@ class StartupProgress:
     ) -> None:
         self._screen.__exit__(kind, error, trace)
 
+    def give_up(self) -> None:
+        """Let the engine thread end at its next report."""
+        self._given_up.set()
+
+    def check(self) -> None:
+        """Raises UserError where the start was given up."""
+        if self._given_up.is_set():
+            raise UserError("the server was stopped before it was ready: start it again")
+
     def on_compiled(self, done: int, total: int) -> None:
-        """Report `done` of `total` compiled graphs, from any thread."""
+        """Report `done` of `total` compiled graphs, from any thread. Raises UserError where the start was given up."""
+        self.check()
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._show, done, total)
 
@@ -91,6 +103,7 @@ class ServedModel:
         errors: dict[str, str] = {}
         prior = engine.domain_inference.prior
         while not engine.idle:
+            startup.check()
             errors |= {domain_of[event.request_id]: event.error for event in engine.step() if event.error}
         engine.domain_inference.prior = prior  # these texts are no evidence of what clients will send
         errors.pop(AUTO, None)  # the domains have the errors of their own

@@ -105,7 +105,11 @@ async def _serve(
         except _InterruptedStart:
             if stop.by_signal:
                 _leave_now("Interrupted.")
-            return  # the engine thread is a daemon
+            # The program goes on, and MindSpore takes no other thread beside the one that compiles.
+            loading.cancel()
+            startup.give_up()
+            await scheduler.stop(None)
+            return
         if startup.warning:
             report(f"Warning: {startup.warning}")
         # 2. Listen.
