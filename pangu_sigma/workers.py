@@ -17,7 +17,7 @@ from pangu_sigma.checkpoint import Checkpoint, resolve
 from pangu_sigma.checkpoint.folder_layout import CONFIG
 from pangu_sigma.checkpoint.folder_locks import lock_run_folder
 from pangu_sigma.config import Config
-from pangu_sigma.config.load_config import config_from_dict
+from pangu_sigma.config.load_config import config_from_dict, load_values
 from pangu_sigma.errors import INTERRUPTED, USER_ERROR, UserError
 from pangu_sigma.monitor.progress import is_progress_shown
 from pangu_sigma.monitor.result_files import write_text
@@ -33,14 +33,15 @@ TAKEN = "another job of several processes works in"
 
 def with_workers(config: Config, workers: int) -> Config:
     """The configuration for so many processes: on its own mesh if that has as many ranks, else, if it has one rank, on
-    as many expert parts as the experts divide into and as much data parallelism as is left. Raises UserError."""
-    values = config.to_dict()
-    parallel = values["parallel"]
+    as many expert parts as the experts divide into and as much data parallelism as is left. A batch that nobody wrote
+    is a multiple of those that read. Raises UserError."""
+    values = config.written()
+    parallel = values.setdefault("parallel", {})
     if config.parallel.mesh.size == 1 and workers > 1:
         parts = max(n for n in range(1, workers + 1) if workers % n == 0 and _divides_experts(config, n))
         parallel["expert"], parallel["data"] = parts, workers // parts
     parallel["workers"] = workers
-    return config_from_dict(values, f"--workers {workers}")
+    return load_values(values, f"--workers {workers}")
 
 
 def _divides_experts(config: Config, parts: int) -> bool:

@@ -30,12 +30,13 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Over
 
     Effective means: nothing is left to be looked up. Presets and defaults that follow other keys are filled in (`fill`
     of their fields), relative paths (taken from the current folder) are absolute, and what null took from another key
-    is written out: data.cache, schedule.decay_steps, the last phase's steps.
+    is written out: data.cache, schedule.decay_steps, the last phase's steps. Overrides of a `Config` act as on the
+    file that it was loaded from.
 
     Raises UserError with one sentence: file (or override), key, what was written and what is allowed.
     """
     if isinstance(source, Config):
-        source = source.to_dict()
+        source = source.written()
     if isinstance(source, Mapping):
         return load_values(plain_values(source, "the configuration"), "the configuration", overrides)
     return load_values(read_values(Path(source)), str(source), overrides)
@@ -66,25 +67,30 @@ def config_from_dict(values: Mapping[str, Any], source: str = "the stored config
 
 def effective(config: Config) -> Config:
     """A configuration with absolute paths and every null that means another key's value written out; idempotent."""
-    values = config.to_dict()
-    values["run"]["dir"] = _absolute(values["run"]["dir"])
-    if values["run"]["init_from"]:
-        values["run"]["init_from"] = _absolute(values["run"]["init_from"])
-    for domain in values["domains"]:
-        domain["data"] = [_absolute(pattern) for pattern in domain["data"]]
-    for examples in (values["adapt"] or {}).get("examples", ()):
-        examples["data"] = [_absolute(pattern) for pattern in examples["data"]]
-    data, tokenizer, train = values["data"], values["data"]["tokenizer"], values["train"]
-    data["cache"] = _absolute(data["cache"]) if data["cache"] else join(values["run"]["dir"], "data")
-    if data["stream"] and data["stream"]["path"] != STANDARD_INPUT:
-        data["stream"]["path"] = _absolute(data["stream"]["path"])
-    if tokenizer["path"]:
-        tokenizer["path"] = _absolute(tokenizer["path"])
-    if values["schedule"]["decay_steps"] is None:
-        values["schedule"]["decay_steps"] = train["steps"] - values["schedule"]["anneal_steps"]
+    values = _with_absolute_paths(config.to_dict())
+    data, schedule, train = values["data"], values["schedule"], values["train"]
+    data["cache"] = data["cache"] or join(values["run"]["dir"], "data")
+    if schedule["decay_steps"] is None:
+        schedule["decay_steps"] = train["steps"] - schedule["anneal_steps"]
     if train["phases"] and train["phases"][-1]["steps"] is None:
         train["phases"][-1]["steps"] = train["steps"] - sum(phase["steps"] for phase in train["phases"][:-1])
-    return _validated(values, "the effective configuration", lambda key: "the effective configuration")
+    filled = _validated(values, "the effective configuration", lambda key: "the effective configuration")
+    return filled.written_as(_with_absolute_paths(config.written()))
+
+
+def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as a valid mapping, keys left out or not, whose paths this makes absolute."""
+    run, data, adapt = values["run"], values.get("data", {}), values.get("adapt") or {}
+    for section, key in ((run, "dir"), (run, "init_from"), (data, "cache"), (data.get("tokenizer", {}), "path")):
+        if section.get(key):
+            section[key] = _absolute(section[key])
+    for texts in (*values["domains"], *adapt.get("examples", ())):
+        patterns = texts["data"]
+        texts["data"] = [_absolute(pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
+    stream = data.get("stream")
+    if stream and stream["path"] != STANDARD_INPUT:
+        stream["path"] = _absolute(stream["path"])
+    return values
 
 
 def with_run_folder(config: Config, run_dir: Path) -> dict[str, Any]:
@@ -149,7 +155,7 @@ def _validated(values: dict[str, Any], source: str, blame: Callable[[str], str])
         config = Config.model_validate(values)
     except ValidationError as error:
         raise _refusal(problems_of(error), blame) from error
-    config = config.filled(config)
+    config = config.filled(config).written_as(values)
     problems = [Problem(sentence.split(" ", 1)[0].rstrip(":"), sentence) for sentence in violations(config)]
     if problems:
         raise _refusal(problems, blame)

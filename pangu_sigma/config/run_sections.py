@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pangu_sigma.config.data_section import Text
@@ -59,6 +60,11 @@ def _evaluation_interval(written: Any) -> int:
     return max(10, min(written.train.steps // 10, 1000))
 
 
+def _evaluation_batch(written: Any) -> int:
+    rows = written.parallel.data * written.parallel.expert
+    return math.ceil(8 / rows) * rows
+
+
 class EvaluateConfig(Section, resume="free", init_from="free"):
     """Held-out loss while training."""
 
@@ -66,8 +72,8 @@ class EvaluateConfig(Section, resume="free", init_from="free"):
     """Steps between two evaluations, 0 for none; null: train.steps / 10 (10 to 1000), none on a mesh."""
     batches: int = Field(8, ge=1)
     """Batches of held-out text per domain, while training and by `pangu-sigma evaluate`."""
-    batch_size: int = Field(8, ge=1)
-    """Sequences in an evaluation batch."""
+    batch_size: int | None = Field(None, ge=1, fill=_evaluation_batch)
+    """Sequences in an evaluation batch; null: 8, or the next multiple of the ranks that read."""
 
     def batch_limit(self, asked: int | None) -> int | None:
         """Batches of each text to measure, None for all: those `asked` for, 0 for all, or `batches` where none are."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any, Literal
+
+from pydantic import PrivateAttr
 
 from pangu_sigma.config.data_section import DataConfig, DomainConfig
 from pangu_sigma.config.finetuning_section import AdaptConfig
@@ -33,6 +37,29 @@ class Config(Section, resume="fixed", init_from="free"):
     adapt: AdaptConfig | None = None
     """What pangu-sigma sft and dpo fine-tune a model on, as configs/sft.yaml and configs/dpo.yaml show; null trains on
     the domains' text."""
+
+    _written: dict[str, Any] | None = PrivateAttr(None)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all keys have the same values, whatever of them was written."""
+        return isinstance(other, Config) and self.to_dict() == other.to_dict()
+
+    def written(self) -> dict[str, Any]:
+        """The mapping that `load_config` read, with absolute paths: what overrides and processes change, so that what
+        follows a key follows them too. Of a configuration made in another way, all of it."""
+        return self.to_dict() if self._written is None else copy.deepcopy(self._written)
+
+    def written_as(self, values: Mapping[str, Any]) -> Config:
+        """This configuration, which was made of the mapping `values`."""
+        config = self.model_copy()
+        config._written = copy.deepcopy(dict(values))
+        return config
+
+    def model_copy(self, **options: Any) -> Config:
+        """pydantic's copy, all of which counts as written."""
+        config = super().model_copy(**options)
+        config._written = None
+        return config
 
     @property
     def domain_names(self) -> tuple[str, ...]:

@@ -70,7 +70,7 @@ def test_overrides_are_python_values(small_yaml, tmp_path):
     assert config.domains[1].weight == 0.25 and config.optimizer.learning_rate == 1e-5
     assert [phase.steps for phase in config.train.phases] == [3, 4]
     assert ps.load_config(config) == config and ps.load_config(config.to_dict()) == config
-    assert ps.load_config(config, ["train.steps=9", "train.phases=[]", "schedule.decay_steps=9"]).train.steps == 9
+    assert ps.load_config(config, {"train.steps": 9, "train.phases": []}).schedule.decay_steps == 9
     with pytest.raises(ps.UserError, match="the nearest known key is train.steps"):
         ps.load_config(small_yaml, {"train.stepz": 5})
     with pytest.raises(ps.UserError, match="override of train.steps holds what no configuration can hold"):

@@ -9,6 +9,7 @@ from pangu_sigma.config.config_text import yaml_text
 from pangu_sigma.config.load_config import read_values
 from pangu_sigma.config.rules import warnings
 from pangu_sigma.errors import UserError
+from pangu_sigma.workers import with_workers
 
 EIGHT_LINES = """\
 schema_version: 2
@@ -49,6 +50,34 @@ def test_larger_models_take_smaller_rates_longer_sequences_and_larger_batches(ei
 
 def test_a_batch_is_a_multiple_of_what_divides_it(eight):
     assert eight("train.gradient_accumulation_steps=3", "parallel.data=2", "parallel.workers=2").train.batch_size == 18
+
+
+@pytest.mark.parametrize(
+    ("override", "batch", "of_evaluation"), [("run.seed=1", 18, 9), ("train.batch_size=24", 24, 9)]
+)
+def test_a_batch_that_nobody_wrote_follows_the_processes(eight, override, batch, of_evaluation):
+    config = with_workers(eight(override), 3)
+    assert (config.train.batch_size, config.evaluate.batch_size) == (batch, of_evaluation)
+    assert eight().evaluate.batch_size == 8
+    with pytest.raises(UserError, match=r"train\.batch_size = 16 .* choose a batch that is a multiple of both"):
+        with_workers(eight("train.batch_size=16"), 3)
+
+
+def test_overrides_of_a_configuration_act_as_on_its_file(eight, tmp_path, monkeypatch):
+    changes = ["train.steps=4000", f"run.dir={tmp_path}/other", "model.preset=13B"]
+    config = eight("run.seed=7")
+    assert load_config(config) == config
+    stored = config_from_dict(config.to_dict())
+    monkeypatch.chdir("/")
+    assert load_config(config, changes) == load_config(load_config(config, changes[:1]), changes[1:])
+    again = load_config(config, changes)
+    assert again.run.seed == 7 and again.domains[0].data == config.domains[0].data
+    assert (again.schedule.decay_steps, again.schedule.warmup_steps, again.evaluate.every) == (4000, 200, 400)
+    assert again.data.cache == f"{tmp_path}/other/data" and again.model.layers == 40
+    # What was stored is whole, and so is a copy with changes of its own.
+    assert stored == config and load_config(stored, changes[:1]).schedule.warmup_steps == 10
+    copied = config.model_copy(update={"train": config.train.model_copy(update={"steps": 300})})
+    assert load_config(copied) == copied
 
 
 def test_files_that_write_batch_and_learning_rate_keep_their_numbers(eight):
