@@ -32,8 +32,8 @@ def is_progress_shown() -> bool:
 
 @contextmanager
 def progress_shown(shown: bool) -> Iterator[None]:
-    """Show what jobs within the block tell of their progress, or hide it; messages then go to the logger `pangu_sigma`
-    as information."""
+    """Show what jobs within the block tell of their progress, or hide it; messages then go to the logger
+    `pangu_sigma`, as information or as warnings."""
     before = _shown.set(shown)
     try:
         yield
@@ -41,11 +41,11 @@ def progress_shown(shown: bool) -> Iterator[None]:
         _shown.reset(before)
 
 
-def report(message: str) -> None:
+def report(message: str, level: int = logging.INFO) -> None:
     """Say one thing outside of any job: a line on stderr, under the cell of a notebook, or where progress is hidden, of
-    the logger."""
+    the logger at `level`."""
     if not _shown.get():
-        Hidden().say(message)
+        Hidden().say(message, level)
     else:
         # A notebook paints what comes on stderr as if something were wrong.
         PlainLines(sys.stdout if _in_notebook() else sys.stderr, time.monotonic).say(message)
@@ -158,7 +158,7 @@ class PlainLines:
         job.on_change(changed)
         return lambda: None
 
-    def say(self, message: str) -> None:
+    def say(self, message: str, level: int = logging.INFO) -> None:
         """Print a line."""
         print(printable_lines(message), file=self._file, flush=True)
 
@@ -201,7 +201,7 @@ class Bars:
         job.on_change(changed)
         return lambda: self._progress.remove_task(task)
 
-    def say(self, message: str) -> None:
+    def say(self, message: str, level: int = logging.INFO) -> None:
         """Print a line above the bars."""
         self._progress.console.print(printable_lines(message), markup=False, highlight=False, soft_wrap=True)
 
@@ -234,7 +234,7 @@ class NotebookBars:
 
         return remove
 
-    def say(self, message: str) -> None:
+    def say(self, message: str, level: int = logging.INFO) -> None:
         """Print a line above the bars."""
         self._lines.append(printable_lines(message))
         self._draw(at_once=True)
@@ -271,9 +271,9 @@ class Hidden:
         """Nothing is drawn."""
         return lambda: None
 
-    def say(self, message: str) -> None:
+    def say(self, message: str, level: int = logging.INFO) -> None:
         """Log the message."""
-        logging.getLogger("pangu_sigma").info("%s", message)
+        logging.getLogger("pangu_sigma").log(level, "%s", message)
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -312,9 +312,10 @@ class TrainingProgress:
         if first:
             self._job.pace.forget()
 
-    def say(self, message: str) -> None:
-        """Print a message (several lines allowed) above the bar."""
-        self._screen.say(message)
+    def say(self, message: str, level: int = logging.INFO) -> None:
+        """Print a message (several lines allowed) above the bar; `level` is that of the log where progress is
+        hidden."""
+        self._screen.say(message, level)
 
     @contextmanager
     def job(self, description: str, total: float | None, unit: str = "batches") -> Iterator[Job]:

@@ -55,7 +55,7 @@ def serve(
     later ends the server with that exception.
     """
     if settings.token is not None and not settings.token.strip():
-        raise UserError(f"the token is empty; give --token or {TOKEN_VARIABLE} a value, or neither")
+        raise UserError(f"the token is empty; give the token, or {TOKEN_VARIABLE}, a value, or leave it out")
     checkpoint = resolve(path)
     names = [domain.name for domain in stored_config(checkpoint).domains]
     domains = [name for name in names if name in {pick_domain(names, d) for d in settings.domains or names}]
@@ -64,7 +64,8 @@ def serve(
         if not settings.loopback and settings.token is None:
             report(
                 f"Warning: {settings.host} can be reached from other machines and no token is set: anybody there can "
-                f"use the model; set {TOKEN_VARIABLE} to ask for one"
+                f"use the model; set {TOKEN_VARIABLE}, or token= from Python, to ask for one",
+                logging.WARNING,
             )
         model = ServedModel(Path(path), checkpoint, tuple(domains), settings.inference)
         asyncio.run(_serve(model, settings, listening, announce, on_start, on_ready))
@@ -111,7 +112,7 @@ async def _serve(
             await scheduler.stop(None)
             return
         if startup.warning:
-            report(f"Warning: {startup.warning}")
+            report(f"Warning: {startup.warning}", logging.WARNING)
         # 2. Listen.
         adapter = OpenAIAdapter(model.offered, engine.tokenizer, engine.window, limits)
         try:

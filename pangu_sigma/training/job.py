@@ -188,22 +188,20 @@ def _build(
         resumed_step = None if not resume else (checkpoint.step if checkpoint else -1)
         metrics = resources.enter_context(MetricsLog(run_dir, config.run.tensorboard, resumed_step))
     # 4. What there is to say before the first step.
-    messages = [*messages, *warnings(config), *describe_differences(model, checkpoint)]
-    messages += describe_placement(config, model.groups.sizes, progress.step)
-    if resume:
-        messages.append(
-            f"resumed from {checkpoint.path.name} (step {checkpoint.step})"
-            if checkpoint
-            else "no complete checkpoint to resume from: beginning at step 0"
-        )
+    dubious = [*warnings(config), *describe_differences(model, checkpoint)]
+    dubious += describe_placement(config, model.groups.sizes, progress.step)
+    if resume and checkpoint:
+        messages.append(f"resumed from {checkpoint.path.name} (step {checkpoint.step})")
+    elif resume:
+        dubious.append("no complete checkpoint to resume from: beginning at step 0")
     if config.parallel.emulate_mesh:
         messages.append(
             f"emulates {processes.size} devices: each of as many processes computes the whole graph, and its "
             "speed says nothing about theirs"
         )
     if stream is not None:
-        messages += stream.messages
+        dubious += stream.messages
     return TrainingRun(
         config, processes, corpus, model, trainer, controller, checkpointer, evaluation, sampler, stream, metrics,
-        progress, messages,
+        progress, messages, dubious,
     )  # fmt: skip

@@ -11,6 +11,7 @@ Several processes run the same loop. Whether they stop or save is decided by all
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -60,8 +61,8 @@ class TrainingRun:
     """A prepared run over its folder, with all that its steps need.
 
     controller: gives each step the regulariser of its phase. stream: where text arrives while the run trains, None for
-    a prepared corpus; `sampler` is then the stream's. progress: how far the run is. messages: what the user should know
-    before the first step.
+    a prepared corpus; `sampler` is then the stream's. progress: how far the run is. messages, warnings: what the user
+    should know before the first step.
     """
 
     config: Config
@@ -77,6 +78,7 @@ class TrainingRun:
     metrics: MetricsLog | NoMetrics
     progress: RunProgress
     messages: list[str]
+    warnings: list[str]
 
     def train(self) -> RunProgress:
         """Train to the end, to `train.stop_at` or to a signal, and say how far the run is; a checkpoint stands there in
@@ -115,6 +117,8 @@ class TrainingLoop(TrainingRun):
         """See `TrainingRun.train`."""
         for message in self.messages:
             self._report(message)
+        for warning in self.warnings:
+            self._report(warning, logging.WARNING)
         if self.progress.step < self.config.train.steps:
             self.bar.say("compiling: the first step and the first evaluation wait for MindSpore, a minute or less")
         if self.progress.step == 0 and self.config.evaluate.every:
@@ -173,7 +177,7 @@ class TrainingLoop(TrainingRun):
         if not result.finite:
             settings, roll_back = self.config.train, self.checkpointer.restore_latest
             self.progress, message = handle_nonfinite(settings, result, self.progress, roll_back)
-            self._report(message)
+            self._report(message, logging.WARNING)
             return
         done = step.index + 1
         self.progress = replace(self.progress, step=done, tokens=self.progress.tokens + result.tokens)
@@ -218,8 +222,8 @@ class TrainingLoop(TrainingRun):
             self.bar.say(message)
         self.controller.remove_unneeded_snapshots()
 
-    def _report(self, message: str) -> None:
-        self.bar.say(message)
+    def _report(self, message: str, level: int = logging.INFO) -> None:
+        self.bar.say(message, level)
         self.metrics.event(self.progress.step, message)
 
     def _report_end(self) -> None:
@@ -231,7 +235,7 @@ class TrainingLoop(TrainingRun):
         elif isinstance(failure, StreamEnded):
             self._report(f"the stream has ended: saved step {step}; continue with --resume")
         elif failure is not None:
-            self._report(f"the stream cannot be read on: saved step {step}")
+            self._report(f"the stream cannot be read on: saved step {step}", logging.WARNING)
             raise failure
         elif step < self.config.train.steps:
             self.bar.say(f"stopped at step {step} as train.stop_at says; continue with --resume")

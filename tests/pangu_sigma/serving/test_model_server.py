@@ -127,3 +127,14 @@ def test_a_hidden_start_draws_no_bar(capfd):
 
     in_a_thread(serve)
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_is_wrong_with_a_domain_is_a_warning_where_progress_is_hidden(caplog):
+    def engine(startup):
+        startup.warning = "domain law writes no numbers"
+        return SimpleNamespace()  # which has not what comes next
+
+    with progress_shown(False), caplog.at_level("INFO", "pangu_sigma"), pytest.raises(AttributeError):
+        serve_fake(engine)
+    levels = {record.getMessage(): record.levelname for record in caplog.records if record.name == "pangu_sigma"}
+    assert levels == {"Loading model …": "INFO", "Warning: domain law writes no numbers": "WARNING"}
