@@ -1,8 +1,8 @@
-"""The functions of `import pangu_sigma as ps`: every job in one call that returns its figures.
+"""The functions of `import pangu_sigma as ps`: the main jobs, each in one call that returns its figures.
 
 They print nothing: with `progress=True` a bar and messages go to stderr, or under the cell of a notebook. Otherwise
-messages go to the logger `pangu_sigma` as information. Mistakes raise `UserError`, a `ValueError` that says what to do.
-What returns a result that lies in a folder takes the result wherever a folder is asked for: `load(train(…))`.
+messages go to the logger `pangu_sigma`, as information or as warnings. Mistakes raise `UserError`, a `ValueError` that
+says what to do. A result that lies in a folder is taken wherever a folder is asked for: `load(train(…))`.
 """
 
 from __future__ import annotations
@@ -251,6 +251,7 @@ def add_domain_of_model(
     def follow_up_of(own: str) -> FollowUpTraining | None:
         return plan_follow_up(own, steps, shared, replay, regularise)
 
+    follow_up_of(name or "")  # what is wrong with it is said before anything is opened
     with progress_shown(progress):
         return add_model(
             Path(run), Path(model), domain, name=name, weight=weight, follow_up_of=follow_up_of, out=_path(out)

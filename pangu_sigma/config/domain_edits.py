@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from pydantic import ValidationError
+
 from pangu_sigma.config.finetuning_file import without_adaptation
 from pangu_sigma.config.load_config import config_from_dict
 from pangu_sigma.config.phase_domains import old_domains
 from pangu_sigma.config.schema import Config
 from pangu_sigma.config.training_sections import PhaseConfig, RegulariseConfig
+from pangu_sigma.config.validation_messages import problems_of
 from pangu_sigma.errors import UserError
 
 
@@ -37,7 +40,7 @@ class FollowUpTraining:
     def __post_init__(self) -> None:
         if self.replay and self.shared == "frozen":
             raise UserError(
-                f"--replay {self.replay:g} has no use with --shared frozen, where no other domain's experts can "
+                f"replay = {self.replay:g} has no use with shared = frozen, where no other domain's experts can "
                 "change: leave one of the two out"
             )
 
@@ -45,19 +48,24 @@ class FollowUpTraining:
 def plan_follow_up(
     name: str, steps: int | None, shared: str, replay: float, regularise: Mapping[str, Any] | None
 ) -> FollowUpTraining | None:
-    """The training that follows an edit, None without `steps`. Raises UserError for settings that have no effect."""
+    """The training that follows an edit, None without `steps`. Raises UserError for settings that are out of range or
+    have no effect."""
     weights = {} if regularise is None else dict(regularise)
+    try:
+        PhaseConfig(steps=steps, shared=shared, replay=replay, regularise=weights)
+    except ValidationError as error:
+        raise UserError(problems_of(error, PhaseConfig)[0].sentence) from None
     is_held = any(weights.get(term) for term in ("output", "l2", "ewc"))
     if steps is None:
         if shared != "frozen" or replay or is_held:
             raise UserError(
-                "--shared, --output, --l2, --ewc and --replay say how it trains: say for how long with --steps"
+                "shared, output, l2, ewc and replay say how the new domain trains: say for how long with steps"
             )
         return None
     if is_held and shared != "regularised":
-        raise UserError("--output, --l2 and --ewc hold the shared parameters: add --shared regularised")
+        raise UserError("output, l2 and ewc hold the shared parameters: set shared to regularised")
     if not is_held and shared == "regularised":
-        raise UserError("--shared regularised needs to know by what: give --output, --l2 or --ewc a weight above 0")
+        raise UserError("shared = regularised needs to know by what: give output, l2 or ewc a weight above 0")
     return FollowUpTraining(name, steps, shared, replay, weights if is_held else None)
 
 

@@ -230,7 +230,7 @@ def test_mistakes_are_errors_after_which_the_model_goes_on(model, finished_run, 
         (lambda: ps.extract(finished_run, ["cod"], tmp_path / "out"), "cod"),
         (lambda: ps.extract(finished_run, "code", tmp_path / "out", max_shard_size="much"), "no size"),
         (lambda: ps.export(finished_run, "pdf", tmp_path / "out"), "no format"),
-        (lambda: ps.add_domain(finished_run, "new", "x.jsonl", replay=0.5), "--steps"),
+        (lambda: ps.add_domain(finished_run, "new", "x.jsonl", replay=0.5), "with steps"),
         (lambda: ps.remove_domain(finished_run, "cod"), "has no domain cod"),
     ):
         with pytest.raises(ValueError, match=sentence) as error:

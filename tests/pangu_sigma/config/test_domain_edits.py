@@ -1,10 +1,12 @@
-"""What a change of domains does to a configuration that names a mesh."""
+"""Edits of a configuration: a mesh that no longer holds the domains, training that follows a new one."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from pangu_sigma.config.domain_edits import checked
+from pangu_sigma.config.domain_edits import checked, plan_follow_up
 from pangu_sigma.errors import UserError
 
 VALUES = {
@@ -38,3 +40,21 @@ def test_what_else_is_wrong_is_said(parallel):
     with pytest.raises(UserError, match="heads"):
         checked(values, "a change")
     assert values["parallel"] == parallel
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"regularise": {"l2": -0.1}}, "regularise.l2 = -0.1 is not allowed: it must be a number of at least 0"),
+        ({"regularise": {"l2": 1.0, "through": "olds"}}, 'through = "olds" is not allowed: it must be own or old'),
+        ({"regularise": {"l3": 1.0}}, "regularise.l3 is not a known key: the nearest known key is regularise.l2"),
+        ({"steps": 0}, "steps = 0 is not allowed"),
+        ({"shared": "train", "replay": 1.5}, "replay = 1.5 is not allowed"),
+        ({"shared": "thawed"}, 'shared = "thawed" is not allowed'),
+        ({"regularise": {"l2": 1.0}}, "set shared to regularised"),
+        ({"steps": None, "replay": 0.5, "shared": "train"}, "for how long with steps"),
+    ],
+)
+def test_follow_up_training_out_of_range_is_told_in_a_sentence(settings, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        plan_follow_up("new", **{"steps": 3, "shared": "frozen", "replay": 0.0, "regularise": None} | settings)

@@ -288,7 +288,7 @@ MISTAKES: dict[str, Mistake] = {
     "an output that is full": (lambda run, t: remove_domain(run, "law", out=run), "not empty"),
     "one model to merge": (lambda run, t: merge_models([run], run.parent / "merged"), "name at least two"),
     "replay of the frozen": (
-        lambda run, t: FollowUpTraining("medicine", 4, "frozen", 0.5), "no use with --shared frozen",
+        lambda run, t: FollowUpTraining("medicine", 4, "frozen", 0.5), "no use with shared = frozen",
     ),
 }  # fmt: skip
 
