@@ -14,6 +14,7 @@ import numpy as np
 
 from pangu_sigma.data.corpus_files import has_lone_surrogate
 from pangu_sigma.errors import UserError
+from pangu_sigma.monitor.result_files import atomic_file
 
 FORMAT_VERSION = 1
 MODEL_FILE = "tokenizer.model"
@@ -70,10 +71,11 @@ class Tokenizer(ABC):
         return {INFO_FILE: (json.dumps(info, indent=2) + "\n").encode(), MODEL_FILE: self.model}
 
     def save(self, folder: str | Path) -> None:
-        """Write the files into ``folder``."""
+        """Write the files into ``folder``, each whole or not at all, ``tokenizer.json`` last: where it is, both are."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        for name, content in self.files().items():
-            (Path(folder) / name).write_bytes(content)
+        for name, content in reversed(self.files().items()):
+            with atomic_file(Path(folder) / name) as temporary:
+                temporary.write_bytes(content)
 
     @abstractmethod
     def _open(self, model: bytes, origin: str):

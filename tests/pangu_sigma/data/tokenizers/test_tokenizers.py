@@ -110,6 +110,12 @@ def test_a_saved_tokenizer_is_the_same_and_a_changed_one_is_refused_by_name(tmp_
     assert loaded.fingerprint == tokenizer.fingerprint
     assert loaded.encode("def f(x):") == tokenizer.encode("def f(x):")
 
+    (tmp_path / "half/tokenizer.model").mkdir(parents=True)
+    with pytest.raises(OSError):
+        tokenizer.save(tmp_path / "half")
+    # The information is written last: it tells that the model is there.
+    assert [path.name for path in (tmp_path / "half").iterdir()] == ["tokenizer.model"]
+
     info = tmp_path / "tokenizer.json"
     good = info.read_text()
     info.write_text(json.dumps(json.loads(good) | {"eod_id": 7}))
