@@ -64,6 +64,8 @@ def open_tokenizer(path: Path, settings: ImportSettings, advice: str, eod_id: in
     except UserError:
         raise
     except ValueError as error:
+        if settings.eod_id is None:
+            raise UserError(f"the model's end-of-document id {eod_id} is no id of {path}: give --eod-id") from error
         raise UserError(f"--eod-id {eod_id} is no id of the tokenizer {path}: leave it out or correct it") from error
 
 
