@@ -54,6 +54,11 @@ def write_configuration(folder: Path, data: Sequence[Path]) -> NewConfiguration:
     path = folder / FILE
     if path.exists():
         raise UserError(f"{path} exists already: edit it, remove it, or name another folder")
+    for source in data:
+        if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
+            raise UserError(
+                f"{folder} lies in {source}, and the run's own files would become its text: name a folder elsewhere"
+            )
     domains = [{"name": name, **_text_of(source)} for name, source in _named(data).items()]
     values = {
         "schema_version": SCHEMA_VERSION,

@@ -92,6 +92,10 @@ def test_bad_input_is_one_sentence_and_code_2_and_leaves_nothing(files):
         done = CliRunner().invoke(app, ["init", "mine", *data.split()])
         assert done.exit_code == 2 and sentence in done.output and done.output.count("\n") == 1, data
         assert not Path("mine").exists()
+    for folder in ("poems", "poems/old/mine"):
+        with pytest.raises(UserError, match=f"^{folder} lies in poems, .* own files .*: name a folder elsewhere$"):
+            write_configuration(Path(folder), [Path("news.jsonl"), Path("poems")])
+    assert not Path("poems/old/mine").exists()
     done = CliRunner().invoke(app, ["init", "mine", "latin.txt"])
     assert done.exit_code == 2 and "not UTF-8" in done.output
 
