@@ -210,8 +210,8 @@ def expand(
 ) -> None:
     """Give every learned gate new experts and columns for a new domain; the old ones keep every bit while it trains.
 
-    The other shared parameters train near the model as it was, unless --output, --l2 and --ewc are all 0. Models of
-    router rre need no such thing: use add.
+    The other shared parameters train near the model as it was, unless --output, --l2 and --ewc are all 0. Models
+    whose domains have expert groups of their own need no such thing: use add.
     """
     from pangu_sigma.config.domain_edits import FollowUpTraining
     from pangu_sigma.domains.add_domain import NewDomain

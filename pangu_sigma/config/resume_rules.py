@@ -49,7 +49,7 @@ def with_changeable_keys(stored: Config, now: Config) -> dict[str, Any]:
     """The stored configuration as a mapping, with what may change whatever was done as it is in `now`."""
     values, new = stored.to_dict(), now.to_dict()
     for name, section in stored:
-        for key in section.model_fields if isinstance(section, Section) else ():
+        for key in type(section).model_fields if isinstance(section, Section) else ():
             if section.decisions_of(key)[0] in ("free", "rounding"):
                 values[name][key] = new[name][key]
     return values

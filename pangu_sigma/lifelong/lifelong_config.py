@@ -19,7 +19,7 @@ class PolicyConfig(Section):
 
     shared: Literal["frozen", "train", "regularised"] | None = None
     """Whether the shared parameters keep every bit, train, or train near the previous model; null: frozen where domains
-    have groups of their own (router rre), train elsewhere."""
+    have expert groups of their own, train elsewhere."""
     regularise: RegulariseConfig | None = None
     """With shared regularised, what holds a stage near the previous model, as in a phase."""
     replay: float | None = Field(None, ge=0, lt=1)
@@ -60,8 +60,8 @@ class LifelongConfig(Section):
     changes: ListOf[Text] = ()
     """Changes of it, section.key=value, as on the command line."""
     grows: bool | None = None
-    """Whether a domain's experts come in with the stage that names it first; null: with router rre only. A learned gate
-    grows new columns, and freezes the old ones with their experts (Lifelong-MoE)."""
+    """Whether a domain's experts come in with the stage that names it first; null: where domains have expert groups
+    of their own. A learned gate grows new columns, and freezes the old ones with their experts (Lifelong-MoE)."""
     policy: PolicyConfig = PolicyConfig()
     """From the second stage on, for all stages."""
     inference: InferenceConfig = InferenceConfig()

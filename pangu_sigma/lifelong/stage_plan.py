@@ -1,7 +1,8 @@
 """From the YAML of a lifelong measurement to what every stage does, all of it checked before anything is written.
 
-A model that grows (router rre, or a learned gate that is asked to) has the first stage's domains only, and every other
-domain comes in with the stage that names it first. Any other model has all its parameters from the beginning.
+A model that grows (whose domains have expert groups of their own, or with a learned gate that is asked to) has the
+first stage's domains only, and every other domain comes in with the stage that names it first. Any other model has all
+its parameters from the beginning.
 """
 
 from __future__ import annotations

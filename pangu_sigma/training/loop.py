@@ -120,7 +120,7 @@ class TrainingLoop(TrainingRun):
         for warning in self.warnings:
             self._report(warning, logging.WARNING)
         if self.progress.step < self.config.train.steps:
-            self.bar.say("compiling: the first step and the first evaluation wait for MindSpore, a minute or less")
+            self.bar.say("compiling the training step (seconds for a small model, minutes for a large one)")
         if self.progress.step == 0 and self.config.evaluate.every:
             self._evaluate()
         total = self.config.train.steps
