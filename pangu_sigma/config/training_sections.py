@@ -27,6 +27,10 @@ def own_warmup(steps: int, schedule: ScheduleConfig) -> int:
     return max(0, min(steps // 20, 2000, steps - schedule.anneal_steps, schedule.decay_steps or steps))
 
 
+def _restart_warmup_ratio(written: Any) -> float:
+    return 0.05 if written.schedule.warmup_steps is None else 1.0
+
+
 def _batch_size(written: Any) -> int:
     """16 sequences up to a width of 1024, more beyond, made a multiple of all that divides a batch."""
     unit = written.train.gradient_accumulation_steps * written.parallel.data * written.parallel.expert
@@ -63,6 +67,8 @@ class ScheduleConfig(Section, resume="fixed", init_from="free"):
     """Shape of the decay after the warm-up."""
     warmup_steps: int | None = Field(None, ge=0, fill=_warmup_steps)
     """Steps of linear growth from zero; null: train.steps / 20, or 0 under a learning_rate that is written."""
+    restart_warmup_ratio: float | None = Field(None, ge=0, le=1, resume="schedule", fill=_restart_warmup_ratio)
+    """Largest share of a restarted phase's steps that warm it up; null: 0.05, or 1 under written warmup_steps."""
     decay_steps: int | None = Field(None, ge=1, resume="schedule")
     """Step at which the decay ends, the warm-up included; null takes all before the anneal."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)

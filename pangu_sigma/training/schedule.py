@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 from pangu_sigma.config import Config
 from pangu_sigma.config.phase_domains import drawn_weights
-from pangu_sigma.config.training_sections import RegulariseConfig
+from pangu_sigma.config.training_sections import RegulariseConfig, ScheduleConfig
 
 
 def learning_rate(config: Config, step: int) -> float:
     """The learning rate of optimizer step `step`, counted from 0.
 
     Linear warm-up to the peak, then cosine or linear decay to `min_lr_ratio` of it at `decay_steps`, or constant. A
-    phase that restarts begins this anew, with its own steps in place of `decay_steps`. Over the last `anneal_steps` of
+    phase that restarts begins this anew, with its own steps in place of `decay_steps` and a warm-up that takes at most
+    `restart_warmup_ratio` of them. Over the last `anneal_steps` of
     the run the rate falls linearly from where it stands, to reach 0 when the run is over (OLMoE's annealing phase,
     arXiv 2409.02060, section 2).
     """
@@ -32,7 +33,7 @@ def _planned(config: Config, step: int) -> float:
     warmup, decay_steps, begin, start = schedule.warmup_steps, schedule.decay_steps, 0, 0
     for phase in config.train.phases:
         if phase.restart and start <= step:
-            warmup, decay_steps, begin = min(schedule.warmup_steps, phase.steps), phase.steps, start
+            warmup, decay_steps, begin = _restart_warmup(schedule, phase.steps), phase.steps, start
         start += phase.steps
     step -= begin
     if step < warmup:
@@ -47,6 +48,11 @@ def _planned(config: Config, step: int) -> float:
     return peak * (schedule.min_lr_ratio + (1.0 - schedule.min_lr_ratio) * left)
 
 
+def _restart_warmup(schedule: ScheduleConfig, steps: int) -> int:
+    """Steps of warm-up of a phase of `steps` that restarts."""
+    return min(schedule.warmup_steps, int(schedule.restart_warmup_ratio * steps))
+
+
 def same_rates(one: Config, other: Config, steps: int) -> bool:
     """Whether the first `steps` steps have the same learning rates: asked at both ends of every stretch in which each
     configuration has one formula, and beside its begin, since two such curves that meet there are one."""
@@ -59,12 +65,12 @@ def _formula_begins(config: Config) -> set[int]:
     """Steps from which on the learning rate has another formula: warm-up, decay, its end, all anew, the anneal."""
     schedule, begin = config.schedule, 0
     last = config.train.steps - schedule.anneal_steps
-    decays = [(0, last if schedule.decay_steps is None else schedule.decay_steps)]
+    begins = {0, schedule.warmup_steps, last if schedule.decay_steps is None else schedule.decay_steps, last}
     for phase in config.train.phases:
-        decays += [(begin, phase.steps)] if phase.restart else []
+        if phase.restart:
+            begins |= {begin, begin + _restart_warmup(schedule, phase.steps), begin + phase.steps}
         begin += phase.steps
-    ends = {start + length for start, steps in decays for length in (0, schedule.warmup_steps, steps)}
-    return {last, *ends}
+    return begins
 
 
 @dataclass(frozen=True)

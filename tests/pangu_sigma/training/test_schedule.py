@@ -4,6 +4,8 @@ import math
 
 import pytest
 
+from pangu_sigma.config import config_from_dict
+from pangu_sigma.config.domain_edits import FollowUpTraining, add_domain
 from pangu_sigma.training.schedule import domain_weights, learning_rate, phase_at, same_rates, scheduled_step
 from tests.pangu_sigma.training.small_trainer import small_config
 
@@ -106,6 +108,20 @@ def test_a_phase_that_restarts_has_the_whole_schedule_in_its_own_steps():
         for step in range(40)
     ]
     assert [learning_rate(config, 40 + step) for step in range(60)] == [learning_rate(alone, s) for s in range(60)]
+
+
+@pytest.mark.parametrize(("written", "warmup"), [({}, 2), ({"warmup_steps": 100}, 50)])
+def test_a_follow_up_warms_up_in_a_twentieth_of_its_steps_unless_the_warm_up_was_written(written, warmup):
+    run = small_config(
+        optimizer={"learning_rate": None}, schedule={"kind": "cosine", **written}, train={"steps": 2000}
+    )
+    assert run.schedule.warmup_steps == 100
+    values = run.to_dict()  # as a run stores it
+    add_domain(values, {"name": "news", "data": ["unused.txt"]}, 2000, FollowUpTraining("news", 50))
+    config = config_from_dict(values)
+    curve = [learning_rate(config, 2000 + step) for step in range(50)]
+    assert curve.index(max(curve)) == warmup - 1 and len(set(curve[:warmup])) == warmup
+    assert same_rates(config, run, 2000)
 
 
 def test_two_schedules_are_compared_as_if_every_step_were():
