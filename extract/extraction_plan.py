@@ -65,29 +65,29 @@ class ExtractionPlan:
     def _check_foldable(self) -> None:
         if len(self.domains) != 1:
             raise UserError(
-                f"{len(self.domains)} domains cannot fold into one dense layer each: choose one --domain, or leave out "
-                "--fold"
+                f"{len(self.domains)} domains cannot fold into one dense layer each: choose one domain, or leave out "
+                "fold"
             )
         sizes = {layer_name: groups[self.domains[0]] for layer_name, groups in self.parent.coverage.items()}
         if not sizes:
-            raise UserError(f"{self.parent.path} has no sparse layers to fold: leave out --fold")
+            raise UserError(f"{self.parent.path} has no sparse layers to fold: leave out fold")
         shared = self.parent.names(domains=[], optimizer=False)
         if beside := [name for name in shared if parse_name(name).module == "shared_expert"]:
             raise UserError(
                 f"{self.parent.path} has a shared expert beside the routed ones ({beside[0]}), and the two are no "
-                "single dense layer: leave out --fold"
+                "single dense layer: leave out fold"
             )
         model = stored_config(self.parent).model
         if model.expert_network != model.network:
             raise UserError(
                 f"{self.parent.path} has experts of kind {model.expert_kind.name} beside dense layers of kind "
-                f"{model.feed_forward}, and a dense model has one kind: leave out --fold"
+                f"{model.feed_forward}, and a dense model has one kind: leave out fold"
             )
         larger = [f"{layer_name} has {size}" for layer_name, size in sizes.items() if size != 1]
         if larger:
             raise UserError(
                 f"domain {self.domains[0]} does not have one expert in every sparse layer ({', '.join(larger)}), and "
-                "only a group of one expert is a dense layer: leave out --fold"
+                "only a group of one expert is a dense layer: leave out fold"
             )
 
     @property

@@ -41,7 +41,7 @@ def load_config(source: PathLike | Mapping[str, Any] | Config, overrides: Overri
     return load_config(os.fspath(source) if isinstance(source, os.PathLike) else source, overrides)
 
 
-def init_config(folder: PathLike, data: Sequence[PathLike], *, progress: bool = False) -> NewConfiguration:
+def init_config(folder: PathLike, data: PathLike | Sequence[PathLike], *, progress: bool = False) -> NewConfiguration:
     """Write the configuration `folder`/train.yaml for your own text, as `pangu-sigma init` does; `train` takes it.
 
     data: one domain each: a .txt or .jsonl file, or a folder of them. Raises UserError.
@@ -49,7 +49,7 @@ def init_config(folder: PathLike, data: Sequence[PathLike], *, progress: bool = 
     from pangu_sigma.new_configuration import write_configuration
 
     with progress_shown(progress):
-        return write_configuration(Path(folder), [Path(source) for source in data])
+        return write_configuration(Path(folder), [Path(source) for source in _items(data)])
 
 
 def train(
@@ -149,8 +149,7 @@ def extract(
 
     with progress_shown(progress):
         shard = None if max_shard_size is None else parse_size(max_shard_size)
-        names = [domains] if isinstance(domains, str) else list(domains)
-        cut = plan(Path(model), names, Path(out), dtype=dtype, max_shard_bytes=shard, fold=fold)
+        cut = plan(Path(model), _items(domains), Path(out), dtype=dtype, max_shard_bytes=shard, fold=fold)
         return extract(cut, Path(out), check=verify)
 
 
@@ -177,7 +176,7 @@ def export(
     from pangu_sigma.checkpoint.file_size import parse_size
 
     options = Options(dtype, parse_size(max_shard_size), batch_size, signature, capacity_factor)
-    names = [domains] if isinstance(domains, str) else domains
+    names = None if domains is None else _items(domains)
     with progress_shown(progress):
         return export(Path(model), Path(out), format, names, options)
 
@@ -219,8 +218,7 @@ def add_domain(
     from pangu_sigma.config.domain_edits import plan_follow_up
     from pangu_sigma.domains.add_domain import NewDomain, add_domain
 
-    files = [data] if isinstance(data, str | os.PathLike) else data
-    texts = tuple(os.fspath(file) for file in files)
+    texts = tuple(os.fspath(file) for file in _items(data))
     new_domain = NewDomain(name, texts, experts, init, text_field, weight, filters, stars_field)
     follow_up = plan_follow_up(name, steps, shared, replay, regularise)
     with progress_shown(progress):
@@ -300,13 +298,13 @@ def merge_models(models: Sequence[PathLike], out: PathLike, *, progress: bool = 
     from pangu_sigma.domains.merge_models import merge_models
 
     with progress_shown(progress):
-        return merge_models([Path(model) for model in models], Path(out))
+        return merge_models([Path(model) for model in _items(models)], Path(out))
 
 
 def serve(
     model: PathLike,
     *,
-    domains: Sequence[str] = (),
+    domains: str | Sequence[str] = (),
     host: str = "127.0.0.1",
     port: int = 8000,
     token: str | None = None,
@@ -328,7 +326,7 @@ def serve(
     from pangu_sigma.serving.server_settings import ServerLimits, ServerSettings
 
     limits = ServerLimits(slots=slots, queue=queue, max_tokens=max_tokens)
-    settings = ServerSettings(host, port, tuple(domains), token, limits, warm_up)
+    settings = ServerSettings(host, port, tuple(_items(domains)), token, limits, warm_up)
     with progress_shown(progress):
         server = ModelServer(Path(model), settings)
         server.run() if block else server.start()
@@ -347,6 +345,11 @@ def write_report(run: PathLike) -> Path:
     from pangu_sigma.report import write_report
 
     return write_report(Path(run))
+
+
+def _items(items: Any) -> list[Any]:
+    """The items of a list; a text or path is one."""
+    return [items] if isinstance(items, str | os.PathLike) else list(items)
 
 
 def _path(path: PathLike | None) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pangu_sigma.errors import UserError
 from rre.router_specs import OLMOE_NETWORK, PANGU_NETWORK
 
 
@@ -33,7 +34,7 @@ class Options:
 
     dtype: of floating tensors. max_shard_bytes: largest file. batch_size, signature, capacity_factor: samples of fixed
     graphs, the inputs they take, and rows that an expert may take of a sample's window as a multiple of an even share
-    (None: all).
+    (None: all). Raises UserError for values out of range.
     """
 
     dtype: str = "float32"
@@ -41,6 +42,10 @@ class Options:
     batch_size: int = 1
     signature: str = "plain"
     capacity_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"batch_size is {self.batch_size}: give at least 1")
 
 
 FORMATS = {

@@ -63,12 +63,12 @@ def _check_options(format_: str, options: Options) -> None:
     spec = FORMATS[format_]
     for field in fields(options):
         if field.name not in ("dtype", *spec.options) and getattr(options, field.name) != field.default:
-            flag = field.name.replace("_bytes", "_size").replace("_", "-")
-            raise UserError(f"--{flag} means nothing to the format {format_}; leave it out")
+            setting = field.name.replace("_bytes", "_size")
+            raise UserError(f"{setting} means nothing to the format {format_}; leave it out")
     if options.dtype not in FLOAT_TYPES:
         raise UserError(f"'{options.dtype}' is no element type; choose {', '.join(FLOAT_TYPES)}")
     if spec.float32_only and options.dtype != "float32":
-        raise UserError(f"{format_} is written in float32: leave --dtype out; {spec.float32_only}")
+        raise UserError(f"{format_} is written in float32: leave dtype out; {spec.float32_only}")
 
 
 def _check_parts(format_: str, source: ExportSource) -> None:
@@ -77,13 +77,13 @@ def _check_parts(format_: str, source: ExportSource) -> None:
     if unlike:
         others = [name for name, other in FORMATS.items() if not model.parts_unlike(other.network)]
         raise UserError(
-            f"{source.checkpoint.path} has parts that --format {format_} does not have yet ({'; '.join(unlike)}): "
-            + (f"export it with --format {' or '.join(others)}" if others else "no format has them all")
+            f"{source.checkpoint.path} has parts that the format {format_} does not have yet ({'; '.join(unlike)}): "
+            + (f"export it with format {' or '.join(others)}" if others else "no format has them all")
         )
     if model.sparse_prefixes and network not in model.router_spec.exports:
         known = [name for name, spec in ROUTER_SPECS.items() if network in spec.exports]
         raise UserError(
-            f"{source.checkpoint.path} routes by {model.router_setting}, which --format {format_} does not have yet: "
+            f"{source.checkpoint.path} routes by {model.router_setting}, which the format {format_} does not have yet: "
             f"export a model of router {' or '.join(known)}"
         )
 

@@ -60,6 +60,6 @@ def open_source(model: str | Path, domains: Sequence[str] | None = None) -> Expo
     if config.model.sparse_prefixes and not config.model.separates_domains and chosen != config.domain_names:
         raise UserError(
             f"the model's gate ({config.model.router_setting}) chooses among the experts of all domains, so it cannot "
-            "be exported with some of them; leave --domain out"
+            "be exported with some of them; leave domain out"
         )
     return ExportSource(checkpoint, config, stored_tokenizer(checkpoint), chosen)

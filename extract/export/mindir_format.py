@@ -37,17 +37,17 @@ def check(source: ExportSource, options: Options) -> None:
     if options.signature not in SIGNATURES:
         raise UserError(f"'{options.signature}' is no signature; choose {', '.join(SIGNATURES)}")
     if options.capacity_factor is not None and (options.capacity_factor <= 0 or options.signature != "sigma"):
-        raise UserError("--capacity-factor is a number above 0 and belongs to --signature sigma; leave it out")
+        raise UserError("the capacity factor is a number above 0 and belongs to the signature sigma; leave it out")
     if options.signature == "sigma":
         if model.sparse_prefixes and model.router_spec.learned:
             raise UserError(
                 "the sigma signature takes expert ids from outside, and a learned gate makes them inside; leave "
-                "--signature out"
+                "the signature out"
             )
         if model.domain_parameters.embedding == "own" and len(source.domains) > 1:
             raise UserError(
                 "the sigma signature knows one word embedding, and this model has one for each domain; choose one "
-                "--domain"
+                "domain"
             )
     if source.config.data.sequence_length > model.positions:
         raise UserError("the model has fewer positions than its window; this checkpoint's config.yaml is not whole")

@@ -17,5 +17,5 @@ def parse_size(text: str | int) -> int:
     if parts is not None and not (parts[3] and not parts[2]):
         size = int(float(parts[1]) * (_BINARY if parts[3] else _UNITS)[parts[2]])
     if size < 1:
-        raise UserError(f"--max-shard-size {text} is no size: write it like 500MB, 4GiB or 1000000")
+        raise UserError(f"max_shard_size {text} is no size: write it like 500MB, 4GiB or 1000000")
     return size

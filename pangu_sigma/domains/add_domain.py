@@ -93,7 +93,7 @@ def add_model(
     with CheckpointEditor(path, out) as subject:
         source, sibling = subject.checkpoint, resolve(model)
         if domain is None and len(sibling.domains) > 1:
-            raise UserError(f"{sibling.path} has the domains {', '.join(sibling.domains)}: choose one with --domain")
+            raise UserError(f"{sibling.path} has the domains {', '.join(sibling.domains)}: choose one as domain")
         domain = domain if domain is not None else sibling.domains[0]
         check_known(sibling, domain)
         name = name if name is not None else domain

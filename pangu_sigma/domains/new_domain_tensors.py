@@ -48,34 +48,34 @@ class NewDomainTensors:
         if kind == "from":
             if of not in self.source.domains:
                 raise UserError(
-                    f"--init {self.text} names no domain of {self.source.path}: it has {', '.join(self.source.domains)}"
+                    f"init {self.text} names no domain of {self.source.path}: it has {', '.join(self.source.domains)}"
                 )
             sizes = {groups[of] for groups in self.source.coverage.values()}
             if self.experts < max(sizes):
                 raise UserError(
-                    f"--init {self.text} copies {max(sizes)} experts, and --experts {self.experts} would lose some: "
-                    f"set --experts to at least {max(sizes)}, or another --init"
+                    f"init {self.text} copies {max(sizes)} experts, and experts {self.experts} would lose some: "
+                    f"set experts to at least {max(sizes)}, or another init"
                 )
         elif kind == "dense":
             if not of:
-                raise UserError("--init dense needs the dense model to begin with: write dense:MODEL, its folder")
+                raise UserError("init dense needs the dense model to begin with: write dense:MODEL, its folder")
             self._check_dense(resolve(of))
         elif self.text not in ("mean", "random"):
-            raise UserError(f"--init {self.text} is not known: write from:DOMAIN, mean, dense:MODEL or random")
+            raise UserError(f"init {self.text} is not known: write from:DOMAIN, mean, dense:MODEL or random")
 
     def _check_dense(self, dense: Checkpoint) -> None:
         before, own = stored_config(dense).model, self.config.model
         if before.sparse_prefixes or before.domain_parameters.embedding != "shared":
-            raise UserError(f"--init {self.text} is no dense model with one word embedding: name another, or mean")
+            raise UserError(f"init {self.text} is no dense model with one word embedding: name another, or mean")
         if before.feed_forward_kind != own.expert_kind:
             raise UserError(
-                f"--init {self.text} is a model of {before.feed_forward} networks, and this model's experts are "
+                f"init {self.text} is a model of {before.feed_forward} networks, and this model's experts are "
                 f"{own.expert_kind.name}: name another, or mean"
             )
         for key in _SAME_SHAPE:
             if getattr(before, key) != getattr(own, key):
                 raise UserError(
-                    f"--init {self.text} is a model of another shape: model.{key} is {getattr(before, key)} there and "
+                    f"init {self.text} is a model of another shape: model.{key} is {getattr(before, key)} there and "
                     f"{getattr(own, key)} here; name another, or mean"
                 )
 

@@ -125,7 +125,7 @@ def pick_domain(names: Sequence[str], name: str | None) -> str:
     if name is None:
         if len(names) == 1:
             return names[0]
-        raise UserError(f"the model has the domains {', '.join(names)}: choose one with --domain")
+        raise UserError(f"the model has the domains {', '.join(names)}: choose one as domain")
     if name not in names:
         near = get_close_matches(name, names, n=1, cutoff=0.0)
         raise UserError(f"the model has no domain '{name}'; did you mean '{near[0]}'?")

@@ -54,8 +54,6 @@ def serve(
     UserError for what the user can mend, before the model is loaded where that is possible; a fault of the engine
     later ends the server with that exception.
     """
-    if settings.token is not None and not settings.token.strip():
-        raise UserError(f"the token is empty; give the token, or {TOKEN_VARIABLE}, a value, or leave it out")
     checkpoint = resolve(path)
     names = [domain.name for domain in stored_config(checkpoint).domains]
     domains = [name for name in names if name in {pick_domain(names, d) for d in settings.domains or names}]
@@ -223,7 +221,7 @@ def _bind(settings: ServerSettings) -> socket.socket:
         family, kind, protocol, _, address = addresses[0]
         listening = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise UserError(f"the host '{settings.host}' is not known here ({error.strerror}); check --host") from error
+        raise UserError(f"the host '{settings.host}' is not known here ({error.strerror}); check it") from error
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
@@ -236,7 +234,7 @@ def _bind(settings: ServerSettings) -> socket.socket:
 def _cannot_listen(settings: ServerSettings, error: OSError) -> UserError:
     address = f"{settings.host}:{settings.port}"
     return UserError(
-        f"the server cannot listen on {address} ({error.strerror}); choose another --port, 0 for a free one"
+        f"the server cannot listen on {address} ({error.strerror}); choose another port, 0 for a free one"
     )
 
 

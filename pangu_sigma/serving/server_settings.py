@@ -5,9 +5,11 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 
+from pangu_sigma.errors import UserError
 from pangu_sigma.generation.domain_inference_settings import DomainInferenceSettings
 
 TOKEN_VARIABLE = "PANGU_SIGMA_TOKEN"
+MOST_SLOTS = 1024
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class ServerLimits:
     (None: as many as the model's window holds). head_seconds: longest time a request's head may take to arrive;
     body_bytes: longest request body; body_seconds: longest time it may take to arrive; stall_seconds: longest time a
     client may take nothing of its answer. choices: most answers of one HTTP request (prompts × n). grace_seconds: how
-    long running answers may go on after SIGTERM.
+    long running answers may go on after SIGTERM. Raises UserError for values out of range.
     """
 
     slots: int = 8
@@ -31,13 +33,22 @@ class ServerLimits:
     choices: int = 64
     grace_seconds: float = 30.0
 
+    def __post_init__(self) -> None:
+        least = {"slots": 1, "queue": 0, "max_tokens": 1, "body_bytes": 1024, "grace_seconds": 0}
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise UserError(f"{name} is {value}: give at least {lowest}")
+        if self.slots > MOST_SLOTS:
+            raise UserError(f"slots is {self.slots}: give at most {MOST_SLOTS}")
+
 
 @dataclass(frozen=True)
 class ServerSettings:
     """Settings of a server: `domains` that are offered (empty: all); `token` that clients must present (None: none).
 
     warm_up: compile all graphs at startup.
-    inference: how the domain of a prompt to the model id `auto` is inferred.
+    inference: how the domain of a prompt to the model id `auto` is inferred. Raises UserError for values out of range.
     """
 
     host: str = "127.0.0.1"
@@ -47,6 +58,12 @@ class ServerSettings:
     limits: ServerLimits = ServerLimits()
     warm_up: bool = True
     inference: DomainInferenceSettings = DomainInferenceSettings()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise UserError(f"port is {self.port}: give one of 1 to 65535, or 0 for a free one")
+        if self.token is not None and not self.token.strip():
+            raise UserError(f"the token is empty; give it, or {TOKEN_VARIABLE}, a value, or neither")
 
     @property
     def loopback(self) -> bool:

@@ -240,6 +240,36 @@ def test_mistakes_are_errors_after_which_the_model_goes_on(model, finished_run, 
     assert model.generate("def", domain="code", **GREEDY) == text
 
 
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda path: ps.serve(path, slots=0), "slots is 0: give at least 1"),
+        (lambda path: ps.serve(path, slots=5000), "slots is 5000: give at most 1024"),
+        (lambda path: ps.serve(path, queue=-1), "queue is -1: give at least 0"),
+        (lambda path: ps.serve(path, max_tokens=0), "max_tokens is 0: give at least 1"),
+        (lambda path: ps.serve(path, port=70000), "port is 70000: give one of 1 to 65535"),
+        (lambda path: ps.serve(path, token=" "), "the token is empty"),
+        (lambda path: ps.load(path, slots=0), "slots is 0"),
+        (lambda path: ps.evaluate(path, workers=0), "workers is 0: give at least 1"),
+        (lambda path: ps.export(path, "mindir", path / "out", batch_size=0), "batch_size is 0: give at least 1"),
+        (lambda path: ps.export(path, "hf", path / "out", max_shard_size=0), "max_shard_size 0 is no size"),
+        (lambda path: ps.add_domain(path, "new", "x.txt", steps=3, regularise={"l2": -0.1}), "regularise.l2 = -0.1"),
+        (lambda path: ps.add_domain_of_model(path, path, steps=0), "steps = 0 is not allowed"),
+        (lambda path: ps.merge_models(path, path / "out"), "one model alone"),
+        (lambda path: ps.init_config(path / "new", "a.txt"), "^a.txt does not exist"),
+    ],
+)
+def test_values_out_of_range_are_told_before_anything_is_read(call, sentence, tmp_path):
+    with pytest.raises(ps.UserError, match=sentence):
+        call(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_training_takes_at_least_one_process(small_yaml, tmp_path):
+    with pytest.raises(ps.UserError, match="parallel.workers = 0 is not allowed"):
+        ps.train(small_yaml, {"run.dir": tmp_path / "run"}, workers=0)
+
+
 def test_domains_are_added_renamed_and_removed(copied_run, corpora, tmp_path):
     run = copied_run(12)
     added = ps.add_domain(run, "medicine", corpora / "law.jsonl", experts=1, init="from:law", steps=3)
@@ -254,7 +284,7 @@ def test_domains_are_added_renamed_and_removed(copied_run, corpora, tmp_path):
 
 
 def test_a_server_runs_beside_the_program(finished_run, capfd):
-    with ps.serve(finished_run, port=0, block=False, domains=["code"], slots=1, warm_up=False) as server:
+    with ps.serve(finished_run, port=0, block=False, domains="code", slots=1, warm_up=False) as server:
         body = json.dumps({"model": "code", "prompt": "def", "max_tokens": 3}).encode()
         request = urllib.request.Request(f"{server.url}/v1/completions", body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as answer:

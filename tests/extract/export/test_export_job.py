@@ -53,7 +53,7 @@ def test_an_empty_folder_is_taken(stored, tmp_path):
         (["--format", "gguf"], "'gguf' is no format to export to; choose hf, hf-olmoe, mindir, onnx"),
         (["--format", "hf", "--domain", "poem"], "did you mean 'poems'?"),
         (["--format", "hf", "--dtype", "int8"], "'int8' is no element type; choose float32, float16, bfloat16"),
-        (["--format", "hf", "--signature", "sigma"], "--signature means nothing to the format hf; leave it out"),
+        (["--format", "hf", "--signature", "sigma"], "signature means nothing to the format hf; leave it out"),
         (["--format", "hf", "--max-shard-size", "big"], "is no size"),
     ],
 )

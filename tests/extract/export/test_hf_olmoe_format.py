@@ -238,7 +238,7 @@ def test_a_damaged_folder_is_refused_by_the_files_name(folder, import_settings, 
 def test_a_model_that_is_no_olmoe_is_not_handed_out_as_one(stored, imported, tmp_path):
     with pytest.raises(UserError, match="model.norm is layernorm"):
         export(stored("dense").path, tmp_path / "out", "hf-olmoe")
-    with pytest.raises(UserError, match="--format hf-olmoe"):
+    with pytest.raises(UserError, match="format hf-olmoe"):
         export(imported.checkpoint.path, tmp_path / "out", "hf")
 
 

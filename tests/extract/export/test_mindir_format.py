@@ -206,11 +206,11 @@ def test_a_chosen_domain_goes_alone_and_is_written_with_its_tokenizer(exported, 
 def test_what_cannot_be_is_refused_with_the_reason(stored, tmp_path):
     for case, options, reason in [
         ("switch", Options(signature="sigma"), "a learned gate makes them inside"),
-        ("full_model", Options(signature="sigma"), "choose one --domain"),
+        ("full_model", Options(signature="sigma"), "choose one domain"),
         ("dense", Options(dtype="float16"), "float32"),
         ("dense", Options(signature="other"), "choose plain, sigma"),
-        ("sub_model", Options(capacity_factor=1.1), "belongs to --signature sigma"),
-        ("dense", Options(max_shard_bytes=9), "--max-shard-size means nothing to the format mindir"),
+        ("sub_model", Options(capacity_factor=1.1), "belongs to the signature sigma"),
+        ("dense", Options(max_shard_bytes=9), "max_shard_size means nothing to the format mindir"),
     ]:
         with pytest.raises(UserError, match=reason):
             export(stored(case).path, tmp_path / "out", "mindir", options=options)

@@ -107,7 +107,7 @@ def test_the_command_prints_scores_with_their_standard_errors(taught, files, tmp
     assert 0 <= court["scores"]["accuracy"]["value"] <= 1 and court["scores"]["accuracy"]["stderr"] is not None
     assert short["kind"] == "exact_match" and short["questions"] == 5 and set(short["scores"]) == {"exact_match"}
     done = command("evaluate", taught, *tasks[:2], cwd=tmp_path)
-    assert_refused(done, "the model has the domains code, law, poems: choose one with --domain")
+    assert_refused(done, "the model has the domains code, law, poems: choose one as domain")
     assert_refused(command("evaluate", taught, "--shots", 2, cwd=tmp_path), "add --tasks FILE")
     assert_refused(command("evaluate", taught, "--tasks", "gone.jsonl", cwd=tmp_path), "the task gone.jsonl cannot be")
 

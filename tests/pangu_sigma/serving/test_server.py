@@ -35,7 +35,7 @@ def test_the_line_names_domains_address_and_page(server):
         (["--domain", "law", "--prior", "updating"], ["needs several domains"]),
         (["--prior", "cached"], ["give both, or neither"]),
         (["--token", ""], ["token is empty"]),
-        (["--host", "no.such.host.invalid"], ["'no.such.host.invalid' is not known", "--host"]),
+        (["--host", "no.such.host.invalid"], ["'no.such.host.invalid' is not known here"]),
         (["--host", "192.0.2.1"], ["cannot listen on 192.0.2.1:8000"]),
     ],
 )
@@ -48,7 +48,7 @@ def test_a_mistake_is_told_before_the_model_is_loaded(served_run, tmp_path, opti
 def test_a_busy_port_is_told(server, served_run, tmp_path):
     port = server.url.rsplit(":", 1)[1]
     done = command("serve", served_run, "--port", port, cwd=tmp_path)
-    assert_refused(done, f"cannot listen on 127.0.0.1:{port}", "choose another --port")
+    assert_refused(done, f"cannot listen on 127.0.0.1:{port}", "choose another port")
     assert "Loading" not in done.stderr
 
 
