@@ -123,6 +123,7 @@ def analyze(
     for sentence in result["passed_over"]:
         typer.echo(f"not compared: {sentence}")
     typer.echo(f"\nTables: {run / 'analysis'}, figures: {page}")
+    say_next("analysis", run / "analysis")
 
 
 def lifelong(
@@ -147,6 +148,10 @@ def lifelong(
         typer.echo(json.dumps(results.to_dict(), ensure_ascii=False, indent=2))
     else:
         typer.echo(as_text(results, plan.dir))
+    if results.complete:
+        say_next("run", plan.run_dir(plan.stages[-1]), plan.domains_after(plan.stages[-1]))
+    else:
+        say_next("unfinished stages", plan.dir, again=["lifelong", file, *(overrides or ())])
 
 
 def report(run: RunFolder) -> None:

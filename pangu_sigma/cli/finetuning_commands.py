@@ -38,6 +38,14 @@ def dpo(model: Model, file: File, overrides: Overrides = None, resume: Resume = 
 def _adapt(objective: str, model: Path, file: Path, overrides: list[str] | None, resume: bool) -> None:
     from pangu_sigma.finetuning.finetuning_job import adapt
 
-    result = adapt(model, file, objective, tuple(overrides or ()), resume)
+    changes = list(overrides or ())
+    result = adapt(model, file, objective, changes, resume)
     if result.finished:
         say_next("adapted run", result, list(result.losses))
+        return
+    from pangu_sigma.checkpoint import resolve
+    from pangu_sigma.trained_model import stored_config
+
+    stops = stored_config(resolve(result.checkpoint)).train.stop_at is not None
+    again = [objective, model, file, *changes, *(["train.stop_at=null"] if stops else [])]
+    say_next("unfinished fine-tuning", result, again=again)

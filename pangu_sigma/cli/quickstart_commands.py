@@ -35,7 +35,9 @@ def quickstart(
 
     done = run_quickstart(config)
     if done.evaluation is None:
-        typer.echo(f"stopped at step {done.step} of {done.steps}; the same command continues")
+        typer.echo(f"stopped at step {done.step} of {done.steps}")
+        stops = ["train.stop_at=null"] if config.train.stop_at else []
+        say_next("unfinished quickstart", done.folder, again=["quickstart", file, *(overrides or ()), *stops])
         return
     _print_figures(done)
     from extract.extraction_summary import summary_text

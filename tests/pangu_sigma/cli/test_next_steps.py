@@ -14,7 +14,8 @@ from pangu_sigma.cli.next_steps import _NEXT, next_steps
 @pytest.mark.parametrize("kind", _NEXT)
 def test_every_proposed_command_can_be_parsed(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first, *commands = next_steps(kind, tmp_path / "my run", ["code", "law"]).splitlines()
+    again = ["sft", "my model", "a b.yaml"]
+    first, *commands = next_steps(kind, tmp_path / "my run", ["code", "law"], again).splitlines()
     assert "is in 'my run'." in first
     for line in commands:
         program, *words = shlex.split(line)

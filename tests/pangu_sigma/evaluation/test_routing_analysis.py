@@ -79,6 +79,7 @@ def test_a_learned_gate(gate_run):
 
 def test_tables_figures_and_report(gate_run):
     done = training_process.command("analyze", gate_run, "--tokens", "128", cwd=gate_run)
+    assert "The analysis is in analysis. Next:" in done.stderr
     assert done.returncode == 0, done.stderr
     assert "saturation at 6" in done.stdout
     rows = list(csv.DictReader((gate_run / "analysis" / "domains.csv").open(encoding="utf-8")))

@@ -1,12 +1,15 @@
 """Fine-tuning as a job: it is a run like any other, of whatever model it is given."""
 
 import json
+import shlex
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from extract.extraction_job import extract, plan
 from pangu_sigma.checkpoint import open_checkpoint
+from pangu_sigma.cli import app
 from pangu_sigma.config import load_config
 from pangu_sigma.errors import UserError
 from pangu_sigma.evaluation.evaluation_job import evaluate
@@ -30,7 +33,9 @@ def test_sft_learns_the_answers_and_a_resumed_run_ends_with_the_same_bytes(taugh
     assert "law: 3" in done.stderr and "examples to learn from" in done.stderr and "training: 4/4" in done.stderr
     losses = [record["losses"]["law"] for record in evaluations(tmp_path / "whole")]
     assert len(losses) == 3 and losses[-1] < losses[0] - 0.05
-    adapt(taught, file, "sft", (f"run.dir={tmp_path / 'parts'}", "train.stop_at=2"))
+    part = ["sft", str(taught), str(file), f"run.dir={tmp_path / 'parts'}", "train.stop_at=2"]
+    stopped = CliRunner().invoke(app, part)
+    assert shlex.join(["pangu-sigma", *part, "train.stop_at=null", "--resume"]) in stopped.stderr, stopped.stderr
     adapt(tmp_path / "gone", file, "sft", (f"run.dir={tmp_path / 'parts'}",), resume=True)
     assert_equal_checkpoints(checkpoint(tmp_path / "whole", 4), checkpoint(tmp_path / "parts", 4))
 

@@ -182,6 +182,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(finished_stages, base_yaml, t
     assert running.wait(120) == 0
     output = (tmp_path / "log").read_text()
     assert "stopped in stage 2 (law+poems) of 3; the same command continues" in output
+    assert f"The measurement is in run. Next:\n  pangu-sigma lifelong {path}" in output
     partly = results(tmp_path / "run")
     assert not partly["complete"] and len(partly["rows"]) == 1
     done = training_process.command("lifelong", path, "--json", cwd=tmp_path)
