@@ -133,7 +133,11 @@ class Plan:
         limit = values["data"]["max_domains_per_batch"]
         values["data"]["max_domains_per_batch"] = limit and min(limit, len(values["domains"]))
         # Every stage's phase begins its own decay, which ends with it.
-        values["schedule"]["decay_steps"] = self.stages[0].steps
+        schedule, first = values["schedule"], self.stages[0].steps
+        schedule["decay_steps"] = first
+        if self.base.written().get("schedule", {}).get("warmup_steps") is None:
+            # It was filled in for the base's train.steps.
+            schedule["warmup_steps"] = min(schedule["warmup_steps"], first)
         if tokenizer is not None:
             values["data"]["tokenizer"] |= {"kind": "sentencepiece", "path": str(tokenizer)}
         return config_from_dict(values, source=f"stage {stage.number + 1} ({stage.name})")
