@@ -8,6 +8,7 @@ from typing import Any
 
 from pangu_sigma.config import Config, config_from_dict, parameter_counts
 from pangu_sigma.config.capacity_sizes import dispatch_buffer
+from pangu_sigma.config.load_config import load_values
 from pangu_sigma.data.tokenizers.vocabulary_size import vocabulary_size
 from pangu_sigma.errors import UserError
 from pangu_sigma.plan.hardware import GIB, PAPER_DEVICES, PAPER_TOKENS_PER_SECOND, Hardware
@@ -27,7 +28,8 @@ REMEDIES: tuple[tuple[str, Any], ...] = (
 
 
 def for_devices(config: Config, devices: int | None) -> Config:
-    """The configuration on so many devices: parallel.data takes what the other axes leave. Raises UserError."""
+    """The configuration on so many devices: parallel.data takes what the other axes leave, and a batch that nobody
+    wrote is a multiple of the ranks that read. Raises UserError."""
     mesh = config.parallel.mesh
     if devices is None or devices == mesh.size:
         return config
@@ -37,7 +39,9 @@ def for_devices(config: Config, devices: int | None) -> Config:
             f"--devices {devices} is no multiple of parallel.expert x tensor x pipeline = {others}: choose a multiple, "
             "or change one of them"
         )
-    return changed(config, {"parallel.data": devices // others})
+    values = config.written()
+    values.setdefault("parallel", {})["data"] = devices // others
+    return load_values(values, f"parallel.data={devices // others}")
 
 
 def changed(config: Config, changes: dict[str, Any]) -> Config:
