@@ -17,6 +17,7 @@ import numpy as np
 from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.checkpoint.float_types import FLOAT_TYPES
 from pangu_sigma.errors import UserError
+from pangu_sigma.runtime import COMPUTING
 from pangu_sigma.trained_model import TrainedModel, trained_from
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class Verification:
         return f"largest logit difference {shown} over {count} probe sequences{mixed}; {weights}"
 
 
+@COMPUTING
 def verify(
     parent: Checkpoint,
     sub: Checkpoint,

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from threading import RLock
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
 import numpy as np
@@ -53,14 +52,13 @@ class LanguageModel:
     """A trained model; `pangu_sigma.load` makes it of a folder.
 
     `domain` in its methods is one of `domains`; a model of one domain needs none named, and generation also takes
-    "auto", which infers it from the prompt. Several threads may use a model; they take turns. Graphs are compiled when
-    they are first needed, so the first call of each method takes seconds.
+    "auto", which infers it from the prompt. Several threads may use one or more models; they take turns. Graphs are
+    compiled when they are first needed, so the first call of each method takes seconds.
     """
 
     def __init__(self, trained: TrainedModel, slots: int = 8) -> None:
         self._trained = trained
         self._slots = slots
-        self._turn = RLock()
         self._scorers: dict[int, Scorer] = {}
         # Events of requests that run beside each other, until whoever asked takes them.
         self._events: dict[int, deque[Event]] = {}
@@ -175,7 +173,7 @@ class LanguageModel:
         """
         texts = [text] if isinstance(text, str) else list(text)
         group = pick_domain(self.domains, domain)
-        with self._turn:
+        with runtime.COMPUTING:
             runtime.prepare(self.config.run.device)
             losses = self._losses([prompt_ids(self.tokenizer, one) for one in texts], group)
         return losses[0] if isinstance(text, str) else losses
@@ -200,7 +198,7 @@ class LanguageModel:
         group = self.domains.index(pick_domain(self.domains, domain))
         rows = np.full((len(tokens) if tokens.ndim == 2 else 1, length + 1), self.tokenizer.pad_id, np.int32)
         rows[:, : tokens.shape[-1]] = tokens
-        with self._turn:
+        with runtime.COMPUTING:
             runtime.prepare(self.config.run.device)
             logits = self._logits(rows, group)[:, : tokens.shape[-1]]
         return logits if tokens.ndim == 2 else logits[0]
@@ -212,7 +210,7 @@ class LanguageModel:
 
     def domain_probabilities(self, text: str) -> dict[str, float]:
         """P(domain | text) of every domain, all being equally likely before; of a long text its last window counts."""
-        with self._turn:
+        with runtime.COMPUTING:
             runtime.prepare(self.config.run.device)
             return self._engine.domain_probabilities(prompt_ids(self.tokenizer, text))
 
@@ -246,14 +244,14 @@ class LanguageModel:
         settings: dict[str, Any] = {"top_k": 40, **options, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
         name = AUTO if domain == AUTO else pick_domain(self.domains, domain)
         request = Request(prompt_ids(self.tokenizer, prompt), name, Sampling(**settings))
-        with self._turn:
+        with runtime.COMPUTING:
             runtime.prepare(self.config.run.device)
             self._engine.check(request)
         return request
 
     def _begin(self, request: Request) -> int:
         """Queue a request; the id of its events."""
-        with self._turn:
+        with runtime.COMPUTING:
             request_id = self._engine.add(request)
             self._events[request_id] = deque()
         return request_id
@@ -261,7 +259,7 @@ class LanguageModel:
     def _take(self, request_id: int) -> Iterator[Event]:
         """The events of a request to its last one, decoding where none waits. Raises UserError where it failed."""
         while True:
-            with self._turn:
+            with runtime.COMPUTING:
                 waiting = self._events[request_id]
                 if not waiting:
                     runtime.prepare(self.config.run.device)
@@ -276,7 +274,7 @@ class LanguageModel:
                 return
 
     def _forget(self, request_id: int) -> None:
-        with self._turn:
+        with runtime.COMPUTING:
             self._engine.cancel(request_id)
             self._events.pop(request_id, None)
 

@@ -1,12 +1,43 @@
-"""MindSpore's process-wide settings, made once before the framework is imported anywhere else."""
+"""MindSpore in this process: its settings, made once before it is imported anywhere else, and whose turn it is."""
 
 from __future__ import annotations
 
 import os
+import threading
+from contextlib import ContextDecorator
 from pathlib import Path
 
 from pangu_sigma.signals import signals_held
 from parallel.operator_layout import LOCAL_SLICES
+
+
+class Turn(ContextDecorator):
+    """Reentrant lock that goes to a thread that waits before the one that has just released it can have it again.
+
+    A plain lock would mostly go back to a thread that computes step after step.
+    """
+
+    def __init__(self) -> None:
+        self._queue, self._turn = threading.RLock(), threading.Lock()
+        self._owner, self._depth = 0, 0
+
+    def __enter__(self) -> Turn:
+        if self._owner != threading.get_ident():
+            with self._queue:
+                self._turn.acquire()
+            self._owner = threading.get_ident()
+        self._depth += 1
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._owner = 0
+            self._turn.release()
+
+
+# Held by the thread that compiles or runs graphs: MindSpore takes one at a time. One of the process, as MindSpore is.
+COMPUTING = Turn()
 
 
 def prepare(device: str, scratch: Path | None = None) -> None:

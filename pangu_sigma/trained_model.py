@@ -103,6 +103,7 @@ def load_trained(path: str | Path) -> TrainedModel:
     return trained_from(resolve(path))
 
 
+@runtime.COMPUTING
 def trained_from(
     checkpoint: Checkpoint,
     device: str | None = None,

@@ -61,6 +61,7 @@ def weight_bytes(source: ExportSource, options: Options) -> int:
     return len(GRAPHS) * 4 * numbers
 
 
+@runtime.COMPUTING
 def write(source: ExportSource, folder: Path, options: Options) -> list[str]:
     """Write the folder; returns what there is to say. Raises UserError, OSError."""
     runtime.prepare("CPU")

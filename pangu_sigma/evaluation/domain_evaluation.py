@@ -130,6 +130,7 @@ def measure_with_progress(
     )
 
 
+@runtime.COMPUTING
 def measure_checkpoint(path: Path, batches: int | None, workers: int) -> DomainEvaluation | None:
     """`evaluate` in this process, which is one of `workers`; None in all but the first."""
     from pangu_sigma.monitor.result_files import write_json

@@ -7,7 +7,8 @@ Two threads, and what each runs:
 - The event loop's thread (the main thread, `server._serve`): admission, counting, handles, and the observer. It never
   touches the engine once it is built. All counting happens here, so that admission needs no locks.
 - The engine thread (started by `Scheduler.start`, its body is `_run_engine_thread`): builds the engine, then admits and
-  cancels requests and runs decoding steps. MindSpore is used by this thread only.
+  cancels requests and runs decoding steps. Of the server only this thread uses MindSpore; with what else computes in
+  the process it takes turns (`runtime.COMPUTING`).
 
 Life of a request:
 
@@ -36,6 +37,7 @@ from typing import Protocol
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation import Event, Request
+from pangu_sigma.runtime import COMPUTING
 from pangu_sigma.serving.api_errors import bad_request, busy, failed, internal, shutting_down
 from pangu_sigma.serving.server_settings import ServerLimits
 
@@ -308,7 +310,8 @@ class Scheduler:
 
     def _run_engine_thread(self) -> None:
         try:
-            engine = self._build()
+            with COMPUTING:
+                engine = self._build()
         except BaseException as error:  # re-raised in the main thread
             self._call_on_event_loop(self._on_built, error)
             return
@@ -330,9 +333,10 @@ class Scheduler:
                 else:
                     self._cancel(engine, command.handle, owners)
                 self._call_on_event_loop(self._on_state, engine.active, engine.waiting)
-            began = time.perf_counter()
-            events = engine.step()
-            seconds = time.perf_counter() - began
+            with COMPUTING:
+                began = time.perf_counter()
+                events = engine.step()
+                seconds = time.perf_counter() - began
             owned_events = [(*owners[event.request_id], event) for event in events]
             for event in events:
                 if event.finish is not None:

@@ -128,6 +128,7 @@ def _connect(config: Config, processes: Processes) -> None:
     processes.connect()
 
 
+@runtime.COMPUTING
 def _build(
     config: Config, processes: Processes, task: TrainingTask, checkpoint: Checkpoint | None,
     initial_model: Checkpoint | None, resume: bool, messages: list[str], resources: ExitStack,

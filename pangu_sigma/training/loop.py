@@ -23,6 +23,7 @@ from pangu_sigma.data.prefetcher import Prefetcher
 from pangu_sigma.data.stream_sampler import StreamEnded
 from pangu_sigma.monitor.progress import TrainingProgress
 from pangu_sigma.monitor.text_tables import evaluation_line
+from pangu_sigma.runtime import COMPUTING
 from pangu_sigma.signals import StopSignalListener
 from pangu_sigma.training.nonfinite import handle_nonfinite
 from pangu_sigma.training.profiling import profile_steps
@@ -162,6 +163,7 @@ class TrainingLoop(TrainingRun):
                 self._save()
         return self.reader.failure is None
 
+    @COMPUTING
     def _run_step(self) -> None:
         """One optimizer step on the next batch, and its record in the metrics; a bad step changes no parameter."""
         planned = next(self.reader)
@@ -192,6 +194,7 @@ class TrainingLoop(TrainingRun):
                 **self.trainer.take_record(),
             )
 
+    @COMPUTING
     def _evaluate(self) -> None:
         evaluator, sequences = self.evaluation.evaluator, self.evaluation.sequences
         unigram, limit = self.evaluation.unigram, self.config.evaluate.batches
@@ -203,6 +206,7 @@ class TrainingLoop(TrainingRun):
         )
         self.bar.say(evaluation_line(self.progress.step, losses, unigram))
 
+    @COMPUTING
     def _save(self) -> None:
         started = time.monotonic()
         if self.stream is not None:
