@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, disk_errors_explained
 from pangu_sigma.monitor.progress import progress_shown
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     PathLike = str | os.PathLike[str]
     Overrides = Mapping[str, Any] | Iterable[str]
 
+@disk_errors_explained()
 def load_config(source: PathLike | Mapping[str, Any] | Config, overrides: Overrides = ()) -> Config:
     """The effective configuration of a YAML file, of a mapping like its content, or of another configuration.
 
@@ -41,6 +42,7 @@ def load_config(source: PathLike | Mapping[str, Any] | Config, overrides: Overri
     return load_config(os.fspath(source) if isinstance(source, os.PathLike) else source, overrides)
 
 
+@disk_errors_explained()
 def init_config(folder: PathLike, data: PathLike | Sequence[PathLike], *, progress: bool = False) -> NewConfiguration:
     """Write the configuration `folder`/train.yaml for your own text, as `pangu-sigma init` does; `train` takes it.
 
@@ -52,6 +54,7 @@ def init_config(folder: PathLike, data: PathLike | Sequence[PathLike], *, progre
         return write_configuration(Path(folder), [Path(source) for source in _items(data)])
 
 
+@disk_errors_explained()
 def train(
     config: PathLike | Mapping[str, Any] | Config,
     overrides: Overrides = (),
@@ -74,6 +77,7 @@ def train(
         return train(loaded if workers is None else with_workers(loaded, workers), resume)
 
 
+@disk_errors_explained()
 def sft(
     model: PathLike, config: PathLike, overrides: Overrides = (), *, resume: bool = False, progress: bool = False
 ) -> TrainingResult:
@@ -81,6 +85,7 @@ def sft(
     return _adapt("sft", model, config, overrides, resume, progress)
 
 
+@disk_errors_explained()
 def dpo(
     model: PathLike, config: PathLike, overrides: Overrides = (), *, resume: bool = False, progress: bool = False
 ) -> TrainingResult:
@@ -98,6 +103,7 @@ def _adapt(
         return adapt(Path(model), Path(config), objective, override_texts(overrides), resume)
 
 
+@disk_errors_explained()
 def load(model: PathLike, *, slots: int = 8) -> LanguageModel:
     """Load the model of a run's folder (its last checkpoint), a checkpoint or a model folder. Raises UserError.
 
@@ -111,6 +117,7 @@ def load(model: PathLike, *, slots: int = 8) -> LanguageModel:
     return LanguageModel(load_trained(Path(model)), slots)
 
 
+@disk_errors_explained()
 def evaluate(
     model: PathLike, *, batches: int | None = None, workers: int = 1, progress: bool = False
 ) -> DomainEvaluation:
@@ -127,6 +134,7 @@ def evaluate(
     return result
 
 
+@disk_errors_explained()
 def extract(
     model: PathLike,
     domains: str | Sequence[str],
@@ -153,6 +161,7 @@ def extract(
         return extract(cut, Path(out), check=verify)
 
 
+@disk_errors_explained()
 def export(
     model: PathLike,
     format: Literal["hf", "hf-olmoe", "mindir", "onnx", "mindformers"],
@@ -181,6 +190,7 @@ def export(
         return export(Path(model), Path(out), format, names, options)
 
 
+@disk_errors_explained()
 def list_domains(model: PathLike) -> list[DomainFacts]:
     """What every domain of a model owns, has seen in training, and its last loss. Raises UserError."""
     from pangu_sigma.domains.list_domains import list_domains
@@ -188,6 +198,7 @@ def list_domains(model: PathLike) -> list[DomainFacts]:
     return list_domains(Path(model))
 
 
+@disk_errors_explained()
 def add_domain(
     run: PathLike,
     name: str,
@@ -225,6 +236,7 @@ def add_domain(
         return add_domain(Path(run), new_domain, follow_up=follow_up, out=_path(out))
 
 
+@disk_errors_explained()
 def add_domain_of_model(
     run: PathLike,
     model: PathLike,
@@ -256,6 +268,7 @@ def add_domain_of_model(
         )
 
 
+@disk_errors_explained()
 def remove_domain(run: PathLike, name: str, *, out: PathLike | None = None, progress: bool = False) -> EditResult:
     """Remove a domain with its experts and tables; all others stay as they are. `out` as of `add_domain`."""
     from pangu_sigma.domains.remove_domain import remove_domain
@@ -264,6 +277,7 @@ def remove_domain(run: PathLike, name: str, *, out: PathLike | None = None, prog
         return remove_domain(Path(run), name, out=_path(out))
 
 
+@disk_errors_explained()
 def rename_domain(
     run: PathLike, name: str, to: str, *, out: PathLike | None = None, progress: bool = False
 ) -> EditResult:
@@ -274,6 +288,7 @@ def rename_domain(
         return rename_domain(Path(run), name, to, out=_path(out))
 
 
+@disk_errors_explained()
 def resize_domain(
     run: PathLike,
     name: str,
@@ -293,6 +308,7 @@ def resize_domain(
         return resize_domain(Path(run), name, experts, redraw=redraw, out=_path(out))
 
 
+@disk_errors_explained()
 def merge_models(models: Sequence[PathLike], out: PathLike, *, progress: bool = False) -> EditResult:
     """Write a model folder with the domains of several models that have equal shared parameters. Raises UserError."""
     from pangu_sigma.domains.merge_models import merge_models
@@ -301,6 +317,7 @@ def merge_models(models: Sequence[PathLike], out: PathLike, *, progress: bool = 
         return merge_models([Path(model) for model in _items(models)], Path(out))
 
 
+@disk_errors_explained()
 def serve(
     model: PathLike,
     *,
@@ -333,6 +350,7 @@ def serve(
     return server
 
 
+@disk_errors_explained()
 def read_metrics(run: PathLike) -> list[dict[str, Any]]:
     """The records of a run's metrics.jsonl in the order in which they were written. Raises UserError."""
     from pangu_sigma.monitor.metrics_log import read_metrics
@@ -340,6 +358,7 @@ def read_metrics(run: PathLike) -> list[dict[str, Any]]:
     return read_metrics(Path(run))
 
 
+@disk_errors_explained()
 def write_report(run: PathLike) -> Path:
     """Draw a run's curves and expert load as one HTML file and return its path. Raises UserError."""
     from pangu_sigma.report import write_report

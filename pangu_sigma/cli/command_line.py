@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
 import sys
@@ -27,14 +26,8 @@ from pangu_sigma.cli.plan_command import plan
 from pangu_sigma.cli.quickstart_commands import corpora, quickstart
 from pangu_sigma.cli.serve_command import serve
 from pangu_sigma.cli.train_commands import mindformers, train
-from pangu_sigma.errors import INTERRUPTED, USER_ERROR, UserError
+from pangu_sigma.errors import INTERRUPTED, USER_ERROR, UserError, disk_errors_explained
 from pangu_sigma.version import VERSION
-
-# What the user's disk and folders answer, where no command says it better. Other OSErrors are bugs.
-_DISK_ERRORS = {
-    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR,
-    errno.EPERM, errno.EROFS,
-}  # fmt: skip
 
 
 class _Commands(TyperGroup):
@@ -43,14 +36,10 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: typer.Context) -> object:
         gc.enable()
         try:
-            return super().invoke(ctx)
+            with disk_errors_explained():
+                return super().invoke(ctx)
         except UserError as error:
             _say(f"Error: {' '.join(str(error).split())}")
-            raise typer.Exit(USER_ERROR) from error
-        except OSError as error:
-            if error.errno not in _DISK_ERRORS:
-                raise
-            _say(f"Error: {error.filename or 'a file'}: {error.strerror}: mend that, or name another place")
             raise typer.Exit(USER_ERROR) from error
         except KeyboardInterrupt as error:
             _say("Interrupted.")

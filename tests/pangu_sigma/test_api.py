@@ -240,6 +240,23 @@ def test_mistakes_are_errors_after_which_the_model_goes_on(model, finished_run, 
     assert model.generate("def", domain="code", **GREEDY) == text
 
 
+def test_two_models_in_two_threads_write_what_each_writes_alone(model, finished_run):
+    models, domains = [model, ps.load(finished_run)], ["code", "law"]
+    texts: dict[str, list[str]] = {"code": [], "law": []}
+
+    def write(number: int) -> None:
+        for _ in range(3):
+            texts[domains[number]].append(models[number].generate("def return", domain=domains[number], **GREEDY))
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = {domain: model.generate("def return", domain=domain, **GREEDY) for domain in domains}
+    assert texts == {domain: [text] * 3 for domain, text in alone.items()}
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
@@ -263,6 +280,12 @@ def test_values_out_of_range_are_told_before_anything_is_read(call, sentence, tm
     with pytest.raises(ps.UserError, match=sentence):
         call(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_disk_answers_is_a_sentence(corpora, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ps.UserError, match="Not a directory: mend that, or name another place"):
+        ps.init_config(tmp_path / "file" / "mine", corpora / "code.jsonl")
 
 
 def test_a_training_takes_at_least_one_process(small_yaml, tmp_path):
