@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from extract.extraction_plan import ExtractionPlan
 from extract.verify_sub_model import Verification
@@ -22,35 +21,35 @@ from pangu_sigma.version import VERSION
 
 @dataclass(frozen=True)
 class HeldoutQuality:
-    """Held-out figures of a run at one step: domain -> mean loss in nats per token, its own and a unigram model's."""
+    """Held-out figures of a run at one step: domain -> mean loss in nats per token, its own and a unigram model's;
+    held-out tokens that both are of."""
 
     step: int
     losses: dict[str, float]
     unigram: dict[str, float]
+    tokens: dict[str, int]
 
 
 def measured(checkpoint: Checkpoint) -> HeldoutQuality | None:
-    """What the checkpoint's run measured at its step; None for a checkpoint that lies in no run or was not measured."""
+    """What the checkpoint's run measured at its step on most text; None where nothing was, or where it has no run."""
     run = run_of(checkpoint)
     if run is None:
         return None
-    quality = _from_evaluation(run / "evaluation.json", checkpoint.step)
-    if quality is None and (run / "metrics.jsonl").is_file():
+    results = [read_json(run / "evaluation.json")]
+    if (run / "metrics.jsonl").is_file():
         from pangu_sigma.monitor.metrics_log import read_metrics
 
-        for record in read_metrics(run):
-            if record["kind"] == "evaluate" and record["step"] == checkpoint.step:
-                quality = HeldoutQuality(checkpoint.step, record["losses"], record["unigram"])
-    return quality
-
-
-def _from_evaluation(path: Path, step: int) -> HeldoutQuality | None:
-    result = read_json(path)
+        results += [record for record in reversed(read_metrics(run)) if record["kind"] == "evaluate"]
     try:
-        of_step = result is not None and result["step"] == step
-        return HeldoutQuality(step, result["losses"], result["unigram"]) if of_step else None
+        found = [
+            HeldoutQuality(result["step"], result["losses"], result["unigram"], result["tokens"])
+            for result in results
+            if result is not None and result["step"] == checkpoint.step
+        ]
     except KeyError as error:
+        path = run / "evaluation.json"
         raise UserError(f"{path} is damaged: delete it, or make it anew with pangu-sigma evaluate") from error
+    return max(found, key=lambda quality: sum(quality.tokens.values()), default=None)
 
 
 def model_card(
@@ -100,7 +99,8 @@ def model_card(
         f'pangu-sigma generate DIR{domain} --prompt "…"',
         "pangu-sigma serve DIR",
         "pangu-sigma evaluate DIR",
-        "pangu-sigma train DIR/config.yaml run.init_from=DIR   # continues it; the optimizer's state starts fresh",
+        "# continues it in a new folder NEW; the optimizer's state starts fresh:",
+        "pangu-sigma train DIR/config.yaml run.init_from=DIR run.dir=NEW",
         "```",
         "",
         "`DIR` is this folder. `manifest.json` lists every file and tensor with its sha256.",
@@ -121,17 +121,19 @@ def _quality(cut: ExtractionPlan, quality: HeldoutQuality | None, verification: 
         lines += [
             f"Held-out text of the parent's run at step {quality.step}, nats per token, measured in the parent:",
             "",
-            "| domain | loss | perplexity | unigram model's loss |",
-            "| --- | --- | --- | --- |",
+            "| domain | loss | perplexity | unigram model's loss | tokens |",
+            "| --- | --- | --- | --- | --- |",
         ]
         for domain in cut.domains:
             loss = quality.losses.get(domain, math.nan)
             unigram = number(quality.unigram.get(domain))
-            lines.append(f"| {domain} | {number(loss)} | {number(perplexity(loss), 2)} | {unigram} |")
+            tokens = f"{quality.tokens.get(domain, 0):,}"
+            lines.append(f"| {domain} | {number(loss)} | {number(perplexity(loss), 2)} | {unigram} | {tokens} |")
         lines.append("")
     if verification is not None:
         lines += [
-            "Loss on the probe sequences that travel in this folder, nats per token:",
+            "Loss on the few probe sequences that travel in this folder, nats per token. It shows that both models "
+            "agree; of so little text it cannot be compared with the loss of the held-out text:",
             "",
             "| domain | parent | this model | sequences |",
             "| --- | --- | --- | --- |",

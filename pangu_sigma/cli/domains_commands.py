@@ -311,8 +311,10 @@ def _print_result(done: EditResult, what: str) -> None:
         typer.echo("Its mesh does not hold these domains and is left out: name another to train on (parallel.*).")
     config = shlex.quote(str(done.run_dir / "config.yaml"))
     if train.steps > checkpoint.step:
-        typer.echo(f"{train.steps - checkpoint.step} steps lie ahead: pangu-sigma train {config} --resume")
-    elif done.config.schedule.kind == "constant":
+        typer.echo(f"{train.steps - checkpoint.step} steps lie ahead.")
+        say_next("changed run to train", done.run_dir, checkpoint.domains)
+        return
+    if done.config.schedule.kind == "constant":
         typer.echo(f"No step lies ahead; to train on: pangu-sigma train {config} train.steps=… --resume")
     else:
         # The learning rate has come to its planned end, which a resumed run cannot move.

@@ -93,10 +93,12 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, indent=2))
         return
-    from pangu_sigma.monitor.text_tables import matrix_table, quality_table
+    from pangu_sigma.monitor.text_tables import matrix_table, measured_part, quality_table
 
     typer.echo(quality_table(result.unigram, result.losses))
     typer.echo("\n" + matrix_table(result.matrix))
+    if (part := measured_part(result.batches)) is not None:
+        typer.echo(f"\n{part} --batches 0 measures all.")
     if (model / "checkpoints").is_dir():  # a run's, of which there are pictures
         say_next("evaluation", model, list(result.losses))
 

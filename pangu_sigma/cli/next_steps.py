@@ -12,7 +12,7 @@ from pathlib import Path
 # where there is no other; {again}: the command that was interrupted, as it was given.
 _GENERATE = 'generate {path}{choose} --prompt "…"'
 _EXTRACT = "extract {path} --domain {domain} --out models/{domain}"
-_TRAIN_ON = "train {path}/config.yaml run.init_from={path} run.dir=runs/{name}"
+_TRAIN_ON = "train {path}/config.yaml run.init_from={path} run.dir={path}-trained"
 _NEXT = {
     "run": ("model", (_GENERATE, "evaluate {path}", _EXTRACT)),
     "unfinished run": ("run", ("train {path}/config.yaml --resume",)),
@@ -22,6 +22,7 @@ _NEXT = {
     "unfinished stages": ("measurement", ("{again}",)),
     "adapted run": ("model", (_GENERATE, "evaluate {path}", "serve {path}")),
     "changed run": ("run", ("domains list {path}", "evaluate {path}")),
+    "changed run to train": ("run", ("train {path}/config.yaml --resume", "domains list {path}")),
     "evaluation": ("run", (_EXTRACT, "report {path}")),
     "model": ("model", (_GENERATE, "serve {path}", _TRAIN_ON)),
     "start": ("model", (_TRAIN_ON, _GENERATE)),

@@ -64,9 +64,20 @@ class Corpus:
         fewer ids."""
         return {s.name: np.pad(s.token_counts, (0, size - s.token_counts.size)) for s in self.stores}
 
-    def unigram_losses(self) -> dict[str, float]:
-        """Held-out loss (nats per token) of a model that knows only how frequent each token is, by domain."""
-        return {s.name: unigram_loss(s.token_counts, s.heldout) for s in self.stores if s.heldout.tokens}
+    def unigram_losses(self, batches: int | None) -> dict[str, float]:
+        """Loss (nats per token) of a model that knows only how frequent each token is, by domain, of the text that an
+        evaluation of at most so many batches measures (None: all that is held out)."""
+        heldout, size = self.heldout(), self.config.evaluate.batch_size
+        losses = {}
+        for store in self.stores:
+            if store.name in heldout:
+                vocabulary, sequences = len(store.token_counts), heldout[store.name]
+                part = batches is not None and batches * size < len(sequences)
+                counts = (
+                    sequences.label_counts(vocabulary, batches * size) if part else store.heldout.counts(vocabulary)
+                )
+                losses[store.name] = unigram_loss(store.token_counts, counts)
+        return losses
 
 
 def prepare_corpus(config: Config, tokenizer: Tokenizer | None = None, progress: Progress | None = None) -> Corpus:

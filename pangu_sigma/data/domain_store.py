@@ -163,16 +163,15 @@ def open_store(folder: str | Path, vocab_size: int) -> DomainStore:
     return DomainStore(train=train, heldout=heldout, token_counts=counts, folder=folder, **described)
 
 
-def unigram_loss(token_counts: np.ndarray, heldout: IndexedDataset) -> float:
+def unigram_loss(token_counts: np.ndarray, heldout_counts: np.ndarray) -> float:
     """Loss of the unigram model, which any language model must beat: mean negative log likelihood (nats per token) of
     the held-out tokens under the training part's frequencies.
 
-    ``token_counts`` int64 [V]; one is added to every count, so that a token never seen has a probability.
+    Both int64 [V]: how often each token occurs. One is added to every training count, so that a token never seen has a
+    probability.
     """
-    vocabulary = len(token_counts)
-    log_p = np.log(token_counts + 1.0) - np.log(token_counts.sum() + vocabulary)
-    counts = heldout.counts(vocabulary)
-    return float(-(counts * log_p).sum() / counts.sum())
+    log_p = np.log(token_counts + 1.0) - np.log(token_counts.sum() + len(token_counts))
+    return float(-(heldout_counts * log_p).sum() / heldout_counts.sum())
 
 
 def _build(

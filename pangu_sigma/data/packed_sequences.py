@@ -111,6 +111,11 @@ class HeldoutSequences(HeldoutRows):
     def __len__(self) -> int:
         return -(-self.tokens // self.sequence_length)
 
+    def label_counts(self, vocab_size: int, sequences: int) -> np.ndarray:
+        """How often every vocabulary id is a label of the first so many sequences, int64 [vocab_size]."""
+        labels = self._order.read(0, min(self.tokens, sequences * self.sequence_length))
+        return np.bincount(labels, minlength=vocab_size)
+
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Sequence int32 [S + 1] and the mask float32 [S] of its labels (0 where the label is padding)."""
         if not 0 <= index < len(self):

@@ -83,7 +83,10 @@ def advise(path: str | Path, total: int | None = None) -> list[Advice]:
     facts = {fact.name: fact for fact in list_domains(path)}
     stores = {name: domain_store(config, checkpoint, name) for name in checkpoint.domains}
     measured = {name: store for name, store in stores.items() if store.heldout.tokens}
-    unigram = {name: unigram_loss(store.token_counts, store.heldout) for name, store in measured.items()}
+    unigram = {
+        name: unigram_loss(store.token_counts, store.heldout.counts(store.token_counts.size))
+        for name, store in measured.items()
+    }
     losses = {
         name: fact.loss if fact.loss_kind == "evaluate" and name in measured else None for name, fact in facts.items()
     }

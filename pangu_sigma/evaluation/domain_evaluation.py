@@ -114,6 +114,7 @@ def measure_with_progress(
 
     limit = evaluator.model.config.evaluate.batch_limit(batches)
     counts = {name: evaluator.batches(sequences, limit) for name, sequences in heldout.items()}
+    in_all = {name: evaluator.batches(sequences, None) for name, sequences in heldout.items()}
     with progress("evaluate", sum(counts.values()) * len(evaluator.model.groups.names), unit="batches") as job:
         matrix = evaluator.matrix(heldout, limit, job.advance)
     losses = {name: matrix[name][name] for name in heldout}
@@ -127,6 +128,7 @@ def measure_with_progress(
             name: min(sequences.tokens, counts[name] * evaluator.batch_size * sequences.sequence_length)
             for name, sequences in heldout.items()
         },
+        batches={name: [count, in_all[name]] for name, count in counts.items()},
     )
 
 
@@ -151,7 +153,8 @@ def measure_checkpoint(path: Path, batches: int | None, workers: int) -> DomainE
             runtime.prepare(config.run.device)
             processes.connect()
         evaluator = Evaluator(trained_from(checkpoint, processes=processes).model, config.evaluate.batch_size)
-        result = measure_with_progress(evaluator, heldout, corpus.unigram_losses(), checkpoint.step, batches)
+        unigram = corpus.unigram_losses(config.evaluate.batch_limit(batches))
+        result = measure_with_progress(evaluator, heldout, unigram, checkpoint.step, batches)
     processes.leave()
     if not processes.first:
         return None

@@ -12,7 +12,8 @@ class DomainEvaluation:
 
     step: of the checkpoint. losses, unigram: mean loss of every domain's text under its own experts and that of a
     unigram model, in nats per token. perplexity: exp(loss). matrix: text's domain -> domain of the experts -> loss.
-    tokens: held-out tokens that were measured, by domain.
+    tokens: held-out tokens that were measured, by domain, the unigram model's loss too. batches: of each domain, how
+    many were measured and how many there are.
     """
 
     step: int
@@ -21,6 +22,7 @@ class DomainEvaluation:
     unigram: dict[str, float]
     matrix: dict[str, dict[str, float]]
     tokens: dict[str, int]
+    batches: dict[str, list[int]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

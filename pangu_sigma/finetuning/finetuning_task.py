@@ -58,7 +58,7 @@ class ExampleCorpus:
         """None: the adapted model brings its routing tables."""
         return {}
 
-    def unigram_losses(self) -> dict[str, float]:
+    def unigram_losses(self, batches: int | None) -> dict[str, float]:
         """No unigram model is set beside an adaptation."""
         return {}
 

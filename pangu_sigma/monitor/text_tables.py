@@ -44,6 +44,12 @@ def quality_table(
     return text_table(header, rows)
 
 
+def measured_part(batches: Mapping[str, Sequence[int]]) -> str | None:
+    """A sentence where less than all held-out text was measured; `batches`: domain -> (measured, in all)."""
+    parts = [f"{name} {done} of {in_all} batches" for name, (done, in_all) in batches.items() if done < in_all]
+    return f"Only a part of the held-out text was measured: {', '.join(parts)}." if parts else None
+
+
 def matrix_table(matrix: Mapping[str, Mapping[str, float]], width: int | None = None) -> str:
     """Loss (nats per token) of each domain's text (row) under each expert group (column); * marks a row's lowest.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pangu_sigma.monitor.printable_text import compact, duration
 from pangu_sigma.monitor.result_files import write_text
-from pangu_sigma.monitor.text_tables import best_of_row, number
+from pangu_sigma.monitor.text_tables import best_of_row, measured_part, number
 from pangu_sigma.report.expert_load_map import load_map
 from pangu_sigma.report.html_page import render_page
 from pangu_sigma.report.routing_tables import routing_tables
@@ -40,9 +40,10 @@ def _sections(run: RunData) -> Iterator[tuple[str, str, Any]]:
     """(anchor, title, data for the template) of every section that has something to show."""
     if run.latest:
         first = run.evaluations[0] if run.evaluations and run.evaluations[0].step < run.latest.step else None
-        yield "quality", "Quality per domain", {"first": first, "tokens": run.trained_tokens}
+        part = measured_part(run.latest.batches)
+        yield "quality", "Quality per domain", {"first": first, "tokens": run.trained_tokens, "part": part}
     if run.final and run.final.matrix:
-        yield "matrix", "Domain × group", _matrix(run.final.matrix)
+        yield "matrix", "Domain × group", {**_matrix(run.final.matrix), "part": measured_part(run.final.batches)}
     if run.train or run.evaluations:
         yield "loss", "Loss", loss_curves(run)
     loads = expert_loads(run.train)

@@ -17,13 +17,15 @@ Numbers = dict[str, float]
 
 
 class Evaluation(BaseModel, strict=True, frozen=True):
-    """Held-out results of one step: losses in nats per token by domain; `matrix`: text domain → expert group → loss."""
+    """Held-out results of one step: losses in nats per token by domain; `matrix`: text domain → expert group → loss;
+    `batches`: domain → how many were measured and how many there are."""
 
     step: int = 0
     losses: Numbers = {}
     unigram: Numbers = {}
     tokens: Numbers = {}
     matrix: dict[str, Numbers] = {}
+    batches: dict[str, list[int]] = {}
 
     @property
     def gains(self) -> dict[str, float]:
@@ -80,11 +82,9 @@ class RunData:
 
     @property
     def latest(self) -> Evaluation | None:
-        """The newest held-out results: of `evaluation.json` unless the run evaluated later."""
-        during = self.evaluations[-1] if self.evaluations else None
-        if self.final and (during is None or self.final.step >= during.step):
-            return self.final
-        return during
+        """The newest held-out results; of one step those of most text, of equal ones those of `evaluation.json`."""
+        results = [*([self.final] if self.final else []), *self.evaluations[-1:]]
+        return max(results, key=lambda result: (result.step, sum(result.tokens.values())), default=None)
 
     def setting(self, path: str) -> Any:
         """The configuration's value at a dotted path, None if it is not there."""

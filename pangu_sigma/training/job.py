@@ -169,7 +169,8 @@ def _build(
     elif not tensors and model.shared.deferred_init:
         initialise_shared(model)
     # 2. What the run reads and is measured on.
-    evaluation = HeldoutEvaluation(task.evaluator(model, objective), task.heldout, corpus.unigram_losses())
+    unigram = corpus.unigram_losses(config.evaluate.batches)
+    evaluation = HeldoutEvaluation(task.evaluator(model, objective), task.heldout, unigram)
     stream = None
     if config.data.stream is not None:
         stream = StreamingInput(config, corpus.tokenizer, resumed=checkpoint is not None or resume)

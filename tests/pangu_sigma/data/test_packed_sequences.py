@@ -93,4 +93,13 @@ def test_the_unigram_loss_is_that_of_the_smoothed_frequencies(make_store):
     heldout = make_store("x", [[0, 0, 1]], vocab_size=4, eod_id=3)
     counts = np.array([5, 1, 0, 2])
     expected = -(2 * np.log(6 / 12) + np.log(2 / 12) + np.log(3 / 12)) / 4
-    assert unigram_loss(counts, heldout) == pytest.approx(expected)
+    assert unigram_loss(counts, heldout.counts(len(counts))) == pytest.approx(expected)
+
+
+def test_the_unigram_model_is_measured_on_the_labels_of_the_same_sequences(make_store):
+    store = make_store("x", [[0, 1, 2], [4, 4], [5], [6, 0, 1, 2, 4]], vocab_size=100, eod_id=99)
+    heldout = HeldoutSequences(store, 4, 99, 98)
+    for count in (1, 2, 3, 9):
+        rows = [heldout.sequence(i) for i in range(min(count, len(heldout)))]
+        labels = np.concatenate([ids[1:][mask > 0] for ids, mask in rows])
+        assert heldout.label_counts(100, count).tolist() == np.bincount(labels, minlength=100).tolist()
