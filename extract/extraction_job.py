@@ -18,6 +18,7 @@ from pangu_sigma.config import parameter_counts
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.signals import sigterm_as_ctrl_c
+from pangu_sigma.trained_model import stored_config
 
 VERIFICATION = "verification.json"
 
@@ -47,7 +48,12 @@ class Extraction:
     @property
     def num_parameters(self) -> int:
         """Its trained values."""
-        return parameter_counts(self.cut.config, self.cut.config.model.vocab_size).total
+        return parameter_counts(self.cut.config).total
+
+    @property
+    def parent_parameters(self) -> int:
+        """The trained values of the model that it was cut out of."""
+        return parameter_counts(stored_config(self.cut.parent)).total
 
     def to_dict(self) -> dict[str, object]:
         """Path, domains, parameters, bytes and the verification as plain values for JSON."""

@@ -135,6 +135,56 @@ def evaluate(
 
 
 @disk_errors_explained()
+def evaluate_tasks(
+    model: PathLike,
+    files: PathLike | Sequence[PathLike],
+    *,
+    shots: int = 0,
+    shots_from: PathLike | None = None,
+    domain: str | None = None,
+    max_tokens: int = 64,
+    stop: str | Sequence[str] = "\n",
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Let a model answer the questions of .jsonl files (docs/evaluation.md), and score every task.
+
+    shots: solved questions in front of each, from the file `shots_from` or the task's own. domain: whose experts
+    answer, or "auto". max_tokens, stop: end of a written answer. Raises UserError.
+    """
+    from pangu_sigma.evaluation.task_evaluation import FewShotSettings, evaluate_tasks
+
+    settings = FewShotSettings(shots, _path(shots_from), domain, max_tokens, tuple(_items(stop)))
+    with progress_shown(progress):
+        return evaluate_tasks(Path(model), [Path(file) for file in _items(files)], settings)
+
+
+@disk_errors_explained()
+def analyze(run: PathLike, *, tokens: int = 4096, progress: bool = False) -> dict[str, Any]:
+    """Measure the routing of a run's checkpoints on so many held-out tokens of each domain, and keep it in the run.
+
+    Returns what stands in its analysis.json (docs/evaluation.md). Raises UserError.
+    """
+    from pangu_sigma.evaluation.routing_analysis import analyze
+
+    with progress_shown(progress):
+        return analyze(Path(run), tokens)
+
+
+@disk_errors_explained()
+def plan_cluster(
+    config: PathLike | Mapping[str, Any] | Config, overrides: Overrides = (), *, devices: int | None = None
+) -> dict[str, Any]:
+    """Estimate what a configuration needs on a cluster of Ascend devices: memory, bytes and time of a step.
+
+    config, overrides: as of `load_config`. devices: as the configuration's mesh has them if left out. Raises UserError.
+    """
+    from pangu_sigma.plan.cluster_plan import plan
+    from pangu_sigma.plan.hardware import Hardware
+
+    return plan(load_config(config, overrides), Hardware(), devices)
+
+
+@disk_errors_explained()
 def extract(
     model: PathLike,
     domains: str | Sequence[str],

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -19,6 +20,7 @@ from pangu_sigma.config.load_config import load_values
 from pangu_sigma.config.yaml_text import dump_yaml
 from pangu_sigma.data.corpus import Corpus, prepare_corpus
 from pangu_sigma.errors import UserError
+from pangu_sigma.plan.run_summary import run_summary
 
 FILE = "train.yaml"
 PRESET = "tiny"
@@ -44,6 +46,13 @@ class NewConfiguration:
     def __fspath__(self) -> str:
         return str(self.path)
 
+    @property
+    def summary(self) -> list[str]:
+        """What a training builds, and about how long it takes and in how much memory, as `train` says at its start."""
+        vocabulary = self.config.data.tokenizer.vocab_size
+        assert vocabulary is not None
+        return run_summary(self.config, vocabulary)
+
 
 def write_configuration(folder: Path, data: Sequence[Path]) -> NewConfiguration:
     """Write `folder`/train.yaml, whose run lives in `folder` too, for a domain of each file or folder of `data`.
@@ -60,7 +69,7 @@ def write_configuration(folder: Path, data: Sequence[Path]) -> NewConfiguration:
                 f"{folder} lies in {source}, and the run's own files would become its text: name a folder elsewhere"
             )
     domains = [{"name": name, **_text_of(source)} for name, source in _named(data).items()]
-    values = {
+    values: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "run": {"dir": str(folder.absolute())},
         "model": {"preset": PRESET},
@@ -70,10 +79,13 @@ def write_configuration(folder: Path, data: Sequence[Path]) -> NewConfiguration:
     corpus = _prepared(values)
     train_tokens = {store.name: store.tokens["train"] for store in corpus.stores}
     longest, fewest = load_values(dict(values), str(path)).data.sequence_length, min(train_tokens.values())
+    assert longest is not None  # filled in, as the rest is
     if fewest <= longest:
         values["data"] = {**values.get("data", {}), "sequence_length": 2 ** int(math.log2(max(2, fewest - 1)))}
     config = load_values(dict(values), str(path))
-    steps = EPOCHS * sum(train_tokens.values()) / (config.train.batch_size * config.data.sequence_length)
+    batch_size, length = config.train.batch_size, config.data.sequence_length
+    assert batch_size is not None and length is not None
+    steps = EPOCHS * sum(train_tokens.values()) / (batch_size * length)
     values["train"] = {"steps": max(FEWEST_STEPS, min(math.ceil(steps / 10) * 10, MOST_STEPS))}
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(_HEADER + dump_yaml(values), encoding="utf-8")

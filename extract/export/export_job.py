@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 from extract.export.export_formats import FORMATS, Options
 from extract.export.export_source import ExportSource, open_source
@@ -88,7 +89,7 @@ def _check_parts(format_: str, source: ExportSource) -> None:
         )
 
 
-def _writer(format_: str):
+def _writer(format_: str) -> ModuleType:
     if format_ not in FORMATS:
         raise UserError(f"'{format_}' is no format to export to; choose {', '.join(FORMATS)}")
     for package in FORMATS[format_].packages:

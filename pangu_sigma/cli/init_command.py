@@ -19,7 +19,6 @@ def init(
     """Write a configuration that trains on your own text, and say what it assumes."""
     from pangu_sigma.monitor.text_tables import text_table
     from pangu_sigma.new_configuration import write_configuration
-    from pangu_sigma.plan.run_summary import run_summary
 
     made = write_configuration(folder, data)
     config = made.config
@@ -34,6 +33,6 @@ def init(
         f"\nassumes a {config.model.preset} model, a tokenizer of {vocabulary:,} pieces trained on this text, and "
         f"sequences of {config.data.sequence_length} tokens; model.preset and train.steps in the file change that"
     )
-    for line in run_summary(config, vocabulary):
+    for line in made.summary:
         typer.echo(line)
     say_next("configuration", made.path)

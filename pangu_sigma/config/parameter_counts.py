@@ -49,8 +49,13 @@ def tensor_shapes(config: Config, vocab_size: int) -> dict[str, Shape]:
     return dict(chain(_shared(config, vocab_size), *of_domains))
 
 
-def parameter_counts(config: Config, vocab_size: int) -> ParameterCounts:
-    """Counts that follow from `tensor_shapes`: total, shared, per domain, and activated per token of each domain."""
+def parameter_counts(config: Config, vocab_size: int | None = None) -> ParameterCounts:
+    """Counts that follow from `tensor_shapes`: total, shared, per domain, and activated per token of each domain.
+
+    vocab_size: that of the configuration if left out, as every trained model's has it.
+    """
+    vocab_size = vocab_size or config.model.vocab_size
+    assert vocab_size is not None
     owned: dict[str | None, int] = dict.fromkeys((None, *config.domain_names), 0)
     activated, routing, chosen = dict(owned), 0, config.experts_per_token
     for name, shape in tensor_shapes(config, vocab_size).items():

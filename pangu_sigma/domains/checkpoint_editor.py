@@ -156,7 +156,9 @@ class CheckpointEditor:
     def values(self) -> dict[str, Any]:
         """The configuration as a mapping that may be changed, with the folder in which the result will lie."""
         # The text that was tokenised for the old run serves the new one.
-        values = with_run_folder(self.config, self.run_dir or self.out)
+        folder = self.run_dir or self.out
+        assert folder is not None  # what is no run is only taken with `out`
+        values = with_run_folder(self.config, folder)
         if self.out is not None:
             values["run"]["dir"] = str(self.out.resolve())
         return values
@@ -194,10 +196,12 @@ class CheckpointEditor:
         # A phase under way that stays near a previous model takes the model of this moment for it.
         state.pop(TEACHER_KEY, None)
         state |= extra_state or {}
-        if self.out is None:
-            state[CONFIG_BEFORE] = config_digest(self.run_dir)
+        replaced = self.run_dir if self.out is None else None
+        if replaced is not None:
+            state[CONFIG_BEFORE] = config_digest(replaced)
         state[DOMAIN_CHANGES] = [*state.pop(DOMAIN_CHANGES, []), {"step": source.step, "change": change}]
-        corpora = {**{name: source.fingerprints.corpora.get(was) for name, was in domains.items()}, **(corpora or {})}
+        known = source.fingerprints.corpora
+        kept = {name: known[was] for name, was in domains.items() if was in known}
         old_probe = source.probe()
         content = StreamedCheckpoint(
             taken=plan_taken(source, self._kept_groups(new, domains)),
@@ -214,7 +218,7 @@ class CheckpointEditor:
             tokenizer_files=source.tokenizer_files(),
             fingerprints=Fingerprints(
                 tokenizer=source.fingerprints.tokenizer,
-                corpora={name: text for name, text in corpora.items() if text is not None},
+                corpora={**kept, **(corpora or {})},
             ),
             step=source.step,
             probe={**{name: old_probe[was] for name, was in domains.items() if was in old_probe}, **(probe or {})},
@@ -224,10 +228,11 @@ class CheckpointEditor:
             def advance(done: int, _: int) -> None:
                 job.set(done)
 
-            if self.out is None:
-                written = replace_checkpoint(self.run_dir, content, advance)
-                write_text(self.run_dir / folder_layout.CONFIG, config.to_yaml())
-                return EditResult(written, config, self.run_dir, lost_mesh)
+            if replaced is not None:
+                written = replace_checkpoint(replaced, content, advance)
+                write_text(replaced / folder_layout.CONFIG, config.to_yaml())
+                return EditResult(written, config, replaced, lost_mesh)
+            assert self.out is not None
             if self.run_dir is not None:
                 add = partial(copy_metrics, self.run_dir, step=source.step)
                 written = write_run_folder(self.out, content, advance, add)

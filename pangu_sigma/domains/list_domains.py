@@ -51,6 +51,7 @@ def list_domains(path: str | Path) -> list[DomainFacts]:
     """
     checkpoint = resolve(path)
     length = stored_config(checkpoint).data.sequence_length
+    assert length is not None  # filled in when the run began
     cursors = checkpoint.state.get("sampler", {}).get("domains", {})
     losses = _losses(checkpoint)
     facts = []

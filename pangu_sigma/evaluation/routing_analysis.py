@@ -33,6 +33,8 @@ def analyze(run: Path, tokens: int) -> dict:
     Writes analysis.json and the folder analysis/ of tables into the run's folder and returns what the file holds.
     Raises UserError where the model has no sparse layer and for anything wrong with the run.
     """
+    if tokens < 1:
+        raise UserError(f"tokens is {tokens}: give at least 1")
     trained = load_trained(run)
     if trained.run_dir is None or trained.run_dir.resolve() != run.resolve():
         raise UserError(f"{run} is no run: name the folder of a run, whose checkpoints are compared")

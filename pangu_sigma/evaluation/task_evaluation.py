@@ -38,6 +38,10 @@ class FewShotSettings:
     max_tokens: int = 64
     stop: tuple[str, ...] = ("\n",)
 
+    def __post_init__(self) -> None:
+        if self.shots < 0 or self.max_tokens < 1:
+            raise UserError(f"shots is {self.shots} and max_tokens {self.max_tokens}: give at least 0 and 1")
+
 
 @dataclass(frozen=True)
 class TaskResult:

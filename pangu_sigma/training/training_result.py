@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pangu_sigma.checkpoint import resolve
+from pangu_sigma.config import ParameterCounts, parameter_counts
 from pangu_sigma.monitor.metrics_log import read_metrics
 from pangu_sigma.trained_model import stored_config
 
@@ -51,6 +52,11 @@ class TrainingResult:
     def finished(self) -> bool:
         """Whether all planned steps are done; else `train(…, resume=True)` continues."""
         return self.step >= self.steps
+
+    @property
+    def parameter_counts(self) -> ParameterCounts:
+        """Trained values of the model: in all, shared, of each domain, and active for a token of each domain."""
+        return parameter_counts(stored_config(resolve(self.checkpoint)))
 
     def metrics(self, kind: str = "train") -> list[dict[str, Any]]:
         """The run's records of one kind in the order of their steps: "train" (loss and speed every `run.log_every`

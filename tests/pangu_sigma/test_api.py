@@ -82,6 +82,7 @@ def test_overrides_are_python_values(small_yaml, tmp_path):
 def test_a_configuration_for_ones_own_text_is_written(corpora, tmp_path):
     made = ps.init_config(tmp_path / "mine", [corpora / "code.jsonl", corpora / "law.jsonl"])
     assert ps.load_config(made).domain_names == ("code", "law") and made.documents == {"code": 80, "law": 80}
+    assert [line.split()[0] for line in made.summary] == ["builds", "trains"]
 
 
 def live(small_yaml: Path, folder: Path, verify: bool = True) -> None:
@@ -89,12 +90,14 @@ def live(small_yaml: Path, folder: Path, verify: bool = True) -> None:
     first = ps.train(small_yaml, {**FAST, "run.dir": folder / "first"})
     assert (first.step, first.steps, first.finished) == (2, 2, True)
     assert set(first.losses) == {"code", "law", "poems"} == set(first.unigram)
+    assert first.parameter_counts.total > first.parameter_counts.shared
     assert first.metrics("evaluate")[-1]["losses"] == first.losses and len(first.metrics()) == 2
     model = ps.load(first)
     text = model.generate("def return", domain="code", **GREEDY)
     extraction = ps.extract(first, "code", folder / "code", verify=verify)
     sub_model = ps.load(extraction)
     assert sub_model.domains == ("code",) and sub_model.num_parameters == extraction.num_parameters
+    assert extraction.parent_parameters == model.num_parameters
     if verify:
         assert extraction.verification is not None and extraction.verification.largest_logit_difference == 0.0
         ids = [model.tokenizer.eod_id, *model.tokenizer.encode("def return if")][:12]
@@ -268,6 +271,8 @@ def test_two_models_in_two_threads_write_what_each_writes_alone(model, finished_
         (lambda path: ps.serve(path, token=" "), "the token is empty"),
         (lambda path: ps.load(path, slots=0), "slots is 0"),
         (lambda path: ps.evaluate(path, workers=0), "workers is 0: give at least 1"),
+        (lambda path: ps.evaluate_tasks(path, "a.jsonl", shots=-1), "shots is -1"),
+        (lambda path: ps.analyze(path, tokens=0), "tokens is 0: give at least 1"),
         (lambda path: ps.export(path, "mindir", path / "out", batch_size=0), "batch_size is 0: give at least 1"),
         (lambda path: ps.export(path, "hf", path / "out", max_shard_size=0), "max_shard_size 0 is no size"),
         (lambda path: ps.add_domain(path, "new", "x.txt", steps=3, regularise={"l2": -0.1}), "regularise.l2 = -0.1"),
@@ -280,6 +285,11 @@ def test_values_out_of_range_are_told_before_anything_is_read(call, sentence, tm
     with pytest.raises(ps.UserError, match=sentence):
         call(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cluster_is_planned(small_yaml):
+    counts = ps.plan_cluster(small_yaml, {"run.device": "CPU"})["parameters"]
+    assert counts["total"] > 0
 
 
 def test_what_the_disk_answers_is_a_sentence(corpora, tmp_path):
