@@ -7,7 +7,7 @@ import threading
 from contextlib import ContextDecorator
 from pathlib import Path
 
-from pangu_sigma.signals import signals_held
+from pangu_sigma.signals import restore_ctrl_c, signals_held
 from parallel.operator_layout import LOCAL_SLICES
 
 
@@ -32,6 +32,7 @@ class Turn(ContextDecorator):
     def __exit__(self, *exception: object) -> None:
         self._depth -= 1
         if not self._depth:
+            restore_ctrl_c()
             self._owner = 0
             self._turn.release()
 

@@ -6,6 +6,9 @@ spin: two processes on the same two processors take several times as long as on 
 
 import os
 
+# MindSpore reads it as it is imported, which a test may do before the product does.
+os.environ.setdefault("GLOG_v", "4")
+
 
 def pytest_configure() -> None:
     worker = os.environ.get("PYTEST_XDIST_WORKER")

@@ -27,6 +27,7 @@ from pangu_sigma.cli.quickstart_commands import corpora, quickstart
 from pangu_sigma.cli.serve_command import serve
 from pangu_sigma.cli.train_commands import mindformers, train
 from pangu_sigma.errors import INTERRUPTED, USER_ERROR, UserError, disk_errors_explained
+from pangu_sigma.signals import sigterm_as_ctrl_c
 from pangu_sigma.version import VERSION
 
 
@@ -36,7 +37,8 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: typer.Context) -> object:
         gc.enable()
         try:
-            with disk_errors_explained():
+            # MindSpore's own handler, which it installs as it compiles, turns Ctrl-C into SIGTERM.
+            with disk_errors_explained(), sigterm_as_ctrl_c():
                 return super().invoke(ctx)
         except UserError as error:
             _say(f"Error: {' '.join(str(error).split())}")

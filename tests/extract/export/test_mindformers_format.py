@@ -22,7 +22,7 @@ def test_every_tensor_goes_byte_for_byte(stored, tmp_path, case):
     assert set(exported) == set(tensor_shapes(config, config.model.vocab_size))
     for name, tensor in checkpoint.load(checkpoint.names(optimizer=False)).items():
         assert exported[name].tobytes() == tensor.tobytes(), name
-    assert str(checkpoint.path) in result[0] and "init_from" in result[0]
+    assert str(checkpoint.path) in result.messages[0] and "init_from" in result.messages[0]
 
 
 def test_a_part_of_the_domains_and_other_types_are_refused(stored, tmp_path):

@@ -35,6 +35,7 @@ def case_config(case: dict, processes):
     for domain in values["domains"]:
         domain["experts"] = case.get("domains", EXPERTS)[domain["name"]]
     if case.get("emulate_mesh") and processes.size > 1:
+        values["evaluate"]["every"] = None  # what follows from the mesh
         values["parallel"] = {**case.get("parallel", {}), **vars(processes.mesh), "emulate_mesh": True}
     return effective(config_from_dict(values))
 
