@@ -89,6 +89,13 @@ def signals_held() -> Iterator[None]:
             signal.raise_signal(came[0])
 
 
+def restore_ctrl_c() -> None:
+    """Give Ctrl-C back to Python's handler, in whose place MindSpore leaves one that ends the program by SIGTERM."""
+    handler = signal.getsignal(signal.SIGINT)
+    if may_handle_signals() and handler is not None:
+        signal.signal(signal.SIGINT, handler)
+
+
 def may_handle_signals() -> bool:
     """Whether this thread may handle signals: the main thread; in others the program that they belong to decides."""
     return threading.current_thread() is threading.main_thread()

@@ -180,6 +180,18 @@ def test_streams_run_beside_each_other_and_may_be_left(model):
     assert model._engine.idle and len(unread) == 20
 
 
+def test_ctrl_c_interrupts_python_after_a_model_has_computed(finished_run):
+    program = (
+        "import os, signal, sys, time; import pangu_sigma as ps\n"
+        "model = ps.load(sys.argv[1])\n"
+        "model.generate('def', domain='code', max_tokens=2, temperature=0)\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT); time.sleep(10)\n"
+        "except KeyboardInterrupt:\n    print('interrupted', model.domains[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(finished_run)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "interrupted code\n"), done.stderr
+
+
 def test_logits_and_losses_are_those_of_evaluation_and_of_decoding(model, finished_run):
     trained = load_trained(finished_run)
     measured = ps.evaluate(finished_run)
