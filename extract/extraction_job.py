@@ -32,6 +32,9 @@ class Extraction:
     bytes_written: int
     verification: Verification | None
 
+    def __repr__(self) -> str:
+        return f"Extraction({str(self.path)!r}, domains={self.domains})"
+
     def __fspath__(self) -> str:
         return str(self.path)
 

@@ -6,7 +6,6 @@ tensors change (another type, another file size, folded), they are streamed one 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +19,7 @@ from pangu_sigma.checkpoint.streamed_checkpoint import plan_taken
 from pangu_sigma.checkpoint.tensor_file import make_header, numpy_type, raw_bytes
 from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.config.finetuning_file import without_adaptation
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, did_you_mean
 from pangu_sigma.tensor_names import dense_name, is_expert, is_gate, is_routing, parse_name
 from pangu_sigma.trained_model import stored_config
 from rre.router_specs import routers_that
@@ -219,9 +218,5 @@ def choose_domains(parent: Checkpoint, requested: Sequence[str]) -> tuple[str, .
     """The wanted domains in the parent's order. Raises UserError, which names the nearest, for one it does not have."""
     for name in requested:
         if name not in parent.domains:
-            near = difflib.get_close_matches(name, parent.domains, n=1, cutoff=0.0)[0]
-            raise UserError(
-                f"{parent.path} has no domain '{name}'; did you mean '{near}'? "
-                f"(It has {len(parent.domains)}: {', '.join(parent.domains[:10])}{', …' * (len(parent.domains) > 10)})"
-            )
+            raise UserError(f"{parent.path} has no domain '{name}'; {did_you_mean(name, parent.domains)}")
     return tuple(name for name in parent.domains if name in requested)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 
 USER_ERROR, INTERRUPTED = 2, 130  # of a process that ends by a user's mistake, or by Ctrl-C
 
@@ -15,6 +16,15 @@ class UserError(ValueError):
 
 class CheckpointError(UserError):
     """A checkpoint could not be written or is refused; the message names the file or folder and says what to do."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The known name that an unknown one resembles, as a question; the first ten of all where it resembles none."""
+    names = list(known)
+    near = get_close_matches(name[:200], names, n=1)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    return f"choose one of {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
 
 
 # What the user's disk and folders answer, where no job says it better. Other OSErrors are bugs.

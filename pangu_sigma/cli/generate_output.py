@@ -49,11 +49,12 @@ def print_text(job: GenerateJob, stream: bool) -> None:
         if stream or first:
             _write("\n")
     written, after = len(completion.events), time.monotonic() - first
-    rate = f", {compact((written - 1) / after)} tokens/s" if written > 1 else ""
+    rate = f", the others at {compact((written - 1) / after)} tokens/s" if written > 1 else ""
     if completion.events[-1].domains:
         print(domains_text(completion.events[-1].domains), file=sys.stderr)
     why = {"stop": "the text ended", "length": "max-tokens or the window's end was reached"}[completion.finish]
-    print(f"{written} tokens in {time.monotonic() - began:.1f} s{rate}; {why}", file=sys.stderr)
+    total = f"{written} tokens in {time.monotonic() - began:.1f} s"
+    print(f"{total}: the first after {first - began:.1f} s{rate}; {why}", file=sys.stderr)
 
 
 def print_lines(job: GenerateJob) -> None:

@@ -80,3 +80,4 @@ def serve(
         inference=DomainInferenceSettings(top, prior.value, prior_texts),
     )
     run_server(model, settings, announce=typer.echo)
+    typer.echo("The server has stopped.", err=True)

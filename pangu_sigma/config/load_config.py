@@ -117,6 +117,8 @@ def read_values(path: Path, what: str = _CONFIGURATION, parse: Callable[[str], A
         values = parse(find_file(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the path of {what}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder: give a file, as {path / 'config.yaml'} of a run") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: save it as UTF-8") from error
     except OSError as error:

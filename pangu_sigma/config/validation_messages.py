@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,16 +24,20 @@ class Problem(NamedTuple):
 
 
 def problems_of(error: ValidationError, root: type[Section] = Config) -> list[Problem]:
-    """All problems of a failed validation of `root`, in the schema's order."""
+    """All problems of a failed validation of `root`, in the schema's order, but unknown keys first:
+    what is missing may only be misspelt."""
     items = error.errors(include_url=False)
     paths = [tuple(item["loc"]) for item in items]
-    result: list[Problem] = []
+    result: list[tuple[bool, Problem]] = []
     for item, path in zip(items, paths, strict=True):
         # A list with a wrong item is also reported as too short: only the innermost path is the user's mistake.
         if any(len(other) > len(path) and other[: len(path)] == path for other in paths):
             continue
-        result.append(_problem(item, path, root))
-    return result
+        # The sizes that a preset would have filled in are missing only because its name is wrong.
+        if item["type"] == "missing" and (*path[:-1], "preset") in paths:
+            continue
+        result.append((item["type"] != "extra_forbidden", _problem(item, path, root)))
+    return [problem for _, problem in sorted(result, key=lambda found: found[0])]
 
 
 def _problem(item: Any, path: tuple[str | int, ...], root: type[Section]) -> Problem:
@@ -43,7 +48,11 @@ def _problem(item: Any, path: tuple[str | int, ...], root: type[Section]) -> Pro
         return Problem(key, f"{key} is missing: set it to {allowed_at(path, root)}{meant}")
     if item["type"] == "extra_forbidden":
         return Problem(key, unknown_key(path, root))
-    return Problem(key, f"{key} = {shown(item['input'])} is not allowed: it must be {allowed_at(path, root)}")
+    sentence = f"{key} = {shown(item['input'])} is not allowed: it must be {allowed_at(path, root)}"
+    if item["type"] == "literal_error":
+        near = difflib.get_close_matches(str(item["input"]), re.findall(r"'([^']*)'", item["ctx"]["expected"]), n=1)
+        sentence += f"; did you mean '{near[0]}'?" if near else ""
+    return Problem(key, sentence)
 
 
 def unknown_key(path: Sequence[str | int], root: type[Section] = Config) -> str:

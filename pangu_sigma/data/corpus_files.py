@@ -48,7 +48,7 @@ def expand_paths(name: str, data: Sequence[str | Path]) -> list[Path]:
             if not matches:
                 raise UserError(f"domain '{name}': no file matches {entry}; check the pattern and the current folder")
         else:
-            raise UserError(f"domain '{name}': the file {entry} does not exist; check the path in domains.data")
+            raise UserError(f"domain '{name}': the file {entry} does not exist; check its path and the current folder")
         for match in matches:
             if match.suffix.lower() not in (".jsonl", ".txt"):
                 raise UserError(

@@ -72,12 +72,11 @@ def reason_to_drop(kind: str, text: str, ids: np.ndarray, stars: float | None) -
 
 
 def filter_summary(name: str, kept: int, dropped: dict[str, int], kind: str) -> str | None:
-    """A sentence on what the rules of `kind` dropped and kept of a domain; None where there are no rules."""
-    if not RULES[kind]:
-        return None
+    """A sentence on what the rules of `kind` dropped and kept of a domain; None without rules and losses."""
     counts: Sequence[str] = [f"{dropped.get(reason, 0):,} {REASONS[reason]}" for reason in RULES[kind]]
     others = [f"{dropped[reason]:,} {what}" for reason, what in _OTHERS.items() if dropped.get(reason)]
-    return f"{name}: {kept:,} documents kept; dropped: {', '.join([*counts, *others])}"
+    told = ", ".join([*counts, *others])
+    return f"{name}: {kept:,} documents kept; dropped: {told}" if told else None
 
 
 _OTHERS = {"empty": "empty", "exact": "exact duplicates", "near": "near duplicates"}

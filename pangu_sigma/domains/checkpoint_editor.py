@@ -58,6 +58,9 @@ class EditResult:
     run_dir: Path | None
     lost_mesh: bool = False
 
+    def __repr__(self) -> str:
+        return f"EditResult({str(Path(self))!r}, domains={self.domains})"
+
     def __fspath__(self) -> str:
         return str(self.run_dir or self.checkpoint.path)
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from pangu_sigma.config.data_section import INFERRED_DOMAIN
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
@@ -127,6 +126,5 @@ def pick_domain(names: Sequence[str], name: str | None) -> str:
             return names[0]
         raise UserError(f"the model has the domains {', '.join(names)}: choose one as domain")
     if name not in names:
-        near = get_close_matches(name, names, n=1, cutoff=0.0)
-        raise UserError(f"the model has no domain '{name}'; did you mean '{near[0]}'?")
+        raise UserError(f"the model has no domain '{name}'; {did_you_mean(name, names)}")
     return name

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 
 from starlette.responses import Response
+
+from pangu_sigma.errors import did_you_mean
 
 _TYPES = {
     400: "invalid_request_error",
@@ -81,10 +82,9 @@ def failed(message: str) -> ApiError:
 
 def unknown_model(model: str, offered: Sequence[str]) -> ApiError:
     """404: a model id that is no domain of the served model."""
-    near = get_close_matches(model[:200], offered, n=1, cutoff=0.0)
     return ApiError(
         404,
-        f"the model '{model[:80]}' does not exist; did you mean '{near[0]}'? GET /v1/models lists all",
+        f"the model '{model[:80]}' does not exist; {did_you_mean(model, offered)} (GET /v1/models lists all)",
         param="model",
         code="model_not_found",
     )

@@ -168,7 +168,7 @@ def _add_errors(app: FastAPI) -> None:
     async def by_status(request: Request, error: HTTPException) -> Response:
         messages = {
             400: "the body cannot be read as JSON",
-            404: f"there is nothing at {request.url.path[:80]}; the interface begins at /v1",
+            404: f"there is nothing at {request.url.path[:80]}; GET /v1/models lists the models",
             405: f"{request.method[:10]} is not allowed at {request.url.path[:80]}",
         }
         message = messages.get(error.status_code, error.detail)

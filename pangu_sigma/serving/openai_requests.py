@@ -9,12 +9,12 @@ fields are refused with the nearest name, as OpenAI does. `null` means the defau
 from __future__ import annotations
 
 import secrets
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from pangu_sigma.errors import did_you_mean
 from pangu_sigma.generation import Sampling
 from pangu_sigma.serving.api_errors import ApiError, bad_request
 from rre.counted_random import key64
@@ -110,9 +110,8 @@ class _SamplingRequest(_StrictModel):
                 if value is not None and not any(value == neutral for neutral in NEUTRAL_VALUES[name]):
                     raise _unsupported(name)
             elif name not in IGNORED_FIELDS:
-                near = get_close_matches(name[:80], cls.model_fields, n=1, cutoff=0.0)[0]
                 raise bad_request(
-                    f"Unrecognized request argument supplied: {name[:80]}; did you mean {near}?",
+                    f"Unrecognized request argument supplied: {name[:80]}; {did_you_mean(name, cls.model_fields)}",
                     name[:80],
                     "unknown_parameter",
                 )

@@ -127,7 +127,8 @@ def test_a_key_of_version_1_is_refused_with_its_new_name(small):
 
 def test_unreadable_files_are_refused(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"a: \xe4\n")
-    for name, message in {"none.yaml": "does not exist", "latin.yaml": "not UTF-8", ".": "cannot be read"}.items():
+    folder = "is a folder: give a file, as .*config.yaml"
+    for name, message in {"none.yaml": "does not exist", "latin.yaml": "not UTF-8", ".": folder}.items():
         with pytest.raises(UserError, match=message):
             load_config(tmp_path / name)
 
@@ -148,7 +149,8 @@ def test_a_missing_key_is_named_with_its_meaning(small_file):
 
 
 def test_further_problems_are_counted_and_named(small):
-    with pytest.raises(UserError, match=r"model\.heads = 0 .* \(2 more problems: model\.norms, train\.steps\)$"):
+    said = r"model\.norms is not a known key.* \(2 more problems: model\.heads, train\.steps\)$"
+    with pytest.raises(UserError, match=said):
         small("model.heads=0", "train.steps=0", "model.norms=1")
 
 

@@ -25,7 +25,7 @@ def refused(response, status: int, *parts: str, param: str | None = None, code: 
 @pytest.mark.parametrize(
     ("changes", "param", "code", "part"),
     [
-        ({"promt": "x"}, "promt", "unknown_parameter", "did you mean prompt?"),
+        ({"promt": "x"}, "promt", "unknown_parameter", "did you mean 'prompt'?"),
         ({"temperature": "1"}, "temperature", None, "valid number"),
         ({"temperature": -1}, "temperature", None, "greater than or equal to 0"),
         ({"top_p": 0}, "top_p", None, "greater than 0"),
