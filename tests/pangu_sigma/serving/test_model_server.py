@@ -18,6 +18,7 @@ from pangu_sigma.monitor.progress import progress_shown
 from pangu_sigma.serving import server as server_module
 from pangu_sigma.serving.model_server import ModelServer
 from pangu_sigma.serving.server_settings import ServerSettings
+from pangu_sigma.signals import restore_ctrl_c
 
 
 @pytest.fixture
@@ -53,6 +54,7 @@ def test_a_stop_before_the_server_has_an_event_loop_is_kept(serve_with):
 
 def test_a_second_ctrl_c_asks_again_and_the_call_waits_for_the_end(serve_with):
     requests, ended = [], threading.Event()
+    restore_ctrl_c()  # from MindSpore, which another test may have used
 
     def interrupt() -> None:
         os.kill(os.getpid(), signal.SIGINT)
