@@ -52,6 +52,8 @@ def test_a_stop_before_the_server_has_an_event_loop_is_kept(serve_with):
     assert waits.is_set() and not starting.is_alive() and not stopping.is_alive() and server.url is None
 
 
+# Slow not for its time: a signal that comes late ends the whole process of tests.
+@pytest.mark.slow
 def test_a_second_ctrl_c_asks_again_and_the_call_waits_for_the_end(serve_with):
     requests, ended = [], threading.Event()
     restore_ctrl_c()  # from MindSpore, which another test may have used
