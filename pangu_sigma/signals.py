@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+Handler = Callable[[int, FrameType | None], None]
 
 
 @contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt, so that it ends a preparation as Ctrl-C does: cleaned up and said."""
-    if not may_handle_signals():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _handled_by(handler: Handler, *numbers: signal.Signals) -> Iterator[None]:
+    """Let these signals call `handler` within the block; off the main thread nothing changes."""
+    # All of them first: `handler` may change the others as soon as one is in place.
+    previous = {number: signal.getsignal(number) for number in numbers if may_handle_signals()}
     try:
+        for number in previous:
+            signal.signal(number, handler)
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+def sigterm_as_ctrl_c() -> AbstractContextManager[None]:
+    """Let SIGTERM raise KeyboardInterrupt, so that it ends a preparation as Ctrl-C does: cleaned up and said."""
+    return _handled_by(signal.default_int_handler, signal.SIGTERM)
 
 
 class StopSignalListener:
@@ -31,7 +40,7 @@ class StopSignalListener:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
-        self._previous: dict[int, object] = {}
+        self._handled = _handled_by(self._on_signal, *STOP_SIGNALS)
 
     @property
     def stop_requested(self) -> bool:
@@ -39,24 +48,16 @@ class StopSignalListener:
         return self.signal_name is not None
 
     def __enter__(self) -> StopSignalListener:
-        if may_handle_signals():
-            for signal_number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[signal_number] = signal.signal(signal_number, self._on_signal)
+        self._handled.__enter__()
         return self
 
-    def reinstall(self) -> None:
-        """Listen again: MindSpore may leave a handler of its own behind, which turns Ctrl-C into SIGTERM."""
-        if not self.stop_requested and signal.SIGINT in self._previous:
-            signal.signal(signal.SIGINT, self._on_signal)
-
     def __exit__(self, *exception: object) -> None:
-        for signal_number, handler in self._previous.items():
-            signal.signal(signal_number, handler)
+        self._handled.__exit__(*exception)
 
     def _on_signal(self, signal_number: int, frame: FrameType | None) -> None:
         self.signal_name = "Ctrl-C" if signal_number == signal.SIGINT else "SIGTERM"
         # From now on each signal does what it does to any Python program.
-        for caught in self._previous:
+        for caught in STOP_SIGNALS:
             signal.signal(caught, signal.SIG_DFL if caught != signal.SIGINT else signal.default_int_handler)
 
 
@@ -66,25 +67,18 @@ def signals_held() -> Iterator[None]:
 
     A C++ module that is interrupted while it loads reports a failed import instead of the interruption.
     """
-    if not may_handle_signals():
-        yield
-        return
     came: list[int] = []
 
     def note(received: int, frame: FrameType | None) -> None:
         came.append(received)
         # An exception would come up in the middle of C++, which aborts.
-        for caught in previous:
+        for caught in STOP_SIGNALS:
             signal.signal(caught, signal.SIG_DFL)
 
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in previous:
-        signal.signal(number, note)
     try:
-        yield
+        with _handled_by(note, *STOP_SIGNALS):
+            yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         if came:
             signal.raise_signal(came[0])
 

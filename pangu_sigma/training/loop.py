@@ -24,7 +24,7 @@ from pangu_sigma.data.stream_sampler import StreamEnded
 from pangu_sigma.monitor.progress import TrainingProgress
 from pangu_sigma.monitor.text_tables import evaluation_line
 from pangu_sigma.runtime import COMPUTING
-from pangu_sigma.signals import StopSignalListener
+from pangu_sigma.signals import StopSignalListener, restore_ctrl_c
 from pangu_sigma.training.nonfinite import handle_nonfinite
 from pangu_sigma.training.profiling import profile_steps
 from pangu_sigma.training.schedule import scheduled_step
@@ -138,7 +138,7 @@ class TrainingLoop(TrainingRun):
         with profile_steps(profile, Path(self.config.run.dir) / "profile", self.progress.step) as on_step_done:
             # A signal may have come to one process alone: all stop after the same step.
             while self.progress.step < end and not self.processes.any(self.signals.stop_requested):
-                self.signals.reinstall()
+                restore_ctrl_c()
                 if self.stream is not None and not self._wait_for_batch():
                     return
                 self._run_step()
@@ -153,7 +153,7 @@ class TrainingLoop(TrainingRun):
     def _wait_for_batch(self) -> bool:
         """Wait for the stream's next batch; False where none will be learned: interrupted, ended or unreadable."""
         while not self.reader.wait(_POLL_SECONDS):
-            self.signals.reinstall()
+            restore_ctrl_c()
             if self.signals.stop_requested:
                 return False
             message = self.stream.take_idle_message()
