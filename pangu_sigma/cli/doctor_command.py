@@ -26,10 +26,9 @@ def doctor(
     from pangu_sigma.doctor.check_table import text
     from pangu_sigma.doctor.machine_checks import examine
     from pangu_sigma.monitor.progress import progress
-    from pangu_sigma.signals import sigterm_as_ctrl_c
 
     checks = []
-    with sigterm_as_ctrl_c(), progress("examine", None, unit="checks") as job:
+    with progress("examine", None, unit="checks") as job:
         for check in examine(count, seconds):
             checks.append(check)
             job.advance(1)

@@ -91,7 +91,6 @@ def generate(
     from pangu_sigma.generation.domain_inference_settings import DomainInferenceSettings
     from pangu_sigma.generation.generate_job import prepare_generation
     from pangu_sigma.generation.prompts import PromptSource
-    from pangu_sigma.signals import sigterm_as_ctrl_c
 
     if logprobs is not None and not (as_json or jsonl):
         raise UserError("--logprobs needs --json or --jsonl, because plain text has no place for figures")
@@ -107,8 +106,7 @@ def generate(
         "logprobs": logprobs,
     }
     prompts = PromptSource(prompt=prompt, file=file, jsonl=jsonl).read()
-    # MindSpore turns a Ctrl-C that comes while it compiles into SIGTERM.
-    with sigterm_as_ctrl_c(), PipedOutput():
+    with PipedOutput():
         own = None if inference == DomainInferenceSettings() else inference
         job = prepare_generation(model, prompts, domain, settings, slots, own, numbered=jsonl)
         if jsonl:

@@ -69,14 +69,10 @@ def plan(
         from pangu_sigma.monitor.progress import progress
         from pangu_sigma.plan.cluster_plan import for_devices
         from pangu_sigma.plan.compile_plan import compile_plan
-        from pangu_sigma.signals import sigterm_as_ctrl_c
 
         if graphs is not None and graphs.exists():
             raise UserError(f"--graphs {graphs} exists already: name a new folder")
-        with (
-            sigterm_as_ctrl_c(),
-            progress(f"compile for {cluster_plan['devices']} devices", None, unit="graphs") as job,
-        ):
+        with progress(f"compile for {cluster_plan['devices']} devices", None, unit="graphs") as job:
             cluster_plan["compiled"] = compile_plan(for_devices(config, devices), graphs)
             job.set(1)
     elif graphs is not None:
