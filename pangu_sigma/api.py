@@ -305,17 +305,12 @@ def add_domain_of_model(
 
     Other arguments as of `add_domain`. Raises UserError, and changes nothing then.
     """
-    from pangu_sigma.config.domain_edits import FollowUpTraining, plan_follow_up
+    from pangu_sigma.config.domain_edits import plan_follow_up
     from pangu_sigma.domains.add_domain import add_model
 
-    def follow_up_of(own: str) -> FollowUpTraining | None:
-        return plan_follow_up(own, steps, shared, replay, regularise)
-
-    follow_up_of(name or "")  # what is wrong with it is said before anything is opened
+    follow_up = plan_follow_up(name or "", steps, shared, replay, regularise)
     with progress_shown(progress):
-        return add_model(
-            Path(run), Path(model), domain, name=name, weight=weight, follow_up_of=follow_up_of, out=_path(out)
-        )
+        return add_model(Path(run), Path(model), domain, name=name, weight=weight, follow_up=follow_up, out=_path(out))
 
 
 @disk_errors_explained()

@@ -16,7 +16,6 @@ from pangu_sigma.cli.next_steps import say_next
 from pangu_sigma.errors import UserError
 
 if TYPE_CHECKING:
-    from pangu_sigma.config.domain_edits import FollowUpTraining
     from pangu_sigma.domains.checkpoint_editor import EditResult
 
 domains_app = typer.Typer(
@@ -159,11 +158,7 @@ def add(
     from pangu_sigma.domains.add_domain import NewDomain, add_domain, add_model
 
     regularise = {"output": output, "l2": l2, "ewc": ewc, "through": through.value}
-
-    def follow_up_of(own: str) -> FollowUpTraining | None:
-        return plan_follow_up(own, steps, shared.value, replay, regularise)
-
-    follow_up_of(name or "")  # what has no effect is refused first
+    follow_up = plan_follow_up(name or "", steps, shared.value, replay, regularise)
     if model is not None:
         if data:
             raise UserError(
@@ -175,7 +170,7 @@ def add(
                     f"--{option.replace('_', '-')} says how a new domain is made, but --model brings one that is: "
                     "leave it out"
                 )
-        done = add_model(run, model, domain, name=name, weight=weight, follow_up_of=follow_up_of, out=out)
+        done = add_model(run, model, domain, name=name, weight=weight, follow_up=follow_up, out=out)
         name = done.checkpoint.domains[-1]
     else:
         if name is None or not data:
@@ -183,7 +178,7 @@ def add(
         if domain is not None:
             raise UserError("--domain chooses a domain of --model: leave it out, or name the model")
         new_domain = NewDomain(name, tuple(data), experts, init, text_field, weight, filters.value, stars_field)
-        done = add_domain(run, new_domain, follow_up=follow_up_of(name), out=out)
+        done = add_domain(run, new_domain, follow_up=follow_up, out=out)
     _print_result(done, f"{name} added")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from os.path import abspath, expanduser
 from pathlib import Path
@@ -83,12 +83,12 @@ def make_group(
 
 def add_model(
     path: Path, model: Path, domain: str | None, *, name: str | None = None, weight: float = 1.0,
-    follow_up_of: Any = None, out: Path | None = None,
+    follow_up: domain_edits.FollowUpTraining | None = None, out: Path | None = None,
 ) -> EditResult:  # fmt: skip
     """Add the domain `domain` (None: the only one) of the sibling `model` under `name` (None: its own).
 
     Experts, tables, and moments where it carries them, come in as they are; both models must have the same shared
-    parameters. `follow_up_of(name)` gives the training that follows. Raises UserError; nothing is changed then.
+    parameters. follow_up: as of `add_domain`, whatever domain it names. Raises UserError; nothing is changed then.
     """
     with CheckpointEditor(path, out) as subject:
         source, sibling = subject.checkpoint, resolve(model)
@@ -100,8 +100,7 @@ def add_model(
         check_free(source, name)
         check_siblings(source, sibling)
         theirs = next(entry for entry in stored_config(sibling).to_dict()["domains"] if entry["name"] == domain)
-        follow_up = follow_up_of(name) if follow_up_of is not None else None
-        _extend(subject, {**theirs, "name": name, "weight": weight}, follow_up)
+        _extend(subject, {**theirs, "name": name, "weight": weight}, follow_up and replace(follow_up, name=name))
         new = EditedTensors()
         for tensor in sibling.names(domains=[domain], shared=False):
             if subject.has_moments or not parse_name(tensor).is_optimizer:
