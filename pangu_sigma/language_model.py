@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
@@ -173,8 +174,7 @@ class LanguageModel:
         """
         texts = [text] if isinstance(text, str) else list(text)
         group = pick_domain(self.domains, domain)
-        with runtime.COMPUTING:
-            runtime.prepare(self.config.run.device)
+        with self._computing():
             losses = self._losses([prompt_ids(self.tokenizer, one) for one in texts], group)
         return losses[0] if isinstance(text, str) else losses
 
@@ -198,8 +198,7 @@ class LanguageModel:
         group = self.domains.index(pick_domain(self.domains, domain))
         rows = np.full((len(tokens) if tokens.ndim == 2 else 1, length + 1), self.tokenizer.pad_id, np.int32)
         rows[:, : tokens.shape[-1]] = tokens
-        with runtime.COMPUTING:
-            runtime.prepare(self.config.run.device)
+        with self._computing():
             logits = self._logits(rows, group)[:, : tokens.shape[-1]]
         return logits if tokens.ndim == 2 else logits[0]
 
@@ -210,9 +209,15 @@ class LanguageModel:
 
     def domain_probabilities(self, text: str) -> dict[str, float]:
         """P(domain | text) of every domain, all being equally likely before; of a long text its last window counts."""
+        with self._computing():
+            return self._engine.domain_probabilities(prompt_ids(self.tokenizer, text))
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """This thread's turn to compute, with MindSpore set up for the model."""
         with runtime.COMPUTING:
             runtime.prepare(self.config.run.device)
-            return self._engine.domain_probabilities(prompt_ids(self.tokenizer, text))
+            yield
 
     @property
     def _length(self) -> int:
@@ -244,8 +249,7 @@ class LanguageModel:
         settings: dict[str, Any] = {"top_k": 40, **options, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
         name = AUTO if domain == AUTO else pick_domain(self.domains, domain)
         request = Request(prompt_ids(self.tokenizer, prompt), name, Sampling(**settings))
-        with runtime.COMPUTING:
-            runtime.prepare(self.config.run.device)
+        with self._computing():
             self._engine.check(request)
         return request
 
