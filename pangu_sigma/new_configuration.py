@@ -19,6 +19,7 @@ from pangu_sigma.config.data_section import INFERRED_DOMAIN, RESERVED_NAMES, Dom
 from pangu_sigma.config.load_config import load_values
 from pangu_sigma.config.yaml_text import dump_yaml
 from pangu_sigma.data.corpus import Corpus, prepare_corpus
+from pangu_sigma.data.tokenizers.tokenizer_training import VocabularyTooLarge
 from pangu_sigma.errors import UserError
 from pangu_sigma.plan.run_summary import run_summary
 
@@ -180,7 +181,7 @@ def _prepared(values: dict) -> Corpus:
         config = load_values({**values, "data": {**values.get("data", {}), "sequence_length": 2}}, FILE)
         try:
             return prepare_corpus(config)
-        except UserError as error:
-            if "more than this text can fill" not in str(error) or size == _VOCABULARIES[-1]:
+        except VocabularyTooLarge:
+            if size == _VOCABULARIES[-1]:
                 raise
     raise AssertionError("the last vocabulary returns or raises")

@@ -34,6 +34,10 @@ _RECIPE = "bpe-1"  # part of the cache key: change it with anything below that c
 _UNTRAINABLE = "\x00\u2581\u2585\u2047"  # SentencePiece's own signs: training skips a sentence that has one
 
 
+class VocabularyTooLarge(UserError):
+    """A text has too few different pieces for the vocabulary that it shall fill."""
+
+
 def build_tokenizer(
     kind: str,
     sources: Sequence[DomainConfig],
@@ -66,7 +70,8 @@ def train_tokenizer(sources: Sequence[DomainConfig], vocab_size: int) -> Sentenc
     """Train on the mix of ``sources``, weighted by their ``weight``: the same text gives the same bytes.
 
     Ids: ``<pad>`` 0, ``<unk>`` 1 (never made), ``<eod>`` 2, then layout, bytes, merges, characters: ``vocab_size`` in
-    all. Raises UserError when the vocabulary is too small to hold the bytes, or larger than the text can fill.
+    all. Raises UserError when the vocabulary is too small to hold the bytes, VocabularyTooLarge when the text cannot
+    fill it.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise UserError(
@@ -109,7 +114,7 @@ def train_tokenizer(sources: Sequence[DomainConfig], vocab_size: int) -> Sentenc
             raise UserError(
                 f"the tokenizer could not be trained ({error}); try another data.tokenizer.vocab_size"
             ) from error
-        raise UserError(
+        raise VocabularyTooLarge(
             f"data.tokenizer.vocab_size {vocab_size} is more than this text can fill; "
             f"set it to {most.group(1)} or less, or add text"
         ) from error
