@@ -5,12 +5,16 @@ spin: two processes on the same two processors take several times as long as on 
 """
 
 import os
+import signal
 
 # MindSpore reads it as it is imported, which a test may do before the product does.
 os.environ.setdefault("GLOG_v", "4")
 
 
 def pytest_configure() -> None:
+    # A shell that starts the tests in the background has Ctrl-C ignored, and so would have what they start.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker:
         processors = sorted(os.sched_getaffinity(0))
