@@ -19,13 +19,14 @@ from pangu_sigma.config.data_section import INFERRED_DOMAIN, RESERVED_NAMES, Dom
 from pangu_sigma.config.load_config import load_values
 from pangu_sigma.config.yaml_text import dump_yaml
 from pangu_sigma.data.corpus import Corpus, prepare_corpus
+from pangu_sigma.data.document_filters import filter_summary
 from pangu_sigma.data.tokenizers.tokenizer_training import VocabularyTooLarge
 from pangu_sigma.errors import UserError
 from pangu_sigma.plan.run_summary import run_summary
 
 FILE = "train.yaml"
 PRESET = "tiny"
-EPOCHS = 4  # how often a run sees the text, within these steps
+EPOCHS = 4  # passes over the text of all domains together, within these steps
 FEWEST_STEPS, MOST_STEPS = 100, 2000
 _VOCABULARIES = (4096, 2048, 1024, 512, 320)
 _KINDS = (".jsonl", ".txt")
@@ -37,12 +38,18 @@ _HEADER = (
 
 @dataclass(frozen=True)
 class NewConfiguration:
-    """A configuration that was written to `path`: its effective form, and by domain documents and tokens."""
+    """A configuration that was written to `path`, in its effective form.
+
+    documents, tokens: kept ones, by domain. dropped: documents by domain and reason. passes: how often a run reads a
+    domain's training text, by domain.
+    """
 
     path: Path
     config: Config
     documents: dict[str, int]
     tokens: dict[str, int]
+    dropped: dict[str, dict[str, int]]
+    passes: dict[str, float]
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -53,6 +60,12 @@ class NewConfiguration:
         vocabulary = self.config.data.tokenizer.vocab_size
         assert vocabulary is not None
         return run_summary(self.config, vocabulary)
+
+    @property
+    def messages(self) -> list[str]:
+        """A sentence for each domain of which documents were dropped, with the reasons."""
+        summaries = (filter_summary(name, self.documents[name], self.dropped[name], "none") for name in self.documents)
+        return [summary for summary in summaries if summary is not None]
 
 
 def write_configuration(folder: Path, data: Sequence[Path]) -> NewConfiguration:
@@ -90,11 +103,15 @@ def write_configuration(folder: Path, data: Sequence[Path]) -> NewConfiguration:
     values["train"] = {"steps": max(FEWEST_STEPS, min(math.ceil(steps / 10) * 10, MOST_STEPS))}
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(_HEADER + dump_yaml(values), encoding="utf-8")
+    config = load_values(dict(values), str(path))
+    drawn = config.train.steps * batch_size * length / len(domains)  # tokens of each: init writes no weights
     return NewConfiguration(
         path,
-        load_values(dict(values), str(path)),
-        {store.name: sum(store.documents.values()) for store in corpus.stores},
-        {store.name: sum(store.tokens.values()) for store in corpus.stores},
+        config,
+        documents={store.name: sum(store.documents.values()) for store in corpus.stores},
+        tokens={store.name: sum(store.tokens.values()) for store in corpus.stores},
+        dropped={store.name: store.dropped for store in corpus.stores},
+        passes={name: drawn / tokens for name, tokens in train_tokens.items()},
     )
 
 

@@ -297,22 +297,14 @@ def merge(
 
 
 def _print_result(done: EditResult, what: str) -> None:
-    checkpoint, train = done.checkpoint, done.config.train
+    checkpoint, ahead = done.checkpoint, done.steps_ahead
     typer.echo(f"{what}: {checkpoint.path} (step {checkpoint.step}) has the domains {', '.join(checkpoint.domains)}")
     if done.run_dir is None:
         say_next("model", checkpoint.path, checkpoint.domains)
         return
     if done.lost_mesh:
         typer.echo("Its mesh does not hold these domains and is left out: name another to train on (parallel.*).")
-    config = shlex.quote(str(done.run_dir / "config.yaml"))
-    if train.steps > checkpoint.step:
-        typer.echo(f"{train.steps - checkpoint.step} steps lie ahead.")
-        say_next("changed run to train", done.run_dir, checkpoint.domains)
-        return
-    if done.config.schedule.kind == "constant":
-        typer.echo(f"No step lies ahead; to train on: pangu-sigma train {config} train.steps=… --resume")
-    else:
-        # The learning rate has come to its planned end, which a resumed run cannot move.
-        start = shlex.quote(f"run.init_from={done.run_dir}")
-        typer.echo(f"No step lies ahead; to train on in a new run: pangu-sigma train {config} {start} run.dir=…")
-    say_next("changed run", done.run_dir, checkpoint.domains)
+    typer.echo(f"{ahead or 'No'} step{'s lie' if ahead > 1 else ' lies'} ahead.")
+    # A learning rate that has come to its planned end cannot be moved by a resumed run.
+    going_on = "trained run" if done.config.schedule.kind == "constant" else "annealed run"
+    say_next("changed run to train" if ahead else f"changed {going_on}", done.run_dir, checkpoint.domains)

@@ -23,11 +23,13 @@ def init(
     made = write_configuration(folder, data)
     config = made.config
     rows = [
-        [domain.name, f"{made.documents[domain.name]:,}", f"{made.tokens[domain.name]:,}", f"{domain.experts}"]
+        [domain.name, f"{made.documents[domain.name]:,}", f"{sum(made.dropped[domain.name].values()):,}"]
+        + [f"{made.tokens[domain.name]:,}", f"{made.passes[domain.name]:.1f}", f"{domain.experts}"]
         + [domain.text_field if any(path.lower().endswith(".jsonl") for path in domain.data) else "–"]
         for domain in config.domains
     ]
-    typer.echo(text_table(["domain", "documents", "tokens", "experts", "key of the text"], rows))
+    header = ["domain", "documents", "dropped", "tokens", "passes over them", "experts", "key of the text"]
+    typer.echo("\n".join([text_table(header, rows), *made.messages]))
     vocabulary = config.data.tokenizer.vocab_size
     typer.echo(
         f"\nassumes a {config.model.preset} model, a tokenizer of {vocabulary:,} pieces trained on this text, and "

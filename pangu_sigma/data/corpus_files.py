@@ -1,7 +1,7 @@
 """Corpus files: which files a domain's entry names, and the documents inside them, one at a time.
 
-A ``.jsonl`` line is a document. A ``.txt`` file is a document too, unless it is long: then it is cut at blank lines
-into documents of about ``TEXT_DOCUMENT_CHARS``, so that a book can be split into training and held-out parts.
+A ``.jsonl`` line is a document. A ``.txt`` file is a document too, unless it is long: then a document ends at the first
+blank line after ``TEXT_DOCUMENT_CHARS``, so that a book can be split into training and held-out parts.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def expand_paths(name: str, data: Sequence[str | Path]) -> list[Path]:
                 )
             files[match.resolve()] = None
     if not files:
-        raise UserError(f"domain '{name}' names no corpus file; list at least one path in domains.data")
+        raise UserError(f"domain '{name}' names no corpus file: name at least one")
     return list(files)
 
 
@@ -167,7 +167,8 @@ def text_of(record: dict, where: str, text_field: str, advice: str) -> str:
 
 
 def _text_documents(file: Path) -> Iterator[Document]:
-    """Cut at blank lines; where there are none for long, at any line end; where there is none either, at the limit."""
+    """Cut at the first blank line after the limit; after four times as much at any line end, and a line without an end at
+    `_LINE_LIMIT`."""
     pieces: list[str] = []
     size = 0
     first = 1

@@ -82,14 +82,13 @@ def advise(path: str | Path, total: int | None = None) -> list[Advice]:
     check_router(checkpoint, config)
     facts = {fact.name: fact for fact in list_domains(path)}
     stores = {name: domain_store(config, checkpoint, name) for name in checkpoint.domains}
-    measured = {name: store for name, store in stores.items() if store.heldout.tokens}
+    # A loss is compared with the unigram model's on the text that it was measured on, often a part of the held-out text.
     unigram = {
         name: unigram_loss(store.token_counts, store.heldout.counts(store.token_counts.size))
-        for name, store in measured.items()
-    }
-    losses = {
-        name: fact.loss if fact.loss_kind == "evaluate" and name in measured else None for name, fact in facts.items()
-    }
+        for name, store in stores.items()
+        if store.heldout.tokens
+    } | {name: fact.unigram for name, fact in facts.items() if fact.unigram is not None}
+    losses = {name: fact.loss if fact.unigram is not None else None for name, fact in facts.items()}
     tokens = {name: int(store.tokens["train"]) for name, store in stores.items()}
     return proposals(facts, tokens, losses, unigram, total)
 

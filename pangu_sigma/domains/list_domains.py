@@ -34,7 +34,7 @@ class DomainFacts(DomainListing):
 
     tokens: that it gave to training, None where the model does not say. loss: the last held-out loss (nats per token)
     at `loss_step`, or the last training loss where nothing was held out (`loss_kind` evaluate or train); None before
-    the first.
+    the first. unigram: the unigram model's loss on the text that a held-out loss was measured on.
     """
 
     bytes_with_optimizer: int
@@ -42,6 +42,7 @@ class DomainFacts(DomainListing):
     loss: float | None
     loss_step: int | None
     loss_kind: str | None
+    unigram: float | None = None
 
 
 def list_domains(path: str | Path) -> list[DomainFacts]:
@@ -110,7 +111,10 @@ def _losses(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
                 name = _name_now(recorded, record["step"], changes)
                 # Nothing is told of a domain without text.
                 if name is not None and math.isfinite(loss):
-                    last_losses[name] = {"loss": loss, "loss_step": record["step"], "loss_kind": kind}
+                    unigram = record.get("unigram", {}).get(recorded)
+                    last_losses[name] = {
+                        "loss": loss, "loss_step": record["step"], "loss_kind": kind, "unigram": unigram,
+                    }  # fmt: skip
     return last_losses
 
 

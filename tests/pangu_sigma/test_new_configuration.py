@@ -100,8 +100,15 @@ def test_bad_input_is_one_sentence_and_code_2_and_leaves_nothing(files):
     assert done.exit_code == 2 and "not UTF-8" in done.output
 
 
-def test_the_command_says_what_it_assumes(files):
+def test_the_command_says_what_it_assumes_and_what_it_dropped(files):
+    lines = Path("news.jsonl").read_text(encoding="utf-8")
+    Path("news.jsonl").write_text(lines + "\n" + lines.split("\n")[0] + '\n{"id": "", "body": " "}', encoding="utf-8")
     done = CliRunner().invoke(app, ["init", "mine", "news.jsonl"])
     assert done.exit_code == 0
-    for part in ("news", "40", "body", "assumes a tiny model", "builds ", "trains 100 steps", "machine's speed"):
+    config = load_config(files / "mine/train.yaml")
+    (store,) = prepare_corpus(config).stores
+    passes = 100 * config.train.batch_size * config.data.sequence_length / store.tokens["train"]
+    dropped = "news: 40 documents kept; dropped: 1 empty, 1 exact duplicates"
+    parts = ("news", "body", f"  {passes:.1f}  ", dropped, "assumes a tiny model", "builds ", "trains 100 steps")
+    for part in (*parts, "machine's speed"):
         assert part in done.output

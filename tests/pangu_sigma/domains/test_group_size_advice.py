@@ -7,6 +7,7 @@ import pytest
 from pangu_sigma.domains.group_size_advice import advice_text, advise, deal, proposals
 from pangu_sigma.domains.list_domains import DomainFacts
 from pangu_sigma.errors import UserError
+from pangu_sigma.monitor.metrics_log import MetricsLog, read_metrics
 
 
 def facts(**sizes: int) -> dict[str, DomainFacts]:
@@ -39,3 +40,12 @@ def test_a_run_is_advised_from_its_text_and_its_last_evaluation(copied_run):
     assert all(0 < a.left <= 1 and a.loss is not None and a.tokens > 0 for a in advices)
     with pytest.raises(UserError, match="set it higher"):
         advise(run, 2)
+
+
+def test_a_loss_is_compared_with_the_unigram_loss_of_the_text_that_it_was_measured_on(copied_run):
+    run = copied_run(12)
+    *_, last = (record for record in read_metrics(run) if record["kind"] == "evaluate")
+    with MetricsLog(run, resume_step=12) as log:
+        log.write({**last, "unigram": {**last["unigram"], "code": 9.0}})
+    (code,) = (advice for advice in advise(run) if advice.name == "code")
+    assert code.unigram == 9.0 and code.left == code.loss / 9.0
