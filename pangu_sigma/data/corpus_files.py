@@ -167,7 +167,7 @@ def text_of(record: dict, where: str, text_field: str, advice: str) -> str:
 
 
 def _text_documents(file: Path) -> Iterator[Document]:
-    """Cut at the first blank line after the limit; after four times as much at any line end, and a line without an end at
+    """Cut at the first blank line after the limit, after four times as much at any line end; an endless line is cut at
     `_LINE_LIMIT`."""
     pieces: list[str] = []
     size = 0

@@ -236,7 +236,7 @@ def _assign(
     if not len(kept):
         filtered = sum(refused.values()) - refused["empty"]
         why = f" but {filtered} documents that its filters drop" if filtered else ""
-        raise UserError(f"domain '{source.name}' has no text in {_shown(files)}{why}: put text there, or name other files")
+        raise UserError(f"domain '{source.name}' has no text in {_shown(files)}{why}: add some, or name other files")
     if not config.heldout_fraction:
         return assigned, dropped
     by_rank = kept[np.argsort(np.array(ranks, dtype=np.uint64)[kept], kind="stable")]

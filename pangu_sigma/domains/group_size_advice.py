@@ -82,7 +82,7 @@ def advise(path: str | Path, total: int | None = None) -> list[Advice]:
     check_router(checkpoint, config)
     facts = {fact.name: fact for fact in list_domains(path)}
     stores = {name: domain_store(config, checkpoint, name) for name in checkpoint.domains}
-    # A loss is compared with the unigram model's on the text that it was measured on, often a part of the held-out text.
+    # A loss is compared with the unigram model's on the same text, often a part of what is held out.
     unigram = {
         name: unigram_loss(store.token_counts, store.heldout.counts(store.token_counts.size))
         for name, store in stores.items()

@@ -80,7 +80,7 @@ def train_tokenizer(sources: Sequence[DomainConfig], vocab_size: int) -> Sentenc
     lines = _learnable(list(_mixed_lines(sources)), (vocab_size - _RESERVED) // 2)
     if not lines:
         names = ", ".join(source.name for source in sources)
-        raise UserError(f"the domains {names} hold no text to train a tokenizer on: put text into their files, or name others")
+        raise UserError(f"the domains {names} hold no text to train a tokenizer on: add some, or name other files")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
