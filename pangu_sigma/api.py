@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pangu_sigma.training.training_result import TrainingResult
 
     PathLike = str | os.PathLike[str]
-    Overrides = Mapping[str, Any] | Iterable[str]
+    Overrides = Mapping[str, Any] | Iterable[str | tuple[str, Any]]
 
 @disk_errors_explained()
 def load_config(source: PathLike | Mapping[str, Any] | Config, overrides: Overrides = ()) -> Config:
@@ -96,11 +96,10 @@ def dpo(
 def _adapt(
     objective: str, model: PathLike, config: PathLike, overrides: Overrides, resume: bool, progress: bool
 ) -> TrainingResult:
-    from pangu_sigma.config.overrides import override_texts
     from pangu_sigma.finetuning.finetuning_job import adapt
 
     with progress_shown(progress):
-        return adapt(Path(model), Path(config), objective, override_texts(overrides), resume)
+        return adapt(Path(model), Path(config), objective, overrides, resume)
 
 
 @disk_errors_explained()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pangu_sigma.config.load_config import load_values, read_values
+from pangu_sigma.config.overrides import Overrides, changes_of
 from pangu_sigma.config.schema import Config
 from pangu_sigma.errors import UserError
 
@@ -15,19 +16,17 @@ from pangu_sigma.errors import UserError
 _TAKEN_OVER = ("model", "domains", "data")
 
 
-def run_dir_of(path: Path, overrides: Iterable[str]) -> str | None:
+def run_dir_of(path: Path, overrides: Overrides) -> str | None:
     """The run.dir that a file and overrides name, before anything else of them is looked at; None if there is none."""
-    for override in reversed(list(overrides)):
-        key, _, value = override.partition("=")
-        if key.strip() == "run.dir":
-            return value.strip().strip("'\"")
-    section = read_values(path).get("run")
-    named = section.get("dir") if isinstance(section, Mapping) else None
+    named = next((change.value for change in reversed(changes_of(overrides)) if change.path == "run.dir"), None)
+    if named is None:
+        section = read_values(path).get("run")
+        named = section.get("dir") if isinstance(section, Mapping) else None
     return named if isinstance(named, str) else None
 
 
 def load_adaptation(
-    path: Path, overrides: Iterable[str], objective: str, model: Config, init_from: str
+    path: Path, overrides: Overrides, objective: str, model: Config, init_from: str
 ) -> Config:
     """The effective configuration of an adaptation file over that of the model at `init_from`.
 

@@ -68,28 +68,44 @@ def field_at(path: Sequence[str | int], root: type[Section] = Config) -> FieldIn
     return section.model_fields.get(path[-1]) if section is not None else None
 
 
+def type_at(path: Sequence[str | int], root: type[Section] = Config) -> Any:
+    """The annotation of the value at a key path of `root`; also for items of lists and values of mappings. `Any` where
+    the schema has no such key."""
+    field = field_at(path, root)
+    if field is not None:
+        return field.annotation
+    parent = field_at(path[:-1], root)
+    arguments = get_args(bare_type(parent.annotation)) if parent is not None else ()
+    return arguments[0 if isinstance(path[-1], int) else -1] if arguments else Any
+
+
 def allowed_at(path: Sequence[str | int], root: type[Section] = Config) -> str:
     """What is allowed at a key path of `root`; also for items of lists and values of mappings."""
     field = field_at(path, root)
     if field is not None:
         return allowed(field)
-    parent = field_at(path[:-1], root)
-    arguments = get_args(_without_null(parent.annotation)) if parent is not None else ()
-    return _allowed(arguments[0 if isinstance(path[-1], int) else -1], []) if arguments else "a value of the schema"
+    annotation = type_at(path, root)
+    return "a value of the schema" if annotation is Any else _allowed(annotation, [])
 
 
 def inner_section(field: FieldInfo) -> tuple[type[Section] | None, bool]:
     """The section inside a field and whether it is an item of a list."""
-    bare = _without_null(field.annotation)
+    bare = bare_type(field.annotation)
     is_list = get_origin(bare) is tuple
-    bare = _without_null(get_args(bare)[0]) if is_list else bare
+    bare = bare_type(get_args(bare)[0]) if is_list else bare
     return (bare, is_list) if isinstance(bare, type) and issubclass(bare, Section) else (None, is_list)
 
 
-def _without_null(annotation: Any) -> Any:
+def bare_type(annotation: Any) -> Any:
+    """The type in an annotation, without null and what else is said about it."""
     if get_origin(annotation) in (Union, types.UnionType):
-        return _without_null(next(argument for argument in get_args(annotation) if argument is not type(None)))
-    return _without_null(get_args(annotation)[0]) if hasattr(annotation, "__metadata__") else annotation
+        return bare_type(next(argument for argument in get_args(annotation) if argument is not type(None)))
+    return bare_type(get_args(annotation)[0]) if hasattr(annotation, "__metadata__") else annotation
+
+
+def choices_of(annotation: Any) -> tuple[Any, ...]:
+    """The values of a type that lists them, else none."""
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
 def _allowed(annotation: Any, metadata: Sequence[Any]) -> str:

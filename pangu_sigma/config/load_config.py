@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os.path import abspath, expanduser, join, relpath
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from pangu_sigma.config.data_section import STANDARD_INPUT
-from pangu_sigma.config.overrides import apply_overrides, override_texts, plain_values
+from pangu_sigma.config.overrides import Overrides, apply_overrides, plain_values
 from pangu_sigma.config.rules import violations
 from pangu_sigma.config.schema import Config
 from pangu_sigma.config.schema_versions import SCHEMA_VERSION, refuse_old_file, refuse_old_folder
@@ -20,8 +20,6 @@ from pangu_sigma.config.shipped_files import find_file
 from pangu_sigma.config.validation_messages import Problem, problems_of, shown
 from pangu_sigma.config.yaml_text import parse_yaml
 from pangu_sigma.errors import UserError
-
-Overrides = Mapping[str, Any] | Iterable[str]
 
 
 def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Overrides = ()) -> Config:
@@ -45,7 +43,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Over
 def load_values(values: dict[str, Any], source: str, overrides: Overrides = ()) -> Config:
     """`load_config` of the mapping that the file `source` holds; the overrides change it."""
     refuse_old_file(values, source)
-    applied = apply_overrides(values, override_texts(overrides))
+    applied = apply_overrides(values, overrides)
 
     def blame(key: str) -> str:
         for override in reversed(applied):

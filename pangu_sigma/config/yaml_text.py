@@ -68,6 +68,20 @@ def parse_yaml(text: str) -> Any:
     return _unshared(yaml.load(text, Loader=_Loader))  # a subclass of SafeLoader: builds plain values only
 
 
+def parse_scalar(text: str) -> Any:
+    """The null, truth value, number or text that a YAML file has where exactly this stands as a plain value; nothing in
+    it is syntax."""
+    text = text.strip()
+    loader = _Loader("")
+    try:
+        tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+        return loader.construct_object(yaml.ScalarNode(tag, text))
+    except ValueError:
+        return text
+    finally:
+        loader.dispose()
+
+
 def _unshared(value: Any) -> Any:
     """A copy without shared parts: changing one use of a YAML anchor must not change the others."""
     if isinstance(value, dict):

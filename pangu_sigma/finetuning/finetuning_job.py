@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from pangu_sigma.checkpoint import find_latest, resolve
 from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.config.finetuning_file import load_adaptation, run_dir_of
 from pangu_sigma.config.mesh_rules import check_one_process
+from pangu_sigma.config.overrides import Overrides
 from pangu_sigma.finetuning.finetuning_task import ExampleTask
 from pangu_sigma.signals import sigterm_as_ctrl_c
 from pangu_sigma.trained_model import stored_config
@@ -18,7 +18,7 @@ from pangu_sigma.training.training_result import TrainingResult
 
 
 def adapt(
-    model: Path, file: Path, objective: str, overrides: Sequence[str] = (), resume: bool = False
+    model: Path, file: Path, objective: str, overrides: Overrides = (), resume: bool = False
 ) -> TrainingResult:
     """Fine-tune `model` (a run, checkpoint or model folder) as the YAML `file` says.
 
@@ -33,7 +33,7 @@ def adapt(
     return TrainingResult.of(config.run.dir)
 
 
-def _base(model: Path, file: Path, overrides: Sequence[str], resume: bool) -> tuple[Config, str]:
+def _base(model: Path, file: Path, overrides: Overrides, resume: bool) -> tuple[Config, str]:
     """The configuration that the file lies over, and the path of the model to begin with."""
     folder = run_dir_of(file, overrides)
     if resume and folder is not None:

@@ -69,7 +69,7 @@ def read_yaml(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]
     values = read_values(path, "a MindFormers configuration", yaml.safe_load)
     # Our sections by their own name. A YAML alias is one object in two places, so the data loader gets them too.
     longer = [f"model.model_config.{text}" if text.startswith(f"{SECTIONS}.") else text for text in overrides]
-    apply_overrides(values, longer, _no_section)
+    apply_overrides(values, longer, _no_section, root=("model", "model_config", SECTIONS))
     return values
 
 

@@ -74,7 +74,8 @@ def test_rules(adapted, override, message):
 
 def test_the_runs_folder_is_known_before_the_rest(file, tmp_path):
     assert run_dir_of(file, ()) == "runs/sft"
-    assert run_dir_of(file, ("train.steps=3", "run.dir='a'", "run.dir=b c")) == "b c"
+    assert run_dir_of(file, ("train.steps=3", "run.dir=a", "run.dir='b' #c")) == "'b' #c"
+    assert run_dir_of(file, {"run.dir": "null"}) == "null"
     (tmp_path / "empty.yaml").write_text("train: {}\n")
     assert run_dir_of(tmp_path / "empty.yaml", ()) is None
 

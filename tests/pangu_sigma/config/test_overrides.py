@@ -31,6 +31,50 @@ def test_values_may_hold_equals_signs_and_spaces(small):
     assert small("run.dir=a=b c").run.dir.endswith("/a=b c")
 
 
+TYPED = (
+    "exp #2", "&a b", "*a", "!x", "!!bool x", "two\nlines", " x ", "[", "{a", "[a]", "{a: b}", "yes", "true", "~",
+    "1e3", "007", "2024-01-01", "- x", "a: b", "'quoted'", '"', "%x", "@x", "`x", "| x", "> x", "? x", ",", "---", "\t",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("typed", [text for text in TYPED if text.strip()])
+def test_a_text_key_takes_what_was_typed(small, small_file, typed):
+    assert small(f"domains.code.text_field={typed}").domains[0].text_field == typed
+    assert small(f"run.dir=/runs/{typed}").run.dir == f"/runs/{typed}"
+    assert load_config(small_file, {"domains.code.text_field": typed}).domains[0].text_field == typed
+    assert small(f"domains.code.data.0=/{typed}.txt").domains[0].data == (f"/{typed}.txt",)
+    assert small(f"domains.code.data=/{typed}.txt").domains[0].data == (f"/{typed}.txt",)
+
+
+def test_null_is_no_value_where_a_text_may_be_none(small):
+    assert small("domains.code.filters=code", "domains.code.stars_field=null").domains[0].stars_field is None
+    assert small("domains.code.filters=code", "domains.code.stars_field=~").domains[0].stars_field == "~"
+    with pytest.raises(UserError, match="run.dir = null is not allowed: it must be a text"):
+        small("run.dir=null")
+
+
+def test_a_list_of_texts_is_one_in_brackets_and_else_one_text(small):
+    assert small("domains.code.data=[/a.txt, '/b #1.txt']").domains[0].data == ("/a.txt", "/b #1.txt")
+    assert small("domains.code.data=/[ab]*.txt").domains[0].data == ("/[ab]*.txt",)
+    assert small("domains.code.data=[ab]/*.txt").domains[0].data[0].endswith("/[ab]/*.txt")
+
+
+def test_other_keys_are_read_by_their_type(small):
+    overrides = (
+        "train.steps= 30", "optimizer.learning_rate=1e-4", "data.deduplicate=false", "model.sparse.router=hash",
+        "parallel={workers: 1}", "train.phases=[{weights: {code: 1}}]", "run.profile={start: 1, steps: 2}",
+    )  # fmt: skip
+    config = small(*overrides)
+    assert (config.train.steps, config.optimizer.learning_rate, config.data.deduplicate) == (30, 1e-4, False)
+    assert config.model.router == "hash" and config.train.phases[0].weights == {"code": 1.0}
+    assert small("train.steps=30", "run.profile=null").run.profile is None
+
+
+def test_pairs_give_python_values_among_typed_texts(small_file):
+    config = load_config(small_file, ["train.steps=7", ("domains.code.text_field", "null"), ("train.steps", 8)])
+    assert config.train.steps == 8 and config.domains[0].text_field == "null"
+
+
 def test_an_override_of_an_anchor_changes_only_its_own_place(small_file):
     text = (
         small_file.read_text().replace("data: [code.jsonl]", "data: &files [x.txt]").replace("[docs.jsonl]", "*files")
@@ -47,7 +91,10 @@ def test_an_override_of_an_anchor_changes_only_its_own_place(small_file):
         ("=3", "write section.key=value"),
         ("train..steps=3", "write section.key=value"),
         ("train.steps=", "has no value: write train.steps=null"),
-        ("run.dir={a", "is not YAML: put it in quotes"),
+        ("parallel={a", "is not YAML: write parallel=[a, b] or parallel={key: value}"),
+        ("train.steps=100 # more", "train.steps = \"100 # more\" is not allowed"),
+        ("train.steps=&a 100", "train.steps = \"&a 100\" is not allowed"),
+        ("model.sparse.router=rre # the paper's", "is not allowed"),
         ("domains.law.experts=3", "leads to no item: there are 2 (counted from 0), named code, docs"),
         ("domains.2.experts=3", "leads to no item"),
         ("train.steps.x=3", "inside a single value"),

@@ -40,6 +40,12 @@ def test_our_sections_are_changed_by_their_own_name_for_model_and_data_alike():
     assert config.run.init_from.endswith("/there") and config.domains[0].experts == 8
 
 
+def test_what_is_typed_for_a_text_is_that_text():
+    values = read_yaml(SHIPPED, ["output_dir=exp #2", "pangu_sigma.domains.code.text_field=*a", "new_key=&a 1"])
+    assert values["output_dir"] == "exp #2" and values["new_key"] == "&a 1"
+    assert values["model"]["model_config"]["pangu_sigma"]["domains"][0]["text_field"] == "*a"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
