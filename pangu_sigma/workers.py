@@ -6,6 +6,7 @@ launcher fills as msrun does; what they do together goes through `parallel.comm.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -38,15 +39,10 @@ def with_workers(config: Config, workers: int) -> Config:
     values = config.written()
     parallel = values.setdefault("parallel", {})
     if config.parallel.mesh.size == 1 and workers > 1:
-        parts = max(n for n in range(1, workers + 1) if workers % n == 0 and _divides_experts(config, n))
+        parts = math.gcd(workers, config.experts_in_layer) if config.model.sparse_prefixes else 1
         parallel["expert"], parallel["data"] = parts, workers // parts
     parallel["workers"] = workers
     return load_values(values, f"--workers {workers}")
-
-
-def _divides_experts(config: Config, parts: int) -> bool:
-    experts = sum(domain.experts for domain in config.domains)
-    return parts == 1 or (bool(config.model.sparse_prefixes) and experts % parts == 0)
 
 
 def processes_of(config: Config, folder: Path) -> Processes:

@@ -59,7 +59,8 @@ def activated_slots(config: Config) -> int:
     parts, most = mesh.exchange_size, 0
     for group in mesh.domains_of_groups(sizes):
         bounds = [*pairwise(accumulate((sizes[domain] for domain in group), initial=0))]
-        for part in range(parts):
+        # From part to part a domain's share changes by the part that owns its first expert and after that of its last.
+        for part in {bound % parts for pair in bounds for bound in pair}:
             # Experts of each domain of the group that the part owns.
             owned = [len(range(first + (part - first) % parts, end, parts)) for first, end in bounds]
             most = max(most, sum(sorted(owned, reverse=True)[:limit]))

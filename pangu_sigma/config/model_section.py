@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import model_validator
 
+from pangu_sigma.config.layer_names import LayerNames
 from pangu_sigma.config.parts.attention_options import AttentionConfig
 from pangu_sigma.config.parts.feed_forward_kinds import (
     ACTIVATION_SPECS,
@@ -176,23 +178,38 @@ class ModelConfig(Section, resume="fixed", init_from="equal"):
         return self.layers - int(self.has_query_layer)
 
     @property
-    def layer_names(self) -> tuple[str, ...]:
+    def layer_names(self) -> LayerNames:
         """Names of all layers from bottom to top: the blocks, and the query layer if there is one."""
-        return (*map(block_name, range(self.blocks)), *[QUERY_LAYER] * (self.layers - self.blocks))
+        return LayerNames(range(self.blocks), self.has_query_layer)
 
     @property
-    def sparse_prefixes(self) -> tuple[str, ...]:
+    def sparse_prefixes(self) -> LayerNames:
         """Names of the layers that hold experts, from bottom to top: the sparse ones, or the one top layer that is a
         mixture."""
         if self.is_mixture:
-            return self.layer_names[-1:]
+            return LayerNames(range(self.layers - 1, self.blocks), self.has_query_layer)
         blocks_sparse = self.sparse.layers - int(self.sparse.include_query_layer)
         chosen = {
             "top": range(self.blocks - blocks_sparse, self.blocks),
             "every_other": range(1, self.blocks, 2),
             "every": range(self.blocks),
         }
-        return (*map(block_name, chosen[self.sparse.pattern]), *[QUERY_LAYER] * self.sparse.include_query_layer)
+        return LayerNames(chosen[self.sparse.pattern], self.sparse.include_query_layer)
+
+    def kinds_of_layers(self, indices: range | None = None) -> Iterator[tuple[str, int]]:
+        """(name of one of them, number) of layers that have the same tensors, of those with these `indices` (a range
+        of neighbours, the query layer's is the last; None: all): dense blocks, sparse blocks, the query layer."""
+        indices = range(self.layers) if indices is None else indices
+        blocks = indices[: max(0, self.blocks - indices.start)]
+        number = self.sparse_prefixes.blocks_among(blocks)
+        sparse = self.sparse_prefixes.blocks
+        # Two neighbours tell both kinds apart, whatever the pattern; top layers begin further up.
+        if dense := len(blocks) - number:
+            yield block_name(next(index for index in blocks if index not in sparse)), dense
+        if number:
+            yield block_name(next(index for index in (*blocks[:2], sparse.start) if index in sparse)), number
+        if len(blocks) < len(indices):
+            yield QUERY_LAYER, 1
 
     @property
     def is_mixture(self) -> bool:

@@ -11,9 +11,13 @@ from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Strict
+from pydantic import BaseModel, ConfigDict, Strict, field_validator
+from pydantic_core import PydanticCustomError
 
 Item = TypeVar("Item")
+# Largest numbers of a configuration: arithmetic on sizes that anything could have stays finite below them.
+LARGEST_INTEGER, LARGEST_FLOAT = 2**63 - 1, 1e30
+TOO_LARGE = "too_large"  # pydantic's type of the error of one that is larger
 # Broken rules, each a sentence that begins with the key that it belongs to: what is wrong and what to do.
 Violations = Iterator[str]
 
@@ -79,6 +83,15 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
     )
     decisions: ClassVar[dict[str, str | None]] = {}
+
+    @field_validator("*")
+    @classmethod
+    def _check_numbers(cls, value: Any) -> Any:
+        for number in value.values() if isinstance(value, dict) else (value,):
+            largest = LARGEST_FLOAT if isinstance(number, float) else LARGEST_INTEGER
+            if isinstance(number, int | float) and abs(number) > largest:
+                raise PydanticCustomError(TOO_LARGE, f"a number of at most {largest}")
+        return value
 
     def __init_subclass__(cls, resume: str | None = None, init_from: str | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)

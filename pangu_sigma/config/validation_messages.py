@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pangu_sigma.config.key_descriptions import allowed_at, field_at, keys, meaning, section_at
 from pangu_sigma.config.schema import Config
 from pangu_sigma.config.schema_versions import SCHEMA_VERSION, changed_name
-from pangu_sigma.config.section import Section
+from pangu_sigma.config.section import TOO_LARGE, Section
 
 
 class Problem(NamedTuple):
@@ -48,7 +48,8 @@ def _problem(item: Any, path: tuple[str | int, ...], root: type[Section]) -> Pro
         return Problem(key, f"{key} is missing: set it to {allowed_at(path, root)}{meant}")
     if item["type"] == "extra_forbidden":
         return Problem(key, unknown_key(path, root))
-    sentence = f"{key} = {shown(item['input'])} is not allowed: it must be {allowed_at(path, root)}"
+    allowed = item["msg"] if item["type"] == TOO_LARGE else allowed_at(path, root)
+    sentence = f"{key} = {shown(item['input'])} is not allowed: it must be {allowed}"
     if item["type"] == "literal_error":
         near = difflib.get_close_matches(str(item["input"]), re.findall(r"'([^']*)'", item["ctx"]["expected"]), n=1)
         sentence += f"; did you mean '{near[0]}'?" if near else ""

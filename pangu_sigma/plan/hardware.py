@@ -30,7 +30,6 @@ class Hardware:
     to_host_gbps: float = 16.0
     host_memory_gbps: float = 100.0
 
-    def link(self, ranks: tuple[int, ...]) -> float:
-        """Bytes a second of a device that talks to these ranks: the slowest way between any two of them."""
-        one_host = len({rank // self.devices_per_host for rank in ranks}) == 1
-        return (self.inside_gbps if one_host else self.between_gbps) * 1e9
+    def link(self, last_rank: int) -> float:
+        """Bytes a second of a device in rank 0's group up to `last_rank`: the slowest way between any two of them."""
+        return (self.inside_gbps if last_rank < self.devices_per_host else self.between_gbps) * 1e9

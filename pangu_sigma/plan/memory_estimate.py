@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 
-from pangu_sigma.config import Config, tensor_shapes
+from pangu_sigma.config import Config
 from pangu_sigma.config.capacity_sizes import activated_slots, dispatch_buffer, samples_at_a_time
-from pangu_sigma.model.pipeline_stages import stage_of
+from pangu_sigma.config.parameter_counts import counted_tensors
+from pangu_sigma.model.pipeline_stages import layers_of_stage, stage_of, unlike_stages
 from pangu_sigma.model.tensor_parallel_layout import is_matrix, num_shards_of, spec_of
 from pangu_sigma.plan.hardware import Hardware
-from pangu_sigma.tensor_names import is_expert, is_routing, tensor_name
+from pangu_sigma.tensor_names import is_expert, is_routing, parse_name, tensor_name
 from parallel.optimizer_sharding import optimizer_num_shards
 
 FLOAT32 = 4
@@ -27,8 +28,9 @@ def compute_bytes(config: Config) -> int:
 
 def device_bytes(config: Config, vocabulary: int) -> dict[str, float]:
     """Bytes of the fullest rank's device by what they are for."""
-    stages = (stage_bytes(config, vocabulary, stage) for stage in range(config.parallel.mesh.pipeline))
-    return max(stages, key=lambda by_kind: sum(by_kind.values()))
+    # Of stages with the same layers the lowest holds most micro-batches.
+    stages = unlike_stages(config.model, config.parallel.mesh)
+    return max((stage_bytes(config, vocabulary, stage) for stage in stages), key=lambda by_kind: sum(by_kind.values()))
 
 
 def stage_bytes(config: Config, vocabulary: int, stage: int) -> dict[str, float]:
@@ -37,14 +39,14 @@ def stage_bytes(config: Config, vocabulary: int, stage: int) -> dict[str, float]
     divided = config.parallel.optimizer_parallel
     by_kind = dict.fromkeys(("weights", "moments", "gradients", "compute copies", "activations"), 0.0)
     resident = config.experts.store == "device"
-    layers = config.model.layers
-    for name, shape in tensor_shapes(config, vocabulary).items():
-        if is_routing(name) or stage_of(name, layers, mesh) != stage:
+    for tensor in counted_tensors(config, vocabulary, layers_of_stage(config.model, mesh, stage)):
+        name, shape = tensor.name, tensor.shape
+        if is_routing(name) or (parse_name(name).layer is None and stage_of(name, config.model.layers, mesh) != stage):
             continue
         if is_expert(name) and not resident:
             continue
         cut = num_shards_of(name, shape, mesh)
-        values = math.prod(shape) / cut
+        values = tensor.size / cut
         share = optimizer_num_shards(shape, spec_of(name, shape), mesh) if divided and not is_expert(name) else 1
         by_kind["weights"] += FLOAT32 * values / share
         by_kind["moments"] += MOMENTS * FLOAT32 * values / share
@@ -56,7 +58,7 @@ def stage_bytes(config: Config, vocabulary: int, stage: int) -> dict[str, float]
     if mesh.pipeline > 1 and stage == mesh.pipeline - 1 and config.model.head_spec.is_tied:
         # What the first stage sends of the word table.
         by_kind["weights"] += FLOAT32 * vocabulary * config.model.hidden / mesh.tensor
-    _, sparse_layers = layers_of_stage(config, stage)
+    _, sparse_layers = number_of_layers(config, stage)
     if sparse_layers and not resident:
         per_slot = sum(
             math.prod(shape) / (mesh.tensor if "tensor" in spec_of(tensor_name("experts", name), shape) else 1)
@@ -70,11 +72,11 @@ def stage_bytes(config: Config, vocabulary: int, stage: int) -> dict[str, float]
     return by_kind
 
 
-def layers_of_stage(config: Config, stage: int) -> tuple[int, int]:
+def number_of_layers(config: Config, stage: int) -> tuple[int, int]:
     """(layers, sparse ones among them) of a pipeline stage."""
-    mesh, layers = config.parallel.mesh, config.model.layers
-    sparse = sum(stage_of(layer_name, layers, mesh) == stage for layer_name in config.model.sparse_prefixes)
-    return layers // mesh.pipeline, sparse
+    model, indices = config.model, layers_of_stage(config.model, config.parallel.mesh, stage)
+    kinds = model.kinds_of_layers(indices)
+    return len(indices), sum(many for name, many in kinds if name in model.sparse_prefixes)
 
 
 def expert_values(config: Config) -> int:
@@ -108,7 +110,7 @@ def activation_bytes(config: Config, vocabulary: int, stage: int = 0) -> float:
         # stands where the dense network would.
         beside = tokens * inside_expert if model.sparse.shared_expert else 0
         sparse = dense - tokens * inside + beside + sent.rows * (2 * low * model.hidden + inside_expert)
-    layers, sparse_layers = layers_of_stage(config, stage)
+    layers, sparse_layers = number_of_layers(config, stage)
     if config.train.recompute:
         kept_values = kept * layers + max(dense, sparse if sparse_layers else 0.0)
     else:
@@ -126,7 +128,7 @@ def host_bytes(config: Config, hardware: Hardware) -> float:
     mesh = config.parallel.mesh
     ranks = min(hardware.devices_per_host, mesh.size)
     # A host's ranks may all be of the stage that has most sparse layers.
-    layers = max(layers_of_stage(config, stage)[1] for stage in range(mesh.pipeline))
+    layers = max(number_of_layers(config, stage)[1] for stage in unlike_stages(config.model, mesh))
     experts = config.experts_in_layer * layers
     stored = (1 + MOMENTS) * FLOAT32 * experts * expert_values(config) / mesh.expert / mesh.tensor
     if config.experts.store == "disk":

@@ -36,9 +36,10 @@ def step_seconds(config: Config, vocabulary: int, hardware: Hardware) -> dict[st
     bubble = 1 + (mesh.pipeline - 1) / config.train.gradient_accumulation_steps
     seconds = {
         "products": step_flops(config, vocabulary) / mesh.size / rate * bubble,
-        "all-to-all": sent["all-to-all"] / hardware.link(mesh.exchange_group(0)),
-        "tensor sums": sent["tensor sums"] / hardware.link(mesh.tensor_group(0)),
-        "gradient sums": sent["gradient sums"] / hardware.link(mesh.shared_group(0)),
+        # The last rank of rank 0's groups for exchanges, of tensor shards and of replicas.
+        "all-to-all": sent["all-to-all"] / hardware.link((mesh.exchange_size - 1) * mesh.data * mesh.tensor),
+        "tensor sums": sent["tensor sums"] / hardware.link(mesh.tensor - 1),
+        "gradient sums": sent["gradient sums"] / hardware.link((mesh.rows - 1) * mesh.tensor),
         "host link": sent["host link"] / (hardware.to_host_gbps * 1e9),
         "host update": 0.0,
     }

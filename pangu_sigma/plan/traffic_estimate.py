@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
-from pangu_sigma.config import Config, tensor_shapes
+from pangu_sigma.config import Config
 from pangu_sigma.config.capacity_sizes import activated_slots, dispatch_buffer, samples_at_a_time
+from pangu_sigma.config.parameter_counts import counted_tensors
 from pangu_sigma.model.tensor_parallel_layout import num_shards_of
 from pangu_sigma.plan.memory_estimate import FLOAT32, compute_bytes, expert_values
 from pangu_sigma.tensor_names import is_expert, is_routing
@@ -52,11 +51,12 @@ def gradient_sum_bytes(config: Config, vocabulary: int) -> float:
     """Bytes that a device sends to add up gradients over the ranks that hold the same parameters, once a step."""
     mesh = config.parallel.mesh
     total = 0.0
-    for name, shape in tensor_shapes(config, vocabulary).items():
+    for tensor in counted_tensors(config, vocabulary):
+        name, shape = tensor.name, tensor.shape
         ranks = mesh.data if is_expert(name) else mesh.rows
         if is_routing(name) or ranks == 1 or (is_expert(name) and config.experts.store != "device"):
             continue
-        total += FLOAT32 * math.prod(shape) / num_shards_of(name, shape, mesh) / mesh.pipeline * 2 * (ranks - 1) / ranks
+        total += FLOAT32 * tensor.size / num_shards_of(name, shape, mesh) / mesh.pipeline * 2 * (ranks - 1) / ranks
     return total
 
 

@@ -16,7 +16,7 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.model.tensor_parallel_layout import spec_of
 from pangu_sigma.plan.cluster_plan import changed, plan
 from pangu_sigma.plan.hardware import GIB, Hardware
-from pangu_sigma.plan.memory_estimate import layers_of_stage, stage_bytes
+from pangu_sigma.plan.memory_estimate import number_of_layers, stage_bytes
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 CLUSTER = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name.startswith(("pangu_", "eight_")))
@@ -166,7 +166,7 @@ def test_the_fullest_pipeline_stage_counts():
     vocabulary = config.model.vocab_size
     first, last = (stage_bytes(config, vocabulary, stage) for stage in range(2))
     # All sparse layers are on top, and the last stage is sent the word table.
-    assert [layers_of_stage(config, stage) for stage in range(2)] == [(4, 0), (4, 2)]
+    assert [number_of_layers(config, stage) for stage in range(2)] == [(4, 0), (4, 2)]
     words = 8192 * 512 // 2
     shared = {stage: 0 for stage in range(2)}
     experts = 0
