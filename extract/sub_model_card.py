@@ -145,7 +145,7 @@ def _quality(cut: ExtractionPlan, quality: HeldoutQuality | None, verification: 
 
 def _verification(verification: Verification | None) -> str:
     if verification is None:
-        return "Not verified (`--no-verify`); every copied byte was checked against the parent's hashes."
+        return "Not verified, as whoever cut it out chose; every copied byte was checked against the parent's hashes."
     return (
         f"This model beside its parent, computed in {verification.precision} on {verification.device} in batches of "
         f"{verification.batch_size} × {verification.sequence_length} tokens: {verification.line()}. "

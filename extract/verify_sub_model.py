@@ -16,7 +16,7 @@ import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.checkpoint.float_types import FLOAT_TYPES
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, argument
 from pangu_sigma.runtime import COMPUTING
 from pangu_sigma.trained_model import TrainedModel, trained_from
 
@@ -102,7 +102,7 @@ def verify(
     if missing:
         raise UserError(
             f"{parent.path} holds no probe sequences of domain {missing[0]} (checkpoint.probe_sequences is 0), so "
-            "nothing can be verified: use --no-verify"
+            f"nothing can be verified: use {argument('verify', False)}"
         )
     compared, different = compare_tensors(parent, sub, cut)
     full, small = trained_from(parent, device, "float32"), trained_from(sub, device, "float32")

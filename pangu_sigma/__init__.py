@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from extract.export.export_job import Export
     from extract.extraction_job import Extraction
     from pangu_sigma.api import (
-        add_domain,
-        add_domain_of_model,
         analyze,
         dpo,
         evaluate,
@@ -22,21 +20,29 @@ if TYPE_CHECKING:
         export,
         extract,
         init_config,
-        list_domains,
         load,
         load_config,
-        merge_models,
         plan_cluster,
         read_metrics,
-        remove_domain,
-        rename_domain,
-        resize_domain,
         serve,
         sft,
         train,
         write_report,
     )
+    from pangu_sigma.api_models import (
+        add_domain,
+        add_domain_of_model,
+        extend_vocabulary,
+        import_model,
+        list_domains,
+        merge_models,
+        remove_domain,
+        rename_domain,
+        resize_domain,
+        upcycle,
+    )
     from pangu_sigma.config import Config
+    from pangu_sigma.convert.converted_folder import ConvertedModel
     from pangu_sigma.domains.checkpoint_editor import EditResult
     from pangu_sigma.domains.list_domains import DomainFacts
     from pangu_sigma.evaluation.evaluation_result import DomainEvaluation
@@ -49,6 +55,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Completion",
     "Config",
+    "ConvertedModel",
     "DomainEvaluation",
     "DomainFacts",
     "EditResult",
@@ -67,7 +74,9 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "export",
+    "extend_vocabulary",
     "extract",
+    "import_model",
     "init_config",
     "list_domains",
     "load",
@@ -81,11 +90,20 @@ __all__ = [
     "serve",
     "sft",
     "train",
+    "upcycle",
     "write_report",
 ]
 
 # Names that are not in `api`, by their module.
-_CLASSES = {
+_MODULES = {
+    **dict.fromkeys(
+        (
+            "add_domain", "add_domain_of_model", "extend_vocabulary", "import_model", "list_domains", "merge_models",
+            "remove_domain", "rename_domain", "resize_domain", "upcycle",
+        ),  # fmt: skip
+        "pangu_sigma.api_models",
+    ),
+    "ConvertedModel": "pangu_sigma.convert.converted_folder",
     "Completion": "pangu_sigma.generation.completion",
     "Config": "pangu_sigma.config",
     "DomainEvaluation": "pangu_sigma.evaluation.evaluation_result",
@@ -103,7 +121,7 @@ _CLASSES = {
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'pangu_sigma' has no attribute '{name}'")
-    return getattr(import_module(_CLASSES.get(name, "pangu_sigma.api")), name)
+    return getattr(import_module(_MODULES.get(name, "pangu_sigma.api")), name)
 
 
 def __dir__() -> list[str]:

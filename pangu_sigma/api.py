@@ -1,4 +1,5 @@
-"""The functions of `import pangu_sigma as ps`: the main jobs, each in one call that returns its figures.
+"""The functions of `import pangu_sigma as ps`: the main jobs, each in one call that returns its figures. Those that
+make a model of others, by domains, imports and conversions, are in `api_models`.
 
 They print nothing: with `progress=True` a bar and messages go to stderr, or under the cell of a notebook. Otherwise
 messages go to the logger `pangu_sigma`, as information or as warnings. Mistakes raise `UserError`, a `ValueError` that
@@ -8,27 +9,25 @@ says what to do. A result that lies in a folder is taken wherever a folder is as
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pangu_sigma.api_arguments import folder, items, path_or_none, run_folder
 from pangu_sigma.errors import UserError, disk_errors_explained
 from pangu_sigma.monitor.progress import progress_shown
 
 if TYPE_CHECKING:
     from extract.export.export_job import Export
     from extract.extraction_job import Extraction
+    from pangu_sigma.api_arguments import Overrides, PathLike
     from pangu_sigma.config import Config
-    from pangu_sigma.domains.checkpoint_editor import EditResult
-    from pangu_sigma.domains.list_domains import DomainFacts
     from pangu_sigma.evaluation.evaluation_result import DomainEvaluation
     from pangu_sigma.language_model import LanguageModel
     from pangu_sigma.new_configuration import NewConfiguration
     from pangu_sigma.serving.model_server import ModelServer
     from pangu_sigma.training.training_result import TrainingResult
 
-    PathLike = str | os.PathLike[str]
-    Overrides = Mapping[str, Any] | Iterable[str | tuple[str, Any]]
 
 @disk_errors_explained()
 def load_config(source: PathLike | Mapping[str, Any] | Config, overrides: Overrides = ()) -> Config:
@@ -51,7 +50,7 @@ def init_config(folder: PathLike, data: PathLike | Sequence[PathLike], *, progre
     from pangu_sigma.new_configuration import write_configuration
 
     with progress_shown(progress):
-        return write_configuration(Path(folder), [Path(source) for source in _items(data)])
+        return write_configuration(Path(folder), [Path(source) for source in items(data)])
 
 
 @disk_errors_explained()
@@ -99,7 +98,7 @@ def _adapt(
     from pangu_sigma.finetuning.finetuning_job import adapt
 
     with progress_shown(progress):
-        return adapt(Path(model), Path(config), objective, overrides, resume)
+        return adapt(folder(model), Path(config), objective, overrides, resume)
 
 
 @disk_errors_explained()
@@ -113,7 +112,7 @@ def load(model: PathLike, *, slots: int = 8) -> LanguageModel:
 
     if slots < 1:
         raise UserError(f"slots is {slots}: give at least 1")
-    return LanguageModel(load_trained(Path(model)), slots)
+    return LanguageModel(load_trained(folder(model)), slots)
 
 
 @disk_errors_explained()
@@ -128,7 +127,7 @@ def evaluate(
     from pangu_sigma.evaluation.evaluation_job import evaluate
 
     with progress_shown(progress):
-        result = evaluate(Path(model), batches, workers)
+        result = evaluate(folder(model), batches, workers)
     assert result is not None  # of several processes, this is none
     return result
 
@@ -152,9 +151,9 @@ def evaluate_tasks(
     """
     from pangu_sigma.evaluation.task_evaluation import FewShotSettings, evaluate_tasks
 
-    settings = FewShotSettings(shots, _path(shots_from), domain, max_tokens, tuple(_items(stop)))
+    settings = FewShotSettings(shots, path_or_none(shots_from), domain, max_tokens, tuple(items(stop)))
     with progress_shown(progress):
-        return evaluate_tasks(Path(model), [Path(file) for file in _items(files)], settings)
+        return evaluate_tasks(folder(model), [Path(file) for file in items(files)], settings)
 
 
 @disk_errors_explained()
@@ -166,7 +165,7 @@ def analyze(run: PathLike, *, tokens: int = 4096, progress: bool = False) -> dic
     from pangu_sigma.evaluation.routing_analysis import analyze
 
     with progress_shown(progress):
-        return analyze(Path(run), tokens)
+        return analyze(run_folder(run), tokens)
 
 
 @disk_errors_explained()
@@ -206,7 +205,7 @@ def extract(
 
     with progress_shown(progress):
         shard = None if max_shard_size is None else parse_size(max_shard_size)
-        cut = plan(Path(model), _items(domains), Path(out), dtype=dtype, max_shard_bytes=shard, fold=fold)
+        cut = plan(folder(model), items(domains), Path(out), dtype=dtype, max_shard_bytes=shard, fold=fold)
         return extract(cut, Path(out), check=verify)
 
 
@@ -234,131 +233,9 @@ def export(
     from pangu_sigma.checkpoint.file_size import parse_size
 
     options = Options(dtype, parse_size(max_shard_size), batch_size, signature, capacity_factor)
-    names = None if domains is None else _items(domains)
+    names = None if domains is None else items(domains)
     with progress_shown(progress):
-        return export(Path(model), Path(out), format, names, options)
-
-
-@disk_errors_explained()
-def list_domains(model: PathLike) -> list[DomainFacts]:
-    """What every domain of a model owns, has seen in training, and its last loss. Raises UserError."""
-    from pangu_sigma.domains.list_domains import list_domains
-
-    return list_domains(Path(model))
-
-
-@disk_errors_explained()
-def add_domain(
-    run: PathLike,
-    name: str,
-    data: PathLike | Sequence[PathLike],
-    *,
-    experts: int = 4,
-    init: str = "mean",
-    text_field: str = "text",
-    filters: Literal["none", "text", "code"] = "none",
-    stars_field: str | None = None,
-    weight: float = 1.0,
-    steps: int | None = None,
-    shared: Literal["frozen", "train", "regularised"] = "frozen",
-    regularise: Mapping[str, float | str] | None = None,
-    replay: float = 0.0,
-    out: PathLike | None = None,
-    progress: bool = False,
-) -> EditResult:
-    """Add a domain to a run: an expert group in every sparse layer with routing tables of its own.
-
-    data: its text, .jsonl or .txt, globs too. experts: of its group in every sparse layer. init: how they begin:
-    "from:DOMAIN", "mean", "dense:MODEL" or "random". weight: how often it is drawn. steps: plan so many steps on the
-    new domain instead of what the run had left, in which `shared` parameters stay frozen, train, or train near the
-    model as it is now (`regularise`: weights of output, l2, ewc), with a share `replay` of the other domains' samples;
-    `train(result.config_file, resume=True)` does them. out: write a new run there and leave this one as it is. No other
-    domain's file changes by a byte. Raises UserError, and changes nothing then.
-    """
-    from pangu_sigma.config.domain_edits import plan_follow_up
-    from pangu_sigma.domains.add_domain import NewDomain, add_domain
-
-    texts = tuple(os.fspath(file) for file in _items(data))
-    new_domain = NewDomain(name, texts, experts, init, text_field, weight, filters, stars_field)
-    follow_up = plan_follow_up(name, steps, shared, replay, regularise)
-    with progress_shown(progress):
-        return add_domain(Path(run), new_domain, follow_up=follow_up, out=_path(out))
-
-
-@disk_errors_explained()
-def add_domain_of_model(
-    run: PathLike,
-    model: PathLike,
-    domain: str | None = None,
-    *,
-    name: str | None = None,
-    weight: float = 1.0,
-    steps: int | None = None,
-    shared: Literal["frozen", "train", "regularised"] = "frozen",
-    regularise: Mapping[str, float | str] | None = None,
-    replay: float = 0.0,
-    out: PathLike | None = None,
-    progress: bool = False,
-) -> EditResult:
-    """Add a domain of another model that has the same shared parameters, under `name` (its own if left out).
-
-    Other arguments as of `add_domain`. Raises UserError, and changes nothing then.
-    """
-    from pangu_sigma.config.domain_edits import plan_follow_up
-    from pangu_sigma.domains.add_domain import add_model
-
-    follow_up = plan_follow_up(name or "", steps, shared, replay, regularise)
-    with progress_shown(progress):
-        return add_model(Path(run), Path(model), domain, name=name, weight=weight, follow_up=follow_up, out=_path(out))
-
-
-@disk_errors_explained()
-def remove_domain(run: PathLike, name: str, *, out: PathLike | None = None, progress: bool = False) -> EditResult:
-    """Remove a domain with its experts and tables; all others stay as they are. `out` as of `add_domain`."""
-    from pangu_sigma.domains.remove_domain import remove_domain
-
-    with progress_shown(progress):
-        return remove_domain(Path(run), name, out=_path(out))
-
-
-@disk_errors_explained()
-def rename_domain(
-    run: PathLike, name: str, to: str, *, out: PathLike | None = None, progress: bool = False
-) -> EditResult:
-    """Rename a domain: its tensors keep every byte under new names. `out` as of `add_domain`."""
-    from pangu_sigma.domains.remove_domain import rename_domain
-
-    with progress_shown(progress):
-        return rename_domain(Path(run), name, to, out=_path(out))
-
-
-@disk_errors_explained()
-def resize_domain(
-    run: PathLike,
-    name: str,
-    experts: int,
-    *,
-    redraw: bool = False,
-    out: PathLike | None = None,
-    progress: bool = False,
-) -> EditResult:
-    """Grow a domain's group to `experts` in every sparse layer; the model stays the same function until it trains.
-
-    redraw: draw its tables anew instead of splitting the tokens of copied experts. `out` as of `add_domain`.
-    """
-    from pangu_sigma.domains.resize_domain import resize_domain
-
-    with progress_shown(progress):
-        return resize_domain(Path(run), name, experts, redraw=redraw, out=_path(out))
-
-
-@disk_errors_explained()
-def merge_models(models: Sequence[PathLike], out: PathLike, *, progress: bool = False) -> EditResult:
-    """Write a model folder with the domains of several models that have equal shared parameters. Raises UserError."""
-    from pangu_sigma.domains.merge_models import merge_models
-
-    with progress_shown(progress):
-        return merge_models([Path(model) for model in _items(models)], Path(out))
+        return export(folder(model), Path(out), format, names, options)
 
 
 @disk_errors_explained()
@@ -387,9 +264,9 @@ def serve(
     from pangu_sigma.serving.server_settings import ServerLimits, ServerSettings
 
     limits = ServerLimits(slots=slots, queue=queue, max_tokens=max_tokens)
-    settings = ServerSettings(host, port, tuple(_items(domains)), token, limits, warm_up)
+    settings = ServerSettings(host, port, tuple(items(domains)), token, limits, warm_up)
     with progress_shown(progress):
-        server = ModelServer(Path(model), settings)
+        server = ModelServer(folder(model), settings)
         server.run() if block else server.start()
     return server
 
@@ -399,7 +276,7 @@ def read_metrics(run: PathLike) -> list[dict[str, Any]]:
     """The records of a run's metrics.jsonl in the order in which they were written. Raises UserError."""
     from pangu_sigma.monitor.metrics_log import read_metrics
 
-    return read_metrics(Path(run))
+    return read_metrics(run_folder(run))
 
 
 @disk_errors_explained()
@@ -407,13 +284,4 @@ def write_report(run: PathLike) -> Path:
     """Draw a run's curves and expert load as one HTML file and return its path. Raises UserError."""
     from pangu_sigma.report import write_report
 
-    return write_report(Path(run))
-
-
-def _items(items: Any) -> list[Any]:
-    """The items of a list; a text or path is one."""
-    return [items] if isinstance(items, str | os.PathLike) else list(items)
-
-
-def _path(path: PathLike | None) -> Path | None:
-    return None if path is None else Path(path)
+    return write_report(run_folder(run))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from difflib import get_close_matches
 
 USER_ERROR, INTERRUPTED = 2, 130  # of a process that ends by a user's mistake, or by Ctrl-C
@@ -16,6 +18,36 @@ class UserError(ValueError):
 
 class CheckpointError(UserError):
     """A checkpoint could not be written or is refused; the message names the file or folder and says what to do."""
+
+
+# Of a thread, not of the process, as what is shown of progress.
+_as_flags: ContextVar[bool] = ContextVar("whether arguments are spelled as flags", default=False)
+SPELLING = "PANGU_SIGMA_SPELLING"  # environment of a command's worker: "python" where a Python program started it
+
+
+def argument(name: str, value: object = None) -> str:
+    """An argument in a message, as who called writes it: `top=5` in Python, `--top 5` on the command line."""
+    flags = _as_flags.get()
+    if value is None or (flags and isinstance(value, bool)):
+        return f"--{'no-' * (value is False)}{name.replace('_', '-')}" if flags else name
+    if flags:
+        return f"--{name.replace('_', '-')} {value}"
+    return f"{name}={value if isinstance(value, int | float) else repr(str(value))}"
+
+
+@contextmanager
+def arguments_as_flags() -> Iterator[None]:
+    """Let messages within the block name arguments as the flags of the command line."""
+    before = _as_flags.set(os.environ.get(SPELLING) != "python")
+    try:
+        yield
+    finally:
+        _as_flags.reset(before)
+
+
+def spelled_as() -> dict[str, str]:
+    """The environment by which the workers of this thread's job spell arguments as it does."""
+    return {} if _as_flags.get() else {SPELLING: "python"}
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

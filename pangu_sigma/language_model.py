@@ -17,6 +17,7 @@ from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation.completion import Completion
 from pangu_sigma.generation.request import AUTO, Event, Request, Sampling, pick_domain, prompt_ids
+from pangu_sigma.trained_model import run_of
 
 if TYPE_CHECKING:
     from pangu_sigma.evaluation.domain_evaluation import Evaluator
@@ -67,10 +68,19 @@ class LanguageModel:
     def __repr__(self) -> str:
         return f"LanguageModel({str(self.path)!r}, domains={self.domains}, num_parameters={self.num_parameters:,})"
 
+    def __fspath__(self) -> str:
+        return str(self.path)
+
     @property
     def path(self) -> Path:
-        """The folder of the checkpoint that was loaded."""
+        """The folder of the checkpoint that was loaded, for which the model stands wherever a model is asked for."""
         return self._trained.checkpoint.path
+
+    @property
+    def run_dir(self) -> Path | None:
+        """The run that the checkpoint lies in, for which the model stands wherever a run is asked for; None of a model
+        folder."""
+        return run_of(self._trained.checkpoint)
 
     @property
     def step(self) -> int:

@@ -36,7 +36,7 @@ _HEADER = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NewConfiguration:
     """A configuration that was written to `path`, in its effective form.
 
@@ -50,6 +50,10 @@ class NewConfiguration:
     tokens: dict[str, int]
     dropped: dict[str, dict[str, int]]
     passes: dict[str, float]
+
+    def __repr__(self) -> str:
+        steps = self.config.train.steps
+        return f"NewConfiguration({str(self.path)!r}, tokens={self.tokens}, steps={steps})"
 
     def __fspath__(self) -> str:
         return str(self.path)

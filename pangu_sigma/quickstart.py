@@ -45,7 +45,7 @@ def quickstart(config: Config) -> Quickstart:
 
     if config.data.heldout_fraction == 0:
         raise UserError("the quickstart measures on held-out text, and data.heldout_fraction is 0: hold some out")
-    check_one_process(config, "run it with `pangu-sigma train … --workers`, or set parallel={}")
+    check_one_process(config, "run it with `pangu-sigma train`, or set parallel={}")
     folder, steps = Path(config.run.dir), config.train.steps
     with open_run(config, resume=(folder / "checkpoints").is_dir()) as run:
         step = run.train().step

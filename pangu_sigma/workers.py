@@ -19,7 +19,7 @@ from pangu_sigma.checkpoint.folder_layout import CONFIG
 from pangu_sigma.checkpoint.folder_locks import lock_run_folder
 from pangu_sigma.config import Config
 from pangu_sigma.config.load_config import config_from_dict, load_values
-from pangu_sigma.errors import INTERRUPTED, USER_ERROR, UserError
+from pangu_sigma.errors import INTERRUPTED, USER_ERROR, UserError, argument, spelled_as
 from pangu_sigma.monitor.progress import is_progress_shown
 from pangu_sigma.monitor.result_files import write_text
 from pangu_sigma.trained_model import run_of, stored_config
@@ -42,7 +42,7 @@ def with_workers(config: Config, workers: int) -> Config:
         parts = math.gcd(workers, config.experts_in_layer) if config.model.sparse_prefixes else 1
         parallel["expert"], parallel["data"] = parts, workers // parts
     parallel["workers"] = workers
-    return load_values(values, f"--workers {workers}")
+    return load_values(values, argument("workers", workers))
 
 
 def processes_of(config: Config, folder: Path) -> Processes:
@@ -59,9 +59,9 @@ def processes_of(config: Config, folder: Path) -> Processes:
     if size != mesh.size:
         counted = f"a mesh of {mesh.size} ranks ({mesh.axes})"
         if started is None:
-            how = f"start {mesh.size} processes with msrun (docs/cluster.md), or emulate the mesh with --emulate-mesh"
+            how = f"start {mesh.size} processes with msrun (docs/cluster.md), or set parallel.emulate_mesh"
             if config.run.device == "CPU":
-                how = f"set parallel.workers={mesh.size} (--workers {mesh.size}), or start as many with msrun"
+                how = f"set parallel.workers={mesh.size}, or start as many with msrun"
             raise UserError(f"parallel makes {counted}: {how}")
         raise UserError(
             f"{size} processes were started, but parallel makes {counted}: start {mesh.size}, or change parallel.data "
@@ -124,11 +124,12 @@ def launch(words: Sequence[str], workers: int, folder: Path, config: Config | No
         (folder / _ERROR).unlink(missing_ok=True)
         if config is not None:
             write_text(folder / CONFIG, config.to_yaml())
-        with Launch(command, workers, folder, quiet=not is_progress_shown()) as job:
+        with Launch(command, workers, folder, not is_progress_shown(), spelled_as()) as job:
             ended = job.wait()
         if ended.failed_rank is None:
             if any(ended.codes):
-                raise UserError(f"the processes lost each other: see {job.folder}; continue with --resume")
+                go_on = f"continue with {argument('resume', True)}"
+                raise UserError(f"the processes lost each other: see {job.folder}; {go_on}")
             return job.results.read_text(encoding="utf-8")
         rank, code = ended.failed_rank, ended.codes[ended.failed_rank]
         if code == USER_ERROR:
@@ -141,7 +142,8 @@ def launch(words: Sequence[str], workers: int, folder: Path, config: Config | No
             raise KeyboardInterrupt
         last_line = _last_line(job.log(rank)) if rank or job.quiet else ""
         log_end = f"; its log {job.log(rank)} ends: {last_line}" if last_line and code > 0 else ""
-        saved = "; what the training had saved is whole: continue with --resume" if first == "train" else ""
+        goes_on = f"; what the training had saved is whole: continue with {argument('resume', True)}"
+        saved = goes_on if first == "train" else ""
         raise UserError(f"rank {rank} of {workers} {ended.cause}, so all processes were stopped{saved}{log_end}")
 
 

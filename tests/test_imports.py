@@ -17,6 +17,8 @@ TOP_LAYER = (
     "pangu_sigma/__init__.py",
     "pangu_sigma/__main__.py",
     "pangu_sigma/api.py",
+    "pangu_sigma/api_arguments.py",
+    "pangu_sigma/api_models.py",
     "pangu_sigma/cli/",
     "extract/__main__.py",
 )

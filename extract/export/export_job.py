@@ -20,13 +20,16 @@ from rre.router_specs import ROUTER_SPECS
 _SMALL_FILES = 16 << 20  # everything but weights and tokenizer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Export:
     """A model that was written for another program: its folder, and sentences on what its user should know."""
 
     path: Path
     format: str
     messages: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"Export({str(self.path)!r}, format={self.format!r})"
 
     def __fspath__(self) -> str:
         return str(self.path)

@@ -48,6 +48,9 @@ class Checkpoint:
     fingerprints: of the tokenizer and of each domain's corpus.
     """
 
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, step={self.step}, domains={self.domains})"
+
     def __init__(self, path: Path, manifest: Manifest, messages: Iterable[str] = ()) -> None:
         self.path = path
         self.manifest = manifest

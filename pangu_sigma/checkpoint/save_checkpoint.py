@@ -22,7 +22,7 @@ from pangu_sigma.checkpoint.file_plan import find_unchanged
 from pangu_sigma.checkpoint.retention import delete_checkpoint, list_checkpoints, prune_checkpoints, remove_stale
 from pangu_sigma.checkpoint.streamed_checkpoint import Progress, StreamedCheckpoint
 from pangu_sigma.checkpoint.tensor_file import byte_chunks, spec_of
-from pangu_sigma.errors import CheckpointError
+from pangu_sigma.errors import CheckpointError, argument
 from parallel.comm.atomic_folder import atomic_folder, lock_working_folder, rename_synced, sync_folder
 
 
@@ -94,7 +94,7 @@ def replace_checkpoint(run_dir: Path, content: StreamedCheckpoint, progress: Pro
     """
     final = run_dir / folder_layout.CHECKPOINTS / folder_layout.step_name(content.step)
     disk_write = DiskWrite(
-        f"the change of {run_dir}", "written", final.parent, "use --out", " (the checkpoint is as it was)"
+        f"the change of {run_dir}", "written", final.parent, f"use {argument('out')}", " (the checkpoint is as it was)"
     )
     remove_stale(run_dir)
     with disk_write.explain_errors(), atomic_folder(final, move_into_place) as folder:

@@ -26,7 +26,7 @@ from pangu_sigma.cli.plan_command import plan
 from pangu_sigma.cli.quickstart_commands import corpora, quickstart
 from pangu_sigma.cli.serve_command import serve
 from pangu_sigma.cli.train_commands import mindformers, train
-from pangu_sigma.errors import INTERRUPTED, USER_ERROR, UserError, disk_errors_explained
+from pangu_sigma.errors import INTERRUPTED, USER_ERROR, UserError, arguments_as_flags, disk_errors_explained
 from pangu_sigma.signals import sigterm_as_ctrl_c
 from pangu_sigma.version import VERSION
 
@@ -38,7 +38,7 @@ class _Commands(TyperGroup):
         gc.enable()
         try:
             # MindSpore's own handler, which it installs as it compiles, turns Ctrl-C into SIGTERM.
-            with disk_errors_explained(), sigterm_as_ctrl_c():
+            with disk_errors_explained(), sigterm_as_ctrl_c(), arguments_as_flags():
                 return super().invoke(ctx)
         except UserError as error:
             _say(f"Error: {' '.join(str(error).split())}")

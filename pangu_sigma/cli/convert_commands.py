@@ -100,8 +100,8 @@ def import_pangu_alpha(
     done = import_pangu_alpha.import_pangu_alpha(source, out, settings)
     model = done.config.model
     typer.echo(
-        f"{done.checkpoint.path}: {done.parameters:,} parameters, {model.layers} layers (query layer included), hidden "
-        f"{model.hidden}, heads {model.heads}, ffn {model.ffn}, vocabulary {model.vocab_size}, positions "
+        f"{done.checkpoint.path}: {done.num_parameters:,} parameters, {model.layers} layers (query layer included), "
+        f"hidden {model.hidden}, heads {model.heads}, ffn {model.ffn}, vocabulary {model.vocab_size}, positions "
         f"{model.positions}, {model.activation}, end-of-document id {done.eod_id}"
     )
     typer.echo(f"every parameter was assigned once ({done.transposed} transposed), every tensor of the source used")
@@ -128,7 +128,7 @@ def import_mindformers(
     from pangu_sigma.integrations.mindformers import import_mindformers
 
     done = import_mindformers.import_mindformers(source, out, run)
-    typer.echo(f"{done.checkpoint.path}: {done.parameters:,} parameters of {done.file.name}, each assigned once")
+    typer.echo(f"{done.checkpoint.path}: {done.num_parameters:,} parameters of {done.file.name}, each assigned once")
     for line in import_mindformers.SKIPPED.lines(done.skipped):
         typer.echo(line)
     say_next("model", out, done.checkpoint.domains)
@@ -162,8 +162,8 @@ def import_hf(
     done = import_olmoe(source, out, settings)
     model = done.config.model
     typer.echo(
-        f"{done.checkpoint.path}: {done.parameters:,} parameters, {model.layers} layers, hidden {model.hidden}, heads "
-        f"{model.heads}, {done.config.domains[0].experts} experts of {model.ffn} in each, "
+        f"{done.checkpoint.path}: {done.num_parameters:,} parameters, {model.layers} layers, hidden {model.hidden}, "
+        f"heads {model.heads}, {done.config.domains[0].experts} experts of {model.ffn} in each, "
         f"{done.config.experts_per_token} for a token, vocabulary {model.vocab_size}, end-of-document id {done.eod_id}"
     )
     typer.echo(f"all {done.tensors} tensors of the source were used, every parameter was assigned once")
@@ -189,11 +189,11 @@ def upcycle(
     """
     from pangu_sigma.convert.upcycle import upcycle as convert
 
-    done = convert(dense, config, out, tuple(overrides or ()), noise)
+    done = convert(dense, config, out, overrides or (), noise)
     layers = len(done.config.model.sparse_prefixes)
     experts = sum(domain.experts for domain in done.config.domains)
     typer.echo(
-        f"{done.checkpoint.path}: {done.dense_parameters:,} parameters became {done.parameters:,}, in {layers} "
+        f"{done.checkpoint.path}: {done.dense_parameters:,} parameters became {done.num_parameters:,}, in {layers} "
         f"sparse layers of {experts} experts for {len(done.config.domains)} domains; vocabulary and tokenizer are the "
         "dense model's"
     )

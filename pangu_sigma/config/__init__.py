@@ -9,7 +9,7 @@ from pangu_sigma.config.init_from import (
 )
 from pangu_sigma.config.load_config import config_from_dict, effective, load_config
 from pangu_sigma.config.parameter_counts import ParameterCounts, parameter_counts, tensor_shapes
-from pangu_sigma.config.resume_rules import changed_keys, check_resume
+from pangu_sigma.config.resume_rules import changed_keys, check_resume, with_kept_keys
 from pangu_sigma.config.schema import Config
 from pangu_sigma.config.schema_versions import SCHEMA_VERSION
 
@@ -26,6 +26,7 @@ __all__ = [
     "tensor_shapes",
     "parameter_counts",
     "with_init_from_of",
+    "with_kept_keys",
     "with_tokenizer_of",
     "with_vocabulary",
     "with_vocabulary_size",

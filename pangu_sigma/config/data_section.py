@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, StringConstraints
 
 from pangu_sigma.config.section import Field, ListOf, Section, Violations
+from pangu_sigma.errors import argument
 
 # A domain's name becomes a file name and a part of tensor names.
 DomainName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
@@ -63,8 +64,8 @@ class DomainConfig(Section, resume="fixed", init_from="free"):
             yield f"{key}.name = {self.name} is reserved for a file of the checkpoint: choose another name"
         if self.name == INFERRED_DOMAIN:
             yield (
-                f"{key}.name = {self.name} is reserved: --domain {self.name} has a text's domain inferred; choose "
-                "another name"
+                f"{key}.name = {self.name} is reserved: {argument('domain', self.name)} has a text's domain "
+                "inferred; choose another name"
             )
         if self.stars_field is not None and self.filters != "code":
             yield (

@@ -38,7 +38,7 @@ def _device(config: Config) -> Violations:
     parallel, device = config.parallel, config.run.device
     if parallel.emulate_mesh and (device != "CPU" or parallel.mesh.size == 1):
         yield (
-            "parallel.emulate_mesh = true (--emulate-mesh) emulates a mesh of several devices with CPU processes, but "
+            "parallel.emulate_mesh = true emulates a mesh of several devices with CPU processes, but "
             f"parallel makes a mesh of {parallel.mesh.size} on {device}: set parallel.data, expert, tensor or "
             "pipeline, and run.device to CPU, or leave emulate_mesh out"
         )
@@ -53,7 +53,7 @@ def _device(config: Config) -> Violations:
         if parallel.workers not in (1, parallel.mesh.size):
             yield (
                 f"parallel.workers = {parallel.workers} is not the mesh's size {parallel.mesh.size} "
-                f"({parallel.mesh.axes}): change one of them, or leave --workers and parallel.workers out"
+                f"({parallel.mesh.axes}): change one of them, or leave parallel.workers out"
             )
     elif parallel.workers != 1:
         yield (

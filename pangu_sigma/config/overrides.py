@@ -17,7 +17,7 @@ from pangu_sigma.config.key_descriptions import bare_type, choices_of, section_a
 from pangu_sigma.config.section import Section
 from pangu_sigma.config.validation_messages import unknown_key
 from pangu_sigma.config.yaml_text import parse_scalar, parse_yaml
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, argument
 
 # Key -> Python value; or texts as they are typed, section.key=value, and pairs of a key and a Python value.
 Overrides = Mapping[str, Any] | Iterable[str | tuple[str, Any]]
@@ -190,7 +190,8 @@ def emulation_overrides(overrides: Sequence[str]) -> list[str]:
     for override in overrides:
         key, _, value = override.partition("=")
         if key in implied and value.strip().lower() != implied[key].lower():
-            raise UserError(f"--emulate-mesh sets {key}={implied[key]}: leave out --emulate-mesh or {override}")
+            flag = argument("emulate_mesh", True)
+            raise UserError(f"{flag} sets {key}={implied[key]}: leave out {flag} or {override}")
     return [f"{key}={value}" for key, value in implied.items()]
 
 
@@ -198,10 +199,13 @@ def stream_overrides(source: str | None, domain: str | None, domain_field: str |
     """The overrides that `train --stream SOURCE --domain … --domain-field …` stands for. Raises UserError."""
     if domain is not None and domain_field is not None:
         raise UserError(
-            "--domain and --domain-field exclude each other: give the one domain of all documents, or the field that "
-            "names each one's"
+            f"{argument('domain')} and {argument('domain_field')} exclude each other: give the one domain of all "
+            "documents, or the field that names each one's"
         )
     given = {"path": source, "domain": domain, "domain_field": domain_field}
     if source is None and (domain is not None or domain_field is not None):
-        raise UserError("--domain and --domain-field say whose the documents of a stream are: add --stream SOURCE")
+        raise UserError(
+            f"{argument('domain')} and {argument('domain_field')} say whose the documents of a stream are: add "
+            f"{argument('stream')}"
+        )
     return [(f"data.stream.{key}", value) for key, value in given.items() if value is not None]

@@ -12,6 +12,7 @@ from pangu_sigma.config.phase_domains import old_domains
 from pangu_sigma.config.schema import Config
 from pangu_sigma.config.section import Violations, at_most, divides, positive_sum
 from pangu_sigma.config.training_sections import PhaseConfig
+from pangu_sigma.errors import argument
 from rre.router_specs import routers_that
 
 
@@ -145,7 +146,8 @@ def _run(config: Config) -> Violations:
     init_from = config.run.init_from
     if init_from is not None and abspath(expanduser(init_from)) == abspath(expanduser(config.run.dir)):
         yield (
-            f"run.init_from = {init_from} is the run's own folder: continue it with --resume, or choose another run.dir"
+            f"run.init_from = {init_from} is the run's own folder: continue it with "
+            f"{argument('resume', True)}, or choose another run.dir"
         )
     profile, steps = config.run.profile, config.train.steps
     if profile is not None and profile.start + profile.steps - 1 > steps:
@@ -273,7 +275,7 @@ def _stream(config: Config) -> Violations:
     if config.parallel.devices > 1:
         yield (
             f"data.stream is read by one process, and parallel describes {config.parallel.devices} devices: leave "
-            "--workers out and set its keys to 1"
+            f"{argument('workers')} out and set its keys to 1"
         )
 
 

@@ -40,6 +40,13 @@ class Config(Section, resume="fixed", init_from="free"):
 
     _written: dict[str, Any] | None = PrivateAttr(None)
 
+    def __repr__(self) -> str:
+        """What it is about in a line; `to_yaml` and `pangu-sigma config` show all of it."""
+        model = self.model.preset or f"{self.model.layers} layers × {self.model.hidden}"
+        return f"Config(run.dir={self.run.dir!r}, model={model!r}, domains={self.domain_names})"
+
+    __str__ = __repr__
+
     def __eq__(self, other: object) -> bool:
         """Whether all keys have the same values, whatever of them was written."""
         return isinstance(other, Config) and self.to_dict() == other.to_dict()

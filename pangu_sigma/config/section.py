@@ -103,6 +103,11 @@ class Section(BaseModel):
         own = cls.model_fields[name].json_schema_extra or {}
         return tuple(own.get(kind) or decision for kind, decision in cls.decisions.items())
 
+    @classmethod
+    def has_fill(cls, name: str) -> bool:
+        """Whether a null of the key follows from other keys."""
+        return (cls.model_fields[name].json_schema_extra or {}).get("fill") is not None
+
     def filled(self, written: Any) -> Self:
         """The section with what its nulls stand for in the configuration `written`, as `fill` of their fields says."""
         changes = {}

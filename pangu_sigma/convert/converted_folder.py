@@ -9,13 +9,45 @@ from typing import Any
 
 from pangu_sigma.checkpoint import Checkpoint, Fingerprints, StreamedCheckpoint, TensorSpec, write_model_folder
 from pangu_sigma.checkpoint.model_folder import CARD
-from pangu_sigma.config import SCHEMA_VERSION, Config, config_from_dict, effective, tensor_shapes
+from pangu_sigma.config import SCHEMA_VERSION, Config, config_from_dict, effective, parameter_counts, tensor_shapes
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_registry import read_model, tokenizer_class
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, argument
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.signals import sigterm_as_ctrl_c
 from pangu_sigma.tensor_names import is_routing
+
+
+@dataclass(frozen=True, repr=False)
+class ConvertedModel:
+    """A model folder that an import or a conversion wrote; stands for its folder wherever a path is asked for.
+
+    checkpoint: the folder, opened. config: the model's configuration.
+    """
+
+    checkpoint: Checkpoint
+    config: Config
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r}, num_parameters={self.num_parameters:,})"
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @property
+    def path(self) -> Path:
+        """The model's folder."""
+        return self.checkpoint.path
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains that it has."""
+        return self.config.domain_names
+
+    @property
+    def num_parameters(self) -> int:
+        """Its trained values."""
+        return parameter_counts(self.config, self.config.model.vocab_size).total
 
 
 def write_converted(
@@ -65,8 +97,12 @@ def open_tokenizer(path: Path, settings: ImportSettings, advice: str, eod_id: in
         raise
     except ValueError as error:
         if settings.eod_id is None:
-            raise UserError(f"the model's end-of-document id {eod_id} is no id of {path}: give --eod-id") from error
-        raise UserError(f"--eod-id {eod_id} is no id of the tokenizer {path}: leave it out or correct it") from error
+            raise UserError(
+                f"the model's end-of-document id {eod_id} is no id of {path}: give {argument('eod_id')}"
+            ) from error
+        raise UserError(
+            f"{argument('eod_id', eod_id)} is no id of the tokenizer {path}: leave it out or correct it"
+        ) from error
 
 
 def tokenizer_contents(tokenizer: Tokenizer, corpora: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -20,10 +20,10 @@ from pangu_sigma.checkpoint.tensor_file import raw_bytes
 from pangu_sigma.config import Config, config_from_dict, effective
 from pangu_sigma.config.parameter_counts import tensor_shapes
 from pangu_sigma.convert.conversion_coverage import check_coverage
-from pangu_sigma.convert.converted_folder import tokenizer_contents, write_converted
+from pangu_sigma.convert.converted_folder import ConvertedModel, tokenizer_contents, write_converted
 from pangu_sigma.convert.tokenizer_pieces import NORMAL, USER_DEFINED, known_pieces, read_pieces, replaced, with_pieces
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, argument
 from pangu_sigma.tensor_names import OUTPUT_WORDS, WORDS, is_routing, parse_name
 from pangu_sigma.trained_model import stored_config, stored_tokenizer
 from rre.counted_random import generator, normal
@@ -35,11 +35,10 @@ Initial = Literal["normal", "mean"]
 _ROWS = 4096  # new rows that are made at a time
 
 
-@dataclass(frozen=True)
-class ExtendedModel:
+@dataclass(frozen=True, repr=False)
+class ExtendedModel(ConvertedModel):
     """The written folder; rows and pieces before and after; given pieces that were there already."""
 
-    checkpoint: Checkpoint
     old_pieces: int
     pieces: int
     old_rows: int
@@ -69,7 +68,13 @@ def extend_vocabulary(
     """
     out = check_output(out)
     if (pieces is None) == (tokenizer is None):
-        raise UserError("give the new pieces as --pieces FILE or as --tokenizer FILE.model: exactly one of the two")
+        raise UserError(
+            f"new pieces come from a text file ({argument('pieces')}) or a SentencePiece model "
+            f"({argument('tokenizer')}): give one of the two"
+        )
+    for name, value, known in (("piece_type", piece_type, PIECE_TYPES), ("initial", initial, get_args(Initial))):
+        if value not in known:
+            raise UserError(f"{argument(name, value)} is unknown: choose one of {', '.join(known)}")
     source = resolve(model)
     old_config = stored_config(source)
     old = stored_tokenizer(source)
@@ -118,7 +123,7 @@ def extend_vocabulary(
         step=source.step,
         probe=source.probe(),
     )
-    return ExtendedModel(written, old.vocab_size, new.vocab_size, old_rows, rows, skipped)
+    return ExtendedModel(written, config, old.vocab_size, new.vocab_size, old_rows, rows, skipped)
 
 
 def _tokenizer(

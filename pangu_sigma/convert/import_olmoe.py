@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pangu_sigma.checkpoint import Checkpoint, TensorSpec
+from pangu_sigma.checkpoint import TensorSpec
 from pangu_sigma.checkpoint.float_types import convert_float
 from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.checkpoint.tensor_file import numpy_type
@@ -25,6 +25,7 @@ from pangu_sigma.config.parts.norm_specs import RMS_NORM
 from pangu_sigma.config.parts.position_specs import ROPE
 from pangu_sigma.convert.conversion_coverage import check_coverage
 from pangu_sigma.convert.converted_folder import (
+    ConvertedModel,
     ImportSettings,
     imported_config,
     open_tokenizer,
@@ -33,7 +34,7 @@ from pangu_sigma.convert.converted_folder import (
 )
 from pangu_sigma.convert.olmoe_names import MODEL_TYPE, OlmoeTensor, parts_of
 from pangu_sigma.convert.safetensors_folder import SafetensorsFolder, open_folder
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, argument
 from rre.router_specs import OLMOE
 
 
@@ -45,14 +46,11 @@ class OlmoeImportSettings(ImportSettings):
     tokenizer_kind: str = "huggingface"
 
 
-@dataclass(frozen=True)
-class ImportedOlmoe:
-    """The written folder, its configuration, and how many of the source's tensors became how many parameters."""
+@dataclass(frozen=True, repr=False)
+class ImportedOlmoe(ConvertedModel):
+    """The written folder; `tensors`: how many of the source were used."""
 
-    checkpoint: Checkpoint
-    config: Config
     eod_id: int
-    parameters: int
     tensors: int
 
 
@@ -67,7 +65,9 @@ def import_olmoe(source: Path, out: Path, settings: OlmoeImportSettings) -> Impo
     folder = open_folder(source)
     eod_id = settings.eod_id if settings.eod_id is not None else _eod(given, source)
     tokenizer_file = settings.tokenizer or source / "tokenizer.json"
-    tokenizer = open_tokenizer(tokenizer_file, settings, "give --tokenizer, and its --tokenizer-kind", eod_id)
+    tokenizer = open_tokenizer(
+        tokenizer_file, settings, f"give {argument('tokenizer')}, and its {argument('tokenizer_kind')}", eod_id
+    )
     config = _config(given, source, out, settings, tokenizer)
     targets = tensor_shapes(config, config.model.vocab_size)
     origins = {name: parts_of(config, name) for name in targets}
@@ -93,7 +93,7 @@ def import_olmoe(source: Path, out: Path, settings: OlmoeImportSettings) -> Impo
         read=read,
         **tokenizer_contents(tokenizer),
     )
-    return ImportedOlmoe(written, config, eod_id, counts.total, len(folder.tensors))
+    return ImportedOlmoe(written, config, eod_id, len(folder.tensors))
 
 
 def _architecture(source: Path) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def _eod(given: dict[str, Any], source: Path) -> int:
     eos = given.get("eos_token_id")
     if isinstance(eos, int):
         return eos
-    raise UserError(f"{source}/config.json names no single eos_token_id: give --eod-id")
+    raise UserError(f"{source}/config.json names no single eos_token_id: give {argument('eod_id')}")
 
 
 def _config(given: dict[str, Any], source: Path, out: Path, settings: OlmoeImportSettings, tokenizer) -> Config:

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pangu_sigma.checkpoint import Checkpoint, TensorSpec
+from pangu_sigma.checkpoint import TensorSpec
 from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.config import Config
 from pangu_sigma.config.parameter_counts import parameter_counts, tensor_shapes
 from pangu_sigma.config.presets import PRESETS
 from pangu_sigma.convert.conversion_coverage import check_coverage, listed
 from pangu_sigma.convert.converted_folder import (
+    ConvertedModel,
     ImportSettings,
     imported_config,
     open_tokenizer,
@@ -29,7 +30,7 @@ from pangu_sigma.convert.converted_folder import (
 from pangu_sigma.convert.pangu_alpha_names import SKIPPED, target_of
 from pangu_sigma.convert.pangu_alpha_source import Tensors, open_source
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, argument
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.tensor_names import POSITIONS, QUERY_LAYER, WORDS, parse_name, tensor_name
 
@@ -45,14 +46,11 @@ class PanguAlphaImportSettings(ImportSettings):
     strategy: Path | None = None
 
 
-@dataclass(frozen=True)
-class ImportedPanguAlpha:
+@dataclass(frozen=True, repr=False)
+class ImportedPanguAlpha(ConvertedModel):
     """The written folder; `skipped` are the source's tensors that are no parameters, by the rule that names them."""
 
-    checkpoint: Checkpoint
-    config: Config
     eod_id: int
-    parameters: int
     transposed: int
     skipped: dict[str, list[str]]
 
@@ -128,7 +126,7 @@ def import_pangu_alpha(source: Path, out: Path, settings: PanguAlphaImportSettin
         read=read,
         **tokenizer_contents(tokenizer),
     )
-    return ImportedPanguAlpha(written, config, tokenizer.eod_id, counts.total, transposed, skipped)
+    return ImportedPanguAlpha(written, config, tokenizer.eod_id, transposed, skipped)
 
 
 def _sort(sources: Sequence[Tensors]) -> tuple[list[_SourceRows], dict[str, list[str]], list[str]]:
@@ -190,7 +188,7 @@ def _published_heads(layers: int, hidden: int) -> int:
             return sizes["heads"]
     raise UserError(
         f"the weights do not tell the number of attention heads, and no published PanGu-α has {layers} layers of width "
-        f"{hidden}: give --heads"
+        f"{hidden}: give {argument('heads')}"
     )
 
 

@@ -14,7 +14,7 @@ from pangu_sigma.convert.ckpt_file import CkptFile
 from pangu_sigma.convert.conversion_coverage import listed
 from pangu_sigma.convert.pangu_alpha_names import EMBEDDING_FILES, SKIPPED
 from pangu_sigma.convert.strategy_file import Box, ShardedLayout, read_strategy
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, argument
 
 _SHARD = re.compile(r"(?P<prefix>.*?)_?(?P<rank>\d+)\.ckpt")
 Advance = Callable[[int], None]
@@ -97,7 +97,7 @@ def open_source(path: Path, strategy: Path | None, advance: Advance | None = Non
             count = f"{len(strategies)} of them" if strategies else "none"
             raise UserError(
                 f"{path} has {len(checkpoints)} shards, which are put together by their strategy file, and {count}: "
-                "name it with --strategy"
+                f"name it as {argument('strategy')}"
             )
         strategy = strategies[0]
     return [_open_shards(path, checkpoints, strategy, advance), *embeddings]

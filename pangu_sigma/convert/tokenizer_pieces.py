@@ -22,7 +22,7 @@ from pangu_sigma.convert.protobuf_wire import BYTES, WireError, field, fields, s
 from pangu_sigma.data.corpus_files import read_text_lines
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_class
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, argument
 
 NORMAL, USER_DEFINED = 1, 4
 _SPACE = "\u2581"
@@ -34,12 +34,12 @@ def read_pieces(path: Path) -> list[str]:
 
     Raises UserError for a file that cannot be read and for a line that says a piece twice.
     """
-    lines = read_text_lines(path, f"--pieces {path}", "give a text, one piece a line")
+    lines = read_text_lines(path, argument("pieces", path), "give a text, one piece a line")
     pieces = [piece for line in lines if (piece := line.removesuffix("\r"))]
     if twice := [piece for piece, count in Counter(pieces).items() if count > 1]:
-        raise UserError(f"--pieces {path} names pieces twice: {listed(twice)}; leave one of each")
+        raise UserError(f"{argument('pieces', path)} names pieces twice: {listed(twice)}; leave one of each")
     if not pieces:
-        raise UserError(f"--pieces {path} is empty: write one piece a line")
+        raise UserError(f"{argument('pieces', path)} is empty: write one piece a line")
     return pieces
 
 
@@ -60,7 +60,8 @@ def with_pieces(old: Tokenizer, pieces: Sequence[str], kind: int) -> Tokenizer:
         raise UserError("a tokenizer of kind huggingface cannot be extended here: extend its tokenizer.json itself")
     if there := known_pieces(old, pieces):
         raise UserError(
-            f"the tokenizer has these pieces already: {listed(there)}; leave them out, or give --skip-known"
+            f"the tokenizer has these pieces already: {listed(there)}; leave them out, or give "
+            f"{argument('skip_known', True)}"
         )
     lowest = min(score for _, score, type_ in stored_pieces(old.model) if type_ == NORMAL)
     added = b"".join(
@@ -71,7 +72,7 @@ def with_pieces(old: Tokenizer, pieces: Sequence[str], kind: int) -> Tokenizer:
     new = tokenizer_class(old.kind)(old.model + added + size, old.eod_id, old.pad_id, origin="the extended tokenizer")
     check_extension(old, new)
     if never := [piece for index, piece in enumerate(pieces) if old.vocab_size + index not in new.encode(piece)]:
-        ways = "as --piece-type user-defined" if kind == NORMAL else "in another spelling"
+        ways = f"as {argument('piece_type', 'user-defined')}" if kind == NORMAL else "in another spelling"
         raise UserError(
             f"this tokenizer ({old.kind}) would never make these pieces out of text, because its word splitting, "
             f"normalisation or merges take their letters apart: {listed(never)}; add them {ways} or leave them out"
@@ -89,7 +90,8 @@ def replaced(old: Tokenizer, path: Path) -> Tokenizer:
     try:
         model = path.read_bytes()
     except OSError as error:
-        raise UserError(f"--tokenizer {path} cannot be read ({error.strerror}): give a .model file") from error
+        given = argument("tokenizer", path)
+        raise UserError(f"{given} cannot be read ({error.strerror}): give a .model file") from error
     new = tokenizer_class(old.kind)(model, old.eod_id, old.pad_id, origin=str(path))
     check_extension(old, new)
     return new

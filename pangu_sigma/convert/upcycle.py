@@ -9,9 +9,11 @@ experts of a layer are equal; other gates scale what experts give, and the spars
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,11 +22,12 @@ from pangu_sigma.checkpoint.float_types import as_float32
 from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.checkpoint.tensor_file import raw_bytes
 from pangu_sigma.config import Config, config_from_dict, effective, load_config
+from pangu_sigma.config.overrides import Overrides
 from pangu_sigma.config.parameter_counts import parameter_counts, tensor_shapes
 from pangu_sigma.convert.conversion_coverage import check_coverage
-from pangu_sigma.convert.converted_folder import write_converted
+from pangu_sigma.convert.converted_folder import ConvertedModel, write_converted
 from pangu_sigma.data.packed_sequences import first_sequences
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, argument
 from pangu_sigma.model.initialization import initial_value
 from pangu_sigma.tensor_names import dense_name, is_expert, is_routing, parse_name, tensor_name
 from pangu_sigma.trained_model import stored_config, stored_tokenizer
@@ -39,14 +42,11 @@ _AGREE = (
 _PIECE = 1 << 22  # elements of an expert that are made at a time when noise is added
 
 
-@dataclass(frozen=True)
-class UpcycledModel:
-    """The written folder, and the parameters of the dense and of the sparse model."""
+@dataclass(frozen=True, repr=False)
+class UpcycledModel(ConvertedModel):
+    """The written folder, and the parameters of the dense model."""
 
-    checkpoint: Checkpoint
-    config: Config
     dense_parameters: int
-    parameters: int
 
     @property
     def same_function(self) -> bool:
@@ -57,18 +57,21 @@ class UpcycledModel:
 
 
 def upcycle(
-    dense: Path, config_file: Path, out: Path, overrides: tuple[str, ...] = (), noise: float = 0.0
+    dense: Path, config: Path | Mapping[str, Any] | Config, out: Path, overrides: Overrides = (), noise: float = 0.0
 ) -> UpcycledModel:
-    """Write `out`, a model folder with the sparse model of `config_file`, from the dense model `dense`.
+    """Write `out`, a model folder with the sparse model of `config` (see `load_config`), from the dense model `dense`.
 
     noise: the standard deviation of what is added to every expert's weights (not its biases), as a share of the
     standard deviation of the tensor itself; drawn for (seed, sparse layer, domain, expert). Memory holds one tensor of
     the dense model. Raises UserError naming the keys of the configuration that do not fit, or the tensors.
     """
+    if not 0 <= noise < math.inf:
+        raise UserError(f"{argument('noise', noise)} is no share of a standard deviation: give a number from 0 up")
     out = check_output(out)
     source = resolve(dense)
     old = stored_config(source)
-    config = _fitted(load_config(config_file, overrides), old, str(config_file), source)
+    file = str(config) if isinstance(config, Path) else "the configuration"
+    config = _fitted(load_config(config, overrides), old, file, source)
     counts, fingerprints, probe = _text(config, source) if config.model.sparse.table == "frequency" else ({}, {}, {})
     targets = tensor_shapes(config, config.model.vocab_size)
     names = source.names(optimizer=False)
@@ -113,12 +116,7 @@ def upcycle(
         fingerprints=Fingerprints(tokenizer=source.fingerprints.tokenizer, corpora=fingerprints),
         probe=probe or {name: p for name, p in source.probe().items() if name in config.domain_names},
     )
-    return UpcycledModel(
-        written,
-        config,
-        parameter_counts(old, old.model.vocab_size).total,
-        parameter_counts(config, config.model.vocab_size).total,
-    )
+    return UpcycledModel(written, config, parameter_counts(old, old.model.vocab_size).total)
 
 
 def _fitted(config: Config, old: Config, file: str, source: Checkpoint) -> Config:

@@ -35,7 +35,7 @@ from pangu_sigma.checkpoint.streamed_checkpoint import TensorBytes, plan_taken
 from pangu_sigma.config import Config
 from pangu_sigma.config.domain_edits import checked
 from pangu_sigma.config.load_config import with_run_folder
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, argument
 from pangu_sigma.monitor.metrics_log import copy_metrics
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.monitor.result_files import write_text
@@ -136,9 +136,13 @@ class CheckpointEditor:
         if self.out is None:
             run_dir = run_of(checkpoint)
             if run_dir is None:
-                raise UserError(f"{self.path} is no run, whose checkpoint could be replaced: name a folder with --out")
+                raise UserError(
+                    f"{self.path} is no run, whose checkpoint could be replaced: name a new folder as {argument('out')}"
+                )
             if not (run_dir / folder_layout.CONFIG).is_file() or Path(self.path).resolve() != run_dir.resolve():
-                raise UserError(f"{self.path} is one checkpoint: name its run {run_dir}, or a new folder with --out")
+                raise UserError(
+                    f"{self.path} is one checkpoint: name its run {run_dir}, or a new folder as {argument('out')}"
+                )
             stack.enter_context(lock_run_folder(run_dir))
             remove_stale(run_dir)  # what a killed process was replacing comes back under its name
             checkpoint = resolve(self.path)  # nobody trains here any more, so this stays the last one

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pangu_sigma.domains.checkpoint_editor import check_router
 from pangu_sigma.domains.list_domains import DomainFacts, list_domains
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, argument
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Advice:
 def deal(claims: Mapping[str, float], total: int) -> dict[str, int]:
     """`total` experts to domains in proportion to `claims` (> 0), by largest remainders, at least one each."""
     if total < len(claims):
-        raise UserError(f"--experts {total} cannot give each of {len(claims)} domains one: set it higher")
+        raise UserError(f"{argument('experts', total)} cannot give each of {len(claims)} domains one: set it higher")
     free, dealt = total - len(claims), dict.fromkeys(claims, 1)
     quotas_by_claim = {name: claim * total / sum(claims.values()) for name, claim in claims.items()}
     # What a domain has claim to beyond its one expert; the small ones that got more than theirs have none.

@@ -28,7 +28,7 @@ class DomainListing:
     files: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DomainFacts(DomainListing):
     """One domain, its bytes with moments too.
 
@@ -43,6 +43,10 @@ class DomainFacts(DomainListing):
     loss_step: int | None
     loss_kind: str | None
     unigram: float | None = None
+
+    def __repr__(self) -> str:
+        loss = None if self.loss is None else round(self.loss, 3)
+        return f"DomainFacts({self.name!r}, parameters={self.parameters:,}, tokens={self.tokens}, loss={loss})"
 
 
 def list_domains(path: str | Path) -> list[DomainFacts]:

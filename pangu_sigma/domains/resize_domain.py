@@ -11,7 +11,7 @@ from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditedTensors, EditResult, check_known
 from pangu_sigma.domains.split_tables import origins_of_copies, split_table
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, argument
 from pangu_sigma.tensor_names import parse_name, table_name
 from rre.routing_tables import draw_table
 
@@ -33,7 +33,7 @@ def resize_domain(path: Path, name: str, experts: int, *, redraw: bool = False, 
         if max(sizes) >= experts:
             raise UserError(
                 f"domain {name} has {max(sizes)} experts, and a group can only grow, since no expert may be lost: "
-                f"set --experts to more than {max(sizes)}"
+                f"set {argument('experts')} to more than {max(sizes)}"
             )
         by_frequency = subject.config.model.sparse.table == "frequency"
         counts = token_counts(config_from_dict(subject.values), source, name) if by_frequency else None

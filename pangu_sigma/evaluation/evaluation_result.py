@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DomainEvaluation:
     """Held-out quality of a model.
 
@@ -23,6 +23,10 @@ class DomainEvaluation:
     matrix: dict[str, dict[str, float]]
     tokens: dict[str, int]
     batches: dict[str, list[int]]
+
+    def __repr__(self) -> str:
+        losses = {name: round(loss, 3) for name, loss in self.losses.items()}
+        return f"DomainEvaluation(step={self.step}, losses={losses})"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

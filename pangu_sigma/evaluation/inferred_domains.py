@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from pangu_sigma.data.packed_sequences import HeldoutSequences
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, argument
 from pangu_sigma.generation.domain_inference import (
     Prior,
     auto_log_probabilities,
@@ -156,7 +156,7 @@ def evaluate_inferred_domains(
     model = trained.model
     names = model.groups.names
     if top > len(names):
-        raise UserError(f"--top {top} is more than the {len(names)} domains there are: set it lower")
+        raise UserError(f"{argument('top', top)} is more than the {len(names)} domains there are: set it lower")
     length, size = model.config.data.sequence_length, model.config.evaluate.batch_size
     likelihood = DomainLikelihood(model, size)
     after = accuracy_after(length)
@@ -174,7 +174,8 @@ def evaluate_inferred_domains(
                     spare = min(CACHED_SEQUENCES, len(heldout[name]) // 2, counts[name] * size // 2)
                     if not spare:
                         raise UserError(
-                            f"domain {name} has one held-out sequence, too few for --prior cached: take another prior"
+                            f"domain {name} has one held-out sequence, too few for {argument('prior', prior)}: take "
+                            "another"
                         )
                     cached = cached_prior([next(sequences) for _ in range(spare)])
                 text = InferredDomainLoss(len(names), domain, prior, top, after, cached)

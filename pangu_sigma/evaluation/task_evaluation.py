@@ -15,7 +15,7 @@ import numpy as np
 
 from pangu_sigma.data.packed_rows import pack_in_order
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, argument
 from pangu_sigma.evaluation.task_files import BEFORE_ANSWER, Question, Task, context, read_task
 from pangu_sigma.evaluation.task_scores import Likelihood, choice_scores, exact_match, mean_with_error
 from pangu_sigma.generation.request import AUTO, Request, Sampling, pick_domain, prompt_ids
@@ -233,7 +233,7 @@ def write_answers(
     room = engine.window - settings.max_tokens
     if room < 1:
         raise UserError(
-            f"--max-tokens {settings.max_tokens} leaves no room for a question in the model's window of "
+            f"{argument('max_tokens', settings.max_tokens)} leaves no room for a question in the model's window of "
             f"{engine.window}: set it lower"
         )
     sampling = Sampling(max_tokens=settings.max_tokens, temperature=0.0, stop=settings.stop)

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from pangu_sigma.data.corpus_files import has_lone_surrogate, json_object, read_text_lines
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, argument
 
 CHOICES = '{"question": "…", "choices": ["…", "…"], "gold": 0}'
 ANSWER = '{"question": "…", "answer": "…"}'
@@ -101,6 +101,8 @@ def context(question: Question, pool: Sequence[Question], shots: int) -> str:
     different = (other for other in pool if (other.text, other.solution) != (question.text, question.solution))
     others = list(islice(different, shots))
     if len(others) < shots:
-        raise UserError(f"--shots {shots} needs as many other questions, and there are {len(others)}: set it lower")
+        raise UserError(
+            f"{argument('shots', shots)} needs as many other questions, and there are {len(others)}: set it lower"
+        )
     solved = [f"{other.text}{BEFORE_ANSWER}{other.solution}{BETWEEN_SHOTS}" for other in others]
     return "".join(solved) + question.text

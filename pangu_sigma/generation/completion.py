@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pangu_sigma.generation.engine import Engine
 
 
-@dataclass
+@dataclass(repr=False)
 class Completion:
     """Result of one request: `text` without the prompt, every token's event, why it ended; `error` is set where
     it failed."""
@@ -22,6 +22,10 @@ class Completion:
     events: list[Event] = field(default_factory=list)
     finish: str | None = None
     error: str | None = None
+
+    def __repr__(self) -> str:
+        failed = "" if self.error is None else f", error={self.error!r}"
+        return f"Completion({self.text!r}, tokens={len(self.events)}, finish={self.finish!r}{failed})"
 
 
 def complete(

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, argument
 from pangu_sigma.generation.request import prompt_ids
 
 if TYPE_CHECKING:
@@ -32,12 +32,14 @@ class DomainInferenceSettings:
     def __post_init__(self) -> None:
         if (self.prior == "cached") != (self.texts is not None):
             raise UserError(
-                "--prior cached is made of some texts, and --prior-texts names their file: give both, or neither"
+                f"{argument('prior', 'cached')} is made of some texts, and {argument('prior_texts')} names their file: "
+                "give both, or neither"
             )
+        given = argument("prior_texts", self.texts)
         if self.texts is not None and not self.texts.is_file():
-            raise UserError(f"--prior-texts {self.texts} does not exist: give a file of texts like the prompts")
+            raise UserError(f"{given} does not exist: give a file of texts like the prompts")
         if self.texts is not None and self.texts.suffix.lower() not in (".jsonl", ".txt"):
-            raise UserError(f"--prior-texts {self.texts} is neither .jsonl nor .txt: convert it")
+            raise UserError(f"{given} is neither .jsonl nor .txt: convert it")
 
     def apply(self, engine: Engine, offered: Sequence[str] = ()) -> None:
         """Make the engine infer domains in this way, among the `offered` ones (all if empty)."""
@@ -51,5 +53,5 @@ class DomainInferenceSettings:
     def _read(self, engine: Engine) -> list[tuple[int, ...]]:
         from pangu_sigma.data.corpus_files import iterate_documents
 
-        documents = islice(iterate_documents("--prior-texts", [self.texts]), CACHED_TEXTS)
+        documents = islice(iterate_documents(argument("prior_texts"), [self.texts]), CACHED_TEXTS)
         return [prompt_ids(engine.tokenizer, document.text) for document in documents]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, argument
 from pangu_sigma.generation.domain_inference import auto_order, cached_prior, next_prior, posteriors
 from pangu_sigma.generation.sampling import log_softmax
 
@@ -28,7 +28,9 @@ class DomainInference:
     ) -> None:
         self.candidates = tuple(candidates)
         if not 1 <= top <= len(self.candidates):
-            raise UserError(f"--top {top} is more than the {len(self.candidates)} domains there are: set it lower")
+            raise UserError(
+                f"{argument('top', top)} is more than the {len(self.candidates)} domains there are: set it lower"
+            )
         self.top = top
         uniform = np.full(len(self.candidates), 1.0 / len(self.candidates))
         self.prior = uniform if prior is None else np.asarray(prior, np.float64)

@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, argument
 from pangu_sigma.generation.domain_inference import posteriors, token_log_probabilities
 from pangu_sigma.generation.domain_mixture import DomainInference, DomainMixture
 from pangu_sigma.generation.request import AUTO, Event, Request, Score, pick_domain
@@ -180,8 +180,8 @@ class Engine:
         """
         if domain_inference.top > self.decoder.slots:
             raise UserError(
-                f"--top {domain_inference.top} needs a slot for each of the domains, and there are "
-                f"{self.decoder.slots}: set it lower, or --slots higher"
+                f"{argument('top', domain_inference.top)} needs a slot for each of the domains, and there are "
+                f"{self.decoder.slots}: set it lower, or {argument('slots')} higher"
             )
         self.domain_inference = domain_inference
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, argument
 from pangu_sigma.generation.completion import Completion, complete
 from pangu_sigma.generation.domain_inference_settings import DomainInferenceSettings
 from pangu_sigma.generation.prompts import Prompt
@@ -80,7 +80,8 @@ def prepare_generation(
     """
     Sampling(**settings)
     if inference is not None and not any((prompt.domain or domain) == AUTO for prompt in prompts):
-        raise UserError("--top, --prior and --prior-texts say how a domain is inferred: add --domain auto")
+        given = ", ".join(map(argument, ("top", "prior", "prior_texts")))
+        raise UserError(f"{given} say how a domain is inferred: add {argument('domain', AUTO)}")
     from pangu_sigma.trained_model import load_trained
 
     trained = load_trained(path)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, argument
 from pangu_sigma.monitor.result_files import atomic_file
 
 FILE_NAME = "metrics.jsonl"
@@ -131,7 +131,8 @@ class MetricsLog(NoMetrics):
         if self.path.exists() and self.path.stat().st_size:
             if resume_step is None:
                 raise UserError(
-                    f"{self.path} already holds a run's metrics: use --resume to go on with it or another run.dir"
+                    f"{self.path} already holds a run's metrics: go on with {argument('resume', True)}, or use another "
+                    "run.dir"
                 )
             self.dropped_lines = _write_until(resume_step, self.path, self.path)
         if tensorboard:
@@ -182,7 +183,9 @@ class MetricsLog(NoMetrics):
                 return
             os.ftruncate(self._descriptor, size)
             reason = "No space left on device"
-        raise UserError(f"{self.path} cannot be written ({reason}): make room and go on with --resume")
+        raise UserError(
+            f"{self.path} cannot be written ({reason}): make room and go on with {argument('resume', True)}"
+        )
 
 
 def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:

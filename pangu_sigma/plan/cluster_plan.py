@@ -10,7 +10,7 @@ from pangu_sigma.config import Config, config_from_dict, parameter_counts
 from pangu_sigma.config.capacity_sizes import dispatch_buffer
 from pangu_sigma.config.load_config import load_values
 from pangu_sigma.data.tokenizers.vocabulary_size import vocabulary_size
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, argument
 from pangu_sigma.plan.hardware import GIB, PAPER_DEVICES, PAPER_TOKENS_PER_SECOND, Hardware
 from pangu_sigma.plan.memory_estimate import device_bytes, host_bytes
 from pangu_sigma.plan.time_estimate import step_flops, step_seconds
@@ -36,8 +36,8 @@ def for_devices(config: Config, devices: int | None) -> Config:
     others = mesh.expert * mesh.tensor * mesh.pipeline
     if devices < 1 or devices % others:
         raise UserError(
-            f"--devices {devices} is no multiple of parallel.expert x tensor x pipeline = {others}: choose a multiple, "
-            "or change one of them"
+            f"{argument('devices', devices)} is no multiple of parallel.expert x tensor x pipeline = {others}: choose "
+            "a multiple, or change one of them"
         )
     values = config.written()
     values.setdefault("parallel", {})["data"] = devices // others

@@ -15,7 +15,7 @@ from typing import Any
 
 from pangu_sigma.config import Config
 from pangu_sigma.config.capacity_sizes import activated_slots
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, argument
 from pangu_sigma.model.pipeline_stages import stage_of
 from pangu_sigma.plan.graph_check import CompiledGraph, problems, shared_of_stage
 from parallel.dry.compiled_graph import collectives, last_graph
@@ -34,9 +34,12 @@ class PlanMismatch(UserError):
 def refuse_what_no_mesh_compiles(config: Config) -> None:
     """Raises UserError for a configuration whose graph this check cannot compile, with the reason."""
     if config.run.device != "Ascend":
-        raise UserError("--compile compiles what devices run: set run.device=Ascend")
+        raise UserError(f"{argument('compile', True)} compiles what devices run: set run.device=Ascend")
     if config.parallel.mesh.size == 1:
-        raise UserError("--compile needs more than one device: set parallel.data, parallel.expert or parallel.tensor")
+        raise UserError(
+            f"{argument('compile', True)} needs more than one device: set parallel.data, parallel.expert or "
+            "parallel.tensor"
+        )
 
 
 def compile_plan(config: Config, folder: Path | None = None, timeout: float = 3600.0) -> dict[str, Any]:

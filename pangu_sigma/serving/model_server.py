@@ -30,6 +30,12 @@ class ModelServer:
         self._ended = threading.Event()
         self._error: BaseException | None = None
 
+    def __repr__(self) -> str:
+        return f"ModelServer({str(self.model)!r}, url={self.url!r})"
+
+    def __fspath__(self) -> str:
+        return str(self.model)
+
     def __enter__(self) -> ModelServer:
         return self
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import uvicorn
 
 from pangu_sigma.checkpoint import resolve
-from pangu_sigma.errors import INTERRUPTED, UserError
+from pangu_sigma.errors import INTERRUPTED, UserError, argument
 from pangu_sigma.generation import pick_domain
 from pangu_sigma.generation.domain_inference_settings import DomainInferenceSettings
 from pangu_sigma.monitor.progress import report
@@ -74,11 +74,12 @@ def _check_inference(settings: ServerSettings, domains: list[str]) -> None:
     inference = settings.inference
     if inference != DomainInferenceSettings() and len(domains) < 2:
         raise UserError(
-            "--top, --prior and --prior-texts are about the model id auto, which needs several domains: leave them out"
+            f"{', '.join(map(argument, ('top', 'prior', 'prior_texts')))} are about the model id auto, which needs "
+            "several domains: leave them out"
         )
     if inference.top > min(len(domains), settings.limits.slots):
         what = f"{len(domains)} domains" if inference.top > len(domains) else f"{settings.limits.slots} slots"
-        raise UserError(f"--top {inference.top} is more than the {what} there are: set it lower")
+        raise UserError(f"{argument('top', inference.top)} is more than the {what} there are: set it lower")
 
 
 async def _serve(

@@ -54,7 +54,7 @@ def train(config: Config, resume: bool = False) -> TrainingResult:
     run_dir = Path(config.run.dir)
     if config.parallel.workers > 1 and not is_worker():
         config = with_workers(config, config.parallel.workers)
-        check_before_launch(config, resume)
+        config = check_before_launch(config, resume)
         launch(["train", *(["--resume"] if resume else [])], config.parallel.workers, run_dir / FOLDER, config)
         return TrainingResult.of(run_dir)
     if config.data.stream is not None and find_latest(run_dir)[0] is None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from pangu_sigma.data.prefetcher import Prefetcher
 from pangu_sigma.data.stream_sampler import StreamEnded
+from pangu_sigma.errors import argument
 from pangu_sigma.monitor.progress import TrainingProgress
 from pangu_sigma.monitor.text_tables import evaluation_line
 from pangu_sigma.runtime import COMPUTING
@@ -232,14 +233,14 @@ class TrainingLoop(TrainingRun):
 
     def _report_end(self) -> None:
         """Say why the loop is over, if not because all is done. Raises the error that ended a stream."""
-        step = self.progress.step
+        step, go_on = self.progress.step, f"continue with {argument('resume', True)}"
         failure = self.reader.failure if self.stream is not None else None
         if self.processes.any(self.signals.stop_requested):
-            self.bar.say(f"{self.signals.signal_name or 'a signal'}: saved step {step}; continue with --resume")
+            self.bar.say(f"{self.signals.signal_name or 'a signal'}: saved step {step}; {go_on}")
         elif isinstance(failure, StreamEnded):
-            self._report(f"the stream has ended: saved step {step}; continue with --resume")
+            self._report(f"the stream has ended: saved step {step}; {go_on}")
         elif failure is not None:
             self._report(f"the stream cannot be read on: saved step {step}", logging.WARNING)
             raise failure
         elif step < self.config.train.steps:
-            self.bar.say(f"stopped at step {step} as train.stop_at says; continue with --resume")
+            self.bar.say(f"stopped at step {step} as train.stop_at says; {go_on}")

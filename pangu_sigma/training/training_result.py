@@ -12,7 +12,7 @@ from pangu_sigma.monitor.metrics_log import read_metrics
 from pangu_sigma.trained_model import stored_config
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainingResult:
     """What a training run came to; stands for its folder wherever a path is asked for.
 
@@ -44,6 +44,10 @@ class TrainingResult:
             losses=dict(last["losses"]),
             unigram=dict(last["unigram"]),
         )
+
+    def __repr__(self) -> str:
+        losses = {name: round(loss, 3) for name, loss in self.losses.items()}
+        return f"TrainingResult({str(self.run_dir)!r}, step={self.step} of {self.steps}, losses={losses})"
 
     def __fspath__(self) -> str:
         return str(self.run_dir)

@@ -14,11 +14,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 
 from parallel.comm.processes import PATIENCE, SCHEDULER, WEEK, WORKER
 from parallel.comm.watchdog import LOST
@@ -60,8 +60,12 @@ class Launch:
     `results`; what the others say goes to `folder`/rank-N.log.
     """
 
-    def __init__(self, words: Sequence[str], size: int, folder: Path, quiet: bool = False) -> None:
+    def __init__(
+        self, words: Sequence[str], size: int, folder: Path, quiet: bool = False,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         self.words, self.size, self.folder, self.quiet = list(words), size, folder, quiet
+        self.environment = environment
         self.workers: list[subprocess.Popen] = []
         self.scheduler: subprocess.Popen | None = None
         self.received_signal: int | None = None
@@ -125,6 +129,7 @@ class Launch:
         self.folder.mkdir(parents=True, exist_ok=True)
         environment = {
             **os.environ,
+            **self.environment,
             "MS_WORKER_NUM": str(self.size),
             "MS_SCHED_HOST": "127.0.0.1",
             "MS_SCHED_PORT": str(free_port()),

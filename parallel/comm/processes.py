@@ -39,8 +39,8 @@ class LaunchEnvironment:
             launched = cls(int(variables.get("MS_NODE_ID") or variables["RANK_ID"]), int(variables["MS_WORKER_NUM"]))
         except (KeyError, ValueError):
             raise ValueError(
-                "MS_ROLE is MS_WORKER, but MS_NODE_ID or MS_WORKER_NUM is no number: start the job with --workers or "
-                "msrun"
+                "MS_ROLE is MS_WORKER, but MS_NODE_ID or MS_WORKER_NUM is no number: start the job with several "
+                "workers, or with msrun"
             ) from None
         if not 0 <= launched.rank < launched.size:
             raise ValueError(f"MS_NODE_ID = {launched.rank} is no rank of MS_WORKER_NUM = {launched.size} processes")

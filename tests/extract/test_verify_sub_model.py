@@ -126,7 +126,7 @@ def test_a_folded_model_gives_the_same_logits_to_1e_6(parent, tmp_path):
 
 def test_without_a_probe_nothing_is_claimed(saved, tmp_path):
     parent = saved(probes=0)
-    with pytest.raises(UserError, match="no probe sequences of domain law .* use --no-verify"):
+    with pytest.raises(UserError, match="no probe sequences of domain law .* use verify=False"):
         extract(plan(parent, ["law"]), tmp_path / "law")
     assert not (tmp_path / "law").exists()
 

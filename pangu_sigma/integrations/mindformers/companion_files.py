@@ -20,7 +20,7 @@ from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.data.packed_sequences import first_sequences
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_registry import load_tokenizer
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, argument
 from pangu_sigma.monitor.result_files import write_json, write_text
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ def find_companion(checkpoint: Path, run: Path | None) -> Path:
         if (candidate / FOLDER / CONFIG).is_file():
             return candidate / FOLDER
     raise UserError(
-        f"no folder {FOLDER} with configuration and tokenizer lies above {checkpoint}: give the run's output_dir with "
-        "--run"
+        f"no folder {FOLDER} with configuration and tokenizer lies above {checkpoint}: give the run's output_dir as "
+        f"{argument('run')}"
         if run is None
         else f"{run} has no folder {FOLDER}: give the output_dir of the MindFormers run"
     )

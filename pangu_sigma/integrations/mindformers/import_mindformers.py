@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from pangu_sigma.checkpoint import Checkpoint, Fingerprints, TensorSpec
+from pangu_sigma.checkpoint import Fingerprints, TensorSpec
 from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.config import Config, with_vocabulary
 from pangu_sigma.config.parameter_counts import parameter_counts, tensor_shapes
 from pangu_sigma.convert.conversion_coverage import SkippedTensors, check_coverage
-from pangu_sigma.convert.converted_folder import write_converted
+from pangu_sigma.convert.converted_folder import ConvertedModel, write_converted
 from pangu_sigma.errors import UserError
 from pangu_sigma.integrations.mindformers.companion_files import find_companion, read_companion
 from pangu_sigma.tensor_names import WORDS, is_routing, parse_name, tensor_name
@@ -41,14 +41,11 @@ ENDING = ".safetensors"
 _STEP = re.compile(r"-(\d+)_(\d+)$")
 
 
-@dataclass(frozen=True)
-class ImportedMindFormersRun:
+@dataclass(frozen=True, repr=False)
+class ImportedMindFormersRun(ConvertedModel):
     """The written folder, where it came from, and the tensors left behind by rule."""
 
-    checkpoint: Checkpoint
-    config: Config
     file: Path
-    parameters: int
     skipped: dict[str, int]
 
 
@@ -90,7 +87,7 @@ def import_mindformers(source: Path, out: Path, run: Path | None = None) -> Impo
             probe=companion.probe,
         )
     by_rule = {rule: sum(1 for r in skipped.values() if r == rule) for rule in dict.fromkeys(skipped.values())}
-    return ImportedMindFormersRun(written, config, file, counts.total, by_rule)
+    return ImportedMindFormersRun(written, config, file, by_rule)
 
 
 def checkpoint_file(source: Path) -> Path:

@@ -84,8 +84,8 @@ def _check_load(values: dict[str, Any], source: str, config: Config) -> None:
         return
     if not Path(path).is_file() or Path(path).suffix != ENDING:
         raise UserError(
-            f"{source}: load_checkpoint = {path} is no {ENDING} file: give what MindFormers or pangu-sigma export "
-            "--format mindformers wrote"
+            f"{source}: load_checkpoint = {path} is no {ENDING} file: give what MindFormers or an export to "
+            "mindformers wrote"
         )
     if value_at(values, "load_ckpt_format") != "safetensors":
         raise UserError(f"{source}: load_ckpt_format is {value_at(values, 'load_ckpt_format')}: set it to safetensors")

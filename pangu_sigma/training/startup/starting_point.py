@@ -16,11 +16,13 @@ from pangu_sigma.config import (
     check_init_from,
     check_resume,
     with_init_from_of,
+    with_kept_keys,
     with_tokenizer_of,
     with_vocabulary_size,
 )
 from pangu_sigma.data.corpus_files import expand_paths
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, argument
+from pangu_sigma.monitor.progress import report
 from pangu_sigma.trained_model import stored_config
 
 
@@ -45,12 +47,15 @@ def find_run_checkpoint(run_dir: Path, resume: bool) -> tuple[Checkpoint | None,
     """
     checkpoint, messages = find_latest(run_dir)
     if checkpoint is not None and not resume:
-        raise UserError(f"{run_dir} already holds a run at step {checkpoint.step}: add --resume or set run.dir")
+        raise UserError(
+            f"{run_dir} already holds a run at step {checkpoint.step}: add {argument('resume', True)} or set run.dir"
+        )
     return checkpoint, messages
 
 
-def check_before_launch(config: Config, resume: bool) -> None:
-    """Refuse in the launching process what a run would refuse once its processes had started and met.
+def check_before_launch(config: Config, resume: bool) -> Config:
+    """Refuse in the launching process what a run would refuse once its processes had started and met; the configuration
+    by which they run, in which all counts as written.
 
     Raises UserError for text that is not there, a folder that holds another run, a configuration that is not the run's.
     """
@@ -61,7 +66,11 @@ def check_before_launch(config: Config, resume: bool) -> None:
     if checkpoint is None:
         start_fresh(config)
     elif stale_config(run_dir, checkpoint) is None:  # else something is written first, which the run does
-        resume_from(run_dir, config, checkpoint)
+        start = resume_from(run_dir, config, checkpoint)
+        for message in start.messages:  # the run's own have nothing left to say of it
+            report(message)
+        return start.config
+    return config
 
 
 def start_fresh(config: Config) -> StartingPoint:
@@ -94,6 +103,10 @@ def resume_from(run_dir: Path, config: Config, checkpoint: Checkpoint) -> Starti
         if config.to_yaml() == stale:
             config = stored
         messages.append(mend_config(run_dir, checkpoint))
+    # After skipped steps more batches are drawn than steps are done.
+    drawn = max(checkpoint.step, checkpoint.state["sampler"].get("step", 0))
+    config, kept = with_kept_keys(config, stored, drawn)
+    messages += kept
     config = with_init_from_of(config, stored)
     if changed and config.domain_names != stored.domain_names:
         raise UserError(
@@ -103,12 +116,10 @@ def resume_from(run_dir: Path, config: Config, checkpoint: Checkpoint) -> Starti
     if (stored.data.stream is None) != (config.data.stream is None):
         learned, how = ("its domains' files", "out") if stored.data.stream is None else ("a stream", "")
         raise UserError(
-            f"{run_dir} has learned from {learned} so far: resume with{how} --stream, or begin a new run with "
+            f"{run_dir} has learned from {learned} so far: resume with{how} data.stream, or begin a new run with "
             f"run.init_from={run_dir}"
         )
     # Where the tokenizer gives the size, a changed tokenizer is refused with the corpus, by its name.
-    # After skipped steps more batches are drawn than steps are done.
-    drawn = max(checkpoint.step, checkpoint.state["sampler"].get("step", 0))
     check_resume(stored, with_vocabulary_size(config, stored.model.vocab_size), drawn)
     # The tokenizer that the first domains' mix gave stays when domains come and go.
     keep_tokenizer = stored.run.init_from is not None or changed

@@ -87,7 +87,7 @@ def tokens(theirs, tokenizer) -> np.ndarray:
 
 
 def test_every_parameter_is_counted(theirs, imported):
-    assert imported.parameters == sum(p.numel() for p in theirs.parameters())
+    assert imported.num_parameters == sum(p.numel() for p in theirs.parameters())
     assert imported.tensors == len(list(theirs.parameters()))
 
 
@@ -204,8 +204,8 @@ def test_what_does_not_fit_is_an_error_with_the_list_and_nothing_is_written(fold
         ({"clip_qkv": 8.0}, "clip_qkv = 8.0"),
         ({"num_key_value_heads": 2}, "num_key_value_heads = 2"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
-        ({"eos_token_id": None}, "--eod-id"),
-        ({"eos_token_id": 9999}, "the model's end-of-document id 9999 is no id of .*: give --eod-id"),
+        ({"eos_token_id": None}, "give eod_id"),
+        ({"eos_token_id": 9999}, "the model's end-of-document id 9999 is no id of .*: give eod_id"),
     ],
 )
 def test_an_architecture_that_this_is_not_is_refused(folder, import_settings, tmp_path, change, message):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from pangu_sigma.config import changed_keys, check_resume
+from pangu_sigma.config import changed_keys, check_resume, load_config, with_kept_keys
 from pangu_sigma.config.key_descriptions import keys
 from pangu_sigma.config.section import INIT_FROM, RESUME
 from pangu_sigma.errors import UserError
+from pangu_sigma.workers import with_workers
 
 STEP = 4  # steps that the run has done
 FREE = (
@@ -95,3 +96,28 @@ def test_the_order_of_the_domains_is_part_of_the_run(small, small_file):
 def test_many_refused_keys_are_shortened(small):
     with pytest.raises(UserError, match="and 2 more"):
         check_resume(small(), small("model.preset=350M", "data.sequence_length=64"), STEP)
+
+
+EIGHT_LINES = {
+    "schema_version": 2, "run": {"dir": "run"}, "model": {"preset": "tiny"}, "train": {"steps": 100},
+    "domains": [{"name": "code", "data": ["code.jsonl"]}],
+}  # fmt: skip
+
+
+def test_a_run_keeps_what_nobody_wrote_whatever_that_would_follow_now():
+    written = load_config(EIGHT_LINES)
+    stored = with_workers(written, 3)
+    assert stored.train.batch_size == 18 and written.train.batch_size == 16
+    stored = load_config(stored.to_dict(), {"optimizer.learning_rate": 0.0042})  # of another version of the program
+    for workers in (1, 2):
+        resumed, messages = with_kept_keys(with_workers(written, workers), stored, STEP)
+        assert (resumed.train.batch_size, resumed.optimizer.learning_rate) == (18, 0.0042)
+        assert not changed_keys(stored, resumed, STEP).refused and resumed.parallel.workers == workers
+        assert "train.batch_size = 18" in messages[0] and "optimizer.learning_rate = 0.0042" in messages[0]
+    assert with_kept_keys(stored, stored, STEP) == (stored, [])
+    with pytest.raises(UserError, match="keeps its values: train.batch_size = 18 .* 4 ranks"):
+        with_kept_keys(with_workers(written, 4), stored, STEP)
+    # What is written is refused by its name, as ever.
+    other = load_config(EIGHT_LINES, {"train.batch_size": 16})
+    with pytest.raises(UserError, match="train.batch_size was 18 and is 16"):
+        check_resume(stored, with_kept_keys(other, stored, STEP)[0], STEP)

@@ -92,7 +92,7 @@ BROKEN = [
     ("group over vocabulary", ["model.sparse.layers=1", "domains.0.experts=5000"], "more than the 4096 vocabulary ids"),
     ("name twice", ["domains.1.name=code"], "domains.1.name = code is the name of an earlier domain"),
     ("reserved name", ["domains.1.name=shared"], "domains.1.name = shared is reserved"),
-    ("name of inference", ["domains.1.name=auto"], "domains.1.name = auto is reserved: --domain auto has"),
+    ("name of inference", ["domains.1.name=auto"], "domains.1.name = auto is reserved: domain='auto' has"),
     ("name of a numbered file", ["domains.1.name=x-00001-of-00002"], "ends like a numbered file"),
     ("infinite weight", ["domains.0.weight=1e308", "domains.1.weight=1e308"], "must be a number of at most 1e+30"),
     ("infinite weight of a phase", ["train.phases=[{weights: {code: 1e308}}]"], "must be a number of at most 1e+30"),

@@ -267,8 +267,8 @@ def test_the_list_tells_experts_parameters_tokens_and_losses(copied_run, medicin
 Mistake = tuple[Callable, str]
 MISTAKES: dict[str, Mistake] = {
     "a name that exists": (lambda run, t: add_domain(run, new_domain(t, name="law")), "already has a domain law"),
-    "the name of inference": (lambda run, t: add_domain(run, new_domain(t, name="auto")), "auto is reserved: --domain"),
-    "renamed to inference": (lambda run, t: rename_domain(run, "law", "auto"), "auto is reserved: --domain auto"),
+    "the name of inference": (lambda run, t: add_domain(run, new_domain(t, name="auto")), "auto is reserved: domain="),
+    "renamed to inference": (lambda run, t: rename_domain(run, "law", "auto"), "auto is reserved: domain='auto'"),
     "a bad name": (lambda run, t: add_domain(run, new_domain(t, name="Two words")), "name"),
     "text that is not there": (lambda run, t: add_domain(run, new_domain(t, data=("no.jsonl",))), "does not exist"),
     "a stranger's experts": (lambda run, t: add_domain(run, new_domain(t, init="from:sport")), "no domain of"),

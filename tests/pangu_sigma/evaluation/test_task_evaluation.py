@@ -115,5 +115,5 @@ def test_the_command_prints_scores_with_their_standard_errors(taught, files, tmp
 def test_an_answer_needs_room_for_its_question(trained, files):
     settings = FewShotSettings(domain="law", max_tokens=48)
     tasks, pools = read_tasks([files / "short.jsonl"], settings)
-    with pytest.raises(UserError, match="--max-tokens 48 leaves no room for a question in the model's window of 48"):
+    with pytest.raises(UserError, match="max_tokens=48 leaves no room for a question in the model's window of 48"):
         run_tasks(trained, tasks, pools, settings)

@@ -55,7 +55,7 @@ def test_solved_questions_come_in_order_without_the_question_itself():
     assert context(pool[0], pool, 0) == "q0"
     assert context(pool[0], pool, 2) == "q1 a1\n\nq2 a2\n\nq0"
     assert context(pool[2], pool, 2) == "q0 a0\n\nq1 a1\n\nq2"
-    with pytest.raises(UserError, match="--shots 4 needs as many other questions, and there are 3"):
+    with pytest.raises(UserError, match="shots=4 needs as many other questions, and there are 3"):
         context(pool[0], pool, 4)
 
 

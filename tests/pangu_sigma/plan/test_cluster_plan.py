@@ -108,7 +108,7 @@ def test_what_cannot_fit_is_said():
 def test_other_numbers_of_devices_change_the_data_axis():
     assert made("pangu_alpha_13b.yaml", devices=512)["mesh"]["data"] == 64
     assert made("eight_devices_dense.yaml", "train.batch_size=null", devices=24)["devices"] == 24
-    with pytest.raises(UserError, match="--devices 20 is no multiple of parallel.expert x tensor x pipeline = 8"):
+    with pytest.raises(UserError, match="devices=20 is no multiple of parallel.expert x tensor x pipeline = 8"):
         made("pangu_alpha_13b.yaml", devices=20)
     with pytest.raises(UserError, match=r"parallel.data=5: train.batch_size = 1024 .* which the 5 ranks that read"):
         made("pangu_alpha_13b.yaml", devices=40)

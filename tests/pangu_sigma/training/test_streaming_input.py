@@ -185,4 +185,4 @@ def test_a_run_of_files_does_not_go_on_as_a_stream(copied_run, small_yaml, tmp_p
         "train", small_yaml, f"run.dir={run}", "data.max_domains_per_batch=null", "--resume", "--stream", "one.jsonl",
         cwd=tmp_path,
     )  # fmt: skip
-    assert_refused(done, "has learned from its domains' files so far: resume without --stream", "run.init_from=")
+    assert_refused(done, "has learned from its domains' files so far: resume without data.stream", "run.init_from=")

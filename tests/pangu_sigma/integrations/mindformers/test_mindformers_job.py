@@ -103,7 +103,7 @@ def test_a_cut_off_file_and_a_lost_companion_are_refused(both_trained, tmp_path)
     with pytest.raises(UserError, match="cut.safetensors cannot be read"):
         import_mindformers(tmp_path / "cut.safetensors", tmp_path / "model", both_trained.formers)
     (tmp_path / "alone.safetensors").write_bytes(whole)
-    with pytest.raises(UserError, match="give the run's output_dir with --run"):
+    with pytest.raises(UserError, match="give the run's output_dir as run"):
         import_mindformers(tmp_path / "alone.safetensors", tmp_path / "model")
     with pytest.raises(UserError, match="holds no checkpoint of MindFormers"):
         checkpoint_file(tmp_path / "..")

@@ -92,7 +92,7 @@ def test_a_mesh_that_does_not_fit_is_refused_before_anything_starts(small_yaml, 
     begin = time.monotonic()
     arguments = ["train", small_yaml, f"run.dir={tmp_path / 'run'}"]
     assert_refused(command(*arguments, "--workers", 3, cwd=tmp_path), "--workers 3", "train.batch_size")
-    assert_refused(command(*arguments, "parallel.data=2", cwd=tmp_path), "--workers 2", "msrun")
+    assert_refused(command(*arguments, "parallel.data=2", cwd=tmp_path), "parallel.workers=2", "msrun")
     assert_refused(command(*arguments, "parallel.data=2", "--workers", 4, cwd=tmp_path), "parallel.workers = 4")
     assert time.monotonic() - begin < 60 and not (tmp_path / "run" / "workers").exists()
 
