@@ -27,7 +27,7 @@ def write_run(work: Work, folder: Path) -> Path:
     values = work.config().to_dict()
     values["run"] |= {"dir": str(folder / "run"), "log_every": 1}
     values["data"] |= {"tokenizer": {"kind": "train", "vocab_size": 320}, "cache": str(folder / "cache"),
-                       "deduplicate": False}  # fmt: skip
+                       "deduplicate": "none"}  # fmt: skip
     values["model"]["vocab_size"] = None
     values["train"] |= {"steps": work.steps}
     values["schedule"] |= {"decay_steps": None}

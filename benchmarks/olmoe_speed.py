@@ -94,7 +94,7 @@ def configuration(variant: Variant, folder: Path, corpora: dict[str, Path]) -> C
             },
         },
         "domains": [{"name": "mixed", "data": [str(p) for p in corpora.values()], "experts": variant.experts}],
-        "data": {"tokenizer": {"vocab_size": VOCABULARY}, "sequence_length": LENGTH, "deduplicate": False},
+        "data": {"tokenizer": {"vocab_size": VOCABULARY}, "sequence_length": LENGTH, "deduplicate": "none"},
         "optimizer": {"learning_rate": 1e-3},
         "schedule": {"kind": "constant"},
         "train": {"steps": 1_000_000, "batch_size": BATCH},

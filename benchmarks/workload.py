@@ -80,7 +80,7 @@ def configuration(variant: Variant, folder: Path, corpora: dict[str, Path]) -> C
             {"name": name, "data": [str(p) for p in paths], "experts": EXPERTS_PER_DOMAIN}
             for name, paths in sources.items()
         ],
-        "data": {"tokenizer": {"vocab_size": VOCABULARY}, "sequence_length": LENGTH, "deduplicate": False},
+        "data": {"tokenizer": {"vocab_size": VOCABULARY}, "sequence_length": LENGTH, "deduplicate": "none"},
         "optimizer": {"learning_rate": 1e-3},
         "schedule": {"kind": "constant"},
         "train": {"steps": 1_000_000, "batch_size": BATCH},

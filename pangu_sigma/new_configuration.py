@@ -19,7 +19,6 @@ from pangu_sigma.config.data_section import INFERRED_DOMAIN, RESERVED_NAMES, Dom
 from pangu_sigma.config.load_config import load_values
 from pangu_sigma.config.yaml_text import dump_yaml
 from pangu_sigma.data.corpus import Corpus, prepare_corpus
-from pangu_sigma.data.document_filters import filter_summary
 from pangu_sigma.data.tokenizers.tokenizer_training import VocabularyTooLarge
 from pangu_sigma.errors import UserError
 from pangu_sigma.plan.run_summary import run_summary
@@ -40,8 +39,8 @@ _HEADER = (
 class NewConfiguration:
     """A configuration that was written to `path`, in its effective form.
 
-    documents, tokens: kept ones, by domain. dropped: documents by domain and reason. passes: how often a run reads a
-    domain's training text, by domain.
+    documents, tokens: kept ones, by domain. dropped: documents by domain and reason. messages: what became of them, in
+    sentences. passes: how often a run reads a domain's training text, by domain.
     """
 
     path: Path
@@ -49,6 +48,7 @@ class NewConfiguration:
     documents: dict[str, int]
     tokens: dict[str, int]
     dropped: dict[str, dict[str, int]]
+    messages: list[str]
     passes: dict[str, float]
 
     def __repr__(self) -> str:
@@ -64,13 +64,6 @@ class NewConfiguration:
         vocabulary = self.config.data.tokenizer.vocab_size
         assert vocabulary is not None
         return run_summary(self.config, vocabulary)
-
-    @property
-    def messages(self) -> list[str]:
-        """A sentence for each domain of which documents were dropped, with the reasons."""
-        summaries = (filter_summary(name, self.documents[name], self.dropped[name], "none") for name in self.documents)
-        return [summary for summary in summaries if summary is not None]
-
 
 def write_configuration(folder: Path, data: Sequence[Path]) -> NewConfiguration:
     """Write `folder`/train.yaml, whose run lives in `folder` too, for a domain of each file or folder of `data`.
@@ -114,7 +107,8 @@ def write_configuration(folder: Path, data: Sequence[Path]) -> NewConfiguration:
         config,
         documents={store.name: sum(store.documents.values()) for store in corpus.stores},
         tokens={store.name: sum(store.tokens.values()) for store in corpus.stores},
-        dropped={store.name: store.dropped for store in corpus.stores},
+        dropped={store.name: store.dropped.counts for store in corpus.stores},
+        messages=[*corpus.messages(), *corpus.warnings()],
         passes={name: drawn / tokens for name, tokens in train_tokens.items()},
     )
 

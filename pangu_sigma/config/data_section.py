@@ -85,6 +85,8 @@ class TokenizerConfig(Section, resume="fixed", init_from="taken over"):
     """The tokenizer's model file; null if and only if it is trained."""
     vocab_size: int | None = Field(None, ge=64, fill=_vocabulary)
     """Pieces of a trained tokenizer; null: model.vocab_size or 4096, under a written batch_size 4096."""
+    eod: int | Text | None = None
+    """Piece or id that ends documents in a tokenizer that is given; null takes the usual one."""
 
     @property
     def known_size(self) -> int | None:
@@ -97,6 +99,11 @@ class TokenizerConfig(Section, resume="fixed", init_from="taken over"):
             yield (
                 "data.tokenizer.path is set, but data.tokenizer.kind is train: set the path to null, or the kind to "
                 "sentencepiece, pangu_alpha or huggingface"
+            )
+        if self.kind == "train" and self.eod is not None:
+            yield (
+                "data.tokenizer.eod is set, but a trained tokenizer has an end of documents of its own: set it to "
+                "null, or data.tokenizer.kind to that of a file"
             )
         if self.kind != "train" and self.path is None:
             yield f"data.tokenizer.path is missing: data.tokenizer.kind = {self.kind} needs the tokenizer's model file"
@@ -125,8 +132,8 @@ class DataConfig(Section, resume="fixed", init_from="free"):
     """Folder of the tokenised domains; null takes the folder 'data' in run.dir."""
     heldout_fraction: float = Field(0.05, ge=0, lt=1)
     """Share of a domain's documents kept from training for evaluation, at least one; 0 keeps none."""
-    deduplicate: bool = True
-    """Whether near-duplicate documents are removed before the split."""
+    deduplicate: Literal["none", "exact", "near"] = "exact"
+    """Documents to drop before the split: none, copies (exact), or also those that resemble one (near)."""
     prefetch: int = Field(2, ge=0, resume="free")
     """Batches read ahead of the step; 0 reads each when it is needed."""
     max_domains_per_batch: int | None = Field(None, ge=1)

@@ -18,12 +18,13 @@ CHANGED_KEYS = (
     ("model.embedding_slots: shared, per_domain", "model.domain_parameters.embedding: shared, own"),
     ("model.sparse.router: adaptive_mixture", "model.top_layer: mixture"),
     ("model.sparse.mixture_loss", "model.mixture_loss"),
+    ("data.deduplicate: true, false", "data.deduplicate: near, none"),
     ("parallel.rehearse", "parallel.emulate_mesh"),
 )
 # What version 2 takes for keys that a file leaves out, where version 1 took something else.
 CHANGED_DEFAULTS = (
-    "a preset has sparse layers unless model.sparse.layers is 0, and evaluate.every and checkpoint.every follow "
-    "train.steps unless they are 0"
+    "data.deduplicate is exact, a preset has sparse layers unless model.sparse.layers is 0, and evaluate.every and "
+    "checkpoint.every follow train.steps unless they are 0"
 )
 # The last version of pangu-sigma that reads folders whose configuration has schema version 1.
 _LAST_READER = "0.1.0"

@@ -12,7 +12,7 @@ from pangu_sigma.checkpoint.model_folder import CARD
 from pangu_sigma.config import SCHEMA_VERSION, Config, config_from_dict, effective, parameter_counts, tensor_shapes
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_registry import read_model, tokenizer_class
-from pangu_sigma.errors import UserError, argument
+from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.signals import sigterm_as_ctrl_c
 from pangu_sigma.tensor_names import is_routing
@@ -91,18 +91,7 @@ def open_tokenizer(path: Path, settings: ImportSettings, advice: str, eod_id: in
         model = read_model(path, settings.tokenizer_kind)
     except UserError as error:
         raise UserError(f"the tokenizer {path} cannot be read: {advice}") from error
-    try:
-        return tokenizer_class(settings.tokenizer_kind)(model, eod_id=eod_id, origin=str(path))
-    except UserError:
-        raise
-    except ValueError as error:
-        if settings.eod_id is None:
-            raise UserError(
-                f"the model's end-of-document id {eod_id} is no id of {path}: give {argument('eod_id')}"
-            ) from error
-        raise UserError(
-            f"{argument('eod_id', eod_id)} is no id of the tokenizer {path}: leave it out or correct it"
-        ) from error
+    return tokenizer_class(settings.tokenizer_kind)(model, eod_id=eod_id, origin=str(path))
 
 
 def tokenizer_contents(tokenizer: Tokenizer, corpora: Mapping[str, str] | None = None) -> dict[str, Any]:

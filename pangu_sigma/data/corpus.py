@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from pangu_sigma.config.schema import Config
-from pangu_sigma.data.document_filters import filter_summary
 from pangu_sigma.data.domain_store import DomainStore, prepare_domain, unigram_loss
 from pangu_sigma.data.packed_sequences import HeldoutSequences, PackedSequences
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
@@ -17,6 +16,7 @@ from pangu_sigma.data.tokenizers.tokenizer_training import build_tokenizer
 from pangu_sigma.errors import UserError
 
 Progress = Callable[[str, str, int, int], None]
+UNKNOWN_SHARE = 0.01  # from which a domain's unknown pieces are warned of
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,19 @@ class Corpus:
     stores: tuple[DomainStore, ...]
 
     def messages(self) -> list[str]:
-        """Sentences about the text for the user, before it is trained on: what filters dropped."""
-        kinds = {domain.name: domain.filters for domain in self.config.domains}
-        summaries = [filter_summary(s.name, sum(s.documents.values()), s.dropped, kinds[s.name]) for s in self.stores]
-        return [summary for summary in summaries if summary is not None]
+        """Sentences about the text for the user, before it is trained on: what was dropped and why, with examples."""
+        return [line for s in self.stores for line in s.dropped.sentences(s.name, sum(s.documents.values()))]
+
+    def warnings(self) -> list[str]:
+        """Sentences about domains that lost most of their documents, or whose text the tokenizer cannot write."""
+        sentences = [s.dropped.warning(s.name, sum(s.documents.values())) for s in self.stores]
+        sentences += [
+            f"domain '{s.name}': {s.unknown_share:.1%} of its tokens are unknown pieces, which stand for characters "
+            "that the tokenizer cannot write: take one with byte fallback (data.tokenizer.kind train makes such)"
+            for s in self.stores
+            if s.unknown_share > UNKNOWN_SHARE
+        ]
+        return [sentence for sentence in sentences if sentence is not None]
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -87,7 +96,7 @@ def prepare_corpus(config: Config, tokenizer: Tokenizer | None = None, progress:
     """
     settings = config.data.tokenizer
     if tokenizer is None:
-        cache = Path(config.data.cache)
-        tokenizer = build_tokenizer(settings.kind, config.domains, cache, settings.path, settings.vocab_size)
+        cache, size = Path(config.data.cache), settings.vocab_size
+        tokenizer = build_tokenizer(settings.kind, config.domains, cache, settings.path, size, settings.eod)
     stores = tuple(prepare_domain(domain, tokenizer, config.data, progress) for domain in config.domains)
     return Corpus(config, tokenizer, stores)

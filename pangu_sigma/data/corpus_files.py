@@ -44,7 +44,7 @@ def expand_paths(name: str, data: Sequence[str | Path]) -> list[Path]:
         if path.exists():
             matches = [path]
         elif glob.has_magic(str(path)):
-            matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(match)]
+            matches = [Path(m) for m in sorted(glob.glob(_pattern(path), recursive=True)) if os.path.isfile(m)]
             if not matches:
                 raise UserError(f"domain '{name}': no file matches {entry}; check the pattern and the current folder")
         else:
@@ -58,6 +58,12 @@ def expand_paths(name: str, data: Sequence[str | Path]) -> list[Path]:
     if not files:
         raise UserError(f"domain '{name}' names no corpus file: name at least one")
     return list(files)
+
+
+def _pattern(path: Path) -> str:
+    """The glob of an entry. Its leading folders that exist as they are written are meant so, [ and ] in them too."""
+    literal = next(folder for folder in path.parents if folder.is_dir())
+    return os.path.join(glob.escape(str(literal)), path.relative_to(literal))
 
 
 def fingerprint_files(files: Sequence[Path]) -> str:
@@ -123,7 +129,11 @@ def _jsonl_documents(name: str, file: Path, text_field: str, stars_field: str | 
 
 
 def _stars(record: dict, where: str, field: str, name: str) -> float:
+    """A repository's stars. None are 0, as in the data that the rule comes from: StarCoder's makers count a null of The
+    Stack so, where most files have one."""
     stars = record.get(field)
+    if stars is None and field in record:
+        return 0.0
     if isinstance(stars, bool) or not isinstance(stars, int | float):
         what = "is missing" if field not in record else "is no number"
         raise UserError(f"{where}: the field '{field}' {what}; write the stars there, or set stars_field of '{name}'")
@@ -140,8 +150,6 @@ def json_object(line: str, where: str, form: str) -> dict:
 
     Raises UserError for anything else, which begins with ``where`` and says to write ``form``.
     """
-    if not line.strip():
-        raise UserError(f"{where}: the line is empty; remove it, or write {form}")
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -192,6 +200,11 @@ def has_lone_surrogate(text: str) -> bool:
     except UnicodeEncodeError:
         return True
     return False
+
+
+def json_lines(file: Path, called: str, advice: str) -> list[tuple[int, str]]:
+    """(1-based number, line) of a small .jsonl file, without its blank lines. Raises as `read_text_lines` does."""
+    return [(n, line) for n, line in enumerate(read_text_lines(file, called, advice), 1) if line.strip()]
 
 
 def read_text_lines(file: Path, called: str, advice: str) -> list[str]:

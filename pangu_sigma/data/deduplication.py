@@ -1,16 +1,17 @@
-"""Deduplication: exact and near duplicates of documents, found by MinHash signatures and banding (Broder 1997).
+"""Deduplication: exact copies of documents, found by their digests, and near duplicates, by MinHash (Broder 1997).
 
-A document is the set of its pieces of ``SHINGLE`` characters. One hash per piece, cut into ``BINS`` bins of which each
-keeps its minimum (one-permutation hashing), gives a signature; the share of equal entries estimates the Jaccard
-similarity of two documents. An empty bin takes another bin's value, chosen by a hash (Shrivastava 2017, "Optimal
-densification"). Bands of signatures that are equal make candidates; of two near duplicates the later document goes.
-Memory: half a KB a document.
+For near duplicates a document is the set of its pieces of ``SHINGLE`` characters, as they are written: capitals and
+white space count, because in formulas, code and tables they carry the meaning. One hash per piece, cut into ``BINS``
+bins of which each keeps its minimum (one-permutation hashing), gives a signature; the share of equal entries estimates
+the Jaccard similarity of two documents. An empty bin takes another bin's value, chosen by a hash (Shrivastava 2017,
+"Optimal densification"). Bands of signatures that are equal make candidates; of two near duplicates the later document
+goes. Memory: a tenth of a KB a document, for near duplicates half a KB more.
 """
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -22,7 +23,6 @@ ROWS = 6  # signature entries in a band: 21 bands find a pair of similarity 0.8 
 SIMILARITY = 0.8  # estimated Jaccard similarity from which two documents count as near duplicates
 _EMPTY = np.uint32(0xFFFFFFFF)
 _MULTIPLIER = 0x9E3779B97F4A7C15 | 1
-_WHITESPACE = re.compile(r"\s+")
 _KEY = key64("minhash")
 
 
@@ -32,8 +32,8 @@ def digest(text: str) -> bytes:
 
 
 def signatures(texts: Sequence[str]) -> np.ndarray:
-    """MinHash signatures uint32 [N, BINS] of N documents; case and the amount of white space do not count."""
-    plain = [_WHITESPACE.sub(" ", text).strip().casefold().ljust(SHINGLE) for text in texts]
+    """MinHash signatures uint32 [N, BINS] of N documents; short ones are filled up with blanks."""
+    plain = [text.ljust(SHINGLE) for text in texts]
     if not plain:
         return np.empty((0, BINS), dtype=np.uint32)
     # 1. every document's characters in one row; a window of SHINGLE characters is one polynomial hash
@@ -71,41 +71,55 @@ def _densify(table: np.ndarray) -> np.ndarray:
     return filled
 
 
+@dataclass(frozen=True)
+class Duplicate:
+    """What a document is a copy of: the ``reason`` to drop it, and the number of the earlier document, from 0."""
+
+    reason: Literal["exact", "near"]
+    original: int
+
+
 @dataclass
 class Deduplicator:
-    """Deduplicator of documents in order: a duplicate of one kept before is dropped. Counts: ``exact`` and ``near``."""
+    """Finder of duplicates among documents in order: of equal ones (``exact``), of similar ones too (``near``), the
+    first stays.
 
+    ``similarity``: estimated Jaccard similarity from which two documents are near duplicates.
+    """
+
+    kind: Literal["exact", "near"]
     similarity: float = SIMILARITY
-    exact: int = 0
-    near: int = 0
-    _digests: set[bytes] = field(default_factory=set)
-    _kept: list[np.ndarray] = field(default_factory=list)  # signatures uint32 [BINS]
+    _seen: int = 0
+    _digests: dict[bytes, int] = field(default_factory=dict)  # -> number of the first document that has it
+    _kept: list[int] = field(default_factory=list)  # numbers of the documents whose signatures are kept
+    _signatures: list[np.ndarray] = field(default_factory=list)  # uint32 [BINS]
     _bands: list[dict[int, list[int]]] = field(default_factory=lambda: [{} for _ in range(BINS // ROWS)])
 
-    def keep(self, texts: Sequence[str]) -> list[bool]:
-        """For the next documents in order: True for the first of its kind, False for a duplicate of a kept one."""
+    def duplicates(self, texts: Sequence[str]) -> list[Duplicate | None]:
+        """For each of the next documents in order: what it is a copy of, None for the first of its kind."""
+        if self.kind == "exact":
+            return [self._exact(text) for text in texts]
         table = signatures(texts)
         banded = table[:, : BINS // ROWS * ROWS].reshape(len(texts), BINS // ROWS, ROWS).astype(np.uint64)
         keys = np.zeros(banded.shape[:2], dtype=np.uint64)
         for row in range(ROWS):
             keys = mix64(keys * np.uint64(_MULTIPLIER) + banded[:, :, row] + np.uint64(1))
-        return [self._keep_one(text, table[row], keys[row].tolist()) for row, text in enumerate(texts)]
+        return [self._exact(text) or self._near(table[row], keys[row].tolist()) for row, text in enumerate(texts)]
 
-    def _keep_one(self, text: str, signature: np.ndarray, keys: list[int]) -> bool:
-        name = digest(text)
-        if name in self._digests:
-            self.exact += 1
-            return False
-        candidates: set[int] = set()
-        for band, key in zip(self._bands, keys, strict=True):
-            candidates.update(band.get(key, ()))
+    def _exact(self, text: str) -> Duplicate | None:
+        number, self._seen = self._seen, self._seen + 1
+        original = self._digests.setdefault(digest(text), number)
+        return None if original == number else Duplicate("exact", original)
+
+    def _near(self, signature: np.ndarray, keys: list[int]) -> Duplicate | None:
+        """What the document that `_exact` was asked of last resembles; of none, it is kept."""
+        candidates = sorted({index for band, key in zip(self._bands, keys, strict=True) for index in band.get(key, ())})
         if candidates:
-            others = np.stack([self._kept[index] for index in sorted(candidates)])
-            if np.max(np.mean(others == signature, axis=1)) >= self.similarity:
-                self.near += 1
-                return False
-        self._digests.add(name)
+            shares = np.mean(np.stack([self._signatures[index] for index in candidates]) == signature, axis=1)
+            if shares.max() >= self.similarity:
+                return Duplicate("near", self._kept[candidates[int(shares.argmax())]])
         for band, key in zip(self._bands, keys, strict=True):
             band.setdefault(key, []).append(len(self._kept))
-        self._kept.append(signature)
-        return True
+        self._kept.append(self._seen - 1)
+        self._signatures.append(signature)
+        return None

@@ -9,7 +9,6 @@ space.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -55,7 +54,7 @@ def word_shares(text: str) -> tuple[float, float]:
 def reason_to_drop(kind: str, text: str, ids: np.ndarray, stars: float | None) -> str | None:
     """The first of `REASONS` for which the rules of `kind` (a key of `RULES`) drop a document; None to keep it.
 
-    `ids` int32 [N]: its tokens; `stars` of its repository, None where unknown.
+    `ids` int32 [N]: its tokens; `stars` of its repository, None where they are not asked.
     """
     rules = RULES[kind]
     if "few_stars" in rules and stars is not None and stars < FEWEST_STARS:
@@ -69,14 +68,3 @@ def reason_to_drop(kind: str, text: str, ids: np.ndarray, stars: float | None) -
     if "repeated_ngrams" in rules and longest_repetition(ids)[0] >= REPEATS:
         return "repeated_ngrams"
     return None
-
-
-def filter_summary(name: str, kept: int, dropped: dict[str, int], kind: str) -> str | None:
-    """A sentence on what the rules of `kind` dropped and kept of a domain; None without rules and losses."""
-    counts: Sequence[str] = [f"{dropped.get(reason, 0):,} {REASONS[reason]}" for reason in RULES[kind]]
-    others = [f"{dropped[reason]:,} {what}" for reason, what in _OTHERS.items() if dropped.get(reason)]
-    told = ", ".join([*counts, *others])
-    return f"{name}: {kept:,} documents kept; dropped: {told}" if told else None
-
-
-_OTHERS = {"empty": "empty", "exact": "exact duplicates", "near": "near duplicates"}

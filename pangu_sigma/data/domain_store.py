@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,13 @@ from pangu_sigma.data.corpus_files import (
 )
 from pangu_sigma.data.deduplication import SIMILARITY, Deduplicator, digest
 from pangu_sigma.data.document_filters import REASONS, RULES, reason_to_drop
+from pangu_sigma.data.dropped_documents import DroppedDocuments, place
 from pangu_sigma.data.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
 from parallel.comm.atomic_folder import atomic_folder, rename_unless_there
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INFO_FILE = "store.json"
 # progress(domain, stage "read" or "tokenise", documents done, documents in all or 0 while unknown)
 Progress = Callable[[str, str, int, int], None]
@@ -40,7 +42,9 @@ _DROP, _TRAIN, _HELDOUT = 0, 1, 2
 _BATCH_CHARS = 1_000_000  # documents are compared and encoded in batches of about this size
 _PARTS = ("train", "heldout")
 _COUNTS = "token_counts.npy"
-_INFO_KEYS = ("name", "fingerprint", "corpus_fingerprint", "tokenizer_fingerprint", "documents", "tokens", "dropped")
+_INFO_KEYS = (
+    "name", "fingerprint", "corpus_fingerprint", "tokenizer_fingerprint", "documents", "tokens", "unknown_tokens"
+)  # fmt: skip
 _FILES = ("train.bin", "train.idx", "heldout.bin", "heldout.idx", _COUNTS)
 
 
@@ -49,10 +53,9 @@ class DomainStore:
     """Tokenised text of a domain, on disk.
 
     ``train`` and ``heldout`` token stores; ``token_counts`` int64 [V] of the training part, end-of-document ids
-    included; ``documents`` and ``tokens`` per part; ``dropped`` documents by reason (empty, exact, near, and
-    those of ``document_filters.REASONS`` that apply);
-    ``fingerprint`` of all that decided the content, and of the corpus and the tokenizer alone, so that a difference
-    can be named.
+    included; ``documents`` and ``tokens`` per part, ``unknown_tokens`` of them that stand for characters which the
+    tokenizer cannot write; ``dropped`` documents with their reasons; ``fingerprint`` of all that decided the content,
+    and of the corpus and the tokenizer alone, so that a difference can be named.
     """
 
     name: str
@@ -64,8 +67,14 @@ class DomainStore:
     tokenizer_fingerprint: str
     documents: dict[str, int]
     tokens: dict[str, int]
-    dropped: dict[str, int]
+    unknown_tokens: dict[str, int]
+    dropped: DroppedDocuments
     folder: Path
+
+    @property
+    def unknown_share(self) -> float:
+        """Share of the tokens, training and held-out, that stand for what the tokenizer cannot write."""
+        return sum(self.unknown_tokens.values()) / max(sum(self.tokens.values()), 1)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -82,10 +91,10 @@ def prepare_domain(
 ) -> DomainStore:
     """Tokenise a domain, or open what an earlier call made of the same input in ``config.cache``.
 
-    A document is held out by a hash of its content, at least one unless the fraction is 0 (then none); duplicates are
-    dropped before, so no held-out document resembles a training one. ``config.sequence_length`` S only sets the least
-    size: S + 1 tokens. Raises UserError for unusable input (see ``corpus_files``), a corpus too small to train on or to
-    hold anything out, a damaged cache (named), and a full disk.
+    A document is held out by a hash of its content, at least one unless the fraction is 0 (then none); duplicates (as
+    ``config.deduplicate`` says) are dropped before, so that no held-out document is among the training ones.
+    ``config.sequence_length`` S only sets the least size: S + 1 tokens. Raises UserError for unusable input (see
+    ``corpus_files``), a corpus too small to train on or to hold anything out, a damaged cache (named), and a full disk.
     """
     files = expand_paths(source.name, source.data)
     before = stat_files(files)
@@ -94,7 +103,7 @@ def prepare_domain(
         "text_field": source.text_field,
         # Earlier stores held a document out at 0 too; they are no longer found.
         "heldout_fraction": config.heldout_fraction or None,
-        "deduplicate": SIMILARITY if config.deduplicate else None,
+        "deduplicate": f"near {SIMILARITY}" if config.deduplicate == "near" else config.deduplicate,
         "text_document_chars": TEXT_DOCUMENT_CHARS,
         "format_version": FORMAT_VERSION,
     }
@@ -145,6 +154,7 @@ def open_store(folder: str | Path, vocab_size: int) -> DomainStore:
         info = json.loads(path.read_text(encoding="utf-8"))
         files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in info["files"].items()}
         described = {key: info[key] for key in _INFO_KEYS}
+        described["dropped"] = DroppedDocuments.stored(info["dropped"], info["dropped_examples"])
     except OSError as error:
         raise UserError(f"the token store's {path} cannot be read ({error.strerror}); {advice}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -181,7 +191,7 @@ def _build(
     tokenizer: Tokenizer,
     config: DataConfig,
     progress: Progress,
-) -> dict[str, dict[str, int]]:
+) -> dict[str, dict]:
     """Write both parts and the counts; what is returned goes into ``store.json``."""
     parts, dropped = _assign(source, files, tokenizer, config, progress)
     done = 0
@@ -202,7 +212,9 @@ def _build(
     return {
         "documents": {part: store.documents for part, store in stores.items()},
         "tokens": {part: store.tokens for part, store in stores.items()},
-        "dropped": dropped,
+        "unknown_tokens": {part: _unknown(store, tokenizer) for part, store in stores.items()},
+        "dropped": dropped.counts,
+        "dropped_examples": dropped.examples,
     }
 
 
@@ -212,37 +224,45 @@ def _assign(
     tokenizer: Tokenizer,
     config: DataConfig,
     progress: Progress,
-) -> tuple[np.ndarray, dict[str, int]]:
-    """The part of every document of the corpus in order (uint8 [documents]), and how many were dropped and why."""
-    finder = Deduplicator()
+) -> tuple[np.ndarray, DroppedDocuments]:
+    """The part of every document of the corpus in order (uint8 [documents]), and what was dropped."""
+    finder = None if config.deduplicate == "none" else Deduplicator(config.deduplicate)
     parts: list[int] = []
     ranks: list[int] = []  # the content hash: below the fraction of its range means held out
-    refused = dict.fromkeys(("empty", *RULES[source.filters]), 0)
+    dropped = DroppedDocuments.none_yet(source)
+    places = array("Q")  # of the documents that `finder` was asked of: the file's index and the line in 32 bits each
+    indices = {file: index for index, file in enumerate(files)}
     for batch in _batches(source, files):
         reasons = _reasons(source, batch, tokenizer)
-        filled = [document.text for document, reason in zip(batch, reasons, strict=True) if reason is None]
-        keep = iter(finder.keep(filled) if config.deduplicate else [True] * len(filled))
+        filled = [document for document, reason in zip(batch, reasons, strict=True) if reason is None]
+        places.extend(indices[document.file] << 32 | document.line for document in filled)
+        found = iter(finder.duplicates([d.text for d in filled]) if finder else [None] * len(filled))
         for document, reason in zip(batch, reasons, strict=True):
-            if reason is not None:
-                refused[reason] += 1
+            original = None
+            if reason is None and (duplicate := next(found)) is not None:
+                reason, at = duplicate.reason, places[duplicate.original]
+                original = place(Document("", files[at >> 32], at & 0xFFFFFFFF))
             rank = int.from_bytes(digest(document.text)[:8], "little")
-            part = _HELDOUT if rank < config.heldout_fraction * 2.0**64 else _TRAIN
-            parts.append(part if reason is None and next(keep) else _DROP)
+            if reason is None:
+                parts.append(_HELDOUT if rank < config.heldout_fraction * 2.0**64 else _TRAIN)
+            else:
+                parts.append(_DROP)
+                dropped.add(reason, document, original)
             ranks.append(rank)
         progress(source.name, "read", len(parts), 0)
     assigned = np.array(parts, dtype=np.uint8)
-    dropped = {**refused, "exact": finder.exact, "near": finder.near}
     kept = np.flatnonzero(assigned != _DROP)
     if not len(kept):
-        filtered = sum(refused.values()) - refused["empty"]
+        filtered = dropped.total - dropped.counts["empty"]
         why = f" but {filtered} documents that its filters drop" if filtered else ""
         raise UserError(f"domain '{source.name}' has no text in {_shown(files)}{why}: add some, or name other files")
     if not config.heldout_fraction:
         return assigned, dropped
     by_rank = kept[np.argsort(np.array(ranks, dtype=np.uint64)[kept], kind="stable")]
     if ranks[by_rank[0]] == ranks[by_rank[-1]]:
+        lost = f" of {len(parts):,} ({dropped.advice(source.name)})" if dropped.total else ""
         raise UserError(
-            f"domain '{source.name}' has a single document left to learn from, so nothing can be held out; "
+            f"domain '{source.name}' has a single document left to learn from{lost}, so nothing can be held out; "
             "add documents, or give one long text as .txt, which is cut at blank lines"
         )
     # Few documents may all fall on one side; equal ones (kept when nothing is deduplicated) must stay together.
@@ -295,6 +315,11 @@ def _size(path: Path) -> int | None:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _unknown(store: IndexedDataset, tokenizer: Tokenizer) -> int:
+    """How many tokens of a part are the tokenizer's piece for what it cannot write."""
+    return int(store.counts(tokenizer.vocab_size)[tokenizer.unk_id]) if tokenizer.unk_id is not None else 0
 
 
 def _shown(files: Sequence[Path]) -> str:

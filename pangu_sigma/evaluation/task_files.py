@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from pangu_sigma.data.corpus_files import has_lone_surrogate, json_object, read_text_lines
+from pangu_sigma.data.corpus_files import has_lone_surrogate, json_lines, json_object
 from pangu_sigma.errors import UserError, argument
 
 CHOICES = '{"question": "…", "choices": ["…", "…"], "gold": 0}'
@@ -53,11 +53,11 @@ class Task:
 
 def read_task(file: Path) -> Task:
     """Read a task file. Raises UserError naming the line that is no question or of another kind than the first."""
-    lines = read_text_lines(file, f"the task {file}", "name a .jsonl file")
+    lines = json_lines(file, f"the task {file}", "name a .jsonl file")
     if not lines:
         raise UserError(f"the task {file} holds no question; write {CHOICES} or {ANSWER} a line")
-    questions = tuple(_question(line, f"{file}:{line_number}") for line_number, line in enumerate(lines, 1))
-    for line_number, question in enumerate(questions, 1):
+    questions = tuple(_question(line, f"{file}:{line_number}") for line_number, line in lines)
+    for (line_number, _), question in zip(lines, questions, strict=True):
         if bool(question.choices) != bool(questions[0].choices):
             first = "choices" if questions[0].choices else "an answer"
             raise UserError(

@@ -1,8 +1,8 @@
 """Examples to adapt a model with: JSONL files of prompts with answers, read, put into the template, tokenised.
 
 A line of an sft file is {"prompt": TEXT, "answer": TEXT}, of a dpo file {"prompt": TEXT, "chosen": TEXT, "rejected":
-TEXT}; other keys are left alone. The prompt is tokenised as it is when the model is asked, alone, so that the answer
-begins behind the same tokens.
+TEXT}; other keys are left alone. Prompt and answer are tokenised as one text; the answer begins with the first token
+that the prompt alone does not have, so that what a tokenizer joins across the border is learned as it is joined.
 """
 
 from __future__ import annotations
@@ -11,19 +11,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 
 from pangu_sigma.config.finetuning_section import AdaptConfig
 from pangu_sigma.data.chat_template import as_text
-from pangu_sigma.data.corpus_files import (
-    expand_paths,
-    fingerprint_files,
-    has_lone_surrogate,
-    json_object,
-    read_text_lines,
-)
+from pangu_sigma.data.corpus_files import expand_paths, fingerprint_files, has_lone_surrogate, json_lines, json_object
 from pangu_sigma.data.deduplication import digest
 from pangu_sigma.data.packed_rows import TokenSequence
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
@@ -75,10 +70,10 @@ def prompt_and_answers(template: str, prompt: str, answers: Sequence[str]) -> tu
 def read_lines(files: Sequence[Path], keys: Sequence[str]) -> Iterator[dict[str, str]]:
     """The texts under `keys` of every line. Raises UserError naming file and line where a line is not such a one."""
     for file in files:
-        lines = read_text_lines(file, str(file), "check that it exists and its rights")
+        lines = json_lines(file, str(file), "check that it exists and its rights")
         if not lines:
             raise UserError(f"{file} is empty; give one example a line, or leave the file out")
-        for line_number, line in enumerate(lines, 1):
+        for line_number, line in lines:
             yield _checked(line, f"{file}:{line_number}", keys)
 
 
@@ -149,13 +144,15 @@ def load_examples(
 def _tokenised(record: dict[str, str], keys: Sequence[str], template: str, tokenizer: Tokenizer) -> Answers:
     before, behind = prompt_and_answers(template, record[keys[0]], [record[key] for key in keys[1:]])
     prompt = tokenizer.encode(before)
-    sequences = []
-    for text in behind:
-        full_ids = tokenizer.encode(before + text)
-        # A tokenizer may join letters across the border, but a model is asked with the prompt's own tokens.
-        answer = full_ids[len(prompt) :] if full_ids[: len(prompt)] == prompt else tokenizer.encode(text)
-        sequences.append(TokenSequence(np.array([*prompt, *answer, tokenizer.eod_id], np.int32), len(prompt)))
-    return tuple(sequences)
+    texts = [tokenizer.encode(before + text) for text in behind]
+    # The first token has nothing before it to be predicted from. Answers of one prompt begin at one place.
+    border = max(1, min(_equal_tokens(prompt, ids) for ids in texts))
+    return tuple(TokenSequence(np.array([*ids, tokenizer.eod_id], np.int32), border) for ids in texts)
+
+
+def _equal_tokens(some: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens two texts have in common before the first that differs."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(some, others, strict=False)))
 
 
 def _held_out(ranks: np.ndarray, fraction: float) -> np.ndarray:

@@ -48,6 +48,10 @@ class ExampleCorpus:
         """What became of the examples, domain by domain."""
         return [examples.sentence() for examples in self.sets.values()]
 
+    def warnings(self) -> list[str]:
+        """None: no text of a domain is read."""
+        return []
+
     def heldout(self) -> dict[str, HeldoutExamples]:
         """Held-out examples by domain; domains without any are left out."""
         length, pad_id = self.config.data.sequence_length, self.tokenizer.pad_id

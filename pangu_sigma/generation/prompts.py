@@ -56,7 +56,7 @@ class PromptSource:
         except OSError as error:
             raise UserError(f"{name} cannot be read ({error.strerror}); check --file") from error
         try:
-            return data.decode("utf-8"), name
+            return data.decode("utf-8-sig"), name
         except UnicodeDecodeError as error:
             raise UserError(f"{name} is not UTF-8 text at byte {error.start}; convert it") from error
 

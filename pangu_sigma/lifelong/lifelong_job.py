@@ -202,7 +202,7 @@ def _tokenizer(plan: Plan) -> tuple[Path | None, Tokenizer]:
     """
     section, cache = plan.base.data.tokenizer, Path(plan.base.data.cache)
     if section.kind != "train":
-        return None, build_tokenizer(section.kind, (), cache, section.path)
+        return None, build_tokenizer(section.kind, (), cache, section.path, eod=section.eod)
     folder = plan.dir / "tokenizer"
     if not (folder / "tokenizer.json").is_file():
         build_tokenizer("train", plan.base.domains, cache, None, section.vocab_size).save(folder)

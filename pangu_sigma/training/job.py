@@ -190,7 +190,7 @@ def _build(
         resumed_step = None if not resume else (checkpoint.step if checkpoint else -1)
         metrics = resources.enter_context(MetricsLog(run_dir, config.run.tensorboard, resumed_step))
     # 4. What there is to say before the first step.
-    dubious = [*warnings(config), *describe_differences(model, checkpoint)]
+    dubious = [*warnings(config), *corpus.warnings(), *describe_differences(model, checkpoint)]
     dubious += describe_placement(config, model.groups.sizes, progress.step)
     if resume and checkpoint:
         messages.append(f"resumed from {checkpoint.path.name} (step {checkpoint.step})")

@@ -42,10 +42,19 @@ class _Vocabulary:
     def id_to_piece(self, index: int) -> str:
         return self.library.id_to_token(index) or ""
 
+    def special_pieces(self) -> list[str]:
+        added = self.library.get_added_tokens_decoder()
+        return [token.content for _, token in sorted(added.items()) if token.special]
+
     def unk_id(self) -> int:
+        named = getattr(self.library.model, "unk_token", None)
+        ids = (self.piece_to_id(piece) for piece in (named, "<unk>", "[UNK]", "<|unk|>") if piece)
+        return next((index for index in ids if index >= 0), -1)
+
+    def eos_id(self) -> int:
         return -1
 
-    eos_id = bos_id = unk_id
+    bos_id = eos_id
 
     def pad_id(self) -> int:
         ids = (self.piece_to_id(piece) for piece in ("<|padding|>", "<pad>", "[PAD]"))

@@ -43,8 +43,8 @@ class PanguAlphaTokenizer(SentencePieceModel):
         return f"jieba {jieba.__version__}"
 
     def _find_eod(self, origin: str) -> int:
-        index = self._pieces.piece_to_id(DEFAULT_EOD)
-        if index == self._pieces.unk_id():
+        index = self._index(DEFAULT_EOD)
+        if index is None:
             raise UserError(
                 f"{origin} has no piece {DEFAULT_EOD}: it is not PanGu-α's vocab.model; use kind sentencepiece"
             )

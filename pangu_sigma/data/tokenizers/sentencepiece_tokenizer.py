@@ -1,5 +1,6 @@
 """SentencePiece tokenizer: a ``.model`` file, given or trained; also the base of those that put rules around one."""
 
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 
@@ -13,12 +14,22 @@ _SPACE = "\u2581"  # SentencePiece's own sign for a space; as a character of the
 _THREADS = 2  # of the SentencePiece library, inside one call of encode_batch
 
 
+class _Pieces(sentencepiece.SentencePieceProcessor):
+    """SentencePiece's vocabulary, which can also list what is special in it."""
+
+    def special_pieces(self) -> list[str]:
+        """Control and unknown pieces; user-defined ones too where they look like such (PanGu-α's <eot>)."""
+        pieces = [(index, self.id_to_piece(index)) for index in range(self.get_piece_size())]
+        return [piece for i, piece in pieces if self.is_control(i) or re.fullmatch(r"<[^<>]+>|\[[A-Z]+\]", piece)
+                and not self.is_byte(i)]  # fmt: skip
+
+
 class SentencePieceModel(Tokenizer):
     """Tokenizer on a SentencePiece model: encoding and decoding that keep the reserved ids out of the text."""
 
-    def _open(self, model: bytes, origin: str) -> sentencepiece.SentencePieceProcessor:
+    def _open(self, model: bytes, origin: str) -> _Pieces:
         try:
-            pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+            pieces = _Pieces(model_proto=model)
             size = pieces.get_piece_size()
         except (RuntimeError, ValueError, OSError) as error:
             raise UserError(f"{origin} is no SentencePiece model; give the path of a .model file") from error

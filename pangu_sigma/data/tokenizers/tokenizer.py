@@ -13,12 +13,18 @@ from pathlib import Path
 import numpy as np
 
 from pangu_sigma.data.corpus_files import has_lone_surrogate
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, argument
 from pangu_sigma.monitor.result_files import atomic_file
 
 FORMAT_VERSION = 1
 MODEL_FILE = "tokenizer.model"
 INFO_FILE = "tokenizer.json"  # beside the model: kind, ids, fingerprint
+# What ends documents in vocabularies that people use, the more special first; a model file's own word for it, and the
+# </s> of Llama's family, come after them.
+EOD_PIECES = (
+    "<eod>", "<|endoftext|>", "<eot>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<|endofdocument|>", "<eos>"
+)  # fmt: skip
+_NO_EOD = ("<unk>", "<s>", "<pad>", "<bos>")  # not proposed as an end of documents
 
 
 class Tokenizer(ABC):
@@ -31,12 +37,14 @@ class Tokenizer(ABC):
     kind: str
 
     def __init__(
-        self, model: bytes, eod_id: int | None = None, pad_id: int | None = None, origin: str = "the given model"
+        self, model: bytes, eod_id: int | str | None = None, pad_id: int | None = None, origin: str = "the given model"
     ):
+        """`eod_id`: the id or the piece that ends documents; None takes the usual one. Raises UserError where it has
+        none, or no such one; `origin` says which file is meant."""
         self.model = model
         self._pieces = self._open(model, origin)
         self.vocab_size: int = self._pieces.get_piece_size()
-        self.eod_id: int = self._find_eod(origin) if eod_id is None else self._check("eod_id", eod_id)
+        self.eod_id: int = self._find_eod(origin) if eod_id is None else self._given_eod(eod_id, origin)
         self.pad_id: int = self._find_pad() if pad_id is None else self._check("pad_id", pad_id)
         self._reserved = (self.eod_id, self.pad_id)
         settings = f"{self.kind}|{self.eod_id}|{self.pad_id}|{self._rules()}|".encode()
@@ -86,20 +94,45 @@ class Tokenizer(ABC):
         return ""
 
     def _find_eod(self, origin: str) -> int:
-        for piece in ("<eod>", "<|endoftext|>", "<eot>"):
-            index = self._pieces.piece_to_id(piece)
-            if index != self._pieces.unk_id() and self._pieces.id_to_piece(index) == piece:
+        for piece in EOD_PIECES:
+            if (index := self._index(piece)) is not None:
                 return index
         if self._pieces.eos_id() >= 0:
             return self._pieces.eos_id()
-        raise UserError(f"{origin} has no end-of-document piece (<eod>, <|endoftext|>, <eot> or </s>); give eod_id")
+        if (index := self._index("</s>")) is not None:
+            return index
+        raise UserError(
+            f"{origin} has no piece that usually ends documents ({', '.join(EOD_PIECES)}, </s>): {self._name_one()}"
+        )
+
+    def _given_eod(self, given: int | str, origin: str) -> int:
+        index = given if isinstance(given, int) else self._index(given)
+        if index is None or not 0 <= index < self.vocab_size:
+            what = "id" if isinstance(given, int) else "piece"
+            raise UserError(f"{origin} has no {what} {given}: {self._name_one()}")
+        return index
+
+    def _name_one(self) -> str:
+        special = [name for name in self._pieces.special_pieces() if name not in _NO_EOD]
+        has = f"; its special pieces are {', '.join(special[:20])}" if special else "; it has no special pieces"
+        key = f"data.tokenizer.eod, or of an import {argument('eod_id')}"
+        return f"give the piece or the id of its end of documents ({key}){has}"
+
+    def _index(self, piece: str) -> int | None:
+        """Id of an entry of the vocabulary, None where there is none that is spelt so."""
+        index = self._pieces.piece_to_id(piece)
+        return index if index >= 0 and self._pieces.id_to_piece(index) == piece else None
+
+    @property
+    def unk_id(self) -> int | None:
+        """Id of the piece that stands for characters which the vocabulary cannot write; None if it has none."""
+        return self._pieces.unk_id() if self._pieces.unk_id() >= 0 else None
 
     def _find_pad(self) -> int:
         """The model's own padding; else ``<s>``, which this product never feeds; else the end-of-document id."""
         if self._pieces.pad_id() >= 0:
             return self._pieces.pad_id()
-        index = self._pieces.piece_to_id("<pad>")
-        if index != self._pieces.unk_id():
+        if (index := self._index("<pad>")) is not None:
             return index
         return self._pieces.bos_id() if self._pieces.bos_id() >= 0 else self.eod_id
 

@@ -44,15 +44,16 @@ def build_tokenizer(
     cache_dir: str | Path,
     path: str | Path | None = None,
     vocab_size: int = 4096,
+    eod: int | str | None = None,
 ) -> Tokenizer:
     """The tokenizer of a configuration's ``data.tokenizer``.
 
-    ``sentencepiece`` and ``pangu_alpha`` read ``path``.
+    All kinds but ``train`` read ``path``; ``eod`` is the id or piece that ends documents there, None the usual one.
     ``train`` trains on ``sources`` and keeps the result under ``cache_dir`` by the contents of the corpora, so that it
     is trained once and again when a corpus changes. UserError for an unknown kind and an unusable model or corpus.
     """
     if kind != "train":
-        return tokenizer_class(kind)(read_model(path, kind), origin=str(path))
+        return tokenizer_class(kind)(read_model(path, kind), eod, origin=str(path))
     settings = [_RECIPE, sentencepiece.__version__, str(vocab_size)]
     for source in sources:
         files = fingerprint_files(expand_paths(source.name, source.data))

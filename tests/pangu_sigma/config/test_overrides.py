@@ -61,11 +61,11 @@ def test_a_list_of_texts_is_one_in_brackets_and_else_one_text(small):
 
 def test_other_keys_are_read_by_their_type(small):
     overrides = (
-        "train.steps= 30", "optimizer.learning_rate=1e-4", "data.deduplicate=false", "model.sparse.router=hash",
+        "train.steps= 30", "optimizer.learning_rate=1e-4", "run.tensorboard=false", "model.sparse.router=hash",
         "parallel={workers: 1}", "train.phases=[{weights: {code: 1}}]", "run.profile={start: 1, steps: 2}",
     )  # fmt: skip
     config = small(*overrides)
-    assert (config.train.steps, config.optimizer.learning_rate, config.data.deduplicate) == (30, 1e-4, False)
+    assert (config.train.steps, config.optimizer.learning_rate, config.run.tensorboard) == (30, 1e-4, False)
     assert config.model.router == "hash" and config.train.phases[0].weights == {"code": 1.0}
     assert small("train.steps=30", "run.profile=null").run.profile is None
 

@@ -24,6 +24,20 @@ def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path):
     assert [file.name for file in expand_paths("law", [tmp_path / "x[1].txt"])] == ["x[1].txt"]
 
 
+def test_brackets_in_a_folder_that_exists_are_letters(tmp_path):
+    for folder in ("set [1]", "set 1"):
+        (tmp_path / folder / "deep").mkdir(parents=True)
+        (tmp_path / folder / "deep" / "a.jsonl").write_text("")
+    (tmp_path / "set [1]" / "b[2].jsonl").write_text("")
+
+    def found(pattern):
+        return [str(file.relative_to(tmp_path)) for file in expand_paths("law", [tmp_path / pattern])]
+
+    assert found("set [1]/*/*.jsonl") == ["set [1]/deep/a.jsonl"]
+    assert found("set [1]/**/*.jsonl") == ["set [1]/b[2].jsonl", "set [1]/deep/a.jsonl"]
+    assert found("set [0-9]/deep/*.jsonl") == ["set 1/deep/a.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [

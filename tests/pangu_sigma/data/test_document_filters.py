@@ -107,14 +107,15 @@ def test_what_was_dropped_and_why_is_counted_said_and_kept_beside_the_store(writ
     source = text_domain("code", [written], filters="code", stars_field="stars")
     store = prepared(source, tokenizer, tmp_path / "cache")
     counts = {"few_stars": 1, "one_word": 1, "two_words": 1, "repeated_ngrams": 1, "empty": 1, "exact": 1}
-    assert {reason: store.dropped[reason] for reason in counts} == counts
+    assert {reason: store.dropped.counts[reason] for reason in counts} == counts
     kept = sum(store.documents.values())
-    assert kept == 46 - sum(store.dropped.values())
-    assert json.loads((store.folder / "store.json").read_text())["dropped"] == store.dropped
+    assert kept == 46 - store.dropped.total
+    assert json.loads((store.folder / "store.json").read_text())["dropped"] == store.dropped.counts
     domain = {"name": "code", "data": [str(written)], "filters": "code", "stars_field": "stars"}
     values = {"schema_version": 2, "run": {"dir": "x"}, "model": {"preset": "tiny"}, "domains": [domain],
               "optimizer": {"learning_rate": 1.0}, "train": {"steps": 1, "batch_size": 1}}  # fmt: skip
-    (message,) = Corpus(config_from_dict(values), tokenizer, (store,)).messages()
+    message, *examples = Corpus(config_from_dict(values), tokenizer, (store,)).messages()
+    assert len(examples) == len(counts)
     assert message.startswith(
         f"code: {kept} documents kept; dropped: 1 of a repository with fewer than 2 stars, 1 more than 30% one word, "
         "1 more than 50% two words, 1 32 or more repeated n-grams in a row, 1 empty, 1 exact duplicates"
@@ -124,7 +125,7 @@ def test_what_was_dropped_and_why_is_counted_said_and_kept_beside_the_store(writ
 def test_filters_make_another_store_and_none_makes_the_old_one(written, tokenizer, tmp_path):
     plain, text = (prepared(text_domain("code", [written], filters=f), tokenizer, tmp_path) for f in ("none", "text"))
     assert plain.fingerprint != text.fingerprint
-    assert set(plain.dropped) == {"empty", "exact", "near"} and text.dropped["repeated_ngrams"] == 1
+    assert set(plain.dropped.counts) == {"empty", "exact", "near"} and text.dropped.counts["repeated_ngrams"] == 1
     assert prepared(text_domain("code", [written]), tokenizer, tmp_path).folder == plain.folder
 
 
@@ -139,3 +140,13 @@ def test_a_domain_of_which_nothing_is_left_is_told(tokenizer, tmp_path):
         prepared(text_domain("code", [path], filters="code"), tokenizer, tmp_path / "cache")
     with pytest.raises(UserError, match="code.jsonl:1: the field 'stars' is no number; write the stars there"):
         prepared(text_domain("code", [path], filters="code", stars_field="stars"), tokenizer, tmp_path / "cache")
+
+
+def test_a_repository_whose_stars_are_null_has_none(tmp_path, code_texts, tokenizer):
+    texts = [text for text in code_texts if word_shares(text)[0] < 0.2][:9]
+    path = tmp_path / "code.jsonl"
+    path.write_text("".join(json.dumps({"text": t, "stars": (None, 0, 5)[i % 3]}) + "\n" for i, t in enumerate(texts)))
+    store = prepared(text_domain("code", [path], filters="code", stars_field="stars"), tokenizer, tmp_path / "cache")
+    assert store.dropped.counts["few_stars"] == 6 and sum(store.documents.values()) == 3
+    silent = prepared(text_domain("code", [path], filters="code"), tokenizer, tmp_path / "cache")
+    assert not any("stars" in sentence for sentence in silent.dropped.sentences("code", 9))

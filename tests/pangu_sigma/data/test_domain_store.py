@@ -1,13 +1,19 @@
 import errno
+import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from pangu_sigma.config.data_section import DataConfig
 from pangu_sigma.data.domain_store import open_store, prepare_domain
+from pangu_sigma.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from pangu_sigma.errors import UserError
 from tests.text_domain import text_domain
+
+CASES = Path(__file__).parents[4] / "shared" / "cases"
 
 
 @pytest.fixture
@@ -41,7 +47,7 @@ def test_every_document_is_in_one_part_ends_with_its_end_and_is_counted(prepare,
     seen = []
     store = prepare(code_source, progress=lambda *report: seen.append(report))
     train, heldout = texts_of(store.train, tokenizer), texts_of(store.heldout, tokenizer)
-    assert len(train) + len(heldout) + sum(store.dropped.values()) == len(code_texts)
+    assert len(train) + len(heldout) + store.dropped.total == len(code_texts)
     assert not set(train) & set(heldout)
     assert set(train) | set(heldout) <= set(code_texts)
     assert 0.1 < len(heldout) / len(code_texts) < 0.3
@@ -74,15 +80,67 @@ def test_a_changed_corpus_or_setting_is_noticed(prepare, corpus, code_texts):
 
 
 def test_duplicates_are_dropped_before_the_split_and_counted(prepare, corpus, code_texts, tokenizer):
-    long = [text for text in code_texts if len(text) > 400]
-    unique = prepare(corpus(long, "plain"))
+    long = list(dict.fromkeys(text for text in code_texts if len(text) > 400))
     near = [text + "\n# end" for text in long[:10] if len(text) > 800]
-    doubled = prepare(corpus([*long, *long[:7], *near, "", " \n"], "doubled"))
-    assert doubled.dropped == {"empty": 2, "exact": 7, "near": unique.dropped["near"] + len(near)}
+    texts = [*long, *long[:7], *near, "", " \n"]
+    unique = prepare(corpus(long, "plain"), deduplicate="near")
+    doubled = prepare(corpus(texts, "doubled"), deduplicate="near")
+    assert doubled.dropped.counts == {"empty": 2, "exact": 7, "near": unique.dropped.counts["near"] + len(near)}
     assert doubled.documents == unique.documents
-    kept = prepare(corpus([*long, *long[:7]], "kept"), deduplicate=False)
+    copies = prepare(corpus(texts, "copies"))
+    assert copies.dropped.counts == {"empty": 2, "exact": 7, "near": 0}
+    kept = prepare(corpus([*long, *long[:7]], "kept"), deduplicate="none")
     assert sum(kept.documents.values()) == len(long) + 7
     assert not set(texts_of(kept.train, tokenizer)) & set(texts_of(kept.heldout, tokenizer))
+
+
+def test_three_examples_of_every_reason_say_where_they_are_and_what_they_repeat(prepare, corpus, code_texts):
+    texts = [*code_texts[:20], *code_texts[:5], "  "]
+    store = prepare(corpus(texts))
+    assert prepare(corpus(texts)).dropped == store.dropped
+    assert len(store.dropped.examples["exact"]) == 3 and store.dropped.examples["empty"] == ["law.jsonl:26"]
+    first = " ".join(code_texts[0].split())
+    assert store.dropped.examples["exact"][0].startswith(f"law.jsonl:21 '{first[:30]}")
+    assert store.dropped.examples["exact"][0].endswith(" of law.jsonl:1")
+    counts, *examples = store.dropped.sentences("law", 20)
+    assert counts == "law: 20 documents kept; dropped: 1 empty, 5 exact duplicates" and len(examples) == 2
+    assert store.dropped.warning("law", 20) is None
+
+
+@pytest.mark.skipif(not (CASES / "corpus").is_dir(), reason="the cases are not here")
+@pytest.mark.parametrize("name, documents", [("smiles", 80), ("forms", 12)])
+def test_texts_that_look_alike_are_not_dropped_unless_asked(prepare, name, documents):
+    store = prepare(text_domain("cases", [CASES / "corpus" / f"{name}.jsonl"]))
+    assert sum(store.documents.values()) == documents and store.dropped.total == 0
+    assert not list(store.dropped.sentences("cases", documents))
+
+
+def test_a_domain_that_loses_more_than_half_is_warned_of_with_the_key(prepare, corpus, code_texts):
+    long = [text for text in code_texts if len(text) > 800][:4]
+    near = [f"{text}\n# {i}" for text in long for i in range(3)]
+    store = prepare(corpus(long + near), deduplicate="near")
+    assert store.dropped.warning("law", sum(store.documents.values())) == (
+        "domain 'law' lost 75% of its documents (12 near duplicates): set data.deduplicate to exact if they are no "
+        "copies"
+    )
+    with pytest.raises(UserError, match=r"single document left to learn from of 3 \(set data.deduplicate to none if"):
+        prepare(corpus(["same document " * 50] * 3, "same"))
+
+
+def test_unknown_pieces_are_counted(prepare, corpus, tmp_path, code_texts):
+    lines = [line for text in code_texts[:20] for line in text.lower().split("\n")]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=300, minloglevel=2, hard_vocab_limit=False
+    )
+    settings = DataConfig(heldout_fraction=0.2, sequence_length=16, cache=str(tmp_path / "cache"))
+    known, unknown = (
+        prepare_domain(corpus([text for text in texts]), SentencePieceTokenizer(model.getvalue()), settings)
+        for texts in ([line * 5 for line in lines if line][:90], ["ÄÖÜ ЖЙ " * 9 + text for text in code_texts[:20]])
+    )
+    assert known.unknown_share < 0.01 < 0.1 < unknown.unknown_share < 1
+    counts = unknown.train.counts(len(unknown.token_counts))
+    assert unknown.unknown_tokens["train"] == counts[SentencePieceTokenizer(model.getvalue()).unk_id] > 0
 
 
 def test_two_documents_are_enough_for_both_parts(prepare, corpus):
@@ -117,7 +175,7 @@ def test_a_single_long_text_file_is_split_into_both_parts(prepare, tmp_path, cod
         (["tiny", "small"], "fewer than one sequence of 17"),
     ],
 )
-@pytest.mark.parametrize("deduplicate", [True, False])
+@pytest.mark.parametrize("deduplicate", ["exact", "none"])
 def test_a_corpus_too_small_is_refused(prepare, corpus, texts, message, deduplicate):
     with pytest.raises(UserError, match="domain 'law'.*" + message):
         prepare(corpus(texts), deduplicate=deduplicate)

@@ -31,7 +31,6 @@ def test_both_kinds_are_read(tmp_path):
     "lines, sentence",
     [
         ([], "holds no question; write"),
-        ([CHOICE, "\n", CHOICE], ":2: the line is empty; remove it"),
         ([CHOICE, "{,}\n"], ":2: the line is not valid JSON"),
         ([CHOICE, {"question": "a"}], ":2: a question has either choices or an answer"),
         ([{**CHOICE, "answer": "b"}], ":1: a question has either choices or an answer"),
@@ -48,6 +47,12 @@ def test_a_line_that_is_no_question_is_named(tmp_path, lines, sentence):
     with pytest.raises(UserError) as raised:
         task_of(tmp_path, *lines)
     assert sentence in str(raised.value)
+
+
+def test_blank_lines_are_passed_over_and_lines_keep_their_numbers(tmp_path):
+    assert len(task_of(tmp_path, CHOICE, "\n", CHOICE, " \n").questions) == 2
+    with pytest.raises(UserError, match=":3: the first question has choices"):
+        task_of(tmp_path, CHOICE, "\n", ANSWER)
 
 
 def test_solved_questions_come_in_order_without_the_question_itself():

@@ -1,9 +1,11 @@
 """Examples as files: what a line must be, the template, the window, what is held out."""
 
+import io
 import json
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from pangu_sigma.config.finetuning_section import AdaptConfig
 from pangu_sigma.data.chat_template import as_text
@@ -84,7 +86,6 @@ GOOD = json.dumps({"prompt": "a", "answer": "b"}) + "\n"
 @pytest.mark.parametrize(
     "text, said",
     [
-        (GOOD + "\n" + GOOD, r":2: the line is empty; remove it, or write {\"prompt\": \"…\", \"answer\": \"…\"}"),
         (GOOD + "{'prompt'\n", r":2: the line is not valid JSON \(Expecting property name"),
         (GOOD + "[1]\n", r":2: the line is no JSON object"),
         (GOOD + '{"prompt": "a"}\n', r":2: the field 'answer' is missing"),
@@ -93,7 +94,7 @@ GOOD = json.dumps({"prompt": "a", "answer": "b"}) + "\n"
         (GOOD + '{"prompt": "a", "answer": "\\ud800"}\n', r":2: the field 'answer' holds half a surrogate pair"),
         ("", r"bad.jsonl is empty; give one example a line"),
     ],
-    ids=["blank", "no json", "no object", "missing", "no string", "empty", "surrogate", "empty file"],
+    ids=["no json", "no object", "missing", "no string", "empty", "surrogate", "empty file"],
 )
 def test_a_line_that_is_no_example_is_named(tmp_path, tokenizer, text, said):
     (tmp_path / "bad.jsonl").write_text(text, encoding="utf-8")
@@ -108,3 +109,30 @@ def test_files_that_are_no_jsonl_are_named(tmp_path, tokenizer):
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}\n')
     with pytest.raises(UserError, match="latin.jsonl is not UTF-8"):
         load(tmp_path / "latin.jsonl", tokenizer)
+
+
+def test_blank_lines_are_passed_over(tmp_path, tokenizer):
+    (tmp_path / "plain.jsonl").write_text(GOOD * 2)
+    (tmp_path / "blank.jsonl").write_text("\n" + GOOD + " \n" + GOOD + "\n\n")
+    plain, blank = (load(tmp_path / f"{name}.jsonl", tokenizer) for name in ("plain", "blank"))
+    assert len(blank.train) == len(plain.train)
+
+
+def test_the_border_has_the_tokens_of_the_joined_text(tmp_path):
+    """Tokens that a dummy prefix or a merge across the border would change are those of prompt and answer together."""
+    lines = [f"import os{i} and sys. The function returns {i}" for i in range(300)]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=120, model_type="bpe", minloglevel=2
+    )
+    prefixed = SentencePieceTokenizer(model.getvalue())  # with SentencePiece's dummy prefix, its default
+    records = [{"prompt": "import o", "answer": "s"}, {"prompt": "The func", "answer": "tion returns"}]
+    examples = load(write_jsonl(tmp_path / "border.jsonl", records), prefixed, finetuning_config(template="plain"))
+    for example, record in zip((*examples.train, *examples.heldout), records, strict=True):
+        (sequence,) = example
+        together = record["prompt"] + record["answer"]
+        assert prefixed.decode(sequence.ids.tolist()) == together
+        assert sequence.ids.tolist() == [*prefixed.encode(together), prefixed.eod_id]
+        assert 1 <= sequence.prompt <= len(prefixed.encode(record["prompt"]))
+        learned = prefixed.decode(sequence.ids[sequence.prompt :].tolist())
+        assert learned.endswith(record["answer"]) and not learned.startswith(" ")

@@ -167,8 +167,10 @@ def test_a_given_model_is_read_from_its_path(tmp_path, tokenizer):
 
 def test_other_reserved_ids_make_another_tokenizer(tokenizer):
     assert SentencePieceTokenizer(tokenizer.model, eod_id=3).fingerprint != tokenizer.fingerprint
-    with pytest.raises(ValueError, match="eod_id 512 is outside"):
-        SentencePieceTokenizer(tokenizer.model, eod_id=512)
+    assert SentencePieceTokenizer(tokenizer.model, eod_id="<pad>").eod_id == tokenizer.pad_id
+    for wrong, called in ((512, "id 512"), (-1, "id -1"), ("<end>", "piece <end>")):
+        with pytest.raises(UserError, match=f"the given model has no {called}: give .*special pieces are <eod>"):
+            SentencePieceTokenizer(tokenizer.model, eod_id=wrong)
 
 
 @pytest.fixture(scope="module")
