@@ -59,20 +59,38 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"choose one of {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
 
 
-# What the user's disk and folders answer, where no job says it better. Other OSErrors are bugs.
-_DISK_ERRORS = {
-    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR,
-    errno.EPERM, errno.EROFS,
+# What the system answers about something else than files, and what only a bug can be the reason of.
+_NOT_OF_FILES = {
+    errno.EPIPE, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.ESHUTDOWN, errno.EBADF, errno.EFAULT,
+    errno.ECHILD, errno.ESRCH,
 }  # fmt: skip
 
 
+def disk_advice(number: int | None, alternative: str) -> str:
+    """What to do about an OSError of the number `number`, where `alternative` says what to choose instead."""
+    advice = {
+        errno.ENOSPC: f"free some space or {alternative}",
+        errno.EDQUOT: f"free some of your quota or {alternative}",
+        errno.EFBIG: f"raise the limit on file sizes (ulimit -f) or {alternative}",
+        errno.EACCES: f"make the folder writable or {alternative}",
+        errno.EROFS: f"{alternative} on a disk that can be written",
+        errno.EIO: f"check the disk, which fails, or {alternative}",
+        errno.EMFILE: "raise the limit on open files (ulimit -n)",
+        errno.ENOMEM: "free some memory",
+    }
+    return advice.get(number or 0, f"mend that, or {alternative}")
+
+
 @contextmanager
-def disk_errors_explained() -> Iterator[None]:
-    """Raise what the user's disk and folders answer as a UserError; also a decorator."""
+def disk_errors_explained(doing: str | None = None, alternative: str = "name another place") -> Iterator[None]:
+    """Raise what the user's disk and folders answer, whatever it is, as a UserError; also a decorator.
+
+    doing: what failed, where the error itself does not name the file. Other OSErrors are bugs, and pass.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if error.errno is None or error.errno in _NOT_OF_FILES:
             raise
-        place = error.filename or "a file"
-        raise UserError(f"{place}: {error.strerror}: mend that, or name another place") from error
+        place = " ".join(str(part) for part in (doing, error.filename) if part) or "a file"
+        raise UserError(f"{place}: {error.strerror}: {disk_advice(error.errno, alternative)}") from error

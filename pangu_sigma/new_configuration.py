@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from pangu_sigma.checkpoint.folder_locks import removed_if_refused
 from pangu_sigma.config import SCHEMA_VERSION, Config
 from pangu_sigma.config.data_section import INFERRED_DOMAIN, RESERVED_NAMES, DomainName
 from pangu_sigma.config.load_config import load_values
@@ -21,6 +22,7 @@ from pangu_sigma.config.yaml_text import dump_yaml
 from pangu_sigma.data.corpus import Corpus, prepare_corpus
 from pangu_sigma.data.tokenizers.tokenizer_training import VocabularyTooLarge
 from pangu_sigma.errors import UserError
+from pangu_sigma.monitor.result_files import write_text
 from pangu_sigma.plan.run_summary import run_summary
 
 FILE = "train.yaml"
@@ -87,7 +89,27 @@ def write_configuration(folder: Path, data: Sequence[Path]) -> NewConfiguration:
         "domains": domains,
         "train": {"steps": FEWEST_STEPS},
     }
-    corpus = _prepared(values)
+    with removed_if_refused(folder, ("data",)):
+        corpus = _prepared(values)
+        _fit_to_text(values, corpus, path)
+    write_text(path, _HEADER + dump_yaml(values))
+    config = load_values(dict(values), str(path))
+    train, length = config.train, config.data.sequence_length
+    assert train.batch_size is not None and length is not None
+    drawn = train.steps * train.batch_size * length / len(domains)  # tokens of each: init writes no weights
+    return NewConfiguration(
+        path,
+        config,
+        documents={store.name: sum(store.documents.values()) for store in corpus.stores},
+        tokens={store.name: sum(store.tokens.values()) for store in corpus.stores},
+        dropped={store.name: store.dropped.counts for store in corpus.stores},
+        messages=[*corpus.messages(), *corpus.warnings()],
+        passes={store.name: drawn / store.tokens["train"] for store in corpus.stores},
+    )
+
+
+def _fit_to_text(values: dict[str, Any], corpus: Corpus, path: Path) -> None:
+    """Write a sequence length that the shortest text has, and steps for a few epochs, into `values`."""
     train_tokens = {store.name: store.tokens["train"] for store in corpus.stores}
     longest, fewest = load_values(dict(values), str(path)).data.sequence_length, min(train_tokens.values())
     assert longest is not None  # filled in, as the rest is
@@ -98,19 +120,6 @@ def write_configuration(folder: Path, data: Sequence[Path]) -> NewConfiguration:
     assert batch_size is not None and length is not None
     steps = EPOCHS * sum(train_tokens.values()) / (batch_size * length)
     values["train"] = {"steps": max(FEWEST_STEPS, min(math.ceil(steps / 10) * 10, MOST_STEPS))}
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(_HEADER + dump_yaml(values), encoding="utf-8")
-    config = load_values(dict(values), str(path))
-    drawn = config.train.steps * batch_size * length / len(domains)  # tokens of each: init writes no weights
-    return NewConfiguration(
-        path,
-        config,
-        documents={store.name: sum(store.documents.values()) for store in corpus.stores},
-        tokens={store.name: sum(store.tokens.values()) for store in corpus.stores},
-        dropped={store.name: store.dropped.counts for store in corpus.stores},
-        messages=[*corpus.messages(), *corpus.warnings()],
-        passes={name: drawn / tokens for name, tokens in train_tokens.items()},
-    )
 
 
 def _named(data: Sequence[Path]) -> dict[str, Path]:

@@ -120,7 +120,9 @@ def launch(words: Sequence[str], workers: int, folder: Path, config: Config | No
     first, *others = words
     written = [] if config is None else [str(folder / CONFIG)]
     command = [sys.executable, "-m", "pangu_sigma", first, *written, *others, "--workers", str(workers)]
-    with lock_run_folder(folder, TAKEN):
+    # The run's, where the folder is one of its `workers`.
+    run_dir = next((path.parent for path in (folder, *folder.parents) if path.name == FOLDER), None)
+    with lock_run_folder(folder, TAKEN, run_dir, prepared=None):
         (folder / _ERROR).unlink(missing_ok=True)
         if config is not None:
             write_text(folder / CONFIG, config.to_yaml())

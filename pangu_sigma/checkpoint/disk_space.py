@@ -1,13 +1,12 @@
 """Disk space and file-system errors in plain sentences: a check before anything is written, and errors explained."""
 
-import errno
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pangu_sigma.errors import CheckpointError
+from pangu_sigma.errors import CheckpointError, disk_advice
 
 _BLOCK = 4096
 _MANIFEST_BYTES_PER_TENSOR = 768
@@ -48,14 +47,9 @@ class DiskWrite:
                 with suppress(OSError):
                     free = human_bytes(shutil.disk_usage(self.folder).free)
                     space = f" (it needs {human_bytes(self.needed)}, {free} are free)"
-            hints = {
-                errno.EFBIG: "raise the limit on file sizes (ulimit -f) or choose smaller shards",
-                errno.EACCES: f"make the folder writable or {self.alternative}",
-                errno.EROFS: f"{self.alternative} on a disk that can be written",
-            }
             raise CheckpointError(
                 f"{self.what} was not {self.done}: {error.filename or self.folder}: {error.strerror}{space}; "
-                f"{hints.get(error.errno, f'free some space or {self.alternative}')}{self.ending}"
+                f"{disk_advice(error.errno, self.alternative)}{self.ending}"
             ) from error
 
 

@@ -7,7 +7,8 @@ which shard. No process holds more than its own shards and a buffer. The stages,
 2. rank 0 removes what killed saves left, checks the disk's space and lays out the files under a hidden name, full size;
 3. each rank writes its shards at their offsets and syncs them;
 4. the files are hashed where they lie, each by one of the ranks;
-5. rank 0 links files that the previous checkpoint has already, writes the manifest and renames the folder;
+5. rank 0 links files that the previous checkpoint has already and that are sound, writes the manifest, renames the
+   folder;
 6. rank 0 deletes old checkpoints.
 
 A failure in a stage is raised on every rank at its end (`raise_on_all_ranks`), so no rank waits for one that gave up.
@@ -41,6 +42,7 @@ from pangu_sigma.checkpoint.tensor_file import (
     raw_bytes,
     spec_of,
 )
+from pangu_sigma.checkpoint.verified_files import VerifiedFiles, inode_of, mend_older
 from pangu_sigma.errors import CheckpointError
 from parallel.comm.atomic_folder import atomic_folder
 from parallel.comm.processes import Processes
@@ -79,6 +81,8 @@ def save_distributed(
     keep: int,
     max_shard_bytes: int = 4 << 30,
     progress: Callable[[int, int], None] | None = None,
+    verified: VerifiedFiles | None = None,
+    read_everything: bool = False,
 ) -> SaveResult:
     """As `save_checkpoint`, called by all processes together, each with its shards of `tensors`; the rest counts from
     rank 0.
@@ -123,7 +127,8 @@ def save_distributed(
             path: entry for text in processes.texts(json.dumps(own_hashes)) for path, entry in json.loads(text).items()
         }
 
-        linked = 0
+        linked: list[str] = []
+        files: Mapping[str, FileEntry] = {}
         with raise_on_all_ranks(processes), disk_write.explain_errors():
             if is_writer:
                 # 5. Links, small files, the manifest, the name.
@@ -133,15 +138,21 @@ def save_distributed(
                         writer.record(file, WrittenFile(**hashes[file.path]))
                     for file in small_files:
                         writer.write(file)
-                    linked = _link_unchanged(folder, writer.files, previous)
-                    writer.finish(contents.manifest(cells, writer.files, writer.tensors))
+                    verified, files = verified or VerifiedFiles(), writer.files
+                    linked, damaged, inodes = _link_unchanged(
+                        folder, files, previous, verified, read_everything, processes.mark
+                    )
+                    writer.finish(contents.manifest(cells, files, writer.tensors))
                 # 6. Retention.
                 messages += prune_checkpoints(run_dir, keep, final)
-    written = sum(file.size for file in (*tensor_files, *small_files)) - linked
+                messages += mend_older(run_dir, final, damaged, inodes)
+                verified.saved(final, linked, files)
+    bytes_linked = sum(files[path].bytes for path in linked)
+    written = sum(file.size for file in (*tensor_files, *small_files)) - bytes_linked
     return SaveResult(
         path=final,
         bytes_written=written,
-        bytes_linked=linked,
+        bytes_linked=bytes_linked,
         links_refused=0,
         messages=tuple(messages),
     )
@@ -243,16 +254,31 @@ def _hash_share(folder: Path, files: Sequence[PlannedFile], processes: Processes
     return hashes
 
 
-def _link_unchanged(folder: Path, files: Mapping[str, FileEntry], previous: Checkpoint | None) -> int:
-    """Put the previous checkpoint's files in the place of equal ones, where the file system links; the bytes saved."""
-    saved = 0
-    for path, entry in files.items():
-        if previous is not None and previous.manifest.files.get(path) == entry:
-            aside = folder / f"{path}.link"
-            try:
-                os.link(previous.path / path, aside)
-            except OSError:
-                return saved  # no links here: the copies stay
-            os.replace(aside, folder / path)
-            saved += entry.bytes
-    return saved
+def _link_unchanged(
+    folder: Path,
+    files: Mapping[str, FileEntry],
+    previous: Checkpoint | None,
+    verified: VerifiedFiles,
+    read_everything: bool,
+    mark: Callable[[], None],
+) -> tuple[list[str], dict[str, Path], dict[str, int | None]]:
+    """Put the previous checkpoint's files in the place of equal ones, where they are sound and the file system links.
+
+    Returns what was linked, and the damaged ones with their inodes.
+    """
+    before = {} if previous is None else previous.manifest.files
+    links = {path: previous.path / path for path, entry in files.items() if before.get(path) == entry}
+    bad = verified.damaged(links, files, everything=read_everything, advance=lambda count: mark())
+    damaged = {path: links[path] for path in bad}
+    linked = []
+    for path in links:
+        if path in damaged:
+            continue
+        aside = folder / f"{path}.link"
+        try:
+            os.link(links[path], aside)
+        except OSError:
+            break  # no links here: the copies stay
+        os.replace(aside, folder / path)
+        linked.append(path)
+    return linked, damaged, {path: inode_of(file) for path, file in damaged.items()}

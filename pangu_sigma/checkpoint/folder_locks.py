@@ -1,4 +1,4 @@
-"""Lock on a run's folder: one job in it at a time.
+"""Lock on a run's folder: one job in it at a time, and nothing of a job that was refused.
 
 A flock lock, which the system drops when the process that holds it ends, however it ends.
 """
@@ -6,25 +6,117 @@ A flock lock, which the system drops when the process that holds it ends, howeve
 from __future__ import annotations
 
 import fcntl
+import os
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
 
+from pangu_sigma.checkpoint import folder_layout
 from pangu_sigma.errors import UserError
+from pangu_sigma.monitor.metrics_log import FILE_NAME as METRICS
+from parallel.comm.atomic_folder import make_parents, remove_empty
+from parallel.comm.plain_files import open_for_writing
+
+LOCK = ".lock"
+STAGES = "stages"  # of a lifelong measurement: a run each
+# What a job makes in a run's folder before the run has begun.
+_PREPARED = ("data", "mindspore")
+# Tokenised text of this size took long to make, and the next job finds it: it is not thrown away with a refused one.
+_KEPT_BYTES = 64 << 20
 
 
-def lock_run_folder(folder: Path, taken: str = "another process is training in") -> TextIO:
-    """Lock a run's folder, made if needed, against a second job; close the result to let it go.
+@contextmanager
+def lock_run_folder(
+    folder: Path,
+    taken: str = "another process is training in",
+    run_dir: Path | None = None,
+    prepared: Sequence[str] | None = _PREPARED,
+) -> Iterator[None]:
+    """Lock a run's folder, made if needed, against a second job.
+
+    A job that ends by an error before its run has begun leaves nothing: what it `prepared` in the folder goes, and the
+    folder and its parents where they are its own. Tokenised text of more than 64 MiB stays for the next one.
+    prepared: names; None for all that is new, unless the error names a file of it (a log). run_dir: whose run it is,
+    where `folder` lies in it.
 
     Raises UserError if the folder cannot be written or is locked already; its sentence then begins with `taken`.
     """
+    with _parents_removed_if_empty(folder):
+        handle = _lock(folder, taken)
+        try:
+            with _new_removed(folder, prepared, run_dir or folder):
+                yield
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def removed_if_refused(folder: Path, prepared: Sequence[str]) -> Iterator[None]:
+    """What `lock_run_folder` does beside locking, for a job that prepares a folder in which no run begins."""
+    with _parents_removed_if_empty(folder), _new_removed(folder, prepared, folder):
+        yield
+
+
+@contextmanager
+def _new_removed(folder: Path, prepared: Sequence[str] | None, run_dir: Path) -> Iterator[None]:
+    before = set(os.listdir(folder)) - {LOCK}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stream = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - open for the length of the run
-    except OSError as error:
-        raise UserError(f"run.dir {folder} cannot be written ({error.strerror}): choose another folder") from error
+        yield
+    except BaseException as error:
+        names_log = prepared is None and f"{folder}{os.sep}" in str(error)
+        if not _has_begun(run_dir) and not names_log:
+            _remove(folder, {LOCK, *(os.listdir(folder) if prepared is None else prepared)} - before)
+        raise
+
+
+@contextmanager
+def _parents_removed_if_empty(folder: Path) -> Iterator[None]:
+    """Make `folder` and its parents; where the block ends by an error, those it made go again if nothing is in them."""
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        made = make_parents(folder / LOCK)
     except OSError as error:
-        stream.close()
-        raise UserError(f"{taken} {folder}: wait for it or set another run.dir") from error
-    return stream
+        raise _cannot_write(folder, error) from error
+    try:
+        yield
+    except BaseException:
+        remove_empty(made)
+        raise
+
+
+def _lock(folder: Path, taken: str) -> int:
+    path = folder / LOCK
+    while True:
+        try:
+            handle = open_for_writing(path)
+        except OSError as error:
+            raise _cannot_write(folder, error) from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A refused job removes its lock's file: who opened that just before has a lock that nobody else sees.
+            with suppress(OSError):
+                if os.path.samestat(os.fstat(handle), os.stat(path)):
+                    return handle
+        except OSError as error:
+            os.close(handle)
+            raise UserError(f"{taken} {folder}: wait for it or set another run.dir") from error
+        os.close(handle)
+
+
+def _cannot_write(folder: Path, error: OSError) -> UserError:
+    where = f" ({error.filename})" if error.filename and Path(error.filename) != folder else ""
+    return UserError(f"run.dir {folder} cannot be written ({error.strerror}){where}: choose another folder")
+
+
+def _has_begun(run_dir: Path) -> bool:
+    begun = (folder_layout.CONFIG, folder_layout.CHECKPOINTS, METRICS, STAGES)
+    return any((run_dir / name).exists() for name in begun)
+
+
+def _remove(folder: Path, names: Collection[str]) -> None:
+    """Remove what a refused job made, unless it is worth keeping; the lock's file too."""
+    if sum(path.lstat().st_size for name in names for path in (folder / name).rglob("*.bin")) > _KEPT_BYTES:
+        return
+    for path in (folder / name for name in names):
+        with suppress(OSError):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

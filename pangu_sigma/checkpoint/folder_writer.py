@@ -54,6 +54,7 @@ class FolderWriter:
         self.bytes_written = 0
         self.bytes_linked = 0
         self.links_refused = 0
+        self.linked: list[str] = []
         self._read = read
         self._threads = threads
         self._total = total
@@ -177,6 +178,7 @@ class FolderWriter:
             return False
         self.files[file.path] = file.entry
         self.bytes_linked += file.size
+        self.linked.append(file.path)
         self._advance(file.size)
         return True
 

@@ -22,6 +22,7 @@ from pangu_sigma.checkpoint.file_plan import find_unchanged
 from pangu_sigma.checkpoint.retention import delete_checkpoint, list_checkpoints, prune_checkpoints, remove_stale
 from pangu_sigma.checkpoint.streamed_checkpoint import Progress, StreamedCheckpoint
 from pangu_sigma.checkpoint.tensor_file import byte_chunks, spec_of
+from pangu_sigma.checkpoint.verified_files import VerifiedFiles, inode_of, mend_older
 from pangu_sigma.errors import CheckpointError, argument
 from parallel.comm.atomic_folder import atomic_folder, lock_working_folder, rename_synced, sync_folder
 
@@ -45,13 +46,17 @@ def save_checkpoint(
     keep: int,
     max_shard_bytes: int = 4 << 30,
     progress: Progress | None = None,
+    verified: VerifiedFiles | None = None,
+    read_everything: bool = False,
 ) -> SaveResult:
     """Saves `run_dir/checkpoints/step-…`, then deletes all but the `keep` newest checkpoints.
 
     tensors: name → array, of the shapes the model has; written without a copy (non-contiguous: one at a time).
     progress(bytes_done, bytes_total) is called in this thread while files are written.
 
-    Files whose content the newest checkpoint has already are hard-linked. A checkpoint of the same step is replaced.
+    Files whose content the newest checkpoint has already are hard-linked, if they are sound (`verified_files` says when
+    they are read; all of them without `verified`, which the saves of a run share, or with `read_everything`); a damaged
+    one is written anew and named. A checkpoint of the same step is replaced.
     Raises CheckpointError when the disk is too small or fails (the last checkpoint stays whole, nothing is left
     behind), ValueError for arguments that make no whole checkpoint.
     """
@@ -70,10 +75,20 @@ def save_checkpoint(
     if previous is not None:
         with ThreadPoolExecutor(2) as threads:
             find_unchanged(content.new_files, {**tensors, **content.probe_arrays}, previous, threads)
+    verified = verified or VerifiedFiles()
+    links = {file.path: file for file in content.new_files if file.link is not None}
+    entries = {path: file.entry for path, file in links.items()}
+    bad = verified.damaged({p: file.link for p, file in links.items()}, entries, everything=read_everything)
+    damaged = {path: links[path].link for path in bad}
+    inodes = {path: inode_of(file) for path, file in damaged.items()}
+    for path in damaged:
+        links[path].link = None
     final, disk_write = step_folder(run_dir, content.step)
     with disk_write.explain_errors(), atomic_folder(final, move_into_place) as folder:
-        _, writer = content.write_into(folder, disk_write, progress)
+        manifest, writer = content.write_into(folder, disk_write, progress)
     new_messages = prune_checkpoints(run_dir, keep, final)
+    new_messages += mend_older(run_dir, final, damaged, inodes)
+    verified.saved(final, writer.linked, manifest.files)
     if writer.links_refused:
         messages.append(
             f"{writer.links_refused} unchanged files were written again: {final.parent} refused to link them"

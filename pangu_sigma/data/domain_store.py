@@ -5,7 +5,6 @@ changed corpus is noticed and made anew. ``store.json`` is written last and list
 checked at each use.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -30,7 +29,7 @@ from pangu_sigma.data.document_filters import REASONS, RULES, reason_to_drop
 from pangu_sigma.data.dropped_documents import DroppedDocuments, place
 from pangu_sigma.data.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, disk_errors_explained
 from parallel.comm.atomic_folder import atomic_folder, rename_unless_there
 
 FORMAT_VERSION = 2
@@ -122,18 +121,14 @@ def prepare_domain(
             "tokenizer_fingerprint": tokenizer.fingerprint,
             "settings": settings,
         }
-        try:
-            with atomic_folder(folder, rename_unless_there, shared=True) as fresh:
-                info |= _build(fresh, source, files, tokenizer, config, progress or _quiet)
-                if stat_files(files) != before:
-                    raise UserError(f"a file of domain '{source.name}' changed while it was read; start again")
-                _write_info(fresh, info)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(
-                    f"the disk is full while tokenising into {folder}; free space or set data.cache"
-                ) from error
-            raise
+        with (
+            disk_errors_explained(f"tokenising domain '{source.name}' into {folder}", "set another data.cache"),
+            atomic_folder(folder, rename_unless_there, shared=True) as fresh,
+        ):
+            info |= _build(fresh, source, files, tokenizer, config, progress or _quiet)
+            if stat_files(files) != before:
+                raise UserError(f"a file of domain '{source.name}' changed while it was read; start again")
+            _write_info(fresh, info)
     store = open_store(folder, tokenizer.vocab_size)
     if store.tokens["train"] < config.sequence_length + 1:
         raise UserError(

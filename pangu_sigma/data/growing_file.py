@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pangu_sigma.errors import UserError
+from parallel.comm.plain_files import open_for_writing
 
 LONGEST_LINE = 64 << 20  # bytes: a source without line ends must not fill the memory
 _CHUNK = 1 << 20
@@ -118,7 +119,8 @@ class StandardInputSpool:
         self.error: OSError | None = None
         # The descriptor itself: a buffered reader would hold its lock while the program ends.
         self._input = descriptor
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by the reading thread or close()
+        # Closed by the reading thread or close().
+        self._file = open(open_for_writing(path, append=True), "ab", buffering=0)  # noqa: SIM115
         self.cut = self._cut_unfinished()
         self._closed = False
         self._lock = threading.Lock()

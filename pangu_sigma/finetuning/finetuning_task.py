@@ -80,6 +80,8 @@ class ExampleTask(TrainingTask):
         self.frozen = _frozen(starting_point, named) if self.config.adapt.objective == "dpo" else None
         self.corpus = _tokenised(self.config, self.origin)
         self.heldout = self.corpus.heldout()
+        # Read now: of a run that resumes, it lies in a checkpoint that the run's own saves delete.
+        self._probe = self.origin.probe()
 
     def objective(self) -> TrainingObjective:
         """See `TrainingTask`."""
@@ -126,7 +128,7 @@ class ExampleTask(TrainingTask):
     def probe(self, count: int) -> dict[str, np.ndarray]:
         """The adapted model's own probe: sequences of its domains' text, cut to this run's length."""
         length = self.config.data.sequence_length + 1
-        probe = {name: rows[:count, :length] for name, rows in self.origin.probe().items()}
+        probe = {name: rows[:count, :length] for name, rows in self._probe.items()}
         return {name: rows for name, rows in probe.items() if rows.shape[0] and rows.shape[1] == length}
 
     def state(self) -> dict[str, object]:

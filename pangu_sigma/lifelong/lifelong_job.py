@@ -34,6 +34,7 @@ from pangu_sigma.signals import sigterm_as_ctrl_c
 from pangu_sigma.training.task import prepare_with_progress
 
 PLAN, MEASURED, UNTRAINED = "plan.json", "measured.json", "untrained.json"
+PREPARED = (PLAN, UNTRAINED, "data", "mindspore", "tokenizer")  # before the first stage
 RESULTS, TABLE, MAP, PAGE = "lifelong.json", "matrix.csv", "matrix.svg", "report.html"
 
 
@@ -44,7 +45,7 @@ def run_lifelong(plan: Plan, say: Callable[[str], None] = print) -> Results:
     """
     for domain in plan.base.domains:
         expand_paths(domain.name, domain.data)  # text that is not there is found before a folder is made
-    with sigterm_as_ctrl_c(), lock_run_folder(plan.dir):
+    with sigterm_as_ctrl_c(), lock_run_folder(plan.dir, prepared=PREPARED):
         _check_plan(plan)
         measurement = _Measurement(plan)
         results = measurement.results([])

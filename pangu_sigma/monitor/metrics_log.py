@@ -14,6 +14,7 @@ from typing import Any
 
 from pangu_sigma.errors import UserError, argument
 from pangu_sigma.monitor.result_files import atomic_file
+from parallel.comm.plain_files import open_for_writing
 
 FILE_NAME = "metrics.jsonl"
 KINDS = ("train", "evaluate", "checkpoint", "event")
@@ -137,7 +138,7 @@ class MetricsLog(NoMetrics):
             self.dropped_lines = _write_until(resume_step, self.path, self.path)
         if tensorboard:
             self._writer = _tensorboard_writer(self.path.parent / "tensorboard", resume_step)
-        self._descriptor: int | None = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._descriptor: int | None = open_for_writing(self.path, append=True)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record; `kind` and `step` are required. NumPy scalars and arrays are accepted as values.

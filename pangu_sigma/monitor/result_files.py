@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, disk_advice
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def write_text(path: Path, text: str) -> None:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written ({error.strerror}): free some space, or make its folder one that can be written"
+            f"{path} cannot be written ({error.strerror}): {disk_advice(error.errno, 'name another folder')}"
         ) from error
 
 
@@ -52,6 +52,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
+    except OSError as error:
+        advice = disk_advice(error.errno, "restore it")
+        raise UserError(f"{path} cannot be read ({error.strerror}): {advice}") from error
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): delete it, and it is made again") from None
     if not isinstance(value, dict):

@@ -17,6 +17,7 @@ from pangu_sigma.config import Config
 from pangu_sigma.config.capacity_sizes import activated_slots
 from pangu_sigma.errors import UserError, argument
 from pangu_sigma.model.pipeline_stages import stage_of
+from pangu_sigma.monitor.result_files import write_text
 from pangu_sigma.plan.graph_check import CompiledGraph, problems, shared_of_stage
 from parallel.dry.compiled_graph import collectives, last_graph
 from parallel.dry.dry_process import run_dry
@@ -78,7 +79,7 @@ def compile_graph(config: Config, folder: Path, timeout: float = 3600.0, rank: i
     mesh = config.parallel.mesh
     folder = folder / f"rank_{rank}"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    write_text(folder / "config.yaml", config.to_yaml())
     started = time.perf_counter()
     try:
         command = ["-m", MODULE, "config.yaml", "result.json"]

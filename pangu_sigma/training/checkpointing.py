@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pangu_sigma.checkpoint import Checkpoint, SaveResult, StoredTensors, find_latest
 from pangu_sigma.checkpoint.run_config_file import DOMAIN_CHANGES
+from pangu_sigma.checkpoint.verified_files import VerifiedFiles
 from pangu_sigma.training.run_contents import collect_contents, write_checkpoint
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class RunCheckpointer:
 
     saved_step: step of the run's last checkpoint, -1 before the first.
     domain_changes: what `pangu-sigma domains` did to the run; every later checkpoint keeps the list.
+    verified: what is known of the files that the next save may link.
 
     The training thread calls `save`, and waits: parameters do not move while they are written.
     """
@@ -46,12 +48,14 @@ class RunCheckpointer:
         task: TrainingTask,
         controller: ContinualController,
         domain_changes: list[dict],
+        verified: VerifiedFiles,
     ) -> None:
         self.run_dir = run_dir
         self.trainer = trainer
         self.task = task
         self.controller = controller
         self.domain_changes = domain_changes
+        self.verified = verified
         self.config = trainer.config
         self.saved_step = -1
         self._saved_at = time.monotonic()
@@ -62,10 +66,13 @@ class RunCheckpointer:
         time_passed = seconds is not None and time.monotonic() - self._saved_at >= seconds
         return time_passed and self.saved_step != step
 
-    def save(self, progress: RunProgress, sampler_state: dict, on_bytes: Callable[[int, int], None]) -> SaveResult:
+    def save(
+        self, progress: RunProgress, sampler_state: dict, on_bytes: Callable[[int, int], None], is_last: bool
+    ) -> SaveResult:
         """Write the checkpoint of this moment.
 
         sampler_state: after the last batch that was used. on_bytes: is told the bytes written and all there are.
+        is_last: whether the run ends here, so that all that is linked is read.
         """
         settings, trainer = self.config.checkpoint, self.trainer
         probe = self.task.probe(settings.probe_sequences)
@@ -81,7 +88,9 @@ class RunCheckpointer:
         }
         contents = collect_contents(progress.step, self.config, self.task.corpus, probe, state)
         moments = trainer.optimizer.moments()
-        result = write_checkpoint(self.run_dir, contents, trainer.model, moments, settings.keep, on_bytes)
+        result = write_checkpoint(
+            self.run_dir, contents, trainer.model, moments, settings.keep, on_bytes, self.verified, is_last
+        )
         self.saved_step, self._saved_at = progress.step, time.monotonic()
         return result
 

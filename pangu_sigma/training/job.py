@@ -16,13 +16,14 @@ from pangu_sigma import runtime
 from pangu_sigma.checkpoint import Checkpoint, StoredTensors, find_latest, remove_stale
 from pangu_sigma.checkpoint.folder_locks import lock_run_folder
 from pangu_sigma.checkpoint.run_config_file import DOMAIN_CHANGES
+from pangu_sigma.checkpoint.verified_files import VerifiedFiles
 from pangu_sigma.config import Config, parameter_counts, with_vocabulary
 from pangu_sigma.config.data_section import STANDARD_INPUT
 from pangu_sigma.config.rules import warnings
 from pangu_sigma.data.growing_file import check_source
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.metrics_log import MetricsLog, NoMetrics
-from pangu_sigma.monitor.progress import report
+from pangu_sigma.monitor.progress import progress, report
 from pangu_sigma.monitor.result_files import write_json, write_text
 from pangu_sigma.signals import signals_held, sigterm_as_ctrl_c
 from pangu_sigma.trained_model import stored_weights
@@ -94,6 +95,12 @@ def open_run(
         messages = remove_stale(run_dir) if is_first else []
         checkpoint, messages_of_search = find_run_checkpoint(run_dir, resume)
         messages += messages_of_search
+        verified = VerifiedFiles()
+        if checkpoint is not None and is_first:
+            # Every file that a save of this run may link; what the run does not load is looked at here alone.
+            total = sum(file.bytes for file in checkpoint.manifest.files.values())
+            with progress("verify the checkpoint", total, "B") as job:
+                verified.read_all(checkpoint, job.advance)
         # 2. The configuration, settled with that of a checkpoint, and the text. Nothing of the framework is loaded yet.
         start = start_fresh(config) if checkpoint is None else resume_from(run_dir, config, checkpoint)
         task = make_task(start)
@@ -114,7 +121,9 @@ def open_run(
         # MindSpore's C++ calls Python here, and ends the program by abort() where that is interrupted; Python itself
         # ends it by the signal where a module that loads makes a dataclass.
         with signals_held():
-            run = _build(config, processes, task, checkpoint, start.initial_model, resume, messages, resources)
+            run = _build(
+                config, processes, task, checkpoint, start.initial_model, resume, messages, resources, verified
+            )
         if is_first:
             write_text(run_dir / "config.yaml", config.to_yaml())
             counts = parameter_counts(config, run.model.vocab)
@@ -132,6 +141,7 @@ def _connect(config: Config, processes: Processes) -> None:
 def _build(
     config: Config, processes: Processes, task: TrainingTask, checkpoint: Checkpoint | None,
     initial_model: Checkpoint | None, resume: bool, messages: list[str], resources: ExitStack,
+    verified: VerifiedFiles,
 ) -> TrainingRun:  # fmt: skip
     """Make everything that computes: as it was in `checkpoint`, or with the weights of `initial_model`, or new.
 
@@ -180,7 +190,7 @@ def _build(
     state = checkpoint.state if checkpoint else {}
     controller = ContinualController(run_dir, model, objective, corpus, TeacherSnapshot.from_state(state))
     domain_changes = state.get(DOMAIN_CHANGES, [])
-    checkpointer = RunCheckpointer(run_dir, trainer, task, controller, domain_changes)
+    checkpointer = RunCheckpointer(run_dir, trainer, task, controller, domain_changes, verified)
     progress = RunProgress()
     if checkpoint:
         progress = checkpointer.restore(checkpoint)

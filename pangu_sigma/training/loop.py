@@ -214,7 +214,7 @@ class TrainingLoop(TrainingRun):
             self.stream.sync()
         with self.bar.job("save", None, unit="B") as job:
             result = self.checkpointer.save(
-                self.progress, self.reader.state(), lambda done, total: job.set(done)
+                self.progress, self.reader.state(), lambda done, total: job.set(done), self._is_over()
             )
         self.metrics.checkpoint(
             self.progress.step,
@@ -226,6 +226,12 @@ class TrainingLoop(TrainingRun):
         for message in result.messages:
             self.bar.say(message)
         self.controller.remove_unneeded_snapshots()
+
+    def _is_over(self) -> bool:
+        """Whether no step follows that this process knows of."""
+        total = self.config.train.steps
+        at_end = self.progress.step >= min(total, self.config.train.stop_at or total)
+        return at_end or self.signals.stop_requested or self.reader.failure is not None
 
     def _report(self, message: str, level: int = logging.INFO) -> None:
         self.bar.say(message, level)

@@ -13,6 +13,7 @@ import numpy as np
 
 from pangu_sigma.checkpoint import CheckpointContents, Fingerprints, SaveResult, save_checkpoint
 from pangu_sigma.checkpoint.distributed import save_distributed
+from pangu_sigma.checkpoint.verified_files import VerifiedFiles
 from pangu_sigma.config import Config
 from pangu_sigma.data.corpus import Corpus
 from pangu_sigma.model.model import Model
@@ -45,13 +46,16 @@ def write_checkpoint(
     moments: Mapping[str, np.ndarray] | None,
     keep: int,
     progress: Callable[[int, int], None] | None = None,
+    verified: VerifiedFiles | None = None,
+    read_everything: bool = False,
 ) -> SaveResult:
     """Save a live model below `folder`; its processes do it together, each its own parts. See `save_checkpoint`.
 
     `moments`: the optimizer's state of the shared parameters by tensor name; None saves the weights alone.
     """
+    how = {"keep": keep, "progress": progress, "verified": verified, "read_everything": read_everything}
     if model.processes.size == 1:
         tensors = model_tensors(model, moments)
-        return save_checkpoint(folder, contents, tensors, keep=keep, progress=progress)
+        return save_checkpoint(folder, contents, tensors, **how)
     parts = tensor_parts(model, moments)
-    return save_distributed(model.processes, folder, contents, parts, keep=keep, progress=progress)
+    return save_distributed(model.processes, folder, contents, parts, **how)

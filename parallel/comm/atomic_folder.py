@@ -11,7 +11,7 @@ import glob
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -56,9 +56,21 @@ def atomic_folder(
     another machine's, so the hidden name has the machine's.
 
     Parents are made, what killed writers of `final` left is removed. Whatever ends the block early, Ctrl-C too, removes
-    the hidden folder. Raises OSError.
+    the hidden folder, and the parents that it made. Raises OSError.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
+    made = make_parents(final)
+    try:
+        with _hidden_folder(final, shared) as hidden:
+            yield hidden
+            publish(hidden, final)
+    except BaseException:
+        remove_empty(made)
+        raise
+
+
+@contextmanager
+def _hidden_folder(final: Path, shared: bool) -> Iterator[Path]:
+    """The locked folder beside `final` that is filled; removed where the block fails."""
     prefix = f".tmp-{final.name}-{os.uname().nodename}-" if shared else f".tmp-{final.name}-"
     _remove_abandoned(final.parent, prefix)
     if not shared:
@@ -68,10 +80,32 @@ def atomic_folder(
     with lock_working_folder(hidden):
         try:
             yield hidden
-            publish(hidden, final)
         except BaseException:
             shutil.rmtree(hidden, ignore_errors=True)
             raise
+
+
+def make_parents(path: Path) -> list[Path]:
+    """Make the folders above `path` that are not there; returns them, the innermost first. Raises OSError and leaves
+    none then."""
+    missing = []
+    for parent in path.parents:
+        if parent.is_dir():
+            break
+        missing.append(parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        remove_empty(missing)
+        raise
+    return missing
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove these folders, the innermost first, as far as nothing is in them."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _remove_abandoned(folder: Path, prefix: str) -> None:

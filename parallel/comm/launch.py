@@ -19,7 +19,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, MappingProxyType
+from typing import BinaryIO
 
+from parallel.comm.plain_files import open_for_writing
 from parallel.comm.processes import PATIENCE, SCHEDULER, WEEK, WORKER
 from parallel.comm.watchdog import LOST
 
@@ -140,7 +142,7 @@ class Launch:
             LAUNCHER: str(os.getpid()),
             WATCHED: str(self.folder.absolute()),
         }
-        with open(self.folder / "scheduler.log", "wb") as log:
+        with _opened(self.folder / "scheduler.log") as log:
             self.scheduler = subprocess.Popen(
                 [sys.executable, "-m", "parallel.comm.launch"],
                 env={**environment, "MS_ROLE": SCHEDULER}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -154,8 +156,8 @@ class Launch:
             # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
             common = {"env": own, "stdin": subprocess.DEVNULL, "start_new_session": True}
             with ExitStack() as files:
-                errors = None if rank == 0 and not self.quiet else files.enter_context(open(self.log(rank), "wb"))
-                results = files.enter_context(open(self.results, "wb")) if rank == 0 else errors
+                errors = None if rank == 0 and not self.quiet else files.enter_context(_opened(self.log(rank)))
+                results = files.enter_context(_opened(self.results)) if rank == 0 else errors
                 worker = subprocess.Popen(self.words, stdout=results, stderr=errors, **common)
             self.workers.append(worker)
             first = rank * share % len(processors)
@@ -198,6 +200,10 @@ def schedule() -> None:
     mindspore.set_device("CPU")
     os.environ.setdefault(PATIENCE, WEEK)
     init("mccl")
+
+
+def _opened(path: Path) -> BinaryIO:
+    return open(open_for_writing(path, truncate=True), "wb")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from parallel.comm.plain_files import open_for_writing
+
 LOOK_SECONDS = 0.5
 LEAVE_SECONDS = 0.05
 HOLD_ATTEMPTS = 10
@@ -35,7 +37,7 @@ class Watchdog:
     def __init__(self, folder: Path, rank: int, size: int, timeout: float, quiet: bool = False) -> None:
         self.folder, self.rank, self.size, self.timeout, self.quiet = folder, rank, size, timeout, quiet
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self._path(rank), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._file = open_for_writing(self._path(rank), mode=0o644)
         self._hold()
         self._meetings = -1
         self._marked = time.monotonic()

@@ -20,7 +20,7 @@ from pangu_sigma.data.corpus_files import expand_paths, fingerprint_files, itera
 from pangu_sigma.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_registry import load_tokenizer, read_model, tokenizer_class
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, disk_errors_explained
 from parallel.comm.atomic_folder import atomic_folder, rename_unless_there
 from rre.counted_random import key64, uniform
 
@@ -62,7 +62,10 @@ def build_tokenizer(
     folder = Path(cache_dir) / f"tokenizer-{key}"
     if not folder.exists():
         tokenizer = train_tokenizer(sources, vocab_size)
-        with atomic_folder(folder, rename_unless_there, shared=True) as fresh:
+        with (
+            disk_errors_explained(f"keeping the tokenizer in {folder}", "set another data.cache"),
+            atomic_folder(folder, rename_unless_there, shared=True) as fresh,
+        ):
             tokenizer.save(fresh)
     return load_tokenizer(folder)
 

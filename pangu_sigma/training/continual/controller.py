@@ -21,7 +21,7 @@ from pangu_sigma.checkpoint.distributed import raise_on_all_ranks
 from pangu_sigma.checkpoint.retention import list_checkpoints
 from pangu_sigma.config.phase_domains import old_domains
 from pangu_sigma.data.corpus import Corpus
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import CheckpointError, UserError
 from pangu_sigma.model.model import Model
 from pangu_sigma.training.continual import teacher_snapshot
 from pangu_sigma.training.continual.distillation import DistillationObjective
@@ -83,11 +83,12 @@ class ContinualController:
             self.snapshot, self.regulariser = None, NO_REGULARISER
             return None
         # 1. The teacher: the kept one of a resumed phase, else the model of this moment.
+        damage = ""
         if self.snapshot is not None and self.snapshot.phase == phase.index:
             teacher_model = teacher_snapshot.open_snapshot(self.run_dir, self.snapshot)
         else:
             with open_job("keep the previous model", None):
-                self._keep_model(step)
+                damage = self._keep_model(step)
             teacher_model = open_checkpoint(teacher_snapshot.snapshot_path(self.run_dir, step))
             self.snapshot = TeacherSnapshot(phase.index, step, teacher_snapshot.hash_tensors(teacher_model))
         # 2. The terms that the phase asks for.
@@ -102,7 +103,7 @@ class ContinualController:
         names = [f"{name} {getattr(terms, name):g}" for name in ("output", "l2", "ewc") if getattr(terms, name)]
         return (
             f"phase {phase.index} stays near the model of step {self.snapshot.step} ({teacher_model.path}): "
-            f"{', '.join(names)}"
+            f"{', '.join(names)}{damage}"
         )
 
     def remove_unneeded_snapshots(self) -> None:
@@ -130,14 +131,18 @@ class ContinualController:
         through = [config.domain_names.index(name) for name in names]
         return DistillationObjective(teacher, terms.output, through, config.run.seed, self.objective.auxiliary)
 
-    def _keep_model(self, step: int) -> None:
-        """Write the model of this moment as the teacher snapshot; where it was just saved, its files are linked."""
-        saved = dict(list_checkpoints(self.run_dir)[0]).get(step)
+    def _keep_model(self, step: int) -> str:
+        """Write the model of this moment as the teacher snapshot; where it was just saved, its files are linked, unless
+        they are damaged, which is said."""
+        saved, damage = dict(list_checkpoints(self.run_dir)[0]).get(step), ""
         if saved is not None:
-            with raise_on_all_ranks(self.processes):
-                if self.processes.first:
-                    teacher_snapshot.link_snapshot(self.run_dir, open_checkpoint(saved))
-            return
+            try:
+                with raise_on_all_ranks(self.processes):
+                    if self.processes.first:
+                        teacher_snapshot.link_snapshot(self.run_dir, open_checkpoint(saved))
+                return ""
+            except CheckpointError as error:
+                damage = f"; written from memory, since {error}"
         folder = teacher_snapshot.working_folder(self.run_dir, step)
         state = {"origin": {"job": "previous model"}}
         contents = collect_contents(step, self.config, self.corpus, {}, state)
@@ -145,6 +150,7 @@ class ContinualController:
         with raise_on_all_ranks(self.processes):
             if self.processes.first:
                 teacher_snapshot.publish_saved(self.run_dir, written.path)
+        return damage
 
     def _load_or_estimate_fisher(self, phase: Phase, open_job: JobOpener) -> dict[str, np.ndarray]:
         """The Fisher information of the shared parameters by name; estimated once a phase and kept with the run."""

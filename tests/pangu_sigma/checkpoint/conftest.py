@@ -12,7 +12,7 @@ from pangu_sigma.checkpoint.manifest import sign
 
 LAYERS = ("blocks.2", "query_layer")
 GROUPS = {"code": 4, "law": 2}
-HOW = ("keep", "max_shard_bytes", "progress")
+HOW = ("keep", "max_shard_bytes", "progress", "verified", "read_everything")
 EXPERT = {"up.weight": (8, 16), "up.bias": (16,), "down.weight": (16, 8), "down.bias": (8,)}
 
 

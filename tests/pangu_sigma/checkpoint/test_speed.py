@@ -8,6 +8,8 @@ from statistics import median
 import numpy as np
 import pytest
 
+from pangu_sigma.checkpoint.verified_files import VerifiedFiles
+
 MIB = 1 << 20
 
 
@@ -41,7 +43,8 @@ def test_a_save_costs_about_what_hashing_and_writing_costs(tmp_path, save, model
 
 
 def test_an_unchanged_model_costs_its_hash(tmp_path, save, model):
-    save(tmp_path, 1, model, groups={})
+    run = {"groups": {}, "verified": VerifiedFiles()}
+    save(tmp_path, 1, model, **run)
     hashed, saved = [], []
     for step in (2, 3, 4):
         started = time.perf_counter()
@@ -49,7 +52,7 @@ def test_an_unchanged_model_costs_its_hash(tmp_path, save, model):
             hashlib.sha256(array.data).digest()
         hashed.append(time.perf_counter() - started)
         started = time.perf_counter()
-        result = save(tmp_path, step, model, groups={})
+        result = save(tmp_path, step, model, **run)
         saved.append(time.perf_counter() - started)
         assert result.bytes_linked > 200 * MIB and result.bytes_written < 1000
     assert median(saved) < 1.2 * median(hashed) + 0.2, f"saved in {saved} s, hashed in {hashed} s"

@@ -21,6 +21,8 @@ from pangu_sigma.training.job import train
 from tests.pangu_sigma.finetuning.conftest import BASE, LENGTH, answers, write_jsonl
 from tests.pangu_sigma.training.training_process import assert_equal_checkpoints, assert_refused, checkpoint, command
 
+KEEP_ONE = ("checkpoint.every=1", "checkpoint.keep=1")
+
 
 def evaluations(run) -> list[dict]:
     return [record for record in read_metrics(run) if record["kind"] == "evaluate"]
@@ -36,7 +38,9 @@ def test_sft_learns_the_answers_and_a_resumed_run_ends_with_the_same_bytes(taugh
     part = ["sft", str(taught), str(file), f"run.dir={tmp_path / 'parts'}", "train.stop_at=2"]
     stopped = CliRunner().invoke(app, part)
     assert shlex.join(["pangu-sigma", *part, "train.stop_at=null", "--resume"]) in stopped.stderr, stopped.stderr
-    adapt(tmp_path / "gone", file, "sft", (f"run.dir={tmp_path / 'parts'}",), resume=True)
+    # Its own saves delete the checkpoint that it resumed from.
+    adapt(tmp_path / "gone", file, "sft", (f"run.dir={tmp_path / 'parts'}", *KEEP_ONE), resume=True)
+    assert [path.name for path in (tmp_path / "parts/checkpoints").iterdir()] == ["step-00000004"]
     assert_equal_checkpoints(checkpoint(tmp_path / "whole", 4), checkpoint(tmp_path / "parts", 4))
 
 
@@ -55,7 +59,7 @@ def test_dpo_prefers_the_chosen_answers_and_resumes_to_the_same_bytes(taught, ad
     try:
         with pytest.raises(UserError, match="the reference model of this run was .* which is gone or changed: put it"):
             adapt(taught, file, "dpo", (f"run.dir={parts}", *no_dropout), resume=True)
-        adapt(moved, file, "dpo", (f"run.dir={parts}", *no_dropout), resume=True)
+        adapt(moved, file, "dpo", (f"run.dir={parts}", *no_dropout, *KEEP_ONE), resume=True)
     finally:
         moved.rename(taught)
     own, other = checkpoint(whole, 4), checkpoint(parts, 4)

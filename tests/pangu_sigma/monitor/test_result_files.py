@@ -19,7 +19,7 @@ def test_a_file_is_replaced_as_a_whole(tmp_path):
 
 def test_what_cannot_be_written_is_told_and_leaves_nothing(tmp_path):
     (tmp_path / "a.json" / "inside").mkdir(parents=True)
-    with pytest.raises(UserError, match="a.json cannot be written .*: free some space"):
+    with pytest.raises(UserError, match="a.json cannot be written .*: mend that, or name another folder"):
         write_text(tmp_path / "a.json", "text")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     with pytest.raises(UserError, match="b.json cannot be written"):

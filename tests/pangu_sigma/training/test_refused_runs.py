@@ -1,12 +1,16 @@
 """What a training refuses, at the command line: one sentence that names the cause, code 2, nothing damaged."""
 
+import re
 import resource
 import shutil
 
 import pytest
 
 from pangu_sigma.checkpoint import find_latest
+from pangu_sigma.config import load_config
 from pangu_sigma.data.tokenizers.tokenizer_training import train_tokenizer
+from pangu_sigma.errors import UserError
+from pangu_sigma.training.job import train
 from tests.pangu_sigma.training.training_process import assert_refused, checkpoint, command
 from tests.text_domain import text_domain
 
@@ -45,6 +49,31 @@ def test_a_flipped_byte_is_refused_by_the_files_name(small_yaml, copied_run, tmp
     path.write_bytes(content)
     done = command("train", small_yaml, f"run.dir={run}", "--resume", cwd=tmp_path)
     assert_refused(done, str(path))
+
+
+@pytest.mark.parametrize("file", ["tokenizer/tokenizer.model", "probe.safetensors", "config.yaml"])
+def test_what_a_resumed_run_would_link_without_reading_it_is_refused_too(small_yaml, copied_run, file):
+    run = copied_run(4)
+    path = checkpoint(run, 4) / file
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=f"{re.escape(str(path))} is damaged"):
+        train(load_config(small_yaml, [f"run.dir={run}"]), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (["run.init_from={finished_run}", "model.hidden=32"], "model.hidden"),
+        (["run.init_from=nowhere"], "nowhere does not exist"),
+        (["data.cache=null", "data.sequence_length=100000", "model.positions=100000"], "fewer than one sequence"),
+    ],
+)
+def test_a_refused_run_leaves_no_folder(small_yaml, finished_run, tmp_path, changes, sentence):
+    own = [f"run.dir={tmp_path / 'runs/new'}", *(change.format(finished_run=finished_run) for change in changes)]
+    with pytest.raises(UserError, match=sentence):
+        train(load_config(small_yaml, own))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_file_is_refused_by_name(small_yaml, copied_run, tmp_path):
