@@ -129,7 +129,8 @@ def prepare_domain(
             if stat_files(files) != before:
                 raise UserError(f"a file of domain '{source.name}' changed while it was read; start again")
             _write_info(fresh, info)
-    store = open_store(folder, tokenizer.vocab_size)
+    with disk_errors_explained(f"the token store {folder}", "set another data.cache"):
+        store = open_store(folder, tokenizer.vocab_size)
     if store.tokens["train"] < config.sequence_length + 1:
         raise UserError(
             f"domain '{source.name}' has {store.tokens['train']} training tokens, fewer than one sequence of "
@@ -147,6 +148,9 @@ def open_store(folder: str | Path, vocab_size: int) -> DomainStore:
     path = folder / INFO_FILE
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
+        # Stores of earlier versions have no hash of what describes them.
+        if info.pop("sha256", None) not in (None, _info_digest(info)):
+            raise ValueError("sha256")
         files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in info["files"].items()}
         described = {key: info[key] for key in _INFO_KEYS}
         described["dropped"] = DroppedDocuments.stored(info["dropped"], info["dropped_examples"])
@@ -297,10 +301,16 @@ def _batches(source: DomainConfig, files: Sequence[Path]) -> Iterator[list[Docum
 def _write_info(folder: Path, info: dict) -> None:
     entries = {name: {"bytes": _size(folder / name), "sha256": _sha256(folder / name)} for name in _FILES}
     with open(folder / INFO_FILE, "w", encoding="utf-8") as stream:
-        json.dump(info | {"files": entries}, stream, indent=2, ensure_ascii=False)
+        whole = json.loads(json.dumps(info | {"files": entries}))
+        json.dump(whole | {"sha256": _info_digest(whole)}, stream, indent=2, ensure_ascii=False)
         stream.write("\n")
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _info_digest(info: dict) -> str:
+    """The hash of what describes a store, itself left out."""
+    return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
 
 
 def _size(path: Path) -> int | None:

@@ -48,8 +48,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         fingerprint, version = info["fingerprint"], info["format_version"]
         model = (folder / MODEL_FILE).read_bytes()
     except OSError as error:
+        place = error.filename or folder
         raise UserError(
-            f"{error.filename} cannot be read ({error.strerror}); restore it from a checkpoint of the same run"
+            f"{place} cannot be read ({error.strerror}); restore it from a checkpoint of the same run"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{info_path} is damaged; restore it from a checkpoint of the same run") from error
@@ -57,8 +58,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise UserError(
             f"{info_path} has format version {version}, this release reads {FORMAT_VERSION}; update pangu-sigma"
         )
-    tokenizer = tokenizer_class(kind)(model, eod_id, pad_id, str(folder / MODEL_FILE))
-    if tokenizer.fingerprint != fingerprint:
+    try:
+        tokenizer = tokenizer_class(kind)(model, eod_id, pad_id, str(folder / MODEL_FILE))
+    except ValueError as error:
+        raise UserError(f"{info_path}: {error}") from error
+    if tokenizer.fingerprint != fingerprint or tokenizer.vocab_size != info.get("vocab_size"):
         raise UserError(
             f"{folder / MODEL_FILE} is not the tokenizer that {info_path} describes; restore the original file"
         )

@@ -1,16 +1,15 @@
 """Changes a run's domains in child processes that are killed with SIGKILL at one file operation after the other.
 
-    python -m tests.pangu_sigma.domains.killed_at_every_write RUN SCRATCH CHANGE TEXT
+    python -m tests.pangu_sigma.domains.killed_at_every_write RUN SCRATCH CHANGE TEXT EVERY
 
-For every operation on the run that the change makes, a copy of RUN is changed by a child that dies just before it; what
-is left must be the old family or the new one, and changing it again, or going on from it, must give the new one. Prints
-{"operations": n, "old": n, "new": n} or fails. Only this process forks, which runs no other threads.
+It runs `under_faults`. For one in EVERY operations on the run that the change makes, a child changes a copy of RUN
+and dies there; what is left must be the old family or the new one, and changing it again, or going on from it, must
+give the new one. Prints {"operations": n, "old": n, "new": n} or fails. Only this process forks, which runs no other
+threads.
 """
 
 import json
-import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,9 +23,9 @@ from pangu_sigma.domains.merge_models import merge_models
 from pangu_sigma.domains.remove_domain import remove_domain, rename_domain
 from pangu_sigma.domains.resize_domain import resize_domain
 from pangu_sigma.trained_model import stored_config
+from tests.file_faults import KILLED, arm, in_child
 
 _HIDDEN = (".tmp", ".trash", ".replaced", ".out", ".step", ".config")
-WRITES = {"os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
 
 
 def changes(text: str) -> dict[str, Callable[[Path], object]]:
@@ -43,46 +42,6 @@ def changes(text: str) -> dict[str, Callable[[Path], object]]:
         "merge": lambda run: merge_models([run, run], run / "out"),
         "expand": lambda run: expand_domain(run, new, held),
     }
-
-
-def die_at(operation: int, run: Path) -> None:
-    """Kill this process just before its file operation of this number that concerns the run; count from 0."""
-    count = 0
-    prefixes = tuple(str(run / name) for name in ("checkpoints", "previous", "out", ".tmp-out", "config", ".config"))
-
-    def audit(event: str, arguments: tuple) -> None:
-        nonlocal count
-        if event in WRITES:
-            paths = [str(a) for a in arguments if isinstance(a, str | os.PathLike)]
-        elif event == "open" and isinstance(arguments[0], str | os.PathLike) and (arguments[2] or 0) & os.O_CREAT:
-            paths = [str(arguments[0])]
-        else:
-            return
-        if any(path.startswith(prefixes) for path in paths):
-            if count == operation:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count += 1
-
-    sys.addaudithook(audit)
-
-
-def in_child(work: Callable[[], object], before: Callable[[], object] = lambda: None) -> bool:
-    """Whether `work` came to its end in a child process, which may be killed; False where it was."""
-    child = os.fork()
-    if child == 0:
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            before()
-            work()
-            os._exit(0)
-        except BaseException as error:
-            os.write(1, f"{error!r}\n".encode())
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        return False
-    assert os.WEXITSTATUS(status) == 0, "the change failed"
-    return True
 
 
 def family(checkpoint: Checkpoint) -> dict[str, str]:
@@ -106,23 +65,28 @@ def find_complete(folder: Path) -> Checkpoint:
     return open_checkpoint(folder)
 
 
-def main(source: Path, scratch: Path, change: str, text: str) -> None:
+def main(source: Path, scratch: Path, change: str, text: str, every: int) -> None:
     do = changes(text)[change]
     uninterrupted = scratch / "whole"
     shutil.copytree(source, uninterrupted)
-    assert in_child(lambda: do(uninterrupted))
+    in_child(lambda: do(uninterrupted))
     after = family(result(uninterrupted, change))
     before = None if change in ("merge", "add-out") else family(result(source, change))
     counts = {"operations": 0, "old": 0, "new": 0}
-    run = scratch / "killed"
+    run, operation = scratch / "killed", 0
+
+    def attack() -> None:
+        arm(run, operation)
+        do(run)
+
     while True:
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(source, run)
-        if in_child(lambda: do(run), lambda: die_at(counts["operations"], run)):
+        if in_child(attack) != KILLED:
             break
         checkpoint = result(run, change)
         now = None if checkpoint is None else family(checkpoint)
-        assert now in (before, after), f"operation {counts['operations']}: neither the old nor the new family"
+        assert now in (before, after), f"operation {operation}: neither the old nor the new family"
         # The model that is left loads, and its files and configuration say the same.
         is_new = now == after and now != before
         counts["new" if is_new else "old"] += 1
@@ -131,14 +95,15 @@ def main(source: Path, scratch: Path, change: str, text: str) -> None:
             assert (run / folder_layout.CONFIG).read_text(encoding="utf-8") == checkpoint.config_text
             assert stored_config(checkpoint).domain_names == checkpoint.domains
         elif not is_new:
-            assert in_child(lambda: do(run))
+            in_child(lambda: do(run))
             assert family(result(run, change)) == after
             left = [path for path in run.rglob(".*") if path.name.startswith(_HIDDEN)]
             assert not left, left
         counts["operations"] += 1
+        operation += every
     assert family(result(run, change)) == after
     print(json.dumps(counts))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5]))
