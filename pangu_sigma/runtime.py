@@ -37,6 +37,8 @@ class Turn(ContextDecorator):
             self._turn.release()
 
 
+# A loop over tensors becomes calls inside calls: of a model of 40 layers, more than MindSpore's own limit.
+NESTED_CALLS = 100_000
 # Held by the thread that compiles or runs graphs: MindSpore takes one at a time. One of the process, as MindSpore is.
 COMPUTING = Turn()
 
@@ -67,5 +69,6 @@ def prepare(device: str, scratch: Path | None = None) -> None:
             f"run.device is {device}, which MindSpore cannot use on this machine; set run.device=CPU or install CANN"
         ) from error
     mindspore.set_context(mode=mindspore.GRAPH_MODE)
+    mindspore.set_recursion_limit(NESTED_CALLS)
     if scratch is not None:
         mindspore.set_context(save_graphs_path=str(scratch))

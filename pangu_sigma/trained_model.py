@@ -18,6 +18,7 @@ from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.config.load_config import with_run_folder
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
+from pangu_sigma.plan.requirements import check_loading
 from parallel.comm.processes import Processes
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ def trained_from(
     # The mesh that trained it is not here: nothing is cut over devices, and `processes` have a mesh of their own.
     values["parallel"] = {}
     config = config_from_dict(values)
+    check_loading(config, checkpoint.path, 1 if processes is None else processes.size)
     runtime.prepare(config.run.device)
     from pangu_sigma.model.build_model import build_model
     from pangu_sigma.model.state_dict import restore_model, stored_tables

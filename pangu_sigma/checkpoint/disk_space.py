@@ -53,11 +53,11 @@ class DiskWrite:
             ) from error
 
 
-def human_bytes(count: int) -> str:
-    """A number of bytes as `512 B`, `3.4 MiB`, `1.2 GiB`."""
+def human_bytes(count: float) -> str:
+    """A number of bytes as `512 B`, `3.4 MiB`, `1.2 GiB`, and so on up to `3,400.0 EiB`."""
     size, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
+    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):
         if size < 1024:
             break
         size, unit = size / 1024, larger
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"

@@ -15,6 +15,7 @@ from pathlib import Path
 from pangu_sigma.doctor import check_processes
 from pangu_sigma.doctor.ascend_software import Ascend, look
 from pangu_sigma.doctor.check_results import Check, failed, passed, skipped
+from pangu_sigma.plan.machine_limits import memory_limit
 
 KERNELS_TOLERANCE = 1e-5  # compiled against composed kernels, relative: both float32
 DEVICE_TOLERANCE = 5e-3  # a device against the CPU: Ascend may multiply float32 matrices in less
@@ -106,7 +107,7 @@ def _library() -> str | None:
 
 def memory() -> Check:
     """What the host has: an expert store in host memory takes 12 bytes a parameter of it."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    total = memory_limit() / GIB
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / GIB
     experts = total * GIB / 12 / 1e9
     return passed("host memory", f"{total:.0f} GiB, {free:.0f} free; {experts:.1f} B expert parameters would fill it")

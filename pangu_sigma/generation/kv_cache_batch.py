@@ -21,6 +21,7 @@ from pangu_sigma.generation.decode_graphs import (
 )
 from pangu_sigma.model.graph_inputs import GraphInputs, split_inputs
 from pangu_sigma.model.model import Model
+from pangu_sigma.plan.requirements import check_caches
 
 
 class DecodeBatch:
@@ -64,6 +65,7 @@ class HostDecodeBatch(DecodeBatch):
 
     def __init__(self, model: Model, rows: int, length: int) -> None:
         super().__init__(model, rows, length)
+        check_caches(model.config, rows, length)
         dtype = ms.dtype_to_nptype(cache_precision(model))
         self._caches = np.zeros((2 * model.config.model.layers, rows * self.heads, length, self.width), dtype)
         self._tensors = [Tensor.from_numpy(cache) for cache in self._caches]

@@ -92,16 +92,22 @@ def activation_bytes(config: Config, vocabulary: int, stage: int = 0) -> float:
     normalised and where they are turned (4 h each), the inner values before (4 f, gated 8 f) and after (c f) the
     activation; what follows the norms is cut over tensor, the rest under sequence parallelism. Attention keeps no
     scores (flash attention). With recompute a layer keeps its input alone, and one layer stands in full.
+
+    On CPU, whose kernels are of whole sublayers: inner values once, before the activation; queries and keys as
+    attention takes them; no rows apart of experts; and of the head the probabilities in the logits' place. Other
+    operators keep more there.
     """
     model, mesh, low = config.model, config.parallel.mesh, compute_bytes(config)
     tokens = samples_at_a_time(config) * config.data.sequence_length
     rows_cut = mesh.tensor if config.parallel.sequence_parallel else 1
     outside = (2 * FLOAT32 + 2 * low) * model.hidden / rows_cut
+    whole = config.run.device == "CPU"
     inside, inside_expert = (
-        ((2 if form.gated else 1) * FLOAT32 + low) * model.ffn / mesh.tensor
+        ((2 if form.gated else 1) * (low if whole else FLOAT32) + (0 if whole else low)) * model.ffn / mesh.tensor
         for form in (model.network, model.expert_network)
     )
-    again = FLOAT32 * (len(model.attention.qk_norm_spec.norms) + 2 * int(model.position_spec.rotates))
+    turned = 2 * int(model.position_spec.rotates and not whole)
+    again = FLOAT32 * (len(model.attention.qk_norm_spec.norms) + turned)
     dense = tokens * (outside + (4 * low + again) * model.hidden / mesh.tensor + inside)
     kept = tokens * FLOAT32 * model.hidden / rows_cut
     sent, sparse = dispatch_buffer(config), dense
@@ -109,7 +115,8 @@ def activation_bytes(config: Config, vocabulary: int, stage: int = 0) -> float:
         # Rows in both places, and the inner values of what arrives, which is as many rows as left; a shared expert
         # stands where the dense network would.
         beside = tokens * inside_expert if model.sparse.shared_expert else 0
-        sparse = dense - tokens * inside + beside + sent.rows * (2 * low * model.hidden + inside_expert)
+        apart = 0 if whole else 2 * low * model.hidden
+        sparse = dense - tokens * inside + beside + sent.rows * (apart + inside_expert)
     layers, sparse_layers = number_of_layers(config, stage)
     if config.train.recompute:
         kept_values = kept * layers + max(dense, sparse if sparse_layers else 0.0)
@@ -117,7 +124,7 @@ def activation_bytes(config: Config, vocabulary: int, stage: int = 0) -> float:
         kept_values = dense * (layers - sparse_layers) + sparse * sparse_layers
     # One forward, one backward: the first stage of a pipeline holds as many micro-batches as there are stages.
     kept_values *= mesh.pipeline - stage
-    logits = 2 * FLOAT32 * config.predictions * tokens * vocabulary / mesh.tensor
+    logits = (1 if whole else 2) * FLOAT32 * config.predictions * tokens * vocabulary / mesh.tensor
     return kept_values + (logits if stage == mesh.pipeline - 1 else 0)
 
 

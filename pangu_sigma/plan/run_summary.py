@@ -10,7 +10,7 @@ from pangu_sigma.config import Config, parameter_counts
 from pangu_sigma.config.capacity_sizes import samples_at_a_time
 from pangu_sigma.monitor.printable_text import compact, duration
 from pangu_sigma.plan.hardware import GIB, Hardware
-from pangu_sigma.plan.memory_estimate import device_bytes, host_bytes
+from pangu_sigma.plan.requirements import training_memory
 from pangu_sigma.plan.time_estimate import step_flops, step_seconds
 
 _MEASURED_SECONDS = 0.05
@@ -19,14 +19,14 @@ _MEASURED_SECONDS = 0.05
 def run_summary(config: Config, vocabulary: int, step: int = 0) -> list[str]:
     """Lines for the start of a run that has done `step` steps, whose model has a word embedding of `vocabulary` rows.
 
-    Memory counts weights, moments, gradients and activations of the fullest process; the framework's own is not known.
+    Memory is that of the run's processes on this machine (`requirements`); the framework's own is not known.
     """
     counts, model, train = parameter_counts(config, vocabulary), config.model, config.train
     active = max(counts.activated_per_token.values())
     names = list(config.domain_names)
     listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
     in_step, left = train.batch_size * config.data.sequence_length, train.steps - step
-    memory = (sum(device_bytes(config, vocabulary).values()) + host_bytes(config, Hardware())) / GIB
+    memory = sum(training_memory(config, vocabulary).values()) / GIB
     seconds = left * seconds_of_step(config, vocabulary)
     return [
         f"builds {compact(counts.total)} parameters, {compact(active)} active per token: {model.layers} layers, "

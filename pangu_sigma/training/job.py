@@ -25,6 +25,7 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.metrics_log import MetricsLog, NoMetrics
 from pangu_sigma.monitor.progress import progress, report
 from pangu_sigma.monitor.result_files import write_json, write_text
+from pangu_sigma.plan.requirements import check_training
 from pangu_sigma.signals import signals_held, sigterm_as_ctrl_c
 from pangu_sigma.trained_model import stored_weights
 from pangu_sigma.training.loop import HeldoutEvaluation, TrainingRun
@@ -85,6 +86,7 @@ def open_run(
     """
     processes = processes or Processes()
     run_dir, is_first = Path(config.run.dir), processes.first
+    check_training(config, is_new=not resume)
     with ExitStack() as resources:
         # 1. The folder, under its lock, and its last checkpoint.
         if is_first:
@@ -109,6 +111,7 @@ def open_run(
         if checkpoint is not None:
             checkpoint.check_fingerprints(tokenizer=tokenizer.fingerprint, corpora=task.corpus.fingerprints)
         config = with_vocabulary(start.config, tokenizer.vocab_size)
+        check_training(config, is_new=checkpoint is None)
         # 3. The framework and the other processes.
         if is_first:
             from pangu_sigma.plan.run_summary import run_summary

@@ -20,9 +20,6 @@ from pangu_sigma.training.objective import TrainingObjective
 from pangu_sigma.training.step import GradientStep, SharedUpdate
 from parallel.operator_layout import MeshLayout
 
-# A loop over tensors becomes calls inside calls: of several hundred parameters, more than MindSpore's own limit.
-NESTED_CALLS = 100_000
-
 
 @dataclass(frozen=True)
 class SpmdTrainStep:
@@ -37,7 +34,6 @@ class SpmdTrainStep:
 
     def compile(self) -> None:
         """Have MindSpore shard it; from now on the parameters are this rank's shards."""
-        ms.set_recursion_limit(NESTED_CALLS)
         self.cell.compile(*self.cell.get_inputs())
 
     def update(self) -> SharedUpdate:

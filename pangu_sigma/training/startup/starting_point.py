@@ -23,6 +23,7 @@ from pangu_sigma.config import (
 from pangu_sigma.data.corpus_files import expand_paths
 from pangu_sigma.errors import UserError, argument
 from pangu_sigma.monitor.progress import report
+from pangu_sigma.plan.requirements import check_training
 from pangu_sigma.trained_model import stored_config
 
 
@@ -59,6 +60,7 @@ def check_before_launch(config: Config, resume: bool) -> Config:
 
     Raises UserError for text that is not there, a folder that holds another run, a configuration that is not the run's.
     """
+    check_training(config, is_new=not resume)
     for domain in config.domains if config.data.stream is None else ():
         expand_paths(domain.name, domain.data)
     run_dir = Path(config.run.dir)
