@@ -158,7 +158,9 @@ def _name(path: Path) -> str:
 
 def _text_of(source: Path) -> dict[str, object]:
     """`data` and `text_field` of a domain whose text is a file, or all that lies in a folder."""
-    files = sorted(file for file in source.rglob("*") if file.suffix.lower() in _KINDS) if source.is_dir() else [source]
+    files = [source]
+    if source.is_dir():
+        files = sorted(file for file in source.rglob("*") if file.suffix.lower() in _KINDS and file.is_file())
     if not files:
         raise UserError(f"{source} holds no .txt and no .jsonl file: convert its text to one of them")
     patterns = [str(source.absolute())]
@@ -169,6 +171,8 @@ def _text_of(source: Path) -> dict[str, object]:
     for file in files:
         if file.suffix.lower() not in _KINDS:
             raise UserError(f"{file} is neither .txt nor .jsonl: convert it to one of them")
+        if not file.is_file():
+            raise UserError(f"{file} is a pipe or a device and no regular file: name a text file")
         with open(file, "rb") as stream:
             if b"\0" in stream.read(1 << 16):
                 raise UserError(f"{file} is no text but binary data: name a text file in UTF-8")

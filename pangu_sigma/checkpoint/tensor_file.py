@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from pangu_sigma.errors import CheckpointError
+from pangu_sigma.regular_file import regular
 
 # NumPy has no bfloat16: its raw bits travel as uint16 that carries this mark. Views keep the mark, arithmetic drops it.
 BFLOAT16 = np.dtype(np.uint16, metadata={"element": "bfloat16"})
@@ -360,7 +361,7 @@ def open_plain(path: Path) -> Iterator[io.FileIO]:
     Raises CheckpointError, naming the file, for every failure of the file system while it is open.
     """
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0) as stream:
+        with open(os.open(regular(path), os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0) as stream:
             yield stream
     except OSError as error:
         raise CheckpointError(

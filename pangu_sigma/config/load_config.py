@@ -20,6 +20,7 @@ from pangu_sigma.config.shipped_files import find_file
 from pangu_sigma.config.validation_messages import Problem, problems_of, shown
 from pangu_sigma.config.yaml_text import parse_yaml
 from pangu_sigma.errors import UserError
+from pangu_sigma.regular_file import regular
 
 
 def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Overrides = ()) -> Config:
@@ -112,7 +113,7 @@ _CONFIGURATION = f"a YAML configuration that starts with 'schema_version: {SCHEM
 def read_values(path: Path, what: str = _CONFIGURATION, parse: Callable[[str], Any] = parse_yaml) -> dict[str, Any]:
     """The mapping that a YAML file holds, not yet checked. `what`: what the file should be. Raises UserError."""
     try:
-        values = parse(find_file(path).read_text(encoding="utf-8"))
+        values = parse(regular(find_file(path)).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the path of {what}") from None
     except IsADirectoryError:

@@ -26,6 +26,7 @@ import numpy as np
 
 from pangu_sigma.convert.protobuf_wire import BYTES, VARINT, WireError, numbers, read_varint
 from pangu_sigma.errors import UserError
+from pangu_sigma.regular_file import regular
 
 _TYPES = {
     "Float64": np.dtype("<f8"),
@@ -225,7 +226,7 @@ class CkptFile:
     def _open(self) -> Iterator[int]:
         handle = None
         try:
-            handle = os.open(self.path, os.O_RDONLY)
+            handle = os.open(regular(self.path), os.O_RDONLY)
             yield handle
         except OSError as error:
             raise UserError(f"{self.path} cannot be read ({error.strerror}): give a MindSpore .ckpt file") from error

@@ -35,6 +35,7 @@ from pangu_sigma.convert.converted_folder import (
 from pangu_sigma.convert.olmoe_names import MODEL_TYPE, OlmoeTensor, parts_of
 from pangu_sigma.convert.safetensors_folder import SafetensorsFolder, open_folder
 from pangu_sigma.errors import UserError, argument
+from pangu_sigma.regular_file import regular
 from rre.router_specs import OLMOE
 
 
@@ -100,7 +101,7 @@ def _architecture(source: Path) -> dict[str, Any]:
     """config.json of an OLMoE; UserError for another model, or an option of OLMoE that ours does not have."""
     path = source / "config.json"
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        given = json.loads(regular(path).read_text(encoding="utf-8"))
         kind = given.get("model_type")
     except FileNotFoundError as error:
         raise UserError(f"{path} is not there: give the folder that save_pretrained wrote") from error

@@ -15,6 +15,7 @@ from pangu_sigma.convert.conversion_coverage import listed
 from pangu_sigma.convert.pangu_alpha_names import EMBEDDING_FILES, SKIPPED
 from pangu_sigma.convert.strategy_file import Box, ShardedLayout, read_strategy
 from pangu_sigma.errors import UserError, argument
+from pangu_sigma.regular_file import regular
 
 _SHARD = re.compile(r"(?P<prefix>.*?)_?(?P<rank>\d+)\.ckpt")
 Advance = Callable[[int], None]
@@ -35,7 +36,7 @@ class NumpyFile:
     def __init__(self, path: Path, name: str) -> None:
         self.path = path
         try:
-            self._array = np.load(path, mmap_mode="r", allow_pickle=False)
+            self._array = np.load(regular(path), mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise UserError(f"{path} is no .npy file of numbers ({error}): give the published file") from error
         if self._array.dtype.name not in ("float32", "float16"):
@@ -82,7 +83,7 @@ def open_source(path: Path, strategy: Path | None, advance: Advance | None = Non
     """
     if not path.exists():
         raise UserError(f"{path} does not exist: give PanGu-α's merged .ckpt file or the folder of its shards")
-    if path.is_file():
+    if not path.is_dir():
         return [CkptFile(path)]
     strategies = sorted(file for file in path.iterdir() if "strategy" in file.name and file.is_file())
     others = {file.resolve() for file in (*strategies, *([strategy] if strategy else []))}

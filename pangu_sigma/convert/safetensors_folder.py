@@ -15,6 +15,7 @@ import numpy as np
 from pangu_sigma.checkpoint.float_types import FLOAT_TYPES
 from pangu_sigma.checkpoint.tensor_file import described_tensors, numpy_type
 from pangu_sigma.errors import UserError
+from pangu_sigma.regular_file import regular
 
 _MAX_HEADER = 100 << 20  # the safetensors library's own limit
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -80,7 +81,7 @@ def open_folder(path: Path) -> SafetensorsFolder:
 def _index(path: Path) -> dict[str, str]:
     """Tensor -> file; only plain names inside the folder."""
     try:
-        file_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        file_of = json.loads(regular(path).read_text(encoding="utf-8"))["weight_map"]
         assert isinstance(file_of, dict) and all(isinstance(file, str) for file in file_of.values())
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise UserError(f"{path} is damaged: fetch the folder again") from error
@@ -94,7 +95,7 @@ def _header(path: Path) -> dict[str, StoredTensor]:
     damaged = UserError(f"{path} is no whole safetensors file: fetch it again")
     try:
         size = path.stat().st_size
-        with open(path, "rb") as stream:
+        with open(regular(path), "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= min(_MAX_HEADER, size - 8):
                 raise damaged

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pangu_sigma.convert.protobuf_wire import BYTES, WireError, fields, numbers, signed
 from pangu_sigma.errors import UserError
+from pangu_sigma.regular_file import regular
 
 Box = tuple[tuple[int, int], ...]
 """Of each axis (begin, end): the part of a tensor that one device holds."""
@@ -94,7 +95,7 @@ def read_strategy(path: Path | str) -> dict[str, ShardedLayout]:
     """
     path = Path(path)
     try:
-        data = path.read_bytes()
+        data = regular(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give a MindSpore strategy file") from error
     layouts: dict[str, ShardedLayout] = {}

@@ -23,6 +23,7 @@ from pangu_sigma.data.corpus_files import read_text_lines
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_class
 from pangu_sigma.errors import UserError, argument
+from pangu_sigma.regular_file import regular
 
 NORMAL, USER_DEFINED = 1, 4
 _SPACE = "\u2581"
@@ -88,7 +89,7 @@ def _spelled(piece: str) -> str:
 def replaced(old: Tokenizer, path: Path) -> Tokenizer:
     """The tokenizer in the `.model` file at `path`, which must be an extension of `old`: UserError otherwise."""
     try:
-        model = path.read_bytes()
+        model = regular(path).read_bytes()
     except OSError as error:
         given = argument("tokenizer", path)
         raise UserError(f"{given} cannot be read ({error.strerror}): give a .model file") from error

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pangu_sigma.errors import UserError
+from pangu_sigma.regular_file import regular
 
 TEXT_DOCUMENT_CHARS = 4096  # a .txt file is cut at the first blank line after this many characters
 _LINE_LIMIT = 16 * TEXT_DOCUMENT_CHARS  # no line is read in longer pieces: a file without newlines must still stream
@@ -34,7 +35,8 @@ class Document:
 def expand_paths(name: str, data: Sequence[str | Path]) -> list[Path]:
     """The files of domain ``name``: entries in the given order, each glob's matches sorted, no file twice.
 
-    Raises UserError when an entry is missing, is a folder, matches nothing, or is neither ``.jsonl`` nor ``.txt``.
+    Raises UserError when an entry is missing, is no regular file, matches nothing, or is neither ``.jsonl`` nor
+    ``.txt``.
     """
     files: dict[Path, None] = {}
     for entry in data:
@@ -50,6 +52,11 @@ def expand_paths(name: str, data: Sequence[str | Path]) -> list[Path]:
         else:
             raise UserError(f"domain '{name}': the file {entry} does not exist; check its path and the current folder")
         for match in matches:
+            if not match.is_file():
+                raise UserError(
+                    f"domain '{name}': {match} is a pipe or a device and no regular file; name a file, or pipe "
+                    "documents in and learn from them with --stream -"
+                )
             if match.suffix.lower() not in (".jsonl", ".txt"):
                 raise UserError(
                     f"domain '{name}': {match} is neither .jsonl nor .txt; convert it or narrow the pattern"
@@ -71,7 +78,7 @@ def fingerprint_files(files: Sequence[Path]) -> str:
     total = hashlib.sha256()
     for file in files:
         try:
-            with open(file, "rb") as stream:
+            with open(regular(file), "rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
             raise UserError(f"{file} cannot be read ({error.strerror}); check that it exists and its rights") from error
@@ -108,7 +115,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
     limit = _LINE_LIMIT if file.suffix.lower() == ".txt" else -1
     line_number = 1
     try:
-        with open(file, encoding="utf-8-sig") as stream:
+        with open(regular(file), encoding="utf-8-sig") as stream:
             while line := stream.readline(limit):
                 yield line_number, line
                 line_number += line.endswith("\n")
@@ -213,7 +220,7 @@ def read_text_lines(file: Path, called: str, advice: str) -> list[str]:
     Raises UserError where it cannot be read: `called` names it in the sentence, `advice` says what to do.
     """
     try:
-        lines = file.read_bytes().decode("utf-8-sig").split("\n")
+        lines = regular(file).read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
     except OSError as error:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pangu_sigma.errors import UserError
+from pangu_sigma.regular_file import regular
 from parallel.comm.plain_files import open_for_writing
 
 LONGEST_LINE = 64 << 20  # bytes: a source without line ends must not fill the memory
@@ -46,7 +47,7 @@ class GrowingFileReader:
         self._buffer = bytearray()
         self._searched = 0
         try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+            self._file = open(regular(path), "rb", buffering=0)  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise UserError(f"the stream {path} cannot be read ({error.strerror}): check data.stream.path") from error
 

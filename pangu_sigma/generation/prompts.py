@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pangu_sigma.errors import UserError
+from pangu_sigma.regular_file import regular
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class PromptSource:
         if self.file is None and sys.stdin.isatty():
             raise UserError("no text is given; use --prompt TEXT or --file FILE, or pipe a text into standard input")
         try:
-            data = sys.stdin.buffer.read() if standard else self.file.read_bytes()
+            data = sys.stdin.buffer.read() if standard else regular(self.file).read_bytes()
         except OSError as error:
             raise UserError(f"{name} cannot be read ({error.strerror}); check --file") from error
         try:

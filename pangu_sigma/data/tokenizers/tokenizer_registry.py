@@ -7,6 +7,7 @@ from pathlib import Path
 from pangu_sigma.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from pangu_sigma.data.tokenizers.tokenizer import FORMAT_VERSION, INFO_FILE, MODEL_FILE, Tokenizer
 from pangu_sigma.errors import UserError
+from pangu_sigma.regular_file import regular
 
 
 def tokenizer_class(kind: str) -> type[Tokenizer]:
@@ -30,7 +31,7 @@ def read_model(path: str | Path | None, kind: str) -> bytes:
     if path is None:
         raise UserError(f"data.tokenizer.kind is {kind}, which needs data.tokenizer.path: the path of a .model file")
     try:
-        return Path(os.path.expanduser(str(path))).read_bytes()
+        return regular(Path(os.path.expanduser(str(path)))).read_bytes()
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"the tokenizer {path} cannot be read ({reason}); check data.tokenizer.path") from error

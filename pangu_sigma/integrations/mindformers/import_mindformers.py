@@ -23,6 +23,7 @@ from pangu_sigma.convert.conversion_coverage import SkippedTensors, check_covera
 from pangu_sigma.convert.converted_folder import ConvertedModel, write_converted
 from pangu_sigma.errors import UserError
 from pangu_sigma.integrations.mindformers.companion_files import find_companion, read_companion
+from pangu_sigma.regular_file import regular
 from pangu_sigma.tensor_names import WORDS, is_routing, parse_name, tensor_name
 
 SKIPPED = SkippedTensors(
@@ -141,7 +142,7 @@ def check_tensors(file: Path, shapes: dict[str, tuple[int, ...]], targets: dict[
 def opened(file: Path) -> Iterator:
     """The file's tensors, read one by one. Raises UserError naming the file where it is damaged."""
     try:
-        with safe_open(file, "numpy") as tensors:
+        with safe_open(regular(file), "numpy") as tensors:
             yield tensors
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} cannot be read as {ENDING} ({error}): give a whole checkpoint") from error
