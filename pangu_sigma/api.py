@@ -102,17 +102,28 @@ def _adapt(
 
 
 @disk_errors_explained()
-def load(model: PathLike, *, slots: int = 8) -> LanguageModel:
+def load(
+    model: PathLike,
+    *,
+    slots: int = 8,
+    top: int = 1,
+    prior: Literal["uniform", "updating", "cached"] = "uniform",
+    prior_texts: PathLike | None = None,
+) -> LanguageModel:
     """Load the model of a run's folder (its last checkpoint), a checkpoint or a model folder. Raises UserError.
 
-    slots: prompts that are continued together.
+    slots: prompts that are continued together. top, prior, prior_texts: how `domain="auto"` is inferred
+    (docs/lifelong.md): so many of the likeliest domains write together; their prior, which is made of the texts of a
+    file if it is cached.
     """
+    from pangu_sigma.generation.domain_inference_settings import DomainInferenceSettings
     from pangu_sigma.language_model import LanguageModel
     from pangu_sigma.trained_model import load_trained
 
     if slots < 1:
         raise UserError(f"slots is {slots}: give at least 1")
-    return LanguageModel(load_trained(folder(model)), slots)
+    inference = DomainInferenceSettings(top, prior, path_or_none(prior_texts))
+    return LanguageModel(load_trained(folder(model)), slots, inference)
 
 
 @disk_errors_explained()
@@ -249,22 +260,32 @@ def serve(
     slots: int = 8,
     queue: int = 64,
     max_tokens: int | None = None,
+    max_body: int = 1 << 20,
+    grace: float = 30.0,
     warm_up: bool = True,
+    top: int = 1,
+    prior: Literal["uniform", "updating", "cached"] = "uniform",
+    prior_texts: PathLike | None = None,
     block: bool = True,
     progress: bool = False,
 ) -> ModelServer:
     """Serve a model over HTTP in OpenAI's format: every domain is a model id, "auto" infers it (docs/serving.md).
 
     domains: offered ones, all if empty. token: that clients must present. slots: texts decoded together; queue: that
-    may wait; max_tokens: most of one answer. warm_up: compile all graphs before the first client. block: return when
-    Ctrl-C or SIGTERM came and the answers under way are done; else as soon as clients can come, and `server.stop()`,
-    or the end of a `with` block, ends it. Raises UserError.
+    may wait; max_tokens: most of one answer; max_body: bytes of a request; grace: seconds that answers may go on when
+    it stops. warm_up: compile all graphs before the first client. top, prior, prior_texts: as of `load`. block: return
+    when Ctrl-C or SIGTERM came and the answers under way are done; else as soon as clients can come, and
+    `server.stop()`, or the end of a `with` block, ends it. Raises UserError.
     """
+    from pangu_sigma.generation.domain_inference_settings import DomainInferenceSettings
     from pangu_sigma.serving.model_server import ModelServer
     from pangu_sigma.serving.server_settings import ServerLimits, ServerSettings
 
-    limits = ServerLimits(slots=slots, queue=queue, max_tokens=max_tokens)
-    settings = ServerSettings(host, port, tuple(items(domains)), token, limits, warm_up)
+    inference = DomainInferenceSettings(top, prior, path_or_none(prior_texts))
+    limits = ServerLimits(
+        slots=slots, queue=queue, max_tokens=max_tokens, body_bytes=max_body, grace_seconds=grace
+    )  # fmt: skip
+    settings = ServerSettings(host, port, tuple(items(domains)), token, limits, warm_up, inference)
     with progress_shown(progress):
         server = ModelServer(folder(model), settings)
         server.run() if block else server.start()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +16,13 @@ from pangu_sigma.config import Config, ParameterCounts, parameter_counts
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation.completion import Completion
+from pangu_sigma.generation.prompts import Prompt
 from pangu_sigma.generation.request import AUTO, Event, Request, Sampling, pick_domain, prompt_ids
 from pangu_sigma.trained_model import run_of
 
 if TYPE_CHECKING:
     from pangu_sigma.evaluation.domain_evaluation import Evaluator
+    from pangu_sigma.generation.domain_inference_settings import DomainInferenceSettings
     from pangu_sigma.generation.engine import Engine
     from pangu_sigma.model.scoring import Scorer
     from pangu_sigma.trained_model import TrainedModel
@@ -58,9 +60,12 @@ class LanguageModel:
     compiled when they are first needed, so the first call of each method takes seconds.
     """
 
-    def __init__(self, trained: TrainedModel, slots: int = 8) -> None:
+    def __init__(
+        self, trained: TrainedModel, slots: int = 8, inference: DomainInferenceSettings | None = None
+    ) -> None:
         self._trained = trained
         self._slots = slots
+        self._inference = inference
         self._scorers: dict[int, Scorer] = {}
         # Events of requests that run beside each other, until whoever asked takes them.
         self._events: dict[int, deque[Event]] = {}
@@ -138,32 +143,66 @@ class LanguageModel:
 
         Raises UserError at once for a request that cannot run.
         """
+        events = self.events(prompt, domain, **options)
+        return (event.text for event in events if event.text)
+
+    def events(
+        self, prompt: str | Prompt, domain: str | None = None, **options: Unpack[SamplingOptions]
+    ) -> Iterator[Event]:
+        """Continue a prompt and yield an event for each token as it comes: its id, the text that is certain with it,
+        and with `logprobs=n` its log-probability and n alternatives. Raises as `stream`.
+        """
         request = self._request(prompt, domain, options)
 
-        def pieces() -> Iterator[str]:
+        def as_they_come() -> Iterator[Event]:
             # Only now: a stream that nobody reads holds no slot.
             request_id = self._begin(request)
             try:
-                yield from (event.text for event in self._take(request_id) if event.text)
+                yield from self._take(request_id)
             finally:
                 self._forget(request_id)
 
-        return pieces()
+        return as_they_come()
 
     def complete(
-        self, prompts: Texts, domain: str | None = None, **options: Unpack[SamplingOptions]
+        self,
+        prompts: Sequence[str | Prompt],
+        domain: str | None = None,
+        *,
+        on_completion: Callable[[int, Completion], None] | None = None,
+        keep_going: bool = False,
+        **options: Unpack[SamplingOptions],
     ) -> list[Completion]:
         """Continue prompts as `generate` does, and tell more: of every one the text, why it ended (`finish`: stop or
-        length) and an event for each token with its id, and with `logprobs=n` its log-probability and n alternatives.
+        length) and its `events`. A `Prompt` may have a domain and a seed of its own.
+
+        on_completion: called with the index of a prompt and its completion as soon as it and those before it are done.
+        keep_going: a prompt that fails while others are written has its `error` and ends nothing else.
         """
+        requests = []
+        for number, prompt in enumerate(prompts, 1):
+            try:
+                requests.append(self._request(prompt, domain, options))
+            except UserError as error:
+                raise UserError(f"prompt {number}: {error}" if len(prompts) > 1 else str(error)) from error
         running: list[int] = []
         completions = []
         try:
-            running += (self._begin(self._request(prompt, domain, options)) for prompt in prompts)
-            for request_id in running:
-                events = list(self._take(request_id))
-                text = "".join(event.text for event in events)
-                completions.append(Completion(text, events, events[-1].finish))
+            running += map(self._begin, requests)
+            for index, request_id in enumerate(running):
+                completion = Completion()
+                try:
+                    for event in self._take(request_id):
+                        completion.text += event.text
+                        completion.events.append(event)
+                        completion.finish = event.finish
+                except UserError as error:
+                    if not keep_going:
+                        raise
+                    completion.finish, completion.error = "error", str(error)
+                completions.append(completion)
+                if on_completion is not None:
+                    on_completion(index, completion)
         finally:
             for request_id in running:
                 self._forget(request_id)
@@ -245,7 +284,10 @@ class LanguageModel:
     def _engine(self) -> Engine:
         from pangu_sigma.generation.engine import Engine
 
-        return Engine(self._trained.model, self.tokenizer, self._slots)
+        engine = Engine(self._trained.model, self.tokenizer, self._slots)
+        if self._inference is not None:
+            self._inference.apply(engine)
+        return engine
 
     @cached_property
     def _evaluator(self) -> Evaluator:
@@ -253,12 +295,16 @@ class LanguageModel:
 
         return Evaluator(self._trained.model, self._batch_size)
 
-    def _request(self, prompt: str, domain: str | None, options: SamplingOptions) -> Request:
+    def _request(self, prompt: str | Prompt, domain: str | None, options: SamplingOptions) -> Request:
         """A request that can run. Raises UserError."""
+        prompt = Prompt(prompt) if isinstance(prompt, str) else prompt
         stop = options.get("stop", ())
         settings: dict[str, Any] = {"top_k": 40, **options, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+        if prompt.seed is not None:
+            settings["seed"] = prompt.seed
+        domain = prompt.domain or domain
         name = AUTO if domain == AUTO else pick_domain(self.domains, domain)
-        request = Request(prompt_ids(self.tokenizer, prompt), name, Sampling(**settings))
+        request = Request(prompt_ids(self.tokenizer, prompt.text), name, Sampling(**settings))
         with self._computing():
             self._engine.check(request)
         return request

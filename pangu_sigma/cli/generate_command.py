@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pangu_sigma.cli.arguments import ModelPath, Prior, PriorTexts
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, argument
 
 
 def generate(
@@ -87,10 +87,11 @@ def generate(
     prior_texts: PriorTexts = None,
 ) -> None:
     """Continue a text with one domain's experts. Only the text (or JSON) goes to standard output."""
+    from pangu_sigma.api import load
     from pangu_sigma.cli.generate_output import PipedOutput, print_lines, print_object, print_text
     from pangu_sigma.generation.domain_inference_settings import DomainInferenceSettings
-    from pangu_sigma.generation.generate_job import prepare_generation
     from pangu_sigma.generation.prompts import PromptSource
+    from pangu_sigma.generation.request import AUTO, Sampling
 
     if logprobs is not None and not (as_json or jsonl):
         raise UserError("--logprobs needs --json or --jsonl, because plain text has no place for figures")
@@ -107,11 +108,17 @@ def generate(
     }
     prompts = PromptSource(prompt=prompt, file=file, jsonl=jsonl).read()
     with PipedOutput():
-        own = None if inference == DomainInferenceSettings() else inference
-        job = prepare_generation(model, prompts, domain, settings, slots, own, numbered=jsonl)
+        # What is wrong with the options shows before the model is loaded.
+        Sampling(**settings)
+        inferred = any((prompt.domain or domain) == AUTO for prompt in prompts)
+        if inference != DomainInferenceSettings() and not inferred:
+            given = ", ".join(map(argument, ("top", "prior", "prior_texts")))
+            raise UserError(f"{given} say how a domain is inferred: add {argument('domain', AUTO)}")
+        slots = min(slots, len(prompts)) * (top if inferred else 1)
+        writer = load(model, slots=slots, top=top, prior=prior.value, prior_texts=prior_texts)
         if jsonl:
-            print_lines(job)
+            print_lines(writer, prompts, domain, settings)
         elif as_json:
-            print_object(job)
+            print_object(writer, prompts[0], domain, settings)
         else:
-            print_text(job, stream)
+            print_text(writer, prompts[0], domain, settings, stream)

@@ -7,86 +7,103 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.printable_text import compact, printable_lines
 
 if TYPE_CHECKING:
     from pangu_sigma.generation.completion import Completion
-    from pangu_sigma.generation.generate_job import GenerateJob
+    from pangu_sigma.generation.prompts import Prompt
     from pangu_sigma.generation.request import Event
+    from pangu_sigma.language_model import LanguageModel
 
 
-def print_object(job: GenerateJob) -> None:
-    """Continue the one prompt, and print its answer as one JSON object."""
-    (completion,) = job.run()
-    _write(_json(job, 0, completion))
+def print_object(model: LanguageModel, prompt: Prompt, domain: str | None, options: dict[str, Any]) -> None:
+    """Continue a prompt, and print its answer as one JSON object."""
+    (completion,) = model.complete([prompt], domain, **options)
+    _write(_json(model, prompt, domain, completion))
 
 
-def print_text(job: GenerateJob, stream: bool) -> None:
-    """Continue the one prompt, and print it and its text: as it comes, or at the end."""
-    (prompt,) = job.prompts
+def print_text(
+    model: LanguageModel, prompt: Prompt, domain: str | None, options: dict[str, Any], stream: bool
+) -> None:
+    """Continue a prompt, and print it and its text: as it comes, or at the end."""
     # A model may write control characters; a terminal must not obey them. A file or a pipe gets every character.
     shown = _terminal_text if sys.stdout.isatty() else str
     began = time.monotonic()
     first: float | None = None
-
-    def on_event(_: int, event: Event, __: Completion) -> None:
-        nonlocal first
-        first = first or time.monotonic()
-        if stream and event.text:
-            _write(shown(event.text))
-
+    events: list[Event] = []
+    coming = model.events(prompt, domain, **options)
     if stream:
         _write(shown(prompt.text))
     try:
-        (completion,) = job.run(on_event)
+        for event in coming:
+            first = first or time.monotonic()
+            events.append(event)
+            if stream and event.text:
+                _write(shown(event.text))
         if not stream:
-            _write(shown(prompt.text + completion.text))
+            _write(shown(prompt.text + "".join(event.text for event in events)))
     finally:
         # The prompt of the shell begins a line of its own, after an interruption too.
         if stream or first:
             _write("\n")
-    written, after = len(completion.events), time.monotonic() - first
+    written, after = len(events), time.monotonic() - first
     rate = f", the others at {compact((written - 1) / after)} tokens/s" if written > 1 else ""
-    if completion.events[-1].domains:
-        print(domains_text(completion.events[-1].domains), file=sys.stderr)
-    why = {"stop": "the text ended", "length": "max-tokens or the window's end was reached"}[completion.finish]
+    if events[-1].domains:
+        print(domains_text(events[-1].domains), file=sys.stderr)
+    why = {"stop": "the text ended", "length": "max-tokens or the window's end was reached"}[events[-1].finish]
     total = f"{written} tokens in {time.monotonic() - began:.1f} s"
     print(f"{total}: the first after {first - began:.1f} s{rate}; {why}", file=sys.stderr)
 
 
-def print_lines(job: GenerateJob) -> None:
+def print_lines(
+    model: LanguageModel, prompts: Sequence[Prompt], domain: str | None, options: dict[str, Any]
+) -> None:
     """A JSON line for every prompt, in their order, as soon as those before it are printed.
 
     One that fails has its error in its line, and the command ends with the first of them.
     """
     from pangu_sigma.monitor.progress import progress
 
-    done: dict[int, Completion] = {}
-    printed = 0
-    with progress("generate", len(job.prompts), unit="prompts") as bar:
+    with progress("generate", len(prompts), unit="prompts") as bar:
 
-        def on_event(index: int, event: Event, completion: Completion) -> None:
-            nonlocal printed
-            if not event.finish:
-                return
-            done[index] = completion
-            while printed in done:
-                _write(_json(job, printed, done.pop(printed)))
-                printed += 1
+        def on_completion(index: int, completion: Completion) -> None:
+            _write(_json(model, prompts[index], domain, completion))
             bar.advance()
 
-        completions = job.run(on_event, keep_going=True)
+        completions = model.complete(prompts, domain, on_completion=on_completion, keep_going=True, **options)
     failed = {position: completion.error for position, completion in enumerate(completions, 1) if completion.error}
     if failed:
         position, error = next(iter(failed.items()))
         raise UserError(f"{len(failed)} of {len(completions)} prompts failed; prompt {position}: {error}")
 
 
-def _json(job: GenerateJob, index: int, completion: Completion) -> str:
-    return json.dumps(job.record(index, completion), ensure_ascii=False) + "\n"
+def _json(model: LanguageModel, prompt: Prompt, domain: str | None, completion: Completion) -> str:
+    """The answer to a prompt as a line of JSON."""
+    events, piece = completion.events, model.tokenizer.piece
+    domains = events[-1].domains if events else ()  # none of a request that failed at once
+    record: dict[str, Any] = {
+        "prompt": prompt.text,
+        "domain": domains[0][0] if domains else prompt.domain or domain or model.domains[0],
+        **({"domains": dict(domains)} if domains else {}),
+        "text": completion.text,
+        "finish": completion.finish,
+        "ids": [event.token_id for event in events],
+    }
+    if completion.error:
+        record["error"] = completion.error
+    if any(event.logprob is not None for event in events):
+        record["logprobs"] = [
+            {
+                "token": piece(event.token_id),
+                "logprob": event.logprob,
+                "top": [{"id": i, "token": piece(i), "logprob": value} for i, value in event.top],
+            }
+            for event in events
+        ]
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def domains_text(domains: Sequence[tuple[str, float]]) -> str:

@@ -66,7 +66,7 @@ def serve(
     A page to try it is at the same address.
     """
     from pangu_sigma.generation.domain_inference_settings import DomainInferenceSettings
-    from pangu_sigma.serving.server import serve as run_server
+    from pangu_sigma.serving.model_server import ModelServer
     from pangu_sigma.serving.server_settings import ServerLimits, ServerSettings
 
     limits = ServerLimits(slots=slots, queue=queue, max_tokens=max_tokens, body_bytes=max_body, grace_seconds=grace)
@@ -79,5 +79,5 @@ def serve(
         warm_up=warm_up,
         inference=DomainInferenceSettings(top, prior.value, prior_texts),
     )
-    run_server(model, settings, announce=typer.echo)
+    ModelServer(model, settings).serve(announce=typer.echo)
     typer.echo("The server has stopped.", err=True)

@@ -12,9 +12,10 @@ from pangu_sigma.config.section import Field, ListOf, Section, Violations, at_mo
 
 
 def _learning_rate(written: Any) -> float:
-    """0.38 / model.hidden to two digits: 3e-3 at a width of 128, 7.4e-5 at 5120, near GPT-3's table (arXiv
-    2005.14165, table 2.1) at widths between; a tenth of it to fine-tune a trained model."""
-    return float(f"{(0.038 if written.adapt else 0.38) / written.model.hidden:.1e}")
+    """0.38 / model.hidden to two digits, near GPT-3's table (arXiv 2005.14165, table 2.1): 7.4e-5 at a width of 5120.
+    At most 2e-3, above which the loss of narrow models shoots up in the warm-up; a tenth to fine-tune a trained
+    model."""
+    return float(f"{(0.1 if written.adapt else 1.0) * min(0.38 / written.model.hidden, 2e-3):.1e}")
 
 
 def _warmup_steps(written: Any) -> int:
@@ -23,8 +24,8 @@ def _warmup_steps(written: Any) -> int:
 
 
 def own_warmup(steps: int, schedule: ScheduleConfig) -> int:
-    """Steps of warm-up that a run of `steps` gives itself: a twentieth, but not into the anneal or past the decay."""
-    return max(0, min(steps // 20, 2000, steps - schedule.anneal_steps, schedule.decay_steps or steps))
+    """Steps of warm-up that a run of `steps` gives itself: a tenth, but not into the anneal or past the decay."""
+    return max(0, min(steps // 10, 2000, steps - schedule.anneal_steps, schedule.decay_steps or steps))
 
 
 def _restart_warmup_ratio(written: Any) -> float:
@@ -45,7 +46,7 @@ class OptimizerConfig(Section, resume="fixed", init_from="free"):
     name: Literal["adamw"] = "adamw"
     """The optimizer."""
     learning_rate: float | None = Field(None, gt=0, fill=_learning_rate)
-    """Peak learning rate, reached after the warm-up; null: 0.38 / model.hidden, to fine-tune a tenth."""
+    """Peak learning rate, reached after the warm-up; null: 0.38 / model.hidden, at most 0.002; to fine-tune a tenth."""
     beta1: float = Field(0.9, ge=0, lt=1)
     """Decay of the first moment."""
     beta2: float = Field(0.95, ge=0, lt=1)
@@ -66,7 +67,7 @@ class ScheduleConfig(Section, resume="fixed", init_from="free"):
     kind: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay after the warm-up."""
     warmup_steps: int | None = Field(None, ge=0, fill=_warmup_steps)
-    """Steps of linear growth from zero; null: train.steps / 20, or 0 under a learning_rate that is written."""
+    """Steps of linear growth from zero; null: train.steps / 10, at most 2000; 0 under a written learning_rate."""
     restart_warmup_ratio: float | None = Field(None, ge=0, le=1, resume="schedule", fill=_restart_warmup_ratio)
     """Largest share of a restarted phase's steps that warm it up; null: 0.05, or 1 under written warmup_steps."""
     decay_steps: int | None = Field(None, ge=1, resume="schedule")

@@ -57,6 +57,15 @@ class ModelServer:
             self.stop()
         return self
 
+    def serve(self, announce: Callable[[str], None] = report) -> None:
+        """Serve in this thread, as the command does, which ends the process where a signal interrupts the start.
+
+        announce: gets the one line that names the address.
+        """
+        from pangu_sigma.serving.server import serve
+
+        serve(self.model, self.settings, announce, self._on_start, self._on_ready)
+
     def run(self) -> None:
         """Serve until Ctrl-C or SIGTERM comes to the main thread, or another thread calls `stop`."""
         with sigterm_as_ctrl_c():
@@ -87,10 +96,8 @@ class ModelServer:
             self._ended.wait()
 
     def _serve(self) -> None:
-        from pangu_sigma.serving.server import serve
-
         try:
-            serve(self.model, self.settings, report, self._on_start, self._on_ready)
+            self.serve()
         except BaseException as error:  # raised where the server was asked for
             self._error = error
         finally:

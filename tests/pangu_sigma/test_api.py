@@ -24,6 +24,7 @@ from pangu_sigma.checkpoint import open_checkpoint
 from pangu_sigma.generation import Request, Sampling, prompt_ids
 from pangu_sigma.generation.domain_inference import token_log_probabilities
 from pangu_sigma.generation.engine import Engine
+from pangu_sigma.generation.prompts import Prompt
 from pangu_sigma.plan.cluster_plan import plan as cluster_plan
 from pangu_sigma.plan.hardware import Hardware
 from pangu_sigma.tensor_names import is_routing
@@ -166,6 +167,13 @@ def test_the_pieces_of_a_stream_are_the_generated_text(model):
     assert together == [model.generate(prompt, domain="code", **GREEDY) for prompt in prompts]
     (completion,) = model.complete(["def"], domain="code", logprobs=2, **GREEDY)
     assert completion.text == together[0] and len(completion.events[0].top) == 2
+    done: list[tuple[int, str]] = []
+    own = [Prompt("def", domain="code"), Prompt("class", domain="code", seed=3)]
+    model.complete(own, on_completion=lambda index, completion: done.append((index, completion.text)), **GREEDY)
+    assert done == [(0, together[0]), (1, together[2])]
+    assert [event.text for event in model.events("def", domain="code", **GREEDY)] == [e.text for e in completion.events]
+    with pytest.raises(ps.UserError, match="^prompt 2: the model has no domain 'cod'"):
+        model.complete([Prompt("def", domain="code"), Prompt("def", domain="cod")])
 
 
 def test_streams_run_beside_each_other_and_may_be_left(model):

@@ -33,7 +33,7 @@ def eight(tmp_path):
 def test_eight_lines_are_a_configuration_with_experts_and_a_schedule(eight):
     config = eight()
     assert config.coverage == {"blocks.1": {"code": 4, "docs": 4}, "blocks.2": {"code": 4, "docs": 4}}
-    assert config.optimizer.learning_rate == 0.003 and config.schedule.warmup_steps == 10
+    assert config.optimizer.learning_rate == 0.002 and config.schedule.warmup_steps == 20
     assert (config.train.batch_size, config.data.sequence_length, config.data.tokenizer.vocab_size) == (16, 256, 4096)
     assert (config.evaluate.every, config.checkpoint.every) == (20, 100)
     assert config_from_dict(config.to_dict()) == config
@@ -72,10 +72,10 @@ def test_overrides_of_a_configuration_act_as_on_its_file(eight, tmp_path, monkey
     assert load_config(config, changes) == load_config(load_config(config, changes[:1]), changes[1:])
     again = load_config(config, changes)
     assert again.run.seed == 7 and again.domains[0].data == config.domains[0].data
-    assert (again.schedule.decay_steps, again.schedule.warmup_steps, again.evaluate.every) == (4000, 200, 400)
+    assert (again.schedule.decay_steps, again.schedule.warmup_steps, again.evaluate.every) == (4000, 400, 400)
     assert again.data.cache == f"{tmp_path}/other/data" and again.model.layers == 40
     # What was stored is whole, and so is a copy with changes of its own.
-    assert stored == config and load_config(stored, changes[:1]).schedule.warmup_steps == 10
+    assert stored == config and load_config(stored, changes[:1]).schedule.warmup_steps == 20
     copied = config.model_copy(update={"train": config.train.model_copy(update={"steps": 300})})
     assert load_config(copied) == copied
 
@@ -126,7 +126,7 @@ def test_a_run_may_grow_though_its_warm_up_and_intervals_follow_its_steps(eight)
 
 def test_fine_tuning_takes_a_tenth_of_the_rate(eight):
     adapt = "adapt={objective: sft, examples: [{name: code, data: x.jsonl}]}"
-    assert eight(adapt, "run.init_from=runs/other").optimizer.learning_rate == 0.0003
+    assert eight(adapt, "run.init_from=runs/other").optimizer.learning_rate == 0.0002
 
 
 def test_a_file_of_version_1_is_told_of_changed_defaults(tmp_path):

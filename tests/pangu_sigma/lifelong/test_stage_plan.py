@@ -82,7 +82,7 @@ CODE, LAW = {"domains": ["code"], "steps": 2}, {"domains": ["law"], "steps": 2}
 def test_a_warm_up_that_nobody_wrote_fits_the_stages(stages_yaml):
     plan = load_plan(stages_yaml(), ["schedule.warmup_steps=null", "optimizer.learning_rate=null", "train.steps=800"])
     schedules = [plan.config(stage).schedule for stage in plan.stages]
-    assert plan.base.schedule.warmup_steps == 40
+    assert plan.base.schedule.warmup_steps == 80
     assert {schedule.warmup_steps for schedule in schedules} == {plan.stages[0].steps}
     assert {schedule.restart_warmup_ratio for schedule in schedules} == {0.05}
 

@@ -115,7 +115,7 @@ def test_a_follow_up_warms_up_in_a_twentieth_of_its_steps_unless_the_warm_up_was
     run = small_config(
         optimizer={"learning_rate": None}, schedule={"kind": "cosine", **written}, train={"steps": 2000}
     )
-    assert run.schedule.warmup_steps == 100
+    assert run.schedule.warmup_steps == written.get("warmup_steps", 200)
     values = run.to_dict()  # as a run stores it
     add_domain(values, {"name": "news", "data": ["unused.txt"]}, 2000, FollowUpTraining("news", 50))
     config = config_from_dict(values)
