@@ -45,7 +45,7 @@ class OptimizerConfig(Section, resume="fixed", init_from="free"):
     name: Literal["adamw"] = "adamw"
     """The optimizer."""
     learning_rate: float | None = Field(None, gt=0, fill=_learning_rate)
-    """Peak learning rate, reached after the warm-up; null: 0.38 / model.hidden, at most 0.002; to fine-tune a tenth."""
+    """Peak learning rate, after the warm-up; null: 0.38 / model.hidden, at most 0.002; to fine-tune a tenth."""
     beta1: float = Field(0.9, ge=0, lt=1)
     """Decay of the first moment."""
     beta2: float = Field(0.95, ge=0, lt=1)
