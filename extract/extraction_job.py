@@ -89,7 +89,7 @@ def plan(
         path = check_output(out)
         if path.is_relative_to(parent.path.resolve()):
             raise UserError(f"{out} lies inside {parent.path}, which it is cut out of: choose another folder")
-        cut.folder().check_space(output_write(path), DOCUMENT_BYTES)
+        cut.folder(path).check_space(output_write(path), DOCUMENT_BYTES)
     return cut
 
 
@@ -99,7 +99,7 @@ def extract(cut: ExtractionPlan, out: str | Path, *, check: bool = True, device:
     Raises UserError as `plan` does, VerificationError when the sub-model is another function, and leaves nothing then,
     nor when it is interrupted.
     """
-    folder = cut.folder()
+    folder = cut.folder(check_output(out))
     quality = measured(cut.parent)
     verification: Verification | None = None
 

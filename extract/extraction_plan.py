@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from pangu_sigma.checkpoint.float_types import FLOAT_TYPES, convert_float
 from pangu_sigma.checkpoint.streamed_checkpoint import plan_taken
 from pangu_sigma.checkpoint.tensor_file import make_header, numpy_type, raw_bytes
 from pangu_sigma.config import Config, config_from_dict
+from pangu_sigma.config.config_paths import stored_text
 from pangu_sigma.config.finetuning_file import without_adaptation
 from pangu_sigma.errors import UserError, did_you_mean
 from pangu_sigma.tensor_names import dense_name, is_expert, is_gate, is_routing, parse_name
@@ -122,14 +124,13 @@ class ExtractionPlan:
         values["parallel"] = {}
         limit = values["data"]["max_domains_per_batch"]
         values["data"]["max_domains_per_batch"] = limit and min(limit, len(self.domains))
-        values["run"]["dir"] = f"{parent.run.dir}-{'-'.join(self.domains)}"
         if self.fold:
             values["model"]["domain_parameters"]["embedding"] = "shared"
             values["model"]["sparse"] = {}
         return config_from_dict(values, source=f"the configuration of {self.parent.path} without the other domains")
 
-    def folder(self) -> StreamedCheckpoint:
-        """Everything that the sub-model's folder holds, but the documents that a verification adds."""
+    def folder(self, out: str | Path) -> StreamedCheckpoint:
+        """Everything that the sub-model's folder `out` holds, but the documents that a verification adds."""
         parent = self.parent
         fingerprints = parent.fingerprints
         taken, specs = self._files()
@@ -142,7 +143,7 @@ class ExtractionPlan:
             read=self._read,
             domains=self.domains,
             coverage=coverage,
-            config_text=self.config.to_yaml(),
+            config_text=stored_text(self.config, out, is_model=True),
             tokenizer_files=parent.tokenizer_files(),
             fingerprints=Fingerprints(
                 tokenizer=fingerprints.tokenizer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -14,8 +15,9 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from pangu_sigma.checkpoint.folder_locks import removed_if_refused
+from pangu_sigma.checkpoint.folder_locks import refuse_model_folder, removed_if_refused
 from pangu_sigma.config import SCHEMA_VERSION, Config
+from pangu_sigma.config.config_paths import with_paths_from_file
 from pangu_sigma.config.data_section import INFERRED_DOMAIN, RESERVED_NAMES, DomainName
 from pangu_sigma.config.load_config import load_values
 from pangu_sigma.config.yaml_text import dump_yaml
@@ -76,6 +78,7 @@ def write_configuration(folder: Path, data: Sequence[Path]) -> NewConfiguration:
     path = folder / FILE
     if path.exists():
         raise UserError(f"{path} exists already: edit it, remove it, or name another folder")
+    refuse_model_folder(folder)
     for source in data:
         if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
             raise UserError(
@@ -84,6 +87,7 @@ def write_configuration(folder: Path, data: Sequence[Path]) -> NewConfiguration:
     domains = [{"name": name, **_text_of(source)} for name, source in _named(data).items()]
     values: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
+        "paths_from": "current_folder",
         "run": {"dir": str(folder.absolute())},
         "model": {"preset": PRESET},
         "domains": domains,
@@ -92,8 +96,8 @@ def write_configuration(folder: Path, data: Sequence[Path]) -> NewConfiguration:
     with removed_if_refused(folder, ("data",)):
         corpus = _prepared(values)
         _fit_to_text(values, corpus, path)
-    write_text(path, _HEADER + dump_yaml(values))
-    config = load_values(dict(values), str(path))
+    config = load_values(copy.deepcopy(values), str(path))
+    write_text(path, _HEADER + dump_yaml(with_paths_from_file(values, folder)))
     train, length = config.train, config.data.sequence_length
     assert train.batch_size is not None and length is not None
     drawn = train.steps * train.batch_size * length / len(domains)  # tokens of each: init writes no weights

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import yaml
 
 from pangu_sigma import runtime
 from pangu_sigma.checkpoint import Checkpoint, StoredTensors, resolve
 from pangu_sigma.checkpoint.float_types import as_float32
-from pangu_sigma.checkpoint.folder_layout import CHECKPOINTS
+from pangu_sigma.checkpoint.folder_layout import CHECKPOINTS, CONFIG
 from pangu_sigma.config import Config, config_from_dict
-from pangu_sigma.config.load_config import with_run_folder
+from pangu_sigma.config.load_config import read_stored
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
 from pangu_sigma.plan.requirements import check_loading
@@ -52,28 +51,34 @@ def stored_corpus(checkpoint: Checkpoint, config: Config, tokenizer: Tokenizer, 
     """
     from pangu_sigma.data.corpus import prepare_corpus
 
-    config = _where_it_lies(config, run_of(checkpoint), scratch)
+    if scratch is not None:
+        config = with_text_cache(config, checkpoint, scratch)
     _check_text_is_here(checkpoint, config)
-    corpus = prepare_corpus(config, tokenizer)
+    corpus = prepare_corpus(config, tokenizer, known_corpora=checkpoint.fingerprints.corpora)
     checkpoint.check_fingerprints(tokenizer=tokenizer.fingerprint, corpora=corpus.fingerprints)
     return corpus
 
 
-def _where_it_lies(config: Config, run_dir: Path | None, scratch: Path | None) -> Config:
-    """A run's folder may have been moved or copied since: what lay in it is looked for where it is now."""
-    if run_dir is not None:
-        return config_from_dict(with_run_folder(config, run_dir))
+def with_text_cache(config: Config, checkpoint: Checkpoint, scratch: Path) -> Config:
+    """The configuration of a checkpoint, by which its text is tokenised into `scratch` where it stands alone and its
+    run's cache is gone: not into a model's folder, nor into that of a run which was deleted or is on another machine.
+    """
+    if run_of(checkpoint) is not None or Path(config.data.cache).is_dir():
+        return config
     values = config.to_dict()
-    if scratch is not None and not Path(config.data.cache).is_dir():
-        # The text is not tokenised into the folder of a run that was deleted or is on another machine.
-        values["data"]["cache"] = str(scratch)
+    values["data"]["cache"] = str(scratch)
     return config_from_dict(values)
 
 
 def _check_text_is_here(checkpoint: Checkpoint, config: Config) -> None:
     from pangu_sigma.data.corpus_files import expand_paths
+    from pangu_sigma.data.domain_store import find_store
 
+    known = checkpoint.fingerprints
     for domain in config.domains:
+        corpus = known.corpora.get(domain.name)
+        if corpus is not None and find_store(domain, known.tokenizer, config.data, corpus) is not None:
+            continue
         try:
             expand_paths(domain.name, domain.data)
         except UserError as error:
@@ -85,7 +90,7 @@ def _check_text_is_here(checkpoint: Checkpoint, config: Config) -> None:
 
 def stored_config(checkpoint: Checkpoint) -> Config:
     """The effective configuration inside a checkpoint. Raises UserError if it does not hold any more."""
-    return config_from_dict(yaml.safe_load(checkpoint.config_text), source=f"{checkpoint.path}/config.yaml")
+    return read_stored(checkpoint.config_text, checkpoint.path / CONFIG)
 
 
 def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

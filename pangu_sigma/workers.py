@@ -18,6 +18,7 @@ from pangu_sigma.checkpoint import Checkpoint, resolve
 from pangu_sigma.checkpoint.folder_layout import CONFIG
 from pangu_sigma.checkpoint.folder_locks import lock_run_folder
 from pangu_sigma.config import Config
+from pangu_sigma.config.config_paths import stored_text
 from pangu_sigma.config.load_config import config_from_dict, load_values
 from pangu_sigma.errors import INTERRUPTED, USER_ERROR, UserError, argument, spelled_as
 from pangu_sigma.monitor.progress import is_progress_shown
@@ -125,7 +126,7 @@ def launch(words: Sequence[str], workers: int, folder: Path, config: Config | No
     with lock_run_folder(folder, TAKEN, run_dir, prepared=None):
         (folder / _ERROR).unlink(missing_ok=True)
         if config is not None:
-            write_text(folder / CONFIG, config.to_yaml())
+            write_text(folder / CONFIG, stored_text(config, folder))
         with Launch(command, workers, folder, not is_progress_shown(), spelled_as()) as job:
             ended = job.wait()
         if ended.failed_rank is None:

@@ -25,6 +25,22 @@ _PREPARED = ("data", "mindspore")
 # Tokenised text of this size took long to make, and the next job finds it: it is not thrown away with a refused one.
 _KEPT_BYTES = 64 << 20
 
+# Files by which a folder that is no run holds a model: exported here, or by others.
+_WEIGHTS = frozenset({".safetensors", ".onnx", ".mindir", ".ckpt", ".gguf", ".pt", ".pth"})
+
+
+def refuse_model_folder(folder: Path) -> None:
+    """Raises UserError where a run would be written into a folder that holds a model, or below one."""
+    real = folder.expanduser().resolve()
+    is_run = (real / folder_layout.CHECKPOINTS).is_dir()
+    weights = [] if is_run or not real.is_dir() else sorted(f for f in real.iterdir() if f.suffix.lower() in _WEIGHTS)
+    files = (folder_layout.MANIFEST, folder_layout.CONFIG)
+    models = [path for path in (real, *real.parents) if all((path / name).is_file() for name in files)]
+    for path in (*models, *weights):
+        raise UserError(
+            f"a run cannot be written to {folder}, where a model lies ({path}): set run.dir to a new folder"
+        )
+
 
 @contextmanager
 def lock_run_folder(
@@ -40,8 +56,10 @@ def lock_run_folder(
     prepared: names; None for all that is new, unless the error names a file of it (a log). run_dir: whose run it is,
     where `folder` lies in it.
 
-    Raises UserError if the folder cannot be written or is locked already; its sentence then begins with `taken`.
+    Raises UserError if the folder holds a model, cannot be written or is locked already; its sentence then begins with
+    `taken`.
     """
+    refuse_model_folder(folder)
     with _parents_removed_if_empty(folder):
         handle = _lock(folder, taken)
         try:

@@ -35,10 +35,10 @@ def config(
             "no configuration is given: name a YAML file, or use --list for installed ones, --describe for all keys"
         )
     from pangu_sigma.config.config_text import json_text, yaml_text
-    from pangu_sigma.config.load_config import load_values, read_values
+    from pangu_sigma.config.load_config import load_values, read_config
     from pangu_sigma.data.tokenizers.vocabulary_size import vocabulary_size
 
-    written = read_values(file)
+    written = read_config(file)
     effective = load_values(written, str(file), overrides or ())  # puts the overrides into what is written
     vocabulary = vocabulary_size(effective)
     typer.echo(json_text(effective, vocabulary) if as_json else yaml_text(effective, vocabulary, written))

@@ -107,7 +107,7 @@ def import_pangu_alpha(
     typer.echo(f"every parameter was assigned once ({done.transposed} transposed), every tensor of the source used")
     for line in import_pangu_alpha.skipped_lines(done.skipped):
         typer.echo(line)
-    say_next("model", out, done.config.domain_names)
+    say_next("model" if data else "imported model", out, done.config.domain_names)
 
 
 @import_app.command("mindformers", short_help="Import a checkpoint of a MindFormers training.")
@@ -167,7 +167,7 @@ def import_hf(
         f"{done.config.experts_per_token} for a token, vocabulary {model.vocab_size}, end-of-document id {done.eod_id}"
     )
     typer.echo(f"all {done.tensors} tensors of the source were used, every parameter was assigned once")
-    say_next("model", out, done.config.domain_names)
+    say_next("model" if data else "imported model", out, done.config.domain_names)
 
 
 def upcycle(

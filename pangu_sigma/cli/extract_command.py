@@ -94,7 +94,7 @@ def _print_plan(cut: ExtractionPlan, as_json: bool) -> None:
     from pangu_sigma.config import parameter_counts
     from pangu_sigma.monitor.text_tables import text_table
 
-    folder = cut.folder()
+    folder = cut.folder(cut.parent.path)  # nothing of it depends on the place but a few bytes
     counts = parameter_counts(cut.config, cut.config.model.vocab_size)
     files = [(file.path, file.size, "copied" if file.copy else "written") for file in folder.files]
     if as_json:

@@ -13,6 +13,7 @@ from pathlib import Path
 _GENERATE = 'generate {path}{choose} --prompt "…"'
 _EXTRACT = "extract {path} --domain {domain} --out models/{domain}"
 _TRAIN_ON = "train {path}/config.yaml run.init_from={path} run.dir={path}-trained"
+_TRAIN_IMPORTED = _TRAIN_ON + " domains.{domain}.data=FILE train.steps=100 schedule.decay_steps=null"
 _NEXT = {
     "run": ("model", (_GENERATE, "evaluate {path}", _EXTRACT)),
     "unfinished run": ("run", ("train {path}/config.yaml --resume",)),
@@ -26,6 +27,7 @@ _NEXT = {
     "changed annealed run": ("run", (_TRAIN_ON, "domains list {path}")),
     "evaluation": ("run", (_EXTRACT, "report {path}")),
     "model": ("model", (_GENERATE, "serve {path}", _TRAIN_ON)),
+    "imported model": ("model", (_GENERATE, "serve {path}", _TRAIN_IMPORTED)),
     "start": ("model", (_TRAIN_ON, _GENERATE)),
     "export": ("export", ()),
     "analysis": ("analysis", ("evaluate {folder}", "extract {folder} --list")),

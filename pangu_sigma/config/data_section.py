@@ -45,7 +45,7 @@ class DomainConfig(Section, resume="fixed", init_from="free"):
 
     name: DomainName = Field(init_from="equal")
     """Name of the domain; files and tensors are named after it."""
-    data: Paths = Field(min_length=1)
+    data: Paths = Field(min_length=1, is_path=True, resume="free")
     """Files of the domain, or globs of them: .jsonl (one object a line) or .txt; one may stand alone."""
     text_field: Text = "text"
     """Key of the text in a line of a .jsonl file."""
@@ -81,7 +81,7 @@ class TokenizerConfig(Section, resume="fixed", init_from="taken over"):
 
     kind: Literal["train", "sentencepiece", "pangu_alpha", "huggingface"] = "train"
     """Train one from the domains' mix, or load a file: SentencePiece's, PanGu-α's, a tokenizer.json."""
-    path: Text | None = None
+    path: Text | None = Field(None, is_path=True, resume="free")
     """The tokenizer's model file; null if and only if it is trained."""
     vocab_size: int | None = Field(None, ge=64, fill=_vocabulary)
     """Pieces of a trained tokenizer; null: model.vocab_size or 4096, under a written batch_size 4096."""
@@ -112,7 +112,7 @@ class TokenizerConfig(Section, resume="fixed", init_from="taken over"):
 class StreamConfig(Section, resume="fixed", init_from="free"):
     """An endless source of documents that training learns from as they arrive, instead of the domains' files."""
 
-    path: Text = Field(resume="free")
+    path: Text = Field(resume="free", is_path=True, no_path=STANDARD_INPUT)
     """A growing .jsonl file, or - for standard input."""
     domain: DomainName | None = None
     """Domain of every document; null takes the one that the document's domain_field names."""
@@ -128,7 +128,7 @@ class DataConfig(Section, resume="fixed", init_from="free"):
     tokenizer: TokenizerConfig = TokenizerConfig()
     sequence_length: int | None = Field(None, ge=2, fill=_sequence_length)
     """Tokens in a sequence; null: model.positions up to 1024, or 128 under a written train.batch_size."""
-    cache: Text | None = Field(None, resume="free")
+    cache: Text | None = Field(None, resume="free", is_path=True)
     """Folder of the tokenised domains; null takes the folder 'data' in run.dir."""
     heldout_fraction: float = Field(0.05, ge=0, lt=1)
     """Share of a domain's documents kept from training for evaluation, at least one; 0 keeps none."""

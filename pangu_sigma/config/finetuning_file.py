@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pangu_sigma.config.load_config import load_values, read_values
+from pangu_sigma.config.load_config import load_values, read_config
 from pangu_sigma.config.overrides import Overrides, changes_of
 from pangu_sigma.config.schema import Config
 from pangu_sigma.errors import UserError
@@ -20,7 +20,7 @@ def run_dir_of(path: Path, overrides: Overrides) -> str | None:
     """The run.dir that a file and overrides name, before anything else of them is looked at; None if there is none."""
     named = next((change.value for change in reversed(changes_of(overrides)) if change.path == "run.dir"), None)
     if named is None:
-        section = read_values(path).get("run")
+        section = read_config(path).get("run")
         named = section.get("dir") if isinstance(section, Mapping) else None
     return named if isinstance(named, str) else None
 
@@ -33,7 +33,7 @@ def load_adaptation(
     The sections model, domains and data are the model's, but for the keys that the file or an override writes.
     `objective`: sft or dpo, which the file must not contradict. Raises UserError as `load_config` does.
     """
-    values = read_values(path)
+    values = read_config(path)
     adapt = values.get("adapt")
     if not isinstance(adapt, dict):
         raise UserError(f"{path}: the section adapt is missing: it names the examples to adapt the model with")

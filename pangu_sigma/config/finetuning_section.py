@@ -14,7 +14,7 @@ class ExamplesConfig(Section, resume="fixed", init_from="free"):
 
     name: DomainName
     """Domain of the model that the examples belong to."""
-    data: Paths = Field(min_length=1)
+    data: Paths = Field(min_length=1, is_path=True, resume="free")
     """Files of examples, or globs of them: .jsonl, one object a line."""
     weight: float = Field(1.0, ge=0)
     """How often the domain's examples are drawn, relative to the others'."""

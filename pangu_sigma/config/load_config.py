@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from os.path import abspath, expanduser, join, relpath
+from os.path import join, relpath
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from pangu_sigma.config.data_section import STANDARD_INPUT
+from pangu_sigma.config.config_paths import resolve_stored_paths, with_absolute_paths
 from pangu_sigma.config.overrides import Overrides, apply_overrides, plain_values
 from pangu_sigma.config.rules import violations
 from pangu_sigma.config.schema import Config
@@ -28,9 +28,9 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Over
     `{"train.steps": 100, "domains.code.experts": 8}`, or texts as on the command line, `["train.steps=100"]`.
 
     Effective means: nothing is left to be looked up. Presets and defaults that follow other keys are filled in (`fill`
-    of their fields), relative paths (taken from the current folder) are absolute, and what null took from another key
-    is written out: data.cache, schedule.decay_steps, the last phase's steps. Overrides of a `Config` act as on the
-    file that it was loaded from.
+    of their fields), relative paths (taken from the current folder, or as `paths_from` says) are absolute, and what
+    null took from another key is written out: data.cache, schedule.decay_steps, the last phase's steps. Overrides of a
+    `Config` act as on the file that it was loaded from.
 
     Raises UserError with one sentence: file (or override), key, what was written and what is allowed.
     """
@@ -38,7 +38,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Over
         source = source.written()
     if isinstance(source, Mapping):
         return load_values(plain_values(source, "the configuration"), "the configuration", overrides)
-    return load_values(read_values(Path(source)), str(source), overrides)
+    return load_values(read_config(Path(source)), str(source), overrides)
 
 
 def load_values(values: dict[str, Any], source: str, overrides: Overrides = ()) -> Config:
@@ -56,7 +56,7 @@ def load_values(values: dict[str, Any], source: str, overrides: Overrides = ()) 
 
 
 def config_from_dict(values: Mapping[str, Any], source: str = "the stored configuration") -> Config:
-    """The configuration of a stored effective configuration (`Config.to_dict`); `source` names it in errors.
+    """The configuration of an effective configuration (`Config.to_dict`); `source` names it in errors.
 
     Raises UserError as `load_config` does.
     """
@@ -64,32 +64,23 @@ def config_from_dict(values: Mapping[str, Any], source: str = "the stored config
     return _validated(copy.deepcopy(dict(values)), source, lambda key: source)
 
 
+def read_stored(text: str, file: Path) -> Config:
+    """The configuration that a run or model keeps, of the text of its `file`. Raises as `load_config` does."""
+    values = parse_yaml(text)
+    return config_from_dict(resolve_stored_paths(values, file), source=str(file))
+
+
 def effective(config: Config) -> Config:
     """A configuration with absolute paths and every null that means another key's value written out; idempotent."""
-    values = _with_absolute_paths(config.to_dict())
+    values = with_absolute_paths(config.to_dict())
     data, schedule, train = values["data"], values["schedule"], values["train"]
-    data["cache"] = data["cache"] or join(values["run"]["dir"], "data")
+    data["cache"] = data["cache"] or own_cache(values["run"]["dir"])
     if schedule["decay_steps"] is None:
         schedule["decay_steps"] = train["steps"] - schedule["anneal_steps"]
     if train["phases"] and train["phases"][-1]["steps"] is None:
         train["phases"][-1]["steps"] = train["steps"] - sum(phase["steps"] for phase in train["phases"][:-1])
     filled = _validated(values, "the effective configuration", lambda key: "the effective configuration")
-    return filled.written_as(_with_absolute_paths(config.written()))
-
-
-def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
-    """A configuration as a valid mapping, keys left out or not, whose paths this makes absolute."""
-    run, data, adapt = values["run"], values.get("data", {}), values.get("adapt") or {}
-    for section, key in ((run, "dir"), (run, "init_from"), (data, "cache"), (data.get("tokenizer", {}), "path")):
-        if section.get(key):
-            section[key] = _absolute(section[key])
-    for texts in (*values["domains"], *adapt.get("examples", ())):
-        patterns = texts["data"]
-        texts["data"] = [_absolute(pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
-    stream = data.get("stream")
-    if stream and stream["path"] != STANDARD_INPUT:
-        stream["path"] = _absolute(stream["path"])
-    return values
+    return filled.written_as(with_absolute_paths(config.written()))
 
 
 def with_run_folder(config: Config, run_dir: Path) -> dict[str, Any]:
@@ -103,8 +94,23 @@ def with_run_folder(config: Config, run_dir: Path) -> dict[str, Any]:
     return values
 
 
-def _absolute(path: str) -> str:
-    return abspath(expanduser(path))
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration that a YAML file holds, as a mapping that is not yet checked, its paths absolute where they
+    start at the file. Raises UserError.
+
+    Text that was tokenised into the run's own folder is looked for in that of `run.dir`, also where another is typed.
+    """
+    values = resolve_stored_paths(read_values(path), find_file(path))
+    run, data = values.get("run"), values.get("data")
+    folder = run.get("dir") if isinstance(run, dict) else None
+    if isinstance(data, dict) and isinstance(folder, str) and data.get("cache") == own_cache(folder):
+        data["cache"] = None
+    return values
+
+
+def own_cache(run_dir: str) -> str:
+    """What data.cache is where nobody wrote it."""
+    return join(run_dir, "data")
 
 
 _CONFIGURATION = f"a YAML configuration that starts with 'schema_version: {SCHEMA_VERSION}'"

@@ -4,7 +4,7 @@ them, before any device work."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from os.path import abspath, expanduser
+from os.path import expanduser, realpath
 
 from pangu_sigma.config.capacity_sizes import samples_at_a_time
 from pangu_sigma.config.mesh_rules import mesh_violations
@@ -143,11 +143,13 @@ def _train(config: Config) -> Violations:
 
 
 def _run(config: Config) -> Violations:
+    if config.paths_from == "file":
+        yield "paths_from = file says where the paths of a file start: write it in that YAML file"
     init_from = config.run.init_from
-    if init_from is not None and abspath(expanduser(init_from)) == abspath(expanduser(config.run.dir)):
+    if init_from is not None and realpath(expanduser(init_from)) == realpath(expanduser(config.run.dir)):
         yield (
-            f"run.init_from = {init_from} is the run's own folder: continue it with "
-            f"{argument('resume', True)}, or choose another run.dir"
+            f"run.init_from = {init_from} is run.dir itself: set run.dir to a new folder, or continue a run with "
+            f"{argument('resume', True)} and without run.init_from"
         )
     profile, steps = config.run.profile, config.train.steps
     if profile is not None and profile.start + profile.steps - 1 > steps:

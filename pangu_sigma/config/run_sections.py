@@ -23,9 +23,9 @@ class ProfileConfig(Section, resume="free", init_from="free"):
 class RunConfig(Section, resume="free", init_from="free"):
     """Where the run lives and what it writes."""
 
-    dir: Text
+    dir: Text = Field(is_path=True)
     """The run's folder: checkpoints, metrics.jsonl, TensorBoard files, report."""
-    init_from: Text | None = None
+    init_from: Text | None = Field(None, is_path=True)
     """Run, checkpoint or model folder whose weights, tables and tokenizer a new run begins with."""
     seed: int = Field(1234, ge=0, le=2**31 - 1, resume="fixed")
     """Seed of every random draw."""

@@ -22,6 +22,8 @@ class Config(Section, resume="fixed", init_from="free"):
 
     schema_version: Literal[2]
     """Version of this schema."""
+    paths_from: Literal["current_folder", "file"] = Field("current_folder", resume="free")
+    """Where relative paths of this file start; file: at its own folder, as in a run's or model's."""
     run: RunConfig
     model: ModelConfig
     domains: ListOf[DomainConfig] = Field(min_length=1, init_from="equal")

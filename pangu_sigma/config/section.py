@@ -65,13 +65,14 @@ def divides(key: str, value: int, what: str, number: int) -> Violations:
 
 def Field(
     *args: Any, resume: str | None = None, init_from: str | None = None, fill: Callable[[Any], Any] | None = None,
-    **options: Any,
+    is_path: bool = False, no_path: str | None = None, **options: Any,
 ) -> Any:  # fmt: skip
     """pydantic's `Field` with the key of RESUME and of INIT_FROM that holds for it; None: its section's.
 
     fill: what the key's null stands for, made of the configuration as it is written (nulls of other keys included).
+    is_path: the key's texts are paths, but for the text `no_path`.
     """
-    extra = {"resume": resume, "init_from": init_from, "fill": fill}
+    extra = {"resume": resume, "init_from": init_from, "fill": fill, "is_path": is_path, "no_path": no_path}
     return pydantic.Field(*args, **options, json_schema_extra=extra)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from pangu_sigma.checkpoint import Checkpoint, Fingerprints, StreamedCheckpoint, TensorSpec, write_model_folder
 from pangu_sigma.checkpoint.model_folder import CARD
 from pangu_sigma.config import SCHEMA_VERSION, Config, config_from_dict, effective, parameter_counts, tensor_shapes
+from pangu_sigma.config.config_paths import stored_text
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_registry import read_model, tokenizer_class
 from pangu_sigma.errors import UserError
@@ -64,9 +65,8 @@ def write_converted(
         "coverage": config.coverage,
         **contents,
     }
-    content = StreamedCheckpoint(
-        config_text=config.to_yaml(), state={"origin": origin}, documents={CARD: card}, **given
-    )
+    text = stored_text(config, out, is_model=True)
+    content = StreamedCheckpoint(config_text=text, state={"origin": origin}, documents={CARD: card}, **given)
     with sigterm_as_ctrl_c(), progress(what, content.bytes, unit="B") as job:
         return write_model_folder(out, content, progress=lambda done, total: job.set(done))
 

@@ -22,6 +22,7 @@ from pangu_sigma.checkpoint.float_types import as_float32
 from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.checkpoint.tensor_file import raw_bytes
 from pangu_sigma.config import Config, config_from_dict, effective, load_config
+from pangu_sigma.config.load_config import with_run_folder
 from pangu_sigma.config.overrides import Overrides
 from pangu_sigma.config.parameter_counts import parameter_counts, tensor_shapes
 from pangu_sigma.convert.conversion_coverage import check_coverage
@@ -73,6 +74,7 @@ def upcycle(
     file = str(config) if isinstance(config, Path) else "the configuration"
     config = _fitted(load_config(config, overrides), old, file, source)
     counts, fingerprints, probe = _text(config, source) if config.model.sparse.table == "frequency" else ({}, {}, {})
+    config = config_from_dict(with_run_folder(config, out), source=file)
     targets = tensor_shapes(config, config.model.vocab_size)
     names = source.names(optimizer=False)
     shapes = {name: source.manifest.tensors[name].shape for name in names}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -89,8 +90,15 @@ class Corpus:
         return losses
 
 
-def prepare_corpus(config: Config, tokenizer: Tokenizer | None = None, progress: Progress | None = None) -> Corpus:
+def prepare_corpus(
+    config: Config,
+    tokenizer: Tokenizer | None = None,
+    progress: Progress | None = None,
+    known_corpora: Mapping[str, str] = MappingProxyType({}),
+) -> Corpus:
     """Build or load the tokenizer (a given one wins) and tokenise every domain, or open what is cached.
+
+    known_corpora: domain -> fingerprint of its text, by which what is cached is found where the text is gone.
 
     Raises UserError for anything wrong with the configured files.
     """
@@ -98,5 +106,8 @@ def prepare_corpus(config: Config, tokenizer: Tokenizer | None = None, progress:
     if tokenizer is None:
         cache, size = Path(config.data.cache), settings.vocab_size
         tokenizer = build_tokenizer(settings.kind, config.domains, cache, settings.path, size, settings.eod)
-    stores = tuple(prepare_domain(domain, tokenizer, config.data, progress) for domain in config.domains)
+    stores = tuple(
+        prepare_domain(domain, tokenizer, config.data, progress, known_corpora.get(domain.name))
+        for domain in config.domains
+    )
     return Corpus(config, tokenizer, stores)

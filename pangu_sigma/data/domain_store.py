@@ -86,32 +86,31 @@ class DomainStore:
 
 
 def prepare_domain(
-    source: DomainConfig, tokenizer: Tokenizer, config: DataConfig, progress: Progress | None = None
+    source: DomainConfig,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    progress: Progress | None = None,
+    known_corpus: str | None = None,
 ) -> DomainStore:
     """Tokenise a domain, or open what an earlier call made of the same input in ``config.cache``.
+
+    ``known_corpus``: fingerprint of the text, by which its store is found where its files are gone.
 
     A document is held out by a hash of its content, at least one unless the fraction is 0 (then none); duplicates (as
     ``config.deduplicate`` says) are dropped before, so that no held-out document is among the training ones.
     ``config.sequence_length`` S only sets the least size: S + 1 tokens. Raises UserError for unusable input (see
     ``corpus_files``), a corpus too small to train on or to hold anything out, a damaged cache (named), and a full disk.
     """
+    if known_corpus is not None and not is_text_here(source):
+        folder = find_store(source, tokenizer.fingerprint, config, known_corpus)
+        if folder is not None:
+            return open_store(folder, tokenizer.vocab_size)
     files = expand_paths(source.name, source.data)
     before = stat_files(files)
     corpus = fingerprint_files(files)
-    settings = {
-        "text_field": source.text_field,
-        # Earlier stores held a document out at 0 too; they are no longer found.
-        "heldout_fraction": config.heldout_fraction or None,
-        "deduplicate": f"near {SIMILARITY}" if config.deduplicate == "near" else config.deduplicate,
-        "text_document_chars": TEXT_DOCUMENT_CHARS,
-        "format_version": FORMAT_VERSION,
-    }
-    if RULES[source.filters]:
-        # Only where there are rules, so that stores without any are still found.
-        settings |= {"filters": source.filters, "stars_field": source.stars_field, "filter_rules": REASONS}
-    parts = [corpus, tokenizer.fingerprint, json.dumps(settings, sort_keys=True)]
-    fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    folder = Path(config.cache) / f"{source.name}-{fingerprint[:16]}"
+    settings = _settings(source, config)
+    fingerprint = _fingerprint(corpus, tokenizer.fingerprint, settings)
+    folder = _folder(source, config, fingerprint)
     if not folder.exists():
         info = {
             "format_version": FORMAT_VERSION,
@@ -137,6 +136,45 @@ def prepare_domain(
             f"{config.sequence_length + 1}; add text or lower data.sequence_length"
         )
     return store
+
+
+def is_text_here(source: DomainConfig) -> bool:
+    """Whether all files that a domain names are there."""
+    try:
+        return bool(expand_paths(source.name, source.data))
+    except UserError:
+        return False
+
+
+def find_store(source: DomainConfig, tokenizer: str, config: DataConfig, corpus: str) -> Path | None:
+    """The folder in which text with the fingerprint ``corpus`` was tokenised, by a tokenizer with the fingerprint
+    ``tokenizer``; None where it is not in the cache."""
+    folder = _folder(source, config, _fingerprint(corpus, tokenizer, _settings(source, config)))
+    return folder if folder.is_dir() else None
+
+
+def _settings(source: DomainConfig, config: DataConfig) -> dict[str, object]:
+    """What decides the content of a store beside its text and its tokenizer."""
+    settings = {
+        "text_field": source.text_field,
+        # Earlier stores held a document out at 0 too; they are no longer found.
+        "heldout_fraction": config.heldout_fraction or None,
+        "deduplicate": f"near {SIMILARITY}" if config.deduplicate == "near" else config.deduplicate,
+        "text_document_chars": TEXT_DOCUMENT_CHARS,
+        "format_version": FORMAT_VERSION,
+    }
+    if RULES[source.filters]:
+        # Only where there are rules, so that stores without any are still found.
+        settings |= {"filters": source.filters, "stars_field": source.stars_field, "filter_rules": REASONS}
+    return settings
+
+
+def _fingerprint(corpus: str, tokenizer: str, settings: dict[str, object]) -> str:
+    return hashlib.sha256("\n".join([corpus, tokenizer, json.dumps(settings, sort_keys=True)]).encode()).hexdigest()
+
+
+def _folder(source: DomainConfig, config: DataConfig, fingerprint: str) -> Path:
+    return Path(config.cache) / f"{source.name}-{fingerprint[:16]}"
 
 
 def open_store(folder: str | Path, vocab_size: int) -> DomainStore:

@@ -33,6 +33,7 @@ from pangu_sigma.checkpoint.run_config_file import CONFIG_BEFORE, DOMAIN_CHANGES
 from pangu_sigma.checkpoint.save_checkpoint import replace_checkpoint
 from pangu_sigma.checkpoint.streamed_checkpoint import TensorBytes, plan_taken
 from pangu_sigma.config import Config
+from pangu_sigma.config.config_paths import stored_text
 from pangu_sigma.config.domain_edits import checked
 from pangu_sigma.config.load_config import with_run_folder
 from pangu_sigma.errors import UserError, argument
@@ -148,7 +149,7 @@ class CheckpointEditor:
             checkpoint = resolve(self.path)  # nobody trains here any more, so this stays the last one
             mend_config(run_dir, checkpoint)
         else:
-            check_output(self.out)
+            self.out = check_output(self.out)
         self.checkpoint = checkpoint
         self.config = stored_config(checkpoint)
         if not self.any_router:
@@ -162,12 +163,12 @@ class CheckpointEditor:
     @cached_property
     def values(self) -> dict[str, Any]:
         """The configuration as a mapping that may be changed, with the folder in which the result will lie."""
-        # The text that was tokenised for the old run serves the new one.
-        folder = self.run_dir or self.out
-        assert folder is not None  # what is no run is only taken with `out`
-        values = with_run_folder(self.config, folder)
-        if self.out is not None:
-            values["run"]["dir"] = str(self.out.resolve())
+        if self.out is None:
+            return self.config.to_dict()
+        # The text that was tokenised for the old run serves the new one; a model has none in its folder.
+        values = with_run_folder(self.config, self.out)
+        if self.run_dir is not None:
+            values["data"]["cache"] = self.config.data.cache
         return values
 
     @property
@@ -207,6 +208,7 @@ class CheckpointEditor:
         if replaced is not None:
             state[CONFIG_BEFORE] = config_digest(replaced)
         state[DOMAIN_CHANGES] = [*state.pop(DOMAIN_CHANGES, []), {"step": source.step, "change": change}]
+        text = stored_text(config, config.run.dir, is_model=self.run_dir is None)
         known = source.fingerprints.corpora
         kept = {name: known[was] for name, was in domains.items() if was in known}
         old_probe = source.probe()
@@ -220,7 +222,7 @@ class CheckpointEditor:
                 layer_name: {n: experts[n][layer_name] if n in experts else groups[domains[n]] for n in names}
                 for layer_name, groups in source.coverage.items()
             },
-            config_text=config.to_yaml(),
+            config_text=text,
             state=state,
             tokenizer_files=source.tokenizer_files(),
             fingerprints=Fingerprints(
@@ -237,7 +239,7 @@ class CheckpointEditor:
 
             if replaced is not None:
                 written = replace_checkpoint(replaced, content, advance)
-                write_text(replaced / folder_layout.CONFIG, config.to_yaml())
+                write_text(replaced / folder_layout.CONFIG, text)
                 return EditResult(written, config, replaced, lost_mesh)
             assert self.out is not None
             if self.run_dir is not None:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from pangu_sigma.domains.checkpoint_editor import check_router
 from pangu_sigma.domains.list_domains import DomainFacts, list_domains
@@ -67,29 +68,25 @@ def advise(path: str | Path, total: int | None = None) -> list[Advice]:
     held-out ones. Raises UserError.
     """
     from pangu_sigma.checkpoint import resolve
-    from pangu_sigma.config import config_from_dict
-    from pangu_sigma.config.load_config import with_run_folder
     from pangu_sigma.data.domain_store import unigram_loss
     from pangu_sigma.domains.resize_domain import domain_store
-    from pangu_sigma.trained_model import run_of, stored_config
+    from pangu_sigma.trained_model import stored_config, with_text_cache
 
     checkpoint = resolve(path)
     config = stored_config(checkpoint)
-    run_dir = run_of(checkpoint)
-    if run_dir is not None:
-        # A run that was moved has its tokenised text where it is now.
-        config = config_from_dict(with_run_folder(config, run_dir))
     check_router(checkpoint, config)
     facts = {fact.name: fact for fact in list_domains(path)}
-    stores = {name: domain_store(config, checkpoint, name) for name in checkpoint.domains}
-    # A loss is compared with the unigram model's on the same text, often a part of what is held out.
-    unigram = {
-        name: unigram_loss(store.token_counts, store.heldout.counts(store.token_counts.size))
-        for name, store in stores.items()
-        if store.heldout.tokens
-    } | {name: fact.unigram for name, fact in facts.items() if fact.unigram is not None}
+    with TemporaryDirectory() as scratch:
+        config = with_text_cache(config, checkpoint, Path(scratch))
+        stores = {name: domain_store(config, checkpoint, name) for name in checkpoint.domains}
+        # A loss is compared with the unigram model's on the same text, often a part of what is held out.
+        unigram = {
+            name: unigram_loss(store.token_counts, store.heldout.counts(store.token_counts.size))
+            for name, store in stores.items()
+            if store.heldout.tokens
+        } | {name: fact.unigram for name, fact in facts.items() if fact.unigram is not None}
+        tokens = {name: int(store.tokens["train"]) for name, store in stores.items()}
     losses = {name: fact.loss if fact.unigram is not None else None for name, fact in facts.items()}
-    tokens = {name: int(store.tokens["train"]) for name, store in stores.items()}
     return proposals(facts, tokens, losses, unigram, total)
 
 

@@ -9,6 +9,7 @@ from pangu_sigma.checkpoint import Checkpoint, Fingerprints, StreamedCheckpoint,
 from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.checkpoint.streamed_checkpoint import plan_taken
 from pangu_sigma.config import config_from_dict
+from pangu_sigma.config.config_paths import stored_text
 from pangu_sigma.config.finetuning_file import without_adaptation
 from pangu_sigma.config.load_config import with_run_folder
 from pangu_sigma.domains.checkpoint_editor import EditResult, check_router
@@ -26,7 +27,7 @@ def merge_models(paths: Sequence[Path], out: Path) -> EditResult:
     """
     if len(paths) < 2:
         raise UserError("one model alone cannot be merged: name at least two")
-    check_output(out)
+    out = check_output(out)
     models = [resolve(path) for path in paths]
     first = models[0]
     owners: dict[str, Checkpoint] = {}
@@ -59,7 +60,7 @@ def merge_models(paths: Sequence[Path], out: Path) -> EditResult:
             layer_name: {domain: model.coverage[layer_name][domain] for domain, model in owners.items()}
             for layer_name in first.coverage
         },
-        config_text=merged.to_yaml(),
+        config_text=stored_text(merged, out, is_model=True),
         state={
             "origin": {
                 "job": "merge",

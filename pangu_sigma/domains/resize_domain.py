@@ -55,12 +55,13 @@ def token_counts(config: Config, checkpoint: Checkpoint, name: str) -> np.ndarra
 
 
 def domain_store(config: Config, checkpoint: Checkpoint, name: str) -> DomainStore:
-    """The tokenised text of one domain, from the cache or made there. Raises UserError where the text is not."""
+    """The tokenised text of one domain, from the cache or made there. Raises UserError where neither is."""
     from pangu_sigma.data.domain_store import prepare_domain
     from pangu_sigma.trained_model import stored_tokenizer
 
     domain = next(entry for entry in config.domains if entry.name == name)
-    return prepare_domain(domain, stored_tokenizer(checkpoint), config.data)
+    known_corpus = checkpoint.fingerprints.corpora.get(name)
+    return prepare_domain(domain, stored_tokenizer(checkpoint), config.data, known_corpus=known_corpus)
 
 
 def _grow(

@@ -15,6 +15,7 @@ from pangu_sigma import runtime
 from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.checkpoint.folder_locks import lock_run_folder
 from pangu_sigma.config import config_from_dict
+from pangu_sigma.config.config_paths import resolve_stored_paths
 from pangu_sigma.config.differences import joined
 from pangu_sigma.config.resume_rules import changed_keys
 from pangu_sigma.data.corpus_files import expand_paths
@@ -181,7 +182,8 @@ def _check_stages(plan: Plan, stored: Mapping[str, Any], planned: Mapping[str, A
 
 
 def _check_base(plan: Plan, stored: Mapping[str, Any]) -> None:
-    old = config_from_dict(stored["base"], source=f"{plan.dir / PLAN}")
+    path = plan.dir / PLAN
+    old = config_from_dict(resolve_stored_paths(dict(stored["base"]), path), source=str(path))
     refused = changed_keys(old, plan.base, step=0).refused
     if plan.grows:
         # More domains may come; those there are stay what they were.

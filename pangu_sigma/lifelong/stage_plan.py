@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pangu_sigma.config import Config, config_from_dict, load_config
+from pangu_sigma.config.config_paths import stored_values
 from pangu_sigma.config.load_config import effective, read_values
 from pangu_sigma.config.model_section import ModelConfig
 from pangu_sigma.config.schema_versions import refuse_old_file
@@ -145,7 +146,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values for JSON."""
         return {
-            "base": self.base.to_dict(),
+            "base": stored_values(self.base, self.dir),
             "grows": self.grows,
             "inference": self.inference.model_dump(mode="json"),
             "stages": [

@@ -18,6 +18,7 @@ from pangu_sigma.checkpoint.folder_locks import lock_run_folder
 from pangu_sigma.checkpoint.run_config_file import DOMAIN_CHANGES
 from pangu_sigma.checkpoint.verified_files import VerifiedFiles
 from pangu_sigma.config import Config, parameter_counts, with_vocabulary
+from pangu_sigma.config.config_paths import stored_text
 from pangu_sigma.config.data_section import STANDARD_INPUT
 from pangu_sigma.config.rules import warnings
 from pangu_sigma.data.growing_file import check_source
@@ -128,7 +129,7 @@ def open_run(
                 config, processes, task, checkpoint, start.initial_model, resume, messages, resources, verified
             )
         if is_first:
-            write_text(run_dir / "config.yaml", config.to_yaml())
+            write_text(run_dir / "config.yaml", stored_text(config, run_dir))
             counts = parameter_counts(config, run.model.vocab)
             write_json(run_dir / "summary.json", {"parameters": counts.to_dict(), "vocabulary": run.model.vocab})
         yield run

@@ -15,6 +15,7 @@ from pangu_sigma.checkpoint import CheckpointContents, Fingerprints, SaveResult,
 from pangu_sigma.checkpoint.distributed import save_distributed
 from pangu_sigma.checkpoint.verified_files import VerifiedFiles
 from pangu_sigma.config import Config
+from pangu_sigma.config.config_paths import stored_text
 from pangu_sigma.data.corpus import Corpus
 from pangu_sigma.model.model import Model
 from pangu_sigma.model.state_dict import model_tensors, tensor_parts
@@ -31,7 +32,7 @@ def collect_contents(
         step=step,
         domains=config.domain_names,
         coverage=config.coverage,
-        config_text=config.to_yaml(),
+        config_text=stored_text(config, config.run.dir),
         tokenizer_files=corpus.tokenizer.files(),
         probe=probe,
         state=state,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     from pangu_sigma.training.objective import TrainingObjective
 
 
-def prepare_with_progress(config: Config, tokenizer: Tokenizer | None) -> Corpus:
+def prepare_with_progress(
+    config: Config, tokenizer: Tokenizer | None, known_corpora: Mapping[str, str] = MappingProxyType({})
+) -> Corpus:
     """`prepare_corpus` behind progress bars, one at a time: that of the domain and stage under way."""
     with ExitStack() as jobs:
         running: dict[tuple[str, str], object] = {}
@@ -42,7 +45,7 @@ def prepare_with_progress(config: Config, tokenizer: Tokenizer | None) -> Corpus
                 running[key] = jobs.enter_context(progress(f"{stage} {domain}", total or None, unit="documents"))
             running[key].set(done)
 
-        return prepare_corpus(config, tokenizer, progress=advance)
+        return prepare_corpus(config, tokenizer, advance, known_corpora)
 
 
 class TrainingTask:
@@ -59,7 +62,7 @@ class TrainingTask:
         self.config = starting_point.config
         checkpoint = starting_point.tokenizer_checkpoint
         tokenizer = None if checkpoint is None else stored_tokenizer(checkpoint)
-        self.corpus = prepare_with_progress(self.config, tokenizer)
+        self.corpus = prepare_with_progress(self.config, tokenizer, starting_point.known_corpora)
         self.heldout = self.corpus.heldout()
 
     def objective(self) -> TrainingObjective:

@@ -55,7 +55,7 @@ def test_several_domains_stay_in_the_parents_order(parent, tmp_path):
 def test_the_configuration_is_one_to_continue_with(parent, tmp_path):
     config = stored_config(cut(parent, tmp_path / "law", "law"))
     assert config.train.phases == () and config.data.max_domains_per_batch == 1
-    assert config.run.dir == "/nowhere/run-law" and config.domains[0].data == ("/nowhere/law.jsonl",)
+    assert config.run.dir == str(tmp_path / "law") and config.domains[0].data == ("/nowhere/law.jsonl",)
     assert config.model == stored_config(open_checkpoint(parent)).model
 
 
@@ -180,14 +180,14 @@ def test_files_keep_to_a_shard_size_and_lose_nothing(parent, tmp_path):
 
 def test_a_sharded_parent_is_copied_file_by_file(saved, tmp_path):
     parent = saved(shard=8000)
-    planned = plan(parent, ["poems"]).folder()
+    planned = plan(parent, ["poems"]).folder("out")
     copied = [file.path for file in planned.files if file.copy]
     assert len(copied) > 5 and not planned.tensors
     write_model_folder(tmp_path / "poems", planned)
     for path in copied:
         assert (tmp_path / "poems" / path).read_bytes() == (parent / path).read_bytes()
     # the same size given is no reason to write anything anew
-    assert not plan(parent, ["poems"], max_shard_bytes=8000).folder().tensors
+    assert not plan(parent, ["poems"], max_shard_bytes=8000).folder("out").tensors
 
 
 def test_folding_gives_the_tensors_of_an_ordinary_pangu_alpha(saved, tmp_path):

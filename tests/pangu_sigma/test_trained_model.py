@@ -1,5 +1,6 @@
 """From a run or checkpoint folder to the model that was trained."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -59,6 +60,7 @@ def test_a_changed_corpus_is_not_measured(trained, corpora):
 
 
 def test_a_folder_of_schema_version_1_is_refused_with_the_last_version_that_reads_it():
-    folder = SimpleNamespace(path="runs/old/checkpoints/step-00000006", config_text="schema_version: 1\nunknown: 1\n")
+    path = Path("runs/old/checkpoints/step-00000006")
+    folder = SimpleNamespace(path=path, config_text="schema_version: 1\nunknown: 1\n")
     with pytest.raises(UserError, match=r"^runs/old/\S+/config.yaml: .* 0\.1\.0 is the last version of pangu-sigma"):
         stored_config(folder)

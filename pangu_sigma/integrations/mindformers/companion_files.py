@@ -16,7 +16,9 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from pangu_sigma.config import Config, config_from_dict
+from pangu_sigma.config import Config
+from pangu_sigma.config.config_paths import stored_text
+from pangu_sigma.config.load_config import read_stored
 from pangu_sigma.data.packed_sequences import first_sequences
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_registry import load_tokenizer
@@ -44,7 +46,7 @@ def write_settings(output: Path, config: Config) -> None:
     """Keep the run's whole configuration; the rest comes by `write_companion` once the text is open."""
     folder = output / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / CONFIG, config.to_yaml())
+    write_text(folder / CONFIG, stored_text(config, folder))
 
 
 def write_companion(output: Path, text: Text) -> None:
@@ -52,7 +54,7 @@ def write_companion(output: Path, text: Text) -> None:
     folder = output / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / CONFIG).exists():  # started by another launcher than ours
-        write_text(folder / CONFIG, text.config.to_yaml())
+        write_text(folder / CONFIG, stored_text(text.config, folder))
     shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
     text.corpus.tokenizer.save(folder / TOKENIZER)
     save_file(first_sequences(text.corpus.heldout(), text.config.checkpoint.probe_sequences), folder / PROBE)
@@ -77,7 +79,7 @@ def read_companion(folder: Path) -> Companion:
     """The folder's contents. Raises UserError naming the file that is missing or damaged."""
     path = folder / CONFIG
     try:
-        config = config_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
+        config = read_stored(path.read_text(encoding="utf-8"), path)
         path = folder / TEXT
         corpora = json.loads(path.read_text(encoding="utf-8"))["corpora"]
         path = folder / PROBE

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from pangu_sigma.checkpoint.folder_locks import refuse_model_folder
 from pangu_sigma.config import Config
 from pangu_sigma.errors import UserError
 from pangu_sigma.integrations.mindformers.companion_files import write_settings
@@ -30,6 +31,7 @@ def train(file: str | Path, overrides: Sequence[str] = ()) -> Path:
     values = read_yaml(file, overrides)
     config = settings_of(values, str(file))
     output = Path(config.run.dir)
+    refuse_model_folder(output)
     if next(output.glob(f"checkpoint/rank_*/*{ENDING}"), None) is not None:
         raise UserError(f"{output} already holds checkpoints of MindFormers: set another output_dir, or remove them")
     check_installed()

@@ -15,6 +15,7 @@ from extract.export.export_formats import Options
 from extract.export.export_job import export
 from pangu_sigma import runtime
 from pangu_sigma.checkpoint import open_checkpoint
+from pangu_sigma.config import load_config
 from pangu_sigma.convert.import_olmoe import OlmoeImportSettings, import_olmoe
 from pangu_sigma.convert.olmoe_names import parts_of
 from pangu_sigma.errors import UserError
@@ -22,6 +23,7 @@ from pangu_sigma.generation.kv_cache_decoder import KvCacheDecoder
 from pangu_sigma.model.batch_planner import BatchPlanner
 from pangu_sigma.trained_model import load_trained
 from pangu_sigma.training.objective import TrainingObjective
+from pangu_sigma.training.startup.starting_point import start_fresh
 from pangu_sigma.training.step import GradientStep
 from tests.oracles.recomputing_decoder import RecomputingDecoder
 
@@ -71,6 +73,18 @@ def folder(theirs, tmp_path_factory):
 @pytest.fixture(scope="module")
 def imported(folder, import_settings, tmp_path_factory):
     return import_olmoe(folder, tmp_path_factory.mktemp("imported") / "model", import_settings)
+
+
+def test_a_run_begins_with_it_in_another_folder_and_with_text(imported, tmp_path):
+    model = imported.checkpoint.path
+    file = model / "config.yaml"
+    assert ": /" not in file.read_text() and "- /" not in file.read_text()
+    own = {"run.init_from": model, "run.dir": tmp_path / "run"}
+    with pytest.raises(UserError, match="or set domains.general.data to the text to learn from"):
+        start_fresh(load_config(file, own))
+    (tmp_path / "text.txt").write_text("Some text.")
+    config = load_config(file, {**own, "domains.general.data": tmp_path / "text.txt"})
+    assert start_fresh(config).initial_model.path == model and config.data.cache == str(tmp_path / "run/data")
 
 
 @pytest.fixture(scope="module")

@@ -66,5 +66,5 @@ def test_a_resumption_need_not_repeat_where_the_run_began(small, model):
 
 
 def test_a_run_does_not_begin_with_itself(small):
-    with pytest.raises(UserError, match="is the run's own folder: continue it with resume=True"):
+    with pytest.raises(UserError, match="is run.dir itself: set run.dir to a new folder"):
         small("run.dir=runs/a", "run.init_from=./runs/../runs/a")

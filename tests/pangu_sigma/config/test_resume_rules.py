@@ -15,13 +15,14 @@ FREE = (
     "run.log_every=3", "run.tensorboard=false", "run.dir=elsewhere", "train.stop_at=5", "train.skip_budget=3",
     "train.recompute=true", "evaluate.every=2", "evaluate.batches=1", "checkpoint.every=2", "checkpoint.keep=9",
     "checkpoint.probe_sequences=1", "data.prefetch=0", "experts.resident_gib=1",
+    "domains.docs.data=[other.jsonl]",
 )  # fmt: skip
 ROUNDING = ("train.gradient_accumulation_steps=2", "run.kernels=composed", "experts.store=host", "parallel.data=2")
 SCHEDULE = ("train.steps=20", "train.steps=8", "schedule.decay_steps=9", "schedule.anneal_steps=2")
 REFUSED = (
     "run.seed=1", "model.hidden=256", "model.sparse.layers=1", "optimizer.learning_rate=0.1", "schedule.kind=linear",
     "schedule.warmup_steps=3", "train.batch_size=8", "train.precision=float16", "data.sequence_length=64",
-    "domains.docs.experts=8", "domains.docs.data=[other.jsonl]", "domains.docs.weight=9",
+    "domains.docs.experts=8", "domains.docs.weight=9",
     "train.phases=[{shared: frozen}]",
 )  # fmt: skip
 EXPECTED = {

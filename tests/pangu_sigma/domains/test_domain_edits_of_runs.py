@@ -163,7 +163,7 @@ def test_add_and_remove_give_the_checkpoint_back(copied_run, medicine):
     after = open_checkpoint(folder(run))
     assert tensor_digests(after) == tensor_digests(before) and after.coverage == before.coverage
     assert {name for name, digest in digests(folder(run)).items() if files[name] != digest} == {
-        "config.yaml", "state.json", "manifest.json"}  # fmt: skip
+        "state.json", "manifest.json"}  # fmt: skip
     assert after.state["sampler"] == state["sampler"]
     assert stored_config(after).train.steps == STEP
 

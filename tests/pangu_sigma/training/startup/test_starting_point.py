@@ -64,9 +64,7 @@ def test_tables_and_tokenizer_are_the_folders_and_the_optimizer_is_new(continued
 
 def test_it_resumes_without_the_folder(continued, finished_run):
     run, _ = continued
-    config = run.parent / "config.yaml"
-    shutil.copy(run / "config.yaml", config)
-    done = command("train", config, "run.init_from=null", "train.stop_at=3", "--resume", cwd=run.parent)
+    done = command("train", run / "config.yaml", "run.init_from=null", "train.stop_at=3", "--resume", cwd=run.parent)
     assert done.returncode == 0, done.stderr
     checkpoint, _ = find_latest(run)
     assert checkpoint.step == 3 and stored_config(checkpoint).run.init_from == str(run.parent / "model")
