@@ -5,15 +5,19 @@ that is not finite is written as the string "nan", "inf" or "-inf"; `read_metric
 """
 
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pangu_sigma.errors import UserError, argument
+from pangu_sigma.monitor.progress import report
 from pangu_sigma.monitor.result_files import atomic_file
+from pangu_sigma.monitor.tensorboard_file import TensorBoardFile
 from parallel.comm.plain_files import open_for_writing
 
 FILE_NAME = "metrics.jsonl"
@@ -127,7 +131,7 @@ class MetricsLog(NoMetrics):
     def __init__(self, run_dir: Path | str, tensorboard: bool = False, resume_step: int | None = None) -> None:
         self.path = Path(run_dir) / FILE_NAME
         self.dropped_lines = 0
-        self._writer = None
+        self._tensorboard: TensorBoardFile | None = None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists() and self.path.stat().st_size:
             if resume_step is None:
@@ -137,7 +141,7 @@ class MetricsLog(NoMetrics):
                 )
             self.dropped_lines = _write_until(resume_step, self.path, self.path)
         if tensorboard:
-            self._writer = _tensorboard_writer(self.path.parent / "tensorboard", resume_step)
+            self._tensorboard = TensorBoardFile(self.path.parent / "tensorboard", resume_step)
         self._descriptor: int | None = open_for_writing(self.path, append=True)
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -153,24 +157,35 @@ class MetricsLog(NoMetrics):
         if type(plain.get("step")) is not int:
             raise ValueError(f"a metrics record needs a whole number as step, not {record.get('step')!r}")
         self._append(json.dumps(plain, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        if self._writer is not None:
-            for name, value in _scalars(record):
-                self._writer.add_scalar(name, value, plain["step"])
+        if self._tensorboard is not None:
+            try:
+                self._tensorboard.write(plain["step"], _scalars(record))
+            except OSError as error:
+                self._give_up_tensorboard(plain["step"], error)
 
     def close(self) -> None:
         """Flush and close both files; closing twice does nothing."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        if self._tensorboard is not None:
+            with suppress(OSError):  # what `metrics.jsonl` has too
+                self._tensorboard.close()
+            self._tensorboard = None
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _give_up_tensorboard(self, step: int, error: OSError) -> None:
+        """A training does not end, or wait, for what `metrics.jsonl` has too."""
+        self._tensorboard = None
+        folder = self.path.parent / "tensorboard"
+        message = f"{folder} cannot be written ({error.strerror}): this run adds no more to it"
+        report(message, logging.WARNING)
+        self.event(step, message)
 
     def _append(self, line: bytes) -> None:
         # One system call per line: a killed process then leaves whole lines behind.
@@ -244,18 +259,6 @@ def restore_numbers(value: Any, field: str = "") -> Any:
     if isinstance(value, str) and field not in _TEXT_FIELDS:
         return _NON_FINITE.get(value, value)
     return value
-
-
-def _tensorboard_writer(folder: Path, resume_step: int | None):
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise UserError("tensorboardX is not installed: install it or set run.tensorboard=false") from None
-    if resume_step is None:
-        return SummaryWriter(str(folder))
-    # purge_step tells TensorBoard to forget what an earlier, killed run wrote from that step on. The suffix keeps a
-    # resume in the same second from taking the earlier file's name, which is made of seconds.
-    return SummaryWriter(str(folder), purge_step=resume_step + 1, filename_suffix=f".from{resume_step + 1}")
 
 
 def _scalars(record: Mapping[str, Any]):

@@ -128,7 +128,7 @@ def test_damage_before_the_last_line_is_refused_with_its_number(tmp_path, damage
 
 def test_a_new_run_does_not_write_into_an_old_one(tmp_path):
     write_run(tmp_path, [10])
-    with pytest.raises(UserError, match="--resume"):
+    with pytest.raises(UserError, match="go on with resume=True"):
         MetricsLog(tmp_path)
     MetricsLog(tmp_path, resume_step=-1).close()
     assert read_metrics(tmp_path) == []
@@ -214,6 +214,21 @@ def test_tensorboard_gets_the_scalars_and_is_told_of_the_resume(tmp_path):
     assert scalars["dropped_share/blocks.3/code", 10] == 0.25
     assert scalars["validation_loss/code", 20] == 2.0
     assert any(e.HasField("session_log") and e.step == 11 for e in events)
+
+
+def test_a_disk_that_takes_no_tensorboard_file_neither_ends_nor_stops_the_run(tmp_path, monkeypatch, capsys):
+    with MetricsLog(tmp_path, tensorboard=True) as log:
+
+        def fail(*_):
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.write_event", fail)
+        for step in range(50):
+            log.evaluate(step, losses={"code": 1.0}, unigram={}, tokens={})
+    records = read_metrics(tmp_path)
+    assert sum(record["kind"] == "evaluate" for record in records) == 50
+    (event,) = (record for record in records if record["kind"] == "event")
+    assert "tensorboard cannot be written (Input/output error)" in event["message"]
 
 
 def test_tensorboard_is_imported_only_when_asked_for(tmp_path):
