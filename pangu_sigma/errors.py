@@ -75,6 +75,7 @@ def disk_advice(number: int | None, alternative: str) -> str:
         errno.EACCES: f"make the folder writable or {alternative}",
         errno.EROFS: f"{alternative} on a disk that can be written",
         errno.EIO: f"check the disk, which fails, or {alternative}",
+        errno.ELOOP: f"remove it or {alternative}",
         errno.EMFILE: "raise the limit on open files (ulimit -n)",
         errno.ENOMEM: "free some memory",
     }

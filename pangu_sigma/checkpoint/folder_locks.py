@@ -9,11 +9,11 @@ import fcntl
 import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from pangu_sigma.checkpoint import folder_layout
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, disk_advice
 from pangu_sigma.monitor.metrics_log import FILE_NAME as METRICS
 from parallel.comm.atomic_folder import make_parents, remove_empty
 from parallel.comm.plain_files import open_for_writing
@@ -63,7 +63,10 @@ def lock_run_folder(
     with _parents_removed_if_empty(folder):
         handle = _lock(folder, taken)
         try:
-            with _new_removed(folder, prepared, run_dir or folder):
+            with ExitStack() as stack:
+                if run_dir is not None and run_dir != folder:
+                    stack.enter_context(_new_of_workers_removed(run_dir))
+                stack.enter_context(_new_removed(folder, prepared, run_dir or folder))
                 yield
         finally:
             os.close(handle)
@@ -85,6 +88,21 @@ def _new_removed(folder: Path, prepared: Sequence[str] | None, run_dir: Path) ->
         names_log = prepared is None and f"{folder}{os.sep}" in str(error)
         if not _has_begun(run_dir) and not names_log:
             _remove(folder, {LOCK, *(os.listdir(folder) if prepared is None else prepared)} - before)
+        raise
+
+
+@contextmanager
+def _new_of_workers_removed(run_dir: Path) -> Iterator[None]:
+    """Remove what processes that have ended made in their run's folder, unless another job has the run by now."""
+    before = set(os.listdir(run_dir))
+    try:
+        yield
+    except BaseException:
+        with suppress(UserError):
+            handle = _lock(run_dir, "")
+            if not _has_begun(run_dir):
+                _remove(run_dir, {LOCK, *_PREPARED} - before)
+            os.close(handle)
         raise
 
 
@@ -122,8 +140,9 @@ def _lock(folder: Path, taken: str) -> int:
 
 
 def _cannot_write(folder: Path, error: OSError) -> UserError:
-    where = f" ({error.filename})" if error.filename and Path(error.filename) != folder else ""
-    return UserError(f"run.dir {folder} cannot be written ({error.strerror}){where}: choose another folder")
+    place = f"{error.filename}: " if error.filename and Path(error.filename) != folder else ""
+    advice = disk_advice(error.errno, "choose another folder")
+    return UserError(f"run.dir {folder} cannot be written ({place}{error.strerror}): {advice}")
 
 
 def _has_begun(run_dir: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Iterator
@@ -10,16 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from pangu_sigma.errors import UserError, disk_advice
+from parallel.comm.atomic_folder import process_exists
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, to whose name what the block writes there is renamed; a failure leaves nothing.
 
-    A reader never sees half of it; what stood there before still does after a failure. Raises OSError.
+    A reader never sees half of it; what stood there before still does after a failure. What a killed process left goes.
+    Raises OSError.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
+    for left in (temporary, *path.parent.glob(f".{glob.escape(path.name)}.*")):
+        pid = left.suffix.removeprefix(".")
+        if left == temporary or (pid.isdecimal() and not process_exists(int(pid))):
+            left.unlink(missing_ok=True)
     try:
         yield temporary
         os.replace(temporary, path)

@@ -146,14 +146,15 @@ def is_abandoned(folder: Path, pid: int) -> bool:
             return False
         except OSError:
             locks = False
-        if pid == os.getpid() or not _exists(pid):
+        if pid == os.getpid() or not process_exists(pid):
             return True
         return locks and time.time() - os.fstat(handle).st_mtime > _MAX_SECONDS_BEFORE_LOCK
     finally:
         os.close(handle)
 
 
-def _exists(pid: int) -> bool:
+def process_exists(pid: int) -> bool:
+    """Whether a process of this number runs on this machine."""
     try:
         with suppress(PermissionError):
             os.kill(pid, 0)

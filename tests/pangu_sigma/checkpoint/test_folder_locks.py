@@ -23,7 +23,7 @@ def test_a_lock_that_is_no_plain_file_is_refused_and_its_target_keeps_its_bytes(
     run.mkdir()
     target.write_text("keep")
     (run / LOCK).symlink_to(target) if kind == "link" else os.mkfifo(run / LOCK)
-    with pytest.raises(UserError, match=r"cannot be written \(a link.*\.lock"), lock_run_folder(run):
+    with pytest.raises(UserError, match=r"cannot be written \(.*\.lock: a link.*: remove it"), lock_run_folder(run):
         pass
     assert target.read_text() == "keep"
 
@@ -73,3 +73,12 @@ def test_a_second_job_waits_and_removes_nothing(tmp_path):
         with pytest.raises(UserError, match="another process is training in"), lock_run_folder(tmp_path / "run"):
             pass
         assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [LOCK, "data"]
+
+
+def test_what_refused_workers_made_in_the_runs_folder_goes_too(tmp_path):
+    run = tmp_path / "runs/new"
+    with pytest.raises(UserError), lock_run_folder(run / "workers", run_dir=run, prepared=None):
+        (run / "mindspore").mkdir()
+        (run / "workers/rank-1.log").write_text("x")
+        raise UserError("refused")
+    assert list(tmp_path.iterdir()) == []

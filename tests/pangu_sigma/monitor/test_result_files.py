@@ -37,3 +37,10 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left on device"):
         write_text(tmp_path / "a.json", "new")
     assert (tmp_path / "a.json").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path):
+    (tmp_path / ".a.json.99999999").write_text("half")
+    (tmp_path / ".a.json.1").write_text("half")
+    write_json(tmp_path / "a.json", 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.json.1", "a.json"]

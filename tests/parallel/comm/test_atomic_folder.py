@@ -95,3 +95,11 @@ def test_a_fault_after_the_rename_is_told_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "sync_folder", fail)
     with pytest.raises(OSError, match="Input/output error"):
         write(tmp_path / "store")
+
+
+def test_a_failure_removes_the_parents_that_were_made_and_no_others(tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "there/new/deep/model") as folder:
+        (folder / "file").write_text("x")
+        raise RuntimeError
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
