@@ -17,7 +17,7 @@ from pangu_sigma.checkpoint.streamed_checkpoint import DOCUMENT_BYTES
 from pangu_sigma.config import parameter_counts
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
-from pangu_sigma.signals import sigterm_as_ctrl_c
+from pangu_sigma.signals import stop_signals_raise
 from pangu_sigma.trained_model import stored_config
 
 VERIFICATION = "verification.json"
@@ -119,7 +119,7 @@ def extract(cut: ExtractionPlan, out: str | Path, *, check: bool = True, device:
             documents[VERIFICATION] = json.dumps(verification.to_dict(), ensure_ascii=False, indent=2) + "\n"
         return {**documents, CARD: model_card(cut, folder.bytes, quality, verification)}
 
-    with sigterm_as_ctrl_c(), ExitStack() as copying:
+    with stop_signals_raise(), ExitStack() as copying:
         job = copying.enter_context(progress("copy", folder.bytes, unit="B"))
         model = write_model_folder(out, folder, finish=finish, progress=copied)
     return Extraction(model, cut, folder.bytes, verification)

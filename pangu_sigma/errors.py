@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from difflib import get_close_matches
 
-USER_ERROR, INTERRUPTED = 2, 130  # of a process that ends by a user's mistake, or by Ctrl-C
+# Exit codes: a user's mistake; stopped by a signal before the job was done (a scheduler may start it again: EX_TEMPFAIL
+# of sysexits.h); stopped by Ctrl-C.
+USER_ERROR, STOPPED, INTERRUPTED = 2, 75, 130
 
 
 class UserError(ValueError):

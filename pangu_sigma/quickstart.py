@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,8 @@ SAMPLE_TOKENS = 48
 class Quickstart:
     """What a quickstart came to.
 
-    step, steps: done and planned; where they differ, it was interrupted and there is nothing else. before: held-out
+    step, steps: done and planned; where they differ, or a `stop_signal` came, it was interrupted and there is nothing
+    else. before: held-out
     losses of the untrained model, in nats per token. beginnings: domain -> ids of a held-out beginning. samples: domain
     -> (its beginning, the model's continuation). report: the HTML file.
     """
@@ -35,6 +37,7 @@ class Quickstart:
     beginnings: dict[str, tuple[int, ...]] = field(default_factory=dict)
     samples: dict[str, tuple[str, str]] = field(default_factory=dict)
     report: Path | None = None
+    stop_signal: signal.Signals | None = None
 
 
 def quickstart(config: Config) -> Quickstart:
@@ -49,8 +52,8 @@ def quickstart(config: Config) -> Quickstart:
     folder, steps = Path(config.run.dir), config.train.steps
     with open_run(config, resume=(folder / "checkpoints").is_dir()) as run:
         step = run.train().step
-        if step < steps:
-            return Quickstart(folder, step, steps)
+        if step < steps or run.stop_signal is not None:
+            return Quickstart(folder, step, steps, stop_signal=run.stop_signal)
         measured = run.evaluation
         result = measure_with_progress(measured.evaluator, measured.sequences, measured.unigram, step)
         write_json(folder / "evaluation.json", result.to_dict())

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NoReturn
@@ -20,15 +22,17 @@ from pangu_sigma.checkpoint.folder_locks import lock_run_folder
 from pangu_sigma.config import Config
 from pangu_sigma.config.config_paths import stored_text
 from pangu_sigma.config.load_config import config_from_dict, load_values
-from pangu_sigma.errors import INTERRUPTED, USER_ERROR, UserError, argument, spelled_as
+from pangu_sigma.errors import INTERRUPTED, STOPPED, USER_ERROR, UserError, argument, spelled_as
 from pangu_sigma.monitor.progress import is_progress_shown
 from pangu_sigma.monitor.result_files import write_text
+from pangu_sigma.signals import interruption
 from pangu_sigma.trained_model import run_of, stored_config
-from parallel.comm.launch import WATCHED, Launch, end_with_launcher
+from parallel.comm.launch import WATCHED, JobResult, Launch, end_with_launcher
 from parallel.comm.processes import LaunchEnvironment, Processes
 from parallel.comm.watchdog import Watchdog
 
-_ERROR = "error.txt"  # in the folder of a launch: the sentence by which rank 0 ended
+# In the folder of a launch: the sentence by which rank 0 ended; the signal at which all saved and stopped.
+_ERROR, _STOPPED = "error.txt", "stopped.txt"
 FOLDER = "workers"  # in the run's folder: logs, and the files by which processes know of each other
 TAKEN = "another job of several processes works in"
 
@@ -40,10 +44,39 @@ def with_workers(config: Config, workers: int) -> Config:
     values = config.written()
     parallel = values.setdefault("parallel", {})
     if config.parallel.mesh.size == 1 and workers > 1:
-        parts = math.gcd(workers, config.experts_in_layer) if config.model.sparse_prefixes else 1
-        parallel["expert"], parallel["data"] = parts, workers // parts
+        parallel |= _mesh_of(config, workers)
     parallel["workers"] = workers
     return load_values(values, argument("workers", workers))
+
+
+def for_launched_processes(config: Config) -> Config:
+    """The configuration for as many processes as msrun started, where it makes no mesh itself: as `with_workers`, but
+    that the processes are there already. Unchanged in a process that nobody launched."""
+    size = launched_size()
+    if size == 1 or config.parallel.mesh.size > 1:
+        return config
+    values = config.written()
+    values["parallel"] = {**values.get("parallel", {}), **_mesh_of(config, size)}
+    return load_values(values, f"{size} processes")
+
+
+def launched_size() -> int:
+    """How many processes of this command were started together: 1 where nobody launched this one. Raises UserError."""
+    started = _launched()
+    return 1 if started is None else started.size
+
+
+def _launched() -> LaunchEnvironment | None:
+    try:
+        return LaunchEnvironment.read()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _mesh_of(config: Config, processes: int) -> dict[str, int]:
+    """As many expert parts as the experts divide into, and as much data parallelism as is left."""
+    parts = math.gcd(processes, config.experts_in_layer) if config.model.sparse_prefixes else 1
+    return {"expert": parts, "data": processes // parts}
 
 
 def processes_of(config: Config, folder: Path) -> Processes:
@@ -51,10 +84,7 @@ def processes_of(config: Config, folder: Path) -> Processes:
 
     Raises UserError unless there are as many processes as `parallel` says.
     """
-    try:
-        started = LaunchEnvironment.read()
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    started = _launched()
     mesh = config.parallel.mesh
     size = 1 if started is None else started.size
     if size != mesh.size:
@@ -84,6 +114,21 @@ def is_worker() -> bool:
     return os.environ.get("MS_ROLE") == "MS_WORKER"
 
 
+def check_started_as_several(command: str | None, commands: Collection[str]) -> None:
+    """Raises UserError in one of several processes of a command that is none of `commands`: each would do its work."""
+    if launched_size() > 1 and command is not None and command not in commands:
+        raise UserError(f"{command} runs in one process, and {launched_size()} were started: start it without msrun")
+
+
+@dataclass(frozen=True)
+class LaunchOutput:
+    """What several processes came to: what the first wrote to standard output, and the signal by which all of them
+    stopped after they had saved, or that came too late for them, None where none came."""
+
+    text: str
+    stop_signal: signal.Signals | None
+
+
 def launch_on_model(words: Sequence[str], workers: int, model: Path) -> str:
     """`launch` for a job on a run, whose folder takes the logs, or on a model that stands alone."""
     checkpoint = resolve(model)
@@ -91,9 +136,9 @@ def launch_on_model(words: Sequence[str], workers: int, model: Path) -> str:
     run = run_of(checkpoint)
     if run is not None:
         # Beside those of a training that goes on.
-        return launch(words, workers, run / FOLDER / words[0])
+        return launch(words, workers, run / FOLDER / words[0]).text
     with TemporaryDirectory(prefix="pangu-sigma-") as folder:
-        return launch(words, workers, Path(folder))
+        return launch(words, workers, Path(folder)).text
 
 
 def with_workers_for(checkpoint: Checkpoint, workers: int) -> Config:
@@ -111,12 +156,12 @@ def with_workers_for(checkpoint: Checkpoint, workers: int) -> Config:
     return with_workers(config_from_dict(values, str(checkpoint.path)), workers)
 
 
-def launch(words: Sequence[str], workers: int, folder: Path, config: Config | None = None) -> str:
-    """Run `pangu-sigma WORDS --workers N` in N processes; returns what the first one wrote to standard output.
+def launch(words: Sequence[str], workers: int, folder: Path, config: Config | None = None) -> LaunchOutput:
+    """Run `pangu-sigma WORDS --workers N` in N processes.
 
     Logs go to `folder`, and so does `config`, whose file then follows the first of the words. Raises UserError with
     what rank 0 ended by or naming another rank that failed, and where another job of several processes has the folder;
-    KeyboardInterrupt where it was interrupted.
+    KeyboardInterrupt where a signal ended it before it saved.
     """
     first, *others = words
     written = [] if config is None else [str(folder / CONFIG)]
@@ -124,7 +169,8 @@ def launch(words: Sequence[str], workers: int, folder: Path, config: Config | No
     # The run's, where the folder is one of its `workers`.
     run_dir = next((path.parent for path in (folder, *folder.parents) if path.name == FOLDER), None)
     with lock_run_folder(folder, TAKEN, run_dir, prepared=None):
-        (folder / _ERROR).unlink(missing_ok=True)
+        for name in (_ERROR, _STOPPED):
+            (folder / name).unlink(missing_ok=True)
         if config is not None:
             write_text(folder / CONFIG, stored_text(config, folder))
         with Launch(command, workers, folder, not is_progress_shown(), spelled_as()) as job:
@@ -133,7 +179,7 @@ def launch(words: Sequence[str], workers: int, folder: Path, config: Config | No
             if any(ended.codes):
                 go_on = f"continue with {argument('resume', True)}"
                 raise UserError(f"the processes lost each other: see {job.folder}; {go_on}")
-            return job.results.read_text(encoding="utf-8")
+            return LaunchOutput(job.results.read_text(encoding="utf-8"), _received(ended))
         rank, code = ended.failed_rank, ended.codes[ended.failed_rank]
         if code == USER_ERROR:
             sentence = _last_line(job.log(rank) if rank else folder / _ERROR).removeprefix("Error: ")
@@ -141,13 +187,28 @@ def launch(words: Sequence[str], workers: int, folder: Path, config: Config | No
                 raise UserError(sentence)
             named = sentence if sentence.startswith(f"rank {rank} ") else f"rank {rank}: {sentence}"
             raise UserError(f"{named} ({job.log(rank)})")
-        if ended.received_signal is not None or (rank == 0 and code == INTERRUPTED):
-            raise KeyboardInterrupt
+        if ended.received_signal is not None or code in (STOPPED, INTERRUPTED):
+            if (folder / _STOPPED).exists():
+                number = int((folder / _STOPPED).read_text(encoding="utf-8"))
+                return LaunchOutput(job.results.read_text(encoding="utf-8"), signal.Signals(number))
+            number = _received(ended) or (signal.SIGINT if code == INTERRUPTED else signal.SIGTERM)
+            raise interruption(number, ended.ended_at_once)
         last_line = _last_line(job.log(rank)) if rank or job.quiet else ""
         log_end = f"; its log {job.log(rank)} ends: {last_line}" if last_line and code > 0 else ""
         goes_on = f"; what the training had saved is whole: continue with {argument('resume', True)}"
         saved = goes_on if first == "train" else ""
         raise UserError(f"rank {rank} of {workers} {ended.cause}, so all processes were stopped{saved}{log_end}")
+
+
+def _received(ended: JobResult) -> signal.Signals | None:
+    return None if ended.received_signal is None else signal.Signals(ended.received_signal)
+
+
+def tell_launcher_of_stop(stop_signal: signal.Signals | None) -> None:
+    """Tell whoever launched this process, if it is rank 0, that all have saved and stop at this signal."""
+    folder = os.environ.get(WATCHED)
+    if stop_signal is not None and folder is not None and os.environ.get("RANK_ID") == "0":
+        write_text(Path(folder) / _STOPPED, str(int(stop_signal)))
 
 
 def leave_to_launcher(sentence: str) -> bool:

@@ -25,27 +25,42 @@ from pangu_sigma.cli.init_command import init
 from pangu_sigma.cli.plan_command import plan
 from pangu_sigma.cli.quickstart_commands import corpora, quickstart
 from pangu_sigma.cli.serve_command import serve
+from pangu_sigma.cli.standard_streams import install_standard_streams, output_failure
 from pangu_sigma.cli.train_commands import mindformers, train
 from pangu_sigma.errors import INTERRUPTED, USER_ERROR, UserError, arguments_as_flags, disk_errors_explained
-from pangu_sigma.signals import sigterm_as_ctrl_c
+from pangu_sigma.signals import (
+    SignalThread,
+    interruption_message,
+    stop_signals_raise,
+    take_signals_in_a_thread,
+)
 from pangu_sigma.version import VERSION
+
+# Commands whose result lies on disk or is served: they go on, and end well, whatever becomes of standard output.
+_WITHOUT_OUTPUT = {"train", "mindformers", "sft", "dpo", "lifelong", "quickstart", "serve"}
+# What several processes of msrun do together; every other command would do its work once in each of them.
+_OF_SEVERAL_PROCESSES = {"train", "mindformers", "evaluate"}
+_HELP = (
+    "One language model for many text domains: train it, measure it, cut out a domain, use it.\n\n"
+    "Exit codes: 0 done; 2 a mistake that the message explains; 75 stopped by SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2, "
+    "130 by Ctrl-C, before it was done (a training has saved; --resume continues)."
+)
 
 
 class _Commands(TyperGroup):
-    """Ends a user's mistake with one sentence and code 2, an interruption with code 130; bugs keep their traceback."""
+    """Ends a user's mistake with one sentence and code 2, an interruption with 130 or 75; bugs keep their traceback."""
 
     def invoke(self, ctx: typer.Context) -> object:
         gc.enable()
         try:
-            # MindSpore's own handler, which it installs as it compiles, turns Ctrl-C into SIGTERM.
-            with disk_errors_explained(), sigterm_as_ctrl_c(), arguments_as_flags():
+            with disk_errors_explained(), stop_signals_raise(), arguments_as_flags():
                 return super().invoke(ctx)
         except UserError as error:
             _say(f"Error: {' '.join(str(error).split())}")
             raise typer.Exit(USER_ERROR) from error
         except KeyboardInterrupt as error:
-            _say("Interrupted.")
-            raise typer.Exit(INTERRUPTED) from error
+            _say(interruption_message(error))
+            raise typer.Exit(getattr(error, "exit_code", INTERRUPTED)) from error
 
 
 def _say(sentence: str) -> None:
@@ -63,7 +78,7 @@ def _new_application() -> typer.Typer:
     return typer.Typer(
         cls=_Commands,
         name="pangu-sigma",
-        help="One language model for many text domains: train it, measure it, cut out a domain, use it.",
+        help=_HELP,
         no_args_is_help=True,
         add_completion=False,
         rich_markup_mode=None,
@@ -118,7 +133,7 @@ def application_for(words: Sequence[str]) -> typer.Typer:
 
     Making the options of all commands takes longer than anything else that a help text waits for.
     """
-    named = next((word for word in words if not word.startswith("-")), None)
+    named = _command_named(words)
     narrowed = _new_application()
     narrowed.registered_callback = app.registered_callback
     for command in app.registered_commands:
@@ -134,40 +149,61 @@ def application_for(words: Sequence[str]) -> typer.Typer:
     return narrowed
 
 
+def _command_named(words: Sequence[str]) -> str | None:
+    return next((word for word in words if not word.startswith("-")), None)
+
+
 def _without_options() -> None:
     """Stands for a command that is not called."""
 
 
-def main() -> None:
-    """Entry point of the console script and of `python -m pangu_sigma`."""
+def main(words: Sequence[str] | None = None, name: str = "pangu-sigma") -> None:
+    """Entry point of the console script and of `python -m …`. words: those of the command line if left out; name: what
+    usage calls the program."""
+    words = sys.argv[1:] if words is None else words
     # Before anything imports MindSpore, whose C++ side otherwise logs over the terminal.
     os.environ.setdefault("GLOG_v", "4")
     role = os.environ.get("MS_ROLE")
     if role == "MS_SCHED":
-        from parallel.comm.launch import schedule
+        from parallel.comm.scheduler import schedule_for_msrun
 
-        schedule()
-    elif role == "MS_WORKER":
-        _run_worker()
+        sys.exit(schedule_for_msrun())
+    install_standard_streams()
+    signals = take_signals_in_a_thread()
+    if role == "MS_WORKER":
+        _run_worker(words, name, signals)
     else:
-        _run()
+        _run(words, name, signals)
 
 
-def _run() -> None:
+def _run(words: Sequence[str], name: str, signals: SignalThread) -> None:
     # Looking for garbage, where there is none, takes a fifth of a help text's time; `_Commands` begins it again.
     gc.disable()
-    application_for(sys.argv[1:])(prog_name="pangu-sigma")
+    try:
+        application_for(words)(words, prog_name=name)
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        failure = None if code or _command_named(words) in _WITHOUT_OUTPUT else output_failure()
+        if failure is not None:
+            _say(f"Error: standard output could not be written ({failure.strerror}): name another place for it")
+            code = USER_ERROR
+        signals.final_code = code
+        sys.exit(code)
 
 
-def _run_worker() -> None:
+def _run_worker(words: Sequence[str], name: str, signals: SignalThread) -> None:
     """Run a command as one of several processes: however it ends, the process ends too, whatever the others do."""
-    from pangu_sigma.workers import leave
+    from pangu_sigma.workers import check_started_as_several, leave
 
     code = 0
     try:
-        _run()
+        check_started_as_several(_command_named(words), _OF_SEVERAL_PROCESSES)
+        _run(words, name, signals)
+    except UserError as error:
+        _say(f"Error: {error}")
+        code = USER_ERROR
     except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        code = ended.code
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pangu_sigma.cli.arguments import Json, ModelPath, Overrides, Prior, RunFolder, Workers
-from pangu_sigma.cli.next_steps import say_next
+from pangu_sigma.cli.next_steps import end_stopped, say_next
 from pangu_sigma.errors import UserError
 
 
@@ -154,6 +154,7 @@ def lifelong(
         say_next("run", plan.run_dir(plan.stages[-1]), plan.domains_after(plan.stages[-1]))
     else:
         say_next("unfinished stages", plan.dir, again=["lifelong", file, *(overrides or ())])
+        end_stopped(results.stop_signal)
 
 
 def report(run: RunFolder) -> None:

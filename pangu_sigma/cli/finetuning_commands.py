@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pangu_sigma.cli.next_steps import say_next
+from pangu_sigma.cli.next_steps import end_stopped, say_next
 
 Model = Annotated[
     Path, typer.Argument(metavar="MODEL", help="Model to adapt: a run's folder, a checkpoint or a model folder.")
@@ -49,3 +49,4 @@ def _adapt(objective: str, model: Path, file: Path, overrides: list[str] | None,
     stops = stored_config(resolve(result.checkpoint)).train.stop_at is not None
     again = [objective, model, file, *changes, *(["train.stop_at=null"] if stops else [])]
     say_next("unfinished fine-tuning", result, again=again)
+    end_stopped(result.stop_signal)

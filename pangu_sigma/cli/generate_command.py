@@ -88,7 +88,8 @@ def generate(
 ) -> None:
     """Continue a text with one domain's experts. Only the text (or JSON) goes to standard output."""
     from pangu_sigma.api import load
-    from pangu_sigma.cli.generate_output import PipedOutput, print_lines, print_object, print_text
+    from pangu_sigma.cli.generate_output import print_lines, print_object, print_text
+    from pangu_sigma.cli.standard_streams import piped_output
     from pangu_sigma.generation.domain_inference_settings import DomainInferenceSettings
     from pangu_sigma.generation.prompts import PromptSource
     from pangu_sigma.generation.request import AUTO, Sampling
@@ -107,7 +108,7 @@ def generate(
         "logprobs": logprobs,
     }
     prompts = PromptSource(prompt=prompt, file=file, jsonl=jsonl).read()
-    with PipedOutput():
+    with piped_output():
         # What is wrong with the options shows before the model is loaded.
         Sampling(**settings)
         inferred = any((prompt.domain or domain) == AUTO for prompt in prompts)

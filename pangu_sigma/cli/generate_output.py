@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -120,19 +119,3 @@ def _write(text: str, out: TextIO | None = None) -> None:
     out = out or sys.stdout
     out.write(text)
     out.flush()
-
-
-class PipedOutput:
-    """Context in which the command ends quietly when whoever reads standard output has gone (`| head`)."""
-
-    def __enter__(self) -> None:
-        # Text of any language goes out, whatever the locale says.
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(encoding="utf-8", newline="")
-
-    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> bool:
-        if not isinstance(error, BrokenPipeError):
-            return False
-        # Python flushes standard output at its end, and would complain there once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return True

@@ -64,6 +64,16 @@ def say_next(
     report(next_steps(kind, path, domains, again))
 
 
+def end_stopped(stop_signal: int | None) -> None:
+    """End the command with the code of the signal by which its work stopped before it was done; None: none came."""
+    if stop_signal is not None:
+        import typer
+
+        from pangu_sigma.signals import exit_code
+
+        raise typer.Exit(exit_code(stop_signal))
+
+
 def _shortened(path: Path) -> str:
     """The path from the current folder where it lies in it."""
     path, here = path.absolute(), Path.cwd()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pangu_sigma.cli.arguments import ConfigFile, Overrides
-from pangu_sigma.cli.next_steps import say_next
+from pangu_sigma.cli.next_steps import end_stopped, say_next
 
 if TYPE_CHECKING:
     from pangu_sigma.quickstart import Quickstart
@@ -38,6 +38,7 @@ def quickstart(
         typer.echo(f"stopped at step {done.step} of {done.steps}")
         stops = ["train.stop_at=null"] if config.train.stop_at else []
         say_next("unfinished quickstart", done.folder, again=["quickstart", file, *(overrides or ()), *stops])
+        end_stopped(done.stop_signal)
         return
     _print_figures(done)
     from extract.extraction_summary import summary_text

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pangu_sigma.cli.arguments import ConfigFile, Overrides, Workers
-from pangu_sigma.cli.next_steps import say_next
+from pangu_sigma.cli.next_steps import end_stopped, say_next
 
 
 def train(
@@ -28,7 +28,10 @@ def train(
         bool, typer.Option("--emulate-mesh", help="Emulate the Ascend mesh with CPU processes, one for each device.")
     ] = False,
 ) -> None:
-    """Train the model that FILE.yaml describes."""
+    """Train the model that FILE.yaml describes.
+
+    Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 let it save and stop, with exit code 130 or 75; --resume continues.
+    """
     from pangu_sigma.config import load_config
     from pangu_sigma.config.overrides import emulation_overrides, stream_overrides
 
@@ -50,6 +53,8 @@ def train(
     if not is_worker():  # else the process that started them says it
         unfinished = "stopped run" if config.train.stop_at else "unfinished run"
         say_next("run" if result.finished else unfinished, result, config.domain_names)
+    if not result.finished:
+        end_stopped(result.stop_signal)
 
 
 def mindformers(

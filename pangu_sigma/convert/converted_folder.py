@@ -15,7 +15,7 @@ from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_registry import read_model, tokenizer_class
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
-from pangu_sigma.signals import sigterm_as_ctrl_c
+from pangu_sigma.signals import stop_signals_raise
 from pangu_sigma.tensor_names import is_routing
 
 
@@ -67,7 +67,7 @@ def write_converted(
     }
     text = stored_text(config, out, is_model=True)
     content = StreamedCheckpoint(config_text=text, state={"origin": origin}, documents={CARD: card}, **given)
-    with sigterm_as_ctrl_c(), progress(what, content.bytes, unit="B") as job:
+    with stop_signals_raise(), progress(what, content.bytes, unit="B") as job:
         return write_model_folder(out, content, progress=lambda done, total: job.set(done))
 
 

@@ -40,7 +40,7 @@ from pangu_sigma.errors import UserError, argument
 from pangu_sigma.monitor.metrics_log import copy_metrics
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.monitor.result_files import write_text
-from pangu_sigma.signals import sigterm_as_ctrl_c
+from pangu_sigma.signals import stop_signals_raise
 from pangu_sigma.tensor_names import parse_name
 from pangu_sigma.trained_model import run_of, stored_config
 from pangu_sigma.training.continual.teacher_snapshot import TEACHER_KEY
@@ -124,7 +124,7 @@ class CheckpointEditor:
 
     def __enter__(self) -> CheckpointEditor:
         with ExitStack() as stack:
-            stack.enter_context(sigterm_as_ctrl_c())
+            stack.enter_context(stop_signals_raise())
             self._prepare(stack)
             self._open = stack.pop_all()
         return self

@@ -16,7 +16,7 @@ from pangu_sigma.domains.checkpoint_editor import EditResult, check_router
 from pangu_sigma.domains.sibling_models import check_siblings, different_tensors
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
-from pangu_sigma.signals import sigterm_as_ctrl_c
+from pangu_sigma.signals import stop_signals_raise
 from pangu_sigma.trained_model import stored_config
 
 
@@ -79,7 +79,7 @@ def merge_models(paths: Sequence[Path], out: Path) -> EditResult:
         step=max(model.step for model in models),
         probe={domain: sequences for domain, model in owners.items() for sequences in model.probe([domain]).values()},
     )
-    with sigterm_as_ctrl_c(), progress("merge", content.bytes, unit="B") as job:
+    with stop_signals_raise(), progress("merge", content.bytes, unit="B") as job:
         written = write_model_folder(out, content, progress=lambda done, _: job.set(done))
     return EditResult(written, merged, None)
 

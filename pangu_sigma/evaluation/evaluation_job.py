@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pangu_sigma.errors import UserError
 from pangu_sigma.evaluation.evaluation_result import DomainEvaluation
-from pangu_sigma.workers import is_worker, launch_on_model
+from pangu_sigma.workers import is_worker, launch_on_model, launched_size
 
 
 def evaluate(path: str | Path, batches: int | None = None, workers: int = 1) -> DomainEvaluation | None:
@@ -24,4 +24,4 @@ def evaluate(path: str | Path, batches: int | None = None, workers: int = 1) -> 
         return DomainEvaluation(**json.loads(launch_on_model(["evaluate", str(path), "--json", *limit], workers, path)))
     from pangu_sigma.evaluation.domain_evaluation import measure_checkpoint
 
-    return measure_checkpoint(path, batches, workers)
+    return measure_checkpoint(path, batches, launched_size())

@@ -11,7 +11,7 @@ from pangu_sigma.config.finetuning_file import load_adaptation, run_dir_of
 from pangu_sigma.config.mesh_rules import check_one_process
 from pangu_sigma.config.overrides import Overrides
 from pangu_sigma.finetuning.finetuning_task import ExampleTask
-from pangu_sigma.signals import sigterm_as_ctrl_c
+from pangu_sigma.signals import stop_signals_raise
 from pangu_sigma.trained_model import stored_config
 from pangu_sigma.training.job import open_run
 from pangu_sigma.training.training_result import TrainingResult
@@ -28,9 +28,9 @@ def adapt(
     base, start = _base(model, file, overrides, resume)
     config = load_adaptation(file, overrides, objective, base, start)
     check_one_process(config, "set parallel={}")
-    with sigterm_as_ctrl_c(), open_run(config, resume, make_task=partial(ExampleTask, named=model)) as run:
+    with stop_signals_raise(), open_run(config, resume, make_task=partial(ExampleTask, named=model)) as run:
         run.train()
-    return TrainingResult.of(config.run.dir)
+    return TrainingResult.of(config.run.dir, run.stop_signal)
 
 
 def _base(model: Path, file: Path, overrides: Overrides, resume: bool) -> tuple[Config, str]:

@@ -8,6 +8,7 @@ What lies in the folder `run.dir`: `plan.json`; `tokenizer/`, fixed before the f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from pangu_sigma.lifelong.stage_plan import Plan, Stage
 from pangu_sigma.lifelong.train_stage import finished, train_stage
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.monitor.result_files import read_json, write_json, write_text
-from pangu_sigma.signals import sigterm_as_ctrl_c
+from pangu_sigma.signals import stop_signals_raise
 from pangu_sigma.training.task import prepare_with_progress
 
 PLAN, MEASURED, UNTRAINED = "plan.json", "measured.json", "untrained.json"
@@ -46,7 +47,7 @@ def run_lifelong(plan: Plan, say: Callable[[str], None] = print) -> Results:
     """
     for domain in plan.base.domains:
         expand_paths(domain.name, domain.data)  # text that is not there is found before a folder is made
-    with sigterm_as_ctrl_c(), lock_run_folder(plan.dir, prepared=PREPARED):
+    with stop_signals_raise(), lock_run_folder(plan.dir, prepared=PREPARED):
         _check_plan(plan)
         measurement = _Measurement(plan)
         results = measurement.results([])
@@ -54,7 +55,9 @@ def run_lifelong(plan: Plan, say: Callable[[str], None] = print) -> Results:
         for stage in plan.stages:
             if finished(plan, stage) is None:
                 say(f"Stage {stage.number + 1} of {len(plan.stages)}: {stage.name}")
-            checkpoint = train_stage(plan, stage, measurement.tokenizer_path)
+            checkpoint, stop_signal = train_stage(plan, stage, measurement.tokenizer_path)
+            if stop_signal is not None:
+                return replace(results, stop_signal=stop_signal)
             if checkpoint is None:
                 break
             measurement.measure(stage, checkpoint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ class Results:
     plan: `Plan.to_dict`. learned: domain -> number of the stage that learns it first. untrained and each of `rows` (one
     per finished stage): domain -> {"loss", "how", "auto", "accuracy", "tokens"} (see `matrix_row`). costs and
     learning: per finished stage, see `stage_cost`. by_domain: whether a text is read by the experts of its domain.
+    stop_signal: the signal at which a stage saved and stopped, None if none came.
     """
 
     plan: Mapping[str, Any]
@@ -37,6 +39,7 @@ class Results:
     rows: Sequence[Mapping[str, Mapping[str, Any]]]
     costs: Sequence[Mapping[str, Any]]
     learning: Sequence[Mapping[str, Mapping[str, Any]]]
+    stop_signal: signal.Signals | None = None
 
     @property
     def domains(self) -> list[str]:

@@ -6,6 +6,7 @@ folder's name only when its domains and its plan stand in it, so that whatever h
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,14 +33,17 @@ def finished(plan: Plan, stage: Stage) -> Checkpoint | None:
     return checkpoint
 
 
-def train_stage(plan: Plan, stage: Stage, tokenizer: Path | None) -> Checkpoint | None:
-    """Train the stage to its end, from its last checkpoint if it has begun; None if it was interrupted.
+def train_stage(
+    plan: Plan, stage: Stage, tokenizer: Path | None
+) -> tuple[Checkpoint | None, signal.Signals | None]:
+    """Train the stage to its end, from its last checkpoint if it has begun.
 
+    Returns the checkpoint at its end, None if it is not done, and the signal that came meanwhile, None if none did.
     tokenizer: model file of the tokenizer of all stages. Raises UserError as `train` and `domains add` do.
     """
     done = finished(plan, stage)
     if done is not None:
-        return done
+        return done, None
     folder = plan.run_dir(stage)
     if stage.number == 0:
         config = effective(plan.config(stage, tokenizer))
@@ -50,8 +54,8 @@ def train_stage(plan: Plan, stage: Stage, tokenizer: Path | None) -> Checkpoint 
     from pangu_sigma.training.job import train
 
     # A first stage that was killed before its first checkpoint begins anew, its metrics too.
-    train(config, resume=folder.is_dir())
-    return finished(plan, stage)
+    result = train(config, resume=folder.is_dir())
+    return finished(plan, stage), result.stop_signal
 
 
 def _stored(plan: Plan, folder: Path) -> Config:

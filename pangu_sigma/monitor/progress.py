@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TextIO
 
+from pangu_sigma.monitor.best_effort_stream import BestEffortStream
 from pangu_sigma.monitor.printable_text import compact, duration, printable, printable_lines
 
 Clock = Callable[[], float]
@@ -48,7 +49,8 @@ def report(message: str, level: int = logging.INFO) -> None:
         Hidden().say(message, level)
     else:
         # A notebook paints what comes on stderr as if something were wrong.
-        PlainLines(sys.stdout if _in_notebook() else sys.stderr, time.monotonic).say(message)
+        file = BestEffortStream(sys.stdout if _in_notebook() else sys.stderr)
+        PlainLines(file, time.monotonic).say(message)
 
 
 class Pace:
@@ -361,6 +363,7 @@ def _screen(file: TextIO | None, clock: Clock) -> Screen:
         if _in_notebook():
             return NotebookBars(clock)
         file = sys.stderr
+    file = BestEffortStream(file)
     # Asked of the file itself: rich would take FORCE_COLOR for a terminal and draw bars into a log.
     interactive = file.isatty() and os.environ.get("TERM") not in (None, "", "dumb", "unknown")
     return Bars(file) if interactive else PlainLines(file, clock)

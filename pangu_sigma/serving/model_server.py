@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pangu_sigma.monitor.progress import report
 from pangu_sigma.serving.server_settings import ServerSettings
-from pangu_sigma.signals import sigterm_as_ctrl_c
+from pangu_sigma.signals import stop_signals_raise
 
 
 class ModelServer:
@@ -68,7 +68,7 @@ class ModelServer:
 
     def run(self) -> None:
         """Serve until Ctrl-C or SIGTERM comes to the main thread, or another thread calls `stop`."""
-        with sigterm_as_ctrl_c():
+        with stop_signals_raise():
             try:
                 self.start()
                 self._join()

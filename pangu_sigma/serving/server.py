@@ -1,4 +1,4 @@
-"""Server process: binds the socket, starts the engine thread, serves, drains on SIGTERM.
+"""Server process: binds the socket, starts the engine thread, serves, drains at a signal that asks to stop.
 
 `serve` runs the event loop in the thread that calls it; `Scheduler.start` adds the engine thread.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 import uvicorn
 
 from pangu_sigma.checkpoint import resolve
-from pangu_sigma.errors import INTERRUPTED, UserError, argument
+from pangu_sigma.errors import UserError, argument
 from pangu_sigma.generation import pick_domain
 from pangu_sigma.generation.domain_inference_settings import DomainInferenceSettings
 from pangu_sigma.monitor.progress import report
@@ -30,14 +30,14 @@ from pangu_sigma.serving.scheduler import Scheduler
 from pangu_sigma.serving.served_model import ServedModel, StartupProgress
 from pangu_sigma.serving.server_metrics import ServerMetrics
 from pangu_sigma.serving.server_settings import TOKEN_VARIABLE, ServerLimits, ServerSettings
-from pangu_sigma.signals import may_handle_signals
+from pangu_sigma.signals import exit_code, interruption, interruption_message, may_handle_signals
 from pangu_sigma.trained_model import stored_config
+from parallel.comm.stop_signals import INSISTENT, STOP_SIGNALS
 
 # Connections at once, idle ones included; answers are bounded by slots and queue long before. Many systems give a
 # process 1024 open files.
 _MOST_CONNECTIONS = 768
 _BACKLOG = 1024
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def serve(
@@ -47,7 +47,7 @@ def serve(
     on_start: Callable[[Callable[[], None]], None] = lambda request_stop: None,
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serve the model of a run or checkpoint folder until SIGTERM or Ctrl-C, then drain and return.
+    """Serve the model of a run or checkpoint folder until a signal asks to stop, then drain and return.
 
     `announce` gets the one line that names the address. `on_start` gets a function that stops as a signal does, from
     any thread; off the main thread, where no signal comes, nothing else does. `on_ready` gets the URL. Raises
@@ -90,7 +90,7 @@ async def _serve(
     metrics = ServerMetrics(model.offered, limits.slots)
     loop = asyncio.get_running_loop()
     with _signals() as stop:
-        on_start(lambda: None if loop.is_closed() else loop.call_soon_threadsafe(stop.on_signal))
+        on_start(lambda: None if loop.is_closed() else loop.call_soon_threadsafe(stop.on_signal, signal.SIGTERM))
         # 1. Start the engine thread, which loads and compiles, and wait for it or for a signal.
         report(f"Loading {model.path} …")
         stopped = asyncio.ensure_future(stop.wait())
@@ -104,7 +104,7 @@ async def _serve(
                 engine = loading.result()
         except _InterruptedStart:
             if stop.by_signal:
-                _leave_now("Interrupted.")
+                _leave_now(stop.signal_number)
             # The program goes on, and MindSpore takes no other thread beside the one that compiles.
             loading.cancel()
             startup.give_up()
@@ -185,10 +185,12 @@ class _Server(uvicorn.Server):
 
 
 class _Stop:
-    """Stop event: set by the first SIGINT or SIGTERM, `again` by the second. by_signal: whether signals come here."""
+    """Stop event: set by the first signal that asks to stop, `again` by a further Ctrl-C or SIGTERM. by_signal: whether
+    signals come here; signal_number: the first."""
 
     def __init__(self, by_signal: bool) -> None:
         self.by_signal = by_signal
+        self.signal_number: int | None = None
         self._first = asyncio.Event()
         self.again = asyncio.Event()
 
@@ -196,18 +198,22 @@ class _Stop:
         """Until the first signal."""
         await self._first.wait()
 
-    def on_signal(self) -> None:
+    def on_signal(self, number: int) -> None:
         """Take note of a signal."""
-        (self.again if self._first.is_set() else self._first).set()
+        if self.signal_number is None:
+            self.signal_number = number
+            self._first.set()
+        elif number in INSISTENT:
+            self.again.set()
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[_Stop]:
     stop = _Stop(by_signal=may_handle_signals())
     loop = asyncio.get_running_loop()
-    numbers = _SIGNALS if stop.by_signal else ()
+    numbers = [n for n in STOP_SIGNALS if stop.by_signal and signal.getsignal(n) != signal.SIG_IGN]
     for signal_number in numbers:
-        loop.add_signal_handler(signal_number, stop.on_signal)
+        loop.add_signal_handler(signal_number, stop.on_signal, signal_number)
     try:
         yield stop
     finally:
@@ -239,10 +245,10 @@ def _cannot_listen(settings: ServerSettings, error: OSError) -> UserError:
     )
 
 
-def _leave_now(message: str) -> None:
+def _leave_now(signal_number: int) -> None:
     """End the process while another thread is inside MindSpore, which an orderly end would wait for or tear down."""
-    print(message, file=sys.stderr, flush=True)
-    os._exit(INTERRUPTED)
+    print(interruption_message(interruption(signal_number)), file=sys.stderr, flush=True)
+    os._exit(exit_code(signal_number))
 
 
 def _url(settings: ServerSettings, listening: socket.socket) -> str:

@@ -27,7 +27,7 @@ from pangu_sigma.monitor.metrics_log import MetricsLog, NoMetrics
 from pangu_sigma.monitor.progress import progress, report
 from pangu_sigma.monitor.result_files import write_json, write_text
 from pangu_sigma.plan.requirements import check_training
-from pangu_sigma.signals import signals_held, sigterm_as_ctrl_c
+from pangu_sigma.signals import signals_held, stop_signals_raise
 from pangu_sigma.trained_model import stored_weights
 from pangu_sigma.training.loop import HeldoutEvaluation, TrainingRun
 from pangu_sigma.training.startup.starting_point import (
@@ -41,7 +41,15 @@ from pangu_sigma.training.startup.warnings import describe_differences, describe
 from pangu_sigma.training.streaming_input import StreamingInput
 from pangu_sigma.training.task import TrainingTask
 from pangu_sigma.training.training_result import TrainingResult
-from pangu_sigma.workers import FOLDER, is_worker, launch, processes_of, with_workers
+from pangu_sigma.workers import (
+    FOLDER,
+    for_launched_processes,
+    is_worker,
+    launch,
+    processes_of,
+    tell_launcher_of_stop,
+    with_workers,
+)
 from parallel.comm.processes import Processes
 
 
@@ -54,22 +62,25 @@ def train(config: Config, resume: bool = False) -> TrainingResult:
         raise UserError(
             f"adapt fine-tunes a trained model: run it with pangu-sigma {config.adapt.objective} MODEL FILE.yaml"
         )
+    config = for_launched_processes(config)
     run_dir = Path(config.run.dir)
     if config.parallel.workers > 1 and not is_worker():
         config = with_workers(config, config.parallel.workers)
         config = check_before_launch(config, resume)
-        launch(["train", *(["--resume"] if resume else [])], config.parallel.workers, run_dir / FOLDER, config)
-        return TrainingResult.of(run_dir)
+        words = ["train", *(["--resume"] if resume else [])]
+        launched = launch(words, config.parallel.workers, run_dir / FOLDER, config)
+        return TrainingResult.of(run_dir, launched.stop_signal)
     if config.data.stream is not None and find_latest(run_dir)[0] is None:
         # Before anything is made on disk.
-        with sigterm_as_ctrl_c():
+        with stop_signals_raise():
             check_source(config.data.stream.path, STANDARD_INPUT, report)
-    with sigterm_as_ctrl_c():
+    with stop_signals_raise():
         processes = processes_of(config, run_dir)
         with open_run(config, resume, processes) as run:
             run.train()
+            tell_launcher_of_stop(run.stop_signal)
             processes.leave()
-    return TrainingResult.of(run_dir)
+    return TrainingResult.of(run_dir, run.stop_signal)
 
 
 @contextmanager
@@ -219,5 +230,5 @@ def _build(
         dubious += stream.messages
     return TrainingRun(
         config, processes, corpus, model, trainer, controller, checkpointer, evaluation, sampler, stream, metrics,
-        progress, messages, dubious,
+        progress, messages, dubious, stop_signal=None,
     )  # fmt: skip

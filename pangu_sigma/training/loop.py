@@ -12,6 +12,7 @@ Several processes run the same loop. Whether they stop or save is decided by all
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,13 +20,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pangu_sigma.data.prefetcher import Prefetcher
 from pangu_sigma.data.stream_sampler import StreamEnded
 from pangu_sigma.errors import argument
 from pangu_sigma.monitor.progress import TrainingProgress
 from pangu_sigma.monitor.text_tables import evaluation_line
 from pangu_sigma.runtime import COMPUTING
-from pangu_sigma.signals import StopSignalListener, restore_ctrl_c
+from pangu_sigma.signals import StopSignalListener, restore_ctrl_c, signal_name
 from pangu_sigma.training.nonfinite import handle_nonfinite
 from pangu_sigma.training.profiling import profile_steps
 from pangu_sigma.training.schedule import scheduled_step
@@ -64,7 +67,7 @@ class TrainingRun:
 
     controller: gives each step the regulariser of its phase. stream: where text arrives while the run trains, None for
     a prepared corpus; `sampler` is then the stream's. progress: how far the run is. messages, warnings: what the user
-    should know before the first step.
+    should know before the first step. stop_signal: the signal that came while it trained, None if none did.
     """
 
     config: Config
@@ -81,16 +84,20 @@ class TrainingRun:
     progress: RunProgress
     messages: list[str]
     warnings: list[str]
+    stop_signal: signal.Signals | None
 
     def train(self) -> RunProgress:
-        """Train to the end, to `train.stop_at` or to a signal, and say how far the run is; a checkpoint stands there in
-        every case."""
+        """Train to the end, to `train.stop_at` or to a signal, which is then the run's `stop_signal`, and say how far
+        the run is; a checkpoint stands there in every case."""
         with (
             self._open_reader() as reader,
             StopSignalListener() as signals,
             TrainingProgress(self.config.train.steps, self.progress.step) as bar,
         ):
-            return TrainingLoop(**vars(self), reader=reader, signals=signals, bar=bar).run()
+            loop = TrainingLoop(**vars(self), reader=reader, signals=signals, bar=bar)
+            progress = loop.run()
+            self.stop_signal = loop.stop_signal
+            return progress
 
     @contextmanager
     def _open_reader(self) -> Iterator[Prefetcher]:
@@ -129,8 +136,16 @@ class TrainingLoop(TrainingRun):
         self._run_steps(min(total, self.config.train.stop_at or total))
         if self.checkpointer.saved_step != self.progress.step:
             self._save()
+        self._is_stop_requested()  # one that came after the last step
         self._report_end()
         return self.progress
+
+    def _is_stop_requested(self) -> bool:
+        """Whether a signal came to any process; all of them then know the same one."""
+        numbers = self.processes.gather(np.array([self.signals.signal_number or 0]))
+        if numbers.any():
+            self.stop_signal = signal.Signals(int(numbers.max()))
+        return self.stop_signal is not None
 
     def _run_steps(self, end: int) -> None:
         """Train until step `end` is done, a signal comes or a stream gives nothing more."""
@@ -138,7 +153,7 @@ class TrainingLoop(TrainingRun):
         profile = self.config.run.profile if self.processes.first else None
         with profile_steps(profile, Path(self.config.run.dir) / "profile", self.progress.step) as on_step_done:
             # A signal may have come to one process alone: all stop after the same step.
-            while self.progress.step < end and not self.processes.any(self.signals.stop_requested):
+            while self.progress.step < end and not self._is_stop_requested():
                 restore_ctrl_c()
                 if self.stream is not None and not self._wait_for_batch():
                     return
@@ -241,8 +256,8 @@ class TrainingLoop(TrainingRun):
         """Say why the loop is over, if not because all is done. Raises the error that ended a stream."""
         step, go_on = self.progress.step, f"continue with {argument('resume', True)}"
         failure = self.reader.failure if self.stream is not None else None
-        if self.processes.any(self.signals.stop_requested):
-            self.bar.say(f"{self.signals.signal_name or 'a signal'}: saved step {step}; {go_on}")
+        if self.stop_signal is not None and step < self.config.train.steps:
+            self.bar.say(f"{signal_name(self.stop_signal)}: saved step {step}; {go_on}")
         elif isinstance(failure, StreamEnded):
             self._report(f"the stream has ended: saved step {step}; {go_on}")
         elif failure is not None:

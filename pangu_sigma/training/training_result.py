@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ class TrainingResult:
     run_dir: its folder. checkpoint: folder of its last checkpoint.
     step, steps: optimizer steps done and planned. tokens: that it learned from. losses, unigram: the last held-out
     losses by domain and a unigram model's beside them, in nats per token; empty where nothing was evaluated.
+    stop_signal: the signal that came while it trained, at which it saved and stopped; None if none came.
     """
 
     run_dir: Path
@@ -28,9 +30,10 @@ class TrainingResult:
     tokens: int
     losses: dict[str, float]
     unigram: dict[str, float]
+    stop_signal: signal.Signals | None = None
 
     @classmethod
-    def of(cls, run_dir: str | Path) -> TrainingResult:
+    def of(cls, run_dir: str | Path, stop_signal: signal.Signals | None = None) -> TrainingResult:
         """The result that stands in a run's folder. Raises UserError where there is no run."""
         checkpoint = resolve(run_dir)
         evaluations = [record for record in read_metrics(run_dir) if record["kind"] == "evaluate"]
@@ -43,6 +46,7 @@ class TrainingResult:
             tokens=int(checkpoint.state["tokens"]),
             losses=dict(last["losses"]),
             unigram=dict(last["unigram"]),
+            stop_signal=stop_signal,
         )
 
     def __repr__(self) -> str:

@@ -23,6 +23,7 @@ from typing import BinaryIO
 
 from parallel.comm.plain_files import open_for_writing
 from parallel.comm.processes import PATIENCE, SCHEDULER, WEEK, WORKER
+from parallel.comm.stop_signals import INSISTENT, STOP_SIGNALS
 from parallel.comm.watchdog import LOST
 
 LAUNCHER = "PANGU_SIGMA_LAUNCHER"  # environment: the process number of who started a worker
@@ -41,12 +42,14 @@ class JobResult:
     """How a job ended.
 
     `codes`: exit code of each rank, negative for the signal that killed it; `failed_rank`: the rank that failed first,
-    or None; `received_signal`: the signal by which this process was asked to end the job, or None.
+    or None; `received_signal`: the signal by which this process was asked to end the job, or None; `ended_at_once`:
+    whether a further one insisted, so that the processes were killed.
     """
 
     codes: tuple[int, ...]
     failed_rank: int | None
     received_signal: int | None
+    ended_at_once: bool
 
     @property
     def cause(self) -> str:
@@ -71,6 +74,7 @@ class Launch:
         self.workers: list[subprocess.Popen] = []
         self.scheduler: subprocess.Popen | None = None
         self.received_signal: int | None = None
+        self._insisted = self._ended_at_once = False
         self._previous: dict[int, object] = {}
 
     def log(self, rank: int) -> Path:
@@ -84,8 +88,9 @@ class Launch:
 
     def __enter__(self) -> Launch:
         if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
-            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                self._previous[signum] = signal.signal(signum, self._pass_on)
+            for signum in STOP_SIGNALS:
+                if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:  # nohup
+                    self._previous[signum] = signal.signal(signum, self._pass_on)
         try:
             self._start()
         except BaseException:
@@ -119,7 +124,7 @@ class Launch:
         codes = tuple(worker.wait() for worker in self.workers)
         if failed is None:
             failed = self._first_failed()
-        return JobResult(codes, failed, self.received_signal)
+        return JobResult(codes, failed, self.received_signal, self._ended_at_once)
 
     def _first_failed(self) -> int | None:
         """A rank that failed of itself; one that stopped because another did only if there is no such rank."""
@@ -165,13 +170,15 @@ class Launch:
 
     def _pass_on(self, signum: int, frame: FrameType | None) -> None:
         again = self.received_signal is not None
-        self.received_signal = signum
+        if again and signum not in INSISTENT:
+            return
+        if again and (signum == signal.SIGINT or self._insisted):
+            self._ended_at_once = True
+        self.received_signal = signum if self._ended_at_once else self.received_signal or signum
         for worker in self.workers:
             if worker.poll() is None:
-                if again:
-                    worker.kill()
-                else:
-                    worker.send_signal(signal.SIGTERM if signum == signal.SIGHUP else signum)
+                worker.send_signal(signal.SIGKILL if self._ended_at_once else signum)
+        self._insisted = self._insisted or signum in INSISTENT
 
 
 def free_port() -> int:
@@ -207,5 +214,6 @@ def _opened(path: Path) -> BinaryIO:
 
 
 if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the launcher may take its signals in a thread
     end_with_launcher()
     schedule()

@@ -23,7 +23,7 @@ LEAVE_SECONDS = 0.05
 HOLD_ATTEMPTS = 10
 LEFT, DONE = b"left", b"done"  # in the file of a process that has come to the end, and that has ended
 SILENT_SECONDS = 3.0  # a process whose file was not touched for so long does not run
-LOST = 75  # exit code of a process that stopped because another one did
+LOST = 69  # exit code of a process that stopped because another one did: EX_UNAVAILABLE of sysexits.h
 TIMED_OUT = 2
 
 

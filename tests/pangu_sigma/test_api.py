@@ -29,6 +29,7 @@ from pangu_sigma.plan.cluster_plan import plan as cluster_plan
 from pangu_sigma.plan.hardware import Hardware
 from pangu_sigma.tensor_names import is_routing
 from pangu_sigma.trained_model import load_trained
+from parallel.comm.stop_signals import STOP_SIGNALS
 
 # One sparse layer, which compiles fast; values as Python has them.
 FAST = {
@@ -114,12 +115,12 @@ def live(small_yaml: Path, folder: Path, verify: bool = True) -> None:
 
 
 def test_a_process_trains_uses_extracts_and_trains_again_without_a_word(small_yaml, tmp_path, capfd, caplog):
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS], signal.pthread_sigmask(signal.SIG_BLOCK, ())
     with caplog.at_level(logging.INFO, "pangu_sigma"):
         live(small_yaml, tmp_path)
     assert capfd.readouterr() == ("", "")
     assert any("step 2" in record.message for record in caplog.records)
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert ([signal.getsignal(n) for n in STOP_SIGNALS], signal.pthread_sigmask(signal.SIG_BLOCK, ())) == handlers
 
 
 def test_so_does_another_thread(small_yaml, tmp_path, capfd):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pangu_sigma.checkpoint import open_checkpoint
+from pangu_sigma.errors import INTERRUPTED, STOPPED
 from tests.extract.conftest import save_model
 
 ROOT = Path(__file__).parents[3]
@@ -87,8 +88,11 @@ def test_mistakes_are_answered_with_one_sentence(parent, words, sentence):
     assert sentence in refused(parent, *words)
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_leaves_nothing(parent, tmp_path, signal_number):
+@pytest.mark.parametrize(
+    ("signal_number", "code", "sentence"),
+    [(signal.SIGINT, INTERRUPTED, "Interrupted."), (signal.SIGTERM, STOPPED, "Stopped by SIGTERM.")],
+)
+def test_an_interruption_leaves_nothing(parent, tmp_path, signal_number, code, sentence):
     out = tmp_path / "law"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = command(parent, "--domain", "law", "--out", out)
@@ -100,7 +104,7 @@ def test_an_interruption_leaves_nothing(parent, tmp_path, signal_number):
         time.sleep(0.3)  # the copy is done, the verification is under way
         process.send_signal(signal_number)
         stderr_text = process.stderr.read()
-    assert process.returncode == 130 and "Interrupted." in stderr_text and "Traceback" not in stderr_text
+    assert process.returncode == code and sentence in stderr_text and "Traceback" not in stderr_text
     assert not list(tmp_path.iterdir())
 
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from pangu_sigma.checkpoint import find_latest
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import INTERRUPTED, UserError
 from pangu_sigma.evaluation.evaluation_job import evaluate
 from pangu_sigma.lifelong.lifelong_job import run_lifelong
 from pangu_sigma.lifelong.stage_plan import load_plan
@@ -179,7 +179,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(finished_stages, base_yaml, t
     second = stage(tmp_path / "run", "02-law+poems")
     training_process.wait_until(lambda: second.is_dir() and training_process.steps_logged(second) >= 7, running)
     running.send_signal(signal.SIGINT)
-    assert running.wait(120) == 0
+    assert running.wait(120) == INTERRUPTED
     output = (tmp_path / "log").read_text()
     assert "stopped in stage 2 (law+poems) of 3; the same command continues" in output
     assert f"The measurement is in run. Next:\n  pangu-sigma lifelong {path}" in output

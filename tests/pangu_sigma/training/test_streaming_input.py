@@ -14,6 +14,7 @@ import pytest
 from extract.extraction_plan import ExtractionPlan
 from pangu_sigma.checkpoint import find_latest
 from pangu_sigma.domains.list_domains import list_domains
+from pangu_sigma.errors import INTERRUPTED
 from tests.pangu_sigma.training.training_process import (
     assert_equal_checkpoints,
     assert_refused,
@@ -80,7 +81,7 @@ def test_a_growing_file_is_learned_as_it_grows_and_resumed_at_the_exact_byte(
         learned = last_step(run)
         assert 0 < learned < STEPS  # the clock saved it, and nothing has ended
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
+        assert process.wait(60) == INTERRUPTED
     finally:
         process.kill()
     assert f"Ctrl-C: saved step {learned}; continue with --resume" in log.read_text()

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
 from pangu_sigma.checkpoint import open_checkpoint
 from pangu_sigma.checkpoint.folder_locks import lock_run_folder
-from pangu_sigma.errors import INTERRUPTED
+from pangu_sigma.errors import INTERRUPTED, STOPPED
+from pangu_sigma.signals import exit_code, signal_name
 from parallel.comm.launch import free_port
 from tests.pangu_sigma.training.training_process import (
     ROOT,
@@ -81,8 +83,8 @@ def test_two_processes_stop_when_asked_and_save_together(small_yaml, tmp_path):
     process = started(*words, cwd=tmp_path, log=log)
     assert wait_until(lambda: steps_logged(run) >= 3, process), log.read_text()
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 0, log.read_text()
-    assert "SIGTERM: saved step" in log.read_text()
+    assert process.wait(timeout=120) == STOPPED, log.read_text()
+    assert "SIGTERM: saved step" in log.read_text() and "continue with --resume" in log.read_text()
     assert "Traceback" not in log.read_text() + (run / "workers" / "rank-1.log").read_text()
     (saved,) = (run / "checkpoints").iterdir()
     open_checkpoint(saved).verify()
@@ -180,18 +182,58 @@ def test_ctrl_c_twice_ends_at_once(training):
 
 
 @pytest.mark.slow
-def test_msrun_starts_the_same_run(small_yaml, finished_run, tmp_path):
-    msrun = shutil.which("msrun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    run, port = tmp_path / "run", free_port()
-    words = [msrun, "--worker_num=2", "--local_worker_num=2", f"--master_port={port}", f"--log_dir={tmp_path / 'logs'}"]
-    train = ["-m", "pangu_sigma", "train", str(small_yaml), f"run.dir={run}", "parallel.data=2", *LEAN]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        [*words, "--join=True", "python", *train], capture_output=True, text=True, cwd=tmp_path, env=environment,
-        timeout=300,
+@pytest.mark.parametrize(("rank", "number"), [("0", signal.SIGUSR1), ("1", signal.SIGHUP), ("1", signal.SIGINT)])
+def test_a_signal_to_one_process_stops_all_of_them_and_names_it(training, rank, number):
+    process, of_rank, run, log = training
+    os.kill(of_rank[rank], number)
+    assert process.wait(timeout=120) == exit_code(number), log.read_text()
+    assert f"{signal_name(number)}: saved step" in log.read_text()
+    assert not [pid for pid in of_rank.values() if alive(pid)]
+    open_checkpoint(max((run / "checkpoints").glob("step-*"))).verify()
+
+
+def under_msrun(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`pangu-sigma ARGUMENTS` in two processes that msrun starts; their logs lie in `cwd`/logs."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    words = [shutil.which("msrun", path=path), "--worker_num=2", "--local_worker_num=2", "--join=True"]
+    words += [f"--master_port={free_port()}", f"--log_dir={cwd / 'logs'}", "python", "-m", "pangu_sigma"]
+    return subprocess.run(
+        [*words, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": path},
     )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_msrun_starts_the_same_run_on_the_mesh_that_workers_makes(small_yaml, finished_run, tmp_path):
+    run = tmp_path / "run"
+    done = under_msrun("train", small_yaml, f"run.dir={run}", *LEAN, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert_same_training(checkpoint(finished_run, 12), checkpoint(run, 12))
+    parallel = yaml.safe_load((run / "config.yaml").read_text())["parallel"]
+    assert (parallel["data"], parallel["expert"]) == (2, 1)  # five experts do not divide
+    measured = under_msrun("evaluate", run, "--batches", 1, cwd=tmp_path)
+    assert measured.returncode == 0 and (run / "evaluation.json").is_file(), measured.stderr
+
+
+@pytest.mark.slow
+def test_what_is_refused_under_msrun_ends_all_processes_in_seconds_with_the_sentence(
+    small_yaml, finished_run, tmp_path
+):
+    refusals = {
+        "do not divide: choose a batch": ["train", small_yaml, "run.dir=batch", "train.batch_size=3"],
+        "parallel makes a mesh of 4": ["train", small_yaml, "run.dir=mesh", "parallel.data=4", "parallel.workers=4"],
+        "already holds a run": ["train", small_yaml, f"run.dir={finished_run}"],  # rank 0 alone finds that out
+        "generate runs in one process, and 2 were started": ["generate", finished_run, "--prompt", "x"],
+    }
+    for sentence, arguments in refusals.items():
+        begin = time.monotonic()
+        done = under_msrun(*arguments, cwd=tmp_path)
+        logs = "".join(path.read_text() for path in sorted((tmp_path / "logs").glob("worker_*.log")))
+        assert done.returncode == 1 and time.monotonic() - begin < 120, done.stdout
+        assert "Traceback" not in logs and any(
+            line.startswith("Error: ") and sentence in line
+            for line in logs.splitlines()
+        ), logs
 
 
 @pytest.fixture(scope="module")
