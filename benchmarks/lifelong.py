@@ -22,7 +22,7 @@ from benchmarks.record import add_output, machine, write_results
 from benchmarks.runs import Failed, Job, run_all
 from pangu_sigma.lifelong.loss_heat_map import heat_map
 from pangu_sigma.monitor.result_files import write_text
-from pangu_sigma.signals import sigterm_as_ctrl_c
+from pangu_sigma.signals import stop_signals_raise
 
 # 27 runs of 4 stages in about 3 hours on 2 cores.
 STEPS, SEEDS, JOBS = 120, 3, 2
@@ -137,7 +137,7 @@ def main() -> None:
         print(render(runs, given))
         return
     try:
-        with sigterm_as_ctrl_c():
+        with stop_signals_raise():
             text = prepare_text(work / "text")
             run_all([job(run, text, given.steps, given.small) for run in runs], given.jobs)
     except Failed as failure:

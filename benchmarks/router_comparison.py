@@ -25,7 +25,7 @@ from pangu_sigma.config import load_config
 from pangu_sigma.config.parameter_counts import parameter_counts
 from pangu_sigma.monitor.metrics_log import read_metrics
 from pangu_sigma.monitor.printable_text import compact
-from pangu_sigma.signals import sigterm_as_ctrl_c
+from pangu_sigma.signals import stop_signals_raise
 
 HERE = Path(__file__).parent
 CONFIG = HERE / "four_domains.yaml"
@@ -232,7 +232,7 @@ def main() -> None:
         # Seed by seed, so that every system has its first one early.
         jobs = [job(name, seed, given.steps, work, text) for seed in range(1, given.seeds + 1) for name in given.only]
         try:
-            with sigterm_as_ctrl_c():
+            with stop_signals_raise():
                 run_all(jobs, given.jobs)
                 run_all([speed_job(name, work, text) for name in given.only], 1)
         except Failed as failure:
