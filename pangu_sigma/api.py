@@ -118,10 +118,11 @@ def load(
     """
     from pangu_sigma.generation.domain_inference_settings import DomainInferenceSettings
     from pangu_sigma.language_model import LanguageModel
+    from pangu_sigma.serving.server_settings import MOST_SLOTS
     from pangu_sigma.trained_model import load_trained
 
-    if slots < 1:
-        raise UserError(f"slots is {slots}: give at least 1")
+    if not 1 <= slots <= MOST_SLOTS:
+        raise UserError(f"slots is {slots}: give 1 to {MOST_SLOTS}")
     inference = DomainInferenceSettings(top, prior, path_or_none(prior_texts))
     return LanguageModel(load_trained(folder(model)), slots, inference)
 

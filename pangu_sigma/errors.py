@@ -86,7 +86,8 @@ def disk_advice(number: int | None, alternative: str) -> str:
 
 @contextmanager
 def disk_errors_explained(doing: str | None = None, alternative: str = "name another place") -> Iterator[None]:
-    """Raise what the user's disk and folders answer, whatever it is, as a UserError; also a decorator.
+    """Raise what the user's disk and folders answer as a UserError, whatever it is, and too little memory as one; also
+    a decorator.
 
     doing: what failed, where the error itself does not name the file. Other OSErrors are bugs, and pass.
     """
@@ -97,3 +98,6 @@ def disk_errors_explained(doing: str | None = None, alternative: str = "name ano
             raise
         place = " ".join(str(part) for part in (doing, error.filename) if part) or "a file"
         raise UserError(f"{place}: {error.strerror}: {disk_advice(error.errno, alternative)}") from error
+    except MemoryError as error:
+        reason = f" ({error})" if str(error) else ""
+        raise UserError(f"this machine has not enough memory for it{reason}: ask for less, or use another") from error

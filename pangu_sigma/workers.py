@@ -25,6 +25,7 @@ from pangu_sigma.config.load_config import config_from_dict, load_values
 from pangu_sigma.errors import INTERRUPTED, STOPPED, USER_ERROR, UserError, argument, spelled_as
 from pangu_sigma.monitor.progress import is_progress_shown
 from pangu_sigma.monitor.result_files import write_text
+from pangu_sigma.plan.requirements import check_processes
 from pangu_sigma.signals import interruption
 from pangu_sigma.trained_model import run_of, stored_config
 from parallel.comm.launch import WATCHED, JobResult, Launch, end_with_launcher
@@ -163,6 +164,7 @@ def launch(words: Sequence[str], workers: int, folder: Path, config: Config | No
     what rank 0 ended by or naming another rank that failed, and where another job of several processes has the folder;
     KeyboardInterrupt where a signal ended it before it saved.
     """
+    check_processes(workers)
     first, *others = words
     written = [] if config is None else [str(folder / CONFIG)]
     command = [sys.executable, "-m", "pangu_sigma", first, *written, *others, "--workers", str(workers)]

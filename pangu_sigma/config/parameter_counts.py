@@ -28,8 +28,8 @@ from rre.feed_forward_spec import FeedForwardSpec
 from rre.router_specs import LAYER
 
 Shape = tuple[int, ...]
-# Names and shapes of so many tensors take some gigabytes, and a file of each network's parts far more.
-MOST_TENSORS = 5_000_000
+# Names and shapes of so many take half a gigabyte and seconds.
+MOST_TENSORS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,19 @@ def tensor_shapes(config: Config, vocab_size: int) -> dict[str, Shape]:
     `domains.{d}.{layer}.routing` (`{layer}.routing` of a hash layer) are int32 tables; all others are trained floats.
     Weights are [in, out]. Raises UserError for more tensors than a machine could list (MOST_TENSORS).
     """
-    number = sum(tensor.many for tensor in counted_tensors(config, vocab_size))
+    check_number_of_tensors(config)
+    layers = [(name, 1) for name in config.model.layer_names]
+    return {tensor.name: tensor.shape for tensor in _tensors(config, vocab_size, layers)}
+
+
+def check_number_of_tensors(config: Config) -> None:
+    """Raises UserError for a model of more tensors than are listed, MOST_TENSORS."""
+    number = sum(tensor.many for tensor in counted_tensors(config, 1))
     if number > MOST_TENSORS:
         raise UserError(
             f"model.layers = {config.model.layers} with {len(config.domains)} domains makes {number:,} tensors, and "
             f"{MOST_TENSORS:,} are the most of a model here: lower model.layers"
         )
-    layers = [(name, 1) for name in config.model.layer_names]
-    return {tensor.name: tensor.shape for tensor in _tensors(config, vocab_size, layers)}
 
 
 def counted_tensors(config: Config, vocab_size: int, indices: range | None = None) -> Iterator[CountedTensor]:

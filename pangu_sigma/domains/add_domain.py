@@ -17,6 +17,7 @@ from pangu_sigma.domains.new_domain_tensors import NewDomainTensors
 from pangu_sigma.domains.sibling_models import check_siblings
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.progress import progress
+from pangu_sigma.plan.requirements import check_group
 from pangu_sigma.tensor_names import of_domain, parse_name
 from pangu_sigma.trained_model import stored_config, stored_tokenizer
 
@@ -59,6 +60,7 @@ def add_domain(
     with CheckpointEditor(path, out) as subject:
         source = subject.checkpoint
         check_free(source, new_domain.name)
+        check_group(subject.config, new_domain.experts, out or path)
         config = _extend(subject, new_domain.entry(), follow_up)
         new, of_domain_alone = make_group(subject, config, new_domain)
         return subject.write(f"add {new_domain.name} ({new_domain.init})", new, **of_domain_alone)

@@ -12,6 +12,7 @@ from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditedTensors, EditResult, check_known
 from pangu_sigma.domains.split_tables import origins_of_copies, split_table
 from pangu_sigma.errors import UserError, argument
+from pangu_sigma.plan.requirements import check_group
 from pangu_sigma.tensor_names import parse_name, table_name
 from rre.routing_tables import draw_table
 
@@ -35,6 +36,7 @@ def resize_domain(path: Path, name: str, experts: int, *, redraw: bool = False, 
                 f"domain {name} has {max(sizes)} experts, and a group can only grow, since no expert may be lost: "
                 f"set {argument('experts')} to more than {max(sizes)}"
             )
+        check_group(subject.config, experts, out or path)
         by_frequency = subject.config.model.sparse.table == "frequency"
         counts = token_counts(config_from_dict(subject.values), source, name) if by_frequency else None
         new = EditedTensors()

@@ -32,6 +32,7 @@ from pangu_sigma.lifelong.stage_plan import Plan, Stage
 from pangu_sigma.lifelong.train_stage import finished, train_stage
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.monitor.result_files import read_json, write_json, write_text
+from pangu_sigma.plan.requirements import check_training
 from pangu_sigma.signals import stop_signals_raise
 from pangu_sigma.training.task import prepare_with_progress
 
@@ -47,6 +48,8 @@ def run_lifelong(plan: Plan, say: Callable[[str], None] = print) -> Results:
     """
     for domain in plan.base.domains:
         expand_paths(domain.name, domain.data)  # text that is not there is found before a folder is made
+    for stage in plan.stages:
+        check_training(plan.config(stage), is_new=not plan.run_dir(stage).exists())
     with stop_signals_raise(), lock_run_folder(plan.dir, prepared=PREPARED):
         _check_plan(plan)
         measurement = _Measurement(plan)

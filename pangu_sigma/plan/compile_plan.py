@@ -19,6 +19,7 @@ from pangu_sigma.errors import UserError, argument
 from pangu_sigma.model.pipeline_stages import stage_of
 from pangu_sigma.monitor.result_files import write_text
 from pangu_sigma.plan.graph_check import CompiledGraph, problems, shared_of_stage
+from pangu_sigma.plan.requirements import check_network
 from parallel.dry.compiled_graph import collectives, last_graph
 from parallel.dry.dry_process import run_dry
 from parallel.dry.parameter_placement import Placed
@@ -51,6 +52,7 @@ def compile_plan(config: Config, folder: Path | None = None, timeout: float = 36
     layer, and UserError where MindSpore refuses it.
     """
     refuse_what_no_mesh_compiles(config)
+    check_network(config)
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="pangu-sigma-plan-") as made:
             return compile_plan(config, Path(made), timeout)

@@ -16,12 +16,12 @@ from typing import Any
 
 from pangu_sigma.checkpoint.disk_space import human_bytes
 from pangu_sigma.config import Config, parameter_counts
-from pangu_sigma.config.parameter_counts import counted_tensors
+from pangu_sigma.config.parameter_counts import check_number_of_tensors, counted_tensors
 from pangu_sigma.errors import UserError, argument
 from pangu_sigma.plan.hardware import Hardware
 from pangu_sigma.plan.machine_limits import free_disk, memory_limit
 from pangu_sigma.plan.memory_estimate import FLOAT32, MOMENTS, compute_bytes, device_bytes, host_bytes
-from pangu_sigma.tensor_names import is_expert
+from pangu_sigma.tensor_names import is_expert, parse_name
 
 INT32 = 4
 # Python's and the framework's objects for a layer's cells, and of a process that has loaded the framework: measured
@@ -111,6 +111,44 @@ def check_loading(config: Config, model: Path, processes: int = 1) -> None:
         raise UserError(
             f"{model} needs {_amount(parts, 'memory')}, and this machine has {human_bytes(limit)}: extract one of its "
             "domains, or use a machine with more memory"
+        )
+
+
+def check_processes(workers: int) -> None:
+    """Refuse so many processes of one job if they alone take more memory than this machine has. Raises UserError."""
+    needed, limit = workers * PROCESS_BYTES, memory_limit()
+    if needed > limit:
+        raise UserError(
+            f"{argument('workers', workers)} starts processes that need {human_bytes(needed)} of memory before they "
+            f"compute, and this machine has {human_bytes(limit)}: start fewer"
+        )
+
+
+def check_network(config: Config) -> None:
+    """Refuse to compile the network of a pipeline stage whose layers alone take more memory than this machine has, or
+    that has more tensors than can be listed. Raises UserError."""
+    check_number_of_tensors(config)
+    needed, limit = LAYER_BYTES * config.model.layers / config.parallel.mesh.pipeline, memory_limit()
+    if needed > limit:
+        raise UserError(
+            f"model.layers = {config.model.layers} asks too much: to compile it takes {human_bytes(needed)} of memory, "
+            f"and this machine has {human_bytes(limit)}; lower model.layers"
+        )
+
+
+def check_group(config: Config, experts: int, folder: Path) -> None:
+    """Refuse an expert group of a model of `config` that does not fit on the disk of `folder` in the smallest type.
+
+    experts: of every sparse layer. Raises UserError with both numbers.
+    """
+    first = config.domains[0].name
+    tensors = (tensor for tensor in counted_tensors(config, 1) if parse_name(tensor.name).domain == first)
+    values = sum(tensor.size // tensor.shape[0] for tensor in tensors if is_expert(tensor.name))
+    needed, free = 2 * experts * values, free_disk(folder)
+    if needed > free:
+        raise UserError(
+            f"a group of {experts} experts needs {human_bytes(needed)} of disk space, and the disk of {folder} has "
+            f"{human_bytes(free)} free: lower {argument('experts')}"
         )
 
 

@@ -6,16 +6,27 @@ import math
 from pathlib import Path
 from time import perf_counter
 
+import numpy as np
 import pytest
 
+import pangu_sigma as ps
 from pangu_sigma.checkpoint.disk_space import human_bytes
 from pangu_sigma.config import load_config, tensor_shapes
-from pangu_sigma.errors import UserError
+from pangu_sigma.errors import UserError, disk_errors_explained
 from pangu_sigma.plan import requirements
+from pangu_sigma.plan.compile_plan import compile_plan
 from pangu_sigma.plan.hardware import GIB
 from pangu_sigma.plan.machine_limits import memory_limit
-from pangu_sigma.plan.requirements import check_caches, check_loading, check_training, checkpoint_bytes, training_memory
+from pangu_sigma.plan.requirements import (
+    check_caches,
+    check_group,
+    check_loading,
+    check_training,
+    checkpoint_bytes,
+    training_memory,
+)
 from pangu_sigma.training.job import train
+from pangu_sigma.workers import launch
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SMALL_MACHINE = ("quickstart.yaml", "two_stage.yaml", "glam_tiny.yaml", "olmoe_tiny.yaml")
@@ -116,3 +127,37 @@ def test_a_machine_has_what_its_control_groups_leave(tmp_path):
     (groups / "memory").mkdir()
     (groups / "memory" / "memory.limit_in_bytes").write_text("2000000\n")
     assert memory_limit(proc, groups) == 2_000_000 + (1 << 20)
+
+
+def test_processes_that_do_not_fit_are_not_started(machine, tmp_path):
+    with pytest.raises(UserError, match="workers=100000 starts processes that need 9.1 TiB .* has 32.0 GiB"):
+        launch(["evaluate", str(tmp_path)], 100_000, tmp_path / "workers")
+    assert not (tmp_path / "workers").exists()
+
+
+def test_a_network_that_no_compiler_holds_is_refused(machine):
+    config = load_config(CONFIGS / "eight_devices_dense.yaml", ["model.layers=50000"])
+    with pytest.raises(UserError, match=r"model.layers = 50000 .* and this machine has 4.0 GiB"):
+        machine["memory"] = 4 * GIB
+        compile_plan(config)
+    with pytest.raises(UserError, match="tensors, and"):
+        compile_plan(load_config(CONFIGS / "eight_devices_dense.yaml", ["model.layers=1000000000"]))
+
+
+def test_an_expert_group_that_does_not_fit_on_the_disk_is_refused(machine, quick, tmp_path):
+    config = quick("model.vocab_size=4096")
+    expert = 2 * 192 * 768 + 192 + 768
+    machine["disk"] = 2 * 2 * 100 * expert  # two bytes a value, two sparse layers
+    check_group(config, 100, tmp_path)
+    with pytest.raises(UserError, match=r"a group of 101 experts needs .* of disk space, .* lower experts"):
+        check_group(config, 101, tmp_path)
+
+
+def test_memory_that_is_not_enough_is_a_sentence():
+    with pytest.raises(UserError, match="not enough memory"), disk_errors_explained():
+        np.zeros(2**55)
+
+
+def test_more_texts_at_a_time_than_a_server_has_are_refused(tmp_path):
+    with pytest.raises(UserError, match="slots is 1000000000000: give 1 to 1024"):
+        ps.load(tmp_path, slots=10**12)
