@@ -8,7 +8,6 @@ from os.path import join, relpath
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from pangu_sigma.config.config_paths import resolve_stored_paths, with_absolute_paths
@@ -18,8 +17,9 @@ from pangu_sigma.config.schema import Config
 from pangu_sigma.config.schema_versions import SCHEMA_VERSION, refuse_old_file, refuse_old_folder
 from pangu_sigma.config.shipped_files import find_file
 from pangu_sigma.config.validation_messages import Problem, problems_of, shown
-from pangu_sigma.config.yaml_text import parse_yaml
+from pangu_sigma.config.yaml_text import MOST_BYTES, parse_yaml
 from pangu_sigma.errors import UserError
+from pangu_sigma.json_reader import UnreadableText
 from pangu_sigma.regular_file import regular
 
 
@@ -64,9 +64,9 @@ def config_from_dict(values: Mapping[str, Any], source: str = "the stored config
     return _validated(copy.deepcopy(dict(values)), source, lambda key: source)
 
 
-def read_stored(text: str, file: Path) -> Config:
+def read_stored(text: bytes, file: Path) -> Config:
     """The configuration that a run or model keeps, of the text of its `file`. Raises as `load_config` does."""
-    values = parse_yaml(text)
+    values = values_of(text, str(file), "back what stood there, from a checkpoint of the same run")
     return config_from_dict(resolve_stored_paths(values, file), source=str(file))
 
 
@@ -116,37 +116,34 @@ def own_cache(run_dir: str) -> str:
 _CONFIGURATION = f"a YAML configuration that starts with 'schema_version: {SCHEMA_VERSION}'"
 
 
-def read_values(path: Path, what: str = _CONFIGURATION, parse: Callable[[str], Any] = parse_yaml) -> dict[str, Any]:
+def read_values(path: Path, what: str = _CONFIGURATION, parse: Callable[[bytes], Any] = parse_yaml) -> dict[str, Any]:
     """The mapping that a YAML file holds, not yet checked. `what`: what the file should be. Raises UserError."""
     try:
-        values = parse(regular(find_file(path)).read_text(encoding="utf-8"))
+        with open(regular(find_file(path)), "rb") as stream:
+            text = stream.read(MOST_BYTES + 1)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the path of {what}") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder: give a file, as {path / 'config.yaml'} of a run") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give the path of {what}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}{_where(error)}: {_what(error)}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid YAML ({error}): mend the value") from error
+    return values_of(text, str(path), what, parse)
+
+
+def values_of(
+    text: bytes, source: str, what: str = _CONFIGURATION, parse: Callable[[bytes], Any] = parse_yaml
+) -> dict[str, Any]:
+    """The mapping that a YAML text holds, as `read_values` gives it; `source` names it in errors. Raises UserError."""
+    try:
+        values = parse(text)
+    except UnreadableText as error:
+        advice = f"write {what}" if error.line is None else "mend that line"
+        raise UserError(f"{error.at(source)}: {advice}") from error
     if values is None:
-        raise UserError(f"{path} is empty: copy one of the shipped configurations and change it")
+        raise UserError(f"{source} is empty: copy one of the shipped configurations and change it")
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds {shown(values)}, not a mapping of sections: write {what}")
+        raise UserError(f"{source} holds {shown(values)}, not a mapping of sections: write {what}")
     return values
-
-
-def _where(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-    return f", line {mark.line + 1}" if mark is not None else ""
-
-
-def _what(error: yaml.YAMLError) -> str:
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return f"{problem}; keep one of the two" if "written twice" in problem else f"not valid YAML ({problem})"
 
 
 def _validated(values: dict[str, Any], source: str, blame: Callable[[str], str]) -> Config:

@@ -76,7 +76,7 @@ def test_a_configuration_cannot_be_changed(small):
         ("just words\n", "not a mapping of sections"),
         ("run: {dir: x\nmodel: 3\n", "not valid YAML"),
         ("a: 1\n\tb: 2\n", "line 2: not valid YAML"),
-        ("run:\n  dir: a\n  seed: 1\n  dir: b\n", "line 4: the key 'dir' is written twice; keep one of the two"),
+        ("run:\n  dir: a\n  seed: 1\n  dir: b\n", "line 4: the key 'dir' is written twice: mend that line"),
         ("run: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
         ("[a, b]: 1\n", "a key must be a plain text"),
         ("a: &x [*x]\n", "not valid YAML"),
@@ -88,7 +88,7 @@ def test_a_configuration_cannot_be_changed(small):
         ),
         ("schema_version: '1'\n", 'schema_version = "1" cannot be read'),
         ("schema_version: true\n", "schema_version = true cannot be read"),
-        ("schema_version: !!int x\n", "is not valid YAML"),
+        ("schema_version: !!int x\n", "line 1: not valid YAML ('x' is no int that can be read)"),
         ("\x00", "not valid YAML"),
     ],
 )
