@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from extract.extraction_job import Extraction, extract, plan
-from pangu_sigma.checkpoint import folder_layout
+from pangu_sigma.checkpoint import CheckpointError, open_checkpoint
 from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.quickstart import Quickstart, write_samples
 from pangu_sigma.trained_model import trained_from
@@ -27,7 +27,8 @@ def cut_out_first(done: Quickstart, device: str) -> tuple[Extraction, tuple[str,
 
 def make_room(out: Path) -> None:
     """A quickstart that is run again replaces what it cut out before; anything else in its place is refused."""
-    state = out / folder_layout.STATE
-    if state.is_file() and json.loads(state.read_text(encoding="utf-8")).get("origin", {}).get("job") == "extract":
-        shutil.rmtree(out)
+    with suppress(CheckpointError):  # what is no whole model is not ours to delete
+        origin = open_checkpoint(out).state.get("origin")
+        if isinstance(origin, dict) and origin.get("job") == "extract":
+            shutil.rmtree(out)
     check_output(out)

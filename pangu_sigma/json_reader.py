@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pangu_sigma.regular_file import regular
+
 
 class UnreadableText(ValueError):
-    """A text that is no JSON or YAML, or none that is read here; `problem` says why, `line` (from 1) where if known."""
+    """A text that is no JSON or YAML, or none that is read here; `problem` completes
+    "it is …", `line` (from 1) says where, if known."""
 
     def __init__(self, problem: str, line: int | None = None) -> None:
         super().__init__(problem if line is None else f"line {line}: {problem}")
@@ -30,25 +33,28 @@ class UnreadableText(ValueError):
 
 @dataclass(frozen=True)
 class JsonLimits:
-    """Most bytes, values (members of objects and lists, nested ones too) and levels of nesting of a text."""
+    """Most bytes, values (members of objects and lists, nested ones too) and levels of nesting of a text, and bits of a
+    whole number."""
 
     bytes: int
     values: int
     depth: int = 64
+    bits: int = 64
 
 
 SMALL = JsonLimits(16 << 20, 1_000_000)  # configurations, results, lines
 LARGE = JsonLimits(128 << 20, 8_000_000)  # headers, manifests, vocabularies: 10 values a tensor, 2 a piece
+STATE = JsonLimits(128 << 20, 8_000_000, bits=128)  # of a run: generators of random numbers count in 128 bits
 _TEXT = re.compile(r'"(?:[^"\\]++|\\.?)*+"?', re.DOTALL)  # one that is not closed too: nothing is looked at twice
 _NO_BRACKET = re.compile(r"[^\[\]{}]++")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_DIGITS = 20  # of a 64-bit number
+_DIGITS = 20  # of a number, in a sentence
 
 
 def decoded(data: bytes, most: int) -> str:
     """UTF-8 text without its byte order mark. Raises UnreadableText, also for more than `most` bytes."""
     if len(data) > most:
-        raise UnreadableText(f"it has more than {most} bytes, which no such file needs")
+        raise UnreadableText(f"larger than {most} bytes, which no such file needs")
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -65,11 +71,11 @@ def parse_json(text: bytes | str, limits: JsonLimits = SMALL, lenient: bool = Fa
     if isinstance(text, bytes):
         text = decoded(text, limits.bytes)
     elif len(text) > limits.bytes:
-        raise UnreadableText(f"it has more than {limits.bytes} characters, which no such text needs")
+        raise UnreadableText(f"larger than {limits.bytes} characters, which no such text needs")
     text = text.removeprefix("\ufeff")
     _check_size(text, limits)
     try:
-        value = (_LENIENT if lenient else _STRICT).decode(text)
+        value = _decoder(limits.bits, lenient).decode(text)
     except json.JSONDecodeError as error:
         line = error.lineno if "\n" in text.strip() else None
         raise UnreadableText(f"not valid JSON ({error.msg} at column {error.colno})", line) from None
@@ -82,13 +88,13 @@ def parse_object(text: bytes | str, limits: JsonLimits = SMALL, lenient: bool = 
     """`parse_json` of a text that must hold an object. Raises UnreadableText."""
     value = parse_json(text, limits, lenient)
     if not isinstance(value, dict):
-        raise UnreadableText("it is no JSON object")
+        raise UnreadableText("no JSON object")
     return value
 
 
 def read_object(path: Path, limits: JsonLimits = SMALL) -> dict[str, Any]:
     """The object that a JSON file holds. Raises UnreadableText, and OSError as the file system does."""
-    with open(path, "rb") as stream:
+    with open(regular(path), "rb") as stream:
         return parse_object(stream.read(limits.bytes + 1), limits)
 
 
@@ -105,12 +111,12 @@ def _check_size(text: str, limits: JsonLimits) -> None:
     structure = _TEXT.sub("", text)
     opened, values = count(structure)
     if values > limits.values:
-        raise UnreadableText(f"it holds more than {limits.values:,} values, which no such text needs")
+        raise UnreadableText(f"larger than {limits.values:,} values, which no such text needs")
     depth = 0
     for bracket in _NO_BRACKET.sub("", structure) if opened > limits.depth else "":
         depth += 1 if bracket in "[{" else -1
         if depth > limits.depth:
-            raise UnreadableText(f"it is nested more than {limits.depth} levels deep, which no such text needs")
+            raise UnreadableText(f"nested more than {limits.depth} levels deep, which no such text needs")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -118,39 +124,41 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(mapping) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise UnreadableText(f"the key {_shown(twice)} is written twice")
+        raise UnreadableText(f"not valid JSON (the key {_shown(twice)} is written twice)")
     return mapping
 
 
-def _whole(digits: str) -> int:
-    if len(digits) <= _DIGITS and -(1 << 63) <= (value := int(digits)) < 1 << 64:
-        return value
-    raise UnreadableText(f"the number {digits[:_DIGITS]}… is beyond 64 bits")
+def _decoder(bits: int, lenient: bool) -> json.JSONDecoder:
+    longest = len(str(1 << bits))
+
+    def whole(digits: str) -> int:
+        if len(digits) <= longest and -(1 << bits - 1) <= (value := int(digits)) < 1 << bits:
+            return value
+        raise UnreadableText(f"not valid JSON here (the number {digits[:_DIGITS]}… is beyond {bits} bits)")
+
+    def any_whole(digits: str) -> int | float:
+        return int(digits) if len(digits) <= longest else float(digits)
+
+    if lenient:
+        return json.JSONDecoder(object_pairs_hook=_object, parse_int=any_whole)
+    return json.JSONDecoder(object_pairs_hook=_object, parse_int=whole, parse_float=_float, parse_constant=_no_number)
 
 
 def _float(digits: str) -> float:
     value = float(digits)
     if math.isinf(value):
-        raise UnreadableText(f"the number {digits[:_DIGITS]} is too large")
+        raise UnreadableText(f"not valid JSON here (the number {digits[:_DIGITS]} is too large)")
     return value
 
 
 def _no_number(name: str) -> float:
-    raise UnreadableText(f"{name} is no number of JSON")
-
-
-def _any_whole(digits: str) -> int | float:
-    return int(digits) if len(digits) <= _DIGITS else float(digits)
-
-
-_STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_int=_whole, parse_float=_float, parse_constant=_no_number)
-_LENIENT = json.JSONDecoder(object_pairs_hook=_object, parse_int=_any_whole)
+    raise UnreadableText(f"not valid JSON ({name} is none of its numbers)")
 
 
 def _refuse_half_pairs(value: Any) -> None:
     for text in _texts(value):
         if has_half_pair(text):
-            raise UnreadableText(f"the text {_shown(text)} holds half a surrogate pair")
+            raise UnreadableText(f"not valid JSON (the text {_shown(text)} holds half a surrogate pair)")
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import re
 from collections import Counter
@@ -24,6 +23,7 @@ from pangu_sigma.config.yaml_text import dump_yaml
 from pangu_sigma.data.corpus import Corpus, prepare_corpus
 from pangu_sigma.data.tokenizers.tokenizer_training import VocabularyTooLarge
 from pangu_sigma.errors import UserError
+from pangu_sigma.json_reader import LARGE, UnreadableText, parse_object
 from pangu_sigma.monitor.result_files import write_text
 from pangu_sigma.plan.run_summary import run_summary
 
@@ -196,11 +196,10 @@ def _text_field(file: Path) -> str:
     with open(file, encoding="utf-8-sig", errors="replace") as stream:
         line = next((line for line in stream if line.strip()), "")
     try:
-        record = json.loads(line)
-    except ValueError:
+        record = parse_object(line, LARGE, lenient=True)
+    except UnreadableText:
         return "text"  # reading it says what is wrong
-    items = record.items() if isinstance(record, dict) else ()
-    lengths = {key: len(value) for key, value in items if isinstance(value, str)}
+    lengths = {key: len(value) for key, value in record.items() if isinstance(value, str)}
     return "text" if "text" in lengths or not lengths else max(lengths, key=lengths.__getitem__)
 
 

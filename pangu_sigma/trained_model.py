@@ -12,7 +12,7 @@ import numpy as np
 from pangu_sigma import runtime
 from pangu_sigma.checkpoint import Checkpoint, StoredTensors, resolve
 from pangu_sigma.checkpoint.float_types import as_float32
-from pangu_sigma.checkpoint.folder_layout import CHECKPOINTS, CONFIG
+from pangu_sigma.checkpoint.folder_layout import CHECKPOINTS, CONFIG, TOKENIZER
 from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.config.load_config import read_stored
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
@@ -95,10 +95,10 @@ def stored_config(checkpoint: Checkpoint) -> Config:
 
 def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The tokenizer inside a checkpoint."""
-    from pangu_sigma.data.tokenizers.tokenizer_registry import load_tokenizer
+    from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_from
 
-    checkpoint.tokenizer_files()  # hash-checked before anything is read from them
-    return load_tokenizer(checkpoint.path / "tokenizer")
+    # Of the files in its folder only those count that the manifest lists, checked against their hashes.
+    return tokenizer_from(checkpoint.tokenizer_files(), checkpoint.path / TOKENIZER)
 
 
 def load_trained(path: str | Path) -> TrainedModel:

@@ -1,7 +1,6 @@
 """Checkpoint reader: the manifest, files and tensors of a checkpoint folder, hashes checked as bytes are read."""
 
 import hashlib
-import json
 import os
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -22,6 +21,7 @@ from pangu_sigma.checkpoint.manifest import (
     manifest_bytes,
     parse_manifest,
 )
+from pangu_sigma.checkpoint.safetensors_header import read_header
 from pangu_sigma.checkpoint.tensor_file import (
     TensorSpec,
     byte_chunks,
@@ -30,11 +30,12 @@ from pangu_sigma.checkpoint.tensor_file import (
     numpy_type,
     open_plain,
     raw_bytes,
-    read_header,
     read_tensor,
     stream_tensor,
 )
+from pangu_sigma.checkpoint.trainer_state import check_state
 from pangu_sigma.errors import CheckpointError
+from pangu_sigma.json_reader import STATE, UnreadableText, parse_object
 from pangu_sigma.tensor_names import PROBE, parse_name, probe_name
 
 
@@ -83,12 +84,21 @@ class Checkpoint:
     @cached_property
     def config_text(self) -> str:
         """The effective configuration as YAML text."""
-        return self.read_file(folder_layout.CONFIG).decode()
+        try:
+            return self.read_file(folder_layout.CONFIG).decode()
+        except UnicodeDecodeError as error:
+            raise damaged(self.path / folder_layout.CONFIG, "it is not UTF-8 text") from error
 
     @cached_property
     def state(self) -> dict[str, Any]:
         """The trainer's state, as JSON gives it back (tuples as lists, keys as strings)."""
-        return json.loads(self.read_file(folder_layout.STATE))
+        path = self.path / folder_layout.STATE
+        try:
+            state = parse_object(self.read_file(folder_layout.STATE), STATE)
+        except UnreadableText as error:
+            raise damaged(path, str(error)) from error
+        check_state(state, path)
+        return state
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """The tokenizer's files, name → content."""

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pangu_sigma.checkpoint import folder_layout
 from pangu_sigma.checkpoint.tensor_file import TensorSpec, count_bytes, damaged
 from pangu_sigma.errors import CheckpointError
+from pangu_sigma.json_reader import LARGE, UnreadableText, parse_object
 from pangu_sigma.tensor_names import DOMAIN_EMBEDDING, is_expert, parse_name, tensor_name
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -222,7 +223,8 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
     if not text.startswith(_OPENING) or sign(text) != text:
         raise CheckpointError(f"{path} was altered or is cut off: restore the file or use another checkpoint")
     try:
-        version = json.loads(text).get("format_version")
+        # Read by its own reader first: pydantic's takes the last of two equal keys.
+        version = parse_object(text, LARGE).get("format_version")
         if isinstance(version, int) and version > folder_layout.FORMAT_VERSION:
             raise CheckpointError(
                 f"{path} has format version {version}, this program reads up to {folder_layout.FORMAT_VERSION}: "
@@ -239,5 +241,5 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
             f"{path} does not describe a whole checkpoint: {where + ': ' if where else ''}{message}; "
             "restore the folder or use another checkpoint"
         ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON: restore the file or use another checkpoint") from error
+    except UnreadableText as error:
+        raise CheckpointError(f"{error.at(path)}: restore the file or use another checkpoint") from error

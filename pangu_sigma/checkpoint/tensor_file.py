@@ -42,7 +42,8 @@ _FILE_CHUNK = 4 << 20  # whole files are copied a few at a time, with two pieces
 # hashed took 3.6 s on a virtual machine in writes of 4 MiB, 2.2 s in writes of 256 KiB; `cp` and `sync` 1.5 s.
 _WRITE = 256 << 10
 _SMALL = 64 << 10
-_MAX_HEADER = 100 << 20  # the safetensors library's own limit
+# Safetensors' name of a type -> ours.
+SAFETENSORS_NAMES = {short: name for name, (short, _) in _TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -238,42 +239,6 @@ def write_all(stream: io.FileIO, data: memoryview) -> None:
     """Writes all of `data` to an unbuffered stream."""
     while data:  # an unbuffered write may take less than it was given, for example when the disk is nearly full
         data = data[stream.write(data[:_WRITE]) :]
-
-
-def read_header(path: Path, header_bytes: int, header_sha256: str) -> dict[str, tuple[TensorSpec, int]]:
-    """Reads a file's header; returns each tensor's description and where its bytes begin in the file.
-
-    Raises CheckpointError, naming the file, unless the header is, bit for bit, the one whose hash is given.
-    """
-    if not 8 < header_bytes <= _MAX_HEADER:
-        raise CheckpointError(f"{path} has no header of a sensible length: restore it or use another checkpoint")
-    with open_plain(path) as stream:
-        header = stream.read(header_bytes)
-    if len(header) != header_bytes or hashlib.sha256(header).hexdigest() != header_sha256:
-        raise damaged(path, "its header is not the one that was written")
-    try:
-        if int.from_bytes(header[:8], "little") != header_bytes - 8:
-            raise ValueError("length")
-        entries = described_tensors(header[8:])
-    except ValueError as error:
-        raise damaged(path, "its header cannot be read") from error
-    return {spec.name: (spec, header_bytes + begin) for spec, begin, _ in entries}
-
-
-def described_tensors(text: bytes) -> list[tuple[TensorSpec, int, int]]:
-    """The tensors that a header's JSON describes, and where each one's bytes begin and end behind it.
-
-    A type that checkpoints do not hold keeps its name in safetensors. Raises ValueError for anything else.
-    """
-    names = {short: name for name, (short, _) in _TYPES.items()}
-    try:
-        entries = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
-        return [
-            (TensorSpec(name, names.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"])), *entry["data_offsets"])
-            for name, entry in entries.items()
-        ]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError("no header") from error
 
 
 def read_tensor(path: Path, spec: TensorSpec, begin: int, sha256: str) -> np.ndarray:

@@ -64,7 +64,7 @@ def config_from_dict(values: Mapping[str, Any], source: str = "the stored config
     return _validated(copy.deepcopy(dict(values)), source, lambda key: source)
 
 
-def read_stored(text: bytes, file: Path) -> Config:
+def read_stored(text: str | bytes, file: Path) -> Config:
     """The configuration that a run or model keeps, of the text of its `file`. Raises as `load_config` does."""
     values = values_of(text, str(file), "back what stood there, from a checkpoint of the same run")
     return config_from_dict(resolve_stored_paths(values, file), source=str(file))
@@ -116,7 +116,7 @@ def own_cache(run_dir: str) -> str:
 _CONFIGURATION = f"a YAML configuration that starts with 'schema_version: {SCHEMA_VERSION}'"
 
 
-def read_values(path: Path, what: str = _CONFIGURATION, parse: Callable[[bytes], Any] = parse_yaml) -> dict[str, Any]:
+def read_values(path: Path, what: str = _CONFIGURATION, parse: Callable[[str | bytes], Any] = parse_yaml) -> dict[str, Any]:
     """The mapping that a YAML file holds, not yet checked. `what`: what the file should be. Raises UserError."""
     try:
         with open(regular(find_file(path)), "rb") as stream:
@@ -131,7 +131,7 @@ def read_values(path: Path, what: str = _CONFIGURATION, parse: Callable[[bytes],
 
 
 def values_of(
-    text: bytes, source: str, what: str = _CONFIGURATION, parse: Callable[[bytes], Any] = parse_yaml
+    text: str | bytes, source: str, what: str = _CONFIGURATION, parse: Callable[[str | bytes], Any] = parse_yaml
 ) -> dict[str, Any]:
     """The mapping that a YAML text holds, as `read_values` gives it; `source` names it in errors. Raises UserError."""
     try:

@@ -19,6 +19,7 @@ MOST_BYTES = 4 << 20
 _MOST_VALUES = 100_000  # PyYAML takes 50 µs for each; a domain of an effective configuration has 30
 _DEEPEST = 64
 _LONGEST_NUMBER = 1000  # characters, of a date too; converting takes the square of them
+_LONGEST_KEY = 1000
 _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
 _TAG = "tag:yaml.org,2002:"
 _EXPONENT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
@@ -49,14 +50,14 @@ class _BoundedLoader(yaml.SafeLoader):
             self._count(self._sizes.get(event.anchor, 1), event.start_mark)
             return super().compose_node(parent, index)
         if self._depth == _DEEPEST:
-            raise _refusal(f"it is nested more than {_DEEPEST} levels deep, which no such text needs", event.start_mark)
+            raise _refusal(f"nested more than {_DEEPEST} levels deep, which no such text needs", event.start_mark)
         before = self._values
         self._count(1, event.start_mark)
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
         if isinstance(node, yaml.ScalarNode) and has_half_pair(node.value):
-            raise _refusal("a text holds half a surrogate pair", node.start_mark)
+            raise _refusal("not valid YAML (a text holds half a surrogate pair)", node.start_mark)
         if event.anchor is not None:
             self._sizes[event.anchor] = self._values - before
         return node
@@ -64,9 +65,7 @@ class _BoundedLoader(yaml.SafeLoader):
     def _count(self, values: int, mark: yaml.Mark) -> None:
         self._values += values
         if self._values > _MOST_VALUES:
-            raise _refusal(
-                f"it holds more than {_MOST_VALUES:,} values with its aliases, which no such text needs", mark
-            )
+            raise _refusal(f"larger than {_MOST_VALUES:,} values with its aliases, which no such text needs", mark)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """A node's value; PyYAML's constructors raise many kinds of errors for a text that does not fit its tag."""
@@ -118,8 +117,8 @@ def _check_keys(node: yaml.MappingNode) -> None:
     """Raises UnreadableText for a key that is no plain text, or that is written twice."""
     seen = set()
     for key, _ in node.value:
-        if not isinstance(key, yaml.ScalarNode):
-            raise _refusal("not valid YAML (a key must be a plain text)", key.start_mark)
+        if not isinstance(key, yaml.ScalarNode) or len(key.value) > _LONGEST_KEY:
+            raise _refusal("not valid YAML (a key must be a plain, short text)", key.start_mark)
         if key.value in seen:
             raise _refusal(f"the key '{key.value[:60]}' is written twice", key.start_mark)
         seen.add(key.value)

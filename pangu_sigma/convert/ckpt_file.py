@@ -43,6 +43,7 @@ _TYPES = {
     "UInt8": np.dtype("<u1"),
     "Bool": np.dtype("?"),
 }
+_MOST_DIMENSIONS = 8  # MindSpore's own limit
 _WEIGHTS = ("Float32", "Float16", "BFloat16")
 _FOOTER = 17  # "crc_num" and ten bytes
 _WINDOW = 4096  # bytes read at a time while the index is made; a value's names and sizes are far shorter
@@ -189,6 +190,8 @@ class CkptFile:
         type_name, content = "", None
         for field_number, kind, start, length in window.fields(*tensor):
             if field_number == 1:
+                if len(dims) > _MOST_DIMENSIONS:
+                    raise WireError(f"has a tensor {tag} of more than {_MOST_DIMENSIONS} dimensions")
                 dims += numbers(kind, length if kind == VARINT else window.read(start, length))
             elif field_number == 2 and kind == BYTES:
                 type_name = window.read(start, length).decode()

@@ -6,7 +6,7 @@ a training that goes on has its loss.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from pangu_sigma.config.parts.feed_forward_kinds import SILU, SWIGLU
 from pangu_sigma.config.parts.head_specs import TIED, UNTIED
 from pangu_sigma.config.parts.norm_specs import RMS_NORM
 from pangu_sigma.config.parts.position_specs import ROPE
+from pangu_sigma.config.validation_messages import shown
 from pangu_sigma.convert.conversion_coverage import check_coverage
 from pangu_sigma.convert.converted_folder import (
     ConvertedModel,
@@ -35,7 +36,7 @@ from pangu_sigma.convert.converted_folder import (
 from pangu_sigma.convert.olmoe_names import MODEL_TYPE, OlmoeTensor, parts_of
 from pangu_sigma.convert.safetensors_folder import SafetensorsFolder, open_folder
 from pangu_sigma.errors import UserError, argument
-from pangu_sigma.regular_file import regular
+from pangu_sigma.json_reader import UnreadableText, read_object
 from rre.router_specs import OLMOE
 
 
@@ -69,7 +70,8 @@ def import_olmoe(source: Path, out: Path, settings: OlmoeImportSettings) -> Impo
     tokenizer = open_tokenizer(
         tokenizer_file, settings, f"give {argument('tokenizer')}, and its {argument('tokenizer_kind')}", eod_id
     )
-    config = _config(given, source, out, settings, tokenizer)
+    fields = _Fields(given, source / "config.json", len(folder.tensors))
+    config = _config(fields, source, out, settings, tokenizer)
     targets = tensor_shapes(config, config.model.vocab_size)
     origins = {name: parts_of(config, name) for name in targets}
     _check(folder, targets, origins)
@@ -101,14 +103,16 @@ def _architecture(source: Path) -> dict[str, Any]:
     """config.json of an OLMoE; UserError for another model, or an option of OLMoE that ours does not have."""
     path = source / "config.json"
     try:
-        given = json.loads(regular(path).read_text(encoding="utf-8"))
-        kind = given.get("model_type")
+        given = read_object(path)
     except FileNotFoundError as error:
         raise UserError(f"{path} is not there: give the folder that save_pretrained wrote") from error
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read as JSON: fetch the folder again") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): fetch the folder again") from error
+    except UnreadableText as error:
+        raise UserError(f"{error.at(path)}: fetch the folder again") from error
+    kind = given.get("model_type")
     if kind != MODEL_TYPE:
-        raise UserError(f"{path} is a model of type {kind}: only olmoe (OlmoeForCausalLM) is taken over")
+        raise UserError(f"{path} is a model of type {shown(kind)}: only olmoe (OlmoeForCausalLM) is taken over")
     heads = given.get("num_attention_heads")
     ours = {
         "hidden_act": ("silu",), "attention_bias": (False,), "clip_qkv": (None,), "rope_scaling": (None,),
@@ -117,55 +121,102 @@ def _architecture(source: Path) -> dict[str, Any]:
     for key, allowed in ours.items():
         if given.get(key, allowed[0]) not in allowed:
             raise UserError(
-                f"{path} says {key} = {given[key]}, which this model does not have: only {allowed[0]} is taken over"
+                f"{path} says {key} = {shown(given[key])}, which this model does not have: only {allowed[0]} is taken "
+                "over"
             )
     return given
 
 
 def _eod(given: dict[str, Any], source: Path) -> int:
     eos = given.get("eos_token_id")
-    if isinstance(eos, int):
+    if type(eos) is int:
         return eos
     raise UserError(f"{source}/config.json names no single eos_token_id: give {argument('eod_id')}")
 
 
-def _config(given: dict[str, Any], source: Path, out: Path, settings: OlmoeImportSettings, tokenizer) -> Config:
+class _Fields:
+    """The fields of a config.json, each read as the kind of value that it must be. Raises UserError naming the key."""
+
+    def __init__(self, values: Mapping[str, Any], path: Path, tensors: int) -> None:
+        self.values, self.path, self.tensors = values, path, tensors
+
+    def parts(self, key: str, default: int | None = None) -> int:
+        """A count of what has at least one tensor of its own each."""
+        parts = self.count(key, default)
+        if parts > self.tensors:
+            raise UserError(
+                f"{self.path} says {key} = {parts}, and the folder has {self.tensors} tensors: fetch the folder again"
+            )
+        return parts
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number of at least 1; required where there is no default."""
+        return self._checked(key, default, lambda value: type(value) is int and value >= 1, "a whole number from 1 on")
+
+    def number(self, key: str, default: float) -> float:
+        """A number of at least 0."""
+        return float(
+            self._checked(key, default, lambda value: type(value) in (int, float) and value >= 0, "a number from 0 on")
+        )
+
+    def flag(self, key: str) -> bool:
+        """True or false; false where it is left out."""
+        return self._checked(key, False, lambda value: isinstance(value, bool), "true or false")
+
+    def rope_theta(self) -> float:
+        """The base of RoPE: its own key, or transformers 5's mapping of all that RoPE has."""
+        rope = self.values.get("rope_parameters")
+        if rope is None:
+            return self.number("rope_theta", 10000.0)
+        if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
+            raise UserError(
+                f"{self.path} says rope_parameters = {shown(rope)}, which this model does not have: only rope_type "
+                "default is taken over"
+            )
+        return _Fields(rope, self.path, self.tensors).number("rope_theta", 10000.0)
+
+    def _checked(self, key: str, default: Any, fits: Callable[[Any], bool], kind: str) -> Any:
+        value = self.values.get(key, default)
+        if key not in self.values and default is None:
+            raise UserError(f"{self.path} lacks {key}: fetch the folder again")
+        if not fits(value):
+            raise UserError(f"{self.path} says {key} = {shown(value)}, which is not {kind}: fetch the folder again")
+        return value
+
+
+def _config(fields: _Fields, source: Path, out: Path, settings: OlmoeImportSettings, tokenizer) -> Config:
     """Our configuration of the same function; defaults of absent keys are transformers' own."""
-    positions = given.get("max_position_embeddings", 4096)
-    try:
-        model = {
-            "vocab_size": given["vocab_size"],
-            "layers": given["num_hidden_layers"],
-            "hidden": given["hidden_size"],
-            "heads": given["num_attention_heads"],
-            "ffn": given["intermediate_size"],
-            "positions": positions,
-            "activation": SILU.name,
-            "norm": RMS_NORM.name,
-            "norm_epsilon": given.get("rms_norm_eps", 1e-5),
-            "position": ROPE.name,
-            "rope_theta": float(given.get("rope_theta", 10000.0)),
-            "feed_forward": SWIGLU.name,
-            "biases": False,
-            "head": (TIED if given.get("tie_word_embeddings", False) else UNTIED).name,
-            "query_layer": "none",
-            "attention": {"qk_norm": True},
-            "init_std": given.get("initializer_range", 0.02),
-            "init_cutoff": 3.0,
-            "init_scale_residual": False,
-            "sparse": {
-                "pattern": "every",
-                "router": OLMOE.name,
-                "top_k": given.get("num_experts_per_tok", 8),
-                "renormalise": bool(given.get("norm_topk_prob", False)),
-                "aux_loss_weight": given.get("router_aux_loss_coef", 0.01),
-                "balance": "pooled",
-                "z_loss_weight": 0.0,
-            },
-        }
-        experts = given.get("num_experts", 64)
-    except KeyError as error:
-        raise UserError(f"{source}/config.json lacks {error.args[0]}: fetch the folder again") from error
+    model = {
+        "vocab_size": fields.count("vocab_size"),
+        "layers": fields.parts("num_hidden_layers"),
+        "hidden": fields.count("hidden_size"),
+        "heads": fields.count("num_attention_heads"),
+        "ffn": fields.count("intermediate_size"),
+        "positions": fields.count("max_position_embeddings", 4096),
+        "activation": SILU.name,
+        "norm": RMS_NORM.name,
+        "norm_epsilon": fields.number("rms_norm_eps", 1e-5),
+        "position": ROPE.name,
+        "rope_theta": fields.rope_theta(),
+        "feed_forward": SWIGLU.name,
+        "biases": False,
+        "head": (TIED if fields.flag("tie_word_embeddings") else UNTIED).name,
+        "query_layer": "none",
+        "attention": {"qk_norm": True},
+        "init_std": fields.number("initializer_range", 0.02),
+        "init_cutoff": 3.0,
+        "init_scale_residual": False,
+        "sparse": {
+            "pattern": "every",
+            "router": OLMOE.name,
+            "top_k": fields.count("num_experts_per_tok", 8),
+            "renormalise": fields.flag("norm_topk_prob"),
+            "aux_loss_weight": fields.number("router_aux_loss_coef", 0.01),
+            "balance": "pooled",
+            "z_loss_weight": 0.0,
+        },
+    }
+    experts = fields.parts("num_experts", 64)
     return imported_config(model, str(source), out, settings, tokenizer, learning_rate=4e-5, experts=experts)
 
 

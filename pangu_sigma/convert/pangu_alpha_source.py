@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Protocol
 
 import numpy as np
@@ -37,7 +38,7 @@ class NumpyFile:
         self.path = path
         try:
             self._array = np.load(regular(path), mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SyntaxError, RecursionError, TokenError) as error:  # of a damaged header
             raise UserError(f"{path} is no .npy file of numbers ({error}): give the published file") from error
         if self._array.dtype.name not in ("float32", "float16"):
             raise UserError(f"{path} holds {self._array.dtype}, not float32 or float16: give the published file")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 _LONGEST = 10  # bytes of a 64-bit varint
+_MOST_NUMBERS = 64  # of a shape, of a device grid
 _FIXED_SIZES = {FIXED64: 8, FIXED32: 4}
 
 
@@ -27,7 +28,7 @@ def read_varint(data: bytes, offset: int) -> tuple[int, int]:
             raise WireError("ends inside a number")
         byte = data[offset + count]
         value |= (byte & 0x7F) << (7 * count)
-        if byte < 0x80:
+        if byte < 0x80 and value < 1 << 64:
             return value, offset + count + 1
     raise WireError("holds a number of more than 64 bits")
 
@@ -68,6 +69,8 @@ def numbers(kind: int, value: int | bytes) -> list[int]:
     while offset < len(value):
         item, offset = read_varint(value, offset)
         values.append(signed(item))
+        if len(values) > _MOST_NUMBERS:
+            raise WireError("has a shape of impossible length")
     return values
 
 

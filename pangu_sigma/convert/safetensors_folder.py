@@ -6,29 +6,17 @@ doubled file is an error that names it.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 import numpy as np
 
 from pangu_sigma.checkpoint.float_types import FLOAT_TYPES
-from pangu_sigma.checkpoint.tensor_file import described_tensors, numpy_type
+from pangu_sigma.checkpoint.safetensors_header import StoredTensor, open_safetensors
 from pangu_sigma.errors import UserError
-from pangu_sigma.regular_file import regular
+from pangu_sigma.json_reader import LARGE, UnreadableText, read_object
 
-_MAX_HEADER = 100 << 20  # the safetensors library's own limit
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where one tensor lies; `dtype` is our name of its type."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
 
 
 @dataclass(frozen=True)
@@ -40,17 +28,7 @@ class SafetensorsFolder:
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, in the type that it is stored in. Raises UserError if it cannot be read."""
-        stored = self.tensors[name]
-        array = np.empty(stored.shape, numpy_type(stored.dtype))
-        try:
-            with open(stored.file, "rb") as stream:
-                stream.seek(stored.begin)
-                expected = array.reshape(-1).view(np.uint8)
-                if stream.readinto(expected) != expected.size:
-                    raise UserError(f"{stored.file} ends inside tensor {name}: fetch the file again")
-        except OSError as error:
-            raise UserError(f"{stored.file} cannot be read ({error.strerror}): restore it") from error
-        return array
+        return self.tensors[name].read(name)
 
 
 def open_folder(path: Path) -> SafetensorsFolder:
@@ -65,11 +43,11 @@ def open_folder(path: Path) -> SafetensorsFolder:
                 f"{path} has neither {SINGLE} nor {INDEX}: give the folder that save_pretrained wrote "
                 "(with safe_serialization; .bin files are not read)"
             )
-        return SafetensorsFolder(path, _header(path / SINGLE))
+        return SafetensorsFolder(path, _weights(path / SINGLE))
     file_of = _index(path / INDEX)
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(file_of.values())):
-        header = _header(path / file)
+        header = _weights(path / file)
         listed = {name for name, shard in file_of.items() if shard == file}
         if header.keys() != listed:
             different = sorted(header.keys() ^ listed)
@@ -81,36 +59,22 @@ def open_folder(path: Path) -> SafetensorsFolder:
 def _index(path: Path) -> dict[str, str]:
     """Tensor -> file; only plain names inside the folder."""
     try:
-        file_of = json.loads(regular(path).read_text(encoding="utf-8"))["weight_map"]
-        assert isinstance(file_of, dict) and all(isinstance(file, str) for file in file_of.values())
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"{path} is damaged: fetch the folder again") from error
+        file_of = read_object(path, LARGE).get("weight_map")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): fetch the folder again") from error
+    except UnreadableText as error:
+        raise UserError(f"{error.at(path)}: fetch the folder again") from error
+    if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
+        raise UserError(f"{path} has no weight_map from tensors to files: fetch the folder again")
     for file in file_of.values():
         if PurePath(file).name != file or not file.endswith(".safetensors"):
-            raise UserError(f"{path} names the file {file}, which is no .safetensors file in it: fetch it again")
+            raise UserError(f"{path} names the file {file[:200]}, which is no .safetensors file in it: fetch it again")
     return file_of
 
 
-def _header(path: Path) -> dict[str, StoredTensor]:
-    damaged = UserError(f"{path} is no whole safetensors file: fetch it again")
-    try:
-        size = path.stat().st_size
-        with open(regular(path), "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= min(_MAX_HEADER, size - 8):
-                raise damaged
-            described = described_tensors(stream.read(length))
-        tensors = {}
-        for spec, begin, end in described:
-            if spec.dtype not in FLOAT_TYPES:
-                raise UserError(f"{path} holds {spec.name} as {spec.dtype}: weights are {', '.join(FLOAT_TYPES)}")
-            if min(spec.shape, default=1) < 0 or begin < 0 or end - begin != spec.nbytes or 8 + length + end > size:
-                raise damaged
-            tensors[spec.name] = StoredTensor(path, spec.dtype, spec.shape, 8 + length + begin)
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): fetch the folder again") from error
-    except (ValueError, TypeError) as error:
-        raise damaged from error
+def _weights(path: Path) -> dict[str, StoredTensor]:
+    tensors = open_safetensors(path)
+    for name, stored in tensors.items():
+        if stored.dtype not in FLOAT_TYPES:
+            raise UserError(f"{path} holds {name} as {stored.dtype}: weights are {', '.join(FLOAT_TYPES)}")
     return tensors

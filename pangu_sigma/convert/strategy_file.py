@@ -14,9 +14,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from pangu_sigma.convert.protobuf_wire import BYTES, WireError, fields, numbers, signed
+from pangu_sigma.convert.protobuf_wire import BYTES, VARINT, WireError, fields, numbers, signed
 from pangu_sigma.errors import UserError
 from pangu_sigma.regular_file import regular
+
+_MOST_BYTES, _MOST_DIMENSIONS, _MOST_DEVICES = 64 << 20, 32, 1 << 20
 
 Box = tuple[tuple[int, int], ...]
 """Of each axis (begin, end): the part of a tensor that one device holds."""
@@ -95,10 +97,13 @@ def read_strategy(path: Path | str) -> dict[str, ShardedLayout]:
     """
     path = Path(path)
     try:
-        data = regular(path).read_bytes()
+        with open(regular(path), "rb") as stream:
+            data = stream.read(_MOST_BYTES + 1)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give a MindSpore strategy file") from error
     layouts: dict[str, ShardedLayout] = {}
+    if len(data) > _MOST_BYTES:
+        raise UserError(f"{path} is no MindSpore strategy file (it is too large): give the one that came with it")
     try:
         for field_number, kind, value in fields(data):
             if field_number == 3 and kind == BYTES:
@@ -129,15 +134,21 @@ def _item(data: bytes) -> tuple[str, ShardedLayout]:
             dims = [n for inner, form, dim in fields(value) if inner == 1 for n in numbers(form, dim)]
             if (devices if field_number == 1 else tensor_map):
                 raise WireError(f"cuts {name} in two ways")
+            if len(dims) > _MOST_DIMENSIONS:
+                raise WireError(f"cuts {name} along more axes than a tensor has")
             (devices if field_number == 1 else tensor_map).extend(dims)
         elif field_number == 5 and value:
             raise WireError(f"cuts {name} by field slices, which embedding tables of recommenders have")
+        elif field_number in (6, 7) and kind != VARINT:
+            raise WireError(f"does not say how the optimizer of {name} is sharded")
         elif field_number == 6:
             shard_step = signed(value)
         elif field_number == 7:
             shard_size = signed(value)
     if not name or not devices or any(size < 1 for size in devices):
         raise WireError(f"does not say on which devices {name or 'a parameter'} lies")
+    if math.prod(devices) > _MOST_DEVICES:
+        raise WireError(f"has {name} on {math.prod(devices)} devices")
     if any(not -1 <= index < len(devices) for index in tensor_map):
         raise WireError(f"cuts {name} along an axis that its devices do not have")
     layout = ShardedLayout(tuple(devices), tuple(tensor_map), shard_size if shard_step else 0)

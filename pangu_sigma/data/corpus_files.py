@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pangu_sigma.errors import UserError
+from pangu_sigma.json_reader import LARGE, UnreadableText, parse_object
 from pangu_sigma.regular_file import regular
 
 TEXT_DOCUMENT_CHARS = 4096  # a .txt file is cut at the first blank line after this many characters
@@ -158,13 +158,9 @@ def json_object(line: str, where: str, form: str) -> dict:
     Raises UserError for anything else, which begins with ``where`` and says to write ``form``.
     """
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise UserError(f"{where}: the line is not valid JSON ({reason}); write {form}") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: the line is no JSON object; write {form}")
-    return record
+        return parse_object(line, LARGE, lenient=True)
+    except UnreadableText as error:
+        raise UserError(f"{where}: the line is {error.problem}; write {form}") from error
 
 
 def text_of(record: dict, where: str, text_field: str, advice: str) -> str:

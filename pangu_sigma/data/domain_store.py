@@ -30,6 +30,7 @@ from pangu_sigma.data.dropped_documents import DroppedDocuments, place
 from pangu_sigma.data.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError, disk_errors_explained
+from pangu_sigma.json_reader import read_object
 from parallel.comm.atomic_folder import atomic_folder, rename_unless_there
 
 FORMAT_VERSION = 2
@@ -185,7 +186,7 @@ def open_store(folder: str | Path, vocab_size: int) -> DomainStore:
     advice = f"remove the folder {folder} and start again to tokenise anew"
     path = folder / INFO_FILE
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info = read_object(path)
         # Stores of earlier versions have no hash of what describes them.
         if info.pop("sha256", None) not in (None, _info_digest(info)):
             raise ValueError("sha256")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pangu_sigma.errors import UserError
+from pangu_sigma.json_reader import UnreadableText, parse_object
 from pangu_sigma.regular_file import regular
 
 
@@ -68,10 +68,10 @@ def _parse_lines(text: str, name: str) -> Iterator[Prompt]:
             continue
         source = f"line {line_number} of {name}"
         try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise UserError(f'{source} is not JSON ({error}); write {{"prompt": TEXT}}') from error
-        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+            value = parse_object(line)
+        except UnreadableText as error:
+            raise UserError(f'{source} is {error.problem}; write {{"prompt": TEXT}}') from error
+        if not isinstance(value.get("prompt"), str):
             raise UserError(f'{source} has no text under "prompt"; write {{"prompt": TEXT}}')
         unknown = set(value) - {"prompt", "domain", "seed"}
         if unknown:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pangu_sigma.errors import UserError, argument
+from pangu_sigma.json_reader import parse_object
 from pangu_sigma.monitor.progress import report
 from pangu_sigma.monitor.result_files import atomic_file
 from pangu_sigma.monitor.tensorboard_file import TensorBoardFile
@@ -213,7 +214,7 @@ def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     records = []
     for line_number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = parse_object(line)
             if record["kind"] not in KINDS or type(record["step"]) is not int:
                 raise ValueError
         except (ValueError, TypeError, KeyError):

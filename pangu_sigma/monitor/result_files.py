@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pangu_sigma.errors import UserError, disk_advice
+from pangu_sigma.json_reader import UnreadableText, read_object
 from parallel.comm.atomic_folder import process_exists
 
 
@@ -55,14 +56,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The object of a JSON document that was written before; None where there is none. Raises UserError for a damaged
     one."""
     try:
-        value = json.loads(path.read_bytes())
+        return read_object(path)
     except FileNotFoundError:
         return None
     except OSError as error:
         advice = disk_advice(error.errno, "restore it")
         raise UserError(f"{path} cannot be read ({error.strerror}): {advice}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): delete it, and it is made again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged (not a JSON object): delete it, and it is made again")
-    return value
+    except UnreadableText as error:
+        raise UserError(f"{error.at(f'{path} is damaged')}; delete it, and it is made again") from None

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, FiniteFloat, ValidationError
 
+from pangu_sigma.config.load_config import read_values
 from pangu_sigma.errors import UserError
 from pangu_sigma.monitor.metrics_log import FILE_NAME, KINDS, read_metrics, restore_numbers
 from pangu_sigma.monitor.printable_text import printable
@@ -128,16 +129,10 @@ def load_run(run_dir: Path) -> RunData:
 
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
-    import yaml
-
-    try:
-        text = path.read_bytes().decode()
-        value = yaml.safe_load(text)
-    except FileNotFoundError:
+    if not path.exists():
         return "", {}
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise UserError(f"{path} is damaged (not YAML): restore it from a checkpoint of the run") from None
-    return text, value if isinstance(value, dict) else {}
+    values = read_values(path, "back what stood there, from a checkpoint of the run")
+    return path.read_text(encoding="utf-8"), values
 
 
 def _checked(model: type[BaseModel], record: Record, where: str) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pangu_sigma.checkpoint import open_checkpoint
 from pangu_sigma.checkpoint.manifest import sign
-from pangu_sigma.checkpoint.tensor_file import read_header
+from pangu_sigma.checkpoint.safetensors_header import read_header
 
 
 def alter(folder: Path, tensor: str, change: Callable[[bytearray], None]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer, refuse_surrogates
 from pangu_sigma.errors import UserError
+from pangu_sigma.json_reader import LARGE, UnreadableText, decoded, parse_object
 
 
 class _Vocabulary:
@@ -23,8 +24,13 @@ class _Vocabulary:
         import tokenizers
 
         try:
-            self.library = tokenizers.Tokenizer.from_str(model.decode("utf-8"))
-        except Exception as error:  # the library raises nothing narrower
+            parse_object(model, LARGE)
+            self.library = tokenizers.Tokenizer.from_str(decoded(model, LARGE.bytes))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except UnreadableText as error:
+            raise UserError(f"{error.at(origin)}: give a tokenizer.json of Hugging Face's tokenizers") from error
+        except BaseException as error:  # the library raises nothing narrower, and a panic of Rust is no Exception
             raise UserError(f"{origin} is no tokenizer.json of Hugging Face's tokenizers: give another file") from error
         # Text never becomes a special id, whatever its letters spell; and nothing is padded or cut.
         self.library.encode_special_tokens = True

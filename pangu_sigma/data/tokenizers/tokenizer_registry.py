@@ -1,12 +1,13 @@
 """Registry of tokenizers: the class of a kind, a tokenizer from its folder, and the files that a checkpoint keeps."""
 
-import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from pangu_sigma.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from pangu_sigma.data.tokenizers.tokenizer import FORMAT_VERSION, INFO_FILE, MODEL_FILE, Tokenizer
 from pangu_sigma.errors import UserError
+from pangu_sigma.json_reader import parse_object
 from pangu_sigma.regular_file import regular
 
 
@@ -42,17 +43,28 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     changed.
     """
     folder = Path(folder)
-    info_path = folder / INFO_FILE
     try:
-        info = json.loads(info_path.read_text(encoding="utf-8"))
-        kind, eod_id, pad_id = str(info["kind"]), int(info["eod_id"]), int(info["pad_id"])
-        fingerprint, version = info["fingerprint"], info["format_version"]
-        model = (folder / MODEL_FILE).read_bytes()
+        files = {name: (folder / name).read_bytes() for name in (INFO_FILE, MODEL_FILE)}
     except OSError as error:
         place = error.filename or folder
         raise UserError(
             f"{place} cannot be read ({error.strerror}); restore it from a checkpoint of the same run"
         ) from error
+    return tokenizer_from(files, folder)
+
+
+def tokenizer_from(files: Mapping[str, bytes], folder: Path) -> Tokenizer:
+    """The tokenizer of ``files`` (name -> content), which came from ``folder``. Raises UserError as above."""
+    info_path = folder / INFO_FILE
+    for name in (INFO_FILE, MODEL_FILE):
+        if name not in files:
+            raise UserError(f"{folder / name} is no part of the checkpoint; restore it, or use another checkpoint")
+    try:
+        info = parse_object(files[INFO_FILE])
+        kind, eod_id, pad_id = info["kind"], info["eod_id"], info["pad_id"]
+        fingerprint, version = info["fingerprint"], info["format_version"]
+        if not (isinstance(kind, str) and type(eod_id) is type(pad_id) is int):
+            raise TypeError
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{info_path} is damaged; restore it from a checkpoint of the same run") from error
     if version != FORMAT_VERSION:
@@ -60,9 +72,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             f"{info_path} has format version {version}, this release reads {FORMAT_VERSION}; update pangu-sigma"
         )
     try:
-        tokenizer = tokenizer_class(kind)(model, eod_id, pad_id, str(folder / MODEL_FILE))
-    except ValueError as error:
-        raise UserError(f"{info_path}: {error}") from error
+        tokenizer = tokenizer_class(kind)(files[MODEL_FILE], eod_id, pad_id, str(folder / MODEL_FILE))
+    except UserError:
+        raise
+    except ValueError as error:  # an id outside the vocabulary
+        raise UserError(f"{info_path} is damaged ({error}); restore it from a checkpoint of the same run") from error
     if tokenizer.fingerprint != fingerprint or tokenizer.vocab_size != info.get("vocab_size"):
         raise UserError(
             f"{folder / MODEL_FILE} is not the tokenizer that {info_path} describes; restore the original file"

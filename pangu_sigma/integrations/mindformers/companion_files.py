@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
+from pangu_sigma.checkpoint.safetensors_header import load_safetensors
 from pangu_sigma.config import Config
 from pangu_sigma.config.config_paths import stored_text
 from pangu_sigma.config.load_config import read_stored
@@ -23,6 +21,7 @@ from pangu_sigma.data.packed_sequences import first_sequences
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_registry import load_tokenizer
 from pangu_sigma.errors import UserError, argument
+from pangu_sigma.json_reader import read_object
 from pangu_sigma.monitor.result_files import write_json, write_text
 
 if TYPE_CHECKING:
@@ -79,13 +78,25 @@ def read_companion(folder: Path) -> Companion:
     """The folder's contents. Raises UserError naming the file that is missing or damaged."""
     path = folder / CONFIG
     try:
-        config = read_stored(path.read_text(encoding="utf-8"), path)
+        config = read_stored(path.read_bytes(), path)
         path = folder / TEXT
-        corpora = json.loads(path.read_text(encoding="utf-8"))["corpora"]
+        corpora = read_object(path)["corpora"]
         path = folder / PROBE
-        probe = load_file(path)
+        probe = load_safetensors(path)
+        _check_contents(config, corpora, probe)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} is missing or damaged: starting the MindFormers training writes it anew") from error
     return Companion(config, load_tokenizer(folder / TOKENIZER), corpora, probe)
+
+
+def _check_contents(config: Config, corpora: Any, probe: dict[str, np.ndarray]) -> None:
+    """Raises ValueError unless both are of this configuration's domains and of the form that was written."""
+    if not isinstance(corpora, dict) or not all(isinstance(fingerprint, str) for fingerprint in corpora.values()):
+        raise ValueError("no fingerprints")
+    shapes = {array.shape[1:] for array in probe.values()}
+    if not probe.keys() <= set(config.domain_names) or not shapes <= {(config.data.sequence_length + 1,)}:
+        raise ValueError("no probe of this model")
+    if any(array.dtype != np.int32 for array in probe.values()):
+        raise ValueError("no token ids")

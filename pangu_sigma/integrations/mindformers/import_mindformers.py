@@ -7,23 +7,21 @@ model must be in the file, every tensor of the file is used or left behind by a 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from pangu_sigma.checkpoint import Fingerprints, TensorSpec
 from pangu_sigma.checkpoint.model_folder import check_output
+from pangu_sigma.checkpoint.safetensors_header import StoredTensor, open_safetensors
 from pangu_sigma.config import Config, with_vocabulary
 from pangu_sigma.config.parameter_counts import parameter_counts, tensor_shapes
 from pangu_sigma.convert.conversion_coverage import SkippedTensors, check_coverage
 from pangu_sigma.convert.converted_folder import ConvertedModel, write_converted
 from pangu_sigma.errors import UserError
 from pangu_sigma.integrations.mindformers.companion_files import find_companion, read_companion
-from pangu_sigma.regular_file import regular
 from pangu_sigma.tensor_names import WORDS, is_routing, parse_name, tensor_name
 
 SKIPPED = SkippedTensors(
@@ -62,31 +60,31 @@ def import_mindformers(source: Path, out: Path, run: Path | None = None) -> Impo
     config = with_vocabulary(companion.config, companion.tokenizer.vocab_size)
     targets = tensor_shapes(config, config.model.vocab_size)
     groups = config.expert_groups
-    with opened(file) as tensors:
-        shapes = shapes_of(tensors)
-        check_tensors(file, shapes, targets)
-        skipped = {name: rule for name in shapes if (rule := SKIPPED.rule(name)) is not None}
-        step = int(tensors.get_tensor("step_num")) if "step_num" in shapes else 0
+    tensors = open_safetensors(file)
+    shapes = shapes_of(tensors)
+    check_tensors(file, shapes, targets)
+    skipped = {name: rule for name in shapes if (rule := SKIPPED.rule(name)) is not None}
+    step = _step(file, tensors)
 
-        def read(spec: TensorSpec) -> np.ndarray:
-            array = _tensor(file, tensors, spec)
-            if is_routing(spec.name):
-                _check_table(file, spec.name, array, groups)
-            return array
+    def read(spec: TensorSpec) -> np.ndarray:
+        array = _tensor(file, tensors[spec.name], spec)
+        if is_routing(spec.name):
+            _check_table(file, spec.name, array, groups)
+        return array
 
-        counts = parameter_counts(config, config.model.vocab_size)
-        written = write_converted(
-            out,
-            config,
-            "import",
-            origin={"job": "import mindformers", "source": file.name, "step": step},
-            card=_card(file, config, step, counts.total),
-            read=read,
-            tokenizer_files=companion.tokenizer.files(),
-            fingerprints=Fingerprints(tokenizer=companion.tokenizer.fingerprint, corpora=companion.corpora),
-            step=step,
-            probe=companion.probe,
-        )
+    counts = parameter_counts(config, config.model.vocab_size)
+    written = write_converted(
+        out,
+        config,
+        "import",
+        origin={"job": "import mindformers", "source": file.name, "step": step},
+        card=_card(file, config, step, counts.total),
+        read=read,
+        tokenizer_files=companion.tokenizer.files(),
+        fingerprints=Fingerprints(tokenizer=companion.tokenizer.fingerprint, corpora=companion.corpora),
+        step=step,
+        probe=companion.probe,
+    )
     by_rule = {rule: sum(1 for r in skipped.values() if r == rule) for rule in dict.fromkeys(skipped.values())}
     return ImportedMindFormersRun(written, config, file, by_rule)
 
@@ -121,15 +119,14 @@ def checkpoint_file(source: Path) -> Path:
 
 def check_file(file: Path, config: Config) -> None:
     """Raises UserError unless the checkpoint holds every tensor of the model of `config`, of whatever vocabulary."""
-    with opened(file) as tensors:
-        shapes = shapes_of(tensors)
+    shapes = shapes_of(open_safetensors(file))
     words = shapes.get(WORDS) or shapes.get(tensor_name(WORDS, domain=config.domain_names[0])) or (0,)
     check_tensors(file, shapes, tensor_shapes(config, config.model.vocab_size or words[0]))
 
 
-def shapes_of(tensors) -> dict[str, tuple[int, ...]]:
+def shapes_of(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
     """Shapes by name of an opened file's tensors."""
-    return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return {name: stored.shape for name, stored in tensors.items()}
 
 
 def check_tensors(file: Path, shapes: dict[str, tuple[int, ...]], targets: dict[str, tuple[int, ...]]) -> None:
@@ -138,22 +135,21 @@ def check_tensors(file: Path, shapes: dict[str, tuple[int, ...]], targets: dict[
     check_coverage(str(file), targets, [(n, n, shapes[n]) for n in used if n in targets], used)
 
 
-@contextmanager
-def opened(file: Path) -> Iterator:
-    """The file's tensors, read one by one. Raises UserError naming the file where it is damaged."""
-    try:
-        with safe_open(regular(file), "numpy") as tensors:
-            yield tensors
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read as {ENDING} ({error}): give a whole checkpoint") from error
+def _tensor(file: Path, stored: StoredTensor, spec: TensorSpec) -> np.ndarray:
+    dtype = "int32" if spec.dtype == "int32" else "float32"
+    if stored.dtype != dtype:
+        raise UserError(f"{file} holds {spec.name} as {stored.dtype} where {dtype} is needed: save it in that type")
+    return stored.read(spec.name)
 
 
-def _tensor(file: Path, tensors, spec: TensorSpec) -> np.ndarray:
-    array = tensors.get_tensor(spec.name)
-    dtype = np.dtype(np.int32 if spec.dtype == "int32" else np.float32)
-    if array.dtype != dtype:
-        raise UserError(f"{file} holds {spec.name} as {array.dtype} where {dtype} is needed: save it in that type")
-    return array
+def _step(file: Path, tensors: Mapping[str, StoredTensor]) -> int:
+    """The step that the file is of, 0 where it does not say. Raises UserError for one that is no count."""
+    stored = tensors.get("step_num")
+    if stored is None:
+        return 0
+    if stored.shape not in ((), (1,)) or stored.dtype not in ("int32", "int64") or stored.read("step_num").min() < 0:
+        raise UserError(f"{file} is damaged: step_num is no number of steps; give a whole checkpoint")
+    return int(stored.read("step_num").reshape(()))
 
 
 def _check_table(file: Path, name: str, table: np.ndarray, groups: dict[str, int]) -> None:

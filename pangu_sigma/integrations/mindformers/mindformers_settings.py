@@ -14,12 +14,11 @@ from os.path import abspath, expanduser
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pangu_sigma.config import SCHEMA_VERSION, Config, config_from_dict
 from pangu_sigma.config.load_config import effective, read_values
 from pangu_sigma.config.overrides import apply_overrides
 from pangu_sigma.config.validation_messages import shown
+from pangu_sigma.config.yaml_text import parse_yaml_11
 from pangu_sigma.errors import UserError
 
 SECTIONS = "pangu_sigma"
@@ -66,7 +65,7 @@ def read_yaml(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]
     path = Path(path)
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"{path} does not end in .yaml: give a MindFormers configuration")
-    values = read_values(path, "a MindFormers configuration", yaml.safe_load)
+    values = read_values(path, "a MindFormers configuration", parse_yaml_11)
     # Our sections by their own name. A YAML alias is one object in two places, so the data loader gets them too.
     longer = [f"model.model_config.{text}" if text.startswith(f"{SECTIONS}.") else text for text in overrides]
     apply_overrides(values, longer, _no_section, root=("model", "model_config", SECTIONS))

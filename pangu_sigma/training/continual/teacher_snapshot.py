@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from pangu_sigma.checkpoint import (
     Checkpoint,
@@ -29,6 +28,7 @@ from pangu_sigma.checkpoint import (
 )
 from pangu_sigma.checkpoint.disk_space import DiskWrite
 from pangu_sigma.checkpoint.retention import delete_folder
+from pangu_sigma.checkpoint.safetensors_header import load_safetensors
 from pangu_sigma.checkpoint.streamed_checkpoint import plan_taken
 from pangu_sigma.checkpoint.tensor_file import byte_chunks, digest_of_file, spec_of, write_tensor_file
 from pangu_sigma.errors import UserError
@@ -155,7 +155,7 @@ def read_fisher(run_dir: Path, snapshot: TeacherSnapshot) -> dict[str, np.ndarra
         raise UserError(f"the Fisher information {path} cannot be read: restore it to resume") from error
     if digest != snapshot.fisher:
         raise UserError(f"the Fisher information {path} is not what the checkpoint names: restore it to resume")
-    return load_file(path)
+    return load_safetensors(path)
 
 
 def remove_unneeded(run_dir: Path, needed_steps: set[int]) -> None:

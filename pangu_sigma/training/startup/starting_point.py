@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pangu_sigma.checkpoint import Checkpoint, find_latest, resolve
-from pangu_sigma.checkpoint.folder_layout import CONFIG
+from pangu_sigma.checkpoint.folder_layout import CONFIG, STATE
 from pangu_sigma.checkpoint.run_config_file import DOMAIN_CHANGES, mend_config, stale_config
+from pangu_sigma.checkpoint.trainer_state import check_resumable
 from pangu_sigma.config import (
     Config,
     check_init_from,
@@ -111,6 +112,7 @@ def resume_from(run_dir: Path, config: Config, checkpoint: Checkpoint) -> Starti
     Raises UserError for a configuration that is not the run's.
     """
     stored = stored_config(checkpoint)
+    check_resumable(checkpoint.state, checkpoint.path / STATE)
     messages, changed = [], checkpoint.state.get(DOMAIN_CHANGES)
     stale = stale_config(run_dir, checkpoint)
     if stale is not None:

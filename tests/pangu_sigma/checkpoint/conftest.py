@@ -49,7 +49,7 @@ def save_small(run: Path, step: int, tensors: dict[str, np.ndarray], **changes) 
         "config_text": "schema_version: 2\n",
         "tokenizer_files": {"tokenizer.model": b"\x00\x01pieces"},
         "probe": {domain: np.arange(18, dtype=np.int32).reshape(2, 9) for domain in groups},
-        "state": {"step": step, "cursors": {"code": [3, 2**90]}, "loss_scale": 65536.0},
+        "state": {"step": step, "cursors": {"code": [3, 2**90]}, "loss_scale": {"value": 65536.0, "clean": 3}},
         "fingerprints": Fingerprints(tokenizer="t1", corpora={domain: f"{domain}-1" for domain in groups}),
     }
     return save_checkpoint(run, CheckpointContents(**{**contents, **changes}), tensors, **how)

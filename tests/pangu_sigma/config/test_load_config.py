@@ -78,7 +78,7 @@ def test_a_configuration_cannot_be_changed(small):
         ("a: 1\n\tb: 2\n", "line 2: not valid YAML"),
         ("run:\n  dir: a\n  seed: 1\n  dir: b\n", "line 4: the key 'dir' is written twice: mend that line"),
         ("run: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
-        ("[a, b]: 1\n", "a key must be a plain text"),
+        ("[a, b]: 1\n", "a key must be a plain, short text"),
         ("a: &x [*x]\n", "not valid YAML"),
         ("a: 1\n---\nb: 1\n", "not valid YAML"),
         ("run: {dir: x}\n", "schema_version is missing: add the line 'schema_version: 2'"),

@@ -72,7 +72,7 @@ def test_a_json_line_is_a_document_and_blank_lines_are_passed_over(tmp_path):
         (b'{"body": "x"}', r":2: the field 'text' is missing \(fields: body\); set text_field of domain 'law'"),
         (b'{"text": 3}', ":2: the field 'text' is no string but int"),
         (b'{"text": "\\ud800"}', ":2: the text holds half a surrogate pair"),
-        (b"[" * 100_000, ":2: the line is not valid JSON"),
+        (b"[" * 100_000, ":2: the line is nested more than 64 levels deep"),
         (b'{"text": "\xff"}', "is not UTF-8"),
     ],
 )
