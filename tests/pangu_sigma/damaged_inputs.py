@@ -9,7 +9,8 @@ from typing import Any
 # What stands in the place of a value of JSON.
 _VALUES = (
     None, True, "", "x", "\ud800", "\x00", "../../x", -1, 0, 1.5, 2**31, 2**63, 2**64, 10**30, -(2**63), 1e300,
-    float("nan"), float("inf"), [], {}, [[]], {"": {}}, [1, "a"], [-1, 2**62], "9" * 400, "a" * 5000, [0] * 40, ["a", None],
+    float("nan"), float("inf"), [], {}, [[]], {"": {}}, [1, "a"], [-1, 2**62], "9" * 400, "a" * 5000, [0] * 40,
+    ["a", None],
 )  # fmt: skip
 # What is put into bytes anywhere.
 _PIECES = (

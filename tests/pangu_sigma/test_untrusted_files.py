@@ -63,7 +63,8 @@ EXCEPTIONS = {
 FORBIDDEN = {
     ("json", "load"), ("json", "loads"), ("json", "JSONDecoder"), ("yaml", "load"), ("yaml", "safe_load"),
     ("yaml", "full_load"), ("yaml", "unsafe_load"), ("yaml", "load_all"), ("yaml", "safe_load_all"),
-    ("yaml", "compose"), ("yaml", "parse"), ("yaml", "scan"), ("yaml", "SafeLoader"), ("safetensors.numpy", "load_file"),
+    ("yaml", "compose"), ("yaml", "parse"), ("yaml", "scan"), ("yaml", "SafeLoader"),
+    ("safetensors.numpy", "load_file"),
     ("safetensors.numpy", "load"), ("safetensors", "safe_open"), ("safetensors", "deserialize"),
 }  # fmt: skip
 
@@ -200,8 +201,9 @@ class Readers:
         config = {
             "model_type": "olmoe", "vocab_size": 8, "num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2,
             "intermediate_size": 4, "max_position_embeddings": 16, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
-            "num_experts": 2, "num_experts_per_tok": 1, "eos_token_id": 0, "tie_word_embeddings": False, "norm_topk_prob": False,
-            "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "initializer_range": 0.02,
+            "num_experts": 2, "num_experts_per_tok": 1, "eos_token_id": 0, "tie_word_embeddings": False,
+            "norm_topk_prob": False, "initializer_range": 0.02,
+            "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"},
         }  # fmt: skip
 
         def read(file: Path) -> object:

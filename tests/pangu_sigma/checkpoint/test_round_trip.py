@@ -26,7 +26,8 @@ def test_everything_comes_back(tmp_path, tensors, save):
     assert checkpoint.step == 1200 and checkpoint.domains == ("code", "law")
     assert checkpoint.coverage == {layer: {"code": 4, "law": 2} for layer in ("blocks.2", "query_layer")}
     assert checkpoint.config_text == "name: Σ\n"
-    assert checkpoint.state == {"step": 1200, "cursors": {"code": [3, 2**90]}, "loss_scale": {"value": 65536.0, "clean": 3}}
+    loss_scale = {"value": 65536.0, "clean": 3}
+    assert checkpoint.state == {"step": 1200, "cursors": {"code": [3, 2**90]}, "loss_scale": loss_scale}
     assert checkpoint.tokenizer_files() == {"tokenizer.model": b"\x00\x01pieces"}
     assert set(checkpoint.probe()) == {"code", "law"} and checkpoint.probe()["code"][1, 8] == 17
     checkpoint.verify()
