@@ -214,12 +214,12 @@ def test_what_does_not_fit_is_an_error_with_the_list_and_nothing_is_written(fold
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "a model of type llama"),
+        ({"model_type": "llama"}, 'a model of type "llama"'),
         ({"clip_qkv": 8.0}, "clip_qkv = 8.0"),
         ({"num_key_value_heads": 2}, "num_key_value_heads = 2"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
         ({"eos_token_id": None}, "give eod_id"),
-        ({"eos_token_id": 9999}, "the model's end-of-document id 9999 is no id of .*: give eod_id"),
+        ({"eos_token_id": 9999}, "has no id 9999: give the piece or the id"),
     ],
 )
 def test_an_architecture_that_this_is_not_is_refused(folder, import_settings, tmp_path, change, message):

@@ -100,7 +100,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused_by_name(both_trained, tmp_pat
 def test_a_cut_off_file_and_a_lost_companion_are_refused(both_trained, tmp_path):
     whole = checkpoint_file(both_trained.formers).read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-100])
-    with pytest.raises(UserError, match="cut.safetensors cannot be read"):
+    with pytest.raises(UserError, match="cut.safetensors is no whole safetensors file"):
         import_mindformers(tmp_path / "cut.safetensors", tmp_path / "model", both_trained.formers)
     (tmp_path / "alone.safetensors").write_bytes(whole)
     with pytest.raises(UserError, match="give the run's output_dir as run"):

@@ -105,7 +105,7 @@ def test_the_command_says_a_mistake_without_importing_a_framework(tmp_path):
 
 def test_a_checkpoint_to_load_must_be_there(formers, tmp_path):
     (tmp_path / "half.safetensors").write_bytes(b"no tensors")
-    for path, message in (("gone.safetensors", "is no .safetensors file"), ("half.safetensors", "cannot be read")):
+    for path, message in (("gone.safetensors", "is no .safetensors file"), ("half.safetensors", "is no whole")):
         done = training_process.command("mindformers", SHIPPED, f"load_checkpoint={tmp_path / path}", cwd=tmp_path)
         assert done.returncode == 2 and message in done.stderr, done.stderr
 
