@@ -116,7 +116,9 @@ def own_cache(run_dir: str) -> str:
 _CONFIGURATION = f"a YAML configuration that starts with 'schema_version: {SCHEMA_VERSION}'"
 
 
-def read_values(path: Path, what: str = _CONFIGURATION, parse: Callable[[str | bytes], Any] = parse_yaml) -> dict[str, Any]:
+def read_values(
+    path: Path, what: str = _CONFIGURATION, parse: Callable[[str | bytes], Any] = parse_yaml
+) -> dict[str, Any]:
     """The mapping that a YAML file holds, not yet checked. `what`: what the file should be. Raises UserError."""
     try:
         with open(regular(find_file(path)), "rb") as stream:
