@@ -59,8 +59,10 @@ def write_converted(
     origin: where the model came from, anything that JSON holds. contents: what else a `StreamedCheckpoint` has; its
     tensors, domains and coverage are the configuration's where nothing else is given. Raises UserError.
     """
+    vocabulary = config.model.vocab_size
+    assert vocabulary is not None  # written by every conversion
     given = {
-        "tensors": new_specs(tensor_shapes(config, config.model.vocab_size)),
+        "tensors": new_specs(tensor_shapes(config, vocabulary)),
         "domains": config.domain_names,
         "coverage": config.coverage,
         **contents,
