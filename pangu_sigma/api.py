@@ -261,6 +261,7 @@ def serve(
     slots: int = 8,
     queue: int = 64,
     max_tokens: int | None = None,
+    max_prompt_tokens: int | None = None,
     max_body: int = 1 << 20,
     grace: float = 30.0,
     warm_up: bool = True,
@@ -273,10 +274,10 @@ def serve(
     """Serve a model over HTTP in OpenAI's format: every domain is a model id, "auto" infers it (docs/serving.md).
 
     domains: offered ones, all if empty. token: that clients must present. slots: texts decoded together; queue: that
-    may wait; max_tokens: most of one answer; max_body: bytes of a request; grace: seconds that answers may go on when
-    it stops. warm_up: compile all graphs before the first client. top, prior, prior_texts: as of `load`. block: return
-    when Ctrl-C or SIGTERM came and the answers under way are done; else as soon as clients can come, and
-    `server.stop()`, or the end of a `with` block, ends it. Raises UserError.
+    may wait; max_tokens: most of one answer; max_prompt_tokens: most of a request's prompts; max_body: bytes of a
+    request; grace: seconds that answers may go on when it stops. warm_up: compile all graphs before the first client.
+    top, prior, prior_texts: as of `load`. block: return when Ctrl-C or SIGTERM came and the answers under way are done;
+    else as soon as clients can come, and `server.stop()`, or the end of a `with` block, ends it. Raises UserError.
     """
     from pangu_sigma.generation.domain_inference_settings import DomainInferenceSettings
     from pangu_sigma.serving.model_server import ModelServer
@@ -284,7 +285,8 @@ def serve(
 
     inference = DomainInferenceSettings(top, prior, path_or_none(prior_texts))
     limits = ServerLimits(
-        slots=slots, queue=queue, max_tokens=max_tokens, body_bytes=max_body, grace_seconds=grace
+        slots=slots, queue=queue, max_tokens=max_tokens, prompt_tokens=max_prompt_tokens, body_bytes=max_body,
+        grace_seconds=grace,
     )  # fmt: skip
     settings = ServerSettings(host, port, tuple(items(domains)), token, limits, warm_up, inference)
     with progress_shown(progress):

@@ -328,7 +328,7 @@ class LanguageModel:
                         self._events[event.request_id].append(event)
                 event = waiting.popleft()
             if event.error is not None:
-                raise UserError(event.error)
+                raise event.exception or UserError(event.error)
             yield event
             if event.finish:
                 return

@@ -47,6 +47,8 @@ def write_folder(source: ExportSource, folder: Path, settings: dict) -> None:
     """What every folder for transformers has beside tensors: `settings` as its configuration, the ids that generating
     needs, and the tokenizer."""
     generation = {name: settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if silent := source.tokenizer.ids_without_piece(source.vocab).tolist():
+        generation["suppress_tokens"] = silent
     for name, values in (("config.json", settings), ("generation_config.json", generation)):
         (folder / name).write_bytes(_json(values))
     for name, content in _tokenizer_files(source).items():
@@ -127,6 +129,7 @@ def configuration(source: ExportSource, dtype: str) -> dict:
         "bos_token_id": tokenizer.eod_id,
         "eos_token_id": tokenizer.eod_id,
         "pad_token_id": tokenizer.pad_id,
+        "ids_without_piece": tokenizer.ids_without_piece(source.vocab).tolist(),
         "tie_word_embeddings": True,
         "use_cache": True,
         "pangu_sigma_version": VERSION,

@@ -46,7 +46,7 @@ domain = [{domain}]
 logits, *state = prefill(ms.Tensor(tokens), ms.Tensor(integers(batch, of=len(ids))), *domain)
 logits = logits.asnumpy()[:, len(ids) - 1]
 while len(ids) < window:
-    ids.append(int(logits[0].argmax()))
+    ids.append(int(logits[0, : len(pieces)].argmax()))
     if ids[-1] == facts["eod_id"]:
         break
     token, place = integers(batch, 1, of=ids[-1]), integers(batch, of=len(ids) - 1)
@@ -87,7 +87,7 @@ for each in decode.get_parameters():
     if each.name in facts["graphs"]["{decode}"]["state"]:
         each.set_data(filled[each.name])
 while len(ids) < window:
-    ids.append(int(logits.asnumpy()[0].argmax()))
+    ids.append(int(logits.asnumpy()[0, : len(pieces)].argmax()))
     if ids[-1] == facts["eod_id"]:
         break
     logits = decode(*inputs(ids, len(ids) - 1, len(ids)))

@@ -166,7 +166,7 @@ new = ids
 while len(ids) < {window}:
     feed = {"input_ids": np.array([new]), "attention_mask": np.ones((1, len(ids)), np.int64), **state{domain}}
     found = dict(zip([each.name for each in session.get_outputs()], session.run(None, feed)))
-    new = [int(found.pop("logits")[0, -1].argmax())]
+    new = [int(found.pop("logits")[0, -1, : len(pieces)].argmax())]
     ids = ids + new
     if new[0] == eod:
         break

@@ -40,6 +40,15 @@ def serve(
         int | None,
         typer.Option(min=1, metavar="N", help="Most tokens of one answer; up to the model's window if left out."),
     ] = None,
+    max_prompt_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Most tokens of all prompts of a request, each counted n times; 16384, or four windows if these are "
+            "more, if left out.",
+        ),
+    ] = None,
     max_body: Annotated[int, typer.Option(min=1024, metavar="BYTES", help="Largest request body in bytes.")] = 1 << 20,
     grace: Annotated[
         float, typer.Option(min=0.0, metavar="SECONDS", help="Seconds that answers may go on after SIGTERM.")
@@ -69,7 +78,14 @@ def serve(
     from pangu_sigma.serving.model_server import ModelServer
     from pangu_sigma.serving.server_settings import ServerLimits, ServerSettings
 
-    limits = ServerLimits(slots=slots, queue=queue, max_tokens=max_tokens, body_bytes=max_body, grace_seconds=grace)
+    limits = ServerLimits(
+        slots=slots,
+        queue=queue,
+        max_tokens=max_tokens,
+        prompt_tokens=max_prompt_tokens,
+        body_bytes=max_body,
+        grace_seconds=grace,
+    )
     settings = ServerSettings(
         host=host,
         port=port,

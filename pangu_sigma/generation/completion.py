@@ -37,7 +37,8 @@ def complete(
     """Run requests to their end and return their completions in order.
 
     `on_event(index, event, completion so far)` is called for every event. A request that fails ends all with UserError,
-    or with `keep_going` only itself: then its completion has the error.
+    or where the fault is the program's with its exception; with `keep_going` it ends only itself, and its completion
+    has the error.
     """
     completions: list[Completion] = []
     index_of: dict[int, int] = {}
@@ -55,7 +56,7 @@ def complete(
             elif not keep_going:
                 for request_id in index_of:
                     engine.cancel(request_id)
-                raise UserError(event.error)
+                raise event.exception or UserError(event.error)
             if on_event:
                 on_event(index, event, completion)
     return completions

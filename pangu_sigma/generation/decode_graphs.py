@@ -15,6 +15,7 @@ from mindspore import ParameterTuple, Tensor, nn, ops
 from pangu_sigma.generation.fused_decode import FusedDecodeHead, FusedDecodeLayer, has_fused_decode
 from pangu_sigma.generation.inference_network import InferenceNetwork, inference_inputs, inference_layers
 from pangu_sigma.generation.kv_cache_attention import (
+    BlockMask,
     CacheMask,
     ParameterCacheAttention,
     PositionOneHot,
@@ -29,31 +30,46 @@ from rre.experts import ExpertPerRow, RaggedExperts
 
 
 class PrefillGraph(InferenceNetwork):
-    """Prefill of one document: tokens int32 [C], last int32 [1], flat -> (logits, then keys and values [H, C, W] of
-    every layer).
+    """Prefill of a block of one document: tokens int32 [C], last int32 [1], flat -> (logits, then keys and values
+    [H, C, W] of every layer).
 
-    Logits are float32 [1, V] after token number `last`, or with `every` [C, V] after each. Flat inputs of a sparse
+    Logits are float32 [1, V] after token number `last`, or with `every` [C, V] after each. Where there are `cached`
+    positions of earlier blocks, inputs between `last` and `flat` are the block's positions int32 [C] and the caches,
+    keys and values [H, cached, W] of every layer, which are seen up to the block's begin. Flat inputs of a sparse
     layer: for a table router the row numbers of N slots (dynamic length) and of the dropped, positions [C, 1] and the
     tensors of N networks; for a learned gate those of E.
     """
 
-    def __init__(self, model: Model, length: int, every: bool) -> None:
+    def __init__(self, model: Model, length: int, every: bool, cached: int = 0) -> None:
         config, layout = model.config.model, model.layout.for_few_rows()
         slots = model.groups.total if model.learned else min(length, model.reachable_experts(domains=1))
-        compute = COMPUTE_TYPES[model.config.train.precision]
-        cores = [PromptAttention(config, layout, cache_precision(model)) for _ in range(config.layers)]
+        compute, precision = COMPUTE_TYPES[model.config.train.precision], cache_precision(model)
+        cores = [PromptAttention(config, layout, precision) for _ in range(config.layers)]
         layers = inference_layers(model, cores, lambda: RaggedExperts(layout, config.expert_network, compute))
         inputs = inference_inputs(model, 1, length, slots, planned=not model.learned)
         super().__init__(model, layers, inputs)
         self.every = every
+        self.cached = cached
         self.causal = Tensor(causal_mask(config.heads, length))
-        self.positions = Tensor(np.arange(length, dtype=np.int32))
-        own_inputs = (Tensor(shape=[length], dtype=ms.int32), Tensor(shape=[1], dtype=ms.int32))
+        own_inputs = [Tensor(shape=[length], dtype=ms.int32), Tensor(shape=[1], dtype=ms.int32)]
+        if cached:
+            self.mask = BlockMask(config.heads, length, cached, layout)
+            cache = [config.heads, cached, config.hidden // config.heads]
+            own_inputs.append(Tensor(shape=[length], dtype=ms.int32))
+            own_inputs += [Tensor(shape=cache, dtype=precision) for _ in range(2 * config.layers)]
+        else:
+            self.positions = Tensor(np.arange(length, dtype=np.int32))
         self.set_inputs(*own_inputs, *placeholders(inputs.variable_specs()))
 
-    def construct(self, tokens: Tensor, last: Tensor, *flat: Tensor):
-        h = self.embedding(tokens.reshape(1, -1), self.positions, None, self.word_table(flat))
-        logits, kept = self.outputs(h, self.positions, None if self.every else last, (self.causal,), (), flat)
+    def construct(self, tokens: Tensor, last: Tensor, *inputs: Tensor):
+        if self.cached:
+            positions, caches, flat = inputs[0], inputs[1 : 1 + 2 * self.layers], inputs[1 + 2 * self.layers :]
+            mask = self.mask(positions, self.causal)
+        else:
+            positions, caches, flat = self.positions, (), inputs
+            mask = self.causal
+        h = self.embedding(tokens.reshape(1, -1), positions, None, self.word_table(flat))
+        logits, kept = self.outputs(h, positions, None if self.every else last, (mask,), caches, flat)
         return (logits, *kept)
 
 

@@ -48,17 +48,15 @@ class DomainInference:
         order = auto_order(posterior[:, None], self.top if able is None else min(self.top, int(able.sum())))[:, 0]
         return DomainMixture(tuple(self.candidates[index] for index in order), posterior[order])
 
-    def rows(self, log_probabilities: np.ndarray, ids: Sequence[int]) -> np.ndarray:
-        """Log probabilities float64 [n, V] after each of `ids` [n]: of the `top` best domains after each, mixed.
+    def rows(self, log_probabilities: np.ndarray, posterior: np.ndarray) -> np.ndarray:
+        """Log probabilities float64 [n, V] after each of n tokens: of the `top` best domains after each, mixed.
 
-        log_probabilities [len(candidates), n, V]: under every domain. The prior does not learn from it.
+        log_probabilities [len(candidates), n, V]: under every domain. posterior [len(candidates), n]: of the domains
+        after each token.
         """
-        tokens = np.asarray(ids[1:], np.int64)
-        log_likelihood = np.take_along_axis(log_probabilities[:, :-1], tokens[None, :, None], axis=2)[..., 0]
-        posterior = posteriors(log_likelihood, self.prior)
         order = auto_order(posterior, self.top)
         rows = []
-        for token in range(len(ids)):
+        for token in range(posterior.shape[1]):
             best = order[:, token]
             mixture = DomainMixture(tuple(best), posterior[best, token])
             rows.append(mixture.mixed(list(log_probabilities[best, token])))

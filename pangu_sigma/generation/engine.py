@@ -5,8 +5,12 @@ its logits by float32 rounding at most, and not at all where `kv_cache_decoder` 
 index of the token) alone. Of the prompt only the text after its last end-of-document token is computed with: attention
 and positions restart there, so nothing before it can matter.
 
-A request whose logits are not finite ends with an error of its own; the others go on, since no row of a batch is
-computed from another.
+A prompt is read in blocks, one a step, by turns with all others that are read and with the texts that are written. So
+no prompt holds up the rest for longer than a block takes, and one that is cancelled ends at the next.
+
+A request whose logits are not finite ends with an error of its own, and so does one for which anything raises; the
+others go on, since no row of a batch is computed from another. Ids that the tokenizer has no piece for are never
+written nor listed; log-probabilities are the model's own, in which they have their share.
 
 One thread at a time may use an engine.
 """
@@ -14,17 +18,17 @@ One thread at a time may use an engine.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Protocol
 
 import numpy as np
 
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError, argument
-from pangu_sigma.generation.domain_inference import posteriors, token_log_probabilities
+from pangu_sigma.generation.decoder import Decoder, Turns, in_one_go
+from pangu_sigma.generation.domain_inference import posteriors
 from pangu_sigma.generation.domain_mixture import DomainInference, DomainMixture
+from pangu_sigma.generation.prompt_reader import Document, NotFiniteError, PromptReader
 from pangu_sigma.generation.request import AUTO, Event, Request, Score, pick_domain
 from pangu_sigma.generation.sampling import likeliest, log_softmax, sample_token
 from pangu_sigma.generation.text_stream import TextStream
@@ -35,40 +39,18 @@ _NOT_FINITE = (
 )
 
 
-class Decoder(Protocol):
-    """Interface of the model to the engine: logits for `slots` texts, each within one document of `window` tokens."""
-
-    slots: int
-    window: int
-
-    def score(self, ids: tuple[int, ...], domain: int) -> np.ndarray:
-        """Logits float32 [n, V] after each of `ids` [n], one document; no slot changes."""
-
-    def begin(self, slot: int, ids: tuple[int, ...], domain: int) -> np.ndarray:
-        """Give `slot` to a new text that begins with the document `ids`; logits float32 [V] after the last."""
-
-    def step(self, tokens: dict[int, int]) -> dict[int, np.ndarray]:
-        """Append a token to some slots (slot -> id); slot -> logits float32 [V] after it.
-
-        A token that follows an end-of-document token begins a document.
-        """
-
-    def end(self, slot: int) -> None:
-        """Free the slot; an empty slot is no error."""
-
-    def warm_ups(self, scores: bool) -> list[Callable[[], None]]:
-        """Calls that each compile one of the graphs that texts within the window can need, with `scores` also those of
-        `score`; to be called while no slot is in use."""
-
-
 @dataclass
 class _RequestState:
-    """State of one request, in one slot, or in one for each domain that writes a text whose domain is inferred."""
+    """State of one request, in one slot, or in one for each domain that writes a text whose domain is inferred.
+
+    reading: what is left of its prompt to read, None before and after.
+    """
 
     request_id: int
     request: Request
     stream: TextStream
     slots: tuple[int, ...] = ()
+    reading: Turns[Event] | None = None
     mixture: DomainMixture | None = None
     seen: set[int] = field(default_factory=set)
     length: int = 0  # tokens of the document that the model has seen or is about to see
@@ -98,9 +80,13 @@ class Engine:
         self.domains: tuple[str, ...] = model.groups.names
         self.vocab: int = model.vocab
         self.decoder = decoder
+        silent = tokenizer.ids_without_piece(self.vocab)
+        self._reader = PromptReader(decoder, tokenizer.eod_id, silent)
+        self._silent = frozenset(silent.tolist())
         self.domain_inference = DomainInference(range(len(self.domains)))
         self._next_id = 0
         self._waiting: deque[_RequestState] = deque()
+        self._reading: deque[_RequestState] = deque()  # whose turn is next, first
         self._slots: list[_RequestState | None] = [None] * decoder.slots
 
     @property
@@ -149,16 +135,18 @@ class Engine:
         return state.request_id
 
     def check(self, request: Request) -> None:
-        """Raise UserError for an unknown domain, an empty or too long prompt, or ids outside the vocabulary."""
+        """Raise UserError for an unknown domain, an empty or too long prompt, or ids that the tokenizer has not."""
         if not self._is_inferred(request):
             pick_domain(self.domains, request.domain)
         if not request.prompt_ids:
             raise UserError("the prompt has no token; begin it with the end-of-document token, as a document begins")
         for what, ids in (("prompt", request.prompt_ids), ("list of stop ids", request.sampling.stop_ids)):
-            wrong = next((i for i in ids if not 0 <= i < self.vocab), None)
+            wrong = next((i for i in ids if not 0 <= i < self.vocab or i in self._silent), None)
+            if wrong in self._silent:
+                raise UserError(f"the {what} has the id {wrong}, for which the tokenizer has no piece: leave it out")
             if wrong is not None:
                 raise UserError(f"the {what} has the id {wrong}; the vocabulary's ids are 0 to {self.vocab - 1}")
-        documents = self._documents(request.prompt_ids)
+        documents = self._reader.documents(request.prompt_ids)
         looked_at = documents if request.sampling.echo else documents[-1:]
         longest = max(len(ids) for ids in looked_at)
         if longest > self.window:
@@ -171,7 +159,7 @@ class Engine:
         self._waiting = deque(state for state in self._waiting if state.request_id != request_id)
         for state in self._slots:
             if state is not None and state.request_id == request_id:
-                self._free_slots(state)
+                self._leave(state)
 
     def set_domain_inference(self, domain_inference: DomainInference) -> None:
         """Set how the domain `AUTO` is inferred from now on. A text that several domains write holds a slot for each.
@@ -191,121 +179,146 @@ class Engine:
         """
         log_likelihoods = []
         for text in texts:
-            *before, document = self._documents(tuple(text))
-            ids, logits = self._evidence([*before, document[: self.window]])
-            log_likelihoods.append(np.stack([token_log_probabilities(rows[:-1], ids[1:]) for rows in logits]))
+            *before, document = self._reader.documents(text)
+            evidence = self._reader.evidence([*before, document[: self.window]], self.domain_inference)
+            try:
+                log_likelihood, able = in_one_go(evidence)
+            except NotFiniteError:
+                raise UserError(_NOT_FINITE.format("all domains")) from None
+            log_likelihoods.append(np.where(able[:, None], log_likelihood, -np.inf))
         if log_likelihoods:
             self.domain_inference.cache(log_likelihoods)
 
     def step(self) -> list[Event]:
-        """Decode one token of every active request, then admit and prefill one that waits. Returns their events.
+        """Decode one token of every text, admit requests that wait into free slots, and read one block of a prompt.
 
-        One prompt a step is admitted, so that running texts wait for one prompt at most.
+        Returns their events.
         """
         events = self._decode()
-        if self._waiting:
-            free = [slot for slot, state in enumerate(self._slots) if state is None]
-            needed = self.domain_inference.top if self._is_inferred(self._waiting[0].request) else 1
-            if len(free) >= needed:
-                events.append(self._admit(tuple(free[:needed])))
+        self._admit()
+        if self._reading:
+            events += self._read_block(self._reading.popleft())
         return events
 
     def _decode(self) -> list[Event]:
-        tokens = {slot: state.last for slot, state in enumerate(self._slots) if state is not None}
-        if not tokens:
+        states = {state.request_id: state for state in self._slots if state is not None and state.reading is None}
+        if not states:
             return []
-        logits = self.decoder.step(tokens)
-        active = {state.request_id: state for state in self._slots if state is not None}
-        return [self._choose_token(state, [logits[slot] for slot in state.slots]) for state in active.values()]
+        events = []
+        for state, rows in self._step_texts(list(states.values())):
+            try:
+                if isinstance(rows, Exception):
+                    raise rows
+                events.append(self._choose_token(state, rows))
+            except Exception as error:  # whatever it is, it is of this text alone
+                events.append(self._failed(state, error))
+        return events
 
-    def _admit(self, slots: tuple[int, ...]) -> Event:
-        state = self._waiting.popleft()
+    def _step_texts(self, states: list[_RequestState]) -> list[tuple[_RequestState, list[np.ndarray] | Exception]]:
+        """Each text with the logits of its slots after its last token, or with the error that it alone meets."""
+        try:
+            logits = self.decoder.step({slot: state.last for state in states for slot in state.slots})
+            return [(state, [logits[slot] for slot in state.slots]) for state in states]
+        except Exception as error:
+            if len(states) == 1:
+                return [(states[0], error)]
+        # One of them spoils the step: each by itself tells which, and the rest loses nothing.
+        apart: list[tuple[_RequestState, list[np.ndarray] | Exception]] = []
+        for state in states:
+            ((_, rows),) = self._step_texts([state])
+            apart.append((state, rows if isinstance(rows, Exception) else [row.copy() for row in rows]))
+            if isinstance(rows, Exception):
+                self._free_slots(state)  # so that the others' steps are rid of it
+        return apart
+
+    def _admit(self) -> None:
+        while self._waiting:
+            state = self._waiting[0]
+            free = [slot for slot, other in enumerate(self._slots) if other is None]
+            needed = self.domain_inference.top if self._is_inferred(state.request) else 1
+            if len(free) < needed:
+                return
+            self._waiting.popleft()
+            state.slots = tuple(free[:needed])
+            for slot in state.slots:
+                self._slots[slot] = state
+            state.reading = self._read(state)
+            self._reading.append(state)
+
+    def _read_block(self, state: _RequestState) -> list[Event]:
+        """One turn of reading a prompt; its first event after the last one."""
+        try:
+            next(state.reading)
+        except StopIteration as end:
+            state.reading = None
+            if end.value.finish:
+                self._free_slots(state)
+            return [end.value]
+        except Exception as error:
+            return [self._failed(state, error)]
+        self._reading.append(state)
+        return []
+
+    def _read(self, state: _RequestState) -> Turns[Event]:
         request = state.request
-        *before, document = self._documents(request.prompt_ids)
+        documents = self._reader.documents(request.prompt_ids)
+        document = documents[-1]
         # 1. With echo, score the prompt's tokens.
         scores: tuple[Score, ...] = ()
+        last_row = None
         if request.sampling.echo:
-            rows = self._prompt_logits(request, [*before, document])
-            if not np.isfinite(rows).all():
-                return _not_finite(state)
-            scores = _scores(request, rows)
+            if self._is_inferred(request):
+                blocks = self._reader.mixed(documents, self.domain_inference)
+            else:
+                blocks = self._reader.logits(documents, self.domains.index(request.domain))
+            scores, last_row = yield from self._reader.scores(documents, blocks, request.sampling.logprobs or 0)
         # 2. Find the domains that write, by inference where none is given.
-        members = self._writing_domains(state, [*before, document])
-        if not members:
-            return _not_finite(state)
+        members = yield from self._writing_domains(state, documents)
         if request.sampling.max_tokens == 0:
             return Event(state.request_id, None, prompt_scores=scores, finish="length", domains=self._domains_of(state))
-        # 3. Take a slot for each of them.
+        # 3. Keep a slot for each of them.
         state.seen = set(request.prompt_ids)
         state.length = len(document)
         state.last = document[-1]
-        state.slots = slots[: len(members)]
-        for slot in state.slots:
-            self._slots[slot] = state
+        for slot in state.slots[len(members) :]:
+            self._slots[slot] = None
+        state.slots = state.slots[: len(members)]
         # 4. Prefill each slot's cache and choose the first token. The scores' last row is what a single token is chosen
         # from; only a longer answer needs a cache.
-        if scores and request.sampling.max_tokens == 1 and state.mixture is None:
-            return self._choose_token(state, [rows[-1]], scores)
-        # Copies, because a graph's next run may write where its last result lies.
-        begun = [
-            self.decoder.begin(slot, document, domain).copy() for slot, domain in zip(state.slots, members, strict=True)
-        ]
+        if last_row is not None and request.sampling.max_tokens == 1 and state.mixture is None:
+            return self._choose_token(state, [last_row], scores)
+        begun = []
+        for slot, domain in zip(state.slots, members, strict=True):
+            # Copies, because a graph's next run may write where its last result lies.
+            begun.append((yield from self.decoder.begin_blocks(slot, document, domain)).copy())
+            if len(begun) < len(members):
+                yield
         return self._choose_token(state, begun, scores)
 
     def _is_inferred(self, request: Request) -> bool:
         """Whether the request's domain is inferred."""
         return request.domain == AUTO
 
-    def _writing_domains(self, state: _RequestState, documents: list[tuple[int, ...]]) -> tuple[int, ...]:
-        """Indices of the domains that write the answer, none if none can; an inferred one gets its mixture."""
+    def _writing_domains(self, state: _RequestState, documents: Sequence[Document]) -> Turns[tuple[int, ...]]:
+        """Indices of the domains that write the answer; an inferred one gets its mixture."""
         if not self._is_inferred(state.request):
             return (self.domains.index(state.request.domain),)
-        log_likelihoods, able = self._log_likelihoods(documents)
-        if not able.any():
-            return ()
-        state.mixture = self.domain_inference.begin(log_likelihoods, able)
+        log_likelihood, able = yield from self._reader.evidence(documents, self.domain_inference)
+        state.mixture = self.domain_inference.begin(log_likelihood, able)
         return state.mixture.members
 
     def domain_probabilities(self, ids: Sequence[int]) -> dict[str, float]:
         """P(domain | text) of the domains that a text may belong to, all equally likely before; of its last document
         the end within the window counts. Raises UserError where no domain's numbers are finite."""
-        *before, document = self._documents(tuple(ids))
-        log_likelihoods, able = self._log_likelihoods([*before, document[-self.window :]])
-        if not able.any():
-            raise UserError(_NOT_FINITE.format("all domains"))
+        *before, document = self._reader.documents(ids)
+        documents = [*before, document[-self.window :]]
+        try:
+            log_likelihood, able = in_one_go(self._reader.evidence(documents, self.domain_inference))
+        except NotFiniteError:
+            raise UserError(_NOT_FINITE.format("all domains")) from None
         candidates = self.domain_inference.candidates
-        shares = posteriors(log_likelihoods, able / able.sum())[:, -1]
+        shares = posteriors(log_likelihood, able / able.sum())[:, -1]
         return {self.domains[domain]: float(share) for domain, share in zip(candidates, shares, strict=True)}
-
-    def _log_likelihoods(self, documents: list[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
-        """Log-likelihood [G, n - 1] of every token of the `_evidence` but the first under each candidate's experts, and
-        whether that one's numbers are finite [G]."""
-        ids, logits = self._evidence(documents)
-        log_likelihoods, able = [], []
-        for rows in logits:
-            # A domain whose numbers are not finite writes nothing, so no text is its own.
-            able.append(bool(np.isfinite(rows).all()))
-            log_likelihoods.append(token_log_probabilities(rows[:-1], ids[1:]) if able[-1] else np.zeros(ids.size - 1))
-        return np.stack(log_likelihoods), np.array(able)
-
-    def _evidence(self, documents: list[tuple[int, ...]]) -> tuple[np.ndarray, Iterator[np.ndarray]]:
-        """Ids [n] of a prompt's last document and the one before it, whose end predicts its first token; and the logits
-        [n, V] after each of them, under one domain after the other that the prompt may belong to."""
-        looked_at = [ids for ids in documents[-2:-1] if len(ids) <= self.window] + documents[-1:]
-        ids = np.array([token for document in looked_at for token in document], np.int64)
-        return ids, (self._logits(looked_at, domain) for domain in self.domain_inference.candidates)
-
-    def _logits(self, documents: list[tuple[int, ...]], domain: int) -> np.ndarray:
-        """Logits [n, V] after each token of the documents, n being their tokens together."""
-        # Copies, because a graph's next run may write where its last result lies.
-        return np.concatenate([self.decoder.score(ids, domain).copy() for ids in documents])
-
-    def _prompt_logits(self, request: Request, documents: list[tuple[int, ...]]) -> np.ndarray:
-        """Logits or log probabilities [n, V] after each of the prompt's tokens [n], for their scores."""
-        if not self._is_inferred(request):
-            return self._logits(documents, self.domains.index(request.domain))
-        rows = [log_softmax(self._logits(documents, domain)) for domain in self.domain_inference.candidates]
-        return self.domain_inference.rows(np.stack(rows), request.prompt_ids)
 
     def _domains_of(self, state: _RequestState) -> tuple[tuple[str, float], ...]:
         """(domain, posterior) of those that write an answer whose domain is inferred, best first.
@@ -320,17 +333,20 @@ class Engine:
         return tuple(sorted(posterior, key=lambda item: -item[1]))
 
     def _choose_token(self, state: _RequestState, rows: list[np.ndarray], scores: tuple[Score, ...] = ()) -> Event:
-        """Choose the answer's next token from the logits of its slots; a finished answer leaves them."""
+        """Choose the answer's next token from the logits of its slots; a finished answer leaves them.
+
+        Raises NotFiniteError.
+        """
         sampling = state.request.sampling
         if not all(np.isfinite(row).all() for row in rows):
-            self._free_slots(state)
-            return _not_finite(state)
+            raise NotFiniteError
         logits = rows[0] if state.mixture is None else state.mixture.mixed(rows)
-        token = sample_token(logits, sampling, state.written, state.seen)
+        token = sample_token(self._reader.without_silent(logits), sampling, state.written, state.seen)
         logprob, top = None, ()
         if sampling.logprobs is not None:
             logprobs = log_softmax(logits)
-            logprob, top = float(logprobs[token]), likeliest(logprobs, sampling.logprobs)
+            logprob = float(logprobs[token])
+            top = likeliest(self._reader.without_silent(logprobs), sampling.logprobs)
         text, finish = "", None
         if state.mixture is not None:
             state.mixture.update(token, rows)
@@ -353,28 +369,25 @@ class Engine:
             self._free_slots(state)
         return Event(state.request_id, token, text, logprob, top, scores, finish, domains=self._domains_of(state))
 
+    def _failed(self, state: _RequestState, error: Exception) -> Event:
+        """The last event of a request that cannot go on; its slots are free."""
+        self._leave(state)
+        if isinstance(error, NotFiniteError):
+            whose = "its domains" if state.request.domain == AUTO else state.request.domain
+            return Event(state.request_id, None, finish="error", error=_NOT_FINITE.format(whose))
+        message = f"an internal error ended this text ({type(error).__name__}: {error}); please report it"
+        return Event(state.request_id, None, finish="error", error=message, exception=error)
+
+    def _leave(self, state: _RequestState) -> None:
+        """Take a request out of the engine, wherever it is."""
+        if state.reading is not None:
+            state.reading.close()
+            state.reading = None
+            self._reading = deque(other for other in self._reading if other is not state)
+        self._free_slots(state)
+
     def _free_slots(self, state: _RequestState) -> None:
         for slot in state.slots:
             self._slots[slot] = None
             self.decoder.end(slot)
-
-    def _documents(self, ids: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """`ids` cut behind every end-of-document token but a last one."""
-        ends = [index + 1 for index, token in enumerate(ids[:-1]) if token == self.tokenizer.eod_id]
-        return [ids[a:b] for a, b in pairwise([0, *ends, len(ids)])]
-
-
-def _not_finite(state: _RequestState) -> Event:
-    """The last event of a request whose logits are not finite."""
-    whose = "its domains" if state.request.domain == AUTO else state.request.domain
-    return Event(state.request_id, None, finish="error", error=_NOT_FINITE.format(whose))
-
-
-def _scores(request: Request, logits: np.ndarray) -> tuple[Score, ...]:
-    """Scores of the prompt's tokens; logits [n, V] after each of them."""
-    ids, alternatives = request.prompt_ids, request.sampling.logprobs or 0
-    scores = [Score(ids[0], None)]
-    for row, token in zip(logits[:-1], ids[1:], strict=True):
-        logprobs = log_softmax(row)
-        scores.append(Score(token, float(logprobs[token]), likeliest(logprobs, alternatives)))
-    return tuple(scores)
+        state.slots = ()

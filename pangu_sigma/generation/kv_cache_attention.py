@@ -58,14 +58,16 @@ class DotProductAttention(nn.Cell):
 
 
 class PromptAttention(DotProductAttention):
-    """Causal attention of one document over itself: q, k, v [C, D] -> (y [C, D], (k, v)).
+    """Causal attention of a block of one document over itself and what is cached of the document: q, k, v [C, D] ->
+    (y [C, D], (k, v)).
 
-    `context`: (`causal_mask`,).
+    `context`: (`causal_mask`,), or (`BlockMask`, keys, values [H, L, W]) of the positions before the block.
     """
 
     def __init__(self, model: ModelConfig, layout: Layout, precision: ms.dtype) -> None:
         super().__init__(model, layout, precision)
         self.transpose = layout(ops.Transpose(), THREE_AXES)
+        self.behind = layout(ops.Concat(1), THREE_AXES, THREE_AXES)
 
     def split(self, x: Tensor) -> Tensor:
         """x [C, D] of all heads -> [H, C, W]."""
@@ -74,7 +76,10 @@ class PromptAttention(DotProductAttention):
     def construct(self, q: Tensor, k: Tensor, v: Tensor, context: tuple[Tensor, ...], keys: Tensor):
         length = q.shape[0]
         heads_k, heads_v = self.lowered(self.split(k)), self.lowered(self.split(v))
-        y = self.attend(self.split(q * self.scale), heads_k, heads_v, context[0])
+        all_k, all_v = heads_k, heads_v
+        if len(context) == 3:
+            all_k, all_v = self.behind((context[1], heads_k)), self.behind((context[2], heads_v))
+        y = self.attend(self.split(q * self.scale), all_k, all_v, context[0])
         y = self.transpose(y, (1, 0, 2)).reshape(length, self.heads * self.width)
         return y, (heads_k, heads_v)
 
@@ -83,6 +88,24 @@ def causal_mask(heads: int, length: int) -> np.ndarray:
     """Additive mask float32 [H, C, C]: 0 where key <= query. At full shape, because broadcasts are slow on CPU."""
     mask = np.triu(np.full((length, length), MASKED_SCORE, np.float32), 1)
     return np.ascontiguousarray(np.broadcast_to(mask, (heads, length, length)))
+
+
+class BlockMask(nn.Cell):
+    """Additive mask of a block behind a cache: the block's positions int32 [C], `causal_mask` [H, C, C] ->
+    [H, C, L + C] that shows of the cache what lies before the block."""
+
+    def __init__(self, heads: int, length: int, cached: int, layout: Layout) -> None:
+        super().__init__()
+        self.shape = (heads, length, cached)
+        self.keys = Tensor(np.arange(cached, dtype=np.int32).reshape(1, 1, cached))
+        self.less = layout(ops.Less(), THREE_AXES, THREE_AXES)
+        self.cast = layout(ops.Cast(), THREE_AXES)
+        self.spread = layout(ops.BroadcastTo(self.shape), THREE_AXES)
+        self.beside = layout(ops.Concat(2), THREE_AXES, THREE_AXES)
+
+    def construct(self, positions: Tensor, causal: Tensor):
+        visible = self.cast(self.less(self.keys, positions[0].reshape(1, 1, 1)), ms.float32)
+        return self.beside((self.spread((visible - 1.0) * (-MASKED_SCORE)), causal))
 
 
 class PositionOneHot(nn.Cell):

@@ -1,4 +1,4 @@
-"""KV cache of a decode batch: the rows of one decoding step with their caches, in host memory or on the device.
+"""KV caches: of a prompt while it is read, and of a decode batch, the rows of one decoding step.
 
 A batch holds `rows` texts with caches of `length` positions. `join` puts a text's cache into a row; `read` and
 `row_cache` take it out when texts move to a batch of another size.
@@ -22,6 +22,46 @@ from pangu_sigma.generation.decode_graphs import (
 from pangu_sigma.model.graph_inputs import GraphInputs, split_inputs
 from pangu_sigma.model.model import Model
 from pangu_sigma.plan.requirements import check_caches
+
+
+class PromptCache:
+    """Keys and values of a prompt's blocks that were read so far, in the host's memory; `length` tokens."""
+
+    def __init__(self, model: Model, length: int = 0) -> None:
+        self.length = length
+        config = model.config.model
+        shape = (2 * config.layers, config.heads, length, config.hidden // config.heads)
+        self._cache = np.zeros(shape, ms.dtype_to_nptype(cache_precision(model)))
+        self._new: list[Sequence[np.ndarray]] = []
+
+    def append(self, block: Sequence[np.ndarray], is_last: bool) -> None:
+        """Add keys and values [H, n, W] of every layer; those of a last block are only read before the next graph runs,
+        which may write where they lie."""
+        self._new.append(block if is_last else [part.copy() for part in block])
+        self.length += block[0].shape[1]
+
+    def tensors(self, length: int) -> list[Tensor]:
+        """Keys and values [H, length, W] of every layer, 0 behind the text. Not copied: to be read before more come."""
+        if self._cache.shape[2] != length:
+            cache = np.zeros((*self._cache.shape[:2], length, self._cache.shape[3]), self._cache.dtype)
+            cache[:, :, : self._cache.shape[2]] = self._cache
+            self._cache = cache
+        end = self.length
+        for block in reversed(self._new):
+            start = end - block[0].shape[1]
+            for layer, part in zip(self._cache, block, strict=True):
+                layer[:, start:end] = part
+            end = start
+        self._new = []
+        return [Tensor.from_numpy(layer) for layer in self._cache]
+
+    def arrays(self) -> list[np.ndarray]:
+        """Keys and values [H, n, W] of every layer."""
+        stored = self.length - sum(block[0].shape[1] for block in self._new)
+        parts = [self._cache[:, :, :stored], *self._new] if stored else self._new
+        if len(parts) == 1:
+            return list(parts[0])
+        return [np.concatenate(layer, axis=1) for layer in zip(*parts, strict=True)]
 
 
 class DecodeBatch:

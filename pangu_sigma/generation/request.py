@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, NamedTuple
 
 from pangu_sigma.config.data_section import INFERRED_DOMAIN
 from pangu_sigma.errors import UserError, did_you_mean
@@ -16,6 +16,47 @@ if TYPE_CHECKING:
 Alternatives = tuple[tuple[int, float], ...]
 
 AUTO = INFERRED_DOMAIN  # the domain of a text that is to be inferred from it
+
+
+class NumberRange(NamedTuple):
+    """Numbers that a sampling parameter takes: from `lowest` to `highest`, and 0 if `or_zero`; `whole` ones only."""
+
+    lowest: float
+    highest: float
+    whole: bool = False
+    or_zero: bool = False
+
+    def check(self, name: str, value: object) -> None:
+        """Raises UserError for anything else; a truth value is no number."""
+        kind = Integral if self.whole else Real
+        is_number = isinstance(value, kind) and not isinstance(value, bool)
+        if is_number and (self.lowest <= value <= self.highest or (self.or_zero and value == 0)):  # type: ignore[operator]
+            return
+        what = "a whole number" if self.whole else "a number"
+        zero = "0, or " if self.or_zero else ""
+        lowest, highest = (str(n) if self.whole else f"{n:g}" for n in (self.lowest, self.highest))
+        raise UserError(f"{name} is {_shown(value)}; give {zero}{what} from {lowest} to {highest}")
+
+
+def _shown(value: object) -> str:
+    try:
+        text = str(value)
+    except ValueError:  # a whole number of thousands of digits
+        return "a number of more digits than can be shown"
+    return text if len(text) <= 40 else f"{text[:40]}…"
+
+
+_COUNT = 2**31 - 1
+# Wide enough for whatever is meant, and narrow enough that no arithmetic with a model's logits leaves float64.
+SAMPLING_RANGES = {
+    "max_tokens": NumberRange(0, _COUNT, whole=True),
+    "temperature": NumberRange(1e-9, 100.0, or_zero=True),
+    "top_k": NumberRange(0, _COUNT, whole=True),
+    "top_p": NumberRange(1e-9, 1.0),
+    "repetition_penalty": NumberRange(0.01, 100.0),
+    "seed": NumberRange(-(2**63), 2**64 - 1, whole=True),
+    "logprobs": NumberRange(0, _COUNT, whole=True),
+}
 
 
 @dataclass(frozen=True)
@@ -47,20 +88,13 @@ class Sampling:
     echo: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 0 or (self.max_tokens == 0 and not self.echo):
-            raise UserError(f"max_tokens is {self.max_tokens}; give at least 1 (0 only together with echo)")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
-            raise UserError(f"temperature is {self.temperature}; give a number from 0 up")
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}; give a number from 0 up, 0 for no limit")
-        if not 0.0 < self.top_p <= 1.0:
-            raise UserError(f"top_p is {self.top_p}; give a number above 0 and at most 1")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0):
-            raise UserError(f"repetition_penalty is {self.repetition_penalty}; give a number above 0, 1 for none")
+        for name, numbers in SAMPLING_RANGES.items():
+            if name != "logprobs" or self.logprobs is not None:
+                numbers.check(name, getattr(self, name))
+        if self.max_tokens == 0 and not self.echo:
+            raise UserError("max_tokens is 0; give at least 1 (0 only together with echo)")
         if any(not text for text in self.stop):
             raise UserError("a stop string is empty; leave it out")
-        if self.logprobs is not None and self.logprobs < 0:
-            raise UserError(f"logprobs is {self.logprobs}; give a number from 0 up")
 
 
 @dataclass(frozen=True)
@@ -99,7 +133,7 @@ class Event:
     prompt_scores: with `echo`, in the first event: one for every prompt token; otherwise ().
     finish: None while the text goes on; "stop" at an end-of-document token, a stop id or a stop string; "length" at
     max_tokens or when the model's window is full; "error" when no token could be chosen (then token_id is None).
-    error: with finish "error", the reason in a sentence.
+    error: with finish "error", the reason in a sentence. exception: what was raised, where the program is at fault.
     domains: of a text whose domain is inferred, the (domain, posterior) of those that write it, best first.
     """
 
@@ -111,6 +145,7 @@ class Event:
     prompt_scores: tuple[Score, ...] = ()
     finish: str | None = None
     error: str | None = None
+    exception: Exception | None = None
     domains: tuple[tuple[str, float], ...] = ()
 
 

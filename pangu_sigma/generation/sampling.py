@@ -14,7 +14,8 @@ def sample_token(logits: np.ndarray, sampling: Sampling, index: int, seen: Colle
     """Sample the answer's token `index` (from 0) given logits float32 [V] and the ids `seen` so far, prompt included.
 
     Order of the rules: penalty, temperature, top-k, top-p. Ties at top-k's border are all kept; top-p keeps the
-    likeliest until their sum reaches it, lower ids first among equals.
+    likeliest until their sum reaches it, lower ids first among equals. An id whose logit is minus infinity is never
+    drawn.
     """
     scores = logits.astype(np.float64)
     if sampling.repetition_penalty != 1.0 and seen:
@@ -49,11 +50,12 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def likeliest(logprobs: np.ndarray, count: int) -> Alternatives:
-    """The `count` best (id, log-probability) of logprobs [V], best first, lower id first among equals."""
+    """The `count` best (id, log-probability) of logprobs [V], best first, lower id first among equals; none that is
+    impossible."""
     if count <= 0:
         return ()
     count = min(count, logprobs.size)
     border = np.partition(logprobs, -count)[-count]
-    ids = np.flatnonzero(logprobs >= border)
+    ids = np.flatnonzero((logprobs >= border) & (logprobs > -np.inf))
     best = ids[np.argsort(-logprobs[ids], kind="stable")][:count]
     return tuple((int(i), float(logprobs[i])) for i in best)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import secrets
 from collections.abc import Mapping, Sequence
 
 from starlette.responses import Response
@@ -69,9 +71,18 @@ def shutting_down() -> ApiError:
     return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Connection": "close"})
 
 
-def internal() -> ApiError:
-    """500: a fault of the server; its own log has the reason."""
-    return ApiError(500, "the server met an internal error; its log says more", code="internal_error")
+def internal(error: BaseException, what: str) -> ApiError:
+    """500: a fault of the program, with an id under which the server's log has the traceback; `what` failed."""
+    error_id = secrets.token_hex(6)
+    # On stderr, where the server says everything else.
+    logging.getLogger(__name__).error("Error %s: %s failed", error_id, what, exc_info=error)
+    # Clients try again after a 500 unless told otherwise, and the same request would most likely fail in the same way.
+    return ApiError(
+        500,
+        f"the server met an internal error; its log says more under the id {error_id}",
+        code="internal_error",
+        headers={"x-should-retry": "false"},
+    )
 
 
 def failed(message: str) -> ApiError:

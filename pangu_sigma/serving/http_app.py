@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from pangu_sigma.errors import UserError
-from pangu_sigma.serving.api_errors import ApiError, bad_request, internal
+from pangu_sigma.serving.api_errors import ApiError, bad_request
 from pangu_sigma.serving.browser_page import load_page
 from pangu_sigma.serving.openai_adapter import OpenAIAdapter
 from pangu_sigma.serving.openai_requests import (
@@ -47,7 +47,7 @@ def create_app(
         label = "/v1/models" if path.startswith("/v1/models/") else path if path in paths else "other"
         metrics.requests.labels(label, str(status)).inc()
 
-    app.add_middleware(RequestGuard, settings=settings, on_response=count_response)
+    app.add_middleware(RequestGuard, settings=settings, closing=scheduler.closing, on_response=count_response)
     return app
 
 
@@ -173,7 +173,3 @@ def _add_errors(app: FastAPI) -> None:
         }
         message = messages.get(error.status_code, error.detail)
         return ApiError(error.status_code, message, headers=error.headers).response()
-
-    @app.exception_handler(Exception)
-    async def fault(request: Request, error: Exception) -> Response:
-        return internal().response()

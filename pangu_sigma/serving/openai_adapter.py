@@ -66,8 +66,9 @@ class OpenAIAdapter:
         requests: list[Request] = []
         choices: list[CompletionChoice] = []
         usage = Usage(0)
-        for prompt in body.prompt:
-            ids = self._ids(prompt)
+        prompts = [self._ids(prompt) for prompt in body.prompt]
+        self._check_prompt_tokens(sum(map(len, prompts)) * body.n)
+        for prompt, ids in zip(body.prompt, prompts, strict=True):
             # A text begins a document; token ids are taken as they are.
             hidden = int(isinstance(prompt, str))
             usage.prompt += len(ids) - hidden
@@ -93,6 +94,7 @@ class OpenAIAdapter:
         domain = self.check_model(body.model)
         self._check_count(body.n)
         ids = self._ids(chat_template.as_text([(message.role, message.text) for message in body.messages]))
+        self._check_prompt_tokens(len(ids) * body.n)
         max_tokens = self._max_tokens(ids, body.limit, default=None)
         body = body.model_copy(update={"stop": [*body.stop, *chat_template.STOPS]})
         alternatives = (body.top_logprobs or 0) if body.logprobs else None
@@ -149,6 +151,16 @@ class OpenAIAdapter:
                 "context_length_exceeded",
             )
         return requested
+
+    def _check_prompt_tokens(self, count: int) -> None:
+        most = self.limits.most_prompt_tokens(self.window)
+        if count > most:
+            raise bad_request(
+                f"the prompts have {count} tokens together, each counted n times, and this server reads {most} at most "
+                "for one request: send fewer",
+                "prompt",
+                "too_many_prompt_tokens",
+            )
 
     def _check_count(self, count: int) -> None:
         # Before anything is tokenised: n alone could ask for millions.

@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from pangu_sigma.errors import did_you_mean
+from pangu_sigma.errors import UserError, did_you_mean
 from pangu_sigma.generation import Sampling
+from pangu_sigma.generation.request import SAMPLING_RANGES
 from pangu_sigma.serving.api_errors import ApiError, bad_request
 from rre.counted_random import key64
 
@@ -37,8 +38,8 @@ IGNORED_FIELDS = frozenset(
 )
 # Field -> values that ask for nothing.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
+    "frequency_penalty": (0, 0.0),
+    "presence_penalty": (0, 0.0),
     "logit_bias": ({},),
     "suffix": ("",),
     "tools": ([],),
@@ -84,10 +85,10 @@ class _SamplingRequest(_StrictModel):
     """Fields that both kinds of completion share: sampling, stop conditions, streaming."""
 
     model: str
-    temperature: float = Field(1.0, ge=0.0)
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
-    top_k: int = Field(0, ge=0)
-    repetition_penalty: float = Field(1.0, gt=0.0)
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
     n: int = Field(1, ge=1)
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_stop_list)] = Field(
         [], max_length=MAX_STOPS
@@ -107,7 +108,9 @@ class _SamplingRequest(_StrictModel):
             if name in cls.model_fields:
                 supported[name] = value
             elif name in NEUTRAL_VALUES:
-                if value is not None and not any(value == neutral for neutral in NEUTRAL_VALUES[name]):
+                # By type too: false is no 0.
+                neutral = any(type(value) is type(other) and value == other for other in NEUTRAL_VALUES[name])
+                if value is not None and not neutral:
                     raise _unsupported(name)
             elif name not in IGNORED_FIELDS:
                 raise bad_request(
@@ -116,6 +119,15 @@ class _SamplingRequest(_StrictModel):
                     "unknown_parameter",
                 )
         return supported
+
+    @model_validator(mode="after")
+    def _numbers_in_range(self) -> _SamplingRequest:
+        for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
+            try:
+                SAMPLING_RANGES[name].check(name, getattr(self, name))
+            except UserError as error:
+                raise bad_request(str(error), name) from None
+        return self
 
     @model_validator(mode="after")
     def _options_only_with_streams(self) -> _SamplingRequest:

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import secrets
 from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pangu_sigma.serving.api_errors import ApiError
+from pangu_sigma.serving.api_errors import ApiError, internal, shutting_down
 from pangu_sigma.serving.server_settings import ServerLimits, ServerSettings
 
 # What shows nothing of the model: the page asks for the token itself, and probes have none.
 OPEN_PATHS = frozenset({"/", "/health", "/favicon.ico"})
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+# A name or an address, in brackets if it has colons, and maybe a port; nothing before, between or behind.
+_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]\s]+))(?::[0-9]{0,5})?")
 
 
 class RequestGuard:
     """ASGI middleware that checks host, token and body of a request, then hands it on with the body already read.
 
-    `on_response(path, status)` is called for every answer. Runs on the event loop.
+    A body that is still arriving when `closing` is set is not waited for. Whatever the application raises is answered
+    with an id that is in the log. `on_response(path, status)` is called for every answer. Runs on the event loop.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings, on_response: Callable[[str, int], None]) -> None:
+    def __init__(
+        self, app: ASGIApp, settings: ServerSettings, closing: asyncio.Event, on_response: Callable[[str, int], None]
+    ) -> None:
         self.app = app
         self.settings = settings
+        self.closing = closing
         self.on_response = on_response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -35,28 +42,61 @@ class RequestGuard:
                 await self.app(scope, receive, send)
             return  # no websockets here
 
+        started = False
+
         async def send_with_headers(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 headers = MutableHeaders(scope=message)
                 headers.setdefault("X-Content-Type-Options", "nosniff")
                 headers.setdefault("Cache-Control", "no-store")
                 self.on_response(scope["path"], message["status"])
             await send(message)
 
+        try:
+            await self._answer(scope, receive, send_with_headers)
+        except asyncio.CancelledError:
+            # The server ends, and no longer waits for what this one still does.
+            if not self.closing.is_set():
+                raise
+            error = shutting_down()
+        except Exception as fault:
+            error = internal(fault, f"{scope['method']} {scope['path'][:80]!r}")
+        else:
+            return
+        if not started:
+            await error.response()(scope, receive, send_with_headers)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         posted = _BoundedBody(headers, receive, self.settings.limits) if scope["method"] == "POST" else None
         try:
             self._check_host(headers)
             self._check_token(scope["path"], headers)
-            body = await posted.read() if posted else None
+            body = await self._read(posted) if posted else None
         except ApiError as error:
-            if posted:
+            if posted and not self.closing.is_set():
                 await posted.discard()
-            await error.response()(scope, receive, send_with_headers)
+            await error.response()(scope, receive, send)
             return
         except _ClientLeft:
             return
-        await self.app(scope, receive if body is None else _replay(body, receive), send_with_headers)
+        await self.app(scope, receive if body is None else _replay(body, receive), send)
+
+    async def _read(self, posted: _BoundedBody) -> bytes:
+        """The body. Raises ApiError, also when the server ends meanwhile."""
+        reading = asyncio.ensure_future(posted.read())
+        closing = asyncio.ensure_future(self.closing.wait())
+        try:
+            await asyncio.wait({reading, closing}, return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                raise shutting_down()
+            return reading.result()
+        finally:
+            reading.cancel()
+            closing.cancel()
+            await asyncio.gather(reading, closing, return_exceptions=True)
 
     def _check_host(self, headers: Headers) -> None:
         """Without a token, a server on the loopback address answers only to the machine's own names: a page in the
@@ -167,7 +207,6 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def _host_name(host: str) -> str:
-    """`[::1]:8000` -> `::1`, `localhost:8000` -> `localhost`."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0].lower()
+    """`[::1]:8000` -> `::1`, `localhost:8000` -> `localhost`; nothing for what is no host."""
+    match = _HOST.fullmatch(host.strip())
+    return (match[1] or match[2]).lower() if match else ""

@@ -14,10 +14,14 @@ Life of a request:
 
 1. event loop: `submit` counts the requests as open and puts an `_Add` into the command queue.
 2. engine thread: between two steps `_add` hands them to the engine; `_on_admitted` tells the event loop.
-3. engine thread: `engine.step` gives every active request a token; the events go to `_on_events`.
-4. event loop: `_on_events` puts each event into its request's handle and counts the finished ones.
+3. engine thread: `engine.step` gives every text a token and reads a block of a prompt; the events go to `_on_events`.
+4. event loop: `_on_events` puts each event into its request's handle and counts the finished ones. A request that the
+   engine could not go on with fails there alone.
 5. event loop: `close` of a handle with unfinished requests queues a `_Cancel`; they count as open until the engine
    thread has freed their slots.
+
+An exception that the engine lets out of a step fails the requests that are in it, each with an id under which the log
+has the traceback; the engine is empty then, and serves on.
 
 Results of the engine thread reach the event loop through `call_soon_threadsafe` (`_call_on_event_loop`), in order.
 """
@@ -38,7 +42,8 @@ from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation import Event, Request
 from pangu_sigma.runtime import COMPUTING
-from pangu_sigma.serving.api_errors import bad_request, busy, failed, internal, shutting_down
+from pangu_sigma.serving.api_errors import bad_request, busy, internal, shutting_down
+from pangu_sigma.serving.request_handle import RequestHandle
 from pangu_sigma.serving.server_settings import ServerLimits
 
 
@@ -61,7 +66,7 @@ class DecodingEngine(Protocol):
         """Cancel a request and free its slot."""
 
     def step(self) -> list[Event]:
-        """Decode one token of every active request and admit one that waits."""
+        """Decode one token of every text, admit requests that wait, and read one block of a prompt."""
 
 
 class SchedulerObserver(Protocol):
@@ -78,73 +83,6 @@ class SchedulerObserver(Protocol):
 
     def failed(self, domain: str) -> None:
         """The model could not continue a request."""
-
-
-class RequestHandle:
-    """Handle of one HTTP request's engine requests (prompts × n texts): their events as they come. Close it in
-    `finally`.
-
-    Used on the event loop only.
-    """
-
-    def __init__(self, scheduler: Scheduler, requests: Sequence[Request]) -> None:
-        self.requests = tuple(requests)
-        self._scheduler = scheduler
-        self._events: asyncio.Queue[tuple[int, Event] | Exception] = asyncio.Queue()
-        self._accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._began = time.monotonic()
-        self.unfinished = self._to_read = len(self.requests)
-        self.closed = False
-
-    async def accepted(self) -> None:
-        """Wait until the engine has taken all requests. Raises ApiError if it refuses one (then it keeps none)."""
-        await self._accepted
-
-    @property
-    def age(self) -> float:
-        """Seconds since the requests were handed over."""
-        return time.monotonic() - self._began
-
-    @property
-    def has_more(self) -> bool:
-        """Whether events are still to come out of `next_events`."""
-        return self._to_read > 0
-
-    async def next_events(self) -> list[tuple[int, Event]]:
-        """The (request index, event) that have come since the last call, at least one; cancelling it loses none.
-
-        Raises ApiError where the engine failed or the server shuts down, or where this text cannot be continued (logits
-        that are not finite).
-        """
-        items = [await self._events.get()]
-        while not self._events.empty():
-            items.append(self._events.get_nowait())
-        for item in items:
-            if isinstance(item, Exception):
-                raise item
-            if item[1].error is not None:
-                raise failed(item[1].error)
-            self._to_read -= item[1].finish is not None
-        return items
-
-    def close(self) -> None:
-        """Cancel the requests that still run. Closing twice is no error."""
-        if not self.closed:
-            self.closed = True
-            self._scheduler._release(self)
-
-    def _accept(self, error: Exception | None) -> None:
-        if not self._accepted.done():
-            if error is None:
-                self._accepted.set_result(None)
-            else:
-                self._accepted.set_exception(error)
-                # Marks it retrieved: a client that left never reads it, and asyncio would log that.
-                self._accepted.exception()
-
-    def _put(self, item: tuple[int, Event] | Exception) -> None:
-        if not self.closed:
-            self._events.put_nowait(item)
 
 
 @dataclass(frozen=True)
@@ -183,6 +121,7 @@ class Scheduler:
         self._handles: set[RequestHandle] = set()
         self._nothing_open = asyncio.Event()
         self._nothing_open.set()
+        self.closing = asyncio.Event()  # set when requests that are not answered yet never will be
         self._mean_request_seconds = 1.0  # moving average, for Retry-After
 
     async def start(self) -> DecodingEngine:
@@ -211,7 +150,7 @@ class Scheduler:
             raise bad_request(f"one request may ask for {most} answers (prompts × n), not {len(requests)}", "n")
         if self._open + len(requests) > room:
             raise busy(self._retry_after())
-        handle = RequestHandle(self, requests)
+        handle = RequestHandle(requests, self._release)
         self._change_open(len(requests))
         self._handles.add(handle)
         self._commands.put(_Add(handle))
@@ -232,10 +171,11 @@ class Scheduler:
         return True
 
     def abandon(self) -> None:
-        """Fail every unfinished request with the error that the server is shutting down."""
+        """Fail every unfinished request, and what still arrives, with the error that the server is shutting down."""
+        self.closing.set()
         for handle in list(self._handles):
-            handle._accept(shutting_down())
-            handle._put(shutting_down())
+            handle.accept(shutting_down())
+            handle.put(shutting_down())
 
     async def stop(self, seconds: float | None = 5.0) -> None:
         """End the engine thread after its current step, and wait so many seconds for that (None: till it is over)."""
@@ -272,15 +212,21 @@ class Scheduler:
         else:
             self._built.set_result(result)
 
-    def _on_admitted(self, handle: RequestHandle, error: UserError | None) -> None:
-        if error is not None:
-            self._end_requests(handle, handle.unfinished)
-        handle._accept(None if error is None else bad_request(str(error)))
+    def _on_admitted(self, handle: RequestHandle, error: Exception | None) -> None:
+        if error is None:
+            handle.accept(None)
+            return
+        self._end_requests(handle, handle.unfinished)
+        is_mistake = isinstance(error, UserError)
+        handle.accept(bad_request(str(error)) if is_mistake else internal(error, "the admission of a request"))
 
     def _on_events(self, events: list[tuple[RequestHandle, int, Event]], seconds: float) -> None:
         self._observer.stepped(seconds, sum(event.token_id is not None for _, _, event in events))
         for handle, index, event in events:
-            handle._put((index, event))
+            if event.exception is None:
+                handle.put((index, event))
+            else:
+                handle.put(internal(event.exception, f"a text of {handle.requests[index].domain}"))
             if event.error is not None:
                 self._end_requests(handle)
                 self._observer.failed(handle.requests[index].domain)
@@ -290,6 +236,13 @@ class Scheduler:
                 self._mean_request_seconds += 0.1 * (seconds_open - self._mean_request_seconds)
                 self._observer.answered(seconds_open)
 
+    def _on_step_failure(self, handles: Sequence[RequestHandle], error: Exception) -> None:
+        for handle in handles:
+            if handle.unfinished:
+                self._observer.failed(handle.requests[0].domain)
+                handle.put(internal(error, f"a step with a text of {handle.requests[0].domain}"))
+                self._end_requests(handle, handle.unfinished)
+
     def _on_state(self, active: int, waiting: int) -> None:
         self.active, self.waiting = active, waiting
         self._observer.state(active, waiting)
@@ -297,9 +250,10 @@ class Scheduler:
     def _on_engine_failure(self, error: BaseException) -> None:
         if not self.failed.done():
             self.failed.set_result(error)
+        error_for_clients = internal(error, "the engine")
         for handle in list(self._handles):
-            handle._accept(internal())
-            handle._put(internal())
+            handle.accept(error_for_clients)
+            handle.put(error_for_clients)
 
     # On the engine thread.
 
@@ -333,10 +287,14 @@ class Scheduler:
                 else:
                     self._cancel(engine, command.handle, owners)
                 self._call_on_event_loop(self._on_state, engine.active, engine.waiting)
-            with COMPUTING:
-                began = time.perf_counter()
-                events = engine.step()
-                seconds = time.perf_counter() - began
+            try:
+                with COMPUTING:
+                    began = time.perf_counter()
+                    events = engine.step()
+                    seconds = time.perf_counter() - began
+            except Exception as error:
+                self._drop_all(engine, owners, error)
+                continue
             owned_events = [(*owners[event.request_id], event) for event in events]
             for event in events:
                 if event.finish is not None:
@@ -349,7 +307,7 @@ class Scheduler:
         try:
             for request in handle.requests:
                 request_ids.append(engine.add(request))
-        except UserError as error:
+        except Exception as error:
             for request_id in request_ids:
                 engine.cancel(request_id)
             self._call_on_event_loop(self._on_admitted, handle, error)
@@ -366,3 +324,14 @@ class Scheduler:
             del owners[request_id]
         if request_ids:
             self._call_on_event_loop(self._end_requests, handle, len(request_ids))
+
+    def _drop_all(
+        self, engine: DecodingEngine, owners: dict[int, tuple[RequestHandle, int]], error: Exception
+    ) -> None:
+        """Empty an engine whose step raised: nobody knows what it has done."""
+        for request_id in owners:
+            engine.cancel(request_id)
+        handles = {id(handle): handle for handle, _ in owners.values()}
+        owners.clear()
+        self._call_on_event_loop(self._on_state, engine.active, engine.waiting)
+        self._call_on_event_loop(self._on_step_failure, list(handles.values()), error)

@@ -94,12 +94,12 @@ class ServedModel:
             self.inference.apply(engine, self.domains)
         if warm_up:
             engine.warm_up(startup.on_compiled)
-        # One text a step is admitted: the first still writes when the last slot is taken.
-        sampling = Sampling(max_tokens=slots + 2, temperature=0.0)
-        domain_of = {
-            engine.add(Request((trained.tokenizer.eod_id,), domain, sampling)): domain
-            for _, domain in zip(range(max(slots, len(self.offered))), itertools.cycle(self.offered), strict=False)
-        }
+        # One block of a prompt is read in a step, several for a text whose domain is inferred: the first text still
+        # writes when the last begins.
+        offered = list(itertools.islice(itertools.cycle(self.offered), max(slots, len(self.offered))))
+        blocks = sum(1 if name != AUTO else len(self.domains) + self.inference.top for name in offered)
+        sampling = Sampling(max_tokens=blocks + 1, temperature=0.0)
+        domain_of = {engine.add(Request((trained.tokenizer.eod_id,), name, sampling)): name for name in offered}
         errors: dict[str, str] = {}
         prior = engine.domain_inference.prior
         while not engine.idle:

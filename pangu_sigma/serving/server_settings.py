@@ -10,6 +10,7 @@ from pangu_sigma.generation.domain_inference_settings import DomainInferenceSett
 
 TOKEN_VARIABLE = "PANGU_SIGMA_TOKEN"
 MOST_SLOTS = 1024
+PROMPT_TOKENS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -17,15 +18,17 @@ class ServerLimits:
     """Limits on what one client, or all of them, may use.
 
     slots: texts that are decoded together. queue: texts that may wait for a slot. max_tokens: most tokens of one answer
-    (None: as many as the model's window holds). head_seconds: longest time a request's head may take to arrive;
-    body_bytes: longest request body; body_seconds: longest time it may take to arrive; stall_seconds: longest time a
-    client may take nothing of its answer. choices: most answers of one HTTP request (prompts × n). grace_seconds: how
-    long running answers may go on after SIGTERM. Raises UserError for values out of range.
+    (None: as many as the model's window holds). prompt_tokens: most tokens of all prompts of one HTTP request, each
+    counted n times (None: 16,384, or four windows if these are more). head_seconds: longest time a request's head may
+    take to arrive; body_bytes: longest request body; body_seconds: longest time it may take to arrive; stall_seconds:
+    longest time a client may take nothing of its answer. choices: most answers of one HTTP request (prompts × n).
+    grace_seconds: how long running answers may go on after SIGTERM. Raises UserError for values out of range.
     """
 
     slots: int = 8
     queue: int = 64
     max_tokens: int | None = None
+    prompt_tokens: int | None = None
     body_bytes: int = 1 << 20
     head_seconds: float = 10.0
     body_seconds: float = 30.0
@@ -34,13 +37,17 @@ class ServerLimits:
     grace_seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        least = {"slots": 1, "queue": 0, "max_tokens": 1, "body_bytes": 1024, "grace_seconds": 0}
+        least = {"slots": 1, "queue": 0, "max_tokens": 1, "prompt_tokens": 1, "body_bytes": 1024, "grace_seconds": 0}
         for name, lowest in least.items():
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise UserError(f"{name} is {value}: give at least {lowest}")
         if self.slots > MOST_SLOTS:
             raise UserError(f"slots is {self.slots}: give at most {MOST_SLOTS}")
+
+    def most_prompt_tokens(self, window: int) -> int:
+        """Most tokens of all prompts of one HTTP request, with a model of this window."""
+        return max(PROMPT_TOKENS, 4 * window) if self.prompt_tokens is None else self.prompt_tokens
 
 
 @dataclass(frozen=True)

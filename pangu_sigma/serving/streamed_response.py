@@ -20,10 +20,11 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from pangu_sigma.serving.api_errors import ApiError
+from pangu_sigma.serving.api_errors import ApiError, internal
 from pangu_sigma.serving.openai_adapter import PreparedRequest
 from pangu_sigma.serving.openai_responses import Answer, Chunk
-from pangu_sigma.serving.scheduler import RequestHandle, Scheduler
+from pangu_sigma.serving.request_handle import RequestHandle
+from pangu_sigma.serving.scheduler import Scheduler
 from pangu_sigma.serving.server_metrics import ServerMetrics
 
 # Seconds between two comments of a stream that has nothing to send, so that no proxy on the way takes it for dead.
@@ -126,6 +127,8 @@ class OpenAIResponse(Response):
             await send_events("[DONE]")
         except ApiError as error:
             await send_events(error.body())
+        except Exception as error:
+            await send_events(internal(error, f"a streamed answer of {self._prepared.domain}").body())
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from pangu_sigma.generation.decoder import Decoder, Turns
 from pangu_sigma.model.model import Model
 from pangu_sigma.model.scoring import Scorer
 
 
-class RecomputingDecoder:
+class RecomputingDecoder(Decoder):
     """The evaluation graph as a decoder: exact row blocks, one text at a time, whatever the text holds before."""
 
     def __init__(self, model: Model, slots: int = 8) -> None:
@@ -27,10 +28,15 @@ class RecomputingDecoder:
         tokens[0, : len(ids)] = ids
         return self.scorer.logits(tokens, [domain]).asnumpy()[0, : len(ids)]
 
-    def begin(self, slot: int, ids: Sequence[int], domain: int) -> np.ndarray:
+    def score_blocks(self, ids: Sequence[int], domain: int) -> Iterator[np.ndarray]:
+        """All of `score` in one turn."""
+        yield self.score(ids, domain)
+
+    def begin_blocks(self, slot: int, ids: Sequence[int], domain: int) -> Turns[np.ndarray]:
         """Logits float32 [V] after `ids`, with which the slot's new text begins."""
         self._texts[slot] = (list(ids), domain)
         return self.score(ids, domain)[-1]
+        yield  # a generator without turns
 
     def step(self, tokens: dict[int, int]) -> dict[int, np.ndarray]:
         """slot -> logits float32 [V] after the token that is appended to it."""

@@ -8,7 +8,8 @@ class PanGuSigmaConfig(PretrainedConfig):
 
     `num_hidden_layers` counts the query layer. `sparse_layers` names the layers made of experts (`blocks.6`, …,
     `query_layer`); `domains` the domains in the order of their numbers, `experts` the size of each one's group in every
-    sparse layer. `domain` is the domain whose experts answer where a call names none.
+    sparse layer. `domain` is the domain whose experts answer where a call names none. `ids_without_piece`: vocabulary
+    ids that the tokenizer has no piece for, so that none is ever generated.
     """
 
     model_type = "pangu_sigma"
@@ -33,6 +34,7 @@ class PanGuSigmaConfig(PretrainedConfig):
         embedding_slots="shared",
         initializer_range=0.02,
         use_cache=True,
+        ids_without_piece=(),
         **kwargs,
     ):
         self.vocab_size = vocab_size
@@ -52,6 +54,7 @@ class PanGuSigmaConfig(PretrainedConfig):
         self.embedding_slots = embedding_slots
         self.initializer_range = initializer_range
         self.use_cache = use_cache
+        self.ids_without_piece = list(ids_without_piece)
         super().__init__(**kwargs)
         if self.domain not in self.domains:
             raise ValueError(f"the default domain {self.domain!r} is none of {', '.join(self.domains)}")

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, LogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_pangu_sigma import PanGuSigmaConfig
@@ -331,6 +331,16 @@ class PanGuSigmaModel(PanGuSigmaPreTrainedModel):
         return output if return_dict else output.to_tuple()
 
 
+class PanGuSigmaNoPiece(LogitsProcessor):
+    """Logits that are minus infinity at the ids that the tokenizer has no piece for; losses keep them as trained."""
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def __call__(self, input_ids, scores):
+        return scores.index_fill(-1, torch.tensor(self.ids, device=scores.device), -math.inf)
+
+
 class PanGuSigmaForCausalLM(PanGuSigmaPreTrainedModel, GenerationMixin):
     """The language model. Which domain's experts answer: `domain=` of a call, else `model.domain`."""
 
@@ -373,6 +383,12 @@ class PanGuSigmaForCausalLM(PanGuSigmaPreTrainedModel, GenerationMixin):
                 domain = self.model.domain_numbers(domain, len(domain), self.device)
             kwargs["domain"] = domain
         return super().generate(inputs, *args, **kwargs)
+
+    def _get_logits_processor(self, *args, **kwargs):
+        processors = super()._get_logits_processor(*args, **kwargs)
+        if self.config.ids_without_piece:
+            processors.append(PanGuSigmaNoPiece(self.config.ids_without_piece))
+        return processors
 
     def forward(
         self,

@@ -106,7 +106,7 @@ class PanGuSigmaTokenizer(PreTrainedTokenizer):
         return self.pieces.piece_to_id(token)
 
     def _convert_id_to_token(self, index):
-        return self.pieces.id_to_piece(index)
+        return self.pieces.id_to_piece(index) if 0 <= index < self.vocab_size else ""
 
     def convert_tokens_to_string(self, tokens):
         return self._decode(self.convert_tokens_to_ids(tokens))
@@ -119,7 +119,7 @@ class PanGuSigmaTokenizer(PreTrainedTokenizer):
                 if not skip_special_tokens:
                     parts += [self._text(plain), self.pieces.id_to_piece(index)]
                     plain = []
-            else:
+            elif 0 <= index < self.vocab_size:  # a model may have more rows than there are pieces
                 plain.append(index)
         return "".join([*parts, self._text(plain)])
 

@@ -39,7 +39,8 @@ class _Vocabulary:
         self.version = tokenizers.__version__
 
     def get_piece_size(self) -> int:
-        return self.library.get_vocab_size(with_added_tokens=True)
+        # Not their count: ids may have gaps.
+        return max(self.library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def piece_to_id(self, piece: str) -> int:
         index = self.library.token_to_id(piece)
@@ -74,6 +75,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _open(self, model: bytes, origin: str) -> _Vocabulary:
         return _Vocabulary(model, origin)
+
+    def ids_without_piece(self, rows: int) -> np.ndarray:
+        return np.setdiff1d(np.arange(rows), list(self._pieces.library.get_vocab(with_added_tokens=True).values()))
 
     def encode(self, text: str) -> list[int]:
         refuse_surrogates(text)

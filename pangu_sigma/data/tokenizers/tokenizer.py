@@ -66,6 +66,10 @@ class Tokenizer(ABC):
         """The vocabulary entry of one id, as the model file spells it."""
         return self._pieces.id_to_piece(self._check("id", token_id))
 
+    def ids_without_piece(self, rows: int) -> np.ndarray:
+        """The ids int64 [N] below `rows`, a model's vocabulary, that stand for no piece: no text has them."""
+        return np.arange(self.vocab_size, rows)
+
     def files(self) -> dict[str, bytes]:
         """``tokenizer.model`` and ``tokenizer.json``, which ``load_tokenizer`` reads."""
         info = {

@@ -100,6 +100,25 @@ def test_generate_writes_what_step_by_step_decoding_writes(exported, case):
         assert written.tolist() == expected, settings
 
 
+def test_ids_without_a_piece_are_never_written_and_decoding_them_gives_nothing(exported):
+    source, out, model = exported("full_model")
+    tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=True)
+    vocab = source.tokenizer.vocab_size
+    assert tokenizer.decode([vocab, *tokenizer("return")["input_ids"][1:], vocab + 7, -1]) == "return"
+    assert tokenizer.convert_ids_to_tokens([vocab, 5]) == ["", source.tokenizer.piece(5)]
+    tokens = torch.tensor(some_tokens(source, 2, 6)[:, :5]).long()
+    logits = model(tokens).logits
+    silent = [i for i in range(vocab) if i not in (source.tokenizer.eod_id, 7, 8, 9)]
+    model.config.ids_without_piece = silent
+    try:
+        for settings in ({}, {"do_sample": True, "temperature": 50.0}, {"num_beams": 2}):
+            written = model.generate(tokens, max_length=16, **settings)[:, 5:]
+            assert not set(written.flatten().tolist()) & (set(silent) - {source.tokenizer.pad_id}), settings
+        assert torch.equal(model(tokens).logits, logits)  # as trained
+    finally:
+        model.config.ids_without_piece = []
+
+
 def test_the_model_itself_writes_the_same_text_and_gives_the_same_logits(exported):
     source, out, model = exported("full_model")
     trained = load_trained(source.path)

@@ -87,7 +87,7 @@ def kind(tokenizer) -> Callable[[str], Kind]:
 
     def get(case: str) -> Kind:
         if case not in built:
-            # One kind lets its caches grow; the others spare the compilations.
+            # One kind lets its caches grow and reads prompts in two blocks; the others spare the compilations.
             built[case] = _build(CASES[case], tokenizer, WINDOW // 2 if case == "rre" else WINDOW)
         return built[case]
 
@@ -112,7 +112,7 @@ def _build(changes: dict, tokenizer: Tokenizer, shortest_cache: int) -> Kind:
     model = build_model(config, VOCAB, tokenizer.eod_id)
     return Kind(
         model,
-        KvCacheDecoder(model, SLOTS, shortest_cache),
-        KvCacheDecoder(model, SLOTS, shortest_cache, on_device=True),
+        KvCacheDecoder(model, SLOTS, shortest_cache, block=shortest_cache),
+        KvCacheDecoder(model, SLOTS, shortest_cache, on_device=True, block=shortest_cache),
         RecomputingDecoder(model),
     )

@@ -100,7 +100,8 @@ def test_an_end_of_document_token_is_told_and_is_no_text(kind, tokenizer):
     class Ends:
         slots, window = 1, WINDOW
 
-        def begin(self, slot, ids, domain):
+        def begin_blocks(self, slot, ids, domain):
+            yield
             return np.where(np.arange(VOCAB) == 40, 5.0, 0.0).astype(np.float32)
 
         def step(self, tokens):

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from pangu_sigma.serving.bounded_connection import HEAD_BYTES
 from pangu_sigma.serving.server import _Server
 from pangu_sigma.serving.server_settings import ServerLimits
 
@@ -60,6 +61,12 @@ async def ended(reader: asyncio.StreamReader) -> float:
     with contextlib.suppress(ConnectionResetError):
         assert await reader.read() == b""
     return time.monotonic() - began
+
+
+async def ended_after_data(reader: asyncio.StreamReader) -> None:
+    with contextlib.suppress(ConnectionResetError):
+        while await reader.read(4 << 20):
+            pass
 
 
 @pytest.mark.parametrize("sent", [b"", b"G", HEAD])
@@ -124,3 +131,34 @@ def test_a_client_that_reads_slowly_but_reads_gets_all():
         assert taken > LARGE
 
     run(steps)
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_a_head_of_more_than_16_kib_is_refused_however_it_arrives(pieces):
+    async def steps(server, reader, writer):
+        for length, status in ((HEAD_BYTES, b"200"), (HEAD_BYTES + 1, b"400")):
+            head = b"GET /0 HTTP/1.1\r\nHost: x\r\nX: "
+            head += b"x" * (length - len(head) - 4) + b"\r\n\r\n"
+            assert len(head) == length
+            size = -(-length // pieces)
+            for start in range(0, length, size):
+                writer.write(head[start : start + size])
+                await writer.drain()
+                await asyncio.sleep(0.02)
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 " + status)
+            if status == b"200":
+                await reader.readuntil(b"answer")
+        await ended_after_data(reader)
+
+    run(steps)
+
+
+def test_what_is_no_http_in_the_middle_of_an_answer_ends_the_connection_without_a_traceback(caplog):
+    async def steps(server, reader, writer):
+        writer.write(b"POST /large HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"no number\r\n")
+        await ended_after_data(reader)
+
+    run(steps)
+    assert not [record for record in caplog.records if record.exc_info]

@@ -27,8 +27,26 @@ def refused(response, status: int, *parts: str, param: str | None = None, code: 
     [
         ({"promt": "x"}, "promt", "unknown_parameter", "did you mean 'prompt'?"),
         ({"temperature": "1"}, "temperature", None, "valid number"),
-        ({"temperature": -1}, "temperature", None, "greater than or equal to 0"),
-        ({"top_p": 0}, "top_p", None, "greater than 0"),
+        ({"temperature": -1}, "temperature", None, "give 0, or a number from 1e-09 to 100"),
+        ({"temperature": 5e-324}, "temperature", None, "from 1e-09 to 100"),
+        ({"temperature": 1e308}, "temperature", None, "from 1e-09 to 100"),
+        ({"temperature": True}, "temperature", None, ""),
+        ({"repetition_penalty": 1e-308}, "repetition_penalty", None, "give a number from 0.01 to 100"),
+        ({"repetition_penalty": 1e308}, "repetition_penalty", None, "give a number from 0.01 to 100"),
+        ({"repetition_penalty": True}, "repetition_penalty", None, ""),
+        ({"top_p": 0}, "top_p", None, "give a number from 1e-09 to 1"),
+        ({"top_p": 1e-320}, "top_p", None, "give a number from 1e-09 to 1"),
+        ({"top_p": True}, "top_p", None, ""),
+        ({"top_k": 2**31}, "top_k", None, "a whole number from 0 to 2147483647"),
+        ({"top_k": 10**400}, "top_k", None, ""),
+        ({"n": True}, "n", None, ""),
+        ({"max_tokens": 10**30}, "max_tokens", None, ""),
+        ({"seed": True}, "seed", None, ""),
+        ({"seed": 10**400}, "seed", None, ""),
+        ({"best_of": True}, "best_of", None, ""),
+        ({"frequency_penalty": False}, "frequency_penalty", "unsupported_parameter", "not supported"),
+        ({"frequency_penalty": 5e-324}, "frequency_penalty", "unsupported_parameter", "not supported"),
+        ({"prompt": [2] * 20_000, "echo": True}, "prompt", "too_many_prompt_tokens", "reads 16384 at most"),
         ({"max_tokens": 1.5}, "max_tokens", None, "integer"),
         ({"max_tokens": -1}, "max_tokens", None, "greater"),
         ({"max_tokens": 0}, "max_tokens", None, "echo"),
@@ -126,6 +144,11 @@ def test_paths_methods_and_kinds_of_body(client):
 def test_a_foreign_host_name_is_refused_on_loopback(client):
     refused(client.get("/v1/models", headers={"Host": "rebound.example"}), 403, "localhost", code="host_not_allowed")
     assert client.get("/v1/models", headers={"Host": "localhost:1"}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["[::1]evil.com", "localhost:evil.com", "127.0.0.1:80.evil.com", "[::1"])
+def test_a_host_that_only_begins_like_this_machine_is_refused(client, host):
+    refused(client.get("/v1/models", headers={"Host": host}), 403, "localhost", code="host_not_allowed")
 
 
 def test_there_is_no_permission_for_other_origins(client):

@@ -11,8 +11,8 @@ import pytest
 
 from pangu_sigma.checkpoint import resolve
 from pangu_sigma.config import Config
-from pangu_sigma.errors import UserError
 from pangu_sigma.generation import Request, Sampling
+from pangu_sigma.generation import engine as engine_module
 from pangu_sigma.generation.engine import Engine
 from pangu_sigma.serving.api_errors import ApiError
 from pangu_sigma.serving.scheduler import Scheduler
@@ -35,10 +35,11 @@ class CountingDecoder:
         self.error: Exception | None = None
         self.threads: set[int] = set()
 
-    def score(self, ids, domain):
-        return np.stack([self._after(token) for token in ids])
+    def score_blocks(self, ids, domain):
+        yield np.stack([self._after(token) for token in ids])
 
-    def begin(self, slot, ids, domain):
+    def begin_blocks(self, slot, ids, domain):
+        yield
         return self._after(ids[-1])
 
     def step(self, tokens):
@@ -75,8 +76,13 @@ def tokenizer(served_run):
 
 
 @pytest.fixture
-def decoder(tokenizer) -> CountingDecoder:
-    return CountingDecoder(tokenizer.vocab_size)
+def decoder_class() -> type[CountingDecoder]:
+    return CountingDecoder
+
+
+@pytest.fixture
+def decoder(tokenizer, decoder_class) -> CountingDecoder:
+    return decoder_class(tokenizer.vocab_size)
 
 
 @pytest.fixture
@@ -179,21 +185,98 @@ def test_closing_at_any_moment_frees_everything(run):
     run(steps)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("the device is gone"), UserError("the weights are not finite")])
-def test_a_fault_of_the_engine_reaches_every_client_and_ends_the_service(run, decoder, error):
+class SpoiledDecoder(CountingDecoder):
+    """Fails in every step with the text that began with `spoiled`, and tells nobody which it was."""
+
+    spoiled = 150
+
+    def __init__(self, vocab: int) -> None:
+        super().__init__(vocab)
+        self.texts: dict[int, int] = {}
+
+    def begin_blocks(self, slot, ids, domain):
+        self.texts[slot] = ids[0]
+        return (yield from super().begin_blocks(slot, ids, domain))
+
+    def step(self, tokens):
+        if any(self.texts[slot] == self.spoiled for slot in tokens):
+            raise IndexError("row 150 is out of bounds")
+        return super().step(tokens)
+
+
+@pytest.mark.parametrize("decoder_class", [SpoiledDecoder])
+def test_a_fault_with_one_text_ends_that_text_with_an_id_and_no_other(run, decoder, caplog):
+    async def steps(scheduler: Scheduler) -> None:
+        decoder.gate.clear()
+        others = [asyncio.create_task(answer(scheduler, a_request(4))) for _ in range(3)]
+        bad = Request((SpoiledDecoder.spoiled,), "law", Sampling(max_tokens=5, temperature=0.0))
+        failing = asyncio.create_task(answer(scheduler, bad))
+        await until(lambda: scheduler.open == 4)
+        decoder.gate.set()
+        with pytest.raises(ApiError) as raised:
+            await failing
+        assert await asyncio.gather(*others) == [[[101, 102, 103, 104]]] * 3
+        assert raised.value.status == 500 and raised.value.code == "internal_error"
+        assert "row 150" not in raised.value.message
+        error_id = raised.value.message.split()[-1]
+        (record,) = (record for record in caplog.records if error_id in record.getMessage())
+        assert "row 150 is out of bounds" in str(record.exc_info[1]) and record.exc_info[2] is not None
+        await until(lambda: (scheduler.open, scheduler.active, scheduler.waiting) == (0, 0, 0))
+        assert await answer(scheduler, a_request(2)) == [[101, 102]]
+
+    run(steps)
+
+
+def test_a_fault_while_a_prompt_is_read_or_a_token_chosen_is_one_texts_own(run, decoder, monkeypatch):
+    async def steps(scheduler: Scheduler) -> None:
+        sampled = engine_module.sample_token
+
+        def sample(logits, sampling, index, seen):
+            if sampling.seed == 13:
+                raise FloatingPointError("no number")
+            return sampled(logits, sampling, index, seen)
+
+        monkeypatch.setattr(engine_module, "sample_token", sample)
+        monkeypatch.setattr(decoder, "score_blocks", lambda ids, domain: iter([np.zeros((1, 3), np.float32)]))
+        scored = Request((100, 101), "law", Sampling(max_tokens=3, temperature=0.0, echo=True))
+        for bad in (a_request(3, seed=13), scored, a_request(3, stop=(5,))):
+            clients = [asyncio.create_task(answer(scheduler, one)) for one in (a_request(3), bad)]
+            well, ill = await asyncio.gather(*clients, return_exceptions=True)
+            assert well == [[101, 102, 103]]
+            assert isinstance(ill, ApiError) and ill.status == 500, ill
+        await until(lambda: (scheduler.open, scheduler.active, scheduler.waiting) == (0, 0, 0))
+
+    run(steps)
+
+
+def test_a_fault_of_every_step_fails_every_text_and_the_service_goes_on(run, decoder):
     async def steps(scheduler: Scheduler) -> None:
         decoder.gate.clear()
         clients = [asyncio.create_task(answer(scheduler, a_request())) for _ in range(4)]
         await until(lambda: scheduler.active)
-        decoder.error = error
+        decoder.error = RuntimeError("the device is gone")
         decoder.gate.set()
         for client in clients:
             with pytest.raises(ApiError) as raised:
                 await client
-            assert raised.value.status == 500 and str(error) not in raised.value.message
-        assert await scheduler.failed is error
-        with pytest.raises(ApiError):
-            scheduler.submit([a_request()])
+            assert raised.value.status == 500 and "the device" not in raised.value.message
+        decoder.error = None
+        assert await answer(scheduler, a_request(2)) == [[101, 102]]
+        assert not scheduler.failed.done()
+
+    run(steps)
+
+
+def test_a_step_that_raises_outside_of_any_text_empties_the_engine_and_the_service_goes_on(run, monkeypatch):
+    async def steps(scheduler: Scheduler) -> None:
+        step = Engine.step
+        monkeypatch.setattr(Engine, "step", lambda engine: step(engine) and 1 / 0)
+        for client in [asyncio.create_task(answer(scheduler, a_request())) for _ in range(3)]:
+            with pytest.raises(ApiError, match="internal error; its log says more under the id"):
+                await client
+        monkeypatch.setattr(Engine, "step", step)
+        await until(lambda: (scheduler.open, scheduler.active, scheduler.waiting) == (0, 0, 0))
+        assert await answer(scheduler, a_request(2)) == [[101, 102]]
 
     run(steps)
 

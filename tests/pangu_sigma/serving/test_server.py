@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import time
 
 import httpx
@@ -13,6 +14,14 @@ from tests.pangu_sigma.serving.server_process import Server
 from tests.pangu_sigma.training.training_process import assert_refused, command, started, wait_until
 
 SLOW = {"model": "law", "prompt": "the court", "max_tokens": 80, "temperature": 0, "stream": True}
+
+
+def half_a_body(server: Server) -> socket.socket:
+    """A connection on which half of a request's body was sent."""
+    connection = socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=30)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+    return connection
 
 
 def test_the_line_names_domains_address_and_page(server):
@@ -79,7 +88,7 @@ def test_sigterm_finishes_what_runs_and_takes_nothing_new(served_run, tmp_path):
     with server.client() as client, server.client() as other:
         # Answers one after the other: enough to do while the signal comes.
         body = {**SLOW, "n": 16, "temperature": 1.0, "seed": 1}
-        with client.stream("POST", "/v1/completions", json=body) as response:
+        with client.stream("POST", "/v1/completions", json=body) as response, half_a_body(server) as left:
             lines = response.iter_lines()
             assert next(lines).startswith("data: ")
             server.process.send_signal(signal.SIGTERM)
@@ -90,10 +99,11 @@ def test_sigterm_finishes_what_runs_and_takes_nothing_new(served_run, tmp_path):
             refused_late = other.post("/v1/completions", json={**SLOW, "stream": False})
             assert refused_late.status_code == 503 and refused_late.json()["error"]["code"] == "shutting_down"
             data = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+            assert left.recv(100).startswith(b"HTTP/1.1 503")
     ended = [c["finish_reason"] for chunk in data for c in chunk["choices"] if c["finish_reason"]]
     assert len(ended) == 16 and set(ended) <= {"stop", "length"}
     assert server.stop() == 0
-    assert "Draining: " in server.stderr_text()
+    assert "Draining: " in server.stderr_text() and "Traceback" not in server.stderr_text()
 
 
 def test_answers_that_outlast_the_grace_are_ended_with_an_error(served_run, tmp_path):
