@@ -3,8 +3,9 @@ has less.
 
 The sums are those of the plan (`memory_estimate`), for the processes that share this machine. They stay below what a
 job takes, so nothing is refused that would fit: the framework (0.7 GiB with its compiler), fragments and copies are not
-counted. Training on CPU peaked, beyond those 0.7 GiB, at 1.05 to 1.2 times the sum, where the logits (200,000 words),
-the activations (65,536 tokens) or the parameters (78 M) made it up.
+counted. Training on CPU peaked, beyond those 0.7 GiB, at 1.0 to 1.3 times the sum where logits (200,000 words),
+activations (65,536 tokens), parameters (78 M) or experts (134 M) made it up, and at 1.7 times it with those experts in
+host memory.
 """
 
 from __future__ import annotations
