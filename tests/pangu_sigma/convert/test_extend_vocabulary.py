@@ -295,5 +295,5 @@ def test_a_tokenizer_that_is_no_extension_is_refused(sparse, published, vocab_mo
 
 def test_one_source_of_pieces_is_needed(sparse, pieces_file, vocab_model, tmp_path):
     for options in ({}, {"pieces": pieces_file, "tokenizer": vocab_model}):
-        with pytest.raises(UserError, match="exactly one"):
+        with pytest.raises(UserError, match="give one of the two"):
             extend_vocabulary(sparse, tmp_path / "out", **options)
