@@ -55,7 +55,7 @@ def expand_paths(name: str, data: Sequence[str | Path]) -> list[Path]:
             if not match.is_file():
                 raise UserError(
                     f"domain '{name}': {match} is a pipe or a device and no regular file; name a file, or pipe "
-                    "documents in and learn from them with --stream -"
+                    "documents in and learn from them as data.stream"
                 )
             if match.suffix.lower() not in (".jsonl", ".txt"):
                 raise UserError(
