@@ -15,12 +15,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from pangu_sigma.errors import INTERRUPTED, STOPPED
 from parallel.comm.stop_signals import INSISTENT, STOP_SIGNALS
 
+COMPILING_LOOK_SECONDS = 0.1  # how soon a signal that waits for a graph is looked at again
 Handler = Callable[[int, FrameType | None], None]
 
 
@@ -89,14 +90,39 @@ def _default_from_now_on() -> None:
             signal.signal(number, signal.SIG_DFL)
 
 
-def stop_signals_raise() -> AbstractContextManager[None]:
+def _is_in_cpp(frame: FrameType | None) -> bool:
+    """Whether MindSpore compiles a graph or loads below this frame: its C++ ends the program by abort() at an exception
+    of the Python that it calls, and what is half loaded fails in other ways."""
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__"))
+        name = frame.f_code.co_name
+        if module.startswith("mindspore") and (name == "<module>" or module.startswith("mindspore._extends")):
+            return True
+        if module == "mindspore.common.api" and name == "compile":
+            return True
+        frame = frame.f_back
+    return False
+
+
+@contextmanager
+def stop_signals_raise() -> Iterator[None]:
     """Let the signals that ask to stop raise KeyboardInterrupt, all but Ctrl-C a `StoppedBySignal`: what prepares or
-    writes is then cleaned up, and the command says why it ended."""
+    writes is then cleaned up, and the command says why it ended. While MindSpore compiles or loads they wait."""
+    waiting: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise interruption(number)
+        waiting[:] = [number]
+        if not _is_in_cpp(frame):
+            waiting.clear()
+            raise interruption(number)
+        timer = threading.Timer(COMPILING_LOOK_SECONDS, _thread.interrupt_main, (number,))
+        timer.daemon = True
+        timer.start()
 
-    return _handled_by(interrupt)
+    with _handled_by(interrupt):
+        yield
+        if waiting:
+            raise interruption(waiting[0])
 
 
 class StopSignalListener:

@@ -27,7 +27,7 @@ from pangu_sigma.cli.quickstart_commands import corpora, quickstart
 from pangu_sigma.cli.serve_command import serve
 from pangu_sigma.cli.standard_streams import install_standard_streams, output_failure
 from pangu_sigma.cli.train_commands import mindformers, train
-from pangu_sigma.errors import INTERRUPTED, USER_ERROR, UserError, arguments_as_flags, disk_errors_explained
+from pangu_sigma.errors import INTERRUPTED, STOPPED, USER_ERROR, UserError, arguments_as_flags, disk_errors_explained
 from pangu_sigma.signals import (
     SignalThread,
     interruption_message,
@@ -188,6 +188,11 @@ def _run(words: Sequence[str], name: str, signals: SignalThread) -> None:
             _say(f"Error: standard output could not be written ({failure.strerror}): name another place for it")
             code = USER_ERROR
         signals.final_code = code
+        if code in (STOPPED, INTERRUPTED):
+            # MindSpore's own way out aborts where it was interrupted.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
         sys.exit(code)
 
 

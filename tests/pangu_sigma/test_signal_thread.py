@@ -34,6 +34,18 @@ try:
 except KeyboardInterrupt as error:
     print(repr(error))
 """
+COMPILES = """
+api = {"__name__": "mindspore.common.api", "ready": ready, "time": time}
+text = "def compile():; ready(); for _ in range(20): time.sleep(0.05)"
+exec(text.replace("; ", "\\n    "), api)
+try:
+    with stop_signals_raise():
+        api["compile"]()
+        print("compiled")
+        time.sleep(30)
+except KeyboardInterrupt as error:
+    print(repr(error))
+"""
 LISTENS = """
 with stop_signals_raise(), StopSignalListener() as listener:
     ready()
@@ -116,6 +128,12 @@ def test_a_second_signal_ends_a_program_that_hears_nothing():
         program.process.wait(0.3)
     program.process.send_signal(signal.SIGTERM)
     assert program.ended()[0] == 128 + signal.SIGTERM
+
+
+def test_a_signal_waits_for_mindspore_whose_compiler_takes_no_exception():
+    program = Program(COMPILES)
+    program.process.send_signal(signal.SIGINT)
+    assert program.ended() == (0, "compiled\nKeyboardInterrupt()\n")
 
 
 def test_outside_of_any_job_a_signal_ends_it_with_its_sentence():
