@@ -71,7 +71,7 @@ def test_a_resume_attacked_at_its_file_operations_goes_on_to_the_same_bytes(
     run = before.with_name("attacked")
     arguments = ["train", small_yaml, f"run.dir={run}", "train.stop_at=6", "evaluate.every=0", "--resume"]
     ended = set()
-    for operation in (0, 2, 5, 12, 25, 45, 70, 110, 160):
+    for operation in (0, 5, 20, 45, 80, 130):
         shutil.copytree(before, run)
         environment = file_faults.armed_environment(run, operation, number)
         with monkeypatch.context() as patch:
@@ -90,4 +90,4 @@ def test_a_resume_attacked_at_its_file_operations_goes_on_to_the_same_bytes(
         assert again.returncode == 0, again.stderr
         assert_equal_checkpoints(checkpoint(finished_run, 6), checkpoint(run, 6))
         shutil.rmtree(run)
-    assert len(ended) == 2, ended
+    assert ended - {0}, "no operation was hit"
