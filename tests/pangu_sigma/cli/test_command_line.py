@@ -156,16 +156,16 @@ def test_config_describes_every_key():
 
 
 def test_an_interruption_is_said_and_has_its_own_code(tmp_path):
-    # A real SIGINT where a command surely waits: it reads its configuration from a pipe that stays empty.
-    pipe = tmp_path / "pipe.yaml"
-    os.mkfifo(pipe)
+    # A real SIGINT where a command surely waits: it reads its prompt from a pipe that stays empty.
     process = subprocess.Popen(
-        [sys.executable, "-m", "pangu_sigma", "config", str(pipe)],
+        [sys.executable, "-m", "pangu_sigma", "generate", str(tmp_path)],
+        stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    with open(pipe, "w"):  # returns when the command has opened its end
-        process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=20)
+    while not Path(f"/proc/{process.pid}/syscall").read_text().startswith("0 0x0 "):  # read(0, …)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
     assert process.returncode == 130 and stderr == "Interrupted.\n"
