@@ -219,9 +219,10 @@ def test_msrun_starts_the_same_run_on_the_mesh_that_workers_makes(small_yaml, fi
 def test_what_is_refused_under_msrun_ends_all_processes_in_seconds_with_the_sentence(
     small_yaml, finished_run, tmp_path
 ):
+    whole = "train.gradient_accumulation_steps=1"
     refusals = {
-        "do not divide: choose a batch": ["train", small_yaml, "run.dir=batch", "train.batch_size=3"],
-        "parallel makes a mesh of 4": ["train", small_yaml, "run.dir=mesh", "parallel.data=4", "parallel.workers=4"],
+        "do not divide: choose a batch": ["train", small_yaml, "run.dir=batch", "train.batch_size=3", whole],
+        "parallel makes a mesh of 4": ["train", small_yaml, "run.dir=mesh", "parallel.data=4", whole],
         "already holds a run": ["train", small_yaml, f"run.dir={finished_run}"],  # rank 0 alone finds that out
         "generate runs in one process, and 2 were started": ["generate", finished_run, "--prompt", "x"],
     }
