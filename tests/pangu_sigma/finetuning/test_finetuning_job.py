@@ -105,7 +105,7 @@ def test_models_of_other_routers_adapt(small_yaml, adaptation_file, tmp_path, ro
         parts += ["head=untied", "query_layer=none", "attention.qk_norm=true", "sparse.top_k=2"]
         gate += [f"model.{part}" for part in parts]
     model = train(load_config(small_yaml, [f"run.dir={tmp_path / 'model'}", *size, *gate, "evaluate.every=0"]))
-    run = adapt(model, adaptation_file(objective), objective, (f"run.dir={tmp_path / 'run'}",)).run_dir
+    run = adapt(model.run_dir, adaptation_file(objective), objective, (f"run.dir={tmp_path / 'run'}",)).run_dir
     # Of what it learns from: four steps on random words say nothing of other words.
     losses = [record["loss"] for record in read_metrics(run) if record["kind"] == "train"]
     assert len(losses) == 4 and losses[-1] < losses[0]
