@@ -63,7 +63,7 @@ def extract(
     shard = parse_size(max_shard_size) if max_shard_size is not None else None
     cut = plan(model, domain, out, dtype=dtype, max_shard_bytes=shard, fold=fold)
     if dry_run:
-        _print_plan(cut, as_json)
+        _print_plan(cut, out, as_json)
         return
     extracted = run(cut, out, check=check)
     if as_json:
@@ -90,11 +90,12 @@ def _list(model: Path, as_json: bool) -> None:
     typer.echo(text_table(["domain", "experts", "parameters", "bytes", "files"], rows))
 
 
-def _print_plan(cut: ExtractionPlan, as_json: bool) -> None:
+def _print_plan(cut: ExtractionPlan, out: Path | None, as_json: bool) -> None:
     from pangu_sigma.config import parameter_counts
     from pangu_sigma.monitor.text_tables import text_table
 
-    folder = cut.folder(cut.parent.path)  # nothing of it depends on the place but a few bytes
+    # Of the place depend a few bytes: how its configuration names the text.
+    folder = cut.folder(out if out is not None else cut.parent.path)
     counts = parameter_counts(cut.config, cut.config.model.vocab_size)
     files = [(file.path, file.size, "copied" if file.copy else "written") for file in folder.files]
     if as_json:

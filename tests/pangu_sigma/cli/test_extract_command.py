@@ -59,7 +59,8 @@ def test_both_ways_to_call_it_are_one(parent, tmp_path):
 
 
 def test_a_dry_run_tells_every_size_and_writes_nothing(parent, tmp_path):
-    plan = json.loads(ran(parent, "--domain", "poems", "--dry-run", "--json").stdout)
+    assert json.loads(ran(parent, "--domain", "poems", "--dry-run", "--json").stdout)["domains"] == ["poems"]
+    plan = json.loads(ran(parent, "--domain", "poems", "--out", tmp_path / "poems", "--dry-run", "--json").stdout)
     done = ran(parent, "--domain", "poems", "--out", tmp_path / "poems", "--dry-run")
     assert done.returncode == 0 and "nothing was written" in done.stdout and not list(tmp_path.iterdir())
     assert ran(parent, "--domain", "poems", "--out", tmp_path / "poems", "--no-verify").returncode == 0
