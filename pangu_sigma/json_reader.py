@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pangu_sigma.regular_file import regular
+from pangu_sigma.regular_file import read_at_most
 
 
 class UnreadableText(ValueError):
@@ -94,8 +94,7 @@ def parse_object(text: bytes | str, limits: JsonLimits = SMALL, lenient: bool = 
 
 def read_object(path: Path, limits: JsonLimits = SMALL) -> dict[str, Any]:
     """The object that a JSON file holds. Raises UnreadableText, and OSError as the file system does."""
-    with open(regular(path), "rb") as stream:
-        return parse_object(stream.read(limits.bytes + 1), limits)
+    return parse_object(read_at_most(path, limits.bytes), limits)
 
 
 def _check_size(text: str, limits: JsonLimits) -> None:

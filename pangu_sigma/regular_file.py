@@ -28,3 +28,12 @@ def regular(path: Path) -> Path:
     if kind is not None:
         raise OSError(errno.EINVAL, f"{kind} and no regular file", str(path))
     return path
+
+
+def read_at_most(path: Path, most: int) -> bytes:
+    """The content of a regular file, of a larger one its first `most` + 1 bytes. Raises OSError.
+
+    No more memory is taken than the file has bytes: `read(n)` takes n at first, whatever there is.
+    """
+    with open(regular(path), "rb") as stream:
+        return stream.read(min(os.fstat(stream.fileno()).st_size, most) + 1)

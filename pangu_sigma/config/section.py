@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 Item = TypeVar("Item")
 # Largest numbers of a configuration: arithmetic on sizes that anything could have stays finite below them.
-LARGEST_INTEGER, LARGEST_FLOAT = 2**63 - 1, 1e30
+LARGEST_INTEGER, LARGEST_FLOAT = 2**63 - 1, 1e36
 TOO_LARGE = "too_large"  # pydantic's type of the error of one that is larger
 # Broken rules, each a sentence that begins with the key that it belongs to: what is wrong and what to do.
 Violations = Iterator[str]

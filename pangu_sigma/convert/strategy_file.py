@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pangu_sigma.convert.protobuf_wire import BYTES, VARINT, WireError, fields, numbers, signed
 from pangu_sigma.errors import UserError
-from pangu_sigma.regular_file import regular
+from pangu_sigma.regular_file import read_at_most
 
 _MOST_BYTES, _MOST_DIMENSIONS, _MOST_DEVICES = 64 << 20, 32, 1 << 20
 
@@ -97,8 +97,7 @@ def read_strategy(path: Path | str) -> dict[str, ShardedLayout]:
     """
     path = Path(path)
     try:
-        with open(regular(path), "rb") as stream:
-            data = stream.read(_MOST_BYTES + 1)
+        data = read_at_most(path, _MOST_BYTES)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give a MindSpore strategy file") from error
     layouts: dict[str, ShardedLayout] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -49,7 +50,11 @@ def _group_limits(proc: Path, cgroups: Path) -> list[int]:
 
 
 def free_disk(folder: Path) -> int:
-    """Free bytes of the file system that `folder` is, or will be, on."""
+    """Free bytes of the file system that `folder` is, or will be, on.
+
+    Of one without any size, which takes no files, the largest number: writing there says itself why it cannot be.
+    """
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    usage = shutil.disk_usage(folder)
+    return usage.free if usage.total else sys.maxsize

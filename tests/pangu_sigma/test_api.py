@@ -220,7 +220,9 @@ def test_logits_and_losses_are_those_of_evaluation_and_of_decoding(model, finish
     assert model.loss([text, text], domain="law") == [model.loss(text, domain="law")] * 2
     engine = Engine(trained.model, trained.tokenizer, 1)
     engine.add(Request(tuple(ids), "law", Sampling(max_tokens=0, echo=True)))
-    (event,) = engine.step()
+    while not (events := engine.step()):
+        pass
+    (event,) = events
     assert [score.logprob for score in event.prompt_scores[1:]] == pytest.approx(
         token_log_probabilities(logits[:-1], np.array(ids[1:])).tolist(), abs=1e-5
     )
@@ -315,7 +317,7 @@ def test_a_cluster_is_planned(small_yaml):
 
 def test_what_the_disk_answers_is_a_sentence(corpora, tmp_path):
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(ps.UserError, match="Not a directory: mend that, or name another place"):
+    with pytest.raises(ps.UserError, match=r"\(Not a directory\): mend that, or choose another folder"):
         ps.init_config(tmp_path / "file" / "mine", corpora / "code.jsonl")
 
 

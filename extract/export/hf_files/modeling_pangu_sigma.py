@@ -387,7 +387,8 @@ class PanGuSigmaForCausalLM(PanGuSigmaPreTrainedModel, GenerationMixin):
     def _get_logits_processor(self, *args, **kwargs):
         processors = super()._get_logits_processor(*args, **kwargs)
         if self.config.ids_without_piece:
-            processors.append(PanGuSigmaNoPiece(self.config.ids_without_piece))
+            # First: what top-k and its like leave must be ids that can be written.
+            processors.insert(0, PanGuSigmaNoPiece(self.config.ids_without_piece))
         return processors
 
     def forward(

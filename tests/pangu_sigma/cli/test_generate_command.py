@@ -79,7 +79,7 @@ def test_lines_of_json_are_continued_together_and_answered_in_order(finished_run
     [
         (["--prompt", "x", "--file", "y"], "", "--prompt cannot be given together with --file"),
         (["--file", "missing.txt"], "", "missing.txt cannot be read"),
-        (["--jsonl"], '{"prompt": "a"}\nnonsense\n', "line 2 of standard input is not JSON"),
+        (["--jsonl"], '{"prompt": "a"}\nnonsense\n', "line 2 of standard input is not valid JSON"),
         (["--jsonl"], '{"text": "a"}\n', 'line 1 of standard input has no text under "prompt"'),
         (["--jsonl"], '{"prompt": "a", "tempo": 1}\n', 'unknown key "tempo"'),
         (["--jsonl"], "\n\n", "standard input holds no prompt"),

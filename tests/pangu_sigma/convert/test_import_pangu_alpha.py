@@ -219,7 +219,7 @@ def test_missing_embeddings_name_the_published_files(tensors, import_settings, t
     [
         (lambda folder: (folder / "filerted_3.ckpt").unlink(), ("shards 3 are missing",)),
         (lambda folder: (folder / "filerted_2.ckpt").rename(folder / "filerted_9.ckpt"), ("shards 2 are missing",)),
-        (lambda folder: (folder / "pangu_alpha_ckpt_strategy.ckpt").unlink(), ("strategy file", "--strategy")),
+        (lambda folder: (folder / "pangu_alpha_ckpt_strategy.ckpt").unlink(), ("strategy file", "name it as strategy")),
         (lambda folder: (folder / "filerted_1.ckpt").write_bytes(b"PK"), ("filerted_1.ckpt", "no MindSpore")),
         (lambda folder: np.save(folder / "word_embedding.npy", np.array([{}])), ("word_embedding.npy",)),
         (lambda folder: np.save(folder / "word_embedding.npy", np.ones((3, 16))), ("float64",)),
@@ -267,7 +267,7 @@ def test_embeddings_in_shards_and_files_must_be_the_same(tensors, import_setting
 
 def test_unknown_heads_are_asked_for(tensors, import_settings, tmp_path):
     source = pangu_alpha_files.write_ckpt(tmp_path / "m.ckpt", tensors)
-    refused(source, tmp_path, import_settings(heads=None), "--heads")
+    refused(source, tmp_path, import_settings(heads=None), "give heads")
     refused(source, tmp_path, import_settings(heads=3), "does not divide")
 
 

@@ -40,7 +40,7 @@ def refused(response, status: int, *parts: str, param: str | None = None, code: 
         ({"top_k": 2**31}, "top_k", None, "a whole number from 0 to 2147483647"),
         ({"top_k": 10**400}, "top_k", None, ""),
         ({"n": True}, "n", None, ""),
-        ({"max_tokens": 10**30}, "max_tokens", None, ""),
+        ({"max_tokens": 10**30}, "max_tokens", "context_length_exceeded", ""),
         ({"seed": True}, "seed", None, ""),
         ({"seed": 10**400}, "seed", None, ""),
         ({"best_of": True}, "best_of", None, ""),

@@ -55,7 +55,6 @@ def long_server(small_yaml, tmp_path_factory) -> Iterator[Server]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(4))
 def test_an_attacked_server_over_thousands_of_requests(long_server, seed):
     counts = RequestBattery(long_server.url, LONG_WINDOW, seed).run(valid=120, hostile=300, noise=100, left=80)
