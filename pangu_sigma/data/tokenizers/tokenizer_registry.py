@@ -73,10 +73,8 @@ def tokenizer_from(files: Mapping[str, bytes], folder: Path) -> Tokenizer:
         )
     try:
         tokenizer = tokenizer_class(kind)(files[MODEL_FILE], eod_id, pad_id, str(folder / MODEL_FILE))
-    except UserError:
-        raise
-    except ValueError as error:  # an id outside the vocabulary
-        raise UserError(f"{info_path} is damaged ({error}); restore it from a checkpoint of the same run") from error
+    except ValueError as error:  # a kind or an id that there is not, another file, a package that is missing
+        raise UserError(f"{info_path}: {error}") from error
     if tokenizer.fingerprint != fingerprint or tokenizer.vocab_size != info.get("vocab_size"):
         raise UserError(
             f"{folder / MODEL_FILE} is not the tokenizer that {info_path} describes; restore the original file"
