@@ -20,7 +20,7 @@ from pangu_sigma.config.validation_messages import Problem, problems_of, shown
 from pangu_sigma.config.yaml_text import MOST_BYTES, parse_yaml
 from pangu_sigma.errors import UserError
 from pangu_sigma.json_reader import UnreadableText
-from pangu_sigma.regular_file import regular
+from pangu_sigma.regular_file import read_at_most
 
 
 def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Overrides = ()) -> Config:
@@ -121,8 +121,7 @@ def read_values(
 ) -> dict[str, Any]:
     """The mapping that a YAML file holds, not yet checked. `what`: what the file should be. Raises UserError."""
     try:
-        with open(regular(find_file(path)), "rb") as stream:
-            text = stream.read(MOST_BYTES + 1)
+        text = read_at_most(find_file(path), MOST_BYTES)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the path of {what}") from None
     except IsADirectoryError:

@@ -122,10 +122,10 @@ def _apply(
     new_section: Callable[[list[str | int], str], dict[str, Any]],
     root: Sequence[str],
 ) -> Override:
-    text = change.text
+    path, text = change.path, change.text
     key_path: list[str | int] = []
     target: Any = values
-    *parents, last = change.path.split(".")
+    *parents, last = path.split(".")
     for name in parents:
         step = _step(target, name, text)
         key_path.append(step)
@@ -206,6 +206,6 @@ def stream_overrides(source: str | None, domain: str | None, domain_field: str |
     if source is None and (domain is not None or domain_field is not None):
         raise UserError(
             f"{argument('domain')} and {argument('domain_field')} say whose the documents of a stream are: add "
-            f"{argument('stream')}"
+            f"{argument('stream', 'SOURCE')}"
         )
     return [(f"data.stream.{key}", value) for key, value in given.items() if value is not None]

@@ -86,7 +86,7 @@ class _BoundedLoader(yaml.SafeLoader):
         return value
 
 
-class _Loader(_BoundedLoader):
+class _CoreLoader(_BoundedLoader):
     """YAML 1.2's core schema."""
 
     any_number = True
@@ -128,19 +128,19 @@ def _refusal(problem: str, mark: yaml.Mark | None) -> UnreadableText:
     return UnreadableText(problem, None if mark is None else mark.line + 1)
 
 
-_Loader.add_implicit_resolver(_TAG + "null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_Loader.add_implicit_resolver(_TAG + "bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(_TAG + "int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
+_CoreLoader.add_implicit_resolver(_TAG + "null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_CoreLoader.add_implicit_resolver(_TAG + "bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_CoreLoader.add_implicit_resolver(_TAG + "int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_CoreLoader.add_implicit_resolver(
     _TAG + "float",
     re.compile(r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$"),
     list("-+.0123456789"),
 )
-_Loader.add_constructor(_TAG + "int", lambda loader, node: int(node.value))
-_Loader.add_constructor(
+_CoreLoader.add_constructor(_TAG + "int", lambda loader, node: int(node.value))
+_CoreLoader.add_constructor(
     _TAG + "float", lambda loader, node: float(node.value.replace(".inf", "inf").replace(".nan", "nan"))
 )
-_Loader.add_constructor(_TAG + "map", _Loader.construct_mapping)
+_CoreLoader.add_constructor(_TAG + "map", _CoreLoader.construct_mapping)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -155,7 +155,7 @@ _Dumper.add_implicit_resolver(_TAG + "float", _EXPONENT, list("-+.0123456789"))
 
 def parse_yaml(text: str | bytes) -> Any:
     """The value that a YAML text holds (mappings, lists and scalars). Raises UnreadableText."""
-    return _unshared(_load(text, _Loader))
+    return _unshared(_load(text, _CoreLoader))
 
 
 def parse_yaml_11(text: str | bytes) -> Any:
@@ -186,7 +186,7 @@ def parse_scalar(text: str) -> Any:
     """The null, truth value, number or text that a YAML file has where exactly this stands as a plain value; nothing in
     it is syntax."""
     text = text.strip()
-    loader = _Loader("")
+    loader = _CoreLoader("")
     try:
         tag = loader.resolve(yaml.ScalarNode, text, (True, False))
         return loader.construct_object(yaml.ScalarNode(tag, text))

@@ -246,11 +246,13 @@ def _build(
             done += len(batch)
             progress(source.name, "tokenise", done, len(parts))
     stores = {part: IndexedDataset(folder / part) for part in _PARTS}
-    np.save(folder / _COUNTS, stores["train"].counts(tokenizer.vocab_size), allow_pickle=False)
+    counts = {part: store.counts(tokenizer.vocab_size) for part, store in stores.items()}
+    unk = tokenizer.unk_id
+    np.save(folder / _COUNTS, counts["train"], allow_pickle=False)
     return {
         "documents": {part: store.documents for part, store in stores.items()},
         "tokens": {part: store.tokens for part, store in stores.items()},
-        "unknown_tokens": {part: _unknown(store, tokenizer) for part, store in stores.items()},
+        "unknown_tokens": {part: 0 if unk is None else int(c[unk]) for part, c in counts.items()},
         "dropped": dropped.counts,
         "dropped_examples": dropped.examples,
     }
@@ -340,7 +342,7 @@ def _batches(source: DomainConfig, files: Sequence[Path]) -> Iterator[list[Docum
 def _write_info(folder: Path, info: dict) -> None:
     entries = {name: {"bytes": _size(folder / name), "sha256": _sha256(folder / name)} for name in _FILES}
     with open(folder / INFO_FILE, "w", encoding="utf-8") as stream:
-        whole = json.loads(json.dumps(info | {"files": entries}))
+        whole = info | {"files": entries}
         json.dump(whole | {"sha256": _info_digest(whole)}, stream, indent=2, ensure_ascii=False)
         stream.write("\n")
         stream.flush()
@@ -359,11 +361,6 @@ def _size(path: Path) -> int | None:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _unknown(store: IndexedDataset, tokenizer: Tokenizer) -> int:
-    """How many tokens of a part are the tokenizer's piece for what it cannot write."""
-    return int(store.counts(tokenizer.vocab_size)[tokenizer.unk_id]) if tokenizer.unk_id is not None else 0
 
 
 def _shown(files: Sequence[Path]) -> str:

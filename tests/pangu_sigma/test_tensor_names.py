@@ -71,7 +71,7 @@ FOREIGN = {
     "rre/adamw.py": "weight decay goes by what a tensor is at the end of any name",
 }
 # What else is split at dots: keys of the configuration, and names of files.
-KEYS = {"change.path", "key", "key.path", "path", "path.name"}
+KEYS = {"key", "key.path", "path", "path.name"}
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())

@@ -161,7 +161,7 @@ REFUSED = {
     "folder": (["--stream", "."], "is no file: name a .jsonl file"),
     "empty input": (["--stream", "-"], "the stream on standard input is empty"),
     "unknown domain": (["--stream", "one.jsonl", "--domain", "medicine"], "names the domain medicine"),
-    "domain of nothing": (["--domain", "code"], "add --stream"),
+    "domain of nothing": (["--domain", "code"], "add --stream SOURCE"),
     "both": (["--stream", "one.jsonl", "--domain", "code", "--domain-field", "d"], "exclude each other"),
 }
 
