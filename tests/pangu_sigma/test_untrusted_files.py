@@ -56,7 +56,6 @@ EXCEPTIONS = {
     "pangu_sigma/config/config_text.py": "the places of keys in text that was made the line before",
     "pangu_sigma/checkpoint/manifest.py": "pydantic's reader, behind the reader of JSON",
     "pangu_sigma/checkpoint/distributed.py": "what the other processes of this run say",
-    "pangu_sigma/data/domain_store.py": "what was written in the same line",
     "pangu_sigma/doctor/check_processes.py": "what processes that it started have written",
     "pangu_sigma/evaluation/evaluation_job.py": "what processes that it started have written",
     "pangu_sigma/plan/compile_plan.py": "what a process that it started has written",
