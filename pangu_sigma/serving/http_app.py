@@ -20,9 +20,9 @@ from pangu_sigma.serving.openai_requests import (
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
-    validation_error,
 )
 from pangu_sigma.serving.request_guard import RequestGuard
+from pangu_sigma.serving.request_model import validation_error
 from pangu_sigma.serving.scheduler import Scheduler
 from pangu_sigma.serving.server_metrics import ServerMetrics
 from pangu_sigma.serving.server_settings import ServerSettings
@@ -168,7 +168,8 @@ def _add_errors(app: FastAPI) -> None:
     async def by_status(request: Request, error: HTTPException) -> Response:
         messages = {
             400: "the body cannot be read as JSON",
-            404: f"there is nothing at {request.url.path[:80]}; GET /v1/models lists the models",
+            404: f"there is nothing at {request.url.path[:80]}: this server has /v1/completions, "
+            "/v1/chat/completions and /v1/models",
             405: f"{request.method[:10]} is not allowed at {request.url.path[:80]}",
         }
         message = messages.get(error.status_code, error.detail)

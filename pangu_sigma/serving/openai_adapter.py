@@ -66,13 +66,13 @@ class OpenAIAdapter:
         requests: list[Request] = []
         choices: list[CompletionChoice] = []
         usage = Usage(0)
-        prompts = [self._ids(prompt) for prompt in body.prompt]
-        self._check_prompt_tokens(sum(map(len, prompts)) * body.n)
+        prompts = [self._ids(prompt, "prompt") for prompt in body.prompt]
+        self._check_prompt_tokens(sum(map(len, prompts)) * body.n, "prompt")
         for prompt, ids in zip(body.prompt, prompts, strict=True):
             # A text begins a document; token ids are taken as they are.
             hidden = int(isinstance(prompt, str))
             usage.prompt += len(ids) - hidden
-            max_tokens = self._max_tokens(ids, body.max_tokens, default=DEFAULT_MAX_TOKENS)
+            max_tokens = self._max_tokens(ids, "prompt", "max_tokens", body.max_tokens, DEFAULT_MAX_TOKENS)
             needs_text = body.echo or body.logprobs is not None
             text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt) if needs_text else ""
             for choice in range(body.n):
@@ -93,10 +93,11 @@ class OpenAIAdapter:
         """Prepare POST /v1/chat/completions. Raises ApiError."""
         domain = self.check_model(body.model)
         self._check_count(body.n)
-        ids = self._ids(chat_template.as_text([(message.role, message.text) for message in body.messages]))
-        self._check_prompt_tokens(len(ids) * body.n)
-        max_tokens = self._max_tokens(ids, body.limit, default=None)
-        body = body.model_copy(update={"stop": [*body.stop, *chat_template.STOPS]})
+        turns = [(message.role, message.text) for message in body.messages]
+        ids = self._ids(chat_template.as_text(turns), "messages")
+        self._check_prompt_tokens(len(ids) * body.n, "messages")
+        max_tokens = self._max_tokens(ids, "messages", *body.limit, default=None)
+        body = body.model_copy(update={"stop": [*body.stop, *chat_template.stops(turns)]})
         alternatives = (body.top_logprobs or 0) if body.logprobs else None
         requests = tuple(
             Request(ids, domain, _sampling(body, max_tokens, choice, logprobs=alternatives)) for choice in range(body.n)
@@ -111,20 +112,24 @@ class OpenAIAdapter:
             body.stream_options,
         )
 
-    def _ids(self, prompt: Prompt) -> tuple[int, ...]:
+    def _ids(self, prompt: Prompt, field: str) -> tuple[int, ...]:
         if isinstance(prompt, str):
             try:
                 return document_ids(self.tokenizer, prompt)
             except UserError as error:
-                raise bad_request(str(error), "prompt") from None
+                raise bad_request(str(error), field) from None
         wrong = next((i for i in prompt if not 0 <= i < self.tokenizer.vocab_size), None)
         if wrong is not None:
             last = self.tokenizer.vocab_size - 1
-            raise bad_request(f"the prompt has the id {wrong}; the vocabulary's ids are 0 to {last}", "prompt")
+            raise bad_request(f"the prompt has the id {wrong}; the vocabulary's ids are 0 to {last}", field)
         return tuple(prompt)
 
-    def _max_tokens(self, ids: tuple[int, ...], requested: int | None, default: int | None) -> int:
+    def _max_tokens(
+        self, ids: tuple[int, ...], field: str, limit: str, requested: int | None, default: int | None
+    ) -> int:
         """Tokens that may be written after `ids`; `default` is lowered to what fits, a request beyond it is refused.
+
+        field, limit: the request's fields that hold the prompt and `requested`.
 
         Only the text after the last end-of-document token is in the window: attention restarts there. The last token
         that is written need not be in it, as nothing comes after it.
@@ -134,7 +139,7 @@ class OpenAIAdapter:
         if document > self.window:
             raise bad_request(
                 f"the prompt has {document} tokens, and the model's window has {self.window}; shorten it",
-                "prompt",
+                field,
                 "context_length_exceeded",
             )
         room = self.window - document + 1
@@ -142,23 +147,23 @@ class OpenAIAdapter:
         if requested is None:
             return min(value for value in (default, room, bound) if value is not None)
         if bound is not None and requested > bound:
-            raise bad_request(f"max_tokens is {requested}, and this server writes {bound} at most", "max_tokens")
+            raise bad_request(f"{limit} is {requested}, and this server writes {bound} at most", limit)
         if requested > room:
             raise bad_request(
-                f"the prompt has {document} tokens and max_tokens is {requested}, together more than the model's "
+                f"the prompt has {document} tokens and {limit} is {requested}, together more than the model's "
                 f"window of {self.window}; at most {room} can be written after this prompt",
-                "max_tokens",
+                limit,
                 "context_length_exceeded",
             )
         return requested
 
-    def _check_prompt_tokens(self, count: int) -> None:
+    def _check_prompt_tokens(self, count: int, field: str) -> None:
         most = self.limits.most_prompt_tokens(self.window)
         if count > most:
             raise bad_request(
                 f"the prompts have {count} tokens together, each counted n times, and this server reads {most} at most "
                 "for one request: send fewer",
-                "prompt",
+                field,
                 "too_many_prompt_tokens",
             )
 

@@ -8,16 +8,19 @@ fields are refused with the nearest name, as OpenAI does. `null` means the defau
 
 from __future__ import annotations
 
+import json
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from pangu_sigma.config.validation_messages import shown
 from pangu_sigma.errors import UserError, did_you_mean
 from pangu_sigma.generation import Sampling
 from pangu_sigma.generation.request import SAMPLING_RANGES
 from pangu_sigma.serving.api_errors import ApiError, bad_request
+from pangu_sigma.serving.chat_messages import Message
+from pangu_sigma.serving.request_model import UNSUPPORTED, RequestModel
 from rre.counted_random import key64
 
 MAX_ALTERNATIVES = 20
@@ -32,7 +35,9 @@ IGNORED_FIELDS = frozenset(
         "service_tier",
         "safety_identifier",
         "prompt_cache_key",
+        "prompt_cache_options",
         "prompt_cache_retention",
+        "prediction",  # makes an answer come sooner
         "parallel_tool_calls",
     ]
 )
@@ -49,27 +54,16 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
     "web_search_options": (),
+    "moderation": (),
 }
+# Fields that nothing depends on where another one says "none".
+SWITCHED_OFF_BY = {"tools": "tool_choice", "functions": "function_call"}
 
 
-class _StrictModel(BaseModel):
-    """Base of all bodies and their parts: no unknown field, no conversion of types, null means the default."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_the_default(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {name: value for name, value in values.items() if value is not None}
-
-
-class StreamOptions(_StrictModel):
+class StreamOptions(RequestModel):
     """Options of a stream: token counts at its end, or in every chunk."""
 
     include_usage: bool = False
@@ -81,7 +75,7 @@ def _stop_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class _SamplingRequest(_StrictModel):
+class _SamplingRequest(RequestModel):
     """Fields that both kinds of completion share: sampling, stop conditions, streaming."""
 
     model: str
@@ -110,8 +104,8 @@ class _SamplingRequest(_StrictModel):
             elif name in NEUTRAL_VALUES:
                 # By type too: false is no 0.
                 neutral = any(type(value) is type(other) and value == other for other in NEUTRAL_VALUES[name])
-                if value is not None and not neutral:
-                    raise _unsupported(name)
+                if value is not None and not neutral and values.get(SWITCHED_OFF_BY.get(name, "")) != "none":
+                    raise _unsupported(name, value)
             elif name not in IGNORED_FIELDS:
                 raise bad_request(
                     f"Unrecognized request argument supplied: {name[:80]}; {did_you_mean(name, cls.model_fields)}",
@@ -154,8 +148,14 @@ class _SamplingRequest(_StrictModel):
         )
 
 
-def _unsupported(name: str) -> ApiError:
-    return bad_request(f"{name} is not supported by this server; leave it out", name, "unsupported_parameter")
+def _unsupported(name: str, value: Any) -> ApiError:
+    neutral = NEUTRAL_VALUES.get(name, ())
+    advice = f" or give {json.dumps(neutral[0])}" if neutral else ""
+    if name in SWITCHED_OFF_BY:
+        advice = f', or give {SWITCHED_OFF_BY[name]} "none"'
+    # Lists and objects are not repeated: they may be deep.
+    given = f" = {shown(value)}" if isinstance(value, str | int | float) else ""
+    return bad_request(f"{name}{given} is not supported by this server; leave it out{advice}", name, UNSUPPORTED)
 
 
 Prompt = str | list[int]
@@ -188,30 +188,10 @@ class CompletionRequest(_SamplingRequest):
     @model_validator(mode="after")
     def _consistent(self) -> CompletionRequest:
         if self.best_of not in (None, self.n):
-            raise _unsupported("best_of")
+            raise _unsupported("best_of", self.best_of)
         if self.max_tokens == 0 and not self.echo:
             raise bad_request("max_tokens is 0, which only echo gives a meaning; give at least 1", "max_tokens")
         return self
-
-
-class TextPart(_StrictModel):
-    """A part of a message's content; only text is supported."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(_StrictModel):
-    """One turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
-
-    @property
-    def text(self) -> str:
-        """The turn's text; parts are joined as they are."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 class ChatRequest(_SamplingRequest):
@@ -225,17 +205,19 @@ class ChatRequest(_SamplingRequest):
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
         return self
 
     @property
-    def limit(self) -> int | None:
-        """Most tokens to write, under its new or its old name."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+    def limit(self) -> tuple[str, int | None]:
+        """Most tokens to write: the name of the field that says it, the new one or the old one, and its value."""
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return "max_tokens", self.max_tokens
 
 
-class TokenizeRequest(_StrictModel):
+class TokenizeRequest(RequestModel):
     """Body of POST /tokenize, vLLM's extension."""
 
     model: str | None = None
@@ -243,26 +225,8 @@ class TokenizeRequest(_StrictModel):
     add_special_tokens: bool = True
 
 
-class DetokenizeRequest(_StrictModel):
+class DetokenizeRequest(RequestModel):
     """Body of POST /detokenize, vLLM's extension."""
 
     model: str | None = None
     tokens: list[int]
-
-
-def validation_error(error: RequestValidationError) -> ApiError:
-    """The first validation error of a body, as OpenAI's clients expect it."""
-    first = error.errors()[0]
-    # Behind "body" stand the field's path and, in unions, names of the tried types.
-    tried = ("list[", "function-")
-    path = [str(part) for part in first["loc"][1:] if part != "str" and not str(part).startswith(tried)]
-    param = ".".join(path)[:200] or None
-    if first["type"] == "json_invalid":
-        return bad_request(f"the body is no valid JSON: {first['ctx']['error']}")
-    if param is None:
-        return bad_request("the body must be a JSON object, sent with Content-Type: application/json")
-    if first["type"] == "missing":
-        return bad_request(f"{param} is required", param, "missing_required_parameter")
-    if first["type"] == "extra_forbidden":
-        return bad_request(f"Unrecognized request argument supplied: {param}", param, "unknown_parameter")
-    return bad_request(f"{param}: {first['msg']}", param)

@@ -82,14 +82,30 @@ def test_a_wrong_completion_is_refused(client, changes, param, code, part):
     refused(response, 400, part, param=param, code=code)
 
 
+TOOL = {"type": "function", "function": {"name": "now", "parameters": {}}}
+
+
 @pytest.mark.parametrize(
     ("changes", "param", "part"),
     [
         ({"messages": []}, "messages", "at least 1"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "user"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, None, ""),
-        ({"tools": [{"type": "function"}]}, "tools", "not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        ({"messages": "x"}, "messages", "list"),
+        ({"messages": [{"role": "user", "content": "\u20ac" * WINDOW}]}, "messages", "shorten"),
+        ({"max_tokens": None, "max_completion_tokens": WINDOW}, "max_completion_tokens", "max_completion_tokens is 96"),
+        ({"tools": [TOOL]}, "tools", 'tools is not supported by this server; leave it out, or give tool_choice "none"'),
+        ({"tools": [TOOL], "tool_choice": "auto"}, "tools", "not supported"),
+        ({"tools": [TOOL], "function_call": "none"}, "tools", "not supported"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tools", "not supported"),
+        ({"tool_choice": "required"}, "tool_choice", 'tool_choice = "required" is not supported'),
+        ({"tool_choice": {"type": "function"}}, "tool_choice", 'or give "none"'),
+        ({"functions": [{"name": "f"}]}, "functions", 'function_call "none"'),
+        ({"response_format": {"type": "json_object"}}, "response_format", 'or give {"type": "text"}'),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format", "not supported"),
+        ({"modalities": ["text", "audio"]}, "modalities", 'or give ["text"]'),
+        ({"audio": {"voice": "a"}}, "audio", "not supported"),
+        ({"web_search_options": {}}, "web_search_options", "not supported"),
+        ({"reasoning_effort": "high"}, "reasoning_effort", 'or give "none"'),
+        ({"verbosity": "low"}, "verbosity", 'or give "medium"'),
         ({"top_logprobs": 2}, "top_logprobs", "logprobs"),
         ({"prompt": "x"}, "prompt", "Unrecognized"),
     ],
@@ -97,15 +113,30 @@ def test_a_wrong_completion_is_refused(client, changes, param, code, part):
 def test_a_wrong_chat_is_refused(client, changes, param, part):
     response = client.post("/v1/chat/completions", json={**CHAT, **changes})
     assert response.status_code == 400 and part in response.json()["error"]["message"], response.text
-    assert param is None or response.json()["error"]["param"] == param
+    assert response.json()["error"]["param"] == param
 
 
 def test_neutral_and_meaningless_fields_are_accepted(client):
     more = {"user": "me", "metadata": {}, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "n": None,
             "stop": None, "best_of": 1, "suffix": None}  # fmt: skip
     assert client.post("/v1/completions", json={**GOOD, **more}).status_code == 200
-    more = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "parallel_tool_calls": True}
-    assert client.post("/v1/chat/completions", json={**CHAT, **more}).status_code == 200
+
+
+def test_a_chat_takes_what_openai_takes_and_changes_nothing(client):
+    more = {
+        "audio": None, "frequency_penalty": 0, "function_call": "none", "functions": [{"name": "f"}], "logit_bias": {},
+        "logprobs": False, "max_completion_tokens": 2, "metadata": {"a": "b"}, "modalities": ["text"], "n": 1,
+        "parallel_tool_calls": False, "prediction": {"type": "content", "content": "x"}, "presence_penalty": 0.0,
+        "prompt_cache_key": "k", "prompt_cache_options": {}, "prompt_cache_retention": "24h",
+        "reasoning_effort": "none", "response_format": {"type": "text"}, "safety_identifier": "s", "stop": [],
+        "service_tier": "auto", "store": True, "stream": False, "stream_options": None,
+        "tool_choice": "none", "tools": [TOOL], "top_logprobs": 0, "top_p": 1,
+        "user": "me", "verbosity": "medium", "web_search_options": None,
+    }  # fmt: skip
+    plain = {**CHAT, "temperature": 1, "seed": 3}
+    answers = [client.post("/v1/chat/completions", json=body).json() for body in (plain, {**plain, **more})]
+    assert answers[0]["choices"] == answers[1]["choices"] and answers[0]["usage"] == answers[1]["usage"]
+    assert client.post("/v1/chat/completions", json={**plain, "tools": [], "tool_choice": "auto"}).status_code == 200
 
 
 def test_an_unknown_model_names_the_nearest(client):
@@ -134,6 +165,8 @@ def test_not_a_number_is_refused(client):
 
 def test_paths_methods_and_kinds_of_body(client):
     refused(client.get("/v1/engines"), 404, "/v1/engines")
+    for path in ("/v1/embeddings", "/v1/responses"):
+        refused(client.post(path, json={"model": "law", "input": "x"}), 404, path, "/v1/chat/completions")
     refused(client.put("/v1/models"), 405, "PUT")
     refused(client.get("/v1/completions"), 405, "GET")
     refused(client.post("/v1/completions", content=json.dumps(GOOD)), 415, code="unsupported_media_type")
