@@ -25,7 +25,7 @@ quickstart: $(VENV)/.installed  ## build four domains from this machine's files,
 test: $(VENV)/.installed-test  ## the fast tests
 	$(BIN)/python -m pytest --durations=15 -n 2 --dist loadfile $(PYTEST)
 
-test-slow: $(VENV)/.installed-test  ## the long variants
+test-slow: $(VENV)/.installed-test  ## the long variants; foreign clients in environments of their own, under build/clients/
 	$(BIN)/python -m pytest --durations=15 -m slow $(PYTEST)
 
 clients: $(VENV)/.installed-test $(VENV)/.installed-clients  ## foreign clients that the server is tested with, else skipped

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from pangu_sigma.evaluation.task_evaluation import FewShotSettings, evaluate_tas
 from pangu_sigma.generation.sampling import log_softmax
 from pangu_sigma.trained_model import load_trained
 from tests.pangu_sigma.conftest import WORDS
+from tests.pangu_sigma.serving.clients.client_environments import client_python
 from tests.pangu_sigma.serving.conftest import WINDOW
+from tests.pangu_sigma.training.training_process import command
 
-pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed: make clients")
 QUESTIONS, CHOICES, SHOTS, WRITTEN = 12, 3, 2, 6
 
 
@@ -59,8 +61,59 @@ def folder(served_run, questions, tmp_path_factory) -> Path:
     return folder
 
 
+@dataclass(frozen=True)
+class Harness:
+    """A version of the harness: the Python that has it, and the arguments by which it gets our tokenizer."""
+
+    python: Path
+    tokenizer: str
+    folder: Path
+
+    def evaluate(self, model: str, url: str, tasks: str, *options: str, **arguments: object) -> tuple[dict, dict]:
+        """Results by task, and of each task the questions with the answers that it got from the server."""
+        out = self.folder / f"out-{model}"
+        given = {"model": "law", "base_url": url, "max_length": WINDOW, "max_retries": 1, **arguments}
+        words = ["-m", "lm_eval", "--model", model, "--tasks", tasks, "--model_args",
+                 ",".join(f"{name}={value}" for name, value in given.items()), "--include_path", self.folder.parent,
+                 "--output_path", out, "--log_samples", *options]  # fmt: skip
+        offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(self.folder / "hf"),
+                   "GIT_DIR": "/nowhere", "OPENAI_API_KEY": "any"}  # fmt: skip
+        done = subprocess.run(
+            [self.python, *map(str, words)],
+            capture_output=True, text=True, cwd=self.folder, timeout=600, env={**os.environ, **offline},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        (results_file,) = out.rglob("results_*.json")
+        samples = {}
+        for name in tasks.split(","):
+            (file,) = out.rglob(f"samples_{name}_*.jsonl")
+            samples[name] = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return json.loads(results_file.read_text(encoding="utf-8"))["results"], samples
+
+
+@pytest.fixture(
+    scope="module",
+    params=[None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("lm-eval-0.4.13", "lm-eval-0.4.9"))],
+    ids=lambda name: name or "installed",
+)
+def harness(request, folder, served_run) -> Harness:
+    """The harness of this environment, and in the long variants versions in environments of their own."""
+    own = folder / (request.param or "installed")
+    own.mkdir()
+    if request.param is None:
+        if find_spec("lm_eval") is None:
+            pytest.skip("lm-eval is not installed: make clients")
+        return Harness(Path(sys.executable), "", own)
+    if request.param == "lm-eval-0.4.13":
+        return Harness(client_python(request.param), "", own)
+    # It cannot ask the server for its tokenizer, and takes one from a folder.
+    done = command("export", served_run, "--format", "hf", "--out", own / "exported", cwd=own)
+    assert done.returncode == 0, done.stderr
+    return Harness(client_python(request.param), str(own / "exported"), own)
+
+
 @pytest.fixture(scope="module")
-def results(server, folder) -> dict:
+def results(server, folder, harness) -> dict:
     """What the harness wrote: its results, and each question with the scores that it got from the server."""
 
     def task(name: str, file: str, **rest) -> None:
@@ -88,21 +141,13 @@ def results(server, folder) -> dict:
     task("court", "court.jsonl", **choices)
     task("shots", "court.jsonl", **choices, **shots)
     task("words", "words.jsonl", **written)
-    # The harness asks the server for its tokenizer, so nothing is looked up or downloaded.
-    arguments = f"model=law,base_url={server.url}/v1/completions,max_length={WINDOW},num_concurrent=4,max_retries=1"
-    words = ["--model", "local-completions", "--model_args", arguments, "--tasks", "court,shots,words",
-             "--include_path", folder, "--output_path", folder / "out", "--log_samples",
-             "--batch_size", "3"]  # fmt: skip
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "GIT_DIR": "/nowhere"}
-    done = subprocess.run(
-        [sys.executable, "-m", "lm_eval", *map(str, words)],
-        capture_output=True, text=True, cwd=folder, timeout=300, env={**os.environ, **offline},
+    # Without a tokenizer's name the harness asks the server for its own, so nothing is looked up or downloaded.
+    named = {"tokenizer": harness.tokenizer, "trust_remote_code": True} if harness.tokenizer else {}
+    metrics, samples = harness.evaluate(
+        "local-completions", f"{server.url}/v1/completions", "court,shots,words", "--batch_size", "3", num_concurrent=4,
+        **named,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    (samples,) = Path(folder / "out").rglob("samples_court_*.jsonl")
-    (results_file,) = Path(folder / "out").rglob("results_*.json")
-    lines = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
-    return {"metrics": json.loads(results_file.read_text(encoding="utf-8"))["results"], "samples": lines}
+    return {"metrics": metrics, "samples": samples["court"]}
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +201,17 @@ def test_evaluates_own_scores_are_the_harness_scores(results, served_run, folder
     assert words["scores"]["exact_match"]["value"] >= 0.4
     assert words["scores"]["exact_match"]["stderr"] == pytest.approx(theirs["exact_match_stderr,strip"])
     assert court["truncated"] == shots["truncated"] == words["truncated"] == 0
+
+
+@pytest.mark.slow
+def test_a_task_is_answered_in_a_chat(server, client, harness, results):
+    # Written by the fixture `results`: "words".
+    _, samples = harness.evaluate(
+        "local-chat-completions", f"{server.url}/v1/chat/completions", "words", "--apply_chat_template"
+    )
+    assert len(samples["words"]) == QUESTIONS
+    for sample in samples["words"]:
+        turns = [{"role": "user", "content": sample["doc"]["question"]}]
+        body = {"model": "law", "messages": turns, "max_tokens": WRITTEN, "temperature": 0, "stop": ["\n"]}
+        answer = client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+        assert sample["resps"] == [[answer]]
