@@ -21,9 +21,10 @@ from pangu_sigma.checkpoint.tensor_file import make_header, numpy_type, raw_byte
 from pangu_sigma.config import Config, config_from_dict
 from pangu_sigma.config.config_paths import stored_text
 from pangu_sigma.config.finetuning_file import without_adaptation
-from pangu_sigma.errors import UserError, did_you_mean
+from pangu_sigma.errors import UserError
 from pangu_sigma.tensor_names import dense_name, is_expert, is_gate, is_routing, parse_name
 from pangu_sigma.trained_model import stored_config
+from pangu_sigma.wording import did_you_mean
 from rre.router_specs import routers_that
 
 _LARGEST_SHARD = 4 << 30

@@ -19,6 +19,7 @@ from pangu_sigma.checkpoint.float_types import FLOAT_TYPES
 from pangu_sigma.errors import UserError, argument
 from pangu_sigma.runtime import COMPUTING
 from pangu_sigma.trained_model import TrainedModel, trained_from
+from pangu_sigma.wording import listed
 
 if TYPE_CHECKING:
     from extract.extraction_plan import ExtractionPlan
@@ -149,7 +150,7 @@ def raise_if_different(verification: Verification) -> None:
     """Raises VerificationError unless the sub-model is what was asked for."""
     if verification.holds:
         return
-    named = ", ".join(verification.different_tensors[:3]) + (", …" if len(verification.different_tensors) > 3 else "")
+    named = listed(verification.different_tensors, 3)
     raise VerificationError(
         "the sub-model is not the same function: the largest logit difference is "
         f"{verification.largest_logit_difference:g} where {verification.allowed_difference or 0.0:g} is allowed"

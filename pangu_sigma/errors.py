@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from difflib import get_close_matches
 
 # Exit codes: a user's mistake; stopped by a signal before the job was done (a scheduler may start it again: EX_TEMPFAIL
 # of sysexits.h); stopped by Ctrl-C.
@@ -50,15 +49,6 @@ def arguments_as_flags() -> Iterator[None]:
 def spelled_as() -> dict[str, str]:
     """The environment by which the workers of this thread's job spell arguments as it does."""
     return {} if _as_flags.get() else {SPELLING: "python"}
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The known name that an unknown one resembles, as a question; the first ten of all where it resembles none."""
-    names = list(known)
-    near = get_close_matches(name[:200], names, n=1)
-    if near:
-        return f"did you mean '{near[0]}'?"
-    return f"choose one of {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
 
 
 # What the system answers about something else than files, and what only a bug can be the reason of.

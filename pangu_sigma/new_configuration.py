@@ -26,6 +26,7 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.json_reader import LARGE, UnreadableText, parse_object
 from pangu_sigma.monitor.result_files import write_text
 from pangu_sigma.plan.run_summary import run_summary
+from pangu_sigma.wording import listed
 
 FILE = "train.yaml"
 PRESET = "tiny"
@@ -185,7 +186,7 @@ def _text_of(source: Path) -> dict[str, object]:
         if file.suffix.lower() == ".jsonl":
             fields.add(_text_field(file))
     if len(fields) > 1:
-        keys = ", ".join(sorted(fields))
+        keys = listed(fields)
         raise UserError(f"{source} has files with the text under different keys ({keys}): make a folder for each")
     field = next(iter(fields), "text")
     return {"data": patterns} | ({} if field == "text" else {"text_field": field})

@@ -46,7 +46,7 @@ class DomainConfig(Section, resume="fixed", init_from="free"):
     name: DomainName = Field(init_from="equal")
     """Name of the domain; files and tensors are named after it."""
     data: Paths = Field(min_length=1, is_path=True, resume="free")
-    """Files of the domain, or globs of them: .jsonl (one object a line) or .txt; one may stand alone."""
+    """Files of the domain, or globs: .jsonl (a document a line) or .txt (cut at blank lines); one may stand alone."""
     text_field: Text = "text"
     """Key of the text in a line of a .jsonl file."""
     filters: Literal["none", "text", "code"] = "none"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from pangu_sigma.config.key_descriptions import inner_section
 from pangu_sigma.config.schema import Config
 from pangu_sigma.config.section import Section
-from pangu_sigma.config.validation_messages import shown
+from pangu_sigma.wording import shown
 
 
 class Difference(NamedTuple):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pangu_sigma.config.differences import Difference, differences, joined
 from pangu_sigma.config.load_config import config_from_dict
 from pangu_sigma.config.schema import Config
-from pangu_sigma.config.validation_messages import shown
 from pangu_sigma.errors import UserError
+from pangu_sigma.wording import listed, shown
 
 
 def network_differences(model: Config, other: Config) -> list[Difference]:
@@ -25,7 +25,7 @@ def check_init_from(model: Config, config: Config) -> None:
         (theirs - own, "also has the domain {}: list it too, or cut the others out with pangu-sigma extract"),
     ):
         if names:
-            raise UserError(f"{prefix} {sentence.format(', '.join(sorted(names)))}")
+            raise UserError(f"{prefix} {sentence.format(listed(names))}")
     if model.domain_names != config.domain_names:
         raise UserError(f"{prefix} has the domains {', '.join(model.domain_names)} in this order: list them likewise")
     wrong = [

@@ -16,11 +16,12 @@ from pangu_sigma.config.rules import violations
 from pangu_sigma.config.schema import Config
 from pangu_sigma.config.schema_versions import SCHEMA_VERSION, refuse_old_file, refuse_old_folder
 from pangu_sigma.config.shipped_files import find_file
-from pangu_sigma.config.validation_messages import Problem, problems_of, shown
+from pangu_sigma.config.validation_messages import Problem, problems_of
 from pangu_sigma.config.yaml_text import MOST_BYTES, parse_yaml
 from pangu_sigma.errors import UserError
 from pangu_sigma.json_reader import UnreadableText
 from pangu_sigma.regular_file import read_at_most
+from pangu_sigma.wording import shown
 
 
 def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Overrides = ()) -> Config:

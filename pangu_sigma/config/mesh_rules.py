@@ -6,6 +6,7 @@ from pangu_sigma.config.capacity_sizes import activated_slots
 from pangu_sigma.config.schema import Config
 from pangu_sigma.config.section import Violations, divides
 from pangu_sigma.errors import UserError
+from pangu_sigma.wording import bare
 from parallel.mesh import Mesh
 from rre.router_specs import ROUTER_SPECS, routers_that
 
@@ -138,7 +139,7 @@ def _one_graph(config: Config, mesh: Mesh) -> Violations:
             settings[f"model.sparse.{option.name}"] = model.router_options[option.name], option.default
     for key, (value, default) in settings.items():
         if value != default:
-            yield f"{key} = {value} has no form that is cut over devices: set it to {default}"
+            yield f"{key} = {bare(value)} has no form that is cut over devices: set it to {bare(default)}"
     if not config.model.sparse_prefixes:
         return
     if not model.router_spec.has_mesh_form:

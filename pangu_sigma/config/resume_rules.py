@@ -12,8 +12,8 @@ from pangu_sigma.config.load_config import load_values
 from pangu_sigma.config.schema import Config
 from pangu_sigma.config.section import Section
 from pangu_sigma.config.training_sections import own_warmup
-from pangu_sigma.config.validation_messages import shown
 from pangu_sigma.errors import UserError
+from pangu_sigma.wording import shown
 
 
 class ChangedKeys(NamedTuple):

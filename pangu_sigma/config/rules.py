@@ -13,6 +13,7 @@ from pangu_sigma.config.schema import Config
 from pangu_sigma.config.section import Violations, at_most, divides, positive_sum
 from pangu_sigma.config.training_sections import PhaseConfig
 from pangu_sigma.errors import argument
+from pangu_sigma.wording import listed
 from rre.router_specs import routers_that
 
 
@@ -252,10 +253,9 @@ def _old_domains(key: str, config: Config, index: int) -> Violations:
 
 def _unknown(key: str, named: Iterable[str] | None, names: set[str]) -> Violations:
     """A sentence for each domain that is `named` at `key` and not one of the configuration's `names`."""
-    known = ", ".join(sorted(names))
     for name in named or ():
         if name not in names:
-            yield f"{key} names the domain {name}, which domains does not list: the known ones are {known}"
+            yield f"{key} names the domain {name}, which domains does not list: the known ones are {listed(names)}"
 
 
 def _stream(config: Config) -> Violations:

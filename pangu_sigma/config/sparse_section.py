@@ -9,6 +9,7 @@ from pydantic import create_model
 
 from pangu_sigma.config.parts.feed_forward_kinds import FEED_FORWARD_KINDS
 from pangu_sigma.config.section import Field, Section, Violations
+from pangu_sigma.wording import bare
 from rre.router_specs import ROUTER_OPTIONS, ROUTER_SPECS, RouterOption, RouterSpec, routers_with
 
 RouterName = Literal[tuple(ROUTER_SPECS)]
@@ -72,8 +73,8 @@ class SparseKeys(Section):
         for name, option in ROUTER_OPTIONS.items():
             value = getattr(self, name)
             if option not in spec.options and value != option.default and not option.weighs_loss:
-                written = "is true, but" if value is True else f"= {value}"
-                default = str(option.default).lower().removesuffix(".0")
+                written = "is true, but" if value is True else f"= {bare(value)}"
+                default = bare(option.default).removesuffix(".0")
                 yield (
                     f"model.sparse.{name} {written} {option.no_effect.format(router=router)}: set it to {default}, or "
                     f"the router to {' or '.join(routers_with(name))}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,6 +12,7 @@ from pangu_sigma.config.key_descriptions import allowed_at, field_at, keys, mean
 from pangu_sigma.config.schema import Config
 from pangu_sigma.config.schema_versions import SCHEMA_VERSION, changed_name
 from pangu_sigma.config.section import TOO_LARGE, Section
+from pangu_sigma.wording import nearest, shown
 
 
 class Problem(NamedTuple):
@@ -51,8 +50,8 @@ def _problem(item: Any, path: tuple[str | int, ...], root: type[Section]) -> Pro
     allowed = item["msg"] if item["type"] == TOO_LARGE else allowed_at(path, root)
     sentence = f"{key} = {shown(item['input'])} is not allowed: it must be {allowed}"
     if item["type"] == "literal_error":
-        near = difflib.get_close_matches(str(item["input"]), re.findall(r"'([^']*)'", item["ctx"]["expected"]), n=1)
-        sentence += f"; did you mean '{near[0]}'?" if near else ""
+        near = nearest(str(item["input"]), re.findall(r"'([^']*)'", item["ctx"]["expected"]))
+        sentence += f"; did you mean '{near}'?" if near else ""
     return Problem(key, sentence)
 
 
@@ -65,14 +64,13 @@ def unknown_key(path: Sequence[str | int], root: type[Section] = Config) -> str:
     section = section_at(parents, root)
     known = list(section.model_fields) if section is not None else []
     prefix = dotted(parents) + "." if parents else ""
-    near = difflib.get_close_matches(str(wrong), known, n=1, cutoff=0.6)
-    near = [prefix + name for name in near or known if near or _initials(name) == wrong]
+    slip = nearest(str(wrong), known)
+    near = [prefix + name for name in ([slip] if slip else known) if slip or _initials(name) == wrong]
     near += [key.path for key in keys(root) if key.path.rsplit(".", 1)[-1] == wrong]
-    sentence = f"{dotted(path)} is not a known key: the nearest known key is"
+    sentence = f"{dotted(path)} is not a known key: "
     if near:
-        return f"{sentence} {near[0]}"
-    nearest = max(known, key=lambda name: difflib.SequenceMatcher(None, str(wrong), name).ratio())
-    return f"{sentence} {prefix}{nearest} (known here: {', '.join(known)})"
+        return f"{sentence}the nearest known key is {near[0]}"
+    return f"{sentence}{dotted(parents)} has {', '.join(known)}" if known else f"{sentence}leave it out"
 
 
 def _initials(name: str) -> str:
@@ -83,9 +81,3 @@ def _initials(name: str) -> str:
 def dotted(path: Sequence[str | int]) -> str:
     """A key path as it is written in overrides: `domains.0.experts`."""
     return ".".join(str(step) for step in path) or "the configuration"
-
-
-def shown(value: Any) -> str:
-    """A value as it could be written in YAML, shortened."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

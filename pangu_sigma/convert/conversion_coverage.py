@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from pangu_sigma.errors import UserError
+from pangu_sigma.wording import listed
 
 Shape = tuple[int, ...]
 
@@ -57,10 +58,3 @@ def check_coverage(
     sentences = [f"{what}: {listed(names)}" for what, names in problems.items() if names]
     if sentences:
         raise UserError(f"{origin} cannot become this model: it {'; it '.join(sentences)}")
-
-
-def listed(names: Collection[str], most: int = 12) -> str:
-    """The names in order, shortened to `most` of them with how many there are more."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
-    return ", ".join(ordered[:most]) + more

@@ -23,7 +23,6 @@ from pangu_sigma.config.parts.feed_forward_kinds import SILU, SWIGLU
 from pangu_sigma.config.parts.head_specs import TIED, UNTIED
 from pangu_sigma.config.parts.norm_specs import RMS_NORM
 from pangu_sigma.config.parts.position_specs import ROPE
-from pangu_sigma.config.validation_messages import shown
 from pangu_sigma.convert.conversion_coverage import check_coverage
 from pangu_sigma.convert.converted_folder import (
     ConvertedModel,
@@ -37,6 +36,7 @@ from pangu_sigma.convert.olmoe_names import MODEL_TYPE, OlmoeTensor, parts_of
 from pangu_sigma.convert.safetensors_folder import SafetensorsFolder, open_folder
 from pangu_sigma.errors import UserError, argument
 from pangu_sigma.json_reader import UnreadableText, read_object
+from pangu_sigma.wording import shown
 from rre.router_specs import OLMOE
 
 
@@ -121,8 +121,8 @@ def _architecture(source: Path) -> dict[str, Any]:
     for key, allowed in ours.items():
         if given.get(key, allowed[0]) not in allowed:
             raise UserError(
-                f"{path} says {key} = {shown(given[key])}, which this model does not have: only {allowed[0]} is taken "
-                "over"
+                f"{path} says {key} = {shown(given[key])}, which this model does not have: only "
+                f"{shown(allowed[0])} is taken over"
             )
     return given
 

@@ -18,7 +18,7 @@ from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.config import Config
 from pangu_sigma.config.parameter_counts import parameter_counts, tensor_shapes
 from pangu_sigma.config.presets import PRESETS
-from pangu_sigma.convert.conversion_coverage import check_coverage, listed
+from pangu_sigma.convert.conversion_coverage import check_coverage
 from pangu_sigma.convert.converted_folder import (
     ConvertedModel,
     ImportSettings,
@@ -33,6 +33,7 @@ from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError, argument
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.tensor_names import POSITIONS, QUERY_LAYER, WORDS, parse_name, tensor_name
+from pangu_sigma.wording import listed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,11 @@ from typing import Protocol
 import numpy as np
 
 from pangu_sigma.convert.ckpt_file import CkptFile
-from pangu_sigma.convert.conversion_coverage import listed
 from pangu_sigma.convert.pangu_alpha_names import EMBEDDING_FILES, SKIPPED
 from pangu_sigma.convert.strategy_file import Box, ShardedLayout, read_strategy
 from pangu_sigma.errors import UserError, argument
 from pangu_sigma.regular_file import regular
+from pangu_sigma.wording import listed
 
 _SHARD = re.compile(r"(?P<prefix>.*?)_?(?P<rank>\d+)\.ckpt")
 Advance = Callable[[int], None]

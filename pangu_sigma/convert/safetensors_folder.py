@@ -15,6 +15,7 @@ from pangu_sigma.checkpoint.float_types import FLOAT_TYPES
 from pangu_sigma.checkpoint.safetensors_header import StoredTensor, open_safetensors
 from pangu_sigma.errors import UserError
 from pangu_sigma.json_reader import LARGE, UnreadableText, read_object
+from pangu_sigma.wording import listed
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -48,10 +49,10 @@ def open_folder(path: Path) -> SafetensorsFolder:
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(file_of.values())):
         header = _weights(path / file)
-        listed = {name for name, shard in file_of.items() if shard == file}
-        if header.keys() != listed:
-            different = sorted(header.keys() ^ listed)
-            raise UserError(f"{path / file} does not hold what {INDEX} says ({different[0]}): fetch the folder again")
+        of_file = {name for name, shard in file_of.items() if shard == file}
+        if header.keys() != of_file:
+            different = listed(header.keys() ^ of_file, 1)
+            raise UserError(f"{path / file} does not hold what {INDEX} says ({different}): fetch the folder again")
         tensors |= header
     return SafetensorsFolder(path, tensors)
 

@@ -17,13 +17,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from pangu_sigma.convert.conversion_coverage import listed
 from pangu_sigma.convert.protobuf_wire import BYTES, WireError, field, fields, signed, varint
 from pangu_sigma.data.corpus_files import read_text_lines
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_registry import tokenizer_class
 from pangu_sigma.errors import UserError, argument
 from pangu_sigma.regular_file import regular
+from pangu_sigma.wording import listed
 
 NORMAL, USER_DEFINED = 1, 4
 _SPACE = "\u2581"

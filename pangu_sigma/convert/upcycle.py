@@ -32,6 +32,7 @@ from pangu_sigma.errors import UserError, argument
 from pangu_sigma.model.initialization import initial_value
 from pangu_sigma.tensor_names import dense_name, is_expert, is_routing, parse_name, tensor_name
 from pangu_sigma.trained_model import stored_config, stored_tokenizer
+from pangu_sigma.wording import bare
 from rre.counted_random import generator
 from rre.routing_tables import draw_owned_table
 
@@ -132,7 +133,7 @@ def _fitted(config: Config, old: Config, file: str, source: Checkpoint) -> Confi
     if not config.model.sparse_prefixes:
         raise UserError(f"{file}: model.sparse.layers is 0, so there is nothing to upcycle: set it to at least 1")
     differ = [
-        f"model.{key} is {getattr(config.model, key)} and the dense model's {getattr(old.model, key)}"
+        f"model.{key} is {bare(getattr(config.model, key))} and the dense model's {bare(getattr(old.model, key))}"
         for key in _AGREE
         if getattr(config.model, key) != getattr(old.model, key)
     ]

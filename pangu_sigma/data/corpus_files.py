@@ -16,6 +16,7 @@ from pathlib import Path
 from pangu_sigma.errors import UserError
 from pangu_sigma.json_reader import LARGE, UnreadableText, parse_object
 from pangu_sigma.regular_file import regular
+from pangu_sigma.wording import listed, shown
 
 TEXT_DOCUMENT_CHARS = 4096  # a .txt file is cut at the first blank line after this many characters
 _LINE_LIMIT = 16 * TEXT_DOCUMENT_CHARS  # no line is read in longer pieces: a file without newlines must still stream
@@ -166,11 +167,11 @@ def json_object(line: str, where: str, form: str) -> dict:
 def text_of(record: dict, where: str, text_field: str, advice: str) -> str:
     """The text of a document, line ends as ``\\n``. Raises UserError with ``advice`` where the field is missing."""
     if text_field not in record:
-        known = ", ".join(sorted(map(str, record))[:8]) or "none"
+        known = listed(record, 8) or "none"
         raise UserError(f"{where}: the field '{text_field}' is missing (fields: {known}); {advice}")
     text = record[text_field]
     if not isinstance(text, str):
-        raise UserError(f"{where}: the field '{text_field}' is no string but {type(text).__name__}; it must hold text")
+        raise UserError(f"{where}: the field '{text_field}' is no text but {shown(text)}; it must hold text")
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if has_lone_surrogate(text):
         raise UserError(f"{where}: the text holds half a surrogate pair (\\ud800–\\udfff alone); repair the line")

@@ -14,6 +14,7 @@ import numpy as np
 
 from pangu_sigma.data.packed_sequences import PackedSequences
 from pangu_sigma.errors import UserError
+from pangu_sigma.wording import shown
 from rre.counted_random import bits64, key64, permutation, uniform
 
 STATE_VERSION = 1
@@ -126,7 +127,8 @@ class MixtureSampler:
         """
         if state.get("version") != STATE_VERSION:
             raise UserError(
-                f"the data state has version {state.get('version')}, not {STATE_VERSION}; use the matching release"
+                f"the data state has version {shown(state.get('version'))}, not {STATE_VERSION}; use the matching "
+                "release"
             )
         if state["seed"] != self._seed:
             raise UserError(

@@ -23,6 +23,7 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.model.initialization import initial_value
 from pangu_sigma.tensor_names import dense_name, is_expert, is_routing, of_domain, parse_name, table_name
 from pangu_sigma.trained_model import stored_config
+from pangu_sigma.wording import bare
 from rre.routing_tables import draw_table
 
 # What a dense model must share with this one for its feed-forward networks to be experts here.
@@ -75,8 +76,8 @@ class NewDomainTensors:
         for key in _SAME_SHAPE:
             if getattr(before, key) != getattr(own, key):
                 raise UserError(
-                    f"init {self.text} is a model of another shape: model.{key} is {getattr(before, key)} there and "
-                    f"{getattr(own, key)} here; name another, or mean"
+                    f"init {self.text} is a model of another shape: model.{key} is {bare(getattr(before, key))} there "
+                    f"and {bare(getattr(own, key))} here; name another, or mean"
                 )
 
     def add_to(self, new: EditedTensors, config: Config, rows: np.ndarray | None = None) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.checkpoint.tensor_file import digest_of
 from pangu_sigma.config.init_from import network_differences
-from pangu_sigma.config.validation_messages import shown
 from pangu_sigma.errors import UserError
 from pangu_sigma.trained_model import stored_config
+from pangu_sigma.wording import shown
 
 
 def check_siblings(one: Checkpoint, other: Checkpoint) -> None:

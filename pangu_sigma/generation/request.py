@@ -8,7 +8,8 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, NamedTuple
 
 from pangu_sigma.config.data_section import INFERRED_DOMAIN
-from pangu_sigma.errors import UserError, did_you_mean
+from pangu_sigma.errors import UserError
+from pangu_sigma.wording import did_you_mean
 
 if TYPE_CHECKING:
     from pangu_sigma.data.tokenizers.tokenizer import Tokenizer

@@ -15,6 +15,7 @@ from pangu_sigma.data.tokenizers.vocabulary_size import vocabulary_size
 from pangu_sigma.model.pipeline_stages import stage_of
 from pangu_sigma.model.tensor_parallel_layout import computed_slices_of, spec_of, stored_slices_of
 from pangu_sigma.tensor_names import WORDS, block_name, chunk_name, expert_name, is_routing, parse_name
+from pangu_sigma.wording import natural_order
 from parallel.dry.compiled_graph import (
     BYTES,
     POINT_TO_POINT,
@@ -147,7 +148,7 @@ def _names(config: Config, compiled: CompiledGraph) -> Iterator[str]:
 
 def _unequal(planned: dict[str, Shape], actual: dict[str, Shape]) -> Iterator[tuple[str, str, str]]:
     """(name, planned, actual) as texts, where a tensor does not have the shape that it should have."""
-    for name in sorted(planned.keys() | actual.keys()):
+    for name in sorted(planned.keys() | actual.keys(), key=natural_order):
         if planned.get(name) != actual.get(name):
             yield name, _shape_text(planned.get(name)), _shape_text(actual.get(name))
 
@@ -171,9 +172,9 @@ def _shards(config: Config, compiled: CompiledGraph) -> Iterator[str]:
     expected |= {f"{SUMS}{name}" for name in expected}
     if sends_words(config) and not config.parallel.optimizer_parallel and stage == mesh.pipeline - 1:
         expected.add(WORDS)
-    for name in sorted(parts.keys() - expected):
+    for name in sorted(parts.keys() - expected, key=natural_order):
         yield f"stage {stage} holds {name}, which is another stage's"
-    for name in sorted(expected - parts.keys()):
+    for name in sorted(expected - parts.keys(), key=natural_order):
         yield f"stage {stage} lacks {name}"
 
 

@@ -17,6 +17,7 @@ from pangu_sigma.report.routing_tables import routing_tables
 from pangu_sigma.report.run_data import RunData, load_run
 from pangu_sigma.report.series import expert_loads
 from pangu_sigma.report.training_curves import loss_curves, training_panels
+from pangu_sigma.wording import listed
 
 FILE_NAME = "report.html"
 
@@ -64,7 +65,7 @@ def _matrix(losses: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     """Columns of the matrix, the lowest of each row, how strongly each cell is coloured, and how many domains do best
     under their own experts as a sentence."""
     best = {domain: best_of_row(row) for domain, row in losses.items()}
-    others = [f"{d} ({', '.join(sorted(best[d])) or 'none'})" for d in losses if d not in best[d]]
+    others = [f"{d} ({listed(best[d]) or 'none'})" for d in losses if d not in best[d]]
     count = f"{len(losses) - len(others)} of {len(losses)} domains do best under their own experts"
     return {
         "groups": list(dict.fromkeys(group for row in losses.values() for group in row)),

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from starlette.responses import Response
 
-from pangu_sigma.errors import did_you_mean
+from pangu_sigma.wording import did_you_mean
 
 _TYPES = {
     400: "invalid_request_error",

@@ -14,13 +14,13 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pangu_sigma.config.validation_messages import shown
-from pangu_sigma.errors import UserError, did_you_mean
+from pangu_sigma.errors import UserError
 from pangu_sigma.generation import Sampling
 from pangu_sigma.generation.request import SAMPLING_RANGES
 from pangu_sigma.serving.api_errors import ApiError, bad_request
 from pangu_sigma.serving.chat_messages import Message
 from pangu_sigma.serving.request_model import UNSUPPORTED, RequestModel
+from pangu_sigma.wording import did_you_mean, shown
 from rre.counted_random import key64
 
 MAX_ALTERNATIVES = 20

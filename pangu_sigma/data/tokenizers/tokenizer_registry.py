@@ -9,6 +9,7 @@ from pangu_sigma.data.tokenizers.tokenizer import FORMAT_VERSION, INFO_FILE, MOD
 from pangu_sigma.errors import UserError
 from pangu_sigma.json_reader import parse_object
 from pangu_sigma.regular_file import regular
+from pangu_sigma.wording import shown
 
 
 def tokenizer_class(kind: str) -> type[Tokenizer]:
@@ -69,7 +70,7 @@ def tokenizer_from(files: Mapping[str, bytes], folder: Path) -> Tokenizer:
         raise UserError(f"{info_path} is damaged; restore it from a checkpoint of the same run") from error
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{info_path} has format version {version}, this release reads {FORMAT_VERSION}; update pangu-sigma"
+            f"{info_path} has format version {shown(version)}, this release reads {FORMAT_VERSION}; update pangu-sigma"
         )
     try:
         tokenizer = tokenizer_class(kind)(files[MODEL_FILE], eod_id, pad_id, str(folder / MODEL_FILE))

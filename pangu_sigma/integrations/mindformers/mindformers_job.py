@@ -19,6 +19,7 @@ from pangu_sigma.integrations.mindformers.import_mindformers import ENDING, chec
 from pangu_sigma.integrations.mindformers.mindformers_settings import read_yaml, settings_of, value_at
 from pangu_sigma.monitor.result_files import write_text
 from pangu_sigma.signals import signals_held
+from pangu_sigma.wording import shown
 
 EFFECTIVE = "mindformers.yaml"
 
@@ -89,6 +90,6 @@ def _check_load(values: dict[str, Any], source: str, config: Config) -> None:
             f"{source}: load_checkpoint = {path} is no {ENDING} file: give what MindFormers or an export to "
             "mindformers wrote"
         )
-    if value_at(values, "load_ckpt_format") != "safetensors":
-        raise UserError(f"{source}: load_ckpt_format is {value_at(values, 'load_ckpt_format')}: set it to safetensors")
+    if (kind := value_at(values, "load_ckpt_format")) != "safetensors":
+        raise UserError(f"{source}: load_ckpt_format is {shown(kind)}: set it to safetensors")
     check_file(Path(path), config)

@@ -16,6 +16,7 @@ from mindspore.nn.optim.optimizer import Optimizer
 
 from pangu_sigma.errors import UserError
 from pangu_sigma.tensor_names import DOMAIN_EMBEDDING
+from pangu_sigma.wording import shown
 
 KINDS = ("cosine", "linear", "constant")
 
@@ -32,7 +33,7 @@ class PanGuSigmaLR(LearningRateSchedule):
     ) -> None:  # fmt: skip
         super().__init__()
         if kind not in KINDS:
-            raise UserError(f"lr_schedule.kind is '{kind}': set it to {', '.join(KINDS)}")
+            raise UserError(f"lr_schedule.kind is {shown(kind)}: set it to {', '.join(KINDS)}")
         self.peak, self.final, self.kind = float(learning_rate), float(min_lr_ratio), kind
         self.warmup = int(warmup_steps)
         self.span = float(max(1, total_steps - warmup_steps))

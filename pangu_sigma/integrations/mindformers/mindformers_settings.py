@@ -17,9 +17,9 @@ from typing import Any
 from pangu_sigma.config import SCHEMA_VERSION, Config, config_from_dict
 from pangu_sigma.config.load_config import effective, read_values
 from pangu_sigma.config.overrides import apply_overrides
-from pangu_sigma.config.validation_messages import shown
 from pangu_sigma.config.yaml_text import parse_yaml_11
 from pangu_sigma.errors import UserError
+from pangu_sigma.wording import shown
 
 SECTIONS = "pangu_sigma"
 # Where a YAML names a class -> the class of ours that stands there.

@@ -154,6 +154,11 @@ def test_further_problems_are_counted_and_named(small):
         small("model.heads=0", "train.steps=0", "model.norms=1")
 
 
+def test_an_unknown_key_like_no_other_names_all_of_its_section(small):
+    with pytest.raises(UserError, match="run.profile.begin is not a known key: run.profile has start, steps$"):
+        small("run.profile={begin: 1, start: 1, steps: 1}")
+
+
 @pytest.mark.parametrize(
     ("override", "nearest"),
     [
@@ -164,7 +169,6 @@ def test_further_problems_are_counted_and_named(small):
         ("model.sparse.layer=1", "model.sparse.layers"),
         ("domains.docs.expert=1", "domains.1.experts"),
         ("train.phases=[{step: 10}]", "train.phases.0.steps"),
-        ("run.profile={begin: 1, start: 1, steps: 1}", "run.profile."),
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(small, override, nearest):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pangu_sigma.convert.conversion_coverage import check_coverage, listed
+from pangu_sigma.convert.conversion_coverage import check_coverage
 from pangu_sigma.errors import UserError
 
 TARGETS = {"a": (2, 3), "b": (4,)}
@@ -28,7 +28,3 @@ def test_a_whole_conversion_passes():
 def test_each_fault_is_listed(assigned, sources, message):
     with pytest.raises(UserError, match=message):
         check_coverage("the source", TARGETS, assigned, sources)
-
-
-def test_long_lists_are_shortened():
-    assert listed([f"t{i:02}" for i in range(14)], 3) == "t00, t01, t02 and 11 more"

@@ -199,7 +199,7 @@ def refused(dense, file, tmp_path, *parts: str, **options) -> None:
         ({"norm_epsilon": 1e-6}, "model.norm_epsilon is 1e-06"),
         ({"sparse": {"layers": 0}}, "model.sparse.layers is 0"),
         ({"norm": "rmsnorm"}, "model.norm is rmsnorm"),
-        ({"biases": False}, "model.biases is False"),
+        ({"biases": False}, "model.biases is false and the dense model's true"),
         (
             {"sparse": {"layers": 1, "feed_forward": "swiglu"}, "biases": False, "activation": "silu"},
             "model.sparse.feed_forward is swiglu and the dense model's networks are mlp",

@@ -152,7 +152,7 @@ def test_an_idle_stream_waits_until_it_is_stopped(sampler, content, tmp_path):
         ('{"text": "a", "domain": "poems"}', {}, "the domain 'poems' is not one of the run's (code, law)"),
         ('{"text": "a", "domain": ["law"]}', {}, "the domain ['law'] is not one of the run's"),
         ('{"domain": "law"}', {}, "the field 'text' is missing (fields: domain); set data.stream.text_field"),
-        ('{"text": 5, "domain": "law"}', {}, "the field 'text' is no string but int"),
+        ('{"text": 5, "domain": "law"}', {}, "the field 'text' is no text but 5"),
         ('{"content": "a"}', {"domain": "law"}, "the field 'text' is missing (fields: content)"),
         ('{"text": "\\ud800", "domain": "law"}', {}, "half a surrogate pair"),
     ],
