@@ -104,6 +104,12 @@ def _is_in_cpp(frame: FrameType | None) -> bool:
     return False
 
 
+def _main_thread_is_in_mindspore() -> bool:
+    """Whether the main thread has called into MindSpore, whose C++ computes or compiles."""
+    frame = sys._current_frames().get(threading.main_thread().ident)
+    return frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "mindspore"
+
+
 @contextmanager
 def stop_signals_raise() -> Iterator[None]:
     """Let the signals that ask to stop raise KeyboardInterrupt, all but Ctrl-C a `StoppedBySignal`: what prepares or
@@ -220,7 +226,7 @@ class SignalThread(threading.Thread):
         self.numbers = numbers
         self.final_code: int | None = None
         self._noticed = True
-        # Of no other use: it ends whatever system call the main thread waits in, and its handler runs with the others.
+        # Of no other use: it ends whatever system call the main thread waits in, and its handler runs after the others.
         signal.signal(signal.SIGURG, self._on_nudge)
 
     def _on_nudge(self, number: int, frame: FrameType | None) -> None:
@@ -267,9 +273,12 @@ class SignalThread(threading.Thread):
     def _forward(self, number: int) -> None:
         self._noticed = False
         _thread.interrupt_main(number)
+        _thread.interrupt_main(signal.SIGURG)
         for _ in range(3):  # the call may begin just after a nudge
-            with suppress(OSError):
-                signal.pthread_kill(threading.main_thread().ident, signal.SIGURG)
+            # Where oneDNN multiplies, a real signal's frame would overwrite memory of the heap (see kernels/pool.c).
+            if not _main_thread_is_in_mindspore():
+                with suppress(OSError):
+                    signal.pthread_kill(threading.main_thread().ident, signal.SIGURG)
             time.sleep(self.LOOK_SECONDS)
 
     @staticmethod

@@ -46,6 +46,16 @@ try:
 except KeyboardInterrupt as error:
     print(repr(error))
 """
+COMPUTES = """
+framework = {"__name__": "mindspore.ops", "ready": ready, "time": time}
+exec("def run(): ready(); time.sleep(1)", framework)  # a real signal would end the call at once
+try:
+    with stop_signals_raise():
+        began = time.monotonic()
+        framework["run"]()
+except KeyboardInterrupt as error:
+    print(repr(error), time.monotonic() - began >= 1)
+"""
 LISTENS = """
 with stop_signals_raise(), StopSignalListener() as listener:
     ready()
@@ -134,6 +144,12 @@ def test_a_signal_waits_for_mindspore_whose_compiler_takes_no_exception():
     program = Program(COMPILES)
     program.process.send_signal(signal.SIGINT)
     assert program.ended() == (0, "compiled\nKeyboardInterrupt()\n")
+
+
+def test_no_real_signal_comes_to_a_thread_that_computes():
+    program = Program(COMPUTES)
+    program.process.send_signal(signal.SIGTERM)
+    assert program.ended() == (0, f"StoppedBySignal({int(signal.SIGTERM)}) True\n")
 
 
 def test_outside_of_any_job_a_signal_ends_it_with_its_sentence():

@@ -5,6 +5,7 @@
 #include <dlfcn.h>
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 
@@ -65,8 +66,22 @@ static void *work(void *argument) {
     return NULL;
 }
 
+/* No signal may come to a thread that computes: for long sums oneDNN's product keeps its stack pointer in memory of the
+ * heap, and the system would write the signal's frame over what lies there. Returns the signals held before. */
+static sigset_t hold_signals(void) {
+    static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL}; /* held, they would end the process without a trace */
+    sigset_t all, before;
+    sigfillset(&all);
+    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++) sigdelset(&all, faults[i]);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    return before;
+}
+
+static void let_signals(sigset_t before) { pthread_sigmask(SIG_SETMASK, &before, NULL); }
+
 static void start(void) {
     cpu_set_t cpus;
+    sigset_t before = hold_signals(); /* the new threads begin with these held, and keep them so */
     int wanted = sched_getaffinity(0, sizeof cpus, &cpus) == 0 ? CPU_COUNT(&cpus) : 1;
     wanted = wanted > MOST_WORKERS ? MOST_WORKERS : wanted;
     for (int i = 1; i < wanted; i++) {
@@ -75,6 +90,7 @@ static void start(void) {
         pthread_detach(thread);
         workers++;
     }
+    let_signals(before);
 }
 
 int worker_count(void) {
@@ -85,8 +101,10 @@ int worker_count(void) {
 void run_tasks(task body, void *context, int64_t count) {
     pthread_once(&started, start);
     pthread_mutex_lock(&one_kernel);
+    sigset_t before = hold_signals();
     if (workers == 1 || count < 2) {
         for (int64_t i = 0; i < count; i++) body(context, i, 0);
+        let_signals(before);
         pthread_mutex_unlock(&one_kernel);
         return;
     }
@@ -101,6 +119,7 @@ void run_tasks(task body, void *context, int64_t count) {
     pthread_mutex_unlock(&gate);
     take_tasks(0);
     while (atomic_load(&job_running) > 0) breathe();
+    let_signals(before);
     pthread_mutex_unlock(&one_kernel);
 }
 
