@@ -8,6 +8,7 @@ import logging
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -47,15 +48,27 @@ def test_an_attacked_server_reads_prompts_of_many_blocks_as_it_reads_them_alone(
 
 
 @pytest.fixture(scope="module")
-def long_server(small_yaml, tmp_path_factory) -> Iterator[Server]:
-    run = trained_two_steps(small_yaml, tmp_path_factory.mktemp("long"), LONG_WINDOW)
-    server = Server(run, tmp_path_factory.mktemp("server"), "--queue", 400, "--max-prompt-tokens", 100_000)
+def long_run(small_yaml, tmp_path_factory) -> Path:
+    return trained_two_steps(small_yaml, tmp_path_factory.mktemp("long"), LONG_WINDOW)
+
+
+@pytest.fixture(scope="module")
+def long_server(long_run, tmp_path_factory) -> Iterator[Server]:
+    server = Server(long_run, tmp_path_factory.mktemp("server"), "--queue", 400)
+    yield server
+    assert server.stop() == 0, server.stderr_text()
+
+
+@pytest.fixture
+def roomy_server(long_run, tmp_path) -> Iterator[Server]:
+    """Takes prompts of 20,000 documents."""
+    server = Server(long_run, tmp_path, "--queue", 400, "--max-prompt-tokens", 100_000)
     yield server
     assert server.stop() == 0, server.stderr_text()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(7))
 def test_an_attacked_server_over_thousands_of_requests(long_server, seed):
     counts = RequestBattery(long_server.url, LONG_WINDOW, seed).run(valid=120, hostile=300, noise=100, left=80)
     print(counts)
@@ -65,19 +78,19 @@ def test_an_attacked_server_over_thousands_of_requests(long_server, seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["law", "auto"])
-def test_a_server_attacked_with_20000_documents_goes_on_and_drops_them_with_their_client(long_server, model):
+def test_a_server_attacked_with_20000_documents_goes_on_and_drops_them_with_their_client(roomy_server, model):
     body = json.dumps({"model": model, "prompt": [2] * 20_000, "echo": True, "max_tokens": 0, "logprobs": 1}).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(body)}\r\n\r\n"
-    address = ("127.0.0.1", int(long_server.url.rsplit(":", 1)[1]))
-    with contextlib.ExitStack() as stack, long_server.client() as client:
+    address = ("127.0.0.1", int(roomy_server.url.rsplit(":", 1)[1]))
+    with contextlib.ExitStack() as stack, roomy_server.client() as client:
         for _ in range(3):
             connection = stack.enter_context(socket.create_connection(address))
             connection.sendall(head.encode() + body)
-        long_server.wait_for(active=3, waiting=0)
+        roomy_server.wait_for(active=3, waiting=0)
         began = time.monotonic()
         short = {"model": "law", "prompt": "the court", "max_tokens": 4}
         assert client.post("/v1/completions", json=short).status_code == 200
         assert time.monotonic() - began < 10
-        long_server.wait_for(active=3, waiting=0)
-    long_server.wait_for(active=0, waiting=0, seconds=10)
+        roomy_server.wait_for(active=3, waiting=0)
+    roomy_server.wait_for(active=0, waiting=0, seconds=10)
