@@ -6,7 +6,6 @@ a training that goes on has its loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pangu_sigma.checkpoint import TensorSpec
-from pangu_sigma.checkpoint.float_types import convert_float
+from pangu_sigma.checkpoint.float_types import as_float32, convert_float
 from pangu_sigma.checkpoint.model_folder import check_output
 from pangu_sigma.checkpoint.tensor_file import numpy_type
 from pangu_sigma.config import Config
@@ -32,11 +31,11 @@ from pangu_sigma.convert.converted_folder import (
     tokenizer_contents,
     write_converted,
 )
-from pangu_sigma.convert.olmoe_names import MODEL_TYPE, OlmoeTensor, parts_of
+from pangu_sigma.convert.finite_weights import check_finite
+from pangu_sigma.convert.olmoe_config import OlmoeConfigFile, read_config
+from pangu_sigma.convert.olmoe_names import HEAD, TABLE, OlmoeTensor, parts_of
 from pangu_sigma.convert.safetensors_folder import SafetensorsFolder, open_folder
 from pangu_sigma.errors import UserError, argument
-from pangu_sigma.json_reader import UnreadableText, read_object
-from pangu_sigma.wording import shown
 from rre.router_specs import OLMOE
 
 
@@ -63,18 +62,18 @@ def import_olmoe(source: Path, out: Path, settings: OlmoeImportSettings) -> Impo
     with the list of tensors unless every tensor of the source is used and every one of the model assigned once.
     """
     out = check_output(out)
-    given = _architecture(source)
+    given = read_config(source / "config.json")
     folder = open_folder(source)
     eod_id = settings.eod_id if settings.eod_id is not None else _eod(given, source)
     tokenizer_file = settings.tokenizer or source / "tokenizer.json"
     tokenizer = open_tokenizer(
         tokenizer_file, settings, f"give {argument('tokenizer')}, and its {argument('tokenizer_kind')}", eod_id
     )
-    fields = _Fields(given, source / "config.json", len(folder.tensors))
+    fields = OlmoeConfigFile(given, source / "config.json", len(folder.tensors))
     config = _config(fields, source, out, settings, tokenizer)
     targets = tensor_shapes(config, config.model.vocab_size)
     origins = {name: parts_of(config, name) for name in targets}
-    _check(folder, targets, origins)
+    _check(folder, targets, origins, config.model.head == TIED.name)
     specs = [TensorSpec(name, _dtype(folder, origins[name]), shape) for name, shape in targets.items()]
 
     def read(spec: TensorSpec) -> np.ndarray:
@@ -99,34 +98,6 @@ def import_olmoe(source: Path, out: Path, settings: OlmoeImportSettings) -> Impo
     return ImportedOlmoe(written, config, eod_id, len(folder.tensors))
 
 
-def _architecture(source: Path) -> dict[str, Any]:
-    """config.json of an OLMoE; UserError for another model, or an option of OLMoE that ours does not have."""
-    path = source / "config.json"
-    try:
-        given = read_object(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is not there: give the folder that save_pretrained wrote") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): fetch the folder again") from error
-    except UnreadableText as error:
-        raise UserError(f"{error.at(path)}: fetch the folder again") from error
-    kind = given.get("model_type")
-    if kind != MODEL_TYPE:
-        raise UserError(f"{path} is a model of type {shown(kind)}: only olmoe (OlmoeForCausalLM) is taken over")
-    heads = given.get("num_attention_heads")
-    ours = {
-        "hidden_act": ("silu",), "attention_bias": (False,), "clip_qkv": (None,), "rope_scaling": (None,),
-        "num_key_value_heads": (heads, None), "attention_dropout": (0, 0.0),
-    }  # fmt: skip
-    for key, allowed in ours.items():
-        if given.get(key, allowed[0]) not in allowed:
-            raise UserError(
-                f"{path} says {key} = {shown(given[key])}, which this model does not have: only "
-                f"{shown(allowed[0])} is taken over"
-            )
-    return given
-
-
 def _eod(given: dict[str, Any], source: Path) -> int:
     eos = given.get("eos_token_id")
     if type(eos) is int:
@@ -134,57 +105,7 @@ def _eod(given: dict[str, Any], source: Path) -> int:
     raise UserError(f"{source}/config.json names no single eos_token_id: give {argument('eod_id')}")
 
 
-class _Fields:
-    """The fields of a config.json, each read as the kind of value that it must be. Raises UserError naming the key."""
-
-    def __init__(self, values: Mapping[str, Any], path: Path, tensors: int) -> None:
-        self.values, self.path, self.tensors = values, path, tensors
-
-    def parts(self, key: str, default: int | None = None) -> int:
-        """A count of what has at least one tensor of its own each."""
-        parts = self.count(key, default)
-        if parts > self.tensors:
-            raise UserError(
-                f"{self.path} says {key} = {parts}, and the folder has {self.tensors} tensors: fetch the folder again"
-            )
-        return parts
-
-    def count(self, key: str, default: int | None = None) -> int:
-        """A whole number of at least 1; required where there is no default."""
-        return self._checked(key, default, lambda value: type(value) is int and value >= 1, "a whole number from 1 on")
-
-    def number(self, key: str, default: float) -> float:
-        """A number of at least 0."""
-        return float(
-            self._checked(key, default, lambda value: type(value) in (int, float) and value >= 0, "a number from 0 on")
-        )
-
-    def flag(self, key: str) -> bool:
-        """True or false; false where it is left out."""
-        return self._checked(key, False, lambda value: isinstance(value, bool), "true or false")
-
-    def rope_theta(self) -> float:
-        """The base of RoPE: its own key, or transformers 5's mapping of all that RoPE has."""
-        rope = self.values.get("rope_parameters")
-        if rope is None:
-            return self.number("rope_theta", 10000.0)
-        if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
-            raise UserError(
-                f"{self.path} says rope_parameters = {shown(rope)}, which this model does not have: only rope_type "
-                "default is taken over"
-            )
-        return _Fields(rope, self.path, self.tensors).number("rope_theta", 10000.0)
-
-    def _checked(self, key: str, default: Any, fits: Callable[[Any], bool], kind: str) -> Any:
-        value = self.values.get(key, default)
-        if key not in self.values and default is None:
-            raise UserError(f"{self.path} lacks {key}: fetch the folder again")
-        if not fits(value):
-            raise UserError(f"{self.path} says {key} = {shown(value)}, which is not {kind}: fetch the folder again")
-        return value
-
-
-def _config(fields: _Fields, source: Path, out: Path, settings: OlmoeImportSettings, tokenizer) -> Config:
+def _config(fields: OlmoeConfigFile, source: Path, out: Path, settings: OlmoeImportSettings, tokenizer) -> Config:
     """Our configuration of the same function; defaults of absent keys are transformers' own."""
     model = {
         "vocab_size": fields.count("vocab_size"),
@@ -221,7 +142,10 @@ def _config(fields: _Fields, source: Path, out: Path, settings: OlmoeImportSetti
 
 
 def _check(
-    folder: SafetensorsFolder, targets: dict[str, tuple[int, ...]], origins: dict[str, list[OlmoeTensor]]
+    folder: SafetensorsFolder,
+    targets: dict[str, tuple[int, ...]],
+    origins: dict[str, list[OlmoeTensor]],
+    tied: bool,
 ) -> None:
     """Coverage in Hugging Face's names, where every expert is a tensor of its own."""
     needed: dict[str, tuple[int, ...]] = {}
@@ -229,9 +153,22 @@ def _check(
         for part in origins[name]:
             own = shape if part.expert is None else shape[1:]
             needed[part.name] = own[::-1] if part.turned else own
-    there = folder.tensors
+    there = dict(folder.tensors)
+    if tied and HEAD in there and TABLE in there:
+        _check_same_head(folder)
+        del there[HEAD]
     assigned = [(name, name, there[name].shape) for name in needed if name in there]
     check_coverage(str(folder.path), needed, assigned, there)
+
+
+def _check_same_head(folder: SafetensorsFolder) -> None:
+    """Of a tied model, a stored head must be the table of words, as some programs write it twice."""
+    head, table = (as_float32(name, folder.read(name)) for name in (HEAD, TABLE))
+    if not np.array_equal(head, table):
+        raise UserError(
+            f"{folder.path} ties its head to {TABLE} (config.json has tie_word_embeddings = true) and holds another "
+            f"{HEAD}: set tie_word_embeddings to false if the head is a matrix of its own, else take {HEAD} out"
+        )
 
 
 def _dtype(folder: SafetensorsFolder, parts: list[OlmoeTensor]) -> str:
@@ -241,7 +178,8 @@ def _dtype(folder: SafetensorsFolder, parts: list[OlmoeTensor]) -> str:
 
 
 def _part(folder: SafetensorsFolder, part: OlmoeTensor, dtype: str) -> np.ndarray:
-    array = convert_float(part.name, folder.read(part.name), dtype)
+    stored = check_finite(str(folder.path), part.name, folder.read(part.name))
+    array = convert_float(part.name, stored, dtype)
     return array.T if part.turned else array
 
 

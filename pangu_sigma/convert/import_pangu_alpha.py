@@ -27,6 +27,7 @@ from pangu_sigma.convert.converted_folder import (
     tokenizer_contents,
     write_converted,
 )
+from pangu_sigma.convert.finite_weights import check_finite
 from pangu_sigma.convert.pangu_alpha_names import SKIPPED, target_of
 from pangu_sigma.convert.pangu_alpha_source import Tensors, open_source
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
@@ -73,7 +74,9 @@ class _SourceRows:
 
     def read(self) -> np.ndarray:
         array = np.empty(self.shape, np.float32)
-        self.source.fill(self.name, array.T if self.transposed else array)
+        stored = array.T if self.transposed else array
+        self.source.fill(self.name, stored)
+        check_finite("the checkpoint", self.name, stored)
         return array
 
 

@@ -12,9 +12,10 @@ from pangu_sigma.config import Config
 from pangu_sigma.tensor_names import GATE, OUTPUT_WORDS, WORDS, block_index, parse_name, tensor_name
 
 MODEL_TYPE = "olmoe"  # in Hugging Face's config.json
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _TABLES = {
-    WORDS: "model.embed_tokens.weight",
-    OUTPUT_WORDS: "lm_head.weight",
+    WORDS: TABLE,
+    OUTPUT_WORDS: HEAD,
     tensor_name("norm", "gamma"): "model.norm.weight",
 }
 _IN_LAYER = {

@@ -27,6 +27,7 @@ from pangu_sigma.config.overrides import Overrides
 from pangu_sigma.config.parameter_counts import parameter_counts, tensor_shapes
 from pangu_sigma.convert.conversion_coverage import check_coverage
 from pangu_sigma.convert.converted_folder import ConvertedModel, write_converted
+from pangu_sigma.convert.finite_weights import check_finite
 from pangu_sigma.data.packed_sequences import first_sequences
 from pangu_sigma.errors import UserError, argument
 from pangu_sigma.model.initialization import initial_value
@@ -94,9 +95,8 @@ def upcycle(
         if _is_new(spec.name):
             return _new(config, spec)
         origin = origins[spec.name]
-        if not is_expert(spec.name) and source.manifest.tensors[origin].dtype == "float32":
-            return source.byte_chunks(origin)
-        tensor = as_float32(origin, source.load([origin])[origin])
+        stored = check_finite(str(source.path), origin, source.load([origin])[origin])
+        tensor = as_float32(origin, stored)
         if not is_expert(spec.name):
             return tensor
         spread = noise * float(tensor.std()) if tensor.ndim == 2 else 0.0

@@ -20,6 +20,7 @@ from pangu_sigma.config import Config, with_vocabulary
 from pangu_sigma.config.parameter_counts import parameter_counts, tensor_shapes
 from pangu_sigma.convert.conversion_coverage import SkippedTensors, check_coverage
 from pangu_sigma.convert.converted_folder import ConvertedModel, write_converted
+from pangu_sigma.convert.finite_weights import check_finite
 from pangu_sigma.errors import UserError
 from pangu_sigma.integrations.mindformers.companion_files import find_companion, read_companion
 from pangu_sigma.tensor_names import WORDS, is_routing, parse_name, tensor_name
@@ -139,7 +140,7 @@ def _tensor(file: Path, stored: StoredTensor, spec: TensorSpec) -> np.ndarray:
     dtype = "int32" if spec.dtype == "int32" else "float32"
     if stored.dtype != dtype:
         raise UserError(f"{file} holds {spec.name} as {stored.dtype} where {dtype} is needed: save it in that type")
-    return stored.read(spec.name)
+    return check_finite(str(file), spec.name, stored.read(spec.name))
 
 
 def _step(file: Path, tensors: Mapping[str, StoredTensor]) -> int:

@@ -19,7 +19,7 @@ from pangu_sigma.config.load_config import effective, read_values
 from pangu_sigma.config.overrides import apply_overrides
 from pangu_sigma.config.yaml_text import parse_yaml_11
 from pangu_sigma.errors import UserError
-from pangu_sigma.wording import shown
+from pangu_sigma.wording import listed, shown
 
 SECTIONS = "pangu_sigma"
 # Where a YAML names a class -> the class of ours that stands there.
@@ -31,6 +31,14 @@ CLASSES = {
     "optimizer.type": "PanGuSigmaAdamW",
     "lr_schedule.type": "PanGuSigmaLR",
     "runner_wrapper.type": "PanGuSigmaTrainOneStep",
+}
+# What the classes of ours read; anything else there would be passed over without a word.
+_KEYS = {
+    "model.model_config": ("type", SECTIONS),
+    "model.arch": ("type",),
+    "train_dataset.data_loader": ("type", SECTIONS, "steps"),
+    "optimizer": ("type", "betas", "eps", "expert_eps", "weight_decay"),
+    "lr_schedule": ("type", "kind", "learning_rate", "warmup_steps", "min_lr_ratio", "total_steps"),
 }
 TABLE_CHECK = "PanGuSigmaTableCheck"
 # What may stand in our sections; everything else of them is said by MindFormers' own keys.
@@ -95,6 +103,11 @@ def settings_of(values: Mapping[str, Any], source: str) -> Config:
     for path, name in CLASSES.items():
         if value_at(values, path) != name:
             raise UserError(f"{source}: {path} is {shown(value_at(values, path))}: set it to {name}")
+    for path, keys in _KEYS.items():
+        if unknown := [str(key) for key in value_at(values, path, {}) if key not in keys]:
+            raise UserError(
+                f"{source}: {path} has {listed(unknown)}, which changes nothing here: it takes {listed(keys)}"
+            )
     for path, (required, why) in _FIXED.items():
         if (value := value_at(values, path, _DEFAULTS.get(path, False))) != required:
             raise UserError(f"{source}: {path} is {shown(value)}: set it to {shown(required)} ({why})")

@@ -211,9 +211,51 @@ def test_what_does_not_fit_is_an_error_with_the_list_and_nothing_is_written(fold
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture(scope="module")
+def changed_folder(folder, tmp_path_factory):
+    """A copy of the folder with other tensors, or others in config.json."""
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+
+    def change(change=lambda tensors: None, **values):
+        path = tmp_path_factory.mktemp("changed")
+        (path / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | values))
+        copy = {name: tensor.clone() for name, tensor in tensors.items()}
+        change(copy)
+        save_file(copy, path / "model.safetensors")
+        return path
+
+    return change
+
+
+def test_a_tied_model_may_hold_its_head_twice(changed_folder, import_settings, tmp_path):
+    def tie(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    twice = changed_folder(tie, tie_word_embeddings=True)
+    once = changed_folder(lambda tensors: tensors.pop("lm_head.weight"), tie_word_embeddings=True)
+    results = [import_olmoe(path, tmp_path / str(n), import_settings) for n, path in enumerate((twice, once))]
+    of_twice, of_once = ((done.path / "shared.safetensors").read_bytes() for done in results)
+    assert of_twice == of_once
+    with pytest.raises(UserError, match=r"ties its head to model.embed_tokens.weight .* holds another lm_head.weight"):
+        import_olmoe(changed_folder(tie_word_embeddings=True), tmp_path / "different", import_settings)
+    assert not (tmp_path / "different").exists()
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.experts.3.up_proj.weight"])
+def test_a_weight_that_is_no_number_is_named(changed_folder, import_settings, tmp_path, name):
+    source = changed_folder(lambda tensors: tensors[name].view(-1)[5:7].fill_(float("nan")))
+    with pytest.raises(UserError, match=f"holds {name} with 2 of"):
+        import_olmoe(source, tmp_path / "out", import_settings)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"sliding_window": 8}, "has sliding_window"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters"),
         ({"model_type": "llama"}, 'a model of type "llama"'),
         ({"clip_qkv": 8.0}, "clip_qkv = 8.0"),
         ({"num_key_value_heads": 2}, "num_key_value_heads = 2"),

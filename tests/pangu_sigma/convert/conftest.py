@@ -77,9 +77,8 @@ def configuration(folder: Path, tokenizer: Path, corpora: Path, model: dict | No
     )
 
 
-def random_model(out: Path, config, tokenizer: Tokenizer) -> Path:
-    """A model folder with random weights and the tables of a new model."""
-    
+def random_model(out: Path, config, tokenizer: Tokenizer, bad: str | None = None) -> Path:
+    """A model folder with random weights and the tables of a new model; a value of the tensor `bad` is infinite."""
     targets = tensor_shapes(config, config.model.vocab_size)
     groups = config.expert_groups
     experts = groups | {LAYER: sum(groups.values())}
@@ -91,6 +90,8 @@ def random_model(out: Path, config, tokenizer: Tokenizer) -> Path:
             table = config.model.sparse.table
             return draw_table(table, 7, layer_name, owner, spec.shape[0], experts[owner], counts)
         values = generator(3, spec.name).standard_normal(spec.shape, np.float32) * np.float32(0.3)
+        if spec.name == bad:
+            values.flat[values.size // 2] = np.inf
         return values + np.float32(1.0) if spec.name.endswith("gamma") else values
 
     write_model_folder(

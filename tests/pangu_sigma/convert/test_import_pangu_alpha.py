@@ -184,6 +184,16 @@ def refused(source, tmp_path, import_settings, *parts: str) -> None:
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_weight_that_is_no_number_is_named(tensors, import_settings, tmp_path, dtype):
+    name = "backbone.blocks.1.attention.dense2.weight"
+    wrong = {key: array.astype(dtype) for key, array in tensors.items()}
+    wrong[name] = wrong[name].copy()
+    wrong[name][3, 1] = np.inf
+    source = pangu_alpha_files.write_ckpt(tmp_path / "wrong.ckpt", wrong)
+    refused(source, tmp_path, import_settings(), name, "1 of", "one at [3, 1]")
+
+
 def test_missing_foreign_and_misshapen_tensors_are_listed(tensors, import_settings, tmp_path):
     wrong = dict(tensors)
     del wrong["backbone.blocks.1.attention.dense2.bias"]

@@ -244,5 +244,11 @@ def test_an_altered_dense_model_is_refused_and_leaves_nothing(dense, sparse_yaml
     assert not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.parametrize("name", ["embedding.word", "blocks.1.feed_forward.up.weight"])
+def test_a_weight_that_is_no_number_is_named(sparse_yaml, vocab_model, corpora, pieces, tmp_path, name):
+    dense = random_model(tmp_path / "dense", configuration(tmp_path / "d", vocab_model, corpora), pieces, bad=name)
+    refused(dense, sparse_yaml(), tmp_path, name, "NaN or infinite")
+
+
 def test_the_configuration_file_is_checked_first(dense, tmp_path):
     refused(dense, tmp_path / "none.yaml", tmp_path, "does not exist")

@@ -62,6 +62,10 @@ def test_what_is_typed_for_a_text_is_that_text():
         (f"{OURS}.data.stream={{path: '-', domain: code}}", "data.stream is learned from by pangu-sigma train only"),
         (f"{OURS}.run.dir=x", "pangu_sigma.run has 'dir'"),
         ("use_parallel=true", "set it to 0 (data parallel)"),
+        ("lr_schedule.decay_steps=9", "lr_schedule has decay_steps, which changes nothing here: it takes "),
+        ("optimizer.amsgrad=true", "optimizer has amsgrad"),
+        ("model.model_config.hidden_size=64", "model.model_config has hidden_size"),
+        ("train_dataset.data_loader.shuffle=true", "train_dataset.data_loader has shuffle"),
         ("train_dataset.data_loader.steps=many", "write a whole number"),
     ],
 )
