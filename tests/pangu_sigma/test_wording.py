@@ -6,7 +6,7 @@ import pytest
 
 from pangu_sigma.config.load_config import load_values
 from pangu_sigma.convert.conversion_coverage import check_coverage
-from pangu_sigma.convert.import_olmoe import _architecture
+from pangu_sigma.convert.olmoe_config import read_config
 from pangu_sigma.errors import UserError
 from pangu_sigma.wording import bare, did_you_mean, listed, natural_order, nearest, shown
 
@@ -84,4 +84,4 @@ def test_a_foreign_option_is_refused_as_its_file_writes_it(tmp_path):
     values = {"model_type": "olmoe", "num_attention_heads": 2, "attention_bias": True}
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match="says attention_bias = true, .* only false is taken over"):
-        _architecture(tmp_path)
+        read_config(tmp_path / "config.json")
