@@ -78,7 +78,7 @@ class OpenAIAdapter:
             for choice in range(body.n):
                 sampling = _sampling(body, max_tokens, choice, logprobs=body.logprobs, echo=body.echo)
                 requests.append(Request(ids, domain, sampling))
-                choices.append(CompletionChoice(self.token_text, text, hidden, body.echo, body.logprobs))
+                choices.append(CompletionChoice(self.token_text, text, ids, hidden, body.echo, body.logprobs))
         return PreparedRequest(
             domain,
             CompletionFormat(domain),

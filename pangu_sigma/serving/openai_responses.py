@@ -11,6 +11,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,12 +77,17 @@ class CompletionChoice:
     itself put there (the document's begin).
     """
 
-    def __init__(self, token_text: TokenText, prompt_text: str, hidden: int, echo: bool, logprobs: int | None) -> None:
+    def __init__(
+        self, token_text: TokenText, prompt_text: str, prompt_ids: Sequence[int], hidden: int, echo: bool,
+        logprobs: int | None,
+    ) -> None:  # fmt: skip
         self._token_text = token_text
         self._echo = prompt_text if echo else ""
         self._hidden = hidden
         self._logprobs = logprobs
-        self._offsets = Offsets(0 if echo else len(prompt_text))
+        before = () if echo or logprobs is None else prompt_ids
+        # A text's length is its own, whatever its tokens have normalised; ids may end amid a character.
+        self._offsets = Offsets(token_text, before, len(prompt_text) if before and hidden else None)
 
     def add(self, event: Event) -> Chunk:
         """The next event's chunk."""
@@ -98,26 +104,26 @@ class CompletionChoice:
             table["tokens"].append(self._token_text.text(score.token_id))
             table["token_logprobs"].append(score.logprob)
             table["top_logprobs"].append(self._alternatives(score))
-            table["text_offset"].append(self._offsets.next(self._token_text.bytes(score.token_id)))
+            table["text_offset"].append(self._offsets.next(score.token_id))
         return table
 
     def _alternatives(self, score: Score) -> dict[str, float] | None:
         """Likeliest tokens and the token itself; None where nothing comes before the token."""
         if score.logprob is None:
             return None
-        logprobs: dict[str, float] = {}
-        for token_id, logprob in (*score.top, (score.token_id, score.logprob)):
-            logprobs.setdefault(self._token_text.text(token_id), logprob)
-        return logprobs
+        logprobs = dict((*score.top, (score.token_id, score.logprob)))
+        texts = self._token_text.texts_apart(score.token_id, logprobs)
+        return {texts[token_id]: logprob for token_id, logprob in logprobs.items()}
 
 
 class ChatChoice:
-    """One choice of /v1/chat/completions, event by event; blanks before the first word are left out."""
+    """One choice of /v1/chat/completions, event by event; blanks before the first word are left out, of the tokens'
+    bytes too."""
 
     def __init__(self, token_text: TokenText, logprobs: bool) -> None:
         self._token_text = token_text
         self._logprobs = logprobs
-        self._begun = False
+        self._begun = self._bytes_begun = False
 
     def add(self, event: Event) -> Chunk:
         """The next event's chunk."""
@@ -126,8 +132,18 @@ class ChatChoice:
         table = None
         if self._logprobs:
             own = self._entry(event.token_id, event.logprob)
+            if own["bytes"]:
+                own["bytes"] = self._without_first_blanks(bytes(own["bytes"]))
             table = {"content": [{**own, "top_logprobs": [self._entry(*other) for other in event.top]}]}
         return Chunk(text, table, event.finish, _final_domains(event))
+
+    def _without_first_blanks(self, data: bytes) -> list[int]:
+        """The bytes that a written token has in the text."""
+        if not self._bytes_begun:
+            with suppress(UnicodeDecodeError):  # a part of a character, which is no blank
+                data = data.decode("utf-8").lstrip().encode("utf-8")
+            self._bytes_begun = bool(data)
+        return list(data)
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         data = self._token_text.bytes(token_id)

@@ -5,14 +5,36 @@ The file is read by that library alone (an extra of this package): it holds no c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer, refuse_surrogates
 from pangu_sigma.errors import UserError
 from pangu_sigma.json_reader import LARGE, UnreadableText, decoded, parse_object
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _kinds(decoder: Any) -> frozenset[str]:
+    """Types of a decoder and of those that a sequence has inside."""
+    if not isinstance(decoder, dict):
+        return frozenset()
+    inner = decoder.get("decoders")
+    kinds = [_kinds(part) for part in inner] if isinstance(inner, list) else []
+    return frozenset({str(decoder.get("type"))}).union(*kinds)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Letter -> byte of byte-level BPE (GPT-2's): printable letters of Latin-1 stand for themselves, those from U+0100
+    on for the other bytes."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)) - set(printable))
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 class _Vocabulary:
@@ -24,7 +46,7 @@ class _Vocabulary:
         import tokenizers
 
         try:
-            parse_object(model, LARGE)
+            self.decoders = _kinds(parse_object(model, LARGE).get("decoder"))
             self.library = tokenizers.Tokenizer.from_str(decoded(model, LARGE.bytes))
         except (KeyboardInterrupt, SystemExit):
             raise
@@ -95,6 +117,23 @@ class HuggingFaceTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         kept = [self._check("id", int(index)) for index in ids if index not in self._reserved]
         return self._pieces.library.decode(kept, skip_special_tokens=False)
+
+    @cached_property
+    def _letters(self) -> dict[str, int]:
+        return _byte_alphabet()
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """See `Tokenizer`; byte-level pieces and those of byte fallback are their bytes, whole characters or not."""
+        piece = self.piece(token_id)
+        if token_id in self._reserved or not piece:
+            return b""
+        if "ByteLevel" in self._pieces.decoders:
+            # As the library's decoder: a piece with any other letter is taken as it is spelt.
+            known = all(letter in self._letters for letter in piece)
+            return bytes(self._letters[letter] for letter in piece) if known else piece.encode("utf-8")
+        if "ByteFallback" in self._pieces.decoders and (match := _BYTE_PIECE.fullmatch(piece)):
+            return bytes([int(match[1], 16)])
+        return super().token_bytes(token_id)
 
     def _checked(self, text: str, ids: list[int]) -> list[int]:
         if any(index in self._reserved for index in ids):

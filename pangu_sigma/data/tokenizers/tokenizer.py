@@ -8,6 +8,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,23 @@ class Tokenizer(ABC):
     def piece(self, token_id: int) -> str:
         """The vocabulary entry of one id, as the model file spells it."""
         return self._pieces.id_to_piece(self._check("id", token_id))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes that a token adds to a text that has begun: parts of a character too, nothing for the end of
+        a document, padding and other pieces that no text shows.
+
+        What a whole text of tokens says is `decode`'s: some tokenizers drop the blank of a text's first word.
+        """
+        if self._check("id", token_id) in self._reserved:
+            return b""
+        before, text = self._before
+        return self.decode([*before, token_id])[len(text) :].encode("utf-8")
+
+    @cached_property
+    def _before(self) -> tuple[list[int], str]:
+        """Ids and text behind which a single token is decoded."""
+        ids = self.encode("a")
+        return ids, self.decode(ids)
 
     def ids_without_piece(self, rows: int) -> np.ndarray:
         """The ids int64 [N] below `rows`, a model's vocabulary, that stand for no piece: no text has them."""
