@@ -81,7 +81,7 @@ def print_lines(
 
 def _json(model: LanguageModel, prompt: Prompt, domain: str | None, completion: Completion) -> str:
     """The answer to a prompt as a line of JSON."""
-    events, piece = completion.events, model.tokenizer.piece
+    events = completion.events
     domains = events[-1].domains if events else ()  # none of a request that failed at once
     record: dict[str, Any] = {
         "prompt": prompt.text,
@@ -94,15 +94,25 @@ def _json(model: LanguageModel, prompt: Prompt, domain: str | None, completion: 
     if completion.error:
         record["error"] = completion.error
     if any(event.logprob is not None for event in events):
-        record["logprobs"] = [
-            {
-                "token": piece(event.token_id),
-                "logprob": event.logprob,
-                "top": [{"id": i, "token": piece(i), "logprob": value} for i, value in event.top],
-            }
-            for event in events
-        ]
+        record["logprobs"] = _logprobs(model, prompt, events)
     return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _logprobs(model: LanguageModel, prompt: Prompt, events: Sequence[Event]) -> list[dict[str, Any]]:
+    from pangu_sigma.generation import prompt_ids
+    from pangu_sigma.generation.token_text import TokenTexts
+
+    texts = TokenTexts(model.tokenizer, prompt_ids(model.tokenizer, prompt.text))
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        token = texts.token(token_id)
+        return {"id": token_id, "token": token.text, "bytes": list(token.bytes) or None, "logprob": logprob}
+
+    table = []
+    for event in events:
+        table.append({**entry(event.token_id, event.logprob), "top": [entry(*other) for other in event.top]})
+        texts.push(event.token_id)
+    return table
 
 
 def domains_text(domains: Sequence[tuple[str, float]]) -> str:

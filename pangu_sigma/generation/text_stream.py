@@ -2,45 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from pangu_sigma.data.tokenizers.token_bytes import LONGEST_BEGINNING, TokenBytes, Utf8Decoder
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-# An unfinished character has at most 3 bytes; more replacement signs than that are the model's own invalid bytes.
-LONGEST_UNFINISHED = 3
+_LONGEST_UNFINISHED = 3  # bytes of a character
 
 
 class TextStream:
     """Incremental detokenizer of one answer: what `push` and `close` return, joined, is the text before the stop
     string.
 
-    `prefix_ids` are tokens in front of the answer: some tokenizers write the first word of a text differently.
+    `prefix_ids` are tokens in front of the answer: some tokenizers write the first word of a text differently. A
+    character that they begin and do not finish comes with the answer, whole or as replacement signs.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prefix_ids: tuple[int, ...], stop: tuple[str, ...] = ()) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, prefix_ids: Sequence[int], stop: tuple[str, ...] = ()) -> None:
+        self._bytes = TokenBytes(tokenizer)
+        self._decoder = Utf8Decoder(tokenizer)
         self._stop = stop
-        # Decoding begins a few tokens back and is moved on, so that a long text is not decoded anew at every token.
-        self._ids = list(prefix_ids[-LONGEST_UNFINISHED - 1 :])
-        self._decoded = self._clean(self._decode())
         self._pending = ""
         self.stopped = False
+        for token_id in _end(tokenizer, prefix_ids):
+            self._decoder.push(self._bytes.push(token_id))
 
     def push(self, token_id: int) -> str:
         """Add a token; return the text that is certain now. Sets `stopped` when a stop string is complete."""
-        self._ids.append(token_id)
-        text = self._decode()
-        clean = self._clean(text)
-        self._pending += clean[len(self._decoded) :]
-        self._decoded = clean
-        if clean == text and len(self._ids) > 16:
-            self._restart()
+        self._pending += self._decoder.push(self._bytes.push(token_id))
         return self._release(final=False)
 
     def close(self) -> str:
         """The end of the text: what was still held back, with bytes that never became a character."""
         if self.stopped:
             return ""
-        self._pending += self._decode()[len(self._decoded) :]
+        self._pending += self._decoder.push(b"", final=True)
         return self._release(final=True)
 
     def _release(self, final: bool) -> str:
@@ -60,17 +56,13 @@ class TextStream:
                 return length
         return 0
 
-    def _restart(self) -> None:
-        self._ids = self._ids[-LONGEST_UNFINISHED - 1 :]
-        self._decoded = self._decode()
 
-    def _decode(self) -> str:
-        return self._tokenizer.decode(self._ids)
-
-    @staticmethod
-    def _clean(text: str) -> str:
-        """`text` without the replacement signs of a character that may still be finished."""
-        end = len(text)
-        while end > 0 and len(text) - end < LONGEST_UNFINISHED and text[end - 1] == UNFINISHED:
-            end -= 1
-        return text[:end]
+def _end(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """The last tokens of a prompt: in them its last character lies, and they are more than leave a text empty."""
+    end: list[int] = []
+    for token_id in reversed(ids):
+        if tokenizer.token_bytes(token_id):
+            end.append(token_id)
+        if len(end) > _LONGEST_UNFINISHED + LONGEST_BEGINNING:
+            break
+    return end[::-1]

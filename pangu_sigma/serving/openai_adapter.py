@@ -11,6 +11,7 @@ from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation import Request, Sampling
 from pangu_sigma.generation import prompt_ids as document_ids
+from pangu_sigma.generation.token_text import PromptText, TokenTexts
 from pangu_sigma.serving.api_errors import ApiError, bad_request, unknown_model
 from pangu_sigma.serving.openai_requests import ChatRequest, CompletionRequest, Prompt, StreamOptions
 from pangu_sigma.serving.openai_responses import (
@@ -22,7 +23,6 @@ from pangu_sigma.serving.openai_responses import (
     Usage,
 )
 from pangu_sigma.serving.server_settings import ServerLimits
-from pangu_sigma.serving.token_text import TokenText
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions
 
@@ -51,7 +51,6 @@ class OpenAIAdapter:
         self.tokenizer = tokenizer
         self.window = window
         self.limits = limits
-        self.token_text = TokenText(tokenizer)
 
     def check_model(self, name: str) -> str:
         """The domain that a model id names. Raises ApiError."""
@@ -73,12 +72,14 @@ class OpenAIAdapter:
             hidden = int(isinstance(prompt, str))
             usage.prompt += len(ids) - hidden
             max_tokens = self._max_tokens(ids, "prompt", "max_tokens", body.max_tokens, DEFAULT_MAX_TOKENS)
-            needs_text = body.echo or body.logprobs is not None
-            text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt) if needs_text else ""
+            text = PromptText(prompt) if isinstance(prompt, str) else self._prompt_text(prompt, body.echo)
+            texts = self._token_texts(() if body.echo else ids, body.logprobs is not None)
+            if texts and isinstance(prompt, str) and not body.echo:
+                texts.move_to(len(prompt))
             for choice in range(body.n):
                 sampling = _sampling(body, max_tokens, choice, logprobs=body.logprobs, echo=body.echo)
                 requests.append(Request(ids, domain, sampling))
-                choices.append(CompletionChoice(self.token_text, text, ids, hidden, body.echo, body.logprobs))
+                choices.append(CompletionChoice(text, hidden, body.echo, texts and texts.copy()))
         return PreparedRequest(
             domain,
             CompletionFormat(domain),
@@ -99,6 +100,7 @@ class OpenAIAdapter:
         max_tokens = self._max_tokens(ids, "messages", *body.limit, default=None)
         body = body.model_copy(update={"stop": [*body.stop, *chat_template.stops(turns)]})
         alternatives = (body.top_logprobs or 0) if body.logprobs else None
+        texts = self._token_texts(ids, bool(body.logprobs))
         requests = tuple(
             Request(ids, domain, _sampling(body, max_tokens, choice, logprobs=alternatives)) for choice in range(body.n)
         )
@@ -106,11 +108,18 @@ class OpenAIAdapter:
             domain,
             ChatFormat(domain),
             requests,
-            tuple(ChatChoice(self.token_text, body.logprobs) for _ in requests),
+            tuple(ChatChoice(texts and texts.copy()) for _ in requests),
             Usage(len(ids) - 1),
             body.stream,
             body.stream_options,
         )
+
+    def _prompt_text(self, ids: Sequence[int], echo: bool) -> PromptText:
+        return PromptText.of(self.tokenizer, ids) if echo else PromptText("")
+
+    def _token_texts(self, before: Sequence[int], logprobs: bool) -> TokenTexts | None:
+        """Token texts behind some ids, if log-probabilities are asked for."""
+        return TokenTexts(self.tokenizer, before) if logprobs else None
 
     def _ids(self, prompt: Prompt, field: str) -> tuple[int, ...]:
         if isinstance(prompt, str):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pangu_sigma.generation import Event, Score
-from pangu_sigma.serving.token_text import Offsets, TokenText
+from pangu_sigma.generation.token_text import PromptText, TokenTexts, spelt_apart
 
 
 @dataclass
@@ -74,55 +74,62 @@ class CompletionChoice:
     """One choice of /v1/completions, event by event.
 
     With `echo` the prompt's text comes back in front, with its tokens but for the first `hidden` ones, which the server
-    itself put there (the document's begin).
+    itself put there (the document's begin). texts: at the place where the first token that is told begins, None
+    without log-probabilities.
     """
 
-    def __init__(
-        self, token_text: TokenText, prompt_text: str, prompt_ids: Sequence[int], hidden: int, echo: bool,
-        logprobs: int | None,
-    ) -> None:  # fmt: skip
-        self._token_text = token_text
-        self._echo = prompt_text if echo else ""
+    def __init__(self, prompt: PromptText, hidden: int, echo: bool, texts: TokenTexts | None) -> None:
+        self._prompt: PromptText | None = prompt if echo else None
         self._hidden = hidden
-        self._logprobs = logprobs
-        before = () if echo or logprobs is None else prompt_ids
-        # A text's length is its own, whatever its tokens have normalised; ids may end amid a character.
-        self._offsets = Offsets(token_text, before, len(prompt_text) if before and hidden else None)
+        self._texts = texts
 
     def add(self, event: Event) -> Chunk:
         """The next event's chunk."""
-        text, self._echo = self._echo + event.text, ""
-        logprobs = None if self._logprobs is None else self._logprobs_table(event)
+        prompt, self._prompt = self._prompt, None
+        logprobs = None if self._texts is None else self._logprobs_table(self._texts, event, prompt)
+        text = event.text
+        if prompt is not None:
+            # A last character that the prompt does not finish comes with the answer, if there is one.
+            text = prompt.finished + (prompt.unfinished if event.token_id is None else text)
         return Chunk(text, logprobs, event.finish, _final_domains(event))
 
-    def _logprobs_table(self, event: Event) -> dict[str, list[Any]]:
-        scores = list(event.prompt_scores[self._hidden :])
-        if event.token_id is not None:
-            scores.append(Score(event.token_id, event.logprob, event.top))
+    def _logprobs_table(self, texts: TokenTexts, event: Event, prompt: PromptText | None) -> dict[str, list[Any]]:
         table: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for score in scores:
-            table["tokens"].append(self._token_text.text(score.token_id))
+
+        def add(score: Score, longest: int | None = None) -> None:
+            table["tokens"].append(texts.token(score.token_id).text)
             table["token_logprobs"].append(score.logprob)
-            table["top_logprobs"].append(self._alternatives(score))
-            table["text_offset"].append(self._offsets.next(score.token_id))
+            table["top_logprobs"].append(_alternatives(texts, score))
+            offset = texts.push(score.token_id)
+            table["text_offset"].append(offset if longest is None else min(offset, longest))
+
+        if prompt is not None:
+            for score in event.prompt_scores[self._hidden :]:
+                add(score, len(prompt.finished))
+            texts.move_to(len(prompt.finished))
+        if event.token_id is not None:
+            add(Score(event.token_id, event.logprob, event.top))
         return table
 
-    def _alternatives(self, score: Score) -> dict[str, float] | None:
-        """Likeliest tokens and the token itself; None where nothing comes before the token."""
-        if score.logprob is None:
-            return None
-        logprobs = dict((*score.top, (score.token_id, score.logprob)))
-        texts = self._token_text.texts_apart(score.token_id, logprobs)
-        return {texts[token_id]: logprob for token_id, logprob in logprobs.items()}
+
+def _alternatives(texts: TokenTexts, score: Score) -> dict[str, float] | None:
+    """Likeliest tokens and the token itself, each under a name of its own; None where nothing comes before it."""
+    if score.logprob is None:
+        return None
+    listed = dict((*score.top, (score.token_id, score.logprob)))
+    names = spelt_apart(texts.token(score.token_id), [texts.token(token_id) for token_id in listed])
+    return {names[token_id]: logprob for token_id, logprob in listed.items()}
 
 
 class ChatChoice:
-    """One choice of /v1/chat/completions, event by event; blanks before the first word are left out, of the tokens'
-    bytes too."""
+    """One choice of /v1/chat/completions, event by event; blanks before the first word are left out, of the bytes of
+    its tokens too.
 
-    def __init__(self, token_text: TokenText, logprobs: bool) -> None:
-        self._token_text = token_text
-        self._logprobs = logprobs
+    texts: at the place where the answer begins, None without log-probabilities.
+    """
+
+    def __init__(self, texts: TokenTexts | None) -> None:
+        self._texts = texts
         self._begun = self._bytes_begun = False
 
     def add(self, event: Event) -> Chunk:
@@ -130,24 +137,25 @@ class ChatChoice:
         text = event.text if self._begun else event.text.lstrip()
         self._begun = self._begun or bool(text)
         table = None
-        if self._logprobs:
-            own = self._entry(event.token_id, event.logprob)
-            if own["bytes"]:
-                own["bytes"] = self._without_first_blanks(bytes(own["bytes"]))
-            table = {"content": [{**own, "top_logprobs": [self._entry(*other) for other in event.top]}]}
+        if self._texts is not None:
+            own = _entry(self._texts, event.token_id, event.logprob)
+            own["bytes"] = self._without_first_blanks(own["bytes"])
+            table = {"content": [{**own, "top_logprobs": [_entry(self._texts, *other) for other in event.top]}]}
+            self._texts.push(event.token_id)
         return Chunk(text, table, event.finish, _final_domains(event))
 
-    def _without_first_blanks(self, data: bytes) -> list[int]:
-        """The bytes that a written token has in the text."""
-        if not self._bytes_begun:
-            with suppress(UnicodeDecodeError):  # a part of a character, which is no blank
-                data = data.decode("utf-8").lstrip().encode("utf-8")
-            self._bytes_begun = bool(data)
-        return list(data)
+    def _without_first_blanks(self, data: list[int] | None) -> list[int] | None:
+        if data is None or self._bytes_begun:
+            return data
+        with suppress(UnicodeDecodeError):  # a part of a character, which is no blank
+            data = list(bytes(data).decode("utf-8").lstrip().encode("utf-8"))
+        self._bytes_begun = bool(data)
+        return data
 
-    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        data = self._token_text.bytes(token_id)
-        return {"token": self._token_text.text(token_id), "logprob": logprob, "bytes": list(data) or None}
+
+def _entry(texts: TokenTexts, token_id: int, logprob: float) -> dict[str, Any]:
+    token = texts.token(token_id)
+    return {"token": token.text, "logprob": logprob, "bytes": list(token.bytes) or None}
 
 
 class ResponseFormat(ABC):

@@ -6,7 +6,7 @@ The file is read by that library alone (an extra of this package): it holds no c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
@@ -17,24 +17,7 @@ from pangu_sigma.data.tokenizers.tokenizer import Tokenizer, refuse_surrogates
 from pangu_sigma.errors import UserError
 from pangu_sigma.json_reader import LARGE, UnreadableText, decoded, parse_object
 
-_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
-
-
-def _kinds(decoder: Any) -> frozenset[str]:
-    """Types of a decoder and of those that a sequence has inside."""
-    if not isinstance(decoder, dict):
-        return frozenset()
-    inner = decoder.get("decoders")
-    kinds = [_kinds(part) for part in inner] if isinstance(inner, list) else []
-    return frozenset({str(decoder.get("type"))}).union(*kinds)
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Letter -> byte of byte-level BPE (GPT-2's): printable letters of Latin-1 stand for themselves, those from U+0100
-    on for the other bytes."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = sorted(set(range(256)) - set(printable))
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class _Vocabulary:
@@ -46,7 +29,7 @@ class _Vocabulary:
         import tokenizers
 
         try:
-            self.decoders = _kinds(parse_object(model, LARGE).get("decoder"))
+            values = parse_object(model, LARGE)
             self.library = tokenizers.Tokenizer.from_str(decoded(model, LARGE.bytes))
         except (KeyboardInterrupt, SystemExit):
             raise
@@ -59,6 +42,7 @@ class _Vocabulary:
         self.library.no_padding()
         self.library.no_truncation()
         self.version = tokenizers.__version__
+        self.decoders = frozenset(_decoder_types(values.get("decoder")))
 
     def get_piece_size(self) -> int:
         # Not their count: ids may have gaps.
@@ -90,6 +74,22 @@ class _Vocabulary:
         return next((index for index in ids if index >= 0), -1)
 
 
+def _decoder_types(decoder: Any) -> Iterator[str]:
+    """The types of a file's decoder and of those that it is a sequence of; None has none."""
+    if decoder is not None:
+        yield decoder["type"]
+        for one in decoder.get("decoders", ()):
+            yield from _decoder_types(one)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The byte of each character in which byte-level BPE spells its pieces: printable Latin-1 characters are their own
+    byte, the others follow from U+0100 on (Radford et al. 2019, GPT-2's encoder)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
 class HuggingFaceTokenizer(Tokenizer):
     """Ids as the `tokenizers` library gives them, without the special ids that a post-processor would add."""
 
@@ -118,22 +118,27 @@ class HuggingFaceTokenizer(Tokenizer):
         kept = [self._check("id", int(index)) for index in ids if index not in self._reserved]
         return self._pieces.library.decode(kept, skip_special_tokens=False)
 
+    @property
+    def replaces_each_byte(self) -> bool:  # type: ignore[override]
+        """Not where pieces are spelt in bytes: there a broken character gets one sign."""
+        return "ByteLevel" not in self._pieces.decoders
+
+    @property
+    def decodes_by_context(self) -> bool:  # type: ignore[override]
+        """Where the mark of a word's end becomes a blank only before another word."""
+        return not self._pieces.decoders.isdisjoint({"BPEDecoder", "CTC"})
+
     @cached_property
-    def _letters(self) -> dict[str, int]:
+    def _alphabet(self) -> dict[str, int]:
         return _byte_alphabet()
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """See `Tokenizer`; byte-level pieces and those of byte fallback are their bytes, whole characters or not."""
+    def _bytes_of_piece(self, token_id: int) -> bytes | None:
         piece = self.piece(token_id)
-        if token_id in self._reserved or not piece:
-            return b""
-        if "ByteLevel" in self._pieces.decoders:
-            # As the library's decoder: a piece with any other letter is taken as it is spelt.
-            known = all(letter in self._letters for letter in piece)
-            return bytes(self._letters[letter] for letter in piece) if known else piece.encode("utf-8")
-        if "ByteFallback" in self._pieces.decoders and (match := _BYTE_PIECE.fullmatch(piece)):
-            return bytes([int(match[1], 16)])
-        return super().token_bytes(token_id)
+        if "ByteLevel" in self._pieces.decoders and all(letter in self._alphabet for letter in piece):
+            return bytes(self._alphabet[letter] for letter in piece)
+        if "ByteFallback" in self._pieces.decoders and (byte := _BYTE_PIECE.fullmatch(piece)):
+            return bytes([int(byte[1], 16)])
+        return None
 
     def _checked(self, text: str, ids: list[int]) -> list[int]:
         if any(index in self._reserved for index in ids):

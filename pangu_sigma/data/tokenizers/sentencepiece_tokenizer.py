@@ -44,11 +44,8 @@ class SentencePieceModel(Tokenizer):
             self._check("id", index)
         return self._pieces.decode(kept)
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """See `Tokenizer`; a piece of byte fallback is its byte."""
-        if self._pieces.is_byte(self._check("id", token_id)):
-            return bytes([int(self._pieces.id_to_piece(token_id)[1:-1], 16)])
-        return super().token_bytes(token_id)
+    def _bytes_of_piece(self, token_id: int) -> bytes | None:
+        return bytes([int(self.piece(token_id)[3:5], 16)]) if self._pieces.is_byte(token_id) else None
 
     def _encode_text(self, text: str) -> list[int]:
         """SentencePiece's encoding of ``text``, cut wherever a reserved id would come out of it.

@@ -25,6 +25,7 @@ INFO_FILE = "tokenizer.json"  # beside the model: kind, ids, fingerprint
 EOD_PIECES = (
     "<eod>", "<|endoftext|>", "<eot>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<|endofdocument|>", "<eos>"
 )  # fmt: skip
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what decoding makes of bytes that are no character
 _NO_EOD = ("<unk>", "<s>", "<pad>", "<bos>")  # not proposed as an end of documents
 
 
@@ -36,6 +37,8 @@ class Tokenizer(ABC):
     """
 
     kind: str
+    replaces_each_byte = True  # whether decoding writes a replacement sign for each byte that is no character
+    decodes_by_context = False  # whether a token's text depends on the token before it (beyond a text's beginning)
 
     def __init__(
         self, model: bytes, eod_id: int | str | None = None, pad_id: int | None = None, origin: str = "the given model"
@@ -67,22 +70,35 @@ class Tokenizer(ABC):
         """The vocabulary entry of one id, as the model file spells it."""
         return self._pieces.id_to_piece(self._check("id", token_id))
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """The UTF-8 bytes that a token adds to a text that has begun: parts of a character too, nothing for the end of
-        a document, padding and other pieces that no text shows.
+    def token_bytes(self, token_id: int, before: tuple[int, ...] | None = None) -> bytes:
+        """The UTF-8 bytes that an id adds to a text behind the ids `before` (None: anywhere but at its beginning).
 
-        What a whole text of tokens says is `decode`'s: some tokenizers drop the blank of a text's first word.
+        Exact where they are a part of a character; none for end-of-document, padding and control pieces.
         """
-        if self._check("id", token_id) in self._reserved:
-            return b""
-        before, text = self._before
-        return self.decode([*before, token_id])[len(text) :].encode("utf-8")
+        if before is None:
+            if token_id not in self._bytes_inside:
+                self._bytes_inside[token_id] = self.token_bytes(token_id, self._some_text)
+            return self._bytes_inside[token_id]
+        text = self.decode([*before, token_id])[len(self.decode(before)) :]
+        exact = self._bytes_of_piece(token_id) if UNFINISHED in text else None
+        return text.encode("utf-8") if exact is None else exact
 
     @cached_property
-    def _before(self) -> tuple[list[int], str]:
-        """Ids and text behind which a single token is decoded."""
-        ids = self.encode("a")
-        return ids, self.decode(ids)
+    def _bytes_inside(self) -> dict[int, bytes]:
+        return {}
+
+    @cached_property
+    def _some_text(self) -> tuple[int, ...]:
+        """Ids of a text that is not empty."""
+        for ids in (self.encode("a"), *([index] for index in range(self.vocab_size))):
+            text = self.decode(ids)
+            if text and UNFINISHED not in text:
+                return tuple(ids)
+        return ()
+
+    def _bytes_of_piece(self, token_id: int) -> bytes | None:
+        """The bytes of an id that stands for bytes instead of characters, None for others."""
+        return None
 
     def ids_without_piece(self, rows: int) -> np.ndarray:
         """The ids int64 [N] below `rows`, a model's vocabulary, that stand for no piece: no text has them."""

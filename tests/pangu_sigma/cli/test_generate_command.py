@@ -72,6 +72,9 @@ def test_lines_of_json_are_continued_together_and_answered_in_order(finished_run
         assert prompt["prompt"] + answer["text"] == expected(prompt["prompt"], domain, seed=seed)
         assert len(answer["logprobs"]) == len(answer["ids"])
         assert all(len(token["top"]) == 2 and token["logprob"] <= 0 for token in answer["logprobs"])
+        assert [token["id"] for token in answer["logprobs"]] == answer["ids"]
+        told = b"".join(bytes(token["bytes"] or ()) for token in answer["logprobs"]).decode("utf-8", "replace")
+        assert told.strip("\ufffd") == answer["text"].strip("\ufffd") or "\ufffd" in answer["text"]
 
 
 @pytest.mark.parametrize(
