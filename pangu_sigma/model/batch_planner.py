@@ -75,8 +75,8 @@ class BatchPlanner:
         rows that this process `reads`.
 
         `padding` bool [R, S]: positions that fill a row up. Table routers send them to no expert, so that none trains
-        that met no text; a learned gate sees them as it sees any row. `present`: of each sparse layer the experts that
-        share its reserved slots, where these are not of this batch alone.
+        that met no text; a learned gate is told them by an input (`LayerInputs.text`). `present`: of each sparse layer
+        the experts that share its reserved slots, where these are not of this batch alone.
         """
         seen, owners, samples, filling = np.ascontiguousarray(tokens[:, :-1]), domain, sample, padding
         tokens, domain, sample = tokens[self.own], domain[self.own], sample[self.own]

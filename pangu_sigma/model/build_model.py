@@ -144,6 +144,7 @@ def build_structure(
         init_std=model.init_std,
         log_weights=model.is_competitive_mixture,
         exchange=exchange,
+        padded=config.adapt is not None,  # examples fill their rows up, the text of a training is packed
     )
     routers = tuple(
         build_router(replace(options, layer=layer, tables=tables[layer_name] if model.router_spec.tables else None))

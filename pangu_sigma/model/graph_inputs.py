@@ -43,7 +43,8 @@ class LayerInputs:
     """Inputs of one sparse layer: its routing, and the weights of the experts of `network` in its `slots`.
 
     `planned`: the host plans which rows each slot computes, and the plan is an input; else the graph knows itself, and
-    slots are the layer's experts in their order. `noise`: shape of a learned gate's noise, () = none. `compiled`: the
+    slots are the layer's experts in their order. `noise`: shape of a learned gate's noise, () = none. `text`: shape of
+    what tells it text from padding, () = nothing does. `compiled`: the
     plan is the order of all rows and where each slot begins in it, as compiled experts take it, instead of each slot's
     rows. `capacity_spec`: the static shapes of a graph that is cut over a mesh, whose slots' weights come stacked.
     """
@@ -55,6 +56,7 @@ class LayerInputs:
     noise: tuple[int, ...] = ()
     compiled: bool = False
     capacity_spec: CapacitySpec | None = None
+    text: tuple[int, ...] = ()
 
     @property
     def chunks(self) -> int:
@@ -64,7 +66,8 @@ class LayerInputs:
     def routing_specs(self, tokens: int) -> list[InputSpec]:
         """Of the routing inputs, `tokens` being those that reach this process's experts."""
         if not self.planned:
-            return [(self.noise, ms.float32, ("rows", *(1,) * (len(self.noise) - 1)))] if self.noise else []
+            shapes = filter(None, (self.noise, self.text))
+            return [(shape, ms.float32, ("rows", *(1,) * (len(shape) - 1))) for shape in shapes]
         if self.capacity_spec is not None:
             return self.capacity_spec.plan_inputs()
         if self.compiled:
@@ -72,10 +75,12 @@ class LayerInputs:
         # Rows of each slot and of the dropped, then every token's position.
         return [((None,), ms.int32, ())] * (self.slots + 1) + [((tokens, 1), ms.int32, ())]
 
-    def routing_arrays(self, plan: Plan, noise: np.ndarray | None) -> list[np.ndarray]:
-        """The routing inputs of one batch."""
+    def routing_arrays(
+        self, plan: Plan, noise: np.ndarray | None, batch: RoutedBatch | None = None
+    ) -> list[np.ndarray]:
+        """The routing inputs of one batch; outside of training nobody asks it for its text."""
         if plan is None:
-            return [noise] if self.noise else []
+            return ([noise] if self.noise else []) + ([batch.text.reshape(self.text)] if self.text else [])
         if self.capacity_spec is not None:
             return [*plan.plan.inputs]
         return [plan.order, plan.offsets] if self.compiled else [*plan.rows, plan.position]
@@ -218,7 +223,9 @@ class GraphInputs:
         tensors = [Tensor(fixed[name]) for name in self.fixed_specs()]
         store.start_step()
         tables = [store.full_table(DOMAIN_EMBEDDING, "word")] if self.word_tables else []
-        routing = [layer.routing_arrays(*of_layer) for layer, *of_layer in self._by_layer(batch.plans, batch.noise)]
+        routing = [
+            layer.routing_arrays(*of_layer, batch) for layer, *of_layer in self._by_layer(batch.plans, batch.noise)
+        ]
         experts = [layer.experts(plan) for layer, plan in self._by_layer(batch.plans)]
         return [*tensors, *self.pack_flat(store, tables, routing, experts), *extra]
 
@@ -306,7 +313,7 @@ class GraphInputs:
     def routing_arrays(self, batch: RoutedBatch) -> list[np.ndarray]:
         """The routing inputs of all layers for a batch."""
         by_layer = self._by_layer(batch.plans, batch.noise)
-        return [array for layer, plan, noise in by_layer for array in layer.routing_arrays(plan, noise)]
+        return [array for layer, plan, noise in by_layer for array in layer.routing_arrays(plan, noise, batch)]
 
 
 # Fixed inputs that a planned batch has, and of these those of a pipeline's graph, which has no dropout, embeddings per

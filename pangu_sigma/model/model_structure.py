@@ -118,8 +118,10 @@ class ModelStructure:
             prefixes = config.model.sparse_prefixes
             form = config.model.expert_network
             noise = () if rows else self.routers[0].noise_shape(batch * length)
+            text = () if rows else self.routers[0].text_shape(batch * length)
             layers = tuple(
-                LayerInputs(p, slots, form, not self.learned, noise, capacity_spec=capacity_spec) for p in prefixes
+                LayerInputs(p, slots, form, not self.learned, noise, capacity_spec=capacity_spec, text=text)
+                for p in prefixes
             )
         part = None if self.processes.size == 1 else self.processes.mesh.coordinates(self.processes.rank).expert
         return GraphInputs(
@@ -160,6 +162,7 @@ class ModelStructure:
                 not router.learned,
                 router.noise_shape(tokens) if training else (),
                 self.layout.rows_by_slot,
+                text=router.text_shape(tokens) if training else (),
             )  # fmt: skip
             for layer_name, router in zip(model.sparse_prefixes, self.routers, strict=True)
         )

@@ -47,6 +47,11 @@ class RoutedBatch:
     filled: np.ndarray
 
     @property
+    def text(self) -> np.ndarray:
+        """float32 [B, S]: 1 where a position holds text, 0 where padding fills the row up, which is at its end."""
+        return (np.arange(self.tokens.shape[1]) < self.filled[:, None]).astype(np.float32)
+
+    @property
     def sequences(self) -> np.ndarray:
         """The batch's rows with their last labels, as they were given to the planner: int32 [B, S + 1]."""
         return np.concatenate([self.tokens, self.labels[:, -1:]], axis=1)

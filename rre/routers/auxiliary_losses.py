@@ -1,7 +1,8 @@
 """Auxiliary losses of learned gates (load balance, z-loss, variation), as cells; each docstring says whose form it is.
 
 They are of all tokens of a step, wherever they are: several processes average (or sum) what is linear in the tokens
-before anything is multiplied or squared.
+before anything is multiplied or squared. Where rows are filled up with padding, `text` is (text_T1,), 1 where a
+position holds text, and only those count; else it is ().
 
 Legend: T tokens, E experts, K choices per token (top-k).
 """
@@ -13,6 +14,30 @@ from mindspore import Tensor, nn, ops
 
 from parallel.comm.exchange import GatheredExchange, LocalExchange
 from parallel.operator_layout import Layout
+
+
+class TextMeans(nn.Cell):
+    """Means over the tokens of text of all processes, where rows are filled up with padding."""
+
+    def __init__(self, layout: Layout, exchange: GatheredExchange | None = None) -> None:
+        super().__init__()
+        self.exchange = exchange or LocalExchange()
+        self.sum_all = layout(ops.ReduceSum(), ("rows", 1))
+        self.sum_rows = layout(ops.ReduceSum(), ("rows", 1))
+        self.count = layout(ops.ReduceSum(), ("rows", 1, 1))
+        self.mul = layout(ops.Mul(), ("rows", 1), ("rows", 1))
+
+    def tokens(self, text_T1: Tensor) -> Tensor:
+        """How many tokens of text there are, at least 1: float32 [1]."""
+        return ops.maximum(self.exchange.total(self.sum_all(text_T1).reshape(1)), Tensor(1.0, ms.float32))
+
+    def construct(self, values_TN: Tensor, text_T1: Tensor) -> Tensor:
+        """values [T, N] -> their means [N]."""
+        return self.exchange.total(self.sum_rows(self.mul(values_TN, text_T1), 0)) / self.tokens(text_T1)
+
+    def hits(self, hits_TKE: Tensor, text_T1: Tensor) -> Tensor:
+        """Mean number of a token's choices that fell on each expert [E]; padding has none."""
+        return self.exchange.total(self.count(hits_TKE, (0, 1))) / self.tokens(text_T1)
 
 
 class BalanceLoss(nn.Cell):
@@ -32,8 +57,13 @@ class BalanceLoss(nn.Cell):
         self.sum = layout(ops.ReduceSum(), (1,))
         self.mul = layout(ops.Mul(), (1,), (1,))
         self.of_choices = layout(ops.Div(), (1,), ())
+        self.of_text = TextMeans(layout, exchange)
 
-    def construct(self, hits_TKE: Tensor, probs_TE: Tensor) -> Tensor:
+    def construct(self, hits_TKE: Tensor, probs_TE: Tensor, text: tuple[Tensor, ...] = ()) -> Tensor:
+        if len(text) > 0:
+            of_each_E = self.of_text.hits(hits_TKE, text[0])
+            share_E = self.of_choices(of_each_E, Tensor(float(hits_TKE.shape[1]), ms.float32))
+            return self.sum(self.mul(share_E, self.of_text(probs_TE, text[0]))) * self.factor
         choices = Tensor(float(hits_TKE.shape[0] * hits_TKE.shape[1]), ms.float32)
         share_E = self.exchange.mean(self.of_choices(self.count(hits_TKE, (0, 1)), choices))
         mean_E = self.exchange.mean(self.mean(probs_TE, 0))
@@ -55,10 +85,14 @@ class PooledMeans(nn.Cell):
         self.count = layout(ops.ReduceSum(), (1, 1, 1))
         self.mean = layout(ops.ReduceMean(), (1, 1))
         self.concat = layout(ops.Concat(0))
+        self.of_text = TextMeans(layout, exchange)
 
-    def construct(self, hits_TKE: Tensor, probs_TE: Tensor, other: Tensor) -> Tensor:
-        share_E = self.exchange.mean(self.count(hits_TKE, (0, 1)) / hits_TKE.shape[0])
-        mean_E = self.exchange.mean(self.mean(probs_TE, 0))
+    def construct(self, hits_TKE: Tensor, probs_TE: Tensor, other: Tensor, text: tuple[Tensor, ...] = ()) -> Tensor:
+        if len(text) > 0:
+            share_E, mean_E = self.of_text.hits(hits_TKE, text[0]), self.of_text(probs_TE, text[0])
+        else:
+            share_E = self.exchange.mean(self.count(hits_TKE, (0, 1)) / hits_TKE.shape[0])
+            mean_E = self.exchange.mean(self.mean(probs_TE, 0))
         one = ops.ones((1,), ms.float32)
         return self.concat((share_E, mean_E, other.reshape(1), one))
 
@@ -97,10 +131,13 @@ class ZLoss(nn.Cell):
         self.square = layout(ops.Square(), ("rows", 1))
         self.mean = layout(ops.ReduceMean(), ("rows", 1))
         self.add = layout(ops.Add(), ("rows", 1), ("rows", 1))
+        self.of_text = TextMeans(layout, exchange)
 
-    def construct(self, logits_TE: Tensor) -> Tensor:
+    def construct(self, logits_TE: Tensor, text: tuple[Tensor, ...] = ()) -> Tensor:
         largest_T1 = ops.stop_gradient(self.max(logits_TE, -1))
         logsumexp_T1 = self.add(self.log(self.sum(self.exp(self.sub(logits_TE, largest_T1)), -1)), largest_T1)
+        if len(text) > 0:
+            return self.of_text(self.square(logsumexp_T1), text[0]).reshape(()) * self.weight
         return self.exchange.mean(self.mean(self.square(logsumexp_T1)).reshape(1)).reshape(()) * self.weight
 
 

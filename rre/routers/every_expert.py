@@ -38,7 +38,7 @@ class EveryExpertGate(Gate):
         ids_TE = ops.BroadcastTo((x_TD.shape[0], self.experts))(ops.arange(0, self.experts, 1, dtype=ms.int32))
         return ids_TE, self.log_softmax(logits_TE) if self.log_weights else self.softmax(logits_TE)
 
-    def auxiliary(self, hits_TKE: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
+    def auxiliary(self, hits_TKE: Tensor, chosen: tuple[Tensor, ...], text: tuple[Tensor, ...]) -> Tensor:
         return Tensor(0.0, ms.float32)
 
     def assignments(self, hits_TKE: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:

@@ -18,8 +18,9 @@ class ExpertChoiceRouter(LearnedRouter):
     average.
 
     The set that an expert chooses from is one sample, in training and evaluation: it depends on no other sample and on
-    no process. Load is even by construction and there is no auxiliary loss. It is not causal: whether a token is taken
-    depends on later ones, so a model of it cannot write text.
+    no process. Padding is taken by nobody, but the number of tokens that an expert may take is of the whole row. Load
+    is even by construction and there is no auxiliary loss. It is not causal: whether a token is taken depends on later
+    ones, so a model of it cannot write text.
     """
 
     @property
@@ -57,21 +58,23 @@ class ExpertChoiceGate(nn.Cell):
         self.sum = layout(ops.ReduceSum(keep_dims=True), (1, 1))
         self.concat = layout(ops.Concat(1), (1, 1), (1, 1))
         self.plan = build_plan_cell(self.experts, layout, options.exchange)
-        self.return_assignments = False
+        self.return_assignments, self.padded = False, options.padded
+        self.behind = layout(ops.Add(), (1, 1, 1), (1, 1, 1))
+        self.weigh = layout(ops.Mul(), (1,), (1,))
+        self.both = layout(ops.Mul(), (1, 1), (1, 1))
+        self.row_sum = layout(ops.ReduceSum(), (1, 1, 1))
         self.one_hot = layout(ops.OneHot(), (1, 1), (), ())
         self.on, self.off = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
         self.add_hits = layout(ops.UnsortedSegmentSum(), (1, 1), (1,))
 
     def construct(self, x_TD: Tensor, routing: tuple[Tensor, ...]):
+        if self.padded and self.training:
+            return self.choose_text(x_TD, routing[0])
         batch = x_TD.shape[0] // self.length
-        probs_TE = self.softmax(self.logits(x_TD, self.weight))
-        probs_EBS = self.turn(probs_TE.reshape(batch, self.length, self.experts), (2, 0, 1))
+        probs_EBS = self.probabilities(x_TD)
         _, positions_EBC = self.top(ops.stop_gradient(probs_EBS), self.taken)
         weights_R = self.take(probs_EBS, 2, positions_EBC).reshape(-1)
-        first_B = ops.arange(0, batch * self.length, self.length, dtype=ms.int32)
-        tokens_R = (positions_EBC + first_B.reshape(1, batch, 1)).reshape(-1)
-        experts_E1 = ops.arange(0, self.experts, 1, dtype=ms.int32).reshape(-1, 1)
-        owner_ER = ops.BroadcastTo((self.experts, batch * self.taken))(experts_E1)
+        tokens_R, owner_ER = self.rows_of(positions_EBC)
         plan = (tokens_R,) + self.plan(owner_ER.reshape(-1, 1))
         if self.return_assignments:
             hits_RE = self.one_hot(owner_ER.reshape(-1), self.experts, self.on, self.off)
@@ -81,3 +84,36 @@ class ExpertChoiceGate(nn.Cell):
         untaken_B1 = self.sum(self.cast(times_BS < 0.5, ms.float32), 1)
         rows_BE = ops.fill(ms.float32, (batch, self.experts), float(self.taken))
         return plan, weights_R, Tensor(0.0, ms.float32), ops.stop_gradient(self.concat((rows_BE, untaken_B1)))
+
+    def choose_text(self, x_TD: Tensor, text_T1: Tensor):
+        """As `construct`, among the tokens of text alone: a row that would be padding has no expert and weight 0."""
+        batch = x_TD.shape[0] // self.length
+        text_BS = text_T1.reshape(batch, self.length)
+        probs_EBS = self.probabilities(x_TD)
+        text_EBS = ops.BroadcastTo(probs_EBS.shape)(text_T1.reshape(1, batch, self.length))
+        # Below every probability: an expert takes padding last.
+        _, positions_EBC = self.top(ops.stop_gradient(self.behind(probs_EBS, text_EBS - 1.0)), self.taken)
+        is_text_R = self.take(text_EBS, 2, positions_EBC).reshape(-1)
+        weights_R = self.weigh(self.take(probs_EBS, 2, positions_EBC).reshape(-1), is_text_R)
+        tokens_R, owner_ER = self.rows_of(positions_EBC)
+        owner_R1 = owner_ER.reshape(-1, 1)
+        nobody_R1 = ops.fill(ms.int32, owner_R1.shape, self.experts)
+        plan = (tokens_R,) + self.plan(ops.select(is_text_R.reshape(-1, 1) > 0.5, owner_R1, nobody_R1))
+        times_BS = self.add_up(is_text_R, tokens_R, x_TD.shape[0]).reshape(batch, self.length)
+        untaken_B1 = self.sum(self.both(self.cast(times_BS < 0.5, ms.float32), text_BS), 1)
+        rows_EB = self.row_sum(is_text_R.reshape(self.experts, batch, self.taken), 2)
+        rows_BE = ops.transpose(rows_EB, (1, 0))
+        return plan, weights_R, Tensor(0.0, ms.float32), ops.stop_gradient(self.concat((rows_BE, untaken_B1)))
+
+    def probabilities(self, x_TD: Tensor) -> Tensor:
+        """Probabilities [E, B, S]."""
+        probs_TE = self.softmax(self.logits(x_TD, self.weight))
+        return self.turn(probs_TE.reshape(-1, self.length, self.experts), (2, 0, 1))
+
+    def rows_of(self, positions_EBC: Tensor) -> tuple[Tensor, Tensor]:
+        """(token of every row int32 [R], its expert int32 [E, B C])."""
+        batch = positions_EBC.shape[1]
+        first_B = ops.arange(0, batch * self.length, self.length, dtype=ms.int32)
+        tokens_R = (positions_EBC + first_B.reshape(1, batch, 1)).reshape(-1)
+        experts_E1 = ops.arange(0, self.experts, 1, dtype=ms.int32).reshape(-1, 1)
+        return tokens_R, ops.BroadcastTo((self.experts, batch * self.taken))(experts_E1)

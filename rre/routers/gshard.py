@@ -77,5 +77,6 @@ class GShardGate(Gate):
         weights_TK = self.pair((self.column(g1_T, 1), self.column(g2_T, 1)))
         return ids_TK, weights_TK, probs_TE, first_hits_TE
 
-    def auxiliary(self, hits_TKE: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
-        return self.balance(self.expand(chosen[3], 1), chosen[2])
+    def auxiliary(self, hits_TKE: Tensor, chosen: tuple[Tensor, ...], text: tuple[Tensor, ...]) -> Tensor:
+        first_hits_TE = self.of_text(chosen[3], text[0]) if len(text) > 0 else chosen[3]
+        return self.balance(self.expand(first_hits_TE, 1), chosen[2], text)

@@ -60,7 +60,10 @@ def add_gate_weights(gate: nn.Cell, options: RouterOptions) -> None:
 
 
 class Gate(nn.Cell):
-    """Learned gate: x_TD, (noise,) or () -> (plan, combine weights [T, K], auxiliary loss, rows [B, E + 1]).
+    """Learned gate: x_TD, routing -> (plan, combine weights [T, K], auxiliary loss, rows [B, E + 1]).
+
+    `routing`: the noise, if there is any, and text_T1 (1 where a position holds text) where rows are padded: padding
+    chooses no expert, counts in no loss and takes no room. Both are there while training only.
 
     With `return_assignments`, set before compiling, the last is the hits [T, E], 1 where a token takes an expert. With
     `routes_only` loss and rows are None: tokens of generation make no whole samples.
@@ -75,6 +78,7 @@ class Gate(nn.Cell):
         layout = options.layout
         self.experts, self.choices, self.length = options.groups.total, router.choices, options.length
         self.capacity, self.group = router.capacity, router.group
+        self.padded = options.padded
         add_gate_weights(self, options)
         two, three, four = (("rows", *(1,) * n) for n in (1, 2, 3))
         self.logits = layout(ops.MatMul(), two, (1, 1))
@@ -92,6 +96,13 @@ class Gate(nn.Cell):
         self.concat = layout(ops.Concat(1), two, two)
         self.greater = layout(ops.Greater(), two, ())
         self.select = layout(ops.Select(), two, two, two)
+        if self.padded:
+            self.whole = layout(ops.Cast(), two)
+            self.of_text = layout(ops.Mul(), two, two)
+            self.or_no_expert = layout(ops.Add(), two, two)
+            self.is_padding = layout(ops.Sub(), (), two)
+            self.no_expert_times = layout(ops.Mul(), two, ())
+            self.one, self.no_expert = Tensor(1, ms.int32), Tensor(self.experts, ms.int32)
         self.is_spmd = layout.spmd_mesh is not None
         if self.is_spmd:
             cut = (layout, layout.spmd_mesh, self.experts, self.group)
@@ -114,18 +125,26 @@ class Gate(nn.Cell):
         """
         raise NotImplementedError
 
-    def auxiliary(self, hits_TKE: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
-        """Compute the weighted auxiliary loss of `hits_TKE`, 1 where a choice fell on an expert, before dropping."""
+    def auxiliary(self, hits_TKE: Tensor, chosen: tuple[Tensor, ...], text: tuple[Tensor, ...]) -> Tensor:
+        """Compute the weighted auxiliary loss of `hits_TKE`, 1 where a choice fell on an expert, before dropping.
+
+        `text` is (text_T1,) or ().
+        """
         raise NotImplementedError
 
     def construct(self, x_TD: Tensor, routing: tuple[Tensor, ...]):
         # 1. Route.
+        text = ()
+        if self.padded and self.training:
+            text, routing = routing[-1:], routing[:-1]
         chosen = self.choose(x_TD, routing)
         ids_TK = chosen[0]
+        if len(text) > 0:
+            ids_TK = self.without_padding(ids_TK, text[0])
         if self.routes_only:
             return self.plan(ids_TK), chosen[1], None, None
         hits_TKE = ops.stop_gradient(self.one_hot(ids_TK, self.experts, self.on, self.off))
-        auxiliary = self.auxiliary(hits_TKE, chosen)
+        auxiliary = self.auxiliary(hits_TKE, chosen, text)
         routed_BE = self.rows(hits_TKE)
         kept_BE = routed_BE
         # 2. Apply the capacity and plan the dispatch. Evaluation drops nothing, whatever training does.
@@ -148,6 +167,12 @@ class Gate(nn.Cell):
             return plan, chosen[1], auxiliary, self.assignments(hits_TKE, chosen)
         lost_B1 = self.of_choices(self.overflow_sum(self.sub(routed_BE, kept_BE), 1), self.choices_of_token)
         return plan, chosen[1], auxiliary, self.concat((kept_BE, lost_B1))
+
+    def without_padding(self, ids_TK: Tensor, text_T1: Tensor) -> Tensor:
+        """The choices with E, which is no expert, for those of padding."""
+        text_T1 = self.whole(text_T1, ms.int32)
+        padding_T1 = self.is_padding(self.one, text_T1)
+        return self.or_no_expert(self.of_text(ids_TK, text_T1), self.no_expert_times(padding_T1, self.no_expert))
 
     def assignments(self, hits_TKE: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
         """Return the hits [T, E] that `return_assignments` asks for."""

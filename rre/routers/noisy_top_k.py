@@ -76,7 +76,7 @@ class NoisyTopKGate(Gate):
         weights_TK = self.softmax(self.cut(largest_TK1, (0, 0), (tokens, self.choices)))
         return (ids_TK, weights_TK, clean_TE, largest_TK1) + deviation
 
-    def auxiliary(self, hits_TKE: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
+    def auxiliary(self, hits_TKE: Tensor, chosen: tuple[Tensor, ...], text: tuple[Tensor, ...]) -> Tensor:
         weights_TK, clean_TE, largest_TK1 = chosen[1], chosen[2], chosen[3]
         gates_TE = self.sum(self.mul(hits_TKE, self.expand(weights_TK, 2)), 1)
         importance = self.importance(self.total(gates_TE, 0))
@@ -91,4 +91,6 @@ class NoisyTopKGate(Gate):
         threshold_TE = self.add(if_inside_TE, self.product(self.missing(self.on, inside_TE), last_in_T1))
         z_TE = self.div(self.sub(clean_TE, threshold_TE), chosen[4])
         normal_TE = self.times(self.plus(self.erf(self.times(z_TE, self.root_half)), self.on), self.half)
+        if len(text) > 0:
+            normal_TE = self.product(normal_TE, text[0])
         return importance + self.load(self.total(normal_TE, 0))

@@ -60,7 +60,7 @@ class OlmoeGate(Gate):
             weights_TK = self.div(weights_TK, self.row_sum(weights_TK, 1))
         return ids_TK, weights_TK, probs_TE, logits_TE
 
-    def auxiliary(self, hits_TKE: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
+    def auxiliary(self, hits_TKE: Tensor, chosen: tuple[Tensor, ...], text: tuple[Tensor, ...]) -> Tensor:
         if self.pooled:
-            return self.means(hits_TKE, chosen[2], self.z_loss(chosen[3]))
-        return self.balance(hits_TKE, chosen[2]) + self.z_loss(chosen[3])
+            return self.means(hits_TKE, chosen[2], self.z_loss(chosen[3], text), text)
+        return self.balance(hits_TKE, chosen[2], text) + self.z_loss(chosen[3], text)

@@ -50,7 +50,7 @@ class RouterOptions:
     `capacity_samples` of them are one. `capacity_factor` None = dropless. `top_k`: experts per token. `settings`:
     values of the options that the spec names. `tables`: the layer's routing tables by owner. `log_weights`: the
     combine weights of a mixture's gate are log p. `exchange`: where other processes hold other experts and see other
-    tokens.
+    tokens. `padded`: rows of a training step may be filled up with padding, which a learned gate sends to no expert.
     """
 
     spec: RouterSpec
@@ -68,6 +68,7 @@ class RouterOptions:
     init_std: float = 0.02
     log_weights: bool = False
     exchange: GatheredExchange | None = None
+    padded: bool = False
 
     def setting(self, name: str):
         """Value of an option of the router: as set, or its default."""
@@ -104,6 +105,10 @@ class Router:
     def noise_shape(self, tokens: int) -> tuple[int, ...]:
         """Return the shape of the noise that the gate takes for so many tokens while training; () = none."""
         return ()
+
+    def text_shape(self, tokens: int) -> tuple[int, ...]:
+        """Return the shape of what tells a learned gate text from padding while training; () = nothing does."""
+        return (tokens, 1) if self.options.padded and self.learned else ()
 
     def noise(self, step: int, samples: np.ndarray) -> np.ndarray:
         """Draw the noise float32 of B samples: a function of the seed, the step, each sample and the layer."""

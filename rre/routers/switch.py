@@ -48,5 +48,5 @@ class SwitchGate(Gate):
         best_T, prob_T = self.best(probs_TE)
         return self.cast_ids(best_T, ms.int32).reshape(-1, 1), prob_T.reshape(-1, 1), probs_TE
 
-    def auxiliary(self, hits_TKE: Tensor, chosen: tuple[Tensor, ...]) -> Tensor:
-        return self.balance(hits_TKE, chosen[2])
+    def auxiliary(self, hits_TKE: Tensor, chosen: tuple[Tensor, ...], text: tuple[Tensor, ...]) -> Tensor:
+        return self.balance(hits_TKE, chosen[2], text)

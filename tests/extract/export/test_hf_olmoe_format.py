@@ -13,15 +13,16 @@ from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 from extract.export.export_formats import Options
 from extract.export.export_job import export
-from pangu_sigma import runtime
+from pangu_sigma import runtime, trained_model
 from pangu_sigma.checkpoint import open_checkpoint
-from pangu_sigma.config import load_config
+from pangu_sigma.config import config_from_dict, load_config
 from pangu_sigma.convert.import_olmoe import OlmoeImportSettings, import_olmoe
 from pangu_sigma.convert.olmoe_names import parts_of
+from pangu_sigma.data.packed_rows import TokenSequence, packed_row
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation.kv_cache_decoder import KvCacheDecoder
 from pangu_sigma.model.batch_planner import BatchPlanner
-from pangu_sigma.trained_model import load_trained
+from pangu_sigma.trained_model import load_trained, stored_config
 from pangu_sigma.training.objective import TrainingObjective
 from pangu_sigma.training.startup.starting_point import start_fresh
 from pangu_sigma.training.step import GradientStep
@@ -162,6 +163,49 @@ def test_loss_auxiliary_loss_and_gradients_agree(theirs, ours, tokens):
         np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-5 * largest, err_msg=str(key))
         checked.add(part.name)
     assert checked == named.keys()
+
+
+def test_padding_of_a_short_example_is_masked_as_theirs_is(theirs, imported, tokenizer, monkeypatch, tmp_path):
+    """One answer in a row that is mostly padding: losses and the norm of the gradient are those of `attention_mask`."""
+    values = stored_config(imported.checkpoint).to_dict()
+    values["adapt"] = {"objective": "sft", "examples": [{"name": "general", "data": ["x.jsonl"]}]}
+    values["run"] |= {"init_from": str(imported.path), "dir": str(tmp_path / "run")}
+    values["model"]["sparse"]["z_loss_weight"] = 0.1
+    monkeypatch.setattr(trained_model, "stored_config", lambda checkpoint: config_from_dict(values))
+    adapted = load_trained(imported.path).model
+    ids = np.random.default_rng(2).integers(3, tokenizer.vocab_size, 9).astype(np.int32)
+    rows = [packed_row([TokenSequence(ids, 4)], WINDOW, tokenizer.pad_id) for _ in range(BATCH)]
+    row, mask, padding = (np.stack(parts) for parts in zip(*rows, strict=True))
+    inputs = adapted.training_inputs(BATCH)
+    planner = BatchPlanner(adapted, inputs, training=True)
+    planned = planner(row, np.zeros(BATCH, np.int32), np.arange(BATCH), 0, mask, padding)
+    step = GradientStep(adapted.net, inputs, adapted.layout, True, TrainingObjective())
+    by_sample, auxiliary, counts, by_expert, shared, _ = step(
+        *inputs.pack(planned, adapted.store, mask / np.float32(mask.sum()), 1.0)
+    )
+
+    given = torch.tensor(row[:, :-1], dtype=torch.long)
+    attended = torch.tensor(~padding).long()
+    theirs.zero_grad()
+    out = theirs(given, attention_mask=attended, output_router_logits=True)
+    labels = torch.tensor(np.where(mask > 0, row[:, 1:], -100), dtype=torch.long)
+    loss = torch.nn.functional.cross_entropy(out.logits.reshape(-1, out.logits.shape[-1]), labels.reshape(-1))
+    config = theirs.config
+    pooled = load_balancing_loss_func(out.router_logits, config.num_experts, config.num_experts_per_tok, attended)
+    squares = [torch.logsumexp(logits[attended.reshape(-1) > 0], -1).square().mean() for logits in out.router_logits]
+    total = config.router_aux_loss_coef * pooled + 0.1 * sum(squares)
+    (loss + total).backward()
+    assert by_sample.asnumpy().sum() / mask.sum() == pytest.approx(loss.item(), abs=1e-5)
+    assert float(auxiliary.asnumpy()) == pytest.approx(total.item(), rel=1e-5)
+    # Rows of experts are those of text alone.
+    for of_layer in counts:
+        assert of_layer.asnumpy().sum() == 2 * attended.sum().item()
+    trains = np.stack([of_layer.asnumpy()[:, :-1].sum(0) > 0 for of_layer in counts])
+    of_experts = inputs.expert_gradients(by_expert, planned.plans, trains).values()
+    ours = [gradient.asnumpy() for gradients in (shared, *of_experts) for gradient in gradients]
+    norm = np.sqrt(sum((gradient.astype(np.float64) ** 2).sum() for gradient in ours))
+    expected = np.sqrt(sum((p.grad.double() ** 2).sum().item() for p in theirs.parameters() if p.grad is not None))
+    assert norm == pytest.approx(expected, rel=1e-4)
 
 
 def tensor_bytes(folder) -> dict[str, tuple]:

@@ -4,6 +4,7 @@ under both dispatches and both kinds of kernels; and every gradient, against fin
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from functools import partial
 
 import mindspore as ms
@@ -96,8 +97,11 @@ def network(rows, weights):
 class Case:
     """One gate with given weights, and the oracle's answers to the same."""
 
-    def __init__(self, name: str, kernels: str | None = None) -> None:
+    def __init__(self, name: str, kernels: str | None = None, padded: bool = False) -> None:
         self.kind, changes = CASES[name]
+        changes = changes | {"padded": padded}
+        # The first sample has 5 tokens of text, the second one is whole.
+        self.text = np.arange(TOKENS) % LENGTH < np.repeat([5, LENGTH], LENGTH) if padded else np.ones(TOKENS, bool)
         layout = Layout(kernels=kernels)
         self.options = options_of(self.kind, layout=layout, **changes)
         self.router = build_router(self.options)
@@ -117,10 +121,28 @@ class Case:
             self.noise = [self.router.noise(4, np.array([11, 12]))]
             assert self.noise[0].shape == self.router.noise_shape(TOKENS) and self.noise[0].dtype == np.float32
 
-    def flat(self, noise) -> list[Tensor]:
-        return [Tensor(a) for a in (*noise, *(w for expert in self.experts for w in expert))]
+    def flat(self, noise, training: bool = True) -> list[Tensor]:
+        text = [self.text.astype(np.float32)[:, None]] if self.options.padded and training else []
+        assert [t.shape for t in text] == [s for s in [self.router.text_shape(TOKENS)] if s and training]
+        return [Tensor(a) for a in (*noise, *text, *(w for expert in self.experts for w in expert))]
 
     def route(self, x, gates, noise) -> routers_numpy.Routed:
+        """The oracle's answer of the text alone; padding has no weight and no choice."""
+        if self.text.all():
+            return self.route_text(x, gates, noise)
+        text = [np.flatnonzero(self.text)]
+        if self.kind == "expert_choice":  # sample by sample
+            text = [text[0][text[0] // LENGTH == sample] for sample in range(SAMPLES)]
+        whole = routers_numpy.Routed(np.zeros((TOKENS, EXPERTS)), [[] for _ in range(TOKENS)], 0.0)
+        for places in text:
+            routed = self.route_text(x[places], gates, [n[places] for n in noise])
+            whole.weights[places] = routed.weights
+            for place, order in zip(places, routed.order, strict=True):
+                whole.order[place][:] = order
+            whole = replace(whole, auxiliary=whole.auxiliary + routed.auxiliary)
+        return whole
+
+    def route_text(self, x, gates, noise) -> routers_numpy.Routed:
         o, g, n = self.options, gates["weight"], (noise[0].astype(np.float64) if noise else None)
         balance, k = o.settings["aux_loss_weight"], o.top_k
         if self.kind == "switch":
@@ -135,7 +157,8 @@ class Case:
             return routers_numpy.olmoe(x, g, k, balance, WEIGHTS["z_loss_weight"], o.setting("renormalise"))
         if self.kind == "every_expert":
             return routers_numpy.adaptive_mixture(x, g)
-        return routers_numpy.expert_choice(x, g, 4, LENGTH)  # ceil(8 tokens * 2 / 5 experts)
+        length = min(LENGTH, len(x))
+        return routers_numpy.expert_choice(x, g, min(4, length), length)  # ceil(8 tokens * 2 / 5 experts)
 
     def kept(self, routed: routers_numpy.Routed, training: bool) -> list[list[int]]:
         factor = self.options.capacity_factor
@@ -167,10 +190,11 @@ def made(request):
         pytest.skip("no compiled kernels in this installation")
     cases: dict[str, Case] = {}
 
-    def make(name: str) -> Case:
-        if name not in cases:
-            cases[name] = Case(name, kernels)
-        return cases[name]
+    def make(name: str, padded: bool = False) -> Case:
+        key = f"{name} padded" if padded else name
+        if key not in cases:
+            cases[key] = Case(name, kernels, padded)
+        return cases[key]
 
     return make
 
@@ -191,13 +215,27 @@ def agree(case: Case, results, expected) -> None:
         np.testing.assert_array_equal(rows.asnumpy()[sample, :-1], taken)
         lost = sum(len(order[t]) - len(kept[t]) for t in tokens) / case.options.top_k
         if case.kind == "expert_choice":
-            lost = sum(not kept[t] for t in tokens)
+            lost = sum(not kept[t] for t in tokens if case.text[t])
         np.testing.assert_allclose(rows.asnumpy()[sample, -1], lost, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_training_step_is_the_oracles_and_so_is_every_gradient(made, name):
-    case = made(name)
+    agree_in_training(made(name))
+
+
+# One of every gate and of every loss.
+@pytest.mark.parametrize(
+    "name",
+    ["switch capacity", "gshard capacity of the batch", "noisy_top_k capacity", "olmoe", "expert_choice",
+     "every_expert"],
+)  # fmt: skip
+def test_padding_chooses_no_expert_takes_no_room_and_counts_in_no_loss(made, name):
+    agree_in_training(made(name, padded=True))
+
+
+def agree_in_training(case: Case) -> None:
+    """Outputs, auxiliary loss, rows and all gradients of a training step are the oracle's."""
     step = WithGradients(case.objective)
     step.set_train()
     (_, y, auxiliary, rows), (dx, dgates) = step(Tensor(case.x), Tensor(case.slopes), *case.flat(case.noise))
@@ -231,7 +269,7 @@ def test_a_training_step_is_the_oracles_and_so_is_every_gradient(made, name):
 def test_evaluation_has_no_noise_and_drops_nothing(made, name):
     case = made(name)
     case.objective.set_train(False)
-    _, y, auxiliary, rows = case.objective(Tensor(case.x), Tensor(case.slopes), *case.flat([]))
+    _, y, auxiliary, rows = case.objective(Tensor(case.x), Tensor(case.slopes), *case.flat([], training=False))
     expected = case.answer(*exact(case), [], False)
     agree(case, (y, auxiliary, rows), expected)
     if case.kind != "expert_choice":
