@@ -7,6 +7,7 @@ a copied or moved folder is itself and nothing else.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from os.path import (
     abspath,
@@ -58,7 +59,7 @@ def resolve_stored_paths(values: dict[str, Any], file: Path) -> dict[str, Any]:
     if values.get("paths_from") == "file":
         del values["paths_from"]
         home = _folder_of(file)
-        change_paths(values, lambda path: normpath(join(home, expanduser(path))))
+        change_paths(values, lambda path: resolve_stored_path(path, home))
     elif (before := _older_folder(values, file)) is not None:
         home = _folder_of(file)
         change_paths(values, lambda path: join(home, relpath(path, before)) if _inside(path, before) else path)
@@ -108,7 +109,7 @@ def with_paths_from_file(values: dict[str, Any], folder: str | Path, beyond_root
     """A configuration with absolute paths as a file in `folder` says it; the mapping itself is changed. `beyond_root`:
     paths that share nothing with the folder but the root become relative too."""
     values["paths_from"] = "file"
-    change_paths(values, lambda path: _relative(path, folder, beyond_root))
+    change_paths(values, lambda path: stored_path(path, folder, beyond_root))
     return values
 
 
@@ -117,7 +118,8 @@ def stored_text(config: Config, folder: str | Path, is_model: bool = False) -> s
     return dump_yaml(stored_values(config, folder, is_model))
 
 
-def _relative(path: str, folder: str | Path, beyond_root: bool) -> str:
+def stored_path(path: str, folder: str | Path, beyond_root: bool = False) -> str:
+    """An absolute path as a file in `folder` says it; see `stored_values`."""
     home = realpath(folder)
     # As it was written first: a link in a path stays one, where it leads to the same from the folder's real place.
     for base, target in ((abspath(folder), path), (home, path), (home, realpath(path))):
@@ -125,3 +127,22 @@ def _relative(path: str, folder: str | Path, beyond_root: bool) -> str:
         if realpath(join(home, relative)) == realpath(path) and (beyond_root or commonpath([base, target]) != "/"):
             return join(".", relative) if relative.startswith("~") else relative
     return path
+
+
+def resolve_stored_path(path: str, folder: str | Path) -> str:
+    """The absolute path that `stored_path` wrote for a file that lies in `folder` now."""
+    return normpath(join(realpath(folder), expanduser(path)))
+
+
+def with_stored_paths(text: str, folder: str | Path) -> str:
+    """A sentence about a run as a file in its `folder` says it: absolute paths in it start at the folder, but for those
+    that share nothing with it but the root."""
+    for home in (abspath(folder), realpath(folder)):
+        for ancestor in [Path(home), *Path(home).parents][:-1]:
+            relative = relpath(ancestor, home).replace("\\", r"\\")
+            beside = "" if relative == "." else f"{relative}/"
+            relative = "./" if relative == "." else relative
+            begin = rf"(?<![\w./~-]){re.escape(str(ancestor))}"
+            text = re.sub(f"{begin}/", beside, text)
+            text = re.sub(rf"{begin}(?![\w-])(?!\.\w)", relative, text)
+    return text

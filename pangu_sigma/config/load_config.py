@@ -45,7 +45,12 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Over
 def load_values(values: dict[str, Any], source: str, overrides: Overrides = ()) -> Config:
     """`load_config` of the mapping that the file `source` holds; the overrides change it."""
     refuse_old_file(values, source)
+    has_own_cache = _has_own_cache(values)
     applied = apply_overrides(values, overrides)
+    typed = {override.key for override in applied}
+    # Text that was tokenised into the run's own folder is looked for in that of `run.dir`, also where another is typed.
+    if has_own_cache and not _has_own_cache(values) and typed.isdisjoint({"data", "data.cache"}):
+        values["data"]["cache"] = None
 
     def blame(key: str) -> str:
         for override in reversed(applied):
@@ -97,16 +102,15 @@ def with_run_folder(config: Config, run_dir: Path) -> dict[str, Any]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The configuration that a YAML file holds, as a mapping that is not yet checked, its paths absolute where they
-    start at the file. Raises UserError.
+    start at the file. Raises UserError."""
+    return resolve_stored_paths(read_values(path), find_file(path))
 
-    Text that was tokenised into the run's own folder is looked for in that of `run.dir`, also where another is typed.
-    """
-    values = resolve_stored_paths(read_values(path), find_file(path))
+
+def _has_own_cache(values: dict[str, Any]) -> bool:
+    """Whether data.cache lies where it does if nobody writes it."""
     run, data = values.get("run"), values.get("data")
     folder = run.get("dir") if isinstance(run, dict) else None
-    if isinstance(data, dict) and isinstance(folder, str) and data.get("cache") == own_cache(folder):
-        data["cache"] = None
-    return values
+    return isinstance(data, dict) and isinstance(folder, str) and data.get("cache") == own_cache(folder)
 
 
 def own_cache(run_dir: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from pangu_sigma.checkpoint import Checkpoint, resolve
 from pangu_sigma.config import Config
+from pangu_sigma.config.config_paths import resolve_stored_path, stored_path
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
 from pangu_sigma.finetuning.example_rows import ExampleSampler, ExampleStream, HeldoutExamples, NoExamples
@@ -132,10 +133,11 @@ class ExampleTask(TrainingTask):
         return {name: rows for name, rows in probe.items() if rows.shape[0] and rows.shape[1] == length}
 
     def state(self) -> dict[str, object]:
-        """See `TrainingTask`; dpo's reference by its path and hash."""
+        """See `TrainingTask`; dpo's reference by its path from the run's folder, and its hash."""
         if self.frozen is None:
             return {}
-        return {REFERENCE: {"path": str(self.frozen.path), "sha256": self.frozen.sha256}}
+        path = stored_path(str(self.frozen.path), self.config.run.dir)
+        return {REFERENCE: {"path": path, "sha256": self.frozen.sha256}}
 
 
 def _tokenised(config: Config, origin: Checkpoint) -> ExampleCorpus:
@@ -161,10 +163,12 @@ def _frozen(starting_point: StartingPoint, named: Path) -> Checkpoint:
     if starting_point.initial_model is not None:
         return starting_point.initial_model
     kept = starting_point.tokenizer_checkpoint.state[REFERENCE]
-    for path in (Path(kept["path"]), named):
+    # Runs of earlier versions name it by an absolute path, which stays one.
+    before = Path(resolve_stored_path(kept["path"], starting_point.config.run.dir))
+    for path in (before, named):
         if path.exists() and (copy := resolve(path)).sha256 == kept["sha256"]:
             return copy
     raise UserError(
-        f"the reference model of this run was {kept['path']}, which is gone or changed: put it back, or name a "
+        f"the reference model of this run was {before}, which is gone or changed: put it back, or name a "
         "copy of it as MODEL"
     )

@@ -106,7 +106,8 @@ class NoMetrics:
         self.write({**record, "figures": figures} if figures else record)
 
     def checkpoint(self, step: int, *, path: Path | str, **figures: float) -> None:
-        """A finished save: bytes_written anew, bytes_linked from the previous checkpoint, and its seconds."""
+        """A finished save: its path from the run's folder, bytes_written anew, bytes_linked from the previous
+        checkpoint, and its seconds."""
         self.write({"kind": "checkpoint", "step": step, "path": str(path), **figures})
 
     def event(self, step: int, message: str) -> None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pangu_sigma.config.config_paths import stored_path, with_stored_paths
 from pangu_sigma.data.prefetcher import Prefetcher
 from pangu_sigma.data.stream_sampler import StreamEnded
 from pangu_sigma.errors import argument
@@ -233,7 +234,7 @@ class TrainingLoop(TrainingRun):
             )
         self.metrics.checkpoint(
             self.progress.step,
-            path=result.path,
+            path=stored_path(str(result.path), self.config.run.dir),
             bytes_written=result.bytes_written,
             bytes_linked=result.bytes_linked,
             seconds=time.monotonic() - started,
@@ -250,7 +251,7 @@ class TrainingLoop(TrainingRun):
 
     def _report(self, message: str, level: int = logging.INFO) -> None:
         self.bar.say(message, level)
-        self.metrics.event(self.progress.step, message)
+        self.metrics.event(self.progress.step, with_stored_paths(message, self.config.run.dir))
 
     def _report_end(self) -> None:
         """Say why the loop is over, if not because all is done. Raises the error that ended a stream."""

@@ -10,8 +10,10 @@ import pytest
 import yaml
 
 from pangu_sigma.config import load_config
-from pangu_sigma.config.config_paths import stored_text
-from pangu_sigma.config.load_config import read_stored
+from pangu_sigma.config.config_paths import stored_text, with_stored_paths
+from pangu_sigma.config.config_text import yaml_text
+from pangu_sigma.config.load_config import load_values, read_config, read_stored
+from pangu_sigma.data.corpus_files import expand_paths
 from pangu_sigma.errors import UserError
 
 
@@ -107,6 +109,38 @@ def test_a_models_configuration_holds_no_absolute_path(project):
     assert loaded.domains == configured().domains
 
 
+def test_patterns_below_a_folder_with_brackets_find_their_files_from_wherever_the_run_is_taken(project, tmp_path):
+    """What lies above a pattern is meant as it is written, also where a moved folder brings the brackets."""
+    names = [f"data/part-{n}/{kind}.jsonl" for n in "12" for kind in ("a", "b")]
+    for name in names:
+        (project / name).parent.mkdir(exist_ok=True)
+        (project / name).write_text('{"text": "x"}\n')
+    kept(configured("run.dir=runs/a[b]", "domains.code.data=data/part-[0-9]/[!b].jsonl"), project / "runs/a[b]")
+    for folder in ("moved [a-z]", "[x]/y[!z]*"):
+        (tmp_path / folder).parent.mkdir(exist_ok=True)
+        project = project.rename(tmp_path / folder)
+        loaded = load_config(project / "runs/a[b]/config.yaml")
+        assert loaded.run.dir == str(project / "runs/a[b]") and loaded.data.cache == str(project / "runs/a[b]/data")
+        assert expand_paths("code", loaded.domains[0].data) == [project / names[0], project / names[2]]
+        # Stored again, as a run that goes on does.
+        kept(loaded, project / "runs/a[b]")
+
+
+def test_a_cache_in_the_runs_folder_is_written_and_follows_another_run_dir(project):
+    own = kept(configured("run.dir=runs/orig"), project / "runs/orig")
+    values = read_config(own)
+    marked = yaml_text(load_values(values, str(own)), 100, values)
+    assert f"  cache: {project}/runs/orig/data" in marked.splitlines()  # and no mark behind it
+    for overrides, cache in (
+        (["run.dir=new"], "new/data"),
+        (["run.dir=runs/orig"], "runs/orig/data"),
+        (["run.dir=new", "data.cache=there"], "there"),
+        (["run.dir=new", f"data.cache={project}/runs/orig/data"], "runs/orig/data"),
+    ):
+        for source in (own, load_config(own)):
+            assert load_config(source, overrides).data.cache == str(project / cache)
+
+
 def test_what_is_typed_starts_at_the_current_folder(project, monkeypatch):
     file = kept(configured("run.dir=runs/orig"), project / "runs/orig")
     monkeypatch.chdir(project / "data")
@@ -150,3 +184,16 @@ def test_a_stream_from_standard_input_is_no_path(project):
     stream = {"data.stream": {"path": "-", "domain": "code"}}
     config = load_config("small.yaml", {**stream, "train.phases": []})
     assert load_config(kept(config, project / "runs/small")).data.stream.path == "-"
+
+
+def test_sentences_of_a_run_start_at_its_folder(tmp_path):
+    run = tmp_path / "runs/orig"
+    run.mkdir(parents=True)
+    for sentence, stored in (
+        (f"saved {run}/checkpoints/step-1", "saved checkpoints/step-1"),
+        (f"{run}: begun; resume with {run}.", "./: begun; resume with ./."),
+        (f"begins with {tmp_path}/models/b (step 2)", "begins with ../../models/b (step 2)"),
+        (f"{run}-2/x and {run}.old", "../orig-2/x and ../orig.old"),
+        ("read /dev/null, a/b and http://host/runs", "read /dev/null, a/b and http://host/runs"),
+    ):
+        assert with_stored_paths(sentence, run) == stored

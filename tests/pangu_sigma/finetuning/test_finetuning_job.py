@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -14,6 +16,7 @@ from pangu_sigma.config import load_config
 from pangu_sigma.errors import UserError
 from pangu_sigma.evaluation.evaluation_job import evaluate
 from pangu_sigma.finetuning.finetuning_job import adapt
+from pangu_sigma.finetuning.finetuning_task import _frozen
 from pangu_sigma.monitor.metrics_log import read_metrics
 from pangu_sigma.report import write_report
 from pangu_sigma.trained_model import stored_config
@@ -53,21 +56,41 @@ def test_dpo_prefers_the_chosen_answers_and_resumes_to_the_same_bytes(taught, ad
     assert last["figures"]["preference_accuracy"] > 0.5 and last["figures"]["preference_margin"] > 0
     assert "law" in write_report(whole).read_text(encoding="utf-8")
     no_dropout = ("model.dropout=0", "model.attention.dropout=0")
-    adapt(taught, file, "dpo", (f"run.dir={parts}", "train.stop_at=2", *no_dropout))
-    moved = taught.with_name("moved")
-    taught.rename(moved)
-    try:
-        with pytest.raises(UserError, match="the reference model of this run was .* which is gone or changed: put it"):
-            adapt(taught, file, "dpo", (f"run.dir={parts}", *no_dropout), resume=True)
-        adapt(moved, file, "dpo", (f"run.dir={parts}", *no_dropout, *KEEP_ONE), resume=True)
-    finally:
-        moved.rename(taught)
-    own, other = checkpoint(whole, 4), checkpoint(parts, 4)
-    for path, reference in ((own, taught), (other, moved)):
+    tree, model = tmp_path / "tree", tmp_path / "tree/models/taught"
+    shutil.copytree(taught, model)
+    parts = tree / "runs/parts"
+    adapt(model, file, "dpo", (f"run.dir={parts}", "train.stop_at=2", *no_dropout))
+    model.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=rf"the reference model of this run was {checkpoint(model, 2)}, which is gone"):
+        adapt(model, file, "dpo", (f"run.dir={parts}", *no_dropout), resume=True)
+    (tmp_path / "elsewhere").rename(model)
+    # Moved together, the run finds its reference by itself: no model is where the command says.
+    moved = tree.rename(tmp_path / "moved")
+    adapt(model, file, "dpo", (f"run.dir={moved / 'runs/parts'}", *no_dropout, *KEEP_ONE), resume=True)
+    own, other = checkpoint(whole, 4), checkpoint(moved / "runs/parts", 4)
+    for path, reference in ((own, taught), (other, moved / "models/taught")):
         state = json.loads((path / "state.json").read_text())
-        assert state["reference"].pop("path") == str(checkpoint(reference, 2))
+        kept = state["reference"].pop("path")
+        assert kept.startswith("..") and (path.parents[1] / kept).resolve() == checkpoint(reference, 2).resolve()
         (path / "state.json").write_text(json.dumps(state))
     assert_equal_checkpoints(own, other)
+    # metrics.jsonl names no folder but from the run's own.
+    text = (moved / "runs/parts/metrics.jsonl").read_text(encoding="utf-8")
+    assert '"path": "checkpoints/step-00000004"' in text and str(tmp_path) not in text and "../../models" in text
+
+
+def test_a_copy_of_the_reference_may_be_named_instead(taught, tmp_path):
+    (copy,) = ((shutil.copytree(taught, tmp_path / "copy") / "checkpoints").iterdir())
+    frozen = open_checkpoint(copy)
+    for kept in ("gone", str(tmp_path / "gone")):  # runs of earlier versions keep an absolute path
+        state = {"reference": {"path": kept, "sha256": frozen.sha256}}
+        start = SimpleNamespace(
+            initial_model=None, tokenizer_checkpoint=SimpleNamespace(state=state),
+            config=SimpleNamespace(run=SimpleNamespace(dir=str(tmp_path))),
+        )  # fmt: skip
+        assert _frozen(start, copy).path == copy
+        with pytest.raises(UserError, match=f"was {tmp_path / 'gone'}, which is gone or changed: put it back"):
+            _frozen(start, tmp_path / "nothing")
 
 
 def test_a_sub_model_learns_with_its_shared_parameters_frozen_and_its_parents_domains_keep_every_bit(
