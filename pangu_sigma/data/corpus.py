@@ -89,6 +89,16 @@ class Corpus:
                 losses[store.name] = unigram_loss(store.token_counts, counts)
         return losses
 
+    def heldout_bytes(self, batches: int) -> dict[str, int]:
+        """UTF-8 bytes, by domain, of the text that an evaluation of at most so many batches measures, as the tokenizer
+        writes it; the end of a document is none."""
+        sizes = {}
+        for name, sequences in self.heldout().items():
+            counts = sequences.label_counts(self.tokenizer.vocab_size, batches * self.config.evaluate.batch_size)
+            used = np.flatnonzero(counts).tolist()
+            sizes[name] = sum(int(counts[index]) * len(self.tokenizer.token_bytes(index)) for index in used)
+        return sizes
+
 
 def prepare_corpus(
     config: Config,

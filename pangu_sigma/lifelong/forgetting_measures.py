@@ -6,6 +6,7 @@ with the sign turned, so that higher quality is higher: R[i, j] = -losses[i][j].
 `learned[j]` is the stage (from 0) in which domain j was learned first. Where every stage brings one domain, learned[j]
 = j and the definitions are those of the papers; where a stage brings several, or a domain returns, `learned` says which
 entry of the matrix stands for "just learned". A domain that no stage brings (None) is measured, and counts nowhere.
+NaN is what was not measured, which a domain may be as long as it is not learned.
 
 Shapes: I stages, J domains.
 """
@@ -49,17 +50,20 @@ def forgetting(losses: np.ndarray, learned: Sequence[int | None]) -> Measure:
     al., arXiv 1801.10112 (there for accuracies).
     """
     last = len(losses) - 1
-    return _over_domains(learned, range(last), lambda j, _: losses[last, j] - losses[:last, j].min())
+    return _over_domains(learned, range(last), lambda j, _: losses[last, j] - np.nanmin(losses[:last, j]))
 
 
 def forward_transfer(losses: np.ndarray, untrained: np.ndarray, learned: Sequence[int | None]) -> Measure:
     """FWT = mean over the domains j learned after the first stage of R[learned[j] - 1, j] - b[j]; losses [I, J].
 
     untrained [J]: the losses -b of the model before any training, measured in the same way. Positive: what was learned
-    before helps a domain that was never seen. Source: arXiv 1706.08840.
+    before helps a domain that was never seen. Domains that were not measured before their stage count nowhere. Source:
+    arXiv 1706.08840.
     """
     later = range(1, len(losses))
-    return _over_domains(learned, later, lambda j, learned_at: untrained[j] - losses[learned_at - 1, j])
+    before = [None if j is None else losses[j - 1, column] - untrained[column] for column, j in enumerate(learned)]
+    measured = [None if gain is None or np.isnan(gain) else j for j, gain in zip(learned, before, strict=True)]
+    return _over_domains(measured, later, lambda j, learned_at: untrained[j] - losses[learned_at - 1, j])
 
 
 def learned_loss(losses: np.ndarray, learned: Sequence[int | None]) -> Measure:

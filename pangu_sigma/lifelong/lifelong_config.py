@@ -66,5 +66,11 @@ class LifelongConfig(Section):
     """From the second stage on, for all stages."""
     inference: InferenceConfig = InferenceConfig()
     """How a domain is inferred where none is given."""
+    measure: Literal["all", "own", "new"] = "all"
+    """What is measured after a stage. all: every domain's text, under every expert group. own: each domain that was
+    learned, under its own experts alone. new: as own, but a domain whose parameters are by their hashes those of the
+    stage before keeps its loss."""
+    measure_batches: int | None = Field(None, ge=1)
+    """How many batches of each text are measured at most; evaluate.batches of the base if null."""
     stages: ListOf[StageConfig] = Field(min_length=1)
     """The stages, one after the other."""

@@ -20,6 +20,7 @@ from pangu_sigma.config.config_paths import resolve_stored_paths
 from pangu_sigma.config.differences import joined
 from pangu_sigma.config.resume_rules import changed_keys
 from pangu_sigma.data.corpus_files import expand_paths
+from pangu_sigma.data.packed_sequences import HeldoutSequences
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_registry import load_tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_training import build_tokenizer
@@ -27,7 +28,7 @@ from pangu_sigma.errors import UserError
 from pangu_sigma.lifelong.lifelong_page import render
 from pangu_sigma.lifelong.lifelong_results import Results
 from pangu_sigma.lifelong.loss_heat_map import heat_map
-from pangu_sigma.lifelong.stage_cost import learning, stage_cost
+from pangu_sigma.lifelong.stage_cost import domain_costs, learning, parameter_hashes, stage_cost
 from pangu_sigma.lifelong.stage_plan import Plan, Stage
 from pangu_sigma.lifelong.train_stage import finished, train_stage
 from pangu_sigma.monitor.progress import progress
@@ -63,7 +64,7 @@ def run_lifelong(plan: Plan, say: Callable[[str], None] = print) -> Results:
                 return replace(results, stop_signal=stop_signal)
             if checkpoint is None:
                 break
-            measurement.measure(stage, checkpoint)
+            measurement.measure(stage, checkpoint, checkpoints[-1] if checkpoints else None)
             checkpoints.append(checkpoint)
             results = measurement.results(checkpoints)
             write_results(plan.dir, results)
@@ -86,6 +87,8 @@ class _Measurement:
         self.tokenizer_path, tokenizer = _tokenizer(plan)
         self.corpus = prepare_with_progress(plan.base, tokenizer)
         self.heldout = self.corpus.heldout()
+        self.unigram = self.corpus.unigram_losses(plan.measure_batches)
+        self.heldout_bytes = self.corpus.heldout_bytes(plan.measure_batches)
         self.untrained = self._untrained()
 
     def results(self, checkpoints: list[Checkpoint]) -> Results:
@@ -103,18 +106,39 @@ class _Measurement:
                 stage_cost(plan, stage, checkpoints[n], checkpoints[n - 1] if n else None)
                 for n, stage in enumerate(done)
             ],
+            unigram=self.unigram,
+            heldout_bytes=self.heldout_bytes,
+            domain_costs=domain_costs(checkpoints[-1]) if checkpoints else {},
             learning=[learning(plan, stage, checkpoints[n], texts) for n, stage in enumerate(done)],
         )
 
-    def measure(self, stage: Stage, checkpoint: Checkpoint) -> None:
-        """Measure a finished stage, unless it was with the same model, text and settings."""
+    def measure(self, stage: Stage, checkpoint: Checkpoint, before: Checkpoint | None) -> None:
+        """Measure a finished stage, unless it was with the same model, text and settings; the stage before it ended
+        with `before`."""
         path = self.plan.run_dir(stage) / MEASURED
         of = {"checkpoint": checkpoint.sha256, **self._settings()}
         if (read_json(path) or {}).get("of") != of:
             from pangu_sigma.trained_model import trained_from
 
-            row = self._row(trained_from(checkpoint).model, f"measure {stage.name}")
-            write_json(path, {"of": of, "row": row})
+            kept = self._kept(stage, checkpoint, before)
+            texts = {name: text for name, text in self.heldout.items() if name not in kept}
+            row = self._row(trained_from(checkpoint).model, f"measure {stage.name}", texts) | kept
+            write_json(path, {"of": of, "row": {name: row[name] for name in self.heldout}})
+
+    def _kept(self, stage: Stage, checkpoint: Checkpoint, before: Checkpoint | None) -> dict[str, dict]:
+        """With measure: new, the losses of the stage before that hold: of domains that this stage does not learn and
+        all of whose parameters, shared and own, are the same by their hashes."""
+        if self.plan.measure != "new" or before is None or not self.plan.by_domain:
+            return {}
+        from pangu_sigma.lifelong.matrix_row import UNCHANGED
+
+        row = read_json(self.plan.run_dir(self.plan.stages[stage.number - 1]) / MEASURED)["row"]
+        same = [
+            name
+            for name in before.domains
+            if name not in stage.domains and parameter_hashes(before, name) == parameter_hashes(checkpoint, name)
+        ]
+        return {name: row[name] | {"how": UNCHANGED} for name in same if name in row}
 
     def _untrained(self) -> dict[str, Any]:
         """The row of the first stage's model before its first step."""
@@ -127,7 +151,7 @@ class _Measurement:
         of |= {"experts": [entry["experts"] for entry in config["domains"]], **self._settings()}
         if (read_json(path) or {}).get("of") != of:
             model = self._build(config)
-            write_json(path, {"of": of, "row": self._row(model, "measure untrained")})
+            write_json(path, {"of": of, "row": self._row(model, "measure untrained", self.heldout)})
         return read_json(path)["row"]
 
     def _build(self, values: Mapping[str, Any]):
@@ -139,25 +163,27 @@ class _Measurement:
         counts = self.corpus.token_counts(vocab)
         return build_model(config, vocab, self.corpus.tokenizer.eod_id, token_counts=counts, inference=True)
 
-    def _row(self, model, what: str) -> dict[str, dict]:
+    def _row(self, model, what: str, texts: Mapping[str, HeldoutSequences]) -> dict[str, dict]:
         from pangu_sigma.lifelong.matrix_row import RowMeasurement
 
-        evaluate = self.plan.base.evaluate
+        plan = self.plan
+        size, own_only = plan.base.evaluate.batch_size, plan.measure != "all"
         measurement = RowMeasurement(
-            model, self.plan.by_domain, self.plan.inference, evaluate.batches, evaluate.batch_size
+            model, plan.by_domain, plan.inference, plan.measure_batches, size, own_only=own_only
         )
         try:
-            with progress(what, measurement.work(self.heldout), unit="batches") as job:
-                return measurement.row(self.heldout, job.advance)
+            with progress(what, measurement.work(texts), unit="batches") as job:
+                return measurement.row(texts, job.advance)
         finally:
             model.store.close()
 
     def _settings(self) -> dict[str, Any]:
         """What a row depends on besides the model."""
-        evaluate = self.plan.base.evaluate
+        plan = self.plan
         return {
-            "evaluate": {"batches": evaluate.batches, "batch_size": evaluate.batch_size},
-            "inference": self.plan.inference.model_dump(mode="json"),
+            "evaluate": {"batches": plan.measure_batches, "batch_size": plan.base.evaluate.batch_size},
+            "inference": plan.inference.model_dump(mode="json"),
+            **({} if plan.measure == "all" else {"measure": plan.measure}),
             "text": {store.name: store.fingerprint for store in self.corpus.stores},
         }
 

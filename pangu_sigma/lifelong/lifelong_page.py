@@ -42,6 +42,8 @@ def _sections(results: Results) -> Iterator[tuple[str, str, Any]]:
     yield "matrix", "Loss after every stage", {"svg": svg, "domains": results.domains, "rows": rows}
     if results.rows:
         yield "measures", "Transfer and forgetting", results.measure_rows()
+        floors = [floor.row() for floor in results.floors]
+        yield "floors", "Every domain beside a count of its tokens", {"rows": floors, "warnings": results.warnings}
         yield "costs", "What every stage cost", results.cost_rows(with_moments=True)
         yield "learning", "Learning as the text comes", list(_learning(results))
 

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from pangu_sigma.lifelong import forgetting_measures
+from pangu_sigma.lifelong.domain_floors import HEADER as FLOORS
+from pangu_sigma.lifelong.domain_floors import DomainFloor, domain_floors
 from pangu_sigma.lifelong.forgetting_measures import Measure
 from pangu_sigma.lifelong.loss_heat_map import Panel
 from pangu_sigma.lifelong.property_table import Property, properties
@@ -29,7 +31,9 @@ class Results:
     plan: `Plan.to_dict`. learned: domain -> number of the stage that learns it first. untrained and each of `rows` (one
     per finished stage): domain -> {"loss", "how", "auto", "accuracy", "tokens"} (see `matrix_row`). costs and
     learning: per finished stage, see `stage_cost`. by_domain: whether a text is read by the experts of its domain.
-    stop_signal: the signal at which a stage saved and stopped, None if none came.
+    unigram, heldout_bytes, domain_costs: by domain, the loss of a unigram model and the bytes of the text that is
+    measured, and what the last model has for the domain alone (`stage_cost.domain_costs`). stop_signal: the signal at
+    which a stage saved and stopped, None if none came.
     """
 
     plan: Mapping[str, Any]
@@ -39,6 +43,9 @@ class Results:
     rows: Sequence[Mapping[str, Mapping[str, Any]]]
     costs: Sequence[Mapping[str, Any]]
     learning: Sequence[Mapping[str, Mapping[str, Any]]]
+    unigram: Mapping[str, float]
+    heldout_bytes: Mapping[str, int]
+    domain_costs: Mapping[str, Mapping[str, int]]
     stop_signal: signal.Signals | None = None
 
     @property
@@ -58,7 +65,7 @@ class Results:
 
     @property
     def losses(self) -> np.ndarray:
-        """Nats per token [finished stages, domains]."""
+        """Nats per token [finished stages, domains], NaN where nothing was measured."""
         return np.array([[row[name]["loss"] for name in self.domains] for row in self.rows], np.float64)
 
     @property
@@ -70,7 +77,7 @@ class Results:
         learned = [
             learned_at if learned_at is not None and learned_at < done else None for learned_at in self.learned.values()
         ]
-        untrained = np.array([self.untrained[name]["loss"] for name in self.domains])
+        untrained = np.array([self.untrained[name]["loss"] for name in self.domains], np.float64)
         return {
             "backward_transfer": forgetting_measures.backward_transfer(self.losses, learned),
             "forgetting": forgetting_measures.forgetting(self.losses, learned),
@@ -86,6 +93,16 @@ class Results:
             return []
         return properties(self.domains, self.measures, self.rows[-1], self.costs, self.learning, self.by_domain)
 
+    @property
+    def floors(self) -> list[DomainFloor]:
+        """Every domain beside its unigram model."""
+        return domain_floors(self.learned, self.rows, self.unigram, self.heldout_bytes, self.domain_costs)
+
+    @property
+    def warnings(self) -> list[str]:
+        """A sentence for every learned domain that ends above its unigram model."""
+        return [floor.warning for floor in self.floors if floor.warning is not None]
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values for JSON."""
         named = {
@@ -99,9 +116,11 @@ class Results:
             "learned": dict(self.learned),
             "by_domain": self.by_domain,
             "stages": self.stages,
-            "matrix": self.losses.tolist() if self.rows else [],
+            "matrix": [[row[name]["loss"] for name in self.domains] for row in self.rows],
             "measures": named,
             "properties": [vars(result) for result in self.properties],
+            "floors": [vars(floor) for floor in self.floors],
+            "warnings": self.warnings,
             "untrained": self.untrained,
             "rows": list(self.rows),
             "costs": list(self.costs),
@@ -118,10 +137,8 @@ class Results:
             for domain, learned_at in self.learned.items():
                 result = row[domain]
                 seen = int(learned_at is not None and learned_at < stage)
-                auto = "" if result["auto"] is None else repr(result["auto"])
-                writer.writerow(
-                    [stage, name, domain, seen, result["how"], repr(result["loss"]), auto, result["tokens"]]
-                )
+                loss, auto = ("" if result[key] is None else repr(result[key]) for key in ("loss", "auto"))
+                writer.writerow([stage, name, domain, seen, result["how"], loss, auto, result["tokens"]])
         return out.getvalue()
 
     def measure_rows(self) -> list[list[str]]:
@@ -150,7 +167,7 @@ class Results:
     def panel(self) -> Panel:
         """The matrix for `heat_map`."""
         rows = self.named_rows()
-        losses = np.array([[row[name]["loss"] for name in self.domains] for _, row in rows])
+        losses = np.array([[row[name]["loss"] for name in self.domains] for _, row in rows], np.float64)
         return Panel(losses, [name for name, _ in rows], self.learned)
 
     def named_rows(self) -> list[tuple[str, Mapping[str, Mapping[str, Any]]]]:
@@ -167,7 +184,10 @@ def as_text(results: Results, folder: Path) -> str:
         costs = text_table(header, results.cost_rows(with_moments=False))
         holds = [[result.name, result.holds, result.number] for result in results.properties]
         properties_text = text_table(["property", "holds", "by what number"], holds, left=3)
-        parts += ["Transfer and forgetting", measures, "What every stage cost", costs]
+        beside = text_table(FLOORS, [floor.row() for floor in results.floors])
+        parts += ["Transfer and forgetting", measures, "Every domain beside a count of its tokens", beside]
+        parts += [f"Warning: {sentence}" for sentence in results.warnings]
+        parts += ["What every stage cost", costs]
         parts += ["Lifelong-learning properties", properties_text, f"Page: {folder / 'report.html'}"]
     if not results.complete:
         stages = results.plan["stages"]

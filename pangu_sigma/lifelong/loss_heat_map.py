@@ -23,8 +23,8 @@ CELL, ROW, TOP, LEFT, TITLE, GAP = 96, 44, 34, 116, 30, 12  # px
 class Panel:
     """One matrix of losses [1 + stages, domains] in nats per token, whose first row is the untrained model's.
 
-    rows: names of the rows. learned: domain -> number of the stage (from 0) that learned it, None for none. lowest and
-    highest [domains]: where the colour begins and is full; the matrix' own where None.
+    NaN: not measured. rows: names of the rows. learned: domain -> number of the stage (from 0) that learned it, None
+    for none. lowest and highest [domains]: where the colour begins and is full; the matrix' own where None.
     """
 
     losses: np.ndarray
@@ -57,9 +57,10 @@ def heat_map(panels: Sequence[Panel], columns: int = 1) -> str:
 
 def _draw_panel(axes: Axes, panel: Panel, left: float, top: float) -> None:
     losses = panel.losses
-    low = losses.min(axis=0) if panel.lowest is None else panel.lowest
-    high = losses.max(axis=0) if panel.highest is None else panel.highest
-    heat = np.clip((losses - low) / np.where(high > low, high - low, np.inf), 0, 1)
+    measured = np.where(np.isnan(losses), np.inf, losses)
+    low = measured.min(axis=0) if panel.lowest is None else panel.lowest
+    high = np.where(np.isnan(losses), -np.inf, losses).max(axis=0) if panel.highest is None else panel.highest
+    heat = np.where(np.isnan(losses), 0, np.clip((losses - low) / np.where(high > low, high - low, np.inf), 0, 1))
     left += LEFT
     if panel.title:
         axes.text(left, top + 18, panel.title, weight="bold", size=14)

@@ -96,6 +96,8 @@ def _boundaries(last: Mapping[str, Mapping[str, Any]], by_domain: bool) -> Prope
     if not by_domain:
         return Property(name, question, YES, "the model asks for no domain when it is used", rule)
     own = [row for row in last.values() if row["how"] == "own"]
+    if any(row["auto"] is None for row in own) or any(row["how"] == "unchanged" for row in last.values()):
+        return Property(name, question, UNKNOWN, "no domain was inferred (measure: all does so)", rule)
     if len(own) < 2:
         return Property(name, question, UNKNOWN, "there is one domain only", rule)
     cost = sum(row["auto"] - row["loss"] for row in own) / len(own)

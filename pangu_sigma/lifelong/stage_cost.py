@@ -6,6 +6,7 @@ from typing import Any
 
 from pangu_sigma.checkpoint import Checkpoint, folder_layout
 from pangu_sigma.config.parameter_counts import parameter_counts
+from pangu_sigma.domains.list_domains import list_files
 from pangu_sigma.lifelong.stage_plan import Plan, Stage
 from pangu_sigma.monitor.metrics_log import read_metrics
 from pangu_sigma.trained_model import stored_config
@@ -76,6 +77,17 @@ def learning(plan: Plan, stage: Stage, checkpoint: Checkpoint, texts: dict[str, 
         }
         for name, (total, tokens) in sums.items()
     }
+
+
+def domain_costs(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
+    """Domain -> {"parameters", "bytes"} that the model has for it alone, optimizer state left out."""
+    return {own.name: {"parameters": own.parameters, "bytes": own.bytes} for own in list_files(checkpoint.path)}
+
+
+def parameter_hashes(checkpoint: Checkpoint, domain: str) -> dict[str, str]:
+    """File -> sha256 of everything that a text of `domain` is read with: the shared parameters, the domain's own."""
+    names = checkpoint.names(domains=[domain], optimizer=False)
+    return {file: checkpoint.manifest.files[file].sha256 for file in checkpoint.files(names)}
 
 
 def _is_optimizer(path: str) -> bool:

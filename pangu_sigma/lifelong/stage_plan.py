@@ -56,13 +56,16 @@ class Stage:
 class Plan:
     """A whole measurement. `base`: the configuration with all domains; its run.dir is the measurement's folder.
 
-    grows: whether domains come in with their stages.
+    grows: whether domains come in with their stages. measure: what is measured after a stage (see `LifelongConfig`), of
+    at most measure_batches batches of each text.
     """
 
     base: Config
     inference: InferenceConfig
     stages: tuple[Stage, ...]
     grows: bool
+    measure: str
+    measure_batches: int
 
     @property
     def dir(self) -> Path:
@@ -149,6 +152,8 @@ class Plan:
             "base": stored_values(self.base, self.dir),
             "grows": self.grows,
             "inference": self.inference.model_dump(mode="json"),
+            "measure": self.measure,
+            "measure_batches": self.measure_batches,
             "stages": [
                 {"name": s.name, "domains": list(s.domains), "steps": s.steps, "policy": vars(s.policy)}
                 for s in self.stages
@@ -214,7 +219,8 @@ def _plan(stages_config: LifelongConfig, base: Config, source: str) -> Plan:
             raise UserError(f"{where} learns several domains, and a gate grows by one at a time: split it")
         stages.append(Stage(index, name, tuple(given.domains), new, known, given.steps, policy))
         known += new
-    return Plan(base, stages_config.inference, tuple(stages), grows)
+    batches = stages_config.measure_batches or base.evaluate.batches
+    return Plan(base, stages_config.inference, tuple(stages), grows, stages_config.measure, batches)
 
 
 def _grows(stages_config: LifelongConfig, base: Config, source: str) -> bool:

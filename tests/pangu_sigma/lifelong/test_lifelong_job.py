@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -15,10 +16,12 @@ import pytest
 import yaml
 
 from pangu_sigma.checkpoint import find_latest
+from pangu_sigma.domains.list_domains import list_domains
 from pangu_sigma.errors import INTERRUPTED, UserError
 from pangu_sigma.evaluation.evaluation_job import evaluate
 from pangu_sigma.lifelong.lifelong_job import run_lifelong
 from pangu_sigma.lifelong.stage_plan import load_plan
+from pangu_sigma.trained_model import stored_config, stored_corpus, stored_tokenizer
 from tests.pangu_sigma.domains.conftest import digests, tensor_digests
 from tests.pangu_sigma.lifelong.conftest import STAGES, write_stages
 from tests.pangu_sigma.training import training_process
@@ -70,8 +73,51 @@ def test_what_frozen_stages_did_not_learn_is_exactly_what_it_was(finished_stages
 
 def test_a_row_is_what_evaluate_finds(copied):
     measured, last = results(copied), stage(copied, "03-code-2")
-    losses = evaluate(last, batches=4).losses
-    assert {name: measured["rows"][-1][name]["loss"] for name in DOMAINS} == pytest.approx(losses, abs=1e-5)
+    evaluated = evaluate(last, batches=4)
+    assert {name: measured["rows"][-1][name]["loss"] for name in DOMAINS} == pytest.approx(evaluated.losses, abs=1e-5)
+    assert {floor["name"]: floor["unigram"] for floor in measured["floors"]} == pytest.approx(evaluated.unigram)
+
+
+def test_every_domain_stands_beside_its_unigram_model(finished_stages):
+    measured, checkpoint = results(finished_stages), find_latest(stage(finished_stages, "03-code-2"))[0]
+    corpus = stored_corpus(checkpoint, stored_config(checkpoint), stored_tokenizer(checkpoint))
+    own = {facts.name: facts for facts in list_domains(stage(finished_stages, "03-code-2"))}
+    for floor in measured["floors"]:
+        name, texts = floor["name"], corpus.heldout()[floor["name"]]
+        row = measured["rows"][-1][name]
+        labels = [int(i) for n in range(len(texts)) for i in texts.sequence(n)[0][1:]][: row["tokens"]]
+        size = len(corpus.tokenizer.decode(labels).encode())
+        # The space that a document may begin with is counted, or not.
+        expected = row["loss"] * row["tokens"] / math.log(2) / size
+        assert floor["end_bits_per_byte"] == pytest.approx(expected, rel=0.02)
+        assert (floor["parameters"], floor["bytes"]) == (own[name].parameters, own[name].bytes)
+        assert floor["end"] == row["loss"] and floor["learned"] == measured["rows"][name != "code"][name]["loss"]
+        assert any(f"{name} ends at" in sentence for sentence in measured["warnings"]) == (
+            floor["end"] > floor["unigram"]
+        )
+    page = (finished_stages / "report.html").read_text(encoding="utf-8")
+    output = (finished_stages.parent / "said.txt").read_text(encoding="utf-8")
+    for sentence in measured["warnings"]:
+        assert f"Warning: {sentence}" in output and sentence in page
+    assert "Unigram bits/byte" in page and "unigram bits/byte" in output
+
+
+def test_less_can_be_measured_and_gives_the_same_losses(copied, base_yaml):
+    before = results(copied)
+    write_stages(copied.parent, base_yaml, measure="new")
+    measured = again(copied).to_dict()
+    assert [[row[name]["how"] for name in DOMAINS] for row in measured["rows"]] == [
+        ["own", "skipped", "skipped"], ["unchanged", "own", "own"], ["own", "unchanged", "unchanged"]]  # fmt: skip
+    assert measured["matrix"] == [[before["matrix"][0][0], None, None], *before["matrix"][1:]]
+    for name in ("forgetting", "backward_transfer", "final_loss"):
+        assert measured["measures"][name] == before["measures"][name]
+    assert measured["measures"]["forward_transfer"]["mean"] is None
+    assert results(copied) == json.loads(json.dumps(measured, allow_nan=False))
+    write_stages(copied.parent, base_yaml, measure="own", measure_batches=1)
+    rows = again(copied).rows
+    how = [[row[name]["how"] for name in DOMAINS] for row in rows]
+    assert how == [["own", "skipped", "skipped"], ["own"] * 3, ["own"] * 3]
+    assert {row["code"]["tokens"] for row in rows} == {4 * 16}
 
 
 def test_costs_tell_what_came_in(finished_stages):
