@@ -9,12 +9,18 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.lifelong_systems import QUICK_STAGES
 from benchmarks.record import sentence
 from pangu_sigma.lifelong.loss_heat_map import Panel
 from pangu_sigma.monitor.printable_text import compact, duration
 
 Seed = dict[str, Any]
-FROZEN, TRAINED = "rre_frozen", "rre_trained"
+FROZEN, TRAINED, OWN_WORDS = "rre_frozen", "rre_trained", "rre_own"
+
+
+def results_name(record: dict) -> str:
+    """The name of the files that the record is written to."""
+    return "lifelong_quick" if record["quick"] else "lifelong"
 
 
 def page(record: dict) -> str:
@@ -23,7 +29,8 @@ def page(record: dict) -> str:
     lines = [
         "# Four domains, one after another",
         "",
-        f"Written by `python -m benchmarks.lifelong`; every figure is in `lifelong.json`. {record['finished']} of "
+        f"Written by `python -m benchmarks.lifelong{' --quick' if record['quick'] else ''}`; every figure is in "
+        f"`{results_name(record)}.json`. {record['finished']} of "
         f"{record['runs']} runs are finished.",
         "",
     ]
@@ -35,9 +42,10 @@ def page(record: dict) -> str:
     lines += ["## Loss of every domain at the end (right after it was learned)", "", domains_table(record), ""]
     if (entry := systems.get(FROZEN)) is not None:
         lines += ["## What frozen shared parameters keep, and what they cost", "", frozen_text(record), ""]
-        lines += ["## Inferring the domain of a text", "", inference_table(entry, domains), ""]
+        if not record["quick"]:
+            lines += ["## Inferring the domain of a text", "", inference_table(entry, domains), ""]
         lines += ["## Properties of RRE with shared parameters frozen", "", properties_table(entry), ""]
-    lines += ["![Loss of every domain after every stage](lifelong.svg)", ""]
+    lines += [f"![Loss of every domain after every stage]({results_name(record)}.svg)", ""]
     lines += [sentence(record["machine"]), ""]
     return "\n".join(lines)
 
@@ -45,7 +53,7 @@ def page(record: dict) -> str:
 def systems_table(record: dict) -> str:
     """A row per system: parameters, mean loss at the end, forgetting, transfer, new domains' loss, time."""
     header = ["system", "parameters", "a token meets", "loss at the end", "forgetting", "backward transfer",
-              "forward transfer", "new domains right after", "training"]  # fmt: skip
+              "forward transfer", "new domains right after", "a domain adds", "training"]  # fmt: skip
     rows = []
     for entry in record["systems"].values():
         seeds = list(entry["seeds"].values())
@@ -59,6 +67,7 @@ def systems_table(record: dict) -> str:
                 spread([seed["measures"]["final_loss"]["mean"] for seed in seeds]),
                 *(_measure(seeds, name) for name in ("forgetting", "backward_transfer", "forward_transfer")),
                 "–" if entry["joint"] else spread([new_domains(seed) for seed in seeds]),
+                "–" if entry["joint"] or "floors" not in seeds[0] else _added(seeds[0]),
                 duration(seconds),
             ]
         )
@@ -67,7 +76,10 @@ def systems_table(record: dict) -> str:
 
 def domains_table(record: dict) -> str:
     """A row per system, a column per domain: loss at the end, in brackets right after learning; mean over the seeds."""
+    floors = next(iter(next(iter(record["systems"].values()))["seeds"].values())).get("floors")
     rows = []
+    if floors is not None:
+        rows.append(["a count of each domain's tokens", *(f"{floor['unigram']:.3f}" for floor in floors)])
     for entry in record["systems"].values():
         seeds = list(entry["seeds"].values())
         cells = []
@@ -89,14 +101,19 @@ def frozen_text(record: dict) -> str:
     else:
         kept = f"**Forgetting is not 0**: it reaches {largest:+.6f} nats per token"
     price = _price(record, FROZEN)
+    words = ""
+    if OWN_WORDS in record["systems"]:
+        own = _price(record, OWN_WORDS)
+        words = f" With words of its own for each domain, the shared parameters frozen too, it is {own:.3f}."
     other = record["systems"].get(TRAINED)
     if other is None:
-        return f"{kept}. The new domains' loss right after learning is {price:.3f}."
+        return f"{kept}. The new domains' loss right after learning is {price:.3f}.{words}"
     trained = _price(record, TRAINED)
     lost = statistics.mean(seed["measures"]["forgetting"]["mean"] for seed in other["seeds"].values())
     return (
         f"{kept}. The price is in the new domains: right after learning their loss is {price:.3f}, "
         f"{price - trained:+.3f} against {trained:.3f} where the shared parameters train on, which forgets {lost:.3f}."
+        + words
     )
 
 
@@ -128,8 +145,10 @@ def panels(record: dict) -> list[Panel]:
     matrices = {name: _mean_matrix(entry, domains) for name, entry in systems.items()}
     if not matrices:
         return []
-    lowest = np.min([matrix.min(axis=0) for matrix in matrices.values()], axis=0)
-    highest = np.max([matrix[0] for matrix in matrices.values()], axis=0)
+    lowest = np.min([np.nanmin(matrix, axis=0) for matrix in matrices.values()], axis=0)
+    # Of a domain that the untrained model was not measured on, the highest loss there is.
+    untrained = [np.where(np.isnan(m[0]), np.nanmax(m, axis=0), m[0]) for m in matrices.values()]
+    highest = np.max(untrained, axis=0)
     return [
         Panel(
             matrix,
@@ -166,6 +185,11 @@ def _measure(seeds: Sequence[Seed], name: str) -> str:
     return "–" if None in values else spread(values)
 
 
+def _added(seed: Seed) -> str:
+    last = seed["floors"][-1]
+    return f"{compact(last['parameters'])} ({compact(last['bytes'])}B)" if last["parameters"] else "–"
+
+
 def _price(record: dict, name: str) -> float:
     return statistics.mean(new_domains(seed) for seed in record["systems"][name]["seeds"].values())
 
@@ -178,15 +202,16 @@ def _mean_matrix(entry: dict, domains: Sequence[str]) -> np.ndarray:
     def matrix(seed: Seed) -> list[list[float]]:
         return [[row[name]["loss"] for name in domains] for row in (seed["untrained"], *seed["rows"])]
 
-    return np.mean([matrix(seed) for seed in entry["seeds"].values()], axis=0)
+    return np.mean(np.array([matrix(seed) for seed in entry["seeds"].values()], np.float64), axis=0)
 
 
 def _how(record: dict) -> str:
     seed = next(iter(next(iter(record["systems"].values()))["seeds"].values()))
     tokens = sum(cost["tokens"] for cost in seed["costs"])
+    order = " → ".join([" + ".join(names) for names in QUICK_STAGES] if record["quick"] else record["domains"])
     return (
         f"Nats per token on held-out text, mean and standard deviation over the seeds that are finished. "
-        f"{compact(tokens)} tokens in all, an equal part of each domain, in the order {' → '.join(record['domains'])}; "
+        f"{compact(tokens)} tokens in all, an equal part of each domain, in the order {order}; "
         "the learning rate begins anew with every stage. Vocabulary and held-out text are the same everywhere. "
         "Forgetting: a domain's best loss after any earlier stage against the end (0: nothing). Backward transfer: "
         "right after learning against the end (higher is better). Forward transfer: the untrained model against just "

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.lifelong import DOMAINS, EWC, OUTPUT, REPLAY, Run, collect, render
 from benchmarks.lifelong_markdown import frozen_text, inference_table, page, panels, systems_table
-from benchmarks.lifelong_systems import missing_text, systems, write_stages
+from benchmarks.lifelong_systems import QUICK_SYSTEMS, missing_text, systems, write_stages
 from pangu_sigma.config.parameter_counts import parameter_counts
 from pangu_sigma.lifelong.stage_plan import load_plan
 
@@ -47,7 +47,7 @@ def test_a_token_meets_as_much_in_every_system_of_one_expert(text, tmp_path):
     for name in SYSTEMS:
         config = planned(name, text, tmp_path).base
         met[name] = max(parameter_counts(config, 4096).activated_per_token.values())
-    assert met["dense"] == met["rre_frozen"] == met["rre_trained"] == met["dense_ewc"]
+    assert met["dense"] == met["rre_frozen"] == met["rre_trained"] == met["rre_own"] == met["dense_ewc"]
     assert 1.0 < met["switch"] / met["dense"] < 1.01  # the gate
 
 
@@ -87,7 +87,8 @@ def record() -> dict:
     joint = seed([[1.0, 1, 1, 1]], ["all"], dict.fromkeys(DOMAINS, 0))
     return {
         "machine": {"cores": 2, "cpu": "a processor", "python": "3", "mindspore": "2", "date": "today"},
-        "steps": 5, "seeds": 2, "jobs": 1, "small": False, "runs": 6, "finished": 4, "domains": list(DOMAINS),
+        "steps": 5, "seeds": 2, "jobs": 1, "small": False, "quick": False, "runs": 6, "finished": 4,
+        "domains": list(DOMAINS),
         "systems": {
             "rre_frozen": {"title": "RRE, frozen", "joint": False, "seeds": {"1": frozen, "2": frozen}},
             "rre_trained": {"title": "RRE, trained", "joint": False, "seeds": {"1": trained}},
@@ -124,16 +125,35 @@ def test_the_heat_map_has_a_panel_for_every_system(record):
 
 def test_what_is_finished_can_be_drawn_at_any_time(tmp_path):
     runs = [Run("rre_frozen", SYSTEMS["rre_frozen"], number, tmp_path / f"rre_frozen-{number}") for number in (1, 2)]
-    given = argparse.Namespace(steps=5, seeds=2, jobs=1, small=True, out=tmp_path / "out")
+    given = argparse.Namespace(steps=5, seeds=2, jobs=1, small=True, quick=False, out=tmp_path / "out")
     assert "Nothing is finished yet" in render(runs, given) and collect(runs) == {}
     runs[0].folder.mkdir()
-
-
     (runs[0].folder / "lifelong.json").write_text(json.dumps(seed(LOSSES, list(DOMAINS), ORDER, forgetting=NOTHING)))
     text = render(runs, given)
     assert "1 of 2 runs are finished" in text and "compare nothing" in text
     assert (tmp_path / "out" / "lifelong.md").read_text() == text
     assert ElementTree.parse(tmp_path / "out" / "lifelong.svg").getroot().tag.endswith("svg")
+
+
+@pytest.mark.parametrize("name", QUICK_SYSTEMS)
+def test_the_quick_systems_learn_two_domains_after_a_base_of_two(name, text, tmp_path):
+    plan = load_plan(write_stages(SYSTEMS[name], tmp_path / f"{name}-1", text, 1, 50, small=True, quick=True))
+    assert plan.end(plan.stages[-1]) == 200 and plan.measure == "own"
+    assert list(plan.learned.values()) == ([0] * 4 if SYSTEMS[name].joint else [0, 0, 1, 2])
+
+
+def test_a_quick_page_has_floors_and_what_a_domain_adds(record):
+    quick = copy.deepcopy(record) | {"quick": True}
+    for entry in quick["systems"].values():
+        for one in entry["seeds"].values():
+            one["floors"] = [{"unigram": 5.5, "parameters": 2000, "bytes": 8000} for _ in DOMAINS]
+            one["untrained"]["drama_en"]["loss"] = None
+    quick["systems"]["rre_own"] = quick["systems"]["rre_trained"]
+    text = page(quick)
+    assert "| a count of each domain's tokens | 5.500 | 5.500 | 5.500 | 5.500 |" in text and "2.0k (8.0kB)" in text
+    assert "code + math_en → drama_en → poetry_zh" in text and "With words of its own" in text
+    assert "Inferring the domain" not in text and "lifelong_quick.json" in text and "](lifelong_quick.svg)" in text
+    assert tuple(panels(quick)[0].highest) == (8.0, 8.0, 6.0, 8.0)
 
 
 def test_text_that_is_missing_is_named():
