@@ -228,7 +228,7 @@ def export(
     out: PathLike,
     *,
     domains: str | Sequence[str] | None = None,
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
     max_shard_size: int | str = "4GiB",
     batch_size: int = 1,
     signature: Literal["plain", "sigma"] = "plain",
@@ -237,7 +237,8 @@ def export(
 ) -> Export:
     """Write a model for another program into the new folder `out`, with its tokenizer (docs/export.md).
 
-    domains: to take along, all if left out. max_shard_size is for hf and hf-olmoe; batch_size, signature and
+    domains: to take along, all if left out. dtype: of the weights, each its own if left out; dtype and max_shard_size
+    are for hf and hf-olmoe; batch_size, signature and
     capacity_factor are for mindir. Raises UserError, and leaves nothing then.
     """
     from extract.export.export_formats import Options

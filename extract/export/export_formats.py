@@ -32,12 +32,12 @@ class ExportFormat:
 class Options:
     """What the formats can be told.
 
-    dtype: of floating tensors. max_shard_bytes: largest file. batch_size, signature, capacity_factor: samples of fixed
-    graphs, the inputs they take, and rows that an expert may take of a sample's window as a multiple of an even share
-    (None: all). Raises UserError for values out of range.
+    dtype: of floating tensors, None each its own. max_shard_bytes: largest file. batch_size, signature,
+    capacity_factor: samples of fixed graphs, the inputs they take, and rows that an expert may take of a sample's
+    window as a multiple of an even share (None: all). Raises UserError for values out of range.
     """
 
-    dtype: str = "float32"
+    dtype: str | None = None
     max_shard_bytes: int = 4 << 30
     batch_size: int = 1
     signature: str = "plain"

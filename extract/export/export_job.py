@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,6 +52,8 @@ def export(
     source = open_source(model, domains)
     options = options or Options()
     _check_options(format_, options)
+    if FORMATS[format_].float32_only:
+        options = replace(options, dtype="float32")
     _check_parts(format_, source)
     if hasattr(writer, "check"):
         writer.check(source, options)
@@ -69,9 +71,9 @@ def _check_options(format_: str, options: Options) -> None:
         if field.name not in ("dtype", *spec.options) and getattr(options, field.name) != field.default:
             setting = field.name.replace("_bytes", "_size")
             raise UserError(f"{setting} means nothing to the format {format_}; leave it out")
-    if options.dtype not in FLOAT_TYPES:
+    if options.dtype not in (None, *FLOAT_TYPES):
         raise UserError(f"'{options.dtype}' is no element type; choose {', '.join(FLOAT_TYPES)}")
-    if spec.float32_only and options.dtype != "float32":
+    if spec.float32_only and options.dtype not in (None, "float32"):
         raise UserError(f"{format_} is written in float32: leave dtype out; {spec.float32_only}")
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 
 from extract.extraction_plan import choose_domains
@@ -12,7 +13,7 @@ from pangu_sigma.checkpoint import Checkpoint, resolve
 from pangu_sigma.config import Config
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
-from pangu_sigma.tensor_names import TensorName, parse_name
+from pangu_sigma.tensor_names import TensorName, is_routing, parse_name
 from pangu_sigma.trained_model import stored_config, stored_tokenizer
 
 
@@ -44,6 +45,26 @@ class ExportSource:
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape by the manifest."""
         return self.checkpoint.manifest.tensors[name].shape
+
+    def dtype(self, name: str) -> str:
+        """The type that a tensor is stored in."""
+        return self.checkpoint.manifest.tensors[name].dtype
+
+    @property
+    def main_dtype(self) -> str:
+        """The type in which most of the weights are stored."""
+        values: dict[str, int] = {}
+        for name in self.names:
+            if not is_routing(name):
+                values[self.dtype(name)] = values.get(self.dtype(name), 0) + prod(self.shape(name))
+        return max(values, key=lambda dtype: values[dtype])
+
+    @property
+    def imported_dtypes(self) -> Mapping[str, str]:
+        """Types of the tensors of an import's source that are stored wider here; nothing once the model has trained."""
+        origin = self.checkpoint.state.get("origin")
+        dtypes = origin.get("dtypes") if isinstance(origin, dict) else None
+        return dtypes if isinstance(dtypes, dict) else {}
 
     def by_owner(self) -> Iterator[tuple[str, int | None, TensorName]]:
         """(name, number of the chosen domain or None, the name taken apart) of every tensor."""

@@ -19,6 +19,8 @@ from extract.export.export_source import ExportSource
 from extract.export.safetensors_shards import TargetTensor, total_bytes, write_shards
 from pangu_sigma.checkpoint.float_types import convert_float
 from pangu_sigma.checkpoint.tensor_file import numpy_type
+from pangu_sigma.data.tokenizers.hugging_face_files import GENERATION, OF_TOKENIZER
+from pangu_sigma.json_reader import parse_object
 from pangu_sigma.tensor_names import GATE, TensorName, is_routing
 from pangu_sigma.version import VERSION
 
@@ -46,16 +48,18 @@ def write(source: ExportSource, folder: Path, options: Options) -> list[str]:
 def write_folder(source: ExportSource, folder: Path, settings: dict) -> None:
     """What every folder for transformers has beside tensors: `settings` as its configuration, the ids that generating
     needs, and the tokenizer."""
-    generation = {name: settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    own = {name: settings.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    imported = source.tokenizer.companions.get(GENERATION)
+    generation = own if imported is None else parse_object(imported)
     if silent := source.tokenizer.ids_without_piece(source.vocab).tolist():
-        generation["suppress_tokens"] = silent
+        generation["suppress_tokens"] = sorted({*(generation.get("suppress_tokens") or ()), *silent})
     for name, values in (("config.json", settings), ("generation_config.json", generation)):
         (folder / name).write_bytes(_json(values))
     for name, content in _tokenizer_files(source).items():
         (folder / name).write_bytes(content)
 
 
-def targets(source: ExportSource, dtype: str) -> list[TargetTensor]:
+def targets(source: ExportSource, dtype: str | None) -> list[TargetTensor]:
     """Every tensor of the output, in the order in which the checkpoint's files hold them."""
     return [_target(source, dtype, *owned) for owned in source.by_owner()]
 
@@ -82,10 +86,10 @@ def hf_name(domain: int | None, name: TensorName) -> tuple[str, bool]:
     raise ValueError(f"the exported model has no place for tensor {name}")
 
 
-def _target(source: ExportSource, dtype: str, full: str, domain: int | None, name: TensorName) -> TargetTensor:
+def _target(source: ExportSource, dtype: str | None, full: str, domain: int | None, name: TensorName) -> TargetTensor:
     to, turned = hf_name(domain, name)
     shape = source.shape(full)
-    stored = numpy_type(source.checkpoint.manifest.tensors[full].dtype)
+    stored, dtype = numpy_type(source.dtype(full)), dtype or source.dtype(full)
 
     def read() -> Iterator[np.ndarray]:
         if turned:
@@ -97,7 +101,7 @@ def _target(source: ExportSource, dtype: str, full: str, domain: int | None, nam
     return TargetTensor(to, "int32" if is_routing(full) else dtype, shape[::-1] if turned else shape, read)
 
 
-def configuration(source: ExportSource, dtype: str) -> dict:
+def configuration(source: ExportSource, dtype: str | None) -> dict:
     """config.json."""
     model, tokenizer = source.config.model, source.tokenizer
     module = "modeling_pangu_sigma"
@@ -109,7 +113,7 @@ def configuration(source: ExportSource, dtype: str) -> dict:
             "AutoModel": f"{module}.PanGuSigmaModel",
             "AutoModelForCausalLM": f"{module}.PanGuSigmaForCausalLM",
         },
-        "dtype": dtype,
+        "dtype": dtype or source.main_dtype,
         "vocab_size": source.vocab,
         "hidden_size": model.hidden,
         "num_hidden_layers": model.layers,
@@ -144,7 +148,9 @@ def _tokenizer_files(source: ExportSource) -> dict[str, bytes]:
     """What AutoTokenizer needs, by name: the tokenizer's own, settings, and where it is ours its code."""
     settings = _json(_tokenizer(source))
     if source.tokenizer.kind == "huggingface":
-        return {"tokenizer.json": source.tokenizer.model, "tokenizer_config.json": settings}
+        companions = source.tokenizer.companions
+        imported = {name: companions[name] for name in OF_TOKENIZER if name in companions}
+        return {"tokenizer.json": source.tokenizer.model, "tokenizer_config.json": settings} | imported
     return {
         "tokenizer.model": source.tokenizer.model,
         "tokenizer_config.json": settings,

@@ -17,6 +17,7 @@ from extract.export.hf_format import write_folder
 from extract.export.safetensors_shards import TargetTensor, total_bytes, write_shards
 from pangu_sigma.checkpoint.float_types import convert_float
 from pangu_sigma.convert.olmoe_names import MODEL_TYPE, OlmoeTensor, parts_of
+from pangu_sigma.data.tokenizers.hugging_face_files import token_ids
 from pangu_sigma.errors import UserError
 
 EXPERT_MATRICES = 3
@@ -53,7 +54,7 @@ def write(source: ExportSource, folder: Path, options: Options) -> list[str]:
     return ["OlmoeForCausalLM's auxiliary loss is pooled over layers, without z-loss: training has another loss there"]
 
 
-def targets(source: ExportSource, dtype: str) -> list[TargetTensor]:
+def targets(source: ExportSource, dtype: str | None) -> list[TargetTensor]:
     """Every tensor of the output."""
     experts = _ExpertTensors(source)
     return [
@@ -78,8 +79,9 @@ class _ExpertTensors:
         return self._last[name]
 
 
-def _target(experts: _ExpertTensors, dtype: str, full: str, part: OlmoeTensor) -> TargetTensor:
+def _target(experts: _ExpertTensors, dtype: str | None, full: str, part: OlmoeTensor) -> TargetTensor:
     source = experts.source
+    dtype = dtype or source.imported_dtypes.get(part.name, source.dtype(full))
     shape = source.shape(full) if part.expert is None else source.shape(full)[1:]
 
     def read() -> Iterator[np.ndarray]:
@@ -90,13 +92,19 @@ def _target(experts: _ExpertTensors, dtype: str, full: str, part: OlmoeTensor) -
     return TargetTensor(part.name, dtype, shape[::-1] if part.turned else shape, read)
 
 
-def configuration(source: ExportSource, dtype: str) -> dict:
+def configuration(source: ExportSource, dtype: str | None) -> dict:
     """config.json."""
-    model = source.config.model
+    model, tokenizer = source.config.model, source.tokenizer
+    # transformers gives the row of a padding id no gradient: an id that stands for something else is none.
+    own = {
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eod_id,
+        "pad_token_id": None if tokenizer.pad_id == tokenizer.eod_id else tokenizer.pad_id,
+    }
     return {
         "architectures": ["OlmoeForCausalLM"],
         "model_type": MODEL_TYPE,
-        "dtype": dtype,
+        "dtype": dtype or source.main_dtype,
         "vocab_size": source.vocab,
         "hidden_size": model.hidden,
         "intermediate_size": model.ffn,
@@ -119,7 +127,4 @@ def configuration(source: ExportSource, dtype: str) -> dict:
         "output_router_logits": False,
         "tie_word_embeddings": model.head_spec.is_tied,
         "use_cache": True,
-        "bos_token_id": None,
-        "eos_token_id": source.tokenizer.eod_id,
-        "pad_token_id": source.tokenizer.pad_id,
-    }
+    } | (token_ids(tokenizer.companions) or own)

@@ -30,14 +30,13 @@ def export(
         ),
     ] = None,
     dtype: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="TYPE",
-            help="Type of the weights: float32; "
-            + ", ".join(name for name, spec in FORMATS.items() if spec.float32_only is None)
-            + " also float16 or bfloat16.",
+            help=", ".join(name for name, spec in FORMATS.items() if spec.float32_only is None)
+            + ": float32, float16 or bfloat16; each tensor's own if left out. The others write float32.",
         ),
-    ] = "float32",
+    ] = None,
     max_shard_size: Annotated[
         str,
         typer.Option(metavar="SIZE", help=f"{takers('max_shard_bytes')}: largest file of weights, e.g. 500MB or 4GiB."),

@@ -35,6 +35,7 @@ from pangu_sigma.convert.finite_weights import check_finite
 from pangu_sigma.convert.olmoe_config import OlmoeConfigFile, read_config
 from pangu_sigma.convert.olmoe_names import HEAD, TABLE, OlmoeTensor, parts_of
 from pangu_sigma.convert.safetensors_folder import SafetensorsFolder, open_folder
+from pangu_sigma.data.tokenizers.hugging_face_files import files_of
 from pangu_sigma.errors import UserError, argument
 from rre.router_specs import OLMOE
 
@@ -69,6 +70,7 @@ def import_olmoe(source: Path, out: Path, settings: OlmoeImportSettings) -> Impo
     tokenizer = open_tokenizer(
         tokenizer_file, settings, f"give {argument('tokenizer')}, and its {argument('tokenizer_kind')}", eod_id
     )
+    tokenizer.companions = files_of(source, given, with_tokenizer=settings.tokenizer is None)
     fields = OlmoeConfigFile(given, source / "config.json", len(folder.tensors))
     config = _config(fields, source, out, settings, tokenizer)
     targets = tensor_shapes(config, config.model.vocab_size)
@@ -89,7 +91,8 @@ def import_olmoe(source: Path, out: Path, settings: OlmoeImportSettings) -> Impo
         out,
         config,
         "import",
-        origin={"job": "import hf", "source": source.name, "architecture": "OlmoeForCausalLM", "eod_id": eod_id},
+        origin={"job": "import hf", "source": source.name, "architecture": "OlmoeForCausalLM", "eod_id": eod_id}
+        | _narrower(folder, specs, origins),
         card=_card(source, config, eod_id, counts.total),
         tensors=specs,
         read=read,
@@ -175,6 +178,17 @@ def _dtype(folder: SafetensorsFolder, parts: list[OlmoeTensor]) -> str:
     """The widest type among a tensor's parts, which holds them all; of different halves that is float32."""
     types = {folder.tensors[part.name].dtype for part in parts}
     return types.pop() if len(types) == 1 else "float32"
+
+
+def _narrower(
+    folder: SafetensorsFolder, specs: list[TensorSpec], origins: dict[str, list[OlmoeTensor]]
+) -> dict[str, dict[str, str]]:
+    """The types of the folder's tensors that are stored wider here, beside others of their stack."""
+    types = {
+        part.name: folder.tensors[part.name].dtype
+        for spec in specs for part in origins[spec.name] if folder.tensors[part.name].dtype != spec.dtype
+    }  # fmt: skip
+    return {"dtypes": types} if types else {}
 
 
 def _part(folder: SafetensorsFolder, part: OlmoeTensor, dtype: str) -> np.ndarray:

@@ -7,7 +7,7 @@ contains the letters ``<eod>`` is encoded as those letters. `tokenizer_registry`
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -33,7 +33,8 @@ class Tokenizer(ABC):
     """Text to vocabulary ids and back: the interface that data, training, generation and export use.
 
     Attributes: ``kind`` (name in the configuration), ``vocab_size``, ``eod_id`` (ends every document), ``pad_id``
-    (fills the last held-out sequence), ``fingerprint`` (sha256 hex of everything that decides the ids).
+    (fills the last held-out sequence), ``fingerprint`` (sha256 hex of everything that decides the ids), ``companions``
+    (files beside it, by name, that decide no id: see `hugging_face_files`).
     """
 
     kind: str
@@ -46,6 +47,7 @@ class Tokenizer(ABC):
         """`eod_id`: the id or the piece that ends documents; None takes the usual one. Raises UserError where it has
         none, or no such one; `origin` says which file is meant."""
         self.model = model
+        self.companions: Mapping[str, bytes] = {}
         self._pieces = self._open(model, origin)
         self.vocab_size: int = self._pieces.get_piece_size()
         self.eod_id: int = self._find_eod(origin) if eod_id is None else self._given_eod(eod_id, origin)
@@ -105,7 +107,7 @@ class Tokenizer(ABC):
         return np.arange(self.vocab_size, rows)
 
     def files(self) -> dict[str, bytes]:
-        """``tokenizer.model`` and ``tokenizer.json``, which ``load_tokenizer`` reads."""
+        """``tokenizer.model`` and ``tokenizer.json``, which ``load_tokenizer`` reads, and the companions."""
         info = {
             "format_version": FORMAT_VERSION,
             "kind": self.kind,
@@ -114,7 +116,8 @@ class Tokenizer(ABC):
             "vocab_size": self.vocab_size,
             "fingerprint": self.fingerprint,
         }
-        return {INFO_FILE: (json.dumps(info, indent=2) + "\n").encode(), MODEL_FILE: self.model}
+        own = {INFO_FILE: (json.dumps(info, indent=2) + "\n").encode(), MODEL_FILE: self.model}
+        return own | dict(self.companions)
 
     def save(self, folder: str | Path) -> None:
         """Write the files into ``folder``, each whole or not at all, ``tokenizer.json`` last: where it is, both are."""

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from pangu_sigma.data.tokenizers.hugging_face_files import NAMES
 from pangu_sigma.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from pangu_sigma.data.tokenizers.tokenizer import FORMAT_VERSION, INFO_FILE, MODEL_FILE, Tokenizer
 from pangu_sigma.errors import UserError
@@ -45,7 +46,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     folder = Path(folder)
     try:
-        files = {name: (folder / name).read_bytes() for name in (INFO_FILE, MODEL_FILE)}
+        companions = [name for name in NAMES if (folder / name).is_file()]
+        files = {name: regular(folder / name).read_bytes() for name in (INFO_FILE, MODEL_FILE, *companions)}
     except OSError as error:
         place = error.filename or folder
         raise UserError(
@@ -80,4 +82,5 @@ def tokenizer_from(files: Mapping[str, bytes], folder: Path) -> Tokenizer:
         raise UserError(
             f"{folder / MODEL_FILE} is not the tokenizer that {info_path} describes; restore the original file"
         )
+    tokenizer.companions = {name: files[name] for name in NAMES if name in files}
     return tokenizer

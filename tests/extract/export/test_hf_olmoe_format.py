@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers import AutoConfig, OlmoeConfig, OlmoeForCausalLM
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 from extract.export.export_formats import Options
@@ -237,24 +237,6 @@ def test_half_precision_keeps_its_bits(theirs, import_settings, tmp_path):
     assert tensor_bytes(tmp_path / "out") == tensor_bytes(tmp_path / "in")
 
 
-def test_what_does_not_fit_is_an_error_with_the_list_and_nothing_is_written(folder, import_settings, tmp_path):
-    tensors = {}
-    for file in folder.glob("*.safetensors"):
-        tensors |= load_file(file)
-    missing, strange = "model.layers.1.mlp.experts.3.up_proj.weight", "model.layers.0.mlp.experts.6.up_proj.weight"
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "config.json").write_text((folder / "config.json").read_text())
-    changed = {name: tensor for name, tensor in tensors.items() if name != missing}
-    changed |= {strange: tensors[missing].clone(), "lm_head.weight": tensors["lm_head.weight"][:-1].clone()}
-    save_file(changed, broken / "model.safetensors")
-    with pytest.raises(UserError) as error:
-        import_olmoe(broken, tmp_path / "out", import_settings)
-    for message in (f"lacks what these tensors need: {missing}", strange, "lm_head.weight ["):
-        assert message in str(error.value)
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.fixture(scope="module")
 def changed_folder(folder, tmp_path_factory):
     """A copy of the folder with other tensors, or others in config.json."""
@@ -271,6 +253,58 @@ def changed_folder(folder, tmp_path_factory):
         return path
 
     return change
+
+
+def test_each_tensor_keeps_its_own_type(changed_folder, import_settings, tmp_path):
+    """Gates in float32, the rest in bfloat16, and of a stack of experts one in another type."""
+
+    def mixed(tensors):
+        for name in tensors:
+            if "mlp.gate." not in name and ".experts.2." not in name:
+                tensors[name] = tensors[name].to(torch.bfloat16)
+
+    source = changed_folder(mixed)
+    done = import_olmoe(source, tmp_path / "model", import_settings)
+    export(done.path, tmp_path / "out", "hf-olmoe")
+    assert tensor_bytes(tmp_path / "out") == tensor_bytes(source)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] in ("bfloat16", "float32")
+
+
+@pytest.mark.parametrize("ids", [{"pad_token_id": 1, "bos_token_id": 4}, {"pad_token_id": None}, {}])
+def test_special_ids_come_back(changed_folder, import_settings, tmp_path, ids):
+    source = changed_folder(lambda tensors: None, **{"pad_token_id": 0, **ids})
+    given = json.loads((source / "config.json").read_text())
+    if not ids:
+        del given["pad_token_id"]
+        (source / "config.json").write_text(json.dumps(given))
+    generation = {"do_sample": True, "top_p": 0.9, "eos_token_id": [given["eos_token_id"], 5], "pad_token_id": 1}
+    (source / "generation_config.json").write_text(json.dumps(generation))
+    done = import_olmoe(source, tmp_path / "model", import_settings)
+    export(done.path, tmp_path / "out", "hf-olmoe")
+    before, after = (AutoConfig.from_pretrained(path) for path in (source, tmp_path / "out"))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(before, name) == getattr(after, name)
+    again = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    silent = again.pop("suppress_tokens")  # rows without a piece, which are never written
+    assert again == generation and len(silent) == 5
+
+
+def test_what_does_not_fit_is_an_error_with_the_list_and_nothing_is_written(folder, import_settings, tmp_path):
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    missing, strange = "model.layers.1.mlp.experts.3.up_proj.weight", "model.layers.0.mlp.experts.6.up_proj.weight"
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text((folder / "config.json").read_text())
+    changed = {name: tensor for name, tensor in tensors.items() if name != missing}
+    changed |= {strange: tensors[missing].clone(), "lm_head.weight": tensors["lm_head.weight"][:-1].clone()}
+    save_file(changed, broken / "model.safetensors")
+    with pytest.raises(UserError) as error:
+        import_olmoe(broken, tmp_path / "out", import_settings)
+    for message in (f"lacks what these tensors need: {missing}", strange, "lm_head.weight ["):
+        assert message in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tied_model_may_hold_its_head_twice(changed_folder, import_settings, tmp_path):
@@ -360,6 +394,17 @@ def test_the_folders_own_tokenizer_comes_along(folder, tmp_path, tokenizer):
     values = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 0}
     (tmp_path / "config.json").write_text(json.dumps(values))
     library.save(str(tmp_path / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "pad_token": "<|padding|>",
+        "model_max_length": 77,
+    }  # fmt: skip
+    companions = {
+        "tokenizer_config.json": json.dumps(settings),
+        "special_tokens_map.json": json.dumps({"eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}),
+        "chat_template.jinja": "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{% endfor %}",
+    }
+    for name, content in companions.items():
+        (tmp_path / name).write_text(content)
     done = import_olmoe(tmp_path, tmp_path / "model", OlmoeImportSettings())
     loaded = load_trained_tokenizer(done)
     assert (loaded.kind, loaded.eod_id, loaded.pad_id) == ("huggingface", 0, 1)
@@ -368,7 +413,15 @@ def test_the_folders_own_tokenizer_comes_along(folder, tmp_path, tokenizer):
     assert 0 not in ids and 1 not in ids and loaded.decode([*ids, 0]) == text
     assert [list(row) for row in loaded.encode_batch([text, ""])] == [ids, []]
     export(done.checkpoint.path, tmp_path / "out", "hf-olmoe")
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for name, content in companions.items():
+        assert (tmp_path / "out" / name).read_text() == content
+    theirs, before = (AutoTokenizer.from_pretrained(path) for path in (tmp_path / "out", tmp_path))
+    talk = [{"role": "user", "content": "the fox"}]
+    for each in (theirs, before):
+        assert each.apply_chat_template(talk, tokenize=False) == "u:the fox"
+    assert theirs.special_tokens_map == before.special_tokens_map and theirs.pad_token_id == 1
+    # They go wherever the tokenizer goes.
+    assert load_trained_tokenizer(done).companions.keys() >= companions.keys()
     assert theirs("the fox").input_ids == loaded.encode("the fox") and theirs.eos_token_id == 0
 
 
