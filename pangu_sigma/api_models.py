@@ -54,11 +54,11 @@ def add_domain(
     """Add a domain to a run: an expert group in every sparse layer with routing tables of its own.
 
     data: its text, .jsonl or .txt, globs too. experts: of its group in every sparse layer. init: how they begin:
-    "from:DOMAIN", "mean", "dense:MODEL" or "random". weight: how often it is drawn. steps: plan so many steps on the
-    new domain instead of what the run had left, in which `shared` parameters stay frozen, train, or train near the
-    model as it is now (`regularise`: weights of output, l2, ewc), with a share `replay` of the other domains' samples;
-    `train(result.config_file, resume=True)` does them. out: write a new run there and leave this one as it is. No other
-    domain's file changes by a byte. Raises UserError, and changes nothing then.
+    "from:DOMAIN", "nearest", "mean", "dense:MODEL" or "random". weight: how often it is drawn. steps: plan so many
+    steps on the new domain instead of what the run had left, in which `shared` parameters stay frozen, train, or
+    train near the model as it is now (`regularise`: weights of output, l2, ewc), with a share `replay` of the other
+    domains' samples; `train(result.config_file, resume=True)` does them. out: write a new run there and leave this
+    one as it is. No other domain's file changes by a byte. Raises UserError, and changes nothing then.
     """
     from pangu_sigma.config.domain_edits import plan_follow_up
     from pangu_sigma.domains.add_domain import NewDomain, add_domain

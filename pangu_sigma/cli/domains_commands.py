@@ -111,6 +111,7 @@ def add(
         str,
         typer.Option(
             help="How they begin: from:DOMAIN (its function, routing included), mean (of all experts of the layer), "
+            "nearest (from the domain that the text is likeliest to belong to), "
             "dense:MODEL (a dense model's network of the layer), random."
         ),
     ] = "mean",
@@ -179,7 +180,8 @@ def add(
             raise UserError("--domain chooses a domain of --model: leave it out, or name the model")
         new_domain = NewDomain(name, tuple(data), experts, init, text_field, weight, filters.value, stars_field)
         done = add_domain(run, new_domain, follow_up=follow_up, out=out)
-    _print_result(done, f"{name} added")
+    _, _, beginning = done.change.partition(" (") if init == "nearest" else ("", "", "")
+    _print_result(done, f"{name} added ({beginning}" if beginning else f"{name} added")
 
 
 @domains_app.command("expand", short_help="Grow learned gates for a new domain (Lifelong-MoE).")

@@ -13,6 +13,7 @@ import numpy as np
 from pangu_sigma.checkpoint import Checkpoint, resolve
 from pangu_sigma.config import Config, domain_edits
 from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditedTensors, EditResult, check_free, check_known
+from pangu_sigma.domains.nearest_domain import nearest_domain
 from pangu_sigma.domains.new_domain_tensors import NewDomainTensors
 from pangu_sigma.domains.sibling_models import check_siblings
 from pangu_sigma.errors import UserError
@@ -23,6 +24,8 @@ from pangu_sigma.trained_model import stored_config, stored_tokenizer
 
 if TYPE_CHECKING:
     from pangu_sigma.data.domain_store import DomainStore
+
+NEAREST = "nearest"
 
 
 @dataclass(frozen=True)
@@ -62,17 +65,24 @@ def add_domain(
         check_free(source, new_domain.name)
         check_group(subject.config, new_domain.experts, out or path)
         config = _extend(subject, new_domain.entry(), follow_up)
-        new, of_domain_alone = make_group(subject, config, new_domain)
-        return subject.write(f"add {new_domain.name} ({new_domain.init})", new, **of_domain_alone)
+        new, of_domain_alone, init = make_group(subject, config, new_domain)
+        how = init if init == new_domain.init else f"{new_domain.init}, {init}"
+        return subject.write(f"add {new_domain.name} ({how})", new, **of_domain_alone)
 
 
 def make_group(
     subject: CheckpointEditor, config: Config, new_domain: NewDomain
-) -> tuple[EditedTensors, dict[str, Any]]:
-    """The new domain's tensors, and what else `CheckpointEditor.write` is told of it; its text is read for it."""
-    source, name, experts = subject.checkpoint, new_domain.name, new_domain.experts
-    initial = NewDomainTensors(source, subject.config, name, experts, new_domain.init)
-    store, probe = read_text(subject, config)
+) -> tuple[EditedTensors, dict[str, Any], str]:
+    """The new domain's tensors, what else `CheckpointEditor.write` is told of it, and how it begins, nearest being
+    from:DOMAIN then; its text is read for it."""
+    source, name, experts, init = subject.checkpoint, new_domain.name, new_domain.experts, new_domain.init
+    if init != NEAREST:
+        initial = NewDomainTensors(source, subject.config, name, experts, init)
+        store, probe = read_text(subject, config)
+    else:
+        store, probe = read_text(subject, config)
+        init = f"from:{nearest_domain(source, store)}"
+        initial = NewDomainTensors(source, subject.config, name, experts, init)
     rows = None
     if config.model.sparse.table == "frequency":
         rows = np.pad(np.array(store.token_counts), (0, config.model.vocab_size - store.token_counts.size))
@@ -80,7 +90,7 @@ def make_group(
     initial.add_to(new, config, rows)
     fresh_moments(new, source, name, experts)
     coverage = {name: dict.fromkeys(source.coverage, experts)}
-    return new, {"experts": coverage, "corpora": {name: store.corpus_fingerprint}, "probe": probe}
+    return new, {"experts": coverage, "corpora": {name: store.corpus_fingerprint}, "probe": probe}, init
 
 
 def add_model(

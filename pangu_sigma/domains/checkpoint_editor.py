@@ -76,6 +76,11 @@ class EditResult:
         return Path(self) / folder_layout.CONFIG
 
     @property
+    def change(self) -> str:
+        """The change as the model's history tells it."""
+        return self.checkpoint.state[DOMAIN_CHANGES][-1]["change"]
+
+    @property
     def steps_ahead(self) -> int:
         """Steps that the plan has left."""
         return self.config.train.steps - self.checkpoint.step

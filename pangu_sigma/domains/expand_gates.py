@@ -22,7 +22,7 @@ import numpy as np
 from pangu_sigma.checkpoint import Checkpoint
 from pangu_sigma.checkpoint.float_types import as_float32
 from pangu_sigma.config import Config, domain_edits
-from pangu_sigma.domains.add_domain import NewDomain, make_group
+from pangu_sigma.domains.add_domain import NEAREST, NewDomain, make_group
 from pangu_sigma.domains.checkpoint_editor import CheckpointEditor, EditedTensors, EditResult, check_free
 from pangu_sigma.errors import UserError
 from pangu_sigma.tensor_names import gate_weight, parse_name
@@ -41,13 +41,18 @@ def expand_domain(path: Path, new_domain: NewDomain, follow_up: domain_edits.Fol
     with CheckpointEditor(path, None, any_router=True) as subject:
         source = subject.checkpoint
         _check_gate(source, subject.config)
+        if new_domain.init == NEAREST:
+            raise UserError(
+                f"init {NEAREST} compares the domains' expert groups, and behind a gate there are none: take mean, or "
+                "from:DOMAIN"
+            )
         check_free(source, new_domain.name)
         values = subject.values
         domain_edits.add_domain(values, new_domain.entry(), source.step, follow_up)
         phases = values["train"]["phases"]
         phases[-1]["domains"] = [new_domain.name]
         config = domain_edits.checked(values, f"the new domain {new_domain.name}")
-        new, of_domain_alone = make_group(subject, config, new_domain)
+        new, of_domain_alone, _ = make_group(subject, config, new_domain)
         _add_shared(new, source, config, new_domain)
         kept = link_snapshot(subject.run_dir, source)
         snapshot = TeacherSnapshot(len(phases) - 1, source.step, hash_tensors(kept))

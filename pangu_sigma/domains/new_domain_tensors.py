@@ -2,6 +2,7 @@
 
 `from:DOMAIN`: as that domain's, its routing included, so that the new domain is the same function until it trains (in
 a model of learned gates, which have no tables: as that domain's experts in turn).
+`nearest` is from:DOMAIN with the domain that the text is likeliest to belong to (`nearest_domain`).
 `mean`: every expert is the mean of all experts of its layer. `dense:MODEL`: every expert is the feed-forward network
 of its layer in a dense model of the same shape (the one that was upcycled). `random`: drawn as for a new model. All but
 the first draw tables of their own.
@@ -62,7 +63,7 @@ class NewDomainTensors:
                 raise UserError("init dense needs the dense model to begin with: write dense:MODEL, its folder")
             self._check_dense(resolve(of))
         elif self.text not in ("mean", "random"):
-            raise UserError(f"init {self.text} is not known: write from:DOMAIN, mean, dense:MODEL or random")
+            raise UserError(f"init {self.text} is not known: write from:DOMAIN, nearest, mean, dense:MODEL or random")
 
     def _check_dense(self, dense: Checkpoint) -> None:
         before, own = stored_config(dense).model, self.config.model

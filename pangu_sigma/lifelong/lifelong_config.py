@@ -25,7 +25,8 @@ class PolicyConfig(Section):
     replay: float | None = Field(None, ge=0, lt=1)
     """Share of a stage's samples that the domains of earlier stages give; 0 if null."""
     init: Text | None = None
-    """How a new domain's experts begin, as in `domains add`: mean (if null), from:DOMAIN, dense:MODEL, random."""
+    """How a new domain's experts begin, as in `domains add`: mean (if null), from:DOMAIN, nearest, dense:MODEL,
+    random."""
 
 
 class StageConfig(Section):

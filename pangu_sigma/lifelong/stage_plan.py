@@ -214,6 +214,9 @@ def _plan(stages_config: LifelongConfig, base: Config, source: str) -> Plan:
         if kind == "from" and of not in known:
             raise UserError(f"{where} has policy.init = {policy.init}, but before it only {', '.join(known)} "
                             "are there: copy one of these, or take mean")  # fmt: skip
+        if kind == "nearest" and not base.model.separates_domains:
+            raise UserError(f"{where} has policy.init = nearest, which compares expert groups, and behind a gate there "
+                            "are none: take mean, or from:DOMAIN")  # fmt: skip
         new = tuple(domain for domain in given.domains if domain not in known)
         if grows and not base.model.separates_domains and index and new and len(given.domains) > 1:
             raise UserError(f"{where} learns several domains, and a gate grows by one at a time: split it")

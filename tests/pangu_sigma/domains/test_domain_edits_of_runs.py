@@ -23,6 +23,7 @@ from pangu_sigma.domains.merge_models import merge_models
 from pangu_sigma.domains.remove_domain import remove_domain, rename_domain
 from pangu_sigma.domains.resize_domain import resize_domain
 from pangu_sigma.errors import UserError
+from pangu_sigma.evaluation.evaluation_job import evaluate
 from pangu_sigma.monitor.metrics_log import read_metrics
 from pangu_sigma.report import write_report
 from pangu_sigma.trained_model import stored_config
@@ -90,6 +91,19 @@ def test_a_new_domain_begins_as_it_was_asked(copied_run, medicine, tmp_path):
     for tensors in (mean, drawn, larger):
         states = {name: tensor for name, tensor in tensors.items() if ".optimizer." in "." + name}
         assert states and not any(tensor.any() for tensor in states.values())
+
+
+def test_a_new_domain_begins_from_the_nearest(copied_run, corpora, tmp_path):
+    run = copied_run(STEP)
+    matrix = evaluate(run).matrix
+    for name in ("code", "law"):
+        twin = new_domain(corpora / f"{name}.jsonl", name="twin", init="nearest")
+        checkpoint = add_domain(run, twin, out=tmp_path / name).checkpoint
+        nearest = min(matrix[name], key=matrix[name].get)
+        assert checkpoint.state["domain_changes"][-1]["change"] == f"add twin (nearest, from:{nearest})"
+        asked = new_domain(corpora / f"{name}.jsonl", name="twin", init=f"from:{nearest}")
+        other = add_domain(run, asked, out=tmp_path / f"{name}-asked").checkpoint
+        assert tensor_digests(checkpoint) == tensor_digests(other)
 
 
 def test_a_new_domain_begins_as_a_dense_models_networks(copied_run, small_yaml, medicine, tmp_path):
@@ -273,7 +287,7 @@ MISTAKES: dict[str, Mistake] = {
     "text that is not there": (lambda run, t: add_domain(run, new_domain(t, data=("no.jsonl",))), "does not exist"),
     "a stranger's experts": (lambda run, t: add_domain(run, new_domain(t, init="from:sport")), "no domain of"),
     "fewer than are copied": (lambda run, t: add_domain(run, new_domain(t, init="from:code", experts=1)), "at least 2"),
-    "an unknown beginning": (lambda run, t: add_domain(run, new_domain(t, init="zero")), "write from:DOMAIN, mean"),
+    "an unknown beginning": (lambda run, t: add_domain(run, new_domain(t, init="zero")), "write from:DOMAIN, nearest"),
     "dense without a model": (lambda run, t: add_domain(run, new_domain(t, init="dense")), "write dense:MODEL"),
     "a sparse model as dense": (
         lambda run, t: add_domain(run, new_domain(t, init=f"dense:{run}")),

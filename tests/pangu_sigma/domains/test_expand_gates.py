@@ -169,6 +169,7 @@ def test_what_cannot_grow_is_refused_and_nothing_changes(gated, run, finished_ru
         (run, new_domain(medicine, data=(str(tmp_path / "none.jsonl"),)), "does not exist"),
         (run, new_domain(medicine, init="from:opera"), "names no domain"),
         (run, new_domain(medicine, init="nothing"), "is not known: write from:DOMAIN"),
+        (run, new_domain(medicine, init="nearest"), "behind a gate there are none"),
         (finished_run, new_domain(medicine), "has no gate to expand: use pangu-sigma domains add"),
         (tmp_path / "none", new_domain(medicine), "does not exist"),
     ]
