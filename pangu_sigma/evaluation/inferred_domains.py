@@ -23,7 +23,7 @@ from pangu_sigma.model.scoring import Scorer
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.trained_model import load_trained
 
-ACCURACY_TOKENS = (32, 64, 128)  # token counts after which accuracy is measured, besides the whole sequence
+ACCURACY_TOKENS = (8, 16, 32, 64, 128)  # token counts after which accuracy is measured, besides the whole sequence
 CACHED_SEQUENCES = 100
 
 
