@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 
+from benchmarks.domain_inference import measure, page
 from pangu_sigma.errors import UserError
 from pangu_sigma.evaluation.evaluation_job import evaluate
 from pangu_sigma.evaluation.inferred_domains import InferredDomainLoss, evaluate_inferred_domains
@@ -88,6 +89,16 @@ def test_the_command_prints_a_table_and_refuses_what_has_no_use(run, tmp_path):
     training_process.assert_refused(
         training_process.command("evaluate", run, "--top", 2, cwd=tmp_path), "add --domain auto"
     )
+
+
+def test_the_benchmark_of_hard_texts_has_the_same_shares(run, uniform):
+    record = measure(run, batches=1000)
+    assert list(record["short"]) == DOMAINS and len(record["mixed"]) == 6
+    for own, name in enumerate(DOMAINS):
+        shares = {length: figures["inferred"][own] for length, figures in record["short"][name].items()}
+        assert shares == uniform["domains"][name]["accuracy"]
+    text = page(record | {"machine": {"cores": 2, "cpu": "a processor", "date": "today"}})
+    assert "| code | 8 |" in text and "| law → poems |" in text and "taken for poems" in text
 
 
 def test_the_loss_of_inferred_domains_adds_up_sequence_by_sequence():
