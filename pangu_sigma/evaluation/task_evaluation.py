@@ -18,7 +18,7 @@ from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError, argument
 from pangu_sigma.evaluation.task_files import BEFORE_ANSWER, Question, Task, context, read_task
 from pangu_sigma.evaluation.task_scores import Likelihood, choice_scores, exact_match, mean_with_error
-from pangu_sigma.generation.request import AUTO, Request, Sampling, pick_domain, prompt_ids
+from pangu_sigma.generation.request import AUTO, Request, Sampling, document_begin, pick_domain, prompt_ids
 from pangu_sigma.monitor.progress import progress
 from pangu_sigma.trained_model import TrainedModel, load_trained
 
@@ -230,7 +230,8 @@ def write_answers(
     """
     from pangu_sigma.generation.completion import complete
 
-    room = engine.window - settings.max_tokens
+    begin = document_begin(engine.tokenizer)
+    room = engine.window - settings.max_tokens - len(begin) + 1  # the end of the document before is outside
     if room < 1:
         raise UserError(
             f"{argument('max_tokens', settings.max_tokens)} leaves no room for a question in the model's window of "
@@ -239,9 +240,9 @@ def write_answers(
     sampling = Sampling(max_tokens=settings.max_tokens, temperature=0.0, stop=settings.stop)
     requests, truncated = [], 0
     for text, domain in zip(texts, domains, strict=True):
-        begin, *ids = prompt_ids(engine.tokenizer, text)
+        ids = engine.tokenizer.encode(text)
         truncated += len(ids) > room
-        requests.append(Request((begin, *ids[-room:]), domain, sampling))
+        requests.append(Request((*begin, *ids[-room:]), domain, sampling))
 
     def on_event(_, event, __) -> None:
         if event.finish:

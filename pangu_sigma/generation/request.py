@@ -150,9 +150,14 @@ class Event:
     domains: tuple[tuple[str, float], ...] = ()
 
 
+def document_begin(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids with which a document begins: the end of the one before, and what the tokenizer itself puts first (bos)."""
+    return (tokenizer.eod_id, *(token for token in tokenizer.begin_ids if token != tokenizer.eod_id))
+
+
 def prompt_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """Ids of a prompt that begins a document: the end-of-document token before it, then the text's (maybe none)."""
-    return (tokenizer.eod_id, *tokenizer.encode(text))
+    """Ids of a prompt that begins a document: `document_begin`, then the text's (maybe none)."""
+    return (*document_begin(tokenizer), *tokenizer.encode(text))
 
 
 def pick_domain(names: Sequence[str], name: str | None) -> str:

@@ -60,7 +60,7 @@ def _add_completions(app: FastAPI, scheduler: Scheduler, adapter: OpenAIAdapter,
 
     @app.post("/v1/chat/completions")
     def chat_completions(body: ChatRequest) -> Response:
-        """Continue a conversation, which the plain chat template turns into a text."""
+        """Continue a conversation, which the model's own chat template or our plain one turns into a text."""
         return OpenAIResponse(adapter.chat(body), scheduler, metrics)
 
 

@@ -57,6 +57,18 @@ def files_of(folder: Path, config: Mapping[str, Any], with_tokenizer: bool) -> d
     return files
 
 
+def end_ids(files: Mapping[str, bytes], vocab_size: int) -> tuple[int, ...]:
+    """Ids that end an answer by the imported generation config. Raises UserError where it is damaged."""
+    if GENERATION not in files:
+        return ()
+    try:
+        given = parse_object(files[GENERATION]).get("eos_token_id")
+    except UnreadableText as error:
+        raise UserError(f"{error.at(GENERATION)}; restore it, or import the model again") from error
+    ids = given if isinstance(given, list) else [given]
+    return tuple(token for token in ids if type(token) is int and 0 <= token < vocab_size)
+
+
 def token_ids(files: Mapping[str, bytes]) -> dict[str, Any] | None:
     """Ids of bos, eos and pad as the config.json said that the model was imported with; None without such a record.
 

@@ -105,6 +105,24 @@ class HuggingFaceTokenizer(Tokenizer):
         refuse_surrogates(text)
         return self._checked(text, self._pieces.library.encode(text, add_special_tokens=False).ids)
 
+    @cached_property
+    def begin_ids(self) -> tuple[int, ...]:
+        """What the file's post-processor puts in front of a text."""
+        whole = self._pieces.library.encode("a", add_special_tokens=True)
+        first = next((i for i, special in enumerate(whole.special_tokens_mask) if not special), 0)
+        return tuple(whole.ids[:first])
+
+    @cached_property
+    def _with_special(self):
+        """The library's tokenizer that reads special pieces in a text."""
+        library = self._open(self.model, "the tokenizer").library
+        library.encode_special_tokens = False
+        return library
+
+    def encode_with_special(self, text: str) -> list[int]:
+        refuse_surrogates(text)
+        return self._with_special.encode(text, add_special_tokens=False).ids
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         for text in texts:
             refuse_surrogates(text)

@@ -64,6 +64,15 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; end-of-document and padding give nothing. ValueError for an id outside the vocabulary."""
 
+    @property
+    def begin_ids(self) -> tuple[int, ...]:
+        """Ids that the tokenizer itself puts in front of a text (bos), where it does."""
+        return ()
+
+    def encode_with_special(self, text: str) -> list[int]:
+        """As ``encode``, but special pieces that are spelt in the text become their ids: for a template's text."""
+        return self.encode(text)
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """``encode`` of every text, as int32 arrays; faster than one at a time."""
         return [np.asarray(self.encode(text), dtype=np.int32) for text in texts]

@@ -22,6 +22,9 @@ from pangu_sigma.data.packed_rows import TokenSequence, packed_row
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation.kv_cache_decoder import KvCacheDecoder
 from pangu_sigma.model.batch_planner import BatchPlanner
+from pangu_sigma.serving.openai_adapter import OpenAIAdapter
+from pangu_sigma.serving.openai_requests import ChatRequest
+from pangu_sigma.serving.server_settings import ServerLimits
 from pangu_sigma.trained_model import load_trained, stored_config
 from pangu_sigma.training.objective import TrainingObjective
 from pangu_sigma.training.startup.starting_point import start_fresh
@@ -420,7 +423,13 @@ def test_the_folders_own_tokenizer_comes_along(folder, tmp_path, tokenizer):
     for each in (theirs, before):
         assert each.apply_chat_template(talk, tokenize=False) == "u:the fox"
     assert theirs.special_tokens_map == before.special_tokens_map and theirs.pad_token_id == 1
-    # They go wherever the tokenizer goes.
+    # They go wherever the tokenizer goes, and the server reads a conversation as transformers does.
+    loaded = load_trained_tokenizer(done)
+    adapter = OpenAIAdapter(["general"], loaded, 100, ServerLimits())
+    body = ChatRequest.model_validate({"model": "general", "messages": talk, "max_tokens": 1})
+    (request,) = adapter.chat(body).requests
+    asked = before.apply_chat_template(talk, add_generation_prompt=True)
+    assert request.prompt_ids == (0, *asked) and request.sampling.stop == ()
     assert load_trained_tokenizer(done).companions.keys() >= companions.keys()
     assert theirs("the fox").input_ids == loaded.encode("the fox") and theirs.eos_token_id == 0
 

@@ -11,6 +11,7 @@ from pangu_sigma.data.tokenizers.huggingface_tokenizer import HuggingFaceTokeniz
 from pangu_sigma.data.tokenizers.tokenizer_registry import load_tokenizer
 from pangu_sigma.data.tokenizers.tokenizer_training import build_tokenizer
 from pangu_sigma.errors import UserError
+from pangu_sigma.generation import document_begin, prompt_ids
 
 tokenizers = pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
 CASES = Path(__file__).parents[5] / "shared" / "cases" / "tokenizer"
@@ -68,3 +69,28 @@ def test_the_configuration_takes_it_where_a_file_is_given():
 def test_files_as_they_are_found(tmp_path, name, piece):
     tokenizer = build_tokenizer("huggingface", [], tmp_path, CASES / f"{name}.json")
     assert tokenizer.piece(tokenizer.eod_id) == piece
+
+
+def test_what_the_file_puts_in_front_of_a_text_begins_a_document():
+    """A bos, as transformers writes it by the file's post-processor; and special pieces of a template's text."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["</s>", "<s>", "<|user|>", "<unk>", "the", "fox"]
+    library = Library(models.WordLevel({piece: index for index, piece in enumerate(pieces)}, unk_token="<unk>"))
+    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    library.add_special_tokens(["</s>", "<s>", "<|user|>"])
+    plain = HuggingFaceTokenizer(library.to_str().encode(), eod_id=0)
+    assert plain.begin_ids == () and document_begin(plain) == (0,)
+    special = [("<s>", 1), ("</s>", 0)]
+    library.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    tokenizer = HuggingFaceTokenizer(library.to_str().encode(), eod_id=0)
+    theirs = PreTrainedTokenizerFast(tokenizer_object=library)
+    assert prompt_ids(tokenizer, "the fox") == (0, 1, 4, 5) == (0, *theirs("the fox").input_ids[:-1])
+    text = "<|user|> the fox </s>"
+    assert tokenizer.encode_with_special(text) == [2, 4, 5, 0] == theirs(text, add_special_tokens=False).input_ids
+    assert not {0, 1, 2} & set(tokenizer.encode(text))
+    # A bos that is the end of documents stands there once.
+    same = HuggingFaceTokenizer(library.to_str().encode(), eod_id=1)
+    assert document_begin(same) == (1,)
