@@ -22,6 +22,7 @@ from pangu_sigma.trained_model import run_of
 
 if TYPE_CHECKING:
     from pangu_sigma.evaluation.domain_evaluation import Evaluator
+    from pangu_sigma.generation.chat_prompt import ChatPrompts
     from pangu_sigma.generation.domain_inference_settings import DomainInferenceSettings
     from pangu_sigma.generation.engine import Engine
     from pangu_sigma.model.scoring import Scorer
@@ -48,6 +49,9 @@ class SamplingOptions(TypedDict, total=False):
     """Texts that end the answer, and are no part of it."""
     seed: int
     """The same seed gives the same text; 0 if left out."""
+    chat: bool
+    """The prompt is what a user says, and the answer an assistant's: as the chat template that came with the model
+    writes it, or our plain one."""
     logprobs: int
     """With `complete`: alternatives to tell of every token, and its own log-probability."""
 
@@ -290,6 +294,12 @@ class LanguageModel:
         return engine
 
     @cached_property
+    def _chat_prompts(self) -> ChatPrompts:
+        from pangu_sigma.generation.chat_prompt import ChatPrompts
+
+        return ChatPrompts(self.tokenizer)
+
+    @cached_property
     def _evaluator(self) -> Evaluator:
         from pangu_sigma.evaluation.domain_evaluation import Evaluator
 
@@ -299,12 +309,18 @@ class LanguageModel:
         """A request that can run. Raises UserError."""
         prompt = Prompt(prompt) if isinstance(prompt, str) else prompt
         stop = options.get("stop", ())
-        settings: dict[str, Any] = {"top_k": 40, **options, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        settings: dict[str, Any] = {"top_k": 40, **options, "stop": stop}
+        ids = prompt_ids(self.tokenizer, prompt.text)
+        if settings.pop("chat", False):
+            talk = self._chat_prompts.prompt([("user", prompt.text)])
+            ids = talk.ids
+            settings |= {"stop": (*stop, *talk.stop), "stop_ids": talk.stop_ids}
         if prompt.seed is not None:
             settings["seed"] = prompt.seed
         domain = prompt.domain or domain
         name = AUTO if domain == AUTO else pick_domain(self.domains, domain)
-        request = Request(prompt_ids(self.tokenizer, prompt.text), name, Sampling(**settings))
+        request = Request(ids, name, Sampling(**settings))
         with self._computing():
             self._engine.check(request)
         return request

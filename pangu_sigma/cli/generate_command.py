@@ -56,6 +56,10 @@ def generate(
             metavar="N", help="With --json or --jsonl: tell every token's log-probability and this many alternatives."
         ),
     ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="The text is what a user says: write the answer, by the model's chat template."),
+    ] = False,
     stream: Annotated[
         bool, typer.Option("--stream/--no-stream", help="Print text as it comes, or all at the end.")
     ] = True,
@@ -111,6 +115,7 @@ def generate(
     with piped_output():
         # What is wrong with the options shows before the model is loaded.
         Sampling(**settings)
+        settings["chat"] = chat
         inferred = any((prompt.domain or domain) == AUTO for prompt in prompts)
         if inference != DomainInferenceSettings() and not inferred:
             given = ", ".join(map(argument, ("top", "prior", "prior_texts")))

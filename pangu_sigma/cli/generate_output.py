@@ -27,15 +27,16 @@ def print_object(model: LanguageModel, prompt: Prompt, domain: str | None, optio
 def print_text(
     model: LanguageModel, prompt: Prompt, domain: str | None, options: dict[str, Any], stream: bool
 ) -> None:
-    """Continue a prompt, and print it and its text: as it comes, or at the end."""
+    """Continue a prompt, and print it and its text: as it comes, or at the end; of a chat the answer alone."""
     # A model may write control characters; a terminal must not obey them. A file or a pipe gets every character.
     shown = _terminal_text if sys.stdout.isatty() else str
     began = time.monotonic()
     first: float | None = None
     events: list[Event] = []
     coming = model.events(prompt, domain, **options)
+    before = "" if options.get("chat") else prompt.text
     if stream:
-        _write(shown(prompt.text))
+        _write(shown(before))
     try:
         for event in coming:
             first = first or time.monotonic()
@@ -43,7 +44,7 @@ def print_text(
             if stream and event.text:
                 _write(shown(event.text))
         if not stream:
-            _write(shown(prompt.text + "".join(event.text for event in events)))
+            _write(shown(before + "".join(event.text for event in events)))
     finally:
         # The prompt of the shell begins a line of its own, after an interruption too.
         if stream or first:

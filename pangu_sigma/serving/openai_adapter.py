@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pangu_sigma.data import chat_template
-from pangu_sigma.data.imported_chat_template import imported_template
-from pangu_sigma.data.tokenizers.hugging_face_files import end_ids
 from pangu_sigma.data.tokenizers.tokenizer import Tokenizer
 from pangu_sigma.errors import UserError
 from pangu_sigma.generation import Request, Sampling, document_begin
 from pangu_sigma.generation import prompt_ids as document_ids
+from pangu_sigma.generation.chat_prompt import ChatPrompts
 from pangu_sigma.generation.token_text import PromptText, TokenTexts
 from pangu_sigma.serving.api_errors import ApiError, bad_request, unknown_model
 from pangu_sigma.serving.openai_requests import ChatRequest, CompletionRequest, Prompt, StreamOptions
@@ -53,8 +51,7 @@ class OpenAIAdapter:
         self.tokenizer = tokenizer
         self.window = window
         self.limits = limits
-        self.chat_template = imported_template(tokenizer)
-        self.end_ids = end_ids(tokenizer.companions, tokenizer.vocab_size)
+        self.chat_prompts = ChatPrompts(tokenizer)
 
     def check_model(self, name: str) -> str:
         """The domain that a model id names. Raises ApiError."""
@@ -99,11 +96,18 @@ class OpenAIAdapter:
         domain = self.check_model(body.model)
         self._check_count(body.n)
         turns = [(message.role, message.text) for message in body.messages]
-        ids, stops = self._chat_ids(turns)
+        try:
+            prompt = self.chat_prompts.prompt(turns)
+        except UserError as error:
+            raise bad_request(str(error), "messages") from None
+        ids = prompt.ids
         self._check_prompt_tokens(len(ids) * body.n, "messages")
         max_tokens = self._max_tokens(ids, "messages", *body.limit, default=None)
         body = body.model_copy(
-            update={"stop": [*body.stop, *stops], "stop_token_ids": [*body.stop_token_ids, *self.end_ids]}
+            update={
+                "stop": [*body.stop, *prompt.stop],
+                "stop_token_ids": [*body.stop_token_ids, *prompt.stop_ids],
+            }
         )
         alternatives = (body.top_logprobs or 0) if body.logprobs else None
         texts = self._token_texts(ids, bool(body.logprobs))
@@ -126,19 +130,6 @@ class OpenAIAdapter:
     def _token_texts(self, before: Sequence[int], logprobs: bool) -> TokenTexts | None:
         """Token texts behind some ids, if log-probabilities are asked for."""
         return TokenTexts(self.tokenizer, before) if logprobs else None
-
-    def _chat_ids(self, turns: Sequence[tuple[str, str]]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """Ids of a conversation as the model reads it, by the template that came with it or our own, and the texts that
-        end its answer. Raises ApiError."""
-        if self.chat_template is None:
-            return self._ids(chat_template.as_text(turns), "messages"), chat_template.stops(turns)
-        try:
-            ids = self.tokenizer.encode_with_special(self.chat_template.render(turns))
-        except UserError as error:
-            raise bad_request(str(error), "messages") from None
-        # The template writes its own bos; an end of a document in front is there already where that is it.
-        eod = self.tokenizer.eod_id
-        return tuple(ids if ids[:1] == [eod] else [eod, *ids]), ()
 
     def _ids(self, prompt: Prompt, field: str) -> tuple[int, ...]:
         if isinstance(prompt, str):

@@ -11,6 +11,7 @@ import pytest
 from pangu_sigma.checkpoint import resolve
 from pangu_sigma.trained_model import stored_tokenizer
 from tests.pangu_sigma.serving.conftest import WINDOW
+from tests.pangu_sigma.training.training_process import command
 
 
 @pytest.fixture(scope="module")
@@ -233,3 +234,11 @@ def test_texts_are_decoded_together_and_counted(client, server):
     assert max(written) - 1 <= steps < 0.6 * sum(written)
     for index, (name, count) in enumerate(zip(names, before[1], strict=True)):
         assert server.gauge(name) - count == sum(written[index::3])
+
+
+def test_generate_writes_of_a_chat_the_answer_that_the_server_gives(served_run, client, tmp_path):
+    asked = {"model": "law", "messages": [{"role": "user", "content": "the court"}], "temperature": 0, "max_tokens": 5}
+    answer = client.post("/v1/chat/completions", json=asked).json()["choices"][0]["message"]["content"]
+    words = ["--domain", "law", "--prompt", "the court", "--chat", "--temperature", 0, "--max-tokens", 5]
+    done = command("generate", served_run, *words, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.lstrip() == answer + "\n", done.stderr
