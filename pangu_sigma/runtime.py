@@ -8,7 +8,7 @@ from contextlib import ContextDecorator
 from pathlib import Path
 
 from pangu_sigma.signals import restore_ctrl_c, signals_held
-from parallel.operator_layout import LOCAL_SLICES
+from parallel.operator_layout import LOCAL_SLICES, NESTED_CALLS
 
 
 class Turn(ContextDecorator):
@@ -37,8 +37,6 @@ class Turn(ContextDecorator):
             self._turn.release()
 
 
-# A loop over tensors becomes calls inside calls: of a model of 40 layers, more than MindSpore's own limit.
-NESTED_CALLS = 100_000
 # Held by the thread that compiles or runs graphs: MindSpore takes one at a time. One of the process, as MindSpore is.
 COMPUTING = Turn()
 

@@ -18,6 +18,8 @@ from parallel.partition_spec import MESH_AXES, AxisSpec, PartitionSpec, mesh_axe
 _TAKE_COUNTS = frozenset({"Concat", "Gather", "ReduceSum", "ReduceMax", "ReduceMean", "OneHot", "FlashAttentionScore",
                           "ArgMaxWithValue", "Select", "Slice", "TopK", "GatherD"})  # fmt: skip
 
+# A loop over tensors becomes calls inside calls: of a model of 40 layers, more than MindSpore's own limit.
+NESTED_CALLS = 100_000
 # Environment of a process that compiles pipeline stages: a slice of an input is of the rows that the rank itself gives,
 # its shard of every micro-batch, one behind the other. Without it the ranks would gather each other's inputs first.
 LOCAL_SLICES = {"PIPELINE_SLICE_SKIP_REDISTRIBUTION": "1"}

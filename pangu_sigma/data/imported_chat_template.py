@@ -1,20 +1,21 @@
 """Chat template that came with an imported model: Jinja of a foreign file, rendered in a sandbox whose work is bounded.
 
 As transformers renders it (`apply_chat_template`): the same names, filters and whitespace rules. A template is data of
-somebody else's: it reaches no attribute of Python's objects, its loops, texts and numbers are counted, and what it may
-call is listed.
+somebody else's: it reaches no attribute of Python's objects, its loops, calls, texts and numbers are counted, and what
+it may call is listed. A single step on a large list of its own making is not interrupted.
 """
 
 from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError, nodes
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
@@ -24,15 +25,21 @@ from pangu_sigma.json_reader import UnreadableText, parse_object
 
 _MOST_TEMPLATE = 256 << 10  # characters of a template
 _MOST_TEXT = 4 << 20  # characters that a template makes, in whole and in any text on the way
-_MOST_ROUNDS = 200_000  # rounds of all loops together
+_MOST_ROUNDS = 50_000  # rounds of all loops, and calls, together
+_MOST_SECONDS = 2.0  # looked at with each of them
+_MOST_ITEMS = 20_000  # of a list that becomes text, those inside its items included
 _FILTERS = frozenset(
-    """abs batch capitalize count d default dictsort e escape first float groupby int items join last length list lower
-    map max min reject rejectattr replace reverse round safe select selectattr slice sort string strip title tojson trim
+    """abs capitalize count d default dictsort e escape first float groupby indent int items join last length list lower
+    map max min reject rejectattr replace reverse round safe select selectattr sort string strip title tojson trim
     unique upper""".split()  # noqa: SIM905 - a list of words
 )
 # Methods of texts that make one of any length.
 _UNBOUNDED = frozenset({"center", "expandtabs", "format", "format_map", "ljust", "rjust", "zfill", "translate"})
 _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
+
+
+# What Python raises in a template's code.
+_FAILURES = (ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 
 
 class _TooMuch(TemplateError):
@@ -52,22 +59,28 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation], finalize=_printable
+        )
         self._of_thread = threading.local()
         self.filters = {name: filter_ for name, filter_ in self.filters.items() if name in _FILTERS}
-        self.filters |= {"tojson": _to_json, "replace": _replaced, "join": _joined_by}
+        self.filters |= {
+            "tojson": _to_json, "replace": _replaced, "join": _joined_by, "string": _text, "indent": _indented
+        }  # fmt: skip
         self.globals.pop("lipsum", None)
         self.globals |= {"raise_exception": _raise, "strftime_now": _time_now}
 
     def begin(self) -> None:
         """Count anew, in this thread."""
-        self._of_thread.rounds = _MOST_ROUNDS
+        self._of_thread.rounds, self._of_thread.end = _MOST_ROUNDS, time.monotonic() + _MOST_SECONDS
 
     def take_round(self) -> None:
         """A round of a loop, or a call."""
         self._of_thread.rounds -= 1
         if self._of_thread.rounds < 0:
             raise _TooMuch(f"more than {_MOST_ROUNDS:,} rounds of its loops and calls")
+        if time.monotonic() > self._of_thread.end:
+            raise _TooMuch(f"more than {_MOST_SECONDS:g} s")
 
     def counted(self, items: Iterable[Any]) -> _Counted:
         """What a loop goes through."""
@@ -75,7 +88,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def joined(self, *values: Any) -> str:
         """Texts one behind the other."""
-        texts = [str(value) for value in values]
+        texts = [_text(value) for value in values]
         _check_size(sum(map(len, texts)))
         return "".join(texts)
 
@@ -103,6 +116,16 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         elif operator == "**" and abs(right) > 64:
             raise _TooMuch("a power beyond 64")
         return super().call_binop(context, operator, left, right)
+
+
+class _Generation(Extension):
+    """`{% generation %}`, which marks an assistant's text for trainings and writes what is inside."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class _Bounded(NodeTransformer):
@@ -168,14 +191,14 @@ class ImportedChatTemplate:
         pieces, length = [], 0
         try:
             for piece in self._template.generate(
-                messages=messages, add_generation_prompt=not continued, **self.special
+                messages=messages, add_generation_prompt=not continued, tools=None, documents=None, **self.special
             ):
                 length += len(piece)
                 _check_size(length)
                 pieces.append(piece)
         except _Refused as error:
             raise UserError(str(error)) from error
-        except (TemplateError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+        except (*_FAILURES, TemplateError) as error:
             raise UserError(f"the model's chat template cannot take this conversation ({error})") from error
         text = "".join(pieces)
         last = turns[-1][1].strip()
@@ -222,14 +245,14 @@ def _check_size(characters: int) -> None:
 
 
 def _replaced(text: Any, old: Any, new: Any, count: int = -1) -> str:
-    text, old, new = str(text), str(old), str(new)
+    text, old, new = _text(text), _text(old), _text(new)
     times = text.count(old) if count is None or count < 0 else min(count, text.count(old))
     _check_size(len(text) + times * len(new))
     return text.replace(old, new, times)
 
 
 def _joined_by(items: Iterable[Any], between: Any = "") -> str:
-    texts, between = [str(item) for item in items], str(between)
+    texts, between = [_text(item) for item in items], _text(between)
     _check_size(sum(map(len, texts)) + len(texts) * len(between))
     return between.join(texts)
 
@@ -242,5 +265,40 @@ def _time_now(form: object) -> str:
     return datetime.now().strftime(str(form)[:100])
 
 
-def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=min(int(indent), 8) if indent else None)
+def _check_items(value: Any) -> None:
+    """Raises _TooMuch for lists inside lists that would become a text of any length."""
+    waiting, items = [value], 0
+    while waiting:
+        one = waiting.pop()
+        inside = one if isinstance(one, (list, tuple)) else ()
+        if isinstance(one, dict):
+            inside = [*one.keys(), *one.values()]
+        items += len(inside)
+        if items > _MOST_ITEMS:
+            raise _TooMuch(f"a list of more than {_MOST_ITEMS:,} items as a text")
+        waiting += inside
+
+
+def _printable(value: Any) -> Any:
+    _check_items(value)
+    return value
+
+
+def _text(value: Any) -> str:
+    _check_items(value)
+    return str(value)
+
+
+def _indented(text: Any, width: Any = 4, first: bool = False, blank: bool = False) -> str:
+    text, before = _text(text), width if isinstance(width, str) else " " * min(int(width), 64)
+    _check_size(len(text) + (text.count("\n") + 1) * len(before))
+    lines = [before + line if line or blank else line for line in text.split("\n")]
+    return "\n".join(lines) if first else "\n".join([text.split("\n")[0], *lines[1:]])
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    _check_items(value)
+    indent = min(int(indent), 8) if indent else None
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

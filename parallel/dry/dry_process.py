@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from parallel.dry.stand_in_libraries import DryCompileError, make_standins, plugin_folder
+from parallel.operator_layout import NESTED_CALLS
 
 LAST_PASS = "backend_pass"
 
@@ -77,6 +78,7 @@ def start_semi_auto(dataset_strategy: str | tuple = "full_batch", save_to: str =
     from mindspore.communication import init
 
     ms.set_context(device_target="GPU", mode=ms.GRAPH_MODE, save_graphs=2, save_graphs_path=save_to)
+    ms.set_recursion_limit(NESTED_CALLS)
     init("nccl")
     settings = {"parallel_mode": "semi_auto_parallel", "enable_alltoall": True, "dataset_strategy": dataset_strategy}
     ms.set_auto_parallel_context(**(settings | context))

@@ -17,6 +17,8 @@ from pangu_sigma.data.tokenizers.tokenizer import Tokenizer, refuse_surrogates
 from pangu_sigma.errors import UserError
 from pangu_sigma.json_reader import LARGE, UnreadableText, decoded, parse_object
 
+# Classes of transformers that write the post-processor themselves -> their default of `add_bos_token`.
+_ADDS_BOS = {"GPTNeoXTokenizer": False, "LlamaTokenizer": True, "CodeLlamaTokenizer": True, "GemmaTokenizer": True}
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -107,7 +109,16 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def begin_ids(self) -> tuple[int, ...]:
-        """What the file's post-processor puts in front of a text."""
+        """What transformers puts in front of a text: the file's post-processor, or for classes that make that anew the
+        bos if `add_bos_token` says so."""
+        settings = parse_object(self.companions.get("tokenizer_config.json", b"{}"))
+        default = _ADDS_BOS.get(str(settings.get("tokenizer_class")).removesuffix("Fast"))
+        if default is not None:
+            bos = settings.get("bos_token")
+            bos = bos.get("content") if isinstance(bos, dict) else bos
+            adds = settings.get("add_bos_token", default) is True and isinstance(bos, str)
+            index = self._pieces.piece_to_id(bos) if adds else -1
+            return (index,) if index >= 0 else ()
         whole = self._pieces.library.encode("a", add_special_tokens=True)
         first = next((i for i, special in enumerate(whole.special_tokens_mask) if not special), 0)
         return tuple(whole.ids[:first])

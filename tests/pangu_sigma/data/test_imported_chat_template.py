@@ -34,7 +34,9 @@ OTHER = """{% macro say(m, n=1) %}[{{ m.role | upper }} {{ n }}]{{ m['content'].
 {% for m in messages if m.role != 'tool' %}{% set ns.count = ns.count + 1 %}{{ say(m, ns.count * 2) }}
 {% if loop.index > 5 %}{% break %}{% endif %}{% endfor %}
 {{ messages | map(attribute='role') | join(', ') }} {{ {'k': messages[0].content} | tojson }} {{ range(3) | list }}
-{{ messages[::-1][0].content.split('x')[-1] | trim }}{{ 7 % 4 }}{{ "".join(['p', 'q']) }}"""
+{{ messages[::-1][0].content.split('x')[-1] | trim }}{{ 7 % 4 }}{{ "".join(['p', 'q']) }}
+{% if tools is not none or documents is not none %}TOOLS{% endif %}{% generation %}said{% endgeneration %}
+{{ {'b': 1, 'a': [2]} | tojson(separators=(',', ':'), sort_keys=True) }}{{ "x\ny" | indent(2) }}"""
 TALKS = [
     [("user", "hi there")],
     [("system", "be nice\n"), ("user", "a <b> 'x' é 😀"), ("assistant", "ok"), ("user", "bye ")],
@@ -70,6 +72,13 @@ def test_an_assistants_last_turn_is_continued():
         "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x | join(ns.x) %}{% endfor %}",
         "{{ 'a' * 10000000000 }}", "{{ '%10000000000d' % 1 }}", "{{ 'a'.center(10000000000) }}",
         "{{ 9 ** 9 ** 9 ** 9 }}",
+        "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
+        "{{ ns.x | string }}",
+        "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+        "{% set ns = namespace(x='a') %}{% for i in range(21) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
+        "{% for i in range(9999) %}{% set ns.y = ns.x | upper %}{% endfor %}",
+        "{% set l = range(99999) | list %}{% for i in range(49000) %}{% if -1 in l %}{% endif %}{% endfor %}",
+        "{{ [1] | slice(999999999) | list }}", "{{ [1] | batch(999999999, 'x') | list }}",
         "{{ 'a'.ljust(10000000000) }}", "{{ '{:10000000000}'.format('a') }}", "{{ lipsum(100000) }}",
         "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}", "{% include 'x' %}",
         "{{ messages | attr('x') }}", "{{ 1 / 0 }}", "{{ messages[7].content.x.y }}",

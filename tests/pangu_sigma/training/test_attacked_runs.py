@@ -19,7 +19,8 @@ from tests.pangu_sigma.training import training_process
 from tests.pangu_sigma.training.training_process import assert_equal_checkpoints, checkpoint
 
 # What no resume reads, beside checkpoints that are not the last: figures for people, and a user's own configuration.
-HARMLESS = ("metrics.jsonl", "summary.json", "evaluation.json", "config.yaml", ".lock", "tensorboard/", "mindspore/")
+HARMLESS = ("metrics.jsonl", "summary.json", "evaluation.json", "config.yaml", ".lock", "tensorboard/", "mindspore/",
+            "workers/")
 
 
 class Accepted(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,14 @@ def test_what_the_file_puts_in_front_of_a_text_begins_a_document():
     text = "<|user|> the fox </s>"
     assert tokenizer.encode_with_special(text) == [2, 4, 5, 0] == theirs(text, add_special_tokens=False).input_ids
     assert not {0, 1, 2} & set(tokenizer.encode(text))
+    # Classes that make the post-processor themselves go by add_bos_token.
+    cases = ("GPTNeoX", None, ()), ("GPTNeoX", True, (1,)), ("Llama", None, (1,)), ("Llama", False, ())
+    for kind, said, bos in cases:
+        settings = {"tokenizer_class": f"{kind}TokenizerFast", "bos_token": "<s>"}
+        settings |= {} if said is None else {"add_bos_token": said}
+        other = HuggingFaceTokenizer(library.to_str().encode(), eod_id=0)
+        other.companions = {"tokenizer_config.json": json.dumps(settings).encode()}
+        assert other.begin_ids == bos
     # A bos that is the end of documents stands there once.
     same = HuggingFaceTokenizer(library.to_str().encode(), eod_id=1)
     assert document_begin(same) == (1,)
