@@ -107,7 +107,7 @@ def _is_in_cpp(frame: FrameType | None) -> bool:
 def _main_thread_is_in_mindspore() -> bool:
     """Whether the main thread has called into MindSpore, whose C++ computes or compiles."""
     frame = sys._current_frames().get(threading.main_thread().ident)
-    return frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "mindspore"
+    return frame is not None and f"{frame.f_globals.get('__name__')}.".startswith("mindspore.")
 
 
 @contextmanager

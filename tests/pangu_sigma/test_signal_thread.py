@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -47,8 +48,9 @@ except KeyboardInterrupt as error:
     print(repr(error))
 """
 COMPUTES = """
-framework = {"__name__": "mindspore.ops", "ready": ready, "time": time}
-exec("def run(): ready(); time.sleep(1)", framework)  # a real signal would end the call at once
+framework = {"__name__": "mindspore.ops", "time": time}
+# A real signal would end the sleep at once.
+exec("def run(): print('ready', flush=True); time.sleep(1.5)", framework)
 try:
     with stop_signals_raise():
         began = time.monotonic()
@@ -148,6 +150,7 @@ def test_a_signal_waits_for_mindspore_whose_compiler_takes_no_exception():
 
 def test_no_real_signal_comes_to_a_thread_that_computes():
     program = Program(COMPUTES)
+    time.sleep(0.4)  # between two bytecodes, before the call, a signal is handled at once
     program.process.send_signal(signal.SIGTERM)
     assert program.ended() == (0, f"StoppedBySignal({int(signal.SIGTERM)}) True\n")
 
